@@ -1,0 +1,20 @@
+"""The command `castalia`: one file a verb; a thin door that parses, calls and prints."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line. A user's mistake prints one sentence on stderr and exits non-zero."""
+    from castalia.cli.app import app
+    from castalia.core.errors import CastaliaError
+
+    try:
+        app()
+    except CastaliaError as error:
+        print(f"castalia: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("castalia: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)

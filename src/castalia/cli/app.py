@@ -1,0 +1,33 @@
+"""The verbs, by name. Only light imports here and at the top of each verb: `--help` must not wait for torch."""
+
+import typer
+
+from castalia import __version__
+from castalia.cli import demo, export, generate, prepare, show, train
+
+app = typer.Typer(
+    name="castalia",
+    help="Train, study and serve suites of language models, on a laptop CPU or a GPU cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def print_version(wanted: bool) -> None:
+    """Callback of --version."""
+    if wanted:
+        typer.echo(f"castalia {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Train, study and serve suites of language models, on a laptop CPU or a GPU cluster."""
+
+
+for verb in (demo.demo, prepare.prepare, show.show, train.train, generate.generate, export.export):
+    app.command()(verb)

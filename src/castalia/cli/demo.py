@@ -1,0 +1,5 @@
+"""`castalia demo`."""
+
+
+def demo() -> None:
+    """(being written)"""

@@ -1,0 +1,5 @@
+"""`castalia export`."""
+
+
+def export() -> None:
+    """(being written)"""

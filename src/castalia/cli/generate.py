@@ -1,0 +1,5 @@
+"""`castalia generate`."""
+
+
+def generate() -> None:
+    """(being written)"""

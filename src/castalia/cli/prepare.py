@@ -1,0 +1,5 @@
+"""`castalia prepare`."""
+
+
+def prepare() -> None:
+    """(being written)"""

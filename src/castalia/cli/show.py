@@ -1,0 +1,5 @@
+"""`castalia show`."""
+
+
+def show() -> None:
+    """(being written)"""

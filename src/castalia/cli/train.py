@@ -1,0 +1,5 @@
+"""`castalia train`."""
+
+
+def train() -> None:
+    """(being written)"""

@@ -1,0 +1,1 @@
+"""Errors, registry, files, seeds: what every room stands on. Imports nothing of Castalia and no torch."""

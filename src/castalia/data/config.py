@@ -1,0 +1,58 @@
+"""What is read, in which order, in rows of which length."""
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, model_validator
+
+from castalia.config.base import Config
+
+
+def as_list(value: object) -> object:
+    """One path stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(as_list)]
+
+
+class DataConfig(Config):
+    """Token files, their weights and the packing. Only data/ reads these fields."""
+
+    seq_length: PositiveInt = 2048
+    """Tokens in one row that the model sees; a stored row has one more, the last target."""
+    train: Paths = []
+    """Prefixes of .bin/.idx token files to train on, one a source; each is blended by its weight."""
+    weights: list[float] | None = None
+    """Weight of each train source; null gives every source the same."""
+    valid: Paths = []
+    """Prefixes to validate on; empty with a single train prefix means that prefix's share in `split`."""
+    valid_weights: list[float] | None = None
+    """Weight of each valid source; null gives every source the same."""
+    split: str | None = None
+    """Documents of a single train prefix for train, valid, test: `969, 30, 1`. Null trains on all of them."""
+    tokenizer: str | None = None
+    """A tokenizer.json, or `bytes` for the byte-level one; kept with every checkpoint."""
+    corpus: str | None = None
+    """A corpus that Castalia builds out of text on this machine when `train` is empty: `python` or `tiny`."""
+    eod_mask_loss: bool = False
+    """Leave out of the loss what follows an end-of-document token, as GPT-NeoX's option does."""
+    workers: NonNegativeInt = 0
+    """Processes that read ahead; 0 reads in the training process."""
+    allow_changed: bool = False
+    """Resume although the data differ from those of the checkpoint."""
+
+    @model_validator(mode="after")
+    def check(self) -> "DataConfig":
+        """Weights match their sources."""
+        for name, paths, weights in (("", self.train, self.weights), ("valid_", self.valid, self.valid_weights)):
+            if weights is None:
+                continue
+            if len(weights) != len(paths):
+                raise ValueError(
+                    f"{name}weights has {len(weights)} numbers for {len(paths)} sources; give one a source"
+                )
+            if min(weights) < 0 or sum(weights) <= 0:
+                raise ValueError(f"{name}weights must be >= 0 and not all 0, got {weights}")
+        if self.split is not None and len(self.train) > 1:
+            raise ValueError("split needs a single train prefix; with several, name the valid prefixes in data.valid")
+        return self

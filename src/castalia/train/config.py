@@ -1,0 +1,125 @@
+"""The config of a run: one class that holds every room's own, and the numbers of the loop."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from castalia.checkpoint.config import CheckpointConfig
+from castalia.config.base import Config
+from castalia.data.config import DataConfig
+from castalia.distributed.config import ParallelConfig
+from castalia.models.config import ModelConfig
+
+
+class OptimConfig(Config):
+    """AdamW. Only train/optim.py reads these fields."""
+
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate, reached at the end of warmup."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of everything but biases and norms."""
+    clip: PositiveFloat | None = 1.0
+    """Largest global gradient L2 norm; null turns clipping off."""
+
+
+class ScheduleConfig(Config):
+    """Learning rate by step. Only train/schedule.py reads these fields."""
+
+    name: Literal["cosine", "cosine_neox_v1", "linear", "exponential", "constant", "wsd"] = "cosine"
+    """cosine falls to min_lr; cosine_neox_v1 is Pythia's: towards 0 over the whole horizon, floored, lr 0 at step 0."""
+    warmup: float = Field(0.01, ge=0, lt=1)
+    """Share of the horizon over which the rate rises linearly."""
+    min_lr: NonNegativeFloat = 0.0
+    """Floor of the rate."""
+    decay_steps: PositiveInt | None = None
+    """Horizon in steps; null means train.steps."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """wsd only: share of the horizon, at its end, over which the rate falls."""
+
+
+class LossScaleConfig(Config):
+    """Loss scaling under fp16, GPT-NeoX's rule. Only train/precision.py reads these fields."""
+
+    static: PositiveFloat | None = None
+    """A fixed scale; null scales dynamically."""
+    initial_power: NonNegativeInt = 12
+    """The dynamic scale starts at 2 ** this."""
+    window: PositiveInt = 1000
+    """Clean steps after which the scale doubles."""
+    hysteresis: PositiveInt = 2
+    """Overflows that are borne before the scale halves."""
+    minimum: PositiveFloat = 1.0
+    """Smallest scale."""
+
+
+class TrainConfig(Config):
+    """Numbers of the loop."""
+
+    steps: PositiveInt = 143000
+    """Optimizer steps of the whole run."""
+    batch_size: PositiveInt = 1024
+    """Rows in one optimizer step, over all processes."""
+    micro_batch_size: PositiveInt | None = None
+    """Rows that one process runs through the model at a time; null means its whole share of the batch."""
+    compile: bool = False
+    """torch.compile each block and the loss."""
+    recompute: bool = False
+    """Recompute activations in the backward, block by block, in place of storing them."""
+    log_every: PositiveInt = 10
+    """Steps between lines on the screen; metrics.jsonl has every step."""
+    eval_every: PositiveInt | None = None
+    """Steps between validations; null never validates during training."""
+    eval_batches: PositiveInt = 10
+    """Batches in one validation."""
+
+
+class RunConfig(Config):
+    """Everything that a run needs; `castalia train runs/<name>/config.yaml` repeats it."""
+
+    recipe: str | None = None
+    """Name of the preset that this config started from."""
+    output: str = "runs/default"
+    """Folder of the run."""
+    seed: NonNegativeInt = 1234
+    """Seed of the weights and of the data order."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights and optimizer are fp32 always."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU when there is one."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def check(self) -> "RunConfig":
+        """Rules that span rooms; all broken ones come out together."""
+        problems = []
+        if self.data.seq_length > self.model.max_position_embeddings:
+            problems.append(
+                f"data.seq_length {self.data.seq_length} is longer than"
+                f" model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        if self.schedule.min_lr > self.optim.lr:
+            problems.append(f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}")
+        micro = self.train.micro_batch_size
+        if micro and self.train.batch_size % micro:
+            problems.append(
+                f"train.batch_size {self.train.batch_size} does not divide into train.micro_batch_size {micro} rows"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens in one optimizer step when no target is masked."""
+        return self.train.batch_size * self.data.seq_length
