@@ -1,0 +1,153 @@
+"""Text that every Python installation carries, as documents: what the corpora are made of."""
+
+import ast
+import importlib.metadata
+import importlib.util
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+LARGEST_DOCUMENT = 128 * 1024
+"""Longer files are tables or generated code more often than writing; bytes."""
+SMALLEST_DOCUMENT = 200
+"""Shorter files say nothing; bytes."""
+NOT_CODE = {"site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3", "ensurepip", "pydoc_data"}
+"""Folders of the standard library left out: other people's packages, tables, and what is a source of its own."""
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+TALKATIVE = ("torch/nn", "torch/optim", "torch/utils", "torch/distributions", "numpy/lib", "numpy/linalg", "pydantic")
+"""Folders of required packages whose docstrings explain themselves in prose."""
+LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
+
+
+class Document(NamedTuple):
+    """One text with the name it is sorted by."""
+
+    name: str
+    text: str
+
+
+def read_document(path: Path, name: str) -> Document | None:
+    """The file as a document; None when it is not UTF-8, cannot be read, or is too short or too long."""
+    try:
+        if not SMALLEST_DOCUMENT <= path.stat().st_size <= LARGEST_DOCUMENT:
+            return None
+        return Document(name, path.read_bytes().decode("utf-8").replace("\r\n", "\n"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def read_documents(files: Iterable[tuple[str, Path]]) -> list[Document]:
+    """The readable ones of named files, in the order of their names."""
+    found = (read_document(path, name) for name, path in sorted(files))
+    return [document for document in found if document is not None]
+
+
+def standard_library() -> Path:
+    """Folder of the standard library: the base interpreter's, also inside a virtual environment."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def python_files(folder: Path, tests: bool) -> Iterator[tuple[str, Path]]:
+    """The .py files below `folder` that are tests, or those that are not, with their names relative to it."""
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(folder).parts
+        is_test = not TEST_FOLDERS.isdisjoint(parts[:-1])
+        if is_test == tests and NOT_CODE.isdisjoint(parts):
+            yield "/".join(parts), path
+
+
+def library_code() -> list[Document]:
+    """The modules of the standard library."""
+    return read_documents(python_files(standard_library(), tests=False))
+
+
+def library_tests() -> list[Document]:
+    """The tests of the standard library; some distributions of Python leave them out."""
+    return read_documents(python_files(standard_library(), tests=True))
+
+
+def language_reference() -> list[Document]:
+    """The chapters of the language reference behind `help("topics")`."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        return []
+    return [Document(name, topics[name]) for name in sorted(topics) if len(topics[name]) >= SMALLEST_DOCUMENT]
+
+
+def packages() -> list[importlib.metadata.Distribution]:
+    """Installed packages by name, once each, without Castalia itself, whose texts change as it is written."""
+    found = {
+        dist.metadata["Name"].lower(): dist for dist in importlib.metadata.distributions() if dist.metadata["Name"]
+    }
+    return [found[name] for name in sorted(found) if name != "castalia"]
+
+
+def package_readmes() -> list[Document]:
+    """What installed packages say of themselves: the descriptions in their metadata."""
+    texts = [(dist.metadata["Name"].lower(), dist.metadata.get_payload()) for dist in packages()]  # type: ignore[attr-defined]
+    return [
+        Document(name, text)
+        for name, text in texts
+        if isinstance(text, str) and SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT and "\ufffd" not in text
+    ]
+
+
+def licence_files(dist: importlib.metadata.Distribution) -> Iterator[tuple[str, Path]]:
+    """Licence files in the metadata folder of one package."""
+    for file in dist.files or []:
+        folder = file.parts[0]
+        if folder.endswith((".dist-info", ".egg-info")) and file.name.upper().startswith(LICENCE_NAMES):
+            yield str(file), Path(str(dist.locate_file(file)))
+
+
+def licences() -> list[Document]:
+    """Licences of Python and of installed packages, each wording as often as it is installed."""
+    files = [("python/LICENSE.txt", standard_library() / "LICENSE.txt")]
+    for dist in packages():
+        files.extend(licence_files(dist))
+    return read_documents(files)
+
+
+def package_papers() -> list[Document]:
+    """READMEs and licences of installed packages."""
+    return [Document(f"readme/{name}", text) for name, text in package_readmes()] + [
+        Document(f"licence/{name}", text) for name, text in licences()
+    ]
+
+
+def package_folder(name: str) -> Path | None:
+    """Folder of `package/sub/folder`, found without importing the package."""
+    top, _, rest = name.partition("/")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations))) / rest
+    return folder if folder.is_dir() else None
+
+
+def docstrings_of(code: str) -> str:
+    """Every docstring of a module, in its order, a blank line apart; empty when the code cannot be parsed."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escape sequences in other people's strings
+            tree = ast.parse(code)
+    except (SyntaxError, ValueError):
+        return ""
+    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(text for text in found if text)
+
+
+def package_docstrings() -> list[Document]:
+    """The docstrings of a few required packages, one document a module."""
+    modules = []
+    for name in TALKATIVE:
+        folder = package_folder(name)
+        if folder is not None:
+            files = ((f"{name}/{inner}", path) for inner, path in python_files(folder, tests=False))
+            modules.extend(read_documents(files))
+    texts = [Document(module.name, docstrings_of(module.text)) for module in modules]
+    return [document for document in texts if len(document.text) >= SMALLEST_DOCUMENT]
