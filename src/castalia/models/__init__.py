@@ -1,0 +1,36 @@
+"""Plain PyTorch models of the GPT-NeoX family, their start weights, KV cache, parameter and FLOP counts.
+
+What needs torch is imported when it is asked for, so that a config alone stays quick to load.
+"""
+
+from typing import TYPE_CHECKING
+
+from castalia.models.config import ModelConfig
+from castalia.models.flops import ParameterCounts, flops_per_token, parameter_counts
+
+if TYPE_CHECKING:
+    from castalia.models.cache import KVCache
+    from castalia.models.decoder import Block, Decoder
+    from castalia.models.init import init_parameter
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "KVCache",
+    "ModelConfig",
+    "ParameterCounts",
+    "flops_per_token",
+    "init_parameter",
+    "parameter_counts",
+]
+
+PLACES = {"Block": "decoder", "Decoder": "decoder", "KVCache": "cache", "init_parameter": "init"}
+
+
+def __getattr__(name: str) -> object:
+    """Import a class or function that needs torch on its first use."""
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)

@@ -30,6 +30,8 @@ class ModelConfig(Config):
     """Share of each head's dimensions that rotary position embedding turns."""
     rotary_emb_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rope_numerics: Literal["fp32", "neox_v1_fp16"] = "fp32"
+    """Arithmetic of the rotary tables; neox_v1_fp16 repeats the rounding that Pythia and GPT-NeoX-20B trained with."""
     parallel_residual: bool = True
     """x + attn(norm1 x) + mlp(norm2 x) in place of one after the other (GPT-NeoX: gpt_j_residual)."""
     tie_word_embeddings: bool = False

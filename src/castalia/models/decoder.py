@@ -1,0 +1,176 @@
+"""The decoder of GPT-NeoX and Pythia in plain PyTorch.
+
+Shapes: B batch, T time, C width, H heads, D width of a head, V padded vocabulary.
+
+Source  Black et al. 2022, arXiv:2204.06745 (GPT-NeoX-20B); Biderman et al. 2023, arXiv:2304.01373 (Pythia).
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from castalia.models.cache import KVCache, LayerCache
+from castalia.models.config import ModelConfig
+from castalia.models.flops import flops_per_token
+from castalia.models.init import init_parameter
+from castalia.models.rotary import Rope, rope_tables, split_qkv
+
+
+class Attention(nn.Module):
+    """Causal self-attention with one fused QKV projection; its row (3 * head + c) * D + d is c of q, k, v."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self, x_BTC: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C). `mask` is bool (1 or B, 1, T, keys), True where a query may look; None is causal."""
+        q, k, v = split_qkv(self.qkv(x_BTC), self.head_dim, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        # One query that follows cached keys sees them all; is_causal would let it see the first only.
+        causal = mask is None and q.shape[2] > 1
+        y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.out(y_BHTD.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Up, GELU, down."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.up = nn.Linear(config.hidden_size, config.ffn_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down(F.gelu(self.up(x_BTC), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """One layer. Parallel: x + attn(norm1 x) + mlp(norm2 x). Serial: x + attn(norm1 x), then x + mlp(norm2 x)."""
+
+    tp_plan = {"attn.qkv": "column", "attn.out": "row", "mlp.up": "column", "mlp.down": "row"}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTC: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
+        attn_BTC = self.attn(self.norm1(x_BTC), rope, mask, cache)
+        if self.parallel_residual:
+            return x_BTC + (attn_BTC + self.mlp(self.norm2(x_BTC)))
+        x_BTC = x_BTC + attn_BTC
+        return x_BTC + self.mlp(self.norm2(x_BTC))
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states, and hidden states to logits.
+
+    `recompute = True` stores only each block's input in training and computes the rest again in the backward pass.
+    Parameters have no meaning until `init_weights` or a checkpoint fills them; the module has no buffers, so building
+    on the meta device followed by `to_empty` loses nothing.
+    """
+
+    tp_plan = {"embed": "vocab", "unembed": "column"}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if not config.tie_word_embeddings:
+            self.unembed = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm.
+
+        Shapes  tokens (B, T) int64; positions (B, T) int64, the place of each token for the rotary embedding, default
+                0..T-1 or, with a cache, after what the row has; segments (B, T) int64: a token sees only earlier
+                tokens of its own segment -> (B, T, C).
+        With a cache the tokens are appended to it; see castalia.models.cache for rows of different lengths.
+        Raises  ValueError if the cache is too small, or given together with segments.
+        """
+        T = tokens.shape[1]
+        mask = None
+        if cache is not None:
+            if segments is not None:
+                raise ValueError("segments pack documents for training and cannot be used with a KV cache")
+            cache.require_room(T)
+            mask = cache.mask(T)
+            positions = cache.positions(T) if positions is None else positions
+        elif segments is not None:
+            mask = segment_mask(segments)
+        rope = self.rope(tokens, positions)
+        x_BTC = self.embed(tokens)
+        for i, block in enumerate(self.layers):
+            x_BTC = self.run_block(block, x_BTC, rope, mask, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x_BTC)
+
+    def run_block(
+        self, block: nn.Module, x_BTC: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        """One block, its activations stored or, with `recompute`, computed again in the backward pass."""
+        if self.recompute and torch.is_grad_enabled() and cache is None:
+            return checkpoint(block, x_BTC, rope, mask, use_reentrant=False, preserve_rng_state=False)
+        return block(x_BTC, rope, mask, cache)
+
+    def rope(self, tokens: Tensor, positions: Tensor | None) -> Rope | None:
+        """Rotary tables of this pass, shared by all blocks; None when nothing turns."""
+        if not self.config.rotary_dim:
+            return None
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        return rope_tables(self.config, positions)
+
+    def head(self, hidden_BTC: Tensor) -> Tensor:
+        """Logits (B, T, V) over the padded vocabulary; the columns from vocab_size on belong to no token."""
+        return F.linear(hidden_BTC, self.head_weight)
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """The output matrix (V, C): unembed.weight, or embed.weight when they are tied."""
+        weight = self.embed.weight if self.config.tie_word_embeddings else self.unembed.weight
+        return cast(nn.Parameter, weight)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all parameters; each depends on (seed, its name) alone, not on device, order or layout of processes."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(init_parameter(name, parameter.shape, self.config, seed))
+
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs of one training token, forward and backward, in rows of T tokens."""
+        return flops_per_token(self.config, T)
+
+
+def segment_mask(segments: Tensor) -> Tensor:
+    """Block-diagonal causal mask: (B, T) int64 -> bool (B, 1, T, T), True where a query may see a key."""
+    same_BTT = segments[:, :, None] == segments[:, None, :]
+    return same_BTT.tril()[:, None]
