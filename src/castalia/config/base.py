@@ -1,6 +1,6 @@
 """`Config`: the base of every config class. Strict about names, and all problems come out at once."""
 
-from typing import Any, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -16,45 +16,88 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
+class Problem(NamedTuple):
+    """One thing that is wrong with a config."""
+
+    key: str
+    """Dotted key, empty for a rule that spans the whole config."""
+    text: str
+    """What is wrong, with the key in front."""
+    unknown: bool = False
+    """The key does not exist."""
+
+
 def build(kind: type[C], values: dict[str, Any], where: str) -> C:
     """Make a config of class `kind` out of nested `values`.
 
     Raises  ConfigError with one line a problem: dotted key, what is wrong, what was given, the nearest right name.
     """
+    config, problems = check(kind, values)
+    if config is None:
+        raise ConfigError(report([problem.text for problem in problems], where))
+    return config
+
+
+def report(lines: list[str], where: str) -> str:
+    """The message of a ConfigError that lists every problem: a headline, then one line each."""
+    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return f"{count} in the config ({where}):\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def check(kind: type[C], values: dict[str, Any]) -> tuple[C | None, list[Problem]]:
+    """The config of class `kind`, or None and every problem that stands in its way."""
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values), []
     except ValidationError as error:
-        lines = [problem_line(kind, item) for item in error.errors(include_url=False)]
-        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-        raise ConfigError(f"{count} in the config ({where}):\n" + "\n".join(f"  {line}" for line in lines)) from None
+        return None, [problem_of(kind, item) for item in error.errors(include_url=False)]
 
 
-def problem_line(kind: type[Config], item: Any) -> str:
-    """One line for one pydantic error."""
+def problem_of(kind: type[Config], item: Any) -> Problem:
+    """What one pydantic error says, in our words."""
     path = [part for part in item["loc"] if isinstance(part, str | int)]
     key = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
-        names = field_names(kind, path[:-1])
-        hint = nearest(str(path[-1]), names) or f"; have: {', '.join(names)}"
-        return f"{key}: unknown key{hint}"
+        return Problem(key, f"{key}: unknown key{hint_for(kind, path)}", unknown=True)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] in ("value_error", "missing"):
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {item['input']!r}"
+        return Problem(key, f"{key}: {message}" if key else message)
+    return Problem(key, f"{key}: {message}, got {item['input']!r}")
+
+
+def hint_for(kind: type[Config], path: list[Any]) -> str:
+    """Where the unknown key at `path` may have been meant to stand: the same name elsewhere, a near one, the menu."""
+    name = str(path[-1])
+    elsewhere = [key for key in leaves(kind) if key.split(".")[-1] == name]
+    if elsewhere:
+        return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
+    names = field_names(kind, path[:-1])
+    return nearest(name, names) or f"; have: {', '.join(names)}"
 
 
 def field_names(kind: type[Config], path: list[Any]) -> list[str]:
     """Names of the fields of the config class that stands at `path` below `kind`."""
     for part in path:
         field = kind.model_fields.get(str(part))
-        if field is None:
+        inner = section(field.annotation) if field else None
+        if inner is None:
             return []
-        options = [field.annotation, *get_args(field.annotation)]
-        inner = [option for option in options if isinstance(option, type) and issubclass(option, Config)]
-        if not inner:
-            return []
-        kind = inner[0]
+        kind = inner
     return list(kind.model_fields)
+
+
+def section(annotation: Any) -> type[Config] | None:
+    """The config class that a field of this type holds, or None."""
+    options = [annotation, *get_args(annotation)]
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Config)), None)
+
+
+def leaves(kind: type[Config], prefix: str = "") -> list[str]:
+    """Dotted names of every value below `kind`, in order."""
+    out: list[str] = []
+    for name, field in kind.model_fields.items():
+        inner = section(field.annotation)
+        out += leaves(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
+    return out
 
 
 def dump_yaml(config: Config) -> str:

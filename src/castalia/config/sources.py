@@ -57,13 +57,19 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+def is_override(text: str) -> bool:
+    """Whether `text` has the form a.b=c."""
+    return re.match(r"^[A-Za-z_][\w.\-]*=", text) is not None
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Lay `a.b=c` overrides on nested values; the right side is YAML (`3e-4`, `true`, `[1, 2]`, `null`, text).
 
     Raises  ConfigError listing every override without `=` or with an empty key.
     """
     out = dict(values)
-    wrong = [text for text in overrides if not re.match(r"^[A-Za-z_][\w.\-]*=", text)]
+    overrides = list(overrides)
+    wrong = [text for text in overrides if not is_override(text)]
     if wrong:
         raise ConfigError(f"not an override of the form a.b=c: {', '.join(map(repr, wrong))}")
     for text in overrides:

@@ -1,0 +1,6 @@
+"""Presets as data, and the way from presets, files and overrides to one config."""
+
+from castalia.recipes.load import Resolved, load_config, resolve
+from castalia.recipes.presets import preset, preset_names
+
+__all__ = ["Resolved", "load_config", "preset", "preset_names", "resolve"]

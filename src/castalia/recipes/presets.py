@@ -1,0 +1,27 @@
+"""The presets by name. Each makes nested config values; later sources are laid over them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from castalia.core.registry import Registry
+from castalia.recipes.debug import debug
+from castalia.recipes.pythia import NAMES, pythia
+
+PRESETS: Registry[Callable[[str], dict[str, Any]]] = Registry("preset")
+
+PRESETS.register("debug")(debug)
+for known in NAMES:
+    PRESETS.register(known)(pythia)
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Nested values of the preset `name`, a fresh copy.
+
+    Raises  ConfigError on an unknown name, with the list and the nearest.
+    """
+    return PRESETS[name](name)
+
+
+def preset_names() -> list[str]:
+    """Every preset's name, small to large."""
+    return list(PRESETS)

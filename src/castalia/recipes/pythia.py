@@ -1,0 +1,98 @@
+"""The ten Pythia sizes as they were really trained, each for the Pile and for the deduplicated Pile.
+
+Source  the published GPT-NeoX files (github.com/EleutherAI/pythia, models/), corrected where they are known to be
+        wrong: pythia-12b-deduped has 36 layers and 40 heads (the file says 40 and 36; only this gives the released
+        11,846,072,320 parameters), and the released 1b was trained in bf16 (its file says fp16; 1b-deduped is fp16).
+        The two runs of a size differ in the data alone.
+"""
+
+from typing import Any, NamedTuple
+
+from castalia.checkpoint.config import PYTHIA_EARLY
+
+STEPS = 143_000
+TOKENIZER_IDS = 50_277
+"""Ids of the GPT-NeoX-20B tokenizer, the added ones included."""
+
+
+class Size(NamedTuple):
+    """What differs between the sizes."""
+
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    lr: float
+    micro_batch_size: int
+    """Rows that one GPU of the published run took at a time."""
+    vocab_multiple: int = 128
+    """128 times the tensor parallel degree of the published run; it sets the rows of the embedding."""
+    recompute: bool = True
+    neox_default_init: bool = False
+    """The file of this size names no initialization, so GPT-NeoX's defaults held."""
+
+
+SIZES = {
+    "14m": Size(6, 128, 4, 1e-3, 32, recompute=False),
+    "31m": Size(6, 256, 8, 1e-3, 32, recompute=False),
+    "70m": Size(6, 512, 8, 1e-3, 32),
+    "160m": Size(12, 768, 12, 6e-4, 32),
+    "410m": Size(24, 1024, 16, 3e-4, 32),
+    "1b": Size(16, 2048, 8, 2.5e-4, 16),
+    "1.4b": Size(24, 2048, 16, 2e-4, 16),
+    "2.8b": Size(32, 2560, 32, 1.6e-4, 16),
+    "6.9b": Size(32, 4096, 32, 1.2e-4, 8, vocab_multiple=256, neox_default_init=True),
+    "12b": Size(36, 5120, 40, 1.2e-4, 8, vocab_multiple=512, neox_default_init=True),
+}
+
+
+def model(size: Size) -> dict[str, Any]:
+    """Values of `model.*`."""
+    init, out = ("normal", "scaled_normal") if size.neox_default_init else ("small_init", "wang_init")
+    return {
+        "num_layers": size.num_layers,
+        "hidden_size": size.hidden_size,
+        "num_attention_heads": size.num_attention_heads,
+        "vocab_size": TOKENIZER_IDS,
+        "make_vocab_size_divisible_by": size.vocab_multiple,
+        "max_position_embeddings": 2048,
+        "rotary_pct": 0.25,
+        "parallel_residual": True,
+        "tie_word_embeddings": False,
+        "activation": "gelu_tanh",
+        "init_method": init,
+        "output_layer_init_method": out,
+    }
+
+
+def pythia(name: str) -> dict[str, Any]:
+    """The preset `pythia-<size>` or `pythia-<size>-deduped`; the data are for the user to name (`data.train=`)."""
+    key = name.removeprefix("pythia-").removesuffix("-deduped")
+    size = SIZES[key]
+    return {
+        "recipe": name,
+        "output": f"runs/{name}",
+        "seed": 1234,
+        "precision": "bf16" if name == "pythia-1b" else "fp16",
+        "model": model(size),
+        "data": {"seq_length": 2048},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 1024,
+            "micro_batch_size": size.micro_batch_size,
+            "recompute": size.recompute,
+            "log_every": 10,
+        },
+        "optim": {"lr": size.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0},
+        "schedule": {
+            "name": "cosine_neox_v1",
+            "warmup": 0.01,
+            "min_lr": float(f"{size.lr / 10:.6g}"),
+            "decay_steps": STEPS,
+        },
+        "loss_scale": {"initial_power": 12, "window": 1000, "hysteresis": 2, "minimum": 1.0},
+        "checkpoint": {"steps": PYTHIA_EARLY, "every": 1000},
+        "parallel": {"reshard_after_forward": False},
+    }
+
+
+NAMES = [f"pythia-{size}{data}" for size in SIZES for data in ("", "-deduped")]
