@@ -1,0 +1,1 @@
+"""The one loop, its losses, optimizer, schedules and hooks."""

@@ -1,0 +1,59 @@
+"""The machine that a run uses: peak rate, memory, versions."""
+
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PEAK_TFLOPS = {
+    "H100 PCIe": 756,
+    "H100": 989.5,
+    "H200": 989.5,
+    "A100": 312,
+    "B200": 2250,
+    "L40S": 362,
+    "A10G": 70,
+    "V100": 125,
+}
+"""Dense bf16 (V100: fp16) tensor-core peak in TFLOP/s by a part of the device name, from NVIDIA's data sheets."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a known GPU; None for a CPU or an unknown GPU, whose utilization is then 'n/a'."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    for part, peak in PEAK_TFLOPS.items():
+        if part in name:
+            return peak * 1e12
+    return None
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes so far: allocated on the GPU, or resident for a CPU process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_environment(device: torch.device, processes: int) -> dict[str, object]:
+    """Versions and hardware, for env.json."""
+    packages = {}
+    for name in ("castalia", "torch", "numpy", "tokenizers", "safetensors", "pydantic"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed as a package"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processes": processes,
+        "packages": packages,
+    }

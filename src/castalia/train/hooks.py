@@ -1,0 +1,179 @@
+"""What happens around the steps: log, save, validate, stop. Hooks run in list order."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from castalia.checkpoint.policy import SavePolicy
+from castalia.models.flops import flops_per_token
+from castalia.monitor import JsonlSink, duration, memory_bytes, peak_flops, quantity
+from castalia.train.precision import arithmetic
+from castalia.train.resume import checkpoint_files, checkpoint_state, checkpoint_tensors
+
+if TYPE_CHECKING:
+    from castalia.train.trainer import Trainer
+
+
+class Hook:
+    """Does nothing; subclasses override what they need."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """After the resume, before the first step."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """After each step; `trainer.metrics` holds its numbers."""
+
+    def on_error(self, trainer: "Trainer", error: BaseException) -> None:
+        """When the loop ends by an exception."""
+
+    def close(self, trainer: "Trainer") -> None:
+        """At the end, in every case."""
+
+
+class Metrics(Hook):
+    """metrics.jsonl: one object a step."""
+
+    sink: JsonlSink | None = None
+
+    def start(self, trainer: "Trainer") -> None:
+        """Open the file; steps that will run again are dropped from it."""
+        if trainer.world.leads:
+            path = Path(trainer.config.output) / "metrics.jsonl"
+            self.sink = JsonlSink(path, resume_step=trainer.progress.step)
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Append the step."""
+        if self.sink:
+            self.sink.write(trainer.progress.step, trainer.metrics)
+
+    def close(self, trainer: "Trainer") -> None:
+        """Close the file."""
+        if self.sink:
+            self.sink.close()
+
+
+class StepLine(Hook):
+    """One line on the screen every train.log_every steps and at the first and last."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """Begin to count time and tokens."""
+        self.since, self.step, self.tokens = time.perf_counter(), trainer.progress.step, trainer.progress.tokens
+        self.data = trainer.clock.data
+        self.flops = flops_per_token(trainer.config.model, trainer.config.data.seq_length)
+        peak = peak_flops(trainer.world.device)
+        self.peak = peak * trainer.world.size if peak else None
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Print, when it is time to."""
+        step, last = trainer.progress.step, trainer.config.train.steps
+        if trainer.world.leads and (step % trainer.config.train.log_every == 0 or step in (1, last)):
+            print(self.line(trainer), flush=True)
+
+    def line(self, trainer: "Trainer") -> str:
+        """`step 1200/143000  0.8%  loss 3.4127  ...`, averaged since the line before."""
+        now, progress, metrics = time.perf_counter(), trainer.progress, trainer.metrics
+        seconds = max(1e-9, now - self.since)
+        speed = (progress.tokens - self.tokens) / seconds
+        left = (trainer.config.train.steps - progress.step) * seconds / max(1, progress.step - self.step)
+        data_share = (trainer.clock.data - self.data) / seconds
+        mfu = f"{speed * self.flops / self.peak:.1%}" if self.peak else "n/a"
+        self.since, self.step, self.tokens, self.data = now, progress.step, progress.tokens, trainer.clock.data
+        parts = [
+            f"step {progress.step}/{trainer.config.train.steps}",
+            f"{progress.step / trainer.config.train.steps:.1%}",
+            f"loss {metrics['loss']:.4f}",
+            f"gnorm {metrics['grad_norm']:.2f}",
+            f"lr {metrics['lr']:.1e}",
+            f"tok/s {quantity(speed)}",
+            f"mfu {mfu}",
+            f"mem {memory_bytes(trainer.world.device) / 2**30:.1f}GiB",
+            f"data {data_share:.1%}",
+            f"eta {duration(left)}",
+        ]
+        if "valid_loss" in metrics:
+            parts.insert(3, f"valid {metrics['valid_loss']:.4f}")
+        return "  ".join(parts)
+
+
+class Validate(Hook):
+    """Mean loss on the validation rows every train.eval_every steps, as `valid_loss` in the metrics."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Run when due; the rows of one validation are the same each time."""
+        every = trainer.config.train.eval_every
+        if every and trainer.rows.valid is not None and trainer.progress.step % every == 0:
+            trainer.metrics["valid_loss"] = self.mean_loss(trainer)
+
+    @torch.no_grad()
+    def mean_loss(self, trainer: "Trainer") -> float:
+        """Loss over train.eval_batches batches, by target."""
+        trainer.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=trainer.world.device)
+        batches = trainer.batches(trainer.rows.valid, 0)
+        for _ in range(trainer.config.train.eval_batches):
+            for batch in next(batches):
+                with arithmetic(trainer.config.precision, trainer.world.device):
+                    out = trainer.loss(trainer.model, batch.to(trainer.world.device))
+                total += torch.stack([out.total.double(), out.tokens.double()])
+        trainer.model.train()
+        loss, tokens = trainer.world.sum(total).tolist()
+        return loss / max(1.0, tokens)
+
+
+class Save(Hook):
+    """Checkpoints by the save policy, and one at the end or when the run is asked to stop."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """Save step 0 when the policy has it."""
+        self.policy = SavePolicy(trainer.config.checkpoint, trainer.config.train.steps)
+        self.files = checkpoint_files(trainer.config)
+        if trainer.progress.step == 0 and self.policy.due(0):
+            self.save(trainer)
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Save when due."""
+        if self.policy.due(trainer.progress.step) or trainer.stopping:
+            self.save(trainer)
+
+    def save(self, trainer: "Trainer") -> None:
+        """Stage the state and go on; the writing happens behind."""
+        asynchronous = trainer.config.checkpoint.asynchronous
+        timing = trainer.store.save(
+            trainer.progress.step,
+            checkpoint_tensors(trainer),
+            checkpoint_state(trainer),
+            self.files,
+            asynchronous=asynchronous,
+        )
+        trainer.metrics["save_stall_seconds"] = round(timing.stall, 4)
+        if trainer.world.leads:
+            self.policy.apply_retention(trainer.store)
+
+    def close(self, trainer: "Trainer") -> None:
+        """Wait until everything is on the disk."""
+        trainer.store.wait()
+
+
+class StopOnSignal(Hook):
+    """SIGTERM or SIGUSR1: finish the step, save, and leave the loop on all processes together."""
+
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+
+    def start(self, trainer: "Trainer") -> None:
+        """Catch the signals."""
+
+        def ask(number: int, frame: FrameType | None) -> Any:
+            trainer.stop_asked = True
+            print(f"castalia: {signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+
+        self.before = {number: signal.signal(number, ask) for number in self.signals}
+
+    def close(self, trainer: "Trainer") -> None:
+        """Give the signals back."""
+        for number, handler in getattr(self, "before", {}).items():
+            signal.signal(number, handler)

@@ -1,0 +1,136 @@
+"""What a checkpoint of a run holds, and how a run continues from one."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from castalia.config import dump_yaml, flatten, read_yaml
+from castalia.core.errors import ConfigError, DataError
+from castalia.core.files import atomic_write, write_json
+from castalia.data import changed, load_tokenizer
+from castalia.monitor import describe_environment
+from castalia.train.config import RunConfig
+from castalia.train.optim import optimizer_tensors, set_updates
+
+if TYPE_CHECKING:
+    from castalia.distributed import World
+    from castalia.train.trainer import Trainer
+
+FREE_TO_CHANGE = (
+    "recipe",
+    "output",
+    "device",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.recompute",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "checkpoint.",
+    "parallel.",
+    "data.workers",
+    "data.allow_changed",
+    "data.train",
+    "data.valid",
+    "data.tokenizer",
+)
+"""Keys that a resumed run may change: they do not alter the model, the update rule or the order. The data themselves
+are compared by content, so their paths may move."""
+
+
+def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
+    """Live tensors of model and optimizer, by their names in a checkpoint."""
+    weights = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
+    return weights | optimizer_tensors(trainer.model, trainer.optimizer)
+
+
+def checkpoint_state(trainer: "Trainer") -> dict[str, Any]:
+    """Everything else that must survive a crash; no entry names a rank."""
+    return {
+        "progress": trainer.progress.state_dict(),
+        "loss_scale": trainer.scale.state_dict(),
+        "data": trainer.rows.fingerprint,
+    }
+
+
+def checkpoint_files(config: RunConfig) -> dict[str, str]:
+    """Text files that make a checkpoint usable by itself: the config and the tokenizer."""
+    files = {"config.yaml": dump_yaml(config)}
+    if config.data.tokenizer:
+        files["tokenizer.json"] = load_tokenizer(config.data.tokenizer).to_json()
+    return files
+
+
+def resume(trainer: "Trainer") -> None:
+    """Fill the trainer from its newest good checkpoint; a fresh run is left as it is.
+
+    Raises  DataError if the data changed since that checkpoint was saved.
+    """
+    tensors = checkpoint_tensors(trainer)
+    step = trainer.world.agree(newest_good(trainer) if trainer.world.leads else 0)
+    if step < 0:
+        return
+    state = trainer.store.load(step, tensors)
+    require_same_data(state["data"], trainer)
+    trainer.progress.load_state_dict(state["progress"])
+    trainer.scale.load_state_dict(state["loss_scale"])
+    set_updates(trainer.optimizer, trainer.progress.updates)
+    if trainer.world.leads:
+        print(f"resumed from {trainer.store.folder_of(step)}", flush=True)
+
+
+def newest_good(trainer: "Trainer") -> int:
+    """Step of the newest checkpoint whose every byte is as it was written; -1 when there is none at all."""
+    step = trainer.store.latest_good()
+    for warning in trainer.store.warnings:
+        print(f"castalia: warning: {warning}", file=sys.stderr, flush=True)
+    return -1 if step is None else step
+
+
+def require_same_data(saved: dict[str, Any], trainer: "Trainer") -> None:
+    """Compare the data fingerprint of the checkpoint with the one of the data on disk."""
+    differences = changed(saved, trainer.rows.fingerprint)
+    if not differences:
+        return
+    text = "the data differ from those of the checkpoint: " + "; ".join(differences)
+    if not trainer.config.data.allow_changed:
+        raise DataError(f"{text}; restore them, choose another output=, or go on with data.allow_changed=true")
+    print(f"castalia: warning: {text} (data.allow_changed is true)", file=sys.stderr, flush=True)
+
+
+def open_run_folder(config: RunConfig, world: "World", command: list[str]) -> None:
+    """Make or check the run folder and write config.yaml, command.txt and env.json.
+
+    Raises  ConfigError if the folder holds a run of another config, listing the keys that differ.
+    """
+    folder = Path(config.output)
+    path = folder / "config.yaml"
+    if path.exists():
+        require_same_run(config, path)
+    elif (folder / "checkpoints").exists():
+        raise ConfigError(f"{folder} holds checkpoints but no config.yaml; choose another output= or remove the folder")
+    with atomic_write(path) as file:
+        file.write(dump_yaml(config))
+    with atomic_write(folder / "command.txt") as file:
+        file.write(" ".join(command) + "\n")
+    write_json(folder / "env.json", describe_environment(world.device, world.size) | {"pid": os.getpid()})
+
+
+def require_same_run(config: RunConfig, path: Path) -> None:
+    """Compare with the config of the run that the folder holds."""
+    old, new = flatten(read_yaml(path)), flatten(json.loads(config.model_dump_json()))
+    differ = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if not key.startswith(FREE_TO_CHANGE) and old.get(key) != new.get(key)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{path.parent} holds a run of another config ({'; '.join(differ)});"
+            " choose another output=, or remove that folder to start anew"
+        )

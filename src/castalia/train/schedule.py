@@ -1,0 +1,72 @@
+"""Learning rate by step. Formulas of GPT-NeoX: megatron/learning_rates.py at v1.0 and today."""
+
+import math
+from collections.abc import Callable
+
+from castalia.train.config import ScheduleConfig
+
+Schedule = Callable[[int], float]
+"""Number of updates already made -> learning rate of the next one."""
+
+
+def make_schedule(config: ScheduleConfig, lr: float, steps: int) -> Schedule:
+    """The rate as a function of n, the updates already made (update number s uses n = s - 1).
+
+    Units   lr is the peak; the horizon is config.decay_steps or `steps`; warmup is a share of the horizon, kept as a
+            float as GPT-NeoX does.
+    Source  cosine_neox_v1: the code that trained Pythia (lr 0 at n = 0, cosine towards 0 over the whole horizon and
+            floored); the others: GPT-NeoX today, where n = 0 and n = 1 share a rate.
+    """
+    horizon = config.decay_steps or steps
+    warmup = config.warmup * horizon
+    if config.name == "cosine_neox_v1":
+        return lambda n: neox_v1_cosine(n, lr, config.min_lr, horizon, warmup)
+    shape = SHAPES[config.name]
+
+    def rate(n: int) -> float:
+        if warmup and n <= warmup:
+            return lr * min(1.0, max(1, n) / warmup)
+        if config.name == "constant":
+            return lr
+        done = min(1.0, (n - warmup) / max(1.0, horizon - warmup))
+        return max(config.min_lr, shape(done, lr, config))
+
+    return rate
+
+
+def neox_v1_cosine(n: int, lr: float, min_lr: float, horizon: int, warmup: float) -> float:
+    """GPT-NeoX v1.0: the horizon is not shortened by the warmup, so the floor is reached early."""
+    clamped = min(n, horizon - warmup)
+    if warmup and n <= warmup:
+        return lr * clamped / warmup
+    return max(min_lr, lr / 2 * (math.cos(math.pi * (clamped - warmup) / horizon) + 1))
+
+
+def cosine(done: float, lr: float, config: ScheduleConfig) -> float:
+    """Half a cosine from lr to min_lr."""
+    return config.min_lr + (lr - config.min_lr) / 2 * (1 + math.cos(math.pi * done))
+
+
+def linear(done: float, lr: float, config: ScheduleConfig) -> float:
+    """A straight line to 0; the caller floors it at min_lr."""
+    return lr * (1 - done)
+
+
+def exponential(done: float, lr: float, config: ScheduleConfig) -> float:
+    """Halved over the horizon: GPT-NeoX's constant is 0.693."""
+    return lr * math.exp(-0.693 * done)
+
+
+def warmup_stable_decay(done: float, lr: float, config: ScheduleConfig) -> float:
+    """Constant, then a straight line to min_lr over the last `decay_share` (Hu et al. 2024, arXiv:2404.06395)."""
+    into_decay = max(0.0, done - (1 - config.decay_share)) / config.decay_share
+    return lr - (lr - config.min_lr) * into_decay
+
+
+SHAPES: dict[str, Callable[[float, float, ScheduleConfig], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "exponential": exponential,
+    "constant": lambda done, lr, config: lr,
+    "wsd": warmup_stable_decay,
+}

@@ -1,0 +1,72 @@
+"""A room imports only from floors below its own; imports hidden in functions count."""
+
+import ast
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "castalia"
+FLOORS = {
+    "core": 0,
+    "config": 1,
+    "data": 2,
+    "mixing": 2,
+    "models": 2,
+    "distributed": 2,
+    "monitor": 2,
+    "checkpoint": 3,
+    "train": 4,
+    "inference": 4,
+    "eval": 5,
+    "analysis": 5,
+    "recipes": 6,
+    "cli": 7,
+}
+DOORS = {"__init__.py", "__main__.py"}
+"""Files at the top of the package: they lead into rooms and nothing imports them but the version."""
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of Castalia that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "castalia" else {module}
+    return {name.split(".")[1] for name in names if name.startswith("castalia.")} - {"__version__"}
+
+
+def test_every_folder_stands_on_a_floor():
+    rooms = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert rooms <= set(FLOORS), f"no floor for {sorted(rooms - set(FLOORS))}: add it to the table with the reason"
+    strays = {path.name for path in SOURCE.glob("*.py")} - DOORS
+    assert not strays, f"{sorted(strays)} belong in a room"
+
+
+def test_rooms_import_only_from_below():
+    wrong = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        room = path.relative_to(SOURCE).parts[0]
+        if room in DOORS:
+            continue
+        for other in sorted(imported_rooms(path) - {room}):
+            if FLOORS[other] >= FLOORS[room]:
+                where = path.relative_to(SOURCE)
+                wrong.append(f"{where} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rule_sees_imports_in_functions(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text("def f():\n    from castalia.cli import app\n    import castalia.train.trainer\n")
+    assert imported_rooms(path) == {"cli", "train"}
+
+
+def test_mixing_is_usable_without_torch():
+    files = (SOURCE / "mixing").rglob("*.py") if (SOURCE / "mixing").exists() else []
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] == "torch"], f"{path} imports torch"

@@ -1,0 +1,91 @@
+"""Decay groups, the clip formula and AdamW against their closed forms."""
+
+import pytest
+import torch
+from torch import nn
+
+from castalia.train.config import LossScaleConfig, OptimConfig
+from castalia.train.optim import clip_gradients, decay_groups, gradient_norm, make_optimizer, set_lr, set_updates
+from castalia.train.precision import LossScale
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.up = nn.Linear(4, 4)
+        self.unembed = nn.Linear(4, 5, bias=False)
+        self.unembed.weight = self.embed.weight
+
+
+def test_everything_but_biases_and_norms_decays_and_tied_weights_count_once():
+    model = Tiny()
+    decayed, others = (group["params"] for group in decay_groups(model, 0.1))
+    assert {id(p) for p in decayed} == {id(model.embed.weight), id(model.up.weight)}
+    assert len(decayed) == 2
+    assert {id(p) for p in others} == {id(model.norm.weight), id(model.norm.bias), id(model.up.bias)}
+
+
+def test_adamw_update_is_the_published_formula():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 2.0)
+    config = OptimConfig(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
+    optimizer = make_optimizer(model, config)
+    w, m, v = 2.0, 0.0, 0.0
+    for t, g in enumerate([0.3, -0.1, 0.7], start=1):
+        model.weight.grad = torch.full((1, 1), g)
+        set_lr(optimizer, 0.1 / t)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.95**t)
+        w -= 0.1 / t * (m_hat / (v_hat**0.5 + 1e-8) + 0.5 * w)
+        assert model.weight.item() == pytest.approx(w, rel=1e-5)
+
+
+def test_set_updates_moves_the_bias_correction():
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = make_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.0))
+    set_updates(optimizer, 41)
+    model.weight.grad = torch.ones(1, 1)
+    before = model.weight.item()
+    optimizer.step()
+    m_hat, v_hat = 0.1 / (1 - 0.9**42), 0.05 / (1 - 0.95**42)
+    assert before - model.weight.item() == pytest.approx(m_hat / v_hat**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.5, 100.0, None])
+def test_clip_coefficient(limit):
+    model = nn.Linear(3, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0, 12.0]])
+    norm = gradient_norm(model)
+    assert norm.item() == pytest.approx(13.0)
+    clip_gradients(model, norm, limit)
+    coefficient = 1.0 if limit is None else min(1.0, limit / (13.0 + 1e-6))
+    assert model.weight.grad.flatten().tolist() == pytest.approx([3 * coefficient, 4 * coefficient, 12 * coefficient])
+
+
+def test_loss_scale_follows_the_neox_state_machine():
+    scale = LossScale.of(LossScaleConfig(initial_power=12, window=3, hysteresis=2, minimum=1024), "fp16")
+    seen = []
+    for overflow in [True, True, False, False, False, True, True, True, True]:
+        scale.update(overflow)
+        seen.append(scale.value)
+    # The first overflow only uses up patience; three clean steps double the scale and give the patience back.
+    assert seen == [4096, 2048, 2048, 2048, 4096, 4096, 2048, 1024, 1024]
+
+
+def test_loss_scale_survives_a_resume_and_gives_up_after_fifty():
+    scale = LossScale.of(LossScaleConfig(), "fp16")
+    scale.update(True)
+    other = LossScale.of(LossScaleConfig(), "fp16")
+    other.load_state_dict(scale.state_dict())
+    assert other == scale
+    with pytest.raises(Exception, match="overflowed 50 steps in a row"):
+        for _ in range(50):
+            other.update(True)
+
+
+def test_no_scale_without_fp16():
+    scale = LossScale.of(LossScaleConfig(), "bf16")
+    assert not scale.enabled and scale.value == 1.0
