@@ -1,7 +1,13 @@
 """Lay one model over the processes. The order is the contract: recompute, compile, FSDP2, materialize."""
 
-from torch import nn
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from castalia.distributed.config import ParallelConfig
 from castalia.distributed.world import World
@@ -25,3 +31,22 @@ def parallelize(model: nn.Module, world: World, config: ParallelConfig, *, compi
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.to_empty(device=world.device)
     return model
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, draw: Callable[[str, Any], Tensor]) -> None:
+    """Fill every parameter with `draw(name, global shape)`; each process keeps its part, so no layout changes it."""
+    for name, parameter in model.named_parameters():
+        whole = draw(name, parameter.shape)
+        if isinstance(parameter, DTensor):
+            parameter.to_local().copy_(own_part(whole, parameter))
+        else:
+            parameter.copy_(whole)
+
+
+def own_part(whole: Tensor, sharded: DTensor) -> Tensor:
+    """The slice of `whole` that this process holds of `sharded`."""
+    shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
+    for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
+        whole = whole.narrow(dim, start if size else 0, size)
+    return whole

@@ -150,7 +150,7 @@ class Save(Hook):
             self.files,
             asynchronous=asynchronous,
         )
-        trainer.metrics["save_stall_seconds"] = round(timing.stall, 4)
+        trainer.carried["save_stall_seconds"] = round(timing.stall, 4)
         if trainer.world.leads:
             self.policy.apply_retention(trainer.store)
 

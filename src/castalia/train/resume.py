@@ -1,8 +1,9 @@
 """What a checkpoint of a run holds, and how a run continues from one."""
 
 import json
-import os
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from castalia.config import dump_yaml, flatten, read_yaml
 from castalia.core.errors import ConfigError, DataError
-from castalia.core.files import atomic_write, write_json
+from castalia.core.files import atomic_write, cannot_write, write_json
 from castalia.data import changed, load_tokenizer
 from castalia.monitor import describe_environment
 from castalia.train.config import RunConfig
@@ -103,22 +104,34 @@ def require_same_data(saved: dict[str, Any], trainer: "Trainer") -> None:
     print(f"castalia: warning: {text} (data.allow_changed is true)", file=sys.stderr, flush=True)
 
 
-def open_run_folder(config: RunConfig, world: "World", command: list[str]) -> None:
-    """Make or check the run folder and write config.yaml, command.txt and env.json.
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a folder that holds a run of another config, or cannot be written.
 
-    Raises  ConfigError if the folder holds a run of another config, listing the keys that differ.
+    Raises  ConfigError listing the keys that differ; CastaliaError if the folder cannot be written.
     """
     folder = Path(config.output)
     path = folder / "config.yaml"
-    if path.exists():
+    began = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+    if began and path.exists():
         require_same_run(config, path)
-    elif (folder / "checkpoints").exists():
-        raise ConfigError(f"{folder} holds checkpoints but no config.yaml; choose another output= or remove the folder")
-    with atomic_write(path) as file:
+    elif began:
+        raise ConfigError(f"{folder} holds a run but no config.yaml; choose another output= or remove that folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def write_run_folder(config: RunConfig, world: "World", command: list[str]) -> None:
+    """Write config.yaml, command.txt and env.json."""
+    folder = Path(config.output)
+    with atomic_write(folder / "config.yaml") as file:
         file.write(dump_yaml(config))
     with atomic_write(folder / "command.txt") as file:
-        file.write(" ".join(command) + "\n")
-    write_json(folder / "env.json", describe_environment(world.device, world.size) | {"pid": os.getpid()})
+        file.write(shlex.join(command) + "\n")
+    write_json(folder / "env.json", describe_environment(world.device, world.size))
 
 
 def require_same_run(config: RunConfig, path: Path) -> None:

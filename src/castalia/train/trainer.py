@@ -1,6 +1,9 @@
 """The one loop. Variation enters through `Loss` and `Hook` only."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +11,9 @@ from torch import Tensor
 from castalia.checkpoint import Store
 from castalia.core.errors import TrainingError
 from castalia.data import Batch, RowDataset, StepLoader, build_rows
-from castalia.distributed import World, parallelize
+from castalia.distributed import World, initialize, parallelize
 from castalia.models import Decoder
+from castalia.models.init import init_parameter
 from castalia.train.config import RunConfig
 from castalia.train.hooks import Hook
 from castalia.train.loss import Loss, NextToken
@@ -44,19 +48,23 @@ class Trainer:
             model = Decoder(config.model)
         model.recompute = train.recompute
         self.model = parallelize(model, world, config.parallel, compiled=train.compile)
-        self.model.init_weights(config.seed)
+        initialize(self.model, lambda name, shape: init_parameter(name, shape, config.model, config.seed))
         self.optimizer = make_optimizer(self.model, config.optim)
         self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
         self.scale = LossScale.of(config.loss_scale, config.precision)
         self.loss = loss or NextToken(len(self.rows.sources))
         self.store = Store(f"{config.output}/checkpoints", rank=world.rank, world=world.size)
         self.progress, self.clock, self.hooks = Progress(), Clock(), list(hooks)
-        self.metrics: dict[str, object] = {}
+        self.metrics: dict[str, Any] = {}
+        self.carried: dict[str, Any] = {}
         self.stop_asked = self.stopping = False
 
     def fit(self) -> None:
         """Train from the newest good checkpoint, or from the start, to config.train.steps."""
-        try:
+        with ExitStack() as ending:
+            for hook in reversed(self.hooks):
+                ending.callback(hook.close, self)
+                ending.push(partial(tell_error, hook, self))
             resume(self)
             for hook in self.hooks:
                 hook.start(self)
@@ -69,13 +77,6 @@ class Trainer:
                 self.record(lr, float(norm), totals)
                 for hook in self.hooks:
                     hook.after_step(self)
-        except BaseException as error:
-            for hook in self.hooks:
-                hook.on_error(self, error)
-            raise
-        finally:
-            for hook in self.hooks:
-                hook.close(self)
 
     def batches(self, rows: RowDataset, start_step: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step of `rows`, from `start_step` on."""
@@ -172,3 +173,13 @@ class Trainer:
                 for name, (loss, tokens) in zip(self.rows.sources, totals.per_source, strict=True)
                 if tokens
             }
+        self.metrics |= self.carried
+        self.carried = {}
+
+
+def tell_error(
+    hook: Hook, trainer: Trainer, kind: type[BaseException] | None, error: BaseException | None, trace: object
+) -> None:
+    """Let a hook know that the loop ends by an exception."""
+    if error is not None:
+        hook.on_error(trainer, error)

@@ -1,0 +1,62 @@
+"""One run from a resolved config: processes, corpus, folder, start table, loop, closing line."""
+
+from collections.abc import Sequence
+
+from castalia.core.errors import CheckpointError
+from castalia.distributed import World, check_layout, environment
+from castalia.recipes.corpus import ensure_corpus
+from castalia.recipes.load import Resolved
+from castalia.train.config import RunConfig
+from castalia.train.hooks import Hook, Metrics, Save, StepLine, StopOnSignal, Validate
+from castalia.train.resume import check_run_folder, write_run_folder
+from castalia.train.startup import print_start
+from castalia.train.trainer import Trainer
+
+
+def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) -> Trainer:
+    """Train `resolved.config`, or continue it; `hooks` run after the standard ones.
+
+    Everything that can be wrong with the config, the data or the folder is found before the first step.
+    """
+    config = resolved.config
+    check_layout(config.parallel, environment()[1])
+    world = World.start(config.parallel, config.device)
+    try:
+        if world.leads:
+            check_run_folder(config)
+        config = with_corpus(config, world)
+        trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
+        if world.leads:
+            write_run_folder(config, world, list(command))
+            print_start(resolved, trainer)
+        world.wait()
+        trainer.fit()
+        if world.leads:
+            print(closing_line(trainer), flush=True)
+        return trainer
+    finally:
+        world.close()
+
+
+def standard_hooks() -> list[Hook]:
+    """What every run does around its steps; the order matters: metrics are written before a checkpoint is."""
+    return [StopOnSignal(), Validate(), Metrics(), StepLine(), Save()]
+
+
+def with_corpus(config: RunConfig, world: World) -> RunConfig:
+    """Build the corpus that the config names, once, by the leading process."""
+    if world.leads:
+        ensure_corpus(config)
+    world.wait()
+    return ensure_corpus(config)
+
+
+def closing_line(trainer: Trainer) -> str:
+    """Where the run stands and how to go on."""
+    step, last = trainer.progress.step, trainer.config.train.steps
+    saved = trainer.store.latest()
+    if saved is None:
+        raise CheckpointError(f"no checkpoint was saved in {trainer.store.folder}")
+    if step < last:
+        return f"stopped at step {step} of {last}; {trainer.store.folder_of(saved)} is saved; the same command goes on"
+    return f"done: step {step} of {last}, saved in {trainer.store.folder_of(saved)}"
