@@ -67,7 +67,7 @@ def test_everything_in_the_folder_is_on_the_page(run: Path):
     assert page.open == []
     assert page.seen.count("svg") == 2 and "script" not in page.seen and "link" not in page.seen
     assert page.links == []  # nothing to fetch
-    for text in ("A <run>", "Speed & size", "1<2", "<script>alert(1)</script>", "seed: 1 # <&>", "2.000", "700"):
+    for text in ("A <run>", "Speed & size", "1<2", "<script>alert(1)</script>", "seed: 1 # <&>", "3.000", "700"):
         assert text in page.text
     assert page.text.index("step 700 · 3") > page.text.index("step 0 · 4")  # curves run by step
 
