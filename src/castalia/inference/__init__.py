@@ -1,0 +1,34 @@
+"""Texts out of checkpoints: `load`, `LanguageModel`, exports to Hugging Face and CTranslate2.
+
+What needs torch is imported when it is asked for.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from castalia.inference.ct2 import Ct2Model, speak
+    from castalia.inference.decoding import Completion
+    from castalia.inference.exports import Exported, export
+    from castalia.inference.language_model import LanguageModel
+    from castalia.inference.source import load
+
+__all__ = ["Completion", "Ct2Model", "Exported", "LanguageModel", "export", "load", "speak"]
+
+PLACES = {
+    "Completion": "decoding",
+    "Ct2Model": "ct2",
+    "Exported": "exports",
+    "LanguageModel": "language_model",
+    "export": "exports",
+    "load": "source",
+    "speak": "ct2",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a class or function on its first use."""
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)

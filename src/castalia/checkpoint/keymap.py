@@ -1,0 +1,113 @@
+"""`KeyMap`: one table of names per family of checkpoints, read in both directions.
+
+    rules = [Rule("layers.{i}.norm1.weight", "gpt_neox.layers.{i}.input_layernorm.weight")]
+    names = KeyMap("Hugging Face GPTNeoX", rules, layers=6)
+    theirs = names.to_theirs(ours)
+    ours = names.to_ours(theirs)
+
+A key that no rule knows and a rule whose key is missing are errors that name it, on both sides.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from castalia.core.errors import CheckpointError, nearest
+
+SHOWN_KEYS = 5
+"""Keys that an error lists before it counts the rest."""
+
+
+def unchanged(tensor: Tensor) -> Tensor:
+    """The transform of a tensor that both sides store alike."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a tensor changes on the way: `out` makes theirs from ours, `back` ours from theirs."""
+
+    out: Callable[[Tensor], Tensor] = unchanged
+    back: Callable[[Tensor], Tensor] = unchanged
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One name of ours and one of theirs; `{i}` in both stands for each layer's number."""
+
+    ours: str
+    theirs: str
+    transform: Transform = field(default_factory=Transform)
+    aliases: tuple[str, ...] = ()
+    """Other names of theirs that are read too; `theirs` is the one that is written."""
+
+    def at(self, layer: int) -> "Rule":
+        """The rule of one layer, `{i}` filled in."""
+        aliases = tuple(name.replace("{i}", str(layer)) for name in self.aliases)
+        ours, theirs = self.ours.replace("{i}", str(layer)), self.theirs.replace("{i}", str(layer))
+        return Rule(ours, theirs, self.transform, aliases)
+
+
+class KeyMap:
+    """The names of one family.
+
+    `ignored` are regular expressions, matched whole, for keys of theirs that hold nothing to keep (old buffers).
+    """
+
+    def __init__(self, family: str, rules: Sequence[Rule], *, layers: int, ignored: Iterable[str] = ()) -> None:
+        self.family = family
+        self.rules = [rule.at(i) for rule in rules for i in (range(layers) if "{i}" in rule.ours else [0])]
+        self.ignored = [re.compile(pattern) for pattern in ignored]
+
+    def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their names and layout for our tensors.
+
+        Raises  CheckpointError naming our keys that no rule knows, or that a rule wants and are missing.
+        """
+        self.require_equal("our model", ours, [rule.ours for rule in self.rules])
+        return {rule.theirs: rule.transform.out(ours[rule.ours]) for rule in self.rules}
+
+    def to_ours(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Our names and layout for their tensors.
+
+        Raises  CheckpointError naming their keys that no rule knows, or that a rule wants and are missing.
+        """
+        by_name: dict[str, Tensor] = {}
+        for name in theirs:
+            if self.is_ignored(name):
+                continue
+            if (renamed := self.rename(name)) in by_name:
+                raise CheckpointError(f"the {self.family} checkpoint has {renamed!r} twice, once as {name!r}")
+            by_name[renamed] = theirs[name]
+        self.require_equal(f"the {self.family} checkpoint", by_name, [rule.theirs for rule in self.rules])
+        return {rule.ours: rule.transform.back(by_name[rule.theirs]) for rule in self.rules}
+
+    def rename(self, name: str) -> str:
+        """The name that is written for one of its aliases; any other name is returned as it is."""
+        return next((rule.theirs for rule in self.rules if name in rule.aliases), name)
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether `name` is one of theirs that carries nothing."""
+        return any(pattern.fullmatch(name) for pattern in self.ignored)
+
+    def require_equal(self, side: str, have: Iterable[str], want: Sequence[str]) -> None:
+        """Raises  CheckpointError if the keys of one side are not exactly those of the rules."""
+        have, problems = list(have), []
+        extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
+        if extra:
+            problems.append(f"keys that no rule knows: {shown(extra)}{nearest(extra[0], missing)}")
+        if missing:
+            problems.append(f"keys that are missing: {shown(missing)}")
+        if problems:
+            raise CheckpointError(
+                f"{side} does not fit the {self.family} key map: {'; '.join(problems)};"
+                " the config describes another model than the weights"
+            )
+
+
+def shown(names: Sequence[str]) -> str:
+    """A few names, quoted, and how many more there are."""
+    more = f" and {len(names) - SHOWN_KEYS} more" if len(names) > SHOWN_KEYS else ""
+    return ", ".join(repr(name) for name in names[:SHOWN_KEYS]) + more

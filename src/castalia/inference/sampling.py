@@ -1,0 +1,79 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p, with a generator for each row."""
+
+import secrets
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from castalia.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The order is fixed: logits / temperature, then top-k, then top-p, then a draw."""
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most likely token and ignores the rest."""
+    top_k: int = 0
+    """Keep the k largest logits and what ties with the k-th; 0 keeps all."""
+    top_p: float = 0.0
+    """Keep the most likely tokens until their probabilities pass p, the one that passes included; 0 and 1 keep all."""
+    seed: int | None = None
+    """Seed of the draws; row b of a batch uses seed + b. Null draws a new one for each call."""
+
+    def __post_init__(self) -> None:
+        """All wrong numbers at once."""
+        problems = []
+        if not 0 <= self.temperature < float("inf"):
+            problems.append(f"temperature must be a number >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            problems.append(f"top_k must be >= 0, got {self.top_k}")
+        if not 0 <= self.top_p <= 1:
+            problems.append(f"top_p must be from 0 to 1, got {self.top_p}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def after(self, rows: int) -> "Sampling":
+        """The same for what follows `rows` rows of the same call, so that a row's seed is its place in the whole."""
+        return self if self.seed is None else replace(self, seed=self.seed + rows)
+
+    def generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
+        """One generator a row, so that a prompt's text does not depend on its neighbours in the batch."""
+        seed = secrets.randbits(48) if self.seed is None else self.seed
+        return [torch.Generator(device).manual_seed(seed + row) for row in range(rows)]
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all logits (B, V) below the k-th largest of their row; ties with the k-th stay."""
+    if k <= 0 or k >= logits.shape[-1]:
+        return logits
+    smallest = logits.topk(k).values[..., -1:]
+    return logits.masked_fill(logits < smallest, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for all logits (B, V) outside the nucleus: the fewest likeliest tokens whose probabilities exceed p.
+
+    Source  Holtzman et al. 2020, arXiv:1904.09751, section 3.1; the token that crosses p is kept.
+    """
+    if p <= 0 or p >= 1:
+        return logits
+    ordered, order = logits.sort(descending=True, stable=True)
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > p)
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """The next token of each row.
+
+    Shapes  logits (B, V) -> (B,) int64. V is the real vocabulary: pass no columns that belong to no token.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    kept = keep_top_p(keep_top_k(logits.float() / sampling.temperature, sampling.top_k), sampling.top_p)
+    probs = kept.softmax(-1)
+    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probs, generators, strict=True)]
+    return torch.cat(drawn)
