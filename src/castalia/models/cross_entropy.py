@@ -1,0 +1,209 @@
+"""Cross-entropy of the output head that never holds the whole logits matrix.
+
+Logits x = h W^T of N rows over V tokens would take N * V numbers three times over (logits, probabilities, gradient).
+Here a chunk of rows is turned into its loss and both gradients while its logits lie in the cache, and the next chunk
+takes their place. With m = max x, E = exp(x - m), S = sum E and the target t of each row,
+
+    loss = m + log S - x_t            d loss / dx = (E - S [j = t]) / S
+
+so E - S [j = t] stands in for the gradient of the logits, its row factor 1 / S goes to the small (rows, C) matrices,
+and the large one is touched by one elementwise pass and three matrix products:
+
+    dh = (1 / S) (E - S [j = t]) W    dW += (E - S [j = t])^T (h / S)
+
+Source  the chunked loss of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, section 3.2; the unnormalized E is ours.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""Label of a row that is no target."""
+LOGITS_BYTES = {"cpu": 25 << 20}
+"""Size of a chunk of logits: on a CPU what its last-level cache holds; elsewhere LOGITS_BYTES_DEVICE."""
+LOGITS_BYTES_DEVICE = 512 << 20
+"""Size of a chunk of logits on a GPU: enough rows to keep it busy."""
+BLOCK_BYTES = 6 << 20
+"""Size of the float32 copy that the elementwise pass works on at a time on a CPU, when it is not compiled."""
+GRADIENT_BLOCK = 1 << 20
+"""Numbers of dW that one product makes at a time on a CPU, so that adding them to the sum finds them in the cache."""
+FP16_SUM = 16.0
+"""What each row of E sums to in fp16, which holds neither a sum of V ones nor 1 / V well."""
+
+
+class CrossEntropy(NamedTuple):
+    """`total`, a float32 scalar with a gradient; `rows` (N,) float32 without one, 0 where the label is ignored."""
+
+    total: Tensor
+    rows: Tensor
+
+
+def fused_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    ignored: int = IGNORED,
+    compiled: bool = False,
+    chunk_rows: int | None = None,
+) -> CrossEntropy:
+    """Sum over the rows of -log softmax(hidden W^T)[label], and each row's share.
+
+    Shapes  hidden (N, C); weight (V, C); labels (N,) int64, `ignored` where a row does not count.
+    Units   nats.
+    The matrix products run in autocast's dtype, or outside autocast in the wider of the two dtypes; maxima, sums,
+    losses and the accumulation of dW are float32. Both gradients are made in the forward pass when grad is enabled and
+    something needs them, so a graph through here can be differentiated once. `compiled` gives the elementwise pass to
+    torch.compile. `chunk_rows` is the number of rows at a time; None chooses by device.
+    Raises  ValueError if shapes do not fit, IndexError if a label is neither `ignored` nor in 0..V-1.
+    """
+    require_shapes(hidden, weight, labels)
+    require_labels(labels, ignored, weight.shape[0])
+    dtype = compute_dtype(hidden, weight)
+    chunks = chunk_slices(len(hidden), chunk_rows or default_chunk_rows(weight, dtype))
+    with torch.autocast(hidden.device.type, enabled=False):
+        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+            return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, ignored, dtype, chunks, compiled))
+        wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
+        for part in chunks:
+            logits = hidden[part].to(dtype) @ wide.T
+            rows[part], _ = to_gradient(logits, labels[part], ignored, compiled)
+    return CrossEntropy(rows.sum(), rows)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Losses and gradients of all chunks in the forward pass; the backward pass only scales the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignored: int,
+        dtype: torch.dtype,
+        chunks: list[slice],
+        compiled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Total and losses of the rows; the gradients wait in `ctx`."""
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
+        d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        for part in chunks:
+            h = hidden[part].to(dtype)
+            gradient = h @ wide.T
+            rows[part], factor = to_gradient(gradient, labels[part], ignored, compiled)
+            if d_hidden is not None:
+                d_hidden[part] = (gradient @ wide) * factor[:, None]
+            if d_weight is not None:
+                add_product(d_weight, gradient, (h * factor[:, None]).to(dtype))
+        ctx.gradients = d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(rows)
+        return rows.sum(), rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_total: Tensor, d_rows: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients in place and let go of them, so that autograd need not copy the large one."""
+        if ctx.gradients is None:
+            raise RuntimeError("fused_cross_entropy was differentiated already; call it anew for a second backward")
+        d_hidden, d_weight = (None if d is None else d.mul_(d_total) for d in ctx.gradients)
+        ctx.gradients = None
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def to_gradient(logits: Tensor, labels: Tensor, ignored: int, compiled: bool) -> tuple[Tensor, Tensor]:
+    """Overwrite logits (R, V) with E - S [j = label]; return the losses and the row factors 1 / S, float32 (R,).
+
+    Both are 0 in ignored rows.
+    """
+    counts = labels != ignored
+    targets = torch.where(counts, labels, 0)[:, None]
+    at_target = logits.gather(1, targets).float().squeeze(1)
+    top, total = (compiled_exponentials() if compiled else blocked_exponentials)(logits)
+    lse = top + total.log()
+    if logits.dtype == torch.float16:
+        top, total = lse - torch.tensor(FP16_SUM).log(), torch.full_like(total, FP16_SUM)
+    logits.scatter_(1, targets, ((at_target - top).exp() - total).to(logits.dtype)[:, None])
+    return torch.where(counts, lse - at_target, 0.0), torch.where(counts, 1.0 / total, 0.0)
+
+
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Overwrite logits (R, V) with E = exp(logits - m); return m and S, the row maxima and row sums of E, float32 (R,).
+
+    Every number of E is at most 1 but in fp16, where each row sums to FP16_SUM.
+    """
+    e = logits.float()
+    top = e.amax(1, keepdim=True)
+    e = e.sub_(top).exp_()
+    total = e.sum(1, keepdim=True)
+    logits.copy_(e * (FP16_SUM / total) if logits.dtype == torch.float16 else e)
+    return top.squeeze(1), total.squeeze(1)
+
+
+def blocked_exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`exponentials`, on a CPU a few rows at a time, so that its passes over their float32 copy stay in the cache."""
+    rows = len(logits) if logits.device.type != "cpu" else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+    tops, totals = zip(*(exponentials(block) for block in logits.split(rows)), strict=True)
+    return torch.cat(tops), torch.cat(totals)
+
+
+@cache
+def compiled_exponentials() -> Any:
+    """`exponentials` as one kernel."""
+    return torch.compile(exponentials)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total (V, C) += left^T right with left (R, V), right (R, C); on a CPU in blocks of rows of the total."""
+    V, C = total.shape
+    rows = V if total.device.type != "cpu" else max(1, GRADIENT_BLOCK // C)
+    for at in range(0, V, rows):
+        total[at : at + rows].add_(left[:, at : at + rows].T @ right)
+
+
+def chunk_slices(N: int, rows: int) -> list[slice]:
+    """Slices of at most `rows` rows that cover N rows, of about equal size."""
+    count = -(-N // rows)
+    rows = -(-N // max(1, count))
+    return [slice(at, min(at + rows, N)) for at in range(0, N, rows)] if N else []
+
+
+def default_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
+    """Rows whose logits take LOGITS_BYTES of the device."""
+    budget = LOGITS_BYTES.get(weight.device.type, LOGITS_BYTES_DEVICE)
+    return max(1, budget // (weight.shape[0] * dtype.itemsize))
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """Dtype of the matrix products."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+def require_shapes(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    """Raises  ValueError unless hidden is (N, C), weight (V, C) and labels (N,)."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            "fused_cross_entropy wants hidden (N, C), weight (V, C) and labels (N,); got"
+            f" {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+
+
+def require_labels(labels: Tensor, ignored: int, V: int) -> None:
+    """Raises  IndexError if a label is neither `ignored` nor in 0..V-1; on a GPU a device assert, without a wait."""
+    fits = ((labels >= 0) & (labels < V)) | (labels == ignored)
+    if labels.device.type == "cuda":
+        torch._assert_async(fits.all())
+    elif not bool(fits.all()):
+        wrong = labels[~fits]
+        raise IndexError(
+            f"label {int(wrong[0])} of row {int((~fits).nonzero()[0])} is neither {ignored} nor in 0..{V - 1}"
+        )

@@ -1,0 +1,214 @@
+"""The chunked loss against F.cross_entropy, float32, and its error in bf16 against that of the usual way."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from castalia.models.cross_entropy import IGNORED, chunk_slices, fused_cross_entropy
+
+N, C, V = 70, 24, 301
+
+
+def problem(seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden, weight, labels with some ignored and, in rows 16 to 31, all ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, C, generator=generator) * scale
+    weight = torch.randn(V, C, generator=generator)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::7] = IGNORED
+    labels[16:32] = IGNORED
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the losses and both gradients, by whole logits in float64."""
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    total = F.cross_entropy(h @ w.T, labels, reduction="sum", ignore_index=IGNORED)
+    return total.detach(), *torch.autograd.grad(total, (h, w))
+
+
+def gradients(total: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(total, leaves)
+
+
+@pytest.mark.parametrize("rows", [None, 16, 17, 1, 1000])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 20.0])
+def test_loss_and_gradients_equal_the_reference_in_fp32(rows: int | None, scale: float) -> None:
+    hidden, weight, labels = problem(scale=scale)
+    total, losses = fused_cross_entropy(hidden, weight, labels, chunk_rows=rows)
+    expected, d_hidden, d_weight = reference(hidden, weight, labels)
+    assert total.dtype == losses.dtype == torch.float32
+    assert float(total.detach()) == pytest.approx(float(expected), rel=1e-6)
+    made = gradients(total, hidden, weight)
+    torch.testing.assert_close(made[0].double(), d_hidden, atol=1e-5 * max(1.0, scale), rtol=1e-5)
+    torch.testing.assert_close(made[1].double(), d_weight, atol=1e-5 * max(1.0, scale), rtol=1e-5)
+
+
+def test_rows_are_the_losses_of_each_row() -> None:
+    hidden, weight, labels = problem()
+    losses = fused_cross_entropy(hidden, weight, labels, chunk_rows=16).rows
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none", ignore_index=IGNORED)
+    torch.testing.assert_close(losses, expected.detach(), atol=1e-5, rtol=1e-6)
+    assert not losses.requires_grad
+    assert (losses[labels == IGNORED] == 0).all()
+
+
+def test_without_grad_the_same_losses_and_no_gradients() -> None:
+    hidden, weight, labels = problem()
+    with_grad = fused_cross_entropy(hidden, weight, labels, chunk_rows=16)
+    with torch.no_grad():
+        without = fused_cross_entropy(hidden, weight, labels, chunk_rows=16)
+    assert torch.equal(with_grad.rows, without.rows)
+    assert with_grad.total.requires_grad and not without.total.requires_grad
+
+
+def test_gradients_scale_with_what_comes_after() -> None:
+    hidden, weight, labels = problem()
+    total, _ = fused_cross_entropy(hidden, weight, labels, chunk_rows=32)
+    _, d_hidden, d_weight = reference(hidden, weight, labels)
+    (total * 3 / 54).backward()
+    torch.testing.assert_close(hidden.grad.double(), d_hidden * 3 / 54, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), d_weight * 3 / 54, atol=1e-6, rtol=1e-5)
+
+
+def test_gradients_accumulate_over_calls_and_a_weight_used_twice() -> None:
+    hidden, weight, labels = problem()
+    _, d_hidden, d_weight = reference(hidden, weight, labels)
+    for _ in range(2):
+        first, second = (fused_cross_entropy(hidden, weight, labels, chunk_rows=16).total for _ in range(2))
+        (first + 2 * second).backward()
+    torch.testing.assert_close(hidden.grad.double(), 6 * d_hidden, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), 6 * d_weight, atol=1e-4, rtol=1e-5)
+
+
+def test_embedding_tied_to_the_head_gets_both_gradients() -> None:
+    _, weight, labels = problem()
+    tokens = torch.arange(N) % V
+    total, _ = fused_cross_entropy(F.embedding(tokens, weight).tanh(), weight, labels, chunk_rows=16)
+    usual = F.embedding(tokens, weight).tanh() @ weight.T
+    expected = gradients(F.cross_entropy(usual, labels, reduction="sum", ignore_index=IGNORED), weight)[0]
+    torch.testing.assert_close(gradients(total, weight)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_what_is_frozen_gets_no_gradient_and_the_other_its_own(frozen: str) -> None:
+    hidden, weight, labels = problem()
+    leaves = {"hidden": hidden, "weight": weight}
+    expected = dict(zip(leaves, reference(hidden, weight, labels)[1:], strict=True))
+    leaves[frozen].requires_grad_(False)
+    fused_cross_entropy(hidden, weight, labels).total.backward()
+    free = "weight" if frozen == "hidden" else "hidden"
+    assert leaves[frozen].grad is None
+    torch.testing.assert_close(leaves[free].grad.double(), expected[free], atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_need_not_be_contiguous() -> None:
+    hidden, weight, labels = problem()
+    turned = hidden.detach().T.contiguous().T.requires_grad_()
+    assert not turned.is_contiguous()
+    total, _ = fused_cross_entropy(turned, weight, labels, chunk_rows=16)
+    torch.testing.assert_close(
+        gradients(total, turned)[0].double(), reference(hidden, weight, labels)[1], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_nothing_to_predict_is_zero_loss_and_zero_gradient() -> None:
+    hidden, weight, _ = problem()
+    total, losses = fused_cross_entropy(hidden, weight, torch.full((N,), IGNORED), chunk_rows=16)
+    made = gradients(total, hidden, weight)
+    assert float(total.detach()) == 0.0 and not losses.any()
+    assert not made[0].any() and not made[1].any()
+    empty, _ = fused_cross_entropy(hidden[:0], weight, torch.empty(0, dtype=torch.int64))
+    assert float(empty.detach()) == 0.0 and not gradients(empty, weight)[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_error_is_no_larger_than_that_of_whole_logits(dtype: torch.dtype) -> None:
+    """The usual way: logits in `dtype`, then cross-entropy in float32, as transformers does under autocast."""
+    hidden, weight, labels = problem(seed=3)
+    expected = reference(hidden, weight, labels)
+    with torch.autocast("cpu", dtype):
+        total, _ = fused_cross_entropy(hidden, weight, labels, chunk_rows=16)
+        logits = F.linear(hidden, weight)
+        usual = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=IGNORED)
+    assert total.dtype == torch.float32 and logits.dtype == dtype
+    ours = (total.detach(), *gradients(total, hidden, weight))
+    theirs = (usual.detach(), *gradients(usual, hidden, weight))
+    assert ours[1].dtype == ours[2].dtype == torch.float32
+    for made, known, exact in zip(ours, theirs, expected, strict=True):
+        assert (made - exact).norm() <= 1.25 * (known - exact).norm() + 1e-3 * exact.norm()
+        assert (made - exact).norm() <= 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_without_autocast_keep_their_dtype(dtype: torch.dtype) -> None:
+    hidden, weight, labels = (t.detach() for t in problem())
+    hidden, weight = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    expected = reference(hidden, weight, labels)
+    total, _ = fused_cross_entropy(hidden, weight, labels, chunk_rows=16)
+    made = gradients(total, hidden, weight)
+    assert made[0].dtype == made[1].dtype == dtype and total.dtype == torch.float32
+    for gradient, exact in zip(made, expected[1:], strict=True):
+        assert (gradient - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_fp16_holds_the_small_probabilities_of_a_large_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(4, 8, generator=generator), torch.randn(70_000, 8, generator=generator) * 0.01
+    hidden, weight = hidden.half().requires_grad_(), weight.half().requires_grad_()
+    labels = torch.tensor([0, 1, 2, 69_999])
+    expected = reference(hidden, weight, labels)
+    total, _ = fused_cross_entropy(hidden, weight, labels)
+    made = gradients(total, hidden)[0]
+    assert float(total.detach()) == pytest.approx(float(expected[0]), rel=1e-4)
+    assert (made - expected[1]).norm() <= 0.01 * expected[1].norm()
+
+
+def test_a_row_that_is_nearly_certain_keeps_its_small_gradient_in_bf16() -> None:
+    hidden = torch.tensor([[8.0, 0.0]]).requires_grad_()
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]])
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = fused_cross_entropy(hidden, weight, torch.tensor([0]))
+    expected = reference(hidden, weight, torch.tensor([0]))
+    assert float(total.detach()) == pytest.approx(float(expected[0]), rel=1e-3)
+    torch.testing.assert_close(gradients(total, hidden)[0].double(), expected[1], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("label", [-1, V, -101])
+def test_a_label_outside_the_vocabulary_is_an_error(label: int) -> None:
+    hidden, weight, labels = problem()
+    labels[5] = label
+    with pytest.raises(IndexError, match=rf"label {label} of row 5 is neither -100 nor in 0\.\.300"):
+        fused_cross_entropy(hidden, weight, labels)
+
+
+def test_shapes_that_do_not_fit_are_an_error() -> None:
+    hidden, weight, labels = problem()
+    for wrong in ((hidden, weight[:, 1:], labels), (hidden, weight, labels[1:]), (hidden[None], weight, labels)):
+        with pytest.raises(ValueError, match=r"wants hidden \(N, C\), weight \(V, C\) and labels \(N,\)"):
+            fused_cross_entropy(*wrong)
+
+
+def test_a_second_backward_through_one_call_is_an_error() -> None:
+    hidden, weight, labels = problem()
+    total, _ = fused_cross_entropy(hidden, weight, labels)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated already"):
+        total.backward()
+
+
+def test_another_label_can_be_the_ignored_one() -> None:
+    hidden, weight, labels = problem()
+    marked = labels.where(labels != IGNORED, 0)
+    total, losses = fused_cross_entropy(hidden, weight, marked, ignored=0)
+    expected = F.cross_entropy(hidden @ weight.T, marked, reduction="sum", ignore_index=0)
+    assert float(total.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+    assert not losses[marked == 0].any()
+
+
+def test_chunks_cover_every_row_once_in_about_equal_parts() -> None:
+    parts = chunk_slices(70, 16)
+    assert [i for part in parts for i in range(70)[part]] == list(range(70))
+    assert [part.stop - part.start for part in parts] == [14] * 5
+    assert chunk_slices(0, 16) == []
