@@ -1,0 +1,56 @@
+"""Checkpoints: safetensors shards and JSON manifests, whole or absent, hashed, never pickled.
+
+What needs torch is imported when it is asked for, so that a config alone stays quick to load.
+"""
+
+from typing import TYPE_CHECKING
+
+from castalia.checkpoint.config import PYTHIA_EARLY, CheckpointConfig
+
+if TYPE_CHECKING:
+    from castalia.checkpoint.find import complete_steps, find_checkpoint
+    from castalia.checkpoint.load import load_into, read, read_config, read_model, read_state, verify
+    from castalia.checkpoint.manifest import DamagedCheckpointError
+    from castalia.checkpoint.policy import SavePolicy
+    from castalia.checkpoint.store import SaveTiming, Store
+
+__all__ = [
+    "PYTHIA_EARLY",
+    "CheckpointConfig",
+    "DamagedCheckpointError",
+    "SavePolicy",
+    "SaveTiming",
+    "Store",
+    "complete_steps",
+    "find_checkpoint",
+    "load_into",
+    "read",
+    "read_config",
+    "read_model",
+    "read_state",
+    "verify",
+]
+
+PLACES = {
+    "DamagedCheckpointError": "manifest",
+    "SavePolicy": "policy",
+    "SaveTiming": "store",
+    "Store": "store",
+    "complete_steps": "find",
+    "find_checkpoint": "find",
+    "load_into": "load",
+    "read": "load",
+    "read_config": "load",
+    "read_model": "load",
+    "read_state": "load",
+    "verify": "load",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a class or function on its first use."""
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)

@@ -1,0 +1,197 @@
+"""Reading a checkpoint: whole, or just the slices that this process holds; hashes first, and nothing unpickled."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from castalia.checkpoint.boxes import held_boxes
+from castalia.checkpoint.manifest import (
+    COMPLETE,
+    CONFIG,
+    DTYPES,
+    MANIFEST,
+    STATE,
+    DamagedCheckpointError,
+    Manifest,
+    check_files,
+    parse_json,
+    read_listed,
+    read_manifest,
+    reading,
+)
+from castalia.checkpoint.shards import Piece, check_pieces, read_pieces
+from castalia.core.errors import CheckpointError, nearest
+
+Pieces = dict[str, list[Piece]]
+"""What to read, by file."""
+NOWHERE = torch.empty(0)
+"""Target of a piece that is looked at and not read."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A checkpoint that is whole, as far as this process needs it, and fits the tensors it will fill."""
+
+    path: Path
+    manifest: Manifest
+    state: dict[str, Any]
+    pieces: Pieces
+
+    def fill(self) -> dict[str, Any]:
+        """Copy the values into the tensors, in place; returns the state."""
+        with torch.no_grad():
+            for file in sorted(self.pieces):
+                read_pieces(self.path / file, self.pieces[file])
+        return self.state
+
+
+def load_into(path: str | Path, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+    """Copy the checkpoint's values into `tensors`, in place, and return the saved state.
+
+    Only names that begin with `prefix` count, on both sides; beyond that, names, shapes and dtypes must agree exactly.
+    Any layout will do: each process reads the slices that it holds and checks the hash of each file that it reads.
+    Raises  DamagedCheckpointError naming the file; CheckpointError listing names, shapes and dtypes that do not fit.
+            Nothing in `tensors` has changed then.
+    """
+    path = Path(path)
+    with reading(path):
+        return make_ready(path, tensors, prefix).fill()
+
+
+def make_ready(path: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> Ready:
+    """Check all that load_into checks, and change nothing yet."""
+    manifest = read_manifest(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    require_fit(path, manifest, tensors, prefix)
+    pieces = pieces_of(manifest, tensors)
+    check_contents(path, manifest, pieces)
+    return Ready(path, manifest, state_of(path, manifest), pieces)
+
+
+def check_contents(path: Path, manifest: Manifest, pieces: Pieces) -> None:
+    """Hashes of the files of `pieces`, and what they say of themselves."""
+    check_files(path, manifest, pieces)
+    for file in sorted(pieces):
+        check_pieces(path / file, pieces[file])
+
+
+def require_fit(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise CheckpointError listing what the checkpoint lacks, has beyond, or has in another shape or dtype."""
+    have = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
+    problems = [f"{name} is not in the checkpoint{nearest(name, have)}" for name in sorted(tensors.keys() - have)]
+    problems += [f"{name} is in the checkpoint only" for name in sorted(have.keys() - tensors.keys())]
+    for name in sorted(have.keys() & tensors.keys()):
+        entry, tensor = have[name], tensors[name]
+        if tuple(tensor.shape) != entry.shape:
+            problems.append(f"{name} has shape {list(entry.shape)} in the checkpoint, {list(tensor.shape)} here")
+        elif tensor.dtype != DTYPES[entry.dtype][0]:
+            problems.append(
+                f"{name} is {entry.dtype} in the checkpoint, {str(tensor.dtype).removeprefix('torch.')} here"
+            )
+        elif tensor.is_meta:
+            problems.append(f"{name} has no memory to load into (meta device)")
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        listed = "".join(f"\n  {problem}" for problem in problems[:8])
+        raise CheckpointError(f"{path} does not fit this model or optimizer; use its own config:{listed}{more}")
+
+
+def pieces_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Pieces:
+    """What to read from which file, so that each local tensor is filled."""
+    pieces: Pieces = defaultdict(list)
+    for name, tensor in tensors.items():
+        with torch.no_grad():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        entry = manifest.tensors[name]
+        for box, place in held_boxes(tensor):
+            held = local[place.seen_from((0,) * len(place.offset))]
+            for chunk in entry.chunks:
+                part = box.meet(chunk.box)
+                if part.volume:
+                    target = held[part.seen_from(box.offset)]
+                    pieces[chunk.file].append(Piece(chunk, entry.dtype, part, target))
+    return pieces
+
+
+def state_of(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """The saved state of a checkpoint whose manifest is known."""
+    state = parse_json(read_listed(path, manifest, STATE), path / STATE)
+    if not isinstance(state, dict):
+        raise DamagedCheckpointError(f"{path / STATE} is malformed: a state is a JSON object")
+    return state
+
+
+def read(path: str | Path, prefix: str = "model.") -> dict[str, Tensor]:
+    """Whole CPU tensors, put together from their shards, of each name that begins with `prefix`, which is taken off.
+
+    Raises  DamagedCheckpointError naming the file; CheckpointError if no name begins with the prefix.
+    """
+    path = Path(path)
+    with reading(path):
+        manifest = read_manifest(path)
+        entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
+        if not entries:
+            groups = sorted({name.split(".")[0] for name in manifest.tensors})
+            raise CheckpointError(f"{path} has no tensor named {prefix}*; it has: {', '.join(groups) or 'no tensors'}")
+        tensors = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype][0]) for name, entry in entries.items()}
+        pieces = pieces_of(manifest, tensors)
+        check_contents(path, manifest, pieces)
+        for file in sorted(pieces):
+            read_pieces(path / file, pieces[file])
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The state that was saved with the tensors: progress, schedule, data fingerprint and the like."""
+    return state_of(Path(path), read_manifest(Path(path)))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The run's config as it was saved, for RunConfig or a part of it."""
+    try:
+        values = yaml.safe_load(read_text(path, CONFIG))
+    except yaml.YAMLError as error:
+        raise DamagedCheckpointError(f"{Path(path) / CONFIG} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise DamagedCheckpointError(f"{Path(path) / CONFIG} is malformed: a config is a table of keys")
+    return values
+
+
+def read_text(path: str | Path, name: str) -> str:
+    """A text file that was saved with the checkpoint, for instance tokenizer.json; its hash is checked."""
+    path = Path(path)
+    manifest = read_manifest(path)
+    if name not in manifest.files:
+        raise CheckpointError(f"{path} holds no {name}; it was saved with: {', '.join(sorted(manifest.files))}")
+    return read_listed(path, manifest, name).decode("utf-8")
+
+
+def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """(weights by Decoder.state_dict() names, config, state) of a checkpoint folder."""
+    return read(path), read_config(path), read_state(path)
+
+
+def verify(path: str | Path) -> list[str]:
+    """Check everything: COMPLETE, manifest, each file's hash, each stored tensor. Returns names of files not listed.
+
+    Raises  DamagedCheckpointError naming the first file that is missing or not what was written.
+    """
+    path = Path(path)
+    with reading(path):
+        manifest = read_manifest(path)
+        check_files(path, manifest, manifest.files)
+        state_of(path, manifest)
+        pieces: Pieces = defaultdict(list)
+        for entry in manifest.tensors.values():
+            for chunk in entry.chunks:
+                pieces[chunk.file].append(Piece(chunk, entry.dtype, chunk.box, NOWHERE))
+        for file in sorted(pieces):
+            check_pieces(path / file, pieces[file])
+        return sorted({item.name for item in path.iterdir()} - {COMPLETE, MANIFEST, *manifest.files})

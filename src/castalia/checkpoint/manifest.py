@@ -1,0 +1,273 @@
+"""The table of a checkpoint: which tensors, in which files, with which hashes; and everything that is checked of it."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import NonNegativeInt, ValidationError
+
+from castalia.checkpoint.boxes import Box, fault_of_tiling
+from castalia.config.base import Config
+from castalia.core.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+COMPLETE = "COMPLETE"
+STATE = "state.json"
+CONFIG = "config.yaml"
+SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+STEP_NAME = re.compile(r"step-(\d{8,})")
+LARGEST_JSON = 1 << 28
+"""Bytes of a manifest or state file above which it is refused unread (a full Pythia-12B on 64 ranks is under 10 MB)."""
+
+DTYPES = {
+    "float64": (torch.float64, "F64"),
+    "float32": (torch.float32, "F32"),
+    "float16": (torch.float16, "F16"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "float8_e4m3fn": (torch.float8_e4m3fn, "F8_E4M3"),
+    "float8_e5m2": (torch.float8_e5m2, "F8_E5M2"),
+    "int64": (torch.int64, "I64"),
+    "int32": (torch.int32, "I32"),
+    "int16": (torch.int16, "I16"),
+    "int8": (torch.int8, "I8"),
+    "uint8": (torch.uint8, "U8"),
+    "bool": (torch.bool, "BOOL"),
+}
+"""Name in the manifest -> torch's type and safetensors' code."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is incomplete, or a file in it is not what was written."""
+
+
+class FileEntry(Config):
+    """What a file must be."""
+
+    size: NonNegativeInt
+    """Bytes."""
+    sha256: str
+    """Hex SHA-256 of all bytes, taken of what was handed to the system for writing."""
+
+
+class Chunk(Config):
+    """One stored piece of a tensor."""
+
+    file: str
+    """Name of the safetensors file."""
+    key: str
+    """Name of the piece in that file."""
+    offset: tuple[NonNegativeInt, ...]
+    """Index in the whole tensor where the piece begins, one number a dimension."""
+    shape: tuple[NonNegativeInt, ...]
+    """Size of the piece."""
+
+    @property
+    def box(self) -> Box:
+        """Where the piece lies."""
+        return Box(self.offset, self.shape)
+
+
+class TensorEntry(Config):
+    """One tensor: together its chunks cover it exactly once; a tensor without elements has none."""
+
+    dtype: str
+    """Key of DTYPES."""
+    shape: tuple[NonNegativeInt, ...]
+    """Size of the whole tensor."""
+    chunks: list[Chunk]
+    """Where it is stored."""
+
+
+class Manifest(Config):
+    """Everything of a checkpoint but the numbers; its own hash stands in COMPLETE."""
+
+    format: int
+    """Version of this table, FORMAT."""
+    castalia: str
+    """Version that wrote it."""
+    torch: str
+    """PyTorch that wrote it."""
+    step: NonNegativeInt
+    """Optimizer steps done."""
+    world: NonNegativeInt
+    """Number of processes that wrote it."""
+    save: str
+    """Mark of the one save that made it, by which the processes know their own."""
+    tensors: dict[str, TensorEntry]
+    """By name."""
+    files: dict[str, FileEntry]
+    """By file name: every file but the manifest and COMPLETE."""
+
+
+def step_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step-{step:08d}"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The table of the checkpoint in `folder`, checked against COMPLETE and in itself; no other file is opened.
+
+    Raises  DamagedCheckpointError naming the file, if one is missing, changed or malformed.
+    """
+    mark = read_regular(folder / COMPLETE, 1000)
+    text = read_regular(folder / MANIFEST, LARGEST_JSON)
+    if mark != completion_mark(text):
+        raise DamagedCheckpointError(
+            f"{folder / MANIFEST} is not what {COMPLETE} beside it vouches for; one is corrupt"
+        )
+    table = parse_json(text, folder / MANIFEST)
+    if isinstance(table, dict) and table.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder} has checkpoint format {table.get('format')!r}, this Castalia reads {FORMAT}; install the version"
+            f" that wrote it ({table.get('castalia', 'not named')})"
+        )
+    try:
+        manifest = Manifest.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DamagedCheckpointError(
+            f"{folder / MANIFEST} is malformed at {place or 'the top'}: {first['msg']}"
+        ) from None
+    if fault := fault_of_table(manifest, folder.name):
+        raise DamagedCheckpointError(f"{folder / MANIFEST} is malformed: {fault}")
+    return manifest
+
+
+def completion_mark(manifest_text: bytes) -> bytes:
+    """Content of COMPLETE for a manifest of these bytes."""
+    return hashlib.sha256(manifest_text).hexdigest().encode() + b"\n"
+
+
+def fault_of_table(manifest: Manifest, folder_name: str) -> str | None:
+    """Why the table cannot be trusted: an unsafe file name, another step, or a tensor that its chunks do not cover."""
+    for name in manifest.files:
+        if not SAFE_NAME.fullmatch(name) or name in (MANIFEST, COMPLETE):
+            return f"{name!r} is not a file name that a checkpoint may hold"
+    if STATE not in manifest.files:
+        return f"it lists no {STATE}"
+    named = STEP_NAME.fullmatch(folder_name)
+    if named and int(named[1]) != manifest.step:
+        return f"it is of step {manifest.step}, in a folder named {folder_name}; the folder was copied or renamed"
+    for name, entry in manifest.tensors.items():
+        if fault := fault_of_entry(entry, manifest.files):
+            return f"tensor {name!r}: {fault}"
+    return None
+
+
+def fault_of_entry(entry: TensorEntry, files: Iterable[str]) -> str | None:
+    """Why one tensor's entry is wrong, or None."""
+    if entry.dtype not in DTYPES:
+        return f"unknown dtype {entry.dtype!r}"
+    for chunk in entry.chunks:
+        if chunk.file not in files:
+            return f"its file {chunk.file!r} is not listed"
+        if 0 in chunk.shape:
+            return "an empty piece"
+    return fault_of_tiling(entry.shape, [chunk.box for chunk in entry.chunks])
+
+
+def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Read the named files and compare size and SHA-256 with the manifest.
+
+    Raises  DamagedCheckpointError naming the first file, in order of names, that is missing, a link or changed.
+    """
+    with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+        faults = pool.map(lambda name: fault_of_file(folder / name, manifest.files[name]), sorted(names))
+        for fault in faults:
+            if fault:
+                raise DamagedCheckpointError(fault)
+
+
+def fault_of_file(path: Path, entry: FileEntry) -> str | None:
+    """Why the file is not the one that was written, or None."""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry.size:
+                return f"{path} is corrupt: it has {size} bytes in place of {entry.size}"
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except DamagedCheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"cannot read {path}: {error.strerror or error}"
+    return None if digest == entry.sha256 else f"{path} is corrupt: its SHA-256 is {digest[:12]}..., not the saved one"
+
+
+def open_regular(path: Path) -> Any:
+    """Open a plain file for reading in binary.
+
+    Raises  DamagedCheckpointError if it is missing or not a plain file: a link could lead out of the checkpoint,
+            and a pipe would never end.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise DamagedCheckpointError(f"{path} is a symbolic link; a checkpoint holds plain files only") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedCheckpointError(f"{path} is not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """All bytes of a plain file of at most `limit` bytes."""
+    try:
+        with open_regular(path) as file:
+            data: bytes = file.read(limit + 1)
+    except OSError as error:
+        raise DamagedCheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    if len(data) > limit:
+        raise DamagedCheckpointError(f"{path} is corrupt: it has more than {limit} bytes")
+    return data
+
+
+def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """Bytes of a small listed file, the very ones whose hash was checked."""
+    entry = manifest.files[name]
+    data = read_regular(folder / name, min(entry.size, LARGEST_JSON))
+    if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise DamagedCheckpointError(f"{folder / name} is corrupt: its SHA-256 is not the saved one")
+    return data
+
+
+def parse_json(data: bytes, path: Path) -> Any:
+    """The value in a JSON file."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path} is not readable JSON: {error}") from None
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Hold a shared lock on a checkpoint, so that no retention policy deletes it meanwhile."""
+    with open_regular(folder / COMPLETE) as file:
+        lock(file.fileno(), fcntl.LOCK_SH)
+        yield
+
+
+def lock(descriptor: int, kind: int) -> bool:
+    """Take a flock without waiting; False if another holds it. A file system without locks grants everything."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

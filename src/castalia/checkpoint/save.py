@@ -1,0 +1,317 @@
+"""One save by one process: its shards, then on rank 0 the table, COMPLETE and the rename that makes all of it exist.
+
+Processes do not talk. Each leaves a note in the temporary folder, its part of the table or why it gave up, and
+rank 0 looks for these. A mark that all processes share tells notes of this save from those of one that was killed.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from castalia import __version__
+from castalia.checkpoint.boxes import fault_of_tiling
+from castalia.checkpoint.manifest import (
+    COMPLETE,
+    FORMAT,
+    MANIFEST,
+    STATE,
+    Chunk,
+    DamagedCheckpointError,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    completion_mark,
+    read_manifest,
+    read_regular,
+    step_name,
+)
+from castalia.checkpoint.shards import write_bytes, write_shard
+from castalia.checkpoint.stage import Staged
+from castalia.config.base import Config
+from castalia.core.errors import CheckpointError
+
+SHARD_BYTES = 4 << 30
+"""A file is closed once it holds this many bytes; a larger tensor has a file to itself."""
+POLL_SECONDS = 0.02
+LARGEST_NOTE = 1 << 28
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Note(Config):
+    """What a process leaves for rank 0 (or rank 0 for the others, when it gives up)."""
+
+    save: str
+    """Mark of the save."""
+    failure: str | None = None
+    """Why this process gave up; null when all that it had to write is on the disk."""
+    tensors: dict[str, TensorEntry] = {}
+    """Each tensor that this process knows, with the chunks that it wrote."""
+    files: dict[str, FileEntry] = {}
+    """The files that it wrote."""
+
+
+@dataclass
+class Save:
+    """Everything that one process needs to write its share of a step; `run` does it."""
+
+    folder: Path
+    step: int
+    mark: str
+    rank: int
+    world: int
+    staged: dict[str, Staged]
+    texts: dict[str, bytes]
+    patience: float
+    own_files: list[str] = field(default_factory=list)
+
+    @property
+    def temporary(self) -> Path:
+        """Where the files grow; not a checkpoint by name."""
+        return self.folder / f".{step_name(self.step)}.tmp"
+
+    @property
+    def final(self) -> Path:
+        """The checkpoint's folder."""
+        return self.folder / step_name(self.step)
+
+    def run(self) -> None:
+        """Write, and return when the checkpoint exists. On failure nothing of this save is left.
+
+        Raises  CheckpointError, on every rank.
+        """
+        needed = sum(item.nbytes for item in self.staged.values())
+        try:
+            self.temporary.mkdir(parents=True, exist_ok=True)
+            note = self.write_shards()
+            if self.rank == 0:
+                self.commit(self.gather(note))
+            else:
+                self.leave(note)
+                self.wait_for_commit()
+        except CheckpointError as error:
+            self.give_up(str(error))
+            raise
+        except Exception as error:  # whatever it was, the other ranks must not wait in vain
+            reason = self.reason_of(error, needed)
+            self.give_up(reason)
+            raise CheckpointError(reason) from error
+
+    def write_shards(self) -> Note:
+        """Write this process's files and force them to the disk."""
+        tensors, files = {}, {}
+        for name, item in self.staged.items():
+            tensors[name] = TensorEntry(dtype=item.dtype, shape=item.shape, chunks=[])
+        for file, items in self.files_of_groups():
+            self.own_files.append(file)
+            content: dict[str, Tensor] = {}
+            for name in items:
+                for number, (box, tensor) in enumerate(self.staged[name].pieces):
+                    key = name if number == 0 else f"{name}#{number}"
+                    content[key] = tensor
+                    tensors[name].chunks.append(Chunk(file=file, key=key, offset=box.offset, shape=box.shape))
+            files[file] = write_shard(self.temporary / file, content)
+            content.clear()
+            for name in items:
+                self.staged[name].pieces.clear()  # give the copies' memory back as soon as they are written
+        return Note(save=self.mark, tensors=tensors, files=files)
+
+    def files_of_groups(self) -> list[tuple[str, list[str]]]:
+        """(file name, tensors in it): one file a group (model, optim), continued in another when it is full."""
+        groups: dict[str, list[list[str]]] = {}
+        filled: dict[str, int] = {}
+        for name, item in self.staged.items():
+            group = name.partition(".")[0]
+            if not item.pieces:
+                continue
+            parts = groups.setdefault(group, [[]])
+            if parts[-1] and filled[group] + item.nbytes > SHARD_BYTES:
+                parts.append([])
+                filled[group] = 0
+            parts[-1].append(name)
+            filled[group] = filled.get(group, 0) + item.nbytes
+        return [
+            (f"{group}-{self.rank:05d}{f'-{number}' if number else ''}.safetensors", names)
+            for group, parts in groups.items()
+            for number, names in enumerate(parts)
+        ]
+
+    def note_path(self, rank: int) -> Path:
+        """Where a process leaves its note."""
+        return self.temporary / f"rank-{rank:05d}.json"
+
+    def leave(self, note: Note) -> None:
+        """Leave this process's note, whole or not at all."""
+        path = self.note_path(self.rank)
+        half = path.with_suffix(".half")
+        write_bytes(half, note.model_dump_json().encode())
+        os.replace(half, path)
+
+    def note_of(self, rank: int) -> Note | None:
+        """The note of a process; None as long as there is none of this save."""
+        try:
+            note = Note.model_validate_json(read_regular(self.note_path(rank), LARGEST_NOTE))
+        except (DamagedCheckpointError, ValidationError):
+            return None
+        return note if note.save == self.mark else None
+
+    def gather(self, own: Note) -> list[Note]:
+        """All notes, by rank.
+
+        Raises  CheckpointError if a process gave up, or has left nothing after `patience` seconds.
+        """
+        notes = {0: own}
+
+        def all_here() -> bool:
+            for rank in range(1, self.world):
+                if rank not in notes and (note := self.note_of(rank)):
+                    notes[rank] = note
+                    if note.failure:
+                        raise CheckpointError(f"rank {rank} gave up: {note.failure}")
+            return len(notes) == self.world
+
+        if not wait_until(all_here, self.patience):
+            missing = ", ".join(str(rank) for rank in range(self.world) if rank not in notes)
+            raise CheckpointError(
+                f"cannot save step {self.step} in {self.folder}: no word of rank {missing} after {self.patience:g} s;"
+                " is it alive, and does it see this folder?"
+            )
+        return [notes[rank] for rank in range(self.world)]
+
+    def commit(self, notes: list[Note]) -> None:
+        """Write the texts, the table and COMPLETE, and rename the folder. Rank 0 only."""
+        files = {name: entry for note in notes for name, entry in note.files.items()}
+        for name, text in self.texts.items():
+            self.own_files.append(name)
+            files[name] = write_bytes(self.temporary / name, text)
+        for item in list(self.temporary.iterdir()):  # notes, and leftovers of a save that was killed
+            if item.name not in files:
+                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        manifest = Manifest(
+            format=FORMAT,
+            castalia=__version__,
+            torch=str(torch.__version__),
+            step=self.step,
+            world=self.world,
+            save=self.mark,
+            tensors=merge(notes),
+            files=files,
+        )
+        text = manifest.model_dump_json(indent=1).encode() + b"\n"
+        write_bytes(self.temporary / MANIFEST, text)
+        sync_folder(self.temporary)
+        write_bytes(self.temporary / COMPLETE, completion_mark(text))
+        sync_folder(self.temporary)
+        if self.final.exists():  # incomplete or corrupt, else this save would have been skipped
+            discard(self.final)
+        os.rename(self.temporary, self.final)
+        sync_folder(self.folder)
+
+    def wait_for_commit(self) -> None:
+        """Return when rank 0 has made the checkpoint exist. Other ranks only.
+
+        Raises  CheckpointError if rank 0 gave up, or time has run out.
+        """
+
+        def done() -> bool:
+            if (note := self.note_of(0)) and note.failure:
+                raise CheckpointError(f"rank 0 gave up: {note.failure}")
+            gone = not self.temporary.exists()
+            try:
+                return read_manifest(self.final).save == self.mark
+            except DamagedCheckpointError:
+                if gone:
+                    raise CheckpointError(f"rank 0 could not finish the save of step {self.step}") from None
+                return False
+
+        if not wait_until(done, self.patience):
+            raise CheckpointError(f"no word of rank 0 about step {self.step} after {self.patience:g} s; is it alive?")
+
+    def give_up(self, reason: str) -> None:
+        """Remove what this process wrote and tell the others; rank 0 then removes the temporary folder."""
+        for name in [*self.own_files, MANIFEST, COMPLETE] if self.rank == 0 else self.own_files:
+            (self.temporary / name).unlink(missing_ok=True)
+        try:
+            if self.world > 1:
+                self.leave(Note(save=self.mark, failure=reason))
+        except OSError:
+            pass  # then the others learn it from the clock
+        if self.rank == 0:
+            wait_until(lambda: all(self.note_of(rank) for rank in range(1, self.world)), min(self.patience, 60.0))
+            shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def reason_of(self, error: Exception, needed: int) -> str:
+        """One sentence for the user about a failed write."""
+        what = f"cannot save step {self.step} in {self.folder}"
+        if not isinstance(error, OSError):
+            return f"{what}: {type(error).__name__}: {error}"
+        room = f" (rank {self.rank} needs {size_text(needed)} for it)" if error.errno in FULL else ""
+        return (
+            f"{what}: {error.strerror or error}{room}; earlier checkpoints are intact;"
+            " free space or choose another output, then run the command again"
+        )
+
+
+def merge(notes: list[Note]) -> dict[str, TensorEntry]:
+    """One table out of the parts of all processes.
+
+    Raises  CheckpointError if the processes disagree on a tensor, or a part of one was written by none of them.
+    """
+    table: dict[str, TensorEntry] = {}
+    for rank, note in enumerate(notes):
+        for name, entry in note.tensors.items():
+            known = table.setdefault(name, TensorEntry(dtype=entry.dtype, shape=entry.shape, chunks=[]))
+            if (known.dtype, known.shape) != (entry.dtype, entry.shape):
+                raise CheckpointError(f"rank {rank} has {name} in another shape or dtype than the ranks before it")
+            known.chunks.extend(entry.chunks)
+    for name, entry in table.items():
+        if fault := fault_of_tiling(entry.shape, [chunk.box for chunk in entry.chunks]):
+            raise CheckpointError(f"cannot save {name}: what the processes hold is not the whole tensor: {fault}")
+    return dict(sorted(table.items()))
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder so that at each moment it is whole under its name or not there."""
+    trash = folder.with_name(f".trash-{folder.name}-{time.time_ns():x}")
+    os.rename(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries to the disk, so that renames survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether the condition came true within the time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def size_text(count: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def texts_of(state_text: str, files: Mapping[str, str]) -> dict[str, bytes]:
+    """The small files of a checkpoint, as bytes, state.json among them."""
+    return {STATE: state_text.encode(), **{name: text.encode() for name, text in files.items()}}
