@@ -25,6 +25,8 @@ class Problem(NamedTuple):
     """What is wrong, with the key in front."""
     unknown: bool = False
     """The key does not exist."""
+    missing: bool = False
+    """The key has no value and needs one."""
 
 
 def build(kind: type[C], values: dict[str, Any], where: str) -> C:
@@ -60,7 +62,7 @@ def problem_of(kind: type[Config], item: Any) -> Problem:
         return Problem(key, f"{key}: unknown key{hint_for(kind, path)}", unknown=True)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] in ("value_error", "missing"):
-        return Problem(key, f"{key}: {message}" if key else message)
+        return Problem(key, f"{key}: {message}" if key else message, missing=item["type"] == "missing")
     return Problem(key, f"{key}: {message}, got {item['input']!r}")
 
 

@@ -28,7 +28,9 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         spot = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{spot}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = str(getattr(error, "problem", error))
+        hint = "; a comma is missing before this place" if "expected ',' or" in problem else ""
+        raise ConfigError(f"{where}{spot}: not valid YAML: {problem}{hint}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

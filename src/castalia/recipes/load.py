@@ -1,15 +1,20 @@
 """From what a user names (a preset, files, overrides) to one `RunConfig`."""
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from castalia.config.base import check, report
+from castalia.config.base import Problem, check, leaves, report
+from castalia.config.neox import is_neox, override_hint, read_neox
+from castalia.config.neox_reading import Reading
 from castalia.config.sources import apply_overrides, flatten, is_override, merge, read_yaml
 from castalia.core.errors import ConfigError, nearest
 from castalia.recipes.presets import PRESETS, preset, preset_names
+from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
+from castalia.recipes.pythia import known_mistakes, same_shape
 from castalia.train.config import RunConfig
 
 
@@ -39,6 +44,9 @@ class Sources:
     problems: list[str] = field(default_factory=list)
 
 
+OUR_NAMES = {key.split(".")[-1] for key in leaves(RunConfig)}
+
+
 def load_config(sources: Iterable[str]) -> RunConfig:
     """The config that `sources` give: see `resolve`."""
     return resolve(sources).config
@@ -47,24 +55,93 @@ def load_config(sources: Iterable[str]) -> RunConfig:
 def resolve(sources: Iterable[str]) -> Resolved:
     """Read presets, YAML files (ours or GPT-NeoX's) and `a.b=c` overrides; later kinds win, in this order.
 
-    A file of ours may name its base with `recipe: pythia-70m`. The suffix .yml or .yaml may be left out.
+    A file of ours may name its base with `recipe: pythia-70m`. The suffix .yml or .yaml may be left out. The number of
+    processes for GPT-NeoX files that name no train_batch_size is the environment's WORLD_SIZE.
     Raises  ConfigError with every problem at once.
     """
     found = sort_sources(list(sources))
     if found.problems:
         raise ConfigError("; ".join(found.problems))
-    values: dict[str, Any] = {}
-    for path in found.files:
-        values = merge(values, read_yaml(path))
-    name = found.presets[0] if found.presets else values.get("recipe")
+    own, neox = read_files(found.files)
+    name = found.presets[0] if found.presets else own.get("recipe")
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    reading = read_neox(neox, world=world, complete=name is None) if neox else Reading()
     base = preset(name) if name is not None else {"output": f"runs/{found.files[0].stem}"}
-    started = base if name is not None else merge(base, values)
-    values, notes = fit_micro_batch(merge(base, values), found.overrides)
-    label = name or " + ".join(str(path) for path in found.files)
-    config, problems = check(RunConfig, apply_overrides(values, found.overrides))
-    if config is None:
-        raise ConfigError(report([problem.text for problem in problems], label))
-    return Resolved(config, label, differences(started, config), notes)
+    files = merge(merge(base, reading.values), own)
+    values, notes = fit_micro_batch(files, found.overrides)
+    label = " + ".join(([] if name is None else [name]) + [path.name for path in found.files])
+    config = checked(apply_overrides(values, found.overrides), reading, found.overrides, label)
+    notes += [item.text for item in reading.notes if not settled(item.key, found.overrides)]
+    started = files if name is None else base
+    changes = differences(started, config)
+    return Resolved(config, name or label, changes, notes + remarks(config, neox, changes), reading.ignored)
+
+
+def read_files(paths: list[Path]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Our files' values, the later laid on the earlier, and GPT-NeoX's files by name."""
+    own: dict[str, Any] = {}
+    neox: dict[str, dict[str, Any]] = {}
+    problems = []
+    for path in paths:
+        try:
+            values = read_yaml(path)
+        except ConfigError as error:
+            hint = f"; the preset {path.stem!r} has its values" if path.stem in PRESETS else ""
+            problems.append(f"{error}{hint}")
+            continue
+        if is_neox(values):
+            neox[str(path)] = values
+        else:
+            own = merge(own, values)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return own, neox
+
+
+def settled(key: str, overrides: list[str]) -> bool:
+    """Whether an override sets the dotted key that a remark is about."""
+    return bool(key) and key in {text.partition("=")[0] for text in overrides}
+
+
+def checked(values: dict[str, Any], reading: Reading, overrides: list[str], label: str) -> RunConfig:
+    """The config, or one error with the problems of the GPT-NeoX files, the values and the overrides."""
+    config, problems = check(RunConfig, values)
+    lines = [item.text for item in reading.problems if not settled(item.key, overrides)]
+    settled_keys = {item.key for item in reading.problems}
+    for problem in problems:
+        given = {problem.key, problem.key.split(".")[0], problem.key.split(".")[-1]}
+        if problem.missing and (given & settled_keys or given & reading.origins.keys()):
+            continue
+        lines.append(explain(problem, reading))
+    if config is None or lines:
+        raise ConfigError("\n".join([report(lines, label), *known_mistakes(values.get("model"))]))
+    return config
+
+
+def explain(problem: Problem, reading: Reading) -> str:
+    """A problem's line, with the place in the GPT-NeoX file that it comes from, or our name for a GPT-NeoX option."""
+    if problem.unknown and problem.key not in OUR_NAMES and (hint := override_hint(problem.key)):
+        return hint
+    origin = reading.origins.get(problem.key)
+    return f"{problem.text} ({origin})" if origin else problem.text
+
+
+def remarks(config: RunConfig, neox: dict[str, Any], changes: dict[str, Any]) -> list[str]:
+    """Notes on the config as a whole."""
+    out = []
+    twin = same_shape(config.model)
+    if neox and twin and config.train.batch_size != PYTHIA_BATCH and "train.batch_size" not in changes:
+        out.append(
+            f"the model has the shape of {twin}, whose published run took {PYTHIA_BATCH} rows a step:"
+            f" train.batch_size={PYTHIA_BATCH}"
+        )
+    horizon = config.schedule.decay_steps
+    if horizon and horizon > config.train.steps:
+        out.append(
+            f"schedule.decay_steps {horizon} goes beyond train.steps {config.train.steps}: the run is the beginning of"
+            " a longer one; schedule.decay_steps=null ends the schedule with the run"
+        )
+    return out
 
 
 def sort_sources(sources: list[str]) -> Sources:

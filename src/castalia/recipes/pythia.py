@@ -9,8 +9,11 @@ Source  the published GPT-NeoX files (github.com/EleutherAI/pythia, models/), co
 from typing import Any, NamedTuple
 
 from castalia.checkpoint.config import PYTHIA_EARLY
+from castalia.models.config import ModelConfig
 
 STEPS = 143_000
+BATCH = 1024
+"""Rows of 2048 tokens in one step, of every published run."""
 TOKENIZER_IDS = 50_277
 """Ids of the GPT-NeoX-20B tokenizer, the added ones included."""
 
@@ -77,7 +80,7 @@ def pythia(name: str) -> dict[str, Any]:
         "data": {"seq_length": 2048},
         "train": {
             "steps": STEPS,
-            "batch_size": 1024,
+            "batch_size": BATCH,
             "micro_batch_size": size.micro_batch_size,
             "recompute": size.recompute,
             "log_every": 10,
@@ -96,3 +99,20 @@ def pythia(name: str) -> dict[str, Any]:
 
 
 NAMES = [f"pythia-{size}{data}" for size in SIZES for data in ("", "-deduped")]
+
+
+def same_shape(config: ModelConfig) -> str | None:
+    """The preset whose layers, width and heads a model has, or None."""
+    shape = (config.num_layers, config.hidden_size, config.num_attention_heads)
+    return next((f"pythia-{name}" for name, size in SIZES.items() if size[:3] == shape), None)
+
+
+def known_mistakes(values: Any) -> list[str]:
+    """What to do about model values that a published file has by mistake."""
+    shape = [values.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")] if values else []
+    if shape != [40, 5120, 36]:
+        return []
+    return [
+        "these are the layers and heads of pythia-12b-deduped.yml as published, which has them in each other's place:"
+        " model.num_layers=36 model.num_attention_heads=40, or the preset pythia-12b-deduped"
+    ]

@@ -1,0 +1,149 @@
+"""How GPT-NeoX options about files become ours: tokenizer, token files, checkpoints, validation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from castalia.config.neox_keys import WHY
+from castalia.config.neox_reading import Options, Reading, note, wrong
+from castalia.config.neox_rules import Rule
+
+KNOWN_IDS = {"HFTokenizer": 50277, "GPT2BPETokenizer": 50257, "HFGPT2Tokenizer": 50258, "CharLevelTokenizer": 512}
+"""Ids of each tokenizer type when the file itself is not at hand: for HFTokenizer those of GPT-NeoX-20B's."""
+OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
+
+
+def vocabulary(o: Options, out: Reading) -> None:
+    """Ids of the tokenizer, and rows of the embedding: make_vocab_size_divisible_by * model_parallel_size."""
+    unit = o["make_vocab_size_divisible_by"] * max(1, o["model_parallel_size"])
+    o.put(out, "model.make_vocab_size_divisible_by", unit, "make_vocab_size_divisible_by", "model_parallel_size")
+    kind, file = o["tokenizer_type"], o["vocab_file"]
+    if not o.complete and not o.has("tokenizer_type"):
+        return
+    if kind not in (*KNOWN_IDS, *OTHER_TOKENIZERS):
+        names = ", ".join([*KNOWN_IDS, *OTHER_TOKENIZERS])
+        wrong(out, f"tokenizer_type {kind!r} is not one of GPT-NeoX's: {names}", "model.vocab_size")
+        return
+    ids = count_ids(file) if kind == "HFTokenizer" and file else None
+    if kind == "HFTokenizer" and file:
+        o.put(out, "data.tokenizer", file, "vocab_file")
+    if ids is None and kind in KNOWN_IDS:
+        ids = KNOWN_IDS[kind]
+        note(out, guessed(kind, file, ids), "model.vocab_size")
+    if ids is None:
+        wrong(out, f"the ids of a {kind} cannot be counted here; say model.vocab_size=N", "model.vocab_size")
+    else:
+        o.put(out, "model.vocab_size", ids, "vocab_file", "tokenizer_type")
+
+
+def guessed(kind: str, file: str | None, ids: int) -> str:
+    """Why the number of ids is a known constant and not counted."""
+    if kind != "HFTokenizer":
+        return f"model.vocab_size is {ids}, that of {kind}; to prepare or read text name a data.tokenizer"
+    which = f"vocab_file {file} is not here" if file else "no vocab_file is given"
+    return f"model.vocab_size is {ids}, that of the GPT-NeoX-20B tokenizer: {which}; data.tokenizer=FILE names it"
+
+
+def count_ids(path: str) -> int | None:
+    """Ids that a tokenizer.json can produce, the added ones included; None if there is no such readable file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    tokens = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
+    return len(tokens | {item["content"] for item in content.get("added_tokens") or []})
+
+
+def token_files(o: Options, out: Reading) -> None:
+    """data_path with its split, or path lists with weights; GPT-NeoX refuses a mixture of both, so do we."""
+    if o.has("data_path") and o.has("train_data_paths"):
+        wrong(out, "data_path and train_data_paths are both given; keep one")
+    if o.has("data_path"):
+        o.put(out, "data.train", [o["data_path"]], "data_path")
+        o.put(out, "data.split", o["split"], "split", "data_path")
+    for part, ours in (("train", "weights"), ("valid", "valid_weights")):
+        if o.has(f"{part}_data_paths"):
+            o.put(out, f"data.{part}", o[f"{part}_data_paths"], f"{part}_data_paths")
+        if o.has(f"{part}_data_weights"):
+            o.put(out, f"data.{ours}", o[f"{part}_data_weights"], f"{part}_data_weights")
+    train, valid = o["train_data_paths"], o["valid_data_paths"]
+    if train and train == valid:
+        note(out, "validation reads the training data, as this file says: its loss is no held-out loss", "data.valid")
+    remark_missing([o["data_path"]] if o.has("data_path") else train or [], out)
+
+
+def remark_missing(prefixes: list[Any], out: Reading) -> None:
+    """A note about token files that are not on this machine."""
+    missing = [str(prefix) for prefix in prefixes if not Path(f"{prefix}.idx").is_file()]
+    if missing:
+        note(out, f"no token file {missing[0]}.idx here; data.train=PREFIX names yours", "data.train")
+
+
+def validation(o: Options, out: Reading) -> None:
+    """Validate every eval_interval steps when there is something to validate on."""
+    if o.has("valid_data_paths") or o.has("data_path"):
+        o.put(out, "train.eval_every", o["eval_interval"], "eval_interval", "valid_data_paths", "data_path")
+    o.put(out, "train.eval_batches", o["eval_iters"], "eval_iters")
+
+
+def saving(o: Options, out: Reading) -> None:
+    """checkpoint_factor is an interval, or with checkpoint_scale log the factor between steps."""
+    factor, scale, steps = o["checkpoint_factor"], o["checkpoint_scale"], list(o["extra_save_iters"] or [])
+    every = None
+    if scale not in ("linear", "log"):
+        wrong(out, f"checkpoint_scale {scale!r} is not there; have: linear, log")
+    elif factor and scale == "log" and factor > 1:
+        steps = sorted({*steps, *powers(factor, o["train_iters"] or 0)})
+    elif factor and (scale == "log" or int(factor) != factor):
+        wrong(out, f"checkpoint_factor {factor} does not go with checkpoint_scale {scale}", "checkpoint.every")
+    elif factor:
+        every = int(factor)
+    o.put(out, "checkpoint.steps", steps, "extra_save_iters", "checkpoint_scale")
+    o.put(out, "checkpoint.every", every, "checkpoint_factor", "checkpoint_scale")
+
+
+def powers(factor: float, last: int) -> list[int]:
+    """int(factor ** k) up to `last`: the steps of checkpoint_scale log."""
+    out, power = [], 1.0
+    while power <= last:
+        out.append(int(power))
+        power *= factor
+    return out
+
+
+def folders(o: Options, out: Reading) -> None:
+    """`save` is the run's folder; a run resumes from its own folder only."""
+    load = o.given.get("load")
+    if o.has("save"):
+        o.put(out, "output", o["save"], "save")
+    if load is None:
+        return
+    if load == o["save"]:
+        out.ignored.setdefault("a run resumes from its own folder", []).append("load")
+    else:
+        wrong(out, f"load {load!r} is not the folder of `save`; a run resumes from its own folder only: delete load")
+
+
+def deepspeed_extras(o: Options, out: Reading) -> None:
+    """deepspeed_extra_args may only hold what has no effect here."""
+    extras = o.given.get("deepspeed_extra_args") or {}
+    if not isinstance(extras, dict):
+        wrong(out, f"deepspeed_extra_args: expected a mapping, got {extras!r}")
+        return
+    for name in extras:
+        if name in WHY:
+            out.ignored.setdefault(WHY[name], []).append(f"deepspeed_extra_args.{name}")
+        else:
+            wrong(out, f"deepspeed_extra_args.{name} is not read; write {name} at the top level")
+
+
+FILE_RULES: list[tuple[tuple[str, ...], Rule]] = [
+    (("tokenizer_type", "vocab_file", "make_vocab_size_divisible_by", "model_parallel_size"), vocabulary),
+    (("data_path", "split", "train_data_paths", "train_data_weights", "valid_data_paths"), token_files),
+    (("eval_interval", "eval_iters", "valid_data_paths", "data_path"), validation),
+    (("checkpoint_factor", "checkpoint_scale", "extra_save_iters"), saving),
+    (("save", "load"), folders),
+    (("deepspeed_extra_args",), deepspeed_extras),
+]
+"""The options that a rule reads, and the rule."""

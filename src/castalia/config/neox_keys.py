@@ -1,0 +1,262 @@
+"""Every option of GPT-NeoX and what becomes of it here: honoured, ignored because it has no effect, or refused.
+
+The names are those of GPT-NeoX at ea7aefd8 (318 arguments), those of its v1.0, and those that its README of 2024 or
+published files still use. `-` and `_` are one.
+Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Honoured(NamedTuple):
+    """An option that sets something here."""
+
+    path: str
+    """Our dotted key, as a hint and as the place of a plain value."""
+    kind: str
+    """What GPT-NeoX wants: int, number, bool, str, list, dict."""
+    default: Any = None
+    """GPT-NeoX's value when the file is silent."""
+    plain: bool = False
+    """The value goes to `path` as it is; without this a rule of neox_rules.py reads it."""
+
+
+class Refused(NamedTuple):
+    """An option that changes results and that we do not have."""
+
+    harmless: tuple[Any, ...]
+    """Values that leave the results alone."""
+    hint: str
+    """What to do about it."""
+    default: Any = None
+    """GPT-NeoX's value when the file is silent; only pos_emb's is not harmless."""
+
+
+HONOURED: dict[str, Honoured] = {
+    "num_layers": Honoured("model.num_layers", "int", plain=True),
+    "hidden_size": Honoured("model.hidden_size", "int", plain=True),
+    "num_attention_heads": Honoured("model.num_attention_heads", "int", plain=True),
+    "max_position_embeddings": Honoured("model.max_position_embeddings", "int", plain=True),
+    "rotary_pct": Honoured("model.rotary_pct", "number", 1.0, plain=True),
+    "rotary_emb_base": Honoured("model.rotary_emb_base", "number", 10000, plain=True),
+    "gpt_j_residual": Honoured("model.parallel_residual", "bool", False, plain=True),
+    "use_bias_in_attn_linear": Honoured("model.attention_bias", "bool", True, plain=True),
+    "use_bias_in_mlp": Honoured("model.mlp_bias", "bool", True, plain=True),
+    "layernorm_epsilon": Honoured("model.layernorm_epsilon", "number", 1e-5, plain=True),
+    "init_method_std": Honoured("model.init_method_std", "number", 0.02, plain=True),
+    "init_method": Honoured("model.init_method", "str", "normal"),
+    "output_layer_init_method": Honoured("model.output_layer_init_method", "str", "scaled_normal"),
+    "no_weight_tying": Honoured("model.tie_word_embeddings", "bool", False),
+    "intermediate_size": Honoured("model.intermediate_size", "int"),
+    "expansion_factor": Honoured("model.intermediate_size", "number"),
+    "mlp_multiple_of": Honoured("model.intermediate_size", "int", 1),
+    "activation": Honoured("model.activation", "str", "gelu"),
+    "bias_gelu_fusion": Honoured("model.activation", "bool", False),
+    "attention_config": Honoured("model.num_layers", "list"),
+    "make_vocab_size_divisible_by": Honoured("model.make_vocab_size_divisible_by", "int", 128),
+    "model_parallel_size": Honoured("parallel.tp", "int", 1),
+    "pipe_parallel_size": Honoured("parallel.pp", "int", 0),
+    "zero_optimization": Honoured("parallel.reshard_after_forward", "dict"),
+    "tokenizer_type": Honoured("model.vocab_size", "str", "GPT2BPETokenizer"),
+    "vocab_file": Honoured("data.tokenizer", "str"),
+    "seq_length": Honoured("data.seq_length", "int", plain=True),
+    "data_path": Honoured("data.train", "str"),
+    "split": Honoured("data.split", "str", "969, 30, 1"),
+    "train_data_paths": Honoured("data.train", "list"),
+    "train_data_weights": Honoured("data.weights", "list"),
+    "valid_data_paths": Honoured("data.valid", "list"),
+    "valid_data_weights": Honoured("data.valid_weights", "list"),
+    "eod_mask_loss": Honoured("data.eod_mask_loss", "bool", False, plain=True),
+    "num_workers": Honoured("data.workers", "int", 2, plain=True),
+    "train_iters": Honoured("train.steps", "int", plain=True),
+    "train_batch_size": Honoured("train.batch_size", "int"),
+    "train_micro_batch_size_per_gpu": Honoured("train.micro_batch_size", "int"),
+    "gradient_accumulation_steps": Honoured("train.batch_size", "int", 1),
+    "checkpoint_activations": Honoured("train.recompute", "bool", False, plain=True),
+    "log_interval": Honoured("train.log_every", "int", 100, plain=True),
+    "eval_interval": Honoured("train.eval_every", "int", 1000),
+    "eval_iters": Honoured("train.eval_batches", "int", 100),
+    "optimizer": Honoured("optim", "dict"),
+    "weight_decay": Honoured("optim.weight_decay", "number", 0.1, plain=True),
+    "gradient_clipping": Honoured("optim.clip", "number", 1.0),
+    "lr_decay_style": Honoured("schedule.name", "str", "linear"),
+    "lr_decay_iters": Honoured("schedule.decay_steps", "int"),
+    "lr_decay_fraction": Honoured("schedule.decay_steps", "number"),
+    "warmup": Honoured("schedule.warmup", "number", 0.01, plain=True),
+    "min_lr": Honoured("schedule.min_lr", "number", 0.0, plain=True),
+    "precision": Honoured("precision", "str"),
+    "fp16": Honoured("loss_scale", "dict"),
+    "bf16": Honoured("precision", "dict"),
+    "save": Honoured("output", "str"),
+    "checkpoint_scale": Honoured("checkpoint.steps", "str", "linear"),
+    "checkpoint_factor": Honoured("checkpoint.every", "number"),
+    "extra_save_iters": Honoured("checkpoint.steps", "list"),
+    "keep_last_n_checkpoints": Honoured("checkpoint.keep", "int", plain=True),
+    "seed": Honoured("seed", "int", 1234, plain=True),
+}
+
+ALIASES = {"gas": "gradient_accumulation_steps"}
+"""Names of GPT-NeoX v1.0 that its newest version has dropped."""
+
+OFF: tuple[Any, ...] = (None, False)
+SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
+NO_PAIRS = "delete it: only next-token training on token files is there; use train_data_paths"
+NO_MOE = "delete it: mixture-of-experts layers are not there; every layer is dense"
+
+REFUSED: dict[str, Refused] = {
+    "pos_emb": Refused(("rotary",), "write `pos_emb: rotary`; other position embeddings are not there", "learned"),
+    "opt_pos_emb_offset": Refused((0, None), "delete it; it belongs to learned position embeddings"),
+    "norm": Refused(("layernorm", "te_layernorm", None), "write `norm: layernorm`; other norms are not there"),
+    "gpt_j_tied": Refused(OFF, "delete it; with gpt_j_residual each branch has its own norm, as in Pythia"),
+    "use_qk_layernorm": Refused(OFF, "delete it; queries and keys are not normalized here"),
+    "sliding_window_width": Refused((None,), "delete it; every layer attends to the whole row"),
+    "hidden_dropout": Refused((0, None), "write 0; there is no dropout here"),
+    "attention_dropout": Refused((0, None), "write 0; there is no dropout here"),
+    "fp16_lm_cross_entropy": Refused(OFF, "delete it; the loss is computed in fp32"),
+    "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not there"),
+    "te_fp8_mha": Refused(OFF, "delete it; there is no fp8 arithmetic; precision is fp32, bf16 or fp16"),
+    "use_mup": Refused(OFF, "delete it; μP is not there"),
+    "serve_model_weights": Refused(OFF, "delete it; weights are not served while training"),
+    "moe_num_experts": Refused((None, 0, 1), NO_MOE),
+    "use_bnb_optimizer": Refused(OFF, "delete it; the 8-bit Adam is not there, AdamW keeps fp32 moments"),
+    "use_checkpoint_lr_scheduler": Refused(OFF, "delete it; the schedule always follows the config"),
+    "scheduler": Refused((None,), "delete it and write lr_decay_style, warmup, min_lr"),
+    "amp": Refused((*OFF, {}, {"enabled": False}), "write `precision: bfloat16` or fp16"),
+    "curriculum_learning": Refused((*OFF, {}, {"enabled": False}), "delete it; rows have one length throughout"),
+    "data_efficiency": Refused((*OFF, {}, {"enabled": False}), "delete it"),
+    "compression_training": Refused((None, {}), "delete it"),
+    "sparse_attention": Refused((None, {}), "delete it; attention is full and causal"),
+    "elasticity": Refused((*OFF, {}, {"enabled": False}), "delete it; any run resumes on another number of processes"),
+    "autotuning": Refused((*OFF, {}, {"enabled": False}), "delete it; there is no autotuner"),
+    "data_types": Refused((None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"),
+    "train_impl": Refused(("normal", None), "delete it; DPO, KTO, reward models and REINFORCE are not there"),
+    "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
+    "pack_impl": Refused(("packed", None), "write `pack_impl: packed`"),
+    "data_impl": Refused(("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"),
+    "weight_by_num_documents": Refused(OFF, "delete it and write the weights in train_data_weights"),
+    "train_epochs": Refused((None,), "delete it and write train_iters"),
+    "exit_interval": Refused((None,), "delete it; SIGTERM saves and exits, and train.steps=N ends the run"),
+    "iteration": Refused((None,), "delete it; a run resumes from its newest complete checkpoint"),
+    "finetune": Refused(OFF, "delete it; a run starts from new weights or resumes in its own folder"),
+    "no_load_optim": Refused(OFF, "delete it; a resume takes weights and optimizer together"),
+    "no_load_rng": Refused(OFF, "delete it; nothing random is left to restore"),
+} | dict.fromkeys(
+    [
+        *(f"{part}_{kind}_data_paths" for part in ("train", "valid", "test") for kind in ("label", "reward")),
+        *(
+            f"{side}_{part}{kind}_data_paths"
+            for side in ("pos", "neg")
+            for part in ("train", "valid", "test")
+            for kind in ("", "_label")
+        ),
+    ],
+    Refused((None, []), NO_PAIRS),
+)
+
+STRANGERS = {
+    "attention_type": "delete it",
+    "decay_lr_to": "write min_lr, a learning rate",
+    "warmup_iters": "write warmup, a share of lr_decay_iters",
+    "save_interval": "write checkpoint_factor",
+}
+"""Names in published files that no GPT-NeoX since v1.0 knows, and what was meant."""
+
+IGNORED: dict[str, str] = {
+    "CUDA kernels and fusions": """
+        scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion layernorm_fusion
+        rmsnorm_fusion rope_fusion fused_kernels_build_path use_flashattn_swiglu mamba_selective_scan_fusion
+        mamba_causal_conv_fusion mamba_inner_func_fusion te_columnparallel te_rowparallel te_layernorm_mlp te_mha
+        te_fp8_format te_fp8_wgrad te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin onnx_safe
+        output_layer_parallelism rotary_save_freqs_buffer""",
+    "arithmetic that is the same or better here": """
+        apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_allreduce prescale_gradients
+        gradient_predivide_factor sparse_gradients communication_data_type use_cpu_initialization""",
+    "placement in memory and on devices": """
+        pipe_partition_method sequence_parallel activation_checkpointing checkpoint_num_layers
+        deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu synchronize_each_layer
+        profile_backward partition_activations distributed_backend lazy_mpu_init mmap_warmup use_shared_fs""",
+    "launching; use torchrun": """
+        hostfile include exclude num_nodes num_gpus master_port master_addr launcher force_multi autotuning_run
+        no_ssh_check comment account deepspeed_mpi deepspeed_slurm deepspeed deepscale deepscale_config user_script
+        local_rank rank adlr_autoresume adlr_autoresume_interval detect_nvlink_pairs""",
+    "logging and profiling; metrics.jsonl is always written": """
+        use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host wandb_init_all_ranks git_hash log_dir
+        tensorboard_dir use_comet comet_workspace comet_project comet_experiment_name comet_tags comet_others
+        comet_experiment peak_theoretical_tflops log_grad_pct_zeros log_param_norm log_grad_norm log_optimizer_states
+        log_gradient_noise_scale gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload memory_profiling
+        memory_profiling_path profile profile_step_start profile_step_stop steps_per_print wall_clock_breakdown
+        dump_state flops_profiler tensorboard wandb csv_monitor comms_logger char_level_ppl""",
+    "checkpoint files; ours hold weights, optimizer and position, each with its SHA-256": """
+        s3_path s3_chunk_size config_files checkpoint_validation_with_forward_pass no_save_optim no_save_rng checkpoint
+        override_lr_scheduler save_iters zero_allow_untested_optimizer""",
+    "GPT-NeoX works it out itself and overwrites what a file says": """
+        world_size is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter zero_contiguous_gradients
+        zero_reduce_bucket_size zero_allgather_bucket_size lr padded_vocab_size batch_size clip_grad dynamic_loss_scale
+        do_train do_valid do_test global_num_gpus curriculum_seqlen""",
+    SCALING: "loss_scale loss_scale_window hysteresis min_scale",
+    "GPT-NeoX itself never reads it": """
+        use_bias_in_norms num_unique_layers param_sharing_style mup_attn_temp mup_output_temp short_seq_prob
+        moe_lbl_in_fp32""",
+    "belongs to an option that is not in use": """
+        rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance sparsity_config gmlp_attn_dim
+        mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears dim_att head_size ffn_dim
+        weight_server_port online_dataserver_ips online_dataserver_ports weighted_sampler_alpha allow_chopped
+        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight z_loss kto_beta
+        fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out coord_check save_base_shapes base_shapes_file
+        mup_init_scale mup_embedding_mult mup_rp_embedding_mult mup_width_scale merge_file
+        moe_expert_interval moe_top_k moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
+        enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping moe_min_capacity
+        moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual moe_glu create_moe_param_group use_tutel""",
+    "no test part during training": "test_data_paths test_data_weights",
+    "generation and evaluation, which are commands of their own": """
+        text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens prompt_end
+        sample_input_file sample_output_file num_samples recompute eval_results_prefix eval_tasks""",
+}
+"""Why an option has no effect on the results here -> the options."""
+
+WHY = {name: reason for reason, names in IGNORED.items() for name in names.split()}
+"""Ignored option -> the reason."""
+
+CHECKED = {"load": "output", "num_kv_heads": "model.num_attention_heads", "deepspeed_extra_args": ""}
+"""Options that must agree with another one; a rule looks at each."""
+
+NESTED_HONOURED = {
+    "optimizer": "type params",
+    "optimizer.params": "lr betas eps",
+    "fp16": "enabled loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale",
+    "bf16": "enabled",
+    "zero_optimization": "stage",
+}
+"""Keys inside the dictionaries that go to DeepSpeed, and that we honour."""
+
+NESTED_IGNORED = {
+    "optimizer": "",
+    "optimizer.params": "",
+    "fp16": "fp16 type auto_cast",
+    "bf16": "bf16 type auto_cast loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale"
+    " immediate_grad_update check_grad_overflow",
+    "zero_optimization": "allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size"
+    " contiguous_gradients cpu_offload cpu_offload_params cpu_offload_use_pin_memory offload_param offload_optimizer"
+    " load_from_fp32_weights elastic_checkpoint round_robin_gradients sub_group_size stage3_max_live_parameters"
+    " stage3_max_reuse_distance stage3_prefetch_bucket_size stage3_param_persistence_threshold"
+    " stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save"
+    " stage3_gather_fp16_weights_on_model_save zero_hpz_partition_size ignore_unused_parameters"
+    " use_multi_rank_bucket_allreduce memory_efficient_linear log_trace_cache_warnings",
+}
+"""Keys inside those dictionaries without effect on the results."""
+
+NESTED_REFUSED = {
+    "optimizer.params.weight_decay": Refused((None,), "write weight_decay at the top level, as GPT-NeoX wants it"),
+    "optimizer.params.adam_w_mode": Refused((True, None), "delete it; weight decay is decoupled"),
+    "optimizer.params.bias_correction": Refused((True, None), "delete it; the moments are corrected"),
+    "optimizer.params.amsgrad": Refused(OFF, "delete it; it is not there"),
+    "fp16.consecutive_hysteresis": Refused(OFF, "delete it; it is not there"),
+    "fp16.fp16_master_weights_and_grads": Refused(OFF, "delete it; weights and gradients are fp32"),
+    "bf16.bf16_master_weights_and_grads": Refused(OFF, "delete it; weights and gradients are fp32"),
+    "zero_optimization.zero_quantized_weights": Refused(OFF, "delete it; nothing is quantized"),
+    "zero_optimization.zero_quantized_gradients": Refused(OFF, "delete it; nothing is quantized"),
+}
+"""Keys inside those dictionaries that change results and that we do not have."""
+
+NAMES = sorted({*HONOURED, *ALIASES, *REFUSED, *STRANGERS, *WHY, *CHECKED})
+"""Every name that a GPT-NeoX file may use."""

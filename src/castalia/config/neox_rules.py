@@ -1,0 +1,230 @@
+"""How GPT-NeoX options become our values where a plain copy is not enough: one rule a group of options."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from castalia.config.neox_reading import Options, Reading, note, wrong
+
+INITS = ("normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init")
+ATTENTION = ("global", "flash")
+"""Attention types that are full causal attention; they differ in the kernel alone."""
+ADAM_NAMES = ("adam", "adamw", "cpu_adam")
+"""Optimizer types that are AdamW: apex's and DeepSpeed's fused Adam decay weights apart from the gradient."""
+DEEPSPEED_POWER = 16
+"""DeepSpeed's initial_scale_power when `fp16` is silent about it."""
+
+
+def mlp_width(o: Options, out: Reading) -> None:
+    """intermediate_size, or int(expansion_factor * hidden_size), or 4 * hidden_size."""
+    if o.has("intermediate_size") and o.has("expansion_factor"):
+        wrong(out, "intermediate_size and expansion_factor are both given; keep one")
+    if not o.has("hidden_size"):
+        return
+    hidden, unit = o["hidden_size"], 2 * max(1, o["mlp_multiple_of"])
+    width = o["intermediate_size"] or int((o["expansion_factor"] or 4) * hidden)
+    if width % unit and o["activation"] == "gelu":
+        wrong(out, f"intermediate_size {width} is no multiple of 2 * mlp_multiple_of = {unit}; write one that is")
+    if width != 4 * hidden:
+        o.put(out, "model.intermediate_size", width, "intermediate_size", "expansion_factor")
+
+
+def activation(o: Options, out: Reading) -> None:
+    """bias_gelu_fusion computes the tanh approximation; without it GELU is exact."""
+    if o["activation"] != "gelu":
+        wrong(out, f"activation {o['activation']!r} changes the results and is not honoured; only gelu is there")
+    o.put(out, "model.activation", "gelu_tanh" if o["bias_gelu_fusion"] else "gelu", "bias_gelu_fusion", "activation")
+
+
+def start_weights(o: Options, out: Reading) -> None:
+    """The two initializations; a silent file means normal and scaled_normal."""
+    for name in ("init_method", "output_layer_init_method"):
+        if o[name] not in INITS:
+            wrong(out, f"{name} {o[name]!r} is not there; have: {', '.join(INITS)}")
+        else:
+            o.put(out, f"model.{name}", o[name], name)
+
+
+def tying(o: Options, out: Reading) -> None:
+    """Tied unless no_weight_tying."""
+    o.put(out, "model.tie_word_embeddings", not o["no_weight_tying"], "no_weight_tying")
+
+
+def attention(o: Options, out: Reading) -> None:
+    """attention_config must expand to one full-attention type a layer."""
+    config = o["attention_config"]
+    if config is None:
+        return
+    try:
+        types = expand(config, o["num_layers"] or 0)
+    except (TypeError, IndexError, KeyError, ValueError):
+        wrong(out, f"attention_config {config!r} is not of the form [[[type, ...], count or all], ...]")
+        return
+    other = sorted({str(kind) for kind in types} - set(ATTENTION))
+    if other:
+        wrong(out, f"attention_config has {', '.join(other)}; only {' and '.join(ATTENTION)} are there")
+    if o.has("num_layers") and len(types) != o["num_layers"]:
+        wrong(out, f"attention_config is for {len(types)} layers, num_layers is {o['num_layers']}", "model.num_layers")
+
+
+def expand(config: list[Any], layers: int) -> list[Any]:
+    """One attention type a layer."""
+    if all(isinstance(item, str) for item in config):
+        return config
+    types: list[Any] = []
+    for pattern, count in config:
+        times = layers // len(pattern) if count == "all" else int(count)
+        types += list(pattern) * times
+    return types
+
+
+def key_heads(o: Options, out: Reading) -> None:
+    """Grouped-query attention is refused; as many key heads as query heads is the plain kind."""
+    heads = o.given.get("num_kv_heads")
+    if heads not in (None, o["num_attention_heads"]):
+        wrong(out, f"num_kv_heads {heads} changes the results and is not honoured; delete it")
+
+
+def parallel(o: Options, out: Reading) -> None:
+    """Degrees of parallelism; pipe_parallel_size 0 and 1 are both one stage."""
+    tensor = max(1, o["model_parallel_size"])
+    o.put(out, "parallel.tp", tensor, "model_parallel_size")
+    o.put(out, "parallel.pp", max(1, o["pipe_parallel_size"]), "pipe_parallel_size")
+    if tensor > 1:
+        note(out, f"parallel.tp is {tensor} as in the file; parallel.tp=1 trains the same model unsplit", "parallel.tp")
+    split = tensor * max(1, o["pipe_parallel_size"])
+    if o.world > 1 and o.world % split:
+        wrong(
+            out,
+            f"{o.world} processes do not divide by model_parallel_size * pipe_parallel_size = {split}",
+            "parallel.tp",
+        )
+
+
+def zero(o: Options, out: Reading) -> None:
+    """Stage 3 gathers weights block by block; the lower stages keep them over the step."""
+    stage = (o["zero_optimization"] or {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        wrong(out, f"zero_optimization.stage is 0, 1, 2 or 3, got {stage!r}")
+    o.put(out, "parallel.reshard_after_forward", stage == 3, "zero_optimization")
+
+
+def batch(o: Options, out: Reading) -> None:
+    """train_batch_size, or micro * accumulation * data-parallel processes."""
+    micro, rows = o["train_micro_batch_size_per_gpu"], o["train_batch_size"]
+    split = max(1, o["model_parallel_size"]) * max(1, o["pipe_parallel_size"])
+    processes = max(1, o.world // split)
+    gas = max(1, o["gradient_accumulation_steps"])
+    if rows is None and micro is None:
+        if o.complete:
+            wrong(out, "neither train_batch_size nor train_micro_batch_size_per_gpu is given", "train.batch_size")
+        return
+    if rows is None:
+        rows = micro * gas * processes
+        note(
+            out,
+            f"train.batch_size is {rows} rows: {micro} a process * {gas} accumulated * {processes} data-parallel"
+            f" process{'es' if processes > 1 else ''}, GPT-NeoX's rule for a file without train_batch_size;"
+            " train.batch_size=N fixes it",
+            "train.batch_size",
+        )
+    elif o.has("gradient_accumulation_steps") and micro and rows % (micro * gas):
+        wrong(
+            out,
+            f"train_batch_size {rows} is no multiple of train_micro_batch_size_per_gpu {micro} *"
+            f" gradient_accumulation_steps {gas}",
+            "train.batch_size",
+        )
+    o.put(out, "train.batch_size", rows, "train_batch_size", "train_micro_batch_size_per_gpu")
+    if micro:
+        o.put(out, "train.micro_batch_size", micro, "train_micro_batch_size_per_gpu")
+
+
+def optimizer(o: Options, out: Reading) -> None:
+    """AdamW; a silent file means lr 1e-3 and betas 0.9, 0.999."""
+    given = o["optimizer"] or {}
+    kind = str(given.get("type", "adam"))
+    if kind.lower() not in ADAM_NAMES:
+        wrong(out, f"optimizer.type {kind!r} changes the results and is not honoured; write Adam, which is AdamW")
+    params = given.get("params") or {}
+    if not isinstance(params, dict):
+        wrong(out, f"optimizer.params: expected a mapping, got {params!r}")
+        params = {}
+    for name, value in {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}.items():
+        o.put(out, f"optim.{name}", params.get(name, value), "optimizer")
+
+
+def clipping(o: Options, out: Reading) -> None:
+    """gradient_clipping 0 turns clipping off."""
+    o.put(out, "optim.clip", o["gradient_clipping"] or None, "gradient_clipping")
+
+
+def schedule(o: Options, out: Reading) -> None:
+    """The shape of the learning rate; `cosine` is that of GPT-NeoX v1.0, which Pythia and 20B were trained with."""
+    style = o["lr_decay_style"]
+    if style not in ("cosine", "linear", "exponential", "constant"):
+        wrong(out, f"lr_decay_style {style!r} is not there; have: constant, linear, cosine, exponential")
+        return
+    o.put(out, "schedule.name", "cosine_neox_v1" if style == "cosine" else style, "lr_decay_style")
+    if style == "cosine":
+        note(
+            out,
+            "lr_decay_style cosine is read as GPT-NeoX v1.0 computed it, the code that trained Pythia and 20B: towards"
+            " 0 over the horizon, floored at min_lr; schedule.name=cosine takes the newer form, which reaches min_lr"
+            " at the end",
+            "schedule.name",
+        )
+
+
+def horizon(o: Options, out: Reading) -> None:
+    """lr_decay_iters, or the share lr_decay_fraction of train_iters, or train_iters."""
+    if o.has("lr_decay_iters"):
+        o.put(out, "schedule.decay_steps", o["lr_decay_iters"], "lr_decay_iters")
+    elif o.has("lr_decay_fraction") and o.has("train_iters"):
+        steps = math.floor(o["train_iters"] * o["lr_decay_fraction"])
+        o.put(out, "schedule.decay_steps", steps, "lr_decay_fraction")
+
+
+def precision(o: Options, out: Reading) -> None:
+    """fp32 unless `precision` or one of the dictionaries says otherwise."""
+    names = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
+    said = [kind for kind in ("fp16", "bf16") if (o[kind] or {}).get("enabled")]
+    if o["precision"] is not None:
+        if o["precision"] not in names:
+            wrong(out, f"precision {o['precision']!r} is not there; have: {', '.join(names)}", "precision")
+        said.append(names.get(o["precision"], "fp32"))
+    if len(set(said)) > 1:
+        wrong(out, f"the file asks for {' and '.join(sorted(set(said)))} at once; keep one", "precision")
+    o.put(out, "precision", said[0] if said else "fp32", "precision", "fp16", "bf16")
+    if said[:1] == ["fp16"] and (o.complete or o.has("fp16")):
+        loss_scale(o, out)
+
+
+def loss_scale(o: Options, out: Reading) -> None:
+    """The loss scale of `fp16`; 0 means dynamic. What it leaves out has DeepSpeed's default."""
+    given = o["fp16"] or {}
+    o.put(out, "loss_scale.static", given.get("loss_scale") or None, "fp16")
+    o.put(out, "loss_scale.initial_power", given.get("initial_scale_power", DEEPSPEED_POWER), "fp16")
+    o.put(out, "loss_scale.window", given.get("loss_scale_window", 1000), "fp16")
+    o.put(out, "loss_scale.hysteresis", given.get("hysteresis", 2), "fp16")
+    o.put(out, "loss_scale.minimum", given.get("min_loss_scale", 1), "fp16")
+
+
+Rule = Callable[[Options, Reading], None]
+MODEL_RULES: list[tuple[tuple[str, ...], Rule]] = [
+    (("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size"), mlp_width),
+    (("activation", "bias_gelu_fusion"), activation),
+    (("init_method", "output_layer_init_method"), start_weights),
+    (("no_weight_tying",), tying),
+    (("attention_config",), attention),
+    (("num_kv_heads",), key_heads),
+    (("model_parallel_size", "pipe_parallel_size"), parallel),
+    (("zero_optimization",), zero),
+    (("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), batch),
+    (("optimizer",), optimizer),
+    (("gradient_clipping",), clipping),
+    (("lr_decay_style",), schedule),
+    (("lr_decay_iters", "lr_decay_fraction"), horizon),
+    (("precision", "fp16", "bf16"), precision),
+]
+"""The options that a rule reads, and the rule."""
