@@ -1,0 +1,53 @@
+"""Text to tokens to batches: tokenizers, token files, GPT-NeoX's sample order, the loader.
+
+Only `Batch` and `StepLoader` need torch; it is imported when one of them is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from castalia.data.blending import blend
+from castalia.data.config import DataConfig
+from castalia.data.fingerprint import changed
+from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
+from castalia.data.packed import PackedDataset, Piece
+from castalia.data.rows import RowDataset, Rows, build_rows, check_vocab
+from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from castalia.data.batch import IGNORED, Batch
+    from castalia.data.loader import StepLoader
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "DataConfig",
+    "IndexedDataset",
+    "IndexedDatasetWriter",
+    "NeoxOrder",
+    "PackedDataset",
+    "Piece",
+    "RowDataset",
+    "Rows",
+    "StepLoader",
+    "Tokenizer",
+    "best_dtype",
+    "blend",
+    "build_rows",
+    "changed",
+    "check_vocab",
+    "load_tokenizer",
+    "split_documents",
+    "train_tokenizer",
+    "weight_by_num_documents",
+]
+NEED_TORCH = {"IGNORED": "batch", "Batch": "batch", "StepLoader": "loader"}
+"""Public names whose module imports torch."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that needs torch, on first use."""
+    if name not in NEED_TORCH:
+        raise AttributeError(f"module 'castalia.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"castalia.data.{NEED_TORCH[name]}"), name)

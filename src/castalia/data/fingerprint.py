@@ -1,0 +1,88 @@
+"""What the data of a run are: sizes, content hashes and order settings; kept with every checkpoint."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from castalia.core.files import sha256_of
+from castalia.data.indexed import IndexedDataset
+
+FULL_BYTES = 64 << 20
+"""A .bin up to this size is hashed whole."""
+BLOCK_BYTES = 1 << 20
+BLOCKS = 64
+"""Of a larger one, so many blocks of 1 MiB, evenly spaced, the first and the last among them."""
+
+
+def fingerprint(
+    train: Sequence[IndexedDataset], valid: Sequence[IndexedDataset] = (), *, order: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A JSON dict that two runs share when they serve the same rows in the same order.
+
+    `order` holds the settings that decide the order (seed, seq_length, split, weights, epochs, batch_size …). Paths
+    are not compared by `changed`; file names only serve its sentences.
+    """
+    return {
+        "version": 1,
+        "train": [contents(dataset) for dataset in train],
+        "valid": [contents(dataset) for dataset in valid],
+        "order": dict(order),
+    }
+
+
+def contents(dataset: IndexedDataset) -> dict[str, Any]:
+    """Sizes and hashes of one token file."""
+    how, digest = bin_hash(dataset.bin_path)
+    return {
+        "name": Path(dataset.prefix).name,
+        "documents": len(dataset),
+        "tokens": int(dataset.sizes.sum(dtype="int64")),
+        "dtype": dataset.dtype.name,
+        "idx_sha256": sha256_of(dataset.idx_path),
+        "bin_bytes": dataset.bin_path.stat().st_size,
+        "bin_hashed": how,
+        "bin_sha256": digest,
+    }
+
+
+def bin_hash(path: Path) -> tuple[str, str]:
+    """How a .bin is hashed, and its hex SHA-256 under that rule."""
+    size = path.stat().st_size
+    if size <= FULL_BYTES:
+        return "whole", sha256_of(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for i in range(BLOCKS):
+            file.seek((size - BLOCK_BYTES) * i // (BLOCKS - 1), os.SEEK_SET)
+            digest.update(file.read(BLOCK_BYTES))
+    return f"{BLOCKS} evenly spaced blocks of {BLOCK_BYTES} bytes", digest.hexdigest()
+
+
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One sentence for each difference that changes the rows or their order; empty if there is none."""
+    sentences = []
+    for role in ("train", "valid"):
+        before, after = old.get(role, []), new.get(role, [])
+        if len(before) != len(after):
+            sentences.append(f"{role}: {len(before)} sources before, {len(after)} now")
+            continue
+        for i, (a, b) in enumerate(zip(before, after, strict=True)):
+            sentences += source_changes(f"{role} source {i} ({b.get('name')})", a, b)
+    before, after = old.get("order", {}), new.get("order", {})
+    for key in [*before, *(key for key in after if key not in before)]:
+        if before.get(key) != after.get(key):
+            sentences.append(f"order: {key} was {before.get(key)}, is {after.get(key)}")
+    return sentences
+
+
+def source_changes(label: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two descriptions of one source: its sizes, or else its contents."""
+    sizes = [key for key in ("documents", "tokens", "dtype") if old.get(key) != new.get(key)]
+    if sizes:
+        return [f"{label}: {key} was {old.get(key)}, is {new.get(key)}" for key in sizes]
+    hashes = ("idx_sha256", "bin_bytes", "bin_hashed", "bin_sha256")
+    if any(old.get(key) != new.get(key) for key in hashes):
+        return [f"{label}: its contents differ (same sizes, other hash)"]
+    return []

@@ -1,0 +1,203 @@
+"""The rows of a run: every source's order, blended, as one sequence that steps take from."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.core.errors import ConfigError, DataError
+from castalia.data.blending import blend
+from castalia.data.config import DataConfig
+from castalia.data.fingerprint import fingerprint
+from castalia.data.indexed import CHECK_PIECE, IndexedDataset, view
+from castalia.data.order import NeoxOrder, rows_per_source, split_documents
+from castalia.data.packed import PackedDataset, Piece
+
+
+class RowDataset:
+    """Rows of one or several sources in served order, without an end.
+
+    `rows[p]` is (row (seq_length + 1,) int64, source, p): source is the place in `packs`. Beyond its end a blend
+    serves place p modulo its size, and a source place i modulo its rows less one, as GPT-NeoX does.
+    """
+
+    def __init__(self, packs: list[PackedDataset], weights: list[float] | None = None, places: int = 0) -> None:
+        self.packs = packs
+        self.size = len(packs[0].order.shuffle_idx)
+        self.picks: NDArray[np.unsignedinteger] | None = None
+        if weights is not None:
+            self.size = sum(len(pack) for pack in packs) or places
+            self.picks, self.numbers = blend(weights, min(self.size, places))
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
+        source, place = self.locate(index)
+        return self.packs[source][place], source, int(index)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source of the row served at place `index` >= 0, and its place in that source's order."""
+        if index < 0:
+            raise IndexError(f"place {index}: places count from 0")
+        if self.picks is None:
+            return 0, self.packs[0].order.wrap(int(index))
+        place = int(index) % self.size
+        if place >= len(self.picks):
+            raise IndexError(f"place {index}: the blend was built for {len(self.picks)} places")
+        source = int(self.picks[place])
+        return source, self.packs[source].order.wrap(int(self.numbers[place]))
+
+    def documents_of(self, index: int) -> tuple[int, list[Piece]]:
+        """The source of the row served at place `index`, and the stretches of its documents in the row."""
+        source, place = self.locate(index)
+        return source, self.packs[source].documents_of(place)
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens in a row that the model sees."""
+        return self.packs[0].order.seq_length
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What `build_rows` made out of a data config.
+
+    `sources` names the train sources, `epochs` and `tokens` are one number each: passes over the source's documents
+    that its order holds, and tokens in one pass; `weights` are shares that sum to 1.
+    """
+
+    train: RowDataset
+    valid: RowDataset | None
+    fingerprint: dict[str, Any]
+    sources: list[str]
+    weights: list[float] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+def build_rows(
+    config: DataConfig, *, seed: int, batch_size: int, steps: int, eval_every: int | None, eval_batches: int
+) -> Rows:
+    """The train and valid rows of a run, in GPT-NeoX's order.
+
+    A single train prefix with `split` is GPT-NeoX's data_path: its share of the documents, exactly steps · batch_size
+    rows. Anything else is its list of paths: each source holds 1.005 times its share and they are blended, even a
+    single one. Without `eval_every`, or without anything to validate on, `valid` is None.
+
+    Raises  ConfigError, DataError if a file is missing or damaged, or too short for a row.
+    Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
+    """
+    if not config.train:
+        raise ConfigError("data.train is empty: name the prefix of a token file, made by `castalia prepare`")
+    if config.split is not None and config.valid:
+        raise ConfigError("data.split and data.valid both say what to validate on: set one of them to null")
+    evals = (steps // eval_every + 1) * eval_batches if eval_every else 0
+    train_sets = [IndexedDataset(path) for path in config.train]
+    valid_sets = [IndexedDataset(path) for path in config.valid]
+    if config.split is not None:
+        shares = split_documents(config.split, len(train_sets[0]))
+        train = one_source(train_sets[0], config, seed, steps * batch_size, shares[0])
+        valid = one_source(train_sets[0], config, seed, evals * batch_size, shares[1]) if evals and shares[1] else None
+    else:
+        train = blended(train_sets, config.weights, config, seed, steps * batch_size)
+        want_valid = evals and valid_sets
+        valid = blended(valid_sets, config.valid_weights, config, seed, evals * batch_size) if want_valid else None
+    weights = normalised(config.weights, len(train_sets))
+    epochs = [pack.order.epochs for pack in train.packs]
+    order = {
+        "kind": "neox packed",
+        "seed": seed,
+        "seq_length": config.seq_length,
+        "split": config.split,
+        "weights": weights,
+        "valid_weights": normalised(config.valid_weights, len(valid_sets)),
+        "epochs": epochs,
+        "batch_size": batch_size,
+    }
+    return Rows(
+        train=train,
+        valid=valid,
+        fingerprint=fingerprint(train_sets, valid_sets, order=order),
+        sources=source_names(config.train),
+        weights=weights,
+        epochs=epochs,
+        tokens=[pack.order.tokens_per_epoch for pack in train.packs],
+    )
+
+
+def one_source(dataset: IndexedDataset, config: DataConfig, seed: int, rows: int, documents: range) -> RowDataset:
+    """Rows of a stretch of one source's documents, no blend."""
+    chosen = np.arange(documents.start, documents.stop, dtype=np.int32)
+    where = f"{dataset.prefix} (documents {documents.start} to {documents.stop} under data.split {config.split!r})"
+    return RowDataset([pack(dataset, config.seq_length, rows, seed, chosen, where)])
+
+
+def blended(
+    datasets: list[IndexedDataset], weights: list[float] | None, config: DataConfig, seed: int, rows: int
+) -> RowDataset:
+    """Rows of all documents of several sources, or of one, blended by weight."""
+    shares = normalised(weights, len(datasets))
+    counts = rows_per_source(weights or [1.0] * len(datasets), rows)  # normalised once, as GPT-NeoX does
+    packs = [
+        pack(dataset, config.seq_length, count, seed, None, dataset.prefix)
+        for dataset, count in zip(datasets, counts, strict=True)
+    ]
+    return RowDataset(packs, shares, rows)
+
+
+def pack(
+    dataset: IndexedDataset, seq_length: int, rows: int, seed: int, documents: NDArray[np.int32] | None, where: str
+) -> PackedDataset:
+    """One source under its order; an error names the source."""
+    try:
+        order = NeoxOrder(dataset.sizes, seq_length=seq_length, num_samples=rows, seed=seed, documents=documents)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return PackedDataset(dataset, order)
+
+
+def normalised(weights: list[float] | None, sources: int) -> list[float]:
+    """Shares that sum to 1, the same for all without weights."""
+    raw = [1.0] * sources if weights is None else weights
+    total = sum(raw)
+    return [weight / total for weight in raw]
+
+
+def source_names(paths: list[str]) -> list[str]:
+    """A short name for each prefix: its last part, or the whole path where two would be the same."""
+    names = [Path(path).name.removesuffix(".bin").removesuffix(".idx") for path in paths]
+    return [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+
+
+def check_vocab(dataset: IndexedDataset, vocab_size: int) -> None:
+    """Look through a whole token file for ids that a model of `vocab_size` ids does not have.
+
+    Time    one pass over the .bin, about 1 s a GB; the loader checks each batch as well.
+    Raises  DataError naming the file, the document and the id.
+    """
+    ids = view(dataset.buffer, dataset.dtype, len(dataset.buffer) // dataset.dtype.itemsize, 0)
+    for start in range(0, len(ids), CHECK_PIECE):
+        piece = ids[start : start + CHECK_PIECE]
+        if int(piece.max()) < vocab_size and int(piece.min()) >= 0:
+            continue
+        bad = start + int(np.flatnonzero((piece >= vocab_size) | (piece < 0))[0])
+        document = document_at(dataset, bad * dataset.dtype.itemsize)
+        raise DataError(out_of_vocab(dataset.prefix, document, int(ids[bad]), vocab_size))
+
+
+def document_at(dataset: IndexedDataset, byte: int) -> int:
+    """The document whose tokens cover a byte of the .bin, -1 if none does."""
+    ends = dataset.pointers + dataset.sizes.astype(np.int64) * dataset.dtype.itemsize
+    found = np.flatnonzero((dataset.pointers <= byte) & (byte < ends))
+    return int(found[0]) if len(found) else -1
+
+
+def out_of_vocab(prefix: str, document: int, token: int, vocab_size: int) -> str:
+    """The sentence about an id that the model does not have."""
+    return (
+        f"{prefix}: document {document} has token id {token}, but the model's vocabulary has {vocab_size} ids;"
+        " prepare the text with the model's tokenizer, or set model.vocab_size"
+    )

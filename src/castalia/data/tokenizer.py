@@ -1,0 +1,204 @@
+"""Text to ids and back: any `tokenizer.json`, the byte-level tokenizer, and training a new one."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from castalia.core.errors import ConfigError, DataError
+from castalia.core.files import atomic_write
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+"""Names under which tokenizers carry the end of a document, in the order in which we look."""
+BYTES = "bytes"
+SMALLEST_BPE = 256 + 2
+"""One id for every byte, and the two special ones."""
+
+
+class Tokenizer:
+    """A `tokenizer.json`, for text in and text out.
+
+    `encode` adds no special tokens; a special token's name inside a text becomes its id, as in `tokenizers`.
+    `vocab_size` is the highest id + 1; `eod_id` is the id that ends a document, None if there is none; `kind` is
+    `bytes` or `json`. Pickles, and may be used from several threads.
+
+    Raises  DataError if `text` is not a tokenizer.json; `where` names it.
+    """
+
+    kind = "json"
+
+    def __init__(self, text: str, where: str = "the tokenizer") -> None:
+        self.where = where
+        try:
+            self.inner = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises plain Exception
+            raise DataError(f"{where}: not a tokenizer.json of the tokenizers library ({error})") from None
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.ids: dict[str, int] = self.inner.get_vocab(with_added_tokens=True)
+        if not self.ids:
+            raise DataError(f"{where}: a tokenizer with no tokens")
+        self.vocab_size = max(self.ids.values()) + 1
+        self.eod_id = next((self.ids[name] for name in END_NAMES if name in self.ids), None)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text."""
+        ids: list[int] = self.inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; the tokenizers library works on several cores."""
+        return [found.ids for found in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, with the names of special tokens; bytes that are not UTF-8 become U+FFFD."""
+        text: str = self.inner.decode([int(i) for i in ids], skip_special_tokens=False)
+        return text
+
+    def tokens(self) -> list[str]:
+        """Every token as the tokenizer.json spells it, in id order; ids without a token get a name of their own."""
+        names: list[str | None] = [None] * self.vocab_size
+        for name, i in self.ids.items():
+            names[i] = name
+        return [unused_name(i, self.ids) if name is None else name for i, name in enumerate(names)]
+
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        text: str = self.inner.to_str(pretty=True)
+        return text
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write its tokenizer.json, whole or not at all."""
+        with atomic_write(Path(path)) as file:
+            file.write(self.to_json())
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"text": self.to_json(), "where": self.where}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        type(self).__init__(self, state["text"], state["where"])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.where!r}, {self.vocab_size} ids)"
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0 to 255 are the bytes of UTF-8, 256 is <|endoftext|>.
+
+    It carries a real tokenizer.json with the same ids, so that an export works with any reader of those.
+    """
+
+    kind = BYTES
+
+    def __init__(self, text: str | None = None, where: str = BYTES) -> None:
+        super().__init__(byte_level_json() if text is None else text, where)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text: its bytes, unless it spells out <|endoftext|>."""
+        return super().encode(text) if END_OF_TEXT in text else list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [self.encode(text) for text in texts]
+
+
+def unused_name(i: int, taken: dict[str, int]) -> str:
+    """A name for an id that has no token, unlike any token's."""
+    name = f"<|unused {i}|>"
+    while name in taken:
+        name += "_"
+    return name
+
+
+def byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, as the ByteLevel parts of `tokenizers` use them.
+
+    Source  openai/gpt-2 src/encoder.py, bytes_to_unicode: printable Latin-1 stays, the rest moves to 256 and up.
+    """
+    kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return {byte: chr(byte) for byte in kept} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+
+
+def byte_level_json() -> str:
+    """A tokenizer.json whose ids are bytes: a BPE of 256 characters without merges, and <|endoftext|> at 256."""
+    vocab = {character: byte for byte, character in byte_characters().items()}
+    inner = byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[])), use_regex=False)
+    inner.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    text: str = inner.to_str()
+    return text
+
+
+def byte_level(inner: Any, use_regex: bool) -> Any:
+    """Give `inner` the ByteLevel parts: no text is lost, no space is added."""
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    inner.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a `tokenizer.json`, of a folder that holds one, or the byte-level one for `bytes`.
+
+    Raises  DataError if there is no such file or it is not a tokenizer.
+    """
+    if os.fspath(name_or_path) == BYTES:
+        return ByteTokenizer()
+    path = Path(name_or_path)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such tokenizer file; name a tokenizer.json, or `bytes`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+    tokenizer = Tokenizer(text, str(path))
+    return ByteTokenizer(text, str(path)) if is_byte_level(tokenizer) else tokenizer
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether this is the byte-level tokenizer, saved and read again."""
+    return tokenizer.vocab_size == 257 and tokenizer.inner.to_str() == ByteTokenizer().inner.to_str()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
+    """Train a byte-level BPE on `texts`, write it to `path` as tokenizer.json, and return it.
+
+    <|endoftext|> is id 0 and <|padding|> id 1, as in GPT-NeoX's own; every text can be encoded and comes back
+    unchanged. A small corpus may give fewer than `vocab_size` ids.
+
+    Raises  ConfigError if vocab_size is below 258; DataError if there is no text.
+    """
+    if vocab_size < SMALLEST_BPE:
+        raise ConfigError(
+            f"a byte-level BPE needs at least {SMALLEST_BPE} ids (256 bytes and 2 special), got {vocab_size}"
+        )
+    inner = byte_level(tokenizers.Tokenizer(models.BPE()), use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(not_empty(texts), trainer=trainer)
+    tokenizer = Tokenizer(inner.to_str(), str(path))
+    tokenizer.save(path)
+    return tokenizer
+
+
+def not_empty(texts: Iterable[str]) -> Iterator[str]:
+    """The same texts.
+
+    Raises  DataError if there is none.
+    """
+    empty = True
+    for text in texts:
+        empty = empty and not text
+        yield text
+    if empty:
+        raise DataError("no text to train a tokenizer on")
