@@ -14,6 +14,7 @@ from castalia.data.fingerprint import fingerprint
 from castalia.data.indexed import CHECK_PIECE, IndexedDataset, view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.packed import PackedDataset, Piece
+from castalia.data.tokenizer import load_tokenizer
 
 
 class RowDataset:
@@ -66,7 +67,8 @@ class Rows:
     """What `build_rows` made out of a data config.
 
     `sources` names the train sources, `epochs` and `tokens` are one number each: passes over the source's documents
-    that its order holds, and tokens in one pass; `weights` are shares that sum to 1.
+    that its order holds, and tokens in one pass; `weights` are shares that sum to 1; `eod_id` is the id after which
+    no target counts, None unless data.eod_mask_loss is set.
     """
 
     train: RowDataset
@@ -76,6 +78,7 @@ class Rows:
     weights: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    eod_id: int | None = None
 
 
 def build_rows(
@@ -125,6 +128,7 @@ def build_rows(
         weights=weights,
         epochs=epochs,
         tokens=[pack.order.tokens_per_epoch for pack in train.packs],
+        eod_id=masked_eod(config),
     )
 
 
@@ -164,6 +168,21 @@ def normalised(weights: list[float] | None, sources: int) -> list[float]:
     raw = [1.0] * sources if weights is None else weights
     total = sum(raw)
     return [weight / total for weight in raw]
+
+
+def masked_eod(config: DataConfig) -> int | None:
+    """The id after which no target counts, under data.eod_mask_loss.
+
+    Raises  ConfigError if the tokenizer is not named or has no such id.
+    """
+    if not config.eod_mask_loss:
+        return None
+    if config.tokenizer is None:
+        raise ConfigError("data.eod_mask_loss needs data.tokenizer, to know the end-of-document id")
+    eod_id = load_tokenizer(config.tokenizer).eod_id
+    if eod_id is None:
+        raise ConfigError(f"data.eod_mask_loss: the tokenizer {config.tokenizer} has no end-of-document token")
+    return eod_id
 
 
 def source_names(paths: list[str]) -> list[str]:
