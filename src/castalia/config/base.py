@@ -102,7 +102,20 @@ def leaves(kind: type[Config], prefix: str = "") -> list[str]:
     return out
 
 
+class Dumper(yaml.SafeDumper):
+    """SafeDumper that writes a list of plain values on one line."""
+
+
+def represent_list(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.SequenceNode:
+    """`[0, 1, 2]` in place of a line for each number."""
+    flat = not any(isinstance(item, list | dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flat)
+
+
+Dumper.add_representer(list, represent_list)
+
+
 def dump_yaml(config: Config) -> str:
     """The whole config as YAML text, in the order of the fields; `read_yaml` of it builds an equal config."""
-    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
