@@ -90,7 +90,7 @@ def sum_of_losses(model: Decoder, windows: Sequence[Window], rows: int) -> float
     total = 0.0
     for tokens, labels in batches(windows, rows):
         hidden_NC = model(tokens.to(device)).flatten(0, 1)
-        total += float(fused_cross_entropy(hidden_NC, model.head_weight, labels.to(device).flatten())[0])
+        total += float(fused_cross_entropy(hidden_NC, model.head_weight, labels.to(device).flatten()).total)
     return total
 
 

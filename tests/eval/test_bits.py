@@ -1,0 +1,96 @@
+"""Bits per byte against closed forms and against one token at a time."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from castalia.core.errors import DataError
+from castalia.data.indexed import IndexedDatasetWriter
+from castalia.eval import HeldOut, bits_per_byte
+from castalia.eval.bits import choose_documents, cut_windows
+from castalia.models import Decoder, ModelConfig
+
+CONFIG = ModelConfig(
+    num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=60, max_position_embeddings=64, rotary_pct=0.5
+)
+SIZES, BYTES, EOD = [5, 40, 1, 17], [11, 90, 2, 30], 0
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> HeldOut:
+    """Four documents that end in the end-of-document token."""
+    rng = np.random.default_rng(3)
+    with IndexedDatasetWriter(tmp_path / "text", np.uint16) as writer:
+        for size in SIZES:
+            writer.add([*rng.integers(1, 60, size), EOD])
+    return HeldOut(str(tmp_path / "text"), BYTES)
+
+
+def small(seed: int = 1) -> Decoder:
+    """A model whose predictions are far from uniform."""
+    model = Decoder(CONFIG)
+    model.init_weights(seed)
+    with torch.no_grad():
+        model.head_weight.mul_(30)
+    return model
+
+
+def test_uniform_logits_give_log2_of_the_vocabulary_for_each_token(source: HeldOut):
+    model = small()
+    with torch.no_grad():
+        model.head_weight.zero_()
+    found = bits_per_byte(model, {"a": source}, seq_length=8, eod_id=EOD)["a"]
+    assert (found.tokens, found.bytes) == (sum(SIZES), sum(BYTES))
+    bits = math.log2(CONFIG.padded_vocab_size) * sum(SIZES) / sum(BYTES)
+    assert found.bits_per_byte == pytest.approx(bits, rel=1e-6)
+    assert found.loss == pytest.approx(math.log(CONFIG.padded_vocab_size), rel=1e-6)
+    without_start = bits_per_byte(model, {"a": source}, seq_length=8, eod_id=None)["a"]
+    # The last token of each document counts as text here, and the first is charged the same log2(V).
+    assert without_start.bits_per_byte == pytest.approx(bits * (sum(SIZES) + 4) / sum(SIZES), rel=1e-6)
+
+
+@pytest.mark.parametrize("seq_length", [8, 64])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_equal_to_predicting_one_token_at_a_time(source: HeldOut, seq_length: int, rows: int):
+    model = small()
+    found = bits_per_byte(model, {"a": source}, seq_length=seq_length, eod_id=EOD, rows=rows)["a"]
+    nats = 0.0
+    rng = np.random.default_rng(3)
+    for size in SIZES:
+        line = [EOD, *rng.integers(1, 60, size).tolist()]
+        for place in range(1, len(line)):
+            start = (place - 1) // seq_length * seq_length
+            context = torch.tensor([line[start:place]])
+            nats -= float(model.head(model(context))[0, -1].log_softmax(-1)[line[place]])
+    assert found.loss * found.tokens == pytest.approx(nats, rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / sum(BYTES), rel=1e-5)
+    assert abs(found.loss - math.log(CONFIG.padded_vocab_size)) > 0.1  # the weights matter here
+
+
+def test_windows_predict_every_token_once():
+    line = np.arange(10, 31)
+    for seq_length in (1, 4, 20, 21, 50):
+        windows = cut_windows(line, seq_length, 7)
+        assert np.concatenate([targets for _, targets in windows]).tolist() == line.tolist()
+        assert all(len(inputs) == len(targets) <= seq_length for inputs, targets in windows)
+        assert windows[0][0][0] == 7
+        assert (
+            np.concatenate([targets for _, targets in cut_windows(line, seq_length, None)]).tolist()
+            == line[1:].tolist()
+        )
+    assert cut_windows(np.array([], np.int64), 4, 7) == []
+
+
+def test_a_bound_takes_whole_documents_and_their_bytes(source: HeldOut):
+    assert choose_documents([6, 41, 2, 18], 30) == [0, 2, 3]
+    assert choose_documents([6, 41, 3, 18], 1) == [2]
+    found = bits_per_byte(small(), {"a": source}, seq_length=8, eod_id=EOD, max_tokens=30)["a"]
+    assert (found.tokens, found.bytes) == (5 + 1 + 17, 11 + 2 + 30)
+
+
+def test_byte_counts_of_other_documents_are_refused(source: HeldOut):
+    with pytest.raises(DataError, match="holds 4 documents, but byte counts are given for 3"):
+        bits_per_byte(small(), {"a": HeldOut(source.prefix, BYTES[:3])}, seq_length=8, eod_id=EOD)
