@@ -12,6 +12,8 @@ from castalia.data.fingerprint import changed
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
 from castalia.data.packed import PackedDataset, Piece
+from castalia.data.prepare import Prepared, prepare
+from castalia.data.readers import read_documents
 from castalia.data.rows import RowDataset, Rows, build_rows, check_vocab
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -28,6 +30,7 @@ __all__ = [
     "NeoxOrder",
     "PackedDataset",
     "Piece",
+    "Prepared",
     "RowDataset",
     "Rows",
     "StepLoader",
@@ -38,6 +41,8 @@ __all__ = [
     "changed",
     "check_vocab",
     "load_tokenizer",
+    "prepare",
+    "read_documents",
     "split_documents",
     "train_tokenizer",
     "weight_by_num_documents",

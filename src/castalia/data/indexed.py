@@ -236,7 +236,9 @@ class IndexedDatasetWriter:
         return ids.astype(self.dtype)
 
     def close(self) -> None:
-        """Finish both files and give them their names."""
+        """Finish both files and give them their names; a second call does nothing."""
+        if self.file.closed:
+            return
         sizes = np.frombuffer(self.sizes, dtype=np.int32) if self.sizes else np.empty(0, np.int32)
         try:
             self.sync(self.file)

@@ -1,5 +1,6 @@
 """Text to ids and back: any `tokenizer.json`, the byte-level tokenizer, and training a new one."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,7 +26,8 @@ class Tokenizer:
 
     `encode` adds no special tokens; a special token's name inside a text becomes its id, as in `tokenizers`.
     `vocab_size` is the highest id + 1; `eod_id` is the id that ends a document, None if there is none; `kind` is
-    `bytes` or `json`. Pickles, and may be used from several threads.
+    `bytes` or `json`; `text` is the tokenizer.json as it was read, `sha256` its hash. Pickles, and may be used from
+    several threads.
 
     Raises  DataError if `text` is not a tokenizer.json; `where` names it.
     """
@@ -33,7 +35,8 @@ class Tokenizer:
     kind = "json"
 
     def __init__(self, text: str, where: str = "the tokenizer") -> None:
-        self.where = where
+        self.text, self.where = text, where
+        self.sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
         try:
             self.inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises plain Exception
@@ -67,18 +70,13 @@ class Tokenizer:
             names[i] = name
         return [unused_name(i, self.ids) if name is None else name for i, name in enumerate(names)]
 
-    def to_json(self) -> str:
-        """The text of its tokenizer.json."""
-        text: str = self.inner.to_str(pretty=True)
-        return text
-
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write its tokenizer.json, whole or not at all."""
-        with atomic_write(Path(path)) as file:
-            file.write(self.to_json())
+        """Write its tokenizer.json, byte for byte as it was read; whole or not at all."""
+        with atomic_write(Path(path), "wb") as file:
+            file.write(self.text.encode("utf-8"))
 
     def __getstate__(self) -> dict[str, str]:
-        return {"text": self.to_json(), "where": self.where}
+        return {"text": self.text, "where": self.where}
 
     def __setstate__(self, state: dict[str, str]) -> None:
         type(self).__init__(self, state["text"], state["where"])
@@ -130,7 +128,7 @@ def byte_level_json() -> str:
     vocab = {character: byte for byte, character in byte_characters().items()}
     inner = byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[])), use_regex=False)
     inner.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    text: str = inner.to_str()
+    text: str = inner.to_str(pretty=True)
     return text
 
 
@@ -152,7 +150,7 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     path = Path(name_or_path)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise DataError(f"{path}: no such tokenizer file; name a tokenizer.json, or `bytes`") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -167,7 +165,14 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
-    """Train a byte-level BPE on `texts`, write it to `path` as tokenizer.json, and return it.
+    """`train_bpe`, written to `path` as a tokenizer.json."""
+    tokenizer = train_bpe(texts, vocab_size, str(path))
+    tokenizer.save(path)
+    return tokenizer
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, where: str = "the tokenizer") -> Tokenizer:
+    """Train a byte-level BPE on `texts`.
 
     <|endoftext|> is id 0 and <|padding|> id 1, as in GPT-NeoX's own; every text can be encoded and comes back
     unchanged. A small corpus may give fewer than `vocab_size` ids.
@@ -186,9 +191,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
         show_progress=False,
     )
     inner.train_from_iterator(not_empty(texts), trainer=trainer)
-    tokenizer = Tokenizer(inner.to_str(), str(path))
-    tokenizer.save(path)
-    return tokenizer
+    return Tokenizer(inner.to_str(pretty=True), where)
 
 
 def not_empty(texts: Iterable[str]) -> Iterator[str]:
