@@ -106,13 +106,12 @@ def samples_section(samples: Sequence[Mapping[str, Any]] | None) -> str:
     return section("Samples by checkpoint", "The same prompts and the same seed at each checkpoint.", "".join(parts))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], words: bool = False) -> str:
-    """An HTML table; `words` sets its cells to the left, for text in place of numbers."""
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
+    """An HTML table. `kind` is numbers, set to the right; words, set to the left; or code, with its spaces kept."""
     head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    kind = ' class="words"' if words else ""
     thead = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
-    return f'<div class="wide"><table{kind}>{thead}<tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table class="{escape(kind)}">{thead}<tbody>{body}</tbody></table></div>'
 
 
 def section(title: str, about: str, body: str) -> str:
@@ -132,7 +131,7 @@ def facts_section(run: Path, env: Mapping[str, Any] | None) -> str:
     parts = []
     if env:
         rows = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in env.items()]
-        parts.append(f"<details><summary>Machine and versions</summary>{table(['', ''], rows, words=True)}</details>")
+        parts.append(f"<details><summary>Machine and versions</summary>{table(['', ''], rows, 'words')}</details>")
     config = run / "config.yaml"
     if config.exists():
         text = escape(config.read_text(encoding="utf-8"))
@@ -168,7 +167,7 @@ def write_report(run_folder: str | Path) -> Path:
         bits_section(read_json(run / "evals" / "bits_per_byte.json")),
         samples_section(read_json(run / "samples" / "samples.json")),
         *(
-            section(t["title"], t.get("about", ""), table(t["header"], t["rows"], t.get("words", False)))
+            section(t["title"], t.get("about", ""), table(t["header"], t["rows"], t.get("kind", "numbers")))
             for t in summary.get("tables", [])
         ),
         facts_section(run, read_json(run / "env.json")),

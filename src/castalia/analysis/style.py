@@ -36,8 +36,10 @@ table { border-collapse:collapse; width:100%; font-size:14px; font-variant-numer
 th, td { text-align:right; padding:7px 14px; border-top:1px solid var(--edge); white-space:nowrap; }
 thead th { border-top:0; color:var(--soft); font-weight:500; font-size:13px; }
 th:first-child, td:first-child { text-align:left; white-space:normal; }
-.words td { text-align:left; white-space:normal; vertical-align:top; }
-.words td:first-child { white-space:nowrap; color:var(--soft); }
+.words td, .code td { text-align:left; white-space:normal; overflow-wrap:anywhere; vertical-align:top; }
+.words td:first-child, .code td:first-child { white-space:nowrap; color:var(--soft); overflow-wrap:normal; }
+.code td:last-child { white-space:pre-wrap; background:var(--code);
+  font:13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
 .sample { display:grid; grid-template-columns:86px minmax(0, 1fr); background:var(--card);
   border:1px solid var(--edge); border-radius:10px; margin:8px 0; overflow:hidden; }
 .sample span { color:var(--soft); font-size:13px; padding:10px 0 10px 14px; font-variant-numeric:tabular-nums; }

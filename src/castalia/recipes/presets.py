@@ -5,11 +5,13 @@ from typing import Any
 
 from castalia.core.registry import Registry
 from castalia.recipes.debug import debug
+from castalia.recipes.demo import demo
 from castalia.recipes.pythia import NAMES, pythia
 
 PRESETS: Registry[Callable[[str], dict[str, Any]]] = Registry("preset")
 
 PRESETS.register("debug")(debug)
+PRESETS.register("demo")(demo)
 for known in NAMES:
     PRESETS.register(known)(pythia)
 

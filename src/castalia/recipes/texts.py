@@ -16,6 +16,8 @@ SMALLEST_DOCUMENT = 200
 NOT_CODE = {"site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3", "ensurepip", "pydoc_data"}
 """Folders of the standard library left out: other people's packages, tables, and what is a source of its own."""
 TEST_FOLDERS = {"test", "tests", "idle_test"}
+FEW = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib", "json", "logging", "urllib")
+"""Packages of the standard library that stand for it in the tiny corpus."""
 TALKATIVE = ("torch/nn", "torch/optim", "torch/utils", "torch/distributions", "numpy/lib", "numpy/linalg", "pydantic")
 """Folders of required packages whose docstrings explain themselves in prose."""
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
@@ -61,6 +63,15 @@ def python_files(folder: Path, tests: bool) -> Iterator[tuple[str, Path]]:
 def library_code() -> list[Document]:
     """The modules of the standard library."""
     return read_documents(python_files(standard_library(), tests=False))
+
+
+def few_modules() -> list[Document]:
+    """Some packages of the standard library, quick to read."""
+    folder = standard_library()
+    files = [
+        ("/".join((name, inner)), path) for name in FEW for inner, path in python_files(folder / name, tests=False)
+    ]
+    return read_documents(files)
 
 
 def library_tests() -> list[Document]:

@@ -1,0 +1,127 @@
+"""The demo in figures: `summary.json` for the report page, and one table for the terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from castalia.models.flops import parameter_counts
+from castalia.monitor import duration, quantity
+from castalia.train.config import RunConfig
+
+LEAD = (
+    "A language model in the shape of Pythia, trained from random weights on this machine, on text that this Python"
+    " installation carries. Nothing was downloaded."
+)
+
+
+def summarize(config: RunConfig, record: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the report shows besides the curves and samples: title, lead, tiles, tables."""
+    total, _ = parameter_counts(config.model)
+    speed = record["training"]["tokens_per_second"]
+    first, last = (mean_bits(record["bits"][place]["sources"]) for place in (0, -1))
+    tiles = {
+        "parameters": quantity(total),
+        "tokens read": quantity(config.train.steps * config.tokens_per_step),
+        "steps": f"{config.train.steps:,}",
+        "training": duration(record["stages"]["train"]),
+        "tokens/s": quantity(speed) if speed else "n/a",
+        "bits per byte": f"{first:.2f} → {last:.2f}",
+    }
+    tables = [sources_table(record, corpus), speech_table(record), texts_table(record), facts_table(config, record)]
+    return {"title": "The Castalia demo", "lead": LEAD, "tiles": tiles, "tables": tables}
+
+
+def mean_bits(sources: Mapping[str, Mapping[str, float]]) -> float:
+    """Mean over the sources of their bits per byte, each source counting the same."""
+    return sum(bits["bits_per_byte"] for bits in sources.values()) / len(sources)
+
+
+def sources_table(record: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each source: how much of it there is, and what became of its bits per byte."""
+    first, last = record["bits"][0], record["bits"][-1]
+    rows = []
+    for name, facts in corpus["sources"].items():
+        train, valid = facts["train"], facts["valid"]
+        before, after = (mark["sources"][name]["bits_per_byte"] for mark in (first, last))
+        rows.append(
+            [
+                f"{name}: {facts['about']}",
+                f"{train['documents']:,}",
+                quantity(train["tokens"]),
+                f"{valid['documents']:,}",
+                f"{before:.2f}",
+                f"{after:.2f}",
+                f"{valid['zlib_bits_per_byte']:.2f}",
+            ]
+        )
+    header = ["source", "documents", "tokens", "held out", f"step {first['step']}", f"step {last['step']}", "zlib"]
+    about = "Bits per byte of the held-out documents at the first and last checkpoint; zlib -9 on each as a yardstick."
+    return {"title": "Sources", "about": about, "header": header, "rows": rows}
+
+
+def speech_table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each way to run the model."""
+    rows = [
+        [
+            voice["name"],
+            f"{voice['tokens_per_second']:,.0f}",
+            f"{voice['megabytes']:.1f} MB",
+            f"{voice['bits_per_token']:.3f}",
+            f"{voice['same']:.0%}",
+        ]
+        for voice in record["speech"]["voices"]
+    ]
+    header = ["", "tokens/s", "weights", "bits per token", "same text"]
+    about = (
+        "Greedy text, one prompt at a time. Bits per token on held-out text; same text is the share of tokens that"
+        " come before the first one that differs from Castalia's fp32."
+    )
+    return {"title": "fp32 and int8", "about": about, "header": header, "rows": rows}
+
+
+def texts_table(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What each of them says after each prompt."""
+    speech = record["speech"]
+    rows = [
+        [voice["name"], prompt + voice["texts"][i]]
+        for i, prompt in enumerate(speech["prompts"])
+        for voice in speech["voices"]
+    ]
+    return {"title": "Greedy text", "header": ["", ""], "rows": rows, "kind": "code"}
+
+
+def facts_table(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape, batch, data and where the time went."""
+    total, inner = parameter_counts(config.model)
+    model, names = config.model, {"build": "corpus", "evaluate": "bits per byte", "sample": "samples"}
+    stages = ", ".join(f"{names.get(name, name)} {duration(s)}" for name, s in record["stages"].items())
+    rows = [
+        ["parameters", f"{total:,}, of which {inner:,} are not embeddings"],
+        ["shape", f"{model.num_layers} layers, width {model.hidden_size}, {model.num_attention_heads} heads"],
+        ["vocabulary", f"{model.vocab_size:,} tokens"],
+        ["batch", f"{config.train.batch_size} rows of {config.data.seq_length} tokens"],
+        ["precision", config.precision],
+        ["data fingerprint", str(record["training"]["fingerprint"])],
+        ["time", f"{stages}; {duration(sum(record['stages'].values()))} in all"],
+    ]
+    return {"title": "Facts", "header": ["", ""], "rows": rows, "kind": "words"}
+
+
+def show_summary(summary: Mapping[str, Any]) -> None:
+    """One table on the terminal: the main figures, the sources, and how the exports compare."""
+    table = Table(title=summary["title"], show_header=False, title_justify="left")
+    for name, value in summary["tiles"].items():
+        table.add_row(name, str(value))
+    sources, speech = summary["tables"][0], summary["tables"][1]
+    table.add_section()
+    for row in sources["rows"]:
+        name = row[0].partition(":")[0]
+        table.add_row(f"bits per byte, {name}", f"{row[4]} → {row[5]}   (zlib {row[6]})")
+    table.add_section()
+    for name, speed, size, bits, same in speech["rows"]:
+        table.add_row(name, f"{speed} tokens/s, {size}, {bits} bits per token, same text {same}")
+    table.add_section()
+    table.add_row("time", summary["tables"][3]["rows"][-1][1])
+    Console(highlight=False).print(table)
