@@ -1,6 +1,12 @@
 """The command `castalia`: one file a verb; a thin door that parses, calls and prints."""
 
 import sys
+import warnings
+
+
+def plain_warning(message: Warning | str, *place: object) -> str:
+    """A warning as a line for a user, without the place in our code that gave it."""
+    return f"castalia: warning: {message}\n"
 
 
 def main() -> None:
@@ -8,6 +14,7 @@ def main() -> None:
     from castalia.cli.app import app
     from castalia.core.errors import CastaliaError
 
+    warnings.formatwarning = plain_warning
     try:
         app()
     except CastaliaError as error:

@@ -1,7 +1,7 @@
 """Lay one model over the processes. The order is the contract: recompute, compile, FSDP2, materialize."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from castalia.distributed.config import ParallelConfig
 from castalia.distributed.world import World
 
+M = TypeVar("M", bound=nn.Module)
 
-def parallelize(model: nn.Module, world: World, config: ParallelConfig, *, compiled: bool = False) -> nn.Module:
+
+def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: bool = False) -> M:
     """Compile blocks, shard them with FSDP2 and give the model memory on the world's device.
 
     The model comes in on the meta device and leaves with weights that hold nothing yet; initialize or load next.

@@ -45,6 +45,7 @@ class JsonlSink:
         if self.path.exists():
             self.keep_until(resume_step)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise cannot_write(self.path, error) from error

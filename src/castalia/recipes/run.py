@@ -28,7 +28,7 @@ def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) 
         trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
         if world.leads:
             write_run_folder(config, world, list(command))
-            print_start(resolved, trainer)
+            print_start(trainer, resolved.changes, resolved.notes)
         world.wait()
         trainer.fit()
         if world.leads:

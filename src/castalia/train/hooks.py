@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from castalia.checkpoint.policy import SavePolicy
+from castalia.data import RowDataset
 from castalia.models.flops import flops_per_token
 from castalia.monitor import JsonlSink, duration, memory_bytes, peak_flops, quantity
 from castalia.train.precision import arithmetic
@@ -107,14 +107,14 @@ class Validate(Hook):
         """Run when due; the rows of one validation are the same each time."""
         every = trainer.config.train.eval_every
         if every and trainer.rows.valid is not None and trainer.progress.step % every == 0:
-            trainer.metrics["valid_loss"] = self.mean_loss(trainer)
+            trainer.metrics["valid_loss"] = self.mean_loss(trainer, trainer.rows.valid)
 
     @torch.no_grad()
-    def mean_loss(self, trainer: "Trainer") -> float:
-        """Loss over train.eval_batches batches, by target."""
+    def mean_loss(self, trainer: "Trainer", rows: RowDataset) -> float:
+        """Loss over the first train.eval_batches batches of `rows`, by target."""
         trainer.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=trainer.world.device)
-        batches = trainer.batches(trainer.rows.valid, 0)
+        batches = trainer.batches(rows, 0)
         for _ in range(trainer.config.train.eval_batches):
             for batch in next(batches):
                 with arithmetic(trainer.config.precision, trainer.world.device):
@@ -130,7 +130,7 @@ class Save(Hook):
 
     def start(self, trainer: "Trainer") -> None:
         """Save step 0 when the policy has it."""
-        self.policy = SavePolicy(trainer.config.checkpoint, trainer.config.train.steps)
+        self.policy = trainer.policy
         self.files = checkpoint_files(trainer.config)
         if trainer.progress.step == 0 and self.policy.due(0):
             self.save(trainer)
@@ -150,9 +150,7 @@ class Save(Hook):
             self.files,
             asynchronous=asynchronous,
         )
-        trainer.carried["save_stall_seconds"] = round(timing.stall, 4)
-        if trainer.world.leads:
-            self.policy.apply_retention(trainer.store)
+        trainer.carried["save_stall_seconds"] = round(timing.stall_seconds, 4)
 
     def close(self, trainer: "Trainer") -> None:
         """Wait until everything is on the disk."""

@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from castalia.data.batch import Batch
+from castalia.models import Decoder
 from castalia.models.cross_entropy import fused_cross_entropy
 
 
@@ -27,25 +28,26 @@ class LossOut:
 class Loss(Protocol):
     """The seam through which every kind of training enters the one loop."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> LossOut:
+    def __call__(self, model: Decoder, batch: Batch) -> LossOut:
         """Run the model on `batch`."""
 
 
 class NextToken:
     """Cross-entropy of the next token, over chunks of rows: the whole logits matrix never exists.
 
-    `sources` is the number K of data sources.
+    `sources` is the number K of data sources; `compiled` gives the elementwise part of the loss to torch.compile.
     """
 
-    def __init__(self, sources: int = 1) -> None:
-        self.sources = sources
+    def __init__(self, sources: int = 1, *, compiled: bool = False) -> None:
+        self.sources, self.compiled = sources, compiled
 
-    def __call__(self, model: nn.Module, batch: Batch) -> LossOut:
+    def __call__(self, model: Decoder, batch: Batch) -> LossOut:
         """Forward pass and summed loss of one micro-batch."""
         hidden_BTC = model(batch.tokens, positions=batch.positions, segments=batch.segments)
         labels_N = batch.labels.reshape(-1)
-        total, losses_N = fused_cross_entropy(hidden_BTC.flatten(0, 1), model.head_weight, labels_N, per_row=True)
-        return LossOut(total, (labels_N >= 0).sum(), self.by_source(losses_N.detach(), batch))
+        hidden_NC = hidden_BTC.flatten(0, 1)
+        total, losses_N = fused_cross_entropy(hidden_NC, model.head_weight, labels_N, compiled=self.compiled)
+        return LossOut(total, (labels_N >= 0).sum(), self.by_source(losses_N, batch))
 
     def by_source(self, losses_N: Tensor, batch: Batch) -> Tensor:
         """Loss sums and target counts of each source."""

@@ -63,7 +63,7 @@ def checkpoint_files(config: RunConfig) -> dict[str, str]:
     """Text files that make a checkpoint usable by itself: the config and the tokenizer."""
     files = {"config.yaml": dump_yaml(config)}
     if config.data.tokenizer:
-        files["tokenizer.json"] = load_tokenizer(config.data.tokenizer).to_json()
+        files["tokenizer.json"] = load_tokenizer(config.data.tokenizer).text
     return files
 
 
@@ -72,25 +72,16 @@ def resume(trainer: "Trainer") -> None:
 
     Raises  DataError if the data changed since that checkpoint was saved.
     """
-    tensors = checkpoint_tensors(trainer)
-    step = trainer.world.agree(newest_good(trainer) if trainer.world.leads else 0)
-    if step < 0:
+    found = trainer.store.load_latest(checkpoint_tensors(trainer))
+    if found is None:
         return
-    state = trainer.store.load(step, tensors)
+    step, state = found
     require_same_data(state["data"], trainer)
     trainer.progress.load_state_dict(state["progress"])
     trainer.scale.load_state_dict(state["loss_scale"])
     set_updates(trainer.optimizer, trainer.progress.updates)
     if trainer.world.leads:
         print(f"resumed from {trainer.store.folder_of(step)}", flush=True)
-
-
-def newest_good(trainer: "Trainer") -> int:
-    """Step of the newest checkpoint whose every byte is as it was written; -1 when there is none at all."""
-    step = trainer.store.latest_good()
-    for warning in trainer.store.warnings:
-        print(f"castalia: warning: {warning}", file=sys.stderr, flush=True)
-    return -1 if step is None else step
 
 
 def require_same_data(saved: dict[str, Any], trainer: "Trainer") -> None:

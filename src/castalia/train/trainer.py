@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
-from castalia.checkpoint import Store
+from castalia.checkpoint import SavePolicy, Store
 from castalia.core.errors import TrainingError
 from castalia.data import Batch, RowDataset, StepLoader, build_rows
 from castalia.distributed import World, initialize, parallelize
@@ -52,8 +53,11 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
         self.scale = LossScale.of(config.loss_scale, config.precision)
-        self.loss = loss or NextToken(len(self.rows.sources))
-        self.store = Store(f"{config.output}/checkpoints", rank=world.rank, world=world.size)
+        self.loss = loss or NextToken(len(self.rows.sources), compiled=train.compile)
+        self.policy = SavePolicy(config.checkpoint, train.steps)
+        self.store = Store(
+            f"{config.output}/checkpoints", rank=world.rank, world=world.size, expired=self.policy.expired
+        )
         self.progress, self.clock, self.hooks = Progress(), Clock(), list(hooks)
         self.metrics: dict[str, Any] = {}
         self.carried: dict[str, Any] = {}
@@ -117,7 +121,7 @@ class Trainer:
     def reduce_gradients_if(self, last: bool) -> None:
         """With sharded weights, reduce gradients only after the last micro-batch."""
         if self.world.size > 1:
-            self.model.set_requires_gradient_sync(last)
+            cast(FSDPModule, self.model).set_requires_gradient_sync(last)
 
     def update(self, lr: float, norm: Tensor, totals: StepTotals) -> None:
         """One optimizer update, or none on an fp16 overflow; a number that is not finite stops before it."""

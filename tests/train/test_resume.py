@@ -1,0 +1,167 @@
+"""Killed, moved to other numbers of processes, or corrupted: a run continues as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from castalia.checkpoint import read, read_state
+
+KILL_AFTER_4 = """
+import os, signal
+import castalia.train.hooks as hooks
+def after_step(self, trainer, save=hooks.Save.after_step):
+    save(self, trainer)
+    if trainer.progress.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+hooks.Save.after_step = after_step
+"""
+EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "rows_hash")
+
+
+def exact(lines):
+    return [{key: line[key] for key in EXACT} for line in lines]
+
+
+def all_tensors(output, step):
+    folder = output / "checkpoints" / f"step-{step:08d}"
+    return read(folder, prefix="")
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """Six steps without interruption."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(output)
+    return output
+
+
+def test_killed_run_continues_bit_for_bit(train, whole, tmp_path, read_lines):
+    output = tmp_path / "run"
+    killed = train(output, code=KILL_AFTER_4, ok=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(read_lines(output)) == 4 and not (output / "checkpoints" / "step-00000006").exists()
+    again = train(output)
+    assert "resumed from" in again.stdout
+    assert exact(read_lines(output)) == exact(read_lines(whole))
+    ours, theirs = all_tensors(output, 6), all_tensors(whole, 6)
+    assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_saved_on_two_processes_and_resumed_on_others(train, whole, tmp_path, read_lines, processes):
+    output = tmp_path / "run"
+    killed = train(output, processes=2, code=KILL_AFTER_4, ok=False)
+    assert killed.returncode != 0
+    train(output, processes=processes)
+    ours, theirs = read_lines(output), read_lines(whole)
+    assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
+    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-5)
+    for name, tensor in all_tensors(output, 6).items():
+        assert torch.allclose(tensor, all_tensors(whole, 6)[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["model-00000.safetensors", "state.json", "manifest.json", "COMPLETE"])
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before(train, whole, tmp_path, read_lines, name):
+    output = tmp_path / "run"
+    train(output, "train.steps=3")
+    path = output / "checkpoints" / "step-00000003" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = train(output, "train.steps=3")
+    assert "step-00000002" in again.stdout and name in again.stderr
+    assert [line["rows_hash"] for line in read_lines(output)] == [line["rows_hash"] for line in read_lines(whole)[:3]]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(train, whole):
+    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*") if path.is_file()}
+    done = train(whole)
+    assert "done: step 6 of 6" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*") if path.is_file()}
+
+
+def test_sigterm_saves_and_exits_well(train, whole, tmp_path, read_lines):
+    output = tmp_path / "run"
+    script = tmp_path / "run.py"
+    arguments = ["train", *train.base, f"output={output}", "train.steps=100000", "checkpoint.every=null"]
+    slow = "import time, castalia.train.hooks as h\nh.Validate.after_step = lambda self, t: time.sleep(0.05)"
+    script.write_text(
+        f"import sys; sys.argv = ['castalia', *{arguments!r}]\n{slow}\nfrom castalia.cli import main; main()"
+    )
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    path = output / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while time.monotonic() < until and not (path.exists() and path.stat().st_size > 300):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "the same command goes on" in out and "SIGTERM" in err
+    step = read_lines(output)[-1]["step"]
+    state = read_state(output / "checkpoints" / f"step-{step:08d}")
+    assert state["progress"]["step"] == step
+
+
+def test_changed_data_stop_a_resume(train, tokens, tmp_path):
+    moved = tmp_path / "moved"
+    for end in (".bin", ".idx"):
+        (tmp_path / f"moved{end}").write_bytes(tokens.with_suffix(end).read_bytes())
+    output = tmp_path / "run"
+    train(output, f"data.train={moved}", "train.steps=2")
+    content = bytearray((tmp_path / "moved.bin").read_bytes())
+    content[0] ^= 1
+    (tmp_path / "moved.bin").write_bytes(content)
+    refused = train(output, f"data.train={moved}", ok=False)
+    assert refused.returncode == 1
+    assert "the data differ from those of the checkpoint" in refused.stderr
+    assert "data.allow_changed=true" in refused.stderr and "Traceback" not in refused.stderr
+    assert "data.allow_changed is true" in train(output, f"data.train={moved}", "data.allow_changed=true").stderr
+
+
+def test_the_same_data_elsewhere_resume(train, tokens, tmp_path):
+    output = tmp_path / "run"
+    train(output, "train.steps=2")
+    for end in (".bin", ".idx"):
+        (tmp_path / f"copy{end}").write_bytes(tokens.with_suffix(end).read_bytes())
+    assert "resumed from" in train(output, f"data.train={tmp_path / 'copy'}").stdout
+
+
+def test_a_folder_with_a_run_of_another_config_is_refused(train, whole):
+    before = (whole / "config.yaml").read_text()
+    refused = train(whole, "optim.lr=1e-4", "model.hidden_size=64", ok=False)
+    assert refused.returncode == 2
+    assert "holds a run of another config" in refused.stderr
+    assert "optim.lr: 0.003 there, 0.0001 now" in refused.stderr and "model.hidden_size" in refused.stderr
+    assert (whole / "config.yaml").read_text() == before
+
+
+def test_no_load_of_a_run_unpickles(train, whole):
+    audit = """
+import sys
+events = []
+sys.addaudithook(lambda event, args: events.append(args) if event.startswith("pickle.") else None)
+import atexit
+atexit.register(lambda: print("UNPICKLED", [a for a in events]))
+"""
+    done = train(whole, code=audit)
+    assert "UNPICKLED []" in done.stdout
+
+
+def test_config_of_the_run_folder_repeats_it(whole, tmp_path, read_lines):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "castalia", "train", str(whole / "config.yaml"), f"output={tmp_path / 'again'}"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert exact(read_lines(tmp_path / "again")) == exact(read_lines(whole))
+    assert "castalia train" in (whole / "command.txt").read_text()
+    assert json.loads((whole / "env.json").read_text())["packages"]["torch"]
