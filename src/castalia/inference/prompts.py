@@ -1,0 +1,49 @@
+"""Prompts out of a file: one a line, or JSON lines."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from castalia.core.errors import DataError
+
+KEY = "prompt"
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file: {"prompt": …} on each line of a .jsonl file, else every line that is not blank.
+
+    Raises  DataError if the file is missing, empty, not UTF-8, or a line is broken; names the line.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is wrong; convert the file") from None
+    except OSError as error:
+        raise DataError(f"cannot read the prompts in {path}: {error.strerror or error}") from None
+    prompts = list(json_prompts(lines, str(path)) if path.suffix in (".jsonl", ".ndjson") else plain_prompts(lines))
+    if not prompts:
+        raise DataError(f"{path} holds no prompt; write one a line")
+    return prompts
+
+
+def plain_prompts(lines: Iterable[str]) -> Iterator[str]:
+    """Lines that are not blank, as they are."""
+    return (line for line in lines if line.strip())
+
+
+def json_prompts(lines: Iterable[str], where: str) -> Iterator[str]:
+    """The text under "prompt" of each line that is not blank.
+
+    Raises  DataError naming the line that is no JSON object or has no such text.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}, line {number}: not JSON ({error})") from None
+        if not isinstance(record, dict) or not isinstance(record.get(KEY), str):
+            raise DataError(f'{where}, line {number}: expected an object with a text under "{KEY}"')
+        yield record[KEY]

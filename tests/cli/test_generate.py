@@ -1,0 +1,172 @@
+"""`castalia generate`: prompts from options, files and standard input; text and JSON lines; one-sentence errors."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from castalia.checkpoint import Store
+from castalia.cli import main
+from castalia.config import dump_yaml
+from castalia.data.tokenizer import load_tokenizer
+from castalia.inference import load
+from castalia.models import Decoder, ModelConfig
+from castalia.train.config import RunConfig
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level run with random weights."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    config = ModelConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, vocab_size=257, max_position_embeddings=64, rotary_pct=0.5
+    )
+    load_tokenizer("bytes").save(folder / "tokenizer.json")
+    files = {
+        "config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 64})),
+        "tokenizer.json": (folder / "tokenizer.json").read_text("utf-8"),
+    }
+    model = Decoder(config)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"model.{name}": tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict().items()
+    }
+    Store(folder / "checkpoints").save(7, tensors, {"step": 7}, files, asynchronous=False)
+    return folder
+
+
+class Answer:
+    """What one call of the command printed."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], code: int) -> None:
+        self.code = code
+        self.out, self.err = capsys.readouterr()
+
+    def records(self) -> list[dict]:
+        """JSON lines."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def castalia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Call the command in this process."""
+
+    def call(*words: object, stdin: str = "", tty: bool = False) -> Answer:
+        keyboard = io.StringIO(stdin)
+        keyboard.isatty = lambda: tty  # type: ignore[method-assign]
+        monkeypatch.setattr(sys, "stdin", keyboard)
+        monkeypatch.setattr(sys, "argv", ["castalia", *map(str, words)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Answer(capsys, code)
+
+    return call
+
+
+def test_one_prompt_prints_the_continuation(castalia, run: Path) -> None:
+    answer = castalia("generate", run, "--prompt", "def", "--max-new-tokens", 9)
+    assert answer.code == 0 and answer.out == load(run).generate("def", 9) + "\n"
+
+
+def test_several_prompts_are_shown_with_their_texts(castalia, run: Path) -> None:
+    answer = castalia("generate", run / "step7", "--prompt", "def", "--prompt", "The", "--max-new-tokens", 5)
+    one, two = load(run).generate(["def", "The"], 5)
+    assert answer.out == f"def{one}\n\nThe{two}\n"
+
+
+def test_json_records(castalia, run: Path) -> None:
+    answer = castalia("generate", run, "--prompt", "def", "--prompt", "The", "--max-new-tokens", 5, "--json")
+    records = answer.records()
+    assert [set(record) for record in records] == [{"prompt", "text", "tokens", "finish_reason", "seconds"}] * 2
+    done = load(run).complete(["def", "The"], 5)
+    for record, want in zip(records, done, strict=True):
+        assert (record["prompt"], record["text"], record["tokens"]) == (want.prompt, want.text, want.tokens)
+        assert record["finish_reason"] == "length" and record["seconds"] > 0
+
+
+def test_draws_repeat_with_a_seed_and_do_not_depend_on_the_output_form(castalia, run: Path) -> None:
+    words = ["generate", run, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--seed", 4, "--max-new-tokens", 12]
+    records = castalia(*words, "--prompt", "A", "--prompt", "B", "--json").records()
+    texts = castalia(*words, "--prompt", "A", "--prompt", "B").out
+    assert texts == f"A{records[0]['text']}\n\nB{records[1]['text']}\n"
+    drawn = load(run).generate("A", 12, temperature=1.5, top_k=50, top_p=0.9, seed=4)
+    assert records[0]["text"] == drawn
+
+
+def test_prompts_from_files_and_standard_input(castalia, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "three\\nlines"}\n{"prompt": ""}\n')
+    words = ["generate", run, "--max-new-tokens", 2, "--json"]
+    plain = castalia(*words, "--file", tmp_path / "prompts.txt", "--prompt", "zero").records()
+    assert [record["prompt"] for record in plain] == ["zero", "one", "two"]
+    lines = castalia(*words, "--file", tmp_path / "prompts.jsonl").records()
+    assert [record["prompt"] for record in lines] == ["three\nlines", ""]
+    piped = castalia(*words, stdin="four\nfive\n").records()
+    assert [record["prompt"] for record in piped] == ["four", "five"]
+
+
+def test_a_conversation_on_a_terminal(castalia, run: Path) -> None:
+    answer = castalia("generate", run, "--max-new-tokens", 4, stdin="def\n" + "x" * 80 + "\nThe\n", tty=True)
+    one, two = load(run).generate(["def", "The"], 4)
+    assert answer.code == 0 and answer.out == f"> {one}\n> > {two}\n> \n"
+    assert "the prompt has 80 tokens" in answer.err
+
+
+def test_a_stop_string_may_be_a_new_line(castalia, run: Path) -> None:
+    text = load(run).generate("def", 40)
+    stop = text[3:5]
+    answer = castalia("generate", run, "--prompt", "def", "--max-new-tokens", 40, "--stop", stop)
+    assert answer.out == text[: text.index(stop)] + "\n"
+    from castalia.cli.generate import unescaped
+
+    assert unescaped(r"a\n\tb") == "a\n\tb"
+
+
+def test_the_limit_of_the_model_is_said(castalia, run: Path) -> None:
+    answer = castalia("generate", run, "--prompt", "x" * 60)
+    assert "ended at the model's limit of 64 tokens" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b"", "p.txt", "holds no prompt"),
+        (b"ok\n\xff\n", "p.txt", "is not UTF-8 text: byte 3"),
+        (b'{"prompt": "a"}\n{"prompt": \n', "p.jsonl", "line 2: not JSON"),
+        (b'{"prompt": "a"}\n\n{"text": "b"}\n', "p.jsonl", 'line 3: expected an object with a text under "prompt"'),
+        (None, "p.txt", "No such file"),
+    ],
+)
+def test_bad_prompt_files(castalia, run: Path, tmp_path: Path, content: bytes | None, name: str, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    answer = castalia("generate", run, "--file", tmp_path / name)
+    assert answer.code == 1 and answer.out == ""
+    assert answer.err.startswith("castalia: error: ") and message in answer.err and answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be a number >= 0"),
+        (["--prompt", "a" * 64], "the prompt has 64 tokens but the model reads at most 64"),
+        (["--prompt", "a", "--dtype", "fp8"], "no dtype 'fp8'"),
+        ([], "no prompt; give --prompt TEXT"),
+    ],
+)
+def test_bad_options(castalia, run: Path, words: list[str], message: str) -> None:
+    answer = castalia("generate", run, *words)
+    assert answer.code == 2 and message in answer.err and answer.err.count("\n") == 1
+
+
+def test_no_checkpoint(castalia, tmp_path: Path) -> None:
+    answer = castalia("generate", tmp_path / "nothing", "--prompt", "a")
+    assert answer.code == 1 and "no checkpoint at" in answer.err

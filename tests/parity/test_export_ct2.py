@@ -1,0 +1,187 @@
+"""CTranslate2 exports: greedy text and log-probabilities of the engine in float32 are ours; int8 loads and speaks."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from castalia.checkpoint import Store
+from castalia.config import dump_yaml
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.data.tokenizer import load_tokenizer
+from castalia.inference import Ct2Model, export, load, speak
+from castalia.inference.ct2 import ct2_keymap, ct2_vocabulary
+from castalia.models import Decoder, ModelConfig
+from castalia.train.config import RunConfig
+
+pytest.importorskip("ctranslate2")
+
+OPTIONS = {
+    "pythia": {},
+    "serial-erf": {"parallel_residual": False, "activation": "gelu"},
+    "tied": {"tie_word_embeddings": True, "rotary_pct": 1.0},
+    "no-bias": {"attention_bias": False, "mlp_bias": False, "rotary_emb_base": 500.0},
+    "epsilon": {"layernorm_epsilon": 0.3},
+}
+PROMPTS = ["def twice(x):", "naïve café 🍵", "", "a"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only make threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def save_run(folder: Path, *, with_tokenizer: bool = True, **options: object) -> Path:
+    """A byte-level run whose weights are random and far from small, so that no two logits tie."""
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
+    config = ModelConfig(**{**sizes, "vocab_size": 257, "rotary_pct": 0.5, **options})
+    files = {"config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 64}))}
+    if with_tokenizer:
+        load_tokenizer("bytes").save(folder / "tokenizer.json")
+        files["tokenizer.json"] = (folder / "tokenizer.json").read_text("utf-8")
+    model = Decoder(config)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"model.{name}": tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+        for name, tensor in model.state_dict().items()
+    }
+    Store(folder / "checkpoints").save(3, tensors, {"step": 3}, files, asynchronous=False)
+    return folder
+
+
+@pytest.fixture(scope="module", params=list(OPTIONS))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One kind of model as a run."""
+    return save_run(tmp_path_factory.mktemp(request.param) / "run", **OPTIONS[request.param])
+
+
+@pytest.fixture(scope="module")
+def float32(run: Path) -> Path:
+    """Its float32 export."""
+    (done,) = export(run, to="ct2", quantization="float32")
+    return Path(done.folder)
+
+
+def test_greedy_text_is_ours(run: Path, float32: Path) -> None:
+    ours = load(run)
+    model = Ct2Model(float32, ours.tokenizer, threads=1)
+    ids = [ours.tokenizer.encode(prompt) or [ours.eod_id] for prompt in PROMPTS]
+    assert model.generate_ids(ids, 40) == ours.generate_ids(ids, 40)
+    assert speak(float32, ours.tokenizer, PROMPTS, 40) == ours.generate(PROMPTS, 40)
+
+
+def test_log_probabilities_are_ours(run: Path, float32: Path) -> None:
+    ours = load(run)
+    ids = torch.randint(0, 257, (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    # The engine has no rows for the padding of the vocabulary, so ours are normalized without them too.
+    logits = ours.logits(ids)[:-1, :257].log_softmax(-1)
+    want = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    got = torch.tensor(Ct2Model(float32, ours.tokenizer, threads=1).logprobs(ids))
+    assert want.std() > 1
+    assert (got - want).abs().max() <= 4e-5
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8_float16", "float16", "int8_float32"])
+def test_other_storage_loads_and_speaks(run: Path, tmp_path: Path, quantization: str) -> None:
+    ours = load(run)
+    (done,) = export(run, to="ct2", quantization=quantization, output=tmp_path / "out")
+    model = Ct2Model(done.folder, ours.tokenizer, threads=1)
+    made = model.generate(PROMPTS, 20)
+    assert len(made) == len(PROMPTS) and all(isinstance(text, str) and text for text in made)
+    ids = torch.randint(0, 257, (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    logits = ours.logits(ids)[:-1, :257].log_softmax(-1)
+    want = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    # Random weights and flat logits: the mean error says that the tensors are the right ones.
+    assert (torch.tensor(model.logprobs(ids)) - want).abs().mean() < 0.05 * want.std()
+
+
+def test_int8_is_a_quarter_of_float32(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", hidden_size=128)
+    sizes = {}
+    for quantization in ("float32", "int8"):
+        (done,) = export(run, to="ct2", quantization=quantization)
+        assert done.folder == str(run / "exports" / f"ct2-{quantization}" / "step3")
+        sizes[quantization] = (Path(done.folder) / "model.bin").stat().st_size
+    assert 3.5 < sizes["float32"] / sizes["int8"] < 4.1
+
+
+def test_the_weights_are_left_as_they_were(tmp_path: Path) -> None:
+    from castalia.inference.ct2 import write_ct2
+    from castalia.inference.source import open_source
+
+    source = open_source(save_run(tmp_path / "run"))
+    before = {name: tensor.clone() for name, tensor in source.tensors.items()}
+    write_ct2(tmp_path, source.tensors, source.config, source.tokenizer, quantization="int8")
+    assert all(torch.equal(before[name], source.tensors[name]) for name in before)
+
+
+def test_the_key_map_goes_there_and_back() -> None:
+    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=100)
+    model = Decoder(config)
+    model.init_weights(0)
+    ours = model.state_dict()
+    ours["embed.weight"][100:] = 0
+    ours["unembed.weight"][100:] = 0
+    names = ct2_keymap(config)
+    back = names.to_ours(names.to_theirs(ours))
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
+    assert names.to_theirs(ours)["decoder/embeddings/weight"].shape == (100, 32)
+
+
+def test_queries_keys_and_values_stand_apart() -> None:
+    """Row (3 * head + c) * D + d of ours is row (c * H + head) * D + d of theirs."""
+    config = ModelConfig(num_layers=1, hidden_size=12, num_attention_heads=3, vocab_size=8, rotary_pct=0.5)
+    ours = Decoder(config).state_dict()
+    ours["layers.0.attn.qkv.bias"] = torch.arange(36.0)
+    theirs = ct2_keymap(config).to_theirs(ours)["decoder/layer_0/self_attention/linear_0/bias"]
+    for c in range(3):
+        for head in range(3):
+            for d in range(4):
+                assert theirs[(c * 3 + head) * 4 + d] == (3 * head + c) * 4 + d
+
+
+def test_the_folder_has_what_other_readers_look_for(run: Path, float32: Path) -> None:
+    config = json.loads((float32 / "config.json").read_text())
+    end = "<|endoftext|>"
+    assert (config["bos_token"], config["eos_token"], config["unk_token"]) == (end, end, end)
+    assert config["layer_norm_epsilon"] == load(run).config.layernorm_epsilon
+    vocabulary = json.loads((float32 / "vocabulary.json").read_text())
+    assert len(vocabulary) == 257 and vocabulary[256] == end
+    assert {"tokenizer.json", "tokenizer_config.json", "export.json"} <= {file.name for file in float32.iterdir()}
+
+
+def test_a_vocabulary_is_filled_up_and_checked() -> None:
+    assert ct2_vocabulary(["a", "b"], 4) == ["a", "b", "<extra_id_0>", "<extra_id_1>"]
+    with pytest.raises(ConfigError, match="2 tokens but the model's vocabulary 1"):
+        ct2_vocabulary(["a", "b"], 1)
+    with pytest.raises(ConfigError, match="a token twice"):
+        ct2_vocabulary(["a", "a"], 4)
+
+
+def test_what_the_engine_cannot_express_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rotary_pct=0"):
+        list(export(save_run(tmp_path / "a", rotary_pct=0.0), to="ct2"))
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        list(export(save_run(tmp_path / "b", with_tokenizer=False), to="ct2"))
+    with pytest.raises(CheckpointError, match="cannot load"):
+        speak(tmp_path, load_tokenizer("bytes"), ["a"])
+
+
+def test_a_missing_engine_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    run = save_run(tmp_path / "run")
+    for name in [name for name in sys.modules if name.split(".")[0] == "ctranslate2"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    with pytest.raises(
+        ConfigError, match=r"needs 'ctranslate2', which is not installed: pip install 'castalia\[ct2\]'"
+    ):
+        export(run, to="ct2")
