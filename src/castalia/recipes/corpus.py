@@ -84,7 +84,7 @@ class CorpusPaths(NamedTuple):
 
     def prefixes(self, part: str) -> list[str]:
         """Prefixes of the token files of `train` or `valid`, in the order of `sources`."""
-        return [str(self.folder / f"{source}.{part}") for source in self.sources]
+        return [str(self.folder / f"{part}/{source}") for source in self.sources]
 
     def document_bytes(self, source: str) -> list[int]:
         """UTF-8 bytes of each held-out document of a source."""
@@ -106,7 +106,7 @@ def build_corpus(name: str, folder: str | Path, say: Callable[[str], None] = pri
     splits = read_sources(recipe, say)
     for source, split in splits.items():
         for part in PARTS:
-            write_documents(folder / f"{source}.{part}.jsonl", getattr(split, part))
+            write_documents(folder / f"{part}/{source}.jsonl", getattr(split, part))
     tokenizer = make_tokenizer(recipe, folder, splits, say)
     facts = tokenize(folder, splits, tokenizer, say)
     about = {source: recipe.sources[source].about for source in splits}
@@ -124,7 +124,7 @@ def find_corpus(name: str, folder: Path) -> CorpusPaths | None:
         for source, parts in facts["sources"].items() if whole else ():
             for part in PARTS:
                 for end in (".jsonl", ".bin", ".idx"):
-                    size = (folder / f"{source}.{part}{end}").stat().st_size
+                    size = (folder / f"{part}/{source}{end}").stat().st_size
                     whole = whole and size == parts[part]["files"][end]
         if not whole or (facts["tokenizer"] != "bytes" and not (folder / facts["tokenizer"]).is_file()):
             return None
@@ -199,7 +199,7 @@ def tokenize(
     for source, split in splits.items():
         facts[source] = {}
         for part in PARTS:
-            prefix = folder / f"{source}.{part}"
+            prefix = folder / f"{part}/{source}"
             prepared = prepare([f"{prefix}.jsonl"], str(prefix), loaded, append_eod=True)
             facts[source][part] = part_facts(prefix, getattr(split, part), prepared.tokens)
         train, valid = facts[source]["train"], facts[source]["valid"]
@@ -216,7 +216,7 @@ def part_facts(prefix: Path, documents: Sequence[Document], tokens: int) -> dict
     sizes = [len(document.text.encode("utf-8")) for document in documents]
     facts: dict[str, Any] = {"documents": len(sizes), "bytes": sum(sizes), "tokens": tokens}
     facts["files"] = {end: Path(f"{prefix}{end}").stat().st_size for end in (".jsonl", ".bin", ".idx")}
-    if prefix.name.endswith(".valid"):
+    if prefix.parent.name == "valid":
         facts["document_bytes"] = sizes
         packed = sum(len(zlib.compress(document.text.encode("utf-8"), 9)) for document in documents)
         facts["zlib_bits_per_byte"] = 8 * packed / sum(sizes)

@@ -28,6 +28,7 @@ from castalia.recipes.load import Resolved, resolve
 from castalia.recipes.run import run as train_run
 from castalia.recipes.speech import compare, ct2_voice, held_out_texts, own_voice, samples
 from castalia.train.hooks import Hook
+from castalia.train.startup import short_hash
 
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
@@ -122,7 +123,7 @@ class Demo:
             raise TrainingError(f"the demo was stopped at step {trainer.progress.step}; the same command goes on")
         self.record["training"] = {
             "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
-            "fingerprint": trainer.rows.fingerprint["id"],
+            "fingerprint": short_hash(trainer.rows.fingerprint),
         }
 
     def evaluate(self) -> None:
