@@ -10,7 +10,7 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data import IndexedDataset, load_tokenizer
 from castalia.recipes import load_config, texts
 from castalia.recipes.corpus import CORPORA, PARTS, Recipe, Source, at_most, build_corpus, ensure_corpus, read_sources
-from castalia.recipes.heldout import FEWEST, plain
+from castalia.recipes.heldout import FEWEST, Split, plain
 from castalia.recipes.texts import Document
 
 WINDOW = 50
@@ -40,8 +40,13 @@ def paragraphs(seed: int) -> str:
     return " ".join("".join(rng.choices("abcdefghijklmnop", k=6)) for _ in range(120))
 
 
-def test_nothing_held_out_in_the_python_corpus_occurs_in_training():
-    splits = read_sources(CORPORA["python"], say=lambda line: None)
+@pytest.fixture(scope="module")
+def splits() -> dict[str, Split]:
+    """The documents of the python corpus."""
+    return read_sources(CORPORA["python"], say=lambda line: None)
+
+
+def test_nothing_held_out_in_the_python_corpus_occurs_in_training(splits: dict[str, Split]):
     train = "\n".join(plain(d.text).decode() for split in splits.values() for d in split.train)
     rng, found, looked = random.Random(1), 0, 0
     for source, split in splits.items():
@@ -56,8 +61,7 @@ def test_nothing_held_out_in_the_python_corpus_occurs_in_training():
     assert found <= 0.06 * looked
 
 
-def test_no_two_documents_of_the_python_corpus_are_the_same():
-    splits = read_sources(CORPORA["python"], say=lambda line: None)
+def test_no_two_documents_of_the_python_corpus_are_the_same(splits: dict[str, Split]):
     every = [plain(d.text) for split in splits.values() for part in split for d in part]
     assert len(every) == len(set(every)) > 100
     for source, split in splits.items():
