@@ -1,6 +1,7 @@
 """Hugging Face exports: transformers computes the same logits, ids and greedy text from them, and we read them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ from castalia.models import Decoder, ModelConfig
 from castalia.train.config import RunConfig
 
 transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only make threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 OPTIONS = {
     "pythia": {},
@@ -229,3 +240,71 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path, tokenizer_file: Pat
 def test_options_that_do_not_fit_are_named(tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         export(tmp_path, output=tmp_path / "out", **options)
+
+
+def test_damaged_and_foreign_weights_are_refused(tmp_path: Path, pair: tuple) -> None:
+    import shutil
+
+    copy = shutil.copytree(pair[1], tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match=r"cannot read \S+model\.safetensors"):
+        load(copy)
+    weights.write_bytes(whole)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(CheckpointError, match="do not fit its config"):
+        load(copy)
+    (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(CheckpointError, match=r"no rule knows: 'gpt_neox\.layers\.1\."):
+        load(copy)
+    weights.rename(copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors.*Only safetensors"):
+        load(copy)
+
+
+def test_a_hugging_face_folder_can_be_exported_too(tmp_path: Path, pair: tuple) -> None:
+    (done,) = export(pair[1], output=tmp_path / "again", dtype="fp32")
+    assert done.step is None
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (pair[1] / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="give output, and no steps"):
+        export(pair[1], to="hf")
+
+
+def test_a_full_disk_leaves_nothing_and_is_one_sentence(tmp_path: Path, tokenizer_file: Path) -> None:
+    import resource
+
+    from castalia.core.errors import CastaliaError
+
+    run = save_run(tmp_path / "run", tokenizer_file)
+    list(export(run, output=tmp_path / "out"))
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CastaliaError, match=r"cannot write \S+out: .*[Ff]ile too large.*choose another place"):
+            list(export(run, output=tmp_path / "out", force=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["out", "run"]
+
+
+def test_without_a_tokenizer_the_weights_go_alone(tmp_path: Path, tokenizer_file: Path) -> None:
+    run = save_run(tmp_path / "run", tokenizer_file)
+    from castalia.checkpoint import read, read_config
+
+    step = run / "checkpoints" / "step-00000005"
+    tensors = {f"model.{name}": tensor for name, tensor in read(step).items()}
+    files = {"config.yaml": dump_yaml(RunConfig(**read_config(step)))}
+    Store(tmp_path / "bare" / "checkpoints").save(5, tensors, {}, files, asynchronous=False)
+    (done,) = export(tmp_path / "bare")
+    assert done.notes == ["the checkpoint has no tokenizer.json, so neither has the export"]
+    assert torch.equal(load(done.folder).logits([1, 2]), load(run).logits([1, 2]))
+
+
+def test_rope_numerics_that_are_lost_are_said(tmp_path: Path, tokenizer_file: Path) -> None:
+    run = save_run(tmp_path / "run", tokenizer_file, rope_numerics="neox_v1_fp16")
+    (done,) = export(run)
+    assert len(done.notes) == 1 and "rope_numerics=neox_v1_fp16 is not kept" in done.notes[0]

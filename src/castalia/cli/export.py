@@ -21,7 +21,7 @@ def export(
     ),
     all_steps: bool = typer.Option(False, "--all", help="Every checkpoint of the run, each in its own step folder."),
     steps: str = typer.Option(None, help="These checkpoints of the run, each in its own step folder: 1,2,1000."),
-    force: bool = typer.Option(False, help="Replace earlier exports."),
+    force: bool = typer.Option(False, "--force", help="Replace earlier exports."),
     as_json: bool = typer.Option(False, "--json", help="JSON lines: folder, step, bytes, seconds, notes, …"),
 ) -> None:
     """Export checkpoints for transformers or CTranslate2, with tokenizer and a record of where they came from.
