@@ -1,12 +1,15 @@
 """The demo end to end in miniature: every stage, a second call, a lost file, no CTranslate2."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from castalia.analysis.report import read_json
+from castalia.cli.app import app
 from castalia.core.errors import ConfigError
 from castalia.recipes import demo_run, load_config
 from castalia.recipes.demo_run import choose_precision, run_demo, spaced
@@ -135,3 +138,14 @@ def test_compare_measures_each_voice_against_the_first():
     assert one["bits_per_token"] == pytest.approx(1) and other["bits_per_token"] == pytest.approx(2)
     assert one["megabytes"] == 2 and other["made"] == [[2] * 5] and other["tokens_per_second"] > 0
     assert bits_per_token(voice("c", 1, -0.6931472), [[1, 2], [1, 2, 3]]) == pytest.approx(1)
+
+
+def test_the_commands_on_the_page_are_understood():
+    page = Path(__file__).resolve().parents[2] / "docs" / "demo.md"
+    lines = [shlex.split(line) for line in page.read_text().splitlines() if line.startswith("castalia demo")]
+    assert len(lines) == 3
+    command = get_command(app)
+    for _, verb, *words in lines:
+        values = command.commands[verb].make_context(verb, words).params
+        config = load_config(["demo", f"output={values['output']}", *(values["overrides"] or [])])
+        assert config.output.startswith("runs/")

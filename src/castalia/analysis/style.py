@@ -45,6 +45,7 @@ th:first-child, td:first-child { text-align:left; white-space:normal; }
 .sample span { color:var(--soft); font-size:13px; padding:10px 0 10px 14px; font-variant-numeric:tabular-nums; }
 pre { font:13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; margin:0;
   padding:10px 14px; background:var(--code); white-space:pre-wrap; overflow-wrap:anywhere; }
+.sample pre { max-height:17em; overflow-y:auto; }
 pre b { color:var(--accent); font-weight:600; }
 details { margin-top:14px; border:1px solid var(--edge); border-radius:10px; background:var(--card); overflow:hidden; }
 summary { cursor:pointer; padding:9px 14px; color:var(--soft); font-size:14px; }

@@ -27,7 +27,7 @@ def summarize(config: RunConfig, record: Mapping[str, Any], corpus: Mapping[str,
         "steps": f"{config.train.steps:,}",
         "training": duration(record["stages"]["train"]),
         "tokens/s": quantity(speed) if speed else "n/a",
-        "bits per byte": f"{first:.2f} → {last:.2f}",
+        f"bits per byte, from {first:.2f}": f"{last:.2f}",
     }
     tables = [sources_table(record, corpus), speech_table(record), texts_table(record), facts_table(config, record)]
     return {"title": "The Castalia demo", "lead": LEAD, "tiles": tiles, "tables": tables}
