@@ -67,8 +67,13 @@ def test_saved_on_two_processes_and_resumed_on_others(train, whole, tmp_path, re
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], abs=1e-5)
+    reference = all_tensors(whole, 6)
     for name, tensor in all_tensors(output, 6).items():
-        assert torch.allclose(tensor, all_tensors(whole, 6)[name], atol=1e-5), name
+        difference = (tensor - reference[name]).abs()
+        if name.endswith("qkv.bias"):
+            # A key bias shifts all scores of a query alike: its gradient is rounding noise, which Adam blows up.
+            difference = difference.view(-1, 3, 8)[:, [0, 2]]
+        assert difference.max() <= 1e-5, name
 
 
 @pytest.mark.parametrize("name", ["model-00000.safetensors", "state.json", "manifest.json", "COMPLETE"])

@@ -186,9 +186,10 @@ def masked_eod(config: DataConfig) -> int | None:
 
 
 def source_names(paths: list[str]) -> list[str]:
-    """A short name for each prefix: its last part, or the whole path where two would be the same."""
+    """A name for each prefix, none twice: its last part, the whole path where two would be the same, then a number."""
     names = [Path(path).name.removesuffix(".bin").removesuffix(".idx") for path in paths]
-    return [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+    names = [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+    return [f"{name}#{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def check_vocab(dataset: IndexedDataset, vocab_size: int) -> None:

@@ -19,6 +19,6 @@ def debug(name: str = "debug") -> dict[str, Any]:
         "data": {"seq_length": 64, "corpus": "tiny", "tokenizer": "bytes"},
         "train": {"steps": 60, "batch_size": 12, "log_every": 10},
         "optim": {"lr": 3e-3},
-        "schedule": {"name": "cosine", "warmup": 0.1, "min_lr": 3e-4},
+        "schedule": {"name": "cosine", "warmup": 0.1},
         "checkpoint": {"steps": [0, 1, 2, 4, 8, 16, 32], "every": 20},
     }

@@ -1,0 +1,105 @@
+"""Every data-parallel layout against one process: losses, gradient norms, rows and weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from castalia.checkpoint import read
+from castalia.data import IndexedDatasetWriter
+
+BASE = (
+    "train",
+    "debug",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "data.seq_length=16",
+    "train.batch_size=12",
+    "train.steps=3",
+    "checkpoint.steps=[0]",
+    "checkpoint.every=null",
+)
+LAYOUTS = {
+    "two shards": (2, ()),
+    "two shards, micro-batches": (2, ("train.micro_batch_size=2",)),
+    "three uneven shards": (3, ()),
+    "two replicas": (2, ("parallel.dp_replicate=2", "parallel.dp_shard=1")),
+    "two replicas of two shards": (4, ("parallel.dp_replicate=2",)),
+    "shards gathered until the backward": (2, ("parallel.reshard_after_forward=false",)),
+    "tied embeddings": (2, ("model.tie_word_embeddings=true",)),
+    "masked labels": (2, ("data.eod_mask_loss=true",)),
+}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """Documents that end in the end-of-document id at irregular places."""
+    prefix = tmp_path_factory.mktemp("tokens") / "text"
+    random = np.random.default_rng(1)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for size in random.integers(3, 60, 200):
+            writer.add([*random.integers(97, 123, size), 256])
+    return prefix
+
+
+def run(tokens: Path, output: Path, processes: int, overrides: tuple[str, ...], ok: bool = True):
+    """Train in subprocesses; returns the lines of metrics.jsonl, or the completed process when it is to fail."""
+    arguments = [*BASE, f"data.train={tokens}", f"output={output}", *overrides]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "castalia", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    if not ok:
+        return done
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tokens, tmp_path_factory):
+    """Callable: lines and folder of the run on one process with the overrides that change the numbers."""
+    known = {}
+
+    def get(overrides: tuple[str, ...]):
+        key = tuple(text for text in overrides if not text.startswith(("parallel.", "train.micro")))
+        if key not in known:
+            output = tmp_path_factory.mktemp("alone") / "run"
+            known[key] = (run(tokens, output, 1, key), output)
+        return known[key]
+
+    return get
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(tokens, alone, tmp_path, name):
+    processes, overrides = LAYOUTS[name]
+    ours = run(tokens, tmp_path / "run", processes, overrides)
+    theirs, folder = alone(overrides)
+    assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
+    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-5), key
+    at_start = [read(path / "checkpoints" / "step-00000000") for path in (tmp_path / "run", folder)]
+    assert all(torch.equal(at_start[0][n], at_start[1][n]) for n in at_start[1]), "start weights depend on the layout"
+    at_end = [read(path / "checkpoints" / "step-00000003") for path in (tmp_path / "run", folder)]
+    for n, tensor in at_end[0].items():
+        difference = (tensor - at_end[1][n]).abs()
+        # The gradient of a key bias is rounding noise, which Adam turns into a step of the size of lr.
+        assert (difference.view(-1, 3, 8)[:, [0, 2]] if n.endswith("qkv.bias") else difference).max() <= 1e-5, n
+
+
+def test_masked_labels_are_fewer(alone):
+    lines, _ = alone(("data.eod_mask_loss=true",))
+    assert lines[-1]["tokens"] < 3 * 12 * 16
+
+
+def test_a_batch_that_does_not_divide_is_refused(tokens, tmp_path):
+    done = run(tokens, tmp_path / "run", 2, ("train.batch_size=11",), ok=False)
+    assert done.returncode != 0
+    assert "castalia: error: " in done.stderr and "11" in done.stderr and "2" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,218 @@
+"""The loop: what must not depend on how the batch is cut, and what stops it."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from castalia.core.errors import CastaliaError, ConfigError, DataError, TrainingError
+from castalia.data import Batch
+from castalia.distributed import World, check_layout
+from castalia.distributed.config import ParallelConfig
+from castalia.models import Decoder
+from castalia.recipes import load_config
+from castalia.train.hooks import Hook, Metrics, Save, Validate
+from castalia.train.loss import LossOut, NextToken
+from castalia.train.trainer import Trainer
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def make(tokens, train, tmp_path):
+    """Callable that builds a Trainer on the small config with overrides."""
+
+    def build(*overrides, hooks=(), loss=None) -> Trainer:
+        config = load_config([*train.base, f"output={tmp_path / 'run'}", *overrides])
+        return Trainer(config, ALONE, hooks=hooks, loss=loss)
+
+    return build
+
+
+def parameters(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+class Keep(Hook):
+    """Collects the metrics of each step."""
+
+    def __init__(self):
+        self.lines = []
+
+    def after_step(self, trainer):
+        self.lines.append(dict(trainer.metrics))
+
+
+def losses(make, *overrides):
+    keep = Keep()
+    trainer = make(*overrides, hooks=[keep])
+    trainer.fit()
+    return [line["loss"] for line in keep.lines], trainer
+
+
+def test_gradients_of_accumulation_equal_the_big_batch(make):
+    whole, parts = make(), make("train.micro_batch_size=3")
+    for trainer in (whole, parts):
+        trainer.accumulate(next(trainer.batches(trainer.rows.train, 0)))
+    for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6), name
+
+
+def test_loss_is_over_the_global_number_of_targets_not_a_mean_of_means(make):
+    class Uneven(NextToken):
+        """Ignores most labels of the first micro-batch."""
+
+        def __call__(self, model: Decoder, batch: Batch) -> LossOut:
+            labels = batch.labels.clone()
+            if batch.index[0] == 0:
+                labels[:, 2:] = -100
+            return super().__call__(model, Batch(batch.tokens, labels, batch.source, batch.index))
+
+    trainer = make("train.micro_batch_size=6", loss=Uneven())
+    micro = next(trainer.batches(trainer.rows.train, 0))
+    kept = [Batch(micro[0].tokens[:, :2], micro[0].labels[:, :2], micro[0].source, micro[0].index), micro[1]]
+    count = sum(batch.targets for batch in kept)
+    with torch.no_grad():
+        total = sum(float(NextToken()(trainer.model, batch).total) for batch in kept)
+    real = [Batch(b.tokens, b.labels, b.source, b.index) for b in micro]
+    real[0].labels[:, 2:] = -100
+    assert trainer.accumulate(real).loss == pytest.approx(total / count, rel=1e-6)
+
+
+def test_the_loop_equals_ten_lines_of_plain_torch(make):
+    ours, trainer = losses(make, "optim.clip=0.5", "optim.weight_decay=0.1")
+    fresh = make("optim.clip=0.5", "optim.weight_decay=0.1", "output=other")
+    model, rows = fresh.model, fresh.rows.train
+    decay = [p for n, p in model.named_parameters() if p.ndim == 2]
+    rest = [p for n, p in model.named_parameters() if p.ndim == 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    theirs = []
+    for step in range(6):
+        block = torch.stack([torch.from_numpy(rows[step * 12 + i][0]) for i in range(12)])
+        logits = model.head(model(block[:, :-1]))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), block[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = fresh.schedule(step)
+        optimizer.step()
+        theirs.append(loss.item())
+    assert ours == pytest.approx(theirs, abs=2e-6)
+    for (name, p), q in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
+        # Adam turns a gradient of the size of rounding, as key biases have, into a step of the size of lr = 3e-3.
+        assert (p - q).abs().mean() < 1e-6 or name.endswith("qkv.bias"), name
+
+
+def test_recompute_gives_the_same_bits(make):
+    plain, _ = losses(make, "train.steps=3")
+    again, _ = losses(make, "train.steps=3", "train.recompute=true", "output=other")
+    assert plain == again
+
+
+def test_low_precision_follows_fp32(make):
+    reference, _ = losses(make)
+    for precision in ("bf16", "fp16"):
+        got, trainer = losses(make, f"precision={precision}", f"output={precision}")
+        assert got == pytest.approx(reference, abs=0.03)
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+        assert trainer.progress.updates == 6
+
+
+def test_fp16_overflow_skips_the_update_and_halves_the_scale(make):
+    keep = Keep()
+    scale = ("loss_scale.initial_power=40", "loss_scale.hysteresis=1")
+    trainer = make("precision=fp16", *scale, "train.steps=3", hooks=[keep])
+    before = parameters(trainer)
+    trainer.fit()
+    assert [line["loss_scale"] for line in keep.lines] == [2.0**39, 2.0**38, 2.0**37]
+    assert trainer.progress.updates == 0 and trainer.progress.step == 3
+    assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
+    assert [line["lr"] for line in keep.lines] == [trainer.schedule(0)] * 3
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_before_the_update(make, where):
+    class Poisoned(NextToken):
+        """Infinite from row 24 on: the third step."""
+
+        def __call__(self, model: Decoder, batch: Batch) -> LossOut:
+            out = super().__call__(model, batch)
+            bad = math.inf if int(batch.index[0]) >= 24 else 1.0
+            if where == "loss":
+                return LossOut(out.total * bad, out.tokens, out.per_source)
+            if bad > 1:
+                out.total.register_hook(lambda gradient: gradient * math.nan)
+            return out
+
+    seen = {}
+
+    class Watch(Hook):
+        def after_step(self, trainer):
+            seen.update(parameters(trainer))
+
+    trainer = make(hooks=[Save(), Watch()], loss=Poisoned())
+    with pytest.raises(TrainingError, match=r"at step 3 \(rows 24 to 35.*last good checkpoint is step 2"):
+        trainer.fit()
+    assert trainer.progress.step == 2
+    assert all(torch.equal(seen[name], p) for name, p in trainer.model.named_parameters())
+
+
+def test_validation_and_metrics_lines(make, tokens, tmp_path):
+    trainer = make(f"data.valid={tokens}", "train.eval_every=2", "train.eval_batches=2", hooks=[Validate(), Metrics()])
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["tokens"] for line in lines] == [192 * n for n in range(1, 7)]
+    assert all({"loss", "lr", "grad_norm"} <= line.keys() for line in lines)
+    assert ["valid_loss" in line for line in lines] == [False, True] * 3
+    assert trainer.model.training
+
+
+def test_sums_by_source_add_up(make, tokens):
+    keep = Keep()
+    make(f"data.train=[{tokens}, {tokens}]", "data.weights=[3, 1]", "train.steps=2", hooks=[keep]).fit()
+    for line in keep.lines:
+        parts = line["sources"].values()
+        assert len(parts) == 2 and sum(part["tokens"] for part in parts) == 192
+        mean = sum(part["loss"] * part["tokens"] for part in parts) / 192
+        assert mean == pytest.approx(line["loss"], rel=1e-6)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(make):
+    trainer = make("model.vocab_size=110", "model.make_vocab_size_divisible_by=1")
+    with pytest.raises(DataError, match=r"token id \d+.*110"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.micro_batch_size=5"], "does not divide"),
+        (["data.seq_length=100000", "model.max_position_embeddings=100000"], "100000|100001"),
+        (["data.train=nowhere"], "nowhere"),
+        (["data.seq_length=256"], "max_position_embeddings"),
+        (["device=cuda"], "finds no GPU"),
+    ],
+)
+def test_what_is_wrong_is_found_before_the_first_step(make, overrides, message):
+    if overrides == ["device=cuda"]:
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        with pytest.raises(ConfigError, match=message):
+            World.start(ParallelConfig(), "cuda")
+        return
+    with pytest.raises(CastaliaError, match=message):
+        make(*overrides).fit()
+
+
+def test_layouts_that_cannot_run_are_refused():
+    with pytest.raises(ConfigError, match=r"parallel.tp=2 is not supported yet.*parallel.pp=4"):
+        check_layout(ParallelConfig(tp=2, pp=4), 8)
+    with pytest.raises(ConfigError, match="does not make 4 processes"):
+        check_layout(ParallelConfig(dp_replicate=3), 4)
+    with pytest.raises(ConfigError, match="dp_shard=2 does not make 1 processes"):
+        check_layout(ParallelConfig(dp_shard=2), 1)
+    check_layout(ParallelConfig(dp_replicate=2, dp_shard=2), 4)
