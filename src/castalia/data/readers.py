@@ -144,7 +144,7 @@ def json_lines(stream: io.BufferedIOBase, path: Path, key: str) -> Iterator[str]
         except UnicodeDecodeError as error:
             raise not_utf8(path, number, offset + error.start, error.object[error.start]) from None
         if text.strip():
-            yield text_under(key, text, f"{path}:{number}")
+            yield text_under(key, text.rstrip("\r\n"), f"{path}:{number}")
         offset += len(line)
 
 

@@ -1,0 +1,114 @@
+"""The command `castalia prepare`: what it writes, what it says, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from castalia.cli import main
+from castalia.data import IndexedDataset, load_tokenizer
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*words): `castalia prepare` in an own folder; (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["castalia", "prepare", *words])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "three"}\n')
+    return call
+
+
+def test_summary(run, tmp_path):
+    code, out, err = run("a.jsonl", "--tokenizer", "bytes", "--output", "data/x", "--append-eod")
+    assert (code, err) == (0, "")
+    assert out.startswith("data/x: 2 documents (1 empty left out), 10 tokens as uint16, 0.00 MB of text in ")
+    assert out.endswith(" MB/s)\n")
+    assert bytes(IndexedDataset(tmp_path / "data" / "x")[1][:-1].tolist()) == b"three"
+    assert sorted(os.listdir(tmp_path / "data")) == ["x.bin", "x.idx", "x.json"]
+
+
+def test_json_summary(run):
+    code, out, _ = run("a.jsonl", "--tokenizer", "bytes", "--output", "x", "--json", "--workers", "1")
+    found = json.loads(out)
+    assert (code, found["documents"], found["tokens"], found["empty"]) == (0, 2, 8, 1)
+
+
+def test_another_key_and_a_trained_tokenizer(run, tmp_path):
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "to be or not to be " * 30}) + "\n")
+    code, _, _ = run("b.jsonl", "--key", "body", "--train-tokenizer", "265", "--tokenizer", "t.json", "--output", "x")
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    assert (code, tokenizer.vocab_size) == (0, 265)
+    assert tokenizer.decode(IndexedDataset(tmp_path / "x")[0]) == "to be or not to be " * 30
+
+
+BAD = {
+    "empty.txt": (b"", "empty.txt: is empty"),
+    "latin.txt": (b"caf\xe9", "latin.txt:1: not UTF-8: byte 0xe9 at offset 3; convert the file to UTF-8"),
+    "key.jsonl": (b'{"text": "x"}\n{"body": "x"}\n', "key.jsonl:2: no key 'text'; have: body"),
+    "broken.jsonl": (b'{"text": "x"}\n\n{"text": \n', "broken.jsonl:3: broken JSON at column 10"),
+    "cut.jsonl.gz": (b"\x1f\x8b\x08\x00", "cut.jsonl.gz: cannot be read: "),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, name):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    before = sorted(os.listdir(tmp_path))
+    code, out, err = run("a.jsonl", name, "--tokenizer", "bytes", "--output", "x")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"castalia: error: {message}")
+    assert err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gone.txt", "--tokenizer", "bytes", "--output", "x"], "gone.txt: no such file or folder"),
+        (["a.jsonl", "--tokenizer", "gone.json", "--output", "x"], "gone.json: no such tokenizer file"),
+        (["a.jsonl", "--tokenizer", "bytes", "--output", "a.jsonl/x"], "cannot write a.jsonl/x.bin: "),
+        (["a.jsonl", "--tokenizer", "t.json", "--output", "x", "--train-tokenizer", "9"], "a byte-level BPE needs"),
+    ],
+)
+def test_bad_command(run, tmp_path, words, message):
+    code, _, err = run(*words)
+    assert code in (1, 2)
+    assert err.startswith(f"castalia: error: {message}")
+    assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk(run, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    try:
+        (tmp_path / "big.txt").write_text("x" * 200_000)
+        code, _, err = run("big.txt", "--tokenizer", "bytes", "--output", "disk/x")
+        assert code == 1
+        assert err.startswith("castalia: error: cannot write disk/x.bin: No space left on device; free space")
+        assert os.listdir(disk) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_processes_from_the_shell(run, tmp_path):
+    """Worker processes start from the installed command too."""
+    (tmp_path / "many.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(9000)))
+    command = ["-m", "castalia", "prepare", "many.jsonl", "--tokenizer", "bytes", "--output", "x", "--workers", "2"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("x: 9,000 documents, ")
+    assert bytes(IndexedDataset(tmp_path / "x")[8999].tolist()) == b"document 8999"

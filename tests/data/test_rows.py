@@ -1,0 +1,153 @@
+"""`build_rows` against GPT-NeoX's two ways of naming data, and the vocabulary check."""
+
+import math
+
+import numpy as np
+import pytest
+
+from castalia.core.errors import ConfigError, DataError
+from castalia.data import (
+    DataConfig,
+    IndexedDataset,
+    NeoxOrder,
+    PackedDataset,
+    blend,
+    build_rows,
+    changed,
+    check_vocab,
+)
+
+
+def build(eval_every=None, steps=10, batch_size=4, eval_batches=2, seed=1234, **data):
+    config = DataConfig(seq_length=8, **data)
+    numbers = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "eval_batches": eval_batches}
+    return build_rows(config, seed=seed, **numbers)
+
+
+def packed(prefix, rows, documents=None):
+    data = IndexedDataset(prefix)
+    return PackedDataset(data, NeoxOrder(data.sizes, seq_length=8, num_samples=rows, seed=1234, documents=documents))
+
+
+def test_one_prefix_with_split_is_data_path(token_file):
+    prefix = token_file("a", [20] * 50)
+    rows = build(train=[prefix], split="8,2,0", eval_every=4)
+    train, valid = packed(prefix, 40, range(40)), packed(prefix, (10 // 4 + 1) * 2 * 4, range(40, 50))
+    assert rows.epochs == [train.order.epochs]
+    assert rows.tokens == [800]
+    assert (rows.sources, rows.weights) == (["a"], [1.0])
+    for p in range(40):
+        row, source, index = rows.train[p]
+        assert (row.tolist(), source, index) == (train[p].tolist(), 0, p)
+    for p in range(24):
+        assert rows.valid[p][0].tolist() == valid[p].tolist()
+
+
+def test_one_prefix_without_split_is_a_list_of_one(token_file):
+    """As Pythia's: 1.005 times the rows, all documents, and a blend of one that wraps at its rows less one."""
+    prefix = token_file("a", [9] * 40)
+    rows = build(train=[prefix])
+    expected = packed(prefix, math.ceil(40 * 1.005))
+    assert len(rows.train) == len(expected.order.shuffle_idx) - 1
+    assert [rows.train[p][0].tolist() for p in range(40)] == [expected[p].tolist() for p in range(40)]
+    assert rows.valid is None
+
+
+def test_several_sources_are_blended(token_file):
+    prefixes = [token_file("a", [30] * 9), token_file("b", [17] * 40, first=1000)]
+    rows = build(train=prefixes, weights=[1, 3], valid=prefixes[1], eval_every=5)
+    packs = [packed(prefixes[0], math.ceil(40 * 0.25 * 1.005)), packed(prefixes[1], math.ceil(40 * 0.75 * 1.005))]
+    picks, numbers = blend([0.25, 0.75], 40)
+    for p in range(40):
+        row, source, _ = rows.train[p]
+        assert source == picks[p]
+        assert row.tolist() == packs[source][numbers[p]].tolist()
+        assert rows.train.documents_of(p) == (source, packs[source].documents_of(numbers[p]))
+    assert (rows.sources, rows.weights) == (["a", "b"], [0.25, 0.75])
+    valid = packed(prefixes[1], math.ceil((10 // 5 + 1) * 2 * 4 * 1.005))
+    assert rows.valid[23][0].tolist() == valid[23].tolist()
+
+
+def test_places_beyond_the_end_wrap(token_file):
+    """A blend wraps at the sum of its sources' rows less one each, a source at its rows less one."""
+    rows = build(train=[token_file("a", [40]), token_file("b", [40])], steps=2, batch_size=4)
+    sizes = [len(pack.order.shuffle_idx) for pack in rows.train.packs]
+    assert (sizes, len(rows.train)) == ([9, 9], 16)
+    again = rows.train[len(rows.train) + 3]
+    assert again[0].tolist() == rows.train[3][0].tolist()
+    assert again[2] == len(rows.train) + 3
+    one = build(train=[token_file("c", [90])], split="1,0,0", steps=2).train
+    n = len(one.packs[0].order.shuffle_idx)
+    assert one[n][0].tolist() == one[n % (n - 1)][0].tolist()
+    with pytest.raises(IndexError, match="count from 0"):
+        one[-1]
+
+
+def test_the_smallest_run_has_rows(token_file):
+    """One row of each source is less than GPT-NeoX can blend (its size would be 0); it works here."""
+    rows = build(train=[token_file("a", [9]), token_file("b", [9])], steps=1, batch_size=2)
+    assert [rows.train[p][1] for p in range(2)] == [0, 1]
+
+
+def test_same_names_are_told_apart(token_file, tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+    prefixes = [token_file("x/train", [20]), token_file("y/train", [20])]
+    assert build(train=prefixes).sources == prefixes
+
+
+def test_a_source_without_weight_gives_no_rows(token_file):
+    rows = build(train=[token_file("a", [90]), token_file("b", [90])], weights=[1, 0])
+    assert {rows.train[p][1] for p in range(40)} == {0}
+
+
+def test_more_steps_of_the_same_epochs_are_the_same_data(token_file):
+    prefix = token_file("a", [9] * 100)
+    before, longer, again = (build(train=[prefix], split="1", steps=steps).fingerprint for steps in (3, 20, 60))
+    assert changed(before, longer) == []
+    assert changed(before, again) == ["order: epochs was [1], is [3]"]
+    assert "order: batch_size was 4, is 5" in changed(
+        before, build(train=[prefix], split="1", batch_size=5).fingerprint
+    )
+
+
+def test_no_documents_to_validate_on(token_file):
+    assert build(train=[token_file("a", [90] * 5)], split="969, 30, 1", eval_every=2).valid is None
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({}, ConfigError, r"data\.train is empty"),
+        ({"train": "a", "valid": "a", "split": "9,1,0"}, ConfigError, r"data\.split and data\.valid both"),
+        ({"train": "gone"}, DataError, r"gone\.idx: no such file"),
+        ({"train": "tiny"}, DataError, r"tiny: a row needs 9 tokens, but the 1 documents hold 3 in all"),
+        ({"train": "a", "split": "0,1,0"}, DataError, r"a \(documents 0 to 0 under data\.split '0,1,0'\): a row needs"),
+        ({"train": "a", "eod_mask_loss": True}, ConfigError, r"data\.eod_mask_loss needs data\.tokenizer"),
+    ],
+)
+def test_what_cannot_be_built(token_file, tmp_path, monkeypatch, data, error, message):
+    token_file("a", [90])
+    token_file("tiny", [3])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        build(**data)
+
+
+def test_end_of_document_id_for_the_mask(token_file):
+    prefix = token_file("a", [90])
+    assert build(train=[prefix], tokenizer="bytes", eod_mask_loss=True).eod_id == 256
+    assert build(train=[prefix], tokenizer="bytes").eod_id is None
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_ids_beyond_the_vocabulary(token_file, dtype):
+    data = IndexedDataset(token_file("a", [10, 0, 10], dtype))
+    check_vocab(data, 20)
+    with pytest.raises(DataError, match=r"a: document 2 has token id 15, but the model's vocabulary has 15 ids"):
+        check_vocab(data, 15)
+
+
+def test_negative_ids(token_file):
+    with pytest.raises(DataError, match="document 0 has token id -3"):
+        check_vocab(IndexedDataset(token_file("a", [10], np.int32, first=-3)), 20)
