@@ -24,6 +24,8 @@ h3 { font-size:15px; margin:22px 0 8px; font-weight:600; }
 .chart, .wide { background:var(--card); border:1px solid var(--edge); border-radius:12px; padding:14px;
   overflow-x:auto; }
 .chart svg { display:block; width:100%; min-width:520px; height:auto; }
+.legend { display:none; position:sticky; left:0; margin:0 0 6px; font-size:13px; font-weight:600; }
+.legend span { margin-right:12px; }
 .grid { stroke:var(--grid); } .mark { stroke:var(--soft); stroke-opacity:.5; }
 .tick { fill:var(--soft); font-size:12px; font-variant-numeric:tabular-nums; }
 .name { fill:var(--soft); font-size:13px; } .label { font-size:13px; font-weight:600; }
@@ -53,5 +55,5 @@ details .wide { border:0; border-top:1px solid var(--edge); border-radius:0; mar
 footer { color:var(--soft); font-size:13px; margin-top:48px; }
 @media (max-width:560px) { main { padding:24px 14px 48px; } h1 { font-size:25px; }
   .sample { grid-template-columns:1fr; } .sample span { padding:8px 14px; } .tiles dd { font-size:18px; }
-  .tiles { grid-template-columns:repeat(2, 1fr); } .chart { padding:8px; } .label, .tick, .name { font-size:15px; } }
+  .tiles { grid-template-columns:repeat(2, 1fr); } .chart { padding:8px; } .legend { display:block; } .label, .tick, .name { font-size:15px; } }
 """

@@ -89,7 +89,7 @@ def bounds(series: Sequence[Series], log_x: bool) -> tuple[Axis, Axis]:
 def draw_axes(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
     """Grid, tick texts and the names of both axes."""
     parts = []
-    for tick in linear_ticks(y_axis.low, y_axis.high):
+    for tick in linear_ticks(y_axis.low, y_axis.high, 8):
         y = y_axis(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{x_axis.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
@@ -168,8 +168,10 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     lines = "".join(draw_line(s, c, x_axis, y_axis, x_label) for c, s in zip(colours, shown, strict=True))
     named = [(c, s) for c, s in zip(colours, shown, strict=True) if not s.faint]
     labels = draw_labels(named, x_axis, y_axis) if len(named) > 1 else ""
+    keys = "".join(f'<span style="color:var(--c{c})">{escape(s.name)}</span>' for c, s in named) if labels else ""
+    legend = f'<p class="legend">{keys}</p>' if keys else ""
     return (
-        f'<div class="chart"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<div class="chart">{legend}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"{draw_axes(x_axis, y_axis, x_label, y_label)}{lines}{labels}</svg></div>"
     )
 
