@@ -116,7 +116,7 @@ def require_expressible(config: ModelConfig) -> None:
     """Raises  ConfigError if GPTNeoXForCausalLM has no such model."""
     if not config.mlp_bias:
         raise ConfigError(
-            "a Hugging Face GPTNeoX model cannot express mlp_bias=false, its MLP always has biases; export with --to ct2"
+            "a Hugging Face GPTNeoX model cannot express mlp_bias=false: its MLP always has biases; export --to ct2"
         )
 
 
