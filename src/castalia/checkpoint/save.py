@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +72,8 @@ class Save:
     texts: dict[str, bytes]
     patience: float
     own_files: list[str] = field(default_factory=list)
+    has_left: bool = False
+    has_gathered: bool = False
 
     @property
     def temporary(self) -> Path:
@@ -118,9 +121,6 @@ class Save:
                     content[key] = tensor
                     tensors[name].chunks.append(Chunk(file=file, key=key, offset=box.offset, shape=box.shape))
             files[file] = write_shard(self.temporary / file, content)
-            content.clear()
-            for name in items:
-                self.staged[name].pieces.clear()  # give the copies' memory back as soon as they are written
         return Note(save=self.mark, tensors=tensors, files=files)
 
     def files_of_groups(self) -> list[tuple[str, list[str]]]:
@@ -153,6 +153,7 @@ class Save:
         half = path.with_suffix(".half")
         write_bytes(half, note.model_dump_json().encode())
         os.replace(half, path)
+        self.has_left = True
 
     def note_of(self, rank: int) -> Note | None:
         """The note of a process; None as long as there is none of this save."""
@@ -183,6 +184,7 @@ class Save:
                 f"cannot save step {self.step} in {self.folder}: no word of rank {missing} after {self.patience:g} s;"
                 " is it alive, and does it see this folder?"
             )
+        self.has_gathered = True
         return [notes[rank] for rank in range(self.world)]
 
     def commit(self, notes: list[Note]) -> None:
@@ -236,15 +238,14 @@ class Save:
 
     def give_up(self, reason: str) -> None:
         """Remove what this process wrote and tell the others; rank 0 then removes the temporary folder."""
-        for name in [*self.own_files, MANIFEST, COMPLETE] if self.rank == 0 else self.own_files:
-            (self.temporary / name).unlink(missing_ok=True)
-        try:
-            if self.world > 1:
+        if not self.has_left:  # once a note is left, rank 0 may remove the folder at any moment
+            for name in self.own_files:
+                (self.temporary / name).unlink(missing_ok=True)
+            with suppress(OSError):  # then the others learn it from the clock
                 self.leave(Note(save=self.mark, failure=reason))
-        except OSError:
-            pass  # then the others learn it from the clock
         if self.rank == 0:
-            wait_until(lambda: all(self.note_of(rank) for rank in range(1, self.world)), min(self.patience, 60.0))
+            if not self.has_gathered:
+                wait_until(lambda: all(self.note_of(rank) for rank in range(1, self.world)), min(self.patience, 60.0))
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def reason_of(self, error: Exception, needed: int) -> str:

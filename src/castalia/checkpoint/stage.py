@@ -27,16 +27,21 @@ class Staged:
         return sum(tensor.nbytes for _, tensor in self.pieces)
 
 
-def stage(tensors: Mapping[str, Tensor], rank: int, copy: bool) -> dict[str, Staged]:
-    """Copies of this process's share of the tensors; with copy=False, CPU memory is used as it is.
+Buffers = dict[str, Tensor]
+"""CPU memory for the copies, by tensor and piece. It is kept from save to save: fresh memory costs the system several
+times what the copy itself costs, while training waits."""
+
+
+def stage(tensors: Mapping[str, Tensor], rank: int, buffers: Buffers | None) -> dict[str, Staged]:
+    """Copies of this process's share of the tensors, in `buffers`; without buffers, CPU memory is used as it is.
 
     Raises  CheckpointError for a name without a group (`model.`, `optim.`) or a dtype that has no safetensors code.
     """
     require_names(tensors)
     with torch.no_grad():
-        staged = {name: stage_one(tensors[name], rank, copy) for name in sorted(tensors)}
+        staged = {name: stage_one(name, tensors[name], rank, buffers) for name in sorted(tensors)}
     if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()  # the copies below were only queued
+        torch.cuda.synchronize()  # the copies were only queued
     return staged
 
 
@@ -56,25 +61,30 @@ def require_names(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"cannot save {name}: it is on the meta device and has no values")
 
 
-def stage_one(tensor: Tensor, rank: int, copy: bool) -> Staged:
+def stage_one(name: str, tensor: Tensor, rank: int, buffers: Buffers | None) -> Staged:
     """This process's share of one tensor: nothing, if another process writes it or no element is here."""
     pieces = []
     if is_first_copy(tensor, rank):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-        for box, place in held_boxes(tensor):
+        for number, (box, place) in enumerate(held_boxes(tensor)):
             if box.volume:
-                pieces.append((box, to_cpu(local[place.seen_from((0,) * len(place.offset))], copy)))
+                piece = local[place.seen_from((0,) * len(place.offset))]
+                pieces.append((box, on_cpu(piece) if buffers is None else copied(piece, f"{name}#{number}", buffers)))
     return Staged(tuple(tensor.shape), NAMES[tensor.dtype], pieces)
 
 
-def to_cpu(tensor: Tensor, copy: bool) -> Tensor:
-    """A contiguous CPU copy. From a GPU it goes to page-locked memory and is only queued: synchronize before use."""
-    if tensor.is_cuda:
-        target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return target.copy_(tensor, non_blocking=True)
-    if tensor.device.type != "cpu":
-        return tensor.cpu().contiguous()
-    return tensor.clone(memory_format=torch.contiguous_format) if copy else tensor.contiguous()
+def on_cpu(tensor: Tensor) -> Tensor:
+    """The values as a contiguous CPU tensor, copied only if they must be."""
+    return tensor.cpu().contiguous()
+
+
+def copied(tensor: Tensor, key: str, buffers: Buffers) -> Tensor:
+    """A contiguous CPU copy in the buffer of that key. From a GPU it is only queued: synchronize before use."""
+    buffer = buffers.get(key)
+    if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+        # page-locked, so that the GPU writes into it by itself
+        buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return buffer.copy_(tensor, non_blocking=True)
 
 
 def require_json(value: Any, where: str = "state") -> None:

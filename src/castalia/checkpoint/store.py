@@ -32,7 +32,7 @@ from castalia.checkpoint.manifest import (
     step_name,
 )
 from castalia.checkpoint.save import POLL_SECONDS, Save, discard, texts_of
-from castalia.checkpoint.stage import require_json, stage
+from castalia.checkpoint.stage import Buffers, require_json, stage
 from castalia.core.errors import CheckpointError
 
 LOCK = ".lock"
@@ -81,6 +81,7 @@ class Store:
         self.warnings: list[str] = []
         self.session = self.agree(random.SystemRandom().getrandbits(62))
         self.saves = 0
+        self.buffers: Buffers = {}
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
 
@@ -106,7 +107,7 @@ class Store:
         require_json(dict(state))
         require_file_names(files or {})
         texts = texts_of(json.dumps(dict(state), indent=1) + "\n", files or {})
-        staged = stage(tensors, self.rank, copy=asynchronous)
+        staged = stage(tensors, self.rank, self.buffers if asynchronous else None)
         self.saves += 1
         mark = f"{self.session:x}-{self.saves}"
         save = Save(self.folder, step, mark, self.rank, self.world, staged, texts, self.patience)

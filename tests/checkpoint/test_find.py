@@ -1,0 +1,56 @@
+import os
+
+import pytest
+import torch
+
+from castalia.checkpoint import Store, complete_steps, find_checkpoint
+from castalia.core.errors import CheckpointError
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "small"
+    store = Store(folder / "checkpoints")
+    for step in (0, 1, 1000):
+        store.save(step, {"model.a": torch.zeros(2)}, {}, asynchronous=False)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["step1000", "1000", "step-1000", "step-00001000", "checkpoints/step1000"])
+def test_a_step_of_a_run(run, name):
+    assert find_checkpoint(run / name).samefile(run / "checkpoints" / "step-00001000")
+
+
+def test_other_ways_to_name_one(run):
+    step_1 = run / "checkpoints" / "step-00000001"
+    assert find_checkpoint(f"{run}@1") == step_1
+    assert find_checkpoint(f"{run}@step1") == step_1
+    assert find_checkpoint(step_1) == step_1
+    newest = run / "checkpoints" / "step-00001000"
+    assert find_checkpoint(run) == newest
+    assert find_checkpoint(run / "checkpoints") == newest
+    assert find_checkpoint(str(run) + "/") == newest
+
+
+@pytest.mark.parametrize("name", ["step7", "7", "@7", "final"])
+def test_a_wrong_step_gets_the_list(run, name):
+    path = f"{run}@7" if name == "@7" else run / name
+    with pytest.raises(CheckpointError, match=r"have: 0, 1, 1000"):
+        find_checkpoint(path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at"):
+        find_checkpoint(tmp_path / "nowhere" / "step3")
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint in"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_folder_without_complete_does_not_exist(run):
+    os.unlink(run / "checkpoints" / "step-00001000" / "COMPLETE")
+    assert complete_steps(run / "checkpoints") == [0, 1]
+    assert find_checkpoint(run).name == "step-00000001"
+    with pytest.raises(CheckpointError, match=r"not whole.*have: 0, 1"):
+        find_checkpoint(run / "step1000")
+    with pytest.raises(CheckpointError, match=r"not whole.*have: 0, 1"):
+        find_checkpoint(run / "checkpoints" / "step-00001000")
