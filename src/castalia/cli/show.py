@@ -23,7 +23,7 @@ def show(
     if schema:
         from castalia.train.config import RunConfig
 
-        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        typer.echo(json.dumps(without_required(RunConfig.model_json_schema()), indent=2))
         return
     from castalia.recipes import resolve
     from castalia.train.estimate import estimate
@@ -34,6 +34,17 @@ def show(
         typer.echo(json.dumps(as_object(resolved, cost), indent=2))
     else:
         print_all(resolved, cost)
+
+
+def without_required(schema: Any) -> Any:
+    """The schema with every key optional: a file that names a `recipe` may leave out anything."""
+    if isinstance(schema, list):
+        return [without_required(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: without_required(value) for key, value in schema.items() if key != "required" or isinstance(value, dict)
+    }
 
 
 def as_object(resolved: "Resolved", cost: "Estimate") -> dict[str, Any]:

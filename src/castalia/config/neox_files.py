@@ -45,14 +45,15 @@ def guessed(kind: str, file: str | None, ids: int) -> str:
 
 
 def count_ids(path: str) -> int | None:
-    """Ids that a tokenizer.json can produce, the added ones included; None if there is no such readable file."""
+    """Highest id of a tokenizer.json + 1, the added tokens included; None if there is no such readable file."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    tokens = set(vocabulary) if isinstance(vocabulary, dict) else {piece for piece, _ in vocabulary}
-    return len(tokens | {item["content"] for item in content.get("added_tokens") or []})
+    added = [item["id"] for item in content.get("added_tokens") or []]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    return max([*ids, *added], default=-1) + 1
 
 
 def token_files(o: Options, out: Reading) -> None:
@@ -70,14 +71,15 @@ def token_files(o: Options, out: Reading) -> None:
     train, valid = o["train_data_paths"], o["valid_data_paths"]
     if train and train == valid:
         note(out, "validation reads the training data, as this file says: its loss is no held-out loss", "data.valid")
-    remark_missing([o["data_path"]] if o.has("data_path") else train or [], out)
+    remark_missing("train", [o["data_path"]] if o.has("data_path") else train or [], out)
+    remark_missing("valid", valid or [], out)
 
 
-def remark_missing(prefixes: list[Any], out: Reading) -> None:
+def remark_missing(part: str, prefixes: list[Any], out: Reading) -> None:
     """A note about token files that are not on this machine."""
     missing = [str(prefix) for prefix in prefixes if not Path(f"{prefix}.idx").is_file()]
     if missing:
-        note(out, f"no token file {missing[0]}.idx here; data.train=PREFIX names yours", "data.train")
+        note(out, f"no token file {missing[0]}.idx here; data.{part}=PREFIX names yours", f"data.{part}")
 
 
 def validation(o: Options, out: Reading) -> None:

@@ -102,7 +102,9 @@ NAMES = [f"pythia-{size}{data}" for size in SIZES for data in ("", "-deduped")]
 
 
 def same_shape(config: ModelConfig) -> str | None:
-    """The preset whose layers, width and heads a model has, or None."""
+    """The preset that a model has the shape of, or None."""
+    if config.rotary_pct != 0.25 or not config.parallel_residual or config.tie_word_embeddings:
+        return None
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)
     return next((f"pythia-{name}" for name, size in SIZES.items() if size[:3] == shape), None)
 

@@ -6,10 +6,13 @@ matrix products (4 in fp32, else 2), C width, F width inside the MLP, H heads, L
     weights      4 P / S, and under autocast 2 a weight that multiplies, its low-precision copy
     gradients    4 P / S, and 4 V C for the head's gradient of a further micro-batch
     optimizer    8 P / S, the two moments of AdamW
-    activations  b T L (4 C + e (6 C + 2 F)): a block's input, both norms, query, key, value, attention, MLP in and out;
+    activations  b T (4 C + e (6 C + 2 F)) a block: its input, both norms, query, key, value, attention, MLP in and out;
                  on a CPU e H (T + 128) / 2 a token more for the attention weights of rows up to 16 head sizes long;
-                 with recompute b T L 4 C and one block's
+                 L blocks and one more for the gradients on the way back; with recompute 4 b T C L and two blocks
     logits       one chunk of the fused cross-entropy; never b T V
+
+Measured on a CPU (14M shape, fp32 and bf16, 512 to 1024 tokens a row) the growth with b is within 10% of this; torch
+itself takes some 110 MiB more.
 """
 
 import os
@@ -125,8 +128,8 @@ def activation_bytes(config: RunConfig, tokens: int, size: int, device: str) -> 
     block = tokens * block_bytes(model, config.data.seq_length, size, device)
     ends = tokens * model.hidden_size * (8 + size)  # input of the final norm, hidden states, their gradient
     if config.train.recompute:
-        return 4 * tokens * model.hidden_size * model.num_layers + block + ends
-    return model.num_layers * block + ends
+        return 4 * tokens * model.hidden_size * model.num_layers + 2 * block + ends
+    return (model.num_layers + 1) * block + ends
 
 
 def block_bytes(model: ModelConfig, seq_length: int, size: int, device: str) -> int:
