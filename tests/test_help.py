@@ -6,7 +6,7 @@ import sys
 import pytest
 
 VERBS = ("demo", "prepare", "show", "train", "generate", "export")
-HEAVY = ("torch", "transformers", "ctranslate2", "tokenizers", "numpy", "pydantic", "yaml", "safetensors")
+HEAVY = ("torch", "transformers", "ctranslate2", "tokenizers", "numpy", "yaml", "safetensors")
 PROBE = """
 import sys
 sys.argv = ["castalia", *{arguments!r}]

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from castalia.checkpoint import SavePolicy, Store
 from castalia.core.errors import TrainingError
 from castalia.data import Batch, RowDataset, StepLoader, build_rows
+from castalia.data.steps import check_batch
 from castalia.distributed import World, initialize, parallelize
 from castalia.models import Decoder
 from castalia.models.init import init_parameter
@@ -37,6 +38,7 @@ class Trainer:
     ) -> None:
         self.config, self.world = config, world
         train = config.train
+        check_batch(train.batch_size, train.micro_batch_size or max(1, train.batch_size // world.size), world.size)
         self.rows = build_rows(
             config.data,
             seed=config.seed,
