@@ -14,6 +14,7 @@ and the large one is touched by one elementwise pass and three matrix products:
 Source  the chunked loss of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, section 3.2; the unnormalized E is ours.
 """
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,12 +24,15 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Label of a row that is no target."""
-LOGITS_BYTES = {"cpu": 25 << 20}
-"""Size of a chunk of logits: on a CPU what its last-level cache holds; elsewhere LOGITS_BYTES_DEVICE."""
+LOG2_E = math.log2(math.e)
+LOGITS_BYTES = {"cpu": 50 << 20}
+"""Size of a chunk of logits: on a CPU about what its last-level cache holds."""
 LOGITS_BYTES_DEVICE = 512 << 20
-"""Size of a chunk of logits on a GPU: enough rows to keep it busy."""
-BLOCK_BYTES = 6 << 20
-"""Size of the float32 copy that the elementwise pass works on at a time on a CPU, when it is not compiled."""
+"""The same on a GPU: rows enough to keep it busy."""
+BLOCK_BYTES = {"cpu": 2 << 20}
+"""Size of the float32 numbers that the elementwise pass works on at a time when it is not compiled: a core's cache."""
+BLOCK_BYTES_DEVICE = 1 << 30
+"""The same on a GPU."""
 GRADIENT_BLOCK = 1 << 20
 """Numbers of dW that one product makes at a time on a CPU, so that adding them to the sum finds them in the cache."""
 FP16_SUM = 16.0
@@ -70,8 +74,7 @@ def fused_cross_entropy(
             return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, ignored, dtype, chunks, compiled))
         wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
         for part in chunks:
-            logits = hidden[part].to(dtype) @ wide.T
-            rows[part], _ = to_gradient(logits, labels[part], ignored, compiled)
+            _, rows[part], _ = to_gradient(hidden[part].to(dtype) @ wide.T, labels[part], ignored, compiled)
     return CrossEntropy(rows.sum(), rows)
 
 
@@ -96,8 +99,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
         for part in chunks:
             h = hidden[part].to(dtype)
-            gradient = h @ wide.T
-            rows[part], factor = to_gradient(gradient, labels[part], ignored, compiled)
+            gradient, rows[part], factor = to_gradient(h @ wide.T, labels[part], ignored, compiled)
             if d_hidden is not None:
                 d_hidden[part] = (gradient @ wide) * factor[:, None]
             if d_weight is not None:
@@ -117,40 +119,46 @@ class FusedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None, None
 
 
-def to_gradient(logits: Tensor, labels: Tensor, ignored: int, compiled: bool) -> tuple[Tensor, Tensor]:
-    """Overwrite logits (R, V) with E - S [j = label]; return the losses and the row factors 1 / S, float32 (R,).
+def to_gradient(logits: Tensor, labels: Tensor, ignored: int, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (R, V) to E - S [j = label], the losses and the row factors 1 / S, float32 (R,); logits are lost.
 
-    Both are 0 in ignored rows.
+    Losses and factors are 0 in ignored rows.
     """
-    counts = labels != ignored
-    targets = torch.where(counts, labels, 0)[:, None]
-    at_target = logits.gather(1, targets).float().squeeze(1)
-    top, total = (compiled_exponentials() if compiled else blocked_exponentials)(logits)
+    counts, rows = labels != ignored, torch.arange(len(labels), device=labels.device)
+    targets = torch.where(counts, labels, 0)
+    at_target = logits[rows, targets].float()
+    e, top, total = (compiled_exponentials() if compiled else blocked_exponentials)(logits)
     lse = top + total.log()
-    if logits.dtype == torch.float16:
-        top, total = lse - torch.tensor(FP16_SUM).log(), torch.full_like(total, FP16_SUM)
-    logits.scatter_(1, targets, ((at_target - top).exp() - total).to(logits.dtype)[:, None])
-    return torch.where(counts, lse - at_target, 0.0), torch.where(counts, 1.0 / total, 0.0)
+    if e.dtype == torch.float16:
+        top, total = lse - math.log(FP16_SUM), torch.full_like(total, FP16_SUM)
+    e[rows, targets] = ((at_target - top).exp() - total).to(e.dtype)
+    return e, torch.where(counts, lse - at_target, 0.0), torch.where(counts, 1.0 / total, 0.0)
 
 
-def exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrite logits (R, V) with E = exp(logits - m); return m and S, the row maxima and row sums of E, float32 (R,).
+def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """E = exp(logits - m) (R, V) in the dtype of logits, and m and S, the row maxima and row sums of E, float32 (R,).
 
-    Every number of E is at most 1 but in fp16, where each row sums to FP16_SUM.
+    Every number of E is at most 1, but in fp16, where each row of it sums to FP16_SUM.
     """
     e = logits.float()
     top = e.amax(1, keepdim=True)
-    e = e.sub_(top).exp_()
+    # torch's exp2 takes a quarter of the time of its exp on a CPU.
+    e = e.sub_(top).mul_(LOG2_E).exp2_()
     total = e.sum(1, keepdim=True)
-    logits.copy_(e * (FP16_SUM / total) if logits.dtype == torch.float16 else e)
-    return top.squeeze(1), total.squeeze(1)
+    scaled = e * (FP16_SUM / total) if logits.dtype == torch.float16 else e
+    return scaled.to(logits.dtype), top.squeeze(1), total.squeeze(1)
 
 
-def blocked_exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`exponentials`, on a CPU a few rows at a time, so that its passes over their float32 copy stay in the cache."""
-    rows = len(logits) if logits.device.type != "cpu" else max(1, BLOCK_BYTES // (4 * logits.shape[1]))
-    tops, totals = zip(*(exponentials(block) for block in logits.split(rows)), strict=True)
-    return torch.cat(tops), torch.cat(totals)
+def blocked_exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`exponentials` that overwrites logits, a few rows at a time, so that their float32 copy stays in the cache."""
+    rows = max(1, BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES_DEVICE) // (4 * logits.shape[1]))
+    tops, totals = [], []
+    for block in logits.split(rows):
+        e, top, total = exponentials(block)
+        block.copy_(e)
+        tops.append(top)
+        totals.append(total)
+    return logits, torch.cat(tops), torch.cat(totals)
 
 
 @cache
