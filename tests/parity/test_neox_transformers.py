@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def small_config(**changes: object) -> ModelConfig:
-    values = dict(num_layers=3, hidden_size=64, num_attention_heads=4, vocab_size=190, max_position_embeddings=64)
+    values = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 190}
     return ModelConfig.model_validate(values | changes)
 
 

@@ -9,9 +9,9 @@ from castalia.models.config import ModelConfig
 
 
 class Rope(NamedTuple):
-    """Cosines and sines of one forward pass, shape (1 or B, T, 1, 1, R / 2) where R is the rotary width of a head.
+    """Tables of one forward pass, float32 (1 or B, 1, T, R), the axis of size 1 standing for the heads.
 
-    The two axes of size 1 stand for the head and for query or key, so that the tables multiply (B, T, H, 2, R / 2).
+    R is the rotary width of a head. Both halves of the last axis hold the same angles; sin is negative in the first.
     """
 
     cos: Tensor
@@ -30,17 +30,27 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
     """Tables for `positions`; stateless, hence the same on every device, layout and after meta construction.
 
-    Shapes  positions (1 or B, T) int64 -> cos, sin float32 (1 or B, T, 1, 1, R/2).
+    Shapes  positions (1 or B, T) int64 -> cos, sin float32 (1 or B, 1, T, R).
     With rope_numerics neox_v1_fp16 the frequency, the angle, its cosine and sine are each rounded to float16, as in
     GPT-NeoX v1.0, where .half() on the model took the frequency buffer along; below position 2048 the phase of
     GPT-NeoX-20B is off by up to 0.34 rad.
     """
     theta = inverse_frequencies(config, positions.device)
     if config.rope_numerics == "neox_v1_fp16":
-        angles = positions.to(torch.float16)[..., None, None, None] * theta.to(torch.float16)
-        return Rope(angles.cos().float(), angles.sin().float())
-    angles = positions.float()[..., None, None, None] * theta
-    return Rope(angles.cos(), angles.sin())
+        angles = positions.to(torch.float16)[:, None, :, None] * theta.to(torch.float16)
+    else:
+        angles = positions.float()[:, None, :, None] * theta
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return Rope(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (j, j + R/2) of the last axis by their angles: x (..., B, H, T, R), any dtype -> the same, float32.
+
+    With -sin for sin it turns back, which is also the gradient.
+    """
+    x = x.float()
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def split_qkv(qkv: Tensor, head_dim: int, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,15 +60,10 @@ def split_qkv(qkv: Tensor, head_dim: int, rope: Rope | None) -> tuple[Tensor, Te
     Only the first R dimensions of a head turn, in halves: dimension j pairs with j + R/2.
     """
     B, T, _ = qkv.shape
-    qkv_BTHCD = qkv.view(B, T, -1, 3, head_dim)
+    parts = qkv.view(B, T, -1, 3, head_dim).permute(3, 0, 2, 1, 4)
+    q, k, v = parts.unbind(0)
     if rope is not None:
-        half = rope.cos.shape[-1]
-        qk = qkv_BTHCD[..., :2, :]
-        a, b = qk[..., :half], qk[..., half : 2 * half]
-        cos, sin = rope.cos.to(qkv.dtype), rope.sin.to(qkv.dtype)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin, qk[..., 2 * half :]), dim=-1)
-        q, k = turned.unbind(3)
-        v = qkv_BTHCD[..., 2, :]
-    else:
-        q, k, v = qkv_BTHCD.unbind(3)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        R = rope.cos.shape[-1]
+        turned = rotate(parts[:2, ..., :R], *rope).to(qkv.dtype)
+        q, k = torch.cat((turned, parts[:2, ..., R:]), -1).unbind(0)
+    return q, k, v

@@ -1,0 +1,170 @@
+"""The decoder alone: packed documents, KV cache, recompute, compile, meta device."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from castalia.models import Decoder, KVCache, ModelConfig
+
+
+def make(**changes: object) -> Decoder:
+    values = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 190}
+    config = ModelConfig.model_validate(values | changes)
+    model = Decoder(config)
+    model.init_weights(3)
+    return model
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randint(0, 190, shape, generator=torch.Generator().manual_seed(4))
+
+
+def gradients(model: Decoder) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def loss_sum(model: Decoder, tokens: Tensor, labels: Tensor, **inputs: Tensor) -> Tensor:
+    logits = model.head(model(tokens, **inputs))
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys() and a
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def test_parameter_names_are_the_contract() -> None:
+    layer = ["norm1", "attn.qkv", "attn.out", "norm2", "mlp.up", "mlp.down"]
+    expected = ["embed.weight", *(f"layers.0.{m}.{p}" for m in layer for p in ("weight", "bias"))]
+    expected += ["norm.weight", "norm.bias"]
+    assert list(make(num_layers=1).state_dict()) == [*expected, "unembed.weight"]
+    tied = make(num_layers=1, tie_word_embeddings=True)
+    assert list(tied.state_dict()) == expected
+    assert tied.head_weight is tied.embed.weight
+    bare = make(num_layers=1, attention_bias=False, mlp_bias=False)
+    assert [n for n in bare.state_dict() if n.endswith("bias")] == [
+        "layers.0.norm1.bias",
+        "layers.0.norm2.bias",
+        "norm.bias",
+    ]
+
+
+def test_tp_plan_names_the_linear_layers() -> None:
+    block = make().layers[0]
+    linear = {name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert set(block.tp_plan) == linear
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_packed_documents_equal_documents_alone(parallel: bool) -> None:
+    model, lengths = make(parallel_residual=parallel), (7, 12, 5)
+    tokens, labels = draw(1, sum(lengths)), draw(1, sum(lengths)).flip(1)
+    segments = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = loss_sum(model, tokens, labels, segments=segments, positions=positions)
+    packed.backward()
+    packed_gradients = gradients(model)
+    pieces = zip(tokens.split(lengths, 1), labels.split(lengths, 1), strict=True)
+    alone = torch.stack([loss_sum(model, t, y) for t, y in pieces]).sum()
+    alone.backward()
+    assert packed.item() == pytest.approx(alone.item(), rel=1e-6)
+    assert largest_difference(packed_gradients, gradients(model)) <= 1e-4  # of sums over 24 tokens
+    assert abs(loss_sum(model, tokens, labels).item() - alone.item()) > 1e-3
+
+
+def test_rotation_sees_only_distances() -> None:
+    model, tokens = make(), draw(2, 10)
+    with torch.no_grad():
+        moved = model(tokens, positions=torch.arange(10).expand(2, 10) + 100)
+        assert (moved - model(tokens)).abs().max().item() <= 1e-4
+
+
+@pytest.mark.parametrize("rotary_pct", [0.25, 0.0])
+def test_cached_reading_equals_the_whole_pass(rotary_pct: float) -> None:
+    model, tokens = make(rotary_pct=rotary_pct), draw(2, 13)
+    cache = KVCache(model.config, batch=2, max_length=13)
+    with torch.no_grad():
+        whole = model(tokens)
+        pieces = [model(piece, cache=cache) for piece in tokens.split([5, 1, 1, 4, 1, 1], dim=1)]
+    assert (torch.cat(pieces, 1) - whole).abs().max().item() <= 1e-5
+    assert cache.lengths.tolist() == [13, 13]
+
+
+def test_rows_of_different_lengths_continue_as_if_alone() -> None:
+    model, tokens, lengths = make(), draw(3, 14), torch.tensor([4, 9, 1])
+    cache = KVCache(model.config, batch=3, max_length=14)
+    with torch.no_grad():
+        whole = model(tokens)
+        first = model(tokens[:, :9], cache=cache)
+        for row, n in enumerate(lengths):
+            assert (first[row, :n] - whole[row, :n]).abs().max().item() <= 1e-5
+        cache.rewind(lengths)
+        for width in (1, 1, 2, 1):
+            columns = cache.lengths[:, None] + torch.arange(width)
+            made = model(tokens.gather(1, columns), cache=cache)
+            for row in range(3):
+                assert (made[row] - whole[row, columns[row]]).abs().max().item() <= 1e-5
+
+
+def test_cache_refuses_what_does_not_fit() -> None:
+    model = make()
+    cache = KVCache(model.config, batch=1, max_length=4)
+    with torch.no_grad():
+        model(draw(1, 3), cache=cache)
+        with pytest.raises(ValueError, match=r"holds 4 tokens a row; 3 are there and 2 more do not fit"):
+            model(draw(1, 2), cache=cache)
+        with pytest.raises(ValueError, match=r"cannot rewind rows of \[3\] tokens to \[4\]"):
+            cache.rewind(torch.tensor([4]))
+        with pytest.raises(ValueError, match="segments"):
+            model(draw(1, 1), cache=cache, segments=torch.zeros(1, 1, dtype=torch.int64))
+
+
+def test_recompute_changes_nothing() -> None:
+    model, tokens, labels = make(), draw(2, 16), draw(2, 16).flip(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = loss_sum(model, tokens, labels)
+        plain.backward()
+    stored = gradients(model)
+    model.recompute = True
+    with torch.autocast("cpu", torch.bfloat16):
+        again = loss_sum(model, tokens, labels)
+        again.backward()
+    assert again.item() == plain.item()
+    assert largest_difference(stored, gradients(model)) == 0.0
+
+
+def test_recompute_stores_less() -> None:
+    model, tokens = make(), draw(2, 16)
+    stored = []
+    for model.recompute in (False, True):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            model(tokens)
+        stored.append(sum(t.numel() for t in kept))
+    assert stored[1] < stored[0] / 2
+
+
+def test_meta_device_to_empty_init_gives_the_same_model() -> None:
+    model, tokens = make(), draw(1, 8)
+    with torch.device("meta"):
+        hollow = Decoder(model.config)
+    assert not list(hollow.buffers())
+    hollow.to_empty(device="cpu").init_weights(3)
+    with torch.no_grad():
+        assert torch.equal(hollow(tokens), model(tokens))
+
+
+def test_blocks_compile_without_graph_breaks() -> None:
+    model, tokens, labels = make(), draw(2, 16), draw(2, 16).flip(1)
+    eager = loss_sum(model, tokens, labels)
+    eager.backward()
+    expected = gradients(model)
+    for block in model.layers:
+        block.compile(fullgraph=True, backend="aot_eager")
+    compiled = loss_sum(model, tokens, labels)
+    compiled.backward()
+    assert compiled.item() == pytest.approx(eager.item(), rel=1e-6)
+    assert largest_difference(expected, gradients(model)) <= 1e-4

@@ -1,0 +1,65 @@
+"""Weights at the start against GPT-NeoX's formulas."""
+
+import pytest
+import torch
+
+from castalia.models import Decoder, ModelConfig, init_parameter
+from castalia.models.init import init_std
+
+
+def config(hidden: int, layers: int, **changes: object) -> ModelConfig:
+    values = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": 1, "vocab_size": 256}
+    return ModelConfig.model_validate(values | changes)
+
+
+GOLDEN = [
+    (512, 6, 0.0279508, 0.0147314),
+    (768, 12, 0.0228218, 0.0060141),
+    (1024, 24, 0.0197642, 0.0026042),
+    (2048, 16, 0.0139754, 0.0027621),
+    (2048, 24, 0.0139754, 0.0018414),
+    (2560, 32, 0.0125, 0.0012353),
+    (6144, 44, 0.0080687, 0.00057990),
+]
+
+
+@pytest.mark.parametrize(("hidden", "layers", "small", "wang"), GOLDEN)
+def test_small_and_wang_init(hidden: int, layers: int, small: float, wang: float) -> None:
+    shape = config(hidden, layers)
+    assert init_std("small_init", shape) == pytest.approx(small, rel=3e-5)
+    assert init_std("wang_init", shape) == pytest.approx(wang, rel=3e-5)
+
+
+def test_normal_inits() -> None:
+    shape = config(64, 8, init_method_std=0.04)
+    assert init_std("normal", shape) == 0.04
+    assert init_std("scaled_normal", shape) == pytest.approx(0.01)
+    assert init_std("single_residual_scaled_normal", shape) == pytest.approx(0.04 / 8**0.5)
+    assert init_std("scaled_normal", config(4096, 32)) == pytest.approx(0.0025)
+
+
+@pytest.mark.parametrize(("method", "output"), [("small_init", "wang_init"), ("normal", "scaled_normal")])
+def test_each_parameter_has_its_distribution(method: str, output: str) -> None:
+    shape = config(256, 3, init_method=method, output_layer_init_method=output)
+    model = Decoder(shape)
+    model.init_weights(1)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert parameter.eq(0.0 if name.endswith("bias") else 1.0).all(), name
+            continue
+        wanted = init_std(output if name.endswith(("attn.out.weight", "mlp.down.weight")) else method, shape)
+        assert parameter.std().item() == pytest.approx(wanted, rel=0.02), name
+        assert abs(parameter.mean().item()) < wanted * 0.02, name
+
+
+def test_a_parameter_depends_on_seed_and_name_alone() -> None:
+    shape = config(32, 2)
+    torch.manual_seed(0)
+    model = Decoder(shape)
+    model.init_weights(7)
+    weight = model.layers[1].mlp.up.weight
+    torch.manual_seed(9)
+    assert torch.equal(init_parameter("layers.1.mlp.up.weight", weight.shape, shape, 7), weight)
+    others = [("layers.0.mlp.up.weight", 7), ("layers.1.mlp.up.weight", 8)]
+    for name, seed in others:
+        assert not torch.equal(init_parameter(name, weight.shape, shape, seed), weight)
