@@ -81,9 +81,8 @@ def read_neox(files: Mapping[str, Mapping[str, Any]], *, world: int | None = Non
         classify(name, value, options, out)
     report_refused(out)
     if complete and not any(options.has(name) for name in SHAPE):
-        wrong(
-            out, f"no model in {', '.join(files)}: name a preset or the file with {', '.join(SHAPE)} as well", "model"
-        )
+        named, missing = ", ".join(Path(file).name for file in files), ", ".join(SHAPE)
+        wrong(out, f"no model in {named}: name a preset or the file with {missing} as well", "model")
         return out
     for name, option in HONOURED.items():
         if option.plain and (options.has(name) or (complete and option.default is not None)):

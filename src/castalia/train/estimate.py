@@ -24,7 +24,7 @@ from castalia.models.config import ModelConfig
 from castalia.models.flops import ParameterCounts, flops_per_token, matmul_parameters, parameter_counts
 from castalia.train.config import RunConfig
 
-CHUNK_BYTES = {"cpu": 25 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 512 << 20}
 """Logits of one chunk, as in models/cross_entropy.py."""
 ATTENTION_BLOCK, ATTENTION_KEPT = 128, 16
 """On a CPU, as in models/attention.py: queries in a block; rows up to this many head sizes keep their weights."""

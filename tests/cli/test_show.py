@@ -1,0 +1,114 @@
+"""`castalia show`: what it prints, as text and as JSON, and how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from castalia.cli.app import app
+from castalia.config import read_yaml
+from castalia.recipes import load_config
+
+PYTHIA_FILE = str(Path(__file__).resolve().parents[1] / "config" / "neox_70m.yml")
+
+
+def show(*arguments, columns="80"):
+    """Output of `castalia show ARGUMENTS`, which must succeed."""
+    done = CliRunner().invoke(app, ["show", *arguments], env={"COLUMNS": columns, "WORLD_SIZE": ""})
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def test_json_has_the_published_numbers():
+    shown = json.loads(show("pythia-70m", "--json"))
+    assert shown["parameters"] == {"total": 70_426_624, "non_embedding": 18_915_328}
+    assert (shown["steps"], shown["tokens_per_step"], shown["tokens"]) == (143_000, 2_097_152, 299_892_736_000)
+    assert (shown["checkpoints"]["count"], len(shown["checkpoints"]["steps"])) == (154, 154)
+    assert shown["checkpoints"]["bytes_each"] == 12 * 70_426_624
+    assert shown["flops"]["total"] == shown["flops"]["per_token"] * shown["tokens"]
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
+    assert shown["memory"]["total"] == sum(shown["memory"][part] for part in parts)
+    assert shown["memory"]["optimizer"] == 8 * 70_426_624
+    assert shown["config"]["recipe"] == shown["recipe"] == "pythia-70m"
+    assert shown["changes"] == {} and shown["ignored"] == {}
+
+
+def test_json_of_overrides():
+    shown = json.loads(show("pythia-14m", "optim.lr=3e-4", "checkpoint.keep=2", "--json"))
+    assert shown["changes"] == {"optim.lr": [0.001, 0.0003], "checkpoint.keep": [None, 2]}
+    assert shown["checkpoints"]["kept"] == 13
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_text_has_config_cost_and_differences(columns):
+    text = show("pythia-70m", "train.batch_size=12", "data.train=/data/pile", columns=columns)
+    assert "parameters     70,426,624 (18,915,328 non-embedding)" in text
+    assert "steps          143,000 of 12 rows = 24,576 tokens" in text
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "FLOPs", "checkpoints    154"):
+        assert part in text
+    assert "differs from pythia-70m" in text
+    assert ["train.batch_size", "1024", "12"] in [line.split() for line in text.splitlines()]
+    assert "note: train.micro_batch_size is 4" in text
+
+
+def test_the_printed_yaml_is_the_config(tmp_path):
+    text = show("debug", "seed=5")
+    (tmp_path / "c.yaml").write_text(text.split("\n\n")[0])
+    assert load_config([str(tmp_path / "c.yaml")]) == load_config(["debug", "seed=5"])
+    assert read_yaml(tmp_path / "c.yaml")["checkpoint"]["steps"] == [0, 1, 2, 4, 8, 16, 32]
+
+
+def test_nothing_differs():
+    assert "nothing differs from debug" in show("debug")
+
+
+def test_a_gpt_neox_file_lists_what_has_no_effect_once():
+    text = show(PYTHIA_FILE)
+    assert text.count("scaled_upper_triang_masked_softmax_fusion") == 1
+    assert "launcher, deepspeed_slurm: launching; use torchrun" in text
+    assert "zero_optimization.{overlap_comm, reduce_bucket_size, cpu_offload}" in text
+    assert "note: train.batch_size is 32 rows" in text
+    assert "train.batch_size=1024" in text
+    assert "schedule.name=cosine takes the newer form" in text
+
+
+def test_schema_describes_every_key_and_requires_none():
+    schema = json.loads(show("--schema"))
+    assert schema["properties"]["optim"]["$ref"] == "#/$defs/OptimConfig"
+    assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["description"].startswith("Peak learning rate")
+    assert schema["$defs"]["ModelConfig"]["additionalProperties"] is False
+    assert '"required": [' not in show("--schema")
+
+
+def test_a_mistake_is_one_message_and_a_non_zero_exit():
+    done = subprocess.run(
+        [sys.executable, "-m", "castalia", "show", "pythia-70", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("castalia: error: no preset or config file 'pythia-70'; did you mean 'pythia-70m'?")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_commands_of_the_page_on_configs_work():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()
+    commands = [line.split() for line in page.split("```\n")[1].splitlines()]
+    assert len(commands) == 4
+    for castalia, verb, *arguments in commands:
+        assert (castalia, verb) == ("castalia", "show")
+        assert show(*arguments)
+
+
+def test_the_file_of_the_page_on_configs_works(tmp_path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()
+    (tmp_path / "mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    config = load_config([str(tmp_path / "mine")])
+    assert (config.recipe, config.output, config.train.steps, config.model.num_layers) == (
+        "pythia-70m",
+        "runs/mine",
+        1000,
+        6,
+    )

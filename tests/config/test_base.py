@@ -1,0 +1,93 @@
+"""Config base and sources: every problem at once, each with the way out."""
+
+import pytest
+
+from castalia.config import Config, apply_overrides, build, dump_yaml, flatten, is_override, merge, read_yaml
+from castalia.config.base import leaves
+from castalia.core.errors import ConfigError
+
+
+class Part(Config):
+    """A part."""
+
+    lr: float = 0.1
+    """Rate."""
+    betas: list[float] = [0.9, 0.95]
+    """Decays."""
+
+
+class Whole(Config):
+    """A whole."""
+
+    size: int
+    """How large."""
+    part: Part = Part()
+    """The part."""
+
+
+def test_all_problems_come_out_together_with_the_nearest_name():
+    with pytest.raises(ConfigError) as caught:
+        build(Whole, {"part": {"lrr": 1, "betas": 3}, "lr": 2}, "x.yaml")
+    text = str(caught.value)
+    assert text.startswith("4 problems in the config (x.yaml):")
+    assert "size: Field required" in text
+    assert "part.lrr: unknown key; did you mean 'lr'?" in text
+    assert "part.betas: Input should be a valid list, got 3" in text
+    assert "lr: unknown key; did you mean 'part.lr'?" in text
+
+
+def test_a_name_like_no_other_gets_the_menu():
+    with pytest.raises(ConfigError, match="zzzzzz: unknown key; have: size, part"):
+        build(Whole, {"size": 1, "zzzzzz": 2}, "x")
+
+
+def test_leaves_are_dotted():
+    assert leaves(Whole) == ["size", "part.lr", "part.betas"]
+
+
+def test_yaml_of_a_config_reads_back_equal(tmp_path):
+    config = build(Whole, {"size": 3, "part": {"lr": 3e-4}}, "x")
+    text = dump_yaml(config)
+    assert "betas: [0.9, 0.95]" in text
+    (tmp_path / "c.yaml").write_text(text)
+    assert build(Whole, read_yaml(tmp_path / "c.yaml"), "c") == config
+
+
+def test_overrides_are_yaml_and_the_later_wins():
+    values = apply_overrides({"a": {"b": 1, "c": 2}}, ["a.b=3e-4", "d=[1, x]", "e=null", "f=true", "a.b=5e-4"])
+    assert values == {"a": {"b": 5e-4, "c": 2}, "d": [1, "x"], "e": None, "f": True}
+
+
+def test_what_is_no_override_is_named():
+    assert is_override("a.b=1") and not is_override("=1") and not is_override("a.yml")
+    with pytest.raises(ConfigError, match=r"not an override of the form a\.b=c: '=3', 'x'"):
+        apply_overrides({}, ["=3", "a=1", "x"])
+
+
+def test_merge_and_flatten():
+    assert merge({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}) == {"a": {"b": 1, "d": 2}, "c": [2]}
+    assert flatten({"a": {"b": 1}, "c": {}}) == {"a.b": 1, "c": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1\n "b": 2}', "line 2, column 5: not valid YAML: .*; a comma is missing before this place"),
+        ("- 1", "a config is a mapping of keys to values, got list"),
+        ("", "a config is a mapping of keys to values, got NoneType"),
+        ("a: [1", "not valid YAML"),
+    ],
+)
+def test_bad_files_are_named_with_the_place(tmp_path, text, message):
+    path = tmp_path / "bad.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"bad.yml.*{message}"):
+        read_yaml(path)
+
+
+def test_bad_bytes_and_missing_files(tmp_path):
+    (tmp_path / "bad.yml").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match=r"cannot read config .*bad.yml"):
+        read_yaml(tmp_path / "bad.yml")
+    with pytest.raises(ConfigError, match=r"cannot read config .*none.yml"):
+        read_yaml(tmp_path / "none.yml")

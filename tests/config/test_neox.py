@@ -1,0 +1,300 @@
+"""GPT-NeoX files: every option is honoured, ignored or refused, and the values come out as GPT-NeoX means them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from castalia.config import flatten, read_yaml
+from castalia.config.neox import is_neox, override_hint, read_neox
+from castalia.config.neox_keys import ALIASES, CHECKED, HONOURED, NAMES, NESTED_HONOURED, REFUSED, STRANGERS, WHY
+
+HERE = Path(__file__).parent
+SMALL = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "seq_length": 32,
+    "max_position_embeddings": 32,
+    "pos_emb": "rotary",
+    "train_iters": 10,
+    "train_micro_batch_size_per_gpu": 4,
+}
+
+
+def read(world=1, **options):
+    """The reading of one small file with `options` on top."""
+    return read_neox({"small.yml": SMALL | options}, world=world)
+
+
+def values_of(**options):
+    """Dotted values of one small file that must have no problems."""
+    reading = read(**options)
+    assert reading.problems == []
+    return flatten(reading.values)
+
+
+def problems_of(**options):
+    """Problems of one small file, as text."""
+    return [item.text for item in read(**options).problems]
+
+
+def test_each_of_the_318_arguments_is_classified_once():
+    names = (HERE / "neox_names.txt").read_text().split()
+    assert len(set(names)) == 318
+    assert set(names) <= set(NAMES)
+    classes = [*HONOURED, *ALIASES, *REFUSED, *STRANGERS, *WHY, *CHECKED]
+    assert len(classes) == len(set(classes)) == len(NAMES)
+    assert not set(names) & set(STRANGERS)
+
+
+def test_names_of_older_versions_are_classified():
+    for name in ("gas", "moe_loss_coeff", "moe_type", "expert_interval", "enable_expert_tensor_parallelism"):
+        assert name in NAMES
+    assert set(NESTED_HONOURED) <= {"optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization"}
+
+
+def test_the_70m_file_comes_out_as_it_was_trained():
+    reading = read_neox({"neox_70m.yml": read_yaml(HERE / "neox_70m.yml")})
+    assert reading.problems == []
+    flat = flatten(reading.values)
+    expected = {
+        "model.num_layers": 6,
+        "model.hidden_size": 512,
+        "model.num_attention_heads": 8,
+        "model.vocab_size": 50277,
+        "model.make_vocab_size_divisible_by": 128,
+        "model.rotary_pct": 0.25,
+        "model.parallel_residual": True,
+        "model.tie_word_embeddings": False,
+        "model.activation": "gelu_tanh",
+        "model.init_method": "small_init",
+        "model.output_layer_init_method": "wang_init",
+        "data.train": ["pile/text_document"],
+        "data.tokenizer": "pile/20B_tokenizer.json",
+        "train.steps": 143000,
+        "train.batch_size": 32,
+        "train.micro_batch_size": 32,
+        "train.recompute": True,
+        "train.eval_every": 100000,
+        "optim.lr": 0.001,
+        "optim.betas": [0.9, 0.95],
+        "optim.clip": 1.0,
+        "schedule.name": "cosine_neox_v1",
+        "schedule.min_lr": 1e-4,
+        "schedule.decay_steps": 143000,
+        "precision": "fp16",
+        "loss_scale.initial_power": 12,
+        "checkpoint.every": 1000,
+        "checkpoint.steps": [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512],
+        "parallel.reshard_after_forward": False,
+    }
+    assert {key: flat[key] for key in expected} == expected
+    ignored = [name for names in reading.ignored.values() for name in names]
+    assert len(ignored) == len(set(ignored))
+    assert {"launcher", "wall_clock_breakdown", "zero_optimization.reduce_bucket_size"} <= set(ignored)
+
+
+def test_silence_means_the_defaults_of_gpt_neox():
+    flat = values_of()
+    assert flat["model.activation"] == "gelu"
+    assert flat["model.tie_word_embeddings"] is True
+    assert flat["model.parallel_residual"] is False
+    assert flat["model.rotary_pct"] == 1.0
+    assert (flat["model.init_method"], flat["model.output_layer_init_method"]) == ("normal", "scaled_normal")
+    assert (flat["optim.lr"], flat["optim.betas"]) == (1e-3, [0.9, 0.999])
+    assert (flat["schedule.name"], flat["schedule.min_lr"]) == ("linear", 0.0)
+    assert (flat["precision"], flat["seed"], flat["train.log_every"]) == ("fp32", 1234, 100)
+    assert flat["checkpoint.every"] is None
+    assert flat["model.vocab_size"] == 50257
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ({"intermediate_size": 96}, "model.intermediate_size", 96),
+        ({"expansion_factor": 2}, "model.intermediate_size", 128),
+        ({"bias-gelu-fusion": True}, "model.activation", "gelu_tanh"),
+        ({"no_weight_tying": True}, "model.tie_word_embeddings", False),
+        ({"use_bias_in_mlp": False}, "model.mlp_bias", False),
+        ({"model_parallel_size": 4}, "model.make_vocab_size_divisible_by", 512),
+        ({"pipe_parallel_size": 0}, "parallel.pp", 1),
+        ({"zero_optimization": {"stage": 3}}, "parallel.reshard_after_forward", True),
+        ({"zero_optimization": {"stage": 2}}, "parallel.reshard_after_forward", False),
+        ({"gradient_clipping": 0}, "optim.clip", None),
+        ({"train_batch_size": 64}, "train.batch_size", 64),
+        ({"gas": 8}, "train.batch_size", 32),
+        ({"gradient-accumulation-steps": 8}, "train.batch_size", 32),
+        ({"lr_decay_fraction": 0.55}, "schedule.decay_steps", 5),
+        ({"lr_decay_style": "constant"}, "schedule.name", "constant"),
+        ({"precision": "bfloat16"}, "precision", "bf16"),
+        ({"bf16": {"enabled": True}}, "precision", "bf16"),
+        ({"fp16": {"enabled": False}}, "precision", "fp32"),
+        ({"fp16": {"enabled": True, "loss_scale": 128}}, "loss_scale.static", 128),
+        ({"precision": "fp16"}, "loss_scale.initial_power", 16),
+        ({"save": "out"}, "output", "out"),
+        ({"save": "out", "load": "out"}, "output", "out"),
+        ({"checkpoint_factor": 3}, "checkpoint.every", 3),
+        ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, "checkpoint.steps", [1, 2, 4, 8]),
+        ({"checkpoint_factor": 1.5, "checkpoint_scale": "log"}, "checkpoint.steps", [1, 2, 3, 5, 7]),
+        ({"keep_last_n_checkpoints": 4}, "checkpoint.keep", 4),
+        ({"data_path": "d"}, "data.split", "969, 30, 1"),
+        ({"data_path": "d", "split": "9,1,0"}, "data.split", "9,1,0"),
+        ({"data_path": "d", "eval_interval": 5}, "train.eval_every", 5),
+        ({"train_data_paths": ["a", "b"], "train_data_weights": [1, 2]}, "data.weights", [1, 2]),
+        ({"eod_mask_loss": True}, "data.eod_mask_loss", True),
+        ({"attention_config": [[["flash", "global"], "all"]]}, "model.num_layers", 2),
+        ({"attention_config": ["flash", "flash"]}, "model.num_layers", 2),
+        ({"num_kv_heads": 4}, "model.num_attention_heads", 4),
+        ({"optimizer": {"type": "cpu_adam", "params": {"lr": 0.5}}}, "optim.lr", 0.5),
+        ({"checkpoint_factor": "None"}, "checkpoint.every", None),
+    ],
+)
+def test_option(option, key, value):
+    assert values_of(**option)[key] == value
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"pos_emb": "alibi"}, "pos_emb in small.yml: 'alibi' changes the results and is not honoured; write `pos_emb"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout in small.yml: 0.1 changes the results"),
+        ({"hidden-dropout": 0.1}, "hidden-dropout in small.yml"),
+        ({"gpt_j_tied": True}, "gpt_j_tied in small.yml: True changes the results"),
+        ({"norm": "rmsnorm"}, "write `norm: layernorm`"),
+        ({"activation": "swiglu"}, "activation 'swiglu' changes the results and is not honoured; only gelu is there"),
+        ({"attention_config": [[["local", "global"], "all"]]}, "attention_config has local; only global and flash"),
+        ({"attention_config": [[["flash"], 3]]}, "attention_config is for 3 layers, num_layers is 2"),
+        ({"attention_config": [3]}, "is not of the form"),
+        ({"num_kv_heads": 2}, "num_kv_heads 2 changes the results"),
+        ({"moe_num_experts": 8}, "mixture-of-experts layers are not there"),
+        ({"optimizer": {"type": "sm3", "params": {"lr": 1}}}, "optimizer.type 'sm3' changes the results"),
+        ({"optimizer": {"params": {"lr": 1, "wd": 1}}}, "optimizer.params.wd in optimizer in small.yml: not known"),
+        ({"optimizer": {"params": {"weight_decay": 1}}}, "write weight_decay at the top level"),
+        ({"init_method": "orthogonal"}, "init_method 'orthogonal' is not there; have: normal"),
+        ({"train_iters": "ten"}, "train_iters in small.yml: expected a whole number, got 'ten'"),
+        ({"num_workers": True}, "num_workers in small.yml: expected a whole number, got True"),
+        ({"no_weight_tying": 1}, "expected true or false, got 1"),
+        ({"hidden_sise": 3}, "hidden_sise in small.yml: not an option of GPT-NeoX; did you mean 'hidden_size'?"),
+        ({"warmup_iters": 3}, "not an option of GPT-NeoX; write warmup, a share of lr_decay_iters"),
+        ({"curriculum_learning": {"enabled": True}}, "rows have one length throughout"),
+        ({"lr_decay_style": "wsd"}, "lr_decay_style 'wsd' is not there"),
+        ({"precision": "fp8"}, "precision 'fp8' is not there"),
+        ({"precision": "fp16", "bf16": {"enabled": True}}, "asks for bf16 and fp16 at once"),
+        ({"load": "elsewhere"}, "a run resumes from its own folder only"),
+        ({"train_batch_size": 30, "gas": 2}, "train_batch_size 30 is no multiple of"),
+        ({"tokenizer_type": "SPMTokenizer"}, "say model.vocab_size=N"),
+        ({"data_path": "a", "train_data_paths": ["b"]}, "keep one"),
+        ({"intermediate_size": 97}, "is no multiple of 2 [*] mlp_multiple_of"),
+        ({"deepspeed_extra_args": {"curriculum_learning": {}}}, "write curriculum_learning at the top level"),
+        ({"zero_optimization": {"stage": 9}}, "stage is 0, 1, 2 or 3, got 9"),
+        ({"zero_optimization": {"stag": 1}}, "not known; did you mean 'stage'?"),
+    ],
+)
+def test_refusal(option, message):
+    found = problems_of(**option)
+    assert len(found) == 1, found
+    assert re.search(message, found[0]), found[0]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_each_refused_option_has_a_harmless_value_and_a_hint(name):
+    option = REFUSED[name]
+    assert option.harmless and option.hint
+    assert problems_of(**{name: option.harmless[0]} if name != "pos_emb" else {}) == []
+    harmful = {"surely": "not this"}
+    found = problems_of(**{name: harmful})
+    assert any(option.hint in text for text in found), found
+
+
+@pytest.mark.parametrize("name", sorted(WHY))
+def test_each_ignored_option_is_listed_once(name):
+    reading = read(**{name: 1})
+    assert reading.problems == []
+    assert reading.ignored == {WHY[name]: [name]} | {"set to what is done here anyway": ["pos_emb"]}
+
+
+def test_options_with_one_remedy_are_one_problem():
+    found = problems_of(pos_train_data_paths=["a"], neg_train_data_paths=["b"], pos_valid_data_paths=["c"])
+    assert len(found) == 1
+    assert "like 2 more options of its kind" in found[0]
+
+
+def test_position_embedding_must_be_named_because_the_default_is_learned():
+    silent = {key: value for key, value in SMALL.items() if key != "pos_emb"}
+    (problem,) = read_neox({"a.yml": silent}).problems
+    assert "pos_emb is not given and GPT-NeoX's default is 'learned'" in problem.text
+
+
+def test_an_option_stands_in_one_file_only_in_either_spelling():
+    reading = read_neox({"a.yml": SMALL, "b.yml": {"train-iters": 5}})
+    assert [item.text for item in reading.problems] == [
+        "train_iters stands in a.yml and in b.yml; an option may stand in one file only"
+    ]
+    both = read_neox({"a.yml": SMALL | {"gas": 2}, "b.yml": {"gradient_accumulation_steps": 2}})
+    assert len(both.problems) == 1
+
+
+def test_several_files_make_one_config():
+    shape = {key: SMALL[key] for key in ("num_layers", "hidden_size", "num_attention_heads")}
+    rest = {key: value for key, value in SMALL.items() if key not in shape}
+    reading = read_neox({"shape.yml": shape, "rest.yml": rest})
+    assert reading.problems == []
+    assert reading.values == read().values
+
+
+def test_files_without_a_model_say_so_once():
+    (problem,) = read_neox({"dir/setup.yml": {"data_path": "x", "log_interval": 1}}).problems
+    assert problem.text.startswith("no model in setup.yml: name a preset or the file with num_layers")
+
+
+def test_over_a_preset_only_what_the_file_says_counts():
+    reading = read_neox({"s.yml": {"data_path": "x", "save": "out", "log-interval": 7}}, complete=False)
+    assert reading.problems == []
+    flat = flatten(reading.values)
+    assert flat.pop("train.eval_batches", 100) == 100
+    assert flat == {
+        "data.train": ["x"],
+        "data.split": "969, 30, 1",
+        "output": "out",
+        "train.log_every": 7,
+        "train.eval_every": 1000,
+    }
+
+
+def test_batch_follows_the_number_of_processes():
+    reading = read(world=8, gas=2, model_parallel_size=2)
+    assert reading.values["train"]["batch_size"] == 4 * 2 * 4
+    (batch,) = [item for item in reading.notes if item.key == "train.batch_size"]
+    assert "train.batch_size is 32 rows: 4 a process * 2 accumulated * 4 data-parallel processes" in batch.text
+    assert any("do not divide" in item.text for item in read(world=3, model_parallel_size=2).problems)
+
+
+def test_vocabulary_is_counted_when_the_file_is_here(tmp_path):
+    file = tmp_path / "t.json"
+    file.write_text('{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 4, "content": "<x>"}]}')
+    flat = values_of(tokenizer_type="HFTokenizer", vocab_file=str(file))
+    assert (flat["model.vocab_size"], flat["data.tokenizer"]) == (5, str(file))
+
+
+def test_the_20b_tokenizer_has_50277_ids():
+    file = HERE.parents[1].parent / "shared" / "data" / "20B_tokenizer.json"
+    if not file.is_file():
+        pytest.skip("the GPT-NeoX-20B tokenizer is not on this machine")
+    assert values_of(tokenizer_type="HFTokenizer", vocab_file=str(file))["model.vocab_size"] == 50277
+
+
+def test_which_files_are_gpt_neox_files():
+    assert is_neox({"num-layers": 2})
+    assert is_neox({"data_path": "x", "seed": 1})
+    assert not is_neox({"model": {"num_layers": 2}})
+    assert not is_neox({"recipe": "debug", "seed": 1})
+    assert not is_neox({"nonsense": 1})
+
+
+def test_hints_for_names_of_gpt_neox():
+    assert override_hint("train-iters") == "train-iters: this is GPT-NeoX's name; here it is train.steps"
+    assert override_hint("gas") == "gas: this is GPT-NeoX's name; here it is train.batch_size"
+    assert "has no effect here (CUDA kernels and fusions)" in override_hint("rope_fusion")
+    assert "write 0; there is no dropout here" in override_hint("hidden_dropout")
+    assert override_hint("nonsense") is None

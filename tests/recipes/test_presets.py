@@ -1,0 +1,91 @@
+"""Presets: the published facts of every Pythia size."""
+
+import pytest
+
+from castalia.checkpoint.policy import SavePolicy
+from castalia.core.errors import ConfigError
+from castalia.models.flops import parameter_counts
+from castalia.recipes import load_config, preset, preset_names
+
+# Total and non-embedding parameters of the released models (github.com/EleutherAI/pythia, model cards).
+PUBLISHED = {
+    "14m": (14_067_712, 1_189_888),
+    "31m": (30_494_720, 4_739_072),
+    "70m": (70_426_624, 18_915_328),
+    "160m": (162_322_944, 85_056_000),
+    "410m": (405_334_016, 302_311_424),
+    "1b": (1_011_781_632, 805_736_448),
+    "1.4b": (1_414_647_808, 1_208_602_624),
+    "2.8b": (2_775_208_960, 2_517_652_480),
+    "6.9b": (6_857_302_016, 6_444_163_072),
+    "12b": (11_846_072_320, 11_327_027_200),
+}
+RATES = {
+    "14m": 1e-3,
+    "31m": 1e-3,
+    "70m": 1e-3,
+    "160m": 6e-4,
+    "410m": 3e-4,
+    "1b": 2.5e-4,
+    "1.4b": 2e-4,
+    "2.8b": 1.6e-4,
+    "6.9b": 1.2e-4,
+    "12b": 1.2e-4,
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_parameters_are_those_of_the_released_models(size):
+    assert tuple(parameter_counts(load_config([f"pythia-{size}"]).model)) == PUBLISHED[size]
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_recipe_of_every_size(size):
+    config = load_config([f"pythia-{size}"])
+    assert config.optim.lr == RATES[size]
+    assert config.schedule.min_lr == pytest.approx(RATES[size] / 10, rel=1e-12)
+    assert (config.schedule.name, config.schedule.warmup, config.schedule.decay_steps) == (
+        "cosine_neox_v1",
+        0.01,
+        143_000,
+    )
+    assert config.train.steps * config.tokens_per_step == 299_892_736_000
+    assert len(SavePolicy(config.checkpoint, config.train.steps).all_steps()) == 154
+    assert (config.seed, config.optim.betas, config.optim.eps, config.optim.clip) == (1234, (0.9, 0.95), 1e-8, 1.0)
+    big = size in ("6.9b", "12b")
+    assert config.model.init_method == ("normal" if big else "small_init")
+    assert config.model.output_layer_init_method == ("scaled_normal" if big else "wang_init")
+    assert config.model.padded_vocab_size == {"6.9b": 50432, "12b": 50688}.get(size, 50304)
+    assert config.recipe == f"pythia-{size}" and config.output == f"runs/pythia-{size}"
+
+
+def test_only_the_1b_on_the_standard_pile_is_bf16():
+    precisions = {name: load_config([name]).precision for name in preset_names() if name.startswith("pythia")}
+    assert len(precisions) == 20
+    assert {name for name, precision in precisions.items() if precision != "fp16"} == {"pythia-1b"}
+    assert precisions["pythia-1b"] == "bf16"
+
+
+@pytest.mark.parametrize("size", [size for size in PUBLISHED if size != "1b"])
+def test_deduped_differs_in_its_name_alone(size):
+    standard, deduped = preset(f"pythia-{size}"), preset(f"pythia-{size}-deduped")
+    assert {key for key in standard if standard[key] != deduped[key]} == {"recipe", "output"}
+
+
+def test_debug_is_small_and_divides():
+    config = load_config(["debug"])
+    assert 0.5e6 < parameter_counts(config.model).total < 1.5e6
+    assert all(config.train.batch_size % processes == 0 for processes in (1, 2, 3, 4, 6))
+    assert config.precision == "fp32"
+    assert (config.data.corpus, config.data.tokenizer, config.model.vocab_size) == ("tiny", "bytes", 257)
+    assert {0, 1, 2, 4} <= set(config.checkpoint.steps)
+
+
+def test_presets_do_not_share_their_values():
+    preset("debug")["model"]["num_layers"] = 99
+    assert preset("debug")["model"]["num_layers"] == 4
+
+
+def test_unknown_preset_gets_the_nearest_and_the_list():
+    with pytest.raises(ConfigError, match=r"no preset 'pythia-70'; have: .*pythia-12b.*; did you mean 'pythia-70m'\?"):
+        preset("pythia-70")
