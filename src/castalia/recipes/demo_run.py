@@ -33,12 +33,12 @@ from castalia.train.startup import short_hash
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
 
-PROMPTS = ["    def __init__(self, ", "import os\nimport sys\n\n", "The return value is "]
+PROMPTS = ["    def __init__(self", "import os\nimport sys\n", "The return value is"]
 """One for code, one for a module's head, one for prose."""
 SAMPLED = 6
 """Checkpoints that are sampled, from the first to the last."""
 NEW_TOKENS = 64
-EVAL_TOKENS = 10_000
+EVAL_TOKENS = 12_000
 """Held-out tokens of each source that are read at each checkpoint."""
 QUANTIZATIONS = ("float32", "int8")
 FASTER = 1.15
