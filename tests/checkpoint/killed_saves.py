@@ -1,6 +1,6 @@
 """Program for test_kill.py: saves step 2 in child processes, the n-th of them killed at its n-th file operation.
 
-After each death the parent finds step 1 or step 2 whole, and can save. Prints one JSON object: deaths and what was found.
+After each death the parent finds step 1 or step 2 whole, and can save. Prints JSON: deaths and what was found.
 """
 
 import json

@@ -47,7 +47,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Note(Config):
-    """What a process leaves for rank 0 (or rank 0 for the others, when it gives up)."""
+    """What a process leaves for rank 0; rank 0 leaves one only when it gives up."""
 
     save: str
     """Mark of the save."""
@@ -144,7 +144,9 @@ class Save:
         ]
 
     def note_path(self, rank: int) -> Path:
-        """Where a process leaves its note."""
+        """Where a process leaves its note; rank 0, beside the temporary folder, because it removes that."""
+        if rank == 0:
+            return self.temporary.with_suffix(".failed")
         return self.temporary / f"rank-{rank:05d}.json"
 
     def leave(self, note: Note) -> None:
@@ -223,14 +225,11 @@ class Save:
         """
 
         def done() -> bool:
-            if (note := self.note_of(0)) and note.failure:
+            if note := self.note_of(0):
                 raise CheckpointError(f"rank 0 gave up: {note.failure}")
-            gone = not self.temporary.exists()
             try:
                 return read_manifest(self.final).save == self.mark
             except DamagedCheckpointError:
-                if gone:
-                    raise CheckpointError(f"rank 0 could not finish the save of step {self.step}") from None
                 return False
 
         if not wait_until(done, self.patience):
@@ -241,8 +240,9 @@ class Save:
         if not self.has_left:  # once a note is left, rank 0 may remove the folder at any moment
             for name in self.own_files:
                 (self.temporary / name).unlink(missing_ok=True)
-            with suppress(OSError):  # then the others learn it from the clock
-                self.leave(Note(save=self.mark, failure=reason))
+            if self.world > 1:
+                with suppress(OSError):  # then the others learn it from the clock
+                    self.leave(Note(save=self.mark, failure=reason))
         if self.rank == 0:
             if not self.has_gathered:
                 wait_until(lambda: all(self.note_of(rank) for rank in range(1, self.world)), min(self.patience, 60.0))

@@ -252,8 +252,11 @@ class Store:
     def sweep(self, save: Save) -> None:
         """Remove what killed saves and deletions left. Only under the lock, so none of it belongs to a living save."""
         for item in list(self.folder.iterdir()):
-            left = item.name.startswith(".trash-") or (item.name.startswith(".step-") and item.name.endswith(".tmp"))
-            if left and (item != save.temporary or self.world == 1):  # other ranks may be at work in this save's own
+            if item.name.startswith(".step-") and item.suffix in (".failed", ".half"):
+                item.unlink()
+            elif item == save.temporary and self.world > 1:
+                continue  # other ranks may be at work in it already
+            elif item.name.startswith((".trash-", ".step-")):
                 shutil.rmtree(item, ignore_errors=True)
 
     @contextmanager
