@@ -6,6 +6,7 @@ What needs torch is imported when it is asked for, so that a config alone stays 
 from typing import TYPE_CHECKING
 
 from castalia.checkpoint.config import PYTHIA_EARLY, CheckpointConfig
+from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
     from castalia.checkpoint.find import complete_steps, find_checkpoint
@@ -45,12 +46,4 @@ PLACES = {
     "read_state": "load",
     "verify": "load",
 }
-
-
-def __getattr__(name: str) -> object:
-    """Import a class or function on its first use."""
-    if name not in PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+__getattr__ = lazy(__name__, PLACES)

@@ -4,9 +4,9 @@ import sys
 import warnings
 
 
-def plain_warning(message: Warning | str, *place: object) -> str:
-    """A warning as a line for a user, without the place in our code that gave it."""
-    return f"castalia: warning: {message}\n"
+def show_warning(message: Warning | str, *place: object) -> None:
+    """Print a warning as a line for a user, without the place in our code that gave it."""
+    print(f"castalia: warning: {message}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     from castalia.cli.app import app
     from castalia.core.errors import CastaliaError
 
-    warnings.formatwarning = plain_warning
+    warnings.showwarning = show_warning
     try:
         app()
     except CastaliaError as error:

@@ -3,9 +3,9 @@
 Only `Batch` and `StepLoader` need torch; it is imported when one of them is first asked for.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from castalia.core.lazy import lazy
 from castalia.data.blending import blend
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import changed
@@ -49,10 +49,4 @@ __all__ = [
 ]
 NEED_TORCH = {"IGNORED": "batch", "Batch": "batch", "StepLoader": "loader"}
 """Public names whose module imports torch."""
-
-
-def __getattr__(name: str) -> Any:
-    """A public name that needs torch, on first use."""
-    if name not in NEED_TORCH:
-        raise AttributeError(f"module 'castalia.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"castalia.data.{NEED_TORCH[name]}"), name)
+__getattr__ = lazy(__name__, NEED_TORCH)

@@ -192,12 +192,14 @@ def source_names(paths: list[str]) -> list[str]:
     return [f"{name}#{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def check_vocab(dataset: IndexedDataset, vocab_size: int) -> None:
-    """Look through a whole token file for ids that a model of `vocab_size` ids does not have.
+def check_vocab(dataset: IndexedDataset, vocab_size: int, most_bytes: int | None = None) -> None:
+    """Look through a whole token file, unless it is larger than `most_bytes`, for ids beyond `vocab_size`.
 
     Time    one pass over the .bin, about 1 s a GB; the loader checks each batch as well.
     Raises  DataError naming the file, the document and the id.
     """
+    if most_bytes is not None and len(dataset.buffer) > most_bytes:
+        return
     ids = view(dataset.buffer, dataset.dtype, len(dataset.buffer) // dataset.dtype.itemsize, 0)
     for start in range(0, len(ids), CHECK_PIECE):
         piece = ids[start : start + CHECK_PIECE]

@@ -1,7 +1,23 @@
-"""Processes and the layout of one model over them: FSDP2 over gloo or nccl."""
+"""Processes and the layout of one model over them: FSDP2 over gloo or nccl.
 
+What needs torch is imported when it is asked for, so that a config alone stays quick to load.
+"""
+
+from typing import TYPE_CHECKING
+
+from castalia.core.lazy import lazy
 from castalia.distributed.config import ParallelConfig
-from castalia.distributed.parallelize import initialize, parallelize
-from castalia.distributed.world import World, check_layout, environment
+
+if TYPE_CHECKING:
+    from castalia.distributed.layout import initialize, parallelize
+    from castalia.distributed.world import World, check_layout, environment
 
 __all__ = ["ParallelConfig", "World", "check_layout", "environment", "initialize", "parallelize"]
+PLACES = {
+    "World": "world",
+    "check_layout": "world",
+    "environment": "world",
+    "initialize": "layout",
+    "parallelize": "layout",
+}
+__getattr__ = lazy(__name__, PLACES)

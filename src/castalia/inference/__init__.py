@@ -5,6 +5,8 @@ What needs torch is imported when it is asked for.
 
 from typing import TYPE_CHECKING
 
+from castalia.core.lazy import lazy
+
 if TYPE_CHECKING:
     from castalia.inference.ct2 import Ct2Model, speak
     from castalia.inference.decoding import Completion
@@ -24,11 +26,4 @@ PLACES = {
     "speak": "ct2",
 }
 
-
-def __getattr__(name: str) -> object:
-    """Import a class or function on its first use."""
-    if name not in PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+__getattr__ = lazy(__name__, PLACES)

@@ -5,6 +5,7 @@ What needs torch is imported when it is asked for, so that a config alone stays 
 
 from typing import TYPE_CHECKING
 
+from castalia.core.lazy import lazy
 from castalia.models.config import ModelConfig
 from castalia.models.flops import ParameterCounts, flops_per_token, parameter_counts
 
@@ -25,12 +26,4 @@ __all__ = [
 ]
 
 PLACES = {"Block": "decoder", "Decoder": "decoder", "KVCache": "cache", "init_parameter": "init"}
-
-
-def __getattr__(name: str) -> object:
-    """Import a class or function that needs torch on its first use."""
-    if name not in PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{PLACES[name]}"), name)
+__getattr__ = lazy(__name__, PLACES)

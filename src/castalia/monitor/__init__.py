@@ -1,8 +1,13 @@
 """What a run writes down: metrics, and the share of the machine that it uses."""
 
+from typing import TYPE_CHECKING
+
+from castalia.core.lazy import lazy
 from castalia.monitor.display import duration, quantity
-from castalia.monitor.machine import describe_environment, memory_bytes, peak_flops
 from castalia.monitor.sinks import JsonlSink, Sink, read_metrics
+
+if TYPE_CHECKING:
+    from castalia.monitor.machine import describe_environment, memory_bytes, peak_flops
 
 __all__ = [
     "JsonlSink",
@@ -14,3 +19,5 @@ __all__ = [
     "quantity",
     "read_metrics",
 ]
+
+__getattr__ = lazy(__name__, dict.fromkeys(("describe_environment", "memory_bytes", "peak_flops"), "machine"))

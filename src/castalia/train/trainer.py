@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.core.errors import TrainingError
-from castalia.data import Batch, RowDataset, StepLoader, build_rows
+from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
 from castalia.data.steps import check_batch
 from castalia.distributed import World, initialize, parallelize
 from castalia.models import Decoder
@@ -24,6 +24,10 @@ from castalia.train.precision import LossScale, arithmetic
 from castalia.train.progress import Clock, Progress, StepTotals, pack, rows_hash, unpack
 from castalia.train.resume import resume
 from castalia.train.schedule import make_schedule
+
+SCANNED_BYTES = 1 << 30
+"""Token files up to this size are searched for ids beyond the vocabulary before the first step, within a second;
+larger ones are checked batch by batch."""
 
 
 class Trainer:
@@ -47,6 +51,8 @@ class Trainer:
             eval_every=train.eval_every,
             eval_batches=train.eval_batches,
         )
+        for pack in self.rows.train.packs:
+            check_vocab(pack.dataset, config.model.padded_vocab_size, most_bytes=SCANNED_BYTES)
         with torch.device("meta"):
             model = Decoder(config.model)
         model.recompute = train.recompute
