@@ -4,7 +4,8 @@ PyTorch's CPU kernel for scaled_dot_product_attention computes its tiles with sm
 model's step in its backward; whole-block products and softmax are three times as fast. A block of QUERIES queries looks
 at the keys up to its own end, so that nearly half of the square is never computed. The probabilities of short rows are
 kept for the backward, those of long rows computed again, so memory stays linear in T (as in Dao et al. 2022,
-arXiv:2205.14135). torch.compile sees each operator as one node.
+arXiv:2205.14135). Scores are rounded to the dtype of the activations before the softmax, as GPT-NeoX's baddbmm does.
+torch.compile sees each operator as one node.
 """
 
 from collections.abc import Iterator
