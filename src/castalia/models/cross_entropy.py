@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """Label of a row that is no target."""
 LOG2_E = math.log2(math.e)
-LOGITS_BYTES = {"cpu": 50 << 20}
-"""Size of a chunk of logits: on a CPU about what its last-level cache holds."""
+LOGITS_BYTES = {"cpu": 25 << 20}
+"""Size of a chunk of logits, when it is more than that of W: on a CPU what its last-level cache holds."""
 LOGITS_BYTES_DEVICE = 512 << 20
 """The same on a GPU: rows enough to keep it busy."""
 BLOCK_BYTES = {"cpu": 2 << 20}
@@ -183,9 +183,9 @@ def chunk_slices(N: int, rows: int) -> list[slice]:
 
 
 def default_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
-    """Rows whose logits take LOGITS_BYTES of the device."""
-    budget = LOGITS_BYTES.get(weight.device.type, LOGITS_BYTES_DEVICE)
-    return max(1, budget // (weight.shape[0] * dtype.itemsize))
+    """Rows whose logits take LOGITS_BYTES of the device, or as many as W is wide: a chunk then is as large as W."""
+    V, C = weight.shape
+    return max(1, C, LOGITS_BYTES.get(weight.device.type, LOGITS_BYTES_DEVICE) // (V * dtype.itemsize))
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

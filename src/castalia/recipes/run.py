@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from castalia.core.allocator import keep_freed_memory
 from castalia.core.errors import CheckpointError
 from castalia.distributed import World, check_layout, environment
 from castalia.recipes.corpus import ensure_corpus
@@ -18,6 +19,7 @@ def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) 
 
     Everything that can be wrong with the config, the data or the folder is found before the first step.
     """
+    keep_freed_memory()
     config = resolved.config
     check_layout(config.parallel, environment()[1])
     world = World.start(config.parallel, config.device)
