@@ -14,7 +14,7 @@ def main() -> None:
     from castalia.cli.app import app
     from castalia.core.errors import CastaliaError
 
-    warnings.showwarning = show_warning
+    warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
         app()
     except CastaliaError as error:

@@ -51,8 +51,8 @@ class Trainer:
             eval_every=train.eval_every,
             eval_batches=train.eval_batches,
         )
-        for pack in self.rows.train.packs:
-            check_vocab(pack.dataset, config.model.padded_vocab_size, most_bytes=SCANNED_BYTES)
+        for source in self.rows.train.packs:
+            check_vocab(source.dataset, config.model.padded_vocab_size, most_bytes=SCANNED_BYTES)
         with torch.device("meta"):
             model = Decoder(config.model)
         model.recompute = train.recompute
