@@ -1,5 +1,8 @@
 """Parameter counts of all Pythia sizes, and the FLOP formula against PyTorch's counter."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -59,3 +62,8 @@ def test_flops_equal_what_pytorch_counts() -> None:
     with FlopCounterMode(display=False) as counter:
         model.head(model(tokens)).sum().backward()
     assert counter.get_total_flops() == tokens.numel() * model.flops_per_token(T)
+
+
+def test_counts_need_no_torch() -> None:
+    code = "import sys; from castalia.models import ModelConfig, parameter_counts; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

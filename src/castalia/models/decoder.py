@@ -43,10 +43,11 @@ class Attention(nn.Module):
             y_BTC, _, _ = causal_attention(qkv, *(rope or (None, None)), mask, self.head_dim, keep)
             return self.out(y_BTC)
         q, k, v = split_qkv(qkv, self.head_dim, rope)
+        causal = mask is None
         if cache is not None:
             k, v = cache.append(k, v)
-        # One query that follows cached keys sees them all; is_causal would let it see the first only.
-        causal = mask is None and q.shape[2] > 1
+            if q.shape[2] == 1:  # it follows the cached keys and sees them all; is_causal would show it the first only
+                causal = False
         y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
 

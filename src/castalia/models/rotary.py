@@ -49,7 +49,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     With -sin for sin it turns back, which is also the gradient.
     """
-    x = x.float()
+    x, cos, sin = x.float(), cos.float(), sin.float()
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
