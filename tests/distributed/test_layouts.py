@@ -50,7 +50,13 @@ def tokens(tmp_path_factory) -> Path:
 def run(tokens: Path, output: Path, processes: int, overrides: tuple[str, ...], ok: bool = True):
     """Train in subprocesses; returns the lines of metrics.jsonl, or the completed process when it is to fail."""
     arguments = [*BASE, f"data.train={tokens}", f"output={output}", *overrides]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={processes}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={processes}",
+    ]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "castalia", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -103,3 +109,32 @@ def test_a_batch_that_does_not_divide_is_refused(tokens, tmp_path):
     assert done.returncode != 0
     assert "castalia: error: " in done.stderr and "11" in done.stderr and "2" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+NAN_ON_RANK_1 = """
+import math, os, sys
+import castalia.train.loss as loss
+call = loss.NextToken.__call__
+def poisoned(self, model, batch):
+    out = call(self, model, batch)
+    bad = int(os.environ["RANK"]) == 1 and int(batch.index[0]) >= 12
+    return loss.LossOut(out.total * (math.nan if bad else 1.0), out.tokens, out.per_source)
+loss.NextToken.__call__ = poisoned
+from castalia.cli import main
+main()
+"""
+
+
+def test_nan_on_one_process_stops_all_before_the_update(tokens, tmp_path):
+    script = tmp_path / "nan.py"
+    script.write_text(NAN_ON_RANK_1)
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=2", str(script), *BASE, f"data.train={tokens}", f"output={output}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if "castalia: error: loss nan at step 2 (rows 12 to 23" in line]
+    assert len(said) == 2, done.stderr
+    assert "the last good checkpoint is step 0" in said[0]
+    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [1]

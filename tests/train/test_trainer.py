@@ -215,3 +215,27 @@ def test_layouts_that_cannot_run_are_refused():
     with pytest.raises(ConfigError, match="dp_shard=2 does not make 1 processes"):
         check_layout(ParallelConfig(dp_shard=2), 1)
     check_layout(ParallelConfig(dp_replicate=2, dp_shard=2), 4)
+
+
+def test_compiled_blocks_and_loss_give_the_same_losses(make):
+    plain, _ = losses(make, "train.steps=2")
+    compiled, _ = losses(make, "train.steps=2", "train.compile=true", "output=other")
+    assert compiled == pytest.approx(plain, abs=1e-5)
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_was_saved(make, monkeypatch):
+    import castalia.checkpoint.save as writing
+
+    trainer = make("train.steps=3", "checkpoint.asynchronous=false", hooks=[Save()])
+    real, calls = writing.os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if trainer.progress.step >= 2:
+            raise OSError(28, "No space left on device")
+        real(number)
+
+    monkeypatch.setattr(writing.os, "fsync", full)
+    with pytest.raises(CastaliaError, match="No space left on device"):
+        trainer.fit()
+    assert calls and trainer.store.latest() == 1
