@@ -87,7 +87,7 @@ def print_all(resolved: "Resolved", cost: "Estimate") -> None:
     console.print()
     for note in resolved.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=not console.is_terminal)
-    print_ignored(console, resolved.ignored)
+    print_ignored(console, resolved.ignored_lines)
 
 
 def print_cost(console: "Console", resolved: "Resolved", cost: "Estimate") -> None:
@@ -147,23 +147,9 @@ def plain(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
 
 
-def print_ignored(console: "Console", ignored: dict[str, list[str]]) -> None:
+def print_ignored(console: "Console", lines: list[str]) -> None:
     """GPT-NeoX options without effect, once each, by reason."""
-    if ignored:
+    if lines:
         console.print("\nGPT-NeoX options without effect here", style="italic")
-    for reason, names in ignored.items():
-        console.print(f"  {', '.join(folded(names))}: {reason}", markup=False, soft_wrap=not console.is_terminal)
-
-
-def folded(names: list[str]) -> list[str]:
-    """`a.x`, `a.y` as `a.{x, y}`."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        group, _, last = name.rpartition(".")
-        groups.setdefault(group, []).append(last)
-    return [
-        f"{group}.{{{', '.join(lasts)}}}"
-        if group and len(lasts) > 1
-        else ", ".join(f"{group}.{x}" if group else x for x in lasts)
-        for group, lasts in groups.items()
-    ]
+    for line in lines:
+        console.print(f"  {line}", markup=False, soft_wrap=not console.is_terminal)

@@ -33,6 +33,11 @@ class Resolved:
     ignored: dict[str, list[str]] = field(default_factory=dict)
     """GPT-NeoX options without effect here, by the reason."""
 
+    @property
+    def ignored_lines(self) -> list[str]:
+        """One line a reason: `bucket_size, zero.{a, b}: why they have no effect here`."""
+        return [f"{', '.join(folded(names))}: {reason}" for reason, names in self.ignored.items()]
+
 
 @dataclass
 class Sources:
@@ -201,3 +206,17 @@ def differences(started: dict[str, Any], config: RunConfig) -> dict[str, tuple[A
     before = flatten(recipe.model_dump(mode="json")) if recipe else flatten(started)
     now = flatten(config.model_dump(mode="json"))
     return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+
+
+def folded(names: list[str]) -> list[str]:
+    """`a.x`, `a.y` as `a.{x, y}`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        group, _, last = name.rpartition(".")
+        groups.setdefault(group, []).append(last)
+    return [
+        f"{group}.{{{', '.join(lasts)}}}"
+        if group and len(lasts) > 1
+        else ", ".join(f"{group}.{x}" if group else x for x in lasts)
+        for group, lasts in groups.items()
+    ]

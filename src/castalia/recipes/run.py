@@ -30,7 +30,8 @@ def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) 
         trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
         if world.leads:
             write_run_folder(config, world, list(command))
-            print_start(trainer, resolved.changes, resolved.notes)
+            ignored = [f"without effect here: {line}" for line in resolved.ignored_lines]
+            print_start(trainer, resolved.changes, [*resolved.notes, *ignored])
         world.wait()
         trainer.fit()
         if world.leads:
