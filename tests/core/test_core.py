@@ -1,0 +1,58 @@
+"""Registry, files, extras and the errors that users read."""
+
+import pytest
+
+from castalia.core.errors import CastaliaError, ConfigError, nearest
+from castalia.core.extras import require
+from castalia.core.files import atomic_write, sha256_of, write_json
+from castalia.core.lazy import lazy
+from castalia.core.registry import Registry
+
+
+def test_a_wrong_name_gets_the_menu():
+    presets: Registry[int] = Registry("preset")
+    presets.register("pythia-70m")(1)
+    presets.register("debug")(2)
+    assert presets["debug"] == 2 and "debug" in presets and list(presets) == ["pythia-70m", "debug"]
+    with pytest.raises(ConfigError, match="no preset 'pythia-71m'; have: debug, pythia-70m; did you mean 'pythia-70m'"):
+        presets["pythia-71m"]
+    assert nearest("zzz", ["abc"]) == ""
+
+
+def test_a_write_is_whole_or_absent(tmp_path):
+    path = tmp_path / "deep" / "file.txt"
+    with atomic_write(path) as file:
+        file.write("one")
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
+        file.write("two")
+        raise RuntimeError
+    assert path.read_text() == "one"
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_or_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
+    with (
+        pytest.raises(CastaliaError, match=r"cannot write .*: No space left on device; free space"),
+        atomic_write(tmp_path / "x"),
+    ):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(CastaliaError, match="cannot write /proc/x/y"):
+        write_json("/proc/x/y", {})
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_missing_extra_is_one_sentence_with_the_pip_line():
+    assert require("json", "none", "this test").dumps([]) == "[]"
+    with pytest.raises(ConfigError, match=r"export needs 'no_such_module'.*pip install 'castalia\[ct2\]'"):
+        require("no_such_module", "ct2", "export")
+
+
+def test_lazy_names():
+    get = lazy("castalia.core", {"Registry": "registry"})
+    assert get("Registry") is Registry
+    with pytest.raises(AttributeError, match=r"'castalia.core' has no attribute 'nothing'"):
+        get("nothing")

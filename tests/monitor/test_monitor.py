@@ -1,0 +1,66 @@
+"""Numbers as people read them, and the metrics file."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from castalia.core.errors import CastaliaError, DataError
+from castalia.monitor import JsonlSink, describe_environment, duration, memory_bytes, peak_flops, quantity, read_metrics
+from castalia.monitor.machine import PEAK_TFLOPS
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (999, "999"), (1234, "1.23k"), (999_900, "1M"), (2_097_152, "2.1M"), (3.4e20, "340E"), (0.25, "0.25")],
+)
+def test_quantity(value, text):
+    assert quantity(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (187, "3m07s"), (18120, "5h02m"), (273600, "3d04h")]
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_metrics_file_drops_what_will_run_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in range(1, 6):
+        sink.write(step, {"loss": 1.0 / step})
+    sink.close()
+    again = JsonlSink(path, resume_step=3)
+    again.write(4, {"loss": math.nan})
+    again.close()
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
+    assert read_metrics(path)[-1]["loss"] is None
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2}\n{"step": 2, "lo')
+    assert [record["step"] for record in read_metrics(path)] == [1]
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(DataError, match="line 1 is not JSON"):
+        read_metrics(path)
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence():
+    with pytest.raises(CastaliaError, match="cannot write"):
+        JsonlSink("/proc/none/metrics.jsonl")
+
+
+def test_machine():
+    cpu = torch.device("cpu")
+    assert peak_flops(cpu) is None
+    assert memory_bytes(cpu) > 50 << 20
+    assert describe_environment(cpu, 2)["packages"]["torch"].startswith("2.")
+
+
+def test_peaks_are_the_dense_ones_of_the_data_sheets():
+    assert PEAK_TFLOPS["H100"] == PEAK_TFLOPS["H200"] == 989.5 and PEAK_TFLOPS["A100"] == 312
+    assert list(PEAK_TFLOPS).index("H100 PCIe") < list(PEAK_TFLOPS).index("H100"), "the longer name must match first"
