@@ -3,7 +3,7 @@
 import typer
 
 from castalia import __version__
-from castalia.cli import demo, export, generate, prepare, show, train
+from castalia.cli import data, demo, export, generate, prepare, show, train
 
 app = typer.Typer(
     name="castalia",
@@ -31,3 +31,4 @@ def root(
 
 for verb in (demo.demo, prepare.prepare, show.show, train.train, generate.generate, export.export):
     app.command()(verb)
+app.add_typer(data.app, name="data")

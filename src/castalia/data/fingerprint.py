@@ -1,13 +1,13 @@
 """What the data of a run are: sizes, content hashes and order settings; kept with every checkpoint."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from castalia.core.files import sha256_of
 from castalia.data.indexed import IndexedDataset
+from castalia.data.mapped import Buffer, map_file
 
 FULL_BYTES = 64 << 20
 """A .bin up to this size is hashed whole."""
@@ -34,30 +34,32 @@ def fingerprint(
 
 def contents(dataset: IndexedDataset) -> dict[str, Any]:
     """Sizes and hashes of one token file."""
-    how, digest = bin_hash(dataset.bin_path)
+    how, digest = bin_hash(dataset.buffer)
     return {
         "name": Path(dataset.prefix).name,
         "documents": len(dataset),
         "tokens": int(dataset.sizes.sum(dtype="int64")),
         "dtype": dataset.dtype.name,
         "idx_sha256": sha256_of(dataset.idx_path),
-        "bin_bytes": dataset.bin_path.stat().st_size,
+        "bin_bytes": len(dataset.buffer),
         "bin_hashed": how,
         "bin_sha256": digest,
     }
 
 
-def bin_hash(path: Path) -> tuple[str, str]:
-    """How a .bin is hashed, and its hex SHA-256 under that rule."""
-    size = path.stat().st_size
+def bin_hash(source: Path | Buffer) -> tuple[str, str]:
+    """How a .bin is hashed, and its hex SHA-256 under that rule; shards give what the whole file gives."""
+    data = map_file(source) if isinstance(source, Path) else source
+    size = len(data)
     if size <= FULL_BYTES:
-        return "whole", sha256_of(path)
+        how, starts = "whole", list(range(0, size, BLOCK_BYTES))
+    else:
+        how = f"{BLOCKS} evenly spaced blocks of {BLOCK_BYTES} bytes"
+        starts = [(size - BLOCK_BYTES) * i // (BLOCKS - 1) for i in range(BLOCKS)]
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for i in range(BLOCKS):
-            file.seek((size - BLOCK_BYTES) * i // (BLOCKS - 1), os.SEEK_SET)
-            digest.update(file.read(BLOCK_BYTES))
-    return f"{BLOCKS} evenly spaced blocks of {BLOCK_BYTES} bytes", digest.hexdigest()
+    for start in starts:
+        digest.update(data[start : start + BLOCK_BYTES])
+    return how, digest.hexdigest()
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

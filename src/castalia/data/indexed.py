@@ -5,6 +5,7 @@ Source  megatron/data/indexed_dataset.py of GPT-NeoX; the same bytes are read an
 """
 
 import contextlib
+import hashlib
 import mmap
 import operator
 import os
@@ -20,6 +21,8 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from castalia.core.errors import DataError
 from castalia.core.files import cannot_write
+from castalia.data.mapped import Buffer, MappedShards, map_file, view
+from castalia.data.shards import base_of, find_shards
 
 MAGIC = b"MMIDIDX\x00\x00"
 LEGACY_MAGIC = b"TNTIDX\x00\x00"
@@ -52,6 +55,9 @@ def file_pair(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
 class IndexedDataset:
     """Documents of tokens on disk, memory-mapped read-only. Pickles as its path.
 
+    Without a PREFIX.bin the shards that Pythia's tools cut it into (`PREFIX-00000-of-00082.bin` …) are read in place;
+    a shard's name stands for its prefix. `shards` are their paths, empty for a whole file.
+
     `dataset[i]` is a 1-D view of document i, a slice gives a list of them; `sizes` (N,) int32 are tokens a document,
     `pointers` (N,) int64 byte places in the .bin, `doc_idx` (D,) int64 the document boundaries of GPT-NeoX's tools
     (not used in training: each of the N sequences counts as a document).
@@ -61,6 +67,8 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.bin_path, self.idx_path = file_pair(prefix)
+        if not self.idx_path.exists():
+            self.bin_path, self.idx_path = file_pair(base_of(os.fspath(prefix)))
         self.prefix = str(self.bin_path)[: -len(".bin")]
         self.open()
 
@@ -72,7 +80,8 @@ class IndexedDataset:
         self.sizes: NDArray[np.int32] = view(index, "<i4", count, HEADER.size)
         self.pointers: NDArray[np.int64] = view(index, "<i8", count, HEADER.size + 4 * count)
         self.doc_idx: NDArray[np.int64] = view(index, "<i8", boundaries, HEADER.size + 12 * count)
-        self.buffer = map_file(self.bin_path)
+        self.shards = [] if self.bin_path.exists() else find_shards(self.prefix)
+        self.buffer: Buffer = MappedShards(self.shards) if self.shards else map_file(self.bin_path)
         self.check_places()
 
     def check_places(self) -> None:
@@ -128,27 +137,6 @@ class IndexedDataset:
         return f"IndexedDataset({self.prefix!r}, {len(self)} documents, {self.dtype})"
 
 
-def view(buffer: bytes | mmap.mmap, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
-    """`count` numbers of `dtype` at byte `offset`, without a copy."""
-    return np.frombuffer(buffer, dtype, count, offset) if count else np.empty(0, dtype)
-
-
-def map_file(path: Path) -> bytes | mmap.mmap:
-    """The file's bytes, mapped read-only; an empty file cannot be mapped and is empty bytes.
-
-    Raises  DataError if it is missing or unreadable.
-    """
-    try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
 def read_header(path: Path, index: bytes | mmap.mmap) -> tuple[int, int, int]:
     """Dtype code, number of documents and length of doc_idx of an .idx.
 
@@ -182,7 +170,8 @@ def has_modes(index: bytes | mmap.mmap, expected: int, count: int) -> bool:
 class IndexedDatasetWriter:
     """Writes a token file document by document; both files appear at the end, whole, or not at all.
 
-    Use it as a context manager, or call `close` (keep) or `abort` (leave nothing).
+    Use it as a context manager, or call `close` (keep) or `abort` (leave nothing). `doc_idx` may be set before; None
+    makes each sequence a document. `digest` is the SHA-256 of the tokens so far, in the end that of the .bin.
 
     Raises  DataError if a token does not fit the dtype; CastaliaError if the place cannot be written or is full.
     """
@@ -195,6 +184,8 @@ class IndexedDatasetWriter:
         mark = uuid.uuid4().hex[:8]
         self.temporary = [p.with_name(f".{p.name}.{mark}.tmp") for p in (self.bin_path, self.idx_path)]
         self.sizes = array("i")
+        self.doc_idx: NDArray[np.int64] | None = None
+        self.digest = hashlib.sha256()
         self.tokens = 0
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,11 +202,13 @@ class IndexedDatasetWriter:
         """Append documents that lie back to back: tokens (n,), sizes (m,) tokens of each, summing to n."""
         ids, counts = self.fitted(np.asarray(tokens)), np.asarray(sizes, dtype=np.int32)
         assert ids.ndim == 1 and ids.size == counts.sum(dtype=np.int64), (ids.shape, counts.sum(dtype=np.int64))
+        raw = ids.tobytes()
         try:
-            self.file.write(ids.tobytes())
+            self.file.write(raw)
         except OSError as error:
             self.abort()
             raise cannot_write(self.bin_path, error) from error
+        self.digest.update(raw)
         self.sizes.frombytes(counts.tobytes())
         self.tokens += ids.size
 
@@ -240,13 +233,14 @@ class IndexedDatasetWriter:
         if self.file.closed:
             return
         sizes = np.frombuffer(self.sizes, dtype=np.int32) if self.sizes else np.empty(0, np.int32)
+        boundaries = np.arange(len(sizes) + 1, dtype="<i8") if self.doc_idx is None else self.doc_idx.astype("<i8")
         try:
             self.sync(self.file)
             with open(self.temporary[1], "wb") as index:
-                index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(sizes) + 1))
+                index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(boundaries)))
                 index.write(sizes.astype("<i4").tobytes())
                 index.write(pointers_of(sizes, self.dtype.itemsize).tobytes())
-                index.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+                index.write(boundaries.tobytes())
                 self.sync(index)
             os.replace(self.temporary[0], self.bin_path)
             os.replace(self.temporary[1], self.idx_path)

@@ -122,7 +122,8 @@ def prepare(
             seconds=time.monotonic() - start,
         )
         with atomic_write(prefix + ".json") as manifest:
-            json.dump(describe(done, files, chosen, append_eod, key), manifest, indent=1)
+            record = describe(done, files, chosen, append_eod, key) | {"bin_sha256": writer.digest.hexdigest()}
+            json.dump(record, manifest, indent=1)
             manifest.write("\n")
             if train_vocab is not None:
                 chosen.save(chosen.where)

@@ -11,7 +11,8 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data.blending import blend
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import fingerprint
-from castalia.data.indexed import CHECK_PIECE, IndexedDataset, view
+from castalia.data.indexed import CHECK_PIECE, IndexedDataset
+from castalia.data.mapped import view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.tokenizer import load_tokenizer
@@ -200,14 +201,15 @@ def check_vocab(dataset: IndexedDataset, vocab_size: int, most_bytes: int | None
     """
     if most_bytes is not None and len(dataset.buffer) > most_bytes:
         return
-    ids = view(dataset.buffer, dataset.dtype, len(dataset.buffer) // dataset.dtype.itemsize, 0)
-    for start in range(0, len(ids), CHECK_PIECE):
-        piece = ids[start : start + CHECK_PIECE]
+    width = dataset.dtype.itemsize
+    total = len(dataset.buffer) // width
+    for start in range(0, total, CHECK_PIECE):
+        piece = view(dataset.buffer, dataset.dtype, min(CHECK_PIECE, total - start), start * width)
         if int(piece.max()) < vocab_size and int(piece.min()) >= 0:
             continue
         bad = start + int(np.flatnonzero((piece >= vocab_size) | (piece < 0))[0])
-        document = document_at(dataset, bad * dataset.dtype.itemsize)
-        raise DataError(out_of_vocab(dataset.prefix, document, int(ids[bad]), vocab_size))
+        document = document_at(dataset, bad * width)
+        raise DataError(out_of_vocab(dataset.prefix, document, int(piece[bad - start]), vocab_size))
 
 
 def document_at(dataset: IndexedDataset, byte: int) -> int:

@@ -1,0 +1,80 @@
+"""Bytes on disk, memory-mapped: one file, or the shards of one cut anywhere, read as if they were whole."""
+
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from castalia.core.errors import DataError
+
+
+class MappedShards:
+    """The bytes of several files as one buffer, mapped read-only; nothing is joined on disk.
+
+    `len` is the sum of their bytes, a slice (step 1) is a copy as `bytes`.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.parts = [map_file(path) for path in paths]
+        self.starts: NDArray[np.int64] = np.cumsum([0, *(len(part) for part in self.parts)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, places: slice) -> bytes:
+        start, stop, step = places.indices(len(self))
+        assert step == 1, step
+        return b"".join(self.parts[i][a:b] for i, a, b in self.stretches(start, stop))
+
+    def stretches(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Bytes [start, stop) as (shard, first byte in it, end in it), in order; no empty ones."""
+        found = []
+        shard = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            begin, end = int(self.starts[shard]), min(int(self.starts[shard + 1]), stop)
+            if start < end:
+                found.append((shard, start - begin, end - begin))
+                start = end
+            shard += 1
+        return found
+
+    def view(self, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
+        """`count` numbers of `dtype` at byte `offset`: a view, or a read-only copy where a border lies in between."""
+        size = count * np.dtype(dtype).itemsize
+        stretches = self.stretches(offset, offset + size)
+        if len(stretches) == 1:
+            shard, first, _ = stretches[0]
+            return np.frombuffer(self.parts[shard], dtype, count, first)
+        return np.frombuffer(self[offset : offset + size], dtype, count)
+
+
+Buffer = bytes | mmap.mmap | MappedShards
+
+
+def view(buffer: Buffer, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
+    """`count` numbers of `dtype` at byte `offset`, without a copy unless they lie across a border of shards."""
+    if not count:
+        return np.empty(0, dtype)
+    if isinstance(buffer, MappedShards):
+        return buffer.view(dtype, count, offset)
+    return np.frombuffer(buffer, dtype, count, offset)
+
+
+def map_file(path: Path) -> bytes | mmap.mmap:
+    """The file's bytes, mapped read-only; an empty file cannot be mapped and is empty bytes.
+
+    Raises  DataError if it is missing or unreadable.
+    """
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,130 @@
+"""`castalia data …`: what each verb prints and writes, and how it fails."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from castalia.cli import main
+from castalia.data import IndexedDataset, prepare
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*words): `castalia data` in a folder with the token file `c`; (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["one", "two words", "a third document, longer", "é"]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(["c.jsonl"], "c", "bytes", append_eod=True)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["castalia", "data", *words])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_inspect(run):
+    code, out, err = run("inspect", "c", "--document", "2", "--tokenizer", "bytes")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert lines[0] == "c: 4 documents, 42 tokens as uint16, 0.00 MB"
+    assert lines[1] == "tokens a document: least 3, mean 10.5, median 7.0, most 25; 0 empty"
+    assert [line.split() for line in lines[2:6]] == [
+        ["2-3", "1", "#" * 40],
+        ["4-7", "1", "#" * 40],
+        ["8-15", "1", "#" * 40],
+        ["16-31", "1", "#" * 40],
+    ]
+    assert lines[7:] == ["document 2, 25 tokens", "a third document, longer<|endoftext|>"]
+
+
+def test_inspect_as_json_and_without_a_tokenizer(run):
+    _, out, _ = run("inspect", "c.bin", "--document", "-1", "--json")
+    found = json.loads(out)
+    assert found["document"] == {"number": 3, "tokens": 3, "ids": [0xC3, 0xA9, 256]}
+    assert (found["documents"], found["longest"], found["shards"]) == (4, 25, 0)
+    assert run("inspect", "c", "--document", "0")[1].endswith("\n111 110 101 256\n")
+
+
+def test_inspect_has_no_such_document(run):
+    code, out, err = run("inspect", "c", "--document", "4")
+    assert (code, out, err) == (2, "", "castalia: error: --document 4: c has 4 documents, 0 to 3\n")
+
+
+def test_count(run):
+    assert run("count", "c")[1] == "c: 4 documents, 42 tokens as uint16\n"
+    assert run("count", "c", "c")[1].splitlines()[-1] == "all: 8 documents, 84 tokens"
+    assert json.loads(run("count", "c", "c", "--json")[1])["tokens"] == 84
+
+
+def test_shards_from_end_to_end(run, tmp_path):
+    code, out, _ = run("shard", "c", "--bytes", "25", "--output", "cut")
+    assert (code, out) == (
+        0,
+        "cut/c-00000-of-00003.bin to c-00003-of-00003.bin: 4 shards of 25 bytes, the last may be shorter\n",
+    )
+    assert "in 4 shards" in run("inspect", "cut/c")[1]
+    assert run("verify", "cut/c", "--write-hashes", "hashes.txt")[0] == 0
+    code, out, _ = run("verify", "cut/c-00000-of-00003.bin", "--hashes", "hashes.txt")
+    assert code == 0 and out.count("ok  ") == 9 and "FAIL" not in out
+    code, out, _ = run("unshard", "cut/c", "--output", "joined", "--hashes", "hashes.txt", "--json")
+    assert (code, json.loads(out)["bytes"], json.loads(out)["path"]) == (0, 84, "joined/c.bin")
+    for suffix in (".bin", ".idx", ".json"):
+        assert (tmp_path / "joined" / f"c{suffix}").read_bytes() == (tmp_path / f"c{suffix}").read_bytes()
+    code, out, _ = run("unshard", "cut/c", "--output", "joined")
+    assert code == 0 and out.startswith("joined/c.bin: 4 shards, 84 bytes, 84 of them there before, SHA-256 ")
+
+
+def test_verify_fails(run, tmp_path):
+    run("shard", "c", "--bytes", "25", "--output", "cut")
+    run("verify", "cut/c", "--write-hashes", "hashes.txt")
+    os.remove(tmp_path / "cut" / "c-00001-of-00003.bin")
+    code, out, err = run("verify", "cut/c", "--hashes", "hashes.txt")
+    assert (code, err) == (1, "castalia: error: 2 of 6 checks failed\n")
+    assert "FAIL hash      cut/c-00001-of-00003.bin: missing\n" in out
+    found = [json.loads(line) for line in run("verify", "cut/c", "--hashes", "hashes.txt", "--json")[1].splitlines()]
+    assert [check["ok"] for check in found] == [False, True, False, True, True, True]
+    assert run("verify", "c", "--hashes", "a", "--write-hashes", "b")[0] == 2
+
+
+def test_merge_and_split(run):
+    assert run("merge", "c", "c", "--output", "out/two")[1] == "out/two: 8 documents, 84 tokens as uint16\n"
+    assert run("split", "out/two", "--shares", "1,1", "--output", "out/s")[1].splitlines() == [
+        "out/s-train: 4 documents, 42 tokens as uint16",
+        "out/s-valid: 4 documents, 42 tokens as uint16",
+    ]
+    assert np.array_equal(IndexedDataset("out/s-valid")[3], IndexedDataset("c")[3])
+    found = [
+        json.loads(line) for line in run("split", "c", "--parts", "2", "--output", "out/p", "--json")[1].splitlines()
+    ]
+    assert [record["split_from"]["stop"] for record in found] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "no"),
+        ("count", "no"),
+        ("shard", "no", "--output", "o"),
+        ("unshard", "no"),
+        ("merge", "no", "--output", "o"),
+        ("split", "no", "--parts", "1", "--output", "o"),
+    ],
+)
+def test_a_missing_file_is_one_sentence(run, words):
+    code, out, err = run(*words)
+    assert (code, out) == (1, "")
+    assert err == "castalia: error: no.idx: no such file; a token file is a pair PREFIX.bin and PREFIX.idx\n"
+
+
+def test_unshard_of_a_whole_file(run):
+    code, _, err = run("unshard", "c")
+    assert code == 2 and err == "castalia: error: c: one whole .bin and no shards; there is nothing to join\n"
