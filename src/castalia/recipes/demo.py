@@ -8,7 +8,8 @@ from castalia.checkpoint.config import PYTHIA_EARLY
 def demo(name: str = "demo") -> dict[str, Any]:
     """The preset `demo`: Pythia's block, schedule and early checkpoints; minutes on two CPU cores.
 
-    The rate is five times that of Pythia-14M, for the model is a third of its size and the batch 1/1000.
+    The rate is twice that of Pythia-14M. Measured on the corpus `python` after 900 steps, mean bits per byte of the
+    held-out text: 1.851 at 1.5e-3, 1.851 at 3e-3, 1.950 at 5e-3; half the batch and twice the steps 1.856.
     """
     return {
         "recipe": name,
@@ -22,8 +23,8 @@ def demo(name: str = "demo") -> dict[str, Any]:
             "max_position_embeddings": 512,
         },
         "data": {"seq_length": 256, "corpus": "python"},
-        "train": {"steps": 900, "batch_size": 8, "log_every": 50},
-        "optim": {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0},
-        "schedule": {"name": "cosine", "warmup": 0.01, "min_lr": 3e-4},
+        "train": {"steps": 1000, "batch_size": 8, "log_every": 50},
+        "optim": {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0},
+        "schedule": {"name": "cosine", "warmup": 0.01, "min_lr": 2e-4},
         "checkpoint": {"steps": PYTHIA_EARLY, "every": None},
     }
