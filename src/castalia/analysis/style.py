@@ -55,5 +55,6 @@ details .wide { border:0; border-top:1px solid var(--edge); border-radius:0; mar
 footer { color:var(--soft); font-size:13px; margin-top:48px; }
 @media (max-width:560px) { main { padding:24px 14px 48px; } h1 { font-size:25px; }
   .sample { grid-template-columns:1fr; } .sample span { padding:8px 14px; } .tiles dd { font-size:18px; }
-  .tiles { grid-template-columns:repeat(2, 1fr); } .chart { padding:8px; } .legend { display:block; } .label, .tick, .name { font-size:15px; } }
+  .tiles { grid-template-columns:repeat(2, 1fr); } .chart { padding:8px; } .legend { display:block; }
+  .label, .tick, .name { font-size:15px; } }
 """
