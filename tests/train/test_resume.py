@@ -55,6 +55,13 @@ def test_killed_run_continues_bit_for_bit(train, whole, tmp_path, read_lines):
         assert torch.equal(tensor, theirs[name]), name
 
 
+def test_a_run_that_is_made_longer_equals_the_long_one(train, whole, tmp_path, read_lines):
+    output = tmp_path / "run"
+    train(output, "train.steps=3")
+    train(output, "train.steps=6")
+    assert exact(read_lines(output)) == exact(read_lines(whole))
+
+
 @pytest.mark.parametrize("processes", [1, 3])
 def test_saved_on_two_processes_and_resumed_on_others(train, whole, tmp_path, read_lines, processes):
     output = tmp_path / "run"
@@ -147,7 +154,7 @@ def test_a_folder_with_a_run_of_another_config_is_refused(train, whole):
     refused = train(whole, "optim.lr=1e-4", "model.hidden_size=64", ok=False)
     assert refused.returncode == 2
     assert "holds a run of another config" in refused.stderr
-    assert "optim.lr: 0.003 there, 0.0001 now" in refused.stderr and "model.hidden_size" in refused.stderr
+    assert "optim.lr: 0.002 there, 0.0001 now" in refused.stderr and "model.hidden_size" in refused.stderr
     assert (whole / "config.yaml").read_text() == before
 
 

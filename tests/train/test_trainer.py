@@ -102,7 +102,7 @@ def test_the_loop_equals_ten_lines_of_plain_torch(make):
         theirs.append(loss.item())
     assert ours == pytest.approx(theirs, abs=2e-6)
     for (name, p), q in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
-        # Adam turns a gradient of the size of rounding, as key biases have, into a step of the size of lr = 3e-3.
+        # Adam turns a gradient of the size of rounding, as key biases have, into a step of the size of lr = 2e-3.
         assert (p - q).abs().mean() < 1e-6 or name.endswith("qkv.bias"), name
 
 

@@ -4,7 +4,10 @@ from typing import Any
 
 
 def debug(name: str = "debug") -> dict[str, Any]:
-    """The preset `debug`. 12 rows divide over 1, 2, 3, 4 and 6 processes; checkpoints thin out as Pythia's do."""
+    """The preset `debug`. 12 rows divide over 1, 2, 3, 4 and 6 processes; checkpoints thin out as Pythia's do.
+
+    The rate is constant, so that a short run is the beginning of a longer one, step for step.
+    """
     return {
         "recipe": name,
         "output": f"runs/{name}",
@@ -18,7 +21,7 @@ def debug(name: str = "debug") -> dict[str, Any]:
         },
         "data": {"seq_length": 64, "corpus": "tiny", "tokenizer": "bytes"},
         "train": {"steps": 60, "batch_size": 12, "log_every": 10},
-        "optim": {"lr": 3e-3},
-        "schedule": {"name": "cosine", "warmup": 0.1},
+        "optim": {"lr": 2e-3},
+        "schedule": {"name": "constant", "warmup": 0.0},
         "checkpoint": {"steps": [0, 1, 2, 4, 8, 16, 32], "every": 20},
     }
