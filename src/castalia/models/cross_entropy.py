@@ -104,6 +104,7 @@ class FusedCrossEntropy(torch.autograd.Function):
                 d_hidden[part] = (gradient @ wide) * factor[:, None]
             if d_weight is not None:
                 add_product(d_weight, gradient, (h * factor[:, None]).to(dtype))
+            del gradient  # else it would live on while the next chunk's logits are made
         ctx.gradients = d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)
         ctx.mark_non_differentiable(rows)
         return rows.sum(), rows

@@ -1,0 +1,222 @@
+"""Speed and memory of one training step against transformers' GPTNeoXForCausalLM, Pythia's shapes, bf16 autocast.
+
+    python benchmarks/training.py [--quick] [--shapes 14m,70m] [--seq 512,2048] [--gpu] [--json FILE]
+
+Every engine runs in a process of its own and they step in turn, so that what disturbs the machine disturbs all. Both
+sides have fp32 weights, fused AdamW, the same batch and no clipping; each counts with the better of eager and compiled.
+Ratios are taken round by round; `low` and `high` are quartiles. Memory is the highest resident size of the process,
+libraries included, and of the faster engine. A last engine is transformers compiled under our allocator settings: what
+of the ratio is left shows what the settings alone give.
+
+FLOPs of a token are 6 N + 12 L d T: N the weights in matrix products (head included, embedding not), L layers d wide,
+rows of T tokens. Their share is of the rate that one square bf16 product reaches on the same machine in the same run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe, in_turn, matrix_rate, ratio, summary
+
+from castalia.models import ModelConfig
+from castalia.models.flops import flops_per_token
+from castalia.monitor import peak_flops
+from castalia.recipes.pythia import SIZES, TOKENIZER_IDS, model
+
+HERE = Path(__file__).resolve().parent
+ROWS = {("14m", 512): 8, ("70m", 512): 4, ("14m", 2048): 2, ("70m", 2048): 1}
+"""Rows of T tokens in a step on a CPU; others get one."""
+GPU_ROWS = {"160m": 16, "410m": 16, "1.4b": 8}
+ENGINES = {
+    "castalia eager": ("castalia", False, True),
+    "castalia compiled": ("castalia", True, True),
+    "transformers eager": ("transformers", False, False),
+    "transformers compiled": ("transformers", True, False),
+    "transformers compiled, our allocator": ("transformers", True, True),
+}
+"""Name to library, torch.compile, and whether freed memory stays with the process."""
+
+
+def main() -> None:
+    """Run every case, print a table as each ends, write JSON at the end."""
+    options = read_options()
+    device = "cuda" if options.gpu else "cpu"
+    machine = describe(device)
+    rates = {str(dtype).removeprefix("torch."): matrix_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    machine["matrix_gflops"] = {name: round(rate / 1e9) for name, rate in rates.items()}
+    print(json.dumps(machine))
+    if options.gpu:
+        cases = [(shape, 2048, GPU_ROWS.get(shape, 8)) for shape in options.shapes]
+    else:
+        cases = [(shape, seq, ROWS.get((shape, seq), 1)) for seq in options.seq for shape in options.shapes]
+    found = []
+    for shape, seq, rows in cases:
+        found.append(run_case(shape, seq, rows, device, options))
+        print_case(found[-1], rates["bfloat16"], peak_flops(torch.device(device)))
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"machine": machine, "cases": found}, indent=1) + "\n")
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="three rounds, T = 512 only, no fifth engine")
+    parser.add_argument("--gpu", action="store_true", help="on CUDA: 160m, 410m, 1.4b at T = 2048")
+    parser.add_argument("--shapes", type=lambda text: text.split(","), help="Pythia sizes, for instance 14m,70m")
+    parser.add_argument("--seq", type=lambda text: [int(t) for t in text.split(",")], help="row lengths T")
+    parser.add_argument("--rounds", type=int, help="timed steps of each engine")
+    parser.add_argument("--json", type=Path, help="where the numbers go")
+    options = parser.parse_args()
+    options.shapes = options.shapes or (["160m", "410m", "1.4b"] if options.gpu else ["14m", "70m"])
+    options.seq = options.seq or ([512] if options.quick else [512, 2048])
+    options.rounds = options.rounds or (3 if options.quick else 11)
+    options.json = options.json or HERE / "results" / ("training-gpu.json" if options.gpu else "training.json")
+    if unknown := set(options.shapes) - set(SIZES):
+        parser.error(f"no Pythia size {', '.join(sorted(unknown))}; have: {', '.join(SIZES)}")
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device, and torch sees none")
+    return options
+
+
+class Worker:
+    """An engine in its own process; it answers one line of JSON to one word."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the worker
+        command = [sys.executable, str(HERE / "training_engines.py"), json.dumps(case)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+
+    def answer(self) -> Any:
+        """The next line; if the process died, its last words."""
+        assert self.process.stdout is not None
+        if not (line := self.process.stdout.readline()):
+            self.log.seek(0)
+            raise SystemExit(f"an engine stopped: {self.log.read()[-2000:]}")
+        return json.loads(line)
+
+    def ask(self, word: str) -> Any:
+        """Send one word and wait for the answer."""
+        self.tell(word)
+        return self.answer()
+
+    def tell(self, word: str) -> None:
+        """Send one word."""
+        assert self.process.stdin is not None
+        print(word, file=self.process.stdin, flush=True)
+
+
+def run_case(shape: str, seq: int, rows: int, device: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All engines at one shape, in turn."""
+    config = ModelConfig.model_validate(model(SIZES[shape]))
+    case = {
+        "model": config.model_dump(),
+        "vocab_size": TOKENIZER_IDS,
+        "padded_vocab_size": config.padded_vocab_size,
+        "rows": rows,
+        "seq": seq,
+        "device": device,
+        "warmup": 2 if options.quick else 3,
+    }
+    names = list(ENGINES)[: 4 if options.quick or device == "cuda" else 5]
+    workers: dict[str, Worker] = {}
+    for name in names:  # one after the other, so that compiling does not disturb a neighbour's warmup
+        library, compiled, keeps = ENGINES[name]
+        workers[name] = Worker(case | {"engine": library, "compiled": compiled, "keeps_memory": keeps})
+        workers[name].answer()
+    times = in_turn({name: partial(worker.ask, "step") for name, worker in workers.items()}, options.rounds)
+    memory = {name: worker.ask("memory") for name, worker in workers.items()}
+    parts = {name: worker.ask("parts") for name, worker in workers.items() if name.startswith("castalia")}
+    for worker in workers.values():
+        worker.tell("stop")
+        worker.process.wait()
+    tokens, flops = rows * seq, flops_per_token(config, seq)
+    return {"shape": shape, "rows": rows, "seq": seq, "flops_per_token": flops} | compare(
+        config, tokens, times, memory, parts
+    )
+
+
+def compare(
+    config: ModelConfig,
+    tokens: int,
+    times: dict[str, list[float]],
+    memory: dict[str, dict[str, int]],
+    parts: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """Tokens/s of each engine, the better of each side, their ratio and memory, and where our time goes."""
+    engines = {
+        name: {
+            "tokens_per_second": summary(tokens / t for t in found),
+            "seconds": summary(found),
+            "peak_gb": memory[name]["peak"] / 1e9,
+            "above_imports_gb": (memory[name]["peak"] - memory[name]["imported"]) / 1e9,
+        }
+        for name, found in times.items()
+    }
+    plain = [name for name in times if "our allocator" not in name]
+    ours, theirs = (
+        min((n for n in plain if n.startswith(side)), key=lambda n: engines[n]["seconds"]["median"])
+        for side in ("castalia", "transformers")
+    )
+    spent, total = parts[ours], engines[ours]["seconds"]["median"]
+    spent = spent | {"other": total - sum(spent.values())}
+    return {
+        "engines": engines,
+        "ours": ours,
+        "theirs": theirs,
+        "speed_ratio": ratio(times[theirs], times[ours]),
+        "speed_ratio_with_our_allocator": {
+            name: ratio(found, times[ours]) for name, found in times.items() if "our allocator" in name
+        },
+        "memory_ratio": engines[ours]["peak_gb"] / engines[theirs]["peak_gb"],
+        "memory_ratio_above_imports": engines[ours]["above_imports_gb"] / engines[theirs]["above_imports_gb"],
+        "parts": {
+            name: {"seconds": s, "share": s / total, "flops": part_flops(config, name, tokens)}
+            for name, s in spent.items()
+        },
+    }
+
+
+def part_flops(config: ModelConfig, part: str, tokens: int) -> int:
+    """FLOPs of a part of a step, its share of 6 N; attention holds its projections, and its T-long products apart."""
+    d, layers = config.hidden_size, config.num_layers
+    weights = {
+        "head": config.padded_vocab_size * d,
+        "attention": layers * 4 * d * d,
+        "mlp": layers * 2 * d * config.ffn_size,
+    }
+    return 6 * weights.get(part, 0) * tokens
+
+
+def print_case(case: dict[str, Any], rate: float, peak: float | None) -> None:
+    """The table of one case."""
+    print(f"\nPythia-{case['shape']}, {case['rows']} x {case['seq']} tokens")
+    print(f"{'engine':<40}{'tokens/s':>10}{'spread':>18}{'of matrix rate':>16}{'peak GB':>9}{'- imports':>11}")
+    for name, found in case["engines"].items():
+        speed = found["tokens_per_second"]
+        share = speed["median"] * case["flops_per_token"] / rate
+        print(
+            f"{name:<40}{speed['median']:>10,.0f}{speed['low']:>9,.0f}..{speed['high']:<7,.0f}"
+            f"{share:>15.0%}{found['peak_gb']:>10.2f}{found['above_imports_gb']:>11.2f}"
+        )
+        if peak:
+            print(f"{'':<40}MFU {speed['median'] * case['flops_per_token'] / peak:.1%}")
+    r = case["speed_ratio"]
+    print(f"{case['ours']} is {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f}) times as fast as {case['theirs']},")
+    print(f"with {case['memory_ratio']:.2f} of its memory, {case['memory_ratio_above_imports']:.2f} above the imports")
+    for name, other in case["speed_ratio_with_our_allocator"].items():
+        print(f"  and {other['median']:.2f} ({other['low']:.2f}..{other['high']:.2f}) times as fast as {name}")
+    for name, part in case["parts"].items():
+        share = f"{part['flops'] / part['seconds'] / rate:>10.0%} of the matrix rate" if part["flops"] else ""
+        print(f"  {name:<10}{part['seconds'] * 1e3:>8.0f} ms {part['share']:>5.0%}{share}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""One training step, ours and transformers', each in a process of its own that answers one JSON line to one word.
+
+Words: `step` (seconds of one step), `parts` (ours: seconds of head, optimizer, attention and MLP), `memory`, `stop`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from machine import resident_bytes, seconds
+from torch import Tensor, nn
+
+LR, BETAS, EPS, DECAY = 6e-4, (0.9, 0.95), 1e-8, 0.1
+
+
+def serve(case: dict[str, Any]) -> None:
+    """Build the engine of `case` and answer until told to stop."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what torch prints is no answer
+    engine = ENGINES[case["engine"]](case)
+    for word in chain(["ready"], map(str.strip, sys.stdin)):
+        if word == "stop":
+            return
+        if word == "ready":
+            found: Any = [engine.step() for _ in range(case["warmup"])]
+        elif word == "step":
+            found = engine.step()
+        elif word == "parts":
+            found = engine.parts()
+        else:
+            found = engine.memory()
+        print(json.dumps(found), file=answers, flush=True)
+
+
+class Engine:
+    """What both sides share: the batch, the clock and the memory. `model` maps tokens and labels to a mean loss."""
+
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        self.case, self.device = case, case["device"]
+        self.imported = resident_bytes()
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randint(0, case["vocab_size"], (case["rows"], case["seq"] + 1), generator=generator)
+        self.tokens, self.labels = rows[:, :-1].to(self.device), rows[:, 1:].contiguous().to(self.device)
+
+    def loss(self) -> Tensor:
+        """Mean loss of the batch."""
+        raise NotImplementedError
+
+    def step(self) -> float:
+        """Seconds of forward, backward and update."""
+
+        def work() -> None:
+            with torch.autocast(self.device, torch.bfloat16):
+                loss = self.loss()
+            loss.backward()
+            del loss
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return seconds(work, self.device)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: resident at the highest, and after the imports; on a GPU what its allocator held at the highest."""
+        if self.device == "cuda":
+            return {"peak": torch.cuda.max_memory_allocated(), "imported": 0}
+        return {"peak": resident_bytes("VmHWM"), "imported": self.imported}
+
+
+class Castalia(Engine):
+    """The pieces that `castalia train` runs: allocator, Decoder, NextToken, AdamW with its decay groups."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        from castalia.core.allocator import keep_freed_memory
+
+        keep_freed_memory()
+        from castalia.data import Batch
+        from castalia.models import Decoder, ModelConfig
+        from castalia.train.config import OptimConfig
+        from castalia.train.loss import NextToken
+        from castalia.train.optim import make_optimizer
+
+        super().__init__(case)
+        with torch.device(self.device):
+            self.model = Decoder(ModelConfig.model_validate(case["model"]))
+        self.model.init_weights(seed=0)
+        if case["compiled"]:
+            for layer in self.model.layers:
+                layer.compile()
+        config = OptimConfig(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=None)
+        self.optimizer = make_optimizer(self.model, config)
+        self.next_token = NextToken(compiled=case["compiled"])
+        place = torch.zeros(case["rows"], dtype=torch.int64, device=self.device)
+        self.batch = Batch(tokens=self.tokens, labels=self.labels, source=place.int(), index=place)
+
+    def loss(self) -> Tensor:
+        """Sum over the targets by their number."""
+        return self.next_token(self.model, self.batch).total / self.labels.numel()
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part of one step, forward and backward, at the shapes of the step.
+
+        The head and the update are timed inside a step. Attention and MLP, with their norms, are timed alone as the
+        blocks hold them, and so without what torch.compile fuses across them.
+        """
+        from castalia.models.cross_entropy import fused_cross_entropy
+
+        with torch.autocast(self.device, torch.bfloat16):
+            hidden_BTC = self.model(self.tokens)
+        hidden = hidden_BTC.detach().flatten(0, 1).requires_grad_()
+
+        def head() -> None:
+            with torch.autocast(self.device, torch.bfloat16):
+                total, _ = fused_cross_entropy(
+                    hidden, self.model.head_weight, self.labels.flatten(), compiled=self.case["compiled"]
+                )
+            total.backward()
+
+        def update() -> None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        layers, x = self.model.layers, hidden_BTC.detach().float().requires_grad_()
+        rope, block = self.model.rope(self.tokens, None), layers[0]
+        found = {"head": best(head, self.device)}
+        found["attention"] = len(layers) * best(lambda: both_ways(block.attn, block.norm1, x, rope), self.device)
+        found["mlp"] = len(layers) * best(lambda: both_ways(block.mlp, block.norm2, x), self.device)
+        self.step()
+        for _ in range(2):
+            with torch.autocast(self.device, torch.bfloat16):
+                loss = self.loss()
+            loss.backward()
+            found["optimizer"] = min(found.get("optimizer", float("inf")), seconds(update, self.device))
+        return found
+
+
+def both_ways(part: nn.Module, norm: nn.Module, x: Tensor, *others: Any) -> None:
+    """Norm and part forward, then backward from a gradient of ones."""
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = part(norm(x), *others)
+    y.backward(torch.ones_like(y))
+
+
+def best(work: Callable[[], object], device: str, rounds: int = 4) -> float:
+    """Fewest seconds of some rounds, the first not counted."""
+    return min([seconds(work, device) for _ in range(rounds)][1:])
+
+
+class Transformers(Engine):
+    """GPTNeoXForCausalLM as its users train it: its own loss, fused AdamW; torch.compile on the whole model."""
+
+    def __init__(self, case: dict[str, Any]) -> None:
+        if case["keeps_memory"]:
+            from castalia.core.allocator import keep_freed_memory
+
+            keep_freed_memory()
+        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+        super().__init__(case)
+        ours = case["model"]
+        config = GPTNeoXConfig(
+            vocab_size=case["padded_vocab_size"],
+            **{name: ours[name] for name in ("hidden_size", "num_attention_heads", "max_position_embeddings")},
+            num_hidden_layers=ours["num_layers"],
+            intermediate_size=4 * ours["hidden_size"],
+            hidden_act="gelu_pytorch_tanh",
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+        torch.manual_seed(0)
+        self.model = GPTNeoXForCausalLM(config).to(self.device).train()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
+        )
+        self.forward = torch.compile(self.model, dynamic=False) if case["compiled"] else self.model
+
+    def loss(self) -> Tensor:
+        """Its own mean loss; it moves the labels by one itself, so the same targets cost it one position less."""
+        return self.forward(input_ids=self.tokens, labels=self.tokens).loss
+
+
+ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {"castalia": Castalia, "transformers": Transformers}
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
