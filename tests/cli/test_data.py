@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -128,3 +129,64 @@ def test_a_missing_file_is_one_sentence(run, words):
 def test_unshard_of_a_whole_file(run):
     code, _, err = run("unshard", "c")
     assert code == 2 and err == "castalia: error: c: one whole .bin and no shards; there is nothing to join\n"
+
+
+OVERRIDES = [
+    "debug",
+    "data.train=c",
+    "data.seq_length=8",
+    "train.batch_size=2",
+    "train.micro_batch_size=null",
+    "train.steps=3",
+]
+
+
+def test_view(run, tmp_path):
+    code, out, err = run("view", *OVERRIDES, "data.tokenizer=bytes", "--steps", "1:3")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
+    assert [(line["step"], line["row"], line["source"]) for line in lines] == [
+        (1, 0, "c"),
+        (1, 1, "c"),
+        (2, 0, "c"),
+        (2, 1, "c"),
+    ]
+    assert "".join(found["text"] for found in lines[0]["documents"]) == lines[0]["text"]
+    code, out, _ = run(
+        "view", *OVERRIDES, "data.tokenizer=null", "--steps", "1:3", "--ids", "ids.npy", "--jsonl", "rows.jsonl"
+    )
+    assert code == 0 and [line.rpartition(" ")[0] for line in out.splitlines()] == [
+        "step 1: 2 rows, rows_hash",
+        "step 2: 2 rows, rows_hash",
+    ]
+    assert np.load(tmp_path / "ids.npy").shape == (4, 9)
+    without_text = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert without_text[0]["documents"][0].keys() == {"document", "start", "length"}
+
+
+def test_materialize_and_read_back(run, tmp_path):
+    code, out, _ = run("materialize", *OVERRIDES, "--steps", ":", "--output", "ready")
+    assert (code, out) == (0, "ready: 6 documents, 54 tokens as uint16\n")
+    record = json.loads((tmp_path / "ready.json").read_text())
+    assert record["rows_of"] == {"first_step": 0, "stop_step": 3, "batch_size": 2}
+    assert run("verify", "ready")[0] == 0
+    run("view", *OVERRIDES, "--steps", "0:3", "--ids", "a.npy")
+    run("view", *OVERRIDES, "data.train=ready", "data.order=file", "--steps", "0:3", "--ids", "b.npy")
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def test_view_shows_what_a_run_trained_on(run, tmp_path):
+    command = [sys.executable, "-m", "castalia", "train", *OVERRIDES, "output=r"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    trained = {line["step"] - 1: line["rows_hash"] for line in metrics if "rows_hash" in line}
+    out = run("view", "r/config.yaml", "--steps", ":", "--ids", "ids.npy")[1]
+    assert out.splitlines() == [f"step {step}: 2 rows, rows_hash {trained[step]}" for step in range(3)]
+
+
+@pytest.mark.parametrize("verb", [["view"], ["materialize", "--output", "o"]])
+def test_steps_beyond_the_run(run, verb):
+    code, out, err = run(*verb, *OVERRIDES, "--steps", "2:4")
+    assert (code, out) == (2, "")
+    assert err == "castalia: error: --steps 2:4: steps 2 to 3, but the run has steps 0 to 2\n"

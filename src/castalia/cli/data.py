@@ -1,4 +1,4 @@
-"""`castalia data …`: look into token files, check, cut, join, merge and split them."""
+"""`castalia data …`: look into token files, check, cut, join, merge and split them, and see what steps train on."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from castalia.data import IndexedDataset
+    from castalia.data import IndexedDataset, Rows
     from castalia.data.describe import Description
+    from castalia.train.config import RunConfig
 
-app = typer.Typer(help="Look into token files, check, cut, join, merge and split them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Look into token files, check, cut, join, merge, split them, and see what steps train on.",
+    no_args_is_help=True,
+)
 
 Prefix = Annotated[str, typer.Argument(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx, or shards of PREFIX.bin.")]
 Prefixes = Annotated[list[str], typer.Argument(metavar="PREFIX...", help="Token files; each whole or in shards.")]
@@ -22,6 +26,11 @@ Hashes = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="SHA-256 by file name: Pythia's shard_hashes.txt, or sha256sum's output."),
 ]
+Sources = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG... [a.b=c ...]", help="As for `castalia train`: a preset, YAML files, overrides."),
+]
+StepRange = Annotated[str, typer.Option(metavar="A:B", help="Steps A to B - 1, counted from 0; A alone is one step.")]
 SHARD_BYTES = 5_000_000_000
 """Pythia's; the same number as in castalia.data.shards, which help must not import."""
 
@@ -237,6 +246,93 @@ def split(
 
     for record in divide(prefix, output, shares=shares, parts=parts):
         typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
+
+
+@app.command()
+def view(
+    sources: Sources,
+    steps: StepRange,
+    ids: Annotated[str | None, typer.Option(metavar="FILE", help="Write the ids as one .npy, (rows, tokens).")] = None,
+    jsonl: Annotated[str | None, typer.Option(metavar="FILE", help="Write a JSON line for each row.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="For the text; by default data.tokenizer of the config.")
+    ] = None,
+) -> None:
+    """The exact rows that steps of a run train on: ids, text, source, documents and offsets.
+
+    --steps A:B are steps A, A + 1, …, B - 1, counted from 0: B is exclusive. Step s is the update that leads from
+    checkpoint s to checkpoint s + 1, so a checkpoint N has seen the rows of steps 0:N.
+    Without --ids and --jsonl the JSON lines go to the screen; with one of them, a line a step with its rows_hash, the
+    number that metrics.jsonl of the run has at step s + 1.
+
+    Example:
+
+      castalia data view runs/demo/config.yaml --steps 0:2 --ids batches.npy --jsonl rows.jsonl
+    """
+    from castalia.core.files import atomic_write
+    from castalia.data import load_tokenizer
+    from castalia.data.viewing import parse_steps, records, save_ids, step_hash
+
+    config, rows = rows_of(sources)
+    chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
+    named = tokenizer or config.data.tokenizer
+    texts = (json.dumps(r, ensure_ascii=False) for r in records(rows, chosen, load_tokenizer(named) if named else None))
+    if ids:
+        save_ids(rows.train, chosen, ids)
+    if jsonl:
+        with atomic_write(jsonl) as file:
+            file.writelines(text + "\n" for text in texts)
+    for step in range(chosen.first, chosen.stop) if ids or jsonl else []:
+        hashed = step_hash(rows.train, step, chosen.batch_size)
+        typer.echo(f"step {step}: {chosen.batch_size:,} rows, rows_hash {hashed}")
+    for text in texts if not (ids or jsonl) else []:
+        typer.echo(text)
+
+
+@app.command()
+def materialize(
+    sources: Sources,
+    steps: StepRange,
+    output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write the exact rows of a run's steps, in order, as a token file: one item a row of data.seq_length + 1 tokens.
+
+    --steps A:B are steps A to B - 1, counted from 0; `:` is the whole run. Item i is row i mod B of step A + i // B,
+    B = train.batch_size: the form of Pythia's preshuffled files. `castalia train … data.train=PREFIX data.order=file`
+    takes them in this order.
+    """
+    from castalia.data.row_files import write_rows
+    from castalia.data.viewing import parse_steps
+
+    config, rows = rows_of(sources)
+    chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
+    facts = {
+        "rows_of": {"first_step": chosen.first, "stop_step": chosen.stop, "batch_size": chosen.batch_size},
+        "seq_length": rows.train.seq_length,
+        "fingerprint": rows.fingerprint,
+    }
+    record = write_rows(rows.train, chosen.places.start, chosen.places.stop, output, facts)
+    typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
+
+
+def rows_of(sources: list[str]) -> "tuple[RunConfig, Rows]":
+    """The config that the sources give, and the rows of its run as training builds them."""
+    from castalia.data import build_rows
+    from castalia.recipes import resolve
+    from castalia.recipes.corpus import ensure_corpus
+
+    config = ensure_corpus(resolve(sources).config, say=lambda text: typer.echo(text, err=True))
+    train = config.train
+    rows = build_rows(
+        config.data,
+        seed=config.seed,
+        batch_size=train.batch_size,
+        steps=train.steps,
+        eval_every=None,
+        eval_batches=train.eval_batches,
+    )
+    return config, rows
 
 
 def line(folder: Path, record: dict[str, Any]) -> str:

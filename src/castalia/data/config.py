@@ -1,6 +1,6 @@
 """What is read, in which order, in rows of which length."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, model_validator
 
@@ -30,6 +30,9 @@ class DataConfig(Config):
     """Weight of each valid source; null gives every source the same."""
     split: str | None = None
     """Documents of a single train prefix for train, valid, test: `969, 30, 1`. Null trains on all of them."""
+    order: Literal["neox", "file"] = "neox"
+    """neox packs and shuffles the train documents as GPT-NeoX does; file serves ready rows of seq_length + 1 tokens as
+    they lie in the train files, such as Pythia's preshuffled ones or those of `castalia data materialize`."""
     tokenizer: str | None = None
     """A tokenizer.json, or `bytes` for the byte-level one; kept with every checkpoint."""
     corpus: str | None = None
@@ -55,4 +58,6 @@ class DataConfig(Config):
                 raise ValueError(f"{name}weights must be >= 0 and not all 0, got {weights}")
         if self.split is not None and len(self.train) > 1:
             raise ValueError("split needs a single train prefix; with several, name the valid prefixes in data.valid")
+        if self.split is not None and self.order == "file":
+            raise ValueError("split divides documents, but order `file` serves ready rows; set split to null")
         return self

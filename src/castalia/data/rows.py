@@ -1,5 +1,6 @@
 """The rows of a run: every source's order, blended, as one sequence that steps take from."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from castalia.data.indexed import CHECK_PIECE, IndexedDataset
 from castalia.data.mapped import view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.packed import PackedDataset, Piece
+from castalia.data.row_files import FileOrder, Pack, RowFile
 from castalia.data.tokenizer import load_tokenizer
 
 
@@ -22,15 +24,18 @@ class RowDataset:
     """Rows of one or several sources in served order, without an end.
 
     `rows[p]` is (row (seq_length + 1,) int64, source, p): source is the place in `packs`. Beyond its end a blend
-    serves place p modulo its size, and a source place i modulo its rows less one, as GPT-NeoX does.
+    serves place p modulo its size, and a source place i modulo its rows less one, as GPT-NeoX does; a file of ready
+    rows begins again after its last. `size` of a blend is that of all sources unless given.
     """
 
-    def __init__(self, packs: list[PackedDataset], weights: list[float] | None = None, places: int = 0) -> None:
+    def __init__(
+        self, packs: list[Pack], weights: list[float] | None = None, places: int = 0, size: int | None = None
+    ) -> None:
         self.packs = packs
         self.size = len(packs[0].order.shuffle_idx)
         self.picks: NDArray[np.unsignedinteger] | None = None
         if weights is not None:
-            self.size = sum(len(pack) for pack in packs) or places
+            self.size = size or sum(len(pack) for pack in packs) or places
             self.picks, self.numbers = blend(weights, min(self.size, places))
 
     def __len__(self) -> int:
@@ -89,7 +94,8 @@ def build_rows(
 
     A single train prefix with `split` is GPT-NeoX's data_path: its share of the documents, exactly steps · batch_size
     rows. Anything else is its list of paths: each source holds 1.005 times its share and they are blended, even a
-    single one. Without `eval_every`, or without anything to validate on, `valid` is None.
+    single one. With data.order `file` the train prefixes hold ready rows, served as they lie. Without `eval_every`, or
+    without anything to validate on, `valid` is None.
 
     Raises  ConfigError, DataError if a file is missing or damaged, or too short for a row.
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
@@ -106,13 +112,16 @@ def build_rows(
         train = one_source(train_sets[0], config, seed, steps * batch_size, shares[0])
         valid = one_source(train_sets[0], config, seed, evals * batch_size, shares[1]) if evals and shares[1] else None
     else:
-        train = blended(train_sets, config.weights, config, seed, steps * batch_size)
+        if config.order == "file":
+            train = row_files(train_sets, config, steps * batch_size)
+        else:
+            train = blended(train_sets, config.weights, config, seed, steps * batch_size)
         want_valid = evals and valid_sets
         valid = blended(valid_sets, config.valid_weights, config, seed, evals * batch_size) if want_valid else None
     weights = normalised(config.weights, len(train_sets))
     epochs = [pack.order.epochs for pack in train.packs]
     order = {
-        "kind": "neox packed",
+        "kind": "neox packed" if config.order == "neox" else "rows as in the file",
         "seed": seed,
         "seq_length": config.seq_length,
         "split": config.split,
@@ -140,13 +149,26 @@ def one_source(dataset: IndexedDataset, config: DataConfig, seed: int, rows: int
     return RowDataset([pack(dataset, config.seq_length, rows, seed, chosen, where)])
 
 
+def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> RowDataset:
+    """Rows of files that hold them ready: a single one as it is, several blended by weight."""
+    shares = normalised(config.weights, len(datasets))
+    packs: list[Pack] = []
+    for dataset, share in zip(datasets, shares, strict=True):
+        try:
+            order = FileOrder(dataset, seq_length=config.seq_length, num_samples=math.ceil(rows * share))
+        except DataError as error:
+            raise DataError(f"{dataset.prefix}: {error}") from None
+        packs.append(RowFile(dataset, order))
+    return RowDataset(packs) if len(packs) == 1 else RowDataset(packs, shares, rows, size=rows)
+
+
 def blended(
     datasets: list[IndexedDataset], weights: list[float] | None, config: DataConfig, seed: int, rows: int
 ) -> RowDataset:
     """Rows of all documents of several sources, or of one, blended by weight."""
     shares = normalised(weights, len(datasets))
     counts = rows_per_source(weights or [1.0] * len(datasets), rows)  # normalised once, as GPT-NeoX does
-    packs = [
+    packs: list[Pack] = [
         pack(dataset, config.seq_length, count, seed, None, dataset.prefix)
         for dataset, count in zip(datasets, counts, strict=True)
     ]

@@ -1,0 +1,109 @@
+"""Token files whose items are ready rows, in the order in which steps take them: read as a source, and written.
+
+Pythia's preshuffled files are of this kind: item i, 2,049 tokens, is row i, and step s of a run with B rows a step
+takes items [s·B, (s+1)·B).
+
+Source  utils/batch_viewer.py:41-43 of EleutherAI/pythia; its README on the preshuffled data sets.
+"""
+
+import operator
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.core.errors import DataError
+from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter
+from castalia.data.joining import without_suffix
+from castalia.data.packed import PackedDataset, Piece
+from castalia.data.records import finish, refuse_inputs
+
+ROWS_AT_A_TIME = 256
+
+
+class FileOrder:
+    """Rows as they lie in the file, from the first again after the last.
+
+    `epochs` is how many passes hold `num_samples` rows; `tokens_per_epoch` counts the tokens of the file;
+    `shuffle_idx` is `range`: nothing is shuffled.
+    Raises  DataError if an item is not a row of `seq_length` + 1 tokens, or there is none.
+    """
+
+    def __init__(self, dataset: IndexedDataset, *, seq_length: int, num_samples: int) -> None:
+        if not len(dataset):
+            raise DataError("data.order `file` needs rows, but the file is empty")
+        if len(odd := np.flatnonzero(dataset.sizes != seq_length + 1)):
+            i = int(odd[0])
+            raise DataError(
+                f"data.order `file` with data.seq_length {seq_length} needs items of {seq_length + 1} tokens, but item"
+                f" {i} has {dataset.sizes[i]}; set data.seq_length to the items' length less one, or data.order=neox"
+            )
+        self.seq_length = seq_length
+        self.shuffle_idx = range(len(dataset))
+        self.epochs = max(1, -(-num_samples // len(dataset)))
+        self.tokens_per_epoch = len(dataset) * (seq_length + 1)
+
+    def __len__(self) -> int:
+        return len(self.shuffle_idx)
+
+    def wrap(self, index: int) -> int:
+        """The item served at any place >= 0."""
+        return index % len(self)
+
+
+class RowFile:
+    """The rows of a file in its own order: `rows[i]` is item i, (seq_length + 1,) int64.
+
+    Raises  IndexError beyond the end; DataError if the file holds floats.
+    """
+
+    def __init__(self, dataset: IndexedDataset, order: FileOrder) -> None:
+        if dataset.dtype.kind == "f":
+            raise DataError(f"{dataset.prefix}: holds {dataset.dtype}, expected integers; these are not tokens")
+        self.dataset, self.order = dataset, order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self.dataset.get(self.place(index)).astype(np.int64)
+
+    def documents_of(self, index: int) -> list[Piece]:
+        """The item itself: what documents its tokens came from is not known any more."""
+        return [Piece(self.place(index), 0, self.order.seq_length + 1)]
+
+    def place(self, index: int) -> int:
+        """`index`, checked."""
+        place = operator.index(index)
+        if not 0 <= place < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.dataset.prefix}")
+        return place
+
+
+Pack = PackedDataset | RowFile
+"""One source under its order."""
+
+
+def write_rows(
+    rows: Any, first: int, stop: int, output: str | os.PathLike[str], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the rows served at places [first, stop) of a `RowDataset` as items of a token file; returns its record.
+
+    dtype is that of the sources, the widest of several. `facts` go into the record.
+    Raises  ConfigError if the output is a source; CastaliaError if it cannot be written.
+    """
+    datasets = [pack.dataset for pack in rows.packs]
+    prefix = without_suffix(output)
+    refuse_inputs(prefix, datasets)
+    with IndexedDatasetWriter(prefix, common_dtype(datasets)) as writer:
+        for start in range(first, stop, ROWS_AT_A_TIME):
+            found = np.concatenate([rows[place][0] for place in range(start, min(stop, start + ROWS_AT_A_TIME))])
+            writer.add_many(found, np.full(len(found) // (rows.seq_length + 1), rows.seq_length + 1))
+        return finish(writer, prefix, facts)
+
+
+def common_dtype(datasets: list[IndexedDataset]) -> np.dtype[Any]:
+    """The dtype that holds the ids of all sources."""
+    found = np.result_type(*(dataset.dtype for dataset in datasets)).newbyteorder("<")
+    return found if found in CODES else np.dtype("<i8")
