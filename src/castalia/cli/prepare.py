@@ -14,7 +14,8 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .gz or .zst of either; folders.",
+            help="Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar of these, .gz, .zst or"
+            " .xz of any; folders; patterns such as 'part-*.jsonl.zst'.",
         ),
     ],
     tokenizer: Annotated[
