@@ -1,0 +1,238 @@
+"""`MixtureLog`: a run's mixture as JSON lines, enough to replay it; and the mixer that does."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from castalia.core.errors import ConfigError, DataError, TrainingError
+from castalia.core.files import cannot_write
+from castalia.mixing.mixer import MIXERS, Mixer
+from castalia.mixing.planner import Plan, Planner
+from castalia.mixing.simplex import Vector
+from castalia.mixing.stats import Stats
+
+FORMAT = 1
+
+
+class MixtureLog:
+    """Appends one JSON line a step to a file.
+
+    The first line is the header: `{"format": 1, "sources": [...], "sizes": [...], "rows", "seed", "lag",
+    "exhaustion": [...], "mixer": {...}}`. The others are `{"step", "weights": [K], "counts": [K], "read": [K],
+    "entropy", "distance"}`: the weights that the step followed, rows of each source in it, rows read before it, entropy
+    in nats, and total-variation distance to the prior; after `loss` also `"loss": [K or null]`, nats a token.
+    `weights` is left out while it does not change. A step that is written again replaces itself and all after it.
+
+    every  steps between lines; a change of the weights is always written, so that the record can be replayed.
+    Raises ConfigError if the file is the record of other sources.
+    """
+
+    def __init__(self, path: str | Path, planner: Planner, *, every: int = 1) -> None:
+        self.path, self.planner, self.every = Path(path), planner, every
+        self.last: Vector | None = None
+        self.unwritten: Plan | None = None
+        header = header_of(planner)
+        if not self.path.exists() or not self.repair():
+            self.append(json.dumps(header) + "\n")
+            return
+        with open(self.path, encoding="utf-8") as file:
+            before = parse_header(file.readline(), self.path)
+        if before["sources"] != header["sources"]:
+            raise ConfigError(f"{path} is the record of other sources; choose another file for this run")
+
+    def repair(self) -> bool:
+        """Cut off an unfinished last line, which a killed run left; whether anything remains."""
+        with open(self.path, "r+b") as file:
+            whole = file.read().rfind(b"\n") + 1
+            file.truncate(whole)
+        return whole > 0
+
+    def write(self, plan: Plan, stats: Stats | None = None) -> None:
+        """Write the line of a step, with its losses where `stats` of the same step are there."""
+        changed = self.last is None or not np.array_equal(self.last, plan.weights)
+        self.unwritten = None if changed or plan.step % self.every == 0 else plan
+        if self.unwritten is not None:
+            return
+        line: dict[str, Any] = {"step": plan.step}
+        if changed:
+            line["weights"] = plan.weights.tolist()
+            self.last = plan.weights
+        line |= {"counts": plan.counts.tolist(), "read": plan.starts.tolist()}
+        line |= summary(plan.weights, self.planner.mixer.prior)
+        if stats is not None:
+            line["loss"] = means_of(stats)
+        self.append(json.dumps(line) + "\n")
+
+    def close(self) -> None:
+        """Write the last step if it has no line yet, so that the record reaches to the end."""
+        if self.unwritten is not None:
+            self.every = 1
+            self.write(self.unwritten)
+
+    def append(self, text: str) -> None:
+        """Add text at the end of the file."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
+
+
+def header_of(planner: Planner) -> dict[str, Any]:
+    """The first line of a record."""
+    return {
+        "format": FORMAT,
+        "sources": list(planner.sources),
+        "sizes": planner.sizes.tolist(),
+        "rows": planner.batch,
+        "seed": planner.seed,
+        "lag": planner.lag,
+        "exhaustion": planner.limits.policies,
+        "mixer": planner.mixer.describe(),
+    }
+
+
+def summary(weights: Vector, prior: Vector) -> dict[str, float]:
+    """Entropy of the weights in nats, and their total-variation distance to the prior."""
+    positive = weights[weights > 0]
+    entropy = float(-(positive * np.log(positive)).sum())
+    return {"entropy": round(entropy, 6), "distance": round(float(np.abs(weights - prior).sum()) / 2, 6)}
+
+
+def means_of(stats: Stats) -> list[float | None]:
+    """Nats a token of each source; None where there is none, or it is not finite."""
+    sums, tokens = np.asarray(stats.loss_sum, np.float64), np.asarray(stats.tokens, np.float64)
+    means = np.divide(sums, tokens, out=np.full(len(sums), np.nan), where=tokens > 0)
+    return [float(mean) if np.isfinite(mean) else None for mean in means]
+
+
+@dataclass
+class Mixture:
+    """A record that was read: its header and, by step, the lines with the weights filled in."""
+
+    header: dict[str, Any]
+    lines: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources, in the order of every vector."""
+        return list(self.header["sources"])
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a line, growing."""
+        return list(self.lines)
+
+    def weights(self) -> NDArray[np.float64]:
+        """(S, K) weights of the S steps."""
+        return np.array([line["weights"] for line in self.lines.values()], np.float64).reshape(-1, len(self.sources))
+
+    def mean_weights(self, begin: int = 1) -> Vector:
+        """(K,) mean over the steps from `begin` on, steps without a line counted: a static mixture to compare with."""
+        steps = [step for step in self.steps if step >= begin]
+        if not steps:
+            raise DataError(f"the record has no step from {begin} on; its last is {max(self.steps, default=0)}")
+        rows = self.weights()[len(self.steps) - len(steps) :]
+        spans = np.diff([*steps, steps[-1] + 1]).astype(np.float64)
+        mean: Vector = spans @ rows / spans.sum()
+        return mean
+
+
+def read_mixture(path: str | Path) -> Mixture:
+    """Read a record; an unfinished line at the end, of a killed run, is left out.
+
+    Raises  DataError if it is missing, or not such a record, with the line.
+    """
+    try:
+        texts = Path(path).read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise DataError(f"cannot read the mixture record {path}: {error.strerror}") from None
+    found = Mixture(parse_header(texts[0], path))
+    for number, text in enumerate(texts[1:-1], 2):
+        try:
+            add_line(found, json.loads(text))
+        except (ValueError, KeyError, TypeError, StopIteration):
+            raise DataError(f"{path} line {number}: not a line of a mixture record of format {FORMAT}") from None
+    return found
+
+
+def parse_header(text: str, path: str | Path) -> dict[str, Any]:
+    """The header of a record out of its first line.
+
+    Raises  DataError if it is not one.
+    """
+    try:
+        header: dict[str, Any] = json.loads(text)
+        if header["format"] == FORMAT and header["sources"]:
+            return header
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{path}: not a mixture record of format {FORMAT}; its first line is the header MixtureLog writes")
+
+
+def add_line(mixture: Mixture, line: dict[str, Any]) -> None:
+    """Take in the line of a step, which drops that step and all after it."""
+    step = int(line["step"])
+    for late in [known for known in mixture.lines if known >= step]:
+        del mixture.lines[late]
+    if "weights" not in line:
+        line["weights"] = mixture.lines[next(reversed(mixture.lines))]["weights"]
+    if len(line["weights"]) != len(mixture.sources):
+        raise KeyError("weights")
+    mixture.lines[step] = line
+
+
+@MIXERS.register("replay")
+class Replay(Mixer):
+    """The weights of a recorded run, step by step: with the same seed, sizes and rows, the same rows bit for bit.
+
+    record  a `MixtureLog` file, or what `read_mixture` made of it.
+    """
+
+    kind = "replay"
+    needs = frozenset({"step"})
+    per_source = ("shares", "rejected")
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        record: str | Path | Mixture | None = None,
+        prior: ArrayLike | Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(sources, prior=prior)
+        if record is None:
+            raise ConfigError("mixer 'replay' needs record=, the mixture.jsonl of the run to repeat")
+        mixture = record if isinstance(record, Mixture) else read_mixture(record)
+        if mixture.sources != list(self.sources):
+            raise ConfigError(
+                f"replay: the record has the sources {', '.join(mixture.sources[:20])}; this run has"
+                f" {', '.join(self.sources[:20])}: they and their order must be the same"
+            )
+        self.steps, self.table = np.array(mixture.steps), mixture.weights()
+        if not len(self.steps) or self.steps[0] != 1:
+            raise ConfigError("replay: the record does not begin with step 1")
+        self.shares = self.table[0]
+
+    def update(self, stats: Stats) -> None:
+        """On to the next step; past the end the last weights stay, and `known` says so."""
+        self.shares = self.table[min(self.place(stats.step + 1), len(self.table) - 1)]
+
+    def place(self, step: int) -> int:
+        """The line that holds for a step."""
+        return int(np.searchsorted(self.steps, step, side="right")) - 1
+
+    def known(self, step: int) -> Vector:
+        """The recorded weights of a step.
+
+        Raises  TrainingError past the end of the record.
+        """
+        if step > self.steps[-1]:
+            raise TrainingError(f"replay: the record ends at step {self.steps[-1]}, step {step} is asked for")
+        return self.table[self.place(step)]

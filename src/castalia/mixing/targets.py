@@ -1,0 +1,127 @@
+"""Mixers that compare a source's loss with a target: dynamic batch loading and DoReMi."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from castalia.core.errors import ConfigError
+from castalia.mixing.mixer import MIXERS, Mixer
+from castalia.mixing.simplex import Vector, by_source, gibbs
+from castalia.mixing.stats import Stats, vector
+
+
+class Multiplicative(Mixer):
+    """Base: w_i <- (1 - c) w_i exp(rate score_i) / sum + c / K."""
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        prior: ArrayLike | Mapping[str, float] | None = None,
+        rate: float = 1.0,
+        least: float = 1e-3,
+    ) -> None:
+        super().__init__(sources, prior=prior)
+        if not 0 <= least <= 1 or not rate > 0:
+            raise ConfigError(f"mixer {self.kind!r}: expected 0 <= least <= 1 and rate > 0, got {least} and {rate}")
+        self.rate, self.least = rate, least
+
+    def step_by(self, scores: Vector) -> None:
+        """Multiply, normalise, and keep a little of everything."""
+        with np.errstate(divide="ignore"):
+            raised = gibbs(np.log(self.shares) + self.rate * scores)
+        self.shares = (1 - self.least) * raised + self.least / len(raised)
+
+
+@MIXERS.register("dbl")
+class DynamicBatchLoading(Multiplicative):
+    """More of the sources whose held-out loss is far above its target, on the steps that bring `val_loss`.
+
+    score_i = val_loss_i - target_i, with `clamp` not below 0. The authors' code does not clamp, and takes rate 1 and
+    least 1e-4.
+
+    target  (K,) held-out nats a token that each source shall reach.
+    Source  Xia et al. 2023 (Sheared LLaMA), arXiv:2310.06694, algorithm 1; llmshearing's dynamic_loading_callback.py.
+    """
+
+    kind = "dbl"
+    needs = frozenset({"val_loss"})
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        target: ArrayLike | Mapping[str, float] | None = None,
+        prior: ArrayLike | Mapping[str, float] | None = None,
+        rate: float = 1.0,
+        least: float = 1e-4,
+        clamp: bool = False,
+    ) -> None:
+        super().__init__(sources, prior=prior, rate=rate, least=least)
+        if target is None:
+            raise ConfigError("mixer 'dbl' needs target=, the held-out loss that each source shall reach, nats a token")
+        self.target, self.clamp = by_source(target, self.sources, "target"), clamp
+
+    def update(self, stats: Stats) -> None:
+        """Step by the distance to the targets, if there was an evaluation."""
+        if stats.val_loss is None:
+            return
+        values = vector(stats.val_loss, len(self.sources), "val_loss", stats.step).copy()
+        good = self.usable(values, np.ones(len(values), bool))
+        over = np.where(good, values - self.target, 0.0)
+        self.step_by(np.maximum(over, 0.0) if self.clamp else over)
+
+
+@MIXERS.register("doremi")
+class Doremi(Multiplicative):
+    """More of the sources whose loss is far above that of a reference model.
+
+    score_i = mean over the tokens of max(loss - reference loss, 0), out of `Stats.excess_sum`. Where only the sums are
+    there, it is max(mean loss - mean reference loss, 0), out of `Stats.ref_loss_sum` or of `reference`. A source
+    that was not drawn keeps its last score. DoReMi's result is the average of the shares over the run.
+
+    reference  (K,) the reference model's nats a token.
+    Source  Xie et al. 2023, arXiv:2305.10429, algorithm 1; rate 1 and least 1e-3 are the paper's eta and c.
+    """
+
+    kind = "doremi"
+    needs = frozenset({"train_loss", "ref_loss"})
+    per_source = ("shares", "rejected", "score")
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        reference: ArrayLike | Mapping[str, float] | None = None,
+        prior: ArrayLike | Mapping[str, float] | None = None,
+        rate: float = 1.0,
+        least: float = 1e-3,
+    ) -> None:
+        super().__init__(sources, prior=prior, rate=rate, least=least)
+        self.reference = None if reference is None else by_source(reference, self.sources, "reference")
+        self.score = np.zeros(len(self.sources))
+
+    def update(self, stats: Stats) -> None:
+        """Take the scores of the sources drawn, then step by all of them."""
+        means, seen = self.losses(stats)
+        excess, there = self.excess(stats, means)
+        good = self.usable(excess, there & seen)
+        self.score = np.where(good, np.maximum(excess, 0.0), self.score)
+        if there.any():
+            self.step_by(self.score)
+
+    def excess(self, stats: Stats, means: Vector) -> tuple[Vector, np.ndarray]:
+        """Nats a token over the reference, and where tokens stand behind it.
+
+        Raises  ConfigError if there is no reference at all.
+        """
+        tokens = vector(stats.tokens, len(means), "tokens", stats.step)
+        if stats.excess_sum is not None:
+            return vector(stats.excess_sum, len(means), "excess_sum", stats.step) / np.maximum(tokens, 1), tokens > 0
+        if stats.ref_loss_sum is not None:
+            sums = vector(stats.ref_loss_sum, len(means), "ref_loss_sum", stats.step)
+            return means - sums / np.maximum(tokens, 1), tokens > 0
+        if self.reference is None:
+            raise ConfigError("mixer 'doremi' needs reference= losses, or ref_loss_sum or excess_sum in its Stats")
+        return means - self.reference, tokens > 0
