@@ -14,8 +14,7 @@ def prepare(
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar of these, .gz, .zst or"
-            " .xz of any; folders; patterns such as 'part-*.jsonl.zst'.",
+            help="Text (one document each), JSON lines (.jsonl …), .tar of these; .gz, .zst, .xz; folders; '*.jsonl.zst'.",
         ),
     ],
     tokenizer: Annotated[

@@ -156,7 +156,8 @@ class TailedStream:
 def tar_members(stream: io.BufferedIOBase, where: str, key: str) -> Iterator[str]:
     """The documents of a tar's files in order, each read as its own name says; folders and hidden files are left out.
 
-    Raises  DataError about a link, a device, a tar in the tar or a name that leads out of it; tarfile.TarError, EOFError about a damaged archive.
+    Raises  DataError about a link, a device, a tar in the tar or a name that leads out of it;
+            tarfile.TarError, EOFError about a damaged archive.
     """
     tailed = TailedStream(stream)
     with tarfile.open(fileobj=tailed, mode="r|") as archive:  # type: ignore[call-overload]
