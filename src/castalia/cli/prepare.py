@@ -8,13 +8,18 @@ from typing import Annotated
 
 import typer
 
+INPUTS = (
+    "Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar of these, .gz, .zst or .xz of any of"
+    " them; folders; patterns such as 'part-*.jsonl.zst'."
+)
+
 
 def prepare(
     inputs: Annotated[
         list[Path],
         typer.Argument(
             metavar="INPUT...",
-            help="Text (one document each), JSON lines (.jsonl …), .tar of these; .gz, .zst, .xz; folders; '*.jsonl.zst'.",
+            help=INPUTS,
         ),
     ],
     tokenizer: Annotated[
