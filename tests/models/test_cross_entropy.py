@@ -1,9 +1,13 @@
 """The chunked loss against F.cross_entropy, float32, and its error in bf16 against that of the usual way."""
 
+import shutil
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.models.cross_entropy import IGNORED, chunk_slices, fused_cross_entropy
 
@@ -212,3 +216,39 @@ def test_chunks_cover_every_row_once_in_about_equal_parts() -> None:
     assert [i for part in parts for i in range(70)[part]] == list(range(70))
     assert [part.stop - part.start for part in parts] == [14] * 5
     assert chunk_slices(0, 16) == []
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(made, Tensor):
+                self.elements = max(self.elements, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_no_tensor_is_as_large_as_the_logits(grad: bool) -> None:
+    hidden, weight, labels = problem()
+    with LargestTensor() as seen, torch.set_grad_enabled(grad):
+        total, _ = fused_cross_entropy(hidden, weight, labels, chunk_rows=10)
+        if grad:
+            total.backward()
+    assert seen.elements == max(weight.numel(), 10 * V) < N * V
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_gives_the_same(dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem()
+    made = []
+    for compiled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            total, losses = fused_cross_entropy(hidden, weight, labels, chunk_rows=16, compiled=compiled)
+        made.append((losses, *gradients(total, hidden, weight)))
+    for eager, fast in zip(*made, strict=True):
+        torch.testing.assert_close(fast, eager, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-5)
