@@ -48,7 +48,9 @@ def test_what_a_page_shows_runs(page, tmp_path):
                 if line.strip() and not line.startswith("#"):
                     run_command(line, tmp_path)
         else:
-            done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+            done = subprocess.run(
+                [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=240
+            )
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 
 
