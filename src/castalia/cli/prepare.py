@@ -10,7 +10,7 @@ import typer
 
 INPUTS = (
     "Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar of these, .gz, .zst or .xz of any of"
-    " them; folders; patterns such as 'part-*.jsonl.zst'."
+    " them; .parquet; folders; patterns such as 'part-*.jsonl.zst'."
 )
 
 
@@ -32,7 +32,9 @@ def prepare(
     append_eod: Annotated[
         bool, typer.Option("--append-eod", help="End each document with the tokenizer's end-of-document token.")
     ] = False,
-    key: Annotated[str, typer.Option("--key", help="Key of the text in a JSON line.")] = "text",
+    key: Annotated[
+        str, typer.Option("--key", help="Key of the text in a JSON line; column of the text in Parquet.")
+    ] = "text",
     train_tokenizer: Annotated[
         int | None,
         typer.Option(

@@ -1,6 +1,7 @@
 """Documents out of text files: plain text, one a file, and JSON lines, alone or in a .tar; also as .gz, .zst or .xz.
 
-Everything streams: memory holds one line of JSON, or one plain text, at a time; nothing is unpacked on disk.
+Parquet is read as well, see `parquet`. Everything streams: memory holds one line of JSON, or one plain text, at a
+time; nothing is unpacked on disk.
 """
 
 import glob
@@ -20,6 +21,7 @@ from typing import IO, Any
 import zstandard
 
 from castalia.core.errors import DataError, nearest
+from castalia.data.parquet import parquet_texts
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".zst", ".xz")
@@ -52,7 +54,7 @@ class TextFile:
         try:
             with open(self.path, "rb", buffering=0) as file:
                 watched = WatchedFile(file, self, on_read)
-                for text in documents_in(watched, self.path.name, str(self.path), key):
+                for text in self.texts(watched, key):
                     count += bool(text) or not self.named
                     yield text
                 while watched.read(PIECE_BYTES):
@@ -62,6 +64,12 @@ class TextFile:
             raise DataError(f"{self.path}: cannot be read: {reason}") from error
         if self.named and not count:
             raise DataError(f"{self.path}: {'is empty' if not self.bytes_read else 'holds no text'}")
+
+    def texts(self, watched: "WatchedFile", key: str) -> Iterator[str]:
+        """Its documents as its name says how to read them; Parquet is not read in order, and so not from `watched`."""
+        if self.path.suffix.lower() == ".parquet":
+            return parquet_texts(self.path, key)
+        return documents_in(watched, self.path.name, str(self.path), key)
 
 
 class WatchedFile(io.RawIOBase):
