@@ -15,13 +15,7 @@ INPUTS = (
 
 
 def prepare(
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="INPUT...",
-            help=INPUTS,
-        ),
-    ],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help=INPUTS)],
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or `bytes` for the byte-level one.")
     ],
