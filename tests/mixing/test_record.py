@@ -67,8 +67,29 @@ def test_what_a_line_says(tmp_path):
     assert header["mixer"]["kind"] == "static" and header["exhaustion"] == ["repeat"] * 3
     assert line["loss"] == [3.0, None, None] and line["counts"] == [6, 6, 0] and line["read"] == [0, 0, 0]
     assert line["entropy"] == pytest.approx(np.log(2), abs=1e-6) and line["distance"] == 0
+    assert line["rejected"] == 0 and "uniform_share" not in line
     log.write(planner.plan(2))
     assert "weights" not in json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_line_reports_what_the_mixer_does(tmp_path):
+    """Step 100 of three sources, the last of which stands at its cap; one loss was refused."""
+    mixer = make_mixer("odm", sources=NAMES, max_share=0.4, epoch_cap=2.0, horizon=1e6, sizes=[10, 10, 10])
+    planner = Planner(mixer, sizes=[31, 17, 50], rows=12, seed=5)
+    log = MixtureLog(tmp_path / "m.jsonl", planner)
+    plan = planner.plan(1)
+    planner.observe(Stats(1, [1, np.inf, 9], [1, 1, 1]))
+    log.write(plan)
+    line = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+    assert line["uniform_share"] == 1.0 and line["rejected"] == 1 and line["epoch_cap_overstepped"] == 1
+    assert line["at_max_share"] == 0
+    for step in range(2, 200):
+        plan = planner.plan(step)
+        planner.observe(Stats(step, [1, 2, 9], [1, 1, 1]))
+    log.write(plan)
+    line = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+    assert line["uniform_share"] == pytest.approx(np.sqrt(3 * np.log(3) / 199), abs=1e-6)
+    assert line["at_max_share"] == 1
 
 
 def test_mean_weights_are_a_static_mixture(tmp_path):

@@ -29,7 +29,7 @@ def test_resumed_equals_uninterrupted(build, stats_of, cut):
     """60 steps, or `cut`, a state through JSON, and the rest; with batches planned ahead when the state is taken."""
 
     def planner():
-        return Planner(build(), sizes=ROWS, rows=12, seed=7, lag=2, exhaustion="repeat")
+        return Planner(build(), sizes=ROWS, rows=12, seed=7, lag=2, exhaustion={"books": "cap:2", "mail": "drop"})
 
     whole = run(planner(), 1, 60, stats_of)
     before = planner()

@@ -66,10 +66,9 @@ class Bandit(Mixer):
             f" mixed uniformly at a fifth of the run and {count * self.eps_at(steps):.0%} at its end; eps= sets less"
         ]
 
-    @property
-    def uniform_share(self) -> float:
+    def report(self) -> dict[str, float]:
         """K eps: the part of the data that is mixed uniformly, whatever was learned."""
-        return len(self.sources) * self.eps
+        return {"uniform_share": round(len(self.sources) * self.eps, 6)}
 
 
 @MIXERS.register("odm-repo")

@@ -59,7 +59,8 @@ class Timed(Around):
 class Warmup(Timed):
     """The prior for the first `steps` steps, then the inner mixer.
 
-    With `collect` the inner mixer observes during warm-up; the authors of ODM do not.
+    With `collect` the inner mixer observes during warm-up; the authors of ODM do not. A planner with a lag holds the
+    prior for as many steps more, since these follow losses of the warm-up.
     """
 
     kind = "warm-up"
@@ -123,6 +124,10 @@ class Clip(Around):
         self.most = most
         super().__init__(inner)
 
+    def report(self) -> dict[str, float]:
+        """Sources that stand at the cap."""
+        return super().report() | {"at_max_share": int((self.shares >= self.most - 1e-12).sum())}
+
     def shape(self, shares: Vector) -> Vector:
         """Cap every share."""
         return cap(shares, self.most)
@@ -152,6 +157,10 @@ class EpochCap(Timed):
         """Count what was read, then cap."""
         self.read = self.read + vector(stats.tokens, len(self.sources), "tokens", stats.step)
         super().update(stats)
+
+    def report(self) -> dict[str, float]:
+        """Whether the run takes more than all the caps allow."""
+        return super().report() | {"epoch_cap_overstepped": int(self.binds)}
 
     def shape(self, shares: Vector) -> Vector:
         """Hold every share below what its source has left."""

@@ -127,6 +127,10 @@ class Mixer:
         """Sentences that a person should read before a run of so many steps."""
         return [note for mixer in self.inner for note in mixer.notes(steps)]
 
+    def report(self) -> dict[str, float]:
+        """Single numbers worth logging, of this mixer and what it wraps."""
+        return {name: value for mixer in self.inner for name, value in mixer.report().items()}
+
     def rejected_losses(self) -> NDArray[np.int64]:
         """(K,) losses that were refused so far, by this mixer and what it wraps; NaN, infinite, or huge."""
         return self.rejected

@@ -208,9 +208,9 @@ class Planner:
         if state.get("format") != 1 or not isinstance(rows, Mapping):
             raise CheckpointError(f"a planner's state of format 1 is expected, got format {state.get('format')!r}")
         for name, mine in (("seed", self.seed), ("lag", self.lag)):
-            if state[name] != mine:
+            if state.get(name) != mine:
                 raise CheckpointError(
-                    f"the planner's state has {name} {state[name]}, this run {mine}; keep the old one"
+                    f"the planner's state has {name} {state.get(name)}, this run {mine}; keep the old one"
                 )
         kept, new = compare(self.sources, rows, on_new=on_new, on_removed=on_removed)
         self.check_sizes(rows, kept, allow_changed)

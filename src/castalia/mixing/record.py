@@ -25,7 +25,8 @@ class MixtureLog:
     The first line is the header: `{"format": 1, "sources": [...], "sizes": [...], "rows", "seed", "lag",
     "exhaustion": [...], "mixer": {...}}`. The others are `{"step", "weights": [K], "counts": [K], "read": [K],
     "entropy", "distance"}`: the weights that the step followed, rows of each source in it, rows read before it, entropy
-    in nats, and total-variation distance to the prior; after `loss` also `"loss": [K or null]`, nats a token.
+    in nats, total-variation distance to the prior, losses refused so far ("rejected"), and what the mixer reports of
+    itself (`Mixer.report`); with `stats` also `"loss": [K or null]`, nats a token.
     `weights` is left out while it does not change. A step that is written again replaces itself and all after it.
 
     every  steps between lines; a change of the weights is always written, so that the record can be replayed.
@@ -63,7 +64,8 @@ class MixtureLog:
             line["weights"] = plan.weights.tolist()
             self.last = plan.weights
         line |= {"counts": plan.counts.tolist(), "read": plan.starts.tolist()}
-        line |= summary(plan.weights, self.planner.mixer.prior)
+        mixer = self.planner.mixer
+        line |= summary(plan.weights, mixer.prior) | mixer.report() | {"rejected": int(mixer.rejected_losses().sum())}
         if stats is not None:
             line["loss"] = means_of(stats)
         self.append(json.dumps(line) + "\n")
@@ -181,6 +183,8 @@ def add_line(mixture: Mixture, line: dict[str, Any]) -> None:
     step = int(line["step"])
     for late in [known for known in mixture.lines if known >= step]:
         del mixture.lines[late]
+    for name in {"weights", "counts", "read"} & line.keys():
+        line[name] = np.array(line[name], np.float64 if name == "weights" else np.int64)
     if "weights" not in line:
         line["weights"] = mixture.lines[next(reversed(mixture.lines))]["weights"]
     if len(line["weights"]) != len(mixture.sources):
