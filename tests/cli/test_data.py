@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from castalia.cli import main
-from castalia.data import IndexedDataset, prepare
+from castalia.data import IndexedDataset, IndexedDatasetWriter, prepare
 
 
 @pytest.fixture
@@ -173,6 +173,20 @@ def test_materialize_and_read_back(run, tmp_path):
     run("view", *OVERRIDES, "--steps", "0:3", "--ids", "a.npy")
     run("view", *OVERRIDES, "data.train=ready", "data.order=file", "--steps", "0:3", "--ids", "b.npy")
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def test_pythias_batches_out_of_shards_of_ready_rows(run, tmp_path):
+    # batch_viewer.py takes items [B·start, B·(end + 1)) of the rows of 2,049 tokens, reshaped to (rows, 2049)
+    rows = np.random.default_rng(0).integers(0, 50254, (12, 2049)).astype(np.uint16)
+    with IndexedDatasetWriter("document", np.uint16) as writer:
+        for row in rows:
+            writer.add(row)
+    run("shard", "document", "--bytes", "9999", "--output", "hub")
+    config = ["pythia-160m", "data.train=hub/document", "data.order=file", "train.batch_size=2", "train.steps=6"]
+    code, _, err = run("view", *config, "--steps", "1:4", "--ids", "indicies.npy")
+    assert (code, err) == (0, "")
+    found = np.load("indicies.npy")
+    assert found.dtype == np.uint16 and np.array_equal(found, rows[2 * 1 : 2 * (3 + 1)])
 
 
 def test_view_shows_what_a_run_trained_on(run, tmp_path):

@@ -141,16 +141,14 @@ def verify(
     if hashes and write_hashes:
         raise ConfigError("give --hashes to check or --write-hashes to write, not both")
     listed = read_hashes(hashes) if hashes else None
-    all_checks = wrong = 0
     with bar("verify", prefixes) as on_bytes:
-        for check in checks(prefixes, listed, shard_bytes=shard_bytes, on_bytes=on_bytes):
-            all_checks, wrong = all_checks + 1, wrong + (not check.ok)
-            if as_json:
-                typer.echo(json.dumps(asdict(check) | {"ok": check.ok}))
-            else:
-                typer.echo(f"{'ok  ' if check.ok else 'FAIL'} {check.about:9} {check.file}: {check.wrong or 'right'}")
+        found = list(checks(prefixes, listed, shard_bytes=shard_bytes, on_bytes=on_bytes))
+    for check in found:
+        text = f"{'ok  ' if check.ok else 'FAIL'} {check.about:9} {check.file}: {check.wrong or 'right'}"
+        typer.echo(json.dumps(asdict(check) | {"ok": check.ok}) if as_json else text)
+    wrong = sum(not check.ok for check in found)
     if wrong:
-        raise DataError(f"{wrong} of {all_checks} checks failed")
+        raise DataError(f"{wrong} of {len(found)} checks failed")
     if write_hashes:
         write_list(prefixes, write_hashes)
 
@@ -222,7 +220,8 @@ def merge(
     """
     from castalia.data.joining import merge as join
 
-    record = join(prefixes, output)
+    with bar("merge", prefixes) as on_bytes:
+        record = join(prefixes, output, on_bytes=on_bytes)
     typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
 
 
@@ -244,7 +243,9 @@ def split(
     """
     from castalia.data.joining import split as divide
 
-    for record in divide(prefix, output, shares=shares, parts=parts):
+    with bar("split", [prefix]) as on_bytes:
+        records = divide(prefix, output, shares=shares, parts=parts, on_bytes=on_bytes)
+    for record in records:
         typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
 
 
@@ -302,7 +303,7 @@ def materialize(
     B = train.batch_size: the form of Pythia's preshuffled files. `castalia train … data.train=PREFIX data.order=file`
     takes them in this order.
     """
-    from castalia.data.row_files import write_rows
+    from castalia.data.row_files import common_dtype, write_rows
     from castalia.data.viewing import parse_steps
 
     config, rows = rows_of(sources)
@@ -312,7 +313,10 @@ def materialize(
         "seq_length": rows.train.seq_length,
         "fingerprint": rows.fingerprint,
     }
-    record = write_rows(rows.train, chosen.places.start, chosen.places.stop, output, facts)
+    places = chosen.places
+    size = len(places) * (rows.train.seq_length + 1) * common_dtype([p.dataset for p in rows.train.packs]).itemsize
+    with bar("materialize", [], size) as on_bytes:
+        record = write_rows(rows.train, places.start, places.stop, output, facts, on_bytes)
     typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
 
 
@@ -342,8 +346,8 @@ def line(folder: Path, record: dict[str, Any]) -> str:
 
 
 @contextmanager
-def bar(verb: str, prefixes: list[str]) -> Iterator[Callable[[int], None] | None]:
-    """A bar over the bytes of token files, on a terminal only."""
+def bar(verb: str, prefixes: list[str], size: int | None = None) -> Iterator[Callable[[int], None] | None]:
+    """A bar over the bytes of token files, or over `size` bytes, on a terminal only."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -355,10 +359,10 @@ def bar(verb: str, prefixes: list[str]) -> Iterator[Callable[[int], None] | None
         yield None
         return
     try:
-        total: int | None = sum(len(IndexedDataset(prefix).buffer) for prefix in prefixes)
+        total = size or sum(len(IndexedDataset(prefix).buffer) for prefix in prefixes)
     except DataError:  # whoever asked for the bar says what is wrong
         total = None
     columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as shown:
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as shown:
         task = shown.add_task(verb, total=total)
         yield lambda done: shown.advance(task, done)

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, file_pai
 from castalia.data.mapped import view
 from castalia.data.order import split_documents
 from castalia.data.records import finish, refuse_inputs, token_facts
+from castalia.data.shards import OnBytes
 
 PIECE_TOKENS = 1 << 21
 PIECE_DOCUMENTS = 1 << 14
-OnTokens = Callable[[int], Any]
 
 
 def merge(
-    prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, on_tokens: OnTokens | None = None
+    prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, on_bytes: OnBytes | None = None
 ) -> dict[str, Any]:
     """All documents of several token files, in the order of the inputs, as one; returns its record.
 
@@ -44,7 +44,7 @@ def merge(
     with IndexedDatasetWriter(prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
             boundaries.append(doc_idx_of(dataset)[1:] + len(writer.sizes))
-            copy_documents(dataset, writer, 0, len(dataset), on_tokens)
+            copy_documents(dataset, writer, 0, len(dataset), on_bytes)
         writer.doc_idx = np.concatenate(boundaries)
         merged = [{"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))} for d in datasets]
         return finish(writer, prefix, {**facts, "merged": merged})
@@ -56,7 +56,7 @@ def split(
     *,
     shares: str | None = None,
     parts: int | None = None,
-    on_tokens: OnTokens | None = None,
+    on_bytes: OnBytes | None = None,
 ) -> list[dict[str, Any]]:
     """Documents of one token file as several; returns their records.
 
@@ -71,7 +71,7 @@ def split(
     facts, all_boundaries, records = token_facts([dataset]), doc_idx_of(dataset), []
     for name, documents in chosen.items():
         with IndexedDatasetWriter(f"{base}-{name}", dataset.dtype) as writer:
-            copy_documents(dataset, writer, documents.start, documents.stop, on_tokens)
+            copy_documents(dataset, writer, documents.start, documents.stop, on_bytes)
             inner = all_boundaries[(all_boundaries > documents.start) & (all_boundaries < documents.stop)]
             writer.doc_idx = np.concatenate(([0], inner - documents.start, [len(documents)])).astype(np.int64)
             source = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
@@ -92,7 +92,7 @@ def stretches(documents: int, shares: str | None, parts: int | None) -> dict[str
 
 
 def copy_documents(
-    dataset: IndexedDataset, writer: IndexedDatasetWriter, first: int, stop: int, on_tokens: OnTokens | None = None
+    dataset: IndexedDataset, writer: IndexedDatasetWriter, first: int, stop: int, on_bytes: OnBytes | None = None
 ) -> None:
     """Append documents [first, stop); those that lie back to back go a few MiB at a time."""
     width = dataset.dtype.itemsize
@@ -105,8 +105,8 @@ def copy_documents(
         count = max(1, min(fitting, int(gaps[0]) if len(gaps) else len(sizes)))
         tokens = view(dataset.buffer, dataset.dtype, int(ends[count - 1]), int(dataset.pointers[first]))
         writer.add_many(tokens, sizes[:count])
-        if on_tokens:
-            on_tokens(len(tokens))
+        if on_bytes:
+            on_bytes(tokens.nbytes)
         first += count
 
 

@@ -18,6 +18,7 @@ from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter
 from castalia.data.joining import without_suffix
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.records import finish, refuse_inputs
+from castalia.data.shards import OnBytes
 
 ROWS_AT_A_TIME = 256
 
@@ -86,7 +87,12 @@ Pack = PackedDataset | RowFile
 
 
 def write_rows(
-    rows: Any, first: int, stop: int, output: str | os.PathLike[str], facts: dict[str, Any]
+    rows: Any,
+    first: int,
+    stop: int,
+    output: str | os.PathLike[str],
+    facts: dict[str, Any],
+    on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
     """Write the rows served at places [first, stop) of a `RowDataset` as items of a token file; returns its record.
 
@@ -100,6 +106,8 @@ def write_rows(
         for start in range(first, stop, ROWS_AT_A_TIME):
             found = np.concatenate([rows[place][0] for place in range(start, min(stop, start + ROWS_AT_A_TIME))])
             writer.add_many(found, np.full(len(found) // (rows.seq_length + 1), rows.seq_length + 1))
+            if on_bytes:
+                on_bytes(len(found) * writer.dtype.itemsize)
         return finish(writer, prefix, facts)
 
 
