@@ -3,6 +3,8 @@
 import hashlib
 import os
 import pickle
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -174,6 +176,28 @@ def test_interrupted_join_goes_on(cut, tmp_path, stop_at):
     done = unshard(parts, tmp_path / "out")
     assert (tmp_path / "out" / "base.bin").read_bytes() == Path(whole + ".bin").read_bytes()
     assert done.kept == sum(calls) - 100
+
+
+KILLED = """
+import os, signal, sys
+from castalia.data.resharding import unshard
+left = [int(sys.argv[3])]
+def count(size):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+unshard(sys.argv[1], sys.argv[2], on_bytes=count)
+"""
+
+
+def test_killed_joins_end_with_the_same_bytes(cut, tmp_path):
+    whole, parts = cut(100)
+    for calls in (1, 4, 6):
+        done = subprocess.run([sys.executable, "-c", KILLED, parts, str(tmp_path / "out"), str(calls)])
+        assert done.returncode == -9 and not (tmp_path / "out" / "base.bin").exists()
+    unshard(parts, tmp_path / "out")
+    assert (tmp_path / "out" / "base.bin").read_bytes() == Path(whole + ".bin").read_bytes()
+    assert sorted(os.listdir(tmp_path / "out")) == ["base.bin", "base.idx"]
 
 
 def test_a_partial_file_longer_than_the_shards(cut, tmp_path):

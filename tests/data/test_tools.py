@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import struct
 from pathlib import Path
@@ -319,3 +320,20 @@ def test_a_whole_file_under_a_list_of_shards(published, tmp_path):
 def test_nothing_to_hash(tmp_path):
     with pytest.raises(DataError, match="no such token file"):
         hash_list(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_mutated_files_are_findings_and_never_crashes(prepared, suffix):
+    rng, whole = random.Random(1), Path(prepared + suffix).read_bytes()
+    seen = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        Path(prepared + suffix).write_bytes(data)
+        found = faults(prepared)
+        seen += bool(found)
+        assert all(isinstance(sentence, str) for sentence in found)
+        assert found or suffix != ".bin"
+    assert seen > 30
