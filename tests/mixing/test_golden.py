@@ -131,6 +131,15 @@ def test_odm_running_mean():
     np.testing.assert_allclose(mixer.weights(), [2.2 / 5.8, 3.6 / 5.8], rtol=1e-12)
 
 
+def test_odm_counts_drawings_and_not_steps():
+    """The second source is drawn at steps 5 and 6 alone: 4, then 4 + 2/3 (3.4 - 4) = 3.6."""
+    mixer = make_mixer("odm", sources=TWO, smoothing=0.5, eps=0.0)
+    for step in range(1, 7):
+        late = step >= 5
+        mixer.observe(Stats(step, [math.log(2), math.log(4 if step == 5 else 3.4) * late], [1, late]))
+    np.testing.assert_allclose(mixer.weights(), [2 / 5.6, 3.6 / 5.6], rtol=1e-12)
+
+
 def test_odm_guard():
     """A leap of perplexity from 4 to 100 moves the mean to 4 sqrt 2 only."""
     mixer = make_mixer("odm", sources=TWO, smoothing=0.5, eps=0.0)
