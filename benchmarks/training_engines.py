@@ -5,6 +5,7 @@ Words: `step` (seconds of one step), `parts` (ours: seconds of head, optimizer, 
 
 import json
 import os
+import statistics
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from machine import resident_bytes, seconds
-from torch import Tensor, nn
+from torch import Tensor
 
 LR, BETAS, EPS, DECAY = 6e-4, (0.9, 0.95), 1e-8, 0.1
 
@@ -105,50 +106,63 @@ class Castalia(Engine):
     def parts(self) -> dict[str, float]:
         """Seconds of each part of one step, forward and backward, at the shapes of the step.
 
-        The head and the update are timed inside a step. Attention and MLP, with their norms, are timed alone as the
-        blocks hold them, and so without what torch.compile fuses across them.
+        Head, update and the stack of blocks are timed one by one, the blocks as the step runs them. Attention and MLP,
+        each with its norm, are then timed uncompiled to divide the time of the blocks in proportion.
         """
         from castalia.models.cross_entropy import fused_cross_entropy
 
+        layers, rope, block = self.model.layers, self.model.rope(self.tokens, None), self.model.layers[0]
         with torch.autocast(self.device, torch.bfloat16):
-            hidden_BTC = self.model(self.tokens)
-        hidden = hidden_BTC.detach().flatten(0, 1).requires_grad_()
+            hidden_BTC = self.model(self.tokens).detach().requires_grad_()
+        hidden, labels = hidden_BTC.detach().flatten(0, 1).requires_grad_(), self.labels.flatten()
 
-        def head() -> None:
+        def head() -> Tensor:
+            compiled = self.case["compiled"]
+            return fused_cross_entropy(hidden, self.model.head_weight, labels, compiled=compiled).total
+
+        def stack() -> Tensor:
+            x = hidden_BTC
+            for layer in layers:
+                x = layer(x, rope, None, None)
+            return x
+
+        found = {"head": self.both_ways(head)}
+        blocks = self.both_ways(stack)
+        attention = self.both_ways(lambda: block.attn(block.norm1(hidden_BTC), rope))
+        mlp = self.both_ways(lambda: block.mlp(block.norm2(hidden_BTC)))
+        found["attention"] = blocks * attention / (attention + mlp)
+        found["mlp"] = blocks - found["attention"]
+        return found | {"optimizer": self.update_seconds()}
+
+    def both_ways(self, forward: Callable[[], Tensor], rounds: int = 4) -> float:
+        """Median seconds of `forward` and its backward from a gradient of ones, the first round not counted."""
+
+        def work() -> None:
             with torch.autocast(self.device, torch.bfloat16):
-                total, _ = fused_cross_entropy(
-                    hidden, self.model.head_weight, self.labels.flatten(), compiled=self.case["compiled"]
-                )
-            total.backward()
+                y = forward()
+            y.backward(torch.ones_like(y))
+
+        times = []
+        for _ in range(rounds):
+            times.append(seconds(work, self.device))
+            self.optimizer.zero_grad(set_to_none=True)
+        return statistics.median(times[1:])
+
+    def update_seconds(self, rounds: int = 4) -> float:
+        """Median seconds of the update after a true backward, the first round not counted."""
 
         def update() -> None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-        layers, x = self.model.layers, hidden_BTC.detach().float().requires_grad_()
-        rope, block = self.model.rope(self.tokens, None), layers[0]
-        found = {"head": best(head, self.device)}
-        found["attention"] = len(layers) * best(lambda: both_ways(block.attn, block.norm1, x, rope), self.device)
-        found["mlp"] = len(layers) * best(lambda: both_ways(block.mlp, block.norm2, x), self.device)
-        self.step()
-        for _ in range(2):
+        times = []
+        for _ in range(rounds):
             with torch.autocast(self.device, torch.bfloat16):
                 loss = self.loss()
             loss.backward()
-            found["optimizer"] = min(found.get("optimizer", float("inf")), seconds(update, self.device))
-        return found
-
-
-def both_ways(part: nn.Module, norm: nn.Module, x: Tensor, *others: Any) -> None:
-    """Norm and part forward, then backward from a gradient of ones."""
-    with torch.autocast(x.device.type, torch.bfloat16):
-        y = part(norm(x), *others)
-    y.backward(torch.ones_like(y))
-
-
-def best(work: Callable[[], object], device: str, rounds: int = 4) -> float:
-    """Fewest seconds of some rounds, the first not counted."""
-    return min([seconds(work, device) for _ in range(rounds)][1:])
+            del loss
+            times.append(seconds(update, self.device))
+        return statistics.median(times[1:])
 
 
 class Transformers(Engine):

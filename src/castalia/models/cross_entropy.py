@@ -29,10 +29,9 @@ LOGITS_BYTES = {"cpu": 25 << 20}
 """Size of a chunk of logits, when it is more than that of W: on a CPU what its last-level cache holds."""
 LOGITS_BYTES_DEVICE = 512 << 20
 """The same on a GPU: rows enough to keep it busy."""
-BLOCK_BYTES = {"cpu": 2 << 20}
-"""Size of the float32 numbers that the elementwise pass works on at a time when it is not compiled: a core's cache."""
-BLOCK_BYTES_DEVICE = 1 << 30
-"""The same on a GPU."""
+BLOCK_ROWS = {("cpu", False): 32, ("cpu", True): 64}
+"""Rows that the elementwise pass works on at a time, by device and whether it is compiled: on a CPU, without a compiler
+so many that their float32 copy stays in the cores' own caches; elsewhere the whole chunk."""
 GRADIENT_BLOCK = 1 << 20
 """Numbers of dW that one product makes at a time on a CPU, so that adding them to the sum finds them in the cache."""
 FP16_SUM = 16.0
@@ -128,7 +127,7 @@ def to_gradient(logits: Tensor, labels: Tensor, ignored: int, compiled: bool) ->
     counts, rows = labels != ignored, torch.arange(len(labels), device=labels.device)
     targets = torch.where(counts, labels, 0)
     at_target = logits[rows, targets].float()
-    e, top, total = (compiled_exponentials() if compiled else blocked_exponentials)(logits)
+    e, top, total = exponentials_in_place(logits, compiled)
     lse = top + total.log()
     if e.dtype == torch.float16:
         top, total = lse - math.log(FP16_SUM), torch.full_like(total, FP16_SUM)
@@ -150,12 +149,13 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return scaled.to(logits.dtype), top.squeeze(1), total.squeeze(1)
 
 
-def blocked_exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`exponentials` that overwrites logits, a few rows at a time, so that their float32 copy stays in the cache."""
-    rows = max(1, BLOCK_BYTES.get(logits.device.type, BLOCK_BYTES_DEVICE) // (4 * logits.shape[1]))
+def exponentials_in_place(logits: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`exponentials` block by block of rows, E written over the logits, so that a second chunk is never needed."""
+    rows = BLOCK_ROWS.get((logits.device.type, compiled), len(logits))
+    one = compiled_exponentials() if compiled else exponentials
     tops, totals = [], []
     for block in logits.split(rows):
-        e, top, total = exponentials(block)
+        e, top, total = one(block)
         block.copy_(e)
         tops.append(top)
         totals.append(total)
