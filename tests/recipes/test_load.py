@@ -75,6 +75,12 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
     text = message_of("pythia-70")
     assert "no preset or config file 'pythia-70'; did you mean 'pythia-70m'?" in text
     assert all(name in text for name in preset_names())
+    assert message_of("zzzz").startswith("no preset or config file 'zzzz'. Presets: debug, ")
+
+
+def test_a_word_too_long_for_a_file_name():
+    assert load_config(["debug", f"checkpoint.steps={list(range(200))}"]).checkpoint.steps[-1] == 199
+    assert message_of("x" * 300).startswith("no preset or config file 'xxx")
 
 
 def test_a_preset_typed_as_a_file():

@@ -171,18 +171,20 @@ def sort_sources(sources: list[str]) -> Sources:
 
 def find_file(source: str) -> Path | None:
     """The file that `source` names, with or without its suffix .yml or .yaml."""
-    return next((path for end in ("", ".yml", ".yaml") if (path := Path(source + end)).is_file()), None)
+    # os.path, for a long list of words is no file name, and Path.is_file says so with an OSError
+    return next((Path(source + end) for end in ("", ".yml", ".yaml") if os.path.isfile(source + end)), None)
 
 
 def unknown_source(source: str) -> str:
     """Why `source` cannot be used, with the nearest preset and the list of them."""
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):
         return f"{source} is a folder; name the config file in it, for instance {path / 'config.yaml'}"
     if path.suffix in (".yml", ".yaml", ".json") or "/" in source:
         hint = f"; the preset {path.stem!r} exists" if path.stem in PRESETS else ""
         return f"no config file {source}{hint}"
-    return f"no preset or config file {source!r}{nearest(source, PRESETS)} Presets: {', '.join(preset_names())}"
+    hint = nearest(source, PRESETS) or "."
+    return f"no preset or config file {source!r}{hint} Presets: {', '.join(preset_names())}"
 
 
 def fit_micro_batch(values: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
