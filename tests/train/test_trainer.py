@@ -14,6 +14,7 @@ from castalia.models import Decoder
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook, Metrics, Save, Validate
 from castalia.train.loss import LossOut, NextToken
+from castalia.train.startup import idle_options
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -171,6 +172,12 @@ def test_validation_and_metrics_lines(make, tokens, tmp_path):
     assert trainer.model.training
 
 
+def test_a_validation_without_data_is_noted(make, tokens):
+    (note,) = idle_options(make("train.eval_every=2"))
+    assert note == "train.eval_every=2 has nothing to validate on: name token files in data.valid, or data.split"
+    assert idle_options(make("train.eval_every=2", f"data.valid={tokens}")) == idle_options(make()) == []
+
+
 def test_sums_by_source_add_up(make, tokens):
     keep = Keep()
     make(f"data.train=[{tokens}, {tokens}]", "data.weights=[3, 1]", "train.steps=2", hooks=[keep]).fit()
@@ -182,8 +189,8 @@ def test_sums_by_source_add_up(make, tokens):
 
 
 def test_ids_beyond_the_vocabulary_are_refused(make):
-    with pytest.raises(DataError, match=r"token id \d+.*110"):
-        make("model.vocab_size=110", "model.make_vocab_size_divisible_by=1")
+    with pytest.raises(DataError, match=r"token id \d+, but the model's vocabulary has 110 ids"):
+        make("model.vocab_size=110")  # the embedding has 128 rows, but generation never chooses the last 18
 
 
 @pytest.mark.parametrize(
@@ -192,6 +199,7 @@ def test_ids_beyond_the_vocabulary_are_refused(make):
         (["train.micro_batch_size=5"], "does not divide"),
         (["data.seq_length=100000", "model.max_position_embeddings=100000"], "100000|100001"),
         (["data.train=nowhere"], "nowhere"),
+        (["data.tokenizer=gone.json"], "gone.json: no such tokenizer file"),
         (["data.seq_length=256"], "max_position_embeddings"),
         (["device=cuda"], "finds no GPU"),
     ],

@@ -13,7 +13,7 @@ from castalia.data import RowDataset
 from castalia.models.flops import flops_per_token
 from castalia.monitor import JsonlSink, duration, memory_bytes, peak_flops, quantity
 from castalia.train.precision import arithmetic
-from castalia.train.resume import checkpoint_files, checkpoint_state, checkpoint_tensors
+from castalia.train.resume import checkpoint_state, checkpoint_tensors
 
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
@@ -131,7 +131,6 @@ class Save(Hook):
     def start(self, trainer: "Trainer") -> None:
         """Save step 0 when the policy has it."""
         self.policy = trainer.policy
-        self.files = checkpoint_files(trainer.config)
         if trainer.progress.step == 0 and self.policy.due(0):
             self.save(trainer)
 
@@ -147,7 +146,7 @@ class Save(Hook):
             trainer.progress.step,
             checkpoint_tensors(trainer),
             checkpoint_state(trainer),
-            self.files,
+            trainer.files,
             asynchronous=asynchronous,
         )
         trainer.carried["save_stall_seconds"] = round(timing.stall_seconds, 4)

@@ -26,8 +26,16 @@ def print_start(trainer: "Trainer", changes: Mapping[str, tuple[Any, Any]], note
     console.print(table)
     for key, (before, now) in changes.items():
         console.print(f"differs from the recipe: {key} {before!r} -> {now!r}", markup=False)
-    for note in notes:
+    for note in [*notes, *idle_options(trainer)]:
         console.print(f"note: {note}", markup=False)
+
+
+def idle_options(trainer: "Trainer") -> list[str]:
+    """What the config asks for and this run cannot do, one sentence each."""
+    every = trainer.config.train.eval_every
+    if every is None or trainer.rows.valid is not None:
+        return []
+    return [f"train.eval_every={every} has nothing to validate on: name token files in data.valid, or data.split"]
 
 
 def start_facts(trainer: "Trainer") -> dict[str, str]:

@@ -22,7 +22,7 @@ from castalia.train.loss import Loss, NextToken
 from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
 from castalia.train.precision import LossScale, arithmetic
 from castalia.train.progress import Clock, Progress, StepTotals, pack, rows_hash, unpack
-from castalia.train.resume import resume
+from castalia.train.resume import checkpoint_files, resume
 from castalia.train.schedule import make_schedule
 
 SCANNED_BYTES = 1 << 30
@@ -43,6 +43,7 @@ class Trainer:
         self.config, self.world = config, world
         train = config.train
         check_batch(train.batch_size, train.micro_batch_size or max(1, train.batch_size // world.size), world.size)
+        self.files = checkpoint_files(config)
         self.rows = build_rows(
             config.data,
             seed=config.seed,
@@ -52,7 +53,7 @@ class Trainer:
             eval_batches=train.eval_batches,
         )
         for source in self.rows.train.packs:
-            check_vocab(source.dataset, config.model.padded_vocab_size, most_bytes=SCANNED_BYTES)
+            check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
         with torch.device("meta"):
             model = Decoder(config.model)
         model.recompute = train.recompute
@@ -101,7 +102,7 @@ class Trainer:
                 dp_rank=self.world.rank,
                 dp_world=self.world.size,
                 start_step=start_step,
-                vocab_size=self.config.model.padded_vocab_size,
+                vocab_size=self.config.model.vocab_size,  # rows of padding belong to no id: generation never picks them
                 eod_id=self.rows.eod_id if data.eod_mask_loss else None,
                 workers=data.workers,
             )
