@@ -1,1 +1,1 @@
-"""Errors, registry, files, seeds: what every room stands on. Imports nothing of Castalia and no torch."""
+"""Errors, registry, files: what every room stands on. Imports nothing of Castalia and no torch."""

@@ -1,4 +1,4 @@
-"""Local files and fsspec URLs: whole or not at all, and hashed."""
+"""Local files: whole or not at all, and hashed."""
 
 import hashlib
 import json
