@@ -79,6 +79,16 @@ def test_no_such_tokens(prefix, offset, length):
         IndexedDataset(prefix).get(0, offset, length)
 
 
+def test_a_document_is_one_row(tmp_path):
+    with (
+        pytest.raises(DataError, match=r"document 1 .*one row of tokens, got \(2, 2\)"),
+        IndexedDatasetWriter(tmp_path / "x", np.int32) as writer,
+    ):
+        writer.add([1])
+        writer.add([[1, 2], [3, 4]])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dataset_without_documents(tmp_path):
     with IndexedDatasetWriter(tmp_path / "none", np.int32):
         pass

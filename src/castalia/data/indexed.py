@@ -196,6 +196,10 @@ class IndexedDatasetWriter:
     def add(self, tokens: ArrayLike) -> None:
         """Append one document, (n,) integers; n may be 0."""
         ids = np.asarray(tokens)
+        if ids.ndim != 1:
+            raise DataError(
+                f"document {len(self.sizes)} for {self.bin_path}: expected one row of tokens, got {ids.shape}"
+            )
         self.add_many(ids, [ids.size])
 
     def add_many(self, tokens: ArrayLike, sizes: ArrayLike) -> None:

@@ -60,10 +60,16 @@ def checkpoint_state(trainer: "Trainer") -> dict[str, Any]:
 
 
 def checkpoint_files(config: RunConfig) -> dict[str, str]:
-    """Text files that make a checkpoint usable by itself: the config and the tokenizer."""
+    """Text files that make a checkpoint usable by itself: the config and the tokenizer.
+
+    Raises  DataError if the tokenizer cannot be read.
+    """
     files = {"config.yaml": dump_yaml(config)}
     if config.data.tokenizer:
-        files["tokenizer.json"] = load_tokenizer(config.data.tokenizer).text
+        try:
+            files["tokenizer.json"] = load_tokenizer(config.data.tokenizer).text
+        except DataError as error:
+            raise DataError(f"data.tokenizer: {error}; data.tokenizer=null trains without one") from None
     return files
 
 

@@ -25,9 +25,10 @@ def print_start(trainer: "Trainer", changes: Mapping[str, tuple[Any, Any]], note
         console.width = 160
     console.print(table)
     for key, (before, now) in changes.items():
-        console.print(f"differs from the recipe: {key} {before!r} -> {now!r}", markup=False)
+        text = f"differs from the recipe: {key} {before!r} -> {now!r}"
+        console.print(text, markup=False, soft_wrap=not console.is_terminal)
     for note in [*notes, *idle_options(trainer)]:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=not console.is_terminal)
 
 
 def idle_options(trainer: "Trainer") -> list[str]:
