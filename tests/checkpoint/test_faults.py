@@ -80,7 +80,7 @@ def test_any_truncated_file_is_found_and_named(store, name, damage):
         verify(folder)
 
 
-@pytest.mark.parametrize("name", ["COMPLETE", "manifest.json", "state.json", *SHARDS])
+@pytest.mark.parametrize("name", FILES + SHARDS)
 def test_the_previous_good_checkpoint_is_found(store, name):
     flip(store.folder_of(2) / name, 11)
     target = blank()

@@ -31,6 +31,8 @@ from castalia.core.errors import CheckpointError, nearest
 
 Pieces = dict[str, list[Piece]]
 """What to read, by file."""
+SHARD = ".safetensors"
+"""Ending of the files that hold tensors; all others are small texts."""
 NOWHERE = torch.empty(0)
 """Target of a piece that is looked at and not read."""
 
@@ -56,7 +58,8 @@ def load_into(path: str | Path, tensors: Mapping[str, Tensor], prefix: str = "")
     """Copy the checkpoint's values into `tensors`, in place, and return the saved state.
 
     Only names that begin with `prefix` count, on both sides; beyond that, names, shapes and dtypes must agree exactly.
-    Any layout will do: each process reads the slices that it holds and checks the hash of each file that it reads.
+    Any layout will do: each process reads the slices that it holds and checks the hash of each file that it reads, and
+    of the texts beside them.
     Raises  DamagedCheckpointError naming the file; CheckpointError listing names, shapes and dtypes that do not fit.
             Nothing in `tensors` has changed then.
     """
@@ -71,6 +74,8 @@ def make_ready(path: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> R
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     require_fit(path, manifest, tensors, prefix)
     pieces = pieces_of(manifest, tensors)
+    texts = [name for name in manifest.files if not name.endswith(SHARD)]
+    check_files(path, manifest, texts)  # not needed here, but whoever exports this step reads them
     check_contents(path, manifest, pieces)
     return Ready(path, manifest, state_of(path, manifest), pieces)
 
