@@ -100,8 +100,9 @@ def test_all_unreadable_files_are_named_at_once(tmp_path):
 
 
 def test_all_problems_of_overrides_at_once():
-    text = message_of("debug", "optim.lrr=1", "train.steps=-1", "nonsense=1", "precision=fp8")
-    assert "4 problems in the config (debug)" in text
+    text = message_of("debug", "optim.lrr=1", "train.steps=-1", "nonsense=1", "precision=fp8", "output=")
+    assert "5 problems in the config (debug)" in text
+    assert "output: String should have at least 1 character, got ''" in text
     assert "optim.lrr: unknown key; did you mean 'lr'?" in text
     assert "train.steps: Input should be greater than 0, got -1" in text
 

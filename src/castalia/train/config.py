@@ -82,7 +82,7 @@ class RunConfig(Config):
 
     recipe: str | None = None
     """Name of the preset that this config started from."""
-    output: str = "runs/default"
+    output: str = Field("runs/default", min_length=1)
     """Folder of the run."""
     seed: NonNegativeInt = 1234
     """Seed of the weights and of the data order."""
