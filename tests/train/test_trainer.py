@@ -113,6 +113,18 @@ def test_recompute_gives_the_same_bits(make):
     assert plain == again
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_is_scaled_outside_fp16(make, precision):
+    """A window of one step would double a scale at every step."""
+    _, plain = losses(make, f"precision={precision}")
+    _, trainer = losses(make, f"precision={precision}", "loss_scale.window=1", "output=other")
+    assert trainer.scale.value == 1.0
+    trainer.scale.load_state_dict({"value": 8.0, "clean": 3, "patience": 0, "overflows": 0})
+    assert trainer.scale.value == 1.0
+    for (name, p), q in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_low_precision_follows_fp32(make):
     reference, _ = losses(make)
     for precision in ("bf16", "fp16"):

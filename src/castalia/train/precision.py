@@ -42,10 +42,12 @@ class LossScale:
         return cls(config, enabled=True, value=start, patience=config.hysteresis)
 
     def update(self, overflow: bool) -> None:
-        """Take note of one step.
+        """Take note of one step; outside fp16 the scale stays 1.
 
         Raises  TrainingError after 50 overflows in a row.
         """
+        if not self.enabled:
+            return
         self.overflows = self.overflows + 1 if overflow else 0
         if self.overflows >= MOST_OVERFLOWS:
             raise TrainingError(
@@ -74,6 +76,6 @@ class LossScale:
         return {name: getattr(self, name) for name in ("value", "clean", "patience", "overflows")}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Continue from `state`."""
-        for name, value in state.items():
+        """Continue from `state`; outside fp16 there is nothing to continue."""
+        for name, value in state.items() if self.enabled else ():
             setattr(self, name, value)
