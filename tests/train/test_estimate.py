@@ -3,19 +3,15 @@
 import pytest
 import torch
 
-from castalia.models import Decoder, attention, cross_entropy
+from castalia.models import Decoder
+from castalia.models.pieces import logits_rows
 from castalia.recipes import load_config
-from castalia.train.estimate import ATTENTION_BLOCK, ATTENTION_KEPT, CHUNK_BYTES, estimate
+from castalia.train.estimate import estimate
 
 
 def small(*overrides):
     """A small config with overrides."""
     return load_config(["debug", *overrides])
-
-
-def test_constants_are_those_of_the_model():
-    assert {"cpu": cross_entropy.LOGITS_BYTES["cpu"], "cuda": cross_entropy.LOGITS_BYTES_DEVICE} == CHUNK_BYTES
-    assert (ATTENTION_BLOCK, ATTENTION_KEPT) == (attention.QUERIES, attention.KEEP)
 
 
 def test_weights_and_optimizer_are_those_of_the_real_model():
@@ -73,7 +69,8 @@ def test_processes_share_weights_and_rows():
 def test_logits_are_one_chunk():
     config = load_config(["pythia-70m"])
     memory = estimate(config, 1, "cpu").memory
-    assert memory.logits == CHUNK_BYTES["cpu"]
+    assert memory.logits == logits_rows(50304, 512, 2, "cpu") * 50304 * 2 == 512 * 50304 * 2
+    assert 25e6 < estimate(load_config(["pythia-14m"]), 1, "cpu").memory.logits <= 25 << 20
     assert memory.logits < 32 * 2048 * config.model.padded_vocab_size * 2 / 100
     tiny = small()
     assert estimate(tiny, 1, "cpu").memory.logits == 12 * 64 * 384 * 4

@@ -14,12 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from castalia.models.pieces import QUERIES
 from castalia.models.rotary import rotate
-
-QUERIES = 128
-"""Queries in a block: enough for full-speed products, few enough to skip most of the upper triangle."""
-KEEP = 16
-"""Probabilities are kept when T <= KEEP * head_dim; they are then about as large as the MLP's activations."""
 
 
 def blocks(T: int) -> Iterator[tuple[int, int]]:

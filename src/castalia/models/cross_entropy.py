@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from castalia.models.pieces import logits_rows
+
 IGNORED = -100
 """Label of a row that is no target."""
 LOG2_E = math.log2(math.e)
-LOGITS_BYTES = {"cpu": 25 << 20}
-"""Size of a chunk of logits, when it is more than that of W: on a CPU what its last-level cache holds."""
-LOGITS_BYTES_DEVICE = 512 << 20
-"""The same on a GPU: rows enough to keep it busy."""
 BLOCK_ROWS = {("cpu", False): 32, ("cpu", True): 64}
 """Rows that the elementwise pass works on at a time, by device and whether it is compiled: on a CPU, without a compiler
 so many that their float32 copy stays in the cores' own caches; elsewhere the whole chunk."""
@@ -67,7 +65,9 @@ def fused_cross_entropy(
     require_shapes(hidden, weight, labels)
     require_labels(labels, ignored, weight.shape[0])
     dtype = compute_dtype(hidden, weight)
-    chunks = chunk_slices(len(hidden), chunk_rows or default_chunk_rows(weight, dtype))
+    chunks = chunk_slices(
+        len(hidden), chunk_rows or logits_rows(weight.shape[0], weight.shape[1], dtype.itemsize, weight.device.type)
+    )
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, ignored, dtype, chunks, compiled))
@@ -181,12 +181,6 @@ def chunk_slices(N: int, rows: int) -> list[slice]:
     count = -(-N // rows)
     rows = -(-N // max(1, count))
     return [slice(at, min(at + rows, N)) for at in range(0, N, rows)] if N else []
-
-
-def default_chunk_rows(weight: Tensor, dtype: torch.dtype) -> int:
-    """Rows whose logits take LOGITS_BYTES of the device, or as many as W is wide: a chunk then is as large as W."""
-    V, C = weight.shape
-    return max(1, C, LOGITS_BYTES.get(weight.device.type, LOGITS_BYTES_DEVICE) // (V * dtype.itemsize))
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

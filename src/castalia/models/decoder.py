@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from castalia.models.attention import KEEP, causal_attention
+from castalia.models.attention import causal_attention
 from castalia.models.cache import KVCache, LayerCache
 from castalia.models.config import ModelConfig
 from castalia.models.flops import flops_per_token
 from castalia.models.init import init_parameter
+from castalia.models.pieces import KEEP
 from castalia.models.rotary import Rope, rope_tables, split_qkv
 
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)

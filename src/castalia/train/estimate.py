@@ -22,12 +22,8 @@ from typing import NamedTuple
 from castalia.checkpoint.policy import SavePolicy
 from castalia.models.config import ModelConfig
 from castalia.models.flops import ParameterCounts, flops_per_token, matmul_parameters, parameter_counts
+from castalia.models.pieces import KEEP, QUERIES, logits_rows
 from castalia.train.config import RunConfig
-
-CHUNK_BYTES = {"cpu": 50 << 20, "cuda": 512 << 20}
-"""Logits of one chunk, as in models/cross_entropy.py."""
-ATTENTION_BLOCK, ATTENTION_KEPT = 128, 16
-"""On a CPU, as in models/attention.py: queries in a block; rows up to this many head sizes keep their weights."""
 
 
 class Memory(NamedTuple):
@@ -113,12 +109,13 @@ def memory_of(config: RunConfig, processes: int, device: str, rows: int) -> Memo
     copies = 0 if size == 4 else size * matmul_parameters(model)
     tokens = rows * config.data.seq_length
     again = 4 * model.padded_vocab_size * model.hidden_size if rows * processes < config.train.batch_size else 0
+    chunk = logits_rows(model.padded_vocab_size, model.hidden_size, size, device)
     return Memory(
         weights=4 * parameters // shards + copies,
         gradients=4 * parameters // shards + again,
         optimizer=8 * parameters // shards,
         activations=activation_bytes(config, tokens, size, device),
-        logits=min(CHUNK_BYTES[device], tokens * model.padded_vocab_size * size),
+        logits=model.padded_vocab_size * size * min(tokens, chunk),
     )
 
 
@@ -136,8 +133,8 @@ def block_bytes(model: ModelConfig, seq_length: int, size: int, device: str) -> 
     """What one block keeps of one token."""
     width = model.hidden_size
     out = 4 * width + size * (6 * width + 2 * model.ffn_size)
-    if device == "cpu" and seq_length <= ATTENTION_KEPT * model.head_dim:
-        out += size * model.num_attention_heads * (seq_length + ATTENTION_BLOCK) // 2
+    if device == "cpu" and seq_length <= KEEP * model.head_dim:
+        out += size * model.num_attention_heads * (seq_length + QUERIES) // 2
     return out
 
 
