@@ -30,6 +30,7 @@ lint: install
 
 bench: install
 	$(BIN)/python benchmarks/order.py
+	$(BIN)/python benchmarks/mixing_cost.py
 	$(BIN)/python benchmarks/training.py
 
 clean:

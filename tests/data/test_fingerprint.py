@@ -50,7 +50,7 @@ def test_settings_of_the_order(token_file):
     before = of(token_file("a", [3, 4]))
     assert changed(before, of(token_file("a", [3, 4]), seed=2, epochs=[3])) == [
         "order: seed was 1, is 2",
-        "order: epochs was None, is [3]",
+        "order: epochs was None, is [3] passes over the data (train.steps decides)",
     ]
 
 

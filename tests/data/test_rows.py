@@ -105,7 +105,7 @@ def test_more_steps_of_the_same_epochs_are_the_same_data(token_file):
     prefix = token_file("a", [9] * 100)
     before, longer, again = (build(train=[prefix], split="1", steps=steps).fingerprint for steps in (3, 20, 60))
     assert changed(before, longer) == []
-    assert changed(before, again) == ["order: epochs was [1], is [3]"]
+    assert changed(before, again) == ["order: epochs was [1], is [3] passes over the data (train.steps decides)"]
     assert "order: batch_size was 4, is 5" in changed(
         before, build(train=[prefix], split="1", batch_size=5).fingerprint
     )

@@ -1,5 +1,6 @@
 """`castalia.load`: run folders, steps, devices, and clear errors."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,4 +59,19 @@ def test_a_corrupt_checkpoint_does_not_speak(run_folder: Path, tmp_path: Path) -
     blob[len(blob) // 2] ^= 1
     weights.write_bytes(blob)
     with pytest.raises(CheckpointError, match=weights.name):
+        castalia.load(copy)
+
+
+def test_a_damaged_newest_checkpoint_of_a_run_is_passed_over(run_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    newest = copy / "checkpoints" / "step-00000220" / "model-00000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=r"model-00000\.safetensors.*step-00000000 is taken in its place"):
+        assert castalia.load(copy).step == 0
+    with pytest.raises(CheckpointError, match=r"model-00000\.safetensors"):
+        castalia.load(copy / "step220")
+    oldest = copy / "checkpoints" / "step-00000000" / "model-00000.safetensors"
+    oldest.write_bytes(oldest.read_bytes()[:-1])
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="step-00000000"):
         castalia.load(copy)

@@ -9,7 +9,7 @@ from castalia.checkpoint.config import PYTHIA_EARLY, CheckpointConfig
 from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from castalia.checkpoint.find import complete_steps, find_checkpoint
+    from castalia.checkpoint.find import complete_steps, find_checkpoint, newest_first
     from castalia.checkpoint.load import load_into, read, read_config, read_model, read_state, verify
     from castalia.checkpoint.manifest import DamagedCheckpointError
     from castalia.checkpoint.policy import SavePolicy
@@ -25,6 +25,7 @@ __all__ = [
     "complete_steps",
     "find_checkpoint",
     "load_into",
+    "newest_first",
     "read",
     "read_config",
     "read_model",
@@ -40,6 +41,7 @@ PLACES = {
     "complete_steps": "find",
     "find_checkpoint": "find",
     "load_into": "load",
+    "newest_first": "find",
     "read": "load",
     "read_config": "load",
     "read_model": "load",

@@ -44,6 +44,18 @@ def find_checkpoint(path: str | Path) -> Path:
     raise CheckpointError(f"no checkpoint at {path}: {what}; have: {ranges_of(steps)}")
 
 
+def newest_first(path: str | Path) -> list[Path]:
+    """The checkpoints that `path` may mean, the best first: all of a run, newest first, or the one step that it names.
+
+    Raises  CheckpointError as `find_checkpoint` does.
+    """
+    first = find_checkpoint(path)
+    if first == Path(path) or not Path(path).is_dir():
+        return [first]
+    folder, steps = steps_of_run(Path(path))
+    return [folder / step_name(step) for step in reversed(steps)]
+
+
 def steps_of_run(path: Path) -> tuple[Path, list[int]]:
     """(checkpoints folder, its complete steps) of a run folder or of the checkpoints folder itself."""
     inner = path / "checkpoints"

@@ -1,5 +1,6 @@
 """Local files: whole or not at all, and hashed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +13,8 @@ from typing import IO, Any
 from castalia.core.errors import CastaliaError
 
 CHUNK_BYTES = 1 << 22
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write says when there is no room."""
 
 
 def sha256_of(path: str | Path) -> str:
@@ -55,6 +58,5 @@ def write_json(path: str | Path, value: object) -> None:
 def cannot_write(path: str | Path, error: OSError) -> CastaliaError:
     """The error for a user when a write fails: the reason, the path, and what to do."""
     reason = error.strerror or str(error)
-    return CastaliaError(
-        f"cannot write {path}: {reason}; free space or choose another place, then run the command again"
-    )
+    remedy = "free space or choose another place" if error.errno in FULL else "choose another place"
+    return CastaliaError(f"cannot write {path}: {reason}; {remedy}, then run the command again")

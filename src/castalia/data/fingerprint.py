@@ -75,7 +75,8 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     before, after = old.get("order", {}), new.get("order", {})
     for key in [*before, *(key for key in after if key not in before)]:
         if before.get(key) != after.get(key):
-            sentences.append(f"order: {key} was {before.get(key)}, is {after.get(key)}")
+            why = " passes over the data (train.steps decides)" if key == "epochs" else ""
+            sentences.append(f"order: {key} was {before.get(key)}, is {after.get(key)}{why}")
     return sentences
 
 

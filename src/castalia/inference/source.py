@@ -1,6 +1,7 @@
 """What weights are read from, a checkpoint of ours or a Hugging Face folder; and `load`, which makes a model of it."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from castalia.checkpoint import find_checkpoint, read, read_config
+from castalia.checkpoint import DamagedCheckpointError, newest_first, read, read_config
 from castalia.checkpoint.hf import DTYPES, is_hf_folder, read_hf, weight_files
 from castalia.checkpoint.load import read_text
 from castalia.checkpoint.manifest import MANIFEST, read_manifest
@@ -42,10 +43,19 @@ class Source:
 def open_source(path: str | Path) -> Source:
     """Read weights, config and tokenizer of whatever `path` names; see `load`.
 
+    Of a run, a damaged checkpoint is passed over with a warning that names the file.
     Raises  CheckpointError if there is no checkpoint, or it is damaged; ConfigError if its model cannot be built.
     """
     folder = Path(path)
-    return open_hf(folder) if folder.is_dir() and is_hf_folder(folder) else open_step(find_checkpoint(path))
+    if folder.is_dir() and is_hf_folder(folder):
+        return open_hf(folder)
+    first, *others = newest_first(path)
+    for place, older in enumerate(others):
+        try:
+            return open_step((first, *others)[place])
+        except DamagedCheckpointError as error:
+            warnings.warn(f"{error}; {older.name} is taken in its place", stacklevel=3)
+    return open_step((first, *others)[-1])
 
 
 def open_step(folder: Path) -> Source:

@@ -20,7 +20,7 @@ OWN = (
 
 
 class MixingConfig(Config):
-    """How sources are mixed. Only mixing/ reads these fields."""
+    """How sources are mixed, for the config of a loop of yours; `castalia train` has no such section yet."""
 
     kind: str = "static"
     """Mixer: static, natural, uniform, temperature, unimax, odm, odm-repo, odm-paper, exp3, naive-validation, dbl,

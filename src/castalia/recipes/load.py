@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,8 @@ def unknown_source(source: str) -> str:
     if path.suffix in (".yml", ".yaml", ".json") or "/" in source:
         hint = f"; the preset {path.stem!r} exists" if path.stem in PRESETS else ""
         return f"no config file {source}{hint}"
+    if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", source):
+        return f"{source} alone says nothing; write {source}=VALUE to override it"
     hint = nearest(source, PRESETS) or "."
     return f"no preset or config file {source!r}{hint} Presets: {', '.join(preset_names())}"
 

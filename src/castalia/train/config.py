@@ -103,6 +103,8 @@ class RunConfig(Config):
     def check(self) -> "RunConfig":
         """Rules that span rooms; all broken ones come out together."""
         problems = []
+        if "://" in self.output:
+            problems.append(f"output {self.output} is an address; a run goes to a folder on a disk, mount it there")
         if self.data.seq_length > self.model.max_position_embeddings:
             problems.append(
                 f"data.seq_length {self.data.seq_length} is longer than"

@@ -166,7 +166,7 @@ class Trainer:
         good = f"the last good checkpoint is step {saved}" if saved is not None else "no checkpoint was saved yet"
         raise TrainingError(
             f"{what} at step {step} (rows {rows} of the data order); nothing was updated, {good};"
-            " look at these rows, lower optim.lr, or use precision=bf16"
+            f" look at these rows{', use precision=bf16' if self.scale.enabled else ''} or lower optim.lr"
         )
 
     def record(self, lr: float, norm: float, totals: StepTotals) -> None:
