@@ -64,7 +64,7 @@ def test_equal_to_predicting_one_token_at_a_time(source: HeldOut, seq_length: in
         for place in range(1, len(line)):
             start = (place - 1) // seq_length * seq_length
             context = torch.tensor([line[start:place]])
-            nats -= float(model.head(model(context))[0, -1].log_softmax(-1)[line[place]])
+            nats -= model.head(model(context))[0, -1].log_softmax(-1)[line[place]].item()
     assert found.loss * found.tokens == pytest.approx(nats, rel=1e-5)
     assert found.bits_per_byte == pytest.approx(nats / math.log(2) / sum(BYTES), rel=1e-5)
     assert abs(found.loss - math.log(CONFIG.padded_vocab_size)) > 0.1  # the weights matter here
