@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -37,7 +38,7 @@ def serve(case: dict[str, Any]) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
 
-class Engine:
+class Engine(ABC):
     """What both sides share: the batch, the clock and the memory. `model` maps tokens and labels to a mean loss."""
 
     optimizer: torch.optim.Optimizer
@@ -49,9 +50,9 @@ class Engine:
         rows = torch.randint(0, case["vocab_size"], (case["rows"], case["seq"] + 1), generator=generator)
         self.tokens, self.labels = rows[:, :-1].to(self.device), rows[:, 1:].contiguous().to(self.device)
 
+    @abstractmethod
     def loss(self) -> Tensor:
         """Mean loss of the batch."""
-        raise NotImplementedError
 
     def step(self) -> float:
         """Seconds of forward, backward and update."""

@@ -11,7 +11,7 @@ from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer
-from castalia.inference import Ct2Model, export, load, speak
+from castalia.inference import Ct2Model, export, load
 from castalia.inference.ct2 import ct2_keymap, ct2_vocabulary
 from castalia.models import Decoder, ModelConfig
 from castalia.train.config import RunConfig
@@ -74,7 +74,7 @@ def test_greedy_text_is_ours(run: Path, float32: Path) -> None:
     model = Ct2Model(float32, ours.tokenizer, threads=1)
     ids = [ours.tokenizer.encode(prompt) or [ours.eod_id] for prompt in PROMPTS]
     assert model.generate_ids(ids, 40) == ours.generate_ids(ids, 40)
-    assert speak(float32, ours.tokenizer, PROMPTS, 40) == ours.generate(PROMPTS, 40)
+    assert Ct2Model(float32, ours.tokenizer).generate(PROMPTS, 40) == ours.generate(PROMPTS, 40)
 
 
 def test_log_probabilities_are_ours(run: Path, float32: Path) -> None:
@@ -171,7 +171,7 @@ def test_what_the_engine_cannot_express_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         list(export(save_run(tmp_path / "b", with_tokenizer=False), to="ct2"))
     with pytest.raises(CheckpointError, match="cannot load"):
-        speak(tmp_path, load_tokenizer("bytes"), ["a"])
+        Ct2Model(tmp_path, load_tokenizer("bytes"))
 
 
 def test_a_missing_engine_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,3 +282,12 @@ def pointers_of(sizes: NDArray[np.int32], itemsize: int) -> NDArray[np.int64]:
     pointers = np.zeros(len(sizes), dtype="<i8")
     np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
     return np.asarray(pointers * itemsize)
+
+
+def require_tokens(dataset: IndexedDataset) -> None:
+    """Refuse a file of floats, such as precomputed log-probabilities, where tokens are wanted.
+
+    Raises  DataError naming the file.
+    """
+    if dataset.dtype.kind == "f":
+        raise DataError(f"{dataset.prefix}: holds {dataset.dtype}, expected integers; these are not tokens")

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.core.errors import DataError
-from castalia.data.indexed import IndexedDataset
+from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.order import NeoxOrder
 
 
@@ -27,8 +26,7 @@ class PackedDataset:
     """
 
     def __init__(self, dataset: IndexedDataset, order: NeoxOrder) -> None:
-        if dataset.dtype.kind == "f":
-            raise DataError(f"{dataset.prefix}: holds {dataset.dtype}, expected integers; these are not tokens")
+        require_tokens(dataset)
         self.dataset, self.order = dataset, order
 
     def __len__(self) -> int:

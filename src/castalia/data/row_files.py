@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
-from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter
+from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter, require_tokens
 from castalia.data.joining import without_suffix
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.records import finish, refuse_inputs
@@ -60,8 +60,7 @@ class RowFile:
     """
 
     def __init__(self, dataset: IndexedDataset, order: FileOrder) -> None:
-        if dataset.dtype.kind == "f":
-            raise DataError(f"{dataset.prefix}: holds {dataset.dtype}, expected integers; these are not tokens")
+        require_tokens(dataset)
         self.dataset, self.order = dataset, order
 
     def __len__(self) -> int:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from castalia.inference.ct2 import Ct2Model, speak
+    from castalia.inference.ct2 import Ct2Model
     from castalia.inference.decoding import Completion
     from castalia.inference.exports import Exported, export
     from castalia.inference.language_model import LanguageModel
     from castalia.inference.source import load
 
-__all__ = ["Completion", "Ct2Model", "Exported", "LanguageModel", "export", "load", "speak"]
+__all__ = ["Completion", "Ct2Model", "Exported", "LanguageModel", "export", "load"]
 
 PLACES = {
     "Completion": "decoding",
@@ -23,7 +23,6 @@ PLACES = {
     "LanguageModel": "language_model",
     "export": "exports",
     "load": "source",
-    "speak": "ct2",
 }
 
 __getattr__ = lazy(__name__, PLACES)

@@ -212,8 +212,3 @@ class Ct2Model:
         # The engine's default cuts a text at 1024 tokens in silence; 0 does not.
         (result,) = self.generator.score_batch(tokens, max_input_length=0)
         return [float(value) for value in result.log_probs]
-
-
-def speak(folder: str | Path, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-    """Load a CTranslate2 folder and continue each prompt greedily; the prompts are not repeated."""
-    return Ct2Model(folder, tokenizer).generate(prompts, max_new_tokens)

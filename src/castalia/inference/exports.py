@@ -1,6 +1,5 @@
 """Checkpoints to Hugging Face and CTranslate2 folders: whole or not at all, with a record of where they came from."""
 
-import json
 import shutil
 import time
 import uuid
@@ -225,16 +224,3 @@ def put_in_place(temporary: Path, folder: Path) -> None:
         old.rename(folder)
         raise
     shutil.rmtree(old)
-
-
-def read_record(folder: str | Path) -> dict[str, object]:
-    """The export.json of a folder that `export` wrote.
-
-    Raises  CheckpointError if there is none.
-    """
-    path = Path(folder) / RECORD
-    try:
-        record: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is not an export of Castalia: {error}") from None
-    return record

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import ConfigError
 from castalia.mixing.mixer import MIXERS, Mixer
@@ -71,8 +71,32 @@ class Bandit(Mixer):
         return {"uniform_share": round(len(self.sources) * self.eps, 6)}
 
 
+class RunningMean(Bandit):
+    """Base of the two published forms: a running mean for each source, 0 at first, nothing learned in warm-up."""
+
+    collects = False
+    per_source = ("shares", "rejected", "estimate")
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        *,
+        prior: ArrayLike | Mapping[str, float] | None = None,
+        smoothing: float = 0.9,
+        eps: float | None = None,
+    ) -> None:
+        super().__init__(sources, prior=prior, eps=eps)
+        self.smoothing = check_smoothing(smoothing)
+        self.estimate = np.zeros(len(self.sources))
+
+    def mean_with(self, rewards: Vector, seen: NDArray[np.bool_]) -> Vector:
+        """The running means after `rewards` of the sources that were seen."""
+        moved = self.smoothing * self.estimate + (1 - self.smoothing) * rewards
+        return np.where(seen, moved, self.estimate)
+
+
 @MIXERS.register("odm-repo")
-class OdmRepo(Bandit):
+class OdmRepo(RunningMean):
     """ODM as its authors' code ran it: shares in proportion to a running mean of perplexity.
 
     R_i <- a R_i + (1 - a) exp(loss_i) for the sources drawn, R_i = 0 at first; p = (1 - K eps_t) R / sum R + eps_t.
@@ -82,33 +106,18 @@ class OdmRepo(Bandit):
     """
 
     kind = "odm-repo"
-    collects = False
-    per_source = ("shares", "rejected", "estimate")
-
-    def __init__(
-        self,
-        sources: Sequence[str],
-        *,
-        prior: ArrayLike | Mapping[str, float] | None = None,
-        smoothing: float = 0.9,
-        eps: float | None = None,
-    ) -> None:
-        super().__init__(sources, prior=prior, eps=eps)
-        self.smoothing = check_smoothing(smoothing)
-        self.estimate = np.zeros(len(self.sources))
 
     def update(self, stats: Stats) -> None:
         """One step of the running mean, then its shares."""
         means, seen = self.losses(stats)
-        moved = self.smoothing * self.estimate + (1 - self.smoothing) * np.exp(means)
-        self.estimate = np.where(seen, moved, self.estimate)
+        self.estimate = self.mean_with(np.exp(means), seen)
         total = self.estimate.sum()
         if total > 0:
             self.explore(self.estimate / total, stats.step)
 
 
 @MIXERS.register("odm-paper")
-class OdmPaper(Bandit):
+class OdmPaper(RunningMean):
     """ODM as published: a Gibbs distribution over an importance-weighted running mean of the loss.
 
     R_i <- a R_i + (1 - a) loss_i / p_i for the sources drawn; p = (1 - K eps_t) gibbs(eps_(t-1) R) + eps_t.
@@ -118,27 +127,12 @@ class OdmPaper(Bandit):
     """
 
     kind = "odm-paper"
-    collects = False
-    per_source = ("shares", "rejected", "estimate")
-
-    def __init__(
-        self,
-        sources: Sequence[str],
-        *,
-        prior: ArrayLike | Mapping[str, float] | None = None,
-        smoothing: float = 0.9,
-        eps: float | None = None,
-    ) -> None:
-        super().__init__(sources, prior=prior, eps=eps)
-        self.smoothing = check_smoothing(smoothing)
-        self.estimate = np.zeros(len(self.sources))
 
     def update(self, stats: Stats) -> None:
         """One step of the running mean, then its shares."""
         means, seen = self.losses(stats)
         weighted = np.divide(means, self.shares, out=np.zeros(len(means)), where=seen & (self.shares > 0))
-        moved = self.smoothing * self.estimate + (1 - self.smoothing) * weighted
-        self.estimate = np.where(seen, moved, self.estimate)
+        self.estimate = self.mean_with(weighted, seen)
         self.explore(gibbs(self.eps_at(stats.step - 1) * self.estimate), stats.step)
 
 
