@@ -232,7 +232,7 @@ def test_layouts_that_cannot_run_are_refused():
         check_layout(ParallelConfig(tp=2, pp=4), 8)
     with pytest.raises(ConfigError, match="does not make 4 processes"):
         check_layout(ParallelConfig(dp_replicate=3), 4)
-    with pytest.raises(ConfigError, match="dp_shard=2 does not make 1 processes"):
+    with pytest.raises(ConfigError, match="dp_shard=2 does not make 1 process"):
         check_layout(ParallelConfig(dp_shard=2), 1)
     check_layout(ParallelConfig(dp_replicate=2, dp_shard=2), 4)
 

@@ -6,13 +6,13 @@ What needs torch is imported when it is asked for, so that a config alone stays 
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
-from castalia.distributed.config import ParallelConfig
+from castalia.distributed.config import Degrees, ParallelConfig
 
 if TYPE_CHECKING:
     from castalia.distributed.layout import initialize, parallelize
     from castalia.distributed.world import World, check_layout, environment
 
-__all__ = ["ParallelConfig", "World", "check_layout", "environment", "initialize", "parallelize"]
+__all__ = ["Degrees", "ParallelConfig", "World", "check_layout", "environment", "initialize", "parallelize"]
 PLACES = {
     "World": "world",
     "check_layout": "world",

@@ -26,7 +26,7 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
         for layer in layers:
             layer.compile()
     if world.mesh is not None:
-        mesh = world.mesh if config.dp_replicate > 1 else world.mesh["dp_shard"]
+        mesh = world.mesh["dp_replicate", "dp_shard"] if config.dp_replicate > 1 else world.mesh["dp_shard"]
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
         # The head runs outside the model's own forward, so the root keeps its weights gathered until the backward.

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from castalia.core.errors import ConfigError
-from castalia.distributed.config import ParallelConfig
+from castalia.distributed.config import Degrees, ParallelConfig
 
 
 def environment() -> tuple[int, int, int]:
@@ -20,6 +20,10 @@ def environment() -> tuple[int, int, int]:
 VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
+UNSUPPORTED: tuple[str, ...] = ("tp", "pp", "cp")
+"""Axes that training cannot use yet."""
+
+
 def check_layout(config: ParallelConfig, size: int) -> None:
     """Refuse a layout that cannot run on `size` processes, before any process group starts.
 
@@ -28,15 +32,20 @@ def check_layout(config: ParallelConfig, size: int) -> None:
     problems = [
         f"parallel.{axis}={getattr(config, axis)} is not supported yet; only data parallelism (dp_shard, dp_replicate)"
         f" is: set parallel.{axis}=1"
-        for axis in ("tp", "pp", "cp")
+        for axis in UNSUPPORTED
         if getattr(config, axis) != 1
     ]
-    wanted = config.dp_replicate * (config.dp_shard or 1)
-    if size % config.dp_replicate or (config.dp_shard and wanted != size):
-        shard = config.dp_shard or "all that are left"
+    if config.degrees(size).size != size:
+        product = " x ".join(
+            f"parallel.{axis}={getattr(config, axis) or 'all that are left'}"
+            for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+            if getattr(config, axis) != 1
+        )
+        wanted = config.degrees(1)._replace(dp_shard=config.dp_shard or 1).size
+        multiple = "" if config.dp_shard else " or a multiple of it"
         problems.append(
-            f"parallel.dp_replicate={config.dp_replicate} x parallel.dp_shard={shard} does not make {size} processes;"
-            f" start {wanted} with torchrun --nproc-per-node, or change the degrees"
+            f"{product} does not make {size} process{'es' if size > 1 else ''}; start {wanted}{multiple} with"
+            " torchrun --nproc-per-node, or change the degrees"
         )
     if problems:
         raise ConfigError("; ".join(problems))
@@ -44,12 +53,20 @@ def check_layout(config: ParallelConfig, size: int) -> None:
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """This process among all of them.
+
+    `mesh` has the axes along which weights are split: pp, dp_replicate, dp_shard (cp is folded into it: the processes
+    that split a sequence share its weights too) and tp; None for one process alone.
+    `parts` is the group of the processes that hold different parts of a batch's loss: all of one tp coordinate.
+    """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    degrees: Degrees = Degrees(1, 1, 1, 1, 1)
+    cp_group: dist.ProcessGroup | None = None
+    parts: dist.ProcessGroup | None = None
 
     @classmethod
     def start(cls, config: ParallelConfig, device: str = "auto") -> "World":
@@ -66,9 +83,21 @@ class World:
             return cls(0, 1, place)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=size)
-        shape = (config.dp_replicate, size // config.dp_replicate)
-        mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-        return cls(rank, size, place, mesh)
+        return cls(rank, size, place, *meshes(kind, config.degrees(size)))
+
+    def coordinate(self, axis: str) -> int:
+        """This process's place along pp, dp_replicate, dp_shard, cp or tp."""
+        stride = 1
+        for name, degree in reversed(self.degrees._asdict().items()):
+            if name == axis:
+                return self.rank // stride % degree
+            stride *= degree
+        raise KeyError(axis)
+
+    @property
+    def dp_rank(self) -> int:
+        """Which rows of a batch this process takes, of `degrees.dp`."""
+        return self.coordinate("dp_replicate") * self.degrees.dp_shard + self.coordinate("dp_shard")
 
     @property
     def leads(self) -> bool:
@@ -76,9 +105,9 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over all processes, in place and returned."""
+        """Sum of `values` over the processes that hold different parts of a batch, in place and returned."""
         if self.size > 1:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.parts)
         return values
 
     def agree(self, number: int) -> int:
@@ -98,3 +127,20 @@ class World:
         """Leave the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def meshes(
+    kind: str, degrees: Degrees
+) -> tuple[DeviceMesh, Degrees, dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """The mesh of the weights, the degrees, and the groups `cp_group` and `parts`; all processes call it together."""
+    pp, dp_replicate, dp_shard, cp, tp = degrees
+    mesh = init_device_mesh(
+        kind, (pp, dp_replicate, dp_shard * cp, tp), mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp")
+    )
+    cp_group = parts = None
+    if cp > 1:
+        shape = (pp * degrees.dp, cp, tp)
+        cp_group = init_device_mesh(kind, shape, mesh_dim_names=("rows", "cp", "tp"))["cp"].get_group()
+    if tp > 1:
+        parts = init_device_mesh(kind, (degrees.size // tp, tp), mesh_dim_names=("parts", "tp"))["parts"].get_group()
+    return mesh, degrees, cp_group, parts

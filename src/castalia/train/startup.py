@@ -50,7 +50,7 @@ def start_facts(trainer: "Trainer") -> dict[str, str]:
         "parameters": f"{cost.parameters.total:,} ({cost.parameters.non_embedding:,} non-embedding)",
         "training": f"{steps:,} steps of {per_step:,} tokens = {quantity(cost.tokens)} tokens",
         "batch": f"{config.train.batch_size} rows of {config.data.seq_length} tokens, {cost.micro_rows} at a time",
-        "processes": f"{world.size} on {world.device.type}, {layout(trainer)}, {config.precision}",
+        "processes": f"{world.size} on {world.device.type}, {world.degrees}, {config.precision}",
         "sources": ", ".join(source_lines(trainer)),
         "memory": f"about {quantity(cost.memory.total, 'B')} a process for the model",
         "checkpoints": f"{cost.disk.written}, {disk}",
@@ -61,14 +61,6 @@ def start_facts(trainer: "Trainer") -> dict[str, str]:
 def short_hash(fingerprint: Mapping[str, Any]) -> str:
     """Twelve hex digits that stand for the whole fingerprint."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def layout(trainer: "Trainer") -> str:
-    """The mesh in words."""
-    if trainer.world.size == 1:
-        return "no sharding"
-    replicas = trainer.config.parallel.dp_replicate
-    return f"dp_replicate {replicas} x dp_shard {trainer.world.size // replicas}"
 
 
 def source_lines(trainer: "Trainer") -> list[str]:

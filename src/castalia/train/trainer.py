@@ -42,7 +42,8 @@ class Trainer:
     ) -> None:
         self.config, self.world = config, world
         train = config.train
-        check_batch(train.batch_size, train.micro_batch_size or max(1, train.batch_size // world.size), world.size)
+        dp = world.degrees.dp
+        check_batch(train.batch_size, train.micro_batch_size or max(1, train.batch_size // dp), dp)
         self.files = checkpoint_files(config)
         self.rows = build_rows(
             config.data,
@@ -99,8 +100,8 @@ class Trainer:
                 rows,
                 batch_size=self.config.train.batch_size,
                 micro_batch_size=self.config.train.micro_batch_size,
-                dp_rank=self.world.rank,
-                dp_world=self.world.size,
+                dp_rank=self.world.dp_rank,
+                dp_world=self.world.degrees.dp,
                 start_step=start_step,
                 vocab_size=self.config.model.vocab_size,  # rows of padding belong to no id: generation never picks them
                 eod_id=self.rows.eod_id if data.eod_mask_loss else None,
@@ -113,8 +114,9 @@ class Trainer:
         device = self.world.device
         tokens = sum(batch.targets for batch in micro_batches)
         everywhere = float(self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=device)))
-        # FSDP averages gradients over the processes; the loss is a sum, so the average is undone here.
-        factor = self.scale.value * self.world.size / max(1.0, everywhere)
+        # FSDP averages gradients over the processes of dp and cp; the loss is a sum, so the average is undone here.
+        averaged = self.world.degrees.dp * self.world.degrees.cp
+        factor = self.scale.value * averaged / max(1.0, everywhere)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         per_source = torch.zeros(len(self.rows.sources), 2, dtype=torch.float64, device=device)
         for place, batch in enumerate(micro_batches):
