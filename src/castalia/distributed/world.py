@@ -51,6 +51,10 @@ def check_layout(config: ParallelConfig, size: int) -> None:
         raise ConfigError("; ".join(problems))
 
 
+ALONE = Degrees(1, 1, 1, 1, 1)
+"""One process."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all of them.
@@ -64,7 +68,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
-    degrees: Degrees = Degrees(1, 1, 1, 1, 1)
+    degrees: Degrees = ALONE
     cp_group: dist.ProcessGroup | None = None
     parts: dist.ProcessGroup | None = None
 
