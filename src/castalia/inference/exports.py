@@ -14,7 +14,6 @@ from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.checkpoint.hf import DTYPES, is_hf_folder, write_hf, write_hf_tokenizer
 from castalia.checkpoint.manifest import step_name
 from castalia.core.errors import CheckpointError, ConfigError, nearest
-from castalia.core.extras import require
 from castalia.core.files import cannot_write, sha256_of, write_json
 from castalia.inference.ct2 import QUANTIZATIONS, require_quantization, write_ct2
 from castalia.inference.source import TOKENIZER, Source, open_source
@@ -86,7 +85,6 @@ def check_options(to: str, dtype: str | None, quantization: str | None) -> str:
     if to == "ct2":
         if dtype is not None:
             raise ConfigError(f"dtype is for hf; ct2 takes a quantization: {', '.join(QUANTIZATIONS)}")
-        require("ctranslate2", "ct2", "exporting to CTranslate2")
         require_quantization(quantization or DEFAULT_QUANTIZATION)
         return quantization or DEFAULT_QUANTIZATION
     if quantization is not None:

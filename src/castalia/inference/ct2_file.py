@@ -1,0 +1,188 @@
+"""`model.bin` of CTranslate2, written with numpy and struct: neither ctranslate2 nor transformers is needed.
+
+The file is the one that ctranslate2's own serializer makes of the same weights, byte for byte.
+
+Layout, little-endian, strings as u16 length + 1, bytes, NUL:
+    u32 6 | "TransformerDecoderSpec" | u32 8 | u32 variables
+    each variable, by name: its name | u8 rank | u32 a dimension | u8 type | u32 bytes | the bytes
+    u32 aliases | each: its name | the name of the variable it stands for
+Source  CTranslate2 4.8, python/ctranslate2/specs/model_spec.py.
+"""
+
+import hashlib
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from castalia.core.errors import ConfigError
+from castalia.models.config import ModelConfig
+
+BINARY_VERSION = 6
+SPECIFICATION, REVISION = "TransformerDecoderSpec", 8
+TYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")
+"""Their place is the type's number in the file."""
+MOST_BYTES = 2**32 - 1
+"""The size of a variable is a u32."""
+ACTIVATIONS = {"gelu_tanh": 1, "gelu": 3}
+"""Numbers of CTranslate2's Activation."""
+FLOATS = {
+    "float32": "float32",
+    "int8": None,
+    "int8_float32": "float32",
+    "int8_float16": "float16",
+    "int8_bfloat16": "bfloat16",
+    "int16": "float32",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+}
+"""What each quantization makes of the tensors that it does not turn into integers; None leaves them."""
+QUANTIZATIONS = tuple(FLOATS)
+"""How weights are stored. A CPU computes in float32 or int8; what it lacks is converted when the file is loaded."""
+
+
+class Variable(NamedTuple):
+    """One entry of the file: type name, shape and the bytes."""
+
+    kind: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def write_model_bin(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig, quantization: str) -> None:
+    """Write the weights under CTranslate2's names, one tensor in memory at a time.
+
+    Raises  ConfigError if a tensor is larger than the file can say.
+    """
+    scalars = decoder_scalars(config)
+    aliases = duplicates(tensors)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in aliases}
+    names = sorted([*scalars, *kept, *(f"{name}_scale" for name in kept if has_scale(name, quantization))])
+    scale: dict[str, Variable] = {}
+    with open(path, "wb") as file:
+        write_header(file, len(names))
+        for name in names:
+            if name in scalars:
+                write_variable(file, name, as_variable(np.asarray(scalars[name])))
+            elif name in scale:
+                write_variable(file, name, scale.pop(name))
+            else:
+                value, its_scale = stored(name, kept[name], quantization)
+                write_variable(file, name, value)
+                if its_scale is not None:
+                    scale[f"{name}_scale"] = its_scale
+        file.write(struct.pack("<I", len(aliases)))
+        for name in sorted(aliases):
+            write_string(file, name)
+            write_string(file, aliases[name])
+
+
+def decoder_scalars(config: ModelConfig) -> dict[str, np.generic]:
+    """The shape of the model as CTranslate2 stores it: scalars with the types that it gives them.
+
+    Raises  ConfigError if CTranslate2 cannot express the model.
+    """
+    if not config.rotary_dim:
+        raise ConfigError("CTranslate2 cannot express rotary_pct=0: it reads a rotary width of 0 as the whole head")
+    numbers: dict[str, np.generic] = {
+        "decoder/activation": np.int8(ACTIVATIONS[config.activation]),
+        "decoder/alignment_heads": np.int16(1),
+        "decoder/alignment_layer": np.int16(-1),
+        "decoder/num_heads": np.int16(config.num_attention_heads),
+        "decoder/pre_norm": np.int8(1),
+    }
+    # Without the last but one the engine multiplies embeddings by the root of the width.
+    for name in ("alibi", "alibi_use_positive_positions", "scale_alibi", "scale_embeddings"):
+        numbers[f"decoder/{name}"] = np.int8(0)
+    numbers["decoder/start_from_zero_embedding"] = np.int8(0)
+    for layer in range(config.num_layers):
+        attention = f"decoder/layer_{layer}/self_attention"
+        numbers[f"{attention}/rotary_base"] = np.float32(config.rotary_emb_base)
+        numbers[f"{attention}/rotary_dim"] = np.int32(config.rotary_dim)
+        numbers[f"{attention}/rotary_interleave"] = np.int8(0)
+    return numbers
+
+
+def duplicates(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Tensors that equal another, each with the first such name in the alphabet: tied weights, biases of zeros."""
+    first: dict[tuple[tuple[int, ...], bytes], str] = {}
+    found = {}
+    for name in sorted(tensors):
+        key = tuple(tensors[name].shape), hashlib.sha256(floats(tensors[name]).tobytes()).digest()
+        if first.setdefault(key, name) != name:
+            found[name] = first[key]
+    return found
+
+
+def has_scale(name: str, quantization: str) -> bool:
+    """Whether the tensor becomes integers: the matrices do, biases and norms do not."""
+    return name.endswith("/weight") and quantization.startswith("int")
+
+
+def stored(name: str, tensor: Tensor, quantization: str) -> tuple[Variable, Variable | None]:
+    """A tensor as the file holds it, and its scale."""
+    if has_scale(name, quantization):
+        values, scale = to_int16(floats(tensor)) if quantization == "int16" else to_int8(floats(tensor))
+        return as_variable(values), as_variable(scale)
+    kind = FLOATS[quantization] or str(tensor.dtype).removeprefix("torch.")
+    rounded = tensor.detach().to("cpu", getattr(torch, kind)).contiguous()
+    raw = rounded.view(torch.int16) if kind == "bfloat16" else rounded  # numpy has no bfloat16
+    return Variable(kind, tuple(tensor.shape), raw.numpy().tobytes()), None
+
+
+def to_int8(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Rows of 8-bit integers, scale = 127 / the row's largest magnitude: w ~ integer / scale."""
+    largest = np.abs(values).max(axis=1)
+    largest[largest == 0] = 127.0
+    largest = np.maximum(largest, np.float32(127) / np.finfo(np.float32).max)  # keeps the scale finite
+    scale = (np.float32(127.0) / largest).astype(np.float32)
+    return np.rint(values * scale[:, None]).astype(np.int8), scale
+
+
+def to_int16(values: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+    """10-bit integers with one scale for the matrix, so that a product leaves 12 bits for the sum."""
+    scale = np.asarray(np.float32(2**10 / np.abs(values).max()))
+    return np.clip(np.rint(values * scale), -(2**15), 2**15 - 1).astype(np.int16), scale
+
+
+def floats(tensor: Tensor) -> NDArray[np.float32]:
+    """The tensor's numbers in float32."""
+    array: NDArray[np.float32] = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+    return array
+
+
+def as_variable(array: NDArray[np.generic]) -> Variable:
+    """An array as an entry of the file."""
+    return Variable(array.dtype.name, array.shape, array.tobytes())
+
+
+def write_header(file: BinaryIO, variables: int) -> None:
+    """What comes before the variables."""
+    file.write(struct.pack("<I", BINARY_VERSION))
+    write_string(file, SPECIFICATION)
+    file.write(struct.pack("<II", REVISION, variables))
+
+
+def write_variable(file: BinaryIO, name: str, variable: Variable) -> None:
+    """One entry.
+
+    Raises  ConfigError beyond 4 GiB.
+    """
+    size = len(variable.data)
+    if size > MOST_BYTES:
+        raise ConfigError(f"{name} has {size:,} bytes, and CTranslate2's file holds at most 4 GiB a tensor; use int8")
+    write_string(file, name)
+    file.write(struct.pack(f"<B{len(variable.shape)}I", len(variable.shape), *variable.shape))
+    file.write(struct.pack("<BI", TYPES.index(variable.kind), size))
+    file.write(variable.data)
+
+
+def write_string(file: BinaryIO, text: str) -> None:
+    """A length, the bytes and a NUL."""
+    data = text.encode()
+    file.write(struct.pack("<H", len(data) + 1) + data + b"\0")
