@@ -16,6 +16,7 @@ from castalia.checkpoint.manifest import step_name
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import cannot_write, sha256_of, write_json
 from castalia.inference.ct2 import QUANTIZATIONS, require_quantization, write_ct2
+from castalia.inference.hub import hub_folder, is_hub_id
 from castalia.inference.source import TOKENIZER, Source, open_source
 
 FORMATS = ("hf", "ct2")
@@ -69,6 +70,8 @@ def export(
              CastaliaError if the folder cannot be written.
     """
     numbers = check_options(to, dtype, quantization)
+    if is_hub_id(checkpoint):
+        checkpoint = hub_folder(str(checkpoint))
     jobs = plan(checkpoint, output, f"ct2-{numbers}" if to == "ct2" else "hf", steps)
     for job in jobs:
         require_replaceable(job.folder, force)

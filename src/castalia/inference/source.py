@@ -17,6 +17,7 @@ from castalia.config.base import build
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import sha256_of
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.inference.hub import hub_folder, is_hub_id
 from castalia.inference.language_model import LanguageModel
 from castalia.models import Decoder, ModelConfig
 
@@ -46,7 +47,7 @@ def open_source(path: str | Path) -> Source:
     Of a run, a damaged checkpoint is passed over with a warning that names the file.
     Raises  CheckpointError if there is no checkpoint, or it is damaged; ConfigError if its model cannot be built.
     """
-    folder = Path(path)
+    folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
     if folder.is_dir() and is_hf_folder(folder):
         return open_hf(folder)
     first, *others = newest_first(path)
@@ -80,7 +81,8 @@ def load(path: str | Path, *, dtype: str = "fp32", device: str = "auto") -> Lang
     """A model that speaks.
 
     Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; or a Hugging Face folder of a GPTNeoX
-            model with config.json, safetensors weights and tokenizer.json.
+            model with config.json, safetensors weights and tokenizer.json, or such a repository of the hub,
+            OWNER/NAME or OWNER/NAME@step3000.
     Options dtype: fp32, bf16, or fp16 for a GPU. device: auto, cpu, cuda, cuda:1; auto takes a GPU when there is one.
     Raises  CheckpointError if there is no checkpoint or it is damaged; ConfigError on a wrong option or architecture.
     """
