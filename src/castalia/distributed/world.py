@@ -1,6 +1,7 @@
 """The processes of a run, as torchrun starts them; one process needs no launcher."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +122,25 @@ class World:
         shared = torch.tensor([number], dtype=torch.int64, device=self.device)
         dist.broadcast(shared, src=0)
         return int(shared)
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over all processes."""
+        if self.size == 1:
+            return list(numbers)
+        shared = torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)
+        return shared.tolist()
+
+    def union(self, numbers: Iterable[int]) -> list[int]:
+        """What any process holds of these numbers from 0 on, each once, in ascending order."""
+        mine = sorted(set(numbers))
+        if self.size == 1:
+            return mine
+        (most,) = self.largest(len(mine))
+        padded = torch.tensor([*mine, *[-1] * (most - len(mine))], dtype=torch.int64, device=self.device)
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return sorted({number for part in parts for number in part.tolist() if number >= 0})
 
     def wait(self) -> None:
         """Return when all processes are here."""

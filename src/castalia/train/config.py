@@ -56,6 +56,31 @@ class LossScaleConfig(Config):
     """Smallest scale."""
 
 
+class GuardConfig(Config):
+    """What happens when a step or a process goes wrong. Only train/guard.py and the watchdog read these fields."""
+
+    nan: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is not finite: stop, leave the step out, or go back to the newest checkpoint first."""
+    spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "ignore"
+    """A spike of the loss or of the gradient norm: nothing, a warning, or as for nan."""
+    spike_sigma: PositiveFloat = 6.0
+    """Standard deviations above the mean of the window from which a value is a spike."""
+    spike_window: int = Field(128, ge=4)
+    """Updates that mean and deviation are taken of; half of them must be there before a step is judged."""
+    spike_of: list[Literal["loss", "grad_norm"]] = Field(["loss", "grad_norm"], min_length=1)
+    """What is watched for spikes."""
+    skip_before: NonNegativeInt = 0
+    """Steps just before the offending one that a rollback leaves out with it."""
+    max_rollbacks: PositiveInt = 10
+    """Rollbacks in the whole run; at the next one it stops."""
+    max_skips: PositiveInt = 10
+    """Steps left out in a row, by the policy skip; at the next one the run stops."""
+    skip_steps: list[PositiveInt] = []
+    """Steps to leave out, 1 the first: their rows are passed over and nothing is updated."""
+    hang_seconds: NonNegativeFloat | None = None
+    """Seconds without progress after which a process is taken to hang; 0 never; null is 600 among several, 0 alone."""
+
+
 class TrainConfig(Config):
     """Numbers of the loop."""
 
@@ -96,6 +121,7 @@ class RunConfig(Config):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
+    guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
 

@@ -28,6 +28,9 @@ class Hook:
     def after_step(self, trainer: "Trainer") -> None:
         """After each step; `trainer.metrics` holds its numbers."""
 
+    def rolled_back(self, trainer: "Trainer") -> None:
+        """When the run went back to a checkpoint; the steps after `trainer.progress.step` run again."""
+
     def on_error(self, trainer: "Trainer", error: BaseException) -> None:
         """When the loop ends by an exception."""
 
@@ -45,6 +48,11 @@ class Metrics(Hook):
         if trainer.world.leads:
             path = Path(trainer.config.output) / "metrics.jsonl"
             self.sink = JsonlSink(path, resume_step=trainer.progress.step)
+
+    def rolled_back(self, trainer: "Trainer") -> None:
+        """Drop the steps that will run again."""
+        self.close(trainer)
+        self.start(trainer)
 
     def after_step(self, trainer: "Trainer") -> None:
         """Append the step."""
@@ -67,6 +75,10 @@ class StepLine(Hook):
         self.flops = flops_per_token(trainer.config.model, trainer.config.data.seq_length)
         peak = peak_flops(trainer.world.device)
         self.peak = peak * trainer.world.size if peak else None
+
+    def rolled_back(self, trainer: "Trainer") -> None:
+        """Count anew."""
+        self.start(trainer)
 
     def after_step(self, trainer: "Trainer") -> None:
         """Print, when it is time to."""
@@ -129,9 +141,10 @@ class Save(Hook):
     """Checkpoints by the save policy, and one at the end or when the run is asked to stop."""
 
     def start(self, trainer: "Trainer") -> None:
-        """Save step 0 when the policy has it."""
+        """Save step 0 when the policy has it, or the run may have to go back to it."""
         self.policy = trainer.policy
-        if trainer.progress.step == 0 and self.policy.due(0):
+        goes_back = "rollback" in (trainer.config.guard.nan, trainer.config.guard.spike)
+        if trainer.progress.step == 0 and (self.policy.due(0) or goes_back):
             self.save(trainer)
 
     def after_step(self, trainer: "Trainer") -> None:

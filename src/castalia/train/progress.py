@@ -3,7 +3,7 @@
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class StepTotals:
     rows_hash: int
     stop: bool
     per_source: list[list[float]]
+
+    def unused(self) -> "StepTotals":
+        """The totals of a step that is left out: its rows count, what they gave by source does not."""
+        return replace(self, per_source=[[0.0, 0.0] for _ in self.per_source])
 
     @property
     def loss(self) -> float:

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ FREE_TO_CHANGE = (
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",
+    "guard.",
     "checkpoint.",
     "parallel.",
     "data.workers",
@@ -55,6 +57,7 @@ def checkpoint_state(trainer: "Trainer") -> dict[str, Any]:
     return {
         "progress": trainer.progress.state_dict(),
         "loss_scale": trainer.scale.state_dict(),
+        "guard": trainer.guard.state_dict(),
         "data": trainer.rows.fingerprint,
     }
 
@@ -73,11 +76,12 @@ def checkpoint_files(config: RunConfig) -> dict[str, str]:
     return files
 
 
-def resume(trainer: "Trainer") -> None:
+def resume(trainer: "Trainer", said: str = "resumed from") -> None:
     """Fill the trainer from its newest good checkpoint; a fresh run is left as it is.
 
     Raises  DataError if the data changed since that checkpoint was saved.
     """
+    began = time.perf_counter()
     found = trainer.store.load_latest(checkpoint_tensors(trainer))
     if found is None:
         return
@@ -85,9 +89,12 @@ def resume(trainer: "Trainer") -> None:
     require_same_data(state["data"], trainer)
     trainer.progress.load_state_dict(state["progress"])
     trainer.scale.load_state_dict(state["loss_scale"])
+    trainer.guard.load_state_dict(state.get("guard", {}))
     set_updates(trainer.optimizer, trainer.progress.updates)
+    trainer.carried["load_seconds"] = round(time.perf_counter() - began, 4)
     if trainer.world.leads:
-        print(f"resumed from {trainer.store.folder_of(step)}", flush=True)
+        seconds = trainer.carried["load_seconds"]
+        print(f"{said} {trainer.store.folder_of(step)}, read in {seconds:.1f} s", flush=True)
 
 
 def require_same_data(saved: dict[str, Any], trainer: "Trainer") -> None:

@@ -1,6 +1,7 @@
 """The one loop. Variation enters through `Loss` and `Hook` only."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
@@ -10,13 +11,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from castalia.checkpoint import SavePolicy, Store
-from castalia.core.errors import TrainingError
 from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
 from castalia.data.steps import check_batch
 from castalia.distributed import World, initialize, parallelize
 from castalia.models import Decoder
 from castalia.models.init import init_parameter
 from castalia.train.config import RunConfig
+from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook
 from castalia.train.loss import Loss, NextToken
 from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
@@ -34,7 +35,7 @@ class Trainer:
     """One run: model, data, optimizer and everything that must survive a crash.
 
     Raises  ConfigError, DataError or CheckpointError for what is wrong with the run before it starts;
-            TrainingError when a loss or gradient is not finite.
+            TrainingError when a loss or gradient is not finite and the guard is to stop then.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
         self.scale = LossScale.of(config.loss_scale, config.precision)
+        self.guard = Guard(config.guard)
         self.loss = loss or NextToken(len(self.rows.sources), compiled=train.compile)
         self.policy = SavePolicy(config.checkpoint, train.steps)
         self.store = Store(
@@ -82,15 +84,44 @@ class Trainer:
             resume(self)
             for hook in self.hooks:
                 hook.start(self)
+            self.guard.recall(self)
             batches = self.batches(self.rows.train, self.progress.step)
             while self.progress.step < self.config.train.steps and not self.stopping:
-                lr = self.schedule(self.progress.updates)
-                totals = self.accumulate(self.clock.wait_for(batches))
-                norm = gradient_norm(self.model) / self.scale.value
-                self.update(lr, norm, totals)
-                self.record(lr, float(norm), totals)
-                for hook in self.hooks:
-                    hook.after_step(self)
+                if self.take_step(self.clock.wait_for(batches)):
+                    for hook in self.hooks:
+                        hook.after_step(self)
+                else:
+                    batches = self.roll_back(batches)
+
+    def take_step(self, micro_batches: list[Batch]) -> bool:
+        """One step, or, where nothing was changed because the run has to go back to a checkpoint, False.
+
+        Raises  TrainingError, on all processes, before the update, when the guard's policy is to stop.
+        """
+        lr, skipped = self.schedule(self.progress.updates), self.guard.skips.get(self.progress.step + 1)
+        totals = self.pass_over(micro_batches) if skipped else self.accumulate(micro_batches)
+        norm = torch.tensor(math.nan) if skipped else gradient_norm(self.model) / self.scale.value
+        seen = Verdict.GOOD if skipped else self.guard.look(totals.loss, float(norm), self.scale.enabled)
+        worst, stop = self.world.largest(seen, self.stop_asked)
+        action = Action.SKIP
+        if not skipped:
+            action = self.guard.answer(self, Verdict(worst), totals, float(norm), micro_batches)
+        self.update(lr, norm, action)
+        if action is Action.ROLLBACK:
+            return False
+        self.stopping = bool(stop)
+        self.progress.step += 1
+        self.progress.tokens += totals.tokens
+        self.record(lr, float(norm), totals.unused() if action is Action.SKIP else totals)
+        return True
+
+    def roll_back(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Go back to the newest good checkpoint; returns the batches from there on."""
+        cast(Generator, batches).close()
+        resume(self, "went back to")
+        for hook in self.hooks:
+            hook.rolled_back(self)
+        return self.batches(self.rows.train, self.progress.step)
 
     def batches(self, rows: RowDataset, start_step: int) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step of `rows`, from `start_step` on."""
@@ -134,11 +165,17 @@ class Trainer:
         if self.world.size > 1:
             cast(FSDPModule, self.model).set_requires_gradient_sync(last)
 
-    def update(self, lr: float, norm: Tensor, totals: StepTotals) -> None:
-        """One optimizer update, or none on an fp16 overflow; a number that is not finite stops before it."""
-        overflow = self.scale.enabled and not bool(torch.isfinite(norm))
-        if not overflow:
-            self.require_finite(totals.loss_sum, norm)
+    def pass_over(self, micro_batches: list[Batch]) -> StepTotals:
+        """The totals of a step whose rows are not used: a loss that is no number."""
+        tokens = sum(batch.targets for batch in micro_batches)
+        loss = torch.tensor(math.nan, dtype=torch.float64, device=self.world.device)
+        per_source = torch.zeros(len(self.rows.sources), 2, dtype=torch.float64)
+        vector = pack(loss, tokens, rows_hash(micro_batches), self.stop_asked, per_source)
+        return unpack(self.world.sum(vector))
+
+    def update(self, lr: float, norm: Tensor, action: Action) -> None:
+        """One optimizer update, if that is the action; the gradients are gone afterwards."""
+        if action is Action.UPDATE:
             if self.scale.enabled:
                 gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
                 torch._foreach_div_(gradients, self.scale.value)
@@ -147,29 +184,8 @@ class Trainer:
             self.optimizer.step()
             self.progress.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
-        self.scale.update(overflow)
-        self.stopping = totals.stop
-        self.progress.step += 1
-        self.progress.tokens += totals.tokens
-
-    def require_finite(self, loss_sum: float, norm: Tensor) -> None:
-        """Both numbers are sums over all processes, so all of them stop or none.
-
-        Raises  TrainingError naming the step and the last good checkpoint.
-        """
-        finite_loss = abs(loss_sum) < float("inf")
-        if finite_loss and bool(torch.isfinite(norm)):
-            return
-        self.store.wait()
-        step, saved = self.progress.step + 1, self.store.latest()
-        what = f"gradient norm {float(norm)}" if finite_loss else f"loss {loss_sum}"
-        first = self.progress.step * self.config.train.batch_size
-        rows = f"{first} to {first + self.config.train.batch_size - 1}"
-        good = f"the last good checkpoint is step {saved}" if saved is not None else "no checkpoint was saved yet"
-        raise TrainingError(
-            f"{what} at step {step} (rows {rows} of the data order); nothing was updated, {good};"
-            f" look at these rows{', use precision=bf16' if self.scale.enabled else ''} or lower optim.lr"
-        )
+        if action in (Action.UPDATE, Action.OVERFLOW):
+            self.scale.update(overflow=action is Action.OVERFLOW)
 
     def record(self, lr: float, norm: float, totals: StepTotals) -> None:
         """The metrics of the step, which the hooks write down."""
@@ -188,6 +204,8 @@ class Trainer:
                 for name, (loss, tokens) in zip(self.rows.sources, totals.per_source, strict=True)
                 if tokens
             }
+        if why := self.guard.skips.get(self.progress.step):
+            self.metrics["skipped"] = why
         self.metrics |= self.carried
         self.carried = {}
 

@@ -1,0 +1,224 @@
+"""Steps whose numbers are wrong: stopped, left out, or gone back from; and the same again after a crash."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+from castalia.checkpoint import read, read_state
+from castalia.core.errors import ConfigError, TrainingError
+from castalia.distributed import World
+from castalia.recipes import load_config
+from castalia.train.config import GuardConfig
+from castalia.train.guard import Guard, Verdict, in_words, ranges, read_events
+from castalia.train.hooks import Hook, Metrics, Save, StepLine
+from castalia.train.loss import LossOut, NextToken
+from castalia.train.trainer import Trainer
+
+EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "rows_hash")
+
+
+class Poisoned(NextToken):
+    """The loss of some steps of 12 rows times a factor, `times` times each."""
+
+    def __init__(self, steps, factor=math.nan, times=math.inf):
+        super().__init__()
+        self.left, self.factor = dict.fromkeys(steps, times), factor
+
+    def __call__(self, model, batch):
+        out = super().__call__(model, batch)
+        step = int(batch.index[0]) // 12 + 1
+        if not model.training or self.left.get(step, 0) <= 0:
+            return out
+        self.left[step] -= 1
+        return LossOut(out.total * self.factor, out.tokens, out.per_source)
+
+
+class CrashAfter(Hook):
+    """Ends the run after a step, once."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def after_step(self, trainer):
+        if trainer.progress.step == self.step and trainer.guard.returns:
+            raise RuntimeError("crash")
+
+
+@pytest.fixture
+def make(tokens, train, tmp_path):
+    """Callable that builds a Trainer with metrics and checkpoints, in the folder `name`."""
+
+    def build(name, *overrides, loss=None, hooks=None) -> Trainer:
+        config = load_config([*train.base, "checkpoint.every=2", f"output={tmp_path / name}", *overrides])
+        hooks = [Metrics(), StepLine(), Save()] if hooks is None else hooks
+        return Trainer(config, World(0, 1, torch.device("cpu")), hooks=hooks, loss=loss)
+
+    return build
+
+
+def fit(trainer):
+    trainer.fit()
+    return trainer
+
+
+def lines(trainer):
+    text = Path(trainer.config.output, "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def require_equal(ours, theirs, skipped):
+    """The same weights, moments and metrics, but for the numbers of the steps that were left out."""
+    tensors = [read(trainer.store.folder_of(6), prefix="") for trainer in (ours, theirs)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
+    for mine, other in zip(lines(ours), lines(theirs), strict=True):
+        keys = ("step", "tokens", "rows_hash") if mine["step"] in skipped else EXACT
+        assert [mine[key] for key in keys] == [other[key] for key in keys]
+        assert ("skipped" in mine) == (mine["step"] in skipped)
+
+
+def test_a_left_out_step_consumes_its_rows_and_updates_nothing(make):
+    plain, ours = fit(make("plain")), fit(make("ours", "guard.skip_steps=[3]"))
+    assert [line["rows_hash"] for line in lines(ours)] == [line["rows_hash"] for line in lines(plain)]
+    assert [line["tokens"] for line in lines(ours)] == [line["tokens"] for line in lines(plain)]
+    assert (ours.progress.step, ours.progress.updates) == (6, 5)
+    third = lines(ours)[2]
+    assert third["loss"] is None and third["skipped"] == "asked"
+    assert lines(ours)[3]["loss"] != lines(plain)[3]["loss"]
+    assert read_events(ours.config.output) == []
+
+
+def test_skip_leaves_the_step_out_and_writes_down_its_rows(make, capsys):
+    asked = fit(make("asked", "guard.skip_steps=[3]"))
+    ours = fit(make("ours", "guard.nan=skip", loss=Poisoned([3])))
+    require_equal(ours, asked, {3})
+    (event,) = read_events(ours.config.output)
+    assert event == {
+        "step": 3, "event": "nan", "action": "skip", "loss": "nan", "grad_norm": "nan",
+        "rows": list(range(24, 36)), "skips": [3],
+    }  # fmt: skip
+    said = "castalia: warning: loss nan at step 3 (rows 24 to 35 of the data order); left out"
+    assert said in capsys.readouterr().err
+    assert read_state(ours.store.folder_of(6))["guard"]["skips"] == {"3": "nan"}
+
+
+@pytest.mark.parametrize("times", [1, math.inf])
+def test_rollback_is_the_run_in_which_the_step_was_never_taken(make, times, capsys):
+    asked = fit(make("asked", "guard.skip_steps=[4]"))
+    ours = fit(make("ours", "guard.nan=rollback", loss=Poisoned([4], times=times)))
+    require_equal(ours, asked, {4})
+    (event,) = read_events(ours.config.output)
+    assert (event["action"], event["to"], event["skips"]) == ("rollback", 2, [4])
+    assert "going back to step 2; left out: step 4" in capsys.readouterr().err
+
+
+def test_rollback_leaves_out_steps_before_it_but_none_before_the_checkpoint(make):
+    asked = fit(make("asked", "guard.skip_steps=[3,4]"))
+    ours = fit(make("ours", "guard.nan=rollback", "guard.skip_before=3", loss=Poisoned([4])))
+    require_equal(ours, asked, {3, 4})
+
+
+def test_a_crash_after_the_rollback_does_not_forget_it(make, tmp_path):
+    """The number was wrong once only: without the record, the second start would take step 4."""
+    asked = fit(make("asked", "guard.skip_steps=[4]"))
+    crashing = [Metrics(), Save(), CrashAfter(3)]
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(make("ours", "guard.nan=rollback", loss=Poisoned([4], times=1), hooks=crashing))
+    events = tmp_path / "ours" / "events.jsonl"
+    with open(events, "a") as file:
+        file.write('{"step": 9, "ev')  # torn by the crash
+    ours = fit(make("ours", "guard.nan=rollback"))
+    require_equal(ours, asked, {4})
+    assert ours.guard.returns == [2]
+    assert events.read_text().count("\n") == 1
+
+
+def test_without_the_record_the_checkpoint_knows(make, tmp_path):
+    asked = fit(make("asked", "guard.skip_steps=[4]"))
+    fit(make("ours", "guard.nan=rollback", "train.steps=5", loss=Poisoned([4])))
+    (tmp_path / "ours" / "events.jsonl").unlink()
+    ours = fit(make("ours", "guard.nan=rollback"))
+    require_equal(ours, asked, {4})
+    assert (ours.guard.skips, ours.guard.returns) == ({4: "nan"}, [2])
+
+
+def test_rollback_always_finds_the_start(make):
+    asked = fit(make("asked", "guard.skip_steps=[1]"))
+    ours = fit(make("ours", "guard.nan=rollback", "checkpoint.every=null", loss=Poisoned([1])))
+    require_equal(ours, asked, {1})
+    with pytest.raises(TrainingError, match=r"no checkpoint to go back to; save the start with checkpoint.steps=\[0\]"):
+        fit(make("unsaved", "guard.nan=rollback", loss=Poisoned([1]), hooks=[]))
+
+
+def test_rollbacks_are_limited(make):
+    trainer = make("run", "guard.nan=rollback", "guard.max_rollbacks=2", loss=Poisoned(range(3, 7)))
+    with pytest.raises(TrainingError, match=r"step 5 .*went back 2 times already.*guard.max_rollbacks=4"):
+        trainer.fit()
+    assert [event["step"] for event in read_events(trainer.config.output)] == [3, 4, 5]
+
+
+def test_skips_in_a_row_are_limited(make):
+    trainer = make("run", "guard.nan=skip", "guard.max_skips=2", loss=Poisoned(range(2, 7)))
+    with pytest.raises(TrainingError, match=r"step 4 is the 3th in a row .*guard.max_skips=2"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop", "skip", "rollback"])
+def test_a_spike_of_the_loss(make, policy, capsys):
+    options = ("guard.spike_window=4", "guard.spike_sigma=20", f"guard.spike={policy}")
+    trainer = make("run", *options, "optim.lr=1e-5", loss=Poisoned([5], factor=3.0))
+    if policy == "stop":
+        with pytest.raises(TrainingError, match=r"spike: loss \d+.*at step 5 \(rows 48 to 59.*skip_steps=\[5\]"):
+            trainer.fit()
+        return
+    trainer.fit()
+    assert "spike: loss" in capsys.readouterr().err
+    (event,) = read_events(trainer.config.output)
+    assert (event["step"], event["event"], event["action"]) == (5, "spike", policy)
+    assert trainer.progress.updates == (6 if policy == "warn" else 5)
+    assert lines(trainer)[4].get("skipped") == (None if policy == "warn" else "spike")
+    assert len(trainer.guard.seen["loss"]) == 4
+
+
+def test_the_spike_rule_is_the_formula():
+    guard = Guard(GuardConfig(spike="warn", spike_sigma=3.0, spike_window=8, spike_of=["grad_norm"]))
+    values = [1.0, 1.2, 0.9, 1.1]
+    for value in values[:3]:
+        guard.seen["grad_norm"].append(value)
+    assert guard.look(2.0, 100.0, scaled=False) is Verdict.GOOD  # too few to judge by
+    guard.seen["grad_norm"].append(values[3])
+    limit = statistics.fmean(values) + 3 * statistics.stdev(values)
+    assert guard.look(2.0, limit * 0.999, scaled=False) is Verdict.GOOD
+    assert guard.look(2.0, limit * 1.001, scaled=False) is Verdict.SPIKE
+
+
+def test_a_gradient_beyond_fp16_is_an_overflow_and_a_loss_that_is_none_is_not():
+    guard = Guard(GuardConfig())
+    assert guard.look(2.0, math.inf, scaled=True) is Verdict.OVERFLOW
+    assert guard.look(math.nan, math.inf, scaled=True) is Verdict.NAN
+    assert guard.look(2.0, math.inf, scaled=False) is Verdict.NAN
+
+
+def test_the_state_survives_json_and_merges_with_what_was_decided_since():
+    before, after = Guard(GuardConfig(skip_steps=[9])), Guard(GuardConfig())
+    before.skips[3], before.returns, before.in_a_row = "nan", [2, 2], 1
+    before.seen["loss"].extend([0.1, 1 / 3])
+    after.skips[5] = "spike"
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert after.skips == {9: "asked", 3: "nan", 5: "spike"}
+    assert (after.returns, after.in_a_row, list(after.seen["loss"])) == ([2, 2], 1, [0.1, 1 / 3])
+
+
+def test_words():
+    assert ranges([1]) == "1" and ranges([1, 2, 3, 7, 9, 10]) == "1 to 3, 7, 9 to 10"
+    assert in_words("nan", 2.0, math.inf) == "gradient norm inf"
+    assert "on another process" in in_words("nan", 2.0, 1.0)
+
+
+def test_a_policy_that_is_none_is_refused(train, tmp_path):
+    with pytest.raises(ConfigError, match=r"guard.nan.*'stop', 'skip' or 'rollback'"):
+        load_config([*train.base, "guard.nan=ignore"])
