@@ -1,23 +1,23 @@
-"""`LanguageModel`: a decoder with its tokenizer, that continues texts and scores them."""
+"""`LanguageModel`: an engine with its tokenizer, that continues texts and scores them."""
 
+import time
 import warnings
 from collections.abc import Generator, Sequence
 from typing import TypedDict, Unpack, cast, overload
 
-import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer import Tokenizer
-from castalia.inference.decoding import Completion, Row, decode_rows, make_row
+from castalia.inference.batching import decode_rows
+from castalia.inference.decoding import Completion, Row, make_row
+from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling
+from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
 
 BATCH_ROWS = 16
 """Prompts that are continued together; more are split."""
-
-HEAD_ROWS = 256
-"""Positions whose logits exist at a time when a text is scored: 256 x 50,304 x 4 bytes is 51 MB."""
 
 
 class Drawing(TypedDict, total=False):
@@ -31,21 +31,31 @@ class Drawing(TypedDict, total=False):
 
 
 class LanguageModel:
-    """A decoder in eval mode, the tokenizer it was trained with, and the step of its checkpoint.
+    """An engine, the tokenizer that its model was trained with, and the step of its checkpoint.
 
-    `model` is a Decoder, `config` its ModelConfig, `tokenizer` None for a checkpoint without one (ids still work),
-    `step` the number of optimizer steps, None when unknown.
+    `engine` computes (a Decoder is taken as engine=torch), `config` is the ModelConfig, `tokenizer` None for a
+    checkpoint without one (ids still work), `step` the number of optimizer steps, None when unknown.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer | None = None, step: int | None = None) -> None:
-        self.model = model.eval()
+    def __init__(self, engine: Engine | Decoder, tokenizer: Tokenizer | None = None, step: int | None = None) -> None:
+        self.engine = engine if isinstance(engine, Engine) else TorchEngine(engine)
         self.tokenizer = tokenizer
         self.step = step
 
     @property
     def config(self) -> ModelConfig:
         """The decoder's config."""
-        return self.model.config
+        return self.engine.config
+
+    @property
+    def model(self) -> Decoder:
+        """The Decoder itself.
+
+        Raises  ConfigError if another engine than torch computes.
+        """
+        if not isinstance(self.engine, TorchEngine):
+            raise ConfigError(f"engine {self.engine.name} has no torch model; load with engine='torch'")
+        return self.engine.model
 
     @property
     def eod_id(self) -> int | None:
@@ -91,8 +101,7 @@ class LanguageModel:
         sampling, stop = split_options(options)
         rows = [self.row(prompt, max_new_tokens, stop) for prompt in prompts]
         for start in range(0, len(rows), BATCH_ROWS):
-            for _ in decode_rows(self.model, rows[start : start + BATCH_ROWS], sampling.after(start)):
-                pass
+            continue_rows(self.engine, rows[start : start + BATCH_ROWS], sampling.after(start))
         return [row.completion() for row in rows]
 
     def stream(
@@ -103,7 +112,7 @@ class LanguageModel:
         The generator's value (`completion = yield from model.stream(...)`) is the Completion.
         """
         sampling, stop = split_options(options)
-        return streamed(self.model, self.row(prompt, max_new_tokens, stop), sampling)
+        return streamed(self.engine, self.row(prompt, max_new_tokens, stop), sampling)
 
     @overload
     def generate_ids(self, ids: Sequence[int], max_new_tokens: int = ..., **options: Unpack[Drawing]) -> list[int]: ...
@@ -123,40 +132,30 @@ class LanguageModel:
         ]
         return tokens[0] if is_one(ids) else tokens
 
-    @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after each token, over the padded vocabulary: T ids -> (T, V) float32.
 
         Raises  ConfigError if there are no ids, too many, or ids beyond the vocabulary.
         """
-        out: Tensor = self.model.head(self.hidden(ids)).float()
-        return out
+        self.require_text(ids)
+        return self.engine.logits(ids)
 
-    @torch.inference_mode()
     def logprobs(self, text: str | Sequence[int]) -> Tensor:
         """Log-probability of each token but the first, given those before it: T tokens -> (T - 1,) float32, in nats.
 
-        The softmax is over the padded vocabulary, as in training. The logits exist for 256 positions at a time.
+        The softmax is over the padded vocabulary, as in training.
         Raises  ConfigError as `logits`.
         """
         ids = self.encode(text)
-        hidden = self.hidden(ids)[:-1]
-        targets = torch.tensor(ids[1:], device=hidden.device)
-        parts = []
-        for rows, labels in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-            logits = self.model.head(rows).float()
-            parts.append(logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1))
-        return torch.cat(parts)
+        self.require_text(ids)
+        return self.engine.logprobs(ids)
 
-    def hidden(self, ids: Sequence[int]) -> Tensor:
-        """Hidden states (T, C) of T ids."""
+    def require_text(self, ids: Sequence[int]) -> None:
+        """Raises  ConfigError if the model cannot read these ids at once."""
         limit = self.config.max_position_embeddings
         self.require_ids(ids)
         if not 1 <= len(ids) <= limit:
             raise ConfigError(f"the text has {len(ids)} tokens; the model reads from 1 to {limit}")
-        tokens = torch.tensor([list(ids)], device=self.model.head_weight.device)
-        hidden: Tensor = self.model(tokens)[0]
-        return hidden
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt; ids are returned as they are.
@@ -200,9 +199,26 @@ class LanguageModel:
             raise ConfigError(f"id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} tokens")
 
 
-def streamed(model: Decoder, row: Row, sampling: Sampling) -> Generator[str, None, Completion]:
+def continue_rows(engine: Engine, rows: Sequence[Row], sampling: Sampling) -> None:
+    """Continue rows to their ends, by the engine's own greedy search where it has one and nothing else is asked."""
+    made = None
+    if sampling.temperature == 0 and not any(row.stream.stop for row in rows):
+        made = engine.greedy([row.ids for row in rows], [row.budget for row in rows], rows[0].eod_id)
+    if made is None:
+        for _ in decode_rows(engine, rows, sampling):
+            pass
+        return
+    for row, tokens in zip(rows, made, strict=True):
+        for token in tokens:
+            row.push(token)
+        if row.finish_reason is None:
+            row.finish("eod")
+        row.seconds = time.perf_counter() - row.started
+
+
+def streamed(engine: Engine, row: Row, sampling: Sampling) -> Generator[str, None, Completion]:
     """Run one row, yielding what is not empty."""
-    for (piece,) in decode_rows(model, [row], sampling):
+    for (piece,) in decode_rows(engine, [row], sampling):
         if piece:
             yield piece
     return row.completion()

@@ -1,0 +1,142 @@
+"""The compiled part of the native engine: step.cpp made into a library once per machine, and called through ctypes.
+
+It needs a C++ compiler the first time (g++ or clang++; CASTALIA_CXX names another, `none` turns this off). Without one
+the engine runs on torch's operators alone: same numbers to rounding, slower steps.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castalia.inference.native.packing import PANEL, Packed
+
+SOURCE = Path(__file__).with_name("step.cpp")
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+"""Storages that the compiled kernels read, by the numbers they have in step.cpp."""
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
+COMPILERS = ("g++", "clang++", "c++")
+COMPILE_SECONDS = 180
+
+Pointer = ctypes.c_void_p
+Long = ctypes.c_int64
+
+
+class CLinear(ctypes.Structure):
+    """`Linear` of step.cpp."""
+
+    _fields_ = [("weight", Pointer), ("scale", Pointer), ("bias", Pointer), ("n", Long), ("k", Long), ("kind", Long)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be had; says so once."""
+    compiler = chosen_compiler()
+    if compiler is None:
+        return None
+    try:
+        path = cached_library(compiler)
+        return declared(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
+        warnings.warn(f"no compiled kernels, torch's are used: {' '.join(reason)}", stacklevel=2)
+        return None
+
+
+def chosen_compiler() -> str | None:
+    """Path of the compiler, or None."""
+    wanted = os.environ.get("CASTALIA_CXX")
+    if wanted == "none":
+        return None
+    return next((path for name in ([wanted] if wanted else COMPILERS) if (path := shutil.which(name))), None)
+
+
+def cached_library(compiler: str) -> Path:
+    """The library for this source, compiler and processor, compiled if it is not there yet."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    says = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, processor()))
+    name = f"native-{hashlib.sha256(says.encode()).hexdigest()[:16]}.so"
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castalia"
+    if (base / name).is_file():
+        return base / name
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        return compile_into(base, name, compiler)
+    except PermissionError:
+        return compile_into(Path(tempfile.mkdtemp(prefix="castalia-")), name, compiler)
+
+
+def processor() -> str:
+    """What tells processors apart for -march=native."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def compile_into(folder: Path, name: str, compiler: str) -> Path:
+    """Compile under a temporary name and rename, so that processes starting together never load half a file.
+
+    Raises  CalledProcessError or TimeoutExpired if the compiler fails.
+    """
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
+    os.close(handle)
+    try:
+        for threads in (["-fopenmp"], []):
+            command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", temporary]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        os.replace(temporary, folder / name)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return folder / name
+
+
+def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
+    loaded.castalia_linear.argtypes = [Pointer, Pointer, Long, Pointer, Long, ctypes.c_int]
+    loaded.castalia_forward.argtypes = [Pointer, Pointer, Pointer, ctypes.c_int]
+    return loaded
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a contiguous tensor's numbers begin; null for None."""
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def c_linear(packed: Packed) -> CLinear:
+    """A layer as step.cpp sees it; valid while the tensors of `packed` live."""
+    rows = -(-packed.channels // PANEL) * PANEL
+    return CLinear(
+        address(packed.weight),
+        address(packed.scale),
+        address(packed.bias),
+        rows,
+        packed.inputs,
+        KINDS[packed.storage],
+    )
+
+
+def multiply(native: Any, layer: CLinear, x: Tensor, channels: int) -> Tensor:
+    """x (M, K) float32 through a layer -> (M, channels) float32, on as many threads as torch uses."""
+    x = x.contiguous()
+    y = torch.empty(len(x), channels)
+    failed = native.castalia_linear(
+        ctypes.byref(layer), x.data_ptr(), len(x), y.data_ptr(), channels, torch.get_num_threads()
+    )
+    if failed:
+        raise MemoryError(f"no memory for a product of {len(x)} rows")
+    return y

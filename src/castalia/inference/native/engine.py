@@ -1,0 +1,110 @@
+"""The native engine: quantized weights, a static KV cache of slots, compiled steps where a compiler is there."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castalia.inference.engine import HEAD_ROWS, Engine, Slots
+from castalia.inference.native.compiled import library
+from castalia.inference.native.forward import TorchForward
+from castalia.inference.native.fused import FusedForward
+from castalia.inference.native.kernels import is_fused
+from castalia.inference.native.scoring import Scorer
+from castalia.inference.native.tuning import chosen
+from castalia.inference.native.weights import Weights
+
+ROWS_AT_ONCE = 256
+"""Tokens of prompts in one pass: enough for full speed, and little memory."""
+
+
+class NativeSlots(Slots):
+    """Sequences in the engine's static cache; the rows of one pass may belong to any of them."""
+
+    def __init__(self, forward: Any, count: int, length: int) -> None:
+        super().__init__(count, length)
+        self.forward = forward
+        self.cache = forward.new_cache(count, length)
+
+    def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Slots`. The logits are overwritten by the next call."""
+        rows = [
+            (token, slot, self.lengths[slot] + i)
+            for slot, ids in zip(slots, tokens, strict=True)
+            for i, token in enumerate(ids)
+        ]
+        ends, last = [], -1
+        for ids in tokens:
+            last += len(ids)
+            ends.append(last)
+        for slot, ids in zip(slots, tokens, strict=True):
+            self.lengths[slot] += len(ids)
+        if len(rows) <= ROWS_AT_ONCE:
+            return self.run(rows, ends)
+        parts = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part = rows[start : start + ROWS_AT_ONCE]
+            parts.append(self.run(part, [end - start for end in ends if start <= end < start + len(part)]).clone())
+        return torch.cat(parts)
+
+    def run(self, rows: list[tuple[int, int, int]], pick: list[int]) -> Tensor:
+        """One pass."""
+        tokens, slots, positions = zip(*rows, strict=True)
+        logits: Tensor = self.forward.run(self.cache, tokens, slots, positions, pick)
+        return logits
+
+    def copy(self, origin: int, target: int, tokens: int) -> None:
+        """See `Slots`."""
+        if origin != target:
+            self.cache.copy(origin, target, tokens)
+        self.lengths[target] = tokens
+
+
+class NativeEngine(Engine):
+    """Weights of one storage; see the package's docstring for what each does.
+
+    `kernels` is auto (compiled steps, else the fastest kernels of torch), torch, or the name of one kernel. `scoring`
+    is the dtype in which texts are scored: the storage's own numbers, or bf16.
+    """
+
+    name = "native"
+
+    def __init__(self, weights: Weights, kernels: str = "auto", scoring: str | None = None) -> None:
+        super().__init__(weights.config)
+        self.weights = weights
+        self.forward: Any
+        native = library() if kernels == "auto" else None
+        if native is not None and is_fused(native, weights.storage):
+            self.forward = FusedForward(weights, native)
+        else:
+            layers = list(weights.linears.values())
+            self.forward = TorchForward(weights, chosen(layers, weights.storage, kernels))
+        self.scoring = scoring or weights.storage
+        self.made: Scorer | None = None
+
+    @property
+    def numbers(self) -> str:
+        """The storage."""
+        return self.weights.storage
+
+    def slots(self, count: int, length: int) -> NativeSlots:
+        """See `Engine`."""
+        return NativeSlots(self.forward, count, length)
+
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """See `Engine`; in the storage's own arithmetic, as it decodes."""
+        cache, parts = self.forward.new_cache(1, len(ids)), []
+        for start in range(0, len(ids), HEAD_ROWS):
+            part = ids[start : start + HEAD_ROWS]
+            places = range(start, start + len(part))
+            parts.append(self.forward.run(cache, part, [0] * len(part), places, range(len(part))).clone())
+        return torch.cat(parts)
+
+    def logprobs(self, ids: Sequence[int]) -> Tensor:
+        """See `Engine`."""
+        if self.scoring != "bf16":
+            return super().logprobs(ids)
+        if self.made is None:
+            self.made = Scorer(self.weights)
+        return self.made.logprobs(ids)

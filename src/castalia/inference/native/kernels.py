@@ -1,0 +1,196 @@
+"""Kernels of a linear layer: one registry, several ways to the same product, chosen by `tuning.py` for each shape.
+
+A kernel takes activations (M, K) float32 and returns (M, channels) float32. Those of torch use operators that stay:
+`aten::_int_mm`, `_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu` and `onednn::qlinear_pointwise`; the quantized
+tensors of torch.ao are on their way out. What a kernel does to the activations stands in `activations`.
+"""
+
+import ctypes
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from castalia.core.errors import ConfigError
+from castalia.core.registry import Registry
+from castalia.inference.native import compiled
+from castalia.inference.native.packing import GROUP, Packed, dense, quantized_rows
+
+
+class Kernel(ABC):
+    """One linear layer, made ready."""
+
+    storages: ClassVar[tuple[str, ...]]
+    """Storages of packing.py that it reads."""
+    activations: ClassVar[str]
+    """fp32: as they are; bf16, fp16: rounded; int8: 255 steps for each row, int8 tensor: for all rows together."""
+
+    @abstractmethod
+    def __init__(self, packed: Packed) -> None: ...
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+KERNELS: Registry[type[Kernel]] = Registry("kernel")
+"""Kernels by name."""
+
+
+def candidates(storage: str, names: str = "auto") -> list[str]:
+    """Kernels that read a storage here; `names` is auto, torch (all but the compiled ones), or one kernel's name.
+
+    Raises  ConfigError if the named kernel does not exist, or does not read the storage.
+    """
+    if names not in ("auto", "torch"):
+        if storage not in KERNELS[names].storages or (names == "compiled" and compiled.library() is None):
+            raise ConfigError(f"the kernel {names!r} does not read {storage} weights on this machine")
+        return [names]
+    native = names == "auto" and compiled.library() is not None
+    return [name for name in KERNELS if storage in KERNELS[name].storages and (native or KERNELS[name] is not Compiled)]
+
+
+def steps_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in 255 steps: (M, K) float32 -> (M, K) int8 and the size of a step (M, 1); a row of zeros has size 0."""
+    largest = x.abs().amax(1, keepdim=True)
+    inverse = torch.where(largest > 0, 127 / largest, 0.0)
+    return (x * inverse).round_().to(torch.int8), largest / 127
+
+
+@KERNELS.register("compiled")
+class Compiled(Kernel):
+    """step.cpp."""
+
+    storages = tuple(compiled.KINDS)
+    activations = "int8"
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed, self.layer = packed, compiled.c_linear(packed)
+        self.native = compiled.library()
+        assert self.native is not None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return compiled.multiply(self.native, self.layer, x, self.packed.channels)
+
+
+class Dense(Kernel):
+    """A plain product in the dtype of the weight, as subclasses say."""
+
+    storages: ClassVar[tuple[str, ...]] = ()
+    activations: ClassVar[str] = ""
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(self, packed: Packed) -> None:
+        self.weight = dense(packed, self.dtype)
+        self.bias = None if packed.bias is None else packed.bias[: packed.channels].to(self.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.dtype), self.weight, self.bias).float()
+
+
+@KERNELS.register("fp32")
+class Fp32(Dense):
+    """torch's product in float32."""
+
+    storages, activations = ("fp32",), "fp32"
+
+
+@KERNELS.register("bf16")
+class Bf16(Dense):
+    """torch's product in bfloat16."""
+
+    storages, activations, dtype = ("bf16",), "bf16", torch.bfloat16
+
+
+@KERNELS.register("fp16")
+class Fp16(Dense):
+    """torch's product in float16."""
+
+    storages, activations, dtype = ("fp16",), "fp16", torch.float16
+
+
+def trimmed(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Whole numbers (channels, K), scales and bias of an int8 layer, without the filling."""
+    q, scale = quantized_rows(packed)
+    bias = None if packed.bias is None else packed.bias[: packed.channels]
+    return q[: packed.channels].contiguous(), scale[: packed.channels].contiguous(), bias
+
+
+@KERNELS.register("int8_dynamic")
+class Int8Dynamic(Kernel):
+    """aten::_int_mm: activations in int8 with a scale for each row, sums in int32."""
+
+    storages, activations = ("int8",), "int8"
+
+    def __init__(self, packed: Packed) -> None:
+        self.q, self.scale, self.bias = trimmed(packed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        q, step = steps_of(x)
+        y = torch._int_mm(q, self.q.t()).float().mul_(self.scale * step)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@KERNELS.register("int8_onednn")
+class Int8OneDnn(Kernel):
+    """onednn::qlinear_pointwise: activations in uint8 with one scale for all rows, weights packed by oneDNN."""
+
+    storages, activations = ("int8",), "int8 tensor"
+
+    def __init__(self, packed: Packed) -> None:
+        q, self.scale, self.bias = trimmed(packed)
+        self.weight: Any = torch.ops.onednn.qlinear_prepack(q, None)
+        self.zero = torch.zeros(packed.channels, dtype=torch.int64)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Signed activations fall to oneDNN's reference kernel, hundreds of times slower.
+        low, high = (min(x.min().item(), 0.0), max(x.max().item(), 0.0))
+        step = (high - low) / 255 or 1.0
+        zero = round(-low / step)
+        q = (x / step + zero).round_().clamp_(0, 255).to(torch.uint8)
+        after: tuple[Any, ...] = (self.bias, 1.0, 0, torch.float32, "none", [], "")
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(q, step, zero, self.weight, self.scale, self.zero, *after)
+        return y
+
+
+@KERNELS.register("int8_weight_only")
+class Int8WeightOnly(Kernel):
+    """aten::_weight_int8pack_mm: activations in bfloat16 (in float16 it is ten times slower)."""
+
+    storages, activations = ("int8",), "bf16"
+
+    def __init__(self, packed: Packed) -> None:
+        self.q, scale, self.bias = trimmed(packed)
+        self.scale = scale.bfloat16()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), self.q, self.scale).float()
+        return y if self.bias is None else y.add_(self.bias)
+
+
+@KERNELS.register("int4_weight_only")
+class Int4WeightOnly(Kernel):
+    """aten::_weight_int4pack_mm_for_cpu: activations in bfloat16."""
+
+    storages, activations = ("int4",), "bf16"
+
+    def __init__(self, packed: Packed) -> None:
+        q, scale = quantized_rows(packed)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
+        self.scale = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).contiguous().bfloat16()
+        self.bias, self.channels = packed.bias, packed.channels
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.weight, GROUP, self.scale).float()
+        return (y if self.bias is None else y.add_(self.bias))[:, : self.channels]
+
+
+def make(name: str, packed: Packed) -> Kernel:
+    """The kernel `name` for a layer."""
+    return KERNELS[name](packed)
+
+
+def is_fused(native: ctypes.CDLL | None, storage: str) -> bool:
+    """Whether whole steps in this storage can run in the compiled library."""
+    return native is not None and storage in compiled.KINDS

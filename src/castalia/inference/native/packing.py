@@ -1,0 +1,153 @@
+"""Weights of linear layers as the kernels read them: quantized, and in panels of 16 output channels.
+
+A panel holds the numbers of 16 output channels side by side, so that one vector register has one of each. Shapes: N
+output channels, K inputs; a panel's cell is what one channel has in one 32-bit lane.
+
+    fp32   (N / 16, K, 16, 1) float32
+    bf16   (N / 16, K / 2, 16, 2) bfloat16
+    fp16   the same in float16; for torch's kernels alone
+    int8   (N / 16, K / 4, 16, 4) int8, one float32 scale a channel: w = q * scale, |q| <= 127
+    int4   (N / 16, K / 8, 16, 4) uint8, one bfloat16 scale for 32 inputs of a channel, (N / 16, K / 32, 16): byte j of
+           a cell has input j in its low half and input j + 4 in its high half, w = (half - 8) * scale
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from castalia.core.errors import ConfigError, nearest
+
+PANEL = 16
+GROUP = 32
+"""Inputs that share a scale in int4, as in llama.cpp's Q4_0."""
+CELLS = {"fp32": 1, "bf16": 2, "fp16": 2, "int8": 4, "int4": GROUP}
+"""What K must be a multiple of."""
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORAGES = tuple(CELLS)
+INT4_CANDIDATES = torch.linspace(0.75, 1.1, 15)
+"""Scales that are tried for a group, as shares of the one that just holds its largest weight."""
+ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One linear layer, y = x W^T + bias, its channels filled up to whole panels with zeros."""
+
+    storage: str
+    """One of STORAGES."""
+    weight: Tensor
+    scale: Tensor | None
+    """int8: (N,) float32; int4: (N / 16, K / 32, 16) bfloat16."""
+    bias: Tensor | None
+    """(N,) float32."""
+    channels: int
+    """Output channels without the filling."""
+    inputs: int
+
+
+def require_storage(name: str) -> None:
+    """Raises  ConfigError listing the known ones."""
+    if name not in STORAGES:
+        raise ConfigError(f"no quantization {name!r}; have: {', '.join(STORAGES)}{nearest(name, STORAGES)}")
+
+
+def pack(weight: Tensor, bias: Tensor | None, storage: str) -> Packed:
+    """Quantize and lay out W (N, K) of any floating dtype.
+
+    Raises  ConfigError if K is no multiple of what the storage packs together.
+    """
+    channels, inputs = weight.shape
+    if inputs % CELLS[storage]:
+        raise ConfigError(f"{storage} packs {CELLS[storage]} inputs together, and a layer has {inputs}; choose another")
+    weight = filled(weight)
+    parts = [quantize(rows.float(), storage) for rows in weight.split(ROWS_AT_ONCE)]
+    scales = [scale for _, scale in parts if scale is not None]
+    return Packed(
+        storage,
+        torch.cat([cells for cells, _ in parts]),
+        torch.cat(scales) if scales else None,
+        None if bias is None else filled(bias.float()).contiguous(),
+        channels,
+        inputs,
+    )
+
+
+def filled(rows: Tensor) -> Tensor:
+    """Rows of zeros after the last, up to a multiple of PANEL."""
+    missing = -len(rows) % PANEL
+    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
+
+
+def quantize(weight: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
+    """Panels and scales of W (N, K) float32, N a multiple of PANEL."""
+    if storage in FLOATS:
+        return in_panels(weight.to(FLOATS[storage]), CELLS[storage]), None
+    if storage == "int8":
+        q, scale = quantize_channels(weight)
+        return in_panels(q, 4), scale
+    q, scale = quantize_groups(weight)
+    halves = in_panels(q + 8, 8).to(torch.uint8)
+    return halves[..., :4] | halves[..., 4:] << 4, in_panels(scale, 1)[..., 0].contiguous()
+
+
+def in_panels(rows: Tensor, cell: int) -> Tensor:
+    """(N, K) -> (N / 16, K / cell, 16, cell)."""
+    return rows.unflatten(0, (-1, PANEL)).unflatten(2, (-1, cell)).transpose(1, 2).contiguous()
+
+
+def in_rows(panels: Tensor) -> Tensor:
+    """The way back of `in_panels`."""
+    return panels.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale a row: (N, K) float32 -> (N, K) int8, (N,) float32; a row of zeros has scale 0."""
+    scale = weight.abs().amax(1) / 127
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    return (weight * inverse[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int4 with a scale for each 32 inputs: (N, K) float32 -> (N, K) int8 in [-8, 7], (N, K / 32) bfloat16.
+
+    The weight of largest magnitude becomes -8, as in llama.cpp's Q4_0; among INT4_CANDIDATES times that scale the one
+    with the least squared error is taken.
+    """
+    groups = weight.unflatten(1, (-1, GROUP))
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    best = torch.full_like(largest, torch.inf)
+    chosen_q, chosen = torch.zeros_like(groups, dtype=torch.int8), torch.zeros_like(largest, dtype=torch.bfloat16)
+    for share in INT4_CANDIDATES.tolist():
+        scale = (largest / -8 * share).to(torch.bfloat16)
+        step = scale.float()
+        q = (groups * torch.where(step != 0, 1 / step, 0.0)).round_().clamp_(-8, 7)
+        error = (q * step).sub_(groups).square_().sum(2, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen_q, chosen = torch.where(better, q.to(torch.int8), chosen_q), torch.where(better, scale, chosen)
+    return chosen_q.flatten(1), chosen[..., 0]
+
+
+def quantized_rows(packed: Packed) -> tuple[Tensor, Tensor]:
+    """The whole numbers of an int8 or int4 layer, (N, K) int8, and their scales, (N,) or (N, K / 32) float32."""
+    assert packed.scale is not None
+    if packed.storage == "int8":
+        return in_rows(packed.weight), packed.scale
+    halves = torch.cat((packed.weight & 15, packed.weight >> 4), -1)
+    return in_rows(halves).to(torch.int8) - 8, in_rows(packed.scale[..., None]).float()
+
+
+def dense(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight that a layer stands for, (channels, K) in `dtype`."""
+    if packed.storage in FLOATS:
+        return in_rows(packed.weight)[: packed.channels].to(dtype)
+    q, scale = quantized_rows(packed)
+    if packed.storage == "int8":
+        return (q * scale[:, None])[: packed.channels].to(dtype)
+    return (q.unflatten(1, (-1, GROUP)) * scale[..., None]).flatten(1)[: packed.channels].to(dtype)
+
+
+def bare(packed: Packed) -> Packed:
+    """The same layer without its bias."""
+    return replace(packed, bias=None)
