@@ -80,14 +80,12 @@ class Batcher:
         return self.draw(slots, logits)
 
     def place(self, ids: Sequence[int]) -> tuple[int, int]:
-        """A free slot for a prompt, and how many of its tokens lie there; at least one is left to read."""
+        """The free slot that was used longest ago, and how many of the prompt's tokens lie there now; one is left to read."""
         self.clock += 1
         common = [min(shared(kept.tokens, ids), len(ids) - 1) for kept in self.kept]
-        best = max(range(len(common)), key=lambda slot: (common[slot], slot not in self.running))
+        best = max(range(len(common)), key=lambda slot: common[slot])
         slot = min((s for s in range(len(common)) if s not in self.running), key=lambda s: self.kept[s].used)
         known = common[best] if common[best] >= PREFIX_TOKENS else 0
-        if known and best not in self.running:
-            slot = best
         self.slots.copy(best if known else slot, slot, known)
         self.prefix_tokens += known
         return slot, known

@@ -67,7 +67,7 @@ class TorchForward:
         x = self.embed(torch.tensor(tokens))
         for i in range(self.config.num_layers):
             x = self.block(i, x, cache, rows)
-        return self.linears["head"](self.norm("norm", x[torch.tensor(pick)]))
+        return self.linears["head"](self.norm("norm", x[torch.tensor(list(pick), dtype=torch.int64)]))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(M,) ids -> (M, C) float32."""

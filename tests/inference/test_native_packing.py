@@ -1,0 +1,93 @@
+"""Packed weights and every kernel against plain products in float64."""
+
+import pytest
+import torch
+
+from castalia.core.errors import ConfigError
+from castalia.inference.native import compiled
+from castalia.inference.native.kernels import KERNELS, candidates, make, steps_of
+from castalia.inference.native.packing import GROUP, STORAGES, dense, in_panels, in_rows, pack, quantized_rows
+from castalia.inference.native.tuning import chosen
+
+ROUNDING = {"fp32": 1e-6, "bf16": 0.01, "fp16": 0.002, "int8": 0.01, "int8 tensor": 0.02}
+"""What a kernel's treatment of activations may change, against the largest output."""
+
+
+@pytest.fixture(scope="module")
+def layer() -> tuple[torch.Tensor, torch.Tensor]:
+    """W (100, 64), no multiple of a panel, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(100, 64, generator=generator), torch.randn(100, generator=generator)
+
+
+def test_panels_hold_sixteen_channels_side_by_side() -> None:
+    rows = torch.arange(32 * 8).view(32, 8)
+    panels = in_panels(rows, 4)
+    assert panels.shape == (2, 2, 16, 4)
+    assert panels[1, 0, 3].tolist() == rows[19, :4].tolist()
+    assert torch.equal(in_rows(panels), rows)
+
+
+def test_int8_is_the_nearest_of_255_steps(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, bias = layer
+    packed = pack(weight, bias, "int8")
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert torch.equal(quantized_rows(packed)[0][:100], (weight / step).round().to(torch.int8))
+    assert ((dense(packed) - weight).abs() <= step / 2 * 1.0001).all()
+
+
+def test_int4_is_better_than_the_largest_weight_alone_makes_it(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
+    weight, _ = layer
+    groups = weight.unflatten(1, (-1, GROUP))
+    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8
+    plain = ((groups / largest).round().clamp(-8, 7) * largest).flatten(1)
+    ours = dense(pack(weight, None, "int4"))
+    assert (ours - weight).square().mean() < 0.97 * (plain - weight).square().mean()
+
+
+def test_zeros_stay_zeros() -> None:
+    for storage in STORAGES:
+        assert not dense(pack(torch.zeros(16, 32), None, storage)).any()
+    assert not steps_of(torch.zeros(2, 8))[0].any()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("rows", [1, 3, 8, 21])
+def test_every_kernel_is_the_same_product(layer: tuple[torch.Tensor, torch.Tensor], storage: str, rows: int) -> None:
+    packed = pack(*layer, storage)
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1))
+    want = x.double() @ dense(packed).double().T + layer[1].double()
+    for name in candidates(storage):
+        error = (make(name, packed)(x) - want).abs().max() / want.abs().max()
+        assert error < ROUNDING[KERNELS[name].activations], name
+
+
+@pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("rows", [1, 2, 5, 9, 16])
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_whole_numbers_are_summed_exactly(layer: tuple[torch.Tensor, torch.Tensor], storage: str, rows: int) -> None:
+    packed = pack(*layer, storage)
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2))
+    q, step = steps_of(x)
+    want = (q.double() * step.double()) @ dense(packed).double().T + layer[1].double()
+    got = make("compiled", packed)(x)
+    assert (got - want).abs().max() < 3e-6 * want.abs().max()
+    if storage == "int8":
+        assert (got - make("int8_dynamic", packed)(x)).abs().max() < 3e-6 * want.abs().max()
+
+
+def test_a_kernel_is_chosen_for_every_shape_and_remembered(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
+    packed = pack(*layer, "int8")
+    first = chosen([packed], "int8", "torch")
+    assert set(first) == {(100, 64)} and first[100, 64] in candidates("int8", "torch")
+    assert chosen([packed], "int8", "torch") == first
+    assert chosen([packed], "int8", "int8_dynamic") == {(100, 64): "int8_dynamic"}
+
+
+def test_bad_input_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="int4 packs 32 inputs together, and a layer has 48"):
+        pack(torch.zeros(16, 48), None, "int4")
+    with pytest.raises(ConfigError, match=r"no kernel 'cutlass'; have: .*int8_dynamic"):
+        candidates("int8", "cutlass")
+    with pytest.raises(ConfigError, match="'int8_dynamic' does not read int4 weights"):
+        candidates("int4", "int8_dynamic")
