@@ -80,7 +80,7 @@ class Batcher:
         return self.draw(slots, logits)
 
     def place(self, ids: Sequence[int]) -> tuple[int, int]:
-        """The free slot that was used longest ago, and how many of the prompt's tokens lie there now; one is left to read."""
+        """The free slot that was used longest ago, and how many tokens of the prompt lie there now; one is left."""
         self.clock += 1
         common = [min(shared(kept.tokens, ids), len(ids) - 1) for kept in self.kept]
         best = max(range(len(common)), key=lambda slot: common[slot])
