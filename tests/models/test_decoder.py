@@ -52,10 +52,13 @@ def test_parameter_names_are_the_contract() -> None:
     ]
 
 
-def test_tp_plan_names_the_linear_layers() -> None:
-    block = make().layers[0]
-    linear = {name for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
-    assert set(block.tp_plan) == linear
+def test_the_tp_plans_name_every_module_that_has_parameters() -> None:
+    model = make()
+    owners = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    planned = set(model.tp_plan) | {
+        f"layers.{i}.{name}" for i, block in enumerate(model.layers) for name in block.tp_plan
+    }
+    assert planned == owners
 
 
 @pytest.mark.parametrize("parallel", [True, False])

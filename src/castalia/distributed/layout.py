@@ -1,4 +1,4 @@
-"""Lay one model over the processes. The order is the contract: recompute, compile, FSDP2, materialize."""
+"""Lay one model over the processes. The order is the contract: TP, recompute, compile, FSDP2, materialize."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,21 +7,23 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from castalia.distributed.config import ParallelConfig
+from castalia.distributed.tensor_parallel import split_matrices
 from castalia.distributed.world import World
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: bool = False) -> M:
-    """Compile blocks, shard them with FSDP2 and give the model memory on the world's device.
+    """Split matrices, compile blocks, shard them with FSDP2 and give the model memory on the world's device.
 
     The model comes in on the meta device and leaves with weights that hold nothing yet; initialize or load next.
-    What the model declares: `layers`, its list of blocks.
+    What the model declares: `layers`, its list of blocks, and the `tp_plan` of its modules.
     """
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
+    if world.mesh is not None and world.degrees.tp > 1:
+        split_matrices(model, world.mesh["tp"])
     if compiled:
         for layer in layers:
             layer.compile()
@@ -47,8 +49,12 @@ def initialize(model: nn.Module, draw: Callable[[str, Any], Tensor]) -> None:
 
 
 def own_part(whole: Tensor, sharded: DTensor) -> Tensor:
-    """The slice of `whole` that this process holds of `sharded`."""
-    shape, offset = compute_local_shape_and_global_offset(sharded.shape, sharded.device_mesh, sharded.placements)
-    for dim, (size, start) in enumerate(zip(shape, offset, strict=True)):
-        whole = whole.narrow(dim, start if size else 0, size)
+    """The slice of `whole` that this process holds of `sharded`: tp has cut first, FSDP what tp left."""
+    mesh = sharded.device_mesh
+    for axis in reversed(range(mesh.ndim)):
+        dim = getattr(sharded.placements[axis], "dim", None)
+        if dim is not None:
+            length = -(-whole.shape[dim] // mesh.size(axis))
+            start = min(length * mesh.get_local_rank(axis), whole.shape[dim])
+            whole = whole.narrow(dim, start, min(length, whole.shape[dim] - start))
     return whole

@@ -21,7 +21,7 @@ def environment() -> tuple[int, int, int]:
 VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
 
 
-UNSUPPORTED: tuple[str, ...] = ("tp", "pp", "cp")
+UNSUPPORTED: tuple[str, ...] = ("pp", "cp")
 """Axes that training cannot use yet."""
 
 
@@ -31,8 +31,7 @@ def check_layout(config: ParallelConfig, size: int) -> None:
     Raises  ConfigError listing every reason.
     """
     problems = [
-        f"parallel.{axis}={getattr(config, axis)} is not supported yet; only data parallelism (dp_shard, dp_replicate)"
-        f" is: set parallel.{axis}=1"
+        f"parallel.{axis}={getattr(config, axis)} is not supported yet: set parallel.{axis}=1"
         for axis in UNSUPPORTED
         if getattr(config, axis) != 1
     ]

@@ -11,12 +11,17 @@ and the large one is touched by one elementwise pass and three matrix products:
 
     dh = (1 / S) (E - S [j = t]) W    dW += (E - S [j = t])^T (h / S)
 
+Where processes share the vocabulary (`VocabPart`), each makes the logits of its own tokens only; m, S and x_t of a row
+are agreed between them, three numbers a row, and dh is this process's addend. With m_r, S_r seen by process r,
+
+    S = sum_r S_r exp(m_r - m)        E_r - S exp(m - m_r) [j = t] and 1 / (S exp(m - m_r)) in place of the above
+
 Source  the chunked loss of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, section 3.2; the unnormalized E is ours.
 """
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +39,28 @@ GRADIENT_BLOCK = 1 << 20
 """Numbers of dW that one product makes at a time on a CPU, so that adding them to the sum finds them in the cache."""
 FP16_SUM = 16.0
 """What each row of E sums to in fp16, which holds neither a sum of V ones nor 1 / V well."""
+FARTHEST = 60.0
+"""m - m_r counts as at most this: e^60 is a float32, and the probability e^-60 that it stands for is 0."""
+
+
+class VocabPart(Protocol):
+    """The tokens of the vocabulary that this process holds, and how it agrees with those that hold the others.
+
+    first  id of the first of them.
+    count  size of the whole padded vocabulary.
+    """
+
+    first: int
+    count: int
+
+    def local(self, weight: Tensor) -> Tensor:
+        """The rows of the head's weight that this process holds, as a plain tensor."""
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over the processes, in place and returned."""
+
+    def max(self, values: Tensor) -> Tensor:
+        """Maximum over the processes, in place and returned."""
 
 
 class CrossEntropy(NamedTuple):
@@ -51,6 +78,7 @@ def fused_cross_entropy(
     ignored: int = IGNORED,
     compiled: bool = False,
     chunk_rows: int | None = None,
+    part: VocabPart | None = None,
 ) -> CrossEntropy:
     """Sum over the rows of -log softmax(hidden W^T)[label], and each row's share.
 
@@ -59,21 +87,25 @@ def fused_cross_entropy(
     The matrix products run in autocast's dtype, or outside autocast in the wider of the two dtypes; maxima, sums,
     losses and the accumulation of dW are float32. Both gradients are made in the forward pass when grad is enabled and
     something needs them, so a graph through here can be differentiated once. `compiled` gives the elementwise pass to
-    torch.compile. `chunk_rows` is the number of rows at a time; None chooses by device.
+    torch.compile. `chunk_rows` is the number of rows at a time; None chooses by device. With `part`, weight is the
+    part of the head that this process holds; total and rows are those of the whole vocabulary, on every process, and
+    the gradient of hidden is this process's addend.
     Raises  ValueError if shapes do not fit, IndexError if a label is neither `ignored` nor in 0..V-1.
     """
+    weight = weight if part is None else part.local(weight)
     require_shapes(hidden, weight, labels)
-    require_labels(labels, ignored, weight.shape[0])
+    require_labels(labels, ignored, weight.shape[0] if part is None else part.count)
     dtype = compute_dtype(hidden, weight)
     chunks = chunk_slices(
         len(hidden), chunk_rows or logits_rows(weight.shape[0], weight.shape[1], dtype.itemsize, weight.device.type)
     )
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, ignored, dtype, chunks, compiled))
+            options = (ignored, dtype, chunks, compiled, part)
+            return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, *options))
         wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
-        for part in chunks:
-            _, rows[part], _ = to_gradient(hidden[part].to(dtype) @ wide.T, labels[part], ignored, compiled)
+        for at in chunks:
+            _, rows[at], _ = to_gradient(hidden[at].to(dtype) @ wide.T, labels[at], ignored, compiled, part)
     return CrossEntropy(rows.sum(), rows)
 
 
@@ -90,17 +122,18 @@ class FusedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         chunks: list[slice],
         compiled: bool,
+        part: VocabPart | None,
     ) -> tuple[Tensor, Tensor]:
         """Total and losses of the rows; the gradients wait in `ctx`."""
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
         d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
-        for part in chunks:
-            h = hidden[part].to(dtype)
-            gradient, rows[part], factor = to_gradient(h @ wide.T, labels[part], ignored, compiled)
+        for at in chunks:
+            h = hidden[at].to(dtype)
+            gradient, rows[at], factor = to_gradient(h @ wide.T, labels[at], ignored, compiled, part)
             if d_hidden is not None:
-                d_hidden[part] = (gradient @ wide) * factor[:, None]
+                d_hidden[at] = (gradient @ wide) * factor[:, None]
             if d_weight is not None:
                 add_product(d_weight, gradient, (h * factor[:, None]).to(dtype))
             del gradient  # else it would live on while the next chunk's logits are made
@@ -116,23 +149,45 @@ class FusedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("fused_cross_entropy was differentiated already; call it anew for a second backward")
         d_hidden, d_weight = (None if d is None else d.mul_(d_total) for d in ctx.gradients)
         ctx.gradients = None
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
-def to_gradient(logits: Tensor, labels: Tensor, ignored: int, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
+def to_gradient(
+    logits: Tensor, labels: Tensor, ignored: int, compiled: bool, part: VocabPart | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """logits (R, V) to E - S [j = label], the losses and the row factors 1 / S, float32 (R,); logits are lost.
 
-    Losses and factors are 0 in ignored rows.
+    Losses and factors are 0 in ignored rows. With `part`, logits are those of the tokens that this process holds.
     """
     counts, rows = labels != ignored, torch.arange(len(labels), device=labels.device)
-    targets = torch.where(counts, labels, 0)
-    at_target = logits[rows, targets].float()
+    places = torch.where(counts, labels - (part.first if part else 0), 0)
+    here = (places >= 0) & (places < logits.shape[1])
+    places = torch.where(here, places, 0)
+    at_target = logits[rows, places].float()
     e, top, total = exponentials_in_place(logits, compiled)
-    lse = top + total.log()
+    if part is None:
+        lse = top + total.log()
+        losses = lse - at_target
+    else:
+        lse, losses, total = agree(e, top, total, torch.where(here, at_target, 0.0), part)
     if e.dtype == torch.float16:
         top, total = lse - math.log(FP16_SUM), torch.full_like(total, FP16_SUM)
-    e[rows, targets] = ((at_target - top).exp() - total).to(e.dtype)
-    return e, torch.where(counts, lse - at_target, 0.0), torch.where(counts, 1.0 / total, 0.0)
+    e[rows, places] = torch.where(here, ((at_target - top).exp() - total).to(e.dtype), e[rows, places])
+    return e, torch.where(counts, losses, 0.0), torch.where(counts, 1.0 / total, 0.0)
+
+
+def agree(e: Tensor, top: Tensor, total: Tensor, at_target: Tensor, part: VocabPart) -> tuple[Tensor, Tensor, Tensor]:
+    """log-sum-exp, loss and S exp(m - m_r) of each row, out of what this process sees; at_target is 0 elsewhere.
+
+    In fp16 the rows of `e` are scaled, in place, to their share of FP16_SUM.
+    """
+    highest = part.max(top.clone())
+    share = total * (top - highest).exp()
+    whole, at_target = part.sum(torch.stack([share, at_target])).unbind(0)
+    if e.dtype == torch.float16:
+        e.mul_((share / whole)[:, None])
+    lse = highest + whole.log()
+    return lse, lse - at_target, whole * (highest - top).clamp(max=FARTHEST).exp()
 
 
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

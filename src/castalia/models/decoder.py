@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from castalia.models.attention import causal_attention
 from castalia.models.cache import KVCache, LayerCache
 from castalia.models.config import ModelConfig
+from castalia.models.cross_entropy import VocabPart
 from castalia.models.flops import flops_per_token
 from castalia.models.init import init_parameter
 from castalia.models.pieces import KEEP
@@ -77,7 +78,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer. Parallel: x + attn(norm1 x) + mlp(norm2 x). Serial: x + attn(norm1 x), then x + mlp(norm2 x)."""
 
-    tp_plan = {"attn.qkv": "column", "attn.out": "row", "mlp.up": "column", "mlp.down": "row"}
+    tp_plan = {
+        "norm1": "sequence",
+        "attn.qkv": "column",
+        "attn.out": "row",
+        "norm2": "sequence",
+        "mlp.up": "column",
+        "mlp.down": "row",
+    }
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -106,12 +114,13 @@ class Decoder(nn.Module):
     on the meta device followed by `to_empty` loses nothing.
     """
 
-    tp_plan = {"embed": "vocab", "unembed": "column"}
+    tp_plan = {"embed": "vocab", "norm": "gather", "unembed": "head"}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.recompute = False
+        self.vocab_part: VocabPart | None = None
         self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)

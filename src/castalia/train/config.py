@@ -9,6 +9,7 @@ from castalia.config.base import Config
 from castalia.data.config import DataConfig
 from castalia.distributed.config import ParallelConfig
 from castalia.models.config import ModelConfig
+from castalia.train.layouts import layout_problems
 
 
 class OptimConfig(Config):
@@ -143,6 +144,7 @@ class RunConfig(Config):
             problems.append(
                 f"train.batch_size {self.train.batch_size} does not divide into train.micro_batch_size {micro} rows"
             )
+        problems += layout_problems(self.model, self.data.seq_length, self.parallel)
         if problems:
             raise ValueError("; ".join(problems))
         return self

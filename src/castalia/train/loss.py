@@ -46,7 +46,9 @@ class NextToken:
         hidden_BTC = model(batch.tokens, positions=batch.positions, segments=batch.segments)
         labels_N = batch.labels.reshape(-1)
         hidden_NC = hidden_BTC.flatten(0, 1)
-        total, losses_N = fused_cross_entropy(hidden_NC, model.head_weight, labels_N, compiled=self.compiled)
+        total, losses_N = fused_cross_entropy(
+            hidden_NC, model.head_weight, labels_N, compiled=self.compiled, part=model.vocab_part
+        )
         return LossOut(total, (labels_N >= 0).sum(), self.by_source(losses_N, batch))
 
     def by_source(self, losses_N: Tensor, batch: Batch) -> Tensor:

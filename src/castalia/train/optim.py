@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from castalia.train.config import OptimConfig
 
@@ -67,10 +68,27 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
-    """Global L2 norm of the gradients, a float32 scalar on the model's device; over all ranks when sharded."""
+    """Global L2 norm of the gradients, a float32 scalar on the model's device; over all processes when sharded.
+
+    A number that several processes hold counts once, whatever the mesh: one sum of squares goes round.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    own = [
+        gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor) and holds_first_copy(gradient)
+    ]
+    total = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
+    for norm in torch._foreach_norm(own) if own else []:
+        total += norm.float().square()
+    torch.distributed.all_reduce(total)
+    return total.sqrt()
+
+
+def holds_first_copy(tensor: DTensor) -> bool:
+    """Whether this process is at place 0 of every axis along which `tensor` is replicated."""
+    places = (tensor.device_mesh.get_local_rank(axis) for axis in range(tensor.device_mesh.ndim))
+    return not any(place and kind.is_replicate() for place, kind in zip(places, tensor.placements, strict=True))
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, limit: float | None) -> None:

@@ -1,0 +1,292 @@
+"""The equivalence grid: every layout against one process, as a table of the largest differences.
+
+    python tests/distributed/grid.py [--all] [--only WORDS] [--json FILE] [--sabotage NAME]
+
+Each row trains five steps on 2 to 8 gloo processes and on one, in fp32, and compares the loss and the gradient norm
+after clipping of every step, the rows, and every parameter at the end. One launch serves all rows of a world size. The
+exit status is 1 when a difference is above 1e-5. `--sabotage` applies a wrong plan first: the grid must fail then.
+
+AdamW has eps 1e-6: with 1e-8 a number whose gradient is 1e-9 takes whole steps out of rounding noise.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as processes
+
+import castalia.train.trainer as loop
+from castalia.checkpoint import read
+from castalia.data import IndexedDatasetWriter
+from castalia.distributed import World
+from castalia.recipes import load_config
+from castalia.train.hooks import Hook, Metrics, Save
+from castalia.train.optim import gradient_norm
+
+LIMIT = 1e-5
+BASE = (
+    "debug",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "data.seq_length=16",
+    "train.batch_size=8",
+    "train.steps=5",
+    "optim.clip=0.5",
+    "optim.eps=1e-6",
+    "checkpoint.steps=[]",
+    "checkpoint.every=null",
+    "checkpoint.asynchronous=false",
+)
+HEAD_DIM = 8
+VARIANTS = {
+    "": (),
+    "accumulated": ("train.micro_batch_size=2",),
+    "unequal counts": ("train.micro_batch_size=2", "data.eod_mask_loss=true"),
+    "tied": ("model.tie_word_embeddings=true",),
+    "no biases, serial": ("model.attention_bias=false", "model.mlp_bias=false", "model.parallel_residual=false"),
+    "recompute": ("train.recompute=true",),
+    "ZeRO 2": ("parallel.reshard_after_forward=false", "train.micro_batch_size=2"),
+}
+"""What varies besides the layout. Everywhere: 257 ids in a padded vocabulary of 384, gradients clipped at 0.5."""
+SAME = ("train.micro_batch_size", "train.recompute", "parallel.")
+"""Options that change no number: one process is trained without them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the grid: a layout, what varies besides, and whether it belongs to the core."""
+
+    layout: str
+    degrees: str
+    variant: str = ""
+    core: bool = False
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return f"{self.layout}, {self.variant}" if self.variant else self.layout
+
+    @property
+    def parallel(self) -> dict[str, int]:
+        """Degrees by axis; dp_shard is 1 unless it is given."""
+        named = (pair.split("=") for pair in self.degrees.split())
+        return {"dp_shard": 1} | {axis: int(degree) for axis, degree in named}
+
+    @property
+    def processes(self) -> int:
+        """How many this row needs."""
+        return int(np.prod(list(self.parallel.values())))
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """All options of the row."""
+        return (*(f"parallel.{axis}={degree}" for axis, degree in self.parallel.items()), *VARIANTS[self.variant])
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """The options that one process is trained with."""
+        return tuple(text for text in VARIANTS[self.variant] if not text.startswith(SAME))
+
+
+GRID = [
+    Row("dp", "dp_replicate=2", core=True),
+    Row("fsdp", "dp_shard=2", "unequal counts", core=True),
+    Row("fsdp", "dp_shard=2", "ZeRO 2"),
+    Row("hsdp", "dp_replicate=2 dp_shard=2", core=True),
+    Row("hsdp", "dp_replicate=2 dp_shard=2", "tied"),
+    Row("tp", "tp=2", core=True),
+    Row("tp", "tp=2", "accumulated"),
+    Row("tp", "tp=2", "tied", core=True),
+    Row("tp", "tp=2", "no biases, serial", core=True),
+    Row("tp", "tp=2", "recompute"),
+    Row("tp", "tp=4"),
+    Row("dp x tp", "dp_replicate=2 tp=2"),
+    Row("dp x tp", "dp_replicate=2 tp=2", "accumulated"),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "unequal counts", core=True),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "tied", core=True),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "recompute"),
+    Row("hsdp x tp", "dp_replicate=2 dp_shard=2 tp=2"),
+]
+
+
+def off_head_boundaries() -> None:
+    """The fused QKV split as if it were q, k, v one after the other: each process takes halves of other heads."""
+    from castalia.distributed import layout
+
+    right = layout.own_part
+
+    def wrong(whole: torch.Tensor, sharded: Any) -> torch.Tensor:
+        if whole.shape[0] == 3 * 32:
+            whole = torch.cat([whole.view(2, 3, -1, *whole.shape[1:])[:, c].flatten(0, 1) for c in range(3)])
+        return right(whole, sharded)
+
+    layout.own_part = wrong
+
+
+def bias_on_every_process() -> None:
+    """The bias of row-split matrices added by each process before the sum: GPT-NeoX's old fault."""
+    from torch.distributed.tensor.parallel import RowwiseParallel
+
+    right = RowwiseParallel._prepare_output_fn
+
+    def wrong(layouts: Any, local: bool, module: Any, output: Any, mesh: Any) -> Any:
+        result = right(layouts, local, module, output, mesh)
+        bias = getattr(module, "bias", None)
+        return result if bias is None else result + (mesh.size() - 1) * bias.to_local()
+
+    RowwiseParallel._prepare_output_fn = staticmethod(wrong)
+
+
+def loss_of_own_tokens() -> None:
+    """The softmax of each process over its own part of the vocabulary alone."""
+    from castalia.distributed.tensor_parallel import VocabPart
+
+    VocabPart.max = lambda self, values: values
+
+
+SABOTAGE = {
+    "qkv split off head boundaries": off_head_boundaries,
+    "row bias on every process": bias_on_every_process,
+    "maximum of the own tokens": loss_of_own_tokens,
+}
+"""Wrong plans that train without an error."""
+
+
+class ClippedNorm(Hook):
+    """`clipped_norm` of each step: the norm of the gradients that the update used."""
+
+    def __init__(self) -> None:
+        self.norm = 0.0
+        clip = loop.clip_gradients
+
+        def measured(model: Any, *arguments: Any) -> None:
+            clip(model, *arguments)
+            self.norm = float(gradient_norm(model))
+
+        loop.clip_gradients = measured
+
+    def after_step(self, trainer: Any) -> None:
+        """Write it with the metrics, which come later in the list."""
+        trainer.metrics["clipped_norm"] = self.norm
+
+
+def train(overrides: tuple[str, ...], clipped: ClippedNorm) -> None:
+    """One run in this process and those of its world."""
+    config = load_config([*BASE, *overrides])
+    with contextlib.redirect_stdout(io.StringIO()):
+        loop.Trainer(config, World.start(config.parallel, "cpu"), hooks=[clipped, Metrics(), Save()]).fit()
+
+
+def serve(rank: int, size: int, port: int, runs: list[tuple[str, ...]]) -> None:
+    """All runs of one world size, one after the other, in one of its processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    clipped = ClippedNorm()
+    for overrides in runs:
+        train(overrides, clipped)
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def launch(size: int, runs: list[tuple[str, ...]]) -> None:
+    """Train `runs` in `size` forked processes; the first error ends all of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes.start_processes(serve, (size, port, runs), nprocs=size, start_method="fork")
+
+
+def write_tokens(folder: Path) -> Path:
+    """Documents that end in the end-of-document id at irregular places."""
+    random = np.random.default_rng(1)
+    with IndexedDatasetWriter(folder / "text", "uint16") as writer:
+        for size in random.integers(3, 60, 200):
+            writer.add([*random.integers(97, 123, size), 256])
+    return folder / "text"
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Of one parameter. The gradient of a key bias is rounding noise, which Adam turns into steps of the size of lr."""
+    difference = (ours - theirs).abs()
+    return float((difference.view(-1, 3, HEAD_DIM)[:, [0, 2]] if name.endswith("qkv.bias") else difference).max())
+
+
+def compare(ours: Path, theirs: Path) -> dict[str, Any]:
+    """Largest differences of two runs, and whether they read the same rows."""
+    a, b = lines_of(ours), lines_of(theirs)
+    weights, expected = (read(path / "checkpoints" / "step-00000005") for path in (ours, theirs))
+    assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
+    of_lines = {
+        key: max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True)) for key in ("loss", "clipped_norm", "tokens")
+    }
+    return of_lines | {
+        "weights": max(largest_difference(name, weights[name], expected[name]) for name in expected),
+        "same rows": [line["rows_hash"] for line in a] == [line["rows_hash"] for line in b],
+    }
+
+
+def passes(found: dict[str, Any]) -> bool:
+    """Whether a row of the grid is equal to one process."""
+    close = all(found[key] <= LIMIT for key in ("loss", "clipped_norm", "weights"))
+    return close and found["same rows"] and found["tokens"] == 0
+
+
+def run_grid(rows: list[Row], folder: Path) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Train everything, then compare row by row."""
+    base = f"data.train={write_tokens(folder)}"
+    alone = {row.alone: folder / f"alone-{number}" for number, row in enumerate(rows)}
+    launch(1, [(base, f"output={path}", "parallel.dp_shard=1", *options) for options, path in alone.items()])
+    places = {row: folder / f"row-{number}" for number, row in enumerate(rows)}
+    for size in sorted({row.processes for row in rows}):
+        ours = [row for row in rows if row.processes == size]
+        launch(size, [(base, f"output={places[row]}", *row.overrides) for row in ours])
+    for row in rows:
+        yield row, compare(places[row], alone[row.alone])
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every row, not only the core")
+    parser.add_argument("--only", help="the rows whose name or degrees hold these words")
+    parser.add_argument("--json", type=Path, help="write the differences there too")
+    parser.add_argument("--sabotage", choices=SABOTAGE, help="apply a wrong plan first")
+    options = parser.parse_args()
+    rows = [row for row in GRID if options.all or options.only or row.core]
+    rows = [row for row in rows if not options.only or options.only in f"{row.name} {row.degrees}"]
+    torch.set_num_threads(1)
+    if options.sabotage:
+        SABOTAGE[options.sabotage]()
+    found = {}
+    print(f"{'layout':32} {'degrees':32} {'loss':>9} {'grad norm':>9} {'weights':>9}  rows")
+    with tempfile.TemporaryDirectory() as folder:
+        for row, result in run_grid(rows, Path(folder)):
+            numbers = " ".join(f"{result[key]:9.1e}" for key in ("loss", "clipped_norm", "weights"))
+            same = "same" if result["same rows"] and result["tokens"] == 0 else "DIFFER"
+            print(f"{row.name:32} {row.degrees:32} {numbers}  {same}{'' if passes(result) else '  FAILS'}", flush=True)
+            found[f"{row.name} ({row.degrees})"] = result | {"passes": passes(result)}
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    failed = sum(not result["passes"] for result in found.values())
+    print(f"{len(found) - failed} of {len(found)} layouts equal one process within {LIMIT:g}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Layouts that a model does not divide over are refused with the config, each with its reason."""
+
+import pytest
+
+from castalia.core.errors import ConfigError
+from castalia.recipes import load_config
+
+REFUSED = {
+    "model.num_attention_heads 4 does not divide over parallel.tp=8 processes: a head stays whole": ("parallel.tp=8",),
+    "model.intermediate_size 130 does not divide over parallel.tp=4 processes": (
+        "parallel.tp=4",
+        "model.intermediate_size=130",
+    ),
+    "data.seq_length 62 does not divide over parallel.tp=4 processes": ("parallel.tp=4", "data.seq_length=62"),
+    "the padded vocabulary 257 does not divide over parallel.tp=2 processes: each process holds an equal part of it;"
+    " model.make_vocab_size_divisible_by=2 pads it to fit": ("parallel.tp=2", "model.make_vocab_size_divisible_by=1"),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused_with_the_reason(message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(["debug", *REFUSED[message]])
+    assert message in str(caught.value)
+
+
+def test_all_reasons_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(["debug", "parallel.tp=3"])
+    text = str(caught.value)
+    assert "num_attention_heads 4" in text and "intermediate_size 512" in text and "seq_length 64" in text
+
+
+def test_what_divides_is_taken():
+    assert load_config(["debug", "parallel.tp=4"]).parallel.tp == 4
