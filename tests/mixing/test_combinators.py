@@ -169,4 +169,4 @@ def test_what_a_mixer_says_of_itself():
     mixer = make_mixer("odm", sources=["a", "b"], warmup_steps=3, smoothing=0.8)
     said = mixer.describe()
     assert said["kind"] == "warm-up" and said["settings"]["smoothing"] == 0.8
-    assert said["inner"] == [{"kind": "odm"}]
+    assert said["inner"] == [{"kind": "clip", "inner": [{"kind": "odm"}]}]

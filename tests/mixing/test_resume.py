@@ -123,7 +123,7 @@ def test_a_removed_or_unknown_source():
 def test_states_that_do_not_fit():
     state = fed(["a", "b"]).state_dict()
     other = make_mixer("uniform", sources=["a", "b"])
-    with pytest.raises(CheckpointError, match="the state is of mixer 'odm', this run has 'uniform'"):
+    with pytest.raises(CheckpointError, match="the state is of mixer 'clip', this run has 'uniform'"):
         other.load_state_dict(state["mixer"])
     with pytest.raises(CheckpointError, match="the planner's state has seed 2, this run 1"):
         learned(["a", "b"]).load_state_dict(state | {"seed": 2})
@@ -134,5 +134,6 @@ def test_states_that_do_not_fit():
     with pytest.raises(CheckpointError, match="source 'b' has 20 rows, the state was made with 21"):
         learned(["a", "b"]).load_state_dict(larger)
     learned(["a", "b"]).load_state_dict(larger, allow_changed=True)
-    with pytest.raises(CheckpointError, match="the state of mixer 'odm' is damaged: KeyError"):
-        learned(["a", "b"]).load_state_dict(state | {"mixer": {"kind": "odm", "step": 3}})
+    with pytest.raises(CheckpointError, match="the state of mixer 'clip' is damaged: KeyError"):
+        damaged = {"kind": "clip", "step": 3, "inner": state["mixer"]["inner"]}
+        learned(["a", "b"]).load_state_dict(state | {"mixer": damaged})

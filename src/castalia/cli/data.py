@@ -335,6 +335,8 @@ def rows_of(sources: list[str]) -> "tuple[RunConfig, Rows]":
         steps=train.steps,
         eval_every=None,
         eval_batches=train.eval_batches,
+        planned=config.mixing.plans,
+        allow_empty=config.mixing.allow_empty,
     )
     return config, rows
 

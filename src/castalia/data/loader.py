@@ -5,8 +5,8 @@ import multiprocessing
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 
@@ -14,12 +14,17 @@ import torch
 
 from castalia.core.errors import DataError
 from castalia.data.batch import IGNORED, Batch
+from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset
 from castalia.data.steps import MicroRows, StepReader, check_batch, read_in_worker, start_worker
 
 AHEAD = 1
 """Steps that wait, read, while the next one is being read."""
 Steps = Generator[list[MicroRows], None, None]
+Task = tuple[int, Sequence[Located] | None]
+"""A step, and the rows of this rank's micro-batches where a plan says which."""
+StepPlan = Callable[[int, int], Located]
+"""Rows of the places from the first number to the second of one step's batch."""
 
 
 class StepLoader:
@@ -27,6 +32,9 @@ class StepLoader:
 
     Step t uses places [t·B, (t+1)·B) of `rows`, B = batch_size; see `StepReader` for the share of a rank.
     `micro_batch_size` None is the rank's whole share B / world.
+
+    `plans` gives, step by step, which rows of `SourceRows` the batch is made of, or None while the next step may not
+    be planned yet: it is asked again when a step is taken. Where it ends, the loader ends.
 
     `vocab_size` checks every id. `eod_id` leaves out of the loss the target after each end-of-document token in the
     row (GPT-NeoX's eod_mask_loss). `workers` 0 reads ahead in a thread; more are processes, each with its own copy
@@ -38,7 +46,7 @@ class StepLoader:
 
     def __init__(
         self,
-        rows: RowDataset,
+        rows: RowDataset | SourceRows,
         *,
         batch_size: int,
         micro_batch_size: int | None = None,
@@ -48,12 +56,13 @@ class StepLoader:
         vocab_size: int | None = None,
         eod_id: int | None = None,
         workers: int = 0,
+        plans: Iterator[StepPlan | None] | None = None,
     ) -> None:
         micro = micro_batch_size or max(batch_size // dp_world, 1)
         check_batch(batch_size, micro, dp_world)
         assert 0 <= dp_rank < dp_world, (dp_rank, dp_world)
         self.reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size)
-        self.start_step, self.eod_id, self.workers = start_step, eod_id, workers
+        self.start_step, self.eod_id, self.workers, self.plans = start_step, eod_id, workers, plans
 
     @property
     def micro_steps(self) -> int:
@@ -62,12 +71,24 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         if self.workers:
-            steps = read_in_processes(self.reader, self.start_step, self.workers)
+            steps = read_in_processes(self.reader, self.tasks(), self.workers)
+        elif self.plans is not None:
+            steps = in_order(ThreadPoolExecutor(1, "data"), self.reader.read, self.tasks(), 1 + AHEAD)
         else:
             steps = read_in_thread(self.reader, self.start_step)
         with closing(steps):
             for step in steps:
                 yield [as_batch(found, self.eod_id) for found in step]
+
+    def tasks(self) -> Iterator[Task | None]:
+        """What is to be read, in order; None where the next step is not planned yet."""
+        if self.plans is None:
+            yield from ((step, None) for step in itertools.count(self.start_step))
+            return
+        step, begins, micro = self.start_step, self.reader.begins, self.reader.micro
+        for plan in self.plans:
+            yield None if plan is None else (step, [plan(begin, begin + micro) for begin in begins])
+            step += plan is not None
 
 
 def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
@@ -79,16 +100,22 @@ def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
     return Batch(tokens, labels, torch.from_numpy(found.source), torch.from_numpy(found.index))
 
 
-def read_in_processes(reader: StepReader, start: int, workers: int) -> Steps:
-    """Steps from `start` on, each read by one of `workers` processes; closing the iterator ends them."""
+def read_in_processes(reader: StepReader, tasks: Iterator[Task | None], workers: int) -> Steps:
+    """Steps in the order of `tasks`, each read by one of `workers` processes; closing the iterator ends them."""
     spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would hang
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=(reader,))
-    coming = itertools.count(start)
+    return in_order(pool, read_in_worker, tasks, workers + AHEAD)
+
+
+def in_order(pool: Executor, read: Callable[..., list[MicroRows]], tasks: Iterator[Task | None], most: int) -> Steps:
+    """What `read` makes of each task, up to `most` of them under way; ends with `tasks`, and then ends the pool."""
     waiting: deque[Future[list[MicroRows]]] = deque()
     try:
         while True:
-            while len(waiting) < workers + AHEAD:
-                waiting.append(pool.submit(read_in_worker, next(coming)))
+            while len(waiting) < most and (task := next(tasks, None)) is not None:
+                waiting.append(pool.submit(read, *task))
+            if not waiting:
+                return
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(f"a process that reads data ended ({error}); set data.workers lower, or 0") from error

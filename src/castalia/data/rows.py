@@ -16,8 +16,12 @@ from castalia.data.indexed import CHECK_PIECE, IndexedDataset
 from castalia.data.mapped import view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.packed import PackedDataset, Piece
+from castalia.data.planned import SourceRows, source_rows
 from castalia.data.row_files import FileOrder, Pack, RowFile
 from castalia.data.tokenizer import load_tokenizer
+
+ORDERS = {"neox": "neox packed", "file": "rows as in the file"}
+"""How the fingerprint names an order."""
 
 
 class RowDataset:
@@ -72,12 +76,12 @@ class RowDataset:
 class Rows:
     """What `build_rows` made out of a data config.
 
-    `sources` names the train sources, `epochs` and `tokens` are one number each: passes over the source's documents
-    that its order holds, and tokens in one pass; `weights` are shares that sum to 1; `eod_id` is the id after which
-    no target counts, None unless data.eod_mask_loss is set.
+    `sources` names the train sources and `valid_sources` those of `valid`; `epochs` and `tokens` are one number each:
+    passes over the source's documents that its order holds, and tokens in one pass; `weights` are shares that sum to 1;
+    `eod_id` is the id after which no target counts, None unless data.eod_mask_loss is set.
     """
 
-    train: RowDataset
+    train: RowDataset | SourceRows
     valid: RowDataset | None
     fingerprint: dict[str, Any]
     sources: list[str]
@@ -85,12 +89,21 @@ class Rows:
     epochs: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     eod_id: int | None = None
+    valid_sources: list[str] = field(default_factory=list)
 
 
 def build_rows(
-    config: DataConfig, *, seed: int, batch_size: int, steps: int, eval_every: int | None, eval_batches: int
+    config: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    steps: int,
+    eval_every: int | None,
+    eval_batches: int,
+    planned: bool = False,
+    allow_empty: bool = False,
 ) -> Rows:
-    """The train and valid rows of a run, in GPT-NeoX's order.
+    """The train and valid rows of a run in GPT-NeoX's order; with `planned` the train rows by source (`source_rows`).
 
     A single train prefix with `split` is GPT-NeoX's data_path: its share of the documents, exactly steps · batch_size
     rows. Anything else is its list of paths: each source holds 1.005 times its share and they are blended, even a
@@ -107,21 +120,17 @@ def build_rows(
     evals = (steps // eval_every + 1) * eval_batches if eval_every else 0
     train_sets = [IndexedDataset(path) for path in config.train]
     valid_sets = [IndexedDataset(path) for path in config.valid]
-    if config.split is not None:
-        shares = split_documents(config.split, len(train_sets[0]))
-        train = one_source(train_sets[0], config, seed, steps * batch_size, shares[0])
-        valid = one_source(train_sets[0], config, seed, evals * batch_size, shares[1]) if evals and shares[1] else None
+    shares = split_documents(config.split, len(train_sets[0])) if config.split is not None else None
+    train: RowDataset | SourceRows
+    if planned:
+        train = source_rows(train_sets, config, seed, shares[0] if shares else None, allow_empty=allow_empty)
     else:
-        if config.order == "file":
-            train = row_files(train_sets, config, steps * batch_size)
-        else:
-            train = blended(train_sets, config.weights, config, seed, steps * batch_size)
-        want_valid = evals and valid_sets
-        valid = blended(valid_sets, config.valid_weights, config, seed, evals * batch_size) if want_valid else None
+        train = blended_rows(train_sets, config, seed, steps * batch_size, shares[0] if shares else None)
+    valid = valid_rows(train_sets[0], valid_sets, config, seed, evals * batch_size, shares[1] if shares else None)
     weights = normalised(config.weights, len(train_sets))
     epochs = [pack.order.epochs for pack in train.packs]
     order = {
-        "kind": "neox packed" if config.order == "neox" else "rows as in the file",
+        "kind": ORDERS[config.order] + (", by plan" if planned else ""),
         "seed": seed,
         "seq_length": config.seq_length,
         "split": config.split,
@@ -139,7 +148,28 @@ def build_rows(
         epochs=epochs,
         tokens=[pack.order.tokens_per_epoch for pack in train.packs],
         eod_id=masked_eod(config),
+        valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
     )
+
+
+def blended_rows(
+    datasets: list[IndexedDataset], config: DataConfig, seed: int, rows: int, documents: range | None
+) -> RowDataset:
+    """The train rows as one sequence: of a stretch of a single source's documents, ready ones, or a blend."""
+    if documents is not None:
+        return one_source(datasets[0], config, seed, rows, documents)
+    if config.order == "file":
+        return row_files(datasets, config, rows)
+    return blended(datasets, config.weights, config, seed, rows)
+
+
+def valid_rows(
+    train: IndexedDataset, sets: list[IndexedDataset], config: DataConfig, seed: int, rows: int, documents: range | None
+) -> RowDataset | None:
+    """The rows to validate on, of a stretch of the train documents or of files of their own; None without any."""
+    if rows and documents:
+        return one_source(train, config, seed, rows, documents)
+    return blended(sets, config.valid_weights, config, seed, rows) if rows and sets else None
 
 
 def one_source(dataset: IndexedDataset, config: DataConfig, seed: int, rows: int, documents: range) -> RowDataset:

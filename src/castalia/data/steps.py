@@ -1,12 +1,14 @@
 """Which rows one process takes in one step, as numpy: a pure function of the step. Needs no torch."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
 
 
@@ -24,10 +26,11 @@ class StepReader:
     """`reader.read(t)` is what rank `rank` of `world` processes takes in step t, a micro-batch at a time.
 
     Step t uses places [t·B, (t+1)·B); its micro-step g is the next micro·world of them, of which rank r takes the
-    r-th `micro` rows. Holds no state, and pickles.
+    r-th `micro` rows. Which row stands at a place is a matter of `rows`, or told for each micro-batch by a plan.
+    Holds no state, and pickles.
     """
 
-    rows: RowDataset
+    rows: RowDataset | SourceRows
     batch_size: int
     micro: int
     rank: int
@@ -39,32 +42,43 @@ class StepReader:
         """Micro-batches in one step."""
         return self.batch_size // (self.micro * self.world)
 
-    def read(self, step: int) -> list[MicroRows]:
-        """This rank's micro-batches of one step.
+    @property
+    def begins(self) -> list[int]:
+        """The place within the batch at which each of this rank's micro-batches begins."""
+        return [(g * self.world + self.rank) * self.micro for g in range(self.micro_steps)]
+
+    def read(self, step: int, planned: Sequence[Located] | None = None) -> list[MicroRows]:
+        """This rank's micro-batches of one step; `planned` are their rows, where a plan says which.
 
         Raises  DataError for an id that is not in the vocabulary.
         """
-        first = step * self.batch_size + self.rank * self.micro
-        return [self.micro_batch(first + g * self.micro * self.world) for g in range(self.micro_steps)]
+        places = [range(first, first + self.micro) for first in (step * self.batch_size + b for b in self.begins)]
+        found = self.located(places) if planned is None else planned
+        return [self.micro_batch(index, rows) for index, rows in zip(places, found, strict=True)]
 
-    def micro_batch(self, first: int) -> MicroRows:
-        """Places [first, first + micro)."""
-        rows, source, index = zip(*(self.rows[first + i] for i in range(self.micro)), strict=True)
-        found = MicroRows(np.stack(rows), np.array(source, np.int32), np.array(index, np.int64))
+    def located(self, places: Sequence[range]) -> list[Located]:
+        """The rows that stand at places of the served order, a micro-batch at a time."""
+        pairs = [zip(*map(self.rows.locate, index), strict=True) for index in places]
+        return [Located(*(np.array(values, np.int64) for values in pair)) for pair in pairs]
+
+    def micro_batch(self, index: range, found: Located) -> MicroRows:
+        """The rows of one micro-batch, which stand at the places `index`."""
+        pairs = list(zip(found.source.tolist(), found.place.tolist(), strict=True))
+        rows = np.stack([self.rows.packs[source][place] for source, place in pairs])
         if self.vocab_size is not None:
-            self.check(found, self.vocab_size)
-        return found
+            self.check(rows, found, self.vocab_size)
+        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64))
 
-    def check(self, found: MicroRows, vocab_size: int) -> None:
+    def check(self, rows: NDArray[np.int64], found: Located, vocab_size: int) -> None:
         """Every id is in the vocabulary."""
-        if found.rows.max() < vocab_size and found.rows.min() >= 0:
+        if rows.max() < vocab_size and rows.min() >= 0:
             return
-        i, j = np.argwhere((found.rows >= vocab_size) | (found.rows < 0))[0].tolist()
-        source, pieces = self.rows.documents_of(int(found.index[i]))
+        i, j = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
+        pack = self.rows.packs[int(found.source[i])]
+        pieces = pack.documents_of(int(found.place[i]))
         ends = list(itertools.accumulate(piece.length for piece in pieces))
         document = next(piece.document for piece, end in zip(pieces, ends, strict=True) if j < end)
-        prefix = self.rows.packs[source].dataset.prefix
-        raise DataError(out_of_vocab(prefix, document, int(found.rows[i, j]), vocab_size))
+        raise DataError(out_of_vocab(pack.dataset.prefix, document, int(rows[i, j]), vocab_size))
 
 
 def check_batch(batch_size: int, micro: int, world: int) -> None:
@@ -90,6 +104,6 @@ def start_worker(reader: StepReader) -> None:
     READER[:] = [reader]
 
 
-def read_in_worker(step: int) -> list[MicroRows]:
+def read_in_worker(step: int, planned: Sequence[Located] | None = None) -> list[MicroRows]:
     """In a worker: one step."""
-    return READER[0].read(step)
+    return READER[0].read(step, planned)

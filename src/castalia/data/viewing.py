@@ -11,6 +11,7 @@ import numpy as np
 
 from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
+from castalia.data.planned import SourceRows
 from castalia.data.row_files import common_dtype
 from castalia.data.rows import RowDataset, Rows
 from castalia.data.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def parse_steps(text: str, batch_size: int, total: int) -> Steps:
     return Steps(begin, end, batch_size)
 
 
-def save_ids(rows: RowDataset, steps: Steps, path: str | os.PathLike[str]) -> tuple[int, int]:
+def save_ids(rows: RowDataset | SourceRows, steps: Steps, path: str | os.PathLike[str]) -> tuple[int, int]:
     """Write the ids of the steps' rows as one .npy, whole or not at all, in the sources' dtype; returns its shape.
 
     Shapes  (steps · batch_size, seq_length + 1), as Pythia's batch_viewer.py saves them; memory holds one row.
@@ -83,7 +84,7 @@ def records(rows: Rows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[d
         yield record
 
 
-def step_hash(rows: RowDataset, step: int, batch_size: int) -> int:
+def step_hash(rows: RowDataset | SourceRows, step: int, batch_size: int) -> int:
     """`rows_hash` of a step as training writes it to metrics.jsonl: sum of the CRC-32 of each row's inputs as int64."""
     places = Steps(step, step + 1, batch_size).places
     return sum(zlib.crc32(rows[place][0][:-1].astype("<i8").tobytes()) for place in places)

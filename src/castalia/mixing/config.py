@@ -20,11 +20,13 @@ OWN = (
 
 
 class MixingConfig(Config):
-    """How sources are mixed, for the config of a loop of yours; `castalia train` has no such section yet."""
+    """How sources are mixed. Only train/mixture.py and the loops of others read these fields."""
 
     kind: str = "static"
     """Mixer: static, natural, uniform, temperature, unimax, odm, odm-repo, odm-paper, exp3, naive-validation, dbl,
-    doremi, ado or replay."""
+    doremi, ado or replay. In `castalia train`, static is GPT-NeoX's blend by data.weights, which no planner makes."""
+    planned: bool = False
+    """Let the planner make the rows under `static` too; under every other kind it does."""
     warmup_steps: NonNegativeInt = 0
     """Steps at the prior before the mixer decides."""
     update_every: PositiveInt = 1
@@ -41,6 +43,9 @@ class MixingConfig(Config):
     """Step after which the shares stand."""
     lag: NonNegativeInt = 1
     """Steps that may be planned ahead: step t follows the losses up to step t - 1 - lag."""
+    grain: NonNegativeFloat = 2**-6
+    """Nats a token to which a loss is rounded before the mixer sees it, so that the float sums of another number of
+    processes give the same shares; 0 does not round."""
     exhaustion: str | dict[str, str] = "repeat"
     """When a source was read through: repeat, stop, drop or cap:N epochs; for all, or by source name."""
     allow_empty: bool = False
@@ -95,6 +100,16 @@ class MixingConfig(Config):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
+
+    @property
+    def plans(self) -> bool:
+        """Whether a planner makes the rows of `castalia train`."""
+        return self.planned or self.kind != "static"
+
+    def idle(self) -> list[str]:
+        """Fields that are set although no planner would read them."""
+        fresh = {name: field.default for name, field in type(self).model_fields.items()}
+        return [] if self.plans else [name for name, value in fresh.items() if getattr(self, name) != value]
 
     def own(self) -> dict[str, Any]:
         """The mixer's own options that are given."""

@@ -60,19 +60,19 @@ def make_mixer(
     if "sizes" in inspect.signature(kind).parameters:
         given["sizes"] = lengths
     mixer = kind(inside, prior=start, **given)
-    if max_share is None and name == "odm" and len(inside) >= 4:
-        max_share = ODM_MAX_SHARE
+    if max_share is None and name == "odm":
+        max_share = ODM_MAX_SHARE if len(inside) >= 4 else 1.0
     mixer = Every(mixer, steps=update_every) if update_every != 1 else mixer
     mixer = Smooth(mixer, past=weight_smoothing) if weight_smoothing else mixer
     mixer = Floor(mixer, total=floor) if floor else mixer
-    mixer = Clip(mixer, most=max_share) if max_share not in (None, 1) else mixer
+    mixer = Clip(mixer, most=max_share) if max_share is not None else mixer
     mixer = Freeze(mixer, after=freeze_after) if freeze_after is not None else mixer
     mixer = Warmup(mixer, steps=warmup_steps) if warmup_steps else mixer
     if epoch_cap is not None:
         if lengths is None or horizon is None:
             raise ConfigError("epoch_cap needs sizes= of the sources and horizon=, the tokens of the whole run")
         mixer = EpochCap(mixer, sizes=lengths, max_epochs=epoch_cap, horizon=horizon)
-    mixer = Within(mixer, names) if len(keep) < len(names) else mixer
+    mixer = Within(mixer, names) if allow_empty else mixer
     mixer.settings = {"name": name, "warmup_steps": warmup_steps, "update_every": update_every, "floor": floor}
     mixer.settings |= {"weight_smoothing": weight_smoothing, "max_share": max_share, "epoch_cap": epoch_cap}
     mixer.settings |= {key: value for key, value in options.items() if isinstance(value, int | float | str | bool)}

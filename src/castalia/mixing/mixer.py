@@ -99,7 +99,7 @@ class Mixer:
         if state.get("kind") != self.kind:
             raise CheckpointError(
                 f"the state is of mixer {state.get('kind')!r}, this run has {self.kind!r};"
-                " keep mixing.kind, or start a new run"
+                " keep the settings of the mixer, or start a new run"
             )
         inner_states = state.get("inner", [])
         if len(inner_states) != len(self.inner):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import ConfigError, DataError, TrainingError
-from castalia.core.files import cannot_write
+from castalia.core.files import atomic_write, cannot_write
 from castalia.mixing.mixer import MIXERS, Mixer
 from castalia.mixing.planner import Plan, Planner
 from castalia.mixing.simplex import Vector
@@ -29,15 +29,18 @@ class MixtureLog:
     itself (`Mixer.report`); with `stats` also `"loss": [K or null]`, nats a token.
     `weights` is left out while it does not change. A step that is written again replaces itself and all after it.
 
-    every  steps between lines; a change of the weights is always written, so that the record can be replayed.
-    Raises ConfigError if the file is the record of other sources.
+    every        steps between lines; a change of the weights is always written, so that the record can be replayed.
+    resume_step  the last step that is done: lines after it are dropped, and at 0 the file begins anew; None keeps all.
+    Raises       ConfigError if the file is the record of other sources.
     """
 
-    def __init__(self, path: str | Path, planner: Planner, *, every: int = 1) -> None:
+    def __init__(self, path: str | Path, planner: Planner, *, every: int = 1, resume_step: int | None = None) -> None:
         self.path, self.planner, self.every = Path(path), planner, every
         self.last: Vector | None = None
         self.unwritten: Plan | None = None
         header = header_of(planner)
+        if resume_step is not None and self.path.exists():
+            self.keep_until(resume_step)
         if not self.path.exists() or not self.repair():
             self.append(json.dumps(header) + "\n")
             return
@@ -52,6 +55,16 @@ class MixtureLog:
             whole = file.read().rfind(b"\n") + 1
             file.truncate(whole)
         return whole > 0
+
+    def keep_until(self, step: int) -> None:
+        """Rewrite the file without the steps after `step`, and without anything at step 0."""
+        with open(self.path, encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        kept = [line for line in lines[1:] if json.loads(line)["step"] <= step] if step else []
+        with atomic_write(self.path) as file:
+            file.writelines([*lines[: min(step, 1)], *kept])
+        written = [weights for line in kept if (weights := json.loads(line).get("weights"))]
+        self.last = np.array(written[-1]) if written else None
 
     def write(self, plan: Plan, stats: Stats | None = None) -> None:
         """Write the line of a step, with its losses where `stats` of the same step are there."""

@@ -9,6 +9,7 @@ from castalia.recipes.corpus import ensure_corpus
 from castalia.recipes.load import Resolved
 from castalia.train.config import RunConfig
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, StopOnSignal, Validate
+from castalia.train.mixture_record import RecordMixture
 from castalia.train.resume import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
 from castalia.train.trainer import Trainer
@@ -43,7 +44,7 @@ def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) 
 
 def standard_hooks() -> list[Hook]:
     """What every run does around its steps; the order matters: metrics are written before a checkpoint is."""
-    return [StopOnSignal(), Validate(), Metrics(), StepLine(), Save()]
+    return [StopOnSignal(), Validate(), RecordMixture(), Metrics(), StepLine(), Save()]
 
 
 def with_corpus(config: RunConfig, world: World) -> RunConfig:
@@ -60,6 +61,8 @@ def closing_line(trainer: Trainer) -> str:
     saved = trainer.store.latest()
     if saved is None:
         raise CheckpointError(f"no checkpoint was saved in {trainer.store.folder}")
+    if trainer.mixture and trainer.mixture.at_end():
+        return f"done: step {step} of {last}, saved in {trainer.store.folder_of(saved)}: {trainer.mixture.ended}"
     if step < last:
         return f"stopped at step {step} of {last}; {trainer.store.folder_of(saved)} is saved; the same command goes on"
     return f"done: step {step} of {last}, saved in {trainer.store.folder_of(saved)}"

@@ -8,6 +8,8 @@ from castalia.checkpoint.config import CheckpointConfig
 from castalia.config.base import Config
 from castalia.data.config import DataConfig
 from castalia.distributed.config import ParallelConfig
+from castalia.mixing.config import MixingConfig
+from castalia.mixing.mixer import MIXERS
 from castalia.models.config import ModelConfig
 from castalia.train.layouts import layout_problems
 
@@ -118,6 +120,7 @@ class RunConfig(Config):
     """auto takes the GPU when there is one."""
     model: ModelConfig
     data: DataConfig = DataConfig()
+    mixing: MixingConfig = MixingConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -139,6 +142,7 @@ class RunConfig(Config):
             )
         if self.schedule.min_lr > self.optim.lr:
             problems.append(f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}")
+        problems += mixing_problems(self)
         micro = self.train.micro_batch_size
         if micro and self.train.batch_size % micro:
             problems.append(
@@ -153,3 +157,16 @@ class RunConfig(Config):
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step when no target is masked."""
         return self.train.batch_size * self.data.seq_length
+
+
+def mixing_problems(config: RunConfig) -> list[str]:
+    """What the mixing section asks for and the other sections do not give."""
+    mixing, out = config.mixing, []
+    if idle := mixing.idle():
+        names = ", ".join(f"mixing.{name}" for name in idle)
+        out.append(f"{names}: without effect on GPT-NeoX's blend; set mixing.planned=true or another mixing.kind")
+    if "val_loss" in MIXERS[mixing.kind].needs and config.train.eval_every is None:
+        out.append(f"mixing.kind {mixing.kind} learns from held-out losses: set train.eval_every and data.valid")
+    if mixing.kind == "doremi" and mixing.reference is None:
+        out.append("mixing.kind doremi needs mixing.reference, the losses of a reference model by source")
+    return out

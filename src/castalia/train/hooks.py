@@ -12,6 +12,7 @@ import torch
 from castalia.data import RowDataset
 from castalia.models.flops import flops_per_token
 from castalia.monitor import JsonlSink, duration, memory_bytes, peak_flops, quantity
+from castalia.train.mixture import movements
 from castalia.train.precision import arithmetic
 from castalia.train.resume import checkpoint_state, checkpoint_tensors
 
@@ -72,6 +73,7 @@ class StepLine(Hook):
         """Begin to count time and tokens."""
         self.since, self.step, self.tokens = time.perf_counter(), trainer.progress.step, trainer.progress.tokens
         self.data = trainer.clock.data
+        self.weights = trainer.mixture.planner.mixer.prior if trainer.mixture else None
         self.flops = flops_per_token(trainer.config.model, trainer.config.data.seq_length)
         peak = peak_flops(trainer.world.device)
         self.peak = peak * trainer.world.size if peak else None
@@ -109,6 +111,10 @@ class StepLine(Hook):
         ]
         if "valid_loss" in metrics:
             parts.insert(3, f"valid {metrics['valid_loss']:.4f}")
+        if trainer.mixture and trainer.mixture.plan and self.weights is not None:
+            weights = trainer.mixture.plan.weights
+            parts.append(f"mix {movements(self.weights, weights, trainer.rows.sources)}")
+            self.weights = weights
         return "  ".join(parts)
 
 

@@ -40,10 +40,14 @@ FREE_TO_CHANGE = (
     "data.allow_changed",
     "data.train",
     "data.valid",
+    "data.weights",
+    "mixing.log_every",
+    "mixing.on_new",
+    "mixing.on_removed",
     "data.tokenizer",
 )
 """Keys that a resumed run may change: they do not alter the model, the update rule or the order. The data themselves
-are compared by content, so their paths may move."""
+and their weights are compared by content, so their paths may move."""
 
 
 def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
@@ -54,12 +58,13 @@ def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
 
 def checkpoint_state(trainer: "Trainer") -> dict[str, Any]:
     """Everything else that must survive a crash; no entry names a rank."""
-    return {
+    state = {
         "progress": trainer.progress.state_dict(),
         "loss_scale": trainer.scale.state_dict(),
         "guard": trainer.guard.state_dict(),
         "data": trainer.rows.fingerprint,
     }
+    return state if trainer.mixture is None else state | {"mixture": trainer.mixture.state_dict()}
 
 
 def checkpoint_files(config: RunConfig) -> dict[str, str]:
@@ -91,6 +96,8 @@ def resume(trainer: "Trainer", said: str = "resumed from") -> None:
     trainer.scale.load_state_dict(state["loss_scale"])
     trainer.guard.load_state_dict(state.get("guard", {}))
     set_updates(trainer.optimizer, trainer.progress.updates)
+    if trainer.mixture is not None:
+        trainer.mixture.load_state_dict(state.get("mixture"), allow_changed=trainer.config.data.allow_changed)
     trainer.carried["load_seconds"] = round(time.perf_counter() - began, 4)
     if trainer.world.leads:
         seconds = trainer.carried["load_seconds"]

@@ -34,9 +34,13 @@ def print_start(trainer: "Trainer", changes: Mapping[str, tuple[Any, Any]], note
 def idle_options(trainer: "Trainer") -> list[str]:
     """What the config asks for and this run cannot do, one sentence each."""
     every = trainer.config.train.eval_every
+    notes = list(trainer.mixture.notes) if trainer.mixture else []
     if every is None or trainer.rows.valid is not None:
-        return []
-    return [f"train.eval_every={every} has nothing to validate on: name token files in data.valid, or data.split"]
+        return notes
+    return [
+        f"train.eval_every={every} has nothing to validate on: name token files in data.valid, or data.split",
+        *notes,
+    ]
 
 
 def start_facts(trainer: "Trainer") -> dict[str, str]:

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
+from castalia.data.planned import SourceRows
 from castalia.data.steps import check_batch
 from castalia.distributed import World, initialize, parallelize
 from castalia.models import Decoder
@@ -20,6 +21,7 @@ from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook
 from castalia.train.loss import Loss, NextToken
+from castalia.train.mixture import Mixture, make_mixture
 from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
 from castalia.train.precision import LossScale, arithmetic
 from castalia.train.progress import Clock, Progress, StepTotals, pack, rows_hash, unpack
@@ -53,7 +55,10 @@ class Trainer:
             steps=train.steps,
             eval_every=train.eval_every,
             eval_batches=train.eval_batches,
+            planned=config.mixing.plans,
+            allow_empty=config.mixing.allow_empty,
         )
+        self.mixture = make_mixture(config, self.rows)
         for source in self.rows.train.packs:
             check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
         with torch.device("meta"):
@@ -65,7 +70,7 @@ class Trainer:
         self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
         self.scale = LossScale.of(config.loss_scale, config.precision)
         self.guard = Guard(config.guard)
-        self.loss = loss or NextToken(len(self.rows.sources), compiled=train.compile)
+        self.loss = loss or NextToken(max(len(self.rows.sources), len(self.rows.valid_sources)), compiled=train.compile)
         self.policy = SavePolicy(config.checkpoint, train.steps)
         self.store = Store(
             f"{config.output}/checkpoints", rank=world.rank, world=world.size, expired=self.policy.expired
@@ -85,7 +90,8 @@ class Trainer:
             for hook in self.hooks:
                 hook.start(self)
             self.guard.recall(self)
-            batches = self.batches(self.rows.train, self.progress.step)
+            batches = self.batches(self.rows.train, self.progress.step, self.mixture)
+            self.stopping = self.mixture is not None and self.mixture.at_end()
             while self.progress.step < self.config.train.steps and not self.stopping:
                 if self.take_step(self.clock.wait_for(batches)):
                     for hook in self.hooks:
@@ -112,6 +118,9 @@ class Trainer:
         self.stopping = bool(stop)
         self.progress.step += 1
         self.progress.tokens += totals.tokens
+        if self.mixture is not None:
+            self.mixture.observe(totals, skipped=action is not Action.UPDATE)
+            self.stopping = self.stopping or self.mixture.at_end()
         self.record(lr, float(norm), totals.unused() if action is Action.SKIP else totals)
         return True
 
@@ -121,9 +130,11 @@ class Trainer:
         resume(self, "went back to")
         for hook in self.hooks:
             hook.rolled_back(self)
-        return self.batches(self.rows.train, self.progress.step)
+        return self.batches(self.rows.train, self.progress.step, self.mixture)
 
-    def batches(self, rows: RowDataset, start_step: int) -> Iterator[list[Batch]]:
+    def batches(
+        self, rows: RowDataset | SourceRows, start_step: int, mixture: Mixture | None = None
+    ) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step of `rows`, from `start_step` on."""
         data = self.config.data
         return iter(
@@ -137,6 +148,7 @@ class Trainer:
                 vocab_size=self.config.model.vocab_size,  # rows of padding belong to no id: generation never picks them
                 eod_id=self.rows.eod_id if data.eod_mask_loss else None,
                 workers=data.workers,
+                plans=mixture,
             )
         )
 
@@ -156,7 +168,7 @@ class Trainer:
                 out = self.loss(self.model, batch.to(device))
             (out.total * factor).backward()
             loss += out.total.detach()
-            per_source += out.per_source
+            per_source += out.per_source[: len(per_source)]
         vector = pack(loss, tokens, rows_hash(micro_batches), self.stop_asked, per_source)
         return unpack(self.world.sum(vector))
 

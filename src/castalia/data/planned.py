@@ -1,0 +1,129 @@
+"""Rows by source, for a run whose plan says, step by step, which rows of which source are read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.core.errors import DataError
+from castalia.data.config import DataConfig
+from castalia.data.indexed import IndexedDataset, require_tokens
+from castalia.data.order import NeoxOrder
+from castalia.data.packed import PackedDataset, Piece
+from castalia.data.row_files import FileOrder, RowFile
+
+
+class Located(NamedTuple):
+    """Rows to read: source (n,), the place in `packs`, and place (n,), the place in that source's order; int64."""
+
+    source: NDArray[np.int64]
+    place: NDArray[np.int64]
+
+
+class EmptyOrder:
+    """The order of a source that holds no whole row."""
+
+    epochs = 1
+    shuffle_idx = range(0)
+
+    def __init__(self, seq_length: int, tokens: int) -> None:
+        self.seq_length, self.tokens_per_epoch = seq_length, tokens
+
+
+@dataclass(frozen=True)
+class EmptyPack:
+    """A source that holds no whole row: nothing can be read of it."""
+
+    dataset: IndexedDataset
+    order: EmptyOrder
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        raise IndexError(f"row {index} of 0 in {self.dataset.prefix}")
+
+    def documents_of(self, index: int) -> list[Piece]:
+        """None of them can be asked for."""
+        raise IndexError(f"row {index} of 0 in {self.dataset.prefix}")
+
+
+SourcePack = PackedDataset | RowFile | EmptyPack
+"""One pass over a source."""
+
+
+class SourceRows:
+    """Rows of several sources, each in one pass of its own order; a plan says which of them a step takes.
+
+    `sizes` (K,) int64 are rows a source: row i of source k is `packs[k][i]`, 0 <= i < sizes[k]. `locate` finds the
+    row of a place of the served order where `order` was given, from the record of a run.
+    """
+
+    def __init__(self, packs: Sequence[SourcePack], order: Callable[[int], tuple[int, int]] | None = None) -> None:
+        self.packs, self.order = list(packs), order
+        self.sizes = np.array([len(pack.order.shuffle_idx) for pack in packs], np.int64)
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
+        source, place = self.locate(index)
+        return self.packs[source][place], source, int(index)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source of the row served at place `index`, and its place in that source's order.
+
+        Raises  DataError without a plan.
+        """
+        if self.order is None:
+            raise DataError("the rows of a mixed run follow its losses: only its mixture.jsonl tells which they were")
+        return self.order(index)
+
+    def documents_of(self, index: int) -> tuple[int, list[Piece]]:
+        """The source of the row served at place `index`, and the stretches of its documents in the row."""
+        source, place = self.locate(index)
+        return source, self.packs[source].documents_of(place)
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens in a row that the model sees."""
+        return self.packs[0].order.seq_length
+
+
+def source_rows(
+    datasets: Sequence[IndexedDataset],
+    config: DataConfig,
+    seed: int,
+    documents: range | None = None,
+    *,
+    allow_empty: bool = False,
+) -> SourceRows:
+    """One pass over each source: its documents shuffled and cut into rows as GPT-NeoX does, or ready rows as they lie.
+
+    documents    the documents of a single source to use; all by default.
+    allow_empty  a source too short for a row has no rows; otherwise it is an error.
+    Raises       DataError naming the source.
+    """
+    return SourceRows([one_pass(dataset, config, seed, documents, allow_empty) for dataset in datasets])
+
+
+def one_pass(
+    dataset: IndexedDataset, config: DataConfig, seed: int, documents: range | None, allow_empty: bool
+) -> SourcePack:
+    """One source, each of its rows once."""
+    require_tokens(dataset)
+    chosen = None if documents is None else np.arange(documents.start, documents.stop, dtype=np.int32)
+    tokens = int(dataset.sizes[slice(None) if chosen is None else chosen].sum(dtype=np.int64))
+    if tokens <= config.seq_length and allow_empty:
+        return EmptyPack(dataset, EmptyOrder(config.seq_length, tokens))
+    try:
+        if config.order == "file":
+            return RowFile(dataset, FileOrder(dataset, seq_length=config.seq_length, num_samples=0))
+        if tokens <= config.seq_length:
+            raise DataError(
+                f"a row needs {config.seq_length + 1} tokens, but this source holds {tokens} in all; take it out, set"
+                " mixing.allow_empty=true to give it weight 0, or take a shorter data.seq_length"
+            )
+        order = NeoxOrder(dataset.sizes, seq_length=config.seq_length, num_samples=0, seed=seed, documents=chosen)
+    except DataError as error:
+        raise DataError(f"{dataset.prefix}: {error}") from None
+    return PackedDataset(dataset, order)

@@ -1,0 +1,327 @@
+"""Mixing in the loop: the rows that a run reads, what survives a crash, and what stops it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, DataError
+from castalia.data import IndexedDatasetWriter
+from castalia.distributed import World
+from castalia.mixing import read_mixture
+from castalia.recipes import load_config
+from castalia.recipes.run import closing_line
+from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
+from castalia.train.loss import LossOut, NextToken
+from castalia.train.mixture_record import RecordMixture
+from castalia.train.trainer import Trainer
+
+ALONE = World(0, 1, torch.device("cpu"))
+SMALL = (
+    "debug",
+    "model.num_layers=1",
+    "model.hidden_size=16",
+    "model.num_attention_heads=2",
+    "data.seq_length=8",
+    "train.batch_size=12",
+    "train.steps=8",
+    "checkpoint.every=4",
+    "checkpoint.steps=[]",
+    "checkpoint.asynchronous=false",
+)
+SIZES = {"noise": 120, "letters": 60, "trivial": 30}
+"""Rows of each source, about."""
+
+
+def write_source(folder: Path, name: str, rows: int, letters: int) -> str:
+    random = np.random.default_rng(len(name))
+    with IndexedDatasetWriter(folder / name, "uint16") as writer:
+        for _ in range(rows):
+            writer.add(random.integers(0, letters, 8))
+    return str(folder / name)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[str]:
+    """Prefixes of three sources of very different entropy."""
+    folder = tmp_path_factory.mktemp("sources")
+    return [write_source(folder, n, r, k) for (n, r), k in zip(SIZES.items(), (256, 16, 1), strict=True)]
+
+
+class Ids(Hook):
+    """The weights and the rows of each step: (source, row) in the order of the batch, over all processes."""
+
+    def __init__(self) -> None:
+        self.ids, self.weights = [], []
+
+    def after_step(self, trainer: Trainer) -> None:
+        rows = trainer.mixture.plan.rows()
+        self.ids.append((rows.source.tolist(), rows.index.tolist()))
+        self.weights.append(trainer.mixture.plan.weights.tolist())
+
+
+@pytest.fixture
+def make(sources, tmp_path):
+    """Callable that builds a Trainer over the three sources, with the hooks of a real run."""
+
+    def build(*overrides, hooks=(), loss=None, output="run", train=None) -> Trainer:
+        paths = ", ".join(train or sources)
+        config = load_config([*SMALL, f"data.train=[{paths}]", f"output={tmp_path / output}", *overrides])
+        standard = [Validate(), RecordMixture(), Metrics(), Save()]
+        return Trainer(config, ALONE, hooks=[*standard, *hooks], loss=loss)
+
+    return build
+
+
+@pytest.fixture
+def fit(make):
+    """Callable that trains and gives the ids, the weights and the trainer."""
+
+    def run(*overrides, **options):
+        ids = Ids()
+        trainer = make(*overrides, hooks=[ids], **options)
+        trainer.fit()
+        return ids, trainer
+
+    return run
+
+
+def hashes(folder: Path) -> list[int]:
+    return [json.loads(line)["rows_hash"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+ODM = ("mixing.kind=odm", "mixing.warmup_steps=2")
+
+
+def test_the_rows_of_a_batch_are_those_of_the_plan(fit):
+    seen = []
+
+    class Look(NextToken):
+        def __call__(self, model, batch):
+            seen.append(batch)
+            return super().__call__(model, batch)
+
+    ids, trainer = fit(*ODM, "train.micro_batch_size=4", loss=Look(3))
+    packs = trainer.rows.train.packs
+    for step, (source, place) in enumerate(ids.ids):
+        micro = seen[3 * step : 3 * step + 3]
+        assert torch.cat([b.source for b in micro]).tolist() == source
+        assert torch.cat([b.index for b in micro]).tolist() == list(range(12 * step, 12 * step + 12))
+        rows = [packs[s][i][:-1].tolist() for s, i in zip(source, place, strict=True)]
+        assert torch.cat([b.tokens for b in micro]).tolist() == rows
+    assert ids.weights[0] == ids.weights[1] == pytest.approx([1 / 3] * 3, abs=1e-9)
+    assert ids.weights[-1][0] > 0.34 > ids.weights[-1][2]
+
+
+def test_static_is_the_blend_of_today_bit_for_bit(make, tmp_path):
+    for output, overrides in (("before", []), ("named", ["mixing.kind=static"])):
+        trainer = make("data.weights=[3, 2, 1]", *overrides, output=output)
+        trainer.fit()
+        assert trainer.mixture is None and not (tmp_path / output / "mixture.jsonl").exists()
+    assert hashes(tmp_path / "before") == hashes(tmp_path / "named")
+
+
+def test_a_mixer_that_never_moves_is_the_planned_static_mixture(fit):
+    static, _ = fit("mixing.planned=true", "data.weights=[3, 2, 1]", output="static")
+    frozen, _ = fit("mixing.kind=odm", "mixing.warmup_steps=8", "data.weights=[3, 2, 1]", output="frozen")
+    assert static.ids == frozen.ids and static.weights == frozen.weights
+
+
+def test_options_without_a_planner_are_refused(make):
+    with pytest.raises(
+        ConfigError, match=r"mixing.warmup_steps, mixing.floor: without effect on GPT-NeoX's blend; set mixing.planned"
+    ):
+        make("mixing.floor=0.1", "mixing.warmup_steps=3")
+
+
+def test_a_lag_is_kept_whatever_reads_ahead(fit):
+    """Step t follows the losses up to step t - 1 - lag: with lag 3 the first four steps are at the prior."""
+    ids, _ = fit("mixing.kind=odm", "mixing.eps=0.01", "mixing.lag=3", output="three")
+    moved = [weights != ids.weights[0] for weights in ids.weights]
+    assert moved == [False] * 4 + [True] * 4
+    now, _ = fit("mixing.kind=odm", "mixing.eps=0.01", "mixing.lag=0", output="none")
+    assert now.weights[1] != now.weights[0]
+
+
+@pytest.mark.parametrize("kind", ["odm", "odm-repo", "odm-paper", "exp3", "ado", "unimax", "natural", "uniform"])
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(fit, kind, tmp_path):
+    overrides = (f"mixing.kind={kind}", "mixing.warmup_steps=1")
+    whole, _ = fit(*overrides, output="whole")
+    cut, _ = fit(*overrides, "train.steps=4" if kind != "unimax" else "train.steps=8", output="cut")
+    with pytest.MonkeyPatch.context() as patch:  # lose what came after step 4
+        patch.chdir(tmp_path)
+        for late in Path("cut/checkpoints").glob("step-00000008"):
+            late.rename("gone")
+    again, _ = fit(*overrides, output="cut")
+    assert cut.ids[:4] + again.ids == whole.ids and cut.weights[:4] + again.weights == whole.weights
+    records = [(tmp_path / name / "mixture.jsonl").read_text() for name in ("cut", "whole")]
+    if kind != "unimax":  # which depends on the length of the run
+        assert records[0] == records[1]
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_steps_after_the_checkpoint_leave_the_record(fit, tmp_path):
+    fit(*ODM, "train.steps=4")
+    path = tmp_path / "run" / "mixture.jsonl"
+    kept = path.read_text()
+    path.write_text(
+        kept + '{"step": 5, "weights": [1, 0, 0], "counts": [12, 0, 0], "read": [0, 0, 0]}\n{"step": 6, "cou'
+    )
+    fit(*ODM, "train.steps=5")
+    record = read_mixture(path)
+    assert path.read_text().startswith(kept) and record.steps == [1, 2, 3, 4, 5]
+    assert record.lines[5]["weights"].tolist() != [1, 0, 0]
+
+
+def test_a_replay_reads_the_same_rows(fit, tmp_path, capsys):
+    recorded, _ = fit(*ODM, "mixing.log_every=4", output="recorded")
+    path = tmp_path / "recorded" / "mixture.jsonl"
+    again, trainer = fit("mixing.kind=replay", f"mixing.record={path}", output="again")
+    assert again.ids == recorded.ids and again.weights == recorded.weights
+    assert hashes(tmp_path / "again") == hashes(tmp_path / "recorded") and trainer.mixture.notes == []
+    other, trainer = fit("mixing.kind=replay", f"mixing.record={path}", "seed=5", output="other")
+    assert other.weights == recorded.weights and other.ids != recorded.ids
+    assert "other seed here" in trainer.mixture.notes[0]
+
+
+def test_a_replay_that_is_too_long_is_refused_before_the_first_step(fit, make, tmp_path):
+    fit(*ODM, output="recorded")
+    path = tmp_path / "recorded" / "mixture.jsonl"
+    with pytest.raises(ConfigError, match=r"ends at step 8 of 9; set train.steps=8"):
+        make("mixing.kind=replay", f"mixing.record={path}", "train.steps=9", output="again")
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_sources_that_end_end_the_run_well(fit, make, tmp_path, lag):
+    overrides = ("mixing.kind=odm", "mixing.exhaustion=drop", f"mixing.lag={lag}", "train.steps=100")
+    ids, trainer = fit(*overrides)
+    sizes = trainer.rows.train.sizes
+    steps = int(sizes.sum()) // 12
+    assert trainer.progress.step == steps == len(ids.ids)
+    read = [pair for source, place in ids.ids for pair in zip(source, place, strict=True)]
+    assert len(set(read)) == len(read)
+    assert trainer.store.latest() == steps
+    assert closing_line(trainer).startswith(f"done: step {steps} of 100") and "may give more" in closing_line(trainer)
+    again, trainer = fit(*overrides)
+    assert again.ids == [] and trainer.progress.step == steps
+    assert read_mixture(tmp_path / "run" / "mixture.jsonl").steps == list(range(1, steps + 1))
+
+
+def test_one_source_that_stops_ends_the_run(fit):
+    ids, trainer = fit("mixing.kind=uniform", 'mixing.exhaustion={"trivial": "stop"}', "train.steps=50")
+    assert len(ids.ids) == int(trainer.rows.train.sizes[2]) // 4
+    assert "source 'trivial' was read through and its policy is to stop" in trainer.mixture.ended
+
+
+class Broken(NextToken):
+    """A loss by source that is wrong in step 2."""
+
+    wrong = float("nan")
+    step = 0
+
+    def __call__(self, model, batch) -> LossOut:
+        out = super().__call__(model, batch)
+        self.step += 1
+        if self.step == 2:
+            out.per_source[1, 0] = self.wrong
+        return out
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30])
+def test_a_loss_that_is_none_is_counted_and_not_used(fit, wrong, tmp_path):
+    loss = Broken(3)
+    loss.wrong = wrong
+    ids, trainer = fit(*ODM, loss=loss)
+    assert trainer.mixture.planner.mixer.rejected_losses().tolist() == [0, 1, 0]
+    assert np.isfinite(ids.weights).all()
+    assert read_mixture(tmp_path / "run" / "mixture.jsonl").lines[8]["rejected"] == 1
+
+
+def test_a_step_without_an_update_tells_the_mixer_nothing(make):
+    trainer = make(*ODM, "train.steps=4")
+    update = trainer.update
+
+    def skip_step_3(lr, norm, totals):
+        before = trainer.progress.updates
+        update(lr, norm, totals)
+        if trainer.progress.step == 3:
+            trainer.progress.updates = before
+
+    trainer.update = skip_step_3
+    drawn = []
+    trainer.hooks.append(Look := Hook())
+    Look.after_step = lambda t: drawn.append((t.mixture.stats.tokens.sum(), t.mixture.stats.step))
+    trainer.fit()
+    assert drawn == [(96, 1), (96, 2), (0, 3), (96, 4)]
+
+
+def test_one_source_and_a_source_smaller_than_a_batch(fit, sources, tmp_path):
+    ids, trainer = fit(*ODM, output="one", train=sources[:1])
+    assert ids.weights == [[1.0]] * 8
+    tiny = write_source(tmp_path, "tiny", 5, 9)
+    ids, trainer = fit("mixing.kind=uniform", output="tiny", train=[sources[0], tiny])
+    assert trainer.rows.train.sizes[1] == 4
+    read = [i for source, place in ids.ids for s, i in zip(source, place, strict=True) if s == 1]
+    assert [read.count(i) for i in range(4)] == [12] * 4  # six rows a step, four an epoch
+
+
+def test_an_empty_source_is_an_error_or_has_weight_0(fit, make, sources, tmp_path):
+    empty = write_source(tmp_path, "empty", 1, 9)
+    with pytest.raises(
+        DataError, match=r"empty: a row needs 9 tokens, but this source holds 8.*mixing.allow_empty=true"
+    ):
+        make(*ODM, train=[*sources, empty])
+    ids, _ = fit(*ODM, "mixing.allow_empty=true", train=[*sources, empty])
+    assert all(weights[3] == 0 for weights in ids.weights) and ids.weights[-1][0] > 0.34
+
+
+def test_a_source_that_comes_or_goes_needs_a_policy(fit, make, sources, tmp_path):
+    fit(*ODM, "train.steps=4")
+    news = write_source(tmp_path, "news", 40, 30)
+    more = [*sources, news]
+    with pytest.raises(DataError, match=r"3 sources before, 4 now.*data.allow_changed"):
+        fit(*ODM, train=more)
+    with pytest.raises(CheckpointError, match=r"source 'news' that the state does not know.*on_new=\"prior"):
+        fit(*ODM, "data.allow_changed=true", train=more)
+    ids, trainer = fit(*ODM, "data.allow_changed=true", "mixing.on_new=prior", train=more)
+    assert len(ids.ids) == 4 and len(ids.weights[0]) == 4 and trainer.mixture.planner.cursors[3] > 0
+    assert read_mixture(tmp_path / "run" / "mixture-to-step-00000004.jsonl").steps == [1, 2, 3, 4]
+    assert read_mixture(tmp_path / "run" / "mixture.jsonl").steps == [5, 6, 7, 8]
+    fewer = [sources[0], sources[1], news]
+    longer = ("train.steps=10", "data.allow_changed=true")
+    with pytest.raises(
+        CheckpointError, match=r"the state has source 'trivial' that this run has not.*\"drop\" forgets it"
+    ):
+        fit(*ODM, *longer, train=fewer)
+    ids, _ = fit(*ODM, *longer, "mixing.on_removed=drop", train=fewer)
+    assert len(ids.ids) == 2 and len(ids.weights[0]) == 3
+
+
+def test_an_unknown_source_in_an_option_gets_the_menu(make):
+    with pytest.raises(ConfigError, match=r"exhaustion: no source 'nois'.*did you mean 'noise'"):
+        make("mixing.kind=uniform", 'mixing.exhaustion={"nois": "stop"}')
+
+
+def test_a_checkpoint_without_a_planner_is_told(make, tmp_path):
+    make().fit()
+    with pytest.raises((CheckpointError, DataError), match=r"no planner|the data differ"):
+        make("mixing.kind=uniform", "data.allow_changed=true").fit()
+
+
+def test_the_line_on_the_screen_names_what_moved(make, capsys):
+    trainer = make(*ODM, "train.log_every=8")
+    trainer.hooks.append(StepLine())
+    trainer.fit()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "  mix " in last and "trivial" in last and "(-" in last
+
+
+def test_what_a_mixer_needs_is_asked_for_before_the_first_step(make):
+    with pytest.raises(CastaliaError, match=r"doremi needs mixing.reference"):
+        make("mixing.kind=doremi")
+    with pytest.raises(CastaliaError, match=r"naive-validation learns from held-out losses: set train.eval_every"):
+        make("mixing.kind=naive-validation")
+    with pytest.raises(CastaliaError, match=r"data.valid needs 3 prefixes"):
+        make("mixing.kind=naive-validation", "train.eval_every=2")
