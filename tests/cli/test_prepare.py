@@ -35,7 +35,7 @@ def test_summary(run, tmp_path):
     assert out.startswith("data/x: 2 documents (1 empty left out), 10 tokens as uint16, 0.00 MB of text in ")
     assert out.endswith(" MB/s)\n")
     assert bytes(IndexedDataset(tmp_path / "data" / "x")[1][:-1].tolist()) == b"three"
-    assert sorted(os.listdir(tmp_path / "data")) == ["x.bin", "x.idx", "x.json"]
+    assert sorted(os.listdir(tmp_path / "data")) == ["x.bin", "x.documents.parquet", "x.idx", "x.json"]
 
 
 def test_json_summary(run):

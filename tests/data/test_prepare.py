@@ -1,7 +1,7 @@
 """Text to a token file: the same for any number of processes, whole or not at all."""
 
+import errno
 import hashlib
-import importlib
 import json
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data import IndexedDataset, load_tokenizer, prepare
-from castalia.data.indexed import IndexedDatasetWriter
+from castalia.data.preparing.parts import PartWriter
 
 TEXTS = ["first", "", "second document", "dritte Straße", "x" * 1000]
 
@@ -37,7 +37,7 @@ def test_tokens_and_manifest(corpus, out):
     assert [d.tolist() for d in data] == [[*text.encode(), 256] for text in TEXTS if text]
     assert (done.documents, done.empty, done.tokens, done.dtype) == (4, 1, int(data.sizes.sum()), "uint16")
     assert done.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert names(out.parent) == ["p.train.bin", "p.train.idx", "p.train.json"]
+    assert names(out.parent) == ["p.train.bin", "p.train.documents.parquet", "p.train.idx", "p.train.json"]
     manifest = json.loads((out.parent / "p.train.json").read_text())
     assert manifest["inputs"] == [
         {
@@ -55,13 +55,12 @@ def test_without_end_of_document(corpus, out):
     assert bytes(IndexedDataset(out)[0].tolist()) == b"first"
 
 
-def test_any_number_of_processes_gives_the_same_bytes(tmp_path, monkeypatch):
+def test_any_number_of_processes_gives_the_same_bytes(tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_text("".join(json.dumps({"text": "ab" * (i % 50)}) + "\n" for i in range(2000)))
-    monkeypatch.setattr(importlib.import_module("castalia.data.prepare"), "BATCH_DOCUMENTS", 64)
     for workers in (1, 3):
-        prepare([path, path], tmp_path / f"w{workers}", "bytes", append_eod=True, workers=workers)
-    for suffix in (".bin", ".idx"):
+        prepare([path, path], tmp_path / f"w{workers}", "bytes", append_eod=True, workers=workers, part_bytes=5000)
+    for suffix in (".bin", ".idx", ".documents.parquet"):
         assert (tmp_path / f"w1{suffix}").read_bytes() == (tmp_path / f"w3{suffix}").read_bytes()
     assert len(IndexedDataset(tmp_path / "w3")) == 2 * 1960
 
@@ -88,12 +87,11 @@ def test_an_error_leaves_nothing(corpus, out, workers):
 
 
 def test_an_error_after_training_leaves_no_tokenizer(corpus, out, monkeypatch):
-    def full(self):
-        self.abort()
-        raise CastaliaError("disk is full")
+    def full(self, suffix, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(IndexedDatasetWriter, "add_many", lambda self, tokens, sizes: full(self))
-    with pytest.raises(CastaliaError, match="disk is full"):
+    monkeypatch.setattr(PartWriter, "write", full)
+    with pytest.raises(CastaliaError, match=r"cannot write .*p\.train\.bin: No space left on device; free space"):
         prepare([corpus], out, out.parent / "t.json", train_vocab=270)
     assert names(out.parent) == []
 
@@ -120,10 +118,10 @@ def test_a_tokenizer_without_an_end(corpus, out, tmp_path):
         prepare([corpus], out, path, append_eod=True)
 
 
-def test_bytes_read_are_reported(corpus, out):
+def test_bytes_and_tokens_are_reported(corpus, out):
     seen = []
-    prepare([corpus], out, "bytes", on_read=seen.append)
-    assert sum(seen) == corpus.stat().st_size
+    done = prepare([corpus], out, "bytes", on_progress=lambda *found: seen.append(found))
+    assert [sum(found) for found in zip(*seen, strict=True)] == [corpus.stat().st_size, done.tokens]
 
 
 def test_an_output_that_cannot_be_written(corpus, tmp_path):

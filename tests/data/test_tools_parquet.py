@@ -40,7 +40,8 @@ def test_texts_in_order(table):
 def test_prepare_and_manifest(table, tmp_path):
     path = table(text=TEXTS)
     heard = []
-    assert prepare([path], tmp_path / "out", "bytes", on_read=heard.append).documents == len(TEXTS) - 1
+    done = prepare([path], tmp_path / "out", "bytes", on_progress=lambda read, _: heard.append(read))
+    assert done.documents == len(TEXTS) - 1
     (found,) = json.loads((tmp_path / "out.json").read_text())["inputs"]
     assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert sum(heard) == found["bytes"] == path.stat().st_size

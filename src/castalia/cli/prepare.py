@@ -1,34 +1,44 @@
-"""`castalia prepare`: text to a token file."""
+"""`castalia prepare`: text to token files."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from castalia.data import Prepared
+
 INPUTS = (
-    "Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar of these, .gz, .zst or .xz of any of"
-    " them; .parquet; folders; patterns such as 'part-*.jsonl.zst'."
+    "Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar or .zip of these, .gz, .zst or .xz of"
+    " any of them; .parquet; .arrow; folders, also those of `datasets`; patterns such as 'part-*.jsonl.zst'; URLs."
 )
+WORKERS = "Processes that tokenize; 1 is this one. The output does not depend on it."
 
 
 def prepare(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help=INPUTS)],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help=INPUTS)],
     tokenizer: Annotated[
         str, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or `bytes` for the byte-level one.")
     ],
     output: Annotated[
         str,
-        typer.Option("--output", metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx and a manifest, PREFIX.json."),
+        typer.Option("--output", metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx, PREFIX.json and the index."),
     ],
     append_eod: Annotated[
         bool, typer.Option("--append-eod", help="End each document with the tokenizer's end-of-document token.")
     ] = False,
     key: Annotated[
-        str, typer.Option("--key", help="Key of the text in a JSON line; column of the text in Parquet.")
-    ] = "text",
+        list[str],
+        typer.Option("--key", help="Key or column of the text; several write PREFIX_KEY_document each."),
+    ] = ["text"],  # noqa: B006 - typer copies it
+    keep: Annotated[
+        str, typer.Option("--keep", metavar="A,B", help="Metadata to keep in PREFIX.documents.parquet, beside `id`.")
+    ] = "",
+    ftfy: Annotated[bool, typer.Option("--ftfy", help="Mend broken Unicode with ftfy first.")] = False,
+    num_docs: Annotated[int | None, typer.Option("--num-docs", min=1, help="Read so many documents at most.")] = None,
+    on_error: Annotated[
+        str, typer.Option(help="stop at a bad document, or reject it to PREFIX.rejects.jsonl and go on.")
+    ] = "stop",
     train_tokenizer: Annotated[
         int | None,
         typer.Option(
@@ -38,54 +48,87 @@ def prepare(
             help="First train a BPE of N ids on INPUT and write it to --tokenizer.",
         ),
     ] = None,
-    workers: Annotated[
-        int, typer.Option("--workers", min=1, help="Processes that tokenize; 1 is this one, and uses all cores.")
-    ] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help=WORKERS)] = 1,
+    fast: Annotated[bool, typer.Option(help="Encode with gigatoken where its ids are those of tokenizers.")] = True,
+    documents: Annotated[
+        bool | None, typer.Option(help="Write where each document came from; by default if pyarrow is installed.")
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Only share I, from 0, of N; `castalia data merge` joins them.")
+    ] = "0/1",
+    engine: Annotated[str, typer.Option(help="local, or ray for the machines of a Ray cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Address of the Ray cluster; none starts one here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Tokenize text into the memory-mapped .bin/.idx format of GPT-NeoX.
 
-    Documents keep the order of the inputs; those without a token are left out and counted.
+    Documents keep the order of the inputs; those without a token are left out and counted. Interrupted, the same
+    command goes on where it was.
     """
-    from dataclasses import asdict
-
+    from castalia.cli.progress import text_progress
+    from castalia.data.prepare import Options
     from castalia.data.prepare import prepare as run
 
-    with progress_bar(inputs, passes=2 if train_tokenizer else 1) as on_read:
-        done = run(
-            inputs,
-            output,
-            tokenizer,
-            append_eod=append_eod,
-            key=key,
-            train_vocab=train_tokenizer,
-            workers=workers,
-            on_read=on_read,
-        )
+    options = Options(
+        append_eod=append_eod,
+        keys=split_names(",".join(key)),
+        keep=split_names(keep),
+        ftfy=ftfy,
+        rows=num_docs,
+        reject=reject_of(on_error),
+        fast=fast,
+        documents=documents,
+        workers=workers,
+        shard=share_of(shard),
+        engine=engine,
+        address=address,
+    )
+    with text_progress("prepare", inputs) as on_progress:
+        done = run(inputs, output, tokenizer, options, train_vocab=train_tokenizer, on_progress=on_progress)
+    print_summary(done, as_json)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def reject_of(on_error: str) -> bool:
+    """Whether bad documents are rejected.
+
+    Raises  ConfigError about another word.
+    """
+    from castalia.core.errors import ConfigError
+
+    if on_error not in ("stop", "reject"):
+        raise ConfigError(f"--on-error {on_error}: expected stop or reject")
+    return on_error == "reject"
+
+
+def share_of(text: str) -> tuple[int, int]:
+    """`i/n` as two numbers.
+
+    Raises  ConfigError if it is not of that form.
+    """
+    from castalia.core.errors import ConfigError
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise ConfigError(f"--shard {text}: expected I/N, such as 0/16, the first of sixteen shares")
+    return int(index), int(count)
+
+
+def print_summary(done: "Prepared", as_json: bool) -> None:
+    """What was written, in a line or as JSON."""
+    from dataclasses import asdict
+
     if as_json:
         typer.echo(json.dumps(asdict(done) | {"megabytes_per_second": round(done.megabytes_per_second, 3)}))
         return
-    left_out = f" ({done.empty:,} empty left out)" if done.empty else ""
+    notes = [f"{done.empty:,} empty left out"] * bool(done.empty)
+    notes += [f"{done.rejected:,} rejected, see {done.prefix}.rejects.jsonl"] * bool(done.rejected)
+    noted = f" ({'; '.join(notes)})" if notes else ""
     typer.echo(
-        f"{done.prefix}: {done.documents:,} documents{left_out}, {done.tokens:,} tokens as {done.dtype},"
+        f"{', '.join(done.prefixes)}: {done.documents:,} documents{noted}, {done.tokens:,} tokens as {done.dtype},"
         f" {done.text_bytes / 1e6:,.2f} MB of text in {done.seconds:.1f} s ({done.megabytes_per_second:.1f} MB/s)"
     )
-
-
-@contextmanager
-def progress_bar(inputs: list[Path], passes: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar over the bytes of the inputs, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from castalia.data.readers import list_files
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    total = passes * sum(file.path.stat().st_size for file in list_files(inputs))
-    columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("prepare", total=total)
-        yield lambda count: bar.advance(task, count)

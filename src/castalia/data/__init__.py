@@ -12,7 +12,7 @@ from castalia.data.fingerprint import changed
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
 from castalia.data.packed import PackedDataset, Piece
-from castalia.data.prepare import Prepared, prepare
+from castalia.data.prepare import Options, Prepared, prepare
 from castalia.data.readers import read_documents
 from castalia.data.rows import RowDataset, Rows, build_rows, check_vocab
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -28,6 +28,7 @@ __all__ = [
     "IndexedDataset",
     "IndexedDatasetWriter",
     "NeoxOrder",
+    "Options",
     "PackedDataset",
     "Piece",
     "Prepared",

@@ -12,9 +12,10 @@ import os
 import struct
 import uuid
 from array import array
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import IO, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -237,14 +238,10 @@ class IndexedDatasetWriter:
         if self.file.closed:
             return
         sizes = np.frombuffer(self.sizes, dtype=np.int32) if self.sizes else np.empty(0, np.int32)
-        boundaries = np.arange(len(sizes) + 1, dtype="<i8") if self.doc_idx is None else self.doc_idx.astype("<i8")
         try:
             self.sync(self.file)
             with open(self.temporary[1], "wb") as index:
-                index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(sizes), len(boundaries)))
-                index.write(sizes.astype("<i4").tobytes())
-                index.write(pointers_of(sizes, self.dtype.itemsize).tobytes())
-                index.write(boundaries.tobytes())
+                write_index(index, self.dtype, len(sizes), lambda: [sizes], self.doc_idx)
                 self.sync(index)
             os.replace(self.temporary[0], self.bin_path)
             os.replace(self.temporary[1], self.idx_path)
@@ -277,11 +274,31 @@ class IndexedDatasetWriter:
             self.abort()
 
 
-def pointers_of(sizes: NDArray[np.int32], itemsize: int) -> NDArray[np.int64]:
-    """Byte place of each document when they lie back to back: (N,) int32 tokens -> (N,) int64."""
-    pointers = np.zeros(len(sizes), dtype="<i8")
-    np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
-    return np.asarray(pointers * itemsize)
+def write_index(
+    file: IO[bytes],
+    dtype: np.dtype[Any],
+    count: int,
+    sizes: Callable[[], Iterable[NDArray[np.int32]]],
+    doc_idx: NDArray[np.int64] | None = None,
+) -> None:
+    """Write an .idx of `count` documents that lie back to back; `sizes` gives their tokens, any number at a time.
+
+    `doc_idx` (D,) are the document boundaries; None makes each sequence a document.
+    """
+    boundaries = count + 1 if doc_idx is None else len(doc_idx)
+    file.write(HEADER.pack(MAGIC, VERSION, CODES[dtype], count, boundaries))
+    for some in sizes():
+        file.write(some.astype("<i4").tobytes())
+    place = 0
+    for some in sizes():
+        ends = place + np.cumsum(some, dtype="<i8") * dtype.itemsize
+        file.write((ends - some.astype("<i8") * dtype.itemsize).tobytes())
+        place = int(ends[-1]) if len(ends) else place
+    if doc_idx is not None:
+        file.write(doc_idx.astype("<i8").tobytes())
+        return
+    for start in range(0, boundaries, CHECK_PIECE):
+        file.write(np.arange(start, min(start + CHECK_PIECE, boundaries), dtype="<i8").tobytes())
 
 
 def require_tokens(dataset: IndexedDataset) -> None:

@@ -1,47 +1,101 @@
-"""Text files to one token file: read, tokenize on any number of processes, write in input order."""
+"""Text files to token files: read, tokenized on any number of processes, written in input order, taken up again."""
 
-import json
-import multiprocessing
+import hashlib
 import os
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass
-from itertools import chain, islice
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from castalia.core.errors import ConfigError, DataError
-from castalia.core.files import atomic_write
-from castalia.data.indexed import IndexedDatasetWriter, best_dtype, file_pair
-from castalia.data.readers import TextFile, list_files
+from castalia.core.files import CHUNK_BYTES
+from castalia.data.indexed import file_pair
+from castalia.data.preparing.assembly import REJECTS, Assembly
+from castalia.data.preparing.encoding import Encoder
+from castalia.data.preparing.engines import Work, run_parts
+from castalia.data.preparing.inputs import InputFile, list_files
+from castalia.data.preparing.parts import Job, PartRecord, encode_part
+from castalia.data.preparing.pieces import PART_BYTES, Part, Shard, in_order, parts_of
+from castalia.data.preparing.provenance import OWN
+from castalia.data.preparing.provenance import SUFFIX as DOCUMENTS
+from castalia.data.readers import require_text, texts_of
+from castalia.data.records import read_record
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
-BATCH_CHARACTERS = 1 << 19
-"""Characters that go to the tokenizer at a time, unless a document alone has more."""
-BATCH_DOCUMENTS = 4096
-"""Documents that go to the tokenizer at a time, at most."""
-AHEAD = 2
-"""Batches that wait for each process."""
+OnProgress = Callable[[int, int], Any]
+"""Told of bytes of the inputs that are done, and tokens that came of them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a corpus is prepared.
+
+    `keys` hold the text; with several each gets an output of its own, PREFIX_KEY_document. `keep` names metadata for
+    the index of documents, `documents` whether there is one (None: if pyarrow is installed). `rows` is the most
+    documents to read. `reject` goes on after a bad document and writes it to PREFIX.rejects.jsonl. `fast` lets
+    gigatoken encode where it agrees with the tokenizer. `shard` is (i, n): share i, from 0, of n.
+    """
+
+    append_eod: bool = False
+    keys: tuple[str, ...] = ("text",)
+    keep: tuple[str, ...] = ()
+    ftfy: bool = False
+    rows: int | None = None
+    reject: bool = False
+    fast: bool = True
+    documents: bool | None = None
+    workers: int = 1
+    shard: tuple[int, int] = (0, 1)
+    engine: str = "local"
+    address: str | None = None
+    part_bytes: int = PART_BYTES
+
+    def check(self) -> None:
+        """Options that do not go together.
+
+        Raises  ConfigError listing all.
+        """
+        wrong = []
+        if not self.keys or len(set(self.keys)) != len(self.keys):
+            wrong.append(f"--key {', '.join(self.keys)}: give each key once")
+        if taken := sorted(set(self.keep) & set(OWN)):
+            wrong.append(f"--keep {', '.join(taken)}: the index has columns of that name; rename yours in the corpus")
+        if self.keep and (self.documents is False or not has_pyarrow()):
+            wrong.append("--keep needs the index of documents, and that pyarrow: pip install 'castalia[parquet]'")
+        if self.documents and not has_pyarrow():
+            wrong.append("--documents needs 'pyarrow', which is not installed: pip install 'castalia[parquet]'")
+        if self.ftfy and find_spec("ftfy") is None:
+            wrong.append("--ftfy needs 'ftfy', which is not installed: pip install 'castalia[ftfy]'")
+        index, count = self.shard
+        if not 0 <= index < count:
+            wrong.append(f"--shard {index}/{count}: shares count from 0, so 0/{count} to {count - 1}/{count}")
+        if self.rows is not None and count > 1:
+            wrong.append("--num-docs and --shard do not go together: no share knows what the others hold")
+        if wrong:
+            raise ConfigError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote: documents and tokens in the file, documents left out as empty, UTF-8 bytes of text."""
+    """What `prepare` wrote. Documents, tokens and empty texts left out are sums over the outputs; `text_bytes` are
+    UTF-8; `by` names what encoded, `again` counts parts that gigatoken gave otherwise than the tokenizer."""
 
     prefix: str
     documents: int
     tokens: int
     empty: int
+    rejected: int
     text_bytes: int
     dtype: str
     vocab_size: int
     seconds: float
+    by: str
+    again: int
+    prefixes: tuple[str, ...]
 
     @property
     def megabytes_per_second(self) -> float:
@@ -49,104 +103,212 @@ class Prepared:
         return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """Tokens of several documents back to back, sizes (m,) of those that are not empty, and what they came from."""
-
-    tokens: NDArray[Any]
-    sizes: NDArray[np.int32]
-    empty: int
-    text_bytes: int
-
-
-@dataclass(frozen=True)
-class BatchEncoder:
-    """Texts to a `TokenBatch`; `eod_id` is appended to each document unless it is None."""
-
-    tokenizer: Tokenizer
-    eod_id: int | None
-
-    def __call__(self, texts: list[str]) -> TokenBatch:
-        found = [ids for ids in self.tokenizer.encode_batch(texts) if ids]
-        if self.eod_id is not None:
-            for ids in found:
-                ids.append(self.eod_id)
-        sizes = np.array([len(ids) for ids in found], dtype=np.int32)
-        tokens = np.fromiter(chain.from_iterable(found), best_dtype(self.tokenizer.vocab_size), int(sizes.sum()))
-        return TokenBatch(tokens, sizes, len(texts) - len(found), sum(len(text.encode("utf-8")) for text in texts))
-
-
 def prepare(
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     tokenizer: Tokenizer | str | os.PathLike[str],
+    options: Options | None = None,
     *,
-    append_eod: bool = False,
-    key: str = "text",
     train_vocab: int | None = None,
-    workers: int = 1,
-    on_read: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
+    **choices: Any,
 ) -> Prepared:
-    """Tokenize text files into PREFIX.bin and PREFIX.idx, and write a manifest to PREFIX.json.
+    """Tokenize text into PREFIX.bin and PREFIX.idx, with a record, PREFIX.json, and PREFIX.documents.parquet.
 
-    `inputs` are files or folders (see `readers`); documents keep their order for any number of `workers`. Documents
-    without a token are left out and counted. With `train_vocab` a byte-level BPE of so many ids is trained on the
-    inputs first and written to the path `tokenizer`. `on_read` hears of every byte taken from the disk. One worker is
-    this process, where the tokenizers library still works on all cores.
+    `inputs` are files, folders, patterns or URLs (see `readers`). The outputs depend on the inputs and `options`, of
+    which `choices` are single fields, but not on workers, engine or interruptions: until it is done the work is kept
+    in PREFIX.parts, and the same call goes on with it. Documents without a token are left out and counted. With
+    `train_vocab` a byte-level BPE of so many ids is trained on the inputs first and written to the path `tokenizer`.
 
-    Raises  DataError about an input, with file and line; ConfigError if the tokenizer has no end-of-document token or
-            the trained one would replace another; CastaliaError if the output cannot be written. None of them leaves
-            a new file behind.
+    Raises  DataError about an input, with file and line; ConfigError about options, a tokenizer without an
+            end-of-document token or a trained one that would replace another; CastaliaError if the output cannot be
+            written. None of them leaves a half-written output.
     """
-    start = time.monotonic()
+    start, options = time.monotonic(), options or Options(**choices)
+    options.check()
     files, prefix = list_files(inputs), str(file_pair(output)[0])[: -len(".bin")]
-    refuse_to_overwrite(prefix, [*(file.path for file in files), tokenizer])
+    prefixes = outputs_of(prefix, options.keys)
+    refuse_to_overwrite(prefixes, [*(file.path for file in files if not file.remote), tokenizer])
+    refuse_another_shard(prefixes[0], options.shard)
     if train_vocab is not None:
-        chosen = train_on(files, key, train_vocab, tokenizer, on_read)
+        chosen = train_on(files, options.keys, train_vocab, tokenizer)
     else:
         chosen = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-    eod_id = eod_of(chosen) if append_eod else None
-    with IndexedDatasetWriter(prefix, best_dtype(chosen.vocab_size)) as writer:
-        texts = chain.from_iterable(file.documents(key, on_read) for file in files)
-        empty, text_bytes = write_all(writer, batches(texts), BatchEncoder(chosen, eod_id), workers)
-        if not writer.sizes:
+    job = make_job(files, prefix, chosen, options)
+    inputs_read = InputHashes(files)
+    assembly = Assembly(job, prefixes)
+    needless = False
+    try:
+        Run(assembly, options, inputs_read, on_progress).run()
+        if not any(record.outputs[0]["documents"] for record in assembly.done) and options.shard[1] == 1:
             raise DataError(f"no documents with text in {', '.join(map(str, inputs))}")
-        done = Prepared(
-            prefix=prefix,
-            documents=len(writer.sizes),
-            tokens=writer.tokens,
-            empty=empty,
-            text_bytes=text_bytes,
-            dtype=writer.dtype.name,
-            vocab_size=chosen.vocab_size,
-            seconds=time.monotonic() - start,
+        done = summary(assembly, prefix, start)
+        if train_vocab is not None:
+            chosen.save(chosen.where)
+        assembly.finish([describe(done, i, assembly, inputs_read.close(), options) for i in range(len(prefixes))])
+        assembly.write_rejects(Path(prefix + REJECTS))
+        needless = True
+    except DataError:
+        needless = inputs_read.whole  # read to the end, and there is no text
+        raise
+    finally:
+        inputs_read.close()
+        assembly.close(remove=needless or not assembly.done)
+    if done.again:
+        warnings.warn(
+            f"gigatoken differed from tokenizers in {done.again} parts, which were encoded again; --no-fast encodes all"
+            " with tokenizers",
+            stacklevel=2,
         )
-        with atomic_write(prefix + ".json") as manifest:
-            record = describe(done, files, chosen, append_eod, key) | {"bin_sha256": writer.digest.hexdigest()}
-            json.dump(record, manifest, indent=1)
-            manifest.write("\n")
-            if train_vocab is not None:
-                chosen.save(chosen.where)
-            writer.close()
     return done
 
 
-def refuse_to_overwrite(prefix: str, sources: Iterable[Any]) -> None:
-    """None of the three files to write is an input or the tokenizer."""
-    written = {Path(prefix + suffix).resolve() for suffix in (".bin", ".idx", ".json")}
+class Run:
+    """The parts of a job from the plan to the assembly, in order."""
+
+    def __init__(
+        self, assembly: Assembly, options: Options, hashes: "InputHashes", on_progress: OnProgress | None
+    ) -> None:
+        self.assembly, self.options, self.hashes, self.on_progress = assembly, options, hashes, on_progress
+        self.job, self.rows = assembly.job, 0
+
+    def run(self) -> None:
+        """Work on every part until the inputs or the wanted documents end.
+
+        Raises  DataError at the first fault unless faults are rejected, or if an input that was named holds no text.
+        """
+        options = self.options
+        done = run_parts(self.job, self.work(), options.workers, options.engine, options.address)
+        try:
+            for part, record in done:
+                if options.rows is not None and self.rows + record.rows > options.rows:
+                    part = replace(part, rows=options.rows - self.rows)
+                    self.assembly.reusable(part)
+                    record = encode_part(self.job, part, Encoder(self.job.tokenizer, fast=self.job.fast))
+                self.take(part, record)
+                if self.rows == options.rows:
+                    return
+        finally:
+            done.close()
+        self.hashes.whole = True
+        if not options.reject and options.shard[1] == 1:
+            require_text(self.job.files, [number for number, count in self.assembly.filled().items() if count])
+
+    def work(self) -> Work:
+        """Each part with the record it has from an earlier run, if any."""
+        plan = parts_of(
+            self.job.files, self.job.settings, self.options.part_bytes, self.hashes.hear, Shard(*self.options.shard)
+        )
+        for part in plan:
+            yield part, self.assembly.reusable(part)
+
+    def take(self, part: Part, record: PartRecord) -> None:
+        """The next part into the assembly."""
+        failure = self.assembly.append(part, record)
+        if failure is not None:
+            raise DataError(failure)
+        self.rows += record.rows
+        if self.on_progress:
+            self.on_progress(sum(piece.disk for piece in part.pieces), sum(o["tokens"] for o in record.outputs))
+
+
+class InputHashes:
+    """SHA-256 of the inputs: those read in order as they go by, other local ones beside the work on a thread."""
+
+    def __init__(self, files: Sequence[InputFile]) -> None:
+        self.files, self.whole, self.stop = files, False, threading.Event()
+        self.heard: dict[int, Any] = {}
+        self.beside: dict[int, str] = {}
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def hear(self, number: int, data: bytes) -> None:
+        """The next bytes of an input that is read in order."""
+        self.heard.setdefault(number, hashlib.sha256()).update(data)
+
+    def read(self) -> None:
+        """On the thread: the files that no one reads in order."""
+        for number, file in enumerate(self.files):
+            if file.remote or in_order(file):
+                continue
+            digest = hashlib.sha256()
+            try:
+                with open(file.path, "rb") as opened:
+                    while not self.stop.is_set() and (piece := opened.read(CHUNK_BYTES)):
+                        digest.update(piece)
+            except OSError:  # whoever reads it for its text says so
+                continue
+            if self.stop.is_set():
+                return
+            self.beside[number] = digest.hexdigest()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Path, bytes and hash of every input; no hash where it was not read to its end."""
+        if not self.whole:
+            self.stop.set()
+        self.thread.join()
+        heard = {number: digest.hexdigest() for number, digest in self.heard.items()} if self.whole else {}
+        found = self.beside | heard
+        return [{"path": f.path, "bytes": f.size, "sha256": found.get(i)} for i, f in enumerate(self.files)]
+
+
+def outputs_of(prefix: str, keys: Sequence[str]) -> list[str]:
+    """The prefix of each key's files; with several keys named as GPT-NeoX does."""
+    return [prefix] if len(keys) == 1 else [f"{prefix}_{key.replace(os.sep, '_')}_document" for key in keys]
+
+
+def make_job(files: list[InputFile], prefix: str, tokenizer: Tokenizer, options: Options) -> Job:
+    """What the workers need to know."""
+    documents = options.documents if options.documents is not None else has_pyarrow()
+    return Job(
+        tokenizer=tokenizer,
+        files=tuple(files),
+        keys=tuple(options.keys),
+        folder=prefix + ".parts",
+        output=prefix,
+        eod_id=eod_of(tokenizer) if options.append_eod else None,
+        keep=tuple(options.keep),
+        ftfy=options.ftfy,
+        reject=options.reject,
+        fast=options.fast,
+        documents=documents,
+    )
+
+
+def has_pyarrow() -> bool:
+    """Whether the index of documents can be written."""
+    try:
+        return find_spec("pyarrow") is not None
+    except ValueError:  # a module without a spec
+        return False
+
+
+def refuse_to_overwrite(prefixes: Iterable[str], sources: Iterable[Any]) -> None:
+    """None of the files to write is an input or the tokenizer."""
+    suffixes = (".bin", ".idx", ".json", DOCUMENTS, REJECTS)
+    written = {Path(prefix + suffix).resolve() for prefix in prefixes for suffix in suffixes}
     for source in sources:
         if not isinstance(source, Tokenizer) and Path(source).resolve() in written:
-            raise ConfigError(f"{source} would be overwritten by the output {prefix}; choose another --output")
+            raise ConfigError(f"{source} would be overwritten by the output; choose another --output")
 
 
-def train_on(
-    files: list[TextFile], key: str, vocab_size: int, path: Any, on_read: Callable[[int], None] | None
-) -> Tokenizer:
+def refuse_another_shard(prefix: str, shard: tuple[int, int]) -> None:
+    """The output does not hold another share of the same job."""
+    if shard[1] == 1:
+        return
+    held = (read_record(prefix) or {}).get("shard")
+    if held not in (None, list(shard)):
+        raise ConfigError(
+            f"{prefix} holds share {held[0]}/{held[1]} already, not {shard[0]}/{shard[1]}; give each share an --output"
+            " of its own"
+        )
+
+
+def train_on(files: list[InputFile], keys: Sequence[str], vocab_size: int, path: Any) -> Tokenizer:
     """A BPE trained on the files, not yet written. An equal file at `path` may stay, another is not replaced."""
     if isinstance(path, Tokenizer) or os.fspath(path) == "bytes":
         raise ConfigError("training a tokenizer needs the path of a new tokenizer.json to write")
-    texts = chain.from_iterable(file.documents(key, on_read) for file in files)
-    trained = train_bpe(texts, vocab_size, str(path))
+    trained = train_bpe((text for key in keys for text in texts_of(files, key)), vocab_size, str(path))
     if Path(path).exists() and Path(path).read_bytes() != trained.text.encode("utf-8"):
         raise ConfigError(
             f"{path} exists and is not what training on these inputs gives; remove it, name another file, or leave out"
@@ -164,74 +326,43 @@ def eod_of(tokenizer: Tokenizer) -> int:
     return tokenizer.eod_id
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Neighbouring texts, about BATCH_CHARACTERS at a time."""
-    held: list[str] = []
-    size = 0
-    for text in texts:
-        held.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS or len(held) >= BATCH_DOCUMENTS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held
+def summary(assembly: Assembly, prefix: str, start: float) -> Prepared:
+    """What was done, from the parts."""
+    done = assembly.done
+    return Prepared(
+        prefix=prefix,
+        documents=sum(output["documents"] for record in done for output in record.outputs),
+        tokens=sum(output["tokens"] for record in done for output in record.outputs),
+        empty=sum(record.empty for record in done),
+        rejected=sum(record.rejected for record in done),
+        text_bytes=sum(record.text_bytes for record in done),
+        dtype=assembly.dtype.name,
+        vocab_size=assembly.job.tokenizer.vocab_size,
+        seconds=time.monotonic() - start,
+        by=", ".join(sorted({record.by for record in done})),
+        again=sum(record.again is not None for record in done),
+        prefixes=tuple(assembly.prefixes),
+    )
 
 
-def write_all(
-    writer: IndexedDatasetWriter, found: Iterator[list[str]], encoder: BatchEncoder, workers: int
-) -> tuple[int, int]:
-    """Tokenize and write every batch in order; returns how many documents were empty, and the bytes of text."""
-    empty = text_bytes = 0
-    done = encode_in_processes(found, encoder, workers) if workers > 1 else (encoder(texts) for texts in found)
-    with closing(done):
-        for batch in done:
-            writer.add_many(batch.tokens, batch.sizes)
-            empty += batch.empty
-            text_bytes += batch.text_bytes
-    return empty, text_bytes
-
-
-ENCODER: list[BatchEncoder] = []
-"""The encoder of this worker process, set once when it starts."""
-
-
-def start_worker(encoder: BatchEncoder) -> None:
-    """In a worker: keep the encoder, and leave the other cores to the other workers."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    ENCODER[:] = [encoder]
-
-
-def encode_in_worker(texts: list[str]) -> TokenBatch:
-    """In a worker: one batch."""
-    return ENCODER[0](texts)
-
-
-def encode_in_processes(found: Iterator[list[str]], encoder: BatchEncoder, workers: int) -> Any:
-    """The encoded batches in order; no more than a few wait for each process, so memory stays bounded."""
-    spawn = multiprocessing.get_context("spawn")  # the tokenizers library does not survive a fork of its threads
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=(encoder,))
-    waiting: deque[Future[TokenBatch]] = deque()
-    try:
-        while True:
-            waiting.extend(pool.submit(encode_in_worker, b) for b in islice(found, workers * AHEAD - len(waiting)))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def describe(done: Prepared, files: list[TextFile], tokenizer: Tokenizer, append_eod: bool, key: str) -> dict[str, Any]:
-    """The manifest: what was read, with which tokenizer, and what came out."""
-    facts = asdict(done)
+def describe(
+    done: Prepared, output: int, assembly: Assembly, inputs: list[dict[str, Any]], options: Options
+) -> dict[str, Any]:
+    """The record of one output: what was read, with which tokenizer, and what came out."""
+    facts, job, records = asdict(done), assembly.job, assembly.done
     seconds = facts.pop("seconds")
-    facts["prefix"] = Path(done.prefix).name
+    del facts["prefixes"]
+    facts["prefix"] = Path(assembly.prefixes[output]).name
+    for name in ("documents", "tokens"):
+        facts[name] = sum(record.outputs[output][name] for record in records)
+    tokenizer = job.tokenizer
     return {
         **facts,
-        "append_eod": append_eod,
-        "key": key,
+        "append_eod": job.eod_id is not None,
+        "key": job.keys[output],
         "tokenizer": {"name": Path(tokenizer.where).name, "sha256": tokenizer.sha256, "eod_id": tokenizer.eod_id},
-        "inputs": [{"path": str(f.path), "bytes": f.bytes_read, "sha256": f.digest.hexdigest()} for f in files],
+        "inputs": inputs,
+        **({"shard": list(options.shard)} if options.shard[1] > 1 else {}),
         "seconds": round(seconds, 3),
+        "bin_sha256": assembly.digests[output].hexdigest(),
     }

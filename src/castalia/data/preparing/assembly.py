@@ -1,0 +1,257 @@
+"""Parts put together: appended to the outputs in their order as they come, each once, whatever interrupted the job."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from castalia.core.errors import ConfigError
+from castalia.core.files import CHUNK_BYTES, atomic_write, cannot_write, write_json
+from castalia.data.indexed import best_dtype, write_index
+from castalia.data.preparing import provenance
+from castalia.data.preparing.parts import Job, PartRecord, part_file, read_part_record
+from castalia.data.preparing.pieces import Part
+from castalia.data.preparing.rows import Fault, sentence
+
+REJECTS = ".rejects.jsonl"
+
+
+class Assembly:
+    """The work folder of a job, locked while it is open: `PREFIX.parts`.
+
+    `whole.I.bin` is output I as far as it goes. A part is appended to each, these are flushed to the disk, then its own
+    .bin goes; so every token is on disk once, but for a part. What a crash left is believed by its hash only.
+    """
+
+    def __init__(self, job: Job, prefixes: Sequence[str]) -> None:
+        self.job, self.prefixes, self.folder = job, list(prefixes), Path(job.folder)
+        self.dtype = best_dtype(job.tokenizer.vocab_size)
+        self.done: list[PartRecord] = []
+        self.pieces: list[list[list[Any]]] = []
+        self.place: Any = None
+        self.before = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "wb")  # noqa: SIM115 - closed by close
+        except OSError as error:
+            raise cannot_write(Path(job.output + ".bin"), error) from error
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise ConfigError(f"another process writes {job.output} now; wait for it or end it") from None
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        self.wholes = [opened(self.whole(i)) for i in range(len(self.prefixes))]
+        self.recover()
+
+    def whole(self, output: int) -> Path:
+        """The growing tokens of one output."""
+        return self.folder / f"whole.{output}.bin"
+
+    def recover(self) -> None:
+        """Find how many parts, from the first on, stand in the wholes as their records say."""
+        self.digests = [hashlib.sha256() for _ in self.prefixes]
+        self.kept: list[PartRecord] = []
+        self.ends: list[list[int]] = [[0] * len(self.prefixes)]
+        for whole in self.wholes:
+            whole.seek(0)
+        while (record := read_part_record(self.folder, len(self.kept), len(self.prefixes))) and self.stands(record):
+            self.kept.append(record)
+            self.ends.append([end + size for end, size in zip(self.ends[-1], self.sizes(record), strict=True)])
+        self.cut(len(self.kept))
+
+    def sizes(self, record: PartRecord) -> list[int]:
+        """Bytes that a part adds to each output."""
+        return [output["tokens"] * self.dtype.itemsize for output in record.outputs]
+
+    def stands(self, record: PartRecord) -> bool:
+        """Whether the next bytes of every whole are this part's; if so, they go into the digests."""
+        found = []
+        for whole, digest, size, output in zip(
+            self.wholes, self.digests, self.sizes(record), record.outputs, strict=True
+        ):
+            joint, own = digest.copy(), hashlib.sha256()
+            for piece in read_bytes(whole, size):
+                joint.update(piece)
+                own.update(piece)
+            found.append(joint)
+            if own.hexdigest() != output["sha256"]:
+                return False
+        self.digests = found
+        return True
+
+    def cut(self, count: int) -> None:
+        """Keep the first `count` parts of the wholes."""
+        for whole, end in zip(self.wholes, self.ends[count], strict=True):
+            whole.truncate(end)
+            whole.seek(end)
+
+    def reusable(self, part: Part) -> PartRecord | None:
+        """The record of a part that was done before and is the same now; parts must be asked for in their order."""
+        record = read_part_record(self.folder, part.number, len(self.prefixes))
+        same = record is not None and record.identity == part.identity and part.rows is None
+        if record is not None and same and (part.number < len(self.kept) or self.has_files(record)):
+            return record
+        if part.number < len(self.kept):  # the inputs or settings changed from here on
+            self.cut(part.number)
+            for path in self.folder.glob("*.record.json"):
+                if int(path.name.split(".")[0]) >= part.number:
+                    path.unlink()
+            self.recover()
+        return None
+
+    def has_files(self, record: PartRecord) -> bool:
+        """Whether a part's own files are there and their hashes right."""
+        for i, output in enumerate(record.outputs):
+            tokens = part_file(self.folder, record.number, f"{i}.bin")
+            sizes = part_file(self.folder, record.number, f"{i}.sizes")
+            if not tokens.is_file() or not sizes.is_file() or sizes.stat().st_size != 4 * output["documents"]:
+                return False
+            with open(tokens, "rb") as file:
+                digest = hashlib.sha256()
+                for piece in read_bytes(file, tokens.stat().st_size):
+                    digest.update(piece)
+            if digest.hexdigest() != output["sha256"]:
+                return False
+        return True
+
+    def append(self, part: Part, record: PartRecord) -> str | None:
+        """Take the next part in; returns the sentence of the fault that ends the job, if it has one.
+
+        Raises  CastaliaError if the disk is full.
+        """
+        offsets = self.offsets(part, record)
+        if record.failed is not None:
+            piece, fault = record.failed
+            return sentence(part.pieces[piece], Fault(*fault), offsets[piece])
+        if part.number >= len(self.kept):
+            try:
+                self.take(record)
+            except OSError as error:
+                raise cannot_write(Path(self.job.output + ".bin"), error) from error
+        self.done.append(record)
+        self.pieces.append([[p.file, p.path, p.member, p.form, n] for p, n in zip(part.pieces, offsets, strict=True)])
+        return None
+
+    def offsets(self, part: Part, record: PartRecord) -> list[int]:
+        """Lines of the file that lie before each piece of the next part."""
+        found = []
+        for i, piece in enumerate(part.pieces):
+            if self.place != (piece.file, piece.member):
+                self.place, self.before = (piece.file, piece.member), piece.before
+            found.append(self.before)
+            self.before += record.lines[i]
+        return found
+
+    def take(self, record: PartRecord) -> None:
+        """Append a part's tokens to the wholes, and remove its own when they are safe."""
+        for i, whole in enumerate(self.wholes):
+            with open(part_file(self.folder, record.number, f"{i}.bin"), "rb") as file:
+                append_file(file, whole, self.digests[i])
+            os.fsync(whole.fileno())
+        for i in range(len(self.wholes)):
+            part_file(self.folder, record.number, f"{i}.bin").unlink()
+
+    def finish(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write index, provenance and `records`, the .json of each output, and then give all files their names."""
+        written: list[tuple[Path, str]] = []
+        try:
+            for i, (prefix, record) in enumerate(zip(self.prefixes, records, strict=True)):
+                written += [(self.whole(i), prefix + ".bin"), (self.write_idx(i), prefix + ".idx")]
+                if self.job.documents:
+                    path = self.folder / f"whole.{i}.parquet"
+                    provenance.write_index(path, self.tables(i), self.job.wanted.kept)
+                    written.append((path, prefix + provenance.SUFFIX))
+                write_json(self.folder / f"whole.{i}.json", record)
+                written.append((self.folder / f"whole.{i}.json", prefix + ".json"))
+            for path, name in written:
+                os.replace(path, name)
+        except OSError as error:
+            raise cannot_write(Path(self.job.output + ".bin"), error) from error
+
+    def write_idx(self, output: int) -> Path:
+        """The .idx of one output."""
+        path, count = self.folder / f"whole.{output}.idx", sum(r.outputs[output]["documents"] for r in self.done)
+        with open(path, "wb") as file:
+            write_index(file, self.dtype, count, lambda: self.all_sizes(output))
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+    def all_sizes(self, output: int) -> Iterator[Any]:
+        """Tokens of each document, part by part."""
+        for record in self.done:
+            yield np.fromfile(part_file(self.folder, record.number, f"{output}.sizes"), "<i4")
+
+    def tables(self, output: int) -> Iterator[Any]:
+        """Documents of each part as rows of the index."""
+        for record, pieces in zip(self.done, self.pieces, strict=True):
+            sources = [(path, member) for _, path, member, _, _ in pieces]
+            path = part_file(self.folder, record.number, f"{output}.parquet")
+            yield provenance.placed(path, sources, [before for *_, before in pieces])
+
+    def write_rejects(self, path: Path) -> int:
+        """The rejected documents of all parts as JSON lines, none if there are none; returns how many."""
+        count = sum(record.rejected for record in self.done)
+        if not count:
+            path.unlink(missing_ok=True)
+            return 0
+        with atomic_write(path) as file:
+            for record, pieces in zip(self.done, self.pieces, strict=True):
+                for line in self.rejects_of(record):
+                    told = json.loads(line)
+                    _, name, member, _, before = pieces[told.pop("piece")]
+                    if told["line"] is not None:
+                        told["line"] += before
+                    json.dump({"file": name, "member": member, **told}, file, ensure_ascii=False)
+                    file.write("\n")
+        return count
+
+    def rejects_of(self, record: PartRecord) -> Sequence[str]:
+        """The lines of a part's rejects."""
+        if not record.rejected:
+            return []
+        return part_file(self.folder, record.number, "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+
+    def filled(self) -> dict[int, int]:
+        """Documents with text by the number of the input."""
+        counts: dict[int, int] = {}
+        for record, pieces in zip(self.done, self.pieces, strict=True):
+            for (file, *_), filled in zip(pieces, record.filled, strict=True):
+                counts[file] = counts.get(file, 0) + filled
+        return counts
+
+    def close(self, remove: bool) -> None:
+        """Let go of the folder; `remove` it when nothing in it is needed again."""
+        for whole in self.wholes:
+            whole.close()
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self.lock.close()
+
+
+def opened(path: Path) -> IO[bytes]:
+    """A file to read and write, new if it is not there, without a buffer."""
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+
+
+def read_bytes(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """The next `size` bytes, a few MiB at a time, fewer at the end of the file."""
+    while size and (piece := file.read(min(size, CHUNK_BYTES))):
+        size -= len(piece)
+        yield piece
+
+
+def append_file(source: IO[bytes], target: IO[bytes], digest: Any) -> None:
+    """Append what is left of a file to another, which is not buffered."""
+    while piece := memoryview(source.read(CHUNK_BYTES)):
+        digest.update(piece)
+        while piece:
+            piece = piece[target.write(piece) :]

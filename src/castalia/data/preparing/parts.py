@@ -1,0 +1,246 @@
+"""One part of a job: its documents read, turned into ids and written to files of their own, by any process."""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.core.extras import require
+from castalia.core.files import cannot_write
+from castalia.data.preparing.encoding import Encoder, MismatchError, with_ends
+from castalia.data.preparing.inputs import InputFile
+from castalia.data.preparing.pieces import Part
+from castalia.data.preparing.provenance import DocumentColumns
+from castalia.data.preparing.rows import Fault, PieceReader, Row, Wanted
+from castalia.data.tokenizer import Tokenizer
+
+FORMAT = 1
+"""Raised when what a part's files hold changes, so that those of an older version are not taken over."""
+BATCH_BYTES = 1 << 22
+BATCH_ROWS = 8192
+RAW_BYTES = 1 << 20
+"""Bytes of a rejected document that go to the rejects file."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides the bytes of a part, and where they go. Pickles to worker processes.
+
+    `folder` holds the parts; `output` stands in errors. `reject` lets a job go on after a bad document. `documents`
+    writes where each document came from.
+    """
+
+    tokenizer: Tokenizer
+    files: tuple[InputFile, ...]
+    keys: tuple[str, ...]
+    folder: str
+    output: str
+    eod_id: int | None = None
+    keep: tuple[str, ...] = ()
+    ftfy: bool = False
+    reject: bool = False
+    fast: bool = True
+    documents: bool = True
+
+    @property
+    def settings(self) -> str:
+        """What goes into each part's identity. `reject` does not: a part without a fault is the same either way."""
+        said = [FORMAT, self.tokenizer.sha256, self.tokenizer.kind, self.eod_id, self.keys, self.keep]
+        return repr([*said, self.ftfy, self.documents])
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is taken of each document."""
+        mend = require("ftfy", "ftfy", "--ftfy").fix_text if self.ftfy else None
+        return Wanted(self.keys, self.keep, mend)
+
+
+@dataclass
+class PartRecord:
+    """What came of a part: counts, and hashes by which its files are trusted later. `by` encoded it, `slow` says why
+    not gigatoken, `again` what made it be encoded a second time; `lines` and `filled` are lines and documents with
+    text of each piece. `failed` is the first fault of a job that stops there, as (piece, fault)."""
+
+    number: int
+    identity: str
+    rows: int = 0
+    empty: int = 0
+    text_bytes: int = 0
+    rejected: int = 0
+    by: str = ""
+    slow: str | None = None
+    again: str | None = None
+    lines: list[int] = field(default_factory=list)
+    filled: list[int] = field(default_factory=list)
+    outputs: list[dict[str, Any]] = field(default_factory=list)
+    failed: tuple[int, Fault] | None = None
+
+
+def part_file(folder: str | os.PathLike[str], number: int, suffix: str) -> Path:
+    """A file of a part: `record.json`, `rejects.jsonl`, and `0.bin`, `0.sizes`, `0.parquet` for each key."""
+    return Path(folder) / f"{number:08d}.{suffix}"
+
+
+class PartWriter:
+    """The files of a part under temporary names, renamed by `keep`, removed without it."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.job, self.number, self.mark = job, number, uuid.uuid4().hex[:8]
+        self.files: dict[str, IO[bytes]] = {}
+        self.claimed: dict[str, Path] = {}
+        self.digests = [hashlib.sha256() for _ in job.keys]
+        self.counts = [[0, 0] for _ in job.keys]
+
+    def claim(self, suffix: str) -> Path:
+        """The temporary name of a file that is to be kept."""
+        path = part_file(self.job.folder, self.number, suffix)
+        self.claimed[suffix] = path.with_name(f".{path.name}.{self.mark}.tmp")
+        return self.claimed[suffix]
+
+    def write(self, suffix: str, data: Any) -> None:
+        """Append to a file."""
+        if suffix not in self.files:
+            self.files[suffix] = open(self.claim(suffix), "wb")  # noqa: SIM115 - closed by keep or drop
+        self.files[suffix].write(data)
+
+    def add(self, output: int, ids: NDArray[Any], sizes: NDArray[np.int64]) -> None:
+        """Append documents to one key's output."""
+        data = np.ascontiguousarray(ids).data
+        self.write(f"{output}.bin", data)
+        self.write(f"{output}.sizes", sizes.astype("<i4").data)
+        self.digests[output].update(data)
+        self.counts[output][0] += len(sizes)
+        self.counts[output][1] += len(ids)
+
+    def outputs(self) -> list[dict[str, Any]]:
+        """Documents, tokens and hash of each key's output."""
+        return [
+            {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
+            for (documents, tokens), digest in zip(self.counts, self.digests, strict=True)
+        ]
+
+    def keep(self, record: PartRecord) -> None:
+        """Give the files their names, the record last: without one a part does not exist."""
+        if record.failed is not None:
+            return
+        for file in self.files.values():
+            file.close()
+        self.claim("record.json").write_text(json.dumps(vars(record)), encoding="utf-8")
+        for suffix, path in self.claimed.items():
+            os.replace(path, part_file(self.job.folder, self.number, suffix))
+
+    def drop(self) -> None:
+        """Remove what has no name yet."""
+        for file in self.files.values():
+            with contextlib.suppress(OSError):  # the buffer that could not be written goes with the file
+                file.close()
+        for path in self.claimed.values():
+            path.unlink(missing_ok=True)
+
+
+def encode_part(job: Job, part: Part, encoder: Encoder) -> PartRecord:
+    """Read, encode and write a part; once more by the tokenizer alone if gigatoken differs from it in a sample.
+
+    Raises  CastaliaError if its files cannot be written.
+    """
+    again = None
+    while True:
+        writer = PartWriter(job, part.number)
+        try:
+            for suffix in (f"{i}.{kind}" for i in range(len(job.keys)) for kind in ("bin", "sizes")):
+                writer.write(suffix, b"")
+            record = fill(job, part, encoder, writer)
+            record.by, record.slow, record.again = encoder.by, encoder.why_slow, again
+            writer.keep(record)
+            return record
+        except MismatchError as error:
+            encoder, again = encoder.slow(), str(error)
+        except OSError as error:
+            raise cannot_write(Path(job.output + ".bin"), error) from error
+        finally:
+            writer.drop()
+
+
+def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartRecord:
+    """Write the documents of a part; the record says what they were."""
+    record = PartRecord(part.number, part.identity, lines=[0] * len(part.pieces))
+    filled = np.zeros(len(part.pieces), np.int64)
+    columns = [DocumentColumns(job.wanted.kept) for _ in job.keys] if job.documents else []
+
+    def reject(piece: int, fault: Fault) -> None:
+        raw = fault.raw[:RAW_BYTES].decode("utf-8", "backslashreplace")
+        told = {"piece": piece, "line": fault.line, "start": fault.start, "reason": fault.reason, "text": raw}
+        writer.write("rejects.jsonl", json.dumps(told).encode() + b"\n")
+        record.rejected += 1
+
+    for places, rows in batches(read(job, part, record, reject)):
+        record.rows += len(rows)
+        for i in range(len(job.keys)):
+            texts = [row.texts[i] for row in rows]
+            ids, sizes = encoder(texts)
+            full = sizes > 0
+            record.empty += len(sizes) - int(full.sum())
+            record.text_bytes += sum(map(len, texts))
+            ids, kept_sizes = with_ends(ids, sizes, job.eod_id)
+            writer.add(i, ids, kept_sizes)
+            filled += np.bincount(np.asarray(places)[full], minlength=len(filled))
+            if columns:
+                columns[i].add(places, rows, texts, full, kept_sizes)
+    for i, found in enumerate(columns):
+        found.write(writer.claim(f"{i}.parquet"))
+    record.outputs, record.filled = writer.outputs(), filled.tolist()
+    return record
+
+
+def read(job: Job, part: Part, record: PartRecord, reject: Callable[[int, Fault], None]) -> Iterator[tuple[int, Row]]:
+    """The rows of a part with their pieces' numbers, up to its limit; faults are rejected, or end it."""
+    wanted, taken = job.wanted, 0
+    for number, piece in enumerate(part.pieces):
+        reader = PieceReader(piece, job.files[piece.file], wanted)
+        for row in reader:
+            if taken == part.rows:
+                return
+            if isinstance(row, Fault):
+                if not job.reject:
+                    record.failed = (number, row)
+                    return
+                reject(number, row)
+                continue
+            yield number, row
+            taken += 1
+        record.lines[number] = reader.lines
+
+
+def batches(rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[list[int], list[Row]]]:
+    """Neighbouring rows with their pieces' numbers, about BATCH_BYTES at a time."""
+    places: list[int] = []
+    held: list[Row] = []
+    size = 0
+    for place, row in rows:
+        places.append(place)
+        held.append(row)
+        size += sum(map(len, row.texts))
+        if size >= BATCH_BYTES or len(held) >= BATCH_ROWS:
+            yield places, held
+            places, held, size = [], [], 0
+    if held:
+        yield places, held
+
+
+def read_part_record(folder: str | os.PathLike[str], number: int, keys: int) -> PartRecord | None:
+    """The record of a part that is there and whole as far as its counts go; else None."""
+    try:
+        record = PartRecord(**json.loads(part_file(folder, number, "record.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    if record.number != number or len(record.outputs) != keys:
+        return None
+    return record
