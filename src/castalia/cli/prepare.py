@@ -12,53 +12,71 @@ INPUTS = (
     "Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar or .zip of these, .gz, .zst or .xz of"
     " any of them; .parquet; .arrow; folders, also those of `datasets`; patterns such as 'part-*.jsonl.zst'; URLs."
 )
-WORKERS = "Processes that tokenize; 1 is this one. The output does not depend on it."
+
+
+Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help=INPUTS)]
+TokenizerFile = Annotated[
+    str, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or `bytes` for the byte-level one.")
+]
+Output = Annotated[
+    str, typer.Option("--output", metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx, PREFIX.json and the index.")
+]
+AppendEod = Annotated[
+    bool, typer.Option("--append-eod", help="End each document with the tokenizer's end-of-document token.")
+]
+Keys = Annotated[
+    list[str], typer.Option("--key", help="Key or column of the text; several write PREFIX_KEY_document each.")
+]
+Keep = Annotated[
+    str, typer.Option("--keep", metavar="A,B", help="Metadata to keep in PREFIX.documents.parquet, beside `id`.")
+]
+NumDocs = Annotated[int | None, typer.Option("--num-docs", min=1, help="Read so many documents at most.")]
+OnError = Annotated[
+    str, typer.Option(metavar="stop|reject", help="At a bad document stop, or write it to PREFIX.rejects.jsonl.")
+]
+TrainVocab = Annotated[
+    int | None,
+    typer.Option(
+        "--train-tokenizer",
+        metavar="N",
+        min=1,
+        help="First train a BPE of N ids on INPUT and write it to --tokenizer.",
+    ),
+]
+Workers = Annotated[
+    int,
+    typer.Option("--workers", min=1, help="Processes that tokenize; 1 is this one. The output does not depend on it."),
+]
+Fast = Annotated[bool, typer.Option(help="Encode with gigatoken where its ids are those of tokenizers.")]
+Documents = Annotated[
+    bool | None, typer.Option(help="Write where each document came from; by default if pyarrow is installed.")
+]
+ShareOf = Annotated[
+    str, typer.Option("--shard", metavar="I/N", help="Only share I, from 0, of N; `castalia data merge` joins them.")
+]
+Engine = Annotated[str, typer.Option(metavar="local|ray", help="ray: on the machines of a Ray cluster.")]
+Address = Annotated[str | None, typer.Option(help="Address of the Ray cluster; none starts one here.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help=INPUTS)],
-    tokenizer: Annotated[
-        str, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or `bytes` for the byte-level one.")
-    ],
-    output: Annotated[
-        str,
-        typer.Option("--output", metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx, PREFIX.json and the index."),
-    ],
-    append_eod: Annotated[
-        bool, typer.Option("--append-eod", help="End each document with the tokenizer's end-of-document token.")
-    ] = False,
-    key: Annotated[
-        list[str],
-        typer.Option("--key", help="Key or column of the text; several write PREFIX_KEY_document each."),
-    ] = ["text"],  # noqa: B006 - typer copies it
-    keep: Annotated[
-        str, typer.Option("--keep", metavar="A,B", help="Metadata to keep in PREFIX.documents.parquet, beside `id`.")
-    ] = "",
+    inputs: Inputs,
+    tokenizer: TokenizerFile,
+    output: Output,
+    append_eod: AppendEod = False,
+    key: Keys = ["text"],  # noqa: B006 - typer copies it
+    keep: Keep = "",
     ftfy: Annotated[bool, typer.Option("--ftfy", help="Mend broken Unicode with ftfy first.")] = False,
-    num_docs: Annotated[int | None, typer.Option("--num-docs", min=1, help="Read so many documents at most.")] = None,
-    on_error: Annotated[
-        str, typer.Option(help="stop at a bad document, or reject it to PREFIX.rejects.jsonl and go on.")
-    ] = "stop",
-    train_tokenizer: Annotated[
-        int | None,
-        typer.Option(
-            "--train-tokenizer",
-            metavar="N",
-            min=1,
-            help="First train a BPE of N ids on INPUT and write it to --tokenizer.",
-        ),
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help=WORKERS)] = 1,
-    fast: Annotated[bool, typer.Option(help="Encode with gigatoken where its ids are those of tokenizers.")] = True,
-    documents: Annotated[
-        bool | None, typer.Option(help="Write where each document came from; by default if pyarrow is installed.")
-    ] = None,
-    shard: Annotated[
-        str, typer.Option(metavar="I/N", help="Only share I, from 0, of N; `castalia data merge` joins them.")
-    ] = "0/1",
-    engine: Annotated[str, typer.Option(help="local, or ray for the machines of a Ray cluster.")] = "local",
-    address: Annotated[str | None, typer.Option(help="Address of the Ray cluster; none starts one here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    num_docs: NumDocs = None,
+    on_error: OnError = "stop",
+    train_tokenizer: TrainVocab = None,
+    workers: Workers = 1,
+    fast: Fast = True,
+    documents: Documents = None,
+    shard: ShareOf = "0/1",
+    engine: Engine = "local",
+    address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Tokenize text into the memory-mapped .bin/.idx format of GPT-NeoX.
 
