@@ -3,7 +3,7 @@
 import typer
 
 from castalia import __version__
-from castalia.cli import data, demo, export, generate, prepare, show, train
+from castalia.cli import data, demo, export, generate, launch, prepare, show, train
 
 app = typer.Typer(
     name="castalia",
@@ -29,6 +29,6 @@ def root(
     """Train, study and serve suites of language models, on a laptop CPU or a GPU cluster."""
 
 
-for verb in (demo.demo, prepare.prepare, show.show, train.train, generate.generate, export.export):
+for verb in (demo.demo, prepare.prepare, show.show, train.train, launch.launch, generate.generate, export.export):
     app.command()(verb)
 app.add_typer(data.app, name="data")

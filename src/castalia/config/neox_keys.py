@@ -93,6 +93,19 @@ HONOURED: dict[str, Honoured] = {
     "extra_save_iters": Honoured("checkpoint.steps", "list"),
     "keep_last_n_checkpoints": Honoured("checkpoint.keep", "int", plain=True),
     "seed": Honoured("seed", "int", 1234, plain=True),
+    "launcher": Honoured("launch.launcher", "str"),
+    "deepspeed_slurm": Honoured("launch.launcher", "bool", False),
+    "deepspeed_mpi": Honoured("launch.launcher", "bool", False),
+    "hostfile": Honoured("launch.hostfile", "str", plain=True),
+    "include": Honoured("launch.include", "str", plain=True),
+    "exclude": Honoured("launch.exclude", "str", plain=True),
+    "num_nodes": Honoured("launch.nodes", "int", -1),
+    "num_gpus": Honoured("launch.gpus_per_node", "int", plain=True),
+    "master_addr": Honoured("launch.master_addr", "str", plain=True),
+    "master_port": Honoured("launch.master_port", "int", plain=True),
+    "no_ssh_check": Honoured("launch.ssh_check", "bool", False),
+    "account": Honoured("launch.slurm.account", "str", plain=True),
+    "comment": Honoured("launch.slurm.comment", "str", plain=True),
 }
 
 ALIASES = {"gas": "gradient_accumulation_steps"}
@@ -175,10 +188,9 @@ IGNORED: dict[str, str] = {
         pipe_partition_method sequence_parallel activation_checkpointing checkpoint_num_layers
         deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu synchronize_each_layer
         profile_backward partition_activations distributed_backend lazy_mpu_init mmap_warmup use_shared_fs""",
-    "launching; use torchrun": """
-        hostfile include exclude num_nodes num_gpus master_port master_addr launcher force_multi autotuning_run
-        no_ssh_check comment account deepspeed_mpi deepspeed_slurm deepspeed deepscale deepscale_config user_script
-        local_rank rank adlr_autoresume adlr_autoresume_interval detect_nvlink_pairs""",
+    "launching; `castalia launch` does without": """
+        force_multi autotuning_run deepspeed deepscale deepscale_config user_script local_rank rank adlr_autoresume
+        adlr_autoresume_interval detect_nvlink_pairs""",
     "logging and profiling; metrics.jsonl is always written": """
         use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host wandb_init_all_ranks git_hash log_dir
         tensorboard_dir use_comet comet_workspace comet_project comet_experiment_name comet_tags comet_others

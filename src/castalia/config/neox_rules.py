@@ -210,6 +210,28 @@ def loss_scale(o: Options, out: Reading) -> None:
     o.put(out, "loss_scale.minimum", given.get("min_loss_scale", 1), "fp16")
 
 
+def launching(o: Options, out: Reading) -> None:
+    """The launcher by our name, the number of hosts, and whether ssh is tried; training does not depend on it."""
+    known = {"pdsh": "pdsh", "openmpi": "mpi", "slurm": "slurm"}
+    name = o["launcher"]
+    if o["deepspeed_slurm"]:
+        name = "slurm"
+    elif o["deepspeed_mpi"]:
+        name = "openmpi"
+    if name in known:
+        o.put(out, "launch.launcher", known[name], "launcher", "deepspeed_slurm", "deepspeed_mpi")
+    elif name is not None:
+        note(
+            out,
+            f"launcher {name!r} is not there; launch.launcher is one of torchrun, slurm, mpi, pdsh",
+            "launch.launcher",
+        )
+    if o["num_nodes"] > 0:
+        o.put(out, "launch.nodes", o["num_nodes"], "num_nodes")
+    if o.has("no_ssh_check"):
+        o.put(out, "launch.ssh_check", not o["no_ssh_check"], "no_ssh_check")
+
+
 Rule = Callable[[Options, Reading], None]
 MODEL_RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size"), mlp_width),
@@ -226,5 +248,6 @@ MODEL_RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("lr_decay_style",), schedule),
     (("lr_decay_iters", "lr_decay_fraction"), horizon),
     (("precision", "fp16", "bf16"), precision),
+    (("launcher", "deepspeed_slurm", "deepspeed_mpi", "num_nodes", "no_ssh_check"), launching),
 ]
 """The options that a rule reads, and the rule."""

@@ -7,16 +7,27 @@ from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
 from castalia.distributed.config import Degrees, ParallelConfig
+from castalia.distributed.launching import LaunchConfig
+from castalia.distributed.ranks import environment, world_size
 
 if TYPE_CHECKING:
     from castalia.distributed.layout import initialize, parallelize
-    from castalia.distributed.world import World, check_layout, environment
+    from castalia.distributed.world import World, check_layout
 
-__all__ = ["Degrees", "ParallelConfig", "World", "check_layout", "environment", "initialize", "parallelize"]
+__all__ = [
+    "Degrees",
+    "LaunchConfig",
+    "ParallelConfig",
+    "World",
+    "check_layout",
+    "environment",
+    "initialize",
+    "parallelize",
+    "world_size",
+]
 PLACES = {
     "World": "world",
     "check_layout": "world",
-    "environment": "world",
     "initialize": "layout",
     "parallelize": "layout",
 }

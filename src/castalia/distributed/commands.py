@@ -26,7 +26,7 @@ def torchrun(plan: Plan) -> list[str]:
     if len(plan.hosts) == 1:
         words += ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={plan.per_node}"]
     else:
-        if config.master_addr is None and not config.hostfile:
+        if config.master_addr is None and not plan.named:
             raise ConfigError(f"{len(plan.hosts)} nodes meet at one of them; name it with --master-addr")
         words += [*meeting(plan), f"--nproc-per-node={plan.per_node}"]
         if config.node_rank is not None:

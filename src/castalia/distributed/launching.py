@@ -44,7 +44,7 @@ class LaunchConfig(Config):
     environment: dict[str, str] = {}
     """Variables that are set for every process."""
     slurm: dict[str, str | int | bool] = {}
-    """Options of sbatch by their long name: {time: "04:00:00", account: a, partition: p}; true is a flag, false none."""
+    """Options of sbatch by their long name: {time: "04:00:00", partition: p}; true is a flag, false takes one away."""
     ssh_check: bool = True
     """Try each host over ssh before anything starts there."""
 
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
     config: LaunchConfig
     hosts: Hosts
-    """Host -> slots; `localhost` is this machine, and names that Slurm will choose are `node0`, `node1`, ..."""
+    """Host -> slots; `localhost` is this machine, `(0)`, `(1)`, ... are hosts whose names are not known here."""
     command: list[str]
     """What one process runs, without the Python in front: `-m castalia train ...`."""
     output: Path
@@ -66,6 +66,11 @@ class Plan(NamedTuple):
     def size(self) -> int:
         """Number of processes."""
         return sum(len(slots) for slots in self.hosts.values())
+
+    @property
+    def named(self) -> bool:
+        """Whether the names of the hosts are known here."""
+        return "(0)" not in self.hosts
 
     @property
     def picked(self) -> bool:
@@ -116,7 +121,9 @@ def hosts_of(config: LaunchConfig, variables: Mapping[str, str] = os.environ) ->
         if config.launcher == "pdsh":
             raise ConfigError("the launcher pdsh needs a hostfile with lines `host slots=N`; name it with --hostfile")
         count = config.nodes or 1
-        names = ["localhost"] if count == 1 and config.launcher != "slurm" else [f"node{n}" for n in range(count)]
+        if config.launcher == "mpi" and count > 1:
+            raise ConfigError(f"mpirun needs the names of {count} hosts; name a file of `host slots=N` with --hostfile")
+        names = ["localhost"] if count == 1 and config.launcher != "slurm" else [f"({n})" for n in range(count)]
         return {name: list(range(asked or local_gpus() or 1)) for name in names}
     hosts = choose(read_hostfile(file), config.include, config.exclude)
     if config.nodes and config.nodes > len(hosts):

@@ -58,6 +58,19 @@ def environment(variables: Mapping[str, str] = os.environ) -> tuple[int, int, in
     return rank, size, local_rank
 
 
+def world_size(variables: Mapping[str, str] = os.environ) -> int:
+    """Number of processes that a run here has; WORLD_SIZE alone plans for as many without starting one.
+
+    Raises  ConfigError if a launcher's variables are incomplete or no numbers.
+    """
+    planned = variables.get("WORLD_SIZE")
+    if not planned or variables.get("RANK"):
+        return environment(variables)[1]
+    if not planned.isdigit() or int(planned) < 1:
+        raise ConfigError(f"WORLD_SIZE={planned!r} is no number of processes")
+    return int(planned)
+
+
 def started_by(variables: Mapping[str, str]) -> Launcher | None:
     """The launcher whose variables are set, or None."""
     for launcher in LAUNCHERS:

@@ -77,7 +77,7 @@ def directives(plan: Plan) -> dict[str, str | int | bool]:
     }
     if config.gpus_per_node:
         options["gpus-per-node"] = config.gpus_per_node
-    if config.hostfile:
+    if plan.named:
         options["nodelist"] = ",".join(plan.hosts)
     for name, value in config.slurm.items():
         if any(sign in f"{name}{value}" for sign in ("\n", "\r")):

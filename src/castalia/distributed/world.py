@@ -1,6 +1,5 @@
-"""The processes of a run, as torchrun starts them; one process needs no launcher."""
+"""The processes of a run, as a launcher starts them; one process needs no launcher."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,15 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from castalia.core.errors import ConfigError
 from castalia.distributed.config import Degrees, ParallelConfig
-
-
-def environment() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this host) out of torchrun's variables; (0, 1, 0) without a launcher."""
-    return tuple(int(os.environ.get(name, default)) for name, default in VARIABLES)  # type: ignore[return-value]
-
-
-VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-
+from castalia.distributed.ranks import environment, rendezvous
 
 UNSUPPORTED: tuple[str, ...] = ("pp", "cp")
 """Axes that training cannot use yet."""
@@ -86,7 +77,7 @@ class World:
         if size == 1:
             return cls(0, 1, place)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=size)
+            join("nccl" if kind == "cuda" else "gloo", rank, size)
         return cls(rank, size, place, *meshes(kind, config.degrees(size)))
 
     def coordinate(self, axis: str) -> int:
@@ -150,6 +141,23 @@ class World:
         """Leave the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def join(backend: str, rank: int, size: int) -> None:
+    """Meet the other processes where the launcher's variables say.
+
+    Raises  ConfigError if the place cannot be reached, or its port is taken.
+    """
+    place = rendezvous()
+    try:
+        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        where = place.removeprefix("tcp://") if place != "env://" else "MASTER_ADDR:MASTER_PORT"
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(
+            f"process {rank} of {size} cannot meet the others at {where}: {reason}; another run may hold the port"
+            " (set MASTER_PORT), or the host cannot be reached from here (set MASTER_ADDR)"
+        ) from None
 
 
 def meshes(

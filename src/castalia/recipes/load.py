@@ -13,6 +13,7 @@ from castalia.config.neox import is_neox, override_hint, read_neox
 from castalia.config.neox_reading import Reading
 from castalia.config.sources import apply_overrides, flatten, is_override, merge, read_yaml
 from castalia.core.errors import ConfigError, nearest
+from castalia.distributed import world_size
 from castalia.recipes.presets import PRESETS, preset, preset_names
 from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
 from castalia.recipes.pythia import known_mistakes, same_shape
@@ -58,11 +59,11 @@ def load_config(sources: Iterable[str]) -> RunConfig:
     return resolve(sources).config
 
 
-def resolve(sources: Iterable[str]) -> Resolved:
+def resolve(sources: Iterable[str], world: int | None = None) -> Resolved:
     """Read presets, YAML files (ours or GPT-NeoX's) and `a.b=c` overrides; later kinds win, in this order.
 
-    A file of ours may name its base with `recipe: pythia-70m`. The suffix .yml or .yaml may be left out. The number of
-    processes for GPT-NeoX files that name no train_batch_size is the environment's WORLD_SIZE.
+    A file of ours may name its base with `recipe: pythia-70m`. The suffix .yml or .yaml may be left out. `world`
+    is the number of processes, for GPT-NeoX files that name no train_batch_size; None takes the environment's.
     Raises  ConfigError with every problem at once.
     """
     found = sort_sources(list(sources))
@@ -70,8 +71,7 @@ def resolve(sources: Iterable[str]) -> Resolved:
         raise ConfigError("; ".join(found.problems))
     own, neox = read_files(found.files)
     name = found.presets[0] if found.presets else own.get("recipe")
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    reading = read_neox(neox, world=world, complete=name is None) if neox else Reading()
+    reading = read_neox(neox, world=world or world_size(), complete=name is None) if neox else Reading()
     base = preset(name) if name is not None else {"output": f"runs/{found.files[0].stem}"}
     files = merge(merge(base, reading.values), own)
     values, notes = fit_micro_batch(files, found.overrides)

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.config.base import Config
 from castalia.data.config import DataConfig
-from castalia.distributed.config import ParallelConfig
+from castalia.distributed import LaunchConfig, ParallelConfig
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.models.config import ModelConfig
@@ -128,6 +128,7 @@ class RunConfig(Config):
     guard: GuardConfig = GuardConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
 
     @model_validator(mode="after")
     def check(self) -> "RunConfig":

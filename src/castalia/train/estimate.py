@@ -15,11 +15,11 @@ Measured on a CPU (14M shape, fp32 and bf16, 512 to 1024 tokens a row) the growt
 itself takes some 110 MiB more.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from castalia.checkpoint.policy import SavePolicy
+from castalia.distributed import world_size
 from castalia.models.config import ModelConfig
 from castalia.models.flops import ParameterCounts, flops_per_token, matmul_parameters, parameter_counts
 from castalia.models.pieces import KEEP, QUERIES, logits_rows
@@ -69,8 +69,8 @@ class Estimate(NamedTuple):
 
 
 def estimate(config: RunConfig, processes: int | None = None, device: str | None = None) -> Estimate:
-    """Estimate a run on `processes` processes (None: the environment's WORLD_SIZE) on `cpu` or `cuda`."""
-    processes = processes or int(os.environ.get("WORLD_SIZE") or 1)
+    """Estimate a run on `processes` processes (None: those of the environment) on `cpu` or `cuda`."""
+    processes = processes or world_size()
     device = device or device_of(config)
     rows = micro_rows(config, processes)
     tokens = config.tokens_per_step * config.train.steps

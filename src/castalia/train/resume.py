@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "guard.",
     "checkpoint.",
     "parallel.",
+    "launch.",
     "data.workers",
     "data.allow_changed",
     "data.train",
