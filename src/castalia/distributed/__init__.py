@@ -11,24 +11,30 @@ from castalia.distributed.launching import LaunchConfig
 from castalia.distributed.ranks import environment, world_size
 
 if TYPE_CHECKING:
+    from castalia.distributed.join import peers_may_be_lost
     from castalia.distributed.layout import initialize, parallelize
+    from castalia.distributed.watchdog import Watchdog
     from castalia.distributed.world import World, check_layout
 
 __all__ = [
     "Degrees",
     "LaunchConfig",
     "ParallelConfig",
+    "Watchdog",
     "World",
     "check_layout",
     "environment",
     "initialize",
     "parallelize",
+    "peers_may_be_lost",
     "world_size",
 ]
 PLACES = {
+    "Watchdog": "watchdog",
     "World": "world",
     "check_layout": "world",
     "initialize": "layout",
     "parallelize": "layout",
+    "peers_may_be_lost": "join",
 }
 __getattr__ = lazy(__name__, PLACES)

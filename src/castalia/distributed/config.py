@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from castalia.config.base import Config
 
@@ -49,6 +49,9 @@ class ParallelConfig(Config):
     """Processes that split the experts; no model here has experts."""
     reshard_after_forward: bool = True
     """Drop gathered weights after each block's forward (ZeRO 3); false keeps them until the backward (ZeRO 2)."""
+
+    timeout: PositiveFloat = 1800.0
+    """Seconds that a process waits for the others, to come at the start and in any one exchange later."""
 
     def degrees(self, size: int) -> Degrees:
         """The axes of `size` processes; dp_shard=null takes what the others leave (0 when they leave nothing)."""

@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from castalia.core.errors import ConfigError
 from castalia.distributed.config import Degrees, ParallelConfig
-from castalia.distributed.ranks import environment, rendezvous
+from castalia.distributed.join import join
+from castalia.distributed.ranks import environment
 
 UNSUPPORTED: tuple[str, ...] = ("pp", "cp")
 """Axes that training cannot use yet."""
@@ -77,7 +78,7 @@ class World:
         if size == 1:
             return cls(0, 1, place)
         if not dist.is_initialized():
-            join("nccl" if kind == "cuda" else "gloo", rank, size)
+            join("nccl" if kind == "cuda" else "gloo", rank, size, config.timeout)
         return cls(rank, size, place, *meshes(kind, config.degrees(size)))
 
     def coordinate(self, axis: str) -> int:
@@ -141,23 +142,6 @@ class World:
         """Leave the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-
-def join(backend: str, rank: int, size: int) -> None:
-    """Meet the other processes where the launcher's variables say.
-
-    Raises  ConfigError if the place cannot be reached, or its port is taken.
-    """
-    place = rendezvous()
-    try:
-        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        where = place.removeprefix("tcp://") if place != "env://" else "MASTER_ADDR:MASTER_PORT"
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(
-            f"process {rank} of {size} cannot meet the others at {where}: {reason}; another run may hold the port"
-            " (set MASTER_PORT), or the host cannot be reached from here (set MASTER_ADDR)"
-        ) from None
 
 
 def meshes(

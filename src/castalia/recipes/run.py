@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from castalia.core.allocator import keep_freed_memory
 from castalia.core.errors import CheckpointError
-from castalia.distributed import World, check_layout, environment
+from castalia.distributed import World, check_layout, environment, peers_may_be_lost
 from castalia.recipes.corpus import ensure_corpus
 from castalia.recipes.load import Resolved
 from castalia.train.config import RunConfig
@@ -25,21 +25,27 @@ def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) 
     check_layout(config.parallel, environment()[1])
     world = World.start(config.parallel, config.device)
     try:
-        if world.leads:
-            check_run_folder(config)
-        config = with_corpus(config, world)
-        trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
-        if world.leads:
-            write_run_folder(config, world, list(command))
-            ignored = [f"without effect here: {line}" for line in resolved.ignored_lines]
-            print_start(trainer, resolved.changes, [*resolved.notes, *ignored])
-        world.wait()
-        trainer.fit()
-        if world.leads:
-            print(closing_line(trainer), flush=True)
-        return trainer
+        with peers_may_be_lost(world.rank):
+            return run_in(world, resolved, command, hooks)
     finally:
         world.close()
+
+
+def run_in(world: World, resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook]) -> Trainer:
+    """The run, once the processes have met."""
+    if world.leads:
+        check_run_folder(resolved.config)
+    config = with_corpus(resolved.config, world)
+    trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
+    if world.leads:
+        write_run_folder(config, world, list(command))
+        ignored = [f"without effect here: {line}" for line in resolved.ignored_lines]
+        print_start(trainer, resolved.changes, [*resolved.notes, *ignored])
+    world.wait()
+    trainer.fit()
+    if world.leads:
+        print(closing_line(trainer), flush=True)
+    return trainer
 
 
 def standard_hooks() -> list[Hook]:

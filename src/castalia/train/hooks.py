@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
 
 
+LONG = 10.0
+"""Saving and loading may take so many times the limit of the watchdog."""
+
+
 class Hook:
     """Does nothing; subclasses override what they need."""
 
@@ -135,6 +139,7 @@ class Validate(Hook):
         batches = trainer.batches(rows, 0)
         for _ in range(trainer.config.train.eval_batches):
             for batch in next(batches):
+                trainer.beat("validation")
                 with arithmetic(trainer.config.precision, trainer.world.device):
                     out = trainer.loss(trainer.model, batch.to(trainer.world.device))
                 total += torch.stack([out.total.double(), out.tokens.double()])
@@ -160,6 +165,7 @@ class Save(Hook):
 
     def save(self, trainer: "Trainer") -> None:
         """Stage the state and go on; the writing happens behind."""
+        trainer.beat("saving", patience=LONG)
         asynchronous = trainer.config.checkpoint.asynchronous
         timing = trainer.store.save(
             trainer.progress.step,
@@ -172,6 +178,7 @@ class Save(Hook):
 
     def close(self, trainer: "Trainer") -> None:
         """Wait until everything is on the disk."""
+        trainer.beat("saving", patience=LONG)
         trainer.store.wait()
 
 

@@ -14,12 +14,12 @@ from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
 from castalia.data.planned import SourceRows
 from castalia.data.steps import check_batch
-from castalia.distributed import World, initialize, parallelize
+from castalia.distributed import Watchdog, World, initialize, parallelize
 from castalia.models import Decoder
 from castalia.models.init import init_parameter
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
-from castalia.train.hooks import Hook
+from castalia.train.hooks import LONG, Hook
 from castalia.train.loss import Loss, NextToken
 from castalia.train.mixture import Mixture, make_mixture
 from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
@@ -69,7 +69,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config.optim)
         self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
         self.scale = LossScale.of(config.loss_scale, config.precision)
-        self.guard = Guard(config.guard)
+        self.guard, self.watchdog = Guard(config.guard), Watchdog(world, config.guard.hang_seconds)
         self.loss = loss or NextToken(max(len(self.rows.sources), len(self.rows.valid_sources)), compiled=train.compile)
         self.policy = SavePolicy(config.checkpoint, train.steps)
         self.store = Store(
@@ -86,6 +86,8 @@ class Trainer:
             for hook in reversed(self.hooks):
                 ending.callback(hook.close, self)
                 ending.push(partial(tell_error, hook, self))
+            ending.enter_context(self.watchdog)
+            self.beat("loading a checkpoint", patience=LONG)
             resume(self)
             for hook in self.hooks:
                 hook.start(self)
@@ -93,21 +95,29 @@ class Trainer:
             batches = self.batches(self.rows.train, self.progress.step, self.mixture)
             self.stopping = self.mixture is not None and self.mixture.at_end()
             while self.progress.step < self.config.train.steps and not self.stopping:
+                self.watchdog.step_begins(self.progress.step + 1)
                 if self.take_step(self.clock.wait_for(batches)):
                     for hook in self.hooks:
+                        self.beat(f"hook {type(hook).__name__}")
                         hook.after_step(self)
                 else:
                     batches = self.roll_back(batches)
+
+    def beat(self, what: str, patience: float = 1.0) -> None:
+        """Tell the watchdog what begins, and how many times its limit that may take."""
+        self.watchdog.beat(self.progress.step + 1, what, patience)
 
     def take_step(self, micro_batches: list[Batch]) -> bool:
         """One step, or, where nothing was changed because the run has to go back to a checkpoint, False.
 
         Raises  TrainingError, on all processes, before the update, when the guard's policy is to stop.
         """
+        self.beat("counting targets")
         lr, skipped = self.schedule(self.progress.updates), self.guard.skips.get(self.progress.step + 1)
         totals = self.pass_over(micro_batches) if skipped else self.accumulate(micro_batches)
         norm = torch.tensor(math.nan) if skipped else gradient_norm(self.model) / self.scale.value
         seen = Verdict.GOOD if skipped else self.guard.look(totals.loss, float(norm), self.scale.enabled)
+        self.beat("update")
         worst, stop = self.world.largest(seen, self.stop_asked)
         action = Action.SKIP
         if not skipped:
@@ -126,6 +136,7 @@ class Trainer:
 
     def roll_back(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Go back to the newest good checkpoint; returns the batches from there on."""
+        self.beat("loading a checkpoint", patience=LONG)
         cast(Generator, batches).close()
         resume(self, "went back to")
         for hook in self.hooks:
@@ -163,6 +174,7 @@ class Trainer:
         loss = torch.zeros((), dtype=torch.float64, device=device)
         per_source = torch.zeros(len(self.rows.sources), 2, dtype=torch.float64, device=device)
         for place, batch in enumerate(micro_batches):
+            self.beat("forward and backward")
             self.reduce_gradients_if(place == len(micro_batches) - 1)
             with arithmetic(self.config.precision, device):
                 out = self.loss(self.model, batch.to(device))
