@@ -91,7 +91,7 @@ def test_a_lost_process_is_a_sentence_and_other_errors_stay():
 
 
 def test_a_mesh_that_does_not_match_the_world_is_refused_before_the_processes_meet():
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
     command = [sys.executable, "-m", "castalia", "train", "debug", "parallel.dp_replicate=2"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2
