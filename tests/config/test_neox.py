@@ -197,6 +197,34 @@ def test_refusal(option, message):
     assert re.search(message, found[0]), found[0]
 
 
+MIXED = {"data_sampling_method": "smoothed_mean", "data_sampling_update_frequency": 1}
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value"),
+    [
+        ({}, "mixing.kind", "odm-repo"),
+        ({}, "mixing.smoothing", 0.9),
+        ({}, "mixing.update_every", 1),
+        ({"data_sampling_smoothing_factor": 0.5}, "mixing.smoothing", 0.5),
+        ({"data-sampling-warmup-steps": 2000}, "mixing.warmup_steps", 2000),
+        ({"data_sampling_method": "exp3"}, "mixing.kind", "exp3"),
+        ({"data_sampling_method": "naive_validation", "data_sampling_update_frequency": 10}, "mixing.update_every", 10),
+    ],
+)
+def test_the_keys_of_online_data_mixing(option, key, value):
+    assert values_of(**MIXED | option)[key] == value
+
+
+def test_a_method_that_never_updates_or_is_not_there():
+    assert "never updates; write 1" in problems_of(data_sampling_method="exp3")[0]
+    assert "have: smoothed_mean, exp3, naive_validation" in problems_of(**MIXED | {"data_sampling_method": "ema"})[0]
+    assert not [key for key in values_of(data_sampling_warmup_steps=5) if key.startswith("mixing")]
+    notes = read(**MIXED, mixed_minibatches=True, use_named_train_datasets=True).notes
+    assert any("drawn one by one" in note.text for note in notes)
+    assert "mixing.smoothing" not in values_of(**MIXED | {"data_sampling_method": "exp3"})
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_each_refused_option_has_a_harmless_value_and_a_hint(name):
     option = REFUSED[name]

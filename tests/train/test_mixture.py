@@ -341,3 +341,28 @@ def test_what_a_mixer_needs_is_asked_for_before_the_first_step(make):
         make("mixing.kind=naive-validation")
     with pytest.raises(CastaliaError, match=r"data.valid needs 3 prefixes"):
         make("mixing.kind=naive-validation", "train.eval_every=2")
+
+
+def test_held_out_losses_come_by_source_and_reach_the_mixer(make, sources, tmp_path):
+    overrides = (f"data.valid=[{', '.join(sources)}]", "train.eval_every=2", "train.eval_batches=1")
+    ids, lines = Ids(), []
+    trainer = make("mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, hooks=[ids])
+    Look = Hook()
+    Look.after_step = lambda t: lines.append(dict(t.metrics))
+    trainer.hooks.append(Look)
+    trainer.fit()
+    assert ["valid" in line for line in lines] == [False, True] * 4
+    valid, parts = lines[-1]["valid"], lines[-1]["valid_sources"]
+    assert list(parts) == list(SIZES) and valid["worst"] == max(part["loss"] for part in parts.values())
+    assert valid["token_weighted"] == pytest.approx(lines[-1]["valid_loss"])
+    assert valid["mean"] == pytest.approx(sum(part["loss"] for part in parts.values()) / 3)
+    flat = ids.weights[0]  # the validation of step 2 is told with step 3, which step 5 follows: lag 1
+    assert [weights != flat for weights in ids.weights] == [False] * 4 + [True] * 4
+    cut = Ids()
+    again = make(
+        "mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, "train.steps=4", output="cut", hooks=[cut]
+    )
+    again.fit()
+    rest = Ids()
+    make("mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, output="cut", hooks=[rest]).fit()
+    assert cut.weights + rest.weights == ids.weights and cut.ids + rest.ids == ids.ids

@@ -23,7 +23,7 @@ from castalia.config.neox_rules import MODEL_RULES
 from castalia.core.errors import nearest
 
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
-OURS = {"model", "data", "train", "optim", "schedule", "parallel", "recipe", "output", "device"}
+OURS = {"model", "data", "mixing", "train", "optim", "schedule", "parallel", "recipe", "output", "device"}
 """Top-level keys that only a config of ours has."""
 
 

@@ -10,6 +10,8 @@ from castalia.config.neox_rules import Rule
 
 KNOWN_IDS = {"HFTokenizer": 50277, "GPT2BPETokenizer": 50257, "HFGPT2Tokenizer": 50258, "CharLevelTokenizer": 512}
 """Ids of each tokenizer type when the file itself is not at hand: for HFTokenizer those of GPT-NeoX-20B's."""
+MIXERS = {"smoothed_mean": "odm-repo", "exp3": "exp3", "naive_validation": "naive-validation"}
+"""data_sampling_method -> mixing.kind. Its `ema` stops at the first step of its own trainer, and is not there."""
 OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
 
 
@@ -89,6 +91,35 @@ def validation(o: Options, out: Reading) -> None:
     o.put(out, "train.eval_batches", o["eval_iters"], "eval_iters")
 
 
+def mixing(o: Options, out: Reading) -> None:
+    """The mixer of the fork that mixes online; without a method, or with `none`, the sources are blended as ever."""
+    method = o["data_sampling_method"]
+    if method in (None, "none"):
+        return
+    if method not in MIXERS:
+        wrong(out, f"data_sampling_method {method!r} is not there; have: {', '.join(MIXERS)}", "mixing.kind")
+        return
+    every = o["data_sampling_update_frequency"]
+    if every < 1:
+        wrong(
+            out,
+            f"data_sampling_update_frequency {every} never updates; write 1, as its scripts do",
+            "mixing.update_every",
+        )
+    o.put(out, "mixing.kind", MIXERS[method], "data_sampling_method")
+    o.put(out, "mixing.warmup_steps", o["data_sampling_warmup_steps"], "data_sampling_warmup_steps")
+    o.put(out, "mixing.update_every", max(every, 1), "data_sampling_update_frequency")
+    if method == "smoothed_mean":
+        o.put(out, "mixing.smoothing", o["data_sampling_smoothing_factor"], "data_sampling_smoothing_factor")
+    if o["mixed_minibatches"]:
+        note(
+            out,
+            "mixed_minibatches drew whole micro-batches of one source; here the rows of a step are drawn one by one, so"
+            " that micro-batches hold several",
+            "mixing.kind",
+        )
+
+
 def saving(o: Options, out: Reading) -> None:
     """checkpoint_factor is an interval, or with checkpoint_scale log the factor between steps."""
     factor, scale, steps = o["checkpoint_factor"], o["checkpoint_scale"], list(o["extra_save_iters"] or [])
@@ -143,6 +174,16 @@ def deepspeed_extras(o: Options, out: Reading) -> None:
 FILE_RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("tokenizer_type", "vocab_file", "make_vocab_size_divisible_by", "model_parallel_size"), vocabulary),
     (("data_path", "split", "train_data_paths", "train_data_weights", "valid_data_paths"), token_files),
+    (
+        (
+            "data_sampling_method",
+            "data_sampling_warmup_steps",
+            "data_sampling_update_frequency",
+            "data_sampling_smoothing_factor",
+            "mixed_minibatches",
+        ),
+        mixing,
+    ),
     (("eval_interval", "eval_iters", "valid_data_paths", "data_path"), validation),
     (("checkpoint_factor", "checkpoint_scale", "extra_save_iters"), saving),
     (("save", "load"), folders),

@@ -1,8 +1,8 @@
 """Every option of GPT-NeoX and what becomes of it here: honoured, ignored because it has no effect, or refused.
 
-The names are those of GPT-NeoX at ea7aefd8 (318 arguments), those of its v1.0, and those that its README of 2024 or
-published files still use. `-` and `_` are one.
-Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py.
+The names are those of GPT-NeoX at ea7aefd8 (318 arguments), those of its v1.0, those that its README of 2024 or
+published files still use, and those of its fork that mixes data online. `-` and `_` are one.
+Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py; online-data-mixing, the same file, 983-1045.
 """
 
 from typing import Any, NamedTuple
@@ -66,6 +66,12 @@ HONOURED: dict[str, Honoured] = {
     "train_data_weights": Honoured("data.weights", "list"),
     "valid_data_paths": Honoured("data.valid", "list"),
     "valid_data_weights": Honoured("data.valid_weights", "list"),
+    "data_sampling_method": Honoured("mixing.kind", "str"),
+    "data_sampling_warmup_steps": Honoured("mixing.warmup_steps", "int", 0),
+    "data_sampling_update_frequency": Honoured("mixing.update_every", "int", 0),
+    "data_sampling_smoothing_factor": Honoured("mixing.smoothing", "number", 0.9),
+    "mixed_minibatches": Honoured("mixing.kind", "bool", False),
+    "mixed_batches": Honoured("mixing.kind", "bool", False),
     "eod_mask_loss": Honoured("data.eod_mask_loss", "bool", False, plain=True),
     "num_workers": Honoured("data.workers", "int", 2, plain=True),
     "train_iters": Honoured("train.steps", "int", plain=True),
@@ -114,9 +120,13 @@ ALIASES = {"gas": "gradient_accumulation_steps"}
 OFF: tuple[Any, ...] = (None, False)
 SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
 NO_PAIRS = "delete it: only next-token training on token files is there; use train_data_paths"
+OTHER_REWARDS = "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
 NO_MOE = "delete it: mixture-of-experts layers are not there; every layer is dense"
 
 REFUSED: dict[str, Refused] = {
+    "validation_based_reward": Refused(OFF, OTHER_REWARDS),
+    "batch_normalized_reward": Refused(OFF, OTHER_REWARDS),
+    "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
     "pos_emb": Refused(("rotary",), "write `pos_emb: rotary`; other position embeddings are not there", "learned"),
     "opt_pos_emb_offset": Refused((0, None), "delete it; it belongs to learned position embeddings"),
     "norm": Refused(("layernorm", "te_layernorm", None), "write `norm: layernorm`; other norms are not there"),
@@ -219,6 +229,8 @@ IGNORED: dict[str, str] = {
         moe_expert_interval moe_top_k moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
         enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping moe_min_capacity
         moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual moe_glu create_moe_param_group use_tutel""",
+    "sources always have names here": "use_named_train_datasets use_named_eval_datasets",
+    "train.eval_batches bounds the validation": "max_validation_samples_per_dataset",
     "no test part during training": "test_data_paths test_data_weights",
     "generation and evaluation, which are commands of their own": """
         text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens prompt_end

@@ -13,6 +13,7 @@ from castalia.mixing.make import make_mixer
 from castalia.mixing.mixer import MIXERS, Mixer
 from castalia.mixing.planner import Plan, PlannedRows, Planner
 from castalia.mixing.record import Mixture, MixtureLog, Replay, read_mixture
+from castalia.mixing.scores import scores
 from castalia.mixing.stats import Stats
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "fixed",
     "make_mixer",
     "read_mixture",
+    "scores",
     "targets",
 ]  # fmt: skip
 

@@ -7,9 +7,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from castalia.data import RowDataset
+from castalia.data import RowDataset, Rows
+from castalia.data.records import read_record
+from castalia.mixing import scores
 from castalia.models.flops import flops_per_token
 from castalia.monitor import JsonlSink, duration, memory_bytes, peak_flops, quantity
 from castalia.train.mixture import movements
@@ -123,29 +127,58 @@ class StepLine(Hook):
 
 
 class Validate(Hook):
-    """Mean loss on the validation rows every train.eval_every steps, as `valid_loss` in the metrics."""
+    """Loss on the validation rows every train.eval_every steps, as `valid_loss` in the metrics.
+
+    With several sources also `valid` and `valid_sources`: see `castalia.mixing.scores`. A mixer that learns from
+    held-out losses is told them with the next step.
+    """
 
     def after_step(self, trainer: "Trainer") -> None:
         """Run when due; the rows of one validation are the same each time."""
-        every = trainer.config.train.eval_every
-        if every and trainer.rows.valid is not None and trainer.progress.step % every == 0:
-            trainer.metrics["valid_loss"] = self.mean_loss(trainer, trainer.rows.valid)
+        every, rows = trainer.config.train.eval_every, trainer.rows
+        if not every or rows.valid is None or trainer.progress.step % every:
+            return
+        loss, tokens = self.sums(trainer, rows.valid)
+        trainer.metrics["valid_loss"] = loss.sum() / max(1.0, tokens.sum())
+        paired = len(rows.valid_sources) == len(rows.sources)
+        if trainer.mixture and paired:
+            trainer.mixture.validated(np.where(tokens > 0, loss / np.maximum(tokens, 1), np.nan))
+        if len(rows.valid_sources) > 1 and tokens.any():
+            found = scores(
+                rows.valid_sources,
+                loss,
+                tokens,
+                natural=rows.tokens if paired else None,
+                bytes_per_token=bytes_per_token(rows),
+            )
+            trainer.metrics |= {"valid_sources": found.pop("sources"), "valid": found}
 
     @torch.no_grad()
-    def mean_loss(self, trainer: "Trainer", rows: RowDataset) -> float:
-        """Loss over the first train.eval_batches batches of `rows`, by target."""
+    def sums(self, trainer: "Trainer", rows: RowDataset) -> NDArray[np.float64]:
+        """Loss and targets of each source over the first train.eval_batches batches of `rows`, (2, V)."""
         trainer.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=trainer.world.device)
+        total = torch.zeros(len(trainer.rows.valid_sources), 2, dtype=torch.float64, device=trainer.world.device)
         batches = trainer.batches(rows, 0)
         for _ in range(trainer.config.train.eval_batches):
             for batch in next(batches):
                 trainer.beat("validation")
                 with arithmetic(trainer.config.precision, trainer.world.device):
                     out = trainer.loss(trainer.model, batch.to(trainer.world.device))
-                total += torch.stack([out.total.double(), out.tokens.double()])
+                total += out.per_source[: len(total)]
         trainer.model.train()
-        loss, tokens = trainer.world.sum(total).tolist()
-        return loss / max(1.0, tokens)
+        found: NDArray[np.float64] = trainer.world.sum(total).cpu().numpy().T
+        return found
+
+
+def bytes_per_token(rows: Rows) -> dict[str, float]:
+    """UTF-8 bytes of text that a token of each validation file stands for, where `castalia prepare` wrote it down."""
+    packs = rows.valid.packs if rows.valid is not None else []
+    records = {
+        name: read_record(pack.dataset.prefix) or {} for name, pack in zip(rows.valid_sources, packs, strict=True)
+    }
+    return {
+        name: r["text_bytes"] / r["tokens"] for name, r in records.items() if r.get("text_bytes") and r.get("tokens")
+    }
 
 
 class Save(Hook):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data import Rows
@@ -81,7 +81,7 @@ class Mixture:
         self.held_out = None
         self.planner.observe(self.stats)
 
-    def validated(self, losses: Sequence[float]) -> None:
+    def validated(self, losses: ArrayLike) -> None:
         """Held-out losses by source, nats a token, in the order of the sources; NaN where nothing was read."""
         grain = self.config.grain
         values = np.array(losses, np.float64)
