@@ -105,7 +105,9 @@ def whole(train, prefixes, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (2, 4)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(2, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 2), (2, 4)))]
+)
 def test_killed_after_100_of_200_steps_and_resumed_on_others(train, prefixes, whole, tmp_path, first, second):
     output, data = tmp_path / "run", f"data.train=[{', '.join(prefixes)}]"
     killed = train(output, data, *OVERRIDES, processes=first, code=KILL_AT_100, ok=False)

@@ -1,7 +1,7 @@
 """`report.html`: one page that says what a run did, made of the files in the run's folder.
 
-Read, and left out of the page when absent: `metrics.jsonl`, `evals/bits_per_byte.json`, `samples/samples.json`,
-`summary.json` (title, lead, tiles, tables), `config.yaml`, `env.json`.
+Read, and left out of the page when absent: `metrics.jsonl`, `mixture.jsonl`, `evals/bits_per_byte.json`,
+`samples/samples.json`, `summary.json` (title, lead, tiles, tables), `config.yaml`, `env.json`.
 """
 
 import json
@@ -11,6 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from castalia.analysis.html import section, table
+from castalia.analysis.mixture import mixture_section
 from castalia.analysis.style import STYLE
 from castalia.analysis.svg import Series, line_chart, number
 from castalia.core.errors import DataError
@@ -106,20 +108,6 @@ def samples_section(samples: Sequence[Mapping[str, Any]] | None) -> str:
     return section("Samples by checkpoint", "The same prompts and the same seed at each checkpoint.", "".join(parts))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
-    """An HTML table. `kind` is numbers, set to the right; words, set to the left; or code, with its spaces kept."""
-    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    thead = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
-    return f'<div class="wide"><table class="{escape(kind)}">{thead}<tbody>{body}</tbody></table></div>'
-
-
-def section(title: str, about: str, body: str) -> str:
-    """A heading, a line that explains, and what follows."""
-    lead = f'<p class="about">{escape(about)}</p>' if about else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
-
-
 def tiles(values: Mapping[str, Any]) -> str:
     """The run's main figures, each in a box."""
     boxes = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items())
@@ -164,6 +152,7 @@ def write_report(run_folder: str | Path) -> Path:
     body = [
         tiles(summary.get("tiles", {})),
         loss_section(metrics),
+        mixture_section(run),
         bits_section(read_json(run / "evals" / "bits_per_byte.json")),
         samples_section(read_json(run / "samples" / "samples.json")),
         *(

@@ -32,6 +32,8 @@ h3 { font-size:15px; margin:22px 0 8px; font-weight:600; }
 .line { fill:none; stroke-width:2; stroke-linejoin:round; stroke-linecap:round; }
 .faint { stroke-width:1; stroke-opacity:.35; }
 .dot { stroke:var(--card); stroke-width:1.2; } .dot:hover { stroke:var(--ink); stroke-width:2; }
+.band { stroke:var(--card); stroke-width:.6; } .band:hover { stroke:var(--ink); stroke-width:1.5; }
+.heat { fill:var(--c0); } .heat rect:hover { stroke:var(--ink); }
 .small { opacity:0; } .small:hover { opacity:1; }
 .wide { padding:0; margin-top:12px; }
 table { border-collapse:collapse; width:100%; font-size:14px; font-variant-numeric:tabular-nums; }

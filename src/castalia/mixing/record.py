@@ -23,10 +23,10 @@ class MixtureLog:
     """Appends one JSON line a step to a file.
 
     The first line is the header: `{"format": 1, "sources": [...], "sizes": [...], "rows", "seed", "lag",
-    "exhaustion": [...], "mixer": {...}}`. The others are `{"step", "weights": [K], "counts": [K], "read": [K],
-    "entropy", "distance"}`: the weights that the step followed, rows of each source in it, rows read before it, entropy
-    in nats, total-variation distance to the prior, losses refused so far ("rejected"), and what the mixer reports of
-    itself (`Mixer.report`); with `stats` also `"loss": [K or null]`, nats a token.
+    "exhaustion": [...], "prior": [...], "mixer": {...}}`. The others are `{"step", "weights": [K], "counts": [K],
+    "read": [K], "entropy", "distance"}`: the weights that the step followed, rows of each source in it, rows read
+    before it, entropy in nats, total-variation distance to the prior, losses refused so far ("rejected"), and what the
+    mixer reports of itself (`Mixer.report`); with `stats` also `"loss": [K or null]`, nats a token.
     `weights` is left out while it does not change. A step that is written again replaces itself and all after it.
 
     every        steps between lines; a change of the weights is always written, so that the record can be replayed.
@@ -109,6 +109,7 @@ def header_of(planner: Planner) -> dict[str, Any]:
         "seed": planner.seed,
         "lag": planner.lag,
         "exhaustion": planner.limits.policies,
+        "prior": planner.mixer.prior.tolist(),
         "mixer": planner.mixer.describe(),
     }
 
