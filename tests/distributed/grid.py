@@ -40,7 +40,7 @@ BASE = (
     "model.num_layers=2",
     "model.hidden_size=32",
     "data.seq_length=16",
-    "train.batch_size=8",
+    "train.batch_size=12",
     "train.steps=5",
     "optim.clip=0.5",
     "optim.eps=1e-6",
@@ -51,12 +51,12 @@ BASE = (
 HEAD_DIM = 8
 VARIANTS = {
     "": (),
-    "accumulated": ("train.micro_batch_size=2",),
-    "unequal counts": ("train.micro_batch_size=2", "data.eod_mask_loss=true"),
+    "accumulated": ("train.micro_batch_size=3",),
+    "unequal counts": ("train.micro_batch_size=3", "data.eod_mask_loss=true"),
     "tied": ("model.tie_word_embeddings=true",),
     "no biases, serial": ("model.attention_bias=false", "model.mlp_bias=false", "model.parallel_residual=false"),
     "recompute": ("train.recompute=true",),
-    "ZeRO 2": ("parallel.reshard_after_forward=false", "train.micro_batch_size=2"),
+    "ZeRO 2": ("parallel.reshard_after_forward=false", "train.micro_batch_size=3"),
 }
 """What varies besides the layout. Everywhere: 257 ids in a padded vocabulary of 384, gradients clipped at 0.5."""
 SAME = ("train.micro_batch_size", "train.recompute", "parallel.")
@@ -117,6 +117,17 @@ GRID = [
     Row("fsdp x tp", "dp_shard=2 tp=2", "tied", core=True),
     Row("fsdp x tp", "dp_shard=2 tp=2", "recompute"),
     Row("hsdp x tp", "dp_replicate=2 dp_shard=2 tp=2"),
+    Row("cp", "cp=2", core=True),
+    Row("cp", "cp=2", "unequal counts", core=True),
+    Row("cp", "cp=2", "tied"),
+    Row("cp", "cp=2", "recompute"),
+    Row("cp", "cp=4"),
+    Row("dp x cp", "dp_replicate=2 cp=2", "accumulated"),
+    Row("fsdp x cp", "dp_shard=2 cp=2", "unequal counts", core=True),
+    Row("hsdp x cp", "dp_replicate=2 dp_shard=2 cp=2"),
+    Row("tp x cp", "cp=2 tp=2", "unequal counts", core=True),
+    Row("tp x cp", "cp=2 tp=2", "tied"),
+    Row("fsdp x tp x cp", "dp_shard=2 cp=2 tp=2", "unequal counts"),
 ]
 
 
@@ -155,10 +166,26 @@ def loss_of_own_tokens() -> None:
     VocabPart.max = lambda self, values: values
 
 
+def places_of_the_part() -> None:
+    """Each process counts the places of the tokens that it holds from 0."""
+    from castalia.distributed.context_parallel import SequencePart
+
+    SequencePart.positions = lambda self, T: torch.arange(T)[None]
+
+
+def keys_out_of_order() -> None:
+    """Gathered keys left in the order of the processes."""
+    from castalia.distributed import context_parallel
+
+    context_parallel.SequencePart.gather = lambda self, part, dim: context_parallel.gather(part, dim, self.group)
+
+
 SABOTAGE = {
     "qkv split off head boundaries": off_head_boundaries,
     "row bias on every process": bias_on_every_process,
     "maximum of the own tokens": loss_of_own_tokens,
+    "places counted on each process": places_of_the_part,
+    "keys in the order of the processes": keys_out_of_order,
 }
 """Wrong plans that train without an error."""
 

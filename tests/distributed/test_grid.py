@@ -29,9 +29,16 @@ def test_every_layout_equals_one_process():
 
 
 @pytest.mark.parametrize(
-    "wrong", ["qkv split off head boundaries", "row bias on every process", "maximum of the own tokens"]
+    ("wrong", "row"),
+    [
+        ("qkv split off head boundaries", "tp, accumulated tp=2"),
+        ("row bias on every process", "tp, accumulated tp=2"),
+        ("maximum of the own tokens", "tp, accumulated tp=2"),
+        ("places counted on each process", "cp, recompute cp=2"),
+        ("keys in the order of the processes", "cp, recompute cp=2"),
+    ],
 )
-def test_a_wrong_plan_fails(wrong):
-    done = grid("--only", "tp, accumulated tp=2", "--sabotage", wrong)
+def test_a_wrong_plan_fails(wrong, row):
+    done = grid("--only", row, "--sabotage", wrong)
     assert done.returncode == 1, done.stdout + done.stderr[-3000:]
     assert "0 of 1 layouts equal one process" in done.stdout, done.stdout + done.stderr[-3000:]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from castalia.models import ModelConfig
-from castalia.models.attention import causal_attention, kept_size
+from castalia.models.attention import attention_of_pieces, causal_attention, kept_size, pieces_by_kernel
 from castalia.models.rotary import Rope, rope_tables, split_qkv
 
 HEADS, WIDTH = 3, 16
@@ -76,3 +76,36 @@ def test_a_single_token_leaves_its_input_alone() -> None:
     y, _, _ = causal_attention(one_head, *rope_tables(CONFIG, torch.tensor([[5]])), None, WIDTH, True)
     assert torch.equal(one_head, before)
     torch.testing.assert_close(y, before[..., 2 * WIDTH :])
+
+
+def pieces_of(T: int, starts: list[int], size: int) -> Tensor:
+    return torch.cat([torch.arange(start, start + size) for start in starts])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("T", "starts"), [(12, [0, 9]), (12, [3, 6]), (560, [140, 280]), (560, [0, 420]), (8, [0])])
+def test_pieces_of_a_row_see_what_the_whole_row_does(T: int, starts: list[int], masked: bool, keep: bool) -> None:
+    size = T // 4 if len(starts) == 2 else T
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, HEADS, T, WIDTH, generator=generator).requires_grad_() for _ in range(3))
+    documents = torch.stack([torch.arange(T) * 5 // T, torch.arange(T) * 3 // T])
+    mask = (documents[:, :, None] == documents[:, None, :]).tril()[:, None] if masked else None
+    held = pieces_of(T, starts, size)
+    dy = torch.randn(2, HEADS, len(held), WIDTH, generator=generator)
+    whole = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)[:, :, held]
+    wanted = [whole.detach(), *torch.autograd.grad(whole, (q, k, v), dy)]
+    own_mask = None if mask is None else mask[:, :, held]
+    by_blocks, kept = attention_of_pieces(q[:, :, held], k, v, own_mask, starts, keep)
+    assert bool(len(kept)) == keep
+    for y in (by_blocks, pieces_by_kernel(q[:, :, held], k, v, own_mask, starts)):
+        made = [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
+        for one, other in zip(made, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+def test_operator_of_pieces_is_registered_as_pytorch_wants() -> None:
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, HEADS, n, WIDTH, generator=generator).requires_grad_() for n in (4, 8, 8))
+    for keep in (True, False):
+        torch.library.opcheck(attention_of_pieces, (q, k, v, None, [0, 6], keep))

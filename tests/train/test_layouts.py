@@ -12,6 +12,12 @@ REFUSED = {
         "model.intermediate_size=130",
     ),
     "data.seq_length 62 does not divide over parallel.tp=4 processes": ("parallel.tp=4", "data.seq_length=62"),
+    "data.seq_length 62 does not divide into 2 * parallel.cp = 4 chunks": ("parallel.cp=2", "data.seq_length=62"),
+    "data.seq_length 60 does not divide over parallel.cp=2 times parallel.tp=4 processes": (
+        "parallel.cp=2",
+        "parallel.tp=4",
+        "data.seq_length=60",
+    ),
     "the padded vocabulary 257 does not divide over parallel.tp=2 processes: each process holds an equal part of it;"
     " model.make_vocab_size_divisible_by=2 pads it to fit": ("parallel.tp=2", "model.make_vocab_size_divisible_by=1"),
 }

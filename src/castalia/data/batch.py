@@ -1,6 +1,7 @@
 """`Batch`: what goes from data to the loss."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ class Batch:
     def targets(self) -> int:
         """Number of labels that count in the loss."""
         return int((self.labels != IGNORED).sum())
+
+    def of_tokens(self, choose: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same rows with some of their tokens: `choose` takes (B, T) to (B, fewer)."""
+        chosen = {
+            name: choose(held)
+            for name in ("tokens", "labels", "positions", "segments")
+            if (held := getattr(self, name)) is not None
+        }
+        return replace(self, **chosen)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""

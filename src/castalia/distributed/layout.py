@@ -1,4 +1,4 @@
-"""Lay one model over the processes. The order is the contract: TP, recompute, compile, FSDP2, materialize."""
+"""Lay one model over the processes. The order is the contract: TP, CP, recompute, compile, FSDP2, materialize."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from castalia.distributed.config import ParallelConfig
+from castalia.distributed.context_parallel import share_rows
 from castalia.distributed.tensor_parallel import split_matrices
 from castalia.distributed.world import World
 
@@ -19,11 +20,14 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
     """Split matrices, compile blocks, shard them with FSDP2 and give the model memory on the world's device.
 
     The model comes in on the meta device and leaves with weights that hold nothing yet; initialize or load next.
-    What the model declares: `layers`, its list of blocks, and the `tp_plan` of its modules.
+    What the model declares: `layers`, its list of blocks, the `tp_plan` of its modules, and a `sequence_part` where
+    one looks along the row.
     """
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
     if world.mesh is not None and world.degrees.tp > 1:
         split_matrices(model, world.mesh["tp"])
+    if world.sequence is not None:
+        share_rows(model, world.sequence)
     if compiled:
         for layer in layers:
             layer.compile()

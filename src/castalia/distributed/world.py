@@ -10,10 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from castalia.core.errors import ConfigError
 from castalia.distributed.config import Degrees, ParallelConfig
+from castalia.distributed.context_parallel import SequencePart
 from castalia.distributed.join import join
 from castalia.distributed.ranks import environment
 
-UNSUPPORTED: tuple[str, ...] = ("pp", "cp")
+UNSUPPORTED: tuple[str, ...] = ("pp",)
 """Axes that training cannot use yet."""
 
 
@@ -94,6 +95,13 @@ class World:
     def dp_rank(self) -> int:
         """Which rows of a batch this process takes, of `degrees.dp`."""
         return self.coordinate("dp_replicate") * self.degrees.dp_shard + self.coordinate("dp_shard")
+
+    @property
+    def sequence(self) -> SequencePart | None:
+        """The tokens of each row that this process takes; None when it takes whole rows."""
+        if self.cp_group is None:
+            return None
+        return SequencePart(self.coordinate("cp"), self.degrees.cp, self.cp_group)
 
     @property
     def leads(self) -> bool:

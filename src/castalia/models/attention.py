@@ -1,4 +1,4 @@
-"""Causal attention for training on a CPU, as two custom operators: one block of queries at a time, by matrix products.
+"""Causal attention for training on a CPU, as custom operators: one block of queries at a time, by matrix products.
 
 PyTorch's CPU kernel for scaled_dot_product_attention computes its tiles with small products and spends most of a small
 model's step in its backward; whole-block products and softmax are three times as fast. A block of QUERIES queries looks
@@ -6,21 +6,47 @@ at the keys up to its own end, so that nearly half of the square is never comput
 kept for the backward, those of long rows computed again, so memory stays linear in T (as in Dao et al. 2022,
 arXiv:2205.14135). Scores are rounded to the dtype of the activations before the softmax, as GPT-NeoX's baddbmm does.
 torch.compile sees each operator as one node.
+
+Where processes share each row (`SequencePart`), a process has queries of a few pieces of the row and the keys of all of
+it; `attention_of_pieces` and `pieces_by_kernel` are causal attention from there.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from castalia.models.pieces import QUERIES
 from castalia.models.rotary import rotate
 
 
-def blocks(T: int) -> Iterator[tuple[int, int]]:
-    """First and last + 1 query of each block."""
-    return ((start, min(start + QUERIES, T)) for start in range(0, T, QUERIES))
+class SequencePart(Protocol):
+    """The tokens of each row that this process holds, in equal pieces, and how it sees those of the others."""
+
+    def starts(self, T: int) -> list[int]:
+        """Place in the row where each piece of the T tokens held here begins."""
+
+    def positions(self, T: int) -> Tensor:
+        """Place in the row of each of the T tokens held here, int64 (1, T)."""
+
+    def gather(self, part: Tensor, dim: int) -> Tensor:
+        """What all processes hold of a tensor along `dim`, in the order of the row; differentiable."""
+
+
+Span = tuple[int, int, int]
+"""First and last + 1 query of a block, and the number of keys that its last query sees."""
+
+
+def spans(T: int, starts: Sequence[int] = (0,)) -> Iterator[Span]:
+    """Blocks of T queries that are equal pieces of a row, each beginning at one of `starts`."""
+    size = T // len(starts)
+    for first, start in zip(range(0, T, max(1, size)), starts, strict=False):
+        for at in range(0, size, QUERIES):
+            n = min(QUERIES, size - at)
+            yield first + at, first + at + n, start + at + n
 
 
 def turn(turned: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -38,17 +64,62 @@ def probabilities(q: Tensor, k: Tensor, hide: Tensor, mask: Tensor | None, out: 
     """Softmax of the scores of one block of queries, written to `out`.
 
     Shapes  q (B * H, n, D), k (B * H, keys, D), the queries being the last n of the keys; hide as `future` makes it;
-            mask as in `causal_attention`; out (B * H, n, keys).
+            mask bool (B, 1, n, keys) or None; out (B * H, n, keys).
     """
     torch.baddbmm(out, q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5, out=out)
-    n, end = q.shape[1], k.shape[1]
-    start = end - n
+    n, keys = q.shape[1], k.shape[1]
     if mask is None:
-        out[:, :, start:].add_(hide[:n, :n])
+        out[:, :, keys - n :].add_(hide[:n, :n])
     else:
-        visible = mask[:, :, start:end, :end]
-        out.view(mask.shape[0], -1, n, end).masked_fill_(~visible, -torch.inf)
+        out.view(mask.shape[0], -1, n, keys).masked_fill_(~mask, -torch.inf)
     return torch.softmax(out, -1, out=out)
+
+
+def rows_of(mask: Tensor | None, start: int, end: int, keys: int) -> Tensor | None:
+    """What the queries start..end-1 see of the first `keys` keys."""
+    return None if mask is None else mask[:, :, start:end, :keys]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Sequence[int], keep: bool) -> list[Tensor]:
+    """y like q, and all probabilities, flat (empty unless `keep`). q (B * H, T, D); k, v (B * H, keys, D)."""
+    rows, T, _ = q.shape
+    kept = q.new_empty(kept_size(rows, T, starts) if keep else 0)
+    scratch = kept if keep else q.new_empty(rows * min(QUERIES, T) * k.shape[1])
+    y, hide, offset = torch.empty_like(q), future(q), 0
+    for start, end, keys in spans(T, starts):
+        size = rows * (end - start) * keys
+        p = scratch[offset : offset + size].view(rows, end - start, keys)
+        probabilities(q[:, start:end], k[:, :keys], hide, rows_of(mask, start, end, keys), p)
+        torch.bmm(p, v[:, :keys], out=y[:, start:end])
+        offset += size if keep else 0
+    return [y, kept]
+
+
+def attend_backward(
+    dy: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    kept: Tensor,
+    mask: Tensor | None,
+    starts: Sequence[int],
+) -> None:
+    """Add the gradients of q, k and v to `gradients`; dy like q."""
+    (q, k, v), (dq, dk, dv) = qkv, gradients
+    rows, T, D = q.shape
+    scratch = q.new_empty(2, rows * min(QUERIES, T) * k.shape[1])
+    hide, offset, scale = future(dy), 0, D**-0.5
+    for start, end, keys in spans(T, starts):
+        shape, size = (rows, end - start, keys), rows * (end - start) * keys
+        if len(kept):
+            p, offset = kept[offset : offset + size].view(shape), offset + size
+        else:
+            p = scratch[1, :size].view(shape)
+            probabilities(q[:, start:end], k[:, :keys], hide, rows_of(mask, start, end, keys), p)
+        dp = torch.bmm(dy[:, start:end], v[:, :keys].transpose(1, 2), out=scratch[0, :size].view(shape))
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
+        dv[:, :keys].baddbmm_(p.transpose(1, 2), dy[:, start:end])
+        dk[:, :keys].baddbmm_(ds.transpose(1, 2), q[:, start:end], alpha=scale)
+        dq[:, start:end].baddbmm_(ds, k[:, :keys], alpha=scale)
 
 
 @torch.library.custom_op("castalia::causal_attention", mutates_args=())
@@ -66,21 +137,13 @@ def causal_attention(
     turned = parts.clone(memory_format=torch.contiguous_format)  # never the input itself, which `turn` would change
     if cos is not None and sin is not None:
         turn(turned, cos, sin)
-    q, k, v = turned.flatten(1, 2).unbind(0)
-    kept = qkv.new_empty(kept_size(len(q), T) if keep else 0)
-    scratch = kept if keep else qkv.new_empty(len(q) * min(QUERIES, T) * T)
-    y, hide, offset = torch.empty_like(q), future(qkv), 0
-    for start, end in blocks(T):
-        size = len(q) * (end - start) * end
-        p = scratch[offset : offset + size].view(len(q), end - start, end)
-        torch.bmm(probabilities(q[:, start:end], k[:, :end], hide, mask, p), v[:, :end], out=y[:, start:end])
-        offset += size if keep else 0
+    y, kept = attend(*turned.flatten(1, 2).unbind(0), mask, (0,), keep)
     return y.view(B, -1, T, head_dim).transpose(1, 2).reshape(B, T, -1), turned, kept
 
 
-def kept_size(rows: int, T: int) -> int:
+def kept_size(rows: int, T: int, starts: Sequence[int] = (0,)) -> int:
     """Probabilities of all blocks, rows = B * H."""
-    return rows * sum((end - start) * end for start, end in blocks(T))
+    return rows * sum((end - start) * keys for start, end, keys in spans(T, starts))
 
 
 @causal_attention.register_fake
@@ -99,23 +162,10 @@ def causal_attention_backward(
 ) -> Tensor:
     """Gradient of `causal_attention` with respect to qkv; dy (B, T, C) -> (B, T, 3 * C)."""
     _, B, _, T, D = turned.shape
-    q, k, v = turned.flatten(1, 2).unbind(0)
     dy = dy.reshape(B, T, -1, D).transpose(1, 2).reshape(-1, T, D)
     gradients = torch.zeros_like(turned)
-    dq, dk, dv = gradients.flatten(1, 2).unbind(0)
-    scratch = turned.new_empty(2, len(q) * min(QUERIES, T) * T)
-    hide, offset, scale = future(dy), 0, D**-0.5
-    for start, end in blocks(T):
-        shape, size = (len(q), end - start, end), len(q) * (end - start) * end
-        if len(kept):
-            p, offset = kept[offset : offset + size].view(shape), offset + size
-        else:
-            p = probabilities(q[:, start:end], k[:, :end], hide, mask, scratch[1, :size].view(shape))
-        dp = torch.bmm(dy[:, start:end], v[:, :end].transpose(1, 2), out=scratch[0, :size].view(shape))
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
-        dv[:, :end].baddbmm_(p.transpose(1, 2), dy[:, start:end])
-        dk[:, :end].baddbmm_(ds.transpose(1, 2), q[:, start:end], alpha=scale)
-        dq[:, start:end].baddbmm_(ds, k[:, :end], alpha=scale)
+    parts = turned.flatten(1, 2).unbind(0), gradients.flatten(1, 2).unbind(0)
+    attend_backward(dy, *parts, kept, mask, (0,))  # type: ignore[arg-type]
     if cos is not None and sin is not None:
         turn(gradients, cos, -sin)
     return gradients.permute(1, 3, 2, 0, 4).reshape(B, T, -1)
@@ -138,3 +188,68 @@ def differentiate(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor 
 
 
 causal_attention.register_autograd(differentiate, setup_context=remember)
+
+
+@torch.library.custom_op("castalia::attention_of_pieces", mutates_args=())
+def attention_of_pieces(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: list[int], keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of queries that are equal pieces of a row, the pieces beginning at `starts`.
+
+    Shapes  q (B, H, T, D) and k, v (B, H, keys, D), turned already; mask bool (B, 1, T, keys), True where a query may
+            see a key, never a later one, or None for causal -> y like q, and all probabilities, flat, for the backward
+            (empty unless `keep`).
+    """
+    y, kept = attend(*(x.flatten(0, 1).contiguous() for x in (q, k, v)), mask, starts, keep)
+    return y.view(q.shape), kept
+
+
+@attention_of_pieces.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: list[int], keep: bool) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = q.shape
+    y = q.new_empty(q.shape)
+    return y, q.new_empty(kept_size(B * H, T, starts) if keep else 0)
+
+
+@torch.library.custom_op("castalia::attention_of_pieces_backward", mutates_args=())
+def attention_of_pieces_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor | None, starts: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention_of_pieces` with respect to q, k and v; dy like q."""
+    parts = q, k, v
+    made = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in parts)
+    flat = (tuple(x.flatten(0, 1).contiguous() for x in parts), tuple(x.flatten(0, 1) for x in made))
+    attend_backward(dy.flatten(0, 1).contiguous(), *flat, kept, mask, starts)  # type: ignore[arg-type]
+    return made  # type: ignore[return-value]
+
+
+@attention_of_pieces_backward.register_fake
+def _(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor | None, starts: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def remember_pieces(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep for the backward what it needs."""
+    *parts, mask, ctx.starts, _ = inputs
+    ctx.save_for_backward(*parts, output[1], mask)
+
+
+def differentiate_pieces(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The backward as autograd calls it."""
+    return *attention_of_pieces_backward(dy, *ctx.saved_tensors, ctx.starts), None, None, None
+
+
+attention_of_pieces.register_autograd(differentiate_pieces, setup_context=remember_pieces)
+
+
+def pieces_by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Sequence[int]) -> Tensor:
+    """`attention_of_pieces` by torch's kernels, for a GPU: one call a piece, the keys up to its end."""
+    made, n = [], q.shape[2] // len(starts)
+    for number, start in enumerate(starts):
+        keys, first = start + n, number * n
+        bias = causal_lower_right(n, keys) if mask is None else mask[:, :, first : first + n, :keys]
+        piece = q[:, :, first : first + n]
+        made.append(F.scaled_dot_product_attention(piece, k[:, :, :keys], v[:, :, :keys], attn_mask=bias))
+    return torch.cat(made, 2)

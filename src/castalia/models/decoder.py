@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from castalia.models.attention import causal_attention
+from castalia.models.attention import SequencePart, attention_of_pieces, causal_attention, pieces_by_kernel
 from castalia.models.cache import KVCache, LayerCache
 from castalia.models.config import ModelConfig
 from castalia.models.cross_entropy import VocabPart
@@ -32,6 +32,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.sequence_part: SequencePart | None = None
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
@@ -40,6 +41,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). `mask` is bool (1 or B, 1, T, keys), True where a query may look; None is causal."""
         qkv = self.qkv(x_BTC)
+        if self.sequence_part is not None:
+            return self.out(self.see_all(qkv, rope, mask, self.sequence_part))
         if cache is None and qkv.device.type == "cpu":
             keep = torch.is_grad_enabled() and qkv.shape[1] <= KEEP * self.head_dim
             y_BTC, _, _ = causal_attention(qkv, *(rope or (None, None)), mask, self.head_dim, keep)
@@ -52,6 +55,18 @@ class Attention(nn.Module):
                 causal = False
         y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
+
+    def see_all(self, qkv: Tensor, rope: Rope | None, mask: Tensor | None, part: SequencePart) -> Tensor:
+        """Attention of the tokens held here, (B, T, 3 * C) -> (B, T, C), over the keys and values of whole rows."""
+        q, k, v = split_qkv(qkv, self.head_dim, rope)
+        k, v = part.gather(torch.stack([k, v]), 3).unbind()
+        starts = part.starts(q.shape[2])
+        if q.device.type == "cpu":
+            keep = torch.is_grad_enabled() and k.shape[2] <= KEEP * self.head_dim
+            y_BHTD, _ = attention_of_pieces(q, k, v, mask, starts, keep)
+        else:
+            y_BHTD = pieces_by_kernel(q, k, v, mask, starts)
+        return y_BHTD.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -121,6 +136,7 @@ class Decoder(nn.Module):
         self.config = config
         self.recompute = False
         self.vocab_part: VocabPart | None = None
+        self.sequence_part: SequencePart | None = None
         self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -141,18 +157,21 @@ class Decoder(nn.Module):
                 0..T-1 or, with a cache, after what the row has; segments (B, T) int64: a token sees only earlier
                 tokens of its own segment -> (B, T, C).
         With a cache the tokens are appended to it; see castalia.models.cache for rows of different lengths.
-        Raises  ValueError if the cache is too small, or given together with segments.
+        Where processes share each row, T, positions and segments are those of the tokens held here.
+        Raises  ValueError if the cache is too small, or given together with segments or with shared rows.
         """
         T = tokens.shape[1]
         mask = None
         if cache is not None:
             if segments is not None:
                 raise ValueError("segments pack documents for training and cannot be used with a KV cache")
+            if self.sequence_part is not None:
+                raise ValueError("a KV cache holds whole rows; load the model without context parallelism to generate")
             cache.require_room(T)
             mask = cache.mask(T)
             positions = cache.positions(T) if positions is None else positions
         elif segments is not None:
-            mask = segment_mask(segments)
+            mask = segment_mask(segments, self.sequence_part)
         rope = self.rope(tokens, positions)
         x_BTC = self.embed(tokens)
         for i, block in enumerate(self.layers):
@@ -174,7 +193,7 @@ class Decoder(nn.Module):
         if not self.config.rotary_dim:
             return None
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            positions = places(tokens.shape[1], self.sequence_part).to(tokens.device)
         return rope_tables(self.config, positions)
 
     def head(self, hidden_BTC: Tensor) -> Tensor:
@@ -198,7 +217,17 @@ class Decoder(nn.Module):
         return flops_per_token(self.config, T)
 
 
-def segment_mask(segments: Tensor) -> Tensor:
-    """Block-diagonal causal mask: (B, T) int64 -> bool (B, 1, T, T), True where a query may see a key."""
-    same_BTT = segments[:, :, None] == segments[:, None, :]
-    return same_BTT.tril()[:, None]
+def places(T: int, part: SequencePart | None) -> Tensor:
+    """Place in its row of each of the T tokens held here, int64 (1, T)."""
+    return torch.arange(T)[None] if part is None else part.positions(T)
+
+
+def segment_mask(segments: Tensor, part: SequencePart | None = None) -> Tensor:
+    """Block-diagonal causal mask: (B, T) int64 -> bool (B, 1, T, keys), True where a query may see a key."""
+    keys = segments if part is None else part.gather(segments, 1)
+    same = segments[:, :, None] == keys[:, None, :]
+    if part is None:
+        return same.tril()[:, None]
+    queries = part.positions(segments.shape[1]).to(segments.device)
+    earlier = torch.arange(keys.shape[1], device=segments.device)[None, None] <= queries[..., None]
+    return (same & earlier)[:, None]

@@ -163,7 +163,7 @@ class Validate(Hook):
             for batch in next(batches):
                 trainer.beat("validation")
                 with arithmetic(trainer.config.precision, trainer.world.device):
-                    out = trainer.loss(trainer.model, batch.to(trainer.world.device))
+                    out = trainer.loss(trainer.model, trainer.own_part(batch))
                 total += out.per_source[: len(total)]
         trainer.model.train()
         found: NDArray[np.float64] = trainer.world.sum(total).cpu().numpy().T

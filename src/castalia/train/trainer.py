@@ -166,7 +166,7 @@ class Trainer:
     def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
         """Forward and backward of all micro-batches; gradients of the mean loss over the global targets."""
         device = self.world.device
-        tokens = sum(batch.targets for batch in micro_batches)
+        tokens, rows = self.counted(micro_batches)
         everywhere = float(self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=device)))
         # FSDP averages gradients over the processes of dp and cp; the loss is a sum, so the average is undone here.
         averaged = self.world.degrees.dp * self.world.degrees.cp
@@ -177,12 +177,23 @@ class Trainer:
             self.beat("forward and backward")
             self.reduce_gradients_if(place == len(micro_batches) - 1)
             with arithmetic(self.config.precision, device):
-                out = self.loss(self.model, batch.to(device))
+                out = self.loss(self.model, self.own_part(batch))
             (out.total * factor).backward()
             loss += out.total.detach()
             per_source += out.per_source[: len(per_source)]
-        vector = pack(loss, tokens, rows_hash(micro_batches), self.stop_asked, per_source)
+        vector = pack(loss, tokens, rows, self.stop_asked, per_source)
         return unpack(self.world.sum(vector))
+
+    def counted(self, micro_batches: list[Batch]) -> tuple[int, int]:
+        """Targets and hash of the rows, for a sum over all: where processes share rows, the first of them counts."""
+        if self.world.coordinate("cp"):
+            return 0, 0
+        return sum(batch.targets for batch in micro_batches), rows_hash(micro_batches)
+
+    def own_part(self, batch: Batch) -> Batch:
+        """The tokens of a micro-batch that this process runs, on its device."""
+        part = self.world.sequence
+        return (batch if part is None else batch.of_tokens(part.own)).to(self.world.device)
 
     def reduce_gradients_if(self, last: bool) -> None:
         """With sharded weights, reduce gradients only after the last micro-batch."""
@@ -191,10 +202,10 @@ class Trainer:
 
     def pass_over(self, micro_batches: list[Batch]) -> StepTotals:
         """The totals of a step whose rows are not used: a loss that is no number."""
-        tokens = sum(batch.targets for batch in micro_batches)
+        tokens, rows = self.counted(micro_batches)
         loss = torch.tensor(math.nan, dtype=torch.float64, device=self.world.device)
         per_source = torch.zeros(len(self.rows.sources), 2, dtype=torch.float64)
-        vector = pack(loss, tokens, rows_hash(micro_batches), self.stop_asked, per_source)
+        vector = pack(loss, tokens, rows, self.stop_asked, per_source)
         return unpack(self.world.sum(vector))
 
     def update(self, lr: float, norm: Tensor, action: Action) -> None:
