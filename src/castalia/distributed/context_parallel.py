@@ -54,4 +54,4 @@ def share_rows(model: nn.Module, part: SequencePart) -> None:
     """Tell every module of the model that looks along the row (it has a `sequence_part`) what is held here."""
     for module in model.modules():
         if hasattr(module, "sequence_part"):
-            module.sequence_part = part
+            module.sequence_part = part  # type: ignore[assignment]

@@ -80,8 +80,9 @@ def rows_of(mask: Tensor | None, start: int, end: int, keys: int) -> Tensor | No
     return None if mask is None else mask[:, :, start:end, :keys]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Sequence[int], keep: bool) -> list[Tensor]:
+def attend(qkv: Sequence[Tensor], mask: Tensor | None, starts: Sequence[int], keep: bool) -> tuple[Tensor, Tensor]:
     """y like q, and all probabilities, flat (empty unless `keep`). q (B * H, T, D); k, v (B * H, keys, D)."""
+    q, k, v = qkv
     rows, T, _ = q.shape
     kept = q.new_empty(kept_size(rows, T, starts) if keep else 0)
     scratch = kept if keep else q.new_empty(rows * min(QUERIES, T) * k.shape[1])
@@ -92,13 +93,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Sequenc
         probabilities(q[:, start:end], k[:, :keys], hide, rows_of(mask, start, end, keys), p)
         torch.bmm(p, v[:, :keys], out=y[:, start:end])
         offset += size if keep else 0
-    return [y, kept]
+    return y, kept
 
 
 def attend_backward(
     dy: Tensor,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    gradients: tuple[Tensor, Tensor, Tensor],
+    qkv: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     kept: Tensor,
     mask: Tensor | None,
     starts: Sequence[int],
@@ -137,7 +138,7 @@ def causal_attention(
     turned = parts.clone(memory_format=torch.contiguous_format)  # never the input itself, which `turn` would change
     if cos is not None and sin is not None:
         turn(turned, cos, sin)
-    y, kept = attend(*turned.flatten(1, 2).unbind(0), mask, (0,), keep)
+    y, kept = attend(turned.flatten(1, 2).unbind(0), mask, (0,), keep)
     return y.view(B, -1, T, head_dim).transpose(1, 2).reshape(B, T, -1), turned, kept
 
 
@@ -164,8 +165,7 @@ def causal_attention_backward(
     _, B, _, T, D = turned.shape
     dy = dy.reshape(B, T, -1, D).transpose(1, 2).reshape(-1, T, D)
     gradients = torch.zeros_like(turned)
-    parts = turned.flatten(1, 2).unbind(0), gradients.flatten(1, 2).unbind(0)
-    attend_backward(dy, *parts, kept, mask, (0,))  # type: ignore[arg-type]
+    attend_backward(dy, turned.flatten(1, 2).unbind(0), gradients.flatten(1, 2).unbind(0), kept, mask, (0,))
     if cos is not None and sin is not None:
         turn(gradients, cos, -sin)
     return gradients.permute(1, 3, 2, 0, 4).reshape(B, T, -1)
@@ -200,7 +200,7 @@ def attention_of_pieces(
             see a key, never a later one, or None for causal -> y like q, and all probabilities, flat, for the backward
             (empty unless `keep`).
     """
-    y, kept = attend(*(x.flatten(0, 1).contiguous() for x in (q, k, v)), mask, starts, keep)
+    y, kept = attend([x.flatten(0, 1).contiguous() for x in (q, k, v)], mask, starts, keep)
     return y.view(q.shape), kept
 
 
@@ -216,11 +216,10 @@ def attention_of_pieces_backward(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor | None, starts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_of_pieces` with respect to q, k and v; dy like q."""
-    parts = q, k, v
-    made = tuple(torch.zeros(x.shape, dtype=x.dtype) for x in parts)
-    flat = (tuple(x.flatten(0, 1).contiguous() for x in parts), tuple(x.flatten(0, 1) for x in made))
-    attend_backward(dy.flatten(0, 1).contiguous(), *flat, kept, mask, starts)  # type: ignore[arg-type]
-    return made  # type: ignore[return-value]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
+    flat, sums = [x.flatten(0, 1).contiguous() for x in (q, k, v)], [x.flatten(0, 1) for x in (dq, dk, dv)]
+    attend_backward(dy.flatten(0, 1).contiguous(), flat, sums, kept, mask, starts)
+    return dq, dk, dv
 
 
 @attention_of_pieces_backward.register_fake
