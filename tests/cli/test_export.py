@@ -78,10 +78,10 @@ def test_several_steps_as_json_lines(castalia, run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "gguf"], "no export format 'gguf'; have: hf, ct2"),
+        (["--to", "ggfu"], "no export format 'ggfu'; have: hf, ct2"),
         (["--to", "hf", "--steps", "one"], "--steps takes numbers"),
         (["--to", "hf", "--steps", "1", "--all"], "--all or --steps, not both"),
-        (["--to", "hf", "--quantization", "int8"], "quantization is for ct2"),
+        (["--to", "hf", "--quantization", "int8"], "hf takes a dtype, not a quantization"),
     ],
 )
 def test_wrong_options_are_one_sentence(castalia, run: Path, words: list[str], message: str) -> None:

@@ -232,8 +232,8 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path, tokenizer_file: Pat
     [
         ({"to": "gguff"}, "no export format 'gguff'; have: hf, ct2"),
         ({"dtype": "int8"}, "no dtype 'int8'; have: fp32, bf16, fp16"),
-        ({"quantization": "int8"}, "quantization is for ct2"),
-        ({"to": "ct2", "dtype": "fp32"}, "dtype is for hf"),
+        ({"quantization": "int8"}, "hf takes a dtype, not a quantization"),
+        ({"to": "ct2", "dtype": "fp32"}, "ct2 takes a quantization, not a dtype"),
         ({"to": "ct2", "quantization": "int9"}, "no quantization 'int9'.*did you mean"),
     ],
 )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from castalia.inference.decoding import Completion
     from castalia.inference.exports import Exported, export
     from castalia.inference.language_model import LanguageModel
-    from castalia.inference.source import load
+    from castalia.inference.loading import load
 
 __all__ = [
     "Completion",
@@ -34,7 +34,7 @@ PLACES = {
     "LanguageModel": "language_model",
     "TranslatorCT2fromHfHub": "ct2_hub",
     "export": "exports",
-    "load": "source",
+    "load": "loading",
 }
 
 __getattr__ = lazy(__name__, PLACES)

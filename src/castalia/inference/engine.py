@@ -136,14 +136,5 @@ CAPABILITIES = {
     "llama.cpp": Capabilities(
         "`export --to gguf`", ("as exported",), ("cpu",), "continuous", True, "as it decodes", "llama"
     ),
-    "openvino": Capabilities(
-        "a checkpoint, a Hugging Face folder",
-        ("fp32", "int8"),
-        ("cpu",),
-        "rows of one call wait for each other",
-        True,
-        "as it decodes",
-        "openvino",
-    ),
 }
 """Engines by the names that `engine=` takes besides auto."""

@@ -3,7 +3,7 @@
 import time
 import warnings
 from collections.abc import Generator, Sequence
-from typing import TypedDict, Unpack, cast, overload
+from typing import Any, TypedDict, Unpack, cast, overload
 
 from torch import Tensor
 
@@ -41,6 +41,8 @@ class LanguageModel:
         self.engine = engine if isinstance(engine, Engine) else TorchEngine(engine)
         self.tokenizer = tokenizer
         self.step = step
+        self.quality: dict[str, Any] | None = None
+        """Of an export, what `Quality` says of it, if it was measured."""
 
     @property
     def config(self) -> ModelConfig:

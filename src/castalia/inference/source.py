@@ -1,4 +1,4 @@
-"""What weights are read from, a checkpoint of ours or a Hugging Face folder; and `load`, which makes a model of it."""
+"""What weights are read from: a checkpoint of ours, or a Hugging Face folder."""
 
 import re
 import warnings
@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from castalia.checkpoint import DamagedCheckpointError, newest_first, read, read_config
-from castalia.checkpoint.hf import DTYPES, is_hf_folder, read_hf, weight_files
+from castalia.checkpoint.hf import is_hf_folder, read_hf, weight_files
 from castalia.checkpoint.load import read_text
 from castalia.checkpoint.manifest import MANIFEST, read_manifest
 from castalia.config.base import build
-from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import sha256_of
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.inference.hub import hub_folder, is_hub_id
-from castalia.inference.language_model import LanguageModel
-from castalia.models import Decoder, ModelConfig
+from castalia.models import ModelConfig
 
 TOKENIZER = "tokenizer.json"
 
@@ -42,7 +39,7 @@ class Source:
 
 
 def open_source(path: str | Path) -> Source:
-    """Read weights, config and tokenizer of whatever `path` names; see `load`.
+    """Read weights, config and tokenizer of whatever `path` names; see `loading.load`.
 
     Of a run, a damaged checkpoint is passed over with a warning that names the file.
     Raises  CheckpointError if there is no checkpoint, or it is damaged; ConfigError if its model cannot be built.
@@ -75,42 +72,3 @@ def open_hf(folder: Path) -> Source:
     tensors, config = read_hf(folder, tokenizer.vocab_size if tokenizer else None)
     named = re.fullmatch(r"step(\d+)", folder.name)
     return Source(folder, config, tensors, tokenizer, int(named[1]) if named else None)
-
-
-def load(path: str | Path, *, dtype: str = "fp32", device: str = "auto") -> LanguageModel:
-    """A model that speaks.
-
-    Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; or a Hugging Face folder of a GPTNeoX
-            model with config.json, safetensors weights and tokenizer.json, or such a repository of the hub,
-            OWNER/NAME or OWNER/NAME@step3000.
-    Options dtype: fp32, bf16, or fp16 for a GPU. device: auto, cpu, cuda, cuda:1; auto takes a GPU when there is one.
-    Raises  CheckpointError if there is no checkpoint or it is damaged; ConfigError on a wrong option or architecture.
-    """
-    if dtype not in DTYPES:
-        raise ConfigError(f"no dtype {dtype!r}; have: {', '.join(DTYPES)}")
-    place = choose_device(device)
-    source = open_source(path)
-    with torch.device("meta"):
-        model = Decoder(source.config)
-    weights = {name: tensor.to(place, DTYPES[dtype]) for name, tensor in source.tensors.items()}
-    try:
-        model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {source.folder} do not fit its config: {error}") from None
-    return LanguageModel(model.requires_grad_(False), source.tokenizer, source.step)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that `name` means.
-
-    Raises  ConfigError if there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"no device {name!r}; have: auto, cpu, cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs; use cpu")
-    return device
