@@ -1,9 +1,12 @@
 """The decoder alone: packed documents, KV cache, recompute, compile, meta device."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castalia.models import Decoder, KVCache, ModelConfig
 
@@ -125,13 +128,14 @@ def test_cache_refuses_what_does_not_fit() -> None:
             model(draw(1, 1), cache=cache, segments=torch.zeros(1, 1, dtype=torch.int64))
 
 
-def test_recompute_changes_nothing() -> None:
+@pytest.mark.parametrize("how", [True, "full", "selective", 2])
+def test_recompute_changes_nothing(how: bool | str | int) -> None:
     model, tokens, labels = make(), draw(2, 16), draw(2, 16).flip(1)
     with torch.autocast("cpu", torch.bfloat16):
         plain = loss_sum(model, tokens, labels)
         plain.backward()
     stored = gradients(model)
-    model.recompute = True
+    model.recompute = how
     with torch.autocast("cpu", torch.bfloat16):
         again = loss_sum(model, tokens, labels)
         again.backward()
@@ -142,12 +146,43 @@ def test_recompute_changes_nothing() -> None:
 def test_recompute_stores_less() -> None:
     model, tokens = make(), draw(2, 16)
     stored = []
-    for model.recompute in (False, True):
+    for model.recompute in (False, 2, True):
         kept: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
             model(tokens)
         stored.append(sum(t.numel() for t in kept))
-    assert stored[1] < stored[0] / 2
+    assert stored[2] < stored[1] * 2 / 3 < stored[0] / 2
+
+
+class Counted(TorchDispatchMode):
+    """How often each operator ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.times[func.overloadpacket.__name__] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("how", "attention", "norms"), [(False, 2, 5), (2, 3, 7), (True, 4, 9), ("selective", 2, 9)])
+def test_what_recompute_runs_again(how: bool | str | int, attention: int, norms: int) -> None:
+    """Two layers; a third of the products of a block is its widest, which selective keeps."""
+    model, tokens = make(num_layers=2), draw(2, 16)
+    model.recompute = how
+    with Counted() as counted:
+        model(tokens).sum().backward()
+    assert counted.times["causal_attention"] == attention
+    assert counted.times["native_layer_norm"] == norms
+
+
+def test_recompute_says_what_each_block_does() -> None:
+    model = make(num_layers=4)
+    model.recompute = 2
+    assert [block.recompute for block in model.layers] == ["full", "", "full", ""]
+    model.recompute = "selective"
+    assert {block.recompute for block in model.layers} == {"selective"}
 
 
 def test_meta_device_to_empty_init_gives_the_same_model() -> None:
@@ -160,11 +195,13 @@ def test_meta_device_to_empty_init_gives_the_same_model() -> None:
         assert torch.equal(hollow(tokens), model(tokens))
 
 
-def test_blocks_compile_without_graph_breaks() -> None:
+@pytest.mark.parametrize("how", [False, "full", "selective"])
+def test_blocks_compile_without_graph_breaks(how: bool | str) -> None:
     model, tokens, labels = make(), draw(2, 16), draw(2, 16).flip(1)
     eager = loss_sum(model, tokens, labels)
     eager.backward()
     expected = gradients(model)
+    model.recompute = how
     for block in model.layers:
         block.compile(fullgraph=True, backend="aot_eager")
     compiled = loss_sum(model, tokens, labels)

@@ -195,9 +195,11 @@ IGNORED: dict[str, str] = {
         apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_allreduce prescale_gradients
         gradient_predivide_factor sparse_gradients communication_data_type use_cpu_initialization""",
     "placement in memory and on devices": """
-        pipe_partition_method sequence_parallel activation_checkpointing checkpoint_num_layers
+        pipe_partition_method sequence_parallel activation_checkpointing
         deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu synchronize_each_layer
-        profile_backward partition_activations distributed_backend lazy_mpu_init mmap_warmup use_shared_fs""",
+        profile_backward distributed_backend lazy_mpu_init mmap_warmup use_shared_fs""",
+    "each block is recomputed by itself, whatever the group; train.recompute=2 takes every second one": "checkpoint_num_layers",
+    "what blocks store is split over the processes of parallel.tp always": "partition_activations",
     "launching; `castalia launch` does without": """
         force_multi autotuning_run deepspeed deepscale deepscale_config user_script local_rank rank adlr_autoresume
         adlr_autoresume_interval detect_nvlink_pairs""",

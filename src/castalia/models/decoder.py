@@ -11,7 +11,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from castalia.models.attention import SequencePart, attention_of_pieces, causal_attention, pieces_by_kernel
 from castalia.models.cache import KVCache, LayerCache
@@ -19,7 +18,8 @@ from castalia.models.config import ModelConfig
 from castalia.models.cross_entropy import VocabPart
 from castalia.models.flops import flops_per_token
 from castalia.models.init import init_parameter
-from castalia.models.pieces import KEEP
+from castalia.models.pieces import KEEP, Kind, kind_of
+from castalia.models.recompute import recomputed
 from castalia.models.rotary import Rope, rope_tables, split_qkv
 
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
@@ -105,6 +105,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.parallel_residual = config.parallel_residual
+        self.recompute: Kind = ""
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
@@ -114,6 +115,12 @@ class Block(nn.Module):
         self, x_BTC: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
+        if self.recompute and cache is None and torch.is_grad_enabled():
+            return recomputed(self.recompute, self.mlp.up.out_features, self.compute, x_BTC, rope, mask)
+        return self.compute(x_BTC, rope, mask, cache)
+
+    def compute(self, x_BTC: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+        """The layer itself."""
         attn_BTC = self.attn(self.norm1(x_BTC), rope, mask, cache)
         if self.parallel_residual:
             return x_BTC + (attn_BTC + self.mlp(self.norm2(x_BTC)))
@@ -124,7 +131,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Tokens to hidden states, and hidden states to logits.
 
-    `recompute = True` stores only each block's input in training and computes the rest again in the backward pass.
+    `recompute` says what the blocks store in training and what they compute again; see castalia.models.recompute.
     Parameters have no meaning until `init_weights` or a checkpoint fills them; the module has no buffers, so building
     on the meta device followed by `to_empty` loses nothing.
     """
@@ -134,11 +141,11 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False
         self.vocab_part: VocabPart | None = None
         self.sequence_part: SequencePart | None = None
         self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.recompute = False
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if not config.tie_word_embeddings:
             self.unembed = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
@@ -175,18 +182,21 @@ class Decoder(nn.Module):
         rope = self.rope(tokens, positions)
         x_BTC = self.embed(tokens)
         for i, block in enumerate(self.layers):
-            x_BTC = self.run_block(block, x_BTC, rope, mask, cache.layers[i] if cache is not None else None)
+            x_BTC = block(x_BTC, rope, mask, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.advance(T)
         return self.norm(x_BTC)
 
-    def run_block(
-        self, block: nn.Module, x_BTC: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None
-    ) -> Tensor:
-        """One block, its activations stored or, with `recompute`, computed again in the backward pass."""
-        if self.recompute and torch.is_grad_enabled() and cache is None:
-            return checkpoint(block, x_BTC, rope, mask, use_reentrant=False, preserve_rng_state=False)
-        return block(x_BTC, rope, mask, cache)
+    @property
+    def recompute(self) -> bool | str | int:
+        """False, True or "full", "selective", or n for every n-th block."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, how: bool | str | int) -> None:
+        self._recompute = how
+        for name, block in self.layers.named_children():
+            block.recompute = kind_of(how, int(name))  # type: ignore[assignment]
 
     def rope(self, tokens: Tensor, positions: Tensor | None) -> Rope | None:
         """Rotary tables of this pass, shared by all blocks; None when nothing turns."""

@@ -95,8 +95,9 @@ class TrainConfig(Config):
     """Rows that one process runs through the model at a time; null means its whole share of the batch."""
     compile: bool = False
     """torch.compile each block and the loss."""
-    recompute: bool = False
-    """Recompute activations in the backward, block by block, in place of storing them."""
+    recompute: bool | Literal["full", "selective"] | PositiveInt = False
+    """What blocks compute again in the backward in place of storing it: true or full, all but their input; selective,
+    all but attention and the widest product; n, all in every n-th block."""
     log_every: PositiveInt = 10
     """Steps between lines on the screen; metrics.jsonl has every step."""
     eval_every: PositiveInt | None = None

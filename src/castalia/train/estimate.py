@@ -8,7 +8,8 @@ matrix products (4 in fp32, else 2), C width, F width inside the MLP, H heads, L
     optimizer    8 P / S, the two moments of AdamW
     activations  b T (4 C + e (6 C + 2 F)) a block: its input, both norms, query, key, value, attention, MLP in and out;
                  on a CPU e H (T + 128) / 2 a token more for the attention weights of rows up to 16 head sizes long;
-                 L blocks and one more for the gradients on the way back; with recompute 4 b T C L and two blocks
+                 L blocks and one more for the gradients on the way back; a block that is recomputed keeps 4 C, with
+                 recompute=selective 4 C + e (4 C + F) and the attention weights, and two are there whole
     logits       one chunk of the fused cross-entropy; never b T V
 
 Measured on a CPU (14M shape, fp32 and bf16, 512 to 1024 tokens a row) the growth with b is within 10% of this; torch
@@ -22,7 +23,7 @@ from castalia.checkpoint.policy import SavePolicy
 from castalia.distributed import world_size
 from castalia.models.config import ModelConfig
 from castalia.models.flops import ParameterCounts, flops_per_token, matmul_parameters, parameter_counts
-from castalia.models.pieces import KEEP, QUERIES, logits_rows
+from castalia.models.pieces import KEEP, QUERIES, kind_of, logits_rows
 from castalia.train.config import RunConfig
 
 
@@ -124,9 +125,10 @@ def activation_bytes(config: RunConfig, tokens: int, size: int, device: str) -> 
     model = config.model
     block = tokens * block_bytes(model, config.data.seq_length, size, device)
     ends = tokens * model.hidden_size * (8 + size)  # input of the final norm, hidden states, their gradient
-    if config.train.recompute:
-        return 4 * tokens * model.hidden_size * model.num_layers + 2 * block + ends
-    return (model.num_layers + 1) * block + ends
+    kinds = [kind_of(config.train.recompute, layer) for layer in range(model.num_layers)]
+    inputs = 4 * tokens * model.hidden_size
+    kept = {"": block, "full": inputs, "selective": block - size * tokens * (2 * model.hidden_size + model.ffn_size)}
+    return sum(kept[kind] for kind in kinds) + (2 if any(kinds) else 1) * block + ends
 
 
 def block_bytes(model: ModelConfig, seq_length: int, size: int, device: str) -> int:
