@@ -198,7 +198,7 @@ IGNORED: dict[str, str] = {
         pipe_partition_method sequence_parallel activation_checkpointing
         deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu synchronize_each_layer
         profile_backward distributed_backend lazy_mpu_init mmap_warmup use_shared_fs""",
-    "each block is recomputed by itself, whatever the group; train.recompute=2 takes every second one": "checkpoint_num_layers",
+    "each block is recomputed by itself; train.recompute=2 takes every second one": "checkpoint_num_layers",
     "what blocks store is split over the processes of parallel.tp always": "partition_activations",
     "launching; `castalia launch` does without": """
         force_multi autotuning_run deepspeed deepscale deepscale_config user_script local_rank rank adlr_autoresume

@@ -32,7 +32,7 @@ PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}
 
 def recomputed(kind: Kind, width: int, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """function(*inputs), stored as `kind` says; `width` is that of the widest product."""
-    contexts = {}
+    contexts: dict[str, Any] = {}
     if kind == "selective":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, partial(policy, width))
     out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
