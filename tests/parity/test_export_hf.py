@@ -179,6 +179,7 @@ def test_the_record_names_checkpoint_and_hashes(tmp_path: Path, tokenizer_file: 
         files
         == set(record["files_sha256"])
         == {
+            "README.md",
             "config.json",
             "generation_config.json",
             "model.safetensors",
