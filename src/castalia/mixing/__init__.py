@@ -6,7 +6,7 @@ The config section needs pydantic and is imported when it is asked for.
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
-from castalia.mixing import ado, bandits, fixed, targets
+from castalia.mixing import ado, bandits, fixed, progress, targets
 from castalia.mixing.combinators import Average, Clip, EpochCap, Every, Floor, Freeze, Schedule, Smooth, Warmup, Within
 from castalia.mixing.exhaustion import ExhaustionError
 from castalia.mixing.make import make_mixer
@@ -45,6 +45,7 @@ __all__ = [
     "bandits",
     "fixed",
     "make_mixer",
+    "progress",
     "read_mixture",
     "scores",
     "targets",

@@ -1,0 +1,304 @@
+"""Do learned mixtures train better than fixed ones? Every mixer on the same text, the same model and the same seeds.
+
+    python benchmarks/mixing.py [--full | --quick] [--work FOLDER] [--jobs N] [--seeds 1,2,3,4,5] [--json FILE]
+
+Each finished run is one file in the work folder; the same command goes on where it was stopped, with N processes of one
+thread. It ends with a table, a JSON file and a picture; --report makes these from what is finished.
+
+Fixed in advance: corpus and scale, five seeds, a run's S = 1 - t*/T as mixing_numbers.saved defines it against the best
+of natural, uniform and UniMax on the same metric, and no setting of any arm chosen on these seeds or on this held-out
+text. `again` is uniform with another order of the rows: S of two equal arms, the noise of everything below. For
+`confirm` the run with the median S is made anew with so many steps less and a whole schedule of its own.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from machine import describe
+from mixing_corpus import DIAGNOSTIC, corpus
+from mixing_numbers import Result, against, best_arm, curve, final, metrics, noise_floor
+from mixing_picture import draw
+from mixing_run import Job, Scale, Text, read_text, train
+
+from castalia.core.files import write_json
+
+HERE = Path(__file__).resolve().parent
+OUTSIDE = ("perl", "docstrings")
+"""Sources that no arm trains on."""
+FIXED = ("natural", "uniform", "unimax")
+"""The mixtures that a learned one has to beat."""
+SCALES = {
+    "quick": Scale(steps=40, rows=8, width=32, eval_rows=4, feed_rows=2),
+    "default": Scale(),
+    "full": Scale(steps=2000, rows=32, layers=4, width=128, lr=4e-3),
+}
+GOAL = 0.19
+"""Iterations that the ODM paper saves against its best baseline."""
+
+
+def main() -> None:
+    """Run what is missing, then report."""
+    options = read_options()
+    bench = Bench(options)
+    if not options.report:
+        for stage in (bench.first, bench.second, bench.third):
+            bench.run(list(stage()))
+    bench.report()
+
+
+def read_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--full", dest="size", action="store_const", const="full", help="a larger model, longer runs")
+    parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="only to see that it works")
+    parser.add_argument("--schedule", default="cosine", choices=("cosine", "wsd", "constant"), help="learning rate")
+    parser.add_argument("--work", type=Path, default=Path("runs/mixing-benchmark"), help="where runs are kept")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[1, 2, 3, 4, 5])
+    parser.add_argument("--arms", type=lambda text: text.split(","), help="only these, and what they need")
+    parser.add_argument("--report", action="store_true", help="only report what is finished")
+    parser.add_argument("--json", type=Path, help="where the numbers go; the picture stands beside it")
+    options = parser.parse_args()
+    options.size = options.size or "default"
+    name = "mixing" + {"default": "", "full": "-full", "quick": "-quick"}[options.size]
+    name += "" if options.schedule == "cosine" else f"-{options.schedule}"
+    options.json = options.json or HERE / "results" / f"{name}.json"
+    return options
+
+
+class Bench:
+    """The runs of one scale on one corpus, as files in a folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.scale = replace(SCALES[options.size], schedule=options.schedule)
+        paths = corpus(options.work / "corpus")
+        inside = [source for source in paths.sources if source not in OUTSIDE]
+        self.text = read_text(paths, inside, self.scale)
+        self.outside = read_text(paths, [source for source in OUTSIDE if source in paths.sources], self.scale)
+        self.about = paths.facts["sources"]
+        rows = np.concatenate([*self.text.train, *self.text.measured, *self.outside.measured])
+        self.content = hashlib.sha256(rows.tobytes()).hexdigest()
+        key = json.dumps([asdict(self.scale), self.content], sort_keys=True)
+        self.folder = options.work / hashlib.sha256(key.encode()).hexdigest()[:12]
+
+    @property
+    def natural(self) -> np.ndarray:
+        """(K,) shares by training rows."""
+        sizes = np.array(self.text.sizes, np.float64)
+        return sizes / sizes.sum()
+
+    def first(self) -> Iterator[Job]:
+        """The arms that need no other run, seed by seed."""
+        for seed in self.options.seeds:
+            for arm, (kind, options) in self.arms().items():
+                yield Job(arm, seed, kind, options)
+            yield Job("again", seed, "uniform", order=seed + 1000)
+
+    def arms(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Mixer and settings of each arm; the warm-up is 5% of a run."""
+        sizes, warm = self.text.sizes, {"warmup_steps": self.scale.steps // 20}
+        root = np.sqrt(self.natural)
+        return {
+            "natural": ("natural", {"sizes": sizes}),
+            "uniform": ("uniform", {}),
+            "unimax": ("unimax", {"sizes": sizes, "budget": float(self.scale.steps * self.scale.rows), "max_epochs": 1}),
+            "temperature": ("temperature", {"sizes": sizes}),
+            "odm-repo": ("odm-repo", warm),
+            "odm-paper": ("odm-paper", warm),
+            "odm": ("odm", warm),
+            "ado": ("ado", {"prior": self.natural.tolist(), "refit_every": max(30, self.scale.steps // 20)}),
+            "progress": ("progress", warm),
+            "progress-root": ("progress", warm | {"prior": (root / root.sum()).tolist()}),
+        }
+
+    def second(self) -> Iterator[Job]:
+        """The arms that use what other seeds ended with: mean shares as a static mixture, and targets."""
+        for place, seed in enumerate(self.options.seeds):
+            others = [s for s in self.options.seeds if s != seed] or [seed]
+            for arm in ("odm", "progress", "progress-root"):
+                if all(self.done(arm, s) for s in others):
+                    shares = np.mean([self.read(arm, s)["mean_share"] for s in others], axis=0)
+                    yield Job(f"{arm}-mean", seed, "static", {"prior": (shares / shares.sum()).tolist()})
+            if self.done("uniform", others[place % len(others)]):
+                target = final(self.read("uniform", others[place % len(others)])).tolist()
+                yield Job("dbl", seed, "dbl", {"target": target}, feed=max(1, self.scale.steps // 20))
+
+    def third(self) -> Iterator[Job]:
+        """The budget confirmation of our mixers, where they save anything."""
+        results = self.results()
+        for arm in ("progress", "progress-root"):
+            saving = self.compare(results, arm, "M1")["saved"] if results.get(arm) else 0.0
+            for seed in self.options.seeds if saving > 0 else ():
+                kind, options = self.arms()[arm]
+                yield Job(f"{arm}-confirm", seed, kind, options, share=round(1 - saving, 3))
+
+    def path(self, arm: str, seed: int) -> Path:
+        """The file of a run."""
+        return self.folder / f"{arm}.{seed}.json"
+
+    def done(self, arm: str, seed: int) -> bool:
+        """Whether a run is finished."""
+        return self.path(arm, seed).is_file()
+
+    def read(self, arm: str, seed: int) -> Result:
+        """A finished run."""
+        result: Result = json.loads(self.path(arm, seed).read_text())
+        return result
+
+    def results(self) -> dict[str, dict[int, Result]]:
+        """All finished runs by arm and seed."""
+        found: dict[str, dict[int, Result]] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            arm, seed = path.stem.rsplit(".", 1)
+            if int(seed) in self.options.seeds:
+                found.setdefault(arm, {})[int(seed)] = self.read(arm, int(seed))
+        return found
+
+    def run(self, jobs: list[Job]) -> None:
+        """Run what is not finished, in several processes, which share the text by forking."""
+        chosen = self.options.arms
+        wanted = [job for job in jobs if not chosen or job.arm in chosen or job.arm in FIXED]
+        missing = [job for job in wanted if not self.done(job.arm, job.seed)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished in {self.folder}", flush=True)
+        if not missing:
+            return
+        with multiprocessing.get_context("fork").Pool(self.options.jobs, initializer=alone) as pool:
+            tasks = [(job, self.text, self.outside, self.scale, self.path(job.arm, job.seed)) for job in missing]
+            for place, name in enumerate(pool.imap_unordered(run_one, tasks), 1):
+                print(f"  {place}/{len(missing)} {name}", flush=True)
+
+    def weights(self, metric: str) -> np.ndarray:
+        """(K,) of the two metrics that iterations are counted on."""
+        return self.natural if metric == "M2" else np.full(len(self.text.sources), 1 / len(self.text.sources))
+
+    def base(self, results: dict[str, dict[int, Result]], metric: str) -> str:
+        """The best fixed mixture on a metric."""
+        weights = self.weights(metric)
+        return best_arm(results, [arm for arm in FIXED if arm in results], lambda result: float(final(result) @ weights))
+
+    def compare(self, results: dict[str, dict[int, Result]], arm: str, metric: str) -> dict[str, Any]:
+        """An arm against the best fixed mixture."""
+        base = self.base(results, metric)
+        return {"base": base} | against(results[arm], results[base], self.weights(metric))
+
+    def report(self) -> None:
+        """The table, the JSON file and the picture, of what is finished."""
+        results = self.results()
+        everything = [final(result) for runs in results.values() for result in runs.values()]
+        best = np.min(everything, axis=0)
+        rows = {arm: self.row(results, arm, best) for arm in results}
+        value = {
+            "machine": describe(),
+            "scale": asdict(self.scale),
+            "seeds": self.options.seeds,
+            "content": self.content,
+            "sources": self.sources(),
+            "outside": list(self.outside.sources),
+            "best_fixed": {metric: self.base(results, metric) for metric in ("M1", "M2")},
+            "noise": {
+                metric: {arm: noise_floor(results[arm], self.weights(metric)) for arm in ("uniform", "progress")}
+                for metric in ("M1", "M2")
+            },
+            "confirm": self.confirm(results),
+            "arms": rows,
+        }
+        write_json(self.options.json, value)
+        draw(value, self.options.json.with_suffix(".svg"))
+        print_table(value)
+
+    def sources(self) -> dict[str, Any]:
+        """What the sources are, and how much of them there is."""
+        return {
+            source: {
+                "about": self.about[source]["about"],
+                "rows": rows,
+                "zlib_bits_per_byte": round(self.about[source]["valid"]["zlib_bits_per_byte"], 2),
+                "diagnostic": source in DIAGNOSTIC,
+            }
+            for source, rows in zip(self.text.sources, self.text.sizes, strict=True)
+        }
+
+    def row(self, results: dict[str, dict[int, Result]], arm: str, best: np.ndarray) -> dict[str, Any]:
+        """All numbers of an arm."""
+        runs = results[arm]
+        found = {seed: metrics(result, self.natural, best) for seed, result in runs.items()}
+        names = list(next(iter(found.values())))
+        any_run = next(iter(runs.values()))
+        return {
+            "kind": any_run["job"]["kind"],
+            "steps": any_run["steps"],
+            "metrics": {name: float(np.mean([values[name] for values in found.values()])) for name in names},
+            "by_seed": {name: {seed: values[name] for seed, values in found.items()} for name in names},
+            "against_best_fixed": {metric: self.compare(results, arm, metric) for metric in ("M1", "M2")},
+            "losses": np.mean([final(result) for result in runs.values()], axis=0).round(4).tolist(),
+            "mean_share": np.mean([result["mean_share"] for result in runs.values()], axis=0).round(4).tolist(),
+            "epochs": np.mean([result["epochs"] for result in runs.values()], axis=0).round(2).tolist(),
+            "shares": np.mean([result["shares"] for result in runs.values()], axis=0).round(4).tolist(),
+            "curves": {
+                metric: np.round(np.mean([curve(r, self.weights(metric)) for r in runs.values()], axis=0), 4).tolist()
+                for metric in ("M1", "M2")
+            },
+        }
+
+    def confirm(self, results: dict[str, dict[int, Result]]) -> dict[str, Any]:
+        """Whether a run with the steps that were not saved, on a schedule of its own, ends where the base ends."""
+        out = {}
+        for arm in [name for name in results if name.endswith("-confirm")]:
+            base = results[self.base(results, "M1")]
+            seeds = sorted(results[arm].keys() & base.keys())
+            gap = [float(final(results[arm][s]).mean() - final(base[s]).mean()) for s in seeds]
+            steps = results[arm][seeds[0]]["steps"]
+            out[arm] = {"steps": steps, "saved": 1 - steps / self.scale.steps, "M1_above_base": gap}
+        return out
+
+
+def alone() -> None:
+    """A worker has one thread, and is the last to be served."""
+    torch.set_num_threads(1)
+    os.nice(5)
+
+
+def run_one(task: tuple[Job, Text, Text, Scale, Path]) -> str:
+    """Train one arm and write its file, whole or not at all."""
+    job, text, outside, scale, path = task
+    write_json(path, train(job, text, outside, scale))
+    return job.name
+
+
+def print_table(value: dict[str, Any]) -> None:
+    """The arms from best to worst on M1."""
+    fixed = value["best_fixed"]
+    print(f"\n{len(value['sources'])} sources, {value['scale']['steps']} steps, seeds {value['seeds']}; S on M1 is", end=" ")
+    print(f"against {fixed['M1']}, on M2 against {fixed['M2']}; nats a byte")
+    print(f"{'arm':<22}{'M1':>8}{'M1 ppl':>8}{'M2':>8}{'M3':>8}{'M4':>8}{'S on M1':>10}{'95%':>18}{'S on M2':>10}{'95%':>18}")
+    for arm, row in sorted(value["arms"].items(), key=lambda item: item[1]["metrics"]["M1"]):
+        numbers = "".join(f"{row['metrics'][name]:>8.3f}" for name in ("M1", "M1 ppl", "M2", "M3", "M4"))
+        savings = ""
+        for metric in ("M1", "M2"):
+            found = row["against_best_fixed"][metric]
+            savings += f"{found['saved']:>+10.1%}" + f"{found['low']:>+9.1%}..{found['high']:<+7.1%}"
+        print(f"{arm:<22}{numbers}{savings}")
+    for metric, arms in value["noise"].items():
+        for arm, noise in arms.items():
+            print(f"two seeds of {arm}: S on {metric} between {noise['low']:+.1%} and {noise['high']:+.1%} in 9 of 10 pairs")
+    for arm, found in value["confirm"].items():
+        gaps = ", ".join(f"{gap:+.4f}" for gap in found["M1_above_base"])
+        print(f"{arm}: {found['steps']} steps ({found['saved']:.0%} less) end {gaps} nats from {fixed['M1']} on M1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The arithmetic of the mixing benchmark: metrics, iterations saved, and how far chance goes.
+
+M1  mean of the held-out losses of the sources        M1'  mean of their perplexities (the ODM paper's)
+M2  mean weighted by the training tokens of the sources
+M3  largest distance of a source from the best that any arm reached on it
+M4  mean loss of the sources that no arm trained on
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Result = dict[str, Any]
+
+
+def metrics(result: Result, natural: Floats, best: Floats) -> dict[str, float]:
+    """All metrics of a finished run; `natural` (K,) shares by tokens, `best` (K,) least loss of any arm."""
+    losses = final(result)
+    return {
+        "M1": float(losses.mean()),
+        "M1 ppl": float(np.exp(losses).mean()),
+        "M2": float(losses @ natural),
+        "M3": float((losses - best).max()),
+        "M4": float(np.mean(result["outside"])),
+    }
+
+
+def final(result: Result) -> Floats:
+    """Losses of the sources at the end, (K,)."""
+    return np.array(result["curve"][-1][1:])
+
+
+def curve(result: Result, weights: Floats) -> tuple[Floats, Floats]:
+    """Steps, and the weighted held-out loss made never to rise by isotonic regression."""
+    table = np.array(result["curve"])
+    return table[:, 0], falling(table[:, 1:] @ weights)
+
+
+def falling(values: Floats) -> Floats:
+    """The nearest sequence that never rises, by least squares: pool adjacent violators."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = float(value), 1
+        while blocks and blocks[-1][0] < mean:
+            before, more = blocks.pop()
+            mean, count = (mean * count + before * more) / (count + more), count + more
+        blocks.append((mean, count))
+    return np.repeat([mean for mean, _ in blocks], [count for _, count in blocks])
+
+
+def crossing(steps: Floats, losses: Floats, goal: float) -> float | None:
+    """The step at which a falling curve reaches `goal`, linear in the logarithm of the step; None if it does not."""
+    if losses[-1] > goal:
+        return None
+    at = int(np.argmax(losses <= goal))
+    if at == 0:
+        return float(steps[0])
+    part = (losses[at - 1] - goal) / (losses[at - 1] - losses[at])
+    return float(np.exp(np.log(steps[at - 1]) + part * np.log(steps[at] / steps[at - 1])))
+
+
+def saved(arm: Result, base: Result, weights: Floats) -> float:
+    """S = 1 - t*/T, t* the step at which the arm reaches the final loss of the base, T the steps of a run.
+
+    If it never does, minus the same of the base against the arm.
+    """
+    steps, losses = curve(arm, weights)
+    base_steps, base_losses = curve(base, weights)
+    reached = crossing(steps, losses, base_losses[-1])
+    if reached is not None:
+        return 1 - reached / base_steps[-1]
+    reverse = crossing(base_steps, base_losses, losses[-1])
+    assert reverse is not None, "one of two curves ends below the other"
+    return -(1 - reverse / steps[-1])
+
+
+def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """95% interval of the median, by drawing the seeds anew."""
+    drawn = np.random.default_rng(0).choice(np.array(values), (draws, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def against(arm: Mapping[int, Result], base: Mapping[int, Result], weights: Floats) -> dict[str, Any]:
+    """Iterations saved and nats gained, seed by seed, with medians and the interval of the first."""
+    seeds = sorted(arm.keys() & base.keys())
+    by_seed = [saved(arm[s], base[s], weights) for s in seeds]
+    gained = [float((final(base[s]) - final(arm[s])) @ weights) for s in seeds]
+    low, high = bootstrap(by_seed)
+    return {
+        "saved": float(np.median(by_seed)),
+        "low": low,
+        "high": high,
+        "by_seed": dict(zip(seeds, by_seed, strict=True)),
+        "nats": float(np.median(gained)),
+        "nats_by_seed": dict(zip(seeds, gained, strict=True)),
+    }
+
+
+def noise_floor(runs: Mapping[int, Result], weights: Floats) -> dict[str, float]:
+    """What S is between two seeds of one arm, where nothing can be saved: its spread over all ordered pairs."""
+    values = [saved(runs[a], runs[b], weights) for a, b in itertools.permutations(sorted(runs), 2)]
+    low, high = np.quantile(values, [0.05, 0.95])
+    return {"median": float(np.median(np.abs(values))), "low": float(low), "high": float(high)}
+
+
+def best_arm(arms: Mapping[str, Mapping[int, Result]], names: Sequence[str], weigh: Callable[[Result], float]) -> str:
+    """The arm with the lowest mean over the seeds."""
+    return min(names, key=lambda name: float(np.mean([weigh(result) for result in arms[name].values()])))

@@ -1,0 +1,191 @@
+"""One run of the mixing benchmark: a small decoder, rows chosen by a planner, losses by source on the way.
+
+Every arm goes through `train`: same model, same optimizer, same planner, same batches of rows; only the mixer differs.
+A fixed mixture is a mixer that never moves. Rows are of one source each; bytes are tokens, losses are nats a byte.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from castalia.data.indexed import IndexedDataset
+from castalia.mixing import Planner, Stats, make_mixer
+from castalia.models import Decoder, ModelConfig
+from castalia.models.cross_entropy import fused_cross_entropy
+from castalia.recipes.corpus import CorpusPaths
+from castalia.train.config import OptimConfig, ScheduleConfig
+from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
+from castalia.train.schedule import make_schedule
+
+Tokens = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes that all runs of a benchmark share."""
+
+    steps: int = 300
+    rows: int = 24
+    seq: int = 128
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    lr: float = 1e-2
+    schedule: str = "cosine"
+    eval_rows: int = 16
+    """Held-out rows of each source that are measured."""
+    feed_rows: int = 8
+    """Other held-out rows of each source, for the mixers that learn from such losses."""
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens of a whole run."""
+        return self.steps * self.rows * self.seq
+
+    def eval_steps(self, steps: int) -> set[int]:
+        """Every 2.5% of the second half of a run, every 10% of the first."""
+        percent = [*range(10, 50, 10), *np.arange(50, 101, 2.5)]
+        return {max(1, round(steps * p / 100)) for p in percent}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: an arm of the benchmark at one seed."""
+
+    arm: str
+    seed: int
+    """Of the initial weights."""
+    kind: str
+    """Mixer."""
+    options: dict[str, Any] = field(default_factory=dict)
+    order: int | None = None
+    """Seed of the planner; null is `seed`."""
+    share: float = 1.0
+    """Of the steps: a run with less has a whole, shorter schedule."""
+    feed: int = 0
+    """Steps between the evaluations that the mixer gets; 0 is none."""
+
+    @property
+    def name(self) -> str:
+        """Of the file with its result."""
+        return f"{self.arm}.{self.seed}"
+
+
+@dataclass
+class Text:
+    """The tokens of the benchmark: training rows and two sets of held-out rows for each source."""
+
+    sources: list[str]
+    train: list[Tokens]
+    measured: list[Tokens]
+    fed: list[Tokens]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Training rows of each source."""
+        return [len(rows) for rows in self.train]
+
+
+def read_text(paths: CorpusPaths, sources: Sequence[str], scale: Scale) -> Text:
+    """Cut the token files of some sources into rows of seq + 1 tokens, of which the last is a target only."""
+    train, valid = (
+        [rows_of(paths.folder / f"{part}/{source}", scale.seq) for source in sources] for part in ("train", "valid")
+    )
+    fed = [spread(rows, scale.feed_rows) for rows in valid]
+    rest = [np.delete(rows, spread_places(len(rows), scale.feed_rows), axis=0) for rows in valid]
+    return Text(list(sources), train, [spread(rows, scale.eval_rows) for rows in rest], fed)
+
+
+def rows_of(prefix: Any, seq: int) -> Tokens:
+    """All documents one after another, in rows that overlap by one token."""
+    dataset = IndexedDataset(prefix)
+    tokens = np.concatenate([np.asarray(dataset[i]) for i in range(len(dataset.sizes))]).astype(np.int64)
+    count = (len(tokens) - 1) // seq
+    return tokens[np.arange(count)[:, None] * seq + np.arange(seq + 1)[None, :]]
+
+
+def spread_places(count: int, wanted: int) -> NDArray[np.int64]:
+    """So many places, evenly over all."""
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))
+
+
+def spread(rows: Tokens, wanted: int) -> Tokens:
+    """So many of the rows, evenly over all."""
+    return rows[spread_places(len(rows), wanted)]
+
+
+def losses_of(model: Decoder, rows: Tokens) -> torch.Tensor:
+    """Mean loss of each row in nats a token: (n, T + 1) -> (n,) float64, with a graph if one is wanted."""
+    tokens = torch.from_numpy(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model(tokens[:, :-1].contiguous()).flatten(0, 1)
+        total, by_token = fused_cross_entropy(hidden, model.head_weight, tokens[:, 1:].reshape(-1))
+    if torch.is_grad_enabled():
+        (total / by_token.numel()).backward()
+    return by_token.detach().view(len(rows), -1).mean(1, dtype=torch.float64)
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, sources: Sequence[Tokens], at_once: int = 32) -> list[float]:
+    """Held-out loss of each source, nats a token."""
+    rows = np.concatenate(list(sources))
+    found = torch.cat([losses_of(model, rows[i : i + at_once]) for i in range(0, len(rows), at_once)])
+    return [float(part.mean()) for part in found.split([len(source) for source in sources])]
+
+
+def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
+    """Train one arm; returns its curve of held-out losses, what it read, and how its shares moved."""
+    steps = round(scale.steps * job.share)
+    mixer = make_mixer(job.kind, sources=text.sources, **job.options)
+    planner = Planner(mixer, sizes=text.sizes, rows=scale.rows, seed=job.seed if job.order is None else job.order)
+    model = make_model(scale, job.seed)
+    optimizer = make_optimizer(model, OptimConfig(lr=scale.lr))
+    rate = make_schedule(ScheduleConfig(name=scale.schedule, warmup=0.02, min_lr=scale.lr / 50), scale.lr, steps)  # type: ignore[arg-type]
+    measured_at, curve = scale.eval_steps(steps), []
+    counts, shares = np.zeros((steps, len(text.sources)), np.int64), []
+    for step in range(1, steps + 1):
+        plan = planner.plan(step)
+        read = plan.rows()
+        rows = np.stack([text.train[s][i] for s, i in zip(read.source, read.index, strict=True)])
+        losses = losses_of(model, rows).numpy()
+        clip_gradients(model, gradient_norm(model), 1.0)
+        set_lr(optimizer, rate(step - 1))
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens = plan.counts * float(scale.seq)
+        loss_sum = np.bincount(read.source, losses * scale.seq, minlength=len(tokens))
+        fed = evaluate(model, text.fed) if job.feed and step % job.feed == 0 else None
+        planner.observe(Stats(step, loss_sum, tokens, val_loss=fed))
+        counts[step - 1] = plan.counts
+        if step in measured_at:
+            curve.append([step, *evaluate(model, text.measured)])
+            shares.append([step, *np.round(plan.weights, 5).tolist()])
+    return {
+        "job": asdict(job),
+        "steps": steps,
+        "curve": curve,
+        "shares": shares,
+        "outside": evaluate(model, outside.measured),
+        "mean_share": (counts.sum(0) / counts.sum()).tolist(),
+        "epochs": (counts.sum(0) / np.array(text.sizes)).tolist(),
+    }
+
+
+def make_model(scale: Scale, seed: int) -> Decoder:
+    """The decoder; its initial weights depend on the seed alone."""
+    shape = ModelConfig(
+        num_layers=scale.layers,
+        hidden_size=scale.width,
+        num_attention_heads=scale.heads,
+        vocab_size=257,
+        make_vocab_size_divisible_by=1,
+        max_position_embeddings=scale.seq,
+        rotary_pct=1.0,
+    )
+    model = Decoder(shape)
+    model.init_weights(seed)
+    return model
