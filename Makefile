@@ -31,6 +31,7 @@ lint: install
 bench: install
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/mixing_cost.py
+	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/training.py
 
 clean:

@@ -30,8 +30,9 @@ from machine import describe
 from mixing_corpus import DIAGNOSTIC, corpus
 from mixing_numbers import Result, against, best_arm, curve, final, metrics, noise_floor
 from mixing_picture import draw
-from mixing_run import Job, Scale, Text, read_text, train
+from mixing_run import Job, Scale, read_text, train
 
+from castalia.core.allocator import keep_freed_memory
 from castalia.core.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -44,8 +45,8 @@ SCALES = {
     "default": Scale(),
     "full": Scale(steps=2000, rows=32, layers=4, width=128, lr=4e-3),
 }
-GOAL = 0.19
-"""Iterations that the ODM paper saves against its best baseline."""
+TILT = 4.0
+"""Temperature of the prior of `progress-tilt`, and of the fixed mixture that has it too."""
 
 
 def main() -> None:
@@ -110,25 +111,29 @@ class Bench:
     def arms(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Mixer and settings of each arm; the warm-up is 5% of a run."""
         sizes, warm = self.text.sizes, {"warmup_steps": self.scale.steps // 20}
-        root = np.sqrt(self.natural)
+        rows = float(self.scale.steps * self.scale.rows)
+        tilt = self.natural ** (1 / TILT)
         return {
             "natural": ("natural", {"sizes": sizes}),
             "uniform": ("uniform", {}),
-            "unimax": ("unimax", {"sizes": sizes, "budget": float(self.scale.steps * self.scale.rows), "max_epochs": 1}),
-            "temperature": ("temperature", {"sizes": sizes}),
+            "unimax": (
+                "unimax",
+                {"sizes": sizes, "budget": rows, "max_epochs": 1},
+            ),
+            "temperature": ("temperature", {"sizes": sizes, "temperature": TILT}),
             "odm-repo": ("odm-repo", warm),
             "odm-paper": ("odm-paper", warm),
             "odm": ("odm", warm),
             "ado": ("ado", {"prior": self.natural.tolist(), "refit_every": max(30, self.scale.steps // 20)}),
             "progress": ("progress", warm),
-            "progress-root": ("progress", warm | {"prior": (root / root.sum()).tolist()}),
+            "progress-tilt": ("progress", warm | {"prior": (tilt / tilt.sum()).tolist()}),
         }
 
     def second(self) -> Iterator[Job]:
         """The arms that use what other seeds ended with: mean shares as a static mixture, and targets."""
         for place, seed in enumerate(self.options.seeds):
             others = [s for s in self.options.seeds if s != seed] or [seed]
-            for arm in ("odm", "progress", "progress-root"):
+            for arm in ("odm", "progress", "progress-tilt"):
                 if all(self.done(arm, s) for s in others):
                     shares = np.mean([self.read(arm, s)["mean_share"] for s in others], axis=0)
                     yield Job(f"{arm}-mean", seed, "static", {"prior": (shares / shares.sum()).tolist()})
@@ -139,7 +144,7 @@ class Bench:
     def third(self) -> Iterator[Job]:
         """The budget confirmation of our mixers, where they save anything."""
         results = self.results()
-        for arm in ("progress", "progress-root"):
+        for arm in ("progress", "progress-tilt"):
             saving = self.compare(results, arm, "M1")["saved"] if results.get(arm) else 0.0
             for seed in self.options.seeds if saving > 0 else ():
                 kind, options = self.arms()[arm]
@@ -176,9 +181,8 @@ class Bench:
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished in {self.folder}", flush=True)
         if not missing:
             return
-        with multiprocessing.get_context("fork").Pool(self.options.jobs, initializer=alone) as pool:
-            tasks = [(job, self.text, self.outside, self.scale, self.path(job.arm, job.seed)) for job in missing]
-            for place, name in enumerate(pool.imap_unordered(run_one, tasks), 1):
+        with multiprocessing.get_context("fork").Pool(self.options.jobs, alone, (self,)) as pool:
+            for place, name in enumerate(pool.imap_unordered(run_one, missing), 1):
                 print(f"  {place}/{len(missing)} {name}", flush=True)
 
     def weights(self, metric: str) -> np.ndarray:
@@ -188,7 +192,9 @@ class Bench:
     def base(self, results: dict[str, dict[int, Result]], metric: str) -> str:
         """The best fixed mixture on a metric."""
         weights = self.weights(metric)
-        return best_arm(results, [arm for arm in FIXED if arm in results], lambda result: float(final(result) @ weights))
+        return best_arm(
+            results, [arm for arm in FIXED if arm in results], lambda result: float(final(result) @ weights)
+        )
 
     def compare(self, results: dict[str, dict[int, Result]], arm: str, metric: str) -> dict[str, Any]:
         """An arm against the best fixed mixture."""
@@ -266,25 +272,34 @@ class Bench:
         return out
 
 
-def alone() -> None:
-    """A worker has one thread, and is the last to be served."""
+WORKER: list[Bench] = []
+"""The benchmark that this worker process runs a part of; inherited, so that the text is in memory once."""
+
+
+def alone(bench: Bench) -> None:
+    """A worker has one thread, holds on to its memory, and is served last."""
+    WORKER[:] = [bench]
+    keep_freed_memory()
     torch.set_num_threads(1)
     os.nice(5)
 
 
-def run_one(task: tuple[Job, Text, Text, Scale, Path]) -> str:
+def run_one(job: Job) -> str:
     """Train one arm and write its file, whole or not at all."""
-    job, text, outside, scale, path = task
-    write_json(path, train(job, text, outside, scale))
+    bench = WORKER[0]
+    write_json(bench.path(job.arm, job.seed), train(job, bench.text, bench.outside, bench.scale))
     return job.name
 
 
 def print_table(value: dict[str, Any]) -> None:
     """The arms from best to worst on M1."""
-    fixed = value["best_fixed"]
-    print(f"\n{len(value['sources'])} sources, {value['scale']['steps']} steps, seeds {value['seeds']}; S on M1 is", end=" ")
-    print(f"against {fixed['M1']}, on M2 against {fixed['M2']}; nats a byte")
-    print(f"{'arm':<22}{'M1':>8}{'M1 ppl':>8}{'M2':>8}{'M3':>8}{'M4':>8}{'S on M1':>10}{'95%':>18}{'S on M2':>10}{'95%':>18}")
+    fixed, scale = value["best_fixed"], value["scale"]
+    print(
+        f"\n{len(value['sources'])} sources, {scale['steps']} steps, seeds {value['seeds']}; nats a byte;"
+        f" S on M1 against {fixed['M1']}, on M2 against {fixed['M2']}"
+    )
+    print(f"{'arm':<22}" + "".join(f"{name:>8}" for name in ("M1", "M1 ppl", "M2", "M3", "M4")), end="")
+    print("".join(f"{title:>10}{'95%':>18}" for title in ("S on M1", "S on M2")))
     for arm, row in sorted(value["arms"].items(), key=lambda item: item[1]["metrics"]["M1"]):
         numbers = "".join(f"{row['metrics'][name]:>8.3f}" for name in ("M1", "M1 ppl", "M2", "M3", "M4"))
         savings = ""
@@ -294,7 +309,8 @@ def print_table(value: dict[str, Any]) -> None:
         print(f"{arm:<22}{numbers}{savings}")
     for metric, arms in value["noise"].items():
         for arm, noise in arms.items():
-            print(f"two seeds of {arm}: S on {metric} between {noise['low']:+.1%} and {noise['high']:+.1%} in 9 of 10 pairs")
+            spread = f"between {noise['low']:+.1%} and {noise['high']:+.1%} in 9 of 10 pairs"
+            print(f"two seeds of {arm}: S on {metric} {spread}")
     for arm, found in value["confirm"].items():
         gaps = ", ".join(f"{gap:+.4f}" for gap in found["M1_above_base"])
         print(f"{arm}: {found['steps']} steps ({found['saved']:.0%} less) end {gaps} nats from {fixed['M1']} on M1")

@@ -33,7 +33,7 @@ def draw(value: dict[str, Any], path: Path) -> None:
     for place, (title, dots, line, percent) in enumerate(panels):
         left = LABEL + place * (PANEL + GAP)
         parts += panel(left, title, [dots(arm) for arm in arms], line, percent)
-    moving = [arm for arm in ("odm", "progress", "progress-root") if arm in value["arms"]]
+    moving = [arm for arm in ("odm", "progress", "progress-tilt") if arm in value["arms"]]
     for place, arm in enumerate(moving):
         parts += areas(LABEL + place * (PANEL + GAP), height + 40, arm, value["arms"][arm]["shares"])
     parts += legend(LABEL + len(moving) * (PANEL + GAP), height + 40, list(value["sources"]))
@@ -69,16 +69,16 @@ def panel(left: float, title: str, rows: Sequence[Dots], line: float | None, per
     for tick in (low, (low + high) / 2, high):
         parts.append(text(at(tick) - 14, 50, f"{tick:+.0%}" if percent else f"{tick:.3f}", "s"))
     if line is not None:
-        parts.append(f'<line class="z" x1="{at(line):.1f}" x2="{at(line):.1f}" y1="{TOP - 8}" y2="{TOP + LINE * len(rows) - 10}"/>')
+        x, bottom = at(line), TOP + LINE * len(rows) - 10
+        parts.append(f'<line class="z" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{bottom}"/>')
     for number, row in enumerate(rows):
         y = TOP + LINE * number
         parts.append(f'<line class="g" x1="{left}" x2="{left + PANEL}" y1="{y}" y2="{y}"/>')
         middle = sorted(row.values())[len(row) // 2]
         parts.append(f'<line class="m" x1="{at(middle):.1f}" x2="{at(middle):.1f}" y1="{y - 6}" y2="{y + 6}"/>')
-        parts += [
-            f'<circle cx="{at(v):.1f}" cy="{y}" r="3.5" fill="#4c78a8" fill-opacity=".75"><title>seed {seed}: {v:.4f}</title></circle>'
-            for seed, v in row.items()
-        ]
+        for seed, v in row.items():
+            said = f"<title>seed {seed}: {v:.4f}</title>"
+            parts.append(f'<circle cx="{at(v):.1f}" cy="{y}" r="3.5" fill="#4c78a8" fill-opacity=".75">{said}</circle>')
     return parts
 
 

@@ -21,7 +21,7 @@ from castalia.train.config import OptimConfig, ScheduleConfig
 from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
 from castalia.train.schedule import make_schedule
 
-Tokens = NDArray[np.int64]
+Tokens = NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def read_text(paths: CorpusPaths, sources: Sequence[str], scale: Scale) -> Text:
 def rows_of(prefix: Any, seq: int) -> Tokens:
     """All documents one after another, in rows that overlap by one token."""
     dataset = IndexedDataset(prefix)
-    tokens = np.concatenate([np.asarray(dataset[i]) for i in range(len(dataset.sizes))]).astype(np.int64)
+    tokens = np.concatenate([np.asarray(dataset[i]) for i in range(len(dataset.sizes))]).astype(np.uint16)
     count = (len(tokens) - 1) // seq
     return tokens[np.arange(count)[:, None] * seq + np.arange(seq + 1)[None, :]]
 
@@ -120,7 +120,7 @@ def spread(rows: Tokens, wanted: int) -> Tokens:
 
 def losses_of(model: Decoder, rows: Tokens) -> torch.Tensor:
     """Mean loss of each row in nats a token: (n, T + 1) -> (n,) float64, with a graph if one is wanted."""
-    tokens = torch.from_numpy(rows)
+    tokens = torch.from_numpy(rows.astype(np.int64))
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model(tokens[:, :-1].contiguous()).flatten(0, 1)
         total, by_token = fused_cross_entropy(hidden, model.head_weight, tokens[:, 1:].reshape(-1))

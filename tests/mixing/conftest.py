@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "naive-validation": {"floor": 0.1},
     "dbl": {"target": [2.0, 2.5, 2.5, 2.0, 4.0], "max_share": 0.6},
     "doremi": {"reference": [2.0, 2.5, 2.5, 2.0, 4.0], "weight_smoothing": 0.5, "update_every": 3},
+    "progress": {"warmup_steps": 4, "caution": 1.0},
     "ado": {"refit_every": 12, "epoch_cap": 3.0, "horizon": 4000.0},
 }
 """Every mixer but replay, with settings that exercise what goes around it."""

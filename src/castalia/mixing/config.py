@@ -14,7 +14,7 @@ from castalia.mixing.mixer import MIXERS, Mixer
 
 OWN = (
     "smoothing", "eps", "scale", "reward", "power", "guard", "temperature", "max_epochs", "rate", "least", "clamp",
-    "past", "refit_every", "target", "reference", "record",
+    "past", "refit_every", "memory", "recent", "caution", "enough", "target", "reference", "record",
 )  # fmt: skip
 """Fields that only some mixers have; null leaves the mixer's own default."""
 
@@ -24,7 +24,8 @@ class MixingConfig(Config):
 
     kind: str = "static"
     """Mixer: static, natural, uniform, temperature, unimax, odm, odm-repo, odm-paper, exp3, naive-validation, dbl,
-    doremi, ado or replay. In `castalia train`, static is GPT-NeoX's blend by data.weights, which no planner makes."""
+    doremi, ado, progress or replay. In `castalia train`, static is GPT-NeoX's blend by data.weights, which no planner
+    makes."""
     planned: bool = False
     """Let the planner make the rows under `static` too; under every other kind it does."""
     warmup_steps: NonNegativeInt = 0
@@ -75,13 +76,21 @@ class MixingConfig(Config):
     rate: PositiveFloat | None = None
     """dbl, doremi: step size of the multiplicative update; null is 1."""
     least: float | None = Field(None, ge=0, le=1)
-    """dbl, doremi: mass spread evenly; null is 1e-4 and 1e-3."""
+    """dbl, doremi: mass spread evenly; null is 1e-4 and 1e-3. progress: mass that follows the prior; null is 0.1."""
     clamp: bool | None = None
     """dbl: distances to the target count from 0 up; null is false."""
     past: float | None = Field(None, ge=0, lt=1)
     """ado: the average's part in the shares; null is 0.9."""
     refit_every: PositiveInt | None = None
     """ado: steps between fits of the scaling laws; null is 1000."""
+    memory: NonNegativeFloat | None = None
+    """progress: power of the step by which old losses fade; null is 3."""
+    recent: NonNegativeFloat | None = None
+    """progress: the same for the share that was read lately; null is 10."""
+    caution: NonNegativeFloat | None = None
+    """progress: factor of the standard error by which a slope is drawn towards the mean slope; null is 2."""
+    enough: PositiveFloat | None = None
+    """progress: part of the mean slope from which on a source keeps its prior share; null is 0.75."""
     target: dict[str, float] | None = None
     """dbl: held-out loss that each source shall reach, nats a token."""
     reference: dict[str, float] | None = None

@@ -1,4 +1,4 @@
-"""Learning progress: more of the sources whose loss still falls, however high or low it stands."""
+"""Learning progress: less of the sources whose loss does not fall, however high or low it stands."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,22 +16,22 @@ FLAT = 1e-9
 
 @MIXERS.register("progress")
 class Progress(Mixer):
-    """Shares in proportion to the prior times the speed of learning, in nats for each e-fold of the steps.
+    """The prior, less of the sources that have stopped to learn or never began.
 
-    s_i = -d loss_i / d ln t, by least squares over the training losses so far. The loss of step u counts at step t in
-    proportion to the tokens drawn and to (u / t) ** memory: with memory 2 the last half of the steps has 7/8 of the
-    weight. Each slope is drawn towards that of all sources together, as `caution` steps at an even share would.
-    p = (1 - least) q + least prior, q_i proportional to prior_i max(s_i, 0) ** power.
+    s_i = -d loss_i / d ln(t r_i), by least squares over the training losses so far, r_i the share read lately: how much
+    the loss falls while what is read of the source grows e-fold. At step t the loss of step u has the weight of its
+    tokens times (u / t) ** memory, so with memory 3 the last half of the run counts 15/16; r_i fades alike with
+    `recent`. Each s_i is drawn towards s, that of all sources together, the more the less sure it is: with weight
+    (caution e_i)^2 against s^2, e_i its standard error.
+    p = (1 - least) q + least prior, q_i proportional to prior_i min(max(s_i, 0) / (enough s), 1).
 
-    Why: when the loss of a source follows what was read of it alone, L_i(n_i), the sum of prior_i L_i is least for a
-    given number of tokens where prior_i dL_i/dn_i is the same everywhere, that is where n_i is in proportion to
-    prior_i (-dL_i/d ln n_i); and at steady shares ln n_i moves as ln t does. Noise has a high loss and no slope, what
-    is known has a low loss and no slope: both fall to `least`. The prior says what is wanted: uniform for the mean over
-    sources, natural for the mean over tokens, the temperature mixture for a bit of both.
+    Noise has a high loss and what is known a low one, and neither falls: both drop to `least` of their prior share, and
+    come back when their loss moves again. A source that learns faster than others gets no more for it: its slope says
+    what its rows do for itself, and not what they do for the others.
     """
 
     kind = "progress"
-    per_source = ("shares", "rejected", "lately", "weight", "x", "y", "xx", "xy")
+    per_source = ("shares", "rejected", "lately", "sums")
     scalars = ("last",)
 
     def __init__(
@@ -40,21 +40,21 @@ class Progress(Mixer):
         *,
         prior: ArrayLike | Mapping[str, float] | None = None,
         memory: float = 3.0,
-        caution: float = 10.0,
-        enough: float = 0.5,
-        least: float = 0.1,
         recent: float = 10.0,
+        caution: float = 2.0,
+        enough: float = 0.75,
+        least: float = 0.1,
     ) -> None:
         super().__init__(sources, prior=prior)
-        if not (memory >= 0 and recent >= 0 and caution > 0 and enough > 0 and 0 <= least <= 1):
+        if not (memory >= 0 and recent >= 0 and caution >= 0 and enough > 0 and 0 <= least <= 1):
             raise ConfigError(
-                "progress: expected memory >= 0, recent >= 0, caution > 0, enough > 0 and 0 <= least <= 1,"
+                "progress: expected memory, recent and caution >= 0, enough > 0 and 0 <= least <= 1,"
                 f" got {memory}, {recent}, {caution}, {enough} and {least}"
             )
         self.memory, self.recent, self.caution, self.enough, self.least = memory, recent, caution, enough, least
-        self.weight, self.x, self.y, self.xx, self.xy = np.zeros((5, len(self.sources)))
-        self.lately = self.prior.copy()
-        self.last = 0
+        self.lately, self.last = self.prior.copy(), 0
+        self.sums = np.zeros((len(self.sources), 7))
+        """Weights w, squares of w, and w times x, y, xx, xy, yy; x the logarithm of what is read, y the loss."""
 
     def update(self, stats: Stats) -> None:
         """Let the past fade, take in the step, and follow the slopes."""
@@ -62,13 +62,12 @@ class Progress(Mixer):
         tokens = np.where(seen, np.asarray(stats.tokens, np.float64), 0.0)
         if tokens.sum() <= 0:
             return
-        drawn, fading = tokens / tokens.sum(), (self.last / stats.step) ** self.recent
+        drawn, past = tokens / tokens.sum(), self.last / stats.step
+        kept, fading, self.last = past**self.memory, past**self.recent, stats.step
         self.lately = fading * self.lately + (1 - fading) * (0.999 * drawn + 0.001 * self.prior)
-        new, x = len(tokens) * drawn, np.log(np.maximum(stats.step * self.lately, 1e-300))
-        kept = (self.last / stats.step) ** self.memory
-        self.last = stats.step
-        self.weight, self.x, self.y = kept * self.weight + new, kept * self.x + new * x, kept * self.y + new * means
-        self.xx, self.xy = kept * self.xx + new * x * x, kept * self.xy + new * (x * means)
+        w, x, y = drawn, np.log(np.maximum(stats.step * self.lately, 1e-300)), means
+        fades = np.array([kept, kept * kept, kept, kept, kept, kept, kept])
+        self.sums = self.sums * fades + np.stack([w, w * w, w * x, w * y, w * x * x, w * x * y, w * y * y], axis=1)
         slopes, pooled = self.slopes()
         if pooled > FLAT:
             gate = np.clip(slopes / (self.enough * pooled), 0.0, 1.0)
@@ -76,9 +75,14 @@ class Progress(Mixer):
 
     def slopes(self) -> tuple[Vector, float]:
         """Nats that a loss falls while what is read of its source grows e-fold: (K,), and of all sources together."""
-        weight = np.maximum(self.weight, 1e-300)
-        spread = np.maximum(self.xx - self.x * self.x / weight, 0.0)
-        fall = self.x * self.y / weight - self.xy
-        pooled = float(fall.sum() / max(spread.sum(), 1e-300))
-        trust = self.caution * spread.sum() / max(self.weight.sum(), 1e-300)
-        return (fall + trust * pooled) / np.maximum(spread + trust, 1e-300), pooled
+        w = self.sums[:, 0]
+        ww, x, y, xx, xy, yy = (self.sums[:, 1:] / np.maximum(w[:, None], 1e-300)).T
+        spread, fall = np.maximum(xx - x * x, 1e-12), x * y - xy
+        pooled = float((w * fall).sum() / (w * spread).sum())
+        # (sum w)^2 / sum w^2 is the number of losses that count; ww is sum w^2 / sum w.
+        count = w / np.maximum(ww, 1e-300)
+        left = np.maximum(yy - y * y - fall * fall / spread, 0.0)
+        error = left / (spread * np.maximum(count - 2, 1e-3))
+        sure = pooled * pooled / np.maximum(pooled * pooled + self.caution**2 * error, 1e-300)
+        sure = np.where(count > 3, sure, 0.0)
+        return sure * fall / spread + (1 - sure) * pooled, pooled
