@@ -15,6 +15,7 @@ from castalia.recipes import load_config
 from castalia.recipes.run import closing_line
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
 from castalia.train.loss import LossOut, NextToken
+from castalia.train.mixture import RecordedOrder
 from castalia.train.mixture_record import RecordMixture
 from castalia.train.trainer import Trainer
 
@@ -366,3 +367,15 @@ def test_held_out_losses_come_by_source_and_reach_the_mixer(make, sources, tmp_p
     rest = Ids()
     make("mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, output="cut", hooks=[rest]).fit()
     assert cut.weights + rest.weights == ids.weights and cut.ids + rest.ids == ids.ids
+
+
+def test_the_record_tells_which_row_stood_where(fit, tmp_path):
+    ids, trainer = fit(*ODM)
+    order = RecordedOrder(trainer.config, trainer.rows, tmp_path / "run" / "mixture.jsonl")
+    flat = [pair for source, place in ids.ids for pair in zip(source, place, strict=True)]
+    assert [order(place) for place in range(96)] == flat
+    assert order(3) == flat[3]
+    with pytest.raises(CastaliaError, match="the record ends at step 8, step 9 is asked for"):
+        order(96)
+    with pytest.raises(DataError, match=r"only its mixture.jsonl tells"):
+        trainer.rows.train.locate(0)

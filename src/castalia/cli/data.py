@@ -321,10 +321,12 @@ def materialize(
 
 
 def rows_of(sources: list[str]) -> "tuple[RunConfig, Rows]":
-    """The config that the sources give, and the rows of its run as training builds them."""
+    """The config that the sources give, and the rows of its run as training builds them, or as its record has them."""
     from castalia.data import build_rows
+    from castalia.data.planned import SourceRows
     from castalia.recipes import resolve
     from castalia.recipes.corpus import ensure_corpus
+    from castalia.train.mixture import RecordedOrder
 
     config = ensure_corpus(resolve(sources).config, say=lambda text: typer.echo(text, err=True))
     train = config.train
@@ -338,6 +340,8 @@ def rows_of(sources: list[str]) -> "tuple[RunConfig, Rows]":
         planned=config.mixing.plans,
         allow_empty=config.mixing.allow_empty,
     )
+    if isinstance(rows.train, SourceRows):
+        rows.train.order = RecordedOrder(config, rows, Path(config.output) / "mixture.jsonl")
     return config, rows
 
 

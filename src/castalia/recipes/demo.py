@@ -24,6 +24,7 @@ def demo(name: str = "demo") -> dict[str, Any]:
             "max_position_embeddings": 512,
         },
         "data": {"seq_length": 256, "corpus": "python"},
+        "mixing": {"kind": "odm", "warmup_steps": 50},
         "train": {"steps": 1000, "batch_size": 8, "log_every": 50},
         "optim": {"lr": 2e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "clip": 1.0},
         "schedule": {"name": "cosine", "warmup": 0.01, "min_lr": 2e-4},

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from castalia.analysis import write_report
@@ -21,6 +22,7 @@ from castalia.core.files import write_json
 from castalia.data import load_tokenizer
 from castalia.eval import HeldOut, sweep
 from castalia.inference import export
+from castalia.mixing import read_mixture
 from castalia.monitor import duration
 from castalia.recipes.corpus import CorpusPaths, build_corpus
 from castalia.recipes.demo_summary import show_summary, summarize
@@ -124,6 +126,7 @@ class Demo:
         self.record["training"] = {
             "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
             "fingerprint": short_hash(trainer.rows.fingerprint),
+            "shares": shares_of(self.folder),
         }
 
     def evaluate(self) -> None:
@@ -201,6 +204,14 @@ def run_demo(overrides: Sequence[str], output: str, command: Sequence[str], say:
     show_summary(json.loads((demo.folder / "summary.json").read_text(encoding="utf-8")))
     say(f"report: {report}")
     return report
+
+
+def shares_of(folder: Path) -> dict[str, list[float]]:
+    """The share of each source at the first step, on average, and at the last."""
+    record = read_mixture(folder / "mixture.jsonl")
+    weights = record.weights()
+    columns = np.stack([weights[0], record.mean_weights(), weights[-1]], axis=1).tolist()
+    return dict(zip(record.sources, columns, strict=True))
 
 
 def choose_precision(output: str, overrides: Sequence[str], say: Callable[[str], None]) -> list[str]:

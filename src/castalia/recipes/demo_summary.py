@@ -51,15 +51,26 @@ def sources_table(record: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[
                 f"{train['documents']:,}",
                 quantity(train["tokens"]),
                 f"{valid['documents']:,}",
+                " → ".join(f"{share:.1%}" for share in record["training"]["shares"][name][::2]),
                 f"{before:.2f}",
                 f"{after:.2f}",
                 f"{valid['zlib_bits_per_byte']:.2f}",
             ]
         )
-    header = ["source", "documents", "tokens", "held out", f"step {first['step']}", f"step {last['step']}", "zlib"]
+    header = [
+        "source",
+        "documents",
+        "tokens",
+        "held out",
+        "share",
+        f"step {first['step']}",
+        f"step {last['step']}",
+        "zlib",
+    ]
     about = (
         "Bits per byte of held-out documents, up to 12,000 tokens of each source, at the first and last checkpoint;"
-        " as a yardstick, what zlib -9 makes of every held-out document."
+        " as a yardstick, what zlib -9 makes of every held-out document. Share is the part of the rows at the first and"
+        " the last step, which online data mixing sets by the losses."
     )
     return {"title": "Sources", "about": about, "header": header, "rows": rows}
 
@@ -121,7 +132,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     table.add_section()
     for row in sources["rows"]:
         name = row[0].partition(":")[0]
-        table.add_row(f"bits per byte, {name}", f"{row[4]} → {row[5]}   (zlib {row[6]})")
+        table.add_row(f"bits per byte, {name}", f"{row[5]} → {row[6]}   (zlib {row[7]}), share {row[4]}")
     table.add_section()
     for name, speed, size, bits, same in speech["rows"]:
         table.add_row(name, f"{speed} tokens/s, {size}, {bits} bits per token, same text {same}")

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data import Rows
 from castalia.data.loader import StepPlan
 from castalia.data.planned import Located, SourceRows
-from castalia.mixing import ExhaustionError, Plan, Planner, Stats, read_mixture
+from castalia.mixing import ExhaustionError, Plan, PlannedRows, Planner, Stats, make_mixer, read_mixture
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.record import header_of
 from castalia.train.config import RunConfig
@@ -184,3 +185,44 @@ def movements(before: NDArray[np.float64], now: NDArray[np.float64], names: Sequ
     change = 100 * (now - before)
     largest = np.argsort(-np.abs(change), kind="stable")[:MOVES]
     return " ".join(f"{names[i]} {now[i]:.1%} ({change[i]:+.1f})" for i in largest)
+
+
+class RecordedOrder:
+    """Which row of which source stood at a place of a run's served order, from its mixture.jsonl.
+
+    Places count from 0, `batch_size` a step. Quick for places in order; going back plans anew from the first step.
+    """
+
+    def __init__(self, config: RunConfig, rows: Rows, path: str | Path) -> None:
+        assert isinstance(rows.train, SourceRows)
+        self.config, self.sources, self.sizes = config, rows.sources, rows.train.sizes
+        self.record = read_mixture(path)
+        self.begin()
+
+    def begin(self) -> None:
+        """Before the first step."""
+        self.step, self.rows = 0, PlannedRows(*(np.empty(0, np.int64) for _ in range(3)))
+        mixing = self.config.mixing
+        self.planner = Planner(
+            make_mixer("replay", sources=self.sources, record=self.record),
+            sizes=self.sizes,
+            rows=self.config.train.batch_size,
+            seed=self.config.seed,
+            exhaustion=mixing.exhaustion,
+            allow_empty=mixing.allow_empty,
+        )
+
+    def __call__(self, index: int) -> tuple[int, int]:
+        """The source of the row at place `index`, and its place in that source's order.
+
+        Raises  TrainingError past the end of the record.
+        """
+        step, place = divmod(int(index), self.config.train.batch_size)
+        if step + 1 < self.step:
+            self.begin()
+        while self.step < step + 1:
+            plan = self.planner.plan(self.step + 1)
+            self.step += 1
+            if self.step == step + 1:
+                self.rows = plan.rows()
+        return int(self.rows.source[place]), int(self.rows.index[place])
