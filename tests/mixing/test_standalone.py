@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
@@ -20,8 +22,8 @@ print(planner.mixer.weights())
 """
 
 
-def run(*command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+def run(*command, folder=None):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, cwd=folder)
 
 
 def test_numpy_is_all_it_needs():
@@ -36,5 +38,15 @@ def test_the_example_in_a_plain_loop():
     done = run(str(ROOT / "examples" / "mixing_plain.py"))
     assert done.returncode == 0, done.stderr
     weights = ast.literal_eval(done.stdout)
+    assert weights["noise"] == 0.5
+    assert weights["words"] > weights["digits"]
+
+
+def test_the_example_under_the_trainer_of_transformers(tmp_path):
+    """It reads a step ahead, which the planner's lag allows."""
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    done = run(str(ROOT / "examples" / "mixing_transformers.py"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights = ast.literal_eval(done.stdout.splitlines()[-1])
     assert weights["noise"] == 0.5
     assert weights["words"] > weights["digits"]

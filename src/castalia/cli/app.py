@@ -3,7 +3,7 @@
 import typer
 
 from castalia import __version__
-from castalia.cli import data, demo, export, generate, launch, prepare, show, train
+from castalia.cli import data, demo, export, generate, launch, mixing, prepare, show, train
 
 app = typer.Typer(
     name="castalia",
@@ -32,3 +32,4 @@ def root(
 for verb in (demo.demo, prepare.prepare, show.show, train.train, launch.launch, generate.generate, export.export):
     app.command()(verb)
 app.add_typer(data.app, name="data")
+app.add_typer(mixing.app, name="mixing")

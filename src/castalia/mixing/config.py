@@ -1,10 +1,20 @@
 """The `mixing:` section of a config."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from numpy.typing import ArrayLike
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from castalia.config.base import Config
 from castalia.core.errors import ConfigError
@@ -17,6 +27,22 @@ OWN = (
     "past", "refit_every", "memory", "recent", "caution", "enough", "target", "reference", "record",
 )  # fmt: skip
 """Fields that only some mixers have; null leaves the mixer's own default."""
+
+
+def read_losses(value: Any) -> Any:
+    """A path stands for the losses in that file: a mapping by source, or one under "losses"."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(Path(value).read_text(encoding="utf-8"))
+        return found.get("losses", found)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read the losses in {value}: {error}; `castalia mixing reference` writes them"
+        ) from None
+
+
+Losses = Annotated[dict[str, float], BeforeValidator(read_losses)]
 
 
 class MixingConfig(Config):
@@ -91,10 +117,10 @@ class MixingConfig(Config):
     """progress: factor of the standard error by which a slope is drawn towards the mean slope; null is 2."""
     enough: PositiveFloat | None = None
     """progress: part of the mean slope from which on a source keeps its prior share; null is 0.75."""
-    target: dict[str, float] | None = None
-    """dbl: held-out loss that each source shall reach, nats a token."""
-    reference: dict[str, float] | None = None
-    """doremi, odm: a reference model's loss on each source, nats a token."""
+    target: Losses | None = None
+    """dbl: held-out loss that each source shall reach, nats a token; by name, or a file of `mixing reference`."""
+    reference: Losses | None = None
+    """doremi, odm: a reference model's loss on each source, nats a token; by name, or such a file."""
     record: str | None = None
     """replay: the mixture.jsonl of the run to repeat."""
 
