@@ -73,7 +73,7 @@ class Engine(ABC):
         logits = self.logits(ids)[:-1]
         labels = torch.tensor(ids[1:], device=logits.device)[:, None]
         parts = [
-            rows.gather(1, picked)[:, 0] - rows.logsumexp(1)
+            rows.log_softmax(1).gather(1, picked)[:, 0]
             for rows, picked in zip(logits.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True)
         ]
         return torch.cat(parts) if parts else torch.empty(0)

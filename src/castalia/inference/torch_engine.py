@@ -120,8 +120,8 @@ class TorchEngine(Engine):
         labels = torch.tensor(ids[1:], device=hidden.device)
         parts = []
         for rows, picked in zip(hidden.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-            logits = self.model.head(rows).float()
-            parts.append(logits.gather(1, picked[:, None])[:, 0] - logits.logsumexp(1))
+            logprobs = torch.log_softmax(self.model.head(rows), 1, dtype=torch.float32)
+            parts.append(logprobs.gather(1, picked[:, None])[:, 0])
         return torch.cat(parts)
 
     def hidden(self, ids: Sequence[int]) -> Tensor:
