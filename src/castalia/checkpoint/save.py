@@ -180,7 +180,7 @@ class Save:
                         raise CheckpointError(f"rank {rank} gave up: {note.failure}")
             return len(notes) == self.world
 
-        if not wait_until(all_here, self.patience):
+        if not wait_until(all_here, lambda: self.patience):
             missing = ", ".join(str(rank) for rank in range(self.world) if rank not in notes)
             raise CheckpointError(
                 f"cannot save step {self.step} in {self.folder}: no word of rank {missing} after {self.patience:g} s;"
@@ -232,7 +232,7 @@ class Save:
             except DamagedCheckpointError:
                 return False
 
-        if not wait_until(done, self.patience):
+        if not wait_until(done, lambda: self.patience):
             raise CheckpointError(f"no word of rank 0 about step {self.step} after {self.patience:g} s; is it alive?")
 
     def give_up(self, reason: str) -> None:
@@ -245,7 +245,8 @@ class Save:
                     self.leave(Note(save=self.mark, failure=reason))
         if self.rank == 0:
             if not self.has_gathered:
-                wait_until(lambda: all(self.note_of(rank) for rank in range(1, self.world)), min(self.patience, 60.0))
+                everyone = range(1, self.world)
+                wait_until(lambda: all(self.note_of(rank) for rank in everyone), lambda: min(self.patience, 60.0))
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def reason_of(self, error: Exception, needed: int) -> str:
@@ -294,11 +295,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether the condition came true within the time."""
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], seconds: Callable[[], float]) -> bool:
+    """Whether the condition came true within the time, which may be shortened meanwhile."""
+    begin = time.monotonic()
     while not condition():
-        if time.monotonic() > end:
+        if time.monotonic() - begin > seconds():
             return False
         time.sleep(POLL_SECONDS)
     return True

@@ -84,6 +84,7 @@ class Store:
         self.buffers: Buffers = {}
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
+        self.saving: Save | None = None
 
     def save(
         self,
@@ -112,6 +113,7 @@ class Store:
         mark = f"{self.session:x}-{self.saves}"
         save = Save(self.folder, step, mark, self.rank, self.world, staged, texts, self.patience)
         nbytes = sum(item.nbytes for item in staged.values())
+        self.saving = save
         self.thread = threading.Thread(target=self.run, args=(save,), name=f"save-{step}")  # the process ends after it
         self.thread.start()
         if not asynchronous:
@@ -148,6 +150,11 @@ class Store:
         error, self.error = self.error, None
         if error:
             raise error
+
+    def hurry(self, seconds: float) -> None:
+        """A process is lost: from now on the save that is under way waits this long for another process, not longer."""
+        if self.saving:
+            self.saving.patience = min(self.saving.patience, seconds)
 
     def steps(self) -> list[int]:
         """Steps whose checkpoints are whole, in order."""

@@ -11,7 +11,7 @@ from castalia.distributed.launching import LaunchConfig
 from castalia.distributed.ranks import environment, world_size
 
 if TYPE_CHECKING:
-    from castalia.distributed.join import peers_may_be_lost
+    from castalia.distributed.join import is_loss, peers_may_be_lost
     from castalia.distributed.layout import initialize, parallelize
     from castalia.distributed.watchdog import Watchdog
     from castalia.distributed.world import World, check_layout
@@ -25,6 +25,7 @@ __all__ = [
     "check_layout",
     "environment",
     "initialize",
+    "is_loss",
     "parallelize",
     "peers_may_be_lost",
     "world_size",
@@ -35,6 +36,7 @@ PLACES = {
     "check_layout": "world",
     "initialize": "layout",
     "parallelize": "layout",
+    "is_loss": "join",
     "peers_may_be_lost": "join",
 }
 __getattr__ = lazy(__name__, PLACES)

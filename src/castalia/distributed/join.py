@@ -81,10 +81,14 @@ def peers_may_be_lost(rank: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if not any(text in said.lower() for text in LOST):
+        if not is_loss(error):
             raise
         raise TrainingError(
-            f"rank {rank} lost another process ({said.splitlines()[0]}); that one's own output says why; the same"
+            f"rank {rank} lost another process ({str(error).splitlines()[0]}); that one's own output says why; the same"
             " command, or torchrun --max-restarts, goes on from the newest checkpoint"
         ) from error
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether this is what a backend says when another process is gone."""
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in LOST)

@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from castalia.core.errors import CheckpointError
 from castalia.data import RowDataset, Rows
 from castalia.data.records import read_record
+from castalia.distributed import is_loss
 from castalia.mixing import scores
 from castalia.models.flops import flops_per_token
 from castalia.monitor import JsonlSink, duration, memory_bytes, peak_flops, quantity
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
 LONG = 10.0
 """Saving and loading may take so many times the limit of the watchdog."""
+PATIENCE = 1.0
+"""Seconds that the save under way waits for a process that is lost."""
 
 
 class Hook:
@@ -184,6 +189,8 @@ def bytes_per_token(rows: Rows) -> dict[str, float]:
 class Save(Hook):
     """Checkpoints by the save policy, and one at the end or when the run is asked to stop."""
 
+    is_lost = False
+
     def start(self, trainer: "Trainer") -> None:
         """Save step 0 when the policy has it, or the run may have to go back to it."""
         self.policy = trainer.policy
@@ -209,10 +216,17 @@ class Save(Hook):
         )
         trainer.carried["save_stall_seconds"] = round(timing.stall_seconds, 4)
 
+    def on_error(self, trainer: "Trainer", error: BaseException) -> None:
+        """Without the process that is lost, a save can only be finished if that one has written its part."""
+        self.is_lost = is_loss(error)
+        if self.is_lost:
+            trainer.store.hurry(PATIENCE)
+
     def close(self, trainer: "Trainer") -> None:
         """Wait until everything is on the disk."""
         trainer.beat("saving", patience=LONG)
-        trainer.store.wait()
+        with suppress(*[CheckpointError] if self.is_lost else []):  # the loss is what is told
+            trainer.store.wait()
 
 
 class StopOnSignal(Hook):

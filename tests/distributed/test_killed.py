@@ -1,0 +1,118 @@
+"""Processes killed at any moment, worlds that shrink and grow: no sample is lost or taken twice, the weights agree."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from castalia.checkpoint import read, verify
+from castalia.data import IndexedDatasetWriter
+
+PROGRAM = Path(__file__).with_name("killing.py")
+EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "rows_hash")
+SMALL = (
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "data.seq_length=16",
+    "checkpoint.steps=[]",
+    "checkpoint.every=2",
+    "checkpoint.keep=3",
+    "train.log_every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """Documents of bytes."""
+    prefix = tmp_path_factory.mktemp("tokens") / "text"
+    random = np.random.default_rng(3)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for size in random.integers(3, 60, 400):
+            writer.add([*random.integers(97, 123, size), 256])
+    return prefix
+
+
+def train(tokens, *runs):
+    """Run (folder, overrides, attempts) one after another; what happened in each attempt."""
+    plans = [
+        {
+            "output": str(folder),
+            "arguments": ["train", "debug", *SMALL, f"data.train={tokens}", *overrides],
+            "attempts": [{"processes": processes, "kill": seed} for processes, seed in attempts],
+        }
+        for folder, overrides, attempts in runs
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(PROGRAM), json.dumps(plans)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    logs = "".join(f"{folder}:\n{(folder / 'log.txt').read_text()}" for folder, _, _ in runs)
+    assert done.returncode == 0, done.stderr + logs
+    told = json.loads(done.stdout)
+    for attempt in (attempt for run in told for attempt in run):
+        # The others end with a sentence (1), or by torchrun's signals, where they waited for the dead one.
+        allowed = {0} if attempt["killed"] is None else {0, 1, -15, -9}
+        assert set(attempt["codes"]) <= allowed, (attempt, logs)
+    assert "Traceback" not in logs
+    return told
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def exact(folder):
+    return [[line[key] for key in EXACT] for line in lines(folder)]
+
+
+def require_whole_folder(folder, last):
+    """What is there is whole, and killed saves left nothing."""
+    names = sorted(item.name for item in (folder / "checkpoints").iterdir() if item.name != ".lock")
+    assert names == [f"step-{step:08d}" for step in (last - 4, last - 2, last)]
+    assert verify(folder / "checkpoints" / names[-1]) == []
+
+
+def kill_and_compare(tokens, tmp_path, kills, steps):
+    """A run with so many kills against one without: metrics and final weights, bit for bit. Returns what happened."""
+    attempts = [(2, 100 + seed) for seed in range(kills)] + [(2, None)]
+    overrides = (f"train.steps={steps}",)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _, told = train(tokens, (whole, overrides, [(2, None)]), (killed, overrides, attempts))
+    assert len([attempt for attempt in told if attempt["killed"] is not None]) == kills
+    assert [line["step"] for line in lines(killed)] == list(range(1, steps + 1))
+    assert exact(killed) == exact(whole)
+    ours, theirs = (read(path / "checkpoints" / f"step-{steps:08d}", prefix="") for path in (killed, whole))
+    assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    require_whole_folder(killed, steps)
+    return told
+
+
+def test_four_kills_at_random_moments_change_nothing(tokens, tmp_path):
+    kill_and_compare(tokens, tmp_path, 4, 20)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tokens, tmp_path):
+    told = kill_and_compare(tokens, tmp_path, 20, 100)[:-1]
+    assert {attempt["killed"] for attempt in told} == {0, 1}
+    torn = [bool(attempt["torn"]) for attempt in told]
+    assert any(torn) and not all(torn), "kills during saves, and kills between them"
+
+
+def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(tokens, tmp_path):
+    """4, 3, 2 and again 4 processes, each killed at some moment, against one process; 12 rows over 3 in shares of 4."""
+    overrides = ("train.steps=16", "train.micro_batch_size=2")
+    sizes = [(4, 1), (3, 2), (2, 3), (4, None)]
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    train(tokens, (alone, overrides, [(1, None)]), (moved, overrides, sizes))
+    ours, theirs = lines(moved), lines(alone)
+    for key in ("step", "tokens", "rows_hash", "lr"):
+        assert [line[key] for line in ours] == [line[key] for line in theirs], key
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-5), key
+    require_whole_folder(moved, 16)
