@@ -11,6 +11,7 @@ import torch
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import DataConfig, IndexedDatasetWriter, StepLoader, build_rows
+from castalia.train.progress import rows_hash
 
 BATCH = 12
 
@@ -59,6 +60,26 @@ def test_ranks_and_micro_batches_make_up_the_same_step(rows, world, micro):
         assert torch.equal(torch.cat([batch.index for batch in in_order]), whole[step][0].index)
 
 
+@pytest.mark.parametrize(("world", "micro"), [(5, None), (5, 1), (5, 2), (4, 2), (7, None), (13, None)])
+def test_shares_that_differ_make_up_the_same_step(rows, world, micro):
+    """12 rows; a rank without a share takes padding that counts for nothing, and all ranks run as often."""
+    whole = take(rows, 2)
+    options = {"micro_batch_size": micro, "dp_world": world, "uneven": True}
+    parts = [take(rows, 2, dp_rank=rank, **options) for rank in range(world)]
+    for step in range(2):
+        (micro_steps,) = {len(part[step]) for part in parts}
+        found = [parts[rank][step][g] for g in range(micro_steps) for rank in range(world)]
+        assert all(len(batch.index) <= (micro or -(-BATCH // world)) for batch in found)
+        padding = [batch for batch in found if batch.index.tolist() == [-1]]
+        assert all(batch.targets == 0 and batch.tokens.shape == (1, 8) for batch in padding)
+        real = [batch for batch in found if batch.index.tolist() != [-1]]
+        assert torch.equal(torch.cat([batch.tokens for batch in real]), whole[step][0].tokens)
+        assert torch.equal(torch.cat([batch.index for batch in real]), whole[step][0].index)
+        sizes = [len(batch.index) * (batch.targets > 0) for batch in found[-world:]]
+        assert max(sizes) - min(sizes) <= 1
+        assert rows_hash(found) == rows_hash(whole[step])
+
+
 def test_starting_later_is_the_same_stream(rows):
     for late, whole in zip(take(rows, 2, start_step=3), take(rows, 5)[3:], strict=True):
         assert torch.equal(late[0].tokens, whole[0].tokens)
@@ -88,6 +109,9 @@ def test_no_target_after_an_end_of_document(rows):
     assert (plain.tokens == 7).any()
     assert torch.equal(masked.tokens, plain.tokens)
     assert torch.equal(masked.labels, plain.labels.masked_fill(plain.tokens == 7, -100))
+    single = take(rows, 1, eod_id=7, micro_batch_size=1)[0]
+    assert torch.equal(torch.cat([batch.tokens for batch in single]), plain.tokens)
+    assert torch.equal(torch.cat([batch.labels for batch in single]), masked.labels)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -104,10 +104,18 @@ def test_twenty_kills_at_random_moments_change_nothing(tokens, tmp_path):
     assert any(torn) and not all(torn), "kills during saves, and kills between them"
 
 
-def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(tokens, tmp_path):
-    """4, 3, 2 and again 4 processes, each killed at some moment, against one process; 12 rows over 3 in shares of 4."""
-    overrides = ("train.steps=16", "train.micro_batch_size=2")
-    sizes = [(4, 1), (3, 2), (2, 3), (4, None)]
+@pytest.mark.parametrize(
+    ("overrides", "sizes"),
+    [
+        ((), (4, 3, 2, 4)),
+        # Two rows at a time: 8 and 4 of the 12 on four processes, 10 and 2 on five, three of which then take padding.
+        (("train.micro_batch_size=2", "parallel.uneven=true"), (4, 5, 2, 3)),
+    ],
+)
+def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(tokens, tmp_path, overrides, sizes):
+    """Each world but the last is killed at some moment; against one process."""
+    overrides = ("train.steps=16", *overrides)
+    sizes = [(size, seed if seed < len(sizes) else None) for seed, size in enumerate(sizes, 1)]
     alone, moved = tmp_path / "alone", tmp_path / "moved"
     train(tokens, (alone, overrides, [(1, None)]), (moved, overrides, sizes))
     ours, theirs = lines(moved), lines(alone)

@@ -85,6 +85,8 @@ class Store:
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
         self.saving: Save | None = None
+        self.written: list[float] = []
+        """Seconds that each finished save took to write, after its stall."""
 
     def save(
         self,
@@ -122,15 +124,18 @@ class Store:
 
     def run(self, save: Save) -> None:
         """The background thread: the save, then on rank 0 the deletion of what has expired."""
+        begin = time.perf_counter()
         try:
             if self.has_good(save.step):
                 return
             if self.rank > 0:
                 save.run()
+                self.written.append(time.perf_counter() - begin)
                 return
             with self.writing():
                 self.sweep(save)
                 save.run()
+                self.written.append(time.perf_counter() - begin)
                 for step in self.expired(self.steps()) if self.expired else []:
                     self.delete(step)
         except CheckpointError as error:

@@ -16,7 +16,7 @@ from castalia.core.errors import DataError
 from castalia.data.batch import IGNORED, Batch
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset
-from castalia.data.steps import MicroRows, StepReader, check_batch, read_in_worker, start_worker
+from castalia.data.steps import PADDING, MicroRows, StepReader, check_batch, read_in_worker, start_worker
 
 AHEAD = 1
 """Steps that wait, read, while the next one is being read."""
@@ -31,7 +31,8 @@ class StepLoader:
     """Iterating gives, for step start_step, start_step + 1, … without end, this rank's micro-batches of the step.
 
     Step t uses places [t·B, (t+1)·B) of `rows`, B = batch_size; see `StepReader` for the share of a rank.
-    `micro_batch_size` None is the rank's whole share B / world.
+    `micro_batch_size` None is the rank's whole share B / world. `uneven` takes a batch that does not divide, in shares
+    that differ by one row at most.
 
     `plans` gives, step by step, which rows of `SourceRows` the batch is made of, or None while the next step may not
     be planned yet: it is asked again when a step is taken. Where it ends, the loader ends.
@@ -40,8 +41,8 @@ class StepLoader:
     row (GPT-NeoX's eod_mask_loss). `workers` 0 reads ahead in a thread; more are processes, each with its own copy
     of the order's index. The batches are the same for any number.
 
-    Raises  ConfigError if batch_size does not divide; DataError, where the batch is taken, for an id that is not in
-            the vocabulary.
+    Raises  ConfigError if batch_size does not divide and is not `uneven`; DataError, where the batch is taken, for an
+            id that is not in the vocabulary.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class StepLoader:
         eod_id: int | None = None,
         workers: int = 0,
         plans: Iterator[StepPlan | None] | None = None,
+        uneven: bool = False,
     ) -> None:
-        micro = micro_batch_size or max(batch_size // dp_world, 1)
-        check_batch(batch_size, micro, dp_world)
+        micro = micro_batch_size or -(-batch_size // dp_world)
+        if not uneven:
+            check_batch(batch_size, micro_batch_size or max(batch_size // dp_world, 1), dp_world)
         assert 0 <= dp_rank < dp_world, (dp_rank, dp_world)
         self.reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size)
         self.start_step, self.eod_id, self.workers, self.plans = start_step, eod_id, workers, plans
@@ -85,18 +88,19 @@ class StepLoader:
         if self.plans is None:
             yield from ((step, None) for step in itertools.count(self.start_step))
             return
-        step, begins, micro = self.start_step, self.reader.begins, self.reader.micro
+        step, shares = self.start_step, self.reader.shares
         for plan in self.plans:
-            yield None if plan is None else (step, [plan(begin, begin + micro) for begin in begins])
+            yield None if plan is None else (step, [plan(share.start, share.stop) for share in shares])
             step += plan is not None
 
 
 def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
     """Rows as tokens and the labels that follow them; no label after `eod_id`."""
     rows = torch.from_numpy(found.rows)
-    tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].clone()  # of a single row, both could be one memory
     if eod_id is not None:
         labels[tokens == eod_id] = IGNORED
+    labels[torch.from_numpy(found.index) == PADDING] = IGNORED
     return Batch(tokens, labels, torch.from_numpy(found.source), torch.from_numpy(found.index))
 
 

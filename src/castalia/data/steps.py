@@ -11,10 +11,13 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
 
+PADDING = -1
+"""Index of a row that stands for none: nothing of it counts."""
+
 
 @dataclass(frozen=True)
 class MicroRows:
-    """Rows of one micro-batch: rows (B, T + 1) int64, source (B,) int32, index (B,) int64."""
+    """Rows of one micro-batch: rows (B, T + 1) int64, source (B,) int32, index (B,) int64, -1 for padding."""
 
     rows: NDArray[np.int64]
     source: NDArray[np.int32]
@@ -25,8 +28,9 @@ class MicroRows:
 class StepReader:
     """`reader.read(t)` is what rank `rank` of `world` processes takes in step t, a micro-batch at a time.
 
-    Step t uses places [t·B, (t+1)·B); its micro-step g is the next micro·world of them, of which rank r takes the
-    r-th `micro` rows. Which row stands at a place is a matter of `rows`, or told for each micro-batch by a plan.
+    Step t uses places [t·B, (t+1)·B); its micro-step g is the next micro·world of them, or what is left, in shares
+    that differ by one row at most: rank r takes the r-th. A rank whose share is empty takes a row of padding, so that
+    all ranks run as often. Which row stands at a place is a matter of `rows`, or told for each micro-batch by a plan.
     Holds no state, and pickles.
     """
 
@@ -40,29 +44,38 @@ class StepReader:
     @property
     def micro_steps(self) -> int:
         """Micro-batches in one step."""
-        return self.batch_size // (self.micro * self.world)
+        return -(-self.batch_size // (self.micro * self.world))
 
     @property
-    def begins(self) -> list[int]:
-        """The place within the batch at which each of this rank's micro-batches begins."""
-        return [(g * self.world + self.rank) * self.micro for g in range(self.micro_steps)]
+    def shares(self) -> list[range]:
+        """The places within the batch of each of this rank's micro-batches."""
+        whole, out = self.micro * self.world, []
+        for done in range(0, self.batch_size, whole):
+            rows = min(whole, self.batch_size - done)
+            begin, end = (done + rows * r // self.world for r in (self.rank, self.rank + 1))
+            out.append(range(begin, end))
+        return out
 
     def read(self, step: int, planned: Sequence[Located] | None = None) -> list[MicroRows]:
         """This rank's micro-batches of one step; `planned` are their rows, where a plan says which.
 
         Raises  DataError for an id that is not in the vocabulary.
         """
-        places = [range(first, first + self.micro) for first in (step * self.batch_size + b for b in self.begins)]
+        first = step * self.batch_size
+        places = [range(first + share.start, first + share.stop) for share in self.shares]
         found = self.located(places) if planned is None else planned
         return [self.micro_batch(index, rows) for index, rows in zip(places, found, strict=True)]
 
     def located(self, places: Sequence[range]) -> list[Located]:
         """The rows that stand at places of the served order, a micro-batch at a time."""
-        pairs = [zip(*map(self.rows.locate, index), strict=True) for index in places]
-        return [Located(*(np.array(values, np.int64) for values in pair)) for pair in pairs]
+        pairs = [np.array([self.rows.locate(i) for i in index], np.int64).reshape(-1, 2) for index in places]
+        return [Located(pair[:, 0], pair[:, 1]) for pair in pairs]
 
     def micro_batch(self, index: range, found: Located) -> MicroRows:
         """The rows of one micro-batch, which stand at the places `index`."""
+        if not index:
+            padding = np.zeros((1, self.rows.packs[0].order.seq_length + 1), np.int64)
+            return MicroRows(padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64))
         pairs = list(zip(found.source.tolist(), found.place.tolist(), strict=True))
         rows = np.stack([self.rows.packs[source][place] for source, place in pairs])
         if self.vocab_size is not None:
@@ -91,7 +104,8 @@ def check_batch(batch_size: int, micro: int, world: int) -> None:
         raise ConfigError(
             f"train.batch_size {batch_size} does not divide into micro-batches of {micro} rows on {world}"
             f" process{'es' if world > 1 else ''}: it must be a multiple of {micro} x {world} = {micro * world};"
-            f" try train.batch_size={near} or another train.micro_batch_size"
+            f" try train.batch_size={near} or another train.micro_batch_size, or allow shares that differ with"
+            " parallel.uneven=true"
         )
 
 

@@ -50,6 +50,8 @@ class ParallelConfig(Config):
     reshard_after_forward: bool = True
     """Drop gathered weights after each block's forward (ZeRO 3); false keeps them until the backward (ZeRO 2)."""
 
+    uneven: bool = False
+    """Let the processes' shares of a batch that does not divide differ by a row, as after the loss of a process."""
     timeout: PositiveFloat = 1800.0
     """Seconds that a process waits for the others, to come at the start and in any one exchange later."""
 

@@ -83,9 +83,10 @@ def peers_may_be_lost(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         if not is_loss(error):
             raise
+        said = str(error).splitlines()[0].split(". ")[0]
         raise TrainingError(
-            f"rank {rank} lost another process ({str(error).splitlines()[0]}); that one's own output says why; the same"
-            " command, or torchrun --max-restarts, goes on from the newest checkpoint"
+            f"rank {rank} lost another process ({said}); that one's own output says why; the same command, or torchrun"
+            " --max-restarts, goes on from the newest checkpoint"
         ) from error
 
 

@@ -150,6 +150,8 @@ class RunConfig(Config):
             problems.append(
                 f"train.batch_size {self.train.batch_size} does not divide into train.micro_batch_size {micro} rows"
             )
+        if self.parallel.uneven and self.parallel.pp > 1:
+            problems.append("parallel.uneven=true: a pipeline needs equal micro-batches; set it to false")
         problems += layout_problems(self.model, self.data.seq_length, self.parallel)
         if problems:
             raise ValueError("; ".join(problems))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from castalia.data.batch import Batch
+from castalia.data.steps import PADDING
 
 
 @dataclass
@@ -66,8 +67,9 @@ class Clock:
 
 
 def rows_hash(batches: list[Batch]) -> int:
-    """Sum over the rows of the CRC-32 of their tokens as little-endian int64."""
-    return sum(zlib.crc32(row.numpy().tobytes()) for batch in batches for row in batch.tokens)
+    """Sum over the rows, but those of padding, of the CRC-32 of their tokens as little-endian int64."""
+    rows = ((row, index) for batch in batches for row, index in zip(batch.tokens, batch.index.tolist(), strict=True))
+    return sum(zlib.crc32(row.numpy().tobytes()) for row, index in rows if index != PADDING)
 
 
 def pack(loss: Tensor, tokens: int, rows: int, stop: bool, per_source: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ class Trainer:
         self.config, self.world = config, world
         train = config.train
         dp = world.degrees.dp
-        check_batch(train.batch_size, train.micro_batch_size or max(1, train.batch_size // dp), dp)
+        if not config.parallel.uneven:
+            check_batch(train.batch_size, train.micro_batch_size or max(1, train.batch_size // dp), dp)
         self.files = checkpoint_files(config)
         self.rows = build_rows(
             config.data,
@@ -160,6 +161,7 @@ class Trainer:
                 eod_id=self.rows.eod_id if data.eod_mask_loss else None,
                 workers=data.workers,
                 plans=mixture,
+                uneven=self.config.parallel.uneven,
             )
         )
 
