@@ -86,7 +86,9 @@ class Store:
         self.error: CheckpointError | None = None
         self.saving: Save | None = None
         self.written: list[float] = []
-        """Seconds that each finished save took to write, after its stall."""
+        """Seconds that each finished save took to write, from its background thread's begin."""
+        self.stalled = 0.0
+        """Seconds that save() took in all until it returned."""
 
     def save(
         self,
@@ -120,7 +122,9 @@ class Store:
         self.thread.start()
         if not asynchronous:
             self.wait()
-        return SaveTiming(step, time.perf_counter() - begin, nbytes)
+        timing = SaveTiming(step, time.perf_counter() - begin, nbytes)
+        self.stalled += timing.stall_seconds
+        return timing
 
     def run(self, save: Save) -> None:
         """The background thread: the save, then on rank 0 the deletion of what has expired."""

@@ -44,7 +44,7 @@ def run_in(world: World, resolved: Resolved, command: Sequence[str], hooks: Sequ
     world.wait()
     trainer.fit()
     if world.leads:
-        print(closing_line(trainer), flush=True)
+        print(f"{save_line(trainer)}\n{closing_line(trainer)}", flush=True)
     return trainer
 
 
@@ -59,6 +59,13 @@ def with_corpus(config: RunConfig, world: World) -> RunConfig:
         ensure_corpus(config)
     world.wait()
     return ensure_corpus(config)
+
+
+def save_line(trainer: Trainer) -> str:
+    """What the checkpoints of this start cost."""
+    store = trainer.store
+    seconds = f"training waited {store.stalled:.2f} s for them, writing took {sum(store.written):.2f} s"
+    return f"checkpoints: {len(store.written)} saved; {seconds}"
 
 
 def closing_line(trainer: Trainer) -> str:

@@ -190,7 +190,6 @@ class Save(Hook):
     """Checkpoints by the save policy, and one at the end or when the run is asked to stop."""
 
     is_lost = False
-    stalled = 0.0
     told = 0
 
     def start(self, trainer: "Trainer") -> None:
@@ -219,7 +218,6 @@ class Save(Hook):
             trainer.files,
             asynchronous=asynchronous,
         )
-        self.stalled += timing.stall_seconds
         trainer.carried["save_stall_seconds"] = round(timing.stall_seconds, 4)
 
     def on_error(self, trainer: "Trainer", error: BaseException) -> None:
@@ -233,9 +231,6 @@ class Save(Hook):
         trainer.beat("saving", patience=LONG)
         with suppress(*[CheckpointError] if self.is_lost else []):  # the loss is what is told
             trainer.store.wait()
-        if trainer.world.leads and (written := trainer.store.written):
-            seconds = f"training waited {self.stalled:.2f} s, writing took {sum(written):.2f} s"
-            print(f"checkpoints: {len(written)} saved; {seconds}", flush=True)
 
 
 class StopOnSignal(Hook):
