@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from castalia.core.errors import ConfigError
-from castalia.core.files import CHUNK_BYTES, atomic_write, cannot_write, write_json
+from castalia.core.files import CHUNK_BYTES, atomic_write, cannot_write, sha256_of, write_json
 from castalia.data.indexed import best_dtype, write_index
 from castalia.data.preparing import provenance
 from castalia.data.preparing.parts import Job, PartRecord, part_file, read_part_record
@@ -108,17 +108,10 @@ class Assembly:
         return None
 
     def has_files(self, record: PartRecord) -> bool:
-        """Whether a part's own files are there and their hashes right."""
+        """Whether a part's own tokens are there and their hashes right."""
         for i, output in enumerate(record.outputs):
             tokens = part_file(self.folder, record.number, f"{i}.bin")
-            sizes = part_file(self.folder, record.number, f"{i}.sizes")
-            if not tokens.is_file() or not sizes.is_file() or sizes.stat().st_size != 4 * output["documents"]:
-                return False
-            with open(tokens, "rb") as file:
-                digest = hashlib.sha256()
-                for piece in read_bytes(file, tokens.stat().st_size):
-                    digest.update(piece)
-            if digest.hexdigest() != output["sha256"]:
+            if not tokens.is_file() or sha256_of(tokens) != output["sha256"]:
                 return False
         return True
 

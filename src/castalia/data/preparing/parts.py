@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.extras import require
-from castalia.core.files import cannot_write
+from castalia.core.files import cannot_write, sha256_of
 from castalia.data.preparing.encoding import Encoder, MismatchError, with_ends
 from castalia.data.preparing.inputs import InputFile
 from castalia.data.preparing.pieces import Part
@@ -67,7 +67,8 @@ class Job:
 class PartRecord:
     """What came of a part: counts, and hashes by which its files are trusted later. `by` encoded it, `slow` says why
     not gigatoken, `again` what made it be encoded a second time; `lines` and `filled` are lines and documents with
-    text of each piece. `failed` is the first fault of a job that stops there, as (piece, fault)."""
+    text of each piece; `files` are the hashes of its small files. `failed` is the first fault of a job that stops
+    there, as (piece, fault)."""
 
     number: int
     identity: str
@@ -81,6 +82,7 @@ class PartRecord:
     lines: list[int] = field(default_factory=list)
     filled: list[int] = field(default_factory=list)
     outputs: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     failed: tuple[int, Fault] | None = None
 
 
@@ -133,7 +135,9 @@ class PartWriter:
             return
         for file in self.files.values():
             file.close()
-        self.claim("record.json").write_text(json.dumps(vars(record)), encoding="utf-8")
+        small = {suffix: path for suffix, path in self.claimed.items() if not suffix.endswith(".bin")}
+        record.files = {suffix: sha256_of(path) for suffix, path in small.items()}
+        self.claim("record.json").write_text(signed(vars(record)), encoding="utf-8")
         for suffix, path in self.claimed.items():
             os.replace(path, part_file(self.job.folder, self.number, suffix))
 
@@ -235,12 +239,21 @@ def batches(rows: Iterator[tuple[int, Row]]) -> Iterator[tuple[list[int], list[R
         yield places, held
 
 
+def signed(record: dict[str, Any]) -> str:
+    """A record as text, with its hash in the second line."""
+    text = json.dumps(record)
+    return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
 def read_part_record(folder: str | os.PathLike[str], number: int, keys: int) -> PartRecord | None:
-    """The record of a part that is there and whole as far as its counts go; else None."""
+    """The record of a part that is there, and whose small files are as it says; else None."""
     try:
-        record = PartRecord(**json.loads(part_file(folder, number, "record.json").read_text(encoding="utf-8")))
+        text = part_file(folder, number, "record.json").read_text(encoding="utf-8")
+        facts = json.loads(text.split("\n")[0])
+        record = PartRecord(**facts)
+        if signed(facts) != text or record.number != number or len(record.outputs) != keys:
+            return None
+        same = all(sha256_of(part_file(folder, number, suffix)) == known for suffix, known in record.files.items())
     except (OSError, ValueError, TypeError):
         return None
-    if record.number != number or len(record.outputs) != keys:
-        return None
-    return record
+    return record if same else None
