@@ -143,10 +143,16 @@ def byte_level(inner: Any, use_regex: bool) -> Any:
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a `tokenizer.json`, of a folder that holds one, or the byte-level one for `bytes`.
 
+    Also `char`, VOCAB.json,MERGES.txt of GPT-2, X.tiktoken and SentencePiece's X.model, see `tokenizer_forms`.
+
     Raises  DataError if there is no such file or it is not a tokenizer.
     """
     if os.fspath(name_or_path) == BYTES:
         return ByteTokenizer()
+    from castalia.data import tokenizer_forms  # which builds on this module
+
+    if (other := tokenizer_forms.load_form(os.fspath(name_or_path))) is not None:
+        return other
     path = Path(name_or_path)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
@@ -155,6 +161,8 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
         raise DataError(f"{path}: no such tokenizer file; name a tokenizer.json, or `bytes`") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+    if (other := tokenizer_forms.from_text(text, str(path))) is not None:
+        return other
     tokenizer = Tokenizer(text, str(path))
     return ByteTokenizer(text, str(path)) if is_byte_level(tokenizer) else tokenizer
 
