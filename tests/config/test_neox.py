@@ -305,6 +305,31 @@ def test_vocabulary_is_counted_when_the_file_is_here(tmp_path):
     assert (flat["model.vocab_size"], flat["data.tokenizer"]) == (5, str(file))
 
 
+@pytest.mark.parametrize(
+    ("options", "tokenizer", "ids"),
+    [
+        ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v.json", "merge_file": "m.txt"}, "v.json,m.txt", 50257),
+        ({"tokenizer_type": "CharLevelTokenizer"}, "char", 512),
+        (
+            {"tokenizer_type": "TiktokenTokenizer", "vocab_file": "d/cl100k_base.tiktoken"},
+            "d/cl100k_base.tiktoken",
+            100277,
+        ),
+        ({"tokenizer_type": "TiktokenTokenizer", "vocab_file": "cl100k_base"}, None, 100277),
+    ],
+)
+def test_tokenizer_types(options, tokenizer, ids):
+    reading = read(**options)
+    flat = flatten(reading.values)
+    assert (reading.problems, flat.get("data.tokenizer"), flat["model.vocab_size"]) == ([], tokenizer, ids)
+
+
+def test_the_vocabulary_of_gpt2_is_counted(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 6}')
+    reading = read(tokenizer_type="GPT2BPETokenizer", vocab_file=str(tmp_path / "vocab.json"), merge_file="m.txt")
+    assert flatten(reading.values)["model.vocab_size"] == 7
+
+
 def test_the_20b_tokenizer_has_50277_ids():
     file = HERE.parents[1].parent / "shared" / "data" / "20B_tokenizer.json"
     if not file.is_file():

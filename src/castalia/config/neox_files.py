@@ -12,6 +12,8 @@ KNOWN_IDS = {"HFTokenizer": 50277, "GPT2BPETokenizer": 50257, "HFGPT2Tokenizer":
 """Ids of each tokenizer type when the file itself is not at hand: for HFTokenizer those of GPT-NeoX-20B's."""
 MIXERS = {"smoothed_mean": "odm-repo", "exp3": "exp3", "naive_validation": "naive-validation"}
 """data_sampling_method -> mixing.kind. Its `ema` stops at the first step of its own trainer, and is not there."""
+TIKTOKEN_IDS = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
+"""Ids of each encoding of tiktoken, the special ones included (tiktoken_ext/openai_public.py)."""
 OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
 
 
@@ -26,9 +28,9 @@ def vocabulary(o: Options, out: Reading) -> None:
         names = ", ".join([*KNOWN_IDS, *OTHER_TOKENIZERS])
         wrong(out, f"tokenizer_type {kind!r} is not one of GPT-NeoX's: {names}", "model.vocab_size")
         return
-    ids = count_ids(file) if kind == "HFTokenizer" and file else None
-    if kind == "HFTokenizer" and file:
-        o.put(out, "data.tokenizer", file, "vocab_file")
+    ids = counted(kind, file)
+    if (named := tokenizer_name(kind, file, o["merge_file"])) is not None:
+        o.put(out, "data.tokenizer", named, "vocab_file", "merge_file", "tokenizer_type")
     if ids is None and kind in KNOWN_IDS:
         ids = KNOWN_IDS[kind]
         note(out, guessed(kind, file, ids), "model.vocab_size")
@@ -36,6 +38,26 @@ def vocabulary(o: Options, out: Reading) -> None:
         wrong(out, f"the ids of a {kind} cannot be counted here; say model.vocab_size=N", "model.vocab_size")
     else:
         o.put(out, "model.vocab_size", ids, "vocab_file", "tokenizer_type")
+
+
+def tokenizer_name(kind: str, file: str | None, merges: str | None) -> str | None:
+    """What data.tokenizer calls the tokenizer; None if its files are not named or are those of another program."""
+    if kind == "CharLevelTokenizer":
+        return "char"
+    if kind == "GPT2BPETokenizer":
+        return f"{file},{merges}" if file and merges else None
+    if kind == "TiktokenTokenizer" and not str(file).endswith(".tiktoken"):
+        return None
+    return file if kind in ("HFTokenizer", "SPMTokenizer", "TiktokenTokenizer") else None
+
+
+def counted(kind: str, file: str | None) -> int | None:
+    """Ids of the tokenizer in a file, as far as they can be counted without it; None if not."""
+    if kind == "CharLevelTokenizer":
+        return KNOWN_IDS[kind]
+    if kind == "TiktokenTokenizer":
+        return TIKTOKEN_IDS.get(Path(str(file)).stem)
+    return count_ids(file) if file and kind in ("HFTokenizer", "GPT2BPETokenizer") else None
 
 
 def guessed(kind: str, file: str | None, ids: int) -> str:
@@ -47,11 +69,13 @@ def guessed(kind: str, file: str | None, ids: int) -> str:
 
 
 def count_ids(path: str) -> int | None:
-    """Highest id of a tokenizer.json + 1, the added tokens included; None if there is no such readable file."""
+    """Highest id of a tokenizer.json + 1, the added tokens included, or of GPT-2's vocabulary; None if unreadable."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content and all(isinstance(value, int) for value in content.values()):
+            return max(content.values()) + 1
         vocabulary = content["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     added = [item["id"] for item in content.get("added_tokens") or []]
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
@@ -172,7 +196,7 @@ def deepspeed_extras(o: Options, out: Reading) -> None:
 
 
 FILE_RULES: list[tuple[tuple[str, ...], Rule]] = [
-    (("tokenizer_type", "vocab_file", "make_vocab_size_divisible_by", "model_parallel_size"), vocabulary),
+    (("tokenizer_type", "vocab_file", "merge_file", "make_vocab_size_divisible_by", "model_parallel_size"), vocabulary),
     (("data_path", "split", "train_data_paths", "train_data_weights", "valid_data_paths"), token_files),
     (
         (

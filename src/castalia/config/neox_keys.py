@@ -59,6 +59,7 @@ HONOURED: dict[str, Honoured] = {
     "zero_optimization": Honoured("parallel.reshard_after_forward", "dict"),
     "tokenizer_type": Honoured("model.vocab_size", "str", "GPT2BPETokenizer"),
     "vocab_file": Honoured("data.tokenizer", "str"),
+    "merge_file": Honoured("data.tokenizer", "str"),
     "seq_length": Honoured("data.seq_length", "int", plain=True),
     "data_path": Honoured("data.train", "str"),
     "split": Honoured("data.split", "str", "969, 30, 1"),
@@ -227,7 +228,7 @@ IGNORED: dict[str, str] = {
         weight_server_port online_dataserver_ips online_dataserver_ports weighted_sampler_alpha allow_chopped
         dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight z_loss kto_beta
         fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out coord_check save_base_shapes base_shapes_file
-        mup_init_scale mup_embedding_mult mup_rp_embedding_mult mup_width_scale merge_file
+        mup_init_scale mup_embedding_mult mup_rp_embedding_mult mup_width_scale
         moe_expert_interval moe_top_k moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
         enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping moe_min_capacity
         moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual moe_glu create_moe_param_group use_tutel""",

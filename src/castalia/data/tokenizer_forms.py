@@ -133,8 +133,8 @@ def tiktoken_tokenizer(path: Path) -> Tokenizer:
         whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         inner.pre_tokenizer = pre_tokenizers.Sequence([split, whole])
         inner.decoder = decoders.ByteLevel()
-    names = [tokenizers.AddedToken(name, special=True, normalized=False) for name in special]
-    inner.add_special_tokens(names)
+    added = [tokenizers.AddedToken(name, special=True, normalized=False) for name in special]
+    inner.add_special_tokens(added)
     return Tokenizer(inner.to_str(), str(path))
 
 
