@@ -2,9 +2,10 @@
 
     python tests/distributed/grid.py [--all] [--only WORDS] [--json FILE] [--sabotage NAME]
 
-Each row trains five steps on 2 to 8 gloo processes and on one, in fp32, and compares the loss and the gradient norm
-after clipping of every step, the rows, and every parameter at the end. One launch serves all rows of a world size. The
-exit status is 1 when a difference is above 1e-5. `--sabotage` applies a wrong plan first: the grid must fail then.
+Each row trains five steps on 2 to 8 gloo processes and on one, in fp32, and compares the start weights, which must be
+the same bits, the rows, the loss and the gradient norm after clipping of every step, and every parameter at the end.
+One launch serves all rows of a world size. The exit status is 1 when a difference is above 1e-5. `--sabotage` applies a
+wrong plan first: the grid must fail then.
 
 AdamW has eps 1e-6: with 1e-8 a number whose gradient is 1e-9 takes whole steps out of rounding noise.
 """
@@ -44,7 +45,7 @@ BASE = (
     "train.steps=5",
     "optim.clip=0.5",
     "optim.eps=1e-6",
-    "checkpoint.steps=[]",
+    "checkpoint.steps=[0]",
     "checkpoint.every=null",
     "checkpoint.asynchronous=false",
 )
@@ -215,30 +216,30 @@ class ClippedNorm(Hook):
         trainer.metrics["clipped_norm"] = self.norm
 
 
-def train(overrides: tuple[str, ...], clipped: ClippedNorm) -> None:
+def train(overrides: tuple[str, ...], hooks: list[Hook]) -> None:
     """One run in this process and those of its world."""
     config = load_config([*BASE, *overrides])
     with contextlib.redirect_stdout(io.StringIO()):
-        loop.Trainer(config, World.start(config.parallel, "cpu"), hooks=[clipped, Metrics(), Save()]).fit()
+        loop.Trainer(config, World.start(config.parallel, "cpu"), hooks=[*hooks, Metrics(), Save()]).fit()
 
 
-def serve(rank: int, size: int, port: int, runs: list[tuple[str, ...]]) -> None:
+def serve(rank: int, size: int, port: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...]) -> None:
     """All runs of one world size, one after the other, in one of its processes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     clipped = ClippedNorm()
     for overrides in runs:
-        train(overrides, clipped)
+        train(overrides, [clipped, *(hook() for hook in hooks)])
     if size > 1:
         torch.distributed.destroy_process_group()
 
 
-def launch(size: int, runs: list[tuple[str, ...]]) -> None:
-    """Train `runs` in `size` forked processes; the first error ends all of them."""
+def launch(size: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...] = ()) -> None:
+    """Train `runs` in `size` forked processes, with further hooks; the first error ends all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes.start_processes(serve, (size, port, runs), nprocs=size, start_method="fork")
+    processes.start_processes(serve, (size, port, runs, hooks), nprocs=size, start_method="fork")
 
 
 def write_tokens(folder: Path) -> Path:
@@ -264,6 +265,7 @@ def largest_difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> f
 def compare(ours: Path, theirs: Path) -> dict[str, Any]:
     """Largest differences of two runs, and whether they read the same rows."""
     a, b = lines_of(ours), lines_of(theirs)
+    at_start, expected_start = (read(path / "checkpoints" / "step-00000000") for path in (ours, theirs))
     weights, expected = (read(path / "checkpoints" / "step-00000005") for path in (ours, theirs))
     assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
     of_lines = {
@@ -271,6 +273,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, Any]:
     }
     return of_lines | {
         "weights": max(largest_difference(name, weights[name], expected[name]) for name in expected),
+        "same start": all(torch.equal(at_start[name], expected_start[name]) for name in expected_start),
         "same rows": [line["rows_hash"] for line in a] == [line["rows_hash"] for line in b],
     }
 
@@ -278,7 +281,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, Any]:
 def passes(found: dict[str, Any]) -> bool:
     """Whether a row of the grid is equal to one process."""
     close = all(found[key] <= LIMIT for key in ("loss", "clipped_norm", "weights"))
-    return close and found["same rows"] and found["tokens"] == 0
+    return close and found["same start"] and found["same rows"] and found["tokens"] == 0
 
 
 def run_grid(rows: list[Row], folder: Path) -> Iterator[tuple[Row, dict[str, Any]]]:
@@ -308,12 +311,16 @@ def main() -> int:
     if options.sabotage:
         SABOTAGE[options.sabotage]()
     found = {}
-    print(f"{'layout':32} {'degrees':32} {'loss':>9} {'grad norm':>9} {'weights':>9}  rows")
+    print(f"{'layout':32} {'degrees':32} {'loss':>9} {'grad norm':>9} {'weights':>9}  rows   start")
     with tempfile.TemporaryDirectory() as folder:
         for row, result in run_grid(rows, Path(folder)):
             numbers = " ".join(f"{result[key]:9.1e}" for key in ("loss", "clipped_norm", "weights"))
-            same = "same" if result["same rows"] and result["tokens"] == 0 else "DIFFER"
-            print(f"{row.name:32} {row.degrees:32} {numbers}  {same}{'' if passes(result) else '  FAILS'}", flush=True)
+            rows_are = "same" if result["same rows"] and result["tokens"] == 0 else "DIFFER"
+            start = "same" if result["same start"] else "DIFFERS"
+            print(
+                f"{row.name:32} {row.degrees:32} {numbers}  {rows_are:6} {start}{'' if passes(result) else '  FAILS'}",
+                flush=True,
+            )
             found[f"{row.name} ({row.degrees})"] = result | {"passes": passes(result)}
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Every data-parallel layout against one process: losses, gradient norms, rows and weights."""
+"""Layouts as a user starts them, against one process: losses, gradient norms, rows and weights."""
 
 import json
 import os
@@ -25,15 +25,20 @@ BASE = (
     "checkpoint.every=null",
 )
 LAYOUTS = {
-    "two shards": (2, ()),
-    "two shards, micro-batches": (2, ("train.micro_batch_size=2",)),
     "three uneven shards": (3, ()),
-    "two replicas": (2, ("parallel.dp_replicate=2", "parallel.dp_shard=1")),
-    "two replicas of two shards": (4, ("parallel.dp_replicate=2",)),
-    "shards gathered until the backward": (2, ("parallel.reshard_after_forward=false",)),
-    "tied embeddings": (2, ("model.tie_word_embeddings=true",)),
-    "masked labels": (2, ("data.eod_mask_loss=true",)),
+    "tensor and context": (
+        4,
+        (
+            "parallel.tp=2",
+            "parallel.cp=2",
+            "optim.eps=1e-6",
+            "data.eod_mask_loss=true",
+            "data.split='80,20,0'",
+            "train.eval_every=1",
+        ),
+    ),
 }
+"""Through the command and its launcher; the grid has all the others, without."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +93,7 @@ def test_layout_equals_one_process(tokens, alone, tmp_path, name):
     theirs, folder = alone(overrides)
     assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
     assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "grad_norm", *(key for key in theirs[0] if key == "valid_loss")):
         assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-5), key
     at_start = [read(path / "checkpoints" / "step-00000000") for path in (tmp_path / "run", folder)]
     assert all(torch.equal(at_start[0][n], at_start[1][n]) for n in at_start[1]), "start weights depend on the layout"
@@ -99,9 +104,11 @@ def test_layout_equals_one_process(tokens, alone, tmp_path, name):
         assert (difference.view(-1, 3, 8)[:, [0, 2]] if n.endswith("qkv.bias") else difference).max() <= 1e-5, n
 
 
-def test_masked_labels_are_fewer(alone):
-    lines, _ = alone(("data.eod_mask_loss=true",))
+def test_masked_labels_are_fewer_and_validation_is_there(alone):
+    _, overrides = LAYOUTS["tensor and context"]
+    lines, _ = alone(overrides)
     assert lines[-1]["tokens"] < 3 * 12 * 16
+    assert all(line["valid_loss"] > 0 for line in lines)
 
 
 def test_a_batch_that_does_not_divide_is_refused(tokens, tmp_path):
