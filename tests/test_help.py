@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-VERBS = ("demo", "prepare", "data", "mixing", "show", "train", "launch", "generate", "export")
+VERBS = ("demo", "prepare", "data", "mixing", "show", "train", "launch", "generate", "export", "serve")
 HEAVY = ("torch", "transformers", "ctranslate2", "tokenizers", "numpy", "yaml", "safetensors")
 PROBE = """
 import sys

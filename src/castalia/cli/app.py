@@ -3,7 +3,7 @@
 import typer
 
 from castalia import __version__
-from castalia.cli import data, demo, export, generate, launch, mixing, prepare, show, train
+from castalia.cli import data, demo, export, generate, launch, mixing, prepare, serve, show, train
 
 app = typer.Typer(
     name="castalia",
@@ -29,7 +29,17 @@ def root(
     """Train, study and serve suites of language models, on a laptop CPU or a GPU cluster."""
 
 
-for verb in (demo.demo, prepare.prepare, show.show, train.train, launch.launch, generate.generate, export.export):
+VERBS = (
+    demo.demo,
+    prepare.prepare,
+    show.show,
+    train.train,
+    launch.launch,
+    generate.generate,
+    export.export,
+    serve.serve,
+)
+for verb in VERBS:
     app.command()(verb)
 app.add_typer(data.app, name="data")
 app.add_typer(mixing.app, name="mixing")

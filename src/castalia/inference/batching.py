@@ -4,7 +4,7 @@ A prompt that begins like a sequence whose keys and values still lie in a slot i
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ class Running:
     row: Row
     sampling: Sampling
     generator: torch.Generator
+    watch: Callable[[torch.Tensor, int], None] | None = None
     token: int = -1
     """The last token that was drawn; the engine has not read it yet."""
 
@@ -35,6 +36,8 @@ class Admission:
     row: Row
     sampling: Sampling
     generator: torch.Generator
+    watch: Callable[[torch.Tensor, int], None] | None = None
+    """Called with the logits (V,), padding included, and the token drawn from them, before the row takes it."""
 
 
 @dataclass
@@ -70,7 +73,7 @@ class Batcher:
         slots, rest = [], []
         for new in rows:
             slot, known = self.place(new.row.ids)
-            self.running[slot] = Running(new.row, new.sampling, new.generator)
+            self.running[slot] = Running(new.row, new.sampling, new.generator, new.watch)
             self.kept[slot] = Kept([], self.clock)  # nothing to copy from before it is read
             slots.append(slot)
             rest.append(new.row.ids[known:])
@@ -102,7 +105,7 @@ class Batcher:
 
     def draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[str]:
         """Draw a token for each slot out of logits (len(slots), V), and give it to its row."""
-        logits = logits[:, : self.engine.config.vocab_size]
+        whole, logits = logits, logits[:, : self.engine.config.vocab_size]
         running = [self.running[slot] for slot in slots]
         if all(one.sampling == running[0].sampling for one in running):
             tokens = next_tokens(logits, running[0].sampling, [one.generator for one in running]).tolist()
@@ -112,7 +115,9 @@ class Batcher:
                 for row, one in zip(logits, running, strict=True)
             ]
         pieces = []
-        for slot, one, token in zip(slots, running, tokens, strict=True):
+        for place, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
+            if one.watch is not None:
+                one.watch(whole[place], token)
             one.token = token
             pieces.append(one.row.push(token))
             if one.row.finish_reason is not None:
