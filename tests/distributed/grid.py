@@ -60,6 +60,24 @@ VARIANTS = {
     "selective": ("train.recompute=selective", "train.micro_batch_size=3"),
     "every second": ("train.recompute=2",),
     "ZeRO 2": ("parallel.reshard_after_forward=false", "train.micro_batch_size=3"),
+    "1f1b": ("train.micro_batch_size=2", "data.eod_mask_loss=true"),
+    "1f1b, tied": ("train.micro_batch_size=2", "model.tie_word_embeddings=true"),
+    "gpipe": ("train.micro_batch_size=4", "parallel.schedule=gpipe"),
+    "interleaved, tied": (
+        "train.micro_batch_size=2",
+        "model.num_layers=4",
+        "model.tie_word_embeddings=true",
+        "parallel.schedule=interleaved_1f1b",
+    ),
+    "zero bubble": ("train.micro_batch_size=2", "data.eod_mask_loss=true", "parallel.schedule=zero_bubble"),
+    "zero bubble, tied": (
+        "train.micro_batch_size=2",
+        "model.tie_word_embeddings=true",
+        "parallel.schedule=zero_bubble",
+    ),
+    "zero bubble in a V": ("train.micro_batch_size=2", "model.num_layers=4", "parallel.schedule=zero_bubble_v"),
+    "zero bubble, recompute": ("train.micro_batch_size=2", "train.recompute=true", "parallel.schedule=zero_bubble"),
+    "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
 }
 """What varies besides the layout. Everywhere: 257 ids in a padded vocabulary of 384, gradients clipped at 0.5."""
 SAME = ("train.micro_batch_size", "train.recompute", "parallel.")
@@ -136,6 +154,26 @@ GRID = [
     Row("tp x cp", "cp=2 tp=2", "unequal counts", core=True),
     Row("tp x cp", "cp=2 tp=2", "tied"),
     Row("fsdp x tp x cp", "dp_shard=2 cp=2 tp=2", "unequal counts"),
+    Row("pp", "pp=2", "1f1b", core=True),
+    Row("pp", "pp=2", "gpipe"),
+    Row("pp", "pp=2", "interleaved, tied", core=True),
+    Row("pp", "pp=2", "zero bubble, tied", core=True),
+    Row("pp", "pp=2", "zero bubble in a V", core=True),
+    Row("pp", "pp=2", "zero bubble, recompute"),
+    Row("pp", "pp=4", "four layers", core=True),
+    Row("pp x dp", "pp=2 dp_replicate=2", "1f1b, tied", core=True),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "1f1b", core=True),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "ZeRO 2"),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "zero bubble"),
+    Row("pp x tp", "pp=2 tp=2", "1f1b", core=True),
+    Row("pp x tp", "pp=2 tp=2", "1f1b, tied", core=True),
+    Row("pp x tp", "pp=2 tp=2", "interleaved, tied"),
+    Row("pp x tp", "pp=2 tp=2", "zero bubble"),
+    Row("pp x cp", "pp=2 cp=2", "1f1b", core=True),
+    Row("pp x cp", "pp=2 cp=2", "zero bubble, tied"),
+    Row("pp x tp x cp", "pp=2 cp=2 tp=2", "1f1b"),
+    Row("pp x dp x tp", "pp=2 dp_replicate=2 tp=2", "1f1b, tied"),
+    Row("pp x fsdp x tp", "pp=2 dp_shard=2 tp=2", "1f1b"),
 ]
 
 
@@ -207,7 +245,7 @@ class ClippedNorm(Hook):
 
         def measured(model: Any, *arguments: Any) -> None:
             clip(model, *arguments)
-            self.norm = float(gradient_norm(model))
+            self.norm = float(gradient_norm(model, without=getattr(model, "copies", ())))
 
         loop.clip_gradients = measured
 

@@ -228,8 +228,6 @@ def test_what_is_wrong_is_found_before_the_first_step(make, overrides, message):
 
 
 def test_layouts_that_cannot_run_are_refused():
-    with pytest.raises(ConfigError, match=r"parallel.pp=4 is not supported yet"):
-        check_layout(ParallelConfig(pp=4), 4)
     with pytest.raises(ConfigError, match="does not make 4 processes"):
         check_layout(ParallelConfig(dp_replicate=3), 4)
     with pytest.raises(ConfigError, match="dp_shard=2 does not make 1 process"):

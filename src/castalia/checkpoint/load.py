@@ -1,7 +1,7 @@
 """Reading a checkpoint: whole, or just the slices that this process holds; hashes first, and nothing unpickled."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,11 @@ def load_into(path: str | Path, tensors: Mapping[str, Tensor], prefix: str = "")
         return make_ready(path, tensors, prefix).fill()
 
 
-def make_ready(path: Path, tensors: Mapping[str, Tensor], prefix: str = "") -> Ready:
-    """Check all that load_into checks, and change nothing yet."""
+def make_ready(path: Path, tensors: Mapping[str, Tensor], prefix: str = "", elsewhere: Collection[str] = ()) -> Ready:
+    """Check all that load_into checks, and change nothing yet; `elsewhere` are names that only other processes load."""
     manifest = read_manifest(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    require_fit(path, manifest, tensors, prefix)
+    require_fit(path, manifest, tensors, prefix, elsewhere)
     pieces = pieces_of(manifest, tensors)
     texts = [name for name in manifest.files if not name.endswith(SHARD)]
     check_files(path, manifest, texts)  # not needed here, but whoever exports this step reads them
@@ -87,11 +87,14 @@ def check_contents(path: Path, manifest: Manifest, pieces: Pieces) -> None:
         check_pieces(path / file, pieces[file])
 
 
-def require_fit(path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str) -> None:
+def require_fit(
+    path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str, elsewhere: Collection[str]
+) -> None:
     """Raise CheckpointError listing what the checkpoint lacks, has beyond, or has in another shape or dtype."""
     have = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
-    problems = [f"{name} is not in the checkpoint{nearest(name, have)}" for name in sorted(tensors.keys() - have)]
-    problems += [f"{name} is in the checkpoint only" for name in sorted(have.keys() - tensors.keys())]
+    wanted = tensors.keys() | set(elsewhere)
+    problems = [f"{name} is not in the checkpoint{nearest(name, have)}" for name in sorted(wanted - have.keys())]
+    problems += [f"{name} is in the checkpoint only" for name in sorted(have.keys() - wanted)]
     for name in sorted(have.keys() & tensors.keys()):
         entry, tensor = have[name], tensors[name]
         if tuple(tensor.shape) != entry.shape:

@@ -8,9 +8,10 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,15 +189,18 @@ class Store:
         """Fill `tensors` in place from the checkpoint of `step`, and return its state; see load_into."""
         return load_into(self.folder_of(step), tensors, prefix)
 
-    def load_latest(self, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Any]] | None:
+    def load_latest(
+        self, tensors: Mapping[str, Tensor], elsewhere: Collection[str] = ()
+    ) -> tuple[int, dict[str, Any]] | None:
         """(step, state) of the newest checkpoint that is good on every process, loaded into `tensors`; None if none is.
 
+        `elsewhere` names the tensors that only other processes hold, such as those of other stages of a pipeline.
         A damaged one is passed over with a warning that names the file; `warnings` keeps these lines.
         Raises  CheckpointError if there are checkpoints and none is good, or the good one does not fit `tensors`.
         """
         self.report_unfinished()
         ready: dict[int, Ready] = {}
-        step = self.newest_good(tensors, ready)
+        step = self.newest_good(partial(make_ready, tensors=tensors, elsewhere=elsewhere), ready)
         if step == NO_STEP:
             if have := self.steps():
                 reasons = "".join(f"\n  {line}" for line in self.warnings)
@@ -207,7 +211,7 @@ class Store:
             return None
         return step, ready[step].fill()
 
-    def newest_good(self, tensors: Mapping[str, Tensor], ready: dict[int, Ready]) -> int:
+    def newest_good(self, check: Callable[[Path], Ready], ready: dict[int, Ready]) -> int:
         """The newest step that every process finds good; NO_STEP if there is none. What was checked comes into `ready`.
 
         Each process offers its own newest below what was agreed before, until the smallest offer stands twice.
@@ -216,17 +220,17 @@ class Store:
         while True:
             limit, mine = agreed, NO_STEP
             for step in reversed([step for step in steps if limit is None or step <= limit]):
-                if step in ready or self.is_good(step, tensors, ready):
+                if step in ready or self.is_good(step, check, ready):
                     mine = step
                     break
             agreed = self.agree(mine)
             if agreed in (limit, NO_STEP) or self.world == 1:
                 return agreed
 
-    def is_good(self, step: int, tensors: Mapping[str, Tensor], ready: dict[int, Ready]) -> bool:
+    def is_good(self, step: int, check: Callable[[Path], Ready], ready: dict[int, Ready]) -> bool:
         """Whether the files of a step that this process needs are whole; if not, that is a warning."""
         try:
-            ready[step] = make_ready(self.folder / step_name(step), tensors)
+            ready[step] = check(self.folder / step_name(step))
         except DamagedCheckpointError as error:
             self.warn(f"{error}; the checkpoint of step {step} is passed over")
             return False

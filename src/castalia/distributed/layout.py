@@ -33,8 +33,10 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
             layer.compile()
     if world.mesh is not None:
         mesh = world.mesh["dp_replicate", "dp_shard"] if config.dp_replicate > 1 else world.mesh["dp_shard"]
+        # Weights that are gone between the two halves of a split backward would not be found by the second.
+        reshard = config.reshard_after_forward and not config.splits_backward
         for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=config.reshard_after_forward)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
         # The head runs outside the model's own forward, so the root keeps its weights gathered until the backward.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.to_empty(device=world.device)

@@ -14,34 +14,25 @@ from castalia.distributed.context_parallel import SequencePart
 from castalia.distributed.join import join
 from castalia.distributed.ranks import environment
 
-UNSUPPORTED: tuple[str, ...] = ("pp",)
-"""Axes that training cannot use yet."""
-
 
 def check_layout(config: ParallelConfig, size: int) -> None:
-    """Refuse a layout that cannot run on `size` processes, before any process group starts.
+    """Refuse a layout that does not make `size` processes, before any process group starts.
 
-    Raises  ConfigError listing every reason.
+    Raises  ConfigError.
     """
-    problems = [
-        f"parallel.{axis}={getattr(config, axis)} is not supported yet: set parallel.{axis}=1"
-        for axis in UNSUPPORTED
+    if config.degrees(size).size == size:
+        return
+    product = " x ".join(
+        f"parallel.{axis}={getattr(config, axis) or 'all that are left'}"
+        for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
         if getattr(config, axis) != 1
-    ]
-    if config.degrees(size).size != size:
-        product = " x ".join(
-            f"parallel.{axis}={getattr(config, axis) or 'all that are left'}"
-            for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-            if getattr(config, axis) != 1
-        )
-        wanted = config.degrees(1)._replace(dp_shard=config.dp_shard or 1).size
-        multiple = "" if config.dp_shard else " or a multiple of it"
-        problems.append(
-            f"{product} does not make {size} process{'es' if size > 1 else ''}; start {wanted}{multiple} with"
-            " torchrun --nproc-per-node, or change the degrees"
-        )
-    if problems:
-        raise ConfigError("; ".join(problems))
+    )
+    wanted = config.degrees(1)._replace(dp_shard=config.dp_shard or 1).size
+    multiple = "" if config.dp_shard else " or a multiple of it"
+    raise ConfigError(
+        f"{product} does not make {size} process{'es' if size > 1 else ''}; start {wanted}{multiple} with"
+        " torchrun --nproc-per-node, or change the degrees"
+    )
 
 
 ALONE = Degrees(1, 1, 1, 1, 1)

@@ -18,6 +18,7 @@ from castalia.models.config import ModelConfig
 from castalia.models.cross_entropy import VocabPart
 from castalia.models.flops import flops_per_token
 from castalia.models.init import init_parameter
+from castalia.models.parts import Part, split
 from castalia.models.pieces import KEEP, Kind, kind_of
 from castalia.models.recompute import recomputed
 from castalia.models.rotary import Rope, rope_tables, split_qkv
@@ -134,21 +135,40 @@ class Decoder(nn.Module):
     `recompute` says what the blocks store in training and what they compute again; see castalia.models.recompute.
     Parameters have no meaning until `init_weights` or a checkpoint fills them; the module has no buffers, so building
     on the meta device followed by `to_empty` loses nothing.
+
+    `part`, one of `castalia.models.parts.split`, makes it a stage of a pipeline: it holds that part alone, under the
+    names that the whole model has, and hidden states come in where there is no embedding and go out where there is no
+    norm. With tied embeddings the last stage has a copy of the embedding for its head.
     """
 
     tp_plan = {"embed": "vocab", "norm": "gather", "unembed": "head"}
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
+        self.part = part or split(config.num_layers, 1)[0]
         self.vocab_part: VocabPart | None = None
         self.sequence_part: SequencePart | None = None
-        self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        if self.part.first or (self.part.last and config.tie_word_embeddings):
+            self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList()
+        for place in self.part.layers:
+            self.layers.add_module(str(place), Block(config))  # its name in the whole model
         self.recompute = False
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        if not config.tie_word_embeddings:
+        if self.part.last:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if self.part.last and not config.tie_word_embeddings:
             self.unembed = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Names of the parameters here that the first and the last stage of a pipeline both hold."""
+        return ("embed.weight",) if self.config.tie_word_embeddings and self.part.first != self.part.last else ()
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Those of `tied` that belong to another stage."""
+        return () if self.part.first else self.tied
 
     def forward(
         self,
@@ -160,9 +180,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm.
 
-        Shapes  tokens (B, T) int64; positions (B, T) int64, the place of each token for the rotary embedding, default
-                0..T-1 or, with a cache, after what the row has; segments (B, T) int64: a token sees only earlier
-                tokens of its own segment -> (B, T, C).
+        Shapes  tokens (B, T) int64, in a later stage the hidden states (B, T, C) of the one before; positions (B, T)
+                int64, the place of each token for the rotary embedding, default 0..T-1 or, with a cache, after what
+                the row has; segments (B, T) int64: a token sees only earlier tokens of its own segment -> (B, T, C).
         With a cache the tokens are appended to it; see castalia.models.cache for rows of different lengths.
         Where processes share each row, T, positions and segments are those of the tokens held here.
         Raises  ValueError if the cache is too small, or given together with segments or with shared rows.
@@ -180,12 +200,12 @@ class Decoder(nn.Module):
         elif segments is not None:
             mask = segment_mask(segments, self.sequence_part)
         rope = self.rope(tokens, positions)
-        x_BTC = self.embed(tokens)
+        x_BTC = self.embed(tokens) if self.part.first else tokens
         for i, block in enumerate(self.layers):
             x_BTC = block(x_BTC, rope, mask, cache.layers[i] if cache is not None else None)
         if cache is not None:
             cache.advance(T)
-        return self.norm(x_BTC)
+        return self.norm(x_BTC) if self.part.last else x_BTC
 
     @property
     def recompute(self) -> bool | str | int:

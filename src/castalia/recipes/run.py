@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 from castalia.core.allocator import keep_freed_memory
 from castalia.core.errors import CheckpointError
-from castalia.distributed import World, check_layout, environment, peers_may_be_lost
+from castalia.distributed import World, environment, peers_may_be_lost
 from castalia.recipes.corpus import ensure_corpus
 from castalia.recipes.load import Resolved
 from castalia.train.config import RunConfig
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, StopOnSignal, Validate
 from castalia.train.mixture_record import RecordMixture
+from castalia.train.passes import check_processes
 from castalia.train.resume import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
 from castalia.train.trainer import Trainer
@@ -22,7 +23,7 @@ def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) 
     """
     keep_freed_memory()
     config = resolved.config
-    check_layout(config.parallel, environment()[1])
+    check_processes(config, environment()[1])
     world = World.start(config.parallel, config.device)
     try:
         with peers_may_be_lost(world.rank):

@@ -11,7 +11,7 @@ from castalia.distributed import LaunchConfig, ParallelConfig
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.models.config import ModelConfig
-from castalia.train.layouts import layout_problems
+from castalia.train.layouts import layout_problems, stage_problems
 
 
 class OptimConfig(Config):
@@ -145,6 +145,7 @@ class RunConfig(Config):
         if self.schedule.min_lr > self.optim.lr:
             problems.append(f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}")
         problems += mixing_problems(self)
+        problems += stage_problems(self.parallel, self.model, self.train.compile)
         micro = self.train.micro_batch_size
         if micro and self.train.batch_size % micro:
             problems.append(

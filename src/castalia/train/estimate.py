@@ -98,7 +98,7 @@ def device_of(config: RunConfig) -> str:
 
 def micro_rows(config: RunConfig, processes: int) -> int:
     """Rows that one process runs at a time."""
-    share = -(-config.train.batch_size // processes)
+    share = -(-config.train.batch_size // max(1, config.parallel.degrees(processes).dp))
     return min(config.train.micro_batch_size or share, share)
 
 

@@ -20,8 +20,7 @@ from castalia.mixing import scores
 from castalia.models.flops import flops_per_token
 from castalia.monitor import JsonlSink, duration, memory_bytes, peak_flops, quantity
 from castalia.train.mixture import movements
-from castalia.train.precision import arithmetic
-from castalia.train.resume import checkpoint_state, checkpoint_tensors
+from castalia.train.resume import checkpoint_state, own_tensors
 
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
@@ -158,18 +157,14 @@ class Validate(Hook):
             )
             trainer.metrics |= {"valid_sources": found.pop("sources"), "valid": found}
 
-    @torch.no_grad()
     def sums(self, trainer: "Trainer", rows: RowDataset) -> NDArray[np.float64]:
         """Loss and targets of each source over the first train.eval_batches batches of `rows`, (2, V)."""
         trainer.model.eval()
         total = torch.zeros(len(trainer.rows.valid_sources), 2, dtype=torch.float64, device=trainer.world.device)
         batches = trainer.batches(rows, 0)
         for _ in range(trainer.config.train.eval_batches):
-            for batch in next(batches):
-                trainer.beat("validation")
-                with arithmetic(trainer.config.precision, trainer.world.device):
-                    out = trainer.loss(trainer.model, trainer.own_part(batch))
-                total += out.per_source[: len(total)]
+            trainer.beat("validation")
+            total += trainer.passes.run(next(batches)).per_source[: len(total)]
         trainer.model.train()
         found: NDArray[np.float64] = trainer.world.sum(total).cpu().numpy().T
         return found
@@ -213,7 +208,7 @@ class Save(Hook):
         asynchronous = trainer.config.checkpoint.asynchronous
         timing = trainer.store.save(
             trainer.progress.step,
-            checkpoint_tensors(trainer),
+            own_tensors(trainer),
             checkpoint_state(trainer),
             trainer.files,
             asynchronous=asynchronous,

@@ -43,3 +43,45 @@ def context_problems(seq_length: int, parallel: ParallelConfig) -> list[str]:
             " holds an equal part of the tokens"
         )
     return out
+
+
+def stage_problems(config: ParallelConfig, model: ModelConfig, compiled: bool) -> list[str]:
+    """Why a model cannot be cut into the stages of this pipeline; nothing when it can."""
+    problems = []
+    if config.stages > model.num_layers:
+        problems.append(
+            f"parallel.pp {config.pp} with {config.stages_here} stage{'s' if config.stages_here > 1 else ''} a process"
+            f" makes {config.stages} stages of {model.num_layers} layers, and each stage needs one; lower parallel.pp"
+        )
+    if config.pp > 1 and config.schedule == "zero_bubble_v" and model.tie_word_embeddings:
+        problems.append(
+            "parallel.schedule zero_bubble_v puts first and last stage on one process, which then would hold tied"
+            " embeddings twice; use zero_bubble, or model.tie_word_embeddings=false"
+        )
+    if config.splits_backward and compiled:
+        problems.append(
+            f"parallel.schedule {config.schedule} splits the backward pass, and a compiled one cannot be split;"
+            " set train.compile=false or use 1f1b"
+        )
+    return problems
+
+
+def micro_batch_problem(config: ParallelConfig, rows: int, micro: int) -> str | None:
+    """Why the schedule cannot run a process's `rows` of a step in micro-batches of `micro` rows; None when it can."""
+
+    def fits(micro: int) -> bool:
+        count = rows // micro
+        rounds = max(1, count // config.pp)
+        return config.schedule == "gpipe" or (
+            count >= config.pp and (config.schedule in ("1f1b", "zero_bubble_v") or count % rounds == 0)
+        )
+
+    if config.pp == 1 or fits(micro):
+        return None
+    fitting = [size for size in range(1, rows + 1) if rows % size == 0 and fits(size)]
+    more = f"train.micro_batch_size={fitting[-1]} does" if fitting else "raise train.batch_size"
+    return (
+        f"parallel.schedule {config.schedule} over {config.pp} processes wants at least {config.pp} micro-batches a"
+        f" step, in full rounds of {config.pp} if there are more; {rows} rows in micro-batches of {micro} make"
+        f" {rows // micro}, {more}"
+    )

@@ -1,5 +1,7 @@
 """AdamW with GPT-NeoX's decay groups, its clip formula, and optimizer state as named tensors."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -67,12 +69,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
+def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
     """Global L2 norm of the gradients, a float32 scalar on the model's device; over all processes when sharded.
 
-    A number that several processes hold counts once, whatever the mesh: one sum of squares goes round.
+    A number that several processes hold counts once, whatever the mesh: one sum of squares goes round. Parameters
+    named in `without` do not count here: another stage of a pipeline counts them.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None and name not in without]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     own = [

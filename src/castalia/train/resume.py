@@ -8,15 +8,17 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from castalia.config import dump_yaml, flatten, read_yaml
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, cannot_write, write_json
 from castalia.data import changed, load_tokenizer
+from castalia.models import Decoder
 from castalia.monitor import describe_environment
 from castalia.train.config import RunConfig
-from castalia.train.optim import optimizer_tensors, set_updates
+from castalia.train.optim import MOMENTS, optimizer_tensors, set_updates
 
 if TYPE_CHECKING:
     from castalia.distributed import World
@@ -57,6 +59,23 @@ def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
     return weights | optimizer_tensors(trainer.model, trainer.optimizer)
 
 
+def own_tensors(trainer: "Trainer") -> dict[str, Tensor]:
+    """Those of the checkpoint's tensors that this process has a part in saving: not a stage's copy of another's."""
+    copies = tuple(f".{name}" for name in trainer.model.copies)
+    return {name: tensor for name, tensor in checkpoint_tensors(trainer).items() if not name.endswith(copies)}
+
+
+def other_tensors(trainer: "Trainer") -> set[str]:
+    """Names of the checkpoint's tensors that only other stages of a pipeline hold."""
+    if trainer.config.parallel.pp == 1:
+        return set()
+    with torch.device("meta"):
+        whole = Decoder(trainer.config.model)
+    names = [name for name, _ in whole.named_parameters()]
+    groups = ("model", *(f"optim.{moment}" for moment in MOMENTS))
+    return {f"{group}.{name}" for group in groups for name in names} - checkpoint_tensors(trainer).keys()
+
+
 def checkpoint_state(trainer: "Trainer") -> dict[str, Any]:
     """Everything else that must survive a crash; no entry names a rank."""
     state = {
@@ -88,7 +107,7 @@ def resume(trainer: "Trainer", said: str = "resumed from") -> None:
     Raises  DataError if the data changed since that checkpoint was saved.
     """
     began = time.perf_counter()
-    found = trainer.store.load_latest(checkpoint_tensors(trainer))
+    found = trainer.store.load_latest(checkpoint_tensors(trainer), other_tensors(trainer))
     if found is None:
         return
     step, state = found

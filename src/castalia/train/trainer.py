@@ -1,5 +1,6 @@
 """The one loop. Variation enters through `Loss` and `Hook` only."""
 
+import itertools
 import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -8,22 +9,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
 from castalia.data.planned import SourceRows
-from castalia.data.steps import check_batch
-from castalia.distributed import Watchdog, World, initialize, parallelize
-from castalia.models import Decoder
-from castalia.models.init import init_parameter
+from castalia.distributed import Watchdog, World
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import LONG, Hook
 from castalia.train.loss import Loss, NextToken
 from castalia.train.mixture import Mixture, make_mixture
-from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
-from castalia.train.precision import LossScale, arithmetic
+from castalia.train.optim import clip_gradients, make_optimizer, set_lr
+from castalia.train.passes import build_model, check_processes, make_passes
+from castalia.train.precision import LossScale
 from castalia.train.progress import Clock, Progress, StepTotals, pack, rows_hash, unpack
 from castalia.train.resume import checkpoint_files, resume
 from castalia.train.schedule import make_schedule
@@ -45,9 +43,7 @@ class Trainer:
     ) -> None:
         self.config, self.world = config, world
         train = config.train
-        dp = world.degrees.dp
-        if not config.parallel.uneven:
-            check_batch(train.batch_size, train.micro_batch_size or max(1, train.batch_size // dp), dp)
+        check_processes(config, world.size)
         self.files = checkpoint_files(config)
         self.rows = build_rows(
             config.data,
@@ -62,16 +58,14 @@ class Trainer:
         self.mixture = make_mixture(config, self.rows)
         for source in self.rows.train.packs:
             check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
-        with torch.device("meta"):
-            model = Decoder(config.model)
-        model.recompute = train.recompute
-        self.model = parallelize(model, world, config.parallel, compiled=train.compile)
-        initialize(self.model, lambda name, shape: init_parameter(name, shape, config.model, config.seed))
+        self.model = build_model(config, world)
         self.optimizer = make_optimizer(self.model, config.optim)
         self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
         self.scale = LossScale.of(config.loss_scale, config.precision)
         self.guard, self.watchdog = Guard(config.guard), Watchdog(world, config.guard.hang_seconds)
-        self.loss = loss or NextToken(max(len(self.rows.sources), len(self.rows.valid_sources)), compiled=train.compile)
+        sources = max(len(self.rows.sources), len(self.rows.valid_sources))
+        loss = loss or NextToken(sources, compiled=train.compile)
+        self.passes = make_passes(self.model, loss, sources, config, world, self.beat)
         self.policy = SavePolicy(config.checkpoint, train.steps)
         self.store = Store(
             f"{config.output}/checkpoints", rank=world.rank, world=world.size, expired=self.policy.expired
@@ -116,7 +110,7 @@ class Trainer:
         self.beat("counting targets")
         lr, skipped = self.schedule(self.progress.updates), self.guard.skips.get(self.progress.step + 1)
         totals = self.pass_over(micro_batches) if skipped else self.accumulate(micro_batches)
-        norm = torch.tensor(math.nan) if skipped else gradient_norm(self.model) / self.scale.value
+        norm = torch.tensor(math.nan) if skipped else self.passes.gradient_norm() / self.scale.value
         seen = Verdict.GOOD if skipped else self.guard.look(totals.loss, float(norm), self.scale.enabled)
         self.beat("update")
         worst, stop = self.world.largest(seen, self.stop_asked)
@@ -147,8 +141,10 @@ class Trainer:
     def batches(
         self, rows: RowDataset | SourceRows, start_step: int, mixture: Mixture | None = None
     ) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step of `rows`, from `start_step` on."""
+        """This process's micro-batches of each step of `rows`, from `start_step` on; none where none are needed."""
         data = self.config.data
+        if not self.passes.reads and mixture is None:  # a mixture learns from what is read, on every process
+            return ([] for _ in itertools.repeat(None))
         return iter(
             StepLoader(
                 rows,
@@ -167,40 +163,20 @@ class Trainer:
 
     def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
         """Forward and backward of all micro-batches; gradients of the mean loss over the global targets."""
-        device = self.world.device
         tokens, rows = self.counted(micro_batches)
-        everywhere = float(self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=device)))
+        everywhere = float(self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=self.world.device)))
         # FSDP averages gradients over the processes of dp and cp; the loss is a sum, so the average is undone here.
         averaged = self.world.degrees.dp * self.world.degrees.cp
-        factor = self.scale.value * averaged / max(1.0, everywhere)
-        loss = torch.zeros((), dtype=torch.float64, device=device)
-        per_source = torch.zeros(len(self.rows.sources), 2, dtype=torch.float64, device=device)
-        for place, batch in enumerate(micro_batches):
-            self.beat("forward and backward")
-            self.reduce_gradients_if(place == len(micro_batches) - 1)
-            with arithmetic(self.config.precision, device):
-                out = self.loss(self.model, self.own_part(batch))
-            (out.total * factor).backward()
-            loss += out.total.detach()
-            per_source += out.per_source[: len(per_source)]
-        vector = pack(loss, tokens, rows, self.stop_asked, per_source)
+        tally = self.passes.train(micro_batches, self.scale.value * averaged / max(1.0, everywhere))
+        per_source = tally.per_source[: len(self.rows.sources)]  # validation may have more
+        vector = pack(tally.loss, tokens, rows, self.stop_asked, per_source)
         return unpack(self.world.sum(vector))
 
     def counted(self, micro_batches: list[Batch]) -> tuple[int, int]:
-        """Targets and hash of the rows, for a sum over all: where processes share rows, the first of them counts."""
-        if self.world.coordinate("cp"):
+        """Targets and hash of the rows, for a sum over all: of the processes that run the same rows, one counts."""
+        if not self.passes.counts:
             return 0, 0
         return sum(batch.targets for batch in micro_batches), rows_hash(micro_batches)
-
-    def own_part(self, batch: Batch) -> Batch:
-        """The tokens of a micro-batch that this process runs, on its device."""
-        part = self.world.sequence
-        return (batch if part is None else batch.of_tokens(part.own)).to(self.world.device)
-
-    def reduce_gradients_if(self, last: bool) -> None:
-        """With sharded weights, reduce gradients only after the last micro-batch."""
-        if self.world.size > 1:
-            cast(FSDPModule, self.model).set_requires_gradient_sync(last)
 
     def pass_over(self, micro_batches: list[Batch]) -> StepTotals:
         """The totals of a step whose rows are not used: a loss that is no number."""

@@ -1,0 +1,259 @@
+"""Pipelines against one process: every schedule, the compositions with data parallelism, and what moves between."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from castalia.checkpoint import read
+from castalia.core.errors import ConfigError
+from castalia.data import IndexedDatasetWriter
+from castalia.models.parts import split
+from castalia.recipes import resolve
+from castalia.recipes.run import run
+
+BASE = (
+    "debug",
+    "model.num_layers=4",
+    "model.hidden_size=32",
+    "data.seq_length=16",
+    "train.batch_size=12",
+    "train.micro_batch_size=2",
+    "train.steps=5",
+    "train.eval_every=5",
+    "train.eval_batches=2",
+    "schedule.decay_steps=5",
+    "checkpoint.steps=[0,3]",
+    "checkpoint.every=null",
+)
+MODELS = {
+    "plain": (),
+    "tied": ("model.tie_word_embeddings=true", "data.eod_mask_loss=true"),
+    "bf16": ("precision=bf16",),
+    "fp16": ("precision=fp16",),
+}
+PP2, PP4 = "parallel.pp=2", "parallel.pp=4"
+INTERLEAVED, ZERO_BUBBLE = "parallel.schedule=interleaved_1f1b", "parallel.schedule=zero_bubble"
+V = "parallel.schedule=zero_bubble_v"
+THREE = "train.micro_batch_size=3"
+TWO_PROCESSES = {
+    "1f1b": ("plain", (PP2,)),
+    "gpipe": ("plain", (PP2, "parallel.schedule=gpipe")),
+    "interleaved": ("plain", (PP2, INTERLEAVED)),
+    "zero bubble": ("plain", (PP2, ZERO_BUBBLE)),
+    "zero bubble, two stages a process": ("plain", (PP2, ZERO_BUBBLE, "parallel.stages_per_process=2")),
+    "zero bubble in a V": ("plain", (PP2, V)),
+    "recompute": ("plain", (PP2, "train.recompute=true")),
+    "zero bubble, recompute": ("plain", (PP2, ZERO_BUBBLE, "train.recompute=true")),
+    "tied": ("tied", (PP2,)),
+    "tied, interleaved": ("tied", (PP2, INTERLEAVED)),
+    "tied, zero bubble": ("tied", (PP2, ZERO_BUBBLE)),
+    "bf16": ("bf16", (PP2,)),
+    "fp16": ("fp16", (PP2,)),
+}
+FOUR_PROCESSES = {
+    "four stages": ("plain", (PP4,)),
+    "four stages, tied": ("tied", (PP4,)),
+    "two stages of two shards": ("plain", (PP2,)),
+    "two stages of two shards, kept gathered": ("plain", (PP2, "parallel.reshard_after_forward=false")),
+    "two stages of two replicas, tied": ("tied", (PP2, "parallel.dp_replicate=2")),
+    "shards, interleaved": ("plain", (PP2, INTERLEAVED, THREE)),
+    "shards, zero bubble, tied": ("tied", (PP2, ZERO_BUBBLE, THREE)),
+    "shards, zero bubble in a V": ("plain", (PP2, V, THREE)),
+}
+MOVES = {
+    "from 2 stages to 2 shards": (2, "tied", (PP2,), ()),
+    "from 2 shards to 2 stages": (2, "tied", (), (PP2,)),
+    "from 2 stages to the V": (2, "plain", (PP2,), (PP2, V)),
+    "from 2 x 2 to 4 stages": (4, "tied", (PP2,), (PP4,)),
+    "from 4 shards to 2 x 2": (4, "plain", (THREE,), (PP2, "parallel.dp_replicate=2")),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> tuple[str, ...]:
+    """Arguments of every run; its documents end at irregular places."""
+    prefix = tmp_path_factory.mktemp("tokens") / "text"
+    random = np.random.default_rng(1)
+    with IndexedDatasetWriter(prefix, "uint16") as writer:
+        for size in random.integers(3, 60, 200):
+            writer.add([*random.integers(97, 123, size), 256])
+    return (*BASE, f"data.train={prefix}", f"data.valid={prefix}")
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """Callable: folder of the run of a model on one process."""
+    known: dict[str, Path] = {}
+
+    def get(model: str) -> Path:
+        if model not in known:
+            output = tmp_path_factory.mktemp("alone") / "run"
+            run(resolve([*base, *MODELS[model], f"output={output}"]), command=["castalia"])
+            known[model] = output
+        return known[model]
+
+    return get
+
+
+def launch(processes: int, runs: list[dict], folder: Path) -> None:
+    """Train them all in one set of processes."""
+    spec = folder / "runs.json"
+    spec.write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += [f"--nproc-per-node={processes}", str(Path(__file__).with_name("several_runs.py")), str(spec)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def all_of(processes: int, cases: dict, base: tuple[str, ...], folder: Path, more: list[dict] | None = None) -> Path:
+    """The folder with a run of each case, and the runs that move between layouts."""
+    runs = [
+        {"arguments": [*base, *MODELS[model], *layout, f"output={folder / name}"], "poison": None}
+        for name, (model, layout) in cases.items()
+    ]
+    for name, (size, model, before, after) in MOVES.items():
+        if size == processes:
+            common = [*base, *MODELS[model], f"output={folder / name}"]
+            runs += [{"arguments": [*common, *before, "train.steps=3"], "poison": None}]
+            runs += [{"arguments": [*common, *after], "poison": None}]
+    launch(processes, runs + (more or []), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(base, tmp_path_factory) -> Path:
+    """Runs on two processes; one of them with a NaN in the first stage."""
+    folder = tmp_path_factory.mktemp("two")
+    poisoned = [*base, PP2, f"output={folder / 'poisoned'}"]
+    begun = [*base, *MODELS["tied"], PP2, "train.steps=3", f"output={folder / 'begun'}"]
+    more = [{"arguments": poisoned, "poison": 2}, {"arguments": begun, "poison": None}]
+    return all_of(2, TWO_PROCESSES, base, folder, more)
+
+
+@pytest.fixture(scope="module")
+def four(base, tmp_path_factory) -> Path:
+    """Runs on four processes."""
+    return all_of(4, FOUR_PROCESSES, base, tmp_path_factory.mktemp("four"))
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(ours: Path, theirs: Path) -> float:
+    """Of all weights; the gradient of a key bias is rounding noise, which Adam turns into a step of the size of lr."""
+    a, b = read(ours), read(theirs)
+    assert a.keys() == b.keys()
+    differences = {name: (a[name] - b[name]).abs() for name in a}
+    return max(
+        float((d.view(4, 3, -1)[:, [0, 2]] if name.endswith("qkv.bias") else d).max())
+        for name, d in differences.items()
+    )
+
+
+def require_equal(ours: Path, theirs: Path, limit: float = 1e-5) -> None:
+    """Losses, validation, gradient norms, counts, rows and weights."""
+    a, b = metrics(ours), metrics(theirs)
+    assert len(a) == len(b) == 5
+    for key in ("step", "tokens", "rows_hash"):
+        assert [line[key] for line in a] == [line[key] for line in b]
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in a] == pytest.approx([line[key] for line in b], abs=limit), key
+    assert a[-1]["valid_loss"] == pytest.approx(b[-1]["valid_loss"], abs=limit)
+    steps = [path / "checkpoints" / "step-00000000" for path in (ours, theirs)]
+    assert largest_difference(*steps) == 0, "start weights depend on the layout"
+    steps = [path / "checkpoints" / "step-00000005" for path in (ours, theirs)]
+    assert largest_difference(*steps) <= limit
+
+
+@pytest.mark.parametrize("name", TWO_PROCESSES)
+def test_two_stages_equal_one_process(two, alone, name):
+    model, _ = TWO_PROCESSES[name]
+    require_equal(two / name, alone(model), limit=2e-4 if model == "fp16" else 1e-5)
+
+
+@pytest.mark.parametrize("name", FOUR_PROCESSES)
+def test_compositions_equal_one_process(four, alone, name):
+    require_equal(four / name, alone(FOUR_PROCESSES[name][0]))
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_checkpoint_moves_between_layouts(two, four, alone, name):
+    processes, model, _, _ = MOVES[name]
+    require_equal({2: two, 4: four}[processes] / name, alone(model))
+
+
+def test_one_process_goes_on_from_two_stages(two, alone, base):
+    run(resolve([*base, *MODELS["tied"], f"output={two / 'begun'}"]), command=["castalia"])
+    require_equal(two / "begun", alone("tied"))
+
+
+def test_stages_hold_their_layers_and_only_the_ends_read(four):
+    held = [json.loads((four / "four stages, tied" / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    assert [each["reads"] for each in held] == [True, False, False, True]
+    layers = [{name.split(".")[1] for name in each["names"] if name.startswith("layers.")} for each in held]
+    assert layers == [{"0"}, {"1"}, {"2"}, {"3"}]
+    ends = [{name for name in each["names"] if not name.startswith("layers.")} for each in held]
+    assert ends == [{"embed.weight"}, set(), set(), {"embed.weight", "norm.weight", "norm.bias"}]
+
+
+def test_a_tied_embedding_is_saved_once(two):
+    manifest = json.loads((two / "tied" / "checkpoints" / "step-00000005" / "manifest.json").read_text())
+    chunks = manifest["tensors"]["model.embed.weight"]["chunks"]
+    assert [chunk["file"] for chunk in chunks] == ["model-00000.safetensors"]
+
+
+def test_nan_in_one_stage_stops_all(two):
+    errors = [json.loads((two / "poisoned" / f"rank-{rank}.json").read_text())["error"] for rank in range(2)]
+    assert all(error.startswith("gradient norm nan at step 2 (rows 12 to 23") for error in errors), errors
+    assert [line["step"] for line in metrics(two / "poisoned")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.num_layers=3", PP4), "makes 4 stages of 3 layers"),
+        ((PP2, V, "model.tie_word_embeddings=true"), "use zero_bubble"),
+        ((PP2, ZERO_BUBBLE, "train.compile=true"), "a compiled one cannot be split"),
+        ((PP2, "parallel.stages_per_process=2"), "schedule 1f1b has 1 stage a process"),
+        ((PP2, V, "parallel.stages_per_process=3"), "zero_bubble_v has 2 stages a process"),
+        ((PP2, "parallel.schedule=dual"), "zero_bubble"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve([*BASE, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.micro_batch_size=12",), "12 rows in micro-batches of 12 make 1, train.micro_batch_size=6 does"),
+        (("train.micro_batch_size=null",), "make 1, train.micro_batch_size=6 does"),
+        ((INTERLEAVED, "train.batch_size=10"), "10 rows in micro-batches of 2 make 5, train.micro_batch_size=5 does"),
+    ],
+)
+def test_too_few_micro_batches_are_refused_before_any_process_group(monkeypatch, tmp_path, overrides, message):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resolved = resolve([*BASE, PP2, *overrides, f"output={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=message):
+        run(resolved, command=["castalia"])
+    assert not torch.distributed.is_initialized() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("layers", "count", "sizes"), [(12, 4, [3, 3, 3, 3]), (6, 4, [2, 2, 1, 1]), (5, 1, [5])])
+def test_layers_are_split_evenly_and_in_order(layers, count, sizes):
+    parts = split(layers, count)
+    assert [len(part.layers) for part in parts] == sizes
+    assert [layer for part in parts for layer in part.layers] == list(range(layers))
+    assert [part.first for part in parts] == [True] + [False] * (count - 1)
+    assert [part.last for part in parts] == [False] * (count - 1) + [True]
