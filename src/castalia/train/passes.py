@@ -181,9 +181,9 @@ class PipelinedPasses(Passes):
     def arguments(self, batches: list[Batch]) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Tokens of all micro-batches, and what goes to every stage beside the hidden states.
 
-        Among these are the places of the tokens: a later stage cannot see them in its part of the hidden states.
+        Under tensor parallelism these hold the places of the tokens, for a later stage sees a part of the tokens only.
         """
-        keywords = {"positions": self.places}
+        keywords = {"positions": self.places} if self.world.degrees.tp > 1 else {}
         for name in ("positions", "segments"):
             values = [getattr(batch, name) for batch in batches]
             if values and values[0] is not None:
