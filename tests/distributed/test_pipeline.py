@@ -232,7 +232,8 @@ def test_a_pipeline_that_cannot_be_is_refused(overrides, message):
     ],
 )
 def test_too_few_micro_batches_are_refused_before_any_process_group(monkeypatch, tmp_path, overrides, message):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     resolved = resolve([*BASE, PP2, *overrides, f"output={tmp_path / 'run'}"])
     with pytest.raises(ConfigError, match=message):
         run(resolved, command=["castalia"])
