@@ -34,7 +34,7 @@ def check_processes(config: RunConfig, size: int) -> None:
     check_layout(config.parallel, size)
     dp = config.parallel.degrees(size).dp
     rows, micro = config.train.batch_size // dp, config.train.micro_batch_size
-    if not config.parallel.uneven or config.parallel.pp > 1:  # all pipelines run the same number of micro-batches
+    if not config.parallel.uneven:
         check_batch(config.train.batch_size, micro or max(1, rows), dp)
     if problem := micro_batch_problem(config.parallel, rows, micro or rows):
         raise ConfigError(problem)
