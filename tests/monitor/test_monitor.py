@@ -8,7 +8,7 @@ import torch
 
 from castalia.core.errors import CastaliaError, DataError
 from castalia.monitor import JsonlSink, describe_environment, duration, memory_bytes, peak_flops, quantity, read_metrics
-from castalia.monitor.machine import PEAK_TFLOPS
+from castalia.monitor.gpus import PEAK_TFLOPS
 
 
 @pytest.mark.parametrize(

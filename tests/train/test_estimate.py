@@ -19,7 +19,7 @@ def test_weights_and_optimizer_are_those_of_the_real_model():
     with torch.device("meta"):
         bytes_of_weights = sum(p.numel() * p.element_size() for p in Decoder(config.model).parameters())
     memory = estimate(config, 1, "cpu").memory
-    assert memory.weights == memory.gradients == bytes_of_weights
+    assert memory.weights == bytes_of_weights
     assert memory.optimizer == 2 * bytes_of_weights
 
 
@@ -45,9 +45,7 @@ def test_activations_are_near_what_autograd_saves(overrides):
     ):
         hidden = model(tokens)
     cost = estimate(config, 1, "cpu")
-    layers = config.model.num_layers
-    ends = rows * config.data.seq_length * config.model.hidden_size * (8 + (4 if config.precision == "fp32" else 2))
-    stored = (cost.memory.activations - ends) * layers / (layers + 1) + ends
+    stored = cost.memory.activations
     low_precision_weights = 0 if config.precision == "fp32" else cost.memory.weights - 4 * cost.parameters.total
     assert hidden.requires_grad
     assert sum(saved.values()) == pytest.approx(stored + low_precision_weights, rel=0.25)

@@ -17,6 +17,9 @@ def show(
         None, metavar="PRESET|FILE… [a.b=c …]", help="A preset, YAML files (ours or GPT-NeoX's), overrides; later wins."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
+    nodes: int = typer.Option(1, min=1, help="With --gpu: hosts of the cluster to plan for."),
+    gpus_per_node: int = typer.Option(8, min=1, help="With --gpu: GPUs of each host."),
+    gpu: str = typer.Option(None, help="Plan for a cluster of these: h200, h100, a100-80, a100-40, b200, ..."),
     schema: bool = typer.Option(False, "--schema", help="Print the JSON schema of a config file, for editors."),
 ) -> None:
     """Print the resolved config, its parameters, tokens, FLOPs, memory and checkpoints, and what differs."""
@@ -24,6 +27,11 @@ def show(
         from castalia.train.config import RunConfig
 
         typer.echo(json.dumps(without_required(RunConfig.model_json_schema()), indent=2))
+        return
+    if gpu:
+        from castalia.cli.planning import show_plan
+
+        show_plan(sources or [], nodes, gpus_per_node, gpu, as_json)
         return
     from castalia.recipes import resolve
     from castalia.train.estimate import estimate

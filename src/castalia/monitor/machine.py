@@ -8,17 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-PEAK_TFLOPS = {
-    "H100 PCIe": 756,
-    "H100": 989.5,
-    "H200": 989.5,
-    "A100": 312,
-    "B200": 2250,
-    "L40S": 362,
-    "A10G": 70,
-    "V100": 125,
-}
-"""Dense bf16 (V100: fp16) tensor-core peak in TFLOP/s by a part of the device name, from NVIDIA's data sheets."""
+from castalia.monitor.gpus import PEAK_TFLOPS
 
 
 def peak_flops(device: torch.device) -> float | None:

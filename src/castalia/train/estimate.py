@@ -4,23 +4,26 @@ Bytes of one process that holds the 1/S-th of P parameters and runs b rows of T 
 matrix products (4 in fp32, else 2), C width, F width inside the MLP, H heads, L layers, V rows of the embedding:
 
     weights      4 P / S, and under autocast 2 a weight that multiplies, its low-precision copy
-    gradients    4 P / S, and 4 V C for the head's gradient of a further micro-batch
     optimizer    8 P / S, the two moments of AdamW
     activations  b T (4 C + e (6 C + 2 F)) a block: its input, both norms, query, key, value, attention, MLP in and out;
                  on a CPU e H (T + 128) / 2 a token more for the attention weights of rows up to 16 head sizes long;
-                 L blocks and one more for the gradients on the way back; a block that is recomputed keeps 4 C, with
-                 recompute=selective 4 C + e (4 C + F) and the attention weights, and two are there whole
+                 a block that is recomputed keeps 4 C, with recompute=selective 4 C + e (4 C + F) and the attention
+                 weights, and one is there whole
     logits       one chunk of the fused cross-entropy; never b T V
+    gradients    4 V C of the head, and 4 P / S from the second micro-batch on; or at the end of the backward 4 P / S
+                 and the whole embedding's and head's, when that and two blocks' activations are more than all of them
+    gathered     embedding, head and two blocks put together by FSDP2, 4 bytes a weight; all blocks without resharding
 
-Measured on a CPU (14M shape, fp32 and bf16, 512 to 1024 tokens a row) the growth with b is within 10% of this; torch
-itself takes some 110 MiB more.
+tp divides P, V and the activations, cp the activations and (with dp_shard) P, pp the blocks. Against the bytes that
+torch allocates on a CPU, one and two gloo processes, fp32 and bf16, this is within 10%; the allocator's slack, Python
+and torch come on top: some 110 MiB, and with gloo its own buffers.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 from castalia.checkpoint.policy import SavePolicy
-from castalia.distributed import world_size
+from castalia.distributed import Degrees, world_size
 from castalia.models.config import ModelConfig
 from castalia.models.flops import ParameterCounts, flops_per_token, matmul_parameters, parameter_counts
 from castalia.models.pieces import KEEP, QUERIES, kind_of, logits_rows
@@ -35,6 +38,7 @@ class Memory(NamedTuple):
     optimizer: int
     activations: int
     logits: int
+    gathered: int
 
     @property
     def total(self) -> int:
@@ -73,7 +77,8 @@ def estimate(config: RunConfig, processes: int | None = None, device: str | None
     """Estimate a run on `processes` processes (None: those of the environment) on `cpu` or `cuda`."""
     processes = processes or world_size()
     device = device or device_of(config)
-    rows = micro_rows(config, processes)
+    degrees = degrees_of(config, processes)
+    rows = micro_rows(config, max(1, degrees.dp))
     tokens = config.tokens_per_step * config.train.steps
     each = flops_per_token(config.model, config.data.seq_length)
     return Estimate(
@@ -84,7 +89,7 @@ def estimate(config: RunConfig, processes: int | None = None, device: str | None
         processes=processes,
         device=device,
         micro_rows=rows,
-        memory=memory_of(config, processes, device, rows),
+        memory=memory_of(config, degrees, device, rows),
         disk=disk_of(config),
     )
 
@@ -96,39 +101,72 @@ def device_of(config: RunConfig) -> str:
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
-def micro_rows(config: RunConfig, processes: int) -> int:
-    """Rows that one process runs at a time."""
-    share = -(-config.train.batch_size // max(1, config.parallel.degrees(processes).dp))
+def degrees_of(config: RunConfig, processes: int) -> Degrees:
+    """The axes of so many processes, none below 1: an estimate is made of layouts that cannot run, too."""
+    return Degrees(*(max(1, degree) for degree in config.parallel.degrees(processes)))
+
+
+def micro_rows(config: RunConfig, parts: int) -> int:
+    """Rows that run at a time where `parts` processes take different rows of a batch."""
+    share = -(-config.train.batch_size // parts)
     return min(config.train.micro_batch_size or share, share)
 
 
-def memory_of(config: RunConfig, processes: int, device: str, rows: int) -> Memory:
-    """Bytes of one process, by part; see the head of this file."""
+class Weights(NamedTuple):
+    """Bytes of fp32 weights of one pipeline stage, after the cut by tp, before FSDP's: one block, and all else."""
+
+    block: int
+    root: int
+    layers: int
+
+    @property
+    def all(self) -> int:
+        """The whole stage."""
+        return self.block * self.layers + self.root
+
+
+def weights_of(model: ModelConfig, degrees: Degrees) -> Weights:
+    """The stage with most: under pp one that holds the embedding or the head, not both."""
+    counts = parameter_counts(model)
+    layers = -(-model.num_layers // degrees.pp)
+    block = (counts.non_embedding - 2 * model.hidden_size) // model.num_layers
+    root = counts.total - block * model.num_layers
+    if degrees.pp > 1 and not model.tie_word_embeddings:
+        root -= model.padded_vocab_size * model.hidden_size
+    return Weights(4 * block // degrees.tp, 4 * root // degrees.tp, layers)
+
+
+def memory_of(config: RunConfig, degrees: Degrees, device: str, rows: int) -> Memory:
+    """Bytes of one process at the peak of a step, by part; see the head of this file."""
     model, size = config.model, 4 if config.precision == "fp32" else 2
-    parameters = parameter_counts(model).total
-    shards = config.parallel.dp_shard or max(1, processes // config.parallel.dp_replicate)
-    copies = 0 if size == 4 else size * matmul_parameters(model)
-    tokens = rows * config.data.seq_length
-    again = 4 * model.padded_vocab_size * model.hidden_size if rows * processes < config.train.batch_size else 0
-    chunk = logits_rows(model.padded_vocab_size, model.hidden_size, size, device)
-    return Memory(
-        weights=4 * parameters // shards + copies,
-        gradients=4 * parameters // shards + again,
-        optimizer=8 * parameters // shards,
-        activations=activation_bytes(config, tokens, size, device),
-        logits=model.padded_vocab_size * size * min(tokens, chunk),
-    )
-
-
-def activation_bytes(config: RunConfig, tokens: int, size: int, device: str) -> int:
-    """What the forward pass of `tokens` tokens leaves for the backward."""
-    model = config.model
+    weights, shards = weights_of(model, degrees), degrees.dp_shard * degrees.cp
+    own, head = weights.all // shards, 4 * model.padded_vocab_size * model.hidden_size // degrees.tp
+    tokens = rows * config.data.seq_length // (degrees.cp * degrees.tp)
+    copies = 0 if size == 4 else size * matmul_parameters(model) // (degrees.tp * degrees.pp)
+    vocabulary = model.padded_vocab_size // degrees.tp
+    steps = -(-config.train.batch_size // (rows * degrees.dp))
     block = tokens * block_bytes(model, config.data.seq_length, size, device)
-    ends = tokens * model.hidden_size * (8 + size)  # input of the final norm, hidden states, their gradient
-    kinds = [kind_of(config.train.recompute, layer) for layer in range(model.num_layers)]
-    inputs = 4 * tokens * model.hidden_size
-    kept = {"": block, "full": inputs, "selective": block - size * tokens * (2 * model.hidden_size + model.ffn_size)}
-    return sum(kept[kind] for kind in kinds) + (2 if any(kinds) else 1) * block + ends
+    gathered = 2 if config.parallel.reshard_after_forward else weights.layers
+    together = weights.root + gathered * weights.block
+    common = {"weights": own + copies, "optimizer": 2 * own, "gathered": together if degrees.size > 1 else 0}
+    at_head = Memory(
+        **common,
+        gradients=head + (own if steps > 1 else 0),
+        activations=activation_bytes(config, tokens, size, block, weights.layers) * min(degrees.pp, max(1, steps)),
+        logits=vocabulary * size * min(tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)),
+    )
+    whole = weights.root if degrees.size > 1 else 0
+    at_end = Memory(**common, gradients=own + whole, activations=2 * block, logits=0)
+    return max(at_head, at_end, key=lambda memory: memory.total)
+
+
+def activation_bytes(config: RunConfig, tokens: int, size: int, block: int, layers: int) -> int:
+    """What the forward pass of `tokens` tokens through `layers` blocks of `block` bytes leaves for the backward."""
+    width, ffn = config.model.hidden_size, config.model.ffn_size
+    ends = tokens * width * (8 + size)  # input of the final norm, hidden states, their gradient
+    kept = {"": block, "full": 4 * tokens * width, "selective": block - size * tokens * (2 * width + ffn)}
+    kinds = [kind_of(config.train.recompute, layer) for layer in range(layers)]
+    return sum(kept[kind] for kind in kinds) + (block if any(kinds) else 0) + ends
 
 
 def block_bytes(model: ModelConfig, seq_length: int, size: int, device: str) -> int:
