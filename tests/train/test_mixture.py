@@ -1,6 +1,8 @@
 """Mixing in the loop: the rows that a run reads, what survives a crash, and what stops it."""
 
 import json
+import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
 from castalia.train.loss import LossOut, NextToken
 from castalia.train.mixture import RecordedOrder
 from castalia.train.mixture_record import RecordMixture
+from castalia.train.startup import source_lines
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -379,3 +382,26 @@ def test_the_record_tells_which_row_stood_where(fit, tmp_path):
         order(96)
     with pytest.raises(DataError, match=r"only its mixture.jsonl tells"):
         trainer.rows.train.locate(0)
+
+
+def test_five_thousand_sources_in_one_loader(sources, make, tmp_path):
+    """More files than a process usually may hold open; one planner and one thread read them all."""
+    paths = []
+    for i in range(5000):
+        paths.append(str(tmp_path / f"s{i}"))
+        for end in (".bin", ".idx"):
+            os.link(sources[i % 3] + end, paths[-1] + end)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limits[1] < 10_200:
+        pytest.skip(f"this machine lets a process open {limits[1]} files only")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+    try:
+        heard = Heard()
+        trainer = make("mixing.kind=odm", "train.steps=3", "mixing.log_every=3", train=paths, hooks=[heard])
+        trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert heard.tokens == [96] * 3 and len(trainer.mixture.plan.weights) == 5000
+    assert sum(trainer.mixture.planner.cursors) == 36
+    assert "5000 sources 100% of the data" in trainer.mixture.notes[0]
+    assert source_lines(trainer)[-2:] == ["and 4,960 more", "mixed by odm"]

@@ -1,7 +1,9 @@
 """Bytes on disk, memory-mapped: one file, or the shards of one cut anywhere, read as if they were whole."""
 
+import errno
 import mmap
 import os
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +72,31 @@ def map_file(path: Path) -> bytes | mmap.mmap:
     Raises  DataError if it is missing or unreadable.
     """
     try:
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mapped(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if error.errno == errno.EMFILE and allow_more_files():
+            return map_file(path)
+        hint = "; `ulimit -n` sets how many files a process may have open" if error.errno == errno.EMFILE else ""
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}{hint}") from error
+
+
+def mapped(path: Path) -> bytes | mmap.mmap:
+    """The mapping itself, which holds the file open."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def allow_more_files() -> bool:
+    """Raise this process's limit on open files to the most that it may have; False if it stood there before.
+
+    Each token file takes two, and the usual limit of 1,024 is meant for programs that wait on files with `select`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return True

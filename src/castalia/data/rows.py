@@ -1,6 +1,7 @@
 """The rows of a run: every source's order, blended, as one sequence that steps take from."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -241,8 +242,10 @@ def masked_eod(config: DataConfig) -> int | None:
 def source_names(paths: list[str]) -> list[str]:
     """A name for each prefix, none twice: its last part, the whole path where two would be the same, then a number."""
     names = [Path(path).name.removesuffix(".bin").removesuffix(".idx") for path in paths]
-    names = [path if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
-    return [f"{name}#{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    counts = Counter(names)
+    names = [path if counts[name] > 1 else name for name, path in zip(names, paths, strict=True)]
+    counts = Counter(names)
+    return [f"{name}#{i}" if counts[name] > 1 else name for i, name in enumerate(names)]
 
 
 def check_vocab(dataset: IndexedDataset, vocab_size: int, most_bytes: int | None = None) -> None:

@@ -14,6 +14,9 @@ from castalia.train.estimate import estimate
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
 
+SHOWN = 40
+"""Sources that the table names."""
+
 
 def print_start(trainer: "Trainer", changes: Mapping[str, tuple[Any, Any]], notes: Sequence[str] = ()) -> None:
     """Print the start table, the notes, and what differs from the recipe."""
@@ -68,10 +71,13 @@ def short_hash(fingerprint: Mapping[str, Any]) -> str:
 
 
 def source_lines(trainer: "Trainer") -> list[str]:
-    """Each source with its weight, its size and how often the run passes over it."""
+    """Each source with its weight, its size and how often the run passes over it; of very many the first."""
     rows = trainer.rows
     wanted = trainer.config.train.steps * trainer.config.tokens_per_step
-    return [
+    lines = [
         f"{name} {weight:.1%} of {quantity(tokens)} tokens ({wanted * weight / max(1, tokens):.2f} epochs)"
         for name, weight, tokens in zip(rows.sources, rows.weights, rows.tokens, strict=True)
     ]
+    mixed = [f"mixed by {trainer.config.mixing.kind}"] if trainer.mixture else []
+    more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
+    return [*lines[:SHOWN], *more, *mixed]
