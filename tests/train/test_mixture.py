@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from castalia.cli.app import app
+from castalia.config import dump_yaml
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, DataError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
@@ -405,3 +408,16 @@ def test_five_thousand_sources_in_one_loader(sources, make, tmp_path):
     assert sum(trainer.mixture.planner.cursors) == 36
     assert "5000 sources 100% of the data" in trainer.mixture.notes[0]
     assert source_lines(trainer)[-2:] == ["and 4,960 more", "mixed by odm"]
+
+
+def test_the_viewer_shows_the_rows_that_a_mixed_run_read(fit, tmp_path):
+    _, trainer = fit(*ODM)
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(trainer.config))
+    ids = tmp_path / "ids.npy"
+    done = CliRunner().invoke(
+        app, ["data", "view", str(tmp_path / "run" / "config.yaml"), "--steps", "2:8", "--ids", str(ids)]
+    )
+    assert done.exit_code == 0, done.output
+    shown = [int(line.split("rows_hash ")[1]) for line in done.output.splitlines()]
+    assert shown == hashes(tmp_path / "run")[2:]
+    assert np.load(ids).shape == (72, 9)
