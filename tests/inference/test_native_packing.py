@@ -1,5 +1,9 @@
 """Packed weights and every kernel against plain products in float64."""
 
+import ctypes
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,6 +78,38 @@ def test_whole_numbers_are_summed_exactly(layer: tuple[torch.Tensor, torch.Tenso
     assert (got - want).abs().max() < 3e-6 * want.abs().max()
     if storage == "int8":
         assert (got - make("int8_dynamic", packed)(x)).abs().max() < 3e-6 * want.abs().max()
+
+
+@pytest.mark.skipif(compiled.chosen_compiler() is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("processor", [[], ["-mavx2", "-mfma"], ["-mavx2", "-mfma", "-mavxvnni"]])
+def test_processors_with_fewer_instructions_sum_the_same(
+    layer: tuple[torch.Tensor, torch.Tensor], tmp_path: Path, processor: list[str]
+) -> None:
+    flags = [flag for flag in compiled.FLAGS if flag != "-march=native"]
+    if processor and platform.machine() != "x86_64":
+        pytest.skip("these are instructions of x86-64")
+    if processor and not {"avx2", "avx_vnni"} <= set(compiled.processor().split()):
+        pytest.skip("this processor lacks them")
+    path = compiled.compile_into(tmp_path, "plain.so", compiled.chosen_compiler(), [*flags, *processor])
+    plain = compiled.declared(ctypes.CDLL(str(path)))
+    assert plain.castalia_has_dot() == ("-mavxvnni" in processor)
+    x = torch.randn(11, 64, generator=torch.Generator().manual_seed(2))
+    q, step = steps_of(x)
+    for storage in compiled.KINDS:
+        packed = pack(*layer, storage)
+        inputs = q.double() * step.double() if storage.startswith("int") else x.double()
+        want = inputs @ dense(packed).double().T + layer[1].double()
+        got = compiled.multiply(plain, compiled.c_linear(packed), x, 100)
+        assert (got - want).abs().max() < 3e-6 * want.abs().max()
+
+
+def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CASTALIA_CXX", "none")
+    assert compiled.chosen_compiler() is None
+    assert compiled.library.__wrapped__() is None
+    monkeypatch.setenv("CASTALIA_CXX", "false")
+    with pytest.warns(UserWarning, match="no compiled kernels, torch's are used"):
+        assert compiled.library.__wrapped__() is None
 
 
 def test_a_kernel_is_chosen_for_every_shape_and_remembered(layer: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def compile_into(folder: Path, name: str, compiler: str) -> Path:
+def compile_into(folder: Path, name: str, compiler: str, flags: Sequence[str] = FLAGS) -> Path:
     """Compile under a temporary name and rename, so that processes starting together never load half a file.
 
     Raises  CalledProcessError or TimeoutExpired if the compiler fails.
@@ -93,7 +94,7 @@ def compile_into(folder: Path, name: str, compiler: str) -> Path:
     os.close(handle)
     try:
         for threads in (["-fopenmp"], []):
-            command = [compiler, *FLAGS, *threads, str(SOURCE), "-o", temporary]
+            command = [compiler, *flags, *threads, str(SOURCE), "-o", temporary]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             if done.returncode == 0:
                 break

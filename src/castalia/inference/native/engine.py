@@ -75,11 +75,11 @@ class NativeEngine(Engine):
         self.weights = weights
         self.forward: Any
         native = library() if kernels == "auto" else None
-        if native is not None and is_fused(native, weights.storage):
-            self.forward = FusedForward(weights, native)
-        else:
-            layers = list(weights.linears.values())
-            self.forward = TorchForward(weights, chosen(layers, weights.storage, kernels))
+        self.forward = FusedForward(weights, native) if is_fused(native, weights.storage) else None
+        if self.forward is None:
+            choice = chosen(list(weights.linears.values()), weights.storage, kernels)
+            whole = native is not None and set(choice.values()) == {"compiled"}
+            self.forward = FusedForward(weights, native) if whole else TorchForward(weights, choice)
         self.scoring = scoring or weights.storage
         self.made: Scorer | None = None
 

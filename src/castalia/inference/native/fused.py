@@ -92,7 +92,8 @@ class FusedCache:
 class FusedForward:
     """The compiled forward pass of one decoder."""
 
-    def __init__(self, weights: Weights, native: ctypes.CDLL) -> None:
+    def __init__(self, weights: Weights, native: ctypes.CDLL | None) -> None:
+        assert native is not None
         self.weights, self.native = weights, native
         self.cos, self.sin = rope_angles(weights.config)
         self.layers = (CLayer * weights.config.num_layers)(

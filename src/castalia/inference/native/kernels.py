@@ -16,7 +16,7 @@ from torch import Tensor
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
 from castalia.inference.native import compiled
-from castalia.inference.native.packing import GROUP, Packed, dense, quantized_rows
+from castalia.inference.native.packing import FLOATS, GROUP, Packed, dense, quantized_rows
 
 
 class Kernel(ABC):
@@ -192,5 +192,10 @@ def make(name: str, packed: Packed) -> Kernel:
 
 
 def is_fused(native: ctypes.CDLL | None, storage: str) -> bool:
-    """Whether whole steps in this storage can run in the compiled library."""
-    return native is not None and storage in compiled.KINDS
+    """Whether whole steps in this storage are fastest in the compiled library, whatever the shape.
+
+    Without an instruction for sums of bytes torch's kernels may be faster for whole numbers; then they are measured.
+    """
+    if native is None or storage not in compiled.KINDS:
+        return False
+    return storage in FLOATS or bool(native.castalia_has_dot())

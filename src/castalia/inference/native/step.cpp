@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -104,11 +104,28 @@ static void quantize_row(const Input &in, int64_t m, int64_t kind) {
     }
 }
 
+extern "C" int castalia_has_dot() {  // whether the processor multiplies bytes and sums them in one instruction
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 static inline I dot(I sum, I unsigned_bytes, const int8_t *x) {  // lane += 4 unsigned bytes times the 4 signed of x
 #ifdef __AVX512VNNI__
     int32_t four;
     std::memcpy(&four, x, 4);
     return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)unsigned_bytes, _mm512_set1_epi32(four));
+#elif defined(__AVXVNNI__)
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    __m256i halves[2], bytes[2];
+    std::memcpy(halves, &sum, 64);
+    std::memcpy(bytes, &unsigned_bytes, 64);
+    for (int i = 0; i < 2; i++) halves[i] = _mm256_dpbusd_avx_epi32(halves[i], bytes[i], _mm256_set1_epi32(four));
+    std::memcpy(&sum, halves, 64);
+    return sum;
 #else
     for (int j = 0; j < 4; j++) sum += ((unsigned_bytes >> (8 * j)) & 255) * (int32_t)x[j];
     return sum;
