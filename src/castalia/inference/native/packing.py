@@ -28,6 +28,7 @@ STORAGES = tuple(CELLS)
 INT4_CANDIDATES = torch.linspace(0.75, 1.1, 15)
 """Scales that are tried for a group, as shares of the one that just holds its largest weight."""
 ROWS_AT_ONCE = 4096
+PANELS_AT_ONCE = 128
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,26 @@ def quantized_rows(packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def dense(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight that a layer stands for, (channels, K) in `dtype`."""
+    """The weight that a layer stands for, (channels, K) in `dtype`; made in parts, so that little else is held."""
+    out = torch.empty(len(packed.weight) * PANEL, packed.inputs, dtype=dtype)
+    for start in range(0, len(packed.weight), PANELS_AT_ONCE):
+        part = slice(start, start + PANELS_AT_ONCE)
+        rows = slice(start * PANEL, (start + PANELS_AT_ONCE) * PANEL)
+        scale = packed.scale
+        if scale is not None:
+            scale = scale[part] if packed.storage == "int4" else scale[rows]
+        out[rows] = dense_rows(replace(packed, weight=packed.weight[part], scale=scale))
+    return out[: packed.channels]
+
+
+def dense_rows(packed: Packed) -> Tensor:
+    """All rows of a layer at once, its filling included."""
     if packed.storage in FLOATS:
-        return in_rows(packed.weight)[: packed.channels].to(dtype)
+        return in_rows(packed.weight)
     q, scale = quantized_rows(packed)
     if packed.storage == "int8":
-        return (q * scale[:, None])[: packed.channels].to(dtype)
-    return (q.unflatten(1, (-1, GROUP)) * scale[..., None]).flatten(1)[: packed.channels].to(dtype)
+        return q * scale[:, None]
+    return (q.unflatten(1, (-1, GROUP)) * scale[..., None]).flatten(1)
 
 
 def bare(packed: Packed) -> Packed:
