@@ -59,6 +59,9 @@ VARIANTS = {
     "recompute": ("train.recompute=true",),
     "selective": ("train.recompute=selective", "train.micro_batch_size=3"),
     "every second": ("train.recompute=2",),
+    "compiled": ("train.compile=true",),
+    "compiled, selective": ("train.compile=true", "train.recompute=selective"),
+    "uneven": ("train.batch_size=11", "parallel.uneven=true"),
     "ZeRO 2": ("parallel.reshard_after_forward=false", "train.micro_batch_size=3"),
     "1f1b": ("train.micro_batch_size=2", "data.eod_mask_loss=true"),
     "1f1b, tied": ("train.micro_batch_size=2", "model.tie_word_embeddings=true"),
@@ -80,7 +83,7 @@ VARIANTS = {
     "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
 }
 """What varies besides the layout. Everywhere: 257 ids in a padded vocabulary of 384, gradients clipped at 0.5."""
-SAME = ("train.micro_batch_size", "train.recompute", "parallel.")
+SAME = ("train.micro_batch_size", "train.recompute", "train.compile", "parallel.")
 """Options that change no number: one process is trained without them."""
 
 
@@ -133,6 +136,7 @@ GRID = [
     Row("fsdp", "dp_shard=2", "selective"),
     Row("tp", "tp=2", "recompute"),
     Row("tp", "tp=2", "selective"),
+    Row("tp", "tp=2", "compiled"),
     Row("tp", "tp=4"),
     Row("dp x tp", "dp_replicate=2 tp=2"),
     Row("dp x tp", "dp_replicate=2 tp=2", "accumulated"),
@@ -140,6 +144,8 @@ GRID = [
     Row("fsdp x tp", "dp_shard=2 tp=2", "tied", core=True),
     Row("fsdp x tp", "dp_shard=2 tp=2", "recompute"),
     Row("fsdp x tp", "dp_shard=2 tp=2", "every second"),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "compiled, selective"),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "uneven"),
     Row("fsdp x tp", "dp_shard=2 tp=2", "selective", core=True),
     Row("hsdp x tp", "dp_replicate=2 dp_shard=2 tp=2"),
     Row("cp", "cp=2", core=True),
@@ -147,9 +153,11 @@ GRID = [
     Row("cp", "cp=2", "tied"),
     Row("cp", "cp=2", "recompute"),
     Row("cp", "cp=2", "selective"),
+    Row("cp", "cp=2", "compiled"),
     Row("cp", "cp=4"),
     Row("dp x cp", "dp_replicate=2 cp=2", "accumulated"),
     Row("fsdp x cp", "dp_shard=2 cp=2", "unequal counts", core=True),
+    Row("fsdp x cp", "dp_shard=2 cp=2", "uneven"),
     Row("hsdp x cp", "dp_replicate=2 dp_shard=2 cp=2"),
     Row("tp x cp", "cp=2 tp=2", "unequal counts", core=True),
     Row("tp x cp", "cp=2 tp=2", "tied"),

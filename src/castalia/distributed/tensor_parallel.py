@@ -37,10 +37,23 @@ class GatheredNorm(SequenceParallel):
         return module
 
 
+class SplitEmbedding(RowwiseParallel):
+    """An embedding split by its rows; each process gets T / tp of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(input_layouts=Replicate(), output_layouts=Shard(SEQUENCE))
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, device_mesh)
+        # In torch 2.13 a compiled block drops the gradient of an input that waits for its collective; a copy has waited.
+        module.register_forward_hook(lambda _, inputs, out: out.clone())
+        return module
+
+
 STYLES: dict[str, Any] = {
     "column": partial(ColwiseParallel, input_layouts=Shard(SEQUENCE)),
     "row": partial(RowwiseParallel, output_layouts=Shard(SEQUENCE)),
-    "vocab": partial(RowwiseParallel, input_layouts=Replicate(), output_layouts=Shard(SEQUENCE)),
+    "vocab": SplitEmbedding,
     "sequence": partial(SequenceParallel, sequence_dim=SEQUENCE),
     "gather": partial(GatheredNorm, sequence_dim=SEQUENCE),
     "head": ColwiseParallel,
