@@ -45,7 +45,7 @@ class SplitEmbedding(RowwiseParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
-        # In torch 2.13 a compiled block drops the gradient of an input that waits for its collective; a copy has waited.
+        # In torch 2.13 a compiled block drops the gradient of an input that awaits its collective; a copy has waited.
         module.register_forward_hook(lambda _, inputs, out: out.clone())
         return module
 
