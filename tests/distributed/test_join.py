@@ -4,12 +4,16 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.distributed import peers_may_be_lost
-from castalia.distributed.join import join, reason_not_joined
+from castalia.distributed.join import call_together, join, reason_not_joined
 
 PROGRAM = """
 import sys
@@ -75,6 +79,21 @@ def test_no_address_at_all(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "x")
     with pytest.raises(ConfigError, match="MASTER_PORT is 'x'"):
         join("gloo", 0, 2, 3.0)
+
+
+def test_a_store_that_outlived_a_meeting_does_not_mislead_the_next():
+    """As under torchrun: what the dead left in the store is there before the new rank 0 has called."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=10))
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(call_together, store, rank, 3, 10.0) for rank in (1, 2)]
+            time.sleep(0.1)
+            first = pool.submit(call_together, store, 0, 3, 10.0)
+            (name,) = {future.result() for future in (first, *others)}
+        names.append(name)
+    assert len(set(names)) == 3
 
 
 def test_what_is_not_known_is_passed_on():

@@ -124,3 +124,49 @@ def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(tokens, 
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-5), key
     require_whole_folder(moved, 16)
+
+
+WRONG_AND_DEAD = """
+import math, os, signal, sys
+import castalia.train.hooks as hooks
+import castalia.train.loss as loss
+
+rank, first = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+call, after = loss.NextToken.__call__, hooks.Metrics.after_step
+
+def a_loss_that_is_wrong_once(self, model, batch):
+    out = call(self, model, batch)
+    bad = first and rank == 1 and 24 <= int(batch.index[0]) < 36
+    return loss.LossOut(out.total * (math.nan if bad else 1.0), out.tokens, out.per_source)
+
+def a_step_that_is_the_last(self, trainer):
+    after(self, trainer)
+    if first and rank == 1 and trainer.progress.step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+loss.NextToken.__call__ = a_loss_that_is_wrong_once
+hooks.Metrics.after_step = a_step_that_is_the_last
+from castalia.cli import main
+main()
+"""
+
+
+def test_torchrun_restarts_a_run_that_went_back_and_then_lost_a_rank(tokens, tmp_path):
+    """A loss of rank 1 alone is wrong, once: both go back and leave the step out, also after the restart."""
+    script, output, alone = tmp_path / "wrong.py", tmp_path / "run", tmp_path / "alone"
+    script.write_text(WRONG_AND_DEAD)
+    arguments = ["train", "debug", *SMALL, f"data.train={tokens}", "train.steps=8", "guard.nan=rollback"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command += ["--nproc-per-node=2", "--max-restarts=1", str(script), *arguments, f"output={output}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "loss nan at step 3 (rows 24 to 35 of the data order); going back to step 2; left out: step 3" in done.stderr
+    assert done.stdout.count("went back to") == 1 and done.stdout.count("resumed from") == 1
+    train(tokens, (alone, ("train.steps=8", "guard.skip_steps=[3]"), [(1, None)]))
+    ours, theirs = lines(output), lines(alone)
+    assert [line.get("skipped") for line in ours] == [None, None, "nan", None, None, None, None, None]
+    for key in ("step", "tokens", "rows_hash"):
+        assert [line[key] for line in ours] == [line[key] for line in theirs], key
+    losses = [[line["loss"] for line in each if line["step"] != 3] for each in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

@@ -1,7 +1,10 @@
 """Meeting the other processes, and losing one: what torch says about it, in one sentence."""
 
+import json
 import os
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +14,7 @@ import torch.distributed as dist
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.distributed.ranks import rendezvous
 
+POLL_SECONDS = 0.02
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "remote process",
         "ncclremoteerror", "nccl communicator was aborted", "connection refused")  # fmt: skip
 """What gloo and nccl say when another process is gone, in small letters."""
@@ -27,12 +31,38 @@ def join(backend: str, rank: int, size: int, seconds: float) -> None:
     try:
         socket.getaddrinfo(host, int(port))
         timeout = timedelta(seconds=seconds)
-        dist.init_process_group(backend, init_method=place, rank=rank, world_size=size, timeout=timeout)
+        store, rank, size = next(dist.rendezvous(place, rank, size, timeout=timeout))
+        store.set_timeout(timeout)
+        fresh = dist.PrefixStore(call_together(store, rank, size, seconds), store)
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=timeout)
     except (OSError, OverflowError) as error:
         name = socket.gethostname()
         raise ConfigError(f"{name} knows no host {host!r} ({error}); set MASTER_ADDR to rank 0's") from error
     except (RuntimeError, ValueError) as error:
         raise ConfigError(reason_not_joined(str(error), f"{host}:{port}", rank, size, seconds)) from error
+
+
+def call_together(store: dist.Store, rank: int, size: int, seconds: float) -> str:
+    """A name for this meeting that no earlier one had, the same on all processes.
+
+    torchrun keeps one store over restarts, and with it the addresses of processes that are dead: rank 0 calls a new
+    name, the others answer to it with a mark of their own, and it begins once its list of answers has that mark.
+    Raises  RuntimeError if the others do not answer in time.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set("meeting/called", mine)
+        marks = [mine, *(store.get(f"meeting/{mine}/{other}").decode() for other in range(1, size))]
+        store.set(f"meeting/{mine}/begins", json.dumps(marks))
+        return f"meeting/{mine}"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        name = f"meeting/{store.get('meeting/called').decode()}"
+        store.set(f"{name}/{rank}", mine)
+        if store.check([f"{name}/begins"]) and mine in json.loads(store.get(f"{name}/begins")):
+            return name
+        time.sleep(POLL_SECONDS)
+    raise RuntimeError("timed out: rank 0 did not call")
 
 
 def meeting(place: str) -> tuple[str, str]:
@@ -58,6 +88,8 @@ def reason_not_joined(said: str, place: str, rank: int, size: int, seconds: floa
     small = said.lower()
     if "eaddrinuse" in small or "address already in use" in small:
         return f"rank {rank} cannot open {place}: another program uses this port; set another MASTER_PORT for all ranks"
+    if "wait timeout" in small:
+        return f"rank {rank} waited {seconds:g} s (parallel.timeout) for the others at {place}; do all {size} processes run?"
     if "clients joined" in small:
         joined = said.split("waiting for clients.")[-1].split("clients")[0].strip()
         return (
