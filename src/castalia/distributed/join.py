@@ -89,7 +89,7 @@ def reason_not_joined(said: str, place: str, rank: int, size: int, seconds: floa
     if "eaddrinuse" in small or "address already in use" in small:
         return f"rank {rank} cannot open {place}: another program uses this port; set another MASTER_PORT for all ranks"
     if "wait timeout" in small:
-        return f"rank {rank} waited {seconds:g} s (parallel.timeout) for the others at {place}; do all {size} processes run?"
+        return f"rank {rank} waited {seconds:g} s (parallel.timeout) for the others at {place}; do all {size} run?"
     if "clients joined" in small:
         joined = said.split("waiting for clients.")[-1].split("clients")[0].strip()
         return (
