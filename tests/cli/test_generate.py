@@ -170,3 +170,40 @@ def test_bad_options(castalia, run: Path, words: list[str], message: str) -> Non
 def test_no_checkpoint(castalia, tmp_path: Path) -> None:
     answer = castalia("generate", tmp_path / "nothing", "--prompt", "a")
     assert answer.code == 1 and "no checkpoint at" in answer.err
+
+
+def test_samples_from_nothing_become_neox_records(castalia, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "samples.jsonl"
+    words = ("--samples", 3, "--temperature", 1.5, "--seed", 2, "--max-new-tokens", 6, "--output", out)
+    assert castalia("generate", run, *words).code == 0
+    records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    texts = load(run).generate([""] * 3, 6, temperature=1.5, seed=2)
+    assert [record["text"] for record in records] == texts and len(set(texts)) == 3
+    assert list(records[0]) == ["context", "text", "length", "finished", "message", "duration_seconds"]
+    assert records[0]["context"] == "" and records[0]["length"] == 6 and records[0]["finished"] is False
+
+
+def test_a_draft_changes_nothing(castalia, run: Path) -> None:
+    words = ("generate", run, "--prompt", "def def def", "--prompt", "The", "--max-new-tokens", 20)
+    plain = castalia(*words).out
+    assert castalia(*words, "--draft", "lookup").out == plain
+    assert castalia(*words, "--draft", run).out == plain
+    answer = castalia(*words, "--draft", "look-up")
+    assert answer.code == 1 and "no checkpoint at look-up" in answer.err
+
+
+def test_a_prompt_of_several_lines_is_typed_in(castalia, run: Path, tmp_path: Path) -> None:
+    words = ("--max-new-tokens", 5, "--prompt-end", "END", "--output", tmp_path / "talk.jsonl")
+    answer = castalia("generate", run, *words, stdin="one\ntwo END\nthreeEND\n", tty=True)
+    assert answer.code == 0, answer.err
+    records = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text("utf-8").splitlines()]
+    assert [record["context"] for record in records] == ["one\ntwo ", "three"]
+    assert records[1]["text"] == load(run).generate("three", 5)
+
+
+def test_every_engine_by_name(castalia, run: Path) -> None:
+    words = ("generate", run, "--prompt", "def", "--max-new-tokens", 9)
+    plain = castalia(*words).out
+    assert castalia(*words, "--engine", "native", "--dtype", "fp32").out == plain
+    assert castalia(*words, "--dtype", "auto").code == 0
+    assert "no engine 'fast'" in castalia(*words, "--engine", "fast").err

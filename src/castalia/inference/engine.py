@@ -33,6 +33,10 @@ class Slots(ABC):
                  be overwritten by the next call.
         """
 
+    def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """As `feed` for one slot, with the logits after every token: (len(tokens), V) float32."""
+        return torch.cat([self.feed([slot], [[token]]).clone() for token in tokens])
+
     @abstractmethod
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """Let `target` hold the first `tokens` of `origin`, and forget the rest; both may be the same slot."""

@@ -63,6 +63,15 @@ class TorchSlots(Slots):
             logits = self.step([slot], [token])
         return logits
 
+    @torch.inference_mode()
+    def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """See `Slots`; one pass where there is one slot."""
+        if self.count > 1:
+            return super().feed_all(slot, tokens)
+        hidden = self.model(torch.tensor([list(tokens)], device=self.weight.device), cache=self.cache)[0]
+        self.lengths[slot] += len(tokens)
+        return self.head(hidden)
+
     def rewind(self) -> None:
         """Set the cache to our lengths; slots that read a 0 forget it."""
         lengths = torch.tensor(self.lengths, device=self.weight.device)
