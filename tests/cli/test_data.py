@@ -44,12 +44,15 @@ def test_inspect(run):
         ["8-15", "1", "#" * 40],
         ["16-31", "1", "#" * 40],
     ]
-    assert lines[7:] == ["document 2, 25 tokens", "a third document, longer<|endoftext|>"]
+    assert lines[7] == "document 2, 25 tokens"
+    assert lines[8].startswith("from c.jsonl:3  start=") and " tokens=25 hash=" in lines[8]
+    assert lines[9:] == ["a third document, longer<|endoftext|>"]
 
 
 def test_inspect_as_json_and_without_a_tokenizer(run):
     _, out, _ = run("inspect", "c.bin", "--document", "-1", "--json")
     found = json.loads(out)
+    assert found["document"].pop("from")["line"] == 4
     assert found["document"] == {"number": 3, "tokens": 3, "ids": [0xC3, 0xA9, 256]}
     assert (found["documents"], found["longest"], found["shards"]) == (4, 25, 0)
     assert run("inspect", "c", "--document", "0")[1].endswith("\n111 110 101 256\n")
@@ -161,7 +164,7 @@ def test_view(run, tmp_path):
     ]
     assert np.load(tmp_path / "ids.npy").shape == (4, 9)
     without_text = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert without_text[0]["documents"][0].keys() == {"document", "start", "length"}
+    assert without_text[0]["documents"][0].keys() == {"document", "start", "length", "from"}
 
 
 def test_materialize_and_read_back(run, tmp_path):

@@ -62,6 +62,8 @@ def inspect(
     print_facts(facts)
     if shown is not None:
         typer.echo(f"\ndocument {shown['number']}, {shown['tokens']:,} tokens")
+        if "from" in shown:
+            typer.echo(origin_line(shown["from"]))
         typer.echo(shown.get("text") if tokenizer else " ".join(map(str, shown["ids"])))
 
 
@@ -72,13 +74,24 @@ def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) 
     """
     from castalia.core.errors import ConfigError
     from castalia.data import load_tokenizer
+    from castalia.data.preparing.provenance import read_provenance
 
     count = len(dataset)
     if not -count <= number < count:
         raise ConfigError(f"--document {number}: {dataset.prefix} has {count} documents, 0 to {count - 1}")
     ids = dataset[number].tolist()
     content = {"ids": ids} if tokenizer is None else {"text": load_tokenizer(tokenizer).decode(ids)}
-    return {"number": number % count, "tokens": len(ids), **content}
+    origin = read_provenance(dataset.prefix, number % count)
+    return {"number": number % count, "tokens": len(ids), **content, **({} if origin is None else {"from": origin})}
+
+
+def origin_line(origin: dict[str, Any]) -> str:
+    """Where a document came from: file and line, then what else is known."""
+    place = origin["source"] + (f"({origin['member']})" if origin["member"] else "")
+    rest = [f"{name}={value}" for name, value in origin.items() if value is not None][1:]
+    return (
+        f"from {place}:{origin['line']}  {' '.join(part for part in rest if not part.startswith(('member=', 'line=')))}"
+    )
 
 
 def print_facts(facts: "Description") -> None:

@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 INPUTS = (
     "Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar or .zip of these, .gz, .zst or .xz of"
-    " any of them; .parquet; .arrow; folders, also those of `datasets`; patterns such as 'part-*.jsonl.zst'; URLs."
+    " any of them; .parquet; .arrow; folders, also those of `datasets`; patterns such as 'part-*.jsonl.zst'; URLs;"
+    " names of corpora, see --list."
 )
 
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT...", help=INPUTS)]
-TokenizerFile = Annotated[
-    str, typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or `bytes` for the byte-level one.")
-]
+Inputs = Annotated[list[str] | None, typer.Argument(metavar="INPUT...", help=INPUTS)]
+TOKENIZERS = "A tokenizer.json, `bytes`, `char`, VOCAB.json,MERGES.txt, X.tiktoken or a SentencePiece X.model."
+TokenizerFile = Annotated[str, typer.Option("--tokenizer", metavar="FILE", help=TOKENIZERS)]
 Output = Annotated[
     str, typer.Option("--output", metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx, PREFIX.json and the index.")
 ]
@@ -56,13 +56,15 @@ ShareOf = Annotated[
 ]
 Engine = Annotated[str, typer.Option(metavar="local|ray", help="ray: on the machines of a Ray cluster.")]
 Address = Annotated[str | None, typer.Option(help="Address of the Ray cluster; none starts one here.")]
+Corpora = Annotated[str, typer.Option(metavar="FOLDER", help="Where corpora that are named are downloaded to.")]
+ListCorpora = Annotated[bool, typer.Option("--list", help="Print the corpora that can be named, and stop.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 
 def prepare(
-    inputs: Inputs,
-    tokenizer: TokenizerFile,
-    output: Output,
+    inputs: Inputs = None,
+    tokenizer: TokenizerFile = "",
+    output: Output = "",
     append_eod: AppendEod = False,
     key: Keys = ["text"],  # noqa: B006 - typer copies it
     keep: Keep = "",
@@ -76,6 +78,8 @@ def prepare(
     shard: ShareOf = "0/1",
     engine: Engine = "local",
     address: Address = None,
+    corpora: Corpora = "corpora",
+    list_corpora: ListCorpora = False,
     as_json: AsJson = False,
 ) -> None:
     """Tokenize text into the memory-mapped .bin/.idx format of GPT-NeoX.
@@ -86,7 +90,12 @@ def prepare(
     from castalia.cli.progress import text_progress
     from castalia.data.prepare import Options
     from castalia.data.prepare import prepare as run
+    from castalia.data.preparing.corpora import resolve_inputs, table
 
+    if list_corpora:
+        typer.echo(table())
+        return
+    require_words(INPUT=inputs, tokenizer=tokenizer, output=output)
     options = Options(
         append_eod=append_eod,
         keys=split_names(",".join(key)),
@@ -101,9 +110,23 @@ def prepare(
         engine=engine,
         address=address,
     )
-    with text_progress("prepare", inputs) as on_progress:
-        done = run(inputs, output, tokenizer, options, train_vocab=train_tokenizer, on_progress=on_progress)
+    with text_progress("download", []) as on_progress:
+        files = resolve_inputs(inputs or [], corpora, lambda count: on_progress(count, 0))
+    with text_progress("prepare", files) as on_progress:
+        done = run(files, output, tokenizer, options, train_vocab=train_tokenizer, on_progress=on_progress)
     print_summary(done, as_json)
+
+
+def require_words(**words: object) -> None:
+    """What is needed unless --list is given.
+
+    Raises  ConfigError naming all that is missing.
+    """
+    from castalia.core.errors import ConfigError
+
+    missing = [name if name.isupper() else f"--{name}" for name, word in words.items() if not word]
+    if missing:
+        raise ConfigError(f"castalia prepare needs {', '.join(missing)}; see castalia prepare --help")
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -20,14 +20,14 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
     from castalia.data.preparing.inputs import list_files
 
     console = Console(stderr=True)
-    total = sum(file.size for file in list_files(inputs))
+    total = sum(file.size for file in list_files(inputs)) if inputs else 0
     if not console.is_terminal:
         yield PlainLines(verb, total)
         return
     speed = TextColumn("{task.fields[rate]} tok/s")
     columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), speed, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task, start, tokens = bar.add_task(verb, total=total, rate="-"), time.monotonic(), 0
+        task, start, tokens = bar.add_task(verb, total=total or None, rate="-"), time.monotonic(), 0
 
         def advance(done: int, found: int) -> None:
             nonlocal tokens
@@ -56,7 +56,9 @@ class PlainLines:
     def line(self, seconds: float) -> str:
         """How far it is after so many seconds."""
         left = max(self.total - self.done, 0) / max(self.done / seconds, 1e-9)
-        share = 100 * self.done / max(self.total, 1)
+        if not self.total:
+            return f"{self.verb}  {self.done / 1e6:,.0f} MB"
+        share = 100 * self.done / self.total
         return (
             f"{self.verb}  {share:.1f}%  {self.done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB"
             f"  tok/s {short(self.tokens / seconds)}  eta {span(left)}"

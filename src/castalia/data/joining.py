@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.core.files import atomic_write
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, file_pair
 from castalia.data.mapped import view
 from castalia.data.order import split_documents
+from castalia.data.preparing.provenance import REJECTS, SUFFIX, join_indexes
 from castalia.data.records import finish, refuse_inputs, token_facts
 from castalia.data.shards import OnBytes
 
@@ -25,7 +27,8 @@ def merge(
 ) -> dict[str, Any]:
     """All documents of several token files, in the order of the inputs, as one; returns its record.
 
-    doc_idx goes on where the input before ended, which GPT-NeoX's merge_datasets.py leaves out.
+    The indexes of documents go along if every input has one, rejected documents if any has. doc_idx goes on where the
+    input before ended, which GPT-NeoX's merge_datasets.py leaves out.
     Raises  DataError if the inputs' dtypes or tokenizers differ; ConfigError if the output is an input.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
@@ -47,7 +50,23 @@ def merge(
             copy_documents(dataset, writer, 0, len(dataset), on_bytes)
         writer.doc_idx = np.concatenate(boundaries)
         merged = [{"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))} for d in datasets]
+        write_side_files(prefix, [dataset.prefix for dataset in datasets])
         return finish(writer, prefix, {**facts, "merged": merged})
+
+
+def write_side_files(prefix: str, inputs: Sequence[str]) -> None:
+    """The index of documents and the rejects of several token files as one, beside the merged file."""
+    indexes = [Path(name + SUFFIX) for name in inputs]
+    target = Path(prefix + SUFFIX)
+    if all(path.exists() for path in indexes):
+        with atomic_write(target, "wb") as file:
+            join_indexes(indexes, file)
+    else:
+        target.unlink(missing_ok=True)
+    rejects = [Path(name + REJECTS) for name in inputs if Path(name + REJECTS).exists()]
+    if rejects:
+        with atomic_write(prefix + REJECTS) as out:
+            out.writelines(path.read_text(encoding="utf-8") for path in rejects)
 
 
 def split(

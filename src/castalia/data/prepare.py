@@ -14,13 +14,13 @@ from typing import Any
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import CHUNK_BYTES
 from castalia.data.indexed import file_pair
-from castalia.data.preparing.assembly import REJECTS, Assembly
+from castalia.data.preparing.assembly import Assembly
 from castalia.data.preparing.encoding import Encoder
 from castalia.data.preparing.engines import Work, run_parts
 from castalia.data.preparing.inputs import InputFile, list_files
 from castalia.data.preparing.parts import Job, PartRecord, encode_part
 from castalia.data.preparing.pieces import PART_BYTES, Part, Shard, in_order, parts_of
-from castalia.data.preparing.provenance import OWN
+from castalia.data.preparing.provenance import OWN, REJECTS
 from castalia.data.preparing.provenance import SUFFIX as DOCUMENTS
 from castalia.data.readers import require_text, texts_of
 from castalia.data.records import read_record

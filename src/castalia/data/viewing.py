@@ -12,6 +12,7 @@ import numpy as np
 from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
 from castalia.data.planned import SourceRows
+from castalia.data.preparing.provenance import read_provenance
 from castalia.data.row_files import common_dtype
 from castalia.data.rows import RowDataset, Rows
 from castalia.data.tokenizer import Tokenizer
@@ -64,7 +65,9 @@ def save_ids(rows: RowDataset | SourceRows, steps: Steps, path: str | os.PathLik
 
 def records(rows: Rows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
     """One dict a row: step, row within the step, source and prefix, the documents' stretches, text if there is a
-    tokenizer. A stretch's text is decoded by itself, so that a character cut by its border shows as U+FFFD."""
+    tokenizer, and where each document came from if the token file has an index of them.
+
+    A stretch's text is decoded by itself, so that a character cut by its border shows as U+FFFD."""
     for place in steps.places:
         source, pieces = rows.train.documents_of(place)
         record: dict[str, Any] = {
@@ -74,6 +77,9 @@ def records(rows: Rows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[d
             "prefix": rows.train.packs[source].dataset.prefix,
             "documents": [piece._asdict() for piece in pieces],
         }
+        for found in record["documents"]:
+            if (origin := read_provenance(record["prefix"], found["document"])) is not None:
+                found["from"] = origin
         if tokenizer is not None:
             ids = rows.train[place][0]
             record["text"] = tokenizer.decode(ids)

@@ -19,8 +19,6 @@ from castalia.data.preparing.parts import Job, PartRecord, part_file, read_part_
 from castalia.data.preparing.pieces import Part
 from castalia.data.preparing.rows import Fault, sentence
 
-REJECTS = ".rejects.jsonl"
-
 
 class Assembly:
     """The work folder of a job, locked while it is open: `PREFIX.parts`.
@@ -160,7 +158,8 @@ class Assembly:
                 written += [(self.whole(i), prefix + ".bin"), (self.write_idx(i), prefix + ".idx")]
                 if self.job.documents:
                     path = self.folder / f"whole.{i}.parquet"
-                    provenance.write_index(path, self.tables(i), self.job.wanted.kept)
+                    with open(path, "wb") as file:
+                        provenance.write_index(file, self.tables(i), self.job.wanted.kept)
                     written.append((path, prefix + provenance.SUFFIX))
                 write_json(self.folder / f"whole.{i}.json", record)
                 written.append((self.folder / f"whole.{i}.json", prefix + ".json"))

@@ -255,15 +255,36 @@ class Reopened(io.RawIOBase):
 
 
 def cut(stream: Any, name: str, part_bytes: int) -> Iterator[tuple[str, int, bytes]]:
-    """Form, first byte and bytes of each piece: whole lines, or the one text."""
+    """Form, first byte and bytes of each piece: whole lines, or the one text.
+
+    Lines before damage come first; then what reading it raised is raised.
+    """
     if form_of(name) != LINES:
         yield TEXT, 0, stream.read()
         return
-    start = 0
-    while data := stream.read(part_bytes - start % part_bytes):
-        if not data.endswith(b"\n"):
+    start, damage = 0, None
+    while damage is None:
+        data, damage = gather(stream, part_bytes - start % part_bytes)
+        if damage is None and not data:
+            return
+        if damage is None and not data.endswith(b"\n"):
             data += stream.readline(LINE_BYTES)
+        if damage is not None:
+            data = data[: data.rfind(b"\n") + 1]
         if len(data) >= LINE_BYTES:
             raise EOFError(f"a line at byte {start} or after has more than {LINE_BYTES} bytes")
         yield LINES, start, data
         start += len(data)
+    raise damage
+
+
+def gather(stream: Any, size: int) -> tuple[bytes, BaseException | None]:
+    """The next `size` bytes, fewer at the end or before damage, and what the damage raised."""
+    held: list[bytes] = []
+    try:
+        while size and (piece := stream.read1(size)):
+            held.append(piece)
+            size -= len(piece)
+    except DAMAGE as error:
+        return b"".join(held), error
+    return b"".join(held), None

@@ -2,6 +2,8 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from castalia.core.extras import require
 from castalia.data.preparing.rows import Row
 
 SUFFIX = ".documents.parquet"
+REJECTS = ".rejects.jsonl"
+"""The documents that were left out, with file and line."""
 GROUP_ROWS = 1 << 17
 """Documents a row group, so that the file does not depend on how the job was cut."""
 HASH_BYTES = 16
@@ -99,15 +103,38 @@ def placed(path: Path, sources: Sequence[tuple[str, str | None]], offsets: Seque
     return found.add_column(0, "source", names).add_column(1, "member", members)
 
 
-def write_index(path: str | Path, tables: Iterable[Any], kept: Sequence[str]) -> int:
-    """Write tables one after the other in row groups of GROUP_ROWS; returns their rows."""
+def write_index(file: Any, tables: Iterable[Any], kept: Sequence[str]) -> None:
+    """Write tables one after the other to an open file, in row groups of GROUP_ROWS."""
     pyarrow, parquet = arrow()
-    schema, count = schema_of(pyarrow, kept), 0
-    with parquet.ParquetWriter(str(path), schema, compression="zstd") as writer:
+    schema = schema_of(pyarrow, kept)
+    with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for table in regrouped(pyarrow, tables):
             writer.write_table(table.cast(schema), row_group_size=GROUP_ROWS)
-            count += table.num_rows
-    return count
+
+
+def join_indexes(paths: Sequence[Path], file: Any) -> None:
+    """Several indexes as one, in their order; metadata that one of them lacks is null there.
+
+    Raises  DataError if one is damaged.
+    """
+    pyarrow, parquet = arrow()
+    try:
+        with ExitStack() as stack:
+            opened = [stack.enter_context(parquet.ParquetFile(path)) for path in paths]
+            names = dict.fromkeys(name for one in opened for name in one.schema_arrow.names if name not in OWN)
+            groups = (one.read_row_group(i) for one in opened for i in range(one.num_row_groups))
+            write_index(file, (plain(pyarrow, group, [*names]) for group in groups), [*names])
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise DataError(f"{', '.join(map(str, paths))}: an index of documents cannot be read: {error}") from None
+
+
+def plain(pyarrow: Any, table: Any, kept: Sequence[str]) -> Any:
+    """A table of an index with every column of `kept`, its sources written out."""
+    for name in kept:
+        if name not in table.schema.names:
+            table = table.append_column(name, pyarrow.nulls(table.num_rows, pyarrow.string()))
+    sources = table.column("source").cast(pyarrow.string())
+    return table.select([*OWN, *kept]).set_column(0, "source", sources)
 
 
 def regrouped(pyarrow: Any, tables: Iterable[Any]) -> Iterator[Any]:
@@ -133,15 +160,23 @@ def read_provenance(prefix: str, number: int) -> dict[str, Any] | None:
     path = Path(prefix + SUFFIX)
     if not path.exists():
         return None
-    pyarrow, parquet = arrow()
+    pyarrow, _ = arrow()
     try:
-        with parquet.ParquetFile(path) as file:
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if number < rows:
-                    (found,) = file.read_row_group(group).slice(number, 1).to_pylist()
-                    return {**found, "hash": found["hash"].hex()}
-                number -= rows
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove it or prepare again") from None
-    raise DataError(f"{path}: holds fewer documents than {prefix}.idx; remove it or prepare again")
+        group, place = divmod(number, GROUP_ROWS)
+        table = row_group(str(path), path.stat().st_mtime_ns, group)
+        (found,) = table.slice(place, 1).to_pylist()
+        return {**found, "hash": found["hash"].hex()}
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, IndexError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"{path}: has no document {number} ({reason}); the index is damaged or of another token file: remove it or"
+            " prepare again"
+        ) from None
+
+
+@lru_cache(maxsize=4)
+def row_group(path: str, stamp: int, group: int) -> Any:
+    """A row group of an index; `stamp` is its age, so that a newer file is read again."""
+    _, parquet = arrow()
+    with parquet.ParquetFile(path) as file:
+        return file.read_row_group(group)
