@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from castalia.models.config import ModelConfig
 from castalia.models.flops import parameter_counts
 from castalia.recipes import load_config
 
@@ -14,8 +15,10 @@ import json, sys
 import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from castalia.distributed.layout import parallelize
+from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.distributed.world import World, check_layout, meshes
 from castalia.models import Decoder
+from castalia.models.parts import split
 from castalia.recipes import load_config
 
 for name, degrees in json.loads(sys.argv[1]).items():
@@ -25,12 +28,16 @@ for name, degrees in json.loads(sys.argv[1]).items():
         dist.init_process_group("fake", rank=rank, world_size=256, store=FakeStore())
         degrees = config.parallel.degrees(256)
         world = World(rank, 256, torch.device("meta"), *meshes("cpu", degrees))
-        with torch.device("meta"):
-            model = Decoder(config.model)
-        model = parallelize(model, world, config.parallel)
+        runs = split(config.model.num_layers, config.parallel.stages)
+        stages = []
+        for number in stage_numbers(config.parallel, world.coordinate("pp")):
+            with torch.device("meta"):
+                stage = Decoder(config.model, runs[number])
+            stages.append(parallelize(stage, world, config.parallel))
+        model = Stages(stages)
         parts = {key: [list(p.shape), list(p.to_local().shape)] for key, p in model.named_parameters()}
         places = {axis: world.coordinate(axis) for axis in degrees._fields}
-        sharded = all(hasattr(layer, "unshard") for layer in model.layers)
+        sharded = all(hasattr(layer, "unshard") for stage in stages for layer in stage.layers)
         print(json.dumps({"name": name, "rank": rank, "parts": parts, "places": places, "sharded": sharded}))
         dist.destroy_process_group()
 """
@@ -41,6 +48,8 @@ LAYOUTS = {
     "fsdp x tp": {"tp": 8},
     "replicas x fsdp x tp": {"dp_replicate": 4, "tp": 8},
     "fsdp x cp x tp": {"cp": 2, "tp": 4},
+    "fsdp x tp x pp": {"tp": 8, "pp": 4},
+    "replicas x fsdp x tp x pp": {"dp_replicate": 2, "tp": 4, "pp": 2},
 }
 
 
@@ -52,10 +61,18 @@ def expected(name: str, shape: list[int], degrees: dict[str, int], places: dict[
     elif name.endswith(ROW):
         shape[1] //= tp
     cp = degrees.get("cp", 1)
-    shards = 256 // (tp * degrees.get("dp_replicate", 1))
+    shards = 256 // (tp * degrees.get("dp_replicate", 1) * degrees.get("pp", 1))
     piece = -(-shape[0] // shards)
     start = min(shape[0], piece * (places["dp_shard"] * cp + places["cp"]))
     return [min(piece, shape[0] - start), *shape[1:]]
+
+
+def stage_size(model: ModelConfig, stages: int, number: int) -> int:
+    """Parameters of one of `stages` equal runs of layers; the first embeds, the last has final norm and head."""
+    counts, table = parameter_counts(model), model.padded_vocab_size * model.hidden_size
+    norm = 2 * model.hidden_size
+    ends = table * (number == 0) + (table + norm) * (number == stages - 1)
+    return (counts.non_embedding - norm) // stages + ends
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +92,6 @@ def test_pythia_12b_on_256_processes(name, built):
     for item in found:
         assert item["sharded"], "a block is not under FSDP"
         whole = sum(rows * (rest[0] if rest else 1) for (rows, *rest), _ in item["parts"].values())
-        assert whole == parameter_counts(config.model).total
+        assert whole == stage_size(config.model, LAYOUTS[name].get("pp", 1), item["places"]["pp"])
         for parameter, (shape, part) in item["parts"].items():
             assert part == expected(parameter, shape, LAYOUTS[name], item["places"]), parameter

@@ -10,7 +10,8 @@ Bytes that one process sends in a step of m micro-batches; n - 1 of n parts cros
 
 A step takes    (compute + tp + cp + p2p) / (1 - bubble) + what FSDP2 needs beyond the compute that hides it
 compute         model FLOPs / (peak x reach), a third more where blocks are recomputed in full
-bubble          (pp - 1) / (m + pp - 1), 1F1B. Source  Narayanan et al. 2021, arXiv:2104.04473, section 2.2.
+bubble          (pp - 1) / (v m + pp - 1), 1F1B of v stages a process
+                Source  Narayanan et al. 2021, arXiv:2104.04473, section 2.2.
 Links give LINK of their bandwidth. Needs no torch.
 """
 
@@ -71,7 +72,7 @@ def plan(config: RunConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
     work = tokens * flops_per_token(config.model, config.data.seq_length)
     compute = work / (gpu.tflops * 1e12 * gpu.reach)
     compute *= 1 + recomputed(config) / 3
-    bubble = (degrees.pp - 1) / (steps + degrees.pp - 1)
+    bubble = (degrees.pp - 1) / (steps * config.parallel.stages_here + degrees.pp - 1)
     inner = sent["tp"] / speed(degrees.tp, gpus_per_node, gpu) + sent["cp"] / speed(
         degrees.tp * degrees.cp, gpus_per_node, gpu
     )
