@@ -1,4 +1,4 @@
-"""Decoding and scoring of Pythia's shapes on a CPU: our native engine beside transformers, CTranslate2 and llama.cpp.
+"""Decoding and scoring of Pythia's shapes on a CPU: native beside transformers, CTranslate2, llama.cpp and OpenVINO.
 
     python benchmarks/inference.py                       # 70M and 160M, batch 1 and 8; run it alone on the machine
     python benchmarks/inference.py --sizes tiny --rounds 2 --new 8
@@ -36,15 +36,24 @@ EXPORTS = {
     "ct2 int8": ("ct2", "int8"),
     "llama.cpp Q8_0": ("gguf", "Q8_0"),
     "llama.cpp Q4_0": ("gguf", "Q4_0"),
+    "openvino int8": ("hf", "int8"),
     "native fp32": ("native", "fp32"),
     "native bf16": ("native", "bf16"),
     "native int8": ("native", "int8"),
     "native int4": ("native", "int4"),
 }
 """Engines, and the export that each reads."""
-NEEDS = {"ct2": "ctranslate2", "llama.cpp": "llama_cpp", "transformers": "transformers"}
+NEEDS = {"ct2": "ctranslate2", "openvino": "openvino", "llama.cpp": "llama_cpp", "transformers": "transformers"}
 BITS = {"fp32": 32, "bf16": 16, "float32": 32, "int8": 8, "Q8_0": 8.5, "Q4_0": 4.5, "int4": 4.5}
-SCORERS = ("transformers fp32", "transformers bf16", "ct2 float32", "ct2 int8", "native fp32", "native int8")
+SCORERS = (
+    "transformers fp32",
+    "transformers bf16",
+    "ct2 float32",
+    "ct2 int8",
+    "openvino int8",
+    "native fp32",
+    "native int8",
+)
 """Engines that score; `native int8` is dtype=auto, which scores in bf16."""
 GOALS = [
     ("native int8", "ct2 int8", 1, 3.5),
@@ -119,6 +128,33 @@ class Ct2:
         return float(sum(found.log_probs))
 
 
+class OpenVino:
+    """OpenVINO over our graph, all rows in one request; what a row gives is chosen here."""
+
+    def __init__(self, folder: str, numbers: str) -> None:
+        import openvino.op.util
+
+        import castalia
+        from castalia.inference import loading, openvino_engine
+
+        self.ready = resident_bytes()
+        assert loading and openvino.op.util
+        self.engine = castalia.load(folder, engine="openvino", dtype=numbers).engine
+        self.read = openvino_engine.read
+
+    def decode(self, prompts: list[list[int]], new: int) -> None:
+        """`new` tokens for each prompt."""
+        request, rows, known = self.engine.compiled.create_infer_request(), prompts, 0
+        for _ in range(new):
+            logits = self.read(request, rows, known, [len(rows[0]) - 1])[:, 0, : self.engine.config.vocab_size]
+            known += len(rows[0])
+            rows = logits.numpy().argmax(1)[:, None].tolist()
+
+    def score(self, ids: list[int]) -> float:
+        """Sum of log-probabilities."""
+        return float(self.engine.logprobs(ids).sum())
+
+
 class Ours:
     """An engine of ours: native, or llama.cpp through our adapter, which calls its C functions directly."""
 
@@ -169,7 +205,7 @@ def serve(engine: str, folder: str, threads: int) -> None:
     """Answer the requests of the parent, one JSON object a line."""
     torch.set_num_threads(threads)
     family, numbers = engine.split()
-    made: Any = {"transformers": Transformers, "ct2": Ct2}.get(family, Ours)(folder, numbers)
+    made: Any = {"transformers": Transformers, "ct2": Ct2, "openvino": OpenVino}.get(family, Ours)(folder, numbers)
     print(
         json.dumps({"loaded": resident_bytes() - made.ready, "threads": getattr(made, "threads", threads)}), flush=True
     )

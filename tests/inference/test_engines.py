@@ -183,7 +183,8 @@ def test_an_export_is_for_its_engine(run_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "module", "extra"), [("llama.cpp", "llama_cpp", "llama"), ("ct2", "ctranslate2", "ct2")]
+    ("engine", "module", "extra"),
+    [("llama.cpp", "llama_cpp", "llama"), ("ct2", "ctranslate2", "ct2"), ("openvino", "openvino", "openvino")],
 )
 def test_a_missing_package_is_one_sentence(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, engine: str, module: str, extra: str
@@ -191,6 +192,40 @@ def test_a_missing_package_is_one_sentence(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"engine={engine} needs '{module}'.*castalia\[{extra}\]"):
         castalia.load(run_folder, engine=engine)
+
+
+@pytest.mark.parametrize("numbers", ["fp32", "int8"])
+def test_openvino_says_the_same(run_folder: Path, speaker: LanguageModel, known_text: str, numbers: str) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    model = castalia.load(run_folder, engine="openvino", dtype=numbers)
+    assert model.engine.numbers == numbers
+    assert model.generate(PROMPTS[:3], 30) == speaker.generate(PROMPTS[:3], 30)
+    error = (model.logprobs(known_text) - speaker.logprobs(known_text)).abs()
+    assert error.max() < 1e-4 if numbers == "fp32" else error.mean() < 0.02
+    if numbers == "fp32":
+        options = {"temperature": 1.3, "top_p": 0.9, "seed": 3}
+        assert model.generate(PROMPTS[:3], 12, **options) == speaker.generate(PROMPTS[:3], 12, **options)
+        with pytest.raises(ConfigError, match="no dtype 'int4' for OpenVINO; have: fp32, int8"):
+            castalia.load(run_folder, engine="openvino", dtype="int4")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parallel_residual": False, "activation": "gelu", "rotary_pct": 1.0},
+        {"tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False, "rotary_pct": 0},
+    ],
+)
+def test_openvino_runs_every_option(tmp_path: Path, options: dict) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    run = save_run(tmp_path / "run", **options)
+    model, exact = castalia.load(run, engine="openvino", dtype="fp32"), castalia.load(run)
+    ids = torch.randint(0, 257, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert (model.logits(ids) - exact.logits(ids)).abs().max() < 1e-5
+    slots = model.engine.slots(2, 100)
+    slots.feed([0], [ids[:20]])
+    slots.copy(0, 1, 8)
+    assert (slots.feed([1], [ids[8:12]])[0] - exact.logits(ids)[11]).abs().max() < 1e-5
 
 
 def save_run(folder: Path, **options: object) -> Path:

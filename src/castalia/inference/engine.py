@@ -140,5 +140,14 @@ CAPABILITIES = {
     "llama.cpp": Capabilities(
         "`export --to gguf`", ("as exported",), ("cpu",), "continuous", True, "as it decodes", "llama"
     ),
+    "openvino": Capabilities(
+        "a checkpoint, a Hugging Face folder",
+        ("fp32", "int8"),
+        ("cpu",),
+        "one after the other",
+        True,
+        "as it decodes",
+        "openvino",
+    ),
 }
 """Engines by the names that `engine=` takes besides auto."""

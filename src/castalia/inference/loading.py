@@ -25,6 +25,8 @@ RECORD = "export.json"
 """The record of an export."""
 ENGINE_OF = {"native": "native", "ct2": "ct2", "gguf": "llama.cpp"}
 """The engine that runs each kind of export."""
+FROM_CHECKPOINTS = ("native", "torch", "openvino")
+"""Engines that take a checkpoint as it is."""
 PACKAGES = {"ct2": ("ctranslate2", "ct2"), "gguf": ("llama_cpp", "llama")}
 """Module and extra that an export's engine needs."""
 EXACT, FASTEST = "fp32", "int8"
@@ -38,16 +40,17 @@ def load(path: str | Path, *, engine: str = "auto", dtype: str | None = None, de
             OWNER/NAME or OWNER/NAME@step3000; or an export to native, ct2 or gguf.
     Options engine: see CAPABILITIES; auto takes the engine that an export was made for, native for int8, int4 and
             dtype=auto, else torch. dtype: fp32, bf16, fp16; for native also int8, int4, and auto, which decodes in
-            int8 and scores in bf16. By default what an export holds, auto for engine=native, else fp32.
+            int8 and scores in bf16; for openvino fp32 and int8. By default what an export holds, auto for native, int8
+            for openvino, fp32 for torch.
             device: auto, cpu, cuda, cuda:1; auto takes a GPU when there is one, for engine=torch.
     Raises  CheckpointError if there is no checkpoint or it is damaged; ConfigError on a wrong option or architecture,
             or when the engine's package is not installed.
     """
     kind = export_kind(Path(path))
     name = chosen_engine(engine, kind, dtype)
-    if name not in ("native", "torch") and kind is None:
-        require_package(next(to for to, runs in ENGINE_OF.items() if runs == name))
+    if name not in FROM_CHECKPOINTS and kind is None:
         to = next(to for to, runs in ENGINE_OF.items() if runs == name)
+        require_package(to)
         raise ConfigError(f"engine={name} runs an export: castalia export {path} --to {to}")
     if kind is not None and ENGINE_OF[kind] != name:
         raise ConfigError(f"{path} is an export for engine={ENGINE_OF[kind]}, not {name}")
@@ -57,6 +60,8 @@ def load(path: str | Path, *, engine: str = "auto", dtype: str | None = None, de
         return load_export(Path(path), kind, dtype)
     if name == "torch":
         return load_torch(path, dtype or EXACT, device)
+    if name == "openvino":
+        return load_openvino(path, FASTEST if dtype in (None, "auto") else dtype)
     return load_native(path, dtype or "auto")
 
 
@@ -132,6 +137,16 @@ def load_native(path: str | Path, dtype: str) -> LanguageModel:
     weights = packed_weights(source.tensors, source.config, FASTEST if dtype == "auto" else dtype, source.step)
     engine = NativeEngine(weights, scoring="bf16" if dtype == "auto" else None)
     return LanguageModel(engine, source.tokenizer, source.step)
+
+
+def load_openvino(path: str | Path, dtype: str) -> LanguageModel:
+    """A checkpoint compiled by OpenVINO."""
+    from castalia.inference.openvino_engine import OpenVinoEngine, require_numbers
+
+    require("openvino", "openvino", "engine=openvino")
+    require_numbers(dtype)
+    source = open_source(path)
+    return LanguageModel(OpenVinoEngine(source, dtype), source.tokenizer, source.step)
 
 
 def load_export(path: Path, kind: str, dtype: str | None) -> LanguageModel:
