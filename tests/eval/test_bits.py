@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from castalia.checkpoint import Store
+from castalia.config import dump_yaml
 from castalia.core.errors import DataError
 from castalia.data.indexed import IndexedDatasetWriter
-from castalia.eval import HeldOut, bits_per_byte
+from castalia.eval import HeldOut, bits_per_byte, sweep
 from castalia.eval.bits import choose_documents, cut_windows
 from castalia.models import Decoder, ModelConfig
+from castalia.train.config import RunConfig
 
 CONFIG = ModelConfig(
     num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=60, max_position_embeddings=64, rotary_pct=0.5
@@ -94,3 +97,26 @@ def test_a_bound_takes_whole_documents_and_their_bytes(source: HeldOut):
 def test_byte_counts_of_other_documents_are_refused(source: HeldOut):
     with pytest.raises(DataError, match="holds 4 documents, but byte counts are given for 3"):
         bits_per_byte(small(), {"a": HeldOut(source.prefix, BYTES[:3])}, seq_length=8, eod_id=EOD)
+
+
+def run_of(model: Decoder, folder: Path) -> Path:
+    """A run with one checkpoint."""
+    files = {"config.yaml": dump_yaml(RunConfig(model=CONFIG, data={"seq_length": 32}))}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    Store(folder / "checkpoints").save(3, tensors, {"step": 3}, files, asynchronous=False)
+    return folder
+
+
+def test_any_engine_measures_and_says_what_it_changes(source: HeldOut, tmp_path: Path):
+    run = run_of(small(), tmp_path / "run")
+    said: list[str] = []
+    (exact,) = sweep(run, {"a": source}, seq_length=32, say=said.append)
+    assert "effect" not in exact
+    (native,) = sweep(run, {"a": source}, seq_length=32, engine="native", dtype="fp32", say=said.append)
+    assert native["sources"]["a"]["bits_per_byte"] == pytest.approx(exact["sources"]["a"]["bits_per_byte"], rel=1e-5)
+    assert abs(native["effect"]["a"]) < 1e-4
+    (int8,) = sweep(run, {"a": source}, seq_length=32, engine="native", dtype="int8", say=said.append)
+    both = int8["sources"]["a"]["bits_per_byte"] - exact["sources"]["a"]["bits_per_byte"]
+    assert int8["effect"]["a"] == pytest.approx(both, abs=1e-9) and 0 < abs(both) < 0.5
+    again = sweep(run, {"a": source}, seq_length=32, engine="native", dtype="int8", say=said.append)
+    assert again == [int8] and len(said) == 3

@@ -22,6 +22,7 @@ from torch import Tensor
 from castalia.core.errors import DataError
 from castalia.data.batch import IGNORED
 from castalia.data.indexed import IndexedDataset
+from castalia.inference.engine import Engine
 from castalia.models import Decoder
 from castalia.models.cross_entropy import fused_cross_entropy
 
@@ -94,8 +95,14 @@ def sum_of_losses(model: Decoder, windows: Sequence[Window], rows: int) -> float
     return total
 
 
+def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
+    """The same by any engine of inference, one window at a time."""
+    lines = ([*inputs.tolist(), int(targets[-1])] for inputs, targets in windows)
+    return -sum(float(engine.logprobs(line).double().sum()) for line in lines)
+
+
 def source_bits(
-    model: Decoder, source: HeldOut, *, seq_length: int, eod_id: int | None, max_tokens: int | None, rows: int
+    model: Decoder | Engine, source: HeldOut, *, seq_length: int, eod_id: int | None, max_tokens: int | None, rows: int
 ) -> SourceBits:
     """Bits per byte of one source; the arguments are those of `bits_per_byte`."""
     dataset = IndexedDataset(source.prefix)
@@ -113,13 +120,14 @@ def source_bits(
         windows += cut_windows(ids, seq_length, eod_id)
         tokens += len(ids)
         uncovered += eod_id is None and len(ids) > 0
-    nats = sum_of_losses(model, windows, rows) + uncovered * math.log(model.config.padded_vocab_size)
+    nats = engine_losses(model, windows) if isinstance(model, Engine) else sum_of_losses(model, windows, rows)
+    nats += uncovered * math.log(model.config.padded_vocab_size)
     size = sum(source.document_bytes[i] for i in chosen)
     return SourceBits(nats / math.log(2) / max(1, size), nats / max(1, tokens), tokens, size)
 
 
 def bits_per_byte(
-    model: Decoder,
+    model: Decoder | Engine,
     sources: Mapping[str, HeldOut],
     *,
     seq_length: int,
@@ -127,12 +135,13 @@ def bits_per_byte(
     max_tokens: int | None = None,
     rows: int = 16,
 ) -> dict[str, SourceBits]:
-    """Bits per byte of each source's held-out text under `model`.
+    """Bits per byte of each source's held-out text under `model`, a decoder or an engine of castalia.load.
 
     Units   seq_length and max_tokens (per source; whole documents, null for all) in tokens, rows in windows a batch.
     Raises  DataError if a token file is broken or its documents and byte counts differ in number.
     """
-    model.eval()
+    if isinstance(model, Decoder):
+        model.eval()
     return {
         name: source_bits(model, source, seq_length=seq_length, eod_id=eod_id, max_tokens=max_tokens, rows=rows)
         for name, source in sources.items()
