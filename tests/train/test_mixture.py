@@ -1,5 +1,6 @@
 """Mixing in the loop: the rows that a run reads, what survives a crash, and what stops it."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from castalia.cli.app import app
 from castalia.config import dump_yaml
-from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, DataError
+from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, DataError, TrainingError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.mixing import read_mixture
@@ -278,6 +279,15 @@ def test_a_run_that_goes_back_plans_the_same_rows_again(fit, make, tmp_path):
     assert ids.ids[:6] + ids.ids[8:] == whole.ids and ids.weights[:6] + ids.weights[8:] == whole.weights
     records = [(tmp_path / name / "mixture.jsonl").read_text() for name in ("back", "whole")]
     assert records[0] == records[1]
+
+
+def test_plans_that_differ_stop_the_run_before_the_update(make):
+    trainer = make(*ODM)
+    trainer.world = dataclasses.replace(ALONE)
+    object.__setattr__(trainer.world, "largest", lambda *numbers: [*numbers[:3], numbers[3] + 1])  # another has more
+    with pytest.raises(TrainingError, match="step 1: the processes planned different rows"):
+        trainer.fit()
+    assert trainer.progress.step == trainer.progress.updates == 0
 
 
 def test_one_source_and_a_source_smaller_than_a_batch(fit, sources, tmp_path):

@@ -1,6 +1,7 @@
 """The same rows and weights on any number of workers and processes, over 200 steps and through a kill."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 
@@ -124,3 +125,38 @@ def test_killed_after_100_of_200_steps_and_resumed_on_others(train, prefixes, wh
         for run in (output, whole)
     ]
     assert hashes[0] == hashes[1] and len(hashes[0]) == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tp", "pp", "cp"])
+def test_a_model_in_parts_mixes_like_one_process(train, prefixes, tmp_path, axis):
+    data = (f"data.train=[{', '.join(prefixes)}]", *OVERRIDES, "train.steps=20", "train.micro_batch_size=6")
+    data = (*data, "model.num_layers=2", "checkpoint.every=null")
+    train(tmp_path / "one", *data)
+    train(tmp_path / "parts", *data, f"parallel.{axis}=2", processes=2)
+    one, parts = (read_mixture(tmp_path / name / "mixture.jsonl") for name in ("one", "parts"))
+    assert one.weights().tobytes() == parts.weights().tobytes() and one.steps == parts.steps
+    assert [line["loss"] for line in one.lines.values()] == [line["loss"] for line in parts.lines.values()]
+
+
+@pytest.mark.slow
+def test_processes_that_plan_different_rows_are_found(train, prefixes, tmp_path):
+    drift = """
+import castalia.train.mixture as mixing
+from castalia.distributed import environment
+def observe(self, totals, skipped=False, real=mixing.Mixture.observe):
+    if self.done == 2 and environment()[0] == 1:
+        totals.per_source = [[2 * loss, tokens] for loss, tokens in totals.per_source[:1]] + totals.per_source[1:]
+    real(self, totals, skipped=skipped)
+mixing.Mixture.observe = observe
+"""
+    data = (
+        f"data.train=[{', '.join(prefixes)}]",
+        *OVERRIDES,
+        "train.steps=20",
+        "mixing.warmup_steps=0",
+        "mixing.eps=0",
+    )
+    done = train(tmp_path / "run", *data, processes=2, code=drift, ok=False)
+    assert done.returncode != 0
+    assert re.search(r"castalia: error: step \d+: the processes planned different rows", done.stderr)

@@ -1,5 +1,6 @@
 """Mixing in the loop: a planner says which rows each step reads, and the step's losses by source go back to it."""
 
+import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.errors import CheckpointError, ConfigError, TrainingError
 from castalia.data import Rows
 from castalia.data.loader import StepPlan
 from castalia.data.planned import Located, SourceRows
@@ -70,6 +71,24 @@ class Mixture:
         """Whether the sources give no further step; where they do not, the run ends after this one."""
         self.plan_ahead()
         return self.ended is not None and not self.coming
+
+    def mark(self) -> tuple[int, int]:
+        """A hash of the plan of the step under way, and its negative: the largest of each tell whether all agree."""
+        plan = self.coming[0]
+        number = zlib.crc32(plan.starts.tobytes(), zlib.crc32(plan.counts.tobytes()))
+        return number, -number
+
+    def agree(self, marks: Sequence[int]) -> None:
+        """Compare the largest marks of all processes.
+
+        Raises  TrainingError, on all of them, if they planned different rows.
+        """
+        if marks[0] != -marks[1]:
+            raise TrainingError(
+                f"step {self.done + 1}: the processes planned different rows, for their planners have drifted apart;"
+                " nothing was updated, and the same command goes on from the last checkpoint; a larger mixing.grain"
+                " keeps them together"
+            )
 
     def observe(self, totals: StepTotals, *, skipped: bool = False) -> None:
         """Tell the mixer what a step brought; `skipped` if it made no update."""

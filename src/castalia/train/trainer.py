@@ -113,7 +113,10 @@ class Trainer:
         norm = torch.tensor(math.nan) if skipped else self.passes.gradient_norm() / self.scale.value
         seen = Verdict.GOOD if skipped else self.guard.look(totals.loss, float(norm), self.scale.enabled)
         self.beat("update")
-        worst, stop = self.world.largest(seen, self.stop_asked)
+        mark = self.mixture.mark() if self.mixture else ()
+        worst, stop, *marks = self.world.largest(seen, self.stop_asked, *mark)
+        if self.mixture:
+            self.mixture.agree(marks)
         action = Action.SKIP
         if not skipped:
             action = self.guard.answer(self, Verdict(worst), totals, float(norm), micro_batches)
