@@ -34,9 +34,13 @@ LAYOUTS = {
         Row("tp 4", "tp=4"),
         Row("fsdp 2 x tp 2", "dp_shard=2 tp=2", core=True),
         Row("hsdp 2 x 2", "dp_replicate=2 dp_shard=2"),
+        Row("pp 2", "pp=2", "accumulated"),
+        Row("pp 2 x fsdp 2", "pp=2 dp_shard=2", "accumulated"),
+        Row("pp 2 x tp 2", "pp=2 tp=2", "accumulated"),
     )
 }
 CORE = [("1", "tp 2"), ("tp 2", "1"), ("fsdp 2", "tp 2"), ("tp 2", "fsdp 2 x tp 2"), ("fsdp 2 x tp 2", "fsdp 2")]
+CORE += [("pp 2", "1"), ("1", "pp 2"), ("fsdp 2", "pp 2 x tp 2"), ("pp 2", "fsdp 2"), ("tp 2", "pp 2")]
 STOP, END = 3, 5
 
 
