@@ -65,6 +65,7 @@ VARIANTS = {
     "ZeRO 2": ("parallel.reshard_after_forward=false", "train.micro_batch_size=3"),
     "1f1b": ("train.micro_batch_size=2", "data.eod_mask_loss=true"),
     "1f1b, tied": ("train.micro_batch_size=2", "model.tie_word_embeddings=true"),
+    "1f1b, compiled": ("train.micro_batch_size=2", "train.compile=true"),
     "gpipe": ("train.micro_batch_size=4", "parallel.schedule=gpipe"),
     "interleaved, tied": (
         "train.micro_batch_size=2",
@@ -163,6 +164,7 @@ GRID = [
     Row("tp x cp", "cp=2 tp=2", "tied"),
     Row("fsdp x tp x cp", "dp_shard=2 cp=2 tp=2", "unequal counts"),
     Row("pp", "pp=2", "1f1b", core=True),
+    Row("pp", "pp=2", "1f1b, compiled"),
     Row("pp", "pp=2", "gpipe"),
     Row("pp", "pp=2", "interleaved, tied", core=True),
     Row("pp", "pp=2", "zero bubble, tied", core=True),
