@@ -45,13 +45,13 @@ GPU_ENGINES = {
     "FSDP2 alone": {"processes": 1, "sharded_alone": True, "options": ("train.compile=true",)},
 }
 COMPARED = {
-    "speed of two processes": ("1 process", "FSDP2, 2 processes"),
-    "speed of two replicas": ("1 process", "replicas, 2 processes"),
-    "speed of two stages, 1f1b": ("1 process", "1f1b, 2 processes"),
-    "speed of two stages, interleaved": ("1 process", "interleaved, 2 processes"),
-    "speed of two stages, zero bubble": ("1 process", "zero bubble, 2 processes"),
-    "speed of two threads": ("1 process", "1 process, 2 threads"),
-    "time of FSDP2 on one process": ("FSDP2 alone", "1 process"),
+    "speed of two processes, against one process": ("1 process", "FSDP2, 2 processes"),
+    "speed of two replicas, against one process": ("1 process", "replicas, 2 processes"),
+    "speed of two stages, 1f1b, against one process": ("1 process", "1f1b, 2 processes"),
+    "speed of two stages, interleaved, against one process": ("1 process", "interleaved, 2 processes"),
+    "speed of two stages, zero bubble, against one process": ("1 process", "zero bubble, 2 processes"),
+    "speed of two threads, against one process": ("1 process", "1 process, 2 threads"),
+    "time of FSDP2 on one process, against plain": ("FSDP2 alone", "1 process"),
 }
 """Words to the engines whose times are divided, the first by the second."""
 
@@ -214,7 +214,7 @@ def print_table(found: dict[str, Any], tokens: int) -> None:
         peak = found["peak_bytes"][name] / 1e6
         print(f"{name:<34}{middle:>11.1f}{low:>8.1f}..{high:<6.1f}{tokens / time['median']:>10,.0f}{peak:>19,.0f}")
     for words, r in found["ratios"].items():
-        print(f"{words + ':':<36}{r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f}) times that of one")
+        print(f"{words + ':':<60}{r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f})")
     memory = found["peak_bytes"]
     if "replicas, 2 processes" in memory:
         share = memory["FSDP2, 2 processes"] / memory["replicas, 2 processes"]
