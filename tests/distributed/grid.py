@@ -175,6 +175,7 @@ GRID = [
     Row("pp x fsdp", "pp=2 dp_shard=2", "1f1b", core=True),
     Row("pp x fsdp", "pp=2 dp_shard=2", "ZeRO 2"),
     Row("pp x fsdp", "pp=2 dp_shard=2", "zero bubble"),
+    Row("pp x hsdp", "pp=2 dp_replicate=2 dp_shard=2", "accumulated"),
     Row("pp x tp", "pp=2 tp=2", "1f1b", core=True),
     Row("pp x tp", "pp=2 tp=2", "1f1b, tied", core=True),
     Row("pp x tp", "pp=2 tp=2", "interleaved, tied"),

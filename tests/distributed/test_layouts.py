@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import castalia
 from castalia.checkpoint import read
 from castalia.data import IndexedDatasetWriter
 
@@ -102,6 +103,9 @@ def test_layout_equals_one_process(tokens, alone, tmp_path, name):
         difference = (tensor - at_end[1][n]).abs()
         # The gradient of a key bias is rounding noise, which Adam turns into a step of the size of lr.
         assert (difference.view(-1, 3, 8)[:, [0, 2]] if n.endswith("qkv.bias") else difference).max() <= 1e-5, n
+    # The config beside the checkpoint asks for several processes; loading does not.
+    ours, theirs = (castalia.load(str(path)).logits([97, 98, 99]) for path in (tmp_path / "run", folder))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
 def test_masked_labels_are_fewer_and_validation_is_there(alone):
