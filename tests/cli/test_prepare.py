@@ -44,6 +44,29 @@ def test_json_summary(run):
     assert (code, found["documents"], found["tokens"], found["empty"]) == (0, 2, 8, 1)
 
 
+def test_rejects_keys_and_metadata(run, tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"q": "x", "a": "y", "n": 3}\n{"q": 1}\n')
+    words = ["--key", "q", "--key", "a", "--keep", "n", "--on-error", "reject", "--num-docs", "5"]
+    code, out, _ = run("b.jsonl", "--tokenizer", "bytes", "--output", "o", *words)
+    assert code == 0
+    assert out.startswith(
+        "o_q_document, o_a_document: 2 documents (1 rejected, see o.rejects.jsonl), 2 tokens as uint16"
+    )
+    assert json.loads((tmp_path / "o.rejects.jsonl").read_text())["line"] == 2
+    assert run("--list")[1].splitlines()[1].startswith("enwik8 ")
+
+
+def test_plain_lines_of_progress(monkeypatch, capsys):
+    from castalia.cli import progress
+
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
+    lines = progress.PlainLines("prepare", 200_000_000)
+    lines(50_000_000, 12_000_000)
+    assert capsys.readouterr().err.startswith("prepare  25.0%  50/200 MB  tok/s ")
+    assert lines.line(10.0) == "prepare  25.0%  50/200 MB  tok/s 1.20M  eta 30s"
+    assert [progress.span(seconds) for seconds in (9.6, 725, 11_220)] == ["10s", "12m05s", "3h07m"]
+
+
 def test_another_key_and_a_trained_tokenizer(run, tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({"body": "to be or not to be " * 30}) + "\n")
     code, _, _ = run("b.jsonl", "--key", "body", "--train-tokenizer", "265", "--tokenizer", "t.json", "--output", "x")
@@ -79,6 +102,20 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(run, tmp_path, name):
         (["gone.txt", "--tokenizer", "bytes", "--output", "x"], "gone.txt: no such file or folder"),
         (["a.jsonl", "--tokenizer", "gone.json", "--output", "x"], "gone.json: no such tokenizer file"),
         (["a.jsonl", "--tokenizer", "bytes", "--output", "a.jsonl/x"], "cannot write a.jsonl/x.bin: "),
+        (["--tokenizer", "bytes"], "castalia prepare needs INPUT, --output; see castalia prepare --help"),
+        (
+            ["a.jsonl", "--tokenizer", "bytes", "--output", "x", "--on-error", "skip"],
+            "--on-error skip: expected stop or",
+        ),
+        (
+            ["a.jsonl", "--tokenizer", "bytes", "--output", "x", "--shard", "1of2"],
+            "--shard 1of2: expected I/N, such as",
+        ),
+        (["a.jsonl", "--tokenizer", "bytes", "--output", "x", "--shard", "2/2"], "--shard 2/2: shares count from 0"),
+        (
+            ["pile", "--tokenizer", "bytes", "--output", "x"],
+            "https://the-eye.eu/public/AI/pile/train/00.jsonl.zst: the-eye",
+        ),
         (["a.jsonl", "--tokenizer", "t.json", "--output", "x", "--train-tokenizer", "9"], "a byte-level BPE needs"),
     ],
 )
@@ -101,6 +138,9 @@ def test_a_full_disk(run, tmp_path):
         assert code == 1
         assert err.startswith("castalia: error: cannot write disk/x.bin: No space left on device; free space")
         assert os.listdir(disk) == []
+        subprocess.run(["mount", "-o", "remount,size=2M", str(disk)], check=True)
+        assert run("big.txt", "--tokenizer", "bytes", "--output", "disk/x")[0] == 0
+        assert bytes(IndexedDataset(disk / "x")[0].tolist()) == b"x" * 200_000
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from castalia.core.errors import DataError, nearest
 from castalia.data.preparing.columns import check_columns, column_rows
 from castalia.data.preparing.inputs import InputFile
-from castalia.data.preparing.pieces import ARROW, FAULT, LINES, PARQUET, TEXT, Piece, damage_of
+from castalia.data.preparing.pieces import ARROW, FAULT, LINES, PARQUET, Piece, damage_of
 from castalia.data.preparing.streams import DAMAGE
 
 BOM = b"\xef\xbb\xbf"
@@ -249,6 +249,3 @@ def read_pieces(pieces: Iterator[Piece], files: Sequence[InputFile], wanted: Wan
                 raise DataError(sentence(piece, row, before))
             yield piece, row
         before += reader.lines
-
-
-__all__ = ["TEXT", "Fault", "PieceReader", "Row", "Wanted", "read_pieces", "sentence"]
