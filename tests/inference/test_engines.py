@@ -11,7 +11,7 @@ import castalia
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError, DataError
-from castalia.inference import LanguageModel, export
+from castalia.inference import LanguageModel, export, parity
 from castalia.inference.engine import CAPABILITIES
 from castalia.inference.loading import needed_extra
 from castalia.inference.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
@@ -119,6 +119,18 @@ def test_dtype_auto_decodes_in_int8_and_scores_in_bf16(
     assert exact.engine.scoring == "int8"
     assert castalia.load(run_folder, engine="native", dtype="bf16").engine.numbers == "bf16"
     assert castalia.load(run_folder).engine.name == "torch"
+
+
+def test_parity_of_dtype_auto(run_folder: Path, tmp_path: Path, known_text: str) -> None:
+    text = tmp_path / "heldout.txt"
+    text.write_text(known_text, encoding="utf-8")
+    found = parity(run_folder, dtype="auto", heldout=text)
+    assert 0 < found.decoding.kl < 0.01 and found.decoding.greedy_agreement > 0.95
+    assert 0 < found.scoring_error < 0.05
+    assert found.scoring_perplexity == pytest.approx(found.scoring_perplexity_fp32, rel=0.03)
+    assert "native int8 decodes: perplexity" in str(found) and "native int8 scores: perplexity" in str(found)
+    with pytest.raises(ConfigError, match="names no held-out text; give heldout"):
+        parity(run_folder)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "header", "listing", "version"])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from castalia.inference.ct2_hub import GeneratorCT2fromHfHub, TranslatorCT2fromHfHub
     from castalia.inference.decoding import Completion
     from castalia.inference.exports import Exported, export
+    from castalia.inference.fidelity import parity
     from castalia.inference.language_model import LanguageModel
     from castalia.inference.loading import load
 
@@ -24,6 +25,7 @@ __all__ = [
     "TranslatorCT2fromHfHub",
     "export",
     "load",
+    "parity",
 ]
 
 PLACES = {
@@ -35,6 +37,7 @@ PLACES = {
     "TranslatorCT2fromHfHub": "ct2_hub",
     "export": "exports",
     "load": "loading",
+    "parity": "fidelity",
 }
 
 __getattr__ = lazy(__name__, PLACES)
