@@ -216,7 +216,11 @@ class Bench:
             "outside": list(self.outside.sources),
             "best_fixed": {metric: self.base(results, metric) for metric in ("M1", "M2")},
             "noise": {
-                metric: {arm: noise_floor(results[arm], self.weights(metric)) for arm in ("uniform", "progress")}
+                metric: {
+                    arm: noise_floor(results[arm], self.weights(metric))
+                    for arm in ("uniform", "progress")
+                    if len(results.get(arm, {})) > 1
+                }
                 for metric in ("M1", "M2")
             },
             "confirm": self.confirm(results),
