@@ -41,8 +41,9 @@ def draw(value: dict[str, Any], path: Path) -> None:
     total = height + 40 + max(190, 14 * len(value["sources"]) + 20)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" role="img">'
     title = f"{len(value['sources'])} sources, {value['scale']['steps']} steps; a dot is a seed, a bar the median"
-    body = "".join([f"<style>{STYLE}</style>", f'<rect width="{width}" height="{total}" fill="#fff"/>', *parts])
-    path.write_text(f"{head}<title>{escape(title)}</title>{text(8, 16, title, 't')}{body}</svg>\n", encoding="utf-8")
+    page = f'<style>{STYLE}</style><rect width="{width}" height="{total}" fill="#fff"/>'
+    body = "".join([page, text(8, 16, title, "t"), *parts])
+    path.write_text(f"{head}<title>{escape(title)}</title>{body}</svg>\n", encoding="utf-8")
 
 
 def saved(value: dict[str, Any], arm: str, metric: str) -> Dots:
