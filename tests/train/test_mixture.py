@@ -21,7 +21,7 @@ from castalia.recipes import load_config
 from castalia.recipes.run import closing_line
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
 from castalia.train.loss import LossOut, NextToken
-from castalia.train.mixture import RecordedOrder
+from castalia.train.mixture import RecordedOrder, movements
 from castalia.train.mixture_record import RecordMixture
 from castalia.train.startup import source_lines
 from castalia.train.trainer import Trainer
@@ -349,6 +349,12 @@ def test_the_line_on_the_screen_names_what_moved(make, capsys):
     trainer.fit()
     last = capsys.readouterr().out.splitlines()[-1]
     assert "  mix " in last and "trivial" in last and "(-" in last
+
+
+def test_shares_that_stand_are_not_named():
+    before, now = np.array([0.5, 0.3, 0.2]), np.array([0.5004, 0.25, 0.2496])
+    assert movements(before, now, ["a", "b", "c"]) == "b 25.0% (-5.0) c 25.0% (+5.0)"
+    assert movements(before, before, ["a", "b", "c"]) == "steady"
 
 
 def test_what_a_mixer_needs_is_asked_for_before_the_first_step(make):

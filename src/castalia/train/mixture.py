@@ -19,8 +19,8 @@ from castalia.mixing.record import header_of
 from castalia.train.config import RunConfig
 from castalia.train.progress import StepTotals
 
-MOVES = 3
-"""Sources that a line on the screen names."""
+MOVES, SEEN = 3, 0.05
+"""Sources that a line on the screen names at most, and the percentage points from which on it does."""
 
 
 class Mixture:
@@ -200,10 +200,12 @@ def replay_notes(mixing: MixingConfig, planner: Planner, steps: int) -> list[str
 
 
 def movements(before: NDArray[np.float64], now: NDArray[np.float64], names: Sequence[str]) -> str:
-    """The shares that moved most, largest first: `code 31.0% (+4.1) web 22.3% (-3.0)`."""
+    """The shares that moved most, largest first: `code 31.0% (+4.1) web 22.3% (-3.0)`; `steady` where none did."""
     change = 100 * (now - before)
     largest = np.argsort(-np.abs(change), kind="stable")[:MOVES]
-    return " ".join(f"{names[i]} {now[i]:.1%} ({change[i]:+.1f})" for i in largest)
+    return (
+        " ".join(f"{names[i]} {now[i]:.1%} ({change[i]:+.1f})" for i in largest if abs(change[i]) >= SEEN) or "steady"
+    )
 
 
 class RecordedOrder:
