@@ -36,6 +36,7 @@ MODELS = {
     "tied": ("model.tie_word_embeddings=true", "data.eod_mask_loss=true"),
     "bf16": ("precision=bf16",),
     "fp16": ("precision=fp16",),
+    "mixed": ("data.train=[{0},{0}2]", "mixing.kind=odm", "mixing.warmup_steps=2"),
 }
 PP2, PP4 = "parallel.pp=2", "parallel.pp=4"
 INTERLEAVED, ZERO_BUBBLE = "parallel.schedule=interleaved_1f1b", "parallel.schedule=zero_bubble"
@@ -53,6 +54,7 @@ TWO_PROCESSES = {
 FOUR_PROCESSES = {
     "four stages, tied": ("tied", (PP4,)),
     "shards, zero bubble, tied": ("tied", (PP2, ZERO_BUBBLE, THREE)),
+    "four stages, sources mixed by their losses": ("mixed", (PP4,)),
 }
 """What the grid does not hold: validation, low precision, several stages a process, and who reads and saves what."""
 MOVES = {
@@ -69,9 +71,10 @@ def base(tmp_path_factory) -> tuple[str, ...]:
     """Arguments of every run; its documents end at irregular places."""
     prefix = tmp_path_factory.mktemp("tokens") / "text"
     random = np.random.default_rng(1)
-    with IndexedDatasetWriter(prefix, "uint16") as writer:
-        for size in random.integers(3, 60, 200):
-            writer.add([*random.integers(97, 123, size), 256])
+    for name, ids in ((prefix, 123), (f"{prefix}2", 110)):
+        with IndexedDatasetWriter(name, "uint16") as writer:
+            for size in random.integers(3, 60, 200):
+                writer.add([*random.integers(97, ids, size), 256])
     return (*BASE, f"data.train={prefix}", f"data.valid={prefix}")
 
 
@@ -83,11 +86,17 @@ def alone(base, tmp_path_factory):
     def get(model: str) -> Path:
         if model not in known:
             output = tmp_path_factory.mktemp("alone") / "run"
-            run(resolve([*base, *MODELS[model], f"output={output}"]), command=["castalia"])
+            run(resolve([*of_model(base, model), f"output={output}"]), command=["castalia"])
             known[model] = output
         return known[model]
 
     return get
+
+
+def of_model(base: tuple[str, ...], model: str) -> list[str]:
+    """Arguments of a run of a model."""
+    prefix = base[-1].removeprefix("data.valid=")
+    return [*base, *(text.format(prefix) for text in MODELS[model])]
 
 
 def launch(processes: int, runs: list[dict], folder: Path) -> None:
@@ -105,12 +114,12 @@ def launch(processes: int, runs: list[dict], folder: Path) -> None:
 def all_of(processes: int, cases: dict, base: tuple[str, ...], folder: Path, more: list[dict] | None = None) -> Path:
     """The folder with a run of each case, and the runs that move between layouts."""
     runs = [
-        {"arguments": [*base, *MODELS[model], *layout, f"output={folder / name}"], "poison": None}
+        {"arguments": [*of_model(base, model), *layout, f"output={folder / name}"], "poison": None}
         for name, (model, layout) in cases.items()
     ]
     for name, (size, model, before, after) in MOVES.items():
         if size == processes:
-            common = [*base, *MODELS[model], f"output={folder / name}"]
+            common = [*of_model(base, model), f"output={folder / name}"]
             runs += [{"arguments": [*common, *before, "train.steps=3"], "poison": None}]
             runs += [{"arguments": [*common, *after], "poison": None}]
     launch(processes, runs + (more or []), folder)
@@ -122,7 +131,7 @@ def two(base, tmp_path_factory) -> Path:
     """Runs on two processes; one of them with a NaN in the first stage."""
     folder = tmp_path_factory.mktemp("two")
     poisoned = [*base, PP2, f"output={folder / 'poisoned'}"]
-    begun = [*base, *MODELS["tied"], PP2, "train.steps=3", f"output={folder / 'begun'}"]
+    begun = [*of_model(base, "tied"), PP2, "train.steps=3", f"output={folder / 'begun'}"]
     more = [{"arguments": poisoned, "poison": 2}, {"arguments": begun, "poison": None}]
     return all_of(2, TWO_PROCESSES, base, folder, more)
 
@@ -182,7 +191,7 @@ def test_a_checkpoint_moves_between_layouts(two, four, alone, name):
 
 
 def test_one_process_goes_on_from_two_stages(two, alone, base):
-    run(resolve([*base, *MODELS["tied"], f"output={two / 'begun'}"]), command=["castalia"])
+    run(resolve([*of_model(base, "tied"), f"output={two / 'begun'}"]), command=["castalia"])
     require_equal(two / "begun", alone("tied"))
 
 
