@@ -134,7 +134,7 @@ CAPABILITIES = {
         ("cpu",),
         "whole texts, greedy only; else every step reads the text again",
         True,
-        "over the tokens alone, without the vocabulary's padding",
+        "in its own arithmetic",
         "ct2",
     ),
     "llama.cpp": Capabilities(

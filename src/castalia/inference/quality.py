@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint import read_config
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
 from castalia.data.tokenizer import Tokenizer
 from castalia.inference.engine import Engine
@@ -68,7 +68,7 @@ def held_out(given: str | Path | None, checkpoint: Path, tokenizer: Tokenizer | 
         return HeldOutText(Path(given).name, in_rows(tokens_of(Path(given), tokenizer), str(given), limit))
     try:
         prefixes = (read_config(checkpoint).get("data") or {}).get("valid") or []
-    except Exception:  # a Hugging Face folder has no config of ours
+    except (CastaliaError, OSError):  # a Hugging Face folder has no config of ours
         return None
     there = [prefix for prefix in prefixes if Path(f"{prefix}.idx").is_file()]
     if not there:

@@ -1,6 +1,6 @@
 """The native engine: quantized weights, a static KV cache of slots, compiled steps where a compiler is there."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -100,17 +100,25 @@ class NativeEngine(Engine):
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """See `Engine`; in the storage's own arithmetic, as it decodes."""
-        cache, parts = self.forward.new_cache(1, len(ids)), []
+        return torch.cat([part.clone() for part in self.read(ids)])
+
+    def read(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Logits after each token, HEAD_ROWS at a time; each part lives until the next."""
+        cache = self.forward.new_cache(1, len(ids))
         for start in range(0, len(ids), HEAD_ROWS):
             part = ids[start : start + HEAD_ROWS]
             places = range(start, start + len(part))
-            parts.append(self.forward.run(cache, part, [0] * len(part), places, range(len(part))).clone())
-        return torch.cat(parts)
+            yield self.forward.run(cache, part, [0] * len(part), places, range(len(part)))
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """See `Engine`."""
-        if self.scoring != "bf16":
-            return super().logprobs(ids)
-        if self.made is None:
-            self.made = Scorer(self.weights)
-        return self.made.logprobs(ids)
+        if self.scoring == "bf16":
+            if self.made is None:
+                self.made = Scorer(self.weights)
+            return self.made.logprobs(ids)
+        labels = torch.tensor(list(ids[1:]), dtype=torch.int64).split(HEAD_ROWS)
+        parts = [
+            logits[: len(wanted)].log_softmax(1).gather(1, wanted[:, None])[:, 0]
+            for logits, wanted in zip(self.read(ids), labels, strict=False)
+        ]
+        return torch.cat(parts) if parts else torch.empty(0)
