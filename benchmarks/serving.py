@@ -1,0 +1,227 @@
+"""The server under load, on the loopback: latency, throughput against one client, and what clients that leave cost.
+
+    python benchmarks/serving.py                          # Pythia-70M's shape, random weights; alone on the machine
+    python benchmarks/serving.py --checkpoint runs/demo --rounds 1 --new 8
+
+`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn; each asks for a stream of
+64 tokens after a prompt of 32. A client's first token counts from its request; in the queue it waits too.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from machine import describe, summary
+
+CLIENTS = (1, 8, 64)
+RESULTS = Path(__file__).parent / "results" / "serving.json"
+SHAPE = {"num_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 2048}
+"""Pythia-70M, arXiv:2304.01373, table 1."""
+LEAVERS = 1000
+
+
+def write_model(folder: Path) -> Path:
+    """A run with random weights and a tokenizer trained on this Python's own library."""
+    from castalia.checkpoint import Store
+    from castalia.config import dump_yaml
+    from castalia.data.tokenizer import train_tokenizer
+    from castalia.models import Decoder, ModelConfig
+    from castalia.train.config import RunConfig
+
+    texts = [path.read_text("utf-8", "ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:80]]
+    tokenizer = train_tokenizer(texts, 8192, folder / "tokenizer.json")
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, rotary_pct=0.25, **SHAPE)
+    model = Decoder(config)
+    model.init_weights(0)
+    files = {
+        "config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 2048})),
+        "tokenizer.json": (folder / "tokenizer.json").read_text("utf-8"),
+    }
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    Store(folder / "run" / "checkpoints").save(0, tensors, {"step": 0}, files, asynchronous=False)
+    return folder / "run"
+
+
+async def ask(port: int, body: dict[str, Any]) -> asyncio.StreamReader:
+    """Send a request; the reader stands before the answer, and its writer hangs on it."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    )
+    writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
+    await writer.drain()
+    reader.writer = writer  # type: ignore[attr-defined]
+    return reader
+
+
+async def stream(port: int, body: dict[str, Any]) -> tuple[float, float]:
+    """Seconds to the first event and to the end of one stream."""
+    began = time.perf_counter()
+    reader = await ask(port, body)
+    first = math.nan
+    async for line in reader:
+        if line.startswith(b"data: ") and math.isnan(first):
+            first = time.perf_counter() - began
+    reader.writer.close()  # type: ignore[attr-defined]
+    return first, time.perf_counter() - began
+
+
+def body_of(new: int, place: int) -> dict[str, Any]:
+    """A request of its own for each client, so that no prompt is read from the prefix cache."""
+    ids = random.Random(place).choices(range(300, 4000), k=32)
+    return {"prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "logprobs": 0}
+
+
+async def round_of(port: int, clients: int, new: int, seed: int) -> dict[str, Any]:
+    """All clients at once; each asks as often as makes 64 streams in all, at most four times."""
+    times = max(1, min(4, 64 // clients))
+
+    async def client(place: int) -> list[tuple[float, float]]:
+        return [await stream(port, body_of(new, seed + 1000 * place + turn)) for turn in range(times)]
+
+    began = time.perf_counter()
+    done = [pair for pairs in await asyncio.gather(*map(client, range(clients))) for pair in pairs]
+    seconds = time.perf_counter() - began
+    return {
+        "tokens_per_second": clients * times * new / seconds,
+        "first": [a for a, _ in done],
+        "whole": [b for _, b in done],
+    }
+
+
+async def leave(port: int, new: int) -> None:
+    """Many clients that leave after the first bytes."""
+    gate = asyncio.Semaphore(16)
+
+    async def one(place: int) -> None:
+        async with gate:
+            reader = await ask(port, body_of(new, 10**6 + place))
+            await reader.read(200)
+            reader.writer.close()  # type: ignore[attr-defined]
+
+    await asyncio.gather(*map(one, range(LEAVERS)))
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value that this share of all does not exceed."""
+    return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
+
+
+def get(port: int, path: str) -> str:
+    """A page of the server."""
+    import urllib.request
+
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
+        return str(answer.read().decode())
+
+
+def start(model: str, options: argparse.Namespace, port: int) -> subprocess.Popen[bytes]:
+    """The server in a process of its own, answering."""
+    command = [sys.executable, "-m", "castalia", "serve", model, "--port", str(port), "--dtype", options.dtype]
+    command += ["--slots", str(options.slots), "--queue", "2000"]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    for _ in range(600):
+        try:
+            get(port, "/health")
+            return server
+        except OSError:
+            if server.poll() is not None:
+                raise SystemExit(f"the server ended: {' '.join(command)}") from None
+            time.sleep(0.1)
+    raise SystemExit("the server does not answer")
+
+
+def measure(port: int, options: argparse.Namespace) -> dict[str, Any]:
+    """All rounds, by number of clients."""
+    found: dict[int, list[dict[str, Any]]] = {clients: [] for clients in CLIENTS}
+    asyncio.run(round_of(port, 1, options.new, 5))  # the first passes compile and tune
+    for turn in range(options.rounds):
+        for clients in CLIENTS:
+            found[clients].append(asyncio.run(round_of(port, clients, options.new, 10**4 * turn + clients)))
+    table = {}
+    for clients, rounds in found.items():
+        first = [value for one in rounds for value in one["first"]]
+        whole = [value for one in rounds for value in one["whole"]]
+        table[str(clients)] = {
+            "tokens_per_second": summary(one["tokens_per_second"] for one in rounds),
+            "first_token_p50": percentile(first, 0.5),
+            "first_token_p99": percentile(first, 0.99),
+            "whole_p50": percentile(whole, 0.5),
+            "whole_p99": percentile(whole, 0.99),
+            "streams": len(whole),
+        }
+    return table
+
+
+def measure_leavers(port: int, server: subprocess.Popen[bytes], new: int) -> dict[str, Any]:
+    """Resident memory and open files before and after clients that leave, and how long it takes until all is idle."""
+    process = psutil.Process(server.pid)
+    asyncio.run(leave(port, new))  # pools and caches fill once
+    before, files = process.memory_info().rss, process.num_fds()
+    asyncio.run(leave(port, new))
+    began = time.perf_counter()
+    while (state := json.loads(get(port, "/health")))["running"] or state["waiting"]:
+        time.sleep(0.01)
+    idle = time.perf_counter() - began
+    return {
+        "clients": LEAVERS,
+        "memory_growth_mb": (process.memory_info().rss - before) / 1e6,
+        "open_files_growth": process.num_fds() - files,
+        "seconds_until_idle": idle,
+    }
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", help="what to serve; by default random weights of Pythia-70M's shape")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--port", type=int, default=8765)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, and write the result."""
+    options = parse()
+    machine = describe()
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.checkpoint or str(write_model(Path(folder)))
+        server = start(model, options, options.port)
+        try:
+            table = measure(options.port, options)
+            leavers = measure_leavers(options.port, server, options.new)
+        finally:
+            server.terminate()
+            server.wait()
+    one = table["1"]["tokens_per_second"]["median"]
+    for clients, row in table.items():
+        speed = row["tokens_per_second"]["median"]
+        print(
+            f"{clients:>3} clients  {speed:7.0f} tok/s ({speed / one:.1f} x one client)"
+            f"  first token p50 {row['first_token_p50'] * 1e3:.0f} ms, p99 {row['first_token_p99'] * 1e3:.0f} ms"
+            f"  whole p50 {row['whole_p50']:.2f} s, p99 {row['whole_p99']:.2f} s"
+        )
+    print(f"{LEAVERS} clients that leave: {leavers}")
+    record = {"machine": machine, "checkpoint": options.checkpoint or "random 70M shape, 8,192 tokens"}
+    record |= {name: getattr(options, name) for name in ("dtype", "slots", "rounds", "new")}
+    options.output.parent.mkdir(exist_ok=True)
+    options.output.write_text(json.dumps(record | {"clients": table, "leavers": leavers}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
