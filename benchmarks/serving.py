@@ -3,8 +3,8 @@
     python benchmarks/serving.py                          # Pythia-70M's shape, random weights; alone on the machine
     python benchmarks/serving.py --checkpoint runs/demo --rounds 1 --new 8
 
-`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn; each asks for a stream of
-64 tokens after a prompt of 32. A client's first token counts from its request; in the queue it waits too.
+`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn; each asks for a stream
+of 64 tokens after a prompt of 32. A client's first token counts from its request; in the queue it waits too.
 """
 
 import argparse
@@ -56,10 +56,8 @@ async def ask(port: int, body: dict[str, Any]) -> asyncio.StreamReader:
     """Send a request; the reader stands before the answer, and its writer hangs on it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
-    )
-    writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     await writer.drain()
     reader.writer = writer  # type: ignore[attr-defined]
     return reader
@@ -70,6 +68,9 @@ async def stream(port: int, body: dict[str, Any]) -> tuple[float, float]:
     began = time.perf_counter()
     reader = await ask(port, body)
     first = math.nan
+    status = (await reader.readline()).decode()
+    if " 200 " not in status:
+        raise SystemExit(f"{status.strip()}: {(await reader.read()).decode()}")
     async for line in reader:
         if line.startswith(b"data: ") and math.isnan(first):
             first = time.perf_counter() - began
@@ -79,7 +80,7 @@ async def stream(port: int, body: dict[str, Any]) -> tuple[float, float]:
 
 def body_of(new: int, place: int) -> dict[str, Any]:
     """A request of its own for each client, so that no prompt is read from the prefix cache."""
-    ids = random.Random(place).choices(range(300, 4000), k=32)
+    ids = random.Random(place).choices(range(1, 250), k=32)
     return {"prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "logprobs": 0}
 
 
