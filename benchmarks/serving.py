@@ -3,8 +3,8 @@
     python benchmarks/serving.py                          # Pythia-70M's shape, random weights; alone on the machine
     python benchmarks/serving.py --checkpoint runs/demo --rounds 1 --new 8
 
-`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn; each asks for a stream
-of 64 tokens after a prompt of 32. A client's first token counts from its request; in the queue it waits too.
+`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn; each asks for a
+stream of 64 tokens after a prompt of 32. A client's first token counts from its request; in the queue it waits too.
 """
 
 import argparse

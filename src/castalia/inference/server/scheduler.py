@@ -142,7 +142,9 @@ class Scheduler:
         """The thread."""
         while (admitted := self.take()) is not None:
             for job in admitted:
-                self.guard([job], partial(self.admit, job))
+                self.guard([job], partial(self.score_prompt, job))
+            if new := [job for job in admitted if job.row.finish_reason is None]:
+                self.guard(new, partial(self.admit, new))
             if self.jobs:
                 self.guard(list(self.jobs.values()), self.step)
 
@@ -180,28 +182,35 @@ class Scheduler:
         try:
             action()
         except Exception as error:  # the thread must live on for the other jobs
-            for slot in [slot for slot, job in self.jobs.items() if job in jobs]:
-                del self.jobs[slot]
-                self.batcher.running.pop(slot, None)
+            rows = {id(job.row) for job in jobs}
+            for slot in [slot for slot, running in self.batcher.running.items() if id(running.row) in rows]:
+                del self.batcher.running[slot]
+                self.jobs.pop(slot, None)
             for job in jobs:
+                job.row.finish_reason = job.row.finish_reason or "length"
                 job.emit(Event(error=error))
 
-    def admit(self, job: Job) -> None:
-        """Score the prompt if that is asked, and read it into a slot."""
+    def score_prompt(self, job: Job) -> None:
+        """Score the prompt if that is asked; a job that asks for nothing else is done."""
         if job.score_prompt:
             job.drawn += self.scored_prompt(job)
         if not job.continues:
             job.row.finish_reason = "length"
             job.tell("")
-            return
-        # Without the seed, rows that are drawn alike are drawn together.
-        (generator,) = job.sampling.generators(1, torch.device(self.engine.device))
-        new = Admission(job.row, replace(job.sampling, seed=None), generator, job.watch)
-        before = set(self.batcher.running)
-        (text,) = self.batcher.admit([new])
-        for slot in set(self.batcher.running) - before:
-            self.jobs[slot] = job
-        self.told(job, text)
+
+    def admit(self, jobs: list[Job]) -> None:
+        """Read the prompts of jobs into slots, in one pass."""
+        new = []
+        for job in jobs:
+            # Without the seed, rows that are drawn alike are drawn together.
+            (generator,) = job.sampling.generators(1, self.engine.device)
+            new.append(Admission(job.row, replace(job.sampling, seed=None), generator, job.watch))
+        texts = self.batcher.admit(new)
+        places = {id(running.row): slot for slot, running in self.batcher.running.items()}
+        for job, text in zip(jobs, texts, strict=True):
+            if id(job.row) in places:
+                self.jobs[places[id(job.row)]] = job
+            self.told(job, text)
 
     def step(self) -> None:
         """One more token for every running job."""
