@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from castalia.data import IndexedDataset, Tokenizer
-from castalia.inference import Ct2Model, LanguageModel, load
+from castalia.inference import Ct2Model, load
 
 Ids = list[int]
 ROUNDS = 3
@@ -46,17 +44,9 @@ def own_voice(run: Path, weights: Path) -> Voice:
     return Voice(
         "castalia fp32",
         lambda prompts, count: speaker.generate_ids(list(prompts), count),
-        lambda ids: own_logprobs(speaker, ids),
+        lambda ids: speaker.logprobs(ids).tolist(),
         weights.stat().st_size,
     )
-
-
-def own_logprobs(speaker: LanguageModel, ids: Ids) -> list[float]:
-    """Log-probabilities over the tokens alone, without the vocabulary's padding, which an export does not have."""
-    logits_TV = speaker.logits(ids)[:-1, : speaker.config.vocab_size]
-    targets_T = torch.tensor(ids[1:], device=logits_TV.device)
-    found: list[float] = logits_TV.log_softmax(1).gather(1, targets_T[:, None])[:, 0].tolist()
-    return found
 
 
 def ct2_voice(folder: Path, tokenizer: Tokenizer, name: str, threads: int) -> Voice:
