@@ -10,10 +10,11 @@ import pytest
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import IndexedDataset, prepare, read_documents
-from castalia.data.joining import merge
-from castalia.data.preparing import encoding
+from castalia.data.joining import merge, split
+from castalia.data.preparing import encoding, provenance
 from castalia.data.preparing.provenance import read_provenance
 from castalia.data.tokenizer import Tokenizer
+from castalia.data.verify import verify
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -168,6 +169,32 @@ def test_shares_merged_are_one_run(file, tmp_path):
         assert content(tmp_path / "merged") == content(tmp_path / "whole")
         for path in tmp_path.glob("s*.json"):
             path.unlink()
+
+
+@pytest.mark.parametrize("group", [7, 1 << 17])
+def test_an_index_split_and_merged_again(file, tmp_path, monkeypatch, group):
+    monkeypatch.setattr(provenance, "GROUP_ROWS", group)
+    prepare([file("a.jsonl", lines(*({"text": f"{i}", "id": i} for i in range(50))))], tmp_path / "whole", "bytes")
+    split(tmp_path / "whole", tmp_path / "cut", parts=3)
+    assert [read_provenance(f"{tmp_path}/cut-part1", i)["id"] for i in (0, 16)] == ["16", "32"]
+    merge([tmp_path / f"cut-part{i}" for i in range(3)], tmp_path / "again")
+    assert content(tmp_path / "again") == content(tmp_path / "whole")
+
+
+def test_verify_holds_the_index_against_the_tokens(file, tmp_path):
+    path = file("a.jsonl", lines({"text": "one"}, {"text": "three"}))
+    for name, inputs in (("a", [path]), ("b", [path, path]), ("c", [file("c.txt", b"x"), file("d.txt", b"yz")])):
+        prepare(inputs, tmp_path / name, "bytes")
+    index = tmp_path / "a.documents.parquet"
+    faults = lambda: [check.wrong for check in verify([tmp_path / "a"]) if check.about == "index"]  # noqa: E731
+    assert faults() == [None]
+    for other, wrong in (("b", "4 documents, but the .idx has 2"), ("c", "document 0 has 1 tokens, 3 in the .idx")):
+        index.write_bytes((tmp_path / f"{other}.documents.parquet").read_bytes())
+        assert faults() == [wrong]
+    index.write_bytes(b"PAR1")
+    assert faults()[0].startswith("cannot be read")
+    index.unlink()
+    assert faults() == []
 
 
 def test_a_share_is_not_written_over_another(file, tmp_path):

@@ -212,7 +212,7 @@ def test_other_lists(tmp_path):
 
 def test_a_prepared_file_is_right(prepared):
     found = list(verify([prepared]))
-    assert [check.about for check in found] == ["structure", "record", "ids", "hash"]
+    assert [check.about for check in found] == ["structure", "record", "ids", "hash", "index"]
     assert all(check.ok for check in found)
 
 

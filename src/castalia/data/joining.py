@@ -14,7 +14,7 @@ from castalia.core.files import atomic_write
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, file_pair
 from castalia.data.mapped import view
 from castalia.data.order import split_documents
-from castalia.data.preparing.provenance import REJECTS, SUFFIX, join_indexes
+from castalia.data.preparing.provenance import REJECTS, SUFFIX, join_indexes, slice_index
 from castalia.data.records import finish, refuse_inputs, token_facts
 from castalia.data.shards import OnBytes
 
@@ -69,6 +69,15 @@ def write_side_files(prefix: str, inputs: Sequence[str]) -> None:
             out.writelines(path.read_text(encoding="utf-8") for path in rejects)
 
 
+def slice_side_file(prefix: str, documents: range, output: str) -> None:
+    """The index of some documents of a token file, if it has one, beside their own file."""
+    if not Path(prefix + SUFFIX).exists():
+        Path(output + SUFFIX).unlink(missing_ok=True)
+        return
+    with atomic_write(output + SUFFIX, "wb") as file:
+        slice_index(Path(prefix + SUFFIX), documents, file)
+
+
 def split(
     prefix: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -93,6 +102,7 @@ def split(
             copy_documents(dataset, writer, documents.start, documents.stop, on_bytes)
             inner = all_boundaries[(all_boundaries > documents.start) & (all_boundaries < documents.stop)]
             writer.doc_idx = np.concatenate(([0], inner - documents.start, [len(documents)])).astype(np.int64)
+            slice_side_file(dataset.prefix, documents, f"{base}-{name}")
             source = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
             records.append(finish(writer, f"{base}-{name}", {**facts, "split_from": source}))
     return records

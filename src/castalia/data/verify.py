@@ -14,6 +14,7 @@ from castalia.core.files import CHUNK_BYTES
 from castalia.data.indexed import IndexedDataset
 from castalia.data.joining import boundaries_fit, without_suffix
 from castalia.data.mapped import view
+from castalia.data.preparing.provenance import NO_INDEX, SUFFIX, index_fault
 from castalia.data.records import read_record
 from castalia.data.shards import SHARD_BYTES, SHARD_NAME, OnBytes, base_of, hash_span
 
@@ -25,7 +26,7 @@ PIECE = 1 << 20
 class Check:
     """One finding: `file` as the user knows it, what was looked at, and the sentence about what is wrong, if anything.
 
-    `about` is `structure`, `record`, `ids` or `hash`.
+    `about` is `structure`, `record`, `index`, `ids` or `hash`.
     """
 
     file: str
@@ -73,6 +74,7 @@ def verify(
     """Check token files; gives every finding, good or bad, as it comes.
 
     Structure: both files whole, documents back to back, doc_idx from first to last, nothing after the last document.
+    Index of documents, where there is one: as many tokens a document as the .idx says.
     Record, where PREFIX.json is there: counts, dtype, the hash of the .bin, ids within the vocabulary.
     Hashes, with a list: every file of the prefix that the list names must be there and have its hash, every file of
     the prefix that is there must be named. A list of shards also serves for the whole .bin, `shard_bytes` at a time.
@@ -86,6 +88,8 @@ def verify(
         else:
             yield Check(base, "structure", structure_fault(dataset))
             yield from record_checks(dataset, on_bytes)
+            if (wrong := index_fault(dataset.prefix, dataset.sizes)) is not NO_INDEX:
+                yield Check(dataset.prefix + SUFFIX, "index", wrong or None)
         if hashes is not None:
             yield from hash_checks(Path(base), hashes, shard_bytes, on_bytes)
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,31 @@ def join_indexes(paths: Sequence[Path], file: Any) -> None:
         raise DataError(f"{', '.join(map(str, paths))}: an index of documents cannot be read: {error}") from None
 
 
+def slice_index(path: Path, documents: range, file: Any) -> None:
+    """The rows of neighbouring documents of an index as an index of their own.
+
+    Raises  DataError if it is damaged.
+    """
+    pyarrow, parquet = arrow()
+    try:
+        with parquet.ParquetFile(path) as opened:
+            names = [name for name in opened.schema_arrow.names if name not in OWN]
+            write_index(file, (plain(pyarrow, table, names) for table in slices(opened, documents)), names)
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise DataError(f"{path}: cannot be read: {error}; remove it or prepare again") from None
+
+
+def slices(opened: Any, documents: range) -> Iterator[Any]:
+    """The parts of row groups that hold the documents."""
+    first = 0
+    for group in range(opened.num_row_groups):
+        rows = opened.metadata.row_group(group).num_rows
+        start, stop = max(documents.start - first, 0), min(documents.stop - first, rows)
+        if start < stop:
+            yield opened.read_row_group(group).slice(start, stop - start)
+        first += rows
+
+
 def plain(pyarrow: Any, table: Any, kept: Sequence[str]) -> Any:
     """A table of an index with every column of `kept`, its sources written out."""
     for name in kept:
@@ -172,6 +198,31 @@ def read_provenance(prefix: str, number: int) -> dict[str, Any] | None:
             f"{path}: has no document {number} ({reason}); the index is damaged or of another token file: remove it or"
             " prepare again"
         ) from None
+
+
+NO_INDEX = "-"
+
+
+def index_fault(prefix: str, sizes: NDArray[np.int32]) -> str:
+    """What is wrong with the index of a token file whose documents have `sizes` (N,) tokens; nothing is wrong: empty.
+
+    NO_INDEX if there is none, or if it cannot be read because pyarrow is not installed.
+    """
+    path = Path(prefix + SUFFIX)
+    if not path.exists() or find_spec("pyarrow") is None:
+        return NO_INDEX
+    pyarrow, parquet = arrow()
+    try:
+        with parquet.ParquetFile(path) as file:
+            groups = (file.read_row_group(i, columns=["tokens"]) for i in range(file.num_row_groups))
+            found = [group.column("tokens").to_numpy() for group in groups]
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        return f"cannot be read: {error}"
+    tokens = np.concatenate([np.empty(0, np.int32), *found])
+    if len(tokens) != len(sizes):
+        return f"{len(tokens)} documents, but the .idx has {len(sizes)}"
+    wrong = np.flatnonzero(tokens != sizes)
+    return f"document {wrong[0]} has {tokens[wrong[0]]} tokens, {sizes[wrong[0]]} in the .idx" if len(wrong) else ""
 
 
 @lru_cache(maxsize=4)
