@@ -3,7 +3,7 @@
 import typer
 
 from castalia import __version__
-from castalia.cli import data, demo, export, generate, launch, mixing, prepare, serve, show, train
+from castalia.cli import cleaning, demo, export, generate, launch, mixing, prepare, serve, show, train
 
 app = typer.Typer(
     name="castalia",
@@ -41,5 +41,5 @@ VERBS = (
 )
 for verb in VERBS:
     app.command()(verb)
-app.add_typer(data.app, name="data")
+app.add_typer(cleaning.app, name="data")
 app.add_typer(mixing.app, name="mixing")

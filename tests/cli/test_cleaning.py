@@ -1,0 +1,61 @@
+"""`castalia data dedup` and `castalia data contamination` as they are typed."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from castalia.cli import main
+from castalia.data import IndexedDataset, prepare
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*words): `castalia data` in a folder with the token file `c`; (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    words = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew for the queen"
+    texts = [words, "a line of its own", words, words + " again"]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "e.txt").write_text("Well: " + words.title())
+    prepare(["c.jsonl"], "c", "bytes")
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["castalia", "data", *words])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def test_dedup(run):
+    code, out, err = run("dedup", "c", "--output", "u")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0].startswith("u: 3 documents, ")
+    assert out.splitlines()[1] == "dropped 1 equal and 0 nearly equal documents"
+    assert json.loads(run("dedup", "c", "--output", "v", "--near", "0.8", "--json")[1])["dedup"]["dropped"] == {
+        "equal": 1,
+        "near": 1,
+    }
+    assert len(IndexedDataset("v")) == 2
+    code, _, err = run("dedup", "c", "--output", "w", "--near", "2")
+    assert code and err.startswith("castalia: error: --near 2.0: ")
+
+
+def test_contamination(run):
+    code, out, err = run("contamination", "c", "--tokenizer", "bytes", "--with", "e.txt", "--report", "r.jsonl")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "1 of 1 evaluation documents share 13 words in a row with the corpus; 0 are shorter than that and were not"
+        " checked",
+        "3 of 4 documents of the corpus hold such words",
+    ]
+    last = json.loads(Path("r.jsonl").read_text().splitlines()[-1])
+    assert (last["words"], last["ngrams"], last["hits"]) == (19, 7, 3)
+    assert last["share"] == pytest.approx(6 / 7)
+    code, out, _ = run("contamination", "c.jsonl", "--with", "e.txt", "--json")
+    assert (code, json.loads(out)["overlapping"]) == (0, 3)
