@@ -5,6 +5,8 @@ Source  gigatoken, github.com/marcelroed/gigatoken: byte-level BPE with a cache 
 
 import importlib
 import os
+import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -40,6 +42,15 @@ PROBES = (
 """Texts in which tokenizers differ: contractions, spaces, digits, scripts, forms that Unicode makes one."""
 
 
+MARKS = re.compile("[" + "".join(chr(i) for i in range(0x300, 0x110000) if unicodedata.combining(chr(i))) + "]")
+"""Combining marks, which NFC puts in an order that differs between versions of Unicode: gigatoken's and ours."""
+
+
+def has_marks(text: bytes) -> bool:
+    """Whether a text of UTF-8 has combining marks."""
+    return not text.isascii() and MARKS.search(text.decode("utf-8")) is not None
+
+
 class MismatchError(Exception):
     """The quick way gave other ids than the tokenizer for a sampled text."""
 
@@ -71,10 +82,20 @@ class Encoder:
         """Ids and their number for each text of UTF-8."""
         if self.quick is None or not texts:
             return self.reference(texts)
+        if self.quick is not bytes_as_ids and any(marked := [has_marks(text) for text in texts]):
+            return self.mixed(texts, marked)
         ids, sizes = self.quick(texts)
         if self.quick is not bytes_as_ids:
             self.compare(texts, ids, sizes)
         return ids.astype(self.dtype, copy=False), sizes
+
+    def mixed(self, texts: Sequence[bytes], marked: Sequence[bool]) -> Encoded:
+        """Texts with combining marks by the tokenizer, the others by the quick way, in their order."""
+        plain = [text for text, mark in zip(texts, marked, strict=True) if not mark]
+        parts = [self(plain), self.reference([text for text, mark in zip(texts, marked, strict=True) if mark])]
+        pieces = [iter(np.split(ids, np.cumsum(sizes)[:-1])) if len(sizes) else iter(()) for ids, sizes in parts]
+        found = [next(pieces[mark]) for mark in marked]
+        return np.concatenate(found).astype(self.dtype, copy=False), np.array([len(ids) for ids in found], np.int64)
 
     def slow(self) -> "Encoder":
         """The same with the tokenizer alone."""
