@@ -39,6 +39,10 @@ class DataConfig(Config):
     """A corpus that Castalia builds out of text on this machine when `train` is empty: `python` or `tiny`."""
     eod_mask_loss: bool = False
     """Leave out of the loss what follows an end-of-document token, as GPT-NeoX's option does."""
+    document_mask: Literal["documents", "eod"] | None = None
+    """Each document of a row by itself: a token attends to its own document alone, positions begin at 0 in each, and
+    no last token is asked for the next document's first. `documents` goes by the boundaries that the order knows,
+    `eod` by end-of-document ids, which ready rows need. Null: all of a row is one text, as in GPT-NeoX."""
     workers: NonNegativeInt = 0
     """Processes that read ahead; 0 reads in the training process."""
     allow_changed: bool = False
@@ -58,6 +62,8 @@ class DataConfig(Config):
                 raise ValueError(f"{name}weights must be >= 0 and not all 0, got {weights}")
         if self.split is not None and len(self.train) > 1:
             raise ValueError("split needs a single train prefix; with several, name the valid prefixes in data.valid")
+        if self.document_mask == "documents" and self.order == "file":
+            raise ValueError("document_mask `documents`: of ready rows no boundaries are known; write `eod`")
         if self.split is not None and self.order == "file":
             raise ValueError("split divides documents, but order `file` serves ready rows; set split to null")
         return self

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from castalia.core.errors import DataError
 from castalia.data.batch import IGNORED, Batch
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset
+from castalia.data.segments import DocumentMask, places_within
 from castalia.data.steps import PADDING, MicroRows, StepReader, check_batch, read_in_worker, start_worker
 
 AHEAD = 1
@@ -38,8 +40,9 @@ class StepLoader:
     be planned yet: it is asked again when a step is taken. Where it ends, the loader ends.
 
     `vocab_size` checks every id. `eod_id` leaves out of the loss the target after each end-of-document token in the
-    row (GPT-NeoX's eod_mask_loss). `workers` 0 reads ahead in a thread; more are processes, each with its own copy
-    of the order's index. The batches are the same for any number.
+    row (GPT-NeoX's eod_mask_loss). `mask` gives every document of a row segments and positions of its own, and leaves
+    out of the loss the target that is the next document's first token. `workers` 0 reads ahead in a thread; more are
+    processes, each with its own copy of the order's index. The batches are the same for any number.
 
     Raises  ConfigError if batch_size does not divide and is not `uneven`; DataError, where the batch is taken, for an
             id that is not in the vocabulary.
@@ -59,12 +62,13 @@ class StepLoader:
         workers: int = 0,
         plans: Iterator[StepPlan | None] | None = None,
         uneven: bool = False,
+        mask: DocumentMask | None = None,
     ) -> None:
         micro = micro_batch_size or -(-batch_size // dp_world)
         if not uneven:
             check_batch(batch_size, micro_batch_size or max(batch_size // dp_world, 1), dp_world)
         assert 0 <= dp_rank < dp_world, (dp_rank, dp_world)
-        self.reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size)
+        self.reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask)
         self.start_step, self.eod_id, self.workers, self.plans = start_step, eod_id, workers, plans
 
     @property
@@ -101,7 +105,13 @@ def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
     if eod_id is not None:
         labels[tokens == eod_id] = IGNORED
     labels[torch.from_numpy(found.index) == PADDING] = IGNORED
-    return Batch(tokens, labels, torch.from_numpy(found.source), torch.from_numpy(found.index))
+    batch = Batch(tokens, labels, torch.from_numpy(found.source), torch.from_numpy(found.index))
+    if found.segments is None:
+        return batch
+    own = found.segments[:, :-1]
+    labels[torch.from_numpy(found.segments[:, 1:] != own)] = IGNORED
+    segments, positions = torch.from_numpy(own).contiguous(), torch.from_numpy(places_within(own))
+    return replace(batch, segments=segments, positions=positions)
 
 
 def read_in_processes(reader: StepReader, tasks: Iterator[Task | None], workers: int) -> Steps:

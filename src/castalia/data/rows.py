@@ -19,6 +19,7 @@ from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.planned import SourceRows, source_rows
 from castalia.data.row_files import FileOrder, Pack, RowFile
+from castalia.data.segments import DocumentMask
 from castalia.data.tokenizer import load_tokenizer
 
 ORDERS = {"neox": "neox packed", "file": "rows as in the file"}
@@ -79,7 +80,8 @@ class Rows:
 
     `sources` names the train sources and `valid_sources` those of `valid`; `epochs` and `tokens` are one number each:
     passes over the source's documents that its order holds, and tokens in one pass; `weights` are shares that sum to 1;
-    `eod_id` is the id after which no target counts, None unless data.eod_mask_loss is set.
+    `eod_id` is the id after which no target counts, None unless data.eod_mask_loss is set; `mask` tells the documents
+    of a row apart, None unless data.document_mask is set.
     """
 
     train: RowDataset | SourceRows
@@ -91,6 +93,7 @@ class Rows:
     tokens: list[int] = field(default_factory=list)
     eod_id: int | None = None
     valid_sources: list[str] = field(default_factory=list)
+    mask: DocumentMask | None = None
 
 
 def build_rows(
@@ -148,7 +151,8 @@ def build_rows(
         weights=weights,
         epochs=epochs,
         tokens=[pack.order.tokens_per_epoch for pack in train.packs],
-        eod_id=masked_eod(config),
+        eod_id=end_id(config, "eod_mask_loss") if config.eod_mask_loss else None,
+        mask=document_mask(config),
         valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
     )
 
@@ -224,18 +228,23 @@ def normalised(weights: list[float] | None, sources: int) -> list[float]:
     return [weight / total for weight in raw]
 
 
-def masked_eod(config: DataConfig) -> int | None:
-    """The id after which no target counts, under data.eod_mask_loss.
+def document_mask(config: DataConfig) -> DocumentMask | None:
+    """How data.document_mask tells documents apart; None without it."""
+    if config.document_mask is None:
+        return None
+    return DocumentMask(end_id(config, "document_mask") if config.document_mask == "eod" else None)
+
+
+def end_id(config: DataConfig, option: str) -> int:
+    """The id that ends a document, for `option` of the data.
 
     Raises  ConfigError if the tokenizer is not named or has no such id.
     """
-    if not config.eod_mask_loss:
-        return None
     if config.tokenizer is None:
-        raise ConfigError("data.eod_mask_loss needs data.tokenizer, to know the end-of-document id")
+        raise ConfigError(f"data.{option} needs data.tokenizer, to know the end-of-document id")
     eod_id = load_tokenizer(config.tokenizer).eod_id
     if eod_id is None:
-        raise ConfigError(f"data.eod_mask_loss: the tokenizer {config.tokenizer} has no end-of-document token")
+        raise ConfigError(f"data.{option}: the tokenizer {config.tokenizer} has no end-of-document token")
     return eod_id
 
 

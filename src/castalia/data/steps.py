@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
+from castalia.data.segments import DocumentMask
 
 PADDING = -1
 """Index of a row that stands for none: nothing of it counts."""
@@ -17,11 +18,13 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class MicroRows:
-    """Rows of one micro-batch: rows (B, T + 1) int64, source (B,) int32, index (B,) int64, -1 for padding."""
+    """Rows of one micro-batch: rows (B, T + 1) int64, source (B,) int32, index (B,) int64, -1 for padding, and
+    segments (B, T + 1) int64 where documents are told apart."""
 
     rows: NDArray[np.int64]
     source: NDArray[np.int32]
     index: NDArray[np.int64]
+    segments: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class StepReader:
     rank: int
     world: int
     vocab_size: int | None = None
+    mask: DocumentMask | None = None
 
     @property
     def micro_steps(self) -> int:
@@ -75,12 +79,17 @@ class StepReader:
         """The rows of one micro-batch, which stand at the places `index`."""
         if not index:
             padding = np.zeros((1, self.rows.packs[0].order.seq_length + 1), np.int64)
-            return MicroRows(padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64))
+            segments = None if self.mask is None else padding
+            return MicroRows(padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64), segments)
         pairs = list(zip(found.source.tolist(), found.place.tolist(), strict=True))
         rows = np.stack([self.rows.packs[source][place] for source, place in pairs])
         if self.vocab_size is not None:
             self.check(rows, found, self.vocab_size)
-        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64))
+        segments = None
+        if (mask := self.mask) is not None:
+            pieces = (self.rows.packs[source].documents_of(place) for source, place in pairs)
+            segments = np.stack([mask.segments(row, found) for row, found in zip(rows, pieces, strict=True)])
+        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64), segments)
 
     def check(self, rows: NDArray[np.int64], found: Located, vocab_size: int) -> None:
         """Every id is in the vocabulary."""

@@ -161,6 +161,7 @@ class Trainer:
                 workers=data.workers,
                 plans=mixture,
                 uneven=self.config.parallel.uneven,
+                mask=self.rows.mask,
             )
         )
 
