@@ -1,6 +1,8 @@
 """`castalia launch`: what it would run, and one sentence for what cannot run."""
 
+import os
 import socket
+import subprocess
 import sys
 from typing import NamedTuple
 
@@ -93,6 +95,33 @@ def test_slurm_writes_a_job_that_requeues_itself(launch, tmp_path):
     assert not (tmp_path / "runs").exists()
     once = planned(launch("--launcher=slurm", "--slurm=requeue=false", "--dry-run"))
     assert "requeue" not in once and "submit it again" in once
+
+
+@pytest.mark.parametrize(("saves", "again"), [(True, True), (False, False)])
+def test_slurm_requeues_only_a_run_that_got_further(launch, tmp_path, saves, again):
+    """A run whose sources are exhausted ends well without its last step, each time it is started."""
+    run, tools = tmp_path / "runs" / "first", tmp_path / "tools"
+    (run / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000010" / "COMPLETE").touch()
+    tools.mkdir()
+    further = run / "checkpoints" / "step-00000020"
+    (tools / "srun").write_text(f"#!/bin/sh\nmkdir {further} && touch {further}/COMPLETE\n" if saves else "#!/bin/sh\n")
+    (tools / "scontrol").write_text(f"#!/bin/sh\ntouch {tmp_path}/requeued\n")
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    said = planned(launch("--launcher=slurm", "--dry-run"))
+    script = said[said.index("#!/bin/bash") : said.index("\nsbatch ")]
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
+    subprocess.run(["bash", "-c", script], env=environment, check=True)
+    assert (tmp_path / "requeued").exists() == again
+
+
+def test_what_a_shell_would_not_take(launch, tmp_path):
+    done = launch("--launcher-args='abc", "--dry-run")
+    assert done.returncode == 2 and 'launch.launcher_args: "\'abc" is not what a shell takes' in done.stderr
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"recipe": "debug", "launch": {"environment": {"A;B": "1"}}}))
+    done = launch("--dry-run", config=("bad.yaml",))
+    assert done.returncode == 2 and "'A;B' is no name of a variable" in done.stderr
 
 
 def test_mpi(launch):

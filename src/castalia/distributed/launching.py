@@ -1,12 +1,14 @@
 """How a run is started on many processes: what `castalia launch` is asked, and who runs where. Needs no torch."""
 
 import os
+import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from castalia.config.base import Config
 from castalia.core.errors import ConfigError
@@ -47,6 +49,24 @@ class LaunchConfig(Config):
     """Options of sbatch by their long name: {time: "04:00:00", partition: p}; true is a flag, false takes one away."""
     ssh_check: bool = True
     """Try each host over ssh before anything starts there."""
+
+    @field_validator("launcher_args")
+    @classmethod
+    def check_quotes(cls, text: str) -> str:
+        """A shell can take it apart."""
+        try:
+            shlex.split(text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not what a shell takes: {error}") from None
+        return text
+
+    @field_validator("environment")
+    @classmethod
+    def check_names(cls, variables: dict[str, str]) -> dict[str, str]:
+        """The names stand in scripts as they are."""
+        if wrong := [name for name in variables if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]:
+            raise ValueError(f"{wrong[0]!r} is no name of a variable: letters, digits and _ make one")
+        return variables
 
 
 class Plan(NamedTuple):

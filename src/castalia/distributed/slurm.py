@@ -2,7 +2,8 @@
 
 Slurm sends USR1 to the processes of the job step some seconds before the limit; the run finishes its step, saves and
 ends with status 0. The script sees that the last checkpoint is not there and puts the job back into the queue, where
-the same command goes on from the newest checkpoint.
+the same command goes on from the newest checkpoint. A turn that saves nothing has nothing left to do, as when the
+sources of a mixed run are exhausted: then the job ends.
 """
 
 import os
@@ -23,11 +24,14 @@ SCRIPT = """\
 
 cd {folder}
 {exports}last={last}
+saved() {{ ls -l --full-time {checkpoints}/step-*/COMPLETE 2>/dev/null | tail -n 1; }}
 for attempt in {attempts}; do
+  before=$(saved)
   srun --kill-on-bad-exit=1 {command}
   status=$?
   if [ -e "$last" ]; then exit 0; fi     # the run is done
   if [ $status -eq 0 ]; then             # it was told to stop, and saved
+    if [ "$(saved)" = "$before" ]; then exit 0; fi
     {again}
     exit 0
   fi
@@ -50,13 +54,15 @@ def sbatch_command(plan: Plan) -> list[str]:
 def sbatch_script(plan: Plan) -> str:
     """The whole script; `slurm` of the config sets, replaces (a value) or removes (false) directives."""
     options = directives(plan)
-    last = plan.output / "checkpoints" / f"step-{plan.last_step:08d}" / "COMPLETE"
+    checkpoints = plan.output / "checkpoints"
+    last = checkpoints / f"step-{plan.last_step:08d}" / "COMPLETE"
     again = 'scontrol requeue "$SLURM_JOB_ID"' if options.get("requeue") else 'echo "castalia launch: submit it again"'
     return SCRIPT.format(
         directives="\n".join(directive(name, value) for name, value in options.items() if value is not False),
         folder=shlex.quote(os.getcwd()),
         exports="".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports(plan).items()),
         last=shlex.quote(str(last)),
+        checkpoints=shlex.quote(str(checkpoints)),
         attempts=" ".join(str(n) for n in range(plan.config.max_restarts + 1)),
         command=shlex.join([plan.python, *plan.command]),
         again=again,

@@ -99,9 +99,10 @@ class Batcher:
         if not slots:
             return {}
         tokens = [[self.running[slot].token] for slot in slots]
-        for slot, ids in zip(slots, tokens, strict=True):
+        logits = self.slots.feed(slots, tokens)
+        for slot, ids in zip(slots, tokens, strict=True):  # only now do they lie there
             self.kept[slot].tokens += ids
-        return dict(zip(slots, self.draw(slots, self.slots.feed(slots, tokens)), strict=True))
+        return dict(zip(slots, self.draw(slots, logits), strict=True))
 
     def draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[str]:
         """Draw a token for each slot out of logits (len(slots), V), and give it to its row."""
