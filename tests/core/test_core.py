@@ -1,10 +1,13 @@
 """Registry, files, extras and the errors that users read."""
 
+import subprocess
+import sys
+
 import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, nearest
 from castalia.core.extras import require
-from castalia.core.files import atomic_write, sha256_of, write_json
+from castalia.core.files import atomic_write, claimed, sha256_of, write_json
 from castalia.core.lazy import lazy
 from castalia.core.registry import Registry
 
@@ -56,3 +59,26 @@ def test_lazy_names():
     assert get("Registry") is Registry
     with pytest.raises(AttributeError, match=r"'castalia.core' has no attribute 'nothing'"):
         get("nothing")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from castalia.core.files import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_claimed_by_one_process_until_it_ends(tmp_path, capsys):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    message = f"is in use by process {holder.pid} on .*; wait for its end, or stop it"
+    with pytest.raises(ConfigError, match=message), claimed(tmp_path, seconds=0.3):
+        raise AssertionError("two hold it")
+    assert "waiting 0 s" in capsys.readouterr().err
+    holder.kill()  # nothing is left to clean up by hand
+    with claimed(tmp_path, seconds=10):
+        assert (tmp_path / ".claim").read_text().startswith("process ")
+    holder.wait()

@@ -4,13 +4,16 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
-from castalia.core.errors import CastaliaError
+from castalia.core.errors import CastaliaError, ConfigError
 
 CHUNK_BYTES = 1 << 22
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,3 +63,44 @@ def cannot_write(path: str | Path, error: OSError) -> CastaliaError:
     reason = error.strerror or str(error)
     remedy = "free space or choose another place" if error.errno in FULL else "choose another place"
     return CastaliaError(f"cannot write {path}: {reason}; {remedy}, then run the command again")
+
+
+@contextmanager
+def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
+    """Hold `folder` for this process alone; the claim ends with the process, however it ends.
+
+    Waits up to `seconds` for another that is ending. A file system without locks is taken as it is.
+    Raises  ConfigError naming the process that holds the folder.
+    """
+    path, end = folder / ".claim", time.monotonic() + seconds
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        told = False
+        while not locked(file):
+            file.seek(0)
+            holder = file.read() or "another process"
+            if time.monotonic() > end:
+                raise ConfigError(f"{folder} is in use by {holder}; wait for its end, or stop it")
+            if not told:
+                print(f"castalia: {folder} is in use by {holder}; waiting {seconds:.0f} s", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def locked(file: TextIO) -> bool:
+    """Whether the file is ours now."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True

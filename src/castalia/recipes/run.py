@@ -1,9 +1,12 @@
 """One run from a resolved config: processes, corpus, folder, start table, loop, closing line."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 from castalia.core.allocator import keep_freed_memory
 from castalia.core.errors import CheckpointError
+from castalia.core.files import claimed
 from castalia.distributed import World, environment, peers_may_be_lost
 from castalia.recipes.corpus import ensure_corpus
 from castalia.recipes.load import Resolved
@@ -36,6 +39,12 @@ def run_in(world: World, resolved: Resolved, command: Sequence[str], hooks: Sequ
     """The run, once the processes have met."""
     if world.leads:
         check_run_folder(resolved.config)
+    with claimed(Path(resolved.config.output)) if world.leads else nullcontext():
+        return run_alone(world, resolved, command, hooks)
+
+
+def run_alone(world: World, resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook]) -> Trainer:
+    """The run, in a folder that no other job writes to."""
     config = with_corpus(resolved.config, world)
     trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
     if world.leads:
