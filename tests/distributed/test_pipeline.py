@@ -36,6 +36,7 @@ MODELS = {
     "tied": ("model.tie_word_embeddings=true", "data.eod_mask_loss=true"),
     "bf16": ("precision=bf16",),
     "fp16": ("precision=fp16",),
+    "apart": ("data.document_mask=documents",),
     "mixed": ("data.train=[{0},{0}2]", "mixing.kind=odm", "mixing.warmup_steps=2"),
 }
 PP2, PP4 = "parallel.pp=2", "parallel.pp=4"
@@ -55,6 +56,7 @@ FOUR_PROCESSES = {
     "four stages, tied": ("tied", (PP4,)),
     "shards, zero bubble, tied": ("tied", (PP2, ZERO_BUBBLE, THREE)),
     "four stages, sources mixed by their losses": ("mixed", (PP4,)),
+    "four stages, documents by themselves": ("apart", (PP4,)),
 }
 """What the grid does not hold: validation, low precision, several stages a process, and who reads and saves what."""
 MOVES = {

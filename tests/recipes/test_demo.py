@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.main import get_command
@@ -53,6 +54,12 @@ def test_every_part_of_the_run_folder_is_there(demo: tuple[Path, list[str]]):
     assert "2 sources mixed by odm" in page
     assert page.count("<svg") == 6 and "stdlib" in page and "castalia fp32" in page
     assert said[-1] == f"report: {folder / 'report.html'}"
+
+
+def test_shares_of_a_blend_are_its_weights(tmp_path):
+    rows = SimpleNamespace(sources=["a", "b"], weights=[0.75, 0.25])
+    trainer = SimpleNamespace(rows=rows, mixture=None)
+    assert demo_run.shares_of(trainer, tmp_path) == {"a": [0.75] * 3, "b": [0.25] * 3}
 
 
 def test_the_exports_speak_as_the_model_does(demo: tuple[Path, list[str]]):

@@ -126,7 +126,7 @@ class Demo:
         self.record["training"] = {
             "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
             "fingerprint": short_hash(trainer.rows.fingerprint),
-            "shares": shares_of(self.folder),
+            "shares": shares_of(trainer, self.folder),
         }
 
     def evaluate(self) -> None:
@@ -206,8 +206,11 @@ def run_demo(overrides: Sequence[str], output: str, command: Sequence[str], say:
     return report
 
 
-def shares_of(folder: Path) -> dict[str, list[float]]:
+def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
     """The share of each source at the first step, on average, and at the last."""
+    rows = trainer.rows
+    if trainer.mixture is None:
+        return {name: [weight] * 3 for name, weight in zip(rows.sources, rows.weights, strict=True)}
     record = read_mixture(folder / "mixture.jsonl")
     weights = record.weights()
     columns = np.stack([weights[0], record.mean_weights(), weights[-1]], axis=1).tolist()

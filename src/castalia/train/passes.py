@@ -148,7 +148,8 @@ class PipelinedPasses(Passes):
             hidden=(micro, length // world.degrees.tp, config.model.hidden_size),
             around=self.around,
         )
-        self.reads = self.pipeline.is_first or self.pipeline.last is not None
+        # Where documents stand by themselves in a row, every stage needs their places.
+        self.reads = self.pipeline.is_first or self.pipeline.last is not None or config.data.document_mask is not None
         self.counts = self.counts and self.pipeline.last is not None
 
     def train(self, micro_batches: list[Batch], factor: float) -> Tally:
