@@ -143,6 +143,8 @@ def test_silence_means_the_defaults_of_gpt_neox():
         ({"data_path": "d", "eval_interval": 5}, "train.eval_every", 5),
         ({"train_data_paths": ["a", "b"], "train_data_weights": [1, 2]}, "data.weights", [1, 2]),
         ({"eod_mask_loss": True}, "data.eod_mask_loss", True),
+        ({"pack_impl": "pack_until_overflow"}, "data.packing", "pack_until_overflow"),
+        ({"allow_chopped": False}, "data.allow_chopped", False),
         ({"attention_config": [[["flash", "global"], "all"]]}, "model.num_layers", 2),
         ({"attention_config": ["flash", "flash"]}, "model.num_layers", 2),
         ({"num_kv_heads": 4}, "model.num_attention_heads", 4),

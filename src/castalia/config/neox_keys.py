@@ -74,6 +74,8 @@ HONOURED: dict[str, Honoured] = {
     "mixed_minibatches": Honoured("mixing.kind", "bool", False),
     "mixed_batches": Honoured("mixing.kind", "bool", False),
     "eod_mask_loss": Honoured("data.eod_mask_loss", "bool", False, plain=True),
+    "pack_impl": Honoured("data.packing", "str", "packed", plain=True),
+    "allow_chopped": Honoured("data.allow_chopped", "bool", True, plain=True),
     "num_workers": Honoured("data.workers", "int", 2, plain=True),
     "train_iters": Honoured("train.steps", "int", plain=True),
     "train_batch_size": Honoured("train.batch_size", "int"),
@@ -155,7 +157,6 @@ REFUSED: dict[str, Refused] = {
     "data_types": Refused((None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"),
     "train_impl": Refused(("normal", None), "delete it; DPO, KTO, reward models and REINFORCE are not there"),
     "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
-    "pack_impl": Refused(("packed", None), "write `pack_impl: packed`"),
     "data_impl": Refused(("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"),
     "weight_by_num_documents": Refused(OFF, "delete it and write the weights in train_data_weights"),
     "train_epochs": Refused((None,), "delete it and write train_iters"),
@@ -225,7 +226,7 @@ IGNORED: dict[str, str] = {
     "belongs to an option that is not in use": """
         rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance sparsity_config gmlp_attn_dim
         mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears dim_att head_size ffn_dim
-        weight_server_port online_dataserver_ips online_dataserver_ports weighted_sampler_alpha allow_chopped
+        weight_server_port online_dataserver_ips online_dataserver_ports weighted_sampler_alpha
         dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight z_loss kto_beta
         fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out coord_check save_base_shapes base_shapes_file
         mup_init_scale mup_embedding_mult mup_rp_embedding_mult mup_width_scale

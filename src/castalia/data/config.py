@@ -39,6 +39,16 @@ class DataConfig(Config):
     """A corpus that Castalia builds out of text on this machine when `train` is empty: `python` or `tiny`."""
     eod_mask_loss: bool = False
     """Leave out of the loss what follows an end-of-document token, as GPT-NeoX's option does."""
+    packing: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = "packed"
+    """How documents become rows, under order `neox`. packed: one stream, cut every seq_length tokens;
+    pack_until_overflow: whole documents until one does not fit; unpacked: one document a row; best_fit: each document,
+    the longest first, into the fullest row that has room, longer ones cut. What a row lacks is no target."""
+    allow_chopped: bool = True
+    """Other packings than packed take documents longer than a row: cut by best_fit, without their end by the others.
+    False leaves them out."""
+    neox_exact: bool = False
+    """pack_until_overflow and unpacked as GPT-NeoX has them, faults included: a row with room ends with the first token
+    of a document that does not belong to it, and documents of a split count from the file's first."""
     document_mask: Literal["documents", "eod"] | None = None
     """Each document of a row by itself: a token attends to its own document alone, positions begin at 0 in each, and
     no last token is asked for the next document's first. `documents` goes by the boundaries that the order knows,
@@ -62,6 +72,10 @@ class DataConfig(Config):
                 raise ValueError(f"{name}weights must be >= 0 and not all 0, got {weights}")
         if self.split is not None and len(self.train) > 1:
             raise ValueError("split needs a single train prefix; with several, name the valid prefixes in data.valid")
+        if self.packing != "packed" and self.order == "file":
+            raise ValueError(f"packing {self.packing} makes rows, but order `file` serves ready ones; choose one")
+        if self.neox_exact and self.packing == "best_fit":
+            raise ValueError("neox_exact: GPT-NeoX has no packing best_fit; set neox_exact to false")
         if self.document_mask == "documents" and self.order == "file":
             raise ValueError("document_mask `documents`: of ready rows no boundaries are known; write `eod`")
         if self.split is not None and self.order == "file":

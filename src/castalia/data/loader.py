@@ -105,6 +105,8 @@ def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
     if eod_id is not None:
         labels[tokens == eod_id] = IGNORED
     labels[torch.from_numpy(found.index) == PADDING] = IGNORED
+    if found.filled is not None:
+        labels[torch.arange(1, rows.shape[1]) >= torch.from_numpy(found.filled)[:, None]] = IGNORED
     batch = Batch(tokens, labels, torch.from_numpy(found.source), torch.from_numpy(found.index))
     if found.segments is None:
         return batch

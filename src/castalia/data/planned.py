@@ -12,6 +12,7 @@ from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.order import NeoxOrder
 from castalia.data.packed import PackedDataset, Piece
+from castalia.data.packings import PieceRows, piece_rows
 from castalia.data.row_files import FileOrder, RowFile
 
 
@@ -50,7 +51,7 @@ class EmptyPack:
         raise IndexError(f"row {index} of 0 in {self.dataset.prefix}")
 
 
-SourcePack = PackedDataset | RowFile | EmptyPack
+SourcePack = PackedDataset | RowFile | PieceRows | EmptyPack
 """One pass over a source."""
 
 
@@ -112,6 +113,8 @@ def one_pass(
     """One source, each of its rows once."""
     require_tokens(dataset)
     chosen = None if documents is None else np.arange(documents.start, documents.stop, dtype=np.int32)
+    if config.packing != "packed" and (len(dataset) or not allow_empty):
+        return piece_rows(dataset, config, 0, seed, chosen)
     tokens = int(dataset.sizes[slice(None) if chosen is None else chosen].sum(dtype=np.int64))
     if tokens <= config.seq_length and allow_empty:
         return EmptyPack(dataset, EmptyOrder(config.seq_length, tokens))

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.core.errors import DataError
+from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter, require_tokens
 from castalia.data.joining import without_suffix
 from castalia.data.packed import PackedDataset, Piece
+from castalia.data.packings import PieceRows
 from castalia.data.records import finish, refuse_inputs
 from castalia.data.shards import OnBytes
 
@@ -81,7 +82,7 @@ class RowFile:
         return place
 
 
-Pack = PackedDataset | RowFile
+Pack = PackedDataset | RowFile | PieceRows
 """One source under its order."""
 
 
@@ -96,8 +97,11 @@ def write_rows(
     """Write the rows served at places [first, stop) of a `RowDataset` as items of a token file; returns its record.
 
     dtype is that of the sources, the widest of several. `facts` go into the record.
-    Raises  ConfigError if the output is a source; CastaliaError if it cannot be written.
+    Raises  ConfigError if the output is a source or the packing leaves rows unfilled; CastaliaError if it
+            cannot be written.
     """
+    if any(isinstance(pack, PieceRows) for pack in rows.packs):
+        raise ConfigError("rows that end early cannot be written as ready ones: set data.packing=packed")
     datasets = [pack.dataset for pack in rows.packs]
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)

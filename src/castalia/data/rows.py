@@ -17,6 +17,7 @@ from castalia.data.indexed import CHECK_PIECE, IndexedDataset
 from castalia.data.mapped import view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.packed import PackedDataset, Piece
+from castalia.data.packings import PieceRows, piece_rows
 from castalia.data.planned import SourceRows, source_rows
 from castalia.data.row_files import FileOrder, Pack, RowFile
 from castalia.data.segments import DocumentMask
@@ -134,7 +135,7 @@ def build_rows(
     weights = normalised(config.weights, len(train_sets))
     epochs = [pack.order.epochs for pack in train.packs]
     order = {
-        "kind": ORDERS[config.order] + (", by plan" if planned else ""),
+        "kind": kind_of(config) + (", by plan" if planned else ""),
         "seed": seed,
         "seq_length": config.seq_length,
         "split": config.split,
@@ -155,6 +156,14 @@ def build_rows(
         mask=document_mask(config),
         valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
     )
+
+
+def kind_of(config: DataConfig) -> str:
+    """Order and packing as the fingerprint names them."""
+    if config.packing == "packed":
+        return ORDERS[config.order]
+    whole = "" if config.allow_chopped else ", none too long"
+    return f"neox {config.packing}{whole}{', exact' if config.neox_exact else ''}"
 
 
 def blended_rows(
@@ -181,7 +190,7 @@ def one_source(dataset: IndexedDataset, config: DataConfig, seed: int, rows: int
     """Rows of a stretch of one source's documents, no blend."""
     chosen = np.arange(documents.start, documents.stop, dtype=np.int32)
     where = f"{dataset.prefix} (documents {documents.start} to {documents.stop} under data.split {config.split!r})"
-    return RowDataset([pack(dataset, config.seq_length, rows, seed, chosen, where)])
+    return RowDataset([pack(dataset, config, rows, seed, chosen, where)])
 
 
 def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> RowDataset:
@@ -204,18 +213,20 @@ def blended(
     shares = normalised(weights, len(datasets))
     counts = rows_per_source(weights or [1.0] * len(datasets), rows)  # normalised once, as GPT-NeoX does
     packs: list[Pack] = [
-        pack(dataset, config.seq_length, count, seed, None, dataset.prefix)
+        pack(dataset, config, count, seed, None, dataset.prefix)
         for dataset, count in zip(datasets, counts, strict=True)
     ]
     return RowDataset(packs, shares, rows)
 
 
 def pack(
-    dataset: IndexedDataset, seq_length: int, rows: int, seed: int, documents: NDArray[np.int32] | None, where: str
-) -> PackedDataset:
+    dataset: IndexedDataset, config: DataConfig, rows: int, seed: int, documents: NDArray[np.int32] | None, where: str
+) -> PackedDataset | PieceRows:
     """One source under its order; an error names the source."""
+    if config.packing != "packed":
+        return piece_rows(dataset, config, rows, seed, documents)
     try:
-        order = NeoxOrder(dataset.sizes, seq_length=seq_length, num_samples=rows, seed=seed, documents=documents)
+        order = NeoxOrder(dataset.sizes, seq_length=config.seq_length, num_samples=rows, seed=seed, documents=documents)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     return PackedDataset(dataset, order)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.data.packings import PieceRows
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
 from castalia.data.segments import DocumentMask
@@ -19,12 +20,14 @@ PADDING = -1
 @dataclass(frozen=True)
 class MicroRows:
     """Rows of one micro-batch: rows (B, T + 1) int64, source (B,) int32, index (B,) int64, -1 for padding, and
-    segments (B, T + 1) int64 where documents are told apart."""
+    segments (B, T + 1) int64 where documents are told apart. Of rows that may end early `filled` (B,) is how many
+    tokens are there."""
 
     rows: NDArray[np.int64]
     source: NDArray[np.int32]
     index: NDArray[np.int64]
     segments: NDArray[np.int64] | None = None
+    filled: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,10 @@ class StepReader:
         if (mask := self.mask) is not None:
             pieces = (self.rows.packs[source].documents_of(place) for source, place in pairs)
             segments = np.stack([mask.segments(row, found) for row, found in zip(rows, pieces, strict=True)])
-        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64), segments)
+        filled = None
+        if any(isinstance(pack, PieceRows) for pack in self.rows.packs):
+            filled = np.array([sum(p.length for p in self.rows.packs[s].documents_of(i)) for s, i in pairs], np.int64)
+        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64), segments, filled)
 
     def check(self, rows: NDArray[np.int64], found: Located, vocab_size: int) -> None:
         """Every id is in the vocabulary."""
