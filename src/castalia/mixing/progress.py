@@ -53,7 +53,7 @@ class Progress(Mixer):
             )
         self.memory, self.recent, self.caution, self.enough, self.least = memory, recent, caution, enough, least
         self.lately, self.last = self.prior.copy(), 0
-        self.sums = np.zeros((len(self.sources), 7))
+        self.sums = np.zeros((7, len(self.sources))).T
         """Weights w, squares of w, and w times x, y, xx, xy, yy; x the logarithm of what is read, y the loss."""
 
     def update(self, stats: Stats) -> None:
@@ -66,17 +66,21 @@ class Progress(Mixer):
         kept, fading, self.last = past**self.memory, past**self.recent, stats.step
         self.lately = fading * self.lately + (1 - fading) * (0.999 * drawn + 0.001 * self.prior)
         w, x, y = drawn, np.log(np.maximum(stats.step * self.lately, 1e-300)), means
-        fades = np.array([kept, kept * kept, kept, kept, kept, kept, kept])
-        self.sums = self.sums * fades + np.stack([w, w * w, w * x, w * y, w * x * x, w * x * y, w * y * y], axis=1)
+        wx, wy = w * x, w * y
+        sums = np.ascontiguousarray(self.sums.T) * kept  # a vector of all sources for each of the seven sums
+        sums[1] *= kept
+        for old, new in zip(sums, (w, w * w, wx, wy, wx * x, wx * y, wy * y), strict=True):
+            old += new
+        self.sums = sums.T
         slopes, pooled = self.slopes()
         if pooled > FLAT:
-            gate = np.clip(slopes / (self.enough * pooled), 0.0, 1.0)
+            gate = np.minimum(np.maximum(slopes / (self.enough * pooled), 0.0), 1.0)
             self.shares = (1 - self.least) * normalise(self.prior * gate) + self.least * self.prior
 
     def slopes(self) -> tuple[Vector, float]:
         """Nats that a loss falls while what is read of its source grows e-fold: (K,), and of all sources together."""
-        w = self.sums[:, 0]
-        ww, x, y, xx, xy, yy = (self.sums[:, 1:] / np.maximum(w[:, None], 1e-300)).T
+        w = self.sums.T[0]
+        ww, x, y, xx, xy, yy = self.sums.T[1:] / np.maximum(w, 1e-300)
         spread, fall = np.maximum(xx - x * x, 1e-12), x * y - xy
         pooled = float((w * fall).sum() / (w * spread).sum())
         # (sum w)^2 / sum w^2 is the number of losses that count; ww is sum w^2 / sum w.
