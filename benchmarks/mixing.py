@@ -165,6 +165,11 @@ class Bench:
         """Whether a run is finished."""
         return self.path(arm, seed).is_file()
 
+    def finished(self, job: Job) -> bool:
+        """Whether this very run is finished; what an arm takes from other seeds changes when there are more of them."""
+        wanted = json.loads(json.dumps(asdict(job)))
+        return self.done(job.arm, job.seed) and bool(self.read(job.arm, job.seed)["job"] == wanted)
+
     def read(self, arm: str, seed: int) -> Result:
         """A finished run."""
         result: Result = json.loads(self.path(arm, seed).read_text())
@@ -183,7 +188,7 @@ class Bench:
         """Run what is not finished, in several processes, which share the text by forking."""
         chosen = self.options.arms
         wanted = [job for job in jobs if not chosen or job.arm in chosen or job.arm in FIXED]
-        missing = [job for job in wanted if not self.done(job.arm, job.seed)]
+        missing = [job for job in wanted if not self.finished(job)]
         self.folder.mkdir(parents=True, exist_ok=True)
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished in {self.folder}", flush=True)
         if not missing:
@@ -258,6 +263,7 @@ class Bench:
         return {
             "kind": any_run["job"]["kind"],
             "steps": any_run["steps"],
+            "seeds": sorted(runs),
             "metrics": {name: float(np.mean([values[name] for values in found.values()])) for name in names},
             "by_seed": {name: {seed: values[name] for seed, values in found.items()} for name in names},
             "against_best_fixed": {metric: self.compare(results, arm, metric) for metric in ("M1", "M2")},
@@ -309,7 +315,7 @@ def print_table(value: dict[str, Any]) -> None:
         f"\n{len(value['sources'])} sources, {scale['steps']} steps, seeds {value['seeds']}; nats a byte;"
         f" S on M1 against {fixed['M1']}, on M2 against {fixed['M2']}"
     )
-    print(f"{'arm':<22}" + "".join(f"{name:>8}" for name in ("M1", "M1 ppl", "M2", "M3", "M4")), end="")
+    print(f"{'arm':<22}seeds" + "".join(f"{name:>8}" for name in ("M1", "M1 ppl", "M2", "M3", "M4")), end="")
     print("".join(f"{title:>10}{'95%':>18}" for title in ("S on M1", "S on M2")))
     for arm, row in sorted(value["arms"].items(), key=lambda item: item[1]["metrics"]["M1"]):
         numbers = "".join(f"{row['metrics'][name]:>8.3f}" for name in ("M1", "M1 ppl", "M2", "M3", "M4"))
@@ -317,7 +323,7 @@ def print_table(value: dict[str, Any]) -> None:
         for metric in ("M1", "M2"):
             found = row["against_best_fixed"][metric]
             savings += f"{found['saved']:>+10.1%}" + f"{found['low']:>+9.1%}..{found['high']:<+7.1%}"
-        print(f"{arm:<22}{numbers}{savings}")
+        print(f"{arm:<22}{len(row['seeds']):>5}{numbers}{savings}")
     for metric, arms in value["noise"].items():
         for arm, noise in arms.items():
             spread = f"between {noise['low']:+.1%} and {noise['high']:+.1%} in 9 of 10 pairs"
