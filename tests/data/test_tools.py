@@ -72,6 +72,14 @@ def test_merge_of_one_is_a_copy(token_file, tmp_path):
         assert (tmp_path / f"copy{suffix}").read_bytes() == Path(whole + suffix).read_bytes()
 
 
+def test_merge_leaves_no_rejects_of_an_earlier_output(token_file, tmp_path):
+    prefix = token_file("a", [3])
+    stale = tmp_path / "out.rejects.jsonl"
+    stale.write_text("{}\n")
+    merge([prefix], tmp_path / "out")
+    assert not stale.exists()
+
+
 def test_merge_reads_shards(token_file, tmp_path):
     whole = token_file("a", [3, 100, 2])
     shard(whole, tmp_path / "cut", size=33)

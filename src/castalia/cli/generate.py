@@ -29,7 +29,7 @@ def generate(
     top_p: float = typer.Option(0.0, help="Draw from the likeliest tokens that together pass this share; 0 is off."),
     stop: list[str] = typer.Option([], help=r"End before this text; \n means a new line. May be given several times."),
     seed: int = typer.Option(None, help="Repeat the same draws; prompt number i (from 0) uses SEED + i."),
-    engine: str = typer.Option("auto", help="auto, native, torch, ct2 or llama.cpp."),
+    engine: str = typer.Option("auto", help="auto, native, torch, ct2, llama.cpp or openvino."),
     dtype: str = typer.Option(
         None, help="fp32, bf16, fp16; native also int8, int4 and auto (int8).", show_default="fp32"
     ),

@@ -65,6 +65,11 @@ def cannot_write(path: str | Path, error: OSError) -> CastaliaError:
     return CastaliaError(f"cannot write {path}: {reason}; {remedy}, then run the command again")
 
 
+def cache_folder() -> Path:
+    """Where this user keeps what can be made again: castalia's part of XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castalia"
+
+
 @contextmanager
 def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
     """Hold `folder` for this process alone; the claim ends with the process, however it ends.

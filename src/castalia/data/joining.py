@@ -67,6 +67,8 @@ def write_side_files(prefix: str, inputs: Sequence[str]) -> None:
     if rejects:
         with atomic_write(prefix + REJECTS) as out:
             out.writelines(path.read_text(encoding="utf-8") for path in rejects)
+    else:
+        Path(prefix + REJECTS).unlink(missing_ok=True)
 
 
 def slice_side_file(prefix: str, documents: range, output: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
+from castalia.core.files import cache_folder
 from castalia.data.tokenizer import load_tokenizer
 from castalia.inference.ct2_file import QUANTIZATIONS
 from castalia.inference.exports import RECORD, default_place, export, revision
@@ -278,11 +279,6 @@ def find_model(name: str, numbers: str, hub_kwargs: dict[str, Any]) -> Path:
         ):
             pass
     return place
-
-
-def cache_folder() -> Path:
-    """Where models that were exported on the way are kept: castalia's part of XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castalia"
 
 
 def read_vocabulary(folder: Path) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from castalia.core.files import cache_folder
 from castalia.inference.native.packing import PANEL, Packed
 
 SOURCE = Path(__file__).with_name("step.cpp")
@@ -66,13 +67,13 @@ def cached_library(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     says = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, processor()))
     name = f"native-{hashlib.sha256(says.encode()).hexdigest()[:16]}.so"
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castalia"
+    base = cache_folder()
     if (base / name).is_file():
         return base / name
     try:
         base.mkdir(parents=True, exist_ok=True)
         return compile_into(base, name, compiler)
-    except PermissionError:
+    except OSError:  # read-only, or no home to write to
         return compile_into(Path(tempfile.mkdtemp(prefix="castalia-")), name, compiler)
 
 

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from castalia.core.errors import CastaliaError
-from castalia.core.files import write_json
+from castalia.core.files import cache_folder, write_json
 from castalia.inference.native import compiled
 from castalia.inference.native.kernels import Kernel, candidates, make
 from castalia.inference.native.packing import Packed, bare, pack
@@ -56,8 +55,7 @@ def fastest(shape: tuple[int, int], storage: str, names: tuple[str, ...], second
 def remembered(shape: tuple[int, int], storage: str, names: tuple[str, ...]) -> Path:
     """Where the choice for a shape is kept."""
     says = json.dumps([shape, storage, names, compiled.processor(), torch.get_num_threads(), torch.__version__])
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castalia"
-    return base / f"kernel-{hashlib.sha256(says.encode()).hexdigest()[:16]}.json"
+    return cache_folder() / f"kernel-{hashlib.sha256(says.encode()).hexdigest()[:16]}.json"
 
 
 def measured(
