@@ -59,3 +59,13 @@ def test_contamination(run):
     assert last["share"] == pytest.approx(6 / 7)
     code, out, _ = run("contamination", "c.jsonl", "--with", "e.txt", "--json")
     assert (code, json.loads(out)["overlapping"]) == (0, 3)
+
+
+def test_mask(run):
+    code, out, err = run("mask", "c", "--before", "117,105,99,107", "--output", "l")  # "uick"
+    assert (code, err) == (0, "")
+    assert out.splitlines()[1] == "27 tokens are no target"
+    assert IndexedDataset("l")[0].tolist() == [-100] * 9 + IndexedDataset("c")[0].tolist()[9:]
+    assert IndexedDataset("l")[1].tolist() == IndexedDataset("c")[1].tolist()
+    code, _, err = run("mask", "c", "--before", "x", "--output", "l")
+    assert code and "expected token ids such as 37,25" in err

@@ -144,6 +144,8 @@ def test_silence_means_the_defaults_of_gpt_neox():
         ({"train_data_paths": ["a", "b"], "train_data_weights": [1, 2]}, "data.weights", [1, 2]),
         ({"eod_mask_loss": True}, "data.eod_mask_loss", True),
         ({"pack_impl": "pack_until_overflow"}, "data.packing", "pack_until_overflow"),
+        ({"train_label_data_paths": ["l"]}, "data.labels", ["l"]),
+        ({"valid_label_data_paths": ["l"]}, "data.valid_labels", ["l"]),
         ({"allow_chopped": False}, "data.allow_chopped", False),
         ({"attention_config": [[["flash", "global"], "all"]]}, "model.num_layers", 2),
         ({"attention_config": ["flash", "flash"]}, "model.num_layers", 2),

@@ -1,4 +1,4 @@
-"""`castalia data dedup` and `castalia data contamination`: what a corpus has twice, and what it has of evaluations."""
+"""`castalia data dedup`, `contamination` and `mask`: what to leave out of a corpus, and what of it is no target."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from castalia.cli.data import AsJson, Prefixes, app, bar, line
+from castalia.cli.data import AsJson, Prefix, Prefixes, app, bar, line
 
 
 @app.command()
@@ -87,3 +87,32 @@ def contamination(
         f" corpus; {found.too_short:,} are shorter than that and were not checked"
     )
     typer.echo(f"{found.overlapping:,} of {found.documents:,} documents of the corpus hold such words")
+
+
+@app.command()
+def mask(
+    prefix: Prefix,
+    output: Annotated[str, typer.Option(metavar="PREFIX", help="Label file to write: .bin, .idx and .json.")],
+    before: Annotated[str, typer.Option(metavar="ID,ID,...", help="Token ids after which targets begin.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write the label file of a token file: -100 up to the end of the first --before in each document, then the tokens.
+
+    A document without these ids keeps all its targets. `data.labels=PREFIX` trains with it.
+
+    Example:
+
+      castalia data mask data/answers --before 37,25 --output data/answers_label
+    """
+    from castalia.core.errors import ConfigError
+    from castalia.data.labels import mask_before
+
+    try:
+        pattern = [int(word) for word in before.split(",")]
+    except ValueError:
+        raise ConfigError(f"--before {before!r}: expected token ids such as 37,25") from None
+    with bar("mask", [prefix]) as on_bytes:
+        record = mask_before(prefix, output, pattern, on_bytes=on_bytes)
+    typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
+    if not as_json:
+        typer.echo(f"{record['masked']:,} tokens are no target")

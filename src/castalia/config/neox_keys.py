@@ -74,6 +74,8 @@ HONOURED: dict[str, Honoured] = {
     "mixed_minibatches": Honoured("mixing.kind", "bool", False),
     "mixed_batches": Honoured("mixing.kind", "bool", False),
     "eod_mask_loss": Honoured("data.eod_mask_loss", "bool", False, plain=True),
+    "train_label_data_paths": Honoured("data.labels", "list", plain=True),
+    "valid_label_data_paths": Honoured("data.valid_labels", "list", plain=True),
     "pack_impl": Honoured("data.packing", "str", "packed", plain=True),
     "allow_chopped": Honoured("data.allow_chopped", "bool", True, plain=True),
     "num_workers": Honoured("data.workers", "int", 2, plain=True),
@@ -167,7 +169,8 @@ REFUSED: dict[str, Refused] = {
     "no_load_rng": Refused(OFF, "delete it; nothing random is left to restore"),
 } | dict.fromkeys(
     [
-        *(f"{part}_{kind}_data_paths" for part in ("train", "valid", "test") for kind in ("label", "reward")),
+        "test_label_data_paths",
+        *(f"{part}_reward_data_paths" for part in ("train", "valid", "test")),
         *(
             f"{side}_{part}{kind}_data_paths"
             for side in ("pos", "neg")

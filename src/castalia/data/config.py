@@ -28,6 +28,10 @@ class DataConfig(Config):
     """Prefixes to validate on; empty with a single train prefix means that prefix's share in `split`."""
     valid_weights: list[float] | None = None
     """Weight of each valid source; null gives every source the same."""
+    labels: Paths = []
+    """Label files, one a train prefix, of the same lengths: -100 where a token is no target. Empty: each token is."""
+    valid_labels: Paths = []
+    """Label files of the valid prefixes; with `split`, `labels` hold for validation too."""
     split: str | None = None
     """Documents of a single train prefix for train, valid, test: `969, 30, 1`. Null trains on all of them."""
     order: Literal["neox", "file"] = "neox"

@@ -102,6 +102,8 @@ def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
     """Rows as tokens and the labels that follow them; no label after `eod_id`."""
     rows = torch.from_numpy(found.rows)
     tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].clone()  # of a single row, both could be one memory
+    if found.labels is not None:
+        labels = torch.from_numpy(found.labels[:, 1:].copy())
     if eod_id is not None:
         labels[tokens == eod_id] = IGNORED
     labels[torch.from_numpy(found.index) == PADDING] = IGNORED

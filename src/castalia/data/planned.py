@@ -64,6 +64,7 @@ class SourceRows:
 
     def __init__(self, packs: Sequence[SourcePack], order: Callable[[int], tuple[int, int]] | None = None) -> None:
         self.packs, self.order = list(packs), order
+        self.labels: list[IndexedDataset] | None = None
         self.sizes = np.array([len(pack.order.shuffle_idx) for pack in packs], np.int64)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:

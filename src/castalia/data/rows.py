@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.blending import blend
 from castalia.data.config import DataConfig
-from castalia.data.fingerprint import fingerprint
+from castalia.data.fingerprint import bin_hash, fingerprint
 from castalia.data.indexed import CHECK_PIECE, IndexedDataset
+from castalia.data.labels import open_labels
 from castalia.data.mapped import view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.packed import PackedDataset, Piece
@@ -39,6 +40,7 @@ class RowDataset:
         self, packs: list[Pack], weights: list[float] | None = None, places: int = 0, size: int | None = None
     ) -> None:
         self.packs = packs
+        self.labels: list[IndexedDataset] | None = None
         self.size = len(packs[0].order.shuffle_idx)
         self.picks: NDArray[np.unsignedinteger] | None = None
         if weights is not None:
@@ -132,6 +134,7 @@ def build_rows(
     else:
         train = blended_rows(train_sets, config, seed, steps * batch_size, shares[0] if shares else None)
     valid = valid_rows(train_sets[0], valid_sets, config, seed, evals * batch_size, shares[1] if shares else None)
+    attach_labels(config, train, valid, train_sets, valid_sets)
     weights = normalised(config.weights, len(train_sets))
     epochs = [pack.order.epochs for pack in train.packs]
     order = {
@@ -147,7 +150,7 @@ def build_rows(
     return Rows(
         train=train,
         valid=valid,
-        fingerprint=fingerprint(train_sets, valid_sets, order=order),
+        fingerprint=fingerprint(train_sets, valid_sets, order=order | label_hashes(train.labels)),
         sources=source_names(config.train),
         weights=weights,
         epochs=epochs,
@@ -156,6 +159,25 @@ def build_rows(
         mask=document_mask(config),
         valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
     )
+
+
+def attach_labels(
+    config: DataConfig,
+    train: RowDataset | SourceRows,
+    valid: RowDataset | None,
+    train_sets: list[IndexedDataset],
+    valid_sets: list[IndexedDataset],
+) -> None:
+    """Give the rows their label files, where the config names any; a split shares those of its single source."""
+    train.labels = open_labels(config.labels, train_sets, "labels")
+    if valid is not None:
+        own = config.split is None
+        valid.labels = open_labels(config.valid_labels, valid_sets, "valid_labels") if own else train.labels
+
+
+def label_hashes(labels: list[IndexedDataset] | None) -> dict[str, Any]:
+    """The label files as the fingerprint names them; nothing without any."""
+    return {} if labels is None else {"labels": [bin_hash(file.buffer)[1] for file in labels]}
 
 
 def kind_of(config: DataConfig) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.data.labels import label_row
 from castalia.data.packings import PieceRows
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
@@ -21,13 +22,14 @@ PADDING = -1
 class MicroRows:
     """Rows of one micro-batch: rows (B, T + 1) int64, source (B,) int32, index (B,) int64, -1 for padding, and
     segments (B, T + 1) int64 where documents are told apart. Of rows that may end early `filled` (B,) is how many
-    tokens are there."""
+    tokens are there. `labels` (B, T + 1) are those of label files, -100 where a token is no target."""
 
     rows: NDArray[np.int64]
     source: NDArray[np.int32]
     index: NDArray[np.int64]
     segments: NDArray[np.int64] | None = None
     filled: NDArray[np.int64] | None = None
+    labels: NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class StepReader:
         rows = np.stack([self.rows.packs[source][place] for source, place in pairs])
         if self.vocab_size is not None:
             self.check(rows, found, self.vocab_size)
+        labels = self.labels_of(pairs, rows)
         segments = None
         if (mask := self.mask) is not None:
             pieces = (self.rows.packs[source].documents_of(place) for source, place in pairs)
@@ -95,7 +98,23 @@ class StepReader:
         filled = None
         if any(isinstance(pack, PieceRows) for pack in self.rows.packs):
             filled = np.array([sum(p.length for p in self.rows.packs[s].documents_of(i)) for s, i in pairs], np.int64)
-        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64), segments, filled)
+        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64), segments, filled, labels)
+
+    def labels_of(self, pairs: Sequence[tuple[int, int]], rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """The labels of rows out of label files; None without any.
+
+        Raises  DataError if one is neither the token itself nor negative.
+        """
+        if (files := self.rows.labels) is None:
+            return None
+        packs, length = self.rows.packs, rows.shape[1]
+        found = np.stack([label_row(files[s], packs[s].documents_of(place), length) for s, place in pairs])
+        if len(wrong := np.flatnonzero(((found >= 0) & (found != rows)).any(1))):
+            raise DataError(
+                f"{files[pairs[int(wrong[0])][0]].prefix}: a label is neither its token nor -100; make the file again"
+                " of the same tokens"
+            )
+        return found
 
     def check(self, rows: NDArray[np.int64], found: Located, vocab_size: int) -> None:
         """Every id is in the vocabulary."""

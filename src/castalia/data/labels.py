@@ -1,0 +1,85 @@
+"""Label files: one beside each token file, of the same lengths, -100 where a token is no target. As in GPT-NeoX."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.core.errors import ConfigError, DataError
+from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, require_tokens
+from castalia.data.joining import without_suffix
+from castalia.data.packed import Piece
+from castalia.data.records import finish, refuse_inputs
+from castalia.data.shards import OnBytes
+
+NO_TARGET = -100
+
+
+def open_labels(paths: Sequence[str], datasets: Sequence[IndexedDataset], option: str) -> list[IndexedDataset] | None:
+    """The label file of each token file; None without any.
+
+    Raises  ConfigError if there is not one a token file; DataError if a document has other lengths in the two.
+    """
+    if not paths:
+        return None
+    if len(paths) != len(datasets):
+        raise ConfigError(f"data.{option} has {len(paths)} label files for {len(datasets)} token files; give one each")
+    found = [IndexedDataset(path) for path in paths]
+    for labels, dataset in zip(found, datasets, strict=True):
+        require_tokens(labels)
+        if len(labels) != len(dataset) or (labels.sizes != dataset.sizes).any():
+            raise DataError(
+                f"{labels.prefix} does not fit {dataset.prefix}: a label file has a label for each token; make it again"
+            )
+    return found
+
+
+def label_row(labels: IndexedDataset, pieces: Sequence[Piece], length: int) -> NDArray[np.int64]:
+    """The labels of the stretches that make up a row, (length,); NO_TARGET after the last."""
+    row, filled = np.full(length, NO_TARGET, np.int64), 0
+    for document, start, count in pieces:
+        row[filled : filled + count] = labels.get(document, start, count)
+        filled += count
+    return np.where(row < 0, NO_TARGET, row)
+
+
+def mask_before(
+    prefix: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    pattern: Sequence[int],
+    *,
+    on_bytes: OnBytes | None = None,
+) -> dict[str, Any]:
+    """Write the label file of a token file in which all up to the end of the first `pattern` is no target.
+
+    A document without the pattern keeps all its targets, as in GPT-NeoX. int32, for -100 has no place in u16.
+    Raises  ConfigError for an empty pattern or if the output is the input.
+    Source  tools/datasets/preprocess_data_with_mask.py of GPT-NeoX.
+    """
+    if not pattern:
+        raise ConfigError("--before: name at least one token id, for instance --before 37,25")
+    dataset, base = IndexedDataset(prefix), without_suffix(output)
+    require_tokens(dataset)
+    refuse_inputs(base, [dataset])
+    wanted, masked = np.array(pattern, np.int64), 0
+    with IndexedDatasetWriter(base, np.int32) as writer:
+        for document in range(len(dataset)):
+            labels = dataset[document].astype(np.int32)
+            end = end_of(labels, wanted)
+            labels[:end] = NO_TARGET
+            masked += end
+            writer.add(labels)
+            if on_bytes:
+                on_bytes(int(dataset.sizes[document]) * dataset.dtype.itemsize)
+        return finish(writer, base, {"labels_of": dataset.prefix, "before": list(pattern), "masked": masked})
+
+
+def end_of(tokens: NDArray[np.int32], pattern: NDArray[np.int64]) -> int:
+    """Where the first `pattern` ends in a document, 0 if it has none."""
+    if len(tokens) < len(pattern):
+        return 0
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, len(pattern))
+    places = np.flatnonzero((windows == pattern).all(1))
+    return int(places[0]) + len(pattern) if len(places) else 0
