@@ -81,6 +81,12 @@ def test_near_duplicates_against_all_pairs(written, tmp_path):
     assert sum(record["dedup"]["dropped"].values()) == len(gone)
 
 
+def test_other_documents_of_the_same_n_grams_are_near(written, tmp_path):
+    record = dedup([written("d", [[1, 1, 1], [1, 1, 1, 1]])], tmp_path / "u", near=Near(0.9, ngram=2))
+    assert record["dedup"]["dropped"] == {"equal": 0, "near": 1}
+    assert [(line["jaccard"], line["equal"]) for line in read_report(tmp_path / "u")] == [(1.0, False)]
+
+
 def test_the_index_of_documents_goes_along(tmp_path):
     texts = ["one", "two", "one", "three"]
     (tmp_path / "c.jsonl").write_text(

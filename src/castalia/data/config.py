@@ -52,7 +52,8 @@ class DataConfig(Config):
     False leaves them out."""
     neox_exact: bool = False
     """pack_until_overflow and unpacked as GPT-NeoX has them, faults included: a row with room ends with the first token
-    of a document that does not belong to it, and documents of a split count from the file's first. Unlike there, documents whose labels are all -100 are taken."""
+    of a document that does not belong to it, and documents of a split count from the file's first.
+    Unlike there, documents whose labels are all -100 are taken."""
     document_mask: Literal["documents", "eod"] | None = None
     """Each document of a row by itself: a token attends to its own document alone, positions begin at 0 in each, and
     no last token is asked for the next document's first. `documents` goes by the boundaries that the order knows,

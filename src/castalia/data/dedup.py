@@ -48,10 +48,11 @@ class Near:
 
 @dataclass(frozen=True)
 class Match:
-    """The document that came before, and how much of it is the same: 1.0 for equal ones."""
+    """The document that came before, how much of it is the same, and whether it is the same token for token."""
 
     number: int
     jaccard: float
+    equal: bool = False
 
 
 class Seen:
@@ -82,7 +83,7 @@ class Seen:
         key = hashlib.sha256(tokens.astype("<i8").tobytes()).digest()[:KEY_BYTES]
         first = self.equal.setdefault(key, number)
         if first != number:
-            return Match(first, 1.0)
+            return Match(first, 1.0, equal=True)
         return None if self.near is None or not tokens.size else self.near_match(number, tokens, self.near)
 
     def near_match(self, number: int, tokens: NDArray[Any], near: Near) -> Match | None:
@@ -159,7 +160,7 @@ def dedup(
                     writer.add(dataset[place])
                 else:
                     kept[file][place] = False
-                    counts["equal" if match.jaccard == 1.0 else "near"] += 1
+                    counts["equal" if match.equal else "near"] += 1
                     tell(report, seen, (dataset, place), match)
                 if on_bytes:
                     on_bytes(int(dataset.sizes[place]) * dataset.dtype.itemsize)
@@ -190,6 +191,7 @@ def tell(report: IO[str], seen: Seen, dropped: tuple[IndexedDataset, int], match
         "tokens": int(dataset.sizes[place]),
         "repeats": {"prefix": first.prefix, "document": number},
         "jaccard": match.jaccard,
+        "equal": match.equal,
     }
     report.write(json.dumps(line, ensure_ascii=False) + "\n")
 
