@@ -178,6 +178,19 @@ def test_retention_after_each_save(tmp_path, tensors):
     assert not list(tmp_path.glob(".trash*"))
 
 
+def test_retention_never_leaves_a_damaged_checkpoint_alone(tmp_path, tensors):
+    """A run that passed over a damaged checkpoint keeps what it saves below it."""
+    store = Store(tmp_path, expired=SavePolicy(CheckpointConfig(steps=[], every=1, keep=1), last_step=9).expired)
+    store.save(4, tensors, {}, asynchronous=False)
+    shard = store.folder_of(4) / "model-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    store.save(2, tensors, {}, asynchronous=False)
+    store.save(3, tensors, {}, asynchronous=False)
+    assert store.steps() == [3, 4]
+    store.save(4, tensors, {}, asynchronous=False)
+    assert store.steps() == [4] and verify(store.folder_of(4)) == []
+
+
 def test_retention_spares_a_checkpoint_that_is_being_read(tmp_path, tensors):
     store = Store(tmp_path, expired=lambda steps: steps[:-1])
     store.save(1, tensors, {}, asynchronous=False)

@@ -154,6 +154,18 @@ def test_rollback_always_finds_the_start(make):
         fit(make("unsaved", "guard.nan=rollback", loss=Poisoned([1]), hooks=[]))
 
 
+def test_rollback_passes_over_a_damaged_checkpoint_of_a_later_step(make):
+    folder = fit(make("run")).store.folder_of(6)
+    shard = folder / "model-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    ours = make("run", "guard.nan=rollback", loss=Poisoned([5]))
+    with pytest.warns(UserWarning, match="step 6 is passed over"):
+        fit(ours)
+    (event,) = read_events(ours.config.output)
+    assert (event["to"], event["skips"]) == (4, [5])
+    assert ours.progress.step == 6
+
+
 def test_rollbacks_are_limited(make):
     trainer = make("run", "guard.nan=rollback", "guard.max_rollbacks=2", loss=Poisoned(range(3, 7)))
     with pytest.raises(TrainingError, match=r"step 5 .*went back 2 times already.*guard.max_rollbacks=4"):

@@ -141,7 +141,9 @@ class Store:
                 self.sweep(save)
                 save.run()
                 self.written.append(time.perf_counter() - begin)
-                for step in self.expired(self.steps()) if self.expired else []:
+                # A later step is one that was passed over as damaged: it must not count as newest.
+                known = [step for step in self.steps() if step <= save.step]
+                for step in self.expired(known) if self.expired else []:
                     self.delete(step)
         except CheckpointError as error:
             self.error = error

@@ -176,7 +176,8 @@ class Event:
         Raises  TrainingError if there is no checkpoint, or the run went back too often.
         """
         trainer, guard = self.trainer, self.trainer.guard
-        saved = trainer.world.agree(-1 if (latest := trainer.store.latest()) is None else latest)
+        # A later one was passed over as damaged when the run began.
+        saved = trainer.world.agree(max((step for step in trainer.store.steps() if step < self.step), default=-1))
         often = trainer.world.agree(len(guard.returns))
         if saved < 0 or often >= guard.config.max_rollbacks:
             self.write()
