@@ -44,13 +44,14 @@ FREE_TO_CHANGE = (
     "data.train",
     "data.valid",
     "data.weights",
+    "data.labels",
     "mixing.log_every",
     "mixing.on_new",
     "mixing.on_removed",
     "data.tokenizer",
 )
-"""Keys that a resumed run may change: they do not alter the model, the update rule or the order. The data themselves
-and their weights are compared by content, so their paths may move."""
+"""Keys that a resumed run may change: they do not alter the model, the update rule or the order. The data themselves,
+their labels and weights are compared by content, so their paths may move."""
 
 
 def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
