@@ -33,6 +33,9 @@ bench: install
 	$(BIN)/python benchmarks/mixing_cost.py
 	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/distributed.py
+	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/serving.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

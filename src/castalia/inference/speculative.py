@@ -125,6 +125,7 @@ def judge(
             kept.append(guess)
             continue
         rest = (p - q).clamp_(min=0) if q is not None else p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
+        rest = rest if float(rest.sum()) > 0 else p  # p and q may be the same up to rounding
         return [*kept, int(torch.multinomial(rest, 1, generator=generator))]
     return [*kept, draw(logits[len(guesses)], sampling, generator)[0]]
 

@@ -73,8 +73,8 @@ def make_app(pool: Pool, *, api_key: str | None = None, most_bytes: int = 8 << 2
     add_models(app, service)
     add_health(app, service)
     add_errors(app)
-    app.add_middleware(Counted, measures=service.measures)
     app.add_middleware(Limits, most_bytes=most_bytes, seconds=patience, api_key=api_key)
+    app.add_middleware(Counted, measures=service.measures)  # outside, so that what the limits refuse counts too
     app.openapi = described(app, pool.get(None).model.config.vocab_size)  # type: ignore[method-assign]
     return app
 

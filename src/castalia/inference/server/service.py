@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from castalia.core.errors import ConfigError
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.sampling import Sampling
 from castalia.inference.server.answers import Answer, Made, sse
@@ -115,9 +116,13 @@ class Service:
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         model = loaded.model
         seed = secrets.randbits(48) if body.seed is None else body.seed
+        if len(prompts) > loaded.scheduler.most_waiting:
+            raise ConfigError(f"{len(prompts)} texts in one request; at most {loaded.scheduler.most_waiting} can wait")
+        # Long texts take seconds; the other requests do not wait for them.
+        encoded = await asyncio.to_thread(lambda: [model.encode(prompt) for prompt in prompts[:: body.n or 1]])
         jobs, counted = [], 0
-        for index, prompt in enumerate(prompts):
-            row = model.row(prompt, max(1, most), body.stops)
+        for index in range(len(prompts)):
+            row = model.row(encoded[index // (body.n or 1)], max(1, most), body.stops)
             if body.ignore_eos:
                 row.eod_id = None
             counted += len(row.ids) if index % (body.n or 1) == 0 else 0
