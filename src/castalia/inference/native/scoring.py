@@ -31,10 +31,17 @@ class Scorer:
         """Log-probability of each token but the first: T ids -> (T - 1,) float32, in nats."""
         tokens = torch.tensor(ids)
         hidden = self.hidden(tokens)[:-1]
-        parts = [
-            picked(F.linear(rows, self.linears["head"]), labels)
-            for rows, labels in zip(hidden.split(HEAD_ROWS), tokens[1:].split(HEAD_ROWS), strict=True)
-        ]
+        head = self.linears["head"]
+        # The same memory for every part: what the allocator makes of many large ones that come and go is unforeseeable.
+        rounded = torch.empty(HEAD_ROWS, len(head), dtype=torch.bfloat16)
+        logits, logprobs = torch.empty(2, HEAD_ROWS, len(head)).unbind()
+        parts = []
+        for rows, labels in zip(hidden.split(HEAD_ROWS), tokens[1:].split(HEAD_ROWS), strict=True):
+            n = len(rows)
+            torch.mm(rows, head.T, out=rounded[:n])
+            logits[:n] = rounded[:n]
+            torch.log_softmax(logits[:n], 1, out=logprobs[:n])  # torch's logsumexp takes eight times as long
+            parts.append(logprobs[:n].gather(1, labels[:, None])[:, 0])
         return torch.cat(parts) if parts else torch.empty(0)
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -71,8 +78,3 @@ class Scorer:
         approximate = "tanh" if self.config.activation == "gelu_tanh" else "none"
         x = x + self.linear(down, F.gelu(inner, approximate=approximate))
         return x + attended if self.config.parallel_residual else x
-
-
-def picked(logits: Tensor, labels: Tensor) -> Tensor:
-    """log softmax of logits (n, V) at labels (n,), in float32; torch's logsumexp takes eight times as long."""
-    return torch.log_softmax(logits, 1, dtype=torch.float32).gather(1, labels[:, None])[:, 0]
