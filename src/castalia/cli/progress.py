@@ -7,6 +7,8 @@ from typing import Any
 
 import typer
 
+from castalia.monitor import duration, quantity
+
 EVERY_SECONDS = 30.0
 """Time between plain lines; a short job prints none."""
 
@@ -32,7 +34,7 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
         def advance(done: int, found: int) -> None:
             nonlocal tokens
             tokens += found
-            bar.update(task, advance=done, rate=short(tokens / max(time.monotonic() - start, 1e-9)))
+            bar.update(task, advance=done, rate=quantity(tokens / max(time.monotonic() - start, 1e-9)))
 
         yield advance
 
@@ -61,23 +63,5 @@ class PlainLines:
         share = 100 * self.done / self.total
         return (
             f"{self.verb}  {share:.1f}%  {self.done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB"
-            f"  tok/s {short(self.tokens / seconds)}  eta {span(left)}"
+            f"  tok/s {quantity(self.tokens / seconds)}  eta {duration(left)}"
         )
-
-
-def short(number: float) -> str:
-    """A rate with three digits or so: 870, 12.3k, 4.56M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.2f}{unit}"
-    return f"{number:.0f}"
-
-
-def span(seconds: float) -> str:
-    """A time as 41s, 12m05s or 3h07m."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
