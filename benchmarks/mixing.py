@@ -144,8 +144,9 @@ class Bench:
                 if all(self.done(arm, s) for s in others):
                     shares = np.mean([self.read(arm, s)["mean_share"] for s in others], axis=0)
                     yield Job(f"{arm}-mean", seed, "static", {"prior": (shares / shares.sum()).tolist()})
-            if self.done("uniform", others[place % len(others)]):
-                target = final(self.read("uniform", others[place % len(others)])).tolist()
+            other = others[place % len(others)]
+            if self.done("uniform", other):
+                target = self.read("uniform", other)["fed"]  # of the very rows whose losses the mixer is told
                 yield Job("dbl", seed, "dbl", {"target": target}, feed=max(1, self.scale.steps // 20))
 
     def third(self) -> Iterator[Job]:
@@ -168,7 +169,8 @@ class Bench:
     def finished(self, job: Job) -> bool:
         """Whether this very run is finished; what an arm takes from other seeds changes when there are more of them."""
         wanted = json.loads(json.dumps(asdict(job)))
-        return self.done(job.arm, job.seed) and bool(self.read(job.arm, job.seed)["job"] == wanted)
+        found = self.read(job.arm, job.seed) if self.done(job.arm, job.seed) else {}
+        return found.get("job") == wanted and ("fed" in found or job.arm != "uniform")
 
     def read(self, arm: str, seed: int) -> Result:
         """A finished run."""

@@ -138,7 +138,10 @@ def evaluate(model: Decoder, sources: Sequence[Tokens], at_once: int = 32) -> li
 
 
 def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
-    """Train one arm; returns its curve of held-out losses, what it read, and how its shares moved."""
+    """Train one arm; returns its curve of held-out losses, what it read, and how its shares moved.
+
+    "fed" are its last losses on the rows that the mixers are fed from: what a target may be made of.
+    """
     steps = round(scale.steps * job.share)
     mixer = make_mixer(job.kind, sources=text.sources, **job.options)
     planner = Planner(mixer, sizes=text.sizes, rows=scale.rows, seed=job.seed if job.order is None else job.order)
@@ -170,6 +173,7 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
         "curve": curve,
         "shares": shares,
         "outside": evaluate(model, outside.measured),
+        "fed": evaluate(model, text.fed),
         "mean_share": (counts.sum(0) / counts.sum()).tolist(),
         "epochs": (counts.sum(0) / np.array(text.sizes)).tolist(),
     }
