@@ -3,6 +3,7 @@
 import ctypes
 import os
 
+STATM = "/proc/self/statm"
 M_MMAP_MAX, M_TRIM_THRESHOLD, MOST = -4, -1, 2**31 - 1
 """Numbers of glibc's <malloc.h>, and the largest int."""
 
@@ -21,3 +22,12 @@ def keep_freed_memory() -> bool:
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, MOST))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now, in bytes; 0 where the system does not tell as Linux does."""
+    try:
+        with open(STATM, encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

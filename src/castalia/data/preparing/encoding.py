@@ -6,7 +6,6 @@ Source  gigatoken, github.com/marcelroed/gigatoken: byte-level BPE with a cache 
 import importlib
 import os
 import re
-import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -15,12 +14,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from castalia.core.allocator import resident_bytes
 from castalia.data.indexed import best_dtype
 from castalia.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
 
 Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 """Ids (n,) of several texts back to back, and how many (m,) each text has."""
 Quick = Callable[[Sequence[bytes]], Encoded]
+WORDS_BYTES = 320 << 20
+"""How much a process may grow before gigatoken, which keeps every word that it has seen, starts anew."""
 WINDOW = 4096
 """Bytes of a sampled text that are encoded both ways: about one in a thousand of a batch."""
 LONG_TEXT = 1000
@@ -41,14 +43,22 @@ PROBES = (
 )
 """Texts in which tokenizers differ: contractions, spaces, digits, scripts, forms that Unicode makes one."""
 
+ASCII = bytes(range(128))
+LATE = (
+    "07FD 0897-089F 08CA-08D3 09FE 0C3C 0D3B-0D3C 0EBA 1715 1ABF-1AEB 1DF6-1DFA A82C 105C0-105FF 10D24-10D27"
+    " 10D69-10D6D 10EAB-10EAC 10EFA-10EFF 10F46-10F50 10F82-10F85 11070 1133B 11380-113FF 1145E 11839-1183A 11900-1195F"
+    " 119E0 11A34 11A47 11A99 11D42-11D45 11D97 11F41-11F42 16100-1613F 16D40-16D7F 16FF0-16FF1 1E08F 1E130-1E136"
+    " 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3-1E6F5"
+)
+"""Combining marks, and scripts with characters that NFC joins, which came into Unicode after version 9, in hexadecimal.
+tokenizers' tables are of that version and gigatoken's are newer: each orders and joins these in its own way. What was in
+Unicode before is frozen (unicode.org/policies/stability_policy.html)."""
+LATE_MARKS = re.compile("[" + re.sub(r"[0-9A-F]+", lambda found: chr(int(found[0], 16)), LATE).replace(" ", "") + "]")
 
-MARKS = re.compile("[" + "".join(chr(i) for i in range(0x300, 0x110000) if unicodedata.combining(chr(i))) + "]")
-"""Combining marks, which NFC puts in an order that differs between versions of Unicode: gigatoken's and ours."""
 
-
-def has_marks(text: bytes) -> bool:
-    """Whether a text of UTF-8 has combining marks."""
-    return not text.isascii() and MARKS.search(text.decode("utf-8")) is not None
+def has_late_marks(text: bytes) -> bool:
+    """Whether a text of UTF-8 has any of these. Looked for in what is not ASCII alone: the search is slow."""
+    return not text.isascii() and LATE_MARKS.search(text.translate(None, ASCII).decode("utf-8")) is not None
 
 
 class MismatchError(Exception):
@@ -70,6 +80,7 @@ class Encoder:
             self.quick, self.why_slow = bytes_as_ids, None
         elif fast:
             self.quick, self.why_slow = gigatoken(tokenizer)
+        self.start_bytes = resident_bytes()
 
     @property
     def by(self) -> str:
@@ -82,15 +93,23 @@ class Encoder:
         """Ids and their number for each text of UTF-8."""
         if self.quick is None or not texts:
             return self.reference(texts)
-        if self.quick is not bytes_as_ids and any(marked := [has_marks(text) for text in texts]):
+        if self.quick is not bytes_as_ids and any(marked := [has_late_marks(text) for text in texts]):
             return self.mixed(texts, marked)
         ids, sizes = self.quick(texts)
         if self.quick is not bytes_as_ids:
             self.compare(texts, ids, sizes)
+            self.forget_words()
         return ids.astype(self.dtype, copy=False), sizes
 
+    def forget_words(self) -> None:
+        """Give gigatoken's memory back when it has become too much."""
+        if resident_bytes() - self.start_bytes > WORDS_BYTES:
+            self.quick = None
+            self.quick, self.why_slow = gigatoken(self.tokenizer)
+            self.start_bytes = resident_bytes()
+
     def mixed(self, texts: Sequence[bytes], marked: Sequence[bool]) -> Encoded:
-        """Texts with combining marks by the tokenizer, the others by the quick way, in their order."""
+        """Texts with late marks by the tokenizer, the others by the quick way, in their order."""
         plain = [text for text, mark in zip(texts, marked, strict=True) if not mark]
         parts = [self(plain), self.reference([text for text, mark in zip(texts, marked, strict=True) if mark])]
         pieces = [iter(np.split(ids, np.cumsum(sizes)[:-1])) if len(sizes) else iter(()) for ids, sizes in parts]

@@ -1,0 +1,63 @@
+"""gigatoken beside tokenizers where Unicode has moved on between them, and where it has seen too many words."""
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from castalia.core.allocator import resident_bytes
+from castalia.data.preparing import encoding
+from castalia.data.preparing.encoding import LATE_MARKS, Encoder, has_late_marks
+from castalia.data.tokenizer import Tokenizer, load_tokenizer
+
+pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
+TOKENIZER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20B_tokenizer.json"
+pytestmark = pytest.mark.skipif(
+    not TOKENIZER.is_file(), reason="needs the shared 20B_tokenizer.json, which normalizes to NFC"
+)
+MARKS = [chr(i) for i in range(0x300, 0x20000) if unicodedata.combining(chr(i)) or LATE_MARKS.match(chr(i))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """GPT-NeoX-20B's."""
+    return load_tokenizer(TOKENIZER)
+
+
+def both(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[int], list[int]]:
+    """Ids by an encoder that may use gigatoken, and by tokenizers."""
+    encoder = Encoder(tokenizer)
+    assert encoder.by == "gigatoken"
+    return encoder([text.encode() for text in texts])[0].tolist(), [
+        i for ids in tokenizer.encode_batch(texts) for i in ids
+    ]
+
+
+@pytest.mark.parametrize("form", ["a{}\u0316\u0301x", "a\u0316{}x", "{0}{0}", "\u1100{}\u0327o"])
+def test_every_combining_mark(tokenizer, form):
+    ours, known = both(tokenizer, [form.format(mark) for mark in MARKS])
+    assert ours == known
+
+
+def test_gigatoken_alone_would_not_do(tokenizer):
+    quick, _ = encoding.gigatoken(tokenizer)
+    text = "a\u1ab0\u0897\u0316\u0301x"
+    assert quick([text.encode()])[0].tolist() != tokenizer.encode(text), "the two agree now: LATE can go"
+    assert has_late_marks(text.encode()) and not has_late_marks("é \u0301 中 🙂 שָׁ".encode())
+
+
+def test_words_are_forgotten(tokenizer, monkeypatch):
+    texts = [f"{i} word{i} Wort{i * 7919}" for i in range(200)]
+    monkeypatch.setattr(encoding, "WORDS_BYTES", -(1 << 40))
+    encoder = Encoder(tokenizer)
+    first = encoder.quick
+    ids, _ = encoder([text.encode() for text in texts])
+    assert encoder.quick is not first and encoder.by == "gigatoken"
+    assert encoder([text.encode() for text in texts])[0].tolist() == ids.tolist()
+    assert ids.tolist() == [i for found in tokenizer.encode_batch(texts) for i in found]
+
+
+def test_resident_memory_is_told():
+    before = resident_bytes()
+    held = bytearray(b"x" * (64 << 20))
+    assert before == 0 or resident_bytes() - before > len(held) // 2
