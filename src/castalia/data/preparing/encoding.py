@@ -51,8 +51,8 @@ LATE = (
     " 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3-1E6F5"
 )
 """Combining marks, and scripts with characters that NFC joins, which came into Unicode after version 9, in hexadecimal.
-tokenizers' tables are of that version and gigatoken's are newer: each orders and joins these in its own way. What was in
-Unicode before is frozen (unicode.org/policies/stability_policy.html)."""
+tokenizers' tables are of that version and gigatoken's are newer: each orders and joins these in its own way. What was
+in Unicode before is frozen (unicode.org/policies/stability_policy.html)."""
 LATE_MARKS = re.compile("[" + re.sub(r"[0-9A-F]+", lambda found: chr(int(found[0], 16)), LATE).replace(" ", "") + "]")
 
 
