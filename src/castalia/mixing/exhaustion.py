@@ -59,12 +59,10 @@ class Limits:
     ) -> tuple[Places, tuple[str, ...]]:
         """The counts that the sources may give, and sentences about what a person should know.
 
-        What does not fit goes to the other sources by their shares. The common case costs one comparison.
+        What does not fit goes to the other sources by their shares. Needed only above the `marks`.
 
         Raises  ExhaustionError if a source that stops the run is short, or no whole batch is left.
         """
-        if not (cursors + counts > self.marks).any():
-            return counts, ()
         room = self.limits - cursors
         taken, asked = np.minimum(counts, room), counts
         while True:

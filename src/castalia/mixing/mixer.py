@@ -42,6 +42,7 @@ class Mixer:
         self.step = 0
         self.shares = self.prior
         self.rejected = np.zeros(len(self.sources), np.int64)
+        self.ones = np.ones(len(self.sources))
         self.inner: list[Mixer] = []
         self.settings: dict[str, Any] = {}
 
@@ -74,15 +75,16 @@ class Mixer:
         """Mean training loss of each source in nats a token, and which of them can be used."""
         count = len(self.sources)
         tokens = vector(stats.tokens, count, "tokens", stats.step)
-        means = vector(stats.loss_sum, count, "loss_sum", stats.step) / np.maximum(tokens, 1)
+        means = vector(stats.loss_sum, count, "loss_sum", stats.step) / np.maximum(tokens, self.ones)
         return means, self.usable(means, tokens > 0)
 
     def usable(self, values: Vector, there: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of the values that are there are losses; the others are counted and zeroed in place."""
         good = np.abs(values) <= HUGE
-        if not good.all():
-            self.rejected = self.rejected + (there & ~good)
-            values[~good] = 0.0
+        if good.all():
+            return there
+        self.rejected = self.rejected + (there & ~good)
+        values[~good] = 0.0
         return good & there
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,16 @@ class Plan:
     """The rows of one step, for the whole batch; `rows` resolves any part of it, on any process."""
 
     def __init__(
-        self, step: int, weights: Vector, counts: Places, starts: Places, sizes: Places, keys: Keys, seed: int
+        self, step: int, units: Places, counts: Places, starts: Places, sizes: Places, keys: Keys, seed: int
     ) -> None:
-        self.step, self.weights, self.counts, self.starts = step, weights, counts, starts
+        self.step, self.units, self.counts, self.starts = step, units, counts, starts
         self.sizes, self.keys, self.seed = sizes, keys, seed
         self.events: tuple[str, ...] = ()
+
+    @cached_property
+    def weights(self) -> Vector:
+        """(K,) shares that the step follows, in whole parts of 2**-32."""
+        return self.units / ONE
 
     def rows(self, begin: int = 0, end: int | None = None) -> PlannedRows:
         """Places `begin` to `end` of the batch, by default all; a process asks for its own.
@@ -136,13 +142,16 @@ class Planner:
             )
         units = quantise(self.weights_of(step))
         draw = mix(mix(self.seed + OFFSET) + step * GOLDEN)
-        counts, events = self.limits.fit(units, resample(units, self.batch, draw), self.cursors, self.batch, draw)
+        counts, events = resample(units, self.batch, draw), ()
+        after = self.cursors + counts
+        if (after > self.limits.marks).any():
+            counts, events = self.limits.fit(units, counts, self.cursors, self.batch, draw)
+            after = self.cursors + counts
         slots = mix(mix(self.seed + SLOTS) + step * GOLDEN)
-        plan = Plan(step, units / ONE, counts, self.cursors, self.sizes, self.keys, slots)
+        plan = Plan(step, units, counts, self.cursors, self.sizes, self.keys, slots)
         plan.events = events
         self.made.append((step, units, self.cursors))
-        self.cursors = self.cursors + counts
-        self.step = step
+        self.cursors, self.step = after, step
         self.pending.pop(step, None)
         return plan
 

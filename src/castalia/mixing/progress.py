@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from castalia.core.errors import ConfigError
 from castalia.mixing.mixer import MIXERS, Mixer
-from castalia.mixing.simplex import Vector, normalise
+from castalia.mixing.simplex import Vector
 from castalia.mixing.stats import Stats
 
 FLAT = 1e-9
@@ -55,38 +55,83 @@ class Progress(Mixer):
         self.lately, self.last = self.prior.copy(), 0
         self.sums = np.zeros((7, len(self.sources))).T
         """Weights w, squares of w, and w times x, y, xx, xy, yy; x the logarithm of what is read, y the loss."""
+        self.trickle, self.base = np.maximum(0.001 * self.prior, 1e-200), self.least * self.prior
+        # Memory that every step uses again, and constants as vectors: an operation on these costs half.
+        self.wxy, self.new, self.work = (np.empty((rows, len(self.sources))) for rows in (3, 7, 6))
+        self.zero, self.tiny, self.narrow, self.few = (
+            np.full(len(self.sources), value) for value in (0.0, 1e-300, 1e-12, 1e-3)
+        )
+        self.loaded()
+
+    def loaded(self) -> None:
+        """A row of memory for each of the seven sums."""
+        self.by_sum = np.ascontiguousarray(self.sums.T)
+        self.sums = self.by_sum.T
 
     def update(self, stats: Stats) -> None:
         """Let the past fade, take in the step, and follow the slopes."""
         means, seen = self.losses(stats)
         tokens = np.where(seen, np.asarray(stats.tokens, np.float64), 0.0)
-        if tokens.sum() <= 0:
+        total = tokens.sum()
+        if total <= 0:
             return
-        drawn, past = tokens / tokens.sum(), self.last / stats.step
-        kept, fading, self.last = past**self.memory, past**self.recent, stats.step
-        self.lately = fading * self.lately + (1 - fading) * (0.999 * drawn + 0.001 * self.prior)
-        w, x, y = drawn, np.log(np.maximum(stats.step * self.lately, 1e-300)), means
-        wx, wy = w * x, w * y
-        sums = np.ascontiguousarray(self.sums.T) * kept  # a vector of all sources for each of the seven sums
-        sums[1] *= kept
-        for old, new in zip(sums, (w, w * w, wx, wy, wx * x, wx * y, wy * y), strict=True):
-            old += new
-        self.sums = sums.T
+        past, self.last = self.last / stats.step, stats.step
+        tokens /= total
+        self.take_in(tokens, means, past)
         slopes, pooled = self.slopes()
         if pooled > FLAT:
-            gate = np.minimum(np.maximum(slopes / (self.enough * pooled), 0.0), 1.0)
-            self.shares = (1 - self.least) * normalise(self.prior * gate) + self.least * self.prior
+            slopes /= self.enough * pooled
+            gate = np.minimum(np.maximum(slopes, self.zero, out=slopes), self.ones, out=slopes)
+            gate *= self.prior
+            passed = gate.sum()
+            if passed > 0:
+                gate *= (1 - self.least) / passed
+                gate += self.base
+                self.shares = gate
+
+    def take_in(self, w: Vector, y: Vector, past: float) -> None:
+        """The share read lately and the seven sums: the past fades, the step comes in."""
+        wxy, new, sums = self.wxy, self.new, self.by_sum
+        x, fading, kept = wxy[1], past**self.recent, past**self.memory
+        now = np.multiply(w, 0.999, out=x)
+        now += self.trickle
+        now *= 1 - fading
+        self.lately *= fading
+        self.lately += now
+        np.log(np.multiply(self.lately, self.last, out=x), out=x)
+        wxy[0], wxy[2], new[0] = w, y, w
+        np.multiply(wxy, w, out=new[1:4])
+        np.multiply(wxy[1:], new[2], out=new[4:6])
+        np.multiply(new[3], y, out=new[6])
+        sums *= kept
+        sums[1] *= kept
+        sums += new
 
     def slopes(self) -> tuple[Vector, float]:
         """Nats that a loss falls while what is read of its source grows e-fold: (K,), and of all sources together."""
-        w = self.sums.T[0]
-        ww, x, y, xx, xy, yy = self.sums.T[1:] / np.maximum(w, 1e-300)
-        spread, fall = np.maximum(xx - x * x, 1e-12), x * y - xy
-        pooled = float((w * fall).sum() / (w * spread).sum())
-        # (sum w)^2 / sum w^2 is the number of losses that count; ww is sum w^2 / sum w.
-        count = w / np.maximum(ww, 1e-300)
-        left = np.maximum(yy - y * y - fall * fall / spread, 0.0)
-        error = left / (spread * np.maximum(count - 2, 1e-3))
-        sure = pooled * pooled / np.maximum(pooled * pooled + self.caution**2 * error, 1e-300)
-        sure = np.where(count > 3, sure, 0.0)
-        return sure * fall / spread + (1 - sure) * pooled, pooled
+        sums, work = self.by_sum, self.work
+        w, central, free = sums[0], work[2:5], work[5]
+        means = np.divide(sums[2:4], np.maximum(w, self.tiny, out=free), out=work[:2])
+        np.multiply(means, sums[2], out=central[:2])
+        np.multiply(means[1], sums[3], out=central[2])
+        spread, rise, left = np.subtract(sums[4:], central, out=central)  # w times the variances of x, xy, y
+        np.maximum(spread, self.narrow, out=spread)
+        pooled = -float(rise.sum() / spread.sum())
+        slopes = rise / spread
+        rise *= slopes
+        left -= rise
+        np.maximum(left, self.zero, out=left)
+        # (sum w)^2 / sum w^2 is the number of losses that count.
+        count = np.multiply(w, w, out=free)
+        count /= np.maximum(sums[1], self.tiny, out=rise)
+        room = np.maximum(np.subtract(count, 2, out=rise), self.few, out=rise)
+        room *= spread
+        # left / room is the squared error e^2 of a slope, which is believed by p^2 / (p^2 + caution^2 e^2).
+        left *= self.caution**2 / max(pooled * pooled, 1e-200)
+        left += room
+        sure = np.divide(room, left, out=left)
+        if count.min() <= 3:
+            sure[count <= 3] = 0.0
+        slopes += pooled
+        slopes *= sure
+        return np.subtract(pooled, slopes, out=slopes), pooled
