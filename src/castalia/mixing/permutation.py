@@ -14,9 +14,15 @@ Keys = NDArray[np.uint64]
 Places = NDArray[np.int64]
 GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """The constants of SplitMix64."""
+SHIFT_30, SHIFT_27, SHIFT_31, TIMES_FIRST, TIMES_SECOND = (
+    np.array(number, np.uint64) for number in (30, 27, 31, FIRST, SECOND)
+)
+"""As arrays, which cost numpy less than numbers do."""
 MASK = (1 << 64) - 1
 ROUNDS, SMALL = 6, 16
 """Pairs of Feistel rounds, and the size up to which their orders would still be measurably uneven."""
+ROUND_KEYS = np.array([[number * GOLDEN & MASK] for number in range(2 * ROUNDS)], np.uint64)
+HALF = np.array(32, np.uint64)
 
 
 def mix(value: int) -> int:
@@ -29,9 +35,12 @@ def mix(value: int) -> int:
 
 def mix_all(values: Keys) -> Keys:
     """`mix` of every number."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(FIRST)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(SECOND)
-    return values ^ (values >> np.uint64(31))
+    out = values ^ (values >> SHIFT_30)
+    out *= TIMES_FIRST
+    out ^= out >> SHIFT_27
+    out *= TIMES_SECOND
+    out ^= out >> SHIFT_31
+    return out
 
 
 def number_of(text: str) -> int:
@@ -80,9 +89,9 @@ def rank(places: Places, sizes: Places, keys: Keys) -> Keys:
 def feistel(values: Keys, right: Keys, left_mask: Keys, right_mask: Keys, keys: Keys) -> Keys:
     """A keyed permutation of the numbers of as many bits as both masks have together."""
     left, low = values >> right, values & right_mask
-    for number in range(ROUNDS):
-        left = left ^ (mix_all(low + keys + np.uint64(2 * number * GOLDEN & MASK)) >> np.uint64(32) & left_mask)
-        low = low ^ (mix_all(left + keys + np.uint64((2 * number + 1) * GOLDEN & MASK)) >> np.uint64(32) & right_mask)
+    for first, second in (keys + ROUND_KEYS).reshape(ROUNDS, 2, -1):
+        left ^= mix_all(low + first) >> HALF & left_mask
+        low ^= mix_all(left + second) >> HALF & right_mask
     return (left << right) | low
 
 

@@ -142,7 +142,7 @@ class Planner:
             )
         units = quantise(self.weights_of(step))
         draw = mix(mix(self.seed + OFFSET) + step * GOLDEN)
-        counts, events = resample(units, self.batch, draw), ()
+        counts, events = resample(units, self.batch, draw), tuple[str, ...]()
         after = self.cursors + counts
         if (after > self.limits.marks).any():
             counts, events = self.limits.fit(units, counts, self.cursors, self.batch, draw)
