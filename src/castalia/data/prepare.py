@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from castalia.data.indexed import file_pair
 from castalia.data.preparing.assembly import Assembly
 from castalia.data.preparing.encoding import Encoder
 from castalia.data.preparing.engines import Work, run_parts
+from castalia.data.preparing.forms import LABELS, REWARDS, TOKENS, Output
 from castalia.data.preparing.inputs import InputFile, list_files
+from castalia.data.preparing.options import Options, form_of, has_pyarrow
 from castalia.data.preparing.parts import Job, PartRecord, encode_part
-from castalia.data.preparing.pieces import PART_BYTES, Part, Shard, in_order, parts_of
-from castalia.data.preparing.provenance import OWN, REJECTS
+from castalia.data.preparing.pieces import Part, Shard, in_order, parts_of
+from castalia.data.preparing.provenance import REJECTS
 from castalia.data.preparing.provenance import SUFFIX as DOCUMENTS
 from castalia.data.readers import require_text, texts_of
 from castalia.data.records import read_record
@@ -28,55 +29,6 @@ from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 OnProgress = Callable[[int, int], Any]
 """Told of bytes of the inputs that are done, and tokens that came of them."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a corpus is prepared.
-
-    `keys` hold the text; with several each gets an output of its own, PREFIX_KEY_document. `keep` names metadata for
-    the index of documents, `documents` whether there is one (None: if pyarrow is installed). `rows` is the most
-    documents to read. `reject` goes on after a bad document and writes it to PREFIX.rejects.jsonl. `fast` lets
-    gigatoken encode where it agrees with the tokenizer. `shard` is (i, n): share i, from 0, of n.
-    """
-
-    append_eod: bool = False
-    keys: tuple[str, ...] = ("text",)
-    keep: tuple[str, ...] = ()
-    ftfy: bool = False
-    rows: int | None = None
-    reject: bool = False
-    fast: bool = True
-    documents: bool | None = None
-    workers: int = 1
-    shard: tuple[int, int] = (0, 1)
-    engine: str = "local"
-    address: str | None = None
-    part_bytes: int = PART_BYTES
-
-    def check(self) -> None:
-        """Options that do not go together.
-
-        Raises  ConfigError listing all.
-        """
-        wrong = []
-        if not self.keys or len(set(self.keys)) != len(self.keys):
-            wrong.append(f"--key {', '.join(self.keys)}: give each key once")
-        if taken := sorted(set(self.keep) & set(OWN)):
-            wrong.append(f"--keep {', '.join(taken)}: the index has columns of that name; rename yours in the corpus")
-        if self.keep and (self.documents is False or not has_pyarrow()):
-            wrong.append("--keep needs the index of documents, and that pyarrow: pip install 'castalia[parquet]'")
-        if self.documents and not has_pyarrow():
-            wrong.append("--documents needs 'pyarrow', which is not installed: pip install 'castalia[parquet]'")
-        if self.ftfy and find_spec("ftfy") is None:
-            wrong.append("--ftfy needs 'ftfy', which is not installed: pip install 'castalia[ftfy]'")
-        index, count = self.shard
-        if not 0 <= index < count:
-            wrong.append(f"--shard {index}/{count}: shares count from 0, so 0/{count} to {count - 1}/{count}")
-        if self.rows is not None and count > 1:
-            wrong.append("--num-docs and --shard do not go together: no share knows what the others hold")
-        if wrong:
-            raise ConfigError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -127,14 +79,14 @@ def prepare(
     start, options = time.monotonic(), options or Options(**choices)
     options.check()
     files, prefix = list_files(inputs), str(file_pair(output)[0])[: -len(".bin")]
-    prefixes = outputs_of(prefix, options.keys)
-    refuse_to_overwrite(prefixes, [*(file.path for file in files if not file.remote), tokenizer])
-    refuse_another_shard(prefixes[0], options.shard)
     if train_vocab is not None:
-        chosen = train_on(files, options.keys, train_vocab, tokenizer)
+        chosen = train_on(files, options, train_vocab, tokenizer)
     else:
         chosen = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
     job = make_job(files, prefix, chosen, options)
+    prefixes = outputs_of(job)
+    refuse_to_overwrite(prefixes, [*(file.path for file in files if not file.remote), tokenizer])
+    refuse_another_shard(prefixes[0], options.shard)
     inputs_read = InputHashes(files)
     assembly = Assembly(job, prefixes)
     needless = False
@@ -209,7 +161,7 @@ class Run:
             raise DataError(failure)
         self.rows += record.rows
         if self.on_progress:
-            self.on_progress(sum(piece.disk for piece in part.pieces), sum(o["tokens"] for o in record.outputs))
+            self.on_progress(sum(piece.disk for piece in part.pieces), record.tokens(self.job.outputs))
 
 
 class InputHashes:
@@ -252,9 +204,15 @@ class InputHashes:
         return [{"path": f.path, "bytes": f.size, "sha256": found.get(i)} for i, f in enumerate(self.files)]
 
 
-def outputs_of(prefix: str, keys: Sequence[str]) -> list[str]:
-    """The prefix of each key's files; with several keys named as GPT-NeoX does."""
-    return [prefix] if len(keys) == 1 else [f"{prefix}_{key.replace(os.sep, '_')}_document" for key in keys]
+ENDS = {TOKENS: "document", LABELS: "label_document", REWARDS: "reward_document"}
+"""How GPT-NeoX names what is written for a key."""
+
+
+def outputs_of(job: Job) -> list[str]:
+    """The prefix of each output; with several keys, or conversations, named as GPT-NeoX does."""
+    if len(job.keys) == 1 and not job.form.named:
+        return [job.output]
+    return [f"{job.output}_{job.keys[one.key].replace(os.sep, '_')}_{ENDS[one.kind]}" for one in job.outputs]
 
 
 def make_job(files: list[InputFile], prefix: str, tokenizer: Tokenizer, options: Options) -> Job:
@@ -272,15 +230,8 @@ def make_job(files: list[InputFile], prefix: str, tokenizer: Tokenizer, options:
         reject=options.reject,
         fast=options.fast,
         documents=documents,
+        form=form_of(options, tokenizer),
     )
-
-
-def has_pyarrow() -> bool:
-    """Whether the index of documents can be written."""
-    try:
-        return find_spec("pyarrow") is not None
-    except ValueError:  # a module without a spec
-        return False
 
 
 def refuse_to_overwrite(prefixes: Iterable[str], sources: Iterable[Any]) -> None:
@@ -304,11 +255,15 @@ def refuse_another_shard(prefix: str, shard: tuple[int, int]) -> None:
         )
 
 
-def train_on(files: list[InputFile], keys: Sequence[str], vocab_size: int, path: Any) -> Tokenizer:
+def train_on(files: list[InputFile], options: Options, vocab_size: int, path: Any) -> Tokenizer:
     """A BPE trained on the files, not yet written. An equal file at `path` may stay, another is not replaced."""
+    if options.chat is not None:
+        raise ConfigError(
+            "--train-tokenizer learns from texts, not from --chat; train on text first, then name the tokenizer"
+        )
     if isinstance(path, Tokenizer) or os.fspath(path) == "bytes":
         raise ConfigError("training a tokenizer needs the path of a new tokenizer.json to write")
-    trained = train_bpe((text for key in keys for text in texts_of(files, key)), vocab_size, str(path))
+    trained = train_bpe((text for key in options.keys for text in texts_of(files, key)), vocab_size, str(path))
     if Path(path).exists() and Path(path).read_bytes() != trained.text.encode("utf-8"):
         raise ConfigError(
             f"{path} exists and is not what training on these inputs gives; remove it, name another file, or leave out"
@@ -328,15 +283,16 @@ def eod_of(tokenizer: Tokenizer) -> int:
 
 def summary(assembly: Assembly, prefix: str, start: float) -> Prepared:
     """What was done, from the parts."""
-    done = assembly.done
+    done, outputs = assembly.done, assembly.outputs
+    tokens = [i for i, output in enumerate(outputs) if output.kind == TOKENS]
     return Prepared(
         prefix=prefix,
-        documents=sum(output["documents"] for record in done for output in record.outputs),
-        tokens=sum(output["tokens"] for record in done for output in record.outputs),
+        documents=sum(record.outputs[i]["documents"] for record in done for i in tokens),
+        tokens=sum(record.outputs[i]["tokens"] for record in done for i in tokens),
         empty=sum(record.empty for record in done),
         rejected=sum(record.rejected for record in done),
         text_bytes=sum(record.text_bytes for record in done),
-        dtype=assembly.dtype.name,
+        dtype=outputs[0].dtype.name,
         vocab_size=assembly.job.tokenizer.vocab_size,
         seconds=time.monotonic() - start,
         by=", ".join(sorted({record.by for record in done})),
@@ -350,8 +306,12 @@ def describe(
 ) -> dict[str, Any]:
     """The record of one output: what was read, with which tokenizer, and what came out."""
     facts, job, records = asdict(done), assembly.job, assembly.done
-    seconds = facts.pop("seconds")
+    seconds, one = facts.pop("seconds"), assembly.outputs[output]
     del facts["prefixes"]
+    facts["dtype"] = one.dtype.name
+    if one.kind != TOKENS:  # a label may be -100, a reward anything
+        del facts["vocab_size"]
+        facts[f"{one.kind}_of"] = Path(assembly.prefixes[tokens_of(assembly.outputs, one)]).name
     facts["prefix"] = Path(assembly.prefixes[output]).name
     for name in ("documents", "tokens"):
         facts[name] = sum(record.outputs[output][name] for record in records)
@@ -359,10 +319,16 @@ def describe(
     return {
         **facts,
         "append_eod": job.eod_id is not None,
-        "key": job.keys[output],
+        "key": job.keys[one.key],
         "tokenizer": {"name": Path(tokenizer.where).name, "sha256": tokenizer.sha256, "eod_id": tokenizer.eod_id},
+        **job.form.facts,
         "inputs": inputs,
         **({"shard": list(options.shard)} if options.shard[1] > 1 else {}),
         "seconds": round(seconds, 3),
         "bin_sha256": assembly.digests[output].hexdigest(),
     }
+
+
+def tokens_of(outputs: Sequence[Output], one: Output) -> int:
+    """The number of the output whose tokens the labels or rewards of `one` belong to."""
+    return next(i for i, output in enumerate(outputs) if output.key == one.key and output.kind == TOKENS)

@@ -13,8 +13,9 @@ import numpy as np
 
 from castalia.core.errors import ConfigError
 from castalia.core.files import CHUNK_BYTES, atomic_write, cannot_write, sha256_of, write_json
-from castalia.data.indexed import best_dtype, write_index
+from castalia.data.indexed import write_index
 from castalia.data.preparing import provenance
+from castalia.data.preparing.forms import TOKENS
 from castalia.data.preparing.parts import Job, PartRecord, part_file, read_part_record
 from castalia.data.preparing.pieces import Part
 from castalia.data.preparing.rows import Fault, sentence
@@ -29,7 +30,7 @@ class Assembly:
 
     def __init__(self, job: Job, prefixes: Sequence[str]) -> None:
         self.job, self.prefixes, self.folder = job, list(prefixes), Path(job.folder)
-        self.dtype = best_dtype(job.tokenizer.vocab_size)
+        self.outputs = job.outputs
         self.done: list[PartRecord] = []
         self.pieces: list[list[list[Any]]] = []
         self.place: Any = None
@@ -67,7 +68,8 @@ class Assembly:
 
     def sizes(self, record: PartRecord) -> list[int]:
         """Bytes that a part adds to each output."""
-        return [output["tokens"] * self.dtype.itemsize for output in record.outputs]
+        counts = zip(record.outputs, self.outputs, strict=True)
+        return [count["tokens"] * output.dtype.itemsize for count, output in counts]
 
     def stands(self, record: PartRecord) -> bool:
         """Whether the next bytes of every whole are this part's; if so, they go into the digests."""
@@ -156,7 +158,7 @@ class Assembly:
         try:
             for i, (prefix, record) in enumerate(zip(self.prefixes, records, strict=True)):
                 written += [(self.whole(i), prefix + ".bin"), (self.write_idx(i), prefix + ".idx")]
-                if self.job.documents:
+                if self.job.documents and self.outputs[i].kind == TOKENS:
                     path = self.folder / f"whole.{i}.parquet"
                     with open(path, "wb") as file:
                         provenance.write_index(file, self.tables(i), self.job.wanted.kept)
@@ -172,7 +174,7 @@ class Assembly:
         """The .idx of one output."""
         path, count = self.folder / f"whole.{output}.idx", sum(r.outputs[output]["documents"] for r in self.done)
         with open(path, "wb") as file:
-            write_index(file, self.dtype, count, lambda: self.all_sizes(output))
+            write_index(file, self.outputs[output].dtype, count, lambda: self.all_sizes(output))
             file.flush()
             os.fsync(file.fileno())
         return path

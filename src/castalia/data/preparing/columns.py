@@ -117,8 +117,8 @@ def chosen_batches(file: InputFile, start: int, stop: int, names: Sequence[str])
                 yield piece.select(have)
 
 
-def check_columns(file: InputFile, form: str, keys: Sequence[str]) -> None:
-    """The file has the columns `keys`, each once and of strings.
+def check_columns(file: InputFile, form: str, keys: Sequence[str], strings: Sequence[str]) -> None:
+    """The file has the columns `keys`, each once, of which `strings` hold strings.
 
     Raises  DataError naming what it has.
     """
@@ -133,7 +133,7 @@ def check_columns(file: InputFile, form: str, keys: Sequence[str]) -> None:
                 count = schema.names.count(key)
                 raise DataError(f"{file.path}: {count} columns {key!r}; give each its own name")
             kind = schema.field(key).type
-            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+            if key in strings and kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise DataError(f"{file.path}: column {key!r} must hold strings, got {kind}")
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from castalia.core.extras import require
 from castalia.core.files import cannot_write, sha256_of
 from castalia.data.preparing.encoding import Encoder, MismatchError, with_ends
+from castalia.data.preparing.forms import TOKENS, Output, Texts
 from castalia.data.preparing.inputs import InputFile
 from castalia.data.preparing.pieces import Part
 from castalia.data.preparing.provenance import DocumentColumns
@@ -35,7 +36,7 @@ class Job:
     """All that decides the bytes of a part, and where they go. Pickles to worker processes.
 
     `folder` holds the parts; `output` stands in errors. `reject` lets a job go on after a bad document. `documents`
-    writes where each document came from.
+    writes where each document came from. `form` says what becomes of the documents.
     """
 
     tokenizer: Tokenizer
@@ -49,18 +50,24 @@ class Job:
     reject: bool = False
     fast: bool = True
     documents: bool = True
+    form: Texts = field(default_factory=Texts)
+
+    @property
+    def outputs(self) -> list[Output]:
+        """The token files that it writes."""
+        return self.form.outputs(self.keys, self.tokenizer)
 
     @property
     def settings(self) -> str:
         """What goes into each part's identity. `reject` does not: a part without a fault is the same either way."""
         said = [FORMAT, self.tokenizer.sha256, self.tokenizer.kind, self.eod_id, self.keys, self.keep]
-        return repr([*said, self.ftfy, self.documents])
+        return repr([*said, self.ftfy, self.documents, self.form])
 
     @property
     def wanted(self) -> Wanted:
         """What is taken of each document."""
         mend = require("ftfy", "ftfy", "--ftfy").fix_text if self.ftfy else None
-        return Wanted(self.keys, self.keep, mend)
+        return self.form.wanted(self.keys, self.keep, mend)
 
 
 @dataclass
@@ -85,9 +92,13 @@ class PartRecord:
     files: dict[str, str] = field(default_factory=dict)
     failed: tuple[int, Fault] | None = None
 
+    def tokens(self, outputs: Sequence[Output]) -> int:
+        """Tokens of the documents, labels and rewards not counted."""
+        return sum(count["tokens"] for count, one in zip(self.outputs, outputs, strict=True) if one.kind == TOKENS)
+
 
 def part_file(folder: str | os.PathLike[str], number: int, suffix: str) -> Path:
-    """A file of a part: `record.json`, `rejects.jsonl`, and `0.bin`, `0.sizes`, `0.parquet` for each key."""
+    """A file of a part: `record.json`, `rejects.jsonl`, and `0.bin`, `0.sizes`, `0.parquet` for each output."""
     return Path(folder) / f"{number:08d}.{suffix}"
 
 
@@ -98,8 +109,8 @@ class PartWriter:
         self.job, self.number, self.mark = job, number, uuid.uuid4().hex[:8]
         self.files: dict[str, IO[bytes]] = {}
         self.claimed: dict[str, Path] = {}
-        self.digests = [hashlib.sha256() for _ in job.keys]
-        self.counts = [[0, 0] for _ in job.keys]
+        self.digests = [hashlib.sha256() for _ in job.outputs]
+        self.counts = [[0, 0] for _ in job.outputs]
 
     def claim(self, suffix: str) -> Path:
         """The temporary name of a file that is to be kept."""
@@ -114,7 +125,7 @@ class PartWriter:
         self.files[suffix].write(data)
 
     def add(self, output: int, ids: NDArray[Any], sizes: NDArray[np.int64]) -> None:
-        """Append documents to one key's output."""
+        """Append documents to one output."""
         data = np.ascontiguousarray(ids).data
         self.write(f"{output}.bin", data)
         self.write(f"{output}.sizes", sizes.astype("<i4").data)
@@ -123,7 +134,7 @@ class PartWriter:
         self.counts[output][1] += len(ids)
 
     def outputs(self) -> list[dict[str, Any]]:
-        """Documents, tokens and hash of each key's output."""
+        """Documents, tokens and hash of each output."""
         return [
             {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
             for (documents, tokens), digest in zip(self.counts, self.digests, strict=True)
@@ -159,7 +170,7 @@ def encode_part(job: Job, part: Part, encoder: Encoder) -> PartRecord:
     while True:
         writer = PartWriter(job, part.number)
         try:
-            for suffix in (f"{i}.{kind}" for i in range(len(job.keys)) for kind in ("bin", "sizes")):
+            for suffix in (f"{i}.{kind}" for i in range(len(job.outputs)) for kind in ("bin", "sizes")):
                 writer.write(suffix, b"")
             record = fill(job, part, encoder, writer)
             record.by, record.slow, record.again = encoder.by, encoder.why_slow, again
@@ -177,7 +188,8 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
     """Write the documents of a part; the record says what they were."""
     record = PartRecord(part.number, part.identity, lines=[0] * len(part.pieces))
     filled = np.zeros(len(part.pieces), np.int64)
-    columns = [DocumentColumns(job.wanted.kept) for _ in job.keys] if job.documents else []
+    outputs, wanted = job.outputs, job.wanted
+    columns = {i: DocumentColumns(wanted.kept) for i, one in enumerate(outputs) if one.kind == TOKENS and job.documents}
 
     def reject(piece: int, fault: Fault) -> None:
         raw = fault.raw[:RAW_BYTES].decode("utf-8", "backslashreplace")
@@ -187,18 +199,21 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
 
     for places, rows in batches(read(job, part, record, reject)):
         record.rows += len(rows)
-        for i in range(len(job.keys)):
-            texts = [row.texts[i] for row in rows]
-            ids, sizes = encoder(texts)
-            full = sizes > 0
-            record.empty += len(sizes) - int(full.sum())
-            record.text_bytes += sum(map(len, texts))
-            ids, kept_sizes = with_ends(ids, sizes, job.eod_id)
-            writer.add(i, ids, kept_sizes)
-            filled += np.bincount(np.asarray(places)[full], minlength=len(filled))
-            if columns:
-                columns[i].add(places, rows, texts, full, kept_sizes)
-    for i, found in enumerate(columns):
+        for key in range(len(job.keys)):
+            texts = [row.texts[key] for row in rows]
+            streams = iter(job.form.encode(encoder, texts))
+            for i in (i for i, output in enumerate(outputs) if output.key == key):
+                ids, sizes = next(streams)
+                if outputs[i].kind == TOKENS:
+                    full = sizes > 0
+                    record.empty += len(sizes) - int(full.sum())
+                    record.text_bytes += sum(map(len, texts))
+                    filled += np.bincount(np.asarray(places)[full], minlength=len(filled))
+                ids, sizes = with_ends(ids, sizes, job.eod_id)
+                writer.add(i, ids, sizes)
+                if i in columns:
+                    columns[i].add(places, rows, texts, full, sizes)
+    for i, found in columns.items():
         found.write(writer.claim(f"{i}.parquet"))
     record.outputs, record.filled = writer.outputs(), filled.tolist()
     return record
@@ -245,13 +260,13 @@ def signed(record: dict[str, Any]) -> str:
     return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
-def read_part_record(folder: str | os.PathLike[str], number: int, keys: int) -> PartRecord | None:
+def read_part_record(folder: str | os.PathLike[str], number: int, outputs: int) -> PartRecord | None:
     """The record of a part that is there, and whose small files are as it says; else None."""
     try:
         text = part_file(folder, number, "record.json").read_text(encoding="utf-8")
         facts = json.loads(text.split("\n")[0])
         record = PartRecord(**facts)
-        if signed(facts) != text or record.number != number or len(record.outputs) != keys:
+        if signed(facts) != text or record.number != number or len(record.outputs) != outputs:
             return None
         same = all(sha256_of(part_file(folder, number, suffix)) == known for suffix, known in record.files.items())
     except (OSError, ValueError, TypeError):

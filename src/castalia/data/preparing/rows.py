@@ -70,6 +70,21 @@ class Wanted:
         """The metadata as `Row.kept` has it."""
         return (ID, *(name for name in self.keep if name != ID))
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The keys that must be there."""
+        return self.keys
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """Those of them that must hold text."""
+        return self.keys
+
+    @property
+    def takes_plain_text(self) -> bool:
+        """Whether a whole file can be a document."""
+        return len(self.keys) == 1
+
     def texts(self, values: dict[str, Any]) -> tuple[bytes, ...]:
         """The texts of a document as UTF-8.
 
@@ -85,16 +100,24 @@ class Wanted:
         text = values[key]
         if not isinstance(text, str):
             raise WrongError(f"{key!r} must be a string, got {'null' if text is None else type(text).__name__}")
-        try:
-            return (self.mend(text) if self.mend else text).encode("utf-8")
-        except UnicodeEncodeError:
-            raise WrongError(
-                f"{key!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
-            ) from None
+        return as_utf8(self.mend(text) if self.mend else text, repr(key))
 
     def metadata(self, values: dict[str, Any]) -> tuple[str | None, ...]:
         """The chosen metadata: strings as they are, the rest as JSON."""
         return tuple(as_text(values.get(name)) for name in self.kept)
+
+
+def as_utf8(text: str, where: str) -> bytes:
+    """A text as UTF-8.
+
+    Raises  WrongError if it holds half a character.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise WrongError(
+            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        ) from None
 
 
 def as_text(value: Any) -> str | None:
@@ -129,8 +152,8 @@ class PieceReader:
     def columns(self) -> Iterator[Row | Fault]:
         """Rows of Parquet or Arrow."""
         piece, wanted = self.piece, self.wanted
-        check_columns(self.file, piece.form, wanted.keys)
-        names = (*wanted.keys, *wanted.kept)
+        check_columns(self.file, piece.form, wanted.columns, wanted.strings)
+        names = (*wanted.columns, *wanted.kept)
         for values in column_rows(self.file, piece.form, piece.start, piece.stop, names):
             number, self.lines = self.lines, self.lines + 1
             try:
@@ -140,8 +163,8 @@ class PieceReader:
 
     def whole_text(self) -> Row | Fault:
         """The one document of a plain text."""
-        if len(self.wanted.keys) > 1:
-            return Fault(None, 0, f"{self.piece.where}: a plain text has no keys; give a single --key, or JSON lines")
+        if not self.wanted.takes_plain_text:
+            return Fault(None, 0, f"{self.piece.where}: a plain text has no keys; give JSON lines, or a single --key")
         data = self.piece.data
         if data is None:
             with self.file.open() as file:

@@ -1,17 +1,16 @@
 """The models of a server: every checkpoint of the runs it was given, in memory when asked for."""
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from castalia.checkpoint import complete_steps
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.manifest import step_name
 from castalia.core.errors import ConfigError, nearest
+from castalia.data.chat_template import ChatTemplate, read_chat_template
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import load
 from castalia.inference.server.scheduler import Scheduler
@@ -33,7 +32,7 @@ class Loaded:
     name: str
     model: LanguageModel
     scheduler: Scheduler
-    template: str | None
+    template: ChatTemplate | None
     """The tokenizer's chat template."""
 
 
@@ -120,7 +119,7 @@ class Pool:
             length=model.config.max_position_embeddings,
             most_waiting=self.options.most_waiting,
         )
-        return Loaded(name, model, scheduler, chat_template(Path(path)))
+        return Loaded(name, model, scheduler, read_chat_template(Path(path)))
 
     def close(self) -> None:
         """Finish what runs, and take no more."""
@@ -133,36 +132,3 @@ class Pool:
         """Texts that run and texts that wait, over all models."""
         schedulers = [loaded.scheduler for loaded in list(self.loaded.values())]
         return sum(len(one.jobs) for one in schedulers), sum(len(one.waiting) for one in schedulers)
-
-
-def chat_template(folder: Path) -> str | None:
-    """The Jinja template of a Hugging Face folder's tokenizer, or None."""
-    lone = folder / "chat_template.jinja"
-    if lone.is_file():
-        return lone.read_text(encoding="utf-8")
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    found: Any = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
-    return found if isinstance(found, str) else None
-
-
-def render_chat(template: str, messages: list[dict[str, str]], eos_token: str) -> str:
-    """The prompt that a chat template makes of a conversation, with the opening of the reply.
-
-    Raises  ConfigError if the template refuses the conversation.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, eos_token=eos_token, bos_token=eos_token
-        )
-    except TemplateError as error:
-        raise ConfigError(f"the chat template refuses this conversation: {error}") from None

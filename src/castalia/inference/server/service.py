@@ -14,7 +14,7 @@ from castalia.inference.sampling import Sampling
 from castalia.inference.server.answers import Answer, Made, sse
 from castalia.inference.server.limits import error_body
 from castalia.inference.server.measures import Measures
-from castalia.inference.server.pool import Loaded, NoTemplateError, Pool, render_chat
+from castalia.inference.server.pool import Loaded, NoTemplateError, Pool
 from castalia.inference.server.protocol import (
     ChatAnswer,
     ChatRequest,
@@ -91,7 +91,8 @@ class Service:
             raise NoTemplateError(f"{loaded.name} has no chat template: it is a base model; use /v1/completions")
         eod_id, tokenizer = loaded.model.eod_id, loaded.model.tokenizer
         eos = "" if eod_id is None or tokenizer is None else tokenizer.tokens()[eod_id]
-        prompt = render_chat(loaded.template, [message.model_dump() for message in body.messages], eos)
+        messages = [message.model_dump() for message in body.messages]
+        prompt = loaded.template.render(messages, reply=True, eos_token=eos, bos_token=eos)
         most = body.max_completion_tokens or body.max_tokens or ALL_THERE_IS
         answer = Answer(loaded.model, loaded.name, chat=True, top=(body.top_logprobs or 0) if body.logprobs else None)
         prompts: list[str | list[int]] = [prompt] * (body.n or 1)
