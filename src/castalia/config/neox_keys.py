@@ -124,7 +124,10 @@ ALIASES = {"gas": "gradient_accumulation_steps"}
 
 OFF: tuple[Any, ...] = (None, False)
 SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
-NO_PAIRS = "delete it: only next-token training on token files is there; use train_data_paths"
+NO_PAIRS = (
+    "delete it: there is next-token training alone; use train_data_paths, or read pairs and rewards with"
+    " castalia.data.PairwiseDataset and read_rewards"
+)
 OTHER_REWARDS = "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
 NO_MOE = "delete it: mixture-of-experts layers are not there; every layer is dense"
 
@@ -157,7 +160,7 @@ REFUSED: dict[str, Refused] = {
     "elasticity": Refused((*OFF, {}, {"enabled": False}), "delete it; any run resumes on another number of processes"),
     "autotuning": Refused((*OFF, {}, {"enabled": False}), "delete it; there is no autotuner"),
     "data_types": Refused((None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"),
-    "train_impl": Refused(("normal", None), "delete it; DPO, KTO, reward models and REINFORCE are not there"),
+    "train_impl": Refused(("normal", None), "write `normal`; DPO, KTO, reward models and REINFORCE are not there"),
     "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
     "data_impl": Refused(("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"),
     "weight_by_num_documents": Refused(OFF, "delete it and write the weights in train_data_weights"),
@@ -169,7 +172,6 @@ REFUSED: dict[str, Refused] = {
     "no_load_rng": Refused(OFF, "delete it; nothing random is left to restore"),
 } | dict.fromkeys(
     [
-        "test_label_data_paths",
         *(f"{part}_reward_data_paths" for part in ("train", "valid", "test")),
         *(
             f"{side}_{part}{kind}_data_paths"
@@ -238,7 +240,7 @@ IGNORED: dict[str, str] = {
         moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual moe_glu create_moe_param_group use_tutel""",
     "sources always have names here": "use_named_train_datasets use_named_eval_datasets",
     "train.eval_batches bounds the validation": "max_validation_samples_per_dataset",
-    "no test part during training": "test_data_paths test_data_weights",
+    "no test part during training": "test_data_paths test_data_weights test_label_data_paths",
     "generation and evaluation, which are commands of their own": """
         text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens prompt_end
         sample_input_file sample_output_file num_samples recompute eval_results_prefix eval_tasks""",

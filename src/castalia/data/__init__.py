@@ -10,9 +10,14 @@ from castalia.data.blending import blend
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import changed
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from castalia.data.labels import read_rewards
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
 from castalia.data.packed import PackedDataset, Piece
-from castalia.data.prepare import Options, Prepared, prepare
+from castalia.data.pairwise import PairwiseDataset
+from castalia.data.prepare import Prepared, prepare
+from castalia.data.preparing.chats import ChatOptions
+from castalia.data.preparing.fim import FimOptions
+from castalia.data.preparing.options import Options
 from castalia.data.readers import read_documents
 from castalia.data.rows import RowDataset, Rows, build_rows, check_vocab
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -24,12 +29,15 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORED",
     "Batch",
+    "ChatOptions",
     "DataConfig",
+    "FimOptions",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "NeoxOrder",
     "Options",
     "PackedDataset",
+    "PairwiseDataset",
     "Piece",
     "Prepared",
     "RowDataset",
@@ -44,6 +52,7 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "read_documents",
+    "read_rewards",
     "split_documents",
     "train_tokenizer",
     "weight_by_num_documents",

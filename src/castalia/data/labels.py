@@ -1,4 +1,5 @@
-"""Label files: one beside each token file, of the same lengths, -100 where a token is no target. As in GPT-NeoX."""
+"""Label files: one beside each token file, of the same lengths, -100 where a token is no target; reward files, of one
+number a document. As in GPT-NeoX."""
 
 import os
 from collections.abc import Sequence
@@ -43,6 +44,25 @@ def label_row(labels: IndexedDataset, pieces: Sequence[Piece], length: int) -> N
         row[filled : filled + count] = labels.get(document, start, count)
         filled += count
     return np.where(row < 0, NO_TARGET, row)
+
+
+def read_rewards(prefix: str | os.PathLike[str], dataset: IndexedDataset) -> NDArray[np.float32]:
+    """The reward of each document of a token file, (N,), out of a file with one number a document.
+
+    Raises  DataError naming the document if there is not one number for each, or one is not finite.
+    """
+    file = IndexedDataset(prefix)
+    if len(file) != len(dataset):
+        raise DataError(
+            f"{file.prefix} has {len(file)} rewards for the {len(dataset)} documents of {dataset.prefix}; make it again"
+        )
+    if len(wrong := np.flatnonzero(file.sizes != 1)):
+        count = file.sizes[wrong[0]]
+        raise DataError(f"{file.prefix}: document {wrong[0]} has {count} numbers, expected one reward a document")
+    found = np.fromiter((file[i][0] for i in range(len(file))), np.float32, len(file))
+    if len(wrong := np.flatnonzero(~np.isfinite(found))):
+        raise DataError(f"{file.prefix}: the reward of document {wrong[0]} is {found[wrong[0]]}, not a finite number")
+    return found
 
 
 def mask_before(

@@ -40,6 +40,8 @@ class PieceOrder:
     next one, if there is room; documents of a split count from 0; of `pack_until_overflow`, the row that is served
     first stands in the place of the last one. Otherwise documents keep GPT-NeoX's order, less empty ones.
 
+    Shapes  sizes (N,) tokens a document; documents (M,) the ones to use, all by default; left_out (N,) those that no
+            row is to have.
     Units   num_samples in rows; 0 takes each document once.
     Time    pack_until_overflow takes a step of Python a document.
     Raises  DataError if no document is left.
@@ -53,6 +55,7 @@ class PieceOrder:
         num_samples: int,
         seed: int,
         documents: NDArray[np.int32] | None = None,
+        left_out: NDArray[np.bool_] | None = None,
     ) -> None:
         used = np.arange(len(sizes)) if documents is None else np.asarray(documents, np.int64)
         self.seq_length, self.exact = config.seq_length, config.neox_exact
@@ -62,8 +65,11 @@ class PieceOrder:
         kept = lengths >= (0 if self.exact else 1)
         if not config.allow_chopped:
             kept &= lengths <= self.seq_length + 1
+        if left_out is not None:
+            kept &= ~left_out[used]
         if not kept.any():
-            reason = "" if config.allow_chopped else f" or longer than {self.seq_length + 1} tokens, which"
+            reason = "" if left_out is None else " or without a target"
+            reason += "" if config.allow_chopped else f" or longer than {self.seq_length + 1} tokens, which"
             reason += "" if config.allow_chopped else " data.allow_chopped=false leaves out"
             raise DataError(f"data.packing {config.packing}: all of {len(used)} documents are empty{reason}")
         build = {"pack_until_overflow": until_overflow, "unpacked": one_a_row, "best_fit": best_fit}[config.packing]
