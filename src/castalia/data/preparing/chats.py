@@ -5,7 +5,6 @@ Source  tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX, whose 
         in one token, of which it loses some.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -25,6 +24,7 @@ from castalia.data.tokenizer import Tokenizer
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 """Roles that ShareGPT files call otherwise."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+LARGEST = float(np.finfo(np.float32).max)
 Message = dict[str, Any]
 Ints = NDArray[Any]
 
@@ -202,14 +202,14 @@ def reward_of(value: Any, options: ChatOptions) -> float:
 
     Raises  WrongError if it is none.
     """
-    if options.binary and isinstance(value, bool | int | float) and not math.isnan(value):
+    if options.binary and isinstance(value, bool | int | float) and value == value:  # NaN is not itself
         return 1.0 if value else -1.0
     if isinstance(value, bool):
         raise WrongError(f"{options.reward!r} is {str(value).lower()}, not a number; --binary-reward makes it 1 or -1")
     if not isinstance(value, int | float):
         kind = "null" if value is None else type(value).__name__
         raise WrongError(f"{options.reward!r} must be a number, got {kind}")
-    if not abs(value) <= np.finfo(np.float32).max:
+    if not abs(value) <= LARGEST:
         raise WrongError(f"{options.reward!r} is {value}, which is no finite number of 32 bits")
     return float(value)
 

@@ -118,14 +118,13 @@ def make_fim(options: FimOptions, tokenizer: Tokenizer) -> Fim:
 
 
 def token_id(name: str, tokenizer: Tokenizer) -> int:
-    """The id of a token named by its text or as a number.
+    """The id of a token named by its text, or by a number, which is always an id.
 
     Raises  ConfigError if there is no such token.
     """
-    if name in tokenizer.ids:
-        return tokenizer.ids[name]
-    if name.isdecimal() and int(name) < tokenizer.vocab_size:
-        return int(name)
+    known = int(name) if name.isdecimal() else tokenizer.ids.get(name, tokenizer.vocab_size)
+    if known < tokenizer.vocab_size:
+        return known
     raise ConfigError(
         f"--fim-tokens: {name!r} is neither a token of {tokenizer.where} nor an id below {tokenizer.vocab_size}"
         f"{nearest(name, tokenizer.ids) if not name.isdecimal() else ''}"
