@@ -7,7 +7,7 @@ import pytest
 
 from castalia.core.allocator import resident_bytes
 from castalia.data.preparing import encoding
-from castalia.data.preparing.encoding import LATE_MARKS, Encoder, has_late_marks
+from castalia.data.preparing.encoding import Encoder, has_young, young_characters
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
@@ -15,7 +15,7 @@ TOKENIZER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20
 pytestmark = pytest.mark.skipif(
     not TOKENIZER.is_file(), reason="needs the shared 20B_tokenizer.json, which normalizes to NFC"
 )
-MARKS = [chr(i) for i in range(0x300, 0x20000) if unicodedata.combining(chr(i)) or LATE_MARKS.match(chr(i))]
+MARKS = [chr(i) for i in range(0x300, 0x20000) if unicodedata.combining(chr(i)) or young_characters()[i]]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def test_every_combining_mark(tokenizer, form):
 def test_gigatoken_alone_would_not_do(tokenizer):
     quick, _ = encoding.gigatoken(tokenizer)
     text = "a\u1ab0\u0897\u0316\u0301x"
-    assert quick([text.encode()])[0].tolist() != tokenizer.encode(text), "the two agree now: LATE can go"
-    assert has_late_marks(text.encode()) and not has_late_marks("é \u0301 中 🙂 שָׁ".encode())
+    assert quick([text.encode()])[0].tolist() != tokenizer.encode(text), "the two agree now: young_characters can go"
+    assert has_young(text.encode()) and not has_young("é \u0301 中 🙂 שָׁ".encode())
 
 
 def test_words_are_forgotten(tokenizer, monkeypatch):

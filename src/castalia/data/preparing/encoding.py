@@ -5,9 +5,10 @@ Source  gigatoken, github.com/marcelroed/gigatoken: byte-level BPE with a cache 
 
 import importlib
 import os
-import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -44,21 +45,36 @@ PROBES = (
 """Texts in which tokenizers differ: contractions, spaces, digits, scripts, forms that Unicode makes one."""
 
 ASCII = bytes(range(128))
-LATE = (
-    "07FD 0897-089F 08CA-08D3 09FE 0C3C 0D3B-0D3C 0EBA 1715 1ABF-1AEB 1DF6-1DFA A82C 105C0-105FF 10D24-10D27"
-    " 10D69-10D6D 10EAB-10EAC 10EFA-10EFF 10F46-10F50 10F82-10F85 11070 1133B 11380-113FF 1145E 11839-1183A 11900-1195F"
-    " 119E0 11A34 11A47 11A99 11D42-11D45 11D97 11F41-11F42 16100-1613F 16D40-16D7F 16FF0-16FF1 1E08F 1E130-1E136"
-    " 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF 1E6E3-1E6F5"
-)
-"""Combining marks, and scripts with characters that NFC joins, which came into Unicode after version 9, in hexadecimal.
-tokenizers' tables are of that version and gigatoken's are newer: each orders and joins these in its own way. What was
-in Unicode before is frozen (unicode.org/policies/stability_policy.html)."""
-LATE_MARKS = re.compile("[" + re.sub(r"[0-9A-F]+", lambda found: chr(int(found[0], 16)), LATE).replace(" ", "") + "]")
+OLDEST = unicodedata.ucd_3_2_0
+"""No table of Unicode in use is older, and what NFC and NFKC make of its characters never changes
+(unicode.org/policies/stability_policy.html)."""
+LOOK_BYTES = 1 << 18
 
 
-def has_late_marks(text: bytes) -> bool:
-    """Whether a text of UTF-8 has any of these. Looked for in what is not ASCII alone: the search is slow."""
-    return not text.isascii() and LATE_MARKS.search(text.translate(None, ASCII).decode("utf-8")) is not None
+@lru_cache(maxsize=1)
+def young_characters() -> NDArray[np.bool_]:
+    """Which characters (0x110000,) the tables of gigatoken and of tokenizers, of different versions of Unicode, may
+    take otherwise: letters, marks, digits and compositions younger than any table, and those that are none yet."""
+    young = np.zeros(0x110000, bool)
+    young[0x40000:0xF0000] = True  # planes without letters so far
+    for i in range(0x80, 0x40000):
+        character = chr(i)
+        if OLDEST.category(character) == "Cn":
+            kind = unicodedata.category(character)
+            young[i] = kind[0] in "LMN" or kind == "Cn" or unicodedata.decomposition(character) != ""
+    return young
+
+
+def has_young(text: bytes) -> bool:
+    """Whether a text of UTF-8 has such characters."""
+    if text.isascii():
+        return False
+    text = text.translate(None, ASCII)
+    for start in range(0, len(text), LOOK_BYTES):
+        piece = text[start : start + LOOK_BYTES + 3].decode("utf-8", "ignore")  # 3 bytes more: no character is missed
+        if young_characters()[np.frombuffer(piece.encode("utf-32-le"), "<u4")].any():
+            return True
+    return False
 
 
 class MismatchError(Exception):
@@ -93,8 +109,8 @@ class Encoder:
         """Ids and their number for each text of UTF-8."""
         if self.quick is None or not texts:
             return self.reference(texts)
-        if self.quick is not bytes_as_ids and any(marked := [has_late_marks(text) for text in texts]):
-            return self.mixed(texts, marked)
+        if self.quick is not bytes_as_ids and any(young := [has_young(text) for text in texts]):
+            return self.mixed(texts, young)
         ids, sizes = self.quick(texts)
         if self.quick is not bytes_as_ids:
             self.compare(texts, ids, sizes)
@@ -108,12 +124,12 @@ class Encoder:
             self.quick, self.why_slow = gigatoken(self.tokenizer)
             self.start_bytes = resident_bytes()
 
-    def mixed(self, texts: Sequence[bytes], marked: Sequence[bool]) -> Encoded:
-        """Texts with late marks by the tokenizer, the others by the quick way, in their order."""
-        plain = [text for text, mark in zip(texts, marked, strict=True) if not mark]
-        parts = [self(plain), self.reference([text for text, mark in zip(texts, marked, strict=True) if mark])]
+    def mixed(self, texts: Sequence[bytes], young: Sequence[bool]) -> Encoded:
+        """Texts with young characters by the tokenizer, the others by the quick way, in their order."""
+        plain = [text for text, is_young in zip(texts, young, strict=True) if not is_young]
+        parts = [self(plain), self.reference([text for text, is_young in zip(texts, young, strict=True) if is_young])]
         pieces = [iter(np.split(ids, np.cumsum(sizes)[:-1])) if len(sizes) else iter(()) for ids, sizes in parts]
-        found = [next(pieces[mark]) for mark in marked]
+        found = [next(pieces[is_young]) for is_young in young]
         return np.concatenate(found).astype(self.dtype, copy=False), np.array([len(ids) for ids in found], np.int64)
 
     def slow(self) -> "Encoder":
