@@ -159,6 +159,8 @@ class Exp3(Bandit):
         scale: float = 0.1,
     ) -> None:
         super().__init__(sources, prior=prior, eps=eps)
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"scale: expected > 0, got {scale}; 0.1 is the code's")
         self.scale = scale
         self.reward = np.zeros(len(self.sources))
 

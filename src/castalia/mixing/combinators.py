@@ -155,7 +155,8 @@ class EpochCap(Timed):
 
     def update(self, stats: Stats) -> None:
         """Count what was read, then cap."""
-        self.read = self.read + vector(stats.tokens, len(self.sources), "tokens", stats.step)
+        tokens = vector(stats.tokens, len(self.sources), "tokens", stats.step)
+        self.read = self.read + np.where(np.isfinite(tokens), tokens, 0.0)
         super().update(stats)
 
     def report(self) -> dict[str, float]:
@@ -210,6 +211,8 @@ class Freeze(Timed):
     kind = "freeze"
 
     def __init__(self, inner: Mixer, *, after: int) -> None:
+        if after < 0:
+            raise ConfigError(f"freeze_after: expected a step >= 0, got {after}")
         self.after = after
         super().__init__(inner)
 

@@ -36,6 +36,8 @@ class Limits:
     """How many rows each source may give, and what was said about it."""
 
     def __init__(self, sources: Sequence[str], sizes: Places, exhaustion: str | Mapping[str, str]) -> None:
+        if not isinstance(exhaustion, str | Mapping):
+            raise ConfigError(f"exhaustion: expected a policy, or policies by source, got {exhaustion!r}")
         policies = {} if isinstance(exhaustion, str) else dict(exhaustion)
         unknown = [name for name in policies if name not in sources]
         if unknown:

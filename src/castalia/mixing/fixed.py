@@ -91,7 +91,7 @@ class Temperature(Sized):
         super().__init__(sources, sizes=sizes, prior=prior)
         if not temperature > 0:
             raise ConfigError(f"temperature: expected > 0, got {temperature}; 1 is natural, larger is more uniform")
-        self.shares = normalise(normalise(self.sizes) ** (1 / temperature))
+        self.shares = normalise((self.sizes / self.sizes.max()) ** (1 / temperature))
 
 
 @MIXERS.register("unimax")
@@ -118,7 +118,9 @@ class Unimax(Sized):
     ) -> None:
         super().__init__(sources, sizes=sizes, prior=prior)
         if budget is None or not budget > 0:
-            raise ConfigError(f"mixer 'unimax' needs budget=, the tokens of the whole run, got {budget}")
+            raise ConfigError(f"mixer 'unimax' needs budget= or horizon=, the tokens of the whole run, got {budget}")
+        if not max_epochs > 0:
+            raise ConfigError(f"unimax: expected max_epochs > 0, got {max_epochs}")
         most = max_epochs * self.sizes
         if most.sum() < budget * (1 - 1e-9):
             raise ConfigError(

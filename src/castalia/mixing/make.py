@@ -14,14 +14,19 @@ from castalia.mixing.simplex import by_source, check_sources, normalise, read_sh
 
 ODM_MAX_SHARE = 0.5
 """Largest share under `odm` unless told otherwise, from four sources on: noise has a high loss for ever."""
+AROUND = [
+    "warmup_steps", "update_every", "weight_smoothing", "floor", "max_share", "epoch_cap", "horizon", "freeze_after",
+    "allow_empty",
+]  # fmt: skip
+"""Options that every mixer has."""
 VECTORS = ("target", "reference")
 """Options with one number a source."""
 
 
 def make_mixer(
     name: str,
-    *,
     sources: Sequence[str],
+    *,
     prior: ArrayLike | Mapping[str, float] | None = None,
     sizes: ArrayLike | Mapping[str, float] | None = None,
     warmup_steps: int = 0,
@@ -43,7 +48,7 @@ def make_mixer(
     update_every      steps between updates.
     weight_smoothing  the past's part in a running mean of the shares.
     floor             mass of all floors together. max_share: largest share; for `odm` 0.5 from four sources on.
-    epoch_cap         most passes over a source in a run of `horizon` tokens.
+    epoch_cap         most passes over a source in a run of `horizon` tokens, which are unimax's budget too.
     freeze_after      step after which the shares stand.
     allow_empty       sources of size 0 get weight 0 and count nowhere; otherwise they are an error.
     options           the mixer's own: smoothing, eps, target, reference, temperature, ...
@@ -55,11 +60,17 @@ def make_mixer(
     keep = filled(names, sizes, allow_empty)
     inside = [names[i] for i in keep]
     start = normalise(read_shares(prior, names)[keep])
-    given = {key: by_source(value, names, key)[keep] if key in VECTORS else value for key, value in options.items()}
+    vectors = {key for key in VECTORS if options.get(key) is not None}
+    given = {key: by_source(value, names, key)[keep] if key in vectors else value for key, value in options.items()}
     lengths = None if sizes is None else read_sizes(sizes, names)[keep]
     if "sizes" in inspect.signature(kind).parameters:
         given["sizes"] = lengths
-    mixer = kind(inside, prior=start, **given)
+    if name == "unimax":
+        given.setdefault("budget", horizon)
+    try:
+        mixer: Mixer = kind(inside, prior=start, **given)
+    except TypeError as error:
+        raise ConfigError(f"mixer {name!r}: an option is of the wrong type: {error}") from error
     if max_share is None and name == "odm":
         max_share = ODM_MAX_SHARE if len(inside) >= 4 else 1.0
     mixer = Every(mixer, steps=update_every) if update_every != 1 else mixer
@@ -85,7 +96,7 @@ def check_options(name: str, kind: type[Mixer], options: Mapping[str, Any]) -> N
     for key in options:
         if key not in have:
             menu = ", ".join(have) or "none"
-            raise ConfigError(f"mixer {name!r} has no option {key!r}; its own: {menu}{nearest(key, have)}")
+            raise ConfigError(f"mixer {name!r} has no option {key!r}; its own: {menu}{nearest(key, have + AROUND)}")
 
 
 def filled(names: Sequence[str], sizes: ArrayLike | Mapping[str, float] | None, allow_empty: bool) -> list[int]:

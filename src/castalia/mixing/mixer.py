@@ -1,5 +1,6 @@
 """`Mixer`: what every mixer is. It turns losses into shares, and knows no random numbers and no data."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ class Mixer:
 
         Raises  TrainingError if a vector has the wrong length or the step does not follow.
         """
+        if stats.step < 1:
+            raise TrainingError(f"mixer {self.kind!r} got the stats of step {stats.step}; steps count from 1")
         if stats.step <= self.step:
             raise TrainingError(
                 f"mixer {self.kind!r} has seen step {self.step} and got the stats of step {stats.step};"
@@ -76,6 +79,8 @@ class Mixer:
         count = len(self.sources)
         tokens = vector(stats.tokens, count, "tokens", stats.step)
         means = vector(stats.loss_sum, count, "loss_sum", stats.step) / np.maximum(tokens, self.ones)
+        if not math.isfinite(tokens.dot(tokens)):
+            means[~np.isfinite(tokens)] = np.nan  # so that the source counts as refused
         return means, self.usable(means, tokens > 0)
 
     def usable(self, values: Vector, there: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -98,6 +103,8 @@ class Mixer:
         on_removed  "drop" forgets a source that only the state has.
         Raises      CheckpointError, by default also if the sources differ, naming them.
         """
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"the state of mixer {self.kind!r} is damaged: it is {type(state).__name__}")
         if state.get("kind") != self.kind:
             raise CheckpointError(
                 f"the state is of mixer {state.get('kind')!r}, this run has {self.kind!r};"

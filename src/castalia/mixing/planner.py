@@ -1,7 +1,8 @@
 """`Planner`: which rows each step reads, as a pure function of the seed and the shares."""
 
+import operator
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,7 +31,7 @@ from castalia.mixing.stats import Stats
 
 SLOTS, OFFSET = 0x51075, 0x0FF5E7
 """Tell the two uses of a step's key apart."""
-MOST_ROWS = 1 << 29
+MOST_ROWS, MOST_SIZE = 1 << 29, 1 << 53
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Plan:
 
         The batch is shuffled by (seed, step), so every part holds a mixture.
         """
+        if begin < 0:
+            raise TrainingError(f"plan.rows({begin}, {end}): expected places from 0 up to the rows of the batch")
         edges = self.counts.cumsum()
         total = int(edges[-1])
         places = np.arange(begin, total if end is None else min(end, total))
@@ -106,7 +109,8 @@ class Planner:
         keep: int = 64,
     ) -> None:
         self.mixer, self.sources = mixer, mixer.sources
-        self.sizes = read_sizes(sizes, self.sources).astype(np.int64)
+        self.sizes = whole_sizes(sizes, self.sources)
+        rows, seed, lag = whole(rows, "rows"), whole(seed, "seed"), whole(lag, "lag")
         if not 0 < rows <= MOST_ROWS or lag < 0:
             raise ConfigError(f"planner: expected 0 < rows <= {MOST_ROWS} and lag >= 0, got rows {rows} and lag {lag}")
         if not allow_empty and self.sizes.min() < 1:
@@ -136,6 +140,7 @@ class Planner:
         Raises  ExhaustionError where the sources may not give a whole batch any more; TrainingError if the step is
                 not the next one or the stats that it follows are missing.
         """
+        step = operator.index(step)
         if step != self.step + 1:
             raise TrainingError(
                 f"plan({step}): the next step to plan is {self.step + 1}; a resumed run loads the planner's state first"
@@ -213,26 +218,30 @@ class Planner:
         allow_changed  other sizes of known sources are no error: their rows are not those of the run before.
         Raises         CheckpointError if seed, lag, sizes or, without a policy for them, the sources differ.
         """
-        rows = state.get("sources")
-        if state.get("format") != 1 or not isinstance(rows, Mapping):
-            raise CheckpointError(f"a planner's state of format 1 is expected, got format {state.get('format')!r}")
+        rows = state.get("sources") if isinstance(state, Mapping) else None
+        if not isinstance(rows, Mapping) or state.get("format") != 1:
+            found = f"format {state.get('format')!r}" if isinstance(state, Mapping) else type(state).__name__
+            raise CheckpointError(f"a planner's state of format 1 is expected, got {found}")
         for name, mine in (("seed", self.seed), ("lag", self.lag)):
             if state.get(name) != mine:
                 raise CheckpointError(
                     f"the planner's state has {name} {state.get(name)}, this run {mine}; keep the old one"
                 )
         kept, new = compare(self.sources, rows, on_new=on_new, on_removed=on_removed)
-        self.check_sizes(rows, kept, allow_changed)
-        self.mixer.load_state_dict(state["mixer"], on_new=on_new, on_removed=on_removed)
-        self.step = int(state["step"])
-        self.cursors = np.zeros(len(self.sources), np.int64)
-        self.cursors[kept] = [rows[self.sources[i]]["read"] for i in kept]
-        self.made.clear()
-        self.limits.forget()
-        self.await_first(self.step)
-        if not new and len(kept) == len(rows):
-            vectors = np.array([rows[name]["weights"] for name in self.sources], np.float64)
-            self.pending = {int(step): vectors[:, place] for place, step in enumerate(state["weights_of"])}
+        try:
+            self.check_sizes(rows, kept, allow_changed)
+            self.mixer.load_state_dict(state["mixer"], on_new=on_new, on_removed=on_removed)
+            self.step = int(state["step"])
+            self.cursors = np.zeros(len(self.sources), np.int64)
+            self.cursors[kept] = [rows[self.sources[i]]["read"] for i in kept]
+            self.made.clear()
+            self.limits.forget()
+            self.await_first(self.step)
+            if not new and len(kept) == len(rows):
+                vectors = np.array([rows[name]["weights"] for name in self.sources], np.float64)
+                self.pending = {int(step): vectors[:, place] for place, step in enumerate(state["weights_of"])}
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"the planner's state is damaged: {error!r}") from None
 
     def check_sizes(self, rows: Mapping[str, Any], kept: list[int], allow_changed: bool) -> None:
         """Raise CheckpointError if a source has other rows than the state says."""
@@ -243,3 +252,27 @@ class Planner:
                     f"source {name!r} has {size} rows, the state was made with {rows[name]['size']};"
                     " bring the old data back, or allow changed data"
                 )
+
+
+def whole(number: Any, what: str) -> int:
+    """A whole number as Python's own, which states and keys need.
+
+    Raises  ConfigError.
+    """
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise ConfigError(f"planner: {what}: expected a whole number, got {number!r}") from None
+
+
+def whole_sizes(sizes: ArrayLike | Mapping[str, float], sources: Sequence[str]) -> Places:
+    """Rows of each source, (K,) int64.
+
+    Raises  ConfigError for one that is not a whole number from 0 to 2**53, which is what a permutation can do.
+    """
+    found = read_sizes(sizes, sources)
+    wrong = np.flatnonzero((found % 1 != 0) | (found > MOST_SIZE))
+    if len(wrong):
+        name, size = sources[int(wrong[0])], found[wrong[0]]
+        raise ConfigError(f"sizes: source {name!r} has {size:g} rows; expected a whole number up to 2**53")
+    return found.astype(np.int64)

@@ -20,6 +20,9 @@ def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
     names = tuple(sources)
     if not names or isinstance(sources, str):
         raise ConfigError(f"sources: expected a list of at least one name, got {sources!r}")
+    wrong = [name for name in names if not isinstance(name, str) or not name]
+    if wrong:
+        raise ConfigError(f"sources: {wrong[0]!r} is no name; a state is keyed by them, so write each as text")
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise ConfigError(f"sources: {', '.join(map(repr, twice))} named more than once; give each source its own name")
@@ -41,7 +44,10 @@ def by_source(values: ArrayLike | Mapping[str, float], sources: Sequence[str], w
         if missing:
             raise ConfigError(f"{what}: nothing for source {missing[0]!r}; give one number a source")
         values = [values[name] for name in sources]
-    vector = np.array(values, dtype=np.float64)
+    try:
+        vector = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: expected {len(sources)} numbers, one a source: {error}") from None
     if vector.shape != (len(sources),):
         raise ConfigError(f"{what}: expected {len(sources)} numbers, one a source, got shape {vector.shape}")
     if not np.isfinite(vector).all():

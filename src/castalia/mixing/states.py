@@ -81,6 +81,10 @@ def column(
     if not kept:
         return fresh
     loaded = np.array([rows[sources[i]][name] for i in kept], dtype=fresh.dtype)
+    if not np.isfinite(loaded).all():
+        raise ValueError(
+            f"{name} of {sources[kept[int(np.argmin(np.isfinite(loaded).reshape(len(kept), -1).all(1)))]]}"
+        )
     if len(kept) == len(sources):
         return loaded
     shape = (len(sources), *loaded.shape[1:])

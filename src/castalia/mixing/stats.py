@@ -1,5 +1,6 @@
 """What a training step tells a mixer."""
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,13 +30,26 @@ class Stats:
     excess_sum: ArrayLike | None = None
     """(K,) sum over tokens of max(loss - reference loss, 0); for doremi, exact where the two sums above are not."""
 
+    def __post_init__(self) -> None:
+        """The step as a plain number, since it goes into states."""
+        try:
+            self.step = operator.index(self.step)
+        except TypeError:
+            raise TrainingError(f"Stats.step: expected a whole number, 1 the first step, got {self.step!r}") from None
+
 
 def vector(values: ArrayLike, count: int, what: str, step: int) -> NDArray[np.float64]:
     """One number a source as float64.
 
     Raises  TrainingError if there are not `count`.
     """
-    found = np.asarray(values, np.float64)
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        raise TrainingError(
+            f"step {step}: Stats.{what} is {type(values).__name__} {str(values)[:60]}; expected {count} numbers, one a"
+            " source, in the order of the mixer's sources"
+        ) from None
     if found.shape != (count,):
         raise TrainingError(f"step {step}: Stats.{what} has shape {found.shape}; expected ({count},), one a source")
     return found

@@ -23,7 +23,7 @@ class Multiplicative(Mixer):
         least: float = 1e-3,
     ) -> None:
         super().__init__(sources, prior=prior)
-        if not 0 <= least <= 1 or not rate > 0:
+        if not 0 <= least <= 1 or not 0 < rate < np.inf:
             raise ConfigError(f"mixer {self.kind!r}: expected 0 <= least <= 1 and rate > 0, got {least} and {rate}")
         self.rate, self.least = rate, least
 
