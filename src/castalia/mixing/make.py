@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from castalia.core.errors import ConfigError, nearest
 from castalia.mixing.combinators import Clip, EpochCap, Every, Floor, Freeze, Smooth, Warmup, Within
 from castalia.mixing.mixer import MIXERS, Mixer
-from castalia.mixing.simplex import by_source, check_sources, normalise, read_shares, read_sizes
+from castalia.mixing.simplex import Vector, by_source, check_sources, normalise, read_shares, read_sizes
 
 ODM_MAX_SHARE = 0.5
 """Largest share under `odm` unless told otherwise, from four sources on: noise has a high loss for ever."""
@@ -55,24 +55,13 @@ def make_mixer(
 
     Raises  ConfigError for an unknown name or option, or a value out of range.
     """
-    kind, names = MIXERS[name], check_sources(sources)
-    check_options(name, kind, options)
+    names = check_sources(sources)
     keep = filled(names, sizes, allow_empty)
-    inside = [names[i] for i in keep]
-    start = normalise(read_shares(prior, names)[keep])
-    vectors = {key for key in VECTORS if options.get(key) is not None}
-    given = {key: by_source(value, names, key)[keep] if key in vectors else value for key, value in options.items()}
     lengths = None if sizes is None else read_sizes(sizes, names)[keep]
-    if "sizes" in inspect.signature(kind).parameters:
-        given["sizes"] = lengths
-    if name == "unimax":
-        given.setdefault("budget", horizon)
-    try:
-        mixer: Mixer = kind(inside, prior=start, **given)
-    except TypeError as error:
-        raise ConfigError(f"mixer {name!r}: an option is of the wrong type: {error}") from error
+    start = normalise(read_shares(prior, names)[keep])
+    mixer = bare(name, names, keep, start, lengths, horizon, options)
     if max_share is None and name == "odm":
-        max_share = ODM_MAX_SHARE if len(inside) >= 4 else 1.0
+        max_share = ODM_MAX_SHARE if len(keep) >= 4 else 1.0
     mixer = Every(mixer, steps=update_every) if update_every != 1 else mixer
     mixer = Smooth(mixer, past=weight_smoothing) if weight_smoothing else mixer
     mixer = Floor(mixer, total=floor) if floor else mixer
@@ -88,6 +77,33 @@ def make_mixer(
     mixer.settings |= {"weight_smoothing": weight_smoothing, "max_share": max_share, "epoch_cap": epoch_cap}
     mixer.settings |= {key: value for key, value in options.items() if isinstance(value, int | float | str | bool)}
     return mixer
+
+
+def bare(
+    name: str,
+    names: Sequence[str],
+    keep: Sequence[int],
+    prior: Vector,
+    lengths: Vector | None,
+    horizon: float | None,
+    options: Mapping[str, Any],
+) -> Mixer:
+    """The mixer itself, over the sources at the places `keep`.
+
+    Raises  ConfigError if there is no such mixer or option, or its value is out of range.
+    """
+    kind = MIXERS[name]
+    check_options(name, kind, options)
+    vectors = {key for key in VECTORS if options.get(key) is not None}
+    given = {key: by_source(value, names, key)[keep] if key in vectors else value for key, value in options.items()}
+    if "sizes" in inspect.signature(kind).parameters:
+        given["sizes"] = lengths
+    if name == "unimax":
+        given.setdefault("budget", horizon)
+    try:
+        return kind([names[i] for i in keep], prior=prior, **given)
+    except TypeError as error:
+        raise ConfigError(f"mixer {name!r}: an option is of the wrong type: {error}") from error
 
 
 def check_options(name: str, kind: type[Mixer], options: Mapping[str, Any]) -> None:
