@@ -151,3 +151,38 @@ def test_processes_from_the_shell(run, tmp_path):
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("x: 9,000 documents, ")
     assert bytes(IndexedDataset(tmp_path / "x")[8999].tolist()) == b"document 8999"
+
+
+def test_conversations(run, tmp_path):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    pair = [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": pair, "score": 0.5}) + "\n")
+    words = ["c.jsonl", "--tokenizer", "bytes", "--output", "o", "--chat-template", "t.jinja"]
+    code, out, _ = run(*words, "--chat", "messages", "--reward-key", "score")
+    assert code == 0
+    assert out.startswith("o_messages_document, o_messages_label_document, o_messages_reward_document: 1 documents, 8")
+    labels = IndexedDataset(tmp_path / "o_messages_label_document")[0].tolist()
+    assert labels == [-100] * 5 + [ord("2"), ord("\n"), 256]
+    assert IndexedDataset(tmp_path / "o_messages_reward_document")[0].tolist() == [0.5]
+    assert run(*words, "--chat", "messages", "--generation-role", "user,assistant")[0] == 0
+    assert -100 not in IndexedDataset(tmp_path / "o_messages_label_document")[0]
+    code, _, err = run(*words, "--only-last")
+    assert (code, err) == (
+        2,
+        "castalia: error: options about conversations need --chat KEY, the key of their messages\n",
+    )
+    code, _, err = run(*words, "--chat", "messages", "--key", "q")
+    assert code == 2 and "--key names texts and --chat conversations; give one of the two" in err
+    code, _, err = run(*words, "--chat", "message")
+    assert code == 1
+    assert "c.jsonl:1: no key 'message'; have: messages, score; did you mean 'messages'?; name the right one" in err
+
+
+def test_fill_in_the_middle(run, tmp_path):
+    words = ["a.jsonl", "--tokenizer", "bytes", "--output", "o", "--fim-tokens", "1,2,3"]
+    assert run(*words, "--fim-rate", "1", "--spm-rate", "1", "--fim-seed", "4", "--fim-epoch", "2")[0] == 0
+    assert [document[:2].tolist() for document in IndexedDataset(tmp_path / "o")[:]] == [[1, 3]] * 2
+    code, _, err = run(*words)
+    assert (code, err) == (2, "castalia: error: options about filling in the middle need --fim-rate SHARE\n")
+    code, _, err = run(*words, "--fim-rate", "1", "--chat", "text")
+    assert code == 2 and "--chat and --fim-rate do not go together" in err

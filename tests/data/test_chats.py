@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import ChatOptions, DataConfig, IndexedDataset, build_rows, load_tokenizer, prepare, read_rewards
 from castalia.data.chat_template import ChatTemplate, read_chat_template
+from castalia.data.preparing import chats as chats_module
 from castalia.data.preparing.provenance import read_provenance
 from castalia.data.verify import verify
 
@@ -229,7 +231,7 @@ def test_wrong_messages_name_file_and_line(tmp_path, value, message):
 
 
 REWARDS = [
-    ({}, "no key 'r'; have: messages"),
+    ({}, "no key 'r'; have: messages; name the right one with --reward-key"),
     ({"r": None}, "'r' must be a number, got null"),
     ({"r": "good"}, "'r' must be a number, got str"),
     ({"r": float("nan")}, "'r' is nan, which is no finite number of 32 bits"),
@@ -330,3 +332,34 @@ def test_special_tokens_may_stand_with_their_flags(tmp_path):
         read_chat_template(tmp_path)
     assert read_chat_template(tmp_path / "none") is None
     assert ChatTemplate("{{ bos_token }}", "t").render([], bos_token="<b>") == "<b>"
+
+
+def test_mutated_lines_are_errors_or_aligned_files(tmp_path):
+    """Whatever byte of the input is wrong: a sentence with the file's name, or tokens and labels that fit."""
+    draw, tokenizer = random.Random(5), load_tokenizer(GOLDEN)
+    good = "".join(json.dumps(line) + "\n" for line in golden_lines()[:6]).encode()
+    done = 0
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(draw.choice([1, 1, 3])):
+            place = draw.randrange(len(data))
+            data[place : place + draw.randrange(0, 9)] = draw.choice(
+                [b"", b'"', b"null", b"{}", b"[", b"role", b"\xff"]
+            )
+        (tmp_path / "c.jsonl").write_bytes(data)
+        try:
+            run([tmp_path / "c.jsonl"], tmp_path / "o", tokenizer, fast=False, documents=False, reject=True)
+        except DataError as error:
+            assert str(tmp_path / "c.jsonl") in str(error)
+            continue
+        done += 1
+        for tokens, labels in pairs(tmp_path / "o"):
+            assert len(tokens) == len(labels) > 0
+    assert done > 30
+
+
+def test_long_conversations_are_encoded_a_few_at_a_time(tmp_path, monkeypatch):
+    whole = run([GOLDEN / "chats.jsonl"], tmp_path / "a", documents=False)
+    monkeypatch.setattr(chats_module, "PREFIX_BYTES", 50)
+    run([GOLDEN / "chats.jsonl"], tmp_path / "b", documents=False)
+    assert whole.documents == 16 and content(tmp_path / "a") == content(tmp_path / "b")

@@ -5,10 +5,11 @@ Source  tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX, whose 
         in one token, of which it loses some.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +17,16 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.data.chat_template import ChatTemplate
 from castalia.data.labels import NO_TARGET
-from castalia.data.preparing.encoding import Encoded, Encoder
+from castalia.data.preparing.encoding import Encoded, Encoder, pieces_of
 from castalia.data.preparing.forms import LABELS, REWARDS, TOKENS, Texts
-from castalia.data.preparing.rows import Wanted, WrongError, as_utf8
+from castalia.data.preparing.rows import Wanted, WrongError, as_utf8, value_of
 from castalia.data.tokenizer import Tokenizer
 
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
 """Roles that ShareGPT files call otherwise."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+PREFIX_BYTES = 1 << 22
+"""Text that is encoded at a time: of a conversation of many messages the sum of its beginnings is long."""
 LARGEST = float(np.finfo(np.float32).max)
 Message = dict[str, Any]
 Ints = NDArray[Any]
@@ -95,35 +98,23 @@ class WantedChats(Wanted):
 
     def text(self, values: dict[str, Any], key: str) -> bytes:
         """One conversation, rendered."""
-        roles = (*ROLES, *self.options.roles)
+        options, roles = self.options, (*ROLES, *self.options.roles)
         before: list[Message] = []
-        if self.options.prompt is not None:
-            before = messages_of(self.value(values, self.options.prompt), self.options.prompt, "user", roles)
-        answer = self.options.roles[0] if before else None
-        messages = before + messages_of(self.value(values, key), key, answer, roles)
+        if options.prompt is not None:
+            before = messages_of(value_of(values, options.prompt, "--prompt"), options.prompt, "user", roles)
+        answer = options.roles[0] if before else None
+        messages = before + messages_of(value_of(values, key, "--chat"), key, answer, roles)
         if self.mend:
             messages = [m | {"content": self.mend(m["content"])} if m["content"] else m for m in messages]
-        made = self.whole(messages) if self.options.for_rm or not self.options.mask else self.by_turn(messages, before)
-        if self.options.reward is not None:
-            made.reward = reward_of(self.value(values, self.options.reward), self.options)
+        by_turn = options.mask and not options.for_rm
+        made = self.by_turn(messages, len(before)) if by_turn else chat([self.render(messages)], [not options.mask])
+        if options.reward is not None:
+            made.reward = reward_of(value_of(values, options.reward, "--reward-key"), options)
         return made
 
-    def value(self, values: dict[str, Any], key: str) -> Any:
-        """What stands under a key.
-
-        Raises  WrongError if nothing does.
-        """
-        if key not in values:
-            have = ", ".join(sorted(values)) or "no keys"
-            raise WrongError(f"no key {key!r}; have: {have}{nearest(key, values)}")
-        return values[key]
-
-    def whole(self, messages: list[Message]) -> Chat:
-        """A conversation in one piece."""
-        return chat([self.render(messages)], [not self.options.mask])
-
-    def by_turn(self, messages: list[Message], before: list[Message]) -> Chat:
-        """A conversation, its messages told apart; what opens an answer belongs to the message before it."""
+    def by_turn(self, messages: list[Message], before: int) -> Chat:
+        """A conversation, its messages told apart, of which the first `before` are no targets; what opens an answer
+        belongs to the message before it."""
         options, last = self.options, len(messages) - 1
         texts, targets = [""], []
         for i, message in enumerate(messages):
@@ -134,7 +125,7 @@ class WantedChats(Wanted):
                     f"the chat template writes the first {i} messages otherwise when message {i + 1} follows, so that"
                     " its tokens cannot be told apart; --no-mask trains on all of them"
                 )
-            own = i >= len(before) and message["role"] in options.roles
+            own = i >= before and message["role"] in options.roles
             targets.append(own and (i == last or not options.only_last))
         return chat(texts[1:], targets)
 
@@ -230,8 +221,8 @@ class Chats(Texts):
     @property
     def facts(self) -> dict[str, Any]:
         """For PREFIX.json."""
-        options = vars(self.options) | {"template": self.template.where, "roles": list(self.options.roles)}
-        return {"chat": {**options, "eos_id": self.eos_id}}
+        template = {"template": self.template.where, "template_sha256": sha256(self.template.text.encode()).hexdigest()}
+        return {"chat": {**asdict(self.options), **template, "eos_id": self.eos_id}}
 
     def kinds(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """int32 throughout, as GPT-NeoX; rewards are float32."""
@@ -246,9 +237,8 @@ class Chats(Texts):
 
     def encode(self, encoder: Encoder, texts: Sequence[bytes]) -> list[Encoded]:
         """Tokens, labels and rewards of conversations."""
-        chats = [text for text in texts if isinstance(text, Chat)]
-        ids, sizes = encoder([bytes(one[:end]) for one in chats for end in one.ends])
-        prefixes = iter(np.split(ids, np.cumsum(sizes)[:-1]))
+        chats = cast(Sequence[Chat], texts)
+        prefixes = prefix_ids(encoder, chats)
         found = [self.labelled(encoder, one, [next(prefixes) for _ in one.ends]) for one in chats]
         lengths = np.array([len(tokens) for tokens, _ in found], np.int64)
         if not lengths.all():
@@ -280,3 +270,18 @@ class Chats(Texts):
         if self.options.for_rm:  # inputs end one token before targets do, so the model sees the first of the two
             return [(eos, NO_TARGET), (eos, eos)]
         return [(eos, eos if is_target else NO_TARGET)]
+
+
+def prefix_ids(encoder: Encoder, chats: Sequence[Chat]) -> Iterator[Ints]:
+    """Ids of each conversation's text up to the end of each of its messages, a few MiB of text at a time."""
+    held: list[bytes] = []
+    size = 0
+    for one in chats:
+        for end in one.ends:
+            held.append(bytes(one[:end]))
+            size += end
+            if size >= PREFIX_BYTES:
+                yield from pieces_of(*encoder(held))
+                held, size = [], 0
+    if held:
+        yield from pieces_of(*encoder(held))

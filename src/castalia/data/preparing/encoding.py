@@ -128,7 +128,7 @@ class Encoder:
         """Texts with young characters by the tokenizer, the others by the quick way, in their order."""
         plain = [text for text, is_young in zip(texts, young, strict=True) if not is_young]
         parts = [self(plain), self.reference([text for text, is_young in zip(texts, young, strict=True) if is_young])]
-        pieces = [iter(np.split(ids, np.cumsum(sizes)[:-1])) if len(sizes) else iter(()) for ids, sizes in parts]
+        pieces = [iter(pieces_of(*part)) for part in parts]
         found = [next(pieces[is_young]) for is_young in young]
         return np.concatenate(found).astype(self.dtype, copy=False), np.array([len(ids) for ids in found], np.int64)
 
@@ -218,6 +218,11 @@ def probes(tokenizer: Tokenizer) -> list[str]:
     added = [token.content for token in tokenizer.inner.get_added_tokens_decoder().values()]
     marked = [text for name in added[:64] for text in (name, f"a{name}b", f"a {name} b", f"{name}{name}\n{name}")]
     return [*PROBES, *marked, "\n".join(PROBES)]
+
+
+def pieces_of(ids: NDArray[Any], sizes: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """The ids of each text by itself."""
+    return np.split(ids, np.cumsum(sizes)[:-1]) if len(sizes) else []
 
 
 def with_ends(ids: NDArray[Any], sizes: NDArray[np.int64], end: int | None) -> Encoded:

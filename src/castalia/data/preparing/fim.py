@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from castalia.core.errors import ConfigError, nearest
-from castalia.data.preparing.encoding import Encoded, Encoder
+from castalia.data.preparing.encoding import Encoded, Encoder, pieces_of
 from castalia.data.preparing.forms import Texts
 from castalia.data.tokenizer import Tokenizer
 
@@ -67,9 +67,8 @@ class Fim(Texts):
     def encode(self, encoder: Encoder, texts: Sequence[bytes]) -> list[Encoded]:
         """Ids of the texts, turned where their draw says so; an empty text stays empty."""
         cuts = [self.cut(text) for text in texts]
-        pieces = [piece for cut in cuts for piece in cut]
-        ids, sizes = encoder(pieces)
-        each = iter(np.split(ids, np.cumsum(sizes)[:-1]))
+        ids, sizes = encoder([piece for cut in cuts for piece in cut])
+        each = iter(pieces_of(ids, sizes))
         found = [self.turned([next(each) for _ in cut], text) for cut, text in zip(cuts, texts, strict=True)]
         lengths = np.array([len(one) for one in found], np.int64)
         return [(np.concatenate([np.empty(0, ids.dtype), *found]), lengths)]

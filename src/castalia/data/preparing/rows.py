@@ -94,10 +94,7 @@ class Wanted:
 
     def text(self, values: dict[str, Any], key: str) -> bytes:
         """One text."""
-        if key not in values:
-            have = ", ".join(sorted(values)) or "no keys"
-            raise WrongError(f"no key {key!r}; have: {have}{nearest(key, values)}; name the right one with --key")
-        text = values[key]
+        text = value_of(values, key, "--key")
         if not isinstance(text, str):
             raise WrongError(f"{key!r} must be a string, got {'null' if text is None else type(text).__name__}")
         return as_utf8(self.mend(text) if self.mend else text, repr(key))
@@ -105,6 +102,17 @@ class Wanted:
     def metadata(self, values: dict[str, Any]) -> tuple[str | None, ...]:
         """The chosen metadata: strings as they are, the rest as JSON."""
         return tuple(as_text(values.get(name)) for name in self.kept)
+
+
+def value_of(values: dict[str, Any], key: str, option: str) -> Any:
+    """What stands under a key of a document; `option` is how the key was named.
+
+    Raises  WrongError if nothing does.
+    """
+    if key not in values:
+        have = ", ".join(sorted(values)) or "no keys"
+        raise WrongError(f"no key {key!r}; have: {have}{nearest(key, values)}; name the right one with {option}")
+    return values[key]
 
 
 def as_utf8(text: str, where: str) -> bytes:
