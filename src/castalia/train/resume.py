@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from castalia.config import dump_yaml, flatten, read_yaml
+from castalia.config.base import check
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, cannot_write, write_json
 from castalia.data import changed, load_tokenizer
@@ -167,8 +168,8 @@ def write_run_folder(config: RunConfig, world: "World", command: list[str]) -> N
 
 
 def require_same_run(config: RunConfig, path: Path) -> None:
-    """Compare with the config of the run that the folder holds."""
-    old, new = flatten(read_yaml(path)), flatten(json.loads(config.model_dump_json()))
+    """Compare with the config of the run that the folder holds; a key that it was made without had its default."""
+    old, new = flatten(resolved(read_yaml(path))), flatten(as_values(config))
     differ = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
@@ -179,3 +180,33 @@ def require_same_run(config: RunConfig, path: Path) -> None:
             f"{path.parent} holds a run of another config ({'; '.join(differ)});"
             " choose another output=, or remove that folder to start anew"
         )
+    if old.get("train.steps") != config.train.steps and (longer := by_length(config)):
+        print(
+            f"note: the run is of {config.train.steps} steps now and was of {old.get('train.steps')}:"
+            f" {' and '.join(longer)} from here on",
+            flush=True,
+        )
+
+
+def resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a run's config out of those that a file has; as they are if they make no config any more."""
+    config, _ = check(RunConfig, values)
+    return values if config is None else as_values(config)
+
+
+def as_values(config: RunConfig) -> dict[str, Any]:
+    """A config as its file has it."""
+    values: dict[str, Any] = json.loads(config.model_dump_json())
+    return values
+
+
+def by_length(config: RunConfig) -> list[str]:
+    """What a run of another number of steps does otherwise, a few words each."""
+    out = []
+    if config.mixing.kind == "unimax":
+        out.append("unimax shares out another number of tokens")
+    if config.mixing.epoch_cap is not None:
+        out.append("mixing.epoch_cap holds for the new end")
+    if config.schedule.decay_steps is None and config.schedule.name != "constant":
+        out.append("the learning rate falls towards the new end")
+    return out
