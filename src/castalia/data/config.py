@@ -52,12 +52,15 @@ class DataConfig(Config):
     False leaves them out."""
     neox_exact: bool = False
     """pack_until_overflow and unpacked as GPT-NeoX has them, faults included: a row with room ends with the first token
-    of a document that does not belong to it, and documents of a split count from the file's first.
-    Unlike there, documents whose labels are all -100 are taken."""
+    of a document that does not belong to it, documents of a split count from the file's first, and documents whose
+    labels within a row are all -100 are left out."""
     document_mask: Literal["documents", "eod"] | None = None
     """Each document of a row by itself: a token attends to its own document alone, positions begin at 0 in each, and
     no last token is asked for the next document's first. `documents` goes by the boundaries that the order knows,
     `eod` by end-of-document ids, which ready rows need. Null: all of a row is one text, as in GPT-NeoX."""
+    order_cache: bool | str = True
+    """Where the index maps of a large order (64 MB and more) are kept: true is PREFIX.order beside the token file, a
+    path is a folder for all sources, false is nowhere. They are found again by content, so none is ever out of date."""
     workers: NonNegativeInt = 0
     """Processes that read ahead; 0 reads in the training process."""
     allow_changed: bool = False

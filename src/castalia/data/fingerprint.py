@@ -1,19 +1,27 @@
 """What the data of a run are: sizes, content hashes and order settings; kept with every checkpoint."""
 
 import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from castalia.core.files import sha256_of
 from castalia.data.indexed import IndexedDataset
 from castalia.data.mapped import Buffer, map_file
 
 FULL_BYTES = 64 << 20
-"""A .bin up to this size is hashed whole."""
+"""A .bin or .idx up to this size is hashed whole."""
 BLOCK_BYTES = 1 << 20
 BLOCKS = 64
 """Of a larger one, so many blocks of 1 MiB, evenly spaced, the first and the last among them."""
+PIECE_BYTES = 16 << 20
+"""What one core hashes at a time."""
 
 
 def fingerprint(
@@ -40,11 +48,30 @@ def contents(dataset: IndexedDataset) -> dict[str, Any]:
         "documents": len(dataset),
         "tokens": int(dataset.sizes.sum(dtype="int64")),
         "dtype": dataset.dtype.name,
-        "idx_sha256": sha256_of(dataset.idx_path),
+        "idx_sha256": idx_hash(dataset),
         "bin_bytes": len(dataset.buffer),
         "bin_hashed": how,
         "bin_sha256": digest,
     }
+
+
+def idx_hash(dataset: IndexedDataset) -> str:
+    """Hex SHA-256 of an .idx; of a large one, of all its sizes and of blocks of it, for its places follow from them."""
+    if dataset.idx_path.stat().st_size <= FULL_BYTES:
+        return sha256_of(dataset.idx_path)
+    return hashlib.sha256((array_hash(dataset.sizes) + bin_hash(dataset.idx_path)[1]).encode()).hexdigest()
+
+
+def array_hash(array: NDArray[Any]) -> str:
+    """Hex SHA-256 of dtype, shape and the SHA-256 of each piece of the numbers; all cores work on it.
+
+    Time    about 0.5 s a GB and core.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    pieces = (flat[start : start + PIECE_BYTES] for start in range(0, len(flat), PIECE_BYTES))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
+    return hashlib.sha256(json.dumps([array.dtype.str, array.shape, hashes]).encode()).hexdigest()
 
 
 def bin_hash(source: Path | Buffer) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import os
 import struct
 import uuid
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, overload
@@ -243,8 +243,7 @@ class IndexedDatasetWriter:
             with open(self.temporary[1], "wb") as index:
                 write_index(index, self.dtype, len(sizes), lambda: [sizes], self.doc_idx)
                 self.sync(index)
-            os.replace(self.temporary[0], self.bin_path)
-            os.replace(self.temporary[1], self.idx_path)
+            give_names(list(zip(self.temporary, (self.bin_path, self.idx_path), strict=True)))
         except OSError as error:
             self.abort()
             raise cannot_write(self.bin_path, error) from error
@@ -272,6 +271,16 @@ class IndexedDatasetWriter:
             self.close()
         else:
             self.abort()
+
+
+def give_names(written: Sequence[tuple[Path, Path]]) -> None:
+    """Rename finished files over those of before. An .idx goes first and comes last: a kill in between leaves a token
+    file without index, which nothing reads, rather than the new tokens under the index of the old."""
+    for _, name in written:
+        if name.suffix == ".idx":
+            name.unlink(missing_ok=True)
+    for path, name in sorted(written, key=lambda pair: pair[1].suffix == ".idx"):
+        os.replace(path, name)
 
 
 def write_index(

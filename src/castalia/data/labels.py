@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, require_tokens
-from castalia.data.joining import without_suffix
+from castalia.data.joining import PIECE_TOKENS, without_suffix
+from castalia.data.mapped import view
 from castalia.data.packed import Piece
 from castalia.data.records import finish, refuse_inputs
 from castalia.data.shards import OnBytes
@@ -34,6 +35,23 @@ def open_labels(paths: Sequence[str], datasets: Sequence[IndexedDataset], option
             raise DataError(
                 f"{labels.prefix} does not fit {dataset.prefix}: a label file has a label for each token; make it again"
             )
+    return found
+
+
+def without_targets(labels: IndexedDataset, most: int) -> NDArray[np.bool_]:
+    """Which documents have no target among their first `most` labels, (N,)."""
+    sizes, width = labels.sizes.astype(np.int64), labels.dtype.itemsize
+    ends, found = np.cumsum(sizes), np.ones(len(labels), np.bool_)
+    start = 0
+    while start < len(labels):
+        done = ends[start] - sizes[start]
+        stop = max(start + 1, int(np.searchsorted(ends, done + PIECE_TOKENS, side="right")))
+        first = labels.pointers[start:stop] // width
+        base, counts = int(first.min()), sizes[start:stop]
+        tokens = view(labels.buffer, labels.dtype, int((first + counts).max()) - base, base * width)
+        targets = np.concatenate(([0], np.cumsum(tokens >= 0)))
+        found[start:stop] = targets[first - base + np.minimum(counts, most)] == targets[first - base]
+        start = stop
     return found
 
 

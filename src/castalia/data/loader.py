@@ -68,7 +68,7 @@ class StepLoader:
         if not uneven:
             check_batch(batch_size, micro_batch_size or max(batch_size // dp_world, 1), dp_world)
         assert 0 <= dp_rank < dp_world, (dp_rank, dp_world)
-        self.reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask)
+        self.reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask).start()
         self.start_step, self.eod_id, self.workers, self.plans = start_step, eod_id, workers, plans
 
     @property

@@ -6,12 +6,17 @@ Source  megatron/data/gpt2_dataset.py:189-413 and data_utils.py:242-285, 446-480
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.data.fingerprint import array_hash
+from castalia.data.order_cache import Maps, OrderCache, from_cache
 
+VERSION = 1
+"""Of the algorithm, in the key of kept index maps: another number whenever the same settings give another order."""
 PIECE = 1 << 20
 """Documents, and about rows, that are worked on at a time while the index is built."""
 MARGIN = 1.005
@@ -28,24 +33,48 @@ class NeoxOrder:
             doc_idx (M·epochs,) int32; sample_idx (n+1, 2) int32 or int64, pairs (place in doc_idx, offset);
             shuffle_idx (n,) uint32 or int64.
     Units   num_samples in rows; epochs is the least number of passes that holds them.
+    Memory  that of the maps and about 0.1 GB; with `cache`, pages of its file.
     Raises  DataError if the documents hold fewer tokens than seq_length.
     """
 
     def __init__(
-        self, sizes: ArrayLike, *, seq_length: int, num_samples: int, seed: int, documents: ArrayLike | None = None
+        self,
+        sizes: ArrayLike,
+        *,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
+        documents: ArrayLike | range | None = None,
+        cache: OrderCache | None = None,
     ) -> None:
         all_sizes = np.asarray(sizes)
-        used = np.arange(len(all_sizes), dtype=np.int32) if documents is None else np.asarray(documents, np.int32)
+        own, used = chosen(all_sizes, documents)
         self.seq_length, self.seed = seq_length, seed
-        self.tokens_per_epoch = int(all_sizes[used].sum(dtype=np.int64))
-        self.epochs = epochs_for(self.tokens_per_epoch, len(used), seq_length, num_samples)
-        random = np.random.RandomState(seed)
-        self.doc_idx: NDArray[np.int32] = np.tile(used, self.epochs)
-        random.shuffle(self.doc_idx)
-        rows = (self.epochs * self.tokens_per_epoch - 1) // seq_length
-        self.sample_idx = place_rows(all_sizes, self.doc_idx, seq_length, rows, self.epochs * self.tokens_per_epoch)
-        self.shuffle_idx = np.arange(rows, dtype=np.uint32 if rows < 2**32 - 2 else np.int64)
-        random.shuffle(self.shuffle_idx)
+        self.tokens_per_epoch = int(own.sum(dtype=np.int64))
+        self.epochs = epochs = epochs_for(self.tokens_per_epoch, len(own), seq_length, num_samples)
+        rows = (epochs * self.tokens_per_epoch - 1) // seq_length
+        numbers = {"seq_length": seq_length, "epochs": epochs, "seed": seed}
+        self.maps = from_cache(
+            cache,
+            4 * epochs * len(own) + 12 * rows,
+            lambda: {"order": "packed", "version": VERSION, **numbers, **content(own, used)},
+            lambda: packed_maps(all_sizes, used, seq_length, epochs, epochs * self.tokens_per_epoch, seed),
+        )
+
+    @property
+    def doc_idx(self) -> NDArray[np.int32]:
+        """Documents of all epochs in the order of the stream."""
+        return self.maps["doc_idx"]
+
+    @property
+    def sample_idx(self) -> NDArray[np.int32] | NDArray[np.int64]:
+        """Where each row of the stream begins."""
+        return self.maps["sample_idx"]
+
+    @property
+    def shuffle_idx(self) -> NDArray[np.uint32] | NDArray[np.int64]:
+        """The row of the stream that each place serves."""
+        return self.maps["shuffle_idx"]
 
     def __len__(self) -> int:
         """Rows less one, as GPT-NeoX counts (gpt2_dataset.py:81-90): the period of what wraps around."""
@@ -54,6 +83,46 @@ class NeoxOrder:
     def wrap(self, index: int) -> int:
         """The place served for any place >= 0: itself while a row is there, else modulo `len`, as GPT-NeoX does."""
         return index if index < len(self.shuffle_idx) else index % max(len(self), 1)
+
+
+def chosen(
+    sizes: NDArray[np.integer], documents: ArrayLike | range | None
+) -> tuple[NDArray[np.integer], range | NDArray[np.int32]]:
+    """The sizes of the documents to use, a view where these are neighbours, and the documents themselves."""
+    documents = range(len(sizes)) if documents is None else documents
+    if isinstance(documents, range) and documents.step == 1:
+        return sizes[documents.start : documents.stop], documents
+    used = np.asarray(documents, np.int32)
+    return sizes[used], used
+
+
+def numbered(used: range | NDArray[np.int32]) -> NDArray[np.int32]:
+    """The documents to use as an array."""
+    return np.arange(used.start, used.stop, dtype=np.int32) if isinstance(used, range) else used
+
+
+def content(own: NDArray[np.integer], used: range | NDArray[np.int32]) -> dict[str, Any]:
+    """What the data add to the key of an order: hashes of what `chosen` gives."""
+    documents = [used.start, used.stop] if isinstance(used, range) else array_hash(used)
+    return {"sizes": array_hash(own), "documents": documents}
+
+
+def packed_maps(
+    sizes: NDArray[np.integer],
+    used: range | NDArray[np.int32],
+    seq_length: int,
+    epochs: int,
+    total: int,
+    seed: int,
+) -> Maps:
+    """The maps of `NeoxOrder`, over `total` tokens in `epochs` passes."""
+    random, rows = np.random.RandomState(seed), (total - 1) // seq_length
+    doc_idx = np.tile(numbered(used), epochs)
+    random.shuffle(doc_idx)
+    sample_idx = place_rows(sizes, doc_idx, seq_length, rows, total)
+    shuffle_idx = np.arange(rows, dtype=np.uint32 if rows < 2**32 - 2 else np.int64)
+    random.shuffle(shuffle_idx)
+    return {"doc_idx": doc_idx, "sample_idx": sample_idx, "shuffle_idx": shuffle_idx}
 
 
 def epochs_for(tokens: int, documents: int, seq_length: int, num_samples: int) -> int:

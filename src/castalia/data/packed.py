@@ -1,7 +1,7 @@
 """Rows of tokens out of a token file, in GPT-NeoX's order, and the documents that each row came from."""
 
 import operator
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,14 +18,30 @@ class Piece(NamedTuple):
     length: int
 
 
-class PackedDataset:
-    """The rows of `dataset` under `order`: `packed[i]` is the row served at place i, (seq_length + 1,) int64.
+class RowOrder(Protocol):
+    """What rows need of an order: their length, which row stands at a place, and the period of what wraps around."""
+
+    seq_length: int
+
+    @property
+    def shuffle_idx(self) -> NDArray[Any]:
+        """The row that each place serves."""
+
+    def __len__(self) -> int: ...
+
+
+Order = TypeVar("Order", bound=RowOrder)
+
+
+class DocumentRows(Generic[Order]):
+    """Rows of stretches of documents of `dataset` under `order`: `rows[i]` is the row served at place i,
+    (seq_length + 1,) int64, 0 after the last stretch of a row that ends early.
 
     Raises  IndexError for a place without a row (`order.wrap` says what GPT-NeoX serves there); DataError if the
             file holds floats.
     """
 
-    def __init__(self, dataset: IndexedDataset, order: NeoxOrder) -> None:
+    def __init__(self, dataset: IndexedDataset, order: Order) -> None:
         require_tokens(dataset)
         self.dataset, self.order = dataset, order
 
@@ -33,26 +49,36 @@ class PackedDataset:
         return len(self.order)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        row = np.empty(self.order.seq_length + 1, np.int64)
-        filled = 0
+        row, filled = np.zeros(self.order.seq_length + 1, np.int64), 0
         for document, start, length in self.documents_of(index):
             row[filled : filled + length] = self.dataset.get(document, start, length)
             filled += length
-        assert filled == len(row), (index, filled)
         return row
 
     def documents_of(self, index: int) -> list[Piece]:
         """The stretches of documents that make up the row served at place `index`, in order; no empty ones."""
-        place, order = operator.index(index), self.order
-        if not 0 <= place < len(order.shuffle_idx):
-            raise IndexError(f"row {index} of {len(order.shuffle_idx)} in {self.dataset.prefix}")
-        k = int(order.shuffle_idx[place])
-        (first, offset), (last, end) = order.sample_idx[k].tolist(), order.sample_idx[k + 1].tolist()
+        place, served = operator.index(index), self.order.shuffle_idx
+        if not 0 <= place < len(served):
+            raise IndexError(f"row {index} of {len(served)} in {self.dataset.prefix}")
+        return [piece for piece in self.pieces(int(served[place])) if piece.length]
+
+    def pieces(self, row: int) -> list[Piece]:
+        """The stretches of a row, numbered as the order made it."""
+        raise NotImplementedError
+
+
+class PackedDataset(DocumentRows[NeoxOrder]):
+    """Rows of one stream of documents, cut every seq_length tokens: GPT-NeoX's packing."""
+
+    def pieces(self, row: int) -> list[Piece]:
+        """From where row `row` of the stream begins to the first token of the next."""
+        order = self.order
+        (first, offset), (last, end) = order.sample_idx[row].tolist(), order.sample_idx[row + 1].tolist()
         documents = order.doc_idx[first : last + 1]
         stops = self.dataset.sizes[documents].astype(np.int64)
         stops[-1] = end + 1  # the last token is the next row's first
         lengths = stops.copy()
         lengths[0] -= offset
+        assert lengths.sum() == order.seq_length + 1, (row, lengths)
         starts = [offset] + [0] * (len(documents) - 1)
-        found = zip(documents.tolist(), starts, lengths.tolist(), strict=True)
-        return [Piece(*piece) for piece in found if piece[2]]
+        return [Piece(*piece) for piece in zip(documents.tolist(), starts, lengths.tolist(), strict=True)]

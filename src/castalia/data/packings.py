@@ -5,45 +5,42 @@ Source  megatron/data/gpt2_dataset.py:298-368 of GPT-NeoX for `pack_until_overfl
 """
 
 import bisect
-import operator
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
 from castalia.data.config import DataConfig
-from castalia.data.indexed import IndexedDataset, require_tokens
-from castalia.data.packed import Piece
+from castalia.data.fingerprint import array_hash
+from castalia.data.indexed import IndexedDataset
+from castalia.data.labels import without_targets
+from castalia.data.order import chosen, content, numbered
+from castalia.data.order_cache import Maps, OrderCache, from_cache
+from castalia.data.packed import DocumentRows, Piece
 
 Ints = NDArray[np.int64]
 
-
-class Layout(NamedTuple):
-    """Row k is the stretches [starts[k], starts[k + 1]): of which documents, from which token, how many tokens.
-
-    Shapes  starts (n + 1,); documents, offsets, lengths (p,); shuffle_idx, rows in served order; passes over the data.
-    """
-
-    starts: Ints
-    documents: Ints
-    offsets: Ints
-    lengths: Ints
-    shuffle_idx: Ints
-    epochs: int
+VERSION = 1
+"""Of the packings here, in the key of kept index maps: another number whenever the same settings give other rows."""
+PIECE = 1 << 20
+"""Documents whose rows are followed at a time."""
 
 
 class PieceOrder:
     """Which stretches of documents make up each row of at most `seq_length` + 1 tokens, and in which order rows come.
+
+    Row k is the stretches [starts[k], starts[k + 1]) of `documents`, each from token `offsets` on, `lengths` tokens.
 
     `config.neox_exact` keeps what GPT-NeoX does: a row goes on with the first token of the document that begins the
     next one, if there is room; documents of a split count from 0; of `pack_until_overflow`, the row that is served
     first stands in the place of the last one. Otherwise documents keep GPT-NeoX's order, less empty ones.
 
     Shapes  sizes (N,) tokens a document; documents (M,) the ones to use, all by default; left_out (N,) those that no
-            row is to have.
-    Units   num_samples in rows; 0 takes each document once.
-    Time    pack_until_overflow takes a step of Python a document.
+            row is to have. starts (n + 1,) and shuffle_idx, rows in served order, int64; documents, offsets and
+            lengths (p,) int32.
+    Units   num_samples in rows; 0 takes each document once. epochs is passes over the documents.
+    Time    pack_until_overflow takes a step of Python a row.
     Raises  DataError if no document is left.
     """
 
@@ -54,28 +51,40 @@ class PieceOrder:
         *,
         num_samples: int,
         seed: int,
-        documents: NDArray[np.int32] | None = None,
+        documents: NDArray[np.int32] | range | None = None,
         left_out: NDArray[np.bool_] | None = None,
+        cache: OrderCache | None = None,
     ) -> None:
-        used = np.arange(len(sizes)) if documents is None else np.asarray(documents, np.int64)
+        own, used = chosen(sizes, documents)
         self.seq_length, self.exact = config.seq_length, config.neox_exact
-        used = np.arange(len(used)) if self.exact else used
-        lengths = np.asarray(sizes[used], np.int64)
-        self.tokens_per_epoch = int(lengths.sum())
-        kept = lengths >= (0 if self.exact else 1)
-        if not config.allow_chopped:
-            kept &= lengths <= self.seq_length + 1
-        if left_out is not None:
-            kept &= ~left_out[used]
-        if not kept.any():
-            reason = "" if left_out is None else " or without a target"
-            reason += "" if config.allow_chopped else f" or longer than {self.seq_length + 1} tokens, which"
-            reason += "" if config.allow_chopped else " data.allow_chopped=false leaves out"
-            raise DataError(f"data.packing {config.packing}: all of {len(used)} documents are empty{reason}")
-        build = {"pack_until_overflow": until_overflow, "unpacked": one_a_row, "best_fit": best_fit}[config.packing]
-        found = build(lengths, kept, self.seq_length, num_samples, np.random.RandomState(seed), self.exact)
-        self.starts, chosen, self.offsets, self.lengths, self.shuffle_idx, self.epochs = found
-        self.documents = used[chosen]
+        if self.exact:
+            own, used = chosen(sizes, range(len(own)))
+        self.tokens_per_epoch = int(own.sum(dtype=np.int64))
+        kept = None if left_out is None else ~chosen(left_out, used)[0]
+        settings = config.model_dump(include={"seq_length", "neox_exact", "allow_chopped"})
+        settings |= {"rows": num_samples, "seed": seed, "kept": None if kept is None else array_hash(kept)}
+        self.maps = from_cache(
+            cache,
+            28 * max(num_samples, len(own)),
+            lambda: {"order": config.packing, "version": VERSION, **settings, **content(own, used)},
+            lambda: piece_maps(own, used, kept, config, num_samples, seed),
+        )
+        self.epochs = int(self.maps["epochs"][0])
+
+    @property
+    def starts(self) -> Ints:
+        """Where each row's stretches begin, and where the last one's end."""
+        return self.maps["starts"]
+
+    @property
+    def documents(self) -> NDArray[np.int32]:
+        """The document of each stretch."""
+        return self.maps["documents"]
+
+    @property
+    def shuffle_idx(self) -> Ints:
+        """The row that each place serves."""
+        return self.maps["shuffle_idx"]
 
     def __len__(self) -> int:
         """The period of what wraps around."""
@@ -86,48 +95,106 @@ class PieceOrder:
         return index if index < len(self.shuffle_idx) else index % len(self)
 
 
+def piece_maps(
+    sizes: NDArray[np.integer],
+    used: range | NDArray[np.int32],
+    kept: NDArray[np.bool_] | None,
+    config: DataConfig,
+    rows: int,
+    seed: int,
+) -> Maps:
+    """The maps of `PieceOrder`, of documents `used` and their `sizes`, as far as they are `kept`."""
+    lengths, exact = sizes.astype(np.int64), config.neox_exact
+    kept = kept_documents(lengths, config, kept)
+    build = {"pack_until_overflow": until_overflow, "unpacked": one_a_row, "best_fit": best_fit}[config.packing]
+    found = build(lengths, kept, config.seq_length, rows, np.random.RandomState(seed), exact)
+    return found | {"documents": numbered(used)[found["documents"]]}
+
+
+def as_maps(
+    starts: Ints, documents: Ints, offsets: Ints, lengths: Ints, shuffle_idx: Ints, epochs: int
+) -> dict[str, NDArray[Any]]:
+    """Index maps by name; what counts tokens of a document, or documents, is int32 as in the .idx."""
+    narrow = {"documents": documents, "offsets": offsets, "lengths": lengths}
+    wide = {"starts": starts, "shuffle_idx": shuffle_idx, "epochs": np.array([epochs])}
+    return wide | {name: array.astype(np.int32) for name, array in narrow.items()}
+
+
+def kept_documents(lengths: Ints, config: DataConfig, kept: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """Which of the documents that are `kept`, all by default, make rows: those with a token, or under `neox_exact` all,
+    that are short enough.
+
+    Raises  DataError if none does.
+    """
+    able = lengths >= (0 if config.neox_exact else 1)
+    if not config.allow_chopped:
+        able &= lengths <= config.seq_length + 1
+    if kept is not None:
+        able &= kept
+    if not able.any():
+        reason = "" if kept is None else " or without a target"
+        reason += "" if config.allow_chopped else f" or longer than {config.seq_length + 1} tokens, which"
+        reason += "" if config.allow_chopped else " data.allow_chopped=false leaves out"
+        raise DataError(f"data.packing {config.packing}: all of {len(lengths)} documents are empty{reason}")
+    return able
+
+
 def until_overflow(
     lengths: Ints, kept: NDArray[np.bool_], seq_length: int, rows: int, random: np.random.RandomState, exact: bool
-) -> Layout:
+) -> dict[str, NDArray[Any]]:
     """Documents in random order, shuffled anew for each pass; a row ends where the next document does not fit.
 
     A document longer than a row stands alone in one, without its end.
     """
     shuffle_idx = np.arange(rows)
     random.shuffle(shuffle_idx)
-    turn, epochs = np.arange(len(lengths)), 0
-    sizes, left_out = lengths.tolist(), (~kept).tolist()
-    starts: list[int] = []
-    chosen: list[int] = []
-    running, most = 0, rows or len(lengths) + 1
-    while len(starts) <= most and (rows or not epochs):
+    turn, open_row = np.arange(len(lengths)), np.empty(0, np.int64)
+    passes: list[Ints] = []
+    starts: list[Ints] = []
+    done = complete = 0  # documents and rows that no further pass changes
+    while not passes or (rows and complete < rows):
         random.shuffle(turn)
-        epochs += 1
-        for document in turn.tolist():
-            if left_out[document]:
-                continue
-            if not running or running + sizes[document] > seq_length + 1:
-                starts.append(len(chosen))
-                running = 0
-            running += sizes[document]
-            chosen.append(document)
-            if len(starts) > most:  # the document that begins the row after the last
-                break
+        stream = np.concatenate((open_row, turn[kept[turn]]))
+        begins = row_starts(lengths[stream], seq_length + 1)
+        end = int(begins[-1])
+        starts.append(done + begins[:-1])
+        passes.append(stream[:end])
+        done, complete, open_row = done + end, complete + len(begins) - 1, stream[end:]
+    all_starts = np.concatenate([*starts, [done, done + len(open_row)]])
+    documents = np.concatenate([*passes, open_row])
     if rows:
-        del chosen[starts.pop() :]
+        all_starts = all_starts[: rows + 1]
     else:
-        shuffle_idx = random.permutation(len(starts))
-    documents, begins = np.array(chosen, np.int64), np.array([*starts, len(chosen)], np.int64)
+        shuffle_idx = random.permutation(len(all_starts) - 1)
     if exact and rows > 1:
-        last, first = rows - 1, int(shuffle_idx[0])
-        shuffle_idx[shuffle_idx == last] = first
+        shuffle_idx[shuffle_idx == rows - 1] = shuffle_idx[0]
+    documents = documents[: all_starts[-1]]
     found = np.minimum(lengths[documents], seq_length + 1)
-    return Layout(begins, documents, np.zeros_like(documents), found, shuffle_idx, epochs)
+    return as_maps(all_starts, documents, np.zeros_like(documents), found, shuffle_idx, len(passes))
+
+
+def row_starts(sizes: Ints, room: int) -> Ints:
+    """Where rows begin in a run of documents: each takes the next while they fit into `room`, or else a single one.
+
+    The last row has no end yet. An empty document that begins a row is alone in it, as in GPT-NeoX.
+    Shapes  sizes (n,), n > 0 -> (rows,), the first 0.
+    """
+    ends = np.cumsum(sizes)
+    following = np.searchsorted(ends, ends - sizes + room, side="right")
+    lone = np.arange(1, len(sizes) + 1)
+    following = np.where(sizes == 0, lone, np.maximum(following, lone))
+    starts, place = [], 0
+    for first in range(0, len(sizes), PIECE):  # a list of them all would be larger than the maps
+        jumps = following[first : first + PIECE].tolist()
+        while place < first + len(jumps):
+            starts.append(place)
+            place = jumps[place - first]
+    return np.array(starts, np.int64)
 
 
 def one_a_row(
     lengths: Ints, kept: NDArray[np.bool_], seq_length: int, rows: int, random: np.random.RandomState, exact: bool
-) -> Layout:
+) -> dict[str, NDArray[Any]]:
     """One document a row, in the order of the file, again from the first after the last; then rows are shuffled."""
     all_kept = np.flatnonzero(kept)
     rows = rows or len(all_kept)
@@ -136,12 +203,12 @@ def one_a_row(
     random.shuffle(shuffle_idx)
     found = np.minimum(lengths[documents], seq_length + 1)
     epochs = -(-rows // len(all_kept))
-    return Layout(np.arange(rows + 1), documents, np.zeros_like(documents), found, shuffle_idx, epochs)
+    return as_maps(np.arange(rows + 1), documents, np.zeros_like(documents), found, shuffle_idx, epochs)
 
 
 def best_fit(
     lengths: Ints, kept: NDArray[np.bool_], seq_length: int, rows: int, random: np.random.RandomState, exact: bool
-) -> Layout:
+) -> dict[str, NDArray[Any]]:
     """The longest stretches first, each into the fullest row that has room for it; rows are shuffled for each pass.
 
     Documents longer than a row are cut as GPT-NeoX's packing cuts its stream: each next row begins with the last
@@ -158,7 +225,7 @@ def best_fit(
     starts = np.searchsorted(row_of[order], np.arange(count + 1))
     epochs = max(1, -(-rows // count))
     shuffle_idx = np.concatenate([random.permutation(count) for _ in range(epochs)])
-    return Layout(starts, pieces[order], offsets[order], sizes[order], shuffle_idx, epochs)
+    return as_maps(starts, pieces[order], offsets[order], sizes[order], shuffle_idx, epochs)
 
 
 def fit(sizes: Ints, room: int) -> Ints:
@@ -203,47 +270,38 @@ def keep(free: dict[int, list[Ints]], rooms: list[int], room: int, bins: Ints) -
         free.setdefault(room, []).append(bins)
 
 
-class PieceRows:
-    """The rows of `dataset` under `order`: (seq_length + 1,) int64, 0 after the last stretch of a row that ends early.
+class PieceRows(DocumentRows[PieceOrder]):
+    """Rows of whole documents or best-fit stretches, which may end early."""
 
-    Raises  IndexError for a place without a row; DataError if the file holds floats.
-    """
-
-    def __init__(self, dataset: IndexedDataset, order: PieceOrder) -> None:
-        require_tokens(dataset)
-        self.dataset, self.order = dataset, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        row, filled = np.zeros(self.order.seq_length + 1, np.int64), 0
-        for document, start, length in self.documents_of(index):
-            row[filled : filled + length] = self.dataset.get(document, start, length)
-            filled += length
-        return row
-
-    def documents_of(self, index: int) -> list[Piece]:
-        """The stretches of documents that make up the row served at place `index`, in order; no empty ones."""
-        place, order = operator.index(index), self.order
-        if not 0 <= place < len(order.shuffle_idx):
-            raise IndexError(f"row {index} of {len(order.shuffle_idx)} in {self.dataset.prefix}")
-        k = int(order.shuffle_idx[place])
-        start, stop = order.starts[k : k + 2].tolist()
-        fields = (order.documents, order.offsets, order.lengths)
+    def pieces(self, row: int) -> list[Piece]:
+        """The stretches that were laid into row `row`, and the token that GPT-NeoX adds."""
+        order, maps = self.order, self.order.maps
+        documents, lengths = order.documents, maps["lengths"]
+        start, stop = order.starts[row : row + 2].tolist()
+        fields = (documents, maps["offsets"], lengths)
         pieces = [Piece(*found) for found in zip(*(f[start:stop].tolist() for f in fields), strict=True)]
         room = order.seq_length + 1 - sum(piece.length for piece in pieces)
-        if order.exact and room > 0 and stop < len(order.documents):
-            pieces.append(Piece(int(order.documents[stop]), 0, min(1, int(order.lengths[stop]))))
-        return [piece for piece in pieces if piece.length]
+        if order.exact and room > 0 and stop < len(documents):
+            pieces.append(Piece(int(documents[stop]), 0, min(1, int(lengths[stop]))))
+        return pieces
 
 
 def piece_rows(
-    dataset: IndexedDataset, config: DataConfig, rows: int, seed: int, documents: NDArray[np.int32] | None
+    dataset: IndexedDataset,
+    config: DataConfig,
+    rows: int,
+    seed: int,
+    documents: range | None,
+    labels: IndexedDataset | None,
+    cache: OrderCache | None,
 ) -> PieceRows:
     """A source under data.packing; an error names it."""
+    left_out = None
+    if labels is not None and config.neox_exact:  # GPT-NeoX looks at the labels that a row takes, as it counts them
+        left_out = without_targets(labels, config.seq_length + (config.packing != "unpacked"))
+    options: dict[str, Any] = {"documents": documents, "left_out": left_out, "cache": cache}
     try:
-        order = PieceOrder(dataset.sizes, config, num_samples=rows, seed=seed, documents=documents)
+        order = PieceOrder(dataset.sizes, config, num_samples=rows, seed=seed, **options)
     except DataError as error:
         raise DataError(f"{dataset.prefix}: {error}") from None
     return PieceRows(dataset, order)

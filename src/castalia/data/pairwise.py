@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset, require_tokens
-from castalia.data.labels import NO_TARGET, open_labels
+from castalia.data.labels import NO_TARGET, open_labels, without_targets
 from castalia.data.packings import PieceOrder
 
 
@@ -62,13 +62,17 @@ class PairwiseDataset:
         longer = np.maximum(tokens[0].sizes, tokens[1].sizes)
         used = np.arange(len(longer), dtype=np.int32) if documents is None else documents
         looked_at = config.seq_length + (config.packing != "unpacked")  # tokens, as GPT-NeoX has it
-        left_out = without_targets(self.pos, looked_at) | without_targets(self.neg, looked_at)
+        left_out = np.zeros(len(longer), np.bool_)
+        for side in (self.pos, self.neg):
+            if side.labels is not None:
+                left_out |= without_targets(side.labels, looked_at)
         self.order = PieceOrder(longer, config, num_samples=num_samples, seed=seed, documents=used, left_out=left_out)
+        self.shuffle_idx = self.order.shuffle_idx
         if config.packing == "unpacked":
-            self.order.shuffle_idx %= len(used)
+            self.shuffle_idx = self.shuffle_idx % len(used)
 
     def __len__(self) -> int:
-        return len(self.order.shuffle_idx)
+        return len(self.shuffle_idx)
 
     def __getitem__(self, index: int) -> dict[str, NDArray[Any]]:
         documents, leak = self.documents_of(index)
@@ -89,7 +93,7 @@ class PairwiseDataset:
         place, order = operator.index(index), self.order
         if not 0 <= place < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.pos.tokens.prefix}")
-        k = int(order.shuffle_idx[place])
+        k = int(self.shuffle_idx[place])
         start, stop = order.starts[k : k + 2].tolist()
         follows = order.exact and stop < len(order.documents)
         return order.documents[start:stop].tolist(), int(order.documents[stop]) if follows else None
@@ -136,11 +140,3 @@ def open_references(
         if file.dtype.kind != "f" or not np.array_equal(file.sizes, of.sizes):
             raise DataError(f"{file.prefix} does not fit {of.prefix}: a reference is a float for each of its tokens")
     return files
-
-
-def without_targets(side: Side, length: int) -> NDArray[np.bool_]:
-    """Which documents have no target among their first `length` labels, (N,); none where there are no labels."""
-    if side.labels is None:
-        return np.zeros(len(side.tokens), np.bool_)
-    heads = (side.labels.get(i, 0, min(length, int(size))) for i, size in enumerate(side.labels.sizes))
-    return np.fromiter((bool((head < 0).all()) for head in heads), np.bool_, len(side.labels))

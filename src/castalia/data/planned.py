@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from castalia.core.errors import DataError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset, require_tokens
-from castalia.data.order import NeoxOrder
+from castalia.data.order import NeoxOrder, chosen
+from castalia.data.order_cache import cache_of
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.packings import PieceRows, piece_rows
 from castalia.data.row_files import FileOrder, RowFile
@@ -96,27 +97,40 @@ def source_rows(
     config: DataConfig,
     seed: int,
     documents: range | None = None,
+    labels: list[IndexedDataset] | None = None,
     *,
     allow_empty: bool = False,
 ) -> SourceRows:
     """One pass over each source: its documents shuffled and cut into rows as GPT-NeoX does, or ready rows as they lie.
 
     documents    the documents of a single source to use; all by default.
+    labels       a label file for each source.
     allow_empty  a source too short for a row has no rows; otherwise it is an error.
     Raises       DataError naming the source.
     """
-    return SourceRows([one_pass(dataset, config, seed, documents, allow_empty) for dataset in datasets])
+    packs = [
+        one_pass(dataset, config, seed, documents, labels[i] if labels else None, allow_empty)
+        for i, dataset in enumerate(datasets)
+    ]
+    found = SourceRows(packs)
+    found.labels = labels
+    return found
 
 
 def one_pass(
-    dataset: IndexedDataset, config: DataConfig, seed: int, documents: range | None, allow_empty: bool
+    dataset: IndexedDataset,
+    config: DataConfig,
+    seed: int,
+    documents: range | None,
+    labels: IndexedDataset | None,
+    allow_empty: bool,
 ) -> SourcePack:
     """One source, each of its rows once."""
     require_tokens(dataset)
-    chosen = None if documents is None else np.arange(documents.start, documents.stop, dtype=np.int32)
+    cache = cache_of(dataset.prefix, config.order_cache)
     if config.packing != "packed" and (len(dataset) or not allow_empty):
-        return piece_rows(dataset, config, 0, seed, chosen)
-    tokens = int(dataset.sizes[slice(None) if chosen is None else chosen].sum(dtype=np.int64))
+        return piece_rows(dataset, config, 0, seed, documents, labels, cache)
+    tokens = int(chosen(dataset.sizes, documents)[0].sum(dtype=np.int64))
     if tokens <= config.seq_length and allow_empty:
         return EmptyPack(dataset, EmptyOrder(config.seq_length, tokens))
     try:
@@ -127,7 +141,8 @@ def one_pass(
                 f"a row needs {config.seq_length + 1} tokens, but this source holds {tokens} in all; take it out, set"
                 " mixing.allow_empty=true to give it weight 0, or take a shorter data.seq_length"
             )
-        order = NeoxOrder(dataset.sizes, seq_length=config.seq_length, num_samples=0, seed=seed, documents=chosen)
+        numbers = {"seq_length": config.seq_length, "num_samples": 0, "seed": seed}
+        order = NeoxOrder(dataset.sizes, **numbers, documents=documents, cache=cache)
     except DataError as error:
         raise DataError(f"{dataset.prefix}: {error}") from None
     return PackedDataset(dataset, order)

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data.blending import blend
+from castalia.data.blending import blend_maps
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import bin_hash, fingerprint
 from castalia.data.indexed import CHECK_PIECE, IndexedDataset
 from castalia.data.labels import open_labels
 from castalia.data.mapped import view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
+from castalia.data.order_cache import Maps, OrderCache, cache_of
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.packings import PieceRows, piece_rows
 from castalia.data.planned import SourceRows, source_rows
@@ -24,6 +25,8 @@ from castalia.data.row_files import FileOrder, Pack, RowFile
 from castalia.data.segments import DocumentMask
 from castalia.data.tokenizer import load_tokenizer
 
+Labels = list[IndexedDataset] | None
+"""A label file for each source; None where every token is a target."""
 ORDERS = {"neox": "neox packed", "file": "rows as in the file"}
 """How the fingerprint names an order."""
 
@@ -37,15 +40,22 @@ class RowDataset:
     """
 
     def __init__(
-        self, packs: list[Pack], weights: list[float] | None = None, places: int = 0, size: int | None = None
+        self,
+        packs: list[Pack],
+        weights: list[float] | None = None,
+        places: int = 0,
+        size: int | None = None,
+        cache: OrderCache | None = None,
     ) -> None:
         self.packs = packs
         self.labels: list[IndexedDataset] | None = None
         self.size = len(packs[0].order.shuffle_idx)
-        self.picks: NDArray[np.unsignedinteger] | None = None
+        self.period: int | None = None
+        self.turns: Maps | None = None
         if weights is not None:
-            self.size = size or sum(len(pack) for pack in packs) or places
-            self.picks, self.numbers = blend(weights, min(self.size, places))
+            self.size = self.period = size or sum(len(pack) for pack in packs) or places
+        if weights is not None and len(packs) > 1:
+            self.turns = blend_maps(weights, min(self.size, places), cache)
 
     def __len__(self) -> int:
         return self.size
@@ -58,13 +68,14 @@ class RowDataset:
         """The source of the row served at place `index` >= 0, and its place in that source's order."""
         if index < 0:
             raise IndexError(f"place {index}: places count from 0")
-        if self.picks is None:
-            return 0, self.packs[0].order.wrap(int(index))
-        place = int(index) % self.size
-        if place >= len(self.picks):
-            raise IndexError(f"place {index}: the blend was built for {len(self.picks)} places")
-        source = int(self.picks[place])
-        return source, self.packs[source].order.wrap(int(self.numbers[place]))
+        place = int(index) % self.period if self.period else int(index)
+        if self.turns is None:
+            return 0, self.packs[0].order.wrap(place)
+        picks, numbers = self.turns["dataset_index"], self.turns["sample_index"]
+        if place >= len(picks):
+            raise IndexError(f"place {index}: the blend was built for {len(picks)} places")
+        source = int(picks[place])
+        return source, self.packs[source].order.wrap(int(numbers[place]))
 
     def documents_of(self, index: int) -> tuple[int, list[Piece]]:
         """The source of the row served at place `index`, and the stretches of its documents in the row."""
@@ -127,14 +138,14 @@ def build_rows(
     evals = (steps // eval_every + 1) * eval_batches if eval_every else 0
     train_sets = [IndexedDataset(path) for path in config.train]
     valid_sets = [IndexedDataset(path) for path in config.valid]
-    shares = split_documents(config.split, len(train_sets[0])) if config.split is not None else None
+    first, second = split_documents(config.split, len(train_sets[0]))[:2] if config.split is not None else (None, None)
+    labels, valid_labels = label_files(config, train_sets, valid_sets)
     train: RowDataset | SourceRows
     if planned:
-        train = source_rows(train_sets, config, seed, shares[0] if shares else None, allow_empty=allow_empty)
+        train = source_rows(train_sets, config, seed, first, labels, allow_empty=allow_empty)
     else:
-        train = blended_rows(train_sets, config, seed, steps * batch_size, shares[0] if shares else None)
-    valid = valid_rows(train_sets[0], valid_sets, config, seed, evals * batch_size, shares[1] if shares else None)
-    attach_labels(config, train, valid, train_sets, valid_sets)
+        train = blended_rows(train_sets, config, seed, steps * batch_size, first, labels)
+    valid = valid_rows(train_sets[0], valid_sets, config, seed, evals * batch_size, second, valid_labels)
     weights = normalised(config.weights, len(train_sets))
     epochs = [pack.order.epochs for pack in train.packs]
     order = {
@@ -161,21 +172,16 @@ def build_rows(
     )
 
 
-def attach_labels(
-    config: DataConfig,
-    train: RowDataset | SourceRows,
-    valid: RowDataset | None,
-    train_sets: list[IndexedDataset],
-    valid_sets: list[IndexedDataset],
-) -> None:
-    """Give the rows their label files, where the config names any; a split shares those of its single source."""
-    train.labels = open_labels(config.labels, train_sets, "labels")
-    if valid is not None:
-        own = config.split is None
-        valid.labels = open_labels(config.valid_labels, valid_sets, "valid_labels") if own else train.labels
+def label_files(
+    config: DataConfig, train_sets: list[IndexedDataset], valid_sets: list[IndexedDataset]
+) -> tuple[Labels, Labels]:
+    """The label files of the train and of the valid rows, where the config names any; a split shares those of train."""
+    labels = open_labels(config.labels, train_sets, "labels")
+    own = config.split is None
+    return labels, open_labels(config.valid_labels, valid_sets, "valid_labels") if own else labels
 
 
-def label_hashes(labels: list[IndexedDataset] | None) -> dict[str, Any]:
+def label_hashes(labels: Labels) -> dict[str, Any]:
     """The label files as the fingerprint names them; nothing without any."""
     return {} if labels is None else {"labels": [bin_hash(file.buffer)[1] for file in labels]}
 
@@ -189,33 +195,42 @@ def kind_of(config: DataConfig) -> str:
 
 
 def blended_rows(
-    datasets: list[IndexedDataset], config: DataConfig, seed: int, rows: int, documents: range | None
+    datasets: list[IndexedDataset], config: DataConfig, seed: int, rows: int, documents: range | None, labels: Labels
 ) -> RowDataset:
     """The train rows as one sequence: of a stretch of a single source's documents, ready ones, or a blend."""
     if documents is not None:
-        return one_source(datasets[0], config, seed, rows, documents)
+        return one_source(datasets[0], config, seed, rows, documents, labels)
     if config.order == "file":
-        return row_files(datasets, config, rows)
-    return blended(datasets, config.weights, config, seed, rows)
+        return row_files(datasets, config, rows, labels)
+    return blended(datasets, config.weights, config, seed, rows, labels)
 
 
 def valid_rows(
-    train: IndexedDataset, sets: list[IndexedDataset], config: DataConfig, seed: int, rows: int, documents: range | None
+    train: IndexedDataset,
+    sets: list[IndexedDataset],
+    config: DataConfig,
+    seed: int,
+    rows: int,
+    documents: range | None,
+    labels: Labels,
 ) -> RowDataset | None:
     """The rows to validate on, of a stretch of the train documents or of files of their own; None without any."""
     if rows and documents:
-        return one_source(train, config, seed, rows, documents)
-    return blended(sets, config.valid_weights, config, seed, rows) if rows and sets else None
+        return one_source(train, config, seed, rows, documents, labels)
+    return blended(sets, config.valid_weights, config, seed, rows, labels) if rows and sets else None
 
 
-def one_source(dataset: IndexedDataset, config: DataConfig, seed: int, rows: int, documents: range) -> RowDataset:
+def one_source(
+    dataset: IndexedDataset, config: DataConfig, seed: int, rows: int, documents: range, labels: Labels
+) -> RowDataset:
     """Rows of a stretch of one source's documents, no blend."""
-    chosen = np.arange(documents.start, documents.stop, dtype=np.int32)
     where = f"{dataset.prefix} (documents {documents.start} to {documents.stop} under data.split {config.split!r})"
-    return RowDataset([pack(dataset, config, rows, seed, chosen, where)])
+    found = RowDataset([pack(dataset, config, rows, seed, documents, labels[0] if labels else None, where)])
+    found.labels = labels
+    return found
 
 
-def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> RowDataset:
+def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int, labels: Labels) -> RowDataset:
     """Rows of files that hold them ready: a single one as it is, several blended by weight."""
     shares = normalised(config.weights, len(datasets))
     packs: list[Pack] = []
@@ -225,33 +240,50 @@ def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> 
         except DataError as error:
             raise DataError(f"{dataset.prefix}: {error}") from None
         packs.append(RowFile(dataset, order))
-    return RowDataset(packs) if len(packs) == 1 else RowDataset(packs, shares, rows, size=rows)
+    cache = cache_of(datasets[0].prefix, config.order_cache)
+    found = RowDataset(packs) if len(packs) == 1 else RowDataset(packs, shares, rows, size=rows, cache=cache)
+    found.labels = labels
+    return found
 
 
 def blended(
-    datasets: list[IndexedDataset], weights: list[float] | None, config: DataConfig, seed: int, rows: int
+    datasets: list[IndexedDataset],
+    weights: list[float] | None,
+    config: DataConfig,
+    seed: int,
+    rows: int,
+    labels: Labels,
 ) -> RowDataset:
     """Rows of all documents of several sources, or of one, blended by weight."""
     shares = normalised(weights, len(datasets))
     counts = rows_per_source(weights or [1.0] * len(datasets), rows)  # normalised once, as GPT-NeoX does
     packs: list[Pack] = [
-        pack(dataset, config, count, seed, None, dataset.prefix)
-        for dataset, count in zip(datasets, counts, strict=True)
+        pack(dataset, config, counts[i], seed, None, labels[i] if labels else None, dataset.prefix)
+        for i, dataset in enumerate(datasets)
     ]
-    return RowDataset(packs, shares, rows)
+    found = RowDataset(packs, shares, rows, cache=cache_of(datasets[0].prefix, config.order_cache))
+    found.labels = labels
+    return found
 
 
 def pack(
-    dataset: IndexedDataset, config: DataConfig, rows: int, seed: int, documents: NDArray[np.int32] | None, where: str
+    dataset: IndexedDataset,
+    config: DataConfig,
+    rows: int,
+    seed: int,
+    documents: range | None,
+    labels: IndexedDataset | None,
+    where: str,
 ) -> PackedDataset | PieceRows:
     """One source under its order; an error names the source."""
+    cache = cache_of(dataset.prefix, config.order_cache)
     if config.packing != "packed":
-        return piece_rows(dataset, config, rows, seed, documents)
+        return piece_rows(dataset, config, rows, seed, documents, labels, cache)
+    options: dict[str, Any] = {"seq_length": config.seq_length, "seed": seed, "documents": documents, "cache": cache}
     try:
-        order = NeoxOrder(dataset.sizes, seq_length=config.seq_length, num_samples=rows, seed=seed, documents=documents)
+        return PackedDataset(dataset, NeoxOrder(dataset.sizes, num_samples=rows, **options))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    return PackedDataset(dataset, order)
 
 
 def normalised(weights: list[float] | None, sources: int) -> list[float]:
@@ -298,6 +330,7 @@ def check_vocab(dataset: IndexedDataset, vocab_size: int, most_bytes: int | None
     """
     if most_bytes is not None and len(dataset.buffer) > most_bytes:
         return
+    dataset = IndexedDataset(dataset.prefix)  # a mapping of its own: the loader's is meant for reads in no order
     width = dataset.dtype.itemsize
     total = len(dataset.buffer) // width
     for start in range(0, total, CHECK_PIECE):

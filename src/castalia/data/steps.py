@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.labels import label_row
+from castalia.data.mapped import read_at_random
+from castalia.data.packed import DocumentRows
 from castalia.data.packings import PieceRows
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
@@ -49,6 +51,13 @@ class StepReader:
     world: int
     vocab_size: int | None = None
     mask: DocumentMask | None = None
+
+    def start(self) -> "StepReader":
+        """Once in each process that reads."""
+        for pack in self.rows.packs:
+            if isinstance(pack, DocumentRows):
+                read_at_random(pack.dataset.buffer)
+        return self
 
     @property
     def micro_steps(self) -> int:
@@ -149,7 +158,7 @@ READER: list[StepReader] = []
 
 def start_worker(reader: StepReader) -> None:
     """In a worker: keep the reader, so that each task carries only a step number."""
-    READER[:] = [reader]
+    READER[:] = [reader.start()]
 
 
 def read_in_worker(step: int, planned: Sequence[Located] | None = None) -> list[MicroRows]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from castalia.core.errors import ConfigError
 from castalia.core.files import CHUNK_BYTES, atomic_write, cannot_write, sha256_of, write_json
-from castalia.data.indexed import write_index
+from castalia.data.indexed import give_names, write_index
 from castalia.data.preparing import provenance
 from castalia.data.preparing.forms import TOKENS
 from castalia.data.preparing.parts import Job, PartRecord, part_file, read_part_record
@@ -165,8 +165,7 @@ class Assembly:
                     written.append((path, prefix + provenance.SUFFIX))
                 write_json(self.folder / f"whole.{i}.json", record)
                 written.append((self.folder / f"whole.{i}.json", prefix + ".json"))
-            for path, name in written:
-                os.replace(path, name)
+            give_names([(path, Path(name)) for path, name in written])
         except OSError as error:
             raise cannot_write(Path(self.job.output + ".bin"), error) from error
 
