@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from castalia.cli import main
-from castalia.data import IndexedDataset, IndexedDatasetWriter, prepare
+from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, build_rows, prepare
 
 
 @pytest.fixture
@@ -47,6 +48,14 @@ def test_inspect(run):
     assert lines[7] == "document 2, 25 tokens"
     assert lines[8].startswith("from c.jsonl:3  start=") and " tokens=25 hash=" in lines[8]
     assert lines[9:] == ["a third document, longer<|endoftext|>"]
+
+
+def test_inspect_says_what_index_maps_are_kept(run, monkeypatch):
+    monkeypatch.setattr("castalia.data.order_cache.WORTH_BYTES", 0)
+    sizes = {"seed": 1, "batch_size": 1, "steps": 2, "eval_every": None, "eval_batches": 1}
+    build_rows(DataConfig(seq_length=8, train=["c"]), **sizes)
+    size = sum(path.stat().st_size for path in Path("c.order").glob("*.safetensors"))
+    assert run("inspect", "c")[1].splitlines()[2] == f"index maps: 1 files, {size / 1e6:,.2f} MB in c.order"
 
 
 def test_inspect_as_json_and_without_a_tokenizer(run):

@@ -103,6 +103,8 @@ def print_facts(facts: "Description") -> None:
         f"tokens a document: least {facts.shortest:,}, mean {facts.mean:,.1f}, median {facts.median:,.1f},"
         f" most {facts.longest:,}; {facts.empty:,} empty"
     )
+    if facts.maps:
+        typer.echo(f"index maps: {facts.maps} files, {facts.maps_bytes / 1e6:,.2f} MB in {facts.prefix}.order")
     most = max((count for _, count in facts.histogram), default=1)
     for least, count in facts.histogram:
         label = "0" if least == 0 else f"{least:,}-{2 * least - 1:,}"

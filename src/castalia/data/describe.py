@@ -1,16 +1,18 @@
 """What is in a token file: counts, lengths, and how the lengths are spread."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from castalia.data.indexed import IndexedDataset
+from castalia.data.order_cache import SUFFIX, kept_files
 
 
 @dataclass(frozen=True)
 class Description:
     """Counts of a token file. Lengths are tokens a document; `histogram` has a pair (least length, documents) for each
-    power of two, a bucket reaching to the next one."""
+    power of two, a bucket reaching to the next one; `maps` and `maps_bytes` are the kept index maps beside it."""
 
     prefix: str
     documents: int
@@ -24,12 +26,15 @@ class Description:
     median: float
     longest: int
     histogram: list[tuple[int, int]]
+    maps: int
+    maps_bytes: int
 
 
 def describe(dataset: IndexedDataset) -> Description:
-    """Counts and lengths of a token file; reads the .idx only."""
+    """Counts and lengths of a token file; of the two files it reads the .idx only."""
     sizes, some = dataset.sizes, len(dataset) > 0
     tokens = int(sizes.sum(dtype=np.int64))
+    maps, maps_bytes = kept_files(Path(dataset.prefix + SUFFIX))
     return Description(
         prefix=dataset.prefix,
         documents=len(dataset),
@@ -43,6 +48,8 @@ def describe(dataset: IndexedDataset) -> Description:
         median=float(np.median(sizes)) if some else 0.0,
         longest=int(sizes.max()) if some else 0,
         histogram=histogram(sizes),
+        maps=maps,
+        maps_bytes=maps_bytes,
     )
 
 
