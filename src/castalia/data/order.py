@@ -6,7 +6,7 @@ Source  megatron/data/gpt2_dataset.py:189-413 and data_utils.py:242-285, 446-480
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,9 @@ PIECE = 1 << 20
 """Documents, and about rows, that are worked on at a time while the index is built."""
 MARGIN = 1.005
 """Rows asked of each source over its share, so that blending never runs out (data_utils.py:281)."""
+
+
+Fact = TypeVar("Fact", bound=np.generic)
 
 
 class NeoxOrder:
@@ -86,14 +89,17 @@ class NeoxOrder:
 
 
 def chosen(
-    sizes: NDArray[np.integer], documents: ArrayLike | range | None
-) -> tuple[NDArray[np.integer], range | NDArray[np.int32]]:
-    """The sizes of the documents to use, a view where these are neighbours, and the documents themselves."""
-    documents = range(len(sizes)) if documents is None else documents
+    facts: NDArray[Fact], documents: ArrayLike | range | None
+) -> tuple[NDArray[Fact], range | NDArray[np.int32]]:
+    """What is known of each document, such as its size, for the ones to use, and these: all unless they are given.
+
+    Of neighbours it is a view.
+    """
+    documents = range(len(facts)) if documents is None else documents
     if isinstance(documents, range) and documents.step == 1:
-        return sizes[documents.start : documents.stop], documents
+        return facts[documents.start : documents.stop], documents
     used = np.asarray(documents, np.int32)
-    return sizes[used], used
+    return facts[used], used
 
 
 def numbered(used: range | NDArray[np.int32]) -> NDArray[np.int32]:
