@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data import IndexedDataset, prepare, read_documents
 from castalia.data.preparing import corpora
 from castalia.data.preparing.corpora import CORPORA, Corpus, RemoteFile, download, resolve_inputs
@@ -145,3 +145,15 @@ def test_a_url_as_an_input(server, tmp_path):
     assert len(IndexedDataset(tmp_path / "out")) == 5000
     with pytest.raises(DataError, match=r"gone\.jsonl: (no such file|cannot be read)"):
         prepare([f"{server.url}/gone.jsonl"], tmp_path / "out", "bytes")
+    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:1/a\.jsonl: cannot be read: Cannot connect"):
+        prepare(["http://127.0.0.1:1/a.jsonl"], tmp_path / "out", "bytes")
+
+
+def test_a_url_that_breaks_off_is_never_taken_for_bad_documents(server, tmp_path):
+    pytest.importorskip("aiohttp", reason="needs pip install 'castalia[http]'")
+    for reject in (False, True):
+        server.breaks = [100_000] * 20
+        with pytest.raises(CastaliaError, match=r"a\.jsonl: broke off \(.*\); run the same command to go on"):
+            prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes", reject=reject)
+    server.breaks = []
+    assert prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes").documents == 5000

@@ -23,5 +23,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("castalia: interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            print("castalia: interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.exit(141)

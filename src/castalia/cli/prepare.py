@@ -94,6 +94,7 @@ def prepare(
     command goes on where it was.
     """
     from castalia.cli.progress import text_progress
+    from castalia.cli.signals import stoppable
     from castalia.data.prepare import Options
     from castalia.data.prepare import prepare as run
     from castalia.data.preparing.corpora import resolve_inputs, table
@@ -118,10 +119,11 @@ def prepare(
         chat=chats.options(),
         fim=fim.options(),
     )
-    with text_progress("download", []) as on_progress:
-        files = resolve_inputs(inputs or [], corpora, lambda count: on_progress(count, 0))
-    with text_progress("prepare", files) as on_progress:
-        done = run(files, output, tokenizer, options, train_vocab=train_tokenizer, on_progress=on_progress)
+    with stoppable("the same command goes on where it was"):
+        with text_progress("download", []) as on_progress:
+            files = resolve_inputs(inputs or [], corpora, lambda count: on_progress(count, 0))
+        with text_progress("prepare", files) as on_progress:
+            done = run(files, output, tokenizer, options, train_vocab=train_tokenizer, on_progress=on_progress)
     print_summary(done, as_json)
 
 

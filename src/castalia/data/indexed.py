@@ -46,8 +46,13 @@ def best_dtype(vocab_size: int | None) -> np.dtype[Any]:
 
 
 def file_pair(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The `.bin` and `.idx` paths of a prefix, which may carry either suffix."""
+    """The `.bin` and `.idx` paths of a prefix, which may carry either suffix.
+
+    Raises  DataError if it names a folder.
+    """
     name = os.fspath(prefix)
+    if not name or name.endswith(os.sep):
+        raise DataError(f"{name or 'an empty name'}: names a folder, not files; put a name behind it: {name}corpus")
     for suffix in (".bin", ".idx"):
         name = name.removesuffix(suffix) if name.endswith(suffix) else name
     return Path(name + ".bin"), Path(name + ".idx")

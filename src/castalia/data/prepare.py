@@ -83,16 +83,18 @@ def prepare(
         chosen = train_on(files, options, train_vocab, tokenizer)
     else:
         chosen = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
+    if not options.reject:
+        refuse_empty(files)
     job = make_job(files, prefix, chosen, options)
     prefixes = outputs_of(job)
-    refuse_to_overwrite(prefixes, [*(file.path for file in files if not file.remote), tokenizer])
+    refuse_to_overwrite([prefix, *prefixes], [*(file.path for file in files if not file.remote), tokenizer])
     refuse_another_shard(prefixes[0], options.shard)
     inputs_read = InputHashes(files)
     assembly = Assembly(job, prefixes)
     needless = False
     try:
         Run(assembly, options, inputs_read, on_progress).run()
-        if not any(record.outputs[0]["documents"] for record in assembly.done) and options.shard[1] == 1:
+        if not assembly.documents and options.shard[1] == 1:
             raise DataError(f"no documents with text in {', '.join(map(str, inputs))}")
         done = summary(assembly, prefix, start)
         if train_vocab is not None:
@@ -101,11 +103,11 @@ def prepare(
         assembly.write_rejects(Path(prefix + REJECTS))
         needless = True
     except DataError:
-        needless = inputs_read.whole  # read to the end, and there is no text
+        needless = inputs_read.whole and not assembly.documents  # read to the end, and there is no text
         raise
     finally:
         inputs_read.close()
-        assembly.close(remove=needless or not assembly.done)
+        assembly.close(needless)
     if done.again:
         warnings.warn(
             f"gigatoken differed from tokenizers in {done.again} parts, which were encoded again; --no-fast encodes all"
@@ -241,6 +243,16 @@ def refuse_to_overwrite(prefixes: Iterable[str], sources: Iterable[Any]) -> None
     for source in sources:
         if not isinstance(source, Tokenizer) and Path(source).resolve() in written:
             raise ConfigError(f"{source} would be overwritten by the output; choose another --output")
+
+
+def refuse_empty(files: Iterable[InputFile]) -> None:
+    """No file that was named is empty: said before hours of work, not after.
+
+    Raises  DataError naming the first.
+    """
+    for file in files:
+        if file.named and not file.remote and not file.size:
+            raise DataError(f"{file.path}: is empty")
 
 
 def refuse_another_shard(prefix: str, shard: tuple[int, int]) -> None:

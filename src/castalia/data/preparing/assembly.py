@@ -36,15 +36,11 @@ class Assembly:
         self.place: Any = None
         self.before = 0
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "wb")  # noqa: SIM115 - closed by close
+            self.lock = locked(self.folder)
+        except BlockingIOError:
+            raise ConfigError(f"another process writes {job.output} now; wait for it or end it") from None
         except OSError as error:
             raise cannot_write(Path(job.output + ".bin"), error) from error
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.close()
-            raise ConfigError(f"another process writes {job.output} now; wait for it or end it") from None
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
         self.wholes = [opened(self.whole(i)) for i in range(len(self.prefixes))]
@@ -213,6 +209,11 @@ class Assembly:
             return []
         return part_file(self.folder, record.number, "rejects.jsonl").read_text(encoding="utf-8").splitlines()
 
+    @property
+    def documents(self) -> int:
+        """Documents of the first output so far."""
+        return sum(record.outputs[0]["documents"] for record in self.done)
+
     def filled(self) -> dict[int, int]:
         """Documents with text by the number of the input."""
         counts: dict[int, int] = {}
@@ -221,13 +222,39 @@ class Assembly:
                 counts[file] = counts.get(file, 0) + filled
         return counts
 
-    def close(self, remove: bool) -> None:
-        """Let go of the folder; `remove` it when nothing in it is needed again."""
+    def close(self, needless: bool) -> None:
+        """Let go of the folder; remove it when nothing in it is needed again, or no part of it is done."""
         for whole in self.wholes:
             whole.close()
-        if remove:
+        if needless or not any(self.folder.glob("*.record.json")):
             shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.close()
+
+
+def locked(folder: Path) -> IO[bytes]:
+    """The lock of a work folder, held.
+
+    Raises  BlockingIOError if another process holds it; OSError if the folder cannot be written.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "wb")  # noqa: SIM115 - its holder closes it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if same_file(lock, folder / "lock"):
+                return lock
+        except OSError:
+            lock.close()
+            raise
+        lock.close()  # a job that ended has removed the folder meanwhile
+
+
+def same_file(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def opened(path: Path) -> IO[bytes]:

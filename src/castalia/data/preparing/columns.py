@@ -20,7 +20,7 @@ def damage(path: str) -> Iterator[Any]:
     pyarrow = require("pyarrow", "parquet", f"reading {path}")
     try:
         yield pyarrow
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last about the name of a column
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -19,6 +21,8 @@ AHEAD = 2
 """Parts that wait beside those that are worked on."""
 LIVES = 3
 """How many times a part is given out before its workers' deaths are the job's."""
+RAY_SECONDS = 10.0
+"""How long a Ray cluster may take to answer."""
 Done = PartRecord | None
 """The record of a part; None asks for it to be worked on."""
 Results = Generator[tuple[Part, PartRecord], None, None]
@@ -48,6 +52,12 @@ def start_worker(job: Job) -> None:
     STATE["job"], STATE["encoder"] = job, Encoder(job.tokenizer, fast=job.fast)
 
 
+def start_process(job: Job) -> None:
+    """In a process of the pool: Ctrl-C reaches every process of a terminal, but the first one says what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker(job)
+
+
 def end_with(parent: Any) -> None:
     """On a thread of a worker: end when the parent is gone, however it went."""
     parent.join()
@@ -71,7 +81,7 @@ class Pool:
     def start(self) -> None:
         """New processes; spawned, because the tokenizers library does not survive a fork of its threads."""
         spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(self.workers, spawn, start_worker, (self.job,))
+        self.pool = ProcessPoolExecutor(self.workers, spawn, start_process, (self.job,))
 
     def run(self, work: Work) -> Results:
         """The parts in order; few wait at a time, so memory stays bounded."""
@@ -143,7 +153,7 @@ def on_ray(job: Job, work: Work, workers: int, address: str | None) -> Results:
     ray = require("ray", "ray", "--engine ray")
     started = not ray.is_initialized()
     if started:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        join_cluster(ray, address)
     task = ray.remote(num_cpus=1, max_retries=LIVES, max_calls=0)(ray_part)
     held = ray.put(job)
     waiting: deque[tuple[Part, Any]] = deque()
@@ -166,6 +176,21 @@ def on_ray(job: Job, work: Work, workers: int, address: str | None) -> Results:
     finally:
         if started:
             ray.shutdown()
+
+
+def join_cluster(ray: Any, address: str | None) -> None:
+    """Begin with a Ray cluster, or a new one on this machine without an address.
+
+    Raises  ConfigError if none answers there.
+    """
+    host, _, port = (address or "").rpartition(":")
+    try:
+        if host and "/" not in host and port.isdecimal():  # ray itself would wait for minutes
+            socket.create_connection((host, int(port)), RAY_SECONDS).close()
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, RuntimeError, ValueError) as error:  # ray's own words have many lines
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"--address {address}: no Ray cluster answers there ({reason})") from None
 
 
 def ray_part(job: Job, part: Part) -> PartRecord:

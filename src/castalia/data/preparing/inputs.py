@@ -1,6 +1,7 @@
 """The files that are to be read, in order: named, below folders, matched by patterns, or behind URLs."""
 
 import glob
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -8,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castalia.core.errors import DataError
+from castalia.core.errors import CastaliaError, DataError
 
 STAMPS = ("size", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
 """What the file systems of fsspec call the size and the age of a file."""
+WORK_FOLDER = ".parts"
+"""How the folder of a job's unfinished work ends; it holds a file `lock`."""
+UNFINISHED = "current_chunk_incomplete"
+"""What lm_dataformat calls the file that it still writes; it does not read it either."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,55 @@ class InputFile:
         """The file's bytes, without a buffer of ours."""
         if not self.remote:
             return open(self.path, "rb", buffering=0)
-        system, inner = file_system(self.path)
-        return system.open(inner, "rb")
+        return UrlFile(self.path)
+
+
+class UrlFile(io.RawIOBase):
+    """A file behind a URL. What goes wrong on the way is no damage of the file and so never rejected.
+
+    Raises  CastaliaError, on every call.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        system, inner = file_system(url)
+        self.file = self.told(system.open, inner, "rb")
+
+    def told(self, call: Any, *words: Any) -> Any:
+        """What a call of the file system gives, its errors as ours."""
+        try:
+            return call(*words)
+        except Exception as error:  # each fsspec file system raises its own kinds
+            reason = str(error) or type(error).__name__
+            raise CastaliaError(f"{self.url}: broke off ({reason}); run the same command to go on") from None
+
+    def readable(self) -> bool:
+        """As `io` asks."""
+        return True
+
+    def seekable(self) -> bool:
+        """As `io` asks."""
+        return bool(self.file.seekable())
+
+    def readinto(self, buffer: Any) -> int:
+        """As `io` asks."""
+        piece = self.told(self.file.read, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def seek(self, place: int, whence: int = os.SEEK_SET) -> int:
+        """As `io` asks."""
+        return int(self.told(self.file.seek, place, whence))
+
+    def tell(self) -> int:
+        """As `io` asks."""
+        return int(self.told(self.file.tell))
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        if not self.closed:
+            self.file.close()
+        super().close()
 
 
 def local(path: Path, named: bool) -> InputFile:
@@ -83,12 +135,16 @@ def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[InputFile]:
 
 def on_disk(path: Path) -> list[InputFile]:
     """The local files that a name stands for."""
+    if path.is_dir():
+        return below(path)
+    if path.is_file():
+        return [local(path, named=True)]
     if path.exists():
-        return below(path) if path.is_dir() else [local(path, named=True)]
+        raise DataError(f"{path}: a pipe or a device; it is read more than once, so write it to a file first")
     if not glob.has_magic(str(path)):
         raise DataError(f"{path}: no such file or folder")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    if not (files := [match for match in matches if match.is_file()]):
+    if not (files := [match for match in matches if match.is_file() and not is_ours(match)]):
         raise DataError(f"{path}: no file matches this pattern")
     return [local(match, named=False) for match in files]
 
@@ -100,9 +156,15 @@ def below(folder: Path) -> list[InputFile]:
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return [local(path, named=False) for path in arrow_files(folder)]
     inside = sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p.relative_to(folder)))
-    if not inside:
+    if not (files := [path for path in inside if not is_ours(path)]):
         raise DataError(f"{folder}: a folder without files")
-    return [local(path, named=False) for path in inside]
+    return [local(path, named=False) for path in files]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is part of unfinished work, of a job of ours or of lm_dataformat, and not one of the inputs."""
+    work = [folder for folder in path.parents if folder.name.endswith(WORK_FOLDER)]
+    return path.name == UNFINISHED or any((folder / "lock").is_file() for folder in work)
 
 
 def only_split(folder: Path) -> Path:
@@ -170,8 +232,10 @@ def behind_url(url: str) -> list[InputFile]:
         if not names:
             raise DataError(f"{url}: no file matches")
         return [stamped(system, name, system.unstrip_protocol(name), named=False) for name in names]
-    except FileNotFoundError:
-        raise DataError(f"{url}: no such file") from None
+    except FileNotFoundError as error:
+        cause = error.__cause__  # a server that does not answer or refuses is "not found" to fsspec
+        why = "no such file" if cause is None or isinstance(cause, FileNotFoundError) else f"cannot be read: {cause}"
+        raise DataError(f"{url}: {why}") from None
     except DataError:
         raise
     except Exception as error:  # each fsspec file system raises its own kinds
