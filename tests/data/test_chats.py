@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data import ChatOptions, DataConfig, IndexedDataset, build_rows, load_tokenizer, prepare, read_rewards
+from castalia.data import (
+    ChatOptions,
+    DataConfig,
+    IndexedDataset,
+    build_rows,
+    load_tokenizer,
+    prepare,
+    read_rewards,
+    train_tokenizer,
+)
 from castalia.data.chat_template import ChatTemplate, read_chat_template
 from castalia.data.preparing import chats as chats_module
 from castalia.data.preparing.provenance import read_provenance
@@ -305,7 +314,7 @@ def test_the_end_of_a_conversation(tmp_path):
         run([path], tmp_path / name, folder)
         ends[name] = pairs(tmp_path / name)[0][0]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings_ | {"eos_token": "<end>"}))
-    with pytest.raises(ConfigError, match=r"has no token '<end>', the eos_token of tokenizer_config\.json"):
+    with pytest.raises(ConfigError, match=r"has no token '<end>', which tokenizer_config\.json beside it names"):
         run([path], tmp_path / "wrong", folder)
     (folder / "tokenizer_config.json").unlink()
     run([path], tmp_path / "bare", folder)
@@ -363,3 +372,34 @@ def test_long_conversations_are_encoded_a_few_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(chats_module, "PREFIX_BYTES", 50)
     run([GOLDEN / "chats.jsonl"], tmp_path / "b", documents=False)
     assert whole.documents == 16 and content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def test_a_message_that_joins_the_text_before_it(tmp_path):
+    """Line breaks on both sides of the border are one token in the whole; none is lost, and the first is no target."""
+    tokenizer = train_tokenizer(["x\n\n\ny"] * 50, 262, tmp_path / "tokenizer.json")
+    body = "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% endfor %}"
+    template = ChatTemplate(body + "{% if add_generation_prompt %}assistant\n{% endif %}", "")
+    (tmp_path / "chat_template.jinja").write_text(template.text)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]
+    run([lines(tmp_path / "c.jsonl", {"messages": chat})], tmp_path / "o", tmp_path / "tokenizer.json")
+    ((tokens, labels),) = pairs(tmp_path / "o")
+    assert tokens == tokenizer.encode("user\naassistant\n") + tokenizer.encode("\n\nb") + [tokenizer.eod_id]
+    assert labels == [-100] * (len(tokens) - 4) + tokens[-4:]
+    assert tokenizer.ids["ĊĊ"] in tokenizer.encode(template.render(chat)) and tokenizer.ids["ĊĊ"] not in tokens
+
+
+def test_ftfy_mends_the_messages(tmp_path):
+    pytest.importorskip("ftfy", reason="ftfy is not installed: pip install 'castalia[ftfy]'")
+    chat = [{"role": "user", "content": "schÃ¶n"}]
+    run([lines(tmp_path / "c.jsonl", {"messages": chat})], tmp_path / "o", ftfy=True)
+    assert "schön" in load_tokenizer(GOLDEN).decode(pairs(tmp_path / "o")[0][0])
+
+
+def test_tokens_that_only_the_settings_know_are_an_error(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path / "t")
+    known = json.loads((GOLDEN / "tokenizer_config.json").read_text())
+    (tmp_path / "t" / "tokenizer_config.json").write_text(
+        json.dumps(known | {"added_tokens_decoder": {"900": {"content": "<tool>"}}})
+    )
+    with pytest.raises(ConfigError, match=r"has no token '<tool>', which tokenizer_config\.json beside it names; save"):
+        run([GOLDEN / "chats.jsonl"], tmp_path / "o", tmp_path / "t")

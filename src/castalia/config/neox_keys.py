@@ -125,7 +125,7 @@ ALIASES = {"gas": "gradient_accumulation_steps"}
 OFF: tuple[Any, ...] = (None, False)
 SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
 NO_PAIRS = (
-    "delete it: there is next-token training alone; use train_data_paths, or read pairs and rewards with"
+    "delete it: only next-token training is there; use train_data_paths, or read pairs and rewards with"
     " castalia.data.PairwiseDataset and read_rewards"
 )
 OTHER_REWARDS = "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."

@@ -89,32 +89,32 @@ def as_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def read_chat_template(folder: Path, file: str | os.PathLike[str] | None = None) -> ChatTemplate | None:
-    """The template in `file`, else that of a tokenizer's folder; None if there is none.
+def read_chat_template(folder: Path | None, file: str | os.PathLike[str] | None = None) -> ChatTemplate | None:
+    """The template in `file`, else that of a tokenizer's folder, if it has one; None if there is none.
 
     Raises  DataError if a file cannot be read.
     """
     config = read_settings(folder)
     tokens = tuple((name, text) for name, value in config.items() if (text := special_token(name, value)) is not None)
-    lone = Path(file) if file is not None else folder / LONE_FILE
-    if file is not None or lone.is_file():
+    if file is None and folder is not None and (folder / LONE_FILE).is_file():
+        file = folder / LONE_FILE
+    if file is not None:
         try:
-            return ChatTemplate(lone.read_text(encoding="utf-8"), str(lone), tokens)
+            return ChatTemplate(Path(file).read_text(encoding="utf-8"), str(file), tokens)
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{lone}: the chat template cannot be read: {error}") from None
+            raise DataError(f"{file}: the chat template cannot be read: {error}") from None
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
-    return ChatTemplate(found, str(folder / SETTINGS), tokens) if isinstance(found, str) else None
+    return ChatTemplate(found, f"{folder}/{SETTINGS}", tokens) if isinstance(found, str) else None
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(folder: Path | None) -> dict[str, Any]:
     """tokenizer_config.json of a folder; empty if there is none.
 
     Raises  DataError if it is no JSON object.
     """
-    path = folder / SETTINGS
-    if not path.is_file():
+    if folder is None or not (path := folder / SETTINGS).is_file():
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from castalia.core.errors import ConfigError
 from castalia.data.chat_template import ChatTemplate, compiled, read_chat_template, read_settings
@@ -98,28 +99,32 @@ def form_of(options: Options, tokenizer: Tokenizer) -> Texts:
 def make_chats(options: ChatOptions, tokenizer: Tokenizer) -> Chats:
     """Conversations by the template of the tokenizer's folder, or the one that is named."""
     file = Path(tokenizer.where)
-    folder = file.parent if file.is_file() else Path(tokenizer.where + ".none")
-    template = read_chat_template(folder, options.template)
+    folder = file.parent if file.is_file() else None
+    template, settings = read_chat_template(folder, options.template), read_settings(folder)
     if template is None:
         raise ConfigError(
             f"{tokenizer.where} has no chat template beside it (chat_template.jinja, or in tokenizer_config.json);"
             " name one with --chat-template FILE"
         )
     compiled(template.text, template.where)
-    eos_id = eos_of(template, tokenizer, bool(read_settings(folder)))
+    require_tokens(tokenizer, settings, template)
+    eos = dict(template.tokens).get("eos_token")
+    eos_id = tokenizer.eod_id if not settings else None if eos is None else tokenizer.ids[eos]
     if options.for_rm and eos_id is None:
         raise ConfigError(f"--for-rm: {tokenizer.where} has no eos_token, which is the reward model's one target")
     return Chats(template, options, eos_id)
 
 
-def eos_of(template: ChatTemplate, tokenizer: Tokenizer, has_settings: bool) -> int | None:
-    """The id that ends a conversation: that of the settings' eos_token, without settings the end of a document.
+def require_tokens(tokenizer: Tokenizer, settings: dict[str, Any], template: ChatTemplate) -> None:
+    """The tokenizer has the tokens that its settings count on.
 
-    Raises  ConfigError if the settings name a token that is not in the vocabulary.
+    Raises  ConfigError naming one that it lacks.
     """
-    eos = dict(template.tokens).get("eos_token")
-    if eos is not None and eos not in tokenizer.ids:
-        raise ConfigError(f"{tokenizer.where} has no token {eos!r}, the eos_token of tokenizer_config.json beside it")
-    if not has_settings:
-        return tokenizer.eod_id
-    return None if eos is None else tokenizer.ids[eos]
+    added = settings.get("added_tokens_decoder")
+    named = [one.get("content") for one in added.values()] if isinstance(added, dict) else []
+    for token in [*named, dict(template.tokens).get("eos_token")]:
+        if token is not None and token not in tokenizer.ids:
+            raise ConfigError(
+                f"{tokenizer.where} has no token {token!r}, which tokenizer_config.json beside it names; save the"
+                " tokenizer again, both files at once"
+            )

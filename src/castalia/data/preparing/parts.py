@@ -189,6 +189,7 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
     record = PartRecord(part.number, part.identity, lines=[0] * len(part.pieces))
     filled = np.zeros(len(part.pieces), np.int64)
     outputs, wanted = job.outputs, job.wanted
+    by_key = [[i for i, one in enumerate(outputs) if one.key == key] for key in range(len(job.keys))]
     columns = {i: DocumentColumns(wanted.kept) for i, one in enumerate(outputs) if one.kind == TOKENS and job.documents}
 
     def reject(piece: int, fault: Fault) -> None:
@@ -199,11 +200,9 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
 
     for places, rows in batches(read(job, part, record, reject)):
         record.rows += len(rows)
-        for key in range(len(job.keys)):
+        for key, numbers in enumerate(by_key):
             texts = [row.texts[key] for row in rows]
-            streams = iter(job.form.encode(encoder, texts))
-            for i in (i for i, output in enumerate(outputs) if output.key == key):
-                ids, sizes = next(streams)
+            for i, (ids, sizes) in zip(numbers, job.form.encode(encoder, texts), strict=True):
                 if outputs[i].kind == TOKENS:
                     full = sizes > 0
                     record.empty += len(sizes) - int(full.sum())
