@@ -1,30 +1,31 @@
-"""What mixing costs a step: plan + observe for 1 to 10,000 sources, every mixer at 1,000, and in a real run.
+"""What mixing costs a step: observe + weights + plan for 1 to 10,000 sources and every mixer, and in real runs.
 
-    python benchmarks/mixing_cost.py [--steps N] [--run-steps N] [--json FILE]
+    python benchmarks/mixing_cost.py [--steps N] [--run-steps N] [--long-steps N] [--json FILE]
 
-A step plans 1,024 rows with lag 1 and observes a loss of every source, so that `weights()` is computed anew each time.
-`rows` is what resolving all 1,024 rows to row numbers costs on top; a process needs its own part of them alone.
-Microseconds, median and 99th percentile; the step of a small model on a CPU takes 10,000 and more.
+A step plans 1,024 rows with lag 1, observes a loss of every source and asks for the weights. Microseconds, median and
+99th percentile of the steps after the first tenth; dbl and naive-validation get an evaluation in every step, which no
+run does. `rows` is what resolving all 1,024 rows to row numbers costs on top; a process needs its own part alone.
 
-The real run is a small model over two sources under `castalia train`'s loop. Its share of step time is what planning,
-resolving the rows and observing take of each step. The ratio compares it with a replay of its own record: the same rows
-and shapes, without a mixer that learns. Both trainers take their steps in turn, A B B A; a ratio is that of one block.
+The runs are those of `castalia train`'s loop over two sources: a decoder of about 1M parameters, and one of the shape
+and vocabulary of pythia-14m, both with 2,048 tokens a step. Their share of step time is what planning, resolving the
+rows and observing take of each step; what writing mixture.jsonl takes comes on top and stands apart. The ratio compares
+the small run with a replay of its own record: the same rows and shapes without a mixer that learns. Both trainers take
+their steps in turn, A B B A; a ratio is that of one block. Five minutes on two idle cores.
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import describe
 
 import castalia.train.mixture as mixing
+from castalia.core.files import write_json
 from castalia.distributed import World
 from castalia.mixing import MIXERS, Planner, Stats, make_mixer
 from castalia.recipes import load_config
@@ -40,31 +41,35 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Measure, print a table, write JSON."""
     options = read_options()
-    found = [measure("odm", count, options.steps) for count in COUNTS]
-    found += [measure(name, 1000, options.steps) for name in sorted(set(MIXERS) - {"odm", "replay"})]
-    print(f"{'mixer':<18}{'sources':>9}{'plan':>9}{'observe':>9}{'both':>9}{'p99':>9}{'rows':>9}")
-    for case in found:
-        numbers = "".join(f"{case[name]:>9.1f}" for name in ("plan", "observe", "both", "p99", "rows"))
-        print(f"{case['mixer']:<18}{case['sources']:>9,}{numbers}")
-    run = in_a_run(options.run_steps)
+    names = sorted(set(MIXERS) - {"replay"})
+    found = {name: [measure(name, count, options.steps) for count in COUNTS] for name in names}
+    print(f"observe + weights + plan, median / 99th percentile in us\n{'sources':<18}", end="")
+    print("".join(f"{count:>16,}" for count in COUNTS))
+    for name, cases in found.items():
+        print(f"{name:<18}" + "".join(f"{case['all']:>8.0f} /{case['p99']:>6.0f}" for case in cases))
+    runs = {"1M": alone(RUN, options.run_steps), "14M": alone(RUN + LARGER, options.long_steps)}
+    for size, run in runs.items():
+        parts = ", ".join(f"{name} {run[name]:.0f}" for name in PARTS)
+        print(
+            f"{size} parameters, {run['steps']} steps of {run['step_ms']:.1f} ms: mixing takes"
+            f" {run['microseconds']:.0f} us a step ({parts}), {run['share']:.4%} of it;"
+            f" its record {run['record']:.0f} us more"
+        )
+    ratio = against_a_replay(options.run_steps)
     print(
-        f"in a run of {run['steps']} steps of {run['step_ms']:.1f} ms: {run['microseconds']:.0f} us a step are the"
-        f" mixture's, {run['share']:.4%}; with a mixer / with a replay {run['ratio']:.4f}"
-        f" ({run['low']:.4f} to {run['high']:.4f})"
+        f"step with a mixer / step of a replay: {ratio['ratio']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f} in half"
+        f" of {ratio['blocks']} blocks; its own error {ratio['error']:.4f})"
     )
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
-    machine["load_at_end"] = round(os.getloadavg()[0], 2)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine, "rows": ROWS, "steps": options.steps, "microseconds": found, "run": run}
-    text = json.dumps(result, indent=1)
-    options.json.write_text(text + "\n")
+    result = {"machine": describe(), "rows": ROWS, "steps": options.steps, "microseconds": found, "runs": runs}
+    write_json(options.json, result | {"against_a_replay": ratio})
 
 
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Cost of a mixing step.")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--run-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=2000, help="of each case of the table")
+    parser.add_argument("--run-steps", type=int, default=300, help="of the small model")
+    parser.add_argument("--long-steps", type=int, default=25, help="of the larger model")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "mixing_cost.json")
     return parser.parse_args()
 
@@ -95,6 +100,7 @@ def measure(name: str, count: int, steps: int) -> dict[str, Any]:
         plan = planner.plan(step)
         planned = time.perf_counter_ns()
         planner.observe(stats)
+        planner.mixer.weights()
         observed = time.perf_counter_ns()
         if step % 10 == 0:
             plan.rows()
@@ -107,92 +113,111 @@ def measure(name: str, count: int, steps: int) -> dict[str, Any]:
         "sources": count,
         "plan": round(float(np.median(counted[:, 0])), 1),
         "observe": round(float(np.median(counted[:, 1])), 1),
-        "both": round(float(np.median(both)), 1),
+        "all": round(float(np.median(both)), 1),
         "p99": round(float(np.percentile(both, 99)), 1),
+        "mean": round(float(both.mean()), 1),
         "rows": round(float(np.median(rows)), 1),
     }
 
 
 RUN = (
     "debug",
-    "model.num_layers=4",
-    "model.hidden_size=128",
     "data.seq_length=128",
     "train.batch_size=16",
     "checkpoint.every=null",
     "checkpoint.steps=[]",
+    "mixing.warmup_steps=5",
 )
+LARGER = ("model.num_layers=6", "model.vocab_size=50304", "train.micro_batch_size=4")
+PARTS = ("plan", "rows", "observe")
+LEFT_OUT = 5
+"""Steps, or blocks, at the start, while caches fill."""
 
 
-def in_a_run(steps: int) -> dict[str, Any]:
-    """The mixture's share of a real step, and the time of a step with a mixer over that with a replay."""
+def alone(overrides: Sequence[str], steps: int) -> dict[str, Any]:
+    """Microseconds of a step of a run that go to mixing, and their share."""
+    with tempfile.TemporaryDirectory() as folder, Timers() as timers:
+        trainer = trainer_of(folder, steps, *overrides, "mixing.kind=odm")
+        record, times, spent = RecordMixture(), [], []
+        record.start(trainer)
+        for nanoseconds in walk(trainer, steps):
+            start = time.perf_counter_ns()
+            record.after_step(trainer)
+            times.append(nanoseconds)
+            spent.append([*timers.take(), time.perf_counter_ns() - start])
+    own, whole = np.array(spent[LEFT_OUT:]) / 1e3, np.array(times[LEFT_OUT:]) / 1e3
+    mixing = own[:, : len(PARTS)].sum(axis=1)
+    out = {"steps": steps, "step_ms": float(np.median(whole)) / 1e3, "microseconds": float(np.median(mixing))}
+    out |= {name: float(np.median(column)) for name, column in zip([*PARTS, "record"], own.T, strict=True)}
+    return out | {"share": float(np.median(mixing / whole)), "share_of_all": float(mixing.sum() / whole.sum())}
+
+
+def against_a_replay(steps: int) -> dict[str, Any]:
+    """The time of two steps with a mixer over that of the same two of a replay, block by block."""
     with tempfile.TemporaryDirectory() as folder:
-        recorded = trainer_of(folder, steps, "mixing.kind=odm", "mixing.warmup_steps=10")
+        recorded = trainer_of(folder, steps, *RUN, "mixing.kind=odm")
         recorded.hooks.append(RecordMixture())
         recorded.fit()
-        record = f"mixing.record={folder}/mixture.jsonl"
-        spent: list[int] = []
-        arms = [
-            walk(trainer_of(folder, steps, "mixing.kind=odm", "mixing.warmup_steps=10")),
-            walk(trainer_of(folder, steps, "mixing.kind=replay", record)),
-        ]
-        with_timers(spent)
-        own, times = [], ([], [])
+        replay = ("mixing.kind=replay", f"mixing.record={folder}/mixture.jsonl")
+        trainers = [trainer_of(folder, steps, *RUN, *arm) for arm in (("mixing.kind=odm",), replay)]
+        arms, times = [walk(trainer, steps) for trainer in trainers], ([], [])
         for _ in range(steps // 2):
             for arm in (0, 1, 1, 0):
-                spent.clear()
                 times[arm].append(next(arms[arm]))
-                if arm == 0:
-                    own.append(sum(spent))
-    mixed, replayed = (np.array(t).reshape(-1, 2).sum(axis=1)[BLOCKS_LEFT_OUT:] for t in times)
-    ratios, share = mixed / replayed, np.array(own[2 * BLOCKS_LEFT_OUT :]) / np.array(times[0][2 * BLOCKS_LEFT_OUT :])
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    return {
-        "steps": steps,
-        "step_ms": round(float(np.median(mixed)) / 2e6, 2),
-        "microseconds": round(float(np.median(own)) / 1e3, 1),
-        "share": float(np.median(share)),
-        "ratio": round(float(middle), 4),
-        "low": round(float(low), 4),
-        "high": round(float(high), 4),
-    }
-
-
-BLOCKS_LEFT_OUT = 5
-"""At the start, while caches fill."""
+            hashes = [trainer.metrics["rows_hash"] for trainer in trainers]
+            assert hashes[0] == hashes[1], "the replay reads other rows"
+    mixed, replayed = (np.array(t).reshape(-1, 2).sum(axis=1)[LEFT_OUT:] for t in times)
+    low, middle, high = (float(value) for value in np.percentile(mixed / replayed, [25, 50, 75]))
+    error = 1.25 * float(np.std(mixed / replayed)) / len(mixed) ** 0.5
+    return {"steps": steps, "blocks": len(mixed), "ratio": middle, "low": low, "high": high, "error": error}
 
 
 def trainer_of(folder: str, steps: int, *overrides: str) -> Trainer:
     """A trainer without hooks, on the corpus that `folder` holds."""
-    config = load_config([*RUN, f"output={folder}", f"train.steps={steps}", *overrides])
+    config = load_config([*overrides, f"output={folder}", f"train.steps={steps}"])
     return Trainer(ensure_corpus(config, say=lambda line: None), World(0, 1, torch.device("cpu")))
 
 
-def walk(trainer: Trainer) -> Iterator[int]:
-    """Take a step each time; nanoseconds of it, its data included."""
+def walk(trainer: Trainer, steps: int) -> Iterator[int]:
+    """Take the steps one by one; nanoseconds of each, its data included."""
     batches = trainer.batches(trainer.rows.train, 0, trainer.mixture)
-    while True:
+    for _ in range(steps):
         start = time.perf_counter_ns()
         trainer.take_step(next(batches))
         yield time.perf_counter_ns() - start
 
 
-def with_timers(spent: list[int]) -> None:
-    """From now on the calls into the mixture append their nanoseconds to `spent`."""
+class Timers:
+    """While it is entered, the calls into the mixture add up their nanoseconds."""
 
-    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+    def __enter__(self) -> "Timers":
+        self.spent = dict.fromkeys(PARTS, 0)
+        self.real = mixing.located, mixing.Mixture.plan_ahead, mixing.Mixture.observe
+        located, plan_ahead, observe = self.real
+        mixing.located = lambda plan: self.timed("rows", located(plan))
+        mixing.Mixture.plan_ahead = self.timed("plan", plan_ahead)  # type: ignore[method-assign]
+        mixing.Mixture.observe = self.timed("observe", observe)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        mixing.located, mixing.Mixture.plan_ahead, mixing.Mixture.observe = self.real  # type: ignore[method-assign]
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, which adds its time to `name`."""
+
         def inner(*given: Any, **named: Any) -> Any:
             start = time.perf_counter_ns()
             found = call(*given, **named)
-            spent.append(time.perf_counter_ns() - start)
+            self.spent[name] += time.perf_counter_ns() - start
             return found
 
         return inner
 
-    located = mixing.located
-    mixing.located = lambda plan: timed(located(plan))
-    mixing.Mixture.plan_ahead = timed(mixing.Mixture.plan_ahead)  # type: ignore[method-assign]
-    mixing.Mixture.observe = timed(mixing.Mixture.observe)  # type: ignore[method-assign]
+    def take(self) -> list[int]:
+        """What was added up since the last call, by part."""
+        out = list(self.spent.values())
+        self.spent = dict.fromkeys(PARTS, 0)
+        return out
 
 
 if __name__ == "__main__":

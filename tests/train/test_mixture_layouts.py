@@ -78,7 +78,7 @@ def alone(prefixes) -> list[tuple]:
     return list(walk(prefixes, world=1, workers=0))
 
 
-@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (1, 2), (1, 8), (2, 2)])
+@pytest.mark.parametrize(("world", "workers"), [(2, 0), (4, 0), (1, 2), (1, 8), (2, 2), (4, 8)])
 def test_200_steps_on_any_number_of_processes_and_workers(prefixes, alone, world, workers):
     assert list(walk(prefixes, world=world, workers=workers)) == alone
     assert len({str(weights) for _, weights in alone}) > 100  # the weights do move
