@@ -7,7 +7,8 @@ import pytest
 import tokenizers
 from tokenizers import normalizers
 
-from castalia.data.preparing.encoding import Encoder, has_young, young_characters
+from castalia.data.preparing.encoding import Encoder
+from castalia.data.preparing.young import young_characters
 from castalia.data.tokenizer import Tokenizer, train_bpe
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
@@ -56,7 +57,7 @@ def by_each(encoder, texts):
 @pytest.mark.parametrize("name", YOUNG)
 def test_characters_younger_than_a_table_go_to_tokenizers(encoder, name):
     text = f"words before {YOUNG[name]} and after"
-    assert has_young(text.encode())
+    assert encoder.young(text.encode())
     found, expected = by_each(encoder, ["plain", text, "", "ä", text * 3])
     assert found == expected
 
@@ -71,15 +72,17 @@ def test_gigatoken_alone_has_other_ids_for_some(encoder):
 
 @pytest.mark.parametrize("name", OLD)
 def test_the_scripts_of_most_texts_stay_with_gigatoken(encoder, name):
-    assert not has_young(OLD[name].encode())
+    assert not encoder.young(OLD[name].encode())
     found, expected = by_each(encoder, [OLD[name], f"a{OLD[name]}b", f" {OLD[name]}\n{OLD[name]}1"])
     assert found == expected
 
 
 @pytest.mark.parametrize("before", [0, (1 << 18) - 1, (1 << 18) + 1])
-def test_a_young_character_is_seen_wherever_it_stands(before):
-    assert has_young(b"a" * before + "\U00011930".encode() + "ä".encode() * 9)
-    assert not has_young(b"a" * before + "\u0301".encode() * 9)
+def test_a_young_character_is_seen_wherever_it_stands(encoder, before):
+    for filling in ("a", "ä", "中"):
+        text = (filling * before).encode()
+        assert encoder.young(text + "\U00011930".encode() + "ä".encode() * 9)
+        assert not encoder.young(text + "\u0301".encode() * 9)
     assert not young_characters()[:0x80].any()
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from castalia.core.allocator import resident_bytes
 from castalia.data.preparing import encoding
-from castalia.data.preparing.encoding import Encoder, has_young, young_characters
+from castalia.data.preparing.encoding import Encoder
+from castalia.data.preparing.young import OTHER, SAME, young_characters
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
@@ -43,7 +44,17 @@ def test_gigatoken_alone_would_not_do(tokenizer):
     quick, _ = encoding.gigatoken(tokenizer)
     text = "a\u1ab0\u0897\u0316\u0301x"
     assert quick([text.encode()])[0].tolist() != tokenizer.encode(text), "the two agree now: young_characters can go"
-    assert has_young(text.encode()) and not has_young("é \u0301 中 🙂 שָׁ".encode())
+    young = Encoder(tokenizer).young
+    assert young(text.encode()) and not young("é \u0301 中 🙂 שָׁ".encode())
+
+
+def test_a_young_character_is_tried_once(tokenizer, monkeypatch):
+    encoder = Encoder(tokenizer)
+    texts = ["မြန်မာ \u103a", "e\u0301\u0d3b\u0323"]  # marks of Unicode 5.1 and 10
+    assert [encoder.young(text.encode()) for text in texts] == [False, True]
+    assert (encoder.young.known[0x103A], encoder.young.known[0xD3B]) == (SAME, OTHER)
+    monkeypatch.setattr(encoder, "quick", None)  # what is known is not tried again
+    assert [encoder.young(text.encode()) for text in texts] == [False, True]
 
 
 def test_words_are_forgotten(tokenizer, monkeypatch):

@@ -5,10 +5,8 @@ Source  gigatoken, github.com/marcelroed/gigatoken: byte-level BPE with a cache 
 
 import importlib
 import os
-import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from castalia.core.allocator import resident_bytes
 from castalia.data.indexed import best_dtype
+from castalia.data.preparing.young import Young
 from castalia.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
 
 Encoded = tuple[NDArray[Any], NDArray[np.int64]]
@@ -44,38 +43,6 @@ PROBES = (
 )
 """Texts in which tokenizers differ: contractions, spaces, digits, scripts, forms that Unicode makes one."""
 
-ASCII = bytes(range(128))
-OLDEST = unicodedata.ucd_3_2_0
-"""No table of Unicode in use is older, and what NFC and NFKC make of its characters never changes
-(unicode.org/policies/stability_policy.html)."""
-LOOK_BYTES = 1 << 18
-
-
-@lru_cache(maxsize=1)
-def young_characters() -> NDArray[np.bool_]:
-    """Which characters (0x110000,) the tables of gigatoken and of tokenizers, of different versions of Unicode, may
-    take otherwise: letters, marks, digits and compositions younger than any table, and those that are none yet."""
-    young = np.zeros(0x110000, bool)
-    young[0x40000:0xF0000] = True  # planes without letters so far
-    for i in range(0x80, 0x40000):
-        character = chr(i)
-        if OLDEST.category(character) == "Cn":
-            kind = unicodedata.category(character)
-            young[i] = kind[0] in "LMN" or kind == "Cn" or unicodedata.decomposition(character) != ""
-    return young
-
-
-def has_young(text: bytes) -> bool:
-    """Whether a text of UTF-8 has such characters."""
-    if text.isascii():
-        return False
-    text = text.translate(None, ASCII)
-    for start in range(0, len(text), LOOK_BYTES):
-        piece = text[start : start + LOOK_BYTES + 3].decode("utf-8", "ignore")  # 3 bytes more: no character is missed
-        if young_characters()[np.frombuffer(piece.encode("utf-32-le"), "<u4")].any():
-            return True
-    return False
-
 
 class MismatchError(Exception):
     """The quick way gave other ids than the tokenizer for a sampled text."""
@@ -96,7 +63,7 @@ class Encoder:
             self.quick, self.why_slow = bytes_as_ids, None
         elif fast:
             self.quick, self.why_slow = gigatoken(tokenizer)
-        self.start_bytes = resident_bytes()
+        self.start_bytes, self.young = resident_bytes(), Young(self.same)
 
     @property
     def by(self) -> str:
@@ -109,7 +76,7 @@ class Encoder:
         """Ids and their number for each text of UTF-8."""
         if self.quick is None or not texts:
             return self.reference(texts)
-        if self.quick is not bytes_as_ids and any(young := [has_young(text) for text in texts]):
+        if self.quick is not bytes_as_ids and any(young := [self.young(text) for text in texts]):
             return self.mixed(texts, young)
         ids, sizes = self.quick(texts)
         if self.quick is not bytes_as_ids:
@@ -141,6 +108,12 @@ class Encoder:
         found = self.tokenizer.encode_batch([text.decode("utf-8") for text in texts])
         sizes = np.array([len(ids) for ids in found], dtype=np.int64)
         return np.fromiter(chain.from_iterable(found), self.dtype, int(sizes.sum())), sizes
+
+    def same(self, texts: Sequence[str]) -> list[bool]:
+        """For which of these both ways give the same ids."""
+        assert self.quick is not None
+        quick, known = (pieces_of(*way([t.encode("utf-8") for t in texts])) for way in (self.quick, self.reference))
+        return [np.array_equal(a, b) for a, b in zip(quick, known, strict=True)]
 
     def compare(self, texts: Sequence[bytes], ids: NDArray[Any], sizes: NDArray[np.int64]) -> None:
         """Hold one text of the batch, or the beginning of a long one, against the tokenizer."""
