@@ -1,5 +1,6 @@
 """Conversations to tokens, labels and rewards: against GPT-NeoX's script, and against transformers' templates."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -62,8 +63,10 @@ def pairs(prefix, key="messages"):
     return [(one.tolist(), its.tolist()) for one, its in zip(tokens[:], labels[:], strict=True)]
 
 
-@pytest.mark.parametrize("mode", OPTIONS)
-@pytest.mark.parametrize(("workers", "part_bytes"), [(1, 1 << 20), (2, 700)])
+@pytest.mark.parametrize(
+    ("mode", "workers", "part_bytes"),
+    [*((mode, 1, 1 << 20) for mode in OPTIONS), ("plain", 1, 700), ("reward", 2, 700)],
+)
 def test_the_bytes_are_neox(tmp_path, mode, workers, part_bytes):
     options = ChatOptions(**OPTIONS[mode])
     done = run([GOLDEN / "chats.jsonl"], tmp_path / "o", options=options, workers=workers, part_bytes=part_bytes)
@@ -86,7 +89,7 @@ def test_stopped_and_taken_up(tmp_path):
     path = lines(tmp_path / "c.jsonl", *chats * 4)
     options = ChatOptions(reward="reward", binary=True)
     run([path], tmp_path / "whole", options=options, part_bytes=900)
-    for stop in (1, 5, 12):
+    for stop in (1, 12):
         told = []
 
         def count(*_, told=told, stop=stop):
@@ -96,10 +99,40 @@ def test_stopped_and_taken_up(tmp_path):
 
         with pytest.raises(KeyboardInterrupt):
             run([path], tmp_path / "o", options=options, part_bytes=900, on_progress=count)
-        run([path], tmp_path / "o", options=options, part_bytes=900, workers=1 + stop % 2)
+        run([path], tmp_path / "o", options=options, part_bytes=900, workers=1 + (stop == 12))
         assert content(tmp_path / "o") == content(tmp_path / "whole")
     run([path], tmp_path / "o", options=ChatOptions(reward="reward", binary=True, only_last=True))
     assert content(tmp_path / "o") != content(tmp_path / "whole")
+
+
+def test_killed_between_any_two_files(tmp_path, monkeypatch):
+    """Stopped at every rename in turn, of which each part and the end have several."""
+    options, real, count = ChatOptions(reward="reward", binary=True), os.replace, 0
+    run([GOLDEN / "chats.jsonl"], tmp_path / "whole", options=options, part_bytes=3000)
+
+    def replace(*names, **more):
+        nonlocal count
+        count -= 1
+        if count == 0:
+            raise KeyboardInterrupt
+        real(*names, **more)
+
+    monkeypatch.setattr(os, "replace", replace)
+    step, finished = 0, False
+    while not finished:
+        step += 3
+        count = step
+        with contextlib.suppress(KeyboardInterrupt):
+            run([GOLDEN / "chats.jsonl"], tmp_path / "o", options=options, part_bytes=3000)
+            finished = True
+    assert step > 9
+    assert content(tmp_path / "o") == content(tmp_path / "whole")
+
+
+def test_a_number_of_conversations(tmp_path):
+    run([GOLDEN / "chats.jsonl"], tmp_path / "all")
+    done = run([GOLDEN / "chats.jsonl"], tmp_path / "o", rows=5, part_bytes=1000)
+    assert done.documents == 5 and pairs(tmp_path / "o") == pairs(tmp_path / "all")[:5]
 
 
 def test_other_forms_of_the_same_chats(tmp_path):
