@@ -1,17 +1,16 @@
 """`castalia data dedup` and `castalia data contamination` as they are typed."""
 
+import functools
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-from castalia.cli import main
 from castalia.data import IndexedDataset, prepare
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, command, tmp_path):
     """run(*words): `castalia data` in a folder with the token file `c`; (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     words = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew for the queen"
@@ -20,16 +19,7 @@ def run(monkeypatch, capsys, tmp_path):
     (tmp_path / "e.txt").write_text("Well: " + words.title())
     prepare(["c.jsonl"], "c", "bytes")
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["castalia", "data", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return call
+    return functools.partial(command, "data")
 
 
 def test_dedup(run):

@@ -1,5 +1,6 @@
 """`castalia data …`: what each verb prints and writes, and how it fails."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,28 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castalia.cli import main
 from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, build_rows, prepare
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, command, tmp_path):
     """run(*words): `castalia data` in a folder with the token file `c`; (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
     texts = ["one", "two words", "a third document, longer", "é"]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare(["c.jsonl"], "c", "bytes", append_eod=True)
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["castalia", "data", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
-    return call
+    return functools.partial(command, "data")
 
 
 def test_inspect(run):

@@ -1,13 +1,13 @@
 """`castalia export`: what it writes where, what it prints, and one-sentence errors."""
 
+import functools
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from castalia.checkpoint import Store
-from castalia.cli import main
 from castalia.config import dump_yaml
 from castalia.data.tokenizer import load_tokenizer
 from castalia.models import Decoder, ModelConfig
@@ -33,19 +33,9 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def castalia(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Call the command in this process: (exit status, out, err)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["castalia", "export", *map(str, words)])
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
+def castalia(command: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """castalia(*words): `castalia export`; (exit status, stdout, stderr)."""
+    return functools.partial(command, "export")
 
 
 def test_one_checkpoint_goes_to_the_output_itself(castalia, run: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command `castalia prepare`: what it writes, what it says, and how it fails."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,26 +8,16 @@ import sys
 
 import pytest
 
-from castalia.cli import main
 from castalia.data import IndexedDataset, load_tokenizer
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(monkeypatch, command, tmp_path):
     """run(*words): `castalia prepare` in an own folder; (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["castalia", "prepare", *words])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        return (code, *capsys.readouterr())
-
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": ""}\n{"text": "three"}\n')
-    return call
+    return functools.partial(command, "prepare")
 
 
 def test_summary(run, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from castalia.data import IndexedDataset, IndexedDatasetWriter, changed
-from castalia.data.fingerprint import bin_hash, fingerprint
+from castalia.data.fingerprint import array_hash, bin_hash, fingerprint, idx_hash
 
 ORDER = {"seed": 1, "seq_length": 8, "weights": [0.5, 0.5]}
 
@@ -77,3 +77,26 @@ def test_a_large_file_is_sampled_from_end_to_end(tmp_path, monkeypatch):
         assert bin_hash(path)[1] != before
     path.write_bytes(bytes(1000))
     assert bin_hash(path)[0] == "whole"
+
+
+def test_of_a_large_index_every_size_counts(token_file, monkeypatch):
+    monkeypatch.setattr("castalia.data.fingerprint.PIECE_BYTES", 64)
+    sizes = list(range(1, 101))
+    whole = idx_hash(IndexedDataset(token_file("a", sizes)))
+    for name, value in (("FULL_BYTES", 1000), ("BLOCK_BYTES", 16), ("BLOCKS", 5)):
+        monkeypatch.setattr(f"castalia.data.fingerprint.{name}", value)
+    seen = {whole, idx_hash(IndexedDataset(token_file("a", sizes)))}
+    for i in (0, 1, 15, 16, 50, 98):
+        sizes[i], sizes[i + 1] = sizes[i + 1], sizes[i]
+        seen.add(idx_hash(IndexedDataset(token_file("a", sizes))))
+    assert len(seen) == 8
+    assert idx_hash(IndexedDataset(token_file("b", sizes))) in seen
+
+
+def test_array_hash_sees_numbers_shape_and_type(monkeypatch):
+    array = np.arange(1000, dtype=np.int32)
+    first = array_hash(array)
+    monkeypatch.setattr("castalia.data.fingerprint.PIECE_BYTES", 4000)
+    assert array_hash(array.copy()) == first
+    others = [array[::-1], array.reshape(10, 100), array.view(np.uint32), array[:-1], array[:0]]
+    assert len({first, *map(array_hash, others)}) == 6

@@ -1,6 +1,7 @@
 """The token file, byte for byte, and what happens when one is damaged."""
 
 import errno
+import os
 import pickle
 import struct
 
@@ -116,6 +117,42 @@ def test_a_flipped_bit_in_the_header_is_refused(prefix, bit):
     prefix.with_suffix(".idx").write_bytes(data)
     with pytest.raises(DataError, match=r"x\.idx"):
         IndexedDataset(prefix)
+
+
+def test_of_a_very_large_file_places_are_checked_where_they_are_read(prefix, monkeypatch):
+    monkeypatch.setattr("castalia.data.indexed.AT_ONCE", 1)
+    for at, value, late in ((38, -4, False), (34 + 16, -2, True), (34 + 16, 10**9, True)):
+        data = bytearray(IDX_BYTES)
+        struct.pack_into("<i" if at < 50 else "<q", data, at, value)
+        prefix.with_suffix(".idx").write_bytes(data)
+        with pytest.raises(DataError, match=r"do not belong together"):
+            found = IndexedDataset(prefix)
+            assert late
+            found[0]
+    prefix.with_suffix(".idx").write_bytes(IDX_BYTES)
+    prefix.with_suffix(".bin").write_bytes(BIN_BYTES[:-1])
+    with pytest.raises(DataError, match=r"do not belong together"):
+        IndexedDataset(prefix)
+
+
+@pytest.mark.parametrize("stop", ["bin", "idx"])
+def test_a_file_made_again_is_never_new_tokens_under_the_old_index(prefix, monkeypatch, stop):
+    """Killed before either of the two renames, what is left is the old pair or none."""
+    real = os.replace
+
+    def replace(source, target):
+        if str(target).endswith(stop):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add([9, 9, 9, 9, 9, 9, 9])
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+        monkeypatch.undo()
+        with pytest.raises(DataError, match="no such file"):
+            IndexedDataset(prefix)
 
 
 def test_places_outside_the_tokens_are_refused(prefix):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data import DataConfig, IndexedDataset, RowDataset, StepLoader, build_rows
-from castalia.data.packings import PieceOrder, PieceRows, fit
+from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, RowDataset, StepLoader, build_rows
+from castalia.data.packings import PieceOrder, PieceRows, fit, piece_rows, row_starts
 from castalia.data.row_files import write_rows
 
 L = 16
@@ -26,8 +26,9 @@ def pack(config, rows, seed=3, documents=None):
     return PieceRows(dataset, PieceOrder(dataset.sizes, config, num_samples=rows, seed=seed, documents=documents))
 
 
-def neox_rows(kind, rows, seed, allow_chopped, count=len(SIZES)):
-    """GPT-NeoX's rows as it serves them, (tokens there, cut or filled with -100 to L + 1)."""
+def neox_rows(kind, rows, seed, allow_chopped, masked=(), count=len(SIZES)):
+    """GPT-NeoX's rows as it serves them, (tokens there, cut or filled with -100 to L + 1); `masked` documents have no
+    target among the labels that it looks at."""
     random = np.random.RandomState(seed)
     shuffle = np.arange(rows)
     random.shuffle(shuffle)
@@ -38,7 +39,7 @@ def neox_rows(kind, rows, seed, allow_chopped, count=len(SIZES)):
     while len(starts) < rows + (kind == "unpacked"):
         document = turn[at]
         at += 1
-        if allow_chopped or SIZES[document] <= L + 1:
+        if document not in masked and (allow_chopped or SIZES[document] <= L + 1):
             if kind == "unpacked" or running == 0 or running + SIZES[document] > L + 1:
                 starts.append(len(chosen))
                 running = 0
@@ -79,6 +80,47 @@ def test_neox_exact(config, kind, allow_chopped, seed):
     rows = pack(config(kind, allow_chopped=allow_chopped, neox_exact=True), 150, seed)
     assert padded(rows) == neox_rows(kind, 150, seed, allow_chopped)
     assert len(rows) == 149
+
+
+@pytest.mark.parametrize("kind", ["pack_until_overflow", "unpacked"])
+@pytest.mark.parametrize("split", [False, True])
+def test_neox_exact_leaves_out_documents_without_a_target(config, tmp_path, kind, split):
+    """Document 3 has no target, the 24 tokens of another one only as label L, from 0: pack_until_overflow sees that."""
+    long = SIZES.index(24)
+    masked = {3} | ({long} if kind == "unpacked" else set())
+    labels = [np.full(size, -100) for size in SIZES]
+    for i, own in enumerate(labels):
+        own[L if i == long else 0 : L + 1 if i == long else 1] = 5 if i != 3 else -100
+    with IndexedDatasetWriter(tmp_path / "l", np.int32) as writer:
+        for own in labels:
+            writer.add(own)
+    exact = config(kind, neox_exact=True)
+    dataset = IndexedDataset(exact.train[0])
+    documents = range(70) if split else None
+    rows = piece_rows(dataset, exact, 150, 3, documents, IndexedDataset(tmp_path / "l"), None)
+    assert padded(rows) == neox_rows(kind, 150, 3, True, masked, 70 if split else len(SIZES))
+    assert long < 70
+    ours = piece_rows(dataset, config(kind), 0, 3, documents, IndexedDataset(tmp_path / "l"), None)
+    assert 3 in {piece.document for place in range(len(ours)) for piece in ours.documents_of(place)}
+
+
+def until_overflow_step_by_step(sizes, room):
+    """Where rows begin, a document at a time."""
+    starts, running = [], 0
+    for i, size in enumerate(sizes):
+        if not running or running + size > room:
+            starts.append(i)
+            running = 0
+        running += size
+    return starts
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1000])
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_begin_where_a_document_does_not_fit(monkeypatch, piece, seed):
+    monkeypatch.setattr("castalia.data.packings.PIECE", piece)
+    sizes = np.random.RandomState(seed).randint(0, 3 + 2 * seed, 200)
+    assert row_starts(sizes, 12).tolist() == until_overflow_step_by_step(sizes.tolist(), 12)
 
 
 @pytest.mark.parametrize("kind", ["pack_until_overflow", "unpacked"])

@@ -38,6 +38,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 SMALL_VOCAB = 65500
 """Below this many ids the tools of GPT-NeoX write u16 (indexed_dataset.py:28-32)."""
 CHECK_PIECE = 1 << 20
+AT_ONCE = 1 << 24
+"""Documents whose places are checked when a file is opened; of more, a run would wait for that."""
 
 
 def best_dtype(vocab_size: int | None) -> np.dtype[Any]:
@@ -88,13 +90,15 @@ class IndexedDataset:
         self.doc_idx: NDArray[np.int64] = view(index, "<i8", boundaries, HEADER.size + 12 * count)
         self.shards = [] if self.bin_path.exists() else find_shards(self.prefix)
         self.buffer: Buffer = MappedShards(self.shards) if self.shards else map_file(self.bin_path)
-        self.check_places()
+        large = len(self.sizes) > AT_ONCE and self.sizes.min() >= 0
+        self.check_places(len(self.sizes) - 1 if large else 0, len(self.sizes))
 
-    def check_places(self) -> None:
-        """Every document lies within the .bin, so that no later read can leave it."""
-        for start in range(0, len(self.sizes), CHECK_PIECE):
-            sizes = self.sizes[start : start + CHECK_PIECE].astype(np.int64)
-            pointers = self.pointers[start : start + CHECK_PIECE]
+    def check_places(self, first: int, stop: int) -> None:
+        """Documents [first, stop) lie within the .bin: all of them, before any is read, and of a very large file the
+        last one, and each one where it is read."""
+        for start in range(first, stop, CHECK_PIECE):
+            end = min(start + CHECK_PIECE, stop)
+            sizes, pointers = self.sizes[start:end].astype(np.int64), self.pointers[start:end]
             room = len(self.buffer) - sizes * self.dtype.itemsize
             bad = np.flatnonzero((sizes < 0) | (pointers < 0) | (pointers > room))
             if len(bad):
@@ -121,7 +125,7 @@ class IndexedDataset:
         """Tokens [offset, offset + length) of document `index`; without a length, all from `offset` on.
 
         Shapes  (length,) of `dtype`, a read-only view of the file.
-        Raises  IndexError if there is no such document or it has fewer tokens.
+        Raises  IndexError if there is no such document or it has fewer tokens; DataError if it lies beyond the .bin.
         """
         i = operator.index(index)
         i += len(self) if i < 0 else 0
@@ -131,7 +135,10 @@ class IndexedDataset:
         length = size - offset if length is None else operator.index(length)
         if offset < 0 or length < 0 or offset + length > size:
             raise IndexError(f"tokens [{offset}, {offset + length}) of document {i} in {self.prefix}, which has {size}")
-        return view(self.buffer, self.dtype, length, int(self.pointers[i]) + offset * self.dtype.itemsize)
+        place = int(self.pointers[i])
+        if place < 0 or place + size * self.dtype.itemsize > len(self.buffer):
+            self.check_places(i, i + 1)
+        return view(self.buffer, self.dtype, length, place + offset * self.dtype.itemsize)
 
     def __getstate__(self) -> dict[str, str]:
         return {"prefix": self.prefix}

@@ -128,7 +128,9 @@ def copy_documents(
     """Append documents [first, stop); those that lie back to back go a few MiB at a time."""
     width = dataset.dtype.itemsize
     while first < stop:
-        sizes = dataset.sizes[first : min(stop, first + PIECE_DOCUMENTS)].astype(np.int64)
+        end = min(stop, first + PIECE_DOCUMENTS)
+        dataset.check_places(first, end)
+        sizes = dataset.sizes[first:end].astype(np.int64)
         ends = np.cumsum(sizes)
         expected = dataset.pointers[first] + (ends - sizes) * width
         gaps = np.flatnonzero(dataset.pointers[first : first + len(sizes)] != expected)

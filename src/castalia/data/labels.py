@@ -46,6 +46,7 @@ def without_targets(labels: IndexedDataset, most: int) -> NDArray[np.bool_]:
     while start < len(labels):
         done = ends[start] - sizes[start]
         stop = max(start + 1, int(np.searchsorted(ends, done + PIECE_TOKENS, side="right")))
+        labels.check_places(start, stop)
         first = labels.pointers[start:stop] // width
         base, counts = int(first.min()), sizes[start:stop]
         tokens = view(labels.buffer, labels.dtype, int((first + counts).max()) - base, base * width)
