@@ -29,17 +29,20 @@ PART_BYTES = 1 << 25
 PART_PIECES = 4096
 LINE_BYTES = (1 << 31) - 1
 """A longer line is taken for damage: no document may have as many tokens."""
-LINES, TEXT, PARQUET, ARROW, FAULT = "lines", "text", "parquet", "arrow", "fault"
+LINES, TEXT, DAT, PARQUET, ARROW, FAULT = "lines", "text", "dat", "parquet", "arrow", "fault"
+DAT_DIGITS = 16
+"""Before each document of a `.dat.zst` of lm_dataformat stands how many bytes it has, in so many digits."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """A stretch of one input.
 
-    `form` says what it holds: JSON lines that begin in bytes [start, stop), one plain text, Parquet row groups or Arrow
-    batches [start, stop), or a fault, whose sentence is `data`. `data` are its bytes where only a reader in order could
-    get them; without, whoever works on the piece opens the file. `size` is its text in bytes, about; `disk` the bytes
-    of the file that are done with it. `before` are the lines or rows of the file before the first piece of a shard.
+    `form` says what it holds: JSON lines that begin in bytes [start, stop), one plain text, documents of a `.dat.zst`,
+    Parquet row groups or Arrow batches [start, stop), or a fault, whose sentence is `data`. `data` are its bytes where
+    only a reader in order could get them; without, whoever works on the piece opens the file. `size` is its text in
+    bytes, about; `disk` the bytes of the file that are done with it. `before` are the lines or rows of the file before
+    the first piece of a shard.
     """
 
     file: int
@@ -229,12 +232,15 @@ def stretches(source: Any, name: str, where: str, part_bytes: int) -> Iterator[t
     elif inner_name(name).endswith(".tar"):
         members = tar_members(unpacked(source, name), where)
     else:
-        yield from ((None, *found) for found in cut(unpacked(source, name), inner_name(name), part_bytes))
+        yield from ((None, *found) for found in cut(unpacked(source, name), name, part_bytes))
         return
     for member, opened in members:
-        named = plain_name(member)
-        inner = unpacked(Reopened(opened), named)
-        yield from ((member, *found) for found in cut(inner, inner_name(named), part_bytes))
+        named, file = plain_name(member), Reopened(opened)
+        if inner_name(named).endswith(".tar"):  # one of OpenWebText; others are refused
+            for inside, *found in stretches(file, named, f"{where}({member})", part_bytes):
+                yield (f"{member}/{inside}", *found)  # type: ignore[misc]
+        else:
+            yield from ((member, *found) for found in cut(unpacked(file, named), named, part_bytes))
 
 
 class Reopened(io.RawIOBase):
@@ -255,11 +261,14 @@ class Reopened(io.RawIOBase):
 
 
 def cut(stream: Any, name: str, part_bytes: int) -> Iterator[tuple[str, int, bytes]]:
-    """Form, first byte and bytes of each piece: whole lines, or the one text.
+    """Form, first byte and bytes of each piece: whole lines, or the one text. `name` says how it was compressed, too.
 
     Lines before damage come first; then what reading it raised is raised.
     """
-    if form_of(name) != LINES:
+    if name.endswith(".dat.zst"):
+        yield from cut_dat(stream, part_bytes)
+        return
+    if form_of(inner_name(name)) != LINES:
         yield TEXT, 0, stream.read()
         return
     start, damage = 0, None
@@ -276,6 +285,46 @@ def cut(stream: Any, name: str, part_bytes: int) -> Iterator[tuple[str, int, byt
         yield LINES, start, data
         start += len(data)
     raise damage
+
+
+def cut_dat(stream: Any, part_bytes: int) -> Iterator[tuple[str, int, bytes]]:
+    """Pieces of whole documents of a `.dat.zst`; those before damage come first."""
+    documents, held, start = dat_documents(stream), bytearray(), 0
+    damage: BaseException | None = None
+    while damage is None:
+        try:
+            held += (document := next(documents, b""))
+        except DAMAGE as error:
+            document, damage = b"", error
+        if held and (not document or len(held) >= part_bytes):
+            yield DAT, start, bytes(held)
+            held, start = bytearray(), start + len(held)
+        if damage is None and not document:
+            return
+    raise damage
+
+
+def dat_documents(stream: Any) -> Iterator[bytes]:
+    """Each document with its length before it.
+
+    Raises  EOFError if it is cut off, or if no length stands where one must.
+    """
+    while stream.peek(1):
+        head = exactly(stream, DAT_DIGITS)
+        if not head.isdigit() or int(head) >= LINE_BYTES:
+            raise EOFError(f"{head!r} where the length of a document must stand, in {DAT_DIGITS} digits")
+        yield head + exactly(stream, int(head))
+
+
+def exactly(stream: Any, size: int) -> bytes:
+    """The next `size` bytes.
+
+    Raises  EOFError if there are fewer.
+    """
+    data, damage = gather(stream, size)
+    if damage is not None or len(data) < size:
+        raise damage or EOFError("the last document is cut off")
+    return data
 
 
 def gather(stream: Any, size: int) -> tuple[bytes, BaseException | None]:

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 from castalia.core.errors import DataError, nearest
 from castalia.data.preparing.columns import check_columns, column_rows
 from castalia.data.preparing.inputs import InputFile
-from castalia.data.preparing.pieces import ARROW, FAULT, LINES, PARQUET, Piece, damage_of
+from castalia.data.preparing.pieces import ARROW, DAT, DAT_DIGITS, FAULT, LINES, PARQUET, Piece, damage_of
 from castalia.data.preparing.streams import DAMAGE
 
 BOM = b"\xef\xbb\xbf"
 ID = "id"
 """The key under which a corpus gives a document its name, if it does."""
+PARAGRAPHS = "\n\n"
+"""Between the strings of a text that is a list of them, as lm_dataformat reads it."""
 
 try:
     import orjson
@@ -95,6 +97,8 @@ class Wanted:
     def text(self, values: dict[str, Any], key: str) -> bytes:
         """One text."""
         text = value_of(values, key, "--key")
+        if isinstance(text, list) and all(isinstance(part, str) for part in text):
+            text = PARAGRAPHS.join(text)
         if not isinstance(text, str):
             raise WrongError(f"{key!r} must be a string, got {'null' if text is None else type(text).__name__}")
         return as_utf8(self.mend(text) if self.mend else text, repr(key))
@@ -150,6 +154,8 @@ class PieceReader:
                 yield from self.columns()
             elif piece.form == LINES:
                 yield from self.json_lines(*lines_in(piece, self.file))
+            elif piece.form == DAT:
+                yield from self.dat()
             else:
                 yield self.whole_text()
         except DataError as error:
@@ -179,14 +185,35 @@ class PieceReader:
                 data = file.read()
         start = len(BOM) if data.startswith(BOM) else 0
         try:
-            text = data[start:].decode("utf-8")
+            return self.plain_row(1, start, data[start:])
         except UnicodeDecodeError as error:
             place = start + error.start
             line = data.count(b"\n", 0, place) + 1
             return Fault(line, place, not_utf8(data[place], error.start), data)
-        kept: tuple[str | None, ...] = (None,) * len(self.wanted.kept)
-        mended = self.wanted.mend(text).encode("utf-8") if self.wanted.mend else data[start:]
-        return Row(1, start, len(data), (mended,), kept)
+
+    def plain_row(self, line: int, start: int, data: bytes) -> Row:
+        """A document without keys.
+
+        Raises  UnicodeDecodeError.
+        """
+        text, kept = data.decode("utf-8"), (None,) * len(self.wanted.kept)
+        mended = self.wanted.mend(text).encode("utf-8") if self.wanted.mend else data
+        return Row(line, start, start + len(data), (mended,), kept)
+
+    def dat(self) -> Iterator[Row | Fault]:
+        """The documents of a `.dat.zst`; their number stands for the line."""
+        data, place = self.piece.data or b"", 0
+        if not self.wanted.takes_plain_text:
+            yield Fault(None, 0, f"{self.piece.where}: holds texts without keys; give JSON lines, or a single --key")
+            return
+        while place < len(data):
+            start = place + DAT_DIGITS
+            place = start + int(data[place:start])
+            self.lines += 1
+            try:
+                yield self.plain_row(self.lines, self.piece.start + start, data[start:place])
+            except UnicodeDecodeError as error:
+                yield Fault(self.lines, self.piece.start + start, not_utf8(error.object[error.start], error.start))
 
     def json_lines(self, data: bytes, begin: int) -> Iterator[Row | Fault]:
         """The documents of JSON lines; blank lines are left out."""
@@ -200,8 +227,7 @@ class PieceReader:
                 yield Row(self.lines, start, stop, texts_of(values), metadata_of(exact(values, line, wanted)))
             except (ValueError, TypeError, AttributeError, RecursionError, WrongError):  # the slow way finds the words
                 try:
-                    values = careful(line, start, wanted.keys[0])
-                    if values is not None:
+                    for values in careful(line, start, wanted):
                         yield Row(self.lines, start, stop, texts_of(values), metadata_of(values))
                 except WrongError as wrong:
                     yield Fault(self.lines, start, str(wrong), line)
@@ -229,8 +255,9 @@ def exact(values: Any, line: bytes, wanted: Wanted) -> Any:
     return json.loads(line.decode("utf-8-sig"))
 
 
-def careful(line: bytes, start: int, key: str) -> dict[str, Any] | None:
-    """The object in a line by the standard reader; None if the line is blank.
+def careful(line: bytes, start: int, wanted: Wanted) -> list[dict[str, Any]]:
+    """The object in a line by the standard reader; none if the line is blank. A string, or a list of strings as
+    lm_dataformat's JSONArchive writes, are documents without metadata.
 
     Raises  WrongError saying what is wrong with it.
     """
@@ -239,16 +266,20 @@ def careful(line: bytes, start: int, key: str) -> dict[str, Any] | None:
     except UnicodeDecodeError as error:
         raise WrongError(not_utf8(error.object[error.start], start + error.start)) from None
     if not text.strip():
-        return None
+        return []
     try:
         values = json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise WrongError(f"broken JSON at column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise WrongError(f"broken JSON: {error}") from None
+    plain = values if isinstance(values, list) else [values]
+    if wanted.takes_plain_text and all(isinstance(one, str) for one in plain):
+        return [{wanted.keys[0]: one} for one in plain]
     if not isinstance(values, dict):
-        raise WrongError(f"a line must be a JSON object with the key {key!r}, got {type(values).__name__}")
-    return values
+        key, kind = wanted.keys[0], type(values).__name__
+        raise WrongError(f"a line must be a JSON object with the key {key!r}, got {kind}")
+    return [values]
 
 
 def not_utf8(byte: int, offset: int) -> str:

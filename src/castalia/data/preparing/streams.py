@@ -37,8 +37,10 @@ DAMAGE = (
 
 
 def plain_name(name: str) -> str:
-    """A file's name in lower case, short suffixes written out."""
+    """A file's name in lower case, short suffixes written out; OpenWebText's `urlsf_subset…_data.xz` are tars."""
     name = name.lower()
+    if "urlsf_subset" in name and name.endswith("_data.xz"):
+        return name.removesuffix(".xz") + ".tar.xz"
     for short, long in SHORT.items():
         name = name.removesuffix(short) + long if name.endswith(short) else name
     return name
