@@ -35,6 +35,7 @@ def test_few_sources_are_areas_and_many_a_heat_map(tmp_path, count, kind):
     assert text.count(kind) == (count if count <= 30 else 31)
     assert "s<0>" not in text and "s&lt;0&gt;" in text
     assert "Passes over each source" in text and "uniform share" in text
+    assert ("darkest: " in text) is (count > 30)
 
 
 def test_the_bands_fill_the_picture(tmp_path):

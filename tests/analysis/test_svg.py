@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from castalia.analysis.svg import Axis, Series, line_chart, linear_ticks, log_ticks, nice_step, number, spread
+from castalia.analysis.svg import Axis, Series, line_chart, linear_ticks, log_ticks, nice_step, number, shorten, spread
 
 
 def parse(chart: str) -> ET.Element:
@@ -38,6 +38,13 @@ def test_ticks():
 )
 def test_numbers_are_short(value: float, text: str):
     assert number(value) == text
+
+
+def test_a_long_name_keeps_both_ends():
+    """Eighteen letters: sources of one kind differ at their ends."""
+    names = [f"the-pile-deduplicated/part-{i:02d}" for i in range(12)]
+    assert {len(shorten(name)) for name in names} == {18} and len({shorten(name) for name in names}) == 12
+    assert shorten(names[7]) == "the-pile…d/part-07" and shorten("eighteen letters..") == "eighteen letters.."
 
 
 def test_labels_are_spread_in_their_order():

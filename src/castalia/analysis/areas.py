@@ -6,7 +6,20 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.analysis.svg import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, draw_axes, number, shorten
+from castalia.analysis.svg import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LEFT,
+    LETTER,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    draw_axes,
+    number,
+    shorten,
+)
 
 Matrix = NDArray[np.float64]
 
@@ -29,14 +42,14 @@ def stacked_area(names: Sequence[str], steps: Sequence[int], shares: Matrix, *, 
     """One `<svg>`: the shares (S, K) of the sources by step, the first source at the bottom."""
     xs, ys = columns(steps, shares, 300)
     tops = np.cumsum(ys, axis=1) / ys.sum(axis=1, keepdims=True)
-    room = 6 + 7.4 * max(len(shorten(name)) for name in names)
+    room = 6 + LETTER * max(len(shorten(name)) for name in names)
     x_axis = Axis(float(xs[0]), float(max(xs[-1], xs[0] + 1)), LEFT, WIDTH - RIGHT - room)
     y_axis = Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
     bands = [
         draw_band(name, i, xs, np.zeros(len(xs)) if i == 0 else tops[:, i - 1], tops[:, i], x_axis, y_axis)
         for i, name in enumerate(names)
     ]
-    body = draw_axes(x_axis, y_axis, "step", "share of the rows") + "".join(bands)
+    body = draw_axes(x_axis, y_axis, "step", "weight") + "".join(bands)
     keys = "".join(f'<span style="color:var(--c{i % COLOURS})">{escape(name)}</span>' for i, name in enumerate(names))
     return chart(body, HEIGHT, title, f'<p class="legend">{keys}</p>')
 
@@ -85,7 +98,8 @@ def heat_map(names: Sequence[str], steps: Sequence[int], shares: Matrix, *, titl
         f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="{anchor}">step {number(value)}</text>'
         for value, x, anchor in ends
     )
-    return chart("".join(rows) + marks, floor + 24, title)
+    scale = f'<text class="tick" x="{(left + x_axis.end) / 2:.1f}" y="{floor + 16}" text-anchor="middle">'
+    return chart("".join(rows) + f"{marks}{scale}darkest: {top:.2%}</text>", floor + 24, title)
 
 
 LABEL_LETTERS = 13

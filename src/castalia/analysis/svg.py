@@ -11,6 +11,8 @@ COLOURS = 8
 """Series colours of the page's style sheet, `--c0` to `--c7`; further series begin again."""
 LONGEST_LABEL = 18
 """Characters of a line's name that are drawn."""
+LETTER = 8.0
+"""Width of a bold letter of a name, in user units."""
 LABEL_GAP = 15.0
 """Least distance of the labels at the ends of lines, in user units."""
 
@@ -68,12 +70,13 @@ def number(value: float) -> str:
 def label_room(series: Sequence[Series]) -> float:
     """Width beside the lines for their names; none for a single line, which the heading names."""
     names = [shorten(line.name) for line in series if not line.faint]
-    return 6 + 7.4 * max(map(len, names)) if len(names) > 1 else 0.0
+    return 6 + LETTER * max(map(len, names)) if len(names) > 1 else 0.0
 
 
 def shorten(name: str) -> str:
-    """A name that fits beside a line."""
-    return name if len(name) <= LONGEST_LABEL else name[: LONGEST_LABEL - 1] + "…"
+    """A name that fits beside a line, without its middle: names of one kind differ at their ends."""
+    half = LONGEST_LABEL // 2
+    return name if len(name) <= LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def bounds(series: Sequence[Series], log_x: bool) -> tuple[Axis, Axis]:
