@@ -92,6 +92,43 @@ def test_a_line_reports_what_the_mixer_does(tmp_path):
     assert line["at_max_share"] == 1
 
 
+LEARNED = {
+    "odm": [7.389056, 20.085537, None],
+    "odm-repo": [0.738906, 2.008554, 0.0],
+    "exp3": [0.6, 0.9, 0.0],
+    "doremi": [1.0, 2.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("name", [*LEARNED, "static", "ado"])
+def test_a_line_has_what_was_learned(tmp_path, name):
+    """After one step with losses of 2 and 3 nats and a source that was not drawn; its place among more sources kept."""
+    options = {"reference": [1.0] * 4} if name == "doremi" else {}
+    mixer = make_mixer(name, [*NAMES, "none"], sizes=[31, 17, 50, 0], allow_empty=True, max_share=1.0, **options)
+    planner = Planner(mixer, sizes=[31, 17, 50, 0], rows=12, seed=5, allow_empty=True)
+    log, plan = MixtureLog(tmp_path / "m.jsonl", planner), planner.plan(1)
+    planner.observe(Stats(1, [2.0, 3.0, 0, 0], [1, 1, 0, 0]))
+    log.write(plan, Stats(1, [2.0, 1e308, 0, 0], [1, 1, 0, 0]))
+    line = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
+    assert line["loss"] == [2.0, None, None, None], "a loss that six decimals cannot hold is none"
+    assert line.get("estimate") == ([*LEARNED[name], None] if name in LEARNED else None)
+
+
+def test_a_line_of_a_thousand_sources(tmp_path):
+    """Weights have the digits that make them exact and no more: 35 bytes a source in all."""
+    random, names = np.random.default_rng(0), [f"source-{i}" for i in range(1000)]
+    planner = Planner(make_mixer("progress", names), sizes=[10_000] * 1000, rows=512, seed=1)
+    log, plans = MixtureLog(tmp_path / "m.jsonl", planner), []
+    for step in range(1, 31):
+        plans.append(planner.plan(step))
+        stats = Stats(step, random.uniform(2, 4, 1000) * plans[-1].counts, plans[-1].counts)
+        planner.observe(stats)
+        log.write(plans[-1], stats)
+    read = read_mixture(tmp_path / "m.jsonl")
+    assert all(np.array_equal(read.lines[plan.step]["weights"], plan.weights) for plan in plans)
+    assert max(map(len, (tmp_path / "m.jsonl").read_text().splitlines()[1:])) < 35_000
+
+
 def test_mean_weights_are_a_static_mixture(tmp_path):
     planner = planner_of(update_every=10)
     log = MixtureLog(tmp_path / "m.jsonl", planner, every=1000)

@@ -15,6 +15,7 @@ from castalia.mixing.planner import Plan, PlannedRows, Planner
 from castalia.mixing.record import Mixture, MixtureLog, Replay, read_mixture
 from castalia.mixing.scores import scores
 from castalia.mixing.stats import Stats
+from castalia.mixing.watch import Watch
 
 if TYPE_CHECKING:
     from castalia.mixing.config import MixingConfig
@@ -40,6 +41,7 @@ __all__ = [
     "Smooth",
     "Stats",
     "Warmup",
+    "Watch",
     "Within",
     "ado",
     "bandits",

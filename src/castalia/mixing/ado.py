@@ -78,6 +78,12 @@ class Ado(Mixer):
         if self.fitted:
             self.follow()
 
+    def estimates(self) -> Vector | None:
+        """Loss that the fitted law of each source says of the present number of tokens; None before the first fit."""
+        if not self.fitted:
+            return None
+        return self.floor + self.beta * max(self.tokens, 1.0) ** -self.alpha
+
     def file(self, loss_sum: Vector, tokens: Vector) -> None:
         """Add a step to the open bin; close it when it is wide enough; merge pairs when there are too many."""
         self.open_loss, self.open_tokens = self.open_loss + loss_sum, self.open_tokens + tokens

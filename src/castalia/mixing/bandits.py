@@ -89,6 +89,10 @@ class RunningMean(Bandit):
         self.smoothing = check_smoothing(smoothing)
         self.estimate = np.zeros(len(self.sources))
 
+    def estimates(self) -> Vector:
+        """The running means."""
+        return self.estimate
+
     def mean_with(self, rewards: Vector, seen: NDArray[np.bool_]) -> Vector:
         """The running means after `rewards` of the sources that were seen."""
         moved = self.smoothing * self.estimate + (1 - self.smoothing) * rewards
@@ -164,6 +168,10 @@ class Exp3(Bandit):
         self.scale = scale
         self.reward = np.zeros(len(self.sources))
 
+    def estimates(self) -> Vector:
+        """The sums of rewards."""
+        return self.reward
+
     def update(self, stats: Stats) -> None:
         """Add the step's rewards, then take the shares."""
         means, seen = self.losses(stats)
@@ -195,6 +203,10 @@ class NaiveValidation(Bandit):
     ) -> None:
         super().__init__(sources, prior=prior, eps=eps)
         self.reward = np.zeros(len(self.sources))
+
+    def estimates(self) -> Vector:
+        """The sums of rewards."""
+        return self.reward
 
     def update(self, stats: Stats) -> None:
         """Add the evaluation's rewards, if there was one, then take the shares."""
@@ -275,6 +287,10 @@ class Odm(Bandit):
             self.fading = np.where(seen, self.fading * self.smoothing, self.fading)
             self.loaded()
         self.explore(self.learned(), stats.step)
+
+    def estimates(self) -> Vector:
+        """The running means; NaN for a source that was never drawn."""
+        return np.where(self.drawn > 0, self.estimate, np.nan)
 
     def rewards(self, means: Vector) -> Vector:
         """r_i of every source, drawn or not."""

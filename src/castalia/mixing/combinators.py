@@ -38,6 +38,10 @@ class Around(Mixer):
         """Its own and those of what it wraps."""
         return sum((mixer.rejected_losses() for mixer in self.inner), self.rejected)
 
+    def estimates(self) -> Vector | None:
+        """Those of the mixer that it wraps."""
+        return self.inner[0].estimates()
+
     def known(self, step: int) -> Vector | None:
         """The shape of what the inner mixer knows."""
         shares = self.inner[0].known(step)
@@ -287,6 +291,10 @@ class Schedule(Timed):
             mixer.observe(stats)
         self.shares = self.inner[self.place(stats.step + 1)].weights()
 
+    def estimates(self) -> Vector | None:
+        """Those of the stage that holds now."""
+        return self.inner[self.place(self.step + 1)].estimates()
+
     def place(self, step: int) -> int:
         """The stage of a step."""
         return int(np.searchsorted(self.starts, step, side="right")) - 1
@@ -319,6 +327,15 @@ class Within(Around):
         given = {name: getattr(stats, name) for name in names}
         picked = {name: vector(v, count, name, stats.step)[self.places] for name, v in given.items() if v is not None}
         super().update(Stats(stats.step, **picked))
+
+    def estimates(self) -> Vector | None:
+        """Those of the inner mixer, at the places of its sources; NaN for the others."""
+        found = self.inner[0].estimates()
+        if found is None:
+            return None
+        out = np.full(len(self.sources), np.nan)
+        out[self.places] = found
+        return out
 
     def rejected_losses(self) -> NDArray[np.int64]:
         """Those of the inner mixer, at the places of its sources."""

@@ -140,6 +140,10 @@ class Mixer:
         """Single numbers worth logging, of this mixer and what it wraps."""
         return {name: value for mixer in self.inner for name, value in mixer.report().items()}
 
+    def estimates(self) -> Vector | None:
+        """(K,) what it has learned of each source and its shares follow; None for a mixer that learns nothing."""
+        return None
+
     def rejected_losses(self) -> NDArray[np.int64]:
         """(K,) losses that were refused so far, by this mixer and what it wraps; NaN, infinite, or huge."""
         return self.rejected

@@ -89,6 +89,10 @@ class Progress(Mixer):
                 gate += self.base
                 self.shares = gate
 
+    def estimates(self) -> Vector:
+        """The slopes."""
+        return self.slopes()[0]
+
     def take_in(self, w: Vector, y: Vector, past: float) -> None:
         """The share read lately and the seven sums: the past fades, the step comes in."""
         wxy, new, sums = self.wxy, self.new, self.by_sum

@@ -12,11 +12,14 @@ from numpy.typing import ArrayLike, NDArray
 from castalia.core.errors import ConfigError, DataError, TrainingError
 from castalia.core.files import atomic_write, cannot_write
 from castalia.mixing.mixer import MIXERS, Mixer
+from castalia.mixing.permutation import ONE, quantise
 from castalia.mixing.planner import Plan, Planner
 from castalia.mixing.simplex import Vector
 from castalia.mixing.stats import Stats
 
 FORMAT = 1
+DIGITS = 10
+"""Of a weight: a whole part of 2**-32 is found again from so many."""
 
 
 class MixtureLog:
@@ -26,7 +29,8 @@ class MixtureLog:
     "exhaustion": [...], "prior": [...], "mixer": {...}}`. The others are `{"step", "weights": [K], "counts": [K],
     "read": [K], "entropy", "distance"}`: the weights that the step followed, rows of each source in it, rows read
     before it, entropy in nats, total-variation distance to the prior, losses refused so far ("rejected"), and what the
-    mixer reports of itself (`Mixer.report`); with `stats` also `"loss": [K or null]`, nats a token.
+    mixer reports of itself (`Mixer.report`, and as "estimate" `Mixer.estimates`); with `stats` also
+    `"loss": [K or null]`, nats a token. Weights have ten decimals, which are exact; the others six.
     `weights` is left out while it does not change. A step that is written again replaces itself and all after it.
 
     every        steps between lines; a change of the weights is always written, so that the record can be replayed.
@@ -64,7 +68,7 @@ class MixtureLog:
         with atomic_write(self.path) as file:
             file.writelines([*lines[: min(step, 1)], *kept])
         written = [weights for line in kept if (weights := json.loads(line).get("weights"))]
-        self.last = np.array(written[-1]) if written else None
+        self.last = quantise(np.array(written[-1])) / ONE if written else None
 
     def write(self, plan: Plan, stats: Stats | None = None) -> None:
         """Write the line of a step, with its losses where `stats` of the same step are there."""
@@ -74,13 +78,16 @@ class MixtureLog:
             return
         line: dict[str, Any] = {"step": plan.step}
         if changed:
-            line["weights"] = plan.weights.tolist()
+            line["weights"] = np.round(plan.weights, DIGITS).tolist()
             self.last = plan.weights
         line |= {"counts": plan.counts.tolist(), "read": plan.starts.tolist()}
         mixer = self.planner.mixer
         line |= summary(plan.weights, mixer.prior) | mixer.report() | {"rejected": int(mixer.rejected_losses().sum())}
+        estimates = mixer.estimates()
+        if estimates is not None:
+            line["estimate"] = listed(estimates)
         if stats is not None:
-            line["loss"] = means_of(stats)
+            line["loss"] = listed(means_of(stats))
         self.append(json.dumps(line) + "\n")
 
     def close(self) -> None:
@@ -121,11 +128,20 @@ def summary(weights: Vector, prior: Vector) -> dict[str, float]:
     return {"entropy": round(entropy, 6), "distance": round(float(np.abs(weights - prior).sum()) / 2, 6)}
 
 
-def means_of(stats: Stats) -> list[float | None]:
-    """Nats a token of each source; None where there is none, or it is not finite."""
+def means_of(stats: Stats) -> Vector:
+    """Nats a token of each source; NaN where there is none."""
     sums, tokens = np.asarray(stats.loss_sum, np.float64), np.asarray(stats.tokens, np.float64)
-    means = np.divide(sums, tokens, out=np.full(len(sums), np.nan), where=tokens > 0)
-    return [float(mean) if np.isfinite(mean) else None for mean in means]
+    return np.divide(sums, tokens, out=np.full(len(sums), np.nan), where=tokens > 0)
+
+
+def listed(values: Vector) -> list[float | None]:
+    """Values to six decimals; None for what is not finite."""
+    with np.errstate(over="ignore"):
+        rounded = np.round(values, 6)
+    out: list[float | None] = rounded.tolist()
+    for place in np.flatnonzero(~np.isfinite(rounded)):
+        out[place] = None
+    return out
 
 
 @dataclass
@@ -198,7 +214,7 @@ def add_line(mixture: Mixture, line: dict[str, Any]) -> None:
     for late in [known for known in mixture.lines if known >= step]:
         del mixture.lines[late]
     for name in {"weights", "counts", "read"} & line.keys():
-        line[name] = np.array(line[name], np.float64 if name == "weights" else np.int64)
+        line[name] = quantise(np.array(line[name])) / ONE if name == "weights" else np.array(line[name], np.int64)
     if "weights" not in line:
         line["weights"] = mixture.lines[next(reversed(mixture.lines))]["weights"]
     if len(line["weights"]) != len(mixture.sources):

@@ -111,6 +111,10 @@ class Doremi(Multiplicative):
         if there.any():
             self.step_by(self.score)
 
+    def estimates(self) -> Vector:
+        """The scores."""
+        return self.score
+
     def excess(self, stats: Stats, means: Vector) -> tuple[Vector, np.ndarray]:
         """Nats a token over the reference, and where tokens stand behind it.
 

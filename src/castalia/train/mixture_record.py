@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from castalia.mixing import MixtureLog, read_mixture
+from castalia.mixing import MixtureLog, Watch, read_mixture
 from castalia.train.hooks import Hook
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class RecordMixture(Hook):
         if mixture is None or not trainer.world.leads:
             return
         path = Path(trainer.config.output) / "mixture.jsonl"
+        self.watch = Watch(mixture.planner.sources, mixture.planner.mixer.prior)
         set_aside(path, mixture.planner.sources, mixture.done)
         self.log = MixtureLog(path, mixture.planner, every=mixture.config.log_every, resume_step=mixture.done)
 
@@ -32,10 +33,12 @@ class RecordMixture(Hook):
 
     def after_step(self, trainer: "Trainer") -> None:
         """Append the step, and tell what happened to a source."""
-        if self.log and trainer.mixture and trainer.mixture.plan:
-            for event in trainer.mixture.plan.events:
-                print(f"castalia: step {trainer.mixture.done}: {event}", file=sys.stderr, flush=True)
-            self.log.write(trainer.mixture.plan, trainer.mixture.stats)
+        mixture = trainer.mixture
+        if self.log and mixture and mixture.plan and mixture.stats:
+            said = self.watch.observe(mixture.plan.weights, mixture.stats)
+            for event in (*mixture.plan.events, *said):
+                print(f"castalia: step {mixture.done}: {event}", file=sys.stderr, flush=True)
+            self.log.write(mixture.plan, mixture.stats)
 
     def close(self, trainer: "Trainer") -> None:
         """Write what is left."""
