@@ -12,6 +12,7 @@ Source  GPT-NeoX keeps its maps under a name without any hash (gpt2_dataset.py:2
 import hashlib
 import json
 import math
+import os
 import shutil
 import struct
 import warnings
@@ -78,7 +79,7 @@ class OrderCache:
             for left in self.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
                 left.unlink()
             write_maps(path, key, maps)
-            return KeptMaps(path)
+            return reopened(path)
         except (OSError, CastaliaError) as error:
             self.warn(error)
             return maps
@@ -114,8 +115,8 @@ class KeptMaps(dict[str, NDArray[Any]]):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.path, self.content = path, map_file(path)
-        content = self.content
+        self.path = path
+        self.content = content = map_file(path)
         try:
             start = LENGTH.size + LENGTH.unpack(content[: LENGTH.size])[0]
             self.entries = json.loads(content[LENGTH.size : start])
@@ -137,23 +138,28 @@ class KeptMaps(dict[str, NDArray[Any]]):
         """
         if self.key != key_text(key) or self.sha256 != maps_hash(self.key, self.entries, self):
             raise DataError(f"{self.path}: its contents do not have the hash of its header")
-        read_at_random(self.content)
 
-    def __reduce__(self) -> tuple[type["KeptMaps"], tuple[Path]]:
-        return KeptMaps, (self.path,)
+    def __reduce__(self) -> tuple[Callable[[Path], "KeptMaps"], tuple[Path]]:
+        return reopened, (self.path,)
+
+
+def reopened(path: Path) -> KeptMaps:
+    """Maps that this job has written or checked, ready for reads in no order."""
+    found = KeptMaps(path)
+    read_at_random(found.content)
+    return found
 
 
 def open_maps(path: Path, key: Key) -> KeptMaps | None:
     """The maps kept under `key`; None if there are none, or, after a warning, if they are damaged."""
-    if not path.exists():
+    if not os.path.exists(path):  # also where the folder may not be looked into, unlike Path.exists
         return None
     try:
-        found = KeptMaps(path)
-        found.check(key)
+        KeptMaps(path).check(key)
+        return reopened(path)
     except DataError as error:
         warnings.warn(f"{error}; it is made again", stacklevel=2)
         return None
-    return found
 
 
 def write_maps(path: Path, key: Key, maps: Maps) -> None:

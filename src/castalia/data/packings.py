@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 VERSION = 1
 """Of the packings here, in the key of kept index maps: another number whenever the same settings give other rows."""
 PIECE = 1 << 20
-"""Documents whose rows are followed at a time."""
+"""Documents whose rows are followed at a time, so that the lists of Python stay small."""
 
 
 class PieceOrder:
@@ -183,13 +183,14 @@ def row_starts(sizes: Ints, room: int) -> Ints:
     following = np.searchsorted(ends, ends - sizes + room, side="right")
     lone = np.arange(1, len(sizes) + 1)
     following = np.where(sizes == 0, lone, np.maximum(following, lone))
-    starts, place = [], 0
-    for first in range(0, len(sizes), PIECE):  # a list of them all would be larger than the maps
-        jumps = following[first : first + PIECE].tolist()
+    blocks, place = [], 0
+    for first in range(0, len(sizes), PIECE):
+        jumps, starts = following[first : first + PIECE].tolist(), []
         while place < first + len(jumps):
             starts.append(place)
             place = jumps[place - first]
-    return np.array(starts, np.int64)
+        blocks.append(np.array(starts, np.int64))
+    return np.concatenate(blocks)
 
 
 def one_a_row(
