@@ -4,6 +4,7 @@ import gc
 import itertools
 import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import DataConfig, IndexedDatasetWriter, StepLoader, build_rows
+from castalia.data.resharding import shard
 from castalia.train.progress import rows_hash
 
 BATCH = 12
@@ -171,3 +173,26 @@ def test_the_thread_reads_a_step_ahead_and_no_further(rows):
     assert not threading.Event().wait(0.1)
     assert asked == [0, 1, 2]
     batches.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a mapping is meant for")
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_kernel_does_not_read_ahead_of_a_row(tmp_path, shards):
+    """`rr` in VmFlags: reads at random."""
+    with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add_many(np.arange(3000), np.full(300, 10))
+    folder = tmp_path
+    if shards:
+        folder = tmp_path / "cut"
+        shard(tmp_path / "a", folder, size=2000)
+    config = DataConfig(seq_length=8, train=[str(folder / "a")])
+    rows = build_rows(config, seed=7, batch_size=BATCH, steps=6, eval_every=None, eval_batches=1).train
+
+    def flags():
+        maps = Path("/proc/self/smaps").read_text().split(str(folder / "a"))[1:]
+        return ["rr" in found.split("VmFlags:")[1].splitlines()[0].split() for found in maps if ".bin" in found[:30]]
+
+    assert flags() == [False] * (3 if shards else 1)
+    expected = [rows[place][0][:-1].tolist() for place in range(BATCH)]
+    assert take(rows, 1)[0][0].tokens.tolist() == expected
+    assert flags() == [True] * (3 if shards else 1)
