@@ -261,9 +261,9 @@ def refuse_another_shard(prefix: str, shard: tuple[int, int]) -> None:
         return
     held = (read_record(prefix) or {}).get("shard")
     if held not in (None, list(shard)):
+        share = "/".join(map(str, held)) if isinstance(held, list) else str(held)
         raise ConfigError(
-            f"{prefix} holds share {held[0]}/{held[1]} already, not {shard[0]}/{shard[1]}; give each share an --output"
-            " of its own"
+            f"{prefix} holds share {share} already, not {shard[0]}/{shard[1]}; give each share an --output of its own"
         )
 
 

@@ -55,7 +55,8 @@ def token_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
         for key in ("tokenizer", "vocab_size", "append_eod"):
             if key not in record:
                 continue
-            if facts.setdefault(key, record[key]) != record[key] and key != "append_eod":
+            known = facts.setdefault(key, record[key])
+            if key in first and known != record[key] and key != "append_eod":
                 raise DataError(
                     f"{dataset.prefix} and {first[key]} were made with different tokenizers ({key} differs in their"
                     " .json records); prepare both with one"

@@ -125,7 +125,7 @@ def join_indexes(paths: Sequence[Path], file: Any) -> None:
             names = dict.fromkeys(name for one in opened for name in one.schema_arrow.names if name not in OWN)
             groups = (one.read_row_group(i) for one in opened for i in range(one.num_row_groups))
             write_index(file, (plain(pyarrow, group, [*names]) for group in groups), [*names])
-    except (pyarrow.ArrowException, KeyError) as error:
+    except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{', '.join(map(str, paths))}: an index of documents cannot be read: {error}") from None
 
 
@@ -139,7 +139,7 @@ def slice_index(path: Path, documents: range, file: Any) -> None:
         with parquet.ParquetFile(path) as opened:
             names = [name for name in opened.schema_arrow.names if name not in OWN]
             write_index(file, (plain(pyarrow, table, names) for table in slices(opened, documents)), names)
-    except (pyarrow.ArrowException, KeyError) as error:
+    except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}; remove it or prepare again") from None
 
 

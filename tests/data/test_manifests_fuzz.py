@@ -1,0 +1,113 @@
+"""Records, lists of hashes, indexes of documents and folders of `datasets` that say anything: words, no crash."""
+
+import json
+import random
+
+import pytest
+
+from castalia.core.errors import CastaliaError
+from castalia.data import prepare
+from castalia.data.joining import merge, split
+from castalia.data.preparing.inputs import list_files
+from castalia.data.preparing.provenance import read_provenance
+from castalia.data.resharding import shard
+from castalia.data.verify import hash_list, read_hashes, verify
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
+VALUES = [None, True, -1, 3.5, 10**30, "", "x", "../../x", [], {}, [1], {"a": 1}, "\ud800", float("nan"), "0" * 64]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A token file `p` and share 0 of 2 of the same, `q`."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30)))
+    prepare([tmp_path / "a.jsonl"], tmp_path / "p", "bytes")
+    prepare([tmp_path / "a.jsonl"], tmp_path / "q", "bytes", shard=(0, 2))
+    return tmp_path
+
+
+def changed(draw, value):
+    """JSON with one or two values of another kind, or gone."""
+    found = json.loads(json.dumps(value))
+    for _ in range(draw.choice([1, 1, 2])):
+        key = draw.choice([*found, "new"])
+        if isinstance(found.get(key), dict) and draw.random() < 0.6:
+            found[key][draw.choice([*found[key], "new"])] = any_value(draw)
+        elif isinstance(found.get(key), list) and found[key] and draw.random() < 0.6:
+            found[key][draw.randrange(len(found[key]))] = any_value(draw)
+        else:
+            found[key] = any_value(draw)
+    return json.dumps(found)
+
+
+def any_value(draw):
+    """A new one each time."""
+    return json.loads(json.dumps(draw.choice(VALUES)))
+
+
+def damaged(draw, data):
+    """Bytes of which a few are others, now and then cut off."""
+    data = bytearray(data)
+    for _ in range(draw.choice([1, 2, 5])):
+        data[draw.randrange(len(data))] = draw.choice([draw.randrange(256), 10, 32, 46, 47])
+    return bytes(data[: draw.randrange(len(data))] if draw.random() < 0.2 else data)
+
+
+def in_words(job):
+    """What a job gives; None if it said in words why not."""
+    try:
+        return job()
+    except CastaliaError as error:
+        assert str(error)
+        return None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_records(folder):
+    draw, good = random.Random(1), {name: json.loads((folder / f"{name}.json").read_text()) for name in "pq"}
+    for _ in range(50):
+        for name, record in good.items():
+            (folder / f"{name}.json").write_text(changed(draw, record))
+        in_words(lambda: list(verify([folder / "p"])))
+        in_words(lambda: merge([folder / "p", folder / "p"], folder / "m"))
+        in_words(lambda: split(folder / "p", folder / "s", parts=2))
+        in_words(lambda: shard(folder / "p", folder / "cut", size=50))
+        in_words(lambda: prepare([folder / "a.jsonl"], folder / "q", "bytes", shard=(1, 2)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_indexes_of_documents(folder):
+    draw, path = random.Random(2), folder / "p.documents.parquet"
+    good = path.read_bytes()
+    for _ in range(50):
+        path.write_bytes(damaged(draw, good))
+        list(verify([folder / "p"]))
+        in_words(lambda: read_provenance(str(folder / "p"), draw.randrange(30)))
+        in_words(lambda: merge([folder / "p", folder / "p"], folder / "m"))
+        in_words(lambda: split(folder / "p", folder / "s", parts=2))
+
+
+def test_lists_of_hashes(folder):
+    draw = random.Random(3)
+    good = "".join(f"{name} {digest}\n" for name, digest in hash_list(folder / "p").items()).encode()
+    for _ in range(300):
+        data = damaged(draw, good)
+        (folder / "hashes").write_bytes(data)
+        told = in_words(lambda: list(verify([folder / "p"], read_hashes(folder / "hashes"))))
+        same = data.lower().split() == good.lower().split()
+        assert told is None or same == all(check.ok for check in told)
+
+
+def test_folders_of_datasets(folder):
+    draw = random.Random(4)
+    for name in ("one", "many"):
+        (folder / name).mkdir()
+    (folder / "one" / "dataset_info.json").write_text("{}")
+    (folder / "one" / "x.arrow").touch()
+    for _ in range(300):
+        state = {"_data_files": [{"filename": "x.arrow"}], "_indices_data_files": None}
+        (folder / "one" / "state.json").write_text(changed(draw, state))
+        found = in_words(lambda: list_files([folder / "one"])) or []
+        assert all(file.path == str(folder / "one" / "x.arrow") for file in found)
+        (folder / "many" / "dataset_dict.json").write_text(changed(draw, {"splits": ["../one"]}))
+        assert in_words(lambda: list_files([folder / "many"])) is None
