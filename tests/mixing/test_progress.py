@@ -86,6 +86,15 @@ def test_a_source_that_was_never_drawn_counts_as_the_mean():
     np.testing.assert_allclose(mixer.weights(), 0.25, atol=1e-6)
 
 
+@pytest.mark.parametrize("recent", [0.0, 10.0])
+def test_a_prior_of_0_stays_0(recent):
+    """Whether or not such a source is read; its logarithm does no harm."""
+    mixer = make_mixer("progress", sources=NAMES, prior=[0.5, 0.3, 0.2, 0.0], recent=recent)
+    with np.errstate(all="raise", under="ignore"):
+        weights = observed(mixer, 50, [0.5, 0.3, 0.0, 0.2], counts=(8, 8, 8, 0), wobble=0.01).weights()
+    assert weights[3] == 0 and weights[:3].min() > 0
+
+
 @pytest.mark.parametrize("option", [{"memory": -1}, {"caution": -1}, {"least": 1.5}, {"enough": 0}])
 def test_refuses(option):
     """Settings that have no meaning."""

@@ -55,7 +55,7 @@ class Progress(Mixer):
         self.lately, self.last = self.prior.copy(), 0
         self.sums = np.zeros((7, len(self.sources))).T
         """Weights w, squares of w, and w times x, y, xx, xy, yy; x the logarithm of what is read, y the loss."""
-        self.trickle, self.base = np.maximum(0.001 * self.prior, 1e-200), self.least * self.prior
+        self.trickle, self.base = 0.001 * self.prior, self.least * self.prior
         # Memory that every step uses again, and constants as vectors: an operation on these costs half.
         self.wxy, self.new, self.work = (np.empty((rows, len(self.sources))) for rows in (3, 7, 6))
         self.zero, self.tiny, self.narrow, self.few = (
@@ -102,7 +102,8 @@ class Progress(Mixer):
         now *= 1 - fading
         self.lately *= fading
         self.lately += now
-        np.log(np.multiply(self.lately, self.last, out=x), out=x)
+        np.maximum(np.multiply(self.lately, self.last, out=x), self.tiny, out=x)
+        np.log(x, out=x)
         wxy[0], wxy[2], new[0] = w, y, w
         np.multiply(wxy, w, out=new[1:4])
         np.multiply(wxy[1:], new[2], out=new[4:6])
