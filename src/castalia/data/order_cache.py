@@ -60,6 +60,7 @@ class OrderCache:
     def maps(self, key: Key, size: int, build: Callable[[], Maps]) -> Maps:
         """What `build` gives for `key`, a JSON dict that says all of which it is made; `size` is about its bytes."""
         path = self.folder / f"{key['order']}-{hashlib.sha256(key_text(key).encode()).hexdigest()[:16]}.safetensors"
+        before = state_of(path)
         if (found := open_maps(path, key)) is not None:
             return found
         with ExitStack() as stack:
@@ -69,9 +70,9 @@ class OrderCache:
             except (OSError, CastaliaError) as error:
                 self.warn(error)
                 return build()
-            if (found := open_maps(path, key)) is not None:
-                return found
-            return self.keep(path, key, build())
+            if state_of(path) == before:
+                return self.keep(path, key, build())
+        return open_maps(path, key) or build()  # written meanwhile; all who waited look through it at once
 
     def keep(self, path: Path, key: Key, maps: Maps) -> Maps:
         """Write maps and open them from the file; the maps as they are, after a warning, if that fails."""
@@ -150,9 +151,18 @@ def reopened(path: Path) -> KeptMaps:
     return found
 
 
+def state_of(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def open_maps(path: Path, key: Key) -> KeptMaps | None:
     """The maps kept under `key`; None if there are none, or, after a warning, if they are damaged."""
-    if not os.path.exists(path):  # also where the folder may not be looked into, unlike Path.exists
+    if state_of(path) is None:
         return None
     try:
         KeptMaps(path).check(key)
