@@ -112,9 +112,7 @@ def source_rows(
         one_pass(dataset, config, seed, documents, labels[i] if labels else None, allow_empty)
         for i, dataset in enumerate(datasets)
     ]
-    found = SourceRows(packs)
-    found.labels = labels
-    return found
+    return SourceRows(packs)
 
 
 def one_pass(

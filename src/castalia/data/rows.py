@@ -131,10 +131,7 @@ def build_rows(
     Raises  ConfigError, DataError if a file is missing or damaged, or too short for a row.
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
     """
-    if not config.train:
-        raise ConfigError("data.train is empty: name the prefix of a token file, made by `castalia prepare`")
-    if config.split is not None and config.valid:
-        raise ConfigError("data.split and data.valid both say what to validate on: set one of them to null")
+    check_names(config)
     evals = (steps // eval_every + 1) * eval_batches if eval_every else 0
     train_sets = [IndexedDataset(path) for path in config.train]
     valid_sets = [IndexedDataset(path) for path in config.valid]
@@ -146,6 +143,9 @@ def build_rows(
     else:
         train = blended_rows(train_sets, config, seed, steps * batch_size, first, labels)
     valid = valid_rows(train_sets[0], valid_sets, config, seed, evals * batch_size, second, valid_labels)
+    train.labels = labels
+    if valid is not None:
+        valid.labels = valid_labels
     weights = normalised(config.weights, len(train_sets))
     epochs = [pack.order.epochs for pack in train.packs]
     order = {
@@ -170,6 +170,17 @@ def build_rows(
         mask=document_mask(config),
         valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
     )
+
+
+def check_names(config: DataConfig) -> None:
+    """There is something to train on, and one thing to validate on.
+
+    Raises  ConfigError if not.
+    """
+    if not config.train:
+        raise ConfigError("data.train is empty: name the prefix of a token file, made by `castalia prepare`")
+    if config.split is not None and config.valid:
+        raise ConfigError("data.split and data.valid both say what to validate on: set one of them to null")
 
 
 def label_files(
@@ -201,7 +212,7 @@ def blended_rows(
     if documents is not None:
         return one_source(datasets[0], config, seed, rows, documents, labels)
     if config.order == "file":
-        return row_files(datasets, config, rows, labels)
+        return row_files(datasets, config, rows)
     return blended(datasets, config.weights, config, seed, rows, labels)
 
 
@@ -225,12 +236,10 @@ def one_source(
 ) -> RowDataset:
     """Rows of a stretch of one source's documents, no blend."""
     where = f"{dataset.prefix} (documents {documents.start} to {documents.stop} under data.split {config.split!r})"
-    found = RowDataset([pack(dataset, config, rows, seed, documents, labels[0] if labels else None, where)])
-    found.labels = labels
-    return found
+    return RowDataset([pack(dataset, config, rows, seed, documents, labels[0] if labels else None, where)])
 
 
-def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int, labels: Labels) -> RowDataset:
+def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> RowDataset:
     """Rows of files that hold them ready: a single one as it is, several blended by weight."""
     shares = normalised(config.weights, len(datasets))
     packs: list[Pack] = []
@@ -241,9 +250,7 @@ def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int, lab
             raise DataError(f"{dataset.prefix}: {error}") from None
         packs.append(RowFile(dataset, order))
     cache = cache_of(datasets[0].prefix, config.order_cache)
-    found = RowDataset(packs) if len(packs) == 1 else RowDataset(packs, shares, rows, size=rows, cache=cache)
-    found.labels = labels
-    return found
+    return RowDataset(packs) if len(packs) == 1 else RowDataset(packs, shares, rows, size=rows, cache=cache)
 
 
 def blended(
@@ -261,9 +268,7 @@ def blended(
         pack(dataset, config, counts[i], seed, None, labels[i] if labels else None, dataset.prefix)
         for i, dataset in enumerate(datasets)
     ]
-    found = RowDataset(packs, shares, rows, cache=cache_of(datasets[0].prefix, config.order_cache))
-    found.labels = labels
-    return found
+    return RowDataset(packs, shares, rows, cache=cache_of(datasets[0].prefix, config.order_cache))
 
 
 def pack(
