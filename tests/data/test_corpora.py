@@ -21,7 +21,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.breaks, self.ranges, self.asked, self.body = [], True, [], BODY
+        self.breaks, self.ranges, self.asked, self.body, self.mark, self.shift = [], True, [], BODY, '"one"', 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -30,15 +30,26 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         wanted = self.headers.get("Range")
         server.asked.append(wanted)
+        if self.headers.get("If-Range", server.mark) != server.mark:
+            wanted = None
         start = int(wanted.split("=")[1].split("-")[0]) if wanted and server.ranges else 0
+        if "moved" in self.path:
+            self.send_response(302)
+            self.send_header("Location", "/a.jsonl")
+            self.end_headers()
+            return
         if "gone" in self.path:
             self.send_error(404)
             return
         if start >= len(server.body):
             self.send_error(416)
             return
+        start = max(start - server.shift, 0)
         data = server.body[start:]
         self.send_response(206 if wanted and server.ranges else 200)
+        if wanted and server.ranges:
+            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+        self.send_header("ETag", server.mark)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: server.breaks.pop(0)] if server.breaks else data)
@@ -71,7 +82,7 @@ def test_a_download_that_breaks_off_goes_on(server, tmp_path):
     assert server.asked == [None, "bytes=1000-", "bytes=3000-"]
     assert sum(heard) == len(BODY)
     assert download(corpus(server), tmp_path) == [path] and len(server.asked) == 3
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".claim", "a.jsonl"]
 
 
 def test_a_process_that_was_killed_goes_on(server, tmp_path):
@@ -86,12 +97,44 @@ def test_a_server_that_cannot_go_on_starts_over(server, tmp_path):
     assert download(corpus(server), tmp_path)[0].read_bytes() == BODY
 
 
+def test_a_file_that_is_another_one_now_is_begun_anew(server, tmp_path):
+    unknown = Corpus((RemoteFile(f"{server.url}/a.jsonl"),), "no hash is known")
+    server.breaks = [1000, 0, 0, 0, 0]
+    with pytest.raises(DataError):
+        download(unknown, tmp_path)
+    assert (tmp_path / "a.jsonl.partial").read_bytes() == BODY[:1000]
+    server.body, server.mark = BODY.upper(), '"two"'
+    (path,) = download(unknown, tmp_path)
+    assert path.read_bytes() == BODY.upper()
+    assert not [p.name for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+def test_bytes_from_another_place_are_not_put_behind(server, tmp_path):
+    unknown = Corpus((RemoteFile(f"{server.url}/a.jsonl"),), "no hash is known")
+    (tmp_path / "a.jsonl.partial").write_bytes(BODY[:5000])
+    server.shift = 100
+    assert download(unknown, tmp_path)[0].read_bytes() == BODY
+
+
+def test_a_moved_file_and_one_server_at_a_time(server, tmp_path, monkeypatch):
+    found = []
+    known = {"sha256": hashlib.sha256(BODY).hexdigest(), "size": len(BODY)}
+    moved = Corpus((RemoteFile(f"{server.url}/moved/a.jsonl", **known),), "another address answers")
+    both = [threading.Thread(target=lambda: found.extend(download(moved, tmp_path))) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert [path.read_bytes() for path in found] == [BODY, BODY]
+    assert len(server.asked) == 2  # the address that sends on, and the one that answers, each once
+
+
 def test_other_bytes_are_refused(server, tmp_path):
     with pytest.raises(DataError, match=r"a\.jsonl.*SHA-256 .*, but http.* has 00000"):
         download(corpus(server, sha256="0" * 64), tmp_path)
     with pytest.raises(DataError, match=rf"{len(BODY)} bytes, but http.* has 12;"):
         download(corpus(server, size=12, sha256=None), tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [p.name for p in tmp_path.iterdir() if p.suffix in (".jsonl", ".partial")] == []
     (tmp_path / "a.jsonl").write_bytes(BODY[:-1])
     with pytest.raises(DataError, match=r"a\.jsonl: \d+ bytes, but .*; remove it"):
         download(corpus(server), tmp_path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.core.files import CHUNK_BYTES, cannot_write, sha256_of
+from castalia.core.files import CHUNK_BYTES, cannot_write, claimed, sha256_of
 from castalia.core.registry import Registry
 
 GONE_PILE = (
@@ -118,31 +118,42 @@ def download(corpus: Corpus, folder: str | os.PathLike[str], on_bytes: OnBytes |
 
 
 def fetch(file: RemoteFile, path: Path, on_bytes: OnBytes | None = None) -> Path:
-    """One file. It has its name only when whole and right; until then it is NAME.partial."""
-    if path.is_file():
-        check(file, path)
-        return path
-    partial = path.with_name(path.name + ".partial")
+    """One file. It has its name only when whole and right; until then it is NAME.partial, which one process writes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for attempt in range(1, TRIES + 1):
-            try:
-                if receive(file, partial, on_bytes):
-                    break
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                refuse(file, error, attempt)
-                time.sleep(min(2**attempt, 30) * PATIENCE / 30)
-        else:
-            raise DataError(f"{file.url}: broke off {TRIES} times; run the same command to go on")
-        try:
-            check(file, partial)
-        except DataError:
-            partial.unlink()
-            raise
-        os.replace(partial, path)
+        with claimed(path.parent):
+            if path.is_file():
+                check(file, path)
+            else:
+                complete(file, path.with_name(path.name + ".partial"), path, on_bytes)
     except OSError as error:
         raise cannot_write(path, error) from error
     return path
+
+
+def complete(file: RemoteFile, partial: Path, path: Path, on_bytes: OnBytes | None) -> None:
+    """Receive what is missing, check it and give it its name."""
+    for attempt in range(1, TRIES + 1):
+        try:
+            if receive(file, partial, on_bytes):
+                break
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            refuse(file, error, attempt)
+            time.sleep(min(2**attempt, 30) * PATIENCE / 30)
+    else:
+        raise DataError(f"{file.url}: broke off {TRIES} times; run the same command to go on")
+    try:
+        check(file, partial)
+    except DataError:
+        partial.unlink()
+        raise
+    os.replace(partial, path)
+    mark_of(partial).unlink(missing_ok=True)
+
+
+def mark_of(partial: Path) -> Path:
+    """Where the server's mark of the version that is being received stands."""
+    return partial.with_name(partial.name + ".etag")
 
 
 def refuse(file: RemoteFile, error: Exception, attempt: int) -> None:
@@ -160,11 +171,15 @@ def refuse(file: RemoteFile, error: Exception, attempt: int) -> None:
 
 
 def receive(file: RemoteFile, partial: Path, on_bytes: OnBytes | None) -> bool:
-    """Append what is missing to the partial file; whether it is whole as far as the server tells."""
+    """Append what is missing to the partial file; whether it is whole as far as the server tells.
+
+    `If-Range` has the server begin anew if its file is another one now.
+    """
     have = partial.stat().st_size if partial.exists() else 0
-    request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
+    mark = mark_of(partial).read_text(encoding="utf-8") if have and mark_of(partial).exists() else ""
+    wanted = {"Range": f"bytes={have}-"} | ({"If-Range": mark} if mark else {}) if have else {}
     try:
-        answer = urllib.request.urlopen(request, timeout=PATIENCE)
+        answer = urllib.request.urlopen(urllib.request.Request(file.url, headers=wanted), timeout=PATIENCE)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:  # nothing is missing, or the partial file is longer than theirs
             if file.size is not None and have != file.size:
@@ -174,7 +189,11 @@ def receive(file: RemoteFile, partial: Path, on_bytes: OnBytes | None) -> bool:
         raise
     with answer:
         going_on = answer.status == 206
-        expected = answer.headers.get("Content-Length")
+        if going_on and not answer.headers.get("Content-Range", f"bytes {have}-").startswith(f"bytes {have}-"):
+            partial.unlink()  # other bytes than those asked for: never put behind ours
+            return False
+        expected, found = answer.headers.get("Content-Length"), answer.headers.get("ETag", "")
+        mark_of(partial).write_text("" if found.startswith("W/") else found, encoding="utf-8")
         came = 0
         with open(partial, "ab" if going_on else "wb") as out:
             while piece := answer.read(CHUNK_BYTES):
