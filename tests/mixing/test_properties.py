@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.mixing import Stats, make_mixer
-from castalia.mixing.simplex import cap, fill, normalise
+from castalia.mixing.simplex import cap, fill, normalise, towards
 
 LOSSES = st.floats(allow_nan=True, allow_infinity=True, width=64) | st.floats(0, 12)
 STEPS = st.lists(
@@ -92,6 +92,32 @@ def test_after_warmup_no_share_moves_by_more_than_two():
         if step > 31:
             ratio = mixer.weights() / before
             assert ratio.min() >= 0.5 and ratio.max() <= 2
+
+
+@pytest.mark.parametrize("prior", ["uniform", "skewed"])
+def test_the_prior_gives_way_in_steps_of_two(prior):
+    """22 sources of 0.8 to 4 nats after a long warm-up: the first step included, and all of the way in the end."""
+    names, losses = [f"s{i}" for i in range(22)], np.linspace(0.8, 4.0, 22)
+    start = np.linspace(1, 0.001, 22) if prior == "skewed" else np.ones(22)
+    mixer, free = (
+        make_mixer("odm", names, prior=start / start.sum(), warmup_steps=steps, max_share=1.0) for steps in (1000, 0)
+    )
+    largest = []
+    for step in range(1, 1040):
+        before = mixer.weights()
+        for one in (mixer, free):
+            one.observe(Stats(step, losses, np.ones(22)))
+        largest.append(max((mixer.weights() / before).max(), (before / mixer.weights()).max()))
+    assert largest[998] == 1 and 1.9 < largest[999] <= 2 + 1e-9 and max(largest) <= 2 + 1e-9
+    assert mixer.weights().tolist() == free.weights().tolist()
+
+
+def test_towards():
+    """From a half each to 0.9 and 0.1: 0.1 is more than a half away, so 5/8 of the way is gone."""
+    half, goal = np.array([0.5, 0.5]), np.array([0.9, 0.1])
+    np.testing.assert_allclose(towards(half, goal, 2.0), [0.75, 0.25])
+    assert towards(half, np.array([0.6, 0.4]), 2.0).tolist() == [0.6, 0.4]
+    np.testing.assert_allclose(towards(np.array([1.0, 0.0]), np.array([0.4, 0.6]), 2.0), [0.5, 0.5])
 
 
 def test_noise_does_not_take_the_batch():

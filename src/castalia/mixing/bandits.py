@@ -14,6 +14,8 @@ from castalia.mixing.mixer import MIXERS, Mixer
 from castalia.mixing.simplex import Vector, by_source, gibbs
 from castalia.mixing.stats import Stats, vector
 
+ODM_GUARD = 2.0
+"""Most that one step multiplies a share by under `odm` unless told otherwise."""
 SETTLED = 1e-17
 """1 less this is 1 in float64."""
 
@@ -250,7 +252,7 @@ class Odm(Bandit):
         reward: str = "ppl",
         reference: ArrayLike | Mapping[str, float] | None = None,
         power: float = 1.0,
-        guard: float = 2.0,
+        guard: float = ODM_GUARD,
     ) -> None:
         super().__init__(sources, prior=prior, eps=eps)
         if reward not in ("ppl", "loss"):

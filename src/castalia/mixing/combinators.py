@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import ConfigError
 from castalia.mixing.mixer import Mixer
-from castalia.mixing.simplex import Vector, cap, read_shares, read_sizes
+from castalia.mixing.simplex import Vector, cap, read_shares, read_sizes, towards
 from castalia.mixing.stats import Stats, vector
 
 
@@ -63,8 +63,9 @@ class Timed(Around):
 class Warmup(Timed):
     """The prior for the first `steps` steps, then the inner mixer.
 
-    With `collect` the inner mixer observes during warm-up; the authors of ODM do not. A planner with a lag holds the
-    prior for as many steps more, since these follow losses of the warm-up.
+    With `collect` the inner mixer observes during warm-up; the authors of ODM do not. With `factor` no share grows or
+    shrinks by more than that in a step after warm-up, the first included: all go the same part of their way. A planner
+    with a lag holds the prior for as many steps more, since these follow losses of the warm-up.
     """
 
     kind = "warm-up"
@@ -76,9 +77,11 @@ class Warmup(Timed):
         steps: int,
         prior: ArrayLike | Mapping[str, float] | None = None,
         collect: bool | None = None,
+        factor: float | None = None,
     ) -> None:
         if steps < 0:
             raise ConfigError(f"warmup_steps: expected >= 0, got {steps}")
+        self.factor = factor
         self.steps, self.collect = steps, inner.collects if collect is None else collect
         self.start = inner.prior if prior is None else read_shares(prior, inner.sources)
         super().__init__(inner)
@@ -87,7 +90,8 @@ class Warmup(Timed):
         """Inner first, where it may learn."""
         if self.collect or stats.step > self.steps:
             self.inner[0].observe(stats)
-        self.shares = self.shape(self.inner[0].weights())
+        shares = self.shape(self.inner[0].weights())
+        self.shares = shares if self.factor is None else towards(self.shares, shares, self.factor)
 
     def shape(self, shares: Vector) -> Vector:
         """The prior up to the end of warm-up."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from castalia.core.errors import ConfigError, nearest
+from castalia.mixing.bandits import ODM_GUARD
 from castalia.mixing.combinators import Clip, EpochCap, Every, Floor, Freeze, Smooth, Warmup, Within
 from castalia.mixing.mixer import MIXERS, Mixer
 from castalia.mixing.simplex import Vector, by_source, check_sources, normalise, read_shares, read_sizes
@@ -67,7 +68,8 @@ def make_mixer(
     mixer = Floor(mixer, total=floor) if floor else mixer
     mixer = Clip(mixer, most=max_share) if max_share is not None else mixer
     mixer = Freeze(mixer, after=freeze_after) if freeze_after is not None else mixer
-    mixer = Warmup(mixer, steps=warmup_steps) if warmup_steps else mixer
+    factor = options.get("guard", ODM_GUARD) if name == "odm" else None
+    mixer = Warmup(mixer, steps=warmup_steps, factor=factor) if warmup_steps else mixer
     if epoch_cap is not None:
         if lengths is None or horizon is None:
             raise ConfigError("epoch_cap needs sizes= of the sources and horizon=, the tokens of the whole run")

@@ -115,6 +115,20 @@ def cap(shares: Vector, most: Vector | float) -> Vector:
     return out
 
 
+def towards(now: Vector, goal: Vector, factor: float) -> Vector:
+    """The farthest point on the line from `now` to `goal` at which no share has changed by more than `factor`.
+
+    A share that is 0 now may have any value then. Shapes  (K,) and (K,) on the simplex -> (K,) on it.
+    """
+    if (goal <= now * factor).all() and (goal >= now / factor).all():
+        return goal
+    moved = np.abs(goal - now)
+    room = np.where(goal > now, now * (factor - 1), now * (1 - 1 / factor))
+    held = (moved > room) & (now > 0)
+    part = float((room[held] / moved[held]).min()) if held.any() else 1.0
+    return now + part * (goal - now)
+
+
 def fill(limits: Vector, left: float) -> Vector:
     """`left` spread evenly over places that hold at most `limits`: the smallest first, as UniMax does."""
     out = np.zeros(len(limits))
