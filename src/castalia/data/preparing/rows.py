@@ -224,7 +224,9 @@ class PieceReader:
             self.lines += 1
             try:
                 values = quick_loads(line)
-                yield Row(self.lines, start, stop, texts_of(values), metadata_of(exact(values, line, wanted)))
+                row = Row(self.lines, start, stop, texts_of(values), metadata_of(exact(values, line, wanted)))
+                values = None  # a text of 100 MB may be 400 MB as a string
+                yield row
             except (ValueError, TypeError, AttributeError, RecursionError, WrongError):  # the slow way finds the words
                 try:
                     for values in careful(line, start, wanted):
