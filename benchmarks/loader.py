@@ -100,7 +100,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--gigabytes", type=float, default=0.0, help="size of the file, default 1.1 times memory")
     parser.add_argument("--memory-gigabytes", type=float, default=0.0, help="memory that the page cache may use")
     parser.add_argument("--steps", type=int, default=200, help=f"steps of {BATCH} rows in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--model", default="pythia-14m")
     parser.add_argument("--model-rows", type=int, default=4)
