@@ -130,13 +130,19 @@ if __name__ == "__main__":
 """
 
 
+def hear_signals():
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_end_a_job_in_order_with_a_sentence(corpus, tmp_path, name, workers):
     (tmp_path / "run.py").write_text(SLOW)
     words = [corpus, "--tokenizer", "bytes", "--output", tmp_path / "out", "--workers", str(workers)]
     command = [sys.executable, tmp_path / "run.py", *words]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # A shell in the background ignores SIGINT and nohup SIGHUP, and what is ignored stays so in children.
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals)
     deadline = time.monotonic() + 60
     while records(tmp_path / "out") < 4 and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
