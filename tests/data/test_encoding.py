@@ -18,7 +18,7 @@ YOUNG = {
     "one of letters": "\U00016d67\U00016d67",
     "an order of marks of Unicode 10": "e\u0301\u0d3b\u0323",
     "one of Unicode 14": "e\u0301\u0898\u0323",
-    "no character yet": "a\U0003fffd",
+    "no character yet": "a\U0005fffd",
 }
 OLD = {
     "marks": "Việt e\u0301\u0323 हिन्दी में ไทยแลนด์ עִבְרִית العَرَبِيَّة",

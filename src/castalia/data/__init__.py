@@ -1,30 +1,30 @@
 """Text to tokens to batches: tokenizers, token files, GPT-NeoX's sample order, the loader.
 
-Only `Batch` and `StepLoader` need torch; it is imported when one of them is first asked for.
+What needs torch or the config is imported when it is first asked for: processes that only prepare text need neither.
 """
 
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
-from castalia.data.blending import blend
-from castalia.data.config import DataConfig
-from castalia.data.fingerprint import changed
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from castalia.data.labels import read_rewards
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
 from castalia.data.packed import PackedDataset, Piece
-from castalia.data.pairwise import PairwiseDataset
 from castalia.data.prepare import Prepared, prepare
 from castalia.data.preparing.chats import ChatOptions
 from castalia.data.preparing.fim import FimOptions
 from castalia.data.preparing.options import Options
 from castalia.data.readers import read_documents
-from castalia.data.rows import RowDataset, Rows, build_rows, check_vocab
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from castalia.data.batch import IGNORED, Batch
+    from castalia.data.blending import blend
+    from castalia.data.config import DataConfig
+    from castalia.data.fingerprint import changed
     from castalia.data.loader import StepLoader
+    from castalia.data.pairwise import PairwiseDataset
+    from castalia.data.rows import RowDataset, Rows, build_rows, check_vocab
 
 __all__ = [
     "IGNORED",
@@ -57,6 +57,8 @@ __all__ = [
     "train_tokenizer",
     "weight_by_num_documents",
 ]
-NEED_TORCH = {"IGNORED": "batch", "Batch": "batch", "StepLoader": "loader"}
-"""Public names whose module imports torch."""
-__getattr__ = lazy(__name__, NEED_TORCH)
+HEAVY = {"IGNORED": "batch", "Batch": "batch", "StepLoader": "loader", "DataConfig": "config", "blend": "blending"}
+HEAVY |= {"changed": "fingerprint", "PairwiseDataset": "pairwise"}
+HEAVY |= dict.fromkeys(("RowDataset", "Rows", "build_rows", "check_vocab"), "rows")
+"""Public names whose module imports torch or pydantic."""
+__getattr__ = lazy(__name__, HEAVY)

@@ -21,7 +21,7 @@ from castalia.data.preparing.inputs import InputFile, list_files
 from castalia.data.preparing.options import Options, form_of, has_pyarrow
 from castalia.data.preparing.parts import Job, PartRecord, encode_part
 from castalia.data.preparing.pieces import Part, Shard, in_order, parts_of
-from castalia.data.preparing.provenance import REJECTS
+from castalia.data.preparing.provenance import REJECTS, arrow
 from castalia.data.preparing.provenance import SUFFIX as DOCUMENTS
 from castalia.data.readers import require_text, texts_of
 from castalia.data.records import read_record
@@ -155,6 +155,8 @@ class Run:
         )
         for part in plan:
             yield part, self.assembly.reusable(part)
+            if self.job.documents and part.number == 0:
+                arrow()[0].array([])  # what it imports comes now, while the workers start, not at the end
 
     def take(self, part: Part, record: PartRecord) -> None:
         """The next part into the assembly."""

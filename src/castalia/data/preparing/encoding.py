@@ -25,9 +25,9 @@ WORDS_BYTES = 320 << 20
 """How much a process may grow before gigatoken, which keeps every word that it has seen, starts anew."""
 WINDOW = 4096
 """Bytes of a sampled text that are encoded both ways: about one in a thousand of a batch."""
-LONG_TEXT = 1000
-"""Mean bytes from which texts go to gigatoken one by one: then a call a text costs nothing, and its way of returning
-many at once, which takes a second to import, is not needed."""
+LONG_TEXT, FEW_TEXTS = 1000, 256
+"""Mean bytes from which, and number up to which, texts go to gigatoken one by one: then a call a text costs nothing,
+and its way of returning many at once, which takes 0.2 s to import, is not needed."""
 PROBES = (
     "",
     " ",
@@ -175,7 +175,7 @@ def quick_by(inner: Any) -> Quick:
     """Ids by gigatoken on this thread alone: a process is a core."""
 
     def encode(texts: Sequence[bytes]) -> Encoded:
-        if sum(map(len, texts)) >= LONG_TEXT * len(texts):
+        if len(texts) <= FEW_TEXTS or sum(map(len, texts)) >= LONG_TEXT * len(texts):
             found = [inner.backend.encode(text) for text in texts]
             return np.concatenate(found), np.array([len(ids) for ids in found], dtype=np.int64)
         layout = inner.encode_batch(list(texts), parallel=False).layout

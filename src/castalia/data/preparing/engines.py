@@ -93,8 +93,8 @@ class Pool:
                 if not self.waiting:
                     return
                 yield self.next()
-        finally:
-            self.pool.shutdown(cancel_futures=True)
+        finally:  # workers that have nothing left to do end by themselves
+            self.pool.shutdown(wait=bool(self.waiting), cancel_futures=True)
 
     def submit(self, part: Part) -> Future[PartRecord]:
         """Give a part out."""

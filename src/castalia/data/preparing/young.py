@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +26,10 @@ def young_characters() -> NDArray[np.uint8]:
     """What is known of each character (0x110000,) before one is tried: UNTRIED for letters, marks and digits younger
     than any table; OTHER for what is no character yet, and for those that NFC joins with another young one."""
     known = np.zeros(0x110000, np.uint8)
+    known[0x2A6D7:0x40000] = UNTRIED  # planes of Han letters, which no marks go with
     known[0x40000:0xF0000] = OTHER  # planes without letters so far
-    for i in range(0x80, 0x40000):
+    spans = (0x80, 0x3400), (0x4DB6, 0x4E00), (0x9FA6, 0xAC00), (0xD7A4, 0x20000)  # all but old Han and Hangul
+    for i in chain.from_iterable(range(*span) for span in spans):
         character = chr(i)
         if OLDEST.category(character) != "Cn" or i in PICTURES:
             continue
