@@ -1,6 +1,7 @@
 """A job that is killed, runs out of disk or finds other inputs: the same command ends with the same bytes."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data import IndexedDataset, prepare
-from castalia.data.preparing import engines
+from castalia.data.preparing import assembly, engines
 from castalia.data.preparing.assembly import Assembly
 
 SUFFIXES = (".bin", ".idx", ".documents.parquet")
@@ -234,15 +235,35 @@ def test_the_record_of_a_resumed_job_is_right(corpus, tmp_path):
 
 
 def test_tokens_are_on_disk_once(corpus, tmp_path, monkeypatch):
-    """Beside the growing file there is never more than the part that is being taken in."""
-    most = 0
+    """Beside the growing file there are never more than the part that is taken in and those that wait for the disk."""
+    most = parts = 0
     real = Assembly.take
+    monkeypatch.setattr(assembly, "BEHIND", 2)
 
     def take(self, record):
-        nonlocal most
-        most = max(most, len(list(self.folder.glob("0*.0.bin"))))
+        nonlocal most, parts
+        most, parts = max(most, len(list(self.folder.glob("0*.0.bin")))), parts + 1
         real(self, record)
 
     monkeypatch.setattr(Assembly, "take", take)
     prepare(corpus, tmp_path / "out", "bytes", part_bytes=PART)
-    assert most == 1
+    assert 1 <= most <= 3 < parts
+
+
+def test_what_the_disk_says_late_is_an_error_and_nothing_is_lost(corpus, tmp_path, monkeypatch):
+    """fsync is where some file systems first say that there is no room."""
+    real, calls = os.fsync, []
+
+    def fsync(fd):
+        calls.append(fd)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(CastaliaError, match="No space left on device"):
+        prepare(corpus, tmp_path / "out", "bytes", part_bytes=PART)
+    assert not (tmp_path / "out.bin").exists()
+    prepare(corpus, tmp_path / "out", "bytes", part_bytes=PART)
+    prepare(corpus, tmp_path / "whole", "bytes", part_bytes=PART)
+    assert (tmp_path / "out.bin").read_bytes() == (tmp_path / "whole.bin").read_bytes()

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,12 +22,16 @@ from castalia.data.preparing.parts import Job, PartRecord, part_file, read_part_
 from castalia.data.preparing.pieces import Part
 from castalia.data.preparing.rows import Fault, sentence
 
+BEHIND = 8
+"""Parts that may wait for the disk while others are appended."""
+
 
 class Assembly:
     """The work folder of a job, locked while it is open: `PREFIX.parts`.
 
-    `whole.I.bin` is output I as far as it goes. A part is appended to each, these are flushed to the disk, then its own
-    .bin goes; so every token is on disk once, but for a part. What a crash left is believed by its hash only.
+    `whole.I.bin` is output I as far as it goes. A part is appended to each, a thread flushes these to the disk, then
+    the part's own .bin goes; so every token is on disk once, but for a few parts. What a crash left is believed by its
+    hash only.
     """
 
     def __init__(self, job: Job, prefixes: Sequence[str]) -> None:
@@ -44,6 +50,7 @@ class Assembly:
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
         self.wholes = [opened(self.whole(i)) for i in range(len(self.prefixes))]
+        self.disk, self.flushing = ThreadPoolExecutor(1), deque[Future[None]]()
         self.recover()
 
     def whole(self, output: int) -> Path:
@@ -140,18 +147,30 @@ class Assembly:
         return found
 
     def take(self, record: PartRecord) -> None:
-        """Append a part's tokens to the wholes, and remove its own when they are safe."""
+        """Append a part's tokens to the wholes; its own go when they are safe."""
         for i, whole in enumerate(self.wholes):
             with open(part_file(self.folder, record.number, f"{i}.bin"), "rb") as file:
                 append_file(file, whole, self.digests[i])
+        self.flushing.append(self.disk.submit(self.flush, record.number))
+        self.wait(BEHIND)
+
+    def flush(self, number: int) -> None:
+        """On the thread: see the wholes onto the disk, and remove a part's own tokens."""
+        for whole in self.wholes:
             os.fsync(whole.fileno())
         for i in range(len(self.wholes)):
-            part_file(self.folder, record.number, f"{i}.bin").unlink()
+            part_file(self.folder, number, f"{i}.bin").unlink()
+
+    def wait(self, left: int) -> None:
+        """Until at most so many parts wait for the disk; what went wrong with one is raised."""
+        while self.flushing and (len(self.flushing) > left or self.flushing[0].done()):
+            self.flushing.popleft().result()
 
     def finish(self, records: Sequence[dict[str, Any]]) -> None:
         """Write index, provenance and `records`, the .json of each output, and then give all files their names."""
         written: list[tuple[Path, str]] = []
         try:
+            self.wait(0)
             for i, (prefix, record) in enumerate(zip(self.prefixes, records, strict=True)):
                 written += [(self.whole(i), prefix + ".bin"), (self.write_idx(i), prefix + ".idx")]
                 if self.job.documents and self.outputs[i].kind == TOKENS:
@@ -224,6 +243,7 @@ class Assembly:
 
     def close(self, needless: bool) -> None:
         """Let go of the folder; remove it when nothing in it is needed again, or no part of it is done."""
+        self.disk.shutdown()
         for whole in self.wholes:
             whole.close()
         if needless or not any(self.folder.glob("*.record.json")):
