@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from castalia.data import IndexedDatasetWriter
+from castalia.data import IndexedDatasetWriter, prepare
 
 
 @pytest.fixture
@@ -18,3 +18,22 @@ def token_file(tmp_path):
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture
+def stop_after():
+    """stop_after(parts, inputs, output, **options): `prepare` until so many parts are in, then stop as Ctrl-C does."""
+
+    def run(parts, inputs, output, **options):
+        told = 0
+
+        def count(*_):
+            nonlocal told
+            told += 1
+            if told == parts:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            prepare(inputs, output, "bytes", on_progress=count, **options)
+
+    return run

@@ -101,11 +101,11 @@ def test_killed_between_any_two_files(corpus, whole, tmp_path, monkeypatch):
     assert content(tmp_path / "out") == whole
 
 
-def test_a_damaged_work_folder_is_not_believed(corpus, whole, tmp_path):
+def test_a_damaged_work_folder_is_not_believed(stop_after, corpus, whole, tmp_path):
     """Whatever byte of it a crash of the machine lost."""
     draw = random.Random(3)
     for _ in range(4):
-        stop_after(8, corpus, tmp_path / "out")
+        stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
         for path in draw.sample(sorted((tmp_path / "out.parts").iterdir()), 8):
             data = bytearray(path.read_bytes())
             if path.name == "lock" or not data:
@@ -119,22 +119,8 @@ def test_a_damaged_work_folder_is_not_believed(corpus, whole, tmp_path):
         assert content(tmp_path / "out") == whole
 
 
-def stop_after(parts, corpus, output, **options):
-    """Run until so many parts are in, then stop as Ctrl-C does."""
-    told = 0
-
-    def count(*_):
-        nonlocal told
-        told += 1
-        if told == parts:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(corpus, output, "bytes", append_eod=True, part_bytes=PART, on_progress=count, **options)
-
-
-def test_what_was_done_is_not_done_again(corpus, whole, tmp_path, monkeypatch):
-    stop_after(8, corpus, tmp_path / "out")
+def test_what_was_done_is_not_done_again(stop_after, corpus, whole, tmp_path, monkeypatch):
+    stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
     worked = []
     real = engines.encode_part
     monkeypatch.setattr(engines, "encode_part", lambda job, part, by: worked.append(part.number) or real(job, part, by))
@@ -143,14 +129,14 @@ def test_what_was_done_is_not_done_again(corpus, whole, tmp_path, monkeypatch):
     assert content(tmp_path / "out") == whole
 
 
-def test_changed_inputs_and_settings_are_seen(corpus, tmp_path):
-    stop_after(8, corpus, tmp_path / "out")
+def test_changed_inputs_and_settings_are_seen(stop_after, corpus, tmp_path):
+    stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
     with open(corpus[0], "a") as file:
         file.write('{"text": "one more"}\n')
     prepare(corpus, tmp_path / "out", "bytes", append_eod=True, part_bytes=PART)
     prepare(corpus, tmp_path / "whole", "bytes", append_eod=True, part_bytes=PART)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
-    stop_after(8, corpus, tmp_path / "out")
+    stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
     prepare(corpus, tmp_path / "out", "bytes", append_eod=False, part_bytes=PART)
     prepare(corpus, tmp_path / "whole", "bytes", append_eod=False, part_bytes=PART)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
@@ -225,8 +211,8 @@ def test_workers_that_die_are_replaced(corpus, whole, tmp_path):
     assert content(tmp_path / "out") == whole
 
 
-def test_the_record_of_a_resumed_job_is_right(corpus, tmp_path):
-    stop_after(8, corpus, tmp_path / "out")
+def test_the_record_of_a_resumed_job_is_right(stop_after, corpus, tmp_path):
+    stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
     prepare(corpus, tmp_path / "out", "bytes", append_eod=True, part_bytes=PART)
     from castalia.data.verify import verify
 

@@ -31,26 +31,12 @@ def content(prefix):
     return [open(f"{prefix}{suffix}", "rb").read() for suffix in SUFFIXES]
 
 
-def stop_after(parts, corpus, output):
-    """Run until so many parts are in, then stop as Ctrl-C does."""
-    told = 0
-
-    def count(*_):
-        nonlocal told
-        told += 1
-        if told == parts:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare([corpus], output, "bytes", part_bytes=PART, on_progress=count)
-
-
 def records(output):
     return len(list(output.with_name(output.name + ".parts").glob("*.record.json")))
 
 
-def test_a_resumed_job_that_fails_at_once_keeps_what_was_done(corpus, tmp_path):
-    stop_after(8, corpus, tmp_path / "out")
+def test_a_resumed_job_that_fails_at_once_keeps_what_was_done(stop_after, corpus, tmp_path):
+    stop_after(8, [corpus], tmp_path / "out", part_bytes=PART)
     assert records(tmp_path / "out") == 8
     with pytest.raises(ConfigError, match="no engine 'spark'"):
         prepare([corpus], tmp_path / "out", "bytes", part_bytes=PART, engine="spark")
@@ -60,9 +46,9 @@ def test_a_resumed_job_that_fails_at_once_keeps_what_was_done(corpus, tmp_path):
     assert not (tmp_path / "new.parts").exists()
 
 
-def test_an_output_among_the_inputs_does_not_read_its_own_work(corpus, tmp_path):
+def test_an_output_among_the_inputs_does_not_read_its_own_work(stop_after, corpus, tmp_path):
     prepare([corpus], tmp_path / "whole", "bytes", part_bytes=PART)
-    stop_after(8, corpus, corpus / "out")
+    stop_after(8, [corpus], corpus / "out", part_bytes=PART)
     (corpus / "current_chunk_incomplete").write_bytes(b"\x28\xb5\x2f\xfd")
     assert [file.path for file in list_files([corpus])] == [str(corpus / "a.jsonl")]
     assert [file.path for file in list_files([str(corpus / "**")])] == [str(corpus / "a.jsonl")]
