@@ -1,14 +1,16 @@
 """gigatoken beside tokenizers where Unicode has moved on between them, and where it has seen too many words."""
 
+import random
 import unicodedata
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 
 from castalia.core.allocator import resident_bytes
 from castalia.data.preparing import encoding
 from castalia.data.preparing.encoding import Encoder
-from castalia.data.preparing.young import OTHER, SAME, young_characters
+from castalia.data.preparing.young import OTHER, SAME, Young, young_characters
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
@@ -16,7 +18,7 @@ TOKENIZER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20
 pytestmark = pytest.mark.skipif(
     not TOKENIZER.is_file(), reason="needs the shared 20B_tokenizer.json, which normalizes to NFC"
 )
-MARKS = [chr(i) for i in range(0x300, 0x20000) if unicodedata.combining(chr(i)) or young_characters()[i]]
+MARKS = [chr(i) for i in range(0x300, 0x20000) if unicodedata.combining(chr(i)) or young_characters()[0][i]]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,23 @@ def test_a_young_character_is_tried_once(tokenizer, monkeypatch):
     assert (encoder.young.known[0x103A], encoder.young.known[0xD3B]) == (SAME, OTHER)
     monkeypatch.setattr(encoder, "quick", None)  # what is known is not tried again
     assert [encoder.young(text.encode()) for text in texts] == [False, True]
+
+
+def test_characters_that_are_joined_to_one_stay_with_gigatoken_if_it_joins_them(tokenizer):
+    encoder, draw = Encoder(tokenizer), random.Random(0)
+    _, pairs = young_characters()
+    joint, tags = [char for char in map(chr, pairs) if char < "\U00011900"], [*map(chr, range(0xE0020, 0xE0080))]
+    texts = ["".join(draw.choices(joint + tags + ["\u0316", "\u0301", "a", " "], k=8)) for _ in range(2000)]
+    assert len(joint) > 50 and not any(encoder.young(text.encode()) for text in texts)  # up to Unicode 8
+    ours, known = both(tokenizer, texts)
+    assert ours == known
+
+
+def test_a_table_that_does_not_join_them_is_noticed():
+    first, second, both_in_one = "\U00011347", "\U0001133e", "\U0001134b"  # Grantha, Unicode 7
+    older = Young(lambda texts: [both_in_one not in normalize("NFC", text) for text in texts])
+    assert older((first + second).encode()) and older(first.encode()) and older(both_in_one.encode())
+    assert not Young(lambda texts: [True] * len(texts))((first + second).encode())
 
 
 def test_words_are_forgotten(tokenizer, monkeypatch):

@@ -3,7 +3,10 @@
 import gzip
 import hashlib
 import json
+import os
+import subprocess
 import sys
+from functools import partial
 
 import ftfy
 import pytest
@@ -43,6 +46,21 @@ def file(tmp_path):
         return tmp_path / name
 
     return write
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_pandas_is_not_imported(file, tmp_path, workers):
+    """Importing it takes as long as all else that a process does to start."""
+    corpus = file("a.jsonl", lines({"text": "a", "id": 1}, {"text": "b"}, {"text": "c", "id": "ü"}))
+    file("other/pandas.py", f"open({str(tmp_path / 'seen')!r}, 'w').close()\nraise ImportError\n".encode())
+    path = os.pathsep.join([str(tmp_path / "other"), os.environ.get("PYTHONPATH", "")])
+    run = partial(subprocess.run, env={**os.environ, "PYTHONPATH": path})
+    job = [sys.executable, "-m", "castalia", "prepare", corpus, "--tokenizer", "bytes", "--output", tmp_path / "out"]
+    run([*job, "--workers", workers], check=True)
+    assert [read_provenance(str(tmp_path / "out"), i)["id"] for i in range(3)] == ["1", None, "ü"]
+    assert not (tmp_path / "seen").exists()
+    run([sys.executable, "-c", "import pandas"], check=False)
+    assert (tmp_path / "seen").exists()
 
 
 def test_several_keys_are_several_outputs(file, tmp_path):

@@ -1,12 +1,11 @@
 """Batches, read ahead in a thread or in processes; the same for any number of either."""
 
 import itertools
-import multiprocessing
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
@@ -14,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from castalia.core.errors import DataError
+from castalia.core.workers import WorkerPool
 from castalia.data.batch import IGNORED, Batch
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset
@@ -120,9 +120,12 @@ def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
 
 def read_in_processes(reader: StepReader, tasks: Iterator[Task | None], workers: int) -> Steps:
     """Steps in the order of `tasks`, each read by one of `workers` processes; closing the iterator ends them."""
-    spawn = multiprocessing.get_context("spawn")  # a forked copy of torch's threads would hang
-    pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker, initargs=(reader,))
-    return in_order(pool, read_in_worker, tasks, workers + AHEAD)
+    pool = WorkerPool(workers, start_worker, reader)
+    try:
+        yield from in_order(pool, read_in_worker, tasks, workers + AHEAD)
+    except BrokenProcessPool as error:
+        why = pool.why_none_began or f"a process that reads data ended ({error}); set data.workers lower, or 0"
+        raise DataError(why) from error
 
 
 def in_order(pool: Executor, read: Callable[..., list[MicroRows]], tasks: Iterator[Task | None], most: int) -> Steps:
@@ -135,8 +138,6 @@ def in_order(pool: Executor, read: Callable[..., list[MicroRows]], tasks: Iterat
             if not waiting:
                 return
             yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(f"a process that reads data ended ({error}); set data.workers lower, or 0") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -156,7 +156,7 @@ class Run:
         for part in plan:
             yield part, self.assembly.reusable(part)
             if self.job.documents and part.number == 0:
-                arrow()[0].array([])  # what it imports comes now, while the workers start, not at the end
+                arrow()  # imported now, while the workers start, not at the end
 
     def take(self, part: Part, record: PartRecord) -> None:
         """The next part into the assembly."""

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
 import numpy as np
 
 from castalia.core.errors import ConfigError
-from castalia.core.files import CHUNK_BYTES, atomic_write, cannot_write, sha256_of, write_json
+from castalia.core.files import CHUNK_BYTES, atomic_write, cannot_write, write_json
 from castalia.data.indexed import give_names, write_index
 from castalia.data.preparing import provenance
 from castalia.data.preparing.forms import TOKENS
@@ -31,7 +32,7 @@ class Assembly:
 
     `whole.I.bin` is output I as far as it goes. A part is appended to each, a thread flushes these to the disk, then
     the part's own .bin goes; so every token is on disk once, but for a few parts. What a crash left is believed by its
-    hash only.
+    checksum only.
     """
 
     def __init__(self, job: Job, prefixes: Sequence[str]) -> None:
@@ -80,12 +81,12 @@ class Assembly:
         for whole, digest, size, output in zip(
             self.wholes, self.digests, self.sizes(record), record.outputs, strict=True
         ):
-            joint, own = digest.copy(), hashlib.sha256()
+            joint, own = digest.copy(), 0
             for piece in read_bytes(whole, size):
                 joint.update(piece)
-                own.update(piece)
+                own = crc32(piece, own)
             found.append(joint)
-            if own.hexdigest() != output["sha256"]:
+            if own != output["crc32"]:
                 return False
         self.digests = found
         return True
@@ -111,10 +112,15 @@ class Assembly:
         return None
 
     def has_files(self, record: PartRecord) -> bool:
-        """Whether a part's own tokens are there and their hashes right."""
+        """Whether a part's own tokens are there and their checksums right."""
         for i, output in enumerate(record.outputs):
-            tokens = part_file(self.folder, record.number, f"{i}.bin")
-            if not tokens.is_file() or sha256_of(tokens) != output["sha256"]:
+            tokens, own = part_file(self.folder, record.number, f"{i}.bin"), 0
+            if not tokens.is_file():
+                return False
+            with open(tokens, "rb") as file:
+                for piece in read_bytes(file, tokens.stat().st_size):
+                    own = crc32(piece, own)
+            if own != output["crc32"]:
                 return False
         return True
 

@@ -1,18 +1,16 @@
 """Where parts are worked on: in this process, in processes of this machine, or on the machines of a Ray cluster."""
 
-import multiprocessing
-import os
-import signal
 import socket
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from castalia.core.allocator import keep_freed_memory
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.extras import require
+from castalia.core.workers import WorkerPool
 from castalia.data.preparing.encoding import Encoder, leave_cores
 from castalia.data.preparing.parts import Job, PartRecord, encode_part
 from castalia.data.preparing.pieces import Part
@@ -44,24 +42,10 @@ STATE: dict[str, Any] = {}
 
 
 def start_worker(job: Job) -> None:
-    """In a worker: keep the job, leave the other cores to the others, and end with the process that started us."""
+    """In a worker: keep the job, and leave the other cores to the others."""
     leave_cores()
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    keep_freed_memory()
     STATE["job"], STATE["encoder"] = job, Encoder(job.tokenizer, fast=job.fast)
-
-
-def start_process(job: Job) -> None:
-    """In a process of the pool: Ctrl-C reaches every process of a terminal, but the first one says what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    start_worker(job)
-
-
-def end_with(parent: Any) -> None:
-    """On a thread of a worker: end when the parent is gone, however it went."""
-    parent.join()
-    os._exit(1)
 
 
 def work_on(part: Part) -> PartRecord:
@@ -79,9 +63,8 @@ class Pool:
         self.start()
 
     def start(self) -> None:
-        """New processes; spawned, because the tokenizers library does not survive a fork of its threads."""
-        spawn = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(self.workers, spawn, start_process, (self.job,))
+        """New processes."""
+        self.pool = WorkerPool(self.workers, start_worker, self.job)
 
     def run(self, work: Work) -> Results:
         """The parts in order; few wait at a time, so memory stays bounded."""
@@ -127,6 +110,8 @@ class Pool:
     def renew(self) -> None:
         """New processes for the parts that were lost."""
         self.pool.shutdown(cancel_futures=True)
+        if (why := self.pool.why_none_began) is not None:
+            raise CastaliaError(why)
         self.start()
         for i, (part, record, future) in enumerate(self.waiting):
             if future is not None and (not future.done() or future.cancelled() or future.exception() is not None):

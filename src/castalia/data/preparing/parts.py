@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from castalia.data.preparing.provenance import DocumentColumns
 from castalia.data.preparing.rows import Fault, PieceReader, Row, Wanted
 from castalia.data.tokenizer import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what a part's files hold changes, so that those of an older version are not taken over."""
 BATCH_BYTES = 1 << 22
 BATCH_ROWS = 8192
@@ -72,7 +73,7 @@ class Job:
 
 @dataclass
 class PartRecord:
-    """What came of a part: counts, and hashes by which its files are trusted later. `by` encoded it, `slow` says why
+    """What came of a part: counts, and checksums by which its files are trusted later. `by` encoded it, `slow` says why
     not gigatoken, `again` what made it be encoded a second time; `lines` and `filled` are lines and documents with
     text of each piece; `files` are the hashes of its small files. `failed` is the first fault of a job that stops
     there, as (piece, fault)."""
@@ -109,7 +110,7 @@ class PartWriter:
         self.job, self.number, self.mark = job, number, uuid.uuid4().hex[:8]
         self.files: dict[str, IO[bytes]] = {}
         self.claimed: dict[str, Path] = {}
-        self.digests = [hashlib.sha256() for _ in job.outputs]
+        self.sums = [0 for _ in job.outputs]
         self.counts = [[0, 0] for _ in job.outputs]
 
     def claim(self, suffix: str) -> Path:
@@ -129,15 +130,15 @@ class PartWriter:
         data = np.ascontiguousarray(ids).data
         self.write(f"{output}.bin", data)
         self.write(f"{output}.sizes", sizes.astype("<i4").data)
-        self.digests[output].update(data)
+        self.sums[output] = crc32(data, self.sums[output])
         self.counts[output][0] += len(sizes)
         self.counts[output][1] += len(ids)
 
     def outputs(self) -> list[dict[str, Any]]:
-        """Documents, tokens and hash of each output."""
+        """Documents, tokens and checksum of each output; its SHA-256 is made of the whole, where parts are joined."""
         return [
-            {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
-            for (documents, tokens), digest in zip(self.counts, self.digests, strict=True)
+            {"documents": documents, "tokens": tokens, "crc32": found}
+            for (documents, tokens), found in zip(self.counts, self.sums, strict=True)
         ]
 
     def keep(self, record: PartRecord) -> None:

@@ -21,6 +21,8 @@ REJECTS = ".rejects.jsonl"
 GROUP_ROWS = 1 << 17
 """Documents a row group, so that the file does not depend on how the job was cut."""
 HASH_BYTES = 16
+MOST_TEXT = 2**31 - 1
+"""Bytes of text that fit an Arrow array."""
 OWN = ("source", "member", "line", "start", "stop", "tokens", "hash")
 """Columns that are ours; the id and the chosen metadata come after them."""
 
@@ -57,10 +59,29 @@ class DocumentColumns:
         """Write them as a file of the part."""
         pyarrow, parquet = arrow()
         kinds = {"piece": pyarrow.int32(), **number_kinds(pyarrow), **dict.fromkeys(self.kept, pyarrow.string())}
-        for name in ("start", "stop"):  # rows of columns have no bytes of their own
-            self.values[name] = [None if place < 0 else place for place in self.values[name]]
-        table = pyarrow.table({name: pyarrow.array(found, kinds[name]) for name, found in self.values.items()})
+        arrays = [array_of(pyarrow, found, kinds[name]) for name, found in self.values.items()]
+        table = pyarrow.Table.from_arrays(arrays, names=[*self.values])
         parquet.write_table(table, path, compression="none", use_dictionary=False)
+
+
+def array_of(pyarrow: Any, values: Sequence[Any], kind: Any) -> Any:
+    """Numbers, texts or hashes as an Arrow array of `kind`; None, and a number below 0, are null.
+
+    What `pyarrow.array` gives, which first imports pandas where it is installed: a third of a second for each process.
+    """
+    if pyarrow.types.is_integer(kind):
+        numbers = np.asarray(values, kind.to_pandas_dtype())
+        known, buffers = numbers >= 0, [numbers]
+    elif pyarrow.types.is_string(kind):
+        known = np.array([value is not None for value in values], bool)
+        texts = [(value or "").encode("utf-8") for value in values]
+        if sum(map(len, texts)) > MOST_TEXT:
+            return pyarrow.array(values, kind)  # in several chunks
+        buffers = [np.cumsum([0, *map(len, texts)], dtype=np.int32), b"".join(texts)]
+    else:
+        known, buffers = np.ones(len(values), bool), [b"".join(values)]
+    mask = None if known.all() else pyarrow.py_buffer(np.packbits(known, bitorder="little"))
+    return pyarrow.Array.from_buffers(kind, len(values), [mask, *map(pyarrow.py_buffer, buffers)])
 
 
 def content_hash(text: bytes) -> bytes:
@@ -95,13 +116,15 @@ def placed(path: Path, sources: Sequence[tuple[str, str | None]], offsets: Seque
     """A part's documents as rows of the index: `sources` and lines before, one for each of its pieces."""
     pyarrow, parquet = arrow()
     table = parquet.ParquetFile(path).read()  # read_table imports a tenth of a second of other things
-    piece = table.column("piece").to_numpy()
-    line = table.column("line").to_numpy() + np.asarray(offsets, np.int64)[piece]
-    found = table.drop_columns(["piece"])
-    found = found.set_column(found.schema.get_field_index("line"), "line", pyarrow.array(line))
-    names = pyarrow.array([name for name, _ in sources], pyarrow.string()).take(pyarrow.array(piece))
-    members = pyarrow.array([member for _, member in sources], pyarrow.string()).take(pyarrow.array(piece))
-    return found.add_column(0, "source", names).add_column(1, "member", members)
+    piece, texts = table.column("piece"), pyarrow.string()
+    before, compute = array_of(pyarrow, offsets, pyarrow.int64()), require("pyarrow.compute", "parquet", "the index")
+    columns = {
+        "source": array_of(pyarrow, [name for name, _ in sources], texts).take(piece),
+        "member": array_of(pyarrow, [member for _, member in sources], texts).take(piece),
+        "line": compute.add(table.column("line"), before.take(piece)),
+    }
+    rest = {name: table.column(name) for name in table.column_names if name not in ("piece", "line")}
+    return pyarrow.Table.from_arrays([*columns.values(), *rest.values()], names=[*columns, *rest])
 
 
 def write_index(file: Any, tables: Iterable[Any], kept: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Characters that two libraries may take otherwise because their tables are of different versions of Unicode."""
 
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import chain
@@ -18,28 +19,37 @@ PICTURES = range(0x1F000, 0x1FB00)
 """Blocks of emoji and other symbols: whatever comes there, neither NFC nor words depend on it."""
 FORM = "a{0}\u0316\u0301x a\u0316{0}x a\u0301{0}\u0323 {0}{0} a{0} 1{0} {0}b !{0}"
 """A text that shows how a character is ordered among marks, and whether it is letter, digit, or neither."""
+JOINED = " {0} {0}x {1} {1}x"
+"""And one for each character that NFC makes of it and another one, {0}, which are {1}."""
 PIECE_BYTES = 1 << 18
 
 
 @lru_cache(maxsize=1)
-def young_characters() -> NDArray[np.uint8]:
+def young_characters() -> tuple[NDArray[np.uint8], dict[int, str]]:
     """What is known of each character (0x110000,) before one is tried: UNTRIED for letters, marks and digits younger
-    than any table; OTHER for what is no character yet, and for those that NFC joins with another young one."""
-    known = np.zeros(0x110000, np.uint8)
+    than any table, OTHER for what is no character yet. And what to try beside FORM with those that NFC joins to one.
+
+    Once a table knows a character, its order among marks and what it is made of never change (the policy above), so
+    tables differ only in which they know, and a trial shows whether both know it or neither.
+    """
+    known, pairs = np.zeros(0x110000, np.uint8), defaultdict[int, str](str)
     known[0x2A6D7:0x40000] = UNTRIED  # planes of Han letters, which no marks go with
-    known[0x40000:0xF0000] = OTHER  # planes without letters so far
-    spans = (0x80, 0x3400), (0x4DB6, 0x4E00), (0x9FA6, 0xAC00), (0xD7A4, 0x20000)  # all but old Han and Hangul
+    known[0x40000:0xE0000] = known[0xE0200:0xF0000] = OTHER  # planes without letters so far
+    spans = (0x80, 0x3400), (0x4DB6, 0x4E00), (0x9FA6, 0xAC00), (0xD7A4, 0x20000), (0xE0000, 0xE0200)  # no old Han
     for i in chain.from_iterable(range(*span) for span in spans):
         character = chr(i)
         if OLDEST.category(character) != "Cn" or i in PICTURES:
             continue
         kind, made_of = unicodedata.category(character), unicodedata.decomposition(character)
-        if kind == "Cn" or (" " in made_of and not made_of.startswith("<")):
-            joined = [i, *(int(part, 16) for part in made_of.split())]
-            known[[code for code in joined if OLDEST.category(chr(code)) == "Cn"]] = OTHER
-        elif (kind[0] in "LMN" or made_of) and known[i] != OTHER:
+        if kind == "Cn":
+            known[i] = OTHER
+        elif kind[0] in "LMN" or made_of:
             known[i] = UNTRIED
-    return known
+        if " " in made_of and not made_of.startswith("<"):
+            parts = [int(part, 16) for part in made_of.split()]
+            for code in (i, *parts):
+                pairs[code] += JOINED.format(character, "".join(map(chr, parts)))
+    return known, pairs
 
 
 class Young:
@@ -47,7 +57,8 @@ class Young:
     young character is tried once, when it first comes."""
 
     def __init__(self, same: Callable[[list[str]], list[bool]]) -> None:
-        self.same, self.known = same, young_characters().copy()
+        known, self.pairs = young_characters()
+        self.same, self.known = same, known.copy()
 
     def __call__(self, text: bytes) -> bool:
         """Whether a text of UTF-8 has a character that they may take otherwise."""
@@ -58,7 +69,8 @@ class Young:
         if not (known := self.known[codes]).any():
             return False
         if len(untried := np.unique(codes[known == UNTRIED])):
-            self.known[untried] = np.where(self.same([FORM.format(chr(code)) for code in untried]), SAME, OTHER)
+            texts = [FORM.format(chr(code)) + self.pairs.get(code, "") for code in untried.tolist()]
+            self.known[untried] = np.where(self.same(texts), SAME, OTHER)
         return bool((self.known[codes] == OTHER).any())
 
 

@@ -1,0 +1,80 @@
+"""Worker processes: their state, their end with who started them, and what is said if they cannot start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import psutil
+import pytest
+
+from castalia.core.workers import WorkerPool
+
+HELD = []
+
+
+def hold(state):
+    HELD.append(state)
+
+
+def held(factor):
+    return len(HELD[0]) * factor
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_each_process_has_the_state_however_large():
+    with WorkerPool(2, hold, bytes(3_000_000)) as pool:
+        assert list(pool.map(held, range(20))) == [3_000_000 * i for i in range(20)]
+        assert pool.why_none_began is None
+
+
+def test_a_process_that_dies_at_work_is_no_failure_to_start():
+    with WorkerPool(2, hold, b"") as pool, pytest.raises(BrokenProcessPool):
+        pool.submit(die).result()
+    assert pool.why_none_began is None
+
+
+@pytest.mark.parametrize("room", ["prepare", "loader"])
+def test_a_script_without_a_guard_is_told_so_at_once(tmp_path, room):
+    """Each worker imports the script and so begins its work again. With a large state that would hang for ever."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 50_000)
+    script = "from castalia.data import DataConfig, StepLoader, build_rows, prepare\n"
+    if room == "prepare":
+        script += "prepare(['a.jsonl'], 'a', 'bytes', workers=2)\n"
+    else:
+        script += "prepare(['a.jsonl'], 'a', 'bytes')\nconfig = DataConfig(seq_length=1, train=['a'])\n"
+        script += "rows = build_rows(config, seed=0, batch_size=1, steps=9, eval_every=None, eval_batches=1).train\n"
+        script += "print(next(iter(StepLoader(rows, batch_size=1, workers=2))))\n"
+    (tmp_path / "job.py").write_text(script)
+    job = [sys.executable, tmp_path / "job.py"]
+    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert 'under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    script = f"""
+import sys, time
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_workers import WorkerPool, held, hold
+if __name__ == "__main__":
+    pool = WorkerPool(2, hold, b"12")
+    print(list(pool.map(held, range(4))), flush=True)
+    time.sleep(60)
+"""
+    (tmp_path / "job.py").write_text(script)
+    with subprocess.Popen([sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "[0, 2, 4, 6]\n"
+        children = psutil.Process(job.pid).children(recursive=True)
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        assert workers
+        job.kill()
+    deadline = time.monotonic() + 10
+    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
