@@ -69,6 +69,7 @@ def array_of(pyarrow: Any, values: Sequence[Any], kind: Any) -> Any:
 
     What `pyarrow.array` gives, which first imports pandas where it is installed: a third of a second for each process.
     """
+    buffers: list[Any]
     if pyarrow.types.is_integer(kind):
         numbers = np.asarray(values, kind.to_pandas_dtype())
         known, buffers = numbers >= 0, [numbers]
