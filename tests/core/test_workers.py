@@ -1,6 +1,8 @@
 """Worker processes: their state, their end with who started them, and what is said if they cannot start."""
 
+import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -31,6 +33,24 @@ def test_each_process_has_the_state_however_large():
     with WorkerPool(2, hold, bytes(3_000_000)) as pool:
         assert list(pool.map(held, range(20))) == [3_000_000 * i for i in range(20)]
         assert pool.why_none_began is None
+
+
+def test_a_state_that_cannot_be_pickled_is_an_error_at_once():
+    with pytest.raises((AttributeError, pickle.PicklingError), match="pickle"):
+        WorkerPool(2, hold, lambda: 0)
+
+
+def test_files_are_closed_with_the_pool():
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    for _ in range(3):
+        with WorkerPool(1, hold, bytes(100_000)) as pool:
+            assert pool.submit(held, 1).result() == 100_000
+        del pool
+    gc.collect()
+    assert opened() <= before + 1  # the tracker of semaphores stays
 
 
 def test_a_process_that_dies_at_work_is_no_failure_to_start():

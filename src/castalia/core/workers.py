@@ -1,29 +1,30 @@
 """Worker processes that are given their state once."""
 
+import mmap
 import multiprocessing
 import os
+import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.reduction import DupFd
 from typing import Any
 
 
 class WorkerPool(ProcessPoolExecutor):
     """`workers` processes of this machine, each of which calls `begin(state)` before its first task.
 
-    They are spawned, because threads of torch and tokenizers do not survive a fork. The state goes through a queue:
-    with it among the arguments, a process that dies before it has read them all would stop us for ever. They ignore
-    SIGINT, which reaches every process of a terminal, for the first one says what it means; and end when it does.
+    They are spawned, because threads of torch and tokenizers do not survive a fork. They ignore SIGINT, which reaches
+    every process of a terminal, for the first one says what it means; and end when it does.
+    Raises  what pickling the state raises.
     """
 
     def __init__(self, workers: int, begin: Callable[[Any], Any], state: Any) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.states, self.began = spawn.Queue(), spawn.Event()
-        self.states.cancel_join_thread()
-        for _ in range(workers):
-            self.states.put(state)
-        super().__init__(workers, spawn, start, (begin, self.states, self.began))
+        held, spawn = State(state), multiprocessing.get_context("spawn")
+        self.began = spawn.Event()
+        super().__init__(workers, spawn, start, (begin, held, self.began))
 
     @property
     def why_none_began(self) -> str | None:
@@ -36,12 +37,39 @@ class WorkerPool(ProcessPoolExecutor):
         )
 
 
-def start(begin: Callable[[Any], Any], states: Any, began: Any) -> None:
+class State:
+    """An object, pickled in a file without a name, of which each new process inherits the descriptor.
+
+    Among the arguments of a process it would go through a pipe whose both ends we hold: one that dies before it has
+    read all, as a script without a guard does, would leave us writing for ever.
+    """
+
+    def __init__(self, value: Any) -> None:
+        memory = hasattr(os, "memfd_create")
+        self.file = open(os.memfd_create("state"), "wb") if memory else tempfile.TemporaryFile()  # noqa: SIM115
+        pickle.dump(value, self.file, pickle.HIGHEST_PROTOCOL)
+        self.file.flush()
+
+    def __reduce__(self) -> Any:
+        return read_state, (DupFd(self.file.fileno()),)
+
+
+def read_state(descriptor: Any) -> Callable[[], Any]:
+    """In a new process: what reads the state, once."""
+
+    def read() -> Any:
+        with open(descriptor.detach(), "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+            return pickle.loads(content)
+
+    return read
+
+
+def start(begin: Callable[[Any], Any], state: Callable[[], Any], began: Any) -> None:
     """In a new process, before its first task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     began.set()
     end_with_parent()
-    begin(states.get())
+    begin(state())
 
 
 def end_with_parent() -> None:
