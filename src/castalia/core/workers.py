@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing.reduction import DupFd
 from typing import Any
 
@@ -24,7 +25,7 @@ class WorkerPool(ProcessPoolExecutor):
     def __init__(self, workers: int, begin: Callable[[Any], Any], state: Any) -> None:
         held, spawn = State(state), multiprocessing.get_context("spawn")
         self.began = spawn.Event()
-        super().__init__(workers, spawn, start, (begin, held, self.began))
+        super().__init__(workers, spawn, partial(start, begin, held, self.began))
 
     @property
     def why_none_began(self) -> str | None:
@@ -46,30 +47,28 @@ class State:
 
     def __init__(self, value: Any) -> None:
         memory = hasattr(os, "memfd_create")
-        self.file = open(os.memfd_create("state"), "wb") if memory else tempfile.TemporaryFile()  # noqa: SIM115
+        self.file: Any = open(os.memfd_create("state"), "wb") if memory else tempfile.TemporaryFile()  # noqa: SIM115
         pickle.dump(value, self.file, pickle.HIGHEST_PROTOCOL)
         self.file.flush()
 
-    def __reduce__(self) -> Any:
-        return read_state, (DupFd(self.file.fileno()),)
+    def __getstate__(self) -> Any:
+        return DupFd(self.file.fileno())
 
+    def __setstate__(self, descriptor: Any) -> None:
+        self.file = open(descriptor.detach(), "rb")  # noqa: SIM115 - read closes it
 
-def read_state(descriptor: Any) -> Callable[[], Any]:
-    """In a new process: what reads the state, once."""
-
-    def read() -> Any:
-        with open(descriptor.detach(), "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+    def read(self) -> Any:
+        """In a new process: the object, once."""
+        with self.file, mmap.mmap(self.file.fileno(), 0, prot=mmap.PROT_READ) as content:
             return pickle.loads(content)
 
-    return read
 
-
-def start(begin: Callable[[Any], Any], state: Callable[[], Any], began: Any) -> None:
+def start(begin: Callable[[Any], Any], state: State, began: Any) -> None:
     """In a new process, before its first task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     began.set()
     end_with_parent()
-    begin(state())
+    begin(state.read())
 
 
 def end_with_parent() -> None:
