@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from castalia.core.errors import DataError
 from castalia.core.files import cannot_write
-from castalia.data.mapped import Buffer, MappedShards, map_file, view
+from castalia.data.mapped import Buffer, MappedShards, fetch, map_file, view
 from castalia.data.shards import base_of, find_shards
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -139,6 +139,11 @@ class IndexedDataset:
         if place < 0 or place + size * self.dtype.itemsize > len(self.buffer):
             self.check_places(i, i + 1)
         return view(self.buffer, self.dtype, length, place + offset * self.dtype.itemsize)
+
+    def fetch(self, index: int, offset: int, length: int) -> None:
+        """Let the kernel begin to read what `get` will be asked for."""
+        place = int(self.pointers[index]) + offset * self.dtype.itemsize
+        fetch(self.buffer, place, place + length * self.dtype.itemsize)
 
     def __getstate__(self) -> dict[str, str]:
         return {"prefix": self.prefix}

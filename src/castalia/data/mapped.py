@@ -76,6 +76,18 @@ def read_at_random(buffer: Buffer) -> None:
             part.madvise(mmap.MADV_RANDOM)
 
 
+def fetch(buffer: Buffer, start: int, stop: int) -> None:
+    """Let the kernel begin to read bytes [start, stop), so that the disk works on many such stretches at once, and not
+    on one page after the other, each of which whoever reads it waits for. Bytes that are not there are left out."""
+    start, stop = max(start, 0), min(stop, len(buffer))
+    if isinstance(buffer, MappedShards):
+        for shard, begin, end in buffer.stretches(start, stop):
+            fetch(buffer.parts[shard], begin, end)
+    elif isinstance(buffer, mmap.mmap) and start < stop and hasattr(mmap, "MADV_WILLNEED"):
+        first = start - start % mmap.PAGESIZE
+        buffer.madvise(mmap.MADV_WILLNEED, first, stop - first)
+
+
 def map_file(path: Path) -> bytes | mmap.mmap:
     """The file's bytes, mapped read-only; an empty file cannot be mapped and is empty bytes.
 

@@ -1,6 +1,7 @@
 """Rows of tokens out of a token file, in GPT-NeoX's order, and the documents that each row came from."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -49,8 +50,12 @@ class DocumentRows(Generic[Order]):
         return len(self.order)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self.row(self.documents_of(index))
+
+    def row(self, pieces: Sequence[Piece]) -> NDArray[np.int64]:
+        """The row that is made up of these stretches."""
         row, filled = np.zeros(self.order.seq_length + 1, np.int64), 0
-        for document, start, length in self.documents_of(index):
+        for document, start, length in pieces:
             row[filled : filled + length] = self.dataset.get(document, start, length)
             filled += length
         return row

@@ -8,6 +8,7 @@ Source  utils/batch_viewer.py:41-43 of EleutherAI/pythia; its README on the pres
 
 import operator
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,12 @@ class RowFile:
         return len(self.order)
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self.dataset.get(self.place(index)).astype(np.int64)
+        return self.row(self.documents_of(index))
+
+    def row(self, pieces: Sequence[Piece]) -> NDArray[np.int64]:
+        """The item that is the one stretch."""
+        (piece,) = pieces
+        return self.dataset.get(*piece).astype(np.int64)
 
     def documents_of(self, index: int) -> list[Piece]:
         """The item itself: what documents its tokens came from is not known any more."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.labels import label_row
 from castalia.data.mapped import read_at_random
-from castalia.data.packed import DocumentRows
+from castalia.data.packed import DocumentRows, Piece
 from castalia.data.packings import PieceRows
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
@@ -82,59 +82,74 @@ class StepReader:
         first = step * self.batch_size
         places = [range(first + share.start, first + share.stop) for share in self.shares]
         found = self.located(places) if planned is None else planned
-        return [self.micro_batch(index, rows) for index, rows in zip(places, found, strict=True)]
+        pieces = [self.pieces_of(rows) for rows in found]  # of the whole step, before the first is read
+        return [self.micro_batch(*given) for given in zip(places, found, pieces, strict=True)]
 
     def located(self, places: Sequence[range]) -> list[Located]:
         """The rows that stand at places of the served order, a micro-batch at a time."""
         pairs = [np.array([self.rows.locate(i) for i in index], np.int64).reshape(-1, 2) for index in places]
         return [Located(pair[:, 0], pair[:, 1]) for pair in pairs]
 
-    def micro_batch(self, index: range, found: Located) -> MicroRows:
-        """The rows of one micro-batch, which stand at the places `index`."""
+    def pieces_of(self, found: Located) -> list[list[Piece]]:
+        """The stretches of documents of each row, which the kernel begins to read where it would not by itself."""
+        out = []
+        for source, place in zip(found.source.tolist(), found.place.tolist(), strict=True):
+            pack = self.rows.packs[source]
+            out.append(pack.documents_of(place))
+            if isinstance(pack, DocumentRows):
+                for dataset in (pack.dataset, *([self.rows.labels[source]] if self.rows.labels else [])):
+                    for piece in out[-1]:
+                        dataset.fetch(*piece)
+        return out
+
+    def micro_batch(self, index: range, found: Located, pieces: Sequence[Sequence[Piece]]) -> MicroRows:
+        """The rows of one micro-batch, which stand at the places `index` and consist of `pieces`."""
         if not index:
             padding = np.zeros((1, self.rows.packs[0].order.seq_length + 1), np.int64)
             segments = None if self.mask is None else padding
             return MicroRows(padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64), segments)
-        pairs = list(zip(found.source.tolist(), found.place.tolist(), strict=True))
-        rows = np.stack([self.rows.packs[source][place] for source, place in pairs])
+        sources = found.source.tolist()
+        rows = np.stack([self.rows.packs[source].row(made_of) for source, made_of in zip(sources, pieces, strict=True)])
         if self.vocab_size is not None:
-            self.check(rows, found, self.vocab_size)
-        labels = self.labels_of(pairs, rows)
-        segments = None
+            self.check(rows, sources, pieces, self.vocab_size)
+        labels = self.labels_of(rows, sources, pieces)
+        segments, filled = None, None
         if (mask := self.mask) is not None:
-            pieces = (self.rows.packs[source].documents_of(place) for source, place in pairs)
-            segments = np.stack([mask.segments(row, found) for row, found in zip(rows, pieces, strict=True)])
-        filled = None
+            segments = np.stack([mask.segments(row, made_of) for row, made_of in zip(rows, pieces, strict=True)])
         if any(isinstance(pack, PieceRows) for pack in self.rows.packs):
-            filled = np.array([sum(p.length for p in self.rows.packs[s].documents_of(i)) for s, i in pairs], np.int64)
+            filled = np.array([sum(piece.length for piece in made_of) for made_of in pieces], np.int64)
         return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64), segments, filled, labels)
 
-    def labels_of(self, pairs: Sequence[tuple[int, int]], rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    def labels_of(
+        self, rows: NDArray[np.int64], sources: Sequence[int], pieces: Sequence[Sequence[Piece]]
+    ) -> NDArray[np.int64] | None:
         """The labels of rows out of label files; None without any.
 
         Raises  DataError if one is neither the token itself nor negative.
         """
         if (files := self.rows.labels) is None:
             return None
-        packs, length = self.rows.packs, rows.shape[1]
-        found = np.stack([label_row(files[s], packs[s].documents_of(place), length) for s, place in pairs])
+        length = rows.shape[1]
+        given = zip(sources, pieces, strict=True)
+        found = np.stack([label_row(files[source], made_of, length) for source, made_of in given])
         if len(wrong := np.flatnonzero(((found >= 0) & (found != rows)).any(1))):
             raise DataError(
-                f"{files[pairs[int(wrong[0])][0]].prefix}: a label is neither its token nor -100; make the file again"
+                f"{files[sources[int(wrong[0])]].prefix}: a label is neither its token nor -100; make the file again"
                 " of the same tokens"
             )
         return found
 
-    def check(self, rows: NDArray[np.int64], found: Located, vocab_size: int) -> None:
+    def check(
+        self, rows: NDArray[np.int64], sources: Sequence[int], pieces: Sequence[Sequence[Piece]], vocab_size: int
+    ) -> None:
         """Every id is in the vocabulary."""
         if rows.max() < vocab_size and rows.min() >= 0:
             return
         i, j = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
-        pack = self.rows.packs[int(found.source[i])]
-        pieces = pack.documents_of(int(found.place[i]))
-        ends = list(itertools.accumulate(piece.length for piece in pieces))
-        document = next(piece.document for piece, end in zip(pieces, ends, strict=True) if j < end)
-        raise DataError(out_of_vocab(pack.dataset.prefix, document, int(rows[i, j]), vocab_size))
+        ends = list(itertools.accumulate(piece.length for piece in pieces[i]))
+        document = next(piece.document for piece, end in zip(pieces[i], ends, strict=True) if j < end)
+        prefix = self.rows.packs[sources[i]].dataset.prefix
+        raise DataError(out_of_vocab(prefix, document, int(rows[i, j]), vocab_size))
 
 
 def check_batch(batch_size: int, micro: int, world: int) -> None:
