@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from castalia.core.errors import ConfigError
+from castalia.core.errors import ConfigError, DataError
 from castalia.data import load_tokenizer, prepare
 from castalia.data.contamination import contamination
 
@@ -67,3 +67,20 @@ def test_a_token_file_and_a_question_with_its_answer(tmp_path):
     assert evaluated[0]["documents"] == [{"file": str(tmp_path / "c"), "document": 1}]
     with pytest.raises(ConfigError, match="name its --tokenizer"):
         contamination(*paths, **options)
+
+
+def test_another_tokenizer_than_the_corpus_has_finds_nothing_and_is_refused(tmp_path):
+    corpus = jsonl(tmp_path / "c.jsonl", ["the quick brown fox"])
+    prepare([corpus], tmp_path / "c", "bytes")
+    with pytest.raises(ConfigError, match="c was made with the tokenizer bytes, and char is another one"):
+        contamination([str(tmp_path / "c")], [corpus], tokenizer=load_tokenizer("char"), ngram=2)
+
+
+def test_no_evaluation_documents_are_no_clean_corpus(tmp_path):
+    corpus, empty = jsonl(tmp_path / "c.jsonl", ["the quick brown fox"]), jsonl(tmp_path / "e.jsonl", [])
+    with pytest.raises(DataError, match=r"e\.jsonl: is empty"):
+        contamination([corpus], [corpus, empty], ngram=2)
+    (tmp_path / "folder").mkdir()
+    jsonl(tmp_path / "folder" / "e.jsonl", [])
+    with pytest.raises(DataError, match="folder: no evaluation documents"):
+        contamination([corpus], [str(tmp_path / "folder")], ngram=2)

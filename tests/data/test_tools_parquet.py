@@ -86,3 +86,9 @@ def test_without_pyarrow(table, monkeypatch):
         ConfigError, match=r"needs 'pyarrow', which is not installed: pip install 'castalia\[parquet\]'"
     ):
         texts_of(path)
+
+
+def test_texts_that_are_stored_once_each(table):
+    assert texts_of(table(text=pyarrow.array(["a", "b", "a", ""]).dictionary_encode())) == ["a", "b", "a", ""]
+    with pytest.raises(DataError, match="must hold strings, got int64"):
+        texts_of(table(text=pyarrow.array([1, 2, 1]).dictionary_encode()))

@@ -70,17 +70,22 @@ def inspect(
 def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) -> dict[str, Any]:
     """Number, length and ids or text of one document.
 
-    Raises  ConfigError if there is no such document.
+    Raises  ConfigError if there is no such document, or the tokenizer is not that of the token file.
     """
     from castalia.core.errors import ConfigError
     from castalia.data import load_tokenizer
     from castalia.data.preparing.provenance import read_provenance
+    from castalia.data.records import require_tokenizer
 
     count = len(dataset)
     if not -count <= number < count:
         raise ConfigError(f"--document {number}: {dataset.prefix} has {count} documents, 0 to {count - 1}")
     ids = dataset[number].tolist()
-    content = {"ids": ids} if tokenizer is None else {"text": load_tokenizer(tokenizer).decode(ids)}
+    content: dict[str, Any] = {"ids": ids}
+    if tokenizer is not None:
+        chosen = load_tokenizer(tokenizer)
+        require_tokenizer(str(dataset.prefix), chosen)
+        content = {"text": chosen.decode(ids)}
     origin = read_provenance(dataset.prefix, number % count)
     return {"number": number % count, "tokens": len(ids), **content, **({} if origin is None else {"from": origin})}
 

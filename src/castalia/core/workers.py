@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -25,6 +26,7 @@ class WorkerPool(ProcessPoolExecutor):
     def __init__(self, workers: int, begin: Callable[[Any], Any], state: Any) -> None:
         held, spawn = State(state), multiprocessing.get_context("spawn")
         self.began = spawn.Event()
+        forget_standard_input()
         super().__init__(workers, spawn, partial(start, begin, held, self.began))
 
     @property
@@ -36,6 +38,13 @@ class WorkerPool(ProcessPoolExecutor):
             "the worker processes ended as they started; what they said stands above. A script that is not run by"
             ' `castalia` must do its work under `if __name__ == "__main__":`, because each of them imports it'
         )
+
+
+def forget_standard_input() -> None:
+    """A script that is read from standard input says that its file is `<stdin>`, which no new process can import."""
+    main = sys.modules["__main__"]
+    if getattr(main, "__file__", None) == "<stdin>":
+        del main.__file__
 
 
 class State:

@@ -23,6 +23,8 @@ from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.preparing.inputs import list_files
 from castalia.data.preparing.pieces import PART_BYTES, pieces_of_all
 from castalia.data.preparing.rows import Wanted, read_pieces
+from castalia.data.readers import require_text
+from castalia.data.records import require_tokenizer
 from castalia.data.shards import OnBytes
 from castalia.data.tokenizer import Tokenizer
 
@@ -142,9 +144,12 @@ def contamination(
     the report says so.
 
     Memory  the evaluation n-grams, about 300 bytes each; the corpus streams.
-    Raises  ConfigError for a token file without a tokenizer; DataError if an input is missing or damaged.
+    Raises  ConfigError for a token file without a tokenizer or with another than its own; DataError if an input is
+            missing, damaged or empty.
     """
     ngrams = Ngrams(evaluation_texts(evaluations, keys), ngram)
+    if not ngrams.evaluations:
+        raise DataError(f"{', '.join(evaluations)}: no evaluation documents")
     documents = overlapping = 0
     with atomic_write(Path(report)) if report else nullcontext(io.StringIO()) as file:
         for where, text in corpus_texts(corpus, corpus_key, tokenizer, on_bytes):
@@ -210,6 +215,7 @@ def corpus_texts(
         require_tokens(dataset)
         if tokenizer is None:
             raise ConfigError(f"{dataset.prefix} is a token file: name its --tokenizer, for its text is compared")
+        require_tokenizer(dataset.prefix, tokenizer)
         for document in range(len(dataset)):
             yield {"file": dataset.prefix, "document": document}, tokenizer.decode(dataset[document].tolist())
             if on_bytes:
@@ -227,11 +233,15 @@ def text_documents(
     """Place and text of each document of text files, several keys as lines of one text."""
     files = list_files(paths)
     counts = [0] * len(files)
+    filled = set()
     for piece, row in read_pieces(pieces_of_all(files, PART_BYTES, lambda *_: None), files, Wanted(tuple(keys))):
         yield (
             {"file": files[piece.file].path, "document": counts[piece.file]},
             "\n".join(text.decode("utf-8") for text in row.texts),
         )
         counts[piece.file] += 1
+        if any(row.texts):
+            filled.add(piece.file)
         if on_bytes:
             on_bytes(sum(map(len, row.texts)))
+    require_text(files, filled)

@@ -16,6 +16,7 @@ from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.labels import NO_TARGET, open_labels, without_targets
 from castalia.data.packings import PieceOrder
+from castalia.data.records import read_record
 
 
 class Side(NamedTuple):
@@ -113,7 +114,7 @@ class PairwiseDataset:
 def open_pair(pos: str, neg: str) -> list[IndexedDataset]:
     """The token files of both sides.
 
-    Raises  DataError if they do not have the same number of documents.
+    Raises  DataError if they do not have the same number of documents, or a record says that these are not the same.
     """
     files = [IndexedDataset(pos), IndexedDataset(neg)]
     for file in files:
@@ -122,6 +123,11 @@ def open_pair(pos: str, neg: str) -> list[IndexedDataset]:
         raise DataError(
             f"{pos} has {len(files[0])} documents and {neg} has {len(files[1])}: document d of one is the pair of"
             " document d of the other; prepare both with one command"
+        )
+    if uneven := (read_record(files[0].prefix) or {}).get("uneven"):
+        raise DataError(
+            f"{pos}: {uneven} documents had a text under one key and none under another, so document d of {neg} is not"
+            " always the pair of document d; leave them out of the corpus and prepare it again"
         )
     return files
 

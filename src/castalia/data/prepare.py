@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from castalia.data.preparing.inputs import InputFile, list_files
 from castalia.data.preparing.options import Options, form_of, has_pyarrow
 from castalia.data.preparing.parts import Job, PartRecord, encode_part
 from castalia.data.preparing.pieces import Part, Shard, in_order, parts_of
-from castalia.data.preparing.provenance import REJECTS, arrow
+from castalia.data.preparing.provenance import REJECTS, arrow, never_there
 from castalia.data.preparing.provenance import SUFFIX as DOCUMENTS
 from castalia.data.readers import require_text, texts_of
 from castalia.data.records import read_record
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+"""One file, folder, pattern or URL, or several."""
 OnProgress = Callable[[int, int], Any]
 """Told of bytes of the inputs that are done, and tokens that came of them."""
 
@@ -34,7 +36,9 @@ OnProgress = Callable[[int, int], Any]
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` wrote. Documents, tokens and empty texts left out are sums over the outputs; `text_bytes` are
-    UTF-8; `by` names what encoded, `again` counts parts that gigatoken gave otherwise than the tokenizer."""
+    UTF-8; `by` names what encoded, `again` counts parts that gigatoken gave otherwise than the tokenizer; `unread` says
+    what was wrong with inputs that could not be read to their end, each one of `rejected`; `uneven` counts documents
+    with a text under some keys and none under others."""
 
     prefix: str
     documents: int
@@ -48,6 +52,8 @@ class Prepared:
     by: str
     again: int
     prefixes: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+    uneven: int = 0
 
     @property
     def megabytes_per_second(self) -> float:
@@ -56,7 +62,7 @@ class Prepared:
 
 
 def prepare(
-    inputs: Sequence[str | os.PathLike[str]],
+    inputs: Inputs,
     output: str | os.PathLike[str],
     tokenizer: Tokenizer | str | os.PathLike[str],
     options: Options | None = None,
@@ -76,7 +82,10 @@ def prepare(
             end-of-document token or a trained one that would replace another; CastaliaError if the output cannot be
             written. None of them leaves a half-written output.
     """
-    start, options = time.monotonic(), options or Options(**choices)
+    start = time.monotonic()
+    if options is not None and choices:
+        raise ConfigError(f"{', '.join(choices)}: give it in `options`, or single choices without `options`")
+    options = options or Options(**choices)
     options.check()
     files, prefix = list_files(inputs), str(file_pair(output)[0])[: -len(".bin")]
     if train_vocab is not None:
@@ -95,7 +104,7 @@ def prepare(
     try:
         Run(assembly, options, inputs_read, on_progress).run()
         if not assembly.documents and options.shard[1] == 1:
-            raise DataError(f"no documents with text in {', '.join(map(str, inputs))}")
+            raise DataError(without_text(assembly))
         done = summary(assembly, prefix, start)
         if train_vocab is not None:
             chosen.save(chosen.where)
@@ -108,13 +117,30 @@ def prepare(
     finally:
         inputs_read.close()
         assembly.close(needless)
-    if done.again:
-        warnings.warn(
-            f"gigatoken differed from tokenizers in {done.again} parts, which were encoded again; --no-fast encodes all"
-            " with tokenizers",
-            stacklevel=2,
-        )
+    for sentence in noteworthy(done, options):
+        warnings.warn(sentence, stacklevel=2)
     return done
+
+
+def noteworthy(done: Prepared, options: Options) -> Iterator[str]:
+    """What a user must hear of a job that went well."""
+    if done.again:
+        yield (
+            f"gigatoken differed from tokenizers in {done.again} parts, which were encoded again; --no-fast encodes all"
+            " with tokenizers"
+        )
+    if done.unread:
+        yield (
+            f"{len(done.unread)} of the inputs could not be read to the end, and what they held after that is lost:"
+            f" {'; '.join(done.unread[:SHOWN])}{'; …' * (len(done.unread) > SHOWN)}"
+        )
+    if done.uneven:
+        yield (
+            f"{done.uneven:,} documents have a text under some keys and none under others, so document d of one output"
+            " is not always that of another; leave them out of the corpus if the outputs are to be pairs"
+        )
+    if options.keep and (missing := never_there(done.prefixes, options.keep)):
+        yield f"no document has {', '.join(map(repr, missing))}, which --keep names"
 
 
 class Run:
@@ -208,6 +234,8 @@ class InputHashes:
         return [{"path": f.path, "bytes": f.size, "sha256": found.get(i)} for i, f in enumerate(self.files)]
 
 
+SHOWN = 4
+"""Files that a sentence names."""
 ENDS = {TOKENS: "document", LABELS: "label_document", REWARDS: "reward_document"}
 """How GPT-NeoX names what is written for a key."""
 
@@ -304,7 +332,7 @@ def summary(assembly: Assembly, prefix: str, start: float) -> Prepared:
         documents=sum(record.outputs[i]["documents"] for record in done for i in tokens),
         tokens=sum(record.outputs[i]["tokens"] for record in done for i in tokens),
         empty=sum(record.empty for record in done),
-        rejected=sum(record.rejected for record in done),
+        rejected=rejected_of(assembly),
         text_bytes=sum(record.text_bytes for record in done),
         dtype=outputs[0].dtype.name,
         vocab_size=assembly.job.tokenizer.vocab_size,
@@ -312,7 +340,25 @@ def summary(assembly: Assembly, prefix: str, start: float) -> Prepared:
         by=", ".join(sorted({record.by for record in done})),
         again=sum(record.again is not None for record in done),
         prefixes=tuple(assembly.prefixes),
+        unread=tuple(assembly.unread()),
+        uneven=sum(record.uneven for record in done),
     )
+
+
+def without_text(assembly: Assembly) -> str:
+    """The sentence about inputs of which no document came."""
+    files = [file.path for file in assembly.job.files]
+    named = ", ".join(files[:SHOWN]) + ", …" * (len(files) > SHOWN)
+    first = next(assembly.rejects(), None)
+    if first is None:
+        return f"no documents with text in {named}"
+    place = "" if first["line"] is None else f"{first['file']}:{first['line']}: "
+    return f"no documents with text in {named}; {rejected_of(assembly):,} rejected, the first: {place}{first['reason']}"
+
+
+def rejected_of(assembly: Assembly) -> int:
+    """How many documents were rejected."""
+    return sum(record.rejected for record in assembly.done)
 
 
 def describe(
@@ -322,6 +368,9 @@ def describe(
     facts, job, records = asdict(done), assembly.job, assembly.done
     seconds, one = facts.pop("seconds"), assembly.outputs[output]
     del facts["prefixes"]
+    for name in ("unread", "uneven"):
+        if not facts[name]:
+            del facts[name]
     facts["dtype"] = one.dtype.name
     if one.kind != TOKENS:  # a label may be -100, a reward anything
         del facts["vocab_size"]

@@ -9,6 +9,7 @@ from typing import Any
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import write_json
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter
+from castalia.data.tokenizer import Tokenizer
 
 
 def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -64,6 +65,19 @@ def token_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
             facts[key] = facts[key] if facts[key] == record[key] else None
             first.setdefault(key, dataset.prefix)
     return facts
+
+
+def require_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
+    """The tokenizer is that of the token file, so far as a record says: another one makes other text of its ids.
+
+    Raises  ConfigError naming the right one.
+    """
+    made = (read_record(prefix) or {}).get("tokenizer")
+    if isinstance(made, dict) and made.get("sha256") not in (None, tokenizer.sha256):
+        raise ConfigError(
+            f"{prefix} was made with the tokenizer {made.get('name')}, and {tokenizer.where} is another one (the"
+            f" SHA-256 in {prefix}.json differs); name that one with --tokenizer"
+        )
 
 
 def refuse_inputs(output: str, datasets: Iterable[IndexedDataset]) -> None:

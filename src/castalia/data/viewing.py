@@ -13,6 +13,7 @@ from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
 from castalia.data.planned import SourceRows
 from castalia.data.preparing.provenance import read_provenance
+from castalia.data.records import require_tokenizer
 from castalia.data.row_files import common_dtype
 from castalia.data.rows import RowDataset, Rows
 from castalia.data.tokenizer import Tokenizer
@@ -67,7 +68,11 @@ def records(rows: Rows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[d
     """One dict a row: step, row within the step, source and prefix, the documents' stretches, text if there is a
     tokenizer, and where each document came from if the token file has an index of them.
 
-    A stretch's text is decoded by itself, so that a character cut by its border shows as U+FFFD."""
+    A stretch's text is decoded by itself, so that a character cut by its border shows as U+FFFD.
+    Raises  ConfigError if a token file was made with another tokenizer."""
+    if tokenizer is not None:
+        for pack in rows.train.packs:
+            require_tokenizer(pack.dataset.prefix, tokenizer)
     for place in steps.places:
         source, pieces = rows.train.documents_of(place)
         record: dict[str, Any] = {

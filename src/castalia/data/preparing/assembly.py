@@ -218,15 +218,26 @@ class Assembly:
             path.unlink(missing_ok=True)
             return 0
         with atomic_write(path) as file:
-            for record, pieces in zip(self.done, self.pieces, strict=True):
-                for line in self.rejects_of(record):
-                    told = json.loads(line)
-                    _, name, member, _, before = pieces[told.pop("piece")]
-                    if told["line"] is not None:
-                        told["line"] += before
-                    json.dump({"file": name, "member": member, **told}, file, ensure_ascii=False)
-                    file.write("\n")
+            for told in self.rejects():
+                json.dump(told, file, ensure_ascii=False)
+                file.write("\n")
         return count
+
+    def rejects(self, within: str = "") -> Iterator[dict[str, Any]]:
+        """The rejected documents of all parts in their order, those whose line holds `within`."""
+        for record, pieces in zip(self.done, self.pieces, strict=True):
+            for line in self.rejects_of(record):
+                if within not in line:
+                    continue
+                told = json.loads(line)
+                _, name, member, _, before = pieces[told.pop("piece")]
+                if told["line"] is not None:
+                    told["line"] += before
+                yield {"file": name, "member": member, **told}
+
+    def unread(self) -> list[str]:
+        """What is wrong with inputs that could not be read, or not to their end: no one knows how much they held."""
+        return [told["reason"] for told in self.rejects(within='"line": null')]
 
     def rejects_of(self, record: PartRecord) -> Sequence[str]:
         """The lines of a part's rejects."""

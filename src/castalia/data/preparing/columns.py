@@ -133,6 +133,7 @@ def check_columns(file: InputFile, form: str, keys: Sequence[str], strings: Sequ
                 count = schema.names.count(key)
                 raise DataError(f"{file.path}: {count} columns {key!r}; give each its own name")
             kind = schema.field(key).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # each different text stored once
             if key in strings and kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise DataError(f"{file.path}: column {key!r} must hold strings, got {kind}")
 

@@ -118,7 +118,7 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[InputFile]:
+def list_files(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[InputFile]:
     """The files to read, in order: those named, and for a folder all files below it, sorted, but no hidden ones.
 
     A name with *, ? or [ that is no file stands for what it matches, sorted; ** for folders at any depth. A folder that
@@ -126,7 +126,9 @@ def list_files(inputs: Iterable[str | os.PathLike[str]]) -> list[InputFile]:
     Raises  DataError if one is missing, a pattern matches nothing, or a folder holds no files.
     """
     found: list[InputFile] = []
-    for name in inputs:
+    for name in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
+        if not os.fspath(name):
+            raise DataError("an input without a name; name a file or a folder, `.` for this one")
         found += behind_url(os.fspath(name)) if "://" in os.fspath(name) else on_disk(Path(name))
     if not found:
         raise DataError("no input files; name at least one file or folder")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ class Options:
 
         Raises  ConfigError listing all.
         """
-        wrong = []
-        if not self.keys or len(set(self.keys)) != len(self.keys):
+        if wrong := self.kind_problems():
+            raise ConfigError("; ".join(wrong))
+        if not self.keys:
+            wrong.append("--key: name the key of the text")
+        if len(set(self.keys)) != len(self.keys):
             wrong.append(f"--key {', '.join(self.keys)}: give each key once")
         if taken := sorted(set(self.keep) & set(OWN)):
             wrong.append(f"--keep {', '.join(taken)}: the index has columns of that name; rename yours in the corpus")
@@ -59,12 +63,31 @@ class Options:
         if self.ftfy and find_spec("ftfy") is None:
             wrong.append("--ftfy needs 'ftfy', which is not installed: pip install 'castalia[ftfy]'")
         index, count = self.shard
-        if not 0 <= index < count:
+        if count < 1:
+            wrong.append(f"--shard {index}/{count}: expected at least one share, such as 0/16")
+        elif not 0 <= index < count:
             wrong.append(f"--shard {index}/{count}: shares count from 0, so 0/{count} to {count - 1}/{count}")
         if self.rows is not None and count > 1:
             wrong.append("--num-docs and --shard do not go together: no share knows what the others hold")
+        if self.address is not None and self.engine != "ray":
+            wrong.append(f"--address {self.address}: give --engine ray too, or leave it out")
         if wrong := wrong + self.form_problems():
             raise ConfigError("; ".join(wrong))
+
+    def kind_problems(self) -> list[str]:
+        """Values of another kind than they must be, which a command line does not let in."""
+        counts = {"--workers": self.workers, "--num-docs": self.rows, "part_bytes": self.part_bytes}
+        wrong = [
+            f"{name} {value!r}: expected a whole number of at least 1"
+            for name, value in counts.items()
+            if value is not None and (not isinstance(value, Integral) or value < 1)
+        ]
+        for name, names in (("keys", self.keys), ("keep", self.keep)):
+            if isinstance(names, str) or not all(isinstance(one, str) for one in names):
+                wrong.append(f"{name} {names!r}: expected several names, such as ({names!r},)")
+        if isinstance(self.shard, str) or len(self.shard) != 2:
+            wrong.append(f"shard {self.shard!r}: expected two numbers, such as (0, 16)")
+        return wrong
 
     def form_problems(self) -> list[str]:
         """What is wrong with the form of the documents."""

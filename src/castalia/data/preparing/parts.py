@@ -74,7 +74,8 @@ class Job:
 @dataclass
 class PartRecord:
     """What came of a part: counts, and checksums by which its files are trusted later. `by` encoded it, `slow` says why
-    not gigatoken, `again` what made it be encoded a second time; `lines` and `filled` are lines and documents with
+    not gigatoken, `again` what made it be encoded a second time; `uneven` counts documents with a text under some keys
+    and none under others; `lines` and `filled` are lines and documents with
     text of each piece; `files` are the hashes of its small files. `failed` is the first fault of a job that stops
     there, as (piece, fault)."""
 
@@ -84,6 +85,7 @@ class PartRecord:
     empty: int = 0
     text_bytes: int = 0
     rejected: int = 0
+    uneven: int = 0
     by: str = ""
     slow: str | None = None
     again: str | None = None
@@ -201,11 +203,13 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
 
     for places, rows in batches(read(job, part, record, reject)):
         record.rows += len(rows)
+        texts_of_row = np.zeros(len(rows), np.int64)
         for key, numbers in enumerate(by_key):
             texts = [row.texts[key] for row in rows]
             for i, (ids, sizes) in zip(numbers, job.form.encode(encoder, texts), strict=True):
                 if outputs[i].kind == TOKENS:
                     full = sizes > 0
+                    texts_of_row += full
                     record.empty += len(sizes) - int(full.sum())
                     record.text_bytes += sum(map(len, texts))
                     filled += np.bincount(np.asarray(places)[full], minlength=len(filled))
@@ -213,6 +217,7 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
                 writer.add(i, ids, sizes)
                 if i in columns:
                     columns[i].add(places, rows, texts, full, sizes)
+        record.uneven += int(np.count_nonzero((texts_of_row > 0) & (texts_of_row < len(by_key))))
     for i, found in columns.items():
         found.write(writer.claim(f"{i}.parquet"))
     record.outputs, record.filled = writer.outputs(), filled.tolist()

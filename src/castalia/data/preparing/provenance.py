@@ -224,6 +224,20 @@ def read_provenance(prefix: str, number: int) -> dict[str, Any] | None:
         ) from None
 
 
+def never_there(prefixes: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Which metadata no document of the token files has, as a mistyped name; none if there are no documents."""
+    _, parquet = arrow()
+    there: set[str] = set()
+    documents = 0
+    for path in (path for prefix in prefixes if (path := Path(prefix + SUFFIX)).exists()):
+        with parquet.ParquetFile(path) as opened:
+            documents += opened.metadata.num_rows
+            columns = list(enumerate(opened.schema_arrow.names))
+            for group in map(opened.metadata.row_group, range(opened.metadata.num_row_groups)):
+                there |= {name for i, name in columns if group.column(i).statistics.null_count < group.num_rows}
+    return [name for name in names if name not in there] if documents else []
+
+
 NO_INDEX = "-"
 
 

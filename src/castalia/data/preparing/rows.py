@@ -272,7 +272,8 @@ def careful(line: bytes, start: int, wanted: Wanted) -> list[dict[str, Any]]:
     try:
         values = json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        raise WrongError(f"broken JSON at column {error.colno}: {error.msg}") from None
+        spread = "; each document must stand on a line of its own" if text.strip() in ("{", "[") else ""
+        raise WrongError(f"broken JSON at column {error.colno}: {error.msg}{spread}") from None
     except (ValueError, RecursionError) as error:
         raise WrongError(f"broken JSON: {error}") from None
     plain = values if isinstance(values, list) else [values]
