@@ -321,6 +321,16 @@ def test_more_texts_than_can_wait_are_refused_and_refusals_are_counted(start: Ca
     assert 'status="413"' in server.ask("/metrics")[1]
 
 
+def test_the_page_promises_no_more_texts_than_can_wait(start: Callable[..., Running]) -> None:
+    server = start(options=Options(engine="torch", dtype="fp32", slots=1, most_waiting=3))
+    fields = server.ask("/openapi.json")[1]["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert [form.get("maxItems") for form in fields["prompt"]["anyOf"]] == [None, 3, None, 3]
+    assert fields["n"]["anyOf"][0]["maximum"] == 3
+    assert len(server.complete(prompt=["a"] * 3, max_tokens=1)["choices"]) == 3
+    until(server.idle)
+    assert len(server.complete(prompt="a", n=3, max_tokens=1, temperature=1)["choices"]) == 3
+
+
 def test_large_and_slow_requests(start: Callable[..., Running]) -> None:
     server = start(most_bytes=1000, patience=0.5)
     status, answer, _ = server.ask("/v1/completions", {"prompt": "a" * 2000})

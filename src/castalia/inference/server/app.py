@@ -16,6 +16,8 @@ from castalia.inference.server.limits import Limits, error_body
 from castalia.inference.server.measures import Counted, Measures
 from castalia.inference.server.pool import NoTemplateError, Pool, UnknownModelError
 from castalia.inference.server.protocol import (
+    CHOICES,
+    TEXTS,
     TOKEN,
     ChatAnswer,
     ChatRequest,
@@ -75,7 +77,8 @@ def make_app(pool: Pool, *, api_key: str | None = None, most_bytes: int = 8 << 2
     add_errors(app)
     app.add_middleware(Limits, most_bytes=most_bytes, seconds=patience, api_key=api_key)
     app.add_middleware(Counted, measures=service.measures)  # outside, so that what the limits refuse counts too
-    app.openapi = described(app, pool.get(None).model.config.vocab_size)  # type: ignore[method-assign]
+    vocab_size = pool.get(None).model.config.vocab_size
+    app.openapi = described(app, vocab_size, pool.options.most_waiting)  # type: ignore[method-assign]
     return app
 
 
@@ -218,20 +221,24 @@ def explained(error: RequestValidationError) -> tuple[str, str | None]:
     return f"{name or 'the request'}: {first['msg'].removeprefix('Value error, ')}{more}", name
 
 
-def bound_ids(part: Any, largest: int) -> None:
-    """Put the largest id wherever the page speaks of one."""
-    if isinstance(part, dict) and part.get("description") == TOKEN:
-        part["maximum"] = largest
+def bound(part: Any, limits: list[tuple[str, str, int]]) -> None:
+    """Lower what the page says at each description: (description, `maximum` or `maxItems`, largest value)."""
+    if isinstance(part, dict):
+        for description, keyword, most in limits:
+            if part.get("description") == description:
+                part[keyword] = min(part[keyword], most)
     for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
-        bound_ids(inner, largest)
+        bound(inner, limits)
 
 
-def described(app: FastAPI, vocab_size: int) -> Callable[[], dict[str, Any]]:
-    """The OpenAPI page, with the largest id that is a token of the first model.
+def described(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[], dict[str, Any]]:
+    """The OpenAPI page, with the largest id that is a token of the first model and the most texts that can wait.
 
     Without 422, which no endpoint answers: a wrong request is 400, as OpenAI's is.
     """
     from fastapi.openapi.utils import get_openapi
+
+    limits = [(TOKEN, "maximum", vocab_size - 1), (TEXTS, "maxItems", most_waiting), (CHOICES, "maximum", most_waiting)]
 
     def make() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -239,7 +246,7 @@ def described(app: FastAPI, vocab_size: int) -> Callable[[], dict[str, Any]]:
             for operations in page["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-            bound_ids(page, vocab_size - 1)
+            bound(page, limits)
             app.openapi_schema = page
         return app.openapi_schema
 

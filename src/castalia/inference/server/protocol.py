@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+MOST_PROMPTS = 2048
 MOST_CHOICES = 64
 MOST_TOP_LOGPROBS = 20
 
@@ -14,10 +15,13 @@ def whole(value: Any) -> Any:
 
 
 TOKEN = "A token's id."
+TEXTS = "At most as many as can wait; n times as many count."
+CHOICES = "Texts for each prompt, each of which waits."
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, description=TOKEN), BeforeValidator(whole)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(whole)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(whole)]
-Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES), BeforeValidator(whole)]
+Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES, description=CHOICES), BeforeValidator(whole)]
+Several = Field(min_length=1, max_length=MOST_PROMPTS, description=TEXTS)
 Top = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS), BeforeValidator(whole)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**48), BeforeValidator(whole)]
@@ -64,9 +68,9 @@ class CompletionRequest(Drawn):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=2048)]
+        | Annotated[list[str], Several]
         | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Several]
     ) = Field(description="A text, texts, ids, or lists of ids.")
     max_tokens: Count | None = 16
     echo: bool | None = False
