@@ -55,9 +55,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(
-    ("workers", "kills"), [(1, 1), (2, 1), *(pytest.param(workers, 10, marks=pytest.mark.slow) for workers in (1, 2))]
-)
+@pytest.mark.parametrize(("workers", "kills"), [(1, 1), (2, 1), (1, 10), (2, 10)])
 def test_killed_at_random_points(corpus, whole, tmp_path, workers, kills):
     (tmp_path / "run.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "out"), str(workers), *corpus]

@@ -389,7 +389,6 @@ def test_clients_that_leave_free_their_slots(server: Running) -> None:
     leave_often(server, 40)
 
 
-@pytest.mark.slow
 def test_a_thousand_clients_that_leave(server: Running) -> None:
     leave_often(server, 1000)
 

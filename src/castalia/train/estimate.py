@@ -6,6 +6,7 @@ matrix products (4 in fp32, else 2), C width, F width inside the MLP, H heads, L
     weights      4 P / S, and under autocast 2 a weight that multiplies, its low-precision copy
     optimizer    8 P / S, the two moments of AdamW
     activations  b T (4 C + e (6 C + 2 F)) a block: its input, both norms, query, key, value, attention, MLP in and out;
+                 with tp the inputs of the matrices, 2 e C of these and the hidden states, are those of all T tokens;
                  on a CPU e H (T + 128) / 2 a token more for the attention weights of rows up to 16 head sizes long;
                  a block that is recomputed keeps 4 C, with recompute=selective 4 C + e (4 C + F) and the attention
                  weights, and one is there whole
@@ -145,14 +146,14 @@ def memory_of(config: RunConfig, degrees: Degrees, device: str, rows: int) -> Me
     copies = 0 if size == 4 else size * matmul_parameters(model) // (degrees.tp * degrees.pp)
     vocabulary = model.padded_vocab_size // degrees.tp
     steps = -(-config.train.batch_size // (rows * degrees.dp))
-    block = tokens * block_bytes(model, config.data.seq_length, size, device)
+    block = tokens * block_bytes(model, config.data.seq_length, size, device, degrees.tp)
     gathered = 2 if config.parallel.reshard_after_forward else weights.layers
     together = weights.root + gathered * weights.block
     common = {"weights": own + copies, "optimizer": 2 * own, "gathered": together if degrees.size > 1 else 0}
     at_head = Memory(
         **common,
         gradients=head + (own if steps > 1 else 0),
-        activations=activation_bytes(config, tokens, size, block, weights.layers) * min(degrees.pp, max(1, steps)),
+        activations=activation_bytes(config, degrees, tokens, size, block) * min(degrees.pp, max(1, steps)),
         logits=vocabulary * size * min(tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)),
     )
     whole = weights.root if degrees.size > 1 else 0
@@ -160,19 +161,21 @@ def memory_of(config: RunConfig, degrees: Degrees, device: str, rows: int) -> Me
     return max(at_head, at_end, key=lambda memory: memory.total)
 
 
-def activation_bytes(config: RunConfig, tokens: int, size: int, block: int, layers: int) -> int:
-    """What the forward pass of `tokens` tokens through `layers` blocks of `block` bytes leaves for the backward."""
-    width, ffn = config.model.hidden_size, config.model.ffn_size
-    ends = tokens * width * (8 + size)  # input of the final norm, hidden states, their gradient
-    kept = {"": block, "full": 4 * tokens * width, "selective": block - size * tokens * (2 * width + ffn)}
-    kinds = [kind_of(config.train.recompute, layer) for layer in range(layers)]
+def activation_bytes(config: RunConfig, degrees: Degrees, tokens: int, size: int, block: int) -> int:
+    """What the forward pass leaves for the backward: `tokens` of this process, blocks of `block` bytes."""
+    width, ffn, tp = config.model.hidden_size, config.model.ffn_size, degrees.tp
+    ends = tokens * width * (4 + tp * (4 + size))  # input of the final norm, hidden states, their gradient
+    again = size * tokens * (2 * tp * width + ffn)
+    kept = {"": block, "full": 4 * tokens * width, "selective": block - again}
+    layers = range(-(-config.model.num_layers // degrees.pp))
+    kinds = [kind_of(config.train.recompute, layer) for layer in layers]
     return sum(kept[kind] for kind in kinds) + (block if any(kinds) else 0) + ends
 
 
-def block_bytes(model: ModelConfig, seq_length: int, size: int, device: str) -> int:
-    """What one block keeps of one token."""
+def block_bytes(model: ModelConfig, seq_length: int, size: int, device: str, tp: int) -> int:
+    """What one block keeps of one of a process's T / tp tokens of a row; the norms' outputs are gathered, all T."""
     width = model.hidden_size
-    out = 4 * width + size * (6 * width + 2 * model.ffn_size)
+    out = 4 * width + size * ((4 + 2 * tp) * width + 2 * model.ffn_size)
     if device == "cpu" and seq_length <= KEEP * model.head_dim:
         out += size * model.num_attention_heads * (seq_length + QUERIES) // 2
     return out
