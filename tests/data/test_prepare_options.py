@@ -215,6 +215,33 @@ def test_verify_holds_the_index_against_the_tokens(file, tmp_path):
     assert faults() == []
 
 
+def test_shares_are_merged_all_and_in_their_order(file, tmp_path):
+    """`merge share*` gives share 10 before share 2, and a task of an array may have failed."""
+    path = file("a.jsonl", lines(*({"text": f"{i:050}"} for i in range(30))))
+    for i in range(12):
+        prepare([path], tmp_path / f"share{i}", "bytes", shard=(i, 12), part_bytes=100)
+    prepare([path], tmp_path / "whole", "bytes")
+    shares = [tmp_path / f"share{i}" for i in range(12)]
+    for wrong, said in (
+        (
+            sorted(shares),
+            r"share10 is share 10/12 where share 2/12 must come; name all shares",
+        ),
+        (shares[1:], r"share1 is share 1/12 where share 0/12 must come"),
+        (shares[:5] + shares[6:], r"share6 is share 6/12 where share 5/12 must come"),
+        (shares[:-1], r"share 11/12 is missing after .*share10"),
+        ([*shares[:2], tmp_path / "whole"], r"whole is share 0/1 where share 2/12 must come"),
+    ):
+        with pytest.raises(DataError, match=said):
+            merge(wrong, tmp_path / "merged")
+    merge([tmp_path / "whole", *shares, *shares], tmp_path / "merged")
+    assert texts(tmp_path / "merged") == texts(tmp_path / "whole") * 3
+    path.write_bytes(path.read_bytes() + lines({"text": "more"}))
+    prepare([path], shares[3], "bytes", shard=(3, 12), part_bytes=100)
+    with pytest.raises(DataError, match=r"share3: share 3/12 was cut of other inputs than the one before it"):
+        merge(shares, tmp_path / "merged")
+
+
 def test_a_share_is_not_written_over_another(file, tmp_path):
     path = file("a.jsonl", lines(*({"text": "x" * 50} for _ in range(9))))
     prepare([path], tmp_path / "out", "bytes", shard=(0, 2), part_bytes=100)

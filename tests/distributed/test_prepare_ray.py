@@ -5,12 +5,14 @@ import os
 import random
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
 from castalia.core.errors import DataError
 from castalia.data import prepare, train_tokenizer
+from castalia.data.preparing.chats import ChatOptions
 
 ray = pytest.importorskip("ray", reason="needs pip install 'castalia[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -80,3 +82,23 @@ def test_two_nodes_write_what_one_process_writes(cluster, corpus, tmp_path):
         file.write("{broken\n")
     with pytest.raises(DataError, match=r"a\.jsonl:1501: broken JSON"):
         prepare([corpus], tmp_path / "bad", tmp_path / "t.json", **ray_options)
+
+
+def test_conversations_on_the_cluster(cluster, tmp_path):
+    """Each task is given a job with a chat template in it."""
+    told = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four, I think."}]
+    lines = [json.dumps({"talk": told[: 1 + i % 2] * (1 + i % 3), "good": i % 2}) + "\n" for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    chat = ChatOptions(template=str(tmp_path / "t.jinja"), reward="good")
+    options = {"keys": ("talk",), "chat": chat, "part_bytes": 4000}
+    alone = prepare(tmp_path / "a.jsonl", tmp_path / "alone", "bytes", **options)
+    prepare(tmp_path / "a.jsonl", tmp_path / "ray", "bytes", engine="ray", address=cluster.address, **options)
+    assert len(alone.prefixes) == 3
+    for prefix in alone.prefixes:
+        for one in (Path(prefix + ".bin"), Path(prefix + ".idx")):
+            there = one.with_name(one.name.replace("alone", "ray"))
+            assert there.read_bytes() == one.read_bytes()

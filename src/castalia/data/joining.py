@@ -15,7 +15,7 @@ from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, file_pai
 from castalia.data.mapped import view
 from castalia.data.order import split_documents
 from castalia.data.preparing.provenance import REJECTS, SUFFIX, join_indexes, slice_index
-from castalia.data.records import finish, refuse_inputs, token_facts
+from castalia.data.records import finish, read_record, refuse_inputs, token_facts
 from castalia.data.shards import OnBytes
 
 PIECE_TOKENS = 1 << 21
@@ -29,7 +29,8 @@ def merge(
 
     The indexes of documents go along if every input has one, rejected documents if any has. doc_idx goes on where the
     input before ended, which GPT-NeoX's merge_datasets.py leaves out.
-    Raises  DataError if the inputs' dtypes or tokenizers differ; ConfigError if the output is an input.
+    Raises  DataError if the inputs' dtypes or tokenizers differ, or shares of a job lack one or are not in order;
+            ConfigError if the output is an input.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     if not datasets:
@@ -42,7 +43,7 @@ def merge(
             )
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
-    facts = token_facts(datasets)
+    facts = token_facts(datasets) | require_all_shares(datasets)
     boundaries: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
     with IndexedDatasetWriter(prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
@@ -52,6 +53,45 @@ def merge(
         merged = [{"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))} for d in datasets]
         write_side_files(prefix, [dataset.prefix for dataset in datasets])
         return finish(writer, prefix, {**facts, "merged": merged})
+
+
+def require_all_shares(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+    """Shares of a job that `prepare` cut are all there, of the same inputs and in order, which a pattern does not give
+    from ten on; returns what they say of the whole.
+
+    Raises  DataError naming what is not in its place.
+    """
+    records = [read_record(dataset.prefix) or {} for dataset in datasets]
+    due, count, cut_of = 0, 1, None
+    for dataset, record in zip(datasets, records, strict=True):
+        share, whole = share_of(record)
+        if share != due or (due and whole != count):
+            wanted = f"{due}/{count if due else whole}"
+            raise DataError(
+                f"{dataset.prefix} is share {share}/{whole} where share {wanted} must come; name all shares of a job,"
+                " in their order"
+            )
+        if due and sizes_of_inputs(record) != cut_of:
+            raise DataError(f"{dataset.prefix}: share {share}/{whole} was cut of other inputs than the one before it")
+        due, count, cut_of = (due + 1) % whole, whole, sizes_of_inputs(record)
+    if due:
+        raise DataError(f"share {due}/{count} is missing after {datasets[-1].prefix}; name all shares of a job")
+    uneven = [record["uneven"] for record in records if isinstance(record.get("uneven"), int)]
+    return {"uneven": sum(uneven)} if any(uneven) else {}
+
+
+def share_of(record: dict[str, Any]) -> tuple[int, int]:
+    """The share of a job, from 0, and of how many, that a record says its token file is; 0/1 is the whole."""
+    match record.get("shard"):
+        case [int(share), int(count)] if 0 <= share < count:
+            return share, count
+    return 0, 1
+
+
+def sizes_of_inputs(record: dict[str, Any]) -> list[Any]:
+    """Bytes of each input that a record names."""
+    inputs = record.get("inputs")
+    return [one.get("bytes") for one in inputs if isinstance(one, dict)] if isinstance(inputs, list) else []
 
 
 def write_side_files(prefix: str, inputs: Sequence[str]) -> None:
