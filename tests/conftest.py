@@ -1,0 +1,17 @@
+"""What every test has."""
+
+import tempfile
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_folder_of_processes():
+    """The temporary folder of what tests start, gone at the end: torchrun and Ray leave folders behind.
+
+    Its name is short, since Ray puts sockets into it, whose paths have 107 bytes at most.
+    """
+    temporary = tempfile.TemporaryDirectory(prefix="castalia-", ignore_cleanup_errors=True)
+    with temporary as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        yield
