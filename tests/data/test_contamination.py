@@ -78,6 +78,7 @@ def test_another_tokenizer_than_the_corpus_has_finds_nothing_and_is_refused(tmp_
 
 def test_no_evaluation_documents_are_no_clean_corpus(tmp_path):
     corpus, empty = jsonl(tmp_path / "c.jsonl", ["the quick brown fox"]), jsonl(tmp_path / "e.jsonl", [])
+    assert contamination(tmp_path / "c.jsonl", corpus, ngram=2).contaminated == 1
     with pytest.raises(DataError, match=r"e\.jsonl: is empty"):
         contamination([corpus], [corpus, empty], ngram=2)
     (tmp_path / "folder").mkdir()

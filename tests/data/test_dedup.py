@@ -93,7 +93,7 @@ def test_the_index_of_documents_goes_along(tmp_path):
         "".join(json.dumps({"text": t, "id": str(i)}) + "\n" for i, t in enumerate(texts))
     )
     prepare([tmp_path / "c.jsonl"], tmp_path / "c", "bytes")
-    dedup([tmp_path / "c"], tmp_path / "u")
+    dedup(tmp_path / "c", tmp_path / "u")  # one needs no list
     assert [read_provenance(str(tmp_path / "u"), i)["line"] for i in range(3)] == [1, 2, 4]
 
 

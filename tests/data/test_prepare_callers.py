@@ -10,7 +10,9 @@ import pytest
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import DataConfig, IndexedDataset, PairwiseDataset, prepare
+from castalia.data.joining import merge
 from castalia.data.prepare import Options
+from castalia.data.preparing.provenance import OWN, read_provenance
 from castalia.data.verify import verify
 
 
@@ -34,6 +36,8 @@ def test_a_script_on_standard_input_may_have_workers(corpus, tmp_path):
 def test_one_input_needs_no_list(corpus, tmp_path):
     for one in (corpus, str(corpus), iter([corpus])):
         assert prepare(one, tmp_path / "x", "bytes").documents == 9
+    assert merge(str(tmp_path / "x"), tmp_path / "y")["documents"] == 9
+    assert all(check.ok for check in verify(str(tmp_path / "y")))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +97,28 @@ def test_metadata_that_no_document_has_is_told(corpus, tmp_path):
     pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
     with pytest.warns(UserWarning, match="^no document has 'meta', which --keep names"):
         prepare([corpus], tmp_path / "x", "bytes", keep=("id", "meta"))
+
+
+def test_metadata_of_any_name_is_kept(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
+    names = ["piece", "text", "a b", "ü", "a.b", "0", "__index_level_0__"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"text": "x"}, dict.fromkeys(names, "here") | {"id": [1, {"a": None}]}))
+    prepare(path, tmp_path / "x", "bytes", keep=tuple(names), reject=True)
+    found = read_provenance(str(tmp_path / "x"), 1)
+    assert {name: found[name] for name in (*names, "id")} == dict.fromkeys(names, "here") | {"id": '[1, {"a": null}]'}
+    assert set(found) == {*OWN, *names, "id"}
+
+
+def test_a_tokenizer_is_trained_on_what_is_not_rejected(tmp_path):
+    good, bad = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    good.write_bytes(lines({"text": "the cat the cat"}) * 9)
+    bad.write_bytes(b"{broken\n" + good.read_bytes() + b'{"text": "\\ud800"}\n')
+    prepare(good, tmp_path / "x", tmp_path / "good.json", train_vocab=262)
+    assert prepare(bad, tmp_path / "y", tmp_path / "bad.json", train_vocab=262, reject=True).rejected == 2
+    assert (tmp_path / "bad.json").read_bytes() == (tmp_path / "good.json").read_bytes()
+    with pytest.raises(DataError, match=r"b\.jsonl:1: broken JSON"):
+        prepare(bad, tmp_path / "y", tmp_path / "other.json", train_vocab=262)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

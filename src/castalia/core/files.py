@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -18,6 +18,11 @@ from castalia.core.errors import CastaliaError, ConfigError
 CHUNK_BYTES = 1 << 22
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write says when there is no room."""
+
+
+def several(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+    """Paths as a list, of one too: a string is no list of its letters."""
+    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.core.files import atomic_write
+from castalia.core.files import atomic_write, several
 from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.preparing.inputs import list_files
 from castalia.data.preparing.pieces import PART_BYTES, pieces_of_all
@@ -126,8 +126,8 @@ def words_of(text: str) -> list[str]:
 
 
 def contamination(
-    corpus: Sequence[str],
-    evaluations: Sequence[str],
+    corpus: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    evaluations: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     tokenizer: Tokenizer | None = None,
     keys: Sequence[str] = ("text",),
@@ -147,12 +147,14 @@ def contamination(
     Raises  ConfigError for a token file without a tokenizer or with another than its own; DataError if an input is
             missing, damaged or empty.
     """
-    ngrams = Ngrams(evaluation_texts(evaluations, keys), ngram)
+    sought = [os.fspath(name) for name in several(evaluations)]
+    ngrams = Ngrams(evaluation_texts(sought, keys), ngram)
     if not ngrams.evaluations:
-        raise DataError(f"{', '.join(evaluations)}: no evaluation documents")
+        raise DataError(f"{', '.join(sought)}: no evaluation documents")
     documents = overlapping = 0
     with atomic_write(Path(report)) if report else nullcontext(io.StringIO()) as file:
-        for where, text in corpus_texts(corpus, corpus_key, tokenizer, on_bytes):
+        names = [os.fspath(name) for name in several(corpus)]
+        for where, text in corpus_texts(names, corpus_key, tokenizer, on_bytes):
             documents += 1
             numbers = ngrams.in_text(text)
             if not numbers:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.extras import require
-from castalia.core.files import atomic_write
+from castalia.core.files import atomic_write, several
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, require_tokens
 from castalia.data.joining import without_suffix
 from castalia.data.preparing.provenance import OWN, SUFFIX, arrow, plain, write_index
@@ -125,7 +125,7 @@ def jaccard(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> float:
 
 
 def dedup(
-    prefixes: Sequence[str | os.PathLike[str]],
+    prefixes: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
     near: Near | None = None,
@@ -140,7 +140,7 @@ def dedup(
     Time    one pass over the inputs; `near` reads each candidate once more.
     Raises  DataError if the inputs' dtypes or tokenizers differ; ConfigError if the output is an input.
     """
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    datasets = [IndexedDataset(prefix) for prefix in several(prefixes)]
     if not datasets:
         raise ConfigError("nothing to look through: name at least one PREFIX")
     require_alike(datasets)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.core.files import atomic_write
+from castalia.core.files import atomic_write, several
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, file_pair
 from castalia.data.mapped import view
 from castalia.data.order import split_documents
@@ -23,7 +23,10 @@ PIECE_DOCUMENTS = 1 << 14
 
 
 def merge(
-    prefixes: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str], *, on_bytes: OnBytes | None = None
+    prefixes: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
     """All documents of several token files, in the order of the inputs, as one; returns its record.
 
@@ -32,7 +35,7 @@ def merge(
     Raises  DataError if the inputs' dtypes or tokenizers differ, or shares of a job lack one or are not in order;
             ConfigError if the output is an input.
     """
-    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    datasets = [IndexedDataset(prefix) for prefix in several(prefixes)]
     if not datasets:
         raise ConfigError("nothing to merge: name at least one PREFIX")
     for dataset in datasets[1:]:

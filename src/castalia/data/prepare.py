@@ -305,7 +305,8 @@ def train_on(files: list[InputFile], options: Options, vocab_size: int, path: An
         )
     if isinstance(path, Tokenizer) or os.fspath(path) == "bytes":
         raise ConfigError("training a tokenizer needs the path of a new tokenizer.json to write")
-    trained = train_bpe((text for key in options.keys for text in texts_of(files, key)), vocab_size, str(path))
+    texts = (text for key in options.keys for text in texts_of(files, key, options.reject))
+    trained = train_bpe(texts, vocab_size, str(path))
     if Path(path).exists() and Path(path).read_bytes() != trained.text.encode("utf-8"):
         raise ConfigError(
             f"{path} exists and is not what training on these inputs gives; remove it, name another file, or leave out"

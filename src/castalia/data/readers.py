@@ -22,16 +22,17 @@ def read_documents(inputs: Iterable[str | os.PathLike[str]], key: str = "text") 
     return texts_of(list_files(inputs), key)
 
 
-def texts_of(files: Sequence[InputFile], key: str) -> Iterator[str]:
-    """Every document of the files."""
+def texts_of(files: Sequence[InputFile], key: str, reject: bool = False) -> Iterator[str]:
+    """Every document of the files; with `reject` those that are bad are left out, and files without any."""
     pieces = pieces_of_all(files, PART_BYTES, lambda number, data: None)
     filled: set[int] = set()
-    for piece, row in read_pieces(pieces, files, Wanted((key,))):
+    for piece, row in read_pieces(pieces, files, Wanted((key,)), reject):
         (text,) = row.texts
         if text:
             filled.add(piece.file)
         yield text.decode("utf-8")
-    require_text(files, filled)
+    if not reject:
+        require_text(files, filled)
 
 
 def require_text(files: Sequence[InputFile], filled: Iterable[int]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from castalia.core.errors import DataError
-from castalia.core.files import CHUNK_BYTES
+from castalia.core.files import CHUNK_BYTES, several
 from castalia.data.indexed import IndexedDataset
 from castalia.data.joining import boundaries_fit, without_suffix
 from castalia.data.mapped import view
@@ -65,7 +65,7 @@ def read_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def verify(
-    prefixes: Sequence[str | os.PathLike[str]],
+    prefixes: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     hashes: Mapping[str, str] | None = None,
     *,
     shard_bytes: int = SHARD_BYTES,
@@ -79,7 +79,7 @@ def verify(
     Hashes, with a list: every file of the prefix that the list names must be there and have its hash, every file of
     the prefix that is there must be named. A list of shards also serves for the whole .bin, `shard_bytes` at a time.
     """
-    for prefix in prefixes:
+    for prefix in several(prefixes):
         base = base_of(without_suffix(prefix))
         try:
             dataset = IndexedDataset(base)

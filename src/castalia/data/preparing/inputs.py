@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import CastaliaError, DataError
+from castalia.core.files import several
 
 STAMPS = ("size", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
 """What the file systems of fsspec call the size and the age of a file."""
@@ -126,7 +127,7 @@ def list_files(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     Raises  DataError if one is missing, a pattern matches nothing, or a folder holds no files.
     """
     found: list[InputFile] = []
-    for name in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
+    for name in several(inputs):
         if not os.fspath(name):
             raise DataError("an input without a name; name a file or a folder, `.` for this one")
         found += behind_url(os.fspath(name)) if "://" in os.fspath(name) else on_disk(Path(name))

@@ -24,7 +24,7 @@ from castalia.data.preparing.provenance import DocumentColumns
 from castalia.data.preparing.rows import Fault, PieceReader, Row, Wanted
 from castalia.data.tokenizer import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 """Raised when what a part's files hold changes, so that those of an older version are not taken over."""
 BATCH_BYTES = 1 << 22
 BATCH_ROWS = 8192

@@ -28,11 +28,12 @@ OWN = ("source", "member", "line", "start", "stop", "tokens", "hash")
 
 
 class DocumentColumns:
-    """The rows of a part's documents, with the number of the piece in the place of the source."""
+    """The rows of a part's documents, with the number of the piece in the place of the source, under its name, since no
+    metadata may have that."""
 
     def __init__(self, kept: Sequence[str]) -> None:
         self.kept = tuple(kept)
-        self.values: dict[str, list[Any]] = {name: [] for name in ("piece", *OWN[2:], *kept)}
+        self.values: dict[str, list[Any]] = {name: [] for name in ("source", *OWN[2:], *kept)}
 
     def add(
         self,
@@ -44,7 +45,7 @@ class DocumentColumns:
     ) -> None:
         """Append the rows whose text is not empty; `sizes` are theirs."""
         values, chosen = self.values, np.flatnonzero(full).tolist()
-        values["piece"] += [places[i] for i in chosen]
+        values["source"] += [places[i] for i in chosen]
         values["tokens"] += sizes.tolist()
         values["hash"] += [content_hash(texts[i]) for i in chosen]
         for i in chosen:
@@ -58,7 +59,7 @@ class DocumentColumns:
     def write(self, path: Path) -> None:
         """Write them as a file of the part."""
         pyarrow, parquet = arrow()
-        kinds = {"piece": pyarrow.int32(), **number_kinds(pyarrow), **dict.fromkeys(self.kept, pyarrow.string())}
+        kinds = {"source": pyarrow.int32(), **number_kinds(pyarrow), **dict.fromkeys(self.kept, pyarrow.string())}
         arrays = [array_of(pyarrow, found, kinds[name]) for name, found in self.values.items()]
         table = pyarrow.Table.from_arrays(arrays, names=[*self.values])
         parquet.write_table(table, path, compression="none", use_dictionary=False)
@@ -117,14 +118,14 @@ def placed(path: Path, sources: Sequence[tuple[str, str | None]], offsets: Seque
     """A part's documents as rows of the index: `sources` and lines before, one for each of its pieces."""
     pyarrow, parquet = arrow()
     table = parquet.ParquetFile(path).read()  # read_table imports a tenth of a second of other things
-    piece, texts = table.column("piece"), pyarrow.string()
+    piece, texts = table.column("source"), pyarrow.string()
     before, compute = array_of(pyarrow, offsets, pyarrow.int64()), require("pyarrow.compute", "parquet", "the index")
     columns = {
         "source": array_of(pyarrow, [name for name, _ in sources], texts).take(piece),
         "member": array_of(pyarrow, [member for _, member in sources], texts).take(piece),
         "line": compute.add(table.column("line"), before.take(piece)),
     }
-    rest = {name: table.column(name) for name in table.column_names if name not in ("piece", "line")}
+    rest = {name: table.column(name) for name in table.column_names if name not in ("source", "line")}
     return pyarrow.Table.from_arrays([*columns.values(), *rest.values()], names=[*columns, *rest])
 
 

@@ -299,8 +299,10 @@ def sentence(piece: Piece, fault: Fault, lines_before: int) -> str:
     return f"{piece.where}:{lines_before + fault.line}: {fault.reason}"
 
 
-def read_pieces(pieces: Iterator[Piece], files: Sequence[InputFile], wanted: Wanted) -> Iterator[tuple[Piece, Row]]:
-    """Every row in order.
+def read_pieces(
+    pieces: Iterator[Piece], files: Sequence[InputFile], wanted: Wanted, reject: bool = False
+) -> Iterator[tuple[Piece, Row]]:
+    """Every row in order; with `reject` those with a fault are left out.
 
     Raises  DataError at the first fault, with file and line.
     """
@@ -310,7 +312,8 @@ def read_pieces(pieces: Iterator[Piece], files: Sequence[InputFile], wanted: Wan
             before, place = piece.before, (piece.file, piece.member)
         reader = PieceReader(piece, files[piece.file], wanted)
         for row in reader:
-            if isinstance(row, Fault):
+            if not isinstance(row, Fault):
+                yield piece, row
+            elif not reject:
                 raise DataError(sentence(piece, row, before))
-            yield piece, row
         before += reader.lines
