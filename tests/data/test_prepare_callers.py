@@ -50,6 +50,7 @@ def test_one_input_needs_no_list(corpus, tmp_path):
         ({"part_bytes": 0}, "part_bytes 0: expected a whole number"),
         ({"keys": "text"}, "keys 'text': expected several names"),
         ({"keep": "id"}, "keep 'id': expected several names"),
+        ({"keep": ("id", "m", "id")}, "--keep id, m, id: give each name once"),
         ({"keys": ()}, "--key: name the key of the text"),
         ({"shard": "0/2"}, "shard '0/2': expected two numbers"),
         ({"shard": (0, 0)}, "--shard 0/0: expected at least one share"),

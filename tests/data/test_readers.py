@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -120,3 +121,37 @@ def test_missing_inputs(tmp_path):
         documents(tmp_path)
     with pytest.raises(DataError, match="no input files"):
         documents()
+
+
+def test_what_a_folder_links_to_is_read_and_what_cannot_be_is_told(tmp_path):
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "corpus" / "b").mkdir(parents=True)
+    for name in ("far/deep/x.txt", "corpus/a.txt", "corpus/b/c.txt", "corpus/.hidden"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "corpus" / "a_link").symlink_to("b")  # read under its own name, once
+    (tmp_path / "corpus" / "a").mkdir()
+    (tmp_path / "corpus" / "a" / "link").symlink_to("../b")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "corpus")
+    assert list(read_documents([tmp_path / "corpus"])) == ["corpus/a.txt", "corpus/b/c.txt", "far/deep/x.txt"]
+    (tmp_path / "corpus" / "b" / "gone.txt").symlink_to("nowhere.txt")
+    for name in (tmp_path / "corpus", tmp_path / "corpus/b/*.txt"):
+        with pytest.raises(DataError, match=r"gone\.txt: a link to nowhere\.txt, which is not there"):
+            list(read_documents([name]))
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        list(read_documents(["x" * 300]))
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    look = Path.iterdir
+
+    def iterdir(self):
+        if self.name == "closed":
+            raise PermissionError(13, "Permission denied", str(self))
+        return look(self)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)  # as root may read all
+    with pytest.raises(DataError, match="closed: cannot be read: Permission denied"):
+        list(read_documents([tmp_path]))

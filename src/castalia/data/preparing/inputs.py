@@ -4,7 +4,8 @@ import glob
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,17 +121,21 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def list_files(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[InputFile]:
-    """The files to read, in order: those named, and for a folder all files below it, sorted, but no hidden ones.
+    """The files to read, in order: those named, and for a folder all files below it, sorted, but no hidden ones; links
+    to folders are followed.
 
     A name with *, ? or [ that is no file stands for what it matches, sorted; ** for folders at any depth. A folder that
     `datasets` wrote stands for its Arrow files in their order.
-    Raises  DataError if one is missing, a pattern matches nothing, or a folder holds no files.
+    Raises  DataError if one is missing or cannot be looked at, a pattern matches nothing, or a folder holds no files.
     """
     found: list[InputFile] = []
     for name in several(inputs):
         if not os.fspath(name):
             raise DataError("an input without a name; name a file or a folder, `.` for this one")
-        found += behind_url(os.fspath(name)) if "://" in os.fspath(name) else on_disk(Path(name))
+        try:
+            found += behind_url(os.fspath(name)) if "://" in os.fspath(name) else on_disk(Path(name))
+        except OSError as error:
+            raise DataError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
     if not found:
         raise DataError("no input files; name at least one file or folder")
     return found
@@ -147,6 +152,8 @@ def on_disk(path: Path) -> list[InputFile]:
     if not glob.has_magic(str(path)):
         raise DataError(f"{path}: no such file or folder")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    for match in matches:
+        require_target(match)
     if not (files := [match for match in matches if match.is_file() and not is_ours(match)]):
         raise DataError(f"{path}: no file matches this pattern")
     return [local(match, named=False) for match in files]
@@ -158,10 +165,41 @@ def below(folder: Path) -> list[InputFile]:
         return below(only_split(folder))
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return [local(path, named=False) for path in arrow_files(folder)]
-    inside = sorted(p for p in folder.rglob("*") if p.is_file() and not is_hidden(p.relative_to(folder)))
-    if not (files := [path for path in inside if not is_ours(path)]):
+    if not (files := [path for path in sorted(files_in(folder)) if not is_ours(path)]):
         raise DataError(f"{folder}: a folder without files")
     return [local(path, named=False) for path in files]
+
+
+def files_in(top: Path) -> Iterator[Path]:
+    """The files of a folder and of those below it, but no hidden ones. Each folder is read once, under its own name
+    unless links alone lead to it.
+
+    Raises  OSError if a folder may not be read: what it holds would be missing; DataError about a link to nothing.
+    """
+    seen: set[str] = set()
+    folders, links = [top], deque[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.popleft()
+        if (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith("."):
+                continue
+            require_target(path)
+            if path.is_file():
+                yield path
+            elif path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+
+
+def require_target(path: Path) -> None:
+    """A link leads to something.
+
+    Raises  DataError if it does not: what it stands for would be missing.
+    """
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there")
 
 
 def is_ours(path: Path) -> bool:
@@ -214,11 +252,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
-
-
-def is_hidden(path: Path) -> bool:
-    """Whether the name of the file or of a folder around it starts with a dot."""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def behind_url(url: str) -> list[InputFile]:

@@ -54,6 +54,8 @@ class Options:
             wrong.append("--key: name the key of the text")
         if len(set(self.keys)) != len(self.keys):
             wrong.append(f"--key {', '.join(self.keys)}: give each key once")
+        if len(set(self.keep)) != len(self.keep):
+            wrong.append(f"--keep {', '.join(self.keep)}: give each name once")
         if taken := sorted(set(self.keep) & set(OWN)):
             wrong.append(f"--keep {', '.join(taken)}: the index has columns of that name; rename yours in the corpus")
         if self.keep and (self.documents is False or not has_pyarrow()):
