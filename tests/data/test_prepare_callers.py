@@ -12,6 +12,7 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data import DataConfig, IndexedDataset, PairwiseDataset, prepare
 from castalia.data.joining import merge
 from castalia.data.prepare import Options
+from castalia.data.preparing.assembly import Assembly
 from castalia.data.preparing.provenance import OWN, read_provenance
 from castalia.data.verify import verify
 
@@ -120,6 +121,40 @@ def test_a_tokenizer_is_trained_on_what_is_not_rejected(tmp_path):
     assert (tmp_path / "bad.json").read_bytes() == (tmp_path / "good.json").read_bytes()
     with pytest.raises(DataError, match=r"b\.jsonl:1: broken JSON"):
         prepare(bad, tmp_path / "y", tmp_path / "other.json", train_vocab=262)
+
+
+@pytest.mark.parametrize("size", [40, 1 << 20])
+@pytest.mark.parametrize("rows", [None, 2, 7, 8])
+def test_what_a_stopped_job_of_fewer_documents_left_is_not_taken_for_all(corpus, tmp_path, monkeypatch, size, rows):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr(Assembly, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus, tmp_path / "x", "bytes", rows=5, part_bytes=size)
+    assert prepare(corpus, tmp_path / "x", "bytes", rows=rows, part_bytes=size).documents == (rows or 9)
+    prepare(corpus, tmp_path / "y", "bytes", rows=rows, part_bytes=size)
+    assert (tmp_path / "x.bin").read_bytes() == (tmp_path / "y.bin").read_bytes()
+    assert all(check.ok for check in verify(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_stopped_job_of_more_inputs_left_is_not_in_the_output(corpus, tmp_path, monkeypatch, workers):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "b.txt").write_bytes(b"x" * 50)
+    keep = {"part_bytes": 40, "workers": workers, "keep": ("id",)}
+    with monkeypatch.context() as changed:
+        changed.setattr(Assembly, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([corpus, tmp_path / "b.txt"], tmp_path / "x", "bytes", **keep)
+    prepare(corpus, tmp_path / "x", "bytes", **keep)
+    prepare(corpus, tmp_path / "y", "bytes", **keep)
+    for suffix in (".bin", ".idx", ".documents.parquet"):
+        assert (tmp_path / f"x{suffix}").read_bytes() == (tmp_path / f"y{suffix}").read_bytes()
+    assert all(check.ok for check in verify(tmp_path / "x"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

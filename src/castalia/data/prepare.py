@@ -6,7 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ def prepare(
     needless = False
     try:
         Run(assembly, options, inputs_read, on_progress).run()
+        assembly.forget(len(assembly.done))  # of more inputs or documents, which were asked for before
         if not assembly.documents and options.shard[1] == 1:
             raise DataError(without_text(assembly))
         done = summary(assembly, prefix, start)
@@ -162,7 +163,7 @@ class Run:
         try:
             for part, record in done:
                 if options.rows is not None and self.rows + record.rows > options.rows:
-                    part = replace(part, rows=options.rows - self.rows)
+                    part = part.first(options.rows - self.rows)
                     self.assembly.reusable(part)
                     record = encode_part(self.job, part, Encoder(self.job.tokenizer, fast=self.job.fast))
                 self.take(part, record)

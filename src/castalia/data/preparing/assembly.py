@@ -103,13 +103,18 @@ class Assembly:
         same = record is not None and record.identity == part.identity and part.rows is None
         if record is not None and same and (part.number < len(self.kept) or self.has_files(record)):
             return record
-        if part.number < len(self.kept):  # the inputs or settings changed from here on
-            self.cut(part.number)
-            for path in self.folder.glob("*.record.json"):
-                if int(path.name.split(".")[0]) >= part.number:
-                    path.unlink()
-            self.recover()
+        self.forget(part.number)  # the inputs or settings changed from here on
         return None
+
+    def forget(self, first: int) -> None:
+        """Parts from `first` on, which an earlier job left, go out of the wholes."""
+        if first >= len(self.kept):
+            return
+        self.cut(first)
+        for path in self.folder.glob("*.record.json"):
+            if int(path.name.split(".")[0]) >= first:
+                path.unlink()
+        self.recover()
 
     def has_files(self, record: PartRecord) -> bool:
         """Whether a part's own tokens are there and their checksums right."""

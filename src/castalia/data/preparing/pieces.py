@@ -76,6 +76,10 @@ class Part:
     identity: str
     rows: int | None = None
 
+    def first(self, rows: int) -> "Part":
+        """Its first documents alone: another part, which a later job must not take for the whole one."""
+        return replace(self, rows=rows, identity=f"{self.identity}[:{rows}]")
+
 
 @dataclass(frozen=True)
 class Shard:
