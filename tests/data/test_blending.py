@@ -1,12 +1,14 @@
 """The blend in lanes against the rule as it is written."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from castalia.core.errors import ConfigError
-from castalia.data import blend
+from castalia.data import DataConfig, blend
 from castalia.data.blending import in_lanes
 
 WEIGHTS = st.one_of(
@@ -73,3 +75,9 @@ def test_width_of_the_source_number(sources, dtype):
 def test_weights_that_say_nothing(weights):
     with pytest.raises(ConfigError, match="weights of a blend"):
         blend(weights, 3)
+
+
+@pytest.mark.parametrize("weights", [[1, math.nan], [math.nan, 1], [1, math.inf], [0, 0], [2, -1]])
+def test_weights_that_are_no_shares_are_refused_with_the_config(weights):
+    with pytest.raises(ValueError, match="weights must be numbers >= 0 and not all 0"):
+        DataConfig(train=["a", "b"], weights=weights)

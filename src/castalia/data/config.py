@@ -1,5 +1,6 @@
 """What is read, in which order, in rows of which length."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, model_validator
@@ -76,8 +77,8 @@ class DataConfig(Config):
                 raise ValueError(
                     f"{name}weights has {len(weights)} numbers for {len(paths)} sources; give one a source"
                 )
-            if min(weights) < 0 or sum(weights) <= 0:
-                raise ValueError(f"{name}weights must be >= 0 and not all 0, got {weights}")
+            if min(weights) < 0 or not 0 < sum(weights) < math.inf:
+                raise ValueError(f"{name}weights must be numbers >= 0 and not all 0, got {weights}")
         if self.split is not None and len(self.train) > 1:
             raise ValueError("split needs a single train prefix; with several, name the valid prefixes in data.valid")
         if self.packing != "packed" and self.order == "file":
