@@ -87,6 +87,18 @@ def test_other_documents_of_the_same_n_grams_are_near(written, tmp_path):
     assert [(line["jaccard"], line["equal"]) for line in read_report(tmp_path / "u")] == [(1.0, False)]
 
 
+def test_what_equals_a_document_that_went_repeats_the_kept_one(written, tmp_path):
+    kept, near = list(range(100)), [*range(99), 7]
+    dedup([written("a", [kept, near, near, kept])], tmp_path / "u", near=Near(0.8))
+    lines = [json.loads(line) for line in (tmp_path / "u.dropped.jsonl").read_text().splitlines()]
+    assert [(line["document"], line["repeats"]["document"], line["equal"]) for line in lines] == [
+        (1, 0, False),
+        (2, 0, False),
+        (3, 0, True),
+    ]
+    assert lines[0]["jaccard"] == lines[1]["jaccard"] < 1
+
+
 def test_the_index_of_documents_goes_along(tmp_path):
     texts = ["one", "two", "one", "three"]
     (tmp_path / "c.jsonl").write_text(

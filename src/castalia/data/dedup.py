@@ -65,6 +65,7 @@ class Seen:
         self.datasets, self.near = list(datasets), near
         self.starts = np.cumsum([0, *(len(dataset) for dataset in datasets)])
         self.equal: dict[bytes, int] = {}
+        self.near_matches: dict[int, Match] = {}
         if near is not None:
             sketch = require("datasketch", "dedup", "dedup --near")
             self.empty = sketch.MinHash(num_perm=near.permutations, hashfunc=int)
@@ -82,9 +83,13 @@ class Seen:
         tokens = dataset[place]
         key = hashlib.sha256(tokens.astype("<i8").tobytes()).digest()[:KEY_BYTES]
         first = self.equal.setdefault(key, number)
-        if first != number:
-            return Match(first, 1.0, equal=True)
-        return None if self.near is None or not tokens.size else self.near_match(number, tokens, self.near)
+        if first != number:  # and what it is near to, if it went itself
+            return self.near_matches.get(first, Match(first, 1.0, equal=True))
+        if self.near is None or not tokens.size:
+            return None
+        if (found := self.near_match(number, tokens, self.near)) is not None:
+            self.near_matches[number] = found
+        return found
 
     def near_match(self, number: int, tokens: NDArray[Any], near: Near) -> Match | None:
         """The most similar kept document at or over the threshold, the first of several."""
