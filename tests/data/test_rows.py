@@ -15,6 +15,8 @@ from castalia.data import (
     build_rows,
     changed,
     check_vocab,
+    prepare,
+    train_tokenizer,
 )
 
 
@@ -151,3 +153,21 @@ def test_ids_beyond_the_vocabulary(token_file, dtype):
 def test_negative_ids(token_file):
     with pytest.raises(DataError, match="document 0 has token id -3"):
         check_vocab(IndexedDataset(token_file("a", [10], np.int32, first=-3)), 20)
+
+
+def test_token_files_of_another_tokenizer_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a text of some length"}\n' * 20)
+    other = train_tokenizer(["a text of some length"], 270, tmp_path / "tokenizer.json")
+    prepare([tmp_path / "a.jsonl"], tmp_path / "bytes", "bytes")
+    prepare([tmp_path / "a.jsonl"], tmp_path / "trained", other)
+    one, two = str(tmp_path / "bytes"), str(tmp_path / "trained")
+    with pytest.raises(DataError, match=f"{two} and {one} were made with different tokenizers"):
+        build(train=[one, two])
+    with pytest.raises(DataError, match="different tokenizers"):
+        build(train=[one], valid=[two])
+    with pytest.raises(ConfigError, match=r"name that one with data\.tokenizer, or set it to null"):
+        build(train=[two], tokenizer="bytes")
+    for tokenizer in (None, str(tmp_path / "tokenizer.json")):
+        build(train=[two], tokenizer=tokenizer)
+    (tmp_path / "trained.json").unlink()  # as a file of GPT-NeoX, which has no record
+    build(train=[one, two], tokenizer="bytes")

@@ -67,8 +67,9 @@ def token_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     return facts
 
 
-def require_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
+def require_tokenizer(prefix: str, tokenizer: Tokenizer, option: str = "--tokenizer") -> None:
     """The tokenizer is that of the token file, so far as a record says: another one makes other text of its ids.
+    `option` is where it is named.
 
     Raises  ConfigError naming the right one.
     """
@@ -76,7 +77,7 @@ def require_tokenizer(prefix: str, tokenizer: Tokenizer) -> None:
     if isinstance(made, dict) and made.get("sha256") not in (None, tokenizer.sha256):
         raise ConfigError(
             f"{prefix} was made with the tokenizer {made.get('name')}, and {tokenizer.where} is another one (the"
-            f" SHA-256 in {prefix}.json differs); name that one with --tokenizer"
+            f" SHA-256 in {prefix}.json differs); name that one with {option}"
         )
 
 

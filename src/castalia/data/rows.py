@@ -21,6 +21,7 @@ from castalia.data.order_cache import Maps, OrderCache, cache_of
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.packings import PieceRows, piece_rows
 from castalia.data.planned import SourceRows, source_rows
+from castalia.data.records import require_tokenizer, token_facts
 from castalia.data.row_files import FileOrder, Pack, RowFile
 from castalia.data.segments import DocumentMask
 from castalia.data.tokenizer import load_tokenizer
@@ -135,6 +136,7 @@ def build_rows(
     evals = (steps // eval_every + 1) * eval_batches if eval_every else 0
     train_sets = [IndexedDataset(path) for path in config.train]
     valid_sets = [IndexedDataset(path) for path in config.valid]
+    check_tokenizers(config, train_sets + valid_sets)
     first, second = split_documents(config.split, len(train_sets[0]))[:2] if config.split is not None else (None, None)
     labels, valid_labels = label_files(config, train_sets, valid_sets)
     train: RowDataset | SourceRows
@@ -181,6 +183,18 @@ def check_names(config: DataConfig) -> None:
         raise ConfigError("data.train is empty: name the prefix of a token file, made by `castalia prepare`")
     if config.split is not None and config.valid:
         raise ConfigError("data.split and data.valid both say what to validate on: set one of them to null")
+
+
+def check_tokenizers(config: DataConfig, datasets: list[IndexedDataset]) -> None:
+    """All token files are of one tokenizer, and of the config's, so far as their records say.
+
+    Raises  DataError, ConfigError: a model trained on the ids of one would be read with those of another.
+    """
+    made = token_facts(datasets).get("tokenizer")
+    if made and config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        for dataset in datasets:
+            require_tokenizer(dataset.prefix, tokenizer, "data.tokenizer, or set it to null")
 
 
 def label_files(
