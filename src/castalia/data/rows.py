@@ -134,9 +134,7 @@ def build_rows(
     """
     check_names(config)
     evals = (steps // eval_every + 1) * eval_batches if eval_every else 0
-    train_sets = [IndexedDataset(path) for path in config.train]
-    valid_sets = [IndexedDataset(path) for path in config.valid]
-    check_tokenizers(config, train_sets + valid_sets)
+    train_sets, valid_sets = open_sources(config)
     first, second = split_documents(config.split, len(train_sets[0]))[:2] if config.split is not None else (None, None)
     labels, valid_labels = label_files(config, train_sets, valid_sets)
     train: RowDataset | SourceRows
@@ -185,16 +183,18 @@ def check_names(config: DataConfig) -> None:
         raise ConfigError("data.split and data.valid both say what to validate on: set one of them to null")
 
 
-def check_tokenizers(config: DataConfig, datasets: list[IndexedDataset]) -> None:
-    """All token files are of one tokenizer, and of the config's, so far as their records say.
+def open_sources(config: DataConfig) -> tuple[list[IndexedDataset], list[IndexedDataset]]:
+    """The token files to train and to validate on, all of one tokenizer, the config's, so far as their records say.
 
-    Raises  DataError, ConfigError: a model trained on the ids of one would be read with those of another.
+    Raises  DataError, ConfigError if not: a model trained on the ids of one would be read with those of another.
     """
-    made = token_facts(datasets).get("tokenizer")
+    train, valid = ([IndexedDataset(path) for path in paths] for paths in (config.train, config.valid))
+    made = token_facts(train + valid).get("tokenizer")
     if made and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
-        for dataset in datasets:
+        for dataset in train + valid:
             require_tokenizer(dataset.prefix, tokenizer, "data.tokenizer, or set it to null")
+    return train, valid
 
 
 def label_files(
