@@ -75,9 +75,8 @@ class Job:
 class PartRecord:
     """What came of a part: counts, and checksums by which its files are trusted later. `by` encoded it, `slow` says why
     not gigatoken, `again` what made it be encoded a second time; `uneven` counts documents with a text under some keys
-    and none under others; `lines` and `filled` are lines and documents with
-    text of each piece; `files` are the hashes of its small files. `failed` is the first fault of a job that stops
-    there, as (piece, fault)."""
+    and none under others; `lines` and `filled` are lines and documents with text of each piece; `files` are the hashes
+    of its small files. `failed` is the first fault of a job that stops there, as (piece, fault)."""
 
     number: int
     identity: str
