@@ -178,3 +178,14 @@ def test_json_over_several_lines_is_told_what_a_line_is(tmp_path):
     path.write_text(json.dumps([{"text": "a"}], indent=1))
     with pytest.raises(DataError, match=r"broken JSON at column 2: .*; each document must stand on a line of its own"):
         prepare(path, tmp_path / "x", "bytes")
+
+
+def test_a_file_of_columns_that_cannot_be_read_counts_once(corpus, tmp_path):
+    """Each of its stretches says so, and how many there are depends on how the job is cut."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pip install 'castalia[parquet]'")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"text": list(range(3000))}), tmp_path / "n.parquet", row_group_size=100)
+    with pytest.warns(UserWarning, match=r"^1 of the inputs could not be read"):
+        done = prepare([corpus, tmp_path / "n.parquet"], tmp_path / "x", "bytes", reject=True, part_bytes=2000)
+    assert done.rejected > 1
+    assert done.unread == (f"{tmp_path / 'n.parquet'}: column 'text' must hold strings, got int64",)

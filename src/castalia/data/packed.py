@@ -1,6 +1,7 @@
 """Rows of tokens out of a token file, in GPT-NeoX's order, and the documents that each row came from."""
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -34,7 +35,7 @@ class RowOrder(Protocol):
 Order = TypeVar("Order", bound=RowOrder)
 
 
-class DocumentRows(Generic[Order]):
+class DocumentRows(ABC, Generic[Order]):
     """Rows of stretches of documents of `dataset` under `order`: `rows[i]` is the row served at place i,
     (seq_length + 1,) int64, 0 after the last stretch of a row that ends early.
 
@@ -67,9 +68,9 @@ class DocumentRows(Generic[Order]):
             raise IndexError(f"row {index} of {len(served)} in {self.dataset.prefix}")
         return [piece for piece in self.pieces(int(served[place])) if piece.length]
 
+    @abstractmethod
     def pieces(self, row: int) -> list[Piece]:
         """The stretches of a row, numbered as the order made it."""
-        raise NotImplementedError
 
 
 class PackedDataset(DocumentRows[NeoxOrder]):

@@ -37,7 +37,7 @@ OnProgress = Callable[[int, int], Any]
 class Prepared:
     """What `prepare` wrote. Documents, tokens and empty texts left out are sums over the outputs; `text_bytes` are
     UTF-8; `by` names what encoded, `again` counts parts that gigatoken gave otherwise than the tokenizer; `unread` says
-    what was wrong with inputs that could not be read to their end, each one of `rejected`; `uneven` counts documents
+    what was wrong with inputs that could not be read to their end, once for each; `uneven` counts documents
     with a text under some keys and none under others."""
 
     prefix: str

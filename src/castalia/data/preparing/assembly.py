@@ -241,8 +241,12 @@ class Assembly:
                 yield {"file": name, "member": member, **told}
 
     def unread(self) -> list[str]:
-        """What is wrong with inputs that could not be read, or not to their end: no one knows how much they held."""
-        return [told["reason"] for told in self.rejects(within='"line": null')]
+        """What is wrong with inputs that could not be read, or not to their end: no one knows how much they held. A
+        file of columns says it for each of its stretches; the first counts."""
+        found: dict[tuple[str, str | None], str] = {}
+        for told in self.rejects(within='"line": null'):
+            found.setdefault((told["file"], told["member"]), told["reason"])
+        return [*found.values()]
 
     def rejects_of(self, record: PartRecord) -> Sequence[str]:
         """The lines of a part's rejects."""
