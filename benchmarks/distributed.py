@@ -34,11 +34,23 @@ ENGINES: dict[str, dict[str, Any]] = {
     "1 process, 2 threads": {"processes": 1, "threads": 2, "options": ()},
     "FSDP2 alone": {"processes": 1, "sharded_alone": True, "options": ()},
     "FSDP2, 2 processes": {"processes": 2, "options": ()},
-    "FSDP2 kept gathered, 2 processes": {"processes": 2, "options": ("parallel.reshard_after_forward=false",)},
-    "replicas, 2 processes": {"processes": 2, "options": ("parallel.dp_replicate=2", "parallel.dp_shard=1")},
+    "FSDP2 kept gathered, 2 processes": {
+        "processes": 2,
+        "options": ("parallel.reshard_after_forward=false",),
+    },
+    "replicas, 2 processes": {
+        "processes": 2,
+        "options": ("parallel.dp_replicate=2", "parallel.dp_shard=1"),
+    },
     "1f1b, 2 processes": {"processes": 2, "options": PIPELINE},
-    "interleaved, 2 processes": {"processes": 2, "options": (*PIPELINE, "parallel.schedule=interleaved_1f1b")},
-    "zero bubble, 2 processes": {"processes": 2, "options": (*PIPELINE, "parallel.schedule=zero_bubble")},
+    "interleaved, 2 processes": {
+        "processes": 2,
+        "options": (*PIPELINE, "parallel.schedule=interleaved_1f1b"),
+    },
+    "zero bubble, 2 processes": {
+        "processes": 2,
+        "options": (*PIPELINE, "parallel.schedule=zero_bubble"),
+    },
 }
 GPU_ENGINES = {
     "1 process": {"processes": 1, "options": ("train.compile=true",)},
@@ -48,8 +60,14 @@ COMPARED = {
     "speed of two processes, against one process": ("1 process", "FSDP2, 2 processes"),
     "speed of two replicas, against one process": ("1 process", "replicas, 2 processes"),
     "speed of two stages, 1f1b, against one process": ("1 process", "1f1b, 2 processes"),
-    "speed of two stages, interleaved, against one process": ("1 process", "interleaved, 2 processes"),
-    "speed of two stages, zero bubble, against one process": ("1 process", "zero bubble, 2 processes"),
+    "speed of two stages, interleaved, against one process": (
+        "1 process",
+        "interleaved, 2 processes",
+    ),
+    "speed of two stages, zero bubble, against one process": (
+        "1 process",
+        "zero bubble, 2 processes",
+    ),
     "speed of two threads, against one process": ("1 process", "1 process, 2 threads"),
     "time of FSDP2 on one process, against plain": ("FSDP2 alone", "1 process"),
 }
@@ -64,12 +82,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = base_options(options, Path(folder))
         engines = GPU_ENGINES if options.gpu else ENGINES
-        running = {name: Engine(name, engine, base, Path(folder), options) for name, engine in engines.items()}
+        running = {
+            name: Engine(name, engine, base, Path(folder), options)
+            for name, engine in engines.items()
+        }
         for _ in range(options.warmup):
             for engine in running.values():
                 engine.step()
         times = in_turn({name: engine.step for name, engine in running.items()}, options.rounds)
-        memory = {name: max(answer["peak"] for answer in engine.ask("memory")) for name, engine in running.items()}
+        memory = {
+            name: max(answer["peak"] for answer in engine.ask("memory"))
+            for name, engine in running.items()
+        }
         saves = measure_saves(running["1 process"], options.rounds)
         for engine in running.values():
             engine.stop()
@@ -79,7 +103,11 @@ def main() -> None:
         "seq": options.seq,
         "seconds": {name: summary(values) for name, values in times.items()},
         "peak_bytes": memory,
-        "ratios": {words: ratio(times[a], times[b]) for words, (a, b) in COMPARED.items() if {a, b} <= times.keys()},
+        "ratios": {
+            words: ratio(times[a], times[b])
+            for words, (a, b) in COMPARED.items()
+            if {a, b} <= times.keys()
+        },
         "save": saves,
     }
     print_table(found, options.rows * options.seq)
@@ -92,7 +120,9 @@ def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="three rounds of short rows")
-    parser.add_argument("--gpu", action="store_true", help="on one GPU: FSDP2 and compile against plain, 410m")
+    parser.add_argument(
+        "--gpu", action="store_true", help="on one GPU: FSDP2 and compile against plain, 410m"
+    )
     parser.add_argument("--shape", help="a Pythia size, for instance 14m")
     parser.add_argument("--seq", type=int, help="tokens in a row")
     parser.add_argument("--rows", type=int, default=8, help="rows in a step, over all processes")
@@ -132,7 +162,9 @@ def base_options(options: argparse.Namespace, folder: Path) -> list[str]:
 class Engine:
     """The processes of one engine, which do the same at a word."""
 
-    def __init__(self, name: str, engine: dict[str, Any], base: list[str], folder: Path, options: Any) -> None:
+    def __init__(
+        self, name: str, engine: dict[str, Any], base: list[str], folder: Path, options: Any
+    ) -> None:
         self.name, size = name, engine["processes"]
         chosen = [text.format(micro=max(1, options.rows // 4)) for text in engine["options"]]
         case = {
@@ -142,9 +174,15 @@ class Engine:
         }
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the engine
-        self.processes = [self.start(case, place | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(size)]
+            place = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+                "WORLD_SIZE": str(size),
+            }
+        self.log = tempfile.TemporaryFile("w+")
+        self.processes = [
+            self.start(case, place | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(size)
+        ]
         self.answers()
 
     def start(self, case: dict[str, Any], place: dict[str, str]) -> subprocess.Popen[str]:
@@ -152,7 +190,9 @@ class Engine:
         environment = os.environ | place | {"OMP_NUM_THREADS": str(case["threads"])}
         command = [sys.executable, str(HERE / "distributed_engines.py"), json.dumps(case)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=environment
+        )
 
     def answers(self) -> list[Any]:
         """A line of each process; if one died, its last words."""
@@ -212,7 +252,9 @@ def print_table(found: dict[str, Any], tokens: int) -> None:
     for name, time in found["seconds"].items():
         low, middle, high = (time[key] * 1e3 for key in ("low", "median", "high"))
         peak = found["peak_bytes"][name] / 1e6
-        print(f"{name:<34}{middle:>11.1f}{low:>8.1f}..{high:<6.1f}{tokens / time['median']:>10,.0f}{peak:>19,.0f}")
+        print(
+            f"{name:<34}{middle:>11.1f}{low:>8.1f}..{high:<6.1f}{tokens / time['median']:>10,.0f}{peak:>19,.0f}"
+        )
     for words, r in found["ratios"].items():
         print(f"{words + ':':<60}{r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f})")
     memory = found["peak_bytes"]

@@ -29,7 +29,11 @@ class Engine:
         torch.set_num_threads(case["threads"])
         config = load_config(case["options"])
         self.at_import = resident_bytes()
-        world = sharded_alone(config.device) if case["sharded_alone"] else World.start(config.parallel, config.device)
+        world = (
+            sharded_alone(config.device)
+            if case["sharded_alone"]
+            else World.start(config.parallel, config.device)
+        )
         self.trainer, self.saved = Trainer(config, world), 0
         self.device = world.device
         self.batches = self.trainer.batches(self.trainer.rows.train, 0)
@@ -56,7 +60,10 @@ class Engine:
         """Bytes of this process: on a GPU those that torch holds, else resident ones above the imports."""
         if self.device.type == "cuda":
             return {"peak": torch.cuda.max_memory_allocated(), "now": torch.cuda.memory_allocated()}
-        return {"peak": resident_bytes("VmHWM") - self.at_import, "now": resident_bytes() - self.at_import}
+        return {
+            "peak": resident_bytes("VmHWM") - self.at_import,
+            "now": resident_bytes() - self.at_import,
+        }
 
 
 def sharded_alone(device: str) -> World:
@@ -64,7 +71,9 @@ def sharded_alone(device: str) -> World:
     kind = "cuda" if device == "cuda" else "cpu"
     store = dist.HashStore()
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=0, world_size=1)
-    return World(0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind), *meshes(kind, ALONE))
+    return World(
+        0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind), *meshes(kind, ALONE)
+    )
 
 
 ALONE = ParallelConfig().degrees(1)

@@ -43,7 +43,12 @@ EXPORTS = {
     "native int4": ("native", "int4"),
 }
 """Engines, and the export that each reads."""
-NEEDS = {"ct2": "ctranslate2", "openvino": "openvino", "llama.cpp": "llama_cpp", "transformers": "transformers"}
+NEEDS = {
+    "ct2": "ctranslate2",
+    "openvino": "openvino",
+    "llama.cpp": "llama_cpp",
+    "transformers": "transformers",
+}
 BITS = {"fp32": 32, "bf16": 16, "float32": 32, "int8": 8, "Q8_0": 8.5, "Q4_0": 4.5, "int4": 4.5}
 SCORERS = (
     "transformers fp32",
@@ -82,7 +87,12 @@ class Transformers:
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
         ids = torch.tensor(prompts)
-        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": new,
+            "min_new_tokens": new,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         assert out.shape[1] == ids.shape[1] + new
 
@@ -105,11 +115,15 @@ class Ct2:
         cores = torch.get_num_threads()
         found = {}
         for threads in sorted({1, cores}):
-            self.model = ctranslate2.Generator(folder, device="cpu", compute_type=numbers, intra_threads=threads)
+            self.model = ctranslate2.Generator(
+                folder, device="cpu", compute_type=numbers, intra_threads=threads
+            )
             self.decode([[5] * 32], 4)
             found[threads] = min(seconds(lambda: self.decode([[5] * 32], 16)) for _ in range(3))
         self.threads = min(found, key=lambda threads: found[threads])
-        self.model = ctranslate2.Generator(folder, device="cpu", compute_type=numbers, intra_threads=self.threads)
+        self.model = ctranslate2.Generator(
+            folder, device="cpu", compute_type=numbers, intra_threads=self.threads
+        )
 
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
@@ -146,7 +160,9 @@ class OpenVino:
         """`new` tokens for each prompt."""
         request, rows, known = self.engine.compiled.create_infer_request(), prompts, 0
         for _ in range(new):
-            logits = self.read(request, rows, known, [len(rows[0]) - 1])[:, 0, : self.engine.config.vocab_size]
+            logits = self.read(request, rows, known, [len(rows[0]) - 1])[
+                :, 0, : self.engine.config.vocab_size
+            ]
             known += len(rows[0])
             rows = logits.numpy().argmax(1)[:, None].tolist()
 
@@ -205,15 +221,22 @@ def serve(engine: str, folder: str, threads: int) -> None:
     """Answer the requests of the parent, one JSON object a line."""
     torch.set_num_threads(threads)
     family, numbers = engine.split()
-    made: Any = {"transformers": Transformers, "ct2": Ct2, "openvino": OpenVino}.get(family, Ours)(folder, numbers)
+    made: Any = {"transformers": Transformers, "ct2": Ct2, "openvino": OpenVino}.get(family, Ours)(
+        folder, numbers
+    )
     print(
-        json.dumps({"loaded": resident_bytes() - made.ready, "threads": getattr(made, "threads", threads)}), flush=True
+        json.dumps(
+            {"loaded": resident_bytes() - made.ready, "threads": getattr(made, "threads", threads)}
+        ),
+        flush=True,
     )
     for line in sys.stdin:
         asked = json.loads(line)
         answer: dict[str, Any] = {}
         if "prompts" in asked:
-            answer["seconds"] = seconds(lambda asked=asked: made.decode(asked["prompts"], asked["new"]))
+            answer["seconds"] = seconds(
+                lambda asked=asked: made.decode(asked["prompts"], asked["new"])
+            )
         else:
             start = time.perf_counter()
             answer["sum"] = made.score(asked["ids"])
@@ -226,9 +249,22 @@ class Worker:
     """The process of one engine, seen from the parent."""
 
     def __init__(self, engine: str, folder: Path, threads: int) -> None:
-        command = [sys.executable, __file__, "--worker", engine, "--folder", str(folder), "--threads", str(threads)]
+        command = [
+            sys.executable,
+            __file__,
+            "--worker",
+            engine,
+            "--folder",
+            str(folder),
+            "--threads",
+            str(threads),
+        ]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         self.engine, self.peak = engine, 0
         self.hello = self.answer()
@@ -270,7 +306,9 @@ def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]
 
     layers, width, heads = SHAPES[size]
     tokens = TINY_VOCABULARY if size == "tiny" else VOCABULARY
-    config = ModelConfig(num_layers=layers, hidden_size=width, num_attention_heads=heads, vocab_size=tokens)
+    config = ModelConfig(
+        num_layers=layers, hidden_size=width, num_attention_heads=heads, vocab_size=tokens
+    )
     model = Decoder(config)
     model.init_weights(1234)
     hf = folder / size / "hf"
@@ -300,7 +338,9 @@ def token_bytes(size: str, engine: str) -> float:
     layers, width, _ = SHAPES[size]
     rows = 1024 if size == "tiny" else 50304
     return (
-        (12 * layers * width * width + rows * width) * BITS[EXPORTS[engine][1] if "bf16" not in engine else "bf16"] / 8
+        (12 * layers * width * width + rows * width)
+        * BITS[EXPORTS[engine][1] if "bf16" not in engine else "bf16"]
+        / 8
     )
 
 
@@ -313,7 +353,9 @@ def bandwidth(size: float) -> float:
 def prompts_of(batch: int, tokens: int, size: str) -> list[list[int]]:
     """Random prompts."""
     high = TINY_VOCABULARY if size == "tiny" else 50000
-    return torch.randint(1, high, (batch, tokens), generator=torch.Generator().manual_seed(batch)).tolist()
+    return torch.randint(
+        1, high, (batch, tokens), generator=torch.Generator().manual_seed(batch)
+    ).tolist()
 
 
 def measure_decoding(
@@ -343,14 +385,24 @@ def measure_decoding(
     return out
 
 
-def measure_scoring(workers: Mapping[str, Worker], size: str, rounds: int) -> dict[str, dict[str, Any]]:
+def measure_scoring(
+    workers: Mapping[str, Worker], size: str, rounds: int
+) -> dict[str, dict[str, Any]]:
     """Seconds for SCORED tokens, and the sum of their log-probabilities."""
     (ids,) = prompts_of(1, SCORED, size)
     sums = {name: worker.ask(ids=ids)["sum"] for name, worker in workers.items()}
-    works = {name: lambda worker=worker: worker.ask(ids=ids)["seconds"] for name, worker in workers.items()}
+    works = {
+        name: lambda worker=worker: worker.ask(ids=ids)["seconds"]
+        for name, worker in workers.items()
+    }
     found = in_turn(works, rounds)
     return {
-        name: {"seconds": summary(times), "sum": sums[name], "peak": workers[name].peak, "rounds": times}
+        name: {
+            "seconds": summary(times),
+            "sum": sums[name],
+            "peak": workers[name].peak,
+            "rounds": times,
+        }
         for name, times in found.items()
     }
 
@@ -361,10 +413,15 @@ def show_decoding(found: Mapping[str, Any], size: str, batch: int) -> None:
     print(f"{'engine':<20}{'tok/s':>9}{'spread':>16}{'first ms':>10}{'ms/step':>9}{'of limit':>10}")
     for name, row in found.items():
         rate = row["tokens_per_second"]
-        first, step = 1e3 * row["first_token_seconds"]["median"], 1e3 * row["step_seconds"]["median"]
+        first, step = (
+            1e3 * row["first_token_seconds"]["median"],
+            1e3 * row["step_seconds"]["median"],
+        )
         spread = f"{rate['low']:.0f}-{rate['high']:.0f}"
         share = row["share_of_memory_limit"]["median"]
-        print(f"{name:<20}{rate['median']:>9.1f}{spread:>16}{first:>10.2f}{step:>9.3f}{share:>10.0%}")
+        print(
+            f"{name:<20}{rate['median']:>9.1f}{spread:>16}{first:>10.2f}{step:>9.3f}{share:>10.0%}"
+        )
 
 
 def show_scoring(found: Mapping[str, Any], size: str) -> None:
@@ -374,7 +431,9 @@ def show_scoring(found: Mapping[str, Any], size: str) -> None:
     for name, row in found.items():
         times = f"{ratio(base['rounds'], row['rounds'])['median']:.2f}x" if base else ""
         milliseconds, megabytes = 1e3 * row["seconds"]["median"], row["peak"] / 1e6
-        print(f"{name:<20}{milliseconds:>9.0f} ms {times:>8}  {megabytes:>6.0f} MB  {row['sum']:.2f}")
+        print(
+            f"{name:<20}{milliseconds:>9.0f} ms {times:>8}  {megabytes:>6.0f} MB  {row['sum']:.2f}"
+        )
 
 
 def goals(record: Mapping[str, Any], size: str) -> list[dict[str, Any]]:
@@ -384,20 +443,34 @@ def goals(record: Mapping[str, Any], size: str) -> list[dict[str, Any]]:
         rows = record["decoding"].get(str(batch), {})
         if ours in rows and theirs in rows:
             got = ratio(rows[theirs]["rounds"], rows[ours]["rounds"])
-            found.append({"what": f"{size} batch {batch}: {ours} / {theirs}", "wanted": wanted, **got})
+            found.append(
+                {"what": f"{size} batch {batch}: {ours} / {theirs}", "wanted": wanted, **got}
+            )
     scoring = record.get("scoring", {})
     if "native int8" in scoring and "transformers fp32" in scoring:
         got = ratio(scoring["transformers fp32"]["rounds"], scoring["native int8"]["rounds"])
-        found.append({"what": f"{size} scoring: native auto / transformers fp32", "wanted": 2.3, **got})
+        found.append(
+            {"what": f"{size} scoring: native auto / transformers fp32", "wanted": 2.3, **got}
+        )
         if size == "70m":
             share = 0.5e9 / scoring["native int8"]["peak"]
-            found.append({"what": "70m scoring: 0.5 GB / native auto's memory", "wanted": 1.0, "median": share})
+            found.append(
+                {
+                    "what": "70m scoring: 0.5 GB / native auto's memory",
+                    "wanted": 1.0,
+                    "median": share,
+                }
+            )
     memory = record["memory"]
     if "native int8" in memory and "ct2 int8" in memory:
         for kind in memory["ct2 int8"]:
             share = memory["ct2 int8"][kind] * 1.2 / memory["native int8"][kind]
             found.append(
-                {"what": f"{size} {kind}: 1.2 x ct2 int8 / native int8, memory", "wanted": 1.0, "median": share}
+                {
+                    "what": f"{size} {kind}: 1.2 x ct2 int8 / native int8, memory",
+                    "wanted": 1.0,
+                    "median": share,
+                }
             )
     return found
 
@@ -431,11 +504,18 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     finally:
         for worker in workers.values():
             worker.close()
-    print(f"\n{'engine':<20}{'disk MB':>9}" + "".join(f"{f'MB batch {batch}':>13}" for batch in options.batches))
+    print(
+        f"\n{'engine':<20}{'disk MB':>9}"
+        + "".join(f"{f'MB batch {batch}':>13}" for batch in options.batches)
+    )
     for name in workers:
         cells = "".join(f"{peak / 1e6:>13.0f}" for peak in record["memory"][name].values())
         print(f"{name:<20}{record['disk_bytes'][name] / 1e6:>9.1f}{cells}")
-    scorers = {name: Worker(name, places[name], options.threads) for name in options.engines if name in SCORERS}
+    scorers = {
+        name: Worker(name, places[name], options.threads)
+        for name in options.engines
+        if name in SCORERS
+    }
     try:
         record["scoring"] = measure_scoring(scorers, size, options.rounds)
     finally:

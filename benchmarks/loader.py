@@ -47,15 +47,21 @@ SUITE = {"pythia-70m": 70e6, "pythia-1b": 1.01e9, "pythia-12b": 11.8e9}
 def main() -> None:
     """Make the file, read it, remove it; run the model; print a table, write JSON."""
     options = read_options()
-    folder = options.file.parent if options.file else Path(tempfile.mkdtemp(prefix="castalia-loader-"))
+    folder = (
+        options.file.parent if options.file else Path(tempfile.mkdtemp(prefix="castalia-loader-"))
+    )
     prefix = options.file or folder / "rows"
     folder.mkdir(parents=True, exist_ok=True)
-    memory = options.memory_gigabytes * 1e9 or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = options.memory_gigabytes * 1e9 or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    )
     wanted = options.gigabytes * 1e9 or min(OVER * memory, shutil.disk_usage(folder).free - SPARE)
     try:
         size = make_file(prefix, int(wanted))
         works = {
-            f"{name}, {workers} workers": functools.partial(read_rows, prefix, options.steps, workers, name == "cold")
+            f"{name}, {workers} workers": functools.partial(
+                read_rows, prefix, options.steps, workers, name == "cold"
+            )
             for workers in options.workers
             for name in ("cold", "warm")
         }
@@ -67,12 +73,24 @@ def main() -> None:
     cases = {name: case(rates, eaten) for name, rates in found.items()}
     best = [(name, line["rows_per_s"] * SEQ_LENGTH) for name, line in cases.items()]
     node = {
-        f"{model}, {name}": estimate(max(rate for read, rate in best if read.startswith(name)), weights)
+        f"{model}, {name}": estimate(
+            max(rate for read, rate in best if read.startswith(name)), weights
+        )
         for model, weights in SUITE.items()
         for name in ("cold", "warm")
     }
-    record = {"machine": machine.describe(), "bytes": size, "larger_than_memory": size > memory, "cases": cases}
-    record |= {"model": options.model, "model_rows_per_s": eaten, "h200_node": node, "seq_length": SEQ_LENGTH}
+    record = {
+        "machine": machine.describe(),
+        "bytes": size,
+        "larger_than_memory": size > memory,
+        "cases": cases,
+    }
+    record |= {
+        "model": options.model,
+        "model_rows_per_s": eaten,
+        "h200_node": node,
+        "seq_length": SEQ_LENGTH,
+    }
     show(record, memory)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -87,7 +105,10 @@ def show(record: dict[str, Any], memory: float) -> None:
     print("" if record["larger_than_memory"] else ": the page cache may hold it")
     print(f"{'case':<20}{'rows/s':>12}{'MB/s':>10}{'spread':>8}{'x model':>10}")
     for name, line in record["cases"].items():
-        print(f"{name:<20}{line['rows_per_s']:>12,.0f}{line['mb_per_s']:>10,.1f}{line['spread']:>8.2f}", end="")
+        print(
+            f"{name:<20}{line['rows_per_s']:>12,.0f}{line['mb_per_s']:>10,.1f}{line['spread']:>8.2f}",
+            end="",
+        )
         print(f"{line['times_the_model']:>10,.0f}")
     for name, line in record["h200_node"].items():
         print(f"{name} on {GPUS} H200, estimated: {line['tokens_per_s']:,.0f} tokens/s,", end="")
@@ -97,14 +118,20 @@ def show(record: dict[str, Any], memory: float) -> None:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Rows and bytes a second of the loader.")
-    parser.add_argument("--gigabytes", type=float, default=0.0, help="size of the file, default 1.1 times memory")
-    parser.add_argument("--memory-gigabytes", type=float, default=0.0, help="memory that the page cache may use")
+    parser.add_argument(
+        "--gigabytes", type=float, default=0.0, help="size of the file, default 1.1 times memory"
+    )
+    parser.add_argument(
+        "--memory-gigabytes", type=float, default=0.0, help="memory that the page cache may use"
+    )
     parser.add_argument("--steps", type=int, default=200, help=f"steps of {BATCH} rows in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--model", default="pythia-14m")
     parser.add_argument("--model-rows", type=int, default=4)
-    parser.add_argument("--file", type=Path, help="prefix of a file that stays, and is taken if it is large enough")
+    parser.add_argument(
+        "--file", type=Path, help="prefix of a file that stays, and is taken if it is large enough"
+    )
     parser.add_argument("--json", type=Path, default=HERE / "results" / "loader.json")
     return parser.parse_args()
 
@@ -162,7 +189,12 @@ def model_rate(preset: str, rows: int) -> float:
     model = Decoder(config.model)
     model.init_weights(0)
     ids = torch.randint(0, config.model.vocab_size, (rows, SEQ_LENGTH + 1))
-    batch = Batch(ids[:, :-1], ids[:, 1:].contiguous(), torch.zeros(rows, dtype=torch.int32), torch.arange(rows))
+    batch = Batch(
+        ids[:, :-1],
+        ids[:, 1:].contiguous(),
+        torch.zeros(rows, dtype=torch.int32),
+        torch.arange(rows),
+    )
     loss = NextToken()
     spent = [machine.seconds(lambda: loss(model, batch).total.backward()) for _ in range(4)][1:]
     return rows / statistics.median(spent)

@@ -14,7 +14,11 @@ import torch
 def describe(device: str = "cpu") -> dict[str, Any]:
     """Processor, cores, memory, versions and load; the load tells whether the numbers were taken alone."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    names = [line.split(":")[1].strip() for line in read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in read("/proc/cpuinfo").splitlines()
+        if line.startswith("model name")
+    ]
     features = {"avx512_bf16", "amx_bf16", "avx512f", "avx2"} & set(read("/proc/cpuinfo").split())
     return {
         "cpu": names[0] if names else platform.processor(),
@@ -29,7 +33,9 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def matrix_rate(dtype: torch.dtype, device: str = "cpu", size: int | None = None, rounds: int = 9) -> float:
+def matrix_rate(
+    dtype: torch.dtype, device: str = "cpu", size: int | None = None, rounds: int = 9
+) -> float:
     """Best FLOP/s of a square matrix product in `dtype`, of several; a multiply-add is 2 FLOPs."""
     n = size or (8192 if device == "cuda" else 1536)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -62,7 +68,9 @@ def in_turn(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, 
 def summary(values: Iterable[float]) -> dict[str, float]:
     """Median, and the quartiles as its spread."""
     values = sorted(values)
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    low, middle, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    )
     return {"median": middle, "low": low, "high": high}
 
 
@@ -73,7 +81,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 def resident_bytes(field: str = "VmRSS") -> int:
     """Resident memory of this process now (VmRSS) or at its highest (VmHWM); Linux."""
-    return next(int(line.split()[1]) for line in read("/proc/self/status").splitlines() if line.startswith(field)) << 10
+    return (
+        next(
+            int(line.split()[1])
+            for line in read("/proc/self/status").splitlines()
+            if line.startswith(field)
+        )
+        << 10
+    )
 
 
 def read(path: str) -> str:

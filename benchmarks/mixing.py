@@ -66,18 +66,44 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--full", dest="size", action="store_const", const="full", help="a larger model, longer runs")
     parser.add_argument(
-        "--small", dest="size", action="store_const", const="small", help="a smaller model, shorter runs"
+        "--full",
+        dest="size",
+        action="store_const",
+        const="full",
+        help="a larger model, longer runs",
     )
-    parser.add_argument("--quick", dest="size", action="store_const", const="quick", help="only to see that it works")
-    parser.add_argument("--schedule", default="cosine", choices=("cosine", "wsd", "constant"), help="learning rate")
-    parser.add_argument("--work", type=Path, default=Path("runs/mixing-benchmark"), help="where runs are kept")
+    parser.add_argument(
+        "--small",
+        dest="size",
+        action="store_const",
+        const="small",
+        help="a smaller model, shorter runs",
+    )
+    parser.add_argument(
+        "--quick",
+        dest="size",
+        action="store_const",
+        const="quick",
+        help="only to see that it works",
+    )
+    parser.add_argument(
+        "--schedule", default="cosine", choices=("cosine", "wsd", "constant"), help="learning rate"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/mixing-benchmark"), help="where runs are kept"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[1, 2, 3, 4, 5])
-    parser.add_argument("--arms", type=lambda text: text.split(","), help="only these, and what they need")
+    parser.add_argument(
+        "--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[1, 2, 3, 4, 5]
+    )
+    parser.add_argument(
+        "--arms", type=lambda text: text.split(","), help="only these, and what they need"
+    )
     parser.add_argument("--report", action="store_true", help="only report what is finished")
-    parser.add_argument("--json", type=Path, help="where the numbers go; the picture stands beside it")
+    parser.add_argument(
+        "--json", type=Path, help="where the numbers go; the picture stands beside it"
+    )
     options = parser.parse_args()
     options.size = options.size or "default"
     name = "mixing" + ("" if options.size == "default" else f"-{options.size}")
@@ -95,7 +121,9 @@ class Bench:
         paths = corpus(options.work / "corpus")
         inside = [source for source in paths.sources if source not in OUTSIDE]
         self.text = read_text(paths, inside, self.scale)
-        self.outside = read_text(paths, [source for source in OUTSIDE if source in paths.sources], self.scale)
+        self.outside = read_text(
+            paths, [source for source in OUTSIDE if source in paths.sources], self.scale
+        )
         self.about = paths.facts["sources"]
         rows = np.concatenate([*self.text.train, *self.text.measured, *self.outside.measured])
         self.content = hashlib.sha256(rows.tobytes()).hexdigest()
@@ -131,7 +159,10 @@ class Bench:
             "odm-repo": ("odm-repo", warm),
             "odm-paper": ("odm-paper", warm),
             "odm": ("odm", warm),
-            "ado": ("ado", {"prior": self.natural.tolist(), "refit_every": max(30, self.scale.steps // 20)}),
+            "ado": (
+                "ado",
+                {"prior": self.natural.tolist(), "refit_every": max(30, self.scale.steps // 20)},
+            ),
             "progress": ("progress", warm),
             "progress-tilt": ("progress", warm | {"prior": (tilt / tilt.sum()).tolist()}),
         }
@@ -143,11 +174,17 @@ class Bench:
             for arm in ("odm", "progress", "progress-tilt"):
                 if all(self.done(arm, s) for s in others):
                     shares = np.mean([self.read(arm, s)["mean_share"] for s in others], axis=0)
-                    yield Job(f"{arm}-mean", seed, "static", {"prior": (shares / shares.sum()).tolist()})
+                    yield Job(
+                        f"{arm}-mean", seed, "static", {"prior": (shares / shares.sum()).tolist()}
+                    )
             other = others[place % len(others)]
             if self.done("uniform", other):
-                target = self.read("uniform", other)["fed"]  # of the very rows whose losses the mixer is told
-                yield Job("dbl", seed, "dbl", {"target": target}, feed=max(1, self.scale.steps // 20))
+                target = self.read("uniform", other)[
+                    "fed"
+                ]  # of the very rows whose losses the mixer is told
+                yield Job(
+                    "dbl", seed, "dbl", {"target": target}, feed=max(1, self.scale.steps // 20)
+                )
 
     def third(self) -> Iterator[Job]:
         """The budget confirmation of our mixers, where they save anything."""
@@ -192,7 +229,10 @@ class Bench:
         wanted = [job for job in jobs if not chosen or job.arm in chosen or job.arm in FIXED]
         missing = [job for job in wanted if not self.finished(job)]
         self.folder.mkdir(parents=True, exist_ok=True)
-        print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished in {self.folder}", flush=True)
+        print(
+            f"{len(wanted) - len(missing)} of {len(wanted)} runs are finished in {self.folder}",
+            flush=True,
+        )
         if not missing:
             return
         with multiprocessing.get_context("fork").Pool(self.options.jobs, alone, (self,)) as pool:
@@ -201,16 +241,24 @@ class Bench:
 
     def weights(self, metric: str) -> np.ndarray:
         """(K,) of the two metrics that iterations are counted on."""
-        return self.natural if metric == "M2" else np.full(len(self.text.sources), 1 / len(self.text.sources))
+        return (
+            self.natural
+            if metric == "M2"
+            else np.full(len(self.text.sources), 1 / len(self.text.sources))
+        )
 
     def base(self, results: dict[str, dict[int, Result]], metric: str) -> str:
         """The best fixed mixture on a metric."""
         weights = self.weights(metric)
         return best_arm(
-            results, [arm for arm in FIXED if arm in results], lambda result: float(final(result) @ weights)
+            results,
+            [arm for arm in FIXED if arm in results],
+            lambda result: float(final(result) @ weights),
         )
 
-    def compare(self, results: dict[str, dict[int, Result]], arm: str, metric: str) -> dict[str, Any]:
+    def compare(
+        self, results: dict[str, dict[int, Result]], arm: str, metric: str
+    ) -> dict[str, Any]:
         """An arm against the best fixed mixture."""
         base = self.base(results, metric)
         return {"base": base} | against(results[arm], results[base], self.weights(metric))
@@ -256,7 +304,9 @@ class Bench:
             for source, rows in zip(self.text.sources, self.text.sizes, strict=True)
         }
 
-    def row(self, results: dict[str, dict[int, Result]], arm: str, best: np.ndarray) -> dict[str, Any]:
+    def row(
+        self, results: dict[str, dict[int, Result]], arm: str, best: np.ndarray
+    ) -> dict[str, Any]:
         """All numbers of an arm."""
         runs = results[arm]
         found = {seed: metrics(result, self.natural, best) for seed, result in runs.items()}
@@ -266,15 +316,31 @@ class Bench:
             "kind": any_run["job"]["kind"],
             "steps": any_run["steps"],
             "seeds": sorted(runs),
-            "metrics": {name: float(np.mean([values[name] for values in found.values()])) for name in names},
-            "by_seed": {name: {seed: values[name] for seed, values in found.items()} for name in names},
-            "against_best_fixed": {metric: self.compare(results, arm, metric) for metric in ("M1", "M2")},
-            "losses": np.mean([final(result) for result in runs.values()], axis=0).round(4).tolist(),
-            "mean_share": np.mean([result["mean_share"] for result in runs.values()], axis=0).round(4).tolist(),
-            "epochs": np.mean([result["epochs"] for result in runs.values()], axis=0).round(2).tolist(),
-            "shares": np.mean([result["shares"] for result in runs.values()], axis=0).round(4).tolist(),
+            "metrics": {
+                name: float(np.mean([values[name] for values in found.values()])) for name in names
+            },
+            "by_seed": {
+                name: {seed: values[name] for seed, values in found.items()} for name in names
+            },
+            "against_best_fixed": {
+                metric: self.compare(results, arm, metric) for metric in ("M1", "M2")
+            },
+            "losses": np.mean([final(result) for result in runs.values()], axis=0)
+            .round(4)
+            .tolist(),
+            "mean_share": np.mean([result["mean_share"] for result in runs.values()], axis=0)
+            .round(4)
+            .tolist(),
+            "epochs": np.mean([result["epochs"] for result in runs.values()], axis=0)
+            .round(2)
+            .tolist(),
+            "shares": np.mean([result["shares"] for result in runs.values()], axis=0)
+            .round(4)
+            .tolist(),
             "curves": {
-                metric: np.round(np.mean([curve(r, self.weights(metric)) for r in runs.values()], axis=0), 4).tolist()
+                metric: np.round(
+                    np.mean([curve(r, self.weights(metric)) for r in runs.values()], axis=0), 4
+                ).tolist()
                 for metric in ("M1", "M2")
             },
         }
@@ -317,14 +383,21 @@ def print_table(value: dict[str, Any]) -> None:
         f"\n{len(value['sources'])} sources, {scale['steps']} steps, seeds {value['seeds']}; nats a byte;"
         f" S on M1 against {fixed['M1']}, on M2 against {fixed['M2']}"
     )
-    print(f"{'arm':<22}seeds" + "".join(f"{name:>8}" for name in ("M1", "M1 ppl", "M2", "M3", "M4")), end="")
+    print(
+        f"{'arm':<22}seeds" + "".join(f"{name:>8}" for name in ("M1", "M1 ppl", "M2", "M3", "M4")),
+        end="",
+    )
     print("".join(f"{title:>10}{'95%':>18}" for title in ("S on M1", "S on M2")))
     for arm, row in sorted(value["arms"].items(), key=lambda item: item[1]["metrics"]["M1"]):
-        numbers = "".join(f"{row['metrics'][name]:>8.3f}" for name in ("M1", "M1 ppl", "M2", "M3", "M4"))
+        numbers = "".join(
+            f"{row['metrics'][name]:>8.3f}" for name in ("M1", "M1 ppl", "M2", "M3", "M4")
+        )
         savings = ""
         for metric in ("M1", "M2"):
             found = row["against_best_fixed"][metric]
-            savings += f"{found['saved']:>+10.1%}" + f"{found['low']:>+9.1%}..{found['high']:<+7.1%}"
+            savings += (
+                f"{found['saved']:>+10.1%}" + f"{found['low']:>+9.1%}..{found['high']:<+7.1%}"
+            )
         print(f"{arm:<22}{len(row['seeds']):>5}{numbers}{savings}")
     for metric, arms in value["noise"].items():
         for arm, noise in arms.items():
@@ -332,7 +405,9 @@ def print_table(value: dict[str, Any]) -> None:
             print(f"two seeds of {arm}: S on {metric} {spread}")
     for arm, found in value["confirm"].items():
         gaps = ", ".join(f"{gap:+.4f}" for gap in found["M1_above_base"])
-        print(f"{arm}: {found['steps']} steps ({found['saved']:.0%} less) end {gaps} nats from {fixed['M1']} on M1")
+        print(
+            f"{arm}: {found['steps']} steps ({found['saved']:.0%} less) end {gaps} nats from {fixed['M1']} on M1"
+        )
 
 
 if __name__ == "__main__":

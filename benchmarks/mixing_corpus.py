@@ -55,13 +55,17 @@ def changelogs() -> list[Document]:
 
 def manuals(english: bool) -> list[Document]:
     """Manual pages in English, or in all the other languages."""
-    folders = [path for path in MAN.glob("*") if path.is_dir() and (path.name in ENGLISH) == english]
+    folders = [
+        path for path in MAN.glob("*") if path.is_dir() and (path.name in ENGLISH) == english
+    ]
     return read_all(path for folder in folders for path in folder.rglob("*.gz") if path.is_file())
 
 
 def perl() -> list[Document]:
     """Perl's modules with their documentation."""
-    return read_all(path for path in Path("/usr/share/perl").rglob("*.p[ml]") if not path.is_symlink())
+    return read_all(
+        path for path in Path("/usr/share/perl").rglob("*.p[ml]") if not path.is_symlink()
+    )
 
 
 def headers(twin: bool) -> list[Document]:
@@ -69,7 +73,11 @@ def headers(twin: bool) -> list[Document]:
     folder = texts.package_folder("torch/include")
     files = sorted(folder.rglob("*.h")) if folder else []
     named = {path: str(path.relative_to(folder)) for path in files} if folder else {}
-    mine = [path for path, name in named.items() if (hashlib.sha256(name.encode()).digest()[0] % 2 == 1) == twin]
+    mine = [
+        path
+        for path, name in named.items()
+        if (hashlib.sha256(name.encode()).digest()[0] % 2 == 1) == twin
+    ]
     return texts.read_documents((named[path], path) for path in mine)
 
 
@@ -89,12 +97,17 @@ def characters() -> list[Document]:
         name = unicodedata.name(letter, "")
         if name and not name.startswith(("CJK UNIFIED", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH")):
             lines.append(f"{code:05X} {letter} {unicodedata.category(letter)} {name}")
-    return [Document(f"{start:06d}", "\n".join(lines[start : start + 256])) for start in range(0, len(lines), 256)]
+    return [
+        Document(f"{start:06d}", "\n".join(lines[start : start + 256]))
+        for start in range(0, len(lines), 256)
+    ]
 
 
 def zones() -> list[Document]:
     """The rules of the world's clocks."""
-    return [part for d in read_all([Path("/usr/share/zoneinfo/tzdata.zi")]) for part in cut(d, 1024)]
+    return [
+        part for d in read_all([Path("/usr/share/zoneinfo/tzdata.zi")]) for part in cut(d, 1024)
+    ]
 
 
 def cut(document: Document, size: int) -> Iterator[Document]:
@@ -113,7 +126,9 @@ def noise(size: int) -> list[Document]:
 def trivial(size: int) -> list[Document]:
     """One sentence over and over with a number in it that is said three times."""
     random = np.random.default_rng(12)
-    lines = (f"{n} comes, {n} stays, {n} goes.\n" for n in random.integers(10**7, 10**8, size // 41))
+    lines = (
+        f"{n} comes, {n} stays, {n} goes.\n" for n in random.integers(10**7, 10**8, size // 41)
+    )
     return list(cut(Document("trivial", "".join(lines)), 4096))
 
 
@@ -128,7 +143,9 @@ CORPORA.register(NAME)(
             "stdlib": source(texts.library_code, "modules of the standard library"),
             "tests": source(texts.library_tests, "tests of the standard library"),
             "reference": source(texts.language_reference, "the language reference behind help()"),
-            "docstrings": source(texts.package_docstrings, "docstrings of torch, numpy and pydantic"),
+            "docstrings": source(
+                texts.package_docstrings, "docstrings of torch, numpy and pydantic"
+            ),
             "papers": source(texts.package_papers, "READMEs and licences of installed packages"),
             "headers": source(partial(headers, False), "half of PyTorch's C++ headers"),
             "headers-twin": source(partial(headers, True), "the other half"),

@@ -46,7 +46,9 @@ def main() -> None:
     print(f"observe + weights + plan, median / 99th percentile in us\n{'sources':<18}", end="")
     print("".join(f"{count:>16,}" for count in COUNTS))
     for name, cases in found.items():
-        print(f"{name:<18}" + "".join(f"{case['all']:>8.0f} /{case['p99']:>6.0f}" for case in cases))
+        print(
+            f"{name:<18}" + "".join(f"{case['all']:>8.0f} /{case['p99']:>6.0f}" for case in cases)
+        )
     runs = {"1M": alone(RUN, options.run_steps), "14M": alone(RUN + LARGER, options.long_steps)}
     for size, run in runs.items():
         parts = ", ".join(f"{name} {run[name]:.0f}" for name in PARTS)
@@ -60,7 +62,13 @@ def main() -> None:
         f"step with a mixer / step of a replay: {ratio['ratio']:.4f} ({ratio['low']:.4f} to {ratio['high']:.4f} in half"
         f" of {ratio['blocks']} blocks; its own error {ratio['error']:.4f})"
     )
-    result = {"machine": describe(), "rows": ROWS, "steps": options.steps, "microseconds": found, "runs": runs}
+    result = {
+        "machine": describe(),
+        "rows": ROWS,
+        "steps": options.steps,
+        "microseconds": found,
+        "runs": runs,
+    }
     write_json(options.json, result | {"against_a_replay": ratio})
 
 
@@ -95,7 +103,12 @@ def measure(name: str, count: int, steps: int) -> dict[str, Any]:
     spent = np.zeros((steps, 3))
     for step in range(1, steps + 1):
         means = losses[step % 64]
-        stats = Stats(step, means * tokens, tokens, val_loss=means if name in ("dbl", "naive-validation") else None)
+        stats = Stats(
+            step,
+            means * tokens,
+            tokens,
+            val_loss=means if name in ("dbl", "naive-validation") else None,
+        )
         start = time.perf_counter_ns()
         plan = planner.plan(step)
         planned = time.perf_counter_ns()
@@ -147,9 +160,19 @@ def alone(overrides: Sequence[str], steps: int) -> dict[str, Any]:
             spent.append([*timers.take(), time.perf_counter_ns() - start])
     own, whole = np.array(spent[LEFT_OUT:]) / 1e3, np.array(times[LEFT_OUT:]) / 1e3
     mixing = own[:, : len(PARTS)].sum(axis=1)
-    out = {"steps": steps, "step_ms": float(np.median(whole)) / 1e3, "microseconds": float(np.median(mixing))}
-    out |= {name: float(np.median(column)) for name, column in zip([*PARTS, "record"], own.T, strict=True)}
-    return out | {"share": float(np.median(mixing / whole)), "share_of_all": float(mixing.sum() / whole.sum())}
+    out = {
+        "steps": steps,
+        "step_ms": float(np.median(whole)) / 1e3,
+        "microseconds": float(np.median(mixing)),
+    }
+    out |= {
+        name: float(np.median(column))
+        for name, column in zip([*PARTS, "record"], own.T, strict=True)
+    }
+    return out | {
+        "share": float(np.median(mixing / whole)),
+        "share_of_all": float(mixing.sum() / whole.sum()),
+    }
 
 
 def against_a_replay(steps: int) -> dict[str, Any]:
@@ -169,7 +192,14 @@ def against_a_replay(steps: int) -> dict[str, Any]:
     mixed, replayed = (np.array(t).reshape(-1, 2).sum(axis=1)[LEFT_OUT:] for t in times)
     low, middle, high = (float(value) for value in np.percentile(mixed / replayed, [25, 50, 75]))
     error = 1.25 * float(np.std(mixed / replayed)) / len(mixed) ** 0.5
-    return {"steps": steps, "blocks": len(mixed), "ratio": middle, "low": low, "high": high, "error": error}
+    return {
+        "steps": steps,
+        "blocks": len(mixed),
+        "ratio": middle,
+        "low": low,
+        "high": high,
+        "error": error,
+    }
 
 
 def trainer_of(folder: str, steps: int, *overrides: str) -> Trainer:

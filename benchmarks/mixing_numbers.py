@@ -85,7 +85,9 @@ def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, floa
     return float(low), float(high)
 
 
-def against(arm: Mapping[int, Result], base: Mapping[int, Result], weights: Floats) -> dict[str, Any]:
+def against(
+    arm: Mapping[int, Result], base: Mapping[int, Result], weights: Floats
+) -> dict[str, Any]:
     """Iterations saved and nats gained, seed by seed, with medians and the interval of the first."""
     seeds = sorted(arm.keys() & base.keys())
     by_seed = [saved(arm[s], base[s], weights) for s in seeds]
@@ -108,6 +110,10 @@ def noise_floor(runs: Mapping[int, Result], weights: Floats) -> dict[str, float]
     return {"median": float(np.median(np.abs(values))), "low": float(low), "high": float(high)}
 
 
-def best_arm(arms: Mapping[str, Mapping[int, Result]], names: Sequence[str], weigh: Callable[[Result], float]) -> str:
+def best_arm(
+    arms: Mapping[str, Mapping[int, Result]], names: Sequence[str], weigh: Callable[[Result], float]
+) -> str:
     """The arm with the lowest mean over the seeds."""
-    return min(names, key=lambda name: float(np.mean([weigh(result) for result in arms[name].values()])))
+    return min(
+        names, key=lambda name: float(np.mean([weigh(result) for result in arms[name].values()]))
+    )

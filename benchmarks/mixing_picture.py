@@ -23,10 +23,30 @@ def draw(value: dict[str, Any], path: Path) -> None:
     arms = sorted(value["arms"], key=lambda arm: value["arms"][arm]["metrics"]["M1"])
     fixed = value["best_fixed"]
     panels: list[tuple[str, Callable[[str], Dots], float | None, bool]] = [
-        ("M1: mean loss, nats a byte", lambda arm: value["arms"][arm]["by_seed"]["M1"], None, False),
-        ("M2: loss by tokens, nats a byte", lambda arm: value["arms"][arm]["by_seed"]["M2"], None, False),
-        (f"iterations saved, M1, against {fixed['M1']}", lambda arm: saved(value, arm, "M1"), 0.0, True),
-        (f"iterations saved, M2, against {fixed['M2']}", lambda arm: saved(value, arm, "M2"), 0.0, True),
+        (
+            "M1: mean loss, nats a byte",
+            lambda arm: value["arms"][arm]["by_seed"]["M1"],
+            None,
+            False,
+        ),
+        (
+            "M2: loss by tokens, nats a byte",
+            lambda arm: value["arms"][arm]["by_seed"]["M2"],
+            None,
+            False,
+        ),
+        (
+            f"iterations saved, M1, against {fixed['M1']}",
+            lambda arm: saved(value, arm, "M1"),
+            0.0,
+            True,
+        ),
+        (
+            f"iterations saved, M2, against {fixed['M2']}",
+            lambda arm: saved(value, arm, "M2"),
+            0.0,
+            True,
+        ),
     ]
     parts = [text(8, TOP + LINE * row + 4, arm) for row, arm in enumerate(arms)]
     height = TOP + LINE * len(arms)
@@ -35,7 +55,9 @@ def draw(value: dict[str, Any], path: Path) -> None:
         parts += panel(left, title, [dots(arm) for arm in arms], line, percent)
     moving = [arm for arm in ("odm", "progress", "progress-tilt") if arm in value["arms"]]
     for place, arm in enumerate(moving):
-        parts += areas(LABEL + place * (PANEL + GAP), height + 40, arm, value["arms"][arm]["shares"])
+        parts += areas(
+            LABEL + place * (PANEL + GAP), height + 40, arm, value["arms"][arm]["shares"]
+        )
     parts += legend(LABEL + len(moving) * (PANEL + GAP), height + 40, list(value["sources"]))
     width = LABEL + len(panels) * (PANEL + GAP)
     total = height + 40 + max(190, 14 * len(value["sources"]) + 20)
@@ -57,7 +79,9 @@ def text(x: float, y: float, words: str, kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>{escape(words)}</text>'
 
 
-def panel(left: float, title: str, rows: Sequence[Dots], line: float | None, percent: bool) -> list[str]:
+def panel(
+    left: float, title: str, rows: Sequence[Dots], line: float | None, percent: bool
+) -> list[str]:
     """Dots of all arms on one axis."""
     values = [v for row in rows for v in row.values()] + ([line] if line is not None else [])
     low, high = min(values), max(values)
@@ -76,10 +100,14 @@ def panel(left: float, title: str, rows: Sequence[Dots], line: float | None, per
         y = TOP + LINE * number
         parts.append(f'<line class="g" x1="{left}" x2="{left + PANEL}" y1="{y}" y2="{y}"/>')
         middle = sorted(row.values())[len(row) // 2]
-        parts.append(f'<line class="m" x1="{at(middle):.1f}" x2="{at(middle):.1f}" y1="{y - 6}" y2="{y + 6}"/>')
+        parts.append(
+            f'<line class="m" x1="{at(middle):.1f}" x2="{at(middle):.1f}" y1="{y - 6}" y2="{y + 6}"/>'
+        )
         for seed, v in row.items():
             said = f"<title>seed {seed}: {v:.4f}</title>"
-            parts.append(f'<circle cx="{at(v):.1f}" cy="{y}" r="3.5" fill="#4c78a8" fill-opacity=".75">{said}</circle>')
+            parts.append(
+                f'<circle cx="{at(v):.1f}" cy="{y}" r="3.5" fill="#4c78a8" fill-opacity=".75">{said}</circle>'
+            )
     return parts
 
 
@@ -94,7 +122,9 @@ def areas(left: float, top: float, arm: str, shares: Sequence[Sequence[float]]) 
         up = [f"{a:.1f},{top + high * (1 - b):.1f}" for a, b in zip(x, above, strict=True)]
         down = [f"{a:.1f},{top + high * (1 - b):.1f}" for a, b in zip(x, below, strict=True)]
         colour = COLOURS[(source - 1) % len(COLOURS)]
-        parts.append(f'<polygon points="{" ".join(up + down[::-1])}" fill="{colour}" fill-opacity=".85"/>')
+        parts.append(
+            f'<polygon points="{" ".join(up + down[::-1])}" fill="{colour}" fill-opacity=".85"/>'
+        )
         below = above
     parts.append(text(left, top + high + 14, f"step {shares[0][0]:.0f} to {last:.0f}", "s"))
     return parts
@@ -105,6 +135,8 @@ def legend(left: float, top: float, sources: Sequence[str]) -> list[str]:
     parts = []
     for place, (number, source) in enumerate(reversed(list(enumerate(sources)))):
         y = top + 14 * place
-        parts.append(f'<rect x="{left}" y="{y - 9}" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>')
+        parts.append(
+            f'<rect x="{left}" y="{y - 9}" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>'
+        )
         parts.append(text(left + 16, y, source, "s"))
     return parts

@@ -93,7 +93,8 @@ class Text:
 def read_text(paths: CorpusPaths, sources: Sequence[str], scale: Scale) -> Text:
     """Cut the token files of some sources into rows of seq + 1 tokens, of which the last is a target only."""
     train, valid = (
-        [rows_of(paths.folder / f"{part}/{source}", scale.seq) for source in sources] for part in ("train", "valid")
+        [rows_of(paths.folder / f"{part}/{source}", scale.seq) for source in sources]
+        for part in ("train", "valid")
     )
     fed = [spread(rows, scale.feed_rows) for rows in valid]
     rest = [np.delete(rows, spread_places(len(rows), scale.feed_rows), axis=0) for rows in valid]
@@ -103,7 +104,9 @@ def read_text(paths: CorpusPaths, sources: Sequence[str], scale: Scale) -> Text:
 def rows_of(prefix: Any, seq: int) -> Tokens:
     """All documents one after another, in rows that overlap by one token."""
     dataset = IndexedDataset(prefix)
-    tokens = np.concatenate([np.asarray(dataset[i]) for i in range(len(dataset.sizes))]).astype(np.uint16)
+    tokens = np.concatenate([np.asarray(dataset[i]) for i in range(len(dataset.sizes))]).astype(
+        np.uint16
+    )
     count = (len(tokens) - 1) // seq
     return tokens[np.arange(count)[:, None] * seq + np.arange(seq + 1)[None, :]]
 
@@ -133,7 +136,9 @@ def losses_of(model: Decoder, rows: Tokens) -> torch.Tensor:
 def evaluate(model: Decoder, sources: Sequence[Tokens], at_once: int = 32) -> list[float]:
     """Held-out loss of each source, nats a token."""
     rows = np.concatenate(list(sources))
-    found = torch.cat([losses_of(model, rows[i : i + at_once]) for i in range(0, len(rows), at_once)])
+    found = torch.cat(
+        [losses_of(model, rows[i : i + at_once]) for i in range(0, len(rows), at_once)]
+    )
     return [float(part.mean()) for part in found.split([len(source) for source in sources])]
 
 
@@ -144,10 +149,14 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
     """
     steps = round(scale.steps * job.share)
     mixer = make_mixer(job.kind, sources=text.sources, **job.options)
-    planner = Planner(mixer, sizes=text.sizes, rows=scale.rows, seed=job.seed if job.order is None else job.order)
+    planner = Planner(
+        mixer, sizes=text.sizes, rows=scale.rows, seed=job.seed if job.order is None else job.order
+    )
     model = make_model(scale, job.seed)
     optimizer = make_optimizer(model, OptimConfig(lr=scale.lr))
-    rate = make_schedule(ScheduleConfig(name=scale.schedule, warmup=0.02, min_lr=scale.lr / 50), scale.lr, steps)  # type: ignore[arg-type]
+    rate = make_schedule(
+        ScheduleConfig(name=scale.schedule, warmup=0.02, min_lr=scale.lr / 50), scale.lr, steps
+    )  # type: ignore[arg-type]
     measured_at, curve = scale.eval_steps(steps), []
     counts, shares = np.zeros((steps, len(text.sources)), np.int64), []
     for step in range(1, steps + 1):

@@ -55,7 +55,9 @@ def main() -> None:
     finally:
         if options.pile:
             shutil.rmtree(options.folder)
-    print(f"{'case':<28}{'documents':>12}{'rows':>14}{'epochs':>8}{'seconds':>9}{'cpu s':>8}{'peak GB':>9}")
+    print(
+        f"{'case':<28}{'documents':>12}{'rows':>14}{'epochs':>8}{'seconds':>9}{'cpu s':>8}{'peak GB':>9}"
+    )
     for name, found in cases.items():
         print(
             f"{name:<28}{found['documents']:>12,}{found['rows']:>14,}{found['epochs']:>8}"
@@ -76,7 +78,9 @@ def check_limits(cases: dict[str, dict[str, Any]]) -> None:
     if (worst := max(found["peak_gb"] for found in cases.values())) > LIMIT_GB:
         raise SystemExit(f"peak {worst} GB, more than {LIMIT_GB} GB")
     if (slowest := max(cases[name]["seconds"] for name in (KEPT, FORGOTTEN))) > LIMIT_SECONDS:
-        raise SystemExit(f"{slowest} s to the first batch with kept index maps, more than {LIMIT_SECONDS} s")
+        raise SystemExit(
+            f"{slowest} s to the first batch with kept index maps, more than {LIMIT_SECONDS} s"
+        )
 
 
 def read_options() -> argparse.Namespace:
@@ -86,21 +90,34 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, help="default 10 million, with --pile 210 million")
     parser.add_argument("--rows", type=int, help="default 100 million, with --pile 146 million")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", type=Path, help="with --pile, a new folder for 7 GB; removed at the end")
+    parser.add_argument(
+        "--folder", type=Path, help="with --pile, a new folder for 7 GB; removed at the end"
+    )
     parser.add_argument("--case", choices=[*CASES, *PILE_CASES], help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.documents = options.documents or (PILE_DOCUMENTS if options.pile else 10_000_000)
     options.rows = options.rows or (PILE_ROWS if options.pile else 100_000_000)
-    options.json = options.json or HERE / "results" / ("order-pile.json" if options.pile else "order.json")
+    options.json = options.json or HERE / "results" / (
+        "order-pile.json" if options.pile else "order.json"
+    )
     options.folder = options.folder or Path(tempfile.gettempdir()) / f"castalia-pile-{os.getpid()}"
     return options
 
 
 def run_apart(case: str, options: argparse.Namespace) -> dict[str, Any]:
     """One case in a process of its own."""
-    command = [sys.executable, __file__, "--case", case, f"--documents={options.documents}", f"--rows={options.rows}"]
+    command = [
+        sys.executable,
+        __file__,
+        "--case",
+        case,
+        f"--documents={options.documents}",
+        f"--rows={options.rows}",
+    ]
     command.append(f"--folder={options.folder}")
-    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found: dict[str, Any] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    )
     return found
 
 
@@ -157,7 +174,9 @@ def first_batch(options: argparse.Namespace) -> dict[str, Any]:
     from castalia.data import DataConfig, StepLoader, build_rows
 
     start = now()
-    config = DataConfig(seq_length=SEQ_LENGTH, train=[prefix(options)], order_cache=str(maps_folder(options)))
+    config = DataConfig(
+        seq_length=SEQ_LENGTH, train=[prefix(options)], order_cache=str(maps_folder(options))
+    )
     sizes: dict[str, Any] = {"seed": 1234, "batch_size": BATCH, "steps": options.rows // BATCH}
     rows = build_rows(config, **sizes, eval_every=None, eval_batches=1)
     batches = iter(StepLoader(rows.train, batch_size=BATCH, vocab_size=50304))
@@ -209,7 +228,11 @@ def maps_folder(options: argparse.Namespace) -> Path:
 
 
 KEPT, FORGOTTEN = "first batch, kept maps", "the same, from the disk"
-CASES = {"long documents": long_documents, "short documents": short_documents, "blend of 22": blend_of_22}
+CASES = {
+    "long documents": long_documents,
+    "short documents": short_documents,
+    "blend of 22": blend_of_22,
+}
 PILE_CASES = {
     "the order alone": pile_order,
     "first batch, building": first_batch,
@@ -243,7 +266,11 @@ def measured(spent: dict[str, float], documents: int, rows: int, epochs: int) ->
 
 def machine() -> dict[str, Any]:
     """Where it ran."""
-    names = [line.split(":")[1].strip() for line in read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in read("/proc/cpuinfo").splitlines()
+        if line.startswith("model name")
+    ]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cpu": names[0] if names else platform.processor(),

@@ -44,7 +44,11 @@ PLACES = [
     "/usr/lib",
     "/usr/share",
 ]
-PEER_FILES = ("tools/datasets/preprocess_data.py", "megatron/tokenizer", "megatron/data/indexed_dataset.py")
+PEER_FILES = (
+    "tools/datasets/preprocess_data.py",
+    "megatron/tokenizer",
+    "megatron/data/indexed_dataset.py",
+)
 PEER_NEEDS = ("lm_dataformat", "ftfy", "sentencepiece", "transformers", "tqdm")
 STUB = "def print_rank_0(*message):\n    print(*message, flush=True)\n"
 GOAL = 20
@@ -58,7 +62,12 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         bench = Bench(options, Path(folder))
-        found = {"machine": describe(), "workers": options.workers, "kinds": bench.kinds(), "speed": bench.speed()}
+        found = {
+            "machine": describe(),
+            "workers": options.workers,
+            "kinds": bench.kinds(),
+            "speed": bench.speed(),
+        }
         found["growth"] = bench.growth()
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -66,15 +75,23 @@ def main() -> None:
 
 def read_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="castalia prepare beside GPT-NeoX's preprocess_data.py.")
-    parser.add_argument("--peer", type=Path, required=True, help="checkout or git directory of GPT-NeoX")
+    parser = argparse.ArgumentParser(
+        description="castalia prepare beside GPT-NeoX's preprocess_data.py."
+    )
+    parser.add_argument(
+        "--peer", type=Path, required=True, help="checkout or git directory of GPT-NeoX"
+    )
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER)
     parser.add_argument("--megabytes", type=int, default=500, help="size of the timed corpus")
-    parser.add_argument("--growth", type=int, nargs="*", default=[100, 500, 2000], help="megabytes for peak memory")
+    parser.add_argument(
+        "--growth", type=int, nargs="*", default=[100, 500, 2000], help="megabytes for peak memory"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where corpora and outputs go meanwhile")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "prepare.json")
+    parser.add_argument(
+        "--json", type=Path, default=ROOT / "benchmarks" / "results" / "prepare.json"
+    )
     return parser.parse_args()
 
 
@@ -83,9 +100,15 @@ def missing(options: argparse.Namespace) -> str | None:
     if not options.tokenizer.is_file():
         return f"{options.tokenizer} is not here; name GPT-NeoX-20B's tokenizer with --tokenizer"
     if not options.peer.is_dir():
-        return f"{options.peer} is no folder; name a checkout or git directory of GPT-NeoX with --peer"
+        return (
+            f"{options.peer} is no folder; name a checkout or git directory of GPT-NeoX with --peer"
+        )
     lacking = [name for name in PEER_NEEDS if find_spec(name) is None]
-    return f"GPT-NeoX's script needs {', '.join(lacking)}: pip install {' '.join(lacking)}" if lacking else None
+    return (
+        f"GPT-NeoX's script needs {', '.join(lacking)}: pip install {' '.join(lacking)}"
+        if lacking
+        else None
+    )
 
 
 class Bench:
@@ -98,16 +121,36 @@ class Bench:
 
     def castalia(self, corpus: Path, **changed: Any) -> dict[str, float]:
         """One run of ours."""
-        command = [sys.executable, "-m", "castalia", "prepare", str(corpus), "--tokenizer", str(self.options.tokenizer)]
+        command = [
+            sys.executable,
+            "-m",
+            "castalia",
+            "prepare",
+            str(corpus),
+            "--tokenizer",
+            str(self.options.tokenizer),
+        ]
         command += ["--append-eod", "--output", str(self.folder / "ours")]
         return measured([*command, "--workers", str(changed.get("workers", self.options.workers))])
 
     def neox(self, corpus: Path) -> dict[str, float]:
         """One run of GPT-NeoX's."""
-        command = [sys.executable, str(self.peer / PEER_FILES[0]), "--input", str(corpus), "--append-eod"]
+        command = [
+            sys.executable,
+            str(self.peer / PEER_FILES[0]),
+            "--input",
+            str(corpus),
+            "--append-eod",
+        ]
         command += ["--tokenizer-type", "HFTokenizer", "--vocab-file", str(self.options.tokenizer)]
         return measured(
-            [*command, "--output-prefix", str(self.folder / "theirs"), "--workers", str(self.options.workers)]
+            [
+                *command,
+                "--output-prefix",
+                str(self.folder / "theirs"),
+                "--workers",
+                str(self.options.workers),
+            ]
         )
 
     def same(self) -> bool:
@@ -125,7 +168,9 @@ class Bench:
             self.castalia(corpus)
             self.neox(corpus)
             found[name] = facts | {"same": self.same()}
-            print(f"{name:<28}{facts['documents']:>11,}{facts['bytes'] / 1e6:>8.1f}  {found[name]['same']}")
+            print(
+                f"{name:<28}{facts['documents']:>11,}{facts['bytes'] / 1e6:>8.1f}  {found[name]['same']}"
+            )
         return found
 
     def speed(self) -> dict[str, Any]:
@@ -146,13 +191,21 @@ class Bench:
         gain = ratio(times["gpt-neox"], times["castalia"])
         found = {**facts, "tokens": tokens, "same": self.same(), "ratio": gain, "runs": self.runs}
         print(
-            f"\n{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.0f} MB of text, {tokens:,} tokens,", end=" "
+            f"\n{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.0f} MB of text, {tokens:,} tokens,",
+            end=" ",
         )
-        print(f"{self.options.workers} workers; {facts['again'] / 1e6:,.0f} MB of it come a second time")
-        print(f"{'':<12}{'documents/s':>13}{'MB/s':>8}{'tokens/s/core':>15}{'GB a process':>14}{'seconds':>9}")
+        print(
+            f"{self.options.workers} workers; {facts['again'] / 1e6:,.0f} MB of it come a second time"
+        )
+        print(
+            f"{'':<12}{'documents/s':>13}{'MB/s':>8}{'tokens/s/core':>15}{'GB a process':>14}{'seconds':>9}"
+        )
         for name, runs in self.runs.items():
             taken = summary(run["seconds"] for run in runs)["median"]
-            cpu, peak = summary(run["cpu"] for run in runs)["median"], max(run["peak"] for run in runs)
+            cpu, peak = (
+                summary(run["cpu"] for run in runs)["median"],
+                max(run["peak"] for run in runs),
+            )
             print(
                 f"{name:<12}{facts['documents'] / taken:>13,.0f}{facts['bytes'] / taken / 1e6:>8.1f}"
                 f"{tokens / cpu:>15,.0f}{peak / 1e9:>14.2f}{taken:>9.1f}"
@@ -169,14 +222,19 @@ class Bench:
             facts = write_corpus(corpus, gathered(megabytes * 1_000_000))
             run = self.castalia(corpus)
             found[str(megabytes)] = facts | run
-            print(f"{megabytes:>8,}{run['peak'] / 1e9:>14.2f}{facts['bytes'] / run['seconds'] / 1e6:>8.1f}", flush=True)
+            print(
+                f"{megabytes:>8,}{run['peak'] / 1e9:>14.2f}{facts['bytes'] / run['seconds'] / 1e6:>8.1f}",
+                flush=True,
+            )
         return found
 
 
 def unpack_peer(source: Path, target: Path) -> Path:
     """The script of GPT-NeoX and what it reads, under a package that imports nothing else."""
     git = ["git", f"--git-dir={source / '.git' if (source / '.git').exists() else source}"]
-    archive = subprocess.run([*git, "archive", "HEAD", *PEER_FILES], capture_output=True, check=True).stdout
+    archive = subprocess.run(
+        [*git, "archive", "HEAD", *PEER_FILES], capture_output=True, check=True
+    ).stdout
     with tarfile.open(fileobj=BytesIO(archive)) as opened:
         opened.extractall(target, filter="data")
     (target / "megatron" / "__init__.py").write_text(STUB)
@@ -285,8 +343,18 @@ def kinds() -> dict[str, Iterator[tuple[str, bool]]]:
     empty = [draw.choice(["", "", text]) for text in ascii_only[:300]] + [""] * 50
     joined = "\n".join(texts)
     long = [joined[i * 10_000_000 : (i + 1) * 10_000_000] for i in range(2)]
-    names = ["<|endoftext|>", "<|padding|>", "  ", " <|endoftext|> ", "<|endoftext|><|endoftext|>", "<|end"]
-    special = ["".join(draw.choice(names) + word + " " for word in text[:3000].split(" ")) for text in unicode[:200]]
+    names = [
+        "<|endoftext|>",
+        "<|padding|>",
+        "  ",
+        " <|endoftext|> ",
+        "<|endoftext|><|endoftext|>",
+        "<|end",
+    ]
+    special = [
+        "".join(draw.choice(names) + word + " " for word in text[:3000].split(" "))
+        for text in unicode[:200]
+    ]
     found = {
         "ASCII": ascii_only,
         "Unicode": unicode,

@@ -25,7 +25,12 @@ from machine import describe, summary
 
 CLIENTS = (1, 8, 64)
 RESULTS = Path(__file__).parent / "results" / "serving.json"
-SHAPE = {"num_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 2048}
+SHAPE = {
+    "num_layers": 6,
+    "hidden_size": 512,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
+}
 """Pythia-70M, arXiv:2304.01373, table 1."""
 LEAVERS = 1000
 
@@ -38,7 +43,10 @@ def write_model(folder: Path) -> Path:
     from castalia.models import Decoder, ModelConfig
     from castalia.train.config import RunConfig
 
-    texts = [path.read_text("utf-8", "ignore") for path in sorted(Path(os.__file__).parent.glob("*.py"))[:80]]
+    texts = [
+        path.read_text("utf-8", "ignore")
+        for path in sorted(Path(os.__file__).parent.glob("*.py"))[:80]
+    ]
     tokenizer = train_tokenizer(texts, 8192, folder / "tokenizer.json")
     config = ModelConfig(vocab_size=tokenizer.vocab_size, rotary_pct=0.25, **SHAPE)
     model = Decoder(config)
@@ -81,7 +89,14 @@ async def stream(port: int, body: dict[str, Any]) -> tuple[float, float]:
 def body_of(new: int, place: int) -> dict[str, Any]:
     """A request of its own for each client, so that no prompt is read from the prefix cache."""
     ids = random.Random(place).choices(range(1, 250), k=32)
-    return {"prompt": ids, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "logprobs": 0}
+    return {
+        "prompt": ids,
+        "max_tokens": new,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "logprobs": 0,
+    }
 
 
 async def round_of(port: int, clients: int, new: int, seed: int) -> dict[str, Any]:
@@ -89,7 +104,9 @@ async def round_of(port: int, clients: int, new: int, seed: int) -> dict[str, An
     times = max(1, min(4, 64 // clients))
 
     async def client(place: int) -> list[tuple[float, float]]:
-        return [await stream(port, body_of(new, seed + 1000 * place + turn)) for turn in range(times)]
+        return [
+            await stream(port, body_of(new, seed + 1000 * place + turn)) for turn in range(times)
+        ]
 
     began = time.perf_counter()
     done = [pair for pairs in await asyncio.gather(*map(client, range(clients))) for pair in pairs]
@@ -129,7 +146,17 @@ def get(port: int, path: str) -> str:
 
 def start(model: str, options: argparse.Namespace, port: int) -> subprocess.Popen[bytes]:
     """The server in a process of its own, answering."""
-    command = [sys.executable, "-m", "castalia", "serve", model, "--port", str(port), "--dtype", options.dtype]
+    command = [
+        sys.executable,
+        "-m",
+        "castalia",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--dtype",
+        options.dtype,
+    ]
     command += ["--slots", str(options.slots), "--queue", "2000"]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for _ in range(600):
@@ -149,7 +176,9 @@ def measure(port: int, options: argparse.Namespace) -> dict[str, Any]:
     asyncio.run(round_of(port, 1, options.new, 5))  # the first passes compile and tune
     for turn in range(options.rounds):
         for clients in CLIENTS:
-            found[clients].append(asyncio.run(round_of(port, clients, options.new, 10**4 * turn + clients)))
+            found[clients].append(
+                asyncio.run(round_of(port, clients, options.new, 10**4 * turn + clients))
+            )
     table = {}
     for clients, rounds in found.items():
         first = [value for one in rounds for value in one["first"]]
@@ -185,8 +214,12 @@ def measure_leavers(port: int, server: subprocess.Popen[bytes], new: int) -> dic
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", help="what to serve; by default random weights of Pythia-70M's shape")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", help="what to serve; by default random weights of Pythia-70M's shape"
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -218,10 +251,15 @@ def main() -> None:
             f"  whole p50 {row['whole_p50']:.2f} s, p99 {row['whole_p99']:.2f} s"
         )
     print(f"{LEAVERS} clients that leave: {leavers}")
-    record = {"machine": machine, "checkpoint": options.checkpoint or "random 70M shape, 8,192 tokens"}
+    record = {
+        "machine": machine,
+        "checkpoint": options.checkpoint or "random 70M shape, 8,192 tokens",
+    }
     record |= {name: getattr(options, name) for name in ("dtype", "slots", "rounds", "new")}
     options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(record | {"clients": table, "leavers": leavers}, indent=1) + "\n")
+    options.output.write_text(
+        json.dumps(record | {"clients": table, "leavers": leavers}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

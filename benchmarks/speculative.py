@@ -42,9 +42,13 @@ def guessed(
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
-    parser.add_argument("--draft", action="append", default=[], help="`lookup`, or a smaller model of the suite")
+    parser.add_argument(
+        "--draft", action="append", default=[], help="`lookup`, or a smaller model of the suite"
+    )
     parser.add_argument("--prompts", type=Path, required=True, help="a text file")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--size", type=int, default=80, help="characters of a prompt")
@@ -63,14 +67,25 @@ def main() -> None:
     model = castalia.load(options.model, engine=options.engine, dtype=options.dtype)
     prompts = pieces_of(options.prompts.read_text("utf-8", "ignore"), options.count, options.size)
     want = plain(model, prompts, options.new)
-    record: dict[str, Any] = {"machine": machine, "engine": options.engine, "dtype": options.dtype, "drafts": {}}
+    record: dict[str, Any] = {
+        "machine": machine,
+        "engine": options.engine,
+        "dtype": options.dtype,
+        "drafts": {},
+    }
     works = {"plain": partial(seconds, partial(plain, model, prompts, options.new))}
     for name in options.draft or ["lookup"]:
-        draft = name if name == "lookup" else castalia.load(name, engine=options.engine, dtype=options.dtype)
+        draft = (
+            name
+            if name == "lookup"
+            else castalia.load(name, engine=options.engine, dtype=options.dtype)
+        )
         tokens, kept = guessed(model, draft, prompts, options.new)
         same = sum(a == b for a, b in zip(tokens, want, strict=True))
         record["drafts"][Path(name).name] = {"kept": kept, "same_texts": same, "texts": len(want)}
-        works[Path(name).name] = partial(seconds, partial(guessed, model, draft, prompts, options.new))
+        works[Path(name).name] = partial(
+            seconds, partial(guessed, model, draft, prompts, options.new)
+        )
     times = in_turn(works, options.rounds)
     record["plain_seconds"] = summary(times["plain"])
     for name, entry in record["drafts"].items():

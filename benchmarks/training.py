@@ -48,13 +48,20 @@ def main() -> None:
     options = read_options()
     device = "cuda" if options.gpu else "cpu"
     machine = describe(device)
-    rates = {str(dtype).removeprefix("torch."): matrix_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    rates = {
+        str(dtype).removeprefix("torch."): matrix_rate(dtype, device)
+        for dtype in (torch.bfloat16, torch.float32)
+    }
     machine["matrix_gflops"] = {name: round(rate / 1e9) for name, rate in rates.items()}
     print(json.dumps(machine))
     if options.gpu:
         cases = [(shape, 2048, GPU_ROWS.get(shape, 8)) for shape in options.shapes]
     else:
-        cases = [(shape, seq, ROWS.get((shape, seq), 1)) for seq in options.seq for shape in options.shapes]
+        cases = [
+            (shape, seq, ROWS.get((shape, seq), 1))
+            for seq in options.seq
+            for shape in options.shapes
+        ]
     found = []
     for shape, seq, rows in cases:
         found.append(run_case(shape, seq, rows, device, options))
@@ -66,17 +73,25 @@ def main() -> None:
 def read_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three rounds, T = 512 only, no fifth engine")
+    parser.add_argument(
+        "--quick", action="store_true", help="three rounds, T = 512 only, no fifth engine"
+    )
     parser.add_argument("--gpu", action="store_true", help="on CUDA: 160m, 410m, 1.4b at T = 2048")
-    parser.add_argument("--shapes", type=lambda text: text.split(","), help="Pythia sizes, for instance 14m,70m")
-    parser.add_argument("--seq", type=lambda text: [int(t) for t in text.split(",")], help="row lengths T")
+    parser.add_argument(
+        "--shapes", type=lambda text: text.split(","), help="Pythia sizes, for instance 14m,70m"
+    )
+    parser.add_argument(
+        "--seq", type=lambda text: [int(t) for t in text.split(",")], help="row lengths T"
+    )
     parser.add_argument("--rounds", type=int, help="timed steps of each engine")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     options = parser.parse_args()
     options.shapes = options.shapes or (["160m", "410m", "1.4b"] if options.gpu else ["14m", "70m"])
     options.seq = options.seq or ([512] if options.quick else [512, 2048])
     options.rounds = options.rounds or (3 if options.quick else 11)
-    options.json = options.json or HERE / "results" / ("training-gpu.json" if options.gpu else "training.json")
+    options.json = options.json or HERE / "results" / (
+        "training-gpu.json" if options.gpu else "training.json"
+    )
     if unknown := set(options.shapes) - set(SIZES):
         parser.error(f"no Pythia size {', '.join(sorted(unknown))}; have: {', '.join(SIZES)}")
     if options.gpu and not torch.cuda.is_available():
@@ -88,7 +103,7 @@ class Worker:
     """An engine in its own process; it answers one line of JSON to one word."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115, it lives as long as the worker
+        self.log = tempfile.TemporaryFile("w+")
         command = [sys.executable, str(HERE / "training_engines.py"), json.dumps(case)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
@@ -113,7 +128,9 @@ class Worker:
         print(word, file=self.process.stdin, flush=True)
 
 
-def run_case(shape: str, seq: int, rows: int, device: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_case(
+    shape: str, seq: int, rows: int, device: str, options: argparse.Namespace
+) -> dict[str, Any]:
     """All engines at one shape, in turn."""
     config = ModelConfig.model_validate(model(SIZES[shape]))
     case = {
@@ -127,13 +144,21 @@ def run_case(shape: str, seq: int, rows: int, device: str, options: argparse.Nam
     }
     names = list(ENGINES)[: 4 if options.quick or device == "cuda" else 5]
     workers: dict[str, Worker] = {}
-    for name in names:  # one after the other, so that compiling does not disturb a neighbour's warmup
+    for (
+        name
+    ) in names:  # one after the other, so that compiling does not disturb a neighbour's warmup
         library, compiled, keeps = ENGINES[name]
-        workers[name] = Worker(case | {"engine": library, "compiled": compiled, "keeps_memory": keeps})
+        workers[name] = Worker(
+            case | {"engine": library, "compiled": compiled, "keeps_memory": keeps}
+        )
         workers[name].answer()
-    times = in_turn({name: partial(worker.ask, "step") for name, worker in workers.items()}, options.rounds)
+    times = in_turn(
+        {name: partial(worker.ask, "step") for name, worker in workers.items()}, options.rounds
+    )
     memory = {name: worker.ask("memory") for name, worker in workers.items()}
-    parts = {name: worker.ask("parts") for name, worker in workers.items() if name.startswith("castalia")}
+    parts = {
+        name: worker.ask("parts") for name, worker in workers.items() if name.startswith("castalia")
+    }
     for worker in workers.values():
         worker.tell("stop")
         worker.process.wait()
@@ -173,10 +198,13 @@ def compare(
         "theirs": theirs,
         "speed_ratio": ratio(times[theirs], times[ours]),
         "speed_ratio_with_our_allocator": {
-            name: ratio(found, times[ours]) for name, found in times.items() if "our allocator" in name
+            name: ratio(found, times[ours])
+            for name, found in times.items()
+            if "our allocator" in name
         },
         "memory_ratio": engines[ours]["peak_gb"] / engines[theirs]["peak_gb"],
-        "memory_ratio_above_imports": engines[ours]["above_imports_gb"] / engines[theirs]["above_imports_gb"],
+        "memory_ratio_above_imports": engines[ours]["above_imports_gb"]
+        / engines[theirs]["above_imports_gb"],
         "parts": {
             name: {"seconds": s, "share": s / total, "flops": part_flops(config, name, tokens)}
             for name, s in spent.items()
@@ -198,7 +226,9 @@ def part_flops(config: ModelConfig, part: str, tokens: int) -> int:
 def print_case(case: dict[str, Any], rate: float, peak: float | None) -> None:
     """The table of one case."""
     print(f"\nPythia-{case['shape']}, {case['rows']} x {case['seq']} tokens")
-    print(f"{'engine':<40}{'tokens/s':>10}{'spread':>18}{'of matrix rate':>16}{'peak GB':>9}{'- imports':>11}")
+    print(
+        f"{'engine':<40}{'tokens/s':>10}{'spread':>18}{'of matrix rate':>16}{'peak GB':>9}{'- imports':>11}"
+    )
     for name, found in case["engines"].items():
         speed = found["tokens_per_second"]
         share = speed["median"] * case["flops_per_token"] / rate
@@ -209,12 +239,22 @@ def print_case(case: dict[str, Any], rate: float, peak: float | None) -> None:
         if peak:
             print(f"{'':<40}MFU {speed['median'] * case['flops_per_token'] / peak:.1%}")
     r = case["speed_ratio"]
-    print(f"{case['ours']} is {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f}) times as fast as {case['theirs']},")
-    print(f"with {case['memory_ratio']:.2f} of its memory, {case['memory_ratio_above_imports']:.2f} above the imports")
+    print(
+        f"{case['ours']} is {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f}) times as fast as {case['theirs']},"
+    )
+    print(
+        f"with {case['memory_ratio']:.2f} of its memory, {case['memory_ratio_above_imports']:.2f} above the imports"
+    )
     for name, other in case["speed_ratio_with_our_allocator"].items():
-        print(f"  and {other['median']:.2f} ({other['low']:.2f}..{other['high']:.2f}) times as fast as {name}")
+        print(
+            f"  and {other['median']:.2f} ({other['low']:.2f}..{other['high']:.2f}) times as fast as {name}"
+        )
     for name, part in case["parts"].items():
-        share = f"{part['flops'] / part['seconds'] / rate:>10.0%} of the matrix rate" if part["flops"] else ""
+        share = (
+            f"{part['flops'] / part['seconds'] / rate:>10.0%} of the matrix rate"
+            if part["flops"]
+            else ""
+        )
         print(f"  {name:<10}{part['seconds'] * 1e3:>8.0f} ms {part['share']:>5.0%}{share}")
 
 

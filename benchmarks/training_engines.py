@@ -47,8 +47,13 @@ class Engine(ABC):
         self.case, self.device = case, case["device"]
         self.imported = resident_bytes()
         generator = torch.Generator().manual_seed(0)
-        rows = torch.randint(0, case["vocab_size"], (case["rows"], case["seq"] + 1), generator=generator)
-        self.tokens, self.labels = rows[:, :-1].to(self.device), rows[:, 1:].contiguous().to(self.device)
+        rows = torch.randint(
+            0, case["vocab_size"], (case["rows"], case["seq"] + 1), generator=generator
+        )
+        self.tokens, self.labels = (
+            rows[:, :-1].to(self.device),
+            rows[:, 1:].contiguous().to(self.device),
+        )
 
     @abstractmethod
     def loss(self) -> Tensor:
@@ -112,14 +117,20 @@ class Castalia(Engine):
         """
         from castalia.models.cross_entropy import fused_cross_entropy
 
-        layers, rope, block = self.model.layers, self.model.rope(self.tokens, None), self.model.layers[0]
+        layers, rope, block = (
+            self.model.layers,
+            self.model.rope(self.tokens, None),
+            self.model.layers[0],
+        )
         with torch.autocast(self.device, torch.bfloat16):
             hidden_BTC = self.model(self.tokens).detach().requires_grad_()
         hidden, labels = hidden_BTC.detach().flatten(0, 1).requires_grad_(), self.labels.flatten()
 
         def head() -> Tensor:
             compiled = self.case["compiled"]
-            return fused_cross_entropy(hidden, self.model.head_weight, labels, compiled=compiled).total
+            return fused_cross_entropy(
+                hidden, self.model.head_weight, labels, compiled=compiled
+            ).total
 
         def stack() -> Tensor:
             x = hidden_BTC
@@ -180,7 +191,10 @@ class Transformers(Engine):
         ours = case["model"]
         config = GPTNeoXConfig(
             vocab_size=case["padded_vocab_size"],
-            **{name: ours[name] for name in ("hidden_size", "num_attention_heads", "max_position_embeddings")},
+            **{
+                name: ours[name]
+                for name in ("hidden_size", "num_attention_heads", "max_position_embeddings")
+            },
             num_hidden_layers=ours["num_layers"],
             intermediate_size=4 * ours["hidden_size"],
             hidden_act="gelu_pytorch_tanh",
@@ -199,7 +213,10 @@ class Transformers(Engine):
         return self.forward(input_ids=self.tokens, labels=self.tokens).loss
 
 
-ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {"castalia": Castalia, "transformers": Transformers}
+ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
+    "castalia": Castalia,
+    "transformers": Transformers,
+}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SETUP = {
     "training.md": ["castalia prepare corpus.jsonl --tokenizer bytes --output data/bytes"],
-    "demo.md": ["castalia train demo output=runs/demo train.steps=1 train.batch_size=2 precision=fp32"],
+    "demo.md": [
+        "castalia train demo output=runs/demo train.steps=1 train.batch_size=2 precision=fp32"
+    ],
     "inference.md": ["castalia train debug output=runs/first train.steps=20"],
 }
 """Commands of other pages that a page builds on."""
@@ -32,14 +34,20 @@ def run_command(line: str, folder: Path) -> None:
     assert words[0] == "castalia", f"only castalia commands are run: {line}"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "castalia", *words[1:]]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=environment, timeout=240
+    )
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name
+)
 def test_what_a_page_shows_runs(page, tmp_path):
     texts = [path.read_text() for path in sorted((ROOT / "src" / "castalia").rglob("*.py"))]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    )
     for line in SETUP.get(page.name, []):
         run_command(line, tmp_path)
     for language, text in blocks(page):
@@ -49,7 +57,11 @@ def test_what_a_page_shows_runs(page, tmp_path):
                     run_command(line, tmp_path)
         else:
             done = subprocess.run(
-                [sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=240
+                [sys.executable, "-c", text],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=240,
             )
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
 

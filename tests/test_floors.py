@@ -33,13 +33,19 @@ def imported_rooms(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write the full name"
             module = node.module or ""
-            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "castalia" else {module}
+            names |= (
+                {f"{module}.{alias.name}" for alias in node.names}
+                if module == "castalia"
+                else {module}
+            )
     return {name.split(".")[1] for name in names if name.startswith("castalia.")} - {"__version__"}
 
 
 def test_every_folder_stands_on_a_floor():
     rooms = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert rooms <= set(FLOORS), f"no floor for {sorted(rooms - set(FLOORS))}: add it to the table with the reason"
+    assert rooms <= set(FLOORS), (
+        f"no floor for {sorted(rooms - set(FLOORS))}: add it to the table with the reason"
+    )
     strays = {path.name for path in SOURCE.glob("*.py")} - DOORS
     assert not strays, f"{sorted(strays)} belong in a room"
 
@@ -53,13 +59,17 @@ def test_rooms_import_only_from_below():
         for other in sorted(imported_rooms(path) - {room}):
             if FLOORS[other] >= FLOORS[room]:
                 where = path.relative_to(SOURCE)
-                wrong.append(f"{where} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})")
+                wrong.append(
+                    f"{where} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+                )
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_rule_sees_imports_in_functions(tmp_path):
     path = tmp_path / "x.py"
-    path.write_text("def f():\n    from castalia.cli import app\n    import castalia.train.trainer\n")
+    path.write_text(
+        "def f():\n    from castalia.cli import app\n    import castalia.train.trainer\n"
+    )
     assert imported_rooms(path) == {"cli", "train"}
 
 
@@ -69,4 +79,6 @@ def test_mixing_is_usable_without_torch():
         for node in ast.walk(ast.parse(path.read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not [name for name in names if name.split(".")[0] == "torch"], f"{path} imports torch"
+            assert not [name for name in names if name.split(".")[0] == "torch"], (
+                f"{path} imports torch"
+            )

@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-VERBS = ("demo", "prepare", "data", "mixing", "show", "train", "launch", "generate", "export", "serve")
+VERBS = (
+    "demo",
+    "prepare",
+    "data",
+    "mixing",
+    "show",
+    "train",
+    "launch",
+    "generate",
+    "export",
+    "serve",
+)
 HEAVY = ("torch", "transformers", "ctranslate2", "tokenizers", "numpy", "yaml", "safetensors")
 PROBE = """
 import sys
@@ -47,14 +58,21 @@ def test_version():
 
 def test_importing_the_package_is_light():
     code = f"import sys, castalia; print([m for m in {HEAVY!r} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )
 
 
 def test_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "castalia", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "castalia", "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "train" in done.stdout
 
 
 def test_unknown_verb_fails():
-    done = subprocess.run([sys.executable, "-m", "castalia", "trian"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "castalia", "trian"], capture_output=True, text=True
+    )
     assert done.returncode == 2 and "trian" in done.stderr

@@ -23,7 +23,11 @@ def functions() -> dict[str, int]:
 
 
 def test_no_function_is_long():
-    long = {k: n for k, n in functions().items() if n > LONGEST_FUNCTION and k.rsplit(":", 1)[0] not in EXCEPTIONS}
+    long = {
+        k: n
+        for k, n in functions().items()
+        if n > LONGEST_FUNCTION and k.rsplit(":", 1)[0] not in EXCEPTIONS
+    }
     assert not long, f"over {LONGEST_FUNCTION} lines: {long}"
 
 
@@ -33,8 +37,14 @@ def test_the_median_function_is_short():
 
 
 def test_no_file_is_long():
-    files = {str(p.relative_to(SOURCE)): len(p.read_text().splitlines()) for p in SOURCE.rglob("*.py")}
-    long = {name: lines for name, lines in files.items() if lines > LONGEST_FILE and name not in EXCEPTIONS}
+    files = {
+        str(p.relative_to(SOURCE)): len(p.read_text().splitlines()) for p in SOURCE.rglob("*.py")
+    }
+    long = {
+        name: lines
+        for name, lines in files.items()
+        if lines > LONGEST_FILE and name not in EXCEPTIONS
+    }
     assert not long, f"over {LONGEST_FILE} lines: {long}"
 
 
@@ -50,7 +60,9 @@ def test_public_names_have_docstrings():
         if path.read_text().strip() and not ast.get_docstring(tree):
             missing.append(str(path.relative_to(SOURCE)))
         for node in tree.body:
-            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith(
+                "_"
+            )
             if public and not ast.get_docstring(node):
                 missing.append(f"{path.relative_to(SOURCE)}::{node.name}")
     assert not missing, f"no docstring: {missing}"

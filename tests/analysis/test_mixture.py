@@ -16,7 +16,10 @@ def record(folder: Path, count: int, steps: int = 30) -> Path:
     """A run's folder with a record over `count` sources whose losses are 2.0, 2.1, ..."""
     names = [f"s<{i}>" for i in range(count)]
     planner = Planner(
-        make_mixer("odm", sources=names, eps=0.1 / count), sizes=np.arange(count) * 10 + 8, rows=8 * count, seed=1
+        make_mixer("odm", sources=names, eps=0.1 / count),
+        sizes=np.arange(count) * 10 + 8,
+        rows=8 * count,
+        seed=1,
     )
     log = MixtureLog(folder / "mixture.jsonl", planner)
     for step in range(1, steps + 1):
@@ -28,7 +31,9 @@ def record(folder: Path, count: int, steps: int = 30) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("count", "kind"), [(3, "<polygon"), (30, "<polygon"), (31, 'class="heat"')])
+@pytest.mark.parametrize(
+    ("count", "kind"), [(3, "<polygon"), (30, "<polygon"), (31, 'class="heat"')]
+)
 def test_few_sources_are_areas_and_many_a_heat_map(tmp_path, count, kind):
     text = write_report(record(tmp_path, count)).read_text()
     assert text.count("<svg") == 5 and f"{count} sources mixed by odm" in text

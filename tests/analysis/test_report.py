@@ -26,7 +26,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
-        self.links += [str(value) for key, value in attrs if key in ("src", "href", "action", "data")]
+        self.links += [
+            str(value) for key, value in attrs if key in ("src", "href", "action", "data")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -45,10 +47,18 @@ def run(tmp_path: Path) -> Path:
     """A run's folder with everything that a report can show."""
     (tmp_path / "evals").mkdir()
     (tmp_path / "samples").mkdir()
-    lines = [{"step": s, "loss": 8.0 / s + 2.0, "lr": 1e-3, "tokens": 64 * s} for s in range(1, 701)]
+    lines = [
+        {"step": s, "loss": 8.0 / s + 2.0, "lr": 1e-3, "tokens": 64 * s} for s in range(1, 701)
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     marks = [
-        {"step": step, "sources": {"code": {"bits_per_byte": 4.0 - step / 700}, "prose": {"bits_per_byte": 3.0}}}
+        {
+            "step": step,
+            "sources": {
+                "code": {"bits_per_byte": 4.0 - step / 700},
+                "prose": {"bits_per_byte": 3.0},
+            },
+        }
         for step in (700, 0, 1)
     ]
     (tmp_path / "evals" / "bits_per_byte.json").write_text(json.dumps({"checkpoints": marks}))
@@ -67,7 +77,15 @@ def test_everything_in_the_folder_is_on_the_page(run: Path):
     assert page.open == []
     assert page.seen.count("svg") == 2 and "script" not in page.seen and "link" not in page.seen
     assert page.links == []  # nothing to fetch
-    for text in ("A <run>", "Speed & size", "1<2", "<script>alert(1)</script>", "seed: 1 # <&>", "3.000", "700"):
+    for text in (
+        "A <run>",
+        "Speed & size",
+        "1<2",
+        "<script>alert(1)</script>",
+        "seed: 1 # <&>",
+        "3.000",
+        "700",
+    ):
         assert text in page.text
     assert page.text.index("step 700 · 3") > page.text.index("step 0 · 4")  # curves run by step
 
@@ -80,7 +98,11 @@ def test_the_style_fetches_nothing(run: Path):
 def test_a_folder_with_metrics_alone_gives_the_loss_curve(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n')
     page = Page(write_report(tmp_path).read_text())
-    assert page.seen.count("svg") == 1 and "Bits per byte" not in page.text and tmp_path.name in page.text
+    assert (
+        page.seen.count("svg") == 1
+        and "Bits per byte" not in page.text
+        and tmp_path.name in page.text
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
@@ -104,4 +126,6 @@ def test_long_curves_are_thinned_by_means():
 
 def test_the_mean_curve_starts_at_the_first_value_and_comes_to_a_constant():
     assert smooth([(1.0, 8.0)]) == [(1.0, 8.0)]
-    assert smooth([(float(x), 8.0 if x == 1 else 2.0) for x in range(1, 2000)])[-1][1] == pytest.approx(2.0, abs=1e-3)
+    assert smooth([(float(x), 8.0 if x == 1 else 2.0) for x in range(1, 2000)])[-1][
+        1
+    ] == pytest.approx(2.0, abs=1e-3)

@@ -5,7 +5,17 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from castalia.analysis.svg import Axis, Series, line_chart, linear_ticks, log_ticks, nice_step, number, shorten, spread
+from castalia.analysis.svg import (
+    Axis,
+    Series,
+    line_chart,
+    linear_ticks,
+    log_ticks,
+    nice_step,
+    number,
+    shorten,
+    spread,
+)
 
 
 def parse(chart: str) -> ET.Element:
@@ -22,7 +32,9 @@ def test_axis_maps_ends_and_log_gives_zero_a_place():
     assert Axis(5, 5, 0, 10)(5) == 0  # one single value does not divide by zero
 
 
-@pytest.mark.parametrize(("span", "count", "step"), [(1, 5, 0.2), (8.3, 6, 2), (0.004, 6, 0.001), (1000, 8, 200)])
+@pytest.mark.parametrize(
+    ("span", "count", "step"), [(1, 5, 0.2), (8.3, 6, 2), (0.004, 6, 0.001), (1000, 8, 200)]
+)
 def test_steps_are_round(span: float, count: int, step: float):
     assert nice_step(span, count) == pytest.approx(step)
 
@@ -34,7 +46,8 @@ def test_ticks():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (512, "512"), (143000, "143k"), (1.5e6, "1.5M"), (2.25, "2.25"), (3e9, "3G")]
+    ("value", "text"),
+    [(0, "0"), (512, "512"), (143000, "143k"), (1.5e6, "1.5M"), (2.25, "2.25"), (3e9, "3G")],
 )
 def test_numbers_are_short(value: float, text: str):
     assert number(value) == text
@@ -43,8 +56,13 @@ def test_numbers_are_short(value: float, text: str):
 def test_a_long_name_keeps_both_ends():
     """Eighteen letters: sources of one kind differ at their ends."""
     names = [f"the-pile-deduplicated/part-{i:02d}" for i in range(12)]
-    assert {len(shorten(name)) for name in names} == {18} and len({shorten(name) for name in names}) == 12
-    assert shorten(names[7]) == "the-pile…d/part-07" and shorten("eighteen letters..") == "eighteen letters.."
+    assert {len(shorten(name)) for name in names} == {18} and len(
+        {shorten(name) for name in names}
+    ) == 12
+    assert (
+        shorten(names[7]) == "the-pile…d/part-07"
+        and shorten("eighteen letters..") == "eighteen letters.."
+    )
 
 
 def test_labels_are_spread_in_their_order():
@@ -72,7 +90,11 @@ def test_chart_draws_each_point_where_its_values_say():
 
 def test_names_are_escaped_and_values_that_are_not_finite_left_out():
     chart = line_chart(
-        [Series("<b>&", [(0, 1.0), (1, math.nan), (2, 2.0)]), Series("c", [(0, 1.5)]), Series("none", [])],
+        [
+            Series("<b>&", [(0, 1.0), (1, math.nan), (2, 2.0)]),
+            Series("c", [(0, 1.5)]),
+            Series("none", []),
+        ],
         x_label="<x>",
         y_label="&",
         title='"quoted"',

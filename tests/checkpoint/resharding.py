@@ -27,8 +27,17 @@ from castalia.core.errors import CheckpointError
 def truth():
     """The whole tensors, the same in every process: uneven, fewer rows than processes, 0-dim, empty, bf16."""
     generator = torch.Generator().manual_seed(3)
-    shapes = {"uneven": (7, 5), "one_row": (1, 4), "vector": (10,), "cube": (3, 5, 4), "rows": (8, 6), "out": (6, 8)}
-    found = {f"model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    shapes = {
+        "uneven": (7, 5),
+        "one_row": (1, 4),
+        "vector": (10,),
+        "cube": (3, 5, 4),
+        "rows": (8, 6),
+        "out": (6, 8),
+    }
+    found = {
+        f"model.{name}": torch.randn(shape, generator=generator) for name, shape in shapes.items()
+    }
     found["model.half"] = torch.randn(9, 3, generator=generator).to(torch.bfloat16)
     found["model.empty"] = torch.zeros(0, 3)
     found["model.scalar"] = torch.tensor(2.5)
@@ -38,10 +47,17 @@ def truth():
 def laid_out(whole, world):
     """The tensors as FSDP, HSDP, tensor parallelism and their mixtures lay them out; some stay plain."""
     flat = init_device_mesh("cpu", (world,))
-    found = {name: distribute_tensor(tensor, flat, [Shard(0)]) for name, tensor in whole.items() if tensor.dim()}
+    found = {
+        name: distribute_tensor(tensor, flat, [Shard(0)])
+        for name, tensor in whole.items()
+        if tensor.dim()
+    }
     found["model.cube"] = distribute_tensor(whole["model.cube"], flat, [Shard(1)])
     found["model.vector"] = distribute_tensor(whole["model.vector"], flat, [Replicate()])
-    found["model.scalar"], found["optim.step"] = whole["model.scalar"].clone(), whole["optim.step"].clone()
+    found["model.scalar"], found["optim.step"] = (
+        whole["model.scalar"].clone(),
+        whole["optim.step"].clone(),
+    )
     if world % 2 == 0:
         mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
         found["model.half"] = distribute_tensor(whole["model.half"], mesh, [Replicate(), Shard(0)])
@@ -80,7 +96,9 @@ def load(folder, rank, world):
     store = Store(folder, rank=rank, world=world)
     for step in store.steps():
         right = laid_out(truth(), world)
-        tensors = laid_out({name: torch.full_like(tensor, -1) for name, tensor in truth().items()}, world)
+        tensors = laid_out(
+            {name: torch.full_like(tensor, -1) for name, tensor in truth().items()}, world
+        )
         assert store.load(step, tensors) == {"saved_on": step}
         for name in right:
             assert torch.equal(local(tensors[name]), local(right[name])), (step, name)
@@ -136,7 +154,11 @@ def fault_of_one_disk(store, tensors):
     assert "No space left" in text and f"rank {last} needs" in text, text
     assert (f"rank {last} gave up" in text) == (store.rank != last), text
     dist.barrier()
-    assert {item.name for item in store.folder.iterdir()} == {"step-00000010", ".step-00000020.failed", ".lock"}
+    assert {item.name for item in store.folder.iterdir()} == {
+        "step-00000010",
+        ".step-00000020.failed",
+        ".lock",
+    }
     dist.barrier()
 
 

@@ -19,10 +19,17 @@ def elements(runs):
 def test_shard_follows_torch(size, count, pieces):
     placement = Shard(0) if pieces == 1 else _StridedShard(0, split_factor=pieces)
     parts = placement._split_tensor(torch.arange(size), count, with_padding=False)[0]
-    assert [elements(shard([(0, size)], index, count, pieces)) for index in range(count)] == [p.tolist() for p in parts]
+    assert [elements(shard([(0, size)], index, count, pieces)) for index in range(count)] == [
+        p.tolist() for p in parts
+    ]
 
 
-@given(size=st.integers(0, 30), outer=st.integers(1, 4), inner=st.integers(1, 4), pieces=st.integers(1, 3))
+@given(
+    size=st.integers(0, 30),
+    outer=st.integers(1, 4),
+    inner=st.integers(1, 4),
+    pieces=st.integers(1, 3),
+)
 @settings(max_examples=100, deadline=None)
 def test_two_cuts_of_one_dimension_hold_each_element_once(size, outer, inner, pieces):
     held = []

@@ -12,7 +12,15 @@ import threading
 import pytest
 import torch
 
-from castalia.checkpoint import DamagedCheckpointError, Store, load_into, read, read_config, read_state, verify
+from castalia.checkpoint import (
+    DamagedCheckpointError,
+    Store,
+    load_into,
+    read,
+    read_config,
+    read_state,
+    verify,
+)
 from castalia.checkpoint import save as save_module
 from castalia.checkpoint.shards import HashedFile
 from castalia.core.errors import CheckpointError
@@ -59,7 +67,9 @@ def test_any_flipped_bit_is_found_and_named(store, name):
         bits = [0, 7, bits[-1], bits[-8], *random.Random(5).sample(bits, 116)]
     for bit in bits:
         flip(path, bit)
-        named = "manifest.json is not what COMPLETE" if name in ("COMPLETE", "manifest.json") else name
+        named = (
+            "manifest.json is not what COMPLETE" if name in ("COMPLETE", "manifest.json") else name
+        )
         with pytest.raises(DamagedCheckpointError, match=named):
             verify(store.folder_of(2))
         path.write_bytes(good)
@@ -75,7 +85,9 @@ def test_any_truncated_file_is_found_and_named(store, name, damage):
     if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes({"one byte less": data[:-1], "empty": b"", "one byte more": data + b" "}[damage])
+        path.write_bytes(
+            {"one byte less": data[:-1], "empty": b"", "one byte more": data + b" "}[damage]
+        )
     with pytest.raises(DamagedCheckpointError, match=name):
         verify(folder)
 
@@ -123,12 +135,17 @@ def test_unfinished_saves_are_passed_over_with_a_word(store):
     (store.folder / ".step-00000003.tmp").mkdir()
     with pytest.warns(UserWarning, match=r"never finished"):
         assert store.load_latest(blank()) == (1, {"step": 1})
-    assert [line.split("/")[-1].split()[0] for line in store.warnings] == [".step-00000003.tmp", "step-00000002"]
+    assert [line.split("/")[-1].split()[0] for line in store.warnings] == [
+        ".step-00000003.tmp",
+        "step-00000002",
+    ]
 
 
 def test_a_copied_folder_is_not_another_step(store):
     shutil.copytree(store.folder_of(1), store.folder / "step-00000009")
-    with pytest.raises(DamagedCheckpointError, match=r"it is of step 1, in a folder named step-00000009"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"it is of step 1, in a folder named step-00000009"
+    ):
         verify(store.folder / "step-00000009")
     shutil.copytree(store.folder_of(1), store.folder / "best")
     assert verify(store.folder / "best") == []
@@ -178,7 +195,10 @@ FORGERIES = [
     (set_in("tensors", "model.a", "dtype", value="object"), "unknown dtype"),
     (set_in("tensors", "model.a", "dtype", value="int32"), "model.a is not what the manifest says"),
     (set_in("tensors", "model.a", "chunks", value=[]), "0 elements in place of 24"),
-    (set_in("tensors", "model.a", "chunks", 0, "key", value="model.z"), "model-00000.safetensors is corrupt"),
+    (
+        set_in("tensors", "model.a", "chunks", 0, "key", value="model.z"),
+        "model-00000.safetensors is corrupt",
+    ),
     (set_in("step", value=3), "it is of step 3"),
     (set_in("surprise", value=1), "malformed at surprise"),
     (set_in("format", value=2), "format 2, this Castalia reads 1"),
@@ -199,7 +219,9 @@ def test_forged_manifests_are_refused(store, change, message):
     assert not any(tensor.any() for tensor in target.values())
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 10_000, b"null"])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"1" * 10_000, b"null"]
+)
 def test_manifests_that_are_no_manifests(store, text):
     folder = store.folder_of(2)
     (folder / "manifest.json").write_bytes(text)
@@ -247,11 +269,16 @@ def test_a_disk_that_fills_at_any_write(tmp_path, store, monkeypatch, nth):
         patch.setattr(HashedFile, "write", fills)
         store.save(3, values(3), {"step": 3})
         with pytest.raises(
-            CheckpointError, match=r"cannot save step 3 .*No space left.*needs 288 B.*earlier .* intact"
+            CheckpointError,
+            match=r"cannot save step 3 .*No space left.*needs 288 B.*earlier .* intact",
         ):
             store.wait()
     store.wait()  # the failure is told once
-    assert {item.name for item in store.folder.iterdir()} == {"step-00000001", "step-00000002", ".lock"}
+    assert {item.name for item in store.folder.iterdir()} == {
+        "step-00000001",
+        "step-00000002",
+        ".lock",
+    }
     target = blank()
     assert store.load_latest(target) == (2, {"step": 2})
     assert equal(target, values(2))
@@ -271,7 +298,9 @@ def test_a_failure_is_raised_at_the_next_save(store, monkeypatch):
 def test_a_really_full_disk(tmp_path):
     mount = tmp_path / "small"
     mount.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)], capture_output=True
+    )
     if made.returncode:
         pytest.skip("mounting a small file system needs root")
     try:
@@ -296,7 +325,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_two_runs_do_not_save_in_one_folder_at_once(tmp_path, monkeypatch):
     may_write = threading.Event()
     write = HashedFile.write
-    monkeypatch.setattr(HashedFile, "write", lambda self, data: may_write.wait(30) and write(self, data))
+    monkeypatch.setattr(
+        HashedFile, "write", lambda self, data: may_write.wait(30) and write(self, data)
+    )
     first, second = Store(tmp_path), Store(tmp_path, patience=0.1)
     first.save(1, values(1), {})
     try:

@@ -16,7 +16,9 @@ def run(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("name", ["step1000", "1000", "step-1000", "step-00001000", "checkpoints/step1000"])
+@pytest.mark.parametrize(
+    "name", ["step1000", "1000", "step-1000", "step-00001000", "checkpoints/step1000"]
+)
 def test_a_step_of_a_run(run, name):
     assert find_checkpoint(run / name).samefile(run / "checkpoints" / "step-00001000")
 

@@ -34,7 +34,10 @@ def tiny(**options: object) -> ModelConfig:
 def test_there_and_back() -> None:
     ours = toy()
     theirs = MAP.to_theirs(ours)
-    assert list(theirs) == ["in", "h.0.weight", "h.1.weight"] and theirs["h.0.weight"].shape == (3, 2)
+    assert list(theirs) == ["in", "h.0.weight", "h.1.weight"] and theirs["h.0.weight"].shape == (
+        3,
+        2,
+    )
     back = MAP.to_ours({**theirs, "h.1.mask": torch.ones(1)})
     assert back.keys() == ours.keys() and all(torch.equal(back[name], ours[name]) for name in ours)
 
@@ -50,7 +53,9 @@ def test_an_old_name_is_read_and_a_double_one_refused() -> None:
 def test_a_left_over_key_is_named_on_either_side() -> None:
     with pytest.raises(CheckpointError, match=r"no rule knows: 'layers\.2\.w'"):
         MAP.to_theirs({**toy(), "layers.2.w": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match=r"no rule knows: 'h\.0\.wieght'; did you mean 'h\.0\.weight'"):
+    with pytest.raises(
+        CheckpointError, match=r"no rule knows: 'h\.0\.wieght'; did you mean 'h\.0\.weight'"
+    ):
         theirs = MAP.to_theirs(toy())
         theirs["h.0.wieght"] = theirs.pop("h.0.weight")
         MAP.to_ours(theirs)
@@ -71,13 +76,16 @@ def test_many_left_over_keys_are_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tie_word_embeddings": True}, {"attention_bias": False}, {"parallel_residual": False}]
+    "options",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": False}, {"parallel_residual": False}],
 )
 def test_the_hugging_face_map_knows_every_parameter(options: dict) -> None:
     config = tiny(**options)
     ours = Decoder(config).state_dict()
     theirs = hf_keymap(config).to_theirs(ours)
-    assert len(theirs) == len(ours) and ("embed_out.weight" in theirs) == (not config.tie_word_embeddings)
+    assert len(theirs) == len(ours) and ("embed_out.weight" in theirs) == (
+        not config.tie_word_embeddings
+    )
     assert hf_keymap(config).to_ours(theirs).keys() == ours.keys()
 
 
@@ -91,7 +99,11 @@ def test_old_buffers_and_the_new_name_of_the_head_are_read() -> None:
 
 def test_the_config_comes_back_as_it_went() -> None:
     config = tiny(
-        activation="gelu", parallel_residual=False, attention_bias=False, rotary_emb_base=500.0, layernorm_epsilon=1e-6
+        activation="gelu",
+        parallel_residual=False,
+        attention_bias=False,
+        rotary_emb_base=500.0,
+        layernorm_epsilon=1e-6,
     )
     assert model_config(hf_config(config, eod_id=0), "here", vocab_size=100) == config.model_copy(
         update={"intermediate_size": 64}
@@ -117,7 +129,11 @@ def test_the_published_pythia_config_is_read() -> None:
         "vocab_size": 50304,
     }
     config = model_config(published, "config.json", vocab_size=50277)
-    assert (config.vocab_size, config.padded_vocab_size, config.activation) == (50277, 50304, "gelu")
+    assert (config.vocab_size, config.padded_vocab_size, config.activation) == (
+        50277,
+        50304,
+        "gelu",
+    )
     assert config.rotary_dim == 16 and config.parallel_residual
 
 

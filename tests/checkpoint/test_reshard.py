@@ -40,7 +40,10 @@ def test_saved_on_any_number_loads_on_one(saved):
         assert whole.keys() == right.keys()
         for name, tensor in right.items():
             assert torch.equal(tensors[name], tensor), (step, name)
-            assert torch.equal(whole[name], tensor) and whole[name].dtype == tensor.dtype, (step, name)
+            assert torch.equal(whole[name], tensor) and whole[name].dtype == tensor.dtype, (
+                step,
+                name,
+            )
 
 
 def test_saved_on_any_number_loads_on_three_and_four(saved):
@@ -51,7 +54,9 @@ def test_each_element_is_stored_once(saved):
     whole = sum(tensor.numel() for tensor in resharding.truth().values())
     for step in (1, 2, 4):
         manifest = read_manifest(Store(saved).folder_of(step))
-        stored = sum(chunk.box.volume for entry in manifest.tensors.values() for chunk in entry.chunks)
+        stored = sum(
+            chunk.box.volume for entry in manifest.tensors.values() for chunk in entry.chunks
+        )
         assert (stored, manifest.world) == (whole, step)
 
 

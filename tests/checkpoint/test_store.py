@@ -5,7 +5,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from castalia.checkpoint import SavePolicy, Store, load_into, read, read_config, read_model, read_state, verify
+from castalia.checkpoint import (
+    SavePolicy,
+    Store,
+    load_into,
+    read,
+    read_config,
+    read_model,
+    read_state,
+    verify,
+)
 from castalia.checkpoint import save as save_module
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.load import read_text
@@ -20,7 +29,8 @@ def blank(tensors):
 
 def same(left, right):
     return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]) for name in left
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
+        for name in left
     )
 
 
@@ -35,7 +45,12 @@ def tensors():
 
 
 def test_round_trip_of_tensors_state_and_files(tmp_path, tensors):
-    state = {"progress": {"step": 3, "tokens": 2**40}, "scale": 0.1, "none": None, "list": [1, "ä", float("inf")]}
+    state = {
+        "progress": {"step": 3, "tokens": 2**40},
+        "scale": 0.1,
+        "none": None,
+        "list": [1, "ä", float("inf")],
+    }
     files = {"config.yaml": "model:\n  hidden_size: 5\n", "tokenizer.json": '{"ä": 1}'}
     store = Store(tmp_path)
     timing = store.save(3, tensors, state, files)
@@ -46,7 +61,10 @@ def test_round_trip_of_tensors_state_and_files(tmp_path, tensors):
     assert same(target, tensors)
     folder = store.folder_of(3)
     weights, config, read_back = read_model(folder)
-    assert same(weights, {"embed.weight": tensors["model.embed.weight"], "norm.bias": tensors["model.norm.bias"]})
+    assert same(
+        weights,
+        {"embed.weight": tensors["model.embed.weight"], "norm.bias": tensors["model.norm.bias"]},
+    )
     assert (config, read_back) == ({"model": {"hidden_size": 5}}, state)
     assert (read_config(folder), read_state(folder)) == (config, state)
     assert read_text(folder, "tokenizer.json") == files["tokenizer.json"]
@@ -58,8 +76,16 @@ def test_files_are_plain_safetensors_and_json(tmp_path, tensors):
     store.save(0, tensors, {"a": 1}, asynchronous=False)
     folder = store.folder_of(0)
     names = {item.name for item in folder.iterdir()}
-    assert names == {"model-00000.safetensors", "optim-00000.safetensors", "state.json", "manifest.json", "COMPLETE"}
-    loaded = load_file(folder / "model-00000.safetensors") | load_file(folder / "optim-00000.safetensors")
+    assert names == {
+        "model-00000.safetensors",
+        "optim-00000.safetensors",
+        "state.json",
+        "manifest.json",
+        "COMPLETE",
+    }
+    loaded = load_file(folder / "model-00000.safetensors") | load_file(
+        folder / "optim-00000.safetensors"
+    )
     assert same(loaded, tensors)
     table = json.loads((folder / "manifest.json").read_text())
     assert (table["format"], table["step"], table["world"]) == (1, 0, 1)
@@ -69,13 +95,18 @@ def test_files_are_plain_safetensors_and_json(tmp_path, tensors):
 @pytest.mark.parametrize("name", sorted(DTYPES))
 def test_every_dtype_comes_back(tmp_path, name):
     kind = DTYPES[name][0]
-    tensors = {"model.a": torch.arange(-6, 6).view(3, 4).to(kind), "model.scalar": torch.tensor(1).to(kind)}
+    tensors = {
+        "model.a": torch.arange(-6, 6).view(3, 4).to(kind),
+        "model.scalar": torch.tensor(1).to(kind),
+    }
     store = Store(tmp_path)
     store.save(1, tensors, {}, asynchronous=False)
     found = read(store.folder_of(1), prefix="")
     for key, tensor in tensors.items():
         assert found[key].dtype == kind
-        assert torch.equal(found[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        assert torch.equal(
+            found[key].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+        )
 
 
 def test_special_values_keep_their_bits(tmp_path):
@@ -113,7 +144,9 @@ def test_odd_shapes_views_and_tied_tensors(tmp_path):
 def test_values_may_change_as_soon_as_save_returns(tmp_path, tensors, monkeypatch):
     may_write = threading.Event()
     write = HashedFile.write
-    monkeypatch.setattr(HashedFile, "write", lambda self, data: may_write.wait(30) and write(self, data))
+    monkeypatch.setattr(
+        HashedFile, "write", lambda self, data: may_write.wait(30) and write(self, data)
+    )
     store = Store(tmp_path)
     for step in (1, 2):  # the second save uses the first one's buffers
         before = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -148,11 +181,20 @@ def test_a_save_waits_for_the_one_before(tmp_path, tensors, monkeypatch):
 
 def test_large_groups_continue_in_further_files(tmp_path, monkeypatch):
     monkeypatch.setattr(save_module, "SHARD_BYTES", 100)
-    tensors = {f"model.{index}": torch.full((size,), float(index)) for index, size in enumerate((10, 10, 60, 10, 10))}
+    tensors = {
+        f"model.{index}": torch.full((size,), float(index))
+        for index, size in enumerate((10, 10, 60, 10, 10))
+    }
     store = Store(tmp_path)
     store.save(1, tensors, {}, asynchronous=False)
-    files = sorted(name for name in read_manifest(store.folder_of(1)).files if name.startswith("model"))
-    assert files == ["model-00000-1.safetensors", "model-00000-2.safetensors", "model-00000.safetensors"]
+    files = sorted(
+        name for name in read_manifest(store.folder_of(1)).files if name.startswith("model")
+    )
+    assert files == [
+        "model-00000-1.safetensors",
+        "model-00000-2.safetensors",
+        "model-00000.safetensors",
+    ]
     assert same(read(store.folder_of(1), prefix=""), tensors)
 
 
@@ -180,7 +222,10 @@ def test_retention_after_each_save(tmp_path, tensors):
 
 def test_retention_never_leaves_a_damaged_checkpoint_alone(tmp_path, tensors):
     """A run that passed over a damaged checkpoint keeps what it saves below it."""
-    store = Store(tmp_path, expired=SavePolicy(CheckpointConfig(steps=[], every=1, keep=1), last_step=9).expired)
+    store = Store(
+        tmp_path,
+        expired=SavePolicy(CheckpointConfig(steps=[], every=1, keep=1), last_step=9).expired,
+    )
     store.save(4, tensors, {}, asynchronous=False)
     shard = store.folder_of(4) / "model-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -211,7 +256,9 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(tmp_path, tensors):
     with pytest.raises(CheckpointError) as caught:
         store.load_latest(target)
     text = str(caught.value)
-    assert "model.embed.weights is not in the checkpoint; did you mean 'model.embed.weight'?" in text
+    assert (
+        "model.embed.weights is not in the checkpoint; did you mean 'model.embed.weight'?" in text
+    )
     assert "model.embed.weight is in the checkpoint only" in text
     assert "model.norm.bias has shape [5] in the checkpoint, [6] here" in text
     assert "optim.exp_avg.embed.weight is float32 in the checkpoint, bfloat16 here" in text
@@ -223,7 +270,11 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing(tmp_path, tensors):
 def test_a_prefix_loads_the_weights_alone(tmp_path, tensors):
     store = Store(tmp_path)
     store.save(1, tensors, {"a": 1}, asynchronous=False)
-    weights = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.startswith("model.")}
+    weights = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith("model.")
+    }
     assert store.load(1, weights, prefix="model.") == {"a": 1}
     assert torch.equal(weights["model.embed.weight"], tensors["model.embed.weight"])
     with pytest.raises(CheckpointError, match=r"no tensor named ema\.\*; it has: model, optim"):
@@ -253,7 +304,8 @@ def test_state_must_survive_json(tmp_path, tensors, state, place):
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil", "a/b", ".hidden", "COMPLETE", "manifest.json", "x.safetensors", "state.json"]
+    "name",
+    ["../evil", "a/b", ".hidden", "COMPLETE", "manifest.json", "x.safetensors", "state.json"],
 )
 def test_file_names_stay_in_the_folder(tmp_path, tensors, name):
     with pytest.raises(CheckpointError, match=r"cannot save a file named"):

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import torch
 
-from castalia.checkpoint import Store, find_checkpoint, load_into, read, read_config, read_model, read_state, verify
+from castalia.checkpoint import (
+    Store,
+    find_checkpoint,
+    load_into,
+    read,
+    read_config,
+    read_model,
+    read_state,
+    verify,
+)
 from castalia.core.errors import CheckpointError
 
 MARKER = "unpickled"
@@ -34,7 +43,13 @@ def disguise(folder, name):
 
 def add_traps(folder):
     """The names under which other programs look for pickles."""
-    for name in (".metadata", "data.pkl", "mp_rank_00_model_states.pt", "pytorch_model.bin", "metadata.pkl"):
+    for name in (
+        ".metadata",
+        "data.pkl",
+        "mp_rank_00_model_states.pt",
+        "pytorch_model.bin",
+        "metadata.pkl",
+    ):
         with open(folder / name, "wb") as file:
             pickle.dump(Trap(), file)
 
@@ -62,7 +77,9 @@ def main(root):
     disguise(store.folder_of(3), "state.json")
     (store.folder_of(4) / "manifest.json").write_bytes(pickle.dumps(Trap()))
     events = []
-    sys.addaudithook(lambda event, _: events.append(event) if event == "pickle.find_class" else None)
+    sys.addaudithook(
+        lambda event, _: events.append(event) if event == "pickle.find_class" else None
+    )
 
     assert store.load(1, tensors()) == {"step": 1}
     assert store.load_latest(tensors()) == (1, {"step": 1})
@@ -75,7 +92,14 @@ def main(root):
     seen = len(events)
     pickle.loads(pickle.dumps(Path("a")))  # the hook does see unpickling
     print(
-        json.dumps({"seen": seen, "control": len(events) - seen, "refused": hostile, "sprung": Path(MARKER).exists()})
+        json.dumps(
+            {
+                "seen": seen,
+                "control": len(events) - seen,
+                "refused": hostile,
+                "sprung": Path(MARKER).exists(),
+            }
+        )
     )
 
 

@@ -27,7 +27,9 @@ def test_dedup(run):
     assert (code, err) == (0, "")
     assert out.splitlines()[0].startswith("u: 3 documents, ")
     assert out.splitlines()[1] == "dropped 1 equal and 0 nearly equal documents"
-    assert json.loads(run("dedup", "c", "--output", "v", "--near", "0.8", "--json")[1])["dedup"]["dropped"] == {
+    assert json.loads(run("dedup", "c", "--output", "v", "--near", "0.8", "--json")[1])["dedup"][
+        "dropped"
+    ] == {
         "equal": 1,
         "near": 1,
     }
@@ -37,7 +39,9 @@ def test_dedup(run):
 
 
 def test_contamination(run):
-    code, out, err = run("contamination", "c", "--tokenizer", "bytes", "--with", "e.txt", "--report", "r.jsonl")
+    code, out, err = run(
+        "contamination", "c", "--tokenizer", "bytes", "--with", "e.txt", "--report", "r.jsonl"
+    )
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "1 of 1 evaluation documents share 13 words in a row with the corpus; 0 are shorter than that and were not"

@@ -46,7 +46,10 @@ def test_inspect_says_what_index_maps_are_kept(run, monkeypatch):
     sizes = {"seed": 1, "batch_size": 1, "steps": 2, "eval_every": None, "eval_batches": 1}
     build_rows(DataConfig(seq_length=8, train=["c"]), **sizes)
     size = sum(path.stat().st_size for path in Path("c.order").glob("*.safetensors"))
-    assert run("inspect", "c")[1].splitlines()[2] == f"index maps: 1 files, {size / 1e6:,.2f} MB in c.order"
+    assert (
+        run("inspect", "c")[1].splitlines()[2]
+        == f"index maps: 1 files, {size / 1e6:,.2f} MB in c.order"
+    )
 
 
 def test_inspect_as_json_and_without_a_tokenizer(run):
@@ -82,9 +85,13 @@ def test_shards_from_end_to_end(run, tmp_path):
     code, out, _ = run("unshard", "cut/c", "--output", "joined", "--hashes", "hashes.txt", "--json")
     assert (code, json.loads(out)["bytes"], json.loads(out)["path"]) == (0, 84, "joined/c.bin")
     for suffix in (".bin", ".idx", ".json"):
-        assert (tmp_path / "joined" / f"c{suffix}").read_bytes() == (tmp_path / f"c{suffix}").read_bytes()
+        assert (tmp_path / "joined" / f"c{suffix}").read_bytes() == (
+            tmp_path / f"c{suffix}"
+        ).read_bytes()
     code, out, _ = run("unshard", "cut/c", "--output", "joined")
-    assert code == 0 and out.startswith("joined/c.bin: 4 shards, 84 bytes, 84 of them there before, SHA-256 ")
+    assert code == 0 and out.startswith(
+        "joined/c.bin: 4 shards, 84 bytes, 84 of them there before, SHA-256 "
+    )
 
 
 def test_verify_fails(run, tmp_path):
@@ -94,20 +101,27 @@ def test_verify_fails(run, tmp_path):
     code, out, err = run("verify", "cut/c", "--hashes", "hashes.txt")
     assert (code, err) == (1, "castalia: error: 2 of 6 checks failed\n")
     assert "FAIL hash      cut/c-00001-of-00003.bin: missing\n" in out
-    found = [json.loads(line) for line in run("verify", "cut/c", "--hashes", "hashes.txt", "--json")[1].splitlines()]
+    found = [
+        json.loads(line)
+        for line in run("verify", "cut/c", "--hashes", "hashes.txt", "--json")[1].splitlines()
+    ]
     assert [check["ok"] for check in found] == [False, True, False, True, True, True]
     assert run("verify", "c", "--hashes", "a", "--write-hashes", "b")[0] == 2
 
 
 def test_merge_and_split(run):
-    assert run("merge", "c", "c", "--output", "out/two")[1] == "out/two: 8 documents, 84 tokens as uint16\n"
+    assert (
+        run("merge", "c", "c", "--output", "out/two")[1]
+        == "out/two: 8 documents, 84 tokens as uint16\n"
+    )
     assert run("split", "out/two", "--shares", "1,1", "--output", "out/s")[1].splitlines() == [
         "out/s-train: 4 documents, 42 tokens as uint16",
         "out/s-valid: 4 documents, 42 tokens as uint16",
     ]
     assert np.array_equal(IndexedDataset("out/s-valid")[3], IndexedDataset("c")[3])
     found = [
-        json.loads(line) for line in run("split", "c", "--parts", "2", "--output", "out/p", "--json")[1].splitlines()
+        json.loads(line)
+        for line in run("split", "c", "--parts", "2", "--output", "out/p", "--json")[1].splitlines()
     ]
     assert [record["split_from"]["stop"] for record in found] == [2, 4]
 
@@ -126,12 +140,18 @@ def test_merge_and_split(run):
 def test_a_missing_file_is_one_sentence(run, words):
     code, out, err = run(*words)
     assert (code, out) == (1, "")
-    assert err == "castalia: error: no.idx: no such file; a token file is a pair PREFIX.bin and PREFIX.idx\n"
+    assert (
+        err
+        == "castalia: error: no.idx: no such file; a token file is a pair PREFIX.bin and PREFIX.idx\n"
+    )
 
 
 def test_unshard_of_a_whole_file(run):
     code, _, err = run("unshard", "c")
-    assert code == 2 and err == "castalia: error: c: one whole .bin and no shards; there is nothing to join\n"
+    assert (
+        code == 2
+        and err == "castalia: error: c: one whole .bin and no shards; there is nothing to join\n"
+    )
 
 
 OVERRIDES = [
@@ -156,7 +176,15 @@ def test_view(run, tmp_path):
     ]
     assert "".join(found["text"] for found in lines[0]["documents"]) == lines[0]["text"]
     code, out, _ = run(
-        "view", *OVERRIDES, "data.tokenizer=null", "--steps", "1:3", "--ids", "ids.npy", "--jsonl", "rows.jsonl"
+        "view",
+        *OVERRIDES,
+        "data.tokenizer=null",
+        "--steps",
+        "1:3",
+        "--ids",
+        "ids.npy",
+        "--jsonl",
+        "rows.jsonl",
     )
     assert code == 0 and [line.rpartition(" ")[0] for line in out.splitlines()] == [
         "step 1: 2 rows, rows_hash",
@@ -174,7 +202,16 @@ def test_materialize_and_read_back(run, tmp_path):
     assert record["rows_of"] == {"first_step": 0, "stop_step": 3, "batch_size": 2}
     assert run("verify", "ready")[0] == 0
     run("view", *OVERRIDES, "--steps", "0:3", "--ids", "a.npy")
-    run("view", *OVERRIDES, "data.train=ready", "data.order=file", "--steps", "0:3", "--ids", "b.npy")
+    run(
+        "view",
+        *OVERRIDES,
+        "data.train=ready",
+        "data.order=file",
+        "--steps",
+        "0:3",
+        "--ids",
+        "b.npy",
+    )
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
@@ -185,7 +222,13 @@ def test_pythias_batches_out_of_shards_of_ready_rows(run, tmp_path):
         for row in rows:
             writer.add(row)
     run("shard", "document", "--bytes", "9999", "--output", "hub")
-    config = ["pythia-160m", "data.train=hub/document", "data.order=file", "train.batch_size=2", "train.steps=6"]
+    config = [
+        "pythia-160m",
+        "data.train=hub/document",
+        "data.order=file",
+        "train.batch_size=2",
+        "train.steps=6",
+    ]
     code, _, err = run("view", *config, "--steps", "1:4", "--ids", "indicies.npy")
     assert (code, err) == (0, "")
     found = np.load("indicies.npy")
@@ -196,10 +239,14 @@ def test_view_shows_what_a_run_trained_on(run, tmp_path):
     command = [sys.executable, "-m", "castalia", "train", *OVERRIDES, "output=r"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    ]
     trained = {line["step"] - 1: line["rows_hash"] for line in metrics if "rows_hash" in line}
     out = run("view", "r/config.yaml", "--steps", ":", "--ids", "ids.npy")[1]
-    assert out.splitlines() == [f"step {step}: 2 rows, rows_hash {trained[step]}" for step in range(3)]
+    assert out.splitlines() == [
+        f"step {step}: 2 rows, rows_hash {trained[step]}" for step in range(3)
+    ]
 
 
 @pytest.mark.parametrize("verb", [["view"], ["materialize", "--output", "o"]])

@@ -18,7 +18,9 @@ from castalia.train.config import RunConfig
 def run(tmp_path: Path) -> Path:
     """A byte-level run with start weights and three checkpoints."""
     folder = tmp_path / "run"
-    config = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=257, rotary_pct=0.5)
+    config = ModelConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=257, rotary_pct=0.5
+    )
     load_tokenizer("bytes").save(folder / "tokenizer.json")
     files = {
         "config.yaml": dump_yaml(RunConfig(model=config)),
@@ -57,7 +59,9 @@ def test_without_output_it_goes_into_the_run(castalia, run: Path) -> None:
 
 
 def test_several_steps_as_json_lines(castalia, run: Path, tmp_path: Path) -> None:
-    code, out, _ = castalia(run, "--to", "hf", "--output", tmp_path / "out", "--steps", "step1000, 0", "--json")
+    code, out, _ = castalia(
+        run, "--to", "hf", "--output", tmp_path / "out", "--steps", "step1000, 0", "--json"
+    )
     records = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and [record["step"] for record in records] == [0, 1000]
     assert [Path(record["folder"]).name for record in records] == ["step0", "step1000"]
@@ -74,9 +78,17 @@ def test_several_steps_as_json_lines(castalia, run: Path, tmp_path: Path) -> Non
         (["--to", "hf", "--quantization", "int8"], "hf takes a dtype, not a quantization"),
     ],
 )
-def test_wrong_options_are_one_sentence(castalia, run: Path, words: list[str], message: str) -> None:
+def test_wrong_options_are_one_sentence(
+    castalia, run: Path, words: list[str], message: str
+) -> None:
     code, out, err = castalia(run, *words)
-    assert code == 2 and out == "" and err.startswith("castalia: error: ") and message in err and err.count("\n") == 1
+    assert (
+        code == 2
+        and out == ""
+        and err.startswith("castalia: error: ")
+        and message in err
+        and err.count("\n") == 1
+    )
     assert not (run / "exports").exists()
 
 

@@ -22,7 +22,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level run with random weights."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     config = ModelConfig(
-        num_layers=1, hidden_size=32, num_attention_heads=4, vocab_size=257, max_position_embeddings=64, rotary_pct=0.5
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        vocab_size=257,
+        max_position_embeddings=64,
+        rotary_pct=0.5,
     )
     load_tokenizer("bytes").save(folder / "tokenizer.json")
     files = {
@@ -77,23 +82,46 @@ def test_one_prompt_prints_the_continuation(castalia, run: Path) -> None:
 
 
 def test_several_prompts_are_shown_with_their_texts(castalia, run: Path) -> None:
-    answer = castalia("generate", run / "step7", "--prompt", "def", "--prompt", "The", "--max-new-tokens", 5)
+    answer = castalia(
+        "generate", run / "step7", "--prompt", "def", "--prompt", "The", "--max-new-tokens", 5
+    )
     one, two = load(run).generate(["def", "The"], 5)
     assert answer.out == f"def{one}\n\nThe{two}\n"
 
 
 def test_json_records(castalia, run: Path) -> None:
-    answer = castalia("generate", run, "--prompt", "def", "--prompt", "The", "--max-new-tokens", 5, "--json")
+    answer = castalia(
+        "generate", run, "--prompt", "def", "--prompt", "The", "--max-new-tokens", 5, "--json"
+    )
     records = answer.records()
-    assert [set(record) for record in records] == [{"prompt", "text", "tokens", "finish_reason", "seconds"}] * 2
+    assert [set(record) for record in records] == [
+        {"prompt", "text", "tokens", "finish_reason", "seconds"}
+    ] * 2
     done = load(run).complete(["def", "The"], 5)
     for record, want in zip(records, done, strict=True):
-        assert (record["prompt"], record["text"], record["tokens"]) == (want.prompt, want.text, want.tokens)
+        assert (record["prompt"], record["text"], record["tokens"]) == (
+            want.prompt,
+            want.text,
+            want.tokens,
+        )
         assert record["finish_reason"] == "length" and record["seconds"] > 0
 
 
 def test_draws_repeat_with_a_seed_and_do_not_depend_on_the_output_form(castalia, run: Path) -> None:
-    words = ["generate", run, "--temperature", 1.5, "--top-k", 50, "--top-p", 0.9, "--seed", 4, "--max-new-tokens", 12]
+    words = [
+        "generate",
+        run,
+        "--temperature",
+        1.5,
+        "--top-k",
+        50,
+        "--top-p",
+        0.9,
+        "--seed",
+        4,
+        "--max-new-tokens",
+        12,
+    ]
     records = castalia(*words, "--prompt", "A", "--prompt", "B", "--json").records()
     texts = castalia(*words, "--prompt", "A", "--prompt", "B").out
     assert texts == f"A{records[0]['text']}\n\nB{records[1]['text']}\n"
@@ -114,7 +142,9 @@ def test_prompts_from_files_and_standard_input(castalia, run: Path, tmp_path: Pa
 
 
 def test_a_conversation_on_a_terminal(castalia, run: Path) -> None:
-    answer = castalia("generate", run, "--max-new-tokens", 4, stdin="def\n" + "x" * 80 + "\nThe\n", tty=True)
+    answer = castalia(
+        "generate", run, "--max-new-tokens", 4, stdin="def\n" + "x" * 80 + "\nThe\n", tty=True
+    )
     one, two = load(run).generate(["def", "The"], 4)
     assert answer.code == 0 and answer.out == f"> {one}\n> > {two}\n> \n"
     assert "the prompt has 80 tokens" in answer.err
@@ -141,16 +171,26 @@ def test_the_limit_of_the_model_is_said(castalia, run: Path) -> None:
         (b"", "p.txt", "holds no prompt"),
         (b"ok\n\xff\n", "p.txt", "is not UTF-8 text: byte 3"),
         (b'{"prompt": "a"}\n{"prompt": \n', "p.jsonl", "line 2: not JSON"),
-        (b'{"prompt": "a"}\n\n{"text": "b"}\n', "p.jsonl", 'line 3: expected an object with a text under "prompt"'),
+        (
+            b'{"prompt": "a"}\n\n{"text": "b"}\n',
+            "p.jsonl",
+            'line 3: expected an object with a text under "prompt"',
+        ),
         (None, "p.txt", "No such file"),
     ],
 )
-def test_bad_prompt_files(castalia, run: Path, tmp_path: Path, content: bytes | None, name: str, message: str) -> None:
+def test_bad_prompt_files(
+    castalia, run: Path, tmp_path: Path, content: bytes | None, name: str, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     answer = castalia("generate", run, "--file", tmp_path / name)
     assert answer.code == 1 and answer.out == ""
-    assert answer.err.startswith("castalia: error: ") and message in answer.err and answer.err.count("\n") == 1
+    assert (
+        answer.err.startswith("castalia: error: ")
+        and message in answer.err
+        and answer.err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,13 +214,35 @@ def test_no_checkpoint(castalia, tmp_path: Path) -> None:
 
 def test_samples_from_nothing_become_neox_records(castalia, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "samples.jsonl"
-    words = ("--samples", 3, "--temperature", 1.5, "--seed", 2, "--max-new-tokens", 6, "--output", out)
+    words = (
+        "--samples",
+        3,
+        "--temperature",
+        1.5,
+        "--seed",
+        2,
+        "--max-new-tokens",
+        6,
+        "--output",
+        out,
+    )
     assert castalia("generate", run, *words).code == 0
     records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     texts = load(run).generate([""] * 3, 6, temperature=1.5, seed=2)
     assert [record["text"] for record in records] == texts and len(set(texts)) == 3
-    assert list(records[0]) == ["context", "text", "length", "finished", "message", "duration_seconds"]
-    assert records[0]["context"] == "" and records[0]["length"] == 6 and records[0]["finished"] is False
+    assert list(records[0]) == [
+        "context",
+        "text",
+        "length",
+        "finished",
+        "message",
+        "duration_seconds",
+    ]
+    assert (
+        records[0]["context"] == ""
+        and records[0]["length"] == 6
+        and records[0]["finished"] is False
+    )
 
 
 def test_a_draft_changes_nothing(castalia, run: Path) -> None:
@@ -196,7 +258,9 @@ def test_a_prompt_of_several_lines_is_typed_in(castalia, run: Path, tmp_path: Pa
     words = ("--max-new-tokens", 5, "--prompt-end", "END", "--output", tmp_path / "talk.jsonl")
     answer = castalia("generate", run, *words, stdin="one\ntwo END\nthreeEND\n", tty=True)
     assert answer.code == 0, answer.err
-    records = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text("utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / "talk.jsonl").read_text("utf-8").splitlines()
+    ]
     assert [record["context"] for record in records] == ["one\ntwo ", "three"]
     assert records[1]["text"] == load(run).generate("three", 5)
 

@@ -57,15 +57,24 @@ def failed(done):
 
 
 def test_torchrun_on_one_machine(launch):
-    assert planned(launch("--procs-per-node=2", "--max-restarts=3", "--env=A=b c", "--dry-run")).strip() == (
+    assert planned(
+        launch("--procs-per-node=2", "--max-restarts=3", "--env=A=b c", "--dry-run")
+    ).strip() == (
         "A='b c' python -m torch.distributed.run --max-restarts=3 --standalone --local-addr=127.0.0.1"
         " --nproc-per-node=2 -m castalia train debug output=runs/first train.steps=30"
     )
 
 
 def test_torchrun_on_two_machines(launch):
-    said = planned(launch("--nodes=2", "--gpus-per-node=8", "--master-addr=host1", "--node-rank=1", "--dry-run"))
-    assert "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --rdzv-id=first --nproc-per-node=8" in said
+    said = planned(
+        launch(
+            "--nodes=2", "--gpus-per-node=8", "--master-addr=host1", "--node-rank=1", "--dry-run"
+        )
+    )
+    assert (
+        "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --rdzv-id=first --nproc-per-node=8"
+        in said
+    )
     assert "--rdzv-conf=is_host=0" in said
     assert "name it with --master-addr" in failed(launch("--nodes=2", "--dry-run"))
 
@@ -73,7 +82,13 @@ def test_torchrun_on_two_machines(launch):
 def test_slurm_writes_a_job_that_requeues_itself(launch, tmp_path):
     said = planned(
         launch(
-            *("--launcher=slurm", "--nodes=2", "--gpus-per-node=4", "--max-restarts=1", "--master-port=1234"),
+            *(
+                "--launcher=slurm",
+                "--nodes=2",
+                "--gpus-per-node=4",
+                "--max-restarts=1",
+                "--master-port=1234",
+            ),
             *("--slurm=time=04:00:00", "--slurm=account=a", "--slurm=exclusive=true", "--dry-run"),
         )
     )
@@ -105,7 +120,9 @@ def test_slurm_requeues_only_a_run_that_got_further(launch, tmp_path, saves, aga
     (run / "checkpoints" / "step-00000010" / "COMPLETE").touch()
     tools.mkdir()
     further = run / "checkpoints" / "step-00000020"
-    (tools / "srun").write_text(f"#!/bin/sh\nmkdir {further} && touch {further}/COMPLETE\n" if saves else "#!/bin/sh\n")
+    (tools / "srun").write_text(
+        f"#!/bin/sh\nmkdir {further} && touch {further}/COMPLETE\n" if saves else "#!/bin/sh\n"
+    )
     (tools / "scontrol").write_text(f"#!/bin/sh\ntouch {tmp_path}/requeued\n")
     for tool in tools.iterdir():
         tool.chmod(0o755)
@@ -118,27 +135,45 @@ def test_slurm_requeues_only_a_run_that_got_further(launch, tmp_path, saves, aga
 
 def test_what_a_shell_would_not_take(launch, tmp_path):
     done = launch("--launcher-args='abc", "--dry-run")
-    assert done.returncode == 2 and 'launch.launcher_args: "\'abc" is not what a shell takes' in done.stderr
-    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"recipe": "debug", "launch": {"environment": {"A;B": "1"}}}))
+    assert (
+        done.returncode == 2
+        and 'launch.launcher_args: "\'abc" is not what a shell takes' in done.stderr
+    )
+    (tmp_path / "bad.yaml").write_text(
+        yaml.safe_dump({"recipe": "debug", "launch": {"environment": {"A;B": "1"}}})
+    )
     done = launch("--dry-run", config=("bad.yaml",))
     assert done.returncode == 2 and "'A;B' is no name of a variable" in done.stderr
 
 
 def test_mpi(launch):
-    said = planned(launch("--launcher=mpi", "--hostfile=hosts", "--launcher-args=--oversubscribe -v", "--dry-run"))
+    said = planned(
+        launch(
+            "--launcher=mpi", "--hostfile=hosts", "--launcher-args=--oversubscribe -v", "--dry-run"
+        )
+    )
     assert said.startswith("mpirun -np 6 --host host1:4,host2:2 ")
     assert "-x MASTER_ADDR=host1 -x MASTER_PORT=29500" in said
-    assert said.strip().endswith("--oversubscribe -v python -m castalia train debug output=runs/first train.steps=30")
+    assert said.strip().endswith(
+        "--oversubscribe -v python -m castalia train debug output=runs/first train.steps=30"
+    )
     picked = launch("--launcher=mpi", "--hostfile=hosts", "--include=host1:1", "--dry-run")
     assert "takes the first slots of a host" in failed(picked)
 
 
 def test_pdsh_tells_each_host_its_gpus(launch):
-    said = planned(launch("--launcher=pdsh", "--hostfile=hosts", "--include=host1:1,3@host2:0", "--dry-run"))
+    said = planned(
+        launch("--launcher=pdsh", "--hostfile=hosts", "--include=host1:1,3@host2:0", "--dry-run")
+    )
     assert said.startswith("pdsh -S -b -R ssh -f 2 -w host1,host2 ")
-    assert "0) procs=2; export CUDA_VISIBLE_DEVICES=1,3;; 1) procs=1; export CUDA_VISIBLE_DEVICES=0;;" in said
+    assert (
+        "0) procs=2; export CUDA_VISIBLE_DEVICES=1,3;; 1) procs=1; export CUDA_VISIBLE_DEVICES=0;;"
+        in said
+    )
     assert "--nproc-per-node=$procs --rdzv-conf=is_host=$((%n == 0)) -m castalia train" in said
-    assert " -w host2 " in planned(launch("--launcher=pdsh", "--exclude=host1", "--dry-run", DLTS_HOSTFILE="hosts"))
+    assert " -w host2 " in planned(
+        launch("--launcher=pdsh", "--exclude=host1", "--dry-run", DLTS_HOSTFILE="hosts")
+    )
 
 
 def test_the_layout_is_checked_before_anything_starts(launch):
@@ -149,7 +184,9 @@ def test_the_layout_is_checked_before_anything_starts(launch):
 def test_hostfile_with_nonsense(launch, tmp_path):
     (tmp_path / "bad").write_text("host1 slots=4\nhost2: 8 GPUs\n")
     line = failed(launch("--launcher=pdsh", "--hostfile=bad"))
-    assert line == "castalia: error: hostfile bad line 2: expected `host slots=N`, got 'host2: 8 GPUs'"
+    assert (
+        line == "castalia: error: hostfile bad line 2: expected `host slots=N`, got 'host2: 8 GPUs'"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,15 +218,41 @@ def test_a_port_in_use(launch):
 
 
 def test_options_of_gpt_neox_are_defaults(launch, tmp_path):
-    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64}
-    values = shape | {"seq_length": 64, "train_batch_size": 12, "train_iters": 9, "pos_emb": "rotary"}
-    values |= {"launcher": "pdsh", "hostfile": "hosts", "include": "host1", "num_gpus": 2, "master_port": 7000}
+    shape = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    values = shape | {
+        "seq_length": 64,
+        "train_batch_size": 12,
+        "train_iters": 9,
+        "pos_emb": "rotary",
+    }
+    values |= {
+        "launcher": "pdsh",
+        "hostfile": "hosts",
+        "include": "host1",
+        "num_gpus": 2,
+        "master_port": 7000,
+    }
     values |= {"num_nodes": -1, "no_ssh_check": True, "detect_nvlink_pairs": True, "account": "a"}
     (tmp_path / "neox.yml").write_text(yaml.safe_dump(values))
     said = planned(launch("--dry-run", config=("neox.yml",)))
-    assert said.startswith("pdsh ") and "--rdzv-endpoint=host1:7000" in said and "--nproc-per-node=2" in said
+    assert (
+        said.startswith("pdsh ")
+        and "--rdzv-endpoint=host1:7000" in said
+        and "--nproc-per-node=2" in said
+    )
     values |= {"deepspeed_slurm": True, "comment": "c"}
     (tmp_path / "neox.yml").write_text(yaml.safe_dump(values))
     said = planned(launch("--dry-run", config=("neox.yml",)))
-    assert "#SBATCH --account=a" in said and "#SBATCH --comment=c" in said and "#SBATCH --nodelist=host1" in said
-    assert planned(launch("--dry-run", "--launcher=mpi", config=("neox.yml",))).startswith("mpirun -np 2 ")
+    assert (
+        "#SBATCH --account=a" in said
+        and "#SBATCH --comment=c" in said
+        and "#SBATCH --nodelist=host1" in said
+    )
+    assert planned(launch("--dry-run", "--launcher=mpi", config=("neox.yml",))).startswith(
+        "mpirun -np 2 "
+    )

@@ -16,7 +16,9 @@ from castalia.cli import main
 from castalia.data import IndexedDatasetWriter
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data-tools.md"
-SECTION = re.compile(r"^## Pythia's data in three commands\n.*?^```text\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+SECTION = re.compile(
+    r"^## Pythia's data in three commands\n.*?^```text\n(.*?)^```$", re.DOTALL | re.MULTILINE
+)
 BASE = "pile_0.87_deduped_text_document"
 BATCH, STEPS = 2, 1001
 
@@ -44,7 +46,9 @@ def cut(folder, base, shards):
     size = -(-len(data) // shards)
     (folder / f"{base}.bin").unlink()
     for i in range(shards):
-        (folder / f"{base}-{i:05}-of-{shards - 1:05}.bin").write_bytes(data[size * i : size * (i + 1)])
+        (folder / f"{base}-{i:05}-of-{shards - 1:05}.bin").write_bytes(
+            data[size * i : size * (i + 1)]
+        )
     return data
 
 
@@ -58,9 +62,13 @@ def hub(tmp_path):
     whole = cut(tmp_path / "pythia_deduped_pile_idxmaps", BASE, 83)
     files = sorted((tmp_path / "pythia_deduped_pile_idxmaps").iterdir())
     lines = [f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
-    (tmp_path / "shard_hashes.txt").write_text("\n".join(lines))  # without a last line end, as Pythia's
+    (tmp_path / "shard_hashes.txt").write_text(
+        "\n".join(lines)
+    )  # without a last line end, as Pythia's
     rows = draw.integers(0, 50277, (BATCH * STEPS + 10, 2049)).astype(np.uint16)
-    with IndexedDatasetWriter(tmp_path / "pile-deduped-pythia-preshuffled" / "document", np.uint16) as writer:
+    with IndexedDatasetWriter(
+        tmp_path / "pile-deduped-pythia-preshuffled" / "document", np.uint16
+    ) as writer:
         for row in rows:
             writer.add(row)
     cut(tmp_path / "pile-deduped-pythia-preshuffled", "document", 21)
@@ -89,10 +97,14 @@ def test_checksums(run, hub, tmp_path):
     data[7] ^= 1
     shard.write_bytes(data)
     code, out, err = run(commands()[1])
-    assert code == 1 and re.search(r"^FAIL hash .*-00040-of-00082\.bin: SHA-256 \w+, expected", out, re.MULTILINE)
+    assert code == 1 and re.search(
+        r"^FAIL hash .*-00040-of-00082\.bin: SHA-256 \w+, expected", out, re.MULTILINE
+    )
     shard.unlink()
     code, out, err = run(commands()[1])
-    assert code == 1 and re.search(r"^FAIL hash .*-00040-of-00082\.bin: missing$", out, re.MULTILINE)
+    assert code == 1 and re.search(
+        r"^FAIL hash .*-00040-of-00082\.bin: missing$", out, re.MULTILINE
+    )
     assert "checks failed" in err
 
 

@@ -25,7 +25,11 @@ def show(*arguments, columns="80"):
 def test_json_has_the_published_numbers():
     shown = json.loads(show("pythia-70m", "--json"))
     assert shown["parameters"] == {"total": 70_426_624, "non_embedding": 18_915_328}
-    assert (shown["steps"], shown["tokens_per_step"], shown["tokens"]) == (143_000, 2_097_152, 299_892_736_000)
+    assert (shown["steps"], shown["tokens_per_step"], shown["tokens"]) == (
+        143_000,
+        2_097_152,
+        299_892_736_000,
+    )
     assert (shown["checkpoints"]["count"], len(shown["checkpoints"]["steps"])) == (154, 154)
     assert shown["checkpoints"]["bytes_each"] == 12 * 70_426_624
     assert shown["flops"]["total"] == shown["flops"]["per_token"] * shown["tokens"]
@@ -47,7 +51,15 @@ def test_text_has_config_cost_and_differences(columns):
     text = show("pythia-70m", "train.batch_size=12", "data.train=/data/pile", columns=columns)
     assert "parameters     70,426,624 (18,915,328 non-embedding)" in text
     assert "steps          143,000 of 12 rows = 24,576 tokens" in text
-    for part in ("weights", "gradients", "optimizer", "activations", "logits", "FLOPs", "checkpoints    154"):
+    for part in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "FLOPs",
+        "checkpoints    154",
+    ):
         assert part in text
     assert "differs from pythia-70m" in text
     assert ["train.batch_size", "1024", "12"] in [line.split() for line in text.splitlines()]
@@ -78,18 +90,25 @@ def test_a_gpt_neox_file_lists_what_has_no_effect_once():
 def test_schema_describes_every_key_and_requires_none():
     schema = json.loads(show("--schema"))
     assert schema["properties"]["optim"]["$ref"] == "#/$defs/OptimConfig"
-    assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["description"].startswith("Peak learning rate")
+    assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["description"].startswith(
+        "Peak learning rate"
+    )
     assert schema["$defs"]["ModelConfig"]["additionalProperties"] is False
     assert '"required": [' not in show("--schema")
 
 
 def test_a_mistake_is_one_message_and_a_non_zero_exit():
     done = subprocess.run(
-        [sys.executable, "-m", "castalia", "show", "pythia-70", "--json"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "castalia", "show", "pythia-70", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith("castalia: error: no preset or config file 'pythia-70'; did you mean 'pythia-70m'?")
+    assert done.stderr.startswith(
+        "castalia: error: no preset or config file 'pythia-70'; did you mean 'pythia-70m'?"
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -2,7 +2,16 @@
 
 import pytest
 
-from castalia.config import Config, apply_overrides, build, dump_yaml, flatten, is_override, merge, read_yaml
+from castalia.config import (
+    Config,
+    apply_overrides,
+    build,
+    dump_yaml,
+    flatten,
+    is_override,
+    merge,
+    read_yaml,
+)
 from castalia.config.base import leaves
 from castalia.core.errors import ConfigError
 
@@ -54,7 +63,9 @@ def test_yaml_of_a_config_reads_back_equal(tmp_path):
 
 
 def test_overrides_are_yaml_and_the_later_wins():
-    values = apply_overrides({"a": {"b": 1, "c": 2}}, ["a.b=3e-4", "d=[1, x]", "e=null", "f=true", "a.b=5e-4"])
+    values = apply_overrides(
+        {"a": {"b": 1, "c": 2}}, ["a.b=3e-4", "d=[1, x]", "e=null", "f=true", "a.b=5e-4"]
+    )
     assert values == {"a": {"b": 5e-4, "c": 2}, "d": [1, "x"], "e": None, "f": True}
 
 
@@ -65,14 +76,20 @@ def test_what_is_no_override_is_named():
 
 
 def test_merge_and_flatten():
-    assert merge({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}) == {"a": {"b": 1, "d": 2}, "c": [2]}
+    assert merge({"a": {"b": 1}, "c": [1]}, {"a": {"d": 2}, "c": [2]}) == {
+        "a": {"b": 1, "d": 2},
+        "c": [2],
+    }
     assert flatten({"a": {"b": 1}, "c": {}}) == {"a.b": 1, "c": {}}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": 1\n "b": 2}', "line 2, column 5: not valid YAML: .*; a comma is missing before this place"),
+        (
+            '{"a": 1\n "b": 2}',
+            "line 2, column 5: not valid YAML: .*; a comma is missing before this place",
+        ),
         ("- 1", "a config is a mapping of keys to values, got list"),
         ("", "a config is a mapping of keys to values, got NoneType"),
         ("a: [1", "not valid YAML"),

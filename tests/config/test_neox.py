@@ -7,7 +7,16 @@ import pytest
 
 from castalia.config import flatten, read_yaml
 from castalia.config.neox import is_neox, override_hint, read_neox
-from castalia.config.neox_keys import ALIASES, CHECKED, HONOURED, NAMES, NESTED_HONOURED, REFUSED, STRANGERS, WHY
+from castalia.config.neox_keys import (
+    ALIASES,
+    CHECKED,
+    HONOURED,
+    NAMES,
+    NESTED_HONOURED,
+    REFUSED,
+    STRANGERS,
+    WHY,
+)
 
 HERE = Path(__file__).parent
 SMALL = {
@@ -49,9 +58,21 @@ def test_each_of_the_318_arguments_is_classified_once():
 
 
 def test_names_of_older_versions_are_classified():
-    for name in ("gas", "moe_loss_coeff", "moe_type", "expert_interval", "enable_expert_tensor_parallelism"):
+    for name in (
+        "gas",
+        "moe_loss_coeff",
+        "moe_type",
+        "expert_interval",
+        "enable_expert_tensor_parallelism",
+    ):
         assert name in NAMES
-    assert set(NESTED_HONOURED) <= {"optimizer", "optimizer.params", "fp16", "bf16", "zero_optimization"}
+    assert set(NESTED_HONOURED) <= {
+        "optimizer",
+        "optimizer.params",
+        "fp16",
+        "bf16",
+        "zero_optimization",
+    }
 
 
 def test_the_70m_file_comes_out_as_it_was_trained():
@@ -101,7 +122,10 @@ def test_silence_means_the_defaults_of_gpt_neox():
     assert flat["model.tie_word_embeddings"] is True
     assert flat["model.parallel_residual"] is False
     assert flat["model.rotary_pct"] == 1.0
-    assert (flat["model.init_method"], flat["model.output_layer_init_method"]) == ("normal", "scaled_normal")
+    assert (flat["model.init_method"], flat["model.output_layer_init_method"]) == (
+        "normal",
+        "scaled_normal",
+    )
     assert (flat["optim.lr"], flat["optim.betas"]) == (1e-3, [0.9, 0.999])
     assert (flat["schedule.name"], flat["schedule.min_lr"]) == ("linear", 0.0)
     assert (flat["precision"], flat["seed"], flat["train.log_every"]) == ("fp32", 1234, 100)
@@ -136,7 +160,11 @@ def test_silence_means_the_defaults_of_gpt_neox():
         ({"save": "out", "load": "out"}, "output", "out"),
         ({"checkpoint_factor": 3}, "checkpoint.every", 3),
         ({"checkpoint_factor": 2, "checkpoint_scale": "log"}, "checkpoint.steps", [1, 2, 4, 8]),
-        ({"checkpoint_factor": 1.5, "checkpoint_scale": "log"}, "checkpoint.steps", [1, 2, 3, 5, 7]),
+        (
+            {"checkpoint_factor": 1.5, "checkpoint_scale": "log"},
+            "checkpoint.steps",
+            [1, 2, 3, 5, 7],
+        ),
         ({"keep_last_n_checkpoints": 4}, "checkpoint.keep", 4),
         ({"data_path": "d"}, "data.split", "969, 30, 1"),
         ({"data_path": "d", "split": "9,1,0"}, "data.split", "9,1,0"),
@@ -161,25 +189,46 @@ def test_option(option, key, value):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"pos_emb": "alibi"}, "pos_emb in small.yml: 'alibi' changes the results and is not honoured; write `pos_emb"),
+        (
+            {"pos_emb": "alibi"},
+            "pos_emb in small.yml: 'alibi' changes the results and is not honoured; write `pos_emb",
+        ),
         ({"hidden_dropout": 0.1}, "hidden_dropout in small.yml: 0.1 changes the results"),
         ({"hidden-dropout": 0.1}, "hidden-dropout in small.yml"),
         ({"gpt_j_tied": True}, "gpt_j_tied in small.yml: True changes the results"),
         ({"norm": "rmsnorm"}, "write `norm: layernorm`"),
-        ({"activation": "swiglu"}, "activation 'swiglu' changes the results and is not honoured; only gelu is there"),
-        ({"attention_config": [[["local", "global"], "all"]]}, "attention_config has local; only global and flash"),
-        ({"attention_config": [[["flash"], 3]]}, "attention_config is for 3 layers, num_layers is 2"),
+        (
+            {"activation": "swiglu"},
+            "activation 'swiglu' changes the results and is not honoured; only gelu is there",
+        ),
+        (
+            {"attention_config": [[["local", "global"], "all"]]},
+            "attention_config has local; only global and flash",
+        ),
+        (
+            {"attention_config": [[["flash"], 3]]},
+            "attention_config is for 3 layers, num_layers is 2",
+        ),
         ({"attention_config": [3]}, "is not of the form"),
         ({"num_kv_heads": 2}, "num_kv_heads 2 changes the results"),
         ({"moe_num_experts": 8}, "mixture-of-experts layers are not there"),
-        ({"optimizer": {"type": "sm3", "params": {"lr": 1}}}, "optimizer.type 'sm3' changes the results"),
-        ({"optimizer": {"params": {"lr": 1, "wd": 1}}}, "optimizer.params.wd in optimizer in small.yml: not known"),
+        (
+            {"optimizer": {"type": "sm3", "params": {"lr": 1}}},
+            "optimizer.type 'sm3' changes the results",
+        ),
+        (
+            {"optimizer": {"params": {"lr": 1, "wd": 1}}},
+            "optimizer.params.wd in optimizer in small.yml: not known",
+        ),
         ({"optimizer": {"params": {"weight_decay": 1}}}, "write weight_decay at the top level"),
         ({"init_method": "orthogonal"}, "init_method 'orthogonal' is not there; have: normal"),
         ({"train_iters": "ten"}, "train_iters in small.yml: expected a whole number, got 'ten'"),
         ({"num_workers": True}, "num_workers in small.yml: expected a whole number, got True"),
         ({"no_weight_tying": 1}, "expected true or false, got 1"),
-        ({"hidden_sise": 3}, "hidden_sise in small.yml: not an option of GPT-NeoX; did you mean 'hidden_size'?"),
+        (
+            {"hidden_sise": 3},
+            "hidden_sise in small.yml: not an option of GPT-NeoX; did you mean 'hidden_size'?",
+        ),
         ({"warmup_iters": 3}, "not an option of GPT-NeoX; write warmup, a share of lr_decay_iters"),
         ({"curriculum_learning": {"enabled": True}}, "rows have one length throughout"),
         ({"lr_decay_style": "wsd"}, "lr_decay_style 'wsd' is not there"),
@@ -190,7 +239,10 @@ def test_option(option, key, value):
         ({"tokenizer_type": "SPMTokenizer"}, "say model.vocab_size=N"),
         ({"data_path": "a", "train_data_paths": ["b"]}, "keep one"),
         ({"intermediate_size": 97}, "is no multiple of 2 [*] mlp_multiple_of"),
-        ({"deepspeed_extra_args": {"curriculum_learning": {}}}, "write curriculum_learning at the top level"),
+        (
+            {"deepspeed_extra_args": {"curriculum_learning": {}}},
+            "write curriculum_learning at the top level",
+        ),
         ({"zero_optimization": {"stage": 9}}, "stage is 0, 1, 2 or 3, got 9"),
         ({"zero_optimization": {"stag": 1}}, "not known; did you mean 'stage'?"),
     ],
@@ -213,7 +265,11 @@ MIXED = {"data_sampling_method": "smoothed_mean", "data_sampling_update_frequenc
         ({"data_sampling_smoothing_factor": 0.5}, "mixing.smoothing", 0.5),
         ({"data-sampling-warmup-steps": 2000}, "mixing.warmup_steps", 2000),
         ({"data_sampling_method": "exp3"}, "mixing.kind", "exp3"),
-        ({"data_sampling_method": "naive_validation", "data_sampling_update_frequency": 10}, "mixing.update_every", 10),
+        (
+            {"data_sampling_method": "naive_validation", "data_sampling_update_frequency": 10},
+            "mixing.update_every",
+            10,
+        ),
     ],
 )
 def test_the_keys_of_online_data_mixing(option, key, value):
@@ -222,7 +278,10 @@ def test_the_keys_of_online_data_mixing(option, key, value):
 
 def test_a_method_that_never_updates_or_is_not_there():
     assert "never updates; write 1" in problems_of(data_sampling_method="exp3")[0]
-    assert "have: smoothed_mean, exp3, naive_validation" in problems_of(**MIXED | {"data_sampling_method": "ema"})[0]
+    assert (
+        "have: smoothed_mean, exp3, naive_validation"
+        in problems_of(**MIXED | {"data_sampling_method": "ema"})[0]
+    )
     assert not [key for key in values_of(data_sampling_warmup_steps=5) if key.startswith("mixing")]
     notes = read(**MIXED, mixed_minibatches=True, use_named_train_datasets=True).notes
     assert any("drawn one by one" in note.text for note in notes)
@@ -247,7 +306,9 @@ def test_each_ignored_option_is_listed_once(name):
 
 
 def test_options_with_one_remedy_are_one_problem():
-    found = problems_of(pos_train_data_paths=["a"], neg_train_data_paths=["b"], pos_valid_data_paths=["c"])
+    found = problems_of(
+        pos_train_data_paths=["a"], neg_train_data_paths=["b"], pos_valid_data_paths=["c"]
+    )
     assert len(found) == 1
     assert "like 2 more options of its kind" in found[0]
 
@@ -277,11 +338,15 @@ def test_several_files_make_one_config():
 
 def test_files_without_a_model_say_so_once():
     (problem,) = read_neox({"dir/setup.yml": {"data_path": "x", "log_interval": 1}}).problems
-    assert problem.text.startswith("no model in setup.yml: name a preset or the file with num_layers")
+    assert problem.text.startswith(
+        "no model in setup.yml: name a preset or the file with num_layers"
+    )
 
 
 def test_over_a_preset_only_what_the_file_says_counts():
-    reading = read_neox({"s.yml": {"data_path": "x", "save": "out", "log-interval": 7}}, complete=False)
+    reading = read_neox(
+        {"s.yml": {"data_path": "x", "save": "out", "log-interval": 7}}, complete=False
+    )
     assert reading.problems == []
     flat = flatten(reading.values)
     assert flat.pop("train.eval_batches", 100) == 100
@@ -298,13 +363,20 @@ def test_batch_follows_the_number_of_processes():
     reading = read(world=8, gas=2, model_parallel_size=2)
     assert reading.values["train"]["batch_size"] == 4 * 2 * 4
     (batch,) = [item for item in reading.notes if item.key == "train.batch_size"]
-    assert "train.batch_size is 32 rows: 4 a process * 2 accumulated * 4 data-parallel processes" in batch.text
-    assert any("do not divide" in item.text for item in read(world=3, model_parallel_size=2).problems)
+    assert (
+        "train.batch_size is 32 rows: 4 a process * 2 accumulated * 4 data-parallel processes"
+        in batch.text
+    )
+    assert any(
+        "do not divide" in item.text for item in read(world=3, model_parallel_size=2).problems
+    )
 
 
 def test_vocabulary_is_counted_when_the_file_is_here(tmp_path):
     file = tmp_path / "t.json"
-    file.write_text('{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 4, "content": "<x>"}]}')
+    file.write_text(
+        '{"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 4, "content": "<x>"}]}'
+    )
     flat = values_of(tokenizer_type="HFTokenizer", vocab_file=str(file))
     assert (flat["model.vocab_size"], flat["data.tokenizer"]) == (5, str(file))
 
@@ -312,7 +384,11 @@ def test_vocabulary_is_counted_when_the_file_is_here(tmp_path):
 @pytest.mark.parametrize(
     ("options", "tokenizer", "ids"),
     [
-        ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v.json", "merge_file": "m.txt"}, "v.json,m.txt", 50257),
+        (
+            {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v.json", "merge_file": "m.txt"},
+            "v.json,m.txt",
+            50257,
+        ),
         ({"tokenizer_type": "CharLevelTokenizer"}, "char", 512),
         (
             {"tokenizer_type": "TiktokenTokenizer", "vocab_file": "d/cl100k_base.tiktoken"},
@@ -325,12 +401,20 @@ def test_vocabulary_is_counted_when_the_file_is_here(tmp_path):
 def test_tokenizer_types(options, tokenizer, ids):
     reading = read(**options)
     flat = flatten(reading.values)
-    assert (reading.problems, flat.get("data.tokenizer"), flat["model.vocab_size"]) == ([], tokenizer, ids)
+    assert (reading.problems, flat.get("data.tokenizer"), flat["model.vocab_size"]) == (
+        [],
+        tokenizer,
+        ids,
+    )
 
 
 def test_the_vocabulary_of_gpt2_is_counted(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 6}')
-    reading = read(tokenizer_type="GPT2BPETokenizer", vocab_file=str(tmp_path / "vocab.json"), merge_file="m.txt")
+    reading = read(
+        tokenizer_type="GPT2BPETokenizer",
+        vocab_file=str(tmp_path / "vocab.json"),
+        merge_file="m.txt",
+    )
     assert flatten(reading.values)["model.vocab_size"] == 7
 
 
@@ -338,7 +422,9 @@ def test_the_20b_tokenizer_has_50277_ids():
     file = HERE.parents[1].parent / "shared" / "data" / "20B_tokenizer.json"
     if not file.is_file():
         pytest.skip("the GPT-NeoX-20B tokenizer is not on this machine")
-    assert values_of(tokenizer_type="HFTokenizer", vocab_file=str(file))["model.vocab_size"] == 50277
+    assert (
+        values_of(tokenizer_type="HFTokenizer", vocab_file=str(file))["model.vocab_size"] == 50277
+    )
 
 
 def test_which_files_are_gpt_neox_files():
@@ -350,7 +436,10 @@ def test_which_files_are_gpt_neox_files():
 
 
 def test_hints_for_names_of_gpt_neox():
-    assert override_hint("train-iters") == "train-iters: this is GPT-NeoX's name; here it is train.steps"
+    assert (
+        override_hint("train-iters")
+        == "train-iters: this is GPT-NeoX's name; here it is train.steps"
+    )
     assert override_hint("gas") == "gas: this is GPT-NeoX's name; here it is train.batch_size"
     assert "has no effect here (CUDA kernels and fusions)" in override_hint("rope_fusion")
     assert "write 0; there is no dropout here" in override_hint("hidden_dropout")

@@ -17,7 +17,10 @@ def test_a_wrong_name_gets_the_menu():
     presets.register("pythia-70m")(1)
     presets.register("debug")(2)
     assert presets["debug"] == 2 and "debug" in presets and list(presets) == ["pythia-70m", "debug"]
-    with pytest.raises(ConfigError, match="no preset 'pythia-71m'; have: debug, pythia-70m; did you mean 'pythia-70m'"):
+    with pytest.raises(
+        ConfigError,
+        match="no preset 'pythia-71m'; have: debug, pythia-70m; did you mean 'pythia-70m'",
+    ):
         presets["pythia-71m"]
     assert nearest("zzz", ["abc"]) == ""
 
@@ -45,12 +48,17 @@ def test_a_full_disk_or_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
 
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256_of(tmp_path / "x")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_a_missing_extra_is_one_sentence_with_the_pip_line():
     assert require("json", "none", "this test").dumps([]) == "[]"
-    with pytest.raises(ConfigError, match=r"export needs 'no_such_module'.*pip install 'castalia\[ct2\]'"):
+    with pytest.raises(
+        ConfigError, match=r"export needs 'no_such_module'.*pip install 'castalia\[ct2\]'"
+    ):
         require("no_such_module", "ct2", "export")
 
 
@@ -72,7 +80,9 @@ with claimed(Path(sys.argv[1])):
 
 
 def test_a_folder_is_claimed_by_one_process_until_it_ends(tmp_path, capsys):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout.readline() == "held\n"
     message = f"is in use by process {holder.pid} on .*; wait for its end, or stop it"
     with pytest.raises(ConfigError, match=message), claimed(tmp_path, seconds=0.3):

@@ -67,12 +67,16 @@ def test_a_script_without_a_guard_is_told_so_at_once(tmp_path, room):
     if room == "prepare":
         script += "prepare(['a.jsonl'], 'a', 'bytes', workers=2)\n"
     else:
-        script += "prepare(['a.jsonl'], 'a', 'bytes')\nconfig = DataConfig(seq_length=1, train=['a'])\n"
+        script += (
+            "prepare(['a.jsonl'], 'a', 'bytes')\nconfig = DataConfig(seq_length=1, train=['a'])\n"
+        )
         script += "rows = build_rows(config, seed=0, batch_size=1, steps=9, eval_every=None, eval_batches=1).train\n"
         script += "print(next(iter(StepLoader(rows, batch_size=1, workers=2))))\n"
     (tmp_path / "job.py").write_text(script)
     job = [sys.executable, tmp_path / "job.py"]
-    done = subprocess.run(job, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        job, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 1
     assert 'under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
 
@@ -88,13 +92,17 @@ if __name__ == "__main__":
     time.sleep(60)
 """
     (tmp_path / "job.py").write_text(script)
-    with subprocess.Popen([sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True) as job:
+    with subprocess.Popen(
+        [sys.executable, tmp_path / "job.py"], stdout=subprocess.PIPE, text=True
+    ) as job:
         assert job.stdout.readline() == "[0, 2, 4, 6]\n"
         children = psutil.Process(job.pid).children(recursive=True)
         workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         assert workers
         job.kill()
     deadline = time.monotonic() + 10
-    while any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+    while any(
+        worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.05)

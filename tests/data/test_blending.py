@@ -44,14 +44,18 @@ def test_equals_the_published_rule(weights, size):
 
 
 @settings(deadline=None, max_examples=100)
-@given(weights=WEIGHTS, size=st.integers(1, 600), length=st.integers(1, 60), warmup=st.integers(0, 60))
+@given(
+    weights=WEIGHTS, size=st.integers(1, 600), length=st.integers(1, 60), warmup=st.integers(0, 60)
+)
 def test_lanes_of_any_length_give_the_same(weights, size, length, warmup):
     shares = np.array(weights) / np.sum(np.array(weights))
     picks = in_lanes(shares, size, length=max(length, warmup), warmup=warmup)
     assert picks.tolist() == as_published(weights, size)[0]
 
 
-@pytest.mark.parametrize("weights", [[0.5, 0.3, 0.2], [1.0] * 7, [0.9, 0.0999, 1e-4], [3, 0, 2, 2, 1]])
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.3, 0.2], [1.0] * 7, [0.9, 0.0999, 1e-4], [3, 0, 2, 2, 1]]
+)
 def test_large_enough_for_lanes(weights):
     picks, numbers = blend(weights, 30_000)
     expected = as_published(weights, 30_000)

@@ -54,12 +54,16 @@ def lines(path, *values):
 def content(prefix):
     """Every file of a job by its name's end, but for the records."""
     found = Path(prefix).parent.glob(Path(prefix).name + "_*")
-    return {p.name.removeprefix(Path(prefix).name): p.read_bytes() for p in found if p.suffix != ".json"}
+    return {
+        p.name.removeprefix(Path(prefix).name): p.read_bytes() for p in found if p.suffix != ".json"
+    }
 
 
 def pairs(prefix, key="messages"):
     """Tokens and labels of each conversation."""
-    tokens, labels = (IndexedDataset(f"{prefix}_{key}_{end}") for end in ("document", "label_document"))
+    tokens, labels = (
+        IndexedDataset(f"{prefix}_{key}_{end}") for end in ("document", "label_document")
+    )
     return [(one.tolist(), its.tolist()) for one, its in zip(tokens[:], labels[:], strict=True)]
 
 
@@ -69,7 +73,13 @@ def pairs(prefix, key="messages"):
 )
 def test_the_bytes_are_neox(tmp_path, mode, workers, part_bytes):
     options = ChatOptions(**OPTIONS[mode])
-    done = run([GOLDEN / "chats.jsonl"], tmp_path / "o", options=options, workers=workers, part_bytes=part_bytes)
+    done = run(
+        [GOLDEN / "chats.jsonl"],
+        tmp_path / "o",
+        options=options,
+        workers=workers,
+        part_bytes=part_bytes,
+    )
     assert done.documents == 16
     for name, digest in PEER[mode]["sha256"].items():
         if "reward" not in name:
@@ -136,14 +146,29 @@ def test_a_number_of_conversations(tmp_path):
 
 
 def test_other_forms_of_the_same_chats(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
+    pyarrow = pytest.importorskip(
+        "pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'"
+    )
     chats = [line["messages"] for line in golden_lines()]
     other = {"user": "human", "assistant": "gpt"}
-    shared = [[{"from": other.get(m["role"], m["role"]), "value": m["content"]} for m in chat] for chat in chats]
-    run([lines(tmp_path / "a.jsonl", *({"messages": c} for c in chats))], tmp_path / "a", documents=False)
-    run([lines(tmp_path / "b.jsonl", *({"messages": c} for c in shared))], tmp_path / "b", documents=False)
+    shared = [
+        [{"from": other.get(m["role"], m["role"]), "value": m["content"]} for m in chat]
+        for chat in chats
+    ]
+    run(
+        [lines(tmp_path / "a.jsonl", *({"messages": c} for c in chats))],
+        tmp_path / "a",
+        documents=False,
+    )
+    run(
+        [lines(tmp_path / "b.jsonl", *({"messages": c} for c in shared))],
+        tmp_path / "b",
+        documents=False,
+    )
     table = pyarrow.table({"messages": chats})
-    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "c.parquet", row_group_size=5)
+    pytest.importorskip("pyarrow.parquet").write_table(
+        table, tmp_path / "c.parquet", row_group_size=5
+    )
     run([tmp_path / "c.parquet"], tmp_path / "c", documents=False, part_bytes=1)
     assert content(tmp_path / "a") == content(tmp_path / "b") == content(tmp_path / "c")
 
@@ -152,10 +177,14 @@ CONTENTS = st.text(st.sampled_from("ab \n{}%<|>_é🙂"), max_size=12) | st.samp
     ["<|im_end|>", "<|endoftext|>", "\n\n"]
 )
 ROLES = st.sampled_from(["user", "assistant", "assistant", "system", "tool"])
-CHATS = st.lists(st.builds(lambda r, c: {"role": r, "content": c}, ROLES, CONTENTS), min_size=1, max_size=6)
+CHATS = st.lists(
+    st.builds(lambda r, c: {"role": r, "content": c}, ROLES, CONTENTS), min_size=1, max_size=6
+)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(chats=st.lists(CHATS, min_size=1, max_size=4), only_last=st.booleans())
 def test_targets_are_the_words_of_the_assistant(tmp_path, chats, only_last):
     path = lines(tmp_path / "c.jsonl", *({"messages": chat} for chat in chats))
@@ -167,7 +196,9 @@ def test_targets_are_the_words_of_the_assistant(tmp_path, chats, only_last):
         said = []
         for i, message in enumerate(chat):
             if message["role"] == "assistant" and (i == len(chat) - 1 or not only_last):
-                said.append(("" if i else "<|im_start|>assistant\n") + message["content"] + "<|im_end|>\n")
+                said.append(
+                    ("" if i else "<|im_start|>assistant\n") + message["content"] + "<|im_end|>\n"
+                )
                 after = chat[i + 1]["role"] if i + 1 < len(chat) else None
                 said[-1] += "<|im_start|>assistant\n" if after == "assistant" else ""
         said += ["<|endoftext|>"] * (chat[-1]["role"] == "assistant")
@@ -188,7 +219,9 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_are_rendered_as_transformers_does(tmp_path, name):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: castalia[hf]")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: castalia[hf]"
+    )
     shutil.copytree(GOLDEN, tmp_path / "t")
     (tmp_path / "t" / "chat_template.jinja").write_text(TEMPLATES[name])
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
@@ -205,12 +238,17 @@ def test_prompts_and_pairs(tmp_path):
         tmp_path / "p.jsonl",
         {"prompt": "2+2?", "chosen": "4", "rejected": "five"},
         {
-            "prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+            "prompt": [
+                {"role": "user", "content": "Hi"},
+                {"role": "assistant", "content": "Hello"},
+            ],
             "chosen": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "I go"}],
             "rejected": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "No"}],
         },
     )
-    done = run([path], tmp_path / "o", keys=("chosen", "rejected"), options=ChatOptions(prompt="prompt"))
+    done = run(
+        [path], tmp_path / "o", keys=("chosen", "rejected"), options=ChatOptions(prompt="prompt")
+    )
     assert [Path(p).name for p in done.prefixes] == [
         "o_chosen_document",
         "o_chosen_label_document",
@@ -220,7 +258,8 @@ def test_prompts_and_pairs(tmp_path):
     tokenizer = load_tokenizer(GOLDEN)
     for key, said in (("chosen", ["4", "I go"]), ("rejected", ["five", "No"])):
         found = [
-            tokenizer.decode([label for label in labels if label >= 0]) for _, labels in pairs(tmp_path / "o", key)
+            tokenizer.decode([label for label in labels if label >= 0])
+            for _, labels in pairs(tmp_path / "o", key)
         ]
         assert found == [f"{text}<|im_end|>\n<|endoftext|>" for text in said]
 
@@ -253,8 +292,14 @@ MESSAGES = [
         [{"role": "asistant", "content": "a"}],
         "message 1 of 'messages': no role 'asistant'; have: system, developer, user",
     ),
-    ([{"role": "user", "content": ["a"]}], "message 1 of 'messages': 'content' must be a string, got list"),
-    ([{"role": "user", "content": None}], "message 1 of 'messages': 'content' must be a string, got null"),
+    (
+        [{"role": "user", "content": ["a"]}],
+        "message 1 of 'messages': 'content' must be a string, got list",
+    ),
+    (
+        [{"role": "user", "content": None}],
+        "message 1 of 'messages': 'content' must be a string, got null",
+    ),
     ([{"role": "user", "content": "\ud800"}], "the conversation holds half of a surrogate pair"),
 ]
 
@@ -287,9 +332,17 @@ def test_wrong_rewards_name_file_and_line(tmp_path, more, message):
     good = {"messages": [{"role": "user", "content": "a"}], "r": 0.5}
     bad = {"messages": good["messages"]} | more
     with pytest.raises(DataError) as caught:
-        run([lines(tmp_path / "c.jsonl", good, bad)], tmp_path / "o", options=ChatOptions(reward="r"))
+        run(
+            [lines(tmp_path / "c.jsonl", good, bad)],
+            tmp_path / "o",
+            options=ChatOptions(reward="r"),
+        )
     assert str(caught.value) == f"{tmp_path}/c.jsonl:2: {message}"
-    done = run([lines(tmp_path / "d.jsonl", good, good | {"r": 3})], tmp_path / "d", options=ChatOptions(reward="r"))
+    done = run(
+        [lines(tmp_path / "d.jsonl", good, good | {"r": 3})],
+        tmp_path / "d",
+        options=ChatOptions(reward="r"),
+    )
     rewards = read_rewards(done.prefixes[2], IndexedDataset(done.prefixes[0]))
     assert rewards.tolist() == [0.5, 3.0]
 
@@ -320,12 +373,28 @@ def test_templates_that_refuse_or_rewrite(tmp_path):
 @pytest.mark.parametrize(
     ("options", "more", "message"),
     [
-        ({"only_last": True, "for_rm": True}, {}, "--only-last and --for-rm each say which tokens are targets"),
-        ({"binary": True}, {}, "--binary-reward says how to read the reward: name its key with --reward-key"),
+        (
+            {"only_last": True, "for_rm": True},
+            {},
+            "--only-last and --for-rm each say which tokens are targets",
+        ),
+        (
+            {"binary": True},
+            {},
+            "--binary-reward says how to read the reward: name its key with --reward-key",
+        ),
         ({"roles": ()}, {}, "--generation-role: name the role whose messages are targets"),
-        ({}, {"append_eod": True}, "--append-eod: with --chat the tokenizer's eos_token ends each conversation"),
+        (
+            {},
+            {"append_eod": True},
+            "--append-eod: with --chat the tokenizer's eos_token ends each conversation",
+        ),
         ({}, {"tokenizer": "bytes"}, "bytes has no chat template beside it"),
-        ({}, {"train_vocab": 300, "tokenizer": "new.json"}, "--train-tokenizer learns from texts, not from --chat"),
+        (
+            {},
+            {"train_vocab": 300, "tokenizer": "new.json"},
+            "--train-tokenizer learns from texts, not from --chat",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, options, more, message):
@@ -347,7 +416,9 @@ def test_the_end_of_a_conversation(tmp_path):
         run([path], tmp_path / name, folder)
         ends[name] = pairs(tmp_path / name)[0][0]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings_ | {"eos_token": "<end>"}))
-    with pytest.raises(ConfigError, match=r"has no token '<end>', which tokenizer_config\.json beside it names"):
+    with pytest.raises(
+        ConfigError, match=r"has no token '<end>', which tokenizer_config\.json beside it names"
+    ):
         run([path], tmp_path / "wrong", folder)
     (folder / "tokenizer_config.json").unlink()
     run([path], tmp_path / "bare", folder)
@@ -363,9 +434,16 @@ def test_a_plain_text_is_no_conversation(tmp_path):
 
 
 def test_special_tokens_may_stand_with_their_flags(tmp_path):
-    flags = {"eos_token": {"content": "<e>", "lstrip": False}, "bos_token": None, "add_bos_token": True}
+    flags = {
+        "eos_token": {"content": "<e>", "lstrip": False},
+        "bos_token": None,
+        "add_bos_token": True,
+    }
     named = {
-        "chat_template": [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ eos_token }}"}]
+        "chat_template": [
+            {"name": "tool_use", "template": "x"},
+            {"name": "default", "template": "{{ eos_token }}"},
+        ]
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(flags | named))
     assert read_chat_template(tmp_path).render([]) == "<e>"
@@ -390,7 +468,14 @@ def test_mutated_lines_are_errors_or_aligned_files(tmp_path):
             )
         (tmp_path / "c.jsonl").write_bytes(data)
         try:
-            run([tmp_path / "c.jsonl"], tmp_path / "o", tokenizer, fast=False, documents=False, reject=True)
+            run(
+                [tmp_path / "c.jsonl"],
+                tmp_path / "o",
+                tokenizer,
+                fast=False,
+                documents=False,
+                reject=True,
+            )
         except DataError as error:
             assert str(tmp_path / "c.jsonl") in str(error)
             continue
@@ -414,11 +499,20 @@ def test_a_message_that_joins_the_text_before_it(tmp_path):
     template = ChatTemplate(body + "{% if add_generation_prompt %}assistant\n{% endif %}", "")
     (tmp_path / "chat_template.jinja").write_text(template.text)
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\n\nb"}]
-    run([lines(tmp_path / "c.jsonl", {"messages": chat})], tmp_path / "o", tmp_path / "tokenizer.json")
+    run(
+        [lines(tmp_path / "c.jsonl", {"messages": chat})],
+        tmp_path / "o",
+        tmp_path / "tokenizer.json",
+    )
     ((tokens, labels),) = pairs(tmp_path / "o")
-    assert tokens == tokenizer.encode("user\naassistant\n") + tokenizer.encode("\n\nb") + [tokenizer.eod_id]
+    assert tokens == tokenizer.encode("user\naassistant\n") + tokenizer.encode("\n\nb") + [
+        tokenizer.eod_id
+    ]
     assert labels == [-100] * (len(tokens) - 4) + tokens[-4:]
-    assert tokenizer.ids["ĊĊ"] in tokenizer.encode(template.render(chat)) and tokenizer.ids["ĊĊ"] not in tokens
+    assert (
+        tokenizer.ids["ĊĊ"] in tokenizer.encode(template.render(chat))
+        and tokenizer.ids["ĊĊ"] not in tokens
+    )
 
 
 def test_ftfy_mends_the_messages(tmp_path):
@@ -434,5 +528,8 @@ def test_tokens_that_only_the_settings_know_are_an_error(tmp_path):
     (tmp_path / "t" / "tokenizer_config.json").write_text(
         json.dumps(known | {"added_tokens_decoder": {"900": {"content": "<tool>"}}})
     )
-    with pytest.raises(ConfigError, match=r"has no token '<tool>', which tokenizer_config\.json beside it names; save"):
+    with pytest.raises(
+        ConfigError,
+        match=r"has no token '<tool>', which tokenizer_config\.json beside it names; save",
+    ):
         run([GOLDEN / "chats.jsonl"], tmp_path / "o", tmp_path / "t")

@@ -18,7 +18,9 @@ def jsonl(path, texts, key="text"):
 
 def report(path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [line for line in lines if "corpus" in line], [line for line in lines if "evaluation" in line]
+    return [line for line in lines if "corpus" in line], [
+        line for line in lines if "evaluation" in line
+    ]
 
 
 def grams(text, n):
@@ -54,7 +56,9 @@ def test_against_a_plain_search(tmp_path, n):
 
 
 def test_a_token_file_and_a_question_with_its_answer(tmp_path):
-    jsonl(tmp_path / "c.jsonl", ["nothing here", "Who wrote it?\nThe poet Sappho wrote it, they say."])
+    jsonl(
+        tmp_path / "c.jsonl", ["nothing here", "Who wrote it?\nThe poet Sappho wrote it, they say."]
+    )
     prepare([tmp_path / "c.jsonl"], tmp_path / "c", "bytes", append_eod=True)
     line = {"q": "who wrote it", "a": "the poet sappho"}
     (tmp_path / "e.jsonl").write_text(json.dumps(line) + "\n")
@@ -72,12 +76,17 @@ def test_a_token_file_and_a_question_with_its_answer(tmp_path):
 def test_another_tokenizer_than_the_corpus_has_finds_nothing_and_is_refused(tmp_path):
     corpus = jsonl(tmp_path / "c.jsonl", ["the quick brown fox"])
     prepare([corpus], tmp_path / "c", "bytes")
-    with pytest.raises(ConfigError, match="c was made with the tokenizer bytes, and char is another one"):
+    with pytest.raises(
+        ConfigError, match="c was made with the tokenizer bytes, and char is another one"
+    ):
         contamination([str(tmp_path / "c")], [corpus], tokenizer=load_tokenizer("char"), ngram=2)
 
 
 def test_no_evaluation_documents_are_no_clean_corpus(tmp_path):
-    corpus, empty = jsonl(tmp_path / "c.jsonl", ["the quick brown fox"]), jsonl(tmp_path / "e.jsonl", [])
+    corpus, empty = (
+        jsonl(tmp_path / "c.jsonl", ["the quick brown fox"]),
+        jsonl(tmp_path / "e.jsonl", []),
+    )
     assert contamination(tmp_path / "c.jsonl", corpus, ngram=2).contaminated == 1
     with pytest.raises(DataError, match=r"e\.jsonl: is empty"):
         contamination([corpus], [corpus, empty], ngram=2)

@@ -21,7 +21,14 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.breaks, self.ranges, self.asked, self.body, self.mark, self.shift = [], True, [], BODY, '"one"', 0
+        self.breaks, self.ranges, self.asked, self.body, self.mark, self.shift = (
+            [],
+            True,
+            [],
+            BODY,
+            '"one"',
+            0,
+        )
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -48,13 +55,15 @@ class Handler(BaseHTTPRequestHandler):
         data = server.body[start:]
         self.send_response(206 if wanted and server.ranges else 200)
         if wanted and server.ranges:
-            self.send_header("Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}")
+            self.send_header(
+                "Content-Range", f"bytes {start}-{len(server.body) - 1}/{len(server.body)}"
+            )
         self.send_header("ETag", server.mark)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data[: server.breaks.pop(0)] if server.breaks else data)
 
-    do_HEAD = do_GET  # noqa: N815 - as http.server names it
+    do_HEAD = do_GET
 
     def log_message(self, *_):
         pass
@@ -120,7 +129,9 @@ def test_a_moved_file_and_one_server_at_a_time(server, tmp_path, monkeypatch):
     found = []
     known = {"sha256": hashlib.sha256(BODY).hexdigest(), "size": len(BODY)}
     moved = Corpus((RemoteFile(f"{server.url}/moved/a.jsonl", **known),), "another address answers")
-    both = [threading.Thread(target=lambda: found.extend(download(moved, tmp_path))) for _ in range(2)]
+    both = [
+        threading.Thread(target=lambda: found.extend(download(moved, tmp_path))) for _ in range(2)
+    ]
     for thread in both:
         thread.start()
     for thread in both:
@@ -142,7 +153,9 @@ def test_other_bytes_are_refused(server, tmp_path):
 
 def test_what_does_not_answer(server, tmp_path):
     gone = Corpus((RemoteFile(f"{server.url}/gone.jsonl"),), "a test")
-    with pytest.raises(DataError, match=r"gone\.jsonl: cannot be downloaded \(HTTP 404\); name your own copy"):
+    with pytest.raises(
+        DataError, match=r"gone\.jsonl: cannot be downloaded \(HTTP 404\); name your own copy"
+    ):
         download(gone, tmp_path)
     server.breaks = [0] * 9
     with pytest.raises(DataError, match=r"run the same command to go on|cannot be downloaded"):
@@ -150,7 +163,9 @@ def test_what_does_not_answer(server, tmp_path):
 
 
 def test_dead_addresses_are_said_to_be_dead(tmp_path):
-    with pytest.raises(ConfigError, match=r"the-eye\.eu took its copy of the Pile down.*pile_uncopyrighted"):
+    with pytest.raises(
+        ConfigError, match=r"the-eye\.eu took its copy of the Pile down.*pile_uncopyrighted"
+    ):
         resolve_inputs(["pile"], tmp_path)
     neox = """enron pile_subset pile github arxiv europarl freelaw nih pubmed books1 books3 hackernews openwebtext2
         stackexchange ubuntu_irc youtube_subtitles c4 c4_openwebtext enwik8"""
@@ -188,7 +203,9 @@ def test_a_url_as_an_input(server, tmp_path):
     assert len(IndexedDataset(tmp_path / "out")) == 5000
     with pytest.raises(DataError, match=r"gone\.jsonl: (no such file|cannot be read)"):
         prepare([f"{server.url}/gone.jsonl"], tmp_path / "out", "bytes")
-    with pytest.raises(DataError, match=r"http://127\.0\.0\.1:1/a\.jsonl: cannot be read: Cannot connect"):
+    with pytest.raises(
+        DataError, match=r"http://127\.0\.0\.1:1/a\.jsonl: cannot be read: Cannot connect"
+    ):
         prepare(["http://127.0.0.1:1/a.jsonl"], tmp_path / "out", "bytes")
 
 
@@ -196,7 +213,9 @@ def test_a_url_that_breaks_off_is_never_taken_for_bad_documents(server, tmp_path
     pytest.importorskip("aiohttp", reason="needs pip install 'castalia[http]'")
     for reject in (False, True):
         server.breaks = [100_000] * 20
-        with pytest.raises(CastaliaError, match=r"a\.jsonl: broke off \(.*\); run the same command to go on"):
+        with pytest.raises(
+            CastaliaError, match=r"a\.jsonl: broke off \(.*\); run the same command to go on"
+        ):
             prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes", reject=reject)
     server.breaks = []
     assert prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes").documents == 5000

@@ -37,7 +37,9 @@ def test_the_first_of_equal_documents_stays(written, tmp_path):
     record = dedup([a, b], tmp_path / "u")
     assert contents(tmp_path / "u") == [[1, 2], [3], [], [2, 1], [1, 2, 0], [9]]
     assert record["dedup"]["dropped"] == {"equal": 3, "near": 0}
-    assert [(line["prefix"], line["document"], line["repeats"]) for line in read_report(tmp_path / "u")] == [
+    assert [
+        (line["prefix"], line["document"], line["repeats"]) for line in read_report(tmp_path / "u")
+    ] == [
         (a, 2, {"prefix": a, "document": 0}),
         (b, 0, {"prefix": a, "document": 1}),
         (b, 2, {"prefix": a, "document": 3}),
@@ -75,16 +77,23 @@ def test_near_duplicates_against_all_pairs(written, tmp_path):
         else:
             kept.append(i)
     assert contents(tmp_path / "u") == [documents[i] for i in kept]
-    found = {line["document"]: (line["jaccard"], line["repeats"]["document"]) for line in read_report(tmp_path / "u")}
+    found = {
+        line["document"]: (line["jaccard"], line["repeats"]["document"])
+        for line in read_report(tmp_path / "u")
+    }
     assert found.keys() == gone.keys() and len(gone) > 20
     assert all(found[i][0] == pytest.approx(gone[i][0]) for i in gone)
     assert sum(record["dedup"]["dropped"].values()) == len(gone)
 
 
 def test_other_documents_of_the_same_n_grams_are_near(written, tmp_path):
-    record = dedup([written("d", [[1, 1, 1], [1, 1, 1, 1]])], tmp_path / "u", near=Near(0.9, ngram=2))
+    record = dedup(
+        [written("d", [[1, 1, 1], [1, 1, 1, 1]])], tmp_path / "u", near=Near(0.9, ngram=2)
+    )
     assert record["dedup"]["dropped"] == {"equal": 0, "near": 1}
-    assert [(line["jaccard"], line["equal"]) for line in read_report(tmp_path / "u")] == [(1.0, False)]
+    assert [(line["jaccard"], line["equal"]) for line in read_report(tmp_path / "u")] == [
+        (1.0, False)
+    ]
 
 
 def test_what_equals_a_document_that_went_repeats_the_kept_one(written, tmp_path):

@@ -34,7 +34,9 @@ OLD = {
 @pytest.fixture(scope="module")
 def tokenizer():
     """A BPE with the NFC of GPT-NeoX's 20B tokenizer, and tokens added to it."""
-    trained = train_bpe([f"{text} the words of a text, it's 12345 of them " * 20 for text in OLD.values()], 700)
+    trained = train_bpe(
+        [f"{text} the words of a text, it's 12345 of them " * 20 for text in OLD.values()], 700
+    )
     inner = tokenizers.Tokenizer.from_str(trained.text)
     inner.normalizer = normalizers.NFC()
     inner.add_tokens([tokenizers.AddedToken(" " * n, normalized=True) for n in range(2, 25)])
@@ -51,7 +53,9 @@ def encoder(tokenizer):
 def by_each(encoder, texts):
     """Ids of each text by the encoder and by tokenizers."""
     ids, sizes = encoder([text.encode() for text in texts])
-    return [part.tolist() for part in np.split(ids, np.cumsum(sizes)[:-1])], encoder.tokenizer.encode_batch(texts)
+    return [
+        part.tolist() for part in np.split(ids, np.cumsum(sizes)[:-1])
+    ], encoder.tokenizer.encode_batch(texts)
 
 
 @pytest.mark.parametrize("name", YOUNG)
@@ -89,12 +93,38 @@ def test_a_young_character_is_seen_wherever_it_stands(encoder, before):
 def test_texts_of_any_characters(encoder):
     draw = random.Random(0)
     added = [token.content for token in encoder.tokenizer.inner.get_added_tokens_decoder().values()]
-    blocks = [(32, 126), (0, 31), (0x80, 0x36F), (0x590, 0x77F), (0x900, 0x10FF), (0x1100, 0x11FF), (0x2000, 0x2BFF)]
-    blocks += [(0x3000, 0x33FF), (0xAC00, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0xE0000, 0xE01EF)]
+    blocks = [
+        (32, 126),
+        (0, 31),
+        (0x80, 0x36F),
+        (0x590, 0x77F),
+        (0x900, 0x10FF),
+        (0x1100, 0x11FF),
+        (0x2000, 0x2BFF),
+    ]
+    blocks += [
+        (0x3000, 0x33FF),
+        (0xAC00, 0xD7FF),
+        (0xE000, 0xFFFF),
+        (0x10000, 0x1FFFF),
+        (0xE0000, 0xE01EF),
+    ]
 
     def piece():
         if draw.random() < 0.3:
-            return draw.choice([*added, "'s", "'LL", "\r\n", " ", "<|endoftext", "\u200d", "e\u0301\u0323", "  \t\n  "])
+            return draw.choice(
+                [
+                    *added,
+                    "'s",
+                    "'LL",
+                    "\r\n",
+                    " ",
+                    "<|endoftext",
+                    "\u200d",
+                    "e\u0301\u0323",
+                    "  \t\n  ",
+                ]
+            )
         first, last = draw.choice(blocks)
         return "".join(chr(draw.randint(first, last)) for _ in range(draw.choice([1, 2, 5])))
 

@@ -23,7 +23,9 @@ TEXTS = ["", "a", "déjà vu, 数学 🙂", *(f"text {i} " * (i % 7 + 1) for i i
 @pytest.fixture
 def corpus(tmp_path):
     path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS))
+    )
     return path
 
 
@@ -51,14 +53,30 @@ def test_shares_and_nothing_lost(corpus, tmp_path):
     assert 160 < kinds.count("as it was") < 240
     assert 60 < kinds.count("psm") < 140 and 60 < kinds.count("spm or psm") < 150
     origin = read_provenance(str(tmp_path / "o"), 7)
-    assert (origin["id"], origin["line"], origin["tokens"]) == ("8", 9, len(documents(tmp_path / "o")[7]))
+    assert (origin["id"], origin["line"], origin["tokens"]) == (
+        "8",
+        9,
+        len(documents(tmp_path / "o")[7]),
+    )
     record = json.loads((tmp_path / "o.json").read_text())
-    assert record["fim"] == {"rate": 0.5, "spm_rate": 0.5, "tokens": [1, 2, 3], "seed": 3, "epoch": 0}
+    assert record["fim"] == {
+        "rate": 0.5,
+        "spm_rate": 0.5,
+        "tokens": [1, 2, 3],
+        "seed": 3,
+        "epoch": 0,
+    }
 
 
 def test_all_or_none(corpus, tmp_path):
     for rate, spm_rate, kind in ((0, 0.5, "as it was"), (1, 0, "psm"), (1, 1, "spm or psm")):
-        prepare([corpus], tmp_path / "o", "bytes", fim=FimOptions(rate, spm_rate, BYTES), append_eod=True)
+        prepare(
+            [corpus],
+            tmp_path / "o",
+            "bytes",
+            fim=FimOptions(rate, spm_rate, BYTES),
+            append_eod=True,
+        )
         found = documents(tmp_path / "o")
         assert {ids[-1] for ids in found} == {256}
         kinds = [restored(ids[:-1])[0] for ids in found]
@@ -77,7 +95,12 @@ def test_the_cuts_depend_on_nothing_else(corpus, tmp_path, more):
 def test_seed_and_epoch_give_other_cuts(corpus, tmp_path):
     found = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        prepare([corpus], tmp_path / "o", "bytes", fim=FimOptions(1.0, 0.0, BYTES, seed=seed, epoch=epoch))
+        prepare(
+            [corpus],
+            tmp_path / "o",
+            "bytes",
+            fim=FimOptions(1.0, 0.0, BYTES, seed=seed, epoch=epoch),
+        )
         found.append(documents(tmp_path / "o"))
     assert all(
         sum(one != other for one, other in zip(found[a], found[b], strict=True)) > 300
@@ -86,7 +109,12 @@ def test_seed_and_epoch_give_other_cuts(corpus, tmp_path):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=st.text(max_size=40), rate=st.floats(0, 1), spm_rate=st.floats(0, 1), seed=st.integers(0, 5))
+@given(
+    text=st.text(max_size=40),
+    rate=st.floats(0, 1),
+    spm_rate=st.floats(0, 1),
+    seed=st.integers(0, 5),
+)
 def test_pieces_are_the_document_and_tokenized_alone(text, rate, spm_rate, seed):
     tokenizer = load_tokenizer("bytes")
     fim = Fim(FimOptions(rate, spm_rate, BYTES, seed), (300, 301, 302))
@@ -100,7 +128,9 @@ def test_pieces_are_the_document_and_tokenized_alone(text, rate, spm_rate, seed)
     prefix, middle, suffix = (tokenizer.encode(piece.decode()) for piece in pieces)
     psm = [300, *prefix, 302, *suffix, 301, *middle]
     spm = [300, 302, *suffix, 301, *prefix, *middle]
-    assert ids.tolist() == (spm if draws(text.encode(), fim.options)[1] < int(spm_rate * 2**64) else psm)
+    assert ids.tolist() == (
+        spm if draws(text.encode(), fim.options)[1] < int(spm_rate * 2**64) else psm
+    )
 
 
 def test_cuts_are_uniform():
@@ -121,14 +151,26 @@ def test_the_three_tokens_by_name():
 @pytest.mark.parametrize(
     ("options", "more", "message"),
     [
-        (FimOptions(), {}, r"bytes has no tokens for filling in the middle \(tried <\|fim_prefix\|>"),
+        (
+            FimOptions(),
+            {},
+            r"bytes has no tokens for filling in the middle \(tried <\|fim_prefix\|>",
+        ),
         (
             FimOptions(tokens=("1", "2", "257")),
             {},
             r"--fim-tokens: '257' is neither a token of bytes nor an id below 257",
         ),
-        (FimOptions(tokens=("1", "2", "<suf>")), {}, r"--fim-tokens: '<suf>' is neither a token of bytes"),
-        (FimOptions(tokens=("1", "2")), {}, r"--fim-tokens 1,2: expected PREFIX,MIDDLE,SUFFIX, three different tokens"),
+        (
+            FimOptions(tokens=("1", "2", "<suf>")),
+            {},
+            r"--fim-tokens: '<suf>' is neither a token of bytes",
+        ),
+        (
+            FimOptions(tokens=("1", "2")),
+            {},
+            r"--fim-tokens 1,2: expected PREFIX,MIDDLE,SUFFIX, three different tokens",
+        ),
         (FimOptions(tokens=("1", "2", "2")), {}, r"three different tokens"),
         (FimOptions(rate=1.5), {}, r"--fim-rate 1\.5: expected a share, 0 to 1"),
         (FimOptions(spm_rate=-1), {}, r"--spm-rate -1: expected a share, 0 to 1"),

@@ -13,7 +13,11 @@ ORDER = {"seed": 1, "seq_length": 8, "weights": [0.5, 0.5]}
 
 
 def of(*prefixes, valid=(), **order):
-    return fingerprint([IndexedDataset(p) for p in prefixes], [IndexedDataset(p) for p in valid], order=ORDER | order)
+    return fingerprint(
+        [IndexedDataset(p) for p in prefixes],
+        [IndexedDataset(p) for p in valid],
+        order=ORDER | order,
+    )
 
 
 def test_survives_json(token_file):

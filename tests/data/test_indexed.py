@@ -44,7 +44,12 @@ def test_written_bytes(tmp_path):
 def test_reading(prefix):
     data = IndexedDataset(prefix)
     assert [d.tolist() for d in data] == DOCUMENTS
-    assert (len(data), data.dtype, data.sizes.dtype, data.sizes.tolist()) == (4, np.uint16, np.int32, [3, 0, 1, 2])
+    assert (len(data), data.dtype, data.sizes.dtype, data.sizes.tolist()) == (
+        4,
+        np.uint16,
+        np.int32,
+        [3, 0, 1, 2],
+    )
     assert data.pointers.tolist() == [0, 6, 6, 8]
     assert data.doc_idx.tolist() == [0, 1, 2, 3, 4]
     assert data[np.int64(3)].tolist() == data[-1].tolist() == [7, 8]
@@ -192,7 +197,8 @@ def test_a_missing_file_is_named(prefix, suffix):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "code"), [("u1", 1), ("i1", 2), ("i2", 3), ("i4", 4), ("i8", 5), ("f4", 6), ("f8", 7), ("u2", 8)]
+    ("dtype", "code"),
+    [("u1", 1), ("i1", 2), ("i2", 3), ("i4", 4), ("i8", 5), ("f4", 6), ("f8", 7), ("u2", 8)],
 )
 def test_every_dtype_has_its_code(tmp_path, dtype, code):
     with IndexedDatasetWriter(tmp_path / "x", dtype) as writer:
@@ -234,7 +240,10 @@ def test_tokens_must_be_integers(tmp_path):
 
 
 def test_an_error_leaves_the_old_file(tmp_path, prefix):
-    with pytest.raises(RuntimeError, match="stop"), IndexedDatasetWriter(prefix, np.uint16) as writer:
+    with (
+        pytest.raises(RuntimeError, match="stop"),
+        IndexedDatasetWriter(prefix, np.uint16) as writer,
+    ):
         writer.add([9, 9])
         raise RuntimeError("stop")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.idx"]
@@ -242,7 +251,10 @@ def test_an_error_leaves_the_old_file(tmp_path, prefix):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    with pytest.raises(CastaliaError, match="No space left"), IndexedDatasetWriter(tmp_path / "x", "i8") as writer:
+    with (
+        pytest.raises(CastaliaError, match="No space left"),
+        IndexedDatasetWriter(tmp_path / "x", "i8") as writer,
+    ):
         writer.file = FullDisk(writer.file)
         writer.add(range(1000))
     assert list(tmp_path.iterdir()) == []

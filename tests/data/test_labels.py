@@ -48,7 +48,9 @@ def test_training_reads_them(files, packing, workers):
     for (batch,) in itertools.islice(loader, 3):
         for index, found in zip(batch.index.tolist(), batch.labels.tolist(), strict=True):
             pieces = rows.train.documents_of(index)[1]
-            whole = [label for p in pieces for label in file.get(p.document, p.start, p.length).tolist()]
+            whole = [
+                label for p in pieces for label in file.get(p.document, p.start, p.length).tolist()
+            ]
             assert found == (whole + [-100] * 17)[1:17]
     loader.close()
 
@@ -60,10 +62,14 @@ def test_errors(files, tmp_path):
     with IndexedDatasetWriter(tmp_path / "short", np.int32) as writer:
         writer.add([1])
     with pytest.raises(DataError, match="does not fit"):
-        build_rows(DataConfig(seq_length=16, train=[tokens], labels=[str(tmp_path / "short")]), **SIZES)
+        build_rows(
+            DataConfig(seq_length=16, train=[tokens], labels=[str(tmp_path / "short")]), **SIZES
+        )
     with IndexedDatasetWriter(tmp_path / "other", np.int32) as writer:
         for size in IndexedDataset(tokens).sizes:
             writer.add(np.full(size, 3))
-    rows = build_rows(DataConfig(seq_length=16, train=[tokens], labels=[str(tmp_path / "other")]), **SIZES)
+    rows = build_rows(
+        DataConfig(seq_length=16, train=[tokens], labels=[str(tmp_path / "other")]), **SIZES
+    )
     with pytest.raises(DataError, match="neither its token nor -100"):
         next(iter(StepLoader(rows.train, batch_size=4)))

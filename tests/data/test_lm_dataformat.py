@@ -19,7 +19,10 @@ TEXTS = ["one", "zwei ä 中 🙂", "", "line\none\r\n", "0000000000000005", "x"
 
 def dat(*texts):
     """The bytes of DatArchive before compression."""
-    return b"".join(b"%016d" % len(text) + text for text in (t if isinstance(t, bytes) else t.encode() for t in texts))
+    return b"".join(
+        b"%016d" % len(text) + text
+        for text in (t if isinstance(t, bytes) else t.encode() for t in texts)
+    )
 
 
 def tar(**members):
@@ -35,10 +38,16 @@ def tar(**members):
 FORMS = {
     "a.dat.zst": zstandard.compress(dat(*TEXTS)),
     "a.json.zst": zstandard.compress(json.dumps(TEXTS).encode()),
-    "a.jsonl.zst": zstandard.compress("".join(json.dumps({"text": t, "meta": {}}) + "\n" for t in TEXTS).encode()),
+    "a.jsonl.zst": zstandard.compress(
+        "".join(json.dumps({"text": t, "meta": {}}) + "\n" for t in TEXTS).encode()
+    ),
     "a.jsonl": "".join(json.dumps(t) + "\n" for t in TEXTS).encode(),
-    "a.json.gz": gzip.compress("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in TEXTS).encode()),
-    "urlsf_subset00-1_data.xz": lzma.compress(tar(**{f"{i}.txt": t.encode() for i, t in enumerate(TEXTS)})),
+    "a.json.gz": gzip.compress(
+        "".join(json.dumps(t, ensure_ascii=False) + "\n" for t in TEXTS).encode()
+    ),
+    "urlsf_subset00-1_data.xz": lzma.compress(
+        tar(**{f"{i}.txt": t.encode() for i, t in enumerate(TEXTS)})
+    ),
 }
 
 
@@ -47,7 +56,9 @@ def test_each_form(name, tmp_path):
     (tmp_path / name).write_bytes(FORMS[name])
     assert list(read_documents([tmp_path / name])) == TEXTS
     for size in (20, 1 << 20):
-        done = prepare([tmp_path / name], tmp_path / "out", "bytes", part_bytes=size, workers=1 + (size == 20))
+        done = prepare(
+            [tmp_path / name], tmp_path / "out", "bytes", part_bytes=size, workers=1 + (size == 20)
+        )
         found = [bytes(document.tolist()).decode() for document in IndexedDataset(tmp_path / "out")]
         assert (found, done.empty) == ([text for text in TEXTS if text], 1)
 
@@ -61,11 +72,17 @@ def test_a_text_in_paragraphs(tmp_path):
 
 
 def test_openwebtext_is_a_tar_of_tars(tmp_path):
-    inner = {f"openwebtext/urlsf_subset0{i}-1_data.xz": lzma.compress(tar(**{"a.txt": b"%d" % i})) for i in range(3)}
+    inner = {
+        f"openwebtext/urlsf_subset0{i}-1_data.xz": lzma.compress(tar(**{"a.txt": b"%d" % i}))
+        for i in range(3)
+    }
     (tmp_path / "openwebtext.tar.xz").write_bytes(lzma.compress(tar(**inner)))
     assert list(read_documents([tmp_path / "openwebtext.tar.xz"])) == ["0", "1", "2"]
     prepare([tmp_path / "openwebtext.tar.xz"], tmp_path / "out", "bytes")
-    assert read_provenance(str(tmp_path / "out"), 1)["member"] == "openwebtext/urlsf_subset01-1_data.xz/a.txt"
+    assert (
+        read_provenance(str(tmp_path / "out"), 1)["member"]
+        == "openwebtext/urlsf_subset01-1_data.xz/a.txt"
+    )
     hostile = {"urlsf_subset00_data.xz": lzma.compress(tar(**{"../../up.txt": b"x"}))}
     (tmp_path / "openwebtext.tar.xz").write_bytes(lzma.compress(tar(**hostile)))
     with pytest.raises(DataError, match=r"up\.txt\): the name leads out of the archive"):
@@ -107,7 +124,11 @@ def test_a_dat_cut_off_anywhere(tmp_path):
 
 def test_beside_lm_dataformat_itself(tmp_path):
     peer = pytest.importorskip("lm_dataformat", reason="needs pip install lm_dataformat")
-    for kind, words in ((peer.Archive, {"meta": {"n": 1}}), (peer.DatArchive, {}), (peer.JSONArchive, {})):
+    for kind, words in (
+        (peer.Archive, {"meta": {"n": 1}}),
+        (peer.DatArchive, {}),
+        (peer.JSONArchive, {}),
+    ):
         folder = tmp_path / kind.__name__
         archive = kind(str(folder))
         for text in TEXTS:
@@ -118,4 +139,6 @@ def test_beside_lm_dataformat_itself(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for i, text in enumerate(TEXTS):
             file.writestr(f"{i}.txt", text)
-    assert list(read_documents([tmp_path / "a.zip"])) == list(peer.Reader(str(tmp_path / "a.zip")).stream_data())
+    assert list(read_documents([tmp_path / "a.zip"])) == list(
+        peer.Reader(str(tmp_path / "a.zip")).stream_data()
+    )

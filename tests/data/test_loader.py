@@ -25,8 +25,12 @@ def rows(tmp_path):
         with IndexedDatasetWriter(tmp_path / name, np.uint16) as writer:
             for _ in range(60):
                 writer.add(draw.randint(0, 50, draw.randint(0, 30)))
-    config = DataConfig(seq_length=8, train=[str(tmp_path / "a"), str(tmp_path / "b")], weights=[2, 1])
-    return build_rows(config, seed=7, batch_size=BATCH, steps=6, eval_every=None, eval_batches=1).train
+    config = DataConfig(
+        seq_length=8, train=[str(tmp_path / "a"), str(tmp_path / "b")], weights=[2, 1]
+    )
+    return build_rows(
+        config, seed=7, batch_size=BATCH, steps=6, eval_every=None, eval_batches=1
+    ).train
 
 
 def take(rows, steps, **options):
@@ -51,10 +55,14 @@ def test_a_step_is_the_next_rows(rows):
         assert (batch.positions, batch.segments, batch.targets) == (None, None, BATCH * 8)
 
 
-@pytest.mark.parametrize(("world", "micro"), [(1, 3), (2, 3), (3, 2), (4, None), (12, 1), (1, None)])
+@pytest.mark.parametrize(
+    ("world", "micro"), [(1, 3), (2, 3), (3, 2), (4, None), (12, 1), (1, None)]
+)
 def test_ranks_and_micro_batches_make_up_the_same_step(rows, world, micro):
     whole = take(rows, 3)
-    parts = [take(rows, 3, micro_batch_size=micro, dp_rank=rank, dp_world=world) for rank in range(world)]
+    parts = [
+        take(rows, 3, micro_batch_size=micro, dp_rank=rank, dp_world=world) for rank in range(world)
+    ]
     for step in range(3):
         micro_steps = len(parts[0][step])
         in_order = [parts[rank][step][g] for g in range(micro_steps) for rank in range(world)]
@@ -62,7 +70,9 @@ def test_ranks_and_micro_batches_make_up_the_same_step(rows, world, micro):
         assert torch.equal(torch.cat([batch.index for batch in in_order]), whole[step][0].index)
 
 
-@pytest.mark.parametrize(("world", "micro"), [(5, None), (5, 1), (5, 2), (4, 2), (7, None), (13, None)])
+@pytest.mark.parametrize(
+    ("world", "micro"), [(5, None), (5, 1), (5, 2), (4, 2), (7, None), (13, None)]
+)
 def test_shares_that_differ_make_up_the_same_step(rows, world, micro):
     """12 rows; a rank without a share takes padding that counts for nothing, and all ranks run as often."""
     whole = take(rows, 2)
@@ -122,13 +132,17 @@ def test_an_id_beyond_the_vocabulary_is_named(rows, workers):
         assert torch.equal(batch.tokens, checked.tokens)
     with pytest.raises(DataError, match="the model's vocabulary has 40 ids") as raised:
         take(rows, 1, vocab_size=40, workers=workers)
-    prefix, document, token = re.match(r"(.*): document (\d+) has token id (\d+),", str(raised.value)).groups()
+    prefix, document, token = re.match(
+        r"(.*): document (\d+) has token id (\d+),", str(raised.value)
+    ).groups()
     pack = next(pack for pack in rows.packs if pack.dataset.prefix == prefix)
     assert int(token) in pack.dataset[int(document)]
     assert 40 <= int(token) < 50
 
 
-@pytest.mark.parametrize(("batch", "micro", "world", "multiple"), [(9, 5, 1, 5), (12, 4, 2, 8), (12, None, 5, 10)])
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "multiple"), [(9, 5, 1, 5), (12, 4, 2, 8), (12, None, 5, 10)]
+)
 def test_a_batch_that_does_not_divide(rows, batch, micro, world, multiple):
     with pytest.raises(
         ConfigError, match=rf"batch_size {batch} .* = {multiple}; try train.batch_size={multiple} "
@@ -175,7 +189,9 @@ def test_the_thread_reads_a_step_ahead_and_no_further(rows):
     batches.close()
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what a mapping is meant for")
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps").exists(), reason="only Linux says what a mapping is meant for"
+)
 @pytest.mark.parametrize("shards", [False, True])
 def test_the_kernel_does_not_read_ahead_of_a_row(tmp_path, shards):
     """`rr` in VmFlags: reads at random."""
@@ -186,11 +202,17 @@ def test_the_kernel_does_not_read_ahead_of_a_row(tmp_path, shards):
         folder = tmp_path / "cut"
         shard(tmp_path / "a", folder, size=2000)
     config = DataConfig(seq_length=8, train=[str(folder / "a")])
-    rows = build_rows(config, seed=7, batch_size=BATCH, steps=6, eval_every=None, eval_batches=1).train
+    rows = build_rows(
+        config, seed=7, batch_size=BATCH, steps=6, eval_every=None, eval_batches=1
+    ).train
 
     def flags():
         maps = Path("/proc/self/smaps").read_text().split(str(folder / "a"))[1:]
-        return ["rr" in found.split("VmFlags:")[1].splitlines()[0].split() for found in maps if ".bin" in found[:30]]
+        return [
+            "rr" in found.split("VmFlags:")[1].splitlines()[0].split()
+            for found in maps
+            if ".bin" in found[:30]
+        ]
 
     assert flags() == [False] * (3 if shards else 1)
     expected = [rows[place][0][:-1].tolist() for place in range(BATCH)]

@@ -14,13 +14,31 @@ from castalia.data.resharding import shard
 from castalia.data.verify import hash_list, read_hashes, verify
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
-VALUES = [None, True, -1, 3.5, 10**30, "", "x", "../../x", [], {}, [1], {"a": 1}, "\ud800", float("nan"), "0" * 64]
+VALUES = [
+    None,
+    True,
+    -1,
+    3.5,
+    10**30,
+    "",
+    "x",
+    "../../x",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    "\ud800",
+    float("nan"),
+    "0" * 64,
+]
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A token file `p` and share 0 of 2 of the same, `q`."""
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(30))
+    )
     prepare([tmp_path / "a.jsonl"], tmp_path / "p", "bytes")
     prepare([tmp_path / "a.jsonl"], tmp_path / "q", "bytes", shard=(0, 2))
     return tmp_path
@@ -64,7 +82,10 @@ def in_words(job):
 
 @pytest.mark.filterwarnings("ignore")
 def test_records(folder):
-    draw, good = random.Random(1), {name: json.loads((folder / f"{name}.json").read_text()) for name in "pq"}
+    draw, good = (
+        random.Random(1),
+        {name: json.loads((folder / f"{name}.json").read_text()) for name in "pq"},
+    )
     for _ in range(50):
         for name, record in good.items():
             (folder / f"{name}.json").write_text(changed(draw, record))
@@ -89,7 +110,9 @@ def test_indexes_of_documents(folder):
 
 def test_lists_of_hashes(folder):
     draw = random.Random(3)
-    good = "".join(f"{name} {digest}\n" for name, digest in hash_list(folder / "p").items()).encode()
+    good = "".join(
+        f"{name} {digest}\n" for name, digest in hash_list(folder / "p").items()
+    ).encode()
     for _ in range(300):
         data = damaged(draw, good)
         (folder / "hashes").write_bytes(data)

@@ -42,13 +42,21 @@ def as_published(sizes, documents, seq_length, num_samples, seed):
 
 
 @settings(deadline=None, max_examples=200)
-@given(sizes=SIZES, seq_length=st.integers(1, 20), rows=st.integers(1, 60), seed=st.integers(0, 9), data=st.data())
+@given(
+    sizes=SIZES,
+    seq_length=st.integers(1, 20),
+    rows=st.integers(1, 60),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
 def test_equals_the_published_algorithm(sizes, seq_length, rows, seed, data):
     start = data.draw(st.integers(0, len(sizes) - 1))
     documents = range(start, data.draw(st.integers(start + 1, len(sizes))))
     assume(sum(sizes[d] for d in documents) >= seq_length)
     doc_idx, sample_idx, shuffle_idx = as_published(sizes, documents, seq_length, rows, seed)
-    order = NeoxOrder(sizes, seq_length=seq_length, num_samples=rows, seed=seed, documents=documents)
+    order = NeoxOrder(
+        sizes, seq_length=seq_length, num_samples=rows, seed=seed, documents=documents
+    )
     assert order.doc_idx.tolist() == doc_idx.tolist()
     assert order.sample_idx.tolist() == [list(pair) for pair in sample_idx]
     assert order.shuffle_idx.tolist() == shuffle_idx.tolist()
@@ -60,7 +68,9 @@ def test_equals_the_published_algorithm(sizes, seq_length, rows, seed, data):
 def test_row_k_starts_at_token_k_times_l_of_the_stream(sizes, seq_length, rows, seed):
     assume(sum(sizes) >= seq_length)
     order = NeoxOrder(sizes, seq_length=seq_length, num_samples=rows, seed=seed)
-    stream = [(place, offset) for place, d in enumerate(order.doc_idx) for offset in range(sizes[d])]
+    stream = [
+        (place, offset) for place, d in enumerate(order.doc_idx) for offset in range(sizes[d])
+    ]
     expected = [stream[k * seq_length] for k in range(len(order.sample_idx))]
     expected[0] = (0, 0)
     assert [tuple(pair) for pair in order.sample_idx.tolist()] == expected
@@ -90,7 +100,9 @@ def test_places_are_wide_where_int32_would_not_hold_them():
 
 @pytest.mark.parametrize(("sizes", "seq_length"), [([3, 4], 8), ([0, 0], 1), ([], 4)])
 def test_a_row_longer_than_all_data(sizes, seq_length):
-    with pytest.raises(DataError, match=rf"a row needs {seq_length + 1} tokens, but .* hold {sum(sizes)} in all"):
+    with pytest.raises(
+        DataError, match=rf"a row needs {seq_length + 1} tokens, but .* hold {sum(sizes)} in all"
+    ):
         NeoxOrder(sizes, seq_length=seq_length, num_samples=1, seed=0)
 
 
@@ -140,6 +152,8 @@ def test_rows_a_source_carry_the_margin():
 
 def test_weights_from_documents():
     """By hand: shares .2 .3 .5, alpha 1: p · (1 - p) = .16 .21 .25, of .62."""
-    assert weight_by_num_documents([20, 30, 50], 1.0) == pytest.approx([0.16 / 0.62, 0.21 / 0.62, 0.25 / 0.62])
+    assert weight_by_num_documents([20, 30, 50], 1.0) == pytest.approx(
+        [0.16 / 0.62, 0.21 / 0.62, 0.25 / 0.62]
+    )
     assert weight_by_num_documents([1, 9], 0.0) == pytest.approx([0.9, 0.1])
     assert weight_by_num_documents([7], 0.3) == [1.0]

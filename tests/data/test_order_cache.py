@@ -87,7 +87,9 @@ def test_small_orders_leave_no_files(token_file, tmp_path, monkeypatch):
 def test_every_setting_is_in_the_key(cache, monkeypatch, change):
     def make(cache, sizes=SIZES, version=1, **numbers):
         monkeypatch.setattr(order_module, "VERSION", version)
-        return NeoxOrder(sizes, **{"seq_length": 8, "num_samples": 50, "seed": 1, **numbers}, cache=cache)
+        return NeoxOrder(
+            sizes, **{"seq_length": 8, "num_samples": 50, "seed": 1, **numbers}, cache=cache
+        )
 
     first = make(cache)
     other = make(cache, **change)
@@ -95,7 +97,9 @@ def test_every_setting_is_in_the_key(cache, monkeypatch, change):
     assert len(list(cache.folder.glob("*.safetensors"))) == 2
     monkeypatch.setattr(order_module, "packed_maps", never)
     same(make(cache).maps, first.maps)
-    same(make(cache, num_samples=60).maps, first.maps)  # the same passes hold them: the order is the same
+    same(
+        make(cache, num_samples=60).maps, first.maps
+    )  # the same passes hold them: the order is the same
 
 
 @pytest.mark.parametrize("packing", ["packed", "pack_until_overflow", "unpacked", "best_fit"])
@@ -115,21 +119,33 @@ def test_runs_are_the_same_with_and_without(token_file, monkeypatch, packing, sp
     for rows in (kept, again):
         for pack, expected in zip(rows.train.packs, built.train.packs, strict=True):
             assert isinstance(pack.order.maps, KeptMaps)
-            assert [pack.documents_of(i) for i in range(20)] == [expected.documents_of(i) for i in range(20)]
+            assert [pack.documents_of(i) for i in range(20)] == [
+                expected.documents_of(i) for i in range(20)
+            ]
     if split:
-        assert [again.valid[i][0].tolist() for i in range(12)] == [built.valid[i][0].tolist() for i in range(12)]
+        assert [again.valid[i][0].tolist() for i in range(12)] == [
+            built.valid[i][0].tolist() for i in range(12)
+        ]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_blends_and_workers(token_file, tmp_path, workers):
     prefixes = [token_file("a", SIZES), token_file("b", SIZES[:99], first=7)]
-    config = DataConfig(seq_length=8, train=prefixes, weights=[1, 3], order_cache=str(tmp_path / "all"))
+    config = DataConfig(
+        seq_length=8, train=prefixes, weights=[1, 3], order_cache=str(tmp_path / "all")
+    )
     for _ in range(2):
         rows = build_rows(config, **RUN)
         assert isinstance(rows.train.turns, KeptMaps)
         picks, numbers = blend([0.25, 0.75], 80)
-        assert [rows.train.locate(i) for i in range(80)] == list(zip(picks.tolist(), numbers.tolist(), strict=True))
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "all").glob("*.s*")) == ["blend", "packed", "packed"]
+        assert [rows.train.locate(i) for i in range(80)] == list(
+            zip(picks.tolist(), numbers.tolist(), strict=True)
+        )
+    assert sorted(path.name.split("-")[0] for path in (tmp_path / "all").glob("*.s*")) == [
+        "blend",
+        "packed",
+        "packed",
+    ]
     loader = iter(StepLoader(rows.train, batch_size=4, workers=workers))
     for step, (batch,) in enumerate(itertools.islice(loader, 3)):
         expected = [rows.train[4 * step + i][0][:-1].tolist() for i in range(4)]
@@ -232,7 +248,9 @@ def test_a_builder_that_does_not_end_is_not_waited_for_for_ever(cache, monkeypat
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     cache = OrderCache(tmp_path / "file" / "o")
-    with pytest.warns(UserWarning, match=r"cannot be kept in .*file \(Not a directory\).*set data\.order_cache"):
+    with pytest.warns(
+        UserWarning, match=r"cannot be kept in .*file \(Not a directory\).*set data\.order_cache"
+    ):
         same(cache.maps(KEY, 0, lambda: MADE))
 
 
@@ -243,7 +261,9 @@ def disk(tmp_path):
     place.mkdir()
 
     def mount(options):
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True).returncode:
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
+        ).returncode:
             pytest.skip("this machine lets nobody mount a small disk")
         return place
 
@@ -251,7 +271,9 @@ def disk(tmp_path):
     subprocess.run(["umount", str(place)], capture_output=True)
 
 
-@pytest.mark.parametrize(("options", "size", "reason"), [("size=8k", 0, "No space left"), ("size=1m", 2e6, "are free")])
+@pytest.mark.parametrize(
+    ("options", "size", "reason"), [("size=8k", 0, "No space left"), ("size=1m", 2e6, "are free")]
+)
 def test_a_full_disk(disk, options, size, reason):
     cache = OrderCache(disk(options) / "o")
     with pytest.warns(UserWarning, match=reason):

@@ -28,7 +28,9 @@ def test_rows_are_slices_of_the_stream(packed):
 def test_pieces_spell_the_row(packed):
     for place in range(len(packed.order.shuffle_idx)):
         pieces = packed.documents_of(place)
-        spelled = [packed.dataset.get(piece.document, piece.start, piece.length) for piece in pieces]
+        spelled = [
+            packed.dataset.get(piece.document, piece.start, piece.length) for piece in pieces
+        ]
         assert np.concatenate(spelled).tolist() == packed[place].tolist()
         assert all(piece.length > 0 for piece in pieces)
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, RowDataset, StepLoader, build_rows
+from castalia.data import (
+    DataConfig,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    RowDataset,
+    StepLoader,
+    build_rows,
+)
 from castalia.data.packings import PieceOrder, PieceRows, fit, piece_rows, row_starts
 from castalia.data.row_files import write_rows
 
@@ -18,12 +25,16 @@ SIZES = np.random.RandomState(5).randint(1, 25, 80).tolist()
 def config(token_file):
     """config(packing, **options): the data of 80 documents of 1 to 24 tokens, counting up; rows of L + 1."""
     prefix = token_file("d", SIZES)
-    return lambda packing, **options: DataConfig(seq_length=L, train=[prefix], packing=packing, **options)
+    return lambda packing, **options: DataConfig(
+        seq_length=L, train=[prefix], packing=packing, **options
+    )
 
 
 def pack(config, rows, seed=3, documents=None):
     dataset = IndexedDataset(config.train[0])
-    return PieceRows(dataset, PieceOrder(dataset.sizes, config, num_samples=rows, seed=seed, documents=documents))
+    return PieceRows(
+        dataset, PieceOrder(dataset.sizes, config, num_samples=rows, seed=seed, documents=documents)
+    )
 
 
 def neox_rows(kind, rows, seed, allow_chopped, masked=(), count=len(SIZES)):
@@ -57,7 +68,9 @@ def neox_rows(kind, rows, seed, allow_chopped, masked=(), count=len(SIZES)):
         k = shuffle[place]
         if starts[k + 1] >= len(chosen):
             return row(k % (rows - 1))
-        tokens = [t for d in chosen[starts[k] : starts[k + 1]] for t in range(firsts[d], firsts[d + 1])]
+        tokens = [
+            t for d in chosen[starts[k] : starts[k + 1]] for t in range(firsts[d], firsts[d + 1])
+        ]
         tokens.append(firsts[chosen[starts[k + 1]]])
         return (tokens + [-100] * L)[: L + 1]
 
@@ -134,10 +147,15 @@ def test_without_the_leak_only_that_token_goes(config, kind):
         theirs, mine = exact.documents_of(place), ours.documents_of(place)
         assert theirs[: len(mine)] == mine and len(theirs) <= len(mine) + 1
         leaks += len(theirs) > len(mine)
-        assert all(piece.start == 0 and piece.length == min(SIZES[piece.document], L + 1) for piece in mine)
+        assert all(
+            piece.start == 0 and piece.length == min(SIZES[piece.document], L + 1) for piece in mine
+        )
     assert leaks > 50
     if kind == "pack_until_overflow":
-        ends = [ours.documents_of(int(np.flatnonzero(ours.order.shuffle_idx == k)[0])) for k in range(150)]
+        ends = [
+            ours.documents_of(int(np.flatnonzero(ours.order.shuffle_idx == k)[0]))
+            for k in range(150)
+        ]
         for row, after in itertools.pairwise(ends):
             assert sum(p.length for p in row) + SIZES[after[0].document] > L + 1
 
@@ -216,7 +234,9 @@ def test_errors(config, token_file, tmp_path):
         config("unpacked", order="file")
     with pytest.raises(ValueError, match="GPT-NeoX has no packing best_fit"):
         config("best_fit", neox_exact=True)
-    long = DataConfig(seq_length=L, train=[token_file("l", [40, 0])], packing="unpacked", allow_chopped=False)
+    long = DataConfig(
+        seq_length=L, train=[token_file("l", [40, 0])], packing="unpacked", allow_chopped=False
+    )
     with pytest.raises(DataError, match="all of 2 documents are empty or longer than 17 tokens"):
         pack(long, 5)
     with pytest.raises(ConfigError, match=r"set data\.packing=packed"):

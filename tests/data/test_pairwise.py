@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, PairwiseDataset, read_rewards
+from castalia.data import (
+    DataConfig,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    PairwiseDataset,
+    read_rewards,
+)
 
 L = 12
 N = 40
@@ -29,7 +35,11 @@ def files(tmp_path):
                 labels[:L], labels[L] = -100, tokens[L]
             elif document != 7:
                 labels[0] = tokens[0]
-            for kind, values in (("tokens", tokens), ("labels", labels), ("ref", random.random_sample(len(tokens)))):
+            for kind, values in (
+                ("tokens", tokens),
+                ("labels", labels),
+                ("ref", random.random_sample(len(tokens))),
+            ):
                 writers[kind].add(values)
         for kind, writer in writers.items():
             writer.close()
@@ -89,9 +99,12 @@ def neox_row(files, chosen, starts, k):
         for side in ("pos", "neg"):
             data = IndexedDataset(files[f"{side}_{kind}"])
             found = np.concatenate(
-                [data[d] for d in chosen[starts[k] : starts[k + 1]]] + [data[chosen[starts[k + 1]]][:1]]
+                [data[d] for d in chosen[starts[k] : starts[k + 1]]]
+                + [data[chosen[starts[k + 1]]][:1]]
             )
-            row[side + name] = np.concatenate([found, np.full(L + 1, empty, found.dtype)])[: L + 1].tolist()
+            row[side + name] = np.concatenate([found, np.full(L + 1, empty, found.dtype)])[
+                : L + 1
+            ].tolist()
     return row
 
 
@@ -104,11 +117,15 @@ def test_neox_exact(files, packing, allow_chopped, labels, rows):
     chosen, starts, shuffle = neox_index(files, packing, rows, 5, allow_chopped, labels)
     for place in range(rows):
         k = int(shuffle[place])
-        if starts[k + 1] >= len(chosen):  # there GPT-NeoX runs past the end, and serves row k modulo its length
+        if starts[k + 1] >= len(
+            chosen
+        ):  # there GPT-NeoX runs past the end, and serves row k modulo its length
             k = int(shuffle[k % (rows - 1)])
         wanted = neox_row(files, chosen, starts, k)
         found = {name: values.tolist() for name, values in pairs[place].items()}
-        assert found == {name: value for name, value in wanted.items() if labels or "label" not in name}
+        assert found == {
+            name: value for name, value in wanted.items() if labels or "label" not in name
+        }
 
 
 @pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow"])
@@ -117,7 +134,9 @@ def test_without_the_leak_only_that_token_goes(files, packing):
     sizes = np.maximum(*(IndexedDataset(files[f"{side}_tokens"]).sizes for side in ("pos", "neg")))
     leaks = 0
     for place in range(60):
-        if packing != "unpacked" and ours.order.shuffle_idx[place] == 59:  # the last row is another one there
+        if (
+            packing != "unpacked" and ours.order.shuffle_idx[place] == 59
+        ):  # the last row is another one there
             continue
         documents, leak = ours.documents_of(place)
         assert leak is None and exact.documents_of(place)[0] == documents
@@ -141,17 +160,22 @@ def test_what_is_served(files):
             pairs[place]
     some = DataConfig(seq_length=L, packing="unpacked")
     chosen = np.arange(10, 15, dtype=np.int32)
-    pairs = PairwiseDataset(files["pos_tokens"], files["neg_tokens"], some, num_samples=9, seed=1, documents=chosen)
+    pairs = PairwiseDataset(
+        files["pos_tokens"], files["neg_tokens"], some, num_samples=9, seed=1, documents=chosen
+    )
     assert {d for place in range(9) for d in pairs.documents_of(place)[0]} == set(range(10, 15))
 
 
 def test_errors(files, tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.packing packed: pairs are unpacked or pack_until_overflow"):
+    with pytest.raises(
+        ConfigError, match=r"data\.packing packed: pairs are unpacked or pack_until_overflow"
+    ):
         opened(files, "packed")
     with IndexedDatasetWriter(tmp_path / "short", np.uint16) as writer:
         writer.add([1])
     with pytest.raises(
-        DataError, match=r"pos_tokens has 40 documents and .*short has 1: document d of one is the pair"
+        DataError,
+        match=r"pos_tokens has 40 documents and .*short has 1: document d of one is the pair",
     ):
         opened(files | {"neg_tokens": str(tmp_path / "short")}, "unpacked")
     with pytest.raises(DataError, match="does not fit"):
@@ -179,9 +203,15 @@ def test_rewards(tmp_path, token_file, dtype):
 
     found = read_rewards(write("r", [[1], [-1], [2]]), tokens)
     assert found.tolist() == [1.0, -1.0, 2.0] and found.dtype == np.float32
-    with pytest.raises(DataError, match=r"few has 2 rewards for the 3 documents of .*t; make it again"):
+    with pytest.raises(
+        DataError, match=r"few has 2 rewards for the 3 documents of .*t; make it again"
+    ):
         read_rewards(write("few", [[1], [2]]), tokens)
-    with pytest.raises(DataError, match=r"two: document 1 has 2 numbers, expected one reward a document"):
+    with pytest.raises(
+        DataError, match=r"two: document 1 has 2 numbers, expected one reward a document"
+    ):
         read_rewards(write("two", [[1], [2, 3], [4]]), tokens)
-    with pytest.raises(DataError, match=r"nan: the reward of document 2 is nan, not a finite number"):
+    with pytest.raises(
+        DataError, match=r"nan: the reward of document 2 is nan, not a finite number"
+    ):
         read_rewards(write("nan", [[1], [2], [np.nan]], np.float32), tokens)

@@ -35,9 +35,19 @@ def test_tokens_and_manifest(corpus, out):
     done = prepare([corpus], out, "bytes", append_eod=True)
     data = IndexedDataset(out)
     assert [d.tolist() for d in data] == [[*text.encode(), 256] for text in TEXTS if text]
-    assert (done.documents, done.empty, done.tokens, done.dtype) == (4, 1, int(data.sizes.sum()), "uint16")
+    assert (done.documents, done.empty, done.tokens, done.dtype) == (
+        4,
+        1,
+        int(data.sizes.sum()),
+        "uint16",
+    )
     assert done.text_bytes == sum(len(text.encode()) for text in TEXTS)
-    assert names(out.parent) == ["p.train.bin", "p.train.documents.parquet", "p.train.idx", "p.train.json"]
+    assert names(out.parent) == [
+        "p.train.bin",
+        "p.train.documents.parquet",
+        "p.train.idx",
+        "p.train.json",
+    ]
     manifest = json.loads((out.parent / "p.train.json").read_text())
     assert manifest["inputs"] == [
         {
@@ -46,7 +56,11 @@ def test_tokens_and_manifest(corpus, out):
             "sha256": hashlib.sha256(corpus.read_bytes()).hexdigest(),
         }
     ]
-    assert manifest["tokenizer"] == {"name": "bytes", "sha256": load_tokenizer("bytes").sha256, "eod_id": 256}
+    assert manifest["tokenizer"] == {
+        "name": "bytes",
+        "sha256": load_tokenizer("bytes").sha256,
+        "eod_id": 256,
+    }
     assert (manifest["documents"], manifest["append_eod"], manifest["vocab_size"]) == (4, True, 257)
 
 
@@ -59,7 +73,14 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path):
     path = tmp_path / "b.jsonl"
     path.write_text("".join(json.dumps({"text": "ab" * (i % 50)}) + "\n" for i in range(2000)))
     for workers in (1, 3):
-        prepare([path, path], tmp_path / f"w{workers}", "bytes", append_eod=True, workers=workers, part_bytes=5000)
+        prepare(
+            [path, path],
+            tmp_path / f"w{workers}",
+            "bytes",
+            append_eod=True,
+            workers=workers,
+            part_bytes=5000,
+        )
     for suffix in (".bin", ".idx", ".documents.parquet"):
         assert (tmp_path / f"w1{suffix}").read_bytes() == (tmp_path / f"w3{suffix}").read_bytes()
     assert len(IndexedDataset(tmp_path / "w3")) == 2 * 1960
@@ -91,7 +112,9 @@ def test_an_error_after_training_leaves_no_tokenizer(corpus, out, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(PartWriter, "write", full)
-    with pytest.raises(CastaliaError, match=r"cannot write .*p\.train\.bin: No space left on device; free space"):
+    with pytest.raises(
+        CastaliaError, match=r"cannot write .*p\.train\.bin: No space left on device; free space"
+    ):
         prepare([corpus], out, out.parent / "t.json", train_vocab=270)
     assert names(out.parent) == []
 
@@ -108,12 +131,19 @@ def test_outputs_never_replace_inputs(corpus):
     with pytest.raises(ConfigError, match=r"a\.jsonl would be overwritten|would be overwritten"):
         prepare([corpus.rename(corpus.with_suffix(".json"))], corpus.with_suffix(""), "bytes")
     with pytest.raises(ConfigError, match=r"tok\.json would be overwritten"):
-        prepare([corpus.with_suffix(".json")], corpus.parent / "tok", corpus.parent / "tok.json", train_vocab=300)
+        prepare(
+            [corpus.with_suffix(".json")],
+            corpus.parent / "tok",
+            corpus.parent / "tok.json",
+            train_vocab=300,
+        )
 
 
 def test_a_tokenizer_without_an_end(corpus, out, tmp_path):
     path = tmp_path / "t.json"
-    path.write_text(load_tokenizer("bytes").text.replace("<|endoftext|>", "<|stop|>"), encoding="utf-8")
+    path.write_text(
+        load_tokenizer("bytes").text.replace("<|endoftext|>", "<|stop|>"), encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match=r"t\.json has no end-of-document token.*--append-eod"):
         prepare([corpus], out, path, append_eod=True)
 

@@ -18,7 +18,11 @@ TOKENIZER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20
 pytestmark = pytest.mark.skipif(
     not TOKENIZER.is_file(), reason="needs the shared 20B_tokenizer.json, which normalizes to NFC"
 )
-MARKS = [chr(i) for i in range(0x300, 0x20000) if unicodedata.combining(chr(i)) or young_characters()[0][i]]
+MARKS = [
+    chr(i)
+    for i in range(0x300, 0x20000)
+    if unicodedata.combining(chr(i)) or young_characters()[0][i]
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +49,9 @@ def test_every_combining_mark(tokenizer, form):
 def test_gigatoken_alone_would_not_do(tokenizer):
     quick, _ = encoding.gigatoken(tokenizer)
     text = "a\u1ab0\u0897\u0316\u0301x"
-    assert quick([text.encode()])[0].tolist() != tokenizer.encode(text), "the two agree now: young_characters can go"
+    assert quick([text.encode()])[0].tolist() != tokenizer.encode(text), (
+        "the two agree now: young_characters can go"
+    )
     young = Encoder(tokenizer).young
     assert young(text.encode()) and not young("é \u0301 中 🙂 שָׁ".encode())
 
@@ -62,9 +68,17 @@ def test_a_young_character_is_tried_once(tokenizer, monkeypatch):
 def test_characters_that_are_joined_to_one_stay_with_gigatoken_if_it_joins_them(tokenizer):
     encoder, draw = Encoder(tokenizer), random.Random(0)
     _, pairs = young_characters()
-    joint, tags = [char for char in map(chr, pairs) if char < "\U00011900"], [*map(chr, range(0xE0020, 0xE0080))]
-    texts = ["".join(draw.choices(joint + tags + ["\u0316", "\u0301", "a", " "], k=8)) for _ in range(2000)]
-    assert len(joint) > 50 and not any(encoder.young(text.encode()) for text in texts)  # up to Unicode 8
+    joint, tags = (
+        [char for char in map(chr, pairs) if char < "\U00011900"],
+        [*map(chr, range(0xE0020, 0xE0080))],
+    )
+    texts = [
+        "".join(draw.choices(joint + tags + ["\u0316", "\u0301", "a", " "], k=8))
+        for _ in range(2000)
+    ]
+    assert len(joint) > 50 and not any(
+        encoder.young(text.encode()) for text in texts
+    )  # up to Unicode 8
     ours, known = both(tokenizer, texts)
     assert ours == known
 
@@ -72,7 +86,9 @@ def test_characters_that_are_joined_to_one_stay_with_gigatoken_if_it_joins_them(
 def test_a_table_that_does_not_join_them_is_noticed():
     first, second, both_in_one = "\U00011347", "\U0001133e", "\U0001134b"  # Grantha, Unicode 7
     older = Young(lambda texts: [both_in_one not in normalize("NFC", text) for text in texts])
-    assert older((first + second).encode()) and older(first.encode()) and older(both_in_one.encode())
+    assert (
+        older((first + second).encode()) and older(first.encode()) and older(both_in_one.encode())
+    )
     assert not Young(lambda texts: [True] * len(texts))((first + second).encode())
 
 

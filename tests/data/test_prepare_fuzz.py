@@ -171,7 +171,18 @@ whole_index(str(folder / "fuzz")) if kind == "idx" else inputs()
 signal.alarm(0)
 print(json.dumps(told))
 """
-KINDS = ["idx", "jsonl", "jsonl.zst", "jsonl.gz", "jsonl.xz", "dat.zst", "parquet", "arrow", "tar", "zip"]
+KINDS = [
+    "idx",
+    "jsonl",
+    "jsonl.zst",
+    "jsonl.gz",
+    "jsonl.xz",
+    "dat.zst",
+    "parquet",
+    "arrow",
+    "tar",
+    "zip",
+]
 
 
 def mutate(kind, count, folder):

@@ -19,7 +19,9 @@ from castalia.data.preparing.provenance import read_provenance
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.verify import verify
 
-pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
+pyarrow = pytest.importorskip(
+    "pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'"
+)
 parquet = pytest.importorskip("pyarrow.parquet")
 SUFFIXES = (".bin", ".idx", ".documents.parquet")
 
@@ -52,10 +54,23 @@ def file(tmp_path):
 def test_pandas_is_not_imported(file, tmp_path, workers):
     """Importing it takes as long as all else that a process does to start."""
     corpus = file("a.jsonl", lines({"text": "a", "id": 1}, {"text": "b"}, {"text": "c", "id": "ü"}))
-    file("other/pandas.py", f"open({str(tmp_path / 'seen')!r}, 'w').close()\nraise ImportError\n".encode())
+    file(
+        "other/pandas.py",
+        f"open({str(tmp_path / 'seen')!r}, 'w').close()\nraise ImportError\n".encode(),
+    )
     path = os.pathsep.join([str(tmp_path / "other"), os.environ.get("PYTHONPATH", "")])
     run = partial(subprocess.run, env={**os.environ, "PYTHONPATH": path})
-    job = [sys.executable, "-m", "castalia", "prepare", corpus, "--tokenizer", "bytes", "--output", tmp_path / "out"]
+    job = [
+        sys.executable,
+        "-m",
+        "castalia",
+        "prepare",
+        corpus,
+        "--tokenizer",
+        "bytes",
+        "--output",
+        tmp_path / "out",
+    ]
     run([*job, "--workers", workers], check=True)
     assert [read_provenance(str(tmp_path / "out"), i)["id"] for i in range(3)] == ["1", None, "ü"]
     assert not (tmp_path / "seen").exists()
@@ -64,10 +79,16 @@ def test_pandas_is_not_imported(file, tmp_path, workers):
 
 
 def test_several_keys_are_several_outputs(file, tmp_path):
-    path = file("a.jsonl", lines({"q": "one", "a": ""}, {"q": "zwei", "a": "2"}, {"q": "", "a": "3"}))
+    path = file(
+        "a.jsonl", lines({"q": "one", "a": ""}, {"q": "zwei", "a": "2"}, {"q": "", "a": "3"})
+    )
     done = prepare([path], tmp_path / "out", "bytes", keys=("q", "a"))
     assert done.prefixes == (f"{tmp_path}/out_q_document", f"{tmp_path}/out_a_document")
-    assert (texts(done.prefixes[0]), texts(done.prefixes[1]), done.empty) == (["one", "zwei"], ["2", "3"], 2)
+    assert (texts(done.prefixes[0]), texts(done.prefixes[1]), done.empty) == (
+        ["one", "zwei"],
+        ["2", "3"],
+        2,
+    )
     assert [read_provenance(done.prefixes[1], i)["line"] for i in range(2)] == [2, 3]
 
 
@@ -109,14 +130,19 @@ def test_metadata_of_parquet_and_a_folder_of_datasets(tmp_path):
     folder.mkdir()
     with pyarrow.ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as writer:
         writer.write_table(table, max_chunksize=2)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]})
+    )
     (folder / "dataset_info.json").write_text("{}")
     for i, path in enumerate((tmp_path / "a.parquet", folder)):
         prefix = str(tmp_path / f"out{i}")
         prepare([path], prefix, "bytes", keep=("n",), part_bytes=1)
         assert texts(prefix) == ["one", "three"]
         found = [read_provenance(prefix, i) for i in range(2)]
-        assert [(f["id"], f["n"], f["line"], f["start"]) for f in found] == [("x", "1", 0, None), ("z", None, 2, None)]
+        assert [(f["id"], f["n"], f["line"], f["start"]) for f in found] == [
+            ("x", "1", 0, None),
+            ("z", None, 2, None),
+        ]
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["set"]}')
     assert list(read_documents([tmp_path])) == ["one", "", "three"]
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["set", "other"]}')
@@ -136,10 +162,18 @@ def test_bad_documents_are_rejected_with_their_places(file, tmp_path):
     good = [lines({"text": f"good {i}"}) for i in range(40)]
     bad = {5: b'{"text": 5}\n', 17: b"\xff\xfe\n", 30: b'{"text": "cut', 31: b'{"txt": "x"}\n'}
     data = b"".join(bad.get(i, good[i] if i != 30 else b"") for i in range(40))
-    paths = [file("a.jsonl", data), file("b.txt", b"caf\xe9"), file("c.jsonl.gz", gzip.compress(good[0] * 9)[:-9])]
+    paths = [
+        file("a.jsonl", data),
+        file("b.txt", b"caf\xe9"),
+        file("c.jsonl.gz", gzip.compress(good[0] * 9)[:-9]),
+    ]
     for workers, size in ((1, 1 << 20), (2, 100)):
-        done = prepare(paths, tmp_path / "out", "bytes", reject=True, workers=workers, part_bytes=size)
-        told = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
+        done = prepare(
+            paths, tmp_path / "out", "bytes", reject=True, workers=workers, part_bytes=size
+        )
+        told = [
+            json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()
+        ]
         assert [(t["file"], t["line"], t["reason"][:16]) for t in told] == [
             (str(paths[0]), 6, "'text' must be a"),
             (str(paths[0]), 18, "not UTF-8: byte "),
@@ -169,13 +203,22 @@ def test_ftfy(file, tmp_path):
         "bytes",
         ftfy=True,
     )
-    assert texts(tmp_path / "o") == [ftfy.fix_text("schÃ¶n"), ftfy.fix_text("â€œok")] == ["schön", '"ok']
+    assert (
+        texts(tmp_path / "o")
+        == [ftfy.fix_text("schÃ¶n"), ftfy.fix_text("â€œok")]
+        == ["schön", '"ok']
+    )
 
 
 def test_shares_merged_are_one_run(file, tmp_path):
     rows = [{"text": f"document {i} " + "x" * (i % 90), "id": i} for i in range(400)]
-    paths = [file("a.jsonl", lines(*rows[:150])), file("b.jsonl.gz", gzip.compress(lines(*rows[150:250])))]
-    table = pyarrow.table({"text": [r["text"] for r in rows[250:]], "id": [r["id"] for r in rows[250:]]})
+    paths = [
+        file("a.jsonl", lines(*rows[:150])),
+        file("b.jsonl.gz", gzip.compress(lines(*rows[150:250]))),
+    ]
+    table = pyarrow.table(
+        {"text": [r["text"] for r in rows[250:]], "id": [r["id"] for r in rows[250:]]}
+    )
     parquet.write_table(table, tmp_path / "c.parquet", row_group_size=20)
     paths.append(tmp_path / "c.parquet")
     prepare(paths, tmp_path / "whole", "bytes", append_eod=True)
@@ -192,7 +235,11 @@ def test_shares_merged_are_one_run(file, tmp_path):
 @pytest.mark.parametrize("group", [7, 1 << 17])
 def test_an_index_split_and_merged_again(file, tmp_path, monkeypatch, group):
     monkeypatch.setattr(provenance, "GROUP_ROWS", group)
-    prepare([file("a.jsonl", lines(*({"text": f"{i}", "id": i} for i in range(50))))], tmp_path / "whole", "bytes")
+    prepare(
+        [file("a.jsonl", lines(*({"text": f"{i}", "id": i} for i in range(50))))],
+        tmp_path / "whole",
+        "bytes",
+    )
     split(tmp_path / "whole", tmp_path / "cut", parts=3)
     assert [read_provenance(f"{tmp_path}/cut-part1", i)["id"] for i in (0, 16)] == ["16", "32"]
     merge([tmp_path / f"cut-part{i}" for i in range(3)], tmp_path / "again")
@@ -201,12 +248,19 @@ def test_an_index_split_and_merged_again(file, tmp_path, monkeypatch, group):
 
 def test_verify_holds_the_index_against_the_tokens(file, tmp_path):
     path = file("a.jsonl", lines({"text": "one"}, {"text": "three"}))
-    for name, inputs in (("a", [path]), ("b", [path, path]), ("c", [file("c.txt", b"x"), file("d.txt", b"yz")])):
+    for name, inputs in (
+        ("a", [path]),
+        ("b", [path, path]),
+        ("c", [file("c.txt", b"x"), file("d.txt", b"yz")]),
+    ):
         prepare(inputs, tmp_path / name, "bytes")
     index = tmp_path / "a.documents.parquet"
-    faults = lambda: [check.wrong for check in verify([tmp_path / "a"]) if check.about == "index"]  # noqa: E731
+    faults = lambda: [check.wrong for check in verify([tmp_path / "a"]) if check.about == "index"]
     assert faults() == [None]
-    for other, wrong in (("b", "4 documents, but the .idx has 2"), ("c", "document 0 has 1 tokens, 3 in the .idx")):
+    for other, wrong in (
+        ("b", "4 documents, but the .idx has 2"),
+        ("c", "document 0 has 1 tokens, 3 in the .idx"),
+    ):
         index.write_bytes((tmp_path / f"{other}.documents.parquet").read_bytes())
         assert faults() == [wrong]
     index.write_bytes(b"PAR1")
@@ -238,7 +292,9 @@ def test_shares_are_merged_all_and_in_their_order(file, tmp_path):
     assert texts(tmp_path / "merged") == texts(tmp_path / "whole") * 3
     path.write_bytes(path.read_bytes() + lines({"text": "more"}))
     prepare([path], shares[3], "bytes", shard=(3, 12), part_bytes=100)
-    with pytest.raises(DataError, match=r"share3: share 3/12 was cut of other inputs than the one before it"):
+    with pytest.raises(
+        DataError, match=r"share3: share 3/12 was cut of other inputs than the one before it"
+    ):
         merge(shares, tmp_path / "merged")
 
 
@@ -256,7 +312,11 @@ def test_memory_and_other_urls(tmp_path):
     system = fsspec.filesystem("memory")
     system.pipe("/in/a.jsonl", lines({"text": "one"}, {"text": "two"}))
     system.pipe("/in/b.jsonl.gz", gzip.compress(lines({"text": "three"})))
-    for inputs in (["memory://in/a.jsonl", "memory://in/b.jsonl.gz"], ["memory://in"], ["memory://in/*.jsonl*"]):
+    for inputs in (
+        ["memory://in/a.jsonl", "memory://in/b.jsonl.gz"],
+        ["memory://in"],
+        ["memory://in/*.jsonl*"],
+    ):
         prepare(inputs, tmp_path / "out", "bytes", workers=2)
         assert texts(tmp_path / "out") == ["one", "two", "three"]
     assert read_provenance(str(tmp_path / "out"), 2)["source"].endswith("in/b.jsonl.gz")
@@ -310,7 +370,9 @@ def test_a_part_in_which_gigatoken_differs_is_encoded_again(file, tmp_path, monk
         return Lying(quick), why
 
     monkeypatch.setattr(encoding, "gigatoken", gigatoken)
-    with pytest.warns(UserWarning, match="gigatoken differed from tokenizers in 1 parts, which were encoded again"):
+    with pytest.warns(
+        UserWarning, match="gigatoken differed from tokenizers in 1 parts, which were encoded again"
+    ):
         done = prepare([path], tmp_path / "out", tmp_path / "t.json", part_bytes=400)
     assert (done.again, done.by) == (1, "gigatoken, tokenizers")
     assert content(tmp_path / "out") == content(tmp_path / "slow")
@@ -322,7 +384,9 @@ def test_a_tokenizer_that_gigatoken_reads_otherwise_is_not_given_to_it(monkeypat
 
     plain = Tokenizer(load_tokenizer("bytes").text)
     assert encoding.Encoder(plain).by == "gigatoken"
-    monkeypatch.setattr(encoding, "quick_by", lambda inner, real=encoding.quick_by: Lying(real(inner)))
+    monkeypatch.setattr(
+        encoding, "quick_by", lambda inner, real=encoding.quick_by: Lying(real(inner))
+    )
     monkeypatch.setattr(encoding, "PROBES", ("the liar",))
     found = encoding.Encoder(plain)
     assert (found.by, found.why_slow) == (

@@ -58,11 +58,19 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("workers", "kills"), [(1, 1), (2, 1), (1, 10), (2, 10)])
 def test_killed_at_random_points(corpus, whole, tmp_path, workers, kills):
     (tmp_path / "run.py").write_text(SCRIPT)
-    command = [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "out"), str(workers), *corpus]
+    command = [
+        sys.executable,
+        str(tmp_path / "run.py"),
+        str(tmp_path / "out"),
+        str(workers),
+        *corpus,
+    ]
     folder, draw, killed = tmp_path / "out.parts", random.Random(workers), 0
     for _ in range(kills):
         done = len(list(folder.glob("*.record.json")))
-        wanted = done + draw.randrange(3)  # it dies at any moment around the end of one of the next parts
+        wanted = done + draw.randrange(
+            3
+        )  # it dies at any moment around the end of one of the next parts
         job = subprocess.Popen(command, start_new_session=True)
         while job.poll() is None and len(list(folder.glob("*.record.json"))) <= wanted:
             time.sleep(0.001)
@@ -121,7 +129,11 @@ def test_what_was_done_is_not_done_again(stop_after, corpus, whole, tmp_path, mo
     stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
     worked = []
     real = engines.encode_part
-    monkeypatch.setattr(engines, "encode_part", lambda job, part, by: worked.append(part.number) or real(job, part, by))
+    monkeypatch.setattr(
+        engines,
+        "encode_part",
+        lambda job, part, by: worked.append(part.number) or real(job, part, by),
+    )
     prepare(corpus, tmp_path / "out", "bytes", append_eod=True, part_bytes=PART)
     assert worked[0] == 8
     assert content(tmp_path / "out") == whole
@@ -156,7 +168,9 @@ def test_a_full_disk_then_room(corpus, whole, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole[0]) // 2, limits[1]))
     try:
-        with pytest.raises(CastaliaError, match=r"cannot write .*out\.bin: File too large; free space or choose"):
+        with pytest.raises(
+            CastaliaError, match=r"cannot write .*out\.bin: File too large; free space or choose"
+        ):
             prepare(corpus, tmp_path / "out", "bytes", append_eod=True, part_bytes=PART)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -204,7 +218,9 @@ engines.encode_part = module.die_once(pathlib.Path({folder!r}))
 
 def test_workers_that_die_are_replaced(corpus, whole, tmp_path):
     (tmp_path / "run.py").write_text(DYING.format(test=__file__, folder=str(tmp_path)))
-    subprocess.run([sys.executable, str(tmp_path / "run.py"), str(tmp_path / "out"), "2", *corpus], check=True)
+    subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), str(tmp_path / "out"), "2", *corpus], check=True
+    )
     assert (tmp_path / "died3").exists() and (tmp_path / "died7").exists()
     assert content(tmp_path / "out") == whole
 

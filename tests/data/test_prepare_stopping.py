@@ -75,9 +75,13 @@ def test_a_named_file_without_text_does_not_cost_the_work(corpus, tmp_path):
 def test_what_cannot_be_read_twice_is_refused(corpus, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
-        with pytest.raises(DataError, match="a pipe or a device; it is read more than once, so write it to a file"):
+        with pytest.raises(
+            DataError, match="a pipe or a device; it is read more than once, so write it to a file"
+        ):
             prepare([path], tmp_path / "out", "bytes")
-    with pytest.raises(DataError, match=r"names a folder, not files; put a name behind it: .*/data/corpus"):
+    with pytest.raises(
+        DataError, match=r"names a folder, not files; put a name behind it: .*/data/corpus"
+    ):
         prepare([corpus], f"{tmp_path}/data/", "bytes")
 
 
@@ -125,10 +129,20 @@ def hear_signals():
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_end_a_job_in_order_with_a_sentence(corpus, tmp_path, name, workers):
     (tmp_path / "run.py").write_text(SLOW)
-    words = [corpus, "--tokenizer", "bytes", "--output", tmp_path / "out", "--workers", str(workers)]
+    words = [
+        corpus,
+        "--tokenizer",
+        "bytes",
+        "--output",
+        tmp_path / "out",
+        "--workers",
+        str(workers),
+    ]
     command = [sys.executable, tmp_path / "run.py", *words]
     # A shell in the background ignores SIGINT and nohup SIGHUP, and what is ignored stays so in children.
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals)
+    job = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
+    )
     deadline = time.monotonic() + 60
     while records(tmp_path / "out") < 4 and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -43,7 +43,10 @@ def test_plain_text_is_one_document(file, suffix):
 
 def test_several_frames_and_members(file):
     parts = [b'{"text": "one"}\n', b'{"text": "t', b'wo"}\n']
-    assert documents(file("a.jsonl.zst", b"".join(map(zstandard.compress, parts)))) == ["one", "two"]
+    assert documents(file("a.jsonl.zst", b"".join(map(zstandard.compress, parts)))) == [
+        "one",
+        "two",
+    ]
     assert documents(file("a.jsonl.gz", b"".join(map(gzip.compress, parts)))) == ["one", "two"]
 
 
@@ -55,7 +58,9 @@ def test_larger_than_any_buffer(file):
 
 
 def test_a_mark_at_the_start_is_no_text(file):
-    assert documents(file("a.txt", b"\xef\xbb\xbfx"), file("a.jsonl", b'\xef\xbb\xbf{"text": "y"}\n')) == ["x", "y"]
+    assert documents(
+        file("a.txt", b"\xef\xbb\xbfx"), file("a.jsonl", b'\xef\xbb\xbf{"text": "y"}\n')
+    ) == ["x", "y"]
 
 
 def test_another_key(file):
@@ -74,7 +79,10 @@ def test_a_folder_is_read_sorted_without_hidden_files(file, tmp_path):
     [
         (b'{"text": "x"', r"a\.jsonl:2: broken JSON at column 13"),
         (b"[1]", r"a\.jsonl:2: a line must be a JSON object with the key 'text', got list"),
-        (b'{"txet": "x", "id": 1}', r"a\.jsonl:2: no key 'text'; have: id, txet; did you mean 'txet'\?.*--key"),
+        (
+            b'{"txet": "x", "id": 1}',
+            r"a\.jsonl:2: no key 'text'; have: id, txet; did you mean 'txet'\?.*--key",
+        ),
         (b'{"text": 5}', r"a\.jsonl:2: 'text' must be a string, got int"),
         (b'{"text": "\\ud800"}', r"a\.jsonl:2: 'text' holds half of a surrogate pair"),
         (b'{"text": "a\xffb"}', r"a\.jsonl:2: not UTF-8: byte 0xff at offset 27"),
@@ -93,7 +101,8 @@ def test_a_bad_byte_in_plain_text_is_named(file):
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [("a.txt", b""), ("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.jsonl", b'{"text": ""}')]
+    ("name", "data"),
+    [("a.txt", b""), ("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.jsonl", b'{"text": ""}')],
 )
 def test_an_empty_file_that_was_named(file, name, data):
     with pytest.raises(DataError, match="is empty" if not data else "holds no text"):
@@ -133,10 +142,16 @@ def test_what_a_folder_links_to_is_read_and_what_cannot_be_is_told(tmp_path):
     (tmp_path / "corpus" / "a").mkdir()
     (tmp_path / "corpus" / "a" / "link").symlink_to("../b")
     (tmp_path / "far" / "back").symlink_to(tmp_path / "corpus")
-    assert list(read_documents([tmp_path / "corpus"])) == ["corpus/a.txt", "corpus/b/c.txt", "far/deep/x.txt"]
+    assert list(read_documents([tmp_path / "corpus"])) == [
+        "corpus/a.txt",
+        "corpus/b/c.txt",
+        "far/deep/x.txt",
+    ]
     (tmp_path / "corpus" / "b" / "gone.txt").symlink_to("nowhere.txt")
     for name in (tmp_path / "corpus", tmp_path / "corpus/b/*.txt"):
-        with pytest.raises(DataError, match=r"gone\.txt: a link to nowhere\.txt, which is not there"):
+        with pytest.raises(
+            DataError, match=r"gone\.txt: a link to nowhere\.txt, which is not there"
+        ):
             list(read_documents([name]))
     with pytest.raises(DataError, match="cannot be read: File name too long"):
         list(read_documents(["x" * 300]))

@@ -22,19 +22,29 @@ from castalia.data import (
 
 def build(eval_every=None, steps=10, batch_size=4, eval_batches=2, seed=1234, **data):
     config = DataConfig(seq_length=8, **data)
-    numbers = {"steps": steps, "batch_size": batch_size, "eval_every": eval_every, "eval_batches": eval_batches}
+    numbers = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "eval_every": eval_every,
+        "eval_batches": eval_batches,
+    }
     return build_rows(config, seed=seed, **numbers)
 
 
 def packed(prefix, rows, documents=None):
     data = IndexedDataset(prefix)
-    return PackedDataset(data, NeoxOrder(data.sizes, seq_length=8, num_samples=rows, seed=1234, documents=documents))
+    return PackedDataset(
+        data, NeoxOrder(data.sizes, seq_length=8, num_samples=rows, seed=1234, documents=documents)
+    )
 
 
 def test_one_prefix_with_split_is_data_path(token_file):
     prefix = token_file("a", [20] * 50)
     rows = build(train=[prefix], split="8,2,0", eval_every=4)
-    train, valid = packed(prefix, 40, range(40)), packed(prefix, (10 // 4 + 1) * 2 * 4, range(40, 50))
+    train, valid = (
+        packed(prefix, 40, range(40)),
+        packed(prefix, (10 // 4 + 1) * 2 * 4, range(40, 50)),
+    )
     assert rows.epochs == [train.order.epochs]
     assert rows.tokens == [800]
     assert (rows.sources, rows.weights) == (["a"], [1.0])
@@ -51,14 +61,19 @@ def test_one_prefix_without_split_is_a_list_of_one(token_file):
     rows = build(train=[prefix])
     expected = packed(prefix, math.ceil(40 * 1.005))
     assert len(rows.train) == len(expected.order.shuffle_idx) - 1
-    assert [rows.train[p][0].tolist() for p in range(40)] == [expected[p].tolist() for p in range(40)]
+    assert [rows.train[p][0].tolist() for p in range(40)] == [
+        expected[p].tolist() for p in range(40)
+    ]
     assert rows.valid is None
 
 
 def test_several_sources_are_blended(token_file):
     prefixes = [token_file("a", [30] * 9), token_file("b", [17] * 40, first=1000)]
     rows = build(train=prefixes, weights=[1, 3], valid=prefixes[1], eval_every=5)
-    packs = [packed(prefixes[0], math.ceil(40 * 0.25 * 1.005)), packed(prefixes[1], math.ceil(40 * 0.75 * 1.005))]
+    packs = [
+        packed(prefixes[0], math.ceil(40 * 0.25 * 1.005)),
+        packed(prefixes[1], math.ceil(40 * 0.75 * 1.005)),
+    ]
     picks, numbers = blend([0.25, 0.75], 40)
     for p in range(40):
         row, source, _ = rows.train[p]
@@ -105,9 +120,13 @@ def test_a_source_without_weight_gives_no_rows(token_file):
 
 def test_more_steps_of_the_same_epochs_are_the_same_data(token_file):
     prefix = token_file("a", [9] * 100)
-    before, longer, again = (build(train=[prefix], split="1", steps=steps).fingerprint for steps in (3, 20, 60))
+    before, longer, again = (
+        build(train=[prefix], split="1", steps=steps).fingerprint for steps in (3, 20, 60)
+    )
     assert changed(before, longer) == []
-    assert changed(before, again) == ["order: epochs was [1], is [3] passes over the data (train.steps decides)"]
+    assert changed(before, again) == [
+        "order: epochs was [1], is [3] passes over the data (train.steps decides)"
+    ]
     assert "order: batch_size was 4, is 5" in changed(
         before, build(train=[prefix], split="1", batch_size=5).fingerprint
     )
@@ -121,11 +140,27 @@ def test_no_documents_to_validate_on(token_file):
     ("data", "error", "message"),
     [
         ({}, ConfigError, r"data\.train is empty"),
-        ({"train": "a", "valid": "a", "split": "9,1,0"}, ConfigError, r"data\.split and data\.valid both"),
+        (
+            {"train": "a", "valid": "a", "split": "9,1,0"},
+            ConfigError,
+            r"data\.split and data\.valid both",
+        ),
         ({"train": "gone"}, DataError, r"gone\.idx: no such file"),
-        ({"train": "tiny"}, DataError, r"tiny: a row needs 9 tokens, but the 1 documents hold 3 in all"),
-        ({"train": "a", "split": "0,1,0"}, DataError, r"a \(documents 0 to 0 under data\.split '0,1,0'\): a row needs"),
-        ({"train": "a", "eod_mask_loss": True}, ConfigError, r"data\.eod_mask_loss needs data\.tokenizer"),
+        (
+            {"train": "tiny"},
+            DataError,
+            r"tiny: a row needs 9 tokens, but the 1 documents hold 3 in all",
+        ),
+        (
+            {"train": "a", "split": "0,1,0"},
+            DataError,
+            r"a \(documents 0 to 0 under data\.split '0,1,0'\): a row needs",
+        ),
+        (
+            {"train": "a", "eod_mask_loss": True},
+            ConfigError,
+            r"data\.eod_mask_loss needs data\.tokenizer",
+        ),
     ],
 )
 def test_what_cannot_be_built(token_file, tmp_path, monkeypatch, data, error, message):
@@ -146,7 +181,9 @@ def test_end_of_document_id_for_the_mask(token_file):
 def test_ids_beyond_the_vocabulary(token_file, dtype):
     data = IndexedDataset(token_file("a", [10, 0, 10], dtype))
     check_vocab(data, 20)
-    with pytest.raises(DataError, match=r"a: document 2 has token id 15, but the model's vocabulary has 15 ids"):
+    with pytest.raises(
+        DataError, match=r"a: document 2 has token id 15, but the model's vocabulary has 15 ids"
+    ):
         check_vocab(data, 15)
 
 

@@ -42,7 +42,10 @@ def test_in_place_is_the_whole_file(cut, size):
         assert parts[i].tolist() == whole[i].tolist()
         assert parts[i].dtype == whole.dtype and not (SIZES[i] and parts[i].flags.writeable)
         for offset in range(0, SIZES[i], 7):
-            assert parts.get(i, offset, min(9, SIZES[i] - offset)).tolist() == whole[i][offset : offset + 9].tolist()
+            assert (
+                parts.get(i, offset, min(9, SIZES[i] - offset)).tolist()
+                == whole[i][offset : offset + 9].tolist()
+            )
     assert contents(parts) == contents(whole)
     assert pickle.loads(pickle.dumps(parts))[5].tolist() == whole[5].tolist()
 
@@ -53,7 +56,10 @@ def test_names_are_those_of_pythia(cut, tmp_path):
     assert sorted(os.listdir(tmp_path / "by100")) == sorted([*names, "base.idx"])
     assert [(tmp_path / "by100" / name).stat().st_size for name in names] == [100] * 5 + [26]
     assert shard_name("document", 20, 20) == "document-00020-of-00020.bin"
-    assert base_of("d/pile_0.87_deduped_text_document-00000-of-00082.bin") == "d/pile_0.87_deduped_text_document"
+    assert (
+        base_of("d/pile_0.87_deduped_text_document-00000-of-00082.bin")
+        == "d/pile_0.87_deduped_text_document"
+    )
     assert base_of("plain.bin") == "plain.bin"
 
 
@@ -131,7 +137,9 @@ def test_shards_longer_than_the_index(cut, tmp_path):
     _, parts = cut(100)
     with open(f"{parts}-00005-of-00005.bin", "ab") as last:
         last.write(b"xx")
-    with pytest.raises(DataError, match=r"the shards have 528 bytes, but the documents of the \.idx end at 526"):
+    with pytest.raises(
+        DataError, match=r"the shards have 528 bytes, but the documents of the \.idx end at 526"
+    ):
         unshard(parts, tmp_path / "out")
 
 
@@ -153,7 +161,9 @@ def test_a_finished_join_is_compared_and_never_replaced(cut):
     assert (again.kept, again.bytes) == (526, 526)
     with open(parts + ".bin", "r+b") as file:
         file.write(b"\xff")
-    with pytest.raises(ConfigError, match=r"base\.bin exists and holds other bytes than the shards"):
+    with pytest.raises(
+        ConfigError, match=r"base\.bin exists and holds other bytes than the shards"
+    ):
         unshard(parts)
     assert Path(parts + ".bin").read_bytes()[:1] == b"\xff"
 
@@ -171,7 +181,9 @@ def test_interrupted_join_goes_on(cut, tmp_path, stop_at):
     with pytest.raises(KeyboardInterrupt):
         unshard(parts, tmp_path / "out", on_bytes=power_cut)
     assert os.listdir(tmp_path / "out") == [".base.bin.partial"]
-    with open(tmp_path / "out" / ".base.bin.partial", "r+b") as file:  # a piece that the crash left wrong
+    with open(
+        tmp_path / "out" / ".base.bin.partial", "r+b"
+    ) as file:  # a piece that the crash left wrong
         file.write(b"\xee\xee")
     done = unshard(parts, tmp_path / "out")
     assert (tmp_path / "out" / "base.bin").read_bytes() == Path(whole + ".bin").read_bytes()
@@ -193,7 +205,9 @@ unshard(sys.argv[1], sys.argv[2], on_bytes=count)
 def test_killed_joins_end_with_the_same_bytes(cut, tmp_path):
     whole, parts = cut(100)
     for calls in (1, 4, 6):
-        done = subprocess.run([sys.executable, "-c", KILLED, parts, str(tmp_path / "out"), str(calls)])
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, parts, str(tmp_path / "out"), str(calls)]
+        )
         assert done.returncode == -9 and not (tmp_path / "out" / "base.bin").exists()
     unshard(parts, tmp_path / "out")
     assert (tmp_path / "out" / "base.bin").read_bytes() == Path(whole + ".bin").read_bytes()
@@ -214,7 +228,9 @@ def test_join_under_hashes(cut, tmp_path):
     assert unshard(parts, tmp_path / "good", hashes=hashes).shards == 6
     with open(f"{parts}-00004-of-00005.bin", "r+b") as file:
         file.write(b"\xff\xff")
-    with pytest.raises(DataError, match=r"base-00004-of-00005\.bin: SHA-256 .*, expected .*; copy it again"):
+    with pytest.raises(
+        DataError, match=r"base-00004-of-00005\.bin: SHA-256 .*, expected .*; copy it again"
+    ):
         unshard(parts, tmp_path / "bad", hashes=hashes)
     assert not (tmp_path / "bad" / "base.bin").exists()
     del hashes["base-00000-of-00005.bin"]
@@ -253,7 +269,9 @@ def test_a_full_disk_keeps_what_was_written(cut, tmp_path, monkeypatch):
         return put(target, piece)
 
     monkeypatch.setattr(shard_module, "put", full)
-    with pytest.raises(CastaliaError, match=r"cannot write .*base\.bin: No space left on device; free space"):
+    with pytest.raises(
+        CastaliaError, match=r"cannot write .*base\.bin: No space left on device; free space"
+    ):
         unshard(parts, tmp_path / "out")
     monkeypatch.undo()
     assert unshard(parts, tmp_path / "out").kept == 300

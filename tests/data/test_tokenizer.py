@@ -13,8 +13,18 @@ from castalia.data import load_tokenizer, train_tokenizer
 from castalia.data.tokenizer import ByteTokenizer
 
 NEOX = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20B_tokenizer.json"
-TEXTS = ["", "Hello, world", " two  spaces\n\ttab\r\n", "naïve café 日本語 🎉", "\x00\x7f", "a<|endoftext|>b"]
-CORPUS = ["the cat sat on the mat. " * 20, "def category(matter):\n    return something, elsewhere\n" * 20]
+TEXTS = [
+    "",
+    "Hello, world",
+    " two  spaces\n\ttab\r\n",
+    "naïve café 日本語 🎉",
+    "\x00\x7f",
+    "a<|endoftext|>b",
+]
+CORPUS = [
+    "the cat sat on the mat. " * 20,
+    "def category(matter):\n    return something, elsewhere\n" * 20,
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,9 @@ def test_bytes_decode_like_python_whatever_they_are():
     tokenizer, draw = load_tokenizer("bytes"), random.Random(0)
     for _ in range(500):
         lead = [0xC3, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0xED, 0xA0, 0x41]
-        ids = [draw.choice([draw.randrange(256), draw.choice(lead)]) for _ in range(draw.randrange(12))]
+        ids = [
+            draw.choice([draw.randrange(256), draw.choice(lead)]) for _ in range(draw.randrange(12))
+        ]
         assert tokenizer.decode(ids) == bytes(ids).decode("utf-8", "replace")
 
 
@@ -80,7 +92,9 @@ def test_tokens_are_in_id_order(neox, trained):
 
 
 def test_ids_without_a_token_get_a_name(tmp_path):
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<|unused 2|>": 1, "b": 4}, unk_token="a"))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "<|unused 2|>": 1, "b": 4}, unk_token="a")
+    )
     inner.save(str(tmp_path / "gaps.json"))
     tokenizer = load_tokenizer(tmp_path / "gaps.json")
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (5, None)
@@ -89,11 +103,17 @@ def test_ids_without_a_token_get_a_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "eod"),
-    [(["</s>", "<eos>"], "</s>"), (["<eos>"], "<eos>"), (["<eos>", "<|end_of_text|>"], "<|end_of_text|>")],
+    [
+        (["</s>", "<eos>"], "</s>"),
+        (["<eos>"], "<eos>"),
+        (["<eos>", "<|end_of_text|>"], "<|end_of_text|>"),
+    ],
 )
 def test_end_of_document_by_name(tmp_path, names, eod):
     vocab = {name: i for i, name in enumerate(["x", *names])}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="x")).save(str(tmp_path / "t.json"))
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="x")).save(
+        str(tmp_path / "t.json")
+    )
     assert load_tokenizer(tmp_path / "t.json").eod_id == vocab[eod]
 
 
@@ -134,12 +154,18 @@ def test_it_pickles_and_works_in_threads(trained):
         again = pickle.loads(pickle.dumps(tokenizer))
         assert (again.kind, again.text) == (tokenizer.kind, tokenizer.text)
         with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(again.encode, TEXTS * 5)) == [tokenizer.encode(text) for text in TEXTS * 5]
+            assert list(pool.map(again.encode, TEXTS * 5)) == [
+                tokenizer.encode(text) for text in TEXTS * 5
+            ]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "no such tokenizer file"), (b"{}", "not a tokenizer.json"), (b"\xff\xfe", "not a tokenizer.json")],
+    [
+        (None, "no such tokenizer file"),
+        (b"{}", "not a tokenizer.json"),
+        (b"\xff\xfe", "not a tokenizer.json"),
+    ],
 )
 def test_not_a_tokenizer(tmp_path, content, message):
     if content is not None:

@@ -14,7 +14,11 @@ from castalia.data import IndexedDataset, load_tokenizer, prepare, train_tokeniz
 from castalia.data.preparing.encoding import PROBES, Encoder
 from castalia.data.tokenizer import byte_characters
 
-CORPUS = ["to be or not to be, that's the question " * 5, "Straße 12345 naïve\n\n\tif x:\n  y = 'a'\n" * 5, *PROBES]
+CORPUS = [
+    "to be or not to be, that's the question " * 5,
+    "Straße 12345 naïve\n\n\tif x:\n  y = 'a'\n" * 5,
+    *PROBES,
+]
 
 
 def texts(count=200):
@@ -37,7 +41,11 @@ def test_gpt2_vocabulary_and_merges(trained, tmp_path):
     tokenizer.inner.model.save(str(tmp_path))
     (tmp_path / "gpt2-vocab.json").write_bytes((tmp_path / "vocab.json").read_bytes())
     (tmp_path / "gpt2-merges.txt").write_bytes((tmp_path / "merges.txt").read_bytes())
-    names = [tmp_path / "gpt2-vocab.json", f"{tmp_path / 'vocab.json'},{tmp_path / 'gpt2-merges.txt'}", tmp_path]
+    names = [
+        tmp_path / "gpt2-vocab.json",
+        f"{tmp_path / 'vocab.json'},{tmp_path / 'gpt2-merges.txt'}",
+        tmp_path,
+    ]
     for name in names:
         loaded = load_tokenizer(name)
         assert loaded.eod_id == tokenizer.eod_id == 0
@@ -58,7 +66,9 @@ def test_tiktoken_files_as_tiktoken_reads_them(trained, tmp_path, encoding):
     names = [bytes([byte]) for byte in range(256)]
     names += [bytes(to_byte[c] for c in name) for name in tokenizer.tokens()[2:] if len(name) > 1]
     path = tmp_path / f"{encoding}.tiktoken"
-    path.write_bytes(b"".join(base64.b64encode(name) + b" %d\n" % i for i, name in enumerate(names)))
+    path.write_bytes(
+        b"".join(base64.b64encode(name) + b" %d\n" % i for i, name in enumerate(names))
+    )
     ranks = {name: i for i, name in enumerate(names)}
     pattern = {
         "r50k_base": openai_public.r50k_pat_str,
@@ -77,8 +87,13 @@ def test_tiktoken_files_as_tiktoken_reads_them(trained, tmp_path, encoding):
     for text in texts():
         assert ours.encode(text) == theirs.encode_ordinary(text), repr(text)
         assert ours.decode(ours.encode(text)) == text
-    assert ours.eod_id == {"r50k_base": 50256, "cl100k_base": 100257, "o200k_base": 199999}[encoding]
-    assert ours.vocab_size == {"r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}[encoding]
+    assert (
+        ours.eod_id == {"r50k_base": 50256, "cl100k_base": 100257, "o200k_base": 199999}[encoding]
+    )
+    assert (
+        ours.vocab_size
+        == {"r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}[encoding]
+    )
 
 
 def test_damaged_tiktoken_files(tmp_path):
@@ -113,7 +128,11 @@ def test_sentencepiece_as_its_library(tmp_path, model_type):
     again = pickle.loads(pickle.dumps(ours))
     ours.save(tmp_path / "tokenizer.json")
     for same in (again, load_tokenizer(tmp_path)):
-        assert (same.encode(CORPUS[0]), same.sha256, same.kind) == (ours.encode(CORPUS[0]), ours.sha256, ours.kind)
+        assert (same.encode(CORPUS[0]), same.sha256, same.kind) == (
+            ours.encode(CORPUS[0]),
+            ours.sha256,
+            ours.kind,
+        )
     (tmp_path / "bad.model").write_bytes(b"none")
     with pytest.raises(DataError, match=r"bad\.model: not a SentencePiece model"):
         load_tokenizer(tmp_path / "bad.model")
@@ -122,7 +141,11 @@ def test_sentencepiece_as_its_library(tmp_path, model_type):
 def test_characters_as_gpt_neox(tmp_path):
     tokenizer = load_tokenizer("char")
     assert tokenizer.encode("aé\n") == [97, 0xC3, 0xA9, 10]
-    assert (tokenizer.decode([97, 0xC3, 0xA9, 400]), tokenizer.vocab_size, tokenizer.eod_id) == ("aé\ufffd", 512, 0)
+    assert (tokenizer.decode([97, 0xC3, 0xA9, 400]), tokenizer.vocab_size, tokenizer.eod_id) == (
+        "aé\ufffd",
+        512,
+        0,
+    )
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "aé"}) + "\n")
     prepare([tmp_path / "a.jsonl"], tmp_path / "out", "char", append_eod=True)
     assert IndexedDataset(tmp_path / "out")[0].tolist() == [97, 0xC3, 0xA9, 0]
@@ -144,7 +167,9 @@ def test_gigatoken_is_used_where_it_agrees_and_only_there(trained):
     for some in (data, data[-1:], []):
         for a, b in zip(quick(some), slow(some), strict=True):
             assert a.tolist() == b.tolist()
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
+    )
     from castalia.data.tokenizer import Tokenizer
 
     other = Encoder(Tokenizer(words.to_str()))

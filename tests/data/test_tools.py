@@ -56,7 +56,12 @@ def prepared(tmp_path):
 @pytest.mark.parametrize("piece", [1, 4, 1 << 21])
 def test_merge_keeps_the_order_of_inputs(token_file, tmp_path, sequences, monkeypatch, piece):
     monkeypatch.setattr(joining_module, "PIECE_TOKENS", piece)
-    inputs = [token_file("b", [3, 0, 2]), sequences, token_file("a", [7], first=50), token_file("none", [])]
+    inputs = [
+        token_file("b", [3, 0, 2]),
+        sequences,
+        token_file("a", [7], first=50),
+        token_file("none", []),
+    ]
     record = merge(inputs, tmp_path / "all")
     merged = IndexedDataset(tmp_path / "all")
     assert documents(tmp_path / "all") == documents(*inputs)
@@ -108,7 +113,10 @@ def test_merge_of_documents_out_of_order_in_the_bin(token_file, tmp_path):
 
 def test_merge_refuses(token_file, tmp_path, prepared):
     small, wide = token_file("small", [1]), token_file("wide", [1], np.int32)
-    with pytest.raises(DataError, match=r"wide holds int32, but .*small holds uint16; merge takes files of one dtype"):
+    with pytest.raises(
+        DataError,
+        match=r"wide holds int32, but .*small holds uint16; merge takes files of one dtype",
+    ):
         merge([small, wide], tmp_path / "out")
     with pytest.raises(ConfigError, match="small would be overwritten by the output"):
         merge([small], small + ".idx")
@@ -125,7 +133,11 @@ def test_merge_refuses(token_file, tmp_path, prepared):
 def test_the_record_goes_along(prepared, tmp_path):
     merge([prepared, prepared], tmp_path / "twice")
     record = json.loads((tmp_path / "twice.json").read_text())
-    assert record["tokenizer"]["name"] == "bytes" and record["append_eod"] is True and record["vocab_size"] == 257
+    assert (
+        record["tokenizer"]["name"] == "bytes"
+        and record["append_eod"] is True
+        and record["vocab_size"] == 257
+    )
     assert record["bin_sha256"] == hashlib.sha256((tmp_path / "twice.bin").read_bytes()).hexdigest()
 
 
@@ -148,7 +160,10 @@ def test_split_cuts_where_training_does(token_file, tmp_path, shares):
 def test_parts_merge_to_the_whole(token_file, tmp_path, parts):
     whole = token_file("a", [i % 7 for i in range(10)])
     records = split(whole, tmp_path / "out", parts=parts)
-    assert len(records) == parts and {r["documents"] for r in records} <= {10 // parts, 10 // parts + 1}
+    assert len(records) == parts and {r["documents"] for r in records} <= {
+        10 // parts,
+        10 // parts + 1,
+    }
     merge([tmp_path / r["prefix"] for r in records], tmp_path / "again")
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"again{suffix}").read_bytes() == Path(whole + suffix).read_bytes()
@@ -156,7 +171,10 @@ def test_parts_merge_to_the_whole(token_file, tmp_path, parts):
 
 def test_split_keeps_boundaries(sequences, tmp_path):
     split(sequences, tmp_path / "out", parts=2)
-    assert [IndexedDataset(tmp_path / f"out-part{i}").doc_idx.tolist() for i in (0, 1)] == [[0, 2], [0, 3]]
+    assert [IndexedDataset(tmp_path / f"out-part{i}").doc_idx.tolist() for i in (0, 1)] == [
+        [0, 2],
+        [0, 3],
+    ]
     split(sequences, tmp_path / "third", parts=3)
     found = [IndexedDataset(tmp_path / f"third-part{i}").doc_idx.tolist() for i in range(3)]
     assert found == [[0, 1], [0, 1, 2], [0, 2]]
@@ -178,7 +196,13 @@ def test_split_refuses(token_file, tmp_path):
 
 def test_describe(token_file):
     facts = describe(IndexedDataset(token_file("a", [0, 1, 5, 7, 8, 30])))
-    assert (facts.documents, facts.tokens, facts.bytes, facts.dtype, facts.empty) == (6, 51, 102, "uint16", 1)
+    assert (facts.documents, facts.tokens, facts.bytes, facts.dtype, facts.empty) == (
+        6,
+        51,
+        102,
+        "uint16",
+        1,
+    )
     assert (facts.shortest, facts.mean, facts.median, facts.longest) == (0, 8.5, 6.0, 30)
     assert facts.histogram == [(0, 1), (1, 1), (2, 0), (4, 2), (8, 1), (16, 1)]
     assert sum(count for _, count in facts.histogram) == facts.documents
@@ -199,7 +223,9 @@ def test_pythias_list():
     hashes = read_hashes(HASHES)
     base = "pile_0.87_deduped_text_document"
     assert list(hashes) == [f"{base}-{i:05}-of-00082.bin" for i in range(83)] + [f"{base}.idx"]
-    assert hashes[f"{base}.idx"] == "a659c5a57fa772fb6d3582c6e0b3a55c0c43b16ee8ea72ac6a70cebcdd35d669"
+    assert (
+        hashes[f"{base}.idx"] == "a659c5a57fa772fb6d3582c6e0b3a55c0c43b16ee8ea72ac6a70cebcdd35d669"
+    )
 
 
 def test_other_lists(tmp_path):
@@ -294,7 +320,9 @@ def test_a_list_of_ones_own(published):
     prefix, hashes = published
     assert list(hashes) == [f"base-0000{i}-of-00004.bin" for i in range(5)] + ["base.idx"]
     found = list(verify([prefix], hashes))
-    assert [check.about for check in found] == ["structure"] + ["hash"] * 6 and all(check.ok for check in found)
+    assert [check.about for check in found] == ["structure"] + ["hash"] * 6 and all(
+        check.ok for check in found
+    )
 
 
 def test_missing_and_wrong_files_are_failures(published):
@@ -302,9 +330,16 @@ def test_missing_and_wrong_files_are_failures(published):
     os.remove(f"{prefix}-00003-of-00004.bin")
     with open(f"{prefix}-00001-of-00004.bin", "r+b") as file:
         file.write(b"\xff")
-    found = {check.file.rpartition("/")[2]: check.wrong for check in verify([prefix], hashes) if not check.ok}
+    found = {
+        check.file.rpartition("/")[2]: check.wrong
+        for check in verify([prefix], hashes)
+        if not check.ok
+    }
     assert list(found) == ["base", "base-00001-of-00004.bin", "base-00003-of-00004.bin"]
-    assert found["base-00003-of-00004.bin"] == "missing" and "SHA-256" in found["base-00001-of-00004.bin"]
+    assert (
+        found["base-00003-of-00004.bin"] == "missing"
+        and "SHA-256" in found["base-00001-of-00004.bin"]
+    )
 
 
 def test_what_the_list_does_not_name(published):

@@ -74,7 +74,10 @@ def test_names_that_lead_out_are_refused(tmp_path, name):
         (tar_of({"x.jsonl": b'{"body": ""}'}), r"a\.tar\(x\.jsonl\):1: no key 'text'; have: body"),
         (tar_of({}, link=tarfile.SYMTYPE), r"a\.tar\(link\): an archive may hold plain files only"),
         (tar_of({}, hard=tarfile.LNKTYPE), r"a\.tar\(hard\): an archive may hold plain files only"),
-        (tar_of({}, pipe=tarfile.FIFOTYPE), r"a\.tar\(pipe\): an archive may hold plain files only"),
+        (
+            tar_of({}, pipe=tarfile.FIFOTYPE),
+            r"a\.tar\(pipe\): an archive may hold plain files only",
+        ),
         (tar_of({"x.tar.gz": b""}), r"a\.tar\(x\.tar\.gz\): an archive may hold plain files only"),
         (tar_of({"x.txt": b"y" * 600})[:1600], r"a\.tar: cannot be read: "),
         (tar_of({"x.txt": b"y"})[:1536], r"a\.tar: cannot be read: the archive is cut off"),
@@ -93,7 +96,11 @@ def test_xz(tmp_path):
     parts = [lzma.compress(b'{"text": "one"}\n{"te'), lzma.compress(b'xt": "two"}\n')]
     (tmp_path / "a.jsonl.xz").write_bytes(b"".join(parts))
     assert texts_of(tmp_path / "a.jsonl.xz") == ["one", "two"]
-    for damage in (lambda data: data[:-3], lambda data: data[:30] + b"\xff\xff" + data[32:], lambda data: b"none"):
+    for damage in (
+        lambda data: data[:-3],
+        lambda data: data[:30] + b"\xff\xff" + data[32:],
+        lambda data: b"none",
+    ):
         (tmp_path / "a.jsonl.xz").write_bytes(damage(parts[0] + parts[1]))
         with pytest.raises(DataError, match=r"a\.jsonl\.xz: cannot be read: "):
             texts_of(tmp_path / "a.jsonl.xz")

@@ -10,7 +10,9 @@ import pytest
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import prepare, read_documents
 
-pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
+pyarrow = pytest.importorskip(
+    "pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'"
+)
 parquet = pytest.importorskip("pyarrow.parquet")
 
 TEXTS = ["one", "", "zwei ü", *(str(i) * 50 for i in range(3000))]
@@ -25,7 +27,9 @@ def table(tmp_path):
     """table(**columns): a.parquet in row groups of 700, and its path."""
 
     def write(**columns):
-        parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=700, compression="zstd")
+        parquet.write_table(
+            pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=700, compression="zstd"
+        )
         return tmp_path / "a.parquet"
 
     return write
@@ -40,7 +44,9 @@ def test_texts_in_order(table):
 def test_prepare_and_manifest(table, tmp_path):
     path = table(text=TEXTS)
     heard = []
-    done = prepare([path], tmp_path / "out", "bytes", on_progress=lambda read, _: heard.append(read))
+    done = prepare(
+        [path], tmp_path / "out", "bytes", on_progress=lambda read, _: heard.append(read)
+    )
     assert done.documents == len(TEXTS) - 1
     (found,) = json.loads((tmp_path / "out.json").read_text())["inputs"]
     assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -50,7 +56,10 @@ def test_prepare_and_manifest(table, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"txet": ["x"], "id": [1]}, r"a\.parquet: no column 'text'; have: id, txet; did you mean 'txet'\?.*--key"),
+        (
+            {"txet": ["x"], "id": [1]},
+            r"a\.parquet: no column 'text'; have: id, txet; did you mean 'txet'\?.*--key",
+        ),
         ({"text": [1]}, r"a\.parquet: column 'text' must hold strings, got int64"),
         ({"text": ["x", None]}, r"a\.parquet: row 1: 'text' must be a string, got null"),
         ({"text": ["", ""]}, r"a\.parquet: holds no text"),
@@ -83,12 +92,18 @@ def test_without_pyarrow(table, monkeypatch):
     path = table(text=TEXTS)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        ConfigError, match=r"needs 'pyarrow', which is not installed: pip install 'castalia\[parquet\]'"
+        ConfigError,
+        match=r"needs 'pyarrow', which is not installed: pip install 'castalia\[parquet\]'",
     ):
         texts_of(path)
 
 
 def test_texts_that_are_stored_once_each(table):
-    assert texts_of(table(text=pyarrow.array(["a", "b", "a", ""]).dictionary_encode())) == ["a", "b", "a", ""]
+    assert texts_of(table(text=pyarrow.array(["a", "b", "a", ""]).dictionary_encode())) == [
+        "a",
+        "b",
+        "a",
+        "",
+    ]
     with pytest.raises(DataError, match="must hold strings, got int64"):
         texts_of(table(text=pyarrow.array([1, 2, 1]).dictionary_encode()))

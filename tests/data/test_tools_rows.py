@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
-from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, StepLoader, build_rows, load_tokenizer
+from castalia.data import (
+    DataConfig,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    StepLoader,
+    build_rows,
+    load_tokenizer,
+)
 from castalia.data.resharding import shard
 from castalia.data.row_files import write_rows
 from castalia.data.viewing import Steps, parse_steps, records, save_ids, step_hash
@@ -16,7 +23,9 @@ from castalia.data.viewing import Steps, parse_steps, records, save_ids, step_ha
 
 def rows_for(prefixes, *, steps=5, batch_size=2, seq_length=4, seed=1234, **options):
     config = DataConfig(train=prefixes, seq_length=seq_length, **options)
-    return build_rows(config, seed=seed, batch_size=batch_size, steps=steps, eval_every=None, eval_batches=1)
+    return build_rows(
+        config, seed=seed, batch_size=batch_size, steps=steps, eval_every=None, eval_batches=1
+    )
 
 
 def served(rows, count):
@@ -50,7 +59,10 @@ def test_ready_rows_serve_the_same_run(golden, tmp_path):
     ready = rows_for([str(tmp_path / "ready")], order="file")
     assert served(ready, 10) == served(packed, 10)
     assert (ready.epochs, ready.tokens, ready.train.seq_length) == ([1], [50], 4)
-    batches = [next(iter(StepLoader(found.train, batch_size=2, start_step=3)))[0] for found in (packed, ready)]
+    batches = [
+        next(iter(StepLoader(found.train, batch_size=2, start_step=3)))[0]
+        for found in (packed, ready)
+    ]
     assert batches[0].tokens.tolist() == batches[1].tokens.tolist()
     assert ready.fingerprint["order"]["kind"] != packed.fingerprint["order"]["kind"]
 
@@ -74,21 +86,32 @@ def test_ready_rows_begin_again(golden, tmp_path):
 def test_ready_rows_of_two_sources(golden, tmp_path):
     for i in range(2):
         write_rows(rows_for([golden], seed=i).train, 0, 4, tmp_path / f"r{i}", {})
-    found = rows_for([str(tmp_path / f"r{i}") for i in range(2)], order="file", weights=[3, 1], steps=10)
+    found = rows_for(
+        [str(tmp_path / f"r{i}") for i in range(2)], order="file", weights=[3, 1], steps=10
+    )
     picks = [found.train[place][1] for place in range(20)]
     assert picks.count(0) == 15 and len(found.train) == 20 and found.epochs == [4, 2]
     first = [found.train[place][0].tolist() for place in range(20) if picks[place] == 0]
-    assert first[:4] == first[4:8] == first[8:12] == [row.tolist() for row in IndexedDataset(tmp_path / "r0")[:]]
+    assert (
+        first[:4]
+        == first[4:8]
+        == first[8:12]
+        == [row.tolist() for row in IndexedDataset(tmp_path / "r0")[:]]
+    )
 
 
 def test_what_are_no_ready_rows(golden, token_file):
-    with pytest.raises(DataError, match=r"golden: data\.order `file` .* needs items of 5 tokens, but item 1 has 3"):
+    with pytest.raises(
+        DataError, match=r"golden: data\.order `file` .* needs items of 5 tokens, but item 1 has 3"
+    ):
         rows_for([golden], order="file")
     with pytest.raises(DataError, match="needs rows, but the file is empty"):
         rows_for([token_file("none", [])], order="file")
     with pytest.raises(DataError, match="expected integers"):
         rows_for([token_file("floats", [5], np.float32)], order="file")
-    with pytest.raises(ValueError, match="split divides documents, but order `file` serves ready rows"):
+    with pytest.raises(
+        ValueError, match="split divides documents, but order `file` serves ready rows"
+    ):
         DataConfig(train=golden, order="file", split="1,1")
 
 
@@ -110,14 +133,17 @@ def test_a_source_is_not_overwritten(golden):
 
 
 @pytest.mark.parametrize(
-    ("text", "first", "stop"), [("0:2", 0, 2), ("3", 3, 4), (":", 0, 5), (":2", 0, 2), ("4:", 4, 5), (" 1 : 5 ", 1, 5)]
+    ("text", "first", "stop"),
+    [("0:2", 0, 2), ("3", 3, 4), (":", 0, 5), (":2", 0, 2), ("4:", 4, 5), (" 1 : 5 ", 1, 5)],
 )
 def test_steps(text, first, stop):
     steps = parse_steps(text, 2, 5)
     assert (steps.first, steps.stop, steps.places) == (first, stop, range(2 * first, 2 * stop))
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:b", "-1:2", "1:2:3", "2:2", "3:1", "5", "0:6", "1.5", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "1:b", "-1:2", "1:2:3", "2:2", "3:1", "5", "0:6", "1.5", "²"]
+)
 def test_no_such_steps(text):
     with pytest.raises(ConfigError, match="--steps"):
         parse_steps(text, 2, 5)
@@ -132,7 +158,9 @@ def test_ids_are_what_training_takes(golden, tmp_path):
     for step in range(3):
         (batch,) = next(loader)
         assert batch.tokens.tolist() == ids[2 * step : 2 * step + 2, :-1].tolist()
-        assert step_hash(rows.train, step + 1, 2) == sum(zlib.crc32(row.numpy().tobytes()) for row in batch.tokens)
+        assert step_hash(rows.train, step + 1, 2) == sum(
+            zlib.crc32(row.numpy().tobytes()) for row in batch.tokens
+        )
 
 
 def test_ids_that_cannot_be_written_leave_nothing(golden, tmp_path):
@@ -149,7 +177,10 @@ def test_records_lead_back_to_the_documents(golden, tmp_path):
     for record, row in zip(found, served(rows, 10), strict=True):
         parts = [dataset.get(d["document"], d["start"], d["length"]) for d in record["documents"]]
         assert np.concatenate(parts).tolist() == row and "text" not in record
-    assert found[0]["documents"] == [{"document": 2, "start": 5, "length": 2}, {"document": 4, "start": 0, "length": 3}]
+    assert found[0]["documents"] == [
+        {"document": 2, "start": 5, "length": 2},
+        {"document": 4, "start": 0, "length": 3},
+    ]
     assert json.loads(json.dumps(found[0]))["source"] == "golden"
 
 
@@ -159,7 +190,12 @@ def test_text_of_records(tmp_path):
         for text in ("first text", "second"):
             writer.add([*bytes_of.encode(text), bytes_of.eod_id])
     (record,) = records(
-        rows_for([str(tmp_path / "t")], steps=1, batch_size=1, seq_length=17, split="1"), Steps(0, 1, 1), bytes_of
+        rows_for([str(tmp_path / "t")], steps=1, batch_size=1, seq_length=17, split="1"),
+        Steps(0, 1, 1),
+        bytes_of,
     )
-    assert sorted(d["text"] for d in record["documents"]) == ["first text<|endoftext|>", "second<|endoftext|>"]
+    assert sorted(d["text"] for d in record["documents"]) == [
+        "first text<|endoftext|>",
+        "second<|endoftext|>",
+    ]
     assert record["text"] == "".join(d["text"] for d in record["documents"])

@@ -55,7 +55,11 @@ VARIANTS = {
     "accumulated": ("train.micro_batch_size=3",),
     "unequal counts": ("train.micro_batch_size=3", "data.eod_mask_loss=true"),
     "tied": ("model.tie_word_embeddings=true",),
-    "no biases, serial": ("model.attention_bias=false", "model.mlp_bias=false", "model.parallel_residual=false"),
+    "no biases, serial": (
+        "model.attention_bias=false",
+        "model.mlp_bias=false",
+        "model.parallel_residual=false",
+    ),
     "recompute": ("train.recompute=true",),
     "selective": ("train.recompute=selective", "train.micro_batch_size=3"),
     "every second": ("train.recompute=2",),
@@ -74,14 +78,26 @@ VARIANTS = {
         "model.tie_word_embeddings=true",
         "parallel.schedule=interleaved_1f1b",
     ),
-    "zero bubble": ("train.micro_batch_size=2", "data.eod_mask_loss=true", "parallel.schedule=zero_bubble"),
+    "zero bubble": (
+        "train.micro_batch_size=2",
+        "data.eod_mask_loss=true",
+        "parallel.schedule=zero_bubble",
+    ),
     "zero bubble, tied": (
         "train.micro_batch_size=2",
         "model.tie_word_embeddings=true",
         "parallel.schedule=zero_bubble",
     ),
-    "zero bubble in a V": ("train.micro_batch_size=2", "model.num_layers=4", "parallel.schedule=zero_bubble_v"),
-    "zero bubble, recompute": ("train.micro_batch_size=2", "train.recompute=true", "parallel.schedule=zero_bubble"),
+    "zero bubble in a V": (
+        "train.micro_batch_size=2",
+        "model.num_layers=4",
+        "parallel.schedule=zero_bubble_v",
+    ),
+    "zero bubble, recompute": (
+        "train.micro_batch_size=2",
+        "train.recompute=true",
+        "parallel.schedule=zero_bubble",
+    ),
     "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
 }
 """What varies besides the layout. Everywhere: 257 ids in a padded vocabulary of 384, gradients clipped at 0.5."""
@@ -117,7 +133,10 @@ class Row:
     @property
     def overrides(self) -> tuple[str, ...]:
         """All options of the row."""
-        return (*(f"parallel.{axis}={degree}" for axis, degree in self.parallel.items()), *VARIANTS[self.variant])
+        return (
+            *(f"parallel.{axis}={degree}" for axis, degree in self.parallel.items()),
+            *VARIANTS[self.variant],
+        )
 
     @property
     def alone(self) -> tuple[str, ...]:
@@ -197,7 +216,9 @@ def off_head_boundaries() -> None:
 
     def wrong(whole: torch.Tensor, sharded: Any) -> torch.Tensor:
         if whole.shape[0] == 3 * 32:
-            whole = torch.cat([whole.view(2, 3, -1, *whole.shape[1:])[:, c].flatten(0, 1) for c in range(3)])
+            whole = torch.cat(
+                [whole.view(2, 3, -1, *whole.shape[1:])[:, c].flatten(0, 1) for c in range(3)]
+            )
         return right(whole, sharded)
 
     layout.own_part = wrong
@@ -235,7 +256,9 @@ def keys_out_of_order() -> None:
     """Gathered keys left in the order of the processes."""
     from castalia.distributed import context_parallel
 
-    context_parallel.SequencePart.gather = lambda self, part, dim: context_parallel.gather(part, dim, self.group)
+    context_parallel.SequencePart.gather = lambda self, part, dim: context_parallel.gather(
+        part, dim, self.group
+    )
 
 
 SABOTAGE = {
@@ -270,10 +293,14 @@ def train(overrides: tuple[str, ...], hooks: list[Hook]) -> None:
     """One run in this process and those of its world."""
     config = load_config([*BASE, *overrides])
     with contextlib.redirect_stdout(io.StringIO()):
-        loop.Trainer(config, World.start(config.parallel, "cpu"), hooks=[*hooks, Metrics(), Save()]).fit()
+        loop.Trainer(
+            config, World.start(config.parallel, "cpu"), hooks=[*hooks, Metrics(), Save()]
+        ).fit()
 
 
-def serve(rank: int, size: int, port: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...]) -> None:
+def serve(
+    rank: int, size: int, port: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...]
+) -> None:
     """All runs of one world size, one after the other, in one of its processes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -309,21 +336,32 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def largest_difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Of one parameter. The gradient of a key bias is rounding noise, which Adam turns into steps of the size of lr."""
     difference = (ours - theirs).abs()
-    return float((difference.view(-1, 3, HEAD_DIM)[:, [0, 2]] if name.endswith("qkv.bias") else difference).max())
+    return float(
+        (
+            difference.view(-1, 3, HEAD_DIM)[:, [0, 2]] if name.endswith("qkv.bias") else difference
+        ).max()
+    )
 
 
 def compare(ours: Path, theirs: Path) -> dict[str, Any]:
     """Largest differences of two runs, and whether they read the same rows."""
     a, b = lines_of(ours), lines_of(theirs)
-    at_start, expected_start = (read(path / "checkpoints" / "step-00000000") for path in (ours, theirs))
+    at_start, expected_start = (
+        read(path / "checkpoints" / "step-00000000") for path in (ours, theirs)
+    )
     weights, expected = (read(path / "checkpoints" / "step-00000005") for path in (ours, theirs))
     assert weights.keys() == expected.keys(), weights.keys() ^ expected.keys()
     of_lines = {
-        key: max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True)) for key in ("loss", "clipped_norm", "tokens")
+        key: max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True))
+        for key in ("loss", "clipped_norm", "tokens")
     }
     return of_lines | {
-        "weights": max(largest_difference(name, weights[name], expected[name]) for name in expected),
-        "same start": all(torch.equal(at_start[name], expected_start[name]) for name in expected_start),
+        "weights": max(
+            largest_difference(name, weights[name], expected[name]) for name in expected
+        ),
+        "same start": all(
+            torch.equal(at_start[name], expected_start[name]) for name in expected_start
+        ),
         "same rows": [line["rows_hash"] for line in a] == [line["rows_hash"] for line in b],
     }
 
@@ -338,7 +376,13 @@ def run_grid(rows: list[Row], folder: Path) -> Iterator[tuple[Row, dict[str, Any
     """Train everything, then compare row by row."""
     base = f"data.train={write_tokens(folder)}"
     alone = {row.alone: folder / f"alone-{number}" for number, row in enumerate(rows)}
-    launch(1, [(base, f"output={path}", "parallel.dp_shard=1", *options) for options, path in alone.items()])
+    launch(
+        1,
+        [
+            (base, f"output={path}", "parallel.dp_shard=1", *options)
+            for options, path in alone.items()
+        ],
+    )
     places = {row: folder / f"row-{number}" for number, row in enumerate(rows)}
     for size in sorted({row.processes for row in rows}):
         ours = [row for row in rows if row.processes == size]
@@ -349,7 +393,9 @@ def run_grid(rows: list[Row], folder: Path) -> Iterator[tuple[Row, dict[str, Any
 
 def main() -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--all", action="store_true", help="every row, not only the core")
     parser.add_argument("--only", help="the rows whose name or degrees hold these words")
     parser.add_argument("--json", type=Path, help="write the differences there too")

@@ -68,7 +68,9 @@ def steps_done(output):
 
 def wait_for_moment(output, chance, ranks):
     """Return when some new steps and then some part of one are done; False if a rank ended by itself before."""
-    wanted = (output / "log.txt").read_text().count("mfu") + chance.randint(2, 5)  # that many lines of steps
+    wanted = (output / "log.txt").read_text().count("mfu") + chance.randint(
+        2, 5
+    )  # that many lines of steps
     while True:
         if (output / "log.txt").read_text().count("mfu") >= wanted:
             time.sleep(chance.uniform(0.0, 0.1))
@@ -85,7 +87,9 @@ def attempt(arguments, output, processes, seed):
         port = found.getsockname()[1]
     (output / "log.txt").touch()
     chance = random.Random(seed)
-    ranks = [start(rank, processes, port, arguments, output / "log.txt") for rank in range(processes)]
+    ranks = [
+        start(rank, processes, port, arguments, output / "log.txt") for rank in range(processes)
+    ]
     told = {"processes": processes, "killed": None}
     if seed is not None:
         victim = chance.randrange(processes)
@@ -118,7 +122,9 @@ def main(plan):
     output = Path(plan["output"])
     output.mkdir(parents=True, exist_ok=True)
     arguments = [*plan["arguments"], f"output={output}"]
-    return [attempt(arguments, output, each["processes"], each["kill"]) for each in plan["attempts"]]
+    return [
+        attempt(arguments, output, each["processes"], each["kill"]) for each in plan["attempts"]
+    ]
 
 
 if __name__ == "__main__":

@@ -39,8 +39,20 @@ LAYOUTS = {
         Row("pp 2 x tp 2", "pp=2 tp=2", "accumulated"),
     )
 }
-CORE = [("1", "tp 2"), ("tp 2", "1"), ("fsdp 2", "tp 2"), ("tp 2", "fsdp 2 x tp 2"), ("fsdp 2 x tp 2", "fsdp 2")]
-CORE += [("pp 2", "1"), ("1", "pp 2"), ("fsdp 2", "pp 2 x tp 2"), ("pp 2", "fsdp 2"), ("tp 2", "pp 2")]
+CORE = [
+    ("1", "tp 2"),
+    ("tp 2", "1"),
+    ("fsdp 2", "tp 2"),
+    ("tp 2", "fsdp 2 x tp 2"),
+    ("fsdp 2 x tp 2", "fsdp 2"),
+]
+CORE += [
+    ("pp 2", "1"),
+    ("1", "pp 2"),
+    ("fsdp 2", "pp 2 x tp 2"),
+    ("pp 2", "fsdp 2"),
+    ("tp 2", "pp 2"),
+]
 STOP, END = 3, 5
 
 
@@ -60,14 +72,20 @@ def train_all(jobs: list[tuple[Row, Path, int]], base: str) -> None:
     """Train (layout, output, last step), one launch for each number of processes."""
     for size in sorted({row.processes for row, _, _ in jobs}):
         ours = [job for job in jobs if job[0].processes == size]
-        options = [(base, f"output={path}", f"train.steps={last}", *row.overrides) for row, path, last in ours]
+        options = [
+            (base, f"output={path}", f"train.steps={last}", *row.overrides)
+            for row, path, last in ours
+        ]
         grid.launch(size, options, (SavedAgain,))
 
 
 def moves(pairs: list[tuple[str, str]], folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What was found for each (source, target)."""
     base = f"data.train={grid.write_tokens(folder)}"
-    sources = {name: folder / f"from-{number}" for number, name in enumerate(sorted({pair[0] for pair in pairs}))}
+    sources = {
+        name: folder / f"from-{number}"
+        for number, name in enumerate(sorted({pair[0] for pair in pairs}))
+    }
     straight = folder / "straight"
     begun = [(LAYOUTS[name], path, STOP) for name, path in sources.items()]
     train_all([*begun, (LAYOUTS["1"], straight, END)], base)
@@ -76,14 +94,20 @@ def moves(pairs: list[tuple[str, str]], folder: Path) -> Iterator[tuple[str, str
         shutil.copytree(sources[source], path)
     train_all([(LAYOUTS[target], path, END) for (_, target), path in places.items()], base)
     for (source, target), path in places.items():
-        saved, again = (read(p / step_name(STOP), prefix="") for p in (path / "checkpoints", path / "again"))
-        exact = saved.keys() == again.keys() and all(torch.equal(saved[name], again[name]) for name in saved)
+        saved, again = (
+            read(p / step_name(STOP), prefix="") for p in (path / "checkpoints", path / "again")
+        )
+        exact = saved.keys() == again.keys() and all(
+            torch.equal(saved[name], again[name]) for name in saved
+        )
         yield source, target, grid.compare(path, straight) | {"exact": exact, "tensors": len(saved)}
 
 
 def main() -> int:
     """Print the matrix: `=` where the move is exact, else what differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--all", action="store_true", help="every layout to every other")
     every = [(source, target) for source in LAYOUTS for target in LAYOUTS if source != target]
     pairs = every if parser.parse_args().all else CORE

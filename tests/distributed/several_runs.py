@@ -41,7 +41,9 @@ def one(arguments: list[str], poison: int | None) -> dict:
     """Run it; what is to be known of it."""
     resolved = resolve(arguments)
     try:
-        trainer = run(resolved, command=["castalia", *arguments], hooks=[Poison(poison)] if poison else [])
+        trainer = run(
+            resolved, command=["castalia", *arguments], hooks=[Poison(poison)] if poison else []
+        )
     except CastaliaError as error:
         return {"error": str(error)}
     names = [name for name, _ in trainer.model.named_parameters()]
@@ -52,5 +54,7 @@ if __name__ == "__main__":
     World.close = lambda self: None
     for item in json.loads(Path(sys.argv[1]).read_text()):
         found = one(item["arguments"], item["poison"])
-        output = next(text for text in item["arguments"] if text.startswith("output=")).removeprefix("output=")
+        output = next(
+            text for text in item["arguments"] if text.startswith("output=")
+        ).removeprefix("output=")
         (Path(output) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found))

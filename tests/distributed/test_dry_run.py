@@ -41,7 +41,14 @@ for name, degrees in json.loads(sys.argv[1]).items():
         print(json.dumps({"name": name, "rank": rank, "parts": parts, "places": places, "sharded": sharded}))
         dist.destroy_process_group()
 """
-COLUMN = ("attn.qkv.weight", "attn.qkv.bias", "mlp.up.weight", "mlp.up.bias", "embed.weight", "unembed.weight")
+COLUMN = (
+    "attn.qkv.weight",
+    "attn.qkv.bias",
+    "mlp.up.weight",
+    "mlp.up.bias",
+    "embed.weight",
+    "unembed.weight",
+)
 ROW = ("attn.out.weight", "mlp.down.weight")
 LAYOUTS = {
     "fsdp": {},
@@ -53,7 +60,9 @@ LAYOUTS = {
 }
 
 
-def expected(name: str, shape: list[int], degrees: dict[str, int], places: dict[str, int]) -> list[int]:
+def expected(
+    name: str, shape: list[int], degrees: dict[str, int], places: dict[str, int]
+) -> list[int]:
     """The part of one process, worked out by hand: tp cuts equal parts, then FSDP cuts rows in pieces rounded up."""
     shape, tp = list(shape), degrees.get("tp", 1)
     if name.endswith(COLUMN):

@@ -11,7 +11,9 @@ SCRIPT = Path(__file__).with_name("grid.py")
 
 def grid(*options: str) -> subprocess.CompletedProcess[str]:
     """Run the grid, single-threaded, and show its table."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=1500
+    )
     print(done.stdout)
     return done
 

@@ -11,7 +11,13 @@ import torch
 from castalia.distributed import World
 from castalia.distributed.watchdog import Watchdog, at_fault
 
-SMALL = ("model.num_layers=1", "model.hidden_size=32", "data.seq_length=16", "checkpoint.every=null", "train.steps=9")
+SMALL = (
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "data.seq_length=16",
+    "checkpoint.every=null",
+    "train.steps=9",
+)
 PROGRAM = """
 import os, signal, sys, time, ctypes
 import castalia.train.loss as loss
@@ -30,7 +36,13 @@ def hang(tmp_path, code):
     """What two processes say of which rank 1 runs `code` in its third step."""
     script = tmp_path / "hang.py"
     script.write_text(PROGRAM.format(hang=code))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+    ]
     command += ["--nproc-per-node=2", "--shutdown-timeout=2", str(script), "train", "debug", *SMALL]
     command += ["guard.hang_seconds=3", f"output={tmp_path / 'run'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -43,14 +55,18 @@ def test_a_hung_rank_prints_its_stack_and_the_others_name_it(tmp_path):
     said = hang(tmp_path, "time.sleep(1000)")
     assert "castalia: error: rank 1 hangs: no progress for " in said
     assert " s in step 3 (forward and backward); its threads:" in said
-    assert said.count("in a_loss_that_hangs") == 2  # its own print, and the stack that rank 0 has of it
+    assert (
+        said.count("in a_loss_that_hangs") == 2
+    )  # its own print, and the stack that rank 0 has of it
     assert "castalia: error: rank 0 waits for rank 1, which hangs: no progress for " in said
     assert "guard.hang_seconds=3" in said
 
 
 def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(tmp_path):
     # A child ends it in the end: torchrun would wait 30 s before it kills what is stopped.
-    ended = "me = os.getpid(); os.fork() or (time.sleep(14), os.kill(me, signal.SIGKILL), os._exit(0))"
+    ended = (
+        "me = os.getpid(); os.fork() or (time.sleep(14), os.kill(me, signal.SIGKILL), os._exit(0))"
+    )
     said = hang(tmp_path, f"{ended}; time.sleep(2); os.kill(me, signal.SIGSTOP)")
     assert "rank 0 waits for rank 1, which hangs and is silent: no progress for " in said
     assert "in step 3 (forward and backward); its stack, as it told last:" in said
@@ -69,7 +85,10 @@ def told(tick, late=False, waits=False, step=3):
 
 def readings(*ranks):
     """Four readings of the ranks; each is given by its entry, and ticks unless it is `silent`."""
-    return [[rank and rank | {"tick": rank["tick"] + (rank["tick"] > 0) * n} for rank in ranks] for n in range(4)]
+    return [
+        [rank and rank | {"tick": rank["tick"] + (rank["tick"] > 0) * n} for rank in ranks]
+        for n in range(4)
+    ]
 
 
 def test_who_is_to_blame():
@@ -79,7 +98,9 @@ def test_who_is_to_blame():
     assert at_fault(readings(waiting, hung, silent)) == [2]
     assert at_fault(readings(waiting, None)) == [1]
     assert at_fault(readings(hung, waiting, hung)) == [0, 2]
-    assert at_fault(readings(told(1, True, True, step=4), waiting)) == [1]  # all wait: the one that is behind
+    assert at_fault(readings(told(1, True, True, step=4), waiting)) == [
+        1
+    ]  # all wait: the one that is behind
     assert at_fault(readings(waiting, waiting)) == [0, 1]
 
 

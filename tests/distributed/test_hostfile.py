@@ -22,13 +22,18 @@ def hostfile(tmp_path):
 
 
 def test_a_hostfile_is_read(hostfile):
-    assert read_hostfile(hostfile("# ours\nworker-0 slots=4\n\nworker-1   slots=2 # half\n")) == HOSTS
+    assert (
+        read_hostfile(hostfile("# ours\nworker-0 slots=4\n\nworker-1   slots=2 # half\n")) == HOSTS
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("worker-0 slots=4\nworker-1 slot=2\n", "line 2: expected `host slots=N`, got 'worker-1 slot=2'"),
+        (
+            "worker-0 slots=4\nworker-1 slot=2\n",
+            "line 2: expected `host slots=N`, got 'worker-1 slot=2'",
+        ),
         ("worker-0\n", "line 1: expected `host slots=N`, got 'worker-0'"),
         ("worker-0 slots=four\n", "line 1: expected `host slots=N`"),
         ("a;rm slots=1\n", "line 1: expected `host slots=N`"),
@@ -46,7 +51,9 @@ def test_nonsense_is_named_by_file_and_line(hostfile, text, message):
 
 
 def test_a_hostfile_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read: No such file or directory; name another with --hostfile"):
+    with pytest.raises(
+        ConfigError, match="cannot be read: No such file or directory; name another with --hostfile"
+    ):
         read_hostfile(tmp_path / "hosts")
 
 
@@ -70,7 +77,11 @@ def test_filters(include, exclude, left):
     ("include", "exclude", "message"),
     [
         ("worker-0", "worker-1", "are both given; keep one"),
-        ("worker-2", "", "include 'worker-2': no host 'worker-2'; have: worker-0, worker-1; did you mean"),
+        (
+            "worker-2",
+            "",
+            "include 'worker-2': no host 'worker-2'; have: worker-0, worker-1; did you mean",
+        ),
         ("worker-1:2", "", "worker-1 has slots 0 to 1, not 2"),
         ("worker-1:a", "", "expected host or host:0,2 joined by @, got 'worker-1:a'"),
         ("@", "", "expected host or host:0,2 joined by @, got ''"),
@@ -85,8 +96,13 @@ def test_filters_that_are_wrong(include, exclude, message):
 
 def test_the_environment_names_a_hostfile(hostfile):
     path = hostfile("a slots=2\nb slots=2\n")
-    assert hosts_of(LaunchConfig(launcher="pdsh"), {"DLTS_HOSTFILE": str(path)}) == {"a": [0, 1], "b": [0, 1]}
-    assert hosts_of(LaunchConfig(launcher="pdsh", hostfile=str(path), nodes=1, procs_per_node=1), {}) == {"a": [0]}
+    assert hosts_of(LaunchConfig(launcher="pdsh"), {"DLTS_HOSTFILE": str(path)}) == {
+        "a": [0, 1],
+        "b": [0, 1],
+    }
+    assert hosts_of(
+        LaunchConfig(launcher="pdsh", hostfile=str(path), nodes=1, procs_per_node=1), {}
+    ) == {"a": [0]}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +112,10 @@ def test_the_environment_names_a_hostfile(hostfile):
         ({"include": "a"}, "there is none; name it with --hostfile"),
         ({"launcher": "mpi", "nodes": 2}, "mpirun needs the names of 2 hosts"),
         ({"nodes": 3, "file": True}, "nodes=3, but "),
-        ({"procs_per_node": 3, "file": True}, "3 processes a host asked, but a has 2, b has 2 slots"),
+        (
+            {"procs_per_node": 3, "file": True},
+            "3 processes a host asked, but a has 2, b has 2 slots",
+        ),
     ],
 )
 def test_hosts_that_cannot_be(hostfile, options, message):

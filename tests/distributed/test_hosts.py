@@ -11,23 +11,35 @@ from pathlib import Path
 
 import pytest
 
-BASE = ("debug", "model.num_layers=2", "model.hidden_size=32", "data.seq_length=16", "train.batch_size=12")
+BASE = (
+    "debug",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "data.seq_length=16",
+    "train.batch_size=12",
+)
 SHORT = (*BASE, "train.steps=3", "checkpoint.steps=[]")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def needs(**packages: str) -> pytest.MarkDecorator:
     """Skip, naming the Debian packages, unless the programs are there: program=package, `_` for `-`."""
-    missing = sorted(package for program, package in packages.items() if not shutil.which(program, path=PATH))
+    missing = sorted(
+        package for program, package in packages.items() if not shutil.which(program, path=PATH)
+    )
     return pytest.mark.skipif(bool(missing), reason=f"apt-get install {' '.join(missing)}")
 
 
-def castalia(*words: str, folder: Path, inside: tuple[str, ...] = (), **variables: str) -> subprocess.Popen[str]:
+def castalia(
+    *words: str, folder: Path, inside: tuple[str, ...] = (), **variables: str
+) -> subprocess.Popen[str]:
     """Start a castalia command."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": PATH} | variables
     command = [*inside, sys.executable, "-m", "castalia", *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> str:
@@ -60,8 +72,19 @@ def free_port() -> int:
 @pytest.mark.slow
 @needs(mpirun="openmpi-bin")
 def test_mpirun_starts_four_processes(alone, tmp_path):
-    words = ("launch", *SHORT, "output=run", "--launcher=mpi", "--procs-per-node=4", f"--master-port={free_port()}")
-    said = ended(castalia(*words, folder=tmp_path, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"))
+    words = (
+        "launch",
+        *SHORT,
+        "output=run",
+        "--launcher=mpi",
+        "--procs-per-node=4",
+        f"--master-port={free_port()}",
+    )
+    said = ended(
+        castalia(
+            *words, folder=tmp_path, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1"
+        )
+    )
     assert "4 on cpu" in said
     assert losses(tmp_path / "run") == pytest.approx(alone, abs=1e-5)
 
@@ -70,9 +93,20 @@ def test_mpirun_starts_four_processes(alone, tmp_path):
 @needs(mpirun="openmpi-bin")
 def test_plain_mpirun_is_recognised_without_castalia_launch(alone, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    command = ["mpirun", "--allow-run-as-root", "-np", "2", "--oversubscribe", sys.executable, "-m", "castalia"]
+    command = [
+        "mpirun",
+        "--allow-run-as-root",
+        "-np",
+        "2",
+        "--oversubscribe",
+        sys.executable,
+        "-m",
+        "castalia",
+    ]
     command += ["train", *SHORT, "output=run"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(tmp_path / "run") == pytest.approx(alone, abs=1e-5)
 
@@ -80,12 +114,25 @@ def test_plain_mpirun_is_recognised_without_castalia_launch(alone, tmp_path):
 @pytest.mark.slow
 @needs(mpirun="openmpi-bin")
 def test_a_stop_of_mpirun_saves_and_the_same_command_goes_on(tmp_path):
-    words = ("launch", *BASE, "train.steps=400", "checkpoint.steps=[]", "output=run", "--launcher=mpi")
-    words += ("--procs-per-node=2", "--launcher-args=--allow-run-as-root", f"--master-port={free_port()}")
+    words = (
+        "launch",
+        *BASE,
+        "train.steps=400",
+        "checkpoint.steps=[]",
+        "output=run",
+        "--launcher=mpi",
+    )
+    words += (
+        "--procs-per-node=2",
+        "--launcher-args=--allow-run-as-root",
+        f"--master-port={free_port()}",
+    )
     running = castalia(*words, folder=tmp_path)
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 120
-    while time.monotonic() < end and (not metrics.exists() or len(metrics.read_text().splitlines()) < 5):
+    while time.monotonic() < end and (
+        not metrics.exists() or len(metrics.read_text().splitlines()) < 5
+    ):
         time.sleep(0.2)
     running.terminate()
     assert "stopped at step" in ended(running)
@@ -99,14 +146,27 @@ def ssh_server(tmp_path_factory):
     """An ssh server on a port of its own that lets this user in by a key; gives the arguments of ssh that reach it."""
     folder, port = tmp_path_factory.mktemp("ssh"), free_port()
     for name in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
+        )
     shutil.copy(folder / "user.pub", folder / "allowed")
-    options = {"Port": port, "ListenAddress": "127.0.0.1", "HostKey": folder / "host", "StrictModes": "no"}
-    options |= {"AuthorizedKeysFile": folder / "allowed", "PidFile": folder / "pid", "PermitRootLogin": "yes"}
+    options = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": folder / "host",
+        "StrictModes": "no",
+    }
+    options |= {
+        "AuthorizedKeysFile": folder / "allowed",
+        "PidFile": folder / "pid",
+        "PermitRootLogin": "yes",
+    }
     (folder / "config").write_text("".join(f"{key} {value}\n" for key, value in options.items()))
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
-    server = subprocess.Popen([shutil.which("sshd", path=PATH), "-D", "-e", "-f", folder / "config"])
+    server = subprocess.Popen(
+        [shutil.which("sshd", path=PATH), "-D", "-e", "-f", folder / "config"]
+    )
     known = "-o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
     time.sleep(1)
     yield f"-p {port} -i {folder / 'user'} {known}"
@@ -118,7 +178,14 @@ def ssh_server(tmp_path_factory):
 @needs(pdsh="pdsh", sshd="openssh-server", ssh="openssh-client")
 def test_pdsh_starts_one_torchrun_on_each_host(alone, ssh_server, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 slots=2\nlocalhost slots=1\n")
-    words = ("launch", *SHORT, "output=run", "--launcher=pdsh", "--hostfile=hosts", f"--master-port={free_port()}")
+    words = (
+        "launch",
+        *SHORT,
+        "output=run",
+        "--launcher=pdsh",
+        "--hostfile=hosts",
+        f"--master-port={free_port()}",
+    )
     said = ended(castalia(*words, folder=tmp_path, PDSH_SSH_ARGS_APPEND=ssh_server))
     assert "3 on cpu" in said
     assert losses(tmp_path / "run") == pytest.approx(alone, abs=1e-5)
@@ -128,8 +195,17 @@ def test_pdsh_starts_one_torchrun_on_each_host(alone, ssh_server, tmp_path):
 @needs(pdsh="pdsh", sshd="openssh-server", ssh="openssh-client")
 def test_a_failure_on_a_host_is_a_failure_of_pdsh(ssh_server, tmp_path):
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    words = ("launch", *SHORT, "train.batch_size=3", "output=run", "--launcher=pdsh", "--hostfile=hosts")
-    running = castalia(*words, f"--master-port={free_port()}", folder=tmp_path, PDSH_SSH_ARGS_APPEND=ssh_server)
+    words = (
+        "launch",
+        *SHORT,
+        "train.batch_size=3",
+        "output=run",
+        "--launcher=pdsh",
+        "--hostfile=hosts",
+    )
+    running = castalia(
+        *words, f"--master-port={free_port()}", folder=tmp_path, PDSH_SSH_ARGS_APPEND=ssh_server
+    )
     out, err = running.communicate(timeout=180)
     assert running.returncode != 0
     assert "castalia: error: " in out + err
@@ -143,8 +219,13 @@ def test_a_host_that_does_not_answer_is_named(tmp_path):
     running = castalia(*words, folder=tmp_path, PDSH_SSH_ARGS_APPEND=f"-p {free_port()}")
     _, err = running.communicate(timeout=60)
     assert running.returncode == 2
-    assert err.startswith("castalia: error: ssh does not reach 2 of 2 hosts: 127.0.0.1 (ssh: connect to host 127.0.0.1")
-    assert "Connection refused" in err and "no-such-host.invalid (ssh: Could not resolve hostname" in err
+    assert err.startswith(
+        "castalia: error: ssh does not reach 2 of 2 hosts: 127.0.0.1 (ssh: connect to host 127.0.0.1"
+    )
+    assert (
+        "Connection refused" in err
+        and "no-such-host.invalid (ssh: Could not resolve hostname" in err
+    )
     assert err.count("\n") == 1
 
 
@@ -154,12 +235,26 @@ def two_hosts():
     hosts = [(f"castalia{n}", f"10.213.77.{n + 1}", f"cast{n}") for n in (0, 1)]
 
     def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, env=os.environ | {"PATH": PATH})
+        subprocess.run(
+            ["ip", *words], check=True, capture_output=True, env=os.environ | {"PATH": PATH}
+        )
 
     try:
         for name, _, _ in hosts:
             ip("netns", "add", name)
-        ip("link", "add", hosts[0][2], "netns", hosts[0][0], "type", "veth", "peer", hosts[1][2], "netns", hosts[1][0])
+        ip(
+            "link",
+            "add",
+            hosts[0][2],
+            "netns",
+            hosts[0][0],
+            "type",
+            "veth",
+            "peer",
+            hosts[1][2],
+            "netns",
+            hosts[1][0],
+        )
         for name, address, interface in hosts:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
             ip("-n", name, "link", "set", interface, "up")
@@ -176,7 +271,14 @@ def two_hosts():
 def test_torchrun_meets_across_two_hosts(alone, two_hosts, tmp_path):
     running = []
     for number, (name, address, interface) in enumerate(two_hosts):
-        words = ("launch", *SHORT, "output=run", "--nodes=2", "--procs-per-node=1", f"--node-rank={number}")
+        words = (
+            "launch",
+            *SHORT,
+            "output=run",
+            "--nodes=2",
+            "--procs-per-node=1",
+            f"--node-rank={number}",
+        )
         words += (f"--master-addr={two_hosts[0][1]}", f"--launcher-args=--local-addr={address}")
         words += (f"--env=GLOO_SOCKET_IFNAME={interface}",)
         running.append(castalia(*words, folder=tmp_path, inside=("ip", "netns", "exec", name)))

@@ -30,7 +30,9 @@ for backend, rank, size, seconds in [("gloo", int(sys.argv[1]), 2, 3.0)]:
 def said_by(rank, **environment):
     """What one process of two says."""
     command = [sys.executable, "-c", PROGRAM, str(rank)]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")} | environment
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("MASTER_")
+    } | environment
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
@@ -49,19 +51,27 @@ def test_a_port_in_use():
         taken.listen()
         port = str(taken.getsockname()[1])
         said = said_by(0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    assert f"rank 0 cannot open 127.0.0.1:{port}: another program uses this port; set another MASTER_PORT" in said
+    assert (
+        f"rank 0 cannot open 127.0.0.1:{port}: another program uses this port; set another MASTER_PORT"
+        in said
+    )
 
 
 def test_a_master_that_nobody_reaches():
     port = free_port()
     said = said_by(1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    assert f"rank 1 does not reach 127.0.0.1:{port} within 3 s (parallel.timeout); is rank 0 running there" in said
+    assert (
+        f"rank 1 does not reach 127.0.0.1:{port} within 3 s (parallel.timeout); is rank 0 running there"
+        in said
+    )
 
 
 def test_a_master_whose_name_nobody_knows(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(ConfigError, match=r"knows no host 'nowhere.invalid' .* set MASTER_ADDR to rank 0's"):
+    with pytest.raises(
+        ConfigError, match=r"knows no host 'nowhere.invalid' .* set MASTER_ADDR to rank 0's"
+    ):
         join("gloo", 1, 2, 3.0)
 
 
@@ -73,7 +83,9 @@ def test_the_others_do_not_come():
 def test_no_address_at_all(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT; start the"):
+    with pytest.raises(
+        ConfigError, match="WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT; start the"
+    ):
         join("gloo", 0, 2, 3.0)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "x")
@@ -110,9 +122,17 @@ def test_a_lost_process_is_a_sentence_and_other_errors_stay():
 
 
 def test_a_mesh_that_does_not_match_the_world_is_refused_before_the_processes_meet():
-    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    environment = os.environ | {
+        "RANK": "0",
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+        "MASTER_PORT": "1",
+    }
     command = [sys.executable, "-m", "castalia", "train", "debug", "parallel.dp_replicate=2"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2
     (said,) = done.stderr.splitlines()
-    assert said.startswith("castalia: error: parallel.dp_replicate=2") and "does not make 3 processes" in said
+    assert (
+        said.startswith("castalia: error: parallel.dp_replicate=2")
+        and "does not make 3 processes" in said
+    )

@@ -85,7 +85,9 @@ def kill_and_compare(tokens, tmp_path, kills, steps):
     assert len([attempt for attempt in told if attempt["killed"] is not None]) == kills
     assert [line["step"] for line in lines(killed)] == list(range(1, steps + 1))
     assert exact(killed) == exact(whole)
-    ours, theirs = (read(path / "checkpoints" / f"step-{steps:08d}", prefix="") for path in (killed, whole))
+    ours, theirs = (
+        read(path / "checkpoints" / f"step-{steps:08d}", prefix="") for path in (killed, whole)
+    )
     assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     require_whole_folder(killed, steps)
@@ -112,7 +114,9 @@ def test_twenty_kills_at_random_moments_change_nothing(tokens, tmp_path):
         (("train.micro_batch_size=2", "parallel.uneven=true"), (4, 5, 2, 3)),
     ],
 )
-def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(tokens, tmp_path, overrides, sizes):
+def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(
+    tokens, tmp_path, overrides, sizes
+):
     """Each world but the last is killed at some moment; against one process."""
     overrides = ("train.steps=16", *overrides)
     sizes = [(size, seed if seed < len(sizes) else None) for seed, size in enumerate(sizes, 1)]
@@ -122,7 +126,9 @@ def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(tokens, 
     for key in ("step", "tokens", "rows_hash", "lr"):
         assert [line[key] for line in ours] == [line[key] for line in theirs], key
     for key in ("loss", "grad_norm"):
-        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-5), key
+        assert [line[key] for line in ours] == pytest.approx(
+            [line[key] for line in theirs], abs=1e-5
+        ), key
     require_whole_folder(moved, 16)
 
 
@@ -155,17 +161,48 @@ def test_torchrun_restarts_a_run_that_went_back_and_then_lost_a_rank(tokens, tmp
     """A loss of rank 1 alone is wrong, once: both go back and leave the step out, also after the restart."""
     script, output, alone = tmp_path / "wrong.py", tmp_path / "run", tmp_path / "alone"
     script.write_text(WRONG_AND_DEAD)
-    arguments = ["train", "debug", *SMALL, f"data.train={tokens}", "train.steps=8", "guard.nan=rollback"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command += ["--nproc-per-node=2", "--max-restarts=1", str(script), *arguments, f"output={output}"]
+    arguments = [
+        "train",
+        "debug",
+        *SMALL,
+        f"data.train={tokens}",
+        "train.steps=8",
+        "guard.nan=rollback",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+    ]
+    command += [
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        str(script),
+        *arguments,
+        f"output={output}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "loss nan at step 3 (rows 24 to 35 of the data order); going back to step 2; left out: step 3" in done.stderr
+    assert (
+        "loss nan at step 3 (rows 24 to 35 of the data order); going back to step 2; left out: step 3"
+        in done.stderr
+    )
     assert done.stdout.count("went back to") == 1 and done.stdout.count("resumed from") == 1
     train(tokens, (alone, ("train.steps=8", "guard.skip_steps=[3]"), [(1, None)]))
     ours, theirs = lines(output), lines(alone)
-    assert [line.get("skipped") for line in ours] == [None, None, "nan", None, None, None, None, None]
+    assert [line.get("skipped") for line in ours] == [
+        None,
+        None,
+        "nan",
+        None,
+        None,
+        None,
+        None,
+        None,
+    ]
     for key in ("step", "tokens", "rows_hash"):
         assert [line[key] for line in ours] == [line[key] for line in theirs], key
     losses = [[line["loss"] for line in each if line["step"] != 3] for each in (ours, theirs)]

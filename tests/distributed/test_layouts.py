@@ -95,16 +95,24 @@ def test_layout_equals_one_process(tokens, alone, tmp_path, name):
     assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
     assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
     for key in ("loss", "grad_norm", *(key for key in theirs[0] if key == "valid_loss")):
-        assert [line[key] for line in ours] == pytest.approx([line[key] for line in theirs], abs=1e-5), key
+        assert [line[key] for line in ours] == pytest.approx(
+            [line[key] for line in theirs], abs=1e-5
+        ), key
     at_start = [read(path / "checkpoints" / "step-00000000") for path in (tmp_path / "run", folder)]
-    assert all(torch.equal(at_start[0][n], at_start[1][n]) for n in at_start[1]), "start weights depend on the layout"
+    assert all(torch.equal(at_start[0][n], at_start[1][n]) for n in at_start[1]), (
+        "start weights depend on the layout"
+    )
     at_end = [read(path / "checkpoints" / "step-00000003") for path in (tmp_path / "run", folder)]
     for n, tensor in at_end[0].items():
         difference = (tensor - at_end[1][n]).abs()
         # The gradient of a key bias is rounding noise, which Adam turns into a step of the size of lr.
-        assert (difference.view(-1, 3, 8)[:, [0, 2]] if n.endswith("qkv.bias") else difference).max() <= 1e-5, n
+        assert (
+            difference.view(-1, 3, 8)[:, [0, 2]] if n.endswith("qkv.bias") else difference
+        ).max() <= 1e-5, n
     # The config beside the checkpoint asks for several processes; loading does not.
-    ours, theirs = (castalia.load(str(path)).logits([97, 98, 99]) for path in (tmp_path / "run", folder))
+    ours, theirs = (
+        castalia.load(str(path)).logits([97, 98, 99]) for path in (tmp_path / "run", folder)
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
@@ -140,12 +148,30 @@ def test_nan_on_one_process_stops_all_before_the_update(tokens, tmp_path):
     script = tmp_path / "nan.py"
     script.write_text(NAN_ON_RANK_1)
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command += ["--nproc-per-node=2", str(script), *BASE, f"data.train={tokens}", f"output={output}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+    ]
+    command += [
+        "--nproc-per-node=2",
+        str(script),
+        *BASE,
+        f"data.train={tokens}",
+        f"output={output}",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if "castalia: error: loss nan at step 2 (rows 12 to 23" in line]
+    said = [
+        line
+        for line in done.stderr.splitlines()
+        if "castalia: error: loss nan at step 2 (rows 12 to 23" in line
+    ]
     assert len(said) == 2, done.stderr
     assert "the last good checkpoint is step 0" in said[0]
-    assert [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()] == [1]
+    assert [
+        json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()
+    ] == [1]

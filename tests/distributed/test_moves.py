@@ -11,7 +11,9 @@ SCRIPT = Path(__file__).with_name("moves.py")
 
 def moves(*options: str) -> None:
     """Run the matrix, single-threaded, and show its table."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, timeout=1500
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 

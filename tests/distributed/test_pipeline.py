@@ -46,7 +46,10 @@ THREE = "train.micro_batch_size=3"
 TWO_PROCESSES = {
     "1f1b": ("plain", (PP2,)),
     "interleaved": ("tied", (PP2, INTERLEAVED)),
-    "zero bubble, two stages a process": ("plain", (PP2, ZERO_BUBBLE, "parallel.stages_per_process=2")),
+    "zero bubble, two stages a process": (
+        "plain",
+        (PP2, ZERO_BUBBLE, "parallel.stages_per_process=2"),
+    ),
     "zero bubble in a V": ("plain", (PP2, V)),
     "tied": ("tied", (PP2,)),
     "bf16": ("bf16", (PP2,)),
@@ -105,15 +108,31 @@ def launch(processes: int, runs: list[dict], folder: Path) -> None:
     """Train them all in one set of processes."""
     spec = folder / "runs.json"
     spec.write_text(json.dumps(runs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    command += [f"--nproc-per-node={processes}", str(Path(__file__).with_name("several_runs.py")), str(spec)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+    ]
+    command += [
+        f"--nproc-per-node={processes}",
+        str(Path(__file__).with_name("several_runs.py")),
+        str(spec),
+    ]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
-def all_of(processes: int, cases: dict, base: tuple[str, ...], folder: Path, more: list[dict] | None = None) -> Path:
+def all_of(
+    processes: int, cases: dict, base: tuple[str, ...], folder: Path, more: list[dict] | None = None
+) -> Path:
     """The folder with a run of each case, and the runs that move between layouts."""
     runs = [
         {"arguments": [*of_model(base, model), *layout, f"output={folder / name}"], "poison": None}
@@ -198,23 +217,36 @@ def test_one_process_goes_on_from_two_stages(two, alone, base):
 
 
 def test_stages_hold_their_layers_and_only_the_ends_read(four):
-    held = [json.loads((four / "four stages, tied" / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    held = [
+        json.loads((four / "four stages, tied" / f"rank-{rank}.json").read_text())
+        for rank in range(4)
+    ]
     assert [each["reads"] for each in held] == [True, False, False, True]
-    layers = [{name.split(".")[1] for name in each["names"] if name.startswith("layers.")} for each in held]
+    layers = [
+        {name.split(".")[1] for name in each["names"] if name.startswith("layers.")}
+        for each in held
+    ]
     assert layers == [{"0"}, {"1"}, {"2"}, {"3"}]
     ends = [{name for name in each["names"] if not name.startswith("layers.")} for each in held]
     assert ends == [{"embed.weight"}, set(), set(), {"embed.weight", "norm.weight", "norm.bias"}]
 
 
 def test_a_tied_embedding_is_saved_once(two):
-    manifest = json.loads((two / "tied" / "checkpoints" / "step-00000005" / "manifest.json").read_text())
+    manifest = json.loads(
+        (two / "tied" / "checkpoints" / "step-00000005" / "manifest.json").read_text()
+    )
     chunks = manifest["tensors"]["model.embed.weight"]["chunks"]
     assert [chunk["file"] for chunk in chunks] == ["model-00000.safetensors"]
 
 
 def test_nan_in_one_stage_stops_all(two):
-    errors = [json.loads((two / "poisoned" / f"rank-{rank}.json").read_text())["error"] for rank in range(2)]
-    assert all(error.startswith("gradient norm nan at step 2 (rows 12 to 23") for error in errors), errors
+    errors = [
+        json.loads((two / "poisoned" / f"rank-{rank}.json").read_text())["error"]
+        for rank in range(2)
+    ]
+    assert all(
+        error.startswith("gradient norm nan at step 2 (rows 12 to 23") for error in errors
+    ), errors
     assert [line["step"] for line in metrics(two / "poisoned")] == [1]
 
 
@@ -237,12 +269,20 @@ def test_a_pipeline_that_cannot_be_is_refused(overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("train.micro_batch_size=12",), "12 rows in micro-batches of 12 make 1, train.micro_batch_size=6 does"),
+        (
+            ("train.micro_batch_size=12",),
+            "12 rows in micro-batches of 12 make 1, train.micro_batch_size=6 does",
+        ),
         (("train.micro_batch_size=null",), "make 1, train.micro_batch_size=6 does"),
-        ((INTERLEAVED, "train.batch_size=10"), "10 rows in micro-batches of 2 make 5, train.micro_batch_size=5 does"),
+        (
+            (INTERLEAVED, "train.batch_size=10"),
+            "10 rows in micro-batches of 2 make 5, train.micro_batch_size=5 does",
+        ),
     ],
 )
-def test_too_few_micro_batches_are_refused_before_any_process_group(monkeypatch, tmp_path, overrides, message):
+def test_too_few_micro_batches_are_refused_before_any_process_group(
+    monkeypatch, tmp_path, overrides, message
+):
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     resolved = resolve([*BASE, PP2, *overrides, f"output={tmp_path / 'run'}"])
@@ -251,7 +291,9 @@ def test_too_few_micro_batches_are_refused_before_any_process_group(monkeypatch,
     assert not torch.distributed.is_initialized() and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("layers", "count", "sizes"), [(12, 4, [3, 3, 3, 3]), (6, 4, [2, 2, 1, 1]), (5, 1, [5])])
+@pytest.mark.parametrize(
+    ("layers", "count", "sizes"), [(12, 4, [3, 3, 3, 3]), (6, 4, [2, 2, 1, 1]), (5, 1, [5])]
+)
 def test_layers_are_split_evenly_and_in_order(layers, count, sizes):
     parts = split(layers, count)
     assert [len(part.layers) for part in parts] == sizes

@@ -76,7 +76,9 @@ def test_two_nodes_write_what_one_process_writes(cluster, corpus, tmp_path):
     thread.join()
     assert killed and len(lost) > 10
     for suffix in SUFFIXES:
-        assert (tmp_path / f"ray{suffix}").read_bytes() == (tmp_path / f"alone{suffix}").read_bytes()
+        assert (tmp_path / f"ray{suffix}").read_bytes() == (
+            tmp_path / f"alone{suffix}"
+        ).read_bytes()
     assert not os.path.exists(tmp_path / "ray.parts")
     with open(corpus, "a") as file:
         file.write("{broken\n")
@@ -86,8 +88,14 @@ def test_two_nodes_write_what_one_process_writes(cluster, corpus, tmp_path):
 
 def test_conversations_on_the_cluster(cluster, tmp_path):
     """Each task is given a job with a chat template in it."""
-    told = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four, I think."}]
-    lines = [json.dumps({"talk": told[: 1 + i % 2] * (1 + i % 3), "good": i % 2}) + "\n" for i in range(200)]
+    told = [
+        {"role": "user", "content": "Two and two?"},
+        {"role": "assistant", "content": "Four, I think."},
+    ]
+    lines = [
+        json.dumps({"talk": told[: 1 + i % 2] * (1 + i % 3), "good": i % 2}) + "\n"
+        for i in range(200)
+    ]
     (tmp_path / "a.jsonl").write_text("".join(lines))
     (tmp_path / "t.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
@@ -96,7 +104,14 @@ def test_conversations_on_the_cluster(cluster, tmp_path):
     chat = ChatOptions(template=str(tmp_path / "t.jinja"), reward="good")
     options = {"keys": ("talk",), "chat": chat, "part_bytes": 4000}
     alone = prepare(tmp_path / "a.jsonl", tmp_path / "alone", "bytes", **options)
-    prepare(tmp_path / "a.jsonl", tmp_path / "ray", "bytes", engine="ray", address=cluster.address, **options)
+    prepare(
+        tmp_path / "a.jsonl",
+        tmp_path / "ray",
+        "bytes",
+        engine="ray",
+        address=cluster.address,
+        **options,
+    )
     assert len(alone.prefixes) == 3
     for prefix in alone.prefixes:
         for one in (Path(prefix + ".bin"), Path(prefix + ".idx")):

@@ -42,8 +42,14 @@ def test_place_of_a_process(variables, place):
     [
         ({"RANK": "1"}, "RANK is set but WORLD_SIZE is not"),
         ({"PMI_SIZE": "2"}, "PMI_SIZE is set but PMI_RANK is not"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "no rank on the host; set LOCAL_RANK, RANK and WORLD_SIZE"),
-        (OMPI | {"OMPI_COMM_WORLD_SIZE": "x"}, "OMPI_COMM_WORLD_SIZE='x' of Open MPI is no whole number"),
+        (
+            {"PMI_RANK": "0", "PMI_SIZE": "2"},
+            "no rank on the host; set LOCAL_RANK, RANK and WORLD_SIZE",
+        ),
+        (
+            OMPI | {"OMPI_COMM_WORLD_SIZE": "x"},
+            "OMPI_COMM_WORLD_SIZE='x' of Open MPI is no whole number",
+        ),
         (TORCHRUN | {"RANK": "3"}, "RANK=3 is not among the 3 processes of WORLD_SIZE"),
     ],
 )
@@ -85,7 +91,9 @@ def test_a_size_alone_plans():
 
 def test_host_lists_of_slurm():
     assert node_list("gpu[01-03,07],login") == ["gpu01", "gpu02", "gpu03", "gpu07", "login"]
-    assert node_list("r[1-2]n[08-10]x") == [f"r{r}n{n}x" for r in (1, 2) for n in ("08", "09", "10")]
+    assert node_list("r[1-2]n[08-10]x") == [
+        f"r{r}n{n}x" for r in (1, 2) for n in ("08", "09", "10")
+    ]
     assert node_list("a-b.example") == ["a-b.example"]
     with pytest.raises(ConfigError, match="is no host list of Slurm's"):
         node_list("gpu[01")

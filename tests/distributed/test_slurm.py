@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+}
 SEARCHED = f"{os.environ['PATH']}:/usr/sbin"
 MISSING = sorted({PACKAGES[name] for name in PACKAGES if not shutil.which(name, path=SEARCHED)})
 pytestmark = [
@@ -77,7 +82,10 @@ def slurm(tmp_path_factory):
     name = socket.gethostname().split(".")[0]
     values = {"name": name, "folder": folder, "controller": free_port(), "daemon": free_port()}
     (folder / "slurm.conf").write_text(CONFIG.format(**values))
-    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    environment = os.environ | {
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin",
+    }
     files = [f"--{what}-file={folder}/munge.{what}" for what in ("key", "pid", "log", "seed")]
     commands = (
         ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files],
@@ -87,12 +95,14 @@ def slurm(tmp_path_factory):
     daemons = []
     try:
         for command in commands:
-            log = open(folder / f"{command[0]}.out", "wb")  # noqa: SIM115  the daemon writes to it
+            log = open(folder / f"{command[0]}.out", "wb")
             daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             time.sleep(1)
 
         def idle() -> bool:
-            said = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True)
+            said = subprocess.run(
+                ["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True
+            )
             return said.stdout.strip() == "idle"
 
         wait_for(idle, f"the node is idle; see {folder}", 30)
@@ -104,13 +114,21 @@ def slurm(tmp_path_factory):
             daemon.wait(timeout=30)
 
 
-BASE = ("debug", "model.num_layers=2", "model.hidden_size=32", "data.seq_length=16", "train.batch_size=12")
+BASE = (
+    "debug",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "data.seq_length=16",
+    "train.batch_size=12",
+)
 
 
 def castalia(*words: str, folder: Path, environment: dict[str, str]) -> str:
     """Output of a castalia command that must succeed."""
     command = [sys.executable, "-m", "castalia", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -118,11 +136,18 @@ def castalia(*words: str, folder: Path, environment: dict[str, str]) -> str:
 def lines(run: Path) -> list[dict]:
     """Steps in metrics.jsonl; none yet is an empty list."""
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
 
 
 def test_a_run_that_is_told_to_stop_is_requeued_and_goes_on(slurm, tmp_path):
-    run, config = tmp_path / "run", (*BASE, "train.steps=400", "train.log_every=100", "checkpoint.steps=[]")
+    run, config = (
+        tmp_path / "run",
+        (*BASE, "train.steps=400", "train.log_every=100", "checkpoint.steps=[]"),
+    )
     said = castalia(
         *("launch", *config, f"output={run}", "--launcher=slurm", "--procs-per-node=2"),
         *("--slurm=time=00:10:00", "--slurm=partition=main", "--env=OMP_NUM_THREADS=1"),
@@ -136,24 +161,50 @@ def test_a_run_that_is_told_to_stop_is_requeued_and_goes_on(slurm, tmp_path):
     wait_for(lambda: "stopped at step" in log.read_text(), "the run saves and stops")
 
     def state() -> str:
-        shown = subprocess.run(["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True).stdout
+        shown = subprocess.run(
+            ["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True
+        ).stdout
         found = re.search(r"JobState=(\w+).*Restarts=(\d+)", shown, re.DOTALL)
         return f"{found[1]} {found[2]}" if found else shown
 
-    wait_for(lambda: state() == "COMPLETED 1", f"the job ends after one restart: {state()}\n{log.read_text()}", 180)
+    wait_for(
+        lambda: state() == "COMPLETED 1",
+        f"the job ends after one restart: {state()}\n{log.read_text()}",
+        180,
+    )
     text = log.read_text()
     stopped = int(re.search(r"stopped at step (\d+) of 400", text)[1])
     assert f"resumed from {run}/checkpoints/step-{stopped:08d}" in text
     assert "done: step 400 of 400" in text
     assert [line["step"] for line in lines(run)] == list(range(1, 401))
     whole = tmp_path / "whole"
-    castalia("launch", *config, f"output={whole}", "--procs-per-node=2", folder=tmp_path, environment=slurm)
-    assert [(x["loss"], x["rows_hash"]) for x in lines(run)] == [(x["loss"], x["rows_hash"]) for x in lines(whole)]
+    castalia(
+        "launch",
+        *config,
+        f"output={whole}",
+        "--procs-per-node=2",
+        folder=tmp_path,
+        environment=slurm,
+    )
+    assert [(x["loss"], x["rows_hash"]) for x in lines(run)] == [
+        (x["loss"], x["rows_hash"]) for x in lines(whole)
+    ]
 
 
 def test_a_job_that_slurm_refuses_is_one_sentence(slurm, tmp_path):
-    command = [sys.executable, "-m", "castalia", "launch", *BASE, f"output={tmp_path}/run", "--launcher=slurm"]
+    command = [
+        sys.executable,
+        "-m",
+        "castalia",
+        "launch",
+        *BASE,
+        f"output={tmp_path}/run",
+        "--launcher=slurm",
+    ]
     command += ["--procs-per-node=2", "--slurm=partition=gone"]
     done = subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith("castalia: error: sbatch refused ") and "invalid partition" in done.stderr
+    assert (
+        done.stderr.startswith("castalia: error: sbatch refused ")
+        and "invalid partition" in done.stderr
+    )

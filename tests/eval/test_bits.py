@@ -17,7 +17,12 @@ from castalia.models import Decoder, ModelConfig
 from castalia.train.config import RunConfig
 
 CONFIG = ModelConfig(
-    num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=60, max_position_embeddings=64, rotary_pct=0.5
+    num_layers=2,
+    hidden_size=16,
+    num_attention_heads=2,
+    vocab_size=60,
+    max_position_embeddings=64,
+    rotary_pct=0.5,
 )
 SIZES, BYTES, EOD = [5, 40, 1, 17], [11, 90, 2, 30], 0
 
@@ -52,7 +57,9 @@ def test_uniform_logits_give_log2_of_the_vocabulary_for_each_token(source: HeldO
     assert found.loss == pytest.approx(math.log(CONFIG.padded_vocab_size), rel=1e-6)
     without_start = bits_per_byte(model, {"a": source}, seq_length=8, eod_id=None)["a"]
     # The last token of each document counts as text here, and the first is charged the same log2(V).
-    assert without_start.bits_per_byte == pytest.approx(bits * (sum(SIZES) + 4) / sum(SIZES), rel=1e-6)
+    assert without_start.bits_per_byte == pytest.approx(
+        bits * (sum(SIZES) + 4) / sum(SIZES), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("seq_length", [8, 64])
@@ -112,10 +119,16 @@ def test_any_engine_measures_and_says_what_it_changes(source: HeldOut, tmp_path:
     said: list[str] = []
     (exact,) = sweep(run, {"a": source}, seq_length=32, say=said.append)
     assert "effect" not in exact
-    (native,) = sweep(run, {"a": source}, seq_length=32, engine="native", dtype="fp32", say=said.append)
-    assert native["sources"]["a"]["bits_per_byte"] == pytest.approx(exact["sources"]["a"]["bits_per_byte"], rel=1e-5)
+    (native,) = sweep(
+        run, {"a": source}, seq_length=32, engine="native", dtype="fp32", say=said.append
+    )
+    assert native["sources"]["a"]["bits_per_byte"] == pytest.approx(
+        exact["sources"]["a"]["bits_per_byte"], rel=1e-5
+    )
     assert abs(native["effect"]["a"]) < 1e-4
-    (int8,) = sweep(run, {"a": source}, seq_length=32, engine="native", dtype="int8", say=said.append)
+    (int8,) = sweep(
+        run, {"a": source}, seq_length=32, engine="native", dtype="int8", say=said.append
+    )
     both = int8["sources"]["a"]["bits_per_byte"] - exact["sources"]["a"]["bits_per_byte"]
     assert int8["effect"]["a"] == pytest.approx(both, abs=1e-9) and 0 < abs(both) < 0.5
     again = sweep(run, {"a": source}, seq_length=32, engine="native", dtype="int8", say=said.append)

@@ -17,7 +17,13 @@ from castalia.recipes import load_config
 from castalia.train.hooks import Save
 from castalia.train.trainer import Trainer
 
-SMALL = ("debug", "model.num_layers=1", "model.hidden_size=16", "model.num_attention_heads=2", "data.seq_length=8")
+SMALL = (
+    "debug",
+    "model.num_layers=1",
+    "model.hidden_size=16",
+    "model.num_attention_heads=2",
+    "data.seq_length=8",
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,9 @@ def test_the_losses_are_those_of_the_model_over_all_rows(run):
     from castalia.data import DataConfig
     from castalia.data.planned import source_rows
 
-    pack = source_rows([IndexedDataset(prefixes[1])], DataConfig(seq_length=8, train=prefixes[1:]), 1234).packs[0]
+    pack = source_rows(
+        [IndexedDataset(prefixes[1])], DataConfig(seq_length=8, train=prefixes[1:]), 1234
+    ).packs[0]
     rows = torch.from_numpy(np.stack([pack[i] for i in range(5)]))
     logits = model.head(model(rows[:, :-1]))[..., : model.config.padded_vocab_size]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
@@ -68,11 +76,17 @@ def test_the_command_writes_what_doremi_reads(run, tmp_path):
     losses = json.loads(path.read_text())["losses"]
     config = load_config([*SMALL, "mixing.kind=doremi", f"mixing.reference={path}"])
     assert config.mixing.reference == losses and losses.keys() == {"wide", "narrow"}
-    overrides = (f"data.train=[{', '.join(prefixes)}]", f"output={tmp_path / 'proxy'}", "train.steps=3")
+    overrides = (
+        f"data.train=[{', '.join(prefixes)}]",
+        f"output={tmp_path / 'proxy'}",
+        "train.steps=3",
+    )
     doremi = load_config([*SMALL, "mixing.kind=doremi", f"mixing.reference={path}", *overrides])
     trainer = Trainer(doremi, World(0, 1, torch.device("cpu")))
     trainer.fit()
-    assert trainer.mixture.planner.mixer.score.max() > 0  # one step further on, the losses are near the reference
+    assert (
+        trainer.mixture.planner.mixer.score.max() > 0
+    )  # one step further on, the losses are near the reference
 
 
 def test_a_file_without_losses_is_refused(tmp_path):

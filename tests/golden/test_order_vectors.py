@@ -24,7 +24,11 @@ def test_five_documents():
     assert order.doc_idx.tolist() == [2, 2, 4, 1, 0, 3, 4, 0, 1, 3]
     assert order.sample_idx.tolist() == SMALL_SAMPLE_IDX
     assert order.shuffle_idx.tolist() == [3, 11, 2, 1, 7, 5, 4, 0, 8, 6, 10, 9]
-    assert [a.dtype for a in (order.doc_idx, order.sample_idx, order.shuffle_idx)] == [np.int32, np.int32, np.uint32]
+    assert [a.dtype for a in (order.doc_idx, order.sample_idx, order.shuffle_idx)] == [
+        np.int32,
+        np.int32,
+        np.uint32,
+    ]
 
 
 def test_the_rows_served_from_five_documents(tmp_path):

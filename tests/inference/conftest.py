@@ -20,7 +20,12 @@ TEXT = (
     "def twice(x):\n    return x + x\n"
 )
 CONFIG = ModelConfig(
-    num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=257, max_position_embeddings=256, rotary_pct=0.5
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    vocab_size=257,
+    max_position_embeddings=256,
+    rotary_pct=0.5,
 )
 
 
@@ -60,7 +65,10 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.init_weights(1)
     tokenizer.save(folder / "tokenizer.json")
     run = RunConfig(model=CONFIG, output=str(folder), data={"seq_length": 64, "tokenizer": "bytes"})
-    files = {"config.yaml": dump_yaml(run), "tokenizer.json": (folder / "tokenizer.json").read_text("utf-8")}
+    files = {
+        "config.yaml": dump_yaml(run),
+        "tokenizer.json": (folder / "tokenizer.json").read_text("utf-8"),
+    }
     store = Store(folder / "checkpoints")
     for step in (0, 220):
         if step:

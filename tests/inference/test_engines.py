@@ -20,7 +20,13 @@ from castalia.train.config import RunConfig
 
 PROMPTS = ["The naïve", "A second guest, who came in", "def", "", "asked for the same 🍵"]
 EXACT = {"native": "fp32", "ct2": "float32", "gguf": "F32"}
-QUANTIZED = [("native", "int8"), ("native", "int4"), ("ct2", "int8"), ("gguf", "Q8_0"), ("gguf", "Q4_0")]
+QUANTIZED = [
+    ("native", "int8"),
+    ("native", "int4"),
+    ("ct2", "int8"),
+    ("gguf", "Q8_0"),
+    ("gguf", "Q4_0"),
+]
 
 
 def require_engine(to: str) -> None:
@@ -68,7 +74,11 @@ def test_the_card_says_what_quantization_changes(
     assert found["perplexity"] == pytest.approx(found["perplexity_fp32"], rel=0.1)
     assert 0 < found["kl"] < (0.1 if "4" in numbers else 0.01) and found["greedy_agreement"] > 0.9
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"{found['greedy_agreement']:.2%}" in card and "SHA-256" in card and str(tmp_path) not in card
+    assert (
+        f"{found['greedy_agreement']:.2%}" in card
+        and "SHA-256" in card
+        and str(tmp_path) not in card
+    )
     assert castalia.load(folder).quality == found
     assert castalia.load(folder).generate("The naïve", 30) == speaker.generate("The naïve", 30)
 
@@ -78,15 +88,21 @@ def test_int4_changes_more_than_int8(run_folder: Path, tmp_path: Path, known_tex
     text.write_text(known_text, encoding="utf-8")
     kl = {}
     for numbers in ("fp32", "bf16", "int8", "int4"):
-        (done,) = export(run_folder, to="native", quantization=numbers, output=tmp_path / numbers, heldout=text)
+        (done,) = export(
+            run_folder, to="native", quantization=numbers, output=tmp_path / numbers, heldout=text
+        )
         kl[numbers] = done.quality["kl"]
     assert kl["fp32"] < 1e-6 < kl["int8"] < kl["int4"]
 
 
-def test_an_export_beyond_max_kl_is_not_written(run_folder: Path, tmp_path: Path, known_text: str) -> None:
+def test_an_export_beyond_max_kl_is_not_written(
+    run_folder: Path, tmp_path: Path, known_text: str
+) -> None:
     text, folder = tmp_path / "heldout.txt", tmp_path / "out"
     text.write_text(known_text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"out was not written: its perplexity .* KL .*; max_kl is 1e-06"):
+    with pytest.raises(
+        ConfigError, match=r"out was not written: its perplexity .* KL .*; max_kl is 1e-06"
+    ):
         exported(run_folder, folder, "native", "int4", heldout=text, max_kl=1e-6)
     assert [item.name for item in tmp_path.iterdir()] == ["heldout.txt"]
     exported(run_folder, folder, "native", "int4", heldout=text, max_kl=0.5)
@@ -101,7 +117,9 @@ def test_a_native_export_is_mapped_and_small(run_folder: Path, tmp_path: Path) -
     data = (folder / WEIGHTS_FILE).read_bytes()
     assert (8 + int.from_bytes(data[:8], "little")) % 64 == 0
     weights = load_weights(folder)
-    parameters = sum(tensor.nbytes for tensor in castalia.load(run_folder).model.state_dict().values())
+    parameters = sum(
+        tensor.nbytes for tensor in castalia.load(run_folder).model.state_dict().values()
+    )
     assert weights.nbytes() < 0.32 * parameters and len(data) < weights.nbytes() + 8192
     with open("/proc/self/maps") as maps:
         assert WEIGHTS_FILE in maps.read()
@@ -111,9 +129,19 @@ def test_dtype_auto_decodes_in_int8_and_scores_in_bf16(
     run_folder: Path, speaker: LanguageModel, known_text: str, tmp_path: Path
 ) -> None:
     folder = exported(run_folder, tmp_path / "out", "native", "int8")
-    for model in (castalia.load(run_folder, dtype="auto"), castalia.load(folder), castalia.load(folder, dtype="auto")):
-        assert (model.engine.name, model.engine.numbers, model.engine.scoring) == ("native", "int8", "bf16")
-        assert model.step == 220 and model.generate("The naïve", 30) == speaker.generate("The naïve", 30)
+    for model in (
+        castalia.load(run_folder, dtype="auto"),
+        castalia.load(folder),
+        castalia.load(folder, dtype="auto"),
+    ):
+        assert (model.engine.name, model.engine.numbers, model.engine.scoring) == (
+            "native",
+            "int8",
+            "bf16",
+        )
+        assert model.step == 220 and model.generate("The naïve", 30) == speaker.generate(
+            "The naïve", 30
+        )
         assert (model.logprobs(known_text) - speaker.logprobs(known_text)).abs().mean() < 0.03
     exact = castalia.load(folder, dtype="int8")
     assert exact.engine.scoring == "int8"
@@ -128,13 +156,17 @@ def test_parity_of_dtype_auto(run_folder: Path, tmp_path: Path, known_text: str)
     assert 0 < found.decoding.kl < 0.01 and found.decoding.greedy_agreement > 0.95
     assert 0 < found.scoring_error < 0.05
     assert found.scoring_perplexity == pytest.approx(found.scoring_perplexity_fp32, rel=0.03)
-    assert "native int8 decodes: perplexity" in str(found) and "native int8 scores: perplexity" in str(found)
+    assert "native int8 decodes: perplexity" in str(
+        found
+    ) and "native int8 scores: perplexity" in str(found)
     with pytest.raises(ConfigError, match="names no held-out text; give heldout"):
         parity(run_folder)
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "header", "listing", "version"])
-def test_a_damaged_native_export_is_one_sentence(run_folder: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_native_export_is_one_sentence(
+    run_folder: Path, tmp_path: Path, damage: str
+) -> None:
     folder = exported(run_folder, tmp_path / "out", "native", "int8")
     file, listing = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     if damage == "shorter":
@@ -147,12 +179,16 @@ def test_a_damaged_native_export_is_one_sentence(run_folder: Path, tmp_path: Pat
         listing.write_text("{}")
     else:
         listing.write_text(listing.read_text().replace('"version": 1', '"version": 9'))
-    with pytest.raises(CheckpointError, match=r"export (the model )?again|reads castalia-native version 1"):
+    with pytest.raises(
+        CheckpointError, match=r"export (the model )?again|reads castalia-native version 1"
+    ):
         castalia.load(folder)
 
 
 @pytest.mark.parametrize("to", ["ct2", "gguf"])
-def test_a_truncated_file_of_another_engine_is_one_sentence(run_folder: Path, tmp_path: Path, to: str) -> None:
+def test_a_truncated_file_of_another_engine_is_one_sentence(
+    run_folder: Path, tmp_path: Path, to: str
+) -> None:
     require_engine(to)
     folder = exported(run_folder, tmp_path / "out", to, EXACT[to])
     file = folder / {"ct2": "model.bin", "gguf": "model.gguf"}[to]
@@ -161,7 +197,9 @@ def test_a_truncated_file_of_another_engine_is_one_sentence(run_folder: Path, tm
         castalia.load(folder)
 
 
-def test_a_missing_tokenizer_is_one_sentence(run_folder: Path, speaker: LanguageModel, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_one_sentence(
+    run_folder: Path, speaker: LanguageModel, tmp_path: Path
+) -> None:
     folder = exported(run_folder, tmp_path / "out", "native", "int8")
     (folder / "tokenizer.json").unlink()
     assert castalia.load(folder).generate_ids([84, 104], 4) == speaker.generate_ids([84, 104], 4)
@@ -172,8 +210,14 @@ def test_a_missing_tokenizer_is_one_sentence(run_folder: Path, speaker: Language
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "natve"}, "no engine 'natve'; have: auto, native, torch, ct2.*did you mean 'native'"),
-        ({"engine": "native", "dtype": "int5"}, "no quantization 'int5'; have: fp32, bf16, fp16, int8, int4"),
+        (
+            {"engine": "natve"},
+            "no engine 'natve'; have: auto, native, torch, ct2.*did you mean 'native'",
+        ),
+        (
+            {"engine": "native", "dtype": "int5"},
+            "no quantization 'int5'; have: fp32, bf16, fp16, int8, int4",
+        ),
         ({"engine": "native", "device": "cuda"}, "engine=native runs on the CPU"),
         ({"engine": "ct2"}, "engine=ct2 runs an export: castalia export .* --to ct2"),
         ({"engine": "torch", "dtype": "int8"}, "no dtype 'int8'"),
@@ -196,18 +240,26 @@ def test_an_export_is_for_its_engine(run_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("engine", "module", "extra"),
-    [("llama.cpp", "llama_cpp", "llama"), ("ct2", "ctranslate2", "ct2"), ("openvino", "openvino", "openvino")],
+    [
+        ("llama.cpp", "llama_cpp", "llama"),
+        ("ct2", "ctranslate2", "ct2"),
+        ("openvino", "openvino", "openvino"),
+    ],
 )
 def test_a_missing_package_is_one_sentence(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, engine: str, module: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"engine={engine} needs '{module}'.*castalia\[{extra}\]"):
+    with pytest.raises(
+        ConfigError, match=rf"engine={engine} needs '{module}'.*castalia\[{extra}\]"
+    ):
         castalia.load(run_folder, engine=engine)
 
 
 @pytest.mark.parametrize("numbers", ["fp32", "int8"])
-def test_openvino_says_the_same(run_folder: Path, speaker: LanguageModel, known_text: str, numbers: str) -> None:
+def test_openvino_says_the_same(
+    run_folder: Path, speaker: LanguageModel, known_text: str, numbers: str
+) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     model = castalia.load(run_folder, engine="openvino", dtype=numbers)
     assert model.engine.numbers == numbers
@@ -216,7 +268,9 @@ def test_openvino_says_the_same(run_folder: Path, speaker: LanguageModel, known_
     assert error.max() < 1e-4 if numbers == "fp32" else error.mean() < 0.02
     if numbers == "fp32":
         options = {"temperature": 1.3, "top_p": 0.9, "seed": 3}
-        assert model.generate(PROMPTS[:3], 12, **options) == speaker.generate(PROMPTS[:3], 12, **options)
+        assert model.generate(PROMPTS[:3], 12, **options) == speaker.generate(
+            PROMPTS[:3], 12, **options
+        )
         with pytest.raises(ConfigError, match="no dtype 'int4' for OpenVINO; have: fp32, int8"):
             castalia.load(run_folder, engine="openvino", dtype="int4")
 
@@ -259,10 +313,16 @@ def save_run(folder: Path, **options: object) -> Path:
     [
         ({"activation": "gelu"}, "F32", "llama.cpp cannot express activation=gelu"),
         ({"rotary_pct": 0}, "F32", "llama.cpp cannot express rotary_pct=0"),
-        ({"hidden_size": 48}, "Q8_0", "Q8_0 needs widths in multiples of 32; the model has 48 and 192"),
+        (
+            {"hidden_size": 48},
+            "Q8_0",
+            "Q8_0 needs widths in multiples of 32; the model has 48 and 192",
+        ),
     ],
 )
-def test_what_llama_cpp_cannot_express(tmp_path: Path, options: dict, numbers: str, message: str) -> None:
+def test_what_llama_cpp_cannot_express(
+    tmp_path: Path, options: dict, numbers: str, message: str
+) -> None:
     run = save_run(tmp_path / "run", **options)
     with pytest.raises(ConfigError, match=message):
         exported(run, tmp_path / "out", "gguf", numbers)
@@ -270,7 +330,8 @@ def test_what_llama_cpp_cannot_express(tmp_path: Path, options: dict, numbers: s
 
 
 @pytest.mark.parametrize(
-    "options", [{"parallel_residual": False}, {"tie_word_embeddings": True, "attention_bias": False}]
+    "options",
+    [{"parallel_residual": False}, {"tie_word_embeddings": True, "attention_bias": False}],
 )
 def test_llama_cpp_runs_the_options_that_it_can_express(tmp_path: Path, options: dict) -> None:
     require_engine("gguf")
@@ -281,7 +342,9 @@ def test_llama_cpp_runs_the_options_that_it_can_express(tmp_path: Path, options:
 
 
 def test_native_keeps_the_rounded_angles_of_neox(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "run", rope_numerics="neox_v1_fp16", hidden_size=64, max_position_embeddings=1024)
+    run = save_run(
+        tmp_path / "run", rope_numerics="neox_v1_fp16", hidden_size=64, max_position_embeddings=1024
+    )
     folder = exported(run, tmp_path / "out", "native", "fp32")
     assert not json.loads((folder / "export.json").read_text())["notes"]
     ids = torch.randint(0, 257, (900,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -47,9 +47,9 @@ def test_more_prompts_than_one_batch_holds(speaker: LanguageModel) -> None:
 def test_ids_in_ids_out(speaker: LanguageModel) -> None:
     ids = speaker.tokenizer.encode_batch(["The naïve", "def"])
     assert speaker.generate_ids(ids, 9) == [speaker.generate_ids(one, 9) for one in ids]
-    assert [speaker.tokenizer.decode(made) for made in speaker.generate_ids(ids, 9)] == speaker.generate(
-        ["The naïve", "def"], 9
-    )
+    assert [
+        speaker.tokenizer.decode(made) for made in speaker.generate_ids(ids, 9)
+    ] == speaker.generate(["The naïve", "def"], 9)
 
 
 def test_the_end_of_document_ends_the_text(speaker: LanguageModel) -> None:
@@ -73,7 +73,9 @@ def test_an_empty_prompt_starts_after_a_document(speaker: LanguageModel) -> None
         (["wner", "owner said"], " café o"),  # the one that is whole first
     ],
 )
-def test_stop_strings_across_tokens(speaker: LanguageModel, stop: str | list[str], want: str) -> None:
+def test_stop_strings_across_tokens(
+    speaker: LanguageModel, stop: str | list[str], want: str
+) -> None:
     (done,) = speaker.complete(["The naïve"], max_new_tokens=60, stop=stop)
     assert (done.text, done.finish_reason) == (want, "stop")
     assert "".join(speaker.stream("The naïve", 60, stop=stop)) == want
@@ -112,7 +114,11 @@ def test_the_limit_of_the_model_ends_a_text_and_says_so(speaker: LanguageModel) 
         ("A" * 256, {}, "the prompt has 256 tokens but the model reads at most 256"),
         ("A", {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
         ("A", {"temperature": -1.0}, "temperature must be a number >= 0, got -1.0"),
-        ("A", {"top_k": -2, "top_p": 1.5}, "top_k must be >= 0, got -2; top_p must be from 0 to 1, got 1.5"),
+        (
+            "A",
+            {"top_k": -2, "top_p": 1.5},
+            "top_k must be >= 0, got -2; top_p must be from 0 to 1, got 1.5",
+        ),
         ([300], {}, "id 300 is outside the vocabulary of 257 tokens"),
     ],
 )
@@ -123,7 +129,9 @@ def test_bad_input_is_one_sentence(
         speaker.complete([prompt], **options)
 
 
-def test_a_seed_repeats_a_draw_and_leaves_the_global_generator_alone(speaker: LanguageModel) -> None:
+def test_a_seed_repeats_a_draw_and_leaves_the_global_generator_alone(
+    speaker: LanguageModel,
+) -> None:
     state = torch.random.get_rng_state()
     one = speaker.generate(["The", "A"], 30, temperature=2.0, seed=5)
     assert speaker.generate(["The", "A"], 30, temperature=2.0, seed=5) == one

@@ -28,7 +28,9 @@ def test_a_missing_step_lists_those_there_are(run_folder: Path) -> None:
         castalia.load(run_folder / "step7")
 
 
-def test_bf16_speaks_nearly_the_same(run_folder: Path, speaker: castalia.inference.LanguageModel) -> None:
+def test_bf16_speaks_nearly_the_same(
+    run_folder: Path, speaker: castalia.inference.LanguageModel
+) -> None:
     half = castalia.load(run_folder, dtype="bf16", device="cpu")
     assert half.model.head_weight.dtype == torch.bfloat16
     ids = speaker.tokenizer.encode("The naïve café owner")
@@ -62,12 +64,16 @@ def test_a_corrupt_checkpoint_does_not_speak(run_folder: Path, tmp_path: Path) -
         castalia.load(copy)
 
 
-def test_a_damaged_newest_checkpoint_of_a_run_is_passed_over(run_folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_of_a_run_is_passed_over(
+    run_folder: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_folder, copy)
     newest = copy / "checkpoints" / "step-00000220" / "model-00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    with pytest.warns(UserWarning, match=r"model-00000\.safetensors.*step-00000000 is taken in its place"):
+    with pytest.warns(
+        UserWarning, match=r"model-00000\.safetensors.*step-00000000 is taken in its place"
+    ):
         assert castalia.load(copy).step == 0
     with pytest.raises(CheckpointError, match=r"model-00000\.safetensors"):
         castalia.load(copy / "step220")

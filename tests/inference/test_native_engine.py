@@ -31,14 +31,21 @@ SHAPES = {
         layernorm_epsilon=1e-3,
     ),
     "no rotary": ModelConfig(
-        num_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=100, rotary_pct=0, rope_numerics="neox_v1_fp16"
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        vocab_size=100,
+        rotary_pct=0,
+        rope_numerics="neox_v1_fp16",
     ),
 }
 ERROR = {"fp32": 1e-5, "bf16": 0.03, "fp16": 0.004, "int8": 0.12, "int4": 1.0}
 """Largest difference of a logit of random models whose logits have a deviation of about 0.6."""
 KERNELS = [
     "torch",
-    pytest.param("auto", marks=pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")),
+    pytest.param(
+        "auto", marks=pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")
+    ),
 ]
 
 
@@ -54,7 +61,9 @@ def random_model(config: ModelConfig) -> Decoder:
     return model.requires_grad_(False)
 
 
-def native(model: Decoder, storage: str, kernels: str = "auto", scoring: str | None = None) -> NativeEngine:
+def native(
+    model: Decoder, storage: str, kernels: str = "auto", scoring: str | None = None
+) -> NativeEngine:
     """The model in one storage."""
     return NativeEngine(packed_weights(model.state_dict(), model.config, storage), kernels, scoring)
 
@@ -64,7 +73,9 @@ def native(model: Decoder, storage: str, kernels: str = "auto", scoring: str | N
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_are_those_of_the_model(shape: str, storage: str, kernels: str) -> None:
     model = random_model(SHAPES[shape])
-    ids = torch.randint(0, model.config.vocab_size, (150,), generator=torch.Generator().manual_seed(3)).tolist()
+    ids = torch.randint(
+        0, model.config.vocab_size, (150,), generator=torch.Generator().manual_seed(3)
+    ).tolist()
     want = TorchEngine(model).logits(ids)
     got = native(model, storage, kernels).logits(ids)
     assert got.shape == want.shape
@@ -104,7 +115,14 @@ def engines(speaker: LanguageModel) -> list[Engine]:
 
 
 def test_float32_engines_say_the_same(speaker: LanguageModel, known_text: str) -> None:
-    prompts = ["The naïve", "A second guest, who came in", "def", "", "asked for the same 🍵", known_text[:150]]
+    prompts = [
+        "The naïve",
+        "A second guest, who came in",
+        "def",
+        "",
+        "asked for the same 🍵",
+        known_text[:150],
+    ]
     said = [LanguageModel(engine, speaker.tokenizer) for engine in engines(speaker)]
     want = said[0].generate(prompts, 40)
     drawn = said[0].generate(prompts, 40, temperature=1.3, top_k=20, top_p=0.9, seed=7)
@@ -156,16 +174,25 @@ def test_rows_come_and_go_between_steps(speaker: LanguageModel, place: int) -> N
     assert late.row.completion().text == speaker.generate("def", 20)
     assert drawn.row.finish_reason is None and len(drawn.row.tokens) == 2
     assert again.row.tokens[:2] == drawn.row.tokens
-    assert again.row.completion().text == speaker.generate("A second guest", 15, temperature=1.5, seed=0)
+    assert again.row.completion().text == speaker.generate(
+        "A second guest", 15, temperature=1.5, seed=0
+    )
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_a_prompt_that_was_read_is_not_read_again(speaker: LanguageModel, known_text: str, place: int) -> None:
+def test_a_prompt_that_was_read_is_not_read_again(
+    speaker: LanguageModel, known_text: str, place: int
+) -> None:
     made = engines(speaker)
     if place >= len(made):
         pytest.skip("no C++ compiler here")
     batcher = Batcher(made[place], 2, 200)
-    texts = [known_text[:90], known_text[:90] + known_text[90:110], known_text[:60] + "def", known_text[:90]]
+    texts = [
+        known_text[:90],
+        known_text[:90] + known_text[90:110],
+        known_text[:60] + "def",
+        known_text[:90],
+    ]
     for text in texts:
         new = admission(speaker, text, 12)
         batcher.admit([new])

@@ -10,7 +10,15 @@ import torch
 from castalia.core.errors import ConfigError
 from castalia.inference.native import compiled
 from castalia.inference.native.kernels import KERNELS, candidates, make, steps_of
-from castalia.inference.native.packing import GROUP, STORAGES, dense, in_panels, in_rows, pack, quantized_rows
+from castalia.inference.native.packing import (
+    GROUP,
+    STORAGES,
+    dense,
+    in_panels,
+    in_rows,
+    pack,
+    quantized_rows,
+)
 from castalia.inference.native.tuning import chosen
 
 ROUNDING = {"fp32": 1e-6, "bf16": 0.01, "fp16": 0.002, "int8": 0.01, "int8 tensor": 0.02}
@@ -40,7 +48,9 @@ def test_int8_is_the_nearest_of_255_steps(layer: tuple[torch.Tensor, torch.Tenso
     assert ((dense(packed) - weight).abs() <= step / 2 * 1.0001).all()
 
 
-def test_int4_is_better_than_the_largest_weight_alone_makes_it(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_int4_is_better_than_the_largest_weight_alone_makes_it(
+    layer: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     weight, _ = layer
     groups = weight.unflatten(1, (-1, GROUP))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True)) / -8
@@ -57,7 +67,9 @@ def test_zeros_stay_zeros() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 21])
-def test_every_kernel_is_the_same_product(layer: tuple[torch.Tensor, torch.Tensor], storage: str, rows: int) -> None:
+def test_every_kernel_is_the_same_product(
+    layer: tuple[torch.Tensor, torch.Tensor], storage: str, rows: int
+) -> None:
     packed = pack(*layer, storage)
     x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(1))
     want = x.double() @ dense(packed).double().T + layer[1].double()
@@ -69,7 +81,9 @@ def test_every_kernel_is_the_same_product(layer: tuple[torch.Tensor, torch.Tenso
 @pytest.mark.skipif(compiled.library() is None, reason="no C++ compiler here")
 @pytest.mark.parametrize("rows", [1, 2, 5, 9, 16])
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_whole_numbers_are_summed_exactly(layer: tuple[torch.Tensor, torch.Tensor], storage: str, rows: int) -> None:
+def test_whole_numbers_are_summed_exactly(
+    layer: tuple[torch.Tensor, torch.Tensor], storage: str, rows: int
+) -> None:
     packed = pack(*layer, storage)
     x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2))
     q, step = steps_of(x)
@@ -90,7 +104,9 @@ def test_processors_with_fewer_instructions_sum_the_same(
         pytest.skip("these are instructions of x86-64")
     if processor and not {"avx2", "avx_vnni"} <= set(compiled.processor().split()):
         pytest.skip("this processor lacks them")
-    path = compiled.compile_into(tmp_path, "plain.so", compiled.chosen_compiler(), [*flags, *processor])
+    path = compiled.compile_into(
+        tmp_path, "plain.so", compiled.chosen_compiler(), [*flags, *processor]
+    )
     plain = compiled.declared(ctypes.CDLL(str(path)))
     assert plain.castalia_has_dot() == ("-mavxvnni" in processor)
     x = torch.randn(11, 64, generator=torch.Generator().manual_seed(2))
@@ -112,7 +128,9 @@ def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) ->
         assert compiled.library.__wrapped__() is None
 
 
-def test_a_kernel_is_chosen_for_every_shape_and_remembered(layer: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_a_kernel_is_chosen_for_every_shape_and_remembered(
+    layer: tuple[torch.Tensor, torch.Tensor],
+) -> None:
     packed = pack(*layer, "int8")
     first = chosen([packed], "int8", "torch")
     assert set(first) == {(100, 64)} and first[100, 64] in candidates("int8", "torch")

@@ -20,7 +20,9 @@ def kept(logits: torch.Tensor) -> set[int]:
 @settings(max_examples=200, deadline=None)
 def test_top_k_keeps_what_ties_with_the_kth(values: list[float], k: int) -> None:
     smallest = sorted(values, reverse=True)[k - 1] if 0 < k <= len(values) else -math.inf
-    assert kept(keep_top_k(torch.tensor([values]), k)) == {i for i, v in enumerate(values) if v >= smallest}
+    assert kept(keep_top_k(torch.tensor([values]), k)) == {
+        i for i, v in enumerate(values) if v >= smallest
+    }
 
 
 @given(NUMBERS, st.floats(0.01, 0.99))

@@ -35,7 +35,9 @@ def test_greedy_text_is_the_models_own_on_200_prompts(
     made = speculative_complete(model, prompts, 24, draft=helper, stop="two")
     plain = model.complete(prompts, 24, stop="two")
     assert [done.tokens for done, _ in made] == [done.tokens for done in plain]
-    assert [(done.text, done.finish_reason) for done, _ in made] == [(d.text, d.finish_reason) for d in plain]
+    assert [(done.text, done.finish_reason) for done, _ in made] == [
+        (d.text, d.finish_reason) for d in plain
+    ]
     kept = sum(tally.kept for _, tally in made) / sum(tally.guessed for _, tally in made)
     passes = sum(tally.passes for _, tally in made) / sum(len(done.tokens) for done, _ in made)
     if draft == "itself":
@@ -66,7 +68,10 @@ def test_a_drawn_text_repeats_with_its_seed(run_folder: Path, early: LanguageMod
     options = {"temperature": 1.3, "top_p": 0.95, "seed": 5}
     first = speculative_complete(model, ["The"], 30, draft=early, **options)[0][0].text
     assert first == speculative_complete(model, ["The"], 30, draft=early, **options)[0][0].text
-    assert first != speculative_complete(model, ["The"], 30, draft=early, **options | {"seed": 6})[0][0].text
+    assert (
+        first
+        != speculative_complete(model, ["The"], 30, draft=early, **options | {"seed": 6})[0][0].text
+    )
 
 
 def test_look_up_finds_the_longest_and_latest_match() -> None:
@@ -77,12 +82,26 @@ def test_look_up_finds_the_longest_and_latest_match() -> None:
 
 
 def test_what_cannot_draft_is_refused(run_folder: Path, speaker: LanguageModel) -> None:
-    other = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=99, max_position_embeddings=256)
-    short = ModelConfig(num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=257, max_position_embeddings=64)
+    other = ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        vocab_size=99,
+        max_position_embeddings=256,
+    )
+    short = ModelConfig(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        vocab_size=257,
+        max_position_embeddings=64,
+    )
     with pytest.raises(ConfigError, match="another vocabulary"):
         speculative_complete(speaker, ["a"], draft=LanguageModel(Decoder(other)))
     with pytest.raises(ConfigError, match="reads 64 tokens and the model 256"):
-        speculative_complete(speaker, ["a"], draft=LanguageModel(Decoder(short), load_tokenizer("bytes")))
+        speculative_complete(
+            speaker, ["a"], draft=LanguageModel(Decoder(short), load_tokenizer("bytes"))
+        )
     with pytest.raises(ConfigError, match="no draft 'small'; have: lookup, or a model"):
         speculative_complete(speaker, ["a"], draft="small")
     with pytest.raises(ConfigError, match="at least one token"):

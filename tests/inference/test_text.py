@@ -21,7 +21,8 @@ def feed(text: str, stop: list[str]) -> tuple[list[str], TextStream]:
 
 
 @given(
-    st.text(alphabet="ab🍵é \n", max_size=30), st.lists(st.text(alphabet="ab🍵é", min_size=1, max_size=4), max_size=3)
+    st.text(alphabet="ab🍵é \n", max_size=30),
+    st.lists(st.text(alphabet="ab🍵é", min_size=1, max_size=4), max_size=3),
 )
 @settings(max_examples=300, deadline=None)
 def test_pieces_are_the_text_up_to_the_first_stop(text: str, stop: list[str]) -> None:

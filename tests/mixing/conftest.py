@@ -34,7 +34,9 @@ def build(request: pytest.FixtureRequest) -> Callable[..., Mixer]:
     """Makes a fresh mixer of one kind; keywords replace its settings."""
 
     def make(**more: Any) -> Mixer:
-        return make_mixer(request.param, **({"sources": NAMES, "sizes": SIZES} | OPTIONS[request.param] | more))
+        return make_mixer(
+            request.param, **({"sources": NAMES, "sizes": SIZES} | OPTIONS[request.param] | more)
+        )
 
     return make
 
@@ -46,7 +48,11 @@ def stats_of() -> Callable[[int, Any], Stats]:
     def make(step: int, counts: Any) -> Stats:
         random = np.random.default_rng(step)
         floor = np.array([1.5, 2.6, 2.4, 1.0, 4.5])
-        means = floor + (6 - floor) * step ** -np.array([0.5, 0.3, 0.25, 0.6, 2.0]) + random.normal(0, 0.05, 5)
+        means = (
+            floor
+            + (6 - floor) * step ** -np.array([0.5, 0.3, 0.25, 0.6, 2.0])
+            + random.normal(0, 0.05, 5)
+        )
         tokens = np.asarray(counts) * 16.0
         return Stats(step, means * tokens, tokens, val_loss=means if step % 4 == 0 else None)
 

@@ -34,9 +34,19 @@ def settings_of(draw: random.Random, name: str) -> tuple[dict, dict]:
     mixer |= {key: draw.choice(values) for key, values in AROUND.items() if draw.random() < 0.4}
     if sum(prior) and draw.random() < 0.5:
         mixer["prior"] = [share / sum(prior) for share in prior]
-    mixer |= {"sources": names, "sizes": sizes, "allow_empty": True, "horizon": draw.choice([50.0, 1e6])}
+    mixer |= {
+        "sources": names,
+        "sizes": sizes,
+        "allow_empty": True,
+        "horizon": draw.choice([50.0, 1e6]),
+    }
     policies = ["repeat", "drop", "cap:3", {names[0]: "cap:2"}]
-    planner = {"sizes": sizes, "rows": draw.choice([1, 5, 64]), "lag": draw.choice([0, 1, 3]), "seed": 7}
+    planner = {
+        "sizes": sizes,
+        "rows": draw.choice([1, 5, 64]),
+        "lag": draw.choice([0, 1, 3]),
+        "seed": 7,
+    }
     return mixer, planner | {"exhaustion": draw.choice(policies), "allow_empty": True}
 
 
@@ -70,7 +80,9 @@ def test_any_combination(name):
         try:
             for step in range(1, STEPS + 1):
                 if step == cut + 1:
-                    second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
+                    second.load_state_dict(
+                        json.loads(json.dumps(first.state_dict(), allow_nan=False))
+                    )
                 read = take_step(first, step)
                 assert step <= cut or take_step(second, step) == read, (mixer, planner, step)
                 run += 1

@@ -13,10 +13,15 @@ NAMES = ["a", "b", "c"]
 
 
 def planner_of(**settings):
-    return Planner(make_mixer("odm", NAMES), **({"sizes": [50, 60, 70], "rows": 8, "seed": 3, "lag": 1} | settings))
+    return Planner(
+        make_mixer("odm", NAMES),
+        **({"sizes": [50, 60, 70], "rows": 8, "seed": 3, "lag": 1} | settings),
+    )
 
 
-@pytest.mark.parametrize("names", [tuple(NAMES), np.array(NAMES), dict.fromkeys(NAMES).keys(), (n for n in NAMES)])
+@pytest.mark.parametrize(
+    "names", [tuple(NAMES), np.array(NAMES), dict.fromkeys(NAMES).keys(), (n for n in NAMES)]
+)
 def test_sources_in_any_form(names):
     mixer = make_mixer("odm", names, prior=np.array([0.5, 0.25, 0.25]), reference=None)
     mixer.observe(Stats(1, [2.0, 3, 4], (1, 1, 1)))
@@ -117,11 +122,13 @@ def damaged(change):
 DAMAGE = {
     "a planner's state of format 1 is expected, got NoneType": None,
     "the planner's state is damaged: KeyError.'mixer'": lambda state: state.pop("mixer"),
-    "the planner's state is damaged: KeyError.'read'": lambda state: state["sources"]["b"].pop("read"),
+    "the planner's state is damaged: KeyError.'read'": lambda state: state["sources"]["b"].pop(
+        "read"
+    ),
     "the state of mixer 'clip' is damaged: it is NoneType": lambda state: state.update(mixer=None),
-    "the state of mixer 'clip' is damaged: ValueError..shares of b": lambda state: state["mixer"]["sources"][
-        "b"
-    ].update(shares=math.nan),
+    "the state of mixer 'clip' is damaged: ValueError..shares of b": lambda state: state["mixer"][
+        "sources"
+    ]["b"].update(shares=math.nan),
 }
 
 

@@ -22,7 +22,10 @@ def numbers() -> ModuleType:
 
 def run(losses, steps=(10, 20, 40, 80)):
     """A result whose two sources have the same loss."""
-    return {"curve": [[step, loss, loss] for step, loss in zip(steps, losses, strict=True)], "outside": [1.0, 3.0]}
+    return {
+        "curve": [[step, loss, loss] for step, loss in zip(steps, losses, strict=True)],
+        "outside": [1.0, 3.0],
+    }
 
 
 def test_isotonic_regression(numbers):
@@ -42,7 +45,9 @@ def test_iterations_saved(numbers):
 
 def test_a_shorter_run_is_measured_in_steps_of_the_base(numbers):
     """A confirmation run counts its own steps against those of the base."""
-    assert numbers.saved(run([5, 4, 2], (10, 20, 40)), run([5, 4, 3, 2]), WEIGHTS) == pytest.approx(0.5)
+    assert numbers.saved(run([5, 4, 2], (10, 20, 40)), run([5, 4, 3, 2]), WEIGHTS) == pytest.approx(
+        0.5
+    )
 
 
 def test_noise_of_equal_arms_has_no_side(numbers):
@@ -57,7 +62,9 @@ def test_metrics(numbers):
     """Each metric by hand."""
     result = {"curve": [[10, 1.0, 3.0]], "outside": [1.0, 3.0]}
     found = numbers.metrics(result, np.array([0.9, 0.1]), np.array([1.0, 2.5]))
-    assert found == pytest.approx({"M1": 2.0, "M1 ppl": (np.e + np.e**3) / 2, "M2": 1.2, "M3": 0.5, "M4": 2.0})
+    assert found == pytest.approx(
+        {"M1": 2.0, "M1 ppl": (np.e + np.e**3) / 2, "M2": 1.2, "M3": 0.5, "M4": 2.0}
+    )
 
 
 def test_against(numbers):

@@ -31,7 +31,9 @@ def bench(mixing, tmp_path):
     bench.scale, bench.folder = mixing.SCALES["quick"], tmp_path
     for seed in (1, 2):
         result = {"job": asdict(mixing.Job("uniform", seed, "uniform")), "curve": [[40, 9.0, 9.0]]}
-        bench.path("uniform", seed).write_text(json.dumps(result | {"fed": [seed + 0.25, seed + 0.5]}))
+        bench.path("uniform", seed).write_text(
+            json.dumps(result | {"fed": [seed + 0.25, seed + 0.5]})
+        )
     return bench
 
 

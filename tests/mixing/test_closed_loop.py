@@ -53,7 +53,10 @@ def test_no_source_is_left_behind(name):
 
 def test_progress_reads_less_noise_and_learns_more():
     """13 sources that are learned and one that is not: the share of the noise drops, and the others end lower."""
-    names, floors = [f"s{i}" for i in range(13)] + ["noise"], np.append(np.linspace(0.8, 2.6, 13), 2.77)
+    names, floors = (
+        [f"s{i}" for i in range(13)] + ["noise"],
+        np.append(np.linspace(0.8, 2.6, 13), 2.77),
+    )
     ends, weights = {}, {}
     for name in ("uniform", "odm", "progress"):
         mixer = make_mixer(name, sources=names, warmup_steps=20 if name != "uniform" else 0)
@@ -61,7 +64,9 @@ def test_progress_reads_less_noise_and_learns_more():
         random, read = np.random.default_rng(0), np.ones(14)
         for step in range(1, 401):
             counts = planner.plan(step).counts
-            losses = floors + np.append(np.full(13, 3.0), 0.3) * (read / 4) ** np.append(np.full(13, -0.3), -3.0)
+            losses = floors + np.append(np.full(13, 3.0), 0.3) * (read / 4) ** np.append(
+                np.full(13, -0.3), -3.0
+            )
             shown = losses + random.normal(0, 1, 14) * np.append(np.full(13, 0.4), 0.02)
             planner.observe(Stats(step, shown * counts, counts))
             read += counts

@@ -68,12 +68,22 @@ def test_warmup_holds_the_prior_for_its_steps():
 
 def test_floor_lifts_every_share():
     """Of 0.2 each source has 0.1 for certain."""
-    assert weights_over(Floor(told(), total=0.2), MOVES) == [[0.3, 0.7], [0.7, 0.3], [0.5, 0.5], [0.1, 0.9]]
+    assert weights_over(Floor(told(), total=0.2), MOVES) == [
+        [0.3, 0.7],
+        [0.7, 0.3],
+        [0.5, 0.5],
+        [0.1, 0.9],
+    ]
     assert Floor(told((0.0, 1.0)), total=0.2).weights().tolist() == [0.1, 0.9]
 
 
 def test_clip_caps_every_share():
-    assert weights_over(Clip(told(), most=0.7), MOVES) == [[0.3, 0.7], [0.7, 0.3], [0.5, 0.5], [0.3, 0.7]]
+    assert weights_over(Clip(told(), most=0.7), MOVES) == [
+        [0.3, 0.7],
+        [0.7, 0.3],
+        [0.5, 0.5],
+        [0.3, 0.7],
+    ]
 
 
 def test_smooth_moves_by_halves():
@@ -111,7 +121,9 @@ def test_every_passes_an_evaluation_on_at_once():
     mixer.observe(Stats(2, [1, 1], [2, 2], val_loss=[7, 8], ref_loss_sum=[3, 4], excess_sum=[5, 6]))
     (passed,) = mixer.inner[0].seen
     assert passed.val_loss == [7, 8]
-    assert [np.asarray(v).tolist() for v in (passed.tokens, passed.ref_loss_sum, passed.excess_sum)] == [
+    assert [
+        np.asarray(v).tolist() for v in (passed.tokens, passed.ref_loss_sum, passed.excess_sum)
+    ] == [
         [4, 4],
         [6, 8],
         [10, 12],
@@ -127,12 +139,16 @@ def test_every_leaves_a_bad_loss_out():
 
 
 def test_schedule_takes_turns():
-    mixer = Schedule([(1, make_mixer("static", sources=["a", "b"], prior=[0.9, 0.1])), (3, told()), (4, told())])
+    mixer = Schedule(
+        [(1, make_mixer("static", sources=["a", "b"], prior=[0.9, 0.1])), (3, told()), (4, told())]
+    )
     assert mixer.weights().tolist() == [0.9, 0.1]
     assert weights_over(mixer, MOVES) == [[0.9, 0.1], *PLAIN[1:]]
     assert [mixer.place(step) for step in (1, 2, 3, 4, 99)] == [0, 0, 1, 2, 2]
     assert mixer.known(2).tolist() == [0.9, 0.1] and mixer.known(3) is None
-    with pytest.raises(ConfigError, match=r"schedule: expected growing steps that begin with 1, got .2."):
+    with pytest.raises(
+        ConfigError, match=r"schedule: expected growing steps that begin with 1, got .2."
+    ):
         Schedule([(2, told())])
     with pytest.raises(ConfigError, match="must have the same sources"):
         Schedule([(1, told()), (2, told(names=("a", "c")))])

@@ -21,7 +21,9 @@ def kinds(mixer):
 
 @pytest.mark.parametrize("kind", sorted(set(MIXERS) - {"replay"}))
 def test_every_kind_is_made(kind):
-    config = build(MixingConfig, {"kind": kind, "warmup_steps": 3, "floor": 0.1} | NEEDED.get(kind, {}), "here")
+    config = build(
+        MixingConfig, {"kind": kind, "warmup_steps": 3, "floor": 0.1} | NEEDED.get(kind, {}), "here"
+    )
     mixer = config.make(NAMES, tokens=500.0, sizes=[100, 200], prior=[0.25, 0.75])
     clip = ["clip"] if kind == "odm" else []
     assert kinds(mixer) == ["warm-up", *clip, "floor", kind]
@@ -35,8 +37,16 @@ def test_without_settings_it_is_the_prior():
 
 
 def test_what_is_put_around(tmp_path):
-    values = {"kind": "odm", "update_every": 2, "weight_smoothing": 0.5, "floor": 0.1, "max_share": 0.7}
-    config = build(MixingConfig, values | {"freeze_after": 9, "warmup_steps": 1, "epoch_cap": 4.0}, "here")
+    values = {
+        "kind": "odm",
+        "update_every": 2,
+        "weight_smoothing": 0.5,
+        "floor": 0.1,
+        "max_share": 0.7,
+    }
+    config = build(
+        MixingConfig, values | {"freeze_after": 9, "warmup_steps": 1, "epoch_cap": 4.0}, "here"
+    )
     mixer = config.make(NAMES, tokens=500.0, sizes=[100, 200])
     kinds = []
     while mixer.inner:
@@ -49,7 +59,10 @@ def test_what_is_put_around(tmp_path):
 WRONG = {
     "no mixer 'odmm'; have: ado, .*did you mean 'odm'": {"kind": "odmm"},
     "mixer 'static' has no option 'smoothing'; its own: none": {"smoothing": 0.9},
-    "mixer 'odm' has no option 'target'; its own: smoothing, eps": {"kind": "odm", "target": {"a": 1.0}},
+    "mixer 'odm' has no option 'target'; its own: smoothing, eps": {
+        "kind": "odm",
+        "target": {"a": 1.0},
+    },
     "exhaustion of source 'web': expected repeat, stop, drop or cap:N epochs, got 'halt'": {
         "exhaustion": {"web": "halt"}
     },

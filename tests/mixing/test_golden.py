@@ -33,7 +33,10 @@ def test_exploration():
 
 def test_static_natural_uniform():
     assert make_mixer("static", sources=TWO, prior=[0.2, 0.8]).weights().tolist() == [0.2, 0.8]
-    assert make_mixer("static", sources=TWO, prior={"b": 0.25, "a": 0.75}).weights().tolist() == [0.75, 0.25]
+    assert make_mixer("static", sources=TWO, prior={"b": 0.25, "a": 0.75}).weights().tolist() == [
+        0.75,
+        0.25,
+    ]
     assert make_mixer("natural", sources=TWO, sizes=[100, 300]).weights().tolist() == [0.25, 0.75]
     assert make_mixer("uniform", sources=TWO, prior=[0.2, 0.8]).weights().tolist() == [0.5, 0.5]
 
@@ -42,14 +45,18 @@ def test_temperature():
     weights = make_mixer("temperature", sources=TWO, sizes=[100, 400], temperature=2).weights()
     np.testing.assert_allclose(weights, [1 / 3, 2 / 3], rtol=1e-12)
     np.testing.assert_allclose(
-        make_mixer("temperature", sources=TWO, sizes=[100, 400], temperature=1e9).weights(), [0.5, 0.5], atol=1e-8
+        make_mixer("temperature", sources=TWO, sizes=[100, 400], temperature=1e9).weights(),
+        [0.5, 0.5],
+        atol=1e-8,
     )
 
 
 def test_unimax():
     """Budget 30: 10 each, but 4 epochs of the smallest are 4; the other two take 13 each."""
     names = ["large", "small", "middle"]
-    weights = make_mixer("unimax", sources=names, sizes=[100, 1, 10], budget=30.0, max_epochs=4).weights()
+    weights = make_mixer(
+        "unimax", sources=names, sizes=[100, 1, 10], budget=30.0, max_epochs=4
+    ).weights()
     np.testing.assert_allclose(weights, [13 / 30, 4 / 30, 13 / 30], rtol=1e-12)
 
 
@@ -88,7 +95,9 @@ def test_naive_validation():
 def test_dynamic_batch_loading():
     """Distances 0 and 1: e / (1 + e) = 0.7310586, a ten-thousandth of it spread evenly."""
     mixer = make_mixer("dbl", sources=TWO, target=[2.0, 2.0])
-    np.testing.assert_allclose(at_100([0.0, 0.0], mixer, val=[2.0, 3.0]), [0.2689645, 0.7310355], atol=1e-7)
+    np.testing.assert_allclose(
+        at_100([0.0, 0.0], mixer, val=[2.0, 3.0]), [0.2689645, 0.7310355], atol=1e-7
+    )
     mixer.observe(Stats(101, [0, 0], [0, 0]))
     np.testing.assert_allclose(mixer.weights()[1], 0.9999 * 0.73105858 + 5e-5, atol=1e-8)
 
@@ -120,7 +129,9 @@ def test_doremi_takes_reference_sums(extra):
 def test_odm_has_no_cold_start():
     """The first perplexities count in full: shares 1/3 and 2/3 at once."""
     mixer = make_mixer("odm", sources=TWO, smoothing=0.5)
-    np.testing.assert_allclose(at_100([math.log(2), math.log(4)], mixer), [0.3529568, 0.6470432], atol=1e-7)
+    np.testing.assert_allclose(
+        at_100([math.log(2), math.log(4)], mixer), [0.3529568, 0.6470432], atol=1e-7
+    )
 
 
 def test_odm_running_mean():
@@ -136,7 +147,9 @@ def test_odm_counts_drawings_and_not_steps():
     mixer = make_mixer("odm", sources=TWO, smoothing=0.5, eps=0.0)
     for step in range(1, 7):
         late = step >= 5
-        mixer.observe(Stats(step, [math.log(2), math.log(4 if step == 5 else 3.4) * late], [1, late]))
+        mixer.observe(
+            Stats(step, [math.log(2), math.log(4 if step == 5 else 3.4) * late], [1, late])
+        )
     np.testing.assert_allclose(mixer.weights(), [2 / 5.6, 3.6 / 5.6], rtol=1e-12)
 
 
@@ -178,7 +191,9 @@ def test_ado_recovers_scaling_laws():
     n = np.cumsum(tokens.sum(0)) - 100
     curves = np.stack([2 + 30 * n**-0.5, 0.0 + 5 * n**-0.2])
     floor, beta, alpha = fit(curves * tokens, tokens)
-    np.testing.assert_allclose(curves, floor[:, None] + beta[:, None] * n ** -alpha[:, None], rtol=0.03)
+    np.testing.assert_allclose(
+        curves, floor[:, None] + beta[:, None] * n ** -alpha[:, None], rtol=0.03
+    )
     np.testing.assert_allclose(alpha, [0.5, 0.2], atol=0.02)
 
 
@@ -190,4 +205,6 @@ def test_ado_follows_the_speed_of_learning():
     mixer.observe(Stats(2, [60.0, 140.0], [30, 70]))
     speed = np.array([0.5 * 40 * 1000**-1.5, 0.25 * 8 * 1000**-1.25])
     np.testing.assert_allclose(mixer.weights(), 0.9 * 0.5 + 0.1 * speed / speed.sum(), rtol=1e-12)
-    np.testing.assert_allclose(mixer.mean_share, (np.array([0.5, 0.5]) + mixer.weights()) / 2, rtol=1e-12)
+    np.testing.assert_allclose(
+        mixer.mean_share, (np.array([0.5, 0.5]) + mixer.weights()) / 2, rtol=1e-12
+    )

@@ -26,7 +26,9 @@ class Transcribed:
         self.eps = min(1 / self.count, math.sqrt(math.log(self.count) / (self.count * iteration)))
         for name, loss in losses.items():
             self.reward[name] = self.alpha * self.reward[name] + (1 - self.alpha) * math.exp(loss)
-        scale = (1 - self.count * self.eps) / sum(reward * before for reward in self.reward.values())
+        scale = (1 - self.count * self.eps) / sum(
+            reward * before for reward in self.reward.values()
+        )
         weights = {name: reward * before * scale + self.eps for name, reward in self.reward.items()}
         total = sum(weights.values())
         self.probability = {name: weight / total for name, weight in weights.items()}
@@ -50,8 +52,12 @@ def test_every_step_equals_the_transcription(alpha, warmup, frequency):
         losses = {name: draw.uniform(0.5, 8) for name in drawn}
         theirs.step(step, losses)
         tokens = np.array([32.0 if name in losses else 0.0 for name in range(6)])
-        ours.observe(Stats(step, np.array([losses.get(name, 0.0) for name in range(6)]) * tokens, tokens))
-        np.testing.assert_allclose(ours.weights(), list(theirs.probability.values()), rtol=1e-12, err_msg=str(step))
+        ours.observe(
+            Stats(step, np.array([losses.get(name, 0.0) for name in range(6)]) * tokens, tokens)
+        )
+        np.testing.assert_allclose(
+            ours.weights(), list(theirs.probability.values()), rtol=1e-12, err_msg=str(step)
+        )
 
 
 def test_the_published_formula_becomes_uniform_and_the_code_does_not():

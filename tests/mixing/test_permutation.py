@@ -43,7 +43,10 @@ def test_every_place_goes_everywhere_equally_often(size):
     for place in (0, size // 2, size - 1):
         found = permute(np.full(20_000, place), np.full(20_000, size), keys)
         other = permute(np.full(20_000, (place + 1) % size), np.full(20_000, size), keys)
-        for drawn in (np.bincount(found, minlength=size), np.bincount((other - found) % size, minlength=size)[1:]):
+        for drawn in (
+            np.bincount(found, minlength=size),
+            np.bincount((other - found) % size, minlength=size)[1:],
+        ):
             expected = 20_000 / len(drawn)
             chi = ((drawn - expected) ** 2 / expected).sum()
             freedom = len(drawn) - 1
@@ -55,7 +58,28 @@ def test_golden_order():
     assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF, "the first number of SplitMix64 from 0"
     assert mix_all(np.array([1], np.uint64))[0] == mix(1)
     assert permutation(10, 1234).tolist() == [0, 9, 6, 1, 3, 8, 7, 5, 2, 4]
-    assert permutation(20, 1234).tolist() == [13, 19, 9, 15, 12, 4, 18, 17, 6, 7, 8, 11, 2, 10, 3, 0, 16, 1, 5, 14]
+    assert permutation(20, 1234).tolist() == [
+        13,
+        19,
+        9,
+        15,
+        12,
+        4,
+        18,
+        17,
+        6,
+        7,
+        8,
+        11,
+        2,
+        10,
+        3,
+        0,
+        16,
+        1,
+        5,
+        14,
+    ]
     assert resample(np.array([3, 1, 4, 2]), 7, 1 << 63).tolist() == [2, 1, 3, 1]
     assert source_keys(1, ["web"])[0] == source_keys(1, ["code", "web"])[1]
     assert len(set(source_keys(1, ["a", "b"]).tolist() + source_keys(2, ["a", "b"]).tolist())) == 4

@@ -20,7 +20,11 @@ def planner_of(weights, **settings):
 
 def ids(planner, first, last):
     """(step, source, row) of everything that is read in these steps."""
-    return [(step, *pair) for step in range(first, last + 1) for pair in pairs(planner.plan(step).rows())]
+    return [
+        (step, *pair)
+        for step in range(first, last + 1)
+        for pair in pairs(planner.plan(step).rows())
+    ]
 
 
 def pairs(rows):
@@ -118,7 +122,13 @@ def test_lag_is_the_distance_to_the_losses():
             plan = planner.plan(step)
             assert (plan.weights[0] > 0.34) == (step >= 6 + lag), (lag, step)
             loud = step == 5
-            planner.observe(Stats(step, [4.0 if loud else 0.0, 1.0 if loud else 0.0, 1.0 if loud else 0.0], [loud] * 3))
+            planner.observe(
+                Stats(
+                    step,
+                    [4.0 if loud else 0.0, 1.0 if loud else 0.0, 1.0 if loud else 0.0],
+                    [loud] * 3,
+                )
+            )
 
 
 def test_the_mixer_may_be_fed_directly():
@@ -128,12 +138,17 @@ def test_the_mixer_may_be_fed_directly():
         mixer.observe(stats_at(step, direct.plan(step)))
     assert direct.plan(10).step == 10
     through.plan(1)
-    with pytest.raises(TrainingError, match=r"plan\(2\) with lag 0 follows the losses up to step 1, but the mixer has"):
+    with pytest.raises(
+        TrainingError,
+        match=r"plan\(2\) with lag 0 follows the losses up to step 1, but the mixer has",
+    ):
         through.plan(2)
 
 
 def test_steps_are_planned_in_order():
-    with pytest.raises(TrainingError, match=r"plan\(5\): the next step to plan is 1; a resumed run loads"):
+    with pytest.raises(
+        TrainingError, match=r"plan\(5\): the next step to plan is 1; a resumed run loads"
+    ):
         planner_of([1.0]).plan(5)
 
 
@@ -146,7 +161,10 @@ def test_repeat_tells_when_a_source_begins_its_fifth_epoch():
 def test_stop():
     planner = planner_of([0.5, 0.5], sizes=[10, 1000], exhaustion={"a": "stop"})
     assert len(ids(planner, 1, 2)) == 16
-    with pytest.raises(ExhaustionError, match=r"source 'a' was read through.* 2 of its 10 rows are left and 4 are due"):
+    with pytest.raises(
+        ExhaustionError,
+        match=r"source 'a' was read through.* 2 of its 10 rows are left and 4 are due",
+    ):
         planner.plan(3)
     assert planner.cursors.tolist() == [8, 8], "nothing is lost"
 
@@ -162,7 +180,9 @@ def test_drop_says_so_once_and_ends_when_all_are_read():
     planner = planner_of([0.5, 0.5], sizes=[10, 20], exhaustion="drop")
     events = [text for step in range(1, 4) for text in planner.plan(step).events]
     assert events == ["source 'a' is read through after one epoch and gives no more rows"]
-    with pytest.raises(ExhaustionError, match="no source may give more: 2 of the 8 rows of a batch are missing"):
+    with pytest.raises(
+        ExhaustionError, match="no source may give more: 2 of the 8 rows of a batch are missing"
+    ):
         planner.plan(4)
 
 
@@ -183,7 +203,9 @@ def test_a_source_smaller_than_its_part_of_a_batch():
 
 
 def test_empty_sources():
-    with pytest.raises(ConfigError, match="source 'b' has no rows; take it out, or pass allow_empty=True"):
+    with pytest.raises(
+        ConfigError, match="source 'b' has no rows; take it out, or pass allow_empty=True"
+    ):
         planner_of([0.5, 0.5], sizes=[10, 0])
     plan = planner_of([0.5, 0.5], sizes=[10, 0], allow_empty=True).plan(1)
     assert plan.counts.tolist() == [8, 0] and plan.events == ()
@@ -191,7 +213,9 @@ def test_empty_sources():
 
 WRONG = {
     "exhaustion: no source 'z'; have: a, b": {"exhaustion": {"z": "stop"}},
-    "exhaustion of source 'a': expected repeat, stop, drop or cap:N epochs, got 'cap:0'": {"exhaustion": "cap:0"},
+    "exhaustion of source 'a': expected repeat, stop, drop or cap:N epochs, got 'cap:0'": {
+        "exhaustion": "cap:0"
+    },
     "expected 0 < rows <= 536870912 and lag >= 0, got rows 0": {"rows": 0},
     "sizes: source 'b' has -1": {"sizes": [1, -1]},
 }
@@ -218,4 +242,6 @@ def test_five_thousand_sources():
     tracemalloc.stop()
     assert planner.cursors.sum() == 32 * 600
     assert peak < 50e6
-    assert planner.cursors[4000:].sum() > 1.2 * planner.cursors[:1000].sum(), "higher losses are read more"
+    assert planner.cursors[4000:].sum() > 1.2 * planner.cursors[:1000].sum(), (
+        "higher losses are read more"
+    )

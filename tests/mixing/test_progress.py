@@ -20,7 +20,9 @@ def observed(mixer, steps, fall, *, start=None, counts=(8, 8, 8, 8), wobble=0.0)
 
 def test_slopes_of_a_straight_line():
     """Losses that are lines in ln t at even shares: the slopes come out."""
-    mixer = observed(make_mixer("progress", sources=NAMES, caution=0.0, least=1.0), 200, [0.6, 0.2, 0.0, 0.0])
+    mixer = observed(
+        make_mixer("progress", sources=NAMES, caution=0.0, least=1.0), 200, [0.6, 0.2, 0.0, 0.0]
+    )
     slopes, pooled = mixer.slopes()
     np.testing.assert_allclose(slopes, [0.6, 0.2, 0.0, 0.0], atol=1e-6)
     assert pooled == pytest.approx(0.2)
@@ -76,13 +78,17 @@ def test_neither_noise_nor_what_is_known_is_read():
 def test_nothing_learned_anywhere_is_the_prior():
     """Flat or rising losses give no reason to move."""
     for fall in ([0.0] * 4, [-0.3] * 4):
-        mixer = observed(make_mixer("progress", sources=NAMES, prior=[0.4, 0.3, 0.2, 0.1]), 50, fall)
+        mixer = observed(
+            make_mixer("progress", sources=NAMES, prior=[0.4, 0.3, 0.2, 0.1]), 50, fall
+        )
         np.testing.assert_allclose(mixer.weights(), [0.4, 0.3, 0.2, 0.1])
 
 
 def test_a_source_that_was_never_drawn_counts_as_the_mean():
     """It has the slope of all together, so it keeps about its prior share."""
-    mixer = observed(make_mixer("progress", sources=NAMES, least=0.0), 100, [0.4] * 4, counts=(8, 8, 8, 0))
+    mixer = observed(
+        make_mixer("progress", sources=NAMES, least=0.0), 100, [0.4] * 4, counts=(8, 8, 8, 0)
+    )
     np.testing.assert_allclose(mixer.weights(), 0.25, atol=1e-6)
 
 
@@ -91,7 +97,9 @@ def test_a_prior_of_0_stays_0(recent):
     """Whether or not such a source is read; its logarithm does no harm."""
     mixer = make_mixer("progress", sources=NAMES, prior=[0.5, 0.3, 0.2, 0.0], recent=recent)
     with np.errstate(all="raise", under="ignore"):
-        weights = observed(mixer, 50, [0.5, 0.3, 0.0, 0.2], counts=(8, 8, 8, 0), wobble=0.01).weights()
+        weights = observed(
+            mixer, 50, [0.5, 0.3, 0.0, 0.2], counts=(8, 8, 8, 0), wobble=0.01
+        ).weights()
     assert weights[3] == 0 and weights[:3].min() > 0
 
 

@@ -14,7 +14,10 @@ from castalia.mixing.simplex import cap, fill, normalise, towards
 
 LOSSES = st.floats(allow_nan=True, allow_infinity=True, width=64) | st.floats(0, 12)
 STEPS = st.lists(
-    st.tuples(st.lists(LOSSES, min_size=5, max_size=5), st.lists(st.integers(0, 3), min_size=5, max_size=5))
+    st.tuples(
+        st.lists(LOSSES, min_size=5, max_size=5),
+        st.lists(st.integers(0, 3), min_size=5, max_size=5),
+    )
 )
 SHARES = st.lists(st.floats(0, 1), min_size=2, max_size=12).filter(lambda x: sum(x) > 1e-3)
 
@@ -23,7 +26,9 @@ def on_the_simplex(weights):
     return np.isfinite(weights).all() and weights.min() >= 0 and abs(weights.sum() - 1) < 1e-9
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(steps=STEPS)
 def test_any_losses_leave_a_distribution(build, steps):
     mixer = build()
@@ -57,11 +62,19 @@ def test_fill(limits, share):
 
 def test_cap_keeps_the_proportions_of_the_others():
     np.testing.assert_allclose(cap(np.array([0.8, 0.15, 0.05]), 0.5), [0.5, 0.375, 0.125])
-    np.testing.assert_allclose(cap(np.array([0.8, 0.2, 0.0]), 0.4), [0.4, 0.4, 0.2], err_msg="0 may rise where it must")
+    np.testing.assert_allclose(
+        cap(np.array([0.8, 0.2, 0.0]), 0.4), [0.4, 0.4, 0.2], err_msg="0 may rise where it must"
+    )
     np.testing.assert_allclose(cap(np.array([0.7, 0.3]), np.array([0.2, 0.2])), [0.5, 0.5])
 
 
-BAD = {"nan": math.nan, "infinite": math.inf, "minus infinite": -math.inf, "huge": 1e300, "above 709": 720.0}
+BAD = {
+    "nan": math.nan,
+    "infinite": math.inf,
+    "minus infinite": -math.inf,
+    "huge": 1e300,
+    "above 709": 720.0,
+}
 
 
 @pytest.mark.parametrize("loss", BAD.values(), ids=BAD)
@@ -100,7 +113,8 @@ def test_the_prior_gives_way_in_steps_of_two(prior):
     names, losses = [f"s{i}" for i in range(22)], np.linspace(0.8, 4.0, 22)
     start = np.linspace(1, 0.001, 22) if prior == "skewed" else np.ones(22)
     mixer, free = (
-        make_mixer("odm", names, prior=start / start.sum(), warmup_steps=steps, max_share=1.0) for steps in (1000, 0)
+        make_mixer("odm", names, prior=start / start.sum(), warmup_steps=steps, max_share=1.0)
+        for steps in (1000, 0)
     )
     largest = []
     for step in range(1, 1040):
@@ -133,7 +147,9 @@ def test_noise_does_not_take_the_batch():
     assert last["odm"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("name", ["odm", "odm-repo", "odm-paper", "exp3", "naive-validation", "ado", "static"])
+@pytest.mark.parametrize(
+    "name", ["odm", "odm-repo", "odm-paper", "exp3", "naive-validation", "ado", "static"]
+)
 def test_one_source(name):
     mixer = make_mixer(name, sources=["all"], warmup_steps=1)
     for step in range(1, 5):
@@ -142,7 +158,9 @@ def test_one_source(name):
 
 
 def test_an_empty_source(build):
-    with pytest.raises(ConfigError, match=r"source 'mail' is empty; take it out, or pass allow_empty=True"):
+    with pytest.raises(
+        ConfigError, match=r"source 'mail' is empty; take it out, or pass allow_empty=True"
+    ):
         build(sizes=[400, 90, 1000, 0, 250])
     mixer = build(sizes=[400, 90, 1000, 0, 250], allow_empty=True)
     for step in range(1, 30):
@@ -153,7 +171,9 @@ def test_an_empty_source(build):
 
 def test_stats_of_the_wrong_length_or_step():
     mixer = make_mixer("odm", sources=["a", "b"])
-    with pytest.raises(TrainingError, match=r"step 3: Stats.tokens has shape \(3,\); expected \(2,\)"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: Stats.tokens has shape \(3,\); expected \(2,\)"
+    ):
         mixer.observe(Stats(3, [1, 2], [1, 2, 3]))
     mixer.observe(Stats(4, [1, 2], [1, 2]))
     with pytest.raises(TrainingError, match="has seen step 4 and got the stats of step 4"):
@@ -218,6 +238,9 @@ def test_doremi_without_a_reference():
 def test_many_sources_are_told_when_exploration_leaves_nothing_to_learn():
     names = [f"s{i}" for i in range(1000)]
     (note,) = make_mixer("odm", sources=names, warmup_steps=10).notes(10_000)
-    assert "with 1000 sources 100% of the data is mixed uniformly at a fifth of the run and 83% at its end" in note
+    assert (
+        "with 1000 sources 100% of the data is mixed uniformly at a fifth of the run and 83% at its end"
+        in note
+    )
     assert make_mixer("odm", sources=names, eps=1e-5).notes(10_000) == []
     assert make_mixer("odm", sources=names[:20]).notes(10_000) == []

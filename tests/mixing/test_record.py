@@ -12,7 +12,9 @@ NAMES = ["a", "b", "c"]
 
 
 def planner_of(name="odm", lag=1, **options):
-    return Planner(make_mixer(name, sources=NAMES, **options), sizes=[31, 17, 50], rows=12, seed=5, lag=lag)
+    return Planner(
+        make_mixer(name, sources=NAMES, **options), sizes=[31, 17, 50], rows=12, seed=5, lag=lag
+    )
 
 
 def recorded(planner, log, first, last):
@@ -36,7 +38,10 @@ def test_replay_reads_the_same_rows(tmp_path, options, every):
     ids = recorded(planner, log, 1, 64)
     log.close()
     for lag in (0, 1, 5):
-        assert recorded(planner_of("replay", lag, record=tmp_path / "mixture.jsonl"), None, 1, 64) == ids
+        assert (
+            recorded(planner_of("replay", lag, record=tmp_path / "mixture.jsonl"), None, 1, 64)
+            == ids
+        )
 
 
 def test_replay_ends_where_the_record_ends(tmp_path):
@@ -44,9 +49,13 @@ def test_replay_ends_where_the_record_ends(tmp_path):
     recorded(planner, MixtureLog(tmp_path / "m.jsonl", planner), 1, 5)
     replay = planner_of("replay", record=str(tmp_path / "m.jsonl"))
     recorded(replay, None, 1, 5)
-    with pytest.raises(TrainingError, match="replay: the record ends at step 5, step 6 is asked for"):
+    with pytest.raises(
+        TrainingError, match="replay: the record ends at step 5, step 6 is asked for"
+    ):
         replay.plan(6)
-    with pytest.raises(ConfigError, match="the record has the sources a, b, c; this run has c, b, a"):
+    with pytest.raises(
+        ConfigError, match="the record has the sources a, b, c; this run has c, b, a"
+    ):
         make_mixer("replay", sources=["c", "b", "a"], record=tmp_path / "m.jsonl")
 
 
@@ -54,7 +63,9 @@ def test_everything_off_is_the_static_mixture():
     """ODM that is frozen from the start reads what `static` reads."""
     static = recorded(planner_of("static", prior=[0.5, 0.3, 0.2]), None, 1, 40)
     assert recorded(planner_of("odm", prior=[0.5, 0.3, 0.2], freeze_after=0), None, 1, 40) == static
-    assert recorded(planner_of("odm", prior=[0.5, 0.3, 0.2], warmup_steps=100), None, 1, 40) == static
+    assert (
+        recorded(planner_of("odm", prior=[0.5, 0.3, 0.2], warmup_steps=100), None, 1, 40) == static
+    )
 
 
 def test_what_a_line_says(tmp_path):
@@ -65,7 +76,11 @@ def test_what_a_line_says(tmp_path):
     header, line = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
     assert header["sources"] == NAMES and header["sizes"] == [31, 17, 50] and header["seed"] == 5
     assert header["mixer"]["kind"] == "static" and header["exhaustion"] == ["repeat"] * 3
-    assert line["loss"] == [3.0, None, None] and line["counts"] == [6, 6, 0] and line["read"] == [0, 0, 0]
+    assert (
+        line["loss"] == [3.0, None, None]
+        and line["counts"] == [6, 6, 0]
+        and line["read"] == [0, 0, 0]
+    )
     assert line["entropy"] == pytest.approx(np.log(2), abs=1e-6) and line["distance"] == 0
     assert line["rejected"] == 0 and "uniform_share" not in line
     log.write(planner.plan(2))
@@ -74,14 +89,20 @@ def test_what_a_line_says(tmp_path):
 
 def test_a_line_reports_what_the_mixer_does(tmp_path):
     """Step 100 of three sources, the last of which stands at its cap; one loss was refused."""
-    mixer = make_mixer("odm", sources=NAMES, max_share=0.4, epoch_cap=2.0, horizon=1e6, sizes=[10, 10, 10])
+    mixer = make_mixer(
+        "odm", sources=NAMES, max_share=0.4, epoch_cap=2.0, horizon=1e6, sizes=[10, 10, 10]
+    )
     planner = Planner(mixer, sizes=[31, 17, 50], rows=12, seed=5)
     log = MixtureLog(tmp_path / "m.jsonl", planner)
     plan = planner.plan(1)
     planner.observe(Stats(1, [1, np.inf, 9], [1, 1, 1]))
     log.write(plan)
     line = json.loads((tmp_path / "m.jsonl").read_text().splitlines()[-1])
-    assert line["uniform_share"] == 1.0 and line["rejected"] == 1 and line["epoch_cap_overstepped"] == 1
+    assert (
+        line["uniform_share"] == 1.0
+        and line["rejected"] == 1
+        and line["epoch_cap_overstepped"] == 1
+    )
     assert line["at_max_share"] == 0
     for step in range(2, 200):
         plan = planner.plan(step)
@@ -104,7 +125,9 @@ LEARNED = {
 def test_a_line_has_what_was_learned(tmp_path, name):
     """After one step with losses of 2 and 3 nats and a source that was not drawn; its place among more sources kept."""
     options = {"reference": [1.0] * 4} if name == "doremi" else {}
-    mixer = make_mixer(name, [*NAMES, "none"], sizes=[31, 17, 50, 0], allow_empty=True, max_share=1.0, **options)
+    mixer = make_mixer(
+        name, [*NAMES, "none"], sizes=[31, 17, 50, 0], allow_empty=True, max_share=1.0, **options
+    )
     planner = Planner(mixer, sizes=[31, 17, 50, 0], rows=12, seed=5, allow_empty=True)
     log, plan = MixtureLog(tmp_path / "m.jsonl", planner), planner.plan(1)
     planner.observe(Stats(1, [2.0, 3.0, 0, 0], [1, 1, 0, 0]))
@@ -142,7 +165,9 @@ def test_mean_weights_are_a_static_mixture(tmp_path):
     mixture = read_mixture(tmp_path / "m.jsonl")
     assert mixture.steps == [1, 12, 22, 32, 40]
     np.testing.assert_allclose(mixture.mean_weights(), np.mean(used, axis=0), rtol=1e-12)
-    np.testing.assert_allclose(mixture.mean_weights(begin=22), np.mean(used[21:], axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        mixture.mean_weights(begin=22), np.mean(used[21:], axis=0), rtol=1e-12
+    )
     make_mixer("static", sources=NAMES, prior=mixture.mean_weights())
     with pytest.raises(DataError, match="the record has no step from 50 on; its last is 40"):
         mixture.mean_weights(begin=50)

@@ -29,7 +29,14 @@ def test_resumed_equals_uninterrupted(build, stats_of, cut):
     """60 steps, or `cut`, a state through JSON, and the rest; with batches planned ahead when the state is taken."""
 
     def planner():
-        return Planner(build(), sizes=ROWS, rows=12, seed=7, lag=2, exhaustion={"books": "cap:2", "mail": "drop"})
+        return Planner(
+            build(),
+            sizes=ROWS,
+            rows=12,
+            seed=7,
+            lag=2,
+            exhaustion={"books": "cap:2", "mail": "drop"},
+        )
 
     whole = run(planner(), 1, 60, stats_of)
     before = planner()
@@ -44,7 +51,10 @@ def test_resumed_equals_uninterrupted(build, stats_of, cut):
 def combined():
     """Everything that can be put around a mixer, at once."""
     names = ["a", "b", "c", "d", "e"]
-    odm, ado = make_mixer("odm", sources=names, update_every=3), make_mixer("ado", sources=names, refit_every=9)
+    odm, ado = (
+        make_mixer("odm", sources=names, update_every=3),
+        make_mixer("ado", sources=names, refit_every=9),
+    )
     return Freeze(Average(Smooth(Schedule([(1, odm), (25, ado)]), past=0.5)), after=50)
 
 
@@ -60,7 +70,10 @@ def test_combinators_resume_too(stats_of):
 def test_a_state_of_an_earlier_step_plans_the_same_again():
     """A static run that was planned ten steps ahead goes back to step 5."""
     names = ["a", "b"]
-    first, second = (Planner(make_mixer("uniform", sources=names), sizes=[30, 40], rows=8, seed=1) for _ in range(2))
+    first, second = (
+        Planner(make_mixer("uniform", sources=names), sizes=[30, 40], rows=8, seed=1)
+        for _ in range(2)
+    )
     plans = [first.plan(step).rows().index.tolist() for step in range(1, 16)]
     second.load_state_dict(first.state_dict(step=5))
     assert [second.plan(step).rows().index.tolist() for step in range(6, 16)] == plans[5:]
@@ -68,7 +81,9 @@ def test_a_state_of_an_earlier_step_plans_the_same_again():
 
 def learned(names, **settings):
     mixer = make_mixer("odm", sources=names, **settings)
-    return Planner(mixer, sizes={name: 10 * (i + 1) for i, name in enumerate(sorted(names))}, rows=8, seed=1)
+    return Planner(
+        mixer, sizes={name: 10 * (i + 1) for i, name in enumerate(sorted(names))}, rows=8, seed=1
+    )
 
 
 def fed(names, steps=20):
@@ -90,7 +105,8 @@ def test_sources_in_another_order_are_the_same_sources():
 def test_an_added_source():
     before = fed(["a", "b"])
     with pytest.raises(
-        CheckpointError, match=r"this run has source 'c' that the state does not know.*on_new=\"prior\""
+        CheckpointError,
+        match=r"this run has source 'c' that the state does not know.*on_new=\"prior\"",
     ):
         learned(["a", "b", "c"]).load_state_dict(before.state_dict())
     prior, mean = learned(["a", "b", "c"]), learned(["a", "b", "c"])
@@ -112,7 +128,9 @@ def test_a_removed_or_unknown_source():
     with pytest.raises(CheckpointError, match=message):
         learned(["code", "webs"]).mixer.load_state_dict(before.mixer.state_dict())
     after = learned(["code"])
-    with pytest.raises(CheckpointError, match=r"source 'web' that this run has not.*on_removed=\"drop\" forgets it"):
+    with pytest.raises(
+        CheckpointError, match=r"source 'web' that this run has not.*on_removed=\"drop\" forgets it"
+    ):
         after.load_state_dict(before.state_dict())
     after.load_state_dict(before.state_dict(), on_removed="drop")
     assert after.mixer.weights().tolist() == [1.0]
@@ -123,11 +141,15 @@ def test_a_removed_or_unknown_source():
 def test_states_that_do_not_fit():
     state = fed(["a", "b"]).state_dict()
     other = make_mixer("uniform", sources=["a", "b"])
-    with pytest.raises(CheckpointError, match="the state is of mixer 'clip', this run has 'uniform'"):
+    with pytest.raises(
+        CheckpointError, match="the state is of mixer 'clip', this run has 'uniform'"
+    ):
         other.load_state_dict(state["mixer"])
     with pytest.raises(CheckpointError, match="the planner's state has seed 2, this run 1"):
         learned(["a", "b"]).load_state_dict(state | {"seed": 2})
-    with pytest.raises(CheckpointError, match="a planner's state of format 1 is expected, got format None"):
+    with pytest.raises(
+        CheckpointError, match="a planner's state of format 1 is expected, got format None"
+    ):
         learned(["a", "b"]).load_state_dict({})
     larger = json.loads(json.dumps(state))
     larger["sources"]["b"]["size"] = 21

@@ -9,7 +9,13 @@ from castalia.mixing import scores
 
 
 def test_every_number_of_a_small_table():
-    found = scores(["a", "b", "c"], [20.0, 6.0, 0.0], [10, 2, 0], natural=[1, 3, 96], bytes_per_token={"a": 4.0})
+    found = scores(
+        ["a", "b", "c"],
+        [20.0, 6.0, 0.0],
+        [10, 2, 0],
+        natural=[1, 3, 96],
+        bytes_per_token={"a": 4.0},
+    )
     assert found["token_weighted"] == pytest.approx(26 / 12)
     assert found["natural"] == pytest.approx((2 * 1 + 3 * 3) / 4)
     assert found["mean"] == pytest.approx(2.5)
@@ -24,7 +30,14 @@ def test_every_number_of_a_small_table():
 
 def test_what_is_not_known_is_left_out():
     found = scores(["a", "b"], [1.0, 2.0], [1, 1])
-    assert found.keys() == {"token_weighted", "mean", "worst", "worst_source", "perplexity", "sources"}
+    assert found.keys() == {
+        "token_weighted",
+        "mean",
+        "worst",
+        "worst_source",
+        "perplexity",
+        "sources",
+    }
 
 
 @pytest.mark.parametrize(("sums", "tokens"), [([1.0], [1]), ([0.0, 0.0], [0, 0])])

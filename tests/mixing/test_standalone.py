@@ -23,7 +23,9 @@ print(planner.mixer.weights())
 
 
 def run(*command, folder=None):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=240, cwd=folder)
+    return subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=240, cwd=folder
+    )
 
 
 def test_numpy_is_all_it_needs():

@@ -50,14 +50,19 @@ def naive_validation(state, step, losses, shares, val):
     for i, loss in enumerate(val):
         rewards[i] += (loss - min(val)) / (max(val) - min(val))
     before, state["eps"] = state.get("eps", 1 / COUNT), eps(step)
-    return [(1 - COUNT * eps(step)) * s + eps(step) for s in softmax([before * reward for reward in rewards])]
+    return [
+        (1 - COUNT * eps(step)) * s + eps(step)
+        for s in softmax([before * reward for reward in rewards])
+    ]
 
 
 def dbl(state, step, losses, shares, val):
     """w exp(v - target), normalised, a ten-thousandth spread evenly; no clamp."""
     if val is None:
         return shares
-    raised = [share * math.exp(loss - goal) for share, loss, goal in zip(shares, val, GOAL, strict=True)]
+    raised = [
+        share * math.exp(loss - goal) for share, loss, goal in zip(shares, val, GOAL, strict=True)
+    ]
     return [(1 - 1e-4) * value / sum(raised) + 1e-4 / COUNT for value in raised]
 
 
@@ -115,7 +120,9 @@ def test_mixers_that_follow_sizes():
         np.testing.assert_allclose(weights, unimax(sizes, budget, 4), rtol=1e-9)
         again = make_mixer("unimax", NAMES, sizes=sizes, horizon=budget).weights()
         assert again.tolist() == weights.tolist()
-        np.testing.assert_allclose(make_mixer("natural", NAMES, sizes=sizes).weights(), np.array(sizes) / total)
+        np.testing.assert_allclose(
+            make_mixer("natural", NAMES, sizes=sizes).weights(), np.array(sizes) / total
+        )
         for temperature in (0.5, 1.0, 3.3, 1e6):
             raised = [(size / total) ** (1 / temperature) for size in sizes]
             found = make_mixer("temperature", NAMES, sizes=sizes, temperature=temperature).weights()
@@ -124,7 +131,9 @@ def test_mixers_that_follow_sizes():
 
 def test_a_temperature_near_zero_takes_the_largest():
     """Where every power but the largest vanishes."""
-    assert make_mixer("temperature", NAMES, sizes=[1, 2, 3, 4, 9], temperature=1e-6).weights().tolist() == [
+    assert make_mixer(
+        "temperature", NAMES, sizes=[1, 2, 3, 4, 9], temperature=1e-6
+    ).weights().tolist() == [
         0,
         0,
         0,

@@ -11,7 +11,11 @@ NAMES = ("easy", "hard", "noise")
 def heard(name, floors, steps=400, **options):
     """(step, sentence) of all that is said when losses fall to their floors from 6 nats."""
     mixer = make_mixer(name, NAMES, warmup_steps=20, **options)
-    planner, watch, said = Planner(mixer, sizes=[10_000] * 3, rows=24, seed=1), Watch(NAMES, mixer.prior), []
+    planner, watch, said = (
+        Planner(mixer, sizes=[10_000] * 3, rows=24, seed=1),
+        Watch(NAMES, mixer.prior),
+        [],
+    )
     for step in range(1, steps + 1):
         plan = planner.plan(step)
         means = np.array(floors) + (6 - np.array(floors)) * step**-0.4
@@ -25,7 +29,10 @@ def test_noise_that_is_read_more_is_told_once():
     """A loss of 6 nats that stands, under a rule that follows the loss."""
     ((step, text),) = heard("odm-repo", [1.0, 2.0, 6.0], eps=0.02)
     assert 100 < step < 110
-    assert text.startswith("source 'noise' is read more, ") and "(6.00 nats) has not fallen by 1% for 1" in text
+    assert (
+        text.startswith("source 'noise' is read more, ")
+        and "(6.00 nats) has not fallen by 1% for 1" in text
+    )
 
 
 @pytest.mark.parametrize("name", ["uniform", "progress"])
@@ -43,7 +50,9 @@ def test_a_source_that_is_nearly_alone():
     watch = Watch(names, np.full(8, 1 / 8))
     weights = np.array([0.98, *[0.02 / 7] * 7])
     (text,) = watch.observe(weights, Stats(1, np.ones(8), np.ones(8)))
-    assert text.startswith("the mixture has come down to 1.1 effective sources of 8, most of it 'a' (98%)")
+    assert text.startswith(
+        "the mixture has come down to 1.1 effective sources of 8, most of it 'a' (98%)"
+    )
     assert watch.observe(weights, Stats(2, np.ones(8), np.ones(8))) == ()
 
 

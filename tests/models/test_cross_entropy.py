@@ -45,8 +45,12 @@ def test_loss_and_gradients_equal_the_reference_in_fp32(rows: int | None, scale:
     assert total.dtype == losses.dtype == torch.float32
     assert float(total.detach()) == pytest.approx(float(expected), rel=1e-6)
     made = gradients(total, hidden, weight)
-    torch.testing.assert_close(made[0].double(), d_hidden, atol=1e-5 * max(1.0, scale / 5), rtol=1e-5)
-    torch.testing.assert_close(made[1].double(), d_weight, atol=1e-5 * max(1.0, 2 * scale), rtol=1e-5)
+    torch.testing.assert_close(
+        made[0].double(), d_hidden, atol=1e-5 * max(1.0, scale / 5), rtol=1e-5
+    )
+    torch.testing.assert_close(
+        made[1].double(), d_weight, atol=1e-5 * max(1.0, 2 * scale), rtol=1e-5
+    )
 
 
 def test_rows_are_the_losses_of_each_row() -> None:
@@ -80,7 +84,9 @@ def test_gradients_accumulate_over_calls_and_a_weight_used_twice() -> None:
     hidden, weight, labels = problem()
     _, d_hidden, d_weight = reference(hidden, weight, labels)
     for _ in range(2):
-        first, second = (fused_cross_entropy(hidden, weight, labels, chunk_rows=16).total for _ in range(2))
+        first, second = (
+            fused_cross_entropy(hidden, weight, labels, chunk_rows=16).total for _ in range(2)
+        )
         (first + 2 * second).backward()
     torch.testing.assert_close(hidden.grad.double(), 6 * d_hidden, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(weight.grad.double(), 6 * d_weight, atol=1e-4, rtol=1e-5)
@@ -89,9 +95,13 @@ def test_gradients_accumulate_over_calls_and_a_weight_used_twice() -> None:
 def test_embedding_tied_to_the_head_gets_both_gradients() -> None:
     _, weight, labels = problem()
     tokens = torch.arange(N) % V
-    total, _ = fused_cross_entropy(F.embedding(tokens, weight).tanh(), weight, labels, chunk_rows=16)
+    total, _ = fused_cross_entropy(
+        F.embedding(tokens, weight).tanh(), weight, labels, chunk_rows=16
+    )
     usual = F.embedding(tokens, weight).tanh() @ weight.T
-    expected = gradients(F.cross_entropy(usual, labels, reduction="sum", ignore_index=IGNORED), weight)[0]
+    expected = gradients(
+        F.cross_entropy(usual, labels, reduction="sum", ignore_index=IGNORED), weight
+    )[0]
     torch.testing.assert_close(gradients(total, weight)[0], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -113,7 +123,10 @@ def test_hidden_need_not_be_contiguous() -> None:
     assert not turned.is_contiguous()
     total, _ = fused_cross_entropy(turned, weight, labels, chunk_rows=16)
     torch.testing.assert_close(
-        gradients(total, turned)[0].double(), reference(hidden, weight, labels)[1], atol=1e-5, rtol=1e-5
+        gradients(total, turned)[0].double(),
+        reference(hidden, weight, labels)[1],
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -159,7 +172,10 @@ def test_half_inputs_without_autocast_keep_their_dtype(dtype: torch.dtype) -> No
 
 def test_fp16_holds_the_small_probabilities_of_a_large_vocabulary() -> None:
     generator = torch.Generator().manual_seed(1)
-    hidden, weight = torch.randn(4, 8, generator=generator), torch.randn(70_000, 8, generator=generator) * 0.01
+    hidden, weight = (
+        torch.randn(4, 8, generator=generator),
+        torch.randn(70_000, 8, generator=generator) * 0.01,
+    )
     hidden, weight = hidden.half().requires_grad_(), weight.half().requires_grad_()
     labels = torch.tensor([0, 1, 2, 69_999])
     expected = reference(hidden, weight, labels)
@@ -183,14 +199,22 @@ def test_a_row_that_is_nearly_certain_keeps_its_small_gradient_in_bf16() -> None
 def test_a_label_outside_the_vocabulary_is_an_error(label: int) -> None:
     hidden, weight, labels = problem()
     labels[5] = label
-    with pytest.raises(IndexError, match=rf"label {label} of row 5 is neither -100 nor in 0\.\.300"):
+    with pytest.raises(
+        IndexError, match=rf"label {label} of row 5 is neither -100 nor in 0\.\.300"
+    ):
         fused_cross_entropy(hidden, weight, labels)
 
 
 def test_shapes_that_do_not_fit_are_an_error() -> None:
     hidden, weight, labels = problem()
-    for wrong in ((hidden, weight[:, 1:], labels), (hidden, weight, labels[1:]), (hidden[None], weight, labels)):
-        with pytest.raises(ValueError, match=r"wants hidden \(N, C\), weight \(V, C\) and labels \(N,\)"):
+    for wrong in (
+        (hidden, weight[:, 1:], labels),
+        (hidden, weight, labels[1:]),
+        (hidden[None], weight, labels),
+    ):
+        with pytest.raises(
+            ValueError, match=r"wants hidden \(N, C\), weight \(V, C\) and labels \(N,\)"
+        ):
             fused_cross_entropy(*wrong)
 
 
@@ -248,7 +272,11 @@ def test_compiled_gives_the_same(dtype: torch.dtype) -> None:
     made = []
     for compiled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            total, losses = fused_cross_entropy(hidden, weight, labels, chunk_rows=16, compiled=compiled)
+            total, losses = fused_cross_entropy(
+                hidden, weight, labels, chunk_rows=16, compiled=compiled
+            )
         made.append((losses, *gradients(total, hidden, weight)))
     for eager, fast in zip(*made, strict=True):
-        torch.testing.assert_close(fast, eager, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-5)
+        torch.testing.assert_close(
+            fast, eager, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-5
+        )

@@ -31,7 +31,9 @@ def gradients(model: Decoder) -> dict[str, Tensor]:
 
 def loss_sum(model: Decoder, tokens: Tensor, labels: Tensor, **inputs: Tensor) -> Tensor:
     logits = model.head(model(tokens, **inputs))
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100
+    )
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -57,7 +59,9 @@ def test_parameter_names_are_the_contract() -> None:
 
 def test_the_tp_plans_name_every_module_that_has_parameters() -> None:
     model = make()
-    owners = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    owners = {
+        name for name, module in model.named_modules() if list(module.parameters(recurse=False))
+    }
     planned = set(model.tp_plan) | {
         f"layers.{i}.{name}" for i, block in enumerate(model.layers) for name in block.tp_plan
     }
@@ -120,7 +124,9 @@ def test_cache_refuses_what_does_not_fit() -> None:
     cache = KVCache(model.config, batch=1, max_length=4)
     with torch.no_grad():
         model(draw(1, 3), cache=cache)
-        with pytest.raises(ValueError, match=r"holds 4 tokens a row; 3 are there and 2 more do not fit"):
+        with pytest.raises(
+            ValueError, match=r"holds 4 tokens a row; 3 are there and 2 more do not fit"
+        ):
             model(draw(1, 2), cache=cache)
         with pytest.raises(ValueError, match=r"cannot rewind rows of \[3\] tokens to \[4\]"):
             cache.rewind(torch.tensor([4]))
@@ -148,7 +154,9 @@ def test_recompute_stores_less() -> None:
     stored = []
     for model.recompute in (False, 2, True):
         kept: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: kept.append(t) or t, lambda t: t
+        ):
             model(tokens)
         stored.append(sum(t.numel() for t in kept))
     assert stored[2] < stored[1] * 2 / 3 < stored[0] / 2
@@ -166,7 +174,9 @@ class Counted(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("how", "attention", "norms"), [(False, 2, 5), (2, 3, 7), (True, 4, 9), ("selective", 2, 9)])
+@pytest.mark.parametrize(
+    ("how", "attention", "norms"), [(False, 2, 5), (2, 3, 7), (True, 4, 9), ("selective", 2, 9)]
+)
 def test_what_recompute_runs_again(how: bool | str | int, attention: int, norms: int) -> None:
     """Two layers; a third of the products of a block is its widest, which selective keeps."""
     model, tokens = make(num_layers=2), draw(2, 16)

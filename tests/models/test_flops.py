@@ -24,7 +24,9 @@ PYTHIA = [
 ]
 
 
-@pytest.mark.parametrize(("layers", "width", "heads", "tp", "padded", "total", "non_embedding"), PYTHIA)
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "tp", "padded", "total", "non_embedding"), PYTHIA
+)
 def test_pythia_parameter_counts(
     layers: int, width: int, heads: int, tp: int, padded: int, total: int, non_embedding: int
 ) -> None:
@@ -42,10 +44,17 @@ def test_pythia_parameter_counts(
     assert parameter_counts(config) == (total, non_embedding)
 
 
-@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"attention_bias": False}, {"mlp_bias": False}])
+@pytest.mark.parametrize(
+    "changes", [{"tie_word_embeddings": True}, {"attention_bias": False}, {"mlp_bias": False}]
+)
 def test_counts_follow_the_options(changes: dict[str, bool]) -> None:
     config = ModelConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100, intermediate_size=80, **changes
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        vocab_size=100,
+        intermediate_size=80,
+        **changes,
     )
     model = Decoder(config)
     outer = sum(p.numel() for name, p in model.named_parameters() if "embed" in name)

@@ -8,7 +8,12 @@ from castalia.models.init import init_std
 
 
 def config(hidden: int, layers: int, **changes: object) -> ModelConfig:
-    values = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": 1, "vocab_size": 256}
+    values = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": 1,
+        "vocab_size": 256,
+    }
     return ModelConfig.model_validate(values | changes)
 
 
@@ -38,7 +43,9 @@ def test_normal_inits() -> None:
     assert init_std("scaled_normal", config(4096, 32)) == pytest.approx(0.0025)
 
 
-@pytest.mark.parametrize(("method", "output"), [("small_init", "wang_init"), ("normal", "scaled_normal")])
+@pytest.mark.parametrize(
+    ("method", "output"), [("small_init", "wang_init"), ("normal", "scaled_normal")]
+)
 def test_each_parameter_has_its_distribution(method: str, output: str) -> None:
     shape = config(256, 3, init_method=method, output_layer_init_method=output)
     model = Decoder(shape)
@@ -47,7 +54,9 @@ def test_each_parameter_has_its_distribution(method: str, output: str) -> None:
         if parameter.dim() == 1:
             assert parameter.eq(0.0 if name.endswith("bias") else 1.0).all(), name
             continue
-        wanted = init_std(output if name.endswith(("attn.out.weight", "mlp.down.weight")) else method, shape)
+        wanted = init_std(
+            output if name.endswith(("attn.out.weight", "mlp.down.weight")) else method, shape
+        )
         assert parameter.std().item() == pytest.approx(wanted, rel=0.02), name
         assert abs(parameter.mean().item()) < wanted * 0.02, name
 

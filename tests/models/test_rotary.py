@@ -12,7 +12,13 @@ from castalia.models.rotary import rope_tables, split_qkv
 def config(numerics: str = "fp32") -> ModelConfig:
     """GPT-NeoX-20B's heads: 96 wide, 24 of them turned."""
     return ModelConfig.model_validate(
-        {"num_layers": 1, "hidden_size": 192, "num_attention_heads": 2, "vocab_size": 8, "rope_numerics": numerics}
+        {
+            "num_layers": 1,
+            "hidden_size": 192,
+            "num_attention_heads": 2,
+            "vocab_size": 8,
+            "rope_numerics": numerics,
+        }
     )
 
 
@@ -30,7 +36,9 @@ def test_tables_are_cos_and_sin_of_position_times_frequency() -> None:
 def test_neox_v1_rounding_has_the_published_phase_errors() -> None:
     """Largest phase error below 2048 for j = 0..5, computed from GPT-NeoX v1.0's formulas."""
     positions = torch.arange(2048)[None]
-    exact, rounded = (rope_tables(config(numerics), positions) for numerics in ("fp32", "neox_v1_fp16"))
+    exact, rounded = (
+        rope_tables(config(numerics), positions) for numerics in ("fp32", "neox_v1_fp16")
+    )
     turn = torch.complex(rounded.cos, rounded.sin) / torch.complex(exact.cos, exact.sin)
     errors = turn.angle().abs().amax(dim=(0, 1, 2)).tolist()
     # The tables themselves are rounded to 11 bits, which alone turns by up to 0.0005 rad.
@@ -46,5 +54,7 @@ def test_only_the_rotary_dimensions_turn() -> None:
         assert torch.equal(turned[..., 24:], plain[..., 24:])
         assert torch.equal(turned[:, :, 0], plain[:, :, 0])
         pairs, plain_pairs = (torch.complex(x[..., :12], x[..., 12:24]) for x in (turned, plain))
-        expected = plain_pairs[:, :, 3, 1] * complex(math.cos(3 * 10000 ** (-1 / 12)), math.sin(3 * 10000 ** (-1 / 12)))
+        expected = plain_pairs[:, :, 3, 1] * complex(
+            math.cos(3 * 10000 ** (-1 / 12)), math.sin(3 * 10000 ** (-1 / 12))
+        )
         torch.testing.assert_close(pairs[:, :, 3, 1], expected)

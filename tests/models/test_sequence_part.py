@@ -10,7 +10,13 @@ from torch import Tensor
 from castalia.models import Decoder, KVCache, ModelConfig
 
 B, T = 2, 16
-CONFIG = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=50, make_vocab_size_divisible_by=1)
+CONFIG = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    vocab_size=50,
+    make_vocab_size_divisible_by=1,
+)
 
 
 class Meeting:
@@ -51,7 +57,9 @@ class Place:
         self.meeting, self.number = meeting, number
         size = T // (2 * holders)
         pairs = [(n * size, (2 * holders - 1 - n) * size) for n in range(holders)]
-        ranges = [torch.cat([torch.arange(start, start + size) for start in pair]) for pair in pairs]
+        ranges = [
+            torch.cat([torch.arange(start, start + size) for start in pair]) for pair in pairs
+        ]
         self.begin, self.held, self.order = list(pairs[number]), ranges[number], torch.cat(ranges)
 
     def starts(self, T: int) -> list[int]:
@@ -96,10 +104,16 @@ def test_shared_rows_equal_whole_rows(holders: int, packed: bool) -> None:
         found = list(pool.map(one, range(holders)))
     for held, out, _ in found:
         torch.testing.assert_close(out, hidden[:, held].detach(), rtol=0, atol=1e-5)
-    for name, parameter in ((n, p) for n, p in whole.named_parameters() if p.grad is not None):  # not the head
+    for name, parameter in (
+        (n, p) for n, p in whole.named_parameters() if p.grad is not None
+    ):  # not the head
         total = sum(dict(model.named_parameters())[name].grad for _, _, model in found)
         torch.testing.assert_close(
-            total, parameter.grad, rtol=1e-5, atol=5e-5, msg=lambda text, name=name: f"{name}: {text}"
+            total,
+            parameter.grad,
+            rtol=1e-5,
+            atol=5e-5,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
 
 

@@ -63,7 +63,12 @@ def shared(hidden: Tensor, weight: Tensor, labels: Tensor, holders: int):
     with ThreadPoolExecutor(holders) as pool:
         found = list(pool.map(one, range(holders)))
     assert all(torch.equal(item[1], found[0][1]) for item in found)
-    return found[0][0], found[0][1], sum(item[2] for item in found), torch.cat([item[3] for item in found])
+    return (
+        found[0][0],
+        found[0][1],
+        sum(item[2] for item in found),
+        torch.cat([item[3] for item in found]),
+    )
 
 
 @pytest.mark.parametrize("holders", [2, 4])
@@ -78,10 +83,16 @@ def test_parts_make_the_whole(holders: int, scale: float, dtype: torch.dtype) ->
     labels[::5] = IGNORED
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    expected = torch.nn.functional.cross_entropy(h @ w.T, labels, reduction="none", ignore_index=IGNORED)
+    expected = torch.nn.functional.cross_entropy(
+        h @ w.T, labels, reduction="none", ignore_index=IGNORED
+    )
     expected.sum().backward()
     total, rows, d_hidden, d_weight = shared(hidden, weight, labels, holders)
-    close = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, scale)} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    close = (
+        {"rtol": 1e-5, "atol": 1e-5 * max(1.0, scale)}
+        if dtype == torch.float32
+        else {"rtol": 0.03, "atol": 0.03}
+    )
     if scale == 60.0 and dtype != torch.float32:
         close["atol"] = 4.0  # one rounding of a logit of 800
     torch.testing.assert_close(rows.double(), expected.detach(), **close)
@@ -95,4 +106,6 @@ def test_parts_make_the_whole(holders: int, scale: float, dtype: torch.dtype) ->
 def test_a_label_beyond_the_whole_vocabulary_is_named() -> None:
     part = Part(Meeting(1), 0, 2)
     with pytest.raises(IndexError, match=r"label 96 of row 0 .* 0..95"):
-        fused_cross_entropy(torch.zeros(1, C), torch.zeros(V // 2, C), torch.tensor([96]), part=part)
+        fused_cross_entropy(
+            torch.zeros(1, C), torch.zeros(V // 2, C), torch.tensor([96]), part=part
+        )

@@ -7,20 +7,37 @@ import pytest
 import torch
 
 from castalia.core.errors import CastaliaError, DataError
-from castalia.monitor import JsonlSink, describe_environment, duration, memory_bytes, peak_flops, quantity, read_metrics
+from castalia.monitor import (
+    JsonlSink,
+    describe_environment,
+    duration,
+    memory_bytes,
+    peak_flops,
+    quantity,
+    read_metrics,
+)
 from castalia.monitor.gpus import PEAK_TFLOPS
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (999, "999"), (1234, "1.23k"), (999_900, "1M"), (2_097_152, "2.1M"), (3.4e20, "340E"), (0.25, "0.25")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (1234, "1.23k"),
+        (999_900, "1M"),
+        (2_097_152, "2.1M"),
+        (3.4e20, "340E"),
+        (0.25, "0.25"),
+    ],
 )
 def test_quantity(value, text):
     assert quantity(value) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0s"), (59.6, "1m00s"), (187, "3m07s"), (18120, "5h02m"), (273600, "3d04h")]
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (187, "3m07s"), (18120, "5h02m"), (273600, "3d04h")],
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
@@ -63,4 +80,6 @@ def test_machine():
 
 def test_peaks_are_the_dense_ones_of_the_data_sheets():
     assert PEAK_TFLOPS["H100"] == PEAK_TFLOPS["H200"] == 989.5 and PEAK_TFLOPS["A100"] == 312
-    assert list(PEAK_TFLOPS).index("H100 PCIe") < list(PEAK_TFLOPS).index("H100"), "the longer name must match first"
+    assert list(PEAK_TFLOPS).index("H100 PCIe") < list(PEAK_TFLOPS).index("H100"), (
+        "the longer name must match first"
+    )

@@ -42,7 +42,12 @@ def one_thread() -> Iterator[None]:
 
 def save_run(folder: Path, *, with_tokenizer: bool = True, **options: object) -> Path:
     """A byte-level run whose weights are random and far from small, so that no two logits tie."""
-    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+    }
     config = ModelConfig(**{**sizes, "vocab_size": 257, "rotary_pct": 0.5, **options})
     files = {"config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 64}))}
     if with_tokenizer:
@@ -132,7 +137,9 @@ def test_the_key_map_goes_there_and_back() -> None:
 
 def test_queries_keys_and_values_stand_apart() -> None:
     """Row (3 * head + c) * D + d of ours is row (c * H + head) * D + d of theirs."""
-    config = ModelConfig(num_layers=1, hidden_size=12, num_attention_heads=3, vocab_size=8, rotary_pct=0.5)
+    config = ModelConfig(
+        num_layers=1, hidden_size=12, num_attention_heads=3, vocab_size=8, rotary_pct=0.5
+    )
     ours = Decoder(config).state_dict()
     ours["layers.0.attn.qkv.bias"] = torch.arange(36.0)
     theirs = ct2_keymap(config).to_theirs(ours)["decoder/layer_0/self_attention/linear_0/bias"]
@@ -149,7 +156,9 @@ def test_the_folder_has_what_other_readers_look_for(run: Path, float32: Path) ->
     assert config["layer_norm_epsilon"] == load(run).config.layernorm_epsilon
     vocabulary = json.loads((float32 / "vocabulary.json").read_text())
     assert len(vocabulary) == 384 and vocabulary[256] == end and vocabulary[383] == "<extra_id_126>"
-    assert {"tokenizer.json", "tokenizer_config.json", "export.json"} <= {file.name for file in float32.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "export.json"} <= {
+        file.name for file in float32.iterdir()
+    }
 
 
 def test_a_vocabulary_is_filled_up_and_checked() -> None:
@@ -188,14 +197,24 @@ def test_the_file_is_the_one_of_the_official_converter(tmp_path: Path) -> None:
         folder = tmp_path / quantization
         folder.mkdir()
         theirs.save(str(folder))
-        (ours,) = export(done.folder, to="ct2", quantization=quantization, output=tmp_path / f"ours-{quantization}")
+        (ours,) = export(
+            done.folder,
+            to="ct2",
+            quantization=quantization,
+            output=tmp_path / f"ours-{quantization}",
+        )
         for name in ("model.bin", "vocabulary.json"):
-            assert (Path(ours.folder) / name).read_bytes() == (folder / name).read_bytes(), (quantization, name)
+            assert (Path(ours.folder) / name).read_bytes() == (folder / name).read_bytes(), (
+                quantization,
+                name,
+            )
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
-def test_the_file_is_the_one_of_its_own_serializer(tmp_path: Path, options: dict, quantization: str) -> None:
+def test_the_file_is_the_one_of_its_own_serializer(
+    tmp_path: Path, options: dict, quantization: str
+) -> None:
     from ctranslate2.specs.common_spec import Activation
     from ctranslate2.specs.model_spec import index_spec
     from ctranslate2.specs.transformer_spec import TransformerDecoderModelSpec
@@ -226,7 +245,9 @@ def test_the_file_is_the_one_of_its_own_serializer(tmp_path: Path, options: dict
     (tmp_path / "theirs").mkdir()
     spec.save(str(tmp_path / "theirs"))
     (tmp_path / "ours").mkdir()
-    write_ct2(tmp_path / "ours", source.tensors, config, source.tokenizer, quantization=quantization)
+    write_ct2(
+        tmp_path / "ours", source.tensors, config, source.tokenizer, quantization=quantization
+    )
     for file in (tmp_path / "theirs").iterdir():
         assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes(), file.name
 
@@ -240,6 +261,7 @@ def test_writing_needs_no_engine_and_running_says_what_it_needs(
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     (done,) = export(run, to="ct2")
     with pytest.raises(
-        ConfigError, match=r"needs 'ctranslate2', which is not installed: pip install 'castalia\[ct2\]'"
+        ConfigError,
+        match=r"needs 'ctranslate2', which is not installed: pip install 'castalia\[ct2\]'",
     ):
         Ct2Model(done.folder, load_tokenizer("bytes"))

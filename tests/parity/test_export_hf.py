@@ -33,22 +33,41 @@ OPTIONS = {
     "tied": {"tie_word_embeddings": True, "rotary_pct": 1.0},
     "no-bias": {"attention_bias": False, "rotary_emb_base": 500.0, "layernorm_epsilon": 1e-3},
 }
-TEXTS = ["def twice(x):\n    return x + x", "  naïve café 🍵", "end<|endoftext|>start", "", "a" * 30]
+TEXTS = [
+    "def twice(x):\n    return x + x",
+    "  naïve café 🍵",
+    "end<|endoftext|>start",
+    "",
+    "a" * 30,
+]
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 300 tokens."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_tokenizer(["def twice(x): return x + x\nthe naïve guest said that the café was closed\n" * 20], 300, path)
+    train_tokenizer(
+        ["def twice(x): return x + x\nthe naïve guest said that the café was closed\n" * 20],
+        300,
+        path,
+    )
     return path
 
 
-def save_run(folder: Path, tokenizer_file: Path, steps: tuple[int, ...] = (5,), **options: object) -> Path:
+def save_run(
+    folder: Path, tokenizer_file: Path, steps: tuple[int, ...] = (5,), **options: object
+) -> Path:
     """A run whose weights are random and far from small, so that no two logits tie."""
     tokenizer = load_tokenizer(tokenizer_file)
-    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
-    config = ModelConfig(**{**sizes, "vocab_size": tokenizer.vocab_size, "rotary_pct": 0.5, **options})
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    config = ModelConfig(
+        **{**sizes, "vocab_size": tokenizer.vocab_size, "rotary_pct": 0.5, **options}
+    )
     run = RunConfig(model=config, data={"seq_length": 64})
     files = {"config.yaml": dump_yaml(run), "tokenizer.json": tokenizer_file.read_text("utf-8")}
     generator = torch.Generator().manual_seed(0)
@@ -64,9 +83,13 @@ def save_run(folder: Path, tokenizer_file: Path, steps: tuple[int, ...] = (5,), 
 
 
 @pytest.fixture(scope="module", params=list(OPTIONS))
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> tuple:
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path
+) -> tuple:
     """(run folder, exported folder) of one kind of model."""
-    run = save_run(tmp_path_factory.mktemp(request.param) / "run", tokenizer_file, **OPTIONS[request.param])
+    run = save_run(
+        tmp_path_factory.mktemp(request.param) / "run", tokenizer_file, **OPTIONS[request.param]
+    )
     list(export(run, to="hf", output=run / "out"))
     return run, run / "out"
 
@@ -82,7 +105,9 @@ def theirs(folder: Path) -> tuple:
 
 def rows(model: LanguageModel) -> torch.Tensor:
     """Random ids, (2, 64)."""
-    return torch.randint(0, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def test_logits_are_equal(pair: tuple) -> None:
@@ -106,11 +131,17 @@ def test_tokenizer_ids_are_equal(pair: tuple) -> None:
 
 def test_greedy_text_is_that_of_transformers(pair: tuple) -> None:
     ours, (hf, tokenizer) = load(pair[0]), theirs(pair[1])
-    forbidden = list(range(ours.config.vocab_size, ours.config.padded_vocab_size))  # ours never chooses padding
+    forbidden = list(
+        range(ours.config.vocab_size, ours.config.padded_vocab_size)
+    )  # ours never chooses padding
     for prompt in TEXTS[:2]:
         inputs = tokenizer(prompt, return_tensors="pt")
-        made = hf.generate(**inputs, max_new_tokens=30, do_sample=False, suppress_tokens=forbidden)[0]
-        want = [i for i in made[inputs["input_ids"].shape[1] :].tolist() if i != tokenizer.eos_token_id]
+        made = hf.generate(**inputs, max_new_tokens=30, do_sample=False, suppress_tokens=forbidden)[
+            0
+        ]
+        want = [
+            i for i in made[inputs["input_ids"].shape[1] :].tolist() if i != tokenizer.eos_token_id
+        ]
         assert ours.generate_ids(ours.tokenizer.encode(prompt), 30) == want
 
 
@@ -143,8 +174,12 @@ def test_half_precision_is_what_transformers_takes(
     assert str(hf.dtype) == {"bf16": "torch.bfloat16", "fp16": "torch.float16"}[dtype]
     ours = load(run)
     with torch.no_grad():
-        assert (hf.float()(rows(ours)[:1]).logits[0] - ours.logits(rows(ours)[0].tolist())).abs().max() < bound
-    assert done.bytes < sum(file.stat().st_size for file in (run / "checkpoints").rglob("*.safetensors"))
+        assert (
+            hf.float()(rows(ours)[:1]).logits[0] - ours.logits(rows(ours)[0].tolist())
+        ).abs().max() < bound
+    assert done.bytes < sum(
+        file.stat().st_size for file in (run / "checkpoints").rglob("*.safetensors")
+    )
 
 
 def test_revisions_of_a_run(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -152,11 +187,15 @@ def test_revisions_of_a_run(tmp_path: Path, tokenizer_file: Path) -> None:
     assert [done.folder for done in export(run, steps="all")] == [
         str(run / "exports" / "hf" / name) for name in ("step0", "step1", "step1000")
     ]
-    assert [done.step for done in export(run / "step1", steps=[1000, 0], output=tmp_path / "dir")] == [0, 1000]
+    assert [
+        done.step for done in export(run / "step1", steps=[1000, 0], output=tmp_path / "dir")
+    ] == [0, 1000]
     assert sorted(item.name for item in (tmp_path / "dir").iterdir()) == ["step0", "step1000"]
     (one,) = export(run / "step1000", to="hf", dtype="bf16", force=True)
     assert one.folder == str(run / "exports" / "hf" / "step1000") and one.step == 1000
-    hf = transformers.AutoModelForCausalLM.from_pretrained(run / "exports" / "hf" / "step0", local_files_only=True)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(
+        run / "exports" / "hf" / "step0", local_files_only=True
+    )
     with torch.no_grad():
         want = hf(torch.tensor([[1, 2, 3]])).logits[0]
     assert (load(run / "step0").logits([1, 2, 3]) - want).abs().max() <= 1e-5
@@ -188,7 +227,10 @@ def test_the_record_names_checkpoint_and_hashes(tmp_path: Path, tokenizer_file: 
             "tokenizer_config.json",
         }
     )
-    assert all(sha256_of(tmp_path / "out" / name) == digest for name, digest in record["files_sha256"].items())
+    assert all(
+        sha256_of(tmp_path / "out" / name) == digest
+        for name, digest in record["files_sha256"].items()
+    )
 
 
 def test_an_existing_output_is_kept_without_force(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -268,12 +310,16 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path: Path, pair: tuple) ->
 def test_a_hugging_face_folder_can_be_exported_too(tmp_path: Path, pair: tuple) -> None:
     (done,) = export(pair[1], output=tmp_path / "again", dtype="fp32")
     assert done.step is None
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (pair[1] / "model.safetensors").read_bytes()
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        pair[1] / "model.safetensors"
+    ).read_bytes()
     with pytest.raises(ConfigError, match="give output, and no steps"):
         export(pair[1], to="hf")
 
 
-def test_a_full_disk_leaves_nothing_and_is_one_sentence(tmp_path: Path, tokenizer_file: Path) -> None:
+def test_a_full_disk_leaves_nothing_and_is_one_sentence(
+    tmp_path: Path, tokenizer_file: Path
+) -> None:
     import resource
 
     from castalia.core.errors import CastaliaError
@@ -284,7 +330,9 @@ def test_a_full_disk_leaves_nothing_and_is_one_sentence(tmp_path: Path, tokenize
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(CastaliaError, match=r"cannot write \S+out: .*[Ff]ile too large.*choose another place"):
+        with pytest.raises(
+            CastaliaError, match=r"cannot write \S+out: .*[Ff]ile too large.*choose another place"
+        ):
             list(export(run, output=tmp_path / "out", force=True))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -61,7 +61,11 @@ def their_name(name: str) -> str:
     parts = name.split(".")
     if parts[0] == "layers":
         return f"gpt_neox.layers.{parts[1]}.{LAYER['.'.join(parts[2:-1])]}.{parts[-1]}"
-    outer = {"embed": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "unembed": "lm_head"}
+    outer = {
+        "embed": "gpt_neox.embed_in",
+        "norm": "gpt_neox.final_layer_norm",
+        "unembed": "lm_head",
+    }
     return f"{outer[parts[0]]}.{parts[-1]}"
 
 
@@ -73,7 +77,10 @@ def pair(config: ModelConfig) -> tuple[Decoder, torch.nn.Module]:
     assert len(their_parameters) == len(list(ours.parameters()))
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (1.0 if "norm" in name else 0.0))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * 0.1
+                + (1.0 if "norm" in name else 0.0)
+            )
             their_parameters[their_name(name)].copy_(parameter)
     return ours, theirs
 
@@ -87,7 +94,10 @@ def test_logits_and_all_gradients_are_equal(variant: str) -> None:
     for out in (logits, expected):
         F.cross_entropy(out.flatten(0, 1), tokens[:, 1:].flatten()).backward()
     their_parameters = dict(theirs.named_parameters())
-    worst = {n: (p.grad - their_parameters[their_name(n)].grad).abs().max().item() for n, p in ours.named_parameters()}
+    worst = {
+        n: (p.grad - their_parameters[their_name(n)].grad).abs().max().item()
+        for n, p in ours.named_parameters()
+    }
     assert max(worst.values()) <= 1e-5, worst
 
 

@@ -9,7 +9,16 @@ import pytest
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import IndexedDataset, load_tokenizer
 from castalia.recipes import load_config, texts
-from castalia.recipes.corpus import CORPORA, PARTS, Recipe, Source, at_most, build_corpus, ensure_corpus, read_sources
+from castalia.recipes.corpus import (
+    CORPORA,
+    PARTS,
+    Recipe,
+    Source,
+    at_most,
+    build_corpus,
+    ensure_corpus,
+    read_sources,
+)
 from castalia.recipes.heldout import FEWEST, Split, plain
 from castalia.recipes.texts import Document
 
@@ -26,7 +35,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of every file."""
-    return {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def read_lines(path: Path) -> list[dict[str, str]]:
@@ -56,7 +67,9 @@ def test_nothing_held_out_in_the_python_corpus_occurs_in_training(splits: dict[s
             assert text not in train, document.name
             places = [rng.randrange(max(1, len(text) - WINDOW)) for _ in range(10)]
             hits = sum(text[at : at + WINDOW] in train for at in places)
-            assert hits <= 6, f"{source} {document.name}: {hits} of 10 windows stand in the training text"
+            assert hits <= 6, (
+                f"{source} {document.name}: {hits} of 10 windows stand in the training text"
+            )
             found, looked = found + hits, looked + len(places)
     assert found <= 0.06 * looked
 
@@ -81,7 +94,9 @@ def test_files_hold_what_corpus_json_says(tiny: Path):
             assert parts[part]["tokens"] == dataset.sizes.sum() == parts[part]["bytes"] + len(lines)
             assert dataset[0].tolist() == [*tokenizer.encode(lines[0]["text"]), tokenizer.eod_id]
             assert [line["name"] for line in lines] == sorted(line["name"] for line in lines)
-        sizes = [len(line["text"].encode()) for line in read_lines(tiny / "valid" / f"{source}.jsonl")]
+        sizes = [
+            len(line["text"].encode()) for line in read_lines(tiny / "valid" / f"{source}.jsonl")
+        ]
         assert parts["valid"]["document_bytes"] == sizes
         assert 1 < parts["valid"]["zlib_bits_per_byte"] < 8
 
@@ -95,7 +110,11 @@ def test_a_second_call_finds_it_and_changes_nothing(tiny: Path):
 
 def test_two_builds_are_the_same_bytes(tiny: Path, tmp_path: Path):
     build_corpus("tiny", tmp_path, say=lambda line: None)
-    files = [path.relative_to(tiny) for path in tiny.rglob("*") if path.suffix in (".jsonl", ".bin", ".idx")]
+    files = [
+        path.relative_to(tiny)
+        for path in tiny.rglob("*")
+        if path.suffix in (".jsonl", ".bin", ".idx")
+    ]
     assert len(files) >= 6
     assert all((tiny / file).read_bytes() == (tmp_path / file).read_bytes() for file in files)
 
@@ -117,7 +136,9 @@ def test_an_incomplete_or_cut_off_folder_is_built_again(tiny: Path, tmp_path: Pa
 
 def test_a_source_that_this_python_lacks_is_left_out_and_said():
     some = [Document(f"d{i:02}", paragraphs(i)) for i in range(30)]
-    recipe = Recipe({"here": Source(lambda: some, 10**6, "words"), "tests": Source(list, 10**6, "the tests")})
+    recipe = Recipe(
+        {"here": Source(lambda: some, 10**6, "words"), "tests": Source(list, 10**6, "the tests")}
+    )
     said: list[str] = []
     assert list(read_sources(recipe, said.append)) == ["here"]
     assert said == ["corpus: left out tests (the tests): this Python has 0 such documents"]
@@ -127,7 +148,10 @@ def test_a_source_that_this_python_lacks_is_left_out_and_said():
 
 def test_special_tokens_and_half_characters_are_left_out():
     some = [Document(f"d{i:02}", paragraphs(i)) for i in range(30)]
-    bad = [Document("x1", paragraphs(31) + "<|endoftext|>"), Document("x2", paragraphs(32) + "\ud800")]
+    bad = [
+        Document("x1", paragraphs(31) + "<|endoftext|>"),
+        Document("x2", paragraphs(32) + "\ud800"),
+    ]
     splits = read_sources(Recipe({"a": Source(lambda: some + bad, 10**6, "")}), print)
     assert not {"x1", "x2"} & {d.name for part in splits["a"] for d in part}
 
@@ -141,7 +165,12 @@ def test_a_long_source_is_sampled_by_content_and_keeps_its_order():
 
 
 def test_files_that_are_not_utf8_too_short_or_too_long_are_skipped(tmp_path: Path):
-    contents = {"good": b"x" * 300, "latin": b"\xff" * 300, "short": b"x", "long": b"x" * (texts.LARGEST_DOCUMENT + 1)}
+    contents = {
+        "good": b"x" * 300,
+        "latin": b"\xff" * 300,
+        "short": b"x",
+        "long": b"x" * (texts.LARGEST_DOCUMENT + 1),
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     files = [(name, tmp_path / name) for name in (*contents, "absent")]
@@ -155,7 +184,9 @@ def test_docstrings_come_in_order_and_broken_code_has_none():
 
 
 def test_sources_do_not_hold_each_other():
-    assert not any(d.name.startswith(("test/", "pydoc_data/", "site-packages/")) for d in texts.library_code())
+    assert not any(
+        d.name.startswith(("test/", "pydoc_data/", "site-packages/")) for d in texts.library_code()
+    )
 
 
 def test_ensure_corpus_names_the_files_once(tmp_path: Path):

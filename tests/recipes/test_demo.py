@@ -43,7 +43,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 def test_every_part_of_the_run_folder_is_there(demo: tuple[Path, list[str]]):
     folder, said = demo
-    assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == [f"step-0000000{i}" for i in range(4)]
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == [
+        f"step-0000000{i}" for i in range(4)
+    ]
     assert (folder / "exports" / "hf" / "step3" / "model.safetensors").is_file()
     bits = read_json(folder / "evals" / "bits_per_byte.json")["checkpoints"]
     assert [mark["step"] for mark in bits] == [0, 1, 2, 3]
@@ -65,7 +67,11 @@ def test_shares_of_a_blend_are_its_weights(tmp_path):
 def test_the_exports_speak_as_the_model_does(demo: tuple[Path, list[str]]):
     pytest.importorskip("ctranslate2")
     voices = json.loads((demo[0] / "demo.json").read_text())["speech"]["voices"]
-    assert [voice["name"] for voice in voices] == ["castalia fp32", "CTranslate2 float32", "CTranslate2 int8"]
+    assert [voice["name"] for voice in voices] == [
+        "castalia fp32",
+        "CTranslate2 float32",
+        "CTranslate2 int8",
+    ]
     assert voices[1]["bits_per_token"] == pytest.approx(voices[0]["bits_per_token"], abs=1e-4)
     assert voices[2]["bits_per_token"] == pytest.approx(voices[0]["bits_per_token"], abs=0.05)
     assert voices[2]["megabytes"] < 0.5 * voices[1]["megabytes"]
@@ -107,7 +113,9 @@ def test_other_data_are_refused(tmp_path: Path):
         run_demo(["data.train=x", "precision=fp32"], str(tmp_path), ["castalia"], lambda line: None)
 
 
-def test_precision_is_the_users_then_the_runs_then_the_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_precision_is_the_users_then_the_runs_then_the_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     assert choose_precision(str(tmp_path), ["precision=fp32"], print) == []
     for speed, chosen in ((0.3, "fp32"), (1.1, "fp32"), (2.0, "bf16")):
         monkeypatch.setattr(demo_run, "bf16_speed", lambda speed=speed: speed)
@@ -139,9 +147,16 @@ def test_same_share_counts_up_to_the_first_difference():
 
 def test_compare_measures_each_voice_against_the_first():
     def voice(name: str, token: int, logprob: float) -> Voice:
-        return Voice(name, lambda p, n: [[token] * n for _ in p], lambda ids: [logprob] * (len(ids) - 1), 2_000_000)
+        return Voice(
+            name,
+            lambda p, n: [[token] * n for _ in p],
+            lambda ids: [logprob] * (len(ids) - 1),
+            2_000_000,
+        )
 
-    one, other = compare([voice("a", 1, -0.6931472), voice("b", 2, -1.3862944)], [[0]], [[1, 2, 3]], max_new_tokens=5)
+    one, other = compare(
+        [voice("a", 1, -0.6931472), voice("b", 2, -1.3862944)], [[0]], [[1, 2, 3]], max_new_tokens=5
+    )
     assert (one["same"], other["same"]) == (1.0, 0.0)
     assert one["bits_per_token"] == pytest.approx(1) and other["bits_per_token"] == pytest.approx(2)
     assert one["megabytes"] == 2 and other["made"] == [[2] * 5] and other["tokens_per_second"] > 0
@@ -150,7 +165,11 @@ def test_compare_measures_each_voice_against_the_first():
 
 def test_the_commands_on_the_page_are_understood():
     page = Path(__file__).resolve().parents[2] / "docs" / "demo.md"
-    lines = [shlex.split(line) for line in page.read_text().splitlines() if line.startswith("castalia demo")]
+    lines = [
+        shlex.split(line)
+        for line in page.read_text().splitlines()
+        if line.startswith("castalia demo")
+    ]
     assert len(lines) == 3
     command = get_command(app)
     for _, verb, *words in lines:

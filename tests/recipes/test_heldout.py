@@ -18,13 +18,18 @@ from castalia.recipes.heldout import (
 )
 from castalia.recipes.texts import Document
 
-LICENCE = "Permission is hereby granted, free of charge, to any person obtaining a copy of this software " * 12
+LICENCE = (
+    "Permission is hereby granted, free of charge, to any person obtaining a copy of this software "
+    * 12
+)
 
 
 def prose(seed: int, words: int = 150) -> str:
     """Text of random words that no other seed repeats."""
     rng = random.Random(seed)
-    return " ".join("".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(words))
+    return " ".join(
+        "".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(words)
+    )
 
 
 def test_window_hashes_are_equal_exactly_where_windows_are():
@@ -34,7 +39,11 @@ def test_window_hashes_are_equal_exactly_where_windows_are():
         windows = [data[i : i + width] for i in range(len(data) - width + 1)]
         assert len(hashes) == len(windows)
         assert len(set(hashes.tolist())) == len(set(windows))
-        assert all((hashes[i] == hashes[j]) == (windows[i] == windows[j]) for i in (0, 5) for j in range(len(windows)))
+        assert all(
+            (hashes[i] == hashes[j]) == (windows[i] == windows[j])
+            for i in (0, 5)
+            for j in range(len(windows))
+        )
 
 
 def test_shingles_do_not_see_case_or_white_space_and_short_texts_have_one():
@@ -46,7 +55,10 @@ def test_shingles_do_not_see_case_or_white_space_and_short_texts_have_one():
 
 
 def test_a_copy_with_another_name_on_it_is_dropped_and_news_is_kept():
-    marks = [shingles(text) for text in (LICENCE + prose(1), "Copyright X " + LICENCE + prose(1), prose(2))]
+    marks = [
+        shingles(text)
+        for text in (LICENCE + prose(1), "Copyright X " + LICENCE + prose(1), prose(2))
+    ]
     assert first_sayings(marks) == [True, False, True]
 
 
@@ -71,7 +83,9 @@ def test_no_held_out_document_occurs_in_training_under_any_source_or_disguise():
     texts = [prose(i) for i in range(60)]
     sources = {
         "a": [Document(f"a{i}", text) for i, text in enumerate(texts[:40])],
-        "b": [Document(f"b{i}", text) for i, text in enumerate(texts[20:])],  # half of them stand in a too
+        "b": [
+            Document(f"b{i}", text) for i, text in enumerate(texts[20:])
+        ],  # half of them stand in a too
         "c": [Document(f"c{i}", LICENCE + text.upper()) for i, text in enumerate(texts)],
     }
     splits = split_sources(sources)

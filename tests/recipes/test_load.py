@@ -31,19 +31,29 @@ def message_of(*sources):
 
 
 def test_preset_then_file_then_override(tmp_path):
-    file = write(tmp_path, "mine.yaml", "recipe: pythia-70m\noptim: {lr: 2e-3, eps: 1e-7}\ntrain: {steps: 10}\n")
+    file = write(
+        tmp_path,
+        "mine.yaml",
+        "recipe: pythia-70m\noptim: {lr: 2e-3, eps: 1e-7}\ntrain: {steps: 10}\n",
+    )
     resolved = resolve([file, "train.steps=20"])
     config = resolved.config
     assert (config.optim.lr, config.optim.eps, config.optim.betas) == (2e-3, 1e-7, (0.9, 0.95))
     assert config.train.steps == 20
     assert config.model.num_layers == 6
     assert resolved.recipe == "pythia-70m"
-    assert resolved.changes == {"train.steps": (143000, 20), "optim.lr": (1e-3, 2e-3), "optim.eps": (1e-8, 1e-7)}
+    assert resolved.changes == {
+        "train.steps": (143000, 20),
+        "optim.lr": (1e-3, 2e-3),
+        "optim.eps": (1e-8, 1e-7),
+    }
 
 
 def test_order_of_the_sources_does_not_matter_between_kinds(tmp_path):
     file = write(tmp_path, "more.yaml", "train: {steps: 10}\n")
-    assert load_config(["train.batch_size=4", file, "debug"]) == load_config(["debug", file, "train.batch_size=4"])
+    assert load_config(["train.batch_size=4", file, "debug"]) == load_config(
+        ["debug", file, "train.batch_size=4"]
+    )
 
 
 def test_later_files_and_later_overrides_win(tmp_path):
@@ -79,16 +89,23 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
 
 
 def test_a_word_too_long_for_a_file_name():
-    assert load_config(["debug", f"checkpoint.steps={list(range(200))}"]).checkpoint.steps[-1] == 199
+    assert (
+        load_config(["debug", f"checkpoint.steps={list(range(200))}"]).checkpoint.steps[-1] == 199
+    )
     assert message_of("x" * 300).startswith("no preset or config file 'xxx")
 
 
 def test_a_preset_typed_as_a_file():
-    assert message_of("pythia-70m.yml") == "no config file pythia-70m.yml; the preset 'pythia-70m' exists"
+    assert (
+        message_of("pythia-70m.yml")
+        == "no config file pythia-70m.yml; the preset 'pythia-70m' exists"
+    )
 
 
 def test_two_presets_and_none(tmp_path):
-    assert "one preset makes a config, got 2: debug, pythia-70m" in message_of("debug", "pythia-70m")
+    assert "one preset makes a config, got 2: debug, pythia-70m" in message_of(
+        "debug", "pythia-70m"
+    )
     assert "name a preset or a YAML file first; presets: debug" in message_of("train.steps=1")
     assert "is a folder; name the config file in it" in message_of(str(tmp_path))
 
@@ -100,7 +117,9 @@ def test_all_unreadable_files_are_named_at_once(tmp_path):
 
 
 def test_all_problems_of_overrides_at_once():
-    text = message_of("debug", "optim.lrr=1", "train.steps=-1", "nonsense=1", "precision=fp8", "output=")
+    text = message_of(
+        "debug", "optim.lrr=1", "train.steps=-1", "nonsense=1", "precision=fp8", "output="
+    )
     assert "5 problems in the config (debug)" in text
     assert "output: String should have at least 1 character, got ''" in text
     assert "optim.lrr: unknown key; did you mean 'lr'?" in text
@@ -111,13 +130,17 @@ def test_names_of_gpt_neox_as_overrides_get_ours():
     text = message_of("debug", "train_iters=10", "rope-fusion=true")
     assert "train_iters: this is GPT-NeoX's name; here it is train.steps" in text
     assert "rope-fusion: this is GPT-NeoX's name and has no effect here" in text
-    assert "num_layers: unknown key; did you mean 'model.num_layers'?" in message_of("debug", "num_layers=2")
+    assert "num_layers: unknown key; did you mean 'model.num_layers'?" in message_of(
+        "debug", "num_layers=2"
+    )
 
 
 def test_a_batch_that_the_recipes_micro_batch_does_not_divide():
     resolved = resolve(["pythia-70m", "train.batch_size=12"])
     assert resolved.config.train.micro_batch_size == 4
-    assert resolved.notes[0].startswith("train.micro_batch_size is 4: the recipe's 32 does not divide")
+    assert resolved.notes[0].startswith(
+        "train.micro_batch_size is 4: the recipe's 32 does not divide"
+    )
     assert "does not divide into train.micro_batch_size 5" in message_of(
         "pythia-70m", "train.batch_size=12", "train.micro_batch_size=5"
     )
@@ -125,7 +148,8 @@ def test_a_batch_that_the_recipes_micro_batch_does_not_divide():
 
 def test_a_schedule_longer_than_the_run_is_noted():
     assert any(
-        "schedule.decay_steps 143000 goes beyond" in note for note in resolve(["pythia-14m", "train.steps=9"]).notes
+        "schedule.decay_steps 143000 goes beyond" in note
+        for note in resolve(["pythia-14m", "train.steps=9"]).notes
     )
     assert resolve(["pythia-14m", "train.steps=9", "schedule.decay_steps=null"]).notes == []
 
@@ -137,7 +161,9 @@ def test_a_gpt_neox_file_is_a_config(tmp_path, monkeypatch):
     assert resolved.config.output == "runs/small"
     assert any("train.batch_size is 4 rows" in note for note in resolved.notes)
     settled = resolve([str(tmp_path / "small"), "train.batch_size=8", "model.vocab_size=300"])
-    assert not any("train.batch_size" in note or "model.vocab_size" in note for note in settled.notes)
+    assert not any(
+        "train.batch_size" in note or "model.vocab_size" in note for note in settled.notes
+    )
     assert settled.changes["train.batch_size"] == (4, 8)
 
 
@@ -151,7 +177,16 @@ def test_the_70m_file_equals_the_preset_but_for_what_it_names(monkeypatch):
     resolved = resolve([str(PYTHIA_FILE), "train.batch_size=1024", "output=runs/x"])
     ours = load_config(["pythia-70m", "output=runs/x"])
     theirs = resolved.config
-    for room in ("model", "optim", "schedule", "loss_scale", "checkpoint", "parallel", "precision", "seed"):
+    for room in (
+        "model",
+        "optim",
+        "schedule",
+        "loss_scale",
+        "checkpoint",
+        "parallel",
+        "precision",
+        "seed",
+    ):
         assert getattr(theirs, room) == getattr(ours, room)
     assert theirs.train.model_copy(update={"eval_every": None}) == ours.train
 
@@ -159,7 +194,9 @@ def test_the_70m_file_equals_the_preset_but_for_what_it_names(monkeypatch):
 def test_a_file_of_pythias_shape_is_told_its_batch(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     notes = resolve([str(PYTHIA_FILE)]).notes
-    assert any("the shape of pythia-70m" in note and "train.batch_size=1024" in note for note in notes)
+    assert any(
+        "the shape of pythia-70m" in note and "train.batch_size=1024" in note for note in notes
+    )
 
 
 def test_a_gpt_neox_file_over_a_preset(tmp_path):
@@ -170,12 +207,16 @@ def test_a_gpt_neox_file_over_a_preset(tmp_path):
 
 
 def test_values_are_traced_to_the_gpt_neox_option(tmp_path):
-    text = message_of(write(tmp_path, "small.yml", SMALL_NEOX.replace('"train-iters": 10', '"train-iters": 0')))
+    text = message_of(
+        write(tmp_path, "small.yml", SMALL_NEOX.replace('"train-iters": 10', '"train-iters": 0'))
+    )
     assert "train.steps: Input should be greater than 0, got 0 (train-iters in small.yml)" in text
 
 
 def test_a_value_of_the_wrong_kind_is_one_problem(tmp_path):
-    text = message_of(write(tmp_path, "small.yml", SMALL_NEOX.replace('"num-layers": 2', '"num-layers": "two"')))
+    text = message_of(
+        write(tmp_path, "small.yml", SMALL_NEOX.replace('"num-layers": 2', '"num-layers": "two"'))
+    )
     assert text.startswith("1 problem in the config (small.yml):")
     assert "num-layers in small.yml: expected a whole number, got 'two'" in text
 
@@ -191,10 +232,17 @@ def test_the_published_12b_files(tmp_path):
     text = message_of(write(tmp_path, "pythia-12b.yml", missing_comma))
     assert "a comma is missing before this place; the preset 'pythia-12b' has its values" in text
     swapped = (
-        SMALL_NEOX.replace('"num-layers": 2', '"num-layers": 40').replace(": 64", ": 5120").replace(": 4,", ": 36,", 1)
+        SMALL_NEOX.replace('"num-layers": 2', '"num-layers": 40')
+        .replace(": 64", ": 5120")
+        .replace(": 4,", ": 36,", 1)
     )
     file = write(tmp_path, "pythia-12b-deduped.yml", swapped)
     text = message_of(file)
     assert "hidden_size 5120 does not divide into num_attention_heads 36" in text
-    assert "model.num_layers=36 model.num_attention_heads=40, or the preset pythia-12b-deduped" in text
-    assert load_config([file, "model.num_layers=36", "model.num_attention_heads=40"]).model.head_dim == 128
+    assert (
+        "model.num_layers=36 model.num_attention_heads=40, or the preset pythia-12b-deduped" in text
+    )
+    assert (
+        load_config([file, "model.num_layers=36", "model.num_attention_heads=40"]).model.head_dim
+        == 128
+    )

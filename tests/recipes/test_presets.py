@@ -51,7 +51,12 @@ def test_recipe_of_every_size(size):
     )
     assert config.train.steps * config.tokens_per_step == 299_892_736_000
     assert len(SavePolicy(config.checkpoint, config.train.steps).all_steps()) == 154
-    assert (config.seed, config.optim.betas, config.optim.eps, config.optim.clip) == (1234, (0.9, 0.95), 1e-8, 1.0)
+    assert (config.seed, config.optim.betas, config.optim.eps, config.optim.clip) == (
+        1234,
+        (0.9, 0.95),
+        1e-8,
+        1.0,
+    )
     big = size in ("6.9b", "12b")
     assert config.model.init_method == ("normal" if big else "small_init")
     assert config.model.output_layer_init_method == ("scaled_normal" if big else "wang_init")
@@ -60,7 +65,9 @@ def test_recipe_of_every_size(size):
 
 
 def test_only_the_1b_on_the_standard_pile_is_bf16():
-    precisions = {name: load_config([name]).precision for name in preset_names() if name.startswith("pythia")}
+    precisions = {
+        name: load_config([name]).precision for name in preset_names() if name.startswith("pythia")
+    }
     assert len(precisions) == 20
     assert {name for name, precision in precisions.items() if precision != "fp16"} == {"pythia-1b"}
     assert precisions["pythia-1b"] == "bf16"
@@ -77,7 +84,11 @@ def test_debug_is_small_and_divides():
     assert 0.5e6 < parameter_counts(config.model).total < 1.5e6
     assert all(config.train.batch_size % processes == 0 for processes in (1, 2, 3, 4, 6))
     assert config.precision == "fp32"
-    assert (config.data.corpus, config.data.tokenizer, config.model.vocab_size) == ("tiny", "bytes", 257)
+    assert (config.data.corpus, config.data.tokenizer, config.model.vocab_size) == (
+        "tiny",
+        "bytes",
+        257,
+    )
     assert {0, 1, 2, 4} <= set(config.checkpoint.steps)
 
 
@@ -87,5 +98,8 @@ def test_presets_do_not_share_their_values():
 
 
 def test_unknown_preset_gets_the_nearest_and_the_list():
-    with pytest.raises(ConfigError, match=r"no preset 'pythia-70'; have: .*pythia-12b.*; did you mean 'pythia-70m'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no preset 'pythia-70'; have: .*pythia-12b.*; did you mean 'pythia-70m'\?",
+    ):
         preset("pythia-70")

@@ -50,7 +50,13 @@ class Runs:
         path.write_text(script)
         command = [sys.executable, str(path)]
         if processes > 1:
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--local-addr=127.0.0.1",
+            ]
             command += ["--nproc-per-node", str(processes), str(path)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from castalia.core.errors import ConfigError
-from castalia.data import Batch, DataConfig, IndexedDataset, IndexedDatasetWriter, StepLoader, build_rows
+from castalia.data import (
+    Batch,
+    DataConfig,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    StepLoader,
+    build_rows,
+)
 from castalia.data.segments import DocumentMask, places_within
 from castalia.distributed import World
 from castalia.recipes import load_config
@@ -33,7 +40,12 @@ def make(train, documents, tmp_path):
     """Callable that builds a Trainer on these documents with overrides."""
 
     def build(*overrides):
-        base = [*train.base, f"data.train={documents}", f"output={tmp_path / 'run'}", "data.tokenizer=bytes"]
+        base = [
+            *train.base,
+            f"data.train={documents}",
+            f"output={tmp_path / 'run'}",
+            "data.tokenizer=bytes",
+        ]
         return Trainer(load_config([*base, *overrides]), ALONE)
 
     return build
@@ -59,8 +71,14 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(make, kind, batch):
         for document, start, length in pack.documents_of(source):
             ids = torch.from_numpy(pack.dataset.get(document, start, length).astype(np.int64))[None]
             zeros = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-            out = NextToken()(trainer.model, Batch(ids[:, :-1], ids[:, 1:], *zeros)) if length > 1 else None
-            alone, targets = (alone, targets) if out is None else (alone + out.total, targets + length - 1)
+            out = (
+                NextToken()(trainer.model, Batch(ids[:, :-1], ids[:, 1:], *zeros))
+                if length > 1
+                else None
+            )
+            alone, targets = (
+                (alone, targets) if out is None else (alone + out.total, targets + length - 1)
+            )
     mean = alone / targets
     mean.backward()
     assert totals.tokens == targets < 12 * 16
@@ -86,7 +104,12 @@ def test_ready_rows_go_by_ids(documents, tmp_path):
         stream = np.concatenate(IndexedDataset(documents)[:])
         for i in range(8):
             writer.add(stream[i * 16 : i * 16 + 17])
-    named = {"seq_length": 16, "train": str(tmp_path / "rows"), "order": "file", "tokenizer": "bytes"}
+    named = {
+        "seq_length": 16,
+        "train": str(tmp_path / "rows"),
+        "order": "file",
+        "tokenizer": "bytes",
+    }
     sizes = {"seed": 1, "batch_size": 4, "steps": 2, "eval_every": None, "eval_batches": 1}
     rows = build_rows(DataConfig(**named, document_mask="eod"), **sizes)
     loader = iter(StepLoader(rows.train, batch_size=4, mask=rows.mask))

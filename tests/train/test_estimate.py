@@ -17,13 +17,17 @@ def small(*overrides):
 def test_weights_and_optimizer_are_those_of_the_real_model():
     config = small()
     with torch.device("meta"):
-        bytes_of_weights = sum(p.numel() * p.element_size() for p in Decoder(config.model).parameters())
+        bytes_of_weights = sum(
+            p.numel() * p.element_size() for p in Decoder(config.model).parameters()
+        )
     memory = estimate(config, 1, "cpu").memory
     assert memory.weights == bytes_of_weights
     assert memory.optimizer == 2 * bytes_of_weights
 
 
-@pytest.mark.parametrize("overrides", [[], ["precision=bf16"], ["data.seq_length=128", "train.batch_size=6"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["precision=bf16"], ["data.seq_length=128", "train.batch_size=6"]]
+)
 def test_activations_are_near_what_autograd_saves(overrides):
     config = small(*overrides)
     model = Decoder(config.model)
@@ -46,7 +50,9 @@ def test_activations_are_near_what_autograd_saves(overrides):
         hidden = model(tokens)
     cost = estimate(config, 1, "cpu")
     stored = cost.memory.activations
-    low_precision_weights = 0 if config.precision == "fp32" else cost.memory.weights - 4 * cost.parameters.total
+    low_precision_weights = (
+        0 if config.precision == "fp32" else cost.memory.weights - 4 * cost.parameters.total
+    )
     assert hidden.requires_grad
     assert sum(saved.values()) == pytest.approx(stored + low_precision_weights, rel=0.25)
 
@@ -73,7 +79,10 @@ def test_tensor_parallelism_gathers_the_inputs_of_matrices():
     words = ["pythia-70m", "precision=bf16", "train.micro_batch_size=4", "train.recompute=false"]
     config = load_config([*words, "parallel.tp=2"])
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"tp": 1})})
-    one, two = (estimate(each, processes, "cuda").memory.activations for each, processes in ((alone, 1), (config, 2)))
+    one, two = (
+        estimate(each, processes, "cuda").memory.activations
+        for each, processes in ((alone, 1), (config, 2))
+    )
     numbers = 4 * config.data.seq_length * config.model.hidden_size
     assert 2 * two - one == numbers * (2 * 2 * config.model.num_layers + 2 + 4)
 

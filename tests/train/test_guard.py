@@ -53,7 +53,9 @@ def make(tokens, train, tmp_path):
     """Callable that builds a Trainer with metrics and checkpoints, in the folder `name`."""
 
     def build(name, *overrides, loss=None, hooks=None) -> Trainer:
-        config = load_config([*train.base, "checkpoint.every=2", f"output={tmp_path / name}", *overrides])
+        config = load_config(
+            [*train.base, "checkpoint.every=2", f"output={tmp_path / name}", *overrides]
+        )
         hooks = [Metrics(), StepLine(), Save()] if hooks is None else hooks
         return Trainer(config, World(0, 1, torch.device("cpu")), hooks=hooks, loss=loss)
 
@@ -83,7 +85,9 @@ def require_equal(ours, theirs, skipped):
 
 def test_a_left_out_step_consumes_its_rows_and_updates_nothing(make):
     plain, ours = fit(make("plain")), fit(make("ours", "guard.skip_steps=[3]"))
-    assert [line["rows_hash"] for line in lines(ours)] == [line["rows_hash"] for line in lines(plain)]
+    assert [line["rows_hash"] for line in lines(ours)] == [
+        line["rows_hash"] for line in lines(plain)
+    ]
     assert [line["tokens"] for line in lines(ours)] == [line["tokens"] for line in lines(plain)]
     assert (ours.progress.step, ours.progress.updates) == (6, 5)
     third = lines(ours)[2]
@@ -150,7 +154,10 @@ def test_rollback_always_finds_the_start(make):
     asked = fit(make("asked", "guard.skip_steps=[1]"))
     ours = fit(make("ours", "guard.nan=rollback", "checkpoint.every=null", loss=Poisoned([1])))
     require_equal(ours, asked, {1})
-    with pytest.raises(TrainingError, match=r"no checkpoint to go back to; save the start with checkpoint.steps=\[0\]"):
+    with pytest.raises(
+        TrainingError,
+        match=r"no checkpoint to go back to; save the start with checkpoint.steps=\[0\]",
+    ):
         fit(make("unsaved", "guard.nan=rollback", loss=Poisoned([1]), hooks=[]))
 
 
@@ -168,7 +175,9 @@ def test_rollback_passes_over_a_damaged_checkpoint_of_a_later_step(make):
 
 def test_rollbacks_are_limited(make):
     trainer = make("run", "guard.nan=rollback", "guard.max_rollbacks=2", loss=Poisoned(range(3, 7)))
-    with pytest.raises(TrainingError, match=r"step 5 .*went back 2 times already.*guard.max_rollbacks=4"):
+    with pytest.raises(
+        TrainingError, match=r"step 5 .*went back 2 times already.*guard.max_rollbacks=4"
+    ):
         trainer.fit()
     assert [event["step"] for event in read_events(trainer.config.output)] == [3, 4, 5]
 
@@ -184,7 +193,9 @@ def test_a_spike_of_the_loss(make, policy, capsys):
     options = ("guard.spike_window=4", "guard.spike_sigma=20", f"guard.spike={policy}")
     trainer = make("run", *options, "optim.lr=1e-5", loss=Poisoned([5], factor=3.0))
     if policy == "stop":
-        with pytest.raises(TrainingError, match=r"spike: loss \d+.*at step 5 \(rows 48 to 59.*skip_steps=\[5\]"):
+        with pytest.raises(
+            TrainingError, match=r"spike: loss \d+.*at step 5 \(rows 48 to 59.*skip_steps=\[5\]"
+        ):
             trainer.fit()
         return
     trainer.fit()
@@ -197,7 +208,9 @@ def test_a_spike_of_the_loss(make, policy, capsys):
 
 
 def test_the_spike_rule_is_the_formula():
-    guard = Guard(GuardConfig(spike="warn", spike_sigma=3.0, spike_window=8, spike_of=["grad_norm"]))
+    guard = Guard(
+        GuardConfig(spike="warn", spike_sigma=3.0, spike_window=8, spike_of=["grad_norm"])
+    )
     values = [1.0, 1.2, 0.9, 1.1]
     for value in values[:3]:
         guard.seen["grad_norm"].append(value)

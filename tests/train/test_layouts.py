@@ -6,20 +6,31 @@ from castalia.core.errors import ConfigError
 from castalia.recipes import load_config
 
 REFUSED = {
-    "model.num_attention_heads 4 does not divide over parallel.tp=8 processes: a head stays whole": ("parallel.tp=8",),
+    "model.num_attention_heads 4 does not divide over parallel.tp=8 processes: a head stays whole": (
+        "parallel.tp=8",
+    ),
     "model.intermediate_size 130 does not divide over parallel.tp=4 processes": (
         "parallel.tp=4",
         "model.intermediate_size=130",
     ),
-    "data.seq_length 62 does not divide over parallel.tp=4 processes": ("parallel.tp=4", "data.seq_length=62"),
-    "data.seq_length 62 does not divide into 2 * parallel.cp = 4 chunks": ("parallel.cp=2", "data.seq_length=62"),
+    "data.seq_length 62 does not divide over parallel.tp=4 processes": (
+        "parallel.tp=4",
+        "data.seq_length=62",
+    ),
+    "data.seq_length 62 does not divide into 2 * parallel.cp = 4 chunks": (
+        "parallel.cp=2",
+        "data.seq_length=62",
+    ),
     "data.seq_length 60 does not divide over parallel.cp=2 times parallel.tp=4 processes": (
         "parallel.cp=2",
         "parallel.tp=4",
         "data.seq_length=60",
     ),
     "the padded vocabulary 257 does not divide over parallel.tp=2 processes: each process holds an equal part of it;"
-    " model.make_vocab_size_divisible_by=2 pads it to fit": ("parallel.tp=2", "model.make_vocab_size_divisible_by=1"),
+    " model.make_vocab_size_divisible_by=2 pads it to fit": (
+        "parallel.tp=2",
+        "model.make_vocab_size_divisible_by=1",
+    ),
 }
 
 
@@ -34,7 +45,11 @@ def test_all_reasons_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config(["debug", "parallel.tp=3"])
     text = str(caught.value)
-    assert "num_attention_heads 4" in text and "intermediate_size 512" in text and "seq_length 64" in text
+    assert (
+        "num_attention_heads 4" in text
+        and "intermediate_size 512" in text
+        and "seq_length 64" in text
+    )
 
 
 def test_what_divides_is_taken():

@@ -13,7 +13,13 @@ from typer.testing import CliRunner
 
 from castalia.cli.app import app
 from castalia.config import dump_yaml
-from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, DataError, TrainingError
+from castalia.core.errors import (
+    CastaliaError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+)
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.mixing import read_mixture
@@ -55,7 +61,9 @@ def write_source(folder: Path, name: str, rows: int, letters: int) -> str:
 def sources(tmp_path_factory) -> list[str]:
     """Prefixes of three sources of very different entropy."""
     folder = tmp_path_factory.mktemp("sources")
-    return [write_source(folder, n, r, k) for (n, r), k in zip(SIZES.items(), (256, 16, 1), strict=True)]
+    return [
+        write_source(folder, n, r, k) for (n, r), k in zip(SIZES.items(), (256, 16, 1), strict=True)
+    ]
 
 
 class Ids(Hook):
@@ -76,7 +84,9 @@ def make(sources, tmp_path):
 
     def build(*overrides, hooks=(), loss=None, output="run", train=None) -> Trainer:
         paths = ", ".join(train or sources)
-        config = load_config([*SMALL, f"data.train=[{paths}]", f"output={tmp_path / output}", *overrides])
+        config = load_config(
+            [*SMALL, f"data.train=[{paths}]", f"output={tmp_path / output}", *overrides]
+        )
         standard = [Validate(), RecordMixture(), Metrics(), Save()]
         return Trainer(config, ALONE, hooks=[*standard, *hooks], loss=loss)
 
@@ -97,7 +107,10 @@ def fit(make):
 
 
 def hashes(folder: Path) -> list[int]:
-    return [json.loads(line)["rows_hash"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["rows_hash"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 ODM = ("mixing.kind=odm", "mixing.warmup_steps=2")
@@ -116,7 +129,9 @@ def test_the_rows_of_a_batch_are_those_of_the_plan(fit):
     for step, (source, place) in enumerate(ids.ids):
         micro = seen[3 * step : 3 * step + 3]
         assert torch.cat([b.source for b in micro]).tolist() == source
-        assert torch.cat([b.index for b in micro]).tolist() == list(range(12 * step, 12 * step + 12))
+        assert torch.cat([b.index for b in micro]).tolist() == list(
+            range(12 * step, 12 * step + 12)
+        )
         rows = [packs[s][i][:-1].tolist() for s, i in zip(source, place, strict=True)]
         assert torch.cat([b.tokens for b in micro]).tolist() == rows
     assert ids.weights[0] == ids.weights[1] == pytest.approx([1 / 3] * 3, abs=1e-9)
@@ -133,13 +148,16 @@ def test_static_is_the_blend_of_today_bit_for_bit(make, tmp_path):
 
 def test_a_mixer_that_never_moves_is_the_planned_static_mixture(fit):
     static, _ = fit("mixing.planned=true", "data.weights=[3, 2, 1]", output="static")
-    frozen, _ = fit("mixing.kind=odm", "mixing.warmup_steps=8", "data.weights=[3, 2, 1]", output="frozen")
+    frozen, _ = fit(
+        "mixing.kind=odm", "mixing.warmup_steps=8", "data.weights=[3, 2, 1]", output="frozen"
+    )
     assert static.ids == frozen.ids and static.weights == frozen.weights
 
 
 def test_options_without_a_planner_are_refused(make):
     with pytest.raises(
-        ConfigError, match=r"mixing.warmup_steps, mixing.floor: without effect on GPT-NeoX's blend; set mixing.planned"
+        ConfigError,
+        match=r"mixing.warmup_steps, mixing.floor: without effect on GPT-NeoX's blend; set mixing.planned",
     ):
         make("mixing.floor=0.1", "mixing.warmup_steps=3")
 
@@ -153,7 +171,9 @@ def test_a_lag_is_kept_whatever_reads_ahead(fit):
     assert now.weights[1] != now.weights[0]
 
 
-@pytest.mark.parametrize("kind", ["odm", "odm-repo", "odm-paper", "exp3", "ado", "unimax", "natural", "uniform"])
+@pytest.mark.parametrize(
+    "kind", ["odm", "odm-repo", "odm-paper", "exp3", "ado", "unimax", "natural", "uniform"]
+)
 def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(fit, kind, tmp_path):
     overrides = (f"mixing.kind={kind}", "mixing.warmup_steps=1")
     whole, _ = fit(*overrides, output="whole")
@@ -175,7 +195,8 @@ def test_steps_after_the_checkpoint_leave_the_record(fit, tmp_path):
     path = tmp_path / "run" / "mixture.jsonl"
     kept = path.read_text()
     path.write_text(
-        kept + '{"step": 5, "weights": [1, 0, 0], "counts": [12, 0, 0], "read": [0, 0, 0]}\n{"step": 6, "cou'
+        kept
+        + '{"step": 5, "weights": [1, 0, 0], "counts": [12, 0, 0], "read": [0, 0, 0]}\n{"step": 6, "cou'
     )
     fit(*ODM, "train.steps=5")
     record = read_mixture(path)
@@ -188,7 +209,9 @@ def test_a_replay_reads_the_same_rows(fit, tmp_path, capsys):
     path = tmp_path / "recorded" / "mixture.jsonl"
     again, trainer = fit("mixing.kind=replay", f"mixing.record={path}", output="again")
     assert again.ids == recorded.ids and again.weights == recorded.weights
-    assert hashes(tmp_path / "again") == hashes(tmp_path / "recorded") and trainer.mixture.notes == []
+    assert (
+        hashes(tmp_path / "again") == hashes(tmp_path / "recorded") and trainer.mixture.notes == []
+    )
     other, trainer = fit("mixing.kind=replay", f"mixing.record={path}", "seed=5", output="other")
     assert other.weights == recorded.weights and other.ids != recorded.ids
     assert "other seed here" in trainer.mixture.notes[0]
@@ -203,7 +226,12 @@ def test_a_replay_that_is_too_long_is_refused_before_the_first_step(fit, make, t
 
 @pytest.mark.parametrize("lag", [0, 1, 3])
 def test_sources_that_end_end_the_run_well(fit, make, tmp_path, lag):
-    overrides = ("mixing.kind=odm", "mixing.exhaustion=drop", f"mixing.lag={lag}", "train.steps=100")
+    overrides = (
+        "mixing.kind=odm",
+        "mixing.exhaustion=drop",
+        f"mixing.lag={lag}",
+        "train.steps=100",
+    )
     ids, trainer = fit(*overrides)
     sizes = trainer.rows.train.sizes
     steps = int(sizes.sum()) // 12
@@ -211,14 +239,18 @@ def test_sources_that_end_end_the_run_well(fit, make, tmp_path, lag):
     read = [pair for source, place in ids.ids for pair in zip(source, place, strict=True)]
     assert len(set(read)) == len(read)
     assert trainer.store.latest() == steps
-    assert closing_line(trainer).startswith(f"done: step {steps} of 100") and "may give more" in closing_line(trainer)
+    assert closing_line(trainer).startswith(
+        f"done: step {steps} of 100"
+    ) and "may give more" in closing_line(trainer)
     again, trainer = fit(*overrides)
     assert again.ids == [] and trainer.progress.step == steps
     assert read_mixture(tmp_path / "run" / "mixture.jsonl").steps == list(range(1, steps + 1))
 
 
 def test_one_source_that_stops_ends_the_run(fit):
-    ids, trainer = fit("mixing.kind=uniform", 'mixing.exhaustion={"trivial": "stop"}', "train.steps=50")
+    ids, trainer = fit(
+        "mixing.kind=uniform", 'mixing.exhaustion={"trivial": "stop"}', "train.steps=50"
+    )
     assert len(ids.ids) == int(trainer.rows.train.sizes[2]) // 4
     assert "source 'trivial' was read through and its policy is to stop" in trainer.mixture.ended
 
@@ -272,11 +304,18 @@ def test_a_run_that_goes_back_plans_the_same_rows_again(fit, make, tmp_path):
         def __call__(self, model, batch) -> LossOut:
             self.steps += 1
             out = super().__call__(model, batch)
-            return LossOut(out.total * float("nan"), out.tokens, out.per_source) if self.steps == 7 else out
+            return (
+                LossOut(out.total * float("nan"), out.tokens, out.per_source)
+                if self.steps == 7
+                else out
+            )
 
     ids, _ = fit(*ODM, "guard.nan=rollback", loss=Bad(3), output="back")
     whole, _ = fit(*ODM, "guard.skip_steps=[7]", output="whole")
-    assert ids.ids[:6] + ids.ids[8:] == whole.ids and ids.weights[:6] + ids.weights[8:] == whole.weights
+    assert (
+        ids.ids[:6] + ids.ids[8:] == whole.ids
+        and ids.weights[:6] + ids.weights[8:] == whole.weights
+    )
     records = [(tmp_path / name / "mixture.jsonl").read_text() for name in ("back", "whole")]
     assert records[0] == records[1]
 
@@ -284,7 +323,9 @@ def test_a_run_that_goes_back_plans_the_same_rows_again(fit, make, tmp_path):
 def test_plans_that_differ_stop_the_run_before_the_update(make):
     trainer = make(*ODM)
     trainer.world = dataclasses.replace(ALONE)
-    object.__setattr__(trainer.world, "largest", lambda *numbers: [*numbers[:3], numbers[3] + 1])  # another has more
+    object.__setattr__(
+        trainer.world, "largest", lambda *numbers: [*numbers[:3], numbers[3] + 1]
+    )  # another has more
     with pytest.raises(TrainingError, match="step 1: the processes planned different rows"):
         trainer.fit()
     assert trainer.progress.step == trainer.progress.updates == 0
@@ -303,7 +344,8 @@ def test_one_source_and_a_source_smaller_than_a_batch(fit, sources, tmp_path):
 def test_an_empty_source_is_an_error_or_has_weight_0(fit, make, sources, tmp_path):
     empty = write_source(tmp_path, "empty", 1, 9)
     with pytest.raises(
-        DataError, match=r"empty: a row needs 9 tokens, but this source holds 8.*mixing.allow_empty=true"
+        DataError,
+        match=r"empty: a row needs 9 tokens, but this source holds 8.*mixing.allow_empty=true",
     ):
         make(*ODM, train=[*sources, empty])
     ids, _ = fit(*ODM, "mixing.allow_empty=true", train=[*sources, empty])
@@ -316,7 +358,9 @@ def test_a_source_that_comes_or_goes_needs_a_policy(fit, make, sources, tmp_path
     more = [*sources, news]
     with pytest.raises(DataError, match=r"3 sources before, 4 now.*data.allow_changed"):
         fit(*ODM, train=more)
-    with pytest.raises(CheckpointError, match=r"source 'news' that the state does not know.*on_new=\"prior"):
+    with pytest.raises(
+        CheckpointError, match=r"source 'news' that the state does not know.*on_new=\"prior"
+    ):
         fit(*ODM, "data.allow_changed=true", train=more)
     ids, trainer = fit(*ODM, "data.allow_changed=true", "mixing.on_new=prior", train=more)
     assert len(ids.ids) == 4 and len(ids.weights[0]) == 4 and trainer.mixture.planner.cursors[3] > 0
@@ -325,7 +369,8 @@ def test_a_source_that_comes_or_goes_needs_a_policy(fit, make, sources, tmp_path
     fewer = [sources[0], sources[1], news]
     longer = ("train.steps=10", "data.allow_changed=true")
     with pytest.raises(
-        CheckpointError, match=r"the state has source 'trivial' that this run has not.*\"drop\" forgets it"
+        CheckpointError,
+        match=r"the state has source 'trivial' that this run has not.*\"drop\" forgets it",
     ):
         fit(*ODM, *longer, train=fewer)
     ids, _ = fit(*ODM, *longer, "mixing.on_removed=drop", train=fewer)
@@ -360,7 +405,9 @@ def test_shares_that_stand_are_not_named():
 def test_what_a_mixer_needs_is_asked_for_before_the_first_step(make):
     with pytest.raises(CastaliaError, match=r"doremi needs mixing.reference"):
         make("mixing.kind=doremi")
-    with pytest.raises(CastaliaError, match=r"naive-validation learns from held-out losses: set train.eval_every"):
+    with pytest.raises(
+        CastaliaError, match=r"naive-validation learns from held-out losses: set train.eval_every"
+    ):
         make("mixing.kind=naive-validation")
     with pytest.raises(CastaliaError, match=r"data.valid needs 3 prefixes"):
         make("mixing.kind=naive-validation", "train.eval_every=2")
@@ -376,18 +423,29 @@ def test_held_out_losses_come_by_source_and_reach_the_mixer(make, sources, tmp_p
     trainer.fit()
     assert ["valid" in line for line in lines] == [False, True] * 4
     valid, parts = lines[-1]["valid"], lines[-1]["valid_sources"]
-    assert list(parts) == list(SIZES) and valid["worst"] == max(part["loss"] for part in parts.values())
+    assert list(parts) == list(SIZES) and valid["worst"] == max(
+        part["loss"] for part in parts.values()
+    )
     assert valid["token_weighted"] == pytest.approx(lines[-1]["valid_loss"])
     assert valid["mean"] == pytest.approx(sum(part["loss"] for part in parts.values()) / 3)
-    flat = ids.weights[0]  # the validation of step 2 is told with step 3, which step 5 follows: lag 1
+    flat = ids.weights[
+        0
+    ]  # the validation of step 2 is told with step 3, which step 5 follows: lag 1
     assert [weights != flat for weights in ids.weights] == [False] * 4 + [True] * 4
     cut = Ids()
     again = make(
-        "mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, "train.steps=4", output="cut", hooks=[cut]
+        "mixing.kind=naive-validation",
+        "mixing.eps=0.01",
+        *overrides,
+        "train.steps=4",
+        output="cut",
+        hooks=[cut],
     )
     again.fit()
     rest = Ids()
-    make("mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, output="cut", hooks=[rest]).fit()
+    make(
+        "mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, output="cut", hooks=[rest]
+    ).fit()
     assert cut.weights + rest.weights == ids.weights and cut.ids + rest.ids == ids.ids
 
 
@@ -416,7 +474,9 @@ def test_five_thousand_sources_in_one_loader(sources, make, tmp_path):
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
     try:
         heard = Heard()
-        trainer = make("mixing.kind=odm", "train.steps=3", "mixing.log_every=3", train=paths, hooks=[heard])
+        trainer = make(
+            "mixing.kind=odm", "train.steps=3", "mixing.log_every=3", train=paths, hooks=[heard]
+        )
         trainer.fit()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -431,7 +491,16 @@ def test_the_viewer_shows_the_rows_that_a_mixed_run_read(fit, tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(trainer.config))
     ids = tmp_path / "ids.npy"
     done = CliRunner().invoke(
-        app, ["data", "view", str(tmp_path / "run" / "config.yaml"), "--steps", "2:8", "--ids", str(ids)]
+        app,
+        [
+            "data",
+            "view",
+            str(tmp_path / "run" / "config.yaml"),
+            "--steps",
+            "2:8",
+            "--ids",
+            str(ids),
+        ],
     )
     assert done.exit_code == 0, done.output
     shown = [int(line.split("rows_hash ")[1]) for line in done.output.splitlines()]

@@ -48,8 +48,16 @@ def walk(prefixes: list[str], *, world: int, workers: int, lag: int = 1) -> Iter
         f"train.steps={STEPS}",
         "data.seq_length=16",
     ]
-    config = load_config(["debug", f"data.train=[{', '.join(prefixes)}]", f"train.batch_size={BATCH}", *overrides])
-    numbers = {"seed": 1, "batch_size": BATCH, "steps": STEPS, "eval_every": None, "eval_batches": 1}
+    config = load_config(
+        ["debug", f"data.train=[{', '.join(prefixes)}]", f"train.batch_size={BATCH}", *overrides]
+    )
+    numbers = {
+        "seed": 1,
+        "batch_size": BATCH,
+        "steps": STEPS,
+        "eval_every": None,
+        "eval_batches": 1,
+    }
     rows = build_rows(config.data, **numbers, planned=True)
     mixtures = [make_mixture(config, rows) for _ in range(world)]
     loaders = [
@@ -59,7 +67,9 @@ def walk(prefixes: list[str], *, world: int, workers: int, lag: int = 1) -> Iter
     ]  # fmt: skip
     for _ in range(STEPS):
         parts = [next(loader) for loader in loaders]
-        batches = [parts[rank][g] for g in range(len(parts[0])) for rank in range(world)]  # the order of the plan
+        batches = [
+            parts[rank][g] for g in range(len(parts[0])) for rank in range(world)
+        ]  # the order of the plan
         sums = np.zeros((3, 2))
         for batch in batches:
             sums[int(batch.source)] += (float(batch.tokens.double().std()) / 10 * 16, 16)
@@ -107,9 +117,12 @@ def whole(train, prefixes, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [(2, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 2), (2, 4)))]
+    ("first", "second"),
+    [(2, 1), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((1, 2), (2, 4)))],
 )
-def test_killed_after_100_of_200_steps_and_resumed_on_others(train, prefixes, whole, tmp_path, first, second):
+def test_killed_after_100_of_200_steps_and_resumed_on_others(
+    train, prefixes, whole, tmp_path, first, second
+):
     output, data = tmp_path / "run", f"data.train=[{', '.join(prefixes)}]"
     killed = train(output, data, *OVERRIDES, processes=first, code=KILL_AT_100, ok=False)
     assert killed.returncode in (-signal.SIGKILL, 1)
@@ -130,13 +143,20 @@ def test_killed_after_100_of_200_steps_and_resumed_on_others(train, prefixes, wh
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tp", "pp", "cp"])
 def test_a_model_in_parts_mixes_like_one_process(train, prefixes, tmp_path, axis):
-    data = (f"data.train=[{', '.join(prefixes)}]", *OVERRIDES, "train.steps=20", "train.micro_batch_size=6")
+    data = (
+        f"data.train=[{', '.join(prefixes)}]",
+        *OVERRIDES,
+        "train.steps=20",
+        "train.micro_batch_size=6",
+    )
     data = (*data, "model.num_layers=2", "checkpoint.every=null")
     train(tmp_path / "one", *data)
     train(tmp_path / "parts", *data, f"parallel.{axis}=2", processes=2)
     one, parts = (read_mixture(tmp_path / name / "mixture.jsonl") for name in ("one", "parts"))
     assert one.weights().tobytes() == parts.weights().tobytes() and one.steps == parts.steps
-    assert [line["loss"] for line in one.lines.values()] == [line["loss"] for line in parts.lines.values()]
+    assert [line["loss"] for line in one.lines.values()] == [
+        line["loss"] for line in parts.lines.values()
+    ]
 
 
 @pytest.mark.slow
@@ -159,4 +179,6 @@ mixing.Mixture.observe = observe
     )
     done = train(tmp_path / "run", *data, processes=2, code=drift, ok=False)
     assert done.returncode != 0
-    assert re.search(r"castalia: error: step \d+: the processes planned different rows", done.stderr)
+    assert re.search(
+        r"castalia: error: step \d+: the processes planned different rows", done.stderr
+    )

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from castalia.train.config import LossScaleConfig, OptimConfig
-from castalia.train.optim import clip_gradients, decay_groups, gradient_norm, make_optimizer, set_lr, set_updates
+from castalia.train.optim import (
+    clip_gradients,
+    decay_groups,
+    gradient_norm,
+    make_optimizer,
+    set_lr,
+    set_updates,
+)
 from castalia.train.precision import LossScale
 
 
@@ -24,7 +31,11 @@ def test_everything_but_biases_and_norms_decays_and_tied_weights_count_once():
     decayed, others = (group["params"] for group in decay_groups(model, 0.1))
     assert {id(p) for p in decayed} == {id(model.embed.weight), id(model.up.weight)}
     assert len(decayed) == 2
-    assert {id(p) for p in others} == {id(model.norm.weight), id(model.norm.bias), id(model.up.bias)}
+    assert {id(p) for p in others} == {
+        id(model.norm.weight),
+        id(model.norm.bias),
+        id(model.up.bias),
+    }
 
 
 def test_adamw_update_is_the_published_formula():
@@ -62,11 +73,15 @@ def test_clip_coefficient(limit):
     assert norm.item() == pytest.approx(13.0)
     clip_gradients(model, norm, limit)
     coefficient = 1.0 if limit is None else min(1.0, limit / (13.0 + 1e-6))
-    assert model.weight.grad.flatten().tolist() == pytest.approx([3 * coefficient, 4 * coefficient, 12 * coefficient])
+    assert model.weight.grad.flatten().tolist() == pytest.approx(
+        [3 * coefficient, 4 * coefficient, 12 * coefficient]
+    )
 
 
 def test_loss_scale_follows_the_neox_state_machine():
-    scale = LossScale.of(LossScaleConfig(initial_power=12, window=3, hysteresis=2, minimum=1024), "fp16")
+    scale = LossScale.of(
+        LossScaleConfig(initial_power=12, window=3, hysteresis=2, minimum=1024), "fp16"
+    )
     seen = []
     for overflow in [True, True, False, False, False, True, True, True, True]:
         scale.update(overflow)

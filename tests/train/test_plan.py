@@ -35,13 +35,25 @@ def test_data_parallel_bytes_by_hand():
 
 
 def test_tensor_parallel_bytes_by_hand():
-    words = ["pythia-1b", "precision=bf16", "train.micro_batch_size=4", "parallel.tp=8", "train.recompute=false"]
+    words = [
+        "pythia-1b",
+        "precision=bf16",
+        "train.micro_batch_size=4",
+        "parallel.tp=8",
+        "train.recompute=false",
+    ]
     config = load_config(words)
     found = plan(config, 1, 8, H100)
     activations = 4 * 2048 * config.model.hidden_size * 2
     expected = 4 * config.model.num_layers * (1024 // 4) * activations * 7 / 8
-    assert found.communication["all_gather"] == found.communication["reduce_scatter"] == pytest.approx(expected)
-    assert found.memory.optimizer == pytest.approx(8 * parameter_counts(config.model).total / 8, rel=1e-3)
+    assert (
+        found.communication["all_gather"]
+        == found.communication["reduce_scatter"]
+        == pytest.approx(expected)
+    )
+    assert found.memory.optimizer == pytest.approx(
+        8 * parameter_counts(config.model).total / 8, rel=1e-3
+    )
 
 
 def test_replicas_and_pipelines():
@@ -111,14 +123,22 @@ def peak_of(trace):
     It does not see what a thread of gloo frees between two collectives: a piece of memory that is given out again was
     freed before.
     """
-    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    events = [
+        event
+        for event in json.loads(trace.read_text())["traceEvents"]
+        if event.get("name") == "[memory]"
+    ]
     live, peak = {}, 0
     for event in sorted(events, key=lambda event: (event["ts"], event["args"]["Ev Idx"])):
         start, size = event["args"]["Addr"], event["args"]["Bytes"]
         if size < 0:
             live.pop(start, None)
             continue
-        for other in [other for other, length in live.items() if other < start + size and start < other + length]:
+        for other in [
+            other
+            for other, length in live.items()
+            if other < start + size and start < other + length
+        ]:
             del live[other]
         live[start] = size
         peak = max(peak, sum(live.values()))
@@ -151,14 +171,36 @@ def tokens(tmp_path_factory):
 )
 def test_peak_memory_of_a_process_is_within_a_tenth(tokens, tmp_path, processes, overrides):
     words = ["debug", "model.num_layers=6", "model.hidden_size=384", "model.num_attention_heads=6"]
-    words += ["model.vocab_size=16384", "model.max_position_embeddings=256", "data.seq_length=256", "train.steps=2"]
-    words += ["train.batch_size=8", "checkpoint.steps=[]", "checkpoint.every=null", "data.tokenizer=null"]
+    words += [
+        "model.vocab_size=16384",
+        "model.max_position_embeddings=256",
+        "data.seq_length=256",
+        "train.steps=2",
+    ]
+    words += [
+        "train.batch_size=8",
+        "checkpoint.steps=[]",
+        "checkpoint.every=null",
+        "data.tokenizer=null",
+    ]
     words += [f"data.train={tokens}", f"output={tmp_path}/run", *overrides]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        "--nproc-per-node=2",
+    ]
     script = tmp_path / "measure.py"
     script.write_text(MEASURE)
     trace = tmp_path / "trace.json"
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(trace), *words]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        str(script),
+        str(trace),
+        *words,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr

@@ -63,7 +63,9 @@ def test_a_run_that_is_made_longer_equals_the_long_one(train, whole, tmp_path, r
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_saved_on_two_processes_and_resumed_on_others(train, whole, tmp_path, read_lines, processes):
+def test_saved_on_two_processes_and_resumed_on_others(
+    train, whole, tmp_path, read_lines, processes
+):
     output = tmp_path / "run"
     killed = train(output, processes=2, code=KILL_AFTER_4, ok=False)
     assert killed.returncode != 0
@@ -83,8 +85,12 @@ def test_saved_on_two_processes_and_resumed_on_others(train, whole, tmp_path, re
         assert difference.max() <= 1e-5, name
 
 
-@pytest.mark.parametrize("name", ["model-00000.safetensors", "state.json", "manifest.json", "COMPLETE"])
-def test_a_flipped_bit_falls_back_to_the_checkpoint_before(train, whole, tmp_path, read_lines, name):
+@pytest.mark.parametrize(
+    "name", ["model-00000.safetensors", "state.json", "manifest.json", "COMPLETE"]
+)
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before(
+    train, whole, tmp_path, read_lines, name
+):
     output = tmp_path / "run"
     train(output, "train.steps=3")
     path = output / "checkpoints" / "step-00000003" / name
@@ -93,25 +99,43 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(train, whole, tmp_pat
     path.write_bytes(content)
     again = train(output, "train.steps=3")
     assert "step-00000002" in again.stdout and name in again.stderr
-    assert [line["rows_hash"] for line in read_lines(output)] == [line["rows_hash"] for line in read_lines(whole)[:3]]
+    assert [line["rows_hash"] for line in read_lines(output)] == [
+        line["rows_hash"] for line in read_lines(whole)[:3]
+    ]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(train, whole):
-    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (whole / "checkpoints").rglob("*")
+        if path.is_file()
+    }
     done = train(whole)
     assert "done: step 6 of 6" in done.stdout
-    assert before == {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns
+        for path in (whole / "checkpoints").rglob("*")
+        if path.is_file()
+    }
 
 
 def test_sigterm_saves_and_exits_well(train, whole, tmp_path, read_lines):
     output = tmp_path / "run"
     script = tmp_path / "run.py"
-    arguments = ["train", *train.base, f"output={output}", "train.steps=100000", "checkpoint.every=null"]
+    arguments = [
+        "train",
+        *train.base,
+        f"output={output}",
+        "train.steps=100000",
+        "checkpoint.every=null",
+    ]
     slow = "import time, castalia.train.hooks as h\nh.Validate.after_step = lambda self, t: time.sleep(0.05)"
     script.write_text(
         f"import sys; sys.argv = ['castalia', *{arguments!r}]\n{slow}\nfrom castalia.cli import main; main()"
     )
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     path = output / "metrics.jsonl"
     until = time.monotonic() + 120
     while time.monotonic() < until and not (path.exists() and path.stat().st_size > 300):
@@ -138,7 +162,10 @@ def test_changed_data_stop_a_resume(train, tokens, tmp_path):
     assert refused.returncode == 1
     assert "the data differ from those of the checkpoint" in refused.stderr
     assert "data.allow_changed=true" in refused.stderr and "Traceback" not in refused.stderr
-    assert "data.allow_changed is true" in train(output, f"data.train={moved}", "data.allow_changed=true").stderr
+    assert (
+        "data.allow_changed is true"
+        in train(output, f"data.train={moved}", "data.allow_changed=true").stderr
+    )
 
 
 def test_the_same_data_elsewhere_resume(train, tokens, tmp_path):
@@ -154,7 +181,10 @@ def test_a_folder_with_a_run_of_another_config_is_refused(train, whole):
     refused = train(whole, "optim.lr=1e-4", "model.hidden_size=64", ok=False)
     assert refused.returncode == 2
     assert "holds a run of another config" in refused.stderr
-    assert "optim.lr: 0.002 there, 0.0001 now" in refused.stderr and "model.hidden_size" in refused.stderr
+    assert (
+        "optim.lr: 0.002 there, 0.0001 now" in refused.stderr
+        and "model.hidden_size" in refused.stderr
+    )
     assert (whole / "config.yaml").read_text() == before
 
 
@@ -172,7 +202,14 @@ atexit.register(lambda: print("UNPICKLED", [a for a in events]))
 
 def test_config_of_the_run_folder_repeats_it(whole, tmp_path, read_lines):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "castalia", "train", str(whole / "config.yaml"), f"output={tmp_path / 'again'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "castalia",
+        "train",
+        str(whole / "config.yaml"),
+        f"output={tmp_path / 'again'}",
+    ]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert exact(read_lines(tmp_path / "again")) == exact(read_lines(whole))
     assert "castalia train" in (whole / "command.txt").read_text()

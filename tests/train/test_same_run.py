@@ -34,7 +34,12 @@ def hold(config_of, tmp_path):
 
 def forget(values):
     """As a version wrote it that knew neither these keys nor that section."""
-    del values["mixing"]["grain"], values["mixing"]["caution"], values["optim"]["eps"], values["guard"]
+    del (
+        values["mixing"]["grain"],
+        values["mixing"]["caution"],
+        values["optim"]["eps"],
+        values["guard"],
+    )
 
 
 def test_a_run_from_before_a_key_existed_goes_on(hold, config_of, capsys):
@@ -45,7 +50,10 @@ def test_a_run_from_before_a_key_existed_goes_on(hold, config_of, capsys):
 
 def test_such_a_key_is_compared_by_its_default(hold, config_of):
     hold(change=forget)
-    with pytest.raises(ConfigError, match=r"mixing.grain: 0.015625 there, 0.0 now; optim.eps: 1e-08 there, 1e-06 now"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mixing.grain: 0.015625 there, 0.0 now; optim.eps: 1e-08 there, 1e-06 now",
+    ):
         check_run_folder(config_of("mixing.grain=0", "optim.eps=1e-6"))
 
 

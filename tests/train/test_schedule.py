@@ -22,7 +22,9 @@ GOLDEN = [
 def test_golden_cosine(n, today, v1):
     for name, expected in (("cosine", today), ("cosine_neox_v1", v1)):
         config = ScheduleConfig(name=name, warmup=0.01, min_lr=3e-5)
-        assert make_schedule(config, **PYTHIA_410M)(n) == pytest.approx(expected, rel=2e-6, abs=1e-14)
+        assert make_schedule(config, **PYTHIA_410M)(n) == pytest.approx(
+            expected, rel=2e-6, abs=1e-14
+        )
 
 
 def test_v1_reaches_its_floor_at_115139_and_stays():
@@ -39,7 +41,9 @@ def test_v1_relative_rate_in_mid_run():
 
 def test_linear_exponential_and_constant():
     def rate(name, n):
-        return make_schedule(ScheduleConfig(name=name, warmup=0.1, min_lr=0.01), lr=1.0, steps=1000)(n)
+        return make_schedule(
+            ScheduleConfig(name=name, warmup=0.1, min_lr=0.01), lr=1.0, steps=1000
+        )(n)
 
     assert rate("linear", 550) == pytest.approx(0.5)
     assert rate("linear", 1000) == 0.01
@@ -48,19 +52,27 @@ def test_linear_exponential_and_constant():
 
 
 def test_wsd_is_flat_and_then_falls_to_the_floor():
-    rate = make_schedule(ScheduleConfig(name="wsd", warmup=0, min_lr=0.1, decay_share=0.2), lr=1.0, steps=1000)
+    rate = make_schedule(
+        ScheduleConfig(name="wsd", warmup=0, min_lr=0.1, decay_share=0.2), lr=1.0, steps=1000
+    )
     assert rate(0) == rate(799) == 1.0
     assert rate(900) == pytest.approx(0.55)
     assert rate(1000) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["cosine", "cosine_neox_v1", "linear", "exponential", "constant", "wsd"])
+@pytest.mark.parametrize(
+    "name", ["cosine", "cosine_neox_v1", "linear", "exponential", "constant", "wsd"]
+)
 def test_no_rate_exceeds_the_peak_even_in_a_tiny_run(name):
     for steps in (1, 2, 5, 60):
-        rate = make_schedule(ScheduleConfig(name=name, warmup=0.01, min_lr=0.0), lr=1.0, steps=steps)
+        rate = make_schedule(
+            ScheduleConfig(name=name, warmup=0.01, min_lr=0.0), lr=1.0, steps=steps
+        )
         assert all(0 <= rate(n) <= 1.0 for n in range(steps + 3))
 
 
 def test_horizon_of_its_own():
-    short = make_schedule(ScheduleConfig(name="linear", warmup=0, decay_steps=10), lr=1.0, steps=100)
+    short = make_schedule(
+        ScheduleConfig(name="linear", warmup=0, decay_steps=10), lr=1.0, steps=100
+    )
     assert short(5) == pytest.approx(0.5) and short(10) == short(99) == 0.0

@@ -72,7 +72,10 @@ def test_loss_is_over_the_global_number_of_targets_not_a_mean_of_means(make):
 
     trainer = make("train.micro_batch_size=6", loss=Uneven())
     micro = next(trainer.batches(trainer.rows.train, 0))
-    kept = [Batch(micro[0].tokens[:, :2], micro[0].labels[:, :2], micro[0].source, micro[0].index), micro[1]]
+    kept = [
+        Batch(micro[0].tokens[:, :2], micro[0].labels[:, :2], micro[0].source, micro[0].index),
+        micro[1],
+    ]
     count = sum(batch.targets for batch in kept)
     with torch.no_grad():
         total = sum(float(NextToken()(trainer.model, batch).total) for batch in kept)
@@ -121,7 +124,9 @@ def test_nothing_is_scaled_outside_fp16(make, precision):
     assert trainer.scale.value == 1.0
     trainer.scale.load_state_dict({"value": 8.0, "clean": 3, "patience": 0, "overflows": 0})
     assert trainer.scale.value == 1.0
-    for (name, p), q in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
+    for (name, p), q in zip(
+        trainer.model.named_parameters(), plain.model.parameters(), strict=True
+    ):
         assert torch.equal(p, q), name
 
 
@@ -167,16 +172,25 @@ def test_a_number_that_is_not_finite_stops_before_the_update(make, where):
             seen.update(parameters(trainer))
 
     trainer = make(hooks=[Save(), Watch()], loss=Poisoned())
-    with pytest.raises(TrainingError, match=r"at step 3 \(rows 24 to 35.*last good checkpoint is step 2"):
+    with pytest.raises(
+        TrainingError, match=r"at step 3 \(rows 24 to 35.*last good checkpoint is step 2"
+    ):
         trainer.fit()
     assert trainer.progress.step == 2
     assert all(torch.equal(seen[name], p) for name, p in trainer.model.named_parameters())
 
 
 def test_validation_and_metrics_lines(make, tokens, tmp_path):
-    trainer = make(f"data.valid={tokens}", "train.eval_every=2", "train.eval_batches=2", hooks=[Validate(), Metrics()])
+    trainer = make(
+        f"data.valid={tokens}",
+        "train.eval_every=2",
+        "train.eval_batches=2",
+        hooks=[Validate(), Metrics()],
+    )
     trainer.fit()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["tokens"] for line in lines] == [192 * n for n in range(1, 7)]
     assert all({"loss", "lr", "grad_norm"} <= line.keys() for line in lines)
@@ -186,13 +200,22 @@ def test_validation_and_metrics_lines(make, tokens, tmp_path):
 
 def test_a_validation_without_data_is_noted(make, tokens):
     (note,) = idle_options(make("train.eval_every=2"))
-    assert note == "train.eval_every=2 has nothing to validate on: name token files in data.valid, or data.split"
-    assert idle_options(make("train.eval_every=2", f"data.valid={tokens}")) == idle_options(make()) == []
+    assert (
+        note
+        == "train.eval_every=2 has nothing to validate on: name token files in data.valid, or data.split"
+    )
+    assert (
+        idle_options(make("train.eval_every=2", f"data.valid={tokens}"))
+        == idle_options(make())
+        == []
+    )
 
 
 def test_sums_by_source_add_up(make, tokens):
     keep = Keep()
-    make(f"data.train=[{tokens}, {tokens}]", "data.weights=[3, 1]", "train.steps=2", hooks=[keep]).fit()
+    make(
+        f"data.train=[{tokens}, {tokens}]", "data.weights=[3, 1]", "train.steps=2", hooks=[keep]
+    ).fit()
     for line in keep.lines:
         parts = line["sources"].values()
         assert len(parts) == 2 and sum(part["tokens"] for part in parts) == 192
@@ -202,7 +225,9 @@ def test_sums_by_source_add_up(make, tokens):
 
 def test_ids_beyond_the_vocabulary_are_refused(make):
     with pytest.raises(DataError, match=r"token id \d+, but the model's vocabulary has 110 ids"):
-        make("model.vocab_size=110")  # the embedding has 128 rows, but generation never chooses the last 18
+        make(
+            "model.vocab_size=110"
+        )  # the embedding has 128 rows, but generation never chooses the last 18
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def columns(steps: Sequence[int], values: Matrix, most: int) -> tuple[Matrix, Ma
     """At most `most` columns out of (S,) steps and (S, K) values: the means over stretches of equal length."""
     parts = np.array_split(np.arange(len(steps)), min(most, len(steps)))
     at = np.asarray(steps, np.float64)
-    return np.array([at[part].mean() for part in parts]), np.array([values[part].mean(axis=0) for part in parts])
+    return np.array([at[part].mean() for part in parts]), np.array(
+        [values[part].mean(axis=0) for part in parts]
+    )
 
 
 def stacked_area(names: Sequence[str], steps: Sequence[int], shares: Matrix, *, title: str) -> str:
@@ -46,18 +48,27 @@ def stacked_area(names: Sequence[str], steps: Sequence[int], shares: Matrix, *, 
     x_axis = Axis(float(xs[0]), float(max(xs[-1], xs[0] + 1)), LEFT, WIDTH - RIGHT - room)
     y_axis = Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
     bands = [
-        draw_band(name, i, xs, np.zeros(len(xs)) if i == 0 else tops[:, i - 1], tops[:, i], x_axis, y_axis)
+        draw_band(
+            name, i, xs, np.zeros(len(xs)) if i == 0 else tops[:, i - 1], tops[:, i], x_axis, y_axis
+        )
         for i, name in enumerate(names)
     ]
     body = draw_axes(x_axis, y_axis, "step", "weight") + "".join(bands)
-    keys = "".join(f'<span style="color:var(--c{i % COLOURS})">{escape(name)}</span>' for i, name in enumerate(names))
+    keys = "".join(
+        f'<span style="color:var(--c{i % COLOURS})">{escape(name)}</span>'
+        for i, name in enumerate(names)
+    )
     return chart(body, HEIGHT, title, f'<p class="legend">{keys}</p>')
 
 
-def draw_band(name: str, place: int, xs: Matrix, low: Matrix, high: Matrix, x_axis: Axis, y_axis: Axis) -> str:
+def draw_band(
+    name: str, place: int, xs: Matrix, low: Matrix, high: Matrix, x_axis: Axis, y_axis: Axis
+) -> str:
     """One source's band, with its last share on hover and its name beside it where there is room."""
     there = [(x_axis(x), y_axis(y)) for x, y in zip(xs.tolist(), high.tolist(), strict=True)]
-    back = [(x_axis(x), y_axis(y)) for x, y in zip(xs.tolist()[::-1], low.tolist()[::-1], strict=True)]
+    back = [
+        (x_axis(x), y_axis(y)) for x, y in zip(xs.tolist()[::-1], low.tolist()[::-1], strict=True)
+    ]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in there + back)
     colour, share = place % COLOURS, float(high[-1] - low[-1])
     fade = FADE[place // COLOURS % len(FADE)]
@@ -74,7 +85,9 @@ def draw_band(name: str, place: int, xs: Matrix, low: Matrix, high: Matrix, x_ax
     )
 
 
-def heat_map(names: Sequence[str], steps: Sequence[int], shares: Matrix, *, title: str, most: int = 60) -> str:
+def heat_map(
+    names: Sequence[str], steps: Sequence[int], shares: Matrix, *, title: str, most: int = 60
+) -> str:
     """One `<svg>`: a row a source, darker where its share is larger; the `most` sources with the largest mean share."""
     order = np.argsort(-shares.mean(axis=0), kind="stable")[:most]
     xs, ys = columns(steps, shares[:, order], 80)

@@ -8,7 +8,9 @@ from typing import Any
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
     """An HTML table. `kind` is numbers, set to the right; words, set to the left; or code, with its spaces kept."""
     head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    )
     thead = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
     return f'<div class="wide"><table class="{escape(kind)}">{thead}<tbody>{body}</tbody></table></div>'
 

@@ -26,7 +26,9 @@ def mixture_section(run: Path) -> str:
         return ""
     names, steps, shares = record.sources, record.steps, record.weights()
     picture = heat_map if len(names) > MANY else stacked_area
-    shown = sorted(np.argsort(-shares.mean(axis=0), kind="stable")[:LINES].tolist())  # in the colours of the areas
+    shown = sorted(
+        np.argsort(-shares.mean(axis=0), kind="stable")[:LINES].tolist()
+    )  # in the colours of the areas
     parts = [
         picture(names, steps, shares, title="Share of each source by step"),
         "<h3>Loss by source</h3>",
@@ -40,7 +42,17 @@ def mixture_section(run: Path) -> str:
     return section("Mixture", about(record), "".join(parts))
 
 
-HEADER = ["source", "at first", "mean", "last", "moved", "rows", "epochs", "first loss", "last loss"]
+HEADER = [
+    "source",
+    "at first",
+    "mean",
+    "last",
+    "moved",
+    "rows",
+    "epochs",
+    "first loss",
+    "last loss",
+]
 
 
 def about(record: Mixture) -> str:
@@ -78,10 +90,15 @@ def epochs(record: Mixture) -> NDArray[np.float64]:
     return np.array([(line["read"] + line["counts"]) / sizes for line in record.lines.values()])
 
 
-def by_source(record: Mixture, values: NDArray[np.float64], shown: list[int], y_label: str, title: str) -> str:
+def by_source(
+    record: Mixture, values: NDArray[np.float64], shown: list[int], y_label: str, title: str
+) -> str:
     """A line for each of the sources shown."""
     steps, thinned = columns(record.steps, values, POINTS)
-    lines = [Series(record.sources[i], list(zip(steps.tolist(), thinned[:, i].tolist(), strict=True))) for i in shown]
+    lines = [
+        Series(record.sources[i], list(zip(steps.tolist(), thinned[:, i].tolist(), strict=True)))
+        for i in shown
+    ]
     return line_chart(lines, x_label="step", y_label=y_label, title=title)
 
 
@@ -92,9 +109,15 @@ def exploration(record: Mixture) -> str:
     for name, key in named.items():
         there = [(step, line[key]) for step, line in record.lines.items() if key in line]
         if there:
-            steps, values = columns([s for s, _ in there], np.array([[v] for _, v in there]), POINTS)
-            lines.append(Series(name, list(zip(steps.tolist(), values[:, 0].tolist(), strict=True))))
-    return line_chart(lines, x_label="step", y_label="share", title="Distance to the prior and uniform share")
+            steps, values = columns(
+                [s for s, _ in there], np.array([[v] for _, v in there]), POINTS
+            )
+            lines.append(
+                Series(name, list(zip(steps.tolist(), values[:, 0].tolist(), strict=True)))
+            )
+    return line_chart(
+        lines, x_label="step", y_label="share", title="Distance to the prior and uniform share"
+    )
 
 
 def rows(record: Mixture) -> list[list[str]]:

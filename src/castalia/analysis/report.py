@@ -38,7 +38,9 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}; remove it and make it again") from None
 
 
-def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+def thin(
+    points: Sequence[tuple[float, float]], most: int = MOST_POINTS
+) -> list[tuple[float, float]]:
     """At most `most` points: means of x and y over stretches of equal width in log(1 + x)."""
     if len(points) <= most:
         return list(points)
@@ -46,7 +48,10 @@ def thin(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list
     width = math.log1p(points[-1][0]) / (most - 1) or 1.0
     for point in points:
         stretches.setdefault(int(math.log1p(point[0]) / width), []).append(point)
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in stretches.values()]
+    return [
+        (sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part))
+        for part in stretches.values()
+    ]
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -65,9 +70,15 @@ def loss_section(metrics: Sequence[Mapping[str, Any]]) -> str:
     if not points:
         return ""
     lines = [Series("each step", thin(points), True), Series("mean", thin(smooth(points), 120))]
-    chart = line_chart(lines, x_label="step", y_label="nats per token", title="Training loss by step", log_x=True)
+    chart = line_chart(
+        lines, x_label="step", y_label="nats per token", title="Training loss by step", log_x=True
+    )
     last = f"It ended at {smooth(points)[-1][1]:.3f} nats per token after step {number(points[-1][0])}."
-    return section("Training loss", f"Cross-entropy on the rows of each step; the bold line is its mean. {last}", chart)
+    return section(
+        "Training loss",
+        f"Cross-entropy on the rows of each step; the bold line is its mean. {last}",
+        chart,
+    )
 
 
 def bits_section(evals: Mapping[str, Any] | None) -> str:
@@ -77,15 +88,24 @@ def bits_section(evals: Mapping[str, Any] | None) -> str:
     marks = sorted(evals["checkpoints"], key=lambda mark: mark["step"])
     names = list(dict.fromkeys(name for mark in marks for name in mark["sources"]))
     lines = [
-        Series(name, [(m["step"], m["sources"][name]["bits_per_byte"]) for m in marks if name in m["sources"]])
+        Series(
+            name,
+            [
+                (m["step"], m["sources"][name]["bits_per_byte"])
+                for m in marks
+                if name in m["sources"]
+            ],
+        )
         for name in names
     ]
-    chart = line_chart(lines, x_label="step", y_label="bits per byte", title="Bits per byte by source", log_x=True)
-    rows = [[number(m["step"]), *(bits_text(m["sources"].get(name)) for name in names)] for m in marks]
-    values = f"<details><summary>The numbers</summary>{table(['step', *names], rows)}</details>"
-    about = (
-        "Held-out documents of each source, never seen in training, at every checkpoint. Lower is better; 8 is text "
+    chart = line_chart(
+        lines, x_label="step", y_label="bits per byte", title="Bits per byte by source", log_x=True
     )
+    rows = [
+        [number(m["step"]), *(bits_text(m["sources"].get(name)) for name in names)] for m in marks
+    ]
+    values = f"<details><summary>The numbers</summary>{table(['step', *names], rows)}</details>"
+    about = "Held-out documents of each source, never seen in training, at every checkpoint. Lower is better; 8 is text "
     return section("Bits per byte by source", about + "sent as it stands.", chart + values)
 
 
@@ -104,13 +124,21 @@ def samples_section(samples: Sequence[Mapping[str, Any]] | None) -> str:
         for sample in samples:
             if sample["prompt"] == prompt:
                 text = f"<b>{escape(prompt)}</b>{escape(sample['text'])}"
-                parts.append(f'<div class="sample"><span>step {sample["step"]}</span><pre>{text}</pre></div>')
-    return section("Samples by checkpoint", "The same prompts and the same seed at each checkpoint.", "".join(parts))
+                parts.append(
+                    f'<div class="sample"><span>step {sample["step"]}</span><pre>{text}</pre></div>'
+                )
+    return section(
+        "Samples by checkpoint",
+        "The same prompts and the same seed at each checkpoint.",
+        "".join(parts),
+    )
 
 
 def tiles(values: Mapping[str, Any]) -> str:
     """The run's main figures, each in a box."""
-    boxes = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items())
+    boxes = "".join(
+        f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items()
+    )
     return f'<dl class="tiles">{boxes}</dl>' if boxes else ""
 
 
@@ -118,13 +146,22 @@ def facts_section(run: Path, env: Mapping[str, Any] | None) -> str:
     """What repeats the run: the config as it was resolved, and the machine."""
     parts = []
     if env:
-        rows = [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in env.items()]
-        parts.append(f"<details><summary>Machine and versions</summary>{table(['', ''], rows, 'words')}</details>")
+        rows = [
+            (key, value if isinstance(value, str) else json.dumps(value))
+            for key, value in env.items()
+        ]
+        parts.append(
+            f"<details><summary>Machine and versions</summary>{table(['', ''], rows, 'words')}</details>"
+        )
     config = run / "config.yaml"
     if config.exists():
         text = escape(config.read_text(encoding="utf-8"))
         parts.append(f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
-    return section("The run", "castalia train config.yaml repeats it.", "".join(parts)) if parts else ""
+    return (
+        section("The run", "castalia train config.yaml repeats it.", "".join(parts))
+        if parts
+        else ""
+    )
 
 
 def page(title: str, lead: str, body: str) -> str:
@@ -148,7 +185,9 @@ def write_report(run_folder: str | Path) -> Path:
     summary = read_json(run / "summary.json") or {}
     metrics = read_metrics(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
     if not metrics and not summary:
-        raise DataError(f"{run} holds no metrics.jsonl and no summary.json: it is not the folder of a run")
+        raise DataError(
+            f"{run} holds no metrics.jsonl and no summary.json: it is not the folder of a run"
+        )
     body = [
         tiles(summary.get("tiles", {})),
         loss_section(metrics),
@@ -156,12 +195,18 @@ def write_report(run_folder: str | Path) -> Path:
         bits_section(read_json(run / "evals" / "bits_per_byte.json")),
         samples_section(read_json(run / "samples" / "samples.json")),
         *(
-            section(t["title"], t.get("about", ""), table(t["header"], t["rows"], t.get("kind", "numbers")))
+            section(
+                t["title"],
+                t.get("about", ""),
+                table(t["header"], t["rows"], t.get("kind", "numbers")),
+            )
             for t in summary.get("tables", [])
         ),
         facts_section(run, read_json(run / "env.json")),
     ]
     path = run / "report.html"
     with atomic_write(path) as file:
-        file.write(page(summary.get("title", run.resolve().name), summary.get("lead", ""), "".join(body)))
+        file.write(
+            page(summary.get("title", run.resolve().name), summary.get("lead", ""), "".join(body))
+        )
     return path

@@ -56,7 +56,10 @@ def linear_ticks(low: float, high: float, count: int = 6) -> list[float]:
 def log_ticks(high: float) -> list[float]:
     """0, then powers of two up to a few thousand and powers of ten beyond."""
     base = 2 if high <= 4096 else 10
-    return [0.0, *(float(base**i) for i in range(math.floor(math.log(max(high, 1), base) + 1e-9) + 1))]
+    return [
+        0.0,
+        *(float(base**i) for i in range(math.floor(math.log(max(high, 1), base) + 1e-9) + 1)),
+    ]
 
 
 def number(value: float) -> str:
@@ -85,7 +88,9 @@ def bounds(series: Sequence[Series], log_x: bool) -> tuple[Axis, Axis]:
     ys = [y for line in series for _, y in line.points]
     step = nice_step((max(ys) - min(ys)) or 1.0, 6)
     low, high = math.floor(min(ys) / step) * step, math.ceil(max(ys) / step) * step
-    x_axis = Axis(0.0 if log_x else min(xs), max(xs), LEFT, WIDTH - RIGHT - label_room(series), log_x)
+    x_axis = Axis(
+        0.0 if log_x else min(xs), max(xs), LEFT, WIDTH - RIGHT - label_room(series), log_x
+    )
     return x_axis, Axis(low, high if high > low else low + step, HEIGHT - BOTTOM, TOP)
 
 
@@ -94,15 +99,25 @@ def draw_axes(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> str:
     parts = []
     for tick in linear_ticks(y_axis.low, y_axis.high, 8):
         y = y_axis(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{x_axis.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{x_axis.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>'
+        )
     ticks = log_ticks(x_axis.high) if x_axis.log else linear_ticks(x_axis.low, x_axis.high, 8)
     floor = y_axis.start
     for tick in ticks:
         x = x_axis(tick)
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<line class="mark" x1="{LEFT}" x2="{x_axis.end:.1f}" y1="{floor}" y2="{floor}"/>')
+        parts.append(
+            f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 5}"/>'
+        )
+        parts.append(
+            f'<text class="tick" x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{number(tick)}</text>'
+        )
+    parts.append(
+        f'<line class="mark" x1="{LEFT}" x2="{x_axis.end:.1f}" y1="{floor}" y2="{floor}"/>'
+    )
     middle = (LEFT + x_axis.end) / 2
     parts.append(
         f'<text class="name" x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
@@ -153,7 +168,9 @@ def draw_labels(series: Sequence[tuple[int, Series]], x_axis: Axis, y_axis: Axis
     )
 
 
-def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: str, log_x: bool = False) -> str:
+def line_chart(
+    series: Sequence[Series], *, x_label: str, y_label: str, title: str, log_x: bool = False
+) -> str:
     """One `<svg>` with a line for each series that has points; an empty string if none has.
 
     A faint series takes the colour of the next that is not faint: raw values behind their mean. With two lines or
@@ -168,10 +185,16 @@ def line_chart(series: Sequence[Series], *, x_label: str, y_label: str, title: s
     for line in shown:
         colours.append(colour % COLOURS)
         colour += not line.faint
-    lines = "".join(draw_line(s, c, x_axis, y_axis, x_label) for c, s in zip(colours, shown, strict=True))
+    lines = "".join(
+        draw_line(s, c, x_axis, y_axis, x_label) for c, s in zip(colours, shown, strict=True)
+    )
     named = [(c, s) for c, s in zip(colours, shown, strict=True) if not s.faint]
     labels = draw_labels(named, x_axis, y_axis) if len(named) > 1 else ""
-    keys = "".join(f'<span style="color:var(--c{c})">{escape(s.name)}</span>' for c, s in named) if labels else ""
+    keys = (
+        "".join(f'<span style="color:var(--c{c})">{escape(s.name)}</span>' for c, s in named)
+        if labels
+        else ""
+    )
     legend = f'<p class="legend">{keys}</p>' if keys else ""
     return (
         f'<div class="chart">{legend}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'

@@ -10,7 +10,14 @@ from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
     from castalia.checkpoint.find import complete_steps, find_checkpoint, newest_first
-    from castalia.checkpoint.load import load_into, read, read_config, read_model, read_state, verify
+    from castalia.checkpoint.load import (
+        load_into,
+        read,
+        read_config,
+        read_model,
+        read_state,
+        verify,
+    )
     from castalia.checkpoint.manifest import DamagedCheckpointError
     from castalia.checkpoint.policy import SavePolicy
     from castalia.checkpoint.store import SaveTiming, Store

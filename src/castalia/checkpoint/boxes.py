@@ -30,7 +30,9 @@ class Box:
         low = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
         ends = zip(self.offset, self.shape, other.offset, other.shape, strict=True)
         high = [min(a + size_a, b + size_b) for a, size_a, b, size_b in ends]
-        return Box(tuple(low), tuple(max(0, stop - start) for start, stop in zip(low, high, strict=True)))
+        return Box(
+            tuple(low), tuple(max(0, stop - start) for start, stop in zip(low, high, strict=True))
+        )
 
     def seen_from(self, offset: Sequence[int]) -> tuple[slice, ...]:
         """Slices of this box in a tensor whose first element stands at `offset` of the whole."""
@@ -93,7 +95,9 @@ def held_boxes(tensor: Tensor) -> list[tuple[Box, Box]]:
         return []
     runs: list[list[Run]] = [[(0, size)] for size in tensor.shape]
     for axis, placement in enumerate(tensor.placements):
-        assert not placement.is_partial(), "a tensor of partial sums has no value to save or to load into"
+        assert not placement.is_partial(), (
+            "a tensor of partial sums has no value to save or to load into"
+        )
         dim = getattr(placement, "dim", None)
         if dim is not None:
             pieces = getattr(placement, "split_factor", 1)
@@ -103,7 +107,9 @@ def held_boxes(tensor: Tensor) -> list[tuple[Box, Box]]:
 
 def pair_boxes(runs: list[list[Run]]) -> list[tuple[Box, Box]]:
     """Each combination of one run a dimension: its box in the whole, and in the tensor of all runs laid end to end."""
-    starts = [list(itertools.accumulate((high - low for low, high in dim), initial=0)) for dim in runs]
+    starts = [
+        list(itertools.accumulate((high - low for low, high in dim), initial=0)) for dim in runs
+    ]
     pairs = []
     for choice in itertools.product(*(range(len(dim)) for dim in runs)):
         picked = [runs[dim][number] for dim, number in enumerate(choice)]
@@ -121,7 +127,8 @@ def is_first_copy(tensor: Tensor, rank: int) -> bool:
     if coordinate is None:
         return False
     return not any(
-        place and placement.is_replicate() for place, placement in zip(coordinate, tensor.placements, strict=True)
+        place and placement.is_replicate()
+        for place, placement in zip(coordinate, tensor.placements, strict=True)
     )
 
 
@@ -129,7 +136,11 @@ def fault_of_tiling(shape: Sequence[int], boxes: list[Box]) -> str | None:
     """Why the boxes do not cover `shape` exactly once; None when they do."""
     if any(len(box.offset) != len(shape) or len(box.shape) != len(shape) for box in boxes):
         return "a piece has another number of dimensions"
-    if any(at + n > size for box in boxes for at, n, size in zip(box.offset, box.shape, shape, strict=True)):
+    if any(
+        at + n > size
+        for box in boxes
+        for at, n, size in zip(box.offset, box.shape, shape, strict=True)
+    ):
         return "a piece lies outside"
     have, want = sum(box.volume for box in boxes), math.prod(shape)
     if have != want:
@@ -142,10 +153,14 @@ def overlap(boxes: list[Box]) -> bool:
     low = np.array([box.offset for box in boxes])
     high = low + np.array([box.shape for box in boxes])
     varying = np.flatnonzero((low != low[0]).any(axis=0))
-    if len(varying) == 1:  # the common case, shards along one dimension: only neighbours can overlap
+    if (
+        len(varying) == 1
+    ):  # the common case, shards along one dimension: only neighbours can overlap
         order = np.argsort(low[:, varying[0]])
         return bool((high[order[:-1], varying[0]] > low[order[1:], varying[0]]).any())
     for i in range(len(boxes) - 1):
-        if np.all(np.maximum(low[i], low[i + 1 :]) < np.minimum(high[i], high[i + 1 :]), axis=1).any():
+        if np.all(
+            np.maximum(low[i], low[i + 1 :]) < np.minimum(high[i], high[i + 1 :]), axis=1
+        ).any():
             return True
     return False

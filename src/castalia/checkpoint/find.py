@@ -32,15 +32,25 @@ def find_checkpoint(path: str | Path) -> Path:
         folder, steps = steps_of_run(path)
         if steps:
             return folder / step_name(steps[-1])
-        raise CheckpointError(f"no complete checkpoint in {path}; give a run folder, or the folder of one step")
-    base, _, word = str(path).rpartition("@") if "@" in path.name else (str(path.parent), "", path.name)
+        raise CheckpointError(
+            f"no complete checkpoint in {path}; give a run folder, or the folder of one step"
+        )
+    base, _, word = (
+        str(path).rpartition("@") if "@" in path.name else (str(path.parent), "", path.name)
+    )
     wanted = WANTED_STEP.fullmatch(word)
     folder, steps = steps_of_run(Path(base))
     if wanted and int(wanted[1]) in steps:
         return folder / step_name(int(wanted[1]))
     if not steps:
-        raise CheckpointError(f"no checkpoint at {path}, and none in {base}; give a run folder, or RUN/step1000")
-    what = f"step {int(wanted[1])} was not saved (or not whole)" if wanted else f"{word!r} is not a step"
+        raise CheckpointError(
+            f"no checkpoint at {path}, and none in {base}; give a run folder, or RUN/step1000"
+        )
+    what = (
+        f"step {int(wanted[1])} was not saved (or not whole)"
+        if wanted
+        else f"{word!r} is not a step"
+    )
     raise CheckpointError(f"no checkpoint at {path}: {what}; have: {ranges_of(steps)}")
 
 

@@ -63,9 +63,13 @@ def hf_keymap(config: ModelConfig) -> KeyMap:
         Rule("norm.bias", "gpt_neox.final_layer_norm.bias"),
     ]
     for ours, theirs in PARTS.items():
-        biased = {"attn": config.attention_bias, "mlp": config.mlp_bias}.get(ours.split(".")[0], True)
+        biased = {"attn": config.attention_bias, "mlp": config.mlp_bias}.get(
+            ours.split(".")[0], True
+        )
         for kind in ("weight", "bias") if biased else ("weight",):
-            rules.append(Rule(f"layers.{{i}}.{ours}.{kind}", f"gpt_neox.layers.{{i}}.{theirs}.{kind}"))
+            rules.append(
+                Rule(f"layers.{{i}}.{ours}.{kind}", f"gpt_neox.layers.{{i}}.{theirs}.{kind}")
+            )
     ignored = list(OLD_BUFFERS)
     if config.tie_word_embeddings:
         ignored += [r"embed_out\.weight", r"lm_head\.weight"]
@@ -120,19 +124,27 @@ def require_expressible(config: ModelConfig) -> None:
         )
 
 
-def model_config(values: Mapping[str, Any], where: str, vocab_size: int | None = None) -> ModelConfig:
+def model_config(
+    values: Mapping[str, Any], where: str, vocab_size: int | None = None
+) -> ModelConfig:
     """Our config for a config.json of transformers. `vocab_size` is the tokenizer's, the file has the padded one.
 
     Raises  ConfigError if the model is of another family or uses an option that our decoder lacks.
     """
     if values.get("model_type") != "gpt_neox":
-        raise ConfigError(f"{where}: model_type is {values.get('model_type')!r}; only 'gpt_neox' can be read")
+        raise ConfigError(
+            f"{where}: model_type is {values.get('model_type')!r}; only 'gpt_neox' can be read"
+        )
     if (activation := values.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        raise ConfigError(f"{where}: hidden_act {activation!r} is unknown; have: {', '.join(ACTIVATIONS)}")
+        raise ConfigError(
+            f"{where}: hidden_act {activation!r} is unknown; have: {', '.join(ACTIVATIONS)}"
+        )
     rotary_pct, rotary_base = rotary(values, where)
     padded = require_int(values, "vocab_size", where)
     if vocab_size is not None and vocab_size > padded:
-        raise ConfigError(f"{where}: the tokenizer has {vocab_size} ids but the embedding only {padded} rows")
+        raise ConfigError(
+            f"{where}: the tokenizer has {vocab_size} ids but the embedding only {padded} rows"
+        )
     real = vocab_size or padded
     return build(
         ModelConfig,
@@ -192,7 +204,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"cannot read {path}: expected a JSON object, got {type(value).__name__}")
+        raise CheckpointError(
+            f"cannot read {path}: expected a JSON object, got {type(value).__name__}"
+        )
     return value
 
 
@@ -201,7 +215,9 @@ def read_hf(folder: Path, vocab_size: int | None = None) -> tuple[dict[str, Tens
 
     Raises  CheckpointError if files are missing or broken or the keys do not fit; ConfigError for another architecture.
     """
-    config = model_config(read_json(folder / "config.json"), str(folder / "config.json"), vocab_size)
+    config = model_config(
+        read_json(folder / "config.json"), str(folder / "config.json"), vocab_size
+    )
     theirs: dict[str, Tensor] = {}
     for file in weight_files(folder):
         try:
@@ -217,17 +233,28 @@ def weight_files(folder: Path) -> list[Path]:
     Raises  CheckpointError if there is neither, or a shard is missing.
     """
     index = folder / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+    names = (
+        set(read_json(index).get("weight_map", {}).values())
+        if index.is_file()
+        else {"model.safetensors"}
+    )
     files = [folder / str(name) for name in sorted(names)]
     for file in files:
         if file.parent != folder or not file.is_file():
             found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise CheckpointError(f"{folder} has no {file.name}; have: {found}. Only safetensors weights are read")
+            raise CheckpointError(
+                f"{folder} has no {file.name}; have: {found}. Only safetensors weights are read"
+            )
     return files
 
 
 def write_hf(
-    folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig, *, eod_id: int | None, dtype: str = "fp32"
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    eod_id: int | None,
+    dtype: str = "fp32",
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors into `folder`, which exists.
 
@@ -237,7 +264,10 @@ def write_hf(
     write_json(folder / "config.json", hf_config(config, eod_id=eod_id, dtype=dtype))
     write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id})
     theirs = hf_keymap(config).to_theirs(tensors)
-    stored = {name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous() for name, tensor in theirs.items()}
+    stored = {
+        name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+        for name, tensor in theirs.items()
+    }
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -246,7 +276,11 @@ def write_hf_tokenizer(folder: Path, *, eod_token: str | None, max_length: int) 
 
     The class is the plain fast tokenizer, which runs tokenizer.json as it is; GPTNeoXTokenizer rebuilds parts of it.
     """
-    special = {} if eod_token is None else dict.fromkeys(("bos_token", "eos_token", "unk_token"), eod_token)
+    special = (
+        {}
+        if eod_token is None
+        else dict.fromkeys(("bos_token", "eos_token", "unk_token"), eod_token)
+    )
     write_json(folder / "special_tokens_map.json", special)
     write_json(
         folder / "tokenizer_config.json",

@@ -56,9 +56,13 @@ class KeyMap:
     `ignored` are regular expressions, matched whole, for keys of theirs that hold nothing to keep (old buffers).
     """
 
-    def __init__(self, family: str, rules: Sequence[Rule], *, layers: int, ignored: Iterable[str] = ()) -> None:
+    def __init__(
+        self, family: str, rules: Sequence[Rule], *, layers: int, ignored: Iterable[str] = ()
+    ) -> None:
         self.family = family
-        self.rules = [rule.at(i) for rule in rules for i in (range(layers) if "{i}" in rule.ours else [0])]
+        self.rules = [
+            rule.at(i) for rule in rules for i in (range(layers) if "{i}" in rule.ours else [0])
+        ]
         self.ignored = [re.compile(pattern) for pattern in ignored]
 
     def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -79,9 +83,13 @@ class KeyMap:
             if self.is_ignored(name):
                 continue
             if (renamed := self.rename(name)) in by_name:
-                raise CheckpointError(f"the {self.family} checkpoint has {renamed!r} twice, once as {name!r}")
+                raise CheckpointError(
+                    f"the {self.family} checkpoint has {renamed!r} twice, once as {name!r}"
+                )
             by_name[renamed] = theirs[name]
-        self.require_equal(f"the {self.family} checkpoint", by_name, [rule.theirs for rule in self.rules])
+        self.require_equal(
+            f"the {self.family} checkpoint", by_name, [rule.theirs for rule in self.rules]
+        )
         return {rule.ours: rule.transform.back(by_name[rule.theirs]) for rule in self.rules}
 
     def rename(self, name: str) -> str:

@@ -68,7 +68,9 @@ def load_into(path: str | Path, tensors: Mapping[str, Tensor], prefix: str = "")
         return make_ready(path, tensors, prefix).fill()
 
 
-def make_ready(path: Path, tensors: Mapping[str, Tensor], prefix: str = "", elsewhere: Collection[str] = ()) -> Ready:
+def make_ready(
+    path: Path, tensors: Mapping[str, Tensor], prefix: str = "", elsewhere: Collection[str] = ()
+) -> Ready:
     """Check all that load_into checks, and change nothing yet; `elsewhere` are names that only other processes load."""
     manifest = read_manifest(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -88,17 +90,26 @@ def check_contents(path: Path, manifest: Manifest, pieces: Pieces) -> None:
 
 
 def require_fit(
-    path: Path, manifest: Manifest, tensors: Mapping[str, Tensor], prefix: str, elsewhere: Collection[str]
+    path: Path,
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    elsewhere: Collection[str],
 ) -> None:
     """Raise CheckpointError listing what the checkpoint lacks, has beyond, or has in another shape or dtype."""
     have = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
     wanted = tensors.keys() | set(elsewhere)
-    problems = [f"{name} is not in the checkpoint{nearest(name, have)}" for name in sorted(wanted - have.keys())]
+    problems = [
+        f"{name} is not in the checkpoint{nearest(name, have)}"
+        for name in sorted(wanted - have.keys())
+    ]
     problems += [f"{name} is in the checkpoint only" for name in sorted(have.keys() - wanted)]
     for name in sorted(have.keys() & tensors.keys()):
         entry, tensor = have[name], tensors[name]
         if tuple(tensor.shape) != entry.shape:
-            problems.append(f"{name} has shape {list(entry.shape)} in the checkpoint, {list(tensor.shape)} here")
+            problems.append(
+                f"{name} has shape {list(entry.shape)} in the checkpoint, {list(tensor.shape)} here"
+            )
         elif tensor.dtype != DTYPES[entry.dtype][0]:
             problems.append(
                 f"{name} is {entry.dtype} in the checkpoint, {str(tensor.dtype).removeprefix('torch.')} here"
@@ -108,7 +119,9 @@ def require_fit(
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         listed = "".join(f"\n  {problem}" for problem in problems[:8])
-        raise CheckpointError(f"{path} does not fit this model or optimizer; use its own config:{listed}{more}")
+        raise CheckpointError(
+            f"{path} does not fit this model or optimizer; use its own config:{listed}{more}"
+        )
 
 
 def pieces_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Pieces:
@@ -144,11 +157,18 @@ def read(path: str | Path, prefix: str = "model.") -> dict[str, Tensor]:
     path = Path(path)
     with reading(path):
         manifest = read_manifest(path)
-        entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
+        entries = {
+            name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)
+        }
         if not entries:
             groups = sorted({name.split(".")[0] for name in manifest.tensors})
-            raise CheckpointError(f"{path} has no tensor named {prefix}*; it has: {', '.join(groups) or 'no tensors'}")
-        tensors = {name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype][0]) for name, entry in entries.items()}
+            raise CheckpointError(
+                f"{path} has no tensor named {prefix}*; it has: {', '.join(groups) or 'no tensors'}"
+            )
+        tensors = {
+            name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype][0])
+            for name, entry in entries.items()
+        }
         pieces = pieces_of(manifest, tensors)
         check_contents(path, manifest, pieces)
         for file in sorted(pieces):
@@ -166,9 +186,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(read_text(path, CONFIG))
     except yaml.YAMLError as error:
-        raise DamagedCheckpointError(f"{Path(path) / CONFIG} is not readable YAML: {error}") from None
+        raise DamagedCheckpointError(
+            f"{Path(path) / CONFIG} is not readable YAML: {error}"
+        ) from None
     if not isinstance(values, dict):
-        raise DamagedCheckpointError(f"{Path(path) / CONFIG} is malformed: a config is a table of keys")
+        raise DamagedCheckpointError(
+            f"{Path(path) / CONFIG} is malformed: a config is a table of keys"
+        )
     return values
 
 
@@ -177,7 +201,9 @@ def read_text(path: str | Path, name: str) -> str:
     path = Path(path)
     manifest = read_manifest(path)
     if name not in manifest.files:
-        raise CheckpointError(f"{path} holds no {name}; it was saved with: {', '.join(sorted(manifest.files))}")
+        raise CheckpointError(
+            f"{path} holds no {name}; it was saved with: {', '.join(sorted(manifest.files))}"
+        )
     return read_listed(path, manifest, name).decode("utf-8")
 
 
@@ -202,4 +228,6 @@ def verify(path: str | Path) -> list[str]:
                 pieces[chunk.file].append(Piece(chunk, entry.dtype, chunk.box, NOWHERE))
         for file in sorted(pieces):
             check_pieces(path / file, pieces[file])
-        return sorted({item.name for item in path.iterdir()} - {COMPLETE, MANIFEST, *manifest.files})
+        return sorted(
+            {item.name for item in path.iterdir()} - {COMPLETE, MANIFEST, *manifest.files}
+        )

@@ -184,7 +184,9 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     Raises  DamagedCheckpointError naming the first file, in order of names, that is missing, a link or changed.
     """
     with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
-        faults = pool.map(lambda name: fault_of_file(folder / name, manifest.files[name]), sorted(names))
+        faults = pool.map(
+            lambda name: fault_of_file(folder / name, manifest.files[name]), sorted(names)
+        )
         for fault in faults:
             if fault:
                 raise DamagedCheckpointError(fault)
@@ -202,7 +204,11 @@ def fault_of_file(path: Path, entry: FileEntry) -> str | None:
         return str(error)
     except OSError as error:
         return f"cannot read {path}: {error.strerror or error}"
-    return None if digest == entry.sha256 else f"{path} is corrupt: its SHA-256 is {digest[:12]}..., not the saved one"
+    return (
+        None
+        if digest == entry.sha256
+        else f"{path} is corrupt: its SHA-256 is {digest[:12]}..., not the saved one"
+    )
 
 
 def open_regular(path: Path) -> Any:
@@ -218,7 +224,9 @@ def open_regular(path: Path) -> Any:
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
-        raise DamagedCheckpointError(f"{path} is a symbolic link; a checkpoint holds plain files only") from None
+        raise DamagedCheckpointError(
+            f"{path} is a symbolic link; a checkpoint holds plain files only"
+        ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise DamagedCheckpointError(f"{path} is not a plain file")
@@ -242,7 +250,9 @@ def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
     entry = manifest.files[name]
     data = read_regular(folder / name, min(entry.size, LARGEST_JSON))
     if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise DamagedCheckpointError(f"{folder / name} is corrupt: its SHA-256 is not the saved one")
+        raise DamagedCheckpointError(
+            f"{folder / name} is corrupt: its SHA-256 is not the saved one"
+        )
     return data
 
 

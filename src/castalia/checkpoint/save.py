@@ -119,7 +119,9 @@ class Save:
                 for number, (box, tensor) in enumerate(self.staged[name].pieces):
                     key = name if number == 0 else f"{name}#{number}"
                     content[key] = tensor
-                    tensors[name].chunks.append(Chunk(file=file, key=key, offset=box.offset, shape=box.shape))
+                    tensors[name].chunks.append(
+                        Chunk(file=file, key=key, offset=box.offset, shape=box.shape)
+                    )
             files[file] = write_shard(self.temporary / file, content)
         return Note(save=self.mark, tensors=tensors, files=files)
 
@@ -195,7 +197,9 @@ class Save:
         for name, text in self.texts.items():
             self.own_files.append(name)
             files[name] = write_bytes(self.temporary / name, text)
-        for item in list(self.temporary.iterdir()):  # notes, and leftovers of a save that was killed
+        for item in list(
+            self.temporary.iterdir()
+        ):  # notes, and leftovers of a save that was killed
             if item.name not in files:
                 shutil.rmtree(item) if item.is_dir() else item.unlink()
         manifest = Manifest(
@@ -233,7 +237,9 @@ class Save:
                 return False
 
         if not wait_until(done, lambda: self.patience):
-            raise CheckpointError(f"no word of rank 0 about step {self.step} after {self.patience:g} s; is it alive?")
+            raise CheckpointError(
+                f"no word of rank 0 about step {self.step} after {self.patience:g} s; is it alive?"
+            )
 
     def give_up(self, reason: str) -> None:
         """Remove what this process wrote and tell the others; rank 0 then removes the temporary folder."""
@@ -246,7 +252,10 @@ class Save:
         if self.rank == 0:
             if not self.has_gathered:
                 everyone = range(1, self.world)
-                wait_until(lambda: all(self.note_of(rank) for rank in everyone), lambda: min(self.patience, 60.0))
+                wait_until(
+                    lambda: all(self.note_of(rank) for rank in everyone),
+                    lambda: min(self.patience, 60.0),
+                )
             shutil.rmtree(self.temporary, ignore_errors=True)
 
     def reason_of(self, error: Exception, needed: int) -> str:
@@ -254,7 +263,9 @@ class Save:
         what = f"cannot save step {self.step} in {self.folder}"
         if not isinstance(error, OSError):
             return f"{what}: {type(error).__name__}: {error}"
-        room = f" (rank {self.rank} needs {size_text(needed)} for it)" if error.errno in FULL else ""
+        room = (
+            f" (rank {self.rank} needs {size_text(needed)} for it)" if error.errno in FULL else ""
+        )
         return (
             f"{what}: {error.strerror or error}{room}; earlier checkpoints are intact;"
             " free space or choose another output, then run the command again"
@@ -269,13 +280,19 @@ def merge(notes: list[Note]) -> dict[str, TensorEntry]:
     table: dict[str, TensorEntry] = {}
     for rank, note in enumerate(notes):
         for name, entry in note.tensors.items():
-            known = table.setdefault(name, TensorEntry(dtype=entry.dtype, shape=entry.shape, chunks=[]))
+            known = table.setdefault(
+                name, TensorEntry(dtype=entry.dtype, shape=entry.shape, chunks=[])
+            )
             if (known.dtype, known.shape) != (entry.dtype, entry.shape):
-                raise CheckpointError(f"rank {rank} has {name} in another shape or dtype than the ranks before it")
+                raise CheckpointError(
+                    f"rank {rank} has {name} in another shape or dtype than the ranks before it"
+                )
             known.chunks.extend(entry.chunks)
     for name, entry in table.items():
         if fault := fault_of_tiling(entry.shape, [chunk.box for chunk in entry.chunks]):
-            raise CheckpointError(f"cannot save {name}: what the processes hold is not the whole tensor: {fault}")
+            raise CheckpointError(
+                f"cannot save {name}: what the processes hold is not the whole tensor: {fault}"
+            )
     return dict(sorted(table.items()))
 
 

@@ -100,8 +100,13 @@ def check_pieces(path: Path, pieces: Iterable[Piece]) -> None:
     with opened(path) as file:
         for piece in pieces:
             stored = file.get_slice(piece.chunk.key)
-            if stored.get_dtype() != DTYPES[piece.dtype][1] or tuple(stored.get_shape()) != piece.chunk.shape:
-                raise DamagedCheckpointError(f"{path} is corrupt: {piece.chunk.key} is not what the manifest says")
+            if (
+                stored.get_dtype() != DTYPES[piece.dtype][1]
+                or tuple(stored.get_shape()) != piece.chunk.shape
+            ):
+                raise DamagedCheckpointError(
+                    f"{path} is corrupt: {piece.chunk.key} is not what the manifest says"
+                )
 
 
 def read_pieces(path: Path, pieces: Iterable[Piece]) -> None:
@@ -111,7 +116,9 @@ def read_pieces(path: Path, pieces: Iterable[Piece]) -> None:
             if piece.box == piece.chunk.box:
                 piece.target.copy_(file.get_tensor(piece.chunk.key))
             else:
-                piece.target.copy_(file.get_slice(piece.chunk.key)[piece.box.seen_from(piece.chunk.offset)])
+                piece.target.copy_(
+                    file.get_slice(piece.chunk.key)[piece.box.seen_from(piece.chunk.offset)]
+                )
 
 
 @contextmanager

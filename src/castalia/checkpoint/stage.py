@@ -69,7 +69,14 @@ def stage_one(name: str, tensor: Tensor, rank: int, buffers: Buffers | None) -> 
         for number, (box, place) in enumerate(held_boxes(tensor)):
             if box.volume:
                 piece = local[place.seen_from((0,) * len(place.offset))]
-                pieces.append((box, on_cpu(piece) if buffers is None else copied(piece, f"{name}#{number}", buffers)))
+                pieces.append(
+                    (
+                        box,
+                        on_cpu(piece)
+                        if buffers is None
+                        else copied(piece, f"{name}#{number}", buffers),
+                    )
+                )
     return Staged(tuple(tensor.shape), NAMES[tensor.dtype], pieces)
 
 
@@ -83,7 +90,9 @@ def copied(tensor: Tensor, key: str, buffers: Buffers) -> Tensor:
     buffer = buffers.get(key)
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
         # page-locked, so that the GPU writes into it by itself
-        buffer = buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        buffer = buffers[key] = torch.empty(
+            tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+        )
     return buffer.copy_(tensor, non_blocking=True)
 
 
@@ -95,11 +104,15 @@ def require_json(value: Any, where: str = "state") -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise CheckpointError(f"cannot save {where}: its key {key!r} is not text; JSON would change it")
+                raise CheckpointError(
+                    f"cannot save {where}: its key {key!r} is not text; JSON would change it"
+                )
             require_json(item, f"{where}.{key}")
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
             require_json(item, f"{where}[{number}]")
     elif value is not None and not isinstance(value, str | int | float):
         kind = type(value).__name__
-        raise CheckpointError(f"cannot save {where}: a {kind} is not JSON; make it a list, a number or text")
+        raise CheckpointError(
+            f"cannot save {where}: a {kind} is not JSON; make it a list, a number or text"
+        )

@@ -73,7 +73,9 @@ class Store:
         patience: float = 1800.0,
     ) -> None:
         if "://" in str(folder):
-            raise CheckpointError(f"checkpoints go to a folder on a disk, not to {folder}; mount it, or copy later")
+            raise CheckpointError(
+                f"checkpoints go to a folder on a disk, not to {folder}; mount it, or copy later"
+            )
         self.folder = Path(folder)
         self.rank, self.world = rank, world
         self.expired = expired
@@ -119,7 +121,9 @@ class Store:
         save = Save(self.folder, step, mark, self.rank, self.world, staged, texts, self.patience)
         nbytes = sum(item.nbytes for item in staged.values())
         self.saving = save
-        self.thread = threading.Thread(target=self.run, args=(save,), name=f"save-{step}")  # the process ends after it
+        self.thread = threading.Thread(
+            target=self.run, args=(save,), name=f"save-{step}"
+        )  # the process ends after it
         self.thread.start()
         if not asynchronous:
             self.wait()
@@ -184,7 +188,9 @@ class Store:
         folder = self.folder / step_name(step)
         if not (folder / COMPLETE).exists():
             have = ranges_of(self.steps()) or "none"
-            raise CheckpointError(f"no complete checkpoint of step {step} in {self.folder}; have: {have}")
+            raise CheckpointError(
+                f"no complete checkpoint of step {step} in {self.folder}; have: {have}"
+            )
         return folder
 
     def load(self, step: int, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
@@ -298,7 +304,9 @@ class Store:
                     )
                 time.sleep(POLL_SECONDS)
             yield
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a forked worker holds a copy of the descriptor
+            fcntl.flock(
+                descriptor, fcntl.LOCK_UN
+            )  # also where a forked worker holds a copy of the descriptor
         finally:
             os.close(descriptor)
 
@@ -309,15 +317,23 @@ def require_file_names(files: Mapping[str, str]) -> None:
     Raises  CheckpointError naming the file.
     """
     for name in files:
-        taken = name in (STATE, MANIFEST, COMPLETE) or name.startswith("rank-") or name.endswith(".safetensors")
+        taken = (
+            name in (STATE, MANIFEST, COMPLETE)
+            or name.startswith("rank-")
+            or name.endswith(".safetensors")
+        )
         if taken or not SAFE_NAME.fullmatch(name):
-            raise CheckpointError(f"cannot save a file named {name!r} in a checkpoint; choose a plain name of its own")
+            raise CheckpointError(
+                f"cannot save a file named {name!r} in a checkpoint; choose a plain name of its own"
+            )
 
 
 def smallest(number: int) -> int:
     """The smallest of a number over all processes of the default process group."""
     if not dist.is_initialized():
-        raise CheckpointError("a store of several processes needs torch.distributed, or agree= of its own")
+        raise CheckpointError(
+            "a store of several processes needs torch.distributed, or agree= of its own"
+        )
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     shared = torch.tensor([number], dtype=torch.int64, device=device)
     dist.all_reduce(shared, dist.ReduceOp.MIN)

@@ -29,7 +29,9 @@ def main() -> None:
         raise
     except BrokenPipeError:
         sys.exit(141)
-    except OSError as error:  # of a file that a verb was given: it may not be looked at, or its name is too long
+    except (
+        OSError
+    ) as error:  # of a file that a verb was given: it may not be looked at, or its name is too long
         if error.filename is None:
             raise
         print(f"castalia: error: {error.filename}: {error.strerror}", file=sys.stderr)

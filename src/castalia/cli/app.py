@@ -3,7 +3,18 @@
 import typer
 
 from castalia import __version__
-from castalia.cli import cleaning, demo, export, generate, launch, mixing, prepare, serve, show, train
+from castalia.cli import (
+    cleaning,
+    demo,
+    export,
+    generate,
+    launch,
+    mixing,
+    prepare,
+    serve,
+    show,
+    train,
+)
 
 app = typer.Typer(
     name="castalia",
@@ -24,7 +35,9 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=print_version, is_eager=True, help="Print the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=print_version, is_eager=True, help="Print the version."
+    ),
 ) -> None:
     """Train, study and serve suites of language models, on a laptop CPU or a GPU cluster."""
 

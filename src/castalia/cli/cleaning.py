@@ -13,12 +13,18 @@ from castalia.cli.data import AsJson, Prefix, Prefixes, app, bar, line
 @app.command()
 def dedup(
     prefixes: Prefixes,
-    output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx, .json and .dropped.jsonl.")],
+    output: Annotated[
+        str,
+        typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx, .json and .dropped.jsonl."),
+    ],
     near: Annotated[
-        float | None, typer.Option(metavar="J", help="Drop near-duplicates too: Jaccard index of n-grams >= J.")
+        float | None,
+        typer.Option(metavar="J", help="Drop near-duplicates too: Jaccard index of n-grams >= J."),
     ] = None,
     ngram: Annotated[int, typer.Option(min=1, help="Tokens of an n-gram, for --near.")] = 5,
-    permutations: Annotated[int, typer.Option(min=2, help="Hash functions of a MinHash signature, for --near.")] = 128,
+    permutations: Annotated[
+        int, typer.Option(min=2, help="Hash functions of a MinHash signature, for --near.")
+    ] = 128,
     as_json: AsJson = False,
 ) -> None:
     """Write documents without those that repeat an earlier one; the first stays, in the order of the inputs.
@@ -46,14 +52,23 @@ def dedup(
 
 @app.command()
 def contamination(
-    corpus: Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Token files, or text as `prepare` reads.")],
-    evaluations: Annotated[
-        list[str], typer.Option("--with", metavar="FILE", help="Evaluation documents: JSON lines or text; repeatable.")
+    corpus: Annotated[
+        list[str],
+        typer.Argument(metavar="CORPUS...", help="Token files, or text as `prepare` reads."),
     ],
-    report: Annotated[str | None, typer.Option(metavar="FILE", help="Write a JSON line for each document.")] = None,
+    evaluations: Annotated[
+        list[str],
+        typer.Option(
+            "--with", metavar="FILE", help="Evaluation documents: JSON lines or text; repeatable."
+        ),
+    ],
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a JSON line for each document.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="FILE", help="Of token files.")] = None,
     key: Annotated[
-        list[str] | None, typer.Option(help="JSON key of the evaluation text; several are joined. Default: text.")
+        list[str] | None,
+        typer.Option(help="JSON key of the evaluation text; several are joined. Default: text."),
     ] = None,
     corpus_key: Annotated[str, typer.Option(help="JSON key of the corpus's text.")] = "text",
     ngram: Annotated[int, typer.Option(min=1, help="Words of an n-gram.")] = 13,
@@ -86,14 +101,20 @@ def contamination(
         f"{found.contaminated:,} of {found.evaluations:,} evaluation documents share {ngram} words in a row with the"
         f" corpus; {found.too_short:,} are shorter than that and were not checked"
     )
-    typer.echo(f"{found.overlapping:,} of {found.documents:,} documents of the corpus hold such words")
+    typer.echo(
+        f"{found.overlapping:,} of {found.documents:,} documents of the corpus hold such words"
+    )
 
 
 @app.command()
 def mask(
     prefix: Prefix,
-    output: Annotated[str, typer.Option(metavar="PREFIX", help="Label file to write: .bin, .idx and .json.")],
-    before: Annotated[str, typer.Option(metavar="ID,ID,...", help="Token ids after which targets begin.")],
+    output: Annotated[
+        str, typer.Option(metavar="PREFIX", help="Label file to write: .bin, .idx and .json.")
+    ],
+    before: Annotated[
+        str, typer.Option(metavar="ID,ID,...", help="Token ids after which targets begin.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Write the label file of a token file: -100 up to the end of the first --before in each document, then the tokens.

@@ -19,18 +19,31 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Prefix = Annotated[str, typer.Argument(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx, or shards of PREFIX.bin.")]
-Prefixes = Annotated[list[str], typer.Argument(metavar="PREFIX...", help="Token files; each whole or in shards.")]
+Prefix = Annotated[
+    str,
+    typer.Argument(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx, or shards of PREFIX.bin."),
+]
+Prefixes = Annotated[
+    list[str], typer.Argument(metavar="PREFIX...", help="Token files; each whole or in shards.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Hashes = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="SHA-256 by file name: Pythia's shard_hashes.txt, or sha256sum's output."),
+    typer.Option(
+        metavar="FILE",
+        help="SHA-256 by file name: Pythia's shard_hashes.txt, or sha256sum's output.",
+    ),
 ]
 Sources = Annotated[
     list[str],
-    typer.Argument(metavar="CONFIG... [a.b=c ...]", help="As for `castalia train`: a preset, YAML files, overrides."),
+    typer.Argument(
+        metavar="CONFIG... [a.b=c ...]",
+        help="As for `castalia train`: a preset, YAML files, overrides.",
+    ),
 ]
-StepRange = Annotated[str, typer.Option(metavar="A:B", help="Steps A to B - 1, counted from 0; A alone is one step.")]
+StepRange = Annotated[
+    str, typer.Option(metavar="A:B", help="Steps A to B - 1, counted from 0; A alone is one step.")
+]
 SHARD_BYTES = 5_000_000_000
 """Pythia's; the same number as in castalia.data.shards, which help must not import."""
 
@@ -38,9 +51,14 @@ SHARD_BYTES = 5_000_000_000
 @app.command()
 def inspect(
     prefix: Prefix,
-    document: Annotated[int | None, typer.Option(help="Show this document; counts from 0, -1 is the last.")] = None,
+    document: Annotated[
+        int | None, typer.Option(help="Show this document; counts from 0, -1 is the last.")
+    ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Decode with a tokenizer.json, or `bytes`; else ids are shown.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Decode with a tokenizer.json, or `bytes`; else ids are shown."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +75,11 @@ def inspect(
     shown = None if document is None else one_document(dataset, document, tokenizer)
     facts = describe(dataset)
     if as_json:
-        typer.echo(json.dumps(asdict(facts) | ({} if shown is None else {"document": shown}), ensure_ascii=False))
+        typer.echo(
+            json.dumps(
+                asdict(facts) | ({} if shown is None else {"document": shown}), ensure_ascii=False
+            )
+        )
         return
     print_facts(facts)
     if shown is not None:
@@ -79,7 +101,9 @@ def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) 
 
     count = len(dataset)
     if not -count <= number < count:
-        raise ConfigError(f"--document {number}: {dataset.prefix} has {count} documents, 0 to {count - 1}")
+        raise ConfigError(
+            f"--document {number}: {dataset.prefix} has {count} documents, 0 to {count - 1}"
+        )
     ids = dataset[number].tolist()
     content: dict[str, Any] = {"ids": ids}
     if tokenizer is not None:
@@ -87,29 +111,37 @@ def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) 
         require_tokenizer(str(dataset.prefix), chosen)
         content = {"text": chosen.decode(ids)}
     origin = read_provenance(dataset.prefix, number % count)
-    return {"number": number % count, "tokens": len(ids), **content, **({} if origin is None else {"from": origin})}
+    return {
+        "number": number % count,
+        "tokens": len(ids),
+        **content,
+        **({} if origin is None else {"from": origin}),
+    }
 
 
 def origin_line(origin: dict[str, Any]) -> str:
     """Where a document came from: file and line, then what else is known."""
     place = origin["source"] + (f"({origin['member']})" if origin["member"] else "")
     rest = [f"{name}={value}" for name, value in origin.items() if value is not None][1:]
-    return (
-        f"from {place}:{origin['line']}  {' '.join(part for part in rest if not part.startswith(('member=', 'line=')))}"
-    )
+    return f"from {place}:{origin['line']}  {' '.join(part for part in rest if not part.startswith(('member=', 'line=')))}"
 
 
 def print_facts(facts: "Description") -> None:
     """The facts as lines, the lengths with a bar for each power of two."""
     shards = f" in {facts.shards} shards" if facts.shards else ""
-    typer.echo(f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype},", nl=False)
+    typer.echo(
+        f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype},",
+        nl=False,
+    )
     typer.echo(f" {facts.bytes / 1e6:,.2f} MB{shards}")
     typer.echo(
         f"tokens a document: least {facts.shortest:,}, mean {facts.mean:,.1f}, median {facts.median:,.1f},"
         f" most {facts.longest:,}; {facts.empty:,} empty"
     )
     if facts.maps:
-        typer.echo(f"index maps: {facts.maps} files, {facts.maps_bytes / 1e6:,.2f} MB in {facts.prefix}.order")
+        typer.echo(
+            f"index maps: {facts.maps} files, {facts.maps_bytes / 1e6:,.2f} MB in {facts.prefix}.order"
+        )
     most = max((count for _, count in facts.histogram), default=1)
     for least, count in facts.histogram:
         label = "0" if least == 0 else f"{least:,}-{2 * least - 1:,}"
@@ -125,11 +157,16 @@ def count(prefixes: Prefixes, as_json: AsJson = False) -> None:
     found = [describe(IndexedDataset(prefix)) for prefix in prefixes]
     sums = {"documents": sum(f.documents for f in found), "tokens": sum(f.tokens for f in found)}
     if as_json:
-        files = [{"prefix": f.prefix, "documents": f.documents, "tokens": f.tokens, "dtype": f.dtype} for f in found]
+        files = [
+            {"prefix": f.prefix, "documents": f.documents, "tokens": f.tokens, "dtype": f.dtype}
+            for f in found
+        ]
         typer.echo(json.dumps({"files": files, **sums}))
         return
     for facts in found:
-        typer.echo(f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype}")
+        typer.echo(
+            f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype}"
+        )
     if len(found) > 1:
         typer.echo(f"all: {sums['documents']:,} documents, {sums['tokens']:,} tokens")
 
@@ -139,10 +176,16 @@ def verify(
     prefixes: Prefixes,
     hashes: Hashes = None,
     write_hashes: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the files' hashes to FILE, in the form of Pythia's list.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Write the files' hashes to FILE, in the form of Pythia's list."
+        ),
     ] = None,
     shard_bytes: Annotated[
-        int, typer.Option(min=1, help="Size of listed shards, to check a whole .bin by a list of its shards.")
+        int,
+        typer.Option(
+            min=1, help="Size of listed shards, to check a whole .bin by a list of its shards."
+        ),
     ] = SHARD_BYTES,
     as_json: AsJson = False,
 ) -> None:
@@ -180,14 +223,20 @@ def write_list(prefixes: list[str], path: str) -> None:
 
     with bar("hash", prefixes) as on_bytes, atomic_write(path) as file:
         for prefix in prefixes:
-            file.writelines(f"{name} {digest}\n" for name, digest in hash_list(prefix, on_bytes).items())
+            file.writelines(
+                f"{name} {digest}\n" for name, digest in hash_list(prefix, on_bytes).items()
+            )
 
 
 @app.command()
 def shard(
     prefix: Prefix,
-    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the shards; .idx and .json go along.")],
-    size: Annotated[int, typer.Option("--bytes", min=1, help="Bytes of each shard but the last.")] = SHARD_BYTES,
+    output: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Folder of the shards; .idx and .json go along.")
+    ],
+    size: Annotated[
+        int, typer.Option("--bytes", min=1, help="Bytes of each shard but the last.")
+    ] = SHARD_BYTES,
 ) -> None:
     """Cut PREFIX.bin into shards as Pythia publishes them: BASE-00000-of-00082.bin, the second number the last shard's.
 
@@ -197,14 +246,19 @@ def shard(
 
     with bar("shard", [prefix]) as on_bytes:
         written = cut(prefix, output, size=size, on_bytes=on_bytes)
-    typer.echo(f"{written[0]} to {written[-1].name}: {len(written)} shards of {size:,} bytes, the last may be shorter")
+    typer.echo(
+        f"{written[0]} to {written[-1].name}: {len(written)} shards of {size:,} bytes, the last may be shorter"
+    )
 
 
 @app.command()
 def unshard(
     prefix: Prefix,
     output: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Folder of the whole .bin; by default that of the shards.")
+        str | None,
+        typer.Option(
+            metavar="FOLDER", help="Folder of the whole .bin; by default that of the shards."
+        ),
     ] = None,
     hashes: Hashes = None,
     as_json: AsJson = False,
@@ -223,13 +277,17 @@ def unshard(
         typer.echo(json.dumps(asdict(done) | {"path": str(done.path)}))
         return
     kept = f", {done.kept:,} of them there before" if done.kept else ""
-    typer.echo(f"{done.path}: {done.shards} shards, {done.bytes:,} bytes{kept}, SHA-256 {done.sha256}")
+    typer.echo(
+        f"{done.path}: {done.shards} shards, {done.bytes:,} bytes{kept}, SHA-256 {done.sha256}"
+    )
 
 
 @app.command()
 def merge(
     prefixes: Prefixes,
-    output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
+    output: Annotated[
+        str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """One token file out of several of the same dtype, documents in the order of the inputs.
@@ -249,12 +307,18 @@ def merge(
 def split(
     prefix: Prefix,
     output: Annotated[
-        str, typer.Option(metavar="PREFIX", help="Writes PREFIX-train, -valid, -test, or PREFIX-part0 …")
+        str,
+        typer.Option(
+            metavar="PREFIX", help="Writes PREFIX-train, -valid, -test, or PREFIX-part0 …"
+        ),
     ],
     shares: Annotated[
-        str | None, typer.Option(help="Shares of train, valid and test as in data.split: '969, 30, 1'.")
+        str | None,
+        typer.Option(help="Shares of train, valid and test as in data.split: '969, 30, 1'."),
     ] = None,
-    parts: Annotated[int | None, typer.Option(help="So many parts of nearly as many documents each.")] = None,
+    parts: Annotated[
+        int | None, typer.Option(help="So many parts of nearly as many documents each.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Several token files out of one, by whole documents in their order.
@@ -273,10 +337,15 @@ def split(
 def view(
     sources: Sources,
     steps: StepRange,
-    ids: Annotated[str | None, typer.Option(metavar="FILE", help="Write the ids as one .npy, (rows, tokens).")] = None,
-    jsonl: Annotated[str | None, typer.Option(metavar="FILE", help="Write a JSON line for each row.")] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the ids as one .npy, (rows, tokens).")
+    ] = None,
+    jsonl: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a JSON line for each row.")
+    ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="FILE", help="For the text; by default data.tokenizer of the config.")
+        str | None,
+        typer.Option(metavar="FILE", help="For the text; by default data.tokenizer of the config."),
     ] = None,
 ) -> None:
     """The exact rows that steps of a run train on: ids, text, source, documents and offsets.
@@ -297,7 +366,10 @@ def view(
     config, rows = rows_of(sources)
     chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
     named = tokenizer or config.data.tokenizer
-    texts = (json.dumps(r, ensure_ascii=False) for r in records(rows, chosen, load_tokenizer(named) if named else None))
+    texts = (
+        json.dumps(r, ensure_ascii=False)
+        for r in records(rows, chosen, load_tokenizer(named) if named else None)
+    )
     if ids:
         save_ids(rows.train, chosen, ids)
     if jsonl:
@@ -314,7 +386,9 @@ def view(
 def materialize(
     sources: Sources,
     steps: StepRange,
-    output: Annotated[str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")],
+    output: Annotated[
+        str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Write the exact rows of a run's steps, in order, as a token file: one item a row of data.seq_length + 1 tokens.
@@ -329,12 +403,20 @@ def materialize(
     config, rows = rows_of(sources)
     chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
     facts = {
-        "rows_of": {"first_step": chosen.first, "stop_step": chosen.stop, "batch_size": chosen.batch_size},
+        "rows_of": {
+            "first_step": chosen.first,
+            "stop_step": chosen.stop,
+            "batch_size": chosen.batch_size,
+        },
         "seq_length": rows.train.seq_length,
         "fingerprint": rows.fingerprint,
     }
     places = chosen.places
-    size = len(places) * (rows.train.seq_length + 1) * common_dtype([p.dataset for p in rows.train.packs]).itemsize
+    size = (
+        len(places)
+        * (rows.train.seq_length + 1)
+        * common_dtype([p.dataset for p in rows.train.packs]).itemsize
+    )
     with bar("materialize", [], size) as on_bytes:
         record = write_rows(rows.train, places.start, places.stop, output, facts, on_bytes)
     typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
@@ -372,10 +454,19 @@ def line(folder: Path, record: dict[str, Any]) -> str:
 
 
 @contextmanager
-def bar(verb: str, prefixes: list[str], size: int | None = None) -> Iterator[Callable[[int], None] | None]:
+def bar(
+    verb: str, prefixes: list[str], size: int | None = None
+) -> Iterator[Callable[[int], None] | None]:
     """A bar over the bytes of token files, or over `size` bytes, on a terminal only."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     from castalia.core.errors import DataError
     from castalia.data import IndexedDataset
@@ -388,7 +479,13 @@ def bar(verb: str, prefixes: list[str], size: int | None = None) -> Iterator[Cal
         total = size or sum(len(IndexedDataset(prefix).buffer) for prefix in prefixes)
     except DataError:  # whoever asked for the bar says what is wrong
         total = None
-    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(verb),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as shown:
         task = shown.add_task(verb, total=total)
         yield lambda done: shown.advance(task, done)

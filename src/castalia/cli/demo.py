@@ -8,7 +8,8 @@ import typer
 
 def demo(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Overrides, such as train.steps=200.")
+        list[str] | None,
+        typer.Argument(metavar="[a.b=c ...]", help="Overrides, such as train.steps=200."),
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run.")] = "runs/demo",
 ) -> None:

@@ -22,7 +22,10 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     for kind in groups.values():
         hints |= (own := get_type_hints(kind, include_extras=True))
         kinds = inspect.Parameter.KEYWORD_ONLY
-        found += [inspect.Parameter(f.name, kinds, default=f.default, annotation=own[f.name]) for f in fields(kind)]
+        found += [
+            inspect.Parameter(f.name, kinds, default=f.default, annotation=own[f.name])
+            for f in fields(kind)
+        ]
     run.__signature__ = signature.replace(parameters=found)  # type: ignore[attr-defined]
     run.__annotations__ = {name: hint for name, hint in hints.items() if name not in groups}
     return run

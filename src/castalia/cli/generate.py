@@ -16,27 +16,46 @@ ESCAPES = {r"\n": NEW_LINE, r"\t": "\t"}
 
 
 def generate(
-    checkpoint: str = typer.Argument(help="A run, RUN/step1000, a checkpoint's folder, or a Hugging Face folder."),
+    checkpoint: str = typer.Argument(
+        help="A run, RUN/step1000, a checkpoint's folder, or a Hugging Face folder."
+    ),
     prompt: list[str] = typer.Option([], help="Text to continue; may be given several times."),
-    file: str = typer.Option(None, help='Prompts, one a line, or {"prompt": …} a line in a .jsonl file.'),
-    samples: int = typer.Option(0, min=0, help="Make this many texts from nothing, the end-of-document token alone."),
+    file: str = typer.Option(
+        None, help='Prompts, one a line, or {"prompt": …} a line in a .jsonl file.'
+    ),
+    samples: int = typer.Option(
+        0, min=0, help="Make this many texts from nothing, the end-of-document token alone."
+    ),
     output: str = typer.Option(
-        None, help="Write GPT-NeoX's records there: context, text, length, finished, message, duration_seconds."
+        None,
+        help="Write GPT-NeoX's records there: context, text, length, finished, message, duration_seconds.",
     ),
     max_new_tokens: int = typer.Option(64, help="Longest continuation, in tokens."),
-    temperature: float = typer.Option(0.0, help="0 takes the most likely token each time; above 0 draws."),
+    temperature: float = typer.Option(
+        0.0, help="0 takes the most likely token each time; above 0 draws."
+    ),
     top_k: int = typer.Option(0, help="Draw from this many of the likeliest tokens; 0 is off."),
-    top_p: float = typer.Option(0.0, help="Draw from the likeliest tokens that together pass this share; 0 is off."),
-    stop: list[str] = typer.Option([], help=r"End before this text; \n means a new line. May be given several times."),
-    seed: int = typer.Option(None, help="Repeat the same draws; prompt number i (from 0) uses SEED + i."),
+    top_p: float = typer.Option(
+        0.0, help="Draw from the likeliest tokens that together pass this share; 0 is off."
+    ),
+    stop: list[str] = typer.Option(
+        [], help=r"End before this text; \n means a new line. May be given several times."
+    ),
+    seed: int = typer.Option(
+        None, help="Repeat the same draws; prompt number i (from 0) uses SEED + i."
+    ),
     engine: str = typer.Option("auto", help="auto, native, torch, ct2, llama.cpp or openvino."),
     dtype: str = typer.Option(
         None, help="fp32, bf16, fp16; native also int8, int4 and auto (int8).", show_default="fp32"
     ),
     prompt_end: str = typer.Option(r"\n", help="What ends a prompt that is typed in."),
-    draft: str = typer.Option(None, help="Guess ahead with a smaller model of the suite, or `lookup`; the same text."),
+    draft: str = typer.Option(
+        None, help="Guess ahead with a smaller model of the suite, or `lookup`; the same text."
+    ),
     device: str = typer.Option("auto", help="auto, cpu or cuda."),
-    as_json: bool = typer.Option(False, "--json", help="JSON lines: prompt, text, tokens, finish_reason, seconds."),
+    as_json: bool = typer.Option(
+        False, "--json", help="JSON lines: prompt, text, tokens, finish_reason, seconds."
+    ),
 ) -> None:
     """Continue prompts with a checkpoint's model; without --prompt and --file, asks for them.
 
@@ -99,7 +118,9 @@ def unescaped(text: str) -> str:
     return text
 
 
-def print_records(model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None) -> None:
+def print_records(
+    model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None
+) -> None:
     """One JSON object a line, a batch at a time."""
     for done in completions(model, prompts, options, seed):
         print(json.dumps(asdict(done), ensure_ascii=False), flush=True)
@@ -122,7 +143,11 @@ def completions(
 
 
 def write_records(
-    model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None, output: str
+    model: "LanguageModel",
+    prompts: list[str],
+    options: dict[str, Any],
+    seed: int | None,
+    output: str,
 ) -> None:
     """GPT-NeoX's record of each text, a line each.
 
@@ -154,7 +179,9 @@ def neox_record(done: "Completion") -> dict[str, Any]:
     }
 
 
-def print_texts(model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None) -> None:
+def print_texts(
+    model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None
+) -> None:
     """Each text as it arrives; the prompt stands before it on a terminal, or when there are several."""
     show_prompt = sys.stdout.isatty() or len(prompts) > 1
     for i, prompt in enumerate(prompts):
@@ -164,16 +191,25 @@ def print_texts(model: "LanguageModel", prompts: list[str], options: dict[str, A
 
 
 def converse(
-    model: "LanguageModel", options: dict[str, Any], seed: int | None, prompt_end: str, output: str | None
+    model: "LanguageModel",
+    options: dict[str, Any],
+    seed: int | None,
+    prompt_end: str,
+    output: str | None,
 ) -> None:
     """Ask for a prompt, continue it, and again, until end of input; `output` gets a record of each."""
     from castalia.core.errors import ConfigError
 
-    print(f"Type a prompt and {'Enter' if prompt_end == NEW_LINE else prompt_end!r}; Ctrl-D ends.", file=sys.stderr)
+    print(
+        f"Type a prompt and {'Enter' if prompt_end == NEW_LINE else prompt_end!r}; Ctrl-D ends.",
+        file=sys.stderr,
+    )
     number = 0
     while (prompt := typed(prompt_end)) is not None:
         try:
-            done = speak(model, prompt, options, None if seed is None else seed + number, show_prompt=False)
+            done = speak(
+                model, prompt, options, None if seed is None else seed + number, show_prompt=False
+            )
         except ConfigError as error:
             print(f"castalia: {error}", file=sys.stderr)
         else:
@@ -196,7 +232,12 @@ def typed(prompt_end: str) -> str | None:
 
 
 def speak(
-    model: "LanguageModel", prompt: str, options: dict[str, Any], seed: int | None, *, show_prompt: bool
+    model: "LanguageModel",
+    prompt: str,
+    options: dict[str, Any],
+    seed: int | None,
+    *,
+    show_prompt: bool,
 ) -> "Completion":
     """Write one continuation to the screen while it is made, or with a draft when it is there."""
     if show_prompt:

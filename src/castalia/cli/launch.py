@@ -9,26 +9,46 @@ import typer
 if TYPE_CHECKING:
     from castalia.distributed.launching import Plan
 
-SOURCES = typer.Argument(metavar="CONFIG... [a.b=c ...]", help="What `castalia train` takes: preset, files, overrides.")
+SOURCES = typer.Argument(
+    metavar="CONFIG... [a.b=c ...]", help="What `castalia train` takes: preset, files, overrides."
+)
 
 
 def launch(
     sources: Annotated[list[str], SOURCES],
     launcher: Annotated[str | None, typer.Option(help="torchrun, slurm, mpi or pdsh.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Hosts.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each host, one process each.")] = None,
-    procs_per_node: Annotated[int | None, typer.Option(help="Processes on each host, on CPUs.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="GPUs of each host, one process each.")
+    ] = None,
+    procs_per_node: Annotated[
+        int | None, typer.Option(help="Processes on each host, on CPUs.")
+    ] = None,
     hostfile: Annotated[str | None, typer.Option(help="File with lines `host slots=N`.")] = None,
     include: Annotated[str | None, typer.Option(help="Use only these: host1:0,2@host2.")] = None,
     exclude: Annotated[str | None, typer.Option(help="Use all but these.")] = None,
-    master_addr: Annotated[str | None, typer.Option(help="Host on which the processes meet.")] = None,
+    master_addr: Annotated[
+        str | None, typer.Option(help="Host on which the processes meet.")
+    ] = None,
     master_port: Annotated[int | None, typer.Option(help="Port on which they meet.")] = None,
-    node_rank: Annotated[int | None, typer.Option(help="torchrun on several hosts: number of this one.")] = None,
-    max_restarts: Annotated[int | None, typer.Option(help="Times that a failed run starts again by itself.")] = None,
-    launcher_args: Annotated[str | None, typer.Option(help="More arguments for the launcher itself.")] = None,
-    slurm: Annotated[list[str] | None, typer.Option(help="Option of sbatch, time=04:00:00; may be repeated.")] = None,
-    env: Annotated[list[str] | None, typer.Option(help="NAME=value for every process; may be repeated.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")] = False,
+    node_rank: Annotated[
+        int | None, typer.Option(help="torchrun on several hosts: number of this one.")
+    ] = None,
+    max_restarts: Annotated[
+        int | None, typer.Option(help="Times that a failed run starts again by itself.")
+    ] = None,
+    launcher_args: Annotated[
+        str | None, typer.Option(help="More arguments for the launcher itself.")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None, typer.Option(help="Option of sbatch, time=04:00:00; may be repeated.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="NAME=value for every process; may be repeated.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, and start nothing.")
+    ] = False,
 ) -> None:
     """Start `castalia train CONFIG` on many processes. The options are those of the config's section `launch`.
 
@@ -40,8 +60,14 @@ def launch(
 
       castalia launch pythia-1b --launcher pdsh --hostfile hosts --include host1:0,1@host2 --dry-run
     """
-    given = {key: value for key, value in locals().items() if key not in ("sources", "slurm", "env", "dry_run")}
-    words = [f"launch.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    given = {
+        key: value
+        for key, value in locals().items()
+        if key not in ("sources", "slurm", "env", "dry_run")
+    }
+    words = [
+        f"launch.{key}={json.dumps(value)}" for key, value in given.items() if value is not None
+    ]
     words += [*pairs("slurm", "launch.slurm", slurm), *pairs("env", "launch.environment", env)]
     plan = make_plan(sources, words)
     if dry_run:
@@ -94,6 +120,12 @@ def describe(plan: "Plan") -> str:
 
     command = shlex.join(BUILDERS[plan.config.launcher](plan))
     local = plan.config.launcher == "torchrun"
-    variables = "".join(f"{n}={shlex.quote(v)} " for n, v in plan.config.environment.items()) if local else ""
-    script = f"# {sbatch_file(plan)}\n{sbatch_script(plan)}\n" if plan.config.launcher == "slurm" else ""
+    variables = (
+        "".join(f"{n}={shlex.quote(v)} " for n, v in plan.config.environment.items())
+        if local
+        else ""
+    )
+    script = (
+        f"# {sbatch_file(plan)}\n{sbatch_script(plan)}\n" if plan.config.launcher == "slurm" else ""
+    )
     return f"{script}{variables}{command}"

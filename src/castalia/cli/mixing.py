@@ -4,20 +4,30 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Reference losses by source, and the picture of a run's mixture.", no_args_is_help=True)
+app = typer.Typer(
+    help="Reference losses by source, and the picture of a run's mixture.", no_args_is_help=True
+)
 
 
 @app.command()
 def reference(
     checkpoint: Annotated[
-        str, typer.Argument(help="A run's folder, which means its newest checkpoint, or RUN/step1000.")
+        str,
+        typer.Argument(help="A run's folder, which means its newest checkpoint, or RUN/step1000."),
     ],
     prefixes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PREFIX]...", help="Token files, one a source; by default those it was trained on."),
+        typer.Argument(
+            metavar="[PREFIX]...",
+            help="Token files, one a source; by default those it was trained on.",
+        ),
     ] = None,
-    output: Annotated[str, typer.Option(metavar="FILE", help="JSON file to write.")] = "reference.json",
-    rows: Annotated[int, typer.Option(min=1, help="Rows of each source that are read, at most.")] = 256,
+    output: Annotated[
+        str, typer.Option(metavar="FILE", help="JSON file to write.")
+    ] = "reference.json",
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows of each source that are read, at most.")
+    ] = 256,
 ) -> None:
     """Losses of a checkpoint by source, in nats a token, for mixing.kind=doremi and mixing.reference=FILE.
 
@@ -34,7 +44,9 @@ def reference(
     data = read_yaml(found / "config.yaml")["data"]
     sources = prefixes or data["train"]
     if not sources:
-        raise ConfigError(f"{found} does not say what it was trained on; name the token files, one a source")
+        raise ConfigError(
+            f"{found} does not say what it was trained on; name the token files, one a source"
+        )
     scores = write_reference(output, found, sources, seq_length=data["seq_length"], rows=rows)
     for name, entry in scores["sources"].items():
         typer.echo(f"{name}: {entry['loss']:.4f} nats a token over {entry['tokens']:,} tokens")

@@ -22,24 +22,40 @@ def show_plan(sources: list[str], nodes: int, gpus_per_node: int, gpu: str, as_j
     chosen = plan(config, nodes, gpus_per_node, kind)
     proposed = propose(config, nodes, gpus_per_node, kind)
     if as_json:
-        cluster = {"gpu": gpu, "nodes": nodes, "gpus_per_node": gpus_per_node, "memory_gib": kind.memory_gib}
+        cluster = {
+            "gpu": gpu,
+            "nodes": nodes,
+            "gpus_per_node": gpus_per_node,
+            "memory_gib": kind.memory_gib,
+        }
         both = {"chosen": as_object(chosen), "proposed": as_object(proposed) if proposed else None}
         typer.echo(json.dumps({"cluster": cluster} | both, indent=2))
     else:
-        typer.echo(f"{nodes * gpus_per_node} x {gpu}, {kind.memory_gib} GiB each; estimates for one GPU\n")
+        typer.echo(
+            f"{nodes * gpus_per_node} x {gpu}, {kind.memory_gib} GiB each; estimates for one GPU\n"
+        )
         print_plans(chosen, proposed)
 
 
 def as_object(plan: "Plan") -> dict[str, Any]:
     """A plan as plain values; sizes in bytes."""
     memory = plan.memory._asdict() | {"total": plan.memory.total}
-    return plan._asdict() | {"degrees": plan.degrees._asdict(), "memory": memory, "overrides": overrides(plan)}
+    return plan._asdict() | {
+        "degrees": plan.degrees._asdict(),
+        "memory": memory,
+        "overrides": overrides(plan),
+    }
 
 
 def overrides(plan: "Plan") -> list[str]:
     """What to write behind the config to get this layout."""
-    values: dict[str, Any] = {f"parallel.{axis}": degree for axis, degree in plan.degrees._asdict().items()}
-    values |= {"parallel.reshard_after_forward": plan.reshard_after_forward, "train.recompute": plan.recompute}
+    values: dict[str, Any] = {
+        f"parallel.{axis}": degree for axis, degree in plan.degrees._asdict().items()
+    }
+    values |= {
+        "parallel.reshard_after_forward": plan.reshard_after_forward,
+        "train.recompute": plan.recompute,
+    }
     values |= {"train.micro_batch_size": plan.micro_rows}
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
@@ -52,7 +68,9 @@ def print_plans(chosen: "Plan", proposed: "Plan | None") -> None:
     lines = heads + [(cells[0][0], *(text for _, text in cells)) for cells in columns]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for line in lines:
-        typer.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+        typer.echo(
+            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        )
     if proposed:
         typer.echo("\nthe fastest layout that fits: " + " ".join(overrides(proposed)))
     else:

@@ -22,20 +22,39 @@ Inputs = Annotated[list[str] | None, typer.Argument(metavar="INPUT...", help=INP
 TOKENIZERS = "A tokenizer.json, `bytes`, `char`, VOCAB.json,MERGES.txt, X.tiktoken or a SentencePiece X.model."
 TokenizerFile = Annotated[str, typer.Option("--tokenizer", metavar="FILE", help=TOKENIZERS)]
 Output = Annotated[
-    str, typer.Option("--output", metavar="PREFIX", help="Writes PREFIX.bin, PREFIX.idx, PREFIX.json and the index.")
+    str,
+    typer.Option(
+        "--output",
+        metavar="PREFIX",
+        help="Writes PREFIX.bin, PREFIX.idx, PREFIX.json and the index.",
+    ),
 ]
 AppendEod = Annotated[
-    bool, typer.Option("--append-eod", help="End each document with the tokenizer's end-of-document token.")
+    bool,
+    typer.Option(
+        "--append-eod", help="End each document with the tokenizer's end-of-document token."
+    ),
 ]
 Keys = Annotated[
-    list[str], typer.Option("--key", help="Key or column of the text; several write PREFIX_KEY_document each.")
+    list[str],
+    typer.Option(
+        "--key", help="Key or column of the text; several write PREFIX_KEY_document each."
+    ),
 ]
 Keep = Annotated[
-    str, typer.Option("--keep", metavar="A,B", help="Metadata to keep in PREFIX.documents.parquet, beside `id`.")
+    str,
+    typer.Option(
+        "--keep", metavar="A,B", help="Metadata to keep in PREFIX.documents.parquet, beside `id`."
+    ),
 ]
-NumDocs = Annotated[int | None, typer.Option("--num-docs", min=1, help="Read so many documents at most.")]
+NumDocs = Annotated[
+    int | None, typer.Option("--num-docs", min=1, help="Read so many documents at most.")
+]
 OnError = Annotated[
-    str, typer.Option(metavar="stop|reject", help="At a bad document stop, or write it to PREFIX.rejects.jsonl.")
+    str,
+    typer.Option(
+        metavar="stop|reject", help="At a bad document stop, or write it to PREFIX.rejects.jsonl."
+    ),
 ]
 TrainVocab = Annotated[
     int | None,
@@ -48,19 +67,39 @@ TrainVocab = Annotated[
 ]
 Workers = Annotated[
     int,
-    typer.Option("--workers", min=1, help="Processes that tokenize; 1 is this one. The output does not depend on it."),
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes that tokenize; 1 is this one. The output does not depend on it.",
+    ),
 ]
-Fast = Annotated[bool, typer.Option(help="Encode with gigatoken where its ids are those of tokenizers.")]
+Fast = Annotated[
+    bool, typer.Option(help="Encode with gigatoken where its ids are those of tokenizers.")
+]
 Documents = Annotated[
-    bool | None, typer.Option(help="Write where each document came from; by default if pyarrow is installed.")
+    bool | None,
+    typer.Option(help="Write where each document came from; by default if pyarrow is installed."),
 ]
 ShareOf = Annotated[
-    str, typer.Option("--shard", metavar="I/N", help="Only share I, from 0, of N; `castalia data merge` joins them.")
+    str,
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Only share I, from 0, of N; `castalia data merge` joins them.",
+    ),
 ]
-Engine = Annotated[str, typer.Option(metavar="local|ray", help="ray: on the machines of a Ray cluster.")]
-Address = Annotated[str | None, typer.Option(help="Address of the Ray cluster; none starts one here.")]
-Corpora = Annotated[str, typer.Option(metavar="FOLDER", help="Where corpora that are named are downloaded to.")]
-ListCorpora = Annotated[bool, typer.Option("--list", help="Print the corpora that can be named, and stop.")]
+Engine = Annotated[
+    str, typer.Option(metavar="local|ray", help="ray: on the machines of a Ray cluster.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="Address of the Ray cluster; none starts one here.")
+]
+Corpora = Annotated[
+    str, typer.Option(metavar="FOLDER", help="Where corpora that are named are downloaded to.")
+]
+ListCorpora = Annotated[
+    bool, typer.Option("--list", help="Print the corpora that can be named, and stop.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
 
@@ -72,9 +111,11 @@ def prepare(
     tokenizer: TokenizerFile = "",
     output: Output = "",
     append_eod: AppendEod = False,
-    key: Keys = ["text"],  # noqa: B006 - typer copies it
+    key: Keys = ["text"],
     keep: Keep = "",
-    ftfy: Annotated[bool, typer.Option("--ftfy", help="Mend broken Unicode with ftfy first.")] = False,
+    ftfy: Annotated[
+        bool, typer.Option("--ftfy", help="Mend broken Unicode with ftfy first.")
+    ] = False,
     num_docs: NumDocs = None,
     on_error: OnError = "stop",
     train_tokenizer: TrainVocab = None,
@@ -123,7 +164,14 @@ def prepare(
         with text_progress("download", []) as on_progress:
             files = resolve_inputs(inputs or [], corpora, lambda count: on_progress(count, 0))
         with text_progress("prepare", files) as on_progress:
-            done = run(files, output, tokenizer, options, train_vocab=train_tokenizer, on_progress=on_progress)
+            done = run(
+                files,
+                output,
+                tokenizer,
+                options,
+                train_vocab=train_tokenizer,
+                on_progress=on_progress,
+            )
     print_summary(done, as_json)
 
 
@@ -136,7 +184,9 @@ def require_words(**words: object) -> None:
 
     missing = [name if name.isupper() else f"--{name}" for name, word in words.items() if not word]
     if missing:
-        raise ConfigError(f"castalia prepare needs {', '.join(missing)}; see castalia prepare --help")
+        raise ConfigError(
+            f"castalia prepare needs {', '.join(missing)}; see castalia prepare --help"
+        )
 
 
 def reject_of(on_error: str) -> bool:
@@ -160,7 +210,9 @@ def share_of(text: str) -> tuple[int, int]:
 
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal()):
-        raise ConfigError(f"--shard {text}: expected I/N, such as 0/16, the first of sixteen shares")
+        raise ConfigError(
+            f"--shard {text}: expected I/N, such as 0/16, the first of sixteen shares"
+        )
     return int(index), int(count)
 
 
@@ -169,7 +221,9 @@ def print_summary(done: "Prepared", as_json: bool) -> None:
     from dataclasses import asdict
 
     if as_json:
-        typer.echo(json.dumps(asdict(done) | {"megabytes_per_second": round(done.megabytes_per_second, 3)}))
+        typer.echo(
+            json.dumps(asdict(done) | {"megabytes_per_second": round(done.megabytes_per_second, 3)})
+        )
         return
     notes = [f"{done.empty:,} empty left out"] * bool(done.empty)
     notes += [f"{done.rejected:,} rejected, see {done.prefix}.rejects.jsonl"] * bool(done.rejected)

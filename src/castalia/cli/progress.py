@@ -17,7 +17,14 @@ EVERY_SECONDS = 30.0
 def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, int], Any]]:
     """Takes bytes of the inputs that are done, and the tokens that came of them."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     from castalia.data.preparing.inputs import list_files
 
@@ -27,14 +34,23 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
         yield PlainLines(verb, total)
         return
     speed = TextColumn("{task.fields[rate]} tok/s")
-    columns = (TextColumn(verb), BarColumn(), DownloadColumn(), TransferSpeedColumn(), speed, TimeRemainingColumn())
+    columns = (
+        TextColumn(verb),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        speed,
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task, start, tokens = bar.add_task(verb, total=total or None, rate="-"), time.monotonic(), 0
 
         def advance(done: int, found: int) -> None:
             nonlocal tokens
             tokens += found
-            bar.update(task, advance=done, rate=quantity(tokens / max(time.monotonic() - start, 1e-9)))
+            bar.update(
+                task, advance=done, rate=quantity(tokens / max(time.monotonic() - start, 1e-9))
+            )
 
         yield advance
 

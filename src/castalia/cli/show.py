@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 
 def show(
     sources: list[str] = typer.Argument(
-        None, metavar="PRESET|FILE… [a.b=c …]", help="A preset, YAML files (ours or GPT-NeoX's), overrides; later wins."
+        None,
+        metavar="PRESET|FILE… [a.b=c …]",
+        help="A preset, YAML files (ours or GPT-NeoX's), overrides; later wins.",
     ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
     nodes: int = typer.Option(1, min=1, help="With --gpu: hosts of the cluster to plan for."),
     gpus_per_node: int = typer.Option(8, min=1, help="With --gpu: GPUs of each host."),
-    gpu: str = typer.Option(None, help="Plan for a cluster of these: h200, h100, a100-80, a100-40, b200, ..."),
-    schema: bool = typer.Option(False, "--schema", help="Print the JSON schema of a config file, for editors."),
+    gpu: str = typer.Option(
+        None, help="Plan for a cluster of these: h200, h100, a100-80, a100-40, b200, ..."
+    ),
+    schema: bool = typer.Option(
+        False, "--schema", help="Print the JSON schema of a config file, for editors."
+    ),
 ) -> None:
     """Print the resolved config, its parameters, tokens, FLOPs, memory and checkpoints, and what differs."""
     if schema:
@@ -51,7 +57,9 @@ def without_required(schema: Any) -> Any:
     if not isinstance(schema, dict):
         return schema
     return {
-        key: without_required(value) for key, value in schema.items() if key != "required" or isinstance(value, dict)
+        key: without_required(value)
+        for key, value in schema.items()
+        if key != "required" or isinstance(value, dict)
     }
 
 
@@ -102,7 +110,9 @@ def print_cost(console: "Console", resolved: "Resolved", cost: "Estimate") -> No
     """One table: size, work, memory by part, disk."""
     from rich.table import Table
 
-    table = Table(title=resolved.recipe, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(
+        title=resolved.recipe, title_justify="left", show_header=False, box=None, pad_edge=False
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for name, text in cost_rows(resolved, cost):
@@ -118,13 +128,25 @@ def cost_rows(resolved: "Resolved", cost: "Estimate") -> list[tuple[str, str]]:
     where = f"one of {cost.processes} processes" if cost.processes > 1 else "one process"
     kept = "" if disk.kept == disk.written else f", {disk.kept} kept"
     return [
-        ("parameters", f"{cost.parameters.total:,} ({cost.parameters.non_embedding:,} non-embedding)"),
+        (
+            "parameters",
+            f"{cost.parameters.total:,} ({cost.parameters.non_embedding:,} non-embedding)",
+        ),
         ("tokens", f"{cost.tokens:,} ({quantity(cost.tokens)})"),
-        ("steps", f"{config.train.steps:,} of {config.train.batch_size:,} rows = {config.tokens_per_step:,} tokens"),
+        (
+            "steps",
+            f"{config.train.steps:,} of {config.train.batch_size:,} rows = {config.tokens_per_step:,} tokens",
+        ),
         ("FLOPs", f"{cost.flops:.3g} ({quantity(cost.flops_per_token)} a token)"),
-        ("memory", f"{gib(memory.total)}, {where} on {cost.device}, {cost.micro_rows} rows at a time"),
+        (
+            "memory",
+            f"{gib(memory.total)}, {where} on {cost.device}, {cost.micro_rows} rows at a time",
+        ),
         *((f"  {part}", gib(size)) for part, size in memory._asdict().items()),
-        ("checkpoints", f"{disk.written}{kept}, {gib(disk.bytes_each)} each, {gib(disk.bytes_total)} on disk"),
+        (
+            "checkpoints",
+            f"{disk.written}{kept}, {gib(disk.bytes_each)} each, {gib(disk.bytes_total)} on disk",
+        ),
     ]
 
 
@@ -140,7 +162,9 @@ def print_changes(console: "Console", resolved: "Resolved") -> None:
     if not resolved.changes:
         console.print(f"\nnothing differs from {resolved.recipe}", markup=False)
         return
-    table = Table(title=f"differs from {resolved.recipe}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"differs from {resolved.recipe}", title_justify="left", box=None, pad_edge=False
+    )
     table.add_column("key", no_wrap=True)
     table.add_column("recipe", overflow="fold")
     table.add_column("now", overflow="fold")

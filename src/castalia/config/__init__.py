@@ -3,4 +3,13 @@
 from castalia.config.base import Config, build, dump_yaml
 from castalia.config.sources import apply_overrides, flatten, is_override, merge, read_yaml
 
-__all__ = ["Config", "apply_overrides", "build", "dump_yaml", "flatten", "is_override", "merge", "read_yaml"]
+__all__ = [
+    "Config",
+    "apply_overrides",
+    "build",
+    "dump_yaml",
+    "flatten",
+    "is_override",
+    "merge",
+    "read_yaml",
+]

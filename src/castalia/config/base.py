@@ -13,7 +13,9 @@ C = TypeVar("C", bound="Config")
 class Config(BaseModel):
     """Frozen, refuses unknown keys; each field's docstring is its help and stands in the JSON schema."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Problem(NamedTuple):
@@ -62,7 +64,9 @@ def problem_of(kind: type[Config], item: Any) -> Problem:
         return Problem(key, f"{key}: unknown key{hint_for(kind, path)}", unknown=True)
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] in ("value_error", "missing"):
-        return Problem(key, f"{key}: {message}" if key else message, missing=item["type"] == "missing")
+        return Problem(
+            key, f"{key}: {message}" if key else message, missing=item["type"] == "missing"
+        )
     return Problem(key, f"{key}: {message}, got {item['input']!r}")
 
 
@@ -90,7 +94,10 @@ def field_names(kind: type[Config], path: list[Any]) -> list[str]:
 def section(annotation: Any) -> type[Config] | None:
     """The config class that a field of this type holds, or None."""
     options = [annotation, *get_args(annotation)]
-    return next((option for option in options if isinstance(option, type) and issubclass(option, Config)), None)
+    return next(
+        (option for option in options if isinstance(option, type) and issubclass(option, Config)),
+        None,
+    )
 
 
 def leaves(kind: type[Config], prefix: str = "") -> list[str]:
@@ -117,5 +124,11 @@ Dumper.add_representer(list, represent_list)
 
 def dump_yaml(config: Config) -> str:
     """The whole config as YAML text, in the order of the fields; `read_yaml` of it builds an equal config."""
-    text: str = yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(
+        config.model_dump(mode="json"),
+        Dumper=Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
+    )
     return text

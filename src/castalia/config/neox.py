@@ -23,7 +23,18 @@ from castalia.config.neox_rules import MODEL_RULES
 from castalia.core.errors import nearest
 
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
-OURS = {"model", "data", "mixing", "train", "optim", "schedule", "parallel", "recipe", "output", "device"}
+OURS = {
+    "model",
+    "data",
+    "mixing",
+    "train",
+    "optim",
+    "schedule",
+    "parallel",
+    "recipe",
+    "output",
+    "device",
+}
 """Top-level keys that only a config of ours has."""
 
 
@@ -62,10 +73,16 @@ def override_hint(key: str) -> str | None:
         return f"{key}: this is GPT-NeoX's name; here it is {HONOURED[name].path}"
     if name in WHY:
         return f"{key}: this is GPT-NeoX's name and has no effect here ({WHY[name]})"
-    return f"{key}: this is GPT-NeoX's name and is not honoured here; {REFUSED[name].hint}" if name in REFUSED else None
+    return (
+        f"{key}: this is GPT-NeoX's name and is not honoured here; {REFUSED[name].hint}"
+        if name in REFUSED
+        else None
+    )
 
 
-def read_neox(files: Mapping[str, Mapping[str, Any]], *, world: int | None = None, complete: bool = True) -> Reading:
+def read_neox(
+    files: Mapping[str, Mapping[str, Any]], *, world: int | None = None, complete: bool = True
+) -> Reading:
     """Translate GPT-NeoX files into nested values of our config.
 
     files     name -> top-level values, in order
@@ -82,7 +99,9 @@ def read_neox(files: Mapping[str, Mapping[str, Any]], *, world: int | None = Non
     report_refused(out)
     if complete and not any(options.has(name) for name in SHAPE):
         named, missing = ", ".join(Path(file).name for file in files), ", ".join(SHAPE)
-        wrong(out, f"no model in {named}: name a preset or the file with {missing} as well", "model")
+        wrong(
+            out, f"no model in {named}: name a preset or the file with {missing} as well", "model"
+        )
         return out
     for name, option in HONOURED.items():
         if option.plain and (options.has(name) or (complete and option.default is not None)):
@@ -103,7 +122,10 @@ def joined(files: Mapping[str, Mapping[str, Any]], out: Reading) -> dict[str, An
         for key, value in values.items():
             name = ALIASES.get(normal(key), normal(key))
             if owner.get(name, file) != file:
-                wrong(out, f"{name} stands in {owner[name]} and in {file}; an option may stand in one file only")
+                wrong(
+                    out,
+                    f"{name} stands in {owner[name]} and in {file}; an option may stand in one file only",
+                )
             owner[name] = file
             options[name] = LITERALS.get(value, value) if isinstance(value, str) else value
             out.origins[name] = f"{key} in {Path(file).name}"
@@ -138,7 +160,10 @@ def fits(value: Any, kind: str) -> bool:
 
 def refuse(name: str, value: Any, option: Refused, where: str, out: Reading) -> None:
     """A problem unless the value is harmless; harmless ones are listed as ignored."""
-    if any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in option.harmless):
+    if any(
+        value == good and isinstance(value, bool) == isinstance(good, bool)
+        for good in option.harmless
+    ):
         out.ignored.setdefault("set to what is done here anyway", []).append(name)
     else:
         out.refused.setdefault(option.hint, []).append((where, brief(value)))
@@ -156,7 +181,10 @@ def refuse_defaults(options: Options, out: Reading) -> None:
     """Problems that a silent file has: GPT-NeoX's default is refused."""
     for name, option in REFUSED.items():
         if name not in options.given and option.default not in (None, *option.harmless):
-            wrong(out, f"{name} is not given and GPT-NeoX's default is {option.default!r}; {option.hint}")
+            wrong(
+                out,
+                f"{name} is not given and GPT-NeoX's default is {option.default!r}; {option.hint}",
+            )
 
 
 def brief(value: Any) -> str:
@@ -180,5 +208,7 @@ def nested(path: str, values: dict[str, Any], where: str, out: Reading) -> dict[
         elif name in refused:
             refuse(f"{path}.{name}", value, refused[name], f"{name} of {where}", out)
         else:
-            wrong(out, f"{path}.{key} in {where}: not known{nearest(name, [*good, *skip, *refused])}")
+            wrong(
+                out, f"{path}.{key} in {where}: not known{nearest(name, [*good, *skip, *refused])}"
+            )
     return kept

@@ -8,11 +8,22 @@ from castalia.config.neox_keys import WHY
 from castalia.config.neox_reading import Options, Reading, note, wrong
 from castalia.config.neox_rules import Rule
 
-KNOWN_IDS = {"HFTokenizer": 50277, "GPT2BPETokenizer": 50257, "HFGPT2Tokenizer": 50258, "CharLevelTokenizer": 512}
+KNOWN_IDS = {
+    "HFTokenizer": 50277,
+    "GPT2BPETokenizer": 50257,
+    "HFGPT2Tokenizer": 50258,
+    "CharLevelTokenizer": 512,
+}
 """Ids of each tokenizer type when the file itself is not at hand: for HFTokenizer those of GPT-NeoX-20B's."""
 MIXERS = {"smoothed_mean": "odm-repo", "exp3": "exp3", "naive_validation": "naive-validation"}
 """data_sampling_method -> mixing.kind. Its `ema` stops at the first step of its own trainer, and is not there."""
-TIKTOKEN_IDS = {"gpt2": 50257, "r50k_base": 50257, "p50k_base": 50281, "cl100k_base": 100277, "o200k_base": 200019}
+TIKTOKEN_IDS = {
+    "gpt2": 50257,
+    "r50k_base": 50257,
+    "p50k_base": 50281,
+    "cl100k_base": 100277,
+    "o200k_base": 200019,
+}
 """Ids of each encoding of tiktoken, the special ones included (tiktoken_ext/openai_public.py)."""
 OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
 
@@ -20,7 +31,13 @@ OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
 def vocabulary(o: Options, out: Reading) -> None:
     """Ids of the tokenizer, and rows of the embedding: make_vocab_size_divisible_by * model_parallel_size."""
     unit = o["make_vocab_size_divisible_by"] * max(1, o["model_parallel_size"])
-    o.put(out, "model.make_vocab_size_divisible_by", unit, "make_vocab_size_divisible_by", "model_parallel_size")
+    o.put(
+        out,
+        "model.make_vocab_size_divisible_by",
+        unit,
+        "make_vocab_size_divisible_by",
+        "model_parallel_size",
+    )
     kind, file = o["tokenizer_type"], o["vocab_file"]
     if not o.complete and not o.has("tokenizer_type"):
         return
@@ -35,7 +52,11 @@ def vocabulary(o: Options, out: Reading) -> None:
         ids = KNOWN_IDS[kind]
         note(out, guessed(kind, file, ids), "model.vocab_size")
     if ids is None:
-        wrong(out, f"the ids of a {kind} cannot be counted here; say model.vocab_size=N", "model.vocab_size")
+        wrong(
+            out,
+            f"the ids of a {kind} cannot be counted here; say model.vocab_size=N",
+            "model.vocab_size",
+        )
     else:
         o.put(out, "model.vocab_size", ids, "vocab_file", "tokenizer_type")
 
@@ -96,7 +117,11 @@ def token_files(o: Options, out: Reading) -> None:
             o.put(out, f"data.{ours}", o[f"{part}_data_weights"], f"{part}_data_weights")
     train, valid = o["train_data_paths"], o["valid_data_paths"]
     if train and train == valid:
-        note(out, "validation reads the training data, as this file says: its loss is no held-out loss", "data.valid")
+        note(
+            out,
+            "validation reads the training data, as this file says: its loss is no held-out loss",
+            "data.valid",
+        )
     remark_missing("train", [o["data_path"]] if o.has("data_path") else train or [], out)
     remark_missing("valid", valid or [], out)
 
@@ -105,13 +130,24 @@ def remark_missing(part: str, prefixes: list[Any], out: Reading) -> None:
     """A note about token files that are not on this machine."""
     missing = [str(prefix) for prefix in prefixes if not Path(f"{prefix}.idx").is_file()]
     if missing:
-        note(out, f"no token file {missing[0]}.idx here; data.{part}=PREFIX names yours", f"data.{part}")
+        note(
+            out,
+            f"no token file {missing[0]}.idx here; data.{part}=PREFIX names yours",
+            f"data.{part}",
+        )
 
 
 def validation(o: Options, out: Reading) -> None:
     """Validate every eval_interval steps when there is something to validate on."""
     if o.has("valid_data_paths") or o.has("data_path"):
-        o.put(out, "train.eval_every", o["eval_interval"], "eval_interval", "valid_data_paths", "data_path")
+        o.put(
+            out,
+            "train.eval_every",
+            o["eval_interval"],
+            "eval_interval",
+            "valid_data_paths",
+            "data_path",
+        )
     o.put(out, "train.eval_batches", o["eval_iters"], "eval_iters")
 
 
@@ -121,7 +157,11 @@ def mixing(o: Options, out: Reading) -> None:
     if method in (None, "none"):
         return
     if method not in MIXERS:
-        wrong(out, f"data_sampling_method {method!r} is not there; have: {', '.join(MIXERS)}", "mixing.kind")
+        wrong(
+            out,
+            f"data_sampling_method {method!r} is not there; have: {', '.join(MIXERS)}",
+            "mixing.kind",
+        )
         return
     every = o["data_sampling_update_frequency"]
     if every < 1:
@@ -134,7 +174,12 @@ def mixing(o: Options, out: Reading) -> None:
     o.put(out, "mixing.warmup_steps", o["data_sampling_warmup_steps"], "data_sampling_warmup_steps")
     o.put(out, "mixing.update_every", max(every, 1), "data_sampling_update_frequency")
     if method == "smoothed_mean":
-        o.put(out, "mixing.smoothing", o["data_sampling_smoothing_factor"], "data_sampling_smoothing_factor")
+        o.put(
+            out,
+            "mixing.smoothing",
+            o["data_sampling_smoothing_factor"],
+            "data_sampling_smoothing_factor",
+        )
     if o["mixed_minibatches"]:
         note(
             out,
@@ -146,14 +191,22 @@ def mixing(o: Options, out: Reading) -> None:
 
 def saving(o: Options, out: Reading) -> None:
     """checkpoint_factor is an interval, or with checkpoint_scale log the factor between steps."""
-    factor, scale, steps = o["checkpoint_factor"], o["checkpoint_scale"], list(o["extra_save_iters"] or [])
+    factor, scale, steps = (
+        o["checkpoint_factor"],
+        o["checkpoint_scale"],
+        list(o["extra_save_iters"] or []),
+    )
     every = None
     if scale not in ("linear", "log"):
         wrong(out, f"checkpoint_scale {scale!r} is not there; have: linear, log")
     elif factor and scale == "log" and factor > 1:
         steps = sorted({*steps, *powers(factor, o["train_iters"] or 0)})
     elif factor and (scale == "log" or int(factor) != factor):
-        wrong(out, f"checkpoint_factor {factor} does not go with checkpoint_scale {scale}", "checkpoint.every")
+        wrong(
+            out,
+            f"checkpoint_factor {factor} does not go with checkpoint_scale {scale}",
+            "checkpoint.every",
+        )
     elif factor:
         every = int(factor)
     o.put(out, "checkpoint.steps", steps, "extra_save_iters", "checkpoint_scale")
@@ -179,7 +232,10 @@ def folders(o: Options, out: Reading) -> None:
     if load == o["save"]:
         out.ignored.setdefault("a run resumes from its own folder", []).append("load")
     else:
-        wrong(out, f"load {load!r} is not the folder of `save`; a run resumes from its own folder only: delete load")
+        wrong(
+            out,
+            f"load {load!r} is not the folder of `save`; a run resumes from its own folder only: delete load",
+        )
 
 
 def deepspeed_extras(o: Options, out: Reading) -> None:
@@ -196,8 +252,20 @@ def deepspeed_extras(o: Options, out: Reading) -> None:
 
 
 FILE_RULES: list[tuple[tuple[str, ...], Rule]] = [
-    (("tokenizer_type", "vocab_file", "merge_file", "make_vocab_size_divisible_by", "model_parallel_size"), vocabulary),
-    (("data_path", "split", "train_data_paths", "train_data_weights", "valid_data_paths"), token_files),
+    (
+        (
+            "tokenizer_type",
+            "vocab_file",
+            "merge_file",
+            "make_vocab_size_divisible_by",
+            "model_parallel_size",
+        ),
+        vocabulary,
+    ),
+    (
+        ("data_path", "split", "train_data_paths", "train_data_weights", "valid_data_paths"),
+        token_files,
+    ),
     (
         (
             "data_sampling_method",

@@ -128,46 +128,78 @@ NO_PAIRS = (
     "delete it: only next-token training is there; use train_data_paths, or read pairs and rewards with"
     " castalia.data.PairwiseDataset and read_rewards"
 )
-OTHER_REWARDS = "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
+OTHER_REWARDS = (
+    "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
+)
 NO_MOE = "delete it: mixture-of-experts layers are not there; every layer is dense"
 
 REFUSED: dict[str, Refused] = {
     "validation_based_reward": Refused(OFF, OTHER_REWARDS),
     "batch_normalized_reward": Refused(OFF, OTHER_REWARDS),
     "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
-    "pos_emb": Refused(("rotary",), "write `pos_emb: rotary`; other position embeddings are not there", "learned"),
-    "opt_pos_emb_offset": Refused((0, None), "delete it; it belongs to learned position embeddings"),
-    "norm": Refused(("layernorm", "te_layernorm", None), "write `norm: layernorm`; other norms are not there"),
-    "gpt_j_tied": Refused(OFF, "delete it; with gpt_j_residual each branch has its own norm, as in Pythia"),
+    "pos_emb": Refused(
+        ("rotary",), "write `pos_emb: rotary`; other position embeddings are not there", "learned"
+    ),
+    "opt_pos_emb_offset": Refused(
+        (0, None), "delete it; it belongs to learned position embeddings"
+    ),
+    "norm": Refused(
+        ("layernorm", "te_layernorm", None), "write `norm: layernorm`; other norms are not there"
+    ),
+    "gpt_j_tied": Refused(
+        OFF, "delete it; with gpt_j_residual each branch has its own norm, as in Pythia"
+    ),
     "use_qk_layernorm": Refused(OFF, "delete it; queries and keys are not normalized here"),
     "sliding_window_width": Refused((None,), "delete it; every layer attends to the whole row"),
     "hidden_dropout": Refused((0, None), "write 0; there is no dropout here"),
     "attention_dropout": Refused((0, None), "write 0; there is no dropout here"),
     "fp16_lm_cross_entropy": Refused(OFF, "delete it; the loss is computed in fp32"),
     "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not there"),
-    "te_fp8_mha": Refused(OFF, "delete it; there is no fp8 arithmetic; precision is fp32, bf16 or fp16"),
+    "te_fp8_mha": Refused(
+        OFF, "delete it; there is no fp8 arithmetic; precision is fp32, bf16 or fp16"
+    ),
     "use_mup": Refused(OFF, "delete it; μP is not there"),
     "serve_model_weights": Refused(OFF, "delete it; weights are not served while training"),
     "moe_num_experts": Refused((None, 0, 1), NO_MOE),
-    "use_bnb_optimizer": Refused(OFF, "delete it; the 8-bit Adam is not there, AdamW keeps fp32 moments"),
-    "use_checkpoint_lr_scheduler": Refused(OFF, "delete it; the schedule always follows the config"),
+    "use_bnb_optimizer": Refused(
+        OFF, "delete it; the 8-bit Adam is not there, AdamW keeps fp32 moments"
+    ),
+    "use_checkpoint_lr_scheduler": Refused(
+        OFF, "delete it; the schedule always follows the config"
+    ),
     "scheduler": Refused((None,), "delete it and write lr_decay_style, warmup, min_lr"),
     "amp": Refused((*OFF, {}, {"enabled": False}), "write `precision: bfloat16` or fp16"),
-    "curriculum_learning": Refused((*OFF, {}, {"enabled": False}), "delete it; rows have one length throughout"),
+    "curriculum_learning": Refused(
+        (*OFF, {}, {"enabled": False}), "delete it; rows have one length throughout"
+    ),
     "data_efficiency": Refused((*OFF, {}, {"enabled": False}), "delete it"),
     "compression_training": Refused((None, {}), "delete it"),
     "sparse_attention": Refused((None, {}), "delete it; attention is full and causal"),
-    "elasticity": Refused((*OFF, {}, {"enabled": False}), "delete it; any run resumes on another number of processes"),
+    "elasticity": Refused(
+        (*OFF, {}, {"enabled": False}), "delete it; any run resumes on another number of processes"
+    ),
     "autotuning": Refused((*OFF, {}, {"enabled": False}), "delete it; there is no autotuner"),
-    "data_types": Refused((None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"),
-    "train_impl": Refused(("normal", None), "write `normal`; DPO, KTO, reward models and REINFORCE are not there"),
+    "data_types": Refused(
+        (None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"
+    ),
+    "train_impl": Refused(
+        ("normal", None), "write `normal`; DPO, KTO, reward models and REINFORCE are not there"
+    ),
     "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
-    "data_impl": Refused(("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"),
-    "weight_by_num_documents": Refused(OFF, "delete it and write the weights in train_data_weights"),
+    "data_impl": Refused(
+        ("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"
+    ),
+    "weight_by_num_documents": Refused(
+        OFF, "delete it and write the weights in train_data_weights"
+    ),
     "train_epochs": Refused((None,), "delete it and write train_iters"),
-    "exit_interval": Refused((None,), "delete it; SIGTERM saves and exits, and train.steps=N ends the run"),
+    "exit_interval": Refused(
+        (None,), "delete it; SIGTERM saves and exits, and train.steps=N ends the run"
+    ),
     "iteration": Refused((None,), "delete it; a run resumes from its newest complete checkpoint"),
-    "finetune": Refused(OFF, "delete it; a run starts from new weights or resumes in its own folder"),
+    "finetune": Refused(
+        OFF, "delete it; a run starts from new weights or resumes in its own folder"
+    ),
     "no_load_optim": Refused(OFF, "delete it; a resume takes weights and optimizer together"),
     "no_load_rng": Refused(OFF, "delete it; nothing random is left to restore"),
 } | dict.fromkeys(
@@ -250,7 +282,11 @@ IGNORED: dict[str, str] = {
 WHY = {name: reason for reason, names in IGNORED.items() for name in names.split()}
 """Ignored option -> the reason."""
 
-CHECKED = {"load": "output", "num_kv_heads": "model.num_attention_heads", "deepspeed_extra_args": ""}
+CHECKED = {
+    "load": "output",
+    "num_kv_heads": "model.num_attention_heads",
+    "deepspeed_extra_args": "",
+}
 """Options that must agree with another one; a rule looks at each."""
 
 NESTED_HONOURED = {
@@ -279,9 +315,13 @@ NESTED_IGNORED = {
 """Keys inside those dictionaries without effect on the results."""
 
 NESTED_REFUSED = {
-    "optimizer.params.weight_decay": Refused((None,), "write weight_decay at the top level, as GPT-NeoX wants it"),
+    "optimizer.params.weight_decay": Refused(
+        (None,), "write weight_decay at the top level, as GPT-NeoX wants it"
+    ),
     "optimizer.params.adam_w_mode": Refused((True, None), "delete it; weight decay is decoupled"),
-    "optimizer.params.bias_correction": Refused((True, None), "delete it; the moments are corrected"),
+    "optimizer.params.bias_correction": Refused(
+        (True, None), "delete it; the moments are corrected"
+    ),
     "optimizer.params.amsgrad": Refused(OFF, "delete it; it is not there"),
     "fp16.consecutive_hysteresis": Refused(OFF, "delete it; it is not there"),
     "fp16.fp16_master_weights_and_grads": Refused(OFF, "delete it; weights and gradients are fp32"),

@@ -24,7 +24,10 @@ def mlp_width(o: Options, out: Reading) -> None:
     hidden, unit = o["hidden_size"], 2 * max(1, o["mlp_multiple_of"])
     width = o["intermediate_size"] or int((o["expansion_factor"] or 4) * hidden)
     if width % unit and o["activation"] == "gelu":
-        wrong(out, f"intermediate_size {width} is no multiple of 2 * mlp_multiple_of = {unit}; write one that is")
+        wrong(
+            out,
+            f"intermediate_size {width} is no multiple of 2 * mlp_multiple_of = {unit}; write one that is",
+        )
     if width != 4 * hidden:
         o.put(out, "model.intermediate_size", width, "intermediate_size", "expansion_factor")
 
@@ -32,8 +35,17 @@ def mlp_width(o: Options, out: Reading) -> None:
 def activation(o: Options, out: Reading) -> None:
     """bias_gelu_fusion computes the tanh approximation; without it GELU is exact."""
     if o["activation"] != "gelu":
-        wrong(out, f"activation {o['activation']!r} changes the results and is not honoured; only gelu is there")
-    o.put(out, "model.activation", "gelu_tanh" if o["bias_gelu_fusion"] else "gelu", "bias_gelu_fusion", "activation")
+        wrong(
+            out,
+            f"activation {o['activation']!r} changes the results and is not honoured; only gelu is there",
+        )
+    o.put(
+        out,
+        "model.activation",
+        "gelu_tanh" if o["bias_gelu_fusion"] else "gelu",
+        "bias_gelu_fusion",
+        "activation",
+    )
 
 
 def start_weights(o: Options, out: Reading) -> None:
@@ -58,13 +70,23 @@ def attention(o: Options, out: Reading) -> None:
     try:
         types = expand(config, o["num_layers"] or 0)
     except (TypeError, IndexError, KeyError, ValueError):
-        wrong(out, f"attention_config {config!r} is not of the form [[[type, ...], count or all], ...]")
+        wrong(
+            out,
+            f"attention_config {config!r} is not of the form [[[type, ...], count or all], ...]",
+        )
         return
     other = sorted({str(kind) for kind in types} - set(ATTENTION))
     if other:
-        wrong(out, f"attention_config has {', '.join(other)}; only {' and '.join(ATTENTION)} are there")
+        wrong(
+            out,
+            f"attention_config has {', '.join(other)}; only {' and '.join(ATTENTION)} are there",
+        )
     if o.has("num_layers") and len(types) != o["num_layers"]:
-        wrong(out, f"attention_config is for {len(types)} layers, num_layers is {o['num_layers']}", "model.num_layers")
+        wrong(
+            out,
+            f"attention_config is for {len(types)} layers, num_layers is {o['num_layers']}",
+            "model.num_layers",
+        )
 
 
 def expand(config: list[Any], layers: int) -> list[Any]:
@@ -91,7 +113,11 @@ def parallel(o: Options, out: Reading) -> None:
     o.put(out, "parallel.tp", tensor, "model_parallel_size")
     o.put(out, "parallel.pp", max(1, o["pipe_parallel_size"]), "pipe_parallel_size")
     if tensor > 1:
-        note(out, f"parallel.tp is {tensor} as in the file; parallel.tp=1 trains the same model unsplit", "parallel.tp")
+        note(
+            out,
+            f"parallel.tp is {tensor} as in the file; parallel.tp=1 trains the same model unsplit",
+            "parallel.tp",
+        )
     split = tensor * max(1, o["pipe_parallel_size"])
     if o.world > 1 and o.world % split:
         wrong(
@@ -117,7 +143,11 @@ def batch(o: Options, out: Reading) -> None:
     gas = max(1, o["gradient_accumulation_steps"])
     if rows is None and micro is None:
         if o.complete:
-            wrong(out, "neither train_batch_size nor train_micro_batch_size_per_gpu is given", "train.batch_size")
+            wrong(
+                out,
+                "neither train_batch_size nor train_micro_batch_size_per_gpu is given",
+                "train.batch_size",
+            )
         return
     if rows is None:
         rows = micro * gas * processes
@@ -145,7 +175,10 @@ def optimizer(o: Options, out: Reading) -> None:
     given = o["optimizer"] or {}
     kind = str(given.get("type", "adam"))
     if kind.lower() not in ADAM_NAMES:
-        wrong(out, f"optimizer.type {kind!r} changes the results and is not honoured; write Adam, which is AdamW")
+        wrong(
+            out,
+            f"optimizer.type {kind!r} changes the results and is not honoured; write Adam, which is AdamW",
+        )
     params = given.get("params") or {}
     if not isinstance(params, dict):
         wrong(out, f"optimizer.params: expected a mapping, got {params!r}")
@@ -163,7 +196,10 @@ def schedule(o: Options, out: Reading) -> None:
     """The shape of the learning rate; `cosine` is that of GPT-NeoX v1.0, which Pythia and 20B were trained with."""
     style = o["lr_decay_style"]
     if style not in ("cosine", "linear", "exponential", "constant"):
-        wrong(out, f"lr_decay_style {style!r} is not there; have: constant, linear, cosine, exponential")
+        wrong(
+            out,
+            f"lr_decay_style {style!r} is not there; have: constant, linear, cosine, exponential",
+        )
         return
     o.put(out, "schedule.name", "cosine_neox_v1" if style == "cosine" else style, "lr_decay_style")
     if style == "cosine":
@@ -191,10 +227,18 @@ def precision(o: Options, out: Reading) -> None:
     said = [kind for kind in ("fp16", "bf16") if (o[kind] or {}).get("enabled")]
     if o["precision"] is not None:
         if o["precision"] not in names:
-            wrong(out, f"precision {o['precision']!r} is not there; have: {', '.join(names)}", "precision")
+            wrong(
+                out,
+                f"precision {o['precision']!r} is not there; have: {', '.join(names)}",
+                "precision",
+            )
         said.append(names.get(o["precision"], "fp32"))
     if len(set(said)) > 1:
-        wrong(out, f"the file asks for {' and '.join(sorted(set(said)))} at once; keep one", "precision")
+        wrong(
+            out,
+            f"the file asks for {' and '.join(sorted(set(said)))} at once; keep one",
+            "precision",
+        )
     o.put(out, "precision", said[0] if said else "fp32", "precision", "fp16", "bf16")
     if said[:1] == ["fp16"] and (o.complete or o.has("fp16")):
         loss_scale(o, out)
@@ -204,7 +248,9 @@ def loss_scale(o: Options, out: Reading) -> None:
     """The loss scale of `fp16`; 0 means dynamic. What it leaves out has DeepSpeed's default."""
     given = o["fp16"] or {}
     o.put(out, "loss_scale.static", given.get("loss_scale") or None, "fp16")
-    o.put(out, "loss_scale.initial_power", given.get("initial_scale_power", DEEPSPEED_POWER), "fp16")
+    o.put(
+        out, "loss_scale.initial_power", given.get("initial_scale_power", DEEPSPEED_POWER), "fp16"
+    )
     o.put(out, "loss_scale.window", given.get("loss_scale_window", 1000), "fp16")
     o.put(out, "loss_scale.hysteresis", given.get("hysteresis", 2), "fp16")
     o.put(out, "loss_scale.minimum", given.get("min_loss_scale", 1), "fp16")

@@ -14,7 +14,9 @@ class Loader(yaml.SafeLoader):
     """SafeLoader that reads `3e-4` as a number, as YAML 1.2 and every researcher do."""
 
 
-FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?\d*([eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\d[\d_]*\.\d*|\.inf|\.nan)$")
+FLOAT = re.compile(
+    r"^[-+]?(\d[\d_]*\.?\d*([eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\d[\d_]*\.\d*|\.inf|\.nan)$"
+)
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
@@ -44,7 +46,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read config {path}: {error}") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys to values, got {type(values).__name__}")
+        raise ConfigError(
+            f"{path}: a config is a mapping of keys to values, got {type(values).__name__}"
+        )
     return values
 
 

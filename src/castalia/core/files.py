@@ -20,7 +20,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a write says when there is no room."""
 
 
-def several(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
+def several(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[str | os.PathLike[str]]:
     """Paths as a list, of one too: a string is no list of its letters."""
     return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
 
@@ -92,7 +94,11 @@ def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
             if time.monotonic() > end:
                 raise ConfigError(f"{folder} is in use by {holder}; wait for its end, or stop it")
             if not told:
-                print(f"castalia: {folder} is in use by {holder}; waiting {seconds:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"castalia: {folder} is in use by {holder}; waiting {seconds:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
             told = True
             time.sleep(0.2)
         file.truncate(0)

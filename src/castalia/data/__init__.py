@@ -57,7 +57,13 @@ __all__ = [
     "train_tokenizer",
     "weight_by_num_documents",
 ]
-HEAVY = {"IGNORED": "batch", "Batch": "batch", "StepLoader": "loader", "DataConfig": "config", "blend": "blending"}
+HEAVY = {
+    "IGNORED": "batch",
+    "Batch": "batch",
+    "StepLoader": "loader",
+    "DataConfig": "config",
+    "blend": "blending",
+}
 HEAVY |= {"changed": "fingerprint", "PairwiseDataset": "pairwise"}
 HEAVY |= dict.fromkeys(("RowDataset", "Rows", "build_rows", "check_vocab"), "rows")
 """Public names whose module imports torch or pydantic."""

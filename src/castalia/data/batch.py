@@ -44,5 +44,7 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         held = ((f.name, getattr(self, f.name)) for f in fields(self))
-        moved: dict[str, Any] = {k: v if v is None else v.to(device, non_blocking=True) for k, v in held}
+        moved: dict[str, Any] = {
+            k: v if v is None else v.to(device, non_blocking=True) for k, v in held
+        }
         return Batch(**moved)

@@ -30,7 +30,13 @@ def blend(weights: Sequence[float], size: int) -> tuple[Picks, NDArray[np.int64]
     """
     shares = np.asarray(weights, dtype=np.float64)
     total = np.sum(shares)
-    if shares.ndim != 1 or not len(shares) or not np.isfinite(total) or total <= 0 or shares.min() < 0:
+    if (
+        shares.ndim != 1
+        or not len(shares)
+        or not np.isfinite(total)
+        or total <= 0
+        or shares.min() < 0
+    ):
         raise ConfigError(f"weights of a blend must be >= 0 and not all 0, got {list(weights)}")
     shares = shares / total
     if len(shares) == 1:
@@ -46,7 +52,12 @@ def blend_maps(weights: Sequence[float], size: int, cache: OrderCache | None = N
         picks, numbers = blend(weights, size)
         return {"dataset_index": picks, "sample_index": numbers}
 
-    key = {"order": "blend", "version": VERSION, "weights": [float(weight).hex() for weight in weights], "places": size}
+    key = {
+        "order": "blend",
+        "version": VERSION,
+        "weights": [float(weight).hex() for weight in weights],
+        "places": size,
+    }
     return from_cache(cache, 9 * size, lambda: key, build)
 
 
@@ -74,7 +85,9 @@ def in_turn(shares: NDArray[np.float64], size: int) -> Picks:
     return picks
 
 
-def in_lanes(shares: NDArray[np.float64], size: int, *, length: int | None = None, warmup: int | None = None) -> Picks:
+def in_lanes(
+    shares: NDArray[np.float64], size: int, *, length: int | None = None, warmup: int | None = None
+) -> Picks:
     """The same picks, computed in many lanes of neighbouring places side by side.
 
     A lane's picks depend on the past only through the rows taken from each source before it. These are guessed, a
@@ -90,7 +103,12 @@ def in_lanes(shares: NDArray[np.float64], size: int, *, length: int | None = Non
     assert length >= warmup, (length, warmup)
     starts = np.arange(0, size, length)
     before = guess(shares, np.maximum(starts - warmup, 0))
-    walk(shares, starts[1:] - warmup, before[:, 1:], np.empty((warmup, len(starts) - 1), pick_dtype(len(shares))))
+    walk(
+        shares,
+        starts[1:] - warmup,
+        before[:, 1:],
+        np.empty((warmup, len(starts) - 1), pick_dtype(len(shares))),
+    )
     before[:, 0] = 0
     after = before.copy()
     picks: Picks = np.empty((length, len(starts)), pick_dtype(len(shares)))

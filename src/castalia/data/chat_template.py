@@ -36,7 +36,9 @@ class ChatTemplate:
         """
         inner = compiled(self.text, self.where)
         try:
-            text: str = inner.render(messages=messages, add_generation_prompt=reply, **(more | dict(self.tokens)))
+            text: str = inner.render(
+                messages=messages, add_generation_prompt=reply, **(more | dict(self.tokens))
+            )
         except Exception as error:  # a template may fail in any way that Python can
             raise ConfigError(f"the chat template refuses this conversation: {error}") from None
         return text
@@ -55,14 +57,18 @@ def compiled(text: str, where: str) -> Any:
         raise jinja2.TemplateError(message)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_blocks()]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", generation_blocks()],
     )
     environment.globals["raise_exception"] = refuse
     environment.filters["tojson"] = as_json
     try:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"{where}: line {error.lineno}: not a Jinja template: {error.message}") from None
+        raise ConfigError(
+            f"{where}: line {error.lineno}: not a Jinja template: {error.message}"
+        ) from None
 
 
 def generation_blocks() -> Any:
@@ -83,19 +89,31 @@ def generation_blocks() -> Any:
 
 
 def as_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
 ) -> str:
     """The filter `tojson` without the escapes of HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
-def read_chat_template(folder: Path | None, file: str | os.PathLike[str] | None = None) -> ChatTemplate | None:
+def read_chat_template(
+    folder: Path | None, file: str | os.PathLike[str] | None = None
+) -> ChatTemplate | None:
     """The template in `file`, else that of a tokenizer's folder, if it has one; None if there is none.
 
     Raises  DataError if a file cannot be read.
     """
     config = read_settings(folder)
-    tokens = tuple((name, text) for name, value in config.items() if (text := special_token(name, value)) is not None)
+    tokens = tuple(
+        (name, text)
+        for name, value in config.items()
+        if (text := special_token(name, value)) is not None
+    )
     if file is None and folder is not None and (folder / LONE_FILE).is_file():
         file = folder / LONE_FILE
     if file is not None:
@@ -105,7 +123,9 @@ def read_chat_template(folder: Path | None, file: str | os.PathLike[str] | None 
             raise DataError(f"{file}: the chat template cannot be read: {error}") from None
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
+        found = {
+            one.get("name"): one.get("template") for one in found if isinstance(one, dict)
+        }.get("default")
     return ChatTemplate(found, f"{folder}/{SETTINGS}", tokens) if isinstance(found, str) else None
 
 

@@ -70,7 +70,10 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def check(self) -> "DataConfig":
         """Weights match their sources."""
-        for name, paths, weights in (("", self.train, self.weights), ("valid_", self.valid, self.valid_weights)):
+        for name, paths, weights in (
+            ("", self.train, self.weights),
+            ("valid_", self.valid, self.valid_weights),
+        ):
             if weights is None:
                 continue
             if len(weights) != len(paths):
@@ -80,13 +83,23 @@ class DataConfig(Config):
             if min(weights) < 0 or not 0 < sum(weights) < math.inf:
                 raise ValueError(f"{name}weights must be numbers >= 0 and not all 0, got {weights}")
         if self.split is not None and len(self.train) > 1:
-            raise ValueError("split needs a single train prefix; with several, name the valid prefixes in data.valid")
+            raise ValueError(
+                "split needs a single train prefix; with several, name the valid prefixes in data.valid"
+            )
         if self.packing != "packed" and self.order == "file":
-            raise ValueError(f"packing {self.packing} makes rows, but order `file` serves ready ones; choose one")
+            raise ValueError(
+                f"packing {self.packing} makes rows, but order `file` serves ready ones; choose one"
+            )
         if self.neox_exact and self.packing == "best_fit":
-            raise ValueError("neox_exact: GPT-NeoX has no packing best_fit; set neox_exact to false")
+            raise ValueError(
+                "neox_exact: GPT-NeoX has no packing best_fit; set neox_exact to false"
+            )
         if self.document_mask == "documents" and self.order == "file":
-            raise ValueError("document_mask `documents`: of ready rows no boundaries are known; write `eod`")
+            raise ValueError(
+                "document_mask `documents`: of ready rows no boundaries are known; write `eod`"
+            )
         if self.split is not None and self.order == "file":
-            raise ValueError("split divides documents, but order `file` serves ready rows; set split to null")
+            raise ValueError(
+                "split divides documents, but order `file` serves ready rows; set split to null"
+            )
         return self

@@ -83,8 +83,13 @@ class Ngrams:
 
     def taken(self, file: str, document: int, text: str) -> Evaluation:
         """Its n-grams numbered, those of other documents by the number they have."""
-        ids = np.array([self.words.setdefault(word, len(self.words)) for word in words_of(text)], np.int64)
-        numbers = [self.numbers.setdefault(window.tobytes(), len(self.numbers)) for window in self.windows(ids)]
+        ids = np.array(
+            [self.words.setdefault(word, len(self.words)) for word in words_of(text)], np.int64
+        )
+        numbers = [
+            self.numbers.setdefault(window.tobytes(), len(self.numbers))
+            for window in self.windows(ids)
+        ]
         self.holders += [[] for _ in range(len(self.numbers) - len(self.holders))]
         for number in dict.fromkeys(numbers):
             self.holders[number].append(len(self.evaluations))
@@ -101,7 +106,9 @@ class Ngrams:
         known = self.words.get
         ids = np.array([known(word, -1) for word in words_of(text)], np.int64)
         unknown = np.concatenate(([0], np.cumsum(ids < 0)))
-        whole = np.flatnonzero(unknown[self.ngram :] == unknown[: max(0, len(unknown) - self.ngram)])
+        whole = np.flatnonzero(
+            unknown[self.ngram :] == unknown[: max(0, len(unknown) - self.ngram)]
+        )
         windows = self.windows(ids)
         numbers = (self.numbers.get(windows[i].tobytes()) for i in whole)
         return list(dict.fromkeys(number for number in numbers if number is not None))
@@ -109,7 +116,9 @@ class Ngrams:
     def note(self, where: dict[str, Any], numbers: list[int]) -> None:
         """A document of the corpus holds these."""
         self.found[numbers] = True
-        for holder in dict.fromkeys(holder for number in numbers for holder in self.holders[number]):
+        for holder in dict.fromkeys(
+            holder for number in numbers for holder in self.holders[number]
+        ):
             evaluation = self.evaluations[holder]
             evaluation.hits += 1
             if len(evaluation.documents) < NAMED:
@@ -161,7 +170,9 @@ def contamination(
                 continue
             overlapping += 1
             ngrams.note(where, numbers)
-            holders = dict.fromkeys(holder for number in numbers for holder in ngrams.holders[number])
+            holders = dict.fromkeys(
+                holder for number in numbers for holder in ngrams.holders[number]
+            )
             named = [place_of(ngrams.evaluations[holder]) for holder in holders]
             file.write(line_of({"corpus": where, "ngrams": len(numbers), "evaluations": named}))
         file.writelines(line_of(told(ngrams, evaluation)) for evaluation in ngrams.evaluations)
@@ -216,10 +227,15 @@ def corpus_texts(
             continue
         require_tokens(dataset)
         if tokenizer is None:
-            raise ConfigError(f"{dataset.prefix} is a token file: name its --tokenizer, for its text is compared")
+            raise ConfigError(
+                f"{dataset.prefix} is a token file: name its --tokenizer, for its text is compared"
+            )
         require_tokenizer(dataset.prefix, tokenizer)
         for document in range(len(dataset)):
-            yield {"file": dataset.prefix, "document": document}, tokenizer.decode(dataset[document].tolist())
+            yield (
+                {"file": dataset.prefix, "document": document},
+                tokenizer.decode(dataset[document].tolist()),
+            )
             if on_bytes:
                 on_bytes(int(dataset.sizes[document]) * dataset.dtype.itemsize)
 
@@ -236,7 +252,9 @@ def text_documents(
     files = list_files(paths)
     counts = [0] * len(files)
     filled = set()
-    for piece, row in read_pieces(pieces_of_all(files, PART_BYTES, lambda *_: None), files, Wanted(tuple(keys))):
+    for piece, row in read_pieces(
+        pieces_of_all(files, PART_BYTES, lambda *_: None), files, Wanted(tuple(keys))
+    ):
         yield (
             {"file": files[piece.file].path, "document": counts[piece.file]},
             "\n".join(text.decode("utf-8") for text in row.texts),

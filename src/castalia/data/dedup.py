@@ -41,9 +41,13 @@ class Near:
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
-            raise ConfigError(f"--near {self.threshold}: a Jaccard index above 0 and below 1, for instance 0.8")
+            raise ConfigError(
+                f"--near {self.threshold}: a Jaccard index above 0 and below 1, for instance 0.8"
+            )
         if self.ngram < 1 or self.permutations < 2:
-            raise ConfigError(f"--ngram {self.ngram} and --permutations {self.permutations}: at least 1 and 2")
+            raise ConfigError(
+                f"--ngram {self.ngram} and --permutations {self.permutations}: at least 1 and 2"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,9 @@ class Seen:
         """The most similar kept document at or over the threshold, the first of several."""
         mine = np.unique(shingles(tokens, near.ngram))
         signature = self.empty.copy()
-        for start in range(0, len(mine), PIECE_SHINGLES):  # datasketch holds permutations times as many numbers
+        for start in range(
+            0, len(mine), PIECE_SHINGLES
+        ):  # datasketch holds permutations times as many numbers
             signature.update_batch((mine[start : start + PIECE_SHINGLES] >> np.uint64(32)).tolist())
         best = None
         for other in sorted(self.index.query(signature)):
@@ -117,7 +123,9 @@ def shingles(tokens: NDArray[Any], ngram: int) -> NDArray[np.uint64]:
     width = min(ngram, len(ids))
     found = np.full(len(ids) - width + 1, width, np.uint64)
     for i in range(width):
-        found = found * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - width + 1 + i] + np.uint64(1)
+        found = (
+            found * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - width + 1 + i] + np.uint64(1)
+        )
     for multiplier in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
         found = (found ^ (found >> np.uint64(33))) * np.uint64(multiplier)
     return found ^ (found >> np.uint64(33))
@@ -201,13 +209,20 @@ def tell(report: IO[str], seen: Seen, dropped: tuple[IndexedDataset, int], match
     report.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def dedup_facts(datasets: Sequence[IndexedDataset], near: Near | None, counts: dict[str, int]) -> dict[str, Any]:
+def dedup_facts(
+    datasets: Sequence[IndexedDataset], near: Near | None, counts: dict[str, int]
+) -> dict[str, Any]:
     """What went in and what went out, for the record."""
-    inputs = [{"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))} for d in datasets]
+    inputs = [
+        {"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))}
+        for d in datasets
+    ]
     return {"inputs": inputs, "near": None if near is None else vars(near), "dropped": counts}
 
 
-def keep_indexes(prefix: str, datasets: Sequence[IndexedDataset], kept: Sequence[NDArray[np.bool_]]) -> None:
+def keep_indexes(
+    prefix: str, datasets: Sequence[IndexedDataset], kept: Sequence[NDArray[np.bool_]]
+) -> None:
     """The index of the documents that stay, if every input has one; an older one of the output goes."""
     paths, target = [Path(dataset.prefix + SUFFIX) for dataset in datasets], Path(prefix + SUFFIX)
     if not all(path.exists() for path in paths):
@@ -215,12 +230,20 @@ def keep_indexes(prefix: str, datasets: Sequence[IndexedDataset], kept: Sequence
         return
     pyarrow, parquet = arrow()
     try:
-        columns = dict.fromkeys(name for path in paths for name in parquet.read_schema(path).names if name not in OWN)
-        tables = (table for path, mask in zip(paths, kept, strict=True) for table in kept_groups(path, mask))
+        columns = dict.fromkeys(
+            name for path in paths for name in parquet.read_schema(path).names if name not in OWN
+        )
+        tables = (
+            table
+            for path, mask in zip(paths, kept, strict=True)
+            for table in kept_groups(path, mask)
+        )
         with atomic_write(target, "wb") as file:
             write_index(file, (plain(pyarrow, table, [*columns]) for table in tables), [*columns])
     except (pyarrow.ArrowException, KeyError) as error:
-        raise DataError(f"{', '.join(map(str, paths))}: an index of documents cannot be read: {error}") from None
+        raise DataError(
+            f"{', '.join(map(str, paths))}: an index of documents cannot be read: {error}"
+        ) from None
 
 
 def kept_groups(path: Path, kept: NDArray[np.bool_]) -> Iterator[Any]:
@@ -228,7 +251,9 @@ def kept_groups(path: Path, kept: NDArray[np.bool_]) -> Iterator[Any]:
     pyarrow, parquet = arrow()
     with parquet.ParquetFile(path) as index:
         if index.metadata.num_rows != len(kept):
-            raise DataError(f"{path}: {index.metadata.num_rows} rows for {len(kept)} documents; remove it")
+            raise DataError(
+                f"{path}: {index.metadata.num_rows} rows for {len(kept)} documents; remove it"
+            )
         start = 0
         for group in range(index.num_row_groups):
             table = index.read_row_group(group)

@@ -25,7 +25,10 @@ PIECE_BYTES = 16 << 20
 
 
 def fingerprint(
-    train: Sequence[IndexedDataset], valid: Sequence[IndexedDataset] = (), *, order: Mapping[str, Any]
+    train: Sequence[IndexedDataset],
+    valid: Sequence[IndexedDataset] = (),
+    *,
+    order: Mapping[str, Any],
 ) -> dict[str, Any]:
     """A JSON dict that two runs share when they serve the same rows in the same order.
 
@@ -59,7 +62,9 @@ def idx_hash(dataset: IndexedDataset) -> str:
     """Hex SHA-256 of an .idx; of a large one, of all its sizes and of blocks of it, for its places follow from them."""
     if dataset.idx_path.stat().st_size <= FULL_BYTES:
         return sha256_of(dataset.idx_path)
-    return hashlib.sha256((array_hash(dataset.sizes) + bin_hash(dataset.idx_path)[1]).encode()).hexdigest()
+    return hashlib.sha256(
+        (array_hash(dataset.sizes) + bin_hash(dataset.idx_path)[1]).encode()
+    ).hexdigest()
 
 
 def array_hash(array: NDArray[Any]) -> str:

@@ -54,7 +54,9 @@ def file_pair(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     """
     name = os.fspath(prefix)
     if not name or name.endswith(os.sep):
-        raise DataError(f"{name or 'an empty name'}: names a folder, not files; put a name behind it: {name}corpus")
+        raise DataError(
+            f"{name or 'an empty name'}: names a folder, not files; put a name behind it: {name}corpus"
+        )
     for suffix in (".bin", ".idx"):
         name = name.removesuffix(suffix) if name.endswith(suffix) else name
     return Path(name + ".bin"), Path(name + ".idx")
@@ -134,7 +136,9 @@ class IndexedDataset:
         size, offset = int(self.sizes[i]), operator.index(offset)
         length = size - offset if length is None else operator.index(length)
         if offset < 0 or length < 0 or offset + length > size:
-            raise IndexError(f"tokens [{offset}, {offset + length}) of document {i} in {self.prefix}, which has {size}")
+            raise IndexError(
+                f"tokens [{offset}, {offset + length}) of document {i} in {self.prefix}, which has {size}"
+            )
         place = int(self.pointers[i])
         if place < 0 or place + size * self.dtype.itemsize > len(self.buffer):
             self.check_places(i, i + 1)
@@ -161,7 +165,9 @@ def read_header(path: Path, index: bytes | mmap.mmap) -> tuple[int, int, int]:
     Raises  DataError naming the file if these are not the bytes of a whole .idx.
     """
     if index[: len(LEGACY_MAGIC)] == LEGACY_MAGIC:
-        raise DataError(f"{path}: the old `cached` format (TNTIDX), not `mmap`; prepare the text again")
+        raise DataError(
+            f"{path}: the old `cached` format (TNTIDX), not `mmap`; prepare the text again"
+        )
     if len(index) < HEADER.size or index[: len(MAGIC)] != MAGIC:
         raise DataError(
             f"{path}: not the index of a token file: its first bytes are {bytes(index[:9])!r}, expected {MAGIC!r}"
@@ -197,17 +203,21 @@ class IndexedDatasetWriter:
     def __init__(self, prefix: str | os.PathLike[str], dtype: DTypeLike) -> None:
         self.dtype: np.dtype[Any] = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in CODES:
-            raise DataError(f"a token file cannot hold {np.dtype(dtype)}; use {', '.join(map(str, DTYPES.values()))}")
+            raise DataError(
+                f"a token file cannot hold {np.dtype(dtype)}; use {', '.join(map(str, DTYPES.values()))}"
+            )
         self.bin_path, self.idx_path = file_pair(prefix)
         mark = uuid.uuid4().hex[:8]
-        self.temporary = [p.with_name(f".{p.name}.{mark}.tmp") for p in (self.bin_path, self.idx_path)]
+        self.temporary = [
+            p.with_name(f".{p.name}.{mark}.tmp") for p in (self.bin_path, self.idx_path)
+        ]
         self.sizes = array("i")
         self.doc_idx: NDArray[np.int64] | None = None
         self.digest = hashlib.sha256()
         self.tokens = 0
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.temporary[0], "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close or abort
+            self.file = open(self.temporary[0], "wb", buffering=1 << 20)
         except OSError as error:
             raise cannot_write(self.bin_path, error) from error
 
@@ -223,7 +233,10 @@ class IndexedDatasetWriter:
     def add_many(self, tokens: ArrayLike, sizes: ArrayLike) -> None:
         """Append documents that lie back to back: tokens (n,), sizes (m,) tokens of each, summing to n."""
         ids, counts = self.fitted(np.asarray(tokens)), np.asarray(sizes, dtype=np.int32)
-        assert ids.ndim == 1 and ids.size == counts.sum(dtype=np.int64), (ids.shape, counts.sum(dtype=np.int64))
+        assert ids.ndim == 1 and ids.size == counts.sum(dtype=np.int64), (
+            ids.shape,
+            counts.sum(dtype=np.int64),
+        )
         raw = ids.tobytes()
         try:
             self.file.write(raw)
@@ -241,7 +254,9 @@ class IndexedDatasetWriter:
         if self.dtype.kind == "f":
             return ids.astype(self.dtype)
         if ids.dtype.kind not in "iu":
-            raise DataError(f"document {len(self.sizes)} for {self.bin_path}: tokens must be integers, got {ids.dtype}")
+            raise DataError(
+                f"document {len(self.sizes)} for {self.bin_path}: tokens must be integers, got {ids.dtype}"
+            )
         low, high, room = int(ids.min()), int(ids.max()), np.iinfo(self.dtype)
         if low < room.min or high > room.max:
             raise DataError(
@@ -273,7 +288,9 @@ class IndexedDatasetWriter:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        with contextlib.suppress(OSError):  # the buffer that could not be written goes with the file
+        with contextlib.suppress(
+            OSError
+        ):  # the buffer that could not be written goes with the file
             self.file.close()
         for path in self.temporary:
             path.unlink(missing_ok=True)
@@ -282,7 +299,10 @@ class IndexedDatasetWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
@@ -333,4 +353,6 @@ def require_tokens(dataset: IndexedDataset) -> None:
     Raises  DataError naming the file.
     """
     if dataset.dtype.kind == "f":
-        raise DataError(f"{dataset.prefix}: holds {dataset.dtype}, expected integers; these are not tokens")
+        raise DataError(
+            f"{dataset.prefix}: holds {dataset.dtype}, expected integers; these are not tokens"
+        )

@@ -53,7 +53,10 @@ def merge(
             boundaries.append(doc_idx_of(dataset)[1:] + len(writer.sizes))
             copy_documents(dataset, writer, 0, len(dataset), on_bytes)
         writer.doc_idx = np.concatenate(boundaries)
-        merged = [{"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))} for d in datasets]
+        merged = [
+            {"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))}
+            for d in datasets
+        ]
         write_side_files(prefix, [dataset.prefix for dataset in datasets])
         return finish(writer, prefix, {**facts, "merged": merged})
 
@@ -75,10 +78,14 @@ def require_all_shares(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
                 " in their order"
             )
         if due and sizes_of_inputs(record) != cut_of:
-            raise DataError(f"{dataset.prefix}: share {share}/{whole} was cut of other inputs than the one before it")
+            raise DataError(
+                f"{dataset.prefix}: share {share}/{whole} was cut of other inputs than the one before it"
+            )
         due, count, cut_of = (due + 1) % whole, whole, sizes_of_inputs(record)
     if due:
-        raise DataError(f"share {due}/{count} is missing after {datasets[-1].prefix}; name all shares of a job")
+        raise DataError(
+            f"share {due}/{count} is missing after {datasets[-1].prefix}; name all shares of a job"
+        )
     uneven = [record["uneven"] for record in records if isinstance(record.get("uneven"), int)]
     return {"uneven": sum(uneven)} if any(uneven) else {}
 
@@ -94,7 +101,11 @@ def share_of(record: dict[str, Any]) -> tuple[int, int]:
 def sizes_of_inputs(record: dict[str, Any]) -> list[Any]:
     """Bytes of each input that a record names."""
     inputs = record.get("inputs")
-    return [one.get("bytes") for one in inputs if isinstance(one, dict)] if isinstance(inputs, list) else []
+    return (
+        [one.get("bytes") for one in inputs if isinstance(one, dict)]
+        if isinstance(inputs, list)
+        else []
+    )
 
 
 def write_side_files(prefix: str, inputs: Sequence[str]) -> None:
@@ -138,15 +149,21 @@ def split(
     Raises  ConfigError about shares, parts or an output that is the input.
     """
     dataset, base = IndexedDataset(prefix), without_suffix(output)
-    chosen = {name: found for name, found in stretches(len(dataset), shares, parts).items() if len(found)}
+    chosen = {
+        name: found for name, found in stretches(len(dataset), shares, parts).items() if len(found)
+    }
     for name in chosen:
         refuse_inputs(f"{base}-{name}", [dataset])
     facts, all_boundaries, records = token_facts([dataset]), doc_idx_of(dataset), []
     for name, documents in chosen.items():
         with IndexedDatasetWriter(f"{base}-{name}", dataset.dtype) as writer:
             copy_documents(dataset, writer, documents.start, documents.stop, on_bytes)
-            inner = all_boundaries[(all_boundaries > documents.start) & (all_boundaries < documents.stop)]
-            writer.doc_idx = np.concatenate(([0], inner - documents.start, [len(documents)])).astype(np.int64)
+            inner = all_boundaries[
+                (all_boundaries > documents.start) & (all_boundaries < documents.stop)
+            ]
+            writer.doc_idx = np.concatenate(
+                ([0], inner - documents.start, [len(documents)])
+            ).astype(np.int64)
             slice_side_file(dataset.prefix, documents, f"{base}-{name}")
             source = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
             records.append(finish(writer, f"{base}-{name}", {**facts, "split_from": source}))
@@ -158,15 +175,24 @@ def stretches(documents: int, shares: str | None, parts: int | None) -> dict[str
     if (shares is None) == (parts is None):
         raise ConfigError("say how to split: --shares '969, 30, 1' or --parts N, one of them")
     if shares is not None:
-        return dict(zip(("train", "valid", "test"), split_documents(shares, documents), strict=True))
+        return dict(
+            zip(("train", "valid", "test"), split_documents(shares, documents), strict=True)
+        )
     if parts is None or not 1 <= parts <= documents:
         raise ConfigError(f"--parts {parts}: expected 1 to {documents}, the number of documents")
     width = len(str(parts - 1))
-    return {f"part{i:0{width}}": range(documents * i // parts, documents * (i + 1) // parts) for i in range(parts)}
+    return {
+        f"part{i:0{width}}": range(documents * i // parts, documents * (i + 1) // parts)
+        for i in range(parts)
+    }
 
 
 def copy_documents(
-    dataset: IndexedDataset, writer: IndexedDatasetWriter, first: int, stop: int, on_bytes: OnBytes | None = None
+    dataset: IndexedDataset,
+    writer: IndexedDatasetWriter,
+    first: int,
+    stop: int,
+    on_bytes: OnBytes | None = None,
 ) -> None:
     """Append documents [first, stop); those that lie back to back go a few MiB at a time."""
     width = dataset.dtype.itemsize
@@ -179,7 +205,9 @@ def copy_documents(
         gaps = np.flatnonzero(dataset.pointers[first : first + len(sizes)] != expected)
         fitting = int(np.searchsorted(ends, PIECE_TOKENS, side="right"))
         count = max(1, min(fitting, int(gaps[0]) if len(gaps) else len(sizes)))
-        tokens = view(dataset.buffer, dataset.dtype, int(ends[count - 1]), int(dataset.pointers[first]))
+        tokens = view(
+            dataset.buffer, dataset.dtype, int(ends[count - 1]), int(dataset.pointers[first])
+        )
         writer.add_many(tokens, sizes[:count])
         if on_bytes:
             on_bytes(tokens.nbytes)
@@ -201,7 +229,12 @@ def doc_idx_of(dataset: IndexedDataset) -> NDArray[np.int64]:
 def boundaries_fit(dataset: IndexedDataset) -> bool:
     """Whether doc_idx leads from 0 to the number of sequences without going back."""
     found = dataset.doc_idx
-    return bool(len(found) and found[0] == 0 and found[-1] == len(dataset) and (found[1:] >= found[:-1]).all())
+    return bool(
+        len(found)
+        and found[0] == 0
+        and found[-1] == len(dataset)
+        and (found[1:] >= found[:-1]).all()
+    )
 
 
 def without_suffix(prefix: str | os.PathLike[str]) -> str:

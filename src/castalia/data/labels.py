@@ -19,7 +19,9 @@ from castalia.data.shards import OnBytes
 NO_TARGET = -100
 
 
-def open_labels(paths: Sequence[str], datasets: Sequence[IndexedDataset], option: str) -> list[IndexedDataset] | None:
+def open_labels(
+    paths: Sequence[str], datasets: Sequence[IndexedDataset], option: str
+) -> list[IndexedDataset] | None:
     """The label file of each token file; None without any.
 
     Raises  ConfigError if there is not one a token file; DataError if a document has other lengths in the two.
@@ -27,7 +29,9 @@ def open_labels(paths: Sequence[str], datasets: Sequence[IndexedDataset], option
     if not paths:
         return None
     if len(paths) != len(datasets):
-        raise ConfigError(f"data.{option} has {len(paths)} label files for {len(datasets)} token files; give one each")
+        raise ConfigError(
+            f"data.{option} has {len(paths)} label files for {len(datasets)} token files; give one each"
+        )
     found = [IndexedDataset(path) for path in paths]
     for labels, dataset in zip(found, datasets, strict=True):
         require_tokens(labels)
@@ -51,7 +55,9 @@ def without_targets(labels: IndexedDataset, most: int) -> NDArray[np.bool_]:
         base, counts = int(first.min()), sizes[start:stop]
         tokens = view(labels.buffer, labels.dtype, int((first + counts).max()) - base, base * width)
         targets = np.concatenate(([0], np.cumsum(tokens >= 0)))
-        found[start:stop] = targets[first - base + np.minimum(counts, most)] == targets[first - base]
+        found[start:stop] = (
+            targets[first - base + np.minimum(counts, most)] == targets[first - base]
+        )
         start = stop
     return found
 
@@ -77,10 +83,14 @@ def read_rewards(prefix: str | os.PathLike[str], dataset: IndexedDataset) -> NDA
         )
     if len(wrong := np.flatnonzero(file.sizes != 1)):
         count = file.sizes[wrong[0]]
-        raise DataError(f"{file.prefix}: document {wrong[0]} has {count} numbers, expected one reward a document")
+        raise DataError(
+            f"{file.prefix}: document {wrong[0]} has {count} numbers, expected one reward a document"
+        )
     found = np.fromiter((file[i][0] for i in range(len(file))), np.float32, len(file))
     if len(wrong := np.flatnonzero(~np.isfinite(found))):
-        raise DataError(f"{file.prefix}: the reward of document {wrong[0]} is {found[wrong[0]]}, not a finite number")
+        raise DataError(
+            f"{file.prefix}: the reward of document {wrong[0]} is {found[wrong[0]]}, not a finite number"
+        )
     return found
 
 
@@ -112,7 +122,9 @@ def mask_before(
             writer.add(labels)
             if on_bytes:
                 on_bytes(int(dataset.sizes[document]) * dataset.dtype.itemsize)
-        return finish(writer, base, {"labels_of": dataset.prefix, "before": list(pattern), "masked": masked})
+        return finish(
+            writer, base, {"labels_of": dataset.prefix, "before": list(pattern), "masked": masked}
+        )
 
 
 def end_of(tokens: NDArray[np.int32], pattern: NDArray[np.int64]) -> int:

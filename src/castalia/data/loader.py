@@ -18,7 +18,14 @@ from castalia.data.batch import IGNORED, Batch
 from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset
 from castalia.data.segments import DocumentMask, places_within
-from castalia.data.steps import PADDING, MicroRows, StepReader, check_batch, read_in_worker, start_worker
+from castalia.data.steps import (
+    PADDING,
+    MicroRows,
+    StepReader,
+    check_batch,
+    read_in_worker,
+    start_worker,
+)
 
 AHEAD = 1
 """Steps that wait, read, while the next one is being read."""
@@ -68,7 +75,9 @@ class StepLoader:
         if not uneven:
             check_batch(batch_size, micro_batch_size or max(batch_size // dp_world, 1), dp_world)
         assert 0 <= dp_rank < dp_world, (dp_rank, dp_world)
-        self.reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask).start()
+        self.reader = StepReader(
+            rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask
+        ).start()
         self.start_step, self.eod_id, self.workers, self.plans = start_step, eod_id, workers, plans
 
     @property
@@ -80,7 +89,9 @@ class StepLoader:
         if self.workers:
             steps = read_in_processes(self.reader, self.tasks(), self.workers)
         elif self.plans is not None:
-            steps = in_order(ThreadPoolExecutor(1, "data"), self.reader.read, self.tasks(), 1 + AHEAD)
+            steps = in_order(
+                ThreadPoolExecutor(1, "data"), self.reader.read, self.tasks(), 1 + AHEAD
+            )
         else:
             steps = read_in_thread(self.reader, self.start_step)
         with closing(steps):
@@ -94,14 +105,21 @@ class StepLoader:
             return
         step, shares = self.start_step, self.reader.shares
         for plan in self.plans:
-            yield None if plan is None else (step, [plan(share.start, share.stop) for share in shares])
+            yield (
+                None
+                if plan is None
+                else (step, [plan(share.start, share.stop) for share in shares])
+            )
             step += plan is not None
 
 
 def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
     """Rows as tokens and the labels that follow them; no label after `eod_id`."""
     rows = torch.from_numpy(found.rows)
-    tokens, labels = rows[:, :-1].contiguous(), rows[:, 1:].clone()  # of a single row, both could be one memory
+    tokens, labels = (
+        rows[:, :-1].contiguous(),
+        rows[:, 1:].clone(),
+    )  # of a single row, both could be one memory
     if found.labels is not None:
         labels = torch.from_numpy(found.labels[:, 1:].copy())
     if eod_id is not None:
@@ -124,11 +142,16 @@ def read_in_processes(reader: StepReader, tasks: Iterator[Task | None], workers:
     try:
         yield from in_order(pool, read_in_worker, tasks, workers + AHEAD)
     except BrokenProcessPool as error:
-        why = pool.why_none_began or f"a process that reads data ended ({error}); set data.workers lower, or 0"
+        why = (
+            pool.why_none_began
+            or f"a process that reads data ended ({error}); set data.workers lower, or 0"
+        )
         raise DataError(why) from error
 
 
-def in_order(pool: Executor, read: Callable[..., list[MicroRows]], tasks: Iterator[Task | None], most: int) -> Steps:
+def in_order(
+    pool: Executor, read: Callable[..., list[MicroRows]], tasks: Iterator[Task | None], most: int
+) -> Steps:
     """What `read` makes of each task, up to `most` of them under way; ends with `tasks`, and then ends the pool."""
     waiting: deque[Future[list[MicroRows]]] = deque()
     try:
@@ -146,7 +169,9 @@ def read_in_thread(reader: StepReader, start: int) -> Steps:
     """Steps from `start` on, read ahead in a thread; closing the iterator ends it."""
     ready: queue.Queue[list[MicroRows] | BaseException] = queue.Queue(maxsize=AHEAD)
     stopped = threading.Event()
-    thread = threading.Thread(target=fill, args=(reader, start, ready, stopped), daemon=True, name="data")
+    thread = threading.Thread(
+        target=fill, args=(reader, start, ready, stopped), daemon=True, name="data"
+    )
     thread.start()
     try:
         while True:

@@ -22,7 +22,9 @@ class MappedShards:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.parts = [map_file(path) for path in paths]
-        self.starts: NDArray[np.int64] = np.cumsum([0, *(len(part) for part in self.parts)], dtype=np.int64)
+        self.starts: NDArray[np.int64] = np.cumsum(
+            [0, *(len(part) for part in self.parts)], dtype=np.int64
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -96,11 +98,17 @@ def map_file(path: Path) -> bytes | mmap.mmap:
     try:
         return mapped(path)
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx") from None
+        raise DataError(
+            f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx"
+        ) from None
     except OSError as error:
         if error.errno == errno.EMFILE and allow_more_files():
             return map_file(path)
-        hint = "; `ulimit -n` sets how many files a process may have open" if error.errno == errno.EMFILE else ""
+        hint = (
+            "; `ulimit -n` sets how many files a process may have open"
+            if error.errno == errno.EMFILE
+            else ""
+        )
         raise DataError(f"{path}: cannot be read: {error.strerror or error}{hint}") from error
 
 

@@ -61,7 +61,9 @@ class NeoxOrder:
             cache,
             4 * epochs * len(own) + 12 * rows,
             lambda: {"order": "packed", "version": VERSION, **numbers, **content(own, used)},
-            lambda: packed_maps(all_sizes, used, seq_length, epochs, epochs * self.tokens_per_epoch, seed),
+            lambda: packed_maps(
+                all_sizes, used, seq_length, epochs, epochs * self.tokens_per_epoch, seed
+            ),
         )
 
     @property
@@ -180,7 +182,9 @@ def split_documents(split: str, documents: int) -> tuple[range, range, range]:
     except ValueError:
         shares = []
     if not shares or min(shares) < 0 or not 0 < sum(shares[:3]) < math.inf:
-        raise ConfigError(f"data.split {split!r}: expected shares of train, valid and test such as '969, 30, 1'")
+        raise ConfigError(
+            f"data.split {split!r}: expected shares of train, valid and test such as '969, 30, 1'"
+        )
     shares = [*shares, 0.0, 0.0][:3]
     total = sum(shares)
     ends = [0]

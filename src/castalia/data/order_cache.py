@@ -59,7 +59,10 @@ class OrderCache:
 
     def maps(self, key: Key, size: int, build: Callable[[], Maps]) -> Maps:
         """What `build` gives for `key`, a JSON dict that says all of which it is made; `size` is about its bytes."""
-        path = self.folder / f"{key['order']}-{hashlib.sha256(key_text(key).encode()).hexdigest()[:16]}.safetensors"
+        path = (
+            self.folder
+            / f"{key['order']}-{hashlib.sha256(key_text(key).encode()).hexdigest()[:16]}.safetensors"
+        )
         before = state_of(path)
         if (found := open_maps(path, key)) is not None:
             return found
@@ -72,7 +75,9 @@ class OrderCache:
                 return build()
             if state_of(path) == before:
                 return self.keep(path, key, build())
-        return open_maps(path, key) or build()  # written meanwhile; all who waited look through it at once
+        return (
+            open_maps(path, key) or build()
+        )  # written meanwhile; all who waited look through it at once
 
     def keep(self, path: Path, key: Key, maps: Maps) -> Maps:
         """Write maps and open them from the file; the maps as they are, after a warning, if that fails."""
@@ -102,7 +107,9 @@ def cache_of(prefix: str, option: str | bool) -> OrderCache | None:
     return OrderCache(Path(prefix + SUFFIX if option is True else option))
 
 
-def from_cache(cache: OrderCache | None, size: int, key: Callable[[], Key], build: Callable[[], Maps]) -> Maps:
+def from_cache(
+    cache: OrderCache | None, size: int, key: Callable[[], Key], build: Callable[[], Maps]
+) -> Maps:
     """Maps of about `size` bytes: from the cache if there is one and they are worth it, else built."""
     return build() if cache is None or size < WORTH_BYTES else cache.maps(key(), size, build)
 
@@ -125,9 +132,19 @@ class KeptMaps(dict[str, NDArray[Any]]):
             self.key, self.sha256 = facts["key"], facts["sha256"]
             for name, entry in self.entries.items():
                 shape, (first, stop) = entry["shape"], entry["data_offsets"]
-                self[name] = view(content, DTYPES[entry["dtype"]], math.prod(shape), start + first).reshape(shape)
+                self[name] = view(
+                    content, DTYPES[entry["dtype"]], math.prod(shape), start + first
+                ).reshape(shape)
                 end = max(end, start + stop)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            struct.error,
+        ) as error:
             raise DataError(f"{path}: not a whole file of index maps ({error})") from None
         if end != len(content):
             raise DataError(f"{path}: {len(content)} bytes, but its header says {end}")
@@ -181,7 +198,11 @@ def write_maps(path: Path, key: Key, maps: Maps) -> None:
     place = 0
     for name, found in maps.items():
         stop = place + found.nbytes
-        entries[name] = {"dtype": NAMES[found.dtype], "shape": list(found.shape), "data_offsets": [place, stop]}
+        entries[name] = {
+            "dtype": NAMES[found.dtype],
+            "shape": list(found.shape),
+            "data_offsets": [place, stop],
+        }
         place = stop
     facts = {"key": key_text(key), "sha256": maps_hash(key_text(key), entries, maps)}
     header = json.dumps({"__metadata__": facts, **entries}).encode()
@@ -199,7 +220,9 @@ def key_text(key: Key) -> str:
 
 def maps_hash(key: str, entries: Mapping[str, Any], maps: Maps) -> str:
     """Hex SHA-256 of a key, of what the header says of the maps, and of their numbers."""
-    return hashlib.sha256(json.dumps([key, entries, *map(array_hash, maps.values())]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([key, entries, *map(array_hash, maps.values())]).encode()
+    ).hexdigest()
 
 
 def require_room(folder: Path, size: int) -> None:

@@ -79,7 +79,10 @@ class PackedDataset(DocumentRows[NeoxOrder]):
     def pieces(self, row: int) -> list[Piece]:
         """From where row `row` of the stream begins to the first token of the next."""
         order = self.order
-        (first, offset), (last, end) = order.sample_idx[row].tolist(), order.sample_idx[row + 1].tolist()
+        (first, offset), (last, end) = (
+            order.sample_idx[row].tolist(),
+            order.sample_idx[row + 1].tolist(),
+        )
         documents = order.doc_idx[first : last + 1]
         stops = self.dataset.sizes[documents].astype(np.int64)
         stops[-1] = end + 1  # the last token is the next row's first
@@ -87,4 +90,7 @@ class PackedDataset(DocumentRows[NeoxOrder]):
         lengths[0] -= offset
         assert lengths.sum() == order.seq_length + 1, (row, lengths)
         starts = [offset] + [0] * (len(documents) - 1)
-        return [Piece(*piece) for piece in zip(documents.tolist(), starts, lengths.tolist(), strict=True)]
+        return [
+            Piece(*piece)
+            for piece in zip(documents.tolist(), starts, lengths.tolist(), strict=True)
+        ]

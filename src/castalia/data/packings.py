@@ -62,7 +62,11 @@ class PieceOrder:
         self.tokens_per_epoch = int(own.sum(dtype=np.int64))
         kept = None if left_out is None else ~chosen(left_out, used)[0]
         settings = config.model_dump(include={"seq_length", "neox_exact", "allow_chopped"})
-        settings |= {"rows": num_samples, "seed": seed, "kept": None if kept is None else array_hash(kept)}
+        settings |= {
+            "rows": num_samples,
+            "seed": seed,
+            "kept": None if kept is None else array_hash(kept),
+        }
         self.maps = from_cache(
             cache,
             28 * max(num_samples, len(own)),
@@ -106,7 +110,9 @@ def piece_maps(
     """The maps of `PieceOrder`, of documents `used` and their `sizes`, as far as they are `kept`."""
     lengths, exact = sizes.astype(np.int64), config.neox_exact
     kept = kept_documents(lengths, config, kept)
-    build = {"pack_until_overflow": until_overflow, "unpacked": one_a_row, "best_fit": best_fit}[config.packing]
+    build = {"pack_until_overflow": until_overflow, "unpacked": one_a_row, "best_fit": best_fit}[
+        config.packing
+    ]
     found = build(lengths, kept, config.seq_length, rows, np.random.RandomState(seed), exact)
     return found | {"documents": numbered(used)[found["documents"]]}
 
@@ -120,7 +126,9 @@ def as_maps(
     return wide | {name: array.astype(np.int32) for name, array in narrow.items()}
 
 
-def kept_documents(lengths: Ints, config: DataConfig, kept: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+def kept_documents(
+    lengths: Ints, config: DataConfig, kept: NDArray[np.bool_] | None
+) -> NDArray[np.bool_]:
     """Which of the documents that are `kept`, all by default, make rows: those with a token, or under `neox_exact` all,
     that are short enough.
 
@@ -133,14 +141,23 @@ def kept_documents(lengths: Ints, config: DataConfig, kept: NDArray[np.bool_] | 
         able &= kept
     if not able.any():
         reason = "" if kept is None else " or without a target"
-        reason += "" if config.allow_chopped else f" or longer than {config.seq_length + 1} tokens, which"
+        reason += (
+            "" if config.allow_chopped else f" or longer than {config.seq_length + 1} tokens, which"
+        )
         reason += "" if config.allow_chopped else " data.allow_chopped=false leaves out"
-        raise DataError(f"data.packing {config.packing}: all of {len(lengths)} documents are empty{reason}")
+        raise DataError(
+            f"data.packing {config.packing}: all of {len(lengths)} documents are empty{reason}"
+        )
     return able
 
 
 def until_overflow(
-    lengths: Ints, kept: NDArray[np.bool_], seq_length: int, rows: int, random: np.random.RandomState, exact: bool
+    lengths: Ints,
+    kept: NDArray[np.bool_],
+    seq_length: int,
+    rows: int,
+    random: np.random.RandomState,
+    exact: bool,
 ) -> dict[str, NDArray[Any]]:
     """Documents in random order, shuffled anew for each pass; a row ends where the next document does not fit.
 
@@ -194,21 +211,35 @@ def row_starts(sizes: Ints, room: int) -> Ints:
 
 
 def one_a_row(
-    lengths: Ints, kept: NDArray[np.bool_], seq_length: int, rows: int, random: np.random.RandomState, exact: bool
+    lengths: Ints,
+    kept: NDArray[np.bool_],
+    seq_length: int,
+    rows: int,
+    random: np.random.RandomState,
+    exact: bool,
 ) -> dict[str, NDArray[Any]]:
     """One document a row, in the order of the file, again from the first after the last; then rows are shuffled."""
     all_kept = np.flatnonzero(kept)
     rows = rows or len(all_kept)
-    documents = np.resize(all_kept, rows + exact)  # GPT-NeoX reads one more, whose first token ends the last row
+    documents = np.resize(
+        all_kept, rows + exact
+    )  # GPT-NeoX reads one more, whose first token ends the last row
     shuffle_idx = np.arange(rows)
     random.shuffle(shuffle_idx)
     found = np.minimum(lengths[documents], seq_length + 1)
     epochs = -(-rows // len(all_kept))
-    return as_maps(np.arange(rows + 1), documents, np.zeros_like(documents), found, shuffle_idx, epochs)
+    return as_maps(
+        np.arange(rows + 1), documents, np.zeros_like(documents), found, shuffle_idx, epochs
+    )
 
 
 def best_fit(
-    lengths: Ints, kept: NDArray[np.bool_], seq_length: int, rows: int, random: np.random.RandomState, exact: bool
+    lengths: Ints,
+    kept: NDArray[np.bool_],
+    seq_length: int,
+    rows: int,
+    random: np.random.RandomState,
+    exact: bool,
 ) -> dict[str, NDArray[Any]]:
     """The longest stretches first, each into the fullest row that has room for it; rows are shuffled for each pass.
 
@@ -280,7 +311,9 @@ class PieceRows(DocumentRows[PieceOrder]):
         documents, lengths = order.documents, maps["lengths"]
         start, stop = order.starts[row : row + 2].tolist()
         fields = (documents, maps["offsets"], lengths)
-        pieces = [Piece(*found) for found in zip(*(f[start:stop].tolist() for f in fields), strict=True)]
+        pieces = [
+            Piece(*found) for found in zip(*(f[start:stop].tolist() for f in fields), strict=True)
+        ]
         room = order.seq_length + 1 - sum(piece.length for piece in pieces)
         if order.exact and room > 0 and stop < len(documents):
             pieces.append(Piece(int(documents[stop]), 0, min(1, int(lengths[stop]))))
@@ -298,7 +331,9 @@ def piece_rows(
 ) -> PieceRows:
     """A source under data.packing; an error names it."""
     left_out = None
-    if labels is not None and config.neox_exact:  # GPT-NeoX looks at the labels that a row takes, as it counts them
+    if (
+        labels is not None and config.neox_exact
+    ):  # GPT-NeoX looks at the labels that a row takes, as it counts them
         left_out = without_targets(labels, config.seq_length + (config.packing != "unpacked"))
     options: dict[str, Any] = {"documents": documents, "left_out": left_out, "cache": cache}
     try:

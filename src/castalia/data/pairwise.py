@@ -54,11 +54,14 @@ class PairwiseDataset:
         documents: NDArray[np.int32] | None = None,
     ) -> None:
         if config.packing not in ("unpacked", "pack_until_overflow"):
-            raise ConfigError(f"data.packing {config.packing}: pairs are unpacked or pack_until_overflow")
+            raise ConfigError(
+                f"data.packing {config.packing}: pairs are unpacked or pack_until_overflow"
+            )
         tokens = open_pair(pos, neg)
         own_labels = open_labels(labels or (), tokens, "labels") or (None, None)
         self.pos, self.neg = (
-            Side(*files) for files in zip(tokens, own_labels, open_references(references, tokens), strict=True)
+            Side(*files)
+            for files in zip(tokens, own_labels, open_references(references, tokens), strict=True)
         )
         longer = np.maximum(tokens[0].sizes, tokens[1].sizes)
         used = np.arange(len(longer), dtype=np.int32) if documents is None else documents
@@ -67,7 +70,9 @@ class PairwiseDataset:
         for side in (self.pos, self.neg):
             if side.labels is not None:
                 left_out |= without_targets(side.labels, looked_at)
-        self.order = PieceOrder(longer, config, num_samples=num_samples, seed=seed, documents=used, left_out=left_out)
+        self.order = PieceOrder(
+            longer, config, num_samples=num_samples, seed=seed, documents=used, left_out=left_out
+        )
         self.shuffle_idx = self.order.shuffle_idx
         if config.packing == "unpacked":
             self.shuffle_idx = self.shuffle_idx % len(used)
@@ -81,7 +86,9 @@ class PairwiseDataset:
         for name, side in (("pos", self.pos), ("neg", self.neg)):
             row[name] = self.joined(side.tokens, documents, leak, np.int64, 0)
             if side.labels is not None:
-                row[f"{name}_label"] = self.joined(side.labels, documents, leak, np.int64, NO_TARGET)
+                row[f"{name}_label"] = self.joined(
+                    side.labels, documents, leak, np.int64, NO_TARGET
+                )
             if side.reference is not None:
                 row[f"{name}_ref"] = self.joined(side.reference, documents, leak, np.float32, 0)
         return row
@@ -100,7 +107,12 @@ class PairwiseDataset:
         return order.documents[start:stop].tolist(), int(order.documents[stop]) if follows else None
 
     def joined(
-        self, file: IndexedDataset, documents: list[int], leak: int | None, dtype: DTypeLike, empty: int
+        self,
+        file: IndexedDataset,
+        documents: list[int],
+        leak: int | None,
+        dtype: DTypeLike,
+        empty: int,
     ) -> NDArray[Any]:
         """What a file has of a row's documents, (seq_length + 1,): cut, or filled with `empty`."""
         pieces = [file[document] for document in documents]
@@ -144,5 +156,7 @@ def open_references(
     files = [IndexedDataset(prefix) for prefix in prefixes]
     for file, of in zip(files, tokens, strict=True):
         if file.dtype.kind != "f" or not np.array_equal(file.sizes, of.sizes):
-            raise DataError(f"{file.prefix} does not fit {of.prefix}: a reference is a float for each of its tokens")
+            raise DataError(
+                f"{file.prefix} does not fit {of.prefix}: a reference is a float for each of its tokens"
+            )
     return files

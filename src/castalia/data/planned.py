@@ -63,7 +63,9 @@ class SourceRows:
     row of a place of the served order where `order` was given, from the record of a run.
     """
 
-    def __init__(self, packs: Sequence[SourcePack], order: Callable[[int], tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self, packs: Sequence[SourcePack], order: Callable[[int], tuple[int, int]] | None = None
+    ) -> None:
         self.packs, self.order = list(packs), order
         self.labels: list[IndexedDataset] | None = None
         self.sizes = np.array([len(pack.order.shuffle_idx) for pack in packs], np.int64)
@@ -78,7 +80,9 @@ class SourceRows:
         Raises  DataError without a plan.
         """
         if self.order is None:
-            raise DataError("the rows of a mixed run follow its losses: only its mixture.jsonl tells which they were")
+            raise DataError(
+                "the rows of a mixed run follow its losses: only its mixture.jsonl tells which they were"
+            )
         return self.order(index)
 
     def documents_of(self, index: int) -> tuple[int, list[Piece]]:

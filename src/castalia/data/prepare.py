@@ -84,7 +84,9 @@ def prepare(
     """
     start = time.monotonic()
     if options is not None and choices:
-        raise ConfigError(f"{', '.join(choices)}: give it in `options`, or single choices without `options`")
+        raise ConfigError(
+            f"{', '.join(choices)}: give it in `options`, or single choices without `options`"
+        )
     options = options or Options(**choices)
     options.check()
     files, prefix = list_files(inputs), str(file_pair(output)[0])[: -len(".bin")]
@@ -96,24 +98,35 @@ def prepare(
         refuse_empty(files)
     job = make_job(files, prefix, chosen, options)
     prefixes = outputs_of(job)
-    refuse_to_overwrite([prefix, *prefixes], [*(file.path for file in files if not file.remote), tokenizer])
+    refuse_to_overwrite(
+        [prefix, *prefixes], [*(file.path for file in files if not file.remote), tokenizer]
+    )
     refuse_another_shard(prefixes[0], options.shard)
     inputs_read = InputHashes(files)
     assembly = Assembly(job, prefixes)
     needless = False
     try:
         Run(assembly, options, inputs_read, on_progress).run()
-        assembly.forget(len(assembly.done))  # of more inputs or documents, which were asked for before
+        assembly.forget(
+            len(assembly.done)
+        )  # of more inputs or documents, which were asked for before
         if not assembly.documents and options.shard[1] == 1:
             raise DataError(without_text(assembly))
         done = summary(assembly, prefix, start)
         if train_vocab is not None:
             chosen.save(chosen.where)
-        assembly.finish([describe(done, i, assembly, inputs_read.close(), options) for i in range(len(prefixes))])
+        assembly.finish(
+            [
+                describe(done, i, assembly, inputs_read.close(), options)
+                for i in range(len(prefixes))
+            ]
+        )
         assembly.write_rejects(Path(prefix + REJECTS))
         needless = True
     except DataError:
-        needless = inputs_read.whole and not assembly.documents  # read to the end, and there is no text
+        needless = (
+            inputs_read.whole and not assembly.documents
+        )  # read to the end, and there is no text
         raise
     finally:
         inputs_read.close()
@@ -148,9 +161,18 @@ class Run:
     """The parts of a job from the plan to the assembly, in order."""
 
     def __init__(
-        self, assembly: Assembly, options: Options, hashes: "InputHashes", on_progress: OnProgress | None
+        self,
+        assembly: Assembly,
+        options: Options,
+        hashes: "InputHashes",
+        on_progress: OnProgress | None,
     ) -> None:
-        self.assembly, self.options, self.hashes, self.on_progress = assembly, options, hashes, on_progress
+        self.assembly, self.options, self.hashes, self.on_progress = (
+            assembly,
+            options,
+            hashes,
+            on_progress,
+        )
         self.job, self.rows = assembly.job, 0
 
     def run(self) -> None:
@@ -165,7 +187,9 @@ class Run:
                 if options.rows is not None and self.rows + record.rows > options.rows:
                     part = part.first(options.rows - self.rows)
                     self.assembly.reusable(part)
-                    record = encode_part(self.job, part, Encoder(self.job.tokenizer, fast=self.job.fast))
+                    record = encode_part(
+                        self.job, part, Encoder(self.job.tokenizer, fast=self.job.fast)
+                    )
                 self.take(part, record)
                 if self.rows == options.rows:
                     return
@@ -173,12 +197,19 @@ class Run:
             done.close()
         self.hashes.whole = True
         if not options.reject and options.shard[1] == 1:
-            require_text(self.job.files, [number for number, count in self.assembly.filled().items() if count])
+            require_text(
+                self.job.files,
+                [number for number, count in self.assembly.filled().items() if count],
+            )
 
     def work(self) -> Work:
         """Each part with the record it has from an earlier run, if any."""
         plan = parts_of(
-            self.job.files, self.job.settings, self.options.part_bytes, self.hashes.hear, Shard(*self.options.shard)
+            self.job.files,
+            self.job.settings,
+            self.options.part_bytes,
+            self.hashes.hear,
+            Shard(*self.options.shard),
         )
         for part in plan:
             yield part, self.assembly.reusable(part)
@@ -192,7 +223,9 @@ class Run:
             raise DataError(failure)
         self.rows += record.rows
         if self.on_progress:
-            self.on_progress(sum(piece.disk for piece in part.pieces), record.tokens(self.job.outputs))
+            self.on_progress(
+                sum(piece.disk for piece in part.pieces), record.tokens(self.job.outputs)
+            )
 
 
 class InputHashes:
@@ -230,9 +263,16 @@ class InputHashes:
         if not self.whole:
             self.stop.set()
         self.thread.join()
-        heard = {number: digest.hexdigest() for number, digest in self.heard.items()} if self.whole else {}
+        heard = (
+            {number: digest.hexdigest() for number, digest in self.heard.items()}
+            if self.whole
+            else {}
+        )
         found = self.beside | heard
-        return [{"path": f.path, "bytes": f.size, "sha256": found.get(i)} for i, f in enumerate(self.files)]
+        return [
+            {"path": f.path, "bytes": f.size, "sha256": found.get(i)}
+            for i, f in enumerate(self.files)
+        ]
 
 
 SHOWN = 4
@@ -245,7 +285,10 @@ def outputs_of(job: Job) -> list[str]:
     """The prefix of each output; with several keys, or conversations, named as GPT-NeoX does."""
     if len(job.keys) == 1 and not job.form.named:
         return [job.output]
-    return [f"{job.output}_{job.keys[one.key].replace(os.sep, '_')}_{ENDS[one.kind]}" for one in job.outputs]
+    return [
+        f"{job.output}_{job.keys[one.key].replace(os.sep, '_')}_{ENDS[one.kind]}"
+        for one in job.outputs
+    ]
 
 
 def make_job(files: list[InputFile], prefix: str, tokenizer: Tokenizer, options: Options) -> Job:
@@ -273,7 +316,9 @@ def refuse_to_overwrite(prefixes: Iterable[str], sources: Iterable[Any]) -> None
     written = {Path(prefix + suffix).resolve() for prefix in prefixes for suffix in suffixes}
     for source in sources:
         if not isinstance(source, Tokenizer) and Path(source).resolve() in written:
-            raise ConfigError(f"{source} would be overwritten by the output; choose another --output")
+            raise ConfigError(
+                f"{source} would be overwritten by the output; choose another --output"
+            )
 
 
 def refuse_empty(files: Iterable[InputFile]) -> None:
@@ -385,7 +430,11 @@ def describe(
         **facts,
         "append_eod": job.eod_id is not None,
         "key": job.keys[one.key],
-        "tokenizer": {"name": Path(tokenizer.where).name, "sha256": tokenizer.sha256, "eod_id": tokenizer.eod_id},
+        "tokenizer": {
+            "name": Path(tokenizer.where).name,
+            "sha256": tokenizer.sha256,
+            "eod_id": tokenizer.eod_id,
+        },
         **job.form.facts,
         "inputs": inputs,
         **({"shard": list(options.shard)} if options.shard[1] > 1 else {}),
@@ -396,4 +445,6 @@ def describe(
 
 def tokens_of(outputs: Sequence[Output], one: Output) -> int:
     """The number of the output whose tokens the labels or rewards of `one` belong to."""
-    return next(i for i, output in enumerate(outputs) if output.key == one.key and output.kind == TOKENS)
+    return next(
+        i for i, output in enumerate(outputs) if output.key == one.key and output.kind == TOKENS
+    )

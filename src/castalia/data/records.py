@@ -23,9 +23,13 @@ def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not the JSON record of a token file ({error}); remove it or prepare again") from None
+        raise DataError(
+            f"{path}: not the JSON record of a token file ({error}); remove it or prepare again"
+        ) from None
     if not isinstance(record, dict):
-        raise DataError(f"{path}: not the JSON record of a token file (a {type(record).__name__}); remove it")
+        raise DataError(
+            f"{path}: not the JSON record of a token file (a {type(record).__name__}); remove it"
+        )
     return record
 
 
@@ -90,4 +94,6 @@ def refuse_inputs(output: str, datasets: Iterable[IndexedDataset]) -> None:
     for dataset in datasets:
         held = {dataset.bin_path, dataset.idx_path, *dataset.shards}
         if written & {path.resolve() for path in held}:
-            raise ConfigError(f"{dataset.prefix} would be overwritten by the output {output}; choose another --output")
+            raise ConfigError(
+                f"{dataset.prefix} would be overwritten by the output {output}; choose another --output"
+            )

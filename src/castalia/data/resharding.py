@@ -25,7 +25,9 @@ def shard(
     """
     dataset = IndexedDataset(prefix)
     if dataset.shards:
-        raise ConfigError(f"{dataset.prefix}: is in {len(dataset.shards)} shards already; unshard it first")
+        raise ConfigError(
+            f"{dataset.prefix}: is in {len(dataset.shards)} shards already; unshard it first"
+        )
     base = Path(dataset.prefix).name
     written = cut(dataset.bin_path, base, output, size, on_bytes)
     copy_neighbours(dataset.prefix, Path(output) / base)
@@ -48,7 +50,9 @@ def unshard(
     dataset = IndexedDataset(prefix)
     shards = dataset.shards or find_shards(dataset.prefix)
     if not shards:
-        raise ConfigError(f"{dataset.prefix}: one whole .bin and no shards; there is nothing to join")
+        raise ConfigError(
+            f"{dataset.prefix}: one whole .bin and no shards; there is nothing to join"
+        )
     total, expected = sum(path.stat().st_size for path in shards), last_byte(dataset)
     if total != expected:
         raise DataError(
@@ -71,7 +75,8 @@ def last_byte(dataset: IndexedDataset) -> int:
     if not len(dataset):
         return 0
     ends = (
-        dataset.pointers[i : i + PIECE] + dataset.sizes[i : i + PIECE].astype("i8") * dataset.dtype.itemsize
+        dataset.pointers[i : i + PIECE]
+        + dataset.sizes[i : i + PIECE].astype("i8") * dataset.dtype.itemsize
         for i in range(0, len(dataset), PIECE)
     )
     return max(int(piece.max()) for piece in ends)

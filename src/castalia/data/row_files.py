@@ -107,14 +107,20 @@ def write_rows(
             cannot be written.
     """
     if any(isinstance(pack, PieceRows) for pack in rows.packs):
-        raise ConfigError("rows that end early cannot be written as ready ones: set data.packing=packed")
+        raise ConfigError(
+            "rows that end early cannot be written as ready ones: set data.packing=packed"
+        )
     datasets = [pack.dataset for pack in rows.packs]
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
     with IndexedDatasetWriter(prefix, common_dtype(datasets)) as writer:
         for start in range(first, stop, ROWS_AT_A_TIME):
-            found = np.concatenate([rows[place][0] for place in range(start, min(stop, start + ROWS_AT_A_TIME))])
-            writer.add_many(found, np.full(len(found) // (rows.seq_length + 1), rows.seq_length + 1))
+            found = np.concatenate(
+                [rows[place][0] for place in range(start, min(stop, start + ROWS_AT_A_TIME))]
+            )
+            writer.add_many(
+                found, np.full(len(found) // (rows.seq_length + 1), rows.seq_length + 1)
+            )
             if on_bytes:
                 on_bytes(len(found) * writer.dtype.itemsize)
         return finish(writer, prefix, facts)

@@ -135,14 +135,20 @@ def build_rows(
     check_names(config)
     evals = (steps // eval_every + 1) * eval_batches if eval_every else 0
     train_sets, valid_sets = open_sources(config)
-    first, second = split_documents(config.split, len(train_sets[0]))[:2] if config.split is not None else (None, None)
+    first, second = (
+        split_documents(config.split, len(train_sets[0]))[:2]
+        if config.split is not None
+        else (None, None)
+    )
     labels, valid_labels = label_files(config, train_sets, valid_sets)
     train: RowDataset | SourceRows
     if planned:
         train = source_rows(train_sets, config, seed, first, labels, allow_empty=allow_empty)
     else:
         train = blended_rows(train_sets, config, seed, steps * batch_size, first, labels)
-    valid = valid_rows(train_sets[0], valid_sets, config, seed, evals * batch_size, second, valid_labels)
+    valid = valid_rows(
+        train_sets[0], valid_sets, config, seed, evals * batch_size, second, valid_labels
+    )
     train.labels = labels
     if valid is not None:
         valid.labels = valid_labels
@@ -178,9 +184,13 @@ def check_names(config: DataConfig) -> None:
     Raises  ConfigError if not.
     """
     if not config.train:
-        raise ConfigError("data.train is empty: name the prefix of a token file, made by `castalia prepare`")
+        raise ConfigError(
+            "data.train is empty: name the prefix of a token file, made by `castalia prepare`"
+        )
     if config.split is not None and config.valid:
-        raise ConfigError("data.split and data.valid both say what to validate on: set one of them to null")
+        raise ConfigError(
+            "data.split and data.valid both say what to validate on: set one of them to null"
+        )
 
 
 def open_sources(config: DataConfig) -> tuple[list[IndexedDataset], list[IndexedDataset]]:
@@ -188,7 +198,9 @@ def open_sources(config: DataConfig) -> tuple[list[IndexedDataset], list[Indexed
 
     Raises  DataError, ConfigError if not: a model trained on the ids of one would be read with those of another.
     """
-    train, valid = ([IndexedDataset(path) for path in paths] for paths in (config.train, config.valid))
+    train, valid = (
+        [IndexedDataset(path) for path in paths] for paths in (config.train, config.valid)
+    )
     made = token_facts(train + valid).get("tokenizer")
     if made and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
@@ -220,7 +232,12 @@ def kind_of(config: DataConfig) -> str:
 
 
 def blended_rows(
-    datasets: list[IndexedDataset], config: DataConfig, seed: int, rows: int, documents: range | None, labels: Labels
+    datasets: list[IndexedDataset],
+    config: DataConfig,
+    seed: int,
+    rows: int,
+    documents: range | None,
+    labels: Labels,
 ) -> RowDataset:
     """The train rows as one sequence: of a stretch of a single source's documents, ready ones, or a blend."""
     if documents is not None:
@@ -242,15 +259,24 @@ def valid_rows(
     """The rows to validate on, of a stretch of the train documents or of files of their own; None without any."""
     if rows and documents:
         return one_source(train, config, seed, rows, documents, labels)
-    return blended(sets, config.valid_weights, config, seed, rows, labels) if rows and sets else None
+    return (
+        blended(sets, config.valid_weights, config, seed, rows, labels) if rows and sets else None
+    )
 
 
 def one_source(
-    dataset: IndexedDataset, config: DataConfig, seed: int, rows: int, documents: range, labels: Labels
+    dataset: IndexedDataset,
+    config: DataConfig,
+    seed: int,
+    rows: int,
+    documents: range,
+    labels: Labels,
 ) -> RowDataset:
     """Rows of a stretch of one source's documents, no blend."""
     where = f"{dataset.prefix} (documents {documents.start} to {documents.stop} under data.split {config.split!r})"
-    return RowDataset([pack(dataset, config, rows, seed, documents, labels[0] if labels else None, where)])
+    return RowDataset(
+        [pack(dataset, config, rows, seed, documents, labels[0] if labels else None, where)]
+    )
 
 
 def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> RowDataset:
@@ -259,12 +285,18 @@ def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> 
     packs: list[Pack] = []
     for dataset, share in zip(datasets, shares, strict=True):
         try:
-            order = FileOrder(dataset, seq_length=config.seq_length, num_samples=math.ceil(rows * share))
+            order = FileOrder(
+                dataset, seq_length=config.seq_length, num_samples=math.ceil(rows * share)
+            )
         except DataError as error:
             raise DataError(f"{dataset.prefix}: {error}") from None
         packs.append(RowFile(dataset, order))
     cache = cache_of(datasets[0].prefix, config.order_cache)
-    return RowDataset(packs) if len(packs) == 1 else RowDataset(packs, shares, rows, size=rows, cache=cache)
+    return (
+        RowDataset(packs)
+        if len(packs) == 1
+        else RowDataset(packs, shares, rows, size=rows, cache=cache)
+    )
 
 
 def blended(
@@ -277,7 +309,9 @@ def blended(
 ) -> RowDataset:
     """Rows of all documents of several sources, or of one, blended by weight."""
     shares = normalised(weights, len(datasets))
-    counts = rows_per_source(weights or [1.0] * len(datasets), rows)  # normalised once, as GPT-NeoX does
+    counts = rows_per_source(
+        weights or [1.0] * len(datasets), rows
+    )  # normalised once, as GPT-NeoX does
     packs: list[Pack] = [
         pack(dataset, config, counts[i], seed, None, labels[i] if labels else None, dataset.prefix)
         for i, dataset in enumerate(datasets)
@@ -298,7 +332,12 @@ def pack(
     cache = cache_of(dataset.prefix, config.order_cache)
     if config.packing != "packed":
         return piece_rows(dataset, config, rows, seed, documents, labels, cache)
-    options: dict[str, Any] = {"seq_length": config.seq_length, "seed": seed, "documents": documents, "cache": cache}
+    options: dict[str, Any] = {
+        "seq_length": config.seq_length,
+        "seed": seed,
+        "documents": documents,
+        "cache": cache,
+    }
     try:
         return PackedDataset(dataset, NeoxOrder(dataset.sizes, num_samples=rows, **options))
     except DataError as error:
@@ -328,7 +367,9 @@ def end_id(config: DataConfig, option: str) -> int:
         raise ConfigError(f"data.{option} needs data.tokenizer, to know the end-of-document id")
     eod_id = load_tokenizer(config.tokenizer).eod_id
     if eod_id is None:
-        raise ConfigError(f"data.{option}: the tokenizer {config.tokenizer} has no end-of-document token")
+        raise ConfigError(
+            f"data.{option}: the tokenizer {config.tokenizer} has no end-of-document token"
+        )
     return eod_id
 
 
@@ -349,7 +390,9 @@ def check_vocab(dataset: IndexedDataset, vocab_size: int, most_bytes: int | None
     """
     if most_bytes is not None and len(dataset.buffer) > most_bytes:
         return
-    dataset = IndexedDataset(dataset.prefix)  # a mapping of its own: the loader's is meant for reads in no order
+    dataset = IndexedDataset(
+        dataset.prefix
+    )  # a mapping of its own: the loader's is meant for reads in no order
     width = dataset.dtype.itemsize
     total = len(dataset.buffer) // width
     for start in range(0, total, CHECK_PIECE):

@@ -62,10 +62,14 @@ def find_shards(base: str | os.PathLike[str]) -> list[Path]:
         return []
     if len(sets) > 1:
         names = " and ".join(f"-of-{last:05}" for last in sorted(sets))
-        raise DataError(f"{base}: shards of several sets lie side by side ({names}); keep one of them")
+        raise DataError(
+            f"{base}: shards of several sets lie side by side ({names}); keep one of them"
+        )
     last, shards = next(iter(sets.items()))
     if missing := [n for n in range(last + 1) if n not in shards]:
-        names = ", ".join(shard_name(stem, n, last) for n in missing[:3]) + (" …" if len(missing) > 3 else "")
+        names = ", ".join(shard_name(stem, n, last) for n in missing[:3]) + (
+            " …" if len(missing) > 3 else ""
+        )
         raise DataError(
             f"{base}: {len(missing)} of {last + 1} shards missing: {names}; the last one ends in"
             f" -{last:05}-of-{last:05}.bin; copy what is missing"
@@ -88,7 +92,9 @@ def check_sizes(shards: Sequence[Path]) -> None:
                 " copy the shorter one again"
             )
     if len(sizes) > 1 and sizes[-1] > sizes[0]:
-        raise DataError(f"{shards[-1]}: {sizes[-1]} bytes, more than the {sizes[0]} of {shards[0].name}; copy it again")
+        raise DataError(
+            f"{shards[-1]}: {sizes[-1]} bytes, more than the {sizes[0]} of {shards[0].name}; copy it again"
+        )
 
 
 def pieces(file: IO[bytes], start: int, stop: int) -> Iterator[bytes]:
@@ -119,7 +125,11 @@ def same_bytes(path: Path, source: IO[bytes], start: int, stop: int) -> bool:
 
 
 def cut(
-    bin_path: Path, base: str, output: str | os.PathLike[str], size: int, on_bytes: OnBytes | None = None
+    bin_path: Path,
+    base: str,
+    output: str | os.PathLike[str],
+    size: int,
+    on_bytes: OnBytes | None = None,
 ) -> list[Path]:
     """Write the shards of `bin_path`, `size` bytes each, as `output/BASE-….bin`; returns them.
 
@@ -128,15 +138,27 @@ def cut(
     """
     total = bin_path.stat().st_size
     if size < 1 or total > size * 100_000:
-        raise ConfigError(f"shards of {size} bytes: {bin_path} has {total}; take 1 or more, at most 100,000 shards")
+        raise ConfigError(
+            f"shards of {size} bytes: {bin_path} has {total}; take 1 or more, at most 100,000 shards"
+        )
     last = max(0, -(-total // size) - 1)
-    others = [p.name for p in Path(output).glob(f"{base}-*-of-*.bin") if not p.name.endswith(f"-of-{last:05}.bin")]
+    others = [
+        p.name
+        for p in Path(output).glob(f"{base}-*-of-*.bin")
+        if not p.name.endswith(f"-of-{last:05}.bin")
+    ]
     if others := [name for name in others if base_of(name) == base]:
-        raise ConfigError(f"{output}: has shards of another size, such as {others[0]}; remove them or choose another")
+        raise ConfigError(
+            f"{output}: has shards of another size, such as {others[0]}; remove them or choose another"
+        )
     written = []
     with open(bin_path, "rb") as source:
         for number in range(last + 1):
-            path, start, stop = Path(output) / shard_name(base, number, last), number * size, (number + 1) * size
+            path, start, stop = (
+                Path(output) / shard_name(base, number, last),
+                number * size,
+                (number + 1) * size,
+            )
             stop = min(stop, total)
             if not same_bytes(path, source, start, stop):
                 with atomic_write(path, "wb") as file:
@@ -167,7 +189,9 @@ def join(
         if bin_path.stat().st_size != total:
             raise other_bytes(bin_path)
         with open(bin_path, "rb") as target:
-            digest, kept = pour(shards, lambda piece: same_piece(target, piece, bin_path), hashes, on_bytes)
+            digest, kept = pour(
+                shards, lambda piece: same_piece(target, piece, bin_path), hashes, on_bytes
+            )
         return Joined(bin_path, len(shards), total, kept, digest)
     partial = bin_path.with_name(f".{bin_path.name}.partial")
     try:
@@ -210,7 +234,9 @@ def pour(
 
 def other_bytes(bin_path: Path) -> ConfigError:
     """The error about a .bin that is there and not what would be written."""
-    return ConfigError(f"{bin_path} exists and holds other bytes than the shards; remove it or choose another --output")
+    return ConfigError(
+        f"{bin_path} exists and holds other bytes than the shards; remove it or choose another --output"
+    )
 
 
 def same_piece(target: IO[bytes], piece: bytes, path: Path) -> int:

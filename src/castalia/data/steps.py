@@ -82,12 +82,17 @@ class StepReader:
         first = step * self.batch_size
         places = [range(first + share.start, first + share.stop) for share in self.shares]
         found = self.located(places) if planned is None else planned
-        pieces = [self.pieces_of(rows) for rows in found]  # of the whole step, before the first is read
+        pieces = [
+            self.pieces_of(rows) for rows in found
+        ]  # of the whole step, before the first is read
         return [self.micro_batch(*given) for given in zip(places, found, pieces, strict=True)]
 
     def located(self, places: Sequence[range]) -> list[Located]:
         """The rows that stand at places of the served order, a micro-batch at a time."""
-        pairs = [np.array([self.rows.locate(i) for i in index], np.int64).reshape(-1, 2) for index in places]
+        pairs = [
+            np.array([self.rows.locate(i) for i in index], np.int64).reshape(-1, 2)
+            for index in places
+        ]
         return [Located(pair[:, 0], pair[:, 1]) for pair in pairs]
 
     def pieces_of(self, found: Located) -> list[list[Piece]]:
@@ -97,28 +102,46 @@ class StepReader:
             pack = self.rows.packs[source]
             out.append(pack.documents_of(place))
             if isinstance(pack, DocumentRows):
-                for dataset in (pack.dataset, *([self.rows.labels[source]] if self.rows.labels else [])):
+                for dataset in (
+                    pack.dataset,
+                    *([self.rows.labels[source]] if self.rows.labels else []),
+                ):
                     for piece in out[-1]:
                         dataset.fetch(*piece)
         return out
 
-    def micro_batch(self, index: range, found: Located, pieces: Sequence[Sequence[Piece]]) -> MicroRows:
+    def micro_batch(
+        self, index: range, found: Located, pieces: Sequence[Sequence[Piece]]
+    ) -> MicroRows:
         """The rows of one micro-batch, which stand at the places `index` and consist of `pieces`."""
         if not index:
             padding = np.zeros((1, self.rows.packs[0].order.seq_length + 1), np.int64)
             segments = None if self.mask is None else padding
-            return MicroRows(padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64), segments)
+            return MicroRows(
+                padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64), segments
+            )
         sources = found.source.tolist()
-        rows = np.stack([self.rows.packs[source].row(made_of) for source, made_of in zip(sources, pieces, strict=True)])
+        rows = np.stack(
+            [
+                self.rows.packs[source].row(made_of)
+                for source, made_of in zip(sources, pieces, strict=True)
+            ]
+        )
         if self.vocab_size is not None:
             self.check(rows, sources, pieces, self.vocab_size)
         labels = self.labels_of(rows, sources, pieces)
         segments, filled = None, None
         if (mask := self.mask) is not None:
-            segments = np.stack([mask.segments(row, made_of) for row, made_of in zip(rows, pieces, strict=True)])
+            segments = np.stack(
+                [mask.segments(row, made_of) for row, made_of in zip(rows, pieces, strict=True)]
+            )
         if any(isinstance(pack, PieceRows) for pack in self.rows.packs):
-            filled = np.array([sum(piece.length for piece in made_of) for made_of in pieces], np.int64)
-        return MicroRows(rows, found.source.astype(np.int32), np.array(index, np.int64), segments, filled, labels)
+            filled = np.array(
+                [sum(piece.length for piece in made_of) for made_of in pieces], np.int64
+            )
+        return MicroRows(
+            rows, found.source.astype(np.int32), np.array(index, np.int64), segments, filled, labels
+        )
 
     def labels_of(
         self, rows: NDArray[np.int64], sources: Sequence[int], pieces: Sequence[Sequence[Piece]]
@@ -140,14 +163,20 @@ class StepReader:
         return found
 
     def check(
-        self, rows: NDArray[np.int64], sources: Sequence[int], pieces: Sequence[Sequence[Piece]], vocab_size: int
+        self,
+        rows: NDArray[np.int64],
+        sources: Sequence[int],
+        pieces: Sequence[Sequence[Piece]],
+        vocab_size: int,
     ) -> None:
         """Every id is in the vocabulary."""
         if rows.max() < vocab_size and rows.min() >= 0:
             return
         i, j = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
         ends = list(itertools.accumulate(piece.length for piece in pieces[i]))
-        document = next(piece.document for piece, end in zip(pieces[i], ends, strict=True) if j < end)
+        document = next(
+            piece.document for piece, end in zip(pieces[i], ends, strict=True) if j < end
+        )
         prefix = self.rows.packs[sources[i]].dataset.prefix
         raise DataError(out_of_vocab(prefix, document, int(rows[i, j]), vocab_size))
 

@@ -40,7 +40,9 @@ class Tokenizer:
         try:
             self.inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises plain Exception
-            raise DataError(f"{where}: not a tokenizer.json of the tokenizers library ({error})") from None
+            raise DataError(
+                f"{where}: not a tokenizer.json of the tokenizers library ({error})"
+            ) from None
         self.inner.no_truncation()
         self.inner.no_padding()
         self.ids: dict[str, int] = self.inner.get_vocab(with_added_tokens=True)
@@ -56,7 +58,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; the tokenizers library works on several cores."""
-        return [found.ids for found in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            found.ids for found in self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, with the names of special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -158,7 +162,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such tokenizer file; name a tokenizer.json, or `bytes`") from None
+        raise DataError(
+            f"{path}: no such tokenizer file; name a tokenizer.json, or `bytes`"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
     if (other := tokenizer_forms.from_text(text, str(path))) is not None:
@@ -169,10 +175,14 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether this is the byte-level tokenizer, saved and read again."""
-    return tokenizer.vocab_size == 257 and tokenizer.inner.to_str() == ByteTokenizer().inner.to_str()
+    return (
+        tokenizer.vocab_size == 257 and tokenizer.inner.to_str() == ByteTokenizer().inner.to_str()
+    )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
+) -> Tokenizer:
     """`train_bpe`, written to `path` as a tokenizer.json."""
     tokenizer = train_bpe(texts, vocab_size, str(path))
     tokenizer.save(path)

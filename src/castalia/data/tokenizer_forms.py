@@ -60,7 +60,9 @@ def load_form(name: str) -> Tokenizer | None:
     if path.suffix == ".model":
         return SentencePieceTokenizer(read_bytes(path), str(path))
     if path.suffix == ".json" and "vocab" in path.name:
-        return gpt2_tokenizer(path, path.with_name(path.name.replace("vocab", "merges")).with_suffix(".txt"))
+        return gpt2_tokenizer(
+            path, path.with_name(path.name.replace("vocab", "merges")).with_suffix(".txt")
+        )
     if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "merges.txt").exists():
         return gpt2_tokenizer(path / "vocab.json", path / "merges.txt")
     return None
@@ -98,10 +100,14 @@ def gpt2_tokenizer(vocab_path: Path, merges_path: Path) -> Tokenizer:
     except DataError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
-        raise DataError(f"{vocab_path} and {merges_path}: not GPT-2's vocabulary and merges ({error})") from None
+        raise DataError(
+            f"{vocab_path} and {merges_path}: not GPT-2's vocabulary and merges ({error})"
+        ) from None
     inner = byte_level(tokenizers.Tokenizer(model), use_regex=True)
     if END_OF_TEXT in vocab:
-        inner.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
+        inner.add_special_tokens(
+            [tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)]
+        )
     return Tokenizer(inner.to_str(), str(vocab_path))
 
 
@@ -114,7 +120,9 @@ def tiktoken_tokenizer(path: Path) -> Tokenizer:
     known = ENCODINGS.get(path.stem)
     if known is None:
         names = ", ".join(ENCODINGS)
-        raise ConfigError(f"{path}: an encoding of this name is not known; name the file after one of {names}")
+        raise ConfigError(
+            f"{path}: an encoding of this name is not known; name the file after one of {names}"
+        )
     ranks = read_ranks(path)
     pattern, special = known
     as_text = byte_characters()
@@ -146,10 +154,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         try:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise DataError(f"{path}:{number}: expected a token in base64 and its rank, got {line[:80]!r}") from None
+            raise DataError(
+                f"{path}:{number}: expected a token in base64 and its rank, got {line[:80]!r}"
+            ) from None
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise DataError(f"{path}: no token for byte {missing[0]}; the file is cut off or of another kind")
+        raise DataError(
+            f"{path}: no token for byte {missing[0]}; the file is cut off or of another kind"
+        )
     return ranks
 
 

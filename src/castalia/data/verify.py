@@ -53,9 +53,13 @@ def read_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
         if not line.strip():
             continue
         first, _, rest = line.strip().partition(" ")
-        name, found = (rest.strip().lstrip("*"), first) if HEX.fullmatch(first) else (first, rest.strip())
+        name, found = (
+            (rest.strip().lstrip("*"), first) if HEX.fullmatch(first) else (first, rest.strip())
+        )
         if not name or not HEX.fullmatch(found):
-            raise DataError(f"{path}:{number}: expected a file name and its SHA-256 in 64 hex digits, got {line!r}")
+            raise DataError(
+                f"{path}:{number}: expected a file name and its SHA-256 in 64 hex digits, got {line!r}"
+            )
         name = Path(name).name
         if hashes.setdefault(name, found.lower()) != found.lower():
             raise DataError(f"{path}:{number}: a second, other hash of {name}")
@@ -135,7 +139,9 @@ def record_checks(dataset: IndexedDataset, on_bytes: OnBytes | None) -> Iterator
         "dtype": dataset.dtype.name,
     }
     wrong = [
-        f"{key} is {value}, recorded {record.get(key)}" for key, value in found.items() if record.get(key) != value
+        f"{key} is {value}, recorded {record.get(key)}"
+        for key, value in found.items()
+        if record.get(key) != value
     ]
     yield Check(name, "record", "; ".join(wrong) or None)
     if isinstance(vocab_size := record.get("vocab_size"), int):
@@ -163,10 +169,16 @@ def vocabulary_fault(dataset: IndexedDataset, vocab_size: int) -> str | None:
 
 def hash_fault(found: str, expected: str) -> str | None:
     """The sentence about a hash that differs."""
-    return None if found == expected else f"SHA-256 {found}, expected {expected}: copy or prepare it again"
+    return (
+        None
+        if found == expected
+        else f"SHA-256 {found}, expected {expected}: copy or prepare it again"
+    )
 
 
-def hash_checks(base: Path, hashes: Mapping[str, str], shard_bytes: int, on_bytes: OnBytes | None) -> Iterator[Check]:
+def hash_checks(
+    base: Path, hashes: Mapping[str, str], shard_bytes: int, on_bytes: OnBytes | None
+) -> Iterator[Check]:
     """Findings about the listed hashes of one prefix's files."""
     whole = base.with_name(base.name + ".bin")
     listed = sorted(name for name in hashes if belongs(name, base.name))
@@ -176,7 +188,11 @@ def hash_checks(base: Path, hashes: Mapping[str, str], shard_bytes: int, on_byte
     for name in listed:
         path, span = base.with_name(name), SHARD_NAME.fullmatch(name)
         if path.exists():
-            yield Check(str(path), "hash", hash_fault(hash_span(path, 0, path.stat().st_size, on_bytes), hashes[name]))
+            yield Check(
+                str(path),
+                "hash",
+                hash_fault(hash_span(path, 0, path.stat().st_size, on_bytes), hashes[name]),
+            )
         elif span and whole.exists():
             spans_cover_whole = True
             start = int(span["number"]) * shard_bytes
@@ -192,13 +208,19 @@ def hash_checks(base: Path, hashes: Mapping[str, str], shard_bytes: int, on_byte
 
 def belongs(name: str, base: str) -> bool:
     """Whether a file name is the .bin, .idx or .json of a prefix, or one of its shards."""
-    return name in {base + ".bin", base + ".idx", base + ".json"} or (base_of(name) == base and name != base)
+    return name in {base + ".bin", base + ".idx", base + ".json"} or (
+        base_of(name) == base and name != base
+    )
 
 
 def present(base: Path) -> list[Path]:
     """The prefix's .bin, .idx and shards that are there."""
     folder = base.parent
-    found = [path for path in folder.glob("*.bin") if belongs(path.name, base.name)] if folder.is_dir() else []
+    found = (
+        [path for path in folder.glob("*.bin") if belongs(path.name, base.name)]
+        if folder.is_dir()
+        else []
+    )
     index = base.with_name(base.name + ".idx")
     return [*found, index] if index.exists() else found
 

@@ -41,15 +41,21 @@ def parse_steps(text: str, batch_size: int, total: int) -> Steps:
     first, colon, stop = text.partition(":")
     words = [word.strip() for word in (first, stop)]
     if not text.strip() or not all(word.isascii() and word.isdigit() for word in words if word):
-        raise ConfigError(f"--steps {text!r}: expected A:B (steps from A to B - 1, counted from 0) or A, such as 0:10")
+        raise ConfigError(
+            f"--steps {text!r}: expected A:B (steps from A to B - 1, counted from 0) or A, such as 0:10"
+        )
     begin = int(words[0] or 0)
     end = int(words[1] or total) if colon else begin + 1
     if not begin < end <= total:
-        raise ConfigError(f"--steps {text}: steps {begin} to {end - 1}, but the run has steps 0 to {total - 1}")
+        raise ConfigError(
+            f"--steps {text}: steps {begin} to {end - 1}, but the run has steps 0 to {total - 1}"
+        )
     return Steps(begin, end, batch_size)
 
 
-def save_ids(rows: RowDataset | SourceRows, steps: Steps, path: str | os.PathLike[str]) -> tuple[int, int]:
+def save_ids(
+    rows: RowDataset | SourceRows, steps: Steps, path: str | os.PathLike[str]
+) -> tuple[int, int]:
     """Write the ids of the steps' rows as one .npy, whole or not at all, in the sources' dtype; returns its shape.
 
     Shapes  (steps · batch_size, seq_length + 1), as Pythia's batch_viewer.py saves them; memory holds one row.
@@ -57,7 +63,11 @@ def save_ids(rows: RowDataset | SourceRows, steps: Steps, path: str | os.PathLik
     dtype = common_dtype([pack.dataset for pack in rows.packs])
     shape = (len(steps.places), rows.seq_length + 1)
     with atomic_write(Path(path), "wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": shape,
+        }
         np.lib.format.write_array_header_1_0(file, header)
         for place in steps.places:
             file.write(rows[place][0].astype(dtype).tobytes())

@@ -66,7 +66,9 @@ class ParallelConfig(Config):
     def degrees(self, size: int) -> Degrees:
         """The axes of `size` processes; dp_shard=null takes what the others leave (0 when they leave nothing)."""
         others = self.pp * self.dp_replicate * self.cp * self.tp
-        return Degrees(self.pp, self.dp_replicate, self.dp_shard or size // others, self.cp, self.tp)
+        return Degrees(
+            self.pp, self.dp_replicate, self.dp_shard or size // others, self.cp, self.tp
+        )
 
     @property
     def stages(self) -> int:
@@ -78,7 +80,9 @@ class ParallelConfig(Config):
         """Pipeline stages on each process."""
         if self.pp == 1:
             return 1
-        return self.stages_per_process or (2 if self.schedule in ("interleaved_1f1b", "zero_bubble_v") else 1)
+        return self.stages_per_process or (
+            2 if self.schedule in ("interleaved_1f1b", "zero_bubble_v") else 1
+        )
 
     @property
     def splits_backward(self) -> bool:

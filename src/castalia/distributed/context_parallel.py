@@ -46,7 +46,9 @@ class SequencePart:
     def gather(self, part: Tensor, dim: int) -> Tensor:
         """What all processes hold of a tensor along `dim`, in the order of the row; differentiable."""
         chunks = gather(part, dim, self.group).chunk(2 * self.count, dim)
-        held = [chunk for number in range(self.count) for chunk in (number, 2 * self.count - 1 - number)]
+        held = [
+            chunk for number in range(self.count) for chunk in (number, 2 * self.count - 1 - number)
+        ]
         return torch.cat([chunks[held.index(chunk)] for chunk in range(2 * self.count)], dim)
 
 

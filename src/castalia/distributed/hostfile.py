@@ -22,9 +22,13 @@ def read_hostfile(path: str | Path) -> Hosts:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ConfigError(f"hostfile {path}: this is no text; expected lines `host slots=N`") from None
+        raise ConfigError(
+            f"hostfile {path}: this is no text; expected lines `host slots=N`"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"hostfile {path} cannot be read: {error.strerror}; name another with --hostfile") from None
+        raise ConfigError(
+            f"hostfile {path} cannot be read: {error.strerror}; name another with --hostfile"
+        ) from None
     hosts: Hosts = {}
     for count, line in enumerate(text.splitlines(), 1):
         line = line.partition("#")[0].strip()
@@ -32,7 +36,9 @@ def read_hostfile(path: str | Path) -> Hosts:
             continue
         host, slots = parse_line(line, f"hostfile {path} line {count}")
         if host in hosts:
-            raise ConfigError(f"hostfile {path} line {count}: {host} stands in an earlier line, too; one line a host")
+            raise ConfigError(
+                f"hostfile {path} line {count}: {host} stands in an earlier line, too; one line a host"
+            )
         hosts[host] = list(range(slots))
     if not hosts:
         raise ConfigError(f"hostfile {path} names no host; expected lines `host slots=N`")
@@ -46,7 +52,9 @@ def parse_line(line: str, where: str) -> tuple[str, int]:
         raise ConfigError(f"{where}: expected `host slots=N`, got {line[:80]!r}")
     slots = int(found["slots"])
     if slots < 1:
-        raise ConfigError(f"{where}: {found['host']} has slots={slots}; expected at least 1, or delete the line")
+        raise ConfigError(
+            f"{where}: {found['host']} has slots={slots}; expected at least 1, or delete the line"
+        )
     return found["host"], slots
 
 
@@ -63,7 +71,10 @@ def choose(hosts: Hosts, include: str = "", exclude: str = "") -> Hosts:
     if include:
         left = {host: sorted(named[host]) for host in hosts if host in named}
     else:
-        left = {host: [s for s in slots if s not in named.get(host, ())] for host, slots in hosts.items()}
+        left = {
+            host: [s for s in slots if s not in named.get(host, ())]
+            for host, slots in hosts.items()
+        }
     left = {host: slots for host, slots in left.items() if slots}
     if not left:
         raise ConfigError(f"exclude {exclude!r} leaves no host; have: {', '.join(hosts)}")
@@ -76,9 +87,13 @@ def parse_filter(text: str, hosts: Hosts, name: str) -> dict[str, set[int]]:
     for part in text.split("@"):
         host, colon, wanted = part.strip().partition(":")
         if not NAME.fullmatch(host) or (colon and not re.fullmatch(r"\d+(,\d+)*", wanted)):
-            raise ConfigError(f"{name} {text!r}: expected host or host:0,2 joined by @, got {part!r}")
+            raise ConfigError(
+                f"{name} {text!r}: expected host or host:0,2 joined by @, got {part!r}"
+            )
         if host not in hosts:
-            raise ConfigError(f"{name} {text!r}: no host {host!r}; have: {', '.join(hosts)}{nearest(host, hosts)}")
+            raise ConfigError(
+                f"{name} {text!r}: no host {host!r}; have: {', '.join(hosts)}{nearest(host, hosts)}"
+            )
         slots = {int(slot) for slot in wanted.split(",")} if colon else set(hosts[host])
         beyond = sorted(slots - set(hosts[host]))
         if beyond:

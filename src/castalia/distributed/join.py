@@ -37,9 +37,13 @@ def join(backend: str, rank: int, size: int, seconds: float) -> None:
         dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=timeout)
     except (OSError, OverflowError) as error:
         name = socket.gethostname()
-        raise ConfigError(f"{name} knows no host {host!r} ({error}); set MASTER_ADDR to rank 0's") from error
+        raise ConfigError(
+            f"{name} knows no host {host!r} ({error}); set MASTER_ADDR to rank 0's"
+        ) from error
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(reason_not_joined(str(error), f"{host}:{port}", rank, size, seconds)) from error
+        raise ConfigError(
+            reason_not_joined(str(error), f"{host}:{port}", rank, size, seconds)
+        ) from error
 
 
 def call_together(store: dist.Store, rank: int, size: int, seconds: float) -> str:

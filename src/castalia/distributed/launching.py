@@ -64,8 +64,12 @@ class LaunchConfig(Config):
     @classmethod
     def check_names(cls, variables: dict[str, str]) -> dict[str, str]:
         """The names stand in scripts as they are."""
-        if wrong := [name for name in variables if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]:
-            raise ValueError(f"{wrong[0]!r} is no name of a variable: letters, digits and _ make one")
+        if wrong := [
+            name for name in variables if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)
+        ]:
+            raise ValueError(
+                f"{wrong[0]!r} is no name of a variable: letters, digits and _ make one"
+            )
         return variables
 
 
@@ -137,19 +141,33 @@ def hosts_of(config: LaunchConfig, variables: Mapping[str, str] = os.environ) ->
     asked = config.procs_per_node or config.gpus_per_node
     if not file:
         if config.include or config.exclude:
-            raise ConfigError("include and exclude choose from a hostfile and there is none; name it with --hostfile")
+            raise ConfigError(
+                "include and exclude choose from a hostfile and there is none; name it with --hostfile"
+            )
         if config.launcher == "pdsh":
-            raise ConfigError("the launcher pdsh needs a hostfile with lines `host slots=N`; name it with --hostfile")
+            raise ConfigError(
+                "the launcher pdsh needs a hostfile with lines `host slots=N`; name it with --hostfile"
+            )
         count = config.nodes or 1
         if config.launcher == "mpi" and count > 1:
-            raise ConfigError(f"mpirun needs the names of {count} hosts; name a file of `host slots=N` with --hostfile")
-        names = ["localhost"] if count == 1 and config.launcher != "slurm" else [f"({n})" for n in range(count)]
+            raise ConfigError(
+                f"mpirun needs the names of {count} hosts; name a file of `host slots=N` with --hostfile"
+            )
+        names = (
+            ["localhost"]
+            if count == 1 and config.launcher != "slurm"
+            else [f"({n})" for n in range(count)]
+        )
         return {name: list(range(asked or local_gpus() or 1)) for name in names}
     hosts = choose(read_hostfile(file), config.include, config.exclude)
     if config.nodes and config.nodes > len(hosts):
-        raise ConfigError(f"nodes={config.nodes}, but {file} gives {len(hosts)}: {', '.join(hosts)}")
+        raise ConfigError(
+            f"nodes={config.nodes}, but {file} gives {len(hosts)}: {', '.join(hosts)}"
+        )
     hosts = dict(list(hosts.items())[: config.nodes])
-    short = [f"{host} has {len(slots)}" for host, slots in hosts.items() if asked and len(slots) < asked]
+    short = [
+        f"{host} has {len(slots)}" for host, slots in hosts.items() if asked and len(slots) < asked
+    ]
     if short:
         raise ConfigError(f"{asked} processes a host asked, but {', '.join(short)} slots in {file}")
     return {host: slots[:asked] for host, slots in hosts.items()}
@@ -157,14 +175,29 @@ def hosts_of(config: LaunchConfig, variables: Mapping[str, str] = os.environ) ->
 
 def local_gpus() -> int:
     """NVIDIA GPUs of this machine, counted without torch."""
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/dev/nvidiactl").exists() else 0
+    return (
+        len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+        if Path("/dev/nvidiactl").exists()
+        else 0
+    )
 
 
-PASSED = ("NCCL_", "GLOO_", "UCX_", "OMP_NUM_THREADS", "PYTHONPATH", "TORCH_", "CASTALIA_", "HF_HOME")
+PASSED = (
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "OMP_NUM_THREADS",
+    "PYTHONPATH",
+    "TORCH_",
+    "CASTALIA_",
+    "HF_HOME",
+)
 """Beginnings of the names of variables that go along to other hosts."""
 
 
-def passed_variables(config: LaunchConfig, variables: Mapping[str, str] = os.environ) -> dict[str, str]:
+def passed_variables(
+    config: LaunchConfig, variables: Mapping[str, str] = os.environ
+) -> dict[str, str]:
     """Variables for the processes on other hosts, those of the config last."""
     here = {name: value for name, value in sorted(variables.items()) if name.startswith(PASSED)}
     return here | config.environment

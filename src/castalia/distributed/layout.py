@@ -32,7 +32,11 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
         for layer in layers:
             layer.compile()
     if world.mesh is not None:
-        mesh = world.mesh["dp_replicate", "dp_shard"] if config.dp_replicate > 1 else world.mesh["dp_shard"]
+        mesh = (
+            world.mesh["dp_replicate", "dp_shard"]
+            if config.dp_replicate > 1
+            else world.mesh["dp_shard"]
+        )
         # Weights that are gone between the two halves of a split backward would not be found by the second.
         reshard = config.reshard_after_forward and not config.splits_backward
         for layer in layers:

@@ -56,7 +56,11 @@ class Stages(nn.ModuleList):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """States of all stages, under the names of the whole model."""
-        return {name: value for stage in self for name, value in stage.state_dict(*args, **kwargs).items()}
+        return {
+            name: value
+            for stage in self
+            for name, value in stage.state_dict(*args, **kwargs).items()
+        }
 
     @property
     def copies(self) -> tuple[str, ...]:
@@ -97,13 +101,17 @@ class Pipeline:
     ) -> None:
         assert world.mesh is not None
         self.count, self.device = count, world.device
-        self.owner = {number: place for place in range(config.pp) for number in stage_numbers(config, place)}
+        self.owner = {
+            number: place for place in range(config.pp) for number in stage_numbers(config, place)
+        }
         self.group = world.mesh["pp"].get_group()
         self.around = around
         self.hidden = torch.empty(hidden, device="meta", requires_grad=True)
         numbers = stage_numbers(config, world.coordinate("pp"))
         self.stages: dict[int, Any] = dict(zip(numbers, stages, strict=True))
-        self.schedule = self.make_schedule(config, torch.empty(tokens, dtype=torch.int64, device="meta"))
+        self.schedule = self.make_schedule(
+            config, torch.empty(tokens, dtype=torch.int64, device="meta")
+        )
 
     def make_schedule(self, config: ParallelConfig, tokens: Tensor) -> Any:
         """torch's schedule over torch's stages; shapes are given, so that no pass is run to find them."""
@@ -111,13 +119,23 @@ class Pipeline:
         for number, stage in self.stages.items():
             inputs = tokens if stage.part.first else self.hidden
             one = Stage(
-                stage, number, config.stages, self.device, input_args=inputs, output_args=self.hidden, group=self.group
+                stage,
+                number,
+                config.stages,
+                self.device,
+                input_args=inputs,
+                output_args=self.hidden,
+                group=self.group,
             )
             one.around = self.around
             held.append(one)
         if config.schedule in ONE_STAGE:
-            return ONE_STAGE[config.schedule](held[0], self.count, loss_fn=self.call_finish, scale_grads=False)
-        return MORE_STAGES[config.schedule](held, self.count, loss_fn=self.call_finish, scale_grads=False)  # type: ignore[arg-type]
+            return ONE_STAGE[config.schedule](
+                held[0], self.count, loss_fn=self.call_finish, scale_grads=False
+            )
+        return MORE_STAGES[config.schedule](
+            held, self.count, loss_fn=self.call_finish, scale_grads=False
+        )  # type: ignore[arg-type]
 
     @property
     def is_first(self) -> bool:
@@ -129,7 +147,9 @@ class Pipeline:
         """The last stage, None where it is on another process."""
         return next((stage for stage in self.stages.values() if stage.part.last), None)
 
-    def train(self, tokens: Tensor | None, keywords: Keywords, finish: Callable[[int, Tensor], Tensor]) -> None:
+    def train(
+        self, tokens: Tensor | None, keywords: Keywords, finish: Callable[[int, Tensor], Tensor]
+    ) -> None:
         """Forward and backward of all micro-batches; gradients are added up in the stages.
 
         tokens    (count * B, T) where the first stage is; `keywords` the same for each stage's other arguments.
@@ -146,9 +166,14 @@ class Pipeline:
         return self.finish(int(place), hidden)
 
     @torch.no_grad()
-    def run(self, tokens: Tensor | None, keywords: Keywords, finish: Callable[[int, Tensor], Any]) -> None:
+    def run(
+        self, tokens: Tensor | None, keywords: Keywords, finish: Callable[[int, Tensor], Any]
+    ) -> None:
         """Forward pass of all micro-batches, stage by stage; arguments as in `train`."""
-        chunks = [{name: value.chunk(self.count)[n] for name, value in keywords.items()} for n in range(self.count)]
+        chunks = [
+            {name: value.chunk(self.count)[n] for name, value in keywords.items()}
+            for n in range(self.count)
+        ]
         here = list(tokens.chunk(self.count)) if self.is_first and tokens is not None else []
         sent = []
         for number, stage in self.stages.items():
@@ -186,7 +211,9 @@ class Pipeline:
                 theirs = torch.empty_like(gradient)
                 peer = self.owner[max(self.owner) if stage.part.first else 0]
                 both = [(dist.isend, gradient), (dist.irecv, theirs)]
-                works = dist.batch_isend_irecv([dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t in both])
+                works = dist.batch_isend_irecv(
+                    [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t in both]
+                )
                 for work in works:
                     work.wait()
                 gradient.add_(theirs)

@@ -27,10 +27,15 @@ class Launcher(NamedTuple):
 
 LAUNCHERS = (
     Launcher("torchrun", "RANK", "WORLD_SIZE", ("LOCAL_RANK",)),
-    Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_RANK",)),
+    Launcher(
+        "Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", ("OMPI_COMM_WORLD_LOCAL_RANK",)
+    ),
     Launcher("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", ("JSM_NAMESPACE_LOCAL_RANK",)),
     Launcher(
-        "PMI", "PMI_RANK", "PMI_SIZE", ("PMI_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID")
+        "PMI",
+        "PMI_RANK",
+        "PMI_SIZE",
+        ("PMI_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID"),
     ),
     # A batch script has SLURM_PROCID and SLURM_NTASKS too, but only a task of srun's has a step.
     Launcher("Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",)),
@@ -46,7 +51,10 @@ def environment(variables: Mapping[str, str] = os.environ) -> tuple[int, int, in
     launcher = started_by(variables)
     if launcher is None:
         return 0, 1, 0
-    rank, size = number(variables, launcher, launcher.rank), number(variables, launcher, launcher.size)
+    rank, size = (
+        number(variables, launcher, launcher.rank),
+        number(variables, launcher, launcher.size),
+    )
     local = next((name for name in launcher.local_rank if variables.get(name)), None)
     if local is None and size > 1:
         raise ConfigError(
@@ -54,7 +62,9 @@ def environment(variables: Mapping[str, str] = os.environ) -> tuple[int, int, in
         )
     local_rank = number(variables, launcher, local) if local else 0
     if not 0 <= rank < size:
-        raise ConfigError(f"{launcher.rank}={rank} is not among the {size} processes of {launcher.size}")
+        raise ConfigError(
+            f"{launcher.rank}={rank} is not among the {size} processes of {launcher.size}"
+        )
     return rank, size, local_rank
 
 
@@ -79,7 +89,9 @@ def started_by(variables: Mapping[str, str]) -> Launcher | None:
             return launcher
         if found and launcher.name != "Slurm":
             missing = launcher.size if found == [launcher.rank] else launcher.rank
-            raise ConfigError(f"{found[0]} is set but {missing} is not; set both or none ({launcher.name}'s variables)")
+            raise ConfigError(
+                f"{found[0]} is set but {missing} is not; set both or none ({launcher.name}'s variables)"
+            )
     return None
 
 
@@ -88,7 +100,9 @@ def number(variables: Mapping[str, str], launcher: Launcher, name: str) -> int:
     try:
         return int(variables[name])
     except ValueError:
-        raise ConfigError(f"{name}={variables[name]!r} of {launcher.name} is no whole number") from None
+        raise ConfigError(
+            f"{name}={variables[name]!r} of {launcher.name} is no whole number"
+        ) from None
 
 
 def rendezvous(variables: Mapping[str, str] = os.environ) -> str:
@@ -118,7 +132,11 @@ def default_port(variables: Mapping[str, str]) -> int:
 
 def first_host(launcher: Launcher, variables: Mapping[str, str]) -> str | None:
     """The host of rank 0 where the launcher's variables tell it."""
-    alone = {"Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI": "MPI_LOCALNRANKS", "jsrun": "JSM_NAMESPACE_LOCAL_SIZE"}
+    alone = {
+        "Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE",
+        "PMI": "MPI_LOCALNRANKS",
+        "jsrun": "JSM_NAMESPACE_LOCAL_SIZE",
+    }
     if variables.get(alone.get(launcher.name, ""), "") == variables[launcher.size]:
         return "127.0.0.1"
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")

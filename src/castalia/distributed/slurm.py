@@ -56,11 +56,19 @@ def sbatch_script(plan: Plan) -> str:
     options = directives(plan)
     checkpoints = plan.output / "checkpoints"
     last = checkpoints / f"step-{plan.last_step:08d}" / "COMPLETE"
-    again = 'scontrol requeue "$SLURM_JOB_ID"' if options.get("requeue") else 'echo "castalia launch: submit it again"'
+    again = (
+        'scontrol requeue "$SLURM_JOB_ID"'
+        if options.get("requeue")
+        else 'echo "castalia launch: submit it again"'
+    )
     return SCRIPT.format(
-        directives="\n".join(directive(name, value) for name, value in options.items() if value is not False),
+        directives="\n".join(
+            directive(name, value) for name, value in options.items() if value is not False
+        ),
         folder=shlex.quote(os.getcwd()),
-        exports="".join(f"export {name}={shlex.quote(value)}\n" for name, value in exports(plan).items()),
+        exports="".join(
+            f"export {name}={shlex.quote(value)}\n" for name, value in exports(plan).items()
+        ),
         last=shlex.quote(str(last)),
         checkpoints=shlex.quote(str(checkpoints)),
         attempts=" ".join(str(n) for n in range(plan.config.max_restarts + 1)),
@@ -87,7 +95,9 @@ def directives(plan: Plan) -> dict[str, str | int | bool]:
         options["nodelist"] = ",".join(plan.hosts)
     for name, value in config.slurm.items():
         if any(sign in f"{name}{value}" for sign in ("\n", "\r")):
-            raise ConfigError(f"launch.slurm.{name}: an option of sbatch is one line, got {value!r}")
+            raise ConfigError(
+                f"launch.slurm.{name}: an option of sbatch is one line, got {value!r}"
+            )
         options[name.replace("_", "-")] = value
     return options
 

@@ -32,7 +32,11 @@ def start(plan: Plan) -> int:
     command = BUILDERS[config.launcher](plan)
     if config.launcher == "slurm":
         return submit(plan, command)
-    if config.launcher in ("pdsh", "mpi") and list(plan.hosts) != ["localhost"] and config.ssh_check:
+    if (
+        config.launcher in ("pdsh", "mpi")
+        and list(plan.hosts) != ["localhost"]
+        and config.ssh_check
+    ):
         require_hosts(plan.hosts)
     require_meeting(plan)
     os.environ.update(config.environment)
@@ -69,7 +73,10 @@ def ssh_trouble(host: str) -> str | None:
     extra = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     try:
         done = subprocess.run(
-            ["ssh", *options, *extra, host, "true"], capture_output=True, text=True, timeout=3 * SSH_SECONDS
+            ["ssh", *options, *extra, host, "true"],
+            capture_output=True,
+            text=True,
+            timeout=3 * SSH_SECONDS,
         )
     except subprocess.TimeoutExpired:
         return f"no answer in {3 * SSH_SECONDS} s"
@@ -93,8 +100,13 @@ def require_meeting(plan: Plan) -> None:
         try:
             here.bind(address[4])
         except OSError as error:
-            if error.errno in (98, 48):  # address in use on Linux and macOS; any other means it is another host's
-                raise ConfigError(f"port {port} of {host} is in use; choose another with --master-port") from None
+            if error.errno in (
+                98,
+                48,
+            ):  # address in use on Linux and macOS; any other means it is another host's
+                raise ConfigError(
+                    f"port {port} of {host} is in use; choose another with --master-port"
+                ) from None
 
 
 def submit(plan: Plan, command: list[str]) -> int:
@@ -115,15 +127,23 @@ def run_mpi(command: list[str], restarts: int) -> int:
     for attempt in range(restarts + 1):
         running = subprocess.Popen(command)
 
-        def stop(number: int, frame: FrameType | None, running: subprocess.Popen[bytes] = running) -> None:
+        def stop(
+            number: int, frame: FrameType | None, running: subprocess.Popen[bytes] = running
+        ) -> None:
             nonlocal stopped
             stopped = True
-            running.send_signal(signal.SIGUSR1)  # mpirun hands USR1 on, but kills the processes on TERM
+            running.send_signal(
+                signal.SIGUSR1
+            )  # mpirun hands USR1 on, but kills the processes on TERM
 
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, stop)
         status = running.wait()
         if status == 0 or stopped or attempt == restarts:
             break
-        print(f"castalia: mpirun ended with status {status}; starting again", file=sys.stderr, flush=True)
+        print(
+            f"castalia: mpirun ended with status {status}; starting again",
+            file=sys.stderr,
+            flush=True,
+        )
     return status

@@ -33,7 +33,9 @@ class GatheredNorm(SequenceParallel):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
-        module.register_forward_hook(lambda _, inputs, out: gather(out.to_local(), SEQUENCE, device_mesh.get_group()))
+        module.register_forward_hook(
+            lambda _, inputs, out: gather(out.to_local(), SEQUENCE, device_mesh.get_group())
+        )
         return module
 
 
@@ -93,7 +95,9 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     for owner in list(model.modules()):
         plan: dict[str, str] = getattr(owner, "tp_plan", {})
         present = dict(owner.named_modules())
-        styles: dict[str, ParallelStyle] = {name: STYLES[how]() for name, how in plan.items() if name in present}
+        styles: dict[str, ParallelStyle] = {
+            name: STYLES[how]() for name, how in plan.items() if name in present
+        }
         if styles:
             parallelize_module(owner, mesh, styles, src_data_rank=None)
     count: int = model.config.padded_vocab_size  # type: ignore[union-attr, assignment]

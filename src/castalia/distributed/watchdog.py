@@ -109,8 +109,12 @@ class Watchdog:
             if now - last > READINGS * self.tick:
                 self.at += now - last  # this process was stopped and goes on: it was not its fault
             last = now
-            if self.size > 1:  # ends the process even if the main thread holds Python's lock for ever
-                faulthandler.dump_traceback_later(self.seconds + LONGEST_TICK, exit=True, file=STDERR)
+            if (
+                self.size > 1
+            ):  # ends the process even if the main thread holds Python's lock for ever
+                faulthandler.dump_traceback_later(
+                    self.seconds + LONGEST_TICK, exit=True, file=STDERR
+                )
             self.look()
 
     def look(self) -> None:
@@ -121,7 +125,10 @@ class Watchdog:
                 self.readings.clear()
                 return
             self.readings.append([self.told_by(rank) for rank in range(self.size)])
-        except (RuntimeError, OSError):  # the store does not answer; that matters when there is something to ask
+        except (
+            RuntimeError,
+            OSError,
+        ):  # the store does not answer; that matters when there is something to ask
             if self.is_late:
                 self.end([self.rank], "and the store that the processes met by does not answer")
             return
@@ -165,9 +172,13 @@ class Watchdog:
                 stack = f"; its stack, as it told last:\n{entry['stack']}" if entry else ""
                 where_it_is = where(entry) if entry else "it never told where it is"
                 silent = " and is silent" if is_silent(list(self.readings), rank) else ""
-                say(f"rank {self.rank} waits for rank {rank}, which hangs{silent}: {where_it_is}{stack}")
+                say(
+                    f"rank {self.rank} waits for rank {rank}, which hangs{silent}: {where_it_is}{stack}"
+                )
             time.sleep(2 * self.tick)  # time for that one to print its threads
-        say(f"rank {self.rank} ends (guard.hang_seconds={self.seconds:g}; set it higher if this was only slow)")
+        say(
+            f"rank {self.rank} ends (guard.hang_seconds={self.seconds:g}; set it higher if this was only slow)"
+        )
         os._exit(TrainingError.exit_code)
 
 
@@ -189,7 +200,9 @@ def at_fault(readings: list[list[dict[str, Any] | None]]) -> list[int]:
 def is_silent(readings: list[list[dict[str, Any] | None]], rank: int) -> bool:
     """Whether the entry of a rank did not change."""
     first, last = readings[0][rank], readings[-1][rank]
-    return last is None or (len(readings) > 1 and first is not None and first["tick"] == last["tick"])
+    return last is None or (
+        len(readings) > 1 and first is not None and first["tick"] == last["tick"]
+    )
 
 
 def is_waiting(frame: FrameType | None) -> bool:

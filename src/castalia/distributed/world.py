@@ -61,9 +61,15 @@ class World:
         """Join the other processes (gloo on CPU, nccl on GPU); alone, no process group is made."""
         rank, size, local_rank = environment()
         check_layout(config, size)
-        kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+        kind = (
+            "cuda"
+            if device == "cuda" or (device == "auto" and torch.cuda.is_available())
+            else "cpu"
+        )
         if kind == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device=cuda, but torch finds no GPU here; use device=auto or device=cpu")
+            raise ConfigError(
+                "device=cuda, but torch finds no GPU here; use device=auto or device=cpu"
+            )
         place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
             torch.cuda.set_device(place)
@@ -127,7 +133,9 @@ class World:
         if self.size == 1:
             return mine
         (most,) = self.largest(len(mine))
-        padded = torch.tensor([*mine, *[-1] * (most - len(mine))], dtype=torch.int64, device=self.device)
+        padded = torch.tensor(
+            [*mine, *[-1] * (most - len(mine))], dtype=torch.int64, device=self.device
+        )
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded)
         return sorted({number for part in parts for number in part.tolist() if number >= 0})
@@ -149,12 +157,18 @@ def meshes(
     """The mesh of the weights, the degrees, and the groups `cp_group` and `parts`; all processes call it together."""
     pp, dp_replicate, dp_shard, cp, tp = degrees
     mesh = init_device_mesh(
-        kind, (pp, dp_replicate, dp_shard * cp, tp), mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp")
+        kind,
+        (pp, dp_replicate, dp_shard * cp, tp),
+        mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"),
     )
     cp_group = parts = None
     if cp > 1:
         shape = (pp * degrees.dp, cp, tp)
-        cp_group = init_device_mesh(kind, shape, mesh_dim_names=("rows", "cp", "tp"))["cp"].get_group()
+        cp_group = init_device_mesh(kind, shape, mesh_dim_names=("rows", "cp", "tp"))[
+            "cp"
+        ].get_group()
     if tp > 1:
-        parts = init_device_mesh(kind, (degrees.size // tp, tp), mesh_dim_names=("parts", "tp"))["parts"].get_group()
+        parts = init_device_mesh(kind, (degrees.size // tp, tp), mesh_dim_names=("parts", "tp"))[
+            "parts"
+        ].get_group()
     return mesh, degrees, cp_group, parts

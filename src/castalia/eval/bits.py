@@ -63,7 +63,10 @@ def cut_windows(tokens: Ids, seq_length: int, start_id: int | None) -> list[Wind
     """One document's windows; the first predicts its first token from `start_id`, if there is one."""
     line = tokens if start_id is None else np.concatenate([np.array([start_id], np.int64), tokens])
     starts = range(0, len(line) - 1, seq_length)
-    return [(line[at : at + seq_length][: len(line) - 1 - at], line[at + 1 : at + seq_length + 1]) for at in starts]
+    return [
+        (line[at : at + seq_length][: len(line) - 1 - at], line[at + 1 : at + seq_length + 1])
+        for at in starts
+    ]
 
 
 def stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
@@ -91,7 +94,9 @@ def sum_of_losses(model: Decoder, windows: Sequence[Window], rows: int) -> float
     total = 0.0
     for tokens, labels in batches(windows, rows):
         hidden_NC = model(tokens.to(device)).flatten(0, 1)
-        total += float(fused_cross_entropy(hidden_NC, model.head_weight, labels.to(device).flatten()).total)
+        total += float(
+            fused_cross_entropy(hidden_NC, model.head_weight, labels.to(device).flatten()).total
+        )
     return total
 
 
@@ -102,7 +107,13 @@ def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
 
 
 def source_bits(
-    model: Decoder | Engine, source: HeldOut, *, seq_length: int, eod_id: int | None, max_tokens: int | None, rows: int
+    model: Decoder | Engine,
+    source: HeldOut,
+    *,
+    seq_length: int,
+    eod_id: int | None,
+    max_tokens: int | None,
+    rows: int,
 ) -> SourceBits:
     """Bits per byte of one source; the arguments are those of `bits_per_byte`."""
     dataset = IndexedDataset(source.prefix)
@@ -120,7 +131,11 @@ def source_bits(
         windows += cut_windows(ids, seq_length, eod_id)
         tokens += len(ids)
         uncovered += eod_id is None and len(ids) > 0
-    nats = engine_losses(model, windows) if isinstance(model, Engine) else sum_of_losses(model, windows, rows)
+    nats = (
+        engine_losses(model, windows)
+        if isinstance(model, Engine)
+        else sum_of_losses(model, windows, rows)
+    )
     nats += uncovered * math.log(model.config.padded_vocab_size)
     size = sum(source.document_bytes[i] for i in chosen)
     return SourceBits(nats / math.log(2) / max(1, size), nats / max(1, tokens), tokens, size)
@@ -143,6 +158,8 @@ def bits_per_byte(
     if isinstance(model, Decoder):
         model.eval()
     return {
-        name: source_bits(model, source, seq_length=seq_length, eod_id=eod_id, max_tokens=max_tokens, rows=rows)
+        name: source_bits(
+            model, source, seq_length=seq_length, eod_id=eod_id, max_tokens=max_tokens, rows=rows
+        )
         for name, source in sources.items()
     }

@@ -52,8 +52,12 @@ def reference_losses(
     model, names = load(checkpoint).model, source_names(list(prefixes))
     config = DataConfig(seq_length=seq_length, train=list(prefixes))
     packs = source_rows([IndexedDataset(prefix) for prefix in prefixes], config, seed).packs
-    counts = [min(len(pack.order.shuffle_idx), rows or len(pack.order.shuffle_idx)) for pack in packs]
-    sums = [sum_over_rows(model, pack, count, batch) for pack, count in zip(packs, counts, strict=True)]
+    counts = [
+        min(len(pack.order.shuffle_idx), rows or len(pack.order.shuffle_idx)) for pack in packs
+    ]
+    sums = [
+        sum_over_rows(model, pack, count, batch) for pack, count in zip(packs, counts, strict=True)
+    ]
     return scores(names, sums, np.array(counts) * seq_length)
 
 
@@ -70,5 +74,7 @@ def sum_over_rows(model: Decoder, pack: SourcePack, count: int, batch: int) -> f
             )
         tokens = torch.from_numpy(rows).to(device)
         hidden_NC = model(tokens[:, :-1]).flatten(0, 1)
-        total += float(fused_cross_entropy(hidden_NC, model.head_weight, tokens[:, 1:].flatten()).total)
+        total += float(
+            fused_cross_entropy(hidden_NC, model.head_weight, tokens[:, 1:].flatten()).total
+        )
     return total

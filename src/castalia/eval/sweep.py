@@ -70,7 +70,9 @@ def sweep(
             marks[step] = {"step": step, "sources": measure(run, step, sources, options)}
             if (engine, dtype) != EXACT and step == wanted[-1]:
                 marks[step]["effect"] = effect(run, step, sources, options, marks[step]["sources"])
-            write_json(path, {"settings": settings, "checkpoints": [marks[step] for step in sorted(marks)]})
+            write_json(
+                path, {"settings": settings, "checkpoints": [marks[step] for step in sorted(marks)]}
+            )
             say(line(marks[step]))
     return [marks[step] for step in wanted]
 
@@ -90,19 +92,29 @@ def read_marks(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return marks
 
 
-def measure(run: Path, step: int, sources: Mapping[str, HeldOut], options: Options) -> dict[str, dict[str, float]]:
+def measure(
+    run: Path, step: int, sources: Mapping[str, HeldOut], options: Options
+) -> dict[str, dict[str, float]]:
     """One checkpoint's numbers by source."""
     speaker = load(find_checkpoint(run / str(step)), engine=options.engine, dtype=options.dtype)
     model = speaker.model if options.engine == "torch" else speaker.engine
     with torch.autocast(speaker.engine.device.type, torch.bfloat16, enabled=options.bf16):
         found = bits_per_byte(
-            model, sources, seq_length=options.seq_length, eod_id=speaker.eod_id, max_tokens=options.max_tokens
+            model,
+            sources,
+            seq_length=options.seq_length,
+            eod_id=speaker.eod_id,
+            max_tokens=options.max_tokens,
         )
     return {name: bits._asdict() for name, bits in found.items()}
 
 
 def effect(
-    run: Path, step: int, sources: Mapping[str, HeldOut], options: Options, found: Mapping[str, dict[str, float]]
+    run: Path,
+    step: int,
+    sources: Mapping[str, HeldOut],
+    options: Options,
+    found: Mapping[str, dict[str, float]],
 ) -> dict[str, float]:
     """Bits per byte that the engine adds to each source, against torch in float32."""
     exact = measure(run, step, sources, options._replace(engine=EXACT[0], dtype=EXACT[1]))

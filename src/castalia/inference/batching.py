@@ -87,7 +87,10 @@ class Batcher:
         self.clock += 1
         common = [min(shared(kept.tokens, ids), len(ids) - 1) for kept in self.kept]
         best = max(range(len(common)), key=lambda slot: common[slot])
-        slot = min((s for s in range(len(common)) if s not in self.running), key=lambda s: self.kept[s].used)
+        slot = min(
+            (s for s in range(len(common)) if s not in self.running),
+            key=lambda s: self.kept[s].used,
+        )
         known = common[best] if common[best] >= PREFIX_TOKENS else 0
         self.slots.copy(best if known else slot, slot, known)
         self.prefix_tokens += known
@@ -109,7 +112,9 @@ class Batcher:
         whole, logits = logits, logits[:, : self.engine.config.vocab_size]
         running = [self.running[slot] for slot in slots]
         if all(one.sampling == running[0].sampling for one in running):
-            tokens = next_tokens(logits, running[0].sampling, [one.generator for one in running]).tolist()
+            tokens = next_tokens(
+                logits, running[0].sampling, [one.generator for one in running]
+            ).tolist()
         else:
             tokens = [
                 int(next_tokens(row[None], one.sampling, [one.generator]))
@@ -133,7 +138,9 @@ class Batcher:
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def decode_rows(engine: Engine, rows: Sequence[Row], sampling: Sampling) -> Iterator[list[str]]:
@@ -143,7 +150,9 @@ def decode_rows(engine: Engine, rows: Sequence[Row], sampling: Sampling) -> Iter
     """
     batcher = Batcher(engine, len(rows), max(len(row.ids) + row.budget for row in rows))
     generators = sampling.generators(len(rows), torch.device(engine.device))
-    new = [Admission(row, sampling, generator) for row, generator in zip(rows, generators, strict=True)]
+    new = [
+        Admission(row, sampling, generator) for row, generator in zip(rows, generators, strict=True)
+    ]
     yield batcher.admit(new)
     while batcher.running:
         pieces = batcher.step()

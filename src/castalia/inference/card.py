@@ -12,22 +12,46 @@ USE = {
     "native": 'castalia.load("{folder}", engine="native")',
     "gguf": 'castalia.load("{folder}", engine="llama.cpp")',
 }
-ENGINES = {"hf": "transformers", "ct2": "CTranslate2", "native": "Castalia's native engine", "gguf": "llama.cpp"}
+ENGINES = {
+    "hf": "transformers",
+    "ct2": "CTranslate2",
+    "native": "Castalia's native engine",
+    "gguf": "llama.cpp",
+}
 
 
 def write_card(
-    folder: Path, source: Source, *, name: str, to: str, numbers: str, notes: list[str], quality: Quality | None
+    folder: Path,
+    source: Source,
+    *,
+    name: str,
+    to: str,
+    numbers: str,
+    notes: list[str],
+    quality: Quality | None,
 ) -> None:
     """Write README.md into `folder`, which holds the whole export."""
     size = sum(file.stat().st_size for file in folder.iterdir())
     lines = [f"# {name}", "", f"For {ENGINES[to]}, weights in {numbers}, {size / 1e6:.1f} MB.", ""]
     lines += ["```python", "import castalia" if to != "hf" else "import transformers", ""]
-    lines += [f"model = {USE[to].format(folder=name)}", "```", "", "## Model", "", *shape(source), ""]
+    lines += [
+        f"model = {USE[to].format(folder=name)}",
+        "```",
+        "",
+        "## Model",
+        "",
+        *shape(source),
+        "",
+    ]
     lines += ["## Provenance", "", *provenance(source), "", "## Quality", ""]
     if quality is None:
         lines.append("Not measured: no held-out text was at hand.")
     else:
-        lines += [f"On {quality.tokens} tokens of {quality.text}, each given those before it:", "", *table(quality)]
+        lines += [
+            f"On {quality.tokens} tokens of {quality.text}, each given those before it:",
+            "",
+            *table(quality),
+        ]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -70,7 +70,9 @@ def ct2_vocabulary(tokens: Sequence[str], rows: int) -> list[str]:
     Raises  ConfigError if the tokenizer has more tokens than the model, or one twice.
     """
     if len(tokens) > rows:
-        raise ConfigError(f"the tokenizer has {len(tokens)} tokens but the model's vocabulary {rows}")
+        raise ConfigError(
+            f"the tokenizer has {len(tokens)} tokens but the model's vocabulary {rows}"
+        )
     if len(set(tokens)) != len(tokens):
         raise ConfigError("the tokenizer has a token twice; CTranslate2 finds tokens by their text")
     return [*tokens, *(f"<extra_id_{i}>" for i in range(rows - len(tokens)))]
@@ -79,11 +81,18 @@ def ct2_vocabulary(tokens: Sequence[str], rows: int) -> list[str]:
 def require_quantization(name: str) -> None:
     """Raises  ConfigError listing the known ones."""
     if name not in QUANTIZATIONS:
-        raise ConfigError(f"no quantization {name!r}; have: {', '.join(QUANTIZATIONS)}{nearest(name, QUANTIZATIONS)}")
+        raise ConfigError(
+            f"no quantization {name!r}; have: {', '.join(QUANTIZATIONS)}{nearest(name, QUANTIZATIONS)}"
+        )
 
 
 def write_ct2(
-    folder: Path, tensors: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, *, quantization: str
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    quantization: str,
 ) -> None:
     """Write model.bin, config.json and vocabulary.json into `folder`, which exists.
 
@@ -107,7 +116,9 @@ def write_ct2(
         "multi_query_attention": True,  # what its own serializer says of every decoder without grouped queries
         "unk_token": end,
     }
-    (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     (folder / "vocabulary.json").write_text(json.dumps(vocabulary, indent=2), encoding="utf-8")
 
 
@@ -123,12 +134,16 @@ class Ct2Model:
         self.folder, self.tokenizer = Path(folder), tokenizer
         try:
             self.generator = engine.Generator(str(folder), device="cpu", intra_threads=threads)
-            self.vocabulary: list[str] = json.loads((self.folder / "vocabulary.json").read_text(encoding="utf-8"))
+            self.vocabulary: list[str] = json.loads(
+                (self.folder / "vocabulary.json").read_text(encoding="utf-8")
+            )
         except (RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {folder} in CTranslate2: {error}") from None
         self.padding = [[token] for token in self.vocabulary[tokenizer.vocab_size :]]
 
-    def generate_ids(self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64) -> list[list[int]]:
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64
+    ) -> list[list[int]]:
         """Greedy continuations of prompts that are not empty; the end-of-document token ends one and is left out."""
         end = None if self.tokenizer.eod_id is None else [self.tokenizer.eod_id]
         results = self.generator.generate_batch(

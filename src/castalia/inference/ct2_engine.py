@@ -64,7 +64,9 @@ class Ct2Engine(Engine):
         out = self.inner.generator.forward_batch([[self.inner.vocabulary[i] for i in ids]])
         return torch.from_numpy(np.array(out))[0].float()
 
-    def greedy(self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], end: int | None) -> list[list[int]]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], end: int | None
+    ) -> list[list[int]]:
         """See `Engine`."""
         made = self.inner.generate_ids(prompts, max(budgets))
         return [ids[:budget] for ids, budget in zip(made, budgets, strict=True)]

@@ -54,7 +54,9 @@ class Variable(NamedTuple):
     data: bytes
 
 
-def write_model_bin(path: Path, tensors: Mapping[str, Tensor], config: ModelConfig, quantization: str) -> None:
+def write_model_bin(
+    path: Path, tensors: Mapping[str, Tensor], config: ModelConfig, quantization: str
+) -> None:
     """Write the weights under CTranslate2's names, one tensor in memory at a time.
 
     Raises  ConfigError if a tensor is larger than the file can say.
@@ -62,7 +64,9 @@ def write_model_bin(path: Path, tensors: Mapping[str, Tensor], config: ModelConf
     scalars = decoder_scalars(config)
     aliases = duplicates(tensors)
     kept = {name: tensor for name, tensor in tensors.items() if name not in aliases}
-    names = sorted([*scalars, *kept, *(f"{name}_scale" for name in kept if has_scale(name, quantization))])
+    names = sorted(
+        [*scalars, *kept, *(f"{name}_scale" for name in kept if has_scale(name, quantization))]
+    )
     scale: dict[str, Variable] = {}
     with open(path, "wb") as file:
         write_header(file, len(names))
@@ -88,7 +92,9 @@ def decoder_scalars(config: ModelConfig) -> dict[str, np.generic]:
     Raises  ConfigError if CTranslate2 cannot express the model.
     """
     if not config.rotary_dim:
-        raise ConfigError("CTranslate2 cannot express rotary_pct=0: it reads a rotary width of 0 as the whole head")
+        raise ConfigError(
+            "CTranslate2 cannot express rotary_pct=0: it reads a rotary width of 0 as the whole head"
+        )
     numbers: dict[str, np.generic] = {
         "decoder/activation": np.int8(ACTIVATIONS[config.activation]),
         "decoder/alignment_heads": np.int16(1),
@@ -127,7 +133,9 @@ def has_scale(name: str, quantization: str) -> bool:
 def stored(name: str, tensor: Tensor, quantization: str) -> tuple[Variable, Variable | None]:
     """A tensor as the file holds it, and its scale."""
     if has_scale(name, quantization):
-        values, scale = to_int16(floats(tensor)) if quantization == "int16" else to_int8(floats(tensor))
+        values, scale = (
+            to_int16(floats(tensor)) if quantization == "int16" else to_int8(floats(tensor))
+        )
         return as_variable(values), as_variable(scale)
     kind = FLOATS[quantization] or str(tensor.dtype).removeprefix("torch.")
     rounded = tensor.detach().to("cpu", getattr(torch, kind)).contiguous()
@@ -139,7 +147,9 @@ def to_int8(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.f
     """Rows of 8-bit integers, scale = 127 / the row's largest magnitude: w ~ integer / scale."""
     largest = np.abs(values).max(axis=1)
     largest[largest == 0] = 127.0
-    largest = np.maximum(largest, np.float32(127) / np.finfo(np.float32).max)  # keeps the scale finite
+    largest = np.maximum(
+        largest, np.float32(127) / np.finfo(np.float32).max
+    )  # keeps the scale finite
     scale = (np.float32(127.0) / largest).astype(np.float32)
     return np.rint(values * scale[:, None]).astype(np.int8), scale
 
@@ -175,7 +185,9 @@ def write_variable(file: BinaryIO, name: str, variable: Variable) -> None:
     """
     size = len(variable.data)
     if size > MOST_BYTES:
-        raise ConfigError(f"{name} has {size:,} bytes, and CTranslate2's file holds at most 4 GiB a tensor; use int8")
+        raise ConfigError(
+            f"{name} has {size:,} bytes, and CTranslate2's file holds at most 4 GiB a tensor; use int8"
+        )
     write_string(file, name)
     file.write(struct.pack(f"<B{len(variable.shape)}I", len(variable.shape), *variable.shape))
     file.write(struct.pack("<BI", TYPES.index(variable.kind), size))

@@ -94,7 +94,11 @@ class CT2fromHfHub:
         self.tokenizer: Any = OwnTokenizer(self.folder) if tokenizer is None else tokenizer
         try:
             self.model = getattr(ctranslate2, self.engine)(
-                str(self.folder), device=place, device_index=device_index, compute_type=numbers, **kwargs
+                str(self.folder),
+                device=place,
+                device_index=device_index,
+                compute_type=numbers,
+                **kwargs,
             )
             self.vocabulary = read_vocabulary(self.folder)
         except (RuntimeError, OSError, ValueError) as error:
@@ -103,11 +107,16 @@ class CT2fromHfHub:
 
     def tokenize_encode(self, text: Sequence[str], **encode_tok_kwargs: Any) -> list[list[str]]:
         """The tokens of each text, as the engine spells them."""
-        return [[self.vocabulary[i] for i in self.tokenizer.encode(one, **encode_tok_kwargs)] for one in text]
+        return [
+            [self.vocabulary[i] for i in self.tokenizer.encode(one, **encode_tok_kwargs)]
+            for one in text
+        ]
 
     def decode_tokens(self, tokens: Sequence[str], **decode_tok_kwargs: Any) -> str:
         """The text of tokens."""
-        return str(self.tokenizer.decode([self.ids[token] for token in tokens], **decode_tok_kwargs))
+        return str(
+            self.tokenizer.decode([self.ids[token] for token in tokens], **decode_tok_kwargs)
+        )
 
 
 class GeneratorCT2fromHfHub(CT2fromHfHub):
@@ -130,20 +139,26 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         """
         texts = [text] if isinstance(text, str) else list(text)
         prompts = self.tokenize_encode(texts, **(encode_tok_kwargs or {}))
-        results = self.run([prompt or self.start() for prompt in prompts], dict(generate_batch_kwargs))
+        results = self.run(
+            [prompt or self.start() for prompt in prompts], dict(generate_batch_kwargs)
+        )
         made = self.tokenize_decode(results, **(decode_tok_kwargs or {}))
         return made[0] if isinstance(text, str) else made
 
     def tokenize_decode(self, tokens_out: Sequence[Any], **decode_tok_kwargs: Any) -> list[str]:
         """The text of the first hypothesis of each result."""
-        return [self.decode_tokens(result.sequences[0], **decode_tok_kwargs) for result in tokens_out]
+        return [
+            self.decode_tokens(result.sequences[0], **decode_tok_kwargs) for result in tokens_out
+        ]
 
     def start(self) -> list[str]:
         """What an empty text becomes."""
         eod_id = getattr(self.tokenizer, "eod_id", None)
         eod_id = getattr(self.tokenizer, "eos_token_id", None) if eod_id is None else eod_id
         if eod_id is None:
-            raise ConfigError("a text is empty and the tokenizer has no end-of-document token to start from")
+            raise ConfigError(
+                "a text is empty and the tokenizer has no end-of-document token to start from"
+            )
         return [self.vocabulary[eod_id]]
 
     def run(self, prompts: list[list[str]], options: dict[str, Any]) -> list[Any]:
@@ -160,21 +175,31 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
             places[len(prompt)].append(place)
         done: dict[int, Any] = {}
         for length, group in places.items():
-            read = length - 1  # the engine counts the steps, and the first token of the prompt takes none
+            read = (
+                length - 1
+            )  # the engine counts the steps, and the first token of the prompt takes none
             limits = {"max_length": most - read, "min_length": max(0, least - read)}
             if limits["max_length"] < 1:
                 done |= {place: Continued([prompts[place][: most + 1]]) for place in group}
                 continue
             results = self.call([prompts[place] for place in group], options | limits)
             for place, result in zip(group, results, strict=True):
-                done[place] = Continued([prompts[place] + sequence for sequence in result.sequences])
+                done[place] = Continued(
+                    [prompts[place] + sequence for sequence in result.sequences]
+                )
         return [done[place] for place in range(len(prompts))]
 
     def call(self, prompts: list[list[str]], options: dict[str, Any]) -> list[Any]:
         """One call of the engine, which takes the names of the vocabulary's padding for no words."""
-        padding = [[token] for token in self.vocabulary[tokens_of(self.tokenizer, len(self.vocabulary)) :]]
-        options = options | {"suppress_sequences": [*(options.get("suppress_sequences") or []), *padding] or None}
-        return called(self.model.generate_batch, prompts, options | {"include_prompt_in_result": False})
+        padding = [
+            [token] for token in self.vocabulary[tokens_of(self.tokenizer, len(self.vocabulary)) :]
+        ]
+        options = options | {
+            "suppress_sequences": [*(options.get("suppress_sequences") or []), *padding] or None
+        }
+        return called(
+            self.model.generate_batch, prompts, options | {"include_prompt_in_result": False}
+        )
 
 
 class TranslatorCT2fromHfHub(CT2fromHfHub):
@@ -197,13 +222,16 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
         texts = [text] if isinstance(text, str) else list(text)
         tokens = self.tokenize_encode(texts, **(encode_tok_kwargs or {}))
         made = self.tokenize_decode(
-            called(self.model.translate_batch, tokens, translate_batch_kwargs), **(decode_tok_kwargs or {})
+            called(self.model.translate_batch, tokens, translate_batch_kwargs),
+            **(decode_tok_kwargs or {}),
         )
         return made[0] if isinstance(text, str) else made
 
     def tokenize_decode(self, tokens_out: Sequence[Any], **decode_tok_kwargs: Any) -> list[str]:
         """The text of the first hypothesis of each result."""
-        return [self.decode_tokens(result.hypotheses[0], **decode_tok_kwargs) for result in tokens_out]
+        return [
+            self.decode_tokens(result.hypotheses[0], **decode_tok_kwargs) for result in tokens_out
+        ]
 
 
 def tokens_of(tokenizer: object, rows: int) -> int:
@@ -227,7 +255,9 @@ def called(engine: Any, tokens: list[list[str]], options: Mapping[str, Any]) -> 
     try:
         results = engine(tokens, **options)
     except TypeError as error:
-        raise ConfigError(f"CTranslate2 does not take these arguments: {str(error).splitlines()[0]}") from None
+        raise ConfigError(
+            f"CTranslate2 does not take these arguments: {str(error).splitlines()[0]}"
+        ) from None
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"CTranslate2 refused the call: {error}") from None
     return [result.result() if hasattr(result, "result") else result for result in results]
@@ -241,18 +271,24 @@ def what_there_is(ctranslate2: Any, device: str, compute_type: str) -> tuple[str
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"no device {device!r}; have: auto, cpu, cuda")
     if compute_type not in ("auto", "default", *QUANTIZATIONS):
-        raise ConfigError(f"no compute_type {compute_type!r}; have: auto, default, {', '.join(QUANTIZATIONS)}")
+        raise ConfigError(
+            f"no compute_type {compute_type!r}; have: auto, default, {', '.join(QUANTIZATIONS)}"
+        )
     gpus = ctranslate2.get_cuda_device_count()
     place = ("cuda" if gpus else "cpu") if device == "auto" else device
     if place == "cuda" and not gpus:
-        warnings.warn("device='cuda', but CTranslate2 finds no GPU here: the model runs on the CPU", stacklevel=3)
+        warnings.warn(
+            "device='cuda', but CTranslate2 finds no GPU here: the model runs on the CPU",
+            stacklevel=3,
+        )
         place = "cpu"
     if compute_type in ("auto", "default"):
         return place, "int8" if compute_type == "auto" else compute_type
     if compute_type not in ctranslate2.get_supported_compute_types(place):
         nearest = "int8" if compute_type.startswith("int") else "float32"
         warnings.warn(
-            f"compute_type={compute_type!r} does not run on this {place}: {nearest!r} takes its place", stacklevel=3
+            f"compute_type={compute_type!r} does not run on this {place}: {nearest!r} takes its place",
+            stacklevel=3,
         )
         return place, nearest
     return place, compute_type
@@ -275,7 +311,10 @@ def find_model(name: str, numbers: str, hub_kwargs: dict[str, Any]) -> Path:
         place = default_place(source.folder, f"ct2-{numbers}") / revision(source.folder)
     if not (place / RECORD).is_file():
         for _ in export(
-            folder if is_hf_folder(folder) else source.folder, to="ct2", quantization=numbers, output=place
+            folder if is_hf_folder(folder) else source.folder,
+            to="ct2",
+            quantization=numbers,
+            output=place,
         ):
             pass
     return place

@@ -65,7 +65,9 @@ class Row:
     def completion(self) -> Completion:
         """The finished row."""
         assert self.finish_reason is not None
-        return Completion(self.prompt, "".join(self.pieces), self.tokens, self.finish_reason, self.seconds)
+        return Completion(
+            self.prompt, "".join(self.pieces), self.tokens, self.finish_reason, self.seconds
+        )
 
 
 def make_row(
@@ -90,4 +92,6 @@ def make_row(
             f"the prompt has {len(ids)} tokens but the model reads at most {limit}, the new ones included; shorten it"
         )
     reason: FinishReason = "length" if max_new_tokens <= room else "context"
-    return Row(list(ids), min(max_new_tokens, room), reason, TextStream(decode, stop), eod_id, prompt)
+    return Row(
+        list(ids), min(max_new_tokens, room), reason, TextStream(decode, stop), eod_id, prompt
+    )

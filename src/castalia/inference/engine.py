@@ -138,7 +138,13 @@ CAPABILITIES = {
         "ct2",
     ),
     "llama.cpp": Capabilities(
-        "`export --to gguf`", ("as exported",), ("cpu",), "continuous", True, "as it decodes", "llama"
+        "`export --to gguf`",
+        ("as exported",),
+        ("cpu",),
+        "continuous",
+        True,
+        "as it decodes",
+        "llama",
     ),
     "openvino": Capabilities(
         "a checkpoint, a Hugging Face folder",

@@ -108,7 +108,9 @@ def check_options(to: str, dtype: str | None, quantization: str | None) -> str:
     Raises  ConfigError if an option is unknown or belongs to another format.
     """
     if to not in FORMATS:
-        raise ConfigError(f"no export format {to!r}; have: {', '.join(FORMATS)}{nearest(to, FORMATS)}")
+        raise ConfigError(
+            f"no export format {to!r}; have: {', '.join(FORMATS)}{nearest(to, FORMATS)}"
+        )
     kind = FORMATS[to]
     given = {"dtype": dtype, "quantization": quantization}
     other = "dtype" if kind.option == "quantization" else "quantization"
@@ -117,7 +119,9 @@ def check_options(to: str, dtype: str | None, quantization: str | None) -> str:
     chosen = given[kind.option]
     if chosen is not None and chosen not in kind.choices:
         have = ", ".join(kind.choices)
-        raise ConfigError(f"no {kind.option} {chosen!r}; have: {have}{nearest(chosen, kind.choices)}")
+        raise ConfigError(
+            f"no {kind.option} {chosen!r}; have: {have}{nearest(chosen, kind.choices)}"
+        )
     return chosen or kind.default
 
 
@@ -127,11 +131,16 @@ def require_measurable(to: str, max_kl: float) -> None:
         raise ConfigError(f"max_kl must be >= 0 nats a token, got {max_kl}")
     missing = needed_extra(to)
     if missing:
-        raise ConfigError(f"max_kl compares what the export says: pip install 'castalia[{missing}]'")
+        raise ConfigError(
+            f"max_kl compares what the export says: pip install 'castalia[{missing}]'"
+        )
 
 
 def plan(
-    checkpoint: str | Path, output: str | Path | None, name: str, steps: Sequence[int] | Literal["all"] | None
+    checkpoint: str | Path,
+    output: str | Path | None,
+    name: str,
+    steps: Sequence[int] | Literal["all"] | None,
 ) -> list[Job]:
     """Which checkpoint goes where; `name` is the export's folder inside a run.
 
@@ -140,7 +149,9 @@ def plan(
     given = Path(checkpoint)
     if given.is_dir() and is_hf_folder(given):
         if output is None or steps is not None:
-            raise ConfigError("a Hugging Face folder is one checkpoint without a run: give output, and no steps")
+            raise ConfigError(
+                "a Hugging Face folder is one checkpoint without a run: give output, and no steps"
+            )
         return [Job(given, Path(output))]
     found = find_checkpoint(checkpoint)
     base = Path(output) if output is not None else default_place(found, name)
@@ -173,29 +184,43 @@ def require_replaceable(folder: Path, force: bool) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         return
     if folder.exists() and not force:
-        raise ConfigError(f"{folder} exists already; use --force to replace it, or choose another output")
+        raise ConfigError(
+            f"{folder} exists already; use --force to replace it, or choose another output"
+        )
     if folder.exists() and not (folder / RECORD).is_file():
-        raise ConfigError(f"{folder} is not an export (it has no {RECORD}) and is not replaced; choose another output")
+        raise ConfigError(
+            f"{folder} is not an export (it has no {RECORD}) and is not replaced; choose another output"
+        )
 
 
-def run(job: Job, to: str, numbers: str, heldout: str | Path | None, max_kl: float | None) -> Exported:
+def run(
+    job: Job, to: str, numbers: str, heldout: str | Path | None, max_kl: float | None
+) -> Exported:
     """Write one folder under a temporary name beside its place, then rename it."""
     start = time.perf_counter()
     source = open_source(job.checkpoint)
     text = None
     if to != "hf":
-        text = held_out(heldout, source.folder, source.tokenizer, source.config.max_position_embeddings)
+        text = held_out(
+            heldout, source.folder, source.tokenizer, source.config.max_position_embeddings
+        )
     if max_kl is not None and text is None:
-        raise ConfigError(f"max_kl needs held-out text, and {source.folder} names none; give heldout")
+        raise ConfigError(
+            f"max_kl needs held-out text, and {source.folder} names none; give heldout"
+        )
     temporary = job.folder.with_name(f".{job.folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
         notes = write(temporary, source, to, numbers)
         quality = examine(temporary, source, to, numbers, text)
         if quality is not None and max_kl is not None and quality.kl > max_kl:
-            raise ConfigError(f"{job.folder} was not written: its {quality.line()}; max_kl is {max_kl:g}")
+            raise ConfigError(
+                f"{job.folder} was not written: its {quality.line()}; max_kl is {max_kl:g}"
+            )
         name = job.folder.resolve().name
-        write_card(temporary, source, name=name, to=to, numbers=numbers, notes=notes, quality=quality)
+        write_card(
+            temporary, source, name=name, to=to, numbers=numbers, notes=notes, quality=quality
+        )
         done = Exported(
             folder=str(job.folder),
             to=to,
@@ -212,7 +237,9 @@ def run(job: Job, to: str, numbers: str, heldout: str | Path | None, max_kl: flo
     except OSError as error:
         raise cannot_write(job.folder, error) from error
     except SafetensorError as error:
-        raise CheckpointError(f"cannot write {job.folder}: {error}; free space or choose another place") from error
+        raise CheckpointError(
+            f"cannot write {job.folder}: {error}; free space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return done
@@ -223,13 +250,19 @@ def write(folder: Path, source: Source, to: str, numbers: str) -> list[str]:
     notes = []
     tokenizer, config = source.tokenizer, source.config
     if config.rope_numerics != "fp32" and to != "native":
-        notes.append(f"rope_numerics={config.rope_numerics} is not kept: the export computes rotary angles in float32")
+        notes.append(
+            f"rope_numerics={config.rope_numerics} is not kept: the export computes rotary angles in float32"
+        )
     if tokenizer is None:
         if to in ("ct2", "gguf"):
-            raise ConfigError(f"{source.folder} has no {TOKENIZER}; a {to} model finds tokens by their text")
+            raise ConfigError(
+                f"{source.folder} has no {TOKENIZER}; a {to} model finds tokens by their text"
+            )
         notes.append(f"the checkpoint has no {TOKENIZER}, so neither has the export")
     if to == "native":
-        weights.save_weights(folder, weights.packed_weights(source.tensors, config, numbers, source.step))
+        weights.save_weights(
+            folder, weights.packed_weights(source.tensors, config, numbers, source.step)
+        )
     elif to == "gguf":
         assert tokenizer is not None
         gguf.write_gguf(folder / gguf.FILE, source.tensors, config, tokenizer, quantization=numbers)
@@ -246,7 +279,9 @@ def write(folder: Path, source: Source, to: str, numbers: str) -> list[str]:
     return notes
 
 
-def examine(folder: Path, source: Source, to: str, numbers: str, text: HeldOutText | None) -> Quality | None:
+def examine(
+    folder: Path, source: Source, to: str, numbers: str, text: HeldOutText | None
+) -> Quality | None:
     """The written export against float32, or None without a text or without its engine."""
     if text is None or needed_extra(to):
         return None

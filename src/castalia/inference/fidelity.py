@@ -25,7 +25,9 @@ class Parity:
     """Mean |log p - log p of float32|, in nats a token."""
 
     def __str__(self) -> str:
-        scored = f"perplexity {self.scoring_perplexity:.4g} (float32 {self.scoring_perplexity_fp32:.4g})"
+        scored = (
+            f"perplexity {self.scoring_perplexity:.4g} (float32 {self.scoring_perplexity_fp32:.4g})"
+        )
         return (
             f"{self.engine} decodes: {self.decoding.line()}\n"
             f"{self.engine} scores: {scored}, mean error of a log-probability {self.scoring_error:.3g} nats"
@@ -33,7 +35,11 @@ class Parity:
 
 
 def parity(
-    checkpoint: str | Path, *, engine: str = "native", dtype: str | None = None, heldout: str | Path | None = None
+    checkpoint: str | Path,
+    *,
+    engine: str = "native",
+    dtype: str | None = None,
+    heldout: str | Path | None = None,
 ) -> Parity:
     """Compare an engine over a checkpoint with the checkpoint in float32.
 
@@ -44,9 +50,13 @@ def parity(
     source = open_source(checkpoint)
     text = held_out(heldout, source.folder, source.tokenizer, source.config.max_position_embeddings)
     if text is None:
-        raise ConfigError(f"{checkpoint} names no held-out text; give heldout, a text file or a token prefix")
+        raise ConfigError(
+            f"{checkpoint} names no held-out text; give heldout, a text file or a token prefix"
+        )
     made, exact = load(checkpoint, engine=engine, dtype=dtype).engine, torch_engine(source)
-    ours, theirs = (torch.cat([one.logprobs(row).cpu() for row in text.rows]) for one in (made, exact))
+    ours, theirs = (
+        torch.cat([one.logprobs(row).cpu() for row in text.rows]) for one in (made, exact)
+    )
     return Parity(
         engine=f"{made.name} {made.numbers}",
         decoding=measure(made, exact, text),

@@ -38,11 +38,18 @@ FILLING = "[PAD{}]"
 def require_kind(name: str) -> None:
     """Raises  ConfigError listing the known ones."""
     if name not in KINDS:
-        raise ConfigError(f"no quantization {name!r}; have: {', '.join(KINDS)}{nearest(name, KINDS)}")
+        raise ConfigError(
+            f"no quantization {name!r}; have: {', '.join(KINDS)}{nearest(name, KINDS)}"
+        )
 
 
 def write_gguf(
-    path: Path, tensors: Mapping[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, *, quantization: str
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    quantization: str,
 ) -> None:
     """Write a model file.
 
@@ -51,7 +58,10 @@ def write_gguf(
     require_kind(quantization)
     require_expressible(config, quantization)
     named = list(gguf_tensors(tensors, config))
-    values = {**shape_values(config, quantization), **vocabulary_values(tokenizer, config.padded_vocab_size)}
+    values = {
+        **shape_values(config, quantization),
+        **vocabulary_values(tokenizer, config.padded_vocab_size),
+    }
     with open(path, "wb") as file:
         file.write(MAGIC + struct.pack("<IQQ", VERSION, len(named), len(values)))
         for key, (kind, value) in values.items():
@@ -67,9 +77,13 @@ def write_gguf(
 def require_expressible(config: ModelConfig, quantization: str) -> None:
     """Raises  ConfigError naming what llama.cpp's gptneox cannot do."""
     if config.activation != "gelu_tanh":
-        raise ConfigError(f"llama.cpp cannot express activation={config.activation}: it computes GELU in its tanh form")
+        raise ConfigError(
+            f"llama.cpp cannot express activation={config.activation}: it computes GELU in its tanh form"
+        )
     if not config.rotary_dim:
-        raise ConfigError("llama.cpp cannot express rotary_pct=0: it turns at least some dimensions of every head")
+        raise ConfigError(
+            "llama.cpp cannot express rotary_pct=0: it turns at least some dimensions of every head"
+        )
     if quantization in ("Q8_0", "Q4_0") and (config.hidden_size % BLOCK or config.ffn_size % BLOCK):
         raise ConfigError(
             f"{quantization} needs widths in multiples of {BLOCK}; the model has {config.hidden_size} and"
@@ -106,32 +120,50 @@ def vocabulary_values(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[int, A
     merges = json.loads(tokenizer.inner.to_str())["model"].get("merges") or []
     values: dict[str, tuple[int, Any]] = {
         "tokenizer.ggml.model": (STRING, "gpt2"),
-        "tokenizer.ggml.pre": (STRING, "olmo"),  # the splitting of GPT-NeoX's tokenizer goes by this name
+        "tokenizer.ggml.pre": (
+            STRING,
+            "olmo",
+        ),  # the splitting of GPT-NeoX's tokenizer goes by this name
         "tokenizer.ggml.tokens": (ARRAY, (STRING, tokens + [FILLING.format(i) for i in missing])),
         "tokenizer.ggml.token_type": (ARRAY, (INT32, kinds + [UNUSED for _ in missing])),
-        "tokenizer.ggml.merges": (ARRAY, (STRING, [m if isinstance(m, str) else " ".join(m) for m in merges])),
+        "tokenizer.ggml.merges": (
+            ARRAY,
+            (STRING, [m if isinstance(m, str) else " ".join(m) for m in merges]),
+        ),
         "tokenizer.ggml.add_bos_token": (BOOL, False),
     }
     if tokenizer.eod_id is not None:
-        values["tokenizer.ggml.bos_token_id"] = values["tokenizer.ggml.eos_token_id"] = (UINT32, tokenizer.eod_id)
+        values["tokenizer.ggml.bos_token_id"] = values["tokenizer.ggml.eos_token_id"] = (
+            UINT32,
+            tokenizer.eod_id,
+        )
     return values
 
 
-def gguf_tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def gguf_tensors(
+    tensors: Mapping[str, Tensor], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under llama.cpp's name; biases that the model lacks are zeros, for it asks for them."""
     head = "embed.weight" if config.tie_word_embeddings else "unembed.weight"
     yield "token_embd.weight", tensors["embed.weight"]
     yield "output.weight", tensors[head]
     for kind in ("weight", "bias"):
         yield f"output_norm.{kind}", tensors[f"norm.{kind}"]
-    names = {"attn_norm": "norm1", "ffn_norm": "norm2", "attn_qkv": "attn.qkv", "attn_output": "attn.out"}
+    names = {
+        "attn_norm": "norm1",
+        "ffn_norm": "norm2",
+        "attn_qkv": "attn.qkv",
+        "attn_output": "attn.out",
+    }
     names |= {"ffn_up": "mlp.up", "ffn_down": "mlp.down"}
     for i in range(config.num_layers):
         for theirs, ours in names.items():
             weight = tensors[f"layers.{i}.{ours}.weight"]
             bias = tensors.get(f"layers.{i}.{ours}.bias", weight.new_zeros(len(weight)))
             if theirs == "attn_qkv":
-                weight, bias = (heads_apart(tensor, config.num_attention_heads) for tensor in (weight, bias))
+                weight, bias = (
+                    heads_apart(tensor, config.num_attention_heads) for tensor in (weight, bias)
+                )
             yield f"blk.{i}.{theirs}.weight", weight
             yield f"blk.{i}.{theirs}.bias", bias
 
@@ -152,7 +184,10 @@ def write_listing(file: IO[bytes], named: Sequence[tuple[str, Tensor]], quantiza
     place = 0
     for name, tensor in named:
         write_string(file, name)
-        file.write(struct.pack("<I", tensor.dim()) + struct.pack(f"<{tensor.dim()}Q", *reversed(tensor.shape)))
+        file.write(
+            struct.pack("<I", tensor.dim())
+            + struct.pack(f"<{tensor.dim()}Q", *reversed(tensor.shape))
+        )
         file.write(struct.pack("<IQ", KINDS[kind_of(tensor, quantization)], place))
         size = size_of(tensor, quantization)
         place += size + -size % ALIGNMENT
@@ -198,6 +233,11 @@ def q8_0(blocks: Tensor) -> np.ndarray[Any, Any]:
 def q4_0(blocks: Tensor) -> np.ndarray[Any, Any]:
     """(n, 32) float32 -> (n, 18) uint8: scale = the largest weight / -8 in float16; inputs 0..15 in the low halves."""
     scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
-    q = (blocks * torch.where(scale != 0, 1 / scale, 0.0) + 8.5).floor().clamp(0, 15).to(torch.uint8)
+    q = (
+        (blocks * torch.where(scale != 0, 1 / scale, 0.0) + 8.5)
+        .floor()
+        .clamp(0, 15)
+        .to(torch.uint8)
+    )
     halves = q[:, :16] | q[:, 16:] << 4
     return np.concatenate([scale.half().numpy().view(np.uint8), halves.numpy()], axis=1)

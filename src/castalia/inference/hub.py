@@ -24,7 +24,11 @@ FILES = (
 def is_hub_id(name: str | Path) -> bool:
     """Whether `name` can only mean a repository of the hub: OWNER/NAME, and neither that path nor OWNER is here."""
     found = HUB_ID.fullmatch(str(name))
-    return found is not None and not Path(name).exists() and not Path(found["name"].split("/")[0]).exists()
+    return (
+        found is not None
+        and not Path(name).exists()
+        and not Path(found["name"].split("/")[0]).exists()
+    )
 
 
 def hub_folder(name: str, *, files: Sequence[str] = FILES, **options: Any) -> Path:
@@ -40,7 +44,9 @@ def hub_folder(name: str, *, files: Sequence[str] = FILES, **options: Any) -> Pa
     asked = {"allow_patterns": list(files), "revision": found["revision"], **options}
     try:
         return Path(hub.snapshot_download(found["name"], **asked))
-    except Exception as error:  # requests, httpx, OSError and the library's own; all mean the same here
+    except (
+        Exception
+    ) as error:  # requests, httpx, OSError and the library's own; all mean the same here
         return from_cache(hub, found["name"], asked, error)
 
 

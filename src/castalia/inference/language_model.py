@@ -37,7 +37,9 @@ class LanguageModel:
     checkpoint without one (ids still work), `step` the number of optimizer steps, None when unknown.
     """
 
-    def __init__(self, engine: Engine | Decoder, tokenizer: Tokenizer | None = None, step: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine | Decoder, tokenizer: Tokenizer | None = None, step: int | None = None
+    ) -> None:
         self.engine = engine if isinstance(engine, Engine) else TorchEngine(engine)
         self.tokenizer = tokenizer
         self.step = step
@@ -56,7 +58,9 @@ class LanguageModel:
         Raises  ConfigError if another engine than torch computes.
         """
         if not isinstance(self.engine, TorchEngine):
-            raise ConfigError(f"engine {self.engine.name} has no torch model; load with engine='torch'")
+            raise ConfigError(
+                f"engine {self.engine.name} has no torch model; load with engine='torch'"
+            )
         return self.engine.model
 
     @property
@@ -65,10 +69,14 @@ class LanguageModel:
         return None if self.tokenizer is None else self.tokenizer.eod_id
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Unpack[Drawing]) -> str: ...
+    def generate(
+        self, prompt: str, max_new_tokens: int = ..., **options: Unpack[Drawing]
+    ) -> str: ...
 
     @overload
-    def generate(self, prompt: list[str], max_new_tokens: int = ..., **options: Unpack[Drawing]) -> list[str]: ...
+    def generate(
+        self, prompt: list[str], max_new_tokens: int = ..., **options: Unpack[Drawing]
+    ) -> list[str]: ...
 
     def generate(
         self,
@@ -97,7 +105,10 @@ class LanguageModel:
         return done[0].text if isinstance(prompt, str) else [completion.text for completion in done]
 
     def complete(
-        self, prompts: Sequence[str | Sequence[int]], max_new_tokens: int = 64, **options: Unpack[Drawing]
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int = 64,
+        **options: Unpack[Drawing],
     ) -> list[Completion]:
         """As `generate`, for texts or ids, with text, tokens, finish reason and seconds of each."""
         sampling, stop = split_options(options)
@@ -117,7 +128,9 @@ class LanguageModel:
         return streamed(self.engine, self.row(prompt, max_new_tokens, stop), sampling)
 
     @overload
-    def generate_ids(self, ids: Sequence[int], max_new_tokens: int = ..., **options: Unpack[Drawing]) -> list[int]: ...
+    def generate_ids(
+        self, ids: Sequence[int], max_new_tokens: int = ..., **options: Unpack[Drawing]
+    ) -> list[int]: ...
 
     @overload
     def generate_ids(
@@ -125,12 +138,18 @@ class LanguageModel:
     ) -> list[list[int]]: ...
 
     def generate_ids(
-        self, ids: Sequence[int] | Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Unpack[Drawing]
+        self,
+        ids: Sequence[int] | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **options: Unpack[Drawing],
     ) -> list[int] | list[list[int]]:
         """As `generate`, from ids to ids: one list, or a list of lists. The end-of-document token is left out."""
         prompts = [ids] if is_one(ids) else ids
         tokens = [
-            done.tokens for done in self.complete(cast(Sequence[Sequence[int]], prompts), max_new_tokens, **options)
+            done.tokens
+            for done in self.complete(
+                cast(Sequence[Sequence[int]], prompts), max_new_tokens, **options
+            )
         ]
         return tokens[0] if is_one(ids) else tokens
 
@@ -181,7 +200,9 @@ class LanguageModel:
         ids = self.encode(prompt)
         if not ids:
             if self.eod_id is None:
-                raise ConfigError("the prompt is empty and the tokenizer has no end-of-document token to start from")
+                raise ConfigError(
+                    "the prompt is empty and the tokenizer has no end-of-document token to start from"
+                )
             ids = [self.eod_id]
         self.require_ids(ids)
         return make_row(
@@ -198,14 +219,18 @@ class LanguageModel:
         """Raises  ConfigError if an id has no row in the embedding."""
         wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
         if wrong:
-            raise ConfigError(f"id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} tokens")
+            raise ConfigError(
+                f"id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} tokens"
+            )
 
 
 def continue_rows(engine: Engine, rows: Sequence[Row], sampling: Sampling) -> None:
     """Continue rows to their ends, by the engine's own greedy search where it has one and nothing else is asked."""
     made = None
     if sampling.temperature == 0 and not any(row.stream.stop for row in rows):
-        made = engine.greedy([row.ids for row in rows], [row.budget for row in rows], rows[0].eod_id)
+        made = engine.greedy(
+            [row.ids for row in rows], [row.budget for row in rows], rows[0].eod_id
+        )
     if made is None:
         for _ in decode_rows(engine, rows, sampling):
             pass

@@ -57,13 +57,17 @@ class LlamaSlots(Slots):
         """See `Slots`."""
         rows = []
         for slot, ids in zip(slots, tokens, strict=True):
-            rows += [(id, self.lengths[slot] + i, slot, i == len(ids) - 1) for i, id in enumerate(ids)]
+            rows += [
+                (id, self.lengths[slot] + i, slot, i == len(ids) - 1) for i, id in enumerate(ids)
+            ]
             self.lengths[slot] += len(ids)
         return self.read(rows)
 
     def read(self, rows: Sequence[tuple[int, int, int, bool]]) -> Tensor:
         """(token, position, slot, whether its logits are wanted) a row -> logits of those wanted."""
-        parts = [self.decode(rows[i : i + TOKENS_AT_ONCE]) for i in range(0, len(rows), TOKENS_AT_ONCE)]
+        parts = [
+            self.decode(rows[i : i + TOKENS_AT_ONCE]) for i in range(0, len(rows), TOKENS_AT_ONCE)
+        ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> Tensor:
@@ -80,7 +84,9 @@ class LlamaSlots(Slots):
         if status:
             raise MemoryError(f"llama.cpp could not read {len(rows)} tokens (status {status})")
         wide = self.engine.config.padded_vocab_size
-        found = [self.llama.llama_get_logits_ith(self.context, i) for i, row in enumerate(rows) if row[3]]
+        found = [
+            self.llama.llama_get_logits_ith(self.context, i) for i, row in enumerate(rows) if row[3]
+        ]
         out = torch.empty(len(found), wide)
         for row, pointer in zip(out, found, strict=True):
             ctypes.memmove(row.data_ptr(), pointer, 4 * wide)
@@ -108,7 +114,9 @@ class LlamaCppEngine(Engine):
     def __init__(self, path: Path, config: ModelConfig, numbers: str) -> None:
         super().__init__(config)
         self.llama, self.kind = llama(), numbers
-        self.model = self.llama.llama_model_load_from_file(str(path).encode(), self.llama.llama_model_default_params())
+        self.model = self.llama.llama_model_load_from_file(
+            str(path).encode(), self.llama.llama_model_default_params()
+        )
         if not self.model:
             raise CheckpointError(f"llama.cpp cannot load {path}; export the model again")
 
@@ -129,7 +137,9 @@ class LlamaCppEngine(Engine):
         """See `Engine`."""
         slots = self.slots(1, len(ids))
         parts = [
-            slots.read([(ids[i], i, 0, True) for i in range(start, min(start + HEAD_ROWS, len(ids)))])
+            slots.read(
+                [(ids[i], i, 0, True) for i in range(start, min(start + HEAD_ROWS, len(ids)))]
+            )
             for start in range(0, len(ids), HEAD_ROWS)
         ]
         return torch.cat(parts)

@@ -32,7 +32,9 @@ PACKAGES = {"ct2": ("ctranslate2", "ct2"), "gguf": ("llama_cpp", "llama")}
 EXACT, FASTEST = "fp32", "int8"
 
 
-def load(path: str | Path, *, engine: str = "auto", dtype: str | None = None, device: str = "auto") -> LanguageModel:
+def load(
+    path: str | Path, *, engine: str = "auto", dtype: str | None = None, device: str = "auto"
+) -> LanguageModel:
     """A model that speaks.
 
     Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; a Hugging Face folder of a GPTNeoX
@@ -106,13 +108,17 @@ def load_torch(path: str | Path, dtype: str, device: str) -> LanguageModel:
     """The model itself."""
     if dtype not in DTYPES:
         have = ", ".join(DTYPES)
-        raise ConfigError(f"no dtype {dtype!r}; have: {have} (and auto, int8, int4 with engine=native)")
+        raise ConfigError(
+            f"no dtype {dtype!r}; have: {have} (and auto, int8, int4 with engine=native)"
+        )
     place = choose_device(device)
     source = open_source(path)
     return LanguageModel(torch_engine(source, DTYPES[dtype], place), source.tokenizer, source.step)
 
 
-def torch_engine(source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> TorchEngine:
+def torch_engine(
+    source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> TorchEngine:
     """The decoder of a source.
 
     Raises  CheckpointError if its weights do not fit its config.
@@ -123,7 +129,9 @@ def torch_engine(source: Source, dtype: torch.dtype = torch.float32, device: tor
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"the weights in {source.folder} do not fit its config: {error}") from None
+        raise CheckpointError(
+            f"the weights in {source.folder} do not fit its config: {error}"
+        ) from None
     return TorchEngine(model.requires_grad_(False))
 
 
@@ -134,7 +142,9 @@ def load_native(path: str | Path, dtype: str) -> LanguageModel:
     if dtype != "auto":
         require_storage(dtype)
     source = open_source(path)
-    weights = packed_weights(source.tensors, source.config, FASTEST if dtype == "auto" else dtype, source.step)
+    weights = packed_weights(
+        source.tensors, source.config, FASTEST if dtype == "auto" else dtype, source.step
+    )
     engine = NativeEngine(weights, scoring="bf16" if dtype == "auto" else None)
     return LanguageModel(engine, source.tokenizer, source.step)
 
@@ -159,7 +169,9 @@ def load_export(path: Path, kind: str, dtype: str | None) -> LanguageModel:
     record = read_record(folder)
     numbers = record["numbers"]
     if dtype not in (None, "auto", numbers):
-        raise ConfigError(f"{path} holds {numbers} weights, not {dtype}; export it again, or leave dtype away")
+        raise ConfigError(
+            f"{path} holds {numbers} weights, not {dtype}; export it again, or leave dtype away"
+        )
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     config = build(ModelConfig, record["model"], str(folder / RECORD))
     exact = dtype is not None and dtype != "auto"
@@ -178,12 +190,20 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         assert {"numbers", "model"} <= record.keys()
     except (OSError, ValueError, AttributeError, AssertionError) as error:
-        raise CheckpointError(f"{folder / RECORD} is no record of an export ({error!r}); export it again") from None
+        raise CheckpointError(
+            f"{folder / RECORD} is no record of an export ({error!r}); export it again"
+        ) from None
     return dict(record)
 
 
 def engine_of_export(
-    folder: Path, kind: str, numbers: str, config: ModelConfig, tokenizer: Tokenizer | None, *, exact: bool = True
+    folder: Path,
+    kind: str,
+    numbers: str,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    exact: bool = True,
 ) -> Engine:
     """The engine over an export's folder; native scores in its own storage when `exact`, else int8 and int4 in bf16.
 
@@ -217,5 +237,7 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f"no device {name!r}; have: auto, cpu, cuda") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs; use cpu")
+        raise ConfigError(
+            f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs; use cpu"
+        )
     return device

@@ -22,7 +22,9 @@ NUMBERS = ("fp32", "int8")
 def require_numbers(name: str) -> None:
     """Raises  ConfigError listing the known ones."""
     if name not in NUMBERS:
-        raise ConfigError(f"no dtype {name!r} for OpenVINO; have: {', '.join(NUMBERS)}{nearest(name, NUMBERS)}")
+        raise ConfigError(
+            f"no dtype {name!r} for OpenVINO; have: {', '.join(NUMBERS)}{nearest(name, NUMBERS)}"
+        )
 
 
 class Graph:
@@ -70,11 +72,16 @@ class Graph:
         if self.numbers == "fp32":
             return self.ops.constant(weight.contiguous().numpy())
         q, scale = quantize_channels(weight)
-        return self.ops.multiply(self.ops.convert(self.ops.constant(q.numpy()), "f32"), scale[:, None].numpy())
+        return self.ops.multiply(
+            self.ops.convert(self.ops.constant(q.numpy()), "f32"), scale[:, None].numpy()
+        )
 
     def linear(self, name: str, x: Any) -> Any:
         """One linear layer."""
-        y, bias = self.ops.matmul(x, self.matrix(f"{name}.weight"), False, True), self.tensors.get(f"{name}.bias")
+        y, bias = (
+            self.ops.matmul(x, self.matrix(f"{name}.weight"), False, True),
+            self.tensors.get(f"{name}.bias"),
+        )
         if bias is None:
             return y
         if name.endswith("attn.qkv"):
@@ -85,7 +92,9 @@ class Graph:
         """One LayerNorm."""
         ops, epsilon = self.ops, self.config.layernorm_epsilon
         y = ops.mvn(x, np.array([-1]), True, epsilon, "inside_sqrt")
-        weight, bias = (self.tensors[f"{name}.{kind}"].float().numpy() for kind in ("weight", "bias"))
+        weight, bias = (
+            self.tensors[f"{name}.{kind}"].float().numpy() for kind in ("weight", "bias")
+        )
         return ops.add(ops.multiply(y, weight), bias)
 
     def block(self, i: int, x: Any) -> Any:
@@ -104,7 +113,10 @@ class Graph:
         ops, heads, D = self.ops, self.config.num_attention_heads, self.config.head_dim
         parts = ops.split(self.linear(f"layers.{i}.attn.qkv", x), -1, 3).outputs()
         q, k, v = (
-            ops.transpose(ops.reshape(part, np.array([0, 0, heads, D]), True), np.array([0, 2, 1, 3])) for part in parts
+            ops.transpose(
+                ops.reshape(part, np.array([0, 0, heads, D]), True), np.array([0, 2, 1, 3])
+            )
+            for part in parts
         )
         q, k = self.turn(q), self.turn(k)
         k, v = self.remember(f"k{i}", k), self.remember(f"v{i}", v)
@@ -156,9 +168,13 @@ class OpenVinoSlots(Slots):
 
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """See `Slots`."""
-        for ours, theirs in zip(self.requests[target].query_state(), self.requests[origin].query_state(), strict=True):
+        for ours, theirs in zip(
+            self.requests[target].query_state(), self.requests[origin].query_state(), strict=True
+        ):
             if tokens:
-                ours.state = self.engine.ov.Tensor(np.ascontiguousarray(theirs.state.data[:, :, :tokens]))
+                ours.state = self.engine.ov.Tensor(
+                    np.ascontiguousarray(theirs.state.data[:, :, :tokens])
+                )
             else:
                 ours.reset()
         self.lengths[target] = tokens
@@ -201,7 +217,9 @@ class OpenVinoEngine(Engine):
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
             "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
         }
-        self.compiled = self.ov.Core().compile_model(Graph(self.ov, source, numbers).model(), "CPU", options)
+        self.compiled = self.ov.Core().compile_model(
+            Graph(self.ov, source, numbers).model(), "CPU", options
+        )
 
     @property
     def numbers(self) -> str:

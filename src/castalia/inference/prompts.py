@@ -18,10 +18,16 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: byte {error.start} is wrong; convert the file") from None
+        raise DataError(
+            f"{path} is not UTF-8 text: byte {error.start} is wrong; convert the file"
+        ) from None
     except OSError as error:
         raise DataError(f"cannot read the prompts in {path}: {error.strerror or error}") from None
-    prompts = list(json_prompts(lines, str(path)) if path.suffix in (".jsonl", ".ndjson") else plain_prompts(lines))
+    prompts = list(
+        json_prompts(lines, str(path))
+        if path.suffix in (".jsonl", ".ndjson")
+        else plain_prompts(lines)
+    )
     if not prompts:
         raise DataError(f"{path} holds no prompt; write one a line")
     return prompts

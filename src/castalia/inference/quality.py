@@ -58,14 +58,18 @@ class HeldOutText:
     rows: list[list[int]]
 
 
-def held_out(given: str | Path | None, checkpoint: Path, tokenizer: Tokenizer | None, limit: int) -> HeldOutText | None:
+def held_out(
+    given: str | Path | None, checkpoint: Path, tokenizer: Tokenizer | None, limit: int
+) -> HeldOutText | None:
     """Rows of held-out tokens: of `given`, a text file or the prefix of token files; else of the run's data.valid.
 
     None when nothing is given and the run names no validation data that is there.
     Raises  ConfigError if a text is given and there is no tokenizer; DataError if it cannot be read or is too short.
     """
     if given is not None:
-        return HeldOutText(Path(given).name, in_rows(tokens_of(Path(given), tokenizer), str(given), limit))
+        return HeldOutText(
+            Path(given).name, in_rows(tokens_of(Path(given), tokenizer), str(given), limit)
+        )
     try:
         prefixes = (read_config(checkpoint).get("data") or {}).get("valid") or []
     except (CastaliaError, OSError):  # a Hugging Face folder has no config of ours
@@ -83,7 +87,9 @@ def tokens_of(path: Path, tokenizer: Tokenizer | None) -> list[int]:
     if Path(f"{path}.idx").is_file():
         return first_tokens(str(path), TOKENS + 1)
     if tokenizer is None:
-        raise ConfigError(f"{path} is text and the checkpoint has no tokenizer; give the prefix of token files")
+        raise ConfigError(
+            f"{path} is text and the checkpoint has no tokenizer; give the prefix of token files"
+        )
     try:
         return tokenizer.encode(path.read_text(encoding="utf-8")[: 16 * TOKENS])
     except (OSError, UnicodeDecodeError) as error:
@@ -135,12 +141,19 @@ def perplexity(losses: Tensor) -> float:
     return math.exp(min(losses.mean().item(), 700))
 
 
-def compared(engine: Engine, exact: Engine, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compared(
+    engine: Engine, exact: Engine, ids: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each prediction in a row: KL in nats, whether the likeliest token is the same, both losses."""
     q, p = (each(one, ids) for one in (engine, exact))
     kl = (p.exp() * (p - q)).sum(1).double().clamp_min(0)
     labels = torch.tensor(ids[1:])[:, None]
-    return kl, p.argmax(1) == q.argmax(1), -q.gather(1, labels)[:, 0].double(), -p.gather(1, labels)[:, 0].double()
+    return (
+        kl,
+        p.argmax(1) == q.argmax(1),
+        -q.gather(1, labels)[:, 0].double(),
+        -p.gather(1, labels)[:, 0].double(),
+    )
 
 
 def each(engine: Engine, ids: Sequence[int]) -> Tensor:

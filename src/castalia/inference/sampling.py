@@ -68,7 +68,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities that tokens are drawn with, float32, at a temperature above 0: logits (B, V) -> (B, V)."""
-    return keep_top_p(keep_top_k(logits.float() / sampling.temperature, sampling.top_k), sampling.top_p).softmax(-1)
+    return keep_top_p(
+        keep_top_k(logits.float() / sampling.temperature, sampling.top_k), sampling.top_p
+    ).softmax(-1)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
@@ -78,7 +80,14 @@ def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Gener
     """
     if sampling.temperature == 0:
         # On a CPU numpy's is eight times faster; both take the first of equals.
-        return torch.from_numpy(logits.numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
+        return (
+            torch.from_numpy(logits.numpy().argmax(-1))
+            if logits.device.type == "cpu"
+            else logits.argmax(-1)
+        )
     probs = distribution(logits, sampling)
-    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(probs, generators, strict=True)]
+    drawn = [
+        torch.multinomial(row, 1, generator=generator)
+        for row, generator in zip(probs, generators, strict=True)
+    ]
     return torch.cat(drawn)

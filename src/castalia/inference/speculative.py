@@ -54,7 +54,9 @@ class Draft(ABC):
 class ModelDraft(Draft):
     """A smaller model of the same suite."""
 
-    def __init__(self, engine: Engine, sampling: Sampling, generator: torch.Generator, length: int) -> None:
+    def __init__(
+        self, engine: Engine, sampling: Sampling, generator: torch.Generator, length: int
+    ) -> None:
         self.engine, self.sampling, self.generator = engine, sampling, generator
         self.slots = engine.slots(1, length)
         self.read: list[int] = []
@@ -92,7 +94,9 @@ class LookupDraft(Draft):
         return [], []
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> tuple[int, Tensor | None]:
+def draw(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator
+) -> tuple[int, Tensor | None]:
     """A token from logits (V,) and its distribution; greedy ones have none."""
     if sampling.temperature == 0:
         return int(logits.argmax()), None
@@ -124,7 +128,11 @@ def judge(
         if float(torch.rand((), generator=generator, device=generator.device)) < sure:
             kept.append(guess)
             continue
-        rest = (p - q).clamp_(min=0) if q is not None else p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
+        rest = (
+            (p - q).clamp_(min=0)
+            if q is not None
+            else p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
+        )
         rest = rest if float(rest.sum()) > 0 else p  # p and q may be the same up to rounding
         return [*kept, int(torch.multinomial(rest, 1, generator=generator))]
     return [*kept, draw(logits[len(guesses)], sampling, generator)[0]]
@@ -188,7 +196,9 @@ def speculative_complete(
         (generator,) = sampling.after(place).generators(1, model.engine.device)
         helper: Draft = LookupDraft()
         if isinstance(draft, LanguageModel):
-            length = min(draft.config.max_position_embeddings, len(row.ids) + row.budget + guesses + 1)
+            length = min(
+                draft.config.max_position_embeddings, len(row.ids) + row.budget + guesses + 1
+            )
             helper = ModelDraft(draft.engine, sampling, generator, length)
         for _ in speculate(model.engine, helper, row, sampling, generator, tally, guesses):
             pass
@@ -206,7 +216,9 @@ def require_draft(model: LanguageModel, draft: LanguageModel | str, guesses: int
         return
     ours, theirs = model.tokenizer, draft.tokenizer
     same = ours is not None and theirs is not None and ours.ids == theirs.ids
-    if draft.config.vocab_size != model.config.vocab_size or (ours is not None and theirs is not None and not same):
+    if draft.config.vocab_size != model.config.vocab_size or (
+        ours is not None and theirs is not None and not same
+    ):
         raise ConfigError(
             f"the draft has another vocabulary ({draft.config.vocab_size} tokens) than the model"
             f" ({model.config.vocab_size}); take a model of the same suite"

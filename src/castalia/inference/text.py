@@ -63,6 +63,9 @@ class TextStream:
         """Length of the longest ending of the text that is the beginning of a stop string."""
         tail = self.text[self.released :]
         lengths = (
-            n for text in self.stop for n in range(min(len(text) - 1, len(tail)), 0, -1) if tail.endswith(text[:n])
+            n
+            for text in self.stop
+            for n in range(min(len(text) - 1, len(tail)), 0, -1)
+            if tail.endswith(text[:n])
         )
         return max(lengths, default=0)

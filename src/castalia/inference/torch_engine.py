@@ -47,13 +47,20 @@ class TorchSlots(Slots):
             row[: len(ids)] = torch.tensor(ids)
         whole = list(slots) == list(range(self.count))
         device, dtype = self.weight.device, self.weight.dtype
-        cache = self.cache if whole else KVCache(self.model.config, len(prompts), max(lengths), dtype, device)
+        cache = (
+            self.cache
+            if whole
+            else KVCache(self.model.config, len(prompts), max(lengths), dtype, device)
+        )
         hidden = self.model(rows.to(device), cache=cache)
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
         if not whole:
             for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
-                ours.k[list(slots), :, : max(lengths)], ours.v[list(slots), :, : max(lengths)] = theirs.k, theirs.v
+                ours.k[list(slots), :, : max(lengths)], ours.v[list(slots), :, : max(lengths)] = (
+                    theirs.k,
+                    theirs.v,
+                )
         self.rewind()
         return self.head(hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1])
 
@@ -68,7 +75,9 @@ class TorchSlots(Slots):
         """See `Slots`; one pass where there is one slot."""
         if self.count > 1:
             return super().feed_all(slot, tokens)
-        hidden = self.model(torch.tensor([list(tokens)], device=self.weight.device), cache=self.cache)[0]
+        hidden = self.model(
+            torch.tensor([list(tokens)], device=self.weight.device), cache=self.cache
+        )[0]
         self.lengths[slot] += len(tokens)
         return self.head(hidden)
 

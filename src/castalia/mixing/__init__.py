@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
 from castalia.mixing import ado, bandits, fixed, progress, targets
-from castalia.mixing.combinators import Average, Clip, EpochCap, Every, Floor, Freeze, Schedule, Smooth, Warmup, Within
+from castalia.mixing.combinators import (
+    Average,
+    Clip,
+    EpochCap,
+    Every,
+    Floor,
+    Freeze,
+    Schedule,
+    Smooth,
+    Warmup,
+    Within,
+)
 from castalia.mixing.exhaustion import ExhaustionError
 from castalia.mixing.make import make_mixer
 from castalia.mixing.mixer import MIXERS, Mixer

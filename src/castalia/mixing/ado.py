@@ -56,7 +56,11 @@ class Ado(Mixer):
         count = len(self.sources)
         self.least = min(0.01, 0.5 / count)
         self.drawn_share, self.mean_share = self.prior.copy(), self.prior.copy()
-        self.floor, self.beta, self.alpha = np.zeros(count), np.ones(count), np.full(count, LEAST_ALPHA)
+        self.floor, self.beta, self.alpha = (
+            np.zeros(count),
+            np.ones(count),
+            np.full(count, LEAST_ALPHA),
+        )
         self.bin_loss, self.bin_tokens = np.zeros((count, 0)), np.zeros((count, 0))
         self.open_loss, self.open_tokens = np.zeros(count), np.zeros(count)
         self.width, self.open_steps, self.tokens = FIRST_WIDTH, 0, 0.0
@@ -92,7 +96,10 @@ class Ado(Mixer):
             return
         self.bin_loss = np.column_stack([self.bin_loss, self.open_loss])
         self.bin_tokens = np.column_stack([self.bin_tokens, self.open_tokens])
-        self.open_loss, self.open_tokens = np.zeros_like(self.open_loss), np.zeros_like(self.open_tokens)
+        self.open_loss, self.open_tokens = (
+            np.zeros_like(self.open_loss),
+            np.zeros_like(self.open_tokens),
+        )
         self.open_steps = 0
         if self.bin_loss.shape[1] == MOST_BINS:
             self.bin_loss = self.bin_loss[:, ::2] + self.bin_loss[:, 1::2]
@@ -110,7 +117,9 @@ class Ado(Mixer):
         self.mean_share = self.mean_share + (self.shares - self.mean_share) / (self.averaged + 1)
 
 
-def fit(bin_loss: NDArray[np.float64], bin_tokens: NDArray[np.float64]) -> tuple[Vector, Vector, Vector]:
+def fit(
+    bin_loss: NDArray[np.float64], bin_tokens: NDArray[np.float64]
+) -> tuple[Vector, Vector, Vector]:
     """Fit L(n) = e + b n ** -a to every source: least squares of log(L - e) on log n for each e of a grid.
 
     Shapes  sums (K, n) by bin -> e, b, a, each (K,). The e whose curve is nearest in nats wins; a source with fewer
@@ -123,10 +132,17 @@ def fit(bin_loss: NDArray[np.float64], bin_tokens: NDArray[np.float64]) -> tuple
     least = np.where(seen, means, np.inf).min(axis=1)
     least[~np.isfinite(least)] = 0.0
     count = len(means)
-    best: tuple[Vector, ...] = (np.full(count, np.inf), np.zeros(count), np.ones(count), np.full(count, LEAST_ALPHA))
+    best: tuple[Vector, ...] = (
+        np.full(count, np.inf),
+        np.zeros(count),
+        np.ones(count),
+        np.full(count, LEAST_ALPHA),
+    )
     for share in FLOORS:
         found = fit_above(share * least, means, seen, log_n)
-        best = tuple(np.where(found[0] < best[0], new, old) for new, old in zip(found, best, strict=True))
+        best = tuple(
+            np.where(found[0] < best[0], new, old) for new, old in zip(found, best, strict=True)
+        )
     enough = seen.sum(axis=1) >= 3
     return best[1], np.where(enough, best[2], 0.0), best[3]
 

@@ -137,7 +137,9 @@ class OdmPaper(RunningMean):
     def update(self, stats: Stats) -> None:
         """One step of the running mean, then its shares."""
         means, seen = self.losses(stats)
-        weighted = np.divide(means, self.shares, out=np.zeros(len(means)), where=seen & (self.shares > 0))
+        weighted = np.divide(
+            means, self.shares, out=np.zeros(len(means)), where=seen & (self.shares > 0)
+        )
         self.estimate = self.mean_with(weighted, seen)
         self.explore(gibbs(self.eps_at(stats.step - 1) * self.estimate), stats.step)
 
@@ -178,7 +180,9 @@ class Exp3(Bandit):
         """Add the step's rewards, then take the shares."""
         means, seen = self.losses(stats)
         drawn = seen & (self.shares > 0)
-        self.reward = self.reward + np.divide(self.scale * means, self.shares, out=np.zeros(len(means)), where=drawn)
+        self.reward = self.reward + np.divide(
+            self.scale * means, self.shares, out=np.zeros(len(means)), where=drawn
+        )
         self.explore(gibbs(self.eps * self.reward), stats.step)
 
 
@@ -258,10 +262,14 @@ class Odm(Bandit):
         if reward not in ("ppl", "loss"):
             raise ConfigError(f"reward: expected ppl or loss, got {reward!r}")
         if not guard > 1 or not power >= 0:
-            raise ConfigError(f"odm: expected guard > 1 and power >= 0, got guard {guard} and power {power}")
+            raise ConfigError(
+                f"odm: expected guard > 1 and power >= 0, got guard {guard} and power {power}"
+            )
         self.smoothing, self.reward, self.power = check_smoothing(smoothing), reward, power
         self.factor = math.sqrt(guard)
-        self.reference = None if reference is None else by_source(reference, self.sources, "reference")
+        self.reference = (
+            None if reference is None else by_source(reference, self.sources, "reference")
+        )
         self.estimate = np.ones(len(self.sources))
         self.drawn = np.zeros(len(self.sources), np.int64)
         self.fading = np.ones(len(self.sources))
@@ -278,9 +286,15 @@ class Odm(Bandit):
         if not seen.any():
             return
         rewards = self.rewards(means)
-        pull = (1 - self.smoothing) / (1 - self.fading * self.smoothing) if not self.settled else 1 - self.smoothing
+        pull = (
+            (1 - self.smoothing) / (1 - self.fading * self.smoothing)
+            if not self.settled
+            else 1 - self.smoothing
+        )
         moved = self.estimate + pull * (rewards - self.estimate)
-        moved = np.minimum(np.maximum(moved, self.estimate / self.factor), self.estimate * self.factor)
+        moved = np.minimum(
+            np.maximum(moved, self.estimate / self.factor), self.estimate * self.factor
+        )
         if self.news:
             moved = np.where(self.drawn > 0, moved, np.maximum(rewards, np.finfo(float).tiny))
         self.estimate = np.where(seen, moved, self.estimate)
@@ -315,5 +329,7 @@ def check_smoothing(smoothing: float) -> float:
     Raises  ConfigError outside [0, 1).
     """
     if not 0 <= smoothing < 1:
-        raise ConfigError(f"smoothing: expected between 0 and 1 (not 1), got {smoothing}; 0.9 is usual")
+        raise ConfigError(
+            f"smoothing: expected between 0 and 1 (not 1), got {smoothing}; 0.9 is usual"
+        )
     return smoothing

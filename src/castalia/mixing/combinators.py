@@ -109,7 +109,9 @@ class Floor(Around):
 
     def __init__(self, inner: Mixer, *, total: float) -> None:
         if not 0 <= total <= 1:
-            raise ConfigError(f"floor: expected between 0 and 1, the mass of all floors together, got {total}")
+            raise ConfigError(
+                f"floor: expected between 0 and 1, the mass of all floors together, got {total}"
+            )
         self.total = total
         super().__init__(inner)
 
@@ -153,11 +155,22 @@ class EpochCap(Timed):
     per_source = ("shares", "rejected", "read")
 
     def __init__(
-        self, inner: Mixer, *, sizes: ArrayLike | Mapping[str, float], max_epochs: float, horizon: float
+        self,
+        inner: Mixer,
+        *,
+        sizes: ArrayLike | Mapping[str, float],
+        max_epochs: float,
+        horizon: float,
     ) -> None:
         if not (max_epochs > 0 and horizon > 0):
-            raise ConfigError(f"epoch cap: expected max_epochs > 0 and horizon > 0, got {max_epochs} and {horizon}")
-        self.sizes, self.max_epochs, self.horizon = read_sizes(sizes, inner.sources), max_epochs, horizon
+            raise ConfigError(
+                f"epoch cap: expected max_epochs > 0 and horizon > 0, got {max_epochs} and {horizon}"
+            )
+        self.sizes, self.max_epochs, self.horizon = (
+            read_sizes(sizes, inner.sources),
+            max_epochs,
+            horizon,
+        )
         self.read, self.binds = np.zeros(len(inner.sources)), False
         super().__init__(inner)
 
@@ -250,7 +263,9 @@ class Every(Timed):
 
     def clear(self) -> None:
         """Forget the sums."""
-        self.loss_sum, self.tokens, self.ref_loss_sum, self.excess_sum = np.zeros((4, len(self.sources)))
+        self.loss_sum, self.tokens, self.ref_loss_sum, self.excess_sum = np.zeros(
+            (4, len(self.sources))
+        )
         self.has_ref = self.has_excess = False
 
     def update(self, stats: Stats) -> None:
@@ -264,12 +279,23 @@ class Every(Timed):
         tokens = np.where(seen, np.asarray(stats.tokens, np.float64), 0.0)
         self.loss_sum, self.tokens = self.loss_sum + means * tokens, self.tokens + tokens
         if stats.ref_loss_sum is not None:
-            self.ref_loss_sum, self.has_ref = self.ref_loss_sum + np.where(seen, stats.ref_loss_sum, 0.0), True
+            self.ref_loss_sum, self.has_ref = (
+                self.ref_loss_sum + np.where(seen, stats.ref_loss_sum, 0.0),
+                True,
+            )
         if stats.excess_sum is not None:
-            self.excess_sum, self.has_excess = self.excess_sum + np.where(seen, stats.excess_sum, 0.0), True
+            self.excess_sum, self.has_excess = (
+                self.excess_sum + np.where(seen, stats.excess_sum, 0.0),
+                True,
+            )
         if due:
-            ref, excess = self.ref_loss_sum if self.has_ref else None, self.excess_sum if self.has_excess else None
-            super().update(Stats(stats.step, self.loss_sum, self.tokens, stats.val_loss, ref, excess))
+            ref, excess = (
+                self.ref_loss_sum if self.has_ref else None,
+                self.excess_sum if self.has_excess else None,
+            )
+            super().update(
+                Stats(stats.step, self.loss_sum, self.tokens, stats.val_loss, ref, excess)
+            )
             self.clear()
 
 
@@ -284,7 +310,9 @@ class Schedule(Timed):
             raise ConfigError(f"schedule: expected growing steps that begin with 1, got {starts}")
         self.starts, mixers = starts, [mixer for _, mixer in stages]
         if any(mixer.sources != mixers[0].sources for mixer in mixers):
-            raise ConfigError("schedule: all its mixers must have the same sources in the same order")
+            raise ConfigError(
+                "schedule: all its mixers must have the same sources in the same order"
+            )
         super().__init__(mixers[0])
         self.inner = mixers
         self.needs = frozenset({"step"}).union(*(mixer.needs for mixer in mixers))
@@ -316,7 +344,9 @@ class Within(Around):
     def __init__(self, inner: Mixer, sources: Sequence[str]) -> None:
         missing = [name for name in inner.sources if name not in sources]
         if missing:
-            raise ConfigError(f"source {missing[0]!r} of the inner mixer is not among {', '.join(sources[:20])}")
+            raise ConfigError(
+                f"source {missing[0]!r} of the inner mixer is not among {', '.join(sources[:20])}"
+            )
         places = {name: i for i, name in enumerate(sources)}
         self.places = np.array([places[name] for name in inner.sources])
         Mixer.__init__(self, sources)
@@ -329,7 +359,11 @@ class Within(Around):
         count = len(self.sources)
         names = ("loss_sum", "tokens", "val_loss", "ref_loss_sum", "excess_sum")
         given = {name: getattr(stats, name) for name in names}
-        picked = {name: vector(v, count, name, stats.step)[self.places] for name, v in given.items() if v is not None}
+        picked = {
+            name: vector(v, count, name, stats.step)[self.places]
+            for name, v in given.items()
+            if v is not None
+        }
         super().update(Stats(stats.step, **picked))
 
     def estimates(self) -> Vector | None:

@@ -127,7 +127,9 @@ class MixingConfig(Config):
     @model_validator(mode="after")
     def check(self) -> "MixingConfig":
         """The kind exists, has the options given, and the policies are policies."""
-        policies = self.exhaustion if isinstance(self.exhaustion, dict) else {"(all)": self.exhaustion}
+        policies = (
+            self.exhaustion if isinstance(self.exhaustion, dict) else {"(all)": self.exhaustion}
+        )
         try:
             check_options(self.kind, MIXERS[self.kind], self.own())
             for name, policy in policies.items():
@@ -144,7 +146,11 @@ class MixingConfig(Config):
     def idle(self) -> list[str]:
         """Fields that are set although no planner would read them."""
         fresh = {name: field.default for name, field in type(self).model_fields.items()}
-        return [] if self.plans else [name for name, value in fresh.items() if getattr(self, name) != value]
+        return (
+            []
+            if self.plans
+            else [name for name, value in fresh.items() if getattr(self, name) != value]
+        )
 
     def own(self) -> dict[str, Any]:
         """The mixer's own options that are given."""

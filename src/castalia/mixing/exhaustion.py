@@ -28,26 +28,36 @@ def rows_allowed(policy: str, size: int, name: str) -> int:
         return size
     found = re.fullmatch(r"cap:([1-9]\d*)", policy)
     if not found:
-        raise ConfigError(f"exhaustion of source {name!r}: expected repeat, stop, drop or cap:N epochs, got {policy!r}")
+        raise ConfigError(
+            f"exhaustion of source {name!r}: expected repeat, stop, drop or cap:N epochs, got {policy!r}"
+        )
     return size * int(found[1])
 
 
 class Limits:
     """How many rows each source may give, and what was said about it."""
 
-    def __init__(self, sources: Sequence[str], sizes: Places, exhaustion: str | Mapping[str, str]) -> None:
+    def __init__(
+        self, sources: Sequence[str], sizes: Places, exhaustion: str | Mapping[str, str]
+    ) -> None:
         if not isinstance(exhaustion, str | Mapping):
-            raise ConfigError(f"exhaustion: expected a policy, or policies by source, got {exhaustion!r}")
+            raise ConfigError(
+                f"exhaustion: expected a policy, or policies by source, got {exhaustion!r}"
+            )
         policies = {} if isinstance(exhaustion, str) else dict(exhaustion)
         unknown = [name for name in policies if name not in sources]
         if unknown:
             hint = nearest(unknown[0], sources)
-            raise ConfigError(f"exhaustion: no source {unknown[0]!r}; have: {', '.join(sources[:20])}{hint}")
+            raise ConfigError(
+                f"exhaustion: no source {unknown[0]!r}; have: {', '.join(sources[:20])}{hint}"
+            )
         default = exhaustion if isinstance(exhaustion, str) else "repeat"
         self.sources, self.sizes = sources, sizes
         self.policies = [policies.get(name, default) for name in sources]
         each = zip(self.policies, sizes, sources, strict=True)
-        self.limits = np.array([rows_allowed(policy, int(size), name) for policy, size, name in each], np.int64)
+        self.limits = np.array(
+            [rows_allowed(policy, int(size), name) for policy, size, name in each], np.int64
+        )
         self.stops = np.array([policy == "stop" for policy in self.policies])
         self.forget()
 
@@ -79,7 +89,9 @@ class Limits:
                 return taken, self.tell(cursors + taken)
             units = np.where(taken < room, units, 0)
             if not units.any():
-                raise ExhaustionError(f"no source may give more: {missing} of the {rows} rows of a batch are missing")
+                raise ExhaustionError(
+                    f"no source may give more: {missing} of the {rows} rows of a batch are missing"
+                )
             asked = taken + resample(units, missing, draw)
             taken = np.minimum(asked, room)
 
@@ -95,6 +107,8 @@ class Limits:
         """What happened to a source."""
         name, policy = self.sources[place], self.policies[place]
         if policy == "repeat":
-            return f"source {name!r} begins its epoch {MANY_EPOCHS + 1}; more repeats teach ever less"
+            return (
+                f"source {name!r} begins its epoch {MANY_EPOCHS + 1}; more repeats teach ever less"
+            )
         after = policy.removeprefix("cap:") + " epochs" if policy.startswith("cap") else "one epoch"
         return f"source {name!r} is read through after {after} and gives no more rows"

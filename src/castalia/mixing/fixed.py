@@ -33,7 +33,9 @@ class Uniform(Fixed):
 
     kind = "uniform"
 
-    def __init__(self, sources: Sequence[str], *, prior: ArrayLike | Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[str], *, prior: ArrayLike | Mapping[str, float] | None = None
+    ) -> None:
         super().__init__(sources, prior=prior)
         self.shares = np.full(len(self.sources), 1 / len(self.sources))
 
@@ -50,7 +52,9 @@ class Sized(Fixed):
     ) -> None:
         super().__init__(sources, prior=prior)
         if sizes is None:
-            raise ConfigError(f"mixer {self.kind!r} follows the sizes of the sources; pass sizes=, in tokens")
+            raise ConfigError(
+                f"mixer {self.kind!r} follows the sizes of the sources; pass sizes=, in tokens"
+            )
         self.sizes = read_sizes(sizes, self.sources)
 
 
@@ -90,7 +94,9 @@ class Temperature(Sized):
     ) -> None:
         super().__init__(sources, sizes=sizes, prior=prior)
         if not temperature > 0:
-            raise ConfigError(f"temperature: expected > 0, got {temperature}; 1 is natural, larger is more uniform")
+            raise ConfigError(
+                f"temperature: expected > 0, got {temperature}; 1 is natural, larger is more uniform"
+            )
         self.shares = normalise((self.sizes / self.sizes.max()) ** (1 / temperature))
 
 
@@ -118,7 +124,9 @@ class Unimax(Sized):
     ) -> None:
         super().__init__(sources, sizes=sizes, prior=prior)
         if budget is None or not budget > 0:
-            raise ConfigError(f"mixer 'unimax' needs budget= or horizon=, the tokens of the whole run, got {budget}")
+            raise ConfigError(
+                f"mixer 'unimax' needs budget= or horizon=, the tokens of the whole run, got {budget}"
+            )
         if not max_epochs > 0:
             raise ConfigError(f"unimax: expected max_epochs > 0, got {max_epochs}")
         most = max_epochs * self.sizes

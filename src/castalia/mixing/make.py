@@ -11,7 +11,14 @@ from castalia.core.errors import ConfigError, nearest
 from castalia.mixing.bandits import ODM_GUARD
 from castalia.mixing.combinators import Clip, EpochCap, Every, Floor, Freeze, Smooth, Warmup, Within
 from castalia.mixing.mixer import MIXERS, Mixer
-from castalia.mixing.simplex import Vector, by_source, check_sources, normalise, read_shares, read_sizes
+from castalia.mixing.simplex import (
+    Vector,
+    by_source,
+    check_sources,
+    normalise,
+    read_shares,
+    read_sizes,
+)
 
 ODM_MAX_SHARE = 0.5
 """Largest share under `odm` unless told otherwise, from four sources on: noise has a high loss for ever."""
@@ -72,12 +79,25 @@ def make_mixer(
     mixer = Warmup(mixer, steps=warmup_steps, factor=factor) if warmup_steps else mixer
     if epoch_cap is not None:
         if lengths is None or horizon is None:
-            raise ConfigError("epoch_cap needs sizes= of the sources and horizon=, the tokens of the whole run")
+            raise ConfigError(
+                "epoch_cap needs sizes= of the sources and horizon=, the tokens of the whole run"
+            )
         mixer = EpochCap(mixer, sizes=lengths, max_epochs=epoch_cap, horizon=horizon)
     mixer = Within(mixer, names) if allow_empty else mixer
-    mixer.settings = {"name": name, "warmup_steps": warmup_steps, "update_every": update_every, "floor": floor}
-    mixer.settings |= {"weight_smoothing": weight_smoothing, "max_share": max_share, "epoch_cap": epoch_cap}
-    mixer.settings |= {key: value for key, value in options.items() if isinstance(value, int | float | str | bool)}
+    mixer.settings = {
+        "name": name,
+        "warmup_steps": warmup_steps,
+        "update_every": update_every,
+        "floor": floor,
+    }
+    mixer.settings |= {
+        "weight_smoothing": weight_smoothing,
+        "max_share": max_share,
+        "epoch_cap": epoch_cap,
+    }
+    mixer.settings |= {
+        key: value for key, value in options.items() if isinstance(value, int | float | str | bool)
+    }
     return mixer
 
 
@@ -97,7 +117,10 @@ def bare(
     kind = MIXERS[name]
     check_options(name, kind, options)
     vectors = {key for key in VECTORS if options.get(key) is not None}
-    given = {key: by_source(value, names, key)[keep] if key in vectors else value for key, value in options.items()}
+    given = {
+        key: by_source(value, names, key)[keep] if key in vectors else value
+        for key, value in options.items()
+    }
     if "sizes" in inspect.signature(kind).parameters:
         given["sizes"] = lengths
     if name == "unimax":
@@ -110,14 +133,22 @@ def bare(
 
 def check_options(name: str, kind: type[Mixer], options: Mapping[str, Any]) -> None:
     """Raise ConfigError if the mixer has no such option, with the menu."""
-    have = [key for key in inspect.signature(kind).parameters if key not in ("sources", "prior", "sizes")]
+    have = [
+        key
+        for key in inspect.signature(kind).parameters
+        if key not in ("sources", "prior", "sizes")
+    ]
     for key in options:
         if key not in have:
             menu = ", ".join(have) or "none"
-            raise ConfigError(f"mixer {name!r} has no option {key!r}; its own: {menu}{nearest(key, have + AROUND)}")
+            raise ConfigError(
+                f"mixer {name!r} has no option {key!r}; its own: {menu}{nearest(key, have + AROUND)}"
+            )
 
 
-def filled(names: Sequence[str], sizes: ArrayLike | Mapping[str, float] | None, allow_empty: bool) -> list[int]:
+def filled(
+    names: Sequence[str], sizes: ArrayLike | Mapping[str, float] | None, allow_empty: bool
+) -> list[int]:
     """Places of the sources that are not empty.
 
     Raises  ConfigError if one is empty and may not be, or all are.
@@ -127,7 +158,9 @@ def filled(names: Sequence[str], sizes: ArrayLike | Mapping[str, float] | None, 
     lengths = read_sizes(sizes, names)
     empty = [name for name, length in zip(names, lengths, strict=True) if length == 0]
     if empty and not allow_empty:
-        raise ConfigError(f"source {empty[0]!r} is empty; take it out, or pass allow_empty=True to give it weight 0")
+        raise ConfigError(
+            f"source {empty[0]!r} is empty; take it out, or pass allow_empty=True to give it weight 0"
+        )
     if len(empty) == len(names):
         raise ConfigError("every source is empty: there is nothing to mix")
     return [int(i) for i in np.flatnonzero(lengths)]

@@ -37,7 +37,9 @@ class Mixer:
     collects = True
     """It learns during warm-up and between updates; False where its authors' code does not."""
 
-    def __init__(self, sources: Sequence[str], *, prior: ArrayLike | Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self, sources: Sequence[str], *, prior: ArrayLike | Mapping[str, float] | None = None
+    ) -> None:
         self.sources = check_sources(sources)
         self.prior = read_shares(prior, self.sources)
         self.step = 0
@@ -53,7 +55,9 @@ class Mixer:
         Raises  TrainingError if a vector has the wrong length or the step does not follow.
         """
         if stats.step < 1:
-            raise TrainingError(f"mixer {self.kind!r} got the stats of step {stats.step}; steps count from 1")
+            raise TrainingError(
+                f"mixer {self.kind!r} got the stats of step {stats.step}; steps count from 1"
+            )
         if stats.step <= self.step:
             raise TrainingError(
                 f"mixer {self.kind!r} has seen step {self.step} and got the stats of step {stats.step};"
@@ -78,7 +82,9 @@ class Mixer:
         """Mean training loss of each source in nats a token, and which of them can be used."""
         count = len(self.sources)
         tokens = vector(stats.tokens, count, "tokens", stats.step)
-        means = vector(stats.loss_sum, count, "loss_sum", stats.step) / np.maximum(tokens, self.ones)
+        means = vector(stats.loss_sum, count, "loss_sum", stats.step) / np.maximum(
+            tokens, self.ones
+        )
         if not math.isfinite(tokens.dot(tokens)):
             means[~np.isfinite(tokens)] = np.nan  # so that the source counts as refused
         return means, self.usable(means, tokens > 0)
@@ -96,7 +102,9 @@ class Mixer:
         """Everything a resumed run needs, as plain JSON values keyed by source name."""
         return write_state(self)
 
-    def load_state_dict(self, state: Mapping[str, Any], *, on_new: str = "error", on_removed: str = "error") -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, on_new: str = "error", on_removed: str = "error"
+    ) -> None:
         """Go on from `state_dict()`.
 
         on_new      what a source gets that the state lacks: "prior", its share as at the start, "mean" of the others.
@@ -104,7 +112,9 @@ class Mixer:
         Raises      CheckpointError, by default also if the sources differ, naming them.
         """
         if not isinstance(state, Mapping):
-            raise CheckpointError(f"the state of mixer {self.kind!r} is damaged: it is {type(state).__name__}")
+            raise CheckpointError(
+                f"the state of mixer {self.kind!r} is damaged: it is {type(state).__name__}"
+            )
         if state.get("kind") != self.kind:
             raise CheckpointError(
                 f"the state is of mixer {state.get('kind')!r}, this run has {self.kind!r};"

@@ -50,7 +50,9 @@ def number_of(text: str) -> int:
 
 def source_keys(seed: int, sources: Sequence[str]) -> Keys:
     """A key for each source, by its name: other sources do not change it."""
-    return np.array([mix(number_of(name) + mix(seed) * GOLDEN) for name in sources], dtype=np.uint64)
+    return np.array(
+        [mix(number_of(name) + mix(seed) * GOLDEN) for name in sources], dtype=np.uint64
+    )
 
 
 def permute(places: Places, sizes: Places, keys: Keys) -> Places:

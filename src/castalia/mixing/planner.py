@@ -50,7 +50,14 @@ class Plan:
     """The rows of one step, for the whole batch; `rows` resolves any part of it, on any process."""
 
     def __init__(
-        self, step: int, units: Places, counts: Places, starts: Places, sizes: Places, keys: Keys, seed: int
+        self,
+        step: int,
+        units: Places,
+        counts: Places,
+        starts: Places,
+        sizes: Places,
+        keys: Keys,
+        seed: int,
     ) -> None:
         self.step, self.units, self.counts, self.starts = step, units, counts, starts
         self.sizes, self.keys, self.seed = sizes, keys, seed
@@ -67,11 +74,15 @@ class Plan:
         The batch is shuffled by (seed, step), so every part holds a mixture.
         """
         if begin < 0:
-            raise TrainingError(f"plan.rows({begin}, {end}): expected places from 0 up to the rows of the batch")
+            raise TrainingError(
+                f"plan.rows({begin}, {end}): expected places from 0 up to the rows of the batch"
+            )
         edges = self.counts.cumsum()
         total = int(edges[-1])
         places = np.arange(begin, total if end is None else min(end, total))
-        slots = permute(places, np.full(len(places), total), np.full(len(places), self.seed, np.uint64))
+        slots = permute(
+            places, np.full(len(places), total), np.full(len(places), self.seed, np.uint64)
+        )
         source = np.searchsorted(edges, slots, side="right")
         number = self.starts[source] + slots - (edges[source] - self.counts[source])
         sizes = self.sizes[source]
@@ -112,10 +123,14 @@ class Planner:
         self.sizes = whole_sizes(sizes, self.sources)
         rows, seed, lag = whole(rows, "rows"), whole(seed, "seed"), whole(lag, "lag")
         if not 0 < rows <= MOST_ROWS or lag < 0:
-            raise ConfigError(f"planner: expected 0 < rows <= {MOST_ROWS} and lag >= 0, got rows {rows} and lag {lag}")
+            raise ConfigError(
+                f"planner: expected 0 < rows <= {MOST_ROWS} and lag >= 0, got rows {rows} and lag {lag}"
+            )
         if not allow_empty and self.sizes.min() < 1:
             empty = self.sources[int(self.sizes.argmin())]
-            raise ConfigError(f"source {empty!r} has no rows; take it out, or pass allow_empty=True")
+            raise ConfigError(
+                f"source {empty!r} has no rows; take it out, or pass allow_empty=True"
+            )
         self.batch, self.seed, self.lag = rows, seed, lag
         self.limits = Limits(self.sources, self.sizes, exhaustion)
         self.keys = source_keys(seed, self.sources)
@@ -198,8 +213,14 @@ class Planner:
             "rows": self.batch,
             "lag": self.lag,
             "sources": {
-                name: {"size": int(size), "read": int(read), "weights": [float(w[i]) for w in weights.values()]}
-                for i, (name, size, read) in enumerate(zip(self.sources, self.sizes, cursors, strict=True))
+                name: {
+                    "size": int(size),
+                    "read": int(read),
+                    "weights": [float(w[i]) for w in weights.values()],
+                }
+                for i, (name, size, read) in enumerate(
+                    zip(self.sources, self.sizes, cursors, strict=True)
+                )
             },
             "weights_of": list(weights),
             "mixer": self.mixer.state_dict(),
@@ -220,7 +241,11 @@ class Planner:
         """
         rows = state.get("sources") if isinstance(state, Mapping) else None
         if not isinstance(rows, Mapping) or state.get("format") != 1:
-            found = f"format {state.get('format')!r}" if isinstance(state, Mapping) else type(state).__name__
+            found = (
+                f"format {state.get('format')!r}"
+                if isinstance(state, Mapping)
+                else type(state).__name__
+            )
             raise CheckpointError(f"a planner's state of format 1 is expected, got {found}")
         for name, mine in (("seed", self.seed), ("lag", self.lag)):
             if state.get(name) != mine:
@@ -239,7 +264,9 @@ class Planner:
             self.await_first(self.step)
             if not new and len(kept) == len(rows):
                 vectors = np.array([rows[name]["weights"] for name in self.sources], np.float64)
-                self.pending = {int(step): vectors[:, place] for place, step in enumerate(state["weights_of"])}
+                self.pending = {
+                    int(step): vectors[:, place] for place, step in enumerate(state["weights_of"])
+                }
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"the planner's state is damaged: {error!r}") from None
 
@@ -274,5 +301,7 @@ def whole_sizes(sizes: ArrayLike | Mapping[str, float], sources: Sequence[str]) 
     wrong = np.flatnonzero((found % 1 != 0) | (found > MOST_SIZE))
     if len(wrong):
         name, size = sources[int(wrong[0])], found[wrong[0]]
-        raise ConfigError(f"sizes: source {name!r} has {size:g} rows; expected a whole number up to 2**53")
+        raise ConfigError(
+            f"sizes: source {name!r} has {size:g} rows; expected a whole number up to 2**53"
+        )
     return found.astype(np.int64)

@@ -51,7 +51,13 @@ class Progress(Mixer):
                 "progress: expected memory, recent and caution >= 0, enough > 0 and 0 <= least <= 1,"
                 f" got {memory}, {recent}, {caution}, {enough} and {least}"
             )
-        self.memory, self.recent, self.caution, self.enough, self.least = memory, recent, caution, enough, least
+        self.memory, self.recent, self.caution, self.enough, self.least = (
+            memory,
+            recent,
+            caution,
+            enough,
+            least,
+        )
         self.lately, self.last = self.prior.copy(), 0
         self.sums = np.zeros((7, len(self.sources))).T
         """Weights w, squares of w, and w times x, y, xx, xy, yy; x the logarithm of what is read, y the loss."""
@@ -119,7 +125,9 @@ class Progress(Mixer):
         means = np.divide(sums[2:4], np.maximum(w, self.tiny, out=free), out=work[:2])
         np.multiply(means, sums[2], out=central[:2])
         np.multiply(means[1], sums[3], out=central[2])
-        spread, rise, left = np.subtract(sums[4:], central, out=central)  # w times the variances of x, xy, y
+        spread, rise, left = np.subtract(
+            sums[4:], central, out=central
+        )  # w times the variances of x, xy, y
         np.maximum(spread, self.narrow, out=spread)
         pooled = -float(rise.sum() / spread.sum())
         slopes = rise / spread

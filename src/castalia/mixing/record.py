@@ -38,7 +38,9 @@ class MixtureLog:
     Raises       ConfigError if the file is the record of other sources.
     """
 
-    def __init__(self, path: str | Path, planner: Planner, *, every: int = 1, resume_step: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, planner: Planner, *, every: int = 1, resume_step: int | None = None
+    ) -> None:
         self.path, self.planner, self.every = Path(path), planner, every
         self.last: Vector | None = None
         self.unwritten: Plan | None = None
@@ -51,7 +53,9 @@ class MixtureLog:
         with open(self.path, encoding="utf-8") as file:
             before = parse_header(file.readline(), self.path)
         if before["sources"] != header["sources"]:
-            raise ConfigError(f"{path} is the record of other sources; choose another file for this run")
+            raise ConfigError(
+                f"{path} is the record of other sources; choose another file for this run"
+            )
 
     def repair(self) -> bool:
         """Cut off an unfinished last line, which a killed run left; whether anything remains."""
@@ -82,7 +86,11 @@ class MixtureLog:
             self.last = plan.weights
         line |= {"counts": plan.counts.tolist(), "read": plan.starts.tolist()}
         mixer = self.planner.mixer
-        line |= summary(plan.weights, mixer.prior) | mixer.report() | {"rejected": int(mixer.rejected_losses().sum())}
+        line |= (
+            summary(plan.weights, mixer.prior)
+            | mixer.report()
+            | {"rejected": int(mixer.rejected_losses().sum())}
+        )
         estimates = mixer.estimates()
         if estimates is not None:
             line["estimate"] = listed(estimates)
@@ -125,7 +133,10 @@ def summary(weights: Vector, prior: Vector) -> dict[str, float]:
     """Entropy of the weights in nats, and their total-variation distance to the prior."""
     positive = weights[weights > 0]
     entropy = float(-(positive * np.log(positive)).sum())
-    return {"entropy": round(entropy, 6), "distance": round(float(np.abs(weights - prior).sum()) / 2, 6)}
+    return {
+        "entropy": round(entropy, 6),
+        "distance": round(float(np.abs(weights - prior).sum()) / 2, 6),
+    }
 
 
 def means_of(stats: Stats) -> Vector:
@@ -163,13 +174,17 @@ class Mixture:
 
     def weights(self) -> NDArray[np.float64]:
         """(S, K) weights of the S steps."""
-        return np.array([line["weights"] for line in self.lines.values()], np.float64).reshape(-1, len(self.sources))
+        return np.array([line["weights"] for line in self.lines.values()], np.float64).reshape(
+            -1, len(self.sources)
+        )
 
     def mean_weights(self, begin: int = 1) -> Vector:
         """(K,) mean over the steps from `begin` on, steps without a line counted: a static mixture to compare with."""
         steps = [step for step in self.steps if step >= begin]
         if not steps:
-            raise DataError(f"the record has no step from {begin} on; its last is {max(self.steps, default=0)}")
+            raise DataError(
+                f"the record has no step from {begin} on; its last is {max(self.steps, default=0)}"
+            )
         rows = self.weights()[len(self.steps) - len(steps) :]
         spans = np.diff([*steps, steps[-1] + 1]).astype(np.float64)
         mean: Vector = spans @ rows / spans.sum()
@@ -190,7 +205,9 @@ def read_mixture(path: str | Path) -> Mixture:
         try:
             add_line(found, json.loads(text))
         except (ValueError, KeyError, TypeError, StopIteration):
-            raise DataError(f"{path} line {number}: not a line of a mixture record of format {FORMAT}") from None
+            raise DataError(
+                f"{path} line {number}: not a line of a mixture record of format {FORMAT}"
+            ) from None
     return found
 
 
@@ -205,7 +222,9 @@ def parse_header(text: str, path: str | Path) -> dict[str, Any]:
             return header
     except (ValueError, KeyError, TypeError):
         pass
-    raise DataError(f"{path}: not a mixture record of format {FORMAT}; its first line is the header MixtureLog writes")
+    raise DataError(
+        f"{path}: not a mixture record of format {FORMAT}; its first line is the header MixtureLog writes"
+    )
 
 
 def add_line(mixture: Mixture, line: dict[str, Any]) -> None:
@@ -214,7 +233,11 @@ def add_line(mixture: Mixture, line: dict[str, Any]) -> None:
     for late in [known for known in mixture.lines if known >= step]:
         del mixture.lines[late]
     for name in {"weights", "counts", "read"} & line.keys():
-        line[name] = quantise(np.array(line[name])) / ONE if name == "weights" else np.array(line[name], np.int64)
+        line[name] = (
+            quantise(np.array(line[name])) / ONE
+            if name == "weights"
+            else np.array(line[name], np.int64)
+        )
     if "weights" not in line:
         line["weights"] = mixture.lines[next(reversed(mixture.lines))]["weights"]
     if len(line["weights"]) != len(mixture.sources):
@@ -242,7 +265,9 @@ class Replay(Mixer):
     ) -> None:
         super().__init__(sources, prior=prior)
         if record is None:
-            raise ConfigError("mixer 'replay' needs record=, the mixture.jsonl of the run to repeat")
+            raise ConfigError(
+                "mixer 'replay' needs record=, the mixture.jsonl of the run to repeat"
+            )
         mixture = record if isinstance(record, Mixture) else read_mixture(record)
         if mixture.sources != list(self.sources):
             raise ConfigError(
@@ -268,5 +293,7 @@ class Replay(Mixer):
         Raises  TrainingError past the end of the record.
         """
         if step > self.steps[-1]:
-            raise TrainingError(f"replay: the record ends at step {self.steps[-1]}, step {step} is asked for")
+            raise TrainingError(
+                f"replay: the record ends at step {self.steps[-1]}, step {step} is asked for"
+            )
         return self.table[self.place(step)]

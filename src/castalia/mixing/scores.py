@@ -37,7 +37,10 @@ def scores(
         )
     there = np.flatnonzero(counts > 0).tolist()
     losses = sums[there] / counts[there]
-    named = {sources[i]: {"loss": float(loss), "tokens": int(counts[i])} for i, loss in zip(there, losses, strict=True)}
+    named = {
+        sources[i]: {"loss": float(loss), "tokens": int(counts[i])}
+        for i, loss in zip(there, losses, strict=True)
+    }
     out: dict[str, Any] = {"token_weighted": float(sums.sum() / counts.sum())}
     if natural is not None and (weights := np.asarray(natural, np.float64)[there]).sum() > 0:
         out["natural"] = float(losses @ weights / weights.sum())
@@ -46,7 +49,9 @@ def scores(
     out["perplexity"] = float(np.exp(losses).mean())
     known = [name for name in named if name in (bytes_per_token or {})]
     for name in known:
-        named[name]["bits_per_byte"] = named[name]["loss"] / math.log(2) / (bytes_per_token or {})[name]
+        named[name]["bits_per_byte"] = (
+            named[name]["loss"] / math.log(2) / (bytes_per_token or {})[name]
+        )
     if known:
         out["bits_per_byte"] = float(np.mean([named[name]["bits_per_byte"] for name in known]))
     return out | {"sources": named}

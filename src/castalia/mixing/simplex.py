@@ -22,10 +22,18 @@ def check_sources(sources: Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(f"sources: expected a list of at least one name, got {sources!r}")
     wrong = [name for name in names if not isinstance(name, str) or not name]
     if wrong:
-        raise ConfigError(f"sources: {wrong[0]!r} is no name; a state is keyed by them, so write each as text")
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        raise ConfigError(
+            f"sources: {wrong[0]!r} is no name; a state is keyed by them, so write each as text"
+        )
+    twice = (
+        sorted({name for name in names if names.count(name) > 1})
+        if len(set(names)) < len(names)
+        else []
+    )
     if twice:
-        raise ConfigError(f"sources: {', '.join(map(repr, twice))} named more than once; give each source its own name")
+        raise ConfigError(
+            f"sources: {', '.join(map(repr, twice))} named more than once; give each source its own name"
+        )
     return names
 
 
@@ -39,34 +47,50 @@ def by_source(values: ArrayLike | Mapping[str, float], sources: Sequence[str], w
         unknown = [name for name in values if name not in sources]
         if unknown:
             hint = nearest(unknown[0], sources)
-            raise ConfigError(f"{what}: no source {unknown[0]!r}; have: {', '.join(sources[:20])}{hint}")
+            raise ConfigError(
+                f"{what}: no source {unknown[0]!r}; have: {', '.join(sources[:20])}{hint}"
+            )
         missing = [name for name in sources if name not in values]
         if missing:
-            raise ConfigError(f"{what}: nothing for source {missing[0]!r}; give one number a source")
+            raise ConfigError(
+                f"{what}: nothing for source {missing[0]!r}; give one number a source"
+            )
         values = [values[name] for name in sources]
     try:
         vector = np.array(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{what}: expected {len(sources)} numbers, one a source: {error}") from None
+        raise ConfigError(
+            f"{what}: expected {len(sources)} numbers, one a source: {error}"
+        ) from None
     if vector.shape != (len(sources),):
-        raise ConfigError(f"{what}: expected {len(sources)} numbers, one a source, got shape {vector.shape}")
+        raise ConfigError(
+            f"{what}: expected {len(sources)} numbers, one a source, got shape {vector.shape}"
+        )
     if not np.isfinite(vector).all():
-        raise ConfigError(f"{what}: source {sources[int(np.argmin(np.isfinite(vector)))]!r} has no finite number")
+        raise ConfigError(
+            f"{what}: source {sources[int(np.argmin(np.isfinite(vector)))]!r} has no finite number"
+        )
     return vector
 
 
-def read_sizes(sizes: ArrayLike | Mapping[str, float], sources: Sequence[str], what: str = "sizes") -> Vector:
+def read_sizes(
+    sizes: ArrayLike | Mapping[str, float], sources: Sequence[str], what: str = "sizes"
+) -> Vector:
     """Sizes >= 0 of the sources, (K,) float64, in tokens or rows.
 
     Raises  ConfigError if one is negative.
     """
     vector = by_source(sizes, sources, what)
     if vector.min() < 0:
-        raise ConfigError(f"{what}: source {sources[int(vector.argmin())]!r} has {vector.min():g}; expected >= 0")
+        raise ConfigError(
+            f"{what}: source {sources[int(vector.argmin())]!r} has {vector.min():g}; expected >= 0"
+        )
     return vector
 
 
-def read_shares(shares: ArrayLike | Mapping[str, float] | None, sources: Sequence[str], what: str = "prior") -> Vector:
+def read_shares(
+    shares: ArrayLike | Mapping[str, float] | None, sources: Sequence[str], what: str = "prior"
+) -> Vector:
     """A distribution over the sources, (K,) float64; None is the uniform one.
 
     Raises  ConfigError if a share is negative or they do not sum to 1 within 1e-3.
@@ -77,7 +101,9 @@ def read_shares(shares: ArrayLike | Mapping[str, float] | None, sources: Sequenc
     total = float(vector.sum())
     if abs(total - 1) > SLACK:
         right = (
-            f"; divided by their sum: {(vector / total).round(4).tolist()}" if total > 0 and len(vector) < 20 else ""
+            f"; divided by their sum: {(vector / total).round(4).tolist()}"
+            if total > 0 and len(vector) < 20
+            else ""
         )
         raise ConfigError(f"{what}: shares must sum to 1, got {total:g}{right}")
     return vector / total
@@ -111,7 +137,9 @@ def cap(shares: Vector, most: Vector | float) -> Vector:
         full |= out >= limits
         out[full] = limits[full]
         left, others = 1 - limits[full].sum(), shares[~full].sum()
-        out[~full] = shares[~full] * (left / others) if others > 1e-100 else fill(limits[~full], left)
+        out[~full] = (
+            shares[~full] * (left / others) if others > 1e-100 else fill(limits[~full], left)
+        )
     return out
 
 

@@ -23,10 +23,19 @@ class Keeper(Protocol):
 def write_state(mixer: Keeper) -> dict[str, Any]:
     """`{"kind", "step", "scalars": {name: number}, "sources": {source: {attribute: value}}, "inner": [state]}`."""
     columns = {name: getattr(mixer, name).tolist() for name in mixer.per_source}
-    rows = {source: {name: columns[name][i] for name in columns} for i, source in enumerate(mixer.sources)}
+    rows = {
+        source: {name: columns[name][i] for name in columns}
+        for i, source in enumerate(mixer.sources)
+    }
     scalars = {name: getattr(mixer, name) for name in mixer.scalars}
     inner = [one.state_dict() for one in mixer.inner]
-    return {"kind": mixer.kind, "step": mixer.step, "scalars": scalars, "sources": rows, "inner": inner}
+    return {
+        "kind": mixer.kind,
+        "step": mixer.step,
+        "scalars": scalars,
+        "sources": rows,
+        "inner": inner,
+    }
 
 
 def read_state(mixer: Keeper, state: Mapping[str, Any], *, on_new: str, on_removed: str) -> bool:
@@ -38,7 +47,9 @@ def read_state(mixer: Keeper, state: Mapping[str, Any], *, on_new: str, on_remov
         rows, step = state["sources"], int(state["step"])
         kept, new = compare(mixer.sources, rows, on_new=on_new, on_removed=on_removed)
         for name in mixer.per_source:
-            setattr(mixer, name, column(getattr(mixer, name), name, mixer.sources, rows, kept, on_new))
+            setattr(
+                mixer, name, column(getattr(mixer, name), name, mixer.sources, rows, kept, on_new)
+            )
         for name in mixer.scalars:
             setattr(mixer, name, type(getattr(mixer, name))(state["scalars"][name]))
     except (KeyError, TypeError, ValueError) as error:
@@ -75,7 +86,12 @@ def compare(
 
 
 def column(
-    fresh: NDArray[Any], name: str, sources: Sequence[str], rows: Mapping[str, Any], kept: list[int], on_new: str
+    fresh: NDArray[Any],
+    name: str,
+    sources: Sequence[str],
+    rows: Mapping[str, Any],
+    kept: list[int],
+    on_new: str,
 ) -> NDArray[Any]:
     """One attribute of every source: loaded where the state has it, else as `on_new` says."""
     if not kept:

@@ -35,7 +35,9 @@ class Stats:
         try:
             self.step = operator.index(self.step)
         except TypeError:
-            raise TrainingError(f"Stats.step: expected a whole number, 1 the first step, got {self.step!r}") from None
+            raise TrainingError(
+                f"Stats.step: expected a whole number, 1 the first step, got {self.step!r}"
+            ) from None
 
 
 def vector(values: ArrayLike, count: int, what: str, step: int) -> NDArray[np.float64]:
@@ -51,5 +53,7 @@ def vector(values: ArrayLike, count: int, what: str, step: int) -> NDArray[np.fl
             " source, in the order of the mixer's sources"
         ) from None
     if found.shape != (count,):
-        raise TrainingError(f"step {step}: Stats.{what} has shape {found.shape}; expected ({count},), one a source")
+        raise TrainingError(
+            f"step {step}: Stats.{what} has shape {found.shape}; expected ({count},), one a source"
+        )
     return found

@@ -24,7 +24,9 @@ class Multiplicative(Mixer):
     ) -> None:
         super().__init__(sources, prior=prior)
         if not 0 <= least <= 1 or not 0 < rate < np.inf:
-            raise ConfigError(f"mixer {self.kind!r}: expected 0 <= least <= 1 and rate > 0, got {least} and {rate}")
+            raise ConfigError(
+                f"mixer {self.kind!r}: expected 0 <= least <= 1 and rate > 0, got {least} and {rate}"
+            )
         self.rate, self.least = rate, least
 
     def step_by(self, scores: Vector) -> None:
@@ -60,7 +62,9 @@ class DynamicBatchLoading(Multiplicative):
     ) -> None:
         super().__init__(sources, prior=prior, rate=rate, least=least)
         if target is None:
-            raise ConfigError("mixer 'dbl' needs target=, the held-out loss that each source shall reach, nats a token")
+            raise ConfigError(
+                "mixer 'dbl' needs target=, the held-out loss that each source shall reach, nats a token"
+            )
         self.target, self.clamp = by_source(target, self.sources, "target"), clamp
 
     def update(self, stats: Stats) -> None:
@@ -99,7 +103,9 @@ class Doremi(Multiplicative):
         least: float = 1e-3,
     ) -> None:
         super().__init__(sources, prior=prior, rate=rate, least=least)
-        self.reference = None if reference is None else by_source(reference, self.sources, "reference")
+        self.reference = (
+            None if reference is None else by_source(reference, self.sources, "reference")
+        )
         self.score = np.zeros(len(self.sources))
 
     def update(self, stats: Stats) -> None:
@@ -122,10 +128,14 @@ class Doremi(Multiplicative):
         """
         tokens = vector(stats.tokens, len(means), "tokens", stats.step)
         if stats.excess_sum is not None:
-            return vector(stats.excess_sum, len(means), "excess_sum", stats.step) / np.maximum(tokens, 1), tokens > 0
+            return vector(stats.excess_sum, len(means), "excess_sum", stats.step) / np.maximum(
+                tokens, 1
+            ), tokens > 0
         if stats.ref_loss_sum is not None:
             sums = vector(stats.ref_loss_sum, len(means), "ref_loss_sum", stats.step)
             return means - sums / np.maximum(tokens, 1), tokens > 0
         if self.reference is None:
-            raise ConfigError("mixer 'doremi' needs reference= losses, or ref_loss_sum or excess_sum in its Stats")
+            raise ConfigError(
+                "mixer 'doremi' needs reference= losses, or ref_loss_sum or excess_sum in its Stats"
+            )
         return means - self.reference, tokens > 0

@@ -31,7 +31,10 @@ class Watch:
     def observe(self, weights: Vector, stats: Stats) -> tuple[str, ...]:
         """What a person should hear after a step that followed `weights` (K,)."""
         self.take_in(weights, stats)
-        said = [self.rising(int(i), weights[i], stats.step) for i in np.flatnonzero(self.suspects(weights, stats.step))]
+        said = [
+            self.rising(int(i), weights[i], stats.step)
+            for i in np.flatnonzero(self.suspects(weights, stats.step))
+        ]
         if not self.told_few and effective(weights) < max(self.few, 1.0):
             self.told_few = True
             said.append(
@@ -48,9 +51,14 @@ class Watch:
             means = vector(stats.loss_sum, count, "loss_sum", stats.step) / tokens
         seen = np.isfinite(means)
         first = seen & np.isnan(self.loss)
-        self.loss = np.where(first, means, np.where(seen, PAST * self.loss + (1 - PAST) * means, self.loss))
+        self.loss = np.where(
+            first, means, np.where(seen, PAST * self.loss + (1 - PAST) * means, self.loss)
+        )
         fell = self.loss < (1 - FALL) * self.low
-        self.low, self.share = np.where(fell, self.loss, self.low), np.where(fell, weights, self.share)
+        self.low, self.share = (
+            np.where(fell, self.loss, self.low),
+            np.where(fell, weights, self.share),
+        )
         self.since[fell] = stats.step
 
     def suspects(self, weights: Vector, step: int) -> NDArray[np.bool_]:

@@ -80,7 +80,9 @@ def rows_of(mask: Tensor | None, start: int, end: int, keys: int) -> Tensor | No
     return None if mask is None else mask[:, :, start:end, :keys]
 
 
-def attend(qkv: Sequence[Tensor], mask: Tensor | None, starts: Sequence[int], keep: bool) -> tuple[Tensor, Tensor]:
+def attend(
+    qkv: Sequence[Tensor], mask: Tensor | None, starts: Sequence[int], keep: bool
+) -> tuple[Tensor, Tensor]:
     """y like q, and all probabilities, flat (empty unless `keep`). q (B * H, T, D); k, v (B * H, keys, D)."""
     q, k, v = qkv
     rows, T, _ = q.shape
@@ -116,7 +118,9 @@ def attend_backward(
         else:
             p = scratch[1, :size].view(shape)
             probabilities(q[:, start:end], k[:, :keys], hide, rows_of(mask, start, end, keys), p)
-        dp = torch.bmm(dy[:, start:end], v[:, :keys].transpose(1, 2), out=scratch[0, :size].view(shape))
+        dp = torch.bmm(
+            dy[:, start:end], v[:, :keys].transpose(1, 2), out=scratch[0, :size].view(shape)
+        )
         ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
         dv[:, :keys].baddbmm_(p.transpose(1, 2), dy[:, start:end])
         dk[:, :keys].baddbmm_(ds.transpose(1, 2), q[:, start:end], alpha=scale)
@@ -125,7 +129,12 @@ def attend_backward(
 
 @torch.library.custom_op("castalia::causal_attention", mutates_args=())
 def causal_attention(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, head_dim: int, keep: bool
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    head_dim: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of a row over itself, rotary embedding included.
 
@@ -135,7 +144,9 @@ def causal_attention(
     """
     B, T, _ = qkv.shape
     parts = qkv.view(B, T, -1, 3, head_dim).permute(3, 0, 2, 1, 4)
-    turned = parts.clone(memory_format=torch.contiguous_format)  # never the input itself, which `turn` would change
+    turned = parts.clone(
+        memory_format=torch.contiguous_format
+    )  # never the input itself, which `turn` would change
     if cos is not None and sin is not None:
         turn(turned, cos, sin)
     y, kept = attend(turned.flatten(1, 2).unbind(0), mask, (0,), keep)
@@ -149,30 +160,53 @@ def kept_size(rows: int, T: int, starts: Sequence[int] = (0,)) -> int:
 
 @causal_attention.register_fake
 def _(
-    qkv: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, head_dim: int, keep: bool
+    qkv: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+    head_dim: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, width = qkv.shape
     rows = width // (3 * head_dim)
     turned = qkv.new_empty(3, B, rows, T, head_dim)
-    return qkv.new_empty(B, T, width // 3), turned, qkv.new_empty(kept_size(B * rows, T) if keep else 0)
+    return (
+        qkv.new_empty(B, T, width // 3),
+        turned,
+        qkv.new_empty(kept_size(B * rows, T) if keep else 0),
+    )
 
 
 @torch.library.custom_op("castalia::causal_attention_backward", mutates_args=())
 def causal_attention_backward(
-    dy: Tensor, turned: Tensor, kept: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None
+    dy: Tensor,
+    turned: Tensor,
+    kept: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
 ) -> Tensor:
     """Gradient of `causal_attention` with respect to qkv; dy (B, T, C) -> (B, T, 3 * C)."""
     _, B, _, T, D = turned.shape
     dy = dy.reshape(B, T, -1, D).transpose(1, 2).reshape(-1, T, D)
     gradients = torch.zeros_like(turned)
-    attend_backward(dy, turned.flatten(1, 2).unbind(0), gradients.flatten(1, 2).unbind(0), kept, mask, (0,))
+    attend_backward(
+        dy, turned.flatten(1, 2).unbind(0), gradients.flatten(1, 2).unbind(0), kept, mask, (0,)
+    )
     if cos is not None and sin is not None:
         turn(gradients, cos, -sin)
     return gradients.permute(1, 3, 2, 0, 4).reshape(B, T, -1)
 
 
 @causal_attention_backward.register_fake
-def _(dy: Tensor, turned: Tensor, kept: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None) -> Tensor:
+def _(
+    dy: Tensor,
+    turned: Tensor,
+    kept: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
     return dy.new_empty(*dy.shape[:2], 3 * dy.shape[2])
 
 
@@ -205,7 +239,9 @@ def attention_of_pieces(
 
 
 @attention_of_pieces.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: list[int], keep: bool) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: list[int], keep: bool
+) -> tuple[Tensor, Tensor]:
     B, H, T, _ = q.shape
     y = q.new_empty(q.shape)
     return y, q.new_empty(kept_size(B * H, T, starts) if keep else 0)
@@ -213,18 +249,33 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: list[int], k
 
 @torch.library.custom_op("castalia::attention_of_pieces_backward", mutates_args=())
 def attention_of_pieces_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor | None, starts: list[int]
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    mask: Tensor | None,
+    starts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention_of_pieces` with respect to q, k and v; dy like q."""
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
-    flat, sums = [x.flatten(0, 1).contiguous() for x in (q, k, v)], [x.flatten(0, 1) for x in (dq, dk, dv)]
+    flat, sums = (
+        [x.flatten(0, 1).contiguous() for x in (q, k, v)],
+        [x.flatten(0, 1) for x in (dq, dk, dv)],
+    )
     attend_backward(dy.flatten(0, 1).contiguous(), flat, sums, kept, mask, starts)
     return dq, dk, dv
 
 
 @attention_of_pieces_backward.register_fake
 def _(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: Tensor, mask: Tensor | None, starts: list[int]
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: Tensor,
+    mask: Tensor | None,
+    starts: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -243,12 +294,16 @@ def differentiate_pieces(ctx: Any, dy: Tensor, *unused: Tensor | None) -> tuple[
 attention_of_pieces.register_autograd(differentiate_pieces, setup_context=remember_pieces)
 
 
-def pieces_by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Sequence[int]) -> Tensor:
+def pieces_by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Sequence[int]
+) -> Tensor:
     """`attention_of_pieces` by torch's kernels, for a GPU: one call a piece, the keys up to its end."""
     made, n = [], q.shape[2] // len(starts)
     for number, start in enumerate(starts):
         keys, first = start + n, number * n
         bias = causal_lower_right(n, keys) if mask is None else mask[:, :, first : first + n, :keys]
         piece = q[:, :, first : first + n]
-        made.append(F.scaled_dot_product_attention(piece, k[:, :, :keys], v[:, :, :keys], attn_mask=bias))
+        made.append(
+            F.scaled_dot_product_attention(piece, k[:, :, :keys], v[:, :, :keys], attn_mask=bias)
+        )
     return torch.cat(made, 2)

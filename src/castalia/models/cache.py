@@ -20,7 +20,11 @@ class LayerCache:
     """One layer's slots: k and v (B, H, max_length, head_dim), and where the running forward pass writes."""
 
     def __init__(
-        self, owner: "KVCache", shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+        self,
+        owner: "KVCache",
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         self.owner = owner
         self.k = torch.zeros(shape, dtype=dtype, device=device)
@@ -97,7 +101,9 @@ class KVCache:
         Raises  ValueError if a length is negative or beyond what the row has.
         """
         if bool(((lengths < 0) | (lengths.to(self.lengths.device) > self.lengths)).any()):
-            raise ValueError(f"cannot rewind rows of {self.lengths.tolist()} tokens to {lengths.tolist()}")
+            raise ValueError(
+                f"cannot rewind rows of {self.lengths.tolist()} tokens to {lengths.tolist()}"
+            )
         self.lengths = lengths.to(self.lengths)
         self.longest = int(lengths.max())
         self.ragged = bool((lengths != lengths[0]).any())

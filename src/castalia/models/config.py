@@ -6,7 +6,9 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validat
 
 from castalia.config.base import Config
 
-Init = Literal["normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init"]
+Init = Literal[
+    "normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init"
+]
 
 
 class ModelConfig(Config):

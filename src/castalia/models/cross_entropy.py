@@ -97,7 +97,9 @@ def fused_cross_entropy(
     require_labels(labels, ignored, weight.shape[0] if part is None else part.count)
     dtype = compute_dtype(hidden, weight)
     chunks = chunk_slices(
-        len(hidden), chunk_rows or logits_rows(weight.shape[0], weight.shape[1], dtype.itemsize, weight.device.type)
+        len(hidden),
+        chunk_rows
+        or logits_rows(weight.shape[0], weight.shape[1], dtype.itemsize, weight.device.type),
     )
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -105,7 +107,9 @@ def fused_cross_entropy(
             return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, *options))
         wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
         for at in chunks:
-            _, rows[at], _ = to_gradient(hidden[at].to(dtype) @ wide.T, labels[at], ignored, compiled, part)
+            _, rows[at], _ = to_gradient(
+                hidden[at].to(dtype) @ wide.T, labels[at], ignored, compiled, part
+            )
     return CrossEntropy(rows.sum(), rows)
 
 
@@ -127,11 +131,21 @@ class FusedCrossEntropy(torch.autograd.Function):
         """Total and losses of the rows; the gradients wait in `ctx`."""
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
-        d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs_weight else None
+        d_hidden = (
+            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            if needs_hidden
+            else None
+        )
+        d_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if needs_weight
+            else None
+        )
         for at in chunks:
             h = hidden[at].to(dtype)
-            gradient, rows[at], factor = to_gradient(h @ wide.T, labels[at], ignored, compiled, part)
+            gradient, rows[at], factor = to_gradient(
+                h @ wide.T, labels[at], ignored, compiled, part
+            )
             if d_hidden is not None:
                 d_hidden[at] = (gradient @ wide) * factor[:, None]
             if d_weight is not None:
@@ -146,7 +160,9 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, d_rows: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients in place and let go of them, so that autograd need not copy the large one."""
         if ctx.gradients is None:
-            raise RuntimeError("fused_cross_entropy was differentiated already; call it anew for a second backward")
+            raise RuntimeError(
+                "fused_cross_entropy was differentiated already; call it anew for a second backward"
+            )
         d_hidden, d_weight = (None if d is None else d.mul_(d_total) for d in ctx.gradients)
         ctx.gradients = None
         return d_hidden, d_weight, None, None, None, None, None, None
@@ -172,11 +188,15 @@ def to_gradient(
         lse, losses, total = agree(e, top, total, torch.where(here, at_target, 0.0), part)
     if e.dtype == torch.float16:
         top, total = lse - math.log(FP16_SUM), torch.full_like(total, FP16_SUM)
-    e[rows, places] = torch.where(here, ((at_target - top).exp() - total).to(e.dtype), e[rows, places])
+    e[rows, places] = torch.where(
+        here, ((at_target - top).exp() - total).to(e.dtype), e[rows, places]
+    )
     return e, torch.where(counts, losses, 0.0), torch.where(counts, 1.0 / total, 0.0)
 
 
-def agree(e: Tensor, top: Tensor, total: Tensor, at_target: Tensor, part: VocabPart) -> tuple[Tensor, Tensor, Tensor]:
+def agree(
+    e: Tensor, top: Tensor, total: Tensor, at_target: Tensor, part: VocabPart
+) -> tuple[Tensor, Tensor, Tensor]:
     """log-sum-exp, loss and S exp(m - m_r) of each row, out of what this process sees; at_target is 0 elsewhere.
 
     In fp16 the rows of `e` are scaled, in place, to their share of FP16_SUM.
@@ -248,7 +268,12 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def require_shapes(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
     """Raises  ValueError unless hidden is (N, C), weight (V, C) and labels (N,)."""
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
+    if (
+        hidden.ndim != 2
+        or weight.ndim != 2
+        or hidden.shape[1] != weight.shape[1]
+        or labels.shape != hidden.shape[:1]
+    ):
         raise ValueError(
             "fused_cross_entropy wants hidden (N, C), weight (V, C) and labels (N,); got"
             f" {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"

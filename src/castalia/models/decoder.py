@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.models.attention import SequencePart, attention_of_pieces, causal_attention, pieces_by_kernel
+from castalia.models.attention import (
+    SequencePart,
+    attention_of_pieces,
+    causal_attention,
+    pieces_by_kernel,
+)
 from castalia.models.cache import KVCache, LayerCache
 from castalia.models.config import ModelConfig
 from castalia.models.cross_entropy import VocabPart
@@ -38,7 +43,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(
-        self, x_BTC: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x_BTC: Tensor,
+        rope: Rope | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). `mask` is bool (1 or B, 1, T, keys), True where a query may look; None is causal."""
         qkv = self.qkv(x_BTC)
@@ -52,12 +61,16 @@ class Attention(nn.Module):
         causal = mask is None
         if cache is not None:
             k, v = cache.append(k, v)
-            if q.shape[2] == 1:  # it follows the cached keys and sees them all; is_causal would show it the first only
+            if (
+                q.shape[2] == 1
+            ):  # it follows the cached keys and sees them all; is_causal would show it the first only
                 causal = False
         y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.out(y_BHTD.transpose(1, 2).flatten(2))
 
-    def see_all(self, qkv: Tensor, rope: Rope | None, mask: Tensor | None, part: SequencePart) -> Tensor:
+    def see_all(
+        self, qkv: Tensor, rope: Rope | None, mask: Tensor | None, part: SequencePart
+    ) -> Tensor:
         """Attention of the tokens held here, (B, T, 3 * C) -> (B, T, C), over the keys and values of whole rows."""
         q, k, v = split_qkv(qkv, self.head_dim, rope)
         k, v = part.gather(torch.stack([k, v]), 3).unbind()
@@ -113,14 +126,22 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_BTC: Tensor, rope: Rope | None = None, mask: Tensor | None = None, cache: LayerCache | None = None
+        self,
+        x_BTC: Tensor,
+        rope: Rope | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
         if self.recompute and cache is None and torch.is_grad_enabled():
-            return recomputed(self.recompute, self.mlp.up.out_features, self.compute, x_BTC, rope, mask)
+            return recomputed(
+                self.recompute, self.mlp.up.out_features, self.compute, x_BTC, rope, mask
+            )
         return self.compute(x_BTC, rope, mask, cache)
 
-    def compute(self, x_BTC: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None = None) -> Tensor:
+    def compute(
+        self, x_BTC: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
         """The layer itself."""
         attn_BTC = self.attn(self.norm1(x_BTC), rope, mask, cache)
         if self.parallel_residual:
@@ -163,7 +184,11 @@ class Decoder(nn.Module):
     @property
     def tied(self) -> tuple[str, ...]:
         """Names of the parameters here that the first and the last stage of a pipeline both hold."""
-        return ("embed.weight",) if self.config.tie_word_embeddings and self.part.first != self.part.last else ()
+        return (
+            ("embed.weight",)
+            if self.config.tie_word_embeddings and self.part.first != self.part.last
+            else ()
+        )
 
     @property
     def copies(self) -> tuple[str, ...]:
@@ -191,9 +216,13 @@ class Decoder(nn.Module):
         mask = None
         if cache is not None:
             if segments is not None:
-                raise ValueError("segments pack documents for training and cannot be used with a KV cache")
+                raise ValueError(
+                    "segments pack documents for training and cannot be used with a KV cache"
+                )
             if self.sequence_part is not None:
-                raise ValueError("a KV cache holds whole rows; load the model without context parallelism to generate")
+                raise ValueError(
+                    "a KV cache holds whole rows; load the model without context parallelism to generate"
+                )
             cache.require_room(T)
             mask = cache.mask(T)
             positions = cache.positions(T) if positions is None else positions

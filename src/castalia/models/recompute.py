@@ -13,7 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from castalia.models.pieces import Kind
 
@@ -34,13 +38,23 @@ def recomputed(kind: Kind, width: int, function: Callable[..., Tensor], *inputs:
     """function(*inputs), stored as `kind` says; `width` is that of the widest product."""
     contexts: dict[str, Any] = {}
     if kind == "selective":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, partial(policy, width))
-    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+        contexts["context_fn"] = partial(
+            create_selective_checkpoint_contexts, partial(policy, width)
+        )
+    out: Tensor = checkpoint(
+        function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts
+    )
     return out
 
 
-def policy(width: int, context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+def policy(
+    width: int, context: Any, operator: Any, *arguments: Any, **options: Any
+) -> CheckpointPolicy:
     """Whether the result of one operator is kept."""
     place = PRODUCTS.get(operator)
     wide = place is not None and arguments[place].shape[-1] >= width
-    return CheckpointPolicy.MUST_SAVE if wide or operator in ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if wide or operator in ATTENTION
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )

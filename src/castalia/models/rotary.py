@@ -23,7 +23,10 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
     Source  Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
-    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device) / config.rotary_dim
+    exponents = (
+        torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device)
+        / config.rotary_dim
+    )
     return 1.0 / (config.rotary_emb_base**exponents)
 
 

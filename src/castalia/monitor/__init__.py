@@ -20,4 +20,6 @@ __all__ = [
     "read_metrics",
 ]
 
-__getattr__ = lazy(__name__, dict.fromkeys(("describe_environment", "memory_bytes", "peak_flops"), "machine"))
+__getattr__ = lazy(
+    __name__, dict.fromkeys(("describe_environment", "memory_bytes", "peak_flops"), "machine")
+)

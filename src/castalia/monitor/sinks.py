@@ -46,7 +46,7 @@ class JsonlSink:
             self.keep_until(resume_step)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            self.file = open(self.path, "a", encoding="utf-8")
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
@@ -58,7 +58,10 @@ class JsonlSink:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one line; a number that is not finite becomes null, which JSON can hold."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in values.items()
+        }
         try:
             self.file.write(json.dumps({"step": step, **clean}) + "\n")
             self.file.flush()

@@ -51,9 +51,15 @@ CORPORA.register("python")(
         {
             "stdlib": Source(texts.library_code, 4_000_000, "modules of the standard library"),
             "tests": Source(texts.library_tests, 3_000_000, "tests of the standard library"),
-            "reference": Source(texts.language_reference, 2_000_000, "the language reference behind help()"),
-            "docstrings": Source(texts.package_docstrings, 1_500_000, "docstrings of torch, numpy and pydantic"),
-            "packages": Source(texts.package_papers, 1_500_000, "READMEs and licences of installed packages"),
+            "reference": Source(
+                texts.language_reference, 2_000_000, "the language reference behind help()"
+            ),
+            "docstrings": Source(
+                texts.package_docstrings, 1_500_000, "docstrings of torch, numpy and pydantic"
+            ),
+            "packages": Source(
+                texts.package_papers, 1_500_000, "READMEs and licences of installed packages"
+            ),
         },
         vocab_size=4096,
     )
@@ -62,7 +68,9 @@ CORPORA.register("tiny")(
     Recipe(
         {
             "stdlib": Source(texts.few_modules, 400_000, "a few modules of the standard library"),
-            "reference": Source(texts.language_reference, 200_000, "the language reference behind help()"),
+            "reference": Source(
+                texts.language_reference, 200_000, "the language reference behind help()"
+            ),
         }
     )
 )
@@ -111,7 +119,12 @@ def build_corpus(name: str, folder: str | Path, say: Callable[[str], None] = pri
     facts = tokenize(folder, splits, tokenizer, say)
     about = {source: recipe.sources[source].about for source in splits}
     sources = {source: {"about": about[source], **facts[source]} for source in splits}
-    value = {"corpus": name, "format": FORMAT, "python": platform.python_version(), "tokenizer": tokenizer}
+    value = {
+        "corpus": name,
+        "format": FORMAT,
+        "python": platform.python_version(),
+        "tokenizer": tokenizer,
+    }
     write_json(folder / "corpus.json", value | {"sources": sources})
     return CorpusPaths(folder, tokenizer_path(folder, tokenizer), value | {"sources": sources})
 
@@ -126,7 +139,9 @@ def find_corpus(name: str, folder: Path) -> CorpusPaths | None:
                 for end in (".jsonl", ".bin", ".idx"):
                     size = (folder / f"{part}/{source}{end}").stat().st_size
                     whole = whole and size == parts[part]["files"][end]
-        if not whole or (facts["tokenizer"] != "bytes" and not (folder / facts["tokenizer"]).is_file()):
+        if not whole or (
+            facts["tokenizer"] != "bytes" and not (folder / facts["tokenizer"]).is_file()
+        ):
             return None
         return CorpusPaths(folder, tokenizer_path(folder, facts["tokenizer"]), facts)
     except (OSError, ValueError, KeyError, TypeError):
@@ -143,11 +158,16 @@ def read_sources(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Split]
 
     Raises  DataError if none is left.
     """
-    documents = {name: at_most(usable(source.read()), source.largest) for name, source in recipe.sources.items()}
+    documents = {
+        name: at_most(usable(source.read()), source.largest)
+        for name, source in recipe.sources.items()
+    }
     splits = split_sources(documents)
     for name, source in recipe.sources.items():
         if len(splits[name].valid) < FEWEST:
-            say(f"corpus: left out {name} ({source.about}): this Python has {len(documents[name])} such documents")
+            say(
+                f"corpus: left out {name} ({source.about}): this Python has {len(documents[name])} such documents"
+            )
             del splits[name]
     if not splits:
         raise DataError(
@@ -177,16 +197,22 @@ def at_most(documents: Sequence[Document], largest: int) -> list[Document]:
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
     """One JSON object a line."""
     with atomic_write(path) as file:
-        file.writelines(json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents)
+        file.writelines(
+            json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents
+        )
 
 
-def make_tokenizer(recipe: Recipe, folder: Path, splits: dict[str, Split], say: Callable[[str], None]) -> str:
+def make_tokenizer(
+    recipe: Recipe, folder: Path, splits: dict[str, Split], say: Callable[[str], None]
+) -> str:
     """Train the recipe's tokenizer on the training documents; returns its name in corpus.json."""
     if recipe.vocab_size is None:
         return "bytes"
     words = (document.text for split in splits.values() for document in split.train)
     tokenizer = train_tokenizer(words, recipe.vocab_size, folder / "tokenizer.json")
-    say(f"tokenizer: {tokenizer.vocab_size} tokens, byte-level BPE, trained on the training documents")
+    say(
+        f"tokenizer: {tokenizer.vocab_size} tokens, byte-level BPE, trained on the training documents"
+    )
     return "tokenizer.json"
 
 
@@ -215,7 +241,9 @@ def part_facts(prefix: Path, documents: Sequence[Document], tokens: int) -> dict
     """Counts of one part of one source, the sizes of its files, and for held-out text the bytes of each document."""
     sizes = [len(document.text.encode("utf-8")) for document in documents]
     facts: dict[str, Any] = {"documents": len(sizes), "bytes": sum(sizes), "tokens": tokens}
-    facts["files"] = {end: Path(f"{prefix}{end}").stat().st_size for end in (".jsonl", ".bin", ".idx")}
+    facts["files"] = {
+        end: Path(f"{prefix}{end}").stat().st_size for end in (".jsonl", ".bin", ".idx")
+    }
     if prefix.parent.name == "valid":
         facts["document_bytes"] = sizes
         packed = sum(len(zlib.compress(document.text.encode("utf-8"), 9)) for document in documents)
@@ -238,5 +266,9 @@ def ensure_corpus(config: RunConfig, say: Callable[[str], None] = print) -> RunC
             f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of the corpus"
             f" {config.data.corpus!r} has {vocab_size} tokens; set model.vocab_size={vocab_size}"
         )
-    paths = {"train": corpus.prefixes("train"), "valid": corpus.prefixes("valid"), "tokenizer": corpus.tokenizer}
+    paths = {
+        "train": corpus.prefixes("train"),
+        "valid": corpus.prefixes("valid"),
+        "tokenizer": corpus.tokenizer,
+    }
     return config.model_copy(update={"data": config.data.model_copy(update=paths)})

@@ -66,7 +66,9 @@ class Demo:
     `record` is what `demo.json` holds: the config's hash, seconds of each stage that is done, and their findings.
     """
 
-    def __init__(self, resolved: Resolved, command: Sequence[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, resolved: Resolved, command: Sequence[str], say: Callable[[str], None]
+    ) -> None:
         self.resolved, self.config, self.command, self.say = resolved, resolved.config, command, say
         self.folder = Path(self.config.output)
         values = self.config.model_dump(mode="json", exclude={"output"})
@@ -76,7 +78,9 @@ class Demo:
     def read_record(self) -> dict[str, Any]:
         """What an earlier call with the same config has done."""
         try:
-            record: dict[str, Any] = json.loads((self.folder / "demo.json").read_text(encoding="utf-8"))
+            record: dict[str, Any] = json.loads(
+                (self.folder / "demo.json").read_text(encoding="utf-8")
+            )
             if record["config"] == self.hash:
                 return record
         except (OSError, ValueError, KeyError):
@@ -89,11 +93,21 @@ class Demo:
 
     def run(self) -> None:
         """Every stage that is not done yet, in order."""
-        stages = (self.build, self.train, self.evaluate, self.sample, self.export, self.compare, self.report)
+        stages = (
+            self.build,
+            self.train,
+            self.evaluate,
+            self.sample,
+            self.export,
+            self.compare,
+            self.report,
+        )
         for number, stage in enumerate(stages, 1):
             if stage.__name__ in self.record["stages"]:
                 continue
-            self.say(f"\n[{number}/{len(stages)}] {(stage.__doc__ or '').splitlines()[0].rstrip('.')}")
+            self.say(
+                f"\n[{number}/{len(stages)}] {(stage.__doc__ or '').splitlines()[0].rstrip('.')}"
+            )
             start = time.perf_counter()
             stage()
             seconds = time.perf_counter() - start
@@ -122,7 +136,9 @@ class Demo:
         clock = TrainClock()
         trainer = train_run(self.resolved, self.command, hooks=[clock])
         if trainer.progress.step < self.config.train.steps:
-            raise TrainingError(f"the demo was stopped at step {trainer.progress.step}; the same command goes on")
+            raise TrainingError(
+                f"the demo was stopped at step {trainer.progress.step}; the same command goes on"
+            )
         self.record["training"] = {
             "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
             "fingerprint": short_hash(trainer.rows.fingerprint),
@@ -148,7 +164,9 @@ class Demo:
     def sample(self) -> None:
         """Samples by checkpoint."""
         steps = spaced(self.steps, SAMPLED)
-        made = samples(self.folder, steps, PROMPTS, max_new_tokens=NEW_TOKENS, seed=self.config.seed)
+        made = samples(
+            self.folder, steps, PROMPTS, max_new_tokens=NEW_TOKENS, seed=self.config.seed
+        )
         write_json(self.folder / "samples" / "samples.json", made)
         last = [sample for sample in made if sample["step"] == steps[-1]]
         self.say("\n".join(f"--- step {s['step']} ---\n{s['prompt']}{s['text']}" for s in last))
@@ -160,7 +178,9 @@ class Demo:
             for quantization in QUANTIZATIONS:
                 exports += export(self.folder, to="ct2", quantization=quantization, force=True)
         else:
-            self.say("  ctranslate2 is not installed, so int8 is left out: pip install 'castalia[ct2]' brings it")
+            self.say(
+                "  ctranslate2 is not installed, so int8 is left out: pip install 'castalia[ct2]' brings it"
+            )
         for done in exports:
             self.say(f"  {done.folder}  {done.bytes / 1e6:.1f} MB")
         self.record["exports"] = {f"{done.to} {done.numbers}": done.folder for done in exports}
@@ -172,7 +192,9 @@ class Demo:
         voices = [own_voice(self.folder, folders["hf fp32"] / "model.safetensors")]
         for quantization in QUANTIZATIONS if has_ctranslate2() else ():
             folder = folders[f"ct2 {quantization}"]
-            voices.append(ct2_voice(folder, tokenizer, f"CTranslate2 {quantization}", torch.get_num_threads()))
+            voices.append(
+                ct2_voice(folder, tokenizer, f"CTranslate2 {quantization}", torch.get_num_threads())
+            )
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         texts = held_out_texts(self.corpus.prefixes("valid"), self.config.data.seq_length, count=2)
         found = compare(voices, prompts, texts, max_new_tokens=NEW_TOKENS)
@@ -187,14 +209,23 @@ class Demo:
         self.say(f"  {write_report(self.folder)}")
 
 
-def run_demo(overrides: Sequence[str], output: str, command: Sequence[str], say: Callable[[str], None] = print) -> Path:
+def run_demo(
+    overrides: Sequence[str],
+    output: str,
+    command: Sequence[str],
+    say: Callable[[str], None] = print,
+) -> Path:
     """Run the demo in the folder `output`, or go on with it, or say that it is done; returns the report's path.
 
     Raises  ConfigError if the overrides are wrong or name other data; what a stage raises.
     """
-    resolved = resolve(["demo", f"output={output}", *overrides, *choose_precision(output, overrides, say)])
+    resolved = resolve(
+        ["demo", f"output={output}", *overrides, *choose_precision(output, overrides, say)]
+    )
     if resolved.config.data.train or resolved.config.data.corpus is None:
-        raise ConfigError("the demo trains on the corpus that it builds; for your own text use castalia train")
+        raise ConfigError(
+            "the demo trains on the corpus that it builds; for your own text use castalia train"
+        )
     demo = Demo(resolved, command, say)
     report = demo.folder / "report.html"
     if demo.is_done():
@@ -217,16 +248,22 @@ def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
     return dict(zip(record.sources, columns, strict=True))
 
 
-def choose_precision(output: str, overrides: Sequence[str], say: Callable[[str], None]) -> list[str]:
+def choose_precision(
+    output: str, overrides: Sequence[str], say: Callable[[str], None]
+) -> list[str]:
     """The override `precision=`: that of the run in the folder, or bf16 where it is faster; none if one is given."""
     if any(text.startswith("precision=") for text in overrides):
         return []
-    path = Path(next((t.partition("=")[2] for t in reversed(overrides) if t.startswith("output=")), output))
+    path = Path(
+        next((t.partition("=")[2] for t in reversed(overrides) if t.startswith("output=")), output)
+    )
     if (path / "config.yaml").is_file():
         return [f"precision={read_yaml(path / 'config.yaml').get('precision', 'fp32')}"]
     ratio = bf16_speed()
     chosen = "bf16" if ratio >= FASTER else "fp32"
-    say(f"precision: {chosen} (matrix products in bf16 take {1 / ratio:.2f} times as long as in fp32 here)")
+    say(
+        f"precision: {chosen} (matrix products in bf16 take {1 / ratio:.2f} times as long as in fp32 here)"
+    )
     return [f"precision={chosen}"]
 
 
@@ -239,7 +276,10 @@ def bf16_speed() -> float:
 
 def product_seconds(dtype: torch.dtype, device: str) -> float:
     """Best of a few times of one (2048, 256) x (256, 1024) product."""
-    left, right = torch.ones(2048, 256, dtype=dtype, device=device), torch.ones(256, 1024, dtype=dtype, device=device)
+    left, right = (
+        torch.ones(2048, 256, dtype=dtype, device=device),
+        torch.ones(256, 1024, dtype=dtype, device=device),
+    )
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()

@@ -16,7 +16,9 @@ LEAD = (
 )
 
 
-def summarize(config: RunConfig, record: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(
+    config: RunConfig, record: Mapping[str, Any], corpus: Mapping[str, Any]
+) -> dict[str, Any]:
     """Everything that the report shows besides the curves and samples: title, lead, tiles, tables."""
     total, _ = parameter_counts(config.model)
     speed = record["training"]["tokens_per_second"]
@@ -29,7 +31,12 @@ def summarize(config: RunConfig, record: Mapping[str, Any], corpus: Mapping[str,
         "tokens/s": quantity(speed) if speed else "n/a",
         f"bits per byte, from {first:.2f}": f"{last:.2f}",
     }
-    tables = [sources_table(record, corpus), speech_table(record), texts_table(record), facts_table(config, record)]
+    tables = [
+        sources_table(record, corpus),
+        speech_table(record),
+        texts_table(record),
+        facts_table(config, record),
+    ]
     return {"title": "The Castalia demo", "lead": LEAD, "tiles": tiles, "tables": tables}
 
 
@@ -109,11 +116,19 @@ def texts_table(record: Mapping[str, Any]) -> dict[str, Any]:
 def facts_table(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
     """Shape, batch, data and where the time went."""
     total, inner = parameter_counts(config.model)
-    model, names = config.model, {"build": "corpus", "evaluate": "bits per byte", "sample": "samples"}
-    stages = ", ".join(f"{names.get(name, name)} {duration(s)}" for name, s in record["stages"].items())
+    model, names = (
+        config.model,
+        {"build": "corpus", "evaluate": "bits per byte", "sample": "samples"},
+    )
+    stages = ", ".join(
+        f"{names.get(name, name)} {duration(s)}" for name, s in record["stages"].items()
+    )
     rows = [
         ["parameters", f"{total:,}, of which {inner:,} are not embeddings"],
-        ["shape", f"{model.num_layers} layers, width {model.hidden_size}, {model.num_attention_heads} heads"],
+        [
+            "shape",
+            f"{model.num_layers} layers, width {model.hidden_size}, {model.num_attention_heads} heads",
+        ],
         ["vocabulary", f"{model.vocab_size:,} tokens"],
         ["batch", f"{config.train.batch_size} rows of {config.data.seq_length} tokens"],
         ["precision", config.precision],
@@ -132,7 +147,9 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     table.add_section()
     for row in sources["rows"]:
         name = row[0].partition(":")[0]
-        table.add_row(f"bits per byte, {name}", f"{row[5]} → {row[6]}   (zlib {row[7]}), share {row[4]}")
+        table.add_row(
+            f"bits per byte, {name}", f"{row[5]} → {row[6]}   (zlib {row[7]}), share {row[4]}"
+        )
     table.add_section()
     for name, speed, size, bits, same in speech["rows"]:
         table.add_row(name, f"{speed} tokens/s, {size}, {bits} bits per token, same text {same}")

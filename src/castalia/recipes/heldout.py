@@ -106,8 +106,14 @@ def choose_held_out(documents: Sequence[Document], shared: Sequence[float]) -> s
 
     Stops at HELD_OUT of the bytes and FEWEST documents, and never takes more than a fifth of the documents.
     """
-    sizes = {document.name: len(document.text.encode("utf-8", "surrogatepass")) for document in documents}
-    able = [d for d, part in zip(documents, shared, strict=True) if part <= SHARED and sizes[d.name] <= LARGEST]
+    sizes = {
+        document.name: len(document.text.encode("utf-8", "surrogatepass")) for document in documents
+    }
+    able = [
+        d
+        for d, part in zip(documents, shared, strict=True)
+        if part <= SHARED and sizes[d.name] <= LARGEST
+    ]
     able.sort(key=lambda document: fingerprint(document.text))
     chosen: set[str] = set()
     budget = HELD_OUT * sum(sizes.values())

@@ -71,7 +71,9 @@ def resolve(sources: Iterable[str], world: int | None = None) -> Resolved:
         raise ConfigError("; ".join(found.problems))
     own, neox = read_files(found.files)
     name = found.presets[0] if found.presets else own.get("recipe")
-    reading = read_neox(neox, world=world or world_size(), complete=name is None) if neox else Reading()
+    reading = (
+        read_neox(neox, world=world or world_size(), complete=name is None) if neox else Reading()
+    )
     base = preset(name) if name is not None else {"output": f"runs/{found.files[0].stem}"}
     files = merge(merge(base, reading.values), own)
     values, notes = fit_micro_batch(files, found.overrides)
@@ -80,7 +82,9 @@ def resolve(sources: Iterable[str], world: int | None = None) -> Resolved:
     notes += [item.text for item in reading.notes if not settled(item.key, found.overrides)]
     started = files if name is None else base
     changes = differences(started, config)
-    return Resolved(config, name or label, changes, notes + remarks(config, neox, changes), reading.ignored)
+    return Resolved(
+        config, name or label, changes, notes + remarks(config, neox, changes), reading.ignored
+    )
 
 
 def read_files(paths: list[Path]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -109,7 +113,9 @@ def settled(key: str, overrides: list[str]) -> bool:
     return bool(key) and key in {text.partition("=")[0] for text in overrides}
 
 
-def checked(values: dict[str, Any], reading: Reading, overrides: list[str], label: str) -> RunConfig:
+def checked(
+    values: dict[str, Any], reading: Reading, overrides: list[str], label: str
+) -> RunConfig:
     """The config, or one error with the problems of the GPT-NeoX files, the values and the overrides."""
     config, problems = check(RunConfig, values)
     lines = [item.text for item in reading.problems if not settled(item.key, overrides)]
@@ -136,7 +142,12 @@ def remarks(config: RunConfig, neox: dict[str, Any], changes: dict[str, Any]) ->
     """Notes on the config as a whole."""
     out = []
     twin = same_shape(config.model)
-    if neox and twin and config.train.batch_size != PYTHIA_BATCH and "train.batch_size" not in changes:
+    if (
+        neox
+        and twin
+        and config.train.batch_size != PYTHIA_BATCH
+        and "train.batch_size" not in changes
+    ):
         out.append(
             f"the model has the shape of {twin}, whose published run took {PYTHIA_BATCH} rows a step:"
             f" train.batch_size={PYTHIA_BATCH}"
@@ -164,23 +175,31 @@ def sort_sources(sources: list[str]) -> Sources:
         else:
             out.problems.append(unknown_source(source))
     if len(out.presets) > 1:
-        out.problems.append(f"one preset makes a config, got {len(out.presets)}: {', '.join(out.presets)}")
+        out.problems.append(
+            f"one preset makes a config, got {len(out.presets)}: {', '.join(out.presets)}"
+        )
     if not out.presets and not out.files and not out.problems:
-        out.problems.append(f"name a preset or a YAML file first; presets: {', '.join(preset_names())}")
+        out.problems.append(
+            f"name a preset or a YAML file first; presets: {', '.join(preset_names())}"
+        )
     return out
 
 
 def find_file(source: str) -> Path | None:
     """The file that `source` names, with or without its suffix .yml or .yaml."""
     # os.path, for a long list of words is no file name, and Path.is_file says so with an OSError
-    return next((Path(source + end) for end in ("", ".yml", ".yaml") if os.path.isfile(source + end)), None)
+    return next(
+        (Path(source + end) for end in ("", ".yml", ".yaml") if os.path.isfile(source + end)), None
+    )
 
 
 def unknown_source(source: str) -> str:
     """Why `source` cannot be used, with the nearest preset and the list of them."""
     path = Path(source)
     if os.path.isdir(source):
-        return f"{source} is a folder; name the config file in it, for instance {path / 'config.yaml'}"
+        return (
+            f"{source} is a folder; name the config file in it, for instance {path / 'config.yaml'}"
+        )
     if path.suffix in (".yml", ".yaml", ".json") or "/" in source:
         hint = f"; the preset {path.stem!r} exists" if path.stem in PRESETS else ""
         return f"no config file {source}{hint}"
@@ -190,12 +209,18 @@ def unknown_source(source: str) -> str:
     return f"no preset or config file {source!r}{hint} Presets: {', '.join(preset_names())}"
 
 
-def fit_micro_batch(values: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+def fit_micro_batch(
+    values: dict[str, Any], overrides: list[str]
+) -> tuple[dict[str, Any], list[str]]:
     """Shrink a micro-batch that only the recipe chose when an override of the batch no longer divides by it."""
     asked = {text.partition("=")[0] for text in overrides}
     train = values.get("train")
     micro = train.get("micro_batch_size") if isinstance(train, dict) else None
-    if "train.batch_size" not in asked or "train.micro_batch_size" in asked or not isinstance(micro, int):
+    if (
+        "train.batch_size" not in asked
+        or "train.micro_batch_size" in asked
+        or not isinstance(micro, int)
+    ):
         return values, []
     rows = apply_overrides(values, overrides)["train"]["batch_size"]
     if not isinstance(rows, int) or rows < 1 or rows % micro == 0:

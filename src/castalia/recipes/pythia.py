@@ -50,7 +50,9 @@ SIZES = {
 
 def model(size: Size) -> dict[str, Any]:
     """Values of `model.*`."""
-    init, out = ("normal", "scaled_normal") if size.neox_default_init else ("small_init", "wang_init")
+    init, out = (
+        ("normal", "scaled_normal") if size.neox_default_init else ("small_init", "wang_init")
+    )
     return {
         "num_layers": size.num_layers,
         "hidden_size": size.hidden_size,
@@ -85,7 +87,13 @@ def pythia(name: str) -> dict[str, Any]:
             "recompute": size.recompute,
             "log_every": 10,
         },
-        "optim": {"lr": size.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0},
+        "optim": {
+            "lr": size.lr,
+            "betas": [0.9, 0.95],
+            "eps": 1e-8,
+            "weight_decay": 0.1,
+            "clip": 1.0,
+        },
         "schedule": {
             "name": "cosine_neox_v1",
             "warmup": 0.01,
@@ -111,7 +119,11 @@ def same_shape(config: ModelConfig) -> str | None:
 
 def known_mistakes(values: Any) -> list[str]:
     """What to do about model values that a published file has by mistake."""
-    shape = [values.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")] if values else []
+    shape = (
+        [values.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")]
+        if values
+        else []
+    )
     if shape != [40, 5120, 36]:
         return []
     return [

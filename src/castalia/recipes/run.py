@@ -35,7 +35,9 @@ def run(resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook] = ()) 
         world.close()
 
 
-def run_in(world: World, resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook]) -> Trainer:
+def run_in(
+    world: World, resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook]
+) -> Trainer:
     """The run, once the processes have met."""
     if world.leads:
         check_run_folder(resolved.config)
@@ -43,7 +45,9 @@ def run_in(world: World, resolved: Resolved, command: Sequence[str], hooks: Sequ
         return run_alone(world, resolved, command, hooks)
 
 
-def run_alone(world: World, resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook]) -> Trainer:
+def run_alone(
+    world: World, resolved: Resolved, command: Sequence[str], hooks: Sequence[Hook]
+) -> Trainer:
     """The run, in a folder that no other job writes to."""
     config = with_corpus(resolved.config, world)
     trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
@@ -74,7 +78,9 @@ def with_corpus(config: RunConfig, world: World) -> RunConfig:
 def save_line(trainer: Trainer) -> str:
     """What the checkpoints of this start cost."""
     store = trainer.store
-    seconds = f"training waited {store.stalled:.2f} s for them, writing took {sum(store.written):.2f} s"
+    seconds = (
+        f"training waited {store.stalled:.2f} s for them, writing took {sum(store.written):.2f} s"
+    )
     return f"checkpoints: {len(store.written)} saved; {seconds}"
 
 

@@ -33,8 +33,12 @@ def samples(
     made = []
     for step in steps:
         speaker = load(run / str(step))
-        texts = speaker.generate(list(prompts), max_new_tokens, temperature=0.7, top_k=50, seed=seed)
-        made += [{"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        texts = speaker.generate(
+            list(prompts), max_new_tokens, temperature=0.7, top_k=50, seed=seed
+        )
+        made += [
+            {"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)
+        ]
     return made
 
 
@@ -64,7 +68,9 @@ def compare(
              same (share of its tokens that are the first voice's, up to the first difference in each prompt).
     """
     best = [math.inf] * len(voices)
-    made: list[list[Ids]] = [voice.generate(prompts, max_new_tokens) for voice in voices]  # also warms them up
+    made: list[list[Ids]] = [
+        voice.generate(prompts, max_new_tokens) for voice in voices
+    ]  # also warms them up
     for _ in range(ROUNDS):
         for i, voice in enumerate(voices):
             best[i] = min(best[i], seconds_of(voice, prompts, max_new_tokens))

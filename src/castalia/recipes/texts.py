@@ -13,12 +13,39 @@ LARGEST_DOCUMENT = 128 * 1024
 """Longer files are tables or generated code more often than writing; bytes."""
 SMALLEST_DOCUMENT = 200
 """Shorter files say nothing; bytes."""
-NOT_CODE = {"site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3", "ensurepip", "pydoc_data"}
+NOT_CODE = {
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "encodings",
+    "lib2to3",
+    "ensurepip",
+    "pydoc_data",
+}
 """Folders of the standard library left out: other people's packages, tables, and what is a source of its own."""
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-FEW = ("asyncio", "collections", "concurrent", "email", "html", "http", "importlib", "json", "logging", "urllib")
+FEW = (
+    "asyncio",
+    "collections",
+    "concurrent",
+    "email",
+    "html",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "urllib",
+)
 """Packages of the standard library that stand for it in the tiny corpus."""
-TALKATIVE = ("torch/nn", "torch/optim", "torch/utils", "torch/distributions", "numpy/lib", "numpy/linalg", "pydantic")
+TALKATIVE = (
+    "torch/nn",
+    "torch/optim",
+    "torch/utils",
+    "torch/distributions",
+    "numpy/lib",
+    "numpy/linalg",
+    "pydantic",
+)
 """Folders of required packages whose docstrings explain themselves in prose."""
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
@@ -69,7 +96,9 @@ def few_modules() -> list[Document]:
     """Some packages of the standard library, quick to read."""
     folder = standard_library()
     files = [
-        ("/".join((name, inner)), path) for name in FEW for inner, path in python_files(folder / name, tests=False)
+        ("/".join((name, inner)), path)
+        for name in FEW
+        for inner, path in python_files(folder / name, tests=False)
     ]
     return read_documents(files)
 
@@ -85,13 +114,19 @@ def language_reference() -> list[Document]:
         from pydoc_data.topics import topics
     except ImportError:
         return []
-    return [Document(name, topics[name]) for name in sorted(topics) if len(topics[name]) >= SMALLEST_DOCUMENT]
+    return [
+        Document(name, topics[name])
+        for name in sorted(topics)
+        if len(topics[name]) >= SMALLEST_DOCUMENT
+    ]
 
 
 def packages() -> list[importlib.metadata.Distribution]:
     """Installed packages by name, once each, without Castalia itself, whose texts change as it is written."""
     found = {
-        dist.metadata["Name"].lower(): dist for dist in importlib.metadata.distributions() if dist.metadata["Name"]
+        dist.metadata["Name"].lower(): dist
+        for dist in importlib.metadata.distributions()
+        if dist.metadata["Name"]
     }
     return [found[name] for name in sorted(found) if name != "castalia"]
 
@@ -102,7 +137,9 @@ def package_readmes() -> list[Document]:
     return [
         Document(name, text)
         for name, text in texts
-        if isinstance(text, str) and SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT and "\ufffd" not in text
+        if isinstance(text, str)
+        and SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT
+        and "\ufffd" not in text
     ]
 
 
@@ -110,7 +147,9 @@ def licence_files(dist: importlib.metadata.Distribution) -> Iterator[tuple[str, 
     """Licence files in the metadata folder of one package."""
     for file in dist.files or []:
         folder = file.parts[0]
-        if folder.endswith((".dist-info", ".egg-info")) and file.name.upper().startswith(LICENCE_NAMES):
+        if folder.endswith((".dist-info", ".egg-info")) and file.name.upper().startswith(
+            LICENCE_NAMES
+        ):
             yield str(file), Path(str(dist.locate_file(file)))
 
 

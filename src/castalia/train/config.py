@@ -2,7 +2,14 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.config.base import Config
@@ -136,14 +143,18 @@ class RunConfig(Config):
         """Rules that span rooms; all broken ones come out together."""
         problems = []
         if "://" in self.output:
-            problems.append(f"output {self.output} is an address; a run goes to a folder on a disk, mount it there")
+            problems.append(
+                f"output {self.output} is an address; a run goes to a folder on a disk, mount it there"
+            )
         if self.data.seq_length > self.model.max_position_embeddings:
             problems.append(
                 f"data.seq_length {self.data.seq_length} is longer than"
                 f" model.max_position_embeddings {self.model.max_position_embeddings}"
             )
         if self.schedule.min_lr > self.optim.lr:
-            problems.append(f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}")
+            problems.append(
+                f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}"
+            )
         problems += mixing_problems(self)
         problems += stage_problems(self.parallel, self.model, self.train.compile)
         micro = self.train.micro_batch_size
@@ -152,7 +163,9 @@ class RunConfig(Config):
                 f"train.batch_size {self.train.batch_size} does not divide into train.micro_batch_size {micro} rows"
             )
         if self.parallel.uneven and self.parallel.pp > 1:
-            problems.append("parallel.uneven=true: a pipeline needs equal micro-batches; set it to false")
+            problems.append(
+                "parallel.uneven=true: a pipeline needs equal micro-batches; set it to false"
+            )
         problems += layout_problems(self.model, self.data.seq_length, self.parallel)
         if problems:
             raise ValueError("; ".join(problems))
@@ -169,9 +182,15 @@ def mixing_problems(config: RunConfig) -> list[str]:
     mixing, out = config.mixing, []
     if idle := mixing.idle():
         names = ", ".join(f"mixing.{name}" for name in idle)
-        out.append(f"{names}: without effect on GPT-NeoX's blend; set mixing.planned=true or another mixing.kind")
+        out.append(
+            f"{names}: without effect on GPT-NeoX's blend; set mixing.planned=true or another mixing.kind"
+        )
     if "val_loss" in MIXERS[mixing.kind].needs and config.train.eval_every is None:
-        out.append(f"mixing.kind {mixing.kind} learns from held-out losses: set train.eval_every and data.valid")
+        out.append(
+            f"mixing.kind {mixing.kind} learns from held-out losses: set train.eval_every and data.valid"
+        )
     if mixing.kind == "doremi" and mixing.reference is None:
-        out.append("mixing.kind doremi needs mixing.reference, the losses of a reference model by source")
+        out.append(
+            "mixing.kind doremi needs mixing.reference, the losses of a reference model by source"
+        )
     return out

@@ -26,7 +26,12 @@ from typing import NamedTuple
 from castalia.checkpoint.policy import SavePolicy
 from castalia.distributed import Degrees, world_size
 from castalia.models.config import ModelConfig
-from castalia.models.flops import ParameterCounts, flops_per_token, matmul_parameters, parameter_counts
+from castalia.models.flops import (
+    ParameterCounts,
+    flops_per_token,
+    matmul_parameters,
+    parameter_counts,
+)
 from castalia.models.pieces import KEEP, QUERIES, kind_of, logits_rows
 from castalia.train.config import RunConfig
 
@@ -74,7 +79,9 @@ class Estimate(NamedTuple):
     disk: Disk
 
 
-def estimate(config: RunConfig, processes: int | None = None, device: str | None = None) -> Estimate:
+def estimate(
+    config: RunConfig, processes: int | None = None, device: str | None = None
+) -> Estimate:
     """Estimate a run on `processes` processes (None: those of the environment) on `cpu` or `cuda`."""
     processes = processes or world_size()
     device = device or device_of(config)
@@ -149,22 +156,33 @@ def memory_of(config: RunConfig, degrees: Degrees, device: str, rows: int) -> Me
     block = tokens * block_bytes(model, config.data.seq_length, size, device, degrees.tp)
     gathered = 2 if config.parallel.reshard_after_forward else weights.layers
     together = weights.root + gathered * weights.block
-    common = {"weights": own + copies, "optimizer": 2 * own, "gathered": together if degrees.size > 1 else 0}
+    common = {
+        "weights": own + copies,
+        "optimizer": 2 * own,
+        "gathered": together if degrees.size > 1 else 0,
+    }
     at_head = Memory(
         **common,
         gradients=head + (own if steps > 1 else 0),
-        activations=activation_bytes(config, degrees, tokens, size, block) * min(degrees.pp, max(1, steps)),
-        logits=vocabulary * size * min(tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)),
+        activations=activation_bytes(config, degrees, tokens, size, block)
+        * min(degrees.pp, max(1, steps)),
+        logits=vocabulary
+        * size
+        * min(tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)),
     )
     whole = weights.root if degrees.size > 1 else 0
     at_end = Memory(**common, gradients=own + whole, activations=2 * block, logits=0)
     return max(at_head, at_end, key=lambda memory: memory.total)
 
 
-def activation_bytes(config: RunConfig, degrees: Degrees, tokens: int, size: int, block: int) -> int:
+def activation_bytes(
+    config: RunConfig, degrees: Degrees, tokens: int, size: int, block: int
+) -> int:
     """What the forward pass leaves for the backward: `tokens` of this process, blocks of `block` bytes."""
     width, ffn, tp = config.model.hidden_size, config.model.ffn_size, degrees.tp
-    ends = tokens * width * (4 + tp * (4 + size))  # input of the final norm, hidden states, their gradient
+    ends = (
+        tokens * width * (4 + tp * (4 + size))
+    )  # input of the final norm, hidden states, their gradient
     again = size * tokens * (2 * tp * width + ffn)
     kept = {"": block, "full": 4 * tokens * width, "selective": block - again}
     layers = range(-(-config.model.num_layers // degrees.pp))

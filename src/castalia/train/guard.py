@@ -59,7 +59,9 @@ class Guard:
         self.skips: dict[int, str] = dict.fromkeys(config.skip_steps, "asked")
         self.returns: list[int] = []
         self.in_a_row = 0
-        self.seen: dict[str, deque[float]] = {name: deque(maxlen=config.spike_window) for name in ("loss", "grad_norm")}
+        self.seen: dict[str, deque[float]] = {
+            name: deque(maxlen=config.spike_window) for name in ("loss", "grad_norm")
+        }
 
     def look(self, loss: float, norm: float, scaled: bool) -> Verdict:
         """What this process sees: loss in nats a target, norm of the gradient, whether the loss was scaled (fp16).
@@ -74,7 +76,9 @@ class Guard:
             return Verdict.GOOD
         values = {"loss": loss, "grad_norm": norm}
         return (
-            Verdict.SPIKE if any(self.is_spike(name, values[name]) for name in self.config.spike_of) else Verdict.GOOD
+            Verdict.SPIKE
+            if any(self.is_spike(name, values[name]) for name in self.config.spike_of)
+            else Verdict.GOOD
         )
 
     def is_spike(self, name: str, value: float) -> bool:
@@ -85,7 +89,12 @@ class Guard:
         return value > statistics.fmean(seen) + self.config.spike_sigma * statistics.stdev(seen)
 
     def answer(
-        self, trainer: "Trainer", verdict: Verdict, totals: "StepTotals", norm: float, micro_batches: "Sequence[Batch]"
+        self,
+        trainer: "Trainer",
+        verdict: Verdict,
+        totals: "StepTotals",
+        norm: float,
+        micro_batches: "Sequence[Batch]",
     ) -> Action:
         """What to do about the step that was just computed; anything but an update is told and written down.
 
@@ -93,7 +102,9 @@ class Guard:
         """
         if verdict is Verdict.OVERFLOW:
             return Action.OVERFLOW
-        policy = {Verdict.NAN: self.config.nan, Verdict.SPIKE: self.config.spike}.get(verdict, "ignore")
+        policy = {Verdict.NAN: self.config.nan, Verdict.SPIKE: self.config.spike}.get(
+            verdict, "ignore"
+        )
         if policy != "ignore":
             rows = trainer.world.union(int(row) for batch in micro_batches for row in batch.index)
             kind = verdict.name.lower()
@@ -136,7 +147,9 @@ class Guard:
         """Take over what events.jsonl says was decided after the checkpoint that the run continues from."""
         events = read_events(trainer.config.output) if trainer.world.leads else []
         for why in ("nan", "spike"):
-            mine = (step for event in events if event["event"] == why for step in event.get("skips", ()))
+            mine = (
+                step for event in events if event["event"] == why for step in event.get("skips", ())
+            )
             self.skips = dict.fromkeys(trainer.world.union(mine), why) | self.skips
         if len(told := [event["to"] for event in events if "to" in event]) > len(self.returns):
             self.returns = told
@@ -145,7 +158,9 @@ class Guard:
 class Event:
     """One decision about one step: told on the screen, and a line of events.jsonl."""
 
-    def __init__(self, trainer: "Trainer", kind: str, policy: str, loss: float, norm: float, rows: list[int]) -> None:
+    def __init__(
+        self, trainer: "Trainer", kind: str, policy: str, loss: float, norm: float, rows: list[int]
+    ) -> None:
         self.trainer, self.policy, self.step = trainer, policy, trainer.progress.step + 1
         what = in_words(kind, loss, norm)
         self.where = f"{what} at step {self.step} (rows {ranges(rows)} of the data order)"
@@ -168,7 +183,11 @@ class Event:
             self.record["skips"] = [self.step]
             self.trainer.guard.skips[self.step] = self.record["event"]
         self.write()
-        self.say({"skip": "left out", "warn": "the update is made all the same"}.get(self.policy, "going back"))
+        self.say(
+            {"skip": "left out", "warn": "the update is made all the same"}.get(
+                self.policy, "going back"
+            )
+        )
 
     def plan_rollback(self) -> None:
         """Which checkpoint the run goes back to, and which steps it then leaves out.
@@ -177,7 +196,9 @@ class Event:
         """
         trainer, guard = self.trainer, self.trainer.guard
         # A later one was passed over as damaged when the run began.
-        saved = trainer.world.agree(max((step for step in trainer.store.steps() if step < self.step), default=-1))
+        saved = trainer.world.agree(
+            max((step for step in trainer.store.steps() if step < self.step), default=-1)
+        )
         often = trainer.world.agree(len(guard.returns))
         if saved < 0 or often >= guard.config.max_rollbacks:
             self.write()
@@ -196,8 +217,16 @@ class Event:
     def reason_to_stop(self) -> str:
         """The sentence that ends the run."""
         saved = self.trainer.store.latest()
-        good = f"the last good checkpoint is step {saved}" if saved is not None else "no checkpoint was saved yet"
-        lower = "use precision=bf16 or lower optim.lr" if self.trainer.scale.enabled else "lower optim.lr"
+        good = (
+            f"the last good checkpoint is step {saved}"
+            if saved is not None
+            else "no checkpoint was saved yet"
+        )
+        lower = (
+            "use precision=bf16 or lower optim.lr"
+            if self.trainer.scale.enabled
+            else "lower optim.lr"
+        )
         return (
             f"{self.where}; nothing was updated, {good}; look at these rows, leave them out with"
             f" guard.skip_steps=[{self.step}], or {lower}"
@@ -243,7 +272,11 @@ def in_words(kind: str, loss: float, norm: float) -> str:
         return f"spike: loss {loss:.4f}, gradient norm {norm:.3g},"
     if not math.isfinite(loss):
         return f"loss {loss}"
-    return f"gradient norm {norm}" if not math.isfinite(norm) else "a number that is not finite on another process"
+    return (
+        f"gradient norm {norm}"
+        if not math.isfinite(norm)
+        else "a number that is not finite on another process"
+    )
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -83,7 +83,11 @@ class StepLine(Hook):
 
     def start(self, trainer: "Trainer") -> None:
         """Begin to count time and tokens."""
-        self.since, self.step, self.tokens = time.perf_counter(), trainer.progress.step, trainer.progress.tokens
+        self.since, self.step, self.tokens = (
+            time.perf_counter(),
+            trainer.progress.step,
+            trainer.progress.tokens,
+        )
         self.data = trainer.clock.data
         self.weights = trainer.mixture.planner.mixer.prior if trainer.mixture else None
         self.flops = flops_per_token(trainer.config.model, trainer.config.data.seq_length)
@@ -97,7 +101,9 @@ class StepLine(Hook):
     def after_step(self, trainer: "Trainer") -> None:
         """Print, when it is time to."""
         step, last = trainer.progress.step, trainer.config.train.steps
-        if trainer.world.leads and (step % trainer.config.train.log_every == 0 or step in (1, last)):
+        if trainer.world.leads and (
+            step % trainer.config.train.log_every == 0 or step in (1, last)
+        ):
             print(self.line(trainer), flush=True)
 
     def line(self, trainer: "Trainer") -> str:
@@ -105,10 +111,19 @@ class StepLine(Hook):
         now, progress, metrics = time.perf_counter(), trainer.progress, trainer.metrics
         seconds = max(1e-9, now - self.since)
         speed = (progress.tokens - self.tokens) / seconds
-        left = (trainer.config.train.steps - progress.step) * seconds / max(1, progress.step - self.step)
+        left = (
+            (trainer.config.train.steps - progress.step)
+            * seconds
+            / max(1, progress.step - self.step)
+        )
         data_share = (trainer.clock.data - self.data) / seconds
         mfu = f"{speed * self.flops / self.peak:.1%}" if self.peak else "n/a"
-        self.since, self.step, self.tokens, self.data = now, progress.step, progress.tokens, trainer.clock.data
+        self.since, self.step, self.tokens, self.data = (
+            now,
+            progress.step,
+            progress.tokens,
+            trainer.clock.data,
+        )
         parts = [
             f"step {progress.step}/{trainer.config.train.steps}",
             f"{progress.step / trainer.config.train.steps:.1%}",
@@ -160,7 +175,9 @@ class Validate(Hook):
     def sums(self, trainer: "Trainer", rows: RowDataset) -> NDArray[np.float64]:
         """Loss and targets of each source over the first train.eval_batches batches of `rows`, (2, V)."""
         trainer.model.eval()
-        total = torch.zeros(len(trainer.rows.valid_sources), 2, dtype=torch.float64, device=trainer.world.device)
+        total = torch.zeros(
+            len(trainer.rows.valid_sources), 2, dtype=torch.float64, device=trainer.world.device
+        )
         batches = trainer.batches(rows, 0)
         for _ in range(trainer.config.train.eval_batches):
             trainer.beat("validation")
@@ -174,10 +191,13 @@ def bytes_per_token(rows: Rows) -> dict[str, float]:
     """UTF-8 bytes of text that a token of each validation file stands for, where `castalia prepare` wrote it down."""
     packs = rows.valid.packs if rows.valid is not None else []
     records = {
-        name: read_record(pack.dataset.prefix) or {} for name, pack in zip(rows.valid_sources, packs, strict=True)
+        name: read_record(pack.dataset.prefix) or {}
+        for name, pack in zip(rows.valid_sources, packs, strict=True)
     }
     return {
-        name: r["text_bytes"] / r["tokens"] for name, r in records.items() if r.get("text_bytes") and r.get("tokens")
+        name: r["text_bytes"] / r["tokens"]
+        for name, r in records.items()
+        if r.get("text_bytes") and r.get("tokens")
     }
 
 
@@ -238,7 +258,11 @@ class StopOnSignal(Hook):
 
         def ask(number: int, frame: FrameType | None) -> Any:
             trainer.stop_asked = True
-            print(f"castalia: {signal.Signals(number).name}: saving after this step", file=sys.stderr, flush=True)
+            print(
+                f"castalia: {signal.Signals(number).name}: saving after this step",
+                file=sys.stderr,
+                flush=True,
+            )
 
         self.before = {number: signal.signal(number, ask) for number in self.signals}
 

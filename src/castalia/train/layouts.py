@@ -13,7 +13,10 @@ def tensor_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfi
     """Heads, MLP width and vocabulary over parallel.tp processes."""
     tp, padding = parallel.tp, model.make_vocab_size_divisible_by
     sizes = {
-        "model.num_attention_heads": (model.num_attention_heads, "a head stays whole on one process"),
+        "model.num_attention_heads": (
+            model.num_attention_heads,
+            "a head stays whole on one process",
+        ),
         "model.intermediate_size": (model.ffn_size, "each process holds an equal part of the MLP"),
         "the padded vocabulary": (
             model.padded_vocab_size,
@@ -73,7 +76,8 @@ def micro_batch_problem(config: ParallelConfig, rows: int, micro: int) -> str | 
         count = rows // micro
         rounds = max(1, count // config.pp)
         return config.schedule == "gpipe" or (
-            count >= config.pp and (config.schedule in ("1f1b", "zero_bubble_v") or count % rounds == 0)
+            count >= config.pp
+            and (config.schedule in ("1f1b", "zero_bubble_v") or count % rounds == 0)
         )
 
     if config.pp == 1 or fits(micro):

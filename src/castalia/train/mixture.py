@@ -13,7 +13,15 @@ from castalia.core.errors import CheckpointError, ConfigError, TrainingError
 from castalia.data import Rows
 from castalia.data.loader import StepPlan
 from castalia.data.planned import Located, SourceRows
-from castalia.mixing import ExhaustionError, Plan, PlannedRows, Planner, Stats, make_mixer, read_mixture
+from castalia.mixing import (
+    ExhaustionError,
+    Plan,
+    PlannedRows,
+    Planner,
+    Stats,
+    make_mixer,
+    read_mixture,
+)
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.record import header_of
 from castalia.train.config import RunConfig
@@ -31,7 +39,9 @@ class Mixture:
     validation. A step that made no update tells the mixer nothing.
     """
 
-    def __init__(self, planner: Planner, config: MixingConfig, *, steps: int, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, planner: Planner, config: MixingConfig, *, steps: int, notes: Sequence[str] = ()
+    ) -> None:
         self.planner, self.config, self.steps = planner, config, steps
         self.notes = [*planner.mixer.notes(steps), *notes]
         """What a person should read before the run."""
@@ -61,7 +71,9 @@ class Mixture:
 
     def plan_ahead(self) -> None:
         """Plan every step of the run that the lag allows."""
-        while self.ended is None and self.planner.step < min(self.done + 1 + self.planner.lag, self.steps):
+        while self.ended is None and self.planner.step < min(
+            self.done + 1 + self.planner.lag, self.steps
+        ):
             try:
                 self.coming.append(self.planner.plan(self.planner.step + 1))
             except ExhaustionError as error:
@@ -97,7 +109,9 @@ class Mixture:
         self.taken -= 1
         sums = np.array(totals.per_source, np.float64)[: len(self.planner.sources)]
         sums = np.zeros_like(sums) if skipped else sums
-        self.stats = Stats(self.done, rounded(sums, self.config.grain), sums[:, 1], val_loss=self.held_out)
+        self.stats = Stats(
+            self.done, rounded(sums, self.config.grain), sums[:, 1], val_loss=self.held_out
+        )
         self.held_out = None
         self.planner.observe(self.stats)
 
@@ -110,17 +124,23 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs, as plain JSON values."""
         held_out = (
-            None if self.held_out is None else dict(zip(self.planner.sources, self.held_out.tolist(), strict=True))
+            None
+            if self.held_out is None
+            else dict(zip(self.planner.sources, self.held_out.tolist(), strict=True))
         )
         return {"planner": self.planner.state_dict(self.done), "held_out": held_out}
 
-    def load_state_dict(self, state: Mapping[str, Any] | None, *, allow_changed: bool = False) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any] | None, *, allow_changed: bool = False
+    ) -> None:
         """Go on from `state_dict()`, with the config's policies for sources that came or went.
 
         Raises  CheckpointError if the checkpoint is of a run without a planner, or does not fit this one.
         """
         if state is None:
-            raise CheckpointError("the checkpoint is of a run that no planner mixed; choose another output=")
+            raise CheckpointError(
+                "the checkpoint is of a run that no planner mixed; choose another output="
+            )
         policies = {"on_new": self.config.on_new, "on_removed": self.config.on_removed}
         self.planner.load_state_dict(state["planner"], **policies, allow_changed=allow_changed)
         self.done, self.ended, self.taken = self.planner.step, None, 0
@@ -128,7 +148,9 @@ class Mixture:
         saved = state["held_out"]
         self.held_out = None
         if saved is not None:
-            self.held_out = np.array([saved.get(name, np.nan) for name in self.planner.sources], np.float64)
+            self.held_out = np.array(
+                [saved.get(name, np.nan) for name in self.planner.sources], np.float64
+            )
 
 
 def located(plan: Plan) -> StepPlan:
@@ -178,7 +200,9 @@ def make_mixture(config: RunConfig, rows: Rows) -> Mixture | None:
         exhaustion=mixing.exhaustion,
         allow_empty=mixing.allow_empty,
     )
-    return Mixture(planner, mixing, steps=train.steps, notes=replay_notes(mixing, planner, train.steps))
+    return Mixture(
+        planner, mixing, steps=train.steps, notes=replay_notes(mixing, planner, train.steps)
+    )
 
 
 def replay_notes(mixing: MixingConfig, planner: Planner, steps: int) -> list[str]:
@@ -191,12 +215,20 @@ def replay_notes(mixing: MixingConfig, planner: Planner, steps: int) -> list[str
     record = read_mixture(mixing.record)
     last = record.steps[-1]
     if last < steps:
-        raise ConfigError(f"mixing.record {mixing.record} ends at step {last} of {steps}; set train.steps={last}")
+        raise ConfigError(
+            f"mixing.record {mixing.record} ends at step {last} of {steps}; set train.steps={last}"
+        )
     header = header_of(planner)
-    differ = [name for name in ("seed", "rows", "sizes", "exhaustion") if record.header[name] != header[name]]
+    differ = [
+        name
+        for name in ("seed", "rows", "sizes", "exhaustion")
+        if record.header[name] != header[name]
+    ]
     if not differ:
         return []
-    return [f"replay of {mixing.record}: other {', '.join(differ)} here, so its weights are repeated, but not its rows"]
+    return [
+        f"replay of {mixing.record}: other {', '.join(differ)} here, so its weights are repeated, but not its rows"
+    ]
 
 
 def movements(before: NDArray[np.float64], now: NDArray[np.float64], names: Sequence[str]) -> str:
@@ -204,7 +236,10 @@ def movements(before: NDArray[np.float64], now: NDArray[np.float64], names: Sequ
     change = 100 * (now - before)
     largest = np.argsort(-np.abs(change), kind="stable")[:MOVES]
     return (
-        " ".join(f"{names[i]} {now[i]:.1%} ({change[i]:+.1f})" for i in largest if abs(change[i]) >= SEEN) or "steady"
+        " ".join(
+            f"{names[i]} {now[i]:.1%} ({change[i]:+.1f})" for i in largest if abs(change[i]) >= SEEN
+        )
+        or "steady"
     )
 
 

@@ -25,7 +25,9 @@ class RecordMixture(Hook):
         path = Path(trainer.config.output) / "mixture.jsonl"
         self.watch = Watch(mixture.planner.sources, mixture.planner.mixer.prior)
         set_aside(path, mixture.planner.sources, mixture.done)
-        self.log = MixtureLog(path, mixture.planner, every=mixture.config.log_every, resume_step=mixture.done)
+        self.log = MixtureLog(
+            path, mixture.planner, every=mixture.config.log_every, resume_step=mixture.done
+        )
 
     def rolled_back(self, trainer: "Trainer") -> None:
         """Drop the steps that will run again."""

@@ -37,7 +37,11 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     Source  p -= lr * (m' / (sqrt(v') + eps) + wd * p), bias-corrected; Loshchilov and Hutter, arXiv:1711.05101.
     """
     optimizer = torch.optim.AdamW(
-        decay_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        decay_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
     )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -75,11 +79,15 @@ def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
     A number that several processes hold counts once, whatever the mesh: one sum of squares goes round. Parameters
     named in `without` do not count here: another stage of a pipeline counts them.
     """
-    gradients = [p.grad for name, p in model.named_parameters() if p.grad is not None and name not in without]
+    gradients = [
+        p.grad for name, p in model.named_parameters() if p.grad is not None and name not in without
+    ]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients)
     own = [
-        gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor) and holds_first_copy(gradient)
+        gradient.to_local()
+        for gradient in gradients
+        if isinstance(gradient, DTensor) and holds_first_copy(gradient)
     ]
     total = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
     for norm in torch._foreach_norm(own) if own else []:
@@ -91,10 +99,14 @@ def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
 def holds_first_copy(tensor: DTensor) -> bool:
     """Whether this process is at place 0 of every axis along which `tensor` is replicated."""
     places = (tensor.device_mesh.get_local_rank(axis) for axis in range(tensor.device_mesh.ndim))
-    return not any(place and kind.is_replicate() for place, kind in zip(places, tensor.placements, strict=True))
+    return not any(
+        place and kind.is_replicate() for place, kind in zip(places, tensor.placements, strict=True)
+    )
 
 
 def clip_gradients(model: nn.Module, norm: Tensor, limit: float | None) -> None:
     """Scale gradients by min(1, limit / (norm + 1e-6)), the formula of DeepSpeed and of torch alike."""
     if limit is not None and float(norm) + 1e-6 > limit:
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], limit / (float(norm) + 1e-6))
+        torch._foreach_mul_(
+            [p.grad for p in model.parameters() if p.grad is not None], limit / (float(norm) + 1e-6)
+        )

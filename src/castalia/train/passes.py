@@ -74,8 +74,16 @@ class Passes:
     reads = True
     """Whether this process needs rows."""
 
-    def __init__(self, model: Any, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat) -> None:
-        self.model, self.loss, self.sources, self.world, self.beat = model, loss, sources, world, beat
+    def __init__(
+        self, model: Any, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat
+    ) -> None:
+        self.model, self.loss, self.sources, self.world, self.beat = (
+            model,
+            loss,
+            sources,
+            world,
+            beat,
+        )
         self.precision, self.doing = config.precision, "forward and backward"
         self.counts = world.coordinate("cp") == 0
         """Whether this process counts rows and targets; of those that run the same rows, one does."""
@@ -133,11 +141,20 @@ class PipelinedPasses(Passes):
     the schedule is given <hidden, gradient> to differentiate, which leads on from there whenever it chooses.
     """
 
-    def __init__(self, model: Stages, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat) -> None:
+    def __init__(
+        self, model: Stages, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat
+    ) -> None:
         super().__init__(model, loss, sources, config, world, beat)
         rows = config.train.batch_size // world.degrees.dp
-        micro, length = config.train.micro_batch_size or rows, config.data.seq_length // world.degrees.cp
-        places = torch.arange(length)[None] if world.sequence is None else world.sequence.positions(length)
+        micro, length = (
+            config.train.micro_batch_size or rows,
+            config.data.seq_length // world.degrees.cp,
+        )
+        places = (
+            torch.arange(length)[None]
+            if world.sequence is None
+            else world.sequence.positions(length)
+        )
         self.places = places.to(world.device).expand(rows, length)
         self.pipeline = Pipeline(
             model,
@@ -149,12 +166,19 @@ class PipelinedPasses(Passes):
             around=self.around,
         )
         # Where documents stand by themselves in a row, every stage needs their places.
-        self.reads = self.pipeline.is_first or self.pipeline.last is not None or config.data.document_mask is not None
+        self.reads = (
+            self.pipeline.is_first
+            or self.pipeline.last is not None
+            or config.data.document_mask is not None
+        )
         self.counts = self.counts and self.pipeline.last is not None
 
     def train(self, micro_batches: list[Batch], factor: float) -> Tally:
         """Forward and backward by the schedule; each process counts what its last stage gives."""
-        tally, batches = self.tally("forward and backward"), [self.own_part(batch) for batch in micro_batches]
+        tally, batches = (
+            self.tally("forward and backward"),
+            [self.own_part(batch) for batch in micro_batches],
+        )
 
         def finish(place: int, hidden: Tensor) -> Tensor:
             leaf = hidden.detach().requires_grad_()
@@ -174,7 +198,9 @@ class PipelinedPasses(Passes):
 
         def finish(place: int, hidden: Tensor) -> None:
             with self.around():
-                tally.add(self.loss(cast(Decoder, Finished(self.pipeline.last, hidden)), batches[place]))
+                tally.add(
+                    self.loss(cast(Decoder, Finished(self.pipeline.last, hidden)), batches[place])
+                )
 
         self.pipeline.run(*self.arguments(batches), finish)
         return tally
@@ -211,7 +237,9 @@ class Finished:
         return getattr(self.stage, name)
 
 
-def make_passes(model: Any, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat) -> Passes:
+def make_passes(
+    model: Any, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat
+) -> Passes:
     """The passes that fit the model's layout."""
     kind = PipelinedPasses if isinstance(model, Stages) else Passes
     return kind(model, loss, sources, config, world, beat)

@@ -113,7 +113,9 @@ def sent_bytes(config: RunConfig, degrees: Degrees, rows: int, steps: int) -> di
     weights, shards = weights_of(model, degrees), degrees.dp_shard * degrees.cp
     share = (shards - 1) / shards
     passes = 2 if config.parallel.reshard_after_forward else 1
-    micro = rows * config.data.seq_length // degrees.cp * model.hidden_size * size  # b T C of one micro-batch
+    micro = (
+        rows * config.data.seq_length // degrees.cp * model.hidden_size * size
+    )  # b T C of one micro-batch
     gathered = weights.root + passes * weights.block * weights.layers
     return {
         "fsdp": share * steps * (gathered + weights.all),
@@ -141,7 +143,9 @@ def propose(config: RunConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan
 
     Degrees are powers of two that divide the GPUs and the model; tp stays inside a node.
     """
-    plans = (plan(layout, nodes, gpus_per_node, gpu) for layout in layouts(config, nodes, gpus_per_node))
+    plans = (
+        plan(layout, nodes, gpus_per_node, gpu) for layout in layouts(config, nodes, gpus_per_node)
+    )
     return min((found for found in plans if found.fits), key=cost, default=None)
 
 
@@ -164,8 +168,12 @@ def layouts(config: RunConfig, nodes: int, gpus_per_node: int) -> Iterator[RunCo
             for rows in powers(config.train.batch_size // (copies * shards)):
                 for recompute, reshard in ((False, False), (False, True), (True, True)):
                     train = {"micro_batch_size": rows, "recompute": recompute}
-                    layout = changed(config, train=train, parallel=parallel | {"reshard_after_forward": reshard})
-                    if config.train.batch_size % (rows * copies * shards) == 0 and not problems(layout):
+                    layout = changed(
+                        config, train=train, parallel=parallel | {"reshard_after_forward": reshard}
+                    )
+                    if config.train.batch_size % (rows * copies * shards) == 0 and not problems(
+                        layout
+                    ):
                         yield layout
 
 
@@ -176,7 +184,9 @@ def problems(config: RunConfig) -> list[str]:
 
 def changed(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     """The config with some values of some sections replaced."""
-    update = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    update = {
+        name: getattr(config, name).model_copy(update=values) for name, values in sections.items()
+    }
     return config.model_copy(update=update)
 
 

@@ -68,7 +68,11 @@ class Clock:
 
 def rows_hash(batches: list[Batch]) -> int:
     """Sum over the rows, but those of padding, of the CRC-32 of their tokens as little-endian int64."""
-    rows = ((row, index) for batch in batches for row, index in zip(batch.tokens, batch.index.tolist(), strict=True))
+    rows = (
+        (row, index)
+        for batch in batches
+        for row, index in zip(batch.tokens, batch.index.tolist(), strict=True)
+    )
     return sum(zlib.crc32(row.numpy().tobytes()) for row, index in rows if index != PADDING)
 
 
@@ -82,4 +86,6 @@ def pack(loss: Tensor, tokens: int, rows: int, stop: bool, per_source: Tensor) -
 def unpack(vector: Tensor) -> StepTotals:
     """The totals out of the summed vector."""
     loss, tokens, rows, stop, *rest = vector.tolist()
-    return StepTotals(loss, int(tokens), int(rows), stop > 0, [rest[i : i + 2] for i in range(0, len(rest), 2)])
+    return StepTotals(
+        loss, int(tokens), int(rows), stop > 0, [rest[i : i + 2] for i in range(0, len(rest), 2)]
+    )

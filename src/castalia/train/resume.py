@@ -64,7 +64,11 @@ def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
 def own_tensors(trainer: "Trainer") -> dict[str, Tensor]:
     """Those of the checkpoint's tensors that this process has a part in saving: not a stage's copy of another's."""
     copies = tuple(f".{name}" for name in trainer.model.copies)
-    return {name: tensor for name, tensor in checkpoint_tensors(trainer).items() if not name.endswith(copies)}
+    return {
+        name: tensor
+        for name, tensor in checkpoint_tensors(trainer).items()
+        if not name.endswith(copies)
+    }
 
 
 def other_tensors(trainer: "Trainer") -> set[str]:
@@ -75,7 +79,9 @@ def other_tensors(trainer: "Trainer") -> set[str]:
         whole = Decoder(trainer.config.model)
     names = [name for name, _ in whole.named_parameters()]
     groups = ("model", *(f"optim.{moment}" for moment in MOMENTS))
-    return {f"{group}.{name}" for group in groups for name in names} - checkpoint_tensors(trainer).keys()
+    return {f"{group}.{name}" for group in groups for name in names} - checkpoint_tensors(
+        trainer
+    ).keys()
 
 
 def checkpoint_state(trainer: "Trainer") -> dict[str, Any]:
@@ -99,7 +105,9 @@ def checkpoint_files(config: RunConfig) -> dict[str, str]:
         try:
             files["tokenizer.json"] = load_tokenizer(config.data.tokenizer).text
         except DataError as error:
-            raise DataError(f"data.tokenizer: {error}; data.tokenizer=null trains without one") from None
+            raise DataError(
+                f"data.tokenizer: {error}; data.tokenizer=null trains without one"
+            ) from None
     return files
 
 
@@ -119,7 +127,9 @@ def resume(trainer: "Trainer", said: str = "resumed from") -> None:
     trainer.guard.load_state_dict(state.get("guard", {}))
     set_updates(trainer.optimizer, trainer.progress.updates)
     if trainer.mixture is not None:
-        trainer.mixture.load_state_dict(state.get("mixture"), allow_changed=trainer.config.data.allow_changed)
+        trainer.mixture.load_state_dict(
+            state.get("mixture"), allow_changed=trainer.config.data.allow_changed
+        )
     trainer.carried["load_seconds"] = round(time.perf_counter() - began, 4)
     if trainer.world.leads:
         seconds = trainer.carried["load_seconds"]
@@ -133,7 +143,9 @@ def require_same_data(saved: dict[str, Any], trainer: "Trainer") -> None:
         return
     text = "the data differ from those of the checkpoint: " + "; ".join(differences)
     if not trainer.config.data.allow_changed:
-        raise DataError(f"{text}; restore them, choose another output=, or go on with data.allow_changed=true")
+        raise DataError(
+            f"{text}; restore them, choose another output=, or go on with data.allow_changed=true"
+        )
     print(f"castalia: warning: {text} (data.allow_changed is true)", file=sys.stderr, flush=True)
 
 
@@ -148,7 +160,9 @@ def check_run_folder(config: RunConfig) -> None:
     if began and path.exists():
         require_same_run(config, path)
     elif began:
-        raise ConfigError(f"{folder} holds a run but no config.yaml; choose another output= or remove that folder")
+        raise ConfigError(
+            f"{folder} holds a run but no config.yaml; choose another output= or remove that folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

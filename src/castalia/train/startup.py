@@ -18,7 +18,9 @@ SHOWN = 40
 """Sources that the table names."""
 
 
-def print_start(trainer: "Trainer", changes: Mapping[str, tuple[Any, Any]], notes: Sequence[str] = ()) -> None:
+def print_start(
+    trainer: "Trainer", changes: Mapping[str, tuple[Any, Any]], notes: Sequence[str] = ()
+) -> None:
     """Print the start table, the notes, and what differs from the recipe."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in start_facts(trainer).items():
@@ -51,7 +53,9 @@ def start_facts(trainer: "Trainer") -> dict[str, str]:
     config, world = trainer.config, trainer.world
     cost = estimate(config, processes=world.size, device=world.device.type)
     steps, per_step = config.train.steps, config.tokens_per_step
-    disk = f"{quantity(cost.disk.bytes_each, 'B')} each, {quantity(cost.disk.bytes_total, 'B')} in all"
+    disk = (
+        f"{quantity(cost.disk.bytes_each, 'B')} each, {quantity(cost.disk.bytes_total, 'B')} in all"
+    )
     return {
         "run": config.output,
         "parameters": f"{cost.parameters.total:,} ({cost.parameters.non_embedding:,} non-embedding)",

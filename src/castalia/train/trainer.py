@@ -39,7 +39,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, world: World, *, hooks: Sequence[Hook] = (), loss: Loss | None = None
+        self,
+        config: RunConfig,
+        world: World,
+        *,
+        hooks: Sequence[Hook] = (),
+        loss: Loss | None = None,
     ) -> None:
         self.config, self.world = config, world
         train = config.train
@@ -68,7 +73,10 @@ class Trainer:
         self.passes = make_passes(self.model, loss, sources, config, world, self.beat)
         self.policy = SavePolicy(config.checkpoint, train.steps)
         self.store = Store(
-            f"{config.output}/checkpoints", rank=world.rank, world=world.size, expired=self.policy.expired
+            f"{config.output}/checkpoints",
+            rank=world.rank,
+            world=world.size,
+            expired=self.policy.expired,
         )
         self.progress, self.clock, self.hooks = Progress(), Clock(), list(hooks)
         self.metrics: dict[str, Any] = {}
@@ -108,10 +116,17 @@ class Trainer:
         Raises  TrainingError, on all processes, before the update, when the guard's policy is to stop.
         """
         self.beat("counting targets")
-        lr, skipped = self.schedule(self.progress.updates), self.guard.skips.get(self.progress.step + 1)
+        lr, skipped = (
+            self.schedule(self.progress.updates),
+            self.guard.skips.get(self.progress.step + 1),
+        )
         totals = self.pass_over(micro_batches) if skipped else self.accumulate(micro_batches)
         norm = torch.tensor(math.nan) if skipped else self.passes.gradient_norm() / self.scale.value
-        seen = Verdict.GOOD if skipped else self.guard.look(totals.loss, float(norm), self.scale.enabled)
+        seen = (
+            Verdict.GOOD
+            if skipped
+            else self.guard.look(totals.loss, float(norm), self.scale.enabled)
+        )
         self.beat("update")
         mark = self.mixture.mark() if self.mixture else ()
         worst, stop, *marks = self.world.largest(seen, self.stop_asked, *mark)
@@ -146,7 +161,9 @@ class Trainer:
     ) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step of `rows`, from `start_step` on; none where none are needed."""
         data = self.config.data
-        if not self.passes.reads and mixture is None:  # a mixture learns from what is read, on every process
+        if (
+            not self.passes.reads and mixture is None
+        ):  # a mixture learns from what is read, on every process
             return ([] for _ in itertools.repeat(None))
         return iter(
             StepLoader(
@@ -168,7 +185,9 @@ class Trainer:
     def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
         """Forward and backward of all micro-batches; gradients of the mean loss over the global targets."""
         tokens, rows = self.counted(micro_batches)
-        everywhere = float(self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=self.world.device)))
+        everywhere = float(
+            self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=self.world.device))
+        )
         # FSDP averages gradients over the processes of dp and cp; the loss is a sum, so the average is undone here.
         averaged = self.world.degrees.dp * self.world.degrees.cp
         tally = self.passes.train(micro_batches, self.scale.value * averaged / max(1.0, everywhere))
@@ -228,7 +247,11 @@ class Trainer:
 
 
 def tell_error(
-    hook: Hook, trainer: Trainer, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    hook: Hook,
+    trainer: Trainer,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: object,
 ) -> None:
     """Let a hook know that the loop ends by an exception."""
     if error is not None:

@@ -45,7 +45,9 @@ class Assembly:
         try:
             self.lock = locked(self.folder)
         except BlockingIOError:
-            raise ConfigError(f"another process writes {job.output} now; wait for it or end it") from None
+            raise ConfigError(
+                f"another process writes {job.output} now; wait for it or end it"
+            ) from None
         except OSError as error:
             raise cannot_write(Path(job.output + ".bin"), error) from error
         for path in self.folder.glob(".*.tmp"):
@@ -65,9 +67,13 @@ class Assembly:
         self.ends: list[list[int]] = [[0] * len(self.prefixes)]
         for whole in self.wholes:
             whole.seek(0)
-        while (record := read_part_record(self.folder, len(self.kept), len(self.prefixes))) and self.stands(record):
+        while (
+            record := read_part_record(self.folder, len(self.kept), len(self.prefixes))
+        ) and self.stands(record):
             self.kept.append(record)
-            self.ends.append([end + size for end, size in zip(self.ends[-1], self.sizes(record), strict=True)])
+            self.ends.append(
+                [end + size for end, size in zip(self.ends[-1], self.sizes(record), strict=True)]
+            )
         self.cut(len(self.kept))
 
     def sizes(self, record: PartRecord) -> list[int]:
@@ -144,7 +150,12 @@ class Assembly:
             except OSError as error:
                 raise cannot_write(Path(self.job.output + ".bin"), error) from error
         self.done.append(record)
-        self.pieces.append([[p.file, p.path, p.member, p.form, n] for p, n in zip(part.pieces, offsets, strict=True)])
+        self.pieces.append(
+            [
+                [p.file, p.path, p.member, p.form, n]
+                for p, n in zip(part.pieces, offsets, strict=True)
+            ]
+        )
         return None
 
     def offsets(self, part: Part, record: PartRecord) -> list[int]:
@@ -197,7 +208,10 @@ class Assembly:
 
     def write_idx(self, output: int) -> Path:
         """The .idx of one output."""
-        path, count = self.folder / f"whole.{output}.idx", sum(r.outputs[output]["documents"] for r in self.done)
+        path, count = (
+            self.folder / f"whole.{output}.idx",
+            sum(r.outputs[output]["documents"] for r in self.done),
+        )
         with open(path, "wb") as file:
             write_index(file, self.outputs[output].dtype, count, lambda: self.all_sizes(output))
             file.flush()
@@ -252,7 +266,11 @@ class Assembly:
         """The lines of a part's rejects."""
         if not record.rejected:
             return []
-        return part_file(self.folder, record.number, "rejects.jsonl").read_text(encoding="utf-8").splitlines()
+        return (
+            part_file(self.folder, record.number, "rejects.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
 
     @property
     def documents(self) -> int:
@@ -284,7 +302,7 @@ def locked(folder: Path) -> IO[bytes]:
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "wb")  # noqa: SIM115 - its holder closes it
+        lock = open(folder / "lock", "wb")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if same_file(lock, folder / "lock"):

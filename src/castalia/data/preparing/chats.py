@@ -22,7 +22,13 @@ from castalia.data.preparing.forms import LABELS, REWARDS, TOKENS, Texts
 from castalia.data.preparing.rows import Wanted, WrongError, as_utf8, value_of
 from castalia.data.tokenizer import Tokenizer
 
-SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 """Roles that ShareGPT files call otherwise."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 PREFIX_BYTES = 1 << 22
@@ -55,13 +61,23 @@ class ChatOptions:
     def problems(self) -> list[str]:
         """What is wrong with them."""
         wrong = []
-        chosen = {"--only-last": self.only_last, "--no-mask": not self.mask, "--for-rm": self.for_rm}
+        chosen = {
+            "--only-last": self.only_last,
+            "--no-mask": not self.mask,
+            "--for-rm": self.for_rm,
+        }
         if len(given := [name for name, on in chosen.items() if on]) > 1:
-            wrong.append(f"{' and '.join(given)} each say which tokens are targets; give one of them")
+            wrong.append(
+                f"{' and '.join(given)} each say which tokens are targets; give one of them"
+            )
         if self.binary and self.reward is None:
-            wrong.append("--binary-reward says how to read the reward: name its key with --reward-key")
+            wrong.append(
+                "--binary-reward says how to read the reward: name its key with --reward-key"
+            )
         if not self.roles:
-            wrong.append("--generation-role: name the role whose messages are targets, such as assistant")
+            wrong.append(
+                "--generation-role: name the role whose messages are targets, such as assistant"
+            )
         return wrong
 
 
@@ -84,7 +100,10 @@ class WantedChats(Wanted):
     @property
     def columns(self) -> tuple[str, ...]:
         """The keys that must be there."""
-        return (*self.keys, *(key for key in (self.options.prompt, self.options.reward) if key is not None))
+        return (
+            *self.keys,
+            *(key for key in (self.options.prompt, self.options.reward) if key is not None),
+        )
 
     @property
     def strings(self) -> tuple[str, ...]:
@@ -101,13 +120,21 @@ class WantedChats(Wanted):
         options, roles = self.options, (*ROLES, *self.options.roles)
         before: list[Message] = []
         if options.prompt is not None:
-            before = messages_of(value_of(values, options.prompt, "--prompt"), options.prompt, "user", roles)
+            before = messages_of(
+                value_of(values, options.prompt, "--prompt"), options.prompt, "user", roles
+            )
         answer = options.roles[0] if before else None
         messages = before + messages_of(value_of(values, key, "--chat"), key, answer, roles)
         if self.mend:
-            messages = [m | {"content": self.mend(m["content"])} if m["content"] else m for m in messages]
+            messages = [
+                m | {"content": self.mend(m["content"])} if m["content"] else m for m in messages
+            ]
         by_turn = options.mask and not options.for_rm
-        made = self.by_turn(messages, len(before)) if by_turn else chat([self.render(messages)], [not options.mask])
+        made = (
+            self.by_turn(messages, len(before))
+            if by_turn
+            else chat([self.render(messages)], [not options.mask])
+        )
         if options.reward is not None:
             made.reward = reward_of(value_of(values, options.reward, "--reward-key"), options)
         return made
@@ -146,7 +173,11 @@ def chat(texts: Sequence[str], targets: list[bool]) -> Chat:
         raise WrongError("the chat template writes nothing for these messages")
     made = Chat(as_utf8(texts[-1], "the conversation"))
     made.targets = targets
-    made.ends = list(accumulate(len(longer[len(shorter) :].encode()) for shorter, longer in pairwise(["", *texts])))
+    made.ends = list(
+        accumulate(
+            len(longer[len(shorter) :].encode()) for shorter, longer in pairwise(["", *texts])
+        )
+    )
     return made
 
 
@@ -158,10 +189,14 @@ def messages_of(value: Any, key: str, alone: str | None, roles: Sequence[str]) -
     if isinstance(value, str) and alone is not None:
         return [{"role": alone, "content": value}]
     if not isinstance(value, list):
-        raise WrongError(f"{key!r} must be a list of messages, got {'null' if value is None else type(value).__name__}")
+        raise WrongError(
+            f"{key!r} must be a list of messages, got {'null' if value is None else type(value).__name__}"
+        )
     if not value:
         raise WrongError(f"{key!r} holds no message")
-    return [message_of(one, f"message {i} of {key!r}", roles) for i, one in enumerate(value, start=1)]
+    return [
+        message_of(one, f"message {i} of {key!r}", roles) for i, one in enumerate(value, start=1)
+    ]
 
 
 def message_of(value: Any, where: str, roles: Sequence[str]) -> Message:
@@ -170,17 +205,25 @@ def message_of(value: Any, where: str, roles: Sequence[str]) -> Message:
     Raises  WrongError saying what is wrong with it.
     """
     if not isinstance(value, dict):
-        raise WrongError(f"{where} must be an object with role and content, got {type(value).__name__}")
-    role_key, content_key = ("from", "value") if "from" in value and "role" not in value else ("role", "content")
+        raise WrongError(
+            f"{where} must be an object with role and content, got {type(value).__name__}"
+        )
+    role_key, content_key = (
+        ("from", "value") if "from" in value and "role" not in value else ("role", "content")
+    )
     for name in (role_key, content_key):
         if name not in value:
-            raise WrongError(f"{where} has no {name!r}; have: {', '.join(map(str, value)) or 'nothing'}")
+            raise WrongError(
+                f"{where} has no {name!r}; have: {', '.join(map(str, value)) or 'nothing'}"
+            )
     role, content = value[role_key], value[content_key]
     if not isinstance(role, str):
         raise WrongError(f"{where}: {role_key!r} must be a string, got {type(role).__name__}")
     role = SHAREGPT.get(role, role) if role_key == "from" else role
     if role not in roles:
-        raise WrongError(f"{where}: no role {role!r}; have: {', '.join(dict.fromkeys(roles))}{nearest(role, roles)}")
+        raise WrongError(
+            f"{where}: no role {role!r}; have: {', '.join(dict.fromkeys(roles))}{nearest(role, roles)}"
+        )
     if not isinstance(content, str) and not (content is None and value.get("tool_calls")):
         kind = "null" if content is None else type(content).__name__
         raise WrongError(f"{where}: {content_key!r} must be a string, got {kind}")
@@ -193,10 +236,14 @@ def reward_of(value: Any, options: ChatOptions) -> float:
 
     Raises  WrongError if it is none.
     """
-    if options.binary and isinstance(value, bool | int | float) and value == value:  # NaN is not itself
+    if (
+        options.binary and isinstance(value, bool | int | float) and value == value
+    ):  # NaN is not itself
         return 1.0 if value else -1.0
     if isinstance(value, bool):
-        raise WrongError(f"{options.reward!r} is {str(value).lower()}, not a number; --binary-reward makes it 1 or -1")
+        raise WrongError(
+            f"{options.reward!r} is {str(value).lower()}, not a number; --binary-reward makes it 1 or -1"
+        )
     if not isinstance(value, int | float):
         kind = "null" if value is None else type(value).__name__
         raise WrongError(f"{options.reward!r} must be a number, got {kind}")
@@ -221,7 +268,10 @@ class Chats(Texts):
     @property
     def facts(self) -> dict[str, Any]:
         """For PREFIX.json."""
-        template = {"template": self.template.where, "template_sha256": sha256(self.template.text.encode()).hexdigest()}
+        template = {
+            "template": self.template.where,
+            "template_sha256": sha256(self.template.text.encode()).hexdigest(),
+        }
         return {"chat": {**asdict(self.options), **template, "eos_id": self.eos_id}}
 
     def kinds(self, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -231,9 +281,13 @@ class Chats(Texts):
             kinds[LABELS] = np.dtype("<i4")
         return kinds if self.options.reward is None else kinds | {REWARDS: np.dtype("<f4")}
 
-    def wanted(self, keys: Sequence[str], keep: Sequence[str], mend: Callable[[str], str] | None) -> Wanted:
+    def wanted(
+        self, keys: Sequence[str], keep: Sequence[str], mend: Callable[[str], str] | None
+    ) -> Wanted:
         """What to take of each line."""
-        return WantedChats(tuple(keys), tuple(keep), mend, template=self.template, options=self.options)
+        return WantedChats(
+            tuple(keys), tuple(keep), mend, template=self.template, options=self.options
+        )
 
     def encode(self, encoder: Encoder, texts: Sequence[bytes]) -> list[Encoded]:
         """Tokens, labels and rewards of conversations."""
@@ -242,7 +296,9 @@ class Chats(Texts):
         found = [self.labelled(encoder, one, [next(prefixes) for _ in one.ends]) for one in chats]
         lengths = np.array([len(tokens) for tokens, _ in found], np.int64)
         if not lengths.all():
-            raise DataError("the tokenizer gives no token for a conversation; nothing can be learned from it")
+            raise DataError(
+                "the tokenizer gives no token for a conversation; nothing can be learned from it"
+            )
         streams = [np.concatenate(stream) for stream in zip(*found, strict=True)]
         rewards = np.array([one.reward for one in chats], "<f4"), np.ones(len(chats), np.int64)
         by_kind = {TOKENS: (streams[0], lengths), LABELS: (streams[1], lengths), REWARDS: rewards}
@@ -257,7 +313,10 @@ class Chats(Texts):
             if not np.array_equal(longer[: len(tokens)], tokens):  # a token reaches over the border
                 own, _ = encoder([bytes(one[start:end])])
             tokens, start = np.append(tokens, own.astype(np.int32)), end
-            labels = np.append(labels, own.astype(np.int32) if is_target else np.full(len(own), NO_TARGET, np.int32))
+            labels = np.append(
+                labels,
+                own.astype(np.int32) if is_target else np.full(len(own), NO_TARGET, np.int32),
+            )
         for token, label in self.ends(is_target=bool(len(labels)) and labels[-1] != NO_TARGET):
             tokens, labels = np.append(tokens, np.int32(token)), np.append(labels, np.int32(label))
         return tokens, labels
@@ -267,7 +326,9 @@ class Chats(Texts):
         eos = self.eos_id
         if eos is None or not self.options.mask:
             return []
-        if self.options.for_rm:  # inputs end one token before targets do, so the model sees the first of the two
+        if (
+            self.options.for_rm
+        ):  # inputs end one token before targets do, so the model sees the first of the two
             return [(eos, NO_TARGET), (eos, eos)]
         return [(eos, eos if is_target else NO_TARGET)]
 

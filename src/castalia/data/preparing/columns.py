@@ -20,7 +20,11 @@ def damage(path: str) -> Iterator[Any]:
     pyarrow = require("pyarrow", "parquet", f"reading {path}")
     try:
         yield pyarrow
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last about the name of a column
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        UnicodeDecodeError,
+    ) as error:  # the last about the name of a column
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
@@ -76,7 +80,9 @@ def arrow_batches(file: InputFile) -> Iterator[tuple[Any, Any]]:
                 yield reader.schema, reader
 
 
-def column_rows(file: InputFile, form: str, start: int, stop: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def column_rows(
+    file: InputFile, form: str, start: int, stop: int, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """The rows of row groups or batches [start, stop), with the columns `names` that are there.
 
     Raises  DataError if the file is damaged.
@@ -84,7 +90,9 @@ def column_rows(file: InputFile, form: str, start: int, stop: int, names: Sequen
     source = parquet_batches if form == "parquet" else chosen_batches
     try:
         for batch in source(file, start, stop, names):
-            columns = {name: batch.column(i).to_pylist() for i, name in enumerate(batch.schema.names)}
+            columns = {
+                name: batch.column(i).to_pylist() for i, name in enumerate(batch.schema.names)
+            }
             for row in range(batch.num_rows):
                 yield {name: values[row] for name, values in columns.items()}
     except UnicodeDecodeError as error:
@@ -101,7 +109,9 @@ def parquet_batches(file: InputFile, start: int, stop: int, names: Sequence[str]
     ):
         have = [name for name in dict.fromkeys(names) if name in found.schema_arrow.names]
         groups = range(start, stop)
-        yield from found.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=have, use_threads=False)
+        yield from found.iter_batches(
+            ROWS_AT_A_TIME, row_groups=groups, columns=have, use_threads=False
+        )
 
 
 def chosen_batches(file: InputFile, start: int, stop: int, names: Sequence[str]) -> Iterator[Any]:
@@ -128,13 +138,21 @@ def check_columns(file: InputFile, form: str, keys: Sequence[str], strings: Sequ
             if key not in schema.names:
                 have = ", ".join(sorted(schema.names)) or "no columns"
                 close = nearest(key, schema.names)
-                raise DataError(f"{file.path}: no column {key!r}; have: {have}{close}; name the right one with --key")
+                raise DataError(
+                    f"{file.path}: no column {key!r}; have: {have}{close}; name the right one with --key"
+                )
             if schema.names.count(key) > 1:
                 count = schema.names.count(key)
                 raise DataError(f"{file.path}: {count} columns {key!r}; give each its own name")
             kind = schema.field(key).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # each different text stored once
-            if key in strings and kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+            kind = (
+                kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            )  # each different text stored once
+            if key in strings and kind not in (
+                pyarrow.string(),
+                pyarrow.large_string(),
+                pyarrow.string_view(),
+            ):
                 raise DataError(f"{file.path}: column {key!r} must hold strings, got {kind}")
 
 

@@ -70,9 +70,13 @@ def numbered(pattern: str, count: int, about: str, dead: str | None = None) -> C
 
 
 PILE = "https://the-eye.eu/public/AI/pile/train/{:02}.jsonl.zst"
-FREE_PILE = "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train/{:02}.jsonl.zst"
+FREE_PILE = (
+    "https://huggingface.co/datasets/monology/pile-uncopyrighted/resolve/main/train/{:02}.jsonl.zst"
+)
 C4 = "https://huggingface.co/datasets/allenai/c4/resolve/main"
-OWT2 = "https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main/openwebtext2.jsonl.zst.tar"
+OWT2 = (
+    "https://huggingface.co/datasets/segyges/OpenWebText2/resolve/main/openwebtext2.jsonl.zst.tar"
+)
 ENWIK8 = RemoteFile(
     "http://mattmahoney.net/dc/enwik8.zip",
     sha256="547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
@@ -84,11 +88,15 @@ for _name, _corpus in {
     "openwebtext2": Corpus((RemoteFile(OWT2),), "pages that Reddit linked to", 17_103_000),
     "pile": numbered(PILE, 30, "the Pile", GONE_PILE),
     "pile_subset": numbered(PILE, 1, "its first file", GONE_PILE),
-    "pile_uncopyrighted": numbered(FREE_PILE, 30, "the Pile without its parts of disputed copyright"),
+    "pile_uncopyrighted": numbered(
+        FREE_PILE, 30, "the Pile without its parts of disputed copyright"
+    ),
     "enron": bmk("enron_emails.jsonl.zst", "mail of Enron", 517_401),
     "github": bmk("github_small.jsonl.zst", "a sample of GitHub"),
     "arxiv": eye("2020-09-08-arxiv-extracts-nofallback-until-2007-068.tar.gz", "arXiv's papers"),
-    "europarl": eye("EuroParliamentProceedings_1996_2011.jsonl.zst", "debates of the European Parliament"),
+    "europarl": eye(
+        "EuroParliamentProceedings_1996_2011.jsonl.zst", "debates of the European Parliament"
+    ),
     "freelaw": eye("FreeLaw_Opinions.jsonl.zst", "opinions of American courts"),
     "nih": eye("NIH_ExPORTER_awarded_grant_text.jsonl.zst", "grants of the NIH"),
     "pubmed": eye("PMC_extracts.tar.gz", "papers of PubMed Central"),
@@ -99,14 +107,18 @@ for _name, _corpus in {
     "ubuntu_irc": eye("ubuntu_irc_until_2020_9_1.jsonl.zst", "chats of Ubuntu's channels"),
     "youtube_subtitles": eye("yt_subs.jsonl.zst", "subtitles of YouTube"),
     "c4": numbered(f"{C4}/en/c4-train.{{:05}}-of-01024.json.gz", 1024, "C4, English"),
-    "c4_openwebtext": numbered(f"{C4}/realnewslike/c4-train.{{:05}}-of-00512.json.gz", 512, "C4, news"),
+    "c4_openwebtext": numbered(
+        f"{C4}/realnewslike/c4-train.{{:05}}-of-00512.json.gz", 512, "C4, news"
+    ),
 }.items():
     CORPORA.register(_name)(_corpus)
 
 OnBytes = Callable[[int], Any]
 
 
-def download(corpus: Corpus, folder: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> list[Path]:
+def download(
+    corpus: Corpus, folder: str | os.PathLike[str], on_bytes: OnBytes | None = None
+) -> list[Path]:
     """The files of a corpus in `folder`, fetched if they are not there yet; an interrupted file is gone on with.
 
     Raises  ConfigError if its addresses are dead; DataError if a file is not the one the table knows, or if its server
@@ -137,7 +149,12 @@ def complete(file: RemoteFile, partial: Path, path: Path, on_bytes: OnBytes | No
         try:
             if receive(file, partial, on_bytes):
                 break
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+        except (
+            urllib.error.URLError,
+            http.client.HTTPException,
+            ConnectionError,
+            TimeoutError,
+        ) as error:
             refuse(file, error, attempt)
             time.sleep(min(2**attempt, 30) * PATIENCE / 30)
     else:
@@ -176,12 +193,18 @@ def receive(file: RemoteFile, partial: Path, on_bytes: OnBytes | None) -> bool:
     `If-Range` has the server begin anew if its file is another one now.
     """
     have = partial.stat().st_size if partial.exists() else 0
-    mark = mark_of(partial).read_text(encoding="utf-8") if have and mark_of(partial).exists() else ""
+    mark = (
+        mark_of(partial).read_text(encoding="utf-8") if have and mark_of(partial).exists() else ""
+    )
     wanted = {"Range": f"bytes={have}-"} | ({"If-Range": mark} if mark else {}) if have else {}
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(file.url, headers=wanted), timeout=PATIENCE)
+        answer = urllib.request.urlopen(
+            urllib.request.Request(file.url, headers=wanted), timeout=PATIENCE
+        )
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is missing, or the partial file is longer than theirs
+        if (
+            error.code == 416 and have
+        ):  # nothing is missing, or the partial file is longer than theirs
             if file.size is not None and have != file.size:
                 partial.unlink()
                 return False
@@ -189,7 +212,9 @@ def receive(file: RemoteFile, partial: Path, on_bytes: OnBytes | None) -> bool:
         raise
     with answer:
         going_on = answer.status == 206
-        if going_on and not answer.headers.get("Content-Range", f"bytes {have}-").startswith(f"bytes {have}-"):
+        if going_on and not answer.headers.get("Content-Range", f"bytes {have}-").startswith(
+            f"bytes {have}-"
+        ):
             partial.unlink()  # other bytes than those asked for: never put behind ours
             return False
         expected, found = answer.headers.get("Content-Length"), answer.headers.get("ETag", "")
@@ -211,14 +236,18 @@ def check(file: RemoteFile, path: Path) -> None:
     """
     size = path.stat().st_size
     if file.size is not None and size != file.size:
-        raise DataError(f"{path}: {size} bytes, but {file.url} has {file.size}; remove it and run the command again")
+        raise DataError(
+            f"{path}: {size} bytes, but {file.url} has {file.size}; remove it and run the command again"
+        )
     if file.sha256 is not None and (found := sha256_of(path)) != file.sha256:
         raise DataError(
             f"{path}: SHA-256 {found}, but {file.url} has {file.sha256}; remove it and run the command again"
         )
 
 
-def resolve_inputs(inputs: Sequence[str], folder: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> list[str]:
+def resolve_inputs(
+    inputs: Sequence[str], folder: str | os.PathLike[str], on_bytes: OnBytes | None = None
+) -> list[str]:
     """The inputs, where the name of a corpus stands for its files, downloaded to a folder of that name in `folder`.
 
     A file or folder of the same name goes first.
@@ -239,5 +268,7 @@ def table() -> str:
         found = CORPORA[name]
         documents = f"{found.documents:,}" if found.documents else "-"
         state = "dead" if found.dead else "-"
-        lines.append(f"{name:<20}{len(found.files):>6}{documents:>12}  {state:<8}{found.about}; {found.files[0].url}")
+        lines.append(
+            f"{name:<20}{len(found.files):>6}{documents:>12}  {state:<8}{found.about}; {found.files[0].url}"
+        )
     return "\n".join(lines)

@@ -94,10 +94,15 @@ class Encoder:
     def mixed(self, texts: Sequence[bytes], young: Sequence[bool]) -> Encoded:
         """Texts with young characters by the tokenizer, the others by the quick way, in their order."""
         plain = [text for text, is_young in zip(texts, young, strict=True) if not is_young]
-        parts = [self(plain), self.reference([text for text, is_young in zip(texts, young, strict=True) if is_young])]
+        parts = [
+            self(plain),
+            self.reference([text for text, is_young in zip(texts, young, strict=True) if is_young]),
+        ]
         pieces = [iter(pieces_of(*part)) for part in parts]
         found = [next(pieces[is_young]) for is_young in young]
-        return np.concatenate(found).astype(self.dtype, copy=False), np.array([len(ids) for ids in found], np.int64)
+        return np.concatenate(found).astype(self.dtype, copy=False), np.array(
+            [len(ids) for ids in found], np.int64
+        )
 
     def slow(self) -> "Encoder":
         """The same with the tokenizer alone."""
@@ -112,7 +117,10 @@ class Encoder:
     def same(self, texts: Sequence[str]) -> list[bool]:
         """For which of these both ways give the same ids."""
         assert self.quick is not None
-        quick, known = (pieces_of(*way([t.encode("utf-8") for t in texts])) for way in (self.quick, self.reference))
+        quick, known = (
+            pieces_of(*way([t.encode("utf-8") for t in texts]))
+            for way in (self.quick, self.reference)
+        )
         return [np.array_equal(a, b) for a, b in zip(quick, known, strict=True)]
 
     def compare(self, texts: Sequence[bytes], ids: NDArray[Any], sizes: NDArray[np.int64]) -> None:
@@ -137,16 +145,22 @@ def bytes_as_ids(texts: Sequence[bytes]) -> Encoded:
     joined = b"".join(texts)
     mark = END_OF_TEXT.encode()
     if mark not in joined:
-        return np.frombuffer(joined, np.uint8).astype("<u2"), np.array([len(text) for text in texts], dtype=np.int64)
+        return np.frombuffer(joined, np.uint8).astype("<u2"), np.array(
+            [len(text) for text in texts], dtype=np.int64
+        )
     ids = [ids_with_marks(text, mark) for text in texts]
-    return np.concatenate([np.empty(0, "<u2"), *ids]), np.array([len(found) for found in ids], dtype=np.int64)
+    return np.concatenate([np.empty(0, "<u2"), *ids]), np.array(
+        [len(found) for found in ids], dtype=np.int64
+    )
 
 
 def ids_with_marks(text: bytes, mark: bytes) -> NDArray[np.uint16]:
     """Bytes of one text, each mark as one id."""
     pieces: list[NDArray[np.uint16]] = []
     for i, piece in enumerate(text.split(mark)):
-        pieces += [np.array([256], "<u2")] * (i > 0) + [np.frombuffer(piece, np.uint8).astype("<u2")]
+        pieces += [np.array([256], "<u2")] * (i > 0) + [
+            np.frombuffer(piece, np.uint8).astype("<u2")
+        ]
     return np.concatenate(pieces)
 
 
@@ -166,7 +180,9 @@ def gigatoken(tokenizer: Tokenizer) -> tuple[Quick | None, str | None]:
     except Exception as error:  # whatever it raises, the tokenizer itself serves
         return None, f"gigatoken cannot read this tokenizer ({error})"
     known = tokenizer.encode_batch(texts)
-    if [len(found) for found in known] != sizes.tolist() or list(chain.from_iterable(known)) != ids.tolist():
+    if [len(found) for found in known] != sizes.tolist() or list(
+        chain.from_iterable(known)
+    ) != ids.tolist():
         return None, "gigatoken gives other ids than tokenizers for the texts it is tried with"
     return quick, None
 
@@ -189,7 +205,11 @@ def quick_by(inner: Any) -> Quick:
 def probes(tokenizer: Tokenizer) -> list[str]:
     """Texts to try a tokenizer with, its own special tokens in and around words."""
     added = [token.content for token in tokenizer.inner.get_added_tokens_decoder().values()]
-    marked = [text for name in added[:64] for text in (name, f"a{name}b", f"a {name} b", f"{name}{name}\n{name}")]
+    marked = [
+        text
+        for name in added[:64]
+        for text in (name, f"a{name}b", f"a {name} b", f"{name}{name}\n{name}")
+    ]
     return [*PROBES, *marked, "\n".join(PROBES)]
 
 

@@ -70,9 +70,14 @@ class Pool:
         """The parts in order; few wait at a time, so memory stays bounded."""
         try:
             while True:
-                while len(self.waiting) < self.workers + AHEAD and (given := next(work, None)) is not None:
+                while (
+                    len(self.waiting) < self.workers + AHEAD
+                    and (given := next(work, None)) is not None
+                ):
                     part, record = given
-                    self.waiting.append((part, record, self.submit(part) if record is None else None))
+                    self.waiting.append(
+                        (part, record, self.submit(part) if record is None else None)
+                    )
                 if not self.waiting:
                     return
                 yield self.next()
@@ -114,7 +119,9 @@ class Pool:
             raise CastaliaError(why)
         self.start()
         for i, (part, record, future) in enumerate(self.waiting):
-            if future is not None and (not future.done() or future.cancelled() or future.exception() is not None):
+            if future is not None and (
+                not future.done() or future.cancelled() or future.exception() is not None
+            ):
                 self.waiting[i] = (part, record, self.submit(part))
 
 
@@ -154,10 +161,16 @@ def on_ray(job: Job, work: Work, workers: int, address: str | None) -> Results:
                 yield part, record if isinstance(record, PartRecord) else ray.get(record)
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause
-                ours = cause if isinstance(cause, CastaliaError) else CastaliaError(f"a Ray task failed: {cause}")
+                ours = (
+                    cause
+                    if isinstance(cause, CastaliaError)
+                    else CastaliaError(f"a Ray task failed: {cause}")
+                )
                 raise ours from None
             except ray.exceptions.RayError as error:
-                raise CastaliaError(f"{part.pieces[0].where}: lost on the Ray cluster: {error}") from None
+                raise CastaliaError(
+                    f"{part.pieces[0].where}: lost on the Ray cluster: {error}"
+                ) from None
     finally:
         if started:
             ray.shutdown()

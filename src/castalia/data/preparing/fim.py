@@ -45,9 +45,15 @@ class FimOptions:
     def problems(self) -> list[str]:
         """What is wrong with them."""
         rates = {"--fim-rate": self.rate, "--spm-rate": self.spm_rate}
-        wrong = [f"{name} {rate}: expected a share, 0 to 1" for name, rate in rates.items() if not 0 <= rate <= 1]
+        wrong = [
+            f"{name} {rate}: expected a share, 0 to 1"
+            for name, rate in rates.items()
+            if not 0 <= rate <= 1
+        ]
         if self.tokens is not None and len(set(self.tokens)) != 3:
-            wrong.append(f"--fim-tokens {','.join(self.tokens)}: expected PREFIX,MIDDLE,SUFFIX, three different tokens")
+            wrong.append(
+                f"--fim-tokens {','.join(self.tokens)}: expected PREFIX,MIDDLE,SUFFIX, three different tokens"
+            )
         return wrong
 
 
@@ -69,7 +75,10 @@ class Fim(Texts):
         cuts = [self.cut(text) for text in texts]
         ids, sizes = encoder([piece for cut in cuts for piece in cut])
         each = iter(pieces_of(ids, sizes))
-        found = [self.turned([next(each) for _ in cut], text) for cut, text in zip(cuts, texts, strict=True)]
+        found = [
+            self.turned([next(each) for _ in cut], text)
+            for cut, text in zip(cuts, texts, strict=True)
+        ]
         lengths = np.array([len(one) for one in found], np.int64)
         return [(np.concatenate([np.empty(0, ids.dtype), *found]), lengths)]
 
@@ -80,7 +89,10 @@ class Fim(Texts):
             return [text]
         letters = text.decode("utf-8")
         start, stop = sorted(draw * (len(letters) + 1) // ONE for draw in (first, second))
-        return [piece.encode("utf-8") for piece in (letters[:start], letters[start:stop], letters[stop:])]
+        return [
+            piece.encode("utf-8")
+            for piece in (letters[:start], letters[start:stop], letters[stop:])
+        ]
 
     def turned(self, pieces: list[Any], text: bytes) -> Any:
         """The ids of a document out of those of its pieces."""
@@ -89,14 +101,20 @@ class Fim(Texts):
         prefix, middle, suffix = pieces
         pre, mid, suf = ([id_] for id_ in self.sentinels)
         spm = draws(text, self.options)[1] < int(self.options.spm_rate * ONE)
-        order = [pre, suf, suffix, mid, prefix, middle] if spm else [pre, prefix, suf, suffix, mid, middle]
+        order = (
+            [pre, suf, suffix, mid, prefix, middle]
+            if spm
+            else [pre, prefix, suf, suffix, mid, middle]
+        )
         return np.concatenate(order).astype(prefix.dtype)
 
 
 def draws(text: bytes, options: FimOptions) -> tuple[int, int, int, int]:
     """Four numbers below ONE that depend on text, seed and epoch alone: turned or not, in which order, the two cuts."""
     digest = hashlib.sha256(f"{options.seed} {options.epoch} ".encode() + text).digest()
-    first, second, third, fourth = (int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8))
+    first, second, third, fourth = (
+        int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8)
+    )
     return first, second, third, fourth
 
 
@@ -105,7 +123,9 @@ def make_fim(options: FimOptions, tokenizer: Tokenizer) -> Fim:
 
     Raises  ConfigError if the tokenizer does not have them.
     """
-    names = options.tokens or next((names for names in KNOWN if all(name in tokenizer.ids for name in names)), None)
+    names = options.tokens or next(
+        (names for names in KNOWN if all(name in tokenizer.ids for name in names)), None
+    )
     if names is None:
         tried = "; ".join(" ".join(found) for found in KNOWN)
         raise ConfigError(

@@ -45,7 +45,9 @@ class Texts:
         kinds = self.kinds(tokenizer)
         return [Output(i, kind, dtype) for i in range(len(keys)) for kind, dtype in kinds.items()]
 
-    def wanted(self, keys: Sequence[str], keep: Sequence[str], mend: Callable[[str], str] | None) -> Wanted:
+    def wanted(
+        self, keys: Sequence[str], keep: Sequence[str], mend: Callable[[str], str] | None
+    ) -> Wanted:
         """What to take of each document."""
         return Wanted(tuple(keys), tuple(keep), mend)
 

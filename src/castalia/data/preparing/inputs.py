@@ -69,7 +69,9 @@ class UrlFile(io.RawIOBase):
             return call(*words)
         except Exception as error:  # each fsspec file system raises its own kinds
             reason = str(error) or type(error).__name__
-            raise CastaliaError(f"{self.url}: broke off ({reason}); run the same command to go on") from None
+            raise CastaliaError(
+                f"{self.url}: broke off ({reason}); run the same command to go on"
+            ) from None
 
     def readable(self) -> bool:
         """As `io` asks."""
@@ -120,7 +122,9 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def list_files(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[InputFile]:
+def list_files(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> list[InputFile]:
     """The files to read, in order: those named, and for a folder all files below it, sorted, but no hidden ones; links
     to folders are followed.
 
@@ -133,9 +137,13 @@ def list_files(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         if not os.fspath(name):
             raise DataError("an input without a name; name a file or a folder, `.` for this one")
         try:
-            found += behind_url(os.fspath(name)) if "://" in os.fspath(name) else on_disk(Path(name))
+            found += (
+                behind_url(os.fspath(name)) if "://" in os.fspath(name) else on_disk(Path(name))
+            )
         except OSError as error:
-            raise DataError(f"{error.filename or name}: cannot be read: {error.strerror or error}") from None
+            raise DataError(
+                f"{error.filename or name}: cannot be read: {error.strerror or error}"
+            ) from None
     if not found:
         raise DataError("no input files; name at least one file or folder")
     return found
@@ -148,7 +156,9 @@ def on_disk(path: Path) -> list[InputFile]:
     if path.is_file():
         return [local(path, named=True)]
     if path.exists():
-        raise DataError(f"{path}: a pipe or a device; it is read more than once, so write it to a file first")
+        raise DataError(
+            f"{path}: a pipe or a device; it is read more than once, so write it to a file first"
+        )
     if not glob.has_magic(str(path)):
         raise DataError(f"{path}: no such file or folder")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
@@ -214,7 +224,9 @@ def only_split(folder: Path) -> Path:
     names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
     if len(names) != 1:
         listed = ", ".join(str(folder / name) for name in names) or "none"
-        raise DataError(f"{folder}: a datasets folder of several splits; name the one to read: {listed}")
+        raise DataError(
+            f"{folder}: a datasets folder of several splits; name the one to read: {listed}"
+        )
     return inside(folder, names[0], "dataset_dict.json")
 
 
@@ -222,9 +234,15 @@ def arrow_files(folder: Path) -> list[Path]:
     """The Arrow files of a folder that `Dataset.save_to_disk` wrote, in their order."""
     state = read_json(folder / "state.json")
     if state.get("_indices_data_files") or state.get("_indices_files"):
-        raise DataError(f"{folder}: this dataset is reordered by an index; save it after flatten_indices()")
+        raise DataError(
+            f"{folder}: this dataset is reordered by an index; save it after flatten_indices()"
+        )
     files = state.get("_data_files")
-    names = [item.get("filename") for item in files if isinstance(item, dict)] if isinstance(files, list) else []
+    names = (
+        [item.get("filename") for item in files if isinstance(item, dict)]
+        if isinstance(files, list)
+        else []
+    )
     if not names:
         raise DataError(f"{folder}: state.json names no data files")
     return [inside(folder, name, "state.json") for name in names]
@@ -235,8 +253,15 @@ def inside(folder: Path, name: Any, manifest: str) -> Path:
 
     Raises  DataError if the name leads elsewhere or nothing is there.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\x00" in name:
-        raise DataError(f"{folder / manifest}: the name {name!r} leads out of the folder; such manifests are refused")
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or Path(name).name != name
+        or "\x00" in name
+    ):
+        raise DataError(
+            f"{folder / manifest}: the name {name!r} leads out of the folder; such manifests are refused"
+        )
     path = folder / name
     if not path.exists():
         raise DataError(f"{path}: missing, though {manifest} names it")
@@ -270,7 +295,11 @@ def behind_url(url: str) -> list[InputFile]:
         return [stamped(system, name, system.unstrip_protocol(name), named=False) for name in names]
     except FileNotFoundError as error:
         cause = error.__cause__  # a server that does not answer or refuses is "not found" to fsspec
-        why = "no such file" if cause is None or isinstance(cause, FileNotFoundError) else f"cannot be read: {cause}"
+        why = (
+            "no such file"
+            if cause is None or isinstance(cause, FileNotFoundError)
+            else f"cannot be read: {cause}"
+        )
         raise DataError(f"{url}: {why}") from None
     except DataError:
         raise

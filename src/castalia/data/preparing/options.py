@@ -57,20 +57,32 @@ class Options:
         if len(set(self.keep)) != len(self.keep):
             wrong.append(f"--keep {', '.join(self.keep)}: give each name once")
         if taken := sorted(set(self.keep) & set(OWN)):
-            wrong.append(f"--keep {', '.join(taken)}: the index has columns of that name; rename yours in the corpus")
+            wrong.append(
+                f"--keep {', '.join(taken)}: the index has columns of that name; rename yours in the corpus"
+            )
         if self.keep and (self.documents is False or not has_pyarrow()):
-            wrong.append("--keep needs the index of documents, and that pyarrow: pip install 'castalia[parquet]'")
+            wrong.append(
+                "--keep needs the index of documents, and that pyarrow: pip install 'castalia[parquet]'"
+            )
         if self.documents and not has_pyarrow():
-            wrong.append("--documents needs 'pyarrow', which is not installed: pip install 'castalia[parquet]'")
+            wrong.append(
+                "--documents needs 'pyarrow', which is not installed: pip install 'castalia[parquet]'"
+            )
         if self.ftfy and find_spec("ftfy") is None:
-            wrong.append("--ftfy needs 'ftfy', which is not installed: pip install 'castalia[ftfy]'")
+            wrong.append(
+                "--ftfy needs 'ftfy', which is not installed: pip install 'castalia[ftfy]'"
+            )
         index, count = self.shard
         if count < 1:
             wrong.append(f"--shard {index}/{count}: expected at least one share, such as 0/16")
         elif not 0 <= index < count:
-            wrong.append(f"--shard {index}/{count}: shares count from 0, so 0/{count} to {count - 1}/{count}")
+            wrong.append(
+                f"--shard {index}/{count}: shares count from 0, so 0/{count} to {count - 1}/{count}"
+            )
         if self.rows is not None and count > 1:
-            wrong.append("--num-docs and --shard do not go together: no share knows what the others hold")
+            wrong.append(
+                "--num-docs and --shard do not go together: no share knows what the others hold"
+            )
         if self.address is not None and self.engine != "ray":
             wrong.append(f"--address {self.address}: give --engine ray too, or leave it out")
         if wrong := wrong + self.form_problems():
@@ -98,7 +110,9 @@ class Options:
         if self.chat is not None and self.fim is not None:
             wrong.append("--chat and --fim-rate do not go together: conversations are not turned")
         if self.chat is not None and self.append_eod:
-            wrong.append("--append-eod: with --chat the tokenizer's eos_token ends each conversation; leave it out")
+            wrong.append(
+                "--append-eod: with --chat the tokenizer's eos_token ends each conversation; leave it out"
+            )
         return wrong
 
 
@@ -136,7 +150,9 @@ def make_chats(options: ChatOptions, tokenizer: Tokenizer) -> Chats:
     eos = dict(template.tokens).get("eos_token")
     eos_id = tokenizer.eod_id if not settings else None if eos is None else tokenizer.ids[eos]
     if options.for_rm and eos_id is None:
-        raise ConfigError(f"--for-rm: {tokenizer.where} has no eos_token, which is the reward model's one target")
+        raise ConfigError(
+            f"--for-rm: {tokenizer.where} has no eos_token, which is the reward model's one target"
+        )
     return Chats(template, options, eos_id)
 
 

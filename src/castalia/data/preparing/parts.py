@@ -61,7 +61,14 @@ class Job:
     @property
     def settings(self) -> str:
         """What goes into each part's identity. `reject` does not: a part without a fault is the same either way."""
-        said = [FORMAT, self.tokenizer.sha256, self.tokenizer.kind, self.eod_id, self.keys, self.keep]
+        said = [
+            FORMAT,
+            self.tokenizer.sha256,
+            self.tokenizer.kind,
+            self.eod_id,
+            self.keys,
+            self.keep,
+        ]
         return repr([*said, self.ftfy, self.documents, self.form])
 
     @property
@@ -96,7 +103,11 @@ class PartRecord:
 
     def tokens(self, outputs: Sequence[Output]) -> int:
         """Tokens of the documents, labels and rewards not counted."""
-        return sum(count["tokens"] for count, one in zip(self.outputs, outputs, strict=True) if one.kind == TOKENS)
+        return sum(
+            count["tokens"]
+            for count, one in zip(self.outputs, outputs, strict=True)
+            if one.kind == TOKENS
+        )
 
 
 def part_file(folder: str | os.PathLike[str], number: int, suffix: str) -> Path:
@@ -123,7 +134,7 @@ class PartWriter:
     def write(self, suffix: str, data: Any) -> None:
         """Append to a file."""
         if suffix not in self.files:
-            self.files[suffix] = open(self.claim(suffix), "wb")  # noqa: SIM115 - closed by keep or drop
+            self.files[suffix] = open(self.claim(suffix), "wb")
         self.files[suffix].write(data)
 
     def add(self, output: int, ids: NDArray[Any], sizes: NDArray[np.int64]) -> None:
@@ -148,7 +159,9 @@ class PartWriter:
             return
         for file in self.files.values():
             file.close()
-        small = {suffix: path for suffix, path in self.claimed.items() if not suffix.endswith(".bin")}
+        small = {
+            suffix: path for suffix, path in self.claimed.items() if not suffix.endswith(".bin")
+        }
         record.files = {suffix: sha256_of(path) for suffix, path in small.items()}
         self.claim("record.json").write_text(signed(vars(record)), encoding="utf-8")
         for suffix, path in self.claimed.items():
@@ -157,7 +170,9 @@ class PartWriter:
     def drop(self) -> None:
         """Remove what has no name yet."""
         for file in self.files.values():
-            with contextlib.suppress(OSError):  # the buffer that could not be written goes with the file
+            with contextlib.suppress(
+                OSError
+            ):  # the buffer that could not be written goes with the file
                 file.close()
         for path in self.claimed.values():
             path.unlink(missing_ok=True)
@@ -172,7 +187,9 @@ def encode_part(job: Job, part: Part, encoder: Encoder) -> PartRecord:
     while True:
         writer = PartWriter(job, part.number)
         try:
-            for suffix in (f"{i}.{kind}" for i in range(len(job.outputs)) for kind in ("bin", "sizes")):
+            for suffix in (
+                f"{i}.{kind}" for i in range(len(job.outputs)) for kind in ("bin", "sizes")
+            ):
                 writer.write(suffix, b"")
             record = fill(job, part, encoder, writer)
             record.by, record.slow, record.again = encoder.by, encoder.why_slow, again
@@ -191,12 +208,24 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
     record = PartRecord(part.number, part.identity, lines=[0] * len(part.pieces))
     filled = np.zeros(len(part.pieces), np.int64)
     outputs, wanted = job.outputs, job.wanted
-    by_key = [[i for i, one in enumerate(outputs) if one.key == key] for key in range(len(job.keys))]
-    columns = {i: DocumentColumns(wanted.kept) for i, one in enumerate(outputs) if one.kind == TOKENS and job.documents}
+    by_key = [
+        [i for i, one in enumerate(outputs) if one.key == key] for key in range(len(job.keys))
+    ]
+    columns = {
+        i: DocumentColumns(wanted.kept)
+        for i, one in enumerate(outputs)
+        if one.kind == TOKENS and job.documents
+    }
 
     def reject(piece: int, fault: Fault) -> None:
         raw = fault.raw[:RAW_BYTES].decode("utf-8", "backslashreplace")
-        told = {"piece": piece, "line": fault.line, "start": fault.start, "reason": fault.reason, "text": raw}
+        told = {
+            "piece": piece,
+            "line": fault.line,
+            "start": fault.start,
+            "reason": fault.reason,
+            "text": raw,
+        }
         writer.write("rejects.jsonl", json.dumps(told).encode() + b"\n")
         record.rejected += 1
 
@@ -223,7 +252,9 @@ def fill(job: Job, part: Part, encoder: Encoder, writer: PartWriter) -> PartReco
     return record
 
 
-def read(job: Job, part: Part, record: PartRecord, reject: Callable[[int, Fault], None]) -> Iterator[tuple[int, Row]]:
+def read(
+    job: Job, part: Part, record: PartRecord, reject: Callable[[int, Fault], None]
+) -> Iterator[tuple[int, Row]]:
     """The rows of a part with their pieces' numbers, up to its limit; faults are rejected, or end it."""
     wanted, taken = job.wanted, 0
     for number, piece in enumerate(part.pieces):
@@ -264,7 +295,9 @@ def signed(record: dict[str, Any]) -> str:
     return f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
-def read_part_record(folder: str | os.PathLike[str], number: int, outputs: int) -> PartRecord | None:
+def read_part_record(
+    folder: str | os.PathLike[str], number: int, outputs: int
+) -> PartRecord | None:
     """The record of a part that is there, and whose small files are as it says; else None."""
     try:
         text = part_file(folder, number, "record.json").read_text(encoding="utf-8")
@@ -272,7 +305,10 @@ def read_part_record(folder: str | os.PathLike[str], number: int, outputs: int) 
         record = PartRecord(**facts)
         if signed(facts) != text or record.number != number or len(record.outputs) != outputs:
             return None
-        same = all(sha256_of(part_file(folder, number, suffix)) == known for suffix, known in record.files.items())
+        same = all(
+            sha256_of(part_file(folder, number, suffix)) == known
+            for suffix, known in record.files.items()
+        )
     except (OSError, ValueError, TypeError):
         return None
     return record if same else None

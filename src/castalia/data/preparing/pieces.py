@@ -93,11 +93,17 @@ class Shard:
 
     def holds(self, place: int, total: int) -> bool:
         """Whether what begins at byte `place` of `total` is ours."""
-        return min(place, total - 1) * self.count // total == self.index if total else self.index == 0
+        return (
+            min(place, total - 1) * self.count // total == self.index if total else self.index == 0
+        )
 
 
 def parts_of(
-    files: Sequence[InputFile], settings: str, part_bytes: int, heard: "Heard", shard: Shard = Shard()
+    files: Sequence[InputFile],
+    settings: str,
+    part_bytes: int,
+    heard: "Heard",
+    shard: Shard = Shard(),
 ) -> Iterator[Part]:
     """Every part of the inputs, in order. `settings` goes into the identity, as all that decides a part's bytes."""
     held: list[Piece] = []
@@ -112,17 +118,23 @@ def parts_of(
         yield make_part(number, held, files, settings)
 
 
-def make_part(number: int, pieces: Sequence[Piece], files: Sequence[InputFile], settings: str) -> Part:
+def make_part(
+    number: int, pieces: Sequence[Piece], files: Sequence[InputFile], settings: str
+) -> Part:
     """A part with its identity."""
     known = repr([settings, *(piece.identity(files[piece.file].stamp) for piece in pieces)])
-    return Part(number, tuple(pieces), hashlib.sha256(known.encode("utf-8", "surrogateescape")).hexdigest())
+    return Part(
+        number, tuple(pieces), hashlib.sha256(known.encode("utf-8", "surrogateescape")).hexdigest()
+    )
 
 
 Heard = Callable[[int, bytes], None]
 """Told of the bytes of a file, by its number, that is read in order."""
 
 
-def pieces_of_all(files: Sequence[InputFile], part_bytes: int, heard: Heard, shard: Shard = Shard()) -> Iterator[Piece]:
+def pieces_of_all(
+    files: Sequence[InputFile], part_bytes: int, heard: Heard, shard: Shard = Shard()
+) -> Iterator[Piece]:
     """The pieces of every file; damage to one becomes a piece of its own, so that it is told of in its turn."""
     total, place = sum(file.size for file in files), 0
     for number, file in enumerate(files):
@@ -135,7 +147,11 @@ def pieces_of_all(files: Sequence[InputFile], part_bytes: int, heard: Heard, sha
             first = True
             for piece in pieces_of(number, file, part_bytes, heard):
                 if in_order(file) or shard.holds(begin + told, total):
-                    yield replace(piece, before=lines_before(piece, file)) if first and told else piece
+                    yield (
+                        replace(piece, before=lines_before(piece, file))
+                        if first and told
+                        else piece
+                    )
                     first = False
                 told += piece.disk
         except DataError as error:
@@ -172,7 +188,13 @@ def form_of(name: str) -> str:
     """How a file or member is read, by its name without compression."""
     if name.endswith(JSON_LINES):
         return LINES
-    return PARQUET if name.endswith(".parquet") else ARROW if name.endswith((".arrow", ".feather")) else TEXT
+    return (
+        PARQUET
+        if name.endswith(".parquet")
+        else ARROW
+        if name.endswith((".arrow", ".feather"))
+        else TEXT
+    )
 
 
 def pieces_of(number: int, file: InputFile, part_bytes: int, heard: Heard) -> Iterator[Piece]:
@@ -188,7 +210,9 @@ def pieces_of(number: int, file: InputFile, part_bytes: int, heard: Heard) -> It
     else:
         for start in range(0, max(file.size, 1), part_bytes):
             stop = min(start + part_bytes, file.size)
-            yield Piece(number, file.path, None, LINES, start, stop, size=stop - start, disk=stop - start)
+            yield Piece(
+                number, file.path, None, LINES, start, stop, size=stop - start, disk=stop - start
+            )
 
 
 def in_order(file: InputFile) -> bool:
@@ -209,7 +233,9 @@ def column_pieces(number: int, file: InputFile, form: str, part_bytes: int) -> I
         yield Piece(number, file.path, None, form, start, stop, size=size, disk=disk)
 
 
-def streamed(number: int, file: InputFile, name: str, part_bytes: int, heard: Heard) -> Iterator[Piece]:
+def streamed(
+    number: int, file: InputFile, name: str, part_bytes: int, heard: Heard
+) -> Iterator[Piece]:
     """Pieces, with their bytes, of a file that can only be read in order."""
     told = seen = 0
 
@@ -223,13 +249,17 @@ def streamed(number: int, file: InputFile, name: str, part_bytes: int, heard: He
         source = opened if name.endswith(".zip") else watched
         for member, form, start, data in stretches(source, name, file.path, part_bytes):
             disk, told = max(seen - told, 0), seen
-            yield Piece(number, file.path, member, form, start, start + len(data), data, len(data), disk)
+            yield Piece(
+                number, file.path, member, form, start, start + len(data), data, len(data), disk
+            )
         while watched.read(1 << 20):
             pass
     yield Piece(number, file.path, None, LINES, 0, 0, b"", 0, max(seen, file.size) - told)
 
 
-def stretches(source: Any, name: str, where: str, part_bytes: int) -> Iterator[tuple[str | None, str, int, bytes]]:
+def stretches(
+    source: Any, name: str, where: str, part_bytes: int
+) -> Iterator[tuple[str | None, str, int, bytes]]:
     """Member, form, first byte and bytes of the texts in an open file."""
     if name.endswith(".zip"):
         members = zip_members(source, where)
@@ -316,7 +346,9 @@ def dat_documents(stream: Any) -> Iterator[bytes]:
     while stream.peek(1):
         head = exactly(stream, DAT_DIGITS)
         if not head.isdigit() or int(head) >= LINE_BYTES:
-            raise EOFError(f"{head!r} where the length of a document must stand, in {DAT_DIGITS} digits")
+            raise EOFError(
+                f"{head!r} where the length of a document must stand, in {DAT_DIGITS} digits"
+            )
         yield head + exactly(stream, int(head))
 
 

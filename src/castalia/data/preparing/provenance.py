@@ -59,7 +59,11 @@ class DocumentColumns:
     def write(self, path: Path) -> None:
         """Write them as a file of the part."""
         pyarrow, parquet = arrow()
-        kinds = {"source": pyarrow.int32(), **number_kinds(pyarrow), **dict.fromkeys(self.kept, pyarrow.string())}
+        kinds = {
+            "source": pyarrow.int32(),
+            **number_kinds(pyarrow),
+            **dict.fromkeys(self.kept, pyarrow.string()),
+        }
         arrays = [array_of(pyarrow, found, kinds[name]) for name, found in self.values.items()]
         table = pyarrow.Table.from_arrays(arrays, names=[*self.values])
         parquet.write_table(table, path, compression="none", use_dictionary=False)
@@ -108,7 +112,10 @@ def number_kinds(pyarrow: Any) -> dict[str, Any]:
 
 def schema_of(pyarrow: Any, kept: Sequence[str]) -> Any:
     """The columns of the index."""
-    names = {"source": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), "member": pyarrow.string()}
+    names = {
+        "source": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        "member": pyarrow.string(),
+    }
     kinds = {**names, **number_kinds(pyarrow)}
     texts = dict.fromkeys(kept, pyarrow.string())
     return pyarrow.schema([(name, kinds[name]) for name in OWN] + list(texts.items()))
@@ -117,15 +124,22 @@ def schema_of(pyarrow: Any, kept: Sequence[str]) -> Any:
 def placed(path: Path, sources: Sequence[tuple[str, str | None]], offsets: Sequence[int]) -> Any:
     """A part's documents as rows of the index: `sources` and lines before, one for each of its pieces."""
     pyarrow, parquet = arrow()
-    table = parquet.ParquetFile(path).read()  # read_table imports a tenth of a second of other things
+    table = parquet.ParquetFile(
+        path
+    ).read()  # read_table imports a tenth of a second of other things
     piece, texts = table.column("source"), pyarrow.string()
-    before, compute = array_of(pyarrow, offsets, pyarrow.int64()), require("pyarrow.compute", "parquet", "the index")
+    before, compute = (
+        array_of(pyarrow, offsets, pyarrow.int64()),
+        require("pyarrow.compute", "parquet", "the index"),
+    )
     columns = {
         "source": array_of(pyarrow, [name for name, _ in sources], texts).take(piece),
         "member": array_of(pyarrow, [member for _, member in sources], texts).take(piece),
         "line": compute.add(table.column("line"), before.take(piece)),
     }
-    rest = {name: table.column(name) for name in table.column_names if name not in ("source", "line")}
+    rest = {
+        name: table.column(name) for name in table.column_names if name not in ("source", "line")
+    }
     return pyarrow.Table.from_arrays([*columns.values(), *rest.values()], names=[*columns, *rest])
 
 
@@ -147,11 +161,15 @@ def join_indexes(paths: Sequence[Path], file: Any) -> None:
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(parquet.ParquetFile(path)) for path in paths]
-            names = dict.fromkeys(name for one in opened for name in one.schema_arrow.names if name not in OWN)
+            names = dict.fromkeys(
+                name for one in opened for name in one.schema_arrow.names if name not in OWN
+            )
             groups = (one.read_row_group(i) for one in opened for i in range(one.num_row_groups))
             write_index(file, (plain(pyarrow, group, [*names]) for group in groups), [*names])
     except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"{', '.join(map(str, paths))}: an index of documents cannot be read: {error}") from None
+        raise DataError(
+            f"{', '.join(map(str, paths))}: an index of documents cannot be read: {error}"
+        ) from None
 
 
 def slice_index(path: Path, documents: range, file: Any) -> None:
@@ -163,7 +181,9 @@ def slice_index(path: Path, documents: range, file: Any) -> None:
     try:
         with parquet.ParquetFile(path) as opened:
             names = [name for name in opened.schema_arrow.names if name not in OWN]
-            write_index(file, (plain(pyarrow, table, names) for table in slices(opened, documents)), names)
+            write_index(
+                file, (plain(pyarrow, table, names) for table in slices(opened, documents)), names
+            )
     except (pyarrow.ArrowException, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}; remove it or prepare again") from None
 
@@ -235,7 +255,11 @@ def never_there(prefixes: Sequence[str], names: Sequence[str]) -> list[str]:
             documents += opened.metadata.num_rows
             columns = list(enumerate(opened.schema_arrow.names))
             for group in map(opened.metadata.row_group, range(opened.metadata.num_row_groups)):
-                there |= {name for i, name in columns if group.column(i).statistics.null_count < group.num_rows}
+                there |= {
+                    name
+                    for i, name in columns
+                    if group.column(i).statistics.null_count < group.num_rows
+                }
     return [name for name in names if name not in there] if documents else []
 
 
@@ -253,7 +277,9 @@ def index_fault(prefix: str, sizes: NDArray[np.int32]) -> str:
     pyarrow, parquet = arrow()
     try:
         with parquet.ParquetFile(path) as file:
-            groups = (file.read_row_group(i, columns=["tokens"]) for i in range(file.num_row_groups))
+            groups = (
+                file.read_row_group(i, columns=["tokens"]) for i in range(file.num_row_groups)
+            )
             found = [group.column("tokens").to_numpy() for group in groups]
     except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
         return f"cannot be read: {error}"
@@ -261,7 +287,11 @@ def index_fault(prefix: str, sizes: NDArray[np.int32]) -> str:
     if len(tokens) != len(sizes):
         return f"{len(tokens)} documents, but the .idx has {len(sizes)}"
     wrong = np.flatnonzero(tokens != sizes)
-    return f"document {wrong[0]} has {tokens[wrong[0]]} tokens, {sizes[wrong[0]]} in the .idx" if len(wrong) else ""
+    return (
+        f"document {wrong[0]} has {tokens[wrong[0]]} tokens, {sizes[wrong[0]]} in the .idx"
+        if len(wrong)
+        else ""
+    )
 
 
 @lru_cache(maxsize=4)

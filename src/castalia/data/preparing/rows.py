@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 from castalia.core.errors import DataError, nearest
 from castalia.data.preparing.columns import check_columns, column_rows
 from castalia.data.preparing.inputs import InputFile
-from castalia.data.preparing.pieces import ARROW, DAT, DAT_DIGITS, FAULT, LINES, PARQUET, Piece, damage_of
+from castalia.data.preparing.pieces import (
+    ARROW,
+    DAT,
+    DAT_DIGITS,
+    FAULT,
+    LINES,
+    PARQUET,
+    Piece,
+    damage_of,
+)
 from castalia.data.preparing.streams import DAMAGE
 
 BOM = b"\xef\xbb\xbf"
@@ -100,7 +109,9 @@ class Wanted:
         if isinstance(text, list) and all(isinstance(part, str) for part in text):
             text = PARAGRAPHS.join(text)
         if not isinstance(text, str):
-            raise WrongError(f"{key!r} must be a string, got {'null' if text is None else type(text).__name__}")
+            raise WrongError(
+                f"{key!r} must be a string, got {'null' if text is None else type(text).__name__}"
+            )
         return as_utf8(self.mend(text) if self.mend else text, repr(key))
 
     def metadata(self, values: dict[str, Any]) -> tuple[str | None, ...]:
@@ -115,7 +126,9 @@ def value_of(values: dict[str, Any], key: str, option: str) -> Any:
     """
     if key not in values:
         have = ", ".join(sorted(values)) or "no keys"
-        raise WrongError(f"no key {key!r}; have: {have}{nearest(key, values)}; name the right one with {option}")
+        raise WrongError(
+            f"no key {key!r}; have: {have}{nearest(key, values)}; name the right one with {option}"
+        )
     return values[key]
 
 
@@ -135,8 +148,14 @@ def as_utf8(text: str, where: str) -> bytes:
 def as_text(value: Any) -> str | None:
     """A metadata value as text."""
     if value is None or isinstance(value, str):
-        return value if value is None or value.isascii() else value.encode("utf-8", "replace").decode()
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8", "replace").decode()
+        return (
+            value if value is None or value.isascii() else value.encode("utf-8", "replace").decode()
+        )
+    return (
+        json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+        .encode("utf-8", "replace")
+        .decode()
+    )
 
 
 class PieceReader:
@@ -178,7 +197,11 @@ class PieceReader:
     def whole_text(self) -> Row | Fault:
         """The one document of a plain text."""
         if not self.wanted.takes_plain_text:
-            return Fault(None, 0, f"{self.piece.where}: a plain text has no keys; give JSON lines, or a single --key")
+            return Fault(
+                None,
+                0,
+                f"{self.piece.where}: a plain text has no keys; give JSON lines, or a single --key",
+            )
         data = self.piece.data
         if data is None:
             with self.file.open() as file:
@@ -204,7 +227,11 @@ class PieceReader:
         """The documents of a `.dat.zst`; their number stands for the line."""
         data, place = self.piece.data or b"", 0
         if not self.wanted.takes_plain_text:
-            yield Fault(None, 0, f"{self.piece.where}: holds texts without keys; give JSON lines, or a single --key")
+            yield Fault(
+                None,
+                0,
+                f"{self.piece.where}: holds texts without keys; give JSON lines, or a single --key",
+            )
             return
         while place < len(data):
             start = place + DAT_DIGITS
@@ -213,7 +240,11 @@ class PieceReader:
             try:
                 yield self.plain_row(self.lines, self.piece.start + start, data[start:place])
             except UnicodeDecodeError as error:
-                yield Fault(self.lines, self.piece.start + start, not_utf8(error.object[error.start], error.start))
+                yield Fault(
+                    self.lines,
+                    self.piece.start + start,
+                    not_utf8(error.object[error.start], error.start),
+                )
 
     def json_lines(self, data: bytes, begin: int) -> Iterator[Row | Fault]:
         """The documents of JSON lines; blank lines are left out."""
@@ -224,10 +255,22 @@ class PieceReader:
             self.lines += 1
             try:
                 values = quick_loads(line)
-                row = Row(self.lines, start, stop, texts_of(values), metadata_of(exact(values, line, wanted)))
+                row = Row(
+                    self.lines,
+                    start,
+                    stop,
+                    texts_of(values),
+                    metadata_of(exact(values, line, wanted)),
+                )
                 values = None  # a text of 100 MB may be 400 MB as a string
                 yield row
-            except (ValueError, TypeError, AttributeError, RecursionError, WrongError):  # the slow way finds the words
+            except (
+                ValueError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+                WrongError,
+            ):  # the slow way finds the words
                 try:
                     for values in careful(line, start, wanted):
                         yield Row(self.lines, start, stop, texts_of(values), metadata_of(values))
@@ -272,7 +315,9 @@ def careful(line: bytes, start: int, wanted: Wanted) -> list[dict[str, Any]]:
     try:
         values = json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        spread = "; each document must stand on a line of its own" if text.strip() in ("{", "[") else ""
+        spread = (
+            "; each document must stand on a line of its own" if text.strip() in ("{", "[") else ""
+        )
         raise WrongError(f"broken JSON at column {error.colno}: {error.msg}{spread}") from None
     except (ValueError, RecursionError) as error:
         raise WrongError(f"broken JSON: {error}") from None

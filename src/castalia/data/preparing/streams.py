@@ -165,5 +165,7 @@ def wanted(name: str, where: str) -> bool:
     """
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or (path.parts[:1] and path.parts[0].endswith(":")):
-        raise DataError(f"{where}({name}): the name leads out of the archive; such archives are refused")
+        raise DataError(
+            f"{where}({name}): the name leads out of the archive; such archives are refused"
+        )
     return not any(part.startswith(".") for part in path.parts)

@@ -35,7 +35,13 @@ def young_characters() -> tuple[NDArray[np.uint8], dict[int, str]]:
     known, pairs = np.zeros(0x110000, np.uint8), defaultdict[int, str](str)
     known[0x2A6D7:0x40000] = UNTRIED  # planes of Han letters, which no marks go with
     known[0x40000:0xE0000] = known[0xE0200:0xF0000] = OTHER  # planes without letters so far
-    spans = (0x80, 0x3400), (0x4DB6, 0x4E00), (0x9FA6, 0xAC00), (0xD7A4, 0x20000), (0xE0000, 0xE0200)  # no old Han
+    spans = (
+        (0x80, 0x3400),
+        (0x4DB6, 0x4E00),
+        (0x9FA6, 0xAC00),
+        (0xD7A4, 0x20000),
+        (0xE0000, 0xE0200),
+    )  # no old Han
     for i in chain.from_iterable(range(*span) for span in spans):
         character = chr(i)
         if OLDEST.category(character) != "Cn" or i in PICTURES:

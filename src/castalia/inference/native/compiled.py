@@ -36,7 +36,14 @@ Long = ctypes.c_int64
 class CLinear(ctypes.Structure):
     """`Linear` of step.cpp."""
 
-    _fields_ = [("weight", Pointer), ("scale", Pointer), ("bias", Pointer), ("n", Long), ("k", Long), ("kind", Long)]
+    _fields_ = [
+        ("weight", Pointer),
+        ("scale", Pointer),
+        ("bias", Pointer),
+        ("n", Long),
+        ("k", Long),
+        ("kind", Long),
+    ]
 
 
 @functools.cache
@@ -59,12 +66,16 @@ def chosen_compiler() -> str | None:
     wanted = os.environ.get("CASTALIA_CXX")
     if wanted == "none":
         return None
-    return next((path for name in ([wanted] if wanted else COMPILERS) if (path := shutil.which(name))), None)
+    return next(
+        (path for name in ([wanted] if wanted else COMPILERS) if (path := shutil.which(name))), None
+    )
 
 
 def cached_library(compiler: str) -> Path:
     """The library for this source, compiler and processor, compiled if it is not there yet."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True
+    ).stdout
     says = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, processor()))
     name = f"native-{hashlib.sha256(says.encode()).hexdigest()[:16]}.so"
     base = cache_folder()
@@ -83,7 +94,9 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    )
 
 
 def compile_into(folder: Path, name: str, compiler: str, flags: Sequence[str] = FLAGS) -> Path:

@@ -45,14 +45,20 @@ class NativeSlots(Slots):
         parts = []
         for start in range(0, len(rows), ROWS_AT_ONCE):
             part = rows[start : start + ROWS_AT_ONCE]
-            parts.append(self.run(part, [end - start for end in ends if start <= end < start + len(part)]).clone())
+            parts.append(
+                self.run(
+                    part, [end - start for end in ends if start <= end < start + len(part)]
+                ).clone()
+            )
         return torch.cat(parts)
 
     def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
         """See `Slots`; one pass."""
         start = self.lengths[slot]
         self.lengths[slot] += len(tokens)
-        return self.run([(token, slot, start + i) for i, token in enumerate(tokens)], list(range(len(tokens))))
+        return self.run(
+            [(token, slot, start + i) for i, token in enumerate(tokens)], list(range(len(tokens)))
+        )
 
     def run(self, rows: list[tuple[int, int, int]], pick: list[int]) -> Tensor:
         """One pass."""

@@ -44,13 +44,20 @@ class TorchForward:
     def __init__(self, weights: Weights, kernels: dict[tuple[int, int], str]) -> None:
         self.weights, self.config = weights, weights.config
         self.linears: dict[str, Kernel] = {
-            name: make(kernels[packed.channels, packed.inputs], packed) for name, packed in weights.linears.items()
+            name: make(kernels[packed.channels, packed.inputs], packed)
+            for name, packed in weights.linears.items()
         }
         self.cos, self.sin = rope_angles(weights.config)
 
     def new_cache(self, slots: int, length: int) -> TorchCache:
         """An empty cache of `slots` sequences of at most `length` tokens."""
-        shape = (self.config.num_layers, slots, self.config.num_attention_heads, length, self.config.head_dim)
+        shape = (
+            self.config.num_layers,
+            slots,
+            self.config.num_attention_heads,
+            length,
+            self.config.head_dim,
+        )
         return TorchCache(torch.empty(shape), torch.empty(shape))
 
     @torch.inference_mode()
@@ -67,7 +74,9 @@ class TorchForward:
         x = self.embed(torch.tensor(tokens))
         for i in range(self.config.num_layers):
             x = self.block(i, x, cache, rows)
-        return self.linears["head"](self.norm("norm", x[torch.tensor(list(pick), dtype=torch.int64)]))
+        return self.linears["head"](
+            self.norm("norm", x[torch.tensor(list(pick), dtype=torch.int64)])
+        )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(M,) ids -> (M, C) float32."""
@@ -77,7 +86,13 @@ class TorchForward:
     def norm(self, place: str, x: Tensor) -> Tensor:
         """One LayerNorm."""
         norms, shape = self.weights.norms, (self.config.hidden_size,)
-        return F.layer_norm(x, shape, norms[f"{place}.weight"], norms[f"{place}.bias"], self.config.layernorm_epsilon)
+        return F.layer_norm(
+            x,
+            shape,
+            norms[f"{place}.weight"],
+            norms[f"{place}.bias"],
+            self.config.layernorm_epsilon,
+        )
 
     def block(self, i: int, x: Tensor, cache: TorchCache, rows: Rows) -> Tensor:
         """One layer, (M, C) -> (M, C)."""
@@ -87,7 +102,9 @@ class TorchForward:
         if not self.config.parallel_residual:
             x, attended = x + attended, torch.zeros(())
         inner = self.linears[f"{place}.mlp.up"](self.norm(f"{place}.norm2", x))
-        inner = F.gelu(inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+        inner = F.gelu(
+            inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none"
+        )
         return x + (attended + self.linears[f"{place}.mlp.down"](inner))
 
     def attend(self, i: int, qkv: Tensor, cache: TorchCache, rows: Rows) -> Tensor:
@@ -100,7 +117,10 @@ class TorchForward:
             end = rows.longest
             seen = (torch.arange(end) <= rows.positions[:, None])[:, None, None]
             y = F.scaled_dot_product_attention(
-                q[:, :, None], keys[rows.slots, :, :end], values[rows.slots, :, :end], attn_mask=seen
+                q[:, :, None],
+                keys[rows.slots, :, :end],
+                values[rows.slots, :, :end],
+                attn_mask=seen,
             )
             return y.flatten(1)
         parts = []
@@ -109,7 +129,10 @@ class TorchForward:
             end = int(span[-1]) + 1
             seen = torch.arange(end) <= span[:, None]
             y = F.scaled_dot_product_attention(
-                q[start : start + count].transpose(0, 1), keys[slot, :, :end], values[slot, :, :end], attn_mask=seen
+                q[start : start + count].transpose(0, 1),
+                keys[slot, :, :end],
+                values[slot, :, :end],
+                attn_mask=seen,
             )
             parts.append(y.transpose(0, 1).flatten(1))
         return torch.cat(parts)
@@ -120,7 +143,9 @@ class TorchForward:
             return x
         cos, sin = self.cos[positions, None], self.sin[positions, None]
         a, b = x[..., : self.config.rotary_dim].chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., self.config.rotary_dim :]), -1)
+        return torch.cat(
+            (a * cos - b * sin, b * cos + a * sin, x[..., self.config.rotary_dim :]), -1
+        )
 
 
 def rows_of(slots: Sequence[int], positions: Sequence[int]) -> Rows:

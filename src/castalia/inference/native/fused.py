@@ -35,7 +35,10 @@ class CModel(ctypes.Structure):
     """`Model` of step.cpp."""
 
     _fields_ = [
-        *((name, Long) for name in ("layers", "width", "heads", "head_dim", "ffn", "rotary", "vocab")),
+        *(
+            (name, Long)
+            for name in ("layers", "width", "heads", "head_dim", "ffn", "rotary", "vocab")
+        ),
         ("parallel", Long),
         ("tanh", Long),
         ("epsilon", ctypes.c_double),
@@ -172,7 +175,10 @@ class FusedForward:
             logits.data_ptr(),
         )
         failed = self.native.castalia_forward(
-            ctypes.addressof(self.model), ctypes.addressof(cache.c), ctypes.addressof(batch), torch.get_num_threads()
+            ctypes.addressof(self.model),
+            ctypes.addressof(cache.c),
+            ctypes.addressof(batch),
+            torch.get_num_threads(),
         )
         del token, slot, position, picked
         if failed:

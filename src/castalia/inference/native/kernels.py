@@ -44,11 +44,19 @@ def candidates(storage: str, names: str = "auto") -> list[str]:
     Raises  ConfigError if the named kernel does not exist, or does not read the storage.
     """
     if names not in ("auto", "torch"):
-        if storage not in KERNELS[names].storages or (names == "compiled" and compiled.library() is None):
-            raise ConfigError(f"the kernel {names!r} does not read {storage} weights on this machine")
+        if storage not in KERNELS[names].storages or (
+            names == "compiled" and compiled.library() is None
+        ):
+            raise ConfigError(
+                f"the kernel {names!r} does not read {storage} weights on this machine"
+            )
         return [names]
     native = names == "auto" and compiled.library() is not None
-    return [name for name in KERNELS if storage in KERNELS[name].storages and (native or KERNELS[name] is not Compiled)]
+    return [
+        name
+        for name in KERNELS
+        if storage in KERNELS[name].storages and (native or KERNELS[name] is not Compiled)
+    ]
 
 
 def steps_of(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +158,9 @@ class Int8OneDnn(Kernel):
         zero = round(-low / step)
         q = (x / step + zero).round_().clamp_(0, 255).to(torch.uint8)
         after: tuple[Any, ...] = (self.bias, 1.0, 0, torch.float32, "none", [], "")
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(q, step, zero, self.weight, self.scale, self.zero, *after)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            q, step, zero, self.weight, self.scale, self.zero, *after
+        )
         return y
 
 
@@ -182,7 +192,9 @@ class Int4WeightOnly(Kernel):
         self.bias, self.channels = packed.bias, packed.channels
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.weight, GROUP, self.scale).float()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.bfloat16(), self.weight, GROUP, self.scale
+        ).float()
         return (y if self.bias is None else y.add_(self.bias))[:, : self.channels]
 
 

@@ -50,7 +50,9 @@ class Packed:
 def require_storage(name: str) -> None:
     """Raises  ConfigError listing the known ones."""
     if name not in STORAGES:
-        raise ConfigError(f"no quantization {name!r}; have: {', '.join(STORAGES)}{nearest(name, STORAGES)}")
+        raise ConfigError(
+            f"no quantization {name!r}; have: {', '.join(STORAGES)}{nearest(name, STORAGES)}"
+        )
 
 
 def pack(weight: Tensor, bias: Tensor | None, storage: str) -> Packed:
@@ -60,7 +62,9 @@ def pack(weight: Tensor, bias: Tensor | None, storage: str) -> Packed:
     """
     channels, inputs = weight.shape
     if inputs % CELLS[storage]:
-        raise ConfigError(f"{storage} packs {CELLS[storage]} inputs together, and a layer has {inputs}; choose another")
+        raise ConfigError(
+            f"{storage} packs {CELLS[storage]} inputs together, and a layer has {inputs}; choose another"
+        )
     weight = filled(weight)
     parts = [quantize(rows.float(), storage) for rows in weight.split(ROWS_AT_ONCE)]
     scales = [scale for _, scale in parts if scale is not None]
@@ -118,7 +122,10 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = weight.unflatten(1, (-1, GROUP))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     best = torch.full_like(largest, torch.inf)
-    chosen_q, chosen = torch.zeros_like(groups, dtype=torch.int8), torch.zeros_like(largest, dtype=torch.bfloat16)
+    chosen_q, chosen = (
+        torch.zeros_like(groups, dtype=torch.int8),
+        torch.zeros_like(largest, dtype=torch.bfloat16),
+    )
     for share in INT4_CANDIDATES.tolist():
         scale = (largest / -8 * share).to(torch.bfloat16)
         step = scale.float()
@@ -126,7 +133,10 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
         error = (q * step).sub_(groups).square_().sum(2, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
-        chosen_q, chosen = torch.where(better, q.to(torch.int8), chosen_q), torch.where(better, scale, chosen)
+        chosen_q, chosen = (
+            torch.where(better, q.to(torch.int8), chosen_q),
+            torch.where(better, scale, chosen),
+        )
     return chosen_q.flatten(1), chosen[..., 0]
 
 

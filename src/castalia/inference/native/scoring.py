@@ -24,7 +24,9 @@ class Scorer:
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.config = weights, weights.config
-        self.linears = {name: dense(packed, torch.bfloat16) for name, packed in weights.linears.items()}
+        self.linears = {
+            name: dense(packed, torch.bfloat16) for name, packed in weights.linears.items()
+        }
 
     @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> Tensor:
@@ -40,7 +42,9 @@ class Scorer:
             n = len(rows)
             torch.mm(rows, head.T, out=rounded[:n])
             logits[:n] = rounded[:n]
-            torch.log_softmax(logits[:n], 1, out=logprobs[:n])  # torch's logsumexp takes eight times as long
+            torch.log_softmax(
+                logits[:n], 1, out=logprobs[:n]
+            )  # torch's logsumexp takes eight times as long
             parts.append(logprobs[:n].gather(1, labels[:, None])[:, 0])
         return torch.cat(parts) if parts else torch.empty(0)
 
@@ -48,7 +52,11 @@ class Scorer:
         """(T,) ids -> (T, C) bfloat16, normed."""
         embed, scale = self.weights.embed[tokens].float(), self.weights.embed_scale
         x = embed if scale is None else embed * scale[tokens, None]
-        rope = rope_tables(self.config, torch.arange(len(tokens))[None]) if self.config.rotary_dim else (None, None)
+        rope = (
+            rope_tables(self.config, torch.arange(len(tokens))[None])
+            if self.config.rotary_dim
+            else (None, None)
+        )
         for i in range(self.config.num_layers):
             x = self.block(i, x, rope)
         return self.norm("norm", x)
@@ -56,7 +64,13 @@ class Scorer:
     def norm(self, place: str, x: Tensor) -> Tensor:
         """One LayerNorm in float32, rounded to bfloat16."""
         norms, shape = self.weights.norms, (self.config.hidden_size,)
-        y = F.layer_norm(x, shape, norms[f"{place}.weight"], norms[f"{place}.bias"], self.config.layernorm_epsilon)
+        y = F.layer_norm(
+            x,
+            shape,
+            norms[f"{place}.weight"],
+            norms[f"{place}.bias"],
+            self.config.layernorm_epsilon,
+        )
         return y.bfloat16()
 
     def linear(self, place: str, x: Tensor) -> Tensor:
@@ -69,7 +83,11 @@ class Scorer:
         """One layer."""
         qkv, out, up, down = (f"layers.{i}.{name}" for name in LINEARS)
         y, _, _ = causal_attention(
-            self.linear(qkv, self.norm(f"layers.{i}.norm1", x))[None], *rope, None, self.config.head_dim, False
+            self.linear(qkv, self.norm(f"layers.{i}.norm1", x))[None],
+            *rope,
+            None,
+            self.config.head_dim,
+            False,
         )
         attended = self.linear(out, y[0])
         if not self.config.parallel_residual:

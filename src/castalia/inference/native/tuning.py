@@ -54,7 +54,9 @@ def fastest(shape: tuple[int, int], storage: str, names: tuple[str, ...], second
 
 def remembered(shape: tuple[int, int], storage: str, names: tuple[str, ...]) -> Path:
     """Where the choice for a shape is kept."""
-    says = json.dumps([shape, storage, names, compiled.processor(), torch.get_num_threads(), torch.__version__])
+    says = json.dumps(
+        [shape, storage, names, compiled.processor(), torch.get_num_threads(), torch.__version__]
+    )
     return cache_folder() / f"kernel-{hashlib.sha256(says.encode()).hexdigest()[:16]}.json"
 
 

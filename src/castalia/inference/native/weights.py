@@ -19,7 +19,13 @@ from torch import Tensor
 from castalia.config.base import build
 from castalia.core.errors import CheckpointError
 from castalia.core.files import write_json
-from castalia.inference.native.packing import FLOATS, Packed, pack, quantize_channels, require_storage
+from castalia.inference.native.packing import (
+    FLOATS,
+    Packed,
+    pack,
+    quantize_channels,
+    require_storage,
+)
 from castalia.models.config import ModelConfig
 
 FORMAT = "castalia-native"
@@ -85,7 +91,10 @@ def packed_embedding(weight: Tensor, storage: str) -> tuple[Tensor, Tensor | Non
 
 def named_tensors(weights: Weights) -> dict[str, Tensor]:
     """Every tensor under its name in the file."""
-    found: dict[str, Tensor | None] = {"embed.weight": weights.embed, "embed.scale": weights.embed_scale}
+    found: dict[str, Tensor | None] = {
+        "embed.weight": weights.embed,
+        "embed.scale": weights.embed_scale,
+    }
     found |= weights.norms
     for name, packed in weights.linears.items():
         parts = {"weight": packed.weight, "scale": packed.scale, "bias": packed.bias}
@@ -126,15 +135,22 @@ def load_weights(folder: Path) -> Weights:
     Raises  CheckpointError if a file is missing, truncated, of another version, or does not fit the config.
     """
     listed = read_listing(folder / CONFIG_FILE)
-    config, storage = build(ModelConfig, listed["model"], str(folder / CONFIG_FILE)), listed["quantization"]
+    config, storage = (
+        build(ModelConfig, listed["model"], str(folder / CONFIG_FILE)),
+        listed["quantization"],
+    )
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {folder / WEIGHTS_FILE}: {error}; export the model again") from None
+        raise CheckpointError(
+            f"cannot read {folder / WEIGHTS_FILE}: {error}; export the model again"
+        ) from None
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if found != listed["tensors"]:
-        raise CheckpointError(f"the tensors in {folder / WEIGHTS_FILE} are not those of {CONFIG_FILE}; export again")
+        raise CheckpointError(
+            f"the tensors in {folder / WEIGHTS_FILE} are not those of {CONFIG_FILE}; export again"
+        )
     return assembled(config, storage, tensors, listed["step"])
 
 
@@ -149,28 +165,46 @@ def read_listing(path: Path) -> dict[str, Any]:
         require_storage(listed["quantization"])
         assert {"model", "tensors", "step"} <= listed.keys()
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"{path} does not describe a native export ({error!r}); export the model again") from None
+        raise CheckpointError(
+            f"{path} does not describe a native export ({error!r}); export the model again"
+        ) from None
     if (kind, version) != (FORMAT, VERSION):
-        raise CheckpointError(f"{path} is {kind} version {version}; this Castalia reads {FORMAT} version {VERSION}")
+        raise CheckpointError(
+            f"{path} is {kind} version {version}; this Castalia reads {FORMAT} version {VERSION}"
+        )
     return dict(listed)
 
 
-def assembled(config: ModelConfig, storage: str, tensors: Mapping[str, Tensor], step: int | None) -> Weights:
+def assembled(
+    config: ModelConfig, storage: str, tensors: Mapping[str, Tensor], step: int | None
+) -> Weights:
     """Weights out of the tensors of a file."""
 
     def packed(name: str, channels: int) -> Packed:
-        weight, scale, bias = (tensors.get(f"{name}.{kind}") for kind in ("weight", "scale", "bias"))
+        weight, scale, bias = (
+            tensors.get(f"{name}.{kind}") for kind in ("weight", "scale", "bias")
+        )
         assert weight is not None
         inputs = config.ffn_size if name.endswith("mlp.down") else config.hidden_size
         return Packed(storage, weight, scale, bias, channels, inputs)
 
     width = config.hidden_size
-    channels = {"attn.qkv": 3 * width, "attn.out": width, "mlp.up": config.ffn_size, "mlp.down": width}
+    channels = {
+        "attn.qkv": 3 * width,
+        "attn.out": width,
+        "mlp.up": config.ffn_size,
+        "mlp.down": width,
+    }
     linears = {"head": packed("head", config.padded_vocab_size)}
     for i in range(config.num_layers):
-        linears |= {f"layers.{i}.{name}": packed(f"layers.{i}.{name}", count) for name, count in channels.items()}
+        linears |= {
+            f"layers.{i}.{name}": packed(f"layers.{i}.{name}", count)
+            for name, count in channels.items()
+        }
     norms = {name: tensors[name] for name in norm_names(config)}
-    return Weights(config, storage, linears, norms, tensors["embed.weight"], tensors.get("embed.scale"), step)
+    return Weights(
+        config, storage, linears, norms, tensors["embed.weight"], tensors.get("embed.scale"), step
+    )
 
 
 def rope_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,9 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, texts: Sequence[Made], echoes: Sequence[str], usage: Usage) -> CompletionAnswer | ChatAnswer:
+    def whole(
+        self, texts: Sequence[Made], echoes: Sequence[str], usage: Usage
+    ) -> CompletionAnswer | ChatAnswer:
         """The answer to a request without stream; `echoes` are the prompts to be repeated before each text."""
         if self.chat:
             replies = [
@@ -67,7 +69,11 @@ class Answer:
                 for index, made in enumerate(texts)
             ]
             return ChatAnswer(
-                id=f"chatcmpl-{self.id}", created=self.created, model=self.name, choices=replies, usage=usage
+                id=f"chatcmpl-{self.id}",
+                created=self.created,
+                model=self.name,
+                choices=replies,
+                usage=usage,
             )
         choices = [
             Choice(
@@ -79,7 +85,11 @@ class Answer:
             for index, (made, echo) in enumerate(zip(texts, echoes, strict=True))
         ]
         return CompletionAnswer(
-            id=f"cmpl-{self.id}", created=self.created, model=self.name, choices=choices, usage=usage
+            id=f"cmpl-{self.id}",
+            created=self.created,
+            model=self.name,
+            choices=choices,
+            usage=usage,
         )
 
     def chunk(self, index: int, event: Event, offset: int) -> str:
@@ -88,13 +98,21 @@ class Answer:
         if self.chat:
             delta = {"content": event.text} if event.text else {}
             reply = ChatChoice(
-                index=index, delta=delta, logprobs=self.chat_logprobs(event.tokens), finish_reason=finish
+                index=index,
+                delta=delta,
+                logprobs=self.chat_logprobs(event.tokens),
+                finish_reason=finish,
             )
             return self.chat_chunk([reply])
         choice = Choice(
-            index=index, text=event.text, logprobs=self.logprobs(event.tokens, offset), finish_reason=finish
+            index=index,
+            text=event.text,
+            logprobs=self.logprobs(event.tokens, offset),
+            finish_reason=finish,
         )
-        answer = CompletionAnswer(id=f"cmpl-{self.id}", created=self.created, model=self.name, choices=[choice])
+        answer = CompletionAnswer(
+            id=f"cmpl-{self.id}", created=self.created, model=self.name, choices=[choice]
+        )
         return sse(answer.model_dump(exclude={"usage"}))
 
     def chat_chunk(self, choices: list[ChatChoice]) -> str:
@@ -110,13 +128,20 @@ class Answer:
 
     def opening(self, index: int) -> str:
         """The first chunk of a reply, which says who speaks."""
-        return self.chat_chunk([ChatChoice(index=index, delta={"role": "assistant", "content": ""})])
+        return self.chat_chunk(
+            [ChatChoice(index=index, delta={"role": "assistant", "content": ""})]
+        )
 
     def usage_chunk(self, usage: Usage) -> str:
         """The last chunk, when include_usage asks for it."""
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         prefix = "chatcmpl" if self.chat else "cmpl"
-        body = {"id": f"{prefix}-{self.id}", "object": kind, "created": self.created, "model": self.name}
+        body = {
+            "id": f"{prefix}-{self.id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.name,
+        }
         return sse(body | {"choices": [], "usage": usage.model_dump()})
 
     def logprobs(self, tokens: Sequence[Scored], offset: int = 0) -> LogprobsOut | None:
@@ -149,7 +174,11 @@ class Answer:
         return {
             "content": [
                 self.chat_entry(scored.token, scored.logprob)
-                | {"top_logprobs": [self.chat_entry(token, logprob) for token, logprob in scored.top]}
+                | {
+                    "top_logprobs": [
+                        self.chat_entry(token, logprob) for token, logprob in scored.top
+                    ]
+                }
                 for scored in tokens
             ]
         }

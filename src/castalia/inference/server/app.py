@@ -38,7 +38,10 @@ from castalia.inference.server.service import ClientLeftError, FailedError, Runn
 LOG = logging.getLogger("castalia.serve")
 CLIENT_LEFT = 499
 """nginx's status for a client that closed the connection; nobody reads it but the metrics."""
-CODES: dict[type[CastaliaError], str] = {UnknownModelError: "model_not_found", NoTemplateError: "no_chat_template"}
+CODES: dict[type[CastaliaError], str] = {
+    UnknownModelError: "model_not_found",
+    NoTemplateError: "no_chat_template",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": text}
     for status, text in {
@@ -57,7 +60,9 @@ STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream"
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
 
-def make_app(pool: Pool, *, api_key: str | None = None, most_bytes: int = 8 << 20, patience: float = 30.0) -> FastAPI:
+def make_app(
+    pool: Pool, *, api_key: str | None = None, most_bytes: int = 8 << 20, patience: float = 30.0
+) -> FastAPI:
     """The ASGI application of a pool of models.
 
     `api_key` is asked for in Authorization headers; `most_bytes` is the largest request; `patience` the seconds that a
@@ -69,14 +74,18 @@ def make_app(pool: Pool, *, api_key: str | None = None, most_bytes: int = 8 << 2
         yield
         pool.close()
 
-    app = FastAPI(title="Castalia", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(
+        title="Castalia", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None
+    )
     service = Service(pool, Measures())
     add_completions(app, service)
     add_models(app, service)
     add_health(app, service)
     add_errors(app)
     app.add_middleware(Limits, most_bytes=most_bytes, seconds=patience, api_key=api_key)
-    app.add_middleware(Counted, measures=service.measures)  # outside, so that what the limits refuse counts too
+    app.add_middleware(
+        Counted, measures=service.measures
+    )  # outside, so that what the limits refuse counts too
     vocab_size = pool.get(None).model.config.vocab_size
     app.openapi = described(app, vocab_size, pool.options.most_waiting)  # type: ignore[method-assign]
     return app
@@ -111,7 +120,9 @@ def add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses=ERRORS)
     async def models() -> ModelList:
         """All models that can be asked for."""
-        return ModelList(data=[ModelCard(id=name, created=place.created) for name, place in pool.places.items()])
+        return ModelList(
+            data=[ModelCard(id=name, created=place.created) for name, place in pool.places.items()]
+        )
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str) -> ModelCard:
@@ -125,7 +136,9 @@ def add_models(app: FastAPI, service: Service) -> None:
         """Ids of a text."""
         found = (await service.model(body.model)).model
         ids = found.encode(body.prompt)
-        return Tokens(tokens=ids, count=len(ids), max_model_len=found.config.max_position_embeddings)
+        return Tokens(
+            tokens=ids, count=len(ids), max_model_len=found.config.max_position_embeddings
+        )
 
     @app.post("/detokenize", responses=ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Text:
@@ -192,7 +205,9 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> Response:
-        return JSONResponse(error_body(429, str(error)), 429, headers={"Retry-After": str(error.seconds)})
+        return JSONResponse(
+            error_body(429, str(error)), 429, headers={"Retry-After": str(error.seconds)}
+        )
 
     @app.exception_handler(StoppingError)
     async def stopping(request: Request, error: StoppingError) -> Response:
@@ -215,7 +230,10 @@ def explained(error: RequestValidationError) -> tuple[str, str | None]:
         return f"the body is not JSON: character {first['loc'][-1]}, {first['ctx']['error']}", None
     places = [str(part) for part in first["loc"] if part != "body"]
     if places[:1] == ["prompt"] and len(places) > 1:
-        return "prompt: expected a text, a list of texts, a list of ids, or a list of lists of ids", "prompt"
+        return (
+            "prompt: expected a text, a list of texts, a list of ids, or a list of lists of ids",
+            "prompt",
+        )
     name = ".".join(places) or None
     more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
     return f"{name or 'the request'}: {first['msg'].removeprefix('Value error, ')}{more}", name
@@ -227,7 +245,9 @@ def bound(part: Any, limits: list[tuple[str, str, int]]) -> None:
         for description, keyword, most in limits:
             if part.get("description") == description:
                 part[keyword] = min(part[keyword], most)
-    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+    for inner in (
+        part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    ):
         bound(inner, limits)
 
 
@@ -238,7 +258,11 @@ def described(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[], 
     """
     from fastapi.openapi.utils import get_openapi
 
-    limits = [(TOKEN, "maximum", vocab_size - 1), (TEXTS, "maxItems", most_waiting), (CHOICES, "maximum", most_waiting)]
+    limits = [
+        (TOKEN, "maximum", vocab_size - 1),
+        (TEXTS, "maxItems", most_waiting),
+        (CHOICES, "maximum", most_waiting),
+    ]
 
     def make() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -27,8 +27,14 @@ class Limits:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.api_key and scope["path"] not in OPEN_PATHS and not self.knows(headers.get(b"authorization", b"")):
-            await refuse(send, 401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`")
+        if (
+            self.api_key
+            and scope["path"] not in OPEN_PATHS
+            and not self.knows(headers.get(b"authorization", b""))
+        ):
+            await refuse(
+                send, 401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
+            )
             return
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.most_bytes:
@@ -82,7 +88,9 @@ def replay(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """OpenAI's shape of an error."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")

@@ -19,17 +19,29 @@ class Measures:
         def make(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
             return kind(f"castalia_{name}", text, labels, registry=self.registry, **options)
 
-        self.requests = make(client.Counter, "requests_total", "Requests by path and status", "path", "status")
+        self.requests = make(
+            client.Counter, "requests_total", "Requests by path and status", "path", "status"
+        )
         self.prompt_tokens = make(client.Counter, "prompt_tokens_total", "Tokens of prompts")
-        self.made_tokens = make(client.Counter, "generated_tokens_total", "Tokens that were generated")
-        self.cancelled = make(client.Counter, "cancelled_total", "Requests whose client left before the end")
+        self.made_tokens = make(
+            client.Counter, "generated_tokens_total", "Tokens that were generated"
+        )
+        self.cancelled = make(
+            client.Counter, "cancelled_total", "Requests whose client left before the end"
+        )
         self.running = make(client.Gauge, "running", "Texts that are being continued")
         self.waiting = make(client.Gauge, "waiting", "Texts in the queue")
         self.first_token = make(
-            client.Histogram, "time_to_first_token_seconds", "From the request to its first token", buckets=SECONDS
+            client.Histogram,
+            "time_to_first_token_seconds",
+            "From the request to its first token",
+            buckets=SECONDS,
         )
         self.each_token = make(
-            client.Histogram, "time_per_token_seconds", "Between tokens of one text", buckets=SECONDS
+            client.Histogram,
+            "time_per_token_seconds",
+            "Between tokens of one text",
+            buckets=SECONDS,
         )
 
     def page(self) -> tuple[bytes, str]:

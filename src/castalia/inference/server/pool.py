@@ -80,15 +80,21 @@ class Pool:
             step = folder.name.split("@")[1]
         name = folder.resolve().name if step is None else folder.name
         if folder.name.startswith("step") and folder.resolve().parent.name == "checkpoints":
-            name = f"{folder.resolve().parents[1].name}@step{int(folder.name.removeprefix('step-'))}"
+            name = (
+                f"{folder.resolve().parents[1].name}@step{int(folder.name.removeprefix('step-'))}"
+            )
         found = {name: path}
         if folder.is_dir() and not is_hf_folder(folder):
-            steps = complete_steps(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
+            steps = complete_steps(
+                folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+            )
             base = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
             found |= {f"{name}@step{number}": str(base / step_name(number)) for number in steps}
         for each, where in found.items():
             if each in self.places:
-                raise ConfigError(f"two models are called {each}: {self.places[each].path} and {where}; rename one")
+                raise ConfigError(
+                    f"two models are called {each}: {self.places[each].path} and {where}; rename one"
+                )
             created = int(Path(where).stat().st_mtime) if Path(where).exists() else 0
             self.places[each] = Place(where, created)
 
@@ -99,12 +105,16 @@ class Pool:
         """
         name = next(iter(self.places)) if name is None else name
         if name not in self.places:
-            raise UnknownModelError(f"no model {name!r}; /v1/models lists what is served{nearest(name, self.places)}")
+            raise UnknownModelError(
+                f"no model {name!r}; /v1/models lists what is served{nearest(name, self.places)}"
+            )
         with self.lock:
             if name not in self.loaded:
                 while len(self.loaded) >= self.options.keep:
                     _, old = self.loaded.popitem(last=False)
-                    old.scheduler.close(wait=False)  # its texts are finished first; then the thread lets go of it
+                    old.scheduler.close(
+                        wait=False
+                    )  # its texts are finished first; then the thread lets go of it
                 self.loaded[name] = self.load(name)
             self.loaded.move_to_end(name)
             return self.loaded[name]

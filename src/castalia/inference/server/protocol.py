@@ -44,7 +44,9 @@ class Drawn(Body):
     """How tokens are drawn; both endpoints share it."""
 
     model: str | None = Field(None, description="One of /v1/models; null takes the first.")
-    temperature: float | None = Field(1.0, ge=0, le=100, description="0 takes the most likely token each time.")
+    temperature: float | None = Field(
+        1.0, ge=0, le=100, description="0 takes the most likely token each time."
+    )
     top_p: float | None = Field(1.0, ge=0, le=1)
     top_k: Count | None = Field(0, description="Not OpenAI's: draw from the k likeliest; 0 is off.")
     n: Choices | None = 1
@@ -52,10 +54,14 @@ class Drawn(Body):
     seed: Seed | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool | None = Field(False, description="Not OpenAI's: go on after the end-of-document token.")
+    ignore_eos: bool | None = Field(
+        False, description="Not OpenAI's: go on after the end-of-document token."
+    )
     presence_penalty: Zero | None = Field(0, description="Not supported: must be 0.")
     frequency_penalty: Zero | None = Field(0, description="Not supported: must be 0.")
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="Not supported: must be empty.")
+    logit_bias: dict[str, float] | None = Field(
+        None, max_length=0, description="Not supported: must be empty."
+    )
 
     @property
     def stops(self) -> list[str]:

@@ -90,7 +90,10 @@ def score(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> l
     values, ids = logprobs[:, :vocab_size].topk(min(top, vocab_size))
     picked = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     rows = zip(tokens, picked, values.tolist(), ids.tolist(), strict=True)
-    return [Scored(token, value, list(zip(best_ids, best, strict=True))) for token, value, best, best_ids in rows]
+    return [
+        Scored(token, value, list(zip(best_ids, best, strict=True)))
+        for token, value, best, best_ids in rows
+    ]
 
 
 class Scheduler:
@@ -183,7 +186,9 @@ class Scheduler:
             action()
         except Exception as error:  # the thread must live on for the other jobs
             rows = {id(job.row) for job in jobs}
-            for slot in [slot for slot, running in self.batcher.running.items() if id(running.row) in rows]:
+            for slot in [
+                slot for slot, running in self.batcher.running.items() if id(running.row) in rows
+            ]:
                 del self.batcher.running[slot]
                 self.jobs.pop(slot, None)
             for job in jobs:

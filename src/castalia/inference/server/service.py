@@ -79,7 +79,9 @@ class Service:
         prompts = [prompt for prompt in body.prompts for _ in range(body.n or 1)]
         answer = Answer(loaded.model, loaded.name, chat=False, top=body.logprobs)
         score_prompt = bool(body.echo and body.logprobs is not None)
-        return await self.start(loaded, body, prompts, most, answer, score_prompt=score_prompt, echo=bool(body.echo))
+        return await self.start(
+            loaded, body, prompts, most, answer, score_prompt=score_prompt, echo=bool(body.echo)
+        )
 
     async def chat(self, body: ChatRequest) -> Running:
         """Start the jobs of a chat request.
@@ -88,13 +90,20 @@ class Service:
         """
         loaded = await self.model(body.model)
         if loaded.template is None:
-            raise NoTemplateError(f"{loaded.name} has no chat template: it is a base model; use /v1/completions")
+            raise NoTemplateError(
+                f"{loaded.name} has no chat template: it is a base model; use /v1/completions"
+            )
         eod_id, tokenizer = loaded.model.eod_id, loaded.model.tokenizer
         eos = "" if eod_id is None or tokenizer is None else tokenizer.tokens()[eod_id]
         messages = [message.model_dump() for message in body.messages]
         prompt = loaded.template.render(messages, reply=True, eos_token=eos, bos_token=eos)
         most = body.max_completion_tokens or body.max_tokens or ALL_THERE_IS
-        answer = Answer(loaded.model, loaded.name, chat=True, top=(body.top_logprobs or 0) if body.logprobs else None)
+        answer = Answer(
+            loaded.model,
+            loaded.name,
+            chat=True,
+            top=(body.top_logprobs or 0) if body.logprobs else None,
+        )
         prompts: list[str | list[int]] = [prompt] * (body.n or 1)
         return await self.start(loaded, body, prompts, most, answer)
 
@@ -118,9 +127,13 @@ class Service:
         model = loaded.model
         seed = secrets.randbits(48) if body.seed is None else body.seed
         if len(prompts) > loaded.scheduler.most_waiting:
-            raise ConfigError(f"{len(prompts)} texts in one request; at most {loaded.scheduler.most_waiting} can wait")
+            raise ConfigError(
+                f"{len(prompts)} texts in one request; at most {loaded.scheduler.most_waiting} can wait"
+            )
         # Long texts take seconds; the other requests do not wait for them.
-        encoded = await asyncio.to_thread(lambda: [model.encode(prompt) for prompt in prompts[:: body.n or 1]])
+        encoded = await asyncio.to_thread(
+            lambda: [model.encode(prompt) for prompt in prompts[:: body.n or 1]]
+        )
         jobs, counted = [], 0
         for index in range(len(prompts)):
             row = model.row(encoded[index // (body.n or 1)], max(1, most), body.stops)
@@ -135,7 +148,9 @@ class Service:
             )
             emit = sender(loop, inbox, index)
             size = model.config.vocab_size
-            jobs.append(Job(row, sampling, emit, size, answer.top, score_prompt, continues=most > 0))
+            jobs.append(
+                Job(row, sampling, emit, size, answer.top, score_prompt, continues=most > 0)
+            )
         echoes = [prompt_text(model, prompt) if echo else "" for prompt in prompts]
         running = Running(loaded, jobs, answer, echoes, inbox, counted)
         running.made = [Made() for _ in jobs]
@@ -161,7 +176,9 @@ class Service:
             while left:
                 index, event = await running.inbox.get()
                 if event.error is not None:
-                    raise FailedError(f"{type(event.error).__name__}: {event.error}") from event.error
+                    raise FailedError(
+                        f"{type(event.error).__name__}: {event.error}"
+                    ) from event.error
                 self.measure(running, index, event)
                 running.made[index].add(event)
                 left -= event.finish_reason is not None
@@ -174,7 +191,9 @@ class Service:
         """Count what arrived."""
         now = time.perf_counter()
         first = not running.made[index].tokens
-        (self.measures.first_token if first else self.measures.each_token).observe(now - running.last[index])
+        (self.measures.first_token if first else self.measures.each_token).observe(
+            now - running.last[index]
+        )
         running.last[index] = now
         job = running.jobs[index]
         scored = len(job.row.ids) if first and job.score_prompt else 0
@@ -214,7 +233,9 @@ class Service:
             async for index, event in self.events(running):
                 if event.text or event.finish_reason is not None or running.answer.top is not None:
                     yield running.answer.chunk(index, event, offsets[index])
-                    offsets[index] = max(offsets[index], len(running.echoes[index])) + len(event.text)
+                    offsets[index] = max(offsets[index], len(running.echoes[index])) + len(
+                        event.text
+                    )
             if include_usage:
                 yield running.answer.usage_chunk(running.usage())
             yield "data: [DONE]\n\n"
