@@ -179,7 +179,7 @@ class Engine:
                 "MASTER_PORT": str(free.getsockname()[1]),
                 "WORLD_SIZE": str(size),
             }
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.processes = [
             self.start(case, place | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(size)
         ]

@@ -301,7 +301,7 @@ def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]
     from tokenizers import Tokenizer, models
 
     from castalia.checkpoint.hf import write_hf
-    from castalia.inference import export
+    from castalia.export import export
     from castalia.models import Decoder, ModelConfig
 
     layers, width, heads = SHAPES[size]

@@ -2,7 +2,7 @@
 
 Python brings half of them; Debian's documentation the rest, where it is installed. Three are made to diagnose a mixer:
 `noise` cannot be learned, `trivial` is learned at once, and `headers-twin` is a random half of one source, so that a
-mixer which goes by names gives that text double. Nothing held out repeats training text (castalia.recipes.heldout).
+mixer which goes by names gives that text double. Nothing held out repeats training text (castalia.demo.heldout).
 """
 
 import gzip
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from castalia.recipes import texts
-from castalia.recipes.corpus import CORPORA, CorpusPaths, Recipe, Source, build_corpus
-from castalia.recipes.texts import SMALLEST_DOCUMENT, Document
+from castalia.demo import texts
+from castalia.demo.corpus import CORPORA, CorpusPaths, Recipe, Source, build_corpus
+from castalia.demo.texts import SMALLEST_DOCUMENT, Document
 
 NAME = "mixing"
 PIECE = 16 * 1024

@@ -26,10 +26,10 @@ from machine import describe
 
 import castalia.train.mixture as mixing
 from castalia.core.files import write_json
+from castalia.demo.corpus import ensure_corpus
 from castalia.distributed import World
 from castalia.mixing import MIXERS, Planner, Stats, make_mixer
 from castalia.recipes import load_config
-from castalia.recipes.corpus import ensure_corpus
 from castalia.train.mixture_record import RecordMixture
 from castalia.train.trainer import Trainer
 

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from castalia.data.indexed import IndexedDataset
+from castalia.demo.corpus import CorpusPaths
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, ModelConfig
 from castalia.models.cross_entropy import fused_cross_entropy
-from castalia.recipes.corpus import CorpusPaths
 from castalia.train.config import OptimConfig, ScheduleConfig
 from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
 from castalia.train.schedule import make_schedule

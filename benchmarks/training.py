@@ -103,7 +103,7 @@ class Worker:
     """An engine in its own process; it answers one line of JSON to one word."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, str(HERE / "training_engines.py"), json.dumps(case)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True

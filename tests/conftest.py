@@ -1,8 +1,10 @@
-"""What every test has."""
+"""Fixtures of every test."""
 
 import tempfile
 
 import pytest
+
+pytest_plugins = ["tests.fixtures.token_files", "tests.fixtures.tiny_model"]
 
 
 @pytest.fixture(scope="session", autouse=True)

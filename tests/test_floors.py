@@ -11,14 +11,21 @@ FLOORS = {
     "mixing": 2,
     "models": 2,
     "distributed": 2,
+    "launch": 2,
     "monitor": 2,
     "checkpoint": 3,
-    "train": 4,
+    "corpus": 3,
+    "cost": 3,
     "inference": 4,
-    "eval": 5,
-    "analysis": 5,
-    "recipes": 6,
-    "cli": 7,
+    "curate": 4,  # reads documents with the readers of `corpus`
+    "train": 5,
+    "export": 5,
+    "serve": 6,
+    "eval": 6,
+    "analysis": 6,
+    "recipes": 6,  # presets as data; the demo starts from one
+    "demo": 7,
+    "cli": 8,
 }
 DOORS = {"__init__.py", "__main__.py"}
 """Files at the top of the package: they lead into rooms and nothing imports them but the version."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from castalia.data import IndexedDataset, prepare
+from castalia.corpus import prepare
+from castalia.data import IndexedDataset
 
 
 @pytest.fixture

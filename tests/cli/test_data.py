@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, build_rows, prepare
+from castalia.corpus import prepare
+from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, build_rows
 
 
 @pytest.fixture

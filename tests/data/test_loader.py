@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.curate.resharding import shard
 from castalia.data import DataConfig, IndexedDatasetWriter, StepLoader, build_rows
-from castalia.data.resharding import shard
 from castalia.train.progress import rows_hash
 
 BATCH = 12

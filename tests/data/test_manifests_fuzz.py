@@ -6,12 +6,12 @@ import random
 import pytest
 
 from castalia.core.errors import CastaliaError
-from castalia.data import prepare
-from castalia.data.joining import merge, split
-from castalia.data.preparing.inputs import list_files
-from castalia.data.preparing.provenance import read_provenance
-from castalia.data.resharding import shard
-from castalia.data.verify import hash_list, read_hashes, verify
+from castalia.corpus import prepare
+from castalia.corpus.inputs import list_files
+from castalia.corpus.provenance import read_provenance
+from castalia.curate.joining import merge, split
+from castalia.curate.resharding import shard
+from castalia.curate.verify import hash_list, read_hashes, verify
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'")
 VALUES = [

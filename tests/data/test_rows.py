@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.corpus import prepare
 from castalia.data import (
     DataConfig,
     IndexedDataset,
@@ -15,7 +16,6 @@ from castalia.data import (
     build_rows,
     changed,
     check_vocab,
-    prepare,
     train_tokenizer,
 )
 

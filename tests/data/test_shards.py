@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
+from castalia.curate.resharding import shard, unshard
 from castalia.data import DataConfig, IndexedDataset, build_rows, check_vocab
 from castalia.data import shards as shard_module
 from castalia.data.fingerprint import contents
-from castalia.data.resharding import shard, unshard
 from castalia.data.shards import base_of, find_shards, shard_name
 
 SIZES = [5, 0, 1, 40, 3, 200, 7, 7]
@@ -192,7 +192,7 @@ def test_interrupted_join_goes_on(cut, tmp_path, stop_at):
 
 KILLED = """
 import os, signal, sys
-from castalia.data.resharding import unshard
+from castalia.curate.resharding import unshard
 left = [int(sys.argv[3])]
 def count(size):
     left[0] -= 1

@@ -10,8 +10,9 @@ import pytest
 import tokenizers
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data import IndexedDataset, load_tokenizer, prepare, train_tokenizer
-from castalia.data.preparing.encoding import PROBES, Encoder
+from castalia.corpus import prepare
+from castalia.corpus.encoding import PROBES, Encoder
+from castalia.data import IndexedDataset, load_tokenizer, train_tokenizer
 from castalia.data.tokenizer import byte_characters
 
 CORPUS = [

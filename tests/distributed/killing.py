@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed.fsdp
 
-import castalia.recipes.run
+import castalia.train.run
 from castalia.cli import main as command
 
 SLOW_SYNC = 0.004
@@ -128,7 +128,7 @@ def main(plan):
 
 
 if __name__ == "__main__":
-    assert castalia.recipes.run and torch.distributed.fsdp  # loaded before the forks
+    assert castalia.train.run and torch.distributed.fsdp  # loaded before the forks
     torch.set_num_threads(1)
     slow_disk()
     print(json.dumps([main(plan) for plan in json.loads(sys.argv[1])]))

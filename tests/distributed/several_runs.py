@@ -14,8 +14,8 @@ import torch
 from castalia.core.errors import CastaliaError
 from castalia.distributed import World
 from castalia.recipes import resolve
-from castalia.recipes.run import run
 from castalia.train.hooks import Hook
+from castalia.train.run import run
 
 
 class Poison(Hook):
@@ -42,7 +42,9 @@ def one(arguments: list[str], poison: int | None) -> dict:
     resolved = resolve(arguments)
     try:
         trainer = run(
-            resolved, command=["castalia", *arguments], hooks=[Poison(poison)] if poison else []
+            resolved.config,
+            command=["castalia", *arguments],
+            hooks=[Poison(poison)] if poison else [],
         )
     except CastaliaError as error:
         return {"error": str(error)}

@@ -13,9 +13,9 @@ import torch
 from castalia.checkpoint import read
 from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
-from castalia.models.parts import split
+from castalia.models.stages import split
 from castalia.recipes import resolve
-from castalia.recipes.run import run
+from castalia.train.run import run
 
 BASE = (
     "debug",
@@ -91,7 +91,7 @@ def alone(base, tmp_path_factory):
     def get(model: str) -> Path:
         if model not in known:
             output = tmp_path_factory.mktemp("alone") / "run"
-            run(resolve([*of_model(base, model), f"output={output}"]), command=["castalia"])
+            run(resolve([*of_model(base, model), f"output={output}"]).config, command=["castalia"])
             known[model] = output
         return known[model]
 
@@ -212,7 +212,7 @@ def test_a_checkpoint_moves_between_layouts(two, four, alone, name):
 
 
 def test_one_process_goes_on_from_two_stages(two, alone, base):
-    run(resolve([*of_model(base, "tied"), f"output={two / 'begun'}"]), command=["castalia"])
+    run(resolve([*of_model(base, "tied"), f"output={two / 'begun'}"]).config, command=["castalia"])
     require_equal(two / "begun", alone("tied"))
 
 
@@ -287,7 +287,7 @@ def test_too_few_micro_batches_are_refused_before_any_process_group(
         monkeypatch.setenv(name, value)
     resolved = resolve([*BASE, PP2, *overrides, f"output={tmp_path / 'run'}"])
     with pytest.raises(ConfigError, match=message):
-        run(resolved, command=["castalia"])
+        run(resolved.config, command=["castalia"])
     assert not torch.distributed.is_initialized() and not (tmp_path / "run").exists()
 
 

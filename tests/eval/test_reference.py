@@ -57,7 +57,7 @@ def test_the_losses_are_those_of_the_model_over_all_rows(run):
     few = reference_losses(folder, prefixes, seq_length=8, rows=5)
     assert few["sources"]["wide"]["tokens"] == 40
     from castalia.data import DataConfig
-    from castalia.data.planned import source_rows
+    from castalia.data.source_rows import source_rows
 
     pack = source_rows(
         [IndexedDataset(prefixes[1])], DataConfig(seq_length=8, train=prefixes[1:]), 1234

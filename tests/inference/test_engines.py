@@ -11,7 +11,8 @@ import castalia
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError, DataError
-from castalia.inference import LanguageModel, export, parity
+from castalia.export import export, parity
+from castalia.inference import LanguageModel
 from castalia.inference.engine import CAPABILITIES
 from castalia.inference.loading import needed_extra
 from castalia.inference.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from castalia.recipes.corpus import CORPORA
+from castalia.demo.corpus import CORPORA
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

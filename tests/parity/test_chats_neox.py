@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from castalia.data import ChatOptions, prepare
+from castalia.corpus import ChatOptions, prepare
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "chats"
 SCRIPT = "tools/datasets/preprocess_data_with_chat_template.py"

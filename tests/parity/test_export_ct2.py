@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from castalia.checkpoint import Store
+from castalia.checkpoint.saved_model import open_source
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer
-from castalia.inference import Ct2Model, export, load
-from castalia.inference.ct2 import ct2_keymap, ct2_vocabulary, write_ct2
-from castalia.inference.ct2_file import QUANTIZATIONS
-from castalia.inference.source import open_source
+from castalia.export import export
+from castalia.export.ct2 import ct2_keymap, ct2_vocabulary, write_ct2
+from castalia.export.ct2_file import QUANTIZATIONS
+from castalia.inference import Ct2Model, load
 from castalia.models import Decoder, ModelConfig
 from castalia.train.config import RunConfig
 

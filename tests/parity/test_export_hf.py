@@ -11,7 +11,8 @@ from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer, train_tokenizer
-from castalia.inference import LanguageModel, export, load
+from castalia.export import export
+from castalia.inference import LanguageModel, load
 from castalia.models import Decoder, ModelConfig
 from castalia.train.config import RunConfig
 

@@ -24,11 +24,11 @@ from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.mixing import read_mixture
 from castalia.recipes import load_config
-from castalia.recipes.run import closing_line
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
 from castalia.train.loss import LossOut, NextToken
 from castalia.train.mixture import RecordedOrder, movements
 from castalia.train.mixture_record import RecordMixture
+from castalia.train.run import closing_line
 from castalia.train.startup import source_lines
 from castalia.train.trainer import Trainer
 

@@ -36,8 +36,8 @@ def dedup(
 
       castalia data dedup data/a data/b --output data/unique --near 0.8
     """
-    from castalia.data.dedup import Near
-    from castalia.data.dedup import dedup as remove
+    from castalia.curate.dedup import Near
+    from castalia.curate.dedup import dedup as remove
 
     wanted = None if near is None else Near(near, ngram, permutations)
     with bar("dedup", prefixes) as on_bytes:
@@ -80,8 +80,8 @@ def contamination(
 
       castalia data contamination data/corpus --tokenizer tokenizer.json --with test.jsonl --report overlap.jsonl
     """
+    from castalia.curate.contamination import contamination as compare
     from castalia.data import load_tokenizer
-    from castalia.data.contamination import contamination as compare
 
     with bar("contamination", corpus) as on_bytes:
         found = compare(

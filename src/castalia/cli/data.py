@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from castalia.curate.describe import Description
     from castalia.data import IndexedDataset, Rows
-    from castalia.data.describe import Description
     from castalia.train.config import RunConfig
 
 app = typer.Typer(
@@ -68,8 +68,8 @@ def inspect(
 
       castalia data inspect data/corpus --document 0 --tokenizer tokenizer.json
     """
+    from castalia.curate.describe import describe
     from castalia.data import IndexedDataset
-    from castalia.data.describe import describe
 
     dataset = IndexedDataset(prefix)
     shown = None if document is None else one_document(dataset, document, tokenizer)
@@ -95,8 +95,8 @@ def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) 
     Raises  ConfigError if there is no such document, or the tokenizer is not that of the token file.
     """
     from castalia.core.errors import ConfigError
+    from castalia.corpus.provenance import read_provenance
     from castalia.data import load_tokenizer
-    from castalia.data.preparing.provenance import read_provenance
     from castalia.data.records import require_tokenizer
 
     count = len(dataset)
@@ -151,8 +151,8 @@ def print_facts(facts: "Description") -> None:
 @app.command()
 def count(prefixes: Prefixes, as_json: AsJson = False) -> None:
     """Documents and tokens of token files, and their sums."""
+    from castalia.curate.describe import describe
     from castalia.data import IndexedDataset
-    from castalia.data.describe import describe
 
     found = [describe(IndexedDataset(prefix)) for prefix in prefixes]
     sums = {"documents": sum(f.documents for f in found), "tokens": sum(f.tokens for f in found)}
@@ -198,8 +198,8 @@ def verify(
       castalia data verify pile_0.87_deduped_text_document --hashes shard_hashes.txt
     """
     from castalia.core.errors import ConfigError, DataError
-    from castalia.data.verify import read_hashes
-    from castalia.data.verify import verify as checks
+    from castalia.curate.verify import read_hashes
+    from castalia.curate.verify import verify as checks
 
     if hashes and write_hashes:
         raise ConfigError("give --hashes to check or --write-hashes to write, not both")
@@ -219,7 +219,7 @@ def verify(
 def write_list(prefixes: list[str], path: str) -> None:
     """Write the hashes of the prefixes' files, one a line."""
     from castalia.core.files import atomic_write
-    from castalia.data.verify import hash_list
+    from castalia.curate.verify import hash_list
 
     with bar("hash", prefixes) as on_bytes, atomic_write(path) as file:
         for prefix in prefixes:
@@ -242,7 +242,7 @@ def shard(
 
     Shards need not be joined again: every verb reads them in place. The same command again keeps what is right.
     """
-    from castalia.data.resharding import shard as cut
+    from castalia.curate.resharding import shard as cut
 
     with bar("shard", [prefix]) as on_bytes:
         written = cut(prefix, output, size=size, on_bytes=on_bytes)
@@ -267,8 +267,8 @@ def unshard(
 
     PREFIX may be the name of any one shard. Sizes are checked first, hashes on the way if a list is given.
     """
-    from castalia.data.resharding import unshard as join
-    from castalia.data.verify import read_hashes
+    from castalia.curate.resharding import unshard as join
+    from castalia.curate.verify import read_hashes
 
     listed = read_hashes(hashes) if hashes else None
     with bar("unshard", [prefix]) as on_bytes:
@@ -296,7 +296,7 @@ def merge(
 
       castalia data merge data/a data/b --output data/both
     """
-    from castalia.data.joining import merge as join
+    from castalia.curate.joining import merge as join
 
     with bar("merge", prefixes) as on_bytes:
         record = join(prefixes, output, on_bytes=on_bytes)
@@ -325,7 +325,7 @@ def split(
 
     --shares cuts exactly where data.split does, which is GPT-NeoX's rule; a share without documents writes nothing.
     """
-    from castalia.data.joining import split as divide
+    from castalia.curate.joining import split as divide
 
     with bar("split", [prefix]) as on_bytes:
         records = divide(prefix, output, shares=shares, parts=parts, on_bytes=on_bytes)
@@ -359,9 +359,9 @@ def view(
 
       castalia data view runs/demo/config.yaml --steps 0:2 --ids batches.npy --jsonl rows.jsonl
     """
+    from castalia.analysis.viewing import parse_steps, records, save_ids, step_hash
     from castalia.core.files import atomic_write
     from castalia.data import load_tokenizer
-    from castalia.data.viewing import parse_steps, records, save_ids, step_hash
 
     config, rows = rows_of(sources)
     chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
@@ -397,8 +397,8 @@ def materialize(
     B = train.batch_size: the form of Pythia's preshuffled files. `castalia train … data.train=PREFIX data.order=file`
     takes them in this order.
     """
+    from castalia.analysis.viewing import parse_steps
     from castalia.data.row_files import common_dtype, write_rows
-    from castalia.data.viewing import parse_steps
 
     config, rows = rows_of(sources)
     chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
@@ -425,9 +425,9 @@ def materialize(
 def rows_of(sources: list[str]) -> "tuple[RunConfig, Rows]":
     """The config that the sources give, and the rows of its run as training builds them, or as its record has them."""
     from castalia.data import build_rows
-    from castalia.data.planned import SourceRows
+    from castalia.data.source_rows import SourceRows
+    from castalia.demo.corpus import ensure_corpus
     from castalia.recipes import resolve
-    from castalia.recipes.corpus import ensure_corpus
     from castalia.train.mixture import RecordedOrder
 
     config = ensure_corpus(resolve(sources).config, say=lambda text: typer.echo(text, err=True))

@@ -19,6 +19,6 @@ def demo(
     held-out text at every checkpoint, exports to Hugging Face and CTranslate2, and writes a report page. The same
     command again goes on where it ended, or says that it is done.
     """
-    from castalia.recipes.demo_run import run_demo
+    from castalia.demo.stages import run_demo
 
     run_demo(overrides or [], output, command=["castalia", *sys.argv[1:]])

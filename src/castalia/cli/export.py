@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 if TYPE_CHECKING:
-    from castalia.inference import Exported
+    from castalia.export import Exported
 
 
 def export(
@@ -57,7 +57,7 @@ def export(
 
       castalia export runs/demo --to hf --all
     """
-    from castalia.inference import export as export_checkpoints
+    from castalia.export import export as export_checkpoints
 
     chosen = choose_steps(all_steps, steps)
     done = export_checkpoints(

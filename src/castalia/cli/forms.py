@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from castalia.data import ChatOptions, FimOptions
+    from castalia.corpus import ChatOptions, FimOptions
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ChatFlags:
         Raises  ConfigError about an option that has no meaning without it.
         """
         from castalia.core.errors import ConfigError
-        from castalia.data.preparing.chats import ChatOptions
+        from castalia.corpus.chats import ChatOptions
 
         if not self.chat:
             if self != ChatFlags(chat=self.chat):
@@ -117,7 +117,7 @@ class FimFlags:
         Raises  ConfigError about an option that has no meaning without it.
         """
         from castalia.core.errors import ConfigError
-        from castalia.data.preparing.fim import FimOptions
+        from castalia.corpus.fim import FimOptions
 
         if self.fim_rate is None:
             if self != FimFlags():

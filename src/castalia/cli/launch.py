@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from castalia.distributed.launching import Plan
+    from castalia.launch.launching import Plan
 
 SOURCES = typer.Argument(
     metavar="CONFIG... [a.b=c ...]", help="What `castalia train` takes: preset, files, overrides."
@@ -73,7 +73,7 @@ def launch(
     if dry_run:
         typer.echo(describe(plan))
         return
-    from castalia.distributed.starting import start
+    from castalia.launch.starting import start
 
     raise typer.Exit(start(plan))
 
@@ -99,7 +99,7 @@ def make_plan(sources: list[str], words: list[str]) -> "Plan":
     Raises  ConfigError if the config, the hosts or the layout is wrong.
     """
     from castalia.distributed import check_layout
-    from castalia.distributed.launching import Plan, hosts_of
+    from castalia.launch.launching import Plan, hosts_of
     from castalia.recipes import resolve
 
     launch = resolve([*sources, *words]).config.launch
@@ -115,8 +115,8 @@ def describe(plan: "Plan") -> str:
     """What would run, as text for a shell; for Slurm the job's script as well."""
     import shlex
 
-    from castalia.distributed.commands import BUILDERS
-    from castalia.distributed.slurm import sbatch_file, sbatch_script
+    from castalia.launch.commands import BUILDERS
+    from castalia.launch.slurm import sbatch_file, sbatch_script
 
     command = shlex.join(BUILDERS[plan.config.launcher](plan))
     local = plan.config.launcher == "torchrun"

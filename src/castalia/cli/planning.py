@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from castalia.train.plan import Plan
+    from castalia.cost.plan import Plan
 
 
 def show_plan(sources: list[str], nodes: int, gpus_per_node: int, gpu: str, as_json: bool) -> None:
@@ -14,13 +14,13 @@ def show_plan(sources: list[str], nodes: int, gpus_per_node: int, gpu: str, as_j
 
     Raises  ConfigError for an unknown GPU or a config that is wrong.
     """
+    from castalia.cost.plan import find_gpu, plan, propose
     from castalia.recipes import resolve
-    from castalia.train.plan import find_gpu, plan, propose
 
     kind = find_gpu(gpu)
-    config = resolve(sources, world=nodes * gpus_per_node).config
-    chosen = plan(config, nodes, gpus_per_node, kind)
-    proposed = propose(config, nodes, gpus_per_node, kind)
+    work = resolve(sources, world=nodes * gpus_per_node).config.workload
+    chosen = plan(work, nodes, gpus_per_node, kind)
+    proposed = propose(work, nodes, gpus_per_node, kind)
     if as_json:
         cluster = {
             "gpu": gpu,

@@ -9,7 +9,7 @@ from castalia.cli.flags import grouped
 from castalia.cli.forms import ChatFlags, FimFlags, split_names
 
 if TYPE_CHECKING:
-    from castalia.data import Prepared
+    from castalia.corpus import Prepared
 
 INPUTS = (
     "Text files (one document each), JSON lines (.jsonl, .ndjson, .json), .tar or .zip of these, .gz, .zst or .xz of"
@@ -111,7 +111,7 @@ def prepare(
     tokenizer: TokenizerFile = "",
     output: Output = "",
     append_eod: AppendEod = False,
-    key: Keys = ["text"],
+    key: Keys = ["text"],  # noqa: B006
     keep: Keep = "",
     ftfy: Annotated[
         bool, typer.Option("--ftfy", help="Mend broken Unicode with ftfy first.")
@@ -136,9 +136,9 @@ def prepare(
     """
     from castalia.cli.progress import text_progress
     from castalia.cli.signals import stoppable
-    from castalia.data.prepare import Options
-    from castalia.data.prepare import prepare as run
-    from castalia.data.preparing.corpora import resolve_inputs, table
+    from castalia.corpus.corpora import resolve_inputs, table
+    from castalia.corpus.prepare import Options
+    from castalia.corpus.prepare import prepare as run
 
     if list_corpora:
         typer.echo(table())

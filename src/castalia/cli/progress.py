@@ -26,7 +26,7 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
         TransferSpeedColumn,
     )
 
-    from castalia.data.preparing.inputs import list_files
+    from castalia.corpus.inputs import list_files
 
     console = Console(stderr=True)
     total = sum(file.size for file in list_files(inputs)) if inputs else 0

@@ -45,8 +45,8 @@ def serve(
 
     uvicorn = require("uvicorn", "serve", "castalia serve")
     require("fastapi", "serve", "castalia serve")
-    from castalia.inference.server.app import make_app
-    from castalia.inference.server.pool import Options, Pool
+    from castalia.serve.app import make_app
+    from castalia.serve.pool import Options, Pool
 
     pool = Pool(models, Options(engine, dtype, slots, queue, keep))
     app = make_app(pool, api_key=api_key, most_bytes=max_body << 20, patience=patience)

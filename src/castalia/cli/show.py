@@ -8,8 +8,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from castalia.cost.estimate import Estimate
     from castalia.recipes import Resolved
-    from castalia.train.estimate import Estimate
 
 
 def show(
@@ -39,11 +39,11 @@ def show(
 
         show_plan(sources or [], nodes, gpus_per_node, gpu, as_json)
         return
+    from castalia.cost.estimate import estimate
     from castalia.recipes import resolve
-    from castalia.train.estimate import estimate
 
     resolved = resolve(sources or [])
-    cost = estimate(resolved.config)
+    cost = estimate(resolved.config.workload)
     if as_json:
         typer.echo(json.dumps(as_object(resolved, cost), indent=2))
     else:

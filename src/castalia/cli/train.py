@@ -25,7 +25,14 @@ def train(
 
       torchrun --nproc-per-node 2 -m castalia train debug
     """
+    from castalia.demo.corpus import ensure_corpus
     from castalia.recipes import resolve
-    from castalia.recipes.run import run
+    from castalia.train.run import Announced, run
 
-    run(resolve(sources), command=["castalia", *sys.argv[1:]])
+    resolved = resolve(sources)
+    run(
+        resolved.config,
+        ["castalia", *sys.argv[1:]],
+        announced=Announced(resolved.changes, resolved.start_notes),
+        prepare_data=ensure_corpus,
+    )

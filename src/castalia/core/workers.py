@@ -57,7 +57,7 @@ class State:
     def __init__(self, value: Any) -> None:
         memory = hasattr(os, "memfd_create")
         self.file: Any = (
-            open(os.memfd_create("state"), "wb") if memory else tempfile.TemporaryFile()
+            open(os.memfd_create("state"), "wb") if memory else tempfile.TemporaryFile()  # noqa: SIM115
         )
         pickle.dump(value, self.file, pickle.HIGHEST_PROTOCOL)
         self.file.flush()
@@ -66,7 +66,7 @@ class State:
         return DupFd(self.file.fileno())
 
     def __setstate__(self, descriptor: Any) -> None:
-        self.file = open(descriptor.detach(), "rb")
+        self.file = open(descriptor.detach(), "rb")  # noqa: SIM115
 
     def read(self) -> Any:
         """In a new process: the object, once."""

@@ -1,6 +1,6 @@
-"""Text to tokens to batches: tokenizers, token files, GPT-NeoX's sample order, the loader.
+"""Tokens to batches: token files, tokenizers, GPT-NeoX's sample order, packing and the loader.
 
-What needs torch or the config is imported when it is first asked for: processes that only prepare text need neither.
+What needs torch or the config is imported on first use: processes that only prepare text need neither.
 """
 
 from typing import TYPE_CHECKING
@@ -10,11 +10,6 @@ from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dty
 from castalia.data.labels import read_rewards
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
 from castalia.data.packed import PackedDataset, Piece
-from castalia.data.prepare import Prepared, prepare
-from castalia.data.preparing.chats import ChatOptions
-from castalia.data.preparing.fim import FimOptions
-from castalia.data.preparing.options import Options
-from castalia.data.readers import read_documents
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -29,17 +24,13 @@ if TYPE_CHECKING:
 __all__ = [
     "IGNORED",
     "Batch",
-    "ChatOptions",
     "DataConfig",
-    "FimOptions",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "NeoxOrder",
-    "Options",
     "PackedDataset",
     "PairwiseDataset",
     "Piece",
-    "Prepared",
     "RowDataset",
     "Rows",
     "StepLoader",
@@ -50,8 +41,6 @@ __all__ = [
     "changed",
     "check_vocab",
     "load_tokenizer",
-    "prepare",
-    "read_documents",
     "read_rewards",
     "split_documents",
     "train_tokenizer",

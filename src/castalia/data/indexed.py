@@ -38,6 +38,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 SMALL_VOCAB = 65500
 """Below this many ids the tools of GPT-NeoX write u16 (indexed_dataset.py:28-32)."""
 CHECK_PIECE = 1 << 20
+PIECE_TOKENS = 1 << 21
+"""Tokens that are read at a time where a file is read from end to end."""
 AT_ONCE = 1 << 24
 """Documents whose places are checked when a file is opened; of more, a run would wait for that."""
 
@@ -45,6 +47,12 @@ AT_ONCE = 1 << 24
 def best_dtype(vocab_size: int | None) -> np.dtype[Any]:
     """The dtype that GPT-NeoX writes for a vocabulary: u16 below 65,500 ids, else i32."""
     return DTYPES[8] if vocab_size is not None and vocab_size < SMALL_VOCAB else DTYPES[4]
+
+
+def without_suffix(prefix: str | os.PathLike[str]) -> str:
+    """A prefix that may carry .bin or .idx."""
+    path: Path = file_pair(prefix)[0]
+    return str(path)[: -len(".bin")]
 
 
 def file_pair(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -217,7 +225,7 @@ class IndexedDatasetWriter:
         self.tokens = 0
         try:
             self.bin_path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.temporary[0], "wb", buffering=1 << 20)
+            self.file = open(self.temporary[0], "wb", buffering=1 << 20)  # noqa: SIM115
         except OSError as error:
             raise cannot_write(self.bin_path, error) from error
 

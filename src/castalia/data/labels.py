@@ -9,8 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, require_tokens
-from castalia.data.joining import PIECE_TOKENS, without_suffix
+from castalia.data.indexed import (
+    PIECE_TOKENS,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    require_tokens,
+    without_suffix,
+)
 from castalia.data.mapped import view
 from castalia.data.packed import Piece
 from castalia.data.records import finish, refuse_inputs

@@ -15,9 +15,9 @@ import torch
 from castalia.core.errors import DataError
 from castalia.core.workers import WorkerPool
 from castalia.data.batch import IGNORED, Batch
-from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset
 from castalia.data.segments import DocumentMask, places_within
+from castalia.data.source_rows import Located, SourceRows
 from castalia.data.steps import (
     PADDING,
     MicroRows,

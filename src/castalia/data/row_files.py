@@ -15,8 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter, require_tokens
-from castalia.data.joining import without_suffix
+from castalia.data.indexed import (
+    CODES,
+    IndexedDataset,
+    IndexedDatasetWriter,
+    require_tokens,
+    without_suffix,
+)
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.packings import PieceRows
 from castalia.data.records import finish, refuse_inputs

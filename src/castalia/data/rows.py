@@ -20,10 +20,10 @@ from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.order_cache import Maps, OrderCache, cache_of
 from castalia.data.packed import PackedDataset, Piece
 from castalia.data.packings import PieceRows, piece_rows
-from castalia.data.planned import SourceRows, source_rows
 from castalia.data.records import require_tokenizer, token_facts
 from castalia.data.row_files import FileOrder, Pack, RowFile
 from castalia.data.segments import DocumentMask
+from castalia.data.source_rows import SourceRows, source_rows
 from castalia.data.tokenizer import load_tokenizer
 
 Labels = list[IndexedDataset] | None

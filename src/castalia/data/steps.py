@@ -12,9 +12,9 @@ from castalia.data.labels import label_row
 from castalia.data.mapped import read_at_random
 from castalia.data.packed import DocumentRows, Piece
 from castalia.data.packings import PieceRows
-from castalia.data.planned import Located, SourceRows
 from castalia.data.rows import RowDataset, out_of_vocab
 from castalia.data.segments import DocumentMask
+from castalia.data.source_rows import Located, SourceRows
 
 PADDING = -1
 """Index of a row that stands for none: nothing of it counts."""

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
 from castalia.distributed.config import Degrees, ParallelConfig
-from castalia.distributed.launching import LaunchConfig
-from castalia.distributed.ranks import environment, world_size
 
 if TYPE_CHECKING:
     from castalia.distributed.join import is_loss, peers_may_be_lost
@@ -18,17 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Degrees",
-    "LaunchConfig",
     "ParallelConfig",
     "Watchdog",
     "World",
     "check_layout",
-    "environment",
     "initialize",
     "is_loss",
     "parallelize",
     "peers_may_be_lost",
-    "world_size",
 ]
 PLACES = {
     "Watchdog": "watchdog",

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from castalia.core.errors import ConfigError, TrainingError
-from castalia.distributed.ranks import rendezvous
+from castalia.core.ranks import rendezvous
 
 POLL_SECONDS = 0.02
 LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "timed out waiting", "remote process",

@@ -134,8 +134,11 @@ class Pipeline:
                 held[0], self.count, loss_fn=self.call_finish, scale_grads=False
             )
         return MORE_STAGES[config.schedule](
-            held, self.count, loss_fn=self.call_finish, scale_grads=False
-        )  # type: ignore[arg-type]
+            held,  # type: ignore[arg-type]
+            self.count,
+            loss_fn=self.call_finish,
+            scale_grads=False,
+        )
 
     @property
     def is_first(self) -> bool:

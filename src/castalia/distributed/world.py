@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from castalia.core.errors import ConfigError
+from castalia.core.ranks import environment
 from castalia.distributed.config import Degrees, ParallelConfig
 from castalia.distributed.context_parallel import SequencePart
 from castalia.distributed.join import join
-from castalia.distributed.ranks import environment
 
 
 def check_layout(config: ParallelConfig, size: int) -> None:

@@ -14,8 +14,8 @@ import torch
 from castalia.core.errors import DataError
 from castalia.core.files import write_json
 from castalia.data import DataConfig, IndexedDataset
-from castalia.data.planned import SourcePack, source_rows
 from castalia.data.rows import source_names
+from castalia.data.source_rows import SourcePack, source_rows
 from castalia.inference import load
 from castalia.mixing import scores
 from castalia.models import Decoder

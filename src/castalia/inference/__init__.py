@@ -1,6 +1,6 @@
-"""Texts out of checkpoints: `load`, `LanguageModel`, exports to Hugging Face and CTranslate2.
+"""Text out of checkpoints: `load`, `LanguageModel`, and the engines behind them.
 
-What needs torch is imported when it is asked for.
+What needs torch is imported when it is first used.
 """
 
 from typing import TYPE_CHECKING
@@ -8,36 +8,17 @@ from typing import TYPE_CHECKING
 from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from castalia.inference.ct2 import Ct2Model
-    from castalia.inference.ct2_hub import GeneratorCT2fromHfHub, TranslatorCT2fromHfHub
+    from castalia.inference.ct2_engine import Ct2Model
     from castalia.inference.decoding import Completion
-    from castalia.inference.exports import Exported, export
-    from castalia.inference.fidelity import parity
     from castalia.inference.language_model import LanguageModel
     from castalia.inference.loading import load
 
-__all__ = [
-    "Completion",
-    "Ct2Model",
-    "Exported",
-    "GeneratorCT2fromHfHub",
-    "LanguageModel",
-    "TranslatorCT2fromHfHub",
-    "export",
-    "load",
-    "parity",
-]
+__all__ = ["Completion", "Ct2Model", "LanguageModel", "load"]
 
 PLACES = {
     "Completion": "decoding",
-    "Ct2Model": "ct2",
-    "Exported": "exports",
-    "GeneratorCT2fromHfHub": "ct2_hub",
+    "Ct2Model": "ct2_engine",
     "LanguageModel": "language_model",
-    "TranslatorCT2fromHfHub": "ct2_hub",
-    "export": "exports",
     "load": "loading",
-    "parity": "fidelity",
 }
-
 __getattr__ = lazy(__name__, PLACES)

@@ -14,6 +14,9 @@ from castalia.core.extras import require
 from castalia.inference.engine import HEAD_ROWS, Engine, Slots
 from castalia.models.config import ModelConfig
 
+GGUF_FILE = "model.gguf"
+"""Name of the file in an export folder."""
+
 TOKENS_AT_ONCE = 512
 
 

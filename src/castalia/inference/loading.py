@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from castalia.checkpoint.hf import DTYPES
+from castalia.checkpoint.saved_model import TOKENIZER, Source, open_source
 from castalia.config.base import build
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
-from castalia.inference import gguf
 from castalia.inference.engine import CAPABILITIES, Engine
 from castalia.inference.language_model import LanguageModel
+from castalia.inference.llama_cpp import GGUF_FILE
 from castalia.inference.native.packing import require_storage
 from castalia.inference.native.weights import is_native, load_weights, packed_weights
-from castalia.inference.source import TOKENIZER, Source, open_source
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
 
@@ -84,7 +84,7 @@ def chosen_engine(engine: str, kind: str | None, dtype: str | None) -> str:
 
 def export_kind(path: Path) -> str | None:
     """native, ct2 or gguf; None for all else."""
-    if path.suffix == ".gguf" or (path / gguf.FILE).is_file():
+    if path.suffix == ".gguf" or (path / GGUF_FILE).is_file():
         return "gguf"
     if is_native(path):
         return "native"
@@ -217,7 +217,7 @@ def engine_of_export(
     if kind == "gguf":
         from castalia.inference.llama_cpp import LlamaCppEngine
 
-        return LlamaCppEngine(folder / gguf.FILE, config, numbers)
+        return LlamaCppEngine(folder / GGUF_FILE, config, numbers)
     from castalia.inference.ct2_engine import Ct2Engine
 
     if tokenizer is None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from castalia.models.pieces import QUERIES
 from castalia.models.rotary import rotate
+from castalia.models.tiles import QUERIES
 
 
 class SequencePart(Protocol):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from castalia.models.pieces import logits_rows
+from castalia.models.tiles import logits_rows
 
 IGNORED = -100
 """Label of a row that is no target."""

@@ -23,10 +23,10 @@ from castalia.models.config import ModelConfig
 from castalia.models.cross_entropy import VocabPart
 from castalia.models.flops import flops_per_token
 from castalia.models.init import init_parameter
-from castalia.models.parts import Part, split
-from castalia.models.pieces import KEEP, Kind, kind_of
 from castalia.models.recompute import recomputed
 from castalia.models.rotary import Rope, rope_tables, split_qkv
+from castalia.models.stages import Part, split
+from castalia.models.tiles import KEEP, Kind, kind_of
 
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 """Twice the constant of the tanh form, GPT-NeoX's 0.79788456."""
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
     Parameters have no meaning until `init_weights` or a checkpoint fills them; the module has no buffers, so building
     on the meta device followed by `to_empty` loses nothing.
 
-    `part`, one of `castalia.models.parts.split`, makes it a stage of a pipeline: it holds that part alone, under the
+    `part`, one of `castalia.models.stages.split`, makes it a stage of a pipeline: it holds that part alone, under the
     names that the whole model has, and hidden states come in where there is no embedding and go out where there is no
     norm. With tied embeddings the last stage has a copy of the embedding for its head.
     """

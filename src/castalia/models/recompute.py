@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from castalia.models.pieces import Kind
+from castalia.models.tiles import Kind
 
 aten, ours = torch.ops.aten, torch.ops.castalia
 ATTENTION = {

@@ -46,7 +46,7 @@ class JsonlSink:
             self.keep_until(resume_step)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise cannot_write(self.path, error) from error
 

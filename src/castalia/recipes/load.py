@@ -11,9 +11,9 @@ from typing import Any
 from castalia.config.base import Problem, check, leaves, report
 from castalia.config.neox import is_neox, override_hint, read_neox
 from castalia.config.neox_reading import Reading
-from castalia.config.sources import apply_overrides, flatten, is_override, merge, read_yaml
+from castalia.config.values import apply_overrides, flatten, is_override, merge, read_yaml
 from castalia.core.errors import ConfigError, nearest
-from castalia.distributed import world_size
+from castalia.core.ranks import world_size
 from castalia.recipes.presets import PRESETS, preset, preset_names
 from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
 from castalia.recipes.pythia import known_mistakes, same_shape
@@ -34,6 +34,11 @@ class Resolved:
     """What was decided on the user's behalf, one sentence each."""
     ignored: dict[str, list[str]] = field(default_factory=dict)
     """GPT-NeoX options without effect here, by the reason."""
+
+    @property
+    def start_notes(self) -> list[str]:
+        """The notes and the options without effect, for the start table."""
+        return [*self.notes, *(f"without effect here: {line}" for line in self.ignored_lines)]
 
     @property
     def ignored_lines(self) -> list[str]:

@@ -12,13 +12,16 @@ from pydantic import (
 )
 
 from castalia.checkpoint.config import CheckpointConfig
+from castalia.checkpoint.policy import SavePolicy
 from castalia.config.base import Config
+from castalia.cost.divisibility import layout_problems, stage_problems
+from castalia.cost.workload import Workload
 from castalia.data.config import DataConfig
-from castalia.distributed import LaunchConfig, ParallelConfig
+from castalia.distributed import ParallelConfig
+from castalia.launch import LaunchConfig
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.models.config import ModelConfig
-from castalia.train.layouts import layout_problems, stage_problems
 
 
 class OptimConfig(Config):
@@ -170,6 +173,24 @@ class RunConfig(Config):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def workload(self) -> Workload:
+        """The numbers that decide what this run costs; see `castalia.cost`."""
+        policy = SavePolicy(self.checkpoint, self.train.steps)
+        saved = policy.all_steps()
+        return Workload(
+            model=self.model,
+            parallel=self.parallel,
+            seq_length=self.data.seq_length,
+            batch_size=self.train.batch_size,
+            micro_batch_size=self.train.micro_batch_size,
+            steps=self.train.steps,
+            precision=self.precision,
+            device=self.device,
+            recompute=self.train.recompute,
+            saves=(len(saved), len(saved) - len(policy.expired(saved))),
+        )
 
     @property
     def tokens_per_step(self) -> int:

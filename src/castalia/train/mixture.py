@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from castalia.core.errors import CheckpointError, ConfigError, TrainingError
 from castalia.data import Rows
 from castalia.data.loader import StepPlan
-from castalia.data.planned import Located, SourceRows
+from castalia.data.source_rows import Located, SourceRows
 from castalia.mixing import (
     ExhaustionError,
     Plan,

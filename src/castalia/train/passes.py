@@ -9,15 +9,15 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from castalia.core.errors import ConfigError
+from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import Batch
 from castalia.data.steps import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Pipeline, Stages, stage_numbers
 from castalia.models import Decoder
 from castalia.models.init import init_parameter
-from castalia.models.parts import split
+from castalia.models.stages import split
 from castalia.train.config import RunConfig
-from castalia.train.layouts import micro_batch_problem
 from castalia.train.loss import Loss, LossOut
 from castalia.train.optim import gradient_norm
 from castalia.train.precision import arithmetic

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from castalia.cost.estimate import estimate
 from castalia.monitor import quantity
-from castalia.train.estimate import estimate
 
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
@@ -51,7 +51,7 @@ def idle_options(trainer: "Trainer") -> list[str]:
 def start_facts(trainer: "Trainer") -> dict[str, str]:
     """Name and text of each line of the table."""
     config, world = trainer.config, trainer.world
-    cost = estimate(config, processes=world.size, device=world.device.type)
+    cost = estimate(config.workload, processes=world.size, device=world.device.type)
     steps, per_step = config.train.steps, config.tokens_per_step
     disk = (
         f"{quantity(cost.disk.bytes_each, 'B')} each, {quantity(cost.disk.bytes_total, 'B')} in all"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
-from castalia.data.planned import SourceRows
+from castalia.data.source_rows import SourceRows
 from castalia.distributed import Watchdog, World
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict

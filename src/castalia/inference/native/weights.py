@@ -141,7 +141,7 @@ def load_weights(folder: Path) -> Weights:
     )
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot read {folder / WEIGHTS_FILE}: {error}; export the model again"

@@ -1,0 +1,1 @@
+"""What a layout costs before it runs: divisibility, memory, FLOPs, communication. Needs no torch."""

@@ -1,0 +1,188 @@
+"""What a layout costs on a cluster that is not here: memory, communication, bubble, MFU; and which one to take.
+
+Bytes that one process sends in a step of m micro-batches; n - 1 of n parts cross the wire when n processes gather:
+
+    all_gather      FSDP2: embedding and head once a micro-batch, each block twice with resharding, 4 bytes a weight;
+                    tp: 4 times b T C a block (twice forward, twice backward); cp: keys and values of each block
+    reduce_scatter  FSDP2: each gradient once a micro-batch; tp and cp: as often as they gather
+    all_reduce      dp_replicate: 2 times its part of the gradients
+    p2p             pp: activations and their gradients at one stage boundary
+
+A step takes    (compute + tp + cp + p2p) / (1 - bubble) + what FSDP2 needs beyond the compute that hides it
+compute         model FLOPs / (peak x reach), a third more where blocks are recomputed in full
+bubble          (pp - 1) / (v m + pp - 1), 1F1B of v stages a process
+                Source  Narayanan et al. 2021, arXiv:2104.04473, section 2.2.
+Links give LINK of their bandwidth. Needs no torch.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from castalia.core.errors import ConfigError, nearest
+from castalia.cost.divisibility import layout_problems
+from castalia.cost.estimate import Memory, degrees_of, memory_of, micro_rows, weights_of
+from castalia.cost.workload import Workload
+from castalia.distributed import Degrees
+from castalia.models.flops import flops_per_token
+from castalia.models.tiles import kind_of
+from castalia.monitor.gpus import GPUS, Gpu
+
+LINK = 0.75
+"""Share of a link's bandwidth that large collectives reach."""
+USABLE = 0.92
+"""Share of a GPU's memory that tensors may take; the rest is the driver's, the libraries' and the allocator's slack."""
+
+
+class Plan(NamedTuple):
+    """What one layout costs."""
+
+    degrees: Degrees
+    micro_rows: int
+    recompute: bool | str | int
+    reshard_after_forward: bool
+    memory: Memory
+    fits: bool
+    communication: dict[str, int]
+    """Kind -> bytes that one process sends in a step."""
+    bubble: float
+    """Share of a step in which a pipeline stage waits."""
+    step_seconds: float
+    tokens_per_second: float
+    """Of one GPU."""
+    mfu: float
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name.
+
+    Raises  ConfigError with the names that there are.
+    """
+    if name.lower() not in GPUS:
+        raise ConfigError(f"no GPU {name!r}; have: {', '.join(GPUS)}{nearest(name, GPUS)}")
+    return GPUS[name.lower()]
+
+
+def plan(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
+    """The cost of the config's own layout on `nodes` x `gpus_per_node` GPUs."""
+    degrees = degrees_of(work, nodes * gpus_per_node)
+    rows = micro_rows(work, degrees.dp)
+    steps = max(1, work.batch_size // (rows * degrees.dp))
+    sent = sent_bytes(work, degrees, rows, steps)
+    tokens = work.tokens_per_step / degrees.size
+    flops = tokens * flops_per_token(work.model, work.seq_length)
+    compute = flops / (gpu.tflops * 1e12 * gpu.reach)
+    compute *= 1 + recomputed(work) / 3
+    bubble = (degrees.pp - 1) / (steps * work.parallel.stages_here + degrees.pp - 1)
+    inner = sent["tp"] / speed(degrees.tp, gpus_per_node, gpu) + sent["cp"] / speed(
+        degrees.tp * degrees.cp, gpus_per_node, gpu
+    )
+    inner += sent["p2p"] / speed(degrees.size, gpus_per_node, gpu)
+    outer = sent["fsdp"] / speed(degrees.tp * degrees.cp * degrees.dp_shard, gpus_per_node, gpu)
+    outer += sent["all_reduce"] / speed(degrees.size // degrees.pp, gpus_per_node, gpu)
+    seconds = (compute + inner) / (1 - bubble) + max(0.0, outer - compute)
+    memory = memory_of(work, degrees, "cuda", rows)
+    return Plan(
+        degrees=degrees,
+        micro_rows=rows,
+        recompute=work.recompute,
+        reshard_after_forward=work.parallel.reshard_after_forward,
+        memory=memory,
+        fits=memory.total <= USABLE * gpu.memory_gib * 2**30,
+        communication=by_kind(sent),
+        bubble=bubble,
+        step_seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        mfu=flops / seconds / (gpu.tflops * 1e12),
+    )
+
+
+def recomputed(work: Workload) -> float:
+    """Share of the blocks whose whole forward runs twice; a selective one repeats next to nothing."""
+    layers = work.model.num_layers
+    return sum(kind_of(work.recompute, layer) == "full" for layer in range(layers)) / layers
+
+
+def speed(processes: int, gpus_per_node: int, gpu: Gpu) -> float:
+    """Bytes a second that one process sends in a group of neighbours: by the network once it leaves the node."""
+    return LINK * 1e9 * (gpu.node_gb if processes <= gpus_per_node else gpu.network_gb)
+
+
+def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[str, float]:
+    """Bytes that one process sends in a step, by what they are for; half of tp's and cp's are gathers."""
+    model, size = work.model, 4 if work.precision == "fp32" else 2
+    weights, shards = weights_of(model, degrees), degrees.dp_shard * degrees.cp
+    share = (shards - 1) / shards
+    passes = 2 if work.parallel.reshard_after_forward else 1
+    micro = (
+        rows * work.seq_length // degrees.cp * model.hidden_size * size
+    )  # b T C of one micro-batch
+    gathered = weights.root + passes * weights.block * weights.layers
+    return {
+        "fsdp": share * steps * (gathered + weights.all),
+        "fsdp_gather": share * steps * gathered,
+        "all_reduce": 2 * (degrees.dp_replicate - 1) / degrees.dp_replicate * weights.all / shards,
+        "tp": 8 * weights.layers * steps * micro * (degrees.tp - 1) / degrees.tp,
+        "cp": 4 * weights.layers * steps * micro * (degrees.cp - 1) / degrees.tp,
+        "p2p": 2 * steps * micro / degrees.tp if degrees.pp > 1 else 0.0,
+    }
+
+
+def by_kind(sent: dict[str, float]) -> dict[str, int]:
+    """The same by the collective that carries it."""
+    halves = (sent["tp"] + sent["cp"]) / 2
+    return {
+        "all_gather": int(sent["fsdp_gather"] + halves),
+        "reduce_scatter": int(sent["fsdp"] - sent["fsdp_gather"] + halves),
+        "all_reduce": int(sent["all_reduce"]),
+        "p2p": int(sent["p2p"]),
+    }
+
+
+def propose(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan | None:
+    """The layout with the shortest step among those that fit; of equal ones that which sends least. None if none fits.
+
+    Degrees are powers of two that divide the GPUs and the model; tp stays inside a node.
+    """
+    plans = (
+        plan(layout, nodes, gpus_per_node, gpu) for layout in layouts(work, nodes, gpus_per_node)
+    )
+    return min((found for found in plans if found.fits), key=cost, default=None)
+
+
+def cost(found: Plan) -> tuple[float, int]:
+    """Seconds of a step to two digits, which is more than the model knows, then the bytes sent."""
+    return float(f"{found.step_seconds:.2g}"), sum(found.communication.values())
+
+
+def layouts(work: Workload, nodes: int, gpus_per_node: int) -> Iterator[Workload]:
+    """The config under every layout worth a try."""
+    size = nodes * gpus_per_node
+    for tp in (n for n in powers(gpus_per_node) if size % n == 0):
+        for copies in {1, nodes}:
+            if size % (tp * copies):
+                continue
+            shards = size // (tp * copies)
+            parallel = {"tp": tp, "dp_replicate": copies, "dp_shard": shards, "pp": 1, "cp": 1}
+            if work.batch_size % (copies * shards):
+                continue
+            for rows in powers(work.batch_size // (copies * shards)):
+                for recompute, reshard in ((False, False), (False, True), (True, True)):
+                    layout = work._replace(
+                        micro_batch_size=rows,
+                        recompute=recompute,
+                        parallel=work.parallel.model_copy(
+                            update=parallel | {"reshard_after_forward": reshard}
+                        ),
+                    )
+                    if work.batch_size % (rows * copies * shards) == 0 and not problems(layout):
+                        yield layout
+
+
+def problems(work: Workload) -> list[str]:
+    """Numbers of the model that the layout does not divide."""
+    return layout_problems(work.model, work.seq_length, work.parallel)
+
+
+def powers(limit: int) -> list[int]:
+    """1, 2, 4, ... up to `limit`."""
+    return [1 << n for n in range(max(1, limit).bit_length())]

@@ -1,0 +1,37 @@
+"""`Workload`: the numbers of a run that decide what it costs."""
+
+from typing import NamedTuple
+
+from castalia.distributed.config import ParallelConfig
+from castalia.models.config import ModelConfig
+
+
+class Workload(NamedTuple):
+    """What is trained, in what portions, on what layout. `RunConfig.workload` makes one."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    seq_length: int
+    """Tokens in a row."""
+    batch_size: int
+    """Rows in one optimizer step, over all ranks."""
+    micro_batch_size: int | None
+    """Rows that one rank runs at a time; None means its whole share of the batch."""
+    steps: int
+    precision: str
+    """fp32, bf16 or fp16."""
+    device: str
+    """auto, cpu or cuda."""
+    recompute: bool | str | int
+    saves: tuple[int, int]
+    """Checkpoints that are written, and those that are left at the end."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens in one optimizer step when no target is masked."""
+        return self.batch_size * self.seq_length
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in matrix products."""
+        return 4 if self.precision == "fp32" else 2

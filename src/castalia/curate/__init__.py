@@ -1,0 +1,1 @@
+"""Token files after they are made: merge, split, shard, deduplicate, decontaminate, describe and verify."""

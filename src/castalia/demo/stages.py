@@ -1,0 +1,308 @@
+"""The demo, from text to a model that speaks: corpus, training, bits per byte, samples, exports, comparison, report.
+
+Each stage that is done is written down in `demo.json`, so that a second call goes on where the first one ended.
+"""
+
+import hashlib
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from castalia.analysis import write_report
+from castalia.checkpoint import complete_steps
+from castalia.config import read_yaml
+from castalia.core.errors import ConfigError, TrainingError
+from castalia.core.files import write_json
+from castalia.data import load_tokenizer
+from castalia.demo.corpus import CorpusPaths, build_corpus, ensure_corpus
+from castalia.demo.speech import compare, ct2_voice, held_out_texts, own_voice, samples
+from castalia.demo.summary import show_summary, summarize
+from castalia.eval import HeldOut, sweep
+from castalia.export import export
+from castalia.mixing import read_mixture
+from castalia.monitor import duration
+from castalia.recipes.load import Resolved, resolve
+from castalia.train.hooks import Hook
+from castalia.train.run import Announced
+from castalia.train.run import run as train_run
+from castalia.train.startup import short_hash
+
+if TYPE_CHECKING:
+    from castalia.train.trainer import Trainer
+
+PROMPTS = ["    def __init__(self", "import os\nimport sys\n", "The return value is"]
+"""One for code, one for a module's head, one for prose."""
+SAMPLED = 6
+"""Checkpoints that are sampled, from the first to the last."""
+NEW_TOKENS = 64
+EVAL_TOKENS = 12_000
+"""Held-out tokens of each source that are read at each checkpoint."""
+QUANTIZATIONS = ("float32", "int8")
+FASTER = 1.15
+"""bf16 is taken when its products are this much faster than those of fp32."""
+
+
+class TrainClock(Hook):
+    """Seconds and tokens of the training loop, saves included."""
+
+    def start(self, trainer: "Trainer") -> None:
+        """Begin to count."""
+        self.since, self.tokens = time.perf_counter(), trainer.progress.tokens
+
+    def close(self, trainer: "Trainer") -> None:
+        """Stop counting."""
+        self.seconds = time.perf_counter() - self.since
+        self.tokens = trainer.progress.tokens - self.tokens
+
+
+class Demo:
+    """The stages of one demo, and what they left in its folder.
+
+    `record` is what `demo.json` holds: the config's hash, seconds of each stage that is done, and their findings.
+    """
+
+    def __init__(
+        self, resolved: Resolved, command: Sequence[str], say: Callable[[str], None]
+    ) -> None:
+        self.resolved, self.config, self.command, self.say = resolved, resolved.config, command, say
+        self.folder = Path(self.config.output)
+        values = self.config.model_dump(mode="json", exclude={"output"})
+        self.hash = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        self.record = self.read_record()
+
+    def read_record(self) -> dict[str, Any]:
+        """What an earlier call with the same config has done."""
+        try:
+            record: dict[str, Any] = json.loads(
+                (self.folder / "demo.json").read_text(encoding="utf-8")
+            )
+            if record["config"] == self.hash:
+                return record
+        except (OSError, ValueError, KeyError):
+            pass
+        return {"config": self.hash, "stages": {}}
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        return "report" in self.record["stages"] and (self.folder / "report.html").is_file()
+
+    def run(self) -> None:
+        """Every stage that is not done yet, in order."""
+        stages = (
+            self.build,
+            self.train,
+            self.evaluate,
+            self.sample,
+            self.export,
+            self.compare,
+            self.report,
+        )
+        for number, stage in enumerate(stages, 1):
+            if stage.__name__ in self.record["stages"]:
+                continue
+            self.say(
+                f"\n[{number}/{len(stages)}] {(stage.__doc__ or '').splitlines()[0].rstrip('.')}"
+            )
+            start = time.perf_counter()
+            stage()
+            seconds = time.perf_counter() - start
+            self.record["stages"][stage.__name__] = round(seconds, 2)
+            write_json(self.folder / "demo.json", self.record)
+            self.say(f"      {duration(seconds)}")
+
+    @property
+    def corpus(self) -> CorpusPaths:
+        """The corpus, which `build` has built."""
+        assert self.config.data.corpus is not None
+        return build_corpus(self.config.data.corpus, self.folder / "data", self.say)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the run's checkpoints."""
+        return complete_steps(self.folder / "checkpoints")
+
+    def build(self) -> None:
+        """Corpus and tokenizer."""
+        for source, facts in self.corpus.facts["sources"].items():
+            self.say(f"  {source:<11} {facts['about']}")
+
+    def train(self) -> None:
+        """Training, with Pythia's schedule of checkpoints."""
+        clock = TrainClock()
+        trainer = train_run(
+            self.config,
+            self.command,
+            hooks=[clock],
+            announced=Announced(self.resolved.changes, self.resolved.start_notes),
+            prepare_data=ensure_corpus,
+        )
+        if trainer.progress.step < self.config.train.steps:
+            raise TrainingError(
+                f"the demo was stopped at step {trainer.progress.step}; the same command goes on"
+            )
+        self.record["training"] = {
+            "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
+            "fingerprint": short_hash(trainer.rows.fingerprint),
+            "shares": shares_of(trainer, self.folder),
+        }
+
+    def evaluate(self) -> None:
+        """Bits per byte of held-out text by source, at every checkpoint."""
+        corpus = self.corpus
+        sources = {
+            name: HeldOut(prefix, corpus.document_bytes(name))
+            for name, prefix in zip(corpus.sources, corpus.prefixes("valid"), strict=True)
+        }
+        self.record["bits"] = sweep(
+            self.folder,
+            sources,
+            seq_length=self.config.data.seq_length,
+            max_tokens=EVAL_TOKENS,
+            bf16=self.config.precision == "bf16",
+            say=self.say,
+        )
+
+    def sample(self) -> None:
+        """Samples by checkpoint."""
+        steps = spaced(self.steps, SAMPLED)
+        made = samples(
+            self.folder, steps, PROMPTS, max_new_tokens=NEW_TOKENS, seed=self.config.seed
+        )
+        write_json(self.folder / "samples" / "samples.json", made)
+        last = [sample for sample in made if sample["step"] == steps[-1]]
+        self.say("\n".join(f"--- step {s['step']} ---\n{s['prompt']}{s['text']}" for s in last))
+
+    def export(self) -> None:
+        """Exports to Hugging Face and to CTranslate2."""
+        exports = list(export(self.folder, to="hf", force=True))
+        if has_ctranslate2():
+            for quantization in QUANTIZATIONS:
+                exports += export(self.folder, to="ct2", quantization=quantization, force=True)
+        else:
+            self.say(
+                "  ctranslate2 is not installed, so int8 is left out: pip install 'castalia[ct2]' brings it"
+            )
+        for done in exports:
+            self.say(f"  {done.folder}  {done.bytes / 1e6:.1f} MB")
+        self.record["exports"] = {f"{done.to} {done.numbers}": done.folder for done in exports}
+
+    def compare(self) -> None:
+        """fp32 and int8: the same text, how fast, how large."""
+        tokenizer = load_tokenizer(self.corpus.tokenizer)
+        folders = {name: Path(folder) for name, folder in self.record["exports"].items()}
+        voices = [own_voice(self.folder, folders["hf fp32"] / "model.safetensors")]
+        for quantization in QUANTIZATIONS if has_ctranslate2() else ():
+            folder = folders[f"ct2 {quantization}"]
+            voices.append(
+                ct2_voice(folder, tokenizer, f"CTranslate2 {quantization}", torch.get_num_threads())
+            )
+        prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+        texts = held_out_texts(self.corpus.prefixes("valid"), self.config.data.seq_length, count=2)
+        found = compare(voices, prompts, texts, max_new_tokens=NEW_TOKENS)
+        for voice in found:
+            voice["texts"] = [tokenizer.decode(ids) for ids in voice.pop("made")]
+        self.record["speech"] = {"prompts": PROMPTS, "voices": found}
+
+    def report(self) -> None:
+        """The report page."""
+        summary = summarize(self.config, self.record, self.corpus.facts)
+        write_json(self.folder / "summary.json", summary)
+        self.say(f"  {write_report(self.folder)}")
+
+
+def run_demo(
+    overrides: Sequence[str],
+    output: str,
+    command: Sequence[str],
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Run the demo in the folder `output`, or go on with it, or say that it is done; returns the report's path.
+
+    Raises  ConfigError if the overrides are wrong or name other data; what a stage raises.
+    """
+    resolved = resolve(
+        ["demo", f"output={output}", *overrides, *choose_precision(output, overrides, say)]
+    )
+    if resolved.config.data.train or resolved.config.data.corpus is None:
+        raise ConfigError(
+            "the demo trains on the corpus that it builds; for your own text use castalia train"
+        )
+    demo = Demo(resolved, command, say)
+    report = demo.folder / "report.html"
+    if demo.is_done():
+        say(f"the demo in {demo.folder} is done; remove that folder to run it anew")
+    else:
+        demo.run()
+    show_summary(json.loads((demo.folder / "summary.json").read_text(encoding="utf-8")))
+    say(f"report: {report}")
+    return report
+
+
+def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
+    """The share of each source at the first step, on average, and at the last."""
+    rows = trainer.rows
+    if trainer.mixture is None:
+        return {name: [weight] * 3 for name, weight in zip(rows.sources, rows.weights, strict=True)}
+    record = read_mixture(folder / "mixture.jsonl")
+    weights = record.weights()
+    columns = np.stack([weights[0], record.mean_weights(), weights[-1]], axis=1).tolist()
+    return dict(zip(record.sources, columns, strict=True))
+
+
+def choose_precision(
+    output: str, overrides: Sequence[str], say: Callable[[str], None]
+) -> list[str]:
+    """The override `precision=`: that of the run in the folder, or bf16 where it is faster; none if one is given."""
+    if any(text.startswith("precision=") for text in overrides):
+        return []
+    path = Path(
+        next((t.partition("=")[2] for t in reversed(overrides) if t.startswith("output=")), output)
+    )
+    if (path / "config.yaml").is_file():
+        return [f"precision={read_yaml(path / 'config.yaml').get('precision', 'fp32')}"]
+    ratio = bf16_speed()
+    chosen = "bf16" if ratio >= FASTER else "fp32"
+    say(
+        f"precision: {chosen} (matrix products in bf16 take {1 / ratio:.2f} times as long as in fp32 here)"
+    )
+    return [f"precision={chosen}"]
+
+
+def bf16_speed() -> float:
+    """How many times as fast as in fp32 a matrix product of the demo's shape is in bf16 on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    times = {dtype: product_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    return times[torch.float32] / times[torch.bfloat16]
+
+
+def product_seconds(dtype: torch.dtype, device: str) -> float:
+    """Best of a few times of one (2048, 256) x (256, 1024) product."""
+    left, right = (
+        torch.ones(2048, 256, dtype=dtype, device=device),
+        torch.ones(256, 1024, dtype=dtype, device=device),
+    )
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        float((left @ right)[0, 0])  # reading a number waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def spaced(steps: Sequence[int], count: int) -> list[int]:
+    """About `count` of the steps, evenly by their place, with the first and the last."""
+    if len(steps) <= count:
+        return list(steps)
+    places = {round(i * (len(steps) - 1) / (count - 1)) for i in range(count)}
+    return [steps[i] for i in sorted(places)]
+
+
+def has_ctranslate2() -> bool:
+    """Whether the extra is installed."""
+    return importlib.util.find_spec("ctranslate2") is not None

@@ -1,0 +1,242 @@
+"""GGUF: a model file for llama.cpp written straight from our weights, without a package of its.
+
+Source  the format's specification, ggml/docs/gguf.md, version 3; names of the gptneox architecture in llama.cpp's
+        gguf-py/gguf/constants.py; blocks of Q8_0 and Q4_0 in ggml-common.h and ggml-quants.c.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from castalia.core.errors import ConfigError, nearest
+from castalia.data.tokenizer import Tokenizer
+from castalia.models.config import ModelConfig
+from castalia.models.qkv import heads_apart
+
+MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+BLOCK = 32
+"""Weights that share a scale in Q8_0 and Q4_0."""
+KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
+"""ggml_type of the matrices; biases and norms are F32."""
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
+QUANTIZATIONS = tuple(KINDS)
+UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5
+"""gguf_metadata_value_type."""
+NORMAL, CONTROL, UNUSED = 1, 3, 5
+"""Kinds of tokens."""
+FILLING = "[PAD{}]"
+"""What ids of no token are called."""
+
+
+def require_kind(name: str) -> None:
+    """Raises  ConfigError listing the known ones."""
+    if name not in KINDS:
+        raise ConfigError(
+            f"no quantization {name!r}; have: {', '.join(KINDS)}{nearest(name, KINDS)}"
+        )
+
+
+def write_gguf(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    *,
+    quantization: str,
+) -> None:
+    """Write a model file.
+
+    Raises  ConfigError if llama.cpp cannot express the model.
+    """
+    require_kind(quantization)
+    require_expressible(config, quantization)
+    named = list(gguf_tensors(tensors, config))
+    values = {
+        **shape_values(config, quantization),
+        **vocabulary_values(tokenizer, config.padded_vocab_size),
+    }
+    with open(path, "wb") as file:
+        file.write(MAGIC + struct.pack("<IQQ", VERSION, len(named), len(values)))
+        for key, (kind, value) in values.items():
+            write_string(file, key)
+            file.write(struct.pack("<I", kind))
+            write_value(file, kind, value)
+        write_listing(file, named, quantization)
+        for _, tensor in named:
+            file.write(b"\0" * (-file.tell() % ALIGNMENT))
+            file.write(encoded(tensor, quantization))
+
+
+def require_expressible(config: ModelConfig, quantization: str) -> None:
+    """Raises  ConfigError naming what llama.cpp's gptneox cannot do."""
+    if config.activation != "gelu_tanh":
+        raise ConfigError(
+            f"llama.cpp cannot express activation={config.activation}: it computes GELU in its tanh form"
+        )
+    if not config.rotary_dim:
+        raise ConfigError(
+            "llama.cpp cannot express rotary_pct=0: it turns at least some dimensions of every head"
+        )
+    if quantization in ("Q8_0", "Q4_0") and (config.hidden_size % BLOCK or config.ffn_size % BLOCK):
+        raise ConfigError(
+            f"{quantization} needs widths in multiples of {BLOCK}; the model has {config.hidden_size} and"
+            f" {config.ffn_size}; choose F16"
+        )
+
+
+def shape_values(config: ModelConfig, quantization: str) -> dict[str, tuple[int, Any]]:
+    """The model's shape as llama.cpp reads it."""
+    numbers = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.ffn_size,
+        "rope.dimension_count": config.rotary_dim,
+        "attention.head_count": config.num_attention_heads,
+    }
+    return {
+        "general.architecture": (STRING, "gptneox"),
+        "general.file_type": (UINT32, FILE_TYPES[quantization]),
+        "general.alignment": (UINT32, ALIGNMENT),
+        **{f"gptneox.{name}": (UINT32, number) for name, number in numbers.items()},
+        "gptneox.rope.freq_base": (FLOAT32, config.rotary_emb_base),
+        "gptneox.use_parallel_residual": (BOOL, config.parallel_residual),
+        "gptneox.attention.layer_norm_epsilon": (FLOAT32, config.layernorm_epsilon),
+    }
+
+
+def vocabulary_values(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[int, Any]]:
+    """The tokenizer: one name for each row of the embedding, and the merges of BPE."""
+    tokens = list(tokenizer.tokens())
+    kinds = [CONTROL if i == tokenizer.eod_id else NORMAL for i in range(len(tokens))]
+    missing = range(rows - len(tokens))
+    merges = json.loads(tokenizer.inner.to_str())["model"].get("merges") or []
+    values: dict[str, tuple[int, Any]] = {
+        "tokenizer.ggml.model": (STRING, "gpt2"),
+        "tokenizer.ggml.pre": (
+            STRING,
+            "olmo",
+        ),  # the splitting of GPT-NeoX's tokenizer goes by this name
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, tokens + [FILLING.format(i) for i in missing])),
+        "tokenizer.ggml.token_type": (ARRAY, (INT32, kinds + [UNUSED for _ in missing])),
+        "tokenizer.ggml.merges": (
+            ARRAY,
+            (STRING, [m if isinstance(m, str) else " ".join(m) for m in merges]),
+        ),
+        "tokenizer.ggml.add_bos_token": (BOOL, False),
+    }
+    if tokenizer.eod_id is not None:
+        values["tokenizer.ggml.bos_token_id"] = values["tokenizer.ggml.eos_token_id"] = (
+            UINT32,
+            tokenizer.eod_id,
+        )
+    return values
+
+
+def gguf_tensors(
+    tensors: Mapping[str, Tensor], config: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor under llama.cpp's name; biases that the model lacks are zeros, for it asks for them."""
+    head = "embed.weight" if config.tie_word_embeddings else "unembed.weight"
+    yield "token_embd.weight", tensors["embed.weight"]
+    yield "output.weight", tensors[head]
+    for kind in ("weight", "bias"):
+        yield f"output_norm.{kind}", tensors[f"norm.{kind}"]
+    names = {
+        "attn_norm": "norm1",
+        "ffn_norm": "norm2",
+        "attn_qkv": "attn.qkv",
+        "attn_output": "attn.out",
+    }
+    names |= {"ffn_up": "mlp.up", "ffn_down": "mlp.down"}
+    for i in range(config.num_layers):
+        for theirs, ours in names.items():
+            weight = tensors[f"layers.{i}.{ours}.weight"]
+            bias = tensors.get(f"layers.{i}.{ours}.bias", weight.new_zeros(len(weight)))
+            if theirs == "attn_qkv":
+                weight, bias = (
+                    heads_apart(tensor, config.num_attention_heads) for tensor in (weight, bias)
+                )
+            yield f"blk.{i}.{theirs}.weight", weight
+            yield f"blk.{i}.{theirs}.bias", bias
+
+
+def kind_of(tensor: Tensor, quantization: str) -> str:
+    """How a tensor is stored: vectors always in F32."""
+    return quantization if tensor.dim() == 2 else "F32"
+
+
+def size_of(tensor: Tensor, quantization: str) -> int:
+    """Bytes of a tensor in the file."""
+    per_block = {"F32": 4 * BLOCK, "F16": 2 * BLOCK, "Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}
+    return tensor.numel() * per_block[kind_of(tensor, quantization)] // BLOCK
+
+
+def write_listing(file: IO[bytes], named: Sequence[tuple[str, Tensor]], quantization: str) -> None:
+    """Name, shape, type and place of every tensor; the places count from the end of the listing, aligned."""
+    place = 0
+    for name, tensor in named:
+        write_string(file, name)
+        file.write(
+            struct.pack("<I", tensor.dim())
+            + struct.pack(f"<{tensor.dim()}Q", *reversed(tensor.shape))
+        )
+        file.write(struct.pack("<IQ", KINDS[kind_of(tensor, quantization)], place))
+        size = size_of(tensor, quantization)
+        place += size + -size % ALIGNMENT
+
+
+def write_string(file: IO[bytes], text: str) -> None:
+    """Length and UTF-8."""
+    raw = text.encode("utf-8", "surrogatepass")
+    file.write(struct.pack("<Q", len(raw)) + raw)
+
+
+def write_value(file: IO[bytes], kind: int, value: Any) -> None:
+    """One value of the metadata."""
+    if kind == STRING:
+        write_string(file, value)
+    elif kind == ARRAY:
+        inner, items = value
+        file.write(struct.pack("<IQ", inner, len(items)))
+        for item in items:
+            write_value(file, inner, item)
+    else:
+        file.write(struct.pack({UINT32: "<I", FLOAT32: "<f", BOOL: "<?", INT32: "<i"}[kind], value))
+
+
+def encoded(tensor: Tensor, quantization: str) -> bytes:
+    """The bytes of one tensor."""
+    kind, values = kind_of(tensor, quantization), tensor.detach().to("cpu").float().contiguous()
+    if kind == "F32":
+        return values.numpy().tobytes()
+    if kind == "F16":
+        return values.half().numpy().tobytes()
+    blocks = values.reshape(-1, BLOCK)
+    return (q8_0(blocks) if kind == "Q8_0" else q4_0(blocks)).tobytes()
+
+
+def q8_0(blocks: Tensor) -> np.ndarray[Any, Any]:
+    """(n, 32) float32 -> (n, 34) uint8: scale = largest / 127 in float16, then 32 int8."""
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    q = (blocks * torch.where(scale > 0, 1 / scale, 0.0)).round().to(torch.int8)
+    return np.concatenate([scale.half().numpy().view(np.uint8), q.numpy().view(np.uint8)], axis=1)
+
+
+def q4_0(blocks: Tensor) -> np.ndarray[Any, Any]:
+    """(n, 32) float32 -> (n, 18) uint8: scale = the largest weight / -8 in float16; inputs 0..15 in the low halves."""
+    scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
+    q = (
+        (blocks * torch.where(scale != 0, 1 / scale, 0.0) + 8.5)
+        .floor()
+        .clamp(0, 15)
+        .to(torch.uint8)
+    )
+    halves = q[:, :16] | q[:, 16:] << 4
+    return np.concatenate([scale.half().numpy().view(np.uint8), halves.numpy()], axis=1)

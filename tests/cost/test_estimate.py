@@ -1,0 +1,107 @@
+"""Estimates: the closed forms agree with the code that they describe."""
+
+import pytest
+import torch
+
+from castalia.cost.estimate import estimate
+from castalia.models import Decoder
+from castalia.models.tiles import logits_rows
+from castalia.recipes import load_config
+
+
+def small(*overrides):
+    """A small config with overrides."""
+    return load_config(["debug", *overrides])
+
+
+def test_weights_and_optimizer_are_those_of_the_real_model():
+    config = small()
+    with torch.device("meta"):
+        bytes_of_weights = sum(
+            p.numel() * p.element_size() for p in Decoder(config.model).parameters()
+        )
+    memory = estimate(config.workload, 1, "cpu").memory
+    assert memory.weights == bytes_of_weights
+    assert memory.optimizer == 2 * bytes_of_weights
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["precision=bf16"], ["data.seq_length=128", "train.batch_size=6"]]
+)
+def test_activations_are_near_what_autograd_saves(overrides):
+    config = small(*overrides)
+    model = Decoder(config.model)
+    model.init_weights(0)
+    rows = config.train.batch_size
+    tokens = torch.zeros(rows, config.data.seq_length, dtype=torch.int64)
+    known = {p.data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"),
+    ):
+        hidden = model(tokens)
+    cost = estimate(config.workload, 1, "cpu")
+    stored = cost.memory.activations
+    low_precision_weights = (
+        0 if config.precision == "fp32" else cost.memory.weights - 4 * cost.parameters.total
+    )
+    assert hidden.requires_grad
+    assert sum(saved.values()) == pytest.approx(stored + low_precision_weights, rel=0.25)
+
+
+def test_recompute_and_smaller_micro_batches_need_less():
+    whole = estimate(small().workload, 1, "cpu").memory.activations
+    kinds = ("true", "selective", "2")
+    all_of_it, selective, half = (
+        estimate(small(f"train.recompute={how}").workload, 1, "cpu").memory.activations
+        for how in kinds
+    )
+    assert all_of_it < selective < whole and all_of_it < half < whole
+    assert (
+        estimate(small("train.micro_batch_size=3").workload, 1, "cpu").memory.activations
+        == whole // 4
+    )
+
+
+def test_processes_share_weights_and_rows():
+    one, three = (estimate(small().workload, processes, "cpu") for processes in (1, 3))
+    assert (one.micro_rows, three.micro_rows) == (12, 4)
+    assert three.memory.optimizer == one.memory.optimizer // 3
+    assert three.disk == one.disk
+
+
+def test_tensor_parallelism_gathers_the_inputs_of_matrices():
+    """Twice what each of two processes keeps is what one keeps, and what both have of the norms' outputs."""
+    words = ["pythia-70m", "precision=bf16", "train.micro_batch_size=4", "train.recompute=false"]
+    config = load_config([*words, "parallel.tp=2"])
+    alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"tp": 1})})
+    one, two = (
+        estimate(each.workload, processes, "cuda").memory.activations
+        for each, processes in ((alone, 1), (config, 2))
+    )
+    numbers = 4 * config.data.seq_length * config.model.hidden_size
+    assert 2 * two - one == numbers * (2 * 2 * config.model.num_layers + 2 + 4)
+
+
+def test_logits_are_one_chunk():
+    config = load_config(["pythia-70m"])
+    memory = estimate(config.workload, 1, "cpu").memory
+    assert memory.logits == logits_rows(50304, 512, 2, "cpu") * 50304 * 2 == 512 * 50304 * 2
+    assert 25e6 < estimate(load_config(["pythia-14m"]).workload, 1, "cpu").memory.logits <= 25 << 20
+    assert memory.logits < 32 * 2048 * config.model.padded_vocab_size * 2 / 100
+    tiny = small()
+    assert estimate(tiny.workload, 1, "cpu").memory.logits == 12 * 64 * 384 * 4
+
+
+def test_disk_counts_what_is_kept():
+    disk = estimate(small("checkpoint.keep=1").workload, 1, "cpu").disk
+    assert (disk.written, disk.kept) == (10, 8)
+    assert disk.bytes_total == 8 * disk.bytes_each

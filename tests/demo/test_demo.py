@@ -1,0 +1,179 @@
+"""The demo end to end in miniature: every stage, a second call, a lost file, no CTranslate2."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from typer.main import get_command
+
+from castalia.analysis.report import read_json
+from castalia.cli.app import app
+from castalia.core.errors import ConfigError
+from castalia.demo import stages
+from castalia.demo.speech import Voice, bits_per_token, compare, same_share
+from castalia.demo.stages import choose_precision, run_demo, spaced
+from castalia.recipes import load_config
+
+SMALL = [
+    "data.corpus=tiny",
+    "data.tokenizer=bytes",
+    "data.seq_length=32",
+    "model.vocab_size=257",
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "train.steps=3",
+    "train.batch_size=2",
+    "precision=fp32",
+]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished miniature and what it said."""
+    folder, said = tmp_path_factory.mktemp("demo") / "run", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "NEW_TOKENS", 8)
+        patch.setattr(stages, "EVAL_TOKENS", 2000)
+        run_demo(SMALL, str(folder), ["castalia", "demo"], said.append)
+    return folder, said
+
+
+def test_every_part_of_the_run_folder_is_there(demo: tuple[Path, list[str]]):
+    folder, said = demo
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == [
+        f"step-0000000{i}" for i in range(4)
+    ]
+    assert (folder / "exports" / "hf" / "step3" / "model.safetensors").is_file()
+    bits = read_json(folder / "evals" / "bits_per_byte.json")["checkpoints"]
+    assert [mark["step"] for mark in bits] == [0, 1, 2, 3]
+    assert 5 < bits[0]["sources"]["reference"]["bits_per_byte"] < 9  # bytes, hardly trained
+    steps = {sample["step"] for sample in read_json(folder / "samples" / "samples.json")}
+    assert steps == {0, 1, 2, 3}
+    page = (folder / "report.html").read_text()
+    assert "2 sources mixed by odm" in page
+    assert page.count("<svg") == 6 and "stdlib" in page and "castalia fp32" in page
+    assert said[-1] == f"report: {folder / 'report.html'}"
+
+
+def test_shares_of_a_blend_are_its_weights(tmp_path):
+    rows = SimpleNamespace(sources=["a", "b"], weights=[0.75, 0.25])
+    trainer = SimpleNamespace(rows=rows, mixture=None)
+    assert stages.shares_of(trainer, tmp_path) == {"a": [0.75] * 3, "b": [0.25] * 3}
+
+
+def test_the_exports_speak_as_the_model_does(demo: tuple[Path, list[str]]):
+    pytest.importorskip("ctranslate2")
+    voices = json.loads((demo[0] / "demo.json").read_text())["speech"]["voices"]
+    assert [voice["name"] for voice in voices] == [
+        "castalia fp32",
+        "CTranslate2 float32",
+        "CTranslate2 int8",
+    ]
+    assert voices[1]["bits_per_token"] == pytest.approx(voices[0]["bits_per_token"], abs=1e-4)
+    assert voices[2]["bits_per_token"] == pytest.approx(voices[0]["bits_per_token"], abs=0.05)
+    assert voices[2]["megabytes"] < 0.5 * voices[1]["megabytes"]
+
+
+def test_a_second_call_says_that_it_is_done(demo: tuple[Path, list[str]]):
+    folder, _ = demo
+    before, said = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}, []
+    run_demo(SMALL, str(folder), ["castalia", "demo"], said.append)
+    assert said[0] == f"the demo in {folder} is done; remove that folder to run it anew"
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+
+
+def test_a_call_after_an_end_in_the_middle_does_only_what_is_left(
+    demo: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder, said = tmp_path / "run", []
+    shutil.copytree(demo[0], folder)
+    record = json.loads((folder / "demo.json").read_text())
+    for stage in ("export", "compare", "report"):
+        del record["stages"][stage]
+    (folder / "demo.json").write_text(json.dumps(record))
+    monkeypatch.setattr(stages, "has_ctranslate2", lambda: False)
+    monkeypatch.setattr(stages, "NEW_TOKENS", 4)
+    run_demo(SMALL, str(folder), ["castalia", "demo"], said.append)
+    headings = [line.strip() for line in said if line.startswith("\n[")]
+    assert [heading[:5] for heading in headings] == ["[5/7]", "[6/7]", "[7/7]"]
+    assert any("ctranslate2 is not installed" in line and "pip install" in line for line in said)
+    assert "CTranslate2 int8" not in (folder / "report.html").read_text()
+
+
+def test_another_model_in_the_same_folder_is_refused(demo: tuple[Path, list[str]]):
+    with pytest.raises(ConfigError, match=r"holds a run of another config.*model\.num_layers"):
+        run_demo([*SMALL, "model.num_layers=2"], str(demo[0]), ["castalia"], lambda line: None)
+
+
+def test_other_data_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="use castalia train"):
+        run_demo(["data.train=x", "precision=fp32"], str(tmp_path), ["castalia"], lambda line: None)
+
+
+def test_precision_is_the_users_then_the_runs_then_the_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert choose_precision(str(tmp_path), ["precision=fp32"], print) == []
+    for speed, chosen in ((0.3, "fp32"), (1.1, "fp32"), (2.0, "bf16")):
+        monkeypatch.setattr(stages, "bf16_speed", lambda speed=speed: speed)
+        assert choose_precision(str(tmp_path), [], lambda line: None) == [f"precision={chosen}"]
+    (tmp_path / "config.yaml").write_text("precision: fp32\n")
+    assert choose_precision(str(tmp_path), [], print) == ["precision=fp32"]
+    assert choose_precision("elsewhere", [f"output={tmp_path}"], print) == ["precision=fp32"]
+
+
+def test_the_preset_is_a_small_pythia():
+    config = load_config(["demo"])
+    assert config.checkpoint.steps == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+    assert config.model.parallel_residual and not config.model.tie_word_embeddings
+    assert config.data.corpus == "python" and config.model.vocab_size == 4096
+
+
+def test_spaced_keeps_the_ends():
+    assert spaced([0, 1, 2], 6) == [0, 1, 2]
+    chosen = spaced(list(range(12)), 6)
+    assert len(chosen) == 6 and (chosen[0], chosen[-1]) == (0, 11)
+
+
+def test_same_share_counts_up_to_the_first_difference():
+    assert same_share([[1, 2, 3, 4]], [[1, 2, 9, 4]]) == 0.5
+    assert same_share([[1, 2], [5]], [[1, 2], [5]]) == 1.0
+    assert same_share([[1, 2]], [[1, 2, 3, 4]]) == 0.5
+    assert same_share([[]], [[]]) == 0.0
+
+
+def test_compare_measures_each_voice_against_the_first():
+    def voice(name: str, token: int, logprob: float) -> Voice:
+        return Voice(
+            name,
+            lambda p, n: [[token] * n for _ in p],
+            lambda ids: [logprob] * (len(ids) - 1),
+            2_000_000,
+        )
+
+    one, other = compare(
+        [voice("a", 1, -0.6931472), voice("b", 2, -1.3862944)], [[0]], [[1, 2, 3]], max_new_tokens=5
+    )
+    assert (one["same"], other["same"]) == (1.0, 0.0)
+    assert one["bits_per_token"] == pytest.approx(1) and other["bits_per_token"] == pytest.approx(2)
+    assert one["megabytes"] == 2 and other["made"] == [[2] * 5] and other["tokens_per_second"] > 0
+    assert bits_per_token(voice("c", 1, -0.6931472), [[1, 2], [1, 2, 3]]) == pytest.approx(1)
+
+
+def test_the_commands_on_the_page_are_understood():
+    page = Path(__file__).resolve().parents[2] / "docs" / "demo.md"
+    lines = [
+        shlex.split(line)
+        for line in page.read_text().splitlines()
+        if line.startswith("castalia demo")
+    ]
+    assert len(lines) == 3
+    command = get_command(app)
+    for _, verb, *words in lines:
+        values = command.commands[verb].make_context(verb, words).params
+        config = load_config(["demo", f"output={values['output']}", *(values["overrides"] or [])])
+        assert config.output.startswith("runs/")
