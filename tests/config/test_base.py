@@ -1,6 +1,9 @@
 """Config base and sources: every problem at once, each with the way out."""
 
+from typing import Annotated, Any, Literal
+
 import pytest
+import yaml
 
 from castalia.config import (
     Config,
@@ -12,8 +15,10 @@ from castalia.config import (
     merge,
     read_yaml,
 )
-from castalia.config.base import leaves
+from castalia.config.base import check, leaves
+from castalia.config.kinds import Kind
 from castalia.core.errors import ConfigError
+from castalia.core.registry import Registry
 
 
 class Part(Config):
@@ -108,3 +113,54 @@ def test_bad_bytes_and_missing_files(tmp_path):
         read_yaml(tmp_path / "bad.yml")
     with pytest.raises(ConfigError, match=r"cannot read config .*none.yml"):
         read_yaml(tmp_path / "none.yml")
+
+
+class Shape(Config):
+    """What all members share."""
+
+    kind: str = "disc"
+    size: float = 1.0
+
+
+SHAPES: Registry[type[Shape]] = Registry("shape")
+
+
+@SHAPES.register("disc")
+class Disc(Shape):
+    """The default member."""
+
+    kind: Literal["disc"] = "disc"
+    radius: float = 1.0
+
+
+class Drawing(Config):
+    """A config with a section chosen by name."""
+
+    shape: Annotated[Shape, Kind(SHAPES, "disc")] = Disc()
+
+
+def test_a_section_is_chosen_by_name_and_knows_members_registered_later():
+    assert build(Drawing, {"shape": {"radius": 2}}, "x").shape == Disc(radius=2)
+    (problem,) = check(Drawing, {"shape": {"kind": "box"}})[1]
+    assert problem.text == "shape.kind: unknown shape 'box'; choose one of disc"
+
+    @SHAPES.register("box")
+    class Box(Shape):
+        kind: Literal["box"] = "box"
+        edges: tuple[int, int] = (1, 1)
+
+    try:
+        drawing = build(Drawing, {"shape": {"kind": "box", "edges": [2, 3]}}, "x")
+        assert drawing.shape == Box(edges=(2, 3))
+        assert build(Drawing, read_back(drawing), "x") == drawing
+        assert leaves(Drawing) == ["shape.kind", "shape.size", "shape.radius", "shape.edges"]
+        texts = [p.text for p in check(Drawing, {"shape": {"kind": "box", "edge": 1}})[1]]
+        assert texts == ["shape.edge: unknown key; did you mean 'edges'?"]
+    finally:
+        del SHAPES.items["box"]
+
+
+def read_back(config: Config) -> dict[str, Any]:
+    """The config as its YAML file holds it."""
+    values: dict[str, Any] = yaml.safe_load(dump_yaml(config))
+    return values

@@ -4,7 +4,9 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
+from castalia.config.kinds import Kind
 from castalia.core.errors import ConfigError, nearest
 
 C = TypeVar("C", bound="Config")
@@ -53,60 +55,73 @@ def check(kind: type[C], values: dict[str, Any]) -> tuple[C | None, list[Problem
     try:
         return kind.model_validate(values), []
     except ValidationError as error:
-        return None, [problem_of(kind, item) for item in error.errors(include_url=False)]
+        return None, [problem_of(kind, item, values) for item in error.errors(include_url=False)]
 
 
-def problem_of(kind: type[Config], item: Any) -> Problem:
+def problem_of(kind: type[Config], item: Any, values: Any = None) -> Problem:
     """What one pydantic error says, in our words."""
     path = [part for part in item["loc"] if isinstance(part, str | int)]
     key = ".".join(str(part) for part in path)
     if item["type"] == "extra_forbidden":
-        return Problem(key, f"{key}: unknown key{hint_for(kind, path)}", unknown=True)
+        return Problem(key, f"{key}: unknown key{hint_for(kind, path, values)}", unknown=True)
     message = item["msg"].removeprefix("Value error, ")
-    if item["type"] in ("value_error", "missing"):
+    if item["type"] == "unknown_kind":
+        key = f"{key}.{item['ctx']['key']}"
+    if item["type"] in ("value_error", "missing", "unknown_kind", "section"):
         return Problem(
             key, f"{key}: {message}" if key else message, missing=item["type"] == "missing"
         )
     return Problem(key, f"{key}: {message}, got {item['input']!r}")
 
 
-def hint_for(kind: type[Config], path: list[Any]) -> str:
+def hint_for(kind: type[Config], path: list[Any], values: Any = None) -> str:
     """Where the unknown key at `path` may have been meant to stand: the same name elsewhere, a near one, the menu."""
     name = str(path[-1])
     elsewhere = [key for key in leaves(kind) if key.split(".")[-1] == name]
     if elsewhere:
         return f"; did you mean {' or '.join(map(repr, elsewhere))}?"
-    names = field_names(kind, path[:-1])
+    names = field_names(kind, path[:-1], values)
     return nearest(name, names) or f"; have: {', '.join(names)}"
 
 
-def field_names(kind: type[Config], path: list[Any]) -> list[str]:
-    """Names of the fields of the config class that stands at `path` below `kind`."""
+def field_names(kind: type[Config], path: list[Any], values: Any = None) -> list[str]:
+    """Names of the fields of the config section at `path` below `kind`.
+
+    Where a section's class is chosen by name (see `castalia.config.kinds`), `values` tell which it is.
+    """
     for part in path:
         field = kind.model_fields.get(str(part))
-        inner = section(field.annotation) if field else None
-        if inner is None:
+        values = values.get(part) if isinstance(values, dict) else None
+        classes = sections(field, values) if field else []
+        if not classes:
             return []
-        kind = inner
+        kind = classes[0]
     return list(kind.model_fields)
 
 
-def section(annotation: Any) -> type[Config] | None:
-    """The config class that a field of this type holds, or None."""
-    options = [annotation, *get_args(annotation)]
-    return next(
-        (option for option in options if isinstance(option, type) and issubclass(option, Config)),
-        None,
-    )
+def sections(field: FieldInfo, values: Any = None) -> list[type[Config]]:
+    """The config classes that a field may hold, the one that `values` choose or the default first; [] for a value."""
+    for marker in field.metadata:
+        if isinstance(marker, Kind):
+            classes = marker.classes()
+            name = values.get(marker.key) if isinstance(values, dict) else None
+            chosen = classes.get(str(name), classes[marker.default])
+            others = [other for other in classes.values() if other is not chosen]
+            return [chosen, *others]  # type: ignore[list-item]
+    options = [field.annotation, *get_args(field.annotation)]
+    return [option for option in options if isinstance(option, type) and issubclass(option, Config)]
 
 
 def leaves(kind: type[Config], prefix: str = "") -> list[str]:
-    """Dotted names of every value below `kind`, in order."""
-    out: list[str] = []
+    """Dotted names of every value below `kind`, in order, each once."""
+    out: dict[str, None] = {}
     for name, field in kind.model_fields.items():
-        inner = section(field.annotation)
-        out += leaves(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
-    return out
+        inner = sections(field)
+        for section in inner:
+            out |= dict.fromkeys(leaves(section, f"{prefix}{name}."))
+        if not inner:
+            out[f"{prefix}{name}"] = None
+    return list(out)
 
 
 class Dumper(yaml.SafeDumper):
