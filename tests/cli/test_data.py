@@ -12,6 +12,7 @@ import pytest
 
 from castalia.corpus import prepare
 from castalia.data import DataConfig, IndexedDataset, IndexedDatasetWriter, build_rows
+from castalia.monitor.display import size_text
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_inspect(run):
     code, out, err = run("inspect", "c", "--document", "2", "--tokenizer", "bytes")
     lines = out.splitlines()
     assert (code, err) == (0, "")
-    assert lines[0] == "c: 4 documents, 42 tokens as uint16, 0.00 MB"
+    assert lines[0] == "c: 4 documents, 42 tokens as uint16, 84 B"
     assert lines[1] == "tokens a document: least 3, mean 10.5, median 7.0, most 25; 0 empty"
     assert [line.split() for line in lines[2:6]] == [
         ["2-3", "1", "#" * 40],
@@ -49,7 +50,7 @@ def test_inspect_says_what_index_maps_are_kept(run, monkeypatch):
     size = sum(path.stat().st_size for path in Path("c.order").glob("*.safetensors"))
     assert (
         run("inspect", "c")[1].splitlines()[2]
-        == f"index maps: 1 files, {size / 1e6:,.2f} MB in c.order"
+        == f"index maps: 1 files, {size_text(size)} in c.order"
     )
 
 

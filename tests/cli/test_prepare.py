@@ -24,7 +24,7 @@ def test_summary(run, tmp_path):
     code, out, err = run("a.jsonl", "--tokenizer", "bytes", "--output", "data/x", "--append-eod")
     assert (code, err) == (0, "")
     assert out.startswith(
-        "data/x: 2 documents (1 empty left out), 10 tokens as uint16, 0.00 MB of text in "
+        "data/x: 2 documents (1 empty left out), 10 tokens as uint16, 8 B of text in "
     )
     assert out.endswith(" MB/s)\n")
     assert bytes(IndexedDataset(tmp_path / "data" / "x")[1][:-1].tolist()) == b"three"
@@ -62,8 +62,8 @@ def test_plain_lines_of_progress(monkeypatch, capsys):
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     lines = progress.PlainLines("prepare", 200_000_000)
     lines(50_000_000, 12_000_000)
-    assert capsys.readouterr().err.startswith("prepare  25.0%  50/200 MB  tok/s ")
-    assert lines.line(10.0) == "prepare  25.0%  50/200 MB  tok/s 1.2M  eta 30s"
+    assert capsys.readouterr().err.startswith("prepare  25.0%  47.7 MiB of 191 MiB  tok/s ")
+    assert lines.line(10.0) == "prepare  25.0%  47.7 MiB of 191 MiB  tok/s 1.2M  eta 30s"
 
 
 def test_another_key_and_a_trained_tokenizer(run, tmp_path):

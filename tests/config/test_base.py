@@ -16,6 +16,7 @@ from castalia.config import (
     read_yaml,
 )
 from castalia.config.base import check, leaves
+from castalia.config.changes import AT_RESUME, Changes, may_change
 from castalia.config.kinds import Kind
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
@@ -164,3 +165,17 @@ def read_back(config: Config) -> dict[str, Any]:
     """The config as its YAML file holds it."""
     values: dict[str, Any] = yaml.safe_load(dump_yaml(config))
     return values
+
+
+def test_marks_say_what_may_change_and_the_innermost_decides():
+    class Inner(Config):
+        both: int = 0
+        fixed: Annotated[int, Changes("never")] = 0
+
+    class Outer(Config):
+        inner: Annotated[Inner, AT_RESUME] = Inner()
+        plain: Annotated[dict[str, int] | None, AT_RESUME] = None
+        shape: Annotated[Shape, Kind(SHAPES, "disc")] = Disc()
+
+    keys = ["inner.both", "inner.fixed", "plain.any.key", "shape.size", "none"]
+    assert [may_change(Outer, key) for key in keys] == [True, False, True, False, False]

@@ -14,6 +14,7 @@ from castalia.monitor import (
     memory_bytes,
     peak_flops,
     quantity,
+    size_text,
     read_metrics,
 )
 from castalia.monitor.gpus import PEAK_TFLOPS
@@ -33,6 +34,24 @@ from castalia.monitor.gpus import PEAK_TFLOPS
 )
 def test_quantity(value, text):
     assert quantity(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999.7, "999.7 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1_234_567, "1.18 MiB"),
+        (1023.7 * 2**20, "1 GiB"),
+        (1023.4 * 2**20, "1023 MiB"),
+        (139 * 2**30, "139 GiB"),
+        (3 * 2**50, "3 PiB"),
+    ],
+)
+def test_size(count, text):
+    assert size_text(count) == text
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,38 @@ import pytest
 import yaml
 
 from castalia.config import dump_yaml
+from castalia.config.base import leaves
+from castalia.config.changes import may_change
 from castalia.core.errors import ConfigError
 from castalia.recipes import load_config
+from castalia.train.config import RunConfig
 from castalia.train.resume import check_run_folder
+
+FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch")
+FREE_KEYS = {
+    "recipe",
+    "output",
+    "device",
+    "train.steps",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.recompute",
+    "train.log_every",
+    "train.eval_every",
+    "train.eval_batches",
+    "data.workers",
+    "data.allow_changed",
+    "data.train",
+    "data.valid",
+    "data.valid_weights",
+    "data.valid_labels",
+    "data.weights",
+    "data.labels",
+    "data.tokenizer",
+    "mixing.log_every",
+    "mixing.on_new",
+    "mixing.on_removed",
+}
 
 
 @pytest.fixture
@@ -82,3 +111,14 @@ def test_another_length_is_told_where_it_matters(hold, config_of, capsys, overri
     check_run_folder(config_of(*overrides, f"train.steps={steps + 10}"))
     out = capsys.readouterr().out
     assert said in out and (f"of {steps + 10} steps now and was of {steps}: " in out) is bool(said)
+
+
+def test_the_keys_that_a_resumed_run_may_change():
+    free = {key for key in leaves(RunConfig) if may_change(RunConfig, key)}
+    outside = {key for key in free if not key.startswith(FREE_SECTIONS)}
+    assert outside == FREE_KEYS
+    inside = {key for key in leaves(RunConfig) if key.split(".")[0] in FREE_SECTIONS}
+    assert inside and inside <= free
+    # Keys of a plain mapping follow the field that holds it; what is unknown is never free.
+    assert may_change(RunConfig, "launch.environment.OMP_NUM_THREADS")
+    assert not may_change(RunConfig, "train.steps_of_another_version")

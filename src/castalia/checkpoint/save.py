@@ -38,6 +38,7 @@ from castalia.checkpoint.shards import write_bytes, write_shard
 from castalia.checkpoint.stage import Staged
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
+from castalia.monitor.display import size_text
 
 SHARD_BYTES = 4 << 30
 """A file is closed once it holds this many bytes; a larger tensor has a file to itself."""
@@ -320,15 +321,6 @@ def wait_until(condition: Callable[[], bool], seconds: Callable[[], float]) -> b
             return False
         time.sleep(POLL_SECONDS)
     return True
-
-
-def size_text(count: float) -> str:
-    """Bytes in the unit that reads best."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def texts_of(state_text: str, files: Mapping[str, str]) -> dict[str, bytes]:

@@ -128,19 +128,21 @@ def origin_line(origin: dict[str, Any]) -> str:
 
 def print_facts(facts: "Description") -> None:
     """The facts as lines, the lengths with a bar for each power of two."""
+    from castalia.monitor.display import size_text
+
     shards = f" in {facts.shards} shards" if facts.shards else ""
     typer.echo(
         f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype},",
         nl=False,
     )
-    typer.echo(f" {facts.bytes / 1e6:,.2f} MB{shards}")
+    typer.echo(f" {size_text(facts.bytes)}{shards}")
     typer.echo(
         f"tokens a document: least {facts.shortest:,}, mean {facts.mean:,.1f}, median {facts.median:,.1f},"
         f" most {facts.longest:,}; {facts.empty:,} empty"
     )
     if facts.maps:
         typer.echo(
-            f"index maps: {facts.maps} files, {facts.maps_bytes / 1e6:,.2f} MB in {facts.prefix}.order"
+            f"index maps: {facts.maps} files, {size_text(facts.maps_bytes)} in {facts.prefix}.order"
         )
     most = max((count for _, count in facts.histogram), default=1)
     for least, count in facts.histogram:
@@ -482,7 +484,7 @@ def bar(
     columns = (
         TextColumn(verb),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )

@@ -103,8 +103,10 @@ def choose_steps(all_steps: bool, steps: str | None) -> list[int] | Literal["all
 
 def line(exported: "Exported") -> str:
     """One export for the screen."""
+    from castalia.monitor.display import size_text
+
     step = "" if exported.step is None else f"  step {exported.step}"
-    size = f"{exported.bytes / 1e6:.1f} MB"
+    size = size_text(exported.bytes)
     words = f"{exported.folder}  {exported.to} {exported.numbers}{step}  {size}  {exported.seconds:.1f} s"
     if exported.quality is None:
         return words

@@ -79,16 +79,16 @@ def print_plans(chosen: "Plan", proposed: "Plan | None") -> None:
 
 def rows(plan: "Plan") -> list[tuple[str, str]]:
     """Name and text of each line of one plan."""
-    from castalia.cli.show import gib
+    from castalia.monitor.display import size_text
 
     return [
         ("layout", str(plan.degrees)),
         ("rows at a time", str(plan.micro_rows)),
         ("recompute", json.dumps(plan.recompute)),
         ("reshard after forward", json.dumps(plan.reshard_after_forward)),
-        ("memory", f"{gib(plan.memory.total)}, {'fits' if plan.fits else 'does not fit'}"),
-        *((f"  {part}", gib(size)) for part, size in plan.memory._asdict().items()),
-        *((f"{kind} a step", gib(size)) for kind, size in plan.communication.items()),
+        ("memory", f"{size_text(plan.memory.total)}, {'fits' if plan.fits else 'does not fit'}"),
+        *((f"  {part}", size_text(size)) for part, size in plan.memory._asdict().items()),
+        *((f"{kind} a step", size_text(size)) for kind, size in plan.communication.items()),
         ("bubble", f"{plan.bubble:.1%}"),
         ("seconds a step", f"{plan.step_seconds:.3g}"),
         ("tokens a second", f"{plan.tokens_per_second:,.0f}"),

@@ -220,6 +220,8 @@ def print_summary(done: "Prepared", as_json: bool) -> None:
     """What was written, in a line or as JSON."""
     from dataclasses import asdict
 
+    from castalia.monitor.display import size_text
+
     if as_json:
         typer.echo(
             json.dumps(asdict(done) | {"megabytes_per_second": round(done.megabytes_per_second, 3)})
@@ -230,5 +232,5 @@ def print_summary(done: "Prepared", as_json: bool) -> None:
     noted = f" ({'; '.join(notes)})" if notes else ""
     typer.echo(
         f"{', '.join(done.prefixes)}: {done.documents:,} documents{noted}, {done.tokens:,} tokens as {done.dtype},"
-        f" {done.text_bytes / 1e6:,.2f} MB of text in {done.seconds:.1f} s ({done.megabytes_per_second:.1f} MB/s)"
+        f" {size_text(done.text_bytes)} of text in {done.seconds:.1f} s ({done.megabytes_per_second:.1f} MB/s)"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from castalia.monitor import duration, quantity
+from castalia.monitor import duration, quantity, size_text
 
 EVERY_SECONDS = 30.0
 """Time between plain lines; a short job prints none."""
@@ -37,7 +37,7 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
     columns = (
         TextColumn(verb),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         speed,
         TimeRemainingColumn(),
@@ -75,9 +75,9 @@ class PlainLines:
         """How far it is after so many seconds."""
         left = max(self.total - self.done, 0) / max(self.done / seconds, 1e-9)
         if not self.total:
-            return f"{self.verb}  {self.done / 1e6:,.0f} MB"
+            return f"{self.verb}  {size_text(self.done)}"
         share = 100 * self.done / self.total
         return (
-            f"{self.verb}  {share:.1f}%  {self.done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB"
+            f"{self.verb}  {share:.1f}%  {size_text(self.done)} of {size_text(self.total)}"
             f"  tok/s {quantity(self.tokens / seconds)}  eta {duration(left)}"
         )

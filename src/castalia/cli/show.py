@@ -122,7 +122,7 @@ def print_cost(console: "Console", resolved: "Resolved", cost: "Estimate") -> No
 
 def cost_rows(resolved: "Resolved", cost: "Estimate") -> list[tuple[str, str]]:
     """Name and text of each line of the table."""
-    from castalia.monitor.display import quantity
+    from castalia.monitor.display import quantity, size_text
 
     config, memory, disk = resolved.config, cost.memory, cost.disk
     where = f"one of {cost.processes} processes" if cost.processes > 1 else "one process"
@@ -140,19 +140,14 @@ def cost_rows(resolved: "Resolved", cost: "Estimate") -> list[tuple[str, str]]:
         ("FLOPs", f"{cost.flops:.3g} ({quantity(cost.flops_per_token)} a token)"),
         (
             "memory",
-            f"{gib(memory.total)}, {where} on {cost.device}, {cost.micro_rows} rows at a time",
+            f"{size_text(memory.total)}, {where} on {cost.device}, {cost.micro_rows} rows at a time",
         ),
-        *((f"  {part}", gib(size)) for part, size in memory._asdict().items()),
+        *((f"  {part}", size_text(size)) for part, size in memory._asdict().items()),
         (
             "checkpoints",
-            f"{disk.written}{kept}, {gib(disk.bytes_each)} each, {gib(disk.bytes_total)} on disk",
+            f"{disk.written}{kept}, {size_text(disk.bytes_each)} each, {size_text(disk.bytes_total)} on disk",
         ),
     ]
-
-
-def gib(size: int) -> str:
-    """Bytes as MiB or GiB."""
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def print_changes(console: "Console", resolved: "Resolved") -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, model_validator
 
 from castalia.config.base import Config
+from castalia.config.changes import AT_RESUME
 
 
 def as_list(value: object) -> object:
@@ -21,24 +22,25 @@ class DataConfig(Config):
 
     seq_length: PositiveInt = 2048
     """Tokens in one row that the model sees; a stored row has one more, the last target."""
-    train: Paths = []
+    # A resume compares files, labels and weights by content, so their paths may move.
+    train: Annotated[Paths, AT_RESUME] = []
     """Prefixes of .bin/.idx token files to train on, one a source; each is blended by its weight."""
-    weights: list[float] | None = None
+    weights: Annotated[list[float] | None, AT_RESUME] = None
     """Weight of each train source; null gives every source the same."""
-    valid: Paths = []
+    valid: Annotated[Paths, AT_RESUME] = []
     """Prefixes to validate on; empty with a single train prefix means that prefix's share in `split`."""
-    valid_weights: list[float] | None = None
+    valid_weights: Annotated[list[float] | None, AT_RESUME] = None
     """Weight of each valid source; null gives every source the same."""
-    labels: Paths = []
+    labels: Annotated[Paths, AT_RESUME] = []
     """Label files, one a train prefix, of the same lengths: -100 where a token is no target. Empty: each token is."""
-    valid_labels: Paths = []
+    valid_labels: Annotated[Paths, AT_RESUME] = []
     """Label files of the valid prefixes; with `split`, `labels` hold for validation too."""
     split: str | None = None
     """Documents of a single train prefix for train, valid, test: `969, 30, 1`. Null trains on all of them."""
     order: Literal["neox", "file"] = "neox"
     """neox packs and shuffles the train documents as GPT-NeoX does; file serves ready rows of seq_length + 1 tokens as
     they lie in the train files, such as Pythia's preshuffled ones or those of `castalia data materialize`."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, AT_RESUME] = None
     """A tokenizer.json, or `bytes` for the byte-level one; kept with every checkpoint."""
     corpus: str | None = None
     """A corpus that Castalia builds out of text on this machine when `train` is empty: `python` or `tiny`."""
@@ -62,9 +64,9 @@ class DataConfig(Config):
     order_cache: bool | str = True
     """Where the index maps of a large order (64 MB and more) are kept: true is PREFIX.order beside the token file, a
     path is a folder for all sources, false is nowhere. They are found again by content, so none is ever out of date."""
-    workers: NonNegativeInt = 0
+    workers: Annotated[NonNegativeInt, AT_RESUME] = 0
     """Processes that read ahead; 0 reads in the training process."""
-    allow_changed: bool = False
+    allow_changed: Annotated[bool, AT_RESUME] = False
     """Resume although the data differ from those of the checkpoint."""
 
     @model_validator(mode="after")

@@ -232,7 +232,7 @@ def require_room(folder: Path, size: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise DataError(f"{size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        raise DataError(f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB are free")
 
 
 def kept_files(folder: Path) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from castalia.data.tokenizer import END_OF_TEXT, PADDING
 from castalia.demo import texts
 from castalia.demo.heldout import FEWEST, Split, fingerprint, split_sources
 from castalia.demo.texts import Document
+from castalia.monitor import size_text
 from castalia.train.config import RunConfig
 
 FORMAT = 1
@@ -231,9 +232,9 @@ def tokenize(
             facts[source][part] = part_facts(prefix, getattr(split, part), prepared.tokens)
         train, valid = facts[source]["train"], facts[source]["valid"]
         say(
-            f"  {source:<11} {train['documents']:>4} documents {train['bytes'] / 1e6:6.2f} MB"
+            f"  {source:<11} {train['documents']:>4} documents {size_text(train['bytes']):>8}"
             f" {train['tokens']:>9,} tokens"
-            f"   held out {valid['documents']:>3}, {valid['bytes'] / 1e3:5.0f} kB"
+            f"   held out {valid['documents']:>3}, {size_text(valid['bytes']):>8}"
         )
     return facts
 

@@ -26,7 +26,7 @@ from castalia.demo.summary import show_summary, summarize
 from castalia.eval import HeldOut, sweep
 from castalia.export import export
 from castalia.mixing import read_mixture
-from castalia.monitor import duration
+from castalia.monitor import duration, size_text
 from castalia.recipes.load import Resolved, resolve
 from castalia.train.hooks import Hook
 from castalia.train.run import Announced
@@ -189,7 +189,7 @@ class Demo:
                 "  ctranslate2 is not installed, so int8 is left out: pip install 'castalia[ct2]' brings it"
             )
         for done in exports:
-            self.say(f"  {done.folder}  {done.bytes / 1e6:.1f} MB")
+            self.say(f"  {done.folder}  {size_text(done.bytes)}")
         self.record["exports"] = {f"{done.to} {done.numbers}": done.folder for done in exports}
 
     def compare(self) -> None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from castalia.models.flops import parameter_counts
-from castalia.monitor import duration, quantity
+from castalia.monitor import duration, quantity, size_text
 from castalia.train.config import RunConfig
 
 LEAD = (
@@ -88,7 +88,7 @@ def speech_table(record: Mapping[str, Any]) -> dict[str, Any]:
         [
             voice["name"],
             f"{voice['tokens_per_second']:,.0f}",
-            f"{voice['megabytes']:.1f} MB",
+            size_text(voice["megabytes"] * 1e6),
             f"{voice['bits_per_token']:.3f}",
             f"{voice['same']:.0%}",
         ]

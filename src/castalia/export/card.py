@@ -5,6 +5,7 @@ from pathlib import Path
 from castalia.checkpoint.saved_model import Source
 from castalia.export.quality import Quality, table
 from castalia.models import parameter_counts
+from castalia.monitor.display import size_text
 
 USE = {
     "hf": 'transformers.AutoModelForCausalLM.from_pretrained("{folder}")',
@@ -32,7 +33,7 @@ def write_card(
 ) -> None:
     """Write README.md into `folder`, which holds the whole export."""
     size = sum(file.stat().st_size for file in folder.iterdir())
-    lines = [f"# {name}", "", f"For {ENGINES[to]}, weights in {numbers}, {size / 1e6:.1f} MB.", ""]
+    lines = [f"# {name}", "", f"For {ENGINES[to]}, weights in {numbers}, {size_text(size)}.", ""]
     lines += ["```python", "import castalia" if to != "hf" else "import transformers", ""]
     lines += [
         f"model = {USE[to].format(folder=name)}",

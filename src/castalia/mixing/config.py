@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from castalia.config.base import Config
+from castalia.config.changes import AT_RESUME
 from castalia.core.errors import ConfigError
 from castalia.mixing.exhaustion import rows_allowed
 from castalia.mixing.make import check_options, make_mixer
@@ -77,11 +78,11 @@ class MixingConfig(Config):
     """When a source was read through: repeat, stop, drop or cap:N epochs; for all, or by source name."""
     allow_empty: bool = False
     """A source without rows gets weight 0; otherwise it is an error."""
-    on_new: Literal["error", "prior", "mean"] = "error"
+    on_new: Annotated[Literal["error", "prior", "mean"], AT_RESUME] = "error"
     """At a resume, a source that the checkpoint does not know: an error, its prior share, or the mean of the others."""
-    on_removed: Literal["error", "drop"] = "error"
+    on_removed: Annotated[Literal["error", "drop"], AT_RESUME] = "error"
     """At a resume, a source that only the checkpoint has: an error, or forget it."""
-    log_every: PositiveInt = 1
+    log_every: Annotated[PositiveInt, AT_RESUME] = 1
     """Steps between lines of mixture.jsonl; a change of the shares is always written."""
     smoothing: float | None = Field(None, ge=0, lt=1)
     """odm, odm-repo, odm-paper, ado: the past's part in the running mean of the reward; null is 0.9."""

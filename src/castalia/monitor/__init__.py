@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
-from castalia.monitor.display import duration, quantity
+from castalia.monitor.display import duration, quantity, size_text
 from castalia.monitor.sinks import JsonlSink, Sink, read_metrics
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = [
     "peak_flops",
     "quantity",
     "read_metrics",
+    "size_text",
 ]
 
 __getattr__ = lazy(

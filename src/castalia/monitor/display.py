@@ -1,12 +1,27 @@
-"""Numbers as people read them."""
+"""Counts, sizes and durations as text for people."""
 
 
-def quantity(value: float, unit: str = "") -> str:
-    """1234567 -> '1.23M'. Powers of ten; three digits that count."""
+def quantity(value: float) -> str:
+    """1234567 -> '1.23M': a count in powers of ten, with three significant digits."""
     for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
-            return f"{value / size:.3g}{letter}{unit}"
-    return f"{value:.3g}{unit}"
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def size_text(count: float) -> str:
+    """1234567 -> '1.18 MiB': bytes in binary units, with three significant digits.
+
+    Every size that Castalia prints has these units, so that any two can be compared.
+    """
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if round(count) < 1024:
+            break
+        count /= 1024
+    else:
+        unit = "PiB"
+    digits = 4 if count >= 999.5 else 3  # the integer part is never rounded, nor written as 1e+03
+    return f"{count:.{digits}g} {unit}"
 
 
 def duration(seconds: float) -> str:

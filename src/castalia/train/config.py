@@ -1,6 +1,6 @@
 """The config of a run: one class that holds every room's own, and the numbers of the loop."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     Field,
@@ -14,6 +14,7 @@ from pydantic import (
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.policy import SavePolicy
 from castalia.config.base import Config
+from castalia.config.changes import AT_RESUME
 from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
 from castalia.data.config import DataConfig
@@ -97,37 +98,37 @@ class GuardConfig(Config):
 class TrainConfig(Config):
     """Numbers of the loop."""
 
-    steps: PositiveInt = 143000
+    steps: Annotated[PositiveInt, AT_RESUME] = 143000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 1024
     """Rows in one optimizer step, over all processes."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Annotated[PositiveInt | None, AT_RESUME] = None
     """Rows that one process runs through the model at a time; null means its whole share of the batch."""
-    compile: bool = False
+    compile: Annotated[bool, AT_RESUME] = False
     """torch.compile each block and the loss."""
-    recompute: bool | Literal["full", "selective"] | PositiveInt = False
+    recompute: Annotated[bool | Literal["full", "selective"] | PositiveInt, AT_RESUME] = False
     """What blocks compute again in the backward in place of storing it: true or full, all but their input; selective,
     all but attention and the widest product; n, all in every n-th block."""
-    log_every: PositiveInt = 10
+    log_every: Annotated[PositiveInt, AT_RESUME] = 10
     """Steps between lines on the screen; metrics.jsonl has every step."""
-    eval_every: PositiveInt | None = None
+    eval_every: Annotated[PositiveInt | None, AT_RESUME] = None
     """Steps between validations; null never validates during training."""
-    eval_batches: PositiveInt = 10
+    eval_batches: Annotated[PositiveInt, AT_RESUME] = 10
     """Batches in one validation."""
 
 
 class RunConfig(Config):
     """Everything that a run needs; `castalia train runs/<name>/config.yaml` repeats it."""
 
-    recipe: str | None = None
+    recipe: Annotated[str | None, AT_RESUME] = None
     """Name of the preset that this config started from."""
-    output: str = Field("runs/default", min_length=1)
+    output: Annotated[str, AT_RESUME] = Field("runs/default", min_length=1)
     """Folder of the run."""
     seed: NonNegativeInt = 1234
     """Seed of the weights and of the data order."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the forward and backward pass; weights and optimizer are fp32 always."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], AT_RESUME] = "auto"
     """auto takes the GPU when there is one."""
     model: ModelConfig
     data: DataConfig = DataConfig()
@@ -136,10 +137,10 @@ class RunConfig(Config):
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
-    guard: GuardConfig = GuardConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    parallel: ParallelConfig = ParallelConfig()
-    launch: LaunchConfig = LaunchConfig()
+    guard: Annotated[GuardConfig, AT_RESUME] = GuardConfig()
+    checkpoint: Annotated[CheckpointConfig, AT_RESUME] = CheckpointConfig()
+    parallel: Annotated[ParallelConfig, AT_RESUME] = ParallelConfig()
+    launch: Annotated[LaunchConfig, AT_RESUME] = LaunchConfig()
 
     @model_validator(mode="after")
     def check(self) -> "RunConfig":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from castalia.config import dump_yaml, flatten, read_yaml
 from castalia.config.base import check
+from castalia.config.changes import may_change
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, cannot_write, write_json
 from castalia.data import changed, load_tokenizer
@@ -24,35 +25,6 @@ from castalia.train.optim import MOMENTS, optimizer_tensors, set_updates
 if TYPE_CHECKING:
     from castalia.distributed import World
     from castalia.train.trainer import Trainer
-
-FREE_TO_CHANGE = (
-    "recipe",
-    "output",
-    "device",
-    "train.steps",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.recompute",
-    "train.log_every",
-    "train.eval_every",
-    "train.eval_batches",
-    "guard.",
-    "checkpoint.",
-    "parallel.",
-    "launch.",
-    "data.workers",
-    "data.allow_changed",
-    "data.train",
-    "data.valid",
-    "data.weights",
-    "data.labels",
-    "mixing.log_every",
-    "mixing.on_new",
-    "mixing.on_removed",
-    "data.tokenizer",
-)
-"""Keys that a resumed run may change: they do not alter the model, the update rule or the order. The data themselves,
-their labels and weights are compared by content, so their paths may move."""
 
 
 def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
@@ -187,7 +159,7 @@ def require_same_run(config: RunConfig, path: Path) -> None:
     differ = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
-        if not key.startswith(FREE_TO_CHANGE) and old.get(key) != new.get(key)
+        if not may_change(RunConfig, key) and old.get(key) != new.get(key)
     ]
     if differ:
         raise ConfigError(

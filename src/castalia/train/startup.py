@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from castalia.cost.estimate import estimate
-from castalia.monitor import quantity
+from castalia.monitor import quantity, size_text
 
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
@@ -53,9 +53,7 @@ def start_facts(trainer: "Trainer") -> dict[str, str]:
     config, world = trainer.config, trainer.world
     cost = estimate(config.workload, processes=world.size, device=world.device.type)
     steps, per_step = config.train.steps, config.tokens_per_step
-    disk = (
-        f"{quantity(cost.disk.bytes_each, 'B')} each, {quantity(cost.disk.bytes_total, 'B')} in all"
-    )
+    disk = f"{size_text(cost.disk.bytes_each)} each, {size_text(cost.disk.bytes_total)} in all"
     return {
         "run": config.output,
         "parameters": f"{cost.parameters.total:,} ({cost.parameters.non_embedding:,} non-embedding)",
@@ -63,7 +61,7 @@ def start_facts(trainer: "Trainer") -> dict[str, str]:
         "batch": f"{config.train.batch_size} rows of {config.data.seq_length} tokens, {cost.micro_rows} at a time",
         "processes": f"{world.size} on {world.device.type}, {world.degrees}, {config.precision}",
         "sources": ", ".join(source_lines(trainer)),
-        "memory": f"about {quantity(cost.memory.total, 'B')} a process for the model",
+        "memory": f"about {size_text(cost.memory.total)} a process for the model",
         "checkpoints": f"{cost.disk.written}, {disk}",
         "data": f"fingerprint {short_hash(trainer.rows.fingerprint)}",
     }
