@@ -14,8 +14,8 @@ from castalia.monitor import (
     memory_bytes,
     peak_flops,
     quantity,
-    size_text,
     read_metrics,
+    size_text,
 )
 from castalia.monitor.gpus import PEAK_TFLOPS
 

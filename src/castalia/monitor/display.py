@@ -1,5 +1,7 @@
 """Counts, sizes and durations as text for people."""
 
+UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
 
 def quantity(value: float) -> str:
     """1234567 -> '1.23M': a count in powers of ten, with three significant digits."""
@@ -14,14 +16,12 @@ def size_text(count: float) -> str:
 
     Every size that Castalia prints has these units, so that any two can be compared.
     """
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if round(count) < 1024:
-            break
+    unit = 0
+    while round(count) >= 1024 and unit < len(UNITS) - 1:
         count /= 1024
-    else:
-        unit = "PiB"
+        unit += 1
     digits = 4 if count >= 999.5 else 3  # the integer part is never rounded, nor written as 1e+03
-    return f"{count:.{digits}g} {unit}"
+    return f"{count:.{digits}g} {UNITS[unit]}"
 
 
 def duration(seconds: float) -> str:
