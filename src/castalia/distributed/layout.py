@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from castalia.distributed.config import ParallelConfig
@@ -43,8 +43,18 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
             fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
         # The head runs outside the model's own forward, so the root keeps its weights gathered until the backward.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        sum_gradients(model)
     model.to_empty(device=world.device)
     return model
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Make FSDP2 add gradients up where it would average them; see `castalia.distributed.gradients`."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # A factor alone asks for NCCL's PreMulSum, which gloo does not have; plain sums run everywhere.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()

@@ -1,10 +1,7 @@
 """AdamW with GPT-NeoX's decay groups, its clip formula, and optimizer state as named tensors."""
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from castalia.train.config import OptimConfig
 
@@ -71,42 +68,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Use `lr` in the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
-    """Global L2 norm of the gradients, a float32 scalar on the model's device; over all processes when sharded.
-
-    A number that several processes hold counts once, whatever the mesh: one sum of squares goes round. Parameters
-    named in `without` do not count here: another stage of a pipeline counts them.
-    """
-    gradients = [
-        p.grad for name, p in model.named_parameters() if p.grad is not None and name not in without
-    ]
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        return torch.nn.utils.get_total_norm(gradients)
-    own = [
-        gradient.to_local()
-        for gradient in gradients
-        if isinstance(gradient, DTensor) and holds_first_copy(gradient)
-    ]
-    total = torch.zeros((), dtype=torch.float32, device=gradients[0].device)
-    for norm in torch._foreach_norm(own) if own else []:
-        total += norm.float().square()
-    torch.distributed.all_reduce(total)
-    return total.sqrt()
-
-
-def holds_first_copy(tensor: DTensor) -> bool:
-    """Whether this process is at place 0 of every axis along which `tensor` is replicated."""
-    places = (tensor.device_mesh.get_local_rank(axis) for axis in range(tensor.device_mesh.ndim))
-    return not any(
-        place and kind.is_replicate() for place, kind in zip(places, tensor.placements, strict=True)
-    )
-
-
-def clip_gradients(model: nn.Module, norm: Tensor, limit: float | None) -> None:
-    """Scale gradients by min(1, limit / (norm + 1e-6)), the formula of DeepSpeed and of torch alike."""
-    if limit is not None and float(norm) + 1e-6 > limit:
-        torch._foreach_mul_(
-            [p.grad for p in model.parameters() if p.grad is not None], limit / (float(norm) + 1e-6)
-        )

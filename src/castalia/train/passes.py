@@ -13,13 +13,13 @@ from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import Batch
 from castalia.data.steps import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
+from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
 from castalia.distributed.pipeline import Pipeline, Stages, stage_numbers
 from castalia.models import Decoder
 from castalia.models.init import init_parameter
 from castalia.models.stages import split
 from castalia.train.config import RunConfig
 from castalia.train.loss import Loss, LossOut
-from castalia.train.optim import gradient_norm
 from castalia.train.precision import arithmetic
 
 Beat = Callable[[str], None]
@@ -112,6 +112,7 @@ class Passes:
                 out = self.loss(self.model, self.own_part(batch))
             (out.total * factor).backward()
             tally.add(out)
+        sum_plain_gradients(self.model, self.world)
         return tally
 
     @torch.no_grad()
@@ -189,6 +190,7 @@ class PipelinedPasses(Passes):
             return (hidden * cast(Tensor, leaf.grad)).sum()
 
         self.pipeline.train(*self.arguments(batches), finish)
+        sum_plain_gradients(self.model, self.world)
         return tally
 
     @torch.no_grad()

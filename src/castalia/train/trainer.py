@@ -14,12 +14,13 @@ from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
 from castalia.data.source_rows import SourceRows
 from castalia.distributed import Watchdog, World
+from castalia.distributed.gradients import clip_gradients, scale_gradients
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import LONG, Hook
 from castalia.train.loss import Loss, NextToken
 from castalia.train.mixture import Mixture, make_mixture
-from castalia.train.optim import clip_gradients, make_optimizer, set_lr
+from castalia.train.optim import make_optimizer, set_lr
 from castalia.train.passes import build_model, check_processes, make_passes
 from castalia.train.precision import LossScale
 from castalia.train.progress import Clock, Progress, StepTotals, pack, rows_hash, unpack
@@ -188,9 +189,8 @@ class Trainer:
         everywhere = float(
             self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=self.world.device))
         )
-        # FSDP averages gradients over the processes of dp and cp; the loss is a sum, so the average is undone here.
-        averaged = self.world.degrees.dp * self.world.degrees.cp
-        tally = self.passes.train(micro_batches, self.scale.value * averaged / max(1.0, everywhere))
+        # Every rank's gradients are addends of the whole, so the division by the global weight is the only one.
+        tally = self.passes.train(micro_batches, self.scale.value / max(1.0, everywhere))
         per_source = tally.per_source[: len(self.rows.sources)]  # validation may have more
         vector = pack(tally.loss, tokens, rows, self.stop_asked, per_source)
         return unpack(self.world.sum(vector))
@@ -213,9 +213,8 @@ class Trainer:
         """One optimizer update, if that is the action; the gradients are gone afterwards."""
         if action is Action.UPDATE:
             if self.scale.enabled:
-                gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-                torch._foreach_div_(gradients, self.scale.value)
-            clip_gradients(self.model, norm, self.config.optim.clip)
+                scale_gradients(self.model.parameters(), 1 / self.scale.value)
+            clip_gradients(self.model.parameters(), float(norm), self.config.optim.clip)
             set_lr(self.optimizer, lr)
             self.optimizer.step()
             self.progress.updates += 1

@@ -1,0 +1,98 @@
+"""Gradients of a model on several ranks: sums, their norm, and clipping.
+
+Every rank's gradient is an addend of the gradient of the summed loss. FSDP2 adds the sharded ones up in its
+reduce-scatter (see `castalia.distributed.layout`); `sum_plain_gradients` does the same for parameters that are not
+sharded. No gradient is averaged: one averaging factor would be wrong as soon as parameters are sharded over groups of
+different sizes, as experts are.
+"""
+
+from collections.abc import Collection, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from castalia.distributed.world import World
+
+
+def sum_plain_gradients(model: nn.Module, world: World) -> None:
+    """Sum the gradients of parameters that are plain tensors over the ranks with different parts of the batch.
+
+    Such a parameter is whole on every rank, so its gradient covers this rank's rows only. A plain parameter under
+    tensor parallelism is refused when the model is laid out, so no other axis needs a sum.
+    """
+    if world.size == 1:
+        return
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if gradient is not None and not isinstance(gradient, DTensor):
+            world.sum(gradient)
+
+
+def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
+    """Global L2 norm of all gradients, whatever their kind of tensor.
+
+    Shapes  -> float32 scalar on the model's device, equal on all ranks.
+
+    A sharded gradient contributes its local shard, a replicated one only on the first rank that holds it, and a plain
+    one is equal on all ranks and counted once, outside the all-reduce. `without` names parameters that another stage of
+    a pipeline counts.
+    """
+    named = [(name, parameter.grad) for name, parameter in model.named_parameters()]
+    gradients = [
+        gradient for name, gradient in named if gradient is not None and name not in without
+    ]
+    plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    if not sharded and not on_several_ranks(model):
+        # One rank: torch's own function, whose order of additions the golden runs were made with.
+        return torch.nn.utils.get_total_norm(plain)
+    device = next(model.parameters()).device
+    total = sum_of_squares([g.to_local() for g in sharded if holds_first_copy(g)], device)
+    # Every rank enters this collective, also a rank whose parameters are all frozen.
+    dist.all_reduce(total)
+    return (total + sum_of_squares(plain, device)).sqrt()
+
+
+def on_several_ranks(model: nn.Module) -> bool:
+    """Whether the model is laid out over a mesh: then some of its parameters are DTensors."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of all numbers, a float32 scalar."""
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    if tensors:
+        for norm in torch._foreach_norm(tensors):
+            total += norm.float().square()
+    return total
+
+
+def holds_first_copy(tensor: DTensor) -> bool:
+    """Whether this rank is at coordinate 0 of every mesh axis along which `tensor` is replicated."""
+    mesh = tensor.device_mesh
+    coordinates = (mesh.get_local_rank(axis) for axis in range(mesh.ndim))
+    return not any(
+        coordinate and placement.is_replicate()
+        for coordinate, placement in zip(coordinates, tensor.placements, strict=True)
+    )
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # _foreach_mul_ takes one kind of tensor at a time: a DTensor among plain ones makes it fail.
+    for kind in (True, False):
+        chosen = [gradient for gradient in gradients if isinstance(gradient, DTensor) is kind]
+        if chosen:
+            torch._foreach_mul_(chosen, factor)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: float, limit: float | None) -> None:
+    """Scale gradients by min(1, limit / (norm + 1e-6)); `limit` None leaves them as they are.
+
+    Source  The formula of DeepSpeed's and torch's clip_grad_norm_ alike.
+    """
+    if limit is not None and norm + 1e-6 > limit:
+        scale_gradients(parameters, limit / (norm + 1e-6))
