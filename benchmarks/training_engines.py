@@ -83,7 +83,7 @@ class Castalia(Engine):
     """The pieces that `castalia train` runs: allocator, Decoder, NextToken, AdamW with its decay groups."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        from castalia.core.allocator import keep_freed_memory
+        from castalia.core.memory import keep_freed_memory
 
         keep_freed_memory()
         from castalia.data import Batch
@@ -182,7 +182,7 @@ class Transformers(Engine):
 
     def __init__(self, case: dict[str, Any]) -> None:
         if case["keeps_memory"]:
-            from castalia.core.allocator import keep_freed_memory
+            from castalia.core.memory import keep_freed_memory
 
             keep_freed_memory()
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM

@@ -19,7 +19,8 @@ def test_a_wrong_name_gets_the_menu():
     assert presets["debug"] == 2 and "debug" in presets and list(presets) == ["pythia-70m", "debug"]
     with pytest.raises(
         ConfigError,
-        match="no preset 'pythia-71m'; have: debug, pythia-70m; did you mean 'pythia-70m'",
+        match="unknown preset 'pythia-71m'; choose one of debug, pythia-70m;"
+        " did you mean 'pythia-70m'",
     ):
         presets["pythia-71m"]
     assert nearest("zzz", ["abc"]) == ""
@@ -36,7 +37,7 @@ def test_a_write_is_whole_or_absent(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_a_full_disk_or_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
+def test_a_full_disk_or_an_unwritable_place_is_a_sentence(tmp_path):
     with (
         pytest.raises(CastaliaError, match=r"cannot write .*: No space left on device; free space"),
         atomic_write(tmp_path / "x"),
@@ -84,9 +85,9 @@ def test_a_folder_is_claimed_by_one_process_until_it_ends(tmp_path, capsys):
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    message = f"is in use by process {holder.pid} on .*; wait for its end, or stop it"
+    message = f"is in use by process {holder.pid} on .*; wait until it ends, or stop it"
     with pytest.raises(ConfigError, match=message), claimed(tmp_path, seconds=0.3):
-        raise AssertionError("two hold it")
+        raise AssertionError("claimed twice")
     assert "waiting 0 s" in capsys.readouterr().err
     holder.kill()  # nothing is left to clean up by hand
     with claimed(tmp_path, seconds=10):

@@ -1,4 +1,4 @@
-"""Each launcher's variables give the place of a process, and rank 0's host."""
+"""Each launcher's variables give the rank of a process and rank 0's address."""
 
 import pytest
 
@@ -33,7 +33,7 @@ TORCHRUN = {"RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1, 0)),
     ],
 )
-def test_place_of_a_process(variables, place):
+def test_rank_and_world_size(variables, place):
     assert environment(variables) == place
 
 
@@ -44,16 +44,16 @@ def test_place_of_a_process(variables, place):
         ({"PMI_SIZE": "2"}, "PMI_SIZE is set but PMI_RANK is not"),
         (
             {"PMI_RANK": "0", "PMI_SIZE": "2"},
-            "no rank on the host; set LOCAL_RANK, RANK and WORLD_SIZE",
+            "but not the rank on the host; set LOCAL_RANK, RANK and WORLD_SIZE",
         ),
         (
             OMPI | {"OMPI_COMM_WORLD_SIZE": "x"},
-            "OMPI_COMM_WORLD_SIZE='x' of Open MPI is no whole number",
+            "OMPI_COMM_WORLD_SIZE='x' is not an integer; Open MPI sets this variable",
         ),
-        (TORCHRUN | {"RANK": "3"}, "RANK=3 is not among the 3 processes of WORLD_SIZE"),
+        (TORCHRUN | {"RANK": "3"}, "RANK=3 is out of range: WORLD_SIZE=3, so ranks are 0 to 2"),
     ],
 )
-def test_a_place_that_cannot_be_told(variables, message):
+def test_incomplete_or_inconsistent_variables(variables, message):
     with pytest.raises(ConfigError) as error:
         environment(variables)
     assert message in str(error.value)
@@ -71,29 +71,29 @@ def test_a_place_that_cannot_be_told(variables, message):
         (JSM | {"LSB_MCPU_HOSTS": "batch1 1 h36n12 42 h36n13 42"}, "tcp://h36n12:29500"),
     ],
 )
-def test_where_the_processes_meet(variables, where):
+def test_address_of_rank_0(variables, where):
     assert rendezvous(variables) == where
 
 
-def test_hosts_that_nobody_names_are_an_error():
-    with pytest.raises(ConfigError, match="does not say which has rank 0; set MASTER_ADDR"):
+def test_an_unknown_host_of_rank_0_is_an_error():
+    with pytest.raises(ConfigError, match="does not name the host of rank 0; set MASTER_ADDR"):
         rendezvous(OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
 
 
-def test_a_size_alone_plans():
+def test_a_world_size_alone_is_a_plan():
     assert world_size({"WORLD_SIZE": "64"}) == 64
     assert world_size(TORCHRUN) == 3
     assert world_size(OMPI) == 4
     assert world_size({}) == 1
-    with pytest.raises(ConfigError, match="WORLD_SIZE='many' is no number of processes"):
+    with pytest.raises(ConfigError, match="WORLD_SIZE='many' is not a positive integer"):
         world_size({"WORLD_SIZE": "many"})
 
 
-def test_host_lists_of_slurm():
+def test_slurm_host_lists():
     assert node_list("gpu[01-03,07],login") == ["gpu01", "gpu02", "gpu03", "gpu07", "login"]
     assert node_list("r[1-2]n[08-10]x") == [
         f"r{r}n{n}x" for r in (1, 2) for n in ("08", "09", "10")
     ]
     assert node_list("a-b.example") == ["a-b.example"]
-    with pytest.raises(ConfigError, match="is no host list of Slurm's"):
+    with pytest.raises(ConfigError, match="is not a Slurm host list"):
         node_list("gpu[01")

@@ -1,4 +1,4 @@
-"""Worker processes: their state, their end with who started them, and what is said if they cannot start."""
+"""Worker processes: their state, their exit with the parent, and the error if they cannot start."""
 
 import gc
 import os
@@ -29,7 +29,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_each_process_has_the_state_however_large():
+def test_each_worker_receives_the_state_however_large():
     with WorkerPool(2, hold, bytes(3_000_000)) as pool:
         assert list(pool.map(held, range(20))) == [3_000_000 * i for i in range(20)]
         assert pool.why_none_began is None
@@ -53,25 +53,30 @@ def test_files_are_closed_with_the_pool():
     assert opened() <= before + 1  # the tracker of semaphores stays
 
 
-def test_a_process_that_dies_at_work_is_no_failure_to_start():
+def test_a_worker_that_dies_at_work_did_start():
     with WorkerPool(2, hold, b"") as pool, pytest.raises(BrokenProcessPool):
         pool.submit(die).result()
     assert pool.why_none_began is None
 
 
+LOADER = """
+from castalia.data import DataConfig, StepLoader, build_rows
+prepare(["a.jsonl"], "a", "bytes")
+config = DataConfig(seq_length=1, train=["a"])
+rows = build_rows(config, seed=0, batch_size=1, steps=9, eval_every=None, eval_batches=1).train
+print(next(iter(StepLoader(rows, batch_size=1, workers=2))))
+"""
+
+
 @pytest.mark.parametrize("room", ["prepare", "loader"])
-def test_a_script_without_a_guard_is_told_so_at_once(tmp_path, room):
-    """Each worker imports the script and so begins its work again. With a large state that would hang for ever."""
+def test_a_script_without_a_main_guard_is_an_error_at_once(tmp_path, room):
+    """Each worker imports the script and starts its work again; a large state used to hang."""
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 50_000)
-    script = "from castalia.data import DataConfig, StepLoader, build_rows, prepare\n"
+    script = "from castalia.corpus import prepare\n"
     if room == "prepare":
         script += "prepare(['a.jsonl'], 'a', 'bytes', workers=2)\n"
     else:
-        script += (
-            "prepare(['a.jsonl'], 'a', 'bytes')\nconfig = DataConfig(seq_length=1, train=['a'])\n"
-        )
-        script += "rows = build_rows(config, seed=0, batch_size=1, steps=9, eval_every=None, eval_batches=1).train\n"
-        script += "print(next(iter(StepLoader(rows, batch_size=1, workers=2))))\n"
+        script += LOADER
     (tmp_path / "job.py").write_text(script)
     job = [sys.executable, tmp_path / "job.py"]
     done = subprocess.run(
@@ -81,7 +86,7 @@ def test_a_script_without_a_guard_is_told_so_at_once(tmp_path, room):
     assert 'under `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path):
+def test_workers_exit_with_their_parent(tmp_path):
     script = f"""
 import sys, time
 sys.path.insert(0, {os.path.dirname(__file__)!r})

@@ -7,7 +7,7 @@ from unicodedata import normalize
 
 import pytest
 
-from castalia.core.allocator import resident_bytes
+from castalia.core.memory import resident_bytes
 from castalia.corpus import encoding
 from castalia.corpus.encoding import Encoder
 from castalia.corpus.young import OTHER, SAME, Young, young_characters

@@ -57,7 +57,7 @@ def test_what_is_put_around(tmp_path):
 
 
 WRONG = {
-    "no mixer 'odmm'; have: ado, .*did you mean 'odm'": {"kind": "odmm"},
+    "unknown mixer 'odmm'; choose one of ado, .*did you mean 'odm'": {"kind": "odmm"},
     "mixer 'static' has no option 'smoothing'; its own: none": {"smoothing": 0.9},
     "mixer 'odm' has no option 'target'; its own: smoothing, eps": {
         "kind": "odm",

@@ -194,7 +194,7 @@ def test_weights_cannot_be_written(build):
 
 
 WRONG = {
-    "no mixer 'odn'; have: ado, dbl.*did you mean 'odm'": {"name": "odn"},
+    "unknown mixer 'odn'; choose one of ado, dbl.*did you mean 'odm'": {"name": "odn"},
     "mixer 'static' has no option 'smoothing'; its own: none": {"name": "static", "smoothing": 0.5},
     "mixer 'odm' has no option 'smothing'.*did you mean 'smoothing'": {"smothing": 0.5},
     "prior: shares must sum to 1, got 4; divided by their sum: .0.75, 0.25.": {"prior": [3, 1]},

@@ -100,6 +100,6 @@ def test_presets_do_not_share_their_values():
 def test_unknown_preset_gets_the_nearest_and_the_list():
     with pytest.raises(
         ConfigError,
-        match=r"no preset 'pythia-70'; have: .*pythia-12b.*; did you mean 'pythia-70m'\?",
+        match=r"unknown preset 'pythia-70'; choose one of .*pythia-12b.*; did you mean 'pythia-70m'\?",
     ):
         preset("pythia-70")

@@ -1,1 +1,2 @@
-"""Errors, registry, files: what every room stands on. Imports nothing of Castalia and no torch."""
+"""Errors, registries, files and processes: the ground floor. Imports no torch, nothing of
+Castalia."""

@@ -1,4 +1,4 @@
-"""Optional dependencies: one sentence with the pip line when one is missing."""
+"""Optional dependencies: a missing one is a single sentence with the pip command."""
 
 import importlib
 from types import ModuleType
@@ -7,13 +7,14 @@ from castalia.core.errors import ConfigError
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import `module`, which belongs to the optional extra `extra`.
+    """Import `module`, a dependency of the optional extra `extra`.
 
-    Raises  ConfigError naming the purpose and the pip line, if it is not installed.
+    Raises  ConfigError with the purpose and the pip command, if the module is not installed.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
+        # An installed package may itself miss a dependency. That is its own error, not this one.
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Local files: whole or not at all, and hashed."""
+"""Local files: atomic writes, hashes, and folders claimed by one process."""
 
 import errno
 import hashlib
@@ -16,45 +16,55 @@ from typing import IO, Any, TextIO
 from castalia.core.errors import CastaliaError, ConfigError
 
 CHUNK_BYTES = 1 << 22
+"""Bytes read or copied at a time: 4 MiB."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write says when there is no room."""
+"""Error numbers of a write that finds no room: disk full, quota used up, file too large."""
+POLL_SECONDS = 0.2
+"""Time between two attempts to claim a folder. flock cannot wait with a deadline."""
 
 
 def several(
     paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
 ) -> list[str | os.PathLike[str]]:
-    """Paths as a list, of one too: a string is no list of its letters."""
-    return [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    """One path or many, as a list. A string is one path, not an iterable of characters."""
+    if isinstance(paths, str | os.PathLike):
+        return [paths]
+    return list(paths)
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex SHA-256 of a local file's bytes, read in pieces of 4 MiB."""
+    """Hex SHA-256 of a local file, read 4 MiB at a time."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while piece := file.read(CHUNK_BYTES):
-            digest.update(piece)
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of `path`; rename it over `path` when the block ends well, remove it when not.
+    """Write a temporary file beside `path`; rename it to `path` on success, delete it on an error.
 
-    Raises  CastaliaError if the folder cannot be written or the disk is full.
+    Readers see the old file or the new one, never a part of it. Missing parent folders are created.
+    Raises  CastaliaError if the folder is not writable or the disk is full.
     """
     path = Path(path)
+    # In the same folder, because a rename is atomic only within one file system. Hidden and unique,
+    # so that two writers never share it.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    encoding = None if "b" in mode else "utf-8"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open(temporary, mode, encoding=encoding) as file:
             yield file
+            # Contents reach the disk before the name does, else a power cut leaves an empty `path`.
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        with suppress(OSError):  # a folder that is a file: the error above says so
+        with suppress(OSError):  # where the parent is a file, the error above says so
             temporary.unlink(missing_ok=True)
 
 
@@ -66,41 +76,45 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def cannot_write(path: str | Path, error: OSError) -> CastaliaError:
-    """The error for a user when a write fails: the reason, the path, and what to do."""
+    """The user's error for a failed write: the path, the reason and the remedy."""
     reason = error.strerror or str(error)
-    remedy = "free space or choose another place" if error.errno in FULL else "choose another place"
+    remedy = "choose another place"
+    if error.errno in FULL:
+        remedy = "free space or choose another place"
     return CastaliaError(f"cannot write {path}: {reason}; {remedy}, then run the command again")
 
 
 def cache_folder() -> Path:
-    """Where this user keeps what can be made again: castalia's part of XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "castalia"
+    """This user's folder for files that can be rebuilt: `castalia` in XDG_CACHE_HOME or
+    ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "castalia"
 
 
 @contextmanager
 def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
-    """Hold `folder` for this process alone; the claim ends with the process, however it ends.
+    """Claim `folder` for this process; the kernel drops the claim when the process ends, even by
+    SIGKILL.
 
-    Waits up to `seconds` for another that is ending. A file system without locks is taken as it is.
+    Waits up to `seconds` for the present holder to end. A file system without locks grants every
+    claim.
     Raises  ConfigError naming the process that holds the folder.
     """
-    path, end = folder / ".claim", time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        told = False
+    # Append mode creates the file without erasing the name of the present holder.
+    with open(folder / ".claim", "a+", encoding="utf-8") as file:
+        announced = False
         while not locked(file):
             file.seek(0)
             holder = file.read() or "another process"
-            if time.monotonic() > end:
-                raise ConfigError(f"{folder} is in use by {holder}; wait for its end, or stop it")
-            if not told:
-                print(
-                    f"castalia: {folder} is in use by {holder}; waiting {seconds:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            told = True
-            time.sleep(0.2)
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{folder} is in use by {holder}; wait until it ends, or stop it")
+            if not announced:
+                notice = f"castalia: {folder} is in use by {holder}; waiting {seconds:.0f} s"
+                print(notice, file=sys.stderr, flush=True)
+            announced = True
+            time.sleep(POLL_SECONDS)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -108,7 +122,11 @@ def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
 
 
 def locked(file: TextIO) -> bool:
-    """Whether the file is ours now."""
+    """Try to lock an open file exclusively, without waiting; False if another process holds the
+    lock.
+
+    True as well where locks do not exist: on Windows, and on file systems that refuse flock.
+    """
     try:
         import fcntl
     except ImportError:  # Windows

@@ -1,4 +1,4 @@
-"""Names of a room that are imported when they are first asked for, so that what is light stays quick to load."""
+"""Public names imported on first use, so that a package stays quick to import."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazy(package: str, places: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module-level `__getattr__` for `package`: public name -> the submodule that has it.
+    """A module-level `__getattr__` for `package`; `places` maps each public name to its submodule.
 
     Raises  AttributeError for any other name, as a plain module does.
     """

@@ -1,6 +1,7 @@
-"""Which process am I, and where is rank 0: read from what torchrun, Open MPI, MPICH, Slurm or jsrun set.
+"""This process's rank and the address of rank 0, from the variables that its launcher set.
 
-Needs no torch. Sources: Open MPI's, hydra's and Slurm's manual pages of mpirun, mpiexec and srun; IBM's of jsrun.
+Launchers: torchrun, Open MPI, MPICH and other PMI launchers, Slurm, jsrun. Needs no torch.
+Source  the manual pages of mpirun (Open MPI), mpiexec (hydra), srun (Slurm) and jsrun (IBM).
 """
 
 import os
@@ -12,17 +13,20 @@ from typing import NamedTuple
 from castalia.core.errors import ConfigError
 
 PORT = 29500
-"""Where rank 0 listens when nobody says another port; torchrun's default, too."""
+"""Default port on which rank 0 listens; torchrun's default as well."""
+SLURM_PORTS = range(20000, 30000)
+"""Ports from which a Slurm job picks its own: above the privileged ports, below Linux's ephemeral
+ones."""
 
 
 class Launcher(NamedTuple):
-    """The variables in which one launcher tells a process its place."""
+    """Names of the variables with which one launcher describes the rank of a process."""
 
     name: str
     rank: str
     size: str
     local_rank: tuple[str, ...]
-    """Names of which one is set, the first that is counts."""
+    """Candidates for the rank on the host; the first one that is set counts."""
 
 
 LAUNCHERS = (
@@ -37,80 +41,102 @@ LAUNCHERS = (
         "PMI_SIZE",
         ("PMI_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID"),
     ),
-    # A batch script has SLURM_PROCID and SLURM_NTASKS too, but only a task of srun's has a step.
+    # SLURM_STEP_NUM_TASKS, not SLURM_NTASKS: a batch script has the latter too, but only a task
+    # that srun started belongs to a step.
     Launcher("Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",)),
 )
-"""In this order: mpirun inside a Slurm job starts its daemons with srun, whose variables then count hosts."""
+"""In order of precedence. Slurm is last: mpirun inside a Slurm job starts its daemons with srun, so
+SLURM_PROCID then numbers hosts, not ranks."""
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this host); (0, 1, 0) without a launcher.
+    """(rank, world size, rank on this host); (0, 1, 0) without a launcher.
 
-    Raises  ConfigError if a launcher's variables are incomplete or no numbers.
+    Raises  ConfigError if a launcher's variables are incomplete, not integers or inconsistent.
     """
     launcher = started_by(variables)
     if launcher is None:
         return 0, 1, 0
-    rank, size = (
-        number(variables, launcher, launcher.rank),
-        number(variables, launcher, launcher.size),
-    )
-    local = next((name for name in launcher.local_rank if variables.get(name)), None)
-    if local is None and size > 1:
-        raise ConfigError(
-            f"{launcher.name} set {launcher.rank}={rank} but no rank on the host; set LOCAL_RANK, RANK and WORLD_SIZE"
-        )
-    local_rank = number(variables, launcher, local) if local else 0
+    rank = integer(variables, launcher, launcher.rank)
+    size = integer(variables, launcher, launcher.size)
     if not 0 <= rank < size:
         raise ConfigError(
-            f"{launcher.rank}={rank} is not among the {size} processes of {launcher.size}"
+            f"{launcher.rank}={rank} is out of range: {launcher.size}={size}, so ranks are 0 to"
+            f" {size - 1}; fix the variables that {launcher.name} sets"
         )
-    return rank, size, local_rank
+    return rank, size, local_rank(variables, launcher, rank, size)
+
+
+def local_rank(variables: Mapping[str, str], launcher: Launcher, rank: int, size: int) -> int:
+    """Rank on this host.
+
+    Raises  ConfigError if the launcher set none of its variables and there are several ranks.
+    """
+    for name in launcher.local_rank:
+        if variables.get(name):
+            return integer(variables, launcher, name)
+    # A single rank is alone on its host. More would all take GPU 0, so a guess is not safe.
+    if size > 1:
+        raise ConfigError(
+            f"{launcher.name} set {launcher.rank}={rank} but not the rank on the host; set"
+            " LOCAL_RANK, RANK and WORLD_SIZE"
+        )
+    return 0
 
 
 def world_size(variables: Mapping[str, str] = os.environ) -> int:
-    """Number of processes that a run here has; WORLD_SIZE alone plans for as many without starting one.
+    """Number of ranks of a run started here.
 
-    Raises  ConfigError if a launcher's variables are incomplete or no numbers.
+    WORLD_SIZE without RANK is a plan for that many ranks, for instance for `castalia show`.
+    Raises  ConfigError if a launcher's variables are incomplete, not integers or inconsistent.
     """
     planned = variables.get("WORLD_SIZE")
     if not planned or variables.get("RANK"):
         return environment(variables)[1]
     if not planned.isdigit() or int(planned) < 1:
-        raise ConfigError(f"WORLD_SIZE={planned!r} is no number of processes")
+        raise ConfigError(f"WORLD_SIZE={planned!r} is not a positive integer")
     return int(planned)
 
 
 def started_by(variables: Mapping[str, str]) -> Launcher | None:
-    """The launcher whose variables are set, or None."""
+    """The first launcher whose rank and world size are both set; None without a launcher.
+
+    Raises  ConfigError if a launcher set only one of the two.
+    """
     for launcher in LAUNCHERS:
-        found = [name for name in (launcher.rank, launcher.size) if variables.get(name)]
-        if len(found) == 2:
+        has_rank = bool(variables.get(launcher.rank))
+        has_size = bool(variables.get(launcher.size))
+        if has_rank and has_size:
             return launcher
-        if found and launcher.name != "Slurm":
-            missing = launcher.size if found == [launcher.rank] else launcher.rank
-            raise ConfigError(
-                f"{found[0]} is set but {missing} is not; set both or none ({launcher.name}'s variables)"
-            )
+        # SLURM_PROCID alone is normal: a batch script has it without being a task of a step.
+        if has_rank == has_size or launcher.name == "Slurm":
+            continue
+        missing = launcher.size if has_rank else launcher.rank
+        present = launcher.rank if has_rank else launcher.size
+        raise ConfigError(
+            f"{present} is set but {missing} is not; set both or neither ({launcher.name} sets them)"
+        )
     return None
 
 
-def number(variables: Mapping[str, str], launcher: Launcher, name: str) -> int:
-    """The whole number in a variable."""
+def integer(variables: Mapping[str, str], launcher: Launcher, name: str) -> int:
+    """The integer in a launcher's variable."""
     try:
         return int(variables[name])
     except ValueError:
         raise ConfigError(
-            f"{name}={variables[name]!r} of {launcher.name} is no whole number"
+            f"{name}={variables[name]!r} is not an integer; {launcher.name} sets this variable"
         ) from None
 
 
 def rendezvous(variables: Mapping[str, str] = os.environ) -> str:
-    """Where the processes meet, as torch's init_method: `env://` under torchrun, else `tcp://host:port` of rank 0.
+    """torch's init_method for the process group: `env://` under torchrun, else rank 0's
+    `tcp://host:port`.
 
-    MASTER_ADDR and MASTER_PORT count when set. Without them the host of rank 0 is this one when all processes are
-    on it, the first of the job's hosts under Slurm and jsrun; the port under Slurm follows the job's number.
-    Raises  ConfigError if rank 0's host cannot be told.
+    MASTER_ADDR and MASTER_PORT take precedence. The default host is 127.0.0.1 if all ranks are on
+    this host, else the first host of the job under Slurm and jsrun. The default port under Slurm
+    follows the job's number.
+    Raises  ConfigError if rank 0's host is unknown.
     """
     launcher = started_by(variables)
     if launcher is None or launcher.name == "torchrun":
@@ -118,54 +144,72 @@ def rendezvous(variables: Mapping[str, str] = os.environ) -> str:
     host = variables.get("MASTER_ADDR") or first_host(launcher, variables)
     if host is None:
         raise ConfigError(
-            f"{launcher.name} started the processes on several hosts and does not say which has rank 0;"
-            " set MASTER_ADDR, for instance `mpirun -x MASTER_ADDR=host`, or use `castalia launch --launcher mpi`"
+            f"{launcher.name} started ranks on several hosts but does not name the host of rank 0;"
+            " set MASTER_ADDR, for instance `mpirun -x MASTER_ADDR=host`, or use `castalia launch"
+            " --launcher mpi`"
         )
-    return f"tcp://{host}:{variables.get('MASTER_PORT') or default_port(variables)}"
+    port = variables.get("MASTER_PORT") or default_port(variables)
+    return f"tcp://{host}:{port}"
 
 
 def default_port(variables: Mapping[str, str]) -> int:
     """A port that two jobs on one host do not share: from Slurm's job number, else 29500."""
     job = variables.get("SLURM_JOB_ID", "")
-    return 20000 + int(job) % 10000 if job.isdigit() else PORT
+    if not job.isdigit():
+        return PORT
+    return SLURM_PORTS[int(job) % len(SLURM_PORTS)]
+
+
+LOCAL_SIZES = {
+    "Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "PMI": "MPI_LOCALNRANKS",
+    "jsrun": "JSM_NAMESPACE_LOCAL_SIZE",
+}
+"""Launcher -> its variable for the number of ranks on this host."""
 
 
 def first_host(launcher: Launcher, variables: Mapping[str, str]) -> str | None:
-    """The host of rank 0 where the launcher's variables tell it."""
-    alone = {
-        "Open MPI": "OMPI_COMM_WORLD_LOCAL_SIZE",
-        "PMI": "MPI_LOCALNRANKS",
-        "jsrun": "JSM_NAMESPACE_LOCAL_SIZE",
-    }
-    if variables.get(alone.get(launcher.name, ""), "") == variables[launcher.size]:
+    """The host of rank 0, as far as the launcher's variables reveal it."""
+    local_size = variables.get(LOCAL_SIZES.get(launcher.name, ""), "")
+    if local_size == variables[launcher.size]:
         return "127.0.0.1"
+    if launcher.name == "jsrun":
+        # LSF lists `host slots` pairs. The first is the launch node, on which jsrun starts nothing.
+        pairs = variables.get("LSB_MCPU_HOSTS", "").split()
+        return pairs[2] if len(pairs) >= 4 else None
+    # The step's list first: a step may use fewer hosts than its job has.
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
-    if nodes and launcher.name != "jsrun":
-        return node_list(nodes)[0]
-    # LSF lists `host slots` pairs; the first is the launch node, on which jsrun starts nothing.
-    pairs = variables.get("LSB_MCPU_HOSTS", "").split()
-    return pairs[2] if launcher.name == "jsrun" and len(pairs) >= 4 else None
+    return node_list(nodes)[0] if nodes else None
+
+
+NODE_LIST = re.compile(r"(?:[^\[\],\s]|\[[\d,-]+\])+(?:,(?:[^\[\],\s]|\[[\d,-]+\])+)*")
+"""Comma-separated names, in which brackets hold numbers and ranges."""
+NODE = re.compile(r"(?:[^\[\],]|\[[^\]]*\])+")
+BRACKETS = re.compile(r"\[([^\]]*)\]")
 
 
 def node_list(text: str) -> list[str]:
-    """Slurm's compact host list in full: `gpu[01-03,07],login` -> gpu01 gpu02 gpu03 gpu07 login.
+    """Expand Slurm's compact host list: `gpu[01-03,07],login` -> gpu01 gpu02 gpu03 gpu07 login.
 
-    Raises  ConfigError if it is none.
+    Raises  ConfigError if the text is not a Slurm host list.
     """
-    if not re.fullmatch(r"(?:[^\[\],\s]|\[[\d,-]+\])+(?:,(?:[^\[\],\s]|\[[\d,-]+\])+)*", text):
-        raise ConfigError(f"{text!r} is no host list of Slurm's, such as gpu[01-03,07]")
-    out = []
-    for item in re.findall(r"(?:[^\[\],]|\[[^\]]*\])+", text):
-        parts = re.split(r"\[([^\]]*)\]", item)
-        choices = [numbers(part) if i % 2 else [part] for i, part in enumerate(parts)]
-        out += ["".join(words) for words in product(*choices)]
-    return out
+    if not NODE_LIST.fullmatch(text):
+        raise ConfigError(f"{text!r} is not a Slurm host list, such as gpu[01-03,07]")
+    hosts = []
+    for item in NODE.findall(text):
+        # A split by a pattern with one group alternates: text, brackets, text, …
+        choices = []
+        for position, part in enumerate(BRACKETS.split(item)):
+            choices.append(numbers(part) if position % 2 else [part])
+        hosts += ["".join(words) for words in product(*choices)]
+    return hosts
 
 
 def numbers(text: str) -> list[str]:
-    """`01-03,07` -> 01 02 03 07, with their leading zeros."""
+    """Expand `01-03,07` to 01 02 03 07, keeping leading zeros."""
     out = []
     for item in text.split(","):
         first, _, last = item.partition("-")
-        out += [str(n).zfill(len(first)) for n in range(int(first), int(last or first) + 1)]
+        for number in range(int(first), int(last or first) + 1):
+            out.append(str(number).zfill(len(first)))
     return out

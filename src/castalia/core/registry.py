@@ -1,4 +1,4 @@
-"""Names to things, where a wrong name gets the menu."""
+"""A table of named things; a wrong name is an error that lists the right ones."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -9,9 +9,9 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of named things of one kind, for instance presets or schedules.
+    """Named members of one kind, for instance presets, losses or optimizers.
 
-    Raises  ConfigError on an unknown name, listing the right ones and the nearest.
+    Raises  ConfigError on an unknown name, with the known names and the closest one.
     """
 
     def __init__(self, kind: str) -> None:
@@ -19,7 +19,7 @@ class Registry(Generic[T]):
         self.items: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that stores what it decorates under `name`; a name is taken once."""
+        """Decorator that adds a member under `name`. Each name can be used once."""
 
         def store(item: T) -> T:
             assert name not in self.items, f"{self.kind} {name!r} is registered twice"
@@ -30,8 +30,10 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self.items:
-            have = ", ".join(sorted(self.items))
-            raise ConfigError(f"no {self.kind} {name!r}; have: {have}{nearest(name, self.items)}")
+            choices = ", ".join(sorted(self.items))
+            raise ConfigError(
+                f"unknown {self.kind} {name!r}; choose one of {choices}{nearest(name, self.items)}"
+            )
         return self.items[name]
 
     def __contains__(self, name: object) -> bool:

@@ -1,4 +1,4 @@
-"""Worker processes that are given their state once."""
+"""A pool of worker processes, each of which receives its state once, at its start."""
 
 import mmap
 import multiprocessing
@@ -11,54 +11,61 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
-from typing import Any
+from multiprocessing.synchronize import Event
+from typing import Any, Generic, TypeVar
+
+S = TypeVar("S")
 
 
 class WorkerPool(ProcessPoolExecutor):
-    """`workers` processes of this machine, each of which calls `begin(state)` before its first task.
+    """`workers` local processes, each of which calls `begin(state)` before its first task.
 
-    They are spawned, because threads of torch and tokenizers do not survive a fork. They ignore SIGINT, which reaches
-    every process of a terminal, for the first one says what it means; and end when it does.
-    Raises  what pickling the state raises.
+    Workers ignore SIGINT: a Ctrl-C reaches every process of the terminal, and only the parent
+    decides what it means. They exit when the parent does, even if it is killed.
+    Raises  the error of pickling `state`, if it cannot be pickled.
     """
 
-    def __init__(self, workers: int, begin: Callable[[Any], Any], state: Any) -> None:
-        held, spawn = State(state), multiprocessing.get_context("spawn")
+    def __init__(self, workers: int, begin: Callable[[S], object], state: S) -> None:
+        # Spawned, not forked: the threads of torch and tokenizers do not survive a fork.
+        spawn = multiprocessing.get_context("spawn")
         self.began = spawn.Event()
         forget_standard_input()
-        super().__init__(workers, spawn, partial(start, begin, held, self.began))
+        super().__init__(workers, spawn, partial(start, begin, InheritedState(state), self.began))
 
     @property
     def why_none_began(self) -> str | None:
-        """The sentence for the user if the pool broke before any of its processes ran a line of ours."""
+        """The sentence for the user if every worker ended before our first line; None otherwise."""
         if self.began.is_set():
             return None
         return (
-            "the worker processes ended as they started; what they said stands above. A script that is not run by"
-            ' `castalia` must do its work under `if __name__ == "__main__":`, because each of them imports it'
+            "the worker processes ended while starting; their own output is above. Each of them"
+            " imports the main script, so a script not run by `castalia` must do its work under"
+            ' `if __name__ == "__main__":`'
         )
 
 
 def forget_standard_input() -> None:
-    """A script that is read from standard input says that its file is `<stdin>`, which no new process can import."""
+    """Let a script read from standard input start workers.
+
+    Its `__file__` is `<stdin>`, which a spawned process would try, and fail, to import.
+    """
     main = sys.modules["__main__"]
     if getattr(main, "__file__", None) == "<stdin>":
         del main.__file__
 
 
-class State:
-    """An object, pickled in a file without a name, of which each new process inherits the descriptor.
+class InheritedState(Generic[S]):
+    """An object pickled into an unnamed file, whose descriptor each worker inherits.
 
-    Among the arguments of a process it would go through a pipe whose both ends we hold: one that dies before it has
-    read all, as a script without a guard does, would leave us writing for ever.
+    As an argument of the process it would pass through a pipe of which the parent holds both ends.
+    If the worker dies before reading all of it, as in a script without the `__main__` guard, the
+    parent would block in its write forever.
     """
 
-    def __init__(self, value: Any) -> None:
-        memory = hasattr(os, "memfd_create")
-        self.file: Any = (
-            open(os.memfd_create("state"), "wb") if memory else tempfile.TemporaryFile()  # noqa: SIM115
-        )
+    def __init__(self, value: S) -> None:
+        self.file = open_unnamed()
         pickle.dump(value, self.file, pickle.HIGHEST_PROTOCOL)
         self.file.flush()
 
@@ -68,28 +75,39 @@ class State:
     def __setstate__(self, descriptor: Any) -> None:
         self.file = open(descriptor.detach(), "rb")  # noqa: SIM115
 
-    def read(self) -> Any:
-        """In a new process: the object, once."""
+    def read(self) -> S:
+        """In a worker: unpickle the object. It can be read once."""
+        # Mapped, not read: all workers share the pages of the parent's file.
         with self.file, mmap.mmap(self.file.fileno(), 0, prot=mmap.PROT_READ) as content:
-            return pickle.loads(content)
+            value: S = pickle.loads(content)
+        return value
 
 
-def start(begin: Callable[[Any], Any], state: State, began: Any) -> None:
-    """In a new process, before its first task."""
+def open_unnamed() -> Any:
+    """A writable file that vanishes when closed: in memory on Linux, in the temporary folder
+    elsewhere."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("state"), "wb")  # noqa: SIM115
+    return tempfile.TemporaryFile()  # noqa: SIM115
+
+
+def start(begin: Callable[[S], object], state: InheritedState[S], began: Event) -> None:
+    """In a worker, before its first task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     began.set()
+    # Before the state, which may take long to load: the parent may die in the meantime.
     end_with_parent()
     begin(state.read())
 
 
 def end_with_parent() -> None:
-    """In a worker: end when the process that started us has ended, however it went."""
+    """In a worker: exit as soon as the parent process has ended, for whatever reason."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+        threading.Thread(target=exit_after, args=(parent,), daemon=True).start()
 
 
-def end_with(parent: Any) -> None:
-    """On a thread of a worker."""
+def exit_after(parent: BaseProcess) -> None:
+    """The watching thread of a worker."""
     parent.join()
     os._exit(1)

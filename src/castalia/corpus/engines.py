@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from castalia.core.allocator import keep_freed_memory
+from castalia.core.memory import keep_freed_memory
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.extras import require
 from castalia.core.workers import WorkerPool

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.core.allocator import keep_freed_memory
+from castalia.core.memory import keep_freed_memory
 from castalia.core.errors import CheckpointError
 from castalia.core.files import claimed
 from castalia.core.ranks import environment

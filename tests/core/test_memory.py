@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: counted in page faults, which cost time that a test could not assert."""
+"""Freed memory stays with the process. Counted in page faults: tests must not assert times."""
 
 import platform
 import subprocess
@@ -8,8 +8,9 @@ import pytest
 
 PROGRAM = """
 import ctypes, resource, sys
-ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: count faults of 4 KiB, whatever the machine's setting
-from castalia.core.allocator import keep_freed_memory
+# PR_SET_THP_DISABLE: pages of 4 KiB, whatever the machine's setting
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)
+from castalia.core.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def touch():
@@ -23,13 +24,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(mode: str) -> int:
-    """Page faults of five times 64 MiB, allocated, touched and freed."""
-    made = subprocess.run(
+    """Page faults while 64 MiB are allocated, touched and freed five times."""
+    run = subprocess.run(
         [sys.executable, "-c", PROGRAM, mode], capture_output=True, text=True, check=True
     )
-    return int(made.stdout)
+    return int(run.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
-def test_memory_that_was_freed_is_used_again_without_page_faults() -> None:
+def test_freed_memory_is_reused_without_page_faults() -> None:
     assert faults("keep") < 1000 < faults("default")
