@@ -32,8 +32,8 @@ from mixing_numbers import Result, against, best_arm, curve, final, metrics, noi
 from mixing_picture import draw
 from mixing_run import Job, Scale, read_text, train
 
-from castalia.core.memory import keep_freed_memory
 from castalia.core.files import write_json
+from castalia.core.memory import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 OUTSIDE = ("perl", "docstrings")

@@ -141,7 +141,9 @@ def test_a_kernel_is_chosen_for_every_shape_and_remembered(
 def test_bad_input_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="int4 packs 32 inputs together, and a layer has 48"):
         pack(torch.zeros(16, 48), None, "int4")
-    with pytest.raises(ConfigError, match=r"unknown kernel 'cutlass'; choose one of .*int8_dynamic"):
+    with pytest.raises(
+        ConfigError, match=r"unknown kernel 'cutlass'; choose one of .*int8_dynamic"
+    ):
         candidates("int8", "cutlass")
     with pytest.raises(ConfigError, match="'int8_dynamic' does not read int4 weights"):
         candidates("int4", "int8_dynamic")

@@ -114,7 +114,8 @@ def started_by(variables: Mapping[str, str]) -> Launcher | None:
         missing = launcher.size if has_rank else launcher.rank
         present = launcher.rank if has_rank else launcher.size
         raise ConfigError(
-            f"{present} is set but {missing} is not; set both or neither ({launcher.name} sets them)"
+            f"{present} is set but {missing} is not; set both or neither"
+            f" ({launcher.name}'s variables)"
         )
     return None
 

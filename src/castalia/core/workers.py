@@ -84,11 +84,10 @@ class InheritedState(Generic[S]):
 
 
 def open_unnamed() -> Any:
-    """A writable file that vanishes when closed: in memory on Linux, in the temporary folder
-    elsewhere."""
+    """A writable file without a name: in memory on Linux, else in the temporary folder."""
     if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("state"), "wb")  # noqa: SIM115
-    return tempfile.TemporaryFile()  # noqa: SIM115
+        return open(os.memfd_create("state"), "wb")
+    return tempfile.TemporaryFile()
 
 
 def start(begin: Callable[[S], object], state: InheritedState[S], began: Event) -> None:

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.core.memory import keep_freed_memory
 from castalia.core.errors import CheckpointError
 from castalia.core.files import claimed
+from castalia.core.memory import keep_freed_memory
 from castalia.core.ranks import environment
 from castalia.distributed import World, peers_may_be_lost
 from castalia.train.config import RunConfig
