@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castalia.models.cross_entropy import IGNORED, chunk_slices, fused_cross_entropy
+from castalia.data.batch import IGNORED
+from castalia.models.cross_entropy import chunk_slices, fused_cross_entropy
 
 N, C, V = 70, 24, 301
 
@@ -222,7 +223,7 @@ def test_a_second_backward_through_one_call_is_an_error() -> None:
     hidden, weight, labels = problem()
     total, _ = fused_cross_entropy(hidden, weight, labels)
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="differentiated already"):
+    with pytest.raises(RuntimeError, match="already differentiated"):
         total.backward()
 
 
@@ -280,3 +281,117 @@ def test_compiled_gives_the_same(dtype: torch.dtype) -> None:
         torch.testing.assert_close(
             fast, eager, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=1e-5
         )
+
+
+def row_weights(seed: int = 5) -> Tensor:
+    """Weights of both signs, some 0, and NaN where the label is ignored anyway."""
+    weights = torch.randn(N, generator=torch.Generator().manual_seed(seed))
+    weights[3::9] = 0.0
+    weights[::7] = float("nan")
+    return weights
+
+
+def weighted_reference(
+    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sum of the losses and both gradients, by whole logits in float64."""
+    h = hidden.detach().double().requires_grad_()
+    w = weight.detach().double().requires_grad_()
+    rows = F.cross_entropy(h @ w.T, labels, reduction="none", ignore_index=IGNORED)
+    counts = labels != IGNORED
+    total = (rows[counts] * weights[counts].double()).sum()
+    return total.detach(), *torch.autograd.grad(total, (h, w))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [None, 16, 1])
+def test_weighted_rows_equal_the_reference(rows: int | None, compiled: bool) -> None:
+    if compiled and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    hidden, weight, labels = problem()
+    weights = row_weights()
+    options = {"weights": weights, "chunk_rows": rows, "compiled": compiled}
+    total, losses = fused_cross_entropy(hidden, weight, labels, **options)
+    expected, d_hidden, d_weight = weighted_reference(hidden, weight, labels, weights)
+    assert float(total.detach()) == pytest.approx(float(expected), rel=1e-5, abs=1e-5)
+    got = gradients(total, hidden, weight)
+    torch.testing.assert_close(got[0].double(), d_hidden, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[1].double(), d_weight, atol=1e-5, rtol=1e-5)
+    # The rows stay unweighted, with and without gradients.
+    plain = fused_cross_entropy(hidden, weight, labels, chunk_rows=rows, compiled=compiled)
+    assert torch.equal(losses, plain.rows)
+    with torch.no_grad():
+        again = fused_cross_entropy(hidden, weight, labels, **options)
+    assert torch.equal(again.rows, losses) and torch.equal(again.total, total)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_rows_in_half_precision_follow_the_reference(dtype: torch.dtype) -> None:
+    hidden, weight, labels = problem()
+    weights = row_weights()
+    with torch.autocast("cpu", dtype):
+        total, _ = fused_cross_entropy(hidden, weight, labels, weights=weights, chunk_rows=16)
+    expected = weighted_reference(hidden, weight, labels, weights)
+    for got, exact in zip(gradients(total, hidden, weight), expected[1:], strict=True):
+        assert (got - exact).norm() <= 0.02 * exact.norm()
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    hidden, weight, labels = problem()
+    plain = fused_cross_entropy(hidden, weight, labels, chunk_rows=16)
+    ones = fused_cross_entropy(hidden, weight, labels, chunk_rows=16, weights=torch.ones(N))
+    assert torch.equal(plain.total, ones.total) and torch.equal(plain.rows, ones.rows)
+    pairs = zip(
+        gradients(plain.total, hidden, weight), gradients(ones.total, hidden, weight), strict=True
+    )
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_weights_that_do_not_fit_or_want_a_gradient_are_an_error() -> None:
+    hidden, weight, labels = problem()
+    with pytest.raises(ValueError, match=r"weights \(70,\), one a row; got \(69,\)"):
+        fused_cross_entropy(hidden, weight, labels, weights=torch.ones(N - 1))
+    with pytest.raises(ValueError, match="get no gradient; detach"):
+        fused_cross_entropy(hidden, weight, labels, weights=torch.ones(N, requires_grad=True))
+
+
+def dpo(chosen: Tensor, rejected: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """-log sigmoid(beta (log p chosen - log p rejected - reference)); Rafailov et al. 2023, eq. 7."""
+    return -F.logsigmoid(beta * (chosen - rejected - reference)).sum()
+
+
+def test_two_passes_of_the_kernel_are_the_gradient_of_a_preference_loss() -> None:
+    """DPO over 5 pairs of 7 tokens each: log p without a gradient, then weights d loss / d row."""
+    hidden, weight, labels = problem()
+    pairs = 5
+    beta = 0.3
+    reference_P = torch.randn(pairs, generator=torch.Generator().manual_seed(2))
+
+    def log_p(rows: Tensor) -> tuple[Tensor, Tensor]:
+        sums = -rows.view(pairs, 2, N // pairs // 2).sum(-1)
+        return sums[:, 0], sums[:, 1]
+
+    with torch.no_grad():
+        rows = fused_cross_entropy(hidden, weight, labels, chunk_rows=16).rows
+    leaf = rows.clone().requires_grad_()
+    loss = dpo(*log_p(leaf), reference_P, beta)
+    (weights,) = torch.autograd.grad(loss, leaf)
+    total, _ = fused_cross_entropy(hidden, weight, labels, weights=weights, chunk_rows=16)
+
+    h = hidden.detach().double().requires_grad_()
+    w = weight.detach().double().requires_grad_()
+    plain = F.cross_entropy(h @ w.T, labels, reduction="none", ignore_index=IGNORED)
+    expected = dpo(*log_p(plain), reference_P.double(), beta)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    exact = torch.autograd.grad(expected, (h, w))
+    for got, right in zip(gradients(total, hidden, weight), exact, strict=True):
+        torch.testing.assert_close(got.double(), right, atol=1e-6, rtol=1e-5)
+
+
+def test_weighted_rows_need_no_larger_tensor() -> None:
+    hidden, weight, labels = problem()
+    with LargestTensor() as largest:
+        fused_cross_entropy(
+            hidden, weight, labels, chunk_rows=10, weights=torch.ones(N)
+        ).total.backward()
+    assert largest.elements == max(weight.numel(), 10 * V) < N * V

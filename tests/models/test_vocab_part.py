@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from castalia.models.cross_entropy import IGNORED, fused_cross_entropy
+from castalia.data.batch import IGNORED
+from castalia.models.cross_entropy import fused_cross_entropy
 
 N, C, V = 40, 16, 96
 
@@ -45,7 +46,9 @@ class Part:
         return self.meeting.reduce(self.number, values, lambda stack: stack.amax(0))
 
 
-def shared(hidden: Tensor, weight: Tensor, labels: Tensor, holders: int):
+def shared(
+    hidden: Tensor, weight: Tensor, labels: Tensor, holders: int, weights: Tensor | None = None
+):
     """(total, rows, d_hidden, d_weight) out of all holders; total and rows are the same at each."""
     meeting = Meeting(holders)
 
@@ -53,7 +56,7 @@ def shared(hidden: Tensor, weight: Tensor, labels: Tensor, holders: int):
         h = hidden.detach().clone().requires_grad_()
         w = weight.detach().chunk(holders)[number].clone().requires_grad_()
         part = Part(meeting, number, holders)
-        total, rows = fused_cross_entropy(h, w, labels, chunk_rows=16, part=part)
+        total, rows = fused_cross_entropy(h, w, labels, weights=weights, chunk_rows=16, part=part)
         total.backward()
         with torch.no_grad():
             again = fused_cross_entropy(h, w, labels, chunk_rows=16, part=part)
@@ -109,3 +112,26 @@ def test_a_label_beyond_the_whole_vocabulary_is_named() -> None:
         fused_cross_entropy(
             torch.zeros(1, C), torch.zeros(V // 2, C), torch.tensor([96]), part=part
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weighted_parts_make_the_weighted_whole(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(N, C, generator=generator).to(dtype)
+    weight = torch.randn(V, C, generator=generator).to(dtype)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::5] = IGNORED
+    weights = torch.randn(N, generator=generator)
+    h = hidden.double().requires_grad_()
+    w = weight.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(
+        h @ w.T, labels, reduction="none", ignore_index=IGNORED
+    )
+    expected = (losses * weights).sum()
+    expected.backward()
+    total, rows, d_hidden, d_weight = shared(hidden, weight, labels, 4, weights)
+    limit = 1e-4 if dtype == torch.float32 else 0.05
+    assert float(total) == pytest.approx(expected.item(), rel=limit, abs=limit)
+    torch.testing.assert_close(rows.double(), losses.detach(), rtol=limit, atol=limit)
+    torch.testing.assert_close(d_hidden.double(), h.grad, rtol=limit, atol=limit)
+    torch.testing.assert_close(d_weight.double(), w.grad, rtol=limit, atol=limit)

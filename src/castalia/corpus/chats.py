@@ -19,7 +19,7 @@ from castalia.corpus.chat_template import ChatTemplate
 from castalia.corpus.documents import Wanted, WrongError, as_utf8, value_of
 from castalia.corpus.encoding import Encoded, Encoder, pieces_of
 from castalia.corpus.forms import LABELS, REWARDS, TOKENS, Texts
-from castalia.data.labels import NO_TARGET
+from castalia.data.labels import IGNORED
 from castalia.data.tokenizer import Tokenizer
 
 SHAREGPT = {
@@ -315,9 +315,9 @@ class Chats(Texts):
             tokens, start = np.append(tokens, own.astype(np.int32)), end
             labels = np.append(
                 labels,
-                own.astype(np.int32) if is_target else np.full(len(own), NO_TARGET, np.int32),
+                own.astype(np.int32) if is_target else np.full(len(own), IGNORED, np.int32),
             )
-        for token, label in self.ends(is_target=bool(len(labels)) and labels[-1] != NO_TARGET):
+        for token, label in self.ends(is_target=bool(len(labels)) and labels[-1] != IGNORED):
             tokens, labels = np.append(tokens, np.int32(token)), np.append(labels, np.int32(label))
         return tokens, labels
 
@@ -329,8 +329,8 @@ class Chats(Texts):
         if (
             self.options.for_rm
         ):  # inputs end one token before targets do, so the model sees the first of the two
-            return [(eos, NO_TARGET), (eos, eos)]
-        return [(eos, eos if is_target else NO_TARGET)]
+            return [(eos, IGNORED), (eos, eos)]
+        return [(eos, eos if is_target else IGNORED)]
 
 
 def prefix_ids(encoder: Encoder, chats: Sequence[Chat]) -> Iterator[Ints]:

@@ -1,23 +1,28 @@
-"""`Batch`: what goes from data to the loss."""
+"""`Batch`: the rows that go from the data to the loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORED = -100
-"""Label of a position that is not a target."""
+from castalia.data.labels import IGNORED
+
+BY_TOKEN = ("tokens", "labels", "positions", "segments", "reference")
+"""Fields with a value for each token; the others have one for each row."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Rows of one micro-batch.
 
-    Shapes  tokens, labels (B, T) int64, labels -100 where there is no target; positions, segments (B, T) int64 or
-            None, which means 0..T-1 and one document a row; source (B,) int32, the place of the row's source in
-            data.train; index (B,) int64, the row's place in the served order.
+    Shapes  tokens, labels (B, T) int64, labels IGNORED where a token is not a target;
+            source (B,) int32, the place of the row's source in data.train;
+            index (B,) int64, the place of the row in the served order;
+            positions, segments (B, T) int64, None for 0..T-1 and one document a row;
+            group (B,) int64, equal for rows that belong together, such as the two of a pair;
+            reference (B, T) float32, log-probabilities under a reference model, in nats;
+            reward (B,) float32, the score of a row.
     """
 
     tokens: Tensor
@@ -26,25 +31,29 @@ class Batch:
     index: Tensor
     positions: Tensor | None = None
     segments: Tensor | None = None
+    # A reference model comes as data, so that the loop never runs two models.
+    group: Tensor | None = None
+    reference: Tensor | None = None
+    reward: Tensor | None = None
 
     @property
     def targets(self) -> int:
-        """Number of labels that count in the loss."""
+        """Number of labels that are targets."""
         return int((self.labels != IGNORED).sum())
 
     def of_tokens(self, choose: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same rows with some of their tokens: `choose` takes (B, T) to (B, fewer)."""
-        chosen = {
-            name: choose(held)
-            for name in ("tokens", "labels", "positions", "segments")
-            if (held := getattr(self, name)) is not None
-        }
-        return replace(self, **chosen)
+        """The same rows with some of their tokens: `choose` maps (B, T) to (B, fewer)."""
+        return self.changed(BY_TOKEN, choose)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        held = ((f.name, getattr(self, f.name)) for f in fields(self))
-        moved: dict[str, Any] = {
-            k: v if v is None else v.to(device, non_blocking=True) for k, v in held
-        }
-        return Batch(**moved)
+        names = tuple(field.name for field in fields(self))
+        return self.changed(names, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def changed(self, names: tuple[str, ...], change: Callable[[Tensor], Tensor]) -> "Batch":
+        """A copy with `change` applied to those of the named fields that are set."""
+        present = {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            **{name: change(tensor) for name, tensor in present.items() if tensor is not None},
+        )

@@ -21,7 +21,8 @@ from castalia.data.packed import Piece
 from castalia.data.records import finish, refuse_inputs
 from castalia.data.shards import OnBytes
 
-NO_TARGET = -100
+IGNORED = -100
+"""Label of a token that is not a target, as in torch and in GPT-NeoX's label files."""
 
 
 def open_labels(
@@ -68,12 +69,12 @@ def without_targets(labels: IndexedDataset, most: int) -> NDArray[np.bool_]:
 
 
 def label_row(labels: IndexedDataset, pieces: Sequence[Piece], length: int) -> NDArray[np.int64]:
-    """The labels of the stretches that make up a row, (length,); NO_TARGET after the last."""
-    row, filled = np.full(length, NO_TARGET, np.int64), 0
+    """The labels of the stretches that make up a row, (length,); IGNORED after the last."""
+    row, filled = np.full(length, IGNORED, np.int64), 0
     for document, start, count in pieces:
         row[filled : filled + count] = labels.get(document, start, count)
         filled += count
-    return np.where(row < 0, NO_TARGET, row)
+    return np.where(row < 0, IGNORED, row)
 
 
 def read_rewards(prefix: str | os.PathLike[str], dataset: IndexedDataset) -> NDArray[np.float32]:
@@ -122,7 +123,7 @@ def mask_before(
         for document in range(len(dataset)):
             labels = dataset[document].astype(np.int32)
             end = end_of(labels, wanted)
-            labels[:end] = NO_TARGET
+            labels[:end] = IGNORED
             masked += end
             writer.add(labels)
             if on_bytes:

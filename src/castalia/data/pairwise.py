@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset, require_tokens
-from castalia.data.labels import NO_TARGET, open_labels, without_targets
+from castalia.data.labels import IGNORED, open_labels, without_targets
 from castalia.data.packings import PieceOrder
 from castalia.data.records import read_record
 
@@ -87,7 +87,7 @@ class PairwiseDataset:
             row[name] = self.joined(side.tokens, documents, leak, np.int64, 0)
             if side.labels is not None:
                 row[f"{name}_label"] = self.joined(
-                    side.labels, documents, leak, np.int64, NO_TARGET
+                    side.labels, documents, leak, np.int64, IGNORED
                 )
             if side.reference is not None:
                 row[f"{name}_ref"] = self.joined(side.reference, documents, leak, np.float32, 0)

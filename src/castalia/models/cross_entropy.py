@@ -1,22 +1,31 @@
-"""Cross-entropy of the output head that never holds the whole logits matrix.
+"""Cross-entropy of the output head without ever holding the whole logits matrix.
 
-Logits x = h W^T of N rows over V tokens would take N * V numbers three times over (logits, probabilities, gradient).
-Here a chunk of rows is turned into its loss and both gradients while its logits lie in the cache, and the next chunk
-takes their place. With m = max x, E = exp(x - m), S = sum E and the target t of each row,
+The logits x = h W^T of N rows over V tokens would be stored three times (logits, probabilities,
+gradient). Here the logits of a chunk of rows become the loss and both gradients while they are in
+cache, and the next chunk reuses their memory. With m = max x, E = exp(x - m), S = sum E and the
+target t of each row,
 
     loss = m + log S - x_t            d loss / dx = (E - S [j = t]) / S
 
-so E - S [j = t] stands in for the gradient of the logits, its row factor 1 / S goes to the small (rows, C) matrices,
-and the large one is touched by one elementwise pass and three matrix products:
+E - S [j = t] stands in for the gradient of the logits. Its row factor 1 / S is applied to the small
+(rows, C) matrices instead, so the large matrix is touched by one elementwise pass and three matrix
+products:
 
     dh = (1 / S) (E - S [j = t]) W    dW += (E - S [j = t])^T (h / S)
 
-Where processes share the vocabulary (`VocabPart`), each makes the logits of its own tokens only; m, S and x_t of a row
-are agreed between them, three numbers a row, and dh is this process's addend. With m_r, S_r seen by process r,
+A weight w of a row multiplies its row factor: w / S in place of 1 / S. Weighted rows therefore cost
+N multiplications more and share every other instruction with unweighted ones.
 
-    S = sum_r S_r exp(m_r - m)        E_r - S exp(m - m_r) [j = t] and 1 / (S exp(m - m_r)) in place of the above
+Under a vocabulary-parallel head (`VocabPart`) each rank computes the logits of its own tokens. The
+ranks reduce m, S and x_t, three numbers a row, and dh is this rank's addend. With m_r and S_r of
+rank r,
 
-Source  the chunked loss of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, section 3.2; the unnormalized E is ours.
+    S = sum_r S_r exp(m_r - m)        E_r - S exp(m - m_r) [j = t] and 1 / (S exp(m - m_r))
+
+replace the terms above.
+
+Source  the chunked loss of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, section 3.2; the
+        unnormalized E is ours.
 """
 
 import math
@@ -29,24 +38,22 @@ from torch.autograd.function import once_differentiable
 
 from castalia.models.tiles import logits_rows
 
-IGNORED = -100
-"""Label of a row that is no target."""
 LOG2_E = math.log2(math.e)
 BLOCK_ROWS = {("cpu", False): 32, ("cpu", True): 64}
-"""Rows that the elementwise pass works on at a time, by device and whether it is compiled: on a CPU, without a compiler
-so many that their float32 copy stays in the cores' own caches; elsewhere the whole chunk."""
+"""Rows of one elementwise pass, by device and whether it is compiled. On a CPU the float32 copy of
+so many rows stays in a core's own caches; other devices take the whole chunk."""
 GRADIENT_BLOCK = 1 << 20
-"""Numbers of dW that one product makes at a time on a CPU, so that adding them to the sum finds them in the cache."""
+"""Numbers of dW that one product computes on a CPU, so that the sum still finds them in cache."""
 FP16_SUM = 16.0
-"""What each row of E sums to in fp16, which holds neither a sum of V ones nor 1 / V well."""
+"""Row sum of E in fp16, which can represent neither a sum of V ones nor 1 / V accurately."""
 FARTHEST = 60.0
-"""m - m_r counts as at most this: e^60 is a float32, and the probability e^-60 that it stands for is 0."""
+"""Upper limit of m - m_r: e^60 fits float32, and a probability of e^-60 counts as 0."""
 
 
 class VocabPart(Protocol):
-    """The tokens of the vocabulary that this process holds, and how it agrees with those that hold the others.
+    """The tokens of the vocabulary on this rank, and the reductions over the ranks of the others.
 
-    first  id of the first of them.
+    first  id of this rank's first token.
     count  size of the whole padded vocabulary.
     """
 
@@ -54,20 +61,33 @@ class VocabPart(Protocol):
     count: int
 
     def local(self, weight: Tensor) -> Tensor:
-        """The rows of the head's weight that this process holds, as a plain tensor."""
+        """This rank's rows of the head's weight, as a plain tensor."""
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, in place and returned."""
+        """Sum over the ranks, in place and returned."""
 
     def max(self, values: Tensor) -> Tensor:
-        """Maximum over the processes, in place and returned."""
+        """Maximum over the ranks, in place and returned."""
 
 
 class CrossEntropy(NamedTuple):
-    """`total`, a float32 scalar with a gradient; `rows` (N,) float32 without one, 0 where the label is ignored."""
+    """Loss of a call: `total`, a float32 scalar with a gradient, and the unweighted `rows`.
+
+    Shapes  rows (N,) float32 without a gradient, 0 where the label is ignored.
+    """
 
     total: Tensor
     rows: Tensor
+
+
+class ChunkPlan(NamedTuple):
+    """The choices of one call that stay the same for all of its chunks."""
+
+    ignored: int
+    dtype: torch.dtype
+    chunks: list[slice]
+    compiled: bool
+    part: VocabPart | None
 
 
 def fused_cross_entropy(
@@ -75,46 +95,70 @@ def fused_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    ignored: int = IGNORED,
+    weights: Tensor | None = None,
+    ignored: int = -100,
     compiled: bool = False,
     chunk_rows: int | None = None,
     part: VocabPart | None = None,
 ) -> CrossEntropy:
-    """Sum over the rows of -log softmax(hidden W^T)[label], and each row's share.
+    """Sum over the rows of w * -log softmax(hidden W^T)[label], and each row's unweighted loss.
 
-    Shapes  hidden (N, C); weight (V, C); labels (N,) int64, `ignored` where a row does not count.
+    Shapes  hidden (N, C); weight (V, C); labels (N,) int64, `ignored` where a row does not count
+            (-100 by default, as in torch's cross_entropy); weights (N,) float32, None for ones.
     Units   nats.
-    The matrix products run in autocast's dtype, or outside autocast in the wider of the two dtypes; maxima, sums,
-    losses and the accumulation of dW are float32. Both gradients are made in the forward pass when grad is enabled and
-    something needs them, so a graph through here can be differentiated once. `compiled` gives the elementwise pass to
-    torch.compile. `chunk_rows` is the number of rows at a time; None chooses by device. With `part`, weight is the
-    part of the head that this process holds; total and rows are those of the whole vocabulary, on every process, and
-    the gradient of hidden is this process's addend.
-    Raises  ValueError if shapes do not fit, IndexError if a label is neither `ignored` nor in 0..V-1.
+    Raises  ValueError if shapes do not fit or `weights` requires a gradient; IndexError if a label
+            is neither `ignored` nor in 0..V-1.
+
+    The weights are constants: they scale the gradients of hidden and weight and get none. A loss
+    that is a non-linear function of row losses passes its own derivative here, in a second call.
+
+    Matrix products run in autocast's dtype, or outside autocast in the wider of the two dtypes.
+    Maxima, sums, losses and the accumulation of dW are float32. Both gradients are computed in the
+    forward pass, so a graph through this function can be differentiated once.
+
+    compiled    gives the elementwise pass to torch.compile.
+    chunk_rows  rows at a time; None chooses by device.
+    part        `weight` is this rank's part of the head. `total` and `rows` are those of the whole
+                vocabulary on every rank; the gradient of hidden is this rank's addend.
     """
     weight = weight if part is None else part.local(weight)
-    require_shapes(hidden, weight, labels)
-    require_labels(labels, ignored, weight.shape[0] if part is None else part.count)
+    require_shapes(hidden, weight, labels, weights)
+    V, C = weight.shape
+    require_labels(labels, ignored, V if part is None else part.count)
+    if weights is not None:
+        # A NaN weight of an ignored row would otherwise pass through its factor of 0.
+        weights = weights.float().masked_fill(labels == ignored, 0.0)
     dtype = compute_dtype(hidden, weight)
-    chunks = chunk_slices(
-        len(hidden),
-        chunk_rows
-        or logits_rows(weight.shape[0], weight.shape[1], dtype.itemsize, weight.device.type),
-    )
+    if chunk_rows is None:
+        chunk_rows = logits_rows(V, C, dtype.itemsize, weight.device.type)
+    plan = ChunkPlan(ignored, dtype, chunk_slices(len(hidden), chunk_rows), compiled, part)
+    # The dtype is chosen above; autocast must not convert again inside.
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            options = (ignored, dtype, chunks, compiled, part)
-            return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, *options))
-        wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
-        for at in chunks:
-            _, rows[at], _ = to_gradient(
-                hidden[at].to(dtype) @ wide.T, labels[at], ignored, compiled, part
-            )
-    return CrossEntropy(rows.sum(), rows)
+            return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, weights, plan))
+        rows = losses_only(hidden, weight, labels, plan)
+    return CrossEntropy(total_of(rows, weights), rows)
+
+
+def losses_only(hidden: Tensor, weight: Tensor, labels: Tensor, plan: ChunkPlan) -> Tensor:
+    """The losses of all rows (N,), without the products that only gradients need."""
+    wide = weight.to(plan.dtype)
+    rows = hidden.new_empty(len(hidden), dtype=torch.float32)
+    for at in plan.chunks:
+        logits = hidden[at].to(plan.dtype) @ wide.T
+        _, rows[at], _ = to_gradient(logits, labels[at], plan.ignored, plan.compiled, plan.part)
+    return rows
+
+
+def total_of(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """The weighted sum. Without weights it is a plain sum, so that its bits stay those of one."""
+    if weights is None:
+        return rows.sum()
+    return (rows * weights).sum()
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """Losses and gradients of all chunks in the forward pass; the backward pass only scales the gradients."""
+    """Losses and gradients of all chunks in the forward pass; the backward pass scales them."""
 
     @staticmethod
     def forward(
@@ -122,61 +166,65 @@ class FusedCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        ignored: int,
-        dtype: torch.dtype,
-        chunks: list[slice],
-        compiled: bool,
-        part: VocabPart | None,
+        weights: Tensor | None,
+        plan: ChunkPlan,
     ) -> tuple[Tensor, Tensor]:
         """Total and losses of the rows; the gradients wait in `ctx`."""
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        wide, rows = weight.to(dtype), hidden.new_empty(len(hidden), dtype=torch.float32)
-        d_hidden = (
-            torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            if needs_hidden
-            else None
-        )
-        d_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if needs_weight
-            else None
-        )
-        for at in chunks:
+        dtype = plan.dtype
+        wide = weight.to(dtype)
+        rows = hidden.new_empty(len(hidden), dtype=torch.float32)
+        d_hidden = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        if ctx.needs_input_grad[1]:
+            # float32 whatever the products are in: thousands of chunks add up here.
+            d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for at in plan.chunks:
             h = hidden[at].to(dtype)
             gradient, rows[at], factor = to_gradient(
-                h @ wide.T, labels[at], ignored, compiled, part
+                h @ wide.T, labels[at], plan.ignored, plan.compiled, plan.part
             )
+            if weights is not None:
+                factor = factor * weights[at]
             if d_hidden is not None:
                 d_hidden[at] = (gradient @ wide) * factor[:, None]
             if d_weight is not None:
                 add_product(d_weight, gradient, (h * factor[:, None]).to(dtype))
-            del gradient  # else it would live on while the next chunk's logits are made
-        ctx.gradients = d_hidden, d_weight if d_weight is None else d_weight.to(weight.dtype)
+            del gradient  # else it would live on while the next chunk's logits are computed
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        ctx.gradients = (d_hidden, d_weight)
         ctx.mark_non_differentiable(rows)
-        return rows.sum(), rows
+        return total_of(rows, weights), rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, d_rows: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients in place and let go of them, so that autograd need not copy the large one."""
+        """Scale the gradients in place and release them, so that autograd need not copy dW."""
         if ctx.gradients is None:
             raise RuntimeError(
-                "fused_cross_entropy was differentiated already; call it anew for a second backward"
+                "fused_cross_entropy was already differentiated; call it again for a second"
+                " backward pass"
             )
         d_hidden, d_weight = (None if d is None else d.mul_(d_total) for d in ctx.gradients)
         ctx.gradients = None
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def to_gradient(
     logits: Tensor, labels: Tensor, ignored: int, compiled: bool, part: VocabPart | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (R, V) to E - S [j = label], the losses and the row factors 1 / S, float32 (R,); logits are lost.
+    """Turn logits (R, V) into E - S [j = label], in place; returned with losses and row factors.
 
-    Losses and factors are 0 in ignored rows. With `part`, logits are those of the tokens that this process holds.
+    Shapes  losses and factors 1 / S are (R,) float32, both 0 in ignored rows.
+    With `part`, the logits are those of this rank's tokens.
     """
-    counts, rows = labels != ignored, torch.arange(len(labels), device=labels.device)
-    places = torch.where(counts, labels - (part.first if part else 0), 0)
+    counts = labels != ignored
+    rows = torch.arange(len(labels), device=labels.device)
+    first = 0 if part is None else part.first
+    # Ignored rows and labels of other ranks read place 0, and are masked out below: an index that
+    # depends on data would need a sync on a GPU.
+    places = torch.where(counts, labels - first, 0)
     here = (places >= 0) & (places < logits.shape[1])
     places = torch.where(here, places, 0)
     at_target = logits[rows, places].float()
@@ -187,22 +235,25 @@ def to_gradient(
     else:
         lse, losses, total = agree(e, top, total, torch.where(here, at_target, 0.0), part)
     if e.dtype == torch.float16:
-        top, total = lse - math.log(FP16_SUM), torch.full_like(total, FP16_SUM)
-    e[rows, places] = torch.where(
-        here, ((at_target - top).exp() - total).to(e.dtype), e[rows, places]
-    )
+        # E was scaled to sum to FP16_SUM; moving the maximum keeps exp(x_t - top) consistent.
+        top = lse - math.log(FP16_SUM)
+        total = torch.full_like(total, FP16_SUM)
+    at_label = ((at_target - top).exp() - total).to(e.dtype)
+    e[rows, places] = torch.where(here, at_label, e[rows, places])
     return e, torch.where(counts, losses, 0.0), torch.where(counts, 1.0 / total, 0.0)
 
 
 def agree(
     e: Tensor, top: Tensor, total: Tensor, at_target: Tensor, part: VocabPart
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log-sum-exp, loss and S exp(m - m_r) of each row, out of what this process sees; at_target is 0 elsewhere.
+    """log-sum-exp, loss and S exp(m - m_r) of each row, reduced over the ranks of the vocabulary.
 
-    In fp16 the rows of `e` are scaled, in place, to their share of FP16_SUM.
+    at_target is 0 on the ranks that do not hold the target. In fp16 the rows of `e` are scaled, in
+    place, to their share of FP16_SUM.
     """
     highest = part.max(top.clone())
     share = total * (top - highest).exp()
+    # One reduction of both: a collective costs its latency, not its bytes.
     whole, at_target = part.sum(torch.stack([share, at_target])).unbind(0)
     if e.dtype == torch.float16:
         e.mul_((share / whole)[:, None])
@@ -211,13 +262,13 @@ def agree(
 
 
 def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """E = exp(logits - m) (R, V) in the dtype of logits, and m and S, the row maxima and row sums of E, float32 (R,).
+    """E = exp(logits - m) (R, V) in the dtype of logits, its row maxima m and row sums S.
 
-    Every number of E is at most 1, but in fp16, where each row of it sums to FP16_SUM.
+    Shapes  m and S (R,) float32. E is at most 1, except in fp16, where its rows sum to FP16_SUM.
     """
     e = logits.float()
     top = e.amax(1, keepdim=True)
-    # torch's exp2 takes a quarter of the time of its exp on a CPU.
+    # On a CPU torch's exp2 takes a quarter of the time of its exp.
     e = e.sub_(top).mul_(LOG2_E).exp2_()
     total = e.sum(1, keepdim=True)
     scaled = e * (FP16_SUM / total) if logits.dtype == torch.float16 else e
@@ -225,10 +276,11 @@ def exponentials(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def exponentials_in_place(logits: Tensor, compiled: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """`exponentials` block by block of rows, E written over the logits, so that a second chunk is never needed."""
+    """`exponentials` by blocks of rows. E overwrites the logits: a second chunk never exists."""
     rows = BLOCK_ROWS.get((logits.device.type, compiled), len(logits))
     one = compiled_exponentials() if compiled else exponentials
-    tops, totals = [], []
+    tops = []
+    totals = []
     for block in logits.split(rows):
         e, top, total = one(block)
         block.copy_(e)
@@ -244,7 +296,7 @@ def compiled_exponentials() -> Any:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total (V, C) += left^T right with left (R, V), right (R, C); on a CPU in blocks of rows of the total."""
+    """total (V, C) += left^T right for left (R, V), right (R, C); on a CPU by rows of total."""
     V, C = total.shape
     rows = V if total.device.type != "cpu" else max(1, GRADIENT_BLOCK // C)
     for at in range(0, V, rows):
@@ -253,6 +305,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def chunk_slices(N: int, rows: int) -> list[slice]:
     """Slices of at most `rows` rows that cover N rows, of about equal size."""
+    # Equal sizes: a short last chunk would use the matrix units badly.
     count = -(-N // rows)
     rows = -(-N // max(1, count))
     return [slice(at, min(at + rows, N)) for at in range(0, N, rows)] if N else []
@@ -266,27 +319,35 @@ def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def require_shapes(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """Raises  ValueError unless hidden is (N, C), weight (V, C) and labels (N,)."""
-    if (
-        hidden.ndim != 2
-        or weight.ndim != 2
-        or hidden.shape[1] != weight.shape[1]
-        or labels.shape != hidden.shape[:1]
-    ):
+def require_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None) -> None:
+    """Raises  ValueError unless hidden is (N, C), weight (V, C), labels and weights (N,)."""
+    fit = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1]
+    if not fit or labels.shape != hidden.shape[:1]:
         raise ValueError(
             "fused_cross_entropy wants hidden (N, C), weight (V, C) and labels (N,); got"
             f" {tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(labels.shape)}"
         )
+    if weights is None:
+        return
+    if weights.shape != labels.shape:
+        raise ValueError(
+            f"fused_cross_entropy wants weights ({len(labels)},), one a row; got"
+            f" {tuple(weights.shape)}"
+        )
+    if weights.requires_grad:
+        raise ValueError("the weights of fused_cross_entropy get no gradient; detach them first")
 
 
 def require_labels(labels: Tensor, ignored: int, V: int) -> None:
-    """Raises  IndexError if a label is neither `ignored` nor in 0..V-1; on a GPU a device assert, without a wait."""
+    """Raises  IndexError if a label is neither `ignored` nor in 0..V-1.
+
+    A GPU raises a device assert instead, because reading the answer would wait for the device.
+    """
     fits = ((labels >= 0) & (labels < V)) | (labels == ignored)
     if labels.device.type == "cuda":
         torch._assert_async(fits.all())
     elif not bool(fits.all()):
-        wrong = labels[~fits]
+        place = int((~fits).nonzero()[0])
         raise IndexError(
-            f"label {int(wrong[0])} of row {int((~fits).nonzero()[0])} is neither {ignored} nor in 0..{V - 1}"
+            f"label {int(labels[place])} of row {place} is neither {ignored} nor in 0..{V - 1}"
         )
