@@ -86,9 +86,7 @@ class PairwiseDataset:
         for name, side in (("pos", self.pos), ("neg", self.neg)):
             row[name] = self.joined(side.tokens, documents, leak, np.int64, 0)
             if side.labels is not None:
-                row[f"{name}_label"] = self.joined(
-                    side.labels, documents, leak, np.int64, IGNORED
-                )
+                row[f"{name}_label"] = self.joined(side.labels, documents, leak, np.int64, IGNORED)
             if side.reference is not None:
                 row[f"{name}_ref"] = self.joined(side.reference, documents, leak, np.float32, 0)
         return row
