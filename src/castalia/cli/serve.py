@@ -46,14 +46,14 @@ def serve(
     uvicorn = require("uvicorn", "serve", "castalia serve")
     require("fastapi", "serve", "castalia serve")
     from castalia.serve.app import make_app
-    from castalia.serve.pool import Options, Pool
+    from castalia.serve.model_pool import ModelPool, ServeOptions
 
-    pool = Pool(models, Options(engine, dtype, slots, queue, keep))
+    pool = ModelPool(models, ServeOptions(engine, dtype, slots, queue, keep))
     app = make_app(pool, api_key=api_key, most_bytes=max_body << 20, patience=patience)
     if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         typer.echo(
             f"castalia: warning: {host} is reachable from other machines and there is no --api-key",
             err=True,
         )
-    typer.echo(f"castalia: serving {', '.join(pool.places)} on http://{host}:{port}", err=True)
+    typer.echo(f"castalia: serving {', '.join(pool.locations)} on http://{host}:{port}", err=True)
     uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace)

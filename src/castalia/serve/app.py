@@ -1,7 +1,7 @@
-"""The endpoints."""
+"""The ASGI application: endpoints, error handlers and the OpenAPI page."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from castalia import __version__
-from castalia.core.errors import CastaliaError, ConfigError
-from castalia.serve.limits import Limits, error_body
-from castalia.serve.measures import Counted, Measures
-from castalia.serve.pool import NoTemplateError, Pool, UnknownModelError
+from castalia.core.errors import CastaliaError, ConfigError, nearest
+from castalia.serve.limits import RequestLimits, error_body
+from castalia.serve.metrics import RequestCounter, ServerMetrics
+from castalia.serve.model_pool import ModelPool, NoTemplateError, UnknownModelError
 from castalia.serve.protocol import (
     CHOICES,
     TEXTS,
@@ -28,45 +28,52 @@ from castalia.serve.protocol import (
     Health,
     ModelCard,
     ModelList,
+    StreamOptions,
     Text,
     TokenizeRequest,
     Tokens,
 )
 from castalia.serve.scheduler import QueueFullError, StoppingError
-from castalia.serve.service import ClientLeftError, FailedError, Running, Service
+from castalia.serve.service import ActiveRequest, ClientLeftError, FailedError, Service
 
 LOG = logging.getLogger("castalia.serve")
 CLIENT_LEFT = 499
-"""nginx's status for a client that closed the connection; nobody reads it but the metrics."""
+"""nginx's status for a closed connection; only the metrics see it."""
+STOPPING_RETRY_SECONDS = "5"
+"""Retry-After while the server shuts down: about as long as a restart takes."""
 CODES: dict[type[CastaliaError], str] = {
     UnknownModelError: "model_not_found",
     NoTemplateError: "no_chat_template",
 }
+"""Errors answered with 404, and OpenAI's code for each."""
+ERROR_TEXTS = {
+    400: "The request is invalid; the message names the field",
+    401: "The API key is missing or wrong",
+    404: "Unknown model, or a model without a chat template",
+    408: "The request did not arrive in time",
+    413: "The request is too large",
+    429: "The queue is full; Retry-After gives the seconds to wait",
+    500: "Internal error",
+    503: "The server is shutting down",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": text}
-    for status, text in {
-        400: "The request is wrong; the message says what",
-        401: "The API key is missing or wrong",
-        404: "No such model, or it has no chat template",
-        408: "The request did not arrive in time",
-        413: "The request is too large",
-        429: "The queue is full; Retry-After says when to ask again",
-        500: "Something failed in the server",
-        503: "The server is stopping",
-    }.items()
+    status: {"model": ErrorAnswer, "description": text} for status, text in ERROR_TEXTS.items()
 }
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-
 TEXT: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 
 
 def make_app(
-    pool: Pool, *, api_key: str | None = None, most_bytes: int = 8 << 20, patience: float = 30.0
+    pool: ModelPool,
+    *,
+    api_key: str | None = None,
+    most_bytes: int = 8 << 20,
+    patience: float = 30.0,
 ) -> FastAPI:
-    """The ASGI application of a pool of models.
+    """The ASGI application that serves a pool of models.
 
-    `api_key` is asked for in Authorization headers; `most_bytes` is the largest request; `patience` the seconds that a
-    request may take to arrive.
+    `api_key` is required in Authorization headers unless it is None. `most_bytes` limits the size
+    of a request, `patience` the seconds until it has arrived.
     """
 
     @asynccontextmanager
@@ -77,120 +84,132 @@ def make_app(
     app = FastAPI(
         title="Castalia", version=__version__, lifespan=lifespan, docs_url="/docs", redoc_url=None
     )
-    service = Service(pool, Measures())
+    service = Service(pool, ServerMetrics())
     add_completions(app, service)
     add_models(app, service)
     add_health(app, service)
     add_errors(app)
-    app.add_middleware(Limits, most_bytes=most_bytes, seconds=patience, api_key=api_key)
-    app.add_middleware(
-        Counted, measures=service.measures
-    )  # outside, so that what the limits refuse counts too
+    # The middleware added last is the outermost: requests refused by the limits are counted too.
+    app.add_middleware(RequestLimits, most_bytes=most_bytes, seconds=patience, api_key=api_key)
+    app.add_middleware(RequestCounter, metrics=service.metrics)
     vocab_size = pool.get(None).model.config.vocab_size
-    app.openapi = described(app, vocab_size, pool.options.most_waiting)  # type: ignore[method-assign]
+    page = openapi_page(app, vocab_size, pool.options.most_waiting)
+    app.openapi = page  # type: ignore[method-assign]
     return app
 
 
 def add_completions(app: FastAPI, service: Service) -> None:
-    """The two endpoints that make text."""
+    """Add the endpoints that generate text."""
 
-    async def answer(running: Running, request: Request, stream: bool, usage: bool) -> Response:
+    async def respond(
+        active: ActiveRequest, request: Request, stream: bool | None, options: StreamOptions | None
+    ) -> Response:
         if stream:
-            return StreamingResponse(service.chunks(running, usage), media_type="text/event-stream")
-        whole = await service.whole(running, request)
-        return JSONResponse(whole.model_dump(exclude_none=running.answer.chat))
+            include_usage = bool(options and options.include_usage)
+            chunks = service.chunks(active, include_usage)
+            return StreamingResponse(chunks, media_type="text/event-stream")
+        whole = await service.whole(active, request)
+        # OpenAI's completions carry `logprobs: null`; its chat choices leave absent fields out.
+        return JSONResponse(whole.model_dump(exclude_none=active.answer.chat))
 
     @app.post("/v1/completions", response_model=CompletionAnswer, responses=ERRORS | STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        return await answer(await service.complete(body), request, bool(body.stream), usage)
+        active = await service.complete(body)
+        return await respond(active, request, body.stream, body.stream_options)
 
     @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=ERRORS | STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Reply in a conversation, with a model that has a chat template."""
-        usage = bool(body.stream_options and body.stream_options.include_usage)
-        return await answer(await service.chat(body), request, bool(body.stream), usage)
+        """Reply in a conversation; the model needs a chat template."""
+        active = await service.chat(body)
+        return await respond(active, request, body.stream, body.stream_options)
 
 
 def add_models(app: FastAPI, service: Service) -> None:
-    """What is served, and its tokenizers."""
-    pool = service.pool
+    """Add the endpoints about models and their tokenizers."""
+    locations = service.pool.locations
 
     @app.get("/v1/models", responses=ERRORS)
     async def models() -> ModelList:
-        """All models that can be asked for."""
-        return ModelList(
-            data=[ModelCard(id=name, created=place.created) for name, place in pool.places.items()]
-        )
+        """List all models of this server."""
+        cards = [
+            ModelCard(id=name, created=location.created) for name, location in locations.items()
+        ]
+        return ModelList(data=cards)
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str) -> ModelCard:
-        """One of them."""
-        if name not in pool.places:
-            raise UnknownModelError(f"no model {name!r}; /v1/models lists what is served")
-        return ModelCard(id=name, created=pool.places[name].created)
+        """Describe one model."""
+        if name not in locations:
+            raise UnknownModelError(
+                f"unknown model {name!r}; GET /v1/models lists the models of this server"
+                f"{nearest(name, locations)}"
+            )
+        return ModelCard(id=name, created=locations[name].created)
 
     @app.post("/tokenize", responses=ERRORS)
     async def tokenize(body: TokenizeRequest) -> Tokens:
-        """Ids of a text."""
-        found = (await service.model(body.model)).model
-        ids = found.encode(body.prompt)
+        """Encode a text."""
+        model = (await service.model(body.model)).model
+        ids = model.encode(body.prompt)
         return Tokens(
-            tokens=ids, count=len(ids), max_model_len=found.config.max_position_embeddings
+            tokens=ids, count=len(ids), max_model_len=model.config.max_position_embeddings
         )
 
     @app.post("/detokenize", responses=ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Text:
-        """Text of ids."""
-        found = (await service.model(body.model)).model
-        found.require_ids(body.tokens)
-        return Text(prompt=found.decode(body.tokens))
+        """Decode token ids."""
+        model = (await service.model(body.model)).model
+        model.require_ids(body.tokens)
+        return Text(prompt=model.decode(body.tokens))
 
     @app.get("/tokenizer_info", responses=ERRORS)
     async def tokenizer_info() -> dict[str, Any]:
-        """What a client needs to know of the first model's tokenizer."""
-        found = (await service.model(None)).model
-        names = found.tokenizer.tokens() if found.tokenizer is not None else []
-        eos = names[found.eod_id] if found.eod_id is not None else None
+        """Describe the first model's tokenizer."""
+        model = (await service.model(None)).model
+        eos = None
+        if model.eod_id is not None:
+            names = model.tokenizer.tokens() if model.tokenizer is not None else []
+            eos = names[model.eod_id]
         return {
             "tokenizer_class": "castalia",
             "eos_token": eos,
             "bos_token": eos,
             "pad_token": eos,
-            "vocab_size": found.config.vocab_size,
-            "model_max_length": found.config.max_position_embeddings,
+            "vocab_size": model.config.vocab_size,
+            "model_max_length": model.config.max_position_embeddings,
         }
 
 
 def add_health(app: FastAPI, service: Service) -> None:
-    """What watches the server."""
-    pool, measures = service.pool, service.measures
+    """Add the endpoints for monitoring."""
+    pool = service.pool
+    metrics = service.metrics
 
     @app.get("/health", responses=ERRORS)
     async def health() -> Health:
-        """Whether it works."""
+        """Report the server's state."""
         running, waiting = pool.counts()
         status = "stopping" if pool.stopping else "ok"
         return Health(status=status, models=list(pool.loaded), running=running, waiting=waiting)
 
     @app.get("/metrics", responses=ERRORS | TEXT)
-    async def metrics() -> Response:
-        """Prometheus."""
+    async def prometheus() -> Response:
+        """Report metrics for Prometheus."""
         running, waiting = pool.counts()
-        measures.running.set(running)
-        measures.waiting.set(waiting)
-        page, kind = measures.page()
+        metrics.running.set(running)
+        metrics.waiting.set(waiting)
+        page, kind = metrics.page()
         return Response(page, media_type=kind)
 
 
 def add_errors(app: FastAPI) -> None:
-    """Every error in OpenAI's shape."""
+    """Add the handlers that turn every exception into OpenAI's error shape."""
 
     @app.exception_handler(RequestValidationError)
-    async def wrong(request: Request, error: RequestValidationError) -> Response:
-        message, place = explained(error)
-        return JSONResponse(error_body(400, message, param=place), 400)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        message, field = validation_message(error)
+        return JSONResponse(error_body(400, message, param=field), 400)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -198,20 +217,25 @@ def add_errors(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, headers=error.headers)
 
     @app.exception_handler(CastaliaError)
-    async def ours(request: Request, error: CastaliaError) -> Response:
+    async def castalia_error(request: Request, error: CastaliaError) -> Response:
         code = CODES.get(type(error))
-        status = 404 if code else 400 if isinstance(error, ConfigError) else 500
+        if code is not None:
+            status = 404
+        elif isinstance(error, ConfigError):  # the client asked for something impossible
+            status = 400
+        else:
+            status = 500
         return JSONResponse(error_body(status, str(error), code=code), status)
 
     @app.exception_handler(QueueFullError)
-    async def full(request: Request, error: QueueFullError) -> Response:
-        return JSONResponse(
-            error_body(429, str(error)), 429, headers={"Retry-After": str(error.seconds)}
-        )
+    async def queue_full(request: Request, error: QueueFullError) -> Response:
+        headers = {"Retry-After": str(error.seconds)}
+        return JSONResponse(error_body(429, str(error)), 429, headers=headers)
 
     @app.exception_handler(StoppingError)
     async def stopping(request: Request, error: StoppingError) -> Response:
-        return JSONResponse(error_body(503, str(error)), 503, headers={"Retry-After": "5"})
+        headers = {"Retry-After": STOPPING_RETRY_SECONDS}
+        return JSONResponse(error_body(503, str(error)), 503, headers=headers)
 
     @app.exception_handler(FailedError)
     async def failed(request: Request, error: FailedError) -> Response:
@@ -219,46 +243,58 @@ def add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(500, str(error)), 500)
 
     @app.exception_handler(ClientLeftError)
-    async def left(request: Request, error: ClientLeftError) -> Response:
+    async def client_left(request: Request, error: ClientLeftError) -> Response:
         return Response(status_code=CLIENT_LEFT)
 
 
-def explained(error: RequestValidationError) -> tuple[str, str | None]:
-    """One sentence for a request of the wrong form, and the name of the field."""
-    first = error.errors()[0]
+def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
+    """One sentence about an invalid request, and the name of the field (None: the whole body)."""
+    problems = error.errors()
+    first = problems[0]
     if first["type"] == "json_invalid":
         return f"the body is not JSON: character {first['loc'][-1]}, {first['ctx']['error']}", None
-    places = [str(part) for part in first["loc"] if part != "body"]
-    if places[:1] == ["prompt"] and len(places) > 1:
+    path = [str(step) for step in first["loc"] if step != "body"]
+    if path[:1] == ["prompt"] and len(path) > 1:
+        # pydantic reports each of the four types that it tried; one sentence says it all.
         return (
-            "prompt: expected a text, a list of texts, a list of ids, or a list of lists of ids",
+            "prompt: expected a string, a list of strings, a list of token ids, or a list of lists"
+            " of token ids",
             "prompt",
         )
-    name = ".".join(places) or None
-    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
-    return f"{name or 'the request'}: {first['msg'].removeprefix('Value error, ')}{more}", name
+    name = ".".join(path) or None
+    message = f"{name or 'the request'}: {first['msg'].removeprefix('Value error, ')}"
+    if len(problems) > 1:
+        message += f" (and {len(problems) - 1} more)"
+    return message, name
 
 
-def bound(part: Any, limits: list[tuple[str, str, int]]) -> None:
-    """Lower what the page says at each description: (description, `maximum` or `maxItems`, largest value)."""
-    if isinstance(part, dict):
-        for description, keyword, most in limits:
-            if part.get("description") == description:
-                part[keyword] = min(part[keyword], most)
-    for inner in (
-        part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    ):
-        bound(inner, limits)
+def lower_bounds(schema: Any, bounds: Iterable[tuple[str, str, int]]) -> None:
+    """Lower the bounds in a JSON schema, in place.
+
+    Each bound is (description of the schema, `maximum` or `maxItems`, largest value).
+    """
+    if isinstance(schema, dict):
+        for description, keyword, largest in bounds:
+            if schema.get("description") == description:
+                schema[keyword] = min(schema[keyword], largest)
+        children = list(schema.values())
+    elif isinstance(schema, list):
+        children = schema
+    else:
+        return
+    for child in children:
+        lower_bounds(child, bounds)
 
 
-def described(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[], dict[str, Any]]:
-    """The OpenAPI page, with the largest id that is a token of the first model and the most texts that can wait.
+def openapi_page(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[], dict[str, Any]]:
+    """A function that builds the OpenAPI page once.
 
-    Without 422, which no endpoint answers: a wrong request is 400, as OpenAI's is.
+    The page states this server's own bounds: the largest token id of the first model, and the most
+    texts that can wait. It lists no 422: an invalid request is answered with 400, as OpenAI does.
     """
     from fastapi.openapi.utils import get_openapi
 
-    limits = [
+    bounds = [
         (TOKEN, "maximum", vocab_size - 1),
         (TEXTS, "maxItems", most_waiting),
         (CHOICES, "maximum", most_waiting),
@@ -270,7 +306,7 @@ def described(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[], 
             for operations in page["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-            bound(page, limits)
+            lower_bounds(page, bounds)
             app.openapi_schema = page
         return app.openapi_schema
 

@@ -1,4 +1,7 @@
-"""What a server asks of a request before it looks at it: size, patience, key. Plain ASGI, so that streams pass."""
+"""Checks before a request reaches an endpoint: API key, size and arrival time.
+
+Plain ASGI: Starlette's middleware class would buffer streamed answers.
+"""
 
 import asyncio
 import hmac
@@ -12,30 +15,34 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = ("/health", "/metrics")
-"""They need no key: what watches a server has none."""
+"""Paths open without a key: load balancers and Prometheus usually have none."""
 
 
-class Limits:
-    """Checks the key and reads the whole body, at most `most_bytes` within `seconds`, before the app is called."""
+class RequestLimits:
+    """ASGI middleware: checks the API key and reads the whole body before it calls the app.
+
+    The body may have `most_bytes` bytes and take `seconds` to arrive, so that a slow client holds
+    a connection but never a worker of the app.
+    """
 
     def __init__(self, app: App, *, most_bytes: int, seconds: float, api_key: str | None) -> None:
-        self.app, self.most_bytes, self.seconds, self.api_key = app, most_bytes, seconds, api_key
+        self.app = app
+        self.most_bytes = most_bytes
+        self.seconds = seconds
+        self.api_key = api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Check one request and pass it on, or answer it with an error."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if (
-            self.api_key
-            and scope["path"] not in OPEN_PATHS
-            and not self.knows(headers.get(b"authorization", b""))
-        ):
+        if not self.admits(scope["path"], headers):
             await refuse(
                 send, 401, "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
             )
             return
+        # An honest Content-Length spares reading a body that is refused anyway.
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.most_bytes:
             await self.too_large(send)
@@ -50,12 +57,16 @@ class Limits:
             return
         await self.app(scope, replay(body, receive), send)
 
-    def knows(self, header: bytes) -> bool:
-        """Whether the header carries the key; takes the same time for every wrong one."""
-        return hmac.compare_digest(header, f"Bearer {self.api_key}".encode())
+    def admits(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        """Whether the request carries the API key, or needs none."""
+        if not self.api_key or path in OPEN_PATHS:
+            return True
+        # Constant time: the duration of a comparison must not reveal a correct prefix.
+        expected = f"Bearer {self.api_key}".encode()
+        return hmac.compare_digest(headers.get(b"authorization", b""), expected)
 
     async def read(self, receive: Receive) -> bytes | None:
-        """The body; None if it is too large."""
+        """The body; None if it exceeds the limit."""
         parts: list[bytes] = []
         size = 0
         while True:
@@ -70,19 +81,19 @@ class Limits:
                 return b"".join(parts)
 
     async def too_large(self, send: Send) -> None:
-        """413."""
-        await refuse(send, 413, f"the request is larger than {self.most_bytes:,} bytes")
+        """Answer 413."""
+        await refuse(send, 413, f"the request body exceeds the limit of {self.most_bytes:,} bytes")
 
 
 def replay(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body once, and then what comes after it: the client's leaving."""
-    given = False
+    """A `receive` that yields the body once, then the connection's own messages (a disconnect)."""
+    replayed = False
 
     async def next_message() -> Message:
-        nonlocal given
-        if given:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        given = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return next_message
@@ -91,17 +102,24 @@ def replay(body: bytes, receive: Receive) -> Receive:
 def error_body(
     status: int, message: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """OpenAI's shape of an error."""
+    """An error in OpenAI's shape."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    default = "invalid_request_error" if status < 500 else "server_error"
+    kind = kinds.get(status, default)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 async def refuse(send: Send, status: int, message: str) -> None:
-    """Answer with an error and let the connection go: the rest of the body may still be on its way."""
+    """Answer with an error and close the connection.
+
+    Kept alive, the connection would take the unread rest of the body for the next request.
+    """
     data = json.dumps(error_body(status, message)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
-    headers.append((b"connection", b"close"))
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(data)).encode()),
+        (b"connection", b"close"),
+    ]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -1,22 +1,31 @@
-"""The bodies of requests and answers, as OpenAI's API has them."""
+"""Bodies of requests and answers in OpenAI's API, as pydantic models.
+
+Class names and docstrings of the models appear on the OpenAPI page.
+"""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 MOST_PROMPTS = 2048
+"""Prompts in one request; OpenAI's limit."""
 MOST_CHOICES = 64
 MOST_TOP_LOGPROBS = 20
+"""OpenAI's limit of the chat endpoint; its completions allow 5."""
 
 
 def whole(value: Any) -> Any:
-    """1.0 is an integer in JSON."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    """1.0 as 1: JSON has one type of number, and some clients write integers as floats."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
-TOKEN = "A token's id."
-TEXTS = "At most as many as can wait; n times as many count."
-CHOICES = "Texts for each prompt, each of which waits."
+# The app finds these schemas on the OpenAPI page by their descriptions, and lowers their bounds.
+TOKEN = "A token id."
+TEXTS = "At most as many texts as can wait in the queue; each counts n times."
+CHOICES = "Texts for each prompt; each waits in the queue."
+# Ids and counts are C ints in some engines; a larger one would overflow there.
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, description=TOKEN), BeforeValidator(whole)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(whole)]
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1), BeforeValidator(whole)]
@@ -28,34 +37,38 @@ Seed = Annotated[int, Field(ge=0, lt=2**48), BeforeValidator(whole)]
 
 
 class Body(BaseModel):
-    """What a client sends: types are exact, and keys that are not known are ignored, as OpenAI does."""
+    """A request. Types are exact; unknown keys are ignored, as OpenAI does."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class StreamOptions(Body):
-    """Options of stream=true."""
+    """Options of a stream."""
 
     include_usage: bool = False
-    """A last chunk carries the token counts."""
+    """Send the token counts in a last chunk."""
 
 
-class Drawn(Body):
-    """How tokens are drawn; both endpoints share it."""
+class SamplingBody(Body):
+    """Fields that both text endpoints share."""
 
-    model: str | None = Field(None, description="One of /v1/models; null takes the first.")
+    model: str | None = Field(
+        None, description="A name from /v1/models; null takes the first model."
+    )
     temperature: float | None = Field(
-        1.0, ge=0, le=100, description="0 takes the most likely token each time."
+        1.0, ge=0, le=100, description="0 always takes the likeliest token."
     )
     top_p: float | None = Field(1.0, ge=0, le=1)
-    top_k: Count | None = Field(0, description="Not OpenAI's: draw from the k likeliest; 0 is off.")
+    top_k: Count | None = Field(
+        0, description="Extension: draw from the k likeliest tokens; 0 draws from all."
+    )
     n: Choices | None = 1
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: Seed | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(
-        False, description="Not OpenAI's: go on after the end-of-document token."
+        False, description="Extension: continue after the end-of-document token."
     )
     presence_penalty: Zero | None = Field(0, description="Not supported: must be 0.")
     frequency_penalty: Zero | None = Field(0, description="Not supported: must be 0.")
@@ -66,10 +79,12 @@ class Drawn(Body):
     @property
     def stops(self) -> list[str]:
         """The stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        if isinstance(self.stop, str):
+            return [self.stop]
+        return list(self.stop or ())
 
 
-class CompletionRequest(Drawn):
+class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 
     prompt: (
@@ -77,7 +92,9 @@ class CompletionRequest(Drawn):
         | Annotated[list[str], Several]
         | Annotated[list[TokenId], Field(min_length=1)]
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Several]
-    ) = Field(description="A text, texts, ids, or lists of ids.")
+    ) = Field(
+        description="A string, a list of strings, a list of token ids, or a list of lists of ids."
+    )
     max_tokens: Count | None = 16
     echo: bool | None = False
     logprobs: Top | None = None
@@ -86,7 +103,7 @@ class CompletionRequest(Drawn):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt."""
+        """The prompts as a list, each a string or a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -101,7 +118,7 @@ class Message(Body):
     content: str
 
 
-class ChatRequest(Drawn):
+class ChatRequest(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -117,7 +134,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str
     add_special_tokens: bool = False
-    """Taken for compatibility: no tokenizer here adds any."""
+    """Accepted for compatibility with vLLM; has no effect, as no tokenizer here adds any."""
 
 
 class DetokenizeRequest(Body):
@@ -136,7 +153,7 @@ class Usage(BaseModel):
 
 
 class LogprobsOut(BaseModel):
-    """One entry a token; the first token of an echoed prompt has no log-probability."""
+    """One entry for each token; the first token of an echoed prompt has no log-probability."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -145,7 +162,7 @@ class LogprobsOut(BaseModel):
 
 
 class Choice(BaseModel):
-    """One text."""
+    """One generated text."""
 
     index: int
     text: str
@@ -154,7 +171,7 @@ class Choice(BaseModel):
 
 
 class CompletionAnswer(BaseModel):
-    """What /v1/completions answers."""
+    """Answer of /v1/completions."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -165,7 +182,7 @@ class CompletionAnswer(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One reply: `message`, or `delta` in a stream."""
+    """One reply: a `message`, or a `delta` in a stream."""
 
     index: int
     message: dict[str, Any] | None = None
@@ -175,7 +192,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatAnswer(BaseModel):
-    """What /v1/chat/completions answers."""
+    """Answer of /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk"] = "chat.completion"
@@ -186,7 +203,7 @@ class ChatAnswer(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One model that can be asked for."""
+    """One model of the server."""
 
     id: str
     object: Literal["model"] = "model"
@@ -195,14 +212,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """What /v1/models answers."""
+    """Answer of /v1/models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Tokens(BaseModel):
-    """What /tokenize answers."""
+    """Answer of /tokenize."""
 
     tokens: list[int]
     count: int
@@ -210,23 +227,25 @@ class Tokens(BaseModel):
 
 
 class Text(BaseModel):
-    """What /detokenize answers."""
+    """Answer of /detokenize."""
 
     prompt: str
 
 
 class Health(BaseModel):
-    """What /health answers."""
+    """Answer of /health."""
 
     status: Literal["ok", "stopping"]
     models: list[str]
-    """Models that are in memory."""
+    """Models in memory."""
     running: int
+    """Texts being generated."""
     waiting: int
+    """Texts in the queue."""
 
 
 class ErrorBody(BaseModel):
-    """What went wrong."""
+    """The error of a request."""
 
     message: str
     type: str
@@ -235,6 +254,6 @@ class ErrorBody(BaseModel):
 
 
 class ErrorAnswer(BaseModel):
-    """Every answer that is not 200."""
+    """Answer with any status but 200."""
 
     error: ErrorBody

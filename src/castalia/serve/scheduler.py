@@ -1,9 +1,13 @@
-"""One thread that owns a model: requests wait in a bounded queue, share its steps, and leave when they end."""
+"""The scheduler: one thread owns a model and generates many texts at once.
+
+Texts wait in a bounded queue, enter a slot of the batch, advance one token a step, and free their
+slot when they end. All calls into the engine come from this thread, so the engine needs no locks.
+"""
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,25 +20,34 @@ from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling
 
 PREFILL_TOKENS = 2048
-"""Prompts that are read in one step hold no more tokens together (one prompt always fits), so that running texts are
-not kept waiting longer than that takes."""
+"""Most prompt tokens read in one step. Running texts stand still meanwhile, so this bounds the
+pause between two of their tokens. One prompt is always admitted, however long."""
+SCORED_ROWS = 256
+"""Positions scored at a time: a softmax over (rows, vocabulary) in fp32 bounds the memory."""
+AVERAGE_WEIGHT = 0.1
+"""Weight of the newest text in the moving average of durations: about the last ten count."""
 
 
 class QueueFullError(Exception):
-    """The queue is full; `seconds` is when to ask again."""
+    """The queue is full; retry after `seconds`."""
 
     def __init__(self, waiting: int, seconds: int) -> None:
-        super().__init__(f"{waiting} requests are waiting already")
+        super().__init__(
+            f"the queue is full: {waiting} texts are waiting already; retry after {seconds} s"
+        )
         self.seconds = seconds
 
 
 class StoppingError(Exception):
-    """The server is going down."""
+    """The server is shutting down."""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One token, its log-probability in nats (None for the first of a text) and the likeliest at its place."""
+class ScoredToken:
+    """A token, its log-probability in nats, and the likeliest tokens at its position.
+
+    The log-probability of a text's first token is None: nothing precedes it.
+    """
 
     token: int
     logprob: float | None
@@ -42,99 +55,112 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Event:
-    """What a step gave one job: certain text, tokens, and at the end why it ended, or what went wrong."""
+class StreamEvent:
+    """The output of one step for one text: new text and tokens.
+
+    The last event carries `finish_reason`, or the `error` that ended the text. `text` holds whole
+    characters only, and nothing that a stop string may still cut.
+    """
 
     text: str = ""
-    tokens: list[Scored] = field(default_factory=list)
+    tokens: list[ScoredToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
 
 
 @dataclass(eq=False)
-class Job:
-    """One text to be continued. `emit` is called from the scheduler's thread."""
+class ServedText:
+    """One text of a request, waiting or running. `emit` is called on the scheduler's thread."""
 
     row: Row
     sampling: Sampling
-    emit: Callable[[Event], None]
+    emit: Callable[[StreamEvent], None]
     vocab_size: int
     top: int | None = None
-    """Likeliest tokens to tell with each token; None tells no log-probabilities."""
+    """Number of likeliest tokens reported at each position; None omits log-probabilities."""
     score_prompt: bool = False
     continues: bool = True
-    """False scores the prompt only."""
+    """False scores the prompt and generates nothing."""
     cancelled: bool = False
-    drawn: list[Scored] = field(default_factory=list)
-    asked: float = field(default_factory=time.perf_counter)
+    pending: list[ScoredToken] = field(default_factory=list)
+    """Tokens not emitted yet."""
+    submitted: float = field(default_factory=time.perf_counter)
 
-    def watch(self, logits: Tensor, token: int) -> None:
-        """Take note of a token that was drawn from logits (V,)."""
+    def record(self, logits: Tensor, token: int) -> None:
+        """Keep a token drawn from logits (V,) for the next event."""
         if self.top is None:
-            self.drawn.append(Scored(token, None, []))
+            self.pending.append(ScoredToken(token, None, []))
         else:
-            self.drawn += score(logits[None], [token], self.top, self.vocab_size)
+            self.pending += score(logits[None], [token], self.top, self.vocab_size)
 
-    def tell(self, text: str) -> None:
-        """Send what came since the last event."""
-        tokens, self.drawn = self.drawn, []
-        self.emit(Event(text, tokens, self.row.finish_reason))
+    def emit_pending(self, text: str) -> None:
+        """Emit `text` and the tokens drawn since the last event."""
+        tokens = self.pending
+        self.pending = []
+        self.emit(StreamEvent(text, tokens, self.row.finish_reason))
 
 
-def score(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[Scored]:
-    """Log-probabilities of tokens (T) and the `top` likeliest at each place, out of logits (T, V).
+def score(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[ScoredToken]:
+    """Log-probabilities of tokens (T,) from logits (T, V), with the `top` likeliest beside each.
 
-    The softmax is over all of V, as in training; only the first vocab_size are tokens.
+    The softmax runs over all of V, as in training. Only the first `vocab_size` are real tokens; the
+    rest is padding and never reported.
     """
     logprobs = logits.float().log_softmax(-1)
     values, ids = logprobs[:, :vocab_size].topk(min(top, vocab_size))
     picked = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
     rows = zip(tokens, picked, values.tolist(), ids.tolist(), strict=True)
     return [
-        Scored(token, value, list(zip(best_ids, best, strict=True)))
+        ScoredToken(token, value, list(zip(best_ids, best, strict=True)))
         for token, value, best, best_ids in rows
     ]
 
 
 class Scheduler:
-    """`slots` texts of at most `length` tokens at a time on one engine, `most_waiting` more in the queue."""
+    """Generates at most `slots` texts of at most `length` tokens at a time on one engine.
+
+    Up to `most_waiting` more texts wait in the queue.
+    """
 
     def __init__(self, engine: Engine, *, slots: int, length: int, most_waiting: int) -> None:
-        self.engine, self.most_waiting = engine, most_waiting
+        self.engine = engine
+        self.most_waiting = most_waiting
         self.batcher = Batcher(engine, slots, length)
-        self.waiting: deque[Job] = deque()
-        self.jobs: dict[int, Job] = {}
-        """By the slot where they run."""
+        self.waiting: deque[ServedText] = deque()
+        self.running: dict[int, ServedText] = {}
+        """Running texts by slot."""
         self.changed = threading.Condition()
         self.closing = False
-        self.seconds_a_job = 1.0
-        """Moving average, for Retry-After."""
+        self.seconds_per_text = 1.0
+        """Moving average of a text's duration, waiting included; for Retry-After."""
         self.thread = threading.Thread(target=self.work, name="castalia-scheduler", daemon=True)
         self.thread.start()
 
-    def submit(self, jobs: list[Job]) -> None:
-        """Put the jobs of one request into the queue, all or none.
+    def submit(self, texts: list[ServedText]) -> None:
+        """Queue the texts of one request, all or none.
 
         Raises  QueueFullError, StoppingError.
         """
         with self.changed:
             if self.closing:
-                raise StoppingError("the server is stopping; ask again when it is back")
-            if self.waiting and len(self.waiting) + len(jobs) > self.most_waiting:
+                raise StoppingError("the server is shutting down; retry when it is back")
+            # An empty queue takes any request: one that exceeds the limit would never be served.
+            if self.waiting and len(self.waiting) + len(texts) > self.most_waiting:
                 rounds = len(self.waiting) / self.batcher.slots.count
-                raise QueueFullError(len(self.waiting), max(1, round(rounds * self.seconds_a_job)))
-            self.waiting.extend(jobs)
+                seconds = max(1, round(rounds * self.seconds_per_text))
+                raise QueueFullError(len(self.waiting), seconds)
+            self.waiting.extend(texts)
             self.changed.notify()
 
-    def cancel(self, jobs: Iterable[Job]) -> None:
-        """Forget jobs whose client is gone; those that run leave before the next step."""
+    def cancel(self, texts: Iterable[ServedText]) -> None:
+        """Drop texts whose client disconnected; running ones leave before the next step."""
         with self.changed:
-            for job in jobs:
-                job.cancelled = True
+            for text in texts:
+                text.cancelled = True
             self.changed.notify()
 
     def close(self, wait: bool = True) -> None:
-        """Take no more jobs; the thread ends when those it has are done."""
+        """Accept no more texts; the thread ends when those it has are done."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -142,36 +168,39 @@ class Scheduler:
             self.thread.join()
 
     def work(self) -> None:
-        """The thread."""
+        """The thread's loop: admit waiting texts, then advance all running ones by one token."""
         while (admitted := self.take()) is not None:
-            for job in admitted:
-                self.guard([job], partial(self.score_prompt, job))
-            if new := [job for job in admitted if job.row.finish_reason is None]:
-                self.guard(new, partial(self.admit, new))
-            if self.jobs:
-                self.guard(list(self.jobs.values()), self.step)
+            for text in admitted:
+                self.isolate([text], partial(self.score_prompt, text))
+            # Texts that only wanted their prompt scored are finished by now and need no slot.
+            unfinished = [text for text in admitted if text.row.finish_reason is None]
+            if unfinished:
+                self.isolate(unfinished, partial(self.admit, unfinished))
+            if self.running:
+                self.isolate(list(self.running.values()), self.step)
 
-    def take(self) -> list[Job] | None:
-        """Jobs that enter now; waits while there is nothing to do. None when closed and everything is done."""
+    def take(self) -> list[ServedText] | None:
+        """The texts to admit now; blocks while idle. None once closed and drained."""
         with self.changed:
             while True:
                 self.drop_cancelled()
-                if self.jobs or self.waiting:
+                if self.running or self.waiting:
                     return self.choose()
                 if self.closing:
                     return None
                 self.changed.wait()
 
     def drop_cancelled(self) -> None:
-        """Empty the slots and the queue of jobs that nobody waits for."""
-        for slot in [slot for slot, job in self.jobs.items() if job.cancelled]:
+        """Remove cancelled texts from slots and queue."""
+        cancelled = [slot for slot, text in self.running.items() if text.cancelled]
+        for slot in cancelled:
             self.batcher.evict(slot)
-            del self.jobs[slot]
-        self.waiting = deque(job for job in self.waiting if not job.cancelled)
+            del self.running[slot]
+        self.waiting = deque(text for text in self.waiting if not text.cancelled)
 
-    def choose(self) -> list[Job]:
-        """The jobs at the head of the queue that there is room for."""
-        chosen: list[Job] = []
+    def choose(self) -> list[ServedText]:
+        """Texts from the head of the queue that fit free slots and PREFILL_TOKENS."""
+        chosen: list[ServedText] = []
         tokens = 0
         while self.waiting and len(chosen) < self.batcher.free:
             tokens += len(self.waiting[0].row.ids)
@@ -180,69 +209,83 @@ class Scheduler:
             chosen.append(self.waiting.popleft())
         return chosen
 
-    def guard(self, jobs: list[Job], action: Callable[[], None]) -> None:
-        """Run `action`; what goes wrong in it ends its jobs and no others."""
+    def isolate(self, texts: list[ServedText], action: Callable[[], None]) -> None:
+        """Run `action`; an exception ends its own texts and no others.
+
+        The thread must survive, else every later request would wait forever.
+        """
         try:
             action()
-        except Exception as error:  # the thread must live on for the other jobs
-            rows = {id(job.row) for job in jobs}
-            for slot in [
-                slot for slot, running in self.batcher.running.items() if id(running.row) in rows
-            ]:
-                del self.batcher.running[slot]
-                self.jobs.pop(slot, None)
-            for job in jobs:
-                job.row.finish_reason = job.row.finish_reason or "length"
-                job.emit(Event(error=error))
+        except Exception as error:
+            self.abandon(texts)
+            for text in texts:
+                text.row.finish_reason = text.row.finish_reason or "length"
+                text.emit(StreamEvent(error=error))
 
-    def score_prompt(self, job: Job) -> None:
-        """Score the prompt if that is asked; a job that asks for nothing else is done."""
-        if job.score_prompt:
-            job.drawn += self.scored_prompt(job)
-        if not job.continues:
-            job.row.finish_reason = "length"
-            job.tell("")
+    def abandon(self, texts: list[ServedText]) -> None:
+        """Free the slots of failed texts."""
+        rows = {id(text.row) for text in texts}
+        slots = [slot for slot, running in self.batcher.running.items() if id(running.row) in rows]
+        for slot in slots:
+            del self.batcher.running[slot]
+            self.running.pop(slot, None)
 
-    def admit(self, jobs: list[Job]) -> None:
-        """Read the prompts of jobs into slots, in one pass."""
-        new = []
-        for job in jobs:
-            # Without the seed, rows that are drawn alike are drawn together.
-            (generator,) = job.sampling.generators(1, self.engine.device)
-            new.append(Admission(job.row, replace(job.sampling, seed=None), generator, job.watch))
-        texts = self.batcher.admit(new)
-        places = {id(running.row): slot for slot, running in self.batcher.running.items()}
-        for job, text in zip(jobs, texts, strict=True):
-            if id(job.row) in places:
-                self.jobs[places[id(job.row)]] = job
-            self.told(job, text)
+    def score_prompt(self, text: ServedText) -> None:
+        """Score the prompt if requested; finish a text that generates nothing."""
+        if text.score_prompt:
+            text.pending += self.scored_prompt(text)
+        if not text.continues:
+            text.row.finish_reason = "length"
+            text.emit_pending("")
+
+    def admit(self, texts: list[ServedText]) -> None:
+        """Read the prompts of `texts` into free slots, in one pass of the engine."""
+        admissions = []
+        for text in texts:
+            (generator,) = text.sampling.generators(1, self.engine.device)
+            # The batcher draws rows of equal sampling together. The seed is in the generator
+            # already; left in the sampling it would put every row into a group of its own.
+            sampling = replace(text.sampling, seed=None)
+            admissions.append(Admission(text.row, sampling, generator, text.record))
+        outputs = self.batcher.admit(admissions)
+        slot_of_row = {id(running.row): slot for slot, running in self.batcher.running.items()}
+        for text, output in zip(texts, outputs, strict=True):
+            slot = slot_of_row.get(id(text.row))
+            if slot is not None:  # otherwise its first token ended it
+                self.running[slot] = text
+            self.deliver(text, output)
 
     def step(self) -> None:
-        """One more token for every running job."""
-        for slot, text in self.batcher.step().items():
-            self.told(self.jobs[slot], text)
+        """Draw one more token for every running text."""
+        for slot, output in self.batcher.step().items():
+            self.deliver(self.running[slot], output)
             if slot not in self.batcher.running:
-                del self.jobs[slot]
+                del self.running[slot]
 
-    def told(self, job: Job, text: str) -> None:
-        """Tell a job what it got, and take note of how long whole jobs take."""
-        job.tell(text)
-        if job.row.finish_reason is not None:
-            self.seconds_a_job += 0.1 * (time.perf_counter() - job.asked - self.seconds_a_job)
+    def deliver(self, text: ServedText, output: str) -> None:
+        """Emit a step's output, and average the duration of finished texts."""
+        text.emit_pending(output)
+        if text.row.finish_reason is not None:
+            duration = time.perf_counter() - text.submitted
+            self.seconds_per_text += AVERAGE_WEIGHT * (duration - self.seconds_per_text)
 
-    def scored_prompt(self, job: Job) -> list[Scored]:
+    def scored_prompt(self, text: ServedText) -> list[ScoredToken]:
         """Each token of the prompt with its log-probability."""
-        first, *rest = job.row.ids
-        scored = [Scored(first, None, [])]
-        if job.top is None:
-            return scored + [Scored(token, None, []) for token in rest]
-        logits = self.engine.logits(job.row.ids)[:-1] if rest else None
-        if logits is not None:
-            for at, part in parts_of(logits):
-                scored += score(part, rest[at : at + len(part)], job.top, job.vocab_size)
+        first, *rest = text.row.ids
+        scored = [ScoredToken(first, None, [])]
+        if text.top is None:
+            return scored + [ScoredToken(token, None, []) for token in rest]
+        if not rest:
+            return scored
+        # The logits after the last token score no token of the prompt.
+        logits = self.engine.logits(text.row.ids)[:-1]
+        for start, chunk in row_chunks(logits):
+            tokens = rest[start : start + len(chunk)]
+            scored += score(chunk, tokens, text.top, text.vocab_size)
         return scored
 
 
-def parts_of(logits: Tensor, rows: int = 256) -> Iterable[tuple[int, Tensor]]:
-    """Logits (T, V) in parts of some rows, with the place where each begins."""
-    return ((at, logits[at : at + rows]) for at in range(0, len(logits), rows))
+def row_chunks(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Logits (T, V) in chunks of SCORED_ROWS rows, each with the index of its first row."""
+    for start in range(0, len(logits), SCORED_ROWS):
+        yield start, logits[start : start + SCORED_ROWS]

@@ -1,4 +1,4 @@
-"""What the endpoints do: requests to jobs, events to answers, and jobs forgotten when their client leaves."""
+"""The work behind the endpoints: requests become texts, and events become answers."""
 
 import asyncio
 import secrets
@@ -11,51 +11,66 @@ from starlette.requests import Request
 from castalia.core.errors import ConfigError
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.sampling import Sampling
-from castalia.serve.answers import Answer, Made, sse
+from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
 from castalia.serve.limits import error_body
-from castalia.serve.measures import Measures
-from castalia.serve.pool import Loaded, NoTemplateError, Pool
+from castalia.serve.metrics import ServerMetrics
+from castalia.serve.model_pool import LoadedModel, ModelPool, NoTemplateError
 from castalia.serve.protocol import (
     ChatAnswer,
     ChatRequest,
     CompletionAnswer,
     CompletionRequest,
-    Drawn,
+    SamplingBody,
     Usage,
 )
-from castalia.serve.scheduler import Event, Job, StoppingError
+from castalia.serve.scheduler import ServedText, StoppingError, StreamEvent
 
-ALL_THERE_IS = 2**31 - 1
-"""A chat reply without a limit ends at the model's."""
+DEFAULT_MAX_TOKENS = 16
+"""Of /v1/completions, as in OpenAI's API."""
+NO_LIMIT = 2**31 - 1
+"""max_tokens of a chat reply without one: the model's context ends it."""
+SEED_BITS = 48
+"""Random seeds; text i of a request draws with seed + i, which stays below 2^63."""
+
+Inbox = asyncio.Queue[tuple[int, StreamEvent]]
+"""Events of one request, each with the index of its text."""
 
 
 class FailedError(Exception):
-    """Something went wrong in the model's thread; the cause is attached."""
+    """An exception on the scheduler's thread; the cause is attached."""
 
 
 class ClientLeftError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client disconnected before the answer."""
 
 
 @dataclass
-class Running:
-    """The jobs of one request and where their events arrive."""
+class ActiveRequest:
+    """The texts of one request and the inbox of their events."""
 
-    loaded: Loaded
-    jobs: list[Job]
-    answer: Answer
+    loaded: LoadedModel
+    texts: list[ServedText]
+    answer: AnswerFormat
     echoes: list[str]
-    inbox: asyncio.Queue[tuple[int, Event]]
+    """The prompt repeated before each text; empty without `echo`."""
+    inbox: Inbox
     prompt_tokens: int
-    asked: float = field(default_factory=time.perf_counter)
-    made: list[Made] = field(default_factory=list)
-    last: list[float] = field(default_factory=list)
+    """Tokens of all prompts, each counted once for its `n` texts, as OpenAI does."""
+    received: float = field(default_factory=time.perf_counter)
+    outputs: list[CollectedText] = field(init=False)
+    last_event: list[float] = field(init=False)
+    """Time of each text's last event, for the latency histograms."""
+
+    def __post_init__(self) -> None:
+        self.outputs = [CollectedText() for _ in self.texts]
+        self.last_event = [self.received for _ in self.texts]
 
     def usage(self) -> Usage:
         """Token counts so far."""
-        told = sum(len(made.tokens) for made in self.made)
-        scored = sum(len(job.row.ids) for job in self.jobs if job.score_prompt)
-        completion = told - scored
+        collected = sum(len(output.tokens) for output in self.outputs)
+        # Tokens of a scored prompt are collected too, but they are no part of the completion.
+        scored = sum(len(text.row.ids) for text in self.texts if text.score_prompt)
+        completion = collected - scored
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=completion,
@@ -64,211 +79,250 @@ class Running:
 
 
 class Service:
-    """The models and the numbers, and the work of every endpoint."""
+    """Models and metrics, and the work of every endpoint."""
 
-    def __init__(self, pool: Pool, measures: Measures) -> None:
-        self.pool, self.measures = pool, measures
+    def __init__(self, pool: ModelPool, metrics: ServerMetrics) -> None:
+        self.pool = pool
+        self.metrics = metrics
 
-    async def complete(self, body: CompletionRequest) -> Running:
-        """Start the jobs of a completion request.
+    async def complete(self, body: CompletionRequest) -> ActiveRequest:
+        """Start a completion request.
 
-        Raises  ConfigError on what the model cannot do; QueueFullError, StoppingError.
+        Raises  ConfigError if the model cannot serve it; QueueFullError, StoppingError.
         """
         loaded = await self.model(body.model)
-        most = 16 if body.max_tokens is None else body.max_tokens
-        prompts = [prompt for prompt in body.prompts for _ in range(body.n or 1)]
-        answer = Answer(loaded.model, loaded.name, chat=False, top=body.logprobs)
-        score_prompt = bool(body.echo and body.logprobs is not None)
+        max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        answer = AnswerFormat(loaded.model, loaded.name, chat=False, top=body.logprobs)
         return await self.start(
-            loaded, body, prompts, most, answer, score_prompt=score_prompt, echo=bool(body.echo)
+            loaded,
+            body,
+            body.prompts,
+            max_tokens,
+            answer,
+            score_prompt=bool(body.echo and body.logprobs is not None),
+            echo=bool(body.echo),
         )
 
-    async def chat(self, body: ChatRequest) -> Running:
-        """Start the jobs of a chat request.
+    async def chat(self, body: ChatRequest) -> ActiveRequest:
+        """Start a chat request.
 
-        Raises  ConfigError also if the model has no chat template.
+        Raises  NoTemplateError if the model has no chat template; ConfigError if the template
+                rejects the conversation; QueueFullError, StoppingError.
         """
         loaded = await self.model(body.model)
         if loaded.template is None:
             raise NoTemplateError(
-                f"{loaded.name} has no chat template: it is a base model; use /v1/completions"
+                f"model {loaded.name!r} has no chat template (it is a base model);"
+                " use /v1/completions instead"
             )
-        eod_id, tokenizer = loaded.model.eod_id, loaded.model.tokenizer
-        eos = "" if eod_id is None or tokenizer is None else tokenizer.tokens()[eod_id]
+        eod_id = loaded.model.eod_id
+        tokenizer = loaded.model.tokenizer
+        eos = ""
+        if eod_id is not None and tokenizer is not None:
+            eos = tokenizer.tokens()[eod_id]
         messages = [message.model_dump() for message in body.messages]
         prompt = loaded.template.render(messages, reply=True, eos_token=eos, bos_token=eos)
-        most = body.max_completion_tokens or body.max_tokens or ALL_THERE_IS
-        answer = Answer(
-            loaded.model,
-            loaded.name,
-            chat=True,
-            top=(body.top_logprobs or 0) if body.logprobs else None,
-        )
-        prompts: list[str | list[int]] = [prompt] * (body.n or 1)
-        return await self.start(loaded, body, prompts, most, answer)
+        max_tokens = body.max_completion_tokens or body.max_tokens or NO_LIMIT
+        top = None
+        if body.logprobs:
+            top = body.top_logprobs or 0
+        answer = AnswerFormat(loaded.model, loaded.name, chat=True, top=top)
+        return await self.start(loaded, body, [prompt], max_tokens, answer)
 
-    async def model(self, name: str | None) -> Loaded:
-        """A model, loaded beside the event loop if need be."""
+    async def model(self, name: str | None) -> LoadedModel:
+        """A loaded model; loading takes seconds, so it runs beside the event loop."""
         return await asyncio.to_thread(self.pool.get, name)
 
     async def start(
         self,
-        loaded: Loaded,
-        body: Drawn,
+        loaded: LoadedModel,
+        body: SamplingBody,
         prompts: list[str | list[int]],
-        most: int,
-        answer: Answer,
+        max_tokens: int,
+        answer: AnswerFormat,
         *,
         score_prompt: bool = False,
         echo: bool = False,
-    ) -> Running:
-        """Make the jobs and put them into the queue."""
-        loop, inbox = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-        model = loaded.model
-        seed = secrets.randbits(48) if body.seed is None else body.seed
-        if len(prompts) > loaded.scheduler.most_waiting:
+    ) -> ActiveRequest:
+        """Encode the prompts and queue `n` texts for each."""
+        n = body.n or 1
+        capacity = loaded.scheduler.most_waiting
+        if len(prompts) * n > capacity:
             raise ConfigError(
-                f"{len(prompts)} texts in one request; at most {loaded.scheduler.most_waiting} can wait"
+                f"the request asks for {len(prompts) * n} texts, but at most {capacity} can wait;"
+                " split it"
             )
-        # Long texts take seconds; the other requests do not wait for them.
-        encoded = await asyncio.to_thread(
-            lambda: [model.encode(prompt) for prompt in prompts[:: body.n or 1]]
-        )
-        jobs, counted = [], 0
-        for index in range(len(prompts)):
-            row = model.row(encoded[index // (body.n or 1)], max(1, most), body.stops)
-            if body.ignore_eos:
-                row.eod_id = None
-            counted += len(row.ids) if index % (body.n or 1) == 0 else 0
-            sampling = Sampling(
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_k=body.top_k or 0,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                seed=seed + index,
-            )
-            emit = sender(loop, inbox, index)
-            size = model.config.vocab_size
-            jobs.append(
-                Job(row, sampling, emit, size, answer.top, score_prompt, continues=most > 0)
-            )
-        echoes = [prompt_text(model, prompt) if echo else "" for prompt in prompts]
-        running = Running(loaded, jobs, answer, echoes, inbox, counted)
-        running.made = [Made() for _ in jobs]
-        running.last = [running.asked for _ in jobs]
-        await self.submit(running)
-        self.measures.prompt_tokens.inc(counted)
-        return running
+        model = loaded.model
+        # Long prompts take seconds to encode; other requests must not wait for that.
+        encoded = await asyncio.to_thread(lambda: [model.encode(prompt) for prompt in prompts])
+        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+        loop = asyncio.get_running_loop()
+        inbox = Inbox()
+        texts: list[ServedText] = []
+        echoes: list[str] = []
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            for _ in range(n):
+                index = len(texts)
+                # A row needs room for one token, even if max_tokens=0 only scores the prompt.
+                row = model.row(ids, max(1, max_tokens), body.stops)
+                if body.ignore_eos:
+                    row.eod_id = None
+                text = ServedText(
+                    row=row,
+                    sampling=sampling_of(body, seed + index),
+                    emit=sender(loop, inbox, index),
+                    vocab_size=model.config.vocab_size,
+                    top=answer.top,
+                    score_prompt=score_prompt,
+                    continues=max_tokens > 0,
+                )
+                texts.append(text)
+                echoes.append(prompt_text(model, prompt) if echo else "")
+        prompt_tokens = sum(len(text.row.ids) for text in texts[::n])
+        request = ActiveRequest(loaded, texts, answer, echoes, inbox, prompt_tokens)
+        await self.submit(request)
+        self.metrics.prompt_tokens.inc(prompt_tokens)
+        return request
 
-    async def submit(self, running: Running) -> None:
-        """Into the queue of the model, which is loaded again if it made room for another in between."""
+    async def submit(self, request: ActiveRequest) -> None:
+        """Queue a request's texts.
+
+        Another request may have displaced the model since it was looked up: then its scheduler is
+        closing, and the model is loaded again.
+        """
         try:
-            running.loaded.scheduler.submit(running.jobs)
+            request.loaded.scheduler.submit(request.texts)
         except StoppingError:
             if self.pool.stopping:
                 raise
-            running.loaded = await self.model(running.loaded.name)
-            running.loaded.scheduler.submit(running.jobs)
+            request.loaded = await self.model(request.loaded.name)
+            request.loaded.scheduler.submit(request.texts)
 
-    async def events(self, running: Running) -> AsyncIterator[tuple[int, Event]]:
-        """All events of a request; leaving early cancels what is left of it."""
-        left = len(running.jobs)
+    async def events(self, request: ActiveRequest) -> AsyncIterator[tuple[int, StreamEvent]]:
+        """All events of a request, each with the index of its text.
+
+        Closing the iterator early cancels the rest.
+        Raises  FailedError if a text fails.
+        """
+        unfinished = len(request.texts)
         try:
-            while left:
-                index, event = await running.inbox.get()
+            while unfinished:
+                index, event = await request.inbox.get()
                 if event.error is not None:
-                    raise FailedError(
-                        f"{type(event.error).__name__}: {event.error}"
-                    ) from event.error
-                self.measure(running, index, event)
-                running.made[index].add(event)
-                left -= event.finish_reason is not None
+                    message = f"{type(event.error).__name__}: {event.error}"
+                    raise FailedError(message) from event.error
+                self.measure(request, index, event)
+                request.outputs[index].add(event)
+                if event.finish_reason is not None:
+                    unfinished -= 1
                 yield index, event
         finally:
-            if left:
-                running.loaded.scheduler.cancel(running.jobs)
+            if unfinished:
+                request.loaded.scheduler.cancel(request.texts)
 
-    def measure(self, running: Running, index: int, event: Event) -> None:
-        """Count what arrived."""
+    def measure(self, request: ActiveRequest, index: int, event: StreamEvent) -> None:
+        """Record the latency and the tokens of one event."""
         now = time.perf_counter()
-        first = not running.made[index].tokens
-        (self.measures.first_token if first else self.measures.each_token).observe(
-            now - running.last[index]
-        )
-        running.last[index] = now
-        job = running.jobs[index]
-        scored = len(job.row.ids) if first and job.score_prompt else 0
-        self.measures.made_tokens.inc(len(event.tokens) - scored)
+        is_first = not request.outputs[index].tokens
+        histogram = self.metrics.first_token if is_first else self.metrics.each_token
+        histogram.observe(now - request.last_event[index])
+        request.last_event[index] = now
+        generated = len(event.tokens)
+        text = request.texts[index]
+        if is_first and text.score_prompt:
+            generated -= len(text.row.ids)  # the first event carries the scored prompt as well
+        self.metrics.generated_tokens.inc(generated)
 
-    async def whole(self, running: Running, request: Request) -> CompletionAnswer | ChatAnswer:
-        """The answer when all is there.
+    async def whole(self, active: ActiveRequest, http: Request) -> CompletionAnswer | ChatAnswer:
+        """The complete answer, once every text has ended.
 
-        Raises  ClientLeftError if the client closes the connection before; its jobs are cancelled then.
+        Raises  ClientLeftError if the client disconnects first, which cancels the texts.
         """
 
         async def gather() -> None:
-            async for _ in self.events(running):
+            async for _ in self.events(active):
                 pass
 
-        work, gone = asyncio.create_task(gather()), asyncio.create_task(leaving(request))
+        work = asyncio.create_task(gather())
+        gone = asyncio.create_task(disconnected(http))
         await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()
-            self.measures.cancelled.inc()
+            self.metrics.cancelled.inc()
             raise ClientLeftError
         gone.cancel()
         work.result()
-        return running.answer.whole(running.made, running.echoes, running.usage())
+        return active.answer.whole(active.outputs, active.echoes, active.usage())
 
-    async def chunks(self, running: Running, include_usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events; the last says [DONE]."""
-        offsets, done = [0] * len(running.jobs), False
+    async def chunks(self, request: ActiveRequest, include_usage: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events; the last one is [DONE]."""
+        ended = False
         try:
-            if running.answer.chat:
-                for index in range(len(running.jobs)):
-                    yield running.answer.opening(index)
-            for index, echo in enumerate(running.echoes):
-                if echo:
-                    yield running.answer.chunk(index, Event(echo), 0)
-                    offsets[index] = 0 if running.jobs[index].score_prompt else len(echo)
-            async for index, event in self.events(running):
-                if event.text or event.finish_reason is not None or running.answer.top is not None:
-                    yield running.answer.chunk(index, event, offsets[index])
-                    offsets[index] = max(offsets[index], len(running.echoes[index])) + len(
-                        event.text
-                    )
+            async for chunk in self.text_chunks(request):
+                yield chunk
             if include_usage:
-                yield running.answer.usage_chunk(running.usage())
+                yield request.answer.usage_chunk(request.usage())
             yield "data: [DONE]\n\n"
-            done = True
+            ended = True
         except FailedError as error:
-            done = True
-            yield sse(error_body(500, str(error)))
+            # The status line is sent already; an error event is all that is left to say.
+            ended = True
+            yield server_sent(error_body(500, str(error)))
         finally:
-            if not done:
-                running.loaded.scheduler.cancel(running.jobs)
-                self.measures.cancelled.inc()
+            if not ended:  # Starlette closes the iterator when the client disconnects
+                request.loaded.scheduler.cancel(request.texts)
+                self.metrics.cancelled.inc()
+
+    async def text_chunks(self, request: ActiveRequest) -> AsyncIterator[str]:
+        """Openings, echoes and events of a request as server-sent events."""
+        answer = request.answer
+        offsets = [0] * len(request.texts)
+        if answer.chat:
+            for index in range(len(request.texts)):
+                yield answer.opening(index)
+        for index, echo in enumerate(request.echoes):
+            if echo:
+                yield answer.chunk(index, StreamEvent(echo), 0)
+                # A scored prompt comes with the first event, so text_offset starts at its 0.
+                if not request.texts[index].score_prompt:
+                    offsets[index] = len(echo)
+        async for index, event in self.events(request):
+            # A step may end inside a character: nothing to send unless its tokens are reported.
+            if event.text or event.finish_reason is not None or answer.top is not None:
+                yield answer.chunk(index, event, offsets[index])
+                offsets[index] = max(offsets[index], len(request.echoes[index])) + len(event.text)
+
+
+def sampling_of(body: SamplingBody, seed: int) -> Sampling:
+    """The sampling of one text; null takes OpenAI's default."""
+    return Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_k=body.top_k or 0,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=seed,
+    )
 
 
 def sender(
-    loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[tuple[int, Event]], index: int
-) -> Callable[[Event], None]:
-    """How the scheduler's thread hands job number `index`'s events to the event loop."""
+    loop: asyncio.AbstractEventLoop, inbox: Inbox, index: int
+) -> Callable[[StreamEvent], None]:
+    """A callback for the scheduler's thread that puts the events of text `index` into `inbox`."""
 
-    def emit(event: Event) -> None:
+    def emit(event: StreamEvent) -> None:
         try:
             loop.call_soon_threadsafe(inbox.put_nowait, (index, event))
-        except RuntimeError:  # the loop is closed: the server has gone down and nobody waits
+        except RuntimeError:  # the loop is closed: the server is down and nobody waits
             return
 
     return emit
 
 
-async def leaving(request: Request) -> None:
+async def disconnected(request: Request) -> None:
     """Return when the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def prompt_text(model: LanguageModel, prompt: str | list[int]) -> str:
-    """The prompt as text, to be repeated before its continuation."""
+    """The prompt as text, for `echo`."""
     return prompt if isinstance(prompt, str) else model.decode(prompt)

@@ -1,4 +1,4 @@
-"""Numbers of a server for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from typing import Any
 
@@ -6,10 +6,14 @@ from castalia.core.extras import require
 from castalia.serve.limits import App, Message, Receive, Scope, Send
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+"""Bucket bounds: from one token of a small model to a first token behind a long queue."""
 
 
-class Measures:
-    """Counters and histograms, in a registry of their own so that two servers in one process do not mix."""
+class ServerMetrics:
+    """Counters, gauges and histograms.
+
+    They live in a registry of their own: two servers in one process must not share counts.
+    """
 
     def __init__(self) -> None:
         client = require("prometheus_client", "serve", "castalia serve")
@@ -22,14 +26,14 @@ class Measures:
         self.requests = make(
             client.Counter, "requests_total", "Requests by path and status", "path", "status"
         )
-        self.prompt_tokens = make(client.Counter, "prompt_tokens_total", "Tokens of prompts")
-        self.made_tokens = make(
+        self.prompt_tokens = make(client.Counter, "prompt_tokens_total", "Prompt tokens")
+        self.generated_tokens = make(
             client.Counter, "generated_tokens_total", "Tokens that were generated"
         )
         self.cancelled = make(
-            client.Counter, "cancelled_total", "Requests whose client left before the end"
+            client.Counter, "cancelled_total", "Requests whose client disconnected before the end"
         )
-        self.running = make(client.Gauge, "running", "Texts that are being continued")
+        self.running = make(client.Gauge, "running", "Texts being generated")
         self.waiting = make(client.Gauge, "waiting", "Texts in the queue")
         self.first_token = make(
             client.Histogram,
@@ -45,23 +49,28 @@ class Measures:
         )
 
     def page(self) -> tuple[bytes, str]:
-        """The text and its content type."""
+        """The metrics in Prometheus's text format, and its content type."""
         return self.client.generate_latest(self.registry), self.client.CONTENT_TYPE_LATEST
 
 
-class Counted:
-    """Counts every answer by its path and status. Plain ASGI, so that streams pass through."""
+class RequestCounter:
+    """ASGI middleware: counts every answer by path and status.
 
-    def __init__(self, app: App, measures: Measures) -> None:
-        self.app, self.measures = app, measures
+    Plain ASGI: Starlette's middleware class would buffer streamed answers.
+    """
+
+    def __init__(self, app: App, metrics: ServerMetrics) -> None:
+        self.app = app
+        self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Pass one request on and count its answer."""
 
         async def count(message: Message) -> None:
             if message["type"] == "http.response.start":
+                # The route's pattern, not the path asked for: clients must not create labels.
                 path = getattr(scope.get("route"), "path", "other")
-                self.measures.requests.labels(path, str(message["status"])).inc()
+                self.metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
         await self.app(scope, receive, count)

@@ -1,0 +1,182 @@
+"""The models of a server: every checkpoint of the given runs, loaded on demand."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from castalia.checkpoint import complete_steps
+from castalia.checkpoint.hf import is_hf_folder
+from castalia.checkpoint.manifest import step_name
+from castalia.core.errors import ConfigError, nearest
+from castalia.corpus.chat_template import ChatTemplate, read_chat_template
+from castalia.inference.language_model import LanguageModel
+from castalia.inference.loading import load
+from castalia.serve.scheduler import Scheduler
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """The path of one model and its modification time."""
+
+    path: str
+    created: int
+    """Seconds since 1970; 0 for a model from the hub."""
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory, with the scheduler whose thread owns it."""
+
+    name: str
+    model: LanguageModel
+    scheduler: Scheduler
+    template: ChatTemplate | None
+    """The tokenizer's chat template; None for a base model."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How models are loaded, and how many texts each accepts."""
+
+    engine: str = "auto"
+    dtype: str | None = None
+    slots: int = 16
+    """Texts generated at a time."""
+    most_waiting: int = 256
+    """Texts that may wait in the queue of one model."""
+    keep: int = 1
+    """Models in memory at a time."""
+
+
+class UnknownModelError(ConfigError):
+    """A request names a model that this server does not have."""
+
+
+class NoTemplateError(ConfigError):
+    """A chat request to a model without a chat template."""
+
+
+class ModelPool:
+    """Models by name: NAME is the newest checkpoint of a run, NAME@step1000 one of its steps."""
+
+    def __init__(self, paths: Sequence[str], options: ServeOptions) -> None:
+        """Find all checkpoints and load the first model.
+
+        Raises  ConfigError if two models share a name; CheckpointError if a path holds no model.
+        """
+        self.options = options
+        self.locations: dict[str, ModelLocation] = {}
+        for path in paths:
+            self.add(path)
+        self.loaded: OrderedDict[str, LoadedModel] = OrderedDict()
+        """Least recently used first."""
+        self.lock = threading.Lock()
+        self.stopping = False
+        self.get(None)
+
+    def add(self, path: str) -> None:
+        """Register the model at `path` and, for a run, each of its steps.
+
+        Raises  ConfigError if a name is taken.
+        """
+        for name, model_path in models_at(path).items():
+            if name in self.locations:
+                raise ConfigError(
+                    f"two models share the name {name}: {self.locations[name].path} and"
+                    f" {model_path}; rename one of the folders"
+                )
+            created = 0
+            if Path(model_path).exists():
+                created = int(Path(model_path).stat().st_mtime)
+            self.locations[name] = ModelLocation(model_path, created)
+
+    def get(self, name: str | None) -> LoadedModel:
+        """A loaded model, the first one if `name` is None; loads it if necessary.
+
+        The least recently used model makes room.
+        Raises  UnknownModelError with the nearest name; CheckpointError if a checkpoint is damaged.
+        """
+        if name is None:
+            name = next(iter(self.locations))
+        if name not in self.locations:
+            raise UnknownModelError(
+                f"unknown model {name!r}; GET /v1/models lists the models of this server"
+                f"{nearest(name, self.locations)}"
+            )
+        with self.lock:
+            if name not in self.loaded:
+                self.make_room()
+                self.loaded[name] = self.load(name)
+            self.loaded.move_to_end(name)
+            return self.loaded[name]
+
+    def make_room(self) -> None:
+        """Drop the least recently used models until another fits.
+
+        A dropped model finishes its texts first; then its thread ends and releases the weights.
+        Waiting for that here would hold the lock, and with it every other request.
+        """
+        while len(self.loaded) >= self.options.keep:
+            _, oldest = self.loaded.popitem(last=False)
+            oldest.scheduler.close(wait=False)
+
+    def load(self, name: str) -> LoadedModel:
+        """Read a model and start its scheduler."""
+        path = self.locations[name].path
+        model = load(path, engine=self.options.engine, dtype=self.options.dtype)
+        scheduler = Scheduler(
+            model.engine,
+            slots=self.options.slots,
+            length=model.config.max_position_embeddings,
+            most_waiting=self.options.most_waiting,
+        )
+        return LoadedModel(name, model, scheduler, read_chat_template(Path(path)))
+
+    def close(self) -> None:
+        """Accept no more texts; the running ones finish."""
+        self.stopping = True
+        with self.lock:
+            for loaded in self.loaded.values():
+                loaded.scheduler.close(wait=False)
+
+    def counts(self) -> tuple[int, int]:
+        """Running and waiting texts of all models."""
+        running = 0
+        waiting = 0
+        # A copy: another thread may load a model meanwhile.
+        for loaded in list(self.loaded.values()):
+            running += len(loaded.scheduler.running)
+            waiting += len(loaded.scheduler.waiting)
+        return running, waiting
+
+
+def models_at(path: str) -> dict[str, str]:
+    """Name and path of every model that `path` stands for.
+
+    A run gives its newest checkpoint under the run's name and each step as NAME@stepN. A step of a
+    run, a Hugging Face folder or a hub id (which may end in @REVISION) is one model.
+    """
+    folder = Path(path)
+    models = {model_name(folder): path}
+    if not folder.is_dir() or is_hf_folder(folder):
+        return models
+    steps_folder = folder
+    if (folder / "checkpoints").is_dir():
+        steps_folder = folder / "checkpoints"
+    for step in complete_steps(steps_folder):
+        models[f"{model_name(folder)}@step{step}"] = str(steps_folder / step_name(step))
+    return models
+
+
+def model_name(folder: Path) -> str:
+    """The name under which clients request the model at `folder`."""
+    resolved = folder.resolve()
+    if folder.name.startswith("step") and resolved.parent.name == "checkpoints":
+        run = resolved.parents[1].name
+        return f"{run}@step{int(folder.name.removeprefix('step-'))}"
+    if "@" in folder.name:
+        return folder.name
+    # Resolved, so that `.` and `..` have a name.
+    return resolved.name
