@@ -217,7 +217,9 @@ def test_echoed_logprobs_are_what_a_harness_sums(
     assert len(choice["logprobs"]["top_logprobs"][3]) in (3, 4)
 
 
-def test_an_end_of_document_token_is_reported_too(server: LiveServer, speaker: LanguageModel) -> None:
+def test_an_end_of_document_token_is_reported_too(
+    server: LiveServer, speaker: LanguageModel
+) -> None:
     ids = speaker.encode("def twice(")
     made = speaker.complete([ids], 200)[0]
     assert made.finish_reason == "eod"
