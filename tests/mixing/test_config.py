@@ -66,8 +66,8 @@ WRONG = {
     "exhaustion of source 'web': expected repeat, stop, drop or cap:N epochs, got 'halt'": {
         "exhaustion": {"web": "halt"}
     },
-    "floor: Input should be less than or equal to 1, got 2": {"floor": 2},
-    "warmup_step: unknown key; did you mean 'warmup_steps'": {"warmup_step": 2},
+    "floor: must be at most 1, got 2": {"floor": 2},
+    "warmup_step: unknown key; did you mean '(mixing.)?warmup_steps'": {"warmup_step": 2},
 }
 
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from castalia.config import dump_yaml
-from castalia.config.base import leaves
 from castalia.config.changes import may_change
+from castalia.config.fields import leaves
 from castalia.core.errors import ConfigError
 from castalia.recipes import load_config
 from castalia.train.config import RunConfig

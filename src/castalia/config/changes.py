@@ -10,7 +10,9 @@ alters the model, the update rule or the data order, and stays as it is for the 
 from dataclasses import dataclass
 from typing import Literal
 
-from castalia.config.base import Config, sections
+from pydantic import BaseModel
+
+from castalia.config.fields import sections
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,14 @@ class Changes:
 AT_RESUME = Changes("at resume")
 
 
-def may_change(kind: type[Config], key: str) -> bool:
+def may_change(kind: type[BaseModel], key: str) -> bool:
     """Whether the dotted `key` of a config of class `kind` may change when a run is resumed.
 
     An unknown key may not. A key of a plain mapping, such as `launch.environment.PATH`, follows
     the field that holds the mapping.
     """
     free = False
-    classes = [kind]
+    classes: list[type[BaseModel]] = [kind]
     for name in key.split("."):
         fields = [cls.model_fields[name] for cls in classes if name in cls.model_fields]
         marks = [mark for field in fields for mark in field.metadata if isinstance(mark, Changes)]

@@ -2,11 +2,12 @@
 
     optim: Annotated[OptimConfig, Kind(OPTIMIZERS, "adamw")]
 
-The section's key `kind` (or another, see `key`) names a member of the registry; the member's own config class then
-validates the section. The registry is read when a config is validated, so a member registered later is a member like
-any other: that is how a family, a loss or an optimizer of another package enters.
+The section's key `kind` (or another, see `key`) names a member of the registry, and the member's
+own config class validates the section. The registry is read whenever a config is validated, so a
+family, a loss or an optimizer that another package registers at run time is valid at once.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -17,8 +18,15 @@ from castalia.core.errors import nearest
 from castalia.core.registry import Registry
 
 
+def inside(values: Any, key: str) -> Any:
+    """The value of `key`; None if `values` is not a mapping or lacks it."""
+    if not isinstance(values, Mapping):
+        return None
+    return values.get(key)
+
+
 class Kind:
-    """Marks a field of a config: `registry` maps each name to a config class, or to a thing with a `Config`."""
+    """Marks a field; `registry` maps names to config classes, or to objects with a `Config`."""
 
     def __init__(self, registry: Registry[Any], default: str, *, key: str = "kind") -> None:
         self.registry = registry
@@ -38,14 +46,21 @@ class Kind:
         """The config class of each member, by name."""
         return {name: self.config_class(name) for name in self.registry}
 
+    def chosen(self, values: Any) -> type[BaseModel]:
+        """The class that a section's `values` choose; the default's if they choose no member."""
+        name = inside(values, self.key)
+        if isinstance(name, str) and name in self.registry:
+            return self.config_class(name)
+        return self.config_class(self.default)
+
     def validate(self, value: Any) -> BaseModel:
-        """A config of the chosen class; a config that is one already passes as it is."""
+        """A config of the chosen class; an object of a config class passes unchanged."""
         if isinstance(value, BaseModel):
             return value
         if not isinstance(value, dict):
             raise PydanticCustomError("section", "expected a section of keys and values")
         name = value.get(self.key, self.default)
-        if name not in self.registry:
+        if not isinstance(name, str) or name not in self.registry:
             menu = ", ".join(sorted(self.registry))
             raise PydanticCustomError(
                 "unknown_kind",
@@ -64,6 +79,8 @@ class Kind:
         """Validation and serialization of the field."""
         return core_schema.no_info_plain_validator_function(
             self.validate,
+            # The section's own class serializes it: the annotation names only the members' base,
+            # whose serializer would drop the fields that a member adds.
             serialization=core_schema.plain_serializer_function_ser_schema(
                 lambda config, info: config.model_dump(mode=info.mode), info_arg=True
             ),

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from castalia.config.base import Problem, check, leaves, report
+from castalia.config.base import check, report
+from castalia.config.fields import leaves
 from castalia.config.neox import is_neox, override_hint, read_neox
 from castalia.config.neox_reading import Reading
+from castalia.config.problems import Problem
 from castalia.config.values import apply_overrides, flatten, is_override, merge, read_yaml
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.ranks import world_size

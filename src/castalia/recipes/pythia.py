@@ -118,15 +118,13 @@ def same_shape(config: ModelConfig) -> str | None:
 
 
 def known_mistakes(values: Any) -> list[str]:
-    """What to do about model values that a published file has by mistake."""
-    shape = (
-        [values.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")]
-        if values
-        else []
-    )
+    """The way out for model values that a published file has by mistake."""
+    if not isinstance(values, dict):
+        return []
+    shape = [values.get(key) for key in ("num_layers", "hidden_size", "num_attention_heads")]
     if shape != [40, 5120, 36]:
         return []
     return [
-        "these are the layers and heads of pythia-12b-deduped.yml as published, which has them in each other's place:"
-        " model.num_layers=36 model.num_attention_heads=40, or the preset pythia-12b-deduped"
+        "pythia-12b-deduped.yml was published with layers and heads exchanged; set"
+        " model.num_layers=36 model.num_attention_heads=40, or use the preset pythia-12b-deduped"
     ]
