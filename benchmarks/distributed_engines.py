@@ -16,7 +16,6 @@ import torch.distributed as dist
 from machine import resident_bytes, seconds
 
 from castalia.distributed import ParallelConfig, World
-from castalia.distributed.world import meshes
 from castalia.recipes import load_config
 from castalia.train.resume import checkpoint_state, own_tensors
 from castalia.train.trainer import Trainer
@@ -71,12 +70,8 @@ def sharded_alone(device: str) -> World:
     kind = "cuda" if device == "cuda" else "cpu"
     store = dist.HashStore()
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=0, world_size=1)
-    return World(
-        0, 1, torch.device(kind, 0) if kind == "cuda" else torch.device(kind), *meshes(kind, ALONE)
-    )
-
-
-ALONE = ParallelConfig().degrees(1)
+    place = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+    return World.arranged(0, place, ParallelConfig().degrees(1), kind)
 
 
 def main() -> None:

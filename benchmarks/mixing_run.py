@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from castalia.data.indexed import IndexedDataset
 from castalia.demo.corpus import CorpusPaths
+from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, ModelConfig
 from castalia.models.cross_entropy import fused_cross_entropy
 from castalia.train.config import OptimConfig, ScheduleConfig
-from castalia.train.optim import clip_gradients, gradient_norm, make_optimizer, set_lr
+from castalia.train.optim import make_optimizer, set_lr
 from castalia.train.schedule import make_schedule
 
 Tokens = NDArray[np.uint16]
@@ -164,7 +165,7 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
         read = plan.rows()
         rows = np.stack([text.train[s][i] for s, i in zip(read.source, read.index, strict=True)])
         losses = losses_of(model, rows).numpy()
-        clip_gradients(model, gradient_norm(model), 1.0)
+        clip_gradients(model.parameters(), float(gradient_norm(model)), 1.0)
         set_lr(optimizer, rate(step - 1))
         optimizer.step()
         optimizer.zero_grad()

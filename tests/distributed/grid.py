@@ -31,9 +31,9 @@ import castalia.train.trainer as loop
 from castalia.checkpoint import read
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
+from castalia.distributed.gradients import gradient_norm
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook, Metrics, Save
-from castalia.train.optim import gradient_norm
 
 LIMIT = 1e-5
 BASE = (
@@ -278,11 +278,16 @@ class ClippedNorm(Hook):
         self.norm = 0.0
         clip = loop.clip_gradients
 
-        def measured(model: Any, *arguments: Any) -> None:
-            clip(model, *arguments)
+        def measured(*arguments: Any) -> None:
+            clip(*arguments)
+            model = self.model
             self.norm = float(gradient_norm(model, without=getattr(model, "copies", ())))
 
         loop.clip_gradients = measured
+
+    def start(self, trainer: Any) -> None:
+        """Remember whose gradients are measured."""
+        self.model = trainer.model
 
     def after_step(self, trainer: Any) -> None:
         """Write it with the metrics, which come later in the list."""

@@ -134,5 +134,5 @@ def test_a_mesh_that_does_not_match_the_world_is_refused_before_the_processes_me
     (said,) = done.stderr.splitlines()
     assert (
         said.startswith("castalia: error: parallel.dp_replicate=2")
-        and "does not make 3 processes" in said
+        and "needs a world size of 2 or a multiple of it, got 3" in said
     )

@@ -16,7 +16,7 @@ import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from castalia.distributed.layout import parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
-from castalia.distributed.world import World, check_layout, meshes
+from castalia.distributed.world import World, check_layout
 from castalia.models import Decoder
 from castalia.models.stages import split
 from castalia.recipes import load_config
@@ -27,7 +27,7 @@ for name, degrees in json.loads(sys.argv[1]).items():
     for rank in (0, 201, 255):
         dist.init_process_group("fake", rank=rank, world_size=256, store=FakeStore())
         degrees = config.parallel.degrees(256)
-        world = World(rank, 256, torch.device("meta"), *meshes("cpu", degrees))
+        world = World.arranged(rank, torch.device("meta"), degrees, "cpu")
         runs = split(config.model.num_layers, config.parallel.stages)
         stages = []
         for number in stage_numbers(config.parallel, world.coordinate("pp")):

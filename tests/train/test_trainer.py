@@ -253,9 +253,9 @@ def test_what_is_wrong_is_found_before_the_first_step(make, overrides, message):
 
 
 def test_layouts_that_cannot_run_are_refused():
-    with pytest.raises(ConfigError, match="does not make 4 processes"):
+    with pytest.raises(ConfigError, match="needs a world size of 3 or a multiple of it, got 4"):
         check_layout(ParallelConfig(dp_replicate=3), 4)
-    with pytest.raises(ConfigError, match="dp_shard=2 does not make 1 process"):
+    with pytest.raises(ConfigError, match="dp_shard=2 needs a world size of 2, got 1"):
         check_layout(ParallelConfig(dp_shard=2), 1)
     check_layout(ParallelConfig(dp_replicate=2, dp_shard=2), 4)
 

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from castalia.core.errors import ConfigError
 from castalia.distributed.gather import gather
 
 SEQUENCE = 1
@@ -87,6 +88,21 @@ class VocabPart:
         return values
 
 
+def require_split(model: nn.Module) -> None:
+    """Every parameter must be a DTensor once the plans are applied.
+
+    A plain one would get the gradient of this rank's tokens alone, since the sequence is split between the matrices:
+    the copies on the tp ranks would drift apart without an error.
+    Raises  ConfigError naming the parameters that no `tp_plan` mentions.
+    """
+    missing = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+    if missing:
+        raise ConfigError(
+            f"parallel.tp: no tp_plan splits or replicates {', '.join(missing)};"
+            " declare their modules in the tp_plan of the block, or use parallel.tp=1"
+        )
+
+
 def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     """Apply the `tp_plan` of every module that has one over the 1-D `mesh`, before anything else touches the model.
 
@@ -100,6 +116,7 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
         }
         if styles:
             parallelize_module(owner, mesh, styles, src_data_rank=None)
+    require_split(model)
     count: int = model.config.padded_vocab_size  # type: ignore[union-attr, assignment]
     first = count // mesh.size() * mesh.get_local_rank()
     model.vocab_part = VocabPart(first, count, mesh.get_group())  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The processes of a run, as a launcher starts them; one process needs no launcher."""
+"""The ranks of a run, as a launcher starts them; a single process needs no launcher."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,46 +6,48 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from castalia.core.errors import ConfigError
 from castalia.core.ranks import environment
 from castalia.distributed.config import Degrees, ParallelConfig
 from castalia.distributed.context_parallel import SequencePart
 from castalia.distributed.join import join
+from castalia.distributed.mesh import LOSSES, SEQUENCES, WEIGHTS, coordinate, make_mesh
 
 
 def check_layout(config: ParallelConfig, size: int) -> None:
-    """Refuse a layout that does not make `size` processes, before any process group starts.
+    """Refuse parallel degrees that do not multiply to the world size, before any process group starts.
 
     Raises  ConfigError.
     """
     if config.degrees(size).size == size:
         return
+    # dp_shard=null is left out: it has no number of its own, it takes the ranks that the others leave.
+    given = {axis: getattr(config, axis) for axis in Degrees._fields}
     product = " x ".join(
-        f"parallel.{axis}={getattr(config, axis) or 'all that are left'}"
-        for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-        if getattr(config, axis) != 1
+        f"parallel.{axis}={degree}" for axis, degree in given.items() if degree not in (None, 1)
     )
     wanted = config.degrees(1)._replace(dp_shard=config.dp_shard or 1).size
+    # Without a fixed dp_shard the sharded ranks fill up what the other degrees leave.
     multiple = "" if config.dp_shard else " or a multiple of it"
     raise ConfigError(
-        f"{product} does not make {size} process{'es' if size > 1 else ''}; start {wanted}{multiple} with"
-        " torchrun --nproc-per-node, or change the degrees"
+        f"{product} needs a world size of {wanted}{multiple}, got {size}:"
+        f" start {wanted} ranks with torchrun --nproc-per-node, or change the degrees"
     )
 
 
 ALONE = Degrees(1, 1, 1, 1, 1)
-"""One process."""
+"""The degrees of a single rank."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them.
+    """This rank among all of them.
 
-    `mesh` has the axes along which weights are split: pp, dp_replicate, dp_shard (cp is folded into it: the processes
-    that split a sequence share its weights too) and tp; None for one process alone.
-    `parts` is the group of the processes that hold different parts of a batch's loss: all of one tp coordinate.
+    mesh      how weights are split and copied, see `castalia.distributed.mesh`; None for a single rank.
+    cp_group  the ranks that hold tokens of the same rows; None where each holds whole rows.
+    parts     the ranks that hold different addends of a batch's loss; None means all.
     """
 
     rank: int
@@ -58,61 +60,66 @@ class World:
 
     @classmethod
     def start(cls, config: ParallelConfig, device: str = "auto") -> "World":
-        """Join the other processes (gloo on CPU, nccl on GPU); alone, no process group is made."""
+        """Join the other ranks, by gloo on CPUs and nccl on GPUs; a single rank makes no process group.
+
+        Raises  ConfigError for degrees that do not fit the world size, or device=cuda without a GPU.
+        """
         rank, size, local_rank = environment()
         check_layout(config, size)
-        kind = (
-            "cuda"
-            if device == "cuda" or (device == "auto" and torch.cuda.is_available())
-            else "cpu"
-        )
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(
-                "device=cuda, but torch finds no GPU here; use device=auto or device=cpu"
-            )
-        place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-        if kind == "cuda":
-            torch.cuda.set_device(place)
+        place = choose_device(device, local_rank)
         if size == 1:
             return cls(0, 1, place)
         if not dist.is_initialized():
-            join("nccl" if kind == "cuda" else "gloo", rank, size, config.timeout)
-        return cls(rank, size, place, *meshes(kind, config.degrees(size)))
+            join("nccl" if place.type == "cuda" else "gloo", rank, size, config.timeout)
+        return cls.arranged(rank, place, config.degrees(size), place.type)
+
+    @classmethod
+    def arranged(
+        cls, rank: int, device: torch.device, degrees: Degrees, mesh_device: str
+    ) -> "World":
+        """The ranks of an existing process group, arranged by `degrees`; all ranks call it together.
+
+        `mesh_device` is `cpu` or `cuda`, the kind of device that the process group's backend serves.
+        """
+        # Every rank makes the same meshes in the same order: making one is a collective call. A mesh whose only new
+        # axis has one rank is not made, since each process group costs memory and connections.
+        mesh = make_mesh(mesh_device, degrees, WEIGHTS)
+        cp_group = parts = None
+        if degrees.cp > 1:
+            cp_group = make_mesh(mesh_device, degrees, SEQUENCES)["cp"].get_group()
+        if degrees.tp > 1:
+            parts = make_mesh(mesh_device, degrees, LOSSES)["parts"].get_group()
+        return cls(rank, degrees.size, device, mesh, degrees, cp_group, parts)
 
     def coordinate(self, axis: str) -> int:
-        """This process's place along pp, dp_replicate, dp_shard, cp or tp."""
-        stride = 1
-        for name, degree in reversed(self.degrees._asdict().items()):
-            if name == axis:
-                return self.rank // stride % degree
-            stride *= degree
-        raise KeyError(axis)
+        """This rank's coordinate along pp, dp_replicate, dp_shard, cp or tp."""
+        return coordinate(self.rank, self.degrees, axis)
 
     @property
     def dp_rank(self) -> int:
-        """Which rows of a batch this process takes, of `degrees.dp`."""
+        """Which share of a batch's rows this rank takes, of `degrees.dp`."""
         return self.coordinate("dp_replicate") * self.degrees.dp_shard + self.coordinate("dp_shard")
 
     @property
     def sequence(self) -> SequencePart | None:
-        """The tokens of each row that this process takes; None when it takes whole rows."""
+        """The tokens of each row that this rank holds; None where it holds whole rows."""
         if self.cp_group is None:
             return None
         return SequencePart(self.coordinate("cp"), self.degrees.cp, self.cp_group)
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes logs and folders."""
+        """Whether this rank writes logs and folders."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over the processes that hold different parts of a batch, in place and returned."""
+        """Sum of `values` over the ranks with different addends of the loss, in place and returned."""
         if self.size > 1:
             dist.all_reduce(values, group=self.parts)
         return values
 
     def agree(self, number: int) -> int:
-        """The number that rank 0 holds."""
+        """The number that rank 0 passes."""
         if self.size == 1:
             return number
         shared = torch.tensor([number], dtype=torch.int64, device=self.device)
@@ -120,7 +127,7 @@ class World:
         return int(shared)
 
     def largest(self, *numbers: int) -> list[int]:
-        """The largest of each number over all processes."""
+        """The largest value of each number over all ranks."""
         if self.size == 1:
             return list(numbers)
         shared = torch.tensor(numbers, dtype=torch.int64, device=self.device)
@@ -128,20 +135,20 @@ class World:
         return shared.tolist()
 
     def union(self, numbers: Iterable[int]) -> list[int]:
-        """What any process holds of these numbers from 0 on, each once, in ascending order."""
+        """The set of non-negative numbers that any rank passes, in ascending order."""
         mine = sorted(set(numbers))
         if self.size == 1:
             return mine
+        # all_gather needs equal lengths: shorter lists are padded with -1, which is dropped again.
         (most,) = self.largest(len(mine))
-        padded = torch.tensor(
-            [*mine, *[-1] * (most - len(mine))], dtype=torch.int64, device=self.device
-        )
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
-        return sorted({number for part in parts for number in part.tolist() if number >= 0})
+        padding = [-1] * (most - len(mine))
+        padded = torch.tensor([*mine, *padding], dtype=torch.int64, device=self.device)
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded)
+        return sorted({number for each in gathered for number in each.tolist() if number >= 0})
 
     def wait(self) -> None:
-        """Return when all processes are here."""
+        """Return when every rank has called this."""
         if self.size > 1:
             dist.barrier()
 
@@ -151,24 +158,16 @@ class World:
             dist.destroy_process_group()
 
 
-def meshes(
-    kind: str, degrees: Degrees
-) -> tuple[DeviceMesh, Degrees, dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """The mesh of the weights, the degrees, and the groups `cp_group` and `parts`; all processes call it together."""
-    pp, dp_replicate, dp_shard, cp, tp = degrees
-    mesh = init_device_mesh(
-        kind,
-        (pp, dp_replicate, dp_shard * cp, tp),
-        mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"),
-    )
-    cp_group = parts = None
-    if cp > 1:
-        shape = (pp * degrees.dp, cp, tp)
-        cp_group = init_device_mesh(kind, shape, mesh_dim_names=("rows", "cp", "tp"))[
-            "cp"
-        ].get_group()
-    if tp > 1:
-        parts = init_device_mesh(kind, (degrees.size // tp, tp), mesh_dim_names=("parts", "tp"))[
-            "parts"
-        ].get_group()
-    return mesh, degrees, cp_group, parts
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device of this rank: `cuda` takes the GPU of its local rank, `auto` a GPU where one is found.
+
+    Raises  ConfigError if `cuda` is asked for and torch finds no GPU.
+    """
+    found_gpu = torch.cuda.is_available()
+    if name == "cuda" and not found_gpu:
+        raise ConfigError("device=cuda, but torch finds no GPU; use device=auto or device=cpu")
+    if name == "cpu" or not found_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
