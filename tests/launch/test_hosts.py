@@ -1,4 +1,4 @@
-"""Real launchers on this machine: Open MPI, pdsh over an ssh server, and two hosts in network namespaces."""
+"""Real launchers on this machine: Open MPI, pdsh over ssh, and two hosts in network namespaces."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
 def needs(**packages: str) -> pytest.MarkDecorator:
-    """Skip, naming the Debian packages, unless the programs are there: program=package, `_` for `-`."""
+    """Skip with the missing Debian packages unless every program is installed: program=package."""
     missing = sorted(
         package for program, package in packages.items() if not shutil.which(program, path=PATH)
     )
@@ -56,14 +56,14 @@ def losses(run: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Losses of the short run on one process."""
+    """Losses of the short run on one rank."""
     folder = tmp_path_factory.mktemp("alone")
     ended(castalia("train", *SHORT, "output=run", folder=folder))
     return losses(folder / "run")
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as here:
         here.bind(("127.0.0.1", 0))
         return here.getsockname()[1]
@@ -113,7 +113,7 @@ def test_plain_mpirun_is_recognised_without_castalia_launch(alone, tmp_path):
 
 @pytest.mark.slow
 @needs(mpirun="openmpi-bin")
-def test_a_stop_of_mpirun_saves_and_the_same_command_goes_on(tmp_path):
+def test_stopping_mpirun_saves_and_the_same_command_resumes(tmp_path):
     words = (
         "launch",
         *BASE,
@@ -143,8 +143,9 @@ def test_a_stop_of_mpirun_saves_and_the_same_command_goes_on(tmp_path):
 
 @pytest.fixture(scope="module")
 def ssh_server(tmp_path_factory):
-    """An ssh server on a port of its own that lets this user in by a key; gives the arguments of ssh that reach it."""
-    folder, port = tmp_path_factory.mktemp("ssh"), free_port()
+    """A private ssh server that accepts this user's key; gives the ssh arguments that reach it."""
+    folder = tmp_path_factory.mktemp("ssh")
+    port = free_port()
     for name in ("host", "user"):
         subprocess.run(
             ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True
@@ -220,7 +221,7 @@ def test_a_host_that_does_not_answer_is_named(tmp_path):
     _, err = running.communicate(timeout=60)
     assert running.returncode == 2
     assert err.startswith(
-        "castalia: error: ssh does not reach 2 of 2 hosts: 127.0.0.1 (ssh: connect to host 127.0.0.1"
+        "castalia: error: ssh does not reach 2 of 2 hosts: 127.0.0.1 (ssh: connect to host "
     )
     assert (
         "Connection refused" in err

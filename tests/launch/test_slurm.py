@@ -1,4 +1,4 @@
-"""A real Slurm of one node: a run that is told to stop goes back into the queue and ends as if it had not been."""
+"""A real one-node Slurm: a stopped run requeues itself and ends as if it had not been stopped."""
 
 import json
 import os
@@ -55,25 +55,25 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as here:
         here.bind(("127.0.0.1", 0))
         return here.getsockname()[1]
 
 
 def wait_for(true, what: str, seconds: float = 90):
-    """Poll until `true()` gives something, and return it."""
+    """Poll until `true()` is truthy, and return its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if found := true():
-            return found
+        if value := true():
+            return value
         time.sleep(0.5)
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """A munged, a slurmctld and a slurmd in a folder of their own; gives the environment that finds them."""
+    """A private munged, slurmctld and slurmd; gives the environment that reaches them."""
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
@@ -136,18 +136,15 @@ def castalia(*words: str, folder: Path, environment: dict[str, str]) -> str:
 def lines(run: Path) -> list[dict]:
     """Steps in metrics.jsonl; none yet is an empty list."""
     path = run / "metrics.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        if path.exists()
-        else []
-    )
+    if not path.exists():
+        return []
+    # The last line may still be growing.
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def test_a_run_that_is_told_to_stop_is_requeued_and_goes_on(slurm, tmp_path):
-    run, config = (
-        tmp_path / "run",
-        (*BASE, "train.steps=400", "train.log_every=100", "checkpoint.steps=[]"),
-    )
+def test_a_stopped_run_is_requeued_and_resumes(slurm, tmp_path):
+    run = tmp_path / "run"
+    config = (*BASE, "train.steps=400", "train.log_every=100", "checkpoint.steps=[]")
     said = castalia(
         *("launch", *config, f"output={run}", "--launcher=slurm", "--procs-per-node=2"),
         *("--slurm=time=00:10:00", "--slurm=partition=main", "--env=OMP_NUM_THREADS=1"),
@@ -164,8 +161,8 @@ def test_a_run_that_is_told_to_stop_is_requeued_and_goes_on(slurm, tmp_path):
         shown = subprocess.run(
             ["scontrol", "show", "job", job], env=slurm, capture_output=True, text=True
         ).stdout
-        found = re.search(r"JobState=(\w+).*Restarts=(\d+)", shown, re.DOTALL)
-        return f"{found[1]} {found[2]}" if found else shown
+        match = re.search(r"JobState=(\w+).*Restarts=(\d+)", shown, re.DOTALL)
+        return f"{match[1]} {match[2]}" if match else shown
 
     wait_for(
         lambda: state() == "COMPLETED 1",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from castalia.launch.launching import Plan
+    from castalia.launch.plan import LaunchPlan
 
 SOURCES = typer.Argument(
     metavar="CONFIG... [a.b=c ...]", help="What `castalia train` takes: preset, files, overrides."
@@ -93,25 +93,25 @@ def pairs(option: str, section: str, given: list[str] | None) -> list[str]:
     return [f"{section}.{key}={json.dumps(flags.get(value, value))}" for key, value in split]
 
 
-def make_plan(sources: list[str], words: list[str]) -> "Plan":
+def make_plan(sources: list[str], words: list[str]) -> "LaunchPlan":
     """Read and check the config as it will be read on every process.
 
     Raises  ConfigError if the config, the hosts or the layout is wrong.
     """
     from castalia.distributed import check_layout
-    from castalia.launch.launching import Plan, hosts_of
+    from castalia.launch.plan import LaunchPlan, hosts_for
     from castalia.recipes import resolve
 
     launch = resolve([*sources, *words]).config.launch
-    hosts = hosts_of(launch)
+    hosts = hosts_for(launch)
     size = sum(len(slots) for slots in hosts.values())
     config = resolve([*sources, *words], world=size).config
     check_layout(config.parallel, size)
     command = ["-m", "castalia", "train", *sources]
-    return Plan(launch, hosts, command, Path(config.output).absolute(), config.train.steps)
+    return LaunchPlan(launch, hosts, command, Path(config.output).absolute(), config.train.steps)
 
 
-def describe(plan: "Plan") -> str:
+def describe(plan: "LaunchPlan") -> str:
     """What would run, as text for a shell; for Slurm the job's script as well."""
     import shlex
 

@@ -1,5 +1,5 @@
-"""Starting the processes of a run: torchrun, Slurm, MPI, pdsh and ssh. Needs no torch."""
+"""Starting the ranks of a run with torchrun, Slurm, MPI, pdsh or ssh. Needs no torch."""
 
-from castalia.launch.launching import LaunchConfig
+from castalia.launch.config import LaunchConfig
 
 __all__ = ["LaunchConfig"]

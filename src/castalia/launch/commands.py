@@ -1,11 +1,12 @@
-"""The command that starts a plan, for torchrun, Open MPI and pdsh. Pure text; needs no torch and starts nothing."""
+"""The command that starts a launch plan, for torchrun, Open MPI and pdsh. Builds text, starts
+nothing."""
 
 import os
 import shlex
 from collections.abc import Callable
 
 from castalia.core.errors import ConfigError
-from castalia.launch.launching import Plan, passed_variables
+from castalia.launch.plan import LaunchPlan, passed_variables
 from castalia.launch.slurm import sbatch_command
 
 TOOLS = {
@@ -17,124 +18,105 @@ TOOLS = {
     "pdsh": ("pdsh", "apt-get install pdsh"),
     "ssh": ("OpenSSH", "apt-get install openssh-client"),
 }
-"""Program -> what it belongs to, and how to get it."""
+"""Program -> the package it belongs to, and how to install it."""
 NEEDED = {"torchrun": (), "slurm": ("sbatch",), "mpi": ("mpirun",), "pdsh": ("pdsh", "ssh")}
-"""Launcher -> programs that it calls."""
+"""Launcher -> the programs it calls."""
 
 
-def torchrun(plan: Plan) -> list[str]:
-    """torchrun on this machine; with more hosts the same line runs on each of them."""
+def torchrun(plan: LaunchPlan) -> list[str]:
+    """torchrun on this machine; with several hosts, the same command runs on each of them."""
     config = plan.config
-    words = [plan.python, "-m", "torch.distributed.run", f"--max-restarts={config.max_restarts}"]
+    words = torchrun_words(plan)
     if len(plan.hosts) == 1:
-        words += ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={plan.per_node}"]
+        # --standalone finds a free port itself, so that two runs on one machine do not collide.
+        words += ["--standalone", "--local-addr=127.0.0.1"]
+    elif config.master_addr is None and not plan.hosts_are_named:
+        raise ConfigError(
+            f"{len(plan.hosts)} hosts need a rendezvous on one of them; name it with --master-addr"
+        )
     else:
-        if config.master_addr is None and not plan.named:
-            raise ConfigError(
-                f"{len(plan.hosts)} nodes meet at one of them; name it with --master-addr"
-            )
-        words += [*meeting(plan), f"--nproc-per-node={plan.per_node}"]
-        if config.node_rank is not None:
-            words.append(f"--rdzv-conf=is_host={int(config.node_rank == 0)}")
+        words += rendezvous_words(plan)
+    words.append(f"--nproc-per-node={plan.ranks_per_node}")
+    if len(plan.hosts) > 1 and config.node_rank is not None:
+        words.append(f"--rdzv-conf=is_host={int(config.node_rank == 0)}")
     return [*words, *shlex.split(config.launcher_args), *plan.command]
 
 
-def meeting(plan: Plan) -> list[str]:
-    """Arguments of torchrun by which several hosts find each other."""
-    endpoint = f"{plan.master}:{plan.config.master_port}"
-    name = plan.output.name or "run"
+def torchrun_words(plan: LaunchPlan) -> list[str]:
+    """The beginning of every torchrun command."""
+    # -m, because a virtual environment on another host may have its `torchrun` off the PATH.
+    restarts = f"--max-restarts={plan.config.max_restarts}"
+    return [plan.python, "-m", "torch.distributed.run", restarts]
+
+
+def rendezvous_words(plan: LaunchPlan) -> list[str]:
+    """Arguments of torchrun with which several hosts find each other."""
     return [
         f"--nnodes={len(plan.hosts)}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint}",
-        f"--rdzv-id={name}",
+        f"--rdzv-endpoint={plan.master}:{plan.config.master_port}",
+        f"--rdzv-id={plan.output.name or 'run'}",
     ]
 
 
-def mpi(plan: Plan) -> list[str]:
-    """mpirun of Open MPI; the processes find rank 0 by MASTER_ADDR and MASTER_PORT."""
+def mpi(plan: LaunchPlan) -> list[str]:
+    """Open MPI's mpirun; ranks find rank 0 by MASTER_ADDR and MASTER_PORT."""
     config = plan.config
-    if plan.picked:
-        plan.per_node  # noqa: B018
+    plan.require_first_slots()
+    variables = {"MASTER_ADDR": plan.master, "MASTER_PORT": str(config.master_port)}
+    # Local ranks inherit the whole environment; on other hosts mpirun starts from an empty one.
+    variables |= config.environment if plan.is_local else passed_variables(config)
     places = ",".join(f"{host}:{len(slots)}" for host, slots in plan.hosts.items())
-    local = list(plan.hosts) == ["localhost"]
-    known = {"MASTER_ADDR": plan.master, "MASTER_PORT": str(config.master_port)}
-    variables = known | (config.environment if local else passed_variables(config))
-    words = [
-        "mpirun",
-        "-np",
-        str(plan.size),
-        "--host",
-        places,
-        "--map-by",
-        "slot",
-        "--bind-to",
-        "none",
-    ]
-    if not local:
+    words = ["mpirun", "-np", str(plan.world_size), "--host", places]
+    # Ranks fill the slots of a host in order. Binding each to one core would starve its threads.
+    words += ["--map-by", "slot", "--bind-to", "none"]
+    if not plan.is_local:
         words += ["--wdir", os.getcwd()]
     for name, value in variables.items():
         words += ["-x", f"{name}={value}"]
     return [*words, *shlex.split(config.launcher_args), plan.python, *plan.command]
 
 
-def pdsh(plan: Plan) -> list[str]:
-    """One torchrun on each host, reached by ssh; pdsh writes the number of the host for %n."""
-    config = plan.config
-    variables = passed_variables(config)
+def pdsh(plan: LaunchPlan) -> list[str]:
+    """pdsh, which starts one torchrun on each host over ssh and replaces %n by the host's
+    number."""
     lines = [f"cd {quoted(os.getcwd())}"]
-    lines += [f"export {name}={quoted(value)}" for name, value in variables.items()]
-    count = (
-        "$procs"
-        if plan.picked or len({len(slots) for slots in plan.hosts.values()}) > 1
-        else str(plan.per_node)
-    )
-    if count == "$procs":
-        lines.append(cases(plan))
-    words = [
-        plan.python,
-        "-m",
-        "torch.distributed.run",
-        f"--max-restarts={config.max_restarts}",
-        *meeting(plan),
-    ]
+    for name, value in passed_variables(plan.config).items():
+        lines.append(f"export {name}={quoted(value)}")
+    if plan.selects_slots or not plan.is_uniform:
+        lines.append(slots_by_host(plan))
+        ranks = "$procs"
+    else:
+        ranks = str(plan.ranks_per_node)
+    words = [*torchrun_words(plan), *rendezvous_words(plan)]
     start = " ".join(quoted(word) for word in words)
-    rest = " ".join(quoted(word) for word in [*shlex.split(config.launcher_args), *plan.command])
-    # %n is -eq 0 on one host only, which then holds the rendezvous whatever its names are
-    lines.append(f"exec {start} --nproc-per-node={count} --rdzv-conf=is_host=$((%n == 0)) {rest}")
-    # -S hands back the largest exit status, -b ends all at one ctrl-C, -f starts all hosts at once
-    return [
-        "pdsh",
-        "-S",
-        "-b",
-        "-R",
-        "ssh",
-        "-f",
-        str(len(plan.hosts)),
-        "-w",
-        ",".join(plan.hosts),
-        "; ".join(lines),
-    ]
+    arguments = [*shlex.split(plan.config.launcher_args), *plan.command]
+    rest = " ".join(quoted(word) for word in arguments)
+    # `%n == 0` holds on one host only, which then owns the rendezvous, whatever its names are.
+    lines.append(f"exec {start} --nproc-per-node={ranks} --rdzv-conf=is_host=$((%n == 0)) {rest}")
+    # -S returns the largest exit status, -b ends all hosts at one Ctrl-C, -f starts all at once.
+    options = ["-S", "-b", "-R", "ssh", "-f", str(len(plan.hosts))]
+    return ["pdsh", *options, "-w", ",".join(plan.hosts), "; ".join(lines)]
 
 
-def cases(plan: Plan) -> str:
-    """Shell that sets, by the number of the host, how many processes it runs and which GPUs are theirs."""
-    arms = [
-        f"{i}) procs={len(slots)}; export CUDA_VISIBLE_DEVICES={','.join(map(str, slots))};;"
-        for i, slots in enumerate(plan.hosts.values())
-    ]
+def slots_by_host(plan: LaunchPlan) -> str:
+    """Shell code that sets, by the host's number, its number of ranks and the GPUs they use."""
+    arms = []
+    for number, slots in enumerate(plan.hosts.values()):
+        gpus = ",".join(map(str, slots))
+        arms.append(f"{number}) procs={len(slots)}; export CUDA_VISIBLE_DEVICES={gpus};;")
     return f"case %n in {' '.join(arms)} esac"
 
 
 def quoted(word: str) -> str:
-    """A word for the shell of another host, with % doubled, which pdsh would fill in."""
+    """A word quoted for the shell of another host; % is doubled, because pdsh expands it."""
     return shlex.quote(word).replace("%", "%%")
 
 
-BUILDERS: dict[str, Callable[[Plan], list[str]]] = {
+BUILDERS: dict[str, Callable[[LaunchPlan], list[str]]] = {
     "torchrun": torchrun,
     "mpi": mpi,
     "pdsh": pdsh,
     "slurm": sbatch_command,
 }
-"""Launcher -> what makes its command."""
+"""Launcher -> the function that builds its command."""

@@ -1,9 +1,10 @@
-"""A Slurm job that saves itself before its time is up and goes on in its next turn. Pure text; needs no torch.
+"""A Slurm job that saves before its time limit and requeues itself until the run is complete.
 
-Slurm sends USR1 to the processes of the job step some seconds before the limit; the run finishes its step, saves and
-ends with status 0. The script sees that the last checkpoint is not there and puts the job back into the queue, where
-the same command goes on from the newest checkpoint. A turn that saves nothing has nothing left to do, as when the
-sources of a mixed run are exhausted: then the job ends.
+Some seconds before the limit Slurm sends USR1 to the ranks of the job step. The run finishes its
+step, saves and exits with status 0. The script finds the last checkpoint missing and requeues the
+job; the same command then resumes from the newest checkpoint. If an attempt saves nothing, nothing
+is left to do, for instance because the sources of a mixed run are exhausted, and the job ends.
+Builds text, starts nothing; needs no torch.
 """
 
 import os
@@ -12,10 +13,10 @@ from pathlib import Path
 
 from castalia.core.errors import ConfigError
 from castalia.core.ranks import PORT
-from castalia.launch.launching import Plan
+from castalia.launch.plan import LaunchPlan
 
 SECONDS_TO_SAVE = 120
-"""Before the limit of time, for the step under way and the checkpoint."""
+"""Time before the limit at which USR1 is sent: enough for the current step and a checkpoint."""
 FILE = "launch.sbatch"
 
 SCRIPT = """\
@@ -41,77 +42,86 @@ exit $status
 """
 
 
-def sbatch_file(plan: Plan) -> Path:
-    """Where the job's script stands: in the folder of the run."""
+def sbatch_file(plan: LaunchPlan) -> Path:
+    """Path of the job script, in the folder of the run."""
     return plan.output / FILE
 
 
-def sbatch_command(plan: Plan) -> list[str]:
+def sbatch_command(plan: LaunchPlan) -> list[str]:
     """The command that submits the script."""
     return ["sbatch", *shlex.split(plan.config.launcher_args), str(sbatch_file(plan))]
 
 
-def sbatch_script(plan: Plan) -> str:
-    """The whole script; `slurm` of the config sets, replaces (a value) or removes (false) directives."""
+def sbatch_script(plan: LaunchPlan) -> str:
+    """The whole script. The config's `slurm` sets directives, replaces them, or removes them
+    (false)."""
     options = directives(plan)
     checkpoints = plan.output / "checkpoints"
     last = checkpoints / f"step-{plan.last_step:08d}" / "COMPLETE"
-    again = (
-        'scontrol requeue "$SLURM_JOB_ID"'
-        if options.get("requeue")
-        else 'echo "castalia launch: submit it again"'
-    )
+    again = 'echo "castalia launch: submit it again"'
+    if options.get("requeue"):
+        again = 'scontrol requeue "$SLURM_JOB_ID"'
+    lines = [directive(name, value) for name, value in options.items() if value is not False]
+    exported = []
+    for name, value in exports(plan).items():
+        exported.append(f"export {name}={shlex.quote(value)}\n")
     return SCRIPT.format(
-        directives="\n".join(
-            directive(name, value) for name, value in options.items() if value is not False
-        ),
+        directives="\n".join(lines),
         folder=shlex.quote(os.getcwd()),
-        exports="".join(
-            f"export {name}={shlex.quote(value)}\n" for name, value in exports(plan).items()
-        ),
+        exports="".join(exported),
         last=shlex.quote(str(last)),
         checkpoints=shlex.quote(str(checkpoints)),
-        attempts=" ".join(str(n) for n in range(plan.config.max_restarts + 1)),
+        attempts=" ".join(str(number) for number in range(plan.config.max_restarts + 1)),
         command=shlex.join([plan.python, *plan.command]),
         again=again,
     )
 
 
-def directives(plan: Plan) -> dict[str, str | int | bool]:
-    """Options of sbatch by long name, those of the config last."""
+def directives(plan: LaunchPlan) -> dict[str, str | int | bool]:
+    """Options of sbatch by their long names. Those of the config take precedence.
+
+    Raises  ConfigError if an option of the config has several lines.
+    """
     config = plan.config
     options: dict[str, str | int | bool] = {
         "job-name": plan.output.name or "castalia",
         "nodes": len(plan.hosts),
-        "ntasks-per-node": plan.per_node,
+        "ntasks-per-node": plan.ranks_per_node,
         "output": str(plan.output / "slurm-%j.log"),
+        # A requeued job keeps its number, hence its log, whose earlier attempts must survive.
         "open-mode": "append",
         "requeue": True,
         "signal": f"USR1@{SECONDS_TO_SAVE}",
     }
     if config.gpus_per_node:
         options["gpus-per-node"] = config.gpus_per_node
-    if plan.named:
+    if plan.hosts_are_named:
         options["nodelist"] = ",".join(plan.hosts)
     for name, value in config.slurm.items():
-        if any(sign in f"{name}{value}" for sign in ("\n", "\r")):
+        # A second line would be a command of the script.
+        if any(character in f"{name}{value}" for character in "\n\r"):
             raise ConfigError(
-                f"launch.slurm.{name}: an option of sbatch is one line, got {value!r}"
+                f"launch.slurm.{name}: an sbatch option must be a single line, got {value!r}"
             )
         options[name.replace("_", "-")] = value
     return options
 
 
 def directive(name: str, value: str | int | bool) -> str:
-    """One #SBATCH line."""
-    return f"#SBATCH --{name}" if value is True else f"#SBATCH --{name}={shlex.quote(str(value))}"
+    """One #SBATCH line; True is a flag without a value."""
+    if value is True:
+        return f"#SBATCH --{name}"
+    return f"#SBATCH --{name}={shlex.quote(str(value))}"
 
 
-def exports(plan: Plan) -> dict[str, str]:
-    """Variables of the script: where rank 0 is, when the config says so, and the config's own."""
-    config, out = plan.config, {}
+def exports(plan: LaunchPlan) -> dict[str, str]:
+    """Variables that the script exports: the config's rendezvous, where it sets one, and its
+    environment."""
+    config = plan.config
+    # Without them each rank finds rank 0 from Slurm's own variables (castalia.core.ranks).
+    variables = {}
     if config.master_addr:
-        out["MASTER_ADDR"] = config.master_addr
+        variables["MASTER_ADDR"] = config.master_addr
     if config.master_port != PORT:
-        out["MASTER_PORT"] = str(config.master_port)
-    return out | config.environment
+        variables["MASTER_PORT"] = str(config.master_port)
+    return variables | config.environment

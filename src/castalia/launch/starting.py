@@ -1,5 +1,7 @@
-"""Start a plan: check that the tools are there and the hosts answer, then hand over to the launcher. No torch."""
+"""Starting a launch plan: check the programs and the hosts, then run the launcher. Needs no
+torch."""
 
+import errno
 import os
 import shlex
 import shutil
@@ -15,31 +17,33 @@ from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
 from castalia.launch.commands import BUILDERS, NEEDED, TOOLS
 from castalia.launch.hostfile import Hosts
-from castalia.launch.launching import Plan
+from castalia.launch.plan import LaunchPlan
 from castalia.launch.slurm import sbatch_file, sbatch_script
 
-SSH_SECONDS = 10
-"""How long a host may take to answer."""
+CONNECT_SECONDS = 10
+"""Time limit of ssh for the connection to a host."""
+ANSWER_SECONDS = 3 * CONNECT_SECONDS
+"""Time limit for the whole test of a host, login included."""
+SSH_AT_ONCE = 64
+"""Hosts tested at the same time."""
 
 
-def start(plan: Plan) -> int:
-    """Run the plan's command and return its exit status; torchrun and pdsh take this process's place.
+def start(plan: LaunchPlan) -> int:
+    """Run the plan's command and return its exit status; torchrun and pdsh replace this process.
 
-    Raises  ConfigError if a tool is missing, a host does not answer, or the scheduler refuses the job.
+    Raises  ConfigError if a program is missing, a host does not answer, or Slurm refuses the job.
     """
     config = plan.config
     require_tools(NEEDED[config.launcher])
     command = BUILDERS[config.launcher](plan)
     if config.launcher == "slurm":
         return submit(plan, command)
-    if (
-        config.launcher in ("pdsh", "mpi")
-        and list(plan.hosts) != ["localhost"]
-        and config.ssh_check
-    ):
+    reaches_by_ssh = config.launcher in ("pdsh", "mpi") and not plan.is_local
+    if reaches_by_ssh and config.ssh_check:
         require_hosts(plan.hosts)
-    require_meeting(plan)
+    require_rendezvous(plan)
     os.environ.update(config.environment)
+    # exec discards what is still in the buffer.
     sys.stdout.flush()
     if config.launcher == "mpi":
         return run_mpi(command, config.max_restarts)
@@ -47,7 +51,10 @@ def start(plan: Plan) -> int:
 
 
 def require_tools(names: Sequence[str]) -> None:
-    """Raise ConfigError, saying how to get it, if a program is not there."""
+    """Check that every program is on the PATH.
+
+    Raises  ConfigError with the way to install the missing one.
+    """
     for name in names:
         if shutil.which(name) is None:
             owner, remedy = TOOLS[name]
@@ -55,95 +62,107 @@ def require_tools(names: Sequence[str]) -> None:
 
 
 def require_hosts(hosts: Hosts) -> None:
-    """Raise ConfigError naming every host that ssh does not reach without a password."""
+    """Check that ssh reaches every host without a password.
+
+    Raises  ConfigError naming all hosts that it does not reach.
+    """
     require_tools(["ssh"])
-    with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
-        answers = dict(zip(hosts, pool.map(ssh_trouble, hosts), strict=True))
-    silent = [f"{host} ({trouble})" for host, trouble in answers.items() if trouble is not None]
-    if silent:
+    with ThreadPoolExecutor(max_workers=min(SSH_AT_ONCE, len(hosts))) as pool:
+        failures = dict(zip(hosts, pool.map(ssh_failure, hosts), strict=True))
+    failed = [f"{host} ({reason})" for host, reason in failures.items() if reason is not None]
+    if failed:
         raise ConfigError(
-            f"ssh does not reach {len(silent)} of {len(hosts)} hosts: {', '.join(silent)}; each must let you in by key,"
-            " without a password; leave a host out with --exclude, or skip this check with launch.ssh_check=false"
+            f"ssh does not reach {len(failed)} of {len(hosts)} hosts: {', '.join(failed)};"
+            " each must accept your key without a password; skip a host with --exclude, or this"
+            " check with launch.ssh_check=false"
         )
 
 
-def ssh_trouble(host: str) -> str | None:
-    """What ssh says when it does not reach a host; None if it does. PDSH_SSH_ARGS_APPEND counts, as for pdsh."""
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS}"]
+def ssh_failure(host: str) -> str | None:
+    """The reason why ssh does not reach a host; None if it does. Honours PDSH_SSH_ARGS_APPEND, as
+    pdsh does."""
+    # BatchMode fails at once where ssh would ask for a password.
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     extra = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["ssh", *options, *extra, host, "true"],
             capture_output=True,
             text=True,
-            timeout=3 * SSH_SECONDS,
+            timeout=ANSWER_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        return f"no answer in {3 * SSH_SECONDS} s"
-    said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-    return said[-1].strip() if done.returncode else None
+        return f"no answer within {ANSWER_SECONDS} s"
+    if result.returncode == 0:
+        return None
+    # The last line names the failure; warnings and banners precede it.
+    output = result.stderr.strip().splitlines() or [f"status {result.returncode}"]
+    return output[-1].strip()
 
 
-def require_meeting(plan: Plan) -> None:
-    """Raise ConfigError if the host on which the processes meet has no address, or is here and its port is taken."""
+def require_rendezvous(plan: LaunchPlan) -> None:
+    """Check that the master host has an address and, if it is this machine, that the port is free.
+
+    Raises  ConfigError if not.
+    """
     if plan.config.launcher == "torchrun" and len(plan.hosts) == 1:
-        return  # torchrun finds a free port itself
-    host, port = plan.master, plan.config.master_port
+        return  # torchrun --standalone picks a free port
+    host = plan.master
+    port = plan.config.master_port
     try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise ConfigError(
-            f"master_addr {host!r} has no address here ({error.strerror}); name a host that has"
+            f"master_addr {host!r} does not resolve to an address ({error.strerror}); name a host"
+            " that does"
         ) from None
-    with socket.socket(address[0], address[1]) as here:
-        here.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            here.bind(address[4])
+            probe.bind(address)
         except OSError as error:
-            if error.errno in (
-                98,
-                48,
-            ):  # address in use on Linux and macOS; any other means it is another host's
+            # Any other error means that the address belongs to another machine.
+            if error.errno == errno.EADDRINUSE:
                 raise ConfigError(
                     f"port {port} of {host} is in use; choose another with --master-port"
                 ) from None
 
 
-def submit(plan: Plan, command: list[str]) -> int:
-    """Write the job's script into the run's folder and hand it to sbatch."""
+def submit(plan: LaunchPlan, command: list[str]) -> int:
+    """Write the job script into the run's folder and submit it with sbatch.
+
+    Raises  ConfigError with sbatch's own message, if it refuses the job.
+    """
     path = sbatch_file(plan)
     with atomic_write(path) as file:
         file.write(sbatch_script(plan))
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(f"sbatch refused {path}: {(done.stderr or done.stdout).strip()}")
-    print(f"{done.stdout.strip()}; script {path}")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise ConfigError(f"sbatch refused {path}: {(result.stderr or result.stdout).strip()}")
+    print(f"{result.stdout.strip()}; script {path}")
     return 0
 
 
 def run_mpi(command: list[str], restarts: int) -> int:
-    """Run mpirun, again after a failure as often as `restarts` says; a TERM saves the run and ends it."""
+    """Run mpirun, up to `restarts` more times if it fails; on TERM or USR1 the run saves and
+    ends."""
     stopped = False
     for attempt in range(restarts + 1):
-        running = subprocess.Popen(command)
+        mpirun = subprocess.Popen(command)
 
         def stop(
-            number: int, frame: FrameType | None, running: subprocess.Popen[bytes] = running
+            number: int, frame: FrameType | None, mpirun: subprocess.Popen[bytes] = mpirun
         ) -> None:
             nonlocal stopped
             stopped = True
-            running.send_signal(
-                signal.SIGUSR1
-            )  # mpirun hands USR1 on, but kills the processes on TERM
+            # mpirun forwards USR1 to the ranks, but answers TERM by killing them.
+            mpirun.send_signal(signal.SIGUSR1)
 
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, stop)
-        status = running.wait()
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGUSR1, stop)
+        status = mpirun.wait()
         if status == 0 or stopped or attempt == restarts:
             break
-        print(
-            f"castalia: mpirun ended with status {status}; starting again",
-            file=sys.stderr,
-            flush=True,
-        )
+        notice = f"castalia: mpirun exited with status {status}; starting it again"
+        print(notice, file=sys.stderr, flush=True)
     return status

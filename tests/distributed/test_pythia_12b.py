@@ -1,4 +1,4 @@
-"""Pythia-12B laid over 256 processes that are not there: torch's fake process group, weights on the meta device."""
+"""Pythia-12B laid out over 256 ranks: torch's fake process group, weights on the meta device."""
 
 import json
 import subprocess
@@ -22,7 +22,8 @@ from castalia.models.stages import split
 from castalia.recipes import load_config
 
 for name, degrees in json.loads(sys.argv[1]).items():
-    config = load_config(["pythia-12b", *(f"parallel.{axis}={degree}" for axis, degree in degrees.items())])
+    overrides = [f"parallel.{axis}={degree}" for axis, degree in degrees.items()]
+    config = load_config(["pythia-12b", *overrides])
     check_layout(config.parallel, 256)
     for rank in (0, 201, 255):
         dist.init_process_group("fake", rank=rank, world_size=256, store=FakeStore())
@@ -35,10 +36,13 @@ for name, degrees in json.loads(sys.argv[1]).items():
                 stage = Decoder(config.model, runs[number])
             stages.append(parallelize(stage, world, config.parallel))
         model = Stages(stages)
-        parts = {key: [list(p.shape), list(p.to_local().shape)] for key, p in model.named_parameters()}
+        parts = {}
+        for key, parameter in model.named_parameters():
+            parts[key] = [list(parameter.shape), list(parameter.to_local().shape)]
         places = {axis: world.coordinate(axis) for axis in degrees._fields}
         sharded = all(hasattr(layer, "unshard") for stage in stages for layer in stage.layers)
-        print(json.dumps({"name": name, "rank": rank, "parts": parts, "places": places, "sharded": sharded}))
+        record = {"name": name, "rank": rank, "parts": parts, "places": places}
+        print(json.dumps({**record, "sharded": sharded}))
         dist.destroy_process_group()
 """
 COLUMN = (
@@ -63,8 +67,9 @@ LAYOUTS = {
 def expected(
     name: str, shape: list[int], degrees: dict[str, int], places: dict[str, int]
 ) -> list[int]:
-    """The part of one process, worked out by hand: tp cuts equal parts, then FSDP cuts rows in pieces rounded up."""
-    shape, tp = list(shape), degrees.get("tp", 1)
+    """One rank's shard, computed by hand: tp cuts equal parts, then FSDP cuts rows, rounded up."""
+    shape = list(shape)
+    tp = degrees.get("tp", 1)
     if name.endswith(COLUMN):
         shape[0] //= tp
     elif name.endswith(ROW):
@@ -77,8 +82,9 @@ def expected(
 
 
 def stage_size(model: ModelConfig, stages: int, number: int) -> int:
-    """Parameters of one of `stages` equal runs of layers; the first embeds, the last has final norm and head."""
-    counts, table = parameter_counts(model), model.padded_vocab_size * model.hidden_size
+    """Parameters of a stage: equal runs of layers; the first embeds, the last has norm and head."""
+    counts = parameter_counts(model)
+    table = model.padded_vocab_size * model.hidden_size
     norm = 2 * model.hidden_size
     ends = table * (number == 0) + (table + norm) * (number == stages - 1)
     return (counts.non_embedding - norm) // stages + ends
@@ -86,7 +92,7 @@ def stage_size(model: ModelConfig, stages: int, number: int) -> int:
 
 @pytest.fixture(scope="module")
 def built():
-    """What each process of each layout holds."""
+    """Shards of some ranks under each layout."""
     command = [sys.executable, "-c", PROBE, json.dumps(LAYOUTS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
@@ -94,11 +100,11 @@ def built():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_pythia_12b_on_256_processes(name, built):
-    found = [item for item in built if item["name"] == name]
-    assert [item["rank"] for item in found] == [0, 201, 255]
+def test_pythia_12b_on_256_ranks(name, built):
+    records = [item for item in built if item["name"] == name]
+    assert [item["rank"] for item in records] == [0, 201, 255]
     config = load_config(["pythia-12b"])
-    for item in found:
+    for item in records:
         assert item["sharded"], "a block is not under FSDP"
         whole = sum(rows * (rest[0] if rest else 1) for (rows, *rest), _ in item["parts"].values())
         assert whole == stage_size(config.model, LAYOUTS[name].get("pp", 1), item["places"]["pp"])
