@@ -117,11 +117,9 @@ class Castalia(Engine):
         """
         from castalia.models.cross_entropy import fused_cross_entropy
 
-        layers, rope, block = (
-            self.model.layers,
-            self.model.rope(self.tokens, None),
-            self.model.layers[0],
-        )
+        context = self.model.context(self.tokens, None, None, None)
+        layers = self.model.layers
+        block = layers[0]
         with torch.autocast(self.device, torch.bfloat16):
             hidden_BTC = self.model(self.tokens).detach().requires_grad_()
         hidden, labels = hidden_BTC.detach().flatten(0, 1).requires_grad_(), self.labels.flatten()
@@ -135,12 +133,12 @@ class Castalia(Engine):
         def stack() -> Tensor:
             x = hidden_BTC
             for layer in layers:
-                x = layer(x, rope, None, None)
+                x = layer(x, context)
             return x
 
         found = {"head": self.both_ways(head)}
         blocks = self.both_ways(stack)
-        attention = self.both_ways(lambda: block.attn(block.norm1(hidden_BTC), rope))
+        attention = self.both_ways(lambda: block.attn(block.norm1(hidden_BTC), context))
         mlp = self.both_ways(lambda: block.mlp(block.norm2(hidden_BTC)))
         found["attention"] = blocks * attention / (attention + mlp)
         found["mlp"] = blocks - found["attention"]

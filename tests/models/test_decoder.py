@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castalia.models import Decoder, KVCache, ModelConfig
+from castalia.models import Decoder, ModelConfig
 
 
 def make(**changes: object) -> Decoder:
@@ -95,43 +95,43 @@ def test_rotation_sees_only_distances() -> None:
 @pytest.mark.parametrize("rotary_pct", [0.25, 0.0])
 def test_cached_reading_equals_the_whole_pass(rotary_pct: float) -> None:
     model, tokens = make(rotary_pct=rotary_pct), draw(2, 13)
-    cache = KVCache(model.config, batch=2, max_length=13)
+    state = model.new_state(batch=2, length=13)
     with torch.no_grad():
         whole = model(tokens)
-        pieces = [model(piece, cache=cache) for piece in tokens.split([5, 1, 1, 4, 1, 1], dim=1)]
+        pieces = [model(piece, state=state) for piece in tokens.split([5, 1, 1, 4, 1, 1], dim=1)]
     assert (torch.cat(pieces, 1) - whole).abs().max().item() <= 1e-5
-    assert cache.lengths.tolist() == [13, 13]
+    assert state.lengths.tolist() == [13, 13]
 
 
 def test_rows_of_different_lengths_continue_as_if_alone() -> None:
     model, tokens, lengths = make(), draw(3, 14), torch.tensor([4, 9, 1])
-    cache = KVCache(model.config, batch=3, max_length=14)
+    state = model.new_state(batch=3, length=14)
     with torch.no_grad():
         whole = model(tokens)
-        first = model(tokens[:, :9], cache=cache)
+        first = model(tokens[:, :9], state=state)
         for row, n in enumerate(lengths):
             assert (first[row, :n] - whole[row, :n]).abs().max().item() <= 1e-5
-        cache.rewind(lengths)
+        state.rewind(lengths)
         for width in (1, 1, 2, 1):
-            columns = cache.lengths[:, None] + torch.arange(width)
-            made = model(tokens.gather(1, columns), cache=cache)
+            columns = state.lengths[:, None] + torch.arange(width)
+            made = model(tokens.gather(1, columns), state=state)
             for row in range(3):
                 assert (made[row] - whole[row, columns[row]]).abs().max().item() <= 1e-5
 
 
-def test_cache_refuses_what_does_not_fit() -> None:
+def test_state_refuses_what_does_not_fit() -> None:
     model = make()
-    cache = KVCache(model.config, batch=1, max_length=4)
+    state = model.new_state(batch=1, length=4)
     with torch.no_grad():
-        model(draw(1, 3), cache=cache)
+        model(draw(1, 3), state=state)
         with pytest.raises(
-            ValueError, match=r"holds 4 tokens a row; 3 are there and 2 more do not fit"
+            ValueError, match=r"at most 4 tokens a row; it has 3 and 2 more do not fit"
         ):
-            model(draw(1, 2), cache=cache)
+            model(draw(1, 2), state=state)
         with pytest.raises(ValueError, match=r"cannot rewind rows of \[3\] tokens to \[4\]"):
-            cache.rewind(torch.tensor([4]))
+            state.rewind(torch.tensor([4]))
         with pytest.raises(ValueError, match="segments"):
-            model(draw(1, 1), cache=cache, segments=torch.zeros(1, 1, dtype=torch.int64))
+            model(draw(1, 1), state=state, segments=torch.zeros(1, 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("how", [True, "full", "selective", 2])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from castalia.models import ModelConfig
-from castalia.models.rotary import rope_tables, split_qkv
+from castalia.models.parts.attention import split_fused
+from castalia.models.parts.rotary import rope_tables, rotate_heads
 
 
 def config(numerics: str = "fp32") -> ModelConfig:
@@ -47,7 +48,9 @@ def test_neox_v1_rounding_has_the_published_phase_errors() -> None:
 
 def test_only_the_rotary_dimensions_turn() -> None:
     qkv = torch.randn(2, 5, 2 * 3 * 96, generator=torch.Generator().manual_seed(0))
-    q, k, v = split_qkv(qkv.clone(), 96, rope_tables(config(), torch.arange(5)[None]))
+    rope = rope_tables(config(), torch.arange(5)[None])
+    q, k, v = split_fused(qkv, 96)
+    q, k = rotate_heads(q, rope), rotate_heads(k, rope)
     parts = qkv.view(2, 5, 2, 3, 96).permute(3, 0, 2, 1, 4)
     assert torch.equal(v, parts[2])
     for turned, plain in ((q, parts[0]), (k, parts[1])):

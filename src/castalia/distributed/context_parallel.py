@@ -18,7 +18,7 @@ from castalia.distributed.gather import gather
 
 @dataclass(frozen=True)
 class SequencePart:
-    """The chunks of each row that process `number` of `count` holds; see castalia.models.attention."""
+    """The chunks of each row that process `number` of `count` holds; see castalia.models.context."""
 
     number: int
     count: int
@@ -53,7 +53,5 @@ class SequencePart:
 
 
 def share_rows(model: nn.Module, part: SequencePart) -> None:
-    """Tell every module of the model that looks along the row (it has a `sequence_part`) what is held here."""
-    for module in model.modules():
-        if hasattr(module, "sequence_part"):
-            module.sequence_part = part  # type: ignore[assignment]
+    """Give the model its share of each row; the context of every pass carries it to the blocks."""
+    model.row_share = part  # type: ignore[assignment]

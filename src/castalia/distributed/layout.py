@@ -20,8 +20,8 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
     """Split matrices, compile blocks, shard them with FSDP2 and give the model memory on the world's device.
 
     The model comes in on the meta device and leaves with weights that hold nothing yet; initialize or load next.
-    What the model declares: `layers`, its list of blocks, the `tp_plan` of its modules, and a `sequence_part` where
-    one looks along the row.
+    What the model declares: `layers`, its list of blocks, the `tp_plan` of its modules, and its `row_share` and
+    `head_share`, which are set here.
     """
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
     if world.mesh is not None and world.degrees.tp > 1:

@@ -106,7 +106,7 @@ def require_split(model: nn.Module) -> None:
 def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     """Apply the `tp_plan` of every module that has one over the 1-D `mesh`, before anything else touches the model.
 
-    What the model declares besides: `vocab_part`, set here, and `config.padded_vocab_size`.
+    What the model declares besides: `vocab_part` and `head_share`, set here, and `config.padded_vocab_size`.
     """
     for owner in list(model.modules()):
         plan: dict[str, str] = getattr(owner, "tp_plan", {})
@@ -119,4 +119,5 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     require_split(model)
     count: int = model.config.padded_vocab_size  # type: ignore[union-attr, assignment]
     first = count // mesh.size() * mesh.get_local_rank()
+    model.head_share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]
     model.vocab_part = VocabPart(first, count, mesh.get_group())  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from castalia.core.errors import ConfigError, nearest
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.ct2_file import QUANTIZATIONS, write_model_bin
 from castalia.models.config import ModelConfig
-from castalia.models.qkv import heads_apart, heads_together
+from castalia.models.parts.qkv import heads_apart, heads_together
 
 
 def ct2_keymap(config: ModelConfig) -> KeyMap:

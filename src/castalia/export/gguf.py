@@ -17,7 +17,7 @@ from torch import Tensor
 from castalia.core.errors import ConfigError, nearest
 from castalia.data.tokenizer import Tokenizer
 from castalia.models.config import ModelConfig
-from castalia.models.qkv import heads_apart
+from castalia.models.parts.qkv import heads_apart
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 BLOCK = 32

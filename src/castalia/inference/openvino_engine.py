@@ -13,7 +13,7 @@ from castalia.core.extras import require
 from castalia.inference.engine import HEAD_ROWS, Engine, Slots
 from castalia.inference.native.packing import quantize_channels
 from castalia.inference.native.weights import rope_angles
-from castalia.models.qkv import heads_apart
+from castalia.models.parts.qkv import heads_apart
 
 NUMBERS = ("fp32", "int8")
 """How weights are kept: int8 has a scale for each output channel, activations stay float32."""

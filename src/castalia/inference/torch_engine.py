@@ -1,4 +1,4 @@
-"""The model itself as an engine: a `Decoder` with its `KVCache`, on any device and dtype of torch."""
+"""The model itself as an engine: a `Decoder` with its `ModelState`, on any device and dtype of torch."""
 
 from collections.abc import Sequence
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from castalia.inference.engine import HEAD_ROWS, Engine, Slots
-from castalia.models import Decoder, KVCache
+from castalia.models import Decoder
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class TorchSlots(Slots):
-    """Slots of a KVCache. All rows take part in every step; those that were not asked for read a 0 and forget it."""
+    """Slots of a `ModelState`. All rows take part in every step; those that were not asked for read a 0 and forget it."""
 
     def __init__(self, model: Decoder, count: int, length: int) -> None:
         super().__init__(count, length)
         self.model, self.weight = model, model.head_weight
-        self.cache = KVCache(model.config, count, length + 1, self.weight.dtype, self.weight.device)
+        self.state = model.new_state(count, length + 1)
 
     @torch.inference_mode()
     def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -32,7 +32,7 @@ class TorchSlots(Slots):
         """One token for each of some slots."""
         column = torch.zeros(self.count, 1, dtype=torch.int64)
         column[list(slots), 0] = torch.tensor(tokens)
-        hidden = self.model(column.to(self.weight.device), cache=self.cache)[:, 0]
+        hidden = self.model(column.to(self.weight.device), state=self.state)[:, 0]
         for slot in slots:
             self.lengths[slot] += 1
         if len(slots) < self.count:
@@ -46,21 +46,12 @@ class TorchSlots(Slots):
         for row, ids in zip(rows, prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         whole = list(slots) == list(range(self.count))
-        device, dtype = self.weight.device, self.weight.dtype
-        cache = (
-            self.cache
-            if whole
-            else KVCache(self.model.config, len(prompts), max(lengths), dtype, device)
-        )
-        hidden = self.model(rows.to(device), cache=cache)
+        state = self.state if whole else self.model.new_state(len(prompts), max(lengths))
+        hidden = self.model(rows.to(self.weight.device), state=state)
         for slot, length in zip(slots, lengths, strict=True):
             self.lengths[slot] = length
         if not whole:
-            for ours, theirs in zip(self.cache.layers, cache.layers, strict=True):
-                ours.k[list(slots), :, : max(lengths)], ours.v[list(slots), :, : max(lengths)] = (
-                    theirs.k,
-                    theirs.v,
-                )
+            self.state.write_rows(slots, state)
         self.rewind()
         return self.head(hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1])
 
@@ -76,16 +67,16 @@ class TorchSlots(Slots):
         if self.count > 1:
             return super().feed_all(slot, tokens)
         hidden = self.model(
-            torch.tensor([list(tokens)], device=self.weight.device), cache=self.cache
+            torch.tensor([list(tokens)], device=self.weight.device), state=self.state
         )[0]
         self.lengths[slot] += len(tokens)
         return self.head(hidden)
 
     def rewind(self) -> None:
-        """Set the cache to our lengths; slots that read a 0 forget it."""
+        """Set the state to our lengths; slots that read a 0 forget it."""
         lengths = torch.tensor(self.lengths, device=self.weight.device)
-        self.cache.lengths = torch.maximum(self.cache.lengths, lengths)
-        self.cache.rewind(lengths)
+        self.state.lengths = torch.maximum(self.state.lengths, lengths)
+        self.state.rewind(lengths)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, float32."""
@@ -95,9 +86,7 @@ class TorchSlots(Slots):
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """See `Slots`."""
         if origin != target:
-            for layer in self.cache.layers:
-                for kept in (layer.k, layer.v):
-                    kept[target, :, :tokens] = kept[origin, :, :tokens]
+            self.state.copy_row(origin, target, tokens)
         self.lengths[target] = tokens
         self.rewind()
 

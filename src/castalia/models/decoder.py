@@ -6,81 +6,27 @@ Source  Black et al. 2022, arXiv:2204.06745 (GPT-NeoX-20B); Biderman et al. 2023
 """
 
 import math
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from castalia.models.attention import (
-    SequencePart,
-    attention_of_pieces,
-    causal_attention,
-    pieces_by_kernel,
-)
-from castalia.models.cache import KVCache, LayerCache
 from castalia.models.config import ModelConfig
+from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.cross_entropy import VocabPart
 from castalia.models.flops import flops_per_token
 from castalia.models.init import init_parameter
+from castalia.models.parts.attention import Attention
+from castalia.models.parts.rotary import Rope, rope_tables
 from castalia.models.recompute import recomputed
-from castalia.models.rotary import Rope, rope_tables, split_qkv
 from castalia.models.stages import Part, split
-from castalia.models.tiles import KEEP, Kind, kind_of
+from castalia.models.state import LayerState, ModelState
+from castalia.models.tiles import Kind, kind_of
 
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 """Twice the constant of the tanh form, GPT-NeoX's 0.79788456."""
-
-
-class Attention(nn.Module):
-    """Causal self-attention with one fused QKV projection; its row (3 * head + c) * D + d is c of q, k, v."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.sequence_part: SequencePart | None = None
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-
-    def forward(
-        self,
-        x_BTC: Tensor,
-        rope: Rope | None = None,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C). `mask` is bool (1 or B, 1, T, keys), True where a query may look; None is causal."""
-        qkv = self.qkv(x_BTC)
-        if self.sequence_part is not None:
-            return self.out(self.see_all(qkv, rope, mask, self.sequence_part))
-        if cache is None and qkv.device.type == "cpu":
-            keep = torch.is_grad_enabled() and qkv.shape[1] <= KEEP * self.head_dim
-            y_BTC, _, _ = causal_attention(qkv, *(rope or (None, None)), mask, self.head_dim, keep)
-            return self.out(y_BTC)
-        q, k, v = split_qkv(qkv, self.head_dim, rope)
-        causal = mask is None
-        if cache is not None:
-            k, v = cache.append(k, v)
-            if (
-                q.shape[2] == 1
-            ):  # it follows the cached keys and sees them all; is_causal would show it the first only
-                causal = False
-        y_BHTD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.out(y_BHTD.transpose(1, 2).flatten(2))
-
-    def see_all(
-        self, qkv: Tensor, rope: Rope | None, mask: Tensor | None, part: SequencePart
-    ) -> Tensor:
-        """Attention of the tokens held here, (B, T, 3 * C) -> (B, T, C), over the keys and values of whole rows."""
-        q, k, v = split_qkv(qkv, self.head_dim, rope)
-        k, v = part.gather(torch.stack([k, v]), 3).unbind()
-        starts = part.starts(q.shape[2])
-        if q.device.type == "cpu":
-            keep = torch.is_grad_enabled() and k.shape[2] <= KEEP * self.head_dim
-            y_BHTD, _ = attention_of_pieces(q, k, v, mask, starts, keep)
-        else:
-            y_BHTD = pieces_by_kernel(q, k, v, mask, starts)
-        return y_BHTD.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -121,33 +67,31 @@ class Block(nn.Module):
         self.parallel_residual = config.parallel_residual
         self.recompute: Kind = ""
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config.hidden_size, config.num_attention_heads, config.attention_bias)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(
-        self,
-        x_BTC: Tensor,
-        rope: Rope | None = None,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C); the other arguments go to the attention."""
-        if self.recompute and cache is None and torch.is_grad_enabled():
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.recompute and context.state is None and torch.is_grad_enabled():
             return recomputed(
-                self.recompute, self.mlp.up.out_features, self.compute, x_BTC, rope, mask
+                self.recompute, self.mlp.up.out_features, self.compute, x_BTC, context
             )
-        return self.compute(x_BTC, rope, mask, cache)
+        return self.compute(x_BTC, context)
 
-    def compute(
-        self, x_BTC: Tensor, rope: Rope | None, mask: Tensor | None, cache: LayerCache | None = None
-    ) -> Tensor:
+    def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
         """The layer itself."""
-        attn_BTC = self.attn(self.norm1(x_BTC), rope, mask, cache)
+        attn_BTC = self.attn(self.norm1(x_BTC), context)
         if self.parallel_residual:
             return x_BTC + (attn_BTC + self.mlp(self.norm2(x_BTC)))
         x_BTC = x_BTC + attn_BTC
         return x_BTC + self.mlp(self.norm2(x_BTC))
+
+    def new_state(
+        self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> LayerState:
+        """What this layer remembers of `batch` rows of at most `length` tokens, empty."""
+        return self.attn.new_state(batch, length, dtype, device)
 
 
 class Decoder(nn.Module):
@@ -169,7 +113,8 @@ class Decoder(nn.Module):
         self.config = config
         self.part = part or split(config.num_layers, 1)[0]
         self.vocab_part: VocabPart | None = None
-        self.sequence_part: SequencePart | None = None
+        self.row_share: RowShare | None = None
+        self.head_share = (0, 1)
         if self.part.first or (self.part.last and config.tie_word_embeddings):
             self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList()
@@ -201,40 +146,80 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
-        cache: KVCache | None = None,
+        state: ModelState | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
-        Shapes  tokens (B, T) int64, in a later stage the hidden states (B, T, C) of the one before; positions (B, T)
-                int64, the place of each token for the rotary embedding, default 0..T-1 or, with a cache, after what
-                the row has; segments (B, T) int64: a token sees only earlier tokens of its own segment -> (B, T, C).
-        With a cache the tokens are appended to it; see castalia.models.cache for rows of different lengths.
-        Where processes share each row, T, positions and segments are those of the tokens held here.
-        Raises  ValueError if the cache is too small, or given together with segments or with shared rows.
+        Shapes  tokens (B, T) int64, in a later stage the hidden states (B, T, C) of the one before;
+                positions (B, T) int64, the place of each token, default 0..T-1 or, with a state,
+                after what the row has; segments (B, T) int64: a token sees only earlier tokens of
+                its own segment -> (B, T, C).
+        With a state the tokens are appended to it; see castalia.models.state for rows of different
+        lengths. Under context parallelism T, positions and segments are those of this rank's tokens.
+        Raises  ValueError if the state is too small, or given together with segments or shared rows.
         """
         T = tokens.shape[1]
-        mask = None
-        if cache is not None:
-            if segments is not None:
-                raise ValueError(
-                    "segments pack documents for training and cannot be used with a KV cache"
-                )
-            if self.sequence_part is not None:
-                raise ValueError(
-                    "a KV cache holds whole rows; load the model without context parallelism to generate"
-                )
-            cache.require_room(T)
-            mask = cache.mask(T)
-            positions = cache.positions(T) if positions is None else positions
-        elif segments is not None:
-            mask = segment_mask(segments, self.sequence_part)
-        rope = self.rope(tokens, positions)
+        if state is not None:
+            self.require_usable(state, segments, T)
+        context = self.context(tokens, positions, segments, state)
         x_BTC = self.embed(tokens) if self.part.first else tokens
         for i, block in enumerate(self.layers):
-            x_BTC = block(x_BTC, rope, mask, cache.layers[i] if cache is not None else None)
-        if cache is not None:
-            cache.advance(T)
+            if state is not None:
+                context = context._replace(state=state.layers[i])
+            x_BTC = block(x_BTC, context)
+        if state is not None:
+            state.advance(T)
         return self.norm(x_BTC) if self.part.last else x_BTC
+
+    def require_usable(self, state: ModelState, segments: Tensor | None, T: int) -> None:
+        """Raises  ValueError if the state cannot take T more tokens of such rows."""
+        if segments is not None:
+            raise ValueError("segments pack documents for training; a state reads one row each")
+        if self.row_share is not None:
+            raise ValueError(
+                "a state holds whole rows; load the model without context parallelism to generate"
+            )
+        state.require_room(T)
+
+    def context(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        state: ModelState | None,
+    ) -> Context:
+        """What all blocks share in this pass; see `forward` for the arguments."""
+        T = tokens.shape[1]
+        mask = None
+        if state is not None:
+            mask = state.mask(T)
+            positions = state.positions(T) if positions is None else positions
+        elif segments is not None:
+            mask = segment_mask(segments, self.row_share)
+        if positions is None:
+            positions = places(T, self.row_share).to(tokens.device)
+        return Context(
+            positions=positions,
+            segments=segments,
+            rope=self.rope(positions),
+            mask=mask,
+            share=self.row_share,
+            heads=HeadShare(*self.head_share),
+        )
+
+    def new_state(
+        self,
+        batch: int,
+        length: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ModelState:
+        """An empty state for `batch` rows of at most `length` tokens; dtype and device default to the weights'."""
+        dtype = dtype or self.head_weight.dtype
+        device = device or self.head_weight.device
+        blocks = cast(Iterable[Block], self.layers)
+        layers = [block.new_state(batch, length, dtype, device) for block in blocks]
+        return ModelState(layers, batch, length, device)
 
     @property
     def recompute(self) -> bool | str | int:
@@ -247,12 +232,10 @@ class Decoder(nn.Module):
         for name, block in self.layers.named_children():
             block.recompute = kind_of(how, int(name))  # type: ignore[assignment]
 
-    def rope(self, tokens: Tensor, positions: Tensor | None) -> Rope | None:
+    def rope(self, positions: Tensor) -> Rope | None:
         """Rotary tables of this pass, shared by all blocks; None when nothing turns."""
         if not self.config.rotary_dim:
             return None
-        if positions is None:
-            positions = places(tokens.shape[1], self.sequence_part).to(tokens.device)
         return rope_tables(self.config, positions)
 
     def head(self, hidden_BTC: Tensor) -> Tensor:
@@ -276,12 +259,12 @@ class Decoder(nn.Module):
         return flops_per_token(self.config, T)
 
 
-def places(T: int, part: SequencePart | None) -> Tensor:
+def places(T: int, part: RowShare | None) -> Tensor:
     """Place in its row of each of the T tokens held here, int64 (1, T)."""
     return torch.arange(T)[None] if part is None else part.positions(T)
 
 
-def segment_mask(segments: Tensor, part: SequencePart | None = None) -> Tensor:
+def segment_mask(segments: Tensor, part: RowShare | None = None) -> Tensor:
     """Block-diagonal causal mask: (B, T) int64 -> bool (B, 1, T, keys), True where a query may see a key."""
     keys = segments if part is None else part.gather(segments, 1)
     same = segments[:, :, None] == keys[:, None, :]

@@ -24,7 +24,6 @@ from castalia.models.tiles import Kind
 aten, ours = torch.ops.aten, torch.ops.castalia
 ATTENTION = {
     ours.causal_attention.default,
-    ours.attention_of_pieces.default,
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,

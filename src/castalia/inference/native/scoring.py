@@ -12,8 +12,8 @@ from torch import Tensor
 
 from castalia.inference.native.packing import dense
 from castalia.inference.native.weights import LINEARS, Weights
-from castalia.models.attention import causal_attention
-from castalia.models.rotary import rope_tables
+from castalia.models.parts.attention import by_blocks, split_fused
+from castalia.models.parts.rotary import rope_tables
 
 HEAD_ROWS = 128
 """Positions whose logits exist at a time."""
@@ -82,13 +82,8 @@ class Scorer:
     def block(self, i: int, x: Tensor, rope: tuple[Tensor | None, Tensor | None]) -> Tensor:
         """One layer."""
         qkv, out, up, down = (f"layers.{i}.{name}" for name in LINEARS)
-        y, _, _ = causal_attention(
-            self.linear(qkv, self.norm(f"layers.{i}.norm1", x))[None],
-            *rope,
-            None,
-            self.config.head_dim,
-            False,
-        )
+        fused = self.linear(qkv, self.norm(f"layers.{i}.norm1", x))[None]
+        y = by_blocks(*split_fused(fused, self.config.head_dim), *rope, None, [0])
         attended = self.linear(out, y[0])
         if not self.config.parallel_residual:
             x = x + attended

@@ -209,7 +209,7 @@ def assembled(
 
 def rope_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, float32 (max_position_embeddings, rotary_dim / 2)."""
-    from castalia.models.rotary import rope_tables
+    from castalia.models.parts.rotary import rope_tables
 
     if not config.rotary_dim:
         return torch.empty(0), torch.empty(0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from castalia.models import Decoder, KVCache, ModelConfig
+from castalia.models import Decoder, ModelConfig
 
 B, T = 2, 16
 CONFIG = ModelConfig(
@@ -92,9 +92,7 @@ def test_shared_rows_equal_whole_rows(holders: int, packed: bool) -> None:
 
     def one(number: int) -> tuple[Tensor, Tensor, Decoder]:
         place, model = Place(meeting, number, holders), make()
-        for module in model.modules():
-            if hasattr(module, "sequence_part"):
-                module.sequence_part = place
+        model.row_share = place
         held = place.held
         out = model(tokens[:, held], segments=None if segments is None else segments[:, held])
         (out * weights[:, held]).sum().backward()
@@ -117,8 +115,8 @@ def test_shared_rows_equal_whole_rows(holders: int, packed: bool) -> None:
         )
 
 
-def test_a_cache_holds_whole_rows() -> None:
+def test_a_state_holds_whole_rows() -> None:
     model = make()
-    model.sequence_part = Place(Meeting(1), 0, 1)
+    model.row_share = Place(Meeting(1), 0, 1)
     with pytest.raises(ValueError, match="without context parallelism"):
-        model(torch.zeros(1, 2, dtype=torch.int64), cache=KVCache(CONFIG, 1, 4))
+        model(torch.zeros(1, 2, dtype=torch.int64), state=model.new_state(1, 4))

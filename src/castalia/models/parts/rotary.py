@@ -56,17 +56,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def split_qkv(qkv: Tensor, head_dim: int, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values out of the fused activation, queries and keys turned by `rope`.
+def rotate_heads(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate the first R dimensions of every head: x (B, H, T, D) -> the same shape and dtype, contiguous.
 
-    Shapes  qkv (B, T, H * 3 * head_dim) in GPT-NeoX order (3 * head + c) * head_dim + d -> three (B, H, T, head_dim).
-    Only the first R dimensions of a head turn, in halves: dimension j pairs with j + R/2.
+    They turn in halves, dimension j pairing with j + R/2; the other dimensions pass unchanged.
     """
-    B, T, _ = qkv.shape
-    parts = qkv.view(B, T, -1, 3, head_dim).permute(3, 0, 2, 1, 4)
-    q, k, v = parts.unbind(0)
-    if rope is not None:
-        R = rope.cos.shape[-1]
-        turned = rotate(parts[:2, ..., :R], *rope).to(qkv.dtype)
-        q, k = torch.cat((turned, parts[:2, ..., R:]), -1).unbind(0)
-    return q, k, v
+    R = rope.cos.shape[-1]
+    turned = rotate(x[..., :R], *rope).to(x.dtype)
+    return torch.cat((turned, x[..., R:]), -1)

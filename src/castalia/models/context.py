@@ -1,0 +1,61 @@
+"""`Context`: all that a block gets beside its input, computed once for each forward pass.
+
+A block is called as `block(x_BTC, context)`. A new kind of position, mask or state is a field here,
+so recompute, pipelines and compiled blocks keep passing one thing.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from castalia.models.parts.rotary import Rope
+from castalia.models.state import LayerState
+
+
+class RowShare(Protocol):
+    """This rank's chunks of each row under context parallelism, and the way to those of the other ranks."""
+
+    def starts(self, T: int) -> list[int]:
+        """Position in the row where each equal chunk of the T tokens held here begins."""
+
+    def positions(self, T: int) -> Tensor:
+        """Position in the row of each of the T tokens held here, int64 (1, T)."""
+
+    def gather(self, part: Tensor, dim: int) -> Tensor:
+        """A tensor of all ranks along `dim`, in the order of the row; differentiable."""
+
+
+class HeadShare(NamedTuple):
+    """This rank's share of a layer's heads under tensor parallelism: part `rank` of `size` equal parts."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, heads: int) -> slice:
+        """The heads held here of `heads` in the whole layer; a per-head bias is made for these alone."""
+        each = heads // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+class Context(NamedTuple):
+    """What is common to all blocks of one forward pass; B batch, T tokens held here, keys those they may see.
+
+    The decoder fills in positions, segments, share and heads; the family adds rope, mask and bias.
+    """
+
+    positions: Tensor
+    """Place of each token in its row or document, int64 (1 or B, T)."""
+    segments: Tensor | None = None
+    """Document of each token, int64 (B, T); a token sees its own document only. None: one document a row."""
+    rope: Rope | None = None
+    """Rotary tables of `positions`; None where nothing turns."""
+    mask: Tensor | None = None
+    """Bool (1 or B, 1, T, keys), True where a query may see a key, never a later one. None is causal."""
+    bias: Tensor | None = None
+    """Added to the scaled scores, (1 or B, 1 or local heads, T, keys); see `HeadShare` for its heads."""
+    state: LayerState | None = None
+    """What this block remembers of earlier tokens, when generating; each block gets its own."""
+    share: RowShare | None = None
+    """Set under context parallelism, where T are this rank's chunks of the row."""
+    heads: HeadShare = HeadShare()
+    """This rank's heads under tensor parallelism."""

@@ -1,0 +1,1 @@
+"""Parts that blocks are made of: attention, MLP, norm, rotary positions."""

@@ -1,0 +1,162 @@
+"""`ModelState`: what a model remembers of the tokens that it has read, one `LayerState` a block.
+
+    state = model.new_state(batch=2, length=512)
+    hidden = model(prompts, state=state)          # (2, T), right-padded
+    state.rewind(lengths)                         # (2,) real tokens of each prompt; not needed when all are T
+    hidden = model(next_tokens, state=state)      # (2, 1), each row continues at its own length
+
+Attention remembers keys and values by position (`KVCache`), so it can be cut back to a prefix: it
+`rewinds`. A recurrent state is a summary of all that was read and cannot be cut back; whoever needs
+a prefix (padded prompts, reuse of a prompt, speculative decoding) asks `rewinds` first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class LayerState:
+    """What one block remembers. A block makes its own kind in `new_state(batch, length, dtype, device)`."""
+
+    rewinds = False
+    """Whether the state of a prefix is part of the state of the whole."""
+    owner: "ModelState"
+    """The state of all layers, which knows how many tokens each row has; set by `ModelState`."""
+
+    def copy_row(self, origin: int, target: int, tokens: int) -> None:
+        """Give row `target` the first `tokens` tokens of row `origin`; only where `rewinds`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
+
+    def write_rows(self, rows: Sequence[int], other: "LayerState", tokens: int) -> None:
+        """Replace `rows` by the rows of another state of at most `tokens` tokens; only where `rewinds`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
+
+
+class KVCache(LayerState):
+    """Keys and values of one attention layer, k and v (B, K, max_length, D) with K key heads of width D.
+
+    Slot j of a row holds the token at position j of that row, always. So a query at position p may see
+    exactly the slots j <= p, and rows of different lengths need no other mask: padding on the right of
+    a short prompt sits in slots that the row's next tokens overwrite before anyone looks at them.
+    Bytes: 2 * B * K * max_length * D * size of dtype, which must be the dtype of the activations.
+    """
+
+    rewinds = True
+
+    def __init__(
+        self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write T new keys and values (B, K, T, D); return all slots that some row may see, new included."""
+        owner = self.owner
+        T = k.shape[2]
+        end = owner.longest + T
+        if owner.ragged:
+            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            slots = owner.positions(T)
+            self.k[rows, :, slots] = k.transpose(1, 2).to(self.k.dtype)
+            self.v[rows, :, slots] = v.transpose(1, 2).to(self.v.dtype)
+        else:
+            # Equal rows write one slice: no index tensors, and generation runs this for every token.
+            self.k[:, :, owner.longest : end] = k
+            self.v[:, :, owner.longest : end] = v
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def copy_row(self, origin: int, target: int, tokens: int) -> None:
+        """See `LayerState`."""
+        for kept in (self.k, self.v):
+            kept[target, :, :tokens] = kept[origin, :, :tokens]
+
+    def write_rows(self, rows: Sequence[int], other: LayerState, tokens: int) -> None:
+        """See `LayerState`."""
+        assert isinstance(other, KVCache)
+        self.k[list(rows), :, :tokens] = other.k[:, :, :tokens]
+        self.v[list(rows), :, :tokens] = other.v[:, :, :tokens]
+
+
+class ModelState:
+    """The states of all layers for `batch` rows of at most `max_length` tokens. `Decoder.new_state` makes one.
+
+    `lengths` (B,) int64 is the number of tokens in each row, `longest` the largest of them, `ragged`
+    whether they differ. `rewinds` is True when every layer can be cut back.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerState],
+        batch: int,
+        max_length: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.layers = list(layers)
+        for layer in self.layers:
+            layer.owner = self
+        self.max_length = max_length
+        self.rewinds = all(layer.rewinds for layer in self.layers)
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+        # Kept beside `lengths` as plain numbers: reading a tensor would wait for a GPU at every token.
+        self.longest = 0
+        self.ragged = False
+
+    def positions(self, T: int) -> Tensor:
+        """Positions of the next T tokens: (B, T) int64, or (1, T) when all rows are equally long."""
+        steps = torch.arange(T, device=self.lengths.device)
+        if self.ragged:
+            return self.lengths[:, None] + steps
+        return steps[None] + self.longest
+
+    def mask(self, T: int) -> Tensor | None:
+        """Slots that the next T tokens may see, bool (1 or B, 1, T, longest + T); None where causal says it all.
+
+        None when one token follows rows of equal length, and when the state is empty.
+        """
+        if self.longest == 0 or (T == 1 and not self.ragged):
+            return None
+        slots = torch.arange(self.longest + T, device=self.lengths.device)
+        return (slots <= self.positions(T)[..., None])[:, None]
+
+    def require_room(self, T: int) -> None:
+        """Raises  ValueError if T more tokens do not fit."""
+        if self.longest + T > self.max_length:
+            raise ValueError(
+                f"the state holds at most {self.max_length} tokens a row; it has {self.longest} and"
+                f" {T} more do not fit; make one with a larger length"
+            )
+
+    def advance(self, T: int) -> None:
+        """Count T more tokens in each row. Decoder.forward calls this once all blocks have run."""
+        self.lengths += T
+        self.longest += T
+
+    def rewind(self, lengths: Tensor) -> None:
+        """Keep the first lengths[b] tokens of row b, (B,) int64, and forget the rest.
+
+        Raises  ValueError if a length is negative or more than the row has, or the model has a layer
+                whose state cannot be cut back.
+        """
+        if not self.rewinds:
+            raise ValueError(
+                "this model has a recurrent state, which cannot be cut back to a prefix; start a new"
+                " state and read the prefix again"
+            )
+        if bool(((lengths < 0) | (lengths.to(self.lengths.device) > self.lengths)).any()):
+            raise ValueError(
+                f"cannot rewind rows of {self.lengths.tolist()} tokens to {lengths.tolist()}"
+            )
+        self.lengths = lengths.to(self.lengths)
+        self.longest = int(lengths.max())
+        self.ragged = bool((lengths != lengths[0]).any())
+
+    def copy_row(self, origin: int, target: int, tokens: int) -> None:
+        """Give row `target` the first `tokens` tokens of row `origin`; `rewind` then sets its length."""
+        for layer in self.layers:
+            layer.copy_row(origin, target, tokens)
+
+    def write_rows(self, rows: Sequence[int], other: "ModelState") -> None:
+        """Replace `rows` by the rows of `other`; `rewind` then sets their lengths."""
+        for ours, theirs in zip(self.layers, other.layers, strict=True):
+            ours.write_rows(rows, theirs, other.longest)
