@@ -18,7 +18,7 @@ from castalia.data import (
     build_rows,
     load_tokenizer,
 )
-from castalia.data.row_files import write_rows
+from castalia.data.ready_rows import write_rows
 
 
 def rows_for(prefixes, *, steps=5, batch_size=2, seq_length=4, seed=1234, **options):

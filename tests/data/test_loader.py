@@ -135,7 +135,7 @@ def test_an_id_beyond_the_vocabulary_is_named(rows, workers):
     prefix, document, token = re.match(
         r"(.*): document (\d+) has token id (\d+),", str(raised.value)
     ).groups()
-    pack = next(pack for pack in rows.packs if pack.dataset.prefix == prefix)
+    pack = next(pack for pack in rows.row_sources if pack.dataset.prefix == prefix)
     assert int(token) in pack.dataset[int(document)]
     assert 40 <= int(token) < 50
 

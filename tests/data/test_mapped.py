@@ -10,7 +10,7 @@ import pytest
 
 from castalia.data import DataConfig, IndexedDatasetWriter, build_rows
 from castalia.data.mapped import MappedShards, fetch, map_file, read_at_random
-from castalia.data.steps import StepReader
+from castalia.data.step_reader import StepReader
 
 PAGES = 64
 
@@ -81,14 +81,16 @@ def test_a_step_asks_for_its_rows_before_it_reads_them(tmp_path):
             writer.add(np.zeros(8 * mmap.PAGESIZE, np.uint16))
     config = DataConfig(seq_length=1023, train=[str(tmp_path / "a")])
     rows = build_rows(config, seed=7, batch_size=4, steps=6, eval_every=None, eval_batches=1).train
-    rows.packs[0].dataset.buffer.madvise(mmap.MADV_DONTNEED)  # what was read to know the file again
+    rows.row_sources[0].dataset.buffer.madvise(
+        mmap.MADV_DONTNEED
+    )  # what was read to know the file again
     forget(tmp_path / "a.bin")
     reader = StepReader(rows, 4, 2, 0, 1).start()
     places = reader.located([range(4)])
     (pieces,) = [reader.pieces_of(found) for found in places]
-    buffer, pages = rows.packs[0].dataset.buffer, set()
+    buffer, pages = rows.row_sources[0].dataset.buffer, set()
     for document, start, length in (piece for made_of in pieces for piece in made_of):
-        begin = int(rows.packs[0].dataset.pointers[document]) + 2 * start
+        begin = int(rows.row_sources[0].dataset.pointers[document]) + 2 * start
         pages |= set(range(begin // mmap.PAGESIZE, (begin + 2 * length - 1) // mmap.PAGESIZE + 1))
     fetched(buffer, sorted(pages))
     assert 4 <= len(pages) < 20

@@ -112,12 +112,12 @@ def test_runs_are_the_same_with_and_without(token_file, monkeypatch, packing, sp
         for option in (False, True)
     )
     for name in ("row_starts", "one_a_row", "fit"):
-        monkeypatch.setattr(f"castalia.data.packings.{name}", never)
+        monkeypatch.setattr(f"castalia.data.packing_order.{name}", never)
     monkeypatch.setattr(order_module, "packed_maps", never)
     again = build_rows(config, **RUN, planned=planned)
     assert built.fingerprint == kept.fingerprint == again.fingerprint
     for rows in (kept, again):
-        for pack, expected in zip(rows.train.packs, built.train.packs, strict=True):
+        for pack, expected in zip(rows.train.row_sources, built.train.row_sources, strict=True):
             assert isinstance(pack.order.maps, KeptMaps)
             assert [pack.documents_of(i) for i in range(20)] == [
                 expected.documents_of(i) for i in range(20)

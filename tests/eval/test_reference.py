@@ -57,11 +57,11 @@ def test_the_losses_are_those_of_the_model_over_all_rows(run):
     few = reference_losses(folder, prefixes, seq_length=8, rows=5)
     assert few["sources"]["wide"]["tokens"] == 40
     from castalia.data import DataConfig
-    from castalia.data.source_rows import source_rows
+    from castalia.data.rows_by_source import rows_by_source
 
-    pack = source_rows(
+    pack = rows_by_source(
         [IndexedDataset(prefixes[1])], DataConfig(seq_length=8, train=prefixes[1:]), 1234
-    ).packs[0]
+    ).row_sources[0]
     rows = torch.from_numpy(np.stack([pack[i] for i in range(5)]))
     logits = model.head(model(rows[:, :-1]))[..., : model.config.padded_vocab_size]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())

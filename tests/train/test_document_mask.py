@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(make, kind, batch):
     totals = trainer.accumulate(micro_batches)
     packed = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
-    alone, targets, pack = torch.zeros(()), 0, trainer.rows.train.packs[0]
+    alone, targets, pack = torch.zeros(()), 0, trainer.rows.train.row_sources[0]
     for place in range(12):
         source = trainer.rows.train.locate(place)[1]
         for document, start, length in pack.documents_of(source):

@@ -125,7 +125,7 @@ def test_the_rows_of_a_batch_are_those_of_the_plan(fit):
             return super().__call__(model, batch)
 
     ids, trainer = fit(*ODM, "train.micro_batch_size=4", loss=Look(3))
-    packs = trainer.rows.train.packs
+    packs = trainer.rows.train.row_sources
     for step, (source, place) in enumerate(ids.ids):
         micro = seen[3 * step : 3 * step + 3]
         assert torch.cat([b.source for b in micro]).tolist() == source

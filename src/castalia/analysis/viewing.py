@@ -12,10 +12,10 @@ import numpy as np
 from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
 from castalia.corpus.provenance import read_provenance
-from castalia.data.records import require_tokenizer
-from castalia.data.row_files import common_dtype
-from castalia.data.rows import RowDataset, Rows
-from castalia.data.source_rows import SourceRows
+from castalia.data.ready_rows import common_dtype
+from castalia.data.rows_by_source import RowsBySource
+from castalia.data.run_rows import BlendedRows, RunRows
+from castalia.data.sidecar import require_tokenizer
 from castalia.data.tokenizer import Tokenizer
 
 
@@ -54,13 +54,13 @@ def parse_steps(text: str, batch_size: int, total: int) -> Steps:
 
 
 def save_ids(
-    rows: RowDataset | SourceRows, steps: Steps, path: str | os.PathLike[str]
+    rows: BlendedRows | RowsBySource, steps: Steps, path: str | os.PathLike[str]
 ) -> tuple[int, int]:
     """Write the ids of the steps' rows as one .npy, whole or not at all, in the sources' dtype; returns its shape.
 
     Shapes  (steps · batch_size, seq_length + 1), as Pythia's batch_viewer.py saves them; memory holds one row.
     """
-    dtype = common_dtype([pack.dataset for pack in rows.packs])
+    dtype = common_dtype([pack.dataset for pack in rows.row_sources])
     shape = (len(steps.places), rows.seq_length + 1)
     with atomic_write(Path(path), "wb") as file:
         header = {
@@ -74,14 +74,14 @@ def save_ids(
     return shape
 
 
-def records(rows: Rows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
+def records(rows: RunRows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
     """One dict a row: step, row within the step, source and prefix, the documents' stretches, text if there is a
     tokenizer, and where each document came from if the token file has an index of them.
 
     A stretch's text is decoded by itself, so that a character cut by its border shows as U+FFFD.
     Raises  ConfigError if a token file was made with another tokenizer."""
     if tokenizer is not None:
-        for pack in rows.train.packs:
+        for pack in rows.train.row_sources:
             require_tokenizer(pack.dataset.prefix, tokenizer)
     for place in steps.places:
         source, pieces = rows.train.documents_of(place)
@@ -89,7 +89,7 @@ def records(rows: Rows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[d
             "step": place // steps.batch_size,
             "row": place % steps.batch_size,
             "source": rows.sources[source],
-            "prefix": rows.train.packs[source].dataset.prefix,
+            "prefix": rows.train.row_sources[source].dataset.prefix,
             "documents": [piece._asdict() for piece in pieces],
         }
         for found in record["documents"]:
@@ -105,7 +105,7 @@ def records(rows: Rows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[d
         yield record
 
 
-def step_hash(rows: RowDataset | SourceRows, step: int, batch_size: int) -> int:
+def step_hash(rows: BlendedRows | RowsBySource, step: int, batch_size: int) -> int:
     """`rows_hash` of a step as training writes it to metrics.jsonl: sum of the CRC-32 of each row's inputs as int64."""
     places = Steps(step, step + 1, batch_size).places
     return sum(zlib.crc32(rows[place][0][:-1].astype("<i8").tobytes()) for place in places)

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from castalia.curate.describe import Description
-    from castalia.data import IndexedDataset, Rows
+    from castalia.data import IndexedDataset, RunRows
     from castalia.train.config import RunConfig
 
 app = typer.Typer(
@@ -97,7 +97,7 @@ def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) 
     from castalia.core.errors import ConfigError
     from castalia.corpus.provenance import read_provenance
     from castalia.data import load_tokenizer
-    from castalia.data.records import require_tokenizer
+    from castalia.data.sidecar import require_tokenizer
 
     count = len(dataset)
     if not -count <= number < count:
@@ -400,7 +400,7 @@ def materialize(
     takes them in this order.
     """
     from castalia.analysis.viewing import parse_steps
-    from castalia.data.row_files import common_dtype, write_rows
+    from castalia.data.ready_rows import common_dtype, write_rows
 
     config, rows = rows_of(sources)
     chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
@@ -417,17 +417,17 @@ def materialize(
     size = (
         len(places)
         * (rows.train.seq_length + 1)
-        * common_dtype([p.dataset for p in rows.train.packs]).itemsize
+        * common_dtype([p.dataset for p in rows.train.row_sources]).itemsize
     )
     with bar("materialize", [], size) as on_bytes:
         record = write_rows(rows.train, places.start, places.stop, output, facts, on_bytes)
     typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
 
 
-def rows_of(sources: list[str]) -> "tuple[RunConfig, Rows]":
+def rows_of(sources: list[str]) -> "tuple[RunConfig, RunRows]":
     """The config that the sources give, and the rows of its run as training builds them, or as its record has them."""
     from castalia.data import build_rows
-    from castalia.data.source_rows import SourceRows
+    from castalia.data.rows_by_source import RowsBySource
     from castalia.demo.corpus import ensure_corpus
     from castalia.recipes import resolve
     from castalia.train.mixture import RecordedOrder
@@ -444,7 +444,7 @@ def rows_of(sources: list[str]) -> "tuple[RunConfig, Rows]":
         planned=config.mixing.plans,
         allow_empty=config.mixing.allow_empty,
     )
-    if isinstance(rows.train, SourceRows):
+    if isinstance(rows.train, RowsBySource):
         rows.train.order = RecordedOrder(config, rows, Path(config.output) / "mixture.jsonl")
     return config, rows
 

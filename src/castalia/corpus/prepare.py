@@ -24,7 +24,7 @@ from castalia.corpus.provenance import REJECTS, arrow, never_there
 from castalia.corpus.provenance import SUFFIX as DOCUMENTS
 from castalia.corpus.readers import require_text, texts_of
 from castalia.data.indexed import file_pair
-from castalia.data.records import read_record
+from castalia.data.sidecar import read_record
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]

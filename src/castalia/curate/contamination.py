@@ -24,8 +24,8 @@ from castalia.corpus.inputs import list_files
 from castalia.corpus.pieces import PART_BYTES, pieces_of_all
 from castalia.corpus.readers import require_text
 from castalia.data.indexed import IndexedDataset, require_tokens
-from castalia.data.records import require_tokenizer
 from castalia.data.shards import OnBytes
+from castalia.data.sidecar import require_tokenizer
 from castalia.data.tokenizer import Tokenizer
 
 NGRAM = 13

@@ -21,8 +21,8 @@ from castalia.data.indexed import (
     require_tokens,
     without_suffix,
 )
-from castalia.data.records import finish, refuse_inputs, token_facts
 from castalia.data.shards import OnBytes
+from castalia.data.sidecar import finish, refuse_inputs, tokenizer_facts
 
 KEY_BYTES = 16
 """Of a document's SHA-256: at 10^9 documents, two that differ share it with probability 10^-21."""
@@ -163,7 +163,7 @@ def dedup(
     require_alike(datasets)
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
-    facts, seen = token_facts(datasets), Seen(datasets, near)
+    facts, seen = tokenizer_facts(datasets), Seen(datasets, near)
     kept = [np.ones(len(dataset), np.bool_) for dataset in datasets]
     counts = {"equal": 0, "near": 0}
     with (

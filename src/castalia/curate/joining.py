@@ -20,8 +20,8 @@ from castalia.data.indexed import (
 )
 from castalia.data.mapped import view
 from castalia.data.order import split_documents
-from castalia.data.records import finish, read_record, refuse_inputs, token_facts
 from castalia.data.shards import OnBytes
+from castalia.data.sidecar import finish, read_record, refuse_inputs, tokenizer_facts
 
 PIECE_DOCUMENTS = 1 << 14
 
@@ -50,7 +50,7 @@ def merge(
             )
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
-    facts = token_facts(datasets) | require_all_shares(datasets)
+    facts = tokenizer_facts(datasets) | require_all_shares(datasets)
     boundaries: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
     with IndexedDatasetWriter(prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
@@ -158,7 +158,7 @@ def split(
     }
     for name in chosen:
         refuse_inputs(f"{base}-{name}", [dataset])
-    facts, all_boundaries, records = token_facts([dataset]), doc_idx_of(dataset), []
+    facts, all_boundaries, records = tokenizer_facts([dataset]), doc_idx_of(dataset), []
     for name, documents in chosen.items():
         with IndexedDatasetWriter(f"{base}-{name}", dataset.dtype) as writer:
             copy_documents(dataset, writer, documents.start, documents.stop, on_bytes)

@@ -15,8 +15,8 @@ from castalia.corpus.provenance import NO_INDEX, SUFFIX, index_fault
 from castalia.curate.joining import boundaries_fit
 from castalia.data.indexed import IndexedDataset, without_suffix
 from castalia.data.mapped import view
-from castalia.data.records import read_record
 from castalia.data.shards import SHARD_BYTES, SHARD_NAME, OnBytes, base_of, hash_span
+from castalia.data.sidecar import read_record
 
 HEX = re.compile(r"[0-9a-fA-F]{64}")
 PIECE = 1 << 20

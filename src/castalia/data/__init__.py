@@ -9,7 +9,7 @@ from castalia.core.lazy import lazy
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from castalia.data.labels import read_rewards
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
-from castalia.data.packed import PackedDataset, Piece
+from castalia.data.packed import PackedDataset, Span
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from castalia.data.fingerprint import changed
     from castalia.data.loader import StepLoader
     from castalia.data.pairwise import PairwiseDataset
-    from castalia.data.rows import RowDataset, Rows, build_rows, check_vocab
+    from castalia.data.run_rows import BlendedRows, RunRows, build_rows, check_vocab
 
 __all__ = [
     "IGNORED",
     "Batch",
+    "BlendedRows",
     "DataConfig",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "NeoxOrder",
     "PackedDataset",
     "PairwiseDataset",
-    "Piece",
-    "RowDataset",
-    "Rows",
+    "RunRows",
+    "Span",
     "StepLoader",
     "Tokenizer",
     "best_dtype",
@@ -54,6 +54,6 @@ HEAVY = {
     "blend": "blending",
 }
 HEAVY |= {"changed": "fingerprint", "PairwiseDataset": "pairwise"}
-HEAVY |= dict.fromkeys(("RowDataset", "Rows", "build_rows", "check_vocab"), "rows")
+HEAVY |= dict.fromkeys(("BlendedRows", "RunRows", "build_rows", "check_vocab"), "run_rows")
 """Public names whose module imports torch or pydantic."""
 __getattr__ = lazy(__name__, HEAVY)

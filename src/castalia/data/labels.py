@@ -17,9 +17,9 @@ from castalia.data.indexed import (
     without_suffix,
 )
 from castalia.data.mapped import view
-from castalia.data.packed import Piece
-from castalia.data.records import finish, refuse_inputs
+from castalia.data.packed import Span
 from castalia.data.shards import OnBytes
+from castalia.data.sidecar import finish, refuse_inputs
 
 IGNORED = -100
 """Label of a token that is not a target, as in torch and in GPT-NeoX's label files."""
@@ -68,7 +68,7 @@ def without_targets(labels: IndexedDataset, most: int) -> NDArray[np.bool_]:
     return found
 
 
-def label_row(labels: IndexedDataset, pieces: Sequence[Piece], length: int) -> NDArray[np.int64]:
+def label_row(labels: IndexedDataset, pieces: Sequence[Span], length: int) -> NDArray[np.int64]:
     """The labels of the stretches that make up a row, (length,); IGNORED after the last."""
     row, filled = np.full(length, IGNORED, np.int64), 0
     for document, start, count in pieces:

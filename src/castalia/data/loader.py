@@ -15,10 +15,10 @@ import torch
 from castalia.core.errors import DataError
 from castalia.core.workers import WorkerPool
 from castalia.data.batch import IGNORED, Batch
-from castalia.data.rows import RowDataset
+from castalia.data.rows_by_source import RowPlaces, RowsBySource
+from castalia.data.run_rows import BlendedRows
 from castalia.data.segments import DocumentMask, places_within
-from castalia.data.source_rows import Located, SourceRows
-from castalia.data.steps import (
+from castalia.data.step_reader import (
     PADDING,
     MicroRows,
     StepReader,
@@ -30,9 +30,9 @@ from castalia.data.steps import (
 AHEAD = 1
 """Steps that wait, read, while the next one is being read."""
 Steps = Generator[list[MicroRows], None, None]
-Task = tuple[int, Sequence[Located] | None]
+Task = tuple[int, Sequence[RowPlaces] | None]
 """A step, and the rows of this rank's micro-batches where a plan says which."""
-StepPlan = Callable[[int, int], Located]
+RowLookup = Callable[[int, int], RowPlaces]
 """Rows of the places from the first number to the second of one step's batch."""
 
 
@@ -43,7 +43,7 @@ class StepLoader:
     `micro_batch_size` None is the rank's whole share B / world. `uneven` takes a batch that does not divide, in shares
     that differ by one row at most.
 
-    `plans` gives, step by step, which rows of `SourceRows` the batch is made of, or None while the next step may not
+    `plans` gives, step by step, which rows of `RowsBySource` the batch is made of, or None while the next step may not
     be planned yet: it is asked again when a step is taken. Where it ends, the loader ends.
 
     `vocab_size` checks every id. `eod_id` leaves out of the loss the target after each end-of-document token in the
@@ -57,7 +57,7 @@ class StepLoader:
 
     def __init__(
         self,
-        rows: RowDataset | SourceRows,
+        rows: BlendedRows | RowsBySource,
         *,
         batch_size: int,
         micro_batch_size: int | None = None,
@@ -67,7 +67,7 @@ class StepLoader:
         vocab_size: int | None = None,
         eod_id: int | None = None,
         workers: int = 0,
-        plans: Iterator[StepPlan | None] | None = None,
+        plans: Iterator[RowLookup | None] | None = None,
         uneven: bool = False,
         mask: DocumentMask | None = None,
     ) -> None:

@@ -12,7 +12,7 @@ from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.order import NeoxOrder
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """A stretch of one document: tokens [start, start + length) of document `document`."""
 
     document: int
@@ -53,7 +53,7 @@ class DocumentRows(ABC, Generic[Order]):
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         return self.row(self.documents_of(index))
 
-    def row(self, pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    def row(self, pieces: Sequence[Span]) -> NDArray[np.int64]:
         """The row that is made up of these stretches."""
         row, filled = np.zeros(self.order.seq_length + 1, np.int64), 0
         for document, start, length in pieces:
@@ -61,7 +61,7 @@ class DocumentRows(ABC, Generic[Order]):
             filled += length
         return row
 
-    def documents_of(self, index: int) -> list[Piece]:
+    def documents_of(self, index: int) -> list[Span]:
         """The stretches of documents that make up the row served at place `index`, in order; no empty ones."""
         place, served = operator.index(index), self.order.shuffle_idx
         if not 0 <= place < len(served):
@@ -69,14 +69,14 @@ class DocumentRows(ABC, Generic[Order]):
         return [piece for piece in self.pieces(int(served[place])) if piece.length]
 
     @abstractmethod
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[Span]:
         """The stretches of a row, numbered as the order made it."""
 
 
 class PackedDataset(DocumentRows[NeoxOrder]):
     """Rows of one stream of documents, cut every seq_length tokens: GPT-NeoX's packing."""
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[Span]:
         """From where row `row` of the stream begins to the first token of the next."""
         order = self.order
         (first, offset), (last, end) = (
@@ -91,6 +91,5 @@ class PackedDataset(DocumentRows[NeoxOrder]):
         assert lengths.sum() == order.seq_length + 1, (row, lengths)
         starts = [offset] + [0] * (len(documents) - 1)
         return [
-            Piece(*piece)
-            for piece in zip(documents.tolist(), starts, lengths.tolist(), strict=True)
+            Span(*piece) for piece in zip(documents.tolist(), starts, lengths.tolist(), strict=True)
         ]

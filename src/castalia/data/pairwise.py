@@ -15,8 +15,8 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.labels import IGNORED, open_labels, without_targets
-from castalia.data.packings import PieceOrder
-from castalia.data.records import read_record
+from castalia.data.packing_order import PackingOrder
+from castalia.data.sidecar import read_record
 
 
 class Side(NamedTuple):
@@ -70,7 +70,7 @@ class PairwiseDataset:
         for side in (self.pos, self.neg):
             if side.labels is not None:
                 left_out |= without_targets(side.labels, looked_at)
-        self.order = PieceOrder(
+        self.order = PackingOrder(
             longer, config, num_samples=num_samples, seed=seed, documents=used, left_out=left_out
         )
         self.shuffle_idx = self.order.shuffle_idx

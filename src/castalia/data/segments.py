@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.data.packed import Piece
+from castalia.data.packed import Span
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DocumentMask:
 
     eod_id: int | None = None
 
-    def segments(self, row: NDArray[np.int64], pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    def segments(self, row: NDArray[np.int64], pieces: Sequence[Span]) -> NDArray[np.int64]:
         """Number of the document in the row for each token: row (n,) -> (n,), from 0; what lies after
         all pieces is one more.
 

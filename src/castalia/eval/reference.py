@@ -14,8 +14,8 @@ import torch
 from castalia.core.errors import DataError
 from castalia.core.files import write_json
 from castalia.data import DataConfig, IndexedDataset
-from castalia.data.rows import source_names
-from castalia.data.source_rows import SourcePack, source_rows
+from castalia.data.rows_by_source import SourcePack, rows_by_source
+from castalia.data.run_rows import source_names
 from castalia.inference import load
 from castalia.mixing import scores
 from castalia.models import Decoder
@@ -51,7 +51,9 @@ def reference_losses(
     """
     model, names = load(checkpoint).model, source_names(list(prefixes))
     config = DataConfig(seq_length=seq_length, train=list(prefixes))
-    packs = source_rows([IndexedDataset(prefix) for prefix in prefixes], config, seed).packs
+    packs = rows_by_source(
+        [IndexedDataset(prefix) for prefix in prefixes], config, seed
+    ).row_sources
     counts = [
         min(len(pack.order.shuffle_idx), rows or len(pack.order.shuffle_idx)) for pack in packs
     ]

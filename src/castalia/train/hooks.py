@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from castalia.core.errors import CheckpointError
-from castalia.data import RowDataset, Rows
-from castalia.data.records import read_record
+from castalia.data import BlendedRows, RunRows
+from castalia.data.sidecar import read_record
 from castalia.distributed import is_loss
 from castalia.mixing import scores
 from castalia.models.flops import flops_per_token
@@ -172,7 +172,7 @@ class Validate(Hook):
             )
             trainer.metrics |= {"valid_sources": found.pop("sources"), "valid": found}
 
-    def sums(self, trainer: "Trainer", rows: RowDataset) -> NDArray[np.float64]:
+    def sums(self, trainer: "Trainer", rows: BlendedRows) -> NDArray[np.float64]:
         """Loss and targets of each source over the first train.eval_batches batches of `rows`, (2, V)."""
         trainer.model.eval()
         total = torch.zeros(
@@ -187,9 +187,9 @@ class Validate(Hook):
         return found
 
 
-def bytes_per_token(rows: Rows) -> dict[str, float]:
+def bytes_per_token(rows: RunRows) -> dict[str, float]:
     """UTF-8 bytes of text that a token of each validation file stands for, where `castalia prepare` wrote it down."""
-    packs = rows.valid.packs if rows.valid is not None else []
+    packs = rows.valid.row_sources if rows.valid is not None else []
     records = {
         name: read_record(pack.dataset.prefix) or {}
         for name, pack in zip(rows.valid_sources, packs, strict=True)

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import CheckpointError, ConfigError, TrainingError
-from castalia.data import Rows
-from castalia.data.loader import StepPlan
-from castalia.data.source_rows import Located, SourceRows
+from castalia.data import RunRows
+from castalia.data.loader import RowLookup
+from castalia.data.rows_by_source import RowPlaces, RowsBySource
 from castalia.mixing import (
     ExhaustionError,
     Plan,
@@ -60,7 +60,7 @@ class Mixture:
     def __iter__(self) -> "Mixture":
         return self
 
-    def __next__(self) -> StepPlan | None:
+    def __next__(self) -> RowLookup | None:
         self.plan_ahead()
         if self.taken < len(self.coming):
             self.taken += 1
@@ -153,12 +153,12 @@ class Mixture:
             )
 
 
-def located(plan: Plan) -> StepPlan:
+def located(plan: Plan) -> RowLookup:
     """A plan as the loader asks for it."""
 
-    def rows(begin: int, end: int) -> Located:
+    def rows(begin: int, end: int) -> RowPlaces:
         found = plan.rows(begin, end)
-        return Located(found.source, found.index)
+        return RowPlaces(found.source, found.index)
 
     return rows
 
@@ -172,12 +172,12 @@ def rounded(sums: NDArray[np.float64], grain: float) -> NDArray[np.float64]:
         return np.rint(loss / np.maximum(tokens, 1) / grain) * grain * tokens
 
 
-def make_mixture(config: RunConfig, rows: Rows) -> Mixture | None:
+def make_mixture(config: RunConfig, rows: RunRows) -> Mixture | None:
     """The planner that config.mixing asks for; None for GPT-NeoX's blend.
 
     Raises  ConfigError for a source that is not there, or losses or steps that are missing.
     """
-    if not isinstance(rows.train, SourceRows):
+    if not isinstance(rows.train, RowsBySource):
         return None
     mixing, train = config.mixing, config.train
     mixer = mixing.make(
@@ -249,8 +249,8 @@ class RecordedOrder:
     Places count from 0, `batch_size` a step. Quick for places in order; going back plans anew from the first step.
     """
 
-    def __init__(self, config: RunConfig, rows: Rows, path: str | Path) -> None:
-        assert isinstance(rows.train, SourceRows)
+    def __init__(self, config: RunConfig, rows: RunRows, path: str | Path) -> None:
+        assert isinstance(rows.train, RowsBySource)
         self.config, self.sources, self.sizes = config, rows.sources, rows.train.sizes
         self.record = read_mixture(path)
         self.begin()

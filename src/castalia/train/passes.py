@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import Batch
-from castalia.data.steps import check_batch
+from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
 from castalia.distributed.pipeline import Pipeline, Stages, stage_numbers

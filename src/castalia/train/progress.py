@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from castalia.data.batch import Batch
-from castalia.data.steps import PADDING
+from castalia.data.step_reader import PADDING
 
 
 @dataclass

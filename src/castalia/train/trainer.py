@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint import SavePolicy, Store
-from castalia.data import Batch, RowDataset, StepLoader, build_rows, check_vocab
-from castalia.data.source_rows import SourceRows
+from castalia.data import Batch, BlendedRows, StepLoader, build_rows, check_vocab
+from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients, scale_gradients
 from castalia.train.config import RunConfig
@@ -62,7 +62,7 @@ class Trainer:
             allow_empty=config.mixing.allow_empty,
         )
         self.mixture = make_mixture(config, self.rows)
-        for source in self.rows.train.packs:
+        for source in self.rows.train.row_sources:
             check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
         self.model = build_model(config, world)
         self.optimizer = make_optimizer(self.model, config.optim)
@@ -158,7 +158,7 @@ class Trainer:
         return self.batches(self.rows.train, self.progress.step, self.mixture)
 
     def batches(
-        self, rows: RowDataset | SourceRows, start_step: int, mixture: Mixture | None = None
+        self, rows: BlendedRows | RowsBySource, start_step: int, mixture: Mixture | None = None
     ) -> Iterator[list[Batch]]:
         """This process's micro-batches of each step of `rows`, from `start_step` on; none where none are needed."""
         data = self.config.data

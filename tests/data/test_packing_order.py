@@ -7,15 +7,15 @@ import pytest
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import (
+    BlendedRows,
     DataConfig,
     IndexedDataset,
     IndexedDatasetWriter,
-    RowDataset,
     StepLoader,
     build_rows,
 )
-from castalia.data.packings import PieceOrder, PieceRows, fit, piece_rows, row_starts
-from castalia.data.row_files import write_rows
+from castalia.data.packing_order import PackingOrder, PaddedRows, fit, piece_rows, row_starts
+from castalia.data.ready_rows import write_rows
 
 L = 16
 SIZES = np.random.RandomState(5).randint(1, 25, 80).tolist()
@@ -32,8 +32,9 @@ def config(token_file):
 
 def pack(config, rows, seed=3, documents=None):
     dataset = IndexedDataset(config.train[0])
-    return PieceRows(
-        dataset, PieceOrder(dataset.sizes, config, num_samples=rows, seed=seed, documents=documents)
+    return PaddedRows(
+        dataset,
+        PackingOrder(dataset.sizes, config, num_samples=rows, seed=seed, documents=documents),
     )
 
 
@@ -131,7 +132,7 @@ def until_overflow_step_by_step(sizes, room):
 @pytest.mark.parametrize("piece", [1, 3, 1000])
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_begin_where_a_document_does_not_fit(monkeypatch, piece, seed):
-    monkeypatch.setattr("castalia.data.packings.PIECE", piece)
+    monkeypatch.setattr("castalia.data.packing_order.PIECE", piece)
     sizes = np.random.RandomState(seed).randint(0, 3 + 2 * seed, 200)
     assert row_starts(sizes, 12).tolist() == until_overflow_step_by_step(sizes.tolist(), 12)
 
@@ -240,4 +241,4 @@ def test_errors(config, token_file, tmp_path):
     with pytest.raises(DataError, match="all of 2 documents are empty or longer than 17 tokens"):
         pack(long, 5)
     with pytest.raises(ConfigError, match=r"set data\.packing=packed"):
-        write_rows(RowDataset([pack(config("unpacked"), 5)]), 0, 5, tmp_path / "w", {})
+        write_rows(BlendedRows([pack(config("unpacked"), 5)]), 0, 5, tmp_path / "w", {})

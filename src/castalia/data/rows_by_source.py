@@ -12,12 +12,12 @@ from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.order import NeoxOrder, chosen
 from castalia.data.order_cache import cache_of
-from castalia.data.packed import PackedDataset, Piece
-from castalia.data.packings import PieceRows, piece_rows
-from castalia.data.row_files import FileOrder, RowFile
+from castalia.data.packed import PackedDataset, Span
+from castalia.data.packing_order import PaddedRows, piece_rows
+from castalia.data.ready_rows import FileOrder, ReadyRows
 
 
-class Located(NamedTuple):
+class RowPlaces(NamedTuple):
     """Rows to read: source (n,), the place in `packs`, and place (n,), the place in that source's order; int64."""
 
     source: NDArray[np.int64]
@@ -35,7 +35,7 @@ class EmptyOrder:
 
 
 @dataclass(frozen=True)
-class EmptyPack:
+class EmptySource:
     """A source that holds no whole row: nothing can be read of it."""
 
     dataset: IndexedDataset
@@ -47,16 +47,16 @@ class EmptyPack:
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         raise IndexError(f"row {index} of 0 in {self.dataset.prefix}")
 
-    def documents_of(self, index: int) -> list[Piece]:
+    def documents_of(self, index: int) -> list[Span]:
         """None of them can be asked for."""
         raise IndexError(f"row {index} of 0 in {self.dataset.prefix}")
 
 
-SourcePack = PackedDataset | RowFile | PieceRows | EmptyPack
+SourcePack = PackedDataset | ReadyRows | PaddedRows | EmptySource
 """One pass over a source."""
 
 
-class SourceRows:
+class RowsBySource:
     """Rows of several sources, each in one pass of its own order; a plan says which of them a step takes.
 
     `sizes` (K,) int64 are rows a source: row i of source k is `packs[k][i]`, 0 <= i < sizes[k]. `locate` finds the
@@ -66,13 +66,13 @@ class SourceRows:
     def __init__(
         self, packs: Sequence[SourcePack], order: Callable[[int], tuple[int, int]] | None = None
     ) -> None:
-        self.packs, self.order = list(packs), order
+        self.row_sources, self.order = list(packs), order
         self.labels: list[IndexedDataset] | None = None
         self.sizes = np.array([len(pack.order.shuffle_idx) for pack in packs], np.int64)
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
         source, place = self.locate(index)
-        return self.packs[source][place], source, int(index)
+        return self.row_sources[source][place], source, int(index)
 
     def locate(self, index: int) -> tuple[int, int]:
         """The source of the row served at place `index`, and its place in that source's order.
@@ -85,18 +85,18 @@ class SourceRows:
             )
         return self.order(index)
 
-    def documents_of(self, index: int) -> tuple[int, list[Piece]]:
+    def documents_of(self, index: int) -> tuple[int, list[Span]]:
         """The source of the row served at place `index`, and the stretches of its documents in the row."""
         source, place = self.locate(index)
-        return source, self.packs[source].documents_of(place)
+        return source, self.row_sources[source].documents_of(place)
 
     @property
     def seq_length(self) -> int:
         """Tokens in a row that the model sees."""
-        return self.packs[0].order.seq_length
+        return self.row_sources[0].order.seq_length
 
 
-def source_rows(
+def rows_by_source(
     datasets: Sequence[IndexedDataset],
     config: DataConfig,
     seed: int,
@@ -104,7 +104,7 @@ def source_rows(
     labels: list[IndexedDataset] | None = None,
     *,
     allow_empty: bool = False,
-) -> SourceRows:
+) -> RowsBySource:
     """One pass over each source: its documents shuffled and cut into rows as GPT-NeoX does, or ready rows as they lie.
 
     documents    the documents of a single source to use; all by default.
@@ -116,7 +116,7 @@ def source_rows(
         one_pass(dataset, config, seed, documents, labels[i] if labels else None, allow_empty)
         for i, dataset in enumerate(datasets)
     ]
-    return SourceRows(packs)
+    return RowsBySource(packs)
 
 
 def one_pass(
@@ -134,10 +134,12 @@ def one_pass(
         return piece_rows(dataset, config, 0, seed, documents, labels, cache)
     tokens = int(chosen(dataset.sizes, documents)[0].sum(dtype=np.int64))
     if tokens <= config.seq_length and allow_empty:
-        return EmptyPack(dataset, EmptyOrder(config.seq_length, tokens))
+        return EmptySource(dataset, EmptyOrder(config.seq_length, tokens))
     try:
         if config.order == "file":
-            return RowFile(dataset, FileOrder(dataset, seq_length=config.seq_length, num_samples=0))
+            return ReadyRows(
+                dataset, FileOrder(dataset, seq_length=config.seq_length, num_samples=0)
+            )
         if tokens <= config.seq_length:
             raise DataError(
                 f"a row needs {config.seq_length + 1} tokens, but this source holds {tokens} in all; take it out, set"

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.labels import label_row
 from castalia.data.mapped import read_at_random
-from castalia.data.packed import DocumentRows, Piece
-from castalia.data.packings import PieceRows
-from castalia.data.rows import RowDataset, out_of_vocab
+from castalia.data.packed import DocumentRows, Span
+from castalia.data.packing_order import PaddedRows
+from castalia.data.rows_by_source import RowPlaces, RowsBySource
+from castalia.data.run_rows import BlendedRows, out_of_vocab
 from castalia.data.segments import DocumentMask
-from castalia.data.source_rows import Located, SourceRows
 
 PADDING = -1
 """Index of a row that stands for none: nothing of it counts."""
@@ -44,7 +44,7 @@ class StepReader:
     Holds no state, and pickles.
     """
 
-    rows: RowDataset | SourceRows
+    rows: BlendedRows | RowsBySource
     batch_size: int
     micro: int
     rank: int
@@ -54,7 +54,7 @@ class StepReader:
 
     def start(self) -> "StepReader":
         """Once in each process that reads."""
-        for pack in self.rows.packs:
+        for pack in self.rows.row_sources:
             if isinstance(pack, DocumentRows):
                 read_at_random(pack.dataset.buffer)
         return self
@@ -74,7 +74,7 @@ class StepReader:
             out.append(range(begin, end))
         return out
 
-    def read(self, step: int, planned: Sequence[Located] | None = None) -> list[MicroRows]:
+    def read(self, step: int, planned: Sequence[RowPlaces] | None = None) -> list[MicroRows]:
         """This rank's micro-batches of one step; `planned` are their rows, where a plan says which.
 
         Raises  DataError for an id that is not in the vocabulary.
@@ -87,19 +87,19 @@ class StepReader:
         ]  # of the whole step, before the first is read
         return [self.micro_batch(*given) for given in zip(places, found, pieces, strict=True)]
 
-    def located(self, places: Sequence[range]) -> list[Located]:
+    def located(self, places: Sequence[range]) -> list[RowPlaces]:
         """The rows that stand at places of the served order, a micro-batch at a time."""
         pairs = [
             np.array([self.rows.locate(i) for i in index], np.int64).reshape(-1, 2)
             for index in places
         ]
-        return [Located(pair[:, 0], pair[:, 1]) for pair in pairs]
+        return [RowPlaces(pair[:, 0], pair[:, 1]) for pair in pairs]
 
-    def pieces_of(self, found: Located) -> list[list[Piece]]:
+    def pieces_of(self, found: RowPlaces) -> list[list[Span]]:
         """The stretches of documents of each row, which the kernel begins to read where it would not by itself."""
         out = []
         for source, place in zip(found.source.tolist(), found.place.tolist(), strict=True):
-            pack = self.rows.packs[source]
+            pack = self.rows.row_sources[source]
             out.append(pack.documents_of(place))
             if isinstance(pack, DocumentRows):
                 for dataset in (
@@ -111,11 +111,11 @@ class StepReader:
         return out
 
     def micro_batch(
-        self, index: range, found: Located, pieces: Sequence[Sequence[Piece]]
+        self, index: range, found: RowPlaces, pieces: Sequence[Sequence[Span]]
     ) -> MicroRows:
         """The rows of one micro-batch, which stand at the places `index` and consist of `pieces`."""
         if not index:
-            padding = np.zeros((1, self.rows.packs[0].order.seq_length + 1), np.int64)
+            padding = np.zeros((1, self.rows.row_sources[0].order.seq_length + 1), np.int64)
             segments = None if self.mask is None else padding
             return MicroRows(
                 padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64), segments
@@ -123,7 +123,7 @@ class StepReader:
         sources = found.source.tolist()
         rows = np.stack(
             [
-                self.rows.packs[source].row(made_of)
+                self.rows.row_sources[source].row(made_of)
                 for source, made_of in zip(sources, pieces, strict=True)
             ]
         )
@@ -135,7 +135,7 @@ class StepReader:
             segments = np.stack(
                 [mask.segments(row, made_of) for row, made_of in zip(rows, pieces, strict=True)]
             )
-        if any(isinstance(pack, PieceRows) for pack in self.rows.packs):
+        if any(isinstance(pack, PaddedRows) for pack in self.rows.row_sources):
             filled = np.array(
                 [sum(piece.length for piece in made_of) for made_of in pieces], np.int64
             )
@@ -144,7 +144,7 @@ class StepReader:
         )
 
     def labels_of(
-        self, rows: NDArray[np.int64], sources: Sequence[int], pieces: Sequence[Sequence[Piece]]
+        self, rows: NDArray[np.int64], sources: Sequence[int], pieces: Sequence[Sequence[Span]]
     ) -> NDArray[np.int64] | None:
         """The labels of rows out of label files; None without any.
 
@@ -166,7 +166,7 @@ class StepReader:
         self,
         rows: NDArray[np.int64],
         sources: Sequence[int],
-        pieces: Sequence[Sequence[Piece]],
+        pieces: Sequence[Sequence[Span]],
         vocab_size: int,
     ) -> None:
         """Every id is in the vocabulary."""
@@ -177,7 +177,7 @@ class StepReader:
         document = next(
             piece.document for piece, end in zip(pieces[i], ends, strict=True) if j < end
         )
-        prefix = self.rows.packs[sources[i]].dataset.prefix
+        prefix = self.rows.row_sources[sources[i]].dataset.prefix
         raise DataError(out_of_vocab(prefix, document, int(rows[i, j]), vocab_size))
 
 
@@ -205,6 +205,6 @@ def start_worker(reader: StepReader) -> None:
     READER[:] = [reader.start()]
 
 
-def read_in_worker(step: int, planned: Sequence[Located] | None = None) -> list[MicroRows]:
+def read_in_worker(step: int, planned: Sequence[RowPlaces] | None = None) -> list[MicroRows]:
     """In a worker: one step."""
     return READER[0].read(step, planned)

@@ -22,10 +22,10 @@ from castalia.data.indexed import (
     require_tokens,
     without_suffix,
 )
-from castalia.data.packed import PackedDataset, Piece
-from castalia.data.packings import PieceRows
-from castalia.data.records import finish, refuse_inputs
+from castalia.data.packed import PackedDataset, Span
+from castalia.data.packing_order import PaddedRows
 from castalia.data.shards import OnBytes
+from castalia.data.sidecar import finish, refuse_inputs
 
 ROWS_AT_A_TIME = 256
 
@@ -60,7 +60,7 @@ class FileOrder:
         return index % len(self)
 
 
-class RowFile:
+class ReadyRows:
     """The rows of a file in its own order: `rows[i]` is item i, (seq_length + 1,) int64.
 
     Raises  IndexError beyond the end; DataError if the file holds floats.
@@ -76,14 +76,14 @@ class RowFile:
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         return self.row(self.documents_of(index))
 
-    def row(self, pieces: Sequence[Piece]) -> NDArray[np.int64]:
+    def row(self, pieces: Sequence[Span]) -> NDArray[np.int64]:
         """The item that is the one stretch."""
         (piece,) = pieces
         return self.dataset.get(*piece).astype(np.int64)
 
-    def documents_of(self, index: int) -> list[Piece]:
+    def documents_of(self, index: int) -> list[Span]:
         """The item itself: what documents its tokens came from is not known any more."""
-        return [Piece(self.place(index), 0, self.order.seq_length + 1)]
+        return [Span(self.place(index), 0, self.order.seq_length + 1)]
 
     def place(self, index: int) -> int:
         """`index`, checked."""
@@ -93,7 +93,7 @@ class RowFile:
         return place
 
 
-Pack = PackedDataset | RowFile | PieceRows
+Pack = PackedDataset | ReadyRows | PaddedRows
 """One source under its order."""
 
 
@@ -105,17 +105,17 @@ def write_rows(
     facts: dict[str, Any],
     on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
-    """Write the rows served at places [first, stop) of a `RowDataset` as items of a token file; returns its record.
+    """Write the rows served at places [first, stop) of a `BlendedRows` as items of a token file; returns its record.
 
     dtype is that of the sources, the widest of several. `facts` go into the record.
     Raises  ConfigError if the output is a source or the packing leaves rows unfilled; CastaliaError if it
             cannot be written.
     """
-    if any(isinstance(pack, PieceRows) for pack in rows.packs):
+    if any(isinstance(pack, PaddedRows) for pack in rows.row_sources):
         raise ConfigError(
             "rows that end early cannot be written as ready ones: set data.packing=packed"
         )
-    datasets = [pack.dataset for pack in rows.packs]
+    datasets = [pack.dataset for pack in rows.row_sources]
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
     with IndexedDatasetWriter(prefix, common_dtype(datasets)) as writer:

@@ -17,7 +17,7 @@ from castalia.data.indexed import IndexedDataset
 from castalia.data.labels import without_targets
 from castalia.data.order import chosen, content, numbered
 from castalia.data.order_cache import Maps, OrderCache, from_cache
-from castalia.data.packed import DocumentRows, Piece
+from castalia.data.packed import DocumentRows, Span
 
 Ints = NDArray[np.int64]
 
@@ -27,7 +27,7 @@ PIECE = 1 << 20
 """Documents whose rows are followed at a time, so that the lists of Python stay small."""
 
 
-class PieceOrder:
+class PackingOrder:
     """Which stretches of documents make up each row of at most `seq_length` + 1 tokens, and in which order rows come.
 
     Row k is the stretches [starts[k], starts[k + 1]) of `documents`, each from token `offsets` on, `lengths` tokens.
@@ -107,7 +107,7 @@ def piece_maps(
     rows: int,
     seed: int,
 ) -> Maps:
-    """The maps of `PieceOrder`, of documents `used` and their `sizes`, as far as they are `kept`."""
+    """The maps of `PackingOrder`, of documents `used` and their `sizes`, as far as they are `kept`."""
     lengths, exact = sizes.astype(np.int64), config.neox_exact
     kept = kept_documents(lengths, config, kept)
     build = {"pack_until_overflow": until_overflow, "unpacked": one_a_row, "best_fit": best_fit}[
@@ -302,21 +302,21 @@ def keep(free: dict[int, list[Ints]], rooms: list[int], room: int, bins: Ints) -
         free.setdefault(room, []).append(bins)
 
 
-class PieceRows(DocumentRows[PieceOrder]):
+class PaddedRows(DocumentRows[PackingOrder]):
     """Rows of whole documents or best-fit stretches, which may end early."""
 
-    def pieces(self, row: int) -> list[Piece]:
+    def pieces(self, row: int) -> list[Span]:
         """The stretches that were laid into row `row`, and the token that GPT-NeoX adds."""
         order, maps = self.order, self.order.maps
         documents, lengths = order.documents, maps["lengths"]
         start, stop = order.starts[row : row + 2].tolist()
         fields = (documents, maps["offsets"], lengths)
         pieces = [
-            Piece(*found) for found in zip(*(f[start:stop].tolist() for f in fields), strict=True)
+            Span(*found) for found in zip(*(f[start:stop].tolist() for f in fields), strict=True)
         ]
         room = order.seq_length + 1 - sum(piece.length for piece in pieces)
         if order.exact and room > 0 and stop < len(documents):
-            pieces.append(Piece(int(documents[stop]), 0, min(1, int(lengths[stop]))))
+            pieces.append(Span(int(documents[stop]), 0, min(1, int(lengths[stop]))))
         return pieces
 
 
@@ -328,7 +328,7 @@ def piece_rows(
     documents: range | None,
     labels: IndexedDataset | None,
     cache: OrderCache | None,
-) -> PieceRows:
+) -> PaddedRows:
     """A source under data.packing; an error names it."""
     left_out = None
     if (
@@ -337,7 +337,7 @@ def piece_rows(
         left_out = without_targets(labels, config.seq_length + (config.packing != "unpacked"))
     options: dict[str, Any] = {"documents": documents, "left_out": left_out, "cache": cache}
     try:
-        order = PieceOrder(dataset.sizes, config, num_samples=rows, seed=seed, **options)
+        order = PackingOrder(dataset.sizes, config, num_samples=rows, seed=seed, **options)
     except DataError as error:
         raise DataError(f"{dataset.prefix}: {error}") from None
-    return PieceRows(dataset, order)
+    return PaddedRows(dataset, order)

@@ -48,7 +48,7 @@ def finish(writer: IndexedDatasetWriter, prefix: str, made_of: dict[str, Any]) -
     return record
 
 
-def token_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
+def tokenizer_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     """Tokenizer, vocabulary and end of document as the records of the inputs have them, where any has.
 
     Raises  DataError if two inputs were made with different tokenizers.

@@ -88,13 +88,13 @@ def test_several_sources_are_blended(token_file):
 def test_places_beyond_the_end_wrap(token_file):
     """A blend wraps at the sum of its sources' rows less one each, a source at its rows less one."""
     rows = build(train=[token_file("a", [40]), token_file("b", [40])], steps=2, batch_size=4)
-    sizes = [len(pack.order.shuffle_idx) for pack in rows.train.packs]
+    sizes = [len(pack.order.shuffle_idx) for pack in rows.train.row_sources]
     assert (sizes, len(rows.train)) == ([9, 9], 16)
     again = rows.train[len(rows.train) + 3]
     assert again[0].tolist() == rows.train[3][0].tolist()
     assert again[2] == len(rows.train) + 3
     one = build(train=[token_file("c", [90])], split="1,0,0", steps=2).train
-    n = len(one.packs[0].order.shuffle_idx)
+    n = len(one.row_sources[0].order.shuffle_idx)
     assert one[n][0].tolist() == one[n % (n - 1)][0].tolist()
     with pytest.raises(IndexError, match="count from 0"):
         one[-1]

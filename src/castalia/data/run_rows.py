@@ -18,12 +18,12 @@ from castalia.data.labels import open_labels
 from castalia.data.mapped import view
 from castalia.data.order import NeoxOrder, rows_per_source, split_documents
 from castalia.data.order_cache import Maps, OrderCache, cache_of
-from castalia.data.packed import PackedDataset, Piece
-from castalia.data.packings import PieceRows, piece_rows
-from castalia.data.records import require_tokenizer, token_facts
-from castalia.data.row_files import FileOrder, Pack, RowFile
+from castalia.data.packed import PackedDataset, Span
+from castalia.data.packing_order import PaddedRows, piece_rows
+from castalia.data.ready_rows import FileOrder, Pack, ReadyRows
+from castalia.data.rows_by_source import RowsBySource, rows_by_source
 from castalia.data.segments import DocumentMask
-from castalia.data.source_rows import SourceRows, source_rows
+from castalia.data.sidecar import require_tokenizer, tokenizer_facts
 from castalia.data.tokenizer import load_tokenizer
 
 Labels = list[IndexedDataset] | None
@@ -32,7 +32,7 @@ ORDERS = {"neox": "neox packed", "file": "rows as in the file"}
 """How the fingerprint names an order."""
 
 
-class RowDataset:
+class BlendedRows:
     """Rows of one or several sources in served order, without an end.
 
     `rows[p]` is (row (seq_length + 1,) int64, source, p): source is the place in `packs`. Beyond its end a blend
@@ -48,7 +48,7 @@ class RowDataset:
         size: int | None = None,
         cache: OrderCache | None = None,
     ) -> None:
-        self.packs = packs
+        self.row_sources = packs
         self.labels: list[IndexedDataset] | None = None
         self.size = len(packs[0].order.shuffle_idx)
         self.period: int | None = None
@@ -63,7 +63,7 @@ class RowDataset:
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
         source, place = self.locate(index)
-        return self.packs[source][place], source, int(index)
+        return self.row_sources[source][place], source, int(index)
 
     def locate(self, index: int) -> tuple[int, int]:
         """The source of the row served at place `index` >= 0, and its place in that source's order."""
@@ -71,26 +71,26 @@ class RowDataset:
             raise IndexError(f"place {index}: places count from 0")
         place = int(index) % self.period if self.period else int(index)
         if self.turns is None:
-            return 0, self.packs[0].order.wrap(place)
+            return 0, self.row_sources[0].order.wrap(place)
         picks, numbers = self.turns["dataset_index"], self.turns["sample_index"]
         if place >= len(picks):
             raise IndexError(f"place {index}: the blend was built for {len(picks)} places")
         source = int(picks[place])
-        return source, self.packs[source].order.wrap(int(numbers[place]))
+        return source, self.row_sources[source].order.wrap(int(numbers[place]))
 
-    def documents_of(self, index: int) -> tuple[int, list[Piece]]:
+    def documents_of(self, index: int) -> tuple[int, list[Span]]:
         """The source of the row served at place `index`, and the stretches of its documents in the row."""
         source, place = self.locate(index)
-        return source, self.packs[source].documents_of(place)
+        return source, self.row_sources[source].documents_of(place)
 
     @property
     def seq_length(self) -> int:
         """Tokens in a row that the model sees."""
-        return self.packs[0].order.seq_length
+        return self.row_sources[0].order.seq_length
 
 
 @dataclass(frozen=True)
-class Rows:
+class RunRows:
     """What `build_rows` made out of a data config.
 
     `sources` names the train sources and `valid_sources` those of `valid`; `epochs` and `tokens` are one number each:
@@ -99,8 +99,8 @@ class Rows:
     of a row apart, None unless data.document_mask is set.
     """
 
-    train: RowDataset | SourceRows
-    valid: RowDataset | None
+    train: BlendedRows | RowsBySource
+    valid: BlendedRows | None
     fingerprint: dict[str, Any]
     sources: list[str]
     weights: list[float] = field(default_factory=list)
@@ -121,8 +121,8 @@ def build_rows(
     eval_batches: int,
     planned: bool = False,
     allow_empty: bool = False,
-) -> Rows:
-    """The train and valid rows of a run in GPT-NeoX's order; with `planned` the train rows by source (`source_rows`).
+) -> RunRows:
+    """The train and valid rows of a run in GPT-NeoX's order; with `planned` the train rows by source (`rows_by_source`).
 
     A single train prefix with `split` is GPT-NeoX's data_path: its share of the documents, exactly steps · batch_size
     rows. Anything else is its list of paths: each source holds 1.005 times its share and they are blended, even a
@@ -141,9 +141,9 @@ def build_rows(
         else (None, None)
     )
     labels, valid_labels = label_files(config, train_sets, valid_sets)
-    train: RowDataset | SourceRows
+    train: BlendedRows | RowsBySource
     if planned:
-        train = source_rows(train_sets, config, seed, first, labels, allow_empty=allow_empty)
+        train = rows_by_source(train_sets, config, seed, first, labels, allow_empty=allow_empty)
     else:
         train = blended_rows(train_sets, config, seed, steps * batch_size, first, labels)
     valid = valid_rows(
@@ -153,7 +153,7 @@ def build_rows(
     if valid is not None:
         valid.labels = valid_labels
     weights = normalised(config.weights, len(train_sets))
-    epochs = [pack.order.epochs for pack in train.packs]
+    epochs = [pack.order.epochs for pack in train.row_sources]
     order = {
         "kind": kind_of(config) + (", by plan" if planned else ""),
         "seed": seed,
@@ -164,14 +164,14 @@ def build_rows(
         "epochs": epochs,
         "batch_size": batch_size,
     }
-    return Rows(
+    return RunRows(
         train=train,
         valid=valid,
         fingerprint=fingerprint(train_sets, valid_sets, order=order | label_hashes(train.labels)),
         sources=source_names(config.train),
         weights=weights,
         epochs=epochs,
-        tokens=[pack.order.tokens_per_epoch for pack in train.packs],
+        tokens=[pack.order.tokens_per_epoch for pack in train.row_sources],
         eod_id=end_id(config, "eod_mask_loss") if config.eod_mask_loss else None,
         mask=document_mask(config),
         valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
@@ -201,7 +201,7 @@ def open_sources(config: DataConfig) -> tuple[list[IndexedDataset], list[Indexed
     train, valid = (
         [IndexedDataset(path) for path in paths] for paths in (config.train, config.valid)
     )
-    made = token_facts(train + valid).get("tokenizer")
+    made = tokenizer_facts(train + valid).get("tokenizer")
     if made and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         for dataset in train + valid:
@@ -238,7 +238,7 @@ def blended_rows(
     rows: int,
     documents: range | None,
     labels: Labels,
-) -> RowDataset:
+) -> BlendedRows:
     """The train rows as one sequence: of a stretch of a single source's documents, ready ones, or a blend."""
     if documents is not None:
         return one_source(datasets[0], config, seed, rows, documents, labels)
@@ -255,7 +255,7 @@ def valid_rows(
     rows: int,
     documents: range | None,
     labels: Labels,
-) -> RowDataset | None:
+) -> BlendedRows | None:
     """The rows to validate on, of a stretch of the train documents or of files of their own; None without any."""
     if rows and documents:
         return one_source(train, config, seed, rows, documents, labels)
@@ -271,15 +271,15 @@ def one_source(
     rows: int,
     documents: range,
     labels: Labels,
-) -> RowDataset:
+) -> BlendedRows:
     """Rows of a stretch of one source's documents, no blend."""
     where = f"{dataset.prefix} (documents {documents.start} to {documents.stop} under data.split {config.split!r})"
-    return RowDataset(
+    return BlendedRows(
         [pack(dataset, config, rows, seed, documents, labels[0] if labels else None, where)]
     )
 
 
-def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> RowDataset:
+def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> BlendedRows:
     """Rows of files that hold them ready: a single one as it is, several blended by weight."""
     shares = normalised(config.weights, len(datasets))
     packs: list[Pack] = []
@@ -290,12 +290,12 @@ def row_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> 
             )
         except DataError as error:
             raise DataError(f"{dataset.prefix}: {error}") from None
-        packs.append(RowFile(dataset, order))
+        packs.append(ReadyRows(dataset, order))
     cache = cache_of(datasets[0].prefix, config.order_cache)
     return (
-        RowDataset(packs)
+        BlendedRows(packs)
         if len(packs) == 1
-        else RowDataset(packs, shares, rows, size=rows, cache=cache)
+        else BlendedRows(packs, shares, rows, size=rows, cache=cache)
     )
 
 
@@ -306,7 +306,7 @@ def blended(
     seed: int,
     rows: int,
     labels: Labels,
-) -> RowDataset:
+) -> BlendedRows:
     """Rows of all documents of several sources, or of one, blended by weight."""
     shares = normalised(weights, len(datasets))
     counts = rows_per_source(
@@ -316,7 +316,7 @@ def blended(
         pack(dataset, config, counts[i], seed, None, labels[i] if labels else None, dataset.prefix)
         for i, dataset in enumerate(datasets)
     ]
-    return RowDataset(packs, shares, rows, cache=cache_of(datasets[0].prefix, config.order_cache))
+    return BlendedRows(packs, shares, rows, cache=cache_of(datasets[0].prefix, config.order_cache))
 
 
 def pack(
@@ -327,7 +327,7 @@ def pack(
     documents: range | None,
     labels: IndexedDataset | None,
     where: str,
-) -> PackedDataset | PieceRows:
+) -> PackedDataset | PaddedRows:
     """One source under its order; an error names the source."""
     cache = cache_of(dataset.prefix, config.order_cache)
     if config.packing != "packed":
