@@ -107,7 +107,7 @@ def test_a_mistake_is_one_message_and_a_non_zero_exit():
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(
-        "castalia: error: no preset or config file 'pythia-70'; did you mean 'pythia-70m'?"
+        "castalia: error: unknown preset or config file 'pythia-70'; did you mean 'pythia-70m'?"
     )
     assert "Traceback" not in done.stderr
 

@@ -7,12 +7,13 @@ import yaml
 
 from castalia.config import (
     Config,
-    apply_overrides,
+    Layers,
     build,
     dump_yaml,
     flatten,
     is_override,
     merge,
+    parse_override,
     read_yaml,
 )
 from castalia.config.base import check
@@ -54,16 +55,33 @@ def test_yaml_of_a_config_reads_back_equal(tmp_path):
 
 
 def test_overrides_are_yaml_and_the_later_wins():
-    values = apply_overrides(
-        {"a": {"b": 1, "c": 2}}, ["a.b=3e-4", "d=[1, x]", "e=null", "f=true", "a.b=5e-4"]
+    texts = ["a.b=3e-4", "d=[1, x]", "e=null", "f=true", "g=", "a.b=5e-4"]
+    layers = Layers(base={"a": {"b": 1, "c": 2}}, overrides=[parse_override(t) for t in texts])
+    assert layers.resolved() == {
+        "a": {"b": 5e-4, "c": 2},
+        "d": [1, "x"],
+        "e": None,
+        "f": True,
+        "g": "",
+    }
+    with pytest.raises(ConfigError, match=r"override 'a' line 1, column 3: not valid YAML"):
+        parse_override("a=[1")
+
+
+def test_layers_win_in_their_order_and_know_what_an_override_sets():
+    layers = Layers(
+        base={"a": 1, "b": 1, "c": 1, "d": {"e": 1, "f": 1}},
+        files={"b": 2, "c": 2, "d": {"f": 2}},
+        fitted={"c": 3},
+        overrides=[{"d": {"e": 4}}],
     )
-    assert values == {"a": {"b": 5e-4, "c": 2}, "d": [1, "x"], "e": None, "f": True}
+    assert layers.resolved() == {"a": 1, "b": 2, "c": 3, "d": {"e": 4, "f": 2}}
+    keys = ["d.e", "d.f", "d", "a", ""]
+    assert [layers.overrides_key(key) for key in keys] == [True, False, False, False, False]
 
 
-def test_what_is_no_override_is_named():
+def test_forms_of_overrides():
     assert is_override("a.b=1") and not is_override("=1") and not is_override("a.yml")
-    with pytest.raises(ConfigError, match=r"not an override of the form a\.b=c: '=3', 'x'"):
-        apply_overrides({}, ["=3", "a=1", "x"])
 
 
 def test_merge_and_flatten():

@@ -67,6 +67,7 @@ def test_the_config_of_a_run_repeats_it(tmp_path):
     config = load_config(["pythia-14m", "train.steps=5", "precision=fp32"])
     file = write(tmp_path, "config.yaml", dump_yaml(config))
     assert load_config([file]) == config
+    assert load_config([str(tmp_path), "seed=7"]).seed == 7
 
 
 def test_a_suffix_may_be_left_out(tmp_path):
@@ -83,31 +84,33 @@ def test_a_file_without_a_recipe_must_be_whole(tmp_path):
 
 def test_unknown_preset_gets_the_nearest_and_the_list():
     text = message_of("pythia-70")
-    assert "no preset or config file 'pythia-70'; did you mean 'pythia-70m'?" in text
+    assert "unknown preset or config file 'pythia-70'; did you mean 'pythia-70m'?" in text
     assert all(name in text for name in preset_names())
-    assert message_of("zzzz").startswith("no preset or config file 'zzzz'. Presets: debug, ")
+    assert message_of("zzzz").startswith("unknown preset or config file 'zzzz'. Presets: debug, ")
 
 
 def test_a_word_too_long_for_a_file_name():
     assert (
         load_config(["debug", f"checkpoint.steps={list(range(200))}"]).checkpoint.steps[-1] == 199
     )
-    assert message_of("x" * 300).startswith("no preset or config file 'xxx")
+    assert message_of("x" * 300).startswith("unknown preset or config file 'xxx")
 
 
 def test_a_preset_typed_as_a_file():
     assert (
         message_of("pythia-70m.yml")
-        == "no config file pythia-70m.yml; the preset 'pythia-70m' exists"
+        == "no config file pythia-70m.yml; for the preset write pythia-70m"
     )
 
 
 def test_two_presets_and_none(tmp_path):
-    assert "one preset makes a config, got 2: debug, pythia-70m" in message_of(
-        "debug", "pythia-70m"
+    assert "a config has one preset, got 2: debug, pythia-70m" in message_of("debug", "pythia-70m")
+    assert "name a preset, a YAML file or a run's folder first; presets: debug" in message_of(
+        "train.steps=1"
     )
-    assert "name a preset or a YAML file first; presets: debug" in message_of("train.steps=1")
-    assert "is a folder; name the config file in it" in message_of(str(tmp_path))
+    assert "is not a run: it has no config.yaml" in message_of(str(tmp_path))
+    assert message_of("rnus/first") == "no run folder or config file rnus/first"
+    assert message_of("debug", "train.steps") == "'train.steps' needs a value: train.steps=VALUE"
 
 
 def test_all_unreadable_files_are_named_at_once(tmp_path):
@@ -139,7 +142,7 @@ def test_a_batch_that_the_recipes_micro_batch_does_not_divide():
     resolved = resolve(["pythia-70m", "train.batch_size=12"])
     assert resolved.config.train.micro_batch_size == 4
     assert resolved.notes[0].startswith(
-        "train.micro_batch_size is 4: the recipe's 32 does not divide"
+        "train.micro_batch_size is 4: train.batch_size 12 is not divisible by the recipe's 32"
     )
     assert "does not divide into train.micro_batch_size 5" in message_of(
         "pythia-70m", "train.batch_size=12", "train.micro_batch_size=5"

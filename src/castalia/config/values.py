@@ -1,7 +1,9 @@
-"""Where values come from: YAML files and dotted overrides, later over earlier."""
+"""Nested config values: YAML files and dotted overrides, as layers of which the later wins."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import yaml
 
 from castalia.core.errors import ConfigError
 
+Values = dict[str, Any]
+
 
 class Loader(yaml.SafeLoader):
     """SafeLoader that reads `3e-4` as a number, as YAML 1.2 and every researcher do."""
 
 
+# YAML 1.1, which SafeLoader follows, wants a dot and a signed exponent: `3e-4` would be text.
 FLOAT = re.compile(
     r"^[-+]?(\d[\d_]*\.?\d*([eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\d[\d_]*\.\d*|\.inf|\.nan)$"
 )
@@ -28,15 +33,17 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        spot = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = str(getattr(error, "problem", error))
-        hint = "; a comma is missing before this place" if "expected ',' or" in problem else ""
-        raise ConfigError(f"{where}{spot}: not valid YAML: {problem}{hint}") from None
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None:
+            where += f" line {mark.line + 1}, column {mark.column + 1}"
+        if "expected ',' or" in problem:
+            problem += "; a comma is missing before this place"
+        raise ConfigError(f"{where}: not valid YAML: {problem}") from None
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file whose top is a mapping.
+def read_yaml(path: str | Path) -> Values:
+    """Read a YAML file whose top level is a mapping.
 
     Raises  ConfigError if it is missing, not YAML, or not a mapping.
     """
@@ -52,15 +59,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on it: mappings merge by key, everything else is replaced."""
-    out = dict(base)
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
-            out[key] = merge(out[key], value)
+def merge(*layers: Mapping[str, Any]) -> Values:
+    """Lay each layer over those before it: mappings merge by key, other values replace."""
+    return reduce(lay_over, layers, {})
+
+
+def lay_over(below: Values, above: Mapping[str, Any]) -> Values:
+    """A copy of `below` with `above` laid over it."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = lay_over(merged[key], value)
         else:
-            out[key] = value
-    return out
+            merged[key] = value
+    return merged
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Values:
+    """Nested mappings as dotted keys: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    flat: Values = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def is_override(text: str) -> bool:
@@ -68,31 +91,38 @@ def is_override(text: str) -> bool:
     return re.match(r"^[A-Za-z_][\w.\-]*=", text) is not None
 
 
-def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Lay `a.b=c` overrides on nested values; the right side is YAML (`3e-4`, `true`, `[1, 2]`, `null`, text).
+def parse_override(text: str) -> Values:
+    """The nested values of `a.b=c`; the right side is YAML (`3e-4`, `true`, `[1, 2]`, `null`, text).
 
-    Raises  ConfigError listing every override without `=` or with an empty key.
+    Raises  ConfigError if the right side is not valid YAML.
     """
-    out = dict(values)
-    overrides = list(overrides)
-    wrong = [text for text in overrides if not is_override(text)]
-    if wrong:
-        raise ConfigError(f"not an override of the form a.b=c: {', '.join(map(repr, wrong))}")
-    for text in overrides:
-        path, _, right = text.partition("=")
-        value: Any = parse_yaml(right, f"override {path!r}") if right else ""
-        for part in reversed(path.split(".")):
-            value = {part: value}
-        out = merge(out, value)
-    return out
+    path, _, right = text.partition("=")
+    value: Any = ""  # `a.b=` sets an empty text, where YAML would read null
+    if right:
+        value = parse_yaml(right, f"override {path!r}")
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    nested: Values = value
+    return nested
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys: `{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            out |= flatten(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
+@dataclass
+class Layers:
+    """The values of one config by origin, from the weakest to the strongest."""
+
+    base: Values = field(default_factory=dict)
+    """A preset's values."""
+    files: Values = field(default_factory=dict)
+    """Values of the files."""
+    fitted: Values = field(default_factory=dict)
+    """Values derived from the overrides where these alone would contradict the layers below."""
+    overrides: list[Values] = field(default_factory=list)
+    """Nested values of each override, in the order given."""
+
+    def resolved(self) -> Values:
+        """The values that hold."""
+        return merge(self.base, self.files, self.fitted, *self.overrides)
+
+    def overrides_key(self, key: str) -> bool:
+        """Whether an override sets the dotted `key`."""
+        return any(key in flatten(values) for values in self.overrides)

@@ -1,4 +1,4 @@
-"""Presets as data, and the way from presets, files and overrides to one config."""
+"""Presets as data; `resolve` turns a preset, files and overrides into one config."""
 
 from castalia.recipes.load import Resolved, load_config, resolve
 from castalia.recipes.presets import preset, preset_names

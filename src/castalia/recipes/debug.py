@@ -1,12 +1,13 @@
-"""`debug`: a Pythia of about 1M parameters on bytes of a text that is built here; seconds on a CPU."""
+"""`debug`: a Pythia of about 1M parameters on the bytes of a tiny corpus; seconds on a CPU."""
 
 from typing import Any
 
 
 def debug(name: str = "debug") -> dict[str, Any]:
-    """The preset `debug`. 12 rows divide over 1, 2, 3, 4 and 6 processes; checkpoints thin out as Pythia's do.
+    """The preset `debug`, with Pythia's geometric spacing of the early checkpoints.
 
-    The rate is constant, so that a short run is the beginning of a longer one, step for step.
+    The learning rate is constant, so a short run is the beginning of a longer one, step for step.
+    A batch of 12 rows is divisible by 1, 2, 3, 4 and 6 ranks.
     """
     return {
         "recipe": name,

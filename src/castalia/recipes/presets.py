@@ -1,4 +1,4 @@
-"""The presets by name. Each makes nested config values; later sources are laid over them."""
+"""The presets by name: functions that return nested config values, the base layer of a config."""
 
 from collections.abc import Callable
 from typing import Any

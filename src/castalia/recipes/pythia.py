@@ -1,9 +1,11 @@
-"""The ten Pythia sizes as they were really trained, each for the Pile and for the deduplicated Pile.
+"""The ten Pythia sizes as they were trained, each for the Pile and for the deduplicated Pile.
 
-Source  the published GPT-NeoX files (github.com/EleutherAI/pythia, models/), corrected where they are known to be
-        wrong: pythia-12b-deduped has 36 layers and 40 heads (the file says 40 and 36; only this gives the released
-        11,846,072,320 parameters), and the released 1b was trained in bf16 (its file says fp16; 1b-deduped is fp16).
-        The two runs of a size differ in the data alone.
+The two runs of a size differ in their data alone, except that 1b was trained in bf16.
+
+Source  the published GPT-NeoX files (github.com/EleutherAI/pythia, models/), corrected where they
+        are known to be wrong. pythia-12b-deduped has 36 layers and 40 heads: the file says 40 and
+        36, but only the former give the released 11,846,072,320 parameters. The released 1b was
+        trained in bf16: its file says fp16. 1b-deduped is fp16.
 """
 
 from typing import Any, NamedTuple
@@ -15,23 +17,23 @@ STEPS = 143_000
 BATCH = 1024
 """Rows of 2048 tokens in one step, of every published run."""
 TOKENIZER_IDS = 50_277
-"""Ids of the GPT-NeoX-20B tokenizer, the added ones included."""
+"""Ids of the GPT-NeoX-20B tokenizer, added tokens included."""
 
 
 class Size(NamedTuple):
-    """What differs between the sizes."""
+    """The settings that differ between sizes."""
 
     num_layers: int
     hidden_size: int
     num_attention_heads: int
     lr: float
     micro_batch_size: int
-    """Rows that one GPU of the published run took at a time."""
+    """Rows of one forward pass on a GPU of the published run."""
     vocab_multiple: int = 128
-    """128 times the tensor parallel degree of the published run; it sets the rows of the embedding."""
+    """128 times the tensor-parallel degree of the published run; pads the embedding's rows."""
     recompute: bool = True
     neox_default_init: bool = False
-    """The file of this size names no initialization, so GPT-NeoX's defaults held."""
+    """The file of this size sets no initialization, so GPT-NeoX's defaults applied."""
 
 
 SIZES = {
@@ -49,10 +51,12 @@ SIZES = {
 
 
 def model(size: Size) -> dict[str, Any]:
-    """Values of `model.*`."""
-    init, out = (
-        ("normal", "scaled_normal") if size.neox_default_init else ("small_init", "wang_init")
-    )
+    """Values of the section `model`."""
+    init = "small_init"
+    output_init = "wang_init"
+    if size.neox_default_init:
+        init = "normal"
+        output_init = "scaled_normal"
     return {
         "num_layers": size.num_layers,
         "hidden_size": size.hidden_size,
@@ -65,12 +69,12 @@ def model(size: Size) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "activation": "gelu_tanh",
         "init_method": init,
-        "output_layer_init_method": out,
+        "output_layer_init_method": output_init,
     }
 
 
 def pythia(name: str) -> dict[str, Any]:
-    """The preset `pythia-<size>` or `pythia-<size>-deduped`; the data are for the user to name (`data.train=`)."""
+    """The preset `pythia-<size>` or `pythia-<size>-deduped`, without data: see `data.train`."""
     key = name.removeprefix("pythia-").removesuffix("-deduped")
     size = SIZES[key]
     return {
@@ -97,9 +101,11 @@ def pythia(name: str) -> dict[str, Any]:
         "schedule": {
             "name": "cosine_neox_v1",
             "warmup": 0.01,
+            # A tenth of the peak; six digits remove the float error, so 1e-4 stays 1e-4.
             "min_lr": float(f"{size.lr / 10:.6g}"),
             "decay_steps": STEPS,
         },
+        # Without effect in 1b, which is bf16.
         "loss_scale": {"initial_power": 12, "window": 1000, "hysteresis": 2, "minimum": 1.0},
         "checkpoint": {"steps": PYTHIA_EARLY, "every": 1000},
         "parallel": {"reshard_after_forward": False},
@@ -110,7 +116,7 @@ NAMES = [f"pythia-{size}{data}" for size in SIZES for data in ("", "-deduped")]
 
 
 def same_shape(config: ModelConfig) -> str | None:
-    """The preset that a model has the shape of, or None."""
+    """Name of the preset whose shape the model has, or None."""
     if config.rotary_pct != 0.25 or not config.parallel_residual or config.tie_word_embeddings:
         return None
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)

@@ -1,0 +1,79 @@
+"""The words that `castalia show`, `train` and `launch` take: presets, config files, overrides."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from castalia.config.values import is_override
+from castalia.core.errors import ConfigError, nearest
+from castalia.recipes.presets import PRESETS, preset_names
+
+SUFFIXES = ("", ".yml", ".yaml")
+"""A file may be named without its suffix."""
+
+
+@dataclass
+class Words:
+    """The words of a command line by kind, each kind in the order given."""
+
+    presets: list[str] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+
+
+def sort_words(words: Sequence[str]) -> Words:
+    """The words by kind.
+
+    Raises  ConfigError naming every word of no kind, a second preset, or the lack of a base.
+    """
+    kinds = Words()
+    problems = []
+    for word in words:
+        file = find_file(word)
+        if is_override(word):
+            kinds.overrides.append(word)
+        elif word in PRESETS:
+            kinds.presets.append(word)
+        elif file is not None:
+            kinds.files.append(file)
+        else:
+            problems.append(unknown_word(word))
+    if len(kinds.presets) > 1:
+        given = ", ".join(kinds.presets)
+        problems.append(f"a config has one preset, got {len(kinds.presets)}: {given}")
+    if not kinds.presets and not kinds.files and not problems:
+        problems.append(
+            "name a preset, a YAML file or a run's folder first;"
+            f" presets: {', '.join(preset_names())}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return kinds
+
+
+def find_file(word: str) -> Path | None:
+    """The config file that `word` names: a file with or without its suffix, or a run's folder."""
+    # os.path, because Path.is_file raises OSError for a word longer than any file name.
+    for name in [word + suffix for suffix in SUFFIXES] + [os.path.join(word, "config.yaml")]:
+        if os.path.isfile(name):
+            return Path(name)
+    return None
+
+
+def unknown_word(word: str) -> str:
+    """Why `word` cannot be used, with the way out."""
+    path = Path(word)
+    if os.path.isdir(word):
+        return f"the folder {word} is not a run: it has no config.yaml"
+    if path.suffix in (".yml", ".yaml", ".json"):
+        if path.stem in PRESETS:
+            return f"no config file {word}; for the preset write {path.stem}"
+        return f"no config file {word}"
+    if "/" in word:
+        return f"no run folder or config file {word}"
+    if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word):
+        return f"{word!r} needs a value: {word}=VALUE"
+    hint = nearest(word, PRESETS) or "."
+    return f"unknown preset or config file {word!r}{hint} Presets: {', '.join(preset_names())}"
