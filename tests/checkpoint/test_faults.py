@@ -190,11 +190,11 @@ FORGERIES = [
     (lambda table: table["files"].pop(SHARDS[0]), "is not listed"),
     (lambda table: table["files"].pop("state.json"), "lists no state.json"),
     (set_in("files", SHARDS[0], "size", value=-1), "malformed at files"),
-    (set_in("tensors", "model.a", "shape", value=[6, 1 << 60]), "elements in place of"),
+    (set_in("tensors", "model.a", "shape", value=[6, 1 << 60]), "elements, expected"),
     (set_in("tensors", "model.a", "shape", value=[float("nan"), 4]), "malformed at tensors"),
     (set_in("tensors", "model.a", "dtype", value="object"), "unknown dtype"),
     (set_in("tensors", "model.a", "dtype", value="int32"), "model.a is not what the manifest says"),
-    (set_in("tensors", "model.a", "chunks", value=[]), "0 elements in place of 24"),
+    (set_in("tensors", "model.a", "chunks", value=[]), "0 elements, expected 24"),
     (
         set_in("tensors", "model.a", "chunks", 0, "key", value="model.z"),
         "model-00000.safetensors is corrupt",

@@ -37,7 +37,7 @@ def test_other_ways_to_name_one(run):
 @pytest.mark.parametrize("name", ["step7", "7", "@7", "final"])
 def test_a_wrong_step_gets_the_list(run, name):
     path = f"{run}@7" if name == "@7" else run / name
-    with pytest.raises(CheckpointError, match=r"have: 0, 1, 1000"):
+    with pytest.raises(CheckpointError, match=r"choose one of 0, 1, 1000"):
         find_checkpoint(path)
 
 
@@ -48,11 +48,26 @@ def test_nothing_there(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_a_mistyped_run_is_named(run, monkeypatch):
+    monkeypatch.chdir(run.parent.parent)
+    for name, near in {
+        "rnus/small": "runs/small",
+        "runs/smal": "runs/small",
+        "rnus/x": "runs",
+    }.items():
+        with pytest.raises(
+            CheckpointError, match=rf"no checkpoint at {name}.*did you mean '{near}'\?"
+        ):
+            find_checkpoint(name)
+    with pytest.raises(CheckpointError, match=r"give a run folder, or RUN/step1000$"):
+        find_checkpoint("elsewhere/small")
+
+
 def test_a_folder_without_complete_does_not_exist(run):
     os.unlink(run / "checkpoints" / "step-00001000" / "COMPLETE")
     assert complete_steps(run / "checkpoints") == [0, 1]
     assert find_checkpoint(run).name == "step-00000001"
-    with pytest.raises(CheckpointError, match=r"not whole.*have: 0, 1"):
+    with pytest.raises(CheckpointError, match=r"not completely.*choose one of 0, 1"):
         find_checkpoint(run / "step1000")
-    with pytest.raises(CheckpointError, match=r"not whole.*have: 0, 1"):
+    with pytest.raises(CheckpointError, match=r"not completely.*choose one of 0, 1"):
         find_checkpoint(run / "checkpoints" / "step-00001000")

@@ -212,16 +212,16 @@ def off_head_boundaries() -> None:
     """The fused QKV split as if it were q, k, v one after the other: each process takes halves of other heads."""
     from castalia.distributed import layout
 
-    right = layout.own_part
+    right = layout.fill
 
-    def wrong(whole: torch.Tensor, sharded: Any) -> torch.Tensor:
+    def wrong(parameter: torch.Tensor, whole: torch.Tensor) -> None:
         if whole.shape[0] == 3 * 32:
             whole = torch.cat(
                 [whole.view(2, 3, -1, *whole.shape[1:])[:, c].flatten(0, 1) for c in range(3)]
             )
-        return right(whole, sharded)
+        right(parameter, whole)
 
-    layout.own_part = wrong
+    layout.fill = wrong
 
 
 def bias_on_every_process() -> None:

@@ -214,7 +214,7 @@ def test_a_hub_id_is_downloaded_and_then_works_offline(
 def test_a_hub_id_without_network_or_cache_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match="someone/else is no folder here, is not in the hub's cache, and could",
+        match="cannot open someone/else: as a path it does not exist, and as a model of the Hugging Face hub it is not",
     ):
         hub_folder("someone/else", endpoint="http://127.0.0.1:9", cache_dir=str(tmp_path))
 
@@ -224,6 +224,11 @@ def test_what_a_hub_id_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "runs").mkdir()
     assert is_hub_id("EleutherAI/pythia-70m") and is_hub_id("EleutherAI/pythia-70m@step3000")
     assert not is_hub_id("runs/demoo") and not is_hub_id("/a/b") and not is_hub_id("pythia-70m")
+    assert is_hub_id("hf://rnus/first") and is_hub_id("rnus/first"), "no run is here"
+    (tmp_path / "runs" / "first" / "checkpoints").mkdir(parents=True)
+    assert is_hub_id("hf://rnus/first") and not is_hub_id("rnus/first")
+    assert not is_hub_id("rnus/frist") and not is_hub_id("Runs/other"), "runs holds runs"
+    assert is_hub_id("EleutherAI/pythia-70m")
 
 
 def test_wrong_words_are_one_sentence(

@@ -71,9 +71,7 @@ def test_a_damaged_newest_checkpoint_of_a_run_is_passed_over(
     shutil.copytree(run_folder, copy)
     newest = copy / "checkpoints" / "step-00000220" / "model-00000.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    with pytest.warns(
-        UserWarning, match=r"model-00000\.safetensors.*step-00000000 is taken in its place"
-    ):
+    with pytest.warns(UserWarning, match=r"model-00000\.safetensors.*using step-00000000 instead"):
         assert castalia.load(copy).step == 0
     with pytest.raises(CheckpointError, match=r"model-00000\.safetensors"):
         castalia.load(copy / "step220")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from castalia.checkpoint import Store
-from castalia.checkpoint.saved_model import open_source
+from castalia.checkpoint.saved_model import open_model
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer
@@ -119,7 +119,7 @@ def test_int8_is_a_quarter_of_float32(tmp_path: Path) -> None:
 
 
 def test_the_weights_are_left_as_they_were(tmp_path: Path) -> None:
-    source = open_source(save_run(tmp_path / "run"))
+    source = open_model(save_run(tmp_path / "run"))
     before = {name: tensor.clone() for name, tensor in source.tensors.items()}
     write_ct2(tmp_path, source.tensors, source.config, source.tokenizer, quantization="int8")
     assert all(torch.equal(before[name], source.tensors[name]) for name in before)
@@ -220,7 +220,7 @@ def test_the_file_is_the_one_of_its_own_serializer(
     from ctranslate2.specs.model_spec import index_spec
     from ctranslate2.specs.transformer_spec import TransformerDecoderModelSpec
 
-    source = open_source(save_run(tmp_path / "run", num_layers=11, **options))
+    source = open_model(save_run(tmp_path / "run", num_layers=11, **options))
     config = source.config
     spec = TransformerDecoderModelSpec.from_config(
         config.num_layers,

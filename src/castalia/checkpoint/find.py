@@ -1,5 +1,6 @@
-"""Which checkpoints exist in a folder, and the one that a user's words mean."""
+"""Which checkpoints a folder holds, and which one a path names."""
 
+import difflib
 import re
 from pathlib import Path
 
@@ -8,10 +9,12 @@ from castalia.core.errors import CheckpointError
 
 WANTED_STEP = re.compile(r"(?:step-?)?(\d+)")
 """`step1000` (Pythia's revisions), `step-00001000`, `1000`."""
+SIMILAR = 0.75
+"""Similarity of two names (difflib's ratio) from which one may be the other mistyped: `rnus` for `runs` has 0.75."""
 
 
 def complete_steps(folder: str | Path) -> list[int]:
-    """Steps of a checkpoints folder that have been saved whole, in order; a folder without COMPLETE does not exist."""
+    """Steps of the complete checkpoints in a checkpoints folder, ascending; without COMPLETE a step does not exist."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -23,7 +26,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """The folder of one checkpoint.
 
     Takes   a step's folder; a run or checkpoints folder (its newest complete step); RUN/step1000, RUN/1000, RUN@1000.
-    Raises  CheckpointError listing the steps that there are.
+    Raises  CheckpointError listing the steps to choose from, or naming a path that is spelled alike.
     """
     path = Path(path)
     if (path / COMPLETE).exists():
@@ -35,23 +38,55 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(
             f"no complete checkpoint in {path}; give a run folder, or the folder of one step"
         )
-    base, _, word = (
-        str(path).rpartition("@") if "@" in path.name else (str(path.parent), "", path.name)
-    )
+    if "@" in path.name:
+        base, _, word = str(path).rpartition("@")
+    else:
+        base, word = str(path.parent), path.name
     wanted = WANTED_STEP.fullmatch(word)
     folder, steps = steps_of_run(Path(base))
     if wanted and int(wanted[1]) in steps:
         return folder / step_name(int(wanted[1]))
     if not steps:
-        raise CheckpointError(
-            f"no checkpoint at {path}, and none in {base}; give a run folder, or RUN/step1000"
-        )
-    what = (
-        f"step {int(wanted[1])} was not saved (or not whole)"
-        if wanted
-        else f"{word!r} is not a step"
-    )
-    raise CheckpointError(f"no checkpoint at {path}: {what}; have: {ranges_of(steps)}")
+        raise CheckpointError(f"no checkpoint at {path}, and none in {base}{remedy(path)}")
+    what = f"{word!r} is not a step"
+    if wanted:
+        what = f"step {int(wanted[1])} was not saved, or not completely"
+    raise CheckpointError(f"no checkpoint at {path}: {what}; choose one of {ranges_of(steps)}")
+
+
+def remedy(path: Path) -> str:
+    """How to go on from a path that names nothing."""
+    near = local_reading(path)
+    if near is None:
+        return "; give a run folder, or RUN/step1000"
+    return f"; did you mean {str(near)!r}? (a model of the Hugging Face hub is hf://OWNER/NAME)"
+
+
+def local_reading(path: Path) -> Path | None:
+    """The existing path that `path` may be a mistyped form of; None if nothing here is spelled alike.
+
+    Each name on the way may be off by a letter or two. Where only the last one is unknown, its folder is the answer if
+    it holds runs: `rnus/anything` beside a folder `runs` of runs.
+    """
+    place = Path(path.anchor)
+    *folders, last = path.relative_to(path.anchor).parts
+    for name in folders:
+        near = similar_name(place, name)
+        if near is None:
+            return None
+        place /= near
+    near = similar_name(place, last)
+    if near is not None:
+        return place / near
+    return place if folders and any(place.glob("*/checkpoints")) else None
+
+
+def similar_name(folder: Path, name: str) -> str | None:
+    """`name` if `folder` holds it, or the name in it that is spelled almost like it; None if there is neither."""
+    if (folder / name).exists():
+        return name
+    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=SIMILAR)), None)
 
 
 def newest_first(path: str | Path) -> list[Path]:
@@ -76,4 +111,6 @@ def steps_of_run(path: Path) -> tuple[Path, list[int]]:
 def ranges_of(steps: list[int]) -> str:
     """The steps as text; of a long list the first and the last few."""
     names = [str(step) for step in steps]
-    return ", ".join(names if len(names) <= 24 else [*names[:14], "...", *names[-4:]])
+    if len(names) > 24:
+        names = [*names[:14], "...", *names[-4:]]
+    return ", ".join(names)

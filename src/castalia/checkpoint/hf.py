@@ -6,16 +6,17 @@ by that name and 5 renames it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
+from castalia.checkpoint.tensors import FileTensor, StoredTensors, tensors_of_file
 from castalia.config.base import build
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import write_json
@@ -210,21 +211,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_hf(folder: Path, vocab_size: int | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
-    """Weights under our names, in the file's dtype, and our config. Reads safetensors only, never a pickle.
+def read_hf(
+    folder: Path, vocab_size: int | None = None, optional: Collection[str] = ()
+) -> tuple[StoredTensors, ModelConfig]:
+    """Weights under our names, in the file's dtype and read when asked for, and our config. Never reads a pickle.
 
+    `optional` are patterns of our names that the files may lack.
     Raises  CheckpointError if files are missing or broken or the keys do not fit; ConfigError for another architecture.
     """
     config = model_config(
         read_json(folder / "config.json"), str(folder / "config.json"), vocab_size
     )
-    theirs: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            theirs.update(load_file(file))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"cannot read {file}: {error}; copy the file again") from None
-    return hf_keymap(config).to_ours(theirs), config
+    theirs: dict[str, FileTensor] = {}
+    for path in weight_files(folder):
+        theirs |= tensors_of_file(path)
+    rules = hf_keymap(config).rules_for(theirs, optional)
+    ours = {
+        rule.ours: replace(theirs[key], transform=rule.transform) for key, rule in rules.items()
+    }
+    return StoredTensors(ours), config
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from castalia.checkpoint.find import local_reading
 from castalia.core.errors import CheckpointError
 from castalia.core.extras import require
 
-HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-"""`EleutherAI/pythia-70m`, or `EleutherAI/pythia-70m@step3000`."""
+HUB_ID = re.compile(r"(hf://)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+"""`EleutherAI/pythia-70m`, `EleutherAI/pythia-70m@step3000`; `hf://` in front says that no folder is meant."""
 FILES = (
     "*.json",
     "*.safetensors",
@@ -18,48 +19,54 @@ FILES = (
     "*.model",
     "README.md",
 )
-"""What a model of ours is made of. `model.bin` is CTranslate2's; pickled weights are never fetched."""
+"""The files of a model that Castalia reads. `model.bin` is CTranslate2's; pickled weights are never fetched."""
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether `name` can only mean a repository of the hub: OWNER/NAME, and neither that path nor OWNER is here."""
-    found = HUB_ID.fullmatch(str(name))
-    return (
-        found is not None
-        and not Path(name).exists()
-        and not Path(found["name"].split("/")[0]).exists()
-    )
+    """Whether `name` means a model of the hub: hf://OWNER/NAME, or OWNER/NAME that cannot be meant as a path.
+
+    OWNER/NAME is a path if it or OWNER exists, and also where a folder nearby is spelled almost like it: a mistyped
+    run must not become a request to the network.
+    """
+    parts = HUB_ID.fullmatch(str(name))
+    if parts is None:
+        return False
+    if parts[1]:
+        return True
+    path = Path(parts["name"])
+    return not (Path(name).exists() or path.exists() or path.parent.exists() or local_reading(path))
 
 
 def hub_folder(name: str, *, files: Sequence[str] = FILES, **options: Any) -> Path:
-    """The cached folder of a repository; what is missing is downloaded, and without network the cache is used.
+    """The cached folder of a hub model; missing files are downloaded, and without network the cache is used.
 
-    Takes   OWNER/NAME or OWNER/NAME@REVISION; `options` go to huggingface_hub.snapshot_download.
-    Raises  ConfigError if huggingface_hub is not installed; CheckpointError if the repository is neither in the cache
-            nor reachable.
+    Takes   OWNER/NAME or OWNER/NAME@REVISION, `hf://` in front or not; `options` go to
+            huggingface_hub.snapshot_download.
+    Raises  ConfigError if huggingface_hub is not installed; CheckpointError if the model is neither cached nor
+            reachable.
     """
     hub = require("huggingface_hub", "hf", f"loading {name} from the hub")
-    found = HUB_ID.fullmatch(name)
-    assert found is not None, name
-    asked = {"allow_patterns": list(files), "revision": found["revision"], **options}
+    parts = HUB_ID.fullmatch(name)
+    assert parts is not None, name
+    settings = {"allow_patterns": list(files), "revision": parts["revision"], **options}
     try:
-        return Path(hub.snapshot_download(found["name"], **asked))
-    except (
-        Exception
-    ) as error:  # requests, httpx, OSError and the library's own; all mean the same here
-        return from_cache(hub, found["name"], asked, error)
+        return Path(hub.snapshot_download(parts["name"], **settings))
+    except Exception as error:
+        # requests, httpx, OSError and the library's own errors all mean that the hub gave nothing.
+        return from_cache(hub, parts["name"], settings, error)
 
 
-def from_cache(hub: Any, name: str, asked: dict[str, Any], error: Exception) -> Path:
+def from_cache(hub: Any, name: str, settings: dict[str, Any], error: Exception) -> Path:
     """The folder as it was downloaded before.
 
-    Raises  CheckpointError with the reason why the hub gave nothing.
+    Raises  CheckpointError with the reason of the failed download.
     """
     try:
-        return Path(hub.snapshot_download(name, **(asked | {"local_files_only": True})))
+        return Path(hub.snapshot_download(name, **(settings | {"local_files_only": True})))
     except Exception:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [""]
         raise CheckpointError(
-            f"{name} is no folder here, is not in the hub's cache, and could not be downloaded"
-            f" ({type(error).__name__}: {reason}); give a folder, or fetch it once with a network"
+            f"cannot open {name}: as a path it does not exist, and as a model of the Hugging Face hub it is not cached"
+            f" and could not be downloaded ({type(error).__name__}: {lines[0]}); give an existing folder, or download"
+            " the model once with a network"
         ) from None

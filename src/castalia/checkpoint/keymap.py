@@ -9,8 +9,9 @@ A key that no rule knows and a rule whose key is missing are errors that name it
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 from torch import Tensor
 
@@ -31,6 +32,11 @@ class Transform:
 
     out: Callable[[Tensor], Tensor] = unchanged
     back: Callable[[Tensor], Tensor] = unchanged
+
+    @property
+    def copies(self) -> bool:
+        """Whether ours is a plain copy of theirs, so that a part of one is the same part of the other."""
+        return self.back is unchanged
 
 
 @dataclass(frozen=True)
@@ -78,19 +84,34 @@ class KeyMap:
 
         Raises  CheckpointError naming their keys that no rule knows, or that a rule wants and are missing.
         """
-        by_name: dict[str, Tensor] = {}
+        rules = self.rules_for(theirs)
+        return {rule.ours: rule.transform.back(theirs[name]) for name, rule in rules.items()}
+
+    def rules_for(self, theirs: Iterable[str], optional: Collection[str] = ()) -> dict[str, Rule]:
+        """The rule of each of their keys that holds something, in the order of the rules.
+
+        `optional` are patterns (fnmatch) of our names that may be missing.
+        Raises  CheckpointError naming their keys that no rule knows, or that a rule wants and are missing.
+        """
+        stored_as: dict[str, str] = {}
         for name in theirs:
             if self.is_ignored(name):
                 continue
-            if (renamed := self.rename(name)) in by_name:
+            renamed = self.rename(name)
+            if renamed in stored_as:
                 raise CheckpointError(
                     f"the {self.family} checkpoint has {renamed!r} twice, once as {name!r}"
                 )
-            by_name[renamed] = theirs[name]
+            stored_as[renamed] = name
+        wanted = [
+            rule
+            for rule in self.rules
+            if rule.theirs in stored_as or not matches(rule.ours, optional)
+        ]
         self.require_equal(
-            f"the {self.family} checkpoint", by_name, [rule.theirs for rule in self.rules]
+            f"the {self.family} checkpoint", stored_as, [rule.theirs for rule in wanted]
         )
-        return {rule.ours: rule.transform.back(by_name[rule.theirs]) for rule in self.rules}
+        return {stored_as[rule.theirs]: rule for rule in wanted}
 
     def rename(self, name: str) -> str:
         """The name that is written for one of its aliases; any other name is returned as it is."""
@@ -113,6 +134,11 @@ class KeyMap:
                 f"{side} does not fit the {self.family} key map: {'; '.join(problems)};"
                 " the config describes another model than the weights"
             )
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `name` fits one of the patterns, as file names fit `*` and `?`."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def shown(names: Sequence[str]) -> str:

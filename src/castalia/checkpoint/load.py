@@ -11,7 +11,6 @@ import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from castalia.checkpoint.boxes import held_boxes
 from castalia.checkpoint.manifest import (
     COMPLETE,
     CONFIG,
@@ -20,6 +19,7 @@ from castalia.checkpoint.manifest import (
     STATE,
     DamagedCheckpointError,
     Manifest,
+    TensorEntry,
     check_files,
     parse_json,
     read_listed,
@@ -28,6 +28,7 @@ from castalia.checkpoint.manifest import (
 )
 from castalia.checkpoint.shards import Piece, check_pieces, read_pieces
 from castalia.core.errors import CheckpointError, nearest
+from castalia.distributed.boxes import local_boxes
 
 Pieces = dict[str, list[Piece]]
 """What to read, by file."""
@@ -89,6 +90,38 @@ def check_contents(path: Path, manifest: Manifest, pieces: Pieces) -> None:
         check_pieces(path / file, pieces[file])
 
 
+def check_tensors(path: Path, manifest: Manifest, prefix: str) -> None:
+    """Check the files of all tensors whose names begin with `prefix`: their hashes and their own headers.
+
+    Raises  DamagedCheckpointError naming the file; CheckpointError if no name begins with the prefix.
+    """
+    entries = entries_of(path, manifest, prefix)
+    check_contents(path, manifest, stored_pieces(entries))
+
+
+def stored_pieces(entries: Mapping[str, TensorEntry]) -> Pieces:
+    """Every stored piece of the tensors, by file, to be checked and not read."""
+    pieces: Pieces = defaultdict(list)
+    for entry in entries.values():
+        for chunk in entry.chunks:
+            pieces[chunk.file].append(Piece(chunk, entry.dtype, chunk.box, NOWHERE))
+    return pieces
+
+
+def entries_of(path: Path, manifest: Manifest, prefix: str) -> dict[str, TensorEntry]:
+    """The tensors whose names begin with `prefix`.
+
+    Raises  CheckpointError if there are none.
+    """
+    entries = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
+    if not entries:
+        groups = sorted({name.split(".")[0] for name in manifest.tensors})
+        raise CheckpointError(
+            f"{path} has no tensor named {prefix}*; it has: {', '.join(groups) or 'no tensors'}"
+        )
+    return entries
+
+
 def require_fit(
     path: Path,
     manifest: Manifest,
@@ -131,12 +164,12 @@ def pieces_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Pieces:
         with torch.no_grad():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         entry = manifest.tensors[name]
-        for box, place in held_boxes(tensor):
-            held = local[place.seen_from((0,) * len(place.offset))]
+        for box, place in local_boxes(tensor):
+            mine = local[place.slices]
             for chunk in entry.chunks:
-                part = box.meet(chunk.box)
+                part = box.intersection(chunk.box)
                 if part.volume:
-                    target = held[part.seen_from(box.offset)]
+                    target = mine[part.slices_from(box.offset)]
                     pieces[chunk.file].append(Piece(chunk, entry.dtype, part, target))
     return pieces
 
@@ -157,14 +190,7 @@ def read(path: str | Path, prefix: str = "model.") -> dict[str, Tensor]:
     path = Path(path)
     with reading(path):
         manifest = read_manifest(path)
-        entries = {
-            name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)
-        }
-        if not entries:
-            groups = sorted({name.split(".")[0] for name in manifest.tensors})
-            raise CheckpointError(
-                f"{path} has no tensor named {prefix}*; it has: {', '.join(groups) or 'no tensors'}"
-            )
+        entries = entries_of(path, manifest, prefix)
         tensors = {
             name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype][0])
             for name, entry in entries.items()
@@ -222,10 +248,7 @@ def verify(path: str | Path) -> list[str]:
         manifest = read_manifest(path)
         check_files(path, manifest, manifest.files)
         state_of(path, manifest)
-        pieces: Pieces = defaultdict(list)
-        for entry in manifest.tensors.values():
-            for chunk in entry.chunks:
-                pieces[chunk.file].append(Piece(chunk, entry.dtype, chunk.box, NOWHERE))
+        pieces = stored_pieces(manifest.tensors)
         for file in sorted(pieces):
             check_pieces(path / file, pieces[file])
         return sorted(

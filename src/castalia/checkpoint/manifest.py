@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, ValidationError
 
-from castalia.checkpoint.boxes import Box, fault_of_tiling
+from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
+from castalia.distributed.boxes import Box
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -266,10 +267,16 @@ def parse_json(data: bytes, path: Path) -> Any:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Hold a shared lock on a checkpoint, so that no retention policy deletes it meanwhile."""
-    with open_regular(folder / COMPLETE) as file:
-        lock(file.fileno(), fcntl.LOCK_SH)
+    """Keep a checkpoint from being deleted by a retention policy inside the block."""
+    with hold(folder):
         yield
+
+
+def hold(folder: Path) -> Any:
+    """A file under a shared lock: while it is open, no retention policy deletes the checkpoint in `folder`."""
+    file = open_regular(folder / COMPLETE)
+    lock(file.fileno(), fcntl.LOCK_SH)
+    return file
 
 
 def lock(descriptor: int, kind: int) -> bool:

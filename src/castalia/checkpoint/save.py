@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from castalia import __version__
-from castalia.checkpoint.boxes import fault_of_tiling
 from castalia.checkpoint.manifest import (
     COMPLETE,
     FORMAT,
@@ -36,6 +35,7 @@ from castalia.checkpoint.manifest import (
 )
 from castalia.checkpoint.shards import write_bytes, write_shard
 from castalia.checkpoint.stage import Staged
+from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
 from castalia.monitor.display import size_text

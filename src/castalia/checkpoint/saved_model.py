@@ -1,19 +1,19 @@
-"""What weights are read from: a checkpoint of ours, or a Hugging Face folder."""
+"""Weights that a path names: those of a run or one of its steps, of a Hugging Face folder, or of a hub model."""
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from castalia.checkpoint import DamagedCheckpointError, newest_first, read, read_config
+from castalia.checkpoint.find import newest_first
 from castalia.checkpoint.hf import is_hf_folder, read_hf, weight_files
 from castalia.checkpoint.hub import hub_folder, is_hub_id
-from castalia.checkpoint.load import read_text
-from castalia.checkpoint.manifest import MANIFEST, read_manifest
+from castalia.checkpoint.load import check_tensors, read_config, read_text
+from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
+from castalia.checkpoint.tensors import StoredTensors, checkpoint_tensors
 from castalia.config.base import build
+from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.models import ModelConfig
@@ -22,53 +22,89 @@ TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
-class Source:
-    """Weights under the names of Decoder.state_dict(), and what belongs to them."""
+class SavedModel:
+    """A model on a disk: its weights under the names of Decoder.state_dict(), and their config and tokenizer."""
 
     folder: Path
+    """The folder of one step, or of a Hugging Face model."""
     config: ModelConfig
-    tensors: Mapping[str, Tensor]
+    tensors: StoredTensors
+    """Weights, read from the disk each time they are asked for."""
     tokenizer: Tokenizer | None
     step: int | None
+    """Optimizer steps behind the weights; None where the folder does not say."""
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint of a Castalia run, which also holds the optimizer and the run's state."""
+        return (self.folder / MANIFEST).is_file()
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the files that say which weights these are: the manifest, or the weight files themselves."""
-        listed = self.folder / MANIFEST
-        files = [listed] if listed.is_file() else weight_files(self.folder)
+        """SHA-256 of the files that identify the weights: the manifest, or the weight files themselves."""
+        files = [self.folder / MANIFEST] if self.is_checkpoint else weight_files(self.folder)
         return {file.name: sha256_of(file) for file in files}
 
 
-def open_source(path: str | Path) -> Source:
-    """Read weights, config and tokenizer of whatever `path` names; see `loading.load`.
+def open_model(
+    path: str | Path, *, step: int | None = None, check: bool = True, optional: Collection[str] = ()
+) -> SavedModel:
+    """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder, or OWNER/NAME of the hub.
 
-    Of a run, a damaged checkpoint is passed over with a warning that names the file.
-    Raises  CheckpointError if there is no checkpoint, or it is damaged; ConfigError if its model cannot be built.
+    Of a run the newest checkpoint is taken; a damaged one is skipped with a warning that names the file.
+
+    step      of a run, take this step in place of the newest.
+    check     compare the hash of every file of weights first. Where several ranks open one checkpoint, one checks.
+    optional  patterns of the weights that a Hugging Face folder may lack, for instance `unembed.*`.
+    Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model cannot be built.
     """
     folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
     if folder.is_dir() and is_hf_folder(folder):
-        return open_hf(folder)
-    first, *others = newest_first(path)
-    for place, older in enumerate(others):
+        return open_hf(folder, optional)
+    candidates = newest_first(folder)
+    if step is not None:
+        return open_step(step_among(candidates, step, folder), check)
+    *damageable, last = candidates
+    for place, candidate in enumerate(damageable):
         try:
-            return open_step((first, *others)[place])
+            return open_step(candidate, check)
         except DamagedCheckpointError as error:
-            warnings.warn(f"{error}; {older.name} is taken in its place", stacklevel=3)
-    return open_step((first, *others)[-1])
+            older = candidates[place + 1].name
+            warnings.warn(f"{error}; using {older} instead", stacklevel=3)
+    return open_step(last, check)
 
 
-def open_step(folder: Path) -> Source:
-    """A checkpoint of ours."""
+def step_among(folders: list[Path], step: int, path: Path) -> Path:
+    """The folder of `step`.
+
+    Raises  CheckpointError if another process sees it and this one does not.
+    """
+    for folder in folders:
+        if read_manifest(folder).step == step:
+            return folder
+    raise CheckpointError(
+        f"this rank does not find step {step} in {path}; all ranks must see the same folder"
+    )
+
+
+def open_step(folder: Path, check: bool = True) -> SavedModel:
+    """A checkpoint of a Castalia run."""
     config = build(ModelConfig, read_config(folder).get("model", {}), str(folder / "config.yaml"))
-    manifest, tokenizer = read_manifest(folder), None
+    manifest = read_manifest(folder)
+    tokenizer = None
     if TOKENIZER in manifest.files:
-        read_text(folder, TOKENIZER)  # checks the hash
+        read_text(folder, TOKENIZER)  # for the check of its hash
         tokenizer = load_tokenizer(folder / TOKENIZER)
-    return Source(folder, config, read(folder), tokenizer, manifest.step)
+    # The lock comes before the check: a file that was checked is then the file that is read.
+    tensors = checkpoint_tensors(folder, manifest)
+    if check:
+        check_tensors(folder, manifest, "model.")
+    return SavedModel(folder, config, tensors, tokenizer, manifest.step)
 
 
-def open_hf(folder: Path) -> Source:
-    """A Hugging Face folder; its step is known if the folder is called step1000, as Pythia's revisions are."""
+def open_hf(folder: Path, optional: Collection[str] = ()) -> SavedModel:
+    """A Hugging Face folder; a folder called step1000, as Pythia's revisions are, names its step."""
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).is_file() else None
-    tensors, config = read_hf(folder, tokenizer.vocab_size if tokenizer else None)
+    vocab_size = None if tokenizer is None else tokenizer.vocab_size
+    tensors, config = read_hf(folder, vocab_size, optional)
     named = re.fullmatch(r"step(\d+)", folder.name)
-    return Source(folder, config, tensors, tokenizer, int(named[1]) if named else None)
+    return SavedModel(folder, config, tensors, tokenizer, int(named[1]) if named else None)

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from castalia.checkpoint.boxes import Box
 from castalia.checkpoint.manifest import DTYPES, Chunk, DamagedCheckpointError, FileEntry
+from castalia.distributed.boxes import Box
 
 BLOCK = 1 << 24
 """Bytes hashed and written at a time."""
@@ -117,7 +117,7 @@ def read_pieces(path: Path, pieces: Iterable[Piece]) -> None:
                 piece.target.copy_(file.get_tensor(piece.chunk.key))
             else:
                 piece.target.copy_(
-                    file.get_slice(piece.chunk.key)[piece.box.seen_from(piece.chunk.offset)]
+                    file.get_slice(piece.chunk.key)[piece.box.slices_from(piece.chunk.offset)]
                 )
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from castalia.checkpoint.boxes import Box, held_boxes, is_first_copy
 from castalia.checkpoint.shards import NAMES
 from castalia.core.errors import CheckpointError
+from castalia.distributed.boxes import Box, holds_first_copy, local_boxes
 
 
 @dataclass(frozen=True)
@@ -64,20 +64,25 @@ def require_names(tensors: Mapping[str, Tensor]) -> None:
 def stage_one(name: str, tensor: Tensor, rank: int, buffers: Buffers | None) -> Staged:
     """This process's share of one tensor: nothing, if another process writes it or no element is here."""
     pieces = []
-    if is_first_copy(tensor, rank):
+    if writes(tensor, rank):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-        for number, (box, place) in enumerate(held_boxes(tensor)):
-            if box.volume:
-                piece = local[place.seen_from((0,) * len(place.offset))]
-                pieces.append(
-                    (
-                        box,
-                        on_cpu(piece)
-                        if buffers is None
-                        else copied(piece, f"{name}#{number}", buffers),
-                    )
-                )
+        for number, (box, place) in enumerate(local_boxes(tensor)):
+            if not box.volume:
+                continue
+            part = local[place.slices]
+            if buffers is None:
+                copy = on_cpu(part)
+            else:
+                copy = copied(part, f"{name}#{number}", buffers)
+            pieces.append((box, copy))
     return Staged(tuple(tensor.shape), NAMES[tensor.dtype], pieces)
+
+
+def writes(tensor: Tensor, rank: int) -> bool:
+    """Whether this rank writes the part that it holds: of equal copies one is written."""
+    if isinstance(tensor, DTensor):
+        return holds_first_copy(tensor)
+    return rank == 0  # a plain tensor is equal on all ranks
 
 
 def on_cpu(tensor: Tensor) -> Tensor:

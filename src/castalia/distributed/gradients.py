@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from castalia.distributed.boxes import holds_first_copy
 from castalia.distributed.world import World
 
 
@@ -67,16 +68,6 @@ def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
         for norm in torch._foreach_norm(tensors):
             total += norm.float().square()
     return total
-
-
-def holds_first_copy(tensor: DTensor) -> bool:
-    """Whether this rank is at coordinate 0 of every mesh axis along which `tensor` is replicated."""
-    mesh = tensor.device_mesh
-    coordinates = (mesh.get_local_rank(axis) for axis in range(mesh.ndim))
-    return not any(
-        coordinate and placement.is_replicate()
-        for coordinate, placement in zip(coordinates, tensor.placements, strict=True)
-    )
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:

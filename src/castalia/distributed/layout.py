@@ -1,19 +1,26 @@
 """Lay one model over the processes. The order is the contract: TP, CP, recompute, compile, FSDP2, materialize."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from castalia.distributed.boxes import local_boxes
 from castalia.distributed.config import ParallelConfig
 from castalia.distributed.context_parallel import share_rows
 from castalia.distributed.tensor_parallel import split_matrices
 from castalia.distributed.world import World
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Sliceable(Protocol):
+    """Values of a whole parameter of which any part can be read: a tensor, or a stored one read part by part."""
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor: ...
 
 
 def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: bool = False) -> M:
@@ -58,23 +65,16 @@ def sum_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, draw: Callable[[str, Any], Tensor]) -> None:
-    """Fill every parameter with `draw(name, global shape)`; each process keeps its part, so no layout changes it."""
+def initialize(model: nn.Module, start: Callable[[str, Any], Sliceable]) -> None:
+    """Fill every parameter with its part of `start(name, global shape)`, so that no layout changes a weight."""
     for name, parameter in model.named_parameters():
-        whole = draw(name, parameter.shape)
-        if isinstance(parameter, DTensor):
-            parameter.to_local().copy_(own_part(whole, parameter))
-        else:
-            parameter.copy_(whole)
+        fill(parameter, start(name, parameter.shape))
 
 
-def own_part(whole: Tensor, sharded: DTensor) -> Tensor:
-    """The slice of `whole` that this process holds of `sharded`: tp has cut first, FSDP what tp left."""
-    mesh = sharded.device_mesh
-    for axis in reversed(range(mesh.ndim)):
-        dim = getattr(sharded.placements[axis], "dim", None)
-        if dim is not None:
-            length = -(-whole.shape[dim] // mesh.size(axis))
-            start = min(length * mesh.get_local_rank(axis), whole.shape[dim])
-            whole = whole.narrow(dim, start, min(length, whole.shape[dim] - start))
-    return whole
+def fill(parameter: Tensor, whole: Sliceable) -> None:
+    """Copy this rank's part of `whole` into `parameter`, in the parameter's dtype."""
+    local = parameter
+    if isinstance(parameter, DTensor):
+        local = parameter.to_local()
+    for box, place in local_boxes(parameter):
+        local[place.slices].copy_(whole[box.slices])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from castalia.checkpoint.saved_model import Source
+from castalia.checkpoint.saved_model import SavedModel
 from castalia.export.quality import Quality, table
 from castalia.models import parameter_counts
 from castalia.monitor.display import size_text
@@ -23,7 +23,7 @@ ENGINES = {
 
 def write_card(
     folder: Path,
-    source: Source,
+    source: SavedModel,
     *,
     name: str,
     to: str,
@@ -58,7 +58,7 @@ def write_card(
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def shape(source: Source) -> list[str]:
+def shape(source: SavedModel) -> list[str]:
     """The parameter table."""
     config, counts = source.config, parameter_counts(source.config)
     rows = {
@@ -76,7 +76,7 @@ def shape(source: Source) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 
 
-def provenance(source: Source) -> list[str]:
+def provenance(source: SavedModel) -> list[str]:
     """The checkpoint and its hashes; the folder's place on this machine is not told."""
     step = "" if source.step is None else f", step {source.step}"
     lines = [f"Made from `{source.folder.name}`{step}. SHA-256 of what was read:", ""]

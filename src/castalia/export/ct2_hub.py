@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.hub import hub_folder, is_hub_id
-from castalia.checkpoint.saved_model import TOKENIZER, open_source
+from castalia.checkpoint.saved_model import TOKENIZER, open_model
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.core.files import cache_folder
@@ -302,7 +302,7 @@ def find_model(name: str, numbers: str, hub_kwargs: dict[str, Any]) -> Path:
     folder = hub_folder(name, **hub_kwargs) if is_hub_id(name) else Path(name)
     if (folder / MODEL).is_file():
         return folder
-    source = open_source(folder)  # says what is wrong with a path that is no model
+    source = open_model(folder)  # says what is wrong with a path that is no model
     numbers = "int8" if numbers == "default" else numbers
     if is_hf_folder(folder):
         digest = "-".join(value[:12] for value in source.hashes().values())

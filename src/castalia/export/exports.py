@@ -14,7 +14,7 @@ from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.checkpoint.hf import DTYPES, is_hf_folder, write_hf, write_hf_tokenizer
 from castalia.checkpoint.hub import hub_folder, is_hub_id
 from castalia.checkpoint.manifest import step_name
-from castalia.checkpoint.saved_model import TOKENIZER, Source, open_source
+from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import cannot_write, sha256_of, write_json
 from castalia.export import ct2, gguf
@@ -199,7 +199,7 @@ def run(
 ) -> Exported:
     """Write one folder under a temporary name beside its place, then rename it."""
     start = time.perf_counter()
-    source = open_source(job.checkpoint)
+    source = open_model(job.checkpoint)
     text = None
     if to != "hf":
         text = held_out(
@@ -246,7 +246,7 @@ def run(
     return done
 
 
-def write(folder: Path, source: Source, to: str, numbers: str) -> list[str]:
+def write(folder: Path, source: SavedModel, to: str, numbers: str) -> list[str]:
     """Model and tokenizer files of one export; returns what should be known about them."""
     notes = []
     tokenizer, config = source.tokenizer, source.config
@@ -281,7 +281,7 @@ def write(folder: Path, source: Source, to: str, numbers: str) -> list[str]:
 
 
 def examine(
-    folder: Path, source: Source, to: str, numbers: str, text: HeldOutText | None
+    folder: Path, source: SavedModel, to: str, numbers: str, text: HeldOutText | None
 ) -> Quality | None:
     """The written export against float32, or None without a text or without its engine."""
     if text is None or needed_extra(to):
@@ -290,7 +290,7 @@ def examine(
     return measure(engine, torch_engine(source), text)
 
 
-def write_record(folder: Path, source: Source, done: Exported) -> None:
+def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
     """export.json: the checkpoint with its hashes, our config of the model, and the hash of every file written."""
     from castalia import __version__
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from castalia.checkpoint.saved_model import open_source
+from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import ConfigError
 from castalia.export.quality import Quality, held_out, measure, perplexity
 from castalia.inference.loading import load, torch_engine
@@ -47,7 +47,7 @@ def parity(
             by default the run's data.valid.
     Raises  ConfigError if there is no held-out text; what `load` raises.
     """
-    source = open_source(checkpoint)
+    source = open_model(checkpoint)
     text = held_out(heldout, source.folder, source.tokenizer, source.config.max_position_embeddings)
     if text is None:
         raise ConfigError(

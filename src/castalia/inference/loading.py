@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from castalia.checkpoint.hf import DTYPES
-from castalia.checkpoint.saved_model import TOKENIZER, Source, open_source
+from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.config.base import build
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.extras import require
@@ -112,12 +112,12 @@ def load_torch(path: str | Path, dtype: str, device: str) -> LanguageModel:
             f"no dtype {dtype!r}; have: {have} (and auto, int8, int4 with engine=native)"
         )
     place = choose_device(device)
-    source = open_source(path)
+    source = open_model(path)
     return LanguageModel(torch_engine(source, DTYPES[dtype], place), source.tokenizer, source.step)
 
 
 def torch_engine(
-    source: Source, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    source: SavedModel, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> TorchEngine:
     """The decoder of a source.
 
@@ -141,7 +141,7 @@ def load_native(path: str | Path, dtype: str) -> LanguageModel:
 
     if dtype != "auto":
         require_storage(dtype)
-    source = open_source(path)
+    source = open_model(path)
     weights = packed_weights(
         source.tensors, source.config, FASTEST if dtype == "auto" else dtype, source.step
     )
@@ -155,7 +155,7 @@ def load_openvino(path: str | Path, dtype: str) -> LanguageModel:
 
     require("openvino", "openvino", "engine=openvino")
     require_numbers(dtype)
-    source = open_source(path)
+    source = open_model(path)
     return LanguageModel(OpenVinoEngine(source, dtype), source.tokenizer, source.step)
 
 

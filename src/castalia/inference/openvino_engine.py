@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.saved_model import Source
+from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.extras import require
 from castalia.inference.engine import HEAD_ROWS, Engine, Slots
@@ -35,7 +35,7 @@ class Graph:
     Output   logits (B, n, padded vocabulary).
     """
 
-    def __init__(self, ov: Any, source: Source, numbers: str) -> None:
+    def __init__(self, ov: Any, source: SavedModel, numbers: str) -> None:
         self.ov, self.ops = ov, ov.opset13
         self.config, self.tensors, self.numbers = source.config, source.tensors, numbers
         self.inputs = {
@@ -206,7 +206,7 @@ class OpenVinoEngine(Engine):
 
     name = "openvino"
 
-    def __init__(self, source: Source, numbers: str = "int8") -> None:
+    def __init__(self, source: SavedModel, numbers: str = "int8") -> None:
         super().__init__(source.config)
         require_numbers(numbers)
         self.ov: Any = require("openvino", "openvino", "engine=openvino")

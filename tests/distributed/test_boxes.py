@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from castalia.checkpoint.boxes import Box, fault_of_tiling, pair_boxes, shard, whole
+from castalia.checkpoint.tiling import fault_of_tiling
+from castalia.distributed.boxes import Box, pair_boxes, shard, whole
 
 
 def elements(runs):
@@ -43,7 +44,7 @@ def test_pair_boxes_places_interleaved_pieces():
     runs = [[(0, 2), (4, 6)], [(3, 6)]]
     local = torch.cat([whole_tensor[0:2], whole_tensor[4:6]])[:, 3:6]
     for box, place in pair_boxes(runs):
-        there, here = whole_tensor[box.seen_from((0, 0))], local[place.seen_from((0, 0))]
+        there, here = whole_tensor[box.slices], local[place.slices]
         assert torch.equal(there, here)
     assert sum(box.volume for box, _ in pair_boxes(runs)) == local.numel()
 
@@ -60,7 +61,7 @@ def test_zero_dimensional_tensor_is_one_box_of_one_element():
         ([Box((0, 0), (4, 6))], None),
         ([Box((2, 0), (2, 6)), Box((0, 0), (2, 6))], None),
         ([Box((0, 0), (2, 6)), Box((2, 0), (2, 3)), Box((2, 3), (2, 3))], None),
-        ([Box((0, 0), (3, 6))], "18 elements in place of 24"),
+        ([Box((0, 0), (3, 6))], "18 elements, expected 24"),
         ([Box((0, 0), (3, 6)), Box((2, 0), (1, 6))], "overlap"),
         ([Box((0, 0), (2, 6)), Box((1, 0), (2, 3)), Box((2, 3), (2, 3))], "overlap"),
         ([Box((0, 0), (2, 6)), Box((0, 0), (2, 6))], "overlap"),

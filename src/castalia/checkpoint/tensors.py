@@ -1,0 +1,154 @@
+"""Stored tensors that are read when asked for, whole or in part, so that a rank never holds more than it needs."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from castalia.checkpoint.keymap import Transform
+from castalia.checkpoint.manifest import DTYPES, DamagedCheckpointError, Manifest, TensorEntry, hold
+from castalia.checkpoint.shards import Piece, opened, read_pieces
+from castalia.distributed.boxes import Box
+
+DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.values()}
+"""safetensors' code -> torch's dtype."""
+
+
+class StoredTensor(Protocol):
+    """One tensor on a disk. Indexing with a slice for each dimension reads that part and no more."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of the whole tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its elements."""
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
+        """A part of it on the CPU."""
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors by name, each read anew when it is asked for: `[name]` the whole, `stored(name)[slices]` a part."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], lock: Any = None) -> None:
+        self.tensors = tensors
+        self.lock = lock
+        """Whatever must live as long as the files are read."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return tensor[tuple(slice(0, size) for size in tensor.shape)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def stored(self, name: str) -> StoredTensor:
+        """The tensor `name` as it is stored, not read yet."""
+        return self.tensors[name]
+
+
+def checkpoint_tensors(folder: Path, manifest: Manifest, prefix: str = "model.") -> StoredTensors:
+    """The tensors of a checkpoint whose names begin with `prefix`, which is taken off.
+
+    The checkpoint is kept from deletion by a retention policy as long as the result lives. Hashes are not checked here.
+    """
+    tensors = {
+        name.removeprefix(prefix): CheckpointTensor(folder, entry)
+        for name, entry in manifest.tensors.items()
+        if name.startswith(prefix)
+    }
+    return StoredTensors(tensors, hold(folder))
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A tensor of a checkpoint, put together from the pieces that the saving ranks wrote."""
+
+    folder: Path
+    entry: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of the whole tensor."""
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its elements."""
+        return DTYPES[self.entry.dtype][0]
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
+        box = box_of(part, self.shape)
+        out = torch.empty(box.shape, dtype=self.dtype)
+        for chunk in self.entry.chunks:
+            common = box.intersection(chunk.box)
+            if common.volume:
+                target = out[common.slices_from(box.offset)]
+                read_pieces(
+                    self.folder / chunk.file, [Piece(chunk, self.entry.dtype, common, target)]
+                )
+        return out
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A tensor of one safetensors file under a name of another library."""
+
+    file: Path
+    key: str
+    stored_shape: tuple[int, ...]
+    code: str
+    """safetensors' name of the dtype."""
+    transform: Transform = field(default_factory=Transform)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size of the whole tensor in Castalia's layout."""
+        if self.transform.copies:
+            return self.stored_shape
+        meta = torch.empty(self.stored_shape, dtype=self.dtype, device="meta")
+        return tuple(self.transform.back(meta).shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its elements."""
+        return DTYPE_OF_CODE[self.code]
+
+    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
+        with opened(self.file) as file:
+            if self.transform.copies:
+                out: Tensor = file.get_slice(self.key)[part] if part else file.get_tensor(self.key)
+                return out
+            # A transform may move any element anywhere, so it needs the whole tensor.
+            return self.transform.back(file.get_tensor(self.key))[part].clone()
+
+
+def tensors_of_file(path: Path) -> dict[str, FileTensor]:
+    """The tensors of a safetensors file by their names there, not read yet.
+
+    Raises  DamagedCheckpointError if the file is not whole.
+    """
+    out = {}
+    try:
+        with opened(path) as file:
+            for key in sorted(file.keys()):
+                stored = file.get_slice(key)
+                out[key] = FileTensor(path, key, tuple(stored.get_shape()), stored.get_dtype())
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{error}; copy the file again") from None
+    return out
+
+
+def box_of(part: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """The box that a slice for each dimension of `shape` selects; steps are 1."""
+    ranges = [item.indices(size) for item, size in zip(part, shape, strict=True)]
+    offset = tuple(start for start, _, _ in ranges)
+    return Box(offset, tuple(max(0, stop - start) for start, stop, _ in ranges))
