@@ -102,7 +102,7 @@ def test_verify_fails(run, tmp_path):
     os.remove(tmp_path / "cut" / "c-00001-of-00003.bin")
     code, out, err = run("verify", "cut/c", "--hashes", "hashes.txt")
     assert (code, err) == (1, "castalia: error: 2 of 6 checks failed\n")
-    assert "FAIL hash      cut/c-00001-of-00003.bin: missing\n" in out
+    assert "FAIL hash      cut/c-00001-of-00003.bin: the list of hashes names it, but it is missing\n" in out
     found = [
         json.loads(line)
         for line in run("verify", "cut/c", "--hashes", "hashes.txt", "--json")[1].splitlines()
@@ -152,7 +152,7 @@ def test_unshard_of_a_whole_file(run):
     code, _, err = run("unshard", "c")
     assert (
         code == 2
-        and err == "castalia: error: c: one whole .bin and no shards; there is nothing to join\n"
+        and err == "castalia: error: c is a whole .bin without shards; nothing to join\n"
     )
 
 

@@ -33,8 +33,9 @@ def grams(text, n):
 def test_against_a_plain_search(tmp_path, n):
     rng = random.Random(n)
     texts = [" ".join(rng.choice("abcd") for _ in range(rng.randrange(40))) for _ in range(60)]
-    corpus, wanted = texts[:40], [*texts[40:], texts[3].upper().replace(" ", ", "), texts[5][:30]]
-    found = contamination(
+    corpus = texts[:40]
+    wanted = [*texts[40:], texts[3].upper().replace(" ", ", "), texts[5][:30]]
+    findings = contamination(
         [jsonl(tmp_path / "c.jsonl", corpus)],
         [jsonl(tmp_path / "e.jsonl", wanted)],
         ngram=n,
@@ -46,14 +47,14 @@ def test_against_a_plain_search(tmp_path, n):
     for text, line in zip(wanted, evaluated, strict=True):
         mine = grams(text, n)
         assert line["share"] == (sum(g in there for g in mine) / len(mine) if mine else None)
-        assert line["hits"] == sum(bool(held & set(mine)) for held in sets)
+        assert line["hits"] == sum(bool(ngrams & set(mine)) for ngrams in sets)
     sought = set().union(*(grams(text, n) for text in wanted))
     assert [(line["corpus"]["document"], line["ngrams"]) for line in in_corpus] == [
-        (i, len(held & sought)) for i, held in enumerate(sets) if held & sought
+        (i, len(ngrams & sought)) for i, ngrams in enumerate(sets) if ngrams & sought
     ]
-    assert found.contaminated == sum(line["hits"] > 0 for line in evaluated)
-    assert found.too_short == sum(line["share"] is None for line in evaluated)
-    assert (found.documents, found.overlapping) == (40, len(in_corpus))
+    assert findings.contaminated == sum(line["hits"] > 0 for line in evaluated)
+    assert findings.too_short == sum(line["share"] is None for line in evaluated)
+    assert (findings.documents, findings.overlapping) == (40, len(in_corpus))
 
 
 def test_a_token_file_and_a_question_with_its_answer(tmp_path):
@@ -65,12 +66,12 @@ def test_a_token_file_and_a_question_with_its_answer(tmp_path):
     (tmp_path / "e.jsonl").write_text(json.dumps(line) + "\n")
     paths = [str(tmp_path / "c")], [str(tmp_path / "e.jsonl")]
     options = {"keys": ["q", "a"], "ngram": 6, "report": tmp_path / "r.jsonl"}
-    found = contamination(*paths, tokenizer=load_tokenizer("bytes"), **options)
-    assert (found.contaminated, found.overlapping) == (1, 1)
+    findings = contamination(*paths, tokenizer=load_tokenizer("bytes"), **options)
+    assert (findings.contaminated, findings.overlapping) == (1, 1)
     in_corpus, evaluated = report(tmp_path / "r.jsonl")
     assert in_corpus[0]["corpus"] == {"file": str(tmp_path / "c"), "document": 1}
     assert evaluated[0]["documents"] == [{"file": str(tmp_path / "c"), "document": 1}]
-    with pytest.raises(ConfigError, match="name its --tokenizer"):
+    with pytest.raises(ConfigError, match="give its --tokenizer"):
         contamination(*paths, **options)
 
 
@@ -84,10 +85,8 @@ def test_another_tokenizer_than_the_corpus_has_finds_nothing_and_is_refused(tmp_
 
 
 def test_no_evaluation_documents_are_no_clean_corpus(tmp_path):
-    corpus, empty = (
-        jsonl(tmp_path / "c.jsonl", ["the quick brown fox"]),
-        jsonl(tmp_path / "e.jsonl", []),
-    )
+    corpus = jsonl(tmp_path / "c.jsonl", ["the quick brown fox"])
+    empty = jsonl(tmp_path / "e.jsonl", [])
     assert contamination(tmp_path / "c.jsonl", corpus, ngram=2).contaminated == 1
     with pytest.raises(DataError, match=r"e\.jsonl: is empty"):
         contamination([corpus], [corpus, empty], ngram=2)

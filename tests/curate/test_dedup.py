@@ -58,7 +58,7 @@ def test_shingles_are_those_of_sets_of_tuples():
 
 
 def test_near_duplicates_against_all_pairs(written, tmp_path):
-    """What goes is what goes when every document is held against every kept one, but for those near the threshold."""
+    """Dropped documents equal a comparison of all pairs, except close to the threshold."""
     rng = random.Random(1)
     bases = [[rng.randrange(60000) for _ in range(rng.randrange(100, 300))] for _ in range(25)]
     documents = []
@@ -70,7 +70,8 @@ def test_near_duplicates_against_all_pairs(written, tmp_path):
     rng.shuffle(documents)
     record = dedup([written("d", documents)], tmp_path / "u", near=Near(0.7))
     sets = [np.unique(shingles(np.array(document), 5)) for document in documents]
-    kept, gone = [], {}
+    kept = []
+    gone = {}
     for i, mine in enumerate(sets):
         best = max(((jaccard(mine, sets[k]), -k) for k in kept), default=(0.0, 0))
         if best[0] >= 0.7:
@@ -78,12 +79,12 @@ def test_near_duplicates_against_all_pairs(written, tmp_path):
         else:
             kept.append(i)
     assert contents(tmp_path / "u") == [documents[i] for i in kept]
-    found = {
+    dropped = {
         line["document"]: (line["jaccard"], line["repeats"]["document"])
         for line in read_report(tmp_path / "u")
     }
-    assert found.keys() == gone.keys() and len(gone) > 20
-    assert all(found[i][0] == pytest.approx(gone[i][0]) for i in gone)
+    assert dropped.keys() == gone.keys() and len(gone) > 20
+    assert all(dropped[i][0] == pytest.approx(gone[i][0]) for i in gone)
     assert sum(record["dedup"]["dropped"].values()) == len(gone)
 
 
@@ -98,7 +99,8 @@ def test_other_documents_of_the_same_n_grams_are_near(written, tmp_path):
 
 
 def test_what_equals_a_document_that_went_repeats_the_kept_one(written, tmp_path):
-    kept, near = list(range(100)), [*range(99), 7]
+    kept = list(range(100))
+    near = [*range(99), 7]
     dedup([written("a", [kept, near, near, kept])], tmp_path / "u", near=Near(0.8))
     lines = [json.loads(line) for line in (tmp_path / "u.dropped.jsonl").read_text().splitlines()]
     assert [(line["document"], line["repeats"]["document"], line["equal"]) for line in lines] == [
@@ -121,7 +123,7 @@ def test_the_index_of_documents_goes_along(tmp_path):
 
 def test_errors(written, tmp_path):
     a = written("a", [[1]])
-    with pytest.raises(ConfigError, match="Jaccard index above 0 and below 1"):
+    with pytest.raises(ConfigError, match="Jaccard index between 0 and 1"):
         Near(1.5)
     with pytest.raises(DataError, match=r"holds int32, but .* holds uint16"):
         dedup([a, written("b", [[1]], np.int32)], tmp_path / "u")

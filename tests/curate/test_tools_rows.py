@@ -42,7 +42,8 @@ def golden(tmp_path):
 
 
 def test_written_rows_are_those_that_neox_serves(golden, tmp_path):
-    # golden vector: the first rows that GPT-NeoX's own functions serve for these sizes, L = 4, seed 1234
+    # golden vector: the first rows that GPT-NeoX's own functions give for these sizes, L = 4,
+    # seed 1234
     write_rows(rows_for([golden]).train, 0, 10, tmp_path / "ready", {})
     ready = IndexedDataset(tmp_path / "ready")
     assert [row.tolist() for row in ready[:3]] == [
@@ -60,8 +61,8 @@ def test_ready_rows_serve_the_same_run(golden, tmp_path):
     assert served(ready, 10) == served(packed, 10)
     assert (ready.epochs, ready.tokens, ready.train.seq_length) == ([1], [50], 4)
     batches = [
-        next(iter(StepLoader(found.train, batch_size=2, start_step=3)))[0]
-        for found in (packed, ready)
+        next(iter(StepLoader(rows.train, batch_size=2, start_step=3)))[0]
+        for rows in (packed, ready)
     ]
     assert batches[0].tokens.tolist() == batches[1].tokens.tolist()
     assert ready.fingerprint["order"]["kind"] != packed.fingerprint["order"]["kind"]
@@ -86,12 +87,12 @@ def test_ready_rows_begin_again(golden, tmp_path):
 def test_ready_rows_of_two_sources(golden, tmp_path):
     for i in range(2):
         write_rows(rows_for([golden], seed=i).train, 0, 4, tmp_path / f"r{i}", {})
-    found = rows_for(
+    rows = rows_for(
         [str(tmp_path / f"r{i}") for i in range(2)], order="file", weights=[3, 1], steps=10
     )
-    picks = [found.train[place][1] for place in range(20)]
-    assert picks.count(0) == 15 and len(found.train) == 20 and found.epochs == [4, 2]
-    first = [found.train[place][0].tolist() for place in range(20) if picks[place] == 0]
+    picks = [rows.train[place][1] for place in range(20)]
+    assert picks.count(0) == 15 and len(rows.train) == 20 and rows.epochs == [4, 2]
+    first = [rows.train[place][0].tolist() for place in range(20) if picks[place] == 0]
     assert (
         first[:4]
         == first[4:8]
@@ -171,17 +172,17 @@ def test_ids_that_cannot_be_written_leave_nothing(golden, tmp_path):
 
 def test_records_lead_back_to_the_documents(golden, tmp_path):
     rows = rows_for([golden])
-    found = list(records(rows, Steps(0, 5, 2), None))
-    assert [(r["step"], r["row"]) for r in found] == [(i // 2, i % 2) for i in range(10)]
+    lines = list(records(rows, Steps(0, 5, 2), None))
+    assert [(r["step"], r["row"]) for r in lines] == [(i // 2, i % 2) for i in range(10)]
     dataset = IndexedDataset(golden)
-    for record, row in zip(found, served(rows, 10), strict=True):
+    for record, row in zip(lines, served(rows, 10), strict=True):
         parts = [dataset.get(d["document"], d["start"], d["length"]) for d in record["documents"]]
         assert np.concatenate(parts).tolist() == row and "text" not in record
-    assert found[0]["documents"] == [
+    assert lines[0]["documents"] == [
         {"document": 2, "start": 5, "length": 2},
         {"document": 4, "start": 0, "length": 3},
     ]
-    assert json.loads(json.dumps(found[0]))["source"] == "golden"
+    assert json.loads(json.dumps(lines[0]))["source"] == "golden"
 
 
 def test_text_of_records(tmp_path):

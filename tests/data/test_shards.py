@@ -138,7 +138,7 @@ def test_shards_longer_than_the_index(cut, tmp_path):
     with open(f"{parts}-00005-of-00005.bin", "ab") as last:
         last.write(b"xx")
     with pytest.raises(
-        DataError, match=r"the shards have 528 bytes, but the documents of the \.idx end at 526"
+        DataError, match=r"the shards have 528 bytes, but the documents of the \.idx end at byte 526"
     ):
         unshard(parts, tmp_path / "out")
 
@@ -253,7 +253,7 @@ def test_cutting_is_refused(cut, tmp_path):
     whole, parts = cut(100)
     with pytest.raises(ConfigError, match="has shards of another size, such as base-0000"):
         shard(whole, tmp_path / "by100", size=50)
-    with pytest.raises(ConfigError, match="is in 6 shards already"):
+    with pytest.raises(ConfigError, match="consists of 6 shards already"):
         shard(parts, tmp_path / "again", size=50)
     with pytest.raises(ConfigError, match="nothing to join"):
         unshard(whole)

@@ -125,13 +125,13 @@ def test_text_is_the_models_own(server: LiveServer, speaker: LanguageModel) -> N
     assert [choice["text"] for choice in answer["choices"]] == speaker.generate(prompts, 30)
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     count = sum(len(prompt.encode()) for prompt in prompts)
-    made = sum(
+    generated = sum(
         len(one.tokens) + (one.finish_reason == "eod") for one in speaker.complete(prompts, 30)
     )
     assert answer["usage"] == {
         "prompt_tokens": count,
-        "completion_tokens": made,
-        "total_tokens": count + made,
+        "completion_tokens": generated,
+        "total_tokens": count + generated,
     }
 
 
@@ -221,13 +221,15 @@ def test_an_end_of_document_token_is_reported_too(
     server: LiveServer, speaker: LanguageModel
 ) -> None:
     ids = speaker.encode("def twice(")
-    made = speaker.complete([ids], 200)[0]
-    assert made.finish_reason == "eod"
-    (choice,) = server.complete(prompt=ids + made.tokens, max_tokens=1, logprobs=1, echo=True)[
+    output = speaker.complete([ids], 200)[0]
+    assert output.finish_reason == "eod"
+    (choice,) = server.complete(prompt=ids + output.tokens, max_tokens=1, logprobs=1, echo=True)[
         "choices"
     ]
     assert choice["logprobs"]["tokens"][-1] == "<|endoftext|>" and choice["finish_reason"] == "stop"
-    (choice,) = server.complete(prompt=ids + made.tokens, max_tokens=5, ignore_eos=True)["choices"]
+    (choice,) = server.complete(prompt=ids + output.tokens, max_tokens=5, ignore_eos=True)[
+        "choices"
+    ]
     assert choice["finish_reason"] == "length" and choice["text"].startswith("<|endoftext|>")
 
 
@@ -285,7 +287,8 @@ def test_the_evaluation_harness(server: LiveServer, speaker: LanguageModel) -> N
     for (context, continuation), (total, greedy) in zip(
         pairs, harness.loglikelihood(requests), strict=True
     ):
-        context_ids, ids = speaker.encode(context), speaker.encode(context + continuation)
+        context_ids = speaker.encode(context)
+        ids = speaker.encode(context + continuation)
         logprobs = speaker.logprobs(ids)[len(context_ids) - 1 :]
         assert total == pytest.approx(float(logprobs.sum()), abs=1e-4)
         best = speaker.logits(ids)[len(context_ids) - 1 : -1, :257].argmax(-1).tolist()
@@ -498,7 +501,8 @@ def leave(port: int, stream: bool) -> None:
 
 def leave_often(server: LiveServer, times: int) -> None:
     """Many clients that leave; afterwards nothing is left of them."""
-    before, threads = server.counter("cancelled_total"), threading.active_count()
+    before = server.counter("cancelled_total")
+    threads = threading.active_count()
     for place in range(times):
         leave(server.port, stream=place % 2 == 0)
     scheduler = server.pool.get(None).scheduler

@@ -1,1 +1,1 @@
-"""Token files after they are made: merge, split, shard, deduplicate, decontaminate, describe and verify."""
+"""Tools for finished token files: merge, split, shard, dedup, contamination, describe, verify."""

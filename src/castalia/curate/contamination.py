@@ -1,7 +1,7 @@
-"""Evaluation text that stands in a corpus: overlaps of n-grams of words, document by document.
+"""Evaluation text inside a corpus: shared n-grams of words, document by document.
 
-Source  Brown et al. 2020, arXiv:2005.14165, appendix C; Gao et al. 2020, arXiv:2101.00027: 13-grams of words in lower
-        case, without punctuation.
+Source  Brown et al. 2020, arXiv:2005.14165, appendix C; Gao et al. 2020, arXiv:2101.00027: 13-grams
+        of words in lower case, without punctuation.
 """
 
 import io
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,44 +29,52 @@ from castalia.data.sidecar import require_tokenizer
 from castalia.data.tokenizer import Tokenizer
 
 NGRAM = 13
-"""Words, as in both papers."""
+"""Words of an n-gram, as in both papers."""
 WORD = re.compile(r"\w+")
-NAMED = 16
-"""Documents of the corpus that the report names for one evaluation document."""
+MOST_NAMED = 16
+"""Corpus documents that the report names for one evaluation document."""
 
 
 @dataclass
 class Evaluation:
-    """One evaluation document: its file, its place there from 0, its words, and which of its n-grams were found.
-
-    `ngrams` are numbers of n-grams in the order of the text; `hits` is how many documents of the corpus hold one of
-    them, `documents` names the first of those.
-    """
+    """One evaluation document, and the corpus documents that share an n-gram with it."""
 
     file: str
     document: int
+    """Position in the file, from 0."""
     words: int
     ngrams: list[int]
+    """Numbers of its n-grams, in the order of the text."""
     documents: list[dict[str, Any]] = field(default_factory=list)
+    """The first MOST_NAMED corpus documents that hold one of its n-grams."""
     hits: int = 0
+    """Number of all such corpus documents."""
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """File and position, as the report names it."""
+        return {"file": self.file, "document": self.document}
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Counts of a whole comparison. Units: documents."""
+    """Counts of a comparison, in documents."""
 
     evaluations: int
     too_short: int
+    """Evaluation documents with fewer than `ngram` words, which cannot be checked."""
     contaminated: int
+    """Evaluation documents that share an n-gram with the corpus."""
     documents: int
     overlapping: int
+    """Corpus documents that share an n-gram with an evaluation document."""
 
 
 class Ngrams:
-    """The n-grams of the evaluation documents, to be sought in a corpus.
+    """The n-grams of the evaluation documents, looked up in a corpus.
 
-    Words of the corpus that no evaluation document has end every n-gram at once, so that most of a corpus is passed
-    over by one look-up a word.
+    A corpus word that no evaluation document contains ends every n-gram around it. So most of a
+    corpus costs one dictionary look-up for each word and no hashing of n-grams.
     """
 
     def __init__(self, texts: Iterable[tuple[str, int, str]], ngram: int = NGRAM) -> None:
@@ -74,15 +82,19 @@ class Ngrams:
             raise ConfigError(f"--ngram {ngram}: expected at least 1 word")
         self.ngram = ngram
         self.words: dict[str, int] = {}
+        """Number of each word."""
         self.numbers: dict[bytes, int] = {}
+        """Number of each n-gram, by the bytes of its word numbers."""
         self.holders: list[list[int]] = []
+        """Indices of the evaluation documents that hold each n-gram."""
         self.evaluations: list[Evaluation] = []
         for file, document, text in texts:
-            self.evaluations.append(self.taken(file, document, text))
-        self.found = np.zeros(len(self.numbers), np.bool_)
+            self.evaluations.append(self.register(file, document, text))
+        self.in_corpus = np.zeros(len(self.numbers), np.bool_)
+        """Whether each n-gram occurred in the corpus."""
 
-    def taken(self, file: str, document: int, text: str) -> Evaluation:
-        """Its n-grams numbered, those of other documents by the number they have."""
+    def register(self, file: str, document: int, text: str) -> Evaluation:
+        """Number the words and n-grams of an evaluation document."""
         ids = np.array(
             [self.words.setdefault(word, len(self.words)) for word in words_of(text)], np.int64
         )
@@ -96,37 +108,46 @@ class Ngrams:
         return Evaluation(file, document, len(ids), numbers)
 
     def windows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Every n-gram, (n - ngram + 1, ngram); none of a shorter text."""
+        """Every n-gram of word numbers, (n - ngram + 1, ngram); (0, ngram) of a shorter text."""
         if len(ids) < self.ngram:
             return np.empty((0, self.ngram), np.int64)
         return np.lib.stride_tricks.sliding_window_view(ids, self.ngram)
 
     def in_text(self, text: str) -> list[int]:
-        """Numbers of the n-grams that a document of the corpus holds, each once, in order."""
+        """Numbers of the n-grams in a corpus document, each once, in order of appearance."""
         known = self.words.get
         ids = np.array([known(word, -1) for word in words_of(text)], np.int64)
+        # unknown[i] counts unknown words before word i: a window without any is worth a look-up.
         unknown = np.concatenate(([0], np.cumsum(ids < 0)))
-        whole = np.flatnonzero(
+        starts = np.flatnonzero(
             unknown[self.ngram :] == unknown[: max(0, len(unknown) - self.ngram)]
         )
         windows = self.windows(ids)
-        numbers = (self.numbers.get(windows[i].tobytes()) for i in whole)
+        numbers = (self.numbers.get(windows[i].tobytes()) for i in starts)
         return list(dict.fromkeys(number for number in numbers if number is not None))
 
-    def note(self, where: dict[str, Any], numbers: list[int]) -> None:
-        """A document of the corpus holds these."""
-        self.found[numbers] = True
-        for holder in dict.fromkeys(
-            holder for number in numbers for holder in self.holders[number]
-        ):
-            evaluation = self.evaluations[holder]
-            evaluation.hits += 1
-            if len(evaluation.documents) < NAMED:
-                evaluation.documents.append(where)
+    def holders_of(self, numbers: Iterable[int]) -> list[Evaluation]:
+        """The evaluation documents that hold one of these n-grams, each once."""
+        indices: dict[int, None] = {}
+        for number in numbers:
+            indices |= dict.fromkeys(self.holders[number])
+        return [self.evaluations[index] for index in indices]
 
-    def share(self, evaluation: Evaluation) -> float:
-        """The share of an evaluation document's n-grams that were found."""
-        return float(self.found[evaluation.ngrams].mean()) if evaluation.ngrams else 0.0
+    def note(self, where: dict[str, Any], numbers: list[int]) -> list[Evaluation]:
+        """Count a corpus document that holds these n-grams; returns the evaluations it touches."""
+        self.in_corpus[numbers] = True
+        touched = self.holders_of(numbers)
+        for evaluation in touched:
+            evaluation.hits += 1
+            if len(evaluation.documents) < MOST_NAMED:
+                evaluation.documents.append(where)
+        return touched
+
+    def share(self, evaluation: Evaluation) -> float | None:
+        """Share of an evaluation document's n-grams that occurred; None if it has none."""
+        if not evaluation.ngrams:
+            return None
+        return float(self.in_corpus[evaluation.ngrams].mean())
 
 
 def words_of(text: str) -> list[str]:
@@ -145,37 +166,28 @@ def contamination(
     report: str | os.PathLike[str] | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Findings:
-    """Seek every n-gram of words of the evaluation documents in a corpus of token files, or of text.
+    """Look for the word n-grams of evaluation documents in a corpus of token files or text.
 
-    `keys` are joined, for a question and its answer. `report` gets a JSON line for each document of the corpus that
-    overlaps (which evaluation documents, how many n-grams), then one for each evaluation document: words, the share of
-    its n-grams that was found, and the documents that hold one. One with fewer than `ngram` words cannot be checked;
-    the report says so.
+    Texts under several `keys`, such as a question and its answer, are joined by line breaks. The
+    report is JSON lines: first one for each overlapping corpus document (position, number of
+    n-grams, evaluation documents), then one for each evaluation document (words, share of its
+    n-grams that occurred, corpus documents). A document of fewer than `ngram` words has no n-gram;
+    the report gives it the share null.
 
-    Memory  the evaluation n-grams, about 300 bytes each; the corpus streams.
-    Raises  ConfigError for a token file without a tokenizer or with another than its own; DataError if an input is
-            missing, damaged or empty.
+    Memory  About 300 bytes for each evaluation n-gram; the corpus is streamed.
+    Raises  ConfigError for a token file without a tokenizer, or with another than its own;
+            DataError if an input is missing, damaged or empty.
     """
-    sought = [os.fspath(name) for name in several(evaluations)]
-    ngrams = Ngrams(evaluation_texts(sought, keys), ngram)
+    evaluation_paths = [os.fspath(name) for name in several(evaluations)]
+    ngrams = Ngrams(evaluation_texts(evaluation_paths, keys), ngram)
     if not ngrams.evaluations:
-        raise DataError(f"{', '.join(sought)}: no evaluation documents")
-    documents = overlapping = 0
+        raise DataError(f"{', '.join(evaluation_paths)}: no evaluation documents")
+    corpus_paths = [os.fspath(name) for name in several(corpus)]
+    texts = corpus_texts(corpus_paths, corpus_key, tokenizer, on_bytes)
     with atomic_write(Path(report)) if report else nullcontext(io.StringIO()) as file:
-        names = [os.fspath(name) for name in several(corpus)]
-        for where, text in corpus_texts(names, corpus_key, tokenizer, on_bytes):
-            documents += 1
-            numbers = ngrams.in_text(text)
-            if not numbers:
-                continue
-            overlapping += 1
-            ngrams.note(where, numbers)
-            holders = dict.fromkeys(
-                holder for number in numbers for holder in ngrams.holders[number]
-            )
-            named = [place_of(ngrams.evaluations[holder]) for holder in holders]
-            file.write(line_of({"corpus": where, "ngrams": len(numbers), "evaluations": named}))
-        file.writelines(line_of(told(ngrams, evaluation)) for evaluation in ngrams.evaluations)
+        documents, overlapping = compare(ngrams, texts, file)
+        for evaluation in ngrams.evaluations:
+            file.write(json_line(evaluation_record(ngrams, evaluation)))
     return Findings(
         evaluations=len(ngrams.evaluations),
         too_short=sum(not evaluation.ngrams for evaluation in ngrams.evaluations),
@@ -185,30 +197,45 @@ def contamination(
     )
 
 
-def told(ngrams: Ngrams, evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation document as the report has it."""
+def compare(
+    ngrams: Ngrams, texts: Iterable[tuple[dict[str, Any], str]], report: IO[str]
+) -> tuple[int, int]:
+    """Look up every corpus document and report those that overlap.
+
+    Returns  The number of corpus documents, and of those that overlap.
+    """
+    documents = 0
+    overlapping = 0
+    for where, text in texts:
+        documents += 1
+        numbers = ngrams.in_text(text)
+        if not numbers:
+            continue
+        overlapping += 1
+        places = [evaluation.place for evaluation in ngrams.note(where, numbers)]
+        report.write(json_line({"corpus": where, "ngrams": len(numbers), "evaluations": places}))
+    return documents, overlapping
+
+
+def evaluation_record(ngrams: Ngrams, evaluation: Evaluation) -> dict[str, Any]:
+    """The report's line for one evaluation document."""
     return {
-        "evaluation": place_of(evaluation),
+        "evaluation": evaluation.place,
         "words": evaluation.words,
         "ngrams": len(evaluation.ngrams),
-        "share": ngrams.share(evaluation) if evaluation.ngrams else None,
+        "share": ngrams.share(evaluation),
         "hits": evaluation.hits,
         "documents": evaluation.documents,
     }
 
 
-def place_of(evaluation: Evaluation) -> dict[str, Any]:
-    """Where an evaluation document stands."""
-    return {"file": evaluation.file, "document": evaluation.document}
-
-
-def line_of(record: dict[str, Any]) -> str:
-    """A line of JSON."""
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of JSON."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def evaluation_texts(paths: Sequence[str], keys: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """File, place in it and text of each evaluation document."""
+    """File, position in it, and text of each evaluation document."""
     for where, text in text_documents(paths, keys, None):
         yield where["file"], where["document"], text
 
@@ -216,52 +243,48 @@ def evaluation_texts(paths: Sequence[str], keys: Sequence[str]) -> Iterator[tupl
 def corpus_texts(
     corpus: Sequence[str], key: str, tokenizer: Tokenizer | None, on_bytes: OnBytes | None
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Place and text of each document of token files and text files."""
+    """Position and text of each document of token files and text files."""
     for name in corpus:
         try:
             dataset = IndexedDataset(name)
         except DataError:
-            if is_token_file(name):
+            if is_token_file(name):  # a damaged one; not a text file
                 raise
             yield from text_documents([name], [key], on_bytes)
             continue
         require_tokens(dataset)
         if tokenizer is None:
             raise ConfigError(
-                f"{dataset.prefix} is a token file: name its --tokenizer, for its text is compared"
+                f"{dataset.prefix} is a token file; give its --tokenizer, which decodes the text to"
+                " compare"
             )
         require_tokenizer(dataset.prefix, tokenizer)
         for document in range(len(dataset)):
-            yield (
-                {"file": dataset.prefix, "document": document},
-                tokenizer.decode(dataset[document].tolist()),
-            )
+            where = {"file": dataset.prefix, "document": document}
+            yield where, tokenizer.decode(dataset[document].tolist())
             if on_bytes:
                 on_bytes(int(dataset.sizes[document]) * dataset.dtype.itemsize)
 
 
 def is_token_file(name: str) -> bool:
-    """Whether an .idx stands beside the name, or it is one of a pair."""
+    """Whether a name is an .idx or .bin, or a prefix with an .idx."""
     return name.endswith((".idx", ".bin")) or os.path.exists(name + ".idx")
 
 
 def text_documents(
     paths: Sequence[str], keys: Sequence[str], on_bytes: OnBytes | None
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Place and text of each document of text files, several keys as lines of one text."""
+    """Position and text of each document of text files; several keys are lines of one text."""
     files = list_files(paths)
     counts = [0] * len(files)
-    filled = set()
-    for piece, row in read_pieces(
-        pieces_of_all(files, PART_BYTES, lambda *_: None), files, Wanted(tuple(keys))
-    ):
-        yield (
-            {"file": files[piece.file].path, "document": counts[piece.file]},
-            "\n".join(text.decode("utf-8") for text in row.texts),
-        )
+    with_text = set()
+    pieces = pieces_of_all(files, PART_BYTES, lambda *_: None)
+    for piece, row in read_pieces(pieces, files, Wanted(tuple(keys))):
+        where = {"file": files[piece.file].path, "document": counts[piece.file]}
+        yield where, "\n".join(text.decode("utf-8") for text in row.texts)
         counts[piece.file] += 1
         if any(row.texts):
-            filled.add(piece.file)
+            with_text.add(piece.file)
         if on_bytes:
             on_bytes(sum(map(len, row.texts)))
-    require_text(files, filled)
+    require_text(files, with_text)

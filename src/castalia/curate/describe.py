@@ -1,9 +1,10 @@
-"""What is in a token file: counts, lengths, and how the lengths are spread."""
+"""Statistics of a token file: counts, lengths, and the distribution of the lengths."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from castalia.data.indexed import IndexedDataset
 from castalia.data.order_cache import SUFFIX, kept_files
@@ -11,29 +12,40 @@ from castalia.data.order_cache import SUFFIX, kept_files
 
 @dataclass(frozen=True)
 class Description:
-    """Counts of a token file. Lengths are tokens a document; `histogram` has a pair (least length, documents) for each
-    power of two, a bucket reaching to the next one; `maps` and `maps_bytes` are the kept index maps beside it."""
+    """Statistics of a token file. Lengths are in tokens a document."""
 
     prefix: str
     documents: int
     tokens: int
     dtype: str
     bytes: int
+    """Size of the .bin, or of its shards together."""
     shards: int
+    """0 for a whole .bin."""
     empty: int
+    """Documents without a token."""
     shortest: int
     mean: float
     median: float
     longest: int
     histogram: list[tuple[int, int]]
+    """(least length, documents) for each power of two; a bucket ends where the next begins."""
     maps: int
+    """Cached index maps beside the token file."""
     maps_bytes: int
 
 
 def describe(dataset: IndexedDataset) -> Description:
-    """Counts and lengths of a token file; of the two files it reads the .idx only."""
-    sizes, some = dataset.sizes, len(dataset) > 0
+    """Statistics of a token file, computed from its .idx alone."""
+    sizes = dataset.sizes
     tokens = int(sizes.sum(dtype=np.int64))
+    shortest = 0
+    median = 0.0
+    longest = 0
+    if len(sizes):
+        shortest = int(sizes.min())
+        median = float(np.median(sizes))
+        longest = int(sizes.max())
     maps, maps_bytes = kept_files(Path(dataset.prefix + SUFFIX))
     return Description(
         prefix=dataset.prefix,
@@ -43,18 +55,22 @@ def describe(dataset: IndexedDataset) -> Description:
         bytes=len(dataset.buffer),
         shards=len(dataset.shards),
         empty=int((sizes == 0).sum()),
-        shortest=int(sizes.min()) if some else 0,
+        shortest=shortest,
         mean=tokens / max(len(dataset), 1),
-        median=float(np.median(sizes)) if some else 0.0,
-        longest=int(sizes.max()) if some else 0,
+        median=median,
+        longest=longest,
         histogram=histogram(sizes),
         maps=maps,
         maps_bytes=maps_bytes,
     )
 
 
-def histogram(sizes: "np.typing.NDArray[np.int32]") -> list[tuple[int, int]]:
-    """Documents by length: (0, those without a token), then (2^k, those of 2^k to 2^(k+1) - 1 tokens), no gaps."""
+def histogram(sizes: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Documents by length, as (least length, documents).
+
+    The first bucket, 0, holds documents without a token; bucket 2^k holds those of 2^k to
+    2^(k+1) - 1 tokens. Empty buckets between used ones are listed, those outside are not.
+    """
     if not len(sizes):
         return []
     edges = [0, *(2**k for k in range(int(sizes.max()).bit_length() + 1))]

@@ -1,4 +1,4 @@
-"""Token files put together and taken apart, by whole documents: merge, and split by shares or into parts."""
+"""Token files merged and split, always by whole documents."""
 
 import os
 import warnings
@@ -23,7 +23,8 @@ from castalia.data.order import split_documents
 from castalia.data.shards import OnBytes
 from castalia.data.sidecar import finish, read_record, refuse_inputs, tokenizer_facts
 
-PIECE_DOCUMENTS = 1 << 14
+CHUNK_DOCUMENTS = 1 << 14
+"""Documents copied at a time, at most; short ones are copied back to back in one write."""
 
 
 def merge(
@@ -32,21 +33,21 @@ def merge(
     *,
     on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
-    """All documents of several token files, in the order of the inputs, as one; returns its record.
+    """Join token files into one, in the order of the inputs; returns its record.
 
-    The indexes of documents go along if every input has one, rejected documents if any has. doc_idx goes on where the
-    input before ended, which GPT-NeoX's merge_datasets.py leaves out.
-    Raises  DataError if the inputs' dtypes or tokenizers differ, or shares of a job lack one or are not in order;
-            ConfigError if the output is an input.
+    The document index is merged if every input has one, the rejects if any has. doc_idx continues
+    across inputs, which GPT-NeoX's merge_datasets.py forgets.
+    Raises  DataError if dtypes or tokenizers differ, or if the shares of one `prepare` are
+            incomplete or out of order; ConfigError if the output is an input.
     """
     datasets = [IndexedDataset(prefix) for prefix in several(prefixes)]
     if not datasets:
-        raise ConfigError("nothing to merge: name at least one PREFIX")
+        raise ConfigError("nothing to merge; name at least one PREFIX")
     for dataset in datasets[1:]:
         if dataset.dtype != datasets[0].dtype:
             raise DataError(
-                f"{dataset.prefix} holds {dataset.dtype}, but {datasets[0].prefix} holds {datasets[0].dtype};"
-                " merge takes files of one dtype: prepare both with the same tokenizer"
+                f"{dataset.prefix} holds {dataset.dtype}, but {datasets[0].prefix} holds"
+                f" {datasets[0].dtype}; prepare both with the same tokenizer to merge them"
             )
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
@@ -57,45 +58,63 @@ def merge(
             boundaries.append(doc_idx_of(dataset)[1:] + len(writer.sizes))
             copy_documents(dataset, writer, 0, len(dataset), on_bytes)
         writer.doc_idx = np.concatenate(boundaries)
-        merged = [
-            {"prefix": d.prefix, "documents": len(d), "tokens": int(d.sizes.sum(dtype="i8"))}
-            for d in datasets
-        ]
+        # Written before the record: a record promises that all files of a prefix are there.
         write_side_files(prefix, [dataset.prefix for dataset in datasets])
-        return finish(writer, prefix, {**facts, "merged": merged})
+        return finish(writer, prefix, {**facts, "merged": input_facts(datasets)})
+
+
+def input_facts(datasets: Sequence[IndexedDataset]) -> list[dict[str, Any]]:
+    """Prefix, documents and tokens of each input, for the record of an output."""
+    return [
+        {
+            "prefix": dataset.prefix,
+            "documents": len(dataset),
+            "tokens": int(dataset.sizes.sum(dtype="i8")),
+        }
+        for dataset in datasets
+    ]
 
 
 def require_all_shares(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    """Shares of a job that `prepare` cut are all there, of the same inputs and in order, which a pattern does not give
-    from ten on; returns what they say of the whole.
+    """Require all shares of a `prepare --shard`, in order and cut from the same inputs.
 
-    Raises  DataError naming what is not in its place.
+    A shell pattern puts share 10 before share 2, and a task of a cluster may have failed: both
+    would silently change the corpus. Whole files may stand before, between and after complete
+    sets of shares. Returns the facts of the whole that the shares' records sum up to.
+    Raises  DataError naming the share that is missing or misplaced.
     """
     records = [read_record(dataset.prefix) or {} for dataset in datasets]
-    due, count, cut_of = 0, 1, None
+    next_share = 0
+    count = 1
+    input_sizes: list[Any] = []
     for dataset, record in zip(datasets, records, strict=True):
-        share, whole = share_of(record)
-        if share != due or (due and whole != count):
-            wanted = f"{due}/{count if due else whole}"
+        share, share_count = share_of(record)
+        # Inside a set (next_share > 0) the number of shares must stay the same.
+        if share != next_share or (next_share and share_count != count):
+            expected_count = count if next_share else share_count
             raise DataError(
-                f"{dataset.prefix} is share {share}/{whole} where share {wanted} must come; name all shares of a job,"
-                " in their order"
+                f"{dataset.prefix} is share {share}/{share_count}, expected share"
+                f" {next_share}/{expected_count}; name all shares of a corpus, in order"
             )
-        if due and sizes_of_inputs(record) != cut_of:
+        if next_share and sizes_of_inputs(record) != input_sizes:
             raise DataError(
-                f"{dataset.prefix}: share {share}/{whole} was cut of other inputs than the one before it"
+                f"{dataset.prefix}: share {share}/{share_count} was prepared from other inputs than"
+                " the share before it; prepare all shares from the same files"
             )
-        due, count, cut_of = (due + 1) % whole, whole, sizes_of_inputs(record)
-    if due:
+        next_share = (next_share + 1) % share_count
+        count = share_count
+        input_sizes = sizes_of_inputs(record)
+    if next_share:
         raise DataError(
-            f"share {due}/{count} is missing after {datasets[-1].prefix}; name all shares of a job"
+            f"share {next_share}/{count} is missing after {datasets[-1].prefix}; name all shares of"
+            " a corpus, in order"
         )
     uneven = [record["uneven"] for record in records if isinstance(record.get("uneven"), int)]
     return {"uneven": sum(uneven)} if any(uneven) else {}
 
 
 def share_of(record: dict[str, Any]) -> tuple[int, int]:
-    """The share of a job, from 0, and of how many, that a record says its token file is; 0/1 is the whole."""
+    """Index (from 0) and number of shares in the record of a token file; (0, 1) is a whole one."""
     match record.get("shard"):
         case [int(share), int(count)] if 0 <= share < count:
             return share, count
@@ -103,17 +122,18 @@ def share_of(record: dict[str, Any]) -> tuple[int, int]:
 
 
 def sizes_of_inputs(record: dict[str, Any]) -> list[Any]:
-    """Bytes of each input that a record names."""
+    """Sizes in bytes of the inputs that a record names."""
     inputs = record.get("inputs")
-    return (
-        [one.get("bytes") for one in inputs if isinstance(one, dict)]
-        if isinstance(inputs, list)
-        else []
-    )
+    if not isinstance(inputs, list):
+        return []
+    return [entry.get("bytes") for entry in inputs if isinstance(entry, dict)]
 
 
 def write_side_files(prefix: str, inputs: Sequence[str]) -> None:
-    """The index of documents and the rejects of several token files as one, beside the merged file."""
+    """Merge the document indexes and the rejects of several token files.
+
+    Those of an older output at `prefix` are removed where the inputs have none.
+    """
     indexes = [Path(name + SUFFIX) for name in inputs]
     target = Path(prefix + SUFFIX)
     if all(path.exists() for path in indexes):
@@ -130,7 +150,7 @@ def write_side_files(prefix: str, inputs: Sequence[str]) -> None:
 
 
 def slice_side_file(prefix: str, documents: range, output: str) -> None:
-    """The index of some documents of a token file, if it has one, beside their own file."""
+    """Write the document index of a range of documents beside their token file, if there is one."""
     if not Path(prefix + SUFFIX).exists():
         Path(output + SUFFIX).unlink(missing_ok=True)
         return
@@ -146,45 +166,55 @@ def split(
     parts: int | None = None,
     on_bytes: OnBytes | None = None,
 ) -> list[dict[str, Any]]:
-    """Documents of one token file as several; returns their records.
+    """Split the documents of one token file; returns the records of the outputs.
 
-    `shares` such as `969, 30, 1` writes OUTPUT-train, -valid, -test under the rule of data.split, those without a
-    document left out; `parts` writes OUTPUT-part0 … of nearly as many documents each.
-    Raises  ConfigError about shares, parts or an output that is the input.
+    `shares`, such as `969, 30, 1`, writes OUTPUT-train, -valid and -test by the rule of data.split;
+    splits without a document are not written. `parts` writes OUTPUT-part0 … of nearly equal
+    numbers of documents.
+    Raises  ConfigError about `shares`, `parts`, or an output that is the input.
     """
-    dataset, base = IndexedDataset(prefix), without_suffix(output)
-    chosen = {
-        name: found for name, found in stretches(len(dataset), shares, parts).items() if len(found)
+    dataset = IndexedDataset(prefix)
+    base = without_suffix(output)
+    splits = {
+        name: documents
+        for name, documents in document_ranges(len(dataset), shares, parts).items()
+        if len(documents)
     }
-    for name in chosen:
+    # All outputs are checked before the first is written.
+    for name in splits:
         refuse_inputs(f"{base}-{name}", [dataset])
-    facts, all_boundaries, records = tokenizer_facts([dataset]), doc_idx_of(dataset), []
-    for name, documents in chosen.items():
-        with IndexedDatasetWriter(f"{base}-{name}", dataset.dtype) as writer:
+    facts = tokenizer_facts([dataset])
+    boundaries = doc_idx_of(dataset)
+    records = []
+    for name, documents in splits.items():
+        target = f"{base}-{name}"
+        with IndexedDatasetWriter(target, dataset.dtype) as writer:
             copy_documents(dataset, writer, documents.start, documents.stop, on_bytes)
-            inner = all_boundaries[
-                (all_boundaries > documents.start) & (all_boundaries < documents.stop)
-            ]
-            writer.doc_idx = np.concatenate(
-                ([0], inner - documents.start, [len(documents)])
-            ).astype(np.int64)
-            slice_side_file(dataset.prefix, documents, f"{base}-{name}")
-            source = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
-            records.append(finish(writer, f"{base}-{name}", {**facts, "split_from": source}))
+            writer.doc_idx = doc_idx_within(boundaries, documents)
+            slice_side_file(dataset.prefix, documents, target)
+            origin = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
+            records.append(finish(writer, target, {**facts, "split_from": origin}))
     return records
 
 
-def stretches(documents: int, shares: str | None, parts: int | None) -> dict[str, range]:
-    """Which documents each output gets, by its name."""
+def doc_idx_within(boundaries: NDArray[np.int64], documents: range) -> NDArray[np.int64]:
+    """The doc_idx of a range of sequences; a document cut by the range ends there."""
+    inner = boundaries[(boundaries > documents.start) & (boundaries < documents.stop)]
+    return np.concatenate(([0], inner - documents.start, [len(documents)])).astype(np.int64)
+
+
+def document_ranges(documents: int, shares: str | None, parts: int | None) -> dict[str, range]:
+    """The documents of each output, by its name."""
     if (shares is None) == (parts is None):
-        raise ConfigError("say how to split: --shares '969, 30, 1' or --parts N, one of them")
+        raise ConfigError("choose how to split: either --shares '969, 30, 1' or --parts N")
     if shares is not None:
-        return dict(
-            zip(("train", "valid", "test"), split_documents(shares, documents), strict=True)
-        )
+        ranges = split_documents(shares, documents)
+        return dict(zip(("train", "valid", "test"), ranges, strict=True))
     if parts is None or not 1 <= parts <= documents:
-        raise ConfigError(f"--parts {parts}: expected 1 to {documents}, the number of documents")
-    width = len(str(parts - 1))
+        raise ConfigError(
+            f"--parts {parts}: expected 1 to {documents}, the number of documents in the file"
+        )
+    width = len(str(parts - 1))  # zero-padded, so that names sort in order
     return {
         f"part{i:0{width}}": range(documents * i // parts, documents * (i + 1) // parts)
         for i in range(parts)
@@ -198,17 +228,23 @@ def copy_documents(
     stop: int,
     on_bytes: OnBytes | None = None,
 ) -> None:
-    """Append documents [first, stop); those that lie back to back go a few MiB at a time."""
+    """Append documents [first, stop) to `writer`.
+
+    Documents that lie back to back are copied together, PIECE_TOKENS tokens at a time: one write
+    for each document would be limited by calls, not by the disk.
+    """
     width = dataset.dtype.itemsize
     while first < stop:
-        end = min(stop, first + PIECE_DOCUMENTS)
+        end = min(stop, first + CHUNK_DOCUMENTS)
         dataset.check_places(first, end)
         sizes = dataset.sizes[first:end].astype(np.int64)
         ends = np.cumsum(sizes)
+        # The run of documents that starts here ends at the first gap or at the token limit.
         expected = dataset.pointers[first] + (ends - sizes) * width
         gaps = np.flatnonzero(dataset.pointers[first : first + len(sizes)] != expected)
+        contiguous = int(gaps[0]) if len(gaps) else len(sizes)
         fitting = int(np.searchsorted(ends, PIECE_TOKENS, side="right"))
-        count = max(1, min(fitting, int(gaps[0]) if len(gaps) else len(sizes)))
+        count = max(1, min(fitting, contiguous))
         tokens = view(
             dataset.buffer, dataset.dtype, int(ends[count - 1]), int(dataset.pointers[first])
         )
@@ -219,23 +255,23 @@ def copy_documents(
 
 
 def doc_idx_of(dataset: IndexedDataset) -> NDArray[np.int64]:
-    """The document boundaries; one document a sequence, with a warning, where those of the file are wrong."""
+    """The document boundaries; if those of the file are wrong, one document for each sequence.
+
+    Warns in the latter case.
+    """
     if boundaries_fit(dataset):
         return dataset.doc_idx
     warnings.warn(
-        f"{dataset.idx_path}: its doc_idx does not lead from 0 to {len(dataset)}, as in files that GPT-NeoX merged;"
-        " each sequence counts as a document",
+        f"{dataset.idx_path}: doc_idx does not run from 0 to {len(dataset)}, as in files merged by"
+        " GPT-NeoX; each sequence is taken for one document",
         stacklevel=2,
     )
     return np.arange(len(dataset) + 1, dtype=np.int64)
 
 
 def boundaries_fit(dataset: IndexedDataset) -> bool:
-    """Whether doc_idx leads from 0 to the number of sequences without going back."""
-    found = dataset.doc_idx
-    return bool(
-        len(found)
-        and found[0] == 0
-        and found[-1] == len(dataset)
-        and (found[1:] >= found[:-1]).all()
-    )
+    """Whether doc_idx runs from 0 to the number of sequences and never decreases."""
+    doc_idx = dataset.doc_idx
+    if not len(doc_idx) or doc_idx[0] != 0 or doc_idx[-1] != len(dataset):
+        return False
+    return bool((doc_idx[1:] >= doc_idx[:-1]).all())

@@ -1,4 +1,4 @@
-"""A whole token file to Pythia's shards and back, with its .idx and its record."""
+"""A whole token file cut into Pythia's shards, and shards joined to a whole file."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
 from castalia.data.shards import SHARD_BYTES, Joined, OnBytes, copy_beside, cut, find_shards, join
 
-PIECE = 1 << 20
+CHUNK_DOCUMENTS = 1 << 20
+"""Documents whose ends are computed at a time: 8 MiB of int64."""
 
 
 def shard(
@@ -18,15 +19,18 @@ def shard(
     size: int = SHARD_BYTES,
     on_bytes: OnBytes | None = None,
 ) -> list[Path]:
-    """Cut PREFIX.bin into shards of `size` bytes in the folder `output`; PREFIX.idx and PREFIX.json go along.
+    """Cut PREFIX.bin into shards of `size` bytes in the folder `output`; returns their paths.
 
-    The same call again keeps the shards that are right. Returns the shards.
-    Raises  DataError if the token file is damaged; ConfigError if it is in shards already; see `shards.cut`.
+    PREFIX.idx and PREFIX.json are copied along. Repeating the call keeps the shards that are
+    already correct.
+    Raises  DataError if the token file is damaged; ConfigError if it is sharded already; see
+            `shards.cut`.
     """
     dataset = IndexedDataset(prefix)
     if dataset.shards:
         raise ConfigError(
-            f"{dataset.prefix}: is in {len(dataset.shards)} shards already; unshard it first"
+            f"{dataset.prefix} consists of {len(dataset.shards)} shards already; to cut it to"
+            " another size, join it with `castalia data unshard` first"
         )
     base = Path(dataset.prefix).name
     written = cut(dataset.bin_path, base, output, size, on_bytes)
@@ -41,42 +45,48 @@ def unshard(
     hashes: Mapping[str, str] | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Joined:
-    """Join the shards of a prefix as `output`/BASE.bin, by default beside them; .idx and .json go along.
+    """Join the shards of a prefix into `output`/BASE.bin, by default beside them.
 
-    Interrupted, the same call goes on; done, it compares. `hashes` are SHA-256 by name, such as Pythia's list.
-    Raises  DataError if a shard is missing, has another size or hash, or if the shards end before or after the last
-            document; ConfigError if the .bin is there with other bytes; see `shards.join`.
+    .idx and .json are copied along. Repeating an interrupted call continues it; repeating a
+    finished one compares the files. `hashes` maps file names to SHA-256, such as Pythia's list.
+    Raises  DataError if a shard is missing or has another size or hash, or if the shards do not
+            end with the last document; ConfigError if the .bin exists with other bytes; see
+            `shards.join`.
     """
     dataset = IndexedDataset(prefix)
     shards = dataset.shards or find_shards(dataset.prefix)
     if not shards:
-        raise ConfigError(
-            f"{dataset.prefix}: one whole .bin and no shards; there is nothing to join"
-        )
-    total, expected = sum(path.stat().st_size for path in shards), last_byte(dataset)
+        raise ConfigError(f"{dataset.prefix} is a whole .bin without shards; nothing to join")
+    total = sum(path.stat().st_size for path in shards)
+    expected = last_byte(dataset)
     if total != expected:
         raise DataError(
-            f"{dataset.prefix}: the shards have {total} bytes, but the documents of the .idx end at {expected}"
+            f"{dataset.prefix}: the shards have {total} bytes, but the documents of the .idx end at"
+            f" byte {expected}; download the missing shards or the right .idx"
         )
-    base = Path(dataset.prefix) if output is None else Path(output) / Path(dataset.prefix).name
-    done = join(shards, base.with_name(base.name + ".bin"), hashes=hashes, on_bytes=on_bytes)
+    base = Path(dataset.prefix)
+    if output is not None:
+        base = Path(output) / base.name
+    joined = join(shards, base.with_name(base.name + ".bin"), hashes=hashes, on_bytes=on_bytes)
     copy_neighbours(dataset.prefix, base)
-    return done
+    return joined
 
 
 def copy_neighbours(source: str | os.PathLike[str], target: Path) -> None:
-    """The .idx and .json of a prefix to another."""
+    """Copy the .idx and .json of one prefix to another."""
     for suffix in (".idx", ".json"):
         copy_beside(Path(str(source) + suffix), target.with_name(target.name + suffix))
 
 
 def last_byte(dataset: IndexedDataset) -> int:
-    """Where the last document ends in the .bin."""
-    if not len(dataset):
-        return 0
-    ends = (
-        dataset.pointers[i : i + PIECE]
-        + dataset.sizes[i : i + PIECE].astype("i8") * dataset.dtype.itemsize
-        for i in range(0, len(dataset), PIECE)
-    )
-    return max(int(piece.max()) for piece in ends)
+    """The offset at which the last document ends in the .bin.
+
+    The maximum over all documents: an .idx may list them in another order than the .bin.
+    """
+    last = 0
+    width = dataset.dtype.itemsize
+    for start in range(0, len(dataset), CHUNK_DOCUMENTS):
+        stop = start + CHUNK_DOCUMENTS
+        ends = dataset.pointers[start:stop] + dataset.sizes[start:stop].astype("i8") * width
+        last = max(last, int(ends.max()))
+    return last

@@ -1,4 +1,7 @@
-"""Checks of token files: structure, record and hashes, every finding by file; nothing stops at the first one."""
+"""Checks of token files: structure, record, document index and hashes.
+
+Checks go on after a fault, so that one run reports all of them.
+"""
 
 import hashlib
 import os
@@ -18,15 +21,16 @@ from castalia.data.mapped import view
 from castalia.data.shards import SHARD_BYTES, SHARD_NAME, OnBytes, base_of, hash_span
 from castalia.data.sidecar import read_record
 
-HEX = re.compile(r"[0-9a-fA-F]{64}")
-PIECE = 1 << 20
+SHA256_HEX = re.compile(r"[0-9a-fA-F]{64}")
+CHUNK = 1 << 20
+"""Documents, or tokens, checked at a time: bounds the memory on files of 10^11 tokens."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: `file` as the user knows it, what was looked at, and the sentence about what is wrong, if anything.
+    """The result of one check: the file as the user knows it, the subject, and the fault if any.
 
-    `about` is `structure`, `record`, `index`, `ids` or `hash`.
+    `about` is `structure`, `record`, `index`, `ids` or `hash`. `wrong` is a sentence, or None.
     """
 
     file: str
@@ -35,34 +39,39 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether all is right."""
+        """Whether the check passed."""
         return self.wrong is None
 
 
 def read_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """SHA-256 by file name out of a list, one file a line: `name hash` as Pythia's, or `hash  name` as sha256sum's.
+    """SHA-256 by file name, from a list of one file a line.
 
-    Raises  DataError with the line that is neither, or that gives a name a second hash; also if the list is empty.
+    A line is `name hash`, as in Pythia's list, or `hash  name`, as sha256sum writes.
+    Raises  DataError with the line that is neither or contradicts another; also for an empty list.
     """
     hashes: dict[str, str] = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the list of hashes cannot be read ({error})") from None
+        raise DataError(f"{path}: cannot read the list of hashes: {error}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         first, _, rest = line.strip().partition(" ")
-        name, found = (
-            (rest.strip().lstrip("*"), first) if HEX.fullmatch(first) else (first, rest.strip())
-        )
-        if not name or not HEX.fullmatch(found):
+        if SHA256_HEX.fullmatch(first):
+            digest = first
+            name = rest.strip().lstrip("*")  # sha256sum marks binary mode with a star
+        else:
+            digest = rest.strip()
+            name = first
+        if not name or not SHA256_HEX.fullmatch(digest):
             raise DataError(
-                f"{path}:{number}: expected a file name and its SHA-256 in 64 hex digits, got {line!r}"
+                f"{path}:{number}: expected a file name and its SHA-256 of 64 hex digits, got"
+                f" {line!r}"
             )
         name = Path(name).name
-        if hashes.setdefault(name, found.lower()) != found.lower():
-            raise DataError(f"{path}:{number}: a second, other hash of {name}")
+        if hashes.setdefault(name, digest.lower()) != digest.lower():
+            raise DataError(f"{path}:{number}: a second hash for {name}, different from the first")
     if not hashes:
         raise DataError(f"{path}: the list of hashes is empty")
     return hashes
@@ -75,13 +84,15 @@ def verify(
     shard_bytes: int = SHARD_BYTES,
     on_bytes: OnBytes | None = None,
 ) -> Iterator[Check]:
-    """Check token files; gives every finding, good or bad, as it comes.
+    """Check token files; yields every result, passed or failed, as it comes.
 
-    Structure: both files whole, documents back to back, doc_idx from first to last, nothing after the last document.
-    Index of documents, where there is one: as many tokens a document as the .idx says.
-    Record, where PREFIX.json is there: counts, dtype, the hash of the .bin, ids within the vocabulary.
-    Hashes, with a list: every file of the prefix that the list names must be there and have its hash, every file of
-    the prefix that is there must be named. A list of shards also serves for the whole .bin, `shard_bytes` at a time.
+    structure  Both files are whole, documents lie back to back, doc_idx spans all sequences, and
+               nothing follows the last document.
+    index      The document index, if there is one, has the .idx's number of tokens per document.
+    record     Counts, dtype, vocabulary and hash are those of PREFIX.json, if there is one.
+    hash       With `hashes`, every listed file of the prefix exists and has its hash, and every
+               existing file is listed. A list of shards also checks a whole .bin, `shard_bytes`
+               at a time.
     """
     for prefix in several(prefixes):
         base = base_of(without_suffix(prefix))
@@ -92,39 +103,43 @@ def verify(
         else:
             yield Check(base, "structure", structure_fault(dataset))
             yield from record_checks(dataset, on_bytes)
-            if (wrong := index_fault(dataset.prefix, dataset.sizes)) is not NO_INDEX:
+            wrong = index_fault(dataset.prefix, dataset.sizes)
+            if wrong is not NO_INDEX:
                 yield Check(dataset.prefix + SUFFIX, "index", wrong or None)
         if hashes is not None:
             yield from hash_checks(Path(base), hashes, shard_bytes, on_bytes)
 
 
 def structure_fault(dataset: IndexedDataset) -> str | None:
-    """What is wrong with the places of documents, if anything, beyond what opening a file finds."""
-    width, expected = dataset.dtype.itemsize, 0
-    for start in range(0, len(dataset), PIECE):
-        sizes = dataset.sizes[start : start + PIECE].astype(np.int64) * width
+    """The first fault in the positions of the documents that opening the file does not detect."""
+    width = dataset.dtype.itemsize
+    expected = 0
+    for start in range(0, len(dataset), CHUNK):
+        sizes = dataset.sizes[start : start + CHUNK].astype(np.int64) * width
         ends = expected + np.cumsum(sizes)
-        wrong = np.flatnonzero(dataset.pointers[start : start + PIECE] != ends - sizes)
-        if len(wrong):
-            i = start + int(wrong[0])
-            place = int((ends - sizes)[wrong[0]])
+        misplaced = np.flatnonzero(dataset.pointers[start : start + CHUNK] != ends - sizes)
+        if len(misplaced):
+            document = start + int(misplaced[0])
+            previous_end = int((ends - sizes)[misplaced[0]])
             return (
-                f"{dataset.idx_path} places document {i} at byte {dataset.pointers[i]}, but the one before it ends at"
-                f" {place}: documents overlap or leave a gap"
+                f"{dataset.idx_path} puts document {document} at byte {dataset.pointers[document]},"
+                f" but the previous document ends at byte {previous_end}: documents overlap or"
+                " leave a gap"
             )
         expected = int(ends[-1])
     if expected != len(dataset.buffer):
-        return f"{dataset.prefix}.bin goes on for {len(dataset.buffer) - expected} bytes after the last document"
+        surplus = len(dataset.buffer) - expected
+        return f"{dataset.prefix}.bin has {surplus} bytes after the last document"
     if not boundaries_fit(dataset):
         return (
-            f"{dataset.idx_path}: doc_idx does not lead from 0 to {len(dataset)} (GPT-NeoX's merge leaves it so;"
-            " training does not use it, `castalia data merge` writes it right)"
+            f"{dataset.idx_path}: doc_idx does not run from 0 to {len(dataset)}, as in files merged"
+            " by GPT-NeoX; training ignores it, `castalia data merge` rewrites it correctly"
         )
     return None
 
 
 def record_checks(dataset: IndexedDataset, on_bytes: OnBytes | None) -> Iterator[Check]:
-    """Findings about PREFIX.json, if there is one."""
+    """Checks against PREFIX.json, if there is one."""
     name = f"{dataset.prefix}.json"
     try:
         record = read_record(dataset.prefix)
@@ -133,104 +148,108 @@ def record_checks(dataset: IndexedDataset, on_bytes: OnBytes | None) -> Iterator
         return
     if record is None:
         return
-    found = {
+    actual = {
         "documents": len(dataset),
         "tokens": int(dataset.sizes.sum(dtype=np.int64)),
         "dtype": dataset.dtype.name,
     }
-    wrong = [
-        f"{key} is {value}, recorded {record.get(key)}"
-        for key, value in found.items()
+    faults = [
+        f"{key} is {value}, but the record says {record.get(key)}"
+        for key, value in actual.items()
         if record.get(key) != value
     ]
-    yield Check(name, "record", "; ".join(wrong) or None)
-    if isinstance(vocab_size := record.get("vocab_size"), int):
+    yield Check(name, "record", "; ".join(faults) or None)
+    vocab_size = record.get("vocab_size")
+    if isinstance(vocab_size, int):
         yield Check(f"{dataset.prefix}.bin", "ids", vocabulary_fault(dataset, vocab_size))
-    if isinstance(recorded := record.get("bin_sha256"), str):
+    recorded = record.get("bin_sha256")
+    if isinstance(recorded, str):
         digest = hashlib.sha256()
         for start in range(0, len(dataset.buffer), CHUNK_BYTES):
-            digest.update(piece := dataset.buffer[start : start + CHUNK_BYTES])
+            chunk = dataset.buffer[start : start + CHUNK_BYTES]
+            digest.update(chunk)
             if on_bytes:
-                on_bytes(len(piece))
+                on_bytes(len(chunk))
         yield Check(f"{dataset.prefix}.bin", "hash", hash_fault(digest.hexdigest(), recorded))
 
 
 def vocabulary_fault(dataset: IndexedDataset, vocab_size: int) -> str | None:
-    """The first stretch of tokens with an id outside the recorded vocabulary, if there is one."""
+    """The first chunk with a token id outside the recorded vocabulary, if any."""
     width = dataset.dtype.itemsize
     total = len(dataset.buffer) // width
-    for start in range(0, total, PIECE):
-        piece = view(dataset.buffer, dataset.dtype, min(PIECE, total - start), start * width)
-        low, high = int(piece.min()), int(piece.max())
-        if low < 0 or high >= vocab_size:
-            return f"token id {high if low >= 0 else low}, but the recorded vocabulary has {vocab_size} ids"
+    for start in range(0, total, CHUNK):
+        tokens = view(dataset.buffer, dataset.dtype, min(CHUNK, total - start), start * width)
+        lowest = int(tokens.min())
+        highest = int(tokens.max())
+        if lowest < 0 or highest >= vocab_size:
+            wrong = highest if lowest >= 0 else lowest
+            return f"token id {wrong} is outside the recorded vocabulary of {vocab_size} ids"
     return None
 
 
-def hash_fault(found: str, expected: str) -> str | None:
-    """The sentence about a hash that differs."""
-    return (
-        None
-        if found == expected
-        else f"SHA-256 {found}, expected {expected}: copy or prepare it again"
-    )
+def hash_fault(actual: str, expected: str) -> str | None:
+    """The sentence about a wrong hash; None if it is right."""
+    if actual == expected:
+        return None
+    return f"SHA-256 is {actual}, expected {expected}; copy or prepare the file again"
 
 
 def hash_checks(
     base: Path, hashes: Mapping[str, str], shard_bytes: int, on_bytes: OnBytes | None
 ) -> Iterator[Check]:
-    """Findings about the listed hashes of one prefix's files."""
+    """Checks of one prefix's files against a list of hashes."""
     whole = base.with_name(base.name + ".bin")
     listed = sorted(name for name in hashes if belongs(name, base.name))
     if not listed:
-        yield Check(str(base), "hash", "the list of hashes names no file of this prefix")
-    spans_cover_whole = False
+        yield Check(str(base), "hash", "the list of hashes names none of this prefix's files")
+    checked_as_shards = False
+    # Sorted, so that two runs print the same report.
     for name in listed:
-        path, span = base.with_name(name), SHARD_NAME.fullmatch(name)
+        path = base.with_name(name)
+        shard = SHARD_NAME.fullmatch(name)
         if path.exists():
-            yield Check(
-                str(path),
-                "hash",
-                hash_fault(hash_span(path, 0, path.stat().st_size, on_bytes), hashes[name]),
-            )
-        elif span and whole.exists():
-            spans_cover_whole = True
-            start = int(span["number"]) * shard_bytes
-            stop = whole.stat().st_size if span["number"] == span["last"] else start + shard_bytes
-            found = hash_span(whole, start, stop, on_bytes)
-            yield Check(f"{whole} as {name}", "hash", hash_fault(found, hashes[name]))
+            digest = hash_span(path, 0, path.stat().st_size, on_bytes)
+            yield Check(str(path), "hash", hash_fault(digest, hashes[name]))
+        elif shard and whole.exists():
+            # The list is of shards, but they were joined: hash the shard's span of the whole.
+            checked_as_shards = True
+            start = int(shard["number"]) * shard_bytes
+            stop = start + shard_bytes
+            if shard["number"] == shard["last"]:
+                stop = whole.stat().st_size
+            digest = hash_span(whole, start, stop, on_bytes)
+            yield Check(f"{whole} as {name}", "hash", hash_fault(digest, hashes[name]))
         else:
-            yield Check(str(path), "hash", "missing")
-    for path in sorted(present(base)):
-        if path.name not in hashes and not (path == whole and spans_cover_whole):
-            yield Check(str(path), "hash", "is there, but the list of hashes does not name it")
+            yield Check(str(path), "hash", "the list of hashes names it, but it is missing")
+    for path in sorted(existing_files(base)):
+        if path.name not in hashes and not (path == whole and checked_as_shards):
+            yield Check(str(path), "hash", "the list of hashes does not name it")
 
 
 def belongs(name: str, base: str) -> bool:
     """Whether a file name is the .bin, .idx or .json of a prefix, or one of its shards."""
-    return name in {base + ".bin", base + ".idx", base + ".json"} or (
-        base_of(name) == base and name != base
-    )
+    if name in (base + ".bin", base + ".idx", base + ".json"):
+        return True
+    return base_of(name) == base and name != base
 
 
-def present(base: Path) -> list[Path]:
-    """The prefix's .bin, .idx and shards that are there."""
-    folder = base.parent
-    found = (
-        [path for path in folder.glob("*.bin") if belongs(path.name, base.name)]
-        if folder.is_dir()
-        else []
-    )
+def existing_files(base: Path) -> list[Path]:
+    """The prefix's .bin or shards, and its .idx, as far as they exist."""
+    paths: list[Path] = []
+    if base.parent.is_dir():
+        paths = [path for path in base.parent.glob("*.bin") if belongs(path.name, base.name)]
     index = base.with_name(base.name + ".idx")
-    return [*found, index] if index.exists() else found
+    if index.exists():
+        paths.append(index)
+    return paths
 
 
 def hash_list(prefix: str | os.PathLike[str], on_bytes: OnBytes | None = None) -> dict[str, str]:
-    """SHA-256 by name of the prefix's .bin or shards and its .idx, to publish beside them.
+    """SHA-256 by name of the prefix's .bin or shards and its .idx, to be published with them.
 
-    Raises  DataError if none of them is there.
+    Raises  DataError if none of these files exists.
     """
-    found = sorted(present(Path(base_of(without_suffix(prefix)))))
-    if not found:
-        raise DataError(f"{prefix}: no such token file")
-    return {path.name: hash_span(path, 0, path.stat().st_size, on_bytes) for path in found}
+    paths = sorted(existing_files(Path(base_of(without_suffix(prefix)))))
+    if not paths:
+        raise DataError(f"{prefix}: no such token file (neither .bin, nor shards, nor .idx)")
+    return {path.name: hash_span(path, 0, path.stat().st_size, on_bytes) for path in paths}

@@ -48,9 +48,9 @@ def test_prepare_and_manifest(table, tmp_path):
         [path], tmp_path / "out", "bytes", on_progress=lambda read, _: heard.append(read)
     )
     assert done.documents == len(TEXTS) - 1
-    (found,) = json.loads((tmp_path / "out.json").read_text())["inputs"]
-    assert found["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert sum(heard) == found["bytes"] == path.stat().st_size
+    (record,) = json.loads((tmp_path / "out.json").read_text())["inputs"]
+    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sum(heard) == record["bytes"] == path.stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def tar_of(members, **kinds):
             archive.addfile(info, io.BytesIO(data))
         for name, kind in kinds.items():
             info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/passwd"
+            info.type = kind
+            info.linkname = "/etc/passwd"
             archive.addfile(info)
     return out.getvalue()
 
