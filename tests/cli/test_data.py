@@ -102,7 +102,10 @@ def test_verify_fails(run, tmp_path):
     os.remove(tmp_path / "cut" / "c-00001-of-00003.bin")
     code, out, err = run("verify", "cut/c", "--hashes", "hashes.txt")
     assert (code, err) == (1, "castalia: error: 2 of 6 checks failed\n")
-    assert "FAIL hash      cut/c-00001-of-00003.bin: the list of hashes names it, but it is missing\n" in out
+    assert (
+        "FAIL hash      cut/c-00001-of-00003.bin: the list of hashes names it, but it is missing\n"
+        in out
+    )
     found = [
         json.loads(line)
         for line in run("verify", "cut/c", "--hashes", "hashes.txt", "--json")[1].splitlines()
@@ -151,8 +154,7 @@ def test_a_missing_file_is_one_sentence(run, words):
 def test_unshard_of_a_whole_file(run):
     code, _, err = run("unshard", "c")
     assert (
-        code == 2
-        and err == "castalia: error: c is a whole .bin without shards; nothing to join\n"
+        code == 2 and err == "castalia: error: c is a whole .bin without shards; nothing to join\n"
     )
 
 

@@ -138,7 +138,8 @@ def test_shards_longer_than_the_index(cut, tmp_path):
     with open(f"{parts}-00005-of-00005.bin", "ab") as last:
         last.write(b"xx")
     with pytest.raises(
-        DataError, match=r"the shards have 528 bytes, but the documents of the \.idx end at byte 526"
+        DataError,
+        match=r"the shards have 528 bytes, but the documents of the \.idx end at byte 526",
     ):
         unshard(parts, tmp_path / "out")
 
