@@ -35,7 +35,9 @@ def whole(x: Tensor) -> dict[str, Any]:
     model(x).square().sum().backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), LIMIT)
     gradients = {
-        name: p.grad.tolist() for name, p in model.named_parameters() if p.grad is not None
+        name: p.grad.flatten().tolist()
+        for name, p in model.named_parameters()
+        if p.grad is not None
     }
     return {"norm": float(norm), "gradients": gradients}
 
