@@ -18,8 +18,9 @@ from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, ModelConfig
 from castalia.models.cross_entropy import fused_cross_entropy
-from castalia.train.config import OptimConfig, ScheduleConfig
-from castalia.train.optim import make_optimizer, set_lr
+from castalia.train.config import ScheduleConfig
+from castalia.train.optimizers import AdamWConfig, Rules
+from castalia.train.optimizers.updater import Updater
 from castalia.train.schedule import make_schedule
 
 Tokens = NDArray[np.uint16]
@@ -154,7 +155,7 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
         mixer, sizes=text.sizes, rows=scale.rows, seed=job.seed if job.order is None else job.order
     )
     model = make_model(scale, job.seed)
-    optimizer = make_optimizer(model, OptimConfig(lr=scale.lr))
+    updater = Updater(model, Rules(AdamWConfig(lr=scale.lr)))
     rate = make_schedule(
         ScheduleConfig(name=scale.schedule, warmup=0.02, min_lr=scale.lr / 50), scale.lr, steps
     )  # type: ignore[arg-type]
@@ -166,9 +167,8 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
         rows = np.stack([text.train[s][i] for s, i in zip(read.source, read.index, strict=True)])
         losses = losses_of(model, rows).numpy()
         clip_gradients(model.parameters(), float(gradient_norm(model)), 1.0)
-        set_lr(optimizer, rate(step - 1))
-        optimizer.step()
-        optimizer.zero_grad()
+        updater.step(rate(step - 1))
+        updater.zero_grad()
         tokens = plan.counts * float(scale.seq)
         loss_sum = np.bincount(read.source, losses * scale.seq, minlength=len(tokens))
         fed = evaluate(model, text.fed) if job.feed and step % job.feed == 0 else None

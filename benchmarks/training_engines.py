@@ -88,9 +88,9 @@ class Castalia(Engine):
         keep_freed_memory()
         from castalia.data import Batch
         from castalia.models import Decoder, ModelConfig
-        from castalia.train.config import OptimConfig
         from castalia.train.loss import NextToken
-        from castalia.train.optim import make_optimizer
+        from castalia.train.optimizers import AdamWConfig, Rules
+        from castalia.train.optimizers.updater import Updater
 
         super().__init__(case)
         with torch.device(self.device):
@@ -99,8 +99,8 @@ class Castalia(Engine):
         if case["compiled"]:
             for layer in self.model.layers:
                 layer.compile()
-        config = OptimConfig(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=None)
-        self.optimizer = make_optimizer(self.model, config)
+        config = AdamWConfig(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=None)
+        (self.optimizer,) = Updater(self.model, Rules(config)).optimizers.values()
         self.next_token = NextToken(compiled=case["compiled"])
         place = torch.zeros(case["rows"], dtype=torch.int64, device=self.device)
         self.batch = Batch(tokens=self.tokens, labels=self.labels, source=place.int(), index=place)

@@ -89,10 +89,8 @@ def test_a_gpt_neox_file_lists_what_has_no_effect_once():
 
 def test_schema_describes_every_key_and_requires_none():
     schema = json.loads(show("--schema"))
-    assert schema["properties"]["optim"]["$ref"] == "#/$defs/OptimConfig"
-    assert schema["$defs"]["OptimConfig"]["properties"]["lr"]["description"].startswith(
-        "Peak learning rate"
-    )
+    optim = schema["properties"]["optim"]
+    assert optim["properties"]["lr"]["description"].startswith("Peak learning rate")
     assert schema["$defs"]["ModelConfig"]["additionalProperties"] is False
     assert '"required": [' not in show("--schema")
 

@@ -89,5 +89,6 @@ class Kind:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Any of the members' schemas."""
-        return {"anyOf": [member.model_json_schema() for member in self.classes().values()]}
+        """Any of the members' schemas, each a definition of its own."""
+        schemas = [handler(member.__pydantic_core_schema__) for member in self.classes().values()]
+        return schemas[0] if len(schemas) == 1 else {"anyOf": schemas}

@@ -15,6 +15,7 @@ from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.policy import SavePolicy
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
+from castalia.config.kinds import Kind
 from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
 from castalia.data.config import DataConfig
@@ -23,21 +24,7 @@ from castalia.launch import LaunchConfig
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.models.config import ModelConfig
-
-
-class OptimConfig(Config):
-    """AdamW. Only train/optim.py reads these fields."""
-
-    lr: PositiveFloat = 6e-4
-    """Peak learning rate, reached at the end of warmup."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay of everything but biases and norms."""
-    clip: PositiveFloat | None = 1.0
-    """Largest global gradient L2 norm; null turns clipping off."""
+from castalia.train.optimizers import OPTIMIZERS, AdamWConfig, OptimConfig
 
 
 class ScheduleConfig(Config):
@@ -111,6 +98,8 @@ class TrainConfig(Config):
     all but attention and the widest product; n, all in every n-th block."""
     log_every: Annotated[PositiveInt, AT_RESUME] = 10
     """Steps between lines on the screen; metrics.jsonl has every step."""
+    frozen: list[str] = []
+    """Shell patterns of parameters that do not train, such as `embed.*`: no gradient, no optimizer state."""
     eval_every: Annotated[PositiveInt | None, AT_RESUME] = None
     """Steps between validations; null never validates during training."""
     eval_batches: Annotated[PositiveInt, AT_RESUME] = 10
@@ -134,7 +123,7 @@ class RunConfig(Config):
     data: DataConfig = DataConfig()
     mixing: MixingConfig = MixingConfig()
     train: TrainConfig = TrainConfig()
-    optim: OptimConfig = OptimConfig()
+    optim: Annotated[OptimConfig, Kind(OPTIMIZERS, "adamw")] = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     guard: Annotated[GuardConfig, AT_RESUME] = GuardConfig()

@@ -20,6 +20,8 @@ from castalia.models.init import init_parameter
 from castalia.models.stages import split
 from castalia.train.config import RunConfig
 from castalia.train.loss import Loss, LossOut
+from castalia.train.optimizers import Rules
+from castalia.train.optimizers.updater import freeze
 from castalia.train.precision import arithmetic
 
 Beat = Callable[[str], None]
@@ -40,15 +42,18 @@ def check_processes(config: RunConfig, size: int) -> None:
         raise ConfigError(problem)
 
 
-def build_model(config: RunConfig, world: World) -> Decoder | Stages:
+def build_model(config: RunConfig, world: World, rules: Rules) -> Decoder | Stages:
     """The model of a run, laid out and with its start weights; its stages on this process when there is a pipeline."""
     layout = config.parallel
     parts = split(config.model.num_layers, layout.stages)
+    with torch.device("meta"):
+        rules.require_matches(name for name, _ in Decoder(config.model).named_parameters())
     stages = []
     for number in stage_numbers(layout, world.coordinate("pp")):
         with torch.device("meta"):
             stage = Decoder(config.model, parts[number])
         stage.recompute = config.train.recompute
+        freeze(stage, rules)
         stages.append(parallelize(stage, world, layout, compiled=config.train.compile))
     model = stages[0] if layout.pp == 1 else Stages(stages)
     initialize(model, lambda name, shape: init_parameter(name, shape, config.model, config.seed))

@@ -20,7 +20,7 @@ from castalia.data import changed, load_tokenizer
 from castalia.models import Decoder
 from castalia.monitor import describe_environment
 from castalia.train.config import RunConfig
-from castalia.train.optim import MOMENTS, optimizer_tensors, set_updates
+from castalia.train.optimizers.updater import state_names
 
 if TYPE_CHECKING:
     from castalia.distributed import World
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def checkpoint_tensors(trainer: "Trainer") -> dict[str, Tensor]:
     """Live tensors of model and optimizer, by their names in a checkpoint."""
     weights = {f"model.{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    return weights | optimizer_tensors(trainer.model, trainer.optimizer)
+    return weights | trainer.updater.tensors()
 
 
 def own_tensors(trainer: "Trainer") -> dict[str, Tensor]:
@@ -50,10 +50,8 @@ def other_tensors(trainer: "Trainer") -> set[str]:
     with torch.device("meta"):
         whole = Decoder(trainer.config.model)
     names = [name for name, _ in whole.named_parameters()]
-    groups = ("model", *(f"optim.{moment}" for moment in MOMENTS))
-    return {f"{group}.{name}" for group in groups for name in names} - checkpoint_tensors(
-        trainer
-    ).keys()
+    weights = {f"model.{name}" for name in names}
+    return (weights | state_names(trainer.rules, names)) - checkpoint_tensors(trainer).keys()
 
 
 def checkpoint_state(trainer: "Trainer") -> dict[str, Any]:
@@ -97,7 +95,7 @@ def resume(trainer: "Trainer", said: str = "resumed from") -> None:
     trainer.progress.load_state_dict(state["progress"])
     trainer.scale.load_state_dict(state["loss_scale"])
     trainer.guard.load_state_dict(state.get("guard", {}))
-    set_updates(trainer.optimizer, trainer.progress.updates)
+    trainer.updater.restore(trainer.progress.updates)
     if trainer.mixture is not None:
         trainer.mixture.load_state_dict(
             state.get("mixture"), allow_changed=trainer.config.data.allow_changed

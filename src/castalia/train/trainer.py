@@ -20,7 +20,8 @@ from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import LONG, Hook
 from castalia.train.loss import Loss, NextToken
 from castalia.train.mixture import Mixture, make_mixture
-from castalia.train.optim import make_optimizer, set_lr
+from castalia.train.optimizers import Rules
+from castalia.train.optimizers.updater import Updater
 from castalia.train.passes import build_model, check_processes, make_passes
 from castalia.train.precision import LossScale
 from castalia.train.progress import Clock, Progress, StepTotals, pack, rows_hash, unpack
@@ -64,8 +65,9 @@ class Trainer:
         self.mixture = make_mixture(config, self.rows)
         for source in self.rows.train.row_sources:
             check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
-        self.model = build_model(config, world)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.rules = Rules(config.optim, frozen=train.frozen)
+        self.model = build_model(config, world, self.rules)
+        self.updater = Updater(self.model, self.rules)
         self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
         self.scale = LossScale.of(config.loss_scale, config.precision)
         self.guard, self.watchdog = Guard(config.guard), Watchdog(world, config.guard.hang_seconds)
@@ -215,10 +217,9 @@ class Trainer:
             if self.scale.enabled:
                 scale_gradients(self.model.parameters(), 1 / self.scale.value)
             clip_gradients(self.model.parameters(), float(norm), self.config.optim.clip)
-            set_lr(self.optimizer, lr)
-            self.optimizer.step()
+            self.updater.step(lr)
             self.progress.updates += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updater.zero_grad()
         if action in (Action.UPDATE, Action.OVERFLOW):
             self.scale.update(overflow=action is Action.OVERFLOW)
 

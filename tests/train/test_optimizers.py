@@ -5,13 +5,9 @@ import torch
 from torch import nn
 
 from castalia.distributed.gradients import clip_gradients, gradient_norm
-from castalia.train.config import LossScaleConfig, OptimConfig
-from castalia.train.optim import (
-    decay_groups,
-    make_optimizer,
-    set_lr,
-    set_updates,
-)
+from castalia.train.config import LossScaleConfig
+from castalia.train.optimizers import AdamWConfig, Rules
+from castalia.train.optimizers.updater import Updater, parameter_groups, trained_parameters
 from castalia.train.precision import LossScale
 
 
@@ -27,7 +23,9 @@ class Tiny(nn.Module):
 
 def test_everything_but_biases_and_norms_decays_and_tied_weights_count_once():
     model = Tiny()
-    decayed, others = (group["params"] for group in decay_groups(model, 0.1))
+    groups = parameter_groups(trained_parameters(model), Rules(AdamWConfig()))["adamw"]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    decayed, others = (group["params"] for group in groups)
     assert {id(p) for p in decayed} == {id(model.embed.weight), id(model.up.weight)}
     assert len(decayed) == 2
     assert {id(p) for p in others} == {
@@ -40,13 +38,12 @@ def test_everything_but_biases_and_norms_decays_and_tied_weights_count_once():
 def test_adamw_update_is_the_published_formula():
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 2.0)
-    config = OptimConfig(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
-    optimizer = make_optimizer(model, config)
+    config = AdamWConfig(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.5)
+    updater = Updater(model, Rules(config))
     w, m, v = 2.0, 0.0, 0.0
     for t, g in enumerate([0.3, -0.1, 0.7], start=1):
         model.weight.grad = torch.full((1, 1), g)
-        set_lr(optimizer, 0.1 / t)
-        optimizer.step()
+        updater.step(0.1 / t)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.95**t)
         w -= 0.1 / t * (m_hat / (v_hat**0.5 + 1e-8) + 0.5 * w)
@@ -55,11 +52,11 @@ def test_adamw_update_is_the_published_formula():
 
 def test_set_updates_moves_the_bias_correction():
     model = nn.Linear(1, 1, bias=False)
-    optimizer = make_optimizer(model, OptimConfig(lr=1.0, weight_decay=0.0))
-    set_updates(optimizer, 41)
+    updater = Updater(model, Rules(AdamWConfig(lr=1.0, weight_decay=0.0)))
+    updater.restore(41)
     model.weight.grad = torch.ones(1, 1)
     before = model.weight.item()
-    optimizer.step()
+    updater.step(1.0)
     m_hat, v_hat = 0.1 / (1 - 0.9**42), 0.05 / (1 - 0.95**42)
     assert before - model.weight.item() == pytest.approx(m_hat / v_hat**0.5, rel=1e-4)
 

@@ -1,0 +1,21 @@
+"""Optimizers: the registry and its members. `updater.py` applies them to a model, by pattern of parameter names.
+
+Needs no torch, so that a config stays quick to load.
+"""
+
+from castalia.train.optimizers.adamw import AdamW, AdamWConfig
+from castalia.train.optimizers.base import Member, StateTensor
+from castalia.train.optimizers.config import OPTIMIZERS, GroupConfig, OptimConfig
+from castalia.train.optimizers.groups import Rule, Rules
+
+__all__ = [
+    "OPTIMIZERS",
+    "AdamW",
+    "AdamWConfig",
+    "GroupConfig",
+    "Member",
+    "OptimConfig",
+    "Rule",
+    "Rules",
+    "StateTensor",
+]

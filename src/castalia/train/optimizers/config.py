@@ -1,0 +1,71 @@
+"""The `optim:` section: what every optimizer has. Needs no torch."""
+
+from typing import Any
+
+from pydantic import NonNegativeFloat, PositiveFloat, field_validator
+
+from castalia.config.base import Config, build
+from castalia.core.registry import Registry
+
+
+class GroupConfig(Config):
+    """Parameters that are updated otherwise than the rest."""
+
+    pattern: str
+    """Shell pattern of parameter names, such as `layers.*.attn.*`; of several groups the first that matches counts."""
+    lr_scale: NonNegativeFloat = 1.0
+    """Factor on the learning rate of every step."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay; null takes that of the section, and none where the family has none."""
+    kind: str | None = None
+    """Another optimizer for these parameters; null takes that of the section."""
+    options: dict[str, Any] = {}
+    """Options of that other optimizer."""
+
+
+class OptimConfig(Config):
+    """What every optimizer has; a member of OPTIMIZERS adds its own. Only train/optimizers reads these fields."""
+
+    kind: str
+    """Name of the optimizer."""
+    lr: PositiveFloat = 6e-4
+    """Peak learning rate, reached at the end of warmup."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay of every parameter that the family does not exempt (biases and norms)."""
+    clip: PositiveFloat | None = 1.0
+    """Largest global gradient L2 norm; null turns clipping off."""
+    groups: list[GroupConfig] = []
+    """Parameters with another rate, decay or optimizer, by pattern."""
+
+    @field_validator("groups")
+    @classmethod
+    def known_kinds(cls, groups: list[GroupConfig]) -> list[GroupConfig]:
+        """Every group names an optimizer that exists, with options that it has."""
+        for group in groups:
+            if group.kind is None and group.options:
+                raise ValueError(
+                    f"group {group.pattern!r} has options but no kind; name the optimizer they are for"
+                )
+            if group.kind is not None:
+                member_config(group.kind, group.options)
+        kinds = [group.kind for group in groups if group.options]
+        if len(kinds) != len(set(kinds)):
+            raise ValueError(
+                "two groups give options to the same optimizer; give them in one of the two"
+            )
+        return groups
+
+
+OPTIMIZERS: Registry[Any] = Registry("optimizer")
+"""Optimizers by the name that `optim.kind` takes; members are subclasses of `castalia.train.optimizers.base.Member`."""
+
+
+def member_config(kind: str, options: dict[str, Any]) -> OptimConfig:
+    """The config of the optimizer `kind` with some options of its own.
+
+    Raises  ConfigError for an unknown optimizer or a wrong option.
+    """
+    config: OptimConfig = build(
+        OPTIMIZERS[kind].Config, {"kind": kind, **options}, f"options of {kind}"
+    )
+    return config

@@ -1,0 +1,86 @@
+"""Which parameters train, and how each is updated: decided by name alone, so that every rank decides alike."""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from castalia.core.errors import ConfigError
+from castalia.train.optimizers.config import OptimConfig, member_config
+
+NO_DECAY = ("*bias", "*norm*.weight")
+"""Biases and the parameters of norms do not decay (GPT-NeoX, megatron/model/utils.py)."""
+
+
+class Rule(NamedTuple):
+    """How a parameter is updated."""
+
+    kind: str
+    lr_scale: float
+    weight_decay: float
+
+
+class Rules:
+    """The rule of each parameter of a model, by its name.
+
+    `no_decay` are the family's patterns of parameters without weight decay, `frozen` those that do not train.
+    """
+
+    def __init__(
+        self,
+        config: OptimConfig,
+        no_decay: Sequence[str] = NO_DECAY,
+        frozen: Sequence[str] = (),
+    ) -> None:
+        self.config = config
+        self.no_decay = no_decay
+        self.frozen = frozen
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter is updated at all."""
+        return not matches(name, self.frozen)
+
+    def rule(self, name: str) -> Rule:
+        """Kind, rate and decay of a parameter that trains."""
+        kind = self.config.kind
+        lr_scale = 1.0
+        decay = 0.0 if matches(name, self.no_decay) else self.config.weight_decay
+        for group in self.config.groups:
+            if fnmatchcase(name, group.pattern):
+                kind = group.kind or kind
+                lr_scale = group.lr_scale
+                # A decay that the group states holds also where the family has none: it was asked for by name.
+                if group.weight_decay is not None:
+                    decay = group.weight_decay
+                break
+        return Rule(kind, lr_scale, decay)
+
+    def config_of(self, kind: str) -> OptimConfig:
+        """The config of an optimizer: the section's own, or the options of the group that names another."""
+        if kind == self.config.kind:
+            return self.config
+        options: dict[str, Any] = {}
+        for group in self.config.groups:
+            if group.kind == kind:
+                options |= group.options
+        return member_config(kind, {"lr": self.config.lr, **options})
+
+    def require_matches(self, names: Iterable[str]) -> None:
+        """Every pattern must match a parameter of the whole model, and one parameter at least must train.
+
+        Raises  ConfigError naming the pattern.
+        """
+        known = list(names)
+        patterns = {f"optim.groups: {group.pattern}": group.pattern for group in self.config.groups}
+        patterns |= {f"train.frozen: {pattern}": pattern for pattern in self.frozen}
+        for label, pattern in patterns.items():
+            if not any(fnmatchcase(name, pattern) for name in known):
+                raise ConfigError(
+                    f"{label} matches no parameter; their names look like {known[0]} and {known[-1]}"
+                )
+        if not any(self.trains(name) for name in known):
+            raise ConfigError("train.frozen matches every parameter, so nothing would train")
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether any of the shell patterns matches the whole name."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

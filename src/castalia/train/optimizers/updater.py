@@ -1,0 +1,110 @@
+"""`Updater`: the optimizers of a run, over the parameters that train."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from castalia.train.optimizers.base import StateTensor
+from castalia.train.optimizers.config import OPTIMIZERS
+from castalia.train.optimizers.groups import Rule, Rules
+
+
+class Updater:
+    """One torch optimizer a kind, each over its parameter groups; most runs have a single one.
+
+    Only parameters that require a gradient have state. All state exists from the start, so that loading a checkpoint
+    fills it in place.
+    """
+
+    def __init__(self, model: nn.Module, rules: Rules) -> None:
+        self.rules = rules
+        self.parameters = trained_parameters(model)
+        self.optimizers = {
+            kind: OPTIMIZERS[kind].build(groups, rules.config_of(kind))
+            for kind, groups in parameter_groups(self.parameters, rules).items()
+        }
+        self.restore(0)
+        for name, parameter in self.parameters.items():
+            self.state(name).update(
+                (suffix, torch.zeros_like(parameter, dtype=getattr(torch, tensor.dtype)))
+                for suffix, tensor in declared(rules, name).items()
+            )
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """The live state of one parameter, as its torch optimizer sees it."""
+        state: dict[str, Tensor] = self.optimizers[self.rules.rule(name).kind].state[
+            self.parameters[name]
+        ]
+        return state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`optim.<suffix>.<parameter>` -> the live state tensor, to save or to fill."""
+        return {
+            f"optim.{suffix}.{name}": self.state(name)[suffix]
+            for name in self.parameters
+            for suffix in declared(self.rules, name)
+        }
+
+    def restore(self, updates: int) -> None:
+        """Set what follows from the number of updates made, such as Adam's step count."""
+        for name, parameter in self.parameters.items():
+            member = OPTIMIZERS[self.rules.rule(name).kind]
+            self.state(name).update(member.counters(parameter, updates))
+
+    def step(self, lr: float) -> None:
+        """One update at the rate `lr`, which each group scales."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, and their memory with them."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+
+def freeze(model: nn.Module, rules: Rules) -> None:
+    """Let the parameters that do not train require no gradient: no backward work, no state, no bytes."""
+    for name, parameter in model.named_parameters():
+        if not rules.trains(name):
+            parameter.requires_grad_(False)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require a gradient, by name; a tied one counts once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def parameter_groups(
+    parameters: dict[str, nn.Parameter], rules: Rules
+) -> dict[str, list[dict[str, object]]]:
+    """Kind -> torch's parameter groups: parameters of one rule together, in the order of the model."""
+    by_rule: dict[Rule, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        by_rule.setdefault(rules.rule(name), []).append(parameter)
+    groups: dict[str, list[dict[str, object]]] = {}
+    for rule, members in by_rule.items():
+        group: dict[str, object] = {"params": members, "weight_decay": rule.weight_decay}
+        # Kept in the group, so that the rate of a step can be set without looking at names.
+        group["lr_scale"] = rule.lr_scale
+        groups.setdefault(rule.kind, []).append(group)
+    return groups
+
+
+def declared(rules: Rules, name: str) -> dict[str, StateTensor]:
+    """Suffix -> state tensor that the optimizer of this parameter keeps."""
+    kind = rules.rule(name).kind
+    state: dict[str, StateTensor] = OPTIMIZERS[kind].state(rules.config_of(kind))
+    return state
+
+
+def state_names(rules: Rules, names: Iterable[str]) -> set[str]:
+    """Names of the state tensors of parameters that this rank does not hold, by their names alone."""
+    return {
+        f"optim.{suffix}.{name}"
+        for name in names
+        if rules.trains(name)
+        for suffix in declared(rules, name)
+    }

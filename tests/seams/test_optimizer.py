@@ -1,0 +1,106 @@
+"""An optimizer from outside, frozen parameters and parameter groups, through the real loop on 1 and on 2 ranks."""
+
+import numpy as np
+import pytest
+import torch
+from tests.seams import sgd
+from tests.seams.ranks import on_ranks
+
+from castalia.core.errors import ConfigError
+from castalia.data import IndexedDatasetWriter
+from castalia.models import Decoder
+from castalia.recipes import load_config
+from castalia.train.optimizers import AdamWConfig, Rules
+from castalia.train.optimizers.updater import Updater
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of random bytes."""
+    prefix = tmp_path_factory.mktemp("tokens") / "random"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        writer.add(np.random.default_rng(0).integers(0, 256, 6000))
+    return str(prefix)
+
+
+@pytest.fixture(scope="module")
+def runs(tokens: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The runs on one rank."""
+    return sgd.every_run(tmp_path_factory.mktemp("one"), tokens)
+
+
+def names() -> list[str]:
+    """All parameters of the model."""
+    with torch.device("meta"):
+        return [name for name, _ in Decoder(load_config(["debug"]).model).named_parameters()]
+
+
+def test_a_guest_optimizer_trains_and_saves_no_state(runs):
+    assert runs["sgd"]["state"] == [] and runs["sgd"]["live_state"] == 0
+    assert runs["sgd"]["moved"] == sorted(names())
+
+
+def test_frozen_parameters_stay_and_cost_nothing(runs):
+    frozen = {name for name in names() if name.startswith(("embed.", "layers.1."))}
+    trained = sorted(set(names()) - frozen)
+    assert frozen and runs["frozen"]["moved"] == trained
+    expected = [
+        f"optim.{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in trained
+    ]
+    assert runs["frozen"]["state"] == sorted(expected)
+
+
+def test_groups_scale_the_rate_and_choose_another_optimizer(runs):
+    assert not [name for name in runs["groups"]["moved"] if name.endswith("bias")]
+    # Biases of layer 0 match the first pattern, so they are AdamW's; its weights are SGD's and have no state.
+    stateless = [n for n in names() if n.startswith("layers.0.") and not n.endswith("bias")]
+    assert stateless and not [
+        n for n in stateless if f"optim.exp_avg.{n}" in runs["groups"]["state"]
+    ]
+    assert "optim.exp_avg.layers.0.mlp.up.bias" in runs["groups"]["state"]
+
+
+def test_two_ranks_do_the_same(runs, tokens, tmp_path):
+    for result in on_ranks("sgd.py", 2, tmp_path, tokens):
+        for name, run in runs.items():
+            assert result[name]["state"] == run["state"]
+            assert result[name]["moved"] == run["moved"]
+            assert result[name]["losses"] == pytest.approx(run["losses"], rel=1e-5)
+
+
+def test_sgd_is_the_plain_update():
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    updater = Updater(model, Rules(sgd.SgdConfig(weight_decay=0.5)))
+    model.weight.grad = torch.tensor([[1.0, -2.0]])
+    updater.step(0.1)
+    expected = before - 0.1 * (torch.tensor([[1.0, -2.0]]) + 0.5 * before)
+    assert torch.allclose(model.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "frozen", "message"),
+    [
+        ({}, ["layer.0.*"], "train.frozen: layer.0.* matches no parameter"),
+        ({}, ["*"], "train.frozen matches every parameter"),
+        ({"groups": [{"pattern": "x"}]}, [], "optim.groups: x matches no parameter"),
+    ],
+)
+def test_a_pattern_must_match(config, frozen, message):
+    with pytest.raises(ConfigError, match=message.replace("*", r"\*")):
+        Rules(AdamWConfig(**config), frozen=frozen).require_matches(names())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.kind=lion", "optim.kind: unknown optimizer 'lion'; choose one of adamw"),
+        ("optim.groups=[{pattern: '*', kind: lion}]", "unknown optimizer 'lion'"),
+        ("optim.groups=[{pattern: '*', options: {eps: 1}}]", "has options but no kind"),
+        ("optim.groups=[{pattern: '*', kind: adamw, options: {epz: 1}}]", "epz"),
+    ],
+)
+def test_a_wrong_optimizer_is_refused_with_the_menu(override, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(["debug", override])
+    assert message in str(error.value)
