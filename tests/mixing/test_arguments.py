@@ -57,11 +57,11 @@ def test_a_count_that_is_none_is_refused_like_a_loss(kind, count):
 
 
 WRONG_MIXER = {
-    "sources: 1 is no name": {"sources": [1, 2]},
-    "sources: '' is no name": {"sources": ["", "b"]},
-    "prior: expected 3 numbers, one a source: could not convert": {"prior": ["x", "y", "z"]},
+    "sources: 1 is not a name": {"sources": [1, 2]},
+    "sources: '' is not a name": {"sources": ["", "b"]},
+    "prior: expected 3 numbers, one per source: could not convert": {"prior": ["x", "y", "z"]},
     "its own: smoothing, .*did you mean 'warmup_steps'": {"warmup_step": 3},
-    "mixer 'odm': an option is of the wrong type": {"smoothing": "0.9"},
+    "mixer 'odm': an option has the wrong type": {"smoothing": "0.9"},
     "freeze_after: expected a step >= 0, got -1": {"freeze_after": -1},
     "scale: expected > 0, got nan": {"name": "exp3", "scale": math.nan},
     "expected 0 <= least <= 1 and rate > 0, got 0.0001 and inf": {"name": "dbl", "target": [1, 1, 1], "rate": math.inf},
@@ -78,11 +78,11 @@ def test_wrong_settings_of_a_mixer(message):
 
 
 WRONG_PLANNER = {
-    "planner: rows: expected a whole number, got 8.0": {"rows": 8.0},
-    "planner: seed: expected a whole number, got None": {"seed": None},
-    "planner: lag: expected a whole number, got 1.5": {"lag": 1.5},
-    "sizes: source 'a' has 1.5 rows; expected a whole number up to 2..53": {"sizes": [1.5, 2, 3]},
-    "sizes: source 'c' has 1e.18 rows; expected a whole number": {"sizes": [1, 2, 1e18]},
+    "planner: rows: expected an integer, got 8.0": {"rows": 8.0},
+    "planner: seed: expected an integer, got None": {"seed": None},
+    "planner: lag: expected an integer, got 1.5": {"lag": 1.5},
+    "sizes: source 'a' has 1.5 rows; expected an integer up to 2..53": {"sizes": [1.5, 2, 3]},
+    "sizes: source 'c' has 1e.18 rows; expected an integer": {"sizes": [1, 2, 1e18]},
     "exhaustion: expected a policy, or policies by source, got None": {"exhaustion": None},
 }
 
@@ -95,7 +95,7 @@ def test_wrong_settings_of_a_planner(message):
 
 WRONG_STATS = {
     "steps count from 1": (0, [1, 2, 3], [1, 1, 1]),
-    "Stats.step: expected a whole number, 1 the first step, got 1.5": (1.5, [1, 2, 3], [1, 1, 1]),
+    "Stats.step: expected an integer, 1 for the first step, got 1.5": (1.5, [1, 2, 3], [1, 1, 1]),
     "step 1: Stats.tokens is dict": (1, [1, 2, 3], {"a": 1, "b": 1, "c": 1}),
     "step 1: Stats.loss_sum is list .'x', 1, 2.; expected 3 numbers": (1, ["x", 1, 2], [1, 1, 1]),
 }
@@ -120,12 +120,14 @@ def damaged(change):
 
 
 DAMAGE = {
-    "a planner's state of format 1 is expected, got NoneType": None,
+    "expected a planner's state of format 1, got NoneType": None,
     "the planner's state is damaged: KeyError.'mixer'": lambda state: state.pop("mixer"),
     "the planner's state is damaged: KeyError.'read'": lambda state: state["sources"]["b"].pop(
         "read"
     ),
-    "the state of mixer 'clip' is damaged: it is NoneType": lambda state: state.update(mixer=None),
+    "the state of mixer 'clip' is damaged: expected a mapping, got NoneType": lambda state: (
+        state.update(mixer=None)
+    ),
     "the state of mixer 'clip' is damaged: ValueError..shares of b": lambda state: state["mixer"][
         "sources"
     ]["b"].update(shares=math.nan),

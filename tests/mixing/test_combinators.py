@@ -147,7 +147,7 @@ def test_schedule_takes_turns():
     assert [mixer.place(step) for step in (1, 2, 3, 4, 99)] == [0, 0, 1, 2, 2]
     assert mixer.known(2).tolist() == [0.9, 0.1] and mixer.known(3) is None
     with pytest.raises(
-        ConfigError, match=r"schedule: expected growing steps that begin with 1, got .2."
+        ConfigError, match=r"schedule: expected increasing steps starting at 1, got .2."
     ):
         Schedule([(2, told())])
     with pytest.raises(ConfigError, match="must have the same sources"):

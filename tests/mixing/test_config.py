@@ -58,8 +58,8 @@ def test_what_is_put_around(tmp_path):
 
 WRONG = {
     "unknown mixer 'odmm'; choose one of ado, .*did you mean 'odm'": {"kind": "odmm"},
-    "mixer 'static' has no option 'smoothing'; its own: none": {"smoothing": 0.9},
-    "mixer 'odm' has no option 'target'; its own: smoothing, eps": {
+    "unknown option 'smoothing' of mixer 'static'; its own: none": {"smoothing": 0.9},
+    "unknown option 'target' of mixer 'odm'; its own: smoothing, eps": {
         "kind": "odm",
         "target": {"a": 1.0},
     },

@@ -147,7 +147,7 @@ def test_the_mixer_may_be_fed_directly():
 
 def test_steps_are_planned_in_order():
     with pytest.raises(
-        TrainingError, match=r"plan\(5\): the next step to plan is 1; a resumed run loads"
+        TrainingError, match=r"plan\(5\): the next step to plan is 1; to resume, load"
     ):
         planner_of([1.0]).plan(5)
 
@@ -155,7 +155,7 @@ def test_steps_are_planned_in_order():
 def test_repeat_tells_when_a_source_begins_its_fifth_epoch():
     planner = planner_of([0.5, 0.5], sizes=[10, 1000])
     events = [(step, text) for step in range(1, 30) for text in planner.plan(step).events]
-    assert events == [(11, "source 'a' begins its epoch 5; more repeats teach ever less")]
+    assert events == [(11, "source 'a' starts epoch 5; further repeats bring diminishing returns")]
 
 
 def test_stop():
@@ -163,7 +163,7 @@ def test_stop():
     assert len(ids(planner, 1, 2)) == 16
     with pytest.raises(
         ExhaustionError,
-        match=r"source 'a' was read through.* 2 of its 10 rows are left and 4 are due",
+        match=r"source 'a' is exhausted.* 2 of its 10 rows are left and 4 are due",
     ):
         planner.plan(3)
     assert planner.cursors.tolist() == [8, 8], "nothing is lost"
@@ -179,9 +179,9 @@ def test_drop_gives_the_rest_to_the_others():
 def test_drop_says_so_once_and_ends_when_all_are_read():
     planner = planner_of([0.5, 0.5], sizes=[10, 20], exhaustion="drop")
     events = [text for step in range(1, 4) for text in planner.plan(step).events]
-    assert events == ["source 'a' is read through after one epoch and gives no more rows"]
+    assert events == ["source 'a' is exhausted after one epoch and contributes no more rows"]
     with pytest.raises(
-        ExhaustionError, match="no source may give more: 2 of the 8 rows of a batch are missing"
+        ExhaustionError, match="all sources are exhausted: 2 of the 8 rows of a batch are missing"
     ):
         planner.plan(4)
 
@@ -191,7 +191,7 @@ def test_cap():
     plans = [planner.plan(step) for step in range(1, 7)]
     assert sum(plan.counts[0] for plan in plans) == 12
     assert [text for plan in plans for text in plan.events] == [
-        "source 'a' is read through after 2 epochs and gives no more rows"
+        "source 'a' is exhausted after 2 epochs and contributes no more rows"
     ]
 
 
@@ -204,7 +204,7 @@ def test_a_source_smaller_than_its_part_of_a_batch():
 
 def test_empty_sources():
     with pytest.raises(
-        ConfigError, match="source 'b' has no rows; take it out, or pass allow_empty=True"
+        ConfigError, match="source 'b' has no rows; remove it, or pass allow_empty=True"
     ):
         planner_of([0.5, 0.5], sizes=[10, 0])
     plan = planner_of([0.5, 0.5], sizes=[10, 0], allow_empty=True).plan(1)
@@ -212,7 +212,7 @@ def test_empty_sources():
 
 
 WRONG = {
-    "exhaustion: no source 'z'; have: a, b": {"exhaustion": {"z": "stop"}},
+    "exhaustion: unknown source 'z'; choose one of a, b": {"exhaustion": {"z": "stop"}},
     "exhaustion of source 'a': expected repeat, stop, drop or cap:N epochs, got 'cap:0'": {
         "exhaustion": "cap:0"
     },

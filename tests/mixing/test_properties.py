@@ -159,7 +159,7 @@ def test_one_source(name):
 
 def test_an_empty_source(build):
     with pytest.raises(
-        ConfigError, match=r"source 'mail' is empty; take it out, or pass allow_empty=True"
+        ConfigError, match=r"source 'mail' is empty; remove it, or pass allow_empty=True"
     ):
         build(sizes=[400, 90, 1000, 0, 250])
     mixer = build(sizes=[400, 90, 1000, 0, 250], allow_empty=True)
@@ -176,7 +176,7 @@ def test_stats_of_the_wrong_length_or_step():
     ):
         mixer.observe(Stats(3, [1, 2], [1, 2, 3]))
     mixer.observe(Stats(4, [1, 2], [1, 2]))
-    with pytest.raises(TrainingError, match="has seen step 4 and got the stats of step 4"):
+    with pytest.raises(TrainingError, match="already observed step 4 and got the stats of step 4"):
         mixer.observe(Stats(4, [1, 2], [1, 2]))
 
 
@@ -195,27 +195,27 @@ def test_weights_cannot_be_written(build):
 
 WRONG = {
     "unknown mixer 'odn'; choose one of ado, dbl.*did you mean 'odm'": {"name": "odn"},
-    "mixer 'static' has no option 'smoothing'; its own: none": {"name": "static", "smoothing": 0.5},
-    "mixer 'odm' has no option 'smothing'.*did you mean 'smoothing'": {"smothing": 0.5},
+    "unknown option 'smoothing' of mixer 'static'; its own: none": {"name": "static", "smoothing": 0.5},
+    "unknown option 'smothing' of mixer 'odm'.*did you mean 'smoothing'": {"smothing": 0.5},
     "prior: shares must sum to 1, got 4; divided by their sum: .0.75, 0.25.": {"prior": [3, 1]},
     "prior: source 'b' has -1; expected >= 0": {"prior": [2, -1]},
-    "prior: source 'b' has no finite number": {"prior": [1, math.nan]},
-    "prior: expected 2 numbers, one a source, got shape .3,.": {"prior": [1, 0, 0]},
-    "prior: no source 'bb'; have: a, b; did you mean 'b'": {"prior": {"a": 0.5, "bb": 0.5}},
-    "prior: nothing for source 'b'": {"prior": {"a": 1.0}},
+    "prior: source 'b' has nan; expected a finite number": {"prior": [1, math.nan]},
+    "prior: expected 2 numbers, one per source, got shape .3,.": {"prior": [1, 0, 0]},
+    "prior: unknown source 'bb'; choose one of a, b; did you mean 'b'": {"prior": {"a": 0.5, "bb": 0.5}},
+    "prior: source 'b' is missing": {"prior": {"a": 1.0}},
     "sources: 'a' named more than once": {"sources": ["a", "a"]},
     "sources: expected a list of at least one name": {"sources": []},
-    "smoothing: expected between 0 and 1": {"smoothing": 1.0},
+    "smoothing: expected in .0, 1., got 1.0": {"smoothing": 1.0},
     "eps: expected between 0 and 1/K = 0.5": {"eps": 0.6},
     "reward: expected ppl or loss, got 'x'": {"reward": "x"},
     "max_share: expected between 1/K = 0.5 for 2 sources and 1, got 0.3": {"max_share": 0.3},
     "floor: expected between 0 and 1": {"floor": 1.5},
-    "mixer 'natural' follows the sizes": {"name": "natural"},
-    "every source is empty": {"sizes": [0, 0], "allow_empty": True},
+    "mixer 'natural' needs the sizes": {"name": "natural"},
+    "all sources are empty": {"sizes": [0, 0], "allow_empty": True},
     "epoch_cap needs sizes": {"epoch_cap": 2.0},
     "mixer 'dbl' needs target=": {"name": "dbl"},
     "mixer 'unimax' needs budget=": {"name": "unimax", "sizes": [1, 2]},
-    "unimax: 2 epochs of everything are 6 tokens, the run takes 12; max_epochs=4": {
+    "unimax: 2 epochs of all sources are 6 tokens, but the run needs 12; set max_epochs to 4": {
         "name": "unimax", "sizes": [1, 2], "budget": 12, "max_epochs": 2,
     },
     "temperature: expected > 0": {"name": "temperature", "sizes": [1, 2], "temperature": 0},
@@ -239,8 +239,8 @@ def test_many_sources_are_told_when_exploration_leaves_nothing_to_learn():
     names = [f"s{i}" for i in range(1000)]
     (note,) = make_mixer("odm", sources=names, warmup_steps=10).notes(10_000)
     assert (
-        "with 1000 sources 100% of the data is mixed uniformly at a fifth of the run and 83% at its end"
-        in note
+        "with 1000 sources, exploration mixes 100% of the data uniformly at a fifth of the run"
+        " and 83% at its end" in note
     )
     assert make_mixer("odm", sources=names, eps=1e-5).notes(10_000) == []
     assert make_mixer("odm", sources=names[:20]).notes(10_000) == []

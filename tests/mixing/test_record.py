@@ -50,7 +50,7 @@ def test_replay_ends_where_the_record_ends(tmp_path):
     replay = planner_of("replay", record=str(tmp_path / "m.jsonl"))
     recorded(replay, None, 1, 5)
     with pytest.raises(
-        TrainingError, match="replay: the record ends at step 5, step 6 is asked for"
+        TrainingError, match="replay: the record ends at step 5, but step 6 is needed"
     ):
         replay.plan(6)
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_mean_weights_are_a_static_mixture(tmp_path):
         mixture.mean_weights(begin=22), np.mean(used[21:], axis=0), rtol=1e-12
     )
     make_mixer("static", sources=NAMES, prior=mixture.mean_weights())
-    with pytest.raises(DataError, match="the record has no step from 50 on; its last is 40"):
+    with pytest.raises(DataError, match="the record has no step from 50 on; its last step is 40"):
         mixture.mean_weights(begin=50)
 
 

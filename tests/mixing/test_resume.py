@@ -106,7 +106,7 @@ def test_an_added_source():
     before = fed(["a", "b"])
     with pytest.raises(
         CheckpointError,
-        match=r"this run has source 'c' that the state does not know.*on_new=\"prior\"",
+        match=r"this run has source 'c', which the state lacks.*on_new=\"prior\"",
     ):
         learned(["a", "b", "c"]).load_state_dict(before.state_dict())
     prior, mean = learned(["a", "b", "c"]), learned(["a", "b", "c"])
@@ -124,12 +124,12 @@ def test_an_added_source():
 
 def test_a_removed_or_unknown_source():
     before = fed(["code", "web"])
-    message = r"the state has source 'web' that this run has not; did you mean 'webs'\? \(have: code, webs\)"
+    message = r"'web', which this run lacks; did you mean 'webs'\? \(this run has code, webs\)"
     with pytest.raises(CheckpointError, match=message):
         learned(["code", "webs"]).mixer.load_state_dict(before.mixer.state_dict())
     after = learned(["code"])
     with pytest.raises(
-        CheckpointError, match=r"source 'web' that this run has not.*on_removed=\"drop\" forgets it"
+        CheckpointError, match=r"source 'web', which this run lacks.*on_removed=\"drop\" drops it"
     ):
         after.load_state_dict(before.state_dict())
     after.load_state_dict(before.state_dict(), on_removed="drop")
@@ -142,18 +142,20 @@ def test_states_that_do_not_fit():
     state = fed(["a", "b"]).state_dict()
     other = make_mixer("uniform", sources=["a", "b"])
     with pytest.raises(
-        CheckpointError, match="the state is of mixer 'clip', this run has 'uniform'"
+        CheckpointError, match="the state belongs to mixer 'clip', but this run has 'uniform'"
     ):
         other.load_state_dict(state["mixer"])
-    with pytest.raises(CheckpointError, match="the planner's state has seed 2, this run 1"):
+    with pytest.raises(CheckpointError, match="the planner's state has seed 2, but this run has 1"):
         learned(["a", "b"]).load_state_dict(state | {"seed": 2})
     with pytest.raises(
-        CheckpointError, match="a planner's state of format 1 is expected, got format None"
+        CheckpointError, match="expected a planner's state of format 1, got format None"
     ):
         learned(["a", "b"]).load_state_dict({})
     larger = json.loads(json.dumps(state))
     larger["sources"]["b"]["size"] = 21
-    with pytest.raises(CheckpointError, match="source 'b' has 20 rows, the state was made with 21"):
+    with pytest.raises(
+        CheckpointError, match="source 'b' has 20 rows, but the state was saved with 21"
+    ):
         learned(["a", "b"]).load_state_dict(larger)
     learned(["a", "b"]).load_state_dict(larger, allow_changed=True)
     with pytest.raises(CheckpointError, match="the state of mixer 'clip' is damaged: KeyError"):

@@ -1,4 +1,4 @@
-"""The warnings about a mixture: noise that is read more and more, and a source that is left nearly alone."""
+"""Warnings about a mixture: noise that is read ever more, and a mixture down to one source."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_noise_that_is_read_more_is_told_once():
     ((step, text),) = heard("odm-repo", [1.0, 2.0, 6.0], eps=0.02)
     assert 100 < step < 110
     assert (
-        text.startswith("source 'noise' is read more, ")
+        text.startswith("the share of source 'noise' rose from ")
         and "(6.00 nats) has not fallen by 1% for 1" in text
     )
 
@@ -50,9 +50,7 @@ def test_a_source_that_is_nearly_alone():
     watch = Watch(names, np.full(8, 1 / 8))
     weights = np.array([0.98, *[0.02 / 7] * 7])
     (text,) = watch.observe(weights, Stats(1, np.ones(8), np.ones(8)))
-    assert text.startswith(
-        "the mixture has come down to 1.1 effective sources of 8, most of it 'a' (98%)"
-    )
+    assert text.startswith("the mixture is down to 1.1 effective sources of 8, led by 'a' (98%)")
     assert watch.observe(weights, Stats(2, np.ones(8), np.ones(8))) == ()
 
 

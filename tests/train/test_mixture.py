@@ -241,7 +241,7 @@ def test_sources_that_end_end_the_run_well(fit, make, tmp_path, lag):
     assert trainer.store.latest() == steps
     assert closing_line(trainer).startswith(
         f"done: step {steps} of 100"
-    ) and "may give more" in closing_line(trainer)
+    ) and "sources are exhausted" in closing_line(trainer)
     again, trainer = fit(*overrides)
     assert again.ids == [] and trainer.progress.step == steps
     assert read_mixture(tmp_path / "run" / "mixture.jsonl").steps == list(range(1, steps + 1))
@@ -252,7 +252,7 @@ def test_one_source_that_stops_ends_the_run(fit):
         "mixing.kind=uniform", 'mixing.exhaustion={"trivial": "stop"}', "train.steps=50"
     )
     assert len(ids.ids) == int(trainer.rows.train.sizes[2]) // 4
-    assert "source 'trivial' was read through and its policy is to stop" in trainer.mixture.ended
+    assert "source 'trivial' is exhausted and its policy is to stop" in trainer.mixture.ended
 
 
 class Broken(NextToken):
@@ -359,7 +359,7 @@ def test_a_source_that_comes_or_goes_needs_a_policy(fit, make, sources, tmp_path
     with pytest.raises(DataError, match=r"3 sources before, 4 now.*data.allow_changed"):
         fit(*ODM, train=more)
     with pytest.raises(
-        CheckpointError, match=r"source 'news' that the state does not know.*on_new=\"prior"
+        CheckpointError, match=r"source 'news', which the state lacks.*on_new=\"prior"
     ):
         fit(*ODM, "data.allow_changed=true", train=more)
     ids, trainer = fit(*ODM, "data.allow_changed=true", "mixing.on_new=prior", train=more)
@@ -370,7 +370,7 @@ def test_a_source_that_comes_or_goes_needs_a_policy(fit, make, sources, tmp_path
     longer = ("train.steps=10", "data.allow_changed=true")
     with pytest.raises(
         CheckpointError,
-        match=r"the state has source 'trivial' that this run has not.*\"drop\" forgets it",
+        match=r"the state has source 'trivial', which this run lacks.*\"drop\" drops it",
     ):
         fit(*ODM, *longer, train=fewer)
     ids, _ = fit(*ODM, *longer, "mixing.on_removed=drop", train=fewer)
@@ -378,7 +378,9 @@ def test_a_source_that_comes_or_goes_needs_a_policy(fit, make, sources, tmp_path
 
 
 def test_an_unknown_source_in_an_option_gets_the_menu(make):
-    with pytest.raises(ConfigError, match=r"exhaustion: no source 'nois'.*did you mean 'noise'"):
+    with pytest.raises(
+        ConfigError, match=r"exhaustion: unknown source 'nois'.*did you mean 'noise'"
+    ):
         make("mixing.kind=uniform", 'mixing.exhaustion={"nois": "stop"}')
 
 
@@ -455,7 +457,7 @@ def test_the_record_tells_which_row_stood_where(fit, tmp_path):
     flat = [pair for source, place in ids.ids for pair in zip(source, place, strict=True)]
     assert [order(place) for place in range(96)] == flat
     assert order(3) == flat[3]
-    with pytest.raises(CastaliaError, match="the record ends at step 8, step 9 is asked for"):
+    with pytest.raises(CastaliaError, match="the record ends at step 8, but step 9 is needed"):
         order(96)
     with pytest.raises(DataError, match=r"only its mixture.jsonl tells"):
         trainer.rows.train.locate(0)
@@ -482,7 +484,7 @@ def test_five_thousand_sources_in_one_loader(sources, make, tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert heard.tokens == [96] * 3 and len(trainer.mixture.plan.weights) == 5000
     assert sum(trainer.mixture.planner.cursors) == 36
-    assert "5000 sources 100% of the data" in trainer.mixture.notes[0]
+    assert "5000 sources, exploration mixes 100% of the data" in trainer.mixture.notes[0]
     assert source_lines(trainer)[-2:] == ["and 4,960 more", "mixed by odm"]
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from castalia.analysis.areas import columns, heat_map, stacked_area
 from castalia.analysis.html import section, table
 from castalia.analysis.svg import Series, line_chart, number
-from castalia.mixing import Mixture, read_mixture
+from castalia.mixing import MixtureRecord, read_mixture
 
 MANY = 30
 """With more sources than this a heat map stands in place of the stacked area."""
@@ -55,7 +55,7 @@ HEADER = [
 ]
 
 
-def about(record: Mixture) -> str:
+def about(record: MixtureRecord) -> str:
     """The mixer in a sentence."""
     settings = innermost(record.header["mixer"])
     more = f", the {LINES} largest drawn as lines" if len(record.sources) > LINES else ""
@@ -73,7 +73,7 @@ def innermost(mixer: dict[str, Any]) -> str:
     return str(mixer["kind"])
 
 
-def losses(record: Mixture) -> NDArray[np.float64]:
+def losses(record: MixtureRecord) -> NDArray[np.float64]:
     """(S, K) running means of the training loss; NaN before a source's first row, or where none was recorded."""
     width, mean = len(record.sources), np.full(len(record.sources), np.nan)
     out = np.empty((len(record.lines), width))
@@ -84,14 +84,14 @@ def losses(record: Mixture) -> NDArray[np.float64]:
     return out
 
 
-def epochs(record: Mixture) -> NDArray[np.float64]:
+def epochs(record: MixtureRecord) -> NDArray[np.float64]:
     """(S, K) passes over each source, the step itself included."""
     sizes = np.maximum(np.array(record.header["sizes"], np.float64), 1)
     return np.array([(line["read"] + line["counts"]) / sizes for line in record.lines.values()])
 
 
 def by_source(
-    record: Mixture, values: NDArray[np.float64], shown: list[int], y_label: str, title: str
+    record: MixtureRecord, values: NDArray[np.float64], shown: list[int], y_label: str, title: str
 ) -> str:
     """A line for each of the sources shown."""
     steps, thinned = columns(record.steps, values, POINTS)
@@ -102,7 +102,7 @@ def by_source(
     return line_chart(lines, x_label="step", y_label=y_label, title=title)
 
 
-def exploration(record: Mixture) -> str:
+def exploration(record: MixtureRecord) -> str:
     """The distance to the prior, and the share that is mixed uniformly whatever was learned."""
     named = {"to the prior": "distance", "uniform share": "uniform_share"}
     lines = []
@@ -120,7 +120,7 @@ def exploration(record: Mixture) -> str:
     )
 
 
-def rows(record: Mixture) -> list[list[str]]:
+def rows(record: MixtureRecord) -> list[list[str]]:
     """A row a source: its prior, mean and last share, what was read of it, and its loss then and now."""
     prior = record.header.get("prior") or record.weights()[0].tolist()
     mean, last = record.mean_weights(), record.weights()[-1]

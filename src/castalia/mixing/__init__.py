@@ -1,6 +1,7 @@
-"""Online data mixing on its own: mixers turn losses into shares, the planner turns shares into rows. Needs numpy alone.
+"""Online data mixing: mixers turn losses into shares, the planner turns shares into rows.
 
-The config section needs pydantic and is imported when it is asked for.
+Depends on numpy alone. `MixingConfig`, the config section, also needs pydantic; it is imported on
+first use.
 """
 
 from typing import TYPE_CHECKING
@@ -22,8 +23,8 @@ from castalia.mixing.combinators import (
 from castalia.mixing.exhaustion import ExhaustionError
 from castalia.mixing.make import make_mixer
 from castalia.mixing.mixer import MIXERS, Mixer
-from castalia.mixing.planner import Plan, PlannedRows, Planner
-from castalia.mixing.record import Mixture, MixtureLog, Replay, read_mixture
+from castalia.mixing.planner import BatchPlan, PlannedRows, Planner
+from castalia.mixing.record import MixtureLog, MixtureRecord, Replay, read_mixture
 from castalia.mixing.scores import scores
 from castalia.mixing.stats import Stats
 from castalia.mixing.watch import Watch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MIXERS",
     "Average",
+    "BatchPlan",
     "Clip",
     "EpochCap",
     "Every",
@@ -42,9 +44,8 @@ __all__ = [
     "Freeze",
     "Mixer",
     "MixingConfig",
-    "Mixture",
     "MixtureLog",
-    "Plan",
+    "MixtureRecord",
     "PlannedRows",
     "Planner",
     "Replay",

@@ -1,4 +1,4 @@
-"""What happens when a source was read through."""
+"""Policies for exhausted sources: repeat, stop, drop or cap:N."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,33 +9,36 @@ from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.mixing.permutation import Places, resample
 
 ENDLESS = np.iinfo(np.int64).max // 2
+"""Row limit of a repeated source; half of the range, so that adding a batch cannot overflow."""
 MANY_EPOCHS = 4
-"""Passes over a source after which repeating it is told: more of them are worth ever less (Muennighoff et al. 2023)."""
+"""Passes over a source after which repeats are reported. Returns diminish beyond four
+(Muennighoff et al. 2023, arXiv:2305.16264)."""
 
 
 class ExhaustionError(DataError):
-    """The sources may not give another whole batch: the planned end of a run whose sources stop or are dropped."""
+    """The sources cannot fill another batch: the regular end of a run that stops or drops them."""
 
 
 def rows_allowed(policy: str, size: int, name: str) -> int:
-    """Rows that a source of `size` rows may give in all under a policy.
+    """Total rows that a source of `size` rows may contribute under a policy.
 
-    Raises  ConfigError if there is no such policy.
+    Raises  ConfigError for an unknown policy.
     """
     if policy == "repeat":
         return ENDLESS if size else 0
     if policy in ("stop", "drop"):
         return size
-    found = re.fullmatch(r"cap:([1-9]\d*)", policy)
-    if not found:
+    match = re.fullmatch(r"cap:([1-9]\d*)", policy)
+    if not match:
         raise ConfigError(
-            f"exhaustion of source {name!r}: expected repeat, stop, drop or cap:N epochs, got {policy!r}"
+            f"exhaustion of source {name!r}: expected repeat, stop, drop or cap:N epochs,"
+            f" got {policy!r}"
         )
-    return size * int(found[1])
+    return size * int(match[1])
 
 
-class Limits:
-    """How many rows each source may give, and what was said about it."""
+class RowLimits:
+    """How many rows each source may contribute, and which of them were reported as exhausted."""
 
     def __init__(
         self, sources: Sequence[str], sizes: Places, exhaustion: str | Mapping[str, str]
@@ -44,15 +47,21 @@ class Limits:
             raise ConfigError(
                 f"exhaustion: expected a policy, or policies by source, got {exhaustion!r}"
             )
-        policies = {} if isinstance(exhaustion, str) else dict(exhaustion)
+        default = "repeat"
+        policies: dict[str, str] = {}
+        if isinstance(exhaustion, str):
+            default = exhaustion
+        else:
+            policies = dict(exhaustion)
         unknown = [name for name in policies if name not in sources]
         if unknown:
             hint = nearest(unknown[0], sources)
             raise ConfigError(
-                f"exhaustion: no source {unknown[0]!r}; have: {', '.join(sources[:20])}{hint}"
+                f"exhaustion: unknown source {unknown[0]!r}; choose one of"
+                f" {', '.join(sources[:20])}{hint}"
             )
-        default = exhaustion if isinstance(exhaustion, str) else "repeat"
-        self.sources, self.sizes = sources, sizes
+        self.sources = sources
+        self.sizes = sizes
         self.policies = [policies.get(name, default) for name in sources]
         each = zip(self.policies, sizes, sources, strict=True)
         self.limits = np.array(
@@ -62,53 +71,71 @@ class Limits:
         self.forget()
 
     def forget(self) -> None:
-        """Nothing was said yet. `marks`: above these, a closer look is needed."""
-        self.told = np.zeros(len(self.sizes), bool)
+        """Reset what was reported.
+
+        `marks` are the row counts above which a plan must be checked. Comparing with them is all
+        that the usual step pays.
+        """
+        self.reported = np.zeros(len(self.sizes), bool)
         self.marks = np.where(self.limits < ENDLESS, self.limits - 1, MANY_EPOCHS * self.sizes)
 
     def fit(
         self, units: Places, counts: Places, cursors: Places, rows: int, draw: int
     ) -> tuple[Places, tuple[str, ...]]:
-        """The counts that the sources may give, and sentences about what a person should know.
+        """Limit the counts of a batch to the rows left, and report exhausted sources.
 
-        What does not fit goes to the other sources by their shares. Needed only above the `marks`.
+        Rows that a source lacks are drawn from the other sources in proportion to their shares.
+        Only a plan above the `marks` needs this.
 
-        Raises  ExhaustionError if a source that stops the run is short, or no whole batch is left.
+        Shapes   units (shares in 2**-32), counts and cursors (K,) int64
+                 -> counts (K,) int64 and sentences for the log.
+        Raises   ExhaustionError if a source with the policy `stop` is short, or if the sources
+                 together cannot fill the batch.
         """
         room = self.limits - cursors
-        taken, asked = np.minimum(counts, room), counts
+        asked = counts
+        taken = np.minimum(counts, room)
         while True:
             short = np.flatnonzero((asked > room) & self.stops)
             if len(short):
+                place = short[0]
                 raise ExhaustionError(
-                    f"source {self.sources[short[0]]!r} was read through and its policy is to stop: {room[short[0]]} of"
-                    f" its {self.sizes[short[0]]} rows are left and {asked[short[0]]} are due"
+                    f"source {self.sources[place]!r} is exhausted and its policy is to stop:"
+                    f" {room[place]} of its {self.sizes[place]} rows are left and {asked[place]}"
+                    " are due"
                 )
             missing = rows - int(taken.sum())
             if not missing:
-                return taken, self.tell(cursors + taken)
+                return taken, self.report(cursors + taken)
+            # Full sources drop out; each round either fills the batch or removes a source.
             units = np.where(taken < room, units, 0)
             if not units.any():
                 raise ExhaustionError(
-                    f"no source may give more: {missing} of the {rows} rows of a batch are missing"
+                    f"all sources are exhausted: {missing} of the {rows} rows of a batch are"
+                    " missing"
                 )
             asked = taken + resample(units, missing, draw)
             taken = np.minimum(asked, room)
 
-    def tell(self, cursors: Places) -> tuple[str, ...]:
-        """A sentence, once, about each source that reached its end or is read many times."""
-        news = np.flatnonzero((cursors > self.marks) & ~self.told & (self.sizes > 0))
-        self.told[news] = True
+    def report(self, cursors: Places) -> tuple[str, ...]:
+        """One sentence for each source newly exhausted or newly read in a fifth epoch."""
+        news = np.flatnonzero((cursors > self.marks) & ~self.reported & (self.sizes > 0))
+        self.reported[news] = True
+        # A repeated source has no limit: never check it again.
         repeats = news[self.limits[news] == ENDLESS]
         self.marks[repeats] = ENDLESS
         return tuple(self.sentence(int(i)) for i in news)
 
     def sentence(self, place: int) -> str:
-        """What happened to a source."""
-        name, policy = self.sources[place], self.policies[place]
+        """The log line for an exhausted or often repeated source."""
+        name = self.sources[place]
+        policy = self.policies[place]
         if policy == "repeat":
             return (
-                f"source {name!r} begins its epoch {MANY_EPOCHS + 1}; more repeats teach ever less"
+                f"source {name!r} starts epoch {MANY_EPOCHS + 1}; further repeats bring"
+                " diminishing returns"
             )
-        after = policy.removeprefix("cap:") + " epochs" if policy.startswith("cap") else "one epoch"
-        return f"source {name!r} is read through after {after} and gives no more rows"
+        after = "one epoch"
+        if policy.startswith("cap"):
+            after = policy.removeprefix("cap:") + " epochs"
+        return f"source {name!r} is exhausted after {after} and contributes no more rows"

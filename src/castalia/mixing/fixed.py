@@ -1,4 +1,4 @@
-"""Mixers whose shares no loss can change."""
+"""Mixers with fixed shares."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,25 +11,25 @@ from castalia.mixing.simplex import Vector, fill, normalise, read_sizes
 
 
 class Fixed(Mixer):
-    """Base of the mixers that stay as they start."""
+    """Base of the mixers that keep their initial shares."""
 
     needs = frozenset[str]()
 
     def known(self, step: int) -> Vector | None:
-        """The same at every step."""
+        """The same shares at every step."""
         return self.weights()
 
 
 @MIXERS.register("static")
 class Static(Fixed):
-    """The prior, as it was given; uniform without one."""
+    """The prior; uniform by default."""
 
     kind = "static"
 
 
 @MIXERS.register("uniform")
 class Uniform(Fixed):
-    """1 / K each, whatever the prior."""
+    """1 / K each, regardless of the prior."""
 
     kind = "uniform"
 
@@ -41,7 +41,10 @@ class Uniform(Fixed):
 
 
 class Sized(Fixed):
-    """Base of the mixers that follow the sizes of the sources, in tokens (or rows: only proportions matter)."""
+    """Base of the mixers that follow the sizes of the sources.
+
+    Sizes are in tokens or rows; only their proportions matter.
+    """
 
     def __init__(
         self,
@@ -53,14 +56,14 @@ class Sized(Fixed):
         super().__init__(sources, prior=prior)
         if sizes is None:
             raise ConfigError(
-                f"mixer {self.kind!r} follows the sizes of the sources; pass sizes=, in tokens"
+                f"mixer {self.kind!r} needs the sizes of the sources; pass sizes=, in tokens"
             )
         self.sizes = read_sizes(sizes, self.sources)
 
 
 @MIXERS.register("natural")
 class Natural(Sized):
-    """p_i = n_i / sum n: every token is seen equally often."""
+    """p_i = n_i / sum n: every token is read equally often."""
 
     kind = "natural"
 
@@ -79,7 +82,8 @@ class Natural(Sized):
 class Temperature(Sized):
     """p_i proportional to n_i ** (1 / temperature): 1 is natural, infinity uniform.
 
-    Source  Devlin 2018 (multilingual BERT); Conneau et al. 2020, arXiv:1911.02116, whose alpha is 1 / temperature.
+    Source  Devlin 2018 (multilingual BERT); Conneau et al. 2020, arXiv:1911.02116, whose alpha is
+            1 / temperature.
     """
 
     kind = "temperature"
@@ -95,19 +99,21 @@ class Temperature(Sized):
         super().__init__(sources, sizes=sizes, prior=prior)
         if not temperature > 0:
             raise ConfigError(
-                f"temperature: expected > 0, got {temperature}; 1 is natural, larger is more uniform"
+                f"temperature: expected > 0, got {temperature}; 1 is natural, larger is more"
+                " uniform"
             )
+        # Sizes relative to the largest, so that a small temperature cannot overflow.
         self.shares = normalise((self.sizes / self.sizes.max()) ** (1 / temperature))
 
 
 @MIXERS.register("unimax")
 class Unimax(Sized):
-    """As uniform as no source being read more than `max_epochs` times allows.
+    """As uniform as possible while no source is read more than `max_epochs` times.
 
-    From the smallest source on, each gets an even part of the budget that is left, at most max_epochs times its size.
-    sizes and budget have the same unit.
+    Starting from the smallest source, each gets an equal part of the remaining budget, capped at
+    max_epochs times its size. sizes and budget share one unit.
 
-    Raises  ConfigError if even max_epochs passes over everything are less than the budget.
+    Raises  ConfigError if max_epochs passes over all sources are less than the budget.
     Source  Chung et al. 2023, arXiv:2304.09151, algorithm 1.
     """
 
@@ -125,14 +131,16 @@ class Unimax(Sized):
         super().__init__(sources, sizes=sizes, prior=prior)
         if budget is None or not budget > 0:
             raise ConfigError(
-                f"mixer 'unimax' needs budget= or horizon=, the tokens of the whole run, got {budget}"
+                "mixer 'unimax' needs budget= or horizon=, the tokens of the whole run,"
+                f" got {budget}"
             )
         if not max_epochs > 0:
             raise ConfigError(f"unimax: expected max_epochs > 0, got {max_epochs}")
         most = max_epochs * self.sizes
         if most.sum() < budget * (1 - 1e-9):
             raise ConfigError(
-                f"unimax: {max_epochs:g} epochs of everything are {most.sum():g} tokens, the run takes {budget:g};"
-                f" max_epochs={budget / max(self.sizes.sum(), 1):.3g} or more fits"
+                f"unimax: {max_epochs:g} epochs of all sources are {most.sum():g} tokens, but the"
+                f" run needs {budget:g}; set max_epochs to"
+                f" {budget / max(self.sizes.sum(), 1):.3g} or more"
             )
         self.shares = normalise(fill(most, float(budget)))

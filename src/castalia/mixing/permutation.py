@@ -1,7 +1,8 @@
-"""Keyed permutations and draws: pure functions of their keys, with no state and no memory of the size of the data.
+"""Keyed permutations and draws: pure functions of their keys, in memory independent of data size.
 
-Source  SplitMix64's finalizer, Steele et al. 2014; Feistel networks on a power of two with cycle walking, Black &
-        Rogaway 2002 ("Ciphers with arbitrary finite domains"). Not cryptography: shuffling.
+Source  SplitMix64's finalizer, Steele et al. 2014. Feistel networks on a power of two with cycle
+        walking, Black & Rogaway 2002 ("Ciphers with arbitrary finite domains"). For shuffling, not
+        for cryptography.
 """
 
 import hashlib
@@ -12,21 +13,28 @@ from numpy.typing import NDArray
 
 Keys = NDArray[np.uint64]
 Places = NDArray[np.int64]
-GOLDEN, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-"""The constants of SplitMix64."""
-SHIFT_30, SHIFT_27, SHIFT_31, TIMES_FIRST, TIMES_SECOND = (
-    np.array(number, np.uint64) for number in (30, 27, 31, FIRST, SECOND)
-)
-"""As arrays, which cost numpy less than numbers do."""
+GOLDEN = 0x9E3779B97F4A7C15
+"""SplitMix64's increment, 2**64 over the golden ratio (Steele et al. 2014)."""
+FIRST = 0xBF58476D1CE4E5B9
+SECOND = 0x94D049BB133111EB
+"""The multipliers of SplitMix64's finalizer."""
+# The same constants as arrays, which cost numpy less than Python numbers.
+SHIFT_30 = np.array(30, np.uint64)
+SHIFT_27 = np.array(27, np.uint64)
+SHIFT_31 = np.array(31, np.uint64)
+TIMES_FIRST = np.array(FIRST, np.uint64)
+TIMES_SECOND = np.array(SECOND, np.uint64)
 MASK = (1 << 64) - 1
-ROUNDS, SMALL = 6, 16
-"""Pairs of Feistel rounds, and the size up to which their orders would still be measurably uneven."""
+ROUNDS = 6
+"""Pairs of Feistel rounds."""
+SMALL = 16
+"""Size up to which a source is ranked by hashes: Feistel orders are measurably uneven there."""
 ROUND_KEYS = np.array([[number * GOLDEN & MASK] for number in range(2 * ROUNDS)], np.uint64)
 HALF = np.array(32, np.uint64)
 
 
 def mix(value: int) -> int:
-    """SplitMix64's finalizer of one number: 64 bits in, 64 well-mixed bits out, one to one."""
+    """SplitMix64's finalizer: a bijection of 64-bit numbers that mixes all bits."""
     value &= MASK
     value = ((value ^ (value >> 30)) * FIRST) & MASK
     value = ((value ^ (value >> 27)) * SECOND) & MASK
@@ -34,7 +42,7 @@ def mix(value: int) -> int:
 
 
 def mix_all(values: Keys) -> Keys:
-    """`mix` of every number."""
+    """`mix` of every element."""
     out = values ^ (values >> SHIFT_30)
     out *= TIMES_FIRST
     out ^= out >> SHIFT_27
@@ -44,34 +52,42 @@ def mix_all(values: Keys) -> Keys:
 
 
 def number_of(text: str) -> int:
-    """64 bits that stand for a text, the same everywhere and always."""
+    """64 bits that identify a text, the same on every platform and Python version."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def source_keys(seed: int, sources: Sequence[str]) -> Keys:
-    """A key for each source, by its name: other sources do not change it."""
+    """(K,) keys of the sources, each a function of seed and name alone.
+
+    Adding a source therefore keeps the order within the others.
+    """
     return np.array(
         [mix(number_of(name) + mix(seed) * GOLDEN) for name in sources], dtype=np.uint64
     )
 
 
 def permute(places: Places, sizes: Places, keys: Keys) -> Places:
-    """Where the keyed permutation of 0..size-1 sends each place.
+    """Apply the keyed permutation of 0..size-1 to each place.
 
-    Each element has a size >= 1 and a key of its own; for one size and key the map is one to one. Time and memory
-    depend on the number of places alone. Up to 16 it is the rank of one hash among the hashes of all places; beyond,
-    a place is mapped within the next power of two, again until it falls below the size: twice at most on average.
+    Each element has its own size >= 1 and key. For one size and key the map is a bijection. Time
+    and memory depend only on the number of places. Up to size 16 the result is the rank of the
+    place's hash among all hashes. Beyond, a Feistel network permutes the next power of two, applied
+    again until the result is below the size; that takes two passes at most on average.
 
     Shapes  places, sizes (n,) int64, keys (n,) uint64 -> (n,) int64, in [0, size).
     Limits  sizes up to 2**53.
     """
-    out, limits = places.astype(np.uint64), sizes.astype(np.uint64)
+    out = places.astype(np.uint64)
+    limits = sizes.astype(np.uint64)
     small = np.flatnonzero(sizes <= SMALL)
     out[small] = rank(places[small], sizes[small], keys[small])
+    # frexp is exact up to 2**53: the number of bits of size - 1.
     bits = np.frexp((sizes - 1).astype(np.float64))[1].astype(np.uint64)
     one = np.uint64(1)
     right = (bits + one) >> one
-    left_mask, right_mask = (one << (bits - right)) - one, (one << right) - one
+    left_mask = (one << (bits - right)) - one
+    right_mask = (one << right) - one
+    # Cycle walking: at least half of the power of two is valid, so the rest soon dies out.
     todo = np.flatnonzero(sizes > SMALL)
     while len(todo):
         out[todo] = feistel(out[todo], right[todo], left_mask[todo], right_mask[todo], keys[todo])
@@ -80,7 +96,10 @@ def permute(places: Places, sizes: Places, keys: Keys) -> Places:
 
 
 def rank(places: Places, sizes: Places, keys: Keys) -> Keys:
-    """Each place's rank in the order of the hashes of 0..size-1, which are all different; size <= 16."""
+    """Rank of each place's hash among the hashes of 0..size-1, for size <= 16.
+
+    The hashes differ from each other because `mix` is a bijection.
+    """
     columns = np.arange(SMALL)
     hashes = mix_all(keys[:, None] + columns.astype(np.uint64) * np.uint64(GOLDEN))
     own = np.take_along_axis(hashes, places[:, None], axis=1)
@@ -89,8 +108,9 @@ def rank(places: Places, sizes: Places, keys: Keys) -> Keys:
 
 
 def feistel(values: Keys, right: Keys, left_mask: Keys, right_mask: Keys, keys: Keys) -> Keys:
-    """A keyed permutation of the numbers of as many bits as both masks have together."""
-    left, low = values >> right, values & right_mask
+    """A keyed permutation of the numbers with as many bits as both masks together."""
+    left = values >> right
+    low = values & right_mask
     for first, second in (keys + ROUND_KEYS).reshape(ROUNDS, 2, -1):
         left ^= mix_all(low + first) >> HALF & left_mask
         low ^= mix_all(left + second) >> HALF & right_mask
@@ -98,19 +118,21 @@ def feistel(values: Keys, right: Keys, left_mask: Keys, right_mask: Keys, keys: 
 
 
 ONE = float(1 << 32)
-"""Shares are counted in units of 2**-32, so that the last bits of a reduction do not change the data."""
+"""Shares are counted in integer units of 2**-32, so that the last bits of a reduction do not change
+the data."""
 
 
 def quantise(shares: NDArray[np.float64]) -> Places:
-    """Shares in whole units of 2**-32, (K,) int64."""
+    """Round shares to units of 2**-32, (K,) int64."""
     return np.rint(shares * ONE).astype(np.int64)
 
 
 def resample(units: Places, rows: int, draw: int) -> Places:
-    """Rows per source by systematic resampling: floor or ceiling of the expectation, right on average.
+    """Rows per source by systematic resampling: floor or ceiling of the expectation, unbiased.
 
-    Source i gets floor(x + R C_i) - floor(x + R C_(i-1)), C the running sum of the shares and x uniform in [0, 1) out
-    of the 64 bits of `draw`; in whole numbers, so every machine finds the same. The rows sum to R.
+    Source i gets floor(x + R C_i) - floor(x + R C_(i-1)) rows, where C is the cumulative sum of the
+    shares and x is uniform in [0, 1), from the 64 bits of `draw`. The rows sum to R. Integer
+    arithmetic makes the result the same on every machine.
 
     Shapes  units (K,) int64, not all 0 -> (K,) int64.
     Limits  rows * sum(units) < 2**63.

@@ -1,4 +1,4 @@
-"""`MixtureLog`: a run's mixture as JSON lines, enough to replay it; and the mixer that does."""
+"""The mixture record, mixture.jsonl: writing it, reading it, and replaying a run from it."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,37 +13,45 @@ from castalia.core.errors import ConfigError, DataError, TrainingError
 from castalia.core.files import atomic_write, cannot_write
 from castalia.mixing.mixer import MIXERS, Mixer
 from castalia.mixing.permutation import ONE, quantise
-from castalia.mixing.planner import Plan, Planner
+from castalia.mixing.planner import BatchPlan, Planner
 from castalia.mixing.simplex import Vector
 from castalia.mixing.stats import Stats
 
 FORMAT = 1
+"""Version in the header."""
 DIGITS = 10
-"""Of a weight: a whole part of 2**-32 is found again from so many."""
+"""Decimals of a weight: enough to restore a multiple of 2**-32 exactly."""
 
 
 class MixtureLog:
-    """Appends one JSON line a step to a file.
+    """Appends one JSON line per step to a file.
 
-    The first line is the header: `{"format": 1, "sources": [...], "sizes": [...], "rows", "seed", "lag",
-    "exhaustion": [...], "prior": [...], "mixer": {...}}`. The others are `{"step", "weights": [K], "counts": [K],
-    "read": [K], "entropy", "distance"}`: the weights that the step followed, rows of each source in it, rows read
-    before it, entropy in nats, total-variation distance to the prior, losses refused so far ("rejected"), and what the
-    mixer reports of itself (`Mixer.report`, and as "estimate" `Mixer.estimates`); with `stats` also
-    `"loss": [K or null]`, nats a token. Weights have ten decimals, which are exact; the others six.
-    `weights` is left out while it does not change. A step that is written again replaces itself and all after it.
+    The first line is the header: `{"format": 1, "sources": [...], "sizes": [...], "rows", "seed",
+    "lag", "exhaustion": [...], "prior": [...], "mixer": {...}}`.
+    A step's line has: "step"; "weights" [K], the weights that the step followed, omitted while they
+    do not change; "counts" [K], rows of each source in it; "read" [K], rows read before it;
+    "entropy" in nats; "distance", the total variation to the prior; "rejected", losses refused so
+    far; the mixer's scalars (`Mixer.report`); "estimate" [K] (`Mixer.estimates`); and, given stats,
+    "loss" [K or null] in nats a token. Weights have ten decimals, which makes them exact; the other
+    numbers have six. A step written again replaces itself and all later steps.
 
-    every        steps between lines; a change of the weights is always written, so that the record can be replayed.
-    resume_step  the last step that is done: lines after it are dropped, and at 0 the file begins anew; None keeps all.
+    every        steps between lines. A change of the weights is always written, so that the record
+                 can be replayed.
+    resume_step  the last completed step: later lines are dropped, and 0 starts the file anew; None
+                 keeps all lines.
     Raises       ConfigError if the file is the record of other sources.
     """
 
     def __init__(
         self, path: str | Path, planner: Planner, *, every: int = 1, resume_step: int | None = None
     ) -> None:
-        self.path, self.planner, self.every = Path(path), planner, every
+        self.path = Path(path)
+        self.planner = planner
+        self.every = every
         self.last: Vector | None = None
-        self.unwritten: Plan | None = None
+        """The weights last written."""
+        self.unwritten: BatchPlan | None = None
+        """The last plan, if it has no line."""
         header = header_of(planner)
         if resume_step is not None and self.path.exists():
             self.keep_until(resume_step)
@@ -58,39 +66,45 @@ class MixtureLog:
             )
 
     def repair(self) -> bool:
-        """Cut off an unfinished last line, which a killed run left; whether anything remains."""
+        """Cut off an incomplete last line, left by a killed run; return whether a line remains."""
         with open(self.path, "r+b") as file:
-            whole = file.read().rfind(b"\n") + 1
-            file.truncate(whole)
-        return whole > 0
+            complete = file.read().rfind(b"\n") + 1
+            file.truncate(complete)
+        return complete > 0
 
     def keep_until(self, step: int) -> None:
-        """Rewrite the file without the steps after `step`, and without anything at step 0."""
+        """Rewrite the file without the steps after `step`; at step 0, empty it."""
         with open(self.path, encoding="utf-8") as file:
             lines = [line for line in file if line.endswith("\n")]
-        kept = [line for line in lines[1:] if json.loads(line)["step"] <= step] if step else []
+        kept: list[str] = []
+        self.last = None
+        if step:
+            for line in lines[1:]:
+                entry = json.loads(line)
+                if entry["step"] > step:
+                    continue
+                kept.append(line)
+                if entry.get("weights"):
+                    self.last = quantise(np.array(entry["weights"])) / ONE
         with atomic_write(self.path) as file:
             file.writelines([*lines[: min(step, 1)], *kept])
-        written = [weights for line in kept if (weights := json.loads(line).get("weights"))]
-        self.last = quantise(np.array(written[-1])) / ONE if written else None
 
-    def write(self, plan: Plan, stats: Stats | None = None) -> None:
-        """Write the line of a step, with its losses where `stats` of the same step are there."""
+    def write(self, plan: BatchPlan, stats: Stats | None = None) -> None:
+        """Write the line of a step, with its losses if `stats` of the same step are given."""
         changed = self.last is None or not np.array_equal(self.last, plan.weights)
-        self.unwritten = None if changed or plan.step % self.every == 0 else plan
-        if self.unwritten is not None:
+        if not changed and plan.step % self.every != 0:
+            self.unwritten = plan
             return
+        self.unwritten = None
         line: dict[str, Any] = {"step": plan.step}
         if changed:
             line["weights"] = np.round(plan.weights, DIGITS).tolist()
             self.last = plan.weights
         line |= {"counts": plan.counts.tolist(), "read": plan.starts.tolist()}
         mixer = self.planner.mixer
-        line |= (
-            summary(plan.weights, mixer.prior)
-            | mixer.report()
-            | {"rejected": int(mixer.rejected_losses().sum())}
-        )
+        line |= summary(plan.weights, mixer.prior)
+        line |= mixer.report()
+        line["rejected"] = int(mixer.rejected_losses().sum())
         estimates = mixer.estimates()
         if estimates is not None:
             line["estimate"] = listed(estimates)
@@ -99,13 +113,13 @@ class MixtureLog:
         self.append(json.dumps(line) + "\n")
 
     def close(self) -> None:
-        """Write the last step if it has no line yet, so that the record reaches to the end."""
+        """Write the last step if it has no line, so that the record reaches the end of the run."""
         if self.unwritten is not None:
             self.every = 1
             self.write(self.unwritten)
 
     def append(self, text: str) -> None:
-        """Add text at the end of the file."""
+        """Append text to the file."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
@@ -115,7 +129,7 @@ class MixtureLog:
 
 
 def header_of(planner: Planner) -> dict[str, Any]:
-    """The first line of a record."""
+    """The first line of a planner's record."""
     return {
         "format": FORMAT,
         "sources": list(planner.sources),
@@ -140,13 +154,14 @@ def summary(weights: Vector, prior: Vector) -> dict[str, float]:
 
 
 def means_of(stats: Stats) -> Vector:
-    """Nats a token of each source; NaN where there is none."""
-    sums, tokens = np.asarray(stats.loss_sum, np.float64), np.asarray(stats.tokens, np.float64)
+    """Nats a token of each source; NaN for a source without tokens."""
+    sums = np.asarray(stats.loss_sum, np.float64)
+    tokens = np.asarray(stats.tokens, np.float64)
     return np.divide(sums, tokens, out=np.full(len(sums), np.nan), where=tokens > 0)
 
 
 def listed(values: Vector) -> list[float | None]:
-    """Values to six decimals; None for what is not finite."""
+    """Values rounded to six decimals; None for NaN and infinity, which JSON lacks."""
     with np.errstate(over="ignore"):
         rounded = np.round(values, 6)
     out: list[float | None] = rounded.tolist()
@@ -156,8 +171,8 @@ def listed(values: Vector) -> list[float | None]:
 
 
 @dataclass
-class Mixture:
-    """A record that was read: its header and, by step, the lines with the weights filled in."""
+class MixtureRecord:
+    """A record in memory: its header, and its lines by step with all weights filled in."""
 
     header: dict[str, Any]
     lines: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -169,21 +184,26 @@ class Mixture:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that have a line, growing."""
+        """The steps with a line, in increasing order."""
         return list(self.lines)
 
     def weights(self) -> NDArray[np.float64]:
-        """(S, K) weights of the S steps."""
-        return np.array([line["weights"] for line in self.lines.values()], np.float64).reshape(
-            -1, len(self.sources)
-        )
+        """(S, K) weights of the S recorded steps."""
+        rows = [line["weights"] for line in self.lines.values()]
+        return np.array(rows, np.float64).reshape(-1, len(self.sources))
 
     def mean_weights(self, begin: int = 1) -> Vector:
-        """(K,) mean over the steps from `begin` on, steps without a line counted: a static mixture to compare with."""
+        """(K,) mean over the steps from `begin` on: a static mixture to compare with.
+
+        A step without a line counts with the weights of the line before it.
+
+        Raises  DataError if the record ends before `begin`.
+        """
         steps = [step for step in self.steps if step >= begin]
         if not steps:
             raise DataError(
-                f"the record has no step from {begin} on; its last is {max(self.steps, default=0)}"
+                f"the record has no step from {begin} on; its last step is"
+                f" {max(self.steps, default=0)}"
             )
         rows = self.weights()[len(self.steps) - len(steps) :]
         spans = np.diff([*steps, steps[-1] + 1]).astype(np.float64)
@@ -191,30 +211,30 @@ class Mixture:
         return mean
 
 
-def read_mixture(path: str | Path) -> Mixture:
-    """Read a record; an unfinished line at the end, of a killed run, is left out.
+def read_mixture(path: str | Path) -> MixtureRecord:
+    """Read a record; an incomplete last line, left by a killed run, is ignored.
 
-    Raises  DataError if it is missing, or not such a record, with the line.
+    Raises  DataError if the file is missing or not such a record, naming the line.
     """
     try:
         texts = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise DataError(f"cannot read the mixture record {path}: {error.strerror}") from None
-    found = Mixture(parse_header(texts[0], path))
+    record = MixtureRecord(parse_header(texts[0], path))
     for number, text in enumerate(texts[1:-1], 2):
         try:
-            add_line(found, json.loads(text))
+            add_line(record, json.loads(text))
         except (ValueError, KeyError, TypeError, StopIteration):
             raise DataError(
                 f"{path} line {number}: not a line of a mixture record of format {FORMAT}"
             ) from None
-    return found
+    return record
 
 
 def parse_header(text: str, path: str | Path) -> dict[str, Any]:
-    """The header of a record out of its first line.
+    """Parse the first line of a record.
 
-    Raises  DataError if it is not one.
+    Raises  DataError if it is not a header.
     """
     try:
         header: dict[str, Any] = json.loads(text)
@@ -223,33 +243,39 @@ def parse_header(text: str, path: str | Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise DataError(
-        f"{path}: not a mixture record of format {FORMAT}; its first line is the header MixtureLog writes"
+        f"{path} is not a mixture record of format {FORMAT}: its first line is not the header that"
+        " MixtureLog writes"
     )
 
 
-def add_line(mixture: Mixture, line: dict[str, Any]) -> None:
-    """Take in the line of a step, which drops that step and all after it."""
+def add_line(record: MixtureRecord, line: dict[str, Any]) -> None:
+    """Add the line of a step, which replaces that step and all later ones.
+
+    Raises  KeyError, TypeError, ValueError or StopIteration for a malformed line.
+    """
     step = int(line["step"])
-    for late in [known for known in mixture.lines if known >= step]:
-        del mixture.lines[late]
-    for name in {"weights", "counts", "read"} & line.keys():
-        line[name] = (
-            quantise(np.array(line[name])) / ONE
-            if name == "weights"
-            else np.array(line[name], np.int64)
-        )
-    if "weights" not in line:
-        line["weights"] = mixture.lines[next(reversed(mixture.lines))]["weights"]
-    if len(line["weights"]) != len(mixture.sources):
+    for late in [known for known in record.lines if known >= step]:
+        del record.lines[late]
+    for name in ("counts", "read"):
+        if name in line:
+            line[name] = np.array(line[name], np.int64)
+    if "weights" in line:
+        line["weights"] = quantise(np.array(line["weights"])) / ONE
+    else:
+        # Omitted because unchanged; StopIteration if no line stands before it.
+        line["weights"] = record.lines[next(reversed(record.lines))]["weights"]
+    if len(line["weights"]) != len(record.sources):
         raise KeyError("weights")
-    mixture.lines[step] = line
+    record.lines[step] = line
 
 
 @MIXERS.register("replay")
 class Replay(Mixer):
-    """The weights of a recorded run, step by step: with the same seed, sizes and rows, the same rows bit for bit.
+    """The weights of a recorded run, step by step.
 
-    record  a `MixtureLog` file, or what `read_mixture` made of it.
+    With the same seed, sizes and rows, the same rows bit for bit.
+
+    record  a `MixtureLog` file, or the result of `read_mixture`.
     """
 
     kind = "replay"
@@ -260,7 +286,7 @@ class Replay(Mixer):
         self,
         sources: Sequence[str],
         *,
-        record: str | Path | Mixture | None = None,
+        record: str | Path | MixtureRecord | None = None,
         prior: ArrayLike | Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(sources, prior=prior)
@@ -268,23 +294,25 @@ class Replay(Mixer):
             raise ConfigError(
                 "mixer 'replay' needs record=, the mixture.jsonl of the run to repeat"
             )
-        mixture = record if isinstance(record, Mixture) else read_mixture(record)
-        if mixture.sources != list(self.sources):
+        if not isinstance(record, MixtureRecord):
+            record = read_mixture(record)
+        if record.sources != list(self.sources):
             raise ConfigError(
-                f"replay: the record has the sources {', '.join(mixture.sources[:20])}; this run has"
-                f" {', '.join(self.sources[:20])}: they and their order must be the same"
+                f"replay: the record has the sources {', '.join(record.sources[:20])}; this run has"
+                f" {', '.join(self.sources[:20])}; names and order must be the same"
             )
-        self.steps, self.table = np.array(mixture.steps), mixture.weights()
+        self.steps = np.array(record.steps)
+        self.table = record.weights()
         if not len(self.steps) or self.steps[0] != 1:
             raise ConfigError("replay: the record does not begin with step 1")
         self.shares = self.table[0]
 
     def update(self, stats: Stats) -> None:
-        """On to the next step; past the end the last weights stay, and `known` says so."""
+        """Move to the next step; past the end the last weights stay, and `known` raises."""
         self.shares = self.table[min(self.place(stats.step + 1), len(self.table) - 1)]
 
     def place(self, step: int) -> int:
-        """The line that holds for a step."""
+        """Index of the line that holds at a step."""
         return int(np.searchsorted(self.steps, step, side="right")) - 1
 
     def known(self, step: int) -> Vector:
@@ -294,6 +322,6 @@ class Replay(Mixer):
         """
         if step > self.steps[-1]:
             raise TrainingError(
-                f"replay: the record ends at step {self.steps[-1]}, step {step} is asked for"
+                f"replay: the record ends at step {self.steps[-1]}, but step {step} is needed"
             )
         return self.table[self.place(step)]

@@ -1,4 +1,7 @@
-"""Held-out loss by source as one number: there are several, and a mixture that wins on one may lose on another."""
+"""Held-out loss by source, summarized as one number in several ways.
+
+A mixture that wins by one of them may lose by another.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,40 +21,50 @@ def scores(
     natural: ArrayLike | None = None,
     bytes_per_token: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Every way to put the sources together, over those that have a held-out token.
+    """Summarize held-out losses over the sources that have a held-out token.
 
     loss_sum, tokens  (K,) summed nats and target tokens.
     natural           (K,) weights of the sources in the training data, such as their tokens.
-    bytes_per_token   UTF-8 bytes that a token stands for, by source, where known.
+    bytes_per_token   mean UTF-8 bytes of a token, by source, where known.
 
-    Returns  "token_weighted": nats a token over all tokens; "natural": over the sources by `natural`; "mean": each
-             source the same; "worst" and "worst_source"; "perplexity": the mean of exp(loss), the measure of ODM's
-             paper; "bits_per_byte": the mean over the sources whose bytes are known; "sources": by name {"loss",
-             "tokens", and where known "bits_per_byte"}.
+    Returns  "token_weighted": nats a token over all tokens;
+             "natural": mean over the sources weighted by `natural`;
+             "mean": unweighted mean over the sources;
+             "worst" and "worst_source";
+             "perplexity": mean of exp(loss), the measure of the ODM paper (arXiv:2312.02406);
+             "bits_per_byte": mean over the sources whose bytes are known;
+             "sources": by name {"loss", "tokens", "bits_per_byte" where known}.
     Raises   ConfigError if no source has a token, or a vector has the wrong length.
     """
-    sums, counts = np.asarray(loss_sum, np.float64), np.asarray(tokens, np.float64)
+    sums = np.asarray(loss_sum, np.float64)
+    counts = np.asarray(tokens, np.float64)
     if not sums.shape == counts.shape == (len(sources),) or not counts.any():
         raise ConfigError(
-            f"scores: expected sums and tokens of {len(sources)} sources, not all 0, got {counts.tolist()}"
+            f"scores: expected sums and tokens of {len(sources)} sources, not all 0,"
+            f" got {counts.tolist()}"
         )
-    there = np.flatnonzero(counts > 0).tolist()
-    losses = sums[there] / counts[there]
-    named = {
-        sources[i]: {"loss": float(loss), "tokens": int(counts[i])}
-        for i, loss in zip(there, losses, strict=True)
-    }
+    present = np.flatnonzero(counts > 0).tolist()
+    losses = sums[present] / counts[present]
+    by_name: dict[str, dict[str, float]] = {}
+    for i, loss in zip(present, losses, strict=True):
+        by_name[sources[i]] = {"loss": float(loss), "tokens": int(counts[i])}
+
     out: dict[str, Any] = {"token_weighted": float(sums.sum() / counts.sum())}
-    if natural is not None and (weights := np.asarray(natural, np.float64)[there]).sum() > 0:
-        out["natural"] = float(losses @ weights / weights.sum())
+    if natural is not None:
+        weights = np.asarray(natural, np.float64)[present]
+        if weights.sum() > 0:
+            out["natural"] = float(losses @ weights / weights.sum())
     out["mean"] = float(losses.mean())
-    out["worst"], out["worst_source"] = float(losses.max()), sources[there[int(losses.argmax())]]
+    out["worst"] = float(losses.max())
+    out["worst_source"] = sources[present[int(losses.argmax())]]
     out["perplexity"] = float(np.exp(losses).mean())
-    known = [name for name in named if name in (bytes_per_token or {})]
-    for name in known:
-        named[name]["bits_per_byte"] = (
-            named[name]["loss"] / math.log(2) / (bytes_per_token or {})[name]
-        )
-    if known:
-        out["bits_per_byte"] = float(np.mean([named[name]["bits_per_byte"] for name in known]))
-    return out | {"sources": named}
+
+    bits: list[float] = []
+    for name, entry in by_name.items():
+        if bytes_per_token and name in bytes_per_token:
+            # Gao et al. 2020 (the Pile), arXiv:2101.00027, section 3.1
+            entry["bits_per_byte"] = entry["loss"] / math.log(2) / bytes_per_token[name]
+            bits.append(entry["bits_per_byte"])
+    if bits:
+        out["bits_per_byte"] = float(np.mean(bits))
+    return out | {"sources": by_name}

@@ -1,4 +1,4 @@
-"""What a training step tells a mixer."""
+"""`Stats`: the losses of a training step by source, a mixer's input."""
 
 import operator
 from dataclasses import dataclass
@@ -11,49 +11,52 @@ from castalia.core.errors import TrainingError
 
 @dataclass
 class Stats:
-    """Sums over one optimizer step and all processes; K sources, in the order of the mixer's `sources`.
+    """Sums over one optimizer step and all ranks, for K sources in the order of `mixer.sources`.
 
-    Every process must hand its mixer the same numbers: reduce first. A source without a row has 0 and 0. A skipped
-    step (overflow) is a Stats whose tokens are all 0.
+    Every rank must pass the same numbers, so all-reduce first. A source without rows has loss 0 and
+    0 tokens. A skipped step, such as an fp16 overflow, has 0 tokens everywhere.
     """
 
     step: int
-    """Number of the step, counted from 1: the first batch is step 1."""
+    """Number of the step, starting at 1."""
     loss_sum: ArrayLike
     """(K,) summed cross-entropy in nats, without auxiliary terms."""
     tokens: ArrayLike
-    """(K,) target tokens in that sum."""
+    """(K,) target tokens in `loss_sum`."""
     val_loss: ArrayLike | None = None
-    """(K,) held-out nats a token, on the steps that evaluate; for dbl and naive-validation."""
+    """(K,) held-out loss in nats a token, on steps with an evaluation; for dbl and
+    naive-validation."""
     ref_loss_sum: ArrayLike | None = None
-    """(K,) the reference model's loss summed over the same tokens; for doremi."""
+    """(K,) a reference model's loss summed over the same tokens; for doremi."""
     excess_sum: ArrayLike | None = None
-    """(K,) sum over tokens of max(loss - reference loss, 0); for doremi, exact where the two sums above are not."""
+    """(K,) sum over tokens of max(loss - reference loss, 0); for doremi, whose formula it is. The
+    difference of the two sums above is a lower bound."""
 
     def __post_init__(self) -> None:
-        """The step as a plain number, since it goes into states."""
+        """Convert the step to int, because it goes into JSON states."""
         try:
             self.step = operator.index(self.step)
         except TypeError:
             raise TrainingError(
-                f"Stats.step: expected a whole number, 1 the first step, got {self.step!r}"
+                f"Stats.step: expected an integer, 1 for the first step, got {self.step!r}"
             ) from None
 
 
 def vector(values: ArrayLike, count: int, what: str, step: int) -> NDArray[np.float64]:
-    """One number a source as float64.
+    """One field of a Stats as (count,) float64.
 
-    Raises  TrainingError if there are not `count`.
+    Raises  TrainingError unless it holds `count` numbers.
     """
     try:
-        found = np.asarray(values, np.float64)
+        numbers = np.asarray(values, np.float64)
     except (TypeError, ValueError):
         raise TrainingError(
-            f"step {step}: Stats.{what} is {type(values).__name__} {str(values)[:60]}; expected {count} numbers, one a"
-            " source, in the order of the mixer's sources"
+            f"step {step}: Stats.{what} is {type(values).__name__} {str(values)[:60]}; expected"
+            f" {count} numbers, one per source, in the order of the mixer's sources"
         ) from None
-    if found.shape != (count,):
+    if numbers.shape != (count,):
         raise TrainingError(
-            f"step {step}: Stats.{what} has shape {found.shape}; expected ({count},), one a source"
+            f"step {step}: Stats.{what} has shape {numbers.shape}; expected ({count},), one number"
+            " per source"
         )
-    return found
+    return numbers

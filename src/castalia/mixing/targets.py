@@ -1,4 +1,4 @@
-"""Mixers that compare a source's loss with a target: dynamic batch loading and DoReMi."""
+"""Mixers that follow the excess of a loss over a target: dynamic batch loading and DoReMi."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +12,10 @@ from castalia.mixing.stats import Stats, vector
 
 
 class Multiplicative(Mixer):
-    """Base: w_i <- (1 - c) w_i exp(rate score_i) / sum + c / K."""
+    """Base: exponentiated gradient, w_i <- (1 - c) w_i exp(rate score_i) / sum + c / K.
+
+    rate   step size. least: c, the mass spread evenly.
+    """
 
     def __init__(
         self,
@@ -25,12 +28,15 @@ class Multiplicative(Mixer):
         super().__init__(sources, prior=prior)
         if not 0 <= least <= 1 or not 0 < rate < np.inf:
             raise ConfigError(
-                f"mixer {self.kind!r}: expected 0 <= least <= 1 and rate > 0, got {least} and {rate}"
+                f"mixer {self.kind!r}: expected 0 <= least <= 1 and rate > 0, got {least} and"
+                f" {rate}"
             )
-        self.rate, self.least = rate, least
+        self.rate = rate
+        self.least = least
 
     def step_by(self, scores: Vector) -> None:
-        """Multiply, normalise, and keep a little of everything."""
+        """Multiply the shares, normalize them, and mix in the uniform floor."""
+        # A share of 0 has the logarithm -inf and stays 0.
         with np.errstate(divide="ignore"):
             raised = gibbs(np.log(self.shares) + self.rate * scores)
         self.shares = (1 - self.least) * raised + self.least / len(raised)
@@ -38,13 +44,14 @@ class Multiplicative(Mixer):
 
 @MIXERS.register("dbl")
 class DynamicBatchLoading(Multiplicative):
-    """More of the sources whose held-out loss is far above its target, on the steps that bring `val_loss`.
+    """More of the sources whose held-out loss is far above its target.
 
-    score_i = val_loss_i - target_i, with `clamp` not below 0. The authors' code does not clamp, and takes rate 1 and
-    least 1e-4.
+    Updates on steps with a `val_loss`: score_i = val_loss_i - target_i, or with `clamp` its
+    positive part. The authors' code does not clamp, and uses rate 1 and least 1e-4.
 
-    target  (K,) held-out nats a token that each source shall reach.
-    Source  Xia et al. 2023 (Sheared LLaMA), arXiv:2310.06694, algorithm 1; llmshearing's dynamic_loading_callback.py.
+    target  (K,) held-out loss that each source should reach, in nats a token.
+    Source  Xia et al. 2023 (Sheared LLaMA), arXiv:2310.06694, algorithm 1; llmshearing's
+            dynamic_loading_callback.py.
     """
 
     kind = "dbl"
@@ -63,30 +70,36 @@ class DynamicBatchLoading(Multiplicative):
         super().__init__(sources, prior=prior, rate=rate, least=least)
         if target is None:
             raise ConfigError(
-                "mixer 'dbl' needs target=, the held-out loss that each source shall reach, nats a token"
+                "mixer 'dbl' needs target=, the held-out loss in nats a token that each source"
+                " should reach"
             )
-        self.target, self.clamp = by_source(target, self.sources, "target"), clamp
+        self.target = by_source(target, self.sources, "target")
+        self.clamp = clamp
 
     def update(self, stats: Stats) -> None:
-        """Step by the distance to the targets, if there was an evaluation."""
+        """Step by the distances to the targets, if the step brought an evaluation."""
         if stats.val_loss is None:
             return
         values = vector(stats.val_loss, len(self.sources), "val_loss", stats.step).copy()
         good = self.usable(values, np.ones(len(values), bool))
         over = np.where(good, values - self.target, 0.0)
-        self.step_by(np.maximum(over, 0.0) if self.clamp else over)
+        if self.clamp:
+            over = np.maximum(over, 0.0)
+        self.step_by(over)
 
 
 @MIXERS.register("doremi")
 class Doremi(Multiplicative):
-    """More of the sources whose loss is far above that of a reference model.
+    """More of the sources whose loss is far above a reference model's.
 
-    score_i = mean over the tokens of max(loss - reference loss, 0), out of `Stats.excess_sum`. Where only the sums are
-    there, it is max(mean loss - mean reference loss, 0), out of `Stats.ref_loss_sum` or of `reference`. A source
-    that was not drawn keeps its last score. DoReMi's result is the average of the shares over the run.
+    score_i is the mean over the tokens of max(loss - reference loss, 0), from `Stats.excess_sum`.
+    Without it, score_i is max(mean loss - mean reference loss, 0), from `Stats.ref_loss_sum` or
+    `reference`. A source that was not drawn keeps its last score. The result of DoReMi is the
+    average of the shares over the run (`Average`).
 
-    reference  (K,) the reference model's nats a token.
-    Source  Xie et al. 2023, arXiv:2305.10429, algorithm 1; rate 1 and least 1e-3 are the paper's eta and c.
+    reference  (K,) the reference model's loss in nats a token.
+    Source  Xie et al. 2023, arXiv:2305.10429, algorithm 1; rate 1 and least 1e-3 are the paper's
+            eta and c.
     """
 
     kind = "doremi"
@@ -103,18 +116,18 @@ class Doremi(Multiplicative):
         least: float = 1e-3,
     ) -> None:
         super().__init__(sources, prior=prior, rate=rate, least=least)
-        self.reference = (
-            None if reference is None else by_source(reference, self.sources, "reference")
-        )
+        self.reference: Vector | None = None
+        if reference is not None:
+            self.reference = by_source(reference, self.sources, "reference")
         self.score = np.zeros(len(self.sources))
 
     def update(self, stats: Stats) -> None:
-        """Take the scores of the sources drawn, then step by all of them."""
-        means, seen = self.losses(stats)
-        excess, there = self.excess(stats, means)
-        good = self.usable(excess, there & seen)
+        """Update the scores of the sources drawn, then step by all scores."""
+        means, usable = self.losses(stats)
+        excess, drawn = self.excess(stats, means)
+        good = self.usable(excess, drawn & usable)
         self.score = np.where(good, np.maximum(excess, 0.0), self.score)
-        if there.any():
+        if drawn.any():
             self.step_by(self.score)
 
     def estimates(self) -> Vector:
@@ -122,15 +135,15 @@ class Doremi(Multiplicative):
         return self.score
 
     def excess(self, stats: Stats, means: Vector) -> tuple[Vector, np.ndarray]:
-        """Nats a token over the reference, and where tokens stand behind it.
+        """Excess over the reference, (K,) nats a token, and (K,) which sources have tokens.
 
-        Raises  ConfigError if there is no reference at all.
+        Raises  ConfigError if neither the stats nor the mixer has a reference.
         """
         tokens = vector(stats.tokens, len(means), "tokens", stats.step)
+        # The most exact source of the excess first.
         if stats.excess_sum is not None:
-            return vector(stats.excess_sum, len(means), "excess_sum", stats.step) / np.maximum(
-                tokens, 1
-            ), tokens > 0
+            sums = vector(stats.excess_sum, len(means), "excess_sum", stats.step)
+            return sums / np.maximum(tokens, 1), tokens > 0
         if stats.ref_loss_sum is not None:
             sums = vector(stats.ref_loss_sum, len(means), "ref_loss_sum", stats.step)
             return means - sums / np.maximum(tokens, 1), tokens > 0

@@ -1,4 +1,4 @@
-"""`Watch`: warns where a mixture does what it should not: it follows what may be noise, or leaves a source alone."""
+"""`Watch`: warns about a mixture that may follow noise or neglect most sources."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -7,76 +7,87 @@ from castalia.mixing.simplex import Vector
 from castalia.mixing.stats import Stats, vector
 
 PAST = 0.95
-"""The past's part in the running mean of a loss."""
-FALL, RISE, LEAST_RISE = 0.01, 1.25, 0.02
-"""A loss has fallen by 1%; a share has risen by a quarter, and by two percentage points."""
+"""Weight of the past in the running mean of a loss."""
+FALL = 0.01
+"""Relative decrease that counts as a fall of the loss."""
+RISE = 1.25
+"""Relative growth of a share that counts as a rise, ..."""
+LEAST_RISE = 0.02
+"""... if it is two percentage points or more."""
 FEW = 0.25
-"""Part of the prior's effective sources, exp(entropy), below which a mixture is told."""
+"""Fraction of the prior's effective sources, exp(entropy), below which a mixture is reported."""
 
 
 class Watch:
-    """Looks at the weights and losses of every step, and says each thing once.
+    """Checks the weights and losses of every step, and gives each warning once.
 
-    window  steps without a falling loss from which on a rising share is told.
+    window  steps without a fall of the loss after which a rising share is reported.
     """
 
     def __init__(self, sources: tuple[str, ...], prior: Vector, *, window: int = 100) -> None:
         count = len(sources)
-        self.sources, self.window = sources, window
+        self.sources = sources
+        self.window = window
         self.few = FEW * effective(prior)
-        self.loss, self.low, self.share = np.full(count, np.nan), np.full(count, np.inf), prior
+        self.loss = np.full(count, np.nan)
+        """(K,) running means of the losses, NaN before the first."""
+        self.low = np.full(count, np.inf)
+        """(K,) the loss at its last fall."""
+        self.share = prior
+        """(K,) the share at the loss's last fall."""
         self.since = np.zeros(count, np.int64)
-        self.told, self.told_few = np.zeros(count, bool), False
+        """(K,) the step of the loss's last fall."""
+        self.reported = np.zeros(count, bool)
+        self.reported_few = False
 
     def observe(self, weights: Vector, stats: Stats) -> tuple[str, ...]:
-        """What a person should hear after a step that followed `weights` (K,)."""
+        """Warnings after a step that followed `weights` (K,)."""
         self.take_in(weights, stats)
-        said = [
-            self.rising(int(i), weights[i], stats.step)
-            for i in np.flatnonzero(self.suspects(weights, stats.step))
-        ]
-        if not self.told_few and effective(weights) < max(self.few, 1.0):
-            self.told_few = True
-            said.append(
-                f"the mixture has come down to {effective(weights):.1f} effective sources of {len(weights)}, most of it"
-                f" {self.sources[int(np.argmax(weights))]!r} ({weights.max():.0%}); max_share holds a source down"
+        warnings: list[str] = []
+        for place in np.flatnonzero(self.suspects(weights, stats.step)):
+            warnings.append(self.rising(int(place), weights[place], stats.step))
+        if not self.reported_few and effective(weights) < max(self.few, 1.0):
+            self.reported_few = True
+            warnings.append(
+                f"the mixture is down to {effective(weights):.1f} effective sources of"
+                f" {len(weights)}, led by {self.sources[int(np.argmax(weights))]!r}"
+                f" ({weights.max():.0%}); max_share limits a source"
             )
-        return tuple(said)
+        return tuple(warnings)
 
     def take_in(self, weights: Vector, stats: Stats) -> None:
-        """The running means of the losses; where one falls to a new low, its share now is what a rise starts from."""
+        """Update the running means; at a fall, note the share from which a rise is measured."""
         count = len(weights)
         tokens = vector(stats.tokens, count, "tokens", stats.step)
         with np.errstate(all="ignore"):
             means = vector(stats.loss_sum, count, "loss_sum", stats.step) / tokens
-        seen = np.isfinite(means)
-        first = seen & np.isnan(self.loss)
-        self.loss = np.where(
-            first, means, np.where(seen, PAST * self.loss + (1 - PAST) * means, self.loss)
-        )
+        # A source without tokens has 0 / 0 = NaN and keeps its running mean.
+        drawn = np.isfinite(means)
+        first = drawn & np.isnan(self.loss)
+        running = np.where(drawn, PAST * self.loss + (1 - PAST) * means, self.loss)
+        self.loss = np.where(first, means, running)
         fell = self.loss < (1 - FALL) * self.low
-        self.low, self.share = (
-            np.where(fell, self.loss, self.low),
-            np.where(fell, weights, self.share),
-        )
+        self.low = np.where(fell, self.loss, self.low)
+        self.share = np.where(fell, weights, self.share)
         self.since[fell] = stats.step
 
     def suspects(self, weights: Vector, step: int) -> NDArray[np.bool_]:
-        """Sources, not told yet, whose share rose while their loss stood for a window."""
+        """(K,) sources to report: their share rose, but their loss did not fall for a window."""
         rose = (weights > RISE * self.share) & (weights > self.share + LEAST_RISE)
-        return rose & (step - self.since >= self.window) & np.isfinite(self.low) & ~self.told
+        return rose & (step - self.since >= self.window) & np.isfinite(self.low) & ~self.reported
 
     def rising(self, place: int, weight: float, step: int) -> str:
-        """The sentence about a source that may be noise."""
-        self.told[place] = True
+        """The warning about a source that may be noise."""
+        self.reported[place] = True
         return (
-            f"source {self.sources[place]!r} is read more, {weight:.1%} after {self.share[place]:.1%}, though its loss"
-            f" ({self.loss[place]:.2f} nats) has not fallen by {FALL:.0%} for {step - self.since[place]} steps; if it"
-            " is noise, max_share or the mixer 'progress' hold it down"
+            f"the share of source {self.sources[place]!r} rose from {self.share[place]:.1%} to"
+            f" {weight:.1%}, but its loss ({self.loss[place]:.2f} nats) has not fallen by"
+            f" {FALL:.0%} for {step - self.since[place]} steps; if it is noise, limit it by max_share or use"
+            " the mixer 'progress'"
         )
 
 
 def effective(weights: Vector) -> float:
-    """exp(entropy): the number of sources, if all had the same share."""
+    """exp(entropy): the number of equal shares with the same entropy."""
     positive = weights[weights > 0]
     return float(np.exp(-(positive * np.log(positive)).sum()))

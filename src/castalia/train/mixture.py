@@ -14,8 +14,8 @@ from castalia.data import RunRows
 from castalia.data.loader import RowLookup
 from castalia.data.rows_by_source import RowPlaces, RowsBySource
 from castalia.mixing import (
+    BatchPlan,
     ExhaustionError,
-    Plan,
     PlannedRows,
     Planner,
     Stats,
@@ -51,9 +51,9 @@ class Mixture:
         """Why no step can be planned any more, where the sources are exhausted."""
         self.held_out: NDArray[np.float64] | None = None
         """(K,) held-out losses that the mixer has not seen yet, nats a token."""
-        self.plan: Plan | None = None
+        self.plan: BatchPlan | None = None
         self.stats: Stats | None = None
-        self.coming: deque[Plan] = deque()
+        self.coming: deque[BatchPlan] = deque()
         """Plans that no step has used yet; the loader has taken the first `taken` of them."""
         self.taken = 0
 
@@ -153,7 +153,7 @@ class Mixture:
             )
 
 
-def located(plan: Plan) -> RowLookup:
+def located(plan: BatchPlan) -> RowLookup:
     """A plan as the loader asks for it."""
 
     def rows(begin: int, end: int) -> RowPlaces:
