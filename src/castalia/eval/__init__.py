@@ -1,4 +1,4 @@
-"""How good a checkpoint is: bits per byte of held-out text, by source."""
+"""Quality of checkpoints: bits per byte of held-out text and losses by source."""
 
 from castalia.eval.bits import HeldOut, SourceBits, bits_per_byte
 from castalia.eval.reference import reference_losses, write_reference

@@ -1,11 +1,12 @@
-"""Bits per byte of held-out text, by source: a measure that tokenizers do not change.
-
-A document is read as [start] + its tokens, cut into windows of `seq_length` that overlap in no target, so that every
-token of the document is predicted exactly once, from what stands before it in its own window. The end-of-document
-token is context for the next document's start and no target, for it stands for no byte of the text. Without such a
-token nothing stands before the first token, and it is charged log2(V) bits.
+"""Bits per byte of held-out text by source, a measure independent of the tokenizer.
 
     bits per byte = sum over tokens of -log2 p(token | window so far) / UTF-8 bytes of the text
+
+A document is read as [start] + its tokens. It is cut into windows of `seq_length` whose targets do
+not overlap, so that every token is predicted exactly once, from the tokens before it in its window.
+The end-of-document token serves as the start of the next document. It is never a target, because it
+stands for no byte of the text. Without such a token the first token of a document has no context
+and is charged log2(V) bits.
 
 Source  Gao et al. 2020, arXiv:2101.00027 (the Pile), section 3.1: L_T / L_B * loss / ln 2.
 """
@@ -17,14 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from castalia.core.errors import DataError
 from castalia.data.batch import IGNORED
 from castalia.data.indexed import IndexedDataset
+from castalia.eval.losses import TokensAndLabels, sum_of_losses
 from castalia.inference.engine import Engine
 from castalia.models import Decoder
-from castalia.models.cross_entropy import fused_cross_entropy
 
 Ids = NDArray[np.int64]
 Window = tuple[Ids, Ids]
@@ -32,45 +32,53 @@ Window = tuple[Ids, Ids]
 
 
 class HeldOut(NamedTuple):
-    """One source's held-out text: the prefix of its token file, and the UTF-8 bytes of each document in it."""
+    """One source's held-out text."""
 
     prefix: str
+    """Prefix of its token file."""
     document_bytes: Sequence[int]
+    """UTF-8 bytes of each document in it."""
 
 
 class SourceBits(NamedTuple):
-    """What one source came to: bits per byte, nats per token, and how much text stands behind them."""
+    """Result for one source."""
 
     bits_per_byte: float
     loss: float
+    """Nats a token."""
     tokens: int
     bytes: int
 
 
 def choose_documents(sizes: Sequence[int], max_tokens: int | None) -> list[int]:
-    """Whole documents in their order as long as they fit in `max_tokens`; at least one."""
+    """Places of whole documents, in order, that fit in `max_tokens` together; at least one."""
     if max_tokens is None:
         return list(range(len(sizes)))
-    chosen, left = [], max_tokens
+    chosen: list[int] = []
+    left = max_tokens
     for i, size in enumerate(sizes):
         if size <= left:
             chosen.append(i)
             left -= size
-    return chosen or [min(range(len(sizes)), key=lambda i: sizes[i])]
+    if not chosen:
+        chosen = [min(range(len(sizes)), key=lambda i: sizes[i])]
+    return chosen
 
 
 def cut_windows(tokens: Ids, seq_length: int, start_id: int | None) -> list[Window]:
-    """One document's windows; the first predicts its first token from `start_id`, if there is one."""
-    line = tokens if start_id is None else np.concatenate([np.array([start_id], np.int64), tokens])
-    starts = range(0, len(line) - 1, seq_length)
-    return [
-        (line[at : at + seq_length][: len(line) - 1 - at], line[at + 1 : at + seq_length + 1])
-        for at in starts
-    ]
+    """Windows of one document; its first token is predicted from `start_id`, if given."""
+    line = tokens
+    if start_id is not None:
+        line = np.concatenate([np.array([start_id], np.int64), tokens])
+    windows: list[Window] = []
+    for at in range(0, len(line) - 1, seq_length):
+        targets = line[at + 1 : at + seq_length + 1]
+        windows.append((line[at : at + len(targets)], targets))
+    return windows
 
 
-def stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-    """Windows as tokens and labels (B, T) int64, filled up on the right with targets that do not count."""
+def stack(windows: Sequence[Window]) -> TokensAndLabels:
+    """Stack windows into tokens and labels (B, T), padded on the right with ignored labels."""
     width = max(len(inputs) for inputs, _ in windows)
     tokens = torch.zeros(len(windows), width, dtype=torch.int64)
     labels = torch.full((len(windows), width), IGNORED)
@@ -80,30 +88,20 @@ def stack(windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
     return tokens, labels
 
 
-def batches(windows: Sequence[Window], rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Windows of about the same length together, `rows` at a time, so that little is filled up."""
+def batches(windows: Sequence[Window], rows: int) -> Iterator[TokensAndLabels]:
+    """Batches of `rows` windows, sorted by length to keep padding small."""
     order = sorted(windows, key=lambda window: len(window[0]))
     for at in range(0, len(order), rows):
         yield stack(order[at : at + rows])
 
 
-@torch.no_grad()
-def sum_of_losses(model: Decoder, windows: Sequence[Window], rows: int) -> float:
-    """Negative log-likelihood of all targets, in nats."""
-    device = model.head_weight.device
-    total = 0.0
-    for tokens, labels in batches(windows, rows):
-        hidden_NC = model(tokens.to(device)).flatten(0, 1)
-        total += float(
-            fused_cross_entropy(hidden_NC, model.head_weight, labels.to(device).flatten()).total
-        )
-    return total
-
-
 def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
-    """The same by any engine of inference, one window at a time."""
-    lines = ([*inputs.tolist(), int(targets[-1])] for inputs, targets in windows)
-    return -sum(float(engine.logprobs(line).double().sum()) for line in lines)
+    """Negative log-likelihood of all targets by any inference engine, in nats; one window a call."""
+    total = 0.0
+    for inputs, targets in windows:
+        line = [*inputs.tolist(), int(targets[-1])]
+        total += float(engine.logprobs(line).double().sum())
+    return -total
 
 
 def source_bits(
@@ -115,27 +113,30 @@ def source_bits(
     max_tokens: int | None,
     rows: int,
 ) -> SourceBits:
-    """Bits per byte of one source; the arguments are those of `bits_per_byte`."""
+    """Bits per byte of one source; arguments and errors as in `bits_per_byte`."""
     dataset = IndexedDataset(source.prefix)
     if len(dataset) != len(source.document_bytes) or not len(dataset):
         raise DataError(
             f"{source.prefix} holds {len(dataset)} documents, but byte counts are given for"
-            f" {len(source.document_bytes)}; both come from the same `prepare`"
+            f" {len(source.document_bytes)}; take both from the same `castalia prepare`"
         )
     chosen = choose_documents(dataset.sizes.tolist(), max_tokens)
     windows: list[Window] = []
-    tokens = uncovered = 0
+    tokens = 0
+    uncovered = 0
     for i in chosen:
         ids = dataset[i].astype(np.int64)
-        ids = ids[:-1] if len(ids) and ids[-1] == eod_id else ids
+        if len(ids) and ids[-1] == eod_id:
+            ids = ids[:-1]
         windows += cut_windows(ids, seq_length, eod_id)
         tokens += len(ids)
-        uncovered += eod_id is None and len(ids) > 0
-    nats = (
-        engine_losses(model, windows)
-        if isinstance(model, Engine)
-        else sum_of_losses(model, windows, rows)
-    )
+        # Without a start token the first token of each document is no target of its window.
+        if eod_id is None and len(ids):
+            uncovered += 1
+    if isinstance(model, Engine):
+        nats = engine_losses(model, windows)
+    else:
+        nats = sum_of_losses(model, batches(windows, rows))
     nats += uncovered * math.log(model.config.padded_vocab_size)
     size = sum(source.document_bytes[i] for i in chosen)
     return SourceBits(nats / math.log(2) / max(1, size), nats / max(1, tokens), tokens, size)
@@ -150,16 +151,17 @@ def bits_per_byte(
     max_tokens: int | None = None,
     rows: int = 16,
 ) -> dict[str, SourceBits]:
-    """Bits per byte of each source's held-out text under `model`, a decoder or an engine of castalia.load.
+    """Bits per byte of each source's held-out text under a model or an engine of `castalia.load`.
 
-    Units   seq_length and max_tokens (per source; whole documents, null for all) in tokens, rows in windows a batch.
-    Raises  DataError if a token file is broken or its documents and byte counts differ in number.
+    seq_length  tokens in a window.
+    max_tokens  limit for each source in tokens, taken as whole documents; None for all.
+    rows        windows in a batch.
+    Raises      DataError if a token file is damaged, or its documents and byte counts differ in
+                number.
     """
-    if isinstance(model, Decoder):
-        model.eval()
-    return {
-        name: source_bits(
+    results: dict[str, SourceBits] = {}
+    for name, source in sources.items():
+        results[name] = source_bits(
             model, source, seq_length=seq_length, eod_id=eod_id, max_tokens=max_tokens, rows=rows
         )
-        for name, source in sources.items()
-    }
+    return results

@@ -1,4 +1,4 @@
-"""Bits per byte by source over all checkpoints of a run, kept in `evals/bits_per_byte.json` as they are made."""
+"""Bits per byte by source over the checkpoints of a run, stored in `evals/bits_per_byte.json`."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -15,17 +15,22 @@ from castalia.eval.bits import HeldOut, bits_per_byte
 from castalia.inference import load
 
 EXACT = ("torch", None)
-"""Engine and dtype that everything else is compared with."""
+"""Engine and dtype of the reference measurement: torch in float32."""
 
 
-class Options(NamedTuple):
-    """How checkpoints are measured; see `sweep`."""
+class SweepOptions(NamedTuple):
+    """How checkpoints are measured; the fields are arguments of `sweep`."""
 
     seq_length: int
     max_tokens: int | None
     bf16: bool
     engine: str
     dtype: str | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether this is the reference measurement."""
+        return (self.engine, self.dtype) == EXACT
 
 
 def sweep(
@@ -40,89 +45,108 @@ def sweep(
     dtype: str | None = None,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Bits per byte of each source at each checkpoint of `run`, oldest first; those on file are not made again.
+    """Bits per byte of each source at each checkpoint of `run`, oldest first.
 
-    `steps` chooses among the checkpoints, None takes all. `bf16` runs the model under autocast, as training with
-    precision=bf16 does. `max_tokens` is a bound for each source, see `bits_per_byte`. `engine` and `dtype` are those of
-    castalia.load; with another than torch in float32 the newest checkpoint is measured exactly as well, and the file
-    says under "effect" how many bits per byte the engine adds to each source.
-    Returns  [{"step", "sources": {name: {"bits_per_byte", "loss", "tokens", "bytes"}}}].
-    Raises   CheckpointError if there is no such checkpoint; DataError if a token file is broken.
+    Checkpoints already in the file are not measured again, unless settings or data changed.
+
+    max_tokens  limit for each source in tokens, see `bits_per_byte`.
+    steps       checkpoints to measure; None for all.
+    bf16        run the model under autocast, as training with precision=bf16 does.
+    engine      with `dtype`, as in `castalia.load`. Unless they are torch and float32, the newest
+                checkpoint is also measured with these, and the file records under "effect" how many
+                bits per byte the engine adds to each source.
+    say         called with one line of text per checkpoint measured.
+    Returns     [{"step", "sources": {name: {"bits_per_byte", "loss", "tokens", "bytes"}}}].
+    Raises      CheckpointError if a checkpoint is missing; DataError if a token file is damaged.
     """
     run = Path(run)
-    have = complete_steps(run / "checkpoints")
-    wanted = have if steps is None else sorted(set(steps))
+    wanted = complete_steps(run / "checkpoints") if steps is None else sorted(set(steps))
     if not wanted:
         raise CheckpointError(f"{run} has no complete checkpoint to evaluate; train it first")
+    options = SweepOptions(seq_length, max_tokens, bf16, engine, dtype)
     path = run / "evals" / "bits_per_byte.json"
-    settings: dict[str, Any] = {
-        "seq_length": seq_length,
-        "max_tokens": max_tokens,
-        "bf16": bf16,
-        "data": content(sources),
-    }
-    if (engine, dtype) != EXACT:
-        settings |= {"engine": engine, "dtype": dtype}
-    options = Options(seq_length, max_tokens, bf16, engine, dtype)
-    marks = {mark["step"]: mark for mark in read_marks(path, settings)}
+    settings = settings_of(options, sources)
+    results = {entry["step"]: entry for entry in read_results(path, settings)}
     for step in wanted:
-        if step not in marks:
-            marks[step] = {"step": step, "sources": measure(run, step, sources, options)}
-            if (engine, dtype) != EXACT and step == wanted[-1]:
-                marks[step]["effect"] = effect(run, step, sources, options, marks[step]["sources"])
-            write_json(
-                path, {"settings": settings, "checkpoints": [marks[step] for step in sorted(marks)]}
-            )
-            say(line(marks[step]))
-    return [marks[step] for step in wanted]
+        if step in results:
+            continue
+        entry: dict[str, Any] = {"step": step, "sources": measure(run, step, sources, options)}
+        if not options.exact and step == wanted[-1]:
+            entry["effect"] = effect(run, step, sources, options, entry["sources"])
+        results[step] = entry
+        # After each checkpoint, so that an interrupted sweep continues where it stopped.
+        checkpoints = [results[done] for done in sorted(results)]
+        write_json(path, {"settings": settings, "checkpoints": checkpoints})
+        say(line(entry))
+    return [results[step] for step in wanted]
 
 
-def content(sources: Mapping[str, HeldOut]) -> dict[str, str]:
-    """What the numbers depend on besides the settings: the hash of each source's tokens."""
+def settings_of(options: SweepOptions, sources: Mapping[str, HeldOut]) -> dict[str, Any]:
+    """Everything that the numbers depend on besides the checkpoint."""
+    settings: dict[str, Any] = {
+        "seq_length": options.seq_length,
+        "max_tokens": options.max_tokens,
+        "bf16": options.bf16,
+        "data": token_hashes(sources),
+    }
+    if not options.exact:
+        settings |= {"engine": options.engine, "dtype": options.dtype}
+    return settings
+
+
+def token_hashes(sources: Mapping[str, HeldOut]) -> dict[str, str]:
+    """SHA-256 of each source's token file."""
     return {name: sha256_of(file_pair(source.prefix)[0]) for name, source in sources.items()}
 
 
-def read_marks(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The checkpoints on file; none if they were made with other settings or of other data."""
+def read_results(path: Path, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The checkpoints in the file; none if it was written with other settings or data."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    marks: list[dict[str, Any]] = value["checkpoints"] if value.get("settings") == settings else []
-    return marks
+    if content.get("settings") != settings:
+        return []
+    results: list[dict[str, Any]] = content["checkpoints"]
+    return results
 
 
 def measure(
-    run: Path, step: int, sources: Mapping[str, HeldOut], options: Options
+    run: Path, step: int, sources: Mapping[str, HeldOut], options: SweepOptions
 ) -> dict[str, dict[str, float]]:
     """One checkpoint's numbers by source."""
-    speaker = load(find_checkpoint(run / str(step)), engine=options.engine, dtype=options.dtype)
-    model = speaker.model if options.engine == "torch" else speaker.engine
-    with torch.autocast(speaker.engine.device.type, torch.bfloat16, enabled=options.bf16):
-        found = bits_per_byte(
+    loaded = load(find_checkpoint(run / str(step)), engine=options.engine, dtype=options.dtype)
+    model = loaded.model if options.engine == "torch" else loaded.engine
+    with torch.autocast(loaded.engine.device.type, torch.bfloat16, enabled=options.bf16):
+        bits = bits_per_byte(
             model,
             sources,
             seq_length=options.seq_length,
-            eod_id=speaker.eod_id,
+            eod_id=loaded.eod_id,
             max_tokens=options.max_tokens,
         )
-    return {name: bits._asdict() for name, bits in found.items()}
+    return {name: numbers._asdict() for name, numbers in bits.items()}
 
 
 def effect(
     run: Path,
     step: int,
     sources: Mapping[str, HeldOut],
-    options: Options,
-    found: Mapping[str, dict[str, float]],
+    options: SweepOptions,
+    measured: Mapping[str, dict[str, float]],
 ) -> dict[str, float]:
-    """Bits per byte that the engine adds to each source, against torch in float32."""
-    exact = measure(run, step, sources, options._replace(engine=EXACT[0], dtype=EXACT[1]))
-    return {name: found[name]["bits_per_byte"] - exact[name]["bits_per_byte"] for name in found}
+    """Bits per byte that the engine adds to each source, compared with torch in float32."""
+    engine, dtype = EXACT
+    exact = measure(run, step, sources, options._replace(engine=engine, dtype=dtype))
+    added: dict[str, float] = {}
+    for name, numbers in measured.items():
+        added[name] = numbers["bits_per_byte"] - exact[name]["bits_per_byte"]
+    return added
 
 
-def line(mark: Mapping[str, Any]) -> str:
+def line(entry: Mapping[str, Any]) -> str:
     """One checkpoint as a line of text."""
-    return f"  step {mark['step']:>6}  " + "  ".join(
-        f"{name} {bits['bits_per_byte']:.3f}" for name, bits in mark["sources"].items()
+    numbers = "  ".join(
+        f"{name} {bits['bits_per_byte']:.3f}" for name, bits in entry["sources"].items()
     )
+    return f"  step {entry['step']:>6}  {numbers}"

@@ -138,9 +138,10 @@ class MixingConfig(Config):
     @model_validator(mode="after")
     def check(self) -> "MixingConfig":
         """Check the kind, its options and the exhaustion policies."""
-        policies = {"(all)": self.exhaustion}
         if isinstance(self.exhaustion, dict):
             policies = self.exhaustion
+        else:
+            policies = {"(all)": self.exhaustion}
         try:
             check_options(self.kind, MIXERS[self.kind], self.own())
             for name, policy in policies.items():
