@@ -96,7 +96,10 @@ def batches(windows: Sequence[Window], rows: int) -> Iterator[TokensAndLabels]:
 
 
 def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
-    """Negative log-likelihood of all targets by any inference engine, in nats; one window a call."""
+    """Negative log-likelihood of all targets under an inference engine, in nats.
+
+    One window a call: engines need not batch rows of different length.
+    """
     total = 0.0
     for inputs, targets in windows:
         line = [*inputs.tolist(), int(targets[-1])]
@@ -130,7 +133,7 @@ def source_bits(
             ids = ids[:-1]
         windows += cut_windows(ids, seq_length, eod_id)
         tokens += len(ids)
-        # Without a start token the first token of each document is no target of its window.
+        # Without a start token, the first token of a document is not a target of any window.
         if eod_id is None and len(ids):
             uncovered += 1
     if isinstance(model, Engine):

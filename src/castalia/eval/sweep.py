@@ -83,6 +83,7 @@ def sweep(
 
 def settings_of(options: SweepOptions, sources: Mapping[str, HeldOut]) -> dict[str, Any]:
     """Everything that the numbers depend on besides the checkpoint."""
+    # Keys of the reference measurement alone: files of earlier versions stay valid.
     settings: dict[str, Any] = {
         "seq_length": options.seq_length,
         "max_tokens": options.max_tokens,
