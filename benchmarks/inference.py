@@ -302,11 +302,11 @@ def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]
 
     from castalia.checkpoint.hf import write_hf
     from castalia.export import export
-    from castalia.models import Decoder, ModelConfig
+    from castalia.models import Decoder, NeoxConfig
 
     layers, width, heads = SHAPES[size]
     tokens = TINY_VOCABULARY if size == "tiny" else VOCABULARY
-    config = ModelConfig(
+    config = NeoxConfig(
         num_layers=layers, hidden_size=width, num_attention_heads=heads, vocab_size=tokens
     )
     model = Decoder(config)

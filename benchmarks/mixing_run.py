@@ -16,7 +16,7 @@ from castalia.data.indexed import IndexedDataset
 from castalia.demo.corpus import CorpusPaths
 from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 from castalia.models.cross_entropy import fused_cross_entropy
 from castalia.train.config import ScheduleConfig
 from castalia.train.optimizers import AdamWConfig, Rules
@@ -191,7 +191,7 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
 
 def make_model(scale: Scale, seed: int) -> Decoder:
     """The decoder; its initial weights depend on the seed alone."""
-    shape = ModelConfig(
+    shape = NeoxConfig(
         num_layers=scale.layers,
         hidden_size=scale.width,
         num_attention_heads=scale.heads,

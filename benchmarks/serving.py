@@ -40,7 +40,7 @@ def write_model(folder: Path) -> Path:
     from castalia.checkpoint import Store
     from castalia.config import dump_yaml
     from castalia.data.tokenizer import train_tokenizer
-    from castalia.models import Decoder, ModelConfig
+    from castalia.models import Decoder, NeoxConfig
     from castalia.train.config import RunConfig
 
     texts = [
@@ -48,7 +48,7 @@ def write_model(folder: Path) -> Path:
         for path in sorted(Path(os.__file__).parent.glob("*.py"))[:80]
     ]
     tokenizer = train_tokenizer(texts, 8192, folder / "tokenizer.json")
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, rotary_pct=0.25, **SHAPE)
+    config = NeoxConfig(vocab_size=tokenizer.vocab_size, rotary_pct=0.25, **SHAPE)
     model = Decoder(config)
     model.init_weights(0)
     files = {

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from machine import describe, in_turn, matrix_rate, ratio, summary
 
-from castalia.models import ModelConfig
+from castalia.models import NeoxConfig
 from castalia.models.flops import flops_per_token
 from castalia.monitor import peak_flops
 from castalia.recipes.pythia import SIZES, TOKENIZER_IDS, model
@@ -132,7 +132,7 @@ def run_case(
     shape: str, seq: int, rows: int, device: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """All engines at one shape, in turn."""
-    config = ModelConfig.model_validate(model(SIZES[shape]))
+    config = NeoxConfig.model_validate(model(SIZES[shape]))
     case = {
         "model": config.model_dump(),
         "vocab_size": TOKENIZER_IDS,
@@ -169,7 +169,7 @@ def run_case(
 
 
 def compare(
-    config: ModelConfig,
+    config: NeoxConfig,
     tokens: int,
     times: dict[str, list[float]],
     memory: dict[str, dict[str, int]],
@@ -212,7 +212,7 @@ def compare(
     }
 
 
-def part_flops(config: ModelConfig, part: str, tokens: int) -> int:
+def part_flops(config: NeoxConfig, part: str, tokens: int) -> int:
     """FLOPs of a part of a step, its share of 6 N; attention holds its projections, and its T-long products apart."""
     d, layers = config.hidden_size, config.num_layers
     weights = {

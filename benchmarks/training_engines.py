@@ -87,14 +87,14 @@ class Castalia(Engine):
 
         keep_freed_memory()
         from castalia.data import Batch
-        from castalia.models import Decoder, ModelConfig
+        from castalia.models import Decoder, NeoxConfig
         from castalia.train.loss import NextToken
         from castalia.train.optimizers import AdamWConfig, Rules
         from castalia.train.optimizers.updater import Updater
 
         super().__init__(case)
         with torch.device(self.device):
-            self.model = Decoder(ModelConfig.model_validate(case["model"]))
+            self.model = Decoder(NeoxConfig.model_validate(case["model"]))
         self.model.init_weights(seed=0)
         if case["compiled"]:
             for layer in self.model.layers:

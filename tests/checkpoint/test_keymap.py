@@ -7,7 +7,7 @@ from torch import Tensor
 from castalia.checkpoint.hf import hf_config, hf_keymap, model_config
 from castalia.checkpoint.keymap import KeyMap, Rule, Transform
 from castalia.core.errors import CheckpointError, ConfigError
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 
 MAP = KeyMap(
     "toy",
@@ -25,10 +25,10 @@ def toy() -> dict[str, Tensor]:
     return {"embed": torch.zeros(2), "layers.0.w": torch.rand(2, 3), "layers.1.w": torch.rand(2, 3)}
 
 
-def tiny(**options: object) -> ModelConfig:
+def tiny(**options: object) -> NeoxConfig:
     """A small model's config."""
     sizes = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 100}
-    return ModelConfig(**{**sizes, "rotary_pct": 0.5, **options})
+    return NeoxConfig(**{**sizes, "rotary_pct": 0.5, **options})
 
 
 def test_there_and_back() -> None:
@@ -140,8 +140,8 @@ def test_the_published_pythia_config_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"hidden_act": "relu"}, "hidden_act 'relu' is unknown"),
+        ({"model_type": "llama"}, "unknown model_type 'llama'; choose one of gpt_neox"),
+        ({"hidden_act": "relu"}, "unknown hidden_act 'relu'; choose one of gelu"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
         ({"vocab_size": 90}, "tokenizer has 100 ids but the embedding only 90 rows"),
     ],

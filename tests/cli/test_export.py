@@ -10,7 +10,7 @@ import pytest
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.data.tokenizer import load_tokenizer
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 from castalia.train.config import RunConfig
 
 
@@ -18,7 +18,7 @@ from castalia.train.config import RunConfig
 def run(tmp_path: Path) -> Path:
     """A byte-level run with start weights and three checkpoints."""
     folder = tmp_path / "run"
-    config = ModelConfig(
+    config = NeoxConfig(
         num_layers=1, hidden_size=16, num_attention_heads=2, vocab_size=257, rotary_pct=0.5
     )
     load_tokenizer("bytes").save(folder / "tokenizer.json")

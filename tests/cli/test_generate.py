@@ -13,7 +13,7 @@ from castalia.cli import main
 from castalia.config import dump_yaml
 from castalia.data.tokenizer import load_tokenizer
 from castalia.inference import load
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 from castalia.train.config import RunConfig
 
 
@@ -21,7 +21,7 @@ from castalia.train.config import RunConfig
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level run with random weights."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    config = ModelConfig(
+    config = NeoxConfig(
         num_layers=1,
         hidden_size=32,
         num_attention_heads=4,

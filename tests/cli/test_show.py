@@ -91,7 +91,7 @@ def test_schema_describes_every_key_and_requires_none():
     schema = json.loads(show("--schema"))
     optim = schema["properties"]["optim"]
     assert optim["properties"]["lr"]["description"].startswith("Peak learning rate")
-    assert schema["$defs"]["ModelConfig"]["additionalProperties"] is False
+    assert schema["properties"]["model"]["additionalProperties"] is False
     assert '"required": [' not in show("--schema")
 
 

@@ -6,27 +6,27 @@ from castalia.core.errors import ConfigError
 from castalia.recipes import load_config
 
 REFUSED = {
-    "model.num_attention_heads 4 does not divide over parallel.tp=8 processes: a head stays whole": (
+    "model.num_attention_heads 4 is not divisible by parallel.tp=8: a head stays whole on one rank": (
         "parallel.tp=8",
     ),
-    "model.intermediate_size 130 does not divide over parallel.tp=4 processes": (
+    "model.intermediate_size 130 is not divisible by parallel.tp=4": (
         "parallel.tp=4",
         "model.intermediate_size=130",
     ),
-    "data.seq_length 62 does not divide over parallel.tp=4 processes": (
+    "data.seq_length 62 is not divisible by parallel.tp=4": (
         "parallel.tp=4",
         "data.seq_length=62",
     ),
-    "data.seq_length 62 does not divide into 2 * parallel.cp = 4 chunks": (
+    "data.seq_length 62 is not divisible by 2 * parallel.cp = 4": (
         "parallel.cp=2",
         "data.seq_length=62",
     ),
-    "data.seq_length 60 does not divide over parallel.cp=2 times parallel.tp=4 processes": (
+    "data.seq_length 60 is not divisible by parallel.cp=2 times parallel.tp=4": (
         "parallel.cp=2",
         "parallel.tp=4",
         "data.seq_length=60",
     ),
-    "the padded vocabulary 257 does not divide over parallel.tp=2 processes: each process holds an equal part of it;"
+    "the padded vocabulary 257 is not divisible by parallel.tp=2: each rank holds an equal part of it;"
     " model.make_vocab_size_divisible_by=2 pads it to fit": (
         "parallel.tp=2",
         "model.make_vocab_size_divisible_by=1",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from castalia.models.config import ModelConfig
+from castalia.models import NeoxConfig
 from castalia.models.flops import parameter_counts
 from castalia.recipes import load_config
 
@@ -81,7 +81,7 @@ def expected(
     return [min(piece, shape[0] - start), *shape[1:]]
 
 
-def stage_size(model: ModelConfig, stages: int, number: int) -> int:
+def stage_size(model: NeoxConfig, stages: int, number: int) -> int:
     """Parameters of a stage: equal runs of layers; the first embeds, the last has norm and head."""
     counts = parameter_counts(model)
     table = model.padded_vocab_size * model.hidden_size

@@ -13,10 +13,10 @@ from castalia.core.errors import DataError
 from castalia.data.indexed import IndexedDatasetWriter
 from castalia.eval import HeldOut, bits_per_byte, sweep
 from castalia.eval.bits import choose_documents, cut_windows
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 from castalia.train.config import RunConfig
 
-CONFIG = ModelConfig(
+CONFIG = NeoxConfig(
     num_layers=2,
     hidden_size=16,
     num_attention_heads=2,

@@ -16,7 +16,7 @@ from castalia.inference import LanguageModel
 from castalia.inference.engine import CAPABILITIES
 from castalia.inference.loading import needed_extra
 from castalia.inference.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 from castalia.train.config import RunConfig
 
 PROMPTS = ["The naïve", "A second guest, who came in", "def", "", "asked for the same 🍵"]
@@ -298,7 +298,7 @@ def test_openvino_runs_every_option(tmp_path: Path, options: dict) -> None:
 def save_run(folder: Path, **options: object) -> Path:
     """A run of random weights with an architecture option."""
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 257}
-    config = ModelConfig(**{**sizes, **options})
+    config = NeoxConfig(**{**sizes, **options})
     model = Decoder(config)
     model.init_weights(0)
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}

@@ -12,11 +12,11 @@ from castalia.inference.native.packing import STORAGES
 from castalia.inference.native.weights import packed_weights
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 
 SHAPES = {
-    "pythia": ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=257),
-    "all options": ModelConfig(
+    "pythia": NeoxConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=257),
+    "all options": NeoxConfig(
         num_layers=2,
         hidden_size=96,
         num_attention_heads=4,
@@ -30,7 +30,7 @@ SHAPES = {
         mlp_bias=False,
         layernorm_epsilon=1e-3,
     ),
-    "no rotary": ModelConfig(
+    "no rotary": NeoxConfig(
         num_layers=1,
         hidden_size=32,
         num_attention_heads=2,
@@ -49,7 +49,7 @@ KERNELS = [
 ]
 
 
-def random_model(config: ModelConfig) -> Decoder:
+def random_model(config: NeoxConfig) -> Decoder:
     """Start weights, with biases and norms that are not at their neutral values."""
     model = Decoder(config)
     model.init_weights(1)

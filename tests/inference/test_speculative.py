@@ -10,7 +10,7 @@ from castalia.data.tokenizer import load_tokenizer
 from castalia.inference import LanguageModel, load
 from castalia.inference.sampling import Sampling, distribution
 from castalia.inference.speculative import GUESSES, LookupDraft, judge, speculative_complete
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,14 @@ def test_look_up_finds_the_longest_and_latest_match() -> None:
 
 
 def test_what_cannot_draft_is_refused(run_folder: Path, speaker: LanguageModel) -> None:
-    other = ModelConfig(
+    other = NeoxConfig(
         num_layers=1,
         hidden_size=16,
         num_attention_heads=2,
         vocab_size=99,
         max_position_embeddings=256,
     )
-    short = ModelConfig(
+    short = NeoxConfig(
         num_layers=1,
         hidden_size=16,
         num_attention_heads=2,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from castalia.models import ModelConfig
+from castalia.models import NeoxConfig
 from castalia.models.context import Context, HeadShare
 from castalia.models.parts.attention import attend, chunks_by_kernel, split_fused
 from castalia.models.parts.causal_attention import causal_attention, kept_size
@@ -13,7 +13,7 @@ from castalia.models.parts.rotary import Rope, rope_tables, rotate_heads
 from castalia.models.state import KVCache, ModelState
 
 HEADS, WIDTH = 6, 16
-CONFIG = ModelConfig(
+CONFIG = NeoxConfig(
     num_layers=1, hidden_size=HEADS * WIDTH, num_attention_heads=HEADS, vocab_size=8, rotary_pct=0.5
 )
 

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 
 
 def make(**changes: object) -> Decoder:
     values = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 190}
-    config = ModelConfig.model_validate(values | changes)
+    config = NeoxConfig.model_validate(values | changes)
     model = Decoder(config)
     model.init_weights(3)
     return model

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from castalia.models import Decoder, ModelConfig, init_parameter
-from castalia.models.init import init_std
+from castalia.models import Decoder, NeoxConfig, init_parameter
+from castalia.models.starts import init_std
 
 
-def config(hidden: int, layers: int, **changes: object) -> ModelConfig:
+def config(hidden: int, layers: int, **changes: object) -> NeoxConfig:
     values = {
         "num_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": 1,
         "vocab_size": 256,
     }
-    return ModelConfig.model_validate(values | changes)
+    return NeoxConfig.model_validate(values | changes)
 
 
 GOLDEN = [
@@ -30,17 +30,15 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("hidden", "layers", "small", "wang"), GOLDEN)
 def test_small_and_wang_init(hidden: int, layers: int, small: float, wang: float) -> None:
-    shape = config(hidden, layers)
-    assert init_std("small_init", shape) == pytest.approx(small, rel=3e-5)
-    assert init_std("wang_init", shape) == pytest.approx(wang, rel=3e-5)
+    assert init_std("small_init", hidden, layers, 0.02) == pytest.approx(small, rel=3e-5)
+    assert init_std("wang_init", hidden, layers, 0.02) == pytest.approx(wang, rel=3e-5)
 
 
 def test_normal_inits() -> None:
-    shape = config(64, 8, init_method_std=0.04)
-    assert init_std("normal", shape) == 0.04
-    assert init_std("scaled_normal", shape) == pytest.approx(0.01)
-    assert init_std("single_residual_scaled_normal", shape) == pytest.approx(0.04 / 8**0.5)
-    assert init_std("scaled_normal", config(4096, 32)) == pytest.approx(0.0025)
+    assert init_std("normal", 64, 8, 0.04) == 0.04
+    assert init_std("scaled_normal", 64, 8, 0.04) == pytest.approx(0.01)
+    assert init_std("single_residual_scaled_normal", 64, 8, 0.04) == pytest.approx(0.04 / 8**0.5)
+    assert init_std("scaled_normal", 4096, 32, 0.02) == pytest.approx(0.0025)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +53,10 @@ def test_each_parameter_has_its_distribution(method: str, output: str) -> None:
             assert parameter.eq(0.0 if name.endswith("bias") else 1.0).all(), name
             continue
         wanted = init_std(
-            output if name.endswith(("attn.out.weight", "mlp.down.weight")) else method, shape
+            output if name.endswith(("attn.out.weight", "mlp.down.weight")) else method,
+            256,
+            3,
+            0.02,
         )
         assert parameter.std().item() == pytest.approx(wanted, rel=0.02), name
         assert abs(parameter.mean().item()) < wanted * 0.02, name

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from castalia.models import ModelConfig
+from castalia.models import NeoxConfig
 from castalia.models.parts.attention import split_fused
 from castalia.models.parts.rotary import rope_tables, rotate_heads
 
 
-def config(numerics: str = "fp32") -> ModelConfig:
+def config(numerics: str = "fp32") -> NeoxConfig:
     """GPT-NeoX-20B's heads: 96 wide, 24 of them turned."""
-    return ModelConfig.model_validate(
+    return NeoxConfig.model_validate(
         {
             "num_layers": 1,
             "hidden_size": 192,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 
 B, T = 2, 16
-CONFIG = ModelConfig(
+CONFIG = NeoxConfig(
     num_layers=2,
     hidden_size=32,
     num_attention_heads=4,

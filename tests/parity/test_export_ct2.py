@@ -17,7 +17,7 @@ from castalia.export import export
 from castalia.export.ct2 import ct2_keymap, ct2_vocabulary, write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.inference import Ct2Model, load
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 from castalia.train.config import RunConfig
 
 pytest.importorskip("ctranslate2")
@@ -49,7 +49,7 @@ def save_run(folder: Path, *, with_tokenizer: bool = True, **options: object) ->
         "num_attention_heads": 4,
         "max_position_embeddings": 128,
     }
-    config = ModelConfig(**{**sizes, "vocab_size": 257, "rotary_pct": 0.5, **options})
+    config = NeoxConfig(**{**sizes, "vocab_size": 257, "rotary_pct": 0.5, **options})
     files = {"config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 64}))}
     if with_tokenizer:
         load_tokenizer("bytes").save(folder / "tokenizer.json")
@@ -126,7 +126,7 @@ def test_the_weights_are_left_as_they_were(tmp_path: Path) -> None:
 
 
 def test_the_key_map_goes_there_and_back() -> None:
-    config = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=100)
+    config = NeoxConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=100)
     model = Decoder(config)
     model.init_weights(0)
     ours = model.state_dict()
@@ -138,7 +138,7 @@ def test_the_key_map_goes_there_and_back() -> None:
 
 def test_queries_keys_and_values_stand_apart() -> None:
     """Row (3 * head + c) * D + d of ours is row (c * H + head) * D + d of theirs."""
-    config = ModelConfig(
+    config = NeoxConfig(
         num_layers=1, hidden_size=12, num_attention_heads=3, vocab_size=8, rotary_pct=0.5
     )
     ours = Decoder(config).state_dict()

@@ -13,7 +13,7 @@ from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer, train_tokenizer
 from castalia.export import export
 from castalia.inference import LanguageModel, load
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 from castalia.train.config import RunConfig
 
 transformers = pytest.importorskip("transformers")
@@ -66,7 +66,7 @@ def save_run(
         "num_attention_heads": 4,
         "max_position_embeddings": 64,
     }
-    config = ModelConfig(
+    config = NeoxConfig(
         **{**sizes, "vocab_size": tokenizer.vocab_size, "rotary_pct": 0.5, **options}
     )
     run = RunConfig(model=config, data={"seq_length": 64})

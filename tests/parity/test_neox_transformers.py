@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, NeoxConfig
 
 transformers = pytest.importorskip("transformers", reason="needs castalia[hf]")
 
@@ -27,12 +27,12 @@ VARIANTS = {
 }
 
 
-def small_config(**changes: object) -> ModelConfig:
+def small_config(**changes: object) -> NeoxConfig:
     values = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 190}
-    return ModelConfig.model_validate(values | changes)
+    return NeoxConfig.model_validate(values | changes)
 
 
-def reference(config: ModelConfig) -> torch.nn.Module:
+def reference(config: NeoxConfig) -> torch.nn.Module:
     """transformers' model of the same shape, eager attention."""
     theirs = transformers.GPTNeoXConfig(
         vocab_size=config.padded_vocab_size,
@@ -69,7 +69,7 @@ def their_name(name: str) -> str:
     return f"{outer[parts[0]]}.{parts[-1]}"
 
 
-def pair(config: ModelConfig) -> tuple[Decoder, torch.nn.Module]:
+def pair(config: NeoxConfig) -> tuple[Decoder, torch.nn.Module]:
     """Both models with the same weights, biases and norms drawn too so that each one matters."""
     ours, theirs = Decoder(config), reference(config)
     generator = torch.Generator().manual_seed(5)

@@ -241,7 +241,7 @@ def test_the_published_12b_files(tmp_path):
     )
     file = write(tmp_path, "pythia-12b-deduped.yml", swapped)
     text = message_of(file)
-    assert "hidden_size 5120 does not divide into num_attention_heads 36" in text
+    assert "hidden_size 5120 is not divisible by num_attention_heads 36" in text
     assert (
         "model.num_layers=36 model.num_attention_heads=40, or use the preset pythia-12b-deduped"
         in text

@@ -12,11 +12,10 @@ from castalia.checkpoint.hub import hub_folder, is_hub_id
 from castalia.checkpoint.load import check_tensors, read_config, read_text
 from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 from castalia.checkpoint.tensors import StoredTensors, checkpoint_tensors
-from castalia.config.base import build
 from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
-from castalia.models import ModelConfig
+from castalia.models import ModelConfig, build_model_config
 
 TOKENIZER = "tokenizer.json"
 
@@ -88,7 +87,7 @@ def step_among(folders: list[Path], step: int, path: Path) -> Path:
 
 def open_step(folder: Path, check: bool = True) -> SavedModel:
     """A checkpoint of a Castalia run."""
-    config = build(ModelConfig, read_config(folder).get("model", {}), str(folder / "config.yaml"))
+    config = build_model_config(read_config(folder).get("model", {}), str(folder / "config.yaml"))
     manifest = read_manifest(folder)
     tokenizer = None
     if TOKENIZER in manifest.files:

@@ -2,50 +2,49 @@
 
 from castalia.distributed.config import ParallelConfig
 from castalia.models.config import ModelConfig
+from castalia.models.families import family_of
 
 
 def layout_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> list[str]:
-    """One sentence for each number of the model that the degrees of `parallel` do not divide."""
-    return tensor_problems(model, seq_length, parallel) + context_problems(seq_length, parallel)
+    """One sentence for each size of the model that the degrees of `parallel` do not divide."""
+    family = family_of(model)
+    problems = family.divides(model, parallel) + vocabulary_problems(model, parallel.tp)
+    if parallel.cp > 1 and not family.splits_rows:
+        problems.append(
+            f"model.family {family.name} reads each row from its beginning, so parallel.cp={parallel.cp}"
+            " ranks cannot share one; set parallel.cp=1"
+        )
+    return problems + context_problems(seq_length, parallel)
 
 
-def tensor_problems(model: ModelConfig, seq_length: int, parallel: ParallelConfig) -> list[str]:
-    """Heads, MLP width and vocabulary over parallel.tp processes."""
-    tp, padding = parallel.tp, model.make_vocab_size_divisible_by
-    sizes = {
-        "model.num_attention_heads": (
-            model.num_attention_heads,
-            "a head stays whole on one process",
-        ),
-        "model.intermediate_size": (model.ffn_size, "each process holds an equal part of the MLP"),
-        "the padded vocabulary": (
-            model.padded_vocab_size,
-            f"each process holds an equal part of it; model.make_vocab_size_divisible_by={padding * tp} pads it to fit",
-        ),
-    }
+def vocabulary_problems(model: ModelConfig, tp: int) -> list[str]:
+    """The padded vocabulary over parallel.tp ranks."""
+    size = model.padded_vocab_size
+    if size % tp == 0:
+        return []
     return [
-        f"{name} {size} does not divide over parallel.tp={tp} processes: {why}"
-        for name, (size, why) in sizes.items()
-        if size % tp
+        f"the padded vocabulary {size} is not divisible by parallel.tp={tp}: each rank holds an equal part"
+        f" of it; model.make_vocab_size_divisible_by={model.make_vocab_size_divisible_by * tp} pads it to fit"
     ]
 
 
 def context_problems(seq_length: int, parallel: ParallelConfig) -> list[str]:
-    """The tokens of a row over parallel.cp * parallel.tp processes."""
-    cp, tp = parallel.cp, parallel.tp
-    out = []
+    """The tokens of a row over parallel.cp * parallel.tp ranks."""
+    cp = parallel.cp
+    tp = parallel.tp
+    problems = []
     if cp > 1 and seq_length % (2 * cp):
-        out.append(
-            f"data.seq_length {seq_length} does not divide into 2 * parallel.cp = {2 * cp} chunks: each of the {cp}"
-            " processes takes an early and a late one"
+        problems.append(
+            f"data.seq_length {seq_length} is not divisible by 2 * parallel.cp = {2 * cp}: each of the {cp}"
+            " ranks takes an early and a late chunk of every row"
         )
     if seq_length % (cp * tp):
-        of = f"parallel.cp={cp} times parallel.tp={tp}" if cp > 1 else f"parallel.tp={tp}"
-        out.append(
-            f"data.seq_length {seq_length} does not divide over {of} processes: between the matrices each process"
+        degrees = f"parallel.tp={tp}" if cp == 1 else f"parallel.cp={cp} times parallel.tp={tp}"
+        problems.append(
+            f"data.seq_length {seq_length} is not divisible by {degrees}: between the matrices each rank"
             " holds an equal part of the tokens"
         )
-    return out
+    return problems
 
 
 def stage_problems(config: ParallelConfig, model: ModelConfig, compiled: bool) -> list[str]:

@@ -27,9 +27,13 @@ from castalia.core.ranks import world_size
 from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
 from castalia.models.config import ModelConfig
+from castalia.models.families import family_of
+from castalia.models.families.base import Costs, Kept
 from castalia.models.flops import (
     ParameterCounts,
+    embedding_parameters,
     flops_per_token,
+    layer_costs,
     matmul_parameters,
     parameter_counts,
 )
@@ -118,80 +122,110 @@ def micro_rows(work: Workload, parts: int) -> int:
     return min(work.micro_batch_size or share, share)
 
 
-class Weights(NamedTuple):
-    """Bytes of fp32 weights of one pipeline stage, after the cut by tp, before FSDP's: one block, and all else."""
+class StageWeights(NamedTuple):
+    """Bytes of fp32 weights of one pipeline stage, after the cut by tp and before FSDP's."""
 
-    block: int
+    blocks: int
+    """All blocks of the stage."""
+    largest: int
+    """The largest block."""
     root: int
-    layers: int
+    """All that is outside the blocks."""
 
     @property
     def all(self) -> int:
         """The whole stage."""
-        return self.block * self.layers + self.root
+        return self.blocks + self.root
 
 
-def weights_of(model: ModelConfig, degrees: Degrees) -> Weights:
+def stage_costs(model: ModelConfig, degrees: Degrees) -> tuple[Costs, ...]:
+    """The layers of the first stage, which has the most: the earlier stages take what is left over."""
+    return layer_costs(model)[: -(-model.num_layers // degrees.pp)]
+
+
+def weights_of(model: ModelConfig, degrees: Degrees) -> StageWeights:
     """The stage with most: under pp one that holds the embedding or the head, not both."""
-    counts = parameter_counts(model)
-    layers = -(-model.num_layers // degrees.pp)
-    block = (counts.non_embedding - 2 * model.hidden_size) // model.num_layers
-    root = counts.total - block * model.num_layers
+    blocks = [4 * costs.parameters // degrees.tp for costs in stage_costs(model, degrees)]
+    root = family_of(model).norm_parameters(model) + embedding_parameters(model)
     if degrees.pp > 1 and not model.tie_word_embeddings:
         root -= model.padded_vocab_size * model.hidden_size
-    return Weights(4 * block // degrees.tp, 4 * root // degrees.tp, layers)
+    return StageWeights(sum(blocks), max(blocks), 4 * root // degrees.tp)
 
 
 def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memory:
-    """Bytes of one process at the peak of a step, by part; see the head of this file."""
-    model, size = work.model, 4 if work.precision == "fp32" else 2
-    weights, shards = weights_of(model, degrees), degrees.dp_shard * degrees.cp
-    own, head = weights.all // shards, 4 * model.padded_vocab_size * model.hidden_size // degrees.tp
+    """Bytes of one rank at the peak of a step, by part; see the head of this file."""
+    model = work.model
+    size = work.itemsize
+    weights = weights_of(model, degrees)
+    own = weights.all // (degrees.dp_shard * degrees.cp)
+    head = 4 * model.padded_vocab_size * model.hidden_size // degrees.tp
     tokens = rows * work.seq_length // (degrees.cp * degrees.tp)
-    copies = 0 if size == 4 else size * matmul_parameters(model) // (degrees.tp * degrees.pp)
+    copies = 0
+    if size != 4:
+        # Autocast keeps one low-precision copy of every weight that multiplies until the backward.
+        copies = size * matmul_parameters(model) // (degrees.tp * degrees.pp)
     vocabulary = model.padded_vocab_size // degrees.tp
     steps = -(-work.batch_size // (rows * degrees.dp))
-    block = tokens * block_bytes(model, work.seq_length, size, device, degrees.tp)
-    gathered = 2 if work.parallel.reshard_after_forward else weights.layers
-    together = weights.root + gathered * weights.block
+    blocks = [
+        tokens * block_bytes(costs.kept, work.seq_length, size, device, degrees.tp)
+        for costs in stage_costs(model, degrees)
+    ]
+    gathered = weights.blocks
+    if work.parallel.reshard_after_forward:
+        # FSDP2 prefetches: the block that computes and the next one are whole at the same time.
+        gathered = 2 * weights.largest
+    alone = degrees.size == 1
     common = {
         "weights": own + copies,
         "optimizer": 2 * own,
-        "gathered": together if degrees.size > 1 else 0,
+        "gathered": 0 if alone else weights.root + gathered,
     }
+    # 1F1B holds the activations of at most pp micro-batches on its first stage.
+    at_once = min(degrees.pp, max(1, steps))
+    logits_at_once = min(
+        tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)
+    )
     at_head = Memory(
         **common,
         gradients=head + (own if steps > 1 else 0),
-        activations=activation_bytes(work, degrees, tokens, size, block)
-        * min(degrees.pp, max(1, steps)),
-        logits=vocabulary
-        * size
-        * min(tokens * degrees.tp, logits_rows(vocabulary, model.hidden_size, size, device)),
+        activations=activation_bytes(work, degrees, tokens, blocks) * at_once,
+        logits=vocabulary * size * logits_at_once,
     )
-    whole = weights.root if degrees.size > 1 else 0
-    at_end = Memory(**common, gradients=own + whole, activations=2 * block, logits=0)
+    whole = 0 if alone else weights.root
+    at_end = Memory(**common, gradients=own + whole, activations=2 * max(blocks), logits=0)
     return max(at_head, at_end, key=lambda memory: memory.total)
 
 
-def activation_bytes(work: Workload, degrees: Degrees, tokens: int, size: int, block: int) -> int:
-    """What the forward pass leaves for the backward: `tokens` of this process, blocks of `block` bytes."""
-    width, ffn, tp = work.model.hidden_size, work.model.ffn_size, degrees.tp
-    ends = (
-        tokens * width * (4 + tp * (4 + size))
-    )  # input of the final norm, hidden states, their gradient
-    again = size * tokens * (2 * tp * width + ffn)
-    kept = {"": block, "full": 4 * tokens * width, "selective": block - again}
-    layers = range(-(-work.model.num_layers // degrees.pp))
-    kinds = [kind_of(work.recompute, layer) for layer in layers]
-    return sum(kept[kind] for kind in kinds) + (block if any(kinds) else 0) + ends
+def activation_bytes(work: Workload, degrees: Degrees, tokens: int, blocks: list[int]) -> int:
+    """What the forward pass leaves for the backward: `tokens` of this rank, whole blocks of so many bytes."""
+    size = work.itemsize
+    tp = degrees.tp
+    total = 0
+    again = 0
+    for layer, (costs, block) in enumerate(
+        zip(stage_costs(work.model, degrees), blocks, strict=True)
+    ):
+        kept = costs.kept
+        match kind_of(work.recompute, layer):
+            case "full":
+                total += 4 * tokens * kept.residual
+                again = max(again, block)
+            case "selective":
+                total += block - size * tokens * (tp * kept.again_gathered + kept.again_split)
+                again = max(again, block)
+            case _:
+                total += block
+    # The input of the final norm, the hidden states for the loss, and their gradient.
+    ends = tokens * work.model.hidden_size * (4 + tp * (4 + size))
+    # One recomputed block is whole while its backward runs.
+    return total + again + ends
 
 
-def block_bytes(model: ModelConfig, seq_length: int, size: int, device: str, tp: int) -> int:
-    """What one block keeps of one of a process's T / tp tokens of a row; the norms' outputs are gathered, all T."""
-    width = model.hidden_size
-    out = 4 * width + size * ((4 + 2 * tp) * width + 2 * model.ffn_size)
-    if device == "cpu" and seq_length <= KEEP * model.head_dim:
-        out += size * model.num_attention_heads * (seq_length + QUERIES) // 2
+def block_bytes(kept: Kept, seq_length: int, size: int, device: str, tp: int) -> int:
+    """What one block keeps of one of a rank's T / tp tokens of a row; the norms' outputs are gathered, all T."""
+    out = 4 * kept.residual + size * (kept.split + tp * kept.gathered)
+    if device == "cpu" and seq_length <= KEEP * kept.head_dim:
+        out += size * kept.heads * (seq_length + QUERIES) // 2
     return out
 
 

@@ -20,7 +20,14 @@ from typing import NamedTuple
 
 from castalia.core.errors import ConfigError, nearest
 from castalia.cost.divisibility import layout_problems
-from castalia.cost.estimate import Memory, degrees_of, memory_of, micro_rows, weights_of
+from castalia.cost.estimate import (
+    Memory,
+    degrees_of,
+    memory_of,
+    micro_rows,
+    stage_costs,
+    weights_of,
+)
 from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
 from castalia.models.flops import flops_per_token
@@ -109,20 +116,24 @@ def speed(processes: int, gpus_per_node: int, gpu: Gpu) -> float:
 
 def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[str, float]:
     """Bytes that one process sends in a step, by what they are for; half of tp's and cp's are gathers."""
-    model, size = work.model, 4 if work.precision == "fp32" else 2
-    weights, shards = weights_of(model, degrees), degrees.dp_shard * degrees.cp
+    weights = weights_of(work.model, degrees)
+    costs = stage_costs(work.model, degrees)
+    shards = degrees.dp_shard * degrees.cp
     share = (shards - 1) / shards
+    # Resharded blocks are gathered again for the backward.
     passes = 2 if work.parallel.reshard_after_forward else 1
-    micro = (
-        rows * work.seq_length // degrees.cp * model.hidden_size * size
-    )  # b T C of one micro-batch
-    gathered = weights.root + passes * weights.block * weights.layers
+    gathered = weights.root + passes * weights.blocks
+    number = rows * work.seq_length // degrees.cp * work.itemsize  # bytes of one number a token
+    micro = number * work.model.hidden_size  # b T C of one micro-batch
+    # Each width is gathered and reduced, forward and backward; cp's forward gathers and its backward reduces.
+    tp_bytes = 4 * sum(cost.tp_width for cost in costs) * steps * number
+    cp_bytes = 2 * sum(cost.cp_width for cost in costs) * steps * number
     return {
         "fsdp": share * steps * (gathered + weights.all),
         "fsdp_gather": share * steps * gathered,
         "all_reduce": 2 * (degrees.dp_replicate - 1) / degrees.dp_replicate * weights.all / shards,
-        "tp": 8 * weights.layers * steps * micro * (degrees.tp - 1) / degrees.tp,
-        "cp": 4 * weights.layers * steps * micro * (degrees.cp - 1) / degrees.tp,
+        "tp": tp_bytes * (degrees.tp - 1) / degrees.tp,
+        "cp": cp_bytes * (degrees.cp - 1) / degrees.tp,
         "p2p": 2 * steps * micro / degrees.tp if degrees.pp > 1 else 0.0,
     }
 

@@ -127,7 +127,7 @@ def facts_table(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
         ["parameters", f"{total:,}, of which {inner:,} are not embeddings"],
         [
             "shape",
-            f"{model.num_layers} layers, width {model.hidden_size}, {model.num_attention_heads} heads",
+            f"{model.num_layers} layers, width {model.hidden_size}, {model.facts()['heads']} heads",
         ],
         ["vocabulary", f"{model.vocab_size:,} tokens"],
         ["batch", f"{config.train.batch_size} rows of {config.data.seq_length} tokens"],

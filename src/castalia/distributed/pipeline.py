@@ -44,7 +44,7 @@ def stage_numbers(config: ParallelConfig, place: int) -> list[int]:
 class Stages(nn.ModuleList):
     """The stages of one model that this process holds. Its parameters have the names of the whole model.
 
-    What a stage declares: `part`, `tied` (parameters that the first and the last stage both hold) and `copies`.
+    What a stage declares: `span`, `tied` (parameters that the first and the last stage both hold) and `copies`.
     """
 
     def named_parameters(
@@ -117,7 +117,7 @@ class Pipeline:
         """torch's schedule over torch's stages; shapes are given, so that no pass is run to find them."""
         held = []
         for number, stage in self.stages.items():
-            inputs = tokens if stage.part.first else self.hidden
+            inputs = tokens if stage.span.first else self.hidden
             one = Stage(
                 stage,
                 number,
@@ -148,7 +148,7 @@ class Pipeline:
     @property
     def last(self) -> Any:
         """The last stage, None where it is on another process."""
-        return next((stage for stage in self.stages.values() if stage.part.last), None)
+        return next((stage for stage in self.stages.values() if stage.span.last), None)
 
     def train(
         self, tokens: Tensor | None, keywords: Keywords, finish: Callable[[int, Tensor], Tensor]
@@ -185,7 +185,7 @@ class Pipeline:
                 x = came[place] if came else self.receive(number - 1)
                 with self.around():
                     x = stage(x, **chunks[place])
-                if stage.part.last:
+                if stage.span.last:
                     finish(place, x)
                 elif number + 1 in self.stages:
                     here.append(x)
@@ -212,7 +212,7 @@ class Pipeline:
             for name in stage.tied:
                 gradient = local(stage.get_parameter(name).grad)
                 theirs = torch.empty_like(gradient)
-                peer = self.owner[max(self.owner) if stage.part.first else 0]
+                peer = self.owner[max(self.owner) if stage.span.first else 0]
                 both = [(dist.isend, gradient), (dist.irecv, theirs)]
                 works = dist.batch_isend_irecv(
                     [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t in both]

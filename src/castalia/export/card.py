@@ -60,18 +60,11 @@ def write_card(
 
 def shape(source: SavedModel) -> list[str]:
     """The parameter table."""
-    config, counts = source.config, parameter_counts(source.config)
+    counts = parameter_counts(source.config)
     rows = {
         "parameters": f"{counts.total:,}",
         "without embeddings": f"{counts.non_embedding:,}",
-        "layers": config.num_layers,
-        "width": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "vocabulary": f"{config.vocab_size:,} tokens in {config.padded_vocab_size:,} rows",
-        "context": f"{config.max_position_embeddings:,} tokens",
-        "rotary": f"{config.rotary_dim} of {config.head_dim} dimensions, base {config.rotary_emb_base:g}",
-        "residual": "parallel" if config.parallel_residual else "serial",
-        "activation": config.activation,
+        **source.config.facts(),
     }
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 

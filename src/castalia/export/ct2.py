@@ -14,11 +14,11 @@ from castalia.checkpoint.keymap import KeyMap, Rule, Transform
 from castalia.core.errors import ConfigError, nearest
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.ct2_file import QUANTIZATIONS, write_model_bin
-from castalia.models.config import ModelConfig
+from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 from castalia.models.parts.qkv import heads_apart, heads_together
 
 
-def ct2_keymap(config: ModelConfig) -> KeyMap:
+def ct2_keymap(config: TransformerConfig) -> KeyMap:
     """Our names and the paths inside TransformerDecoderModelSpec.
 
     Source  CTranslate2 4.8, python/ctranslate2/specs/transformer_spec.py and attention_spec.py.
@@ -89,6 +89,7 @@ def write_ct2(
     Raises  ConfigError if CTranslate2 cannot express the model or the vocabulary; CheckpointError if keys do not fit.
     """
     require_quantization(quantization)
+    config = require_transformer(config, "CTranslate2")
     if tokenizer.eod_id is None:
         raise ConfigError("CTranslate2 needs an end-of-document token, and this tokenizer has none")
     theirs = dict(ct2_keymap(config).to_theirs(tensors))

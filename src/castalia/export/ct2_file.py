@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
-from castalia.models.config import ModelConfig
+from castalia.models.config import TransformerConfig
 
 BINARY_VERSION = 6
 SPECIFICATION, REVISION = "TransformerDecoderSpec", 8
@@ -55,7 +55,7 @@ class Variable(NamedTuple):
 
 
 def write_model_bin(
-    path: Path, tensors: Mapping[str, Tensor], config: ModelConfig, quantization: str
+    path: Path, tensors: Mapping[str, Tensor], config: TransformerConfig, quantization: str
 ) -> None:
     """Write the weights under CTranslate2's names, one tensor in memory at a time.
 
@@ -86,7 +86,7 @@ def write_model_bin(
             write_string(file, aliases[name])
 
 
-def decoder_scalars(config: ModelConfig) -> dict[str, np.generic]:
+def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
     """The shape of the model as CTranslate2 stores it: scalars with the types that it gives them.
 
     Raises  ConfigError if CTranslate2 cannot express the model.

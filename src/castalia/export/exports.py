@@ -23,6 +23,7 @@ from castalia.export.quality import HeldOutText, Quality, held_out, measure
 from castalia.inference.llama_cpp import GGUF_FILE
 from castalia.inference.loading import RECORD, engine_of_export, needed_extra, torch_engine
 from castalia.inference.native import packing, weights
+from castalia.models.config import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -250,9 +251,10 @@ def write(folder: Path, source: SavedModel, to: str, numbers: str) -> list[str]:
     """Model and tokenizer files of one export; returns what should be known about them."""
     notes = []
     tokenizer, config = source.tokenizer, source.config
-    if config.rope_numerics != "fp32" and to != "native":
+    rounded = isinstance(config, TransformerConfig) and config.rope_numerics != "fp32"
+    if rounded and to != "native":
         notes.append(
-            f"rope_numerics={config.rope_numerics} is not kept: the export computes rotary angles in float32"
+            "rope_numerics=neox_v1_fp16 is not kept: the export computes rotary angles in float32"
         )
     if tokenizer is None:
         if to in ("ct2", "gguf"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError, nearest
 from castalia.data.tokenizer import Tokenizer
-from castalia.models.config import ModelConfig
+from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 from castalia.models.parts.qkv import heads_apart
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
@@ -55,6 +55,7 @@ def write_gguf(
     Raises  ConfigError if llama.cpp cannot express the model.
     """
     require_kind(quantization)
+    config = require_transformer(config, "llama.cpp's GPT-NeoX")
     require_expressible(config, quantization)
     named = list(gguf_tensors(tensors, config))
     values = {
@@ -73,7 +74,7 @@ def write_gguf(
             file.write(encoded(tensor, quantization))
 
 
-def require_expressible(config: ModelConfig, quantization: str) -> None:
+def require_expressible(config: TransformerConfig, quantization: str) -> None:
     """Raises  ConfigError naming what llama.cpp's gptneox cannot do."""
     if config.activation != "gelu_tanh":
         raise ConfigError(
@@ -90,7 +91,7 @@ def require_expressible(config: ModelConfig, quantization: str) -> None:
         )
 
 
-def shape_values(config: ModelConfig, quantization: str) -> dict[str, tuple[int, Any]]:
+def shape_values(config: TransformerConfig, quantization: str) -> dict[str, tuple[int, Any]]:
     """The model's shape as llama.cpp reads it."""
     numbers = {
         "context_length": config.max_position_embeddings,
@@ -140,7 +141,7 @@ def vocabulary_values(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[int, A
 
 
 def gguf_tensors(
-    tensors: Mapping[str, Tensor], config: ModelConfig
+    tensors: Mapping[str, Tensor], config: TransformerConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under llama.cpp's name; biases that the model lacks are zeros, for it asks for them."""
     head = "embed.weight" if config.tie_word_embeddings else "unembed.weight"

@@ -9,7 +9,6 @@ import torch
 
 from castalia.checkpoint.hf import DTYPES
 from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
-from castalia.config.base import build
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,7 +18,7 @@ from castalia.inference.llama_cpp import GGUF_FILE
 from castalia.inference.native.packing import require_storage
 from castalia.inference.native.weights import is_native, load_weights, packed_weights
 from castalia.inference.torch_engine import TorchEngine
-from castalia.models import Decoder, ModelConfig
+from castalia.models import Decoder, ModelConfig, build_model_config
 
 RECORD = "export.json"
 """The record of an export."""
@@ -173,7 +172,7 @@ def load_export(path: Path, kind: str, dtype: str | None) -> LanguageModel:
             f"{path} holds {numbers} weights, not {dtype}; export it again, or leave dtype away"
         )
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
-    config = build(ModelConfig, record["model"], str(folder / RECORD))
+    config = build_model_config(record["model"], str(folder / RECORD))
     exact = dtype is not None and dtype != "auto"
     engine = engine_of_export(folder, kind, numbers, config, tokenizer, exact=exact)
     model = LanguageModel(engine, tokenizer, record.get("step"))

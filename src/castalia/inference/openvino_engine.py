@@ -13,6 +13,7 @@ from castalia.core.extras import require
 from castalia.inference.engine import HEAD_ROWS, Engine, Slots
 from castalia.inference.native.packing import quantize_channels
 from castalia.inference.native.weights import rope_angles
+from castalia.models.config import require_transformer
 from castalia.models.parts.qkv import heads_apart
 
 NUMBERS = ("fp32", "int8")
@@ -37,7 +38,8 @@ class Graph:
 
     def __init__(self, ov: Any, source: SavedModel, numbers: str) -> None:
         self.ov, self.ops = ov, ov.opset13
-        self.config, self.tensors, self.numbers = source.config, source.tensors, numbers
+        self.config = require_transformer(source.config, "OpenVINO")
+        self.tensors, self.numbers = source.tensors, numbers
         self.inputs = {
             "ids": self.ops.parameter([-1, -1], np.int64, "ids"),
             "positions": self.ops.parameter([-1, -1], np.int64, "positions"),

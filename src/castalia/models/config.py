@@ -1,33 +1,55 @@
-"""Shape of the decoder. Names are GPT-NeoX's."""
+"""Configs that all model families share: any decoder, and any transformer. Names are GPT-NeoX's."""
 
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from castalia.config.base import Config
-
-Init = Literal[
-    "normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init"
-]
+from castalia.core.errors import ConfigError
 
 
 class ModelConfig(Config):
-    """One decoder-only transformer of the GPT-NeoX family."""
+    """One decoder-only language model; its family's class adds the shape of the blocks."""
 
+    family: str
+    """Name of the model family, which decides what a block is; see castalia.models.families."""
     num_layers: PositiveInt
-    """Number of transformer blocks."""
+    """Number of blocks."""
     hidden_size: PositiveInt
     """Width of the residual stream."""
-    num_attention_heads: PositiveInt
-    """Attention heads; each is hidden_size / num_attention_heads wide."""
-    intermediate_size: PositiveInt | None = None
-    """Width inside the MLP; null means 4 * hidden_size."""
     vocab_size: PositiveInt
     """Ids that the tokenizer can produce."""
     make_vocab_size_divisible_by: PositiveInt = 128
     """The embedding has the smallest multiple of this number of rows that holds vocab_size."""
     max_position_embeddings: PositiveInt = 2048
     """Longest sequence, in tokens, that the model is meant for."""
+    tie_word_embeddings: bool = False
+    """Use the embedding matrix as the output head too."""
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: vocab_size rounded up."""
+        unit = self.make_vocab_size_divisible_by
+        return -(-self.vocab_size // unit) * unit
+
+    def facts(self) -> dict[str, str]:
+        """The shape in words, for model cards."""
+        return {
+            "family": self.family,
+            "layers": str(self.num_layers),
+            "width": str(self.hidden_size),
+            "vocabulary": f"{self.vocab_size:,} tokens in {self.padded_vocab_size:,} rows",
+            "context": f"{self.max_position_embeddings:,} tokens",
+        }
+
+
+class TransformerConfig(ModelConfig):
+    """A decoder of attention and MLP blocks: what every engine for transformers must compute alike."""
+
+    num_attention_heads: PositiveInt
+    """Attention heads; each is hidden_size / num_attention_heads wide."""
+    intermediate_size: PositiveInt | None = None
+    """Width inside the MLP; null means 4 * hidden_size."""
     rotary_pct: float = 0.25
     """Share of each head's dimensions that rotary position embedding turns."""
     rotary_emb_base: PositiveFloat = 10000.0
@@ -36,8 +58,6 @@ class ModelConfig(Config):
     """Arithmetic of the rotary tables; neox_v1_fp16 repeats the rounding that Pythia and GPT-NeoX-20B trained with."""
     parallel_residual: bool = True
     """x + attn(norm1 x) + mlp(norm2 x) in place of one after the other (GPT-NeoX: gpt_j_residual)."""
-    tie_word_embeddings: bool = False
-    """Use the embedding matrix as the output head too."""
     activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh"
     """gelu is the exact erf form; gelu_tanh the approximation that Pythia was trained with."""
     attention_bias: bool = True
@@ -45,19 +65,7 @@ class ModelConfig(Config):
     mlp_bias: bool = True
     """Biases in the MLP's linear layers."""
     layernorm_epsilon: PositiveFloat = 1e-5
-    """Added to the variance inside every LayerNorm."""
-    init_method: Init = "small_init"
-    """Distribution of embedding, head, QKV and MLP-in weights at the start."""
-    output_layer_init_method: Init = "wang_init"
-    """Distribution of attention-out and MLP-out weights at the start."""
-    init_method_std: NonNegativeFloat = 0.02
-    """Standard deviation that normal and scaled_normal use."""
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding: vocab_size rounded up."""
-        unit = self.make_vocab_size_divisible_by
-        return -(-self.vocab_size // unit) * unit
+    """Added to the variance inside every norm."""
 
     @property
     def ffn_size(self) -> int:
@@ -70,20 +78,48 @@ class ModelConfig(Config):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values; each serves as many query heads as divide evenly."""
+        return self.num_attention_heads
+
+    @property
     def rotary_dim(self) -> int:
         """Dimensions of each head that are turned; int() as GPT-NeoX does."""
         return int(self.head_dim * self.rotary_pct)
 
+    def facts(self) -> dict[str, str]:
+        """The shape in words, for model cards."""
+        rotary = f"{self.rotary_dim} of {self.head_dim} dimensions, base {self.rotary_emb_base:g}"
+        return super().facts() | {
+            "heads": str(self.num_attention_heads),
+            "rotary": rotary,
+            "residual": "parallel" if self.parallel_residual else "serial",
+            "activation": self.activation,
+        }
+
     @model_validator(mode="after")
-    def check(self) -> "ModelConfig":
+    def check(self) -> "TransformerConfig":
         """Heads divide the width and the rotary part is an even number of dimensions."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} does not divide into num_attention_heads {self.num_attention_heads}"
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads"
+                f" {self.num_attention_heads}"
             )
         if not 0 <= self.rotary_pct <= 1 or self.rotary_dim % 2:
             raise ValueError(
-                f"rotary_pct {self.rotary_pct} of head size {self.head_dim} gives {self.rotary_dim} rotary dimensions;"
-                " it must be an even number from 0 to the head size"
+                f"rotary_pct {self.rotary_pct} of head size {self.head_dim} gives {self.rotary_dim}"
+                " rotary dimensions; it must be an even number from 0 to the head size"
             )
         return self
+
+
+def require_transformer(config: ModelConfig, reader: str) -> TransformerConfig:
+    """The config, if it is a transformer's.
+
+    Raises  ConfigError naming `reader`, which knows attention and MLP blocks only.
+    """
+    if not isinstance(config, TransformerConfig):
+        raise ConfigError(
+            f"{reader} runs transformers of attention and MLP blocks, not model.family {config.family}"
+        )
+    return config

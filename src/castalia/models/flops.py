@@ -1,8 +1,11 @@
-"""Closed forms: how many parameters a decoder has and what one token costs."""
+"""Sums over a model's layers: how many parameters it has and what one token costs. Needs no torch."""
 
+from functools import cache
 from typing import NamedTuple
 
 from castalia.models.config import ModelConfig
+from castalia.models.families import family_of
+from castalia.models.families.base import Costs
 
 
 class ParameterCounts(NamedTuple):
@@ -12,10 +15,23 @@ class ParameterCounts(NamedTuple):
     non_embedding: int
 
 
+@cache
+def layer_costs(config: ModelConfig) -> tuple[Costs, ...]:
+    """What each layer costs, in order; kept, since a search over layouts asks a thousand times."""
+    family = family_of(config)
+    return tuple(family.costs(config, layer) for layer in range(config.num_layers))
+
+
 def matmul_parameters(config: ModelConfig) -> int:
-    """Weights that multiply every token: QKV, attention-out, MLP in and out of all layers, and the output head."""
-    d, f = config.hidden_size, config.ffn_size
-    return config.num_layers * (4 * d * d + 2 * d * f) + config.padded_vocab_size * d
+    """Weights that multiply every token: those of all layers, and the output head."""
+    head = config.padded_vocab_size * config.hidden_size
+    return sum(costs.products for costs in layer_costs(config)) + head
+
+
+def embedding_parameters(config: ModelConfig) -> int:
+    """The embedding, and the output head where it is a matrix of its own."""
+    tables = 1 if config.tie_word_embeddings else 2
+    return tables * config.padded_vocab_size * config.hidden_size
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
@@ -23,20 +39,18 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
 
     For Pythia's shapes total = 2 V d + L (12 d^2 + 13 d) + 2 d.
     """
-    d, f, V = config.hidden_size, config.ffn_size, config.padded_vocab_size
-    biases = (4 * d if config.attention_bias else 0) + (f + d if config.mlp_bias else 0)
-    layer = 4 * d * d + 2 * d * f + biases + 4 * d
-    non_embedding = config.num_layers * layer + 2 * d
-    embedding = V * d * (1 if config.tie_word_embeddings else 2)
-    return ParameterCounts(non_embedding + embedding, non_embedding)
+    layers = sum(costs.parameters for costs in layer_costs(config))
+    non_embedding = layers + family_of(config).norm_parameters(config)
+    return ParameterCounts(non_embedding + embedding_parameters(config), non_embedding)
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
-    """FLOPs of one training token: 6 N + 12 L d T, N the weights in matrix products, T = seq_length.
+    """FLOPs of one training token, forward and backward: 6 N + 12 L d T for a transformer.
 
-    A multiply-add is 2 FLOPs, the backward costs twice the forward. Attention is counted whole, without the half that
-    causal masking could save, and recomputation is not counted: the convention of model FLOPs utilization.
+    N is the number of weights in matrix products and T the seq_length. Attention is counted whole,
+    without the half that causal masking could save, and recomputation is not counted: the convention
+    of model FLOPs utilization.
     Source  Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    attention = 12 * config.num_layers * config.hidden_size * seq_length
-    return 6 * matmul_parameters(config) + attention
+    layers = sum(costs.flops(seq_length) for costs in layer_costs(config))
+    return layers + 6 * config.padded_vocab_size * config.hidden_size

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+import castalia.models.parts.causal_attention  # noqa: F401  registers the operator named below
 from castalia.models.tiles import Kind
 
 aten, ours = torch.ops.aten, torch.ops.castalia
@@ -33,8 +34,10 @@ PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}
 """Matrix products, and which argument is the (in, out) matrix."""
 
 
-def recomputed(kind: Kind, width: int, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """function(*inputs), stored as `kind` says; `width` is that of the widest product."""
+def recomputed(
+    kind: Kind, width: int | None, function: Callable[..., Tensor], *inputs: Any
+) -> Tensor:
+    """function(*inputs), stored as `kind` says; products of at least `width` are kept by "selective"."""
     contexts: dict[str, Any] = {}
     if kind == "selective":
         contexts["context_fn"] = partial(
@@ -47,13 +50,11 @@ def recomputed(kind: Kind, width: int, function: Callable[..., Tensor], *inputs:
 
 
 def policy(
-    width: int, context: Any, operator: Any, *arguments: Any, **options: Any
+    width: int | None, context: Any, operator: Any, *arguments: Any, **options: Any
 ) -> CheckpointPolicy:
     """Whether the result of one operator is kept."""
     place = PRODUCTS.get(operator)
-    wide = place is not None and arguments[place].shape[-1] >= width
-    return (
-        CheckpointPolicy.MUST_SAVE
-        if wide or operator in ATTENTION
-        else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    wide = place is not None and width is not None and arguments[place].shape[-1] >= width
+    if wide or operator in ATTENTION:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

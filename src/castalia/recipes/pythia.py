@@ -11,7 +11,7 @@ Source  the published GPT-NeoX files (github.com/EleutherAI/pythia, models/), co
 from typing import Any, NamedTuple
 
 from castalia.checkpoint.config import PYTHIA_EARLY
-from castalia.models.config import ModelConfig
+from castalia.models import ModelConfig, NeoxConfig
 
 STEPS = 143_000
 BATCH = 1024
@@ -117,6 +117,8 @@ NAMES = [f"pythia-{size}{data}" for size in SIZES for data in ("", "-deduped")]
 
 def same_shape(config: ModelConfig) -> str | None:
     """Name of the preset whose shape the model has, or None."""
+    if not isinstance(config, NeoxConfig):
+        return None
     if config.rotary_pct != 0.25 or not config.parallel_residual or config.tie_word_embeddings:
         return None
     shape = (config.num_layers, config.hidden_size, config.num_attention_heads)

@@ -23,7 +23,7 @@ from castalia.distributed import ParallelConfig
 from castalia.launch import LaunchConfig
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
-from castalia.models.config import ModelConfig
+from castalia.models import FAMILIES, ModelConfig
 from castalia.train.optimizers import OPTIMIZERS, AdamWConfig, OptimConfig
 
 
@@ -119,7 +119,7 @@ class RunConfig(Config):
     """Arithmetic of the forward and backward pass; weights and optimizer are fp32 always."""
     device: Annotated[Literal["auto", "cpu", "cuda"], AT_RESUME] = "auto"
     """auto takes the GPU when there is one."""
-    model: ModelConfig
+    model: Annotated[ModelConfig, Kind(FAMILIES, "neox", key="family")]
     data: DataConfig = DataConfig()
     mixing: MixingConfig = MixingConfig()
     train: TrainConfig = TrainConfig()

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from castalia.config.base import build
 from castalia.core.errors import CheckpointError
 from castalia.core.files import write_json
 from castalia.inference.native.packing import (
@@ -26,7 +25,8 @@ from castalia.inference.native.packing import (
     quantize_channels,
     require_storage,
 )
-from castalia.models.config import ModelConfig
+from castalia.models import build_model_config
+from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 
 FORMAT = "castalia-native"
 VERSION = 1
@@ -44,7 +44,7 @@ class Weights:
     rows of the input embedding: float32 or bfloat16, or int8 with a scale a row (int8 and int4).
     """
 
-    config: ModelConfig
+    config: TransformerConfig
     storage: str
     linears: Mapping[str, Packed]
     norms: Mapping[str, Tensor]
@@ -65,6 +65,7 @@ def packed_weights(
     Raises  ConfigError on an unknown storage, or a width that it cannot pack.
     """
     require_storage(storage)
+    config = require_transformer(config, "the native engine")
     head = "embed.weight" if config.tie_word_embeddings else "unembed.weight"
     linears = {"head": pack(tensors[head], None, storage)}
     for i in range(config.num_layers):
@@ -76,7 +77,7 @@ def packed_weights(
     return Weights(config, storage, linears, norms, embed, scale, step)
 
 
-def norm_names(config: ModelConfig) -> list[str]:
+def norm_names(config: TransformerConfig) -> list[str]:
     """Names of all LayerNorm parameters."""
     places = [f"layers.{i}.norm{k}" for i in range(config.num_layers) for k in (1, 2)]
     return [f"{place}.{kind}" for place in [*places, "norm"] for kind in ("weight", "bias")]
@@ -135,10 +136,10 @@ def load_weights(folder: Path) -> Weights:
     Raises  CheckpointError if a file is missing, truncated, of another version, or does not fit the config.
     """
     listed = read_listing(folder / CONFIG_FILE)
-    config, storage = (
-        build(ModelConfig, listed["model"], str(folder / CONFIG_FILE)),
-        listed["quantization"],
+    config = require_transformer(
+        build_model_config(listed["model"], str(folder / CONFIG_FILE)), "the native engine"
     )
+    storage = listed["quantization"]
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -176,7 +177,7 @@ def read_listing(path: Path) -> dict[str, Any]:
 
 
 def assembled(
-    config: ModelConfig, storage: str, tensors: Mapping[str, Tensor], step: int | None
+    config: TransformerConfig, storage: str, tensors: Mapping[str, Tensor], step: int | None
 ) -> Weights:
     """Weights out of the tensors of a file."""
 
@@ -207,7 +208,7 @@ def assembled(
     )
 
 
-def rope_angles(config: ModelConfig) -> tuple[Tensor, Tensor]:
+def rope_angles(config: TransformerConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, float32 (max_position_embeddings, rotary_dim / 2)."""
     from castalia.models.parts.rotary import rope_tables
 

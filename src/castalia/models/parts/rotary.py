@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from castalia.models.config import ModelConfig
+from castalia.models.config import TransformerConfig
 
 
 class Rope(NamedTuple):
@@ -18,7 +18,7 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
-def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
+def inverse_frequencies(config: TransformerConfig, device: torch.device) -> Tensor:
     """theta_j = base^(-2j/R) for j = 0..R/2-1, float32 (R/2,).
 
     Source  Su et al. 2021, arXiv:2104.09864, section 3.2.2.
@@ -30,7 +30,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     return 1.0 / (config.rotary_emb_base**exponents)
 
 
-def rope_tables(config: ModelConfig, positions: Tensor) -> Rope:
+def rope_tables(config: TransformerConfig, positions: Tensor) -> Rope:
     """Tables for `positions`; stateless, hence the same on every device, layout and after meta construction.
 
     Shapes  positions (1 or B, T) int64 -> cos, sin float32 (1 or B, 1, T, R).

@@ -1,0 +1,46 @@
+"""`Block`: the base class of a model's layers, whatever their family."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from castalia.models.context import Context
+from castalia.models.recompute import recomputed
+from castalia.models.state import LayerState
+from castalia.models.tiles import Kind
+
+
+class Block(nn.Module):
+    """One layer. A family's block implements `compute` and `new_state`, and declares two things.
+
+    Recompute is decided in here, inside the module that torch.compile and FSDP2 wrap: wrapped around
+    a compiled block, checkpointing could not see the operators that selective recompute chooses among.
+    """
+
+    tp_plan: ClassVar[dict[str, str]] = {}
+    """How tensor parallelism splits the modules inside, in the words of castalia.distributed."""
+    widest: int | None = None
+    """Width from which selective recompute keeps a matrix product; None keeps attention alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recompute: Kind = ""
+
+    def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        # Generation has no backward, and running a block twice would append to its state twice.
+        if self.recompute and context.state is None and torch.is_grad_enabled():
+            return recomputed(self.recompute, self.widest, self.compute, x_BTC, context)
+        return self.compute(x_BTC, context)
+
+    @abstractmethod
+    def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """The layer itself, (B, T, C) -> (B, T, C)."""
+
+    @abstractmethod
+    def new_state(
+        self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> LayerState:
+        """What this layer remembers of `batch` rows of at most `length` tokens, empty."""

@@ -1,0 +1,163 @@
+"""`Family`: what a model family declares about itself. Needs no torch; blocks import it when they are built.
+
+The decoder, the cost estimates, the optimizer groups, the key maps of other formats and the layouts all
+read these declarations, so a new family is one file here and one in checkpoint/hf.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from castalia.core.errors import ConfigError
+from castalia.models.config import ModelConfig
+from castalia.models.starts import Start
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from castalia.models.block import Block
+    from castalia.models.context import Context
+    from castalia.models.state import ModelState
+
+
+class Kept(NamedTuple):
+    """Numbers that one layer keeps of each token for the backward pass."""
+
+    residual: int
+    """The layer's input, always fp32; all that remains with full recompute."""
+    split: int
+    """Activations in the compute dtype, of which each tp rank keeps its share."""
+    gathered: int
+    """Activations in the compute dtype that every tp rank keeps for all tokens."""
+    again_split: int = 0
+    """The part of `split` that selective recompute makes again."""
+    again_gathered: int = 0
+    """The part of `gathered` that selective recompute makes again."""
+    heads: int = 0
+    """Query heads whose attention probabilities the CPU kernel keeps for short rows."""
+    head_dim: int = 0
+    """Width of these heads, which decides how long a short row may be."""
+
+
+class Costs(NamedTuple):
+    """What one layer costs; the estimates add these up over the layers."""
+
+    parameters: int
+    """All weights of the layer."""
+    active: int
+    """Weights that work on one token; fewer than `parameters` where experts are chosen."""
+    products: int
+    """Weights of the matrix products that one token goes through."""
+    flops_per_key: int
+    """Training FLOPs of one token for every position of its row: attention's scores and sums."""
+    kept: Kept
+    tp_width: int = 0
+    """Numbers of each token that tp ranks gather in one forward pass, and reduce as many."""
+    cp_width: int = 0
+    """Numbers of each token that cp ranks gather in one forward pass: its keys and values."""
+
+    def flops(self, seq_length: int) -> int:
+        """Training FLOPs of one token in rows of `seq_length` tokens.
+
+        A multiply-add is 2 FLOPs and the backward costs twice the forward, hence 6 a weight.
+        """
+        return 6 * self.products + self.flops_per_key * seq_length
+
+
+class Degrees(Protocol):
+    """The parallel degrees that a model may have to divide over."""
+
+    @property
+    def tp(self) -> int:
+        """Ranks that split each matrix."""
+
+
+class LinearPart(NamedTuple):
+    """A linear layer of every block, for formats that store the same layer under other names."""
+
+    role: str
+    """What it does, in the words of the other formats' tables: qkv, attention_out, mlp_up, mlp_down."""
+    place: str
+    """Its name inside the block."""
+    outputs: int
+    inputs: int
+    bias: bool
+    fused_heads: int = 0
+    """Heads of a fused QKV whose rows go head by head, q, k and v within each; 0 where rows are in order."""
+
+
+class NormPart(NamedTuple):
+    """A LayerNorm of every block, with weight and bias."""
+
+    role: str
+    """attention_norm or mlp_norm."""
+    place: str
+
+
+class Parts(NamedTuple):
+    """The parameters of a transformer block, as other formats and engines need to know them."""
+
+    linears: tuple[LinearPart, ...]
+    norms: tuple[NormPart, ...]
+
+
+class Family(ABC):
+    """One model family; its one instance is registered in FAMILIES."""
+
+    name: str
+    Config: type[ModelConfig]
+    """The class of the config's `model` section."""
+    no_decay: tuple[str, ...] = ()
+    """Name patterns of parameters without weight decay."""
+    rewinds: bool
+    """Whether a state can be cut back to a prefix; see castalia.models.state."""
+    splits_rows: bool
+    """Whether ranks may share a row in context parallelism's order, which is not the order of time."""
+
+    @abstractmethod
+    def block(self, config: Any, layer: int) -> "Block":
+        """The block at place `layer`, unsplit, its parameters without values."""
+
+    @abstractmethod
+    def norm(self, config: Any) -> "nn.Module":
+        """The norm between the last block and the head."""
+
+    @abstractmethod
+    def starts(self, config: Any) -> Sequence[tuple[str, Start]]:
+        """Name patterns and start values; the first pattern that matches a name decides."""
+
+    @abstractmethod
+    def costs(self, config: Any, layer: int) -> Costs:
+        """What the block at place `layer` costs."""
+
+    @abstractmethod
+    def norm_parameters(self, config: Any) -> int:
+        """Parameters of the final norm."""
+
+    def complete(self, config: Any, context: "Context", past: "ModelState | None") -> "Context":
+        """Add what this family's blocks share in a pass, such as rotary tables; `past` when generating."""
+        return context
+
+    def divides(self, config: Any, degrees: Degrees) -> list[str]:
+        """One sentence for each size of the blocks that the degrees do not divide."""
+        return []
+
+    def parts(self, config: Any) -> Parts | None:
+        """The parameters of a block for other formats; None where no other engine knows such a block."""
+        return None
+
+    def start_of(self, config: ModelConfig, name: str) -> Start:
+        """The start value of the parameter `name`.
+
+        Raises  ConfigError if no pattern covers it: an undeclared start would be drawn silently wrong.
+        """
+        starts = self.starts(config)
+        for pattern, start in starts:
+            if fnmatchcase(name, pattern):
+                return start
+        patterns = ", ".join(pattern for pattern, _ in starts)
+        raise ConfigError(
+            f"model family {self.name!r} declares no start value for the parameter {name!r}; add a"
+            f" pattern to its starts, which cover {patterns or 'nothing'}"
+        )

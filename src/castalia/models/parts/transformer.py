@@ -1,0 +1,50 @@
+"""A pre-norm transformer block around any attention and any MLP."""
+
+import torch
+from torch import Tensor, nn
+
+from castalia.models.block import Block
+from castalia.models.context import Context
+from castalia.models.parts.attention import Attention
+from castalia.models.parts.mlp import MLP
+from castalia.models.state import LayerState
+
+
+class TransformerBlock(Block):
+    """Parallel: x + attn(norm1 x) + mlp(norm2 x). Serial: x + attn(norm1 x), then x + mlp(norm2 x)."""
+
+    tp_plan = {
+        "norm1": "sequence",
+        "attn.qkv": "column",
+        "attn.out": "row",
+        "norm2": "sequence",
+        "mlp.up": "column",
+        "mlp.down": "row",
+    }
+
+    def __init__(
+        self, *, norm1: nn.Module, attn: Attention, norm2: nn.Module, mlp: MLP, parallel: bool
+    ) -> None:
+        super().__init__()
+        self.parallel = parallel
+        # The order of the parts is the order of the parameters, in which norms and hashes are summed.
+        self.norm1 = norm1
+        self.attn = attn
+        self.norm2 = norm2
+        self.mlp = mlp
+        self.widest = mlp.up.out_features
+
+    def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        attn_BTC = self.attn(self.norm1(x_BTC), context)
+        if self.parallel:
+            # The two small sums are added first: x is much larger, and adding it last rounds once.
+            return x_BTC + (attn_BTC + self.mlp(self.norm2(x_BTC)))
+        x_BTC = x_BTC + attn_BTC
+        return x_BTC + self.mlp(self.norm2(x_BTC))
+
+    def new_state(
+        self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str
+    ) -> LayerState:
+        """The keys and values of the attention; the MLP remembers nothing."""
+        return self.attn.new_state(batch, length, dtype, device)
