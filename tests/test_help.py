@@ -1,5 +1,6 @@
 """Help answers at once: no verb imports torch or another heavy library before it works."""
 
+import itertools
 import subprocess
 import sys
 
@@ -50,6 +51,47 @@ def test_help_lists_the_verbs():
 def test_help_of_a_verb(verb):
     text = run_help(verb, "--help")
     assert "HEAVY []" in text and "Usage" in text and len(text.splitlines()) > 6
+
+
+USAGE = {
+    "train": "train CONFIG... [a.b=c ...]",
+    "show": "show [OPTIONS] CONFIG... [a.b=c ...]",
+    "demo": "demo [OPTIONS] [a.b=c ...]",
+    "prepare": "prepare [OPTIONS] INPUT...",
+    "data view": "data view [OPTIONS] CONFIG... [a.b=c ...]",
+    "data merge": "data merge [OPTIONS] PREFIX...",
+    "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
+    "export": "export [OPTIONS] CHECKPOINT",
+}
+
+
+@pytest.mark.parametrize("verb", USAGE)
+def test_the_usage_line_is_what_a_user_types(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = run_help(*verb.split(), "--help")
+    (line,) = [line for line in text.splitlines() if "Usage:" in line]
+    assert line.strip() == f"Usage: castalia {USAGE[verb]}"
+
+
+@pytest.mark.parametrize("columns", ["60", "100", "160"])
+def test_paragraphs_break_at_the_width_of_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = [line.strip() for line in run_help("data", "view", "--help").splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("--steps A:B are"))
+    paragraph = lines[start : lines.index("", start)]
+    assert paragraph[-1].endswith("0:N.")
+    # Each line but the last is full: the next word would not have fitted.
+    for line, after in itertools.pairwise(paragraph):
+        assert len(line) + 1 + len(after.split()[0]) > int(columns) - 2
+
+
+def test_options_of_prepare_stand_in_panels(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = run_help("prepare", "--help")
+    titles = ["Input", "Tokenizer", "Output", "Chat", "Fill-in-the-middle", "Cluster"]
+    places = [text.index(f"─ {title} ─") for title in titles]
+    assert places == sorted(places)
+    assert places[3] < text.index("--chat-template") < places[4] < text.index("--fim-rate")
 
 
 def test_version():

@@ -47,7 +47,7 @@ def test_contamination(run):
     assert out.splitlines() == [
         "1 of 1 evaluation documents share 13 words in a row with the corpus; 0 are shorter than that and were not"
         " checked",
-        "3 of 4 documents of the corpus hold such words",
+        "3 of 4 documents of the corpus have such words",
     ]
     last = json.loads(Path("r.jsonl").read_text().splitlines()[-1])
     assert (last["words"], last["ngrams"], last["hits"]) == (19, 7, 3)
@@ -59,7 +59,7 @@ def test_contamination(run):
 def test_mask(run):
     code, out, err = run("mask", "c", "--before", "117,105,99,107", "--output", "l")  # "uick"
     assert (code, err) == (0, "")
-    assert out.splitlines()[1] == "27 tokens are no target"
+    assert out.splitlines()[1] == "27 tokens are not targets"
     assert IndexedDataset("l")[0].tolist() == [-100] * 9 + IndexedDataset("c")[0].tolist()[9:]
     assert IndexedDataset("l")[1].tolist() == IndexedDataset("c")[1].tolist()
     code, _, err = run("mask", "c", "--before", "x", "--output", "l")

@@ -92,7 +92,7 @@ def test_shards_from_end_to_end(run, tmp_path):
         ).read_bytes()
     code, out, _ = run("unshard", "cut/c", "--output", "joined")
     assert code == 0 and out.startswith(
-        "joined/c.bin: 4 shards, 84 bytes, 84 of them there before, SHA-256 "
+        "joined/c.bin: 4 shards, 84 bytes, 84 of them from before, SHA-256 "
     )
 
 
@@ -248,9 +248,11 @@ def test_view_shows_what_a_run_trained_on(run, tmp_path):
     ]
     trained = {line["step"] - 1: line["rows_hash"] for line in metrics if "rows_hash" in line}
     out = run("view", "r/config.yaml", "--steps", ":", "--ids", "ids.npy")[1]
-    assert out.splitlines() == [
-        f"step {step}: 2 rows, rows_hash {trained[step]}" for step in range(3)
-    ]
+    lines = [f"step {step}: 2 rows, rows_hash {trained[step]}" for step in range(3)]
+    assert out.splitlines() == lines
+    # The folder of the run is a config as well, and one step may be asked for as --step.
+    out = run("view", "r", "--step", "2", "--ids", "ids.npy")[1]
+    assert out.splitlines() == lines[2:]
 
 
 @pytest.mark.parametrize("verb", [["view"], ["materialize", "--output", "o"]])

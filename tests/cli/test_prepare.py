@@ -24,7 +24,7 @@ def test_summary(run, tmp_path):
     code, out, err = run("a.jsonl", "--tokenizer", "bytes", "--output", "data/x", "--append-eod")
     assert (code, err) == (0, "")
     assert out.startswith(
-        "data/x: 2 documents (1 empty left out), 10 tokens as uint16, 8 B of text in "
+        "data/x: 2 documents (1 empty skipped), 10 tokens as uint16, 8 B of text in "
     )
     assert out.endswith(" MB/s)\n")
     assert bytes(IndexedDataset(tmp_path / "data" / "x")[1][:-1].tolist()) == b"three"

@@ -67,14 +67,23 @@ def test_text_has_config_cost_and_differences(columns):
 
 
 def test_the_printed_yaml_is_the_config(tmp_path):
-    text = show("debug", "seed=5")
-    (tmp_path / "c.yaml").write_text(text.split("\n\n")[0])
+    text = show("debug", "seed=5", "--all")
+    (tmp_path / "c.yaml").write_text(text[text.index("\nrecipe: debug") :])
     assert load_config([str(tmp_path / "c.yaml")]) == load_config(["debug", "seed=5"])
     assert read_yaml(tmp_path / "c.yaml")["checkpoint"]["steps"] == [0, 1, 2, 4, 8, 16, 32]
 
 
 def test_nothing_differs():
-    assert "nothing differs from debug" in show("debug")
+    assert show("debug").startswith("nothing differs from debug\n")
+
+
+def test_the_differences_come_first_and_the_yaml_only_if_asked():
+    text = show("debug", "seed=5")
+    lines = text.splitlines()
+    assert lines[0] == "differs from debug"
+    assert lines[2].split() == ["seed", "1234", "5"]
+    assert "parameters" in text and len(lines) < 20
+    assert "seed: 5" not in text and "seed: 5" in show("debug", "seed=5", "--all")
 
 
 def test_a_gpt_neox_file_lists_what_has_no_effect_once():

@@ -5,7 +5,7 @@ import warnings
 
 
 def show_warning(message: Warning | str, *place: object) -> None:
-    """Print a warning as a line for a user, without the place in our code that gave it."""
+    """Print a warning as one line for a user, without the line of code that raised it."""
     print(f"castalia: warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -24,14 +24,14 @@ def main() -> None:
         print("castalia: interrupted", file=sys.stderr)
         sys.exit(130)
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C
+        if end.code == 130:  # typer has turned Ctrl-C into an exit already
             print("castalia: interrupted", file=sys.stderr)
         raise
     except BrokenPipeError:
-        sys.exit(141)
-    except (
-        OSError
-    ) as error:  # of a file that a verb was given: it may not be looked at, or its name is too long
+        sys.exit(141)  # 128 + SIGPIPE, as a shell reports `castalia … | head`
+    except OSError as error:
+        # A file that a verb was given is unreadable or has too long a name; an error without a file
+        # name is a fault of ours and keeps its traceback.
         if error.filename is None:
             raise
         print(f"castalia: error: {error.filename}: {error.strerror}", file=sys.stderr)

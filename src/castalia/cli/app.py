@@ -1,10 +1,14 @@
-"""The verbs, by name. Only light imports here and at the top of each verb: `--help` must not wait for torch."""
+"""The verbs by name.
+
+Only light imports here and at the top of each verb's module: `--help` must not wait for torch.
+"""
 
 import typer
 
 from castalia import __version__
 from castalia.cli import (
-    cleaning,
+    cleaning,  # noqa: F401  adds its commands to those of `data`
+    data,
     demo,
     export,
     generate,
@@ -14,9 +18,11 @@ from castalia.cli import (
     serve,
     show,
     train,
+    viewing,  # noqa: F401  likewise
 )
+from castalia.cli.command import Verbs
 
-app = typer.Typer(
+app = Verbs(
     name="castalia",
     help="Train, study and serve suites of language models, on a laptop CPU or a GPU cluster.",
     no_args_is_help=True,
@@ -27,7 +33,7 @@ app = typer.Typer(
 
 
 def print_version(wanted: bool) -> None:
-    """Callback of --version."""
+    """Print the version and exit, if it is wanted."""
     if wanted:
         typer.echo(f"castalia {__version__}")
         raise typer.Exit
@@ -42,6 +48,7 @@ def root(
     """Train, study and serve suites of language models, on a laptop CPU or a GPU cluster."""
 
 
+# In the order of use, which is also that of `castalia --help`.
 VERBS = (
     demo.demo,
     prepare.prepare,
@@ -54,5 +61,5 @@ VERBS = (
 )
 for verb in VERBS:
     app.command()(verb)
-app.add_typer(cleaning.app, name="data")
+app.add_typer(data.app, name="data")
 app.add_typer(mixing.app, name="mixing")

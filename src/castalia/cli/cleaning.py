@@ -1,60 +1,70 @@
-"""`castalia data dedup`, `contamination` and `mask`: what to leave out of a corpus, and what of it is no target."""
+"""`castalia data dedup`, `contamination` and `mask`: documents to drop, tokens not to train on."""
 
 import json
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.data import AsJson, Prefix, Prefixes, app, bar, line
+from castalia.cli.data import CLEANING, Output, Prefix, Prefixes, app, print_record
+from castalia.cli.flags import AsJson
+
+if TYPE_CHECKING:
+    from castalia.curate.contamination import Findings
 
 
-@app.command()
+@app.command(rich_help_panel=CLEANING)
 def dedup(
     prefixes: Prefixes,
     output: Annotated[
         str,
-        typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx, .json and .dropped.jsonl."),
+        typer.Option(metavar="PREFIX", help="Write PREFIX.bin, .idx, .json and .dropped.jsonl."),
     ],
     near: Annotated[
         float | None,
         typer.Option(metavar="J", help="Drop near-duplicates too: Jaccard index of n-grams >= J."),
     ] = None,
-    ngram: Annotated[int, typer.Option(min=1, help="Tokens of an n-gram, for --near.")] = 5,
+    ngram: Annotated[
+        int, typer.Option(metavar="N", min=1, help="With --near: tokens of an n-gram.")
+    ] = 5,
     permutations: Annotated[
-        int, typer.Option(min=2, help="Hash functions of a MinHash signature, for --near.")
+        int,
+        typer.Option(metavar="N", min=2, help="With --near: hash functions of a MinHash."),
     ] = 128,
     as_json: AsJson = False,
 ) -> None:
-    """Write documents without those that repeat an earlier one; the first stays, in the order of the inputs.
+    """Drop documents that repeat an earlier one; the first stays, in the order of the inputs.
 
-    Equal documents are found by their hash. With --near, MinHash finds candidates, and their n-grams decide:
-    nothing goes that overlaps by less than J. PREFIX.dropped.jsonl names what went and what it repeats.
+    Equal documents are found by their hash. With --near, MinHash proposes candidates and their
+    n-grams decide, so a document that overlaps by less than J always stays. PREFIX.dropped.jsonl
+    names each dropped document and the one that it repeats.
 
     Example:
 
       castalia data dedup data/a data/b --output data/unique --near 0.8
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.curate.dedup import Near
     from castalia.curate.dedup import dedup as remove
 
-    wanted = None if near is None else Near(near, ngram, permutations)
-    with bar("dedup", prefixes) as on_bytes:
-        record = remove(prefixes, output, near=wanted, on_bytes=on_bytes)
-    if as_json:
-        typer.echo(json.dumps(record))
-        return
-    dropped = record["dedup"]["dropped"]
-    typer.echo(line(Path(output).parent, record))
-    typer.echo(f"dropped {dropped['equal']:,} equal and {dropped['near']:,} nearly equal documents")
+    rule = None
+    if near is not None:
+        rule = Near(near, ngram, permutations)
+    with bytes_progress("dedup", prefixes) as advance:
+        record = remove(prefixes, output, near=rule, on_bytes=advance)
+    print_record(output, record, as_json)
+    if not as_json:
+        dropped = record["dedup"]["dropped"]
+        typer.echo(
+            f"dropped {dropped['equal']:,} equal and {dropped['near']:,} nearly equal documents"
+        )
 
 
-@app.command()
+@app.command(rich_help_panel=CLEANING)
 def contamination(
     corpus: Annotated[
         list[str],
-        typer.Argument(metavar="CORPUS...", help="Token files, or text as `prepare` reads."),
+        typer.Argument(metavar="CORPUS...", help="Token files, or text as `prepare` reads it."),
     ],
     evaluations: Annotated[
         list[str],
@@ -65,66 +75,81 @@ def contamination(
     report: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a JSON line for each document.")
     ] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="FILE", help="Of token files.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Tokenizer of the token files.")
+    ] = None,
     key: Annotated[
         list[str] | None,
         typer.Option(help="JSON key of the evaluation text; several are joined. Default: text."),
     ] = None,
     corpus_key: Annotated[str, typer.Option(help="JSON key of the corpus's text.")] = "text",
-    ngram: Annotated[int, typer.Option(min=1, help="Words of an n-gram.")] = 13,
+    ngram: Annotated[int, typer.Option(metavar="N", min=1, help="Words of an n-gram.")] = 13,
     as_json: AsJson = False,
 ) -> None:
-    """Overlaps of evaluation documents with a corpus: n-grams of words, lower case, no punctuation.
+    """Find evaluation documents that overlap with a corpus.
+
+    Documents are compared by n-grams of words, in lower case and without punctuation.
 
     Example:
 
-      castalia data contamination data/corpus --tokenizer tokenizer.json --with test.jsonl --report overlap.jsonl
+      castalia data contamination data/corpus --tokenizer tokenizer.json --with test.jsonl
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.curate.contamination import contamination as compare
     from castalia.data import load_tokenizer
 
-    with bar("contamination", corpus) as on_bytes:
-        found = compare(
+    decoder = None
+    if tokenizer:
+        decoder = load_tokenizer(tokenizer)
+    with bytes_progress("contamination", corpus) as advance:
+        overlaps = compare(
             corpus,
             evaluations,
-            tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
+            tokenizer=decoder,
             keys=key or ["text"],
             corpus_key=corpus_key,
             ngram=ngram,
             report=report,
-            on_bytes=on_bytes,
+            on_bytes=advance,
         )
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
-        return
+        typer.echo(json.dumps(asdict(overlaps)))
+    else:
+        print_overlaps(overlaps, ngram)
+
+
+def print_overlaps(overlaps: "Findings", ngram: int) -> None:
+    """Documents on both sides that share an n-gram, in two lines."""
     typer.echo(
-        f"{found.contaminated:,} of {found.evaluations:,} evaluation documents share {ngram} words in a row with the"
-        f" corpus; {found.too_short:,} are shorter than that and were not checked"
+        f"{overlaps.contaminated:,} of {overlaps.evaluations:,} evaluation documents share"
+        f" {ngram} words in a row with the corpus; {overlaps.too_short:,} are shorter than that"
+        " and were not checked"
     )
     typer.echo(
-        f"{found.overlapping:,} of {found.documents:,} documents of the corpus hold such words"
+        f"{overlaps.overlapping:,} of {overlaps.documents:,} documents of the corpus have"
+        " such words"
     )
 
 
-@app.command()
+@app.command(rich_help_panel=CLEANING)
 def mask(
     prefix: Prefix,
-    output: Annotated[
-        str, typer.Option(metavar="PREFIX", help="Label file to write: .bin, .idx and .json.")
-    ],
+    output: Output,
     before: Annotated[
         str, typer.Option(metavar="ID,ID,...", help="Token ids after which targets begin.")
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Write the label file of a token file: -100 up to the end of the first --before in each document, then the tokens.
+    """Write the label file of a token file: -100 in each document up to the first --before.
 
-    A document without these ids keeps all its targets. `data.labels=PREFIX` trains with it.
+    The tokens after it are targets. A document without these ids keeps all its targets.
+    `data.labels=PREFIX` trains with the label file.
 
     Example:
 
       castalia data mask data/answers --before 37,25 --output data/answers_label
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.core.errors import ConfigError
     from castalia.data.labels import mask_before
 
@@ -132,8 +157,8 @@ def mask(
         pattern = [int(word) for word in before.split(",")]
     except ValueError:
         raise ConfigError(f"--before {before!r}: expected token ids such as 37,25") from None
-    with bar("mask", [prefix]) as on_bytes:
-        record = mask_before(prefix, output, pattern, on_bytes=on_bytes)
-    typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
+    with bytes_progress("mask", [prefix]) as advance:
+        record = mask_before(prefix, output, pattern, on_bytes=advance)
+    print_record(output, record, as_json)
     if not as_json:
-        typer.echo(f"{record['masked']:,} tokens are no target")
+        typer.echo(f"{record['masked']:,} tokens are not targets")

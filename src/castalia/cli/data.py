@@ -1,21 +1,25 @@
-"""`castalia data …`: look into token files, check, cut, join, merge and split them, and see what steps train on."""
+"""`castalia data …`: inspect, verify, cut, join, merge and split token files."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from castalia.cli.command import Verbs
+from castalia.cli.flags import AsJson, TokenizerFile
+
 if TYPE_CHECKING:
     from castalia.curate.describe import Description
-    from castalia.data import IndexedDataset, RunRows
-    from castalia.train.config import RunConfig
+    from castalia.data import IndexedDataset
 
-app = typer.Typer(
-    help="Look into token files, check, cut, join, merge, split them, and see what steps train on.",
+FILES = "Token files"
+CLEANING = "Cleaning"
+RUNS = "Rows of a run"
+
+app = Verbs(
+    help="Inspect, verify, cut, join and clean token files; show the rows that a run trains on.",
     no_args_is_help=True,
 )
 
@@ -24,9 +28,9 @@ Prefix = Annotated[
     typer.Argument(metavar="PREFIX", help="PREFIX.bin and PREFIX.idx, or shards of PREFIX.bin."),
 ]
 Prefixes = Annotated[
-    list[str], typer.Argument(metavar="PREFIX...", help="Token files; each whole or in shards.")
+    list[str], typer.Argument(metavar="PREFIX...", help="Token files, each whole or in shards.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Output = Annotated[str, typer.Option(metavar="PREFIX", help="Write PREFIX.bin, .idx and .json.")]
 Hashes = Annotated[
     str | None,
     typer.Option(
@@ -34,35 +38,30 @@ Hashes = Annotated[
         help="SHA-256 by file name: Pythia's shard_hashes.txt, or sha256sum's output.",
     ),
 ]
-Sources = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="CONFIG... [a.b=c ...]",
-        help="As for `castalia train`: a preset, YAML files, overrides.",
-    ),
-]
-StepRange = Annotated[
-    str, typer.Option(metavar="A:B", help="Steps A to B - 1, counted from 0; A alone is one step.")
-]
 SHARD_BYTES = 5_000_000_000
 """Pythia's; the same number as in castalia.data.shards, which help must not import."""
 
 
-@app.command()
+def print_record(output: str, record: dict[str, Any], as_json: bool) -> None:
+    """Print the record of a written token file: as JSON, or in one line."""
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
+    counts = f"{record['documents']:,} documents, {record['tokens']:,} tokens as {record['dtype']}"
+    typer.echo(f"{Path(output).parent / record['prefix']}: {counts}")
+
+
+@app.command(rich_help_panel=FILES)
 def inspect(
     prefix: Prefix,
     document: Annotated[
-        int | None, typer.Option(help="Show this document; counts from 0, -1 is the last.")
+        int | None,
+        typer.Option(metavar="N", help="Show document N, counted from 0; -1 is the last."),
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Decode with a tokenizer.json, or `bytes`; else ids are shown."
-        ),
-    ] = None,
+    tokenizer: TokenizerFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Counts, lengths and dtype of a token file, and the text of one document.
+    """Show counts, lengths and dtype of a token file, and the text of one document.
 
     Example:
 
@@ -72,27 +71,26 @@ def inspect(
     from castalia.data import IndexedDataset
 
     dataset = IndexedDataset(prefix)
-    shown = None if document is None else one_document(dataset, document, tokenizer)
+    # The document first: a wrong number should not cost a pass over the lengths of a large file.
+    shown = None
+    if document is not None:
+        shown = one_document(dataset, document, tokenizer)
     facts = describe(dataset)
     if as_json:
-        typer.echo(
-            json.dumps(
-                asdict(facts) | ({} if shown is None else {"document": shown}), ensure_ascii=False
-            )
-        )
+        record = asdict(facts)
+        if shown is not None:
+            record["document"] = shown
+        typer.echo(json.dumps(record, ensure_ascii=False))
         return
     print_facts(facts)
     if shown is not None:
-        typer.echo(f"\ndocument {shown['number']}, {shown['tokens']:,} tokens")
-        if "from" in shown:
-            typer.echo(origin_line(shown["from"]))
-        typer.echo(shown.get("text") if tokenizer else " ".join(map(str, shown["ids"])))
+        print_document(shown)
 
 
 def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) -> dict[str, Any]:
-    """Number, length and ids or text of one document.
+    """Number, length, ids or text, and origin of one document.
 
-    Raises  ConfigError if there is no such document, or the tokenizer is not that of the token file.
+    Raises  ConfigError if the document does not exist or the tokenizer is another than the file's.
     """
     from castalia.core.errors import ConfigError
     from castalia.corpus.provenance import read_provenance
@@ -105,75 +103,94 @@ def one_document(dataset: "IndexedDataset", number: int, tokenizer: str | None) 
             f"--document {number}: {dataset.prefix} has {count} documents, 0 to {count - 1}"
         )
     ids = dataset[number].tolist()
-    content: dict[str, Any] = {"ids": ids}
-    if tokenizer is not None:
-        chosen = load_tokenizer(tokenizer)
-        require_tokenizer(str(dataset.prefix), chosen)
-        content = {"text": chosen.decode(ids)}
+    document: dict[str, Any] = {"number": number % count, "tokens": len(ids)}
+    if tokenizer is None:
+        document["ids"] = ids
+    else:
+        decoder = load_tokenizer(tokenizer)
+        require_tokenizer(str(dataset.prefix), decoder)
+        document["text"] = decoder.decode(ids)
     origin = read_provenance(dataset.prefix, number % count)
-    return {
-        "number": number % count,
-        "tokens": len(ids),
-        **content,
-        **({} if origin is None else {"from": origin}),
-    }
+    if origin is not None:
+        document["from"] = origin
+    return document
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """One document: its number, its origin, then its text or its ids."""
+    typer.echo(f"\ndocument {document['number']}, {document['tokens']:,} tokens")
+    if "from" in document:
+        typer.echo(origin_line(document["from"]))
+    if "text" in document:
+        typer.echo(document["text"])
+    else:
+        typer.echo(" ".join(str(number) for number in document["ids"]))
 
 
 def origin_line(origin: dict[str, Any]) -> str:
-    """Where a document came from: file and line, then what else is known."""
-    place = origin["source"] + (f"({origin['member']})" if origin["member"] else "")
-    rest = [f"{name}={value}" for name, value in origin.items() if value is not None][1:]
-    return f"from {place}:{origin['line']}  {' '.join(part for part in rest if not part.startswith(('member=', 'line=')))}"
+    """The origin of a document: file and line, then the metadata that was kept."""
+    place = origin["source"]
+    if origin["member"]:
+        place += f"({origin['member']})"
+    words = [f"from {place}:{origin['line']} "]
+    for name, value in origin.items():
+        if value is not None and name not in ("source", "member", "line"):
+            words.append(f"{name}={value}")
+    return " ".join(words)
 
 
 def print_facts(facts: "Description") -> None:
-    """The facts as lines, the lengths with a bar for each power of two."""
+    """The facts as lines, then the lengths, with a bar for each power of two."""
     from castalia.monitor.display import size_text
 
-    shards = f" in {facts.shards} shards" if facts.shards else ""
-    typer.echo(
-        f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype},",
-        nl=False,
+    line = (
+        f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype},"
+        f" {size_text(facts.bytes)}"
     )
-    typer.echo(f" {size_text(facts.bytes)}{shards}")
+    if facts.shards:
+        line += f" in {facts.shards} shards"
+    typer.echo(line)
     typer.echo(
-        f"tokens a document: least {facts.shortest:,}, mean {facts.mean:,.1f}, median {facts.median:,.1f},"
-        f" most {facts.longest:,}; {facts.empty:,} empty"
+        f"tokens a document: least {facts.shortest:,}, mean {facts.mean:,.1f},"
+        f" median {facts.median:,.1f}, most {facts.longest:,}; {facts.empty:,} empty"
     )
     if facts.maps:
-        typer.echo(
-            f"index maps: {facts.maps} files, {size_text(facts.maps_bytes)} in {facts.prefix}.order"
-        )
+        size = size_text(facts.maps_bytes)
+        typer.echo(f"index maps: {facts.maps} files, {size} in {facts.prefix}.order")
     most = max((count for _, count in facts.histogram), default=1)
     for least, count in facts.histogram:
         label = "0" if least == 0 else f"{least:,}-{2 * least - 1:,}"
         typer.echo(f"{label:>27} {count:>13,} {'#' * -(-40 * count // most)}")
 
 
-@app.command()
+@app.command(rich_help_panel=FILES)
 def count(prefixes: Prefixes, as_json: AsJson = False) -> None:
-    """Documents and tokens of token files, and their sums."""
-    from castalia.curate.describe import describe
+    """Count the documents and tokens of token files."""
     from castalia.data import IndexedDataset
 
-    found = [describe(IndexedDataset(prefix)) for prefix in prefixes]
-    sums = {"documents": sum(f.documents for f in found), "tokens": sum(f.tokens for f in found)}
+    files: list[dict[str, Any]] = []
+    for prefix in prefixes:
+        dataset = IndexedDataset(prefix)
+        files.append(
+            {
+                "prefix": dataset.prefix,
+                "documents": len(dataset),
+                "tokens": int(dataset.sizes.sum(dtype="int64")),
+                "dtype": dataset.dtype.name,
+            }
+        )
+    sums = {name: sum(file[name] for file in files) for name in ("documents", "tokens")}
     if as_json:
-        files = [
-            {"prefix": f.prefix, "documents": f.documents, "tokens": f.tokens, "dtype": f.dtype}
-            for f in found
-        ]
         typer.echo(json.dumps({"files": files, **sums}))
         return
-    for facts in found:
-        typer.echo(
-            f"{facts.prefix}: {facts.documents:,} documents, {facts.tokens:,} tokens as {facts.dtype}"
-        )
-    if len(found) > 1:
+    for file in files:
+        counts = f"{file['documents']:,} documents, {file['tokens']:,} tokens as {file['dtype']}"
+        typer.echo(f"{file['prefix']}: {counts}")
+    if len(files) > 1:
         typer.echo(f"all: {sums['documents']:,} documents, {sums['tokens']:,} tokens")
 
 
-@app.command()
+@app.command(rich_help_panel=FILES)
 def verify(
     prefixes: Prefixes,
     hashes: Hashes = None,
@@ -186,74 +203,88 @@ def verify(
     shard_bytes: Annotated[
         int,
         typer.Option(
-            min=1, help="Size of listed shards, to check a whole .bin by a list of its shards."
+            metavar="BYTES",
+            min=1,
+            help="Size of listed shards, to check a whole .bin by a list of its shards.",
         ),
     ] = SHARD_BYTES,
     as_json: AsJson = False,
 ) -> None:
-    """Check token files: structure, their .json record, and hashes from a list; fails on any finding.
+    """Check the structure of token files, their .json record, and hashes from a list.
 
-    A file that the list names and that is not there is a failure, as is one of the prefix that the list does not name.
+    Any finding is a failure, also a file that the list names but the disk lacks, and a file of
+    the prefix that the list lacks.
 
     Example:
 
       castalia data verify pile_0.87_deduped_text_document --hashes shard_hashes.txt
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.core.errors import ConfigError, DataError
     from castalia.curate.verify import read_hashes
     from castalia.curate.verify import verify as checks
 
     if hashes and write_hashes:
         raise ConfigError("give --hashes to check or --write-hashes to write, not both")
-    listed = read_hashes(hashes) if hashes else None
-    with bar("verify", prefixes) as on_bytes:
-        found = list(checks(prefixes, listed, shard_bytes=shard_bytes, on_bytes=on_bytes))
-    for check in found:
-        text = f"{'ok  ' if check.ok else 'FAIL'} {check.about:9} {check.file}: {check.wrong or 'right'}"
-        typer.echo(json.dumps(asdict(check) | {"ok": check.ok}) if as_json else text)
-    wrong = sum(not check.ok for check in found)
-    if wrong:
-        raise DataError(f"{wrong} of {len(found)} checks failed")
+    listed = None
+    if hashes:
+        listed = read_hashes(hashes)
+    with bytes_progress("verify", prefixes) as advance:
+        results = list(checks(prefixes, listed, shard_bytes=shard_bytes, on_bytes=advance))
+    for result in results:
+        if as_json:
+            typer.echo(json.dumps(asdict(result) | {"ok": result.ok}))
+            continue
+        verdict = "ok  " if result.ok else "FAIL"
+        typer.echo(f"{verdict} {result.about:9} {result.file}: {result.wrong or 'right'}")
+    failures = sum(not result.ok for result in results)
+    if failures:
+        raise DataError(f"{failures} of {len(results)} checks failed")
     if write_hashes:
         write_list(prefixes, write_hashes)
 
 
 def write_list(prefixes: list[str], path: str) -> None:
     """Write the hashes of the prefixes' files, one a line."""
+    from castalia.cli.progress import bytes_progress
     from castalia.core.files import atomic_write
     from castalia.curate.verify import hash_list
 
-    with bar("hash", prefixes) as on_bytes, atomic_write(path) as file:
+    with bytes_progress("hash", prefixes) as advance, atomic_write(path) as file:
         for prefix in prefixes:
-            file.writelines(
-                f"{name} {digest}\n" for name, digest in hash_list(prefix, on_bytes).items()
-            )
+            for name, digest in hash_list(prefix, advance).items():
+                file.write(f"{name} {digest}\n")
 
 
-@app.command()
+@app.command(rich_help_panel=FILES)
 def shard(
     prefix: Prefix,
     output: Annotated[
-        str, typer.Option(metavar="FOLDER", help="Folder of the shards; .idx and .json go along.")
+        str,
+        typer.Option(metavar="FOLDER", help="Folder of the shards; .idx and .json are copied."),
     ],
     size: Annotated[
-        int, typer.Option("--bytes", min=1, help="Bytes of each shard but the last.")
+        int,
+        typer.Option("--bytes", metavar="BYTES", min=1, help="Size of each shard but the last."),
     ] = SHARD_BYTES,
 ) -> None:
-    """Cut PREFIX.bin into shards as Pythia publishes them: BASE-00000-of-00082.bin, the second number the last shard's.
+    """Cut PREFIX.bin into shards named as Pythia's: BASE-00000-of-00082.bin.
 
-    Shards need not be joined again: every verb reads them in place. The same command again keeps what is right.
+    The second number is that of the last shard. Every verb reads shards in place, so they need not
+    be joined again. The same command again keeps the shards that are right.
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.curate.resharding import shard as cut
 
-    with bar("shard", [prefix]) as on_bytes:
-        written = cut(prefix, output, size=size, on_bytes=on_bytes)
+    with bytes_progress("shard", [prefix]) as advance:
+        written = cut(prefix, output, size=size, on_bytes=advance)
     typer.echo(
-        f"{written[0]} to {written[-1].name}: {len(written)} shards of {size:,} bytes, the last may be shorter"
+        f"{written[0]} to {written[-1].name}: {len(written)} shards of {size:,} bytes,"
+        " the last may be shorter"
     )
 
 
-@app.command()
+@app.command(rich_help_panel=FILES)
 def unshard(
     prefix: Prefix,
     output: Annotated[
@@ -265,53 +296,52 @@ def unshard(
     hashes: Hashes = None,
     as_json: AsJson = False,
 ) -> None:
-    """Join the shards of PREFIX into one .bin. Interrupted, the same command goes on; finished, it compares.
+    """Join the shards of PREFIX into one .bin.
 
-    PREFIX may be the name of any one shard. Sizes are checked first, hashes on the way if a list is given.
+    PREFIX may be the name of any one shard. Sizes are checked first, and hashes on the way if a
+    list is given. After an interruption the same command continues; on a finished .bin it compares.
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.curate.resharding import unshard as join
     from castalia.curate.verify import read_hashes
 
-    listed = read_hashes(hashes) if hashes else None
-    with bar("unshard", [prefix]) as on_bytes:
-        done = join(prefix, output, hashes=listed, on_bytes=on_bytes)
+    listed = None
+    if hashes:
+        listed = read_hashes(hashes)
+    with bytes_progress("unshard", [prefix]) as advance:
+        joined = join(prefix, output, hashes=listed, on_bytes=advance)
     if as_json:
-        typer.echo(json.dumps(asdict(done) | {"path": str(done.path)}))
+        typer.echo(json.dumps(asdict(joined) | {"path": str(joined.path)}))
         return
-    kept = f", {done.kept:,} of them there before" if done.kept else ""
-    typer.echo(
-        f"{done.path}: {done.shards} shards, {done.bytes:,} bytes{kept}, SHA-256 {done.sha256}"
-    )
+    line = f"{joined.path}: {joined.shards} shards, {joined.bytes:,} bytes"
+    if joined.kept:
+        line += f", {joined.kept:,} of them from before"
+    typer.echo(f"{line}, SHA-256 {joined.sha256}")
 
 
-@app.command()
-def merge(
-    prefixes: Prefixes,
-    output: Annotated[
-        str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """One token file out of several of the same dtype, documents in the order of the inputs.
+@app.command(rich_help_panel=FILES)
+def merge(prefixes: Prefixes, output: Output, as_json: AsJson = False) -> None:
+    """Merge token files of one dtype into one, documents in the order of the inputs.
 
     Example:
 
       castalia data merge data/a data/b --output data/both
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.curate.joining import merge as join
 
-    with bar("merge", prefixes) as on_bytes:
-        record = join(prefixes, output, on_bytes=on_bytes)
-    typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
+    with bytes_progress("merge", prefixes) as advance:
+        record = join(prefixes, output, on_bytes=advance)
+    print_record(output, record, as_json)
 
 
-@app.command()
+@app.command(rich_help_panel=FILES)
 def split(
     prefix: Prefix,
     output: Annotated[
         str,
         typer.Option(
-            metavar="PREFIX", help="Writes PREFIX-train, -valid, -test, or PREFIX-part0 …"
+            metavar="PREFIX", help="Write PREFIX-train, -valid, -test, or PREFIX-part0 and so on."
         ),
     ],
     shares: Annotated[
@@ -319,175 +349,20 @@ def split(
         typer.Option(help="Shares of train, valid and test as in data.split: '969, 30, 1'."),
     ] = None,
     parts: Annotated[
-        int | None, typer.Option(help="So many parts of nearly as many documents each.")
+        int | None,
+        typer.Option(metavar="N", help="Split into N parts of nearly as many documents each."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Several token files out of one, by whole documents in their order.
+    """Split a token file into several, by whole documents in their order.
 
-    --shares cuts exactly where data.split does, which is GPT-NeoX's rule; a share without documents writes nothing.
+    --shares cuts exactly where data.split does, by GPT-NeoX's rule. A share without documents
+    writes nothing.
     """
+    from castalia.cli.progress import bytes_progress
     from castalia.curate.joining import split as divide
 
-    with bar("split", [prefix]) as on_bytes:
-        records = divide(prefix, output, shares=shares, parts=parts, on_bytes=on_bytes)
+    with bytes_progress("split", [prefix]) as advance:
+        records = divide(prefix, output, shares=shares, parts=parts, on_bytes=advance)
     for record in records:
-        typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
-
-
-@app.command()
-def view(
-    sources: Sources,
-    steps: StepRange,
-    ids: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write the ids as one .npy, (rows, tokens).")
-    ] = None,
-    jsonl: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a JSON line for each row.")
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="For the text; by default data.tokenizer of the config."),
-    ] = None,
-) -> None:
-    """The exact rows that steps of a run train on: ids, text, source, documents and offsets.
-
-    --steps A:B are steps A, A + 1, …, B - 1, counted from 0: B is exclusive. Step s is the update that leads from
-    checkpoint s to checkpoint s + 1, so a checkpoint N has seen the rows of steps 0:N.
-    Without --ids and --jsonl the JSON lines go to the screen; with one of them, a line a step with its rows_hash, the
-    number that metrics.jsonl of the run has at step s + 1.
-
-    Example:
-
-      castalia data view runs/demo/config.yaml --steps 0:2 --ids batches.npy --jsonl rows.jsonl
-    """
-    from castalia.analysis.viewing import parse_steps, records, save_ids, step_hash
-    from castalia.core.files import atomic_write
-    from castalia.data import load_tokenizer
-
-    config, rows = rows_of(sources)
-    chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
-    named = tokenizer or config.data.tokenizer
-    texts = (
-        json.dumps(r, ensure_ascii=False)
-        for r in records(rows, chosen, load_tokenizer(named) if named else None)
-    )
-    if ids:
-        save_ids(rows.train, chosen, ids)
-    if jsonl:
-        with atomic_write(jsonl) as file:
-            file.writelines(text + "\n" for text in texts)
-    for step in range(chosen.first, chosen.stop) if ids or jsonl else []:
-        hashed = step_hash(rows.train, step, chosen.batch_size)
-        typer.echo(f"step {step}: {chosen.batch_size:,} rows, rows_hash {hashed}")
-    for text in texts if not (ids or jsonl) else []:
-        typer.echo(text)
-
-
-@app.command()
-def materialize(
-    sources: Sources,
-    steps: StepRange,
-    output: Annotated[
-        str, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json.")
-    ],
-    as_json: AsJson = False,
-) -> None:
-    """Write the exact rows of a run's steps, in order, as a token file: one item a row of data.seq_length + 1 tokens.
-
-    --steps A:B are steps A to B - 1, counted from 0; `:` is the whole run. Item i is row i mod B of step A + i // B,
-    B = train.batch_size: the form of Pythia's preshuffled files. `castalia train … data.train=PREFIX data.order=file`
-    takes them in this order.
-    """
-    from castalia.analysis.viewing import parse_steps
-    from castalia.data.ready_rows import common_dtype, write_rows
-
-    config, rows = rows_of(sources)
-    chosen = parse_steps(steps, config.train.batch_size, config.train.steps)
-    facts = {
-        "rows_of": {
-            "first_step": chosen.first,
-            "stop_step": chosen.stop,
-            "batch_size": chosen.batch_size,
-        },
-        "seq_length": rows.train.seq_length,
-        "fingerprint": rows.fingerprint,
-    }
-    places = chosen.places
-    size = (
-        len(places)
-        * (rows.train.seq_length + 1)
-        * common_dtype([p.dataset for p in rows.train.row_sources]).itemsize
-    )
-    with bar("materialize", [], size) as on_bytes:
-        record = write_rows(rows.train, places.start, places.stop, output, facts, on_bytes)
-    typer.echo(json.dumps(record) if as_json else line(Path(output).parent, record))
-
-
-def rows_of(sources: list[str]) -> "tuple[RunConfig, RunRows]":
-    """The config that the sources give, and the rows of its run as training builds them, or as its record has them."""
-    from castalia.data import build_rows
-    from castalia.data.rows_by_source import RowsBySource
-    from castalia.demo.corpus import ensure_corpus
-    from castalia.recipes import resolve
-    from castalia.train.mixture import RecordedOrder
-
-    config = ensure_corpus(resolve(sources).config, say=lambda text: typer.echo(text, err=True))
-    train = config.train
-    rows = build_rows(
-        config.data,
-        seed=config.seed,
-        batch_size=train.batch_size,
-        steps=train.steps,
-        eval_every=None,
-        eval_batches=train.eval_batches,
-        planned=config.mixing.plans,
-        allow_empty=config.mixing.allow_empty,
-    )
-    if isinstance(rows.train, RowsBySource):
-        rows.train.order = RecordedOrder(config, rows, Path(config.output) / "mixture.jsonl")
-    return config, rows
-
-
-def line(folder: Path, record: dict[str, Any]) -> str:
-    """One written token file for the screen."""
-    counts = f"{record['documents']:,} documents, {record['tokens']:,} tokens as {record['dtype']}"
-    return f"{folder / record['prefix']}: {counts}"
-
-
-@contextmanager
-def bar(
-    verb: str, prefixes: list[str], size: int | None = None
-) -> Iterator[Callable[[int], None] | None]:
-    """A bar over the bytes of token files, or over `size` bytes, on a terminal only."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    from castalia.core.errors import DataError
-    from castalia.data import IndexedDataset
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    try:
-        total = size or sum(len(IndexedDataset(prefix).buffer) for prefix in prefixes)
-    except DataError:  # whoever asked for the bar says what is wrong
-        total = None
-    columns = (
-        TextColumn(verb),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as shown:
-        task = shown.add_task(verb, total=total)
-        yield lambda done: shown.advance(task, done)
+        print_record(output, record, as_json)

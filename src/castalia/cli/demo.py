@@ -13,11 +13,12 @@ def demo(
     ] = None,
     output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run.")] = "runs/demo",
 ) -> None:
-    """From text on this machine to a trained, exported, quantized model that speaks, in a few minutes.
+    """Go from text on this machine to a trained, exported, quantized model, in a few minutes.
 
-    Builds a corpus out of what this Python carries, trains a tokenizer and a small Pythia, measures bits per byte of
-    held-out text at every checkpoint, exports to Hugging Face and CTranslate2, and writes a report page. The same
-    command again goes on where it ended, or says that it is done.
+    The demo builds a corpus from the text of this Python installation, trains a tokenizer and a
+    small Pythia, measures bits per byte of held-out text at every checkpoint, exports to Hugging
+    Face and CTranslate2, and writes a report page. The same command again continues where it
+    stopped, or says that it is done.
     """
     from castalia.demo.stages import run_demo
 

@@ -2,50 +2,114 @@
 
 import json
 import sys
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from castalia.cli.flags import AsJson, Checkpoint, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.export import Exported
 
+WHICH = panel("Checkpoints")
+FORMAT = panel("Format")
+CHECK = panel("Quality check")
 
+
+@dataclass(frozen=True)
+class StepFlags:
+    """Options about which checkpoints of a run are exported."""
+
+    all_steps: Annotated[
+        bool, WHICH("--all", help="Every checkpoint of the run, each into its own step folder.")
+    ] = False
+    steps: Annotated[
+        str | None,
+        WHICH(
+            metavar="A,B,C",
+            help="These checkpoints of the run, each into its own step folder: 1,2,1000.",
+        ),
+    ] = None
+
+    def chosen(self) -> list[int] | Literal["all"] | None:
+        """The steps of --all or --steps; None for the one checkpoint that is named.
+
+        Raises  ConfigError if both are given, or --steps is not a list of numbers.
+        """
+        from castalia.core.errors import ConfigError
+
+        if self.all_steps and self.steps:
+            raise ConfigError("give --all or --steps, not both")
+        if self.all_steps:
+            return "all"
+        if self.steps is None:
+            return None
+        words = [word.strip().removeprefix("step") for word in self.steps.split(",")]
+        if not all(word.isdigit() for word in words):
+            raise ConfigError(
+                f"--steps {self.steps!r}: expected step numbers between commas, such as 1,2,1000"
+            )
+        return [int(word) for word in words]
+
+
+@dataclass(frozen=True)
+class FormatFlags:
+    """Options about the numbers and the place of an export."""
+
+    output: Annotated[
+        str | None,
+        FORMAT(metavar="FOLDER", help="By default RUN/exports/hf/step1000 and the like."),
+    ] = None
+    dtype: Annotated[str | None, FORMAT(help="hf: fp32, bf16 or fp16.", show_default="fp32")] = None
+    quantization: Annotated[
+        str | None,
+        FORMAT(
+            help="native: int8, int4, bf16, fp16, fp32. ct2: int8, float32, float16, …"
+            " gguf: Q8_0, Q4_0, F16, F32.",
+            show_default="int8, gguf Q8_0",
+        ),
+    ] = None
+    force: Annotated[bool, FORMAT("--force", help="Replace an earlier export.")] = False
+
+
+@dataclass(frozen=True)
+class CheckFlags:
+    """Options about the comparison of a quantized export with fp32."""
+
+    heldout: Annotated[
+        str | None,
+        CHECK(
+            metavar="FILE", help="Text file or token prefix to compare on; by default data.valid."
+        ),
+    ] = None
+    max_kl: Annotated[
+        float | None,
+        CHECK(
+            metavar="NATS",
+            help="Refuse the export if the mean KL divergence from fp32 exceeds this, in nats a"
+            " token.",
+        ),
+    ] = None
+
+
+@grouped
 def export(
-    checkpoint: str = typer.Argument(
-        help="A run, RUN/step1000, a checkpoint's folder, or a Hugging Face folder."
-    ),
-    to: str = typer.Option(
-        ...,
-        help="hf (transformers), native (our CPU engine), ct2 (CTranslate2) or gguf (llama.cpp).",
-    ),
-    output: str = typer.Option(
-        None, help="Folder to write; by default RUN/exports/hf/step1000 and the like."
-    ),
-    dtype: str = typer.Option(None, help="hf: fp32, bf16 or fp16.", show_default="fp32"),
-    quantization: str = typer.Option(
-        None,
-        help="native: int8, int4, bf16, fp16, fp32. ct2: int8, float32, float16, … gguf: Q8_0, Q4_0, F16, F32.",
-        show_default="int8, gguf Q8_0",
-    ),
-    heldout: str = typer.Option(
-        None, help="Text file or token prefix to compare with fp32; by default data.valid."
-    ),
-    max_kl: float = typer.Option(
-        None, help="Write nothing if the mean KL from fp32 is larger, in nats a token."
-    ),
-    all_steps: bool = typer.Option(
-        False, "--all", help="Every checkpoint of the run, each in its own step folder."
-    ),
-    steps: str = typer.Option(
-        None, help="These checkpoints of the run, each in its own step folder: 1,2,1000."
-    ),
-    force: bool = typer.Option(False, "--force", help="Replace earlier exports."),
-    as_json: bool = typer.Option(
-        False, "--json", help="JSON lines: folder, step, bytes, seconds, notes, …"
-    ),
+    checkpoint: Checkpoint,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="hf (transformers), native (our CPU engine), ct2 (CTranslate2), gguf (llama.cpp).",
+        ),
+    ],
+    *,
+    form: FormatFlags,
+    which: StepFlags,
+    check: CheckFlags,
+    as_json: AsJson = False,
 ) -> None:
-    """Export checkpoints for other engines, with tokenizer, a card, and a record of where they came from.
+    """Export checkpoints for other engines, with the tokenizer, a card and a record of the origin.
 
     Examples:
 
@@ -59,56 +123,35 @@ def export(
     """
     from castalia.export import export as export_checkpoints
 
-    chosen = choose_steps(all_steps, steps)
-    done = export_checkpoints(
+    exports = export_checkpoints(
         checkpoint,
         to=to,
-        output=output,
-        dtype=dtype,
-        quantization=quantization,
-        steps=chosen,
-        force=force,
-        heldout=heldout,
-        max_kl=max_kl,
+        output=form.output,
+        dtype=form.dtype,
+        quantization=form.quantization,
+        steps=which.chosen(),
+        force=form.force,
+        heldout=check.heldout,
+        max_kl=check.max_kl,
     )
-    for exported in done:
-        print(
-            json.dumps(asdict(exported), ensure_ascii=False) if as_json else line(exported),
-            flush=True,
-        )
+    for exported in exports:
+        text = line(exported)
+        if as_json:
+            text = json.dumps(asdict(exported), ensure_ascii=False)
+        print(text, flush=True)
         for note in exported.notes:
             print(f"castalia: note: {note}", file=sys.stderr)
-
-
-def choose_steps(all_steps: bool, steps: str | None) -> list[int] | Literal["all"] | None:
-    """What --all and --steps ask for.
-
-    Raises  ConfigError if both are given, or --steps is no list of numbers.
-    """
-    from castalia.core.errors import ConfigError
-
-    if all_steps and steps:
-        raise ConfigError("give --all or --steps, not both")
-    if all_steps:
-        return "all"
-    if steps is None:
-        return None
-    words = [word.strip().removeprefix("step") for word in steps.split(",")]
-    if not all(word.isdigit() for word in words):
-        raise ConfigError(
-            f"--steps takes numbers with commas between, for instance 1,2,1000; got {steps!r}"
-        )
-    return [int(word) for word in words]
 
 
 def line(exported: "Exported") -> str:
     """One export for the screen."""
     from castalia.monitor.display import size_text
 
-    step = "" if exported.step is None else f"  step {exported.step}"
-    size = size_text(exported.bytes)
-    words = f"{exported.folder}  {exported.to} {exported.numbers}{step}  {size}  {exported.seconds:.1f} s"
-    if exported.quality is None:
-        return words
-    found = exported.quality
-    return f"{words}  KL {found['kl']:.2g}  same greedy token {found['greedy_agreement']:.1%}"
+    words = [str(exported.folder), f"{exported.to} {exported.numbers}"]
+    if exported.step is not None:
+        words.append(f"step {exported.step}")
+    words += [size_text(exported.bytes), f"{exported.seconds:.1f} s"]
+    if exported.quality is not None:
+        words.append(f"KL {exported.quality['kl']:.2g}")
+        words.append(f"same greedy token {exported.quality['greedy_agreement']:.1%}")
+    return "  ".join(words)

@@ -1,31 +1,98 @@
-"""Options of a command in groups: a dataclass as a parameter stands for its fields, each an option of its own."""
+"""Options that several verbs share, and options in groups, each group a panel of the help.
+
+A group is a dataclass as a parameter of a verb: each of its fields is an option of its own.
+"""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CONFIG_HELP = (
+    "A preset such as debug or pythia-70m, YAML files (ours or GPT-NeoX's) or a run's folder; then"
+    " overrides such as optim.lr=3e-4. Later words win."
+)
+Config = Annotated[list[str], typer.Argument(metavar="CONFIG... [a.b=c ...]", help=CONFIG_HELP)]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A run, RUN/step1000, a checkpoint's folder, a Hugging Face folder or an export.",
+    ),
+]
+TokenizerFile = Annotated[
+    str | None,
+    typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or `bytes`."),
+]
+
+
+def panel(title: str) -> Callable[..., Any]:
+    """`typer.Option` for the options of one panel of the help."""
+
+    def option(*names: str, **settings: Any) -> Any:
+        return typer.Option(*names, rich_help_panel=title, **settings)
+
+    return option
+
+
+ENGINE = panel("Engine")
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """Options about the engine that runs a model."""
+
+    engine: Annotated[
+        str,
+        ENGINE(
+            help="auto, native, torch, ct2, llama.cpp or openvino; auto is the engine of an export,"
+            " native for int8 and int4, else torch."
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        str | None,
+        ENGINE(
+            help="fp32, bf16 or fp16; with native also int8, int4 and auto (int8). By default that"
+            " of an export, else fp32."
+        ),
+    ] = None
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """The command as typer takes it; it is called with its dataclasses, built out of the options."""
-    signature, hints = inspect.signature(command), get_type_hints(command, include_extras=True)
+    """The command as typer takes it; it is called with its dataclasses built from the options."""
+    signature = inspect.signature(command)
+    hints = get_type_hints(command, include_extras=True)
     groups = {name: hints[name] for name in signature.parameters if is_dataclass(hints[name])}
 
     @wraps(command)
     def run(**values: Any) -> None:
-        for name, kind in groups.items():
-            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
         command(**values)
 
-    found = [parameter for name, parameter in signature.parameters.items() if name not in groups]
-    for kind in groups.values():
-        hints |= (own := get_type_hints(kind, include_extras=True))
-        kinds = inspect.Parameter.KEYWORD_ONLY
-        found += [
-            inspect.Parameter(f.name, kinds, default=f.default, annotation=own[f.name])
-            for f in fields(kind)
-        ]
-    run.__signature__ = signature.replace(parameters=found)  # type: ignore[attr-defined]
-    run.__annotations__ = {name: hint for name, hint in hints.items() if name not in groups}
+    # typer reads the signature: in place of each dataclass it sees the dataclass's fields.
+    parameters = []
+    annotations = {}
+    for name, parameter in signature.parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            annotations[name] = hints[name]
+            continue
+        group_hints = get_type_hints(groups[name], include_extras=True)
+        for field in fields(groups[name]):
+            annotations[field.name] = group_hints[field.name]
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=field.default,
+                    annotation=annotations[field.name],
+                )
+            )
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = annotations
     return run

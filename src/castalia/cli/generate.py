@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from castalia.cli.flags import ENGINE, Checkpoint, EngineFlags, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.inference import Completion, LanguageModel
@@ -14,48 +14,125 @@ if TYPE_CHECKING:
 NEW_LINE = "\n"
 ESCAPES = {r"\n": NEW_LINE, r"\t": "\t"}
 
+PROMPTS = panel("Prompts")
+SAMPLING = panel("Sampling")
+OUTPUT = panel("Output")
 
+
+@dataclass(frozen=True)
+class PromptFlags:
+    """Options about the texts to continue."""
+
+    prompt: Annotated[list[str] | None, PROMPTS(help="Text to continue; may be repeated.")] = None
+    file: Annotated[
+        str | None,
+        PROMPTS(
+            metavar="FILE", help='Prompts, one a line, or {"prompt": …} a line in a .jsonl file.'
+        ),
+    ] = None
+    samples: Annotated[
+        int,
+        PROMPTS(metavar="N", min=0, help="Write N texts from the end-of-document token alone."),
+    ] = 0
+    prompt_end: Annotated[str, PROMPTS(help="End of a prompt that is typed in.")] = r"\n"
+
+    def gather(self) -> list[str] | None:
+        """All prompts, else the lines of standard input; None to ask for them on a terminal.
+
+        Raises  ConfigError if there is none.
+        """
+        from castalia.core.errors import ConfigError
+        from castalia.inference.prompts import plain_prompts, read_prompts
+
+        if self.samples:
+            return [""] * self.samples
+        prompts = list(self.prompt or [])
+        if self.file:
+            prompts += read_prompts(self.file)
+        if prompts:
+            return prompts
+        if sys.stdin.isatty():
+            return None
+        prompts = list(plain_prompts(sys.stdin.read().splitlines()))
+        if not prompts:
+            raise ConfigError(
+                "no prompt; give --prompt TEXT, --file FILE, or lines on standard input"
+            )
+        return prompts
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """Options about the choice of tokens."""
+
+    max_new_tokens: Annotated[
+        int, SAMPLING(metavar="N", help="Longest continuation, in tokens.")
+    ] = 64
+    temperature: Annotated[
+        float, SAMPLING(metavar="X", help="0 takes the likeliest token; above 0 draws.")
+    ] = 0.0
+    top_k: Annotated[
+        int, SAMPLING(metavar="N", help="Draw from the N likeliest tokens; 0 is off.")
+    ] = 0
+    top_p: Annotated[
+        float,
+        SAMPLING(
+            metavar="SHARE",
+            help="Draw from the likeliest tokens that together have this probability; 0 is off.",
+        ),
+    ] = 0.0
+    stop: Annotated[
+        list[str] | None,
+        SAMPLING(metavar="TEXT", help=r"End before this text; \n is a new line. May be repeated."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        SAMPLING(
+            metavar="N", help="Repeat the same draws; prompt i, counted from 0, uses seed N + i."
+        ),
+    ] = None
+
+    def options(self) -> dict[str, Any]:
+        """As `complete` and `stream` take them, without the seed."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "stop": [unescaped(text) for text in self.stop or []],
+        }
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """Options about where the texts go."""
+
+    output: Annotated[
+        str | None,
+        OUTPUT(
+            metavar="FILE",
+            help="Write GPT-NeoX's records: context, text, length, finished, message,"
+            " duration_seconds.",
+        ),
+    ] = None
+    as_json: Annotated[
+        bool, OUTPUT("--json", help="JSON lines: prompt, text, tokens, finish_reason, seconds.")
+    ] = False
+
+
+@grouped
 def generate(
-    checkpoint: str = typer.Argument(
-        help="A run, RUN/step1000, a checkpoint's folder, or a Hugging Face folder."
-    ),
-    prompt: list[str] = typer.Option([], help="Text to continue; may be given several times."),
-    file: str = typer.Option(
-        None, help='Prompts, one a line, or {"prompt": …} a line in a .jsonl file.'
-    ),
-    samples: int = typer.Option(
-        0, min=0, help="Make this many texts from nothing, the end-of-document token alone."
-    ),
-    output: str = typer.Option(
-        None,
-        help="Write GPT-NeoX's records there: context, text, length, finished, message, duration_seconds.",
-    ),
-    max_new_tokens: int = typer.Option(64, help="Longest continuation, in tokens."),
-    temperature: float = typer.Option(
-        0.0, help="0 takes the most likely token each time; above 0 draws."
-    ),
-    top_k: int = typer.Option(0, help="Draw from this many of the likeliest tokens; 0 is off."),
-    top_p: float = typer.Option(
-        0.0, help="Draw from the likeliest tokens that together pass this share; 0 is off."
-    ),
-    stop: list[str] = typer.Option(
-        [], help=r"End before this text; \n means a new line. May be given several times."
-    ),
-    seed: int = typer.Option(
-        None, help="Repeat the same draws; prompt number i (from 0) uses SEED + i."
-    ),
-    engine: str = typer.Option("auto", help="auto, native, torch, ct2, llama.cpp or openvino."),
-    dtype: str = typer.Option(
-        None, help="fp32, bf16, fp16; native also int8, int4 and auto (int8).", show_default="fp32"
-    ),
-    prompt_end: str = typer.Option(r"\n", help="What ends a prompt that is typed in."),
-    draft: str = typer.Option(
-        None, help="Guess ahead with a smaller model of the suite, or `lookup`; the same text."
-    ),
-    device: str = typer.Option("auto", help="auto, cpu or cuda."),
-    as_json: bool = typer.Option(
-        False, "--json", help="JSON lines: prompt, text, tokens, finish_reason, seconds."
-    ),
+    checkpoint: Checkpoint,
+    *,
+    prompts: PromptFlags,
+    sampling: SamplingFlags,
+    running: EngineFlags,
+    device: Annotated[str, ENGINE(help="auto, cpu or cuda.")] = "auto",
+    draft: Annotated[
+        str | None,
+        ENGINE(help="Guess ahead with a smaller model, or `lookup`; the text stays the same."),
+    ] = None,
+    files: OutputFlags,
 ) -> None:
     """Continue prompts with a checkpoint's model; without --prompt and --file, asks for them.
 
@@ -63,67 +140,49 @@ def generate(
 
       castalia generate runs/demo --prompt "def main("
 
-      castalia generate runs/demo/step1000 --file prompts.txt --temperature 0.8 --top-p 0.95 --seed 1 --json
+      castalia generate runs/demo/step1000 --file prompts.txt --temperature 0.8 --seed 1 --json
 
       castalia generate runs/demo --samples 4 --temperature 1 --output samples.jsonl
     """
     from castalia.inference import load
 
-    prompts = [""] * samples if samples else gather(prompt, file)
-    model = load(checkpoint, engine=engine, dtype=dtype, device=device)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "stop": [unescaped(text) for text in stop],
-    }
-    if draft is not None and draft != "lookup":
-        options["draft"] = load(draft, engine=engine, dtype=dtype, device=device)
-    elif draft is not None:
+    texts = prompts.gather()
+    model = load(checkpoint, engine=running.engine, dtype=running.dtype, device=device)
+    options = sampling.options()
+    if draft == "lookup":
         options["draft"] = draft
-    if prompts is None:
-        converse(model, options, seed, unescaped(prompt_end), output)
-    elif output is not None:
-        write_records(model, prompts, options, seed, output)
-    elif as_json:
-        print_records(model, prompts, options, seed)
+    elif draft is not None:
+        options["draft"] = load(draft, engine=running.engine, dtype=running.dtype, device=device)
+    if texts is None:
+        converse(model, options, sampling.seed, unescaped(prompts.prompt_end), files.output)
+    elif files.output is not None:
+        write_records(model, texts, options, sampling.seed, files.output)
+    elif files.as_json:
+        print_records(model, texts, options, sampling.seed)
     else:
-        print_texts(model, prompts, options, seed)
-
-
-def gather(prompt: list[str], file: str | None) -> list[str] | None:
-    """All prompts; from standard input, one a line, if none is given there; None to ask for them on a terminal.
-
-    Raises  ConfigError if there is none.
-    """
-    from castalia.core.errors import ConfigError
-    from castalia.inference.prompts import plain_prompts, read_prompts
-
-    prompts = [*prompt, *(read_prompts(file) if file else [])]
-    if prompts:
-        return prompts
-    if sys.stdin.isatty():
-        return None
-    prompts = list(plain_prompts(sys.stdin.read().splitlines()))
-    if not prompts:
-        raise ConfigError("no prompt; give --prompt TEXT, --file FILE, or lines on standard input")
-    return prompts
+        print_texts(model, texts, options, sampling.seed)
 
 
 def unescaped(text: str) -> str:
-    """A stop string with new lines and tabs in place of backslash-n and backslash-t, which shells pass as they are."""
-    for written, meant in ESCAPES.items():
-        text = text.replace(written, meant)
+    r"""The text with `\n` and `\t`, which shells pass as they are, as new lines and tabs."""
+    for escape, character in ESCAPES.items():
+        text = text.replace(escape, character)
     return text
+
+
+def seed_of(seed: int | None, number: int) -> int | None:
+    """The seed of prompt `number`: its own, so that its text does not depend on the others."""
+    if seed is None:
+        return None
+    return seed + number
 
 
 def print_records(
     model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None
 ) -> None:
     """One JSON object a line, a batch at a time."""
-    for done in completions(model, prompts, options, seed):
-        print(json.dumps(asdict(done), ensure_ascii=False), flush=True)
+    for completion in completions(model, prompts, options, seed):
+        print(json.dumps(asdict(completion), ensure_ascii=False), flush=True)
 
 
 def completions(
@@ -133,13 +192,14 @@ def completions(
     from castalia.inference.language_model import BATCH_ROWS
     from castalia.inference.speculative import speculative_complete
 
-    size = 1 if "draft" in options else BATCH_ROWS
-    for start in range(0, len(prompts), size):
-        batch, batch_seed = prompts[start : start + size], None if seed is None else seed + start
-        if "draft" in options:
-            yield speculative_complete(model, batch, seed=batch_seed, **options)[0][0]
-        else:
-            yield from model.complete(batch, seed=batch_seed, **options)
+    if "draft" in options:
+        for number, prompt in enumerate(prompts):
+            seed_here = seed_of(seed, number)
+            yield speculative_complete(model, [prompt], seed=seed_here, **options)[0][0]
+        return
+    for start in range(0, len(prompts), BATCH_ROWS):
+        batch = prompts[start : start + BATCH_ROWS]
+        yield from model.complete(batch, seed=seed_of(seed, start), **options)
 
 
 def write_records(
@@ -149,7 +209,7 @@ def write_records(
     seed: int | None,
     output: str,
 ) -> None:
-    """GPT-NeoX's record of each text, a line each.
+    """Write GPT-NeoX's record of each text, a line each.
 
     Raises  CastaliaError if the file cannot be written.
     """
@@ -159,35 +219,41 @@ def write_records(
 
     try:
         with open(output, "w", encoding="utf-8") as file:
-            for done in completions(model, prompts, options, seed):
-                file.write(json.dumps(neox_record(done), ensure_ascii=False) + "\n")
+            for completion in completions(model, prompts, options, seed):
+                file.write(json.dumps(neox_record(completion), ensure_ascii=False) + "\n")
                 file.flush()
     except OSError as error:
         raise cannot_write(Path(output), error) from error
     print(f"{output}: {len(prompts)} texts", file=sys.stderr)
 
 
-def neox_record(done: "Completion") -> dict[str, Any]:
-    """The fields of GPT-NeoX's generate.py; `finished` says that the model or a stop string ended the text."""
+def neox_record(completion: "Completion") -> dict[str, Any]:
+    """The fields of GPT-NeoX's generate.py.
+
+    `finished` means that the model or a stop string ended the text, not its length.
+    """
+    message = None
+    if completion.finish_reason == "context":
+        message = "the model's limit ended the text"
     return {
-        "context": done.prompt,
-        "text": done.text,
-        "length": len(done.tokens),
-        "finished": done.finish_reason in ("eod", "stop"),
-        "message": "the model's limit ended the text" if done.finish_reason == "context" else None,
-        "duration_seconds": done.seconds,
+        "context": completion.prompt,
+        "text": completion.text,
+        "length": len(completion.tokens),
+        "finished": completion.finish_reason in ("eod", "stop"),
+        "message": message,
+        "duration_seconds": completion.seconds,
     }
 
 
 def print_texts(
     model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None
 ) -> None:
-    """Each text as it arrives; the prompt stands before it on a terminal, or when there are several."""
+    """Print each text as it arrives, after its prompt on a terminal or if there are several."""
     show_prompt = sys.stdout.isatty() or len(prompts) > 1
-    for i, prompt in enumerate(prompts):
-        if i:
+    for number, prompt in enumerate(prompts):
+        if number:
             print()
-        speak(model, prompt, options, None if seed is None else seed + i, show_prompt=show_prompt)
+        speak(model, prompt, options, seed_of(seed, number), show_prompt=show_prompt)
 
 
 def converse(
@@ -197,34 +263,30 @@ def converse(
     prompt_end: str,
     output: str | None,
 ) -> None:
-    """Ask for a prompt, continue it, and again, until end of input; `output` gets a record of each."""
+    """Ask for prompts and continue them until end of input; `output` gets a record of each."""
     from castalia.core.errors import ConfigError
 
-    print(
-        f"Type a prompt and {'Enter' if prompt_end == NEW_LINE else prompt_end!r}; Ctrl-D ends.",
-        file=sys.stderr,
-    )
+    key = "Enter" if prompt_end == NEW_LINE else repr(prompt_end)
+    print(f"Type a prompt and {key}; Ctrl-D ends.", file=sys.stderr)
     number = 0
     while (prompt := typed(prompt_end)) is not None:
         try:
-            done = speak(
-                model, prompt, options, None if seed is None else seed + number, show_prompt=False
-            )
-        except ConfigError as error:
+            completion = speak(model, prompt, options, seed_of(seed, number), show_prompt=False)
+        except ConfigError as error:  # a prompt longer than the model's limit: ask for another
             print(f"castalia: {error}", file=sys.stderr)
         else:
             if output is not None:
                 with open(output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(neox_record(done), ensure_ascii=False) + "\n")
+                    file.write(json.dumps(neox_record(completion), ensure_ascii=False) + "\n")
         number += 1
 
 
 def typed(prompt_end: str) -> str | None:
-    """What is typed in up to `prompt_end`, which is left out; None at the end of input."""
+    """The text that is typed in up to `prompt_end`, exclusive; None at the end of input."""
     text = ""
     while prompt_end not in text:
         try:
-            text += input("> " if not text else "… ") + NEW_LINE
+            text += input("… " if text else "> ") + NEW_LINE
         except EOFError:
             print()
             return None
@@ -239,7 +301,7 @@ def speak(
     *,
     show_prompt: bool,
 ) -> "Completion":
-    """Write one continuation to the screen while it is made, or with a draft when it is there."""
+    """Print one continuation token by token; with a draft, whole."""
     if show_prompt:
         sys.stdout.write(prompt)
     if "draft" in options:
@@ -251,11 +313,11 @@ def speak(
         try:
             sys.stdout.write(next(stream))
         except StopIteration as end:
-            done: Completion = end.value
+            completion: Completion = end.value
             break
         sys.stdout.flush()
     print(flush=True)
-    if done.finish_reason == "context":
+    if completion.finish_reason == "context":
         limit = model.config.max_position_embeddings
         print(f"castalia: the text ended at the model's limit of {limit} tokens", file=sys.stderr)
-    return done
+    return completion

@@ -1,11 +1,13 @@
-"""`castalia mixing …`: what a mixture is measured against, and what became of it."""
+"""`castalia mixing …`: reference losses for a mixture, and the report of a run's mixture."""
 
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Reference losses by source, and the picture of a run's mixture.", no_args_is_help=True
+from castalia.cli.command import Verbs
+
+app = Verbs(
+    help="Reference losses by source, and the report of a run's mixture.", no_args_is_help=True
 )
 
 
@@ -13,23 +15,27 @@ app = typer.Typer(
 def reference(
     checkpoint: Annotated[
         str,
-        typer.Argument(help="A run's folder, which means its newest checkpoint, or RUN/step1000."),
+        typer.Argument(
+            metavar="CHECKPOINT", help="A run's folder (its newest checkpoint) or RUN/step1000."
+        ),
     ],
     prefixes: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PREFIX]...",
-            help="Token files, one a source; by default those it was trained on.",
+            metavar="[PREFIX...]",
+            help="Token files, one a source; by default those of the run's training.",
         ),
     ] = None,
     output: Annotated[
         str, typer.Option(metavar="FILE", help="JSON file to write.")
     ] = "reference.json",
     rows: Annotated[
-        int, typer.Option(min=1, help="Rows of each source that are read, at most.")
+        int, typer.Option(metavar="N", min=1, help="Rows to read of each source, at most.")
     ] = 256,
 ) -> None:
-    """Losses of a checkpoint by source, in nats a token, for mixing.kind=doremi and mixing.reference=FILE.
+    """Measure a checkpoint's loss on each source, in nats a token.
+
+    mixing.kind=doremi reads the file as mixing.reference=FILE.
 
     Example:
 
@@ -40,17 +46,17 @@ def reference(
     from castalia.core.errors import ConfigError
     from castalia.eval import write_reference
 
-    found = find_checkpoint(checkpoint)
-    data = read_yaml(found / "config.yaml")["data"]
+    folder = find_checkpoint(checkpoint)
+    data = read_yaml(folder / "config.yaml")["data"]
     sources = prefixes or data["train"]
     if not sources:
         raise ConfigError(
-            f"{found} does not say what it was trained on; name the token files, one a source"
+            f"the config of {folder} names no training data; name the token files, one a source"
         )
-    scores = write_reference(output, found, sources, seq_length=data["seq_length"], rows=rows)
+    scores = write_reference(output, folder, sources, seq_length=data["seq_length"], rows=rows)
     for name, entry in scores["sources"].items():
         typer.echo(f"{name}: {entry['loss']:.4f} nats a token over {entry['tokens']:,} tokens")
-    typer.echo(f"written to {output}; mixing.reference={output} reads it")
+    typer.echo(f"written to {output}; use it with mixing.reference={output}")
 
 
 @app.command()

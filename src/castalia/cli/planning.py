@@ -1,4 +1,4 @@
-"""`castalia show --gpu`: what a config costs on a cluster, and the layout to take."""
+"""`castalia show --gpu`: the cost of a config on a cluster, and a proposal for its layout."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -9,32 +9,33 @@ if TYPE_CHECKING:
     from castalia.cost.plan import Plan
 
 
-def show_plan(sources: list[str], nodes: int, gpus_per_node: int, gpu: str, as_json: bool) -> None:
+def show_plan(config: list[str], nodes: int, gpus_per_node: int, gpu: str, as_json: bool) -> None:
     """Print the plan of the config's own layout beside the one proposed.
 
-    Raises  ConfigError for an unknown GPU or a config that is wrong.
+    Raises  ConfigError for an unknown GPU or a wrong config.
     """
     from castalia.cost.plan import find_gpu, plan, propose
     from castalia.recipes import resolve
 
     kind = find_gpu(gpu)
-    work = resolve(sources, world=nodes * gpus_per_node).config.workload
+    work = resolve(config, world=nodes * gpus_per_node).config.workload
     chosen = plan(work, nodes, gpus_per_node, kind)
     proposed = propose(work, nodes, gpus_per_node, kind)
-    if as_json:
-        cluster = {
-            "gpu": gpu,
-            "nodes": nodes,
-            "gpus_per_node": gpus_per_node,
-            "memory_gib": kind.memory_gib,
-        }
-        both = {"chosen": as_object(chosen), "proposed": as_object(proposed) if proposed else None}
-        typer.echo(json.dumps({"cluster": cluster} | both, indent=2))
-    else:
-        typer.echo(
-            f"{nodes * gpus_per_node} x {gpu}, {kind.memory_gib} GiB each; estimates for one GPU\n"
-        )
+    if not as_json:
+        size = nodes * gpus_per_node
+        typer.echo(f"{size} x {gpu}, {kind.memory_gib} GiB each; estimates for one GPU\n")
         print_plans(chosen, proposed)
+        return
+    cluster = {
+        "gpu": gpu,
+        "nodes": nodes,
+        "gpus_per_node": gpus_per_node,
+        "memory_gib": kind.memory_gib,
+    }
+    plans: dict[str, Any] = {"cluster": cluster, "chosen": as_object(chosen), "proposed": None}
+    if proposed is not None:
+        plans["proposed"] = as_object(proposed)
+    typer.echo(json.dumps(plans, indent=2))
 
 
 def as_object(plan: "Plan") -> dict[str, Any]:
@@ -48,49 +49,55 @@ def as_object(plan: "Plan") -> dict[str, Any]:
 
 
 def overrides(plan: "Plan") -> list[str]:
-    """What to write behind the config to get this layout."""
+    """The overrides that give this layout."""
     values: dict[str, Any] = {
         f"parallel.{axis}": degree for axis, degree in plan.degrees._asdict().items()
     }
-    values |= {
-        "parallel.reshard_after_forward": plan.reshard_after_forward,
-        "train.recompute": plan.recompute,
-    }
-    values |= {"train.micro_batch_size": plan.micro_rows}
+    values["parallel.reshard_after_forward"] = plan.reshard_after_forward
+    values["train.recompute"] = plan.recompute
+    values["train.micro_batch_size"] = plan.micro_rows
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
 def print_plans(chosen: "Plan", proposed: "Plan | None") -> None:
-    """A table with a column for each, and the overrides of the proposal."""
-    plans = [chosen, proposed] if proposed else [chosen]
-    heads = [("", *("as configured", "proposed")[: len(plans)])]
-    columns = zip(*(list(rows(plan)) for plan in plans), strict=True)
-    lines = heads + [(cells[0][0], *(text for _, text in cells)) for cells in columns]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        typer.echo(
-            "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        )
-    if proposed:
+    """A table with a column for each plan, and the overrides of the proposal."""
+    columns = [("as configured", rows(chosen))]
+    if proposed is not None:
+        columns.append(("proposed", rows(proposed)))
+    names = list(columns[0][1])
+    width = max(len(name) for name in names)
+    table = [["".ljust(width), *(title for title, _ in columns)]]
+    for name in names:
+        table.append([name.ljust(width), *(cells[name] for _, cells in columns)])
+    first = max(len(line[1]) for line in table)
+    for line in table:
+        line[1] = line[1].ljust(first)
+        typer.echo("  ".join(line).rstrip())
+    if proposed is not None:
         typer.echo("\nthe fastest layout that fits: " + " ".join(overrides(proposed)))
     else:
-        typer.echo("\nno layout fits; take more GPUs, GPUs with more memory, or shorter rows")
+        typer.echo("\nno layout fits; use more GPUs, GPUs with more memory, or shorter rows")
 
 
-def rows(plan: "Plan") -> list[tuple[str, str]]:
+def rows(plan: "Plan") -> dict[str, str]:
     """Name and text of each line of one plan."""
     from castalia.monitor.display import size_text
 
-    return [
-        ("layout", str(plan.degrees)),
-        ("rows at a time", str(plan.micro_rows)),
-        ("recompute", json.dumps(plan.recompute)),
-        ("reshard after forward", json.dumps(plan.reshard_after_forward)),
-        ("memory", f"{size_text(plan.memory.total)}, {'fits' if plan.fits else 'does not fit'}"),
-        *((f"  {part}", size_text(size)) for part, size in plan.memory._asdict().items()),
-        *((f"{kind} a step", size_text(size)) for kind, size in plan.communication.items()),
-        ("bubble", f"{plan.bubble:.1%}"),
-        ("seconds a step", f"{plan.step_seconds:.3g}"),
-        ("tokens a second", f"{plan.tokens_per_second:,.0f}"),
-        ("MFU", f"{plan.mfu:.1%}"),
-    ]
+    verdict = "fits" if plan.fits else "does not fit"
+    lines = {
+        "layout": str(plan.degrees),
+        "rows at a time": str(plan.micro_rows),
+        "recompute": json.dumps(plan.recompute),
+        "reshard after forward": json.dumps(plan.reshard_after_forward),
+        "memory": f"{size_text(plan.memory.total)}, {verdict}",
+    }
+    for part, size in plan.memory._asdict().items():
+        lines[f"  {part}"] = size_text(size)
+    for kind, size in plan.communication.items():
+        lines[f"{kind} a step"] = size_text(size)
+    return lines | {
+        "bubble": f"{plan.bubble:.1%}",
+        "seconds a step": f"{plan.step_seconds:.3g}",
+        "tokens a second": f"{plan.tokens_per_second:,.0f}",
+        "MFU": f"{plan.mfu:.1%}",
+    }

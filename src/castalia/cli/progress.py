@@ -1,13 +1,13 @@
-"""How far a job over text is: a bar with tokens a second and the time left; plain lines if not on a terminal."""
+"""Progress of bounded jobs: a bar on a terminal, elsewhere a line now and then or nothing."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
 
-from castalia.monitor import duration, quantity, size_text
+from castalia.monitor.display import duration, quantity, size_text
 
 EVERY_SECONDS = 30.0
 """Time between plain lines; a short job prints none."""
@@ -15,7 +15,7 @@ EVERY_SECONDS = 30.0
 
 @contextmanager
 def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, int], Any]]:
-    """Takes bytes of the inputs that are done, and the tokens that came of them."""
+    """Progress of tokenizing `inputs`; yields a callback (bytes consumed, tokens produced)."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -28,56 +28,102 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
 
     from castalia.corpus.inputs import list_files
 
+    total = 0
+    if inputs:
+        total = sum(file.size for file in list_files(inputs))
     console = Console(stderr=True)
-    total = sum(file.size for file in list_files(inputs)) if inputs else 0
     if not console.is_terminal:
         yield PlainLines(verb, total)
         return
-    speed = TextColumn("{task.fields[rate]} tok/s")
     columns = (
         TextColumn(verb),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
-        speed,
+        TextColumn("{task.fields[rate]} tok/s"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task, start, tokens = bar.add_task(verb, total=total or None, rate="-"), time.monotonic(), 0
+        task = bar.add_task(verb, total=total or None, rate="-")
+        start = time.monotonic()
+        tokens = 0
 
-        def advance(done: int, found: int) -> None:
+        def advance(consumed: int, produced: int) -> None:
             nonlocal tokens
-            tokens += found
-            bar.update(
-                task, advance=done, rate=quantity(tokens / max(time.monotonic() - start, 1e-9))
-            )
+            tokens += produced
+            seconds = max(time.monotonic() - start, 1e-9)
+            bar.update(task, advance=consumed, rate=quantity(tokens / seconds))
 
         yield advance
 
 
 class PlainLines:
-    """A line on stderr now and then."""
+    """A line on stderr every EVERY_SECONDS, for logs and pipes."""
 
     def __init__(self, verb: str, total: int) -> None:
-        self.verb, self.total = verb, total
-        self.done = self.tokens = 0
-        self.start = self.told = time.monotonic()
+        self.verb = verb
+        self.total = total
+        self.consumed = 0
+        self.tokens = 0
+        self.start = time.monotonic()
+        self.last_line = self.start
 
-    def __call__(self, done: int, tokens: int) -> None:
-        """So many bytes of input and tokens more."""
-        self.done, self.tokens = self.done + done, self.tokens + tokens
+    def __call__(self, consumed: int, produced: int) -> None:
+        """Count bytes consumed and tokens produced; print a line if it is time for one."""
+        self.consumed += consumed
+        self.tokens += produced
         now = time.monotonic()
-        if now - self.told >= EVERY_SECONDS:
-            self.told = now
+        if now - self.last_line >= EVERY_SECONDS:
+            self.last_line = now
             typer.echo(self.line(now - self.start), err=True)
 
     def line(self, seconds: float) -> str:
-        """How far it is after so many seconds."""
-        left = max(self.total - self.done, 0) / max(self.done / seconds, 1e-9)
-        if not self.total:
-            return f"{self.verb}  {size_text(self.done)}"
-        share = 100 * self.done / self.total
+        """The progress after so many seconds."""
+        if not self.total:  # a download, whose length no server has to name
+            return f"{self.verb}  {size_text(self.consumed)}"
+        share = 100 * self.consumed / self.total
+        left = max(self.total - self.consumed, 0) / max(self.consumed / seconds, 1e-9)
         return (
-            f"{self.verb}  {share:.1f}%  {size_text(self.done)} of {size_text(self.total)}"
+            f"{self.verb}  {share:.1f}%  {size_text(self.consumed)} of {size_text(self.total)}"
             f"  tok/s {quantity(self.tokens / seconds)}  eta {duration(left)}"
         )
+
+
+@contextmanager
+def bytes_progress(
+    verb: str, prefixes: list[str], size: int | None = None
+) -> Iterator[Callable[[int], None] | None]:
+    """Progress over the bytes of token files, or over `size` bytes; None if not on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from castalia.core.errors import DataError
+    from castalia.data import IndexedDataset
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    total = size
+    if total is None:
+        # The job itself reports a broken file, with more about it.
+        with suppress(DataError):
+            total = sum(len(IndexedDataset(prefix).buffer) for prefix in prefixes)
+    columns = (
+        TextColumn(verb),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    # Lines of the job go to stdout untouched: rich would send them to stderr with the bar.
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(verb, total=total)
+        yield lambda count: bar.advance(task, count)

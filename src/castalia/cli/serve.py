@@ -1,39 +1,76 @@
 """`castalia serve`."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import typer
 
+from castalia.cli.flags import EngineFlags, grouped, panel
 
+LISTEN = panel("Address")
+LIMITS = panel("Limits")
+HERE = ("127.0.0.1", "localhost", "::1")
+"""Hosts that other machines cannot reach."""
+
+
+@dataclass(frozen=True)
+class ListenFlags:
+    """Options about the address and who may use it."""
+
+    host: Annotated[
+        str, LISTEN(help="Address to listen on; 0.0.0.0 is reachable from other machines.")
+    ] = "127.0.0.1"
+    port: Annotated[int, LISTEN(metavar="N", help="Port to listen on; 0 takes a free one.")] = 8000
+    api_key: Annotated[
+        str | None,
+        LISTEN(
+            metavar="KEY",
+            envvar="CASTALIA_API_KEY",
+            help="Require this key in Authorization headers.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class LimitFlags:
+    """Options about what the server takes on at a time."""
+
+    slots: Annotated[
+        int, LIMITS(metavar="N", min=1, help="Texts continued at a time; more wait.")
+    ] = 16
+    queue: Annotated[
+        int,
+        LIMITS(metavar="N", min=1, help="Texts that may wait; clients beyond them get status 429."),
+    ] = 256
+    keep: Annotated[
+        int, LIMITS(metavar="N", min=1, help="Models in memory; the one idle longest makes room.")
+    ] = 1
+    max_body: Annotated[int, LIMITS(metavar="MIB", min=1, help="Largest request, in MiB.")] = 8
+    patience: Annotated[
+        float, LIMITS(metavar="SECONDS", min=0.1, help="Time in which a request must arrive.")
+    ] = 30.0
+    grace: Annotated[
+        int, LIMITS(metavar="SECONDS", min=0, help="Time for running requests at a stop.")
+    ] = 30
+
+
+@grouped
 def serve(
-    models: list[str] = typer.Argument(
-        help="Runs, RUN/step1000, Hugging Face folders or exports; all steps of a run."
-    ),
-    host: str = typer.Option(
-        "127.0.0.1", help="Address to listen on; 0.0.0.0 is reachable from other machines."
-    ),
-    port: int = typer.Option(8000, help="Port to listen on; 0 takes a free one."),
-    api_key: str = typer.Option(
-        None, envvar="CASTALIA_API_KEY", help="Ask for this key in Authorization headers."
-    ),
-    engine: str = typer.Option("auto", help="auto, native, torch, ct2, llama.cpp or openvino."),
-    dtype: str = typer.Option(
-        None,
-        help="auto (int8, the fastest on a CPU), fp32, bf16, fp16, int8 or int4.",
-        show_default="fp32",
-    ),
-    slots: int = typer.Option(16, min=1, help="Texts that are continued at a time; more wait."),
-    queue: int = typer.Option(
-        256, min=1, help="Texts that may wait; then clients are told to come back (429)."
-    ),
-    keep: int = typer.Option(
-        1, min=1, help="Models in memory at a time; the one idle longest makes room."
-    ),
-    max_body: int = typer.Option(8, min=1, help="Largest request, in MiB."),
-    patience: float = typer.Option(30.0, min=0.1, help="Seconds in which a request must arrive."),
-    grace: int = typer.Option(
-        30, min=0, help="Seconds that running requests get when the server is stopped."
-    ),
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Runs (all their steps), RUN/step1000, Hugging Face folders or exports.",
+        ),
+    ],
+    *,
+    listen: ListenFlags,
+    running: EngineFlags,
+    limits: LimitFlags,
 ) -> None:
-    """Serve models over OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
+    """Serve models over OpenAI's API.
+
+    The paths are /v1/completions, /v1/chat/completions, /v1/models, /health and /metrics.
 
     Examples:
 
@@ -43,17 +80,33 @@ def serve(
     """
     from castalia.core.extras import require
 
+    # Before the server's modules, which import them: a missing extra is one sentence.
     uvicorn = require("uvicorn", "serve", "castalia serve")
     require("fastapi", "serve", "castalia serve")
     from castalia.serve.app import make_app
     from castalia.serve.model_pool import ModelPool, ServeOptions
 
-    pool = ModelPool(models, ServeOptions(engine, dtype, slots, queue, keep))
-    app = make_app(pool, api_key=api_key, most_bytes=max_body << 20, patience=patience)
-    if host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+    pool = ModelPool(
+        models,
+        ServeOptions(running.engine, running.dtype, limits.slots, limits.queue, limits.keep),
+    )
+    app = make_app(
+        pool,
+        api_key=listen.api_key,
+        most_bytes=limits.max_body << 20,
+        patience=limits.patience,
+    )
+    if listen.host not in HERE and not listen.api_key:
         typer.echo(
-            f"castalia: warning: {host} is reachable from other machines and there is no --api-key",
+            f"castalia: warning: {listen.host} is reachable from other machines; set --api-key",
             err=True,
         )
-    typer.echo(f"castalia: serving {', '.join(pool.locations)} on http://{host}:{port}", err=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=grace)
+    names = ", ".join(pool.locations)
+    typer.echo(f"castalia: serving {names} on http://{listen.host}:{listen.port}", err=True)
+    uvicorn.run(
+        app,
+        host=listen.host,
+        port=listen.port,
+        log_level="warning",
+        timeout_graceful_shutdown=limits.grace,
+    )

@@ -1,9 +1,11 @@
-"""`castalia show`: what a config means and what its run will cost, before it runs."""
+"""`castalia show`: the meaning of a config and the cost of its run, before it runs."""
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from castalia.cli.flags import CONFIG_HELP, panel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,24 +13,37 @@ if TYPE_CHECKING:
     from castalia.cost.estimate import Estimate
     from castalia.recipes import Resolved
 
+CLUSTER = panel("Cluster")
+
 
 def show(
-    sources: list[str] = typer.Argument(
-        None,
-        metavar="PRESET|FILE… [a.b=c …]",
-        help="A preset, YAML files (ours or GPT-NeoX's), overrides; later wins.",
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object."),
-    nodes: int = typer.Option(1, min=1, help="With --gpu: hosts of the cluster to plan for."),
-    gpus_per_node: int = typer.Option(8, min=1, help="With --gpu: GPUs of each host."),
-    gpu: str = typer.Option(
-        None, help="Plan for a cluster of these: h200, h100, a100-80, a100-40, b200, ..."
-    ),
-    schema: bool = typer.Option(
-        False, "--schema", help="Print the JSON schema of a config file, for editors."
-    ),
+    config: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG... [a.b=c ...]", help=CONFIG_HELP)
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print the whole resolved config as YAML too.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        CLUSTER(help="Plan for a cluster of these: h200, h100, a100-80, a100-40, b200, ..."),
+    ] = None,
+    nodes: Annotated[int, CLUSTER(metavar="N", min=1, help="With --gpu: hosts.")] = 1,
+    gpus_per_node: Annotated[
+        int, CLUSTER(metavar="N", min=1, help="With --gpu: GPUs of each host.")
+    ] = 8,
 ) -> None:
-    """Print the resolved config, its parameters, tokens, FLOPs, memory and checkpoints, and what differs."""
+    """Show what a config changes, and the parameters, FLOPs, memory and disk of its run.
+
+    Examples:
+
+      castalia show pythia-70m train.batch_size=256
+
+      castalia show pythia-12b precision=bf16 --nodes 4 --gpus-per-node 8 --gpu h200
+    """
     if schema:
         from castalia.train.config import RunConfig
 
@@ -37,25 +52,29 @@ def show(
     if gpu:
         from castalia.cli.planning import show_plan
 
-        show_plan(sources or [], nodes, gpus_per_node, gpu, as_json)
+        show_plan(config or [], nodes, gpus_per_node, gpu, as_json)
         return
+    from castalia.config import dump_yaml
     from castalia.cost.estimate import estimate
     from castalia.recipes import resolve
 
-    resolved = resolve(sources or [])
+    resolved = resolve(config or [])
     cost = estimate(resolved.config.workload)
     if as_json:
         typer.echo(json.dumps(as_object(resolved, cost), indent=2))
-    else:
-        print_all(resolved, cost)
+        return
+    print_summary(resolved, cost)
+    if everything:
+        typer.echo(f"\n{dump_yaml(resolved.config)}")
 
 
 def without_required(schema: Any) -> Any:
-    """The schema with every key optional: a file that names a `recipe` may leave out anything."""
+    """The schema with every key optional: a file that names a `recipe` may omit any of them."""
     if isinstance(schema, list):
         return [without_required(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
+    # A mapping under "required" is a config key of that name, not JSON schema's list.
     return {
         key: without_required(value)
         for key, value in schema.items()
@@ -90,93 +109,86 @@ def as_object(resolved: "Resolved", cost: "Estimate") -> dict[str, Any]:
     }
 
 
-def print_all(resolved: "Resolved", cost: "Estimate") -> None:
-    """The config as YAML, then the tables."""
+def print_summary(resolved: "Resolved", cost: "Estimate") -> None:
+    """Differences from the recipe, cost, notes, and GPT-NeoX options without effect."""
     from rich.console import Console
 
-    from castalia.config import dump_yaml
-
-    typer.echo(dump_yaml(resolved.config))
     console = Console(highlight=False, emoji=False)
-    print_cost(console, resolved, cost)
     print_changes(console, resolved)
     console.print()
+    print_cost(console, resolved, cost)
+    wraps = console.is_terminal  # a pipe gets each note as one line, which grep can find
+    if resolved.notes:
+        console.print()
     for note in resolved.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=not console.is_terminal)
-    print_ignored(console, resolved.ignored_lines)
+        console.print(f"note: {note}", markup=False, soft_wrap=not wraps)
+    if resolved.ignored_lines:
+        console.print("\nGPT-NeoX options without effect here", style="italic")
+    for line in resolved.ignored_lines:
+        console.print(f"  {line}", markup=False, soft_wrap=not wraps)
+
+
+def print_changes(console: "Console", resolved: "Resolved") -> None:
+    """A table of the keys that differ from the recipe."""
+    from rich.table import Table
+
+    if not resolved.changes:
+        console.print(f"nothing differs from {resolved.recipe}", markup=False)
+        return
+    console.print(f"differs from {resolved.recipe}", style="italic", markup=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("key", no_wrap=True)
+    table.add_column("recipe", overflow="fold")
+    table.add_column("now", overflow="fold")
+    for key, (before, now) in resolved.changes.items():
+        table.add_row(key, plain(before), plain(now))
+    console.print(table)
+
+
+def plain(value: Any) -> str:
+    """A value as YAML writes it on one line."""
+    if value is None or isinstance(value, bool | list):
+        return json.dumps(value)
+    return str(value)
 
 
 def print_cost(console: "Console", resolved: "Resolved", cost: "Estimate") -> None:
     """One table: size, work, memory by part, disk."""
     from rich.table import Table
 
-    table = Table(
-        title=resolved.recipe, title_justify="left", show_header=False, box=None, pad_edge=False
-    )
+    console.print(f"cost of {resolved.config.output}", style="italic", markup=False)
+    table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in cost_rows(resolved, cost):
+    for name, text in cost_rows(resolved, cost).items():
         table.add_row(name, text)
     console.print(table)
 
 
-def cost_rows(resolved: "Resolved", cost: "Estimate") -> list[tuple[str, str]]:
+def cost_rows(resolved: "Resolved", cost: "Estimate") -> dict[str, str]:
     """Name and text of each line of the table."""
     from castalia.monitor.display import quantity, size_text
 
-    config, memory, disk = resolved.config, cost.memory, cost.disk
-    where = f"one of {cost.processes} processes" if cost.processes > 1 else "one process"
-    kept = "" if disk.kept == disk.written else f", {disk.kept} kept"
-    return [
-        (
-            "parameters",
-            f"{cost.parameters.total:,} ({cost.parameters.non_embedding:,} non-embedding)",
-        ),
-        ("tokens", f"{cost.tokens:,} ({quantity(cost.tokens)})"),
-        (
-            "steps",
-            f"{config.train.steps:,} of {config.train.batch_size:,} rows = {config.tokens_per_step:,} tokens",
-        ),
-        ("FLOPs", f"{cost.flops:.3g} ({quantity(cost.flops_per_token)} a token)"),
-        (
-            "memory",
-            f"{size_text(memory.total)}, {where} on {cost.device}, {cost.micro_rows} rows at a time",
-        ),
-        *((f"  {part}", size_text(size)) for part, size in memory._asdict().items()),
-        (
-            "checkpoints",
-            f"{disk.written}{kept}, {size_text(disk.bytes_each)} each, {size_text(disk.bytes_total)} on disk",
-        ),
-    ]
-
-
-def print_changes(console: "Console", resolved: "Resolved") -> None:
-    """What is not as in the recipe."""
-    from rich.table import Table
-
-    if not resolved.changes:
-        console.print(f"\nnothing differs from {resolved.recipe}", markup=False)
-        return
-    table = Table(
-        title=f"differs from {resolved.recipe}", title_justify="left", box=None, pad_edge=False
-    )
-    table.add_column("key", no_wrap=True)
-    table.add_column("recipe", overflow="fold")
-    table.add_column("now", overflow="fold")
-    for key, (before, now) in resolved.changes.items():
-        table.add_row(key, plain(before), plain(now))
-    console.print()
-    console.print(table)
-
-
-def plain(value: Any) -> str:
-    """A value as YAML writes it on one line."""
-    return json.dumps(value) if value is None or isinstance(value, bool | list) else str(value)
-
-
-def print_ignored(console: "Console", lines: list[str]) -> None:
-    """GPT-NeoX options without effect, once each, by reason."""
-    if lines:
-        console.print("\nGPT-NeoX options without effect here", style="italic")
-    for line in lines:
-        console.print(f"  {line}", markup=False, soft_wrap=not console.is_terminal)
+    train = resolved.config.train
+    per_step = resolved.config.tokens_per_step
+    total = cost.parameters.total
+    where = "one process"
+    if cost.processes > 1:
+        where = f"one of {cost.processes} processes"
+    lines = {
+        "parameters": f"{total:,} ({cost.parameters.non_embedding:,} non-embedding)",
+        "tokens": f"{cost.tokens:,} ({quantity(cost.tokens)})",
+        "steps": f"{train.steps:,} of {train.batch_size:,} rows = {per_step:,} tokens",
+        "FLOPs": f"{cost.flops:.3g} ({quantity(cost.flops_per_token)} a token)",
+        "memory": f"{size_text(cost.memory.total)}, {where} on {cost.device},"
+        f" {cost.micro_rows} rows at a time",
+    }
+    for part, size in cost.memory._asdict().items():
+        if size:
+            lines[f"  {part}"] = size_text(size)
+    count = str(cost.disk.written)
+    if cost.disk.kept != cost.disk.written:
+        count += f", {cost.disk.kept} kept"
+    each = size_text(cost.disk.bytes_each)
+    lines["checkpoints"] = f"{count}, {each} each, {size_text(cost.disk.bytes_total)} on disk"
+    return lines

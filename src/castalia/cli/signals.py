@@ -1,4 +1,4 @@
-"""Jobs that are told to stop: what is under way ends in order, and a sentence says how to go on."""
+"""Jobs that are stopped by a signal: they end in order, and a sentence says how to continue."""
 
 import signal
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class StoppedError(CastaliaError):
-    """The job was told to stop. The exit status is 128 and the signal's number, as of a shell."""
+    """A signal stopped the job. The exit status is 128 + the signal's number, as in a shell."""
 
     def __init__(self, number: int, remedy: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}; {remedy}")
@@ -20,27 +20,30 @@ class StoppedError(CastaliaError):
 
 @contextmanager
 def stoppable(remedy: str) -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and a terminal that closes end what is inside, through every `finally`.
+    """Let Ctrl-C, SIGTERM and a closing terminal end the block, through every `finally`.
 
-    Once: what comes while it ends is not heard. A signal that is ignored, as under nohup, stays so.
+    Only the first signal counts; later ones are ignored while the block ends. An ignored signal, as
+    under nohup, stays ignored.
     Raises  StoppedError with `remedy`.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
-        came.append(number)
-        if len(came) == 1:
+        received.append(number)
+        if len(received) == 1:
             raise KeyboardInterrupt
 
+    # SIGHUP does not exist on Windows.
     numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in handlers.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, stop)
     try:
         yield
     except KeyboardInterrupt:
-        raise StoppedError(came[0] if came else signal.SIGINT, remedy) from None
+        # Without a signal of ours it was raised by hand, as tests do.
+        raise StoppedError((received or [signal.SIGINT])[0], remedy) from None
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

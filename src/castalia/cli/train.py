@@ -1,21 +1,12 @@
-"""`castalia train`: train, or go on with, the run that a config describes."""
+"""`castalia train`: train the run that a config describes, or resume it."""
 
 import sys
-from typing import Annotated
 
-import typer
+from castalia.cli.flags import Config
 
 
-def train(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CONFIG... [a.b=c ...]",
-            help="A preset (debug, pythia-70m), YAML files (ours or GPT-NeoX's), then overrides such as optim.lr=3e-4.",
-        ),
-    ],
-) -> None:
-    """Train a model; the same command again continues from the newest good checkpoint.
+def train(config: Config) -> None:
+    """Train a model; the same command again resumes from the newest good checkpoint.
 
     Examples:
 
@@ -29,7 +20,7 @@ def train(
     from castalia.recipes import resolve
     from castalia.train.run import Announced, run
 
-    resolved = resolve(sources)
+    resolved = resolve(config)
     run(
         resolved.config,
         ["castalia", *sys.argv[1:]],
