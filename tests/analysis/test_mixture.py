@@ -55,17 +55,17 @@ def test_the_bands_fill_the_picture(tmp_path):
 
 
 def test_the_table_is_what_the_record_says(tmp_path):
-    found = read_mixture(record(tmp_path, 3) / "mixture.jsonl")
-    table = rows(found)
-    last = found.lines[30]
-    assert [line[0] for line in table] == found.sources
+    written = read_mixture(record(tmp_path, 3) / "mixture.jsonl")
+    table = rows(written)
+    last = written.lines[30]
+    assert [line[0] for line in table] == written.sources
     assert [line[1] for line in table] == ["33.33%"] * 3
     assert [line[3] for line in table] == [f"{w:.2%}" for w in last["weights"]]
     read = (last["read"] + last["counts"]).tolist()
     assert sum(read) == 30 * 24 and [line[5] for line in table] == [f"{n}" for n in read]
-    assert epochs(found)[-1] == pytest.approx(np.array(read) / [8, 18, 28])
+    assert epochs(written)[-1] == pytest.approx(np.array(read) / [8, 18, 28])
     assert [line[8] for line in table] == ["2.000", "2.100", "2.200"]
-    assert losses(found).shape == (30, 3)
+    assert losses(written).shape == (30, 3)
 
 
 def test_a_run_without_a_record_has_no_such_section(tmp_path):

@@ -1,4 +1,4 @@
-"""The report page: made of whatever stands in a run's folder, escaped, with nothing fetched from elsewhere."""
+"""The report page: made from the files in a run's folder, escaped, self-contained."""
 
 import json
 from html.parser import HTMLParser
@@ -106,7 +106,7 @@ def test_a_folder_with_metrics_alone_gives_the_loss_curve(tmp_path: Path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=r"holds no metrics\.jsonl"):
+    with pytest.raises(DataError, match=r"has neither metrics\.jsonl nor summary"):
         write_report(tmp_path)
 
 

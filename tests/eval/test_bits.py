@@ -24,7 +24,9 @@ CONFIG = NeoxConfig(
     max_position_embeddings=64,
     rotary_pct=0.5,
 )
-SIZES, BYTES, EOD = [5, 40, 1, 17], [11, 90, 2, 30], 0
+SIZES = [5, 40, 1, 17]
+BYTES = [11, 90, 2, 30]
+EOD = 0
 
 
 @pytest.fixture
@@ -50,13 +52,14 @@ def test_uniform_logits_give_log2_of_the_vocabulary_for_each_token(source: HeldO
     model = small()
     with torch.no_grad():
         model.head_weight.zero_()
-    found = bits_per_byte(model, {"a": source}, seq_length=8, eod_id=EOD)["a"]
-    assert (found.tokens, found.bytes) == (sum(SIZES), sum(BYTES))
+    result = bits_per_byte(model, {"a": source}, seq_length=8, eod_id=EOD)["a"]
+    assert (result.tokens, result.bytes) == (sum(SIZES), sum(BYTES))
     bits = math.log2(CONFIG.padded_vocab_size) * sum(SIZES) / sum(BYTES)
-    assert found.bits_per_byte == pytest.approx(bits, rel=1e-6)
-    assert found.loss == pytest.approx(math.log(CONFIG.padded_vocab_size), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(bits, rel=1e-6)
+    assert result.loss == pytest.approx(math.log(CONFIG.padded_vocab_size), rel=1e-6)
     without_start = bits_per_byte(model, {"a": source}, seq_length=8, eod_id=None)["a"]
-    # The last token of each document counts as text here, and the first is charged the same log2(V).
+    # Without an end-of-document id, each document's last token counts as text. Its first token is
+    # charged the same log2(V).
     assert without_start.bits_per_byte == pytest.approx(
         bits * (sum(SIZES) + 4) / sum(SIZES), rel=1e-6
     )
@@ -66,7 +69,7 @@ def test_uniform_logits_give_log2_of_the_vocabulary_for_each_token(source: HeldO
 @pytest.mark.parametrize("rows", [1, 3, 16])
 def test_equal_to_predicting_one_token_at_a_time(source: HeldOut, seq_length: int, rows: int):
     model = small()
-    found = bits_per_byte(model, {"a": source}, seq_length=seq_length, eod_id=EOD, rows=rows)["a"]
+    result = bits_per_byte(model, {"a": source}, seq_length=seq_length, eod_id=EOD, rows=rows)["a"]
     nats = 0.0
     rng = np.random.default_rng(3)
     for size in SIZES:
@@ -75,9 +78,9 @@ def test_equal_to_predicting_one_token_at_a_time(source: HeldOut, seq_length: in
             start = (place - 1) // seq_length * seq_length
             context = torch.tensor([line[start:place]])
             nats -= model.head(model(context))[0, -1].log_softmax(-1)[line[place]].item()
-    assert found.loss * found.tokens == pytest.approx(nats, rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / sum(BYTES), rel=1e-5)
-    assert abs(found.loss - math.log(CONFIG.padded_vocab_size)) > 0.1  # the weights matter here
+    assert result.loss * result.tokens == pytest.approx(nats, rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / sum(BYTES), rel=1e-5)
+    assert abs(result.loss - math.log(CONFIG.padded_vocab_size)) > 0.1  # the weights matter here
 
 
 def test_windows_predict_every_token_once():
@@ -97,8 +100,8 @@ def test_windows_predict_every_token_once():
 def test_a_bound_takes_whole_documents_and_their_bytes(source: HeldOut):
     assert choose_documents([6, 41, 2, 18], 30) == [0, 2, 3]
     assert choose_documents([6, 41, 3, 18], 1) == [2]
-    found = bits_per_byte(small(), {"a": source}, seq_length=8, eod_id=EOD, max_tokens=30)["a"]
-    assert (found.tokens, found.bytes) == (5 + 1 + 17, 11 + 2 + 30)
+    result = bits_per_byte(small(), {"a": source}, seq_length=8, eod_id=EOD, max_tokens=30)["a"]
+    assert (result.tokens, result.bytes) == (5 + 1 + 17, 11 + 2 + 30)
 
 
 def test_byte_counts_of_other_documents_are_refused(source: HeldOut):

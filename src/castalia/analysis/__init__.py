@@ -1,4 +1,4 @@
-"""What a run did, as pages to read."""
+"""Analysis of finished runs: report pages, and the rows that steps read."""
 
 from castalia.analysis.report import write_report
 

@@ -1,4 +1,4 @@
-"""Pieces of a report page."""
+"""HTML fragments of a report page."""
 
 from collections.abc import Sequence
 from html import escape
@@ -6,16 +6,25 @@ from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
-    """An HTML table. `kind` is numbers, set to the right; words, set to the left; or code, with its spaces kept."""
-    head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
+    """An HTML table.
+
+    kind  "numbers" aligns cells right, "words" left, and "code" keeps spaces.
+    """
+    thead = ""
+    if any(header):
+        head = "".join(f"<th>{escape(str(cell))}</th>" for cell in header)
+        thead = f"<thead><tr>{head}</tr></thead>"
+    lines: list[str] = []
+    for row in rows:
+        cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return (
+        f'<div class="wide"><table class="{escape(kind)}">{thead}<tbody>{"".join(lines)}</tbody>'
+        "</table></div>"
     )
-    thead = f"<thead><tr>{head}</tr></thead>" if any(header) else ""
-    return f'<div class="wide"><table class="{escape(kind)}">{thead}<tbody>{body}</tbody></table></div>'
 
 
 def section(title: str, about: str, body: str) -> str:
-    """A heading, a line that explains, and what follows."""
+    """A section: heading, a line of explanation, body."""
     lead = f'<p class="about">{escape(about)}</p>' if about else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"

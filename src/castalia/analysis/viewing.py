@@ -1,4 +1,4 @@
-"""The rows that steps of a run use: as an array, as records with text and sources, and by hash."""
+"""The rows that steps of a run read: as an array, as records with text and sources, as a hash."""
 
 import os
 import zlib
@@ -21,31 +21,35 @@ from castalia.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps first, …, stop - 1 of a run, from 0, of `batch_size` rows: step s leads from checkpoint step-s to s + 1."""
+    """A range of steps of a run, counted from 0: step s leads from checkpoint s to s + 1."""
 
     first: int
     stop: int
+    """One past the last step."""
     batch_size: int
+    """Rows in a step."""
 
     @property
     def places(self) -> range:
-        """Their places in the served order: step s uses [s·B, (s+1)·B)."""
+        """The rows' places in the run's order: step s uses [s·B, (s+1)·B)."""
         return range(self.first * self.batch_size, self.stop * self.batch_size)
 
 
 def parse_steps(text: str, batch_size: int, total: int) -> Steps:
-    """`A:B` is steps A to B - 1, `A` is step A alone; a missing A is 0, a missing B the end of the run.
+    """Parse `A:B`, steps A to B - 1, or `A`, one step; A defaults to 0 and B to the run's end.
 
-    Raises  ConfigError if that is no range of steps within the run's `total`.
+    Raises  ConfigError if the text is not a range of steps within the run's `total`.
     """
     first, colon, stop = text.partition(":")
     words = [word.strip() for word in (first, stop)]
     if not text.strip() or not all(word.isascii() and word.isdigit() for word in words if word):
         raise ConfigError(
-            f"--steps {text!r}: expected A:B (steps from A to B - 1, counted from 0) or A, such as 0:10"
+            f"--steps {text!r}: expected A:B (steps A to B - 1, counted from 0) or A, such as 0:10"
         )
     begin = int(words[0] or 0)
-    end = int(words[1] or total) if colon else begin + 1
+    end = begin + 1
+    if colon:
+        end = int(words[1] or total)
     if not begin < end <= total:
         raise ConfigError(
             f"--steps {text}: steps {begin} to {end - 1}, but the run has steps 0 to {total - 1}"
@@ -56,9 +60,11 @@ def parse_steps(text: str, batch_size: int, total: int) -> Steps:
 def save_ids(
     rows: BlendedRows | RowsBySource, steps: Steps, path: str | os.PathLike[str]
 ) -> tuple[int, int]:
-    """Write the ids of the steps' rows as one .npy, whole or not at all, in the sources' dtype; returns its shape.
+    """Write the token ids of the steps' rows as one .npy file, atomically, in the sources' dtype.
 
-    Shapes  (steps · batch_size, seq_length + 1), as Pythia's batch_viewer.py saves them; memory holds one row.
+    The layout is that of Pythia's batch_viewer.py. Memory holds one row at a time.
+
+    Returns  the shape, (steps · batch_size, seq_length + 1).
     """
     dtype = common_dtype([pack.dataset for pack in rows.row_sources])
     shape = (len(steps.places), rows.seq_length + 1)
@@ -69,17 +75,22 @@ def save_ids(
             "shape": shape,
         }
         np.lib.format.write_array_header_1_0(file, header)
+        # Row by row: a run's ids may not fit in memory.
         for place in steps.places:
             file.write(rows[place][0].astype(dtype).tobytes())
     return shape
 
 
 def records(rows: RunRows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
-    """One dict a row: step, row within the step, source and prefix, the documents' stretches, text if there is a
-    tokenizer, and where each document came from if the token file has an index of them.
+    """One dict per row of the steps.
 
-    A stretch's text is decoded by itself, so that a character cut by its border shows as U+FFFD.
-    Raises  ConfigError if a token file was made with another tokenizer."""
+    Keys: step, row within the step, source, prefix, documents (the pieces of documents in the row),
+    with a tokenizer also the text of row and pieces, and with an index of origins in the token file
+    where each document came from. Each piece is decoded alone, so a character cut at its border
+    shows as U+FFFD.
+
+    Raises  ConfigError if a token file was made with another tokenizer.
+    """
     if tokenizer is not None:
         for pack in rows.train.row_sources:
             require_tokenizer(pack.dataset.prefix, tokenizer)
@@ -92,20 +103,25 @@ def records(rows: RunRows, steps: Steps, tokenizer: Tokenizer | None) -> Iterato
             "prefix": rows.train.row_sources[source].dataset.prefix,
             "documents": [piece._asdict() for piece in pieces],
         }
-        for found in record["documents"]:
-            if (origin := read_provenance(record["prefix"], found["document"])) is not None:
-                found["from"] = origin
+        for document in record["documents"]:
+            origin = read_provenance(record["prefix"], document["document"])
+            if origin is not None:
+                document["from"] = origin
         if tokenizer is not None:
             ids = rows.train[place][0]
             record["text"] = tokenizer.decode(ids)
             ends = np.cumsum([piece.length for piece in pieces])
-            parts = np.split(ids, ends[:-1])
-            for found, part in zip(record["documents"], parts, strict=True):
-                found["text"] = tokenizer.decode(part)
+            piece_ids = np.split(ids, ends[:-1])
+            for document, own_ids in zip(record["documents"], piece_ids, strict=True):
+                document["text"] = tokenizer.decode(own_ids)
         yield record
 
 
 def step_hash(rows: BlendedRows | RowsBySource, step: int, batch_size: int) -> int:
-    """`rows_hash` of a step as training writes it to metrics.jsonl: sum of the CRC-32 of each row's inputs as int64."""
+    """`rows_hash` of a step, as training writes it to metrics.jsonl.
+
+    It is the sum over the rows of the CRC-32 of a row's inputs as little-endian int64, which does
+    not depend on how ranks share the rows.
+    """
     places = Steps(step, step + 1, batch_size).places
     return sum(zlib.crc32(rows[place][0][:-1].astype("<i8").tobytes()) for place in places)

@@ -55,6 +55,7 @@ def choose_documents(sizes: Sequence[int], max_tokens: int | None) -> list[int]:
     if max_tokens is None:
         return list(range(len(sizes)))
     chosen: list[int] = []
+    # A document that does not fit is passed over; a later, shorter one may still fit.
     left = max_tokens
     for i, size in enumerate(sizes):
         if size <= left:

@@ -83,7 +83,7 @@ def sweep(
 
 def settings_of(options: SweepOptions, sources: Mapping[str, HeldOut]) -> dict[str, Any]:
     """Everything that the numbers depend on besides the checkpoint."""
-    # Keys of the reference measurement alone: files of earlier versions stay valid.
+    # The reference measurement is the default and needs no name.
     settings: dict[str, Any] = {
         "seq_length": options.seq_length,
         "max_tokens": options.max_tokens,
@@ -118,6 +118,7 @@ def measure(
     """One checkpoint's numbers by source."""
     loaded = load(find_checkpoint(run / str(step)), engine=options.engine, dtype=options.dtype)
     model = loaded.model if options.engine == "torch" else loaded.engine
+    # As in training: weights stay in float32, matrix products run in bfloat16.
     with torch.autocast(loaded.engine.device.type, torch.bfloat16, enabled=options.bf16):
         bits = bits_per_byte(
             model,
@@ -137,6 +138,7 @@ def effect(
     measured: Mapping[str, dict[str, float]],
 ) -> dict[str, float]:
     """Bits per byte that the engine adds to each source, compared with torch in float32."""
+    # bf16 stays as it is, so that only the engine differs.
     engine, dtype = EXACT
     exact = measure(run, step, sources, options._replace(engine=engine, dtype=dtype))
     added: dict[str, float] = {}
