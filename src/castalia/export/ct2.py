@@ -5,53 +5,48 @@ Neither transformers nor ctranslate2 is needed to write one.
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from castalia.checkpoint.keymap import KeyMap, Rule, Transform
+from castalia.checkpoint.keymap import KeyMap, Rule
 from castalia.core.errors import ConfigError, nearest
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.ct2_file import QUANTIZATIONS, write_model_bin
+from castalia.export.part_rules import linear_rules, norm_rules, parts_of
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
-from castalia.models.parts.qkv import heads_apart, heads_together
+
+LINEARS = {
+    "qkv": "self_attention/linear_0",
+    "attention_out": "self_attention/linear_1",
+    "mlp_up": "ffn/linear_0",
+    "mlp_down": "ffn/linear_1",
+}
+PARALLEL_NORMS = {
+    "attention_norm": "input_layer_norm",
+    "mlp_norm": "post_attention_layer_norm",
+}
+SERIAL_NORMS = {"attention_norm": "self_attention/layer_norm", "mlp_norm": "ffn/layer_norm"}
+NORM_KINDS = ("/gamma", "/beta")
 
 
 def ct2_keymap(config: TransformerConfig) -> KeyMap:
     """Our names and the paths inside TransformerDecoderModelSpec.
 
     Source  CTranslate2 4.8, python/ctranslate2/specs/transformer_spec.py and attention_spec.py.
+    Raises  ConfigError if the specification has no place for a part of the family's blocks.
     """
-    qkv = Transform(
-        partial(heads_apart, heads=config.num_attention_heads),
-        partial(heads_together, heads=config.num_attention_heads),
-    )
-    layer = "decoder/layer_{i}"
+    norms = PARALLEL_NORMS if config.parallel_residual else SERIAL_NORMS
+    parts = parts_of(config, LINEARS | norms, "CTranslate2")
     rules = [Rule("embed.weight", "decoder/embeddings/weight")]
     if not config.tie_word_embeddings:
         rules.append(Rule("unembed.weight", "decoder/projection/weight"))
-    rules += norm_rules("norm", "decoder/layer_norm")
-    if config.parallel_residual:
-        rules += norm_rules("layers.{i}.norm1", f"{layer}/input_layer_norm")
-        rules += norm_rules("layers.{i}.norm2", f"{layer}/post_attention_layer_norm")
-    else:
-        rules += norm_rules("layers.{i}.norm1", f"{layer}/self_attention/layer_norm")
-        rules += norm_rules("layers.{i}.norm2", f"{layer}/ffn/layer_norm")
-    for ours, theirs, biased, transform in (
-        ("attn.qkv", "self_attention/linear_0", config.attention_bias, qkv),
-        ("attn.out", "self_attention/linear_1", config.attention_bias, Transform()),
-        ("mlp.up", "ffn/linear_0", config.mlp_bias, Transform()),
-        ("mlp.down", "ffn/linear_1", config.mlp_bias, Transform()),
-    ):
-        for kind in ("weight", "bias") if biased else ("weight",):
-            rules.append(Rule(f"layers.{{i}}.{ours}.{kind}", f"{layer}/{theirs}/{kind}", transform))
+    rules += norm_rules("norm", "decoder/layer_norm", NORM_KINDS)
+    for norm in parts.norms:
+        place = f"decoder/layer_{{i}}/{norms[norm.role]}"
+        rules += norm_rules(f"layers.{{i}}.{norm.place}", place, NORM_KINDS)
+    rules += linear_rules(parts, LINEARS, "decoder/layer_{{i}}/{name}/{kind}")
     return KeyMap("CTranslate2", rules, layers=config.num_layers)
-
-
-def norm_rules(ours: str, theirs: str) -> list[Rule]:
-    """The two rules of a LayerNorm."""
-    return [Rule(f"{ours}.weight", f"{theirs}/gamma"), Rule(f"{ours}.bias", f"{theirs}/beta")]
 
 
 def ct2_vocabulary(tokens: Sequence[str], rows: int) -> list[str]:

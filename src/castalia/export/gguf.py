@@ -6,7 +6,7 @@ Source  the format's specification, ggml/docs/gguf.md, version 3; names of the g
 
 import json
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from castalia.checkpoint.keymap import KeyMap, Rule
 from castalia.core.errors import ConfigError, nearest
 from castalia.data.tokenizer import Tokenizer
+from castalia.export.part_rules import linear_rules, norm_rules, parts_of
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
-from castalia.models.parts.qkv import heads_apart
 
 MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
 BLOCK = 32
@@ -30,6 +31,16 @@ UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5
 """gguf_metadata_value_type."""
 NORMAL, CONTROL, UNUSED = 1, 3, 5
 """Kinds of tokens."""
+PARTS = {
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "qkv": "attn_qkv",
+    "attention_out": "attn_output",
+    "mlp_up": "ffn_up",
+    "mlp_down": "ffn_down",
+}
+"""llama.cpp's names for the parts of a block."""
+NORM_KINDS = (".weight", ".bias")
 FILLING = "[PAD{}]"
 """What ids of no token are called."""
 
@@ -57,7 +68,7 @@ def write_gguf(
     require_kind(quantization)
     config = require_transformer(config, "llama.cpp's GPT-NeoX")
     require_expressible(config, quantization)
-    named = list(gguf_tensors(tensors, config))
+    named = list(gguf_tensors(tensors, config).items())
     values = {
         **shape_values(config, quantization),
         **vocabulary_values(tokenizer, config.padded_vocab_size),
@@ -140,32 +151,41 @@ def vocabulary_values(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[int, A
     return values
 
 
-def gguf_tensors(
-    tensors: Mapping[str, Tensor], config: TransformerConfig
-) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor under llama.cpp's name; biases that the model lacks are zeros, for it asks for them."""
-    head = "embed.weight" if config.tie_word_embeddings else "unembed.weight"
-    yield "token_embd.weight", tensors["embed.weight"]
-    yield "output.weight", tensors[head]
-    for kind in ("weight", "bias"):
-        yield f"output_norm.{kind}", tensors[f"norm.{kind}"]
-    names = {
-        "attn_norm": "norm1",
-        "ffn_norm": "norm2",
-        "attn_qkv": "attn.qkv",
-        "attn_output": "attn.out",
-    }
-    names |= {"ffn_up": "mlp.up", "ffn_down": "mlp.down"}
-    for i in range(config.num_layers):
-        for theirs, ours in names.items():
-            weight = tensors[f"layers.{i}.{ours}.weight"]
-            bias = tensors.get(f"layers.{i}.{ours}.bias", weight.new_zeros(len(weight)))
-            if theirs == "attn_qkv":
-                weight, bias = (
-                    heads_apart(tensor, config.num_attention_heads) for tensor in (weight, bias)
-                )
-            yield f"blk.{i}.{theirs}.weight", weight
-            yield f"blk.{i}.{theirs}.bias", bias
+def gguf_keymap(config: TransformerConfig) -> KeyMap:
+    """Our names and llama.cpp's.
+
+    Source  llama.cpp, gguf-py/gguf/constants.py, MODEL_ARCH.GPTNEOX.
+    Raises  ConfigError if llama.cpp has no place for a part of the family's blocks.
+    """
+    parts = parts_of(config, PARTS, "llama.cpp")
+    rules = [Rule("embed.weight", "token_embd.weight")]
+    if not config.tie_word_embeddings:
+        rules.append(Rule("unembed.weight", "output.weight"))
+    rules += norm_rules("norm", "output_norm", NORM_KINDS)
+    for norm in parts.norms:
+        place = f"blk.{{i}}.{PARTS[norm.role]}"
+        rules += norm_rules(f"layers.{{i}}.{norm.place}", place, NORM_KINDS)
+    rules += linear_rules(parts, PARTS, "blk.{{i}}.{name}.{kind}")
+    return KeyMap("GGUF", rules, layers=config.num_layers)
+
+
+def gguf_tensors(tensors: Mapping[str, Tensor], config: TransformerConfig) -> dict[str, Tensor]:
+    """Every tensor under llama.cpp's name, with those that it requires and our model lacks."""
+    theirs = gguf_keymap(config).to_theirs(tensors)
+    theirs.setdefault("output.weight", theirs["token_embd.weight"])
+    # A bias that the model lacks is written as zeros, because llama.cpp requires every bias.
+    for part in parts_of(config, PARTS, "llama.cpp").linears:
+        for i in range(config.num_layers):
+            place = f"blk.{i}.{PARTS[part.role]}"
+            weight = theirs[f"{place}.weight"]
+            theirs.setdefault(f"{place}.bias", weight.new_zeros(len(weight)))
+    # llama.cpp maps the file: the tensors of a layer stand together, layer after layer.
+    return {name: theirs[name] for name in sorted(theirs, key=layer_of)}
+
+
+def layer_of(name: str) -> int:
+    """Number of the layer that a tensor belongs to, -1 outside the layers."""
+    return int(name.split(".")[1]) if name.startswith("blk.") else -1
 
 
 def kind_of(tensor: Tensor, quantization: str) -> str:
