@@ -61,7 +61,7 @@ def test_a_master_that_nobody_reaches():
     port = free_port()
     said = said_by(1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert (
-        f"rank 1 does not reach 127.0.0.1:{port} within 3 s (parallel.timeout); is rank 0 running there"
+        f"rank 1 did not reach 127.0.0.1:{port} within 3 s (parallel.timeout); check that rank 0 runs"
         in said
     )
 
@@ -70,14 +70,17 @@ def test_a_master_whose_name_nobody_knows(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "nowhere.invalid")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(
-        ConfigError, match=r"knows no host 'nowhere.invalid' .* set MASTER_ADDR to rank 0's"
+        ConfigError,
+        match=r"cannot resolve the host 'nowhere.invalid' .* set MASTER_ADDR to rank 0's",
     ):
         join("gloo", 1, 2, 3.0)
 
 
 def test_the_others_do_not_come():
     said = said_by(0, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
-    assert "after 3 s (parallel.timeout) only 1 of 2 joined at 127.0.0.1:" in said
+    assert (
+        "only 1 of 2 ranks joined at 127.0.0.1:" in said and "within 3 s (parallel.timeout)" in said
+    )
 
 
 def test_no_address_at_all(monkeypatch):
@@ -89,7 +92,9 @@ def test_no_address_at_all(monkeypatch):
         join("gloo", 0, 2, 3.0)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "x")
-    with pytest.raises(ConfigError, match="MASTER_PORT is 'x'"):
+    with pytest.raises(
+        ConfigError, match="MASTER_PORT: expected a port number such as 29500, got 'x'"
+    ):
         join("gloo", 0, 2, 3.0)
 
 
@@ -114,7 +119,7 @@ def test_what_is_not_known_is_passed_on():
 
 
 def test_a_lost_process_is_a_sentence_and_other_errors_stay():
-    lost = r"rank 3 lost another process \(\[pair.cc\] Connection closed by peer"
+    lost = r"rank 3 lost contact with another rank \(\[pair.cc\] Connection closed by peer"
     with pytest.raises(TrainingError, match=lost), peers_may_be_lost(3):
         raise RuntimeError("[pair.cc] Connection closed by peer [127.0.0.1]:4")
     with pytest.raises(RuntimeError, match="shape"), peers_may_be_lost(3):

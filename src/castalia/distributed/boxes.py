@@ -1,6 +1,7 @@
 """Where the parts of a tensor lie in the whole, and which of them this rank holds.
 
-The one derivation of a DTensor's geometry: start weights, checkpoints and the gradient norm all use it.
+The one derivation of a DTensor's geometry: start weights, checkpoints and the gradient norm all use
+it.
 """
 
 import itertools
@@ -52,10 +53,11 @@ def whole(shape: Sequence[int]) -> Box:
 
 
 def local_boxes(tensor: Tensor) -> list[tuple[Box, Box]]:
-    """(box in the whole tensor, box in this rank's local tensor) of each contiguous part that it holds.
+    """Pairs (box in the whole tensor, box in this rank's local tensor), one for each contiguous
+    part.
 
-    One pair for a plain tensor or an ordinary shard, several where a sharded dimension is interleaved, and none where
-    the local tensor is empty.
+    One pair for a plain tensor or an ordinary shard, several where a sharded dimension is
+    interleaved, and none where the local tensor is empty.
     """
     if not isinstance(tensor, DTensor):
         return [(whole(tensor.shape), whole(tensor.shape))]
@@ -67,8 +69,9 @@ def local_boxes(tensor: Tensor) -> list[tuple[Box, Box]]:
         assert not placement.is_partial(), "a tensor of partial sums has no values to copy"
         dim = getattr(placement, "dim", None)
         if dim is not None:
-            # FSDP after tensor parallelism shards one dimension twice. Its placement comes first in the mesh but cuts
-            # last, so torch marks it with a split_factor: it cuts each of the tp parts by itself.
+            # FSDP after tensor parallelism shards one dimension twice. Its placement comes first in
+            # the mesh but cuts last, so torch marks it with a split_factor: it cuts each of the tp
+            # parts by itself.
             pieces = getattr(placement, "split_factor", 1)
             spans[dim] = shard(spans[dim], coordinate[axis], tensor.device_mesh.size(axis), pieces)
     return pair_boxes(spans)
@@ -77,7 +80,8 @@ def local_boxes(tensor: Tensor) -> list[tuple[Box, Box]]:
 def holds_first_copy(tensor: DTensor) -> bool:
     """Whether this rank is at coordinate 0 of every mesh axis along which `tensor` is replicated.
 
-    Of the ranks that hold the same part exactly one does, so what it writes or counts is written or counted once.
+    Of the ranks that hold the same part exactly one does, so what it writes or counts is written or
+    counted once.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
@@ -89,7 +93,8 @@ def holds_first_copy(tensor: DTensor) -> bool:
 
 
 def shard(spans: list[Span], index: int, count: int, pieces: int = 1) -> list[Span]:
-    """Shard `index` of `count` by torch.chunk's rule; with `pieces` > 1, that shard of each of `pieces` chunks."""
+    """Shard `index` of `count` by torch.chunk's rule; with `pieces` > 1, that shard of each of
+    `pieces` chunks."""
     total = sum(high - low for low, high in spans)
     outer = -(-total // pieces)
     out: list[Span] = []

@@ -1,10 +1,11 @@
-"""Context parallelism: each row of a batch is shared by the processes of the cp axis.
+"""Context parallelism: the ranks of the cp axis share each row of a batch.
 
-A row is cut into 2 cp equal chunks and process r holds chunks r and 2 cp - 1 - r: causal attention looks back, and in
-this order every process has the same number of keys to look at. The keys and values of all chunks are gathered before
-each attention; their gradients are summed and scattered back.
+A row is cut into 2 cp equal chunks, and rank r holds chunks r and 2 cp - 1 - r. A query attends to
+all earlier keys, so late chunks cost more than early ones; paired like this, every rank has the
+same work. Keys and values of all chunks are gathered before each attention, and their gradients are
+summed and scattered back.
 
-Source  the order of Llama 3 and Megatron, arXiv:2407.21783, section 3.3.2, where keys are gathered too.
+Source  the order of Llama 3 (arXiv:2407.21783, section 3.3.2) and Megatron, which gather keys too.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from castalia.distributed.gather import gather
 
 @dataclass(frozen=True)
 class SequencePart:
-    """The chunks of each row that process `number` of `count` holds; see castalia.models.context."""
+    """The two chunks of each row that rank `number` of the `count` in `group` holds."""
 
     number: int
     count: int
@@ -26,30 +27,37 @@ class SequencePart:
 
     @property
     def chunks(self) -> tuple[int, int]:
-        """Which two of the 2 count chunks."""
-        return self.number, 2 * self.count - 1 - self.number
+        """Numbers of the two chunks, of 2 * count."""
+        return chunks_of(self.number, self.count)
 
     def starts(self, T: int) -> list[int]:
-        """Place in the row where each chunk begins, T tokens being held here."""
+        """Position in the row where each chunk begins, for T tokens on this rank."""
         return [chunk * (T // 2) for chunk in self.chunks]
 
     def positions(self, T: int) -> Tensor:
-        """Place in the row of each of the T tokens held here, int64 (1, T)."""
+        """Position in the row of each of the T tokens on this rank, int64 (1, T)."""
         return torch.cat([torch.arange(start, start + T // 2) for start in self.starts(T)])[None]
 
     def own(self, whole: Tensor) -> Tensor:
-        """The tokens held here of whole rows (B, T)."""
-        pieces = whole.chunk(2 * self.count, 1)
-        return torch.cat([pieces[chunk] for chunk in self.chunks], 1)
+        """This rank's tokens of whole rows: (B, T * count) -> (B, T)."""
+        chunks = whole.chunk(2 * self.count, 1)
+        return torch.cat([chunks[number] for number in self.chunks], 1)
 
+    # Compiled, the collective would be traced into the block, and inductor has no autograd for it.
     @torch.compiler.disable
     def gather(self, part: Tensor, dim: int) -> Tensor:
-        """What all processes hold of a tensor along `dim`, in the order of the row; differentiable."""
+        """The parts of all ranks along `dim`, in the order of the row; differentiable."""
         chunks = gather(part, dim, self.group).chunk(2 * self.count, dim)
-        held = [
-            chunk for number in range(self.count) for chunk in (number, 2 * self.count - 1 - number)
-        ]
-        return torch.cat([chunks[held.index(chunk)] for chunk in range(2 * self.count)], dim)
+        # The ranks' parts come one after the other, so chunk numbers arrive as 0, last, 1, last -
+        # 1…
+        arrived = [chunk for rank in range(self.count) for chunk in chunks_of(rank, self.count)]
+        in_order = [chunks[arrived.index(number)] for number in range(2 * self.count)]
+        return torch.cat(in_order, dim)
+
+
+def chunks_of(rank: int, count: int) -> tuple[int, int]:
+    """The early and the late chunk that a rank of the cp axis holds."""
+    return rank, 2 * count - 1 - rank
 
 
 def share_rows(model: nn.Module, part: SequencePart) -> None:

@@ -1,4 +1,4 @@
-"""Parts of one tensor put together, differentiably."""
+"""A differentiable all-gather."""
 
 from typing import Any
 
@@ -6,15 +6,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed both collectives; older releases have the second name only.
 ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-"""Torch 2.13 renamed both."""
 
 
 def gather(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """The parts of all processes of `group` laid end to end along `dim`, in the order of their ranks.
+    """Concatenate the parts of all ranks of `group` along `dim`, in rank order.
 
-    Each process's gradient of the whole is taken as an addend: the backward sums them and keeps this process's part.
+    Each rank's gradient of the result is an addend: the backward sums them over the ranks and
+    returns this rank's slice.
     """
     whole: Tensor = Gather.apply(part, dim, group)
     return whole
@@ -25,15 +26,18 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        """The whole."""
-        ctx.dim, ctx.group = dim, group
+        """The concatenated tensor."""
+        ctx.dim = dim
+        ctx.group = group
+        # The collective concatenates along dim 0 only, so the parts are stacked and cut apart
+        # again.
         parts = part.new_empty(group.size(), *part.shape)
         ALL_GATHER(parts.flatten(0, 1), part.contiguous(), group=group)
         return torch.cat(parts.unbind(), dim)
 
     @staticmethod
     def backward(ctx: Any, d_whole: Tensor) -> tuple[Tensor, None, None]:
-        """This process's part of the sum over the processes."""
+        """This rank's slice of the sum over the ranks."""
         parts = torch.stack(d_whole.chunk(ctx.group.size(), ctx.dim))
         part = torch.empty_like(parts[0])
         REDUCE_SCATTER(part, parts.flatten(0, 1), group=ctx.group)

@@ -1,9 +1,9 @@
 """Gradients of a model on several ranks: sums, their norm, and clipping.
 
-Every rank's gradient is an addend of the gradient of the summed loss. FSDP2 adds the sharded ones up in its
-reduce-scatter (see `castalia.distributed.layout`); `sum_plain_gradients` does the same for parameters that are not
-sharded. No gradient is averaged: one averaging factor would be wrong as soon as parameters are sharded over groups of
-different sizes, as experts are.
+Every rank's gradient is an addend of the gradient of the summed loss. FSDP2 sums the sharded ones
+in its reduce-scatter (see `castalia.distributed.layout`); `sum_plain_gradients` sums those of
+parameters that are not sharded. Nothing is averaged: a single averaging factor is wrong as soon as
+parameters are sharded over groups of different sizes, as experts are.
 """
 
 from collections.abc import Collection, Iterable
@@ -18,10 +18,10 @@ from castalia.distributed.world import World
 
 
 def sum_plain_gradients(model: nn.Module, world: World) -> None:
-    """Sum the gradients of parameters that are plain tensors over the ranks with different parts of the batch.
+    """Sum the gradients of plain parameters over the ranks with different parts of the batch.
 
-    Such a parameter is whole on every rank, so its gradient covers this rank's rows only. A plain parameter under
-    tensor parallelism is refused when the model is laid out, so no other axis needs a sum.
+    A plain parameter is whole on every rank, and its gradient covers this rank's rows only. Tensor
+    parallelism refuses plain parameters, so no other axis needs a sum.
     """
     if world.size == 1:
         return
@@ -36,8 +36,8 @@ def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
 
     Shapes  -> float32 scalar on the model's device, equal on all ranks.
 
-    A sharded gradient contributes its local shard, a replicated one only on the first rank that holds it, and a plain
-    one is equal on all ranks and counted once, outside the all-reduce. `without` names parameters that another stage of
+    Replicated values are counted once; one all-reduce of a sum of squares. Plain gradients are
+    equal on all ranks, so they are added after it. `without` names parameters that another stage of
     a pipeline counts.
     """
     named = [(name, parameter.grad) for name, parameter in model.named_parameters()]
@@ -47,7 +47,7 @@ def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
     plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     if not sharded and not on_several_ranks(model):
-        # One rank: torch's own function, whose order of additions the golden runs were made with.
+        # On one rank torch's own function is exact and makes no collective.
         return torch.nn.utils.get_total_norm(plain)
     device = next(model.parameters()).device
     total = sum_of_squares([g.to_local() for g in sharded if holds_first_copy(g)], device)

@@ -1,4 +1,9 @@
-"""Lay one model over the processes. The order is the contract: TP, CP, recompute, compile, FSDP2, materialize."""
+"""Lay one model over the ranks. The order is the contract: TP, CP, compile, FSDP2, materialize,
+start.
+
+Each step sees the model as the one before leaves it: FSDP2 must shard what tensor parallelism has
+split, and wrap blocks that are compiled already, or the collectives would be traced into them.
+"""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -18,17 +23,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Sliceable(Protocol):
-    """Values of a whole parameter of which any part can be read: a tensor, or a stored one read part by part."""
+    """A whole parameter of which any slice can be read: a tensor, or a stored one read in
+    slices."""
 
     def __getitem__(self, part: tuple[slice, ...], /) -> Tensor: ...
 
 
 def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: bool = False) -> M:
-    """Split matrices, compile blocks, shard them with FSDP2 and give the model memory on the world's device.
+    """Split matrices, compile blocks, shard with FSDP2, and allocate the model on the world's
+    device.
 
-    The model comes in on the meta device and leaves with weights that hold nothing yet; initialize or load next.
-    What the model declares: `layers`, its list of blocks, the `tp_plan` of its modules, and its `row_share` and
-    `head_share`, which are set here.
+    The model comes in on the meta device and leaves with uninitialized weights; `initialize` or a
+    checkpoint fills them. It declares `layers` (its blocks) and the `tp_plan` of its modules;
+    `row_share` and `head_share` are set here.
     """
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
     if world.mesh is not None and world.degrees.tp > 1:
@@ -39,16 +46,19 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
         for layer in layers:
             layer.compile()
     if world.mesh is not None:
-        mesh = (
-            world.mesh["dp_replicate", "dp_shard"]
-            if config.dp_replicate > 1
-            else world.mesh["dp_shard"]
-        )
-        # Weights that are gone between the two halves of a split backward would not be found by the second.
+        # A 2-D mesh means HSDP: sharded along its last axis, replicated along its first.
+        mesh = world.mesh["dp_shard"]
+        if config.dp_replicate > 1:
+            mesh = world.mesh["dp_replicate", "dp_shard"]
+        # A split backward comes back to a block's weights for their gradients. FSDP2 gathers them
+        # for the first half only, so they must stay gathered between the two.
         reshard = config.reshard_after_forward and not config.splits_backward
+        # No MixedPrecisionPolicy: weights are gathered in fp32 and autocast makes the bf16 copies,
+        # so that results are the same as on one rank. It costs twice the traffic of bf16 gathers.
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
-        # The head runs outside the model's own forward, so the root keeps its weights gathered until the backward.
+        # The loss uses the head outside the model's own forward, so the root keeps its weights
+        # gathered until the backward.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
         sum_gradients(model)
     model.to_empty(device=world.device)
@@ -56,17 +66,20 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Make FSDP2 add gradients up where it would average them; see `castalia.distributed.gradients`."""
+    """Make FSDP2 sum gradients instead of averaging them; see `castalia.distributed.gradients`."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # A factor alone asks for NCCL's PreMulSum, which gloo does not have; plain sums run everywhere.
+            # The factor alone asks for NCCL's PreMulSum, which gloo lacks; plain sums run on both.
             module.set_force_sum_reduction_for_comms(True)
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, start: Callable[[str, Any], Sliceable]) -> None:
-    """Fill every parameter with its part of `start(name, global shape)`, so that no layout changes a weight."""
+    """Fill every parameter with its part of `start(name, global shape)`.
+
+    The start is a function of the whole parameter, so that no layout changes a weight.
+    """
     for name, parameter in model.named_parameters():
         fill(parameter, start(name, parameter.shape))
 

@@ -1,9 +1,9 @@
 """Device meshes: the ranks arranged along named axes, and those axes folded for one purpose each.
 
-`Degrees` lists the axes, outermost first. A folding is a list of mesh axes, each the product of neighbouring ones of
-these: sharding weights, sharing rows and adding up a loss each look at the same ranks in another arrangement. A new
-kind of parallelism is a new axis or a new folding here: experts, for instance, would fold `dp_shard` and `cp` into
-`ep` and what is left of them.
+`Degrees` lists the axes, outermost first. A folding makes mesh axes out of them, each the product
+of neighbouring ones: sharding weights, sharing rows and summing a loss arrange the same ranks in
+different ways. A new kind of parallelism is a new axis or a new folding: expert parallelism, for
+instance, would split `dp_shard` x `cp` into `ep` and the rest.
 """
 
 from math import prod
@@ -13,12 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from castalia.distributed.config import Degrees
 
 Folding = dict[str, tuple[str, ...]]
-"""Mesh axis -> the axes of `Degrees` that it is the product of; together all of them, in their order."""
+"""Mesh axis -> the axes of `Degrees` whose product it is; together all of them, in order."""
 
 WEIGHTS: Folding = {
     "pp": ("pp",),
     "dp_replicate": ("dp_replicate",),
-    # Ranks that split a sequence run the same weights on other tokens, so FSDP2 shards over them as well.
+    # Ranks that split a sequence run the same weights on other tokens, so FSDP2 shards over them
+    # too.
     "dp_shard": ("dp_shard", "cp"),
     "tp": ("tp",),
 }
@@ -31,16 +32,16 @@ SEQUENCES: Folding = {
 """Which ranks hold tokens of the same rows."""
 LOSSES: Folding = {
     "parts": ("pp", "dp_replicate", "dp_shard", "cp"),
-    # Under tensor parallelism every rank computes the same loss, so only one tp coordinate is added up.
+    # The ranks of one tp group compute the same loss, so it is summed along the other axes only.
     "tp": ("tp",),
 }
 """Which ranks hold different addends of a batch's loss."""
 
 
 def make_mesh(device: str, degrees: Degrees, folding: Folding) -> DeviceMesh:
-    """The mesh of `folding` over all ranks; a collective call that makes one process group an axis.
+    """The mesh of `folding` over all ranks. A collective call: it makes one process group per axis.
 
-    `device` is `cpu` or `cuda`. Rank r has the coordinates of r written in the axes' mixed radix, tp fastest.
+    `device` is `cpu` or `cuda`. Coordinates are the digits of the rank in mixed radix, tp fastest.
     """
     folded = tuple(axis for axes in folding.values() for axis in axes)
     assert folded == degrees._fields, f"{folding} does not fold {degrees._fields}"

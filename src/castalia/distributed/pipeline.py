@@ -1,7 +1,9 @@
-"""A pipeline: each process holds stages of the model and hands micro-batches on. The schedules are torch's own.
+"""Pipeline parallelism: each rank holds stages of the model and passes micro-batches on.
 
-Source  1F1B and its interleaved form, Narayanan et al. 2021, arXiv:2104.04473; GPipe, Huang et al. 2018,
-        arXiv:1811.06965; zero bubble and its V, Qi et al. 2023, arXiv:2401.10241.
+The schedules are torch's own.
+
+Source  1F1B and its interleaved form, Narayanan et al. 2021, arXiv:2104.04473; GPipe, Huang et al.
+        2018, arXiv:1811.06965; zero bubble and its V, Qi et al. 2023, arXiv:2401.10241.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +26,7 @@ from castalia.distributed.config import ParallelConfig
 from castalia.distributed.world import World
 
 ONE_STAGE = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-"""Schedules of one stage a process."""
+"""Schedules of one stage per rank."""
 MORE_STAGES = {
     "interleaved_1f1b": ScheduleInterleaved1F1B,
     "zero_bubble": ScheduleInterleavedZeroBubble,
@@ -35,22 +37,23 @@ Keywords = Mapping[str, Tensor]
 
 
 def stage_numbers(config: ParallelConfig, place: int) -> list[int]:
-    """The stages on the process at `place` of the pipeline: every pp-th one, or one on each arm of the V."""
+    """The stages on the rank at coordinate `place` of the pipeline: every pp-th one, or, in a V,
+    one on each arm."""
     if config.schedule == "zero_bubble_v":
         return [place, config.stages - 1 - place]
     return list(range(place, config.stages, config.pp))
 
 
 class Stages(nn.ModuleList):
-    """The stages of one model that this process holds. Its parameters have the names of the whole model.
+    """The stages of one model on this rank. Parameters keep the names of the whole model.
 
-    What a stage declares: `span`, `tied` (parameters that the first and the last stage both hold) and `copies`.
+    A stage declares `span`, `tied` (parameters on both the first and the last stage) and `copies`.
     """
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of all stages, without the stages' own numbers before the names."""
+        """Parameters of all stages, without the stage numbers that ModuleList puts before names."""
         for stage in self:
             yield from stage.named_parameters(prefix, recurse, remove_duplicate)
 
@@ -64,28 +67,29 @@ class Stages(nn.ModuleList):
 
     @property
     def copies(self) -> tuple[str, ...]:
-        """Names of the parameters here that are another process's."""
+        """Names of the parameters on this rank that are copies of another stage's."""
         return tuple(name for stage in self for name in stage.copies)  # type: ignore[union-attr]
 
 
 class Stage(PipelineStage):
-    """One stage, its forward pass in the arithmetic that `around` gives."""
+    """One stage, its forward pass inside the context that `around` makes (autocast, watchdog)."""
 
     around: Around
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward pass of one micro-batch; the backward pass runs outside `around`."""
+        """Forward pass of one micro-batch; the backward runs outside `around`, as autocast asks."""
         with self.around():
             return super().forward_one_chunk(*args, **kwargs)
 
 
 class Pipeline:
-    """The stages of this process among those of the others.
+    """The stages of this rank among those of the other ranks.
 
     count   micro-batches in a step.
-    tokens  shape (B, T) of a micro-batch on this process.
-    hidden  shape (B, T, C) of what goes from stage to stage in float32; with tensor parallelism T is less by tp.
-    around  gives the context of a forward pass.
+    tokens  shape (B, T) of a micro-batch on this rank.
+    hidden  shape (B, T, C) of the float32 hidden states between stages; tensor parallelism divides
+            T by tp.
+    around  makes the context of a forward pass.
     """
 
     def __init__(
@@ -100,7 +104,8 @@ class Pipeline:
         around: Around,
     ) -> None:
         assert world.mesh is not None
-        self.count, self.device = count, world.device
+        self.count = count
+        self.device = world.device
         self.owner = {
             number: place for place in range(config.pp) for number in stage_numbers(config, place)
         }
@@ -114,8 +119,9 @@ class Pipeline:
         )
 
     def make_schedule(self, config: ParallelConfig, tokens: Tensor) -> Any:
-        """torch's schedule over torch's stages; shapes are given, so that no pass is run to find them."""
-        held = []
+        """torch's schedule over torch's stages. Shapes are given: inferring them would run a
+        pass."""
+        wrapped = []
         for number, stage in self.stages.items():
             inputs = tokens if stage.span.first else self.hidden
             one = Stage(
@@ -128,13 +134,15 @@ class Pipeline:
                 group=self.group,
             )
             one.around = self.around
-            held.append(one)
+            wrapped.append(one)
+        # scale_grads=False: the loss is a sum with its own denominator, not a mean over
+        # micro-batches.
         if config.schedule in ONE_STAGE:
             return ONE_STAGE[config.schedule](
-                held[0], self.count, loss_fn=self.call_finish, scale_grads=False
+                wrapped[0], self.count, loss_fn=self.call_finish, scale_grads=False
             )
         return MORE_STAGES[config.schedule](
-            held,  # type: ignore[arg-type]
+            wrapped,  # type: ignore[arg-type]
             self.count,
             loss_fn=self.call_finish,
             scale_grads=False,
@@ -142,22 +150,25 @@ class Pipeline:
 
     @property
     def is_first(self) -> bool:
-        """Whether the first stage is here."""
+        """Whether this rank holds the first stage."""
         return 0 in self.stages
 
     @property
     def last(self) -> Any:
-        """The last stage, None where it is on another process."""
+        """The last stage; None on ranks that do not hold it."""
         return next((stage for stage in self.stages.values() if stage.span.last), None)
 
     def train(
         self, tokens: Tensor | None, keywords: Keywords, finish: Callable[[int, Tensor], Tensor]
     ) -> None:
-        """Forward and backward of all micro-batches; gradients are added up in the stages.
+        """Forward and backward of all micro-batches; gradients accumulate in the stages.
 
-        tokens    (count * B, T) where the first stage is; `keywords` the same for each stage's other arguments.
-        finish    place of the micro-batch, its hidden states (B, T, C) -> a scalar to differentiate; last stage only.
+        tokens    (count * B, T) on the rank with the first stage, else None.
+        keywords  tensors (count * B, ...) that every stage gets, by the names of its arguments.
+        finish    index of the micro-batch, hidden states (B, T, C) -> scalar to differentiate;
+                  called on the rank with the last stage.
         """
+        # The target of micro-batch i is its index i: `finish` finds labels and weights by it.
         self.finish = finish
         places = torch.arange(self.count) if self.last is not None else None
         inputs = (tokens,) if self.is_first else ()
@@ -165,7 +176,7 @@ class Pipeline:
         self.add_up_tied()
 
     def call_finish(self, hidden: Tensor, place: Tensor) -> Tensor:
-        """The schedule's loss function; its target is the place of the micro-batch."""
+        """The schedule's loss function; its target is the index of the micro-batch."""
         return self.finish(int(place), hidden)
 
     @torch.no_grad()
@@ -180,7 +191,8 @@ class Pipeline:
         here = list(tokens.chunk(self.count)) if self.is_first and tokens is not None else []
         sent = []
         for number, stage in self.stages.items():
-            came, here = here, []
+            came = here
+            here = []
             for place in range(self.count):
                 x = came[place] if came else self.receive(number - 1)
                 with self.around():
@@ -195,25 +207,29 @@ class Pipeline:
             work.wait()
 
     def send(self, x: Tensor, number: int) -> dist.Work:
-        """Hand hidden states on to that stage; they must live until the work is done."""
+        """Send hidden states to stage `number`; they must stay alive until the work is done."""
         work = dist.isend(x, group=self.group, group_dst=self.owner[number])
         assert work is not None
         return work
 
     def receive(self, number: int) -> Tensor:
-        """The hidden states that come from that stage next."""
+        """Receive the next hidden states from stage `number`."""
         x = torch.empty(self.hidden.shape, device=self.device)
         dist.recv(x, group=self.group, group_src=self.owner[number])
         return x
 
     def add_up_tied(self) -> None:
-        """Sum the gradients of a tied parameter over the first and the last stage, so that its copies stay equal."""
+        """Sum the gradients of a tied parameter over the first and the last stage.
+
+        Both then make the same update, so that the two copies stay equal.
+        """
         for stage in self.stages.values():
             for name in stage.tied:
                 gradient = local(stage.get_parameter(name).grad)
                 theirs = torch.empty_like(gradient)
                 peer = self.owner[max(self.owner) if stage.span.first else 0]
                 both = [(dist.isend, gradient), (dist.irecv, theirs)]
+                # Both directions at once: a blocking send on each side would deadlock.
                 works = dist.batch_isend_irecv(
                     [dist.P2POp(op, t, group=self.group, group_peer=peer) for op, t in both]
                 )
@@ -223,5 +239,5 @@ class Pipeline:
 
 
 def local(tensor: Any) -> Tensor:
-    """The part of a sharded tensor that is here; a plain one as it is."""
+    """This rank's shard of a sharded tensor; a plain one as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

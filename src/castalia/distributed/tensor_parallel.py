@@ -1,9 +1,13 @@
-"""Tensor parallelism: each matrix is split over the processes of the tp axis, and the sequence in between.
+"""Tensor parallelism: the ranks of the tp axis split each matrix, and the sequence between
+matrices.
 
-A model says in `tp_plan` how each of its modules is split; `STYLES` has the words. Between the matrices each process
-holds T / tp tokens of every row, so that norms and residuals are split too (Korthikanti et al. 2022, arXiv:2205.05198).
-Parameters that are not split (norms, the biases of row-split matrices) become replicated DTensors: the optimizer and
-the gradient norm see one kind, and count each number once.
+A module's `tp_plan` says how each of its children is split, in the words of `STYLES`. Between the
+matrices each rank holds T / tp tokens of every row, so norms and residuals are split as well.
+Parameters that are not split (norms, biases of row-split matrices) become replicated DTensors, so
+that their gradients are summed over the tp ranks and the norm counts them once.
+
+Source  Shoeybi et al. 2019, arXiv:1909.08053 (the splits); Korthikanti et al. 2022,
+        arXiv:2205.05198 (sequence parallelism).
 """
 
 from dataclasses import dataclass
@@ -30,7 +34,10 @@ SEQUENCE = 1
 
 
 class GatheredNorm(SequenceParallel):
-    """A norm on T / tp tokens whose output is gathered to all T, for a loss that sees a part of the vocabulary."""
+    """The final norm on T / tp tokens, its output gathered to all T.
+
+    The loss needs all tokens on every rank, since each rank holds a part of the vocabulary.
+    """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
@@ -41,14 +48,15 @@ class GatheredNorm(SequenceParallel):
 
 
 class SplitEmbedding(RowwiseParallel):
-    """An embedding split by its rows; each process gets T / tp of the tokens."""
+    """An embedding split by rows of its weight; each rank gets T / tp of the tokens."""
 
     def __init__(self) -> None:
         super().__init__(input_layouts=Replicate(), output_layouts=Shard(SEQUENCE))
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         module = super()._apply(module, device_mesh)
-        # In torch 2.13 a compiled block drops the gradient of an input that awaits its collective; a copy has waited.
+        # torch 2.13: a compiled block drops the gradient of an input whose collective is still
+        # pending. Copying it waits for the collective.
         module.register_forward_hook(lambda _, inputs, out: out.clone())
         return module
 
@@ -61,38 +69,45 @@ STYLES: dict[str, Any] = {
     "gather": partial(GatheredNorm, sequence_dim=SEQUENCE),
     "head": ColwiseParallel,
 }
-"""column: out-features split; row: in-features split, the bias added once; vocab: an embedding by its rows; sequence: a
-norm on T / tp tokens; gather: the last norm; head: the output matrix by tokens of the vocabulary, used by the loss."""
+"""The words of a `tp_plan`:
+
+column    a Linear split by output features; its input is gathered from T / tp to T tokens
+row       a Linear split by input features; its output is summed and scattered, the bias added once
+vocab     an Embedding split by rows
+sequence  a norm on T / tp tokens
+gather    the final norm
+head      the output matrix split by tokens of the vocabulary; the loss uses it
+"""
 
 
 @dataclass(frozen=True)
 class VocabPart:
-    """The tokens of the vocabulary that this process holds; see castalia.models.cross_entropy."""
+    """The tokens of the vocabulary that this rank holds; see castalia.models.cross_entropy."""
 
     first: int
     count: int
     group: dist.ProcessGroup
 
     def local(self, weight: Tensor) -> Tensor:
-        """This process's rows of the head's weight."""
+        """This rank's rows of the head's weight."""
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over the processes, in place and returned."""
+        """Sum over the tp ranks, in place and returned."""
         dist.all_reduce(values, group=self.group)
         return values
 
     def max(self, values: Tensor) -> Tensor:
-        """Maximum over the processes, in place and returned."""
+        """Maximum over the tp ranks, in place and returned."""
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
         return values
 
 
 def require_split(model: nn.Module) -> None:
-    """Every parameter must be a DTensor once the plans are applied.
+    """Refuse a parameter that is still a plain tensor after the plans are applied.
 
-    A plain one would get the gradient of this rank's tokens alone, since the sequence is split between the matrices:
-    the copies on the tp ranks would drift apart without an error.
+    The sequence is split between the matrices, so a plain parameter would get the gradient of this
+    rank's tokens only, and its copies on the tp ranks would drift apart without an error.
     Raises  ConfigError naming the parameters that no `tp_plan` mentions.
     """
     missing = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
@@ -104,17 +119,20 @@ def require_split(model: nn.Module) -> None:
 
 
 def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Apply the `tp_plan` of every module that has one over the 1-D `mesh`, before anything else touches the model.
+    """Apply the `tp_plan` of every module that has one, over the 1-D `mesh`.
 
-    What the model declares besides: `vocab_part` and `head_share`, set here, and `config.padded_vocab_size`.
+    This comes before anything else touches the model: compile and FSDP2 must see split modules.
+    Also sets the model's `vocab_part` and `head_share`; reads `config.padded_vocab_size`.
     """
     for owner in list(model.modules()):
+        # A pipeline stage has only some of the modules that the plan names.
         plan: dict[str, str] = getattr(owner, "tp_plan", {})
         present = dict(owner.named_modules())
         styles: dict[str, ParallelStyle] = {
             name: STYLES[how]() for name, how in plan.items() if name in present
         }
         if styles:
+            # src_data_rank=None: weights are still on the meta device, nothing to broadcast.
             parallelize_module(owner, mesh, styles, src_data_rank=None)
     require_split(model)
     count: int = model.config.padded_vocab_size  # type: ignore[union-attr, assignment]

@@ -17,13 +17,15 @@ from castalia.distributed.mesh import LOSSES, SEQUENCES, WEIGHTS, coordinate, ma
 
 
 def check_layout(config: ParallelConfig, size: int) -> None:
-    """Refuse parallel degrees that do not multiply to the world size, before any process group starts.
+    """Refuse parallel degrees that do not multiply to the world size, before any process group
+    starts.
 
     Raises  ConfigError.
     """
     if config.degrees(size).size == size:
         return
-    # dp_shard=null is left out: it has no number of its own, it takes the ranks that the others leave.
+    # dp_shard=null is left out: it has no number of its own, it takes the ranks that the others
+    # leave.
     given = {axis: getattr(config, axis) for axis in Degrees._fields}
     product = " x ".join(
         f"parallel.{axis}={degree}" for axis, degree in given.items() if degree not in (None, 1)
@@ -45,9 +47,10 @@ ALONE = Degrees(1, 1, 1, 1, 1)
 class World:
     """This rank among all of them.
 
-    mesh      how weights are split and copied, see `castalia.distributed.mesh`; None for a single rank.
+    mesh      how weights are split and copied, see `castalia.distributed.mesh`; None for a single
+              rank.
     cp_group  the ranks that hold tokens of the same rows; None where each holds whole rows.
-    parts     the ranks that hold different addends of a batch's loss; None means all.
+    parts     the ranks that hold different addends of a batch's loss; None means all of them.
     """
 
     rank: int
@@ -60,9 +63,11 @@ class World:
 
     @classmethod
     def start(cls, config: ParallelConfig, device: str = "auto") -> "World":
-        """Join the other ranks, by gloo on CPUs and nccl on GPUs; a single rank makes no process group.
+        """Join the other ranks, by gloo on CPUs and nccl on GPUs; a single rank makes no process
+        group.
 
-        Raises  ConfigError for degrees that do not fit the world size, or device=cuda without a GPU.
+        Raises  ConfigError for degrees that do not fit the world size, or device=cuda without a
+                GPU.
         """
         rank, size, local_rank = environment()
         check_layout(config, size)
@@ -77,12 +82,15 @@ class World:
     def arranged(
         cls, rank: int, device: torch.device, degrees: Degrees, mesh_device: str
     ) -> "World":
-        """The ranks of an existing process group, arranged by `degrees`; all ranks call it together.
+        """The ranks of an existing process group, arranged by `degrees`; all ranks call it
+        together.
 
-        `mesh_device` is `cpu` or `cuda`, the kind of device that the process group's backend serves.
+        `mesh_device` is `cpu` or `cuda`, the kind of device that the process group's backend
+        serves.
         """
-        # Every rank makes the same meshes in the same order: making one is a collective call. A mesh whose only new
-        # axis has one rank is not made, since each process group costs memory and connections.
+        # Making a mesh is a collective call, so every rank makes the same ones in the same order.
+        # Those whose extra axis has one rank are left out: each process group costs memory and
+        # connections.
         mesh = make_mesh(mesh_device, degrees, WEIGHTS)
         cp_group = parts = None
         if degrees.cp > 1:
@@ -113,7 +121,8 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` over the ranks with different addends of the loss, in place and returned."""
+        """Sum of `values` over the ranks with different addends of the loss, in place and
+        returned."""
         if self.size > 1:
             dist.all_reduce(values, group=self.parts)
         return values
@@ -159,7 +168,8 @@ class World:
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device of this rank: `cuda` takes the GPU of its local rank, `auto` a GPU where one is found.
+    """The device of this rank: `cuda` takes the GPU of its local rank, `auto` a GPU where one is
+    found.
 
     Raises  ConfigError if `cuda` is asked for and torch finds no GPU.
     """

@@ -1,4 +1,5 @@
-"""Optimizers: the registry and its members. `updater.py` applies them to a model, by pattern of parameter names.
+"""Optimizers: the registry and its members. `updater.py` applies them to a model, by pattern of
+parameter names.
 
 Needs no torch, so that a config stays quick to load.
 """

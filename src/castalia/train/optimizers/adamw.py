@@ -48,7 +48,8 @@ class AdamW(Member):
 
     @classmethod
     def counters(cls, parameter: "nn.Parameter", updates: int) -> "dict[str, Tensor]":
-        """Adam's step count, which bias correction uses; the fused kernel wants it on the parameter's device."""
+        """Adam's step count, which bias correction uses; the fused kernel wants it on the
+        parameter's device."""
         import torch
 
         return {"step": torch.full((), float(updates), device=parameter.device)}

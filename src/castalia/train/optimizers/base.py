@@ -1,4 +1,5 @@
-"""`Member`: what an optimizer declares to be one of OPTIMIZERS. Needs no torch until it is built."""
+"""`Member`: what an optimizer declares to be one of OPTIMIZERS. Needs no torch until it is
+built."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -21,12 +22,13 @@ class StateTensor(NamedTuple):
 class Member(ABC):
     """One optimizer. A new one is a file with a subclass, registered in OPTIMIZERS.
 
-    The state is declared, so that it exists before the first step, a checkpoint can fill it in place on any layout, and
-    memory and disk can be estimated without building anything.
+    The state is declared, so that it exists before the first step, a checkpoint can fill it in
+    place on any layout, and memory and disk can be estimated without building anything.
     """
 
     Config: ClassVar[type[OptimConfig]]
-    """Its section of the config: a subclass of OptimConfig with `kind: Literal["its name"] = "its name"`."""
+    """Its section of the config: a subclass of OptimConfig with `kind: Literal["its name"] = "its
+    name"`."""
 
     @classmethod
     @abstractmethod
@@ -36,9 +38,11 @@ class Member(ABC):
     @classmethod
     @abstractmethod
     def build(cls, groups: list[dict[str, Any]], config: Any) -> "torch.optim.Optimizer":
-        """The torch optimizer of some parameter groups, each with `params`, `lr` and `weight_decay`."""
+        """The torch optimizer of some parameter groups, each with `params`, `lr` and
+        `weight_decay`."""
 
     @classmethod
     def counters(cls, parameter: "nn.Parameter", updates: int) -> "dict[str, Tensor]":
-        """State that is not saved because it follows from the number of updates, such as Adam's step count."""
+        """State that is not saved because it follows from the number of updates, such as Adam's
+        step count."""
         return {}

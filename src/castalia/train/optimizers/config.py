@@ -12,7 +12,8 @@ class GroupConfig(Config):
     """Parameters that are updated otherwise than the rest."""
 
     pattern: str
-    """Shell pattern of parameter names, such as `layers.*.attn.*`; of several groups the first that matches counts."""
+    """Shell pattern of parameter names, such as `layers.*.attn.*`; of several groups the first that
+    matches counts."""
     lr_scale: NonNegativeFloat = 1.0
     """Factor on the learning rate of every step."""
     weight_decay: NonNegativeFloat | None = None
@@ -24,7 +25,8 @@ class GroupConfig(Config):
 
 
 class OptimConfig(Config):
-    """What every optimizer has; a member of OPTIMIZERS adds its own. Only train/optimizers reads these fields."""
+    """What every optimizer has; a member of OPTIMIZERS adds its own. Only train/optimizers reads
+    these fields."""
 
     kind: str
     """Name of the optimizer."""
@@ -44,7 +46,8 @@ class OptimConfig(Config):
         for group in groups:
             if group.kind is None and group.options:
                 raise ValueError(
-                    f"group {group.pattern!r} has options but no kind; name the optimizer they are for"
+                    f"group {group.pattern!r} has options but no kind;"
+                    " name the optimizer they are for"
                 )
             if group.kind is not None:
                 member_config(group.kind, group.options)
@@ -57,7 +60,8 @@ class OptimConfig(Config):
 
 
 OPTIMIZERS: Registry[Any] = Registry("optimizer")
-"""Optimizers by the name that `optim.kind` takes; members are subclasses of `castalia.train.optimizers.base.Member`."""
+"""Optimizers by the name that `optim.kind` takes; members are subclasses of
+`castalia.train.optimizers.base.Member`."""
 
 
 def member_config(kind: str, options: dict[str, Any]) -> OptimConfig:

@@ -1,4 +1,5 @@
-"""Which parameters train, and how each is updated: decided by name alone, so that every rank decides alike."""
+"""Which parameters train, and how each is updated: decided by name alone, so that every rank
+decides alike."""
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -22,7 +23,8 @@ class Rule(NamedTuple):
 class Rules:
     """The rule of each parameter of a model, by its name.
 
-    `no_decay` are the family's patterns of parameters without weight decay, `frozen` those that do not train.
+    `no_decay` are the family's patterns of parameters without weight decay, `frozen` those that do
+    not train.
     """
 
     def __init__(
@@ -48,14 +50,16 @@ class Rules:
             if fnmatchcase(name, group.pattern):
                 kind = group.kind or kind
                 lr_scale = group.lr_scale
-                # A decay that the group states holds also where the family has none: it was asked for by name.
+                # A decay that the group states holds also where the family has none: it was asked
+                # for by name.
                 if group.weight_decay is not None:
                     decay = group.weight_decay
                 break
         return Rule(kind, lr_scale, decay)
 
     def config_of(self, kind: str) -> OptimConfig:
-        """The config of an optimizer: the section's own, or the options of the group that names another."""
+        """The config of an optimizer: the section's own, or the options of the group that names
+        another."""
         if kind == self.config.kind:
             return self.config
         options: dict[str, Any] = {}
@@ -65,7 +69,8 @@ class Rules:
         return member_config(kind, {"lr": self.config.lr, **options})
 
     def require_matches(self, names: Iterable[str]) -> None:
-        """Every pattern must match a parameter of the whole model, and one parameter at least must train.
+        """Every pattern must match a parameter of the whole model, and one parameter at least must
+        train.
 
         Raises  ConfigError naming the pattern.
         """
@@ -75,7 +80,8 @@ class Rules:
         for label, pattern in patterns.items():
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise ConfigError(
-                    f"{label} matches no parameter; their names look like {known[0]} and {known[-1]}"
+                    f"{label} matches no parameter;"
+                    f" their names look like {known[0]} and {known[-1]}"
                 )
         if not any(self.trains(name) for name in known):
             raise ConfigError("train.frozen matches every parameter, so nothing would train")

@@ -13,8 +13,8 @@ from castalia.train.optimizers.groups import Rule, Rules
 class Updater:
     """One torch optimizer a kind, each over its parameter groups; most runs have a single one.
 
-    Only parameters that require a gradient have state. All state exists from the start, so that loading a checkpoint
-    fills it in place.
+    Only parameters that require a gradient have state. All state exists from the start, so that
+    loading a checkpoint fills it in place.
     """
 
     def __init__(self, model: nn.Module, rules: Rules) -> None:
@@ -66,7 +66,8 @@ class Updater:
 
 
 def freeze(model: nn.Module, rules: Rules) -> None:
-    """Let the parameters that do not train require no gradient: no backward work, no state, no bytes."""
+    """Let the parameters that do not train require no gradient: no backward work, no state, no
+    bytes."""
     for name, parameter in model.named_parameters():
         if not rules.trains(name):
             parameter.requires_grad_(False)
@@ -80,7 +81,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def parameter_groups(
     parameters: dict[str, nn.Parameter], rules: Rules
 ) -> dict[str, list[dict[str, object]]]:
-    """Kind -> torch's parameter groups: parameters of one rule together, in the order of the model."""
+    """Kind -> torch's parameter groups: parameters of one rule together, in the order of the
+    model."""
     by_rule: dict[Rule, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         by_rule.setdefault(rules.rule(name), []).append(parameter)
@@ -101,7 +103,8 @@ def declared(rules: Rules, name: str) -> dict[str, StateTensor]:
 
 
 def state_names(rules: Rules, names: Iterable[str]) -> set[str]:
-    """Names of the state tensors of parameters that this rank does not hold, by their names alone."""
+    """Names of the state tensors of parameters that this rank does not hold, by their names
+    alone."""
     return {
         f"optim.{suffix}.{name}"
         for name in names
