@@ -17,7 +17,6 @@ from machine import resident_bytes, seconds
 
 from castalia.distributed import ParallelConfig, World
 from castalia.recipes import load_config
-from castalia.train.resume import checkpoint_state, own_tensors
 from castalia.train.trainer import Trainer
 
 
@@ -45,8 +44,7 @@ class Engine:
         """Seconds that one save stalls the loop, and seconds until the checkpoint exists."""
         self.saved += 1
         began = time.perf_counter()
-        tensors, state = own_tensors(self.trainer), checkpoint_state(self.trainer)
-        self.trainer.store.save(self.saved, tensors, state, self.trainer.files, asynchronous=behind)
+        self.trainer.checkpoints.save(self.saved, asynchronous=behind)
         stalled = time.perf_counter() - began
         self.trainer.store.wait()
         return {"stall": stalled, "total": time.perf_counter() - began}

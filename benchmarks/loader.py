@@ -183,7 +183,7 @@ def model_rate(preset: str, rows: int) -> float:
     from castalia.data import Batch
     from castalia.models import Decoder
     from castalia.recipes import load_config
-    from castalia.train.loss import NextToken
+    from castalia.train.losses import NextToken, Scored
 
     config = load_config([preset])
     model = Decoder(config.model)
@@ -196,7 +196,10 @@ def model_rate(preset: str, rows: int) -> float:
         torch.arange(rows),
     )
     loss = NextToken()
-    spent = [machine.seconds(lambda: loss(model, batch).total.backward()) for _ in range(4)][1:]
+    spent = [
+        machine.seconds(lambda: loss(Scored.by(model, batch), batch).total.backward())
+        for _ in range(4)
+    ][1:]
     return rows / statistics.median(spent)
 
 

@@ -30,7 +30,8 @@ from castalia.demo.corpus import ensure_corpus
 from castalia.distributed import World
 from castalia.mixing import MIXERS, Planner, Stats, make_mixer
 from castalia.recipes import load_config
-from castalia.train.mixture_record import RecordMixture
+from castalia.train.hooks import RecordMixture, Step
+from castalia.train.hooks.hook import start_hook
 from castalia.train.trainer import Trainer
 
 COUNTS = (1, 10, 22, 100, 1000, 10_000)
@@ -152,10 +153,10 @@ def alone(overrides: Sequence[str], steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, Timers() as timers:
         trainer = trainer_of(folder, steps, *overrides, "mixing.kind=odm")
         record, times, spent = RecordMixture(), [], []
-        record.start(trainer)
-        for nanoseconds in walk(trainer, steps):
+        start_hook(record, trainer.services())
+        for step, nanoseconds in walk(trainer, steps):
             start = time.perf_counter_ns()
-            record.after_step(trainer)
+            record.after_step(step)
             times.append(nanoseconds)
             spent.append([*timers.take(), time.perf_counter_ns() - start])
     own, whole = np.array(spent[LEFT_OUT:]) / 1e3, np.array(times[LEFT_OUT:]) / 1e3
@@ -183,11 +184,14 @@ def against_a_replay(steps: int) -> dict[str, Any]:
         recorded.fit()
         replay = ("mixing.kind=replay", f"mixing.record={folder}/mixture.jsonl")
         trainers = [trainer_of(folder, steps, *RUN, *arm) for arm in (("mixing.kind=odm",), replay)]
-        arms, times = [walk(trainer, steps) for trainer in trainers], ([], [])
+        arms = [walk(trainer, steps) for trainer in trainers]
+        times = ([], [])
+        hashes = [0, 0]
         for _ in range(steps // 2):
             for arm in (0, 1, 1, 0):
-                times[arm].append(next(arms[arm]))
-            hashes = [trainer.metrics["rows_hash"] for trainer in trainers]
+                step, nanoseconds = next(arms[arm])
+                times[arm].append(nanoseconds)
+                hashes[arm] = step.metrics["rows_hash"]
             assert hashes[0] == hashes[1], "the replay reads other rows"
     mixed, replayed = (np.array(t).reshape(-1, 2).sum(axis=1)[LEFT_OUT:] for t in times)
     low, middle, high = (float(value) for value in np.percentile(mixed / replayed, [25, 50, 75]))
@@ -208,13 +212,14 @@ def trainer_of(folder: str, steps: int, *overrides: str) -> Trainer:
     return Trainer(ensure_corpus(config, say=lambda line: None), World(0, 1, torch.device("cpu")))
 
 
-def walk(trainer: Trainer, steps: int) -> Iterator[int]:
-    """Take the steps one by one; nanoseconds of each, its data included."""
-    batches = trainer.batches(trainer.rows.train, 0, trainer.mixture)
+def walk(trainer: Trainer, steps: int) -> Iterator[tuple[Step, int]]:
+    """Take the steps one by one; each, and its nanoseconds, its data included."""
+    batches = trainer.training_batches()
     for _ in range(steps):
         start = time.perf_counter_ns()
-        trainer.take_step(next(batches))
-        yield time.perf_counter_ns() - start
+        step = trainer.take_step(next(batches))
+        assert step is not None
+        yield step, time.perf_counter_ns() - start
 
 
 class Timers:
@@ -222,15 +227,15 @@ class Timers:
 
     def __enter__(self) -> "Timers":
         self.spent = dict.fromkeys(PARTS, 0)
-        self.real = mixing.located, mixing.Mixture.plan_ahead, mixing.Mixture.observe
+        self.real = mixing.located, mixing.PlannedMixture.plan_ahead, mixing.PlannedMixture.observe
         located, plan_ahead, observe = self.real
         mixing.located = lambda plan: self.timed("rows", located(plan))
-        mixing.Mixture.plan_ahead = self.timed("plan", plan_ahead)  # type: ignore[method-assign]
-        mixing.Mixture.observe = self.timed("observe", observe)  # type: ignore[method-assign]
+        mixing.PlannedMixture.plan_ahead = self.timed("plan", plan_ahead)  # type: ignore[method-assign]
+        mixing.PlannedMixture.observe = self.timed("observe", observe)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        mixing.located, mixing.Mixture.plan_ahead, mixing.Mixture.observe = self.real  # type: ignore[method-assign]
+        mixing.located, mixing.PlannedMixture.plan_ahead, mixing.PlannedMixture.observe = self.real  # type: ignore[method-assign]
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same call, which adds its time to `name`."""

@@ -9,6 +9,7 @@ import statistics
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -88,7 +89,7 @@ class Castalia(Engine):
         keep_freed_memory()
         from castalia.data import Batch
         from castalia.models import Decoder, NeoxConfig
-        from castalia.train.loss import NextToken
+        from castalia.train.losses import NextToken, Scored
         from castalia.train.optimizers import AdamWConfig, Rules
         from castalia.train.optimizers.updater import Updater
 
@@ -101,13 +102,14 @@ class Castalia(Engine):
                 layer.compile()
         config = AdamWConfig(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=None)
         (self.optimizer,) = Updater(self.model, Rules(config)).optimizers.values()
-        self.next_token = NextToken(compiled=case["compiled"])
+        self.next_token = NextToken()
+        self.scored = partial(Scored.by, self.model, compiled=case["compiled"])
         place = torch.zeros(case["rows"], dtype=torch.int64, device=self.device)
         self.batch = Batch(tokens=self.tokens, labels=self.labels, source=place.int(), index=place)
 
     def loss(self) -> Tensor:
         """Sum over the targets by their number."""
-        return self.next_token(self.model, self.batch).total / self.labels.numel()
+        return self.next_token(self.scored(self.batch), self.batch).total / self.labels.numel()
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part of one step, forward and backward, at the shapes of the step.

@@ -33,7 +33,7 @@ from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm
 from castalia.recipes import load_config
-from castalia.train.hooks import Hook, Metrics, Save
+from castalia.train.hooks import Hook, Metrics, Save, Step
 
 LIMIT = 1e-5
 BASE = (
@@ -289,9 +289,9 @@ class ClippedNorm(Hook):
         """Remember whose gradients are measured."""
         self.model = trainer.model
 
-    def after_step(self, trainer: Any) -> None:
+    def after_step(self, step: Step) -> None:
         """Write it with the metrics, which come later in the list."""
-        trainer.metrics["clipped_norm"] = self.norm
+        step.metrics["clipped_norm"] = self.norm
 
 
 def train(overrides: tuple[str, ...], hooks: list[Hook]) -> None:

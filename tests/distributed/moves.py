@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from grid import Row
 
 from castalia.checkpoint import Store, read
 from castalia.checkpoint.manifest import step_name
-from castalia.train.hooks import Hook, Save
+from castalia.train.hooks import Hook
+from castalia.train.progress import Progress
+from castalia.train.resume import Checkpoints
 
 LAYOUTS = {
     row.layout: row
@@ -59,13 +62,13 @@ STOP, END = 3, 5
 class SavedAgain(Hook):
     """Writes what a run loaded at its start into checkpoints of their own, `again`."""
 
-    def start(self, trainer: Any) -> None:
+    def start(self, *, progress: Progress, checkpoints: Checkpoints) -> None:
         """Save with a store of another folder."""
-        if trainer.progress.step == STOP:
-            own = trainer.store
-            trainer.store = Store(f"{trainer.config.output}/again", rank=own.rank, world=own.world)
-            Save().save(trainer)
-            trainer.store = own
+        if progress.step == STOP:
+            own = checkpoints.store
+            folder = f"{checkpoints.config.output}/again"
+            again = Store(folder, rank=own.rank, world=own.world)
+            replace(checkpoints, store=again).save(STOP, asynchronous=False)
 
 
 def train_all(jobs: list[tuple[Row, Path, int]], base: str) -> None:

@@ -24,17 +24,17 @@ class Poison(Hook):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def start(self, trainer) -> None:
-        train = trainer.passes.train
+    def start(self, *, passes, progress, world, model) -> None:
+        train = passes.train
 
         def poisoned(*arguments):
-            tally = train(*arguments)
-            if trainer.progress.step + 1 == self.step and trainer.world.leads:
-                gradient = next(iter(trainer.model.parameters())).grad
+            sums = train(*arguments)
+            if progress.step + 1 == self.step and world.leads:
+                gradient = next(iter(model.parameters())).grad
                 gradient.to_local().fill_(torch.nan)
-            return tally
+            return sums
 
-        trainer.passes.train = poisoned
+        passes.train = poisoned
 
 
 def one(arguments: list[str], poison: int | None) -> dict:

@@ -20,12 +20,12 @@ SMALL = (
 )
 PROGRAM = """
 import os, signal, sys, time, ctypes
-import castalia.train.loss as loss
+import castalia.train.losses as loss
 call = loss.NextToken.__call__
-def a_loss_that_hangs(self, model, batch):
+def a_loss_that_hangs(self, scored, batch):
     if int(os.environ["RANK"]) == 1 and int(batch.index[0]) >= 24:
         {hang}
-    return call(self, model, batch)
+    return call(self, scored, batch)
 loss.NextToken.__call__ = a_loss_that_hangs
 from castalia.cli import main
 main()

@@ -135,19 +135,20 @@ def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(
 WRONG_AND_DEAD = """
 import math, os, signal, sys
 import castalia.train.hooks as hooks
-import castalia.train.loss as loss
+import castalia.train.losses as loss
+from dataclasses import replace
 
 rank, first = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 call, after = loss.NextToken.__call__, hooks.Metrics.after_step
 
-def a_loss_that_is_wrong_once(self, model, batch):
-    out = call(self, model, batch)
+def a_loss_that_is_wrong_once(self, scored, batch):
+    out = call(self, scored, batch)
     bad = first and rank == 1 and 24 <= int(batch.index[0]) < 36
-    return loss.LossOut(out.total * (math.nan if bad else 1.0), out.tokens, out.per_source)
+    return replace(out, total=out.total * (math.nan if bad else 1.0))
 
-def a_step_that_is_the_last(self, trainer):
-    after(self, trainer)
-    if first and rank == 1 and trainer.progress.step == 4:
+def a_step_that_is_the_last(self, step):
+    after(self, step)
+    if first and rank == 1 and step.number == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
 loss.NextToken.__call__ = a_loss_that_is_wrong_once
@@ -187,10 +188,10 @@ def test_torchrun_restarts_a_run_that_went_back_and_then_lost_a_rank(tokens, tmp
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
-        "loss nan at step 3 (rows 24 to 35 of the data order); going back to step 2; left out: step 3"
+        "loss nan at step 3 (rows 24 to 35 of the data order); rolling back to step 2; skipped: step 3"
         in done.stderr
     )
-    assert done.stdout.count("went back to") == 1 and done.stdout.count("resumed from") == 1
+    assert done.stdout.count("rolled back to") == 1 and done.stdout.count("resumed from") == 1
     train(tokens, (alone, ("train.steps=8", "guard.skip_steps=[3]"), [(1, None)]))
     ours, theirs = lines(output), lines(alone)
     assert [line.get("skipped") for line in ours] == [

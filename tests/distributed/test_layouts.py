@@ -132,12 +132,13 @@ def test_a_batch_that_does_not_divide_is_refused(tokens, tmp_path):
 
 NAN_ON_RANK_1 = """
 import math, os, sys
-import castalia.train.loss as loss
+from dataclasses import replace
+import castalia.train.losses as loss
 call = loss.NextToken.__call__
-def poisoned(self, model, batch):
-    out = call(self, model, batch)
+def poisoned(self, scored, batch):
+    out = call(self, scored, batch)
     bad = int(os.environ["RANK"]) == 1 and int(batch.index[0]) >= 12
-    return loss.LossOut(out.total * (math.nan if bad else 1.0), out.tokens, out.per_source)
+    return replace(out, total=out.total * (math.nan if bad else 1.0))
 loss.NextToken.__call__ = poisoned
 from castalia.cli import main
 main()

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,11 +65,13 @@ def test_duration(seconds, text):
 
 def test_metrics_file_drops_what_will_run_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    sink = JsonlSink(path)
+    sink = JsonlSink(JsonlSink.Config(), tmp_path)
+    sink.start(0)
     for step in range(1, 6):
         sink.write(step, {"loss": 1.0 / step})
     sink.close()
-    again = JsonlSink(path, resume_step=3)
+    again = JsonlSink(JsonlSink.Config(), tmp_path)
+    again.start(3)
     again.write(4, {"loss": math.nan})
     again.close()
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3, 4]
@@ -87,7 +90,7 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_a_broken_one_is_named(tmp_pat
 
 def test_a_folder_that_cannot_be_written_is_a_sentence():
     with pytest.raises(CastaliaError, match="cannot write"):
-        JsonlSink("/proc/none/metrics.jsonl")
+        JsonlSink(JsonlSink.Config(), Path("/proc/none")).start(0)
 
 
 def test_machine():

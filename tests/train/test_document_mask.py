@@ -18,7 +18,7 @@ from castalia.data import (
 from castalia.data.segments import DocumentMask, places_within
 from castalia.distributed import World
 from castalia.recipes import load_config
-from castalia.train.loss import NextToken
+from castalia.train.losses import NextToken, Scored
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -71,14 +71,10 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(make, kind, batch):
         for document, start, length in pack.documents_of(source):
             ids = torch.from_numpy(pack.dataset.get(document, start, length).astype(np.int64))[None]
             zeros = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
-            out = (
-                NextToken()(trainer.model, Batch(ids[:, :-1], ids[:, 1:], *zeros))
-                if length > 1
-                else None
-            )
-            alone, targets = (
-                (alone, targets) if out is None else (alone + out.total, targets + length - 1)
-            )
+            if length > 1:
+                batch = Batch(ids[:, :-1], ids[:, 1:], *zeros)
+                alone = alone + NextToken()(Scored.by(trainer.model, batch), batch).total
+                targets += length - 1
     mean = alone / targets
     mean.backward()
     assert totals.tokens == targets < 12 * 16

@@ -1,5 +1,6 @@
-"""Steps whose numbers are wrong: stopped, left out, or gone back from; and the same again after a crash."""
+"""Steps whose numbers are wrong: stopped, skipped, or rolled back from; and the same again after a crash."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -13,9 +14,10 @@ from castalia.core.errors import ConfigError, TrainingError
 from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.train.config import GuardConfig
-from castalia.train.guard import Guard, Verdict, in_words, ranges, read_events
+from castalia.train.events import in_words, ranges, read_events
+from castalia.train.guard import Guard, Reading, Verdict
 from castalia.train.hooks import Hook, Metrics, Save, StepLine
-from castalia.train.loss import LossOut, NextToken
+from castalia.train.losses import NextToken
 from castalia.train.trainer import Trainer
 
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "rows_hash")
@@ -26,15 +28,16 @@ class Poisoned(NextToken):
 
     def __init__(self, steps, factor=math.nan, times=math.inf):
         super().__init__()
-        self.left, self.factor = dict.fromkeys(steps, times), factor
+        self.left = dict.fromkeys(steps, times)
+        self.factor = factor
 
-    def __call__(self, model, batch):
-        out = super().__call__(model, batch)
+    def __call__(self, scored, batch):
+        out = super().__call__(scored, batch)
         step = int(batch.index[0]) // 12 + 1
-        if not model.training or self.left.get(step, 0) <= 0:
+        if not torch.is_grad_enabled() or self.left.get(step, 0) <= 0:
             return out
         self.left[step] -= 1
-        return LossOut(out.total * self.factor, out.tokens, out.per_source)
+        return dataclasses.replace(out, total=out.total * self.factor)
 
 
 class CrashAfter(Hook):
@@ -43,8 +46,14 @@ class CrashAfter(Hook):
     def __init__(self, step):
         self.step = step
 
-    def after_step(self, trainer):
-        if trainer.progress.step == self.step and trainer.guard.returns:
+    def start(self, *args):
+        self.returned = False
+
+    def rolled_back(self, step):
+        self.returned = True
+
+    def after_step(self, step):
+        if step.number == self.step and self.returned:
             raise RuntimeError("crash")
 
 
@@ -60,6 +69,13 @@ def make(tokens, train, tmp_path):
         return Trainer(config, World(0, 1, torch.device("cpu")), hooks=hooks, loss=loss)
 
     return build
+
+
+def guard_of(**options) -> Guard:
+    """A guard that has nothing to log and no checkpoint to name."""
+    return Guard(
+        GuardConfig(**options), world=World(0, 1, torch.device("cpu")), store=None, output="none"
+    )
 
 
 def fit(trainer):
@@ -105,7 +121,7 @@ def test_skip_leaves_the_step_out_and_writes_down_its_rows(make, capsys):
         "step": 3, "event": "nan", "action": "skip", "loss": "nan", "grad_norm": "nan",
         "rows": list(range(24, 36)), "skips": [3],
     }  # fmt: skip
-    said = "castalia: warning: loss nan at step 3 (rows 24 to 35 of the data order); left out"
+    said = "castalia: warning: loss nan at step 3 (rows 24 to 35 of the data order); skipped"
     assert said in capsys.readouterr().err
     assert read_state(ours.store.folder_of(6))["guard"]["skips"] == {"3": "nan"}
 
@@ -117,7 +133,7 @@ def test_rollback_is_the_run_in_which_the_step_was_never_taken(make, times, caps
     require_equal(ours, asked, {4})
     (event,) = read_events(ours.config.output)
     assert (event["action"], event["to"], event["skips"]) == ("rollback", 2, [4])
-    assert "going back to step 2; left out: step 4" in capsys.readouterr().err
+    assert "rolling back to step 2; skipped: step 4" in capsys.readouterr().err
 
 
 def test_rollback_leaves_out_steps_before_it_but_none_before_the_checkpoint(make):
@@ -156,7 +172,7 @@ def test_rollback_always_finds_the_start(make):
     require_equal(ours, asked, {1})
     with pytest.raises(
         TrainingError,
-        match=r"no checkpoint to go back to; save the start with checkpoint.steps=\[0\]",
+        match=r"no checkpoint exists to roll back to; save the start with checkpoint.steps=\[0\]",
     ):
         fit(make("unsaved", "guard.nan=rollback", loss=Poisoned([1]), hooks=[]))
 
@@ -176,7 +192,7 @@ def test_rollback_passes_over_a_damaged_checkpoint_of_a_later_step(make):
 def test_rollbacks_are_limited(make):
     trainer = make("run", "guard.nan=rollback", "guard.max_rollbacks=2", loss=Poisoned(range(3, 7)))
     with pytest.raises(
-        TrainingError, match=r"step 5 .*went back 2 times already.*guard.max_rollbacks=4"
+        TrainingError, match=r"step 5 .*already rolled back 2 times.*guard.max_rollbacks=4"
     ):
         trainer.fit()
     assert [event["step"] for event in read_events(trainer.config.output)] == [3, 4, 5]
@@ -184,7 +200,9 @@ def test_rollbacks_are_limited(make):
 
 def test_skips_in_a_row_are_limited(make):
     trainer = make("run", "guard.nan=skip", "guard.max_skips=2", loss=Poisoned(range(2, 7)))
-    with pytest.raises(TrainingError, match=r"step 4 is the 3th in a row .*guard.max_skips=2"):
+    with pytest.raises(
+        TrainingError, match=r"step 4: 3 consecutive steps were skipped, over guard.max_skips=2"
+    ):
         trainer.fit()
 
 
@@ -204,46 +222,47 @@ def test_a_spike_of_the_loss(make, policy, capsys):
     assert (event["step"], event["event"], event["action"]) == (5, "spike", policy)
     assert trainer.progress.updates == (6 if policy == "warn" else 5)
     assert lines(trainer)[4].get("skipped") == (None if policy == "warn" else "spike")
-    assert len(trainer.guard.seen["loss"]) == 4
+    assert len(trainer.guard.window["loss"]) == 4
 
 
 def test_the_spike_rule_is_the_formula():
-    guard = Guard(
-        GuardConfig(spike="warn", spike_sigma=3.0, spike_window=8, spike_of=["grad_norm"])
-    )
+    guard = guard_of(spike="warn", spike_sigma=3.0, spike_window=8, spike_of=["grad_norm"])
     values = [1.0, 1.2, 0.9, 1.1]
     for value in values[:3]:
-        guard.seen["grad_norm"].append(value)
-    assert guard.look(2.0, 100.0, scaled=False) is Verdict.GOOD  # too few to judge by
-    guard.seen["grad_norm"].append(values[3])
+        guard.window["grad_norm"].append(value)
+    assert guard.judge(Reading(9, 2.0, 100.0)) is Verdict.GOOD  # too few to judge by
+    guard.window["grad_norm"].append(values[3])
     limit = statistics.fmean(values) + 3 * statistics.stdev(values)
-    assert guard.look(2.0, limit * 0.999, scaled=False) is Verdict.GOOD
-    assert guard.look(2.0, limit * 1.001, scaled=False) is Verdict.SPIKE
+    assert guard.judge(Reading(9, 2.0, limit * 0.999)) is Verdict.GOOD
+    assert guard.judge(Reading(9, 2.0, limit * 1.001)) is Verdict.SPIKE
 
 
 def test_a_gradient_beyond_fp16_is_an_overflow_and_a_loss_that_is_none_is_not():
-    guard = Guard(GuardConfig())
-    assert guard.look(2.0, math.inf, scaled=True) is Verdict.OVERFLOW
-    assert guard.look(math.nan, math.inf, scaled=True) is Verdict.NAN
-    assert guard.look(2.0, math.inf, scaled=False) is Verdict.NAN
+    guard = guard_of()
+    assert guard.judge(Reading(9, 2.0, math.inf, scaled=True)) is Verdict.OVERFLOW
+    assert guard.judge(Reading(9, math.nan, math.inf, scaled=True)) is Verdict.NAN
+    assert guard.judge(Reading(9, 2.0, math.inf, scaled=False)) is Verdict.NAN
 
 
 def test_the_state_survives_json_and_merges_with_what_was_decided_since():
-    before, after = Guard(GuardConfig(skip_steps=[9])), Guard(GuardConfig())
-    before.skips[3], before.returns, before.in_a_row = "nan", [2, 2], 1
-    before.seen["loss"].extend([0.1, 1 / 3])
+    before = guard_of(skip_steps=[9])
+    after = guard_of()
+    before.skips[3] = "nan"
+    before.returns = [2, 2]
+    before.in_a_row = 1
+    before.window["loss"].extend([0.1, 1 / 3])
     after.skips[5] = "spike"
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after.skips == {9: "asked", 3: "nan", 5: "spike"}
-    assert (after.returns, after.in_a_row, list(after.seen["loss"])) == ([2, 2], 1, [0.1, 1 / 3])
+    assert (after.returns, after.in_a_row, list(after.window["loss"])) == ([2, 2], 1, [0.1, 1 / 3])
 
 
 def test_words():
     assert ranges([1]) == "1" and ranges([1, 2, 3, 7, 9, 10]) == "1 to 3, 7, 9 to 10"
     assert in_words("nan", 2.0, math.inf) == "gradient norm inf"
-    assert "on another process" in in_words("nan", 2.0, 1.0)
+    assert "on another rank" in in_words("nan", 2.0, 1.0)
 
 
 def test_a_policy_that_is_none_is_refused(train, tmp_path):
-    with pytest.raises(ConfigError, match=r"guard.nan.*'stop', 'skip' or 'rollback'"):
+    with pytest.raises(ConfigError, match=r"guard.nan: expected one of stop, skip, rollback"):
         load_config([*train.base, "guard.nan=ignore"])

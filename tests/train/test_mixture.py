@@ -24,10 +24,10 @@ from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.mixing import read_mixture
 from castalia.recipes import load_config
-from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
-from castalia.train.loss import LossOut, NextToken
-from castalia.train.mixture import RecordedOrder, movements
-from castalia.train.mixture_record import RecordMixture
+from castalia.train.hooks import Hook, Metrics, RecordMixture, Save, Step, StepLine, Validate
+from castalia.train.losses import LossOut, NextToken
+from castalia.train.mixture import StaticBlend, movements
+from castalia.train.recorded_order import RecordedOrder
 from castalia.train.run import closing_line
 from castalia.train.startup import source_lines
 from castalia.train.trainer import Trainer
@@ -70,12 +70,16 @@ class Ids(Hook):
     """The weights and the rows of each step: (source, row) in the order of the batch, over all processes."""
 
     def __init__(self) -> None:
-        self.ids, self.weights = [], []
+        self.ids = []
+        self.weights = []
 
-    def after_step(self, trainer: Trainer) -> None:
-        rows = trainer.mixture.plan.rows()
+    def start(self, *, mixture) -> None:
+        self.mixture = mixture
+
+    def after_step(self, step: Step) -> None:
+        rows = self.mixture.plan.rows()
         self.ids.append((rows.source.tolist(), rows.index.tolist()))
-        self.weights.append(trainer.mixture.plan.weights.tolist())
+        self.weights.append(self.mixture.plan.weights.tolist())
 
 
 @pytest.fixture
@@ -117,17 +121,17 @@ ODM = ("mixing.kind=odm", "mixing.warmup_steps=2")
 
 
 def test_the_rows_of_a_batch_are_those_of_the_plan(fit):
-    seen = []
+    batches = []
 
     class Look(NextToken):
-        def __call__(self, model, batch):
-            seen.append(batch)
-            return super().__call__(model, batch)
+        def __call__(self, scored, batch):
+            batches.append(batch)
+            return super().__call__(scored, batch)
 
-    ids, trainer = fit(*ODM, "train.micro_batch_size=4", loss=Look(3))
+    ids, trainer = fit(*ODM, "train.micro_batch_size=4", loss=Look(sources=3))
     packs = trainer.rows.train.row_sources
     for step, (source, place) in enumerate(ids.ids):
-        micro = seen[3 * step : 3 * step + 3]
+        micro = batches[3 * step : 3 * step + 3]
         assert torch.cat([b.source for b in micro]).tolist() == source
         assert torch.cat([b.index for b in micro]).tolist() == list(
             range(12 * step, 12 * step + 12)
@@ -142,7 +146,10 @@ def test_static_is_the_blend_of_today_bit_for_bit(make, tmp_path):
     for output, overrides in (("before", []), ("named", ["mixing.kind=static"])):
         trainer = make("data.weights=[3, 2, 1]", *overrides, output=output)
         trainer.fit()
-        assert trainer.mixture is None and not (tmp_path / output / "mixture.jsonl").exists()
+        assert (
+            isinstance(trainer.mixture, StaticBlend)
+            and not (tmp_path / output / "mixture.jsonl").exists()
+        )
     assert hashes(tmp_path / "before") == hashes(tmp_path / "named")
 
 
@@ -261,8 +268,8 @@ class Broken(NextToken):
     wrong = float("nan")
     step = 0
 
-    def __call__(self, model, batch) -> LossOut:
-        out = super().__call__(model, batch)
+    def __call__(self, scored, batch) -> LossOut:
+        out = super().__call__(scored, batch)
         self.step += 1
         if self.step == 2:
             out.per_source[1, 0] = self.wrong
@@ -271,7 +278,7 @@ class Broken(NextToken):
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30])
 def test_a_loss_that_is_none_is_counted_and_not_used(fit, wrong, tmp_path):
-    loss = Broken(3)
+    loss = Broken(sources=3)
     loss.wrong = wrong
     ids, trainer = fit(*ODM, loss=loss)
     assert trainer.mixture.planner.mixer.rejected_losses().tolist() == [0, 1, 0]
@@ -285,8 +292,11 @@ class Heard(Hook):
     def __init__(self) -> None:
         self.tokens = []
 
-    def after_step(self, trainer: Trainer) -> None:
-        self.tokens.append(int(trainer.mixture.stats.tokens.sum()))
+    def start(self, *, mixture) -> None:
+        self.mixture = mixture
+
+    def after_step(self, step: Step) -> None:
+        self.tokens.append(int(self.mixture.stats.tokens.sum()))
 
 
 def test_a_step_without_an_update_tells_the_mixer_nothing(make):
@@ -301,16 +311,14 @@ def test_a_run_that_goes_back_plans_the_same_rows_again(fit, make, tmp_path):
 
         steps = 0
 
-        def __call__(self, model, batch) -> LossOut:
+        def __call__(self, scored, batch) -> LossOut:
             self.steps += 1
-            out = super().__call__(model, batch)
-            return (
-                LossOut(out.total * float("nan"), out.tokens, out.per_source)
-                if self.steps == 7
-                else out
-            )
+            out = super().__call__(scored, batch)
+            if self.steps != 7:
+                return out
+            return dataclasses.replace(out, total=out.total * float("nan"))
 
-    ids, _ = fit(*ODM, "guard.nan=rollback", loss=Bad(3), output="back")
+    ids, _ = fit(*ODM, "guard.nan=rollback", loss=Bad(sources=3), output="back")
     whole, _ = fit(*ODM, "guard.skip_steps=[7]", output="whole")
     assert (
         ids.ids[:6] + ids.ids[8:] == whole.ids
@@ -326,7 +334,7 @@ def test_plans_that_differ_stop_the_run_before_the_update(make):
     object.__setattr__(
         trainer.world, "largest", lambda *numbers: [*numbers[:3], numbers[3] + 1]
     )  # another has more
-    with pytest.raises(TrainingError, match="step 1: the processes planned different rows"):
+    with pytest.raises(TrainingError, match="step 1: the planners disagree across ranks"):
         trainer.fit()
     assert trainer.progress.step == trainer.progress.updates == 0
 
@@ -386,7 +394,7 @@ def test_an_unknown_source_in_an_option_gets_the_menu(make):
 
 def test_a_checkpoint_without_a_planner_is_told(make, tmp_path):
     make().fit()
-    with pytest.raises((CheckpointError, DataError), match=r"no planner|the data differ"):
+    with pytest.raises((CheckpointError, DataError), match=r"no state 'mixture'|the data differ"):
         make("mixing.kind=uniform", "data.allow_changed=true").fit()
 
 
@@ -419,9 +427,9 @@ def test_held_out_losses_come_by_source_and_reach_the_mixer(make, sources, tmp_p
     overrides = (f"data.valid=[{', '.join(sources)}]", "train.eval_every=2", "train.eval_batches=1")
     ids, lines = Ids(), []
     trainer = make("mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, hooks=[ids])
-    Look = Hook()
-    Look.after_step = lambda t: lines.append(dict(t.metrics))
-    trainer.hooks.append(Look)
+    look = Hook()
+    look.after_step = lambda step: lines.append(dict(step.metrics))
+    trainer.hooks.append(look)
     trainer.fit()
     assert ["valid" in line for line in lines] == [False, True] * 4
     valid, parts = lines[-1]["valid"], lines[-1]["valid_sources"]
@@ -485,7 +493,7 @@ def test_five_thousand_sources_in_one_loader(sources, make, tmp_path):
     assert heard.tokens == [96] * 3 and len(trainer.mixture.plan.weights) == 5000
     assert sum(trainer.mixture.planner.cursors) == 36
     assert "5000 sources, exploration mixes 100% of the data" in trainer.mixture.notes[0]
-    assert source_lines(trainer)[-2:] == ["and 4,960 more", "mixed by odm"]
+    assert source_lines(trainer.config, trainer.rows)[-2:] == ["and 4,960 more", "mixed by odm"]
 
 
 def test_the_viewer_shows_the_rows_that_a_mixed_run_read(fit, tmp_path):

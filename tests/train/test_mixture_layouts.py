@@ -12,17 +12,17 @@ from castalia.data import IndexedDatasetWriter, StepLoader, build_rows
 from castalia.mixing import read_mixture
 from castalia.recipes import load_config
 from castalia.train.mixture import make_mixture
-from castalia.train.progress import StepTotals
+from castalia.train.totals import StepTotals
 
 STEPS = 200
 BATCH = 8
 KILL_AT_100 = """
 import os, signal
 import castalia.train.hooks as hooks
-def after_step(self, trainer, save=hooks.Save.after_step):
-    save(self, trainer)
-    if trainer.progress.step == 104:
-        trainer.store.wait()
+def after_step(self, step, save=hooks.Save.after_step):
+    save(self, step)
+    if step.number == 104:
+        self.checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)
 hooks.Save.after_step = after_step
 """
@@ -73,7 +73,7 @@ def walk(prefixes: list[str], *, world: int, workers: int, lag: int = 1) -> Iter
         sums = np.zeros((3, 2))
         for batch in batches:
             sums[int(batch.source)] += (float(batch.tokens.double().std()) / 10 * 16, 16)
-        totals = StepTotals(0.0, BATCH * 16, 0, False, sums.tolist())
+        totals = StepTotals(0.0, BATCH * 16, per_source=sums.tolist())
         for mixture in mixtures:
             mixture.observe(totals)
         yield [batch.tokens.tolist() for batch in batches], mixtures[-1].plan.weights.tolist()
@@ -164,11 +164,11 @@ def test_processes_that_plan_different_rows_are_found(train, prefixes, tmp_path)
     drift = """
 import castalia.train.mixture as mixing
 from castalia.distributed import environment
-def observe(self, totals, skipped=False, real=mixing.Mixture.observe):
+def observe(self, totals, skipped=False, real=mixing.PlannedMixture.observe):
     if self.done == 2 and environment()[0] == 1:
         totals.per_source = [[2 * loss, tokens] for loss, tokens in totals.per_source[:1]] + totals.per_source[1:]
     real(self, totals, skipped=skipped)
-mixing.Mixture.observe = observe
+mixing.PlannedMixture.observe = observe
 """
     data = (
         f"data.train=[{', '.join(prefixes)}]",
@@ -179,6 +179,4 @@ mixing.Mixture.observe = observe
     )
     done = train(tmp_path / "run", *data, processes=2, code=drift, ok=False)
     assert done.returncode != 0
-    assert re.search(
-        r"castalia: error: step \d+: the processes planned different rows", done.stderr
-    )
+    assert re.search(r"castalia: error: step \d+: the planners disagree across ranks", done.stderr)

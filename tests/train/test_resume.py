@@ -15,9 +15,9 @@ from castalia.checkpoint import read, read_state
 KILL_AFTER_4 = """
 import os, signal
 import castalia.train.hooks as hooks
-def after_step(self, trainer, save=hooks.Save.after_step):
-    save(self, trainer)
-    if trainer.progress.step == 4:
+def after_step(self, step, save=hooks.Save.after_step):
+    save(self, step)
+    if step.number == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 hooks.Save.after_step = after_step
 """
@@ -129,7 +129,10 @@ def test_sigterm_saves_and_exits_well(train, whole, tmp_path, read_lines):
         "train.steps=100000",
         "checkpoint.every=null",
     ]
-    slow = "import time, castalia.train.hooks as h\nh.Validate.after_step = lambda self, t: time.sleep(0.05)"
+    slow = (
+        "import time, castalia.train.hooks as h\n"
+        "h.Validate.after_step = lambda self, step: time.sleep(0.05)"
+    )
     script.write_text(
         f"import sys; sys.argv = ['castalia', *{arguments!r}]\n{slow}\nfrom castalia.cli import main; main()"
     )
@@ -143,7 +146,7 @@ def test_sigterm_saves_and_exits_well(train, whole, tmp_path, read_lines):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert "the same command goes on" in out and "SIGTERM" in err
+    assert "the same command resumes" in out and "SIGTERM" in err
     step = read_lines(output)[-1]["step"]
     state = read_state(output / "checkpoints" / f"step-{step:08d}")
     assert state["progress"]["step"] == step

@@ -9,11 +9,12 @@ from castalia.config.fields import leaves
 from castalia.core.errors import ConfigError
 from castalia.recipes import load_config
 from castalia.train.config import RunConfig
-from castalia.train.resume import check_run_folder
+from castalia.train.run_folder import check_run_folder
 
-FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch")
+FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch", "monitor")
 FREE_KEYS = {
     "recipe",
+    "hooks",
     "output",
     "device",
     "train.steps",
@@ -97,7 +98,7 @@ def test_a_key_that_is_no_more_is_told(hold, config_of):
     [
         (
             ["mixing.epoch_cap=2", "schedule.name=cosine"],
-            "mixing.epoch_cap holds for the new end and the learning rate falls towards the",
+            "mixing.epoch_cap applies to the new end and the learning rate falls towards the",
         ),
         (["mixing.kind=unimax"], "unimax shares out another number of tokens from here on"),
         (["schedule.name=cosine", "schedule.decay_steps=99"], ""),
@@ -110,7 +111,9 @@ def test_another_length_is_told_where_it_matters(hold, config_of, capsys, overri
     assert capsys.readouterr().out == ""
     check_run_folder(config_of(*overrides, f"train.steps={steps + 10}"))
     out = capsys.readouterr().out
-    assert said in out and (f"of {steps + 10} steps now and was of {steps}: " in out) is bool(said)
+    assert said in out and (f"train.steps is {steps + 10} now and was {steps}: " in out) is bool(
+        said
+    )
 
 
 def test_the_keys_that_a_resumed_run_may_change():

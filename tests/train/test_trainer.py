@@ -1,19 +1,20 @@
 """The loop: what must not depend on how the batch is cut, and what stops it."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError, TrainingError
 from castalia.data import Batch
 from castalia.distributed import World, check_layout
 from castalia.distributed.config import ParallelConfig
-from castalia.models import Decoder
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook, Metrics, Save, Validate
-from castalia.train.loss import LossOut, NextToken
+from castalia.train.losses import LossOut, NextToken, Scored
 from castalia.train.startup import idle_options
 from castalia.train.trainer import Trainer
 
@@ -41,8 +42,8 @@ class Keep(Hook):
     def __init__(self):
         self.lines = []
 
-    def after_step(self, trainer):
-        self.lines.append(dict(trainer.metrics))
+    def after_step(self, step):
+        self.lines.append(dict(step.metrics))
 
 
 def losses(make, *overrides):
@@ -60,28 +61,35 @@ def test_gradients_of_accumulation_equal_the_big_batch(make):
         assert torch.allclose(p.grad, q.grad, atol=1e-6), name
 
 
-def test_loss_is_over_the_global_number_of_targets_not_a_mean_of_means(make):
-    class Uneven(NextToken):
-        """Ignores most labels of the first micro-batch."""
+class Uneven(NextToken):
+    """Two labels of each row of the first micro-batch, and all 16 of the second."""
 
-        def __call__(self, model: Decoder, batch: Batch) -> LossOut:
-            labels = batch.labels.clone()
-            if batch.index[0] == 0:
-                labels[:, 2:] = -100
-            return super().__call__(model, Batch(batch.tokens, labels, batch.source, batch.index))
+    def masked(self, batch: Batch) -> Batch:
+        if batch.index[0] != 0:
+            return batch
+        labels = batch.labels.clone()
+        labels[:, 2:] = -100
+        return dataclasses.replace(batch, labels=labels)
 
+    def weight(self, batch: Batch) -> float:
+        return super().weight(self.masked(batch))
+
+    def __call__(self, scored: Scored, batch: Batch) -> LossOut:
+        return super().__call__(scored, self.masked(batch))
+
+
+def test_loss_is_over_the_global_weight_not_a_mean_of_means(make):
     trainer = make("train.micro_batch_size=6", loss=Uneven())
-    micro = next(trainer.batches(trainer.rows.train, 0))
-    kept = [
-        Batch(micro[0].tokens[:, :2], micro[0].labels[:, :2], micro[0].source, micro[0].index),
-        micro[1],
-    ]
-    count = sum(batch.targets for batch in kept)
+    few, many = next(trainer.batches(trainer.rows.train, 0))
     with torch.no_grad():
-        total = sum(float(NextToken()(trainer.model, batch).total) for batch in kept)
-    real = [Batch(b.tokens, b.labels, b.source, b.index) for b in micro]
-    real[0].labels[:, 2:] = -100
-    assert trainer.accumulate(real).loss == pytest.approx(total / count, rel=1e-6)
+        logits = [trainer.model.head(trainer.model(batch.tokens)) for batch in (few, many)]
+    first = F.cross_entropy(logits[0][:, :2].flatten(0, 1), few.labels[:, :2].flatten())
+    second = F.cross_entropy(logits[1].flatten(0, 1), many.labels.flatten())
+    totals = trainer.accumulate([few, many])
+    assert totals.weight == 6 * 2 + 6 * 16 and totals.tokens == 12 * 16
+    expected = (12 * first + 96 * second) / 108
+    assert totals.loss == pytest.approx(expected.item(), rel=1e-6)
+    assert abs(totals.loss - (first + second).item() / 2) > 1e-4  # what a mean of means would give
 
 
 def test_the_loop_equals_ten_lines_of_plain_torch(make):
@@ -156,20 +164,23 @@ def test_a_number_that_is_not_finite_stops_before_the_update(make, where):
     class Poisoned(NextToken):
         """Infinite from row 24 on: the third step."""
 
-        def __call__(self, model: Decoder, batch: Batch) -> LossOut:
-            out = super().__call__(model, batch)
+        def __call__(self, scored: Scored, batch: Batch) -> LossOut:
+            out = super().__call__(scored, batch)
             bad = math.inf if int(batch.index[0]) >= 24 else 1.0
             if where == "loss":
-                return LossOut(out.total * bad, out.tokens, out.per_source)
+                return dataclasses.replace(out, total=out.total * bad)
             if bad > 1:
                 out.total.register_hook(lambda gradient: gradient * math.nan)
             return out
 
-    seen = {}
+    weights = {}
 
     class Watch(Hook):
-        def after_step(self, trainer):
-            seen.update(parameters(trainer))
+        def start(self, *, model):
+            self.model = model
+
+        def after_step(self, step):
+            weights.update({name: p.detach().clone() for name, p in self.model.named_parameters()})
 
     trainer = make(hooks=[Save(), Watch()], loss=Poisoned())
     with pytest.raises(
@@ -177,7 +188,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(make, where):
     ):
         trainer.fit()
     assert trainer.progress.step == 2
-    assert all(torch.equal(seen[name], p) for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(weights[name], p) for name, p in trainer.model.named_parameters())
 
 
 def test_validation_and_metrics_lines(make, tokens, tmp_path):
@@ -199,16 +210,16 @@ def test_validation_and_metrics_lines(make, tokens, tmp_path):
 
 
 def test_a_validation_without_data_is_noted(make, tokens):
-    (note,) = idle_options(make("train.eval_every=2"))
+    def notes_of(*overrides):
+        trainer = make(*overrides)
+        return idle_options(trainer.config, trainer.rows)
+
+    (note,) = notes_of("train.eval_every=2")
     assert (
-        note
-        == "train.eval_every=2 has nothing to validate on: name token files in data.valid, or data.split"
+        note == "train.eval_every=2 has nothing to validate on: name token files in data.valid, or"
+        " data.split"
     )
-    assert (
-        idle_options(make("train.eval_every=2", f"data.valid={tokens}"))
-        == idle_options(make())
-        == []
-    )
+    assert notes_of("train.eval_every=2", f"data.valid={tokens}") == notes_of() == []
 
 
 def test_sums_by_source_add_up(make, tokens):
@@ -233,7 +244,7 @@ def test_ids_beyond_the_vocabulary_are_refused(make):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.micro_batch_size=5"], "does not divide"),
+        (["train.micro_batch_size=5"], "is not divisible|does not divide"),
         (["data.seq_length=100000", "model.max_position_embeddings=100000"], "100000|100001"),
         (["data.train=nowhere"], "nowhere"),
         (["data.tokenizer=gone.json"], "data.tokenizer: gone.json: no such .*data.tokenizer=null"),

@@ -122,7 +122,7 @@ def rows_of(words: list[str]) -> "tuple[RunConfig, RunRows]":
     from castalia.data.rows_by_source import RowsBySource
     from castalia.demo.corpus import ensure_corpus
     from castalia.recipes import resolve
-    from castalia.train.mixture import RecordedOrder
+    from castalia.train.recorded_order import RecordedOrder
 
     config = ensure_corpus(resolve(words).config, say=lambda text: typer.echo(text, err=True))
     train = config.train

@@ -29,6 +29,8 @@ from castalia.mixing import read_mixture
 from castalia.monitor import duration, size_text
 from castalia.recipes.load import Resolved, resolve
 from castalia.train.hooks import Hook
+from castalia.train.mixture import StaticBlend
+from castalia.train.progress import Progress
 from castalia.train.run import Announced
 from castalia.train.run import run as train_run
 from castalia.train.startup import short_hash
@@ -51,14 +53,21 @@ FASTER = 1.15
 class TrainClock(Hook):
     """Seconds and tokens of the training loop, saves included."""
 
-    def start(self, trainer: "Trainer") -> None:
-        """Begin to count."""
-        self.since, self.tokens = time.perf_counter(), trainer.progress.tokens
+    seconds = 0.0
+    tokens = 0
+    progress: Progress | None = None
 
-    def close(self, trainer: "Trainer") -> None:
+    def start(self, *, progress: Progress) -> None:
+        """Begin to count."""
+        self.progress = progress
+        self.since = time.perf_counter()
+        self.before = progress.tokens
+
+    def close(self) -> None:
         """Stop counting."""
-        self.seconds = time.perf_counter() - self.since
-        self.tokens = trainer.progress.tokens - self.tokens
+        if self.progress:
+            self.seconds = time.perf_counter() - self.since
+            self.tokens = self.progress.tokens - self.before
 
 
 class Demo:
@@ -247,7 +256,7 @@ def run_demo(
 def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
     """The share of each source at the first step, on average, and at the last."""
     rows = trainer.rows
-    if trainer.mixture is None:
+    if isinstance(trainer.mixture, StaticBlend):
         return {name: [weight] * 3 for name, weight in zip(rows.sources, rows.weights, strict=True)}
     record = read_mixture(folder / "mixture.jsonl")
     weights = record.weights()

@@ -21,7 +21,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -72,6 +73,23 @@ class Watchdog:
         """As `beat`; the first step that begins may take longer."""
         self.first_step = step if self.first_step is None else self.first_step
         self.beat(step, "reading data")
+
+    @contextmanager
+    def doing(self, what: str, patience: float = 1.0) -> Iterator[None]:
+        """The main thread does `what` in this block, which may take `patience` times the limit.
+
+        The limit starts again at both ends of the block.
+        """
+        outer = (self.what, self.patience)
+        self.beat(self.step, what, patience)
+        try:
+            yield
+        finally:
+            self.beat(self.step, *outer)
+
+    def progressed(self) -> None:
+        """The main thread has come further in the same work: the limit starts again."""
+        self.at = time.monotonic()
 
     def __enter__(self) -> "Watchdog":
         if self.seconds:

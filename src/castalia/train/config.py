@@ -1,4 +1,4 @@
-"""The config of a run: one class that holds every room's own, and the numbers of the loop."""
+"""The config of a run: the sections of every room, and the numbers of the loop."""
 
 from typing import Annotated, Literal
 
@@ -8,6 +8,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 
@@ -16,6 +17,7 @@ from castalia.checkpoint.policy import SavePolicy
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
 from castalia.config.kinds import Kind
+from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
 from castalia.data.config import DataConfig
@@ -24,6 +26,8 @@ from castalia.launch import LaunchConfig
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.models import FAMILIES, ModelConfig
+from castalia.monitor.config import MonitorConfig
+from castalia.train.losses import LOSSES, LossConfig, NextToken
 from castalia.train.optimizers import OPTIMIZERS, AdamWConfig, OptimConfig
 
 
@@ -31,7 +35,8 @@ class ScheduleConfig(Config):
     """Learning rate by step. Only train/schedule.py reads these fields."""
 
     name: Literal["cosine", "cosine_neox_v1", "linear", "exponential", "constant", "wsd"] = "cosine"
-    """cosine falls to min_lr; cosine_neox_v1 is Pythia's: towards 0 over the whole horizon, floored, lr 0 at step 0."""
+    """cosine falls to min_lr; cosine_neox_v1 is Pythia's: towards 0 over the whole horizon,
+    floored, and lr 0 at step 0."""
     warmup: float = Field(0.01, ge=0, lt=1)
     """Share of the horizon over which the rate rises linearly."""
     min_lr: NonNegativeFloat = 0.0
@@ -52,34 +57,37 @@ class LossScaleConfig(Config):
     window: PositiveInt = 1000
     """Clean steps after which the scale doubles."""
     hysteresis: PositiveInt = 2
-    """Overflows that are borne before the scale halves."""
+    """Overflows that are tolerated before the scale halves."""
     minimum: PositiveFloat = 1.0
     """Smallest scale."""
 
 
 class GuardConfig(Config):
-    """What happens when a step or a process goes wrong. Only train/guard.py and the watchdog read these fields."""
+    """Policies for faulty steps and stalled ranks. Only train/guard.py and the watchdog read them."""
 
     nan: Literal["stop", "skip", "rollback"] = "stop"
-    """A loss or gradient that is not finite: stop, leave the step out, or go back to the newest checkpoint first."""
+    """Policy for a NaN or infinite loss or gradient: stop, skip the step, or roll back to the newest
+    checkpoint and skip it."""
     spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "ignore"
-    """A spike of the loss or of the gradient norm: nothing, a warning, or as for nan."""
+    """Policy for a spike of the loss or the gradient norm: ignore, warn, or as for nan."""
     spike_sigma: PositiveFloat = 6.0
     """Standard deviations above the mean of the window from which a value is a spike."""
     spike_window: int = Field(128, ge=4)
-    """Updates that mean and deviation are taken of; half of them must be there before a step is judged."""
+    """Updates that mean and deviation are computed over; half of them must exist before a step is
+    judged."""
     spike_of: list[Literal["loss", "grad_norm"]] = Field(["loss", "grad_norm"], min_length=1)
-    """What is watched for spikes."""
+    """Numbers that are watched for spikes."""
     skip_before: NonNegativeInt = 0
-    """Steps just before the offending one that a rollback leaves out with it."""
+    """Steps just before the faulty one that a rollback skips with it."""
     max_rollbacks: PositiveInt = 10
-    """Rollbacks in the whole run; at the next one it stops."""
+    """Rollbacks in the whole run; the next one stops it."""
     max_skips: PositiveInt = 10
-    """Steps left out in a row, by the policy skip; at the next one the run stops."""
+    """Consecutive steps that the policy skip may skip; the next one stops the run."""
     skip_steps: list[PositiveInt] = []
-    """Steps to leave out, 1 the first: their rows are passed over and nothing is updated."""
+    """Steps to skip, counted from 1: their rows are consumed and nothing is updated."""
     hang_seconds: NonNegativeFloat | None = None
-    """Seconds without progress after which a process is taken to hang; 0 never; null is 600 among several, 0 alone."""
+    """Seconds without progress after which a rank counts as stalled; 0 never; null is 600 on several
+    ranks, 0 on one."""
 
 
 class TrainConfig(Config):
@@ -88,18 +96,20 @@ class TrainConfig(Config):
     steps: Annotated[PositiveInt, AT_RESUME] = 143000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 1024
-    """Rows in one optimizer step, over all processes."""
+    """Rows in one optimizer step, over all ranks."""
     micro_batch_size: Annotated[PositiveInt | None, AT_RESUME] = None
-    """Rows that one process runs through the model at a time; null means its whole share of the batch."""
+    """Rows that a rank runs through the model at a time; null is its whole share of the batch."""
     compile: Annotated[bool, AT_RESUME] = False
     """torch.compile each block and the loss."""
     recompute: Annotated[bool | Literal["full", "selective"] | PositiveInt, AT_RESUME] = False
-    """What blocks compute again in the backward in place of storing it: true or full, all but their input; selective,
-    all but attention and the widest product; n, all in every n-th block."""
+    """Activations that blocks recompute in the backward pass instead of storing them: true or full,
+    all but their input; selective, all but attention and the widest product; n, all in every n-th
+    block."""
     log_every: Annotated[PositiveInt, AT_RESUME] = 10
     """Steps between lines on the screen; metrics.jsonl has every step."""
     frozen: list[str] = []
-    """Shell patterns of parameters that do not train, such as `embed.*`: no gradient, no optimizer state."""
+    """Shell patterns of parameters that do not train, such as `embed.*`: they have no gradient and
+    no optimizer state."""
     eval_every: Annotated[PositiveInt | None, AT_RESUME] = None
     """Steps between validations; null never validates during training."""
     eval_batches: Annotated[PositiveInt, AT_RESUME] = 10
@@ -107,7 +117,7 @@ class TrainConfig(Config):
 
 
 class RunConfig(Config):
-    """Everything that a run needs; `castalia train runs/<name>/config.yaml` repeats it."""
+    """Everything that a run needs; `castalia train runs/<name>/config.yaml` reproduces it."""
 
     recipe: Annotated[str | None, AT_RESUME] = None
     """Name of the preset that this config started from."""
@@ -116,13 +126,14 @@ class RunConfig(Config):
     seed: NonNegativeInt = 1234
     """Seed of the weights and of the data order."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights and optimizer are fp32 always."""
+    """Arithmetic of the forward and backward pass; weights and optimizer are always fp32."""
     device: Annotated[Literal["auto", "cpu", "cuda"], AT_RESUME] = "auto"
-    """auto takes the GPU when there is one."""
+    """auto takes a GPU if the machine has one."""
     model: Annotated[ModelConfig, Kind(FAMILIES, "neox", key="family")]
     data: DataConfig = DataConfig()
     mixing: MixingConfig = MixingConfig()
     train: TrainConfig = TrainConfig()
+    loss: Annotated[LossConfig, Kind(LOSSES, "next_token")] = NextToken.Config()
     optim: Annotated[OptimConfig, Kind(OPTIMIZERS, "adamw")] = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
@@ -130,14 +141,31 @@ class RunConfig(Config):
     checkpoint: Annotated[CheckpointConfig, AT_RESUME] = CheckpointConfig()
     parallel: Annotated[ParallelConfig, AT_RESUME] = ParallelConfig()
     launch: Annotated[LaunchConfig, AT_RESUME] = LaunchConfig()
+    monitor: Annotated[MonitorConfig, AT_RESUME] = MonitorConfig()
+    hooks: Annotated[list[str], AT_RESUME] = []
+    """Further hooks by their `module:Class`; they run after the standard ones."""
+
+    @field_validator("hooks")
+    @classmethod
+    def import_hooks(cls, names: list[str]) -> list[str]:
+        """Import them now: a misspelled hook must not appear after the data were prepared."""
+        # Hooks import torch and this module, which loads without either.
+        from castalia.train.hooks.named import hook_class
+
+        for name in names:
+            try:
+                hook_class(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return names
 
     @model_validator(mode="after")
     def check(self) -> "RunConfig":
-        """Rules that span rooms; all broken ones come out together."""
+        """Rules that span sections; all violations are reported together."""
         problems = []
         if "://" in self.output:
             problems.append(
-                f"output {self.output} is an address; a run goes to a folder on a disk, mount it there"
+                f"output must be a local folder, got the URL {self.output}; mount the bucket"
             )
         if self.data.seq_length > self.model.max_position_embeddings:
             problems.append(
@@ -149,11 +177,13 @@ class RunConfig(Config):
                 f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}"
             )
         problems += mixing_problems(self)
+        problems += loss_problems(self)
         problems += stage_problems(self.parallel, self.model, self.train.compile)
         micro = self.train.micro_batch_size
         if micro and self.train.batch_size % micro:
             problems.append(
-                f"train.batch_size {self.train.batch_size} does not divide into train.micro_batch_size {micro} rows"
+                f"train.batch_size {self.train.batch_size} is not divisible by"
+                f" train.micro_batch_size {micro}"
             )
         if self.parallel.uneven and self.parallel.pp > 1:
             problems.append(
@@ -189,19 +219,42 @@ class RunConfig(Config):
 
 
 def mixing_problems(config: RunConfig) -> list[str]:
-    """What the mixing section asks for and the other sections do not give."""
-    mixing, out = config.mixing, []
+    """Requirements of the mixing section that other sections do not meet."""
+    mixing = config.mixing
+    problems = []
     if idle := mixing.idle():
         names = ", ".join(f"mixing.{name}" for name in idle)
-        out.append(
-            f"{names}: without effect on GPT-NeoX's blend; set mixing.planned=true or another mixing.kind"
+        problems.append(
+            f"{names}: without effect on GPT-NeoX's blend; set mixing.planned=true or another"
+            " mixing.kind"
         )
     if "val_loss" in MIXERS[mixing.kind].needs and config.train.eval_every is None:
-        out.append(
-            f"mixing.kind {mixing.kind} learns from held-out losses: set train.eval_every and data.valid"
+        problems.append(
+            f"mixing.kind {mixing.kind} learns from held-out losses: set train.eval_every and"
+            " data.valid"
         )
     if mixing.kind == "doremi" and mixing.reference is None:
-        out.append(
+        problems.append(
             "mixing.kind doremi needs mixing.reference, the losses of a reference model by source"
         )
-    return out
+    return problems
+
+
+def loss_problems(config: RunConfig) -> list[str]:
+    """Requirements of the loss that other sections do not meet."""
+    kind = config.loss.kind
+    loss = LOSSES[kind]
+    problems = []
+    # A mixer that needs nothing but the step number has fixed shares and learns from no loss.
+    learns = MIXERS[config.mixing.kind].needs - {"step"}
+    if learns and not loss.by_source:
+        problems.append(
+            f"mixing.kind {config.mixing.kind} learns from the loss of each source, which loss.kind"
+            f" {kind} does not return; use mixing.kind=static or another loss"
+        )
+    if loss.whole_rows and config.parallel.cp > 1:
+        problems.append(
+            f"loss.kind {kind} needs whole rows, but parallel.cp={config.parallel.cp} splits them;"
+            " set parallel.cp=1"
+        )
+    return problems

@@ -1,6 +1,6 @@
-"""Forward and backward passes of a step's micro-batches, on one model or on the stages of a pipeline."""
+"""Forward and backward passes of a step's micro-batches, on one model or on pipeline stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -8,129 +8,95 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from castalia.core.errors import ConfigError
-from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import Batch
-from castalia.data.step_reader import check_batch
-from castalia.distributed import World, check_layout, initialize, parallelize
+from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
-from castalia.distributed.pipeline import Pipeline, Stages, stage_numbers
-from castalia.models import Decoder
-from castalia.models.init import init_parameter
-from castalia.models.stages import split
+from castalia.distributed.pipeline import Pipeline, Stages
 from castalia.train.config import RunConfig
-from castalia.train.loss import Loss, LossOut
-from castalia.train.optimizers import Rules
-from castalia.train.optimizers.updater import freeze
+from castalia.train.losses import Loss, LossOut, Scored
 from castalia.train.precision import arithmetic
+from castalia.train.totals import PassSums
 
-Beat = Callable[[str], None]
-"""Tells the watchdog what begins."""
-
-
-def check_processes(config: RunConfig, size: int) -> None:
-    """Refuse a layout or a batch that does not divide over `size` processes, before any process group starts.
-
-    Raises  ConfigError.
-    """
-    check_layout(config.parallel, size)
-    dp = config.parallel.degrees(size).dp
-    rows, micro = config.train.batch_size // dp, config.train.micro_batch_size
-    if not config.parallel.uneven:
-        check_batch(config.train.batch_size, micro or max(1, rows), dp)
-    if problem := micro_batch_problem(config.parallel, rows, micro or rows):
-        raise ConfigError(problem)
-
-
-def build_model(config: RunConfig, world: World, rules: Rules) -> Decoder | Stages:
-    """The model of a run, laid out and with its start weights; its stages on this process when there is a pipeline."""
-    layout = config.parallel
-    parts = split(config.model.num_layers, layout.stages)
-    with torch.device("meta"):
-        rules.require_matches(name for name, _ in Decoder(config.model).named_parameters())
-    stages = []
-    for number in stage_numbers(layout, world.coordinate("pp")):
-        with torch.device("meta"):
-            stage = Decoder(config.model, parts[number])
-        stage.recompute = config.train.recompute
-        freeze(stage, rules)
-        stages.append(parallelize(stage, world, layout, compiled=config.train.compile))
-    model = stages[0] if layout.pp == 1 else Stages(stages)
-    initialize(model, lambda name, shape: init_parameter(name, shape, config.model, config.seed))
-    return model
-
-
-class Tally:
-    """Sums over micro-batches: `loss` in nats, float64; `per_source` (K, 2), loss and targets by source."""
-
-    def __init__(self, sources: int, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.per_source = torch.zeros(sources, 2, dtype=torch.float64, device=device)
-
-    def add(self, out: LossOut) -> None:
-        """Count one micro-batch."""
-        self.loss += out.total.detach()
-        self.per_source += out.per_source
+Progressed = Callable[[], None]
+"""Called at each pass: the watchdog's limit holds for one pass and not for a whole step."""
 
 
 class Passes:
     """The passes of a whole model: one micro-batch after the other."""
 
     reads = True
-    """Whether this process needs rows."""
+    """Whether this rank needs rows."""
+    scores = True
+    """Whether this rank runs the loss."""
 
     def __init__(
-        self, model: Any, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat
+        self, model: Any, loss: Loss, config: RunConfig, world: World, progressed: Progressed
     ) -> None:
-        self.model, self.loss, self.sources, self.world, self.beat = (
-            model,
-            loss,
-            sources,
-            world,
-            beat,
-        )
-        self.precision, self.doing = config.precision, "forward and backward"
-        self.counts = world.coordinate("cp") == 0
-        """Whether this process counts rows and targets; of those that run the same rows, one does."""
+        self.model = model
+        self.loss = loss
+        self.world = world
+        self.progressed = progressed
+        self.precision = config.precision
+        self.compiled = config.train.compile
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank counts rows and targets; of the ranks with the same rows, one does."""
+        return self.scores and self.world.coordinate("cp") == 0
 
     def around(self) -> AbstractContextManager[None]:
-        """Context of one forward pass; the watchdog hears of it."""
-        self.beat(self.doing)
+        """Context of one forward pass."""
+        self.progressed()
         return arithmetic(self.precision, self.world.device)
 
     def own_part(self, batch: Batch) -> Batch:
-        """The tokens of a micro-batch that this process runs, on its device."""
+        """This rank's slice of the micro-batch: context parallelism splits the tokens of a row."""
         part = self.world.sequence
-        return (batch if part is None else batch.of_tokens(part.own)).to(self.world.device)
+        return batch if part is None else batch.of_tokens(part.own)
 
-    def tally(self, doing: str) -> Tally:
-        """Nothing counted yet; `doing` is what the watchdog hears."""
-        self.doing = doing
-        return Tally(self.sources, self.world.device)
+    def weights(self, micro_batches: Sequence[Batch]) -> list[float]:
+        """The loss's weight of this rank's slice of each micro-batch, before any pass."""
+        if not self.scores:
+            return []
+        return [self.loss.weight(self.own_part(batch)) for batch in micro_batches]
 
-    def train(self, micro_batches: list[Batch], factor: float) -> Tally:
-        """Forward and backward: the gradients of `factor` times the summed loss are added to the model's."""
-        tally = self.tally("forward and backward")
+    def on_device(self, batch: Batch) -> Batch:
+        """This rank's slice of the micro-batch, on its device."""
+        return self.own_part(batch).to(self.world.device)
+
+    def new_sums(self) -> PassSums:
+        """Sums without a micro-batch."""
+        return PassSums(self.loss, self.world.device)
+
+    def run_loss(self, batch: Batch) -> LossOut:
+        """Forward pass and loss of one micro-batch."""
+        with self.around():
+            return self.loss(Scored.by(self.model, batch, compiled=self.compiled), batch)
+
+    def train(
+        self, micro_batches: Sequence[Batch], weights: Sequence[float], factor: float
+    ) -> PassSums:
+        """Forward and backward: adds the gradient of `factor` times the summed loss."""
+        sums = self.new_sums()
         for place, batch in enumerate(micro_batches):
             self.reduce_gradients_if(place == len(micro_batches) - 1)
-            with self.around():
-                out = self.loss(self.model, self.own_part(batch))
+            out = self.run_loss(self.on_device(batch))
+            # Scaling the total here gives every gradient its final size: no second pass over them.
             (out.total * factor).backward()
-            tally.add(out)
+            sums.add(out, weights[place])
         sum_plain_gradients(self.model, self.world)
-        return tally
+        return sums
 
     @torch.no_grad()
-    def run(self, micro_batches: list[Batch]) -> Tally:
+    def run(self, micro_batches: Sequence[Batch], weights: Sequence[float]) -> PassSums:
         """Forward only."""
-        tally = self.tally("validation")
-        for batch in micro_batches:
-            with self.around():
-                tally.add(self.loss(self.model, self.own_part(batch)))
-        return tally
+        sums = self.new_sums()
+        for batch, weight in zip(micro_batches, weights, strict=True):
+            sums.add(self.run_loss(self.on_device(batch)), weight)
+        return sums
 
     def reduce_gradients_if(self, last: bool) -> None:
-        """With sharded weights, reduce gradients only after the last micro-batch."""
+        """Reduce sharded gradients after the last micro-batch only: one reduction a step."""
         if self.world.size > 1:
             cast(FSDPModule, self.model).set_requires_gradient_sync(last)
 
@@ -142,25 +108,23 @@ class Passes:
 class PipelinedPasses(Passes):
     """The passes of the stages of a pipeline.
 
-    The loss sees the last stage as a model whose hidden states are there already. Its backward as far as these runs
-    at once, so that the gradient of the head's matrix, as large as the matrix, is never kept for several micro-batches;
-    the schedule is given <hidden, gradient> to differentiate, which leads on from there whenever it chooses.
+    The loss runs on the last stage, on hidden states that are detached from the pipeline. Its
+    backward as far as these runs at once, so that the gradient of the head's matrix, as large as
+    the matrix, is never kept for several micro-batches. The schedule differentiates
+    <hidden, gradient> whenever it chooses; that scalar leads on to the stages before.
     """
 
     def __init__(
-        self, model: Stages, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat
+        self, model: Stages, loss: Loss, config: RunConfig, world: World, progressed: Progressed
     ) -> None:
-        super().__init__(model, loss, sources, config, world, beat)
+        super().__init__(model, loss, config, world, progressed)
         rows = config.train.batch_size // world.degrees.dp
-        micro, length = (
-            config.train.micro_batch_size or rows,
-            config.data.seq_length // world.degrees.cp,
-        )
-        places = (
-            torch.arange(length)[None]
-            if world.sequence is None
-            else world.sequence.positions(length)
-        )
+        micro = config.train.micro_batch_size or rows
+        length = config.data.seq_length // world.degrees.cp
+        if world.sequence is None:
+            places = torch.arange(length)[None]
+        else:
+            places = world.sequence.positions(length)
         self.places = places.to(world.device).expand(rows, length)
         self.pipeline = Pipeline(
             model,
@@ -168,85 +132,71 @@ class PipelinedPasses(Passes):
             config.parallel,
             count=rows // micro,
             tokens=(micro, length),
+            # Under tensor parallelism stages hand on T / tp tokens of each row.
             hidden=(micro, length // world.degrees.tp, config.model.hidden_size),
             around=self.around,
         )
-        # Where documents stand by themselves in a row, every stage needs their places.
-        self.reads = (
-            self.pipeline.is_first
-            or self.pipeline.last is not None
-            or config.data.document_mask is not None
-        )
-        self.counts = self.counts and self.pipeline.last is not None
+        self.scores = self.pipeline.last is not None
+        # Every stage needs the document boundaries where documents do not see each other.
+        masked = config.data.document_mask is not None
+        self.reads = self.pipeline.is_first or self.scores or masked
 
-    def train(self, micro_batches: list[Batch], factor: float) -> Tally:
-        """Forward and backward by the schedule; each process counts what its last stage gives."""
-        tally, batches = (
-            self.tally("forward and backward"),
-            [self.own_part(batch) for batch in micro_batches],
-        )
+    def run_loss_on(self, hidden: Tensor, batch: Batch) -> LossOut:
+        """The loss of one micro-batch on the last stage's output."""
+        with self.around():
+            return self.loss(Scored(hidden, self.pipeline.last, compiled=self.compiled), batch)
+
+    def train(
+        self, micro_batches: Sequence[Batch], weights: Sequence[float], factor: float
+    ) -> PassSums:
+        """Forward and backward by the schedule; the last stage's rank fills the sums."""
+        sums = self.new_sums()
+        batches = [self.on_device(batch) for batch in micro_batches]
 
         def finish(place: int, hidden: Tensor) -> Tensor:
             leaf = hidden.detach().requires_grad_()
-            with self.around():
-                out = self.loss(cast(Decoder, Finished(self.pipeline.last, leaf)), batches[place])
+            out = self.run_loss_on(leaf, batches[place])
             (out.total * factor).backward()
-            tally.add(out)
+            sums.add(out, weights[place])
             return (hidden * cast(Tensor, leaf.grad)).sum()
 
         self.pipeline.train(*self.arguments(batches), finish)
         sum_plain_gradients(self.model, self.world)
-        return tally
+        return sums
 
     @torch.no_grad()
-    def run(self, micro_batches: list[Batch]) -> Tally:
+    def run(self, micro_batches: Sequence[Batch], weights: Sequence[float]) -> PassSums:
         """Forward only."""
-        tally, batches = self.tally("validation"), [self.own_part(batch) for batch in micro_batches]
+        sums = self.new_sums()
+        batches = [self.on_device(batch) for batch in micro_batches]
 
         def finish(place: int, hidden: Tensor) -> None:
-            with self.around():
-                tally.add(
-                    self.loss(cast(Decoder, Finished(self.pipeline.last, hidden)), batches[place])
-                )
+            sums.add(self.run_loss_on(hidden, batches[place]), weights[place])
 
         self.pipeline.run(*self.arguments(batches), finish)
-        return tally
+        return sums
 
     def arguments(self, batches: list[Batch]) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Tokens of all micro-batches, and what goes to every stage beside the hidden states.
-
-        Under tensor parallelism these hold the places of the tokens, for a later stage sees a part of the tokens only.
-        """
-        keywords = {"positions": self.places} if self.world.degrees.tp > 1 else {}
+        """Tokens of all micro-batches, and the tensors that every stage gets beside its input."""
+        keywords = {}
+        if self.world.degrees.tp > 1:
+            # A later stage sees T / tp tokens only and cannot count their places itself.
+            keywords["positions"] = self.places
         for name in ("positions", "segments"):
             values = [getattr(batch, name) for batch in batches]
             if values and values[0] is not None:
                 keywords[name] = torch.cat(values)
-        return torch.cat([batch.tokens for batch in batches]) if batches else None, keywords
+        tokens = torch.cat([batch.tokens for batch in batches]) if batches else None
+        return tokens, keywords
 
     def gradient_norm(self) -> Tensor:
-        """Over all stages; what two stages hold counts once."""
+        """Over all stages. A parameter on two stages counts once."""
         return gradient_norm(self.model, without=self.model.copies)
 
 
-class Finished:
-    """A last stage and the hidden states that it gave, in the place of a model that would make them."""
-
-    def __init__(self, stage: Decoder, hidden: Tensor) -> None:
-        self.stage, self.hidden = stage, hidden
-
-    def __call__(self, tokens: Tensor, **_: Tensor | None) -> Tensor:
-        """The hidden states of `tokens` (B, T, C)."""
-        return self.hidden
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is the stage's: `head`, `head_weight`, `config`."""
-        return getattr(self.stage, name)
-
-
 def make_passes(
-    model: Any, loss: Loss, sources: int, config: RunConfig, world: World, beat: Beat
+    model: Any, loss: Loss, config: RunConfig, world: World, progressed: Progressed
 ) -> Passes:
     """The passes that fit the model's layout."""
     kind = PipelinedPasses if isinstance(model, Stages) else Passes
-    return kind(model, loss, sources, config, world, beat)
+    return kind(model, loss, config, world, progressed)

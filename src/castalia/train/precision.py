@@ -1,17 +1,20 @@
-"""Arithmetic of the forward and backward pass: fp32, bf16 or fp16 with GPT-NeoX's dynamic loss scale."""
+"""Arithmetic of the passes: fp32, bf16, or fp16 with GPT-NeoX's dynamic loss scale."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from castalia.core.errors import TrainingError
+from castalia.distributed.gradients import scale_gradients
 from castalia.train.config import LossScaleConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_OVERFLOWS = 50
-"""Overflows in a row after which the run stops, as in GPT-NeoX."""
+"""Consecutive overflows after which the run stops, as in GPT-NeoX."""
 
 
 @contextmanager
@@ -21,38 +24,62 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+class NoScale:
+    """The loss scale of fp32 and bf16, whose range needs none: a factor of 1 for ever."""
+
+    enabled = False
+    value = 1.0
+
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave the gradients as they are."""
+
+    def update(self, overflow: bool) -> None:
+        """Ignore the step."""
+
+    def metrics(self, updates: int) -> dict[str, Any]:
+        """Nothing to log."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to continue."""
+
+
 @dataclass
 class LossScale:
-    """The factor on the loss under fp16. Grows x2 after `window` clean steps; halves on an overflow once
-    `hysteresis` overflows are used up (DeepSpeed's DynamicLossScaler as GPT-NeoX configures it)."""
+    """The factor on the loss under fp16, whose smallest number is 6e-8.
+
+    Doubles after `window` clean steps; halves on an overflow once `hysteresis` overflows are used.
+    Source  DeepSpeed's DynamicLossScaler as GPT-NeoX configures it.
+    """
 
     config: LossScaleConfig
-    enabled: bool
-    value: float = 1.0
+    value: float
     clean: int = 0
     patience: int = 0
     overflows: int = 0
+    enabled = True
 
-    @classmethod
-    def of(cls, config: LossScaleConfig, precision: str) -> "LossScale":
-        """The scale at the start of a run: 1 unless the precision is fp16."""
-        if precision != "fp16":
-            return cls(config, enabled=False)
-        start = config.static or 2.0**config.initial_power
-        return cls(config, enabled=True, value=start, patience=config.hysteresis)
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide the gradients by the scale, before they are clipped."""
+        scale_gradients(parameters, 1 / self.value)
 
     def update(self, overflow: bool) -> None:
-        """Take note of one step; outside fp16 the scale stays 1.
+        """Adapt to one step.
 
-        Raises  TrainingError after 50 overflows in a row.
+        Raises  TrainingError after 50 consecutive overflows.
         """
-        if not self.enabled:
-            return
-        self.overflows = self.overflows + 1 if overflow else 0
+        if not overflow:
+            self.overflows = 0
+        else:
+            self.overflows += 1
         if self.overflows >= MOST_OVERFLOWS:
             raise TrainingError(
-                f"fp16 gradients overflowed {self.overflows} steps in a row, loss scale {self.value:g};"
-                " lower optim.lr or use precision=bf16"
+                f"fp16 gradients overflowed in {self.overflows} consecutive steps, loss scale"
+                f" {self.value:g}; lower optim.lr or use precision=bf16"
             )
         if self.config.static is None:
             self.adapt(overflow)
@@ -71,11 +98,23 @@ class LossScale:
             self.patience = self.config.hysteresis
             self.value *= 2
 
+    def metrics(self, updates: int) -> dict[str, Any]:
+        """The scale, and the updates made: under fp16 they may be fewer than the steps."""
+        return {"loss_scale": self.value, "updates": updates}
+
     def state_dict(self) -> dict[str, float | int]:
-        """What a resume needs."""
+        """The state for a resume."""
         return {name: getattr(self, name) for name in ("value", "clean", "patience", "overflows")}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Continue from `state`; outside fp16 there is nothing to continue."""
-        for name, value in state.items() if self.enabled else ():
+        """Continue from `state`."""
+        for name, value in state.items():
             setattr(self, name, value)
+
+
+def make_scale(config: LossScaleConfig, precision: str) -> LossScale | NoScale:
+    """The scale at the start of a run."""
+    if precision != "fp16":
+        return NoScale()
+    start = config.static or 2.0**config.initial_power
+    return LossScale(config, start, patience=config.hysteresis)

@@ -1,4 +1,4 @@
-"""One run from a resolved config: processes, corpus, folder, start table, loop, closing line."""
+"""One run from a resolved config: ranks, corpus, folder, start table, loop, closing line."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,11 +10,19 @@ from castalia.core.files import claimed
 from castalia.core.memory import keep_freed_memory
 from castalia.core.ranks import environment
 from castalia.distributed import World, peers_may_be_lost
+from castalia.train.build import check_processes
 from castalia.train.config import RunConfig
-from castalia.train.hooks import Hook, Metrics, Save, StepLine, StopOnSignal, Validate
-from castalia.train.mixture_record import RecordMixture
-from castalia.train.passes import check_processes
-from castalia.train.resume import check_run_folder, write_run_folder
+from castalia.train.hooks import (
+    Hook,
+    Metrics,
+    RecordMixture,
+    Save,
+    StepLine,
+    StopOnSignal,
+    Validate,
+)
+from castalia.train.hooks.named import named_hooks
+from castalia.train.run_folder import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
 from castalia.train.trainer import Trainer
 
@@ -22,12 +30,12 @@ PrepareData = Callable[[RunConfig], RunConfig]
 
 
 class Announced(NamedTuple):
-    """What the start table says beside the config: how it came about."""
+    """Lines of the start table that the config itself does not contain."""
 
     changes: Mapping[str, tuple[Any, Any]] = {}
     """Dotted key -> the recipe's value and the value now."""
     notes: Sequence[str] = ()
-    """What was decided on the user's behalf, one sentence each."""
+    """Decisions made on the user's behalf, one sentence each."""
 
 
 def run(
@@ -38,12 +46,13 @@ def run(
     announced: Announced = Announced(),
     prepare_data: PrepareData | None = None,
 ) -> Trainer:
-    """Train what `config` describes, or continue it; `hooks` run after the standard ones.
+    """Train what `config` describes, or continue it.
 
-    `prepare_data` fills in the token files of a config that names a corpus to build. It is called on the leading rank
-    first, then on all.
-    Every problem of the config, the data or the run folder is raised before the first step.
+    `hooks` run after the standard ones and those of the config. `prepare_data` fills in the token
+    files of a config that names a corpus to build; it runs on the leading rank first, then on all.
+    Raises  what is wrong with the config, the data or the run folder, before the first step.
     """
+    # Before the first allocation, which reads the allocator's options.
     keep_freed_memory()
     check_processes(config, environment()[1])
     world = World.start(config.parallel, config.device)
@@ -51,6 +60,7 @@ def run(
         with peers_may_be_lost(world.rank):
             if world.leads:
                 check_run_folder(config)
+            # Two jobs in one folder would overwrite each other's checkpoints.
             with claimed(Path(config.output)) if world.leads else nullcontext():
                 if prepare_data is not None:
                     config = prepared(config, world, prepare_data)
@@ -60,7 +70,7 @@ def run(
 
 
 def prepared(config: RunConfig, world: World, prepare_data: PrepareData) -> RunConfig:
-    """The config with its token files; one rank builds them, the others find them built."""
+    """The config with its token files; one rank builds them and the others wait."""
     if world.leads:
         prepare_data(config)
     world.wait()
@@ -75,10 +85,12 @@ def run_claimed(
     announced: Announced,
 ) -> Trainer:
     """The run, in a folder that no other job writes to."""
-    trainer = Trainer(config, world, hooks=[*standard_hooks(), *hooks])
+    all_hooks = [*standard_hooks(), *named_hooks(config.hooks), *hooks]
+    trainer = Trainer(config, world, hooks=all_hooks)
     if world.leads:
         write_run_folder(config, world, list(command))
-        print_start(trainer, announced.changes, announced.notes)
+        notes = [*announced.notes, *trainer.mixture.notes]
+        print_start(config, world, trainer.rows, announced.changes, notes)
     world.wait()
     trainer.fit()
     if world.leads:
@@ -87,7 +99,11 @@ def run_claimed(
 
 
 def standard_hooks() -> list[Hook]:
-    """What every run does around its steps; the order matters: metrics are written before a checkpoint is."""
+    """The hooks of every run.
+
+    The order matters: a validation adds to the metrics before they are written, and they are
+    written before a checkpoint is, so that a resume never finds a step without its line.
+    """
     return [StopOnSignal(), Validate(), RecordMixture(), Metrics(), StepLine(), Save()]
 
 
@@ -101,13 +117,15 @@ def save_line(trainer: Trainer) -> str:
 
 
 def closing_line(trainer: Trainer) -> str:
-    """Where the run stands and how to go on."""
-    step, last = trainer.progress.step, trainer.config.train.steps
+    """Where the run stands and how to continue."""
+    step = trainer.progress.step
+    steps = trainer.config.train.steps
     saved = trainer.store.latest()
     if saved is None:
         raise CheckpointError(f"no checkpoint was saved in {trainer.store.folder}")
-    if trainer.mixture and trainer.mixture.at_end():
-        return f"done: step {step} of {last}, saved in {trainer.store.folder_of(saved)}: {trainer.mixture.ended}"
-    if step < last:
-        return f"stopped at step {step} of {last}; {trainer.store.folder_of(saved)} is saved; the same command goes on"
-    return f"done: step {step} of {last}, saved in {trainer.store.folder_of(saved)}"
+    folder = trainer.store.folder_of(saved)
+    if trainer.mixture.at_end():
+        return f"done: step {step} of {steps}, saved in {folder}: {trainer.mixture.ended}"
+    if step < steps:
+        return f"stopped at step {step} of {steps}; {folder} is saved; the same command resumes"
+    return f"done: step {step} of {steps}, saved in {folder}"

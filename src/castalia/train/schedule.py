@@ -1,4 +1,7 @@
-"""Learning rate by step. Formulas of GPT-NeoX: megatron/learning_rates.py at v1.0 and today."""
+"""Learning rate by step.
+
+Source  GPT-NeoX, megatron/learning_rates.py, at v1.0 and today.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,10 +15,11 @@ Schedule = Callable[[int], float]
 def make_schedule(config: ScheduleConfig, lr: float, steps: int) -> Schedule:
     """The rate as a function of n, the updates already made (update number s uses n = s - 1).
 
-    Units   lr is the peak; the horizon is config.decay_steps or `steps`; warmup is a share of the horizon, kept as a
-            float as GPT-NeoX does.
-    Source  cosine_neox_v1: the code that trained Pythia (lr 0 at n = 0, cosine towards 0 over the whole horizon and
-            floored); the others: GPT-NeoX today, where n = 0 and n = 1 share a rate.
+    Units   lr is the peak; the horizon is config.decay_steps or `steps`; warmup is a share of the
+            horizon, kept as a float as GPT-NeoX does.
+    Source  cosine_neox_v1: the code that trained Pythia, where lr is 0 at n = 0 and the cosine
+            falls towards 0 over the whole horizon, floored. The others: GPT-NeoX today, where
+            n = 0 and n = 1 share a rate.
     """
     horizon = config.decay_steps or steps
     warmup = config.warmup * horizon
@@ -25,8 +29,10 @@ def make_schedule(config: ScheduleConfig, lr: float, steps: int) -> Schedule:
 
     def rate(n: int) -> float:
         if warmup and n <= warmup:
+            # max(1, n): a first update at rate 0 would be a wasted batch.
             return lr * min(1.0, max(1, n) / warmup)
         if config.name == "constant":
+            # Without the floor below: a constant rate under min_lr stays what it is.
             return lr
         done = min(1.0, (n - warmup) / max(1.0, horizon - warmup))
         return max(config.min_lr, shape(done, lr, config))
@@ -35,7 +41,7 @@ def make_schedule(config: ScheduleConfig, lr: float, steps: int) -> Schedule:
 
 
 def neox_v1_cosine(n: int, lr: float, min_lr: float, horizon: int, warmup: float) -> float:
-    """GPT-NeoX v1.0: the horizon is not shortened by the warmup, so the floor is reached early."""
+    """GPT-NeoX v1.0: the warmup does not shorten the horizon, so the floor is reached early."""
     clamped = min(n, horizon - warmup)
     if warmup and n <= warmup:
         return lr * clamped / warmup
@@ -53,12 +59,15 @@ def linear(done: float, lr: float, config: ScheduleConfig) -> float:
 
 
 def exponential(done: float, lr: float, config: ScheduleConfig) -> float:
-    """Halved over the horizon: GPT-NeoX's constant is 0.693."""
+    """Halved over the horizon: GPT-NeoX's constant is 0.693, about ln 2."""
     return lr * math.exp(-0.693 * done)
 
 
 def warmup_stable_decay(done: float, lr: float, config: ScheduleConfig) -> float:
-    """Constant, then a straight line to min_lr over the last `decay_share` (Hu et al. 2024, arXiv:2404.06395)."""
+    """Constant, then a straight line to min_lr over the last `decay_share`.
+
+    Source  Hu et al. 2024, arXiv:2404.06395.
+    """
     into_decay = max(0.0, done - (1 - config.decay_share)) / config.decay_share
     return lr - (lr - config.min_lr) * into_decay
 
@@ -70,3 +79,4 @@ SHAPES: dict[str, Callable[[float, float, ScheduleConfig], float]] = {
     "constant": lambda done, lr, config: lr,
     "wsd": warmup_stable_decay,
 }
+"""Share of the decay that is done, from 0 to 1, peak and config -> rate."""

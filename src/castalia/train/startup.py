@@ -1,4 +1,4 @@
-"""The table at the start of a run: what will be trained, on what, and what it will take."""
+"""The table at the start of a run: what will be trained, on what, and what it will cost."""
 
 import hashlib
 import json
@@ -9,61 +9,71 @@ from rich.console import Console
 from rich.table import Table
 
 from castalia.cost.estimate import estimate
+from castalia.data import RunRows
 from castalia.monitor import quantity, size_text
+from castalia.train.config import RunConfig
 
 if TYPE_CHECKING:
-    from castalia.train.trainer import Trainer
+    from castalia.distributed import World
 
 SHOWN = 40
 """Sources that the table names."""
 
 
 def print_start(
-    trainer: "Trainer", changes: Mapping[str, tuple[Any, Any]], notes: Sequence[str] = ()
+    config: RunConfig,
+    world: "World",
+    rows: RunRows,
+    changes: Mapping[str, tuple[Any, Any]],
+    notes: Sequence[str] = (),
 ) -> None:
-    """Print the start table, the notes, and what differs from the recipe."""
+    """Print the start table, the differences from the recipe, and the notes."""
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in start_facts(trainer).items():
+    for name, value in start_facts(config, world, rows).items():
         table.add_row(f"[bold]{name}[/bold]", value)
     console = Console(highlight=False)
     if not console.is_terminal:
+        # A log file has no width of its own; rich would wrap at 80 columns.
         console.width = 160
     console.print(table)
-    for key, (before, now) in changes.items():
-        text = f"differs from the recipe: {key} {before!r} -> {now!r}"
-        console.print(text, markup=False, soft_wrap=not console.is_terminal)
-    for note in [*notes, *idle_options(trainer)]:
-        console.print(f"note: {note}", markup=False, soft_wrap=not console.is_terminal)
+    lines = [
+        f"differs from the recipe: {key} {before!r} -> {now!r}"
+        for key, (before, now) in changes.items()
+    ]
+    lines += [f"note: {note}" for note in [*idle_options(config, rows), *notes]]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=not console.is_terminal)
 
 
-def idle_options(trainer: "Trainer") -> list[str]:
-    """What the config asks for and this run cannot do, one sentence each."""
-    every = trainer.config.train.eval_every
-    notes = list(trainer.mixture.notes) if trainer.mixture else []
-    if every is None or trainer.rows.valid is not None:
-        return notes
+def idle_options(config: RunConfig, rows: RunRows) -> list[str]:
+    """Options of the config that have no effect in this run, one sentence each."""
+    every = config.train.eval_every
+    if every is None or rows.valid is not None:
+        return []
     return [
-        f"train.eval_every={every} has nothing to validate on: name token files in data.valid, or data.split",
-        *notes,
+        f"train.eval_every={every} has nothing to validate on: name token files in data.valid, or"
+        " data.split"
     ]
 
 
-def start_facts(trainer: "Trainer") -> dict[str, str]:
+def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, str]:
     """Name and text of each line of the table."""
-    config, world = trainer.config, trainer.world
     cost = estimate(config.workload, processes=world.size, device=world.device.type)
-    steps, per_step = config.train.steps, config.tokens_per_step
+    parameters = cost.parameters
+    steps = config.train.steps
+    per_step = config.tokens_per_step
     disk = f"{size_text(cost.disk.bytes_each)} each, {size_text(cost.disk.bytes_total)} in all"
+    length = config.data.seq_length
     return {
         "run": config.output,
-        "parameters": f"{cost.parameters.total:,} ({cost.parameters.non_embedding:,} non-embedding)",
+        "parameters": f"{parameters.total:,} ({parameters.non_embedding:,} non-embedding)",
         "training": f"{steps:,} steps of {per_step:,} tokens = {quantity(cost.tokens)} tokens",
-        "batch": f"{config.train.batch_size} rows of {config.data.seq_length} tokens, {cost.micro_rows} at a time",
+        "batch": f"{config.train.batch_size} rows of {length} tokens, {cost.micro_rows} at a time",
         "processes": f"{world.size} on {world.device.type}, {world.degrees}, {config.precision}",
-        "sources": ", ".join(source_lines(trainer)),
+        "sources": ", ".join(source_lines(config, rows)),
         "memory": f"about {size_text(cost.memory.total)} a process for the model",
         "checkpoints": f"{cost.disk.written}, {disk}",
-        "data": f"fingerprint {short_hash(trainer.rows.fingerprint)}",
+        "data": f"fingerprint {short_hash(rows.fingerprint)}",
     }
 
 
@@ -72,14 +82,16 @@ def short_hash(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def source_lines(trainer: "Trainer") -> list[str]:
-    """Each source with its weight, its size and how often the run passes over it; of very many the first."""
-    rows = trainer.rows
-    wanted = trainer.config.train.steps * trainer.config.tokens_per_step
-    lines = [
-        f"{name} {weight:.1%} of {quantity(tokens)} tokens ({wanted * weight / max(1, tokens):.2f} epochs)"
-        for name, weight, tokens in zip(rows.sources, rows.weights, rows.tokens, strict=True)
-    ]
-    mixed = [f"mixed by {trainer.config.mixing.kind}"] if trainer.mixture else []
-    more = [f"and {len(lines) - SHOWN:,} more"] if len(lines) > SHOWN else []
-    return [*lines[:SHOWN], *more, *mixed]
+def source_lines(config: RunConfig, rows: RunRows) -> list[str]:
+    """Each source with its weight, its size and its epochs in this run; the first of very many."""
+    wanted = config.train.steps * config.tokens_per_step
+    lines = []
+    for name, weight, tokens in zip(rows.sources, rows.weights, rows.tokens, strict=True):
+        epochs = wanted * weight / max(1, tokens)
+        lines.append(f"{name} {weight:.1%} of {quantity(tokens)} tokens ({epochs:.2f} epochs)")
+    shown = lines[:SHOWN]
+    if len(lines) > SHOWN:
+        shown.append(f"and {len(lines) - SHOWN:,} more")
+    if config.mixing.plans:
+        shown.append(f"mixed by {config.mixing.kind}")
+    return shown

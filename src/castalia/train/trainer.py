@@ -1,43 +1,50 @@
-"""The one loop. Variation enters through `Loss` and `Hook` only."""
+"""The one loop. Variation enters through `Loss` and `Hook` only.
+
+Read `fit`, then `take_step`; docs/training.md lists the concepts of one step.
+"""
 
 import itertools
 import math
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, BlendedRows, StepLoader, build_rows, check_vocab
+from castalia.data.loader import RowLookup
 from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
-from castalia.distributed.gradients import clip_gradients, scale_gradients
+from castalia.distributed.gradients import clip_gradients
+from castalia.train.build import build_model, check_processes
 from castalia.train.config import RunConfig
-from castalia.train.guard import Action, Guard, Verdict
-from castalia.train.hooks import LONG, Hook
-from castalia.train.loss import Loss, NextToken
-from castalia.train.mixture import Mixture, make_mixture
+from castalia.train.guard import Action, Guard, Reading, Verdict
+from castalia.train.hooks import Hook, Step
+from castalia.train.hooks.hook import start_hook
+from castalia.train.losses import LOSSES, Loss
+from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.optimizers import Rules
 from castalia.train.optimizers.updater import Updater
-from castalia.train.passes import build_model, check_processes, make_passes
-from castalia.train.precision import LossScale
-from castalia.train.progress import Clock, Progress, StepTotals, pack, rows_hash, unpack
-from castalia.train.resume import checkpoint_files, resume
+from castalia.train.passes import make_passes
+from castalia.train.precision import make_scale
+from castalia.train.progress import Clock, Progress, rows_hash
+from castalia.train.resume import Checkpoints, DataOfRun, Stateful, checkpoint_files
 from castalia.train.schedule import make_schedule
+from castalia.train.totals import PassSums, StepTotals
 
 SCANNED_BYTES = 1 << 30
-"""Token files up to this size are searched for ids beyond the vocabulary before the first step, within a second;
-larger ones are checked batch by batch."""
+"""Token files up to this size are searched for ids beyond the vocabulary before the first step,
+which takes less than a second; larger ones are checked batch by batch."""
 
 
 class Trainer:
     """One run: model, data, optimizer and everything that must survive a crash.
 
-    Raises  ConfigError, DataError or CheckpointError for what is wrong with the run before it starts;
-            TrainingError when a loss or gradient is not finite and the guard is to stop then.
+    Raises  ConfigError, DataError or CheckpointError for faults of the run, before it starts;
+            TrainingError when the guard stops it, or when a loss breaks its contract.
     """
 
     def __init__(
@@ -48,126 +55,267 @@ class Trainer:
         hooks: Sequence[Hook] = (),
         loss: Loss | None = None,
     ) -> None:
-        self.config, self.world = config, world
-        train = config.train
-        check_processes(config, world.size)
-        self.files = checkpoint_files(config)
+        """`loss` replaces the one that the config names."""
+        self.config = config
+        self.world = world
+        self.hooks = list(hooks)
+        self.progress = Progress()
+        self.clock = Clock()
+        self.pending_metrics: dict[str, Any] = {}
+        self.stop_asked = False
+        self.stopping = False
+        # In this order: what the config alone can refuse comes before any file is opened, and
+        # what the data can refuse before the model takes memory.
+        self.check()
+        self.open_data()
+        self.build(loss)
+        self.open_store()
+
+    def check(self) -> None:
+        """Refuse a run that cannot work on these ranks or whose tokenizer cannot be read."""
+        check_processes(self.config, self.world.size)
+        self.files = checkpoint_files(self.config)
+
+    def open_data(self) -> None:
+        """The rows, and the mixture that chooses among their sources."""
+        config = self.config
         self.rows = build_rows(
             config.data,
             seed=config.seed,
-            batch_size=train.batch_size,
-            steps=train.steps,
-            eval_every=train.eval_every,
-            eval_batches=train.eval_batches,
+            batch_size=config.train.batch_size,
+            steps=config.train.steps,
+            eval_every=config.train.eval_every,
+            eval_batches=config.train.eval_batches,
             planned=config.mixing.plans,
             allow_empty=config.mixing.allow_empty,
         )
         self.mixture = make_mixture(config, self.rows)
         for source in self.rows.train.row_sources:
             check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
-        self.rules = Rules(config.optim, frozen=train.frozen)
-        self.model = build_model(config, world, self.rules)
-        self.updater = Updater(self.model, self.rules)
-        self.schedule = make_schedule(config.schedule, config.optim.lr, train.steps)
-        self.scale = LossScale.of(config.loss_scale, config.precision)
-        self.guard, self.watchdog = Guard(config.guard), Watchdog(world, config.guard.hang_seconds)
+
+    def build(self, loss: Loss | None) -> None:
+        """Everything that takes part in a step."""
+        config = self.config
         sources = max(len(self.rows.sources), len(self.rows.valid_sources))
-        loss = loss or NextToken(sources, compiled=train.compile)
-        self.passes = make_passes(self.model, loss, sources, config, world, self.beat)
-        self.policy = SavePolicy(config.checkpoint, train.steps)
+        self.loss = loss or LOSSES[config.loss.kind](config.loss, sources)
+        self.rules = Rules(config.optim, frozen=config.train.frozen)
+        self.model = build_model(config, self.world, self.rules)
+        self.updater = Updater(self.model, self.rules)
+        self.schedule = make_schedule(config.schedule, config.optim.lr, config.train.steps)
+        self.scale = make_scale(config.loss_scale, config.precision)
+        self.watchdog = Watchdog(self.world, config.guard.hang_seconds)
+        self.passes = make_passes(
+            self.model, self.loss, config, self.world, self.watchdog.progressed
+        )
+
+    def open_store(self) -> None:
+        """The checkpoints, the guard that rolls back to them, and the states that they hold."""
+        config = self.config
+        self.policy = SavePolicy(config.checkpoint, config.train.steps)
         self.store = Store(
             f"{config.output}/checkpoints",
-            rank=world.rank,
-            world=world.size,
+            rank=self.world.rank,
+            world=self.world.size,
             expired=self.policy.expired,
         )
-        self.progress, self.clock, self.hooks = Progress(), Clock(), list(hooks)
-        self.metrics: dict[str, Any] = {}
-        self.carried: dict[str, Any] = {}
-        self.stop_asked = self.stopping = False
+        self.guard = Guard(config.guard, world=self.world, store=self.store, output=config.output)
+        # The data come first: a changed source is a better explanation than what it breaks below.
+        self.states: dict[str, Stateful] = {
+            "data": DataOfRun(self.rows.fingerprint, config.data.allow_changed),
+            "progress": self.progress,
+            "loss_scale": self.scale,
+            "guard": self.guard,
+        }
+        if isinstance(self.mixture, PlannedMixture):
+            self.states["mixture"] = self.mixture
+        self.checkpoints = Checkpoints(
+            self.store,
+            config,
+            self.model,
+            self.updater,
+            self.states,
+            self.files,
+            self.watchdog,
+        )
 
     def fit(self) -> None:
         """Train from the newest good checkpoint, or from the start, to config.train.steps."""
         with ExitStack() as ending:
-            for hook in reversed(self.hooks):
-                ending.callback(hook.close, self)
-                ending.push(partial(tell_error, hook, self))
+            self.end_hooks_with(ending)
             ending.enter_context(self.watchdog)
-            self.beat("loading a checkpoint", patience=LONG)
-            resume(self)
+            self.resume("resumed from")
             for hook in self.hooks:
-                hook.start(self)
-            self.guard.recall(self)
-            batches = self.batches(self.rows.train, self.progress.step, self.mixture)
-            self.stopping = self.mixture is not None and self.mixture.at_end()
+                start_hook(hook, self.services())
+            self.guard.recall()
+            batches = self.training_batches()
+            self.stopping = self.mixture.at_end()
             while self.progress.step < self.config.train.steps and not self.stopping:
-                self.watchdog.step_begins(self.progress.step + 1)
-                if self.take_step(self.clock.wait_for(batches)):
-                    for hook in self.hooks:
-                        self.beat(f"hook {type(hook).__name__}")
-                        hook.after_step(self)
-                else:
+                number = self.progress.step + 1
+                self.watchdog.step_begins(number)
+                micro_batches = self.clock.wait_for(batches)
+                walk = self.skip_step if number in self.guard.skips else self.take_step
+                step = walk(micro_batches)
+                if step is None:
                     batches = self.roll_back(batches)
+                    continue
+                for hook in self.hooks:
+                    with self.watchdog.doing(f"hook {type(hook).__name__}"):
+                        hook.after_step(step)
 
-    def beat(self, what: str, patience: float = 1.0) -> None:
-        """Tell the watchdog what begins, and how many times its limit that may take."""
-        self.watchdog.beat(self.progress.step + 1, what, patience)
+    def take_step(self, micro_batches: list[Batch]) -> Step | None:
+        """One step; None if the run has to roll back to a checkpoint, with nothing updated.
 
-    def take_step(self, micro_batches: list[Batch]) -> bool:
-        """One step, or, where nothing was changed because the run has to go back to a checkpoint, False.
-
-        Raises  TrainingError, on all processes, before the update, when the guard's policy is to stop.
+        Raises  TrainingError, on all ranks, before the update, when the guard's policy is to stop.
         """
-        self.beat("counting targets")
-        lr, skipped = (
-            self.schedule(self.progress.updates),
-            self.guard.skips.get(self.progress.step + 1),
-        )
-        totals = self.pass_over(micro_batches) if skipped else self.accumulate(micro_batches)
-        norm = torch.tensor(math.nan) if skipped else self.passes.gradient_norm() / self.scale.value
-        seen = (
-            Verdict.GOOD
-            if skipped
-            else self.guard.look(totals.loss, float(norm), self.scale.enabled)
-        )
-        self.beat("update")
-        mark = self.mixture.mark() if self.mixture else ()
-        worst, stop, *marks = self.world.largest(seen, self.stop_asked, *mark)
-        if self.mixture:
-            self.mixture.agree(marks)
-        action = Action.SKIP
-        if not skipped:
-            action = self.guard.answer(self, Verdict(worst), totals, float(norm), micro_batches)
-        self.update(lr, norm, action)
+        lr = self.schedule(self.progress.updates)
+        with self.watchdog.doing("forward and backward"):
+            totals = self.accumulate(micro_batches)
+            # The one place where the loop waits for the device: everything below needs a number.
+            norm = float(self.passes.gradient_norm() / self.scale.value)
+        with self.watchdog.doing("update"):
+            reading = Reading(
+                self.progress.step + 1,
+                totals.loss,
+                norm,
+                scaled=self.scale.enabled,
+                rows=partial(rows_of, micro_batches),
+            )
+            verdict, stop = self.agree(self.guard.judge(reading))
+            action = self.guard.answer(verdict, reading)
+            self.update(lr, norm, action)
         if action is Action.ROLLBACK:
-            return False
-        self.stopping = bool(stop)
+            return None
+        return self.finish_step(lr, norm, totals, action, stop)
+
+    def skip_step(self, micro_batches: list[Batch]) -> Step:
+        """Consume the rows of a step without a pass: its loss and norm are NaN."""
+        sums = self.passes.new_sums()
+        sums.total.fill_(math.nan)
+        totals = self.reduce(sums, micro_batches)
+        _, stop = self.agree(Verdict.GOOD)
+        lr = self.schedule(self.progress.updates)
+        return self.finish_step(lr, math.nan, totals, Action.SKIP, stop)
+
+    def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
+        """Forward and backward of all micro-batches: gradients of the global mean loss."""
+        weights = self.passes.weights(micro_batches)
+        # Known before the pass, so that the backward pass can divide as it goes. Summing over all
+        # ranks makes the mean independent of how rows are cut, even with unequal target counts.
+        weight = float(
+            self.world.sum(
+                torch.tensor(sum(weights), dtype=torch.float64, device=self.world.device)
+            )
+        )
+        sums = self.passes.train(micro_batches, weights, self.scale.value / (weight or 1.0))
+        return self.reduce(sums, micro_batches)
+
+    def reduce(self, sums: PassSums, micro_batches: list[Batch]) -> StepTotals:
+        """Sum over all ranks, in one all-reduce; of the ranks with the same rows, one counts them.
+
+        Raises  TrainingError, on all ranks, if a loss returned another weight than it declared.
+        """
+        tokens = 0
+        hashed = 0
+        if self.passes.counts:
+            tokens = sum(batch.targets for batch in micro_batches)
+            hashed = rows_hash(micro_batches)
+        vector = self.world.sum(sums.vector(tokens, hashed))
+        return StepTotals.of(vector, self.loss, f"step {self.progress.step + 1}")
+
+    def agree(self, verdict: Verdict) -> tuple[Verdict, bool]:
+        """The worst verdict of any rank, and whether any rank was asked to stop.
+
+        One all-reduce carries both, and the marks that compare the ranks' plans of the rows: ranks
+        that acted on their own verdict would wait for each other in different collectives.
+        """
+        mark = self.mixture.mark()
+        worst, stop, *marks = self.world.largest(verdict, self.stop_asked, *mark)
+        self.mixture.agree(marks)
+        return Verdict(worst), bool(stop)
+
+    def update(self, lr: float, norm: float, action: Action) -> None:
+        """One optimizer update, if that is the action; the gradients are released in any case."""
+        if action is Action.UPDATE:
+            # Unscale before clipping: the limit is in the units of the true gradient.
+            self.scale.unscale(self.model.parameters())
+            clip_gradients(self.model.parameters(), norm, self.config.optim.clip)
+            self.updater.step(lr)
+            self.progress.updates += 1
+        self.updater.zero_grad()
+        if action in (Action.UPDATE, Action.OVERFLOW):
+            self.scale.update(overflow=action is Action.OVERFLOW)
+
+    def finish_step(
+        self, lr: float, norm: float, totals: StepTotals, action: Action, stop: bool
+    ) -> Step:
+        """Count the step, teach the mixer, and put together the numbers for the hooks."""
         self.progress.step += 1
         self.progress.tokens += totals.tokens
-        if self.mixture is not None:
-            self.mixture.observe(totals, skipped=action is not Action.UPDATE)
-            self.stopping = self.stopping or self.mixture.at_end()
-        self.record(lr, float(norm), totals.unused() if action is Action.SKIP else totals)
-        return True
+        self.mixture.observe(totals, skipped=action is not Action.UPDATE)
+        self.stopping = stop or self.mixture.at_end()
+        if action is Action.SKIP:
+            totals = totals.unused()
+        number = self.progress.step
+        return Step(
+            number,
+            last=self.stopping or number == self.config.train.steps,
+            metrics=self.metrics(lr, norm, totals),
+            tokens=self.progress.tokens,
+            lr=lr,
+        )
 
-    def roll_back(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Go back to the newest good checkpoint; returns the batches from there on."""
-        self.beat("loading a checkpoint", patience=LONG)
-        cast(Generator, batches).close()
-        resume(self, "went back to")
-        for hook in self.hooks:
-            hook.rolled_back(self)
-        return self.batches(self.rows.train, self.progress.step, self.mixture)
+    def metrics(self, lr: float, norm: float, totals: StepTotals) -> dict[str, Any]:
+        """The step's line of metrics.jsonl."""
+        metrics: dict[str, Any] = {
+            "loss": totals.loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": self.progress.tokens,
+            "rows_hash": totals.rows_hash,
+            **totals.metrics,
+            **self.scale.metrics(self.progress.updates),
+        }
+        if len(self.rows.sources) > 1:
+            metrics["sources"] = totals.of_sources(self.rows.sources)
+        if why := self.guard.skips.get(self.progress.step):
+            metrics["skipped"] = why
+        # Times of saves and loads, known only after the line of their own step was written.
+        metrics |= self.pending_metrics
+        self.pending_metrics.clear()
+        return metrics
+
+    def evaluate(self, rows: BlendedRows, batches: int) -> StepTotals:
+        """The loss over the first `batches` batches of `rows`, without gradients."""
+        self.model.eval()
+        sums = self.passes.new_sums()
+        reader = self.batches(rows, 0)
+        for _ in range(batches):
+            with self.watchdog.doing("validation"):
+                micro_batches = next(reader)
+                weights = self.passes.weights(micro_batches)
+                sums.plus(self.passes.run(micro_batches, weights))
+        self.model.train()
+        vector = self.world.sum(sums.vector(0, 0))
+        return StepTotals.of(vector, self.loss, f"the validation of step {self.progress.step}")
+
+    def training_batches(self) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of the steps to come."""
+        return self.batches(self.rows.train, self.progress.step, self.mixture.plans)
 
     def batches(
-        self, rows: BlendedRows | RowsBySource, start_step: int, mixture: Mixture | None = None
+        self,
+        rows: BlendedRows | RowsBySource,
+        start_step: int,
+        plans: Iterator[RowLookup | None] | None = None,
     ) -> Iterator[list[Batch]]:
-        """This process's micro-batches of each step of `rows`, from `start_step` on; none where none are needed."""
-        data = self.config.data
-        if (
-            not self.passes.reads and mixture is None
-        ):  # a mixture learns from what is read, on every process
+        """This rank's micro-batches of each step of `rows`, from `start_step` on.
+
+        A middle stage of a pipeline needs no rows and gets []. Under a planner it still iterates,
+        because the planner, equal on every rank, advances with its plans.
+        """
+        if not self.passes.reads and plans is None:
             return ([] for _ in itertools.repeat(None))
+        data = self.config.data
         return iter(
             StepLoader(
                 rows,
@@ -176,83 +324,78 @@ class Trainer:
                 dp_rank=self.world.dp_rank,
                 dp_world=self.world.degrees.dp,
                 start_step=start_step,
-                vocab_size=self.config.model.vocab_size,  # rows of padding belong to no id: generation never picks them
+                # The unpadded size: generation never picks the ids of padding.
+                vocab_size=self.config.model.vocab_size,
                 eod_id=self.rows.eod_id if data.eod_mask_loss else None,
                 workers=data.workers,
-                plans=mixture,
+                plans=plans,
                 uneven=self.config.parallel.uneven,
                 mask=self.rows.mask,
             )
         )
 
-    def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
-        """Forward and backward of all micro-batches; gradients of the mean loss over the global targets."""
-        tokens, rows = self.counted(micro_batches)
-        everywhere = float(
-            self.world.sum(torch.tensor(tokens, dtype=torch.float64, device=self.world.device))
-        )
-        # Every rank's gradients are addends of the whole, so the division by the global weight is the only one.
-        tally = self.passes.train(micro_batches, self.scale.value / max(1.0, everywhere))
-        per_source = tally.per_source[: len(self.rows.sources)]  # validation may have more
-        vector = pack(tally.loss, tokens, rows, self.stop_asked, per_source)
-        return unpack(self.world.sum(vector))
+    def resume(self, verb: str) -> None:
+        """Continue from the newest good checkpoint; a fresh run stays as it is.
 
-    def counted(self, micro_batches: list[Batch]) -> tuple[int, int]:
-        """Targets and hash of the rows, for a sum over all: of the processes that run the same rows, one counts."""
-        if not self.passes.counts:
-            return 0, 0
-        return sum(batch.targets for batch in micro_batches), rows_hash(micro_batches)
+        Raises  DataError if the data changed since that checkpoint was saved.
+        """
+        began = time.perf_counter()
+        step = self.checkpoints.load_latest()
+        if step is None:
+            return
+        # Counters such as Adam's step follow from the updates and are not in the checkpoint.
+        self.updater.restore(self.progress.updates)
+        seconds = round(time.perf_counter() - began, 4)
+        self.pending_metrics["load_seconds"] = seconds
+        if self.world.leads:
+            print(f"{verb} {self.store.folder_of(step)}, read in {seconds:.1f} s", flush=True)
 
-    def pass_over(self, micro_batches: list[Batch]) -> StepTotals:
-        """The totals of a step whose rows are not used: a loss that is no number."""
-        tokens, rows = self.counted(micro_batches)
-        loss = torch.tensor(math.nan, dtype=torch.float64, device=self.world.device)
-        per_source = torch.zeros(len(self.rows.sources), 2, dtype=torch.float64)
-        vector = pack(loss, tokens, rows, self.stop_asked, per_source)
-        return unpack(self.world.sum(vector))
+    def roll_back(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Return to the newest good checkpoint; the batches from there on."""
+        # Workers of the old iterator read ahead, in an order that no longer holds.
+        cast(Generator, batches).close()
+        self.resume("rolled back to")
+        for hook in self.hooks:
+            hook.rolled_back(self.progress.step)
+        return self.training_batches()
 
-    def update(self, lr: float, norm: Tensor, action: Action) -> None:
-        """One optimizer update, if that is the action; the gradients are gone afterwards."""
-        if action is Action.UPDATE:
-            if self.scale.enabled:
-                scale_gradients(self.model.parameters(), 1 / self.scale.value)
-            clip_gradients(self.model.parameters(), float(norm), self.config.optim.clip)
-            self.updater.step(lr)
-            self.progress.updates += 1
-        self.updater.zero_grad()
-        if action in (Action.UPDATE, Action.OVERFLOW):
-            self.scale.update(overflow=action is Action.OVERFLOW)
-
-    def record(self, lr: float, norm: float, totals: StepTotals) -> None:
-        """The metrics of the step, which the hooks write down."""
-        self.metrics = {
-            "loss": totals.loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": self.progress.tokens,
-            "rows_hash": totals.rows_hash,
+    def services(self) -> dict[str, Any]:
+        """What a hook may ask for by name; see `Hook`."""
+        return {
+            "config": self.config,
+            "world": self.world,
+            "rows": self.rows,
+            "model": self.model,
+            "passes": self.passes,
+            "mixture": self.mixture,
+            "progress": self.progress,
+            "clock": self.clock,
+            "checkpoints": self.checkpoints,
+            "policy": self.policy,
+            "evaluate": self.evaluate,
+            "ask_stop": self.ask_stop,
+            "pending_metrics": self.pending_metrics,
         }
-        if self.scale.enabled:
-            self.metrics |= {"loss_scale": self.scale.value, "updates": self.progress.updates}
-        if len(self.rows.sources) > 1:
-            self.metrics["sources"] = {
-                name: {"loss": loss / tokens, "tokens": int(tokens)}
-                for name, (loss, tokens) in zip(self.rows.sources, totals.per_source, strict=True)
-                if tokens
-            }
-        if why := self.guard.skips.get(self.progress.step):
-            self.metrics["skipped"] = why
-        self.metrics |= self.carried
-        self.carried = {}
+
+    def ask_stop(self) -> None:
+        """End the loop after the current step, on every rank."""
+        self.stop_asked = True
+
+    def end_hooks_with(self, ending: ExitStack) -> None:
+        """Close the hooks when the loop ends, the last of the list first."""
+        for hook in reversed(self.hooks):
+            ending.callback(hook.close)
+            ending.push(partial(report_error, hook))
 
 
-def tell_error(
-    hook: Hook,
-    trainer: Trainer,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    trace: object,
+def report_error(
+    hook: Hook, kind: type[BaseException] | None, error: BaseException | None, trace: object
 ) -> None:
-    """Let a hook know that the loop ends by an exception."""
+    """Let a hook know that an exception ends the loop."""
     if error is not None:
-        hook.on_error(trainer, error)
+        hook.on_error(error)
+
+
+def rows_of(micro_batches: Sequence[Batch]) -> list[int]:
+    """Places of the rows in the data order."""
+    return [int(row) for batch in micro_batches for row in batch.index]

@@ -1,0 +1,90 @@
+"""metrics.jsonl: the record of a run that everything else reads."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from castalia.core.errors import DataError
+from castalia.core.files import atomic_write, cannot_write
+from castalia.monitor.sinks.sink import SINKS, Sink, SinkConfig
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a metrics.jsonl, oldest first. A last line cut off by a crash is ignored.
+
+    Raises  DataError naming the line if another line is not JSON.
+    """
+    records: list[dict[str, Any]] = []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise DataError(f"{path} line {number} is not JSON: {error}") from None
+    return records
+
+
+@SINKS.register("jsonl")
+class JsonlSink(Sink):
+    """One JSON object a step, appended and flushed at once."""
+
+    nested = True
+
+    class Config(SinkConfig):
+        """metrics.jsonl in the run folder. It has no options."""
+
+        kind: Literal["jsonl"] = "jsonl"
+
+    file: IO[str] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / "metrics.jsonl"
+
+    def start(self, step: int) -> None:
+        """Open the file; the lines after `step` are dropped from it.
+
+        Raises  CastaliaError if the folder cannot be written.
+        """
+        try:
+            if self.path.exists():
+                self.keep_until(step)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def keep_until(self, step: int) -> None:
+        """Rewrite the file without the steps that will run again."""
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one line. NaN and infinity become null, because JSON has neither."""
+        clean: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            missing = isinstance(value, float) and not math.isfinite(value)
+            clean[name] = None if missing else value
+        assert self.file is not None
+        try:
+            self.file.write(json.dumps(clean) + "\n")
+            # Flushed at each step: a killed run loses no line that it had reported.
+            self.file.flush()
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        if self.file is None:
+            return
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        self.file = None

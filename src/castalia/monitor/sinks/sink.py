@@ -1,0 +1,80 @@
+"""`Sink`: the seam for the numbers of a run.
+
+@SINKS.register("print")
+class PrintSink(Sink):
+    def write(self, step, metrics):
+        print(step, metrics["loss"], metrics.get("sources/web/loss"))
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from castalia.config.base import Config
+from castalia.core.registry import Registry
+
+if TYPE_CHECKING:
+    from castalia.monitor.config import MonitorConfig
+
+SINKS: Registry[type["Sink"]] = Registry("sink")
+"""Every sink by the name that `monitor.sinks` has."""
+
+
+class SinkConfig(Config):
+    """A sink, and its own options."""
+
+    kind: str = "jsonl"
+    """Name of the sink."""
+
+
+class Sink:
+    """Writes the numbers of each step somewhere. Subclasses override what they need.
+
+    Config  its section of the config.
+    nested  whether `write` gets the metrics as they are. Other sinks get one level of numbers,
+            `sources/web/loss`, because charts have flat names.
+    """
+
+    Config: ClassVar[type[SinkConfig]] = SinkConfig
+    nested: ClassVar[bool] = False
+
+    def __init__(self, config: SinkConfig, folder: Path) -> None:
+        """`folder` is that of the run."""
+        self.config = config
+        self.folder = folder
+
+    def start(self, step: int) -> None:
+        """Begin, or continue after `step`: later steps will be written again."""
+
+    def take(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """`write`, in the form that the sink declares."""
+        self.write(step, metrics if self.nested else flatten_metrics(metrics))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record the metrics of `step`."""
+
+    def close(self) -> None:
+        """Flush and release. `start` may follow, after a rollback."""
+
+
+def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested metrics under one name each: {"a": {"b": 1}} -> {"a/b": 1}.
+
+    Text, such as the reason of a skipped step, is dropped: a chart cannot draw it.
+    """
+    flat: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            flat |= flatten_metrics(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def make_sinks(config: "MonitorConfig", folder: Path) -> list[Sink]:
+    """The sinks of a run, the JSONL file first whether or not it is named."""
+    sinks = [SINKS["jsonl"](SINKS["jsonl"].Config(), folder)]
+    for section in config.sinks:
+        if section.kind != "jsonl":
+            sinks.append(SINKS[section.kind](section, folder))
+    return sinks

@@ -1,0 +1,63 @@
+"""From a config to a model on its ranks: build on meta, parallelize, initialize."""
+
+import torch
+
+from castalia.core.errors import ConfigError
+from castalia.cost.divisibility import micro_batch_problem
+from castalia.data.step_reader import check_batch
+from castalia.distributed import World, check_layout, initialize, parallelize
+from castalia.distributed.pipeline import Stages, stage_numbers
+from castalia.models import Decoder
+from castalia.models.init import init_parameter
+from castalia.models.stages import split
+from castalia.train.config import RunConfig
+from castalia.train.optimizers import Rules
+from castalia.train.optimizers.updater import freeze
+
+
+def check_processes(config: RunConfig, size: int) -> None:
+    """Refuse a layout or a batch that is not divisible over `size` ranks.
+
+    Called before any process group starts, so that the error comes once and nothing hangs.
+    Raises  ConfigError.
+    """
+    check_layout(config.parallel, size)
+    dp = config.parallel.degrees(size).dp
+    rows = config.train.batch_size // dp
+    micro = config.train.micro_batch_size
+    if not config.parallel.uneven:
+        check_batch(config.train.batch_size, micro or max(1, rows), dp)
+    if problem := micro_batch_problem(config.parallel, rows, micro or rows):
+        raise ConfigError(problem)
+
+
+def build_model(config: RunConfig, world: World, rules: Rules) -> Decoder | Stages:
+    """The model of a run with its start weights, or the stages of a pipeline on this rank.
+
+    Raises  ConfigError if a pattern of the optimizer or of train.frozen matches no parameter.
+    """
+    with torch.device("meta"):
+        rules.require_matches(name for name, _ in Decoder(config.model).named_parameters())
+    # On the meta device first: no rank ever holds the whole model.
+    stages = []
+    for stage in stages_on_meta(config, world):
+        # Before FSDP, which groups parameters by whether they need a gradient.
+        freeze(stage, rules)
+        stages.append(parallelize(stage, world, config.parallel, compiled=config.train.compile))
+    model = stages[0] if config.parallel.pp == 1 else Stages(stages)
+    # Each parameter is drawn from (seed, name) alone and cut to this rank's slice afterwards, so
+    # the start weights are the same bits on every layout.
+    initialize(model, lambda name, shape: init_parameter(name, shape, config.model, config.seed))
+    return model
+
+
+def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
+    """This rank's stages as shapes without memory; a run without a pipeline has one stage."""
+    parts = split(config.model.num_layers, config.parallel.stages)
+    stages = []
+    for number in stage_numbers(config.parallel, world.coordinate("pp")):
+        with torch.device("meta"):
+            stage = Decoder(config.model, parts[number])
+        stage.recompute = config.train.recompute
+        stages.append(stage)
+    return stages

@@ -1,0 +1,20 @@
+"""What happens around the steps: log, save, validate, stop. Hooks run in list order."""
+
+from castalia.train.hooks.hook import Hook, Step
+from castalia.train.hooks.metrics import Metrics
+from castalia.train.hooks.record_mixture import RecordMixture
+from castalia.train.hooks.save import Save
+from castalia.train.hooks.signals import StopOnSignal
+from castalia.train.hooks.step_line import StepLine
+from castalia.train.hooks.validate import Validate
+
+__all__ = [
+    "Hook",
+    "Metrics",
+    "RecordMixture",
+    "Save",
+    "Step",
+    "StepLine",
+    "StopOnSignal",
+    "Validate",
+]

@@ -1,0 +1,42 @@
+"""The numbers of each step, to every sink."""
+
+from pathlib import Path
+
+from castalia.distributed import World
+from castalia.monitor.sinks import Sink, make_sinks
+from castalia.train.config import RunConfig
+from castalia.train.hooks.hook import Hook, Step
+from castalia.train.progress import Progress
+
+
+class Metrics(Hook):
+    """metrics.jsonl, one object a step, and the sinks that config.monitor names."""
+
+    sinks: list[Sink] = []
+
+    def start(self, *, config: RunConfig, world: World, progress: Progress) -> None:
+        """Open the sinks. Those that can drop the steps that will run again do so."""
+        # Every rank has the same numbers; one writes them.
+        if world.leads:
+            self.sinks = make_sinks(config.monitor, Path(config.output))
+        self.begin(progress.step)
+
+    def begin(self, step: int) -> None:
+        """Continue every sink after `step`."""
+        for sink in self.sinks:
+            sink.start(step)
+
+    def rolled_back(self, step: int) -> None:
+        """Continue after the checkpoint's step."""
+        self.close()
+        self.begin(step)
+
+    def after_step(self, step: Step) -> None:
+        """Write the step."""
+        for sink in self.sinks:
+            sink.take(step.number, step.metrics)
+
+    def close(self) -> None:
+        """Close the sinks."""
+        for sink in self.sinks:
+            sink.close()

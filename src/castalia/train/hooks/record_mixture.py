@@ -1,0 +1,64 @@
+"""mixture.jsonl: every decision of a run's planner, step by step."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from castalia.distributed import World
+from castalia.mixing import MixtureLog, Watch, read_mixture
+from castalia.train.config import RunConfig
+from castalia.train.hooks.hook import Hook, Step
+from castalia.train.mixture import PlannedMixture, StaticBlend
+
+
+class RecordMixture(Hook):
+    """The weights, rows and losses of each step, enough to replay them."""
+
+    log: MixtureLog | None = None
+    mixture: PlannedMixture | None = None
+
+    def start(
+        self, *, config: RunConfig, world: World, mixture: PlannedMixture | StaticBlend
+    ) -> None:
+        """Open the file, on the leading rank of a run with a planner."""
+        if isinstance(mixture, PlannedMixture) and world.leads:
+            self.mixture = mixture
+            self.path = Path(config.output) / "mixture.jsonl"
+            self.begin(mixture)
+
+    def begin(self, mixture: PlannedMixture) -> None:
+        """Continue after the steps observed; later ones are dropped from the file."""
+        planner = mixture.planner
+        self.watch = Watch(planner.sources, planner.mixer.prior)
+        set_aside(self.path, planner.sources, mixture.done)
+        self.log = MixtureLog(
+            self.path, planner, every=mixture.config.log_every, resume_step=mixture.done
+        )
+
+    def rolled_back(self, step: int) -> None:
+        """Drop the steps that will run again."""
+        if self.mixture:
+            self.begin(self.mixture)
+
+    def after_step(self, step: Step) -> None:
+        """Append the step, and report events of its sources."""
+        mixture = self.mixture
+        if self.log and mixture and mixture.plan and mixture.stats:
+            moves = self.watch.observe(mixture.plan.weights, mixture.stats)
+            for event in (*mixture.plan.events, *moves):
+                print(f"castalia: step {mixture.done}: {event}", file=sys.stderr, flush=True)
+            self.log.write(mixture.plan, mixture.stats)
+
+    def close(self) -> None:
+        """Write the buffered lines."""
+        if self.log:
+            self.log.close()
+
+
+def set_aside(path: Path, sources: Sequence[str], step: int) -> None:
+    """Rename the record of a run that continues with other sources.
+
+    One record has one list of sources, so the new steps need a file of their own.
+    """
+    if step and path.exists() and read_mixture(path).sources != list(sources):
+        path.rename(path.with_name(f"mixture-to-step-{step:08d}.jsonl"))

@@ -1,0 +1,72 @@
+"""Checkpoints by the save policy."""
+
+from contextlib import suppress
+from typing import Any
+
+from castalia.checkpoint import SavePolicy
+from castalia.core.errors import CheckpointError
+from castalia.distributed import is_loss
+from castalia.train.config import RunConfig
+from castalia.train.hooks.hook import Hook, Step
+from castalia.train.progress import Progress
+from castalia.train.resume import Checkpoints
+
+PATIENCE = 1.0
+"""Seconds that the save in progress waits for a lost rank to write its part."""
+
+
+class Save(Hook):
+    """Checkpoints by the save policy, and one at the end or when the run is asked to stop."""
+
+    checkpoints: Checkpoints | None = None
+    is_lost = False
+    reported = 0
+
+    def start(
+        self,
+        *,
+        config: RunConfig,
+        progress: Progress,
+        policy: SavePolicy,
+        checkpoints: Checkpoints,
+        pending_metrics: dict[str, Any],
+    ) -> None:
+        """Save step 0 if the policy has it, or if the run may have to roll back to it."""
+        self.checkpoints = checkpoints
+        self.policy = policy
+        self.pending = pending_metrics
+        self.asynchronous = config.checkpoint.asynchronous
+        may_roll_back = "rollback" in (config.guard.nan, config.guard.spike)
+        if progress.step == 0 and (policy.due(0) or may_roll_back):
+            self.save(0)
+
+    def after_step(self, step: Step) -> None:
+        """Save when due."""
+        assert self.checkpoints is not None
+        written = self.checkpoints.store.written
+        if len(written) > self.reported:
+            # The writing ends some steps after the save began, so its time goes to the next line.
+            self.reported = len(written)
+            self.pending["save_seconds"] = round(written[-1], 4)
+        if self.policy.due(step.number) or step.last:
+            self.save(step.number)
+
+    def save(self, step: int) -> None:
+        """Stage the state and continue; the writing happens in the background."""
+        assert self.checkpoints is not None
+        timing = self.checkpoints.save(step, asynchronous=self.asynchronous)
+        self.pending["save_stall_seconds"] = round(timing.stall_seconds, 4)
+
+    def on_error(self, error: BaseException) -> None:
+        """Without a lost rank, a save can only finish if that rank has already written its part."""
+        self.is_lost = is_loss(error)
+        if self.is_lost and self.checkpoints:
+            self.checkpoints.store.hurry(PATIENCE)
+
+    def close(self) -> None:
+        """Wait until everything is on the disk."""
+        if self.checkpoints is None:
+            return
+        # After a lost rank the failed save is a consequence: report the lost rank, not this.
+        with suppress(*[CheckpointError] if self.is_lost else []):
+            self.checkpoints.wait()

@@ -1,0 +1,82 @@
+"""The loss on held-out rows."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from castalia.data import BlendedRows, RunRows
+from castalia.data.sidecar import read_record
+from castalia.mixing import scores
+from castalia.train.config import RunConfig
+from castalia.train.hooks.hook import Hook, Step
+from castalia.train.mixture import PlannedMixture, StaticBlend
+from castalia.train.totals import StepTotals
+
+
+class Validate(Hook):
+    """`valid_loss` in the metrics every train.eval_every steps.
+
+    The loss's own metrics come as `valid_NAME`. With several sources, and a loss that has sums by
+    source, also `valid` and `valid_sources`: see `castalia.mixing.scores`. A mixer that learns from
+    held-out losses observes them with the next step.
+    """
+
+    def start(
+        self,
+        *,
+        config: RunConfig,
+        rows: RunRows,
+        mixture: PlannedMixture | StaticBlend,
+        evaluate: Callable[[BlendedRows, int], StepTotals],
+    ) -> None:
+        """Keep what a validation needs."""
+        self.every = config.train.eval_every
+        self.batches = config.train.eval_batches
+        self.rows = rows
+        self.mixture = mixture
+        self.evaluate = evaluate
+
+    def after_step(self, step: Step) -> None:
+        """Run when due; each validation reads the same rows."""
+        if not self.every or self.rows.valid is None or step.number % self.every:
+            return
+        totals = self.evaluate(self.rows.valid, self.batches)
+        for name, value in totals.metrics.items():
+            step.metrics[f"valid_{name}"] = value
+        if totals.per_source:
+            self.by_source(step, totals)
+        else:
+            step.metrics["valid_loss"] = totals.loss
+
+    def by_source(self, step: Step, totals: StepTotals) -> None:
+        """The losses of the sources, alone and in the means that papers report."""
+        rows = self.rows
+        count = len(rows.valid_sources)
+        loss, tokens = np.array(totals.per_source, np.float64)[:count].T
+        step.metrics["valid_loss"] = loss.sum() / max(1.0, tokens.sum())
+        # data.valid may list other sources than data.train; a mixer needs the same ones.
+        paired = count == len(rows.sources)
+        if paired:
+            losses = np.where(tokens > 0, loss / np.maximum(tokens, 1), np.nan)
+            self.mixture.validated(losses)
+        if count > 1 and tokens.any():
+            means = scores(
+                rows.valid_sources,
+                loss,
+                tokens,
+                natural=rows.tokens if paired else None,
+                bytes_per_token=bytes_per_token(rows),
+            )
+            step.metrics["valid_sources"] = means.pop("sources")
+            step.metrics["valid"] = means
+
+
+def bytes_per_token(rows: RunRows) -> dict[str, float]:
+    """UTF-8 bytes of text in a token of each validation file that `castalia prepare` counted."""
+    packs = rows.valid.row_sources if rows.valid is not None else []
+    ratios = {}
+    for name, pack in zip(rows.valid_sources, packs, strict=True):
+        record = read_record(pack.dataset.prefix) or {}
+        if record.get("text_bytes") and record.get("tokens"):
+            ratios[name] = record["text_bytes"] / record["tokens"]
+    return ratios

@@ -1,0 +1,14 @@
+"""Losses: one file each, chosen by `loss.kind`. Importing this package does not import torch."""
+
+from typing import TYPE_CHECKING
+
+from castalia.core.lazy import lazy
+from castalia.train.losses.loss import LOSSES, Loss, LossConfig, LossOut, Mean
+from castalia.train.losses.next_token import NextToken
+
+if TYPE_CHECKING:
+    from castalia.train.losses.scored import Scored
+
+__all__ = ["LOSSES", "Loss", "LossConfig", "LossOut", "Mean", "NextToken", "Scored"]
+
+__getattr__ = lazy(__name__, {"Scored": "scored"})

@@ -1,0 +1,54 @@
+"""`Scored`: a micro-batch after the model, as a loss sees it."""
+
+from torch import Tensor
+
+from castalia.data.batch import IGNORED, Batch
+from castalia.models import Decoder
+from castalia.models.cross_entropy import fused_cross_entropy
+
+
+class Scored:
+    """The hidden states of a micro-batch, and the losses of its tokens.
+
+    A loss needs no knowledge of the head, of a vocabulary split over ranks, or of the pipeline
+    stage that computed the hidden states.
+
+    hidden  (B, T, C), the model's output after its final norm.
+    """
+
+    def __init__(self, hidden: Tensor, head: Decoder, *, compiled: bool = False) -> None:
+        """`head` is the model, or the last stage of a pipeline, that has the output matrix."""
+        self.hidden = hidden
+        self.head = head
+        self.compiled = compiled
+
+    @classmethod
+    def by(cls, model: Decoder, batch: Batch, *, compiled: bool = False) -> "Scored":
+        """The forward pass of a whole model."""
+        hidden = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+        return cls(hidden, model, compiled=compiled)
+
+    def losses(self, labels_BT: Tensor, weights_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each label under the model.
+
+        Shapes  labels_BT int64, IGNORED where a token is not a target; weights_BT float32, None for
+                ones -> (weighted sum, a float32 scalar with a gradient; unweighted losses (B, T)
+                without one, 0 where ignored).
+        Units   nats.
+
+        The weights are constants in the backward pass. A loss that is not a sum over tokens calls
+        this twice: under `torch.no_grad()` for the losses, then with the derivative of its total
+        by each of them as weights.
+        """
+        # The head's matrix is read here and not earlier: FSDP gathers it in the model's forward
+        # pass and keeps it gathered until the backward pass.
+        total, losses_N = fused_cross_entropy(
+            self.hidden.flatten(0, 1),
+            self.head.head_weight,
+            labels_BT.reshape(-1),
+            weights=None if weights_BT is None else weights_BT.reshape(-1),
+            ignored=IGNORED,
+            compiled=self.compiled,
+            part=self.head.vocab_part,
+        )
+        return total, losses_N.view(labels_BT.shape)

@@ -1,0 +1,56 @@
+"""The served order of a mixed run, planned again from its mixture.jsonl."""
+
+from pathlib import Path
+
+import numpy as np
+
+from castalia.data import RunRows
+from castalia.data.rows_by_source import RowsBySource
+from castalia.mixing import PlannedRows, Planner, make_mixer, read_mixture
+from castalia.train.config import RunConfig
+
+
+class RecordedOrder:
+    """Maps a place in a run's served order to its source and row.
+
+    Places count from 0, `batch_size` a step. Ascending places are fast; going back plans again
+    from the first step, because a planner only walks forward.
+    """
+
+    def __init__(self, config: RunConfig, rows: RunRows, path: str | Path) -> None:
+        assert isinstance(rows.train, RowsBySource)
+        self.config = config
+        self.sources = rows.sources
+        self.sizes = rows.train.sizes
+        self.record = read_mixture(path)
+        self.begin()
+
+    def begin(self) -> None:
+        """Return to the place before the first step."""
+        self.step = 0
+        self.rows = PlannedRows(*(np.empty(0, np.int64) for _ in range(3)))
+        mixing = self.config.mixing
+        self.planner = Planner(
+            make_mixer("replay", sources=self.sources, record=self.record),
+            sizes=self.sizes,
+            rows=self.config.train.batch_size,
+            seed=self.config.seed,
+            exhaustion=mixing.exhaustion,
+            allow_empty=mixing.allow_empty,
+        )
+
+    def __call__(self, index: int) -> tuple[int, int]:
+        """The source of the row at place `index`, and the row's place in that source's order.
+
+        Raises  TrainingError past the end of the record.
+        """
+        step, place = divmod(int(index), self.config.train.batch_size)
+        if step + 1 < self.step:
+            self.begin()
+        while self.step < step + 1:
+            plan = self.planner.plan(self.step + 1)
+            self.step += 1
+            # Resolving a plan to rows is the expensive part; the steps before need none.
+            if self.step == step + 1:
+                self.rows = plan.rows()
+        return int(self.rows.source[place]), int(self.rows.index[place])

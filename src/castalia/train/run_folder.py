@@ -1,0 +1,102 @@
+"""The folder of a run: which run it holds, and the files that describe it."""
+
+import json
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from castalia.config import dump_yaml, flatten, read_yaml
+from castalia.config.base import check
+from castalia.config.changes import may_change
+from castalia.core.errors import ConfigError
+from castalia.core.files import atomic_write, cannot_write, write_json
+from castalia.monitor import describe_environment
+from castalia.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from castalia.distributed import World
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Refuse a folder that holds a run of another config, or cannot be written.
+
+    Raises  ConfigError listing the keys that differ; CastaliaError if the folder cannot be written.
+    """
+    folder = Path(config.output)
+    path = folder / "config.yaml"
+    began = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+    if began and path.exists():
+        require_same_run(config, path)
+    elif began:
+        raise ConfigError(
+            f"{folder} holds a run but no config.yaml; choose another output= or remove that folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # A real file: permissions alone do not show a full disk or a read-only mount.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def write_run_folder(config: RunConfig, world: "World", command: list[str]) -> None:
+    """Write config.yaml, command.txt and env.json."""
+    folder = Path(config.output)
+    with atomic_write(folder / "config.yaml") as file:
+        file.write(dump_yaml(config))
+    with atomic_write(folder / "command.txt") as file:
+        file.write(shlex.join(command) + "\n")
+    write_json(folder / "env.json", describe_environment(world.device, world.size))
+
+
+def require_same_run(config: RunConfig, path: Path) -> None:
+    """Compare with the config of the run in the folder.
+
+    A key that the folder's version did not have yet counts as its default.
+    Raises  ConfigError listing the keys that differ and may not change.
+    """
+    old = flatten(resolved(read_yaml(path)))
+    new = flatten(as_values(config))
+    differ = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not may_change(RunConfig, key):
+            differ.append(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now")
+    if differ:
+        raise ConfigError(
+            f"{path.parent} holds a run of another config ({'; '.join(differ)});"
+            " choose another output=, or remove that folder to start over"
+        )
+    before = old.get("train.steps")
+    longer = by_length(config)
+    if before != config.train.steps and longer:
+        print(
+            f"note: train.steps is {config.train.steps} now and was {before}:"
+            f" {' and '.join(longer)} from here on",
+            flush=True,
+        )
+
+
+def resolved(values: dict[str, Any]) -> dict[str, Any]:
+    """A config file's values with every default; unchanged if they no longer make a config."""
+    config, _ = check(RunConfig, values)
+    return values if config is None else as_values(config)
+
+
+def as_values(config: RunConfig) -> dict[str, Any]:
+    """A config in the form of its file."""
+    values: dict[str, Any] = json.loads(config.model_dump_json())
+    return values
+
+
+def by_length(config: RunConfig) -> list[str]:
+    """What depends on train.steps and changes with it, a few words each."""
+    out = []
+    if config.mixing.kind == "unimax":
+        out.append("unimax shares out another number of tokens")
+    if config.mixing.epoch_cap is not None:
+        out.append("mixing.epoch_cap applies to the new end")
+    if config.schedule.decay_steps is None and config.schedule.name != "constant":
+        out.append("the learning rate falls towards the new end")
+    return out

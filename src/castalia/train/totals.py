@@ -1,0 +1,143 @@
+"""The sums of one step: added up on the device, then reduced over all ranks in one vector."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from castalia.core.errors import TrainingError
+from castalia.train.losses import Loss, LossOut
+
+SAME_WEIGHT = 1e-6
+"""Relative difference up to which two weights are equal: they may be summed in another order."""
+
+
+class PassSums:
+    """What the passes of this rank's micro-batches sum up to; nothing here waits for the device.
+
+    Shapes  total: scalar; per_source (K, 2), total and weight of each source; metrics (M, 2), sum
+            and weight of each metric; contract (3,): the number of micro-batches whose loss
+            returned another weight than it had declared, and both sums of those weights.
+            All float64.
+    """
+
+    def __init__(self, loss: Loss, device: torch.device) -> None:
+        self.loss = loss
+        sources = loss.sources if loss.by_source else 0
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.total: Tensor = zeros(())
+        self.weight = 0.0
+        self.per_source: Tensor = zeros((sources, 2))
+        self.metrics: Tensor = zeros((len(loss.names), 2))
+        self.contract: Tensor = zeros(3)
+
+    def add(self, out: LossOut, declared: float) -> None:
+        """Count one micro-batch, whose loss declared this weight before the pass."""
+        self.total += out.total.detach()
+        self.weight += declared
+        self.compare(out.weight, declared)
+        if self.loss.by_source:
+            if out.per_source is None:
+                raise TrainingError(
+                    f"loss {self.loss.config.kind!r} declares by_source=True, but its LossOut has"
+                    " no per_source; return (K, 2) sums or declare by_source=False"
+                )
+            self.per_source += out.per_source
+        if out.metrics.keys() != set(self.loss.names):
+            raise TrainingError(
+                f"loss {self.loss.config.kind!r} declares the metrics {list(self.loss.names)}, but"
+                f" its LossOut has {list(out.metrics)}; both lists must be equal"
+            )
+        for place, name in enumerate(self.loss.names):
+            mean = out.metrics[name]
+            self.metrics[place, 0] += mean.sum
+            self.metrics[place, 1] += mean.weight
+
+    def compare(self, returned: Tensor | float, declared: float) -> None:
+        """Note, on the device, whether the loss returned the weight that it had declared.
+
+        A comparison here would wait for the device once a micro-batch, and would raise on one rank
+        while the others wait in a collective. The step's all-reduce carries the answer instead.
+        """
+        value = torch.as_tensor(returned, dtype=torch.float64, device=self.total.device)
+        # Written so that a NaN differs, too.
+        differs = ~((value - declared).abs() <= SAME_WEIGHT * abs(declared))
+        self.contract[0] += differs
+        self.contract[1] += differs * declared
+        self.contract[2] += torch.where(differs, value, 0.0)
+
+    def plus(self, other: "PassSums") -> None:
+        """Add the sums of other micro-batches."""
+        self.total += other.total
+        self.weight += other.weight
+        self.per_source += other.per_source
+        self.metrics += other.metrics
+        self.contract += other.contract
+
+    def vector(self, *counts: float) -> Tensor:
+        """All sums and further counts in one float64 vector, so that they share an all-reduce."""
+        numbers = [self.weight, *counts]
+        plain = torch.tensor(numbers, dtype=torch.float64, device=self.total.device)
+        parts = (self.contract, self.per_source.flatten(), self.metrics.flatten())
+        return torch.cat([self.total[None], plain, *parts])
+
+
+@dataclass
+class StepTotals:
+    """Sums over all ranks.
+
+    loss_sum    total of the loss, in nats for next_token.
+    weight      what it is divided by: the targets for next_token.
+    tokens      target tokens of the rows.
+    rows_hash   sum of the CRC-32 of each row's tokens: equal for equal rows on any world size.
+    per_source  [total, weight] of each source; empty if the loss has none.
+    metrics     the loss's own metrics, each a global mean.
+    """
+
+    loss_sum: float
+    weight: float
+    tokens: int = 0
+    rows_hash: int = 0
+    per_source: list[list[float]] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, vector: Tensor, loss: Loss, where: str) -> "StepTotals":
+        """Read the reduced `PassSums.vector(tokens, rows_hash)`; `where` names the step in errors.
+
+        Raises  TrainingError, on every rank, if a loss returned another weight than it declared.
+        """
+        total, weight, tokens, rows, wrong, declared, returned, *rest = vector.tolist()
+        if wrong:
+            raise TrainingError(
+                f"loss {loss.config.kind!r} at {where}: its weight(batch) was {declared:g}, but the"
+                f" weight of its LossOut {returned:g} (in {int(wrong)} micro-batches together);"
+                " the gradient is divided by the first, so both must be the same denominator"
+            )
+        pairs = [rest[place : place + 2] for place in range(0, len(rest), 2)]
+        sources = len(pairs) - len(loss.names)
+        means = {
+            name: metric / (count or 1.0)
+            for name, (metric, count) in zip(loss.names, pairs[sources:], strict=True)
+        }
+        return cls(total, weight, int(tokens), int(rows), pairs[:sources], means)
+
+    def unused(self) -> "StepTotals":
+        """The totals of a skipped step: its rows count, its sums by source do not."""
+        return replace(self, per_source=[[0.0, 0.0] for _ in self.per_source])
+
+    def of_sources(self, names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Mean loss and weight of each source that had a target, for metrics.jsonl."""
+        named = zip(names, self.per_source, strict=False)  # a loss may have more, for validation
+        return {
+            name: {"loss": loss / weight, "tokens": int(weight)}
+            for name, (loss, weight) in named
+            if weight
+        }
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over its global weight; 0 if nothing counted."""
+        return self.loss_sum / (self.weight or 1.0)
