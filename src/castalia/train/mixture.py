@@ -12,7 +12,7 @@ from castalia.core.errors import ConfigError, TrainingError
 from castalia.data import RunRows
 from castalia.data.loader import RowLookup
 from castalia.data.rows_by_source import RowPlaces, RowsBySource
-from castalia.mixing import ExhaustionError, BatchPlan, Planner, Stats, read_mixture
+from castalia.mixing import BatchPlan, ExhaustionError, Planner, Stats, read_mixture
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.record import header_of
 from castalia.train.config import RunConfig
