@@ -202,13 +202,13 @@ class Ours:
 
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
-        from castalia.inference.batching import decode_rows
-        from castalia.inference.decoding import make_row
+        from castalia.inference.batching import decode_texts
+        from castalia.inference.decoding import begin
         from castalia.inference.sampling import Sampling
 
         options = {"max_new_tokens": new, "limit": 2048, "eod_id": None, "decode": lambda ids: ""}
-        rows = [make_row(ids, **options) for ids in prompts]
-        for _ in decode_rows(self.engine, rows, Sampling()):
+        rows = [begin(ids, **options) for ids in prompts]
+        for _ in decode_texts(self.engine, rows, Sampling()):
             pass
         assert all(len(row.tokens) == new for row in rows)
 

@@ -36,7 +36,8 @@ def guessed(
 ) -> tuple[list[list[int]], float]:
     """Greedy tokens with a draft, and the share of guesses that were kept."""
     made = speculative_complete(model, prompts, new, draft=draft)
-    kept, tried = sum(tally.kept for _, tally in made), sum(tally.guessed for _, tally in made)
+    kept = sum(counts.kept for _, counts in made)
+    tried = sum(counts.guessed for _, counts in made)
     return [done.tokens for done, _ in made], kept / max(1, tried)
 
 

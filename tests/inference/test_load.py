@@ -41,9 +41,12 @@ def test_bf16_speaks_nearly_the_same(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int3"}, "no dtype 'int3'; have: fp32, bf16, fp16"),
-        ({"device": "abacus"}, "no device 'abacus'"),
-        ({"device": "cuda:99"}, "'cuda:99' is not there"),
+        (
+            {"dtype": "int3"},
+            "unknown dtype 'int3' for engine=torch; choose one of fp32, bf16, fp16",
+        ),
+        ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"device": "cuda:99"}, "'cuda:99' does not exist"),
     ],
 )
 def test_wrong_options_are_named(run_folder: Path, options: dict, message: str) -> None:

@@ -146,9 +146,9 @@ def test_scoring_in_bf16_is_near(speaker: LanguageModel, known_text: str) -> Non
 
 
 def admission(speaker: LanguageModel, text: str, tokens: int, **options: float) -> Admission:
-    """A row that asks for a slot."""
+    """A text that asks for a slot."""
     generator = torch.Generator().manual_seed(0)
-    return Admission(speaker.row(text, tokens, []), Sampling(**options), generator)
+    return Admission(speaker.continuation(text, tokens, []), Sampling(**options), generator)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -165,16 +165,16 @@ def test_rows_come_and_go_between_steps(speaker: LanguageModel, place: int) -> N
     batcher.admit([late, drawn])
     assert batcher.free == 0
     batcher.step()
-    batcher.evict(next(slot for slot, one in batcher.running.items() if one.row is drawn.row))
+    batcher.evict(next(slot for slot, one in batcher.running.items() if one.text is drawn.text))
     again = admission(speaker, "A second guest", 15, temperature=1.5)
     batcher.admit([again])
     while batcher.running:
         batcher.step()
-    assert first.row.completion().text == speaker.generate("The naïve", 40)
-    assert late.row.completion().text == speaker.generate("def", 20)
-    assert drawn.row.finish_reason is None and len(drawn.row.tokens) == 2
-    assert again.row.tokens[:2] == drawn.row.tokens
-    assert again.row.completion().text == speaker.generate(
+    assert first.text.completion().text == speaker.generate("The naïve", 40)
+    assert late.text.completion().text == speaker.generate("def", 20)
+    assert drawn.text.finish_reason is None and len(drawn.text.tokens) == 2
+    assert again.text.tokens[:2] == drawn.text.tokens
+    assert again.text.completion().text == speaker.generate(
         "A second guest", 15, temperature=1.5, seed=0
     )
 
@@ -198,6 +198,6 @@ def test_a_prompt_that_was_read_is_not_read_again(
         batcher.admit([new])
         while batcher.running:
             batcher.step()
-        assert new.row.completion().text == speaker.generate(text, 12)
+        assert new.text.completion().text == speaker.generate(text, 12)
     count = len(speaker.encode(texts[0]))
     assert batcher.prefix_tokens >= count + len(speaker.encode(known_text[:60])) + count - 1

@@ -102,7 +102,7 @@ def test_what_cannot_draft_is_refused(run_folder: Path, speaker: LanguageModel) 
         speculative_complete(
             speaker, ["a"], draft=LanguageModel(Decoder(short), load_tokenizer("bytes"))
         )
-    with pytest.raises(ConfigError, match="no draft 'small'; have: lookup, or a model"):
+    with pytest.raises(ConfigError, match="unknown draft 'small'; give lookup or a model"):
         speculative_complete(speaker, ["a"], draft="small")
     with pytest.raises(ConfigError, match="at least one token"):
         speculative_complete(speaker, ["a"], draft="lookup", guesses=0)

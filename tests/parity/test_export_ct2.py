@@ -16,7 +16,8 @@ from castalia.data.tokenizer import load_tokenizer
 from castalia.export import export
 from castalia.export.ct2 import ct2_keymap, ct2_vocabulary, write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS
-from castalia.inference import Ct2Model, load
+from castalia.inference import load
+from castalia.inference.ct2_engine import Ct2Engine
 from castalia.models import Decoder, NeoxConfig
 from castalia.train.config import RunConfig
 
@@ -80,17 +81,17 @@ def float32(run: Path) -> Path:
 
 def test_greedy_text_is_ours(run: Path, float32: Path) -> None:
     ours = load(run)
-    model = Ct2Model(float32, ours.tokenizer, threads=1)
+    model = load(float32)
     ids = [ours.tokenizer.encode(prompt) or [ours.eod_id] for prompt in PROMPTS]
     assert model.generate_ids(ids, 40) == ours.generate_ids(ids, 40)
-    assert Ct2Model(float32, ours.tokenizer).generate(PROMPTS, 40) == ours.generate(PROMPTS, 40)
+    assert model.generate(PROMPTS, 40) == ours.generate(PROMPTS, 40)
 
 
 def test_log_probabilities_are_ours(run: Path, float32: Path) -> None:
     ours = load(run)
     ids = torch.randint(0, 257, (100,), generator=torch.Generator().manual_seed(1)).tolist()
     want = ours.logprobs(ids)
-    got = torch.tensor(Ct2Model(float32, ours.tokenizer, threads=1).logprobs(ids))
+    got = load(float32).logprobs(ids)
     assert want.std() > 1
     assert (got - want).abs().max() <= 4e-5
 
@@ -99,13 +100,13 @@ def test_log_probabilities_are_ours(run: Path, float32: Path) -> None:
 def test_other_storage_loads_and_speaks(run: Path, tmp_path: Path, quantization: str) -> None:
     ours = load(run)
     (done,) = export(run, to="ct2", quantization=quantization, output=tmp_path / "out")
-    model = Ct2Model(done.folder, ours.tokenizer, threads=1)
+    model = load(done.folder)
     made = model.generate(PROMPTS, 20)
     assert len(made) == len(PROMPTS) and all(isinstance(text, str) and text for text in made)
     ids = torch.randint(0, 257, (100,), generator=torch.Generator().manual_seed(1)).tolist()
     want = ours.logprobs(ids)
     # Random weights and flat logits: the mean error says that the tensors are the right ones.
-    assert (torch.tensor(model.logprobs(ids)) - want).abs().mean() < 0.05 * want.std()
+    assert (model.logprobs(ids) - want).abs().mean() < 0.05 * want.std()
 
 
 def test_int8_is_a_quarter_of_float32(tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def test_what_the_engine_cannot_express_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         list(export(save_run(tmp_path / "b", with_tokenizer=False), to="ct2"))
     with pytest.raises(CheckpointError, match="cannot load"):
-        Ct2Model(tmp_path, load_tokenizer("bytes"))
+        Ct2Engine(tmp_path, open_model(tmp_path / "a").config, load_tokenizer("bytes"))
 
 
 def test_the_file_is_the_one_of_the_official_converter(tmp_path: Path) -> None:
@@ -265,4 +266,4 @@ def test_writing_needs_no_engine_and_running_says_what_it_needs(
         ConfigError,
         match=r"needs 'ctranslate2', which is not installed: pip install 'castalia\[ct2\]'",
     ):
-        Ct2Model(done.folder, load_tokenizer("bytes"))
+        load(done.folder)

@@ -274,11 +274,14 @@ def test_an_unwritable_place_is_one_sentence(tmp_path: Path, tokenizer_file: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"to": "gguff"}, "no export format 'gguff'; have: hf, ct2"),
-        ({"dtype": "int8"}, "no dtype 'int8'; have: fp32, bf16, fp16"),
+        ({"to": "gguff"}, "unknown export format 'gguff'; choose one of hf, ct2"),
+        ({"dtype": "int8"}, "unknown dtype 'int8' for hf; choose one of fp32, bf16, fp16"),
         ({"quantization": "int8"}, "hf takes a dtype, not a quantization"),
         ({"to": "ct2", "dtype": "fp32"}, "ct2 takes a quantization, not a dtype"),
-        ({"to": "ct2", "quantization": "int9"}, "no quantization 'int9'.*did you mean"),
+        (
+            {"to": "ct2", "quantization": "int9"},
+            "unknown quantization 'int9' for ct2.*did you mean",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_named(tmp_path: Path, options: dict, message: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.data import IndexedDataset, Tokenizer
-from castalia.inference import Ct2Model, load
+from castalia.data import IndexedDataset
+from castalia.inference import load
 
 Ids = list[int]
 ROUNDS = 3
@@ -53,10 +53,15 @@ def own_voice(run: Path, weights: Path) -> Voice:
     )
 
 
-def ct2_voice(folder: Path, tokenizer: Tokenizer, name: str, threads: int) -> Voice:
+def ct2_voice(folder: Path, name: str) -> Voice:
     """A CTranslate2 export."""
-    engine = Ct2Model(folder, tokenizer, threads=threads)
-    return Voice(name, engine.generate_ids, engine.logprobs, (folder / "model.bin").stat().st_size)
+    speaker = load(folder, engine="ct2")
+    return Voice(
+        name,
+        lambda prompts, count: speaker.generate_ids(list(prompts), count),
+        lambda ids: speaker.logprobs(ids).tolist(),
+        (folder / "model.bin").stat().st_size,
+    )
 
 
 def compare(

@@ -208,9 +208,7 @@ class Demo:
         voices = [own_voice(self.folder, folders["hf fp32"] / "model.safetensors")]
         for quantization in QUANTIZATIONS if has_ctranslate2() else ():
             folder = folders[f"ct2 {quantization}"]
-            voices.append(
-                ct2_voice(folder, tokenizer, f"CTranslate2 {quantization}", torch.get_num_threads())
-            )
+            voices.append(ct2_voice(folder, f"CTranslate2 {quantization}"))
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         texts = held_out_texts(self.corpus.prefixes("valid"), self.config.data.seq_length, count=2)
         found = compare(voices, prompts, texts, max_new_tokens=NEW_TOKENS)

@@ -10,7 +10,7 @@ from castalia.core.lazy import lazy
 if TYPE_CHECKING:
     from castalia.export.ct2_hub import GeneratorCT2fromHfHub, TranslatorCT2fromHfHub
     from castalia.export.exports import Exported, export
-    from castalia.export.fidelity import parity
+    from castalia.export.quality import parity
 
 __all__ = ["Exported", "GeneratorCT2fromHfHub", "TranslatorCT2fromHfHub", "export", "parity"]
 
@@ -19,6 +19,6 @@ PLACES = {
     "GeneratorCT2fromHfHub": "ct2_hub",
     "TranslatorCT2fromHfHub": "ct2_hub",
     "export": "exports",
-    "parity": "fidelity",
+    "parity": "quality",
 }
 __getattr__ = lazy(__name__, PLACES)

@@ -1,24 +1,12 @@
-"""The card of an export, README.md: what it is, where it comes from, how it is run, and what it changes."""
+"""The card of an export, README.md: how it is run, the model's shape, its provenance and its quality."""
 
 from pathlib import Path
 
 from castalia.checkpoint.saved_model import SavedModel
+from castalia.export.formats import Format
 from castalia.export.quality import Quality, table
 from castalia.models import parameter_counts
 from castalia.monitor.display import size_text
-
-USE = {
-    "hf": 'transformers.AutoModelForCausalLM.from_pretrained("{folder}")',
-    "ct2": 'castalia.load("{folder}", engine="ct2")',
-    "native": 'castalia.load("{folder}", engine="native")',
-    "gguf": 'castalia.load("{folder}", engine="llama.cpp")',
-}
-ENGINES = {
-    "hf": "transformers",
-    "ct2": "CTranslate2",
-    "native": "Castalia's native engine",
-    "gguf": "llama.cpp",
-}
 
 
 def write_card(
@@ -26,36 +14,48 @@ def write_card(
     source: SavedModel,
     *,
     name: str,
-    to: str,
+    kind: type[Format],
     numbers: str,
     notes: list[str],
     quality: Quality | None,
 ) -> None:
     """Write README.md into `folder`, which holds the whole export."""
     size = sum(file.stat().st_size for file in folder.iterdir())
-    lines = [f"# {name}", "", f"For {ENGINES[to]}, weights in {numbers}, {size_text(size)}.", ""]
-    lines += ["```python", "import castalia" if to != "hf" else "import transformers", ""]
-    lines += [
-        f"model = {USE[to].format(folder=name)}",
+    module = kind.use.partition(".")[0]
+    lines = [
+        f"# {name}",
+        "",
+        f"For {kind.program}, weights in {numbers}, {size_text(size)}.",
+        "",
+        "```python",
+        f"import {module}",
+        "",
+        f"model = {kind.use.format(folder=name)}",
         "```",
         "",
         "## Model",
         "",
         *shape(source),
         "",
+        "## Provenance",
+        "",
+        *provenance(source),
+        "",
+        "## Quality",
+        "",
+        *quality_lines(quality),
     ]
-    lines += ["## Provenance", "", *provenance(source), "", "## Quality", ""]
-    if quality is None:
-        lines.append("Not measured: no held-out text was at hand.")
-    else:
-        lines += [
-            f"On {quality.tokens} tokens of {quality.text}, each given those before it:",
-            "",
-            *table(quality),
-        ]
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def quality_lines(quality: Quality | None) -> list[str]:
+    """The table of what quantization changes."""
+    if quality is None:
+        return ["Not measured: no held-out text was at hand."]
+    words = f"On {quality.tokens} tokens of {quality.text}, each given those before it:"
+    return [words, "", *table(quality)]
 
 
 def shape(source: SavedModel) -> list[str]:
@@ -70,7 +70,7 @@ def shape(source: SavedModel) -> list[str]:
 
 
 def provenance(source: SavedModel) -> list[str]:
-    """The checkpoint and its hashes; the folder's place on this machine is not told."""
+    """The checkpoint and its hashes, without the folder's path on this machine."""
     step = "" if source.step is None else f", step {source.step}"
     lines = [f"Made from `{source.folder.name}`{step}. SHA-256 of what was read:", ""]
     return lines + [f"- `{name}` `{digest}`" for name, digest in source.hashes().items()]

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
-from castalia.core.errors import ConfigError, nearest
+from castalia.core.errors import ConfigError
 from castalia.data.tokenizer import Tokenizer
-from castalia.export.ct2_file import QUANTIZATIONS, write_model_bin
+from castalia.export.ct2_file import write_model_bin
 from castalia.export.part_rules import linear_rules, norm_rules, parts_of
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 
@@ -63,14 +63,6 @@ def ct2_vocabulary(tokens: Sequence[str], rows: int) -> list[str]:
     return [*tokens, *(f"<extra_id_{i}>" for i in range(rows - len(tokens)))]
 
 
-def require_quantization(name: str) -> None:
-    """Raises  ConfigError listing the known ones."""
-    if name not in QUANTIZATIONS:
-        raise ConfigError(
-            f"no quantization {name!r}; have: {', '.join(QUANTIZATIONS)}{nearest(name, QUANTIZATIONS)}"
-        )
-
-
 def write_ct2(
     folder: Path,
     tensors: Mapping[str, Tensor],
@@ -81,9 +73,8 @@ def write_ct2(
 ) -> None:
     """Write model.bin, config.json and vocabulary.json into `folder`, which exists.
 
-    Raises  ConfigError if CTranslate2 cannot express the model or the vocabulary; CheckpointError if keys do not fit.
+    Raises  ConfigError if CTranslate2 cannot express the vocabulary; CheckpointError if keys do not fit.
     """
-    require_quantization(quantization)
     config = require_transformer(config, "CTranslate2")
     if tokenizer.eod_id is None:
         raise ConfigError("CTranslate2 needs an end-of-document token, and this tokenizer has none")

@@ -87,14 +87,7 @@ def write_model_bin(
 
 
 def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
-    """The shape of the model as CTranslate2 stores it: scalars with the types that it gives them.
-
-    Raises  ConfigError if CTranslate2 cannot express the model.
-    """
-    if not config.rotary_dim:
-        raise ConfigError(
-            "CTranslate2 cannot express rotary_pct=0: it reads a rotary width of 0 as the whole head"
-        )
+    """The shape of the model as CTranslate2 stores it: scalars with the types that it gives them."""
     numbers: dict[str, np.generic] = {
         "decoder/activation": np.int8(ACTIVATIONS[config.activation]),
         "decoder/alignment_heads": np.int16(1),

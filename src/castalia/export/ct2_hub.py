@@ -24,7 +24,8 @@ from castalia.core.extras import require
 from castalia.core.files import cache_folder
 from castalia.data.tokenizer import load_tokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
-from castalia.export.exports import RECORD, default_place, export, revision
+from castalia.export.exports import default_place, export, revision
+from castalia.inference.exported import RECORD
 
 MODEL = "model.bin"
 DEFAULT_MAX_LENGTH = 512

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
-from castalia.core.errors import ConfigError, nearest
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.part_rules import linear_rules, norm_rules, parts_of
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
@@ -27,6 +26,8 @@ KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
 """ggml_type of the matrices; biases and norms are F32."""
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
 QUANTIZATIONS = tuple(KINDS)
+BLOCKED = ("Q8_0", "Q4_0")
+"""Quantizations in blocks of weights, which must divide the rows of every matrix."""
 UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5
 """gguf_metadata_value_type."""
 NORMAL, CONTROL, UNUSED = 1, 3, 5
@@ -45,14 +46,6 @@ FILLING = "[PAD{}]"
 """What ids of no token are called."""
 
 
-def require_kind(name: str) -> None:
-    """Raises  ConfigError listing the known ones."""
-    if name not in KINDS:
-        raise ConfigError(
-            f"no quantization {name!r}; have: {', '.join(KINDS)}{nearest(name, KINDS)}"
-        )
-
-
 def write_gguf(
     path: Path,
     tensors: Mapping[str, Tensor],
@@ -61,13 +54,8 @@ def write_gguf(
     *,
     quantization: str,
 ) -> None:
-    """Write a model file.
-
-    Raises  ConfigError if llama.cpp cannot express the model.
-    """
-    require_kind(quantization)
+    """Write a model file; the caller has asked the format whether llama.cpp can express the model."""
     config = require_transformer(config, "llama.cpp's GPT-NeoX")
-    require_expressible(config, quantization)
     named = list(gguf_tensors(tensors, config).items())
     values = {
         **shape_values(config, quantization),
@@ -83,23 +71,6 @@ def write_gguf(
         for _, tensor in named:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
             file.write(encoded(tensor, quantization))
-
-
-def require_expressible(config: TransformerConfig, quantization: str) -> None:
-    """Raises  ConfigError naming what llama.cpp's gptneox cannot do."""
-    if config.activation != "gelu_tanh":
-        raise ConfigError(
-            f"llama.cpp cannot express activation={config.activation}: it computes GELU in its tanh form"
-        )
-    if not config.rotary_dim:
-        raise ConfigError(
-            "llama.cpp cannot express rotary_pct=0: it turns at least some dimensions of every head"
-        )
-    if quantization in ("Q8_0", "Q4_0") and (config.hidden_size % BLOCK or config.ffn_size % BLOCK):
-        raise ConfigError(
-            f"{quantization} needs widths in multiples of {BLOCK}; the model has {config.hidden_size} and"
-            f" {config.ffn_size}; choose F16"
-        )
 
 
 def shape_values(config: TransformerConfig, quantization: str) -> dict[str, tuple[int, Any]]:

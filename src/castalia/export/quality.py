@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint import read_config
+from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
 from castalia.data.tokenizer import Tokenizer
 from castalia.inference.engine import Engine
+from castalia.inference.loading import load
+from castalia.inference.torch_engine import TorchEngine
 
 TOKENS = 2048
 """Held-out tokens that are read."""
@@ -168,3 +171,58 @@ def table(found: Quality) -> Iterator[str]:
     yield f"| perplexity | {found.perplexity_fp32:.4f} | {found.perplexity:.4f} |"
     yield f"| KL(float32 \\|\\| export), mean / 99th percentile, nats | 0 | {found.kl:.3g} / {found.kl_p99:.3g} |"
     yield f"| same greedy token | 100% | {found.greedy_agreement:.2%} |"
+
+
+@dataclass(frozen=True)
+class Parity:
+    """An engine against float32 on held-out text."""
+
+    engine: str
+    decoding: Quality
+    """Of the logits that tokens are drawn from."""
+    scoring_perplexity: float
+    """Of `logprobs`, over the padded vocabulary; with dtype=auto they are computed in bf16."""
+    scoring_perplexity_fp32: float
+    scoring_error: float
+    """Mean |log p - log p of float32|, in nats a token."""
+
+    def __str__(self) -> str:
+        scored = (
+            f"perplexity {self.scoring_perplexity:.4g} (float32 {self.scoring_perplexity_fp32:.4g})"
+        )
+        return (
+            f"{self.engine} decodes: {self.decoding.line()}\n"
+            f"{self.engine} scores: {scored}, mean error of a log-probability {self.scoring_error:.3g} nats"
+        )
+
+
+def parity(
+    checkpoint: str | Path,
+    *,
+    engine: str = "native",
+    dtype: str | None = None,
+    heldout: str | Path | None = None,
+) -> Parity:
+    """Compare an engine over a checkpoint with the checkpoint in float32.
+
+    Takes   a checkpoint as `load` does, and the options of `load`; heldout: a text file or the prefix of token files,
+            by default the run's data.valid.
+    Raises  ConfigError if there is no held-out text; what `load` raises.
+    """
+    source = open_model(checkpoint)
+    text = held_out(heldout, source.folder, source.tokenizer, source.config.max_position_embeddings)
+    if text is None:
+        raise ConfigError(
+            f"{checkpoint} names no held-out text; give heldout, a text file or a token prefix"
+        )
+    measured = load(checkpoint, engine=engine, dtype=dtype).engine
+    exact = TorchEngine.from_checkpoint(source)
+    ours = torch.cat([measured.logprobs(row).cpu() for row in text.rows])
+    theirs = torch.cat([exact.logprobs(row).cpu() for row in text.rows])
+    return Parity(
+        engine=f"{measured.name} {measured.numbers}",
+        decoding=measure(measured, exact, text),
+        scoring_perplexity=perplexity(-ours.double()),
+        scoring_perplexity_fp32=perplexity(-theirs.double()),
+        scoring_error=(ours - theirs).abs().mean().item(),
+    )

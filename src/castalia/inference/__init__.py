@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from castalia.inference.ct2_engine import Ct2Model
     from castalia.inference.decoding import Completion
     from castalia.inference.language_model import LanguageModel
     from castalia.inference.loading import load
 
-__all__ = ["Completion", "Ct2Model", "LanguageModel", "load"]
+__all__ = ["Completion", "LanguageModel", "load"]
 
 PLACES = {
     "Completion": "decoding",
-    "Ct2Model": "ct2_engine",
     "LanguageModel": "language_model",
     "load": "loading",
 }

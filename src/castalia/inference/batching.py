@@ -1,6 +1,7 @@
-"""Continuous batching: rows enter and leave the slots of an engine between steps, each with its own sampling.
+"""Continuous batching: texts enter and leave the slots of an engine between steps, each with its own sampling.
 
-A prompt that begins like a sequence whose keys and values still lie in a slot is not read again up to there.
+A prompt that begins like a sequence whose state still lies in a slot continues from a copy of that state. How much of
+it can be used depends on `Slots.rewinds`.
 """
 
 import time
@@ -9,40 +10,30 @@ from dataclasses import dataclass, field
 
 import torch
 
-from castalia.inference.decoding import Row
+from castalia.inference.decoding import Continuation
 from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling, next_tokens
 
 PREFIX_TOKENS = 16
-"""Shorter common beginnings are read again: copying them gains nothing."""
-
-
-@dataclass
-class Running:
-    """A row in its slot."""
-
-    row: Row
-    sampling: Sampling
-    generator: torch.Generator
-    watch: Callable[[torch.Tensor, int], None] | None = None
-    token: int = -1
-    """The last token that was drawn; the engine has not read it yet."""
+"""Shorter common beginnings are read again: copying their state costs as much."""
 
 
 @dataclass
 class Admission:
-    """A row that asks for a slot, with how its tokens are drawn."""
+    """A text that asks for a slot, and how its tokens are drawn."""
 
-    row: Row
+    text: Continuation
     sampling: Sampling
     generator: torch.Generator
     watch: Callable[[torch.Tensor, int], None] | None = None
-    """Called with the logits (V,), padding included, and the token drawn from them, before the row takes it."""
+    """Called with the logits (V,), padding included, and the token drawn from them, before the text takes it."""
+    token: int = -1
+    """The last token drawn, which the engine has not read yet."""
 
 
 @dataclass
 class Kept:
-    """What lies in a slot: the tokens that the engine has read there, and when it was last used."""
+    """What lies in a slot: the tokens that the engine has read there, and when the slot was last given out."""
 
     tokens: list[int] = field(default_factory=list)
     used: int = 0
@@ -52,108 +43,136 @@ class Batcher:
     """`slots` sequences of at most `length` tokens on one engine."""
 
     def __init__(self, engine: Engine, slots: int, length: int) -> None:
-        self.engine, self.slots = engine, engine.slots(slots, length)
-        self.running: dict[int, Running] = {}
+        self.engine = engine
+        self.slots = engine.slots(slots, length)
+        self.running: dict[int, Admission] = {}
+        """By slot."""
         self.kept = [Kept() for _ in range(slots)]
         self.clock = 0
+        """Counts admissions; orders the slots by age."""
         self.prefix_tokens = 0
-        """Tokens of prompts that were found in a slot and not read again."""
+        """Prompt tokens that were copied from a slot in place of being read."""
 
     @property
     def free(self) -> int:
-        """Slots without a row."""
+        """Slots without a text."""
         return self.slots.count - len(self.running)
 
-    def admit(self, rows: Sequence[Admission]) -> list[str]:
-        """Read the prompts of new rows, at most `free` of them, in one step; returns the first certain text of each.
+    def admit(self, news: Sequence[Admission]) -> list[str]:
+        """Read the prompts of new texts, at most `free` of them, in one step; return the first certain text of each.
 
-        A row that ends at once leaves its slot again.
+        A text that ends with its first token leaves its slot at once.
         """
-        assert len(rows) <= self.free
-        slots, rest = [], []
-        for new in rows:
-            slot, known = self.place(new.row.ids)
-            self.running[slot] = Running(new.row, new.sampling, new.generator, new.watch)
-            self.kept[slot] = Kept([], self.clock)  # nothing to copy from before it is read
+        assert len(news) <= self.free
+        slots = []
+        unread = []
+        for new in news:
+            slot, known = self.place(new.text.ids)
+            self.running[slot] = new
+            # Until the prompt is read, the next texts of this call must not copy from here.
+            self.kept[slot] = Kept([], self.clock)
             slots.append(slot)
-            rest.append(new.row.ids[known:])
-        logits = self.slots.feed(slots, rest)
-        for slot, new in zip(slots, rows, strict=True):
-            self.kept[slot].tokens = list(new.row.ids)
+            unread.append(new.text.ids[known:])
+        logits = self.slots.feed(slots, unread)
+        for slot, new in zip(slots, news, strict=True):
+            self.kept[slot].tokens = list(new.text.ids)
         return self.draw(slots, logits)
 
     def place(self, ids: Sequence[int]) -> tuple[int, int]:
-        """The free slot that was used longest ago, and how many tokens of the prompt lie there now; one is left."""
+        """A free slot for a prompt, and how many of its tokens the slot holds now.
+
+        The slot given out longest ago is taken: its sequence is the least likely to be continued. At least one token
+        is left to read, because its logits are what the first token is drawn from.
+        """
         self.clock += 1
-        common = [min(shared(kept.tokens, ids), len(ids) - 1) for kept in self.kept]
+        common = [self.usable(kept.tokens, ids) for kept in self.kept]
         best = max(range(len(common)), key=lambda slot: common[slot])
-        slot = min(
-            (s for s in range(len(common)) if s not in self.running),
-            key=lambda s: self.kept[s].used,
-        )
-        known = common[best] if common[best] >= PREFIX_TOKENS else 0
-        self.slots.copy(best if known else slot, slot, known)
-        self.prefix_tokens += known
-        return slot, known
+        free = [slot for slot in range(len(common)) if slot not in self.running]
+        slot = min(free, key=lambda slot: self.kept[slot].used)
+        if common[best] < PREFIX_TOKENS:
+            self.slots.clear(slot)
+            return slot, 0
+        self.slots.copy(best, slot, common[best])
+        self.prefix_tokens += common[best]
+        return slot, common[best]
+
+    def usable(self, kept: Sequence[int], ids: Sequence[int]) -> int:
+        """How many tokens of a kept sequence a prompt can start from.
+
+        A state that rewinds is cut back to the common beginning. One that does not is used whole or not at all.
+        """
+        common = min(shared(kept, ids), len(ids) - 1)
+        if self.slots.rewinds or common == len(kept):
+            return common
+        return 0
 
     def step(self) -> dict[int, str]:
-        """One more token for every row; returns the new certain text by slot. Rows that end leave their slots."""
+        """One more token for every text; the new certain text by slot. Texts that end leave their slots."""
         slots = list(self.running)
         if not slots:
             return {}
         tokens = [[self.running[slot].token] for slot in slots]
         logits = self.slots.feed(slots, tokens)
-        for slot, ids in zip(slots, tokens, strict=True):  # only now do they lie there
+        # Only after the feed: had it failed, the slots would not hold these tokens.
+        for slot, ids in zip(slots, tokens, strict=True):
             self.kept[slot].tokens += ids
         return dict(zip(slots, self.draw(slots, logits), strict=True))
 
     def draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[str]:
-        """Draw a token for each slot out of logits (len(slots), V), and give it to its row."""
-        whole, logits = logits, logits[:, : self.engine.config.vocab_size]
+        """Draw a token for each slot out of logits (len(slots), V), and give it to its text."""
         running = [self.running[slot] for slot in slots]
-        if all(one.sampling == running[0].sampling for one in running):
-            tokens = next_tokens(
-                logits, running[0].sampling, [one.generator for one in running]
-            ).tolist()
-        else:
-            tokens = [
-                int(next_tokens(row[None], one.sampling, [one.generator]))
-                for row, one in zip(logits, running, strict=True)
-            ]
+        tokens = draw_tokens(logits[:, : self.engine.config.vocab_size], running)
         pieces = []
-        for place, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
+        for row, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
             if one.watch is not None:
-                one.watch(whole[place], token)
+                one.watch(logits[row], token)
             one.token = token
-            pieces.append(one.row.push(token))
-            if one.row.finish_reason is not None:
+            pieces.append(one.text.push(token))
+            if one.text.finish_reason is not None:
                 self.evict(slot)
         return pieces
 
     def evict(self, slot: int) -> None:
-        """Take a row out, finished or not; what the engine read of it stays until the slot is used again."""
-        row = self.running.pop(slot).row
-        row.seconds = time.perf_counter() - row.started
+        """Take a text out, finished or not; the engine's state of it stays until the slot is given out again."""
+        text = self.running.pop(slot).text
+        text.seconds = time.perf_counter() - text.started
+
+
+def draw_tokens(logits: torch.Tensor, running: Sequence[Admission]) -> list[int]:
+    """One token for each row of logits (rows, vocabulary)."""
+    sampling = running[0].sampling
+    if all(one.sampling == sampling for one in running):
+        tokens: list[int] = next_tokens(
+            logits, sampling, [one.generator for one in running]
+        ).tolist()
+        return tokens
+    return [
+        int(next_tokens(row[None], one.sampling, [one.generator]))
+        for row, one in zip(logits, running, strict=True)
+    ]
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common beginning."""
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
 
 
-def decode_rows(engine: Engine, rows: Sequence[Row], sampling: Sampling) -> Iterator[list[str]]:
-    """Continue all rows until each has a finish reason; yield the new text of each row after every token.
-
-    Rows that are finished yield empty text.
-    """
-    batcher = Batcher(engine, len(rows), max(len(row.ids) + row.budget for row in rows))
-    generators = sampling.generators(len(rows), torch.device(engine.device))
-    new = [
-        Admission(row, sampling, generator) for row, generator in zip(rows, generators, strict=True)
-    ]
-    yield batcher.admit(new)
+def decode_texts(
+    engine: Engine, texts: Sequence[Continuation], sampling: Sampling
+) -> Iterator[list[str]]:
+    """Continue all texts to their ends; yield the new text of each after every token, empty for finished ones."""
+    batcher = Batcher(engine, len(texts), max(len(text.ids) + text.budget for text in texts))
+    generators = sampling.generators(len(texts), engine.device)
+    news = []
+    for text, generator in zip(texts, generators, strict=True):
+        news.append(Admission(text, sampling, generator))
+    # The batcher gives out its slots in order, so text i is in slot i.
+    yield batcher.admit(news)
     while batcher.running:
         pieces = batcher.step()
-        yield [pieces.get(slot, "") for slot in range(len(rows))]
+        yield [pieces.get(slot, "") for slot in range(len(texts))]

@@ -1,76 +1,29 @@
-"""CTranslate2 as an engine, over a folder of ours.
+"""CTranslate2 as an engine, over an export folder.
 
-It keeps its cache to itself: only whole greedy texts come at its own speed, and what is drawn token by token from its
-logits reads the text again for every token.
+The library gives no access to its cache. Whole greedy texts therefore run at its own speed, while drawing token by
+token from its logits reads the text again for every token.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.core.errors import CheckpointError
+from castalia.checkpoint.saved_model import TOKENIZER
+from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer
-from castalia.inference.engine import Engine, Slots
-from castalia.models.config import ModelConfig
-
-
-class Ct2Model:
-    """A CTranslate2 folder on the CPU, with the tokenizer that the weights were trained with."""
-
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer, *, threads: int = 0) -> None:
-        """`threads` of 0 takes the engine's default.
-
-        Raises  ConfigError if CTranslate2 is not installed; CheckpointError if the folder is no model of its.
-        """
-        engine = require("ctranslate2", "ct2", "running a CTranslate2 model")
-        self.folder, self.tokenizer = Path(folder), tokenizer
-        try:
-            self.generator = engine.Generator(str(folder), device="cpu", intra_threads=threads)
-            self.vocabulary: list[str] = json.loads(
-                (self.folder / "vocabulary.json").read_text(encoding="utf-8")
-            )
-        except (RuntimeError, OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load {folder} in CTranslate2: {error}") from None
-        self.padding = [[token] for token in self.vocabulary[tokenizer.vocab_size :]]
-
-    def generate_ids(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64
-    ) -> list[list[int]]:
-        """Greedy continuations of prompts that are not empty; the end-of-document token ends one and is left out."""
-        end = None if self.tokenizer.eod_id is None else [self.tokenizer.eod_id]
-        results = self.generator.generate_batch(
-            [[self.vocabulary[i] for i in ids] for ids in prompts],
-            # Rows of unequal length would be forced through the engine token by token.
-            max_batch_size=1,
-            max_length=max_new_tokens,
-            include_prompt_in_result=False,
-            sampling_topk=1,
-            end_token=end,
-            suppress_sequences=self.padding or None,
-        )
-        return [list(result.sequences_ids[0]) for result in results]
-
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
-        """Greedy continuations, without the prompts; an empty prompt starts from the end-of-document token."""
-        start = [] if self.tokenizer.eod_id is None else [self.tokenizer.eod_id]
-        ids = [self.tokenizer.encode(prompt) or start for prompt in prompts]
-        return [self.tokenizer.decode(made) for made in self.generate_ids(ids, max_new_tokens)]
-
-    def logprobs(self, ids: Sequence[int]) -> list[float]:
-        """Log-probability of each token but the first, in nats: T ids -> T - 1 numbers."""
-        tokens = [[self.vocabulary[i] for i in ids]]
-        # The engine's default cuts a text at 1024 tokens in silence; 0 does not.
-        (result,) = self.generator.score_batch(tokens, max_input_length=0)
-        return [float(value) for value in result.log_probs]
+from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
+from castalia.inference.exported import ExportFolder
+from castalia.inference.implements import NEOX
+from castalia.models.config import ModelConfig, require_transformer
 
 
 class Ct2Slots(Slots):
-    """The tokens of every slot; there is nothing else to keep."""
+    """The tokens of every slot; the library keeps no other state between calls."""
 
     def __init__(self, engine: "Ct2Engine", count: int, length: int) -> None:
         super().__init__(count, length)
@@ -91,21 +44,67 @@ class Ct2Slots(Slots):
 
 
 class Ct2Engine(Engine):
-    """A CTranslate2 folder.
+    """A CTranslate2 folder on the CPU, with the tokenizer that the weights were trained with.
 
-    Raises  ConfigError if ctranslate2 is not installed; CheckpointError if the folder is not whole.
+    Takes   threads: the library's threads; None for as many as torch uses, 0 for the library's default.
+    Raises  ConfigError if ctranslate2 is not installed; CheckpointError if the folder is not a CTranslate2 model.
     """
 
     name = "ct2"
+    implements = NEOX
+    export_kind = "ct2"
+    batching = "whole texts, greedy only; else every step reads the text again"
+    scores = "in its own arithmetic"
+    package = Package("ctranslate2", "ct2")
 
-    def __init__(self, folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        *,
+        threads: int | None = None,
+    ) -> None:
         super().__init__(config)
-        self.inner = Ct2Model(folder, tokenizer, threads=torch.get_num_threads())
+        library = require("ctranslate2", "ct2", "running a CTranslate2 model")
+        if threads is None:
+            threads = torch.get_num_threads()
+        self.tokenizer = tokenizer
+        try:
+            self.generator = library.Generator(str(folder), device="cpu", intra_threads=threads)
+            listed = (Path(folder) / "vocabulary.json").read_text(encoding="utf-8")
+            self.vocabulary: list[str] = json.loads(listed)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise CheckpointError(f"cannot load {folder} in CTranslate2: {error}") from None
+        # Padding rows of the embedding have names in the vocabulary and must never be chosen.
+        self.padding = [[token] for token in self.vocabulary[tokenizer.vocab_size :]]
+
+    @classmethod
+    def refuses(cls, config: ModelConfig) -> str | None:
+        """See `Engine`."""
+        reason = super().refuses(config)
+        if reason is not None:
+            return reason
+        if not require_transformer(config, cls.name).rotary_dim:
+            return "CTranslate2 cannot express rotary_pct=0: it reads a rotary width of 0 as the whole head"
+        return None
+
+    @classmethod
+    def from_export(cls, export: ExportFolder, dtype: str | None) -> "Ct2Engine":
+        """See `Engine`.
+
+        Raises  ConfigError if the export has no tokenizer.
+        """
+        if export.tokenizer is None:
+            raise ConfigError(
+                f"{export.folder} has no {TOKENIZER}; CTranslate2 finds tokens by their text"
+            )
+        return cls(export.folder, export.config, export.tokenizer)
 
     @property
     def numbers(self) -> str:
-        """What the engine computes in on this machine."""
-        return str(self.inner.generator.compute_type)
+        """What the library computes in on this machine."""
+        return str(self.generator.compute_type)
 
     def slots(self, count: int, length: int) -> Ct2Slots:
         """See `Engine`."""
@@ -113,12 +112,38 @@ class Ct2Engine(Engine):
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """See `Engine`."""
-        out = self.inner.generator.forward_batch([[self.inner.vocabulary[i] for i in ids]])
+        out = self.generator.forward_batch([self.tokens(ids)])
         return torch.from_numpy(np.array(out))[0].float()
+
+    def logits_in_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """See `Engine`; the library computes all of them at once."""
+        yield from self.logits(ids).split(HEAD_ROWS)
+
+    def logprobs(self, ids: Sequence[int]) -> Tensor:
+        """See `Engine`; by the library's own scoring, which holds no logits of whole texts."""
+        # The library's default cuts a text at 1024 tokens without a warning; 0 does not.
+        (result,) = self.generator.score_batch([self.tokens(ids)], max_input_length=0)
+        return torch.tensor([float(value) for value in result.log_probs])
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], end: int | None
     ) -> list[list[int]]:
         """See `Engine`."""
-        made = self.inner.generate_ids(prompts, max(budgets))
-        return [ids[:budget] for ids, budget in zip(made, budgets, strict=True)]
+        results = self.generator.generate_batch(
+            [self.tokens(ids) for ids in prompts],
+            # In one batch, rows of unequal length would be forced through the model token by token.
+            max_batch_size=1,
+            max_length=max(budgets),
+            include_prompt_in_result=False,
+            sampling_topk=1,
+            end_token=None if end is None else [end],
+            suppress_sequences=self.padding or None,
+        )
+        return [
+            list(result.sequences_ids[0])[:budget]
+            for result, budget in zip(results, budgets, strict=True)
+        ]
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as the library spells them."""
+        return [self.vocabulary[i] for i in ids]

@@ -1,4 +1,4 @@
-"""One prompt while it is continued, and what comes of it."""
+"""One prompt while it is continued, and the result."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ FinishReason = Literal["eod", "stop", "length", "context"]
 
 @dataclass(frozen=True)
 class Completion:
-    """What one prompt was continued with."""
+    """A finished continuation of one prompt."""
 
     prompt: str | None
-    """The prompt; None when ids were given."""
+    """The prompt; None if ids were given."""
     text: str
     """The continuation alone, cut before a stop string."""
     tokens: list[int]
@@ -24,15 +24,17 @@ class Completion:
     finish_reason: FinishReason
     """eod: the model ended the document; stop: a stop string; length: max_new_tokens; context: the model's limit."""
     seconds: float
-    """From the request to this row's last token."""
+    """From the request to the last token."""
 
 
 @dataclass
-class Row:
+class Continuation:
     """One prompt while it is continued."""
 
     ids: list[int]
+    """The prompt."""
     budget: int
+    """Tokens that may be generated."""
     reason_at_budget: FinishReason
     stream: TextStream
     eod_id: int | None
@@ -57,20 +59,20 @@ class Row:
         return piece
 
     def finish(self, reason: FinishReason) -> str:
-        """No more tokens; return the text that was held back."""
+        """End the text; return what the stream held back."""
         self.finish_reason = reason
         self.pieces.append(self.stream.finish())
         return self.pieces[-1]
 
     def completion(self) -> Completion:
-        """The finished row."""
+        """The result, once there is a finish reason."""
         assert self.finish_reason is not None
         return Completion(
             self.prompt, "".join(self.pieces), self.tokens, self.finish_reason, self.seconds
         )
 
 
-def make_row(
+def begin(
     ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -79,8 +81,8 @@ def make_row(
     decode: Callable[[list[int]], str],
     stop: Sequence[str] = (),
     prompt: str | None = None,
-) -> Row:
-    """A row of `ids`, which is not empty, with room for at most max_new_tokens below the model's `limit` of tokens.
+) -> Continuation:
+    """A continuation of `ids`, which is not empty, by at most max_new_tokens within the model's `limit` of tokens.
 
     Raises  ConfigError if the prompt leaves no room for a token.
     """
@@ -89,9 +91,14 @@ def make_row(
     room = limit - len(ids)
     if room < 1:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens but the model reads at most {limit}, the new ones included; shorten it"
+            f"the prompt has {len(ids)} tokens but the model reads at most {limit}, new ones included;"
+            " shorten it"
         )
-    reason: FinishReason = "length" if max_new_tokens <= room else "context"
-    return Row(
-        list(ids), min(max_new_tokens, room), reason, TextStream(decode, stop), eod_id, prompt
+    return Continuation(
+        list(ids),
+        budget=min(max_new_tokens, room),
+        reason_at_budget="length" if max_new_tokens <= room else "context",
+        stream=TextStream(decode, stop),
+        eod_id=eod_id,
+        prompt=prompt,
     )

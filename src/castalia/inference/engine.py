@@ -1,62 +1,151 @@
-"""What every engine offers: sequences in slots that grow token by token, and log-probabilities of whole texts.
+"""The interface of every engine: sequences in slots that grow token by token, and scores of whole texts.
 
-Sampling, stop strings, streams and batches are built on `Slots.feed` once, in batching.py, so that the same seed draws
-the same tokens from the same logits whatever the engine is.
+Sampling, stop strings, streams and batches are built once, in batching.py, on top of `Slots.feed`. The same seed
+therefore draws the same tokens from the same logits on every engine.
 """
 
+import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from castalia.checkpoint.saved_model import SavedModel
+from castalia.core.errors import ConfigError
+from castalia.core.extras import require
+from castalia.inference.implements import Values, unimplemented
 from castalia.models.config import ModelConfig
 
+if TYPE_CHECKING:
+    from castalia.inference.exported import ExportFolder
+
 HEAD_ROWS = 256
-"""Positions whose logits exist at a time when a text is scored: 256 x 50,304 x 4 bytes is 51 MB."""
+"""Positions whose logits exist at a time while a text is scored: 256 x 50,304 x 4 bytes are 51 MB."""
 
 
 class Slots(ABC):
-    """`count` sequences of at most `length` tokens, each at its own length; sequences come and go between calls."""
+    """`count` sequences of at most `length` tokens, each at its own length.
+
+    Sequences enter and leave between calls.
+    """
+
+    rewinds: bool = True
+    """Whether a sequence can be cut back to any of its prefixes.
+
+    Keys and values of attention can: dropping the last positions restores the earlier state. The state of a
+    recurrent block cannot, because every token overwrites it. Prefix reuse and speculative decoding ask this.
+    """
 
     def __init__(self, count: int, length: int) -> None:
-        self.count, self.length = count, length
+        self.count = count
         self.lengths = [0] * count
 
     @abstractmethod
     def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens[i], at least one, to the sequence in slots[i]; slots that are not named stay as they are.
+        """Append tokens[i], at least one, to the sequence in slots[i]; all other slots stay unchanged.
 
-        Returns  logits (len(slots), V) float32 after the last token of each, V being at least the vocabulary. They may
-                 be overwritten by the next call.
+        Returns  logits (len(slots), V) float32 after the last token of each, V at least the vocabulary. The next
+                 call may overwrite them.
         """
 
     def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """As `feed` for one slot, with the logits after every token: (len(tokens), V) float32."""
+        """Append tokens to one slot; return the logits after each of them, (len(tokens), V) float32."""
         return torch.cat([self.feed([slot], [[token]]).clone() for token in tokens])
 
     @abstractmethod
     def copy(self, origin: int, target: int, tokens: int) -> None:
-        """Let `target` hold the first `tokens` of `origin`, and forget the rest; both may be the same slot."""
+        """Make the first `tokens` of `origin` the whole sequence of `target`; the two may be the same slot.
+
+        Where `rewinds` is false, `tokens` is either 0 or the whole length of `origin`.
+        """
 
     def clear(self, slot: int) -> None:
-        """Forget the sequence in `slot`."""
+        """Empty `slot`."""
         self.copy(slot, slot, 0)
 
 
+class Package(NamedTuple):
+    """An optional Python package, and the extra of Castalia that installs it."""
+
+    module: str
+    extra: str
+
+
 class Engine(ABC):
-    """A model that some library computes."""
+    """A model computed by one library. Class attributes declare what the library can do.
+
+    A new engine is a subclass with a line in engines.py. It implements `from_checkpoint`, `from_export` or both.
+    """
 
     name: ClassVar[str]
+    """The value of `engine=`."""
+    implements: ClassVar[Mapping[str, Values] | None] = None
+    """Config options that the engine computes, see implements.py; None means every model of Castalia."""
+    reads_checkpoints: ClassVar[bool] = False
+    export_kind: ClassVar[str | None] = None
+    """The value of `castalia export --to` whose folders the engine reads."""
+    dtypes: ClassVar[tuple[str, ...]] = ()
+    """Values of `dtype=` for a checkpoint, the default first."""
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    batching: ClassVar[str]
+    """How sequences of unequal length share a step; a cell of the table in docs/inference.md."""
+    scores: ClassVar[str]
+    """Arithmetic of `logprobs`; a cell of the same table."""
+    package: ClassVar[Package | None] = None
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
+    @classmethod
+    def refuses(cls, config: ModelConfig) -> str | None:
+        """Why this engine cannot compute a model of `config`, in one sentence; None if it can.
+
+        `load` and `export` ask this before they read a weight: an engine that ignores an option computes wrong text
+        without any error.
+        """
+        if cls.implements is None:
+            return None
+        missing = unimplemented(config, cls.implements)
+        if missing is None:
+            return None
+        return f"engine={cls.name} does not implement {missing}"
+
+    @classmethod
+    def from_checkpoint(cls, source: SavedModel, dtype: str, device: str) -> "Engine":
+        """The engine over a checkpoint; `dtype` is one of `dtypes`, `device` one of `devices` or auto.
+
+        Raises  ConfigError if the engine reads exports alone.
+        """
+        raise ConfigError(
+            f"engine={cls.name} runs an export: castalia export {source.folder} --to {cls.export_kind}"
+        )
+
+    @classmethod
+    def from_export(cls, export: "ExportFolder", dtype: str | None) -> "Engine":
+        """The engine over an export; `dtype` is None, auto, or what the export stores.
+
+        Raises  ConfigError if the engine reads checkpoints alone.
+        """
+        raise ConfigError(
+            f"{export.folder} is an export for another engine; engine={cls.name} reads a checkpoint"
+        )
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        """Whether the engine's package can be imported."""
+        return cls.package is None or importlib.util.find_spec(cls.package.module) is not None
+
+    @classmethod
+    def require_package(cls) -> None:
+        """Raises  ConfigError with the pip line if the engine's package is not installed."""
+        if cls.package is not None:
+            require(cls.package.module, cls.package.extra, f"engine={cls.name}")
+
     @property
     def device(self) -> torch.device:
-        """Where logits are."""
+        """Device of the logits."""
         return torch.device("cpu")
 
     @property
@@ -69,91 +158,53 @@ class Engine(ABC):
         """Room for `count` sequences of at most `length` tokens."""
 
     @abstractmethod
+    def logits_in_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """Logits after each token, for at most HEAD_ROWS tokens at a time: parts (rows, V) float32.
+
+        V is at least the vocabulary. A part is valid until the next one is asked for.
+        """
+
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits after each token: T ids -> (T, V) float32, V being at least the vocabulary."""
+        """Logits after each token: T ids -> (T, V) float32, V at least the vocabulary."""
+        return torch.cat([part.clone() for part in self.logits_in_parts(ids)])
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """Log-probability of each token but the first, given those before it: T ids -> (T - 1,) float32, in nats."""
-        logits = self.logits(ids)[:-1]
-        labels = torch.tensor(ids[1:], device=logits.device)[:, None]
-        parts = [
-            rows.log_softmax(1).gather(1, picked)[:, 0]
-            for rows, picked in zip(logits.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0)
+        return logprobs_of(self.logits_in_parts(ids), ids)
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], end: int | None
     ) -> list[list[int]] | None:
-        """Whole greedy continuations by a way of the engine's own that is faster than slots, or None if it has none.
+        """Whole greedy continuations, where the engine has a faster way than slots; else None.
 
-        The token `end` ends a row and is left out; row i has at most budgets[i] tokens.
+        Prompt i gets at most budgets[i] tokens. The token `end` ends a continuation and is not returned.
         """
         return None
 
 
-@dataclass(frozen=True)
-class Capabilities:
-    """What one engine can do."""
+def logprobs_of(parts: Iterable[Tensor], ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of ids[1:] out of the logits after each of `ids`, in nats.
 
-    reads: str
-    """Where weights come from."""
-    numbers: tuple[str, ...]
-    """dtype= or --quantization."""
-    devices: tuple[str, ...]
-    batching: str
-    """How sequences of unequal length share a step."""
-    streams: bool
-    scores: str
-    extra: str | None
-    """The pip extra that it needs."""
+    Shapes  parts of (rows, V), together len(ids) or len(ids) - 1 rows -> (len(ids) - 1,) float32.
+    """
+    labels = torch.tensor(ids[1:], dtype=torch.int64)
+    scored = []
+    at = 0
+    for logits in parts:
+        # The logits after the last token predict nothing that is in the text.
+        wanted = labels[at : at + len(logits)].to(logits.device)
+        at += len(wanted)
+        if len(wanted):
+            scored.append(label_logprobs(logits[: len(wanted)], wanted))
+    return torch.cat(scored) if scored else torch.empty(0)
 
 
-CAPABILITIES = {
-    "native": Capabilities(
-        "a checkpoint, a Hugging Face folder, `export --to native`",
-        ("auto", "fp32", "bf16", "fp16", "int8", "int4"),
-        ("cpu",),
-        "continuous",
-        True,
-        "bf16 with dtype=auto, else as it decodes",
-        None,
-    ),
-    "torch": Capabilities(
-        "a checkpoint, a Hugging Face folder",
-        ("fp32", "bf16", "fp16"),
-        ("cpu", "cuda"),
-        "continuous",
-        True,
-        "in its dtype",
-        None,
-    ),
-    "ct2": Capabilities(
-        "`export --to ct2`",
-        ("as exported",),
-        ("cpu",),
-        "whole texts, greedy only; else every step reads the text again",
-        True,
-        "in its own arithmetic",
-        "ct2",
-    ),
-    "llama.cpp": Capabilities(
-        "`export --to gguf`",
-        ("as exported",),
-        ("cpu",),
-        "continuous",
-        True,
-        "as it decodes",
-        "llama",
-    ),
-    "openvino": Capabilities(
-        "a checkpoint, a Hugging Face folder",
-        ("fp32", "int8"),
-        ("cpu",),
-        "one after the other",
-        True,
-        "as it decodes",
-        "openvino",
-    ),
-}
-"""Engines by the names that `engine=` takes besides auto."""
+def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probability of one label a row: logits (rows, V), labels (rows,) int64 -> (rows,) float32, in nats.
+
+    The softmax is over all V columns, the vocabulary's padding included, as in training. It is taken in float32
+    whatever the dtype of the logits.
+    """
+    # torch's logsumexp takes eight times as long as its log_softmax on a CPU.
+    logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
+    return logprobs.gather(1, labels[:, None])[:, 0]

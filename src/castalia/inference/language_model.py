@@ -1,4 +1,4 @@
-"""`LanguageModel`: an engine with its tokenizer, that continues texts and scores them."""
+"""`LanguageModel`: an engine with its tokenizer, which generates and scores text."""
 
 import time
 import warnings
@@ -9,32 +9,37 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer import Tokenizer
-from castalia.inference.batching import decode_rows
-from castalia.inference.decoding import Completion, Row, make_row
+from castalia.inference.batching import decode_texts
+from castalia.inference.decoding import Completion, Continuation, begin
 from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
 
 BATCH_ROWS = 16
-"""Prompts that are continued together; more are split."""
+"""Prompts that are continued together; more are split into batches of this size."""
 
 
 class Drawing(TypedDict, total=False):
     """Options of `generate` and its kin besides max_new_tokens; the numbers are those of Sampling."""
 
     temperature: float
+    """Divides the logits; 0, the default, is greedy."""
     top_k: int
+    """Draw from the k largest logits; 0 is off."""
     top_p: float
+    """Then draw from the nucleus of this probability; 0 is off."""
     stop: str | list[str] | None
+    """Strings that end the text; they are not part of it."""
     seed: int | None
+    """Makes the draws repeatable."""
 
 
 class LanguageModel:
     """An engine, the tokenizer that its model was trained with, and the step of its checkpoint.
 
-    `engine` computes (a Decoder is taken as engine=torch), `config` is the ModelConfig, `tokenizer` None for a
-    checkpoint without one (ids still work), `step` the number of optimizer steps, None when unknown.
+    `engine` computes; a Decoder stands for engine=torch. `config` is the ModelConfig. `tokenizer` is None for a
+    checkpoint without one, which reads and writes ids alone. `step` counts optimizer steps; None if it is unknown.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.step = step
         self.quality: dict[str, Any] | None = None
-        """Of an export, what `Quality` says of it, if it was measured."""
+        """For an export, the fields of `Quality`, if it was measured."""
 
     @property
     def config(self) -> ModelConfig:
@@ -55,11 +60,11 @@ class LanguageModel:
     def model(self) -> Decoder:
         """The Decoder itself.
 
-        Raises  ConfigError if another engine than torch computes.
+        Raises  ConfigError if the engine is not torch.
         """
         if not isinstance(self.engine, TorchEngine):
             raise ConfigError(
-                f"engine {self.engine.name} has no torch model; load with engine='torch'"
+                f"engine={self.engine.name} has no torch model; load with engine='torch'"
             )
         return self.engine.model
 
@@ -88,13 +93,14 @@ class LanguageModel:
         stop: str | list[str] | None = None,
         seed: int | None = None,
     ) -> str | list[str]:
-        """The continuation of a prompt, or of each prompt of a list; the prompt itself is not repeated.
+        """The continuation of a prompt, or of each prompt of a list, without the prompt itself.
 
-        Greedy when temperature is 0, else drawn: logits / temperature, then the top_k largest, then the nucleus top_p
-        (0 turns either off); `seed` makes the draw repeatable. Ends at the end-of-document token, before a `stop`
-        string, after max_new_tokens, or at the model's limit. An empty prompt starts from the end-of-document token.
-        Warns   when the model's limit ended a text before max_new_tokens did.
-        Raises  ConfigError if an option is out of range, a prompt is too long or holds ids beyond the vocabulary.
+        Greedy if temperature is 0. Else a token is drawn: the logits are divided by the temperature, cut to the top_k
+        largest, then to the nucleus top_p (0 turns either off); `seed` makes the draws repeatable. A continuation ends
+        at the end-of-document token, before a `stop` string, after max_new_tokens, or at the model's limit. An empty
+        prompt starts from the end-of-document token.
+        Warns   if the model's limit ended a text before max_new_tokens did.
+        Raises  ConfigError if an option is out of range, a prompt is too long or has ids beyond the vocabulary.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed)
@@ -102,7 +108,8 @@ class LanguageModel:
         if any(completion.finish_reason == "context" for completion in done):
             limit = self.config.max_position_embeddings
             warnings.warn(f"a text ended at the model's limit of {limit} tokens", stacklevel=2)
-        return done[0].text if isinstance(prompt, str) else [completion.text for completion in done]
+        texts = [completion.text for completion in done]
+        return texts[0] if isinstance(prompt, str) else texts
 
     def complete(
         self,
@@ -112,20 +119,22 @@ class LanguageModel:
     ) -> list[Completion]:
         """As `generate`, for texts or ids, with text, tokens, finish reason and seconds of each."""
         sampling, stop = split_options(options)
-        rows = [self.row(prompt, max_new_tokens, stop) for prompt in prompts]
-        for start in range(0, len(rows), BATCH_ROWS):
-            continue_rows(self.engine, rows[start : start + BATCH_ROWS], sampling.after(start))
-        return [row.completion() for row in rows]
+        # All prompts are checked before the first one is read.
+        texts = [self.continuation(prompt, max_new_tokens, stop) for prompt in prompts]
+        for start in range(0, len(texts), BATCH_ROWS):
+            batch = texts[start : start + BATCH_ROWS]
+            continue_texts(self.engine, batch, sampling.after(start))
+        return [text.completion() for text in texts]
 
     def stream(
         self, prompt: str | Sequence[int], max_new_tokens: int = 64, **options: Unpack[Drawing]
     ) -> Generator[str, None, Completion]:
-        """As `generate`, in pieces as they arrive: whole characters, nothing of a stop string.
+        """As `generate`, in pieces as they arrive: whole characters, and never a part of a stop string.
 
         The generator's value (`completion = yield from model.stream(...)`) is the Completion.
         """
         sampling, stop = split_options(options)
-        return streamed(self.engine, self.row(prompt, max_new_tokens, stop), sampling)
+        return streamed(self.engine, self.continuation(prompt, max_new_tokens, stop), sampling)
 
     @overload
     def generate_ids(
@@ -143,15 +152,12 @@ class LanguageModel:
         max_new_tokens: int = 64,
         **options: Unpack[Drawing],
     ) -> list[int] | list[list[int]]:
-        """As `generate`, from ids to ids: one list, or a list of lists. The end-of-document token is left out."""
-        prompts = [ids] if is_one(ids) else ids
-        tokens = [
-            done.tokens
-            for done in self.complete(
-                cast(Sequence[Sequence[int]], prompts), max_new_tokens, **options
-            )
-        ]
-        return tokens[0] if is_one(ids) else tokens
+        """As `generate`, from ids to ids: one list, or a list of lists, without the end-of-document token."""
+        if is_one(ids):
+            (done,) = self.complete([cast(Sequence[int], ids)], max_new_tokens, **options)
+            return done.tokens
+        prompts = cast(Sequence[Sequence[int]], ids)
+        return [done.tokens for done in self.complete(prompts, max_new_tokens, **options)]
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after each token, over the padded vocabulary: T ids -> (T, V) float32.
@@ -179,9 +185,9 @@ class LanguageModel:
             raise ConfigError(f"the text has {len(ids)} tokens; the model reads from 1 to {limit}")
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Ids of a prompt; ids are returned as they are.
+        """Ids of a prompt; ids are returned unchanged.
 
-        Raises  ConfigError if text is given and the checkpoint has no tokenizer.
+        Raises  ConfigError for text if the checkpoint has no tokenizer.
         """
         if not isinstance(prompt, str):
             return list(prompt)
@@ -193,19 +199,21 @@ class LanguageModel:
         """Text of ids; empty without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
-    def row(self, prompt: str | Sequence[int], max_new_tokens: int, stop: list[str]) -> Row:
-        """A prompt made ready for the decoding loop."""
+    def continuation(
+        self, prompt: str | Sequence[int], max_new_tokens: int, stop: list[str]
+    ) -> Continuation:
+        """A prompt, checked and encoded, ready for the decoding loop."""
         if stop and self.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer, and this checkpoint has none")
         ids = self.encode(prompt)
         if not ids:
             if self.eod_id is None:
                 raise ConfigError(
-                    "the prompt is empty and the tokenizer has no end-of-document token to start from"
+                    "the prompt is empty, and the tokenizer has no end-of-document token to start from"
                 )
             ids = [self.eod_id]
         self.require_ids(ids)
-        return make_row(
+        return begin(
             ids,
             max_new_tokens=max_new_tokens,
             limit=self.config.max_position_embeddings,
@@ -217,42 +225,48 @@ class LanguageModel:
 
     def require_ids(self, ids: Sequence[int]) -> None:
         """Raises  ConfigError if an id has no row in the embedding."""
-        wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if wrong:
-            raise ConfigError(
-                f"id {wrong[0]} is outside the vocabulary of {self.config.vocab_size} tokens"
-            )
+        for i in ids:
+            if not 0 <= i < self.config.vocab_size:
+                raise ConfigError(
+                    f"id {i} is outside the vocabulary of {self.config.vocab_size} tokens"
+                )
 
 
-def continue_rows(engine: Engine, rows: Sequence[Row], sampling: Sampling) -> None:
-    """Continue rows to their ends, by the engine's own greedy search where it has one and nothing else is asked."""
-    made = None
-    if sampling.temperature == 0 and not any(row.stream.stop for row in rows):
-        made = engine.greedy(
-            [row.ids for row in rows], [row.budget for row in rows], rows[0].eod_id
-        )
-    if made is None:
-        for _ in decode_rows(engine, rows, sampling):
+def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Sampling) -> None:
+    """Continue texts to their ends, by the engine's own greedy search where it has one and that is enough.
+
+    Such a search knows no stop strings: it could only be cut afterwards, at the cost of the tokens after them.
+    """
+    continued = None
+    if sampling.temperature == 0 and not any(text.stream.stop for text in texts):
+        prompts = [text.ids for text in texts]
+        budgets = [text.budget for text in texts]
+        continued = engine.greedy(prompts, budgets, texts[0].eod_id)
+    if continued is None:
+        for _ in decode_texts(engine, texts, sampling):
             pass
         return
-    for row, tokens in zip(rows, made, strict=True):
+    for text, tokens in zip(texts, continued, strict=True):
         for token in tokens:
-            row.push(token)
-        if row.finish_reason is None:
-            row.finish("eod")
-        row.seconds = time.perf_counter() - row.started
+            text.push(token)
+        # The search does not return the end-of-document token: a text below its budget ended with it.
+        if text.finish_reason is None:
+            text.finish("eod")
+        text.seconds = time.perf_counter() - text.started
 
 
-def streamed(engine: Engine, row: Row, sampling: Sampling) -> Generator[str, None, Completion]:
-    """Run one row, yielding what is not empty."""
-    for (piece,) in decode_rows(engine, [row], sampling):
+def streamed(
+    engine: Engine, text: Continuation, sampling: Sampling
+) -> Generator[str, None, Completion]:
+    """Continue one text, yielding the pieces that are not empty."""
+    for (piece,) in decode_texts(engine, [text], sampling):
         if piece:
             yield piece
-    return row.completion()
+    return text.completion()
 
 
 def is_one(ids: Sequence[int] | Sequence[Sequence[int]]) -> bool:
-    """Whether these are the ids of one prompt, and not several prompts."""
+    """Whether these are the ids of one prompt, as opposed to several prompts."""
     return len(ids) == 0 or isinstance(ids[0], int)
 
 
@@ -260,4 +274,6 @@ def split_options(options: Drawing) -> tuple[Sampling, list[str]]:
     """How tokens are drawn, and the stop strings as a list."""
     stop = options.get("stop")
     numbers = {name: value for name, value in options.items() if name != "stop"}
-    return Sampling(**numbers), [stop] if isinstance(stop, str) else list(stop or ())  # type: ignore[arg-type]
+    if isinstance(stop, str):
+        stop = [stop]
+    return Sampling(**numbers), list(stop or ())  # type: ignore[arg-type]

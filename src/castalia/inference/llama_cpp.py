@@ -1,28 +1,32 @@
-"""llama.cpp as an engine: a GGUF file of ours through llama-cpp-python, one sequence of its cache a slot."""
+"""llama.cpp as an engine: a GGUF file of an export through llama-cpp-python, a sequence of its cache for each slot."""
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from castalia.core.errors import CheckpointError
 from castalia.core.extras import require
-from castalia.inference.engine import HEAD_ROWS, Engine, Slots
-from castalia.models.config import ModelConfig
-
-GGUF_FILE = "model.gguf"
-"""Name of the file in an export folder."""
+from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
+from castalia.inference.exported import GGUF_FILE, ExportFolder
+from castalia.inference.implements import NEOX
+from castalia.models.config import ModelConfig, require_transformer
 
 TOKENS_AT_ONCE = 512
+"""Tokens of one call of llama_decode, llama.cpp's own default batch."""
+FP32 = 0
+"""GGML_TYPE_F32."""
+NO_FLASH_ATTENTION = 0
+"""LLAMA_FLASH_ATTN_TYPE_DISABLED."""
 
 
 @functools.cache
 def llama() -> Any:
-    """The package, made silent.
+    """The package, with its log turned off.
 
     Raises  ConfigError if it is not installed.
     """
@@ -30,8 +34,19 @@ def llama() -> Any:
     quiet = package.llama_log_callback(lambda level, text, data: None)
     package.llama_log_set(quiet, ctypes.c_void_p(0))
     package.llama_backend_init()
-    package.castalia_quiet = quiet  # the library calls it as long as the process lives
+    # The library calls it until the process ends; without a reference it would be freed before.
+    package.castalia_quiet = quiet
     return package
+
+
+class Placed(NamedTuple):
+    """One token of a batch."""
+
+    token: int
+    position: int
+    slot: int
+    wanted: bool
+    """Whether its logits are returned."""
 
 
 class LlamaSlots(Slots):
@@ -39,17 +54,21 @@ class LlamaSlots(Slots):
 
     def __init__(self, engine: "LlamaCppEngine", count: int, length: int) -> None:
         super().__init__(count, length)
-        self.engine, self.llama = engine, llama()
+        self.engine = engine
+        self.llama = llama()
         settings = self.llama.llama_context_default_params()
         settings.n_ctx = count * length + TOKENS_AT_ONCE
         settings.n_batch = settings.n_ubatch = TOKENS_AT_ONCE
-        settings.n_seq_max, settings.kv_unified = count, True
+        settings.n_seq_max = count
+        # One pool of cells for all sequences, so that a copied prefix shares its cells.
+        settings.kv_unified = True
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-        settings.type_k = settings.type_v = 0
-        settings.flash_attn_type = 0
+        # float32 without flash attention: the text is then that of the other engines in float32.
+        settings.type_k = settings.type_v = FP32
+        settings.flash_attn_type = NO_FLASH_ATTENTION
         self.context = self.llama.llama_init_from_model(engine.model, settings)
         if not self.context:
-            raise MemoryError(f"llama.cpp has no room for {count} sequences of {length} tokens")
+            raise MemoryError(f"llama.cpp has no memory for {count} sequences of {length} tokens")
         self.memory = self.llama.llama_get_memory(self.context)
 
     def __del__(self) -> None:
@@ -58,42 +77,44 @@ class LlamaSlots(Slots):
 
     def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """See `Slots`."""
-        rows = []
+        batch = []
         for slot, ids in zip(slots, tokens, strict=True):
-            rows += [
-                (id, self.lengths[slot] + i, slot, i == len(ids) - 1) for i, id in enumerate(ids)
-            ]
+            last = len(ids) - 1
+            for i, token in enumerate(ids):
+                batch.append(Placed(token, self.lengths[slot] + i, slot, i == last))
             self.lengths[slot] += len(ids)
-        return self.read(rows)
+        return self.read(batch)
 
-    def read(self, rows: Sequence[tuple[int, int, int, bool]]) -> Tensor:
-        """(token, position, slot, whether its logits are wanted) a row -> logits of those wanted."""
-        parts = [
-            self.decode(rows[i : i + TOKENS_AT_ONCE]) for i in range(0, len(rows), TOKENS_AT_ONCE)
-        ]
+    def read(self, batch: Sequence[Placed]) -> Tensor:
+        """Logits of the wanted tokens of a batch of any size."""
+        parts = []
+        for start in range(0, len(batch), TOKENS_AT_ONCE):
+            parts.append(self.decode(batch[start : start + TOKENS_AT_ONCE]))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def decode(self, rows: Sequence[tuple[int, int, int, bool]]) -> Tensor:
+    def decode(self, tokens: Sequence[Placed]) -> Tensor:
         """One call of llama_decode."""
-        batch = self.llama.llama_batch_init(len(rows), 0, 1)
+        batch = self.llama.llama_batch_init(len(tokens), 0, 1)
         try:
-            batch.n_tokens = len(rows)
-            for i, (token, position, slot, wanted) in enumerate(rows):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, slot
+            batch.n_tokens = len(tokens)
+            for i, one in enumerate(tokens):
+                batch.token[i] = one.token
+                batch.pos[i] = one.position
+                batch.logits[i] = one.wanted
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = one.slot
             status = self.llama.llama_decode(self.context, batch)
         finally:
             self.llama.llama_batch_free(batch)
         if status:
-            raise MemoryError(f"llama.cpp could not read {len(rows)} tokens (status {status})")
-        wide = self.engine.config.padded_vocab_size
-        found = [
-            self.llama.llama_get_logits_ith(self.context, i) for i, row in enumerate(rows) if row[3]
-        ]
-        out = torch.empty(len(found), wide)
-        for row, pointer in zip(out, found, strict=True):
-            ctypes.memmove(row.data_ptr(), pointer, 4 * wide)
-        return out
+            raise MemoryError(f"llama.cpp could not read {len(tokens)} tokens (status {status})")
+        wanted = [i for i, one in enumerate(tokens) if one.wanted]
+        width = self.engine.config.padded_vocab_size
+        logits = torch.empty(len(wanted), width)
+        for row, i in zip(logits, wanted, strict=True):
+            pointer = self.llama.llama_get_logits_ith(self.context, i)
+            ctypes.memmove(row.data_ptr(), pointer, row.nbytes)
+        return logits
 
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """See `Slots`."""
@@ -109,17 +130,23 @@ class LlamaSlots(Slots):
 class LlamaCppEngine(Engine):
     """A GGUF file.
 
-    Raises  ConfigError if llama-cpp-python is not installed; CheckpointError if the file is not whole.
+    Raises  ConfigError if llama-cpp-python is not installed; CheckpointError if the file is truncated.
     """
 
     name = "llama.cpp"
+    # llama.cpp computes GELU of this architecture in its tanh form, whatever the file says.
+    implements = NEOX | {"activation": ("gelu_tanh",)}
+    export_kind = "gguf"
+    batching = "continuous"
+    scores = "as it decodes"
+    package = Package("llama_cpp", "llama")
 
     def __init__(self, path: Path, config: ModelConfig, numbers: str) -> None:
         super().__init__(config)
-        self.llama, self.kind = llama(), numbers
-        self.model = self.llama.llama_model_load_from_file(
-            str(path).encode(), self.llama.llama_model_default_params()
-        )
+        self.llama = llama()
+        self.quantization = numbers
+        settings = self.llama.llama_model_default_params()
+        self.model = self.llama.llama_model_load_from_file(str(path).encode(), settings)
         if not self.model:
             raise CheckpointError(f"llama.cpp cannot load {path}; export the model again")
 
@@ -127,22 +154,35 @@ class LlamaCppEngine(Engine):
         if getattr(self, "model", None):
             self.llama.llama_model_free(self.model)
 
+    @classmethod
+    def refuses(cls, config: ModelConfig) -> str | None:
+        """See `Engine`."""
+        reason = super().refuses(config)
+        if reason is not None:
+            return reason
+        if not require_transformer(config, cls.name).rotary_dim:
+            return "llama.cpp cannot express rotary_pct=0: it rotates at least some dimensions of every head"
+        return None
+
+    @classmethod
+    def from_export(cls, export: ExportFolder, dtype: str | None) -> "LlamaCppEngine":
+        """See `Engine`."""
+        return cls(export.folder / GGUF_FILE, export.config, export.numbers)
+
     @property
     def numbers(self) -> str:
         """The quantization."""
-        return self.kind
+        return self.quantization
 
     def slots(self, count: int, length: int) -> LlamaSlots:
         """See `Engine`."""
         return LlamaSlots(self, count, length)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
+    def logits_in_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """See `Engine`."""
         slots = self.slots(1, len(ids))
-        parts = [
-            slots.read(
-                [(ids[i], i, 0, True) for i in range(start, min(start + HEAD_ROWS, len(ids)))]
+        for start in range(0, len(ids), HEAD_ROWS):
+            part = ids[start : start + HEAD_ROWS]
+            yield slots.read(
+                [Placed(token, start + i, 0, wanted=True) for i, token in enumerate(part)]
             )
-            for start in range(0, len(ids), HEAD_ROWS)
-        ]
-        return torch.cat(parts)

@@ -1,6 +1,6 @@
-"""OpenVINO as an engine: the decoder written as its graph, straight from our weights; its state is the KV cache."""
+"""OpenVINO as an engine: the NeoX decoder as a graph, built straight from the weights; its state is the KV cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,24 +8,13 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.saved_model import SavedModel
-from castalia.core.errors import ConfigError, nearest
 from castalia.core.extras import require
-from castalia.inference.engine import HEAD_ROWS, Engine, Slots
+from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
+from castalia.inference.implements import NEOX
 from castalia.inference.native.packing import quantize_channels
 from castalia.inference.native.weights import rope_angles
 from castalia.models.config import require_transformer
 from castalia.models.parts.qkv import heads_apart
-
-NUMBERS = ("fp32", "int8")
-"""How weights are kept: int8 has a scale for each output channel, activations stay float32."""
-
-
-def require_numbers(name: str) -> None:
-    """Raises  ConfigError listing the known ones."""
-    if name not in NUMBERS:
-        raise ConfigError(
-            f"no dtype {name!r} for OpenVINO; have: {', '.join(NUMBERS)}{nearest(name, NUMBERS)}"
-        )
 
 
 class Graph:
@@ -203,39 +192,49 @@ def read(request: Any, rows: Sequence[Sequence[int]], known: int, pick: Sequence
 class OpenVinoEngine(Engine):
     """A checkpoint compiled by OpenVINO for the CPU.
 
-    Raises  ConfigError if openvino is not installed, or has no such numbers.
+    Takes   dtype: fp32, or int8 with a scale for each output channel; auto is int8.
+    Raises  ConfigError if openvino is not installed.
     """
 
     name = "openvino"
+    implements = NEOX
+    reads_checkpoints = True
+    dtypes = ("auto", "fp32", "int8")
+    batching = "one after the other"
+    scores = "as it decodes"
+    package = Package("openvino", "openvino")
 
-    def __init__(self, source: SavedModel, numbers: str = "int8") -> None:
+    def __init__(self, source: SavedModel, dtype: str = "auto") -> None:
         super().__init__(source.config)
-        require_numbers(numbers)
         self.ov: Any = require("openvino", "openvino", "engine=openvino")
-        self.kind = numbers
+        self.dtype = "int8" if dtype == "auto" else dtype
+        # OpenVINO's defaults round activations and the cache, which changes texts: everything but weights is float32.
         options = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
             "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
         }
-        self.compiled = self.ov.Core().compile_model(
-            Graph(self.ov, source, numbers).model(), "CPU", options
-        )
+        graph = Graph(self.ov, source, self.dtype).model()
+        self.compiled = self.ov.Core().compile_model(graph, "CPU", options)
+
+    @classmethod
+    def from_checkpoint(cls, source: SavedModel, dtype: str, device: str) -> "OpenVinoEngine":
+        """See `Engine`."""
+        return cls(source, dtype)
 
     @property
     def numbers(self) -> str:
-        """How weights are kept."""
-        return self.kind
+        """The dtype of the weights."""
+        return self.dtype
 
     def slots(self, count: int, length: int) -> OpenVinoSlots:
         """See `Engine`."""
         return OpenVinoSlots(self, count, length)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
+    def logits_in_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """See `Engine`."""
-        request, parts = self.compiled.create_infer_request(), []
+        request = self.compiled.create_infer_request()
         for start in range(0, len(ids), HEAD_ROWS):
             part = ids[start : start + HEAD_ROWS]
-            parts.append(read(request, [part], start, range(len(part)))[0])
-        return torch.cat(parts)
+            yield read(request, [part], start, range(len(part)))[0]

@@ -1,11 +1,11 @@
 """Speculative decoding: cheap guesses, checked by the model several at a time.
 
-A draft proposes k tokens; the model reads them in one pass and keeps those that it would have made itself. Greedy text
-is the model's own; drawn text has exactly its distribution: a guess x of the draft's distribution q is kept with
-probability min(1, p(x) / q(x)), and what takes the place of the first that is not is drawn from max(0, p - q).
+A draft proposes k tokens. The model reads them in one pass and keeps those that it would have produced itself. Greedy
+text is the model's own. Drawn text has exactly the model's distribution: a guess x from the draft's distribution q is
+kept with probability min(1, p(x) / q(x)), and the token in place of the first rejected one is drawn from max(0, p - q).
 
-Source  Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318. Prompt look-up: a
-        guess without a model is what followed the last tokens the time before (Saxena 2023).
+Source  Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318. Prompt look-up, a
+        guess without a model: the tokens that followed the last few tokens the time before (Saxena 2023).
 """
 
 import time
@@ -17,38 +17,34 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
-from castalia.inference.decoding import Completion, Row
-from castalia.inference.engine import Engine, Slots
+from castalia.inference.batching import shared
+from castalia.inference.decoding import Completion, Continuation
+from castalia.inference.engine import Engine
 from castalia.inference.language_model import Drawing, LanguageModel, split_options
 from castalia.inference.sampling import Sampling, distribution
 
 GUESSES = 5
 """Tokens that a draft proposes at a time."""
 LOOKUP_TOKENS = 3
-"""Prompt look-up compares at most this many last tokens."""
+"""Prompt look-up compares at most this many of the last tokens."""
 
 
 @dataclass
-class Tally:
-    """How the guesses of one text went."""
+class GuessCounts:
+    """Outcome of the guesses of one text."""
 
     guessed: int = 0
     kept: int = 0
     passes: int = 0
     """Passes of the large model over guesses."""
 
-    @property
-    def acceptance(self) -> float:
-        """Share of the guesses that were kept."""
-        return self.kept / max(1, self.guessed)
-
 
 class Draft(ABC):
-    """What proposes tokens."""
+    """Proposes tokens."""
 
     @abstractmethod
     def guess(self, ids: Sequence[int], count: int) -> tuple[list[int], list[Tensor | None]]:
-        """At most `count` tokens after `ids`, and the distribution (V,) each was drawn from; None for a certain one."""
+        """At most `count` tokens after `ids`, each with the distribution (V,) it was drawn from; None if certain."""
 
 
 class ModelDraft(Draft):
@@ -57,40 +53,44 @@ class ModelDraft(Draft):
     def __init__(
         self, engine: Engine, sampling: Sampling, generator: torch.Generator, length: int
     ) -> None:
-        self.engine, self.sampling, self.generator = engine, sampling, generator
+        self.engine = engine
+        self.sampling = sampling
+        self.generator = generator
         self.slots = engine.slots(1, length)
         self.read: list[int] = []
 
     def guess(self, ids: Sequence[int], count: int) -> tuple[list[int], list[Tensor | None]]:
-        """See `Draft`. What was read of an earlier guess that the model did not keep is forgotten."""
-        common = 0
-        while common < min(len(self.read), len(ids) - 1) and self.read[common] == ids[common]:
-            common += 1
+        """See `Draft`. The slot is first cut back past guesses that the model did not keep."""
+        # At least one token is read: its logits are what the first guess is drawn from.
+        common = min(shared(self.read, ids), len(ids) - 1)
         self.slots.copy(0, 0, common)
         self.read = list(ids)
-        news, guesses, chances = list(ids[common:]), [], []
+        unread = list(ids[common:])
+        guesses: list[int] = []
+        chances: list[Tensor | None] = []
         for _ in range(count):
-            logits = self.slots.feed([0], [news])[0, : self.engine.config.vocab_size]
+            logits = self.slots.feed([0], [unread])[0, : self.engine.config.vocab_size]
             token, chance = draw(logits, self.sampling, self.generator)
             guesses.append(token)
             chances.append(chance)
-            news = [token]
-        self.read += guesses[:-1]  # the last one was not read
+            unread = [token]
+        # The last guess was drawn but never read.
+        self.read += guesses[:-1]
         return guesses, chances
 
 
 class LookupDraft(Draft):
-    """What followed the last tokens when they stood in the text before."""
+    """The tokens that followed an earlier occurrence of the last few tokens of the text."""
 
     def guess(self, ids: Sequence[int], count: int) -> tuple[list[int], list[Tensor | None]]:
-        """See `Draft`; the longest match counts, and of equals the latest."""
+        """See `Draft`; the longest match counts, and among equals the latest."""
         ids = list(ids)
         for size in range(min(LOOKUP_TOKENS, len(ids) - 1), 0, -1):
             tail = ids[-size:]
             for start in range(len(ids) - size - 1, -1, -1):
                 if ids[start : start + size] == tail:
-                    found = ids[start + size : start + size + count]
-                    return found, [None] * len(found)
+                    followers = ids[start + size : start + size + count]
+                    return followers, [None] * len(followers)
         return [], []
 
 
@@ -111,9 +111,9 @@ def judge(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> list[int]:
-    """The tokens that a text goes on with: the guesses that are kept, and one of the model's own.
+    """The next tokens of a text: the guesses that are kept, then one of the model's own.
 
-    Shapes  logits (len(guesses) + 1, V): row i is the model's view after i guesses.
+    Shapes  logits (len(guesses) + 1, V): row i holds the model's logits after i guesses.
     """
     kept: list[int] = []
     for row, guess, q in zip(logits, guesses, chances, strict=False):
@@ -124,54 +124,70 @@ def judge(
                 return kept
             continue
         p = distribution(row[None], sampling)[0]
-        sure = float(p[guess]) / float(q[guess]) if q is not None else float(p[guess])
-        if float(torch.rand((), generator=generator, device=generator.device)) < sure:
+        keep = float(p[guess]) if q is None else float(p[guess]) / float(q[guess])
+        if float(torch.rand((), generator=generator, device=generator.device)) < keep:
             kept.append(guess)
             continue
-        rest = (
-            (p - q).clamp_(min=0)
-            if q is not None
-            else p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
-        )
-        rest = rest if float(rest.sum()) > 0 else p  # p and q may be the same up to rounding
+        rest = remainder(p, q, guess)
         return [*kept, int(torch.multinomial(rest, 1, generator=generator))]
     return [*kept, draw(logits[len(guesses)], sampling, generator)[0]]
+
+
+def remainder(p: Tensor, q: Tensor | None, guess: int) -> Tensor:
+    """The distribution (V,), up to a factor, of the token in place of a rejected guess: max(0, p - q)."""
+    if q is None:
+        # A certain guess has q = 1 at one token, where p - q is never positive.
+        rest = p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
+    else:
+        rest = (p - q).clamp_(min=0)
+    # p and q may be equal up to rounding, and then nothing remains.
+    return rest if float(rest.sum()) > 0 else p
 
 
 def speculate(
     engine: Engine,
     draft: Draft,
-    row: Row,
+    text: Continuation,
     sampling: Sampling,
     generator: torch.Generator,
-    tally: Tally,
+    counts: GuessCounts,
     guesses: int = GUESSES,
 ) -> Iterator[str]:
-    """Continue one row to its end; yields the certain text after each pass of the model."""
+    """Continue one text to its end; yields the certain text after each pass of the model."""
     V = engine.config.vocab_size
-    slots: Slots = engine.slots(1, len(row.ids) + row.budget + guesses + 1)
-    ids = list(row.ids)
+    slots = engine.slots(1, len(text.ids) + text.budget + guesses + 1)
+    ids = list(text.ids)
     token, _ = draw(slots.feed([0], [ids])[0, :V], sampling, generator)
-    yield row.push(token)
-    while row.finish_reason is None:
+    yield text.push(token)
+    while text.finish_reason is None:
         ids.append(token)
-        wanted = min(guesses, row.budget - len(row.tokens) - 1)
-        guessed, chances = draft.guess(ids, wanted) if wanted > 0 else ([], [])
+        # One token of the budget is the model's own.
+        wanted = min(guesses, text.budget - len(text.tokens) - 1)
+        guessed: list[int] = []
+        chances: list[Tensor | None] = []
+        if wanted > 0:
+            guessed, chances = draft.guess(ids, wanted)
         logits = slots.feed_all(0, [token, *guessed])[:, :V]
-        made = judge(logits, guessed, chances, sampling, generator)
-        tally.guessed += len(guessed)
-        tally.kept += len(made) - 1
-        tally.passes += 1
-        slots.copy(0, 0, len(ids) + len(made) - 1)
-        ids += made[:-1]
-        token = made[-1]
-        text = ""
-        for each in made:
-            text += row.push(each)
-            if row.finish_reason is not None:
-                break
-        yield text
-    row.seconds = time.perf_counter() - row.started
+        judged = judge(logits, guessed, chances, sampling, generator)
+        counts.guessed += len(guessed)
+        counts.kept += len(judged) - 1
+        counts.passes += 1
+        # Rejected guesses were read; the slot is cut back to the tokens that stand.
+        slots.copy(0, 0, len(ids) + len(judged) - 1)
+        ids += judged[:-1]
+        token = judged[-1]
+        yield push_all(text, judged)
+    text.seconds = time.perf_counter() - text.started
+
+
+def push_all(text: Continuation, tokens: Sequence[int]) -> str:
+    """Give tokens to a text until it ends; the text that is certain now."""
+    pieces = ""
+    for token in tokens:
+        pieces += text.push(token)
+        if text.finish_reason is not None:
+            break
+    return pieces
 
 
 def speculative_complete(
@@ -182,49 +198,61 @@ def speculative_complete(
     draft: "LanguageModel | str",
     guesses: int = GUESSES,
     **options: object,
-) -> list[tuple[Completion, Tally]]:
+) -> list[tuple[Completion, GuessCounts]]:
     """As `LanguageModel.complete`, one prompt at a time, with the guesses of `draft`: a model, or "lookup".
 
     Greedy text is that of `complete`. Drawn text has the same distribution, but not the same draws.
-    Raises  ConfigError if the draft has another vocabulary, or `guesses` is not positive.
+    Raises  ConfigError if the draft has another vocabulary, `guesses` is not positive, or the state of one of the
+            models cannot be rewound.
     """
     require_draft(model, draft, guesses)
     sampling, stop = split_options(Drawing(**options))  # type: ignore[typeddict-item]
     done = []
     for place, prompt in enumerate(prompts):
-        row, tally = model.row(prompt, max_new_tokens, stop), Tally()
+        text = model.continuation(prompt, max_new_tokens, stop)
+        counts = GuessCounts()
         (generator,) = sampling.after(place).generators(1, model.engine.device)
-        helper: Draft = LookupDraft()
+        guesser: Draft = LookupDraft()
         if isinstance(draft, LanguageModel):
-            length = min(
-                draft.config.max_position_embeddings, len(row.ids) + row.budget + guesses + 1
-            )
-            helper = ModelDraft(draft.engine, sampling, generator, length)
-        for _ in speculate(model.engine, helper, row, sampling, generator, tally, guesses):
+            length = len(text.ids) + text.budget + guesses + 1
+            length = min(length, draft.config.max_position_embeddings)
+            guesser = ModelDraft(draft.engine, sampling, generator, length)
+        for _ in speculate(model.engine, guesser, text, sampling, generator, counts, guesses):
             pass
-        done.append((row.completion(), tally))
+        done.append((text.completion(), counts))
     return done
 
 
 def require_draft(model: LanguageModel, draft: LanguageModel | str, guesses: int) -> None:
-    """Raises  ConfigError if the draft cannot speak for the model."""
+    """Raises  ConfigError if the draft cannot guess for the model."""
     if guesses < 1:
         raise ConfigError(f"a draft proposes at least one token at a time, got {guesses}")
+    require_rewinding("the model", model.engine)
     if isinstance(draft, str):
         if draft != "lookup":
-            raise ConfigError(f"no draft {draft!r}; have: lookup, or a model")
+            raise ConfigError(f"unknown draft {draft!r}; give lookup or a model")
         return
-    ours, theirs = model.tokenizer, draft.tokenizer
-    same = ours is not None and theirs is not None and ours.ids == theirs.ids
-    if draft.config.vocab_size != model.config.vocab_size or (
-        ours is not None and theirs is not None and not same
-    ):
+    require_rewinding("the draft", draft.engine)
+    ours = model.tokenizer
+    theirs = draft.tokenizer
+    same = ours is None or theirs is None or ours.ids == theirs.ids
+    if draft.config.vocab_size != model.config.vocab_size or not same:
         raise ConfigError(
             f"the draft has another vocabulary ({draft.config.vocab_size} tokens) than the model"
-            f" ({model.config.vocab_size}); take a model of the same suite"
+            f" ({model.config.vocab_size}); choose a model of the same suite"
         )
     if draft.config.max_position_embeddings < model.config.max_position_embeddings:
         raise ConfigError(
             f"the draft reads {draft.config.max_position_embeddings} tokens and the model"
-            f" {model.config.max_position_embeddings}; take one that reads as many"
+            f" {model.config.max_position_embeddings}; choose a draft that reads as many"
+        )
+
+
+def require_rewinding(role: str, engine: Engine) -> None:
+    """Raises  ConfigError if rejected guesses could not be taken back."""
+    # A slot for one token costs next to nothing and knows what the engine would do with a long one.
+    if not engine.slots(1, 1).rewinds:
+        raise ConfigError(
+            f"speculative decoding takes back rejected guesses, and the state of {role}"
+            " cannot be rewound; generate without a draft"
         )

@@ -1,87 +1,98 @@
-"""The model itself as an engine: a `Decoder` with its `ModelState`, on any device and dtype of torch."""
+"""The PyTorch model itself as an engine: every family of Castalia, on any device and dtype of torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor
 
-from castalia.inference.engine import HEAD_ROWS, Engine, Slots
-from castalia.models import Decoder
+from castalia.checkpoint.hf import DTYPES
+from castalia.checkpoint.saved_model import SavedModel
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.inference.engine import HEAD_ROWS, Engine, Slots, logprobs_of
+from castalia.models import Decoder, ModelState
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TorchSlots(Slots):
-    """Slots of a `ModelState`. All rows take part in every step; those that were not asked for read a 0 and forget it."""
+    """Slots that are the rows of one state, for models whose state can be rewound.
 
-    def __init__(self, model: Decoder, count: int, length: int) -> None:
+    Every row takes part in every step, because a batch of fixed size costs less than gathering the rows in use. A row
+    without a token in this step reads zeros and is rewound past them.
+    """
+
+    def __init__(self, model: Decoder, count: int, length: int, dtype: torch.dtype) -> None:
         super().__init__(count, length)
-        self.model, self.weight = model, model.head_weight
-        self.state = model.new_state(count, length + 1)
+        self.model = model
+        self.dtype = dtype
+        self.device = device_of(model)
+        # One position more than asked for: a full row that idles has to put its zero somewhere.
+        self.state = model.new_state(count, length + 1, dtype, self.device)
 
     @torch.inference_mode()
     def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """See `Slots`."""
-        if all(len(ids) == 1 for ids in tokens):
-            return self.step(slots, [ids[0] for ids in tokens])
-        if not any(self.lengths[slot] for slot in slots):
-            return self.read(slots, tokens)
-        return torch.cat([self.go_on(slot, ids) for slot, ids in zip(slots, tokens, strict=True)])
+        longest = max(len(ids) for ids in tokens)
+        if (
+            longest > 1
+            and len(slots) < self.count
+            and not any(self.lengths[slot] for slot in slots)
+        ):
+            return self.read_apart(slots, tokens)
+        if longest > 1 and self.state.longest + longest > self.state.max_length:
+            # Padding would not fit behind the longest row, so the tokens are read one by one.
+            return torch.cat(
+                [self.feed_all(slot, ids)[-1:] for slot, ids in zip(slots, tokens, strict=True)]
+            )
+        return self.read(slots, tokens)
 
-    def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """One token for each of some slots."""
-        column = torch.zeros(self.count, 1, dtype=torch.int64)
-        column[list(slots), 0] = torch.tensor(tokens)
-        hidden = self.model(column.to(self.weight.device), state=self.state)[:, 0]
-        for slot in slots:
-            self.lengths[slot] += 1
-        if len(slots) < self.count:
+    def read(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Tokens of any number for some slots in one pass over all rows."""
+        rows: list[Sequence[int]] = [[] for _ in range(self.count)]
+        for slot, ids in zip(slots, tokens, strict=True):
+            rows[slot] = ids
+            self.lengths[slot] += len(ids)
+        batch = padded(rows).to(self.device)
+        hidden = self.model(batch, state=self.state)
+        if any(len(ids) < batch.shape[1] for ids in rows):
             self.rewind()
-        return self.head(hidden if list(slots) == list(range(self.count)) else hidden[list(slots)])
+        return self.head_at(hidden, slots, tokens)
 
-    def read(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Prompts of any lengths into empty slots, padded on the right."""
-        lengths = [len(ids) for ids in prompts]
-        rows = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)
-        for row, ids in zip(rows, prompts, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        whole = list(slots) == list(range(self.count))
-        state = self.state if whole else self.model.new_state(len(prompts), max(lengths))
-        hidden = self.model(rows.to(self.weight.device), state=state)
-        for slot, length in zip(slots, lengths, strict=True):
-            self.lengths[slot] = length
-        if not whole:
-            self.state.write_rows(slots, state)
+    def read_apart(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Prompts into empty slots, in a state of their own: the other rows would read zeros as long as the prompts."""
+        batch = padded(prompts).to(self.device)
+        state = self.model.new_state(len(batch), batch.shape[1], self.dtype, self.device)
+        hidden = self.model(batch, state=state)
+        self.state.write_rows(slots, state)
+        for slot, ids in zip(slots, prompts, strict=True):
+            self.lengths[slot] = len(ids)
         self.rewind()
-        return self.head(hidden[torch.arange(len(prompts)), torch.tensor(lengths) - 1])
+        return self.head_at(hidden, range(len(prompts)), prompts)
 
-    def go_on(self, slot: int, ids: Sequence[int]) -> Tensor:
-        """More tokens after those that a slot has, one by one."""
-        for token in ids:
-            logits = self.step([slot], [token])
-        return logits
+    def head_at(
+        self, hidden: Tensor, rows: Sequence[int], tokens: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Logits after the last token of each of some rows of hidden states (B, T, C)."""
+        places = torch.tensor(list(rows), device=self.device)
+        ends = torch.tensor([len(ids) - 1 for ids in tokens], device=self.device)
+        return self.model.head(hidden[places, ends]).float()
 
     @torch.inference_mode()
     def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """See `Slots`; one pass where there is one slot."""
+        """See `Slots`; in one pass if there is one slot."""
         if self.count > 1:
             return super().feed_all(slot, tokens)
-        hidden = self.model(
-            torch.tensor([list(tokens)], device=self.weight.device), state=self.state
-        )[0]
+        hidden = self.model(padded([tokens]).to(self.device), state=self.state)[0]
         self.lengths[slot] += len(tokens)
-        return self.head(hidden)
+        return self.model.head(hidden).float()
 
     def rewind(self) -> None:
-        """Set the state to our lengths; slots that read a 0 forget it."""
-        lengths = torch.tensor(self.lengths, device=self.weight.device)
+        """Bring the state to the lengths of the slots, which forgets padding and the zeros of idle rows."""
+        lengths = torch.tensor(self.lengths, device=self.device)
+        # Rows that were copied in are longer than the state has counted.
         self.state.lengths = torch.maximum(self.state.lengths, lengths)
         self.state.rewind(lengths)
-
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits, float32."""
-        logits: Tensor = self.model.head(hidden)
-        return logits.float()
 
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """See `Slots`."""
@@ -91,48 +102,185 @@ class TorchSlots(Slots):
         self.rewind()
 
 
+class SeparateSlots(Slots):
+    """One state for each slot, for models with a state that cannot be rewound.
+
+    Such a state can neither forget padding nor the zero of an idle row, so every slot is fed alone and unpadded.
+    """
+
+    rewinds = False
+
+    def __init__(self, model: Decoder, count: int, length: int, dtype: torch.dtype) -> None:
+        super().__init__(count, length)
+        self.model = model
+        self.length = length
+        self.dtype = dtype
+        self.device = device_of(model)
+        self.states = [self.new_state() for _ in range(count)]
+
+    def new_state(self) -> ModelState:
+        """An empty state of one row."""
+        return self.model.new_state(1, self.length, self.dtype, self.device)
+
+    def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Slots`."""
+        parts = [self.hidden(slot, ids)[-1:] for slot, ids in zip(slots, tokens, strict=True)]
+        return self.head(torch.cat(parts))
+
+    def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """See `Slots`; one pass."""
+        return self.head(self.hidden(slot, tokens))
+
+    @torch.inference_mode()
+    def hidden(self, slot: int, tokens: Sequence[int]) -> Tensor:
+        """Hidden states (T, C) of T more tokens of a slot."""
+        hidden: Tensor = self.model(padded([tokens]).to(self.device), state=self.states[slot])[0]
+        self.lengths[slot] += len(tokens)
+        return hidden
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states."""
+        return self.model.head(hidden).float()
+
+    @torch.inference_mode()
+    def copy(self, origin: int, target: int, tokens: int) -> None:
+        """See `Slots`.
+
+        Raises  ValueError for a part of a sequence.
+        """
+        if tokens == 0:
+            self.states[target] = self.new_state()
+        elif tokens != self.lengths[origin]:
+            raise ValueError(
+                f"cannot cut {self.lengths[origin]} tokens to {tokens}: the model's state cannot be rewound"
+            )
+        elif origin != target:
+            self.states[target] = deepcopy(self.states[origin])
+        self.lengths[target] = tokens
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of ids as (B, T) int64, with zeros on the right."""
+    batch = torch.zeros(len(rows), max(len(ids) for ids in rows), dtype=torch.int64)
+    for row, ids in zip(batch, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return batch
+
+
+def model_slots(model: Decoder, count: int, length: int, dtype: torch.dtype) -> Slots:
+    """Slots for a model whose activations have `dtype`, of the kind that its state allows."""
+    rewinds = model.new_state(1, 1, dtype, device_of(model)).rewinds
+    kind = TorchSlots if rewinds else SeparateSlots
+    return kind(model, count, length, dtype)
+
+
 class TorchEngine(Engine):
     """A decoder in eval mode."""
 
     name = "torch"
+    reads_checkpoints = True
+    dtypes = ("fp32", "bf16", "fp16")
+    devices = ("cpu", "cuda")
+    batching = "continuous"
+    scores = "in its dtype"
 
     def __init__(self, model: Decoder) -> None:
         super().__init__(model.config)
         self.model = model.eval()
 
+    @classmethod
+    def from_checkpoint(
+        cls, source: SavedModel, dtype: str = "fp32", device: str = "cpu"
+    ) -> "TorchEngine":
+        """See `Engine`.
+
+        Raises  CheckpointError if the weights do not fit the config; ConfigError for a device that does not exist.
+        """
+        place = choose_device(device)
+        # On the meta device no memory is taken for weights that the checkpoint's replace at once.
+        with torch.device("meta"):
+            model = Decoder(source.config)
+        weights = {}
+        for name, tensor in source.tensors.items():
+            weights[name] = tensor.to(place, DTYPES[dtype])
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights in {source.folder} do not fit its config: {error}"
+            ) from None
+        return cls(model.requires_grad_(False))
+
     @property
     def device(self) -> torch.device:
         """See `Engine`."""
-        return self.model.head_weight.device
+        return device_of(self.model)
 
     @property
     def numbers(self) -> str:
         """The dtype of the weights."""
         return NAMES[self.model.head_weight.dtype]
 
-    def slots(self, count: int, length: int) -> TorchSlots:
+    def slots(self, count: int, length: int) -> Slots:
         """See `Engine`."""
-        return TorchSlots(self.model, count, length)
+        return model_slots(self.model, count, length, self.model.head_weight.dtype)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> Tensor:
+        """See `Engine`; one product for all tokens."""
+        return self.model.head(hidden_of(self.model, ids)).float()
+
+    def logits_in_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """See `Engine`."""
-        out: Tensor = self.model.head(self.hidden(ids)).float()
-        return out
+        return head_in_parts(self.model, hidden_of(self.model, ids))
 
-    @torch.inference_mode()
     def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """See `Engine`. The logits exist for 256 positions at a time."""
-        hidden = self.hidden(ids)[:-1]
-        labels = torch.tensor(ids[1:], device=hidden.device)
-        parts = []
-        for rows, picked in zip(hidden.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True):
-            logprobs = torch.log_softmax(self.model.head(rows), 1, dtype=torch.float32)
-            parts.append(logprobs.gather(1, picked[:, None])[:, 0])
-        return torch.cat(parts)
+        """See `Engine`."""
+        return model_logprobs(self.model, ids)
 
-    def hidden(self, ids: Sequence[int]) -> Tensor:
-        """Hidden states (T, C) of T ids."""
-        tokens = torch.tensor([list(ids)], device=self.model.head_weight.device)
-        hidden: Tensor = self.model(tokens)[0]
-        return hidden
+
+def device_of(model: Decoder) -> torch.device:
+    """Device of a model whose weights are on one."""
+    return next(model.parameters()).device
+
+
+@torch.inference_mode()
+def hidden_of(model: Decoder, ids: Sequence[int]) -> Tensor:
+    """Hidden states (T, C) of T ids."""
+    tokens = torch.tensor([list(ids)], device=device_of(model))
+    hidden: Tensor = model(tokens)[0]
+    return hidden
+
+
+def head_in_parts(model: Decoder, hidden: Tensor, rows: int = HEAD_ROWS) -> Iterator[Tensor]:
+    """Logits (rows, V) float32 of hidden states (T, C), some rows at a time."""
+    for part in hidden.split(rows):
+        with torch.inference_mode():
+            logits = model.head(part).float()
+        yield logits
+
+
+def model_logprobs(model: Decoder, ids: Sequence[int], rows: int = HEAD_ROWS) -> Tensor:
+    """Log-probability of each token but the first: T ids -> (T - 1,) float32, in nats.
+
+    The head is not computed for the last token, whose successor is not in the text.
+    """
+    return logprobs_of(head_in_parts(model, hidden_of(model, ids)[:-1], rows), ids)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` means.
+
+    Raises  ConfigError if the machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; choose one of auto, cpu, cuda") from None
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"device {name!r} does not exist: this machine has {count} GPUs; use cpu")
+    return device

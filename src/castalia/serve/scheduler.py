@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from castalia.inference.batching import Admission, Batcher
-from castalia.inference.decoding import FinishReason, Row
+from castalia.inference.decoding import Continuation, FinishReason
 from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling
 
@@ -72,7 +72,7 @@ class StreamEvent:
 class ServedText:
     """One text of a request, waiting or running. `emit` is called on the scheduler's thread."""
 
-    row: Row
+    row: Continuation
     sampling: Sampling
     emit: Callable[[StreamEvent], None]
     vocab_size: int
@@ -225,7 +225,7 @@ class Scheduler:
     def abandon(self, texts: list[ServedText]) -> None:
         """Free the slots of failed texts."""
         rows = {id(text.row) for text in texts}
-        slots = [slot for slot, running in self.batcher.running.items() if id(running.row) in rows]
+        slots = [slot for slot, running in self.batcher.running.items() if id(running.text) in rows]
         for slot in slots:
             del self.batcher.running[slot]
             self.running.pop(slot, None)
@@ -248,7 +248,7 @@ class Scheduler:
             sampling = replace(text.sampling, seed=None)
             admissions.append(Admission(text.row, sampling, generator, text.record))
         outputs = self.batcher.admit(admissions)
-        slot_of_row = {id(running.row): slot for slot, running in self.batcher.running.items()}
+        slot_of_row = {id(running.text): slot for slot, running in self.batcher.running.items()}
         for text, output in zip(texts, outputs, strict=True):
             slot = slot_of_row.get(id(text.row))
             if slot is not None:  # otherwise its first token ended it

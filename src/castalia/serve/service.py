@@ -164,7 +164,7 @@ class Service:
             for _ in range(n):
                 index = len(texts)
                 # A row needs room for one token, even if max_tokens=0 only scores the prompt.
-                row = model.row(ids, max(1, max_tokens), body.stops)
+                row = model.continuation(ids, max(1, max_tokens), body.stops)
                 if body.ignore_eos:
                     row.eod_id = None
                 text = ServedText(

@@ -1,70 +1,74 @@
-"""The native engine: quantized weights, a static KV cache of slots, compiled steps where a compiler is there."""
+"""The native engine: quantized weights, a static cache of slots, and steps compiled for the machine's processor.
+
+Two implementations run the weights. The compiled step of step.cpp is used where a C++ compiler exists and reads the
+storage. Everywhere else the PyTorch decoder runs, with linear layers that compute on packed weights; see decoder.py.
+"""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from castalia.checkpoint.saved_model import SavedModel
 from castalia.inference.engine import HEAD_ROWS, Engine, Slots
+from castalia.inference.exported import ExportFolder
+from castalia.inference.implements import NEOX
 from castalia.inference.native.compiled import library
-from castalia.inference.native.forward import TorchForward
+from castalia.inference.native.decoder import PackedDecoder, bf16_decoder, kernel_decoder
 from castalia.inference.native.fused import FusedForward
 from castalia.inference.native.kernels import is_fused
-from castalia.inference.native.scoring import Scorer
+from castalia.inference.native.packing import STORAGES
 from castalia.inference.native.tuning import chosen
-from castalia.inference.native.weights import Weights
+from castalia.inference.native.weights import PackedWeights, load_weights, packed_weights
+from castalia.inference.torch_engine import (
+    head_in_parts,
+    hidden_of,
+    model_logprobs,
+    model_slots,
+)
 
 ROWS_AT_ONCE = 256
-"""Tokens of prompts in one pass: enough for full speed, and little memory."""
+"""Tokens of prompts in one pass: enough for full speed of the products, and little memory."""
+QUANTIZED = ("int8", "int4")
 
 
 class NativeSlots(Slots):
-    """Sequences in the engine's static cache; the rows of one pass may belong to any of them."""
+    """Sequences in the compiled step's cache; the tokens of one pass may belong to any of them."""
 
-    def __init__(self, forward: Any, count: int, length: int) -> None:
+    def __init__(self, forward: FusedForward, count: int, length: int) -> None:
         super().__init__(count, length)
         self.forward = forward
         self.cache = forward.new_cache(count, length)
 
     def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """See `Slots`. The logits are overwritten by the next call."""
-        rows = [
-            (token, slot, self.lengths[slot] + i)
-            for slot, ids in zip(slots, tokens, strict=True)
-            for i, token in enumerate(ids)
-        ]
-        ends, last = [], -1
-        for ids in tokens:
-            last += len(ids)
-            ends.append(last)
+        """See `Slots`. The next call overwrites the logits."""
+        placed = []
+        ends = []
         for slot, ids in zip(slots, tokens, strict=True):
+            start = self.lengths[slot]
+            placed += [(token, slot, start + i) for i, token in enumerate(ids)]
+            ends.append(len(placed) - 1)
             self.lengths[slot] += len(ids)
-        if len(rows) <= ROWS_AT_ONCE:
-            return self.run(rows, ends)
+        if len(placed) <= ROWS_AT_ONCE:
+            return self.run(placed, ends)
         parts = []
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            part = rows[start : start + ROWS_AT_ONCE]
-            parts.append(
-                self.run(
-                    part, [end - start for end in ends if start <= end < start + len(part)]
-                ).clone()
-            )
+        for start in range(0, len(placed), ROWS_AT_ONCE):
+            part = placed[start : start + ROWS_AT_ONCE]
+            inside = [end - start for end in ends if start <= end < start + len(part)]
+            parts.append(self.run(part, inside).clone())
         return torch.cat(parts)
 
     def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
         """See `Slots`; one pass."""
         start = self.lengths[slot]
         self.lengths[slot] += len(tokens)
-        return self.run(
-            [(token, slot, start + i) for i, token in enumerate(tokens)], list(range(len(tokens)))
-        )
+        placed = [(token, slot, start + i) for i, token in enumerate(tokens)]
+        return self.run(placed, list(range(len(tokens))))
 
-    def run(self, rows: list[tuple[int, int, int]], pick: list[int]) -> Tensor:
-        """One pass."""
-        tokens, slots, positions = zip(*rows, strict=True)
-        logits: Tensor = self.forward.run(self.cache, tokens, slots, positions, pick)
-        return logits
+    def run(self, placed: list[tuple[int, int, int]], pick: list[int]) -> Tensor:
+        """One pass over (token, slot, position) each; logits of the tokens picked."""
+        tokens, slots, positions = zip(*placed, strict=True)
+        return self.forward.run(self.cache, tokens, slots, positions, pick)
 
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """See `Slots`."""
@@ -74,57 +78,87 @@ class NativeSlots(Slots):
 
 
 class NativeEngine(Engine):
-    """Weights of one storage; see the package's docstring for what each does.
+    """Weights of one storage, see packing.py.
 
-    `kernels` is auto (compiled steps, else the fastest kernels of torch), torch, or the name of one kernel. `scoring`
-    is the dtype in which texts are scored: the storage's own numbers, or bf16.
+    Takes   kernels: auto (the compiled step, else the fastest kernels of torch), torch, or the name of one kernel.
+            scoring: the dtype in which texts are scored, bf16; None scores in the storage's own arithmetic.
     """
 
     name = "native"
+    implements = NEOX
+    reads_checkpoints = True
+    export_kind = "native"
+    dtypes = ("auto", *STORAGES)
+    batching = "continuous"
+    scores = "bf16 with dtype=auto, else as it decodes"
 
-    def __init__(self, weights: Weights, kernels: str = "auto", scoring: str | None = None) -> None:
+    def __init__(
+        self, weights: PackedWeights, kernels: str = "auto", scoring: str | None = None
+    ) -> None:
         super().__init__(weights.config)
         self.weights = weights
-        self.forward: Any
-        native = library() if kernels == "auto" else None
-        self.forward = FusedForward(weights, native) if is_fused(native, weights.storage) else None
-        if self.forward is None:
-            choice = chosen(list(weights.linears.values()), weights.storage, kernels)
-            whole = native is not None and set(choice.values()) == {"compiled"}
-            self.forward = FusedForward(weights, native) if whole else TorchForward(weights, choice)
         self.scoring = scoring or weights.storage
-        self.made: Scorer | None = None
+        self.compiled = compiled_forward(weights, kernels)
+        self.decoder: PackedDecoder | None = None
+        if self.compiled is None:
+            linears = list(weights.linears.values())
+            self.decoder = kernel_decoder(weights, chosen(linears, weights.storage, kernels))
+        self.scorer: PackedDecoder | None = None
+
+    @classmethod
+    def from_checkpoint(cls, source: SavedModel, dtype: str, device: str) -> "NativeEngine":
+        """See `Engine`; the checkpoint is packed while it is read."""
+        storage = "int8" if dtype == "auto" else dtype
+        weights = packed_weights(source.tensors, source.config, storage, source.step)
+        return cls(weights, scoring="bf16" if dtype == "auto" else None)
+
+    @classmethod
+    def from_export(cls, export: ExportFolder, dtype: str | None) -> "NativeEngine":
+        """See `Engine`. Quantized weights score in bf16, unless their own arithmetic is asked for by its name."""
+        quick = dtype in (None, "auto") and export.numbers in QUANTIZED
+        return cls(load_weights(export.folder), scoring="bf16" if quick else None)
 
     @property
     def numbers(self) -> str:
         """The storage."""
         return self.weights.storage
 
-    def slots(self, count: int, length: int) -> NativeSlots:
+    def slots(self, count: int, length: int) -> Slots:
         """See `Engine`."""
-        return NativeSlots(self.forward, count, length)
+        if self.compiled is not None:
+            return NativeSlots(self.compiled, count, length)
+        assert self.decoder is not None
+        return model_slots(self.decoder, count, length, torch.float32)
 
-    def logits(self, ids: Sequence[int]) -> Tensor:
+    def logits_in_parts(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """See `Engine`; in the storage's own arithmetic, as it decodes."""
-        return torch.cat([part.clone() for part in self.read(ids)])
-
-    def read(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """Logits after each token, HEAD_ROWS at a time; each part lives until the next."""
-        cache = self.forward.new_cache(1, len(ids))
+        if self.compiled is None:
+            assert self.decoder is not None
+            yield from head_in_parts(self.decoder, hidden_of(self.decoder, ids))
+            return
+        cache = self.compiled.new_cache(1, len(ids))
         for start in range(0, len(ids), HEAD_ROWS):
             part = ids[start : start + HEAD_ROWS]
-            places = range(start, start + len(part))
-            yield self.forward.run(cache, part, [0] * len(part), places, range(len(part)))
+            positions = range(start, start + len(part))
+            yield self.compiled.run(cache, part, [0] * len(part), positions, range(len(part)))
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """See `Engine`."""
-        if self.scoring == "bf16":
-            if self.made is None:
-                self.made = Scorer(self.weights)
-            return self.made.logprobs(ids)
-        labels = torch.tensor(list(ids[1:]), dtype=torch.int64).split(HEAD_ROWS)
-        parts = [
-            logits[: len(wanted)].log_softmax(1).gather(1, wanted[:, None])[:, 0]
-            for logits, wanted in zip(self.read(ids), labels, strict=False)
-        ]
-        return torch.cat(parts) if parts else torch.empty(0)
+        if self.scoring != "bf16":
+            return super().logprobs(ids)
+        if self.scorer is None:
+            # Made for the first text that is scored: generating alone needs no second copy.
+            self.scorer = bf16_decoder(self.weights)
+        return model_logprobs(self.scorer, ids)
+
+
+def compiled_forward(weights: PackedWeights, kernels: str) -> FusedForward | None:
+    """The compiled step, where it exists and is the fastest for these weights; else None."""
+    native = library() if kernels == "auto" else None
+    if native is None:
+        return None
+    if is_fused(native, weights.storage):
+        return FusedForward(weights, native)
+    # Without an instruction for sums of bytes, torch may win some shapes. The compiled step runs all layers or none.
+    choice = chosen(list(weights.linears.values()), weights.storage, kernels)
+    return FusedForward(weights, native) if set(choice.values()) == {"compiled"} else None

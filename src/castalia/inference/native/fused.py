@@ -9,7 +9,10 @@ from torch import Tensor
 
 from castalia.inference.native.compiled import KINDS, CLinear, Long, Pointer, address, c_linear
 from castalia.inference.native.packing import PANEL
-from castalia.inference.native.weights import LINEARS, Weights, rope_angles
+from castalia.inference.native.weights import HEAD, PackedWeights, rope_angles
+
+LINEARS = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+"""Linear layers of a block in the order of `Layer` in step.cpp, which implements the NeoX block alone."""
 
 
 class CNorm(ctypes.Structure):
@@ -95,9 +98,9 @@ class FusedCache:
 class FusedForward:
     """The compiled forward pass of one decoder."""
 
-    def __init__(self, weights: Weights, native: ctypes.CDLL | None) -> None:
-        assert native is not None
-        self.weights, self.native = weights, native
+    def __init__(self, weights: PackedWeights, native: ctypes.CDLL) -> None:
+        self.weights = weights
+        self.native = native
         self.cos, self.sin = rope_angles(weights.config)
         self.layers = (CLayer * weights.config.num_layers)(
             *(self.layer(i) for i in range(weights.config.num_layers)),
@@ -130,7 +133,7 @@ class FusedForward:
             config.layernorm_epsilon,
             ctypes.addressof(self.layers),
             self.norm("norm"),
-            c_linear(w.linears["head"]),
+            c_linear(w.linears[HEAD]),
             address(self.cos),
             address(self.sin),
             address(w.embed),

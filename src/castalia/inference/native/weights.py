@@ -1,22 +1,22 @@
-"""All weights of a decoder as the native engine keeps them, and the file they are saved in.
+"""All weights of a decoder as the native engine stores them, and the file they are saved in.
 
-The file is safetensors with the packed tensors of packing.py under the names of `Decoder.state_dict()`; it is mapped
-into memory, not read: several processes share its pages, and float32 weights exist nowhere. The header is filled up
-to a multiple of 64 bytes so that every tensor begins at a cache line.
+The file is safetensors with the packed tensors of packing.py under the names of `Decoder.state_dict()`. It is mapped
+into memory, not read: several processes share its pages, and float32 weights never exist. The header is padded to a
+multiple of 64 bytes so that every tensor begins at a cache line.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from castalia.core.errors import CheckpointError
+from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import write_json
 from castalia.inference.native.packing import (
     FLOATS,
@@ -25,23 +25,56 @@ from castalia.inference.native.packing import (
     quantize_channels,
     require_storage,
 )
-from castalia.models import build_model_config
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
+from castalia.models.families import build_model_config, family_of
+from castalia.models.parts.rotary import rope_tables
 
 FORMAT = "castalia-native"
 VERSION = 1
-CONFIG_FILE, WEIGHTS_FILE = "castalia.json", "native.safetensors"
-LINEARS = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
+CONFIG_FILE = "castalia.json"
+WEIGHTS_FILE = "native.safetensors"
+HEAD = "head"
+"""Name of the output layer: unembed.weight, or embed.weight when they are tied."""
 LINE = 64
 """Bytes of a cache line."""
 
 
+class Layout(NamedTuple):
+    """The parameters of a model besides its embedding and its head, as its family declares them."""
+
+    linears: dict[str, tuple[int, int]]
+    """Name of each linear layer: (output channels, inputs)."""
+    norms: list[str]
+    """Names of the parameters of all norms; they stay in float32."""
+
+
+def layout_of(config: ModelConfig) -> Layout:
+    """The layout of a model of `config`.
+
+    Raises  ConfigError if its family declares no parts, which other engines than torch build on.
+    """
+    parts = family_of(config).parts(config)
+    if parts is None:
+        raise ConfigError(
+            f"the native engine does not know the blocks of model.family={config.family}"
+        )
+    linears = {}
+    norms = []
+    for i in range(config.num_layers):
+        for linear in parts.linears:
+            linears[f"layers.{i}.{linear.place}"] = (linear.outputs, linear.inputs)
+        norms += [f"layers.{i}.{norm.place}" for norm in parts.norms]
+    names = [f"{norm}.{kind}" for norm in [*norms, "norm"] for kind in ("weight", "bias")]
+    return Layout(linears, names)
+
+
 @dataclass(frozen=True)
-class Weights:
+class PackedWeights:
     """A decoder's weights.
 
-    `linears` holds layers.0.attn.qkv … and head, `norms` the LayerNorms under their own names in float32, `embed` the
-    rows of the input embedding: float32 or bfloat16, or int8 with a scale a row (int8 and int4).
+    `linears` holds layers.0.attn.qkv and so on, and the head; `norms` the LayerNorms under their own names in float32;
+    `embed` the rows of the input embedding in the dtype of a float storage, or in int8 with a scale for each row (int8
+    and int4).
     """
 
     config: TransformerConfig
@@ -59,51 +92,45 @@ class Weights:
 
 def packed_weights(
     tensors: Mapping[str, Tensor], config: ModelConfig, storage: str, step: int | None = None
-) -> Weights:
+) -> PackedWeights:
     """Pack the tensors of a checkpoint, one after the other.
 
-    Raises  ConfigError on an unknown storage, or a width that it cannot pack.
+    Raises  ConfigError for an unknown storage, or a width that it cannot pack.
     """
     require_storage(storage)
     config = require_transformer(config, "the native engine")
+    layout = layout_of(config)
     head = "embed.weight" if config.tie_word_embeddings else "unembed.weight"
-    linears = {"head": pack(tensors[head], None, storage)}
-    for i in range(config.num_layers):
-        for name in LINEARS:
-            place = f"layers.{i}.{name}"
-            linears[place] = pack(tensors[f"{place}.weight"], tensors.get(f"{place}.bias"), storage)
-    norms = {name: tensors[name].float().contiguous() for name in norm_names(config)}
+    linears = {HEAD: pack(tensors[head], None, storage)}
+    for name in layout.linears:
+        linears[name] = pack(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), storage)
+    norms = {name: tensors[name].float().contiguous() for name in layout.norms}
     embed, scale = packed_embedding(tensors["embed.weight"], storage)
-    return Weights(config, storage, linears, norms, embed, scale, step)
-
-
-def norm_names(config: TransformerConfig) -> list[str]:
-    """Names of all LayerNorm parameters."""
-    places = [f"layers.{i}.norm{k}" for i in range(config.num_layers) for k in (1, 2)]
-    return [f"{place}.{kind}" for place in [*places, "norm"] for kind in ("weight", "bias")]
+    return PackedWeights(config, storage, linears, norms, embed, scale, step)
 
 
 def packed_embedding(weight: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
-    """The rows that are looked up; of int4 they stay in int8, for a step reads one of them alone."""
+    """The rows that are looked up. int4 keeps them in int8: a step reads one row, so their size costs no time."""
     if storage in FLOATS:
         return weight.to(FLOATS[storage]).contiguous(), None
     return quantize_channels(weight.float())
 
 
-def named_tensors(weights: Weights) -> dict[str, Tensor]:
+def named_tensors(weights: PackedWeights) -> dict[str, Tensor]:
     """Every tensor under its name in the file."""
-    found: dict[str, Tensor | None] = {
+    named: dict[str, Tensor | None] = {
         "embed.weight": weights.embed,
         "embed.scale": weights.embed_scale,
+        **weights.norms,
     }
-    found |= weights.norms
     for name, packed in weights.linears.items():
-        parts = {"weight": packed.weight, "scale": packed.scale, "bias": packed.bias}
-        found |= {f"{name}.{kind}": tensor for kind, tensor in parts.items()}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+        named[f"{name}.weight"] = packed.weight
+        named[f"{name}.scale"] = packed.scale
+        named[f"{name}.bias"] = packed.bias
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
-def save_weights(folder: Path, weights: Weights) -> None:
+def save_weights(folder: Path, weights: PackedWeights) -> None:
     """Write castalia.json and native.safetensors into `folder`, which exists."""
     tensors = named_tensors(weights)
     sizes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -121,7 +148,7 @@ def save_weights(folder: Path, weights: Weights) -> None:
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"fill": ""})
     with open(folder / WEIGHTS_FILE, "rb") as file:
         header = int.from_bytes(file.read(8), "little") + 8
-    # The library fills the header up to 8 bytes itself; a longer word in it moves the tensors to the next cache line.
+    # The library pads the header to 8 bytes only. A longer word in it moves the tensors to the next cache line.
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"fill": " " * (-header % LINE)})
 
 
@@ -130,16 +157,13 @@ def is_native(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def load_weights(folder: Path) -> Weights:
+def load_weights(folder: Path) -> PackedWeights:
     """Map the weights of an export into memory.
 
     Raises  CheckpointError if a file is missing, truncated, of another version, or does not fit the config.
     """
     listed = read_listing(folder / CONFIG_FILE)
-    config = require_transformer(
-        build_model_config(listed["model"], str(folder / CONFIG_FILE)), "the native engine"
-    )
-    storage = listed["quantization"]
+    config = build_model_config(listed["model"], str(folder / CONFIG_FILE))
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -147,12 +171,12 @@ def load_weights(folder: Path) -> Weights:
         raise CheckpointError(
             f"cannot read {folder / WEIGHTS_FILE}: {error}; export the model again"
         ) from None
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if found != listed["tensors"]:
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != listed["tensors"]:
         raise CheckpointError(
             f"the tensors in {folder / WEIGHTS_FILE} are not those of {CONFIG_FILE}; export again"
         )
-    return assembled(config, storage, tensors, listed["step"])
+    return assembled(config, listed["quantization"], tensors, listed["step"])
 
 
 def read_listing(path: Path) -> dict[str, Any]:
@@ -177,41 +201,36 @@ def read_listing(path: Path) -> dict[str, Any]:
 
 
 def assembled(
-    config: TransformerConfig, storage: str, tensors: Mapping[str, Tensor], step: int | None
-) -> Weights:
+    config: ModelConfig, storage: str, tensors: Mapping[str, Tensor], step: int | None
+) -> PackedWeights:
     """Weights out of the tensors of a file."""
-
-    def packed(name: str, channels: int) -> Packed:
-        weight, scale, bias = (
-            tensors.get(f"{name}.{kind}") for kind in ("weight", "scale", "bias")
+    config = require_transformer(config, "the native engine")
+    layout = layout_of(config)
+    shapes = {HEAD: (config.padded_vocab_size, config.hidden_size)} | layout.linears
+    linears = {}
+    for name, (channels, inputs) in shapes.items():
+        linears[name] = Packed(
+            storage,
+            tensors[f"{name}.weight"],
+            tensors.get(f"{name}.scale"),
+            tensors.get(f"{name}.bias"),
+            channels,
+            inputs,
         )
-        assert weight is not None
-        inputs = config.ffn_size if name.endswith("mlp.down") else config.hidden_size
-        return Packed(storage, weight, scale, bias, channels, inputs)
-
-    width = config.hidden_size
-    channels = {
-        "attn.qkv": 3 * width,
-        "attn.out": width,
-        "mlp.up": config.ffn_size,
-        "mlp.down": width,
-    }
-    linears = {"head": packed("head", config.padded_vocab_size)}
-    for i in range(config.num_layers):
-        linears |= {
-            f"layers.{i}.{name}": packed(f"layers.{i}.{name}", count)
-            for name, count in channels.items()
-        }
-    norms = {name: tensors[name] for name in norm_names(config)}
-    return Weights(
-        config, storage, linears, norms, tensors["embed.weight"], tensors.get("embed.scale"), step
+    norms = {name: tensors[name] for name in layout.norms}
+    return PackedWeights(
+        config,
+        storage,
+        linears,
+        norms,
+        embed=tensors["embed.weight"],
+        embed_scale=tensors.get("embed.scale"),
+        step=step,
     )
 
 
 def rope_angles(config: TransformerConfig) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position, float32 (max_position_embeddings, rotary_dim / 2)."""
-    from castalia.models.parts.rotary import rope_tables
-
     if not config.rotary_dim:
         return torch.empty(0), torch.empty(0)
     cos, sin = rope_tables(config, torch.arange(config.max_position_embeddings)[None])

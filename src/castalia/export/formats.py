@@ -1,0 +1,199 @@
+"""Formats that a checkpoint can be exported to. A new format is a class here, or in a file of its own, and registered.
+
+Which engine of Castalia reads a format is declared by the engine (`Engine.export_kind`); a format asks that engine
+whether it computes a model before a weight is read.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from castalia.checkpoint.hf import DTYPES, hf_config, write_hf
+from castalia.checkpoint.saved_model import SavedModel
+from castalia.core.errors import ConfigError
+from castalia.core.registry import Registry
+from castalia.export.ct2 import write_ct2
+from castalia.export.ct2_file import QUANTIZATIONS as CT2_QUANTIZATIONS
+from castalia.export.gguf import BLOCK, BLOCKED, write_gguf
+from castalia.export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
+from castalia.inference.engine import Engine
+from castalia.inference.engines import engine_of_export
+from castalia.inference.exported import GGUF_FILE
+from castalia.inference.native.packing import CELLS, STORAGES
+from castalia.inference.native.weights import packed_weights, save_weights
+from castalia.models.config import ModelConfig, require_transformer
+
+
+class Format(ABC):
+    """One format: its options, the models that it can express, and its writer."""
+
+    name: ClassVar[str]
+    """The value of `--to`."""
+    program: ClassVar[str]
+    """What reads it, for the card."""
+    use: ClassVar[str]
+    """A line of Python that loads the export; {folder} is its name."""
+    option: ClassVar[str] = "quantization"
+    """The option that chooses how weights are stored, dtype or quantization."""
+    choices: ClassVar[tuple[str, ...]]
+    default: ClassVar[str]
+    needs_tokenizer: ClassVar[bool] = False
+
+    @classmethod
+    def engine(cls) -> type[Engine] | None:
+        """The engine of Castalia that reads the format; None if only other programs do."""
+        return engine_of_export(cls.name)
+
+    @classmethod
+    def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
+        """Why the format cannot hold a model of `config` with weights in `numbers`; None if it can."""
+        engine = cls.engine()
+        return None if engine is None else engine.refuses(config)
+
+    @classmethod
+    def notes(cls, config: ModelConfig) -> list[str]:
+        """Options of the model that the program computes differently."""
+        numerics = getattr(config, "rope_numerics", "fp32")
+        if numerics == "fp32":
+            return []
+        return [
+            f"rope_numerics={numerics} is not kept: the export computes rotary angles in float32"
+        ]
+
+    @classmethod
+    @abstractmethod
+    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
+        """Write the model into `folder`, which exists.
+
+        Raises  ConfigError if the format cannot hold the vocabulary; CheckpointError if tensors do not fit the config.
+        """
+
+
+EXPORTS: Registry[type[Format]] = Registry("export format")
+"""Formats by the names that `--to` takes."""
+
+
+def widths(config: ModelConfig) -> tuple[int, int]:
+    """Inputs of a transformer's matrices: the width of the residual stream, and that inside the MLP."""
+    transformer = require_transformer(config, "a packed format")
+    return transformer.hidden_size, transformer.ffn_size
+
+
+@EXPORTS.register("hf")
+class HuggingFace(Format):
+    """Safetensors and config.json for transformers."""
+
+    name = "hf"
+    program = "transformers"
+    use = 'transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
+    option = "dtype"
+    choices = tuple(DTYPES)
+    default = "fp32"
+
+    @classmethod
+    def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
+        """See `Format`; writing the config is what finds the options that transformers lacks."""
+        try:
+            hf_config(config, eod_id=None, dtype=numbers)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
+        """See `Format`."""
+        eod_id = None if source.tokenizer is None else source.tokenizer.eod_id
+        write_hf(folder, source.tensors, source.config, eod_id=eod_id, dtype=numbers)
+
+
+@EXPORTS.register("ct2")
+class CTranslate2(Format):
+    """model.bin for CTranslate2."""
+
+    name = "ct2"
+    program = "CTranslate2"
+    use = 'castalia.load("{folder}", engine="ct2")'
+    choices = CT2_QUANTIZATIONS
+    default = "int8"
+    needs_tokenizer = True
+
+    @classmethod
+    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
+        """See `Format`."""
+        assert source.tokenizer is not None
+        write_ct2(folder, source.tensors, source.config, source.tokenizer, quantization=numbers)
+
+
+@EXPORTS.register("native")
+class Native(Format):
+    """Packed weights of the native engine, which memory-maps them."""
+
+    name = "native"
+    program = "Castalia's native engine"
+    use = 'castalia.load("{folder}", engine="native")'
+    choices = STORAGES
+    default = "int8"
+
+    @classmethod
+    def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
+        """See `Format`."""
+        reason = super().refuses(config, numbers)
+        if reason is not None:
+            return reason
+        cell = CELLS[numbers]
+        width, inner = widths(config)
+        if width % cell or inner % cell:
+            return (
+                f"{numbers} packs {cell} inputs together; the model is {width} and {inner} wide;"
+                " choose another quantization"
+            )
+        return None
+
+    @classmethod
+    def notes(cls, config: ModelConfig) -> list[str]:
+        """None: the engine computes every option as the model was trained."""
+        return []
+
+    @classmethod
+    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
+        """See `Format`."""
+        packed = packed_weights(source.tensors, source.config, numbers, source.step)
+        save_weights(folder, packed)
+
+
+@EXPORTS.register("gguf")
+class Gguf(Format):
+    """model.gguf for llama.cpp."""
+
+    name = "gguf"
+    program = "llama.cpp"
+    use = 'castalia.load("{folder}", engine="llama.cpp")'
+    choices = GGUF_QUANTIZATIONS
+    default = "Q8_0"
+    needs_tokenizer = True
+
+    @classmethod
+    def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
+        """See `Format`."""
+        reason = super().refuses(config, numbers)
+        if reason is not None or numbers not in BLOCKED:
+            return reason
+        width, inner = widths(config)
+        if width % BLOCK or inner % BLOCK:
+            return (
+                f"{numbers} needs widths in multiples of {BLOCK}; the model has {width} and {inner};"
+                " choose F16"
+            )
+        return None
+
+    @classmethod
+    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
+        """See `Format`."""
+        assert source.tokenizer is not None
+        write_gguf(
+            folder / GGUF_FILE,
+            source.tensors,
+            source.config,
+            source.tokenizer,
+            quantization=numbers,
+        )

@@ -1,0 +1,73 @@
+"""Export folders: the record that every export carries, and the model that it describes."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.saved_model import TOKENIZER
+from castalia.core.errors import CheckpointError
+from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.models.config import ModelConfig
+from castalia.models.families import build_model_config
+
+RECORD = "export.json"
+"""File with the origin, the config and the file hashes of an export."""
+GGUF_FILE = "model.gguf"
+"""Name of llama.cpp's file in an export folder."""
+
+
+@dataclass(frozen=True)
+class ExportFolder:
+    """One export for an engine of Castalia."""
+
+    folder: Path
+    kind: str
+    """The value of `castalia export --to`."""
+    numbers: str
+    """dtype or quantization of the weights."""
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    step: int | None = None
+    quality: dict[str, Any] | None = None
+    """The export against float32 on held-out text; None if it was not measured."""
+
+
+def open_export(path: Path) -> ExportFolder | None:
+    """The export at `path`, a folder or its .gguf file; None if `path` is something else.
+
+    A Hugging Face folder that was exported is a checkpoint like any other, so it is None too.
+    Raises  CheckpointError if the record is damaged.
+    """
+    folder = path.parent if path.suffix == ".gguf" else path
+    # A .gguf file without a record cannot be a checkpoint, so the missing record is the error to report.
+    if not (folder / RECORD).is_file() and path.suffix != ".gguf":
+        return None
+    record = read_record(folder)
+    if record["to"] == "hf":
+        return None
+    tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
+    return ExportFolder(
+        folder=folder,
+        kind=record["to"],
+        numbers=record["numbers"],
+        config=build_model_config(record["model"], str(folder / RECORD)),
+        tokenizer=tokenizer,
+        step=record.get("step"),
+        quality=record.get("quality"),
+    )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """export.json of an export.
+
+    Raises  CheckpointError if it is missing or damaged.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        assert {"to", "numbers", "model"} <= record.keys()
+    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        raise CheckpointError(
+            f"{folder / RECORD} is not the record of an export ({error!r}); export the model again"
+        ) from None
+    return dict(record)

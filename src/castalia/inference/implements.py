@@ -1,0 +1,56 @@
+"""Which models an engine with an implementation of its own can compute, declared as data.
+
+An engine such as llama.cpp or our compiled step does not run the PyTorch modules: it computes the options that its
+authors knew. A table of those options is compared with a model's config. An option that is added to a family later
+is in no engine's table and is refused as soon as a model uses it.
+"""
+
+from collections.abc import Collection, Mapping
+
+from castalia.models.config import ModelConfig
+
+Values = Collection[object] | None
+"""Values of one option that are implemented; None means any value, for instance a size."""
+
+START: dict[str, Values] = {
+    "init_method": None,
+    "output_layer_init_method": None,
+    "init_method_std": None,
+}
+"""Options that only draw the start weights; nothing that is computed depends on them."""
+
+NEOX: dict[str, Values] = START | {
+    "family": ("neox",),
+    "num_layers": None,
+    "hidden_size": None,
+    "num_attention_heads": None,
+    "intermediate_size": None,
+    "vocab_size": None,
+    "make_vocab_size_divisible_by": None,
+    "max_position_embeddings": None,
+    "rotary_pct": None,
+    "rotary_emb_base": None,
+    "rope_numerics": ("fp32", "neox_v1_fp16"),
+    "parallel_residual": (True, False),
+    "tie_word_embeddings": (True, False),
+    "activation": ("gelu", "gelu_tanh"),
+    "attention_bias": (True, False),
+    "mlp_bias": (True, False),
+    "layernorm_epsilon": None,
+}
+"""The GPT-NeoX family, whole. Engines that lack a value replace its entry."""
+
+
+def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | None:
+    """The first option of `config` that `table` lacks, as NAME=VALUE with what is implemented; None if it has all."""
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if name not in table:
+            # An option nobody declared: its default is the computation that existed before the option did.
+            if value != field.get_default(call_default_factory=True):
+                return f"{name}={value!r}"
+            continue
+        values = table[name]
+        if values is not None and value not in values:
+            return f"{name}={value!r}, only {', '.join(map(repr, values))}"
+    return None

@@ -1,0 +1,96 @@
+"""The PyTorch decoder over packed weights: its linear layers, embedding and head are replaced, all else is the model's.
+
+Two uses. On a machine without a compiled step the layers are kernels of torch that compute on the packed numbers. To
+score whole texts they are plain products in bfloat16: scoring is bound by arithmetic, where decoding is bound by
+memory, so weights that are unpacked once are faster there.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from castalia.inference.native.kernels import Kernel, make
+from castalia.inference.native.packing import Packed, dense
+from castalia.inference.native.weights import HEAD, PackedWeights
+from castalia.models import Decoder
+
+
+class KernelLinear(nn.Module):
+    """A linear layer computed by a kernel, (..., K) float32 -> (..., N) float32."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Kernels take rows, so the leading dimensions are flattened for them."""
+        return self.kernel(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+
+
+class Bf16Linear(nn.Module):
+    """A linear layer in bfloat16, whatever the dtype of its input: (..., K) -> (..., N) bfloat16."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__()
+        self.weight = dense(packed, torch.bfloat16)
+        self.bias: Tensor | None = None
+        if packed.bias is not None:
+            self.bias = packed.bias[: packed.channels].bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product; the norms before it stay in float32, and so does the residual stream."""
+        return F.linear(x.bfloat16(), self.weight, self.bias)
+
+
+class PackedEmbedding(nn.Module):
+    """Rows of a packed embedding as float32: (...,) int64 -> (..., C)."""
+
+    def __init__(self, weights: PackedWeights) -> None:
+        super().__init__()
+        self.weight = weights.embed
+        self.scale = weights.embed_scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Rows are unpacked one by one, so that the whole table never exists in float32."""
+        rows = self.weight[tokens].float()
+        return rows if self.scale is None else rows * self.scale[tokens, None]
+
+
+class PackedDecoder(Decoder):
+    """A decoder whose linear layers are `linear(name, packed)`."""
+
+    def __init__(self, weights: PackedWeights, linear: Callable[[str, Packed], nn.Module]) -> None:
+        # The skeleton's own weights would be replaced at once; on the meta device they take no memory.
+        with torch.device("meta"):
+            super().__init__(weights.config)
+        for name, packed in weights.linears.items():
+            if name != HEAD:
+                self.set_submodule(name, linear(name, packed))
+        for name, tensor in weights.norms.items():
+            place, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            self.get_submodule(place).register_parameter(leaf, parameter)
+        self.embed = PackedEmbedding(weights)  # type: ignore[assignment]
+        self.unembed = linear(HEAD, weights.linears[HEAD])  # type: ignore[assignment]
+        self.eval()
+
+    def head(self, hidden_BTC: Tensor) -> Tensor:
+        """See `Decoder`; tied models have a packed head of their own, because embeddings are stored by rows."""
+        logits: Tensor = self.unembed(hidden_BTC)
+        return logits
+
+
+def kernel_decoder(weights: PackedWeights, kernels: Mapping[tuple[int, int], str]) -> PackedDecoder:
+    """The decoder on the kernels that were chosen for the shapes (channels, inputs) of its layers."""
+
+    def linear(name: str, packed: Packed) -> KernelLinear:
+        return KernelLinear(make(kernels[packed.channels, packed.inputs], packed))
+
+    return PackedDecoder(weights, linear)
+
+
+def bf16_decoder(weights: PackedWeights) -> PackedDecoder:
+    """The decoder with products and attention in bfloat16, out of any storage."""
+    return PackedDecoder(weights, lambda name, packed: Bf16Linear(packed))
