@@ -72,7 +72,7 @@ def test_several_steps_as_json_lines(castalia, run: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--to", "ggfu"], "no export format 'ggfu'; have: hf, ct2"),
+        (["--to", "ggfu"], "unknown export format 'ggfu'; choose one of hf, ct2"),
         (["--to", "hf", "--steps", "one"], "--steps 'one': expected step numbers"),
         (["--to", "hf", "--steps", "1", "--all"], "--all or --steps, not both"),
         (["--to", "hf", "--quantization", "int8"], "hf takes a dtype, not a quantization"),

@@ -198,7 +198,7 @@ def test_bad_prompt_files(
     [
         (["--prompt", "a", "--temperature", "-1"], "temperature must be a number >= 0"),
         (["--prompt", "a" * 64], "the prompt has 64 tokens but the model reads at most 64"),
-        (["--prompt", "a", "--dtype", "fp8"], "no dtype 'fp8'"),
+        (["--prompt", "a", "--dtype", "fp8"], "unknown dtype 'fp8'"),
         ([], "no prompt; give --prompt TEXT"),
     ],
 )
@@ -270,4 +270,4 @@ def test_every_engine_by_name(castalia, run: Path) -> None:
     plain = castalia(*words).out
     assert castalia(*words, "--engine", "native", "--dtype", "fp32").out == plain
     assert castalia(*words, "--dtype", "auto").code == 0
-    assert "no engine 'fast'" in castalia(*words, "--engine", "fast").err
+    assert "unknown engine 'fast'" in castalia(*words, "--engine", "fast").err
