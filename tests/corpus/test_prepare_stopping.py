@@ -80,7 +80,7 @@ def test_what_cannot_be_read_twice_is_refused(corpus, tmp_path):
         ):
             prepare([path], tmp_path / "out", "bytes")
     with pytest.raises(
-        DataError, match=r"names a folder, not files; put a name behind it: .*/data/corpus"
+        DataError, match=r"names a folder, expected a prefix of files, such as .*/data/corpus"
     ):
         prepare([corpus], f"{tmp_path}/data/", "bytes")
 

@@ -79,7 +79,7 @@ def test_another_tokenizer_than_the_corpus_has_finds_nothing_and_is_refused(tmp_
     corpus = jsonl(tmp_path / "c.jsonl", ["the quick brown fox"])
     prepare([corpus], tmp_path / "c", "bytes")
     with pytest.raises(
-        ConfigError, match="c was made with the tokenizer bytes, and char is another one"
+        ConfigError, match="c was made with tokenizer bytes, but char is a different one"
     ):
         contamination([str(tmp_path / "c")], [corpus], tokenizer=load_tokenizer("char"), ngram=2)
 

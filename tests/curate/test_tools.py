@@ -56,7 +56,7 @@ def prepared(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 4, 1 << 21])
 def test_merge_keeps_the_order_of_inputs(token_file, tmp_path, sequences, monkeypatch, piece):
-    monkeypatch.setattr(joining_module, "PIECE_TOKENS", piece)
+    monkeypatch.setattr(joining_module, "TOKENS_AT_A_TIME", piece)
     inputs = [
         token_file("b", [3, 0, 2]),
         sequences,
@@ -299,7 +299,7 @@ DAMAGE = {
     overlap: r"puts document 1 at byte 2, but the previous document ends at byte 8: .* overlap",
     boundaries: "doc_idx does not run from 0 to 3",
     another_record: "documents is 3, but the record says 4",
-    broken_record: r"p\.json: not the JSON record of a token file \(a list\)",
+    broken_record: r"p\.json: not the JSON record of a token file: expected an object, got list",
     no_index: r"p\.idx: no such file",
 }
 

@@ -83,5 +83,5 @@ def test_weights_that_say_nothing(weights):
 
 @pytest.mark.parametrize("weights", [[1, math.nan], [math.nan, 1], [1, math.inf], [0, 0], [2, -1]])
 def test_weights_that_are_no_shares_are_refused_with_the_config(weights):
-    with pytest.raises(ValueError, match="weights must be numbers >= 0 and not all 0"):
+    with pytest.raises(ValueError, match="weights must be finite numbers >= 0 and not all 0"):
         DataConfig(train=["a", "b"], weights=weights)

@@ -46,7 +46,7 @@ def test_sizes(token_file):
 def test_contents(token_file, sizes, first):
     before = of(token_file("a", [3, 4]))
     assert changed(before, of(token_file("a", sizes, first=first))) == [
-        "train source 0 (a): its contents differ (same sizes, other hash)"
+        "train source 0 (a): contents differ (same sizes, different hash)"
     ]
 
 
@@ -84,7 +84,7 @@ def test_a_large_file_is_sampled_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_of_a_large_index_every_size_counts(token_file, monkeypatch):
-    monkeypatch.setattr("castalia.data.fingerprint.PIECE_BYTES", 64)
+    monkeypatch.setattr("castalia.data.fingerprint.CHUNK_BYTES", 64)
     sizes = list(range(1, 101))
     whole = idx_hash(IndexedDataset(token_file("a", sizes)))
     for name, value in (("FULL_BYTES", 1000), ("BLOCK_BYTES", 16), ("BLOCKS", 5)):
@@ -100,7 +100,7 @@ def test_of_a_large_index_every_size_counts(token_file, monkeypatch):
 def test_array_hash_sees_numbers_shape_and_type(monkeypatch):
     array = np.arange(1000, dtype=np.int32)
     first = array_hash(array)
-    monkeypatch.setattr("castalia.data.fingerprint.PIECE_BYTES", 4000)
+    monkeypatch.setattr("castalia.data.fingerprint.CHUNK_BYTES", 4000)
     assert array_hash(array.copy()) == first
     others = [array[::-1], array.reshape(10, 100), array.view(np.uint32), array[:-1], array[:0]]
     assert len({first, *map(array_hash, others)}) == 6

@@ -87,7 +87,9 @@ def test_no_such_tokens(prefix, offset, length):
 
 def test_a_document_is_one_row(tmp_path):
     with (
-        pytest.raises(DataError, match=r"document 1 .*one row of tokens, got \(2, 2\)"),
+        pytest.raises(
+            DataError, match=r"document 1 .*expected tokens of shape \(n,\), got \(2, 2\)"
+        ),
         IndexedDatasetWriter(tmp_path / "x", np.int32) as writer,
     ):
         writer.add([1])
@@ -125,7 +127,7 @@ def test_a_flipped_bit_in_the_header_is_refused(prefix, bit):
 
 
 def test_of_a_very_large_file_places_are_checked_where_they_are_read(prefix, monkeypatch):
-    monkeypatch.setattr("castalia.data.indexed.AT_ONCE", 1)
+    monkeypatch.setattr("castalia.data.indexed.CHECKED_AT_OPENING", 1)
     for at, value, late in ((38, -4, False), (34 + 16, -2, True), (34 + 16, 10**9, True)):
         data = bytearray(IDX_BYTES)
         struct.pack_into("<i" if at < 50 else "<q", data, at, value)
@@ -209,7 +211,7 @@ def test_every_dtype_has_its_code(tmp_path, dtype, code):
 
 
 def test_unknown_dtype(tmp_path):
-    with pytest.raises(DataError, match="cannot hold uint64"):
+    with pytest.raises(DataError, match="cannot hold dtype uint64; choose one of uint8"):
         IndexedDatasetWriter(tmp_path / "x", np.uint64)
 
 

@@ -61,7 +61,7 @@ def test_errors(files, tmp_path):
         build_rows(DataConfig(seq_length=16, train=[tokens], labels=[labels, labels]), **SIZES)
     with IndexedDatasetWriter(tmp_path / "short", np.int32) as writer:
         writer.add([1])
-    with pytest.raises(DataError, match="does not fit"):
+    with pytest.raises(DataError, match="does not match"):
         build_rows(
             DataConfig(seq_length=16, train=[tokens], labels=[str(tmp_path / "short")]), **SIZES
         )

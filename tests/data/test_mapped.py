@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from castalia.data import DataConfig, IndexedDatasetWriter, build_rows
-from castalia.data.mapped import MappedShards, fetch, map_file, read_at_random
+from castalia.data.mapped import MappedFile, MappedShards
 from castalia.data.step_reader import StepReader
 
 PAGES = 64
@@ -17,7 +17,7 @@ PAGES = 64
 
 def resident(buffer):
     """Which pages of a mapped file are in memory."""
-    address = np.frombuffer(buffer, np.uint8).ctypes.data
+    address = buffer.view(np.uint8, len(buffer), 0).ctypes.data
     count = -(-len(buffer) // mmap.PAGESIZE)
     found = (ctypes.c_ubyte * count)()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -30,7 +30,7 @@ def forget(path):
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    buffer = map_file(path)
+    buffer = MappedFile(path)
     if resident(buffer):
         pytest.skip("this file system keeps its pages in memory")
     return buffer
@@ -53,14 +53,14 @@ def file(tmp_path):
 
 def test_just_the_pages_of_the_bytes_are_read(file):
     buffer, page = forget(file), mmap.PAGESIZE
-    read_at_random(buffer)
-    fetch(buffer, 20 * page - 1, 21 * page + 1)
+    buffer.read_at_random()
+    buffer.fetch(20 * page - 1, 21 * page + 1)
     fetched(buffer, [19, 20, 21])
-    fetch(buffer, -5, 1)
-    fetch(buffer, PAGES * page - 1, PAGES * page + 100)
+    buffer.fetch(-5, 1)
+    buffer.fetch(PAGES * page - 1, PAGES * page + 100)
     fetched(buffer, [0, 19, 20, 21, PAGES - 1])
-    fetch(buffer, 5 * page, 5 * page)
-    fetch(buffer, (PAGES + 7) * page, (PAGES + 9) * page)
+    buffer.fetch(5 * page, 5 * page)
+    buffer.fetch((PAGES + 7) * page, (PAGES + 9) * page)
     fetched(buffer, [0, 19, 20, 21, PAGES - 1])
 
 
@@ -69,10 +69,10 @@ def test_across_the_border_of_shards(file, tmp_path):
     for path in (file, tmp_path / "b"):
         forget(path)
     both, border = MappedShards([file, tmp_path / "b"]), PAGES * mmap.PAGESIZE
-    read_at_random(both)
-    fetch(both, border - 10, border + 10)
-    fetched(both.parts[0], [PAGES - 1])
-    fetched(both.parts[1], [0])
+    both.read_at_random()
+    both.fetch(border - 10, border + 10)
+    fetched(both.shards[0], [PAGES - 1])
+    fetched(both.shards[1], [0])
 
 
 def test_a_step_asks_for_its_rows_before_it_reads_them(tmp_path):
@@ -81,15 +81,14 @@ def test_a_step_asks_for_its_rows_before_it_reads_them(tmp_path):
             writer.add(np.zeros(8 * mmap.PAGESIZE, np.uint16))
     config = DataConfig(seq_length=1023, train=[str(tmp_path / "a")])
     rows = build_rows(config, seed=7, batch_size=4, steps=6, eval_every=None, eval_batches=1).train
-    rows.row_sources[0].dataset.buffer.madvise(
-        mmap.MADV_DONTNEED
-    )  # what was read to know the file again
+    # Drop the pages that were read for the fingerprint.
+    rows.row_sources[0].dataset.buffer.content.madvise(mmap.MADV_DONTNEED)
     forget(tmp_path / "a.bin")
     reader = StepReader(rows, 4, 2, 0, 1).start()
-    places = reader.located([range(4)])
-    (pieces,) = [reader.pieces_of(found) for found in places]
+    places = reader.locate([range(4)])
+    (spans_of_rows,) = [reader.look_up(rows) for rows in places]
     buffer, pages = rows.row_sources[0].dataset.buffer, set()
-    for document, start, length in (piece for made_of in pieces for piece in made_of):
+    for document, start, length in (span for spans in spans_of_rows for span in spans):
         begin = int(rows.row_sources[0].dataset.pointers[document]) + 2 * start
         pages |= set(range(begin // mmap.PAGESIZE, (begin + 2 * length - 1) // mmap.PAGESIZE + 1))
     fetched(buffer, sorted(pages))

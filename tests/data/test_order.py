@@ -78,11 +78,11 @@ def test_row_k_starts_at_token_k_times_l_of_the_stream(sizes, seq_length, rows, 
     assert order.epochs == 1 or ((order.epochs - 1) * sum(sizes) - 1) // seq_length < rows
 
 
-@pytest.mark.parametrize("piece", [1, 3, 64])
-def test_the_size_of_the_pieces_does_not_matter(monkeypatch, piece):
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_the_size_of_the_blocks_does_not_matter(monkeypatch, block):
     sizes = np.random.RandomState(3).randint(0, 40, 200)
     whole = NeoxOrder(sizes, seq_length=7, num_samples=900, seed=5).sample_idx
-    monkeypatch.setattr(order_module, "PIECE", piece)
+    monkeypatch.setattr(order_module, "BLOCK", block)
     assert (NeoxOrder(sizes, seq_length=7, num_samples=900, seed=5).sample_idx == whole).all()
 
 

@@ -14,7 +14,8 @@ from castalia.data import (
     StepLoader,
     build_rows,
 )
-from castalia.data.packing_order import PackingOrder, PaddedRows, fit, piece_rows, row_starts
+from castalia.data.packing_order import PackingOrder, fit, row_starts
+from castalia.data.packings import PaddedRows, cut_into_rows
 from castalia.data.ready_rows import write_rows
 
 L = 16
@@ -111,11 +112,12 @@ def test_neox_exact_leaves_out_documents_without_a_target(config, tmp_path, kind
     exact = config(kind, neox_exact=True)
     dataset = IndexedDataset(exact.train[0])
     documents = range(70) if split else None
-    rows = piece_rows(dataset, exact, 150, 3, documents, IndexedDataset(tmp_path / "l"), None)
+    options = {"seed": 3, "documents": documents, "labels": IndexedDataset(tmp_path / "l")}
+    rows = cut_into_rows(dataset, exact, rows=150, **options)
     assert padded(rows) == neox_rows(kind, 150, 3, True, masked, 70 if split else len(SIZES))
     assert long < 70
-    ours = piece_rows(dataset, config(kind), 0, 3, documents, IndexedDataset(tmp_path / "l"), None)
-    assert 3 in {piece.document for place in range(len(ours)) for piece in ours.documents_of(place)}
+    ours = cut_into_rows(dataset, config(kind), rows=0, **options)
+    assert 3 in {span.document for place in range(len(ours)) for span in ours.documents_of(place)}
 
 
 def until_overflow_step_by_step(sizes, room):
@@ -132,7 +134,7 @@ def until_overflow_step_by_step(sizes, room):
 @pytest.mark.parametrize("piece", [1, 3, 1000])
 @pytest.mark.parametrize("seed", range(20))
 def test_rows_begin_where_a_document_does_not_fit(monkeypatch, piece, seed):
-    monkeypatch.setattr("castalia.data.packing_order.PIECE", piece)
+    monkeypatch.setattr("castalia.data.packing_order.BLOCK", piece)
     sizes = np.random.RandomState(seed).randint(0, 3 + 2 * seed, 200)
     assert row_starts(sizes, 12).tolist() == until_overflow_step_by_step(sizes.tolist(), 12)
 
@@ -231,9 +233,9 @@ def test_what_a_row_lacks_is_no_target(config, kind, planned):
 
 
 def test_errors(config, token_file, tmp_path):
-    with pytest.raises(ValueError, match="order `file` serves ready ones"):
+    with pytest.raises(ValueError, match="order `file` serves ready rows"):
         config("unpacked", order="file")
-    with pytest.raises(ValueError, match="GPT-NeoX has no packing best_fit"):
+    with pytest.raises(ValueError, match="GPT-NeoX has no best_fit packing"):
         config("best_fit", neox_exact=True)
     long = DataConfig(
         seq_length=L, train=[token_file("l", [40, 0])], packing="unpacked", allow_chopped=False

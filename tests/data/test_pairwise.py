@@ -168,19 +168,19 @@ def test_what_is_served(files):
 
 def test_errors(files, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"data\.packing packed: pairs are unpacked or pack_until_overflow"
+        ConfigError, match=r"data\.packing 'packed' does not support pairs; use unpacked"
     ):
         opened(files, "packed")
     with IndexedDatasetWriter(tmp_path / "short", np.uint16) as writer:
         writer.add([1])
     with pytest.raises(
         DataError,
-        match=r"pos_tokens has 40 documents and .*short has 1: document d of one is the pair",
+        match=r"pos_tokens has 40 documents and .*short has 1, but document d of one is the pair",
     ):
         opened(files | {"neg_tokens": str(tmp_path / "short")}, "unpacked")
-    with pytest.raises(DataError, match="does not fit"):
+    with pytest.raises(DataError, match="does not match"):
         opened(files | {"neg_labels": files["pos_labels"]}, "unpacked")
-    with pytest.raises(DataError, match="a reference is a float for each of its tokens"):
+    with pytest.raises(DataError, match="a reference needs one float for each of its tokens"):
         opened(files | {"neg_ref": files["pos_ref"]}, "unpacked")
     with pytest.raises(DataError, match="expected integers; these are not tokens"):
         opened(files | {"neg_tokens": files["neg_ref"]}, "unpacked")
@@ -208,10 +208,10 @@ def test_rewards(tmp_path, token_file, dtype):
     ):
         read_rewards(write("few", [[1], [2]]), tokens)
     with pytest.raises(
-        DataError, match=r"two: document 1 has 2 numbers, expected one reward a document"
+        DataError, match=r"two: document 1 has 2 numbers, expected one reward per document"
     ):
         read_rewards(write("two", [[1], [2, 3], [4]]), tokens)
     with pytest.raises(
-        DataError, match=r"nan: the reward of document 2 is nan, not a finite number"
+        DataError, match=r"nan: the reward of document 2 is nan, expected a finite number"
     ):
         read_rewards(write("nan", [[1], [2], [np.nan]], np.float32), tokens)

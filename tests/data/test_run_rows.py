@@ -202,7 +202,9 @@ def test_token_files_of_another_tokenizer_are_refused(tmp_path):
         build(train=[one, two])
     with pytest.raises(DataError, match="different tokenizers"):
         build(train=[one], valid=[two])
-    with pytest.raises(ConfigError, match=r"name that one with data\.tokenizer, or set it to null"):
+    with pytest.raises(
+        ConfigError, match=r"give the right one with data\.tokenizer, or set it to null"
+    ):
         build(train=[two], tokenizer="bytes")
     for tokenizer in (None, str(tmp_path / "tokenizer.json")):
         build(train=[two], tokenizer=tokenizer)

@@ -115,11 +115,11 @@ def second_set(parts):
 
 
 FAULTS = {
-    remove: r"base: 1 of 6 shards missing: base-00002-of-00005\.bin",
+    remove: r"base: 1 of 6 shards are missing: base-00002-of-00005\.bin",
     cut_off: r"base-00002-of-00005\.bin: 99 bytes, but base-00000-of-00005\.bin has 100",
     cut_off_first: r"base-00001-of-00005\.bin: 100 bytes, but base-00000-of-00005\.bin has 90",
     cut_off_last: r"base\.bin: 520 bytes, but .*base\.idx places document 7",
-    second_set: r"shards of several sets lie side by side \(-of-00005 and -of-00009\)",
+    second_set: r"found several sets of shards \(-of-00005 and -of-00009\)",
 }
 
 
@@ -235,7 +235,7 @@ def test_join_under_hashes(cut, tmp_path):
         unshard(parts, tmp_path / "bad", hashes=hashes)
     assert not (tmp_path / "bad" / "base.bin").exists()
     del hashes["base-00000-of-00005.bin"]
-    with pytest.raises(DataError, match="the list of hashes does not name it"):
+    with pytest.raises(DataError, match="not in the list of hashes"):
         unshard(parts, tmp_path / "bad", hashes=hashes)
 
 
@@ -269,7 +269,7 @@ def test_a_full_disk_keeps_what_was_written(cut, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return put(target, piece)
 
-    monkeypatch.setattr(shard_module, "put", full)
+    monkeypatch.setattr(shard_module, "write_chunk", full)
     with pytest.raises(
         CastaliaError, match=r"cannot write .*base\.bin: No space left on device; free space"
     ):

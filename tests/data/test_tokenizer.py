@@ -142,7 +142,7 @@ def test_training_twice_gives_the_same_file(trained, tmp_path):
 
 
 def test_training_on_nothing(tmp_path):
-    with pytest.raises(DataError, match="no text to train"):
+    with pytest.raises(DataError, match="all texts are empty"):
         train_tokenizer(iter(["", ""]), 300, tmp_path / "t.json")
     with pytest.raises(ConfigError, match=r"at least 258 ids .* got 200"):
         train_tokenizer(iter(CORPUS), 200, tmp_path / "t.json")

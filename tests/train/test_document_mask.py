@@ -15,7 +15,7 @@ from castalia.data import (
     StepLoader,
     build_rows,
 )
-from castalia.data.segments import DocumentMask, places_within
+from castalia.data.segments import DocumentMask, positions_within
 from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.train.losses import NextToken, Scored
@@ -51,9 +51,9 @@ def make(train, documents, tmp_path):
     return build
 
 
-def test_places_within():
+def test_positions_within():
     segments = np.array([[0, 0, 1, 1, 1, 2], [5, 5, 5, 5, 5, 5]])
-    assert places_within(segments).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+    assert positions_within(segments).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
     assert DocumentMask(9).segments(np.array([9, 1, 9, 9, 2]), []).tolist() == [0, 1, 1, 2, 3]
 
 
@@ -114,7 +114,7 @@ def test_ready_rows_go_by_ids(documents, tmp_path):
         assert (batch.labels[ended] == -100).all() and (batch.labels[~ended] >= 0).all()
         assert (batch.positions[:, 1:][ended[:, :-1]] == 0).all()
     loader.close()
-    with pytest.raises(ValueError, match="no boundaries are known"):
+    with pytest.raises(ValueError, match="the documents of ready rows are unknown"):
         DataConfig(**named, document_mask="documents")
     with pytest.raises(ConfigError, match=r"data.document_mask needs data.tokenizer"):
         build_rows(DataConfig(**(named | {"tokenizer": None}), document_mask="eod"), **sizes)

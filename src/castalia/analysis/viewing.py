@@ -14,7 +14,8 @@ from castalia.core.files import atomic_write
 from castalia.corpus.provenance import read_provenance
 from castalia.data.ready_rows import common_dtype
 from castalia.data.rows_by_source import RowsBySource
-from castalia.data.run_rows import BlendedRows, RunRows
+from castalia.data.run_rows import RunRows
+from castalia.data.served import BlendedRows
 from castalia.data.sidecar import require_tokenizer
 from castalia.data.tokenizer import Tokenizer
 

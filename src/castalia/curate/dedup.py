@@ -23,7 +23,7 @@ from castalia.data.indexed import (
     without_suffix,
 )
 from castalia.data.shards import OnBytes
-from castalia.data.sidecar import finish, refuse_inputs, tokenizer_facts
+from castalia.data.sidecar import close_with_record, refuse_inputs, tokenizer_facts
 
 KEY_BYTES = 16
 """Bytes kept of a document's SHA-256. Among 10^9 documents, two different ones share a key with
@@ -203,7 +203,7 @@ def dedup(
             "near": None if near is None else vars(near),
             "dropped": dropped,
         }
-        return finish(writer, prefix, {**facts, "dedup": summary})
+        return close_with_record(writer, prefix, {**facts, "dedup": summary})
 
 
 def require_alike(datasets: Sequence[IndexedDataset]) -> None:

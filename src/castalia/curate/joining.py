@@ -13,15 +13,14 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, several
 from castalia.corpus.provenance import REJECTS, SUFFIX, join_indexes, slice_index
 from castalia.data.indexed import (
-    PIECE_TOKENS,
+    TOKENS_AT_A_TIME,
     IndexedDataset,
     IndexedDatasetWriter,
     without_suffix,
 )
-from castalia.data.mapped import view
 from castalia.data.order import split_documents
 from castalia.data.shards import OnBytes
-from castalia.data.sidecar import finish, read_record, refuse_inputs, tokenizer_facts
+from castalia.data.sidecar import close_with_record, read_record, refuse_inputs, tokenizer_facts
 
 CHUNK_DOCUMENTS = 1 << 14
 """Documents copied at a time, at most; short ones are copied back to back in one write."""
@@ -60,7 +59,7 @@ def merge(
         writer.doc_idx = np.concatenate(boundaries)
         # Written before the record: a record promises that all files of a prefix are there.
         write_side_files(prefix, [dataset.prefix for dataset in datasets])
-        return finish(writer, prefix, {**facts, "merged": input_facts(datasets)})
+        return close_with_record(writer, prefix, {**facts, "merged": input_facts(datasets)})
 
 
 def input_facts(datasets: Sequence[IndexedDataset]) -> list[dict[str, Any]]:
@@ -193,7 +192,7 @@ def split(
             writer.doc_idx = doc_idx_within(boundaries, documents)
             slice_side_file(dataset.prefix, documents, target)
             origin = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
-            records.append(finish(writer, target, {**facts, "split_from": origin}))
+            records.append(close_with_record(writer, target, {**facts, "split_from": origin}))
     return records
 
 
@@ -230,7 +229,7 @@ def copy_documents(
 ) -> None:
     """Append documents [first, stop) to `writer`.
 
-    Documents that lie back to back are copied together, PIECE_TOKENS tokens at a time: one write
+    Documents that lie back to back are copied together, TOKENS_AT_A_TIME tokens at a time: one write
     for each document would be limited by calls, not by the disk.
     """
     width = dataset.dtype.itemsize
@@ -243,10 +242,10 @@ def copy_documents(
         expected = dataset.pointers[first] + (ends - sizes) * width
         gaps = np.flatnonzero(dataset.pointers[first : first + len(sizes)] != expected)
         contiguous = int(gaps[0]) if len(gaps) else len(sizes)
-        fitting = int(np.searchsorted(ends, PIECE_TOKENS, side="right"))
+        fitting = int(np.searchsorted(ends, TOKENS_AT_A_TIME, side="right"))
         count = max(1, min(fitting, contiguous))
-        tokens = view(
-            dataset.buffer, dataset.dtype, int(ends[count - 1]), int(dataset.pointers[first])
+        tokens = dataset.buffer.view(
+            dataset.dtype, int(ends[count - 1]), int(dataset.pointers[first])
         )
         writer.add_many(tokens, sizes[:count])
         if on_bytes:

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
-from castalia.data.shards import SHARD_BYTES, Joined, OnBytes, copy_beside, cut, find_shards, join
+from castalia.data.shards import (
+    SHARD_BYTES,
+    Joined,
+    OnBytes,
+    copy_beside,
+    cut_shards,
+    find_shards,
+    join_shards,
+)
 
 CHUNK_DOCUMENTS = 1 << 20
 """Documents whose ends are computed at a time: 8 MiB of int64."""
@@ -24,7 +32,7 @@ def shard(
     PREFIX.idx and PREFIX.json are copied along. Repeating the call keeps the shards that are
     already correct.
     Raises  DataError if the token file is damaged; ConfigError if it is sharded already; see
-            `shards.cut`.
+            `shards.cut_shards`.
     """
     dataset = IndexedDataset(prefix)
     if dataset.shards:
@@ -33,7 +41,7 @@ def shard(
             " another size, join it with `castalia data unshard` first"
         )
     base = Path(dataset.prefix).name
-    written = cut(dataset.bin_path, base, output, size, on_bytes)
+    written = cut_shards(dataset.bin_path, base, output, size, on_bytes)
     copy_neighbours(dataset.prefix, Path(output) / base)
     return written
 
@@ -51,7 +59,7 @@ def unshard(
     finished one compares the files. `hashes` maps file names to SHA-256, such as Pythia's list.
     Raises  DataError if a shard is missing or has another size or hash, or if the shards do not
             end with the last document; ConfigError if the .bin exists with other bytes; see
-            `shards.join`.
+            `shards.join_shards`.
     """
     dataset = IndexedDataset(prefix)
     shards = dataset.shards or find_shards(dataset.prefix)
@@ -67,7 +75,9 @@ def unshard(
     base = Path(dataset.prefix)
     if output is not None:
         base = Path(output) / base.name
-    joined = join(shards, base.with_name(base.name + ".bin"), hashes=hashes, on_bytes=on_bytes)
+    joined = join_shards(
+        shards, base.with_name(base.name + ".bin"), hashes=hashes, on_bytes=on_bytes
+    )
     copy_neighbours(dataset.prefix, base)
     return joined
 

@@ -17,7 +17,6 @@ from castalia.core.files import CHUNK_BYTES, several
 from castalia.corpus.provenance import NO_INDEX, SUFFIX, index_fault
 from castalia.curate.joining import boundaries_fit
 from castalia.data.indexed import IndexedDataset, without_suffix
-from castalia.data.mapped import view
 from castalia.data.shards import SHARD_BYTES, SHARD_NAME, OnBytes, base_of, hash_span
 from castalia.data.sidecar import read_record
 
@@ -178,7 +177,7 @@ def vocabulary_fault(dataset: IndexedDataset, vocab_size: int) -> str | None:
     width = dataset.dtype.itemsize
     total = len(dataset.buffer) // width
     for start in range(0, total, CHUNK):
-        tokens = view(dataset.buffer, dataset.dtype, min(CHUNK, total - start), start * width)
+        tokens = dataset.buffer.view(dataset.dtype, min(CHUNK, total - start), start * width)
         lowest = int(tokens.min())
         highest = int(tokens.max())
         if lowest < 0 or highest >= vocab_size:

@@ -1,25 +1,29 @@
-"""Tokens to batches: token files, tokenizers, GPT-NeoX's sample order, packing and the loader.
+"""From tokens to batches: token files, tokenizers, GPT-NeoX's sample order, packing and the loader.
 
-What needs torch or the config is imported on first use: processes that only prepare text need neither.
+Names that need torch or the config are imported on first use, because processes that only prepare
+text need neither.
 """
 
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
-from castalia.data.labels import read_rewards
+from castalia.data.labels import IGNORED, read_rewards
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
-from castalia.data.packed import PackedDataset, Span
+from castalia.data.packed import PackedDataset
+from castalia.data.row_source import Span
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
-    from castalia.data.batch import IGNORED, Batch
+    from castalia.data.batch import Batch
     from castalia.data.blending import blend
     from castalia.data.config import DataConfig
     from castalia.data.fingerprint import changed
     from castalia.data.loader import StepLoader
     from castalia.data.pairwise import PairwiseDataset
-    from castalia.data.run_rows import BlendedRows, RunRows, build_rows, check_vocab
+    from castalia.data.run_rows import RunRows, build_rows
+    from castalia.data.served import BlendedRows
+    from castalia.data.vocabulary import check_vocab
 
 __all__ = [
     "IGNORED",
@@ -46,14 +50,18 @@ __all__ = [
     "train_tokenizer",
     "weight_by_num_documents",
 ]
-HEAVY = {
-    "IGNORED": "batch",
+LAZY = {
     "Batch": "batch",
-    "StepLoader": "loader",
+    "BlendedRows": "served",
     "DataConfig": "config",
+    "PairwiseDataset": "pairwise",
+    "RunRows": "run_rows",
+    "StepLoader": "loader",
     "blend": "blending",
+    "build_rows": "run_rows",
+    "changed": "fingerprint",
+    "check_vocab": "vocabulary",
 }
-HEAVY |= {"changed": "fingerprint", "PairwiseDataset": "pairwise"}
-HEAVY |= dict.fromkeys(("BlendedRows", "RunRows", "build_rows", "check_vocab"), "run_rows")
-"""Public names whose module imports torch or pydantic."""
-__getattr__ = lazy(__name__, HEAVY)
+"""Public name -> the module that has it, for modules that import torch or pydantic, or are seldom
+needed."""
+__getattr__ = lazy(__name__, LAZY)

@@ -1,4 +1,5 @@
-"""What the data of a run are: sizes, content hashes and order settings; kept with every checkpoint."""
+"""The fingerprint of a run's data: sizes, content hashes and settings of the order. Every
+checkpoint holds it."""
 
 import hashlib
 import json
@@ -13,15 +14,17 @@ from numpy.typing import NDArray
 
 from castalia.core.files import sha256_of
 from castalia.data.indexed import IndexedDataset
-from castalia.data.mapped import Buffer, map_file
+from castalia.data.mapped import Buffer, MappedFile
 
 FULL_BYTES = 64 << 20
 """A .bin or .idx up to this size is hashed whole."""
 BLOCK_BYTES = 1 << 20
 BLOCKS = 64
-"""Of a larger one, so many blocks of 1 MiB, evenly spaced, the first and the last among them."""
-PIECE_BYTES = 16 << 20
-"""What one core hashes at a time."""
+"""Number of blocks hashed of a larger file, evenly spaced, the first and the last included."""
+CHUNK_BYTES = 16 << 20
+"""Bytes that one thread hashes at a time. Part of the definition of `array_hash`."""
+THREADS = 8
+"""Most threads that hash at once."""
 
 
 def fingerprint(
@@ -30,10 +33,10 @@ def fingerprint(
     *,
     order: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """A JSON dict that two runs share when they serve the same rows in the same order.
+    """A JSON dict that is equal for two runs that serve the same rows in the same order.
 
-    `order` holds the settings that decide the order (seed, seq_length, split, weights, epochs, batch_size …). Paths
-    are not compared by `changed`; file names only serve its sentences.
+    `order` holds the settings that decide the order: seed, seq_length, split, weights, epochs,
+    batch_size and so on. Paths do not enter; `changed` uses the file names in its sentences only.
     """
     return {
         "version": 1,
@@ -45,7 +48,7 @@ def fingerprint(
 
 def contents(dataset: IndexedDataset) -> dict[str, Any]:
     """Sizes and hashes of one token file."""
-    how, digest = bin_hash(dataset.buffer)
+    rule, digest = bin_hash(dataset.buffer)
     return {
         "name": Path(dataset.prefix).name,
         "documents": len(dataset),
@@ -53,71 +56,84 @@ def contents(dataset: IndexedDataset) -> dict[str, Any]:
         "dtype": dataset.dtype.name,
         "idx_sha256": idx_hash(dataset),
         "bin_bytes": len(dataset.buffer),
-        "bin_hashed": how,
+        "bin_hashed": rule,
         "bin_sha256": digest,
     }
 
 
 def idx_hash(dataset: IndexedDataset) -> str:
-    """Hex SHA-256 of an .idx; of a large one, of all its sizes and of blocks of it, for its places follow from them."""
+    """Hex SHA-256 of an .idx. A large one is hashed by all its sizes and some blocks: its places
+    follow from them."""
     if dataset.idx_path.stat().st_size <= FULL_BYTES:
         return sha256_of(dataset.idx_path)
-    return hashlib.sha256(
-        (array_hash(dataset.sizes) + bin_hash(dataset.idx_path)[1]).encode()
-    ).hexdigest()
+    blocks = bin_hash(dataset.idx_path)[1]
+    return hashlib.sha256((array_hash(dataset.sizes) + blocks).encode()).hexdigest()
 
 
 def array_hash(array: NDArray[Any]) -> str:
-    """Hex SHA-256 of dtype, shape and the SHA-256 of each piece of the numbers; all cores work on it.
+    """Hex SHA-256 of dtype, shape and the SHA-256 of each chunk of the numbers, computed on several
+    cores.
 
-    Time    about 0.5 s a GB and core.
+    Time    about 0.5 s per GB and core.
     """
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    pieces = (flat[start : start + PIECE_BYTES] for start in range(0, len(flat), PIECE_BYTES))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(lambda piece: hashlib.sha256(piece).hexdigest(), pieces))
+    chunks = (flat[start : start + CHUNK_BYTES] for start in range(0, len(flat), CHUNK_BYTES))
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(lambda chunk: hashlib.sha256(chunk).hexdigest(), chunks))
     return hashlib.sha256(json.dumps([array.dtype.str, array.shape, hashes]).encode()).hexdigest()
 
 
 def bin_hash(source: Path | Buffer) -> tuple[str, str]:
-    """How a .bin is hashed, and its hex SHA-256 under that rule; shards give what the whole file gives."""
-    data = map_file(source) if isinstance(source, Path) else source
+    """The rule by which a .bin is hashed, and its hex SHA-256 under it. Shards give the hash of the
+    whole file."""
+    data = MappedFile(source) if isinstance(source, Path) else source
     size = len(data)
     if size <= FULL_BYTES:
-        how, starts = "whole", list(range(0, size, BLOCK_BYTES))
+        rule = "whole"
+        starts = list(range(0, size, BLOCK_BYTES))
     else:
-        how = f"{BLOCKS} evenly spaced blocks of {BLOCK_BYTES} bytes"
+        rule = f"{BLOCKS} evenly spaced blocks of {BLOCK_BYTES} bytes"
         starts = [(size - BLOCK_BYTES) * i // (BLOCKS - 1) for i in range(BLOCKS)]
     digest = hashlib.sha256()
     for start in starts:
         digest.update(data[start : start + BLOCK_BYTES])
-    return how, digest.hexdigest()
+    return rule, digest.hexdigest()
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One sentence for each difference that changes the rows or their order; empty if there is none."""
+    """One sentence for each difference that changes the rows or their order; empty without
+    differences."""
     sentences = []
     for role in ("train", "valid"):
-        before, after = old.get(role, []), new.get(role, [])
-        if len(before) != len(after):
-            sentences.append(f"{role}: {len(before)} sources before, {len(after)} now")
+        sources = old.get(role, [])
+        now = new.get(role, [])
+        if len(sources) != len(now):
+            sentences.append(f"{role}: {len(sources)} sources before, {len(now)} now")
             continue
-        for i, (a, b) in enumerate(zip(before, after, strict=True)):
-            sentences += source_changes(f"{role} source {i} ({b.get('name')})", a, b)
-    before, after = old.get("order", {}), new.get("order", {})
-    for key in [*before, *(key for key in after if key not in before)]:
-        if before.get(key) != after.get(key):
-            why = " passes over the data (train.steps decides)" if key == "epochs" else ""
-            sentences.append(f"order: {key} was {before.get(key)}, is {after.get(key)}{why}")
-    return sentences
+        for number, (before, after) in enumerate(zip(sources, now, strict=True)):
+            label = f"{role} source {number} ({after.get('name')})"
+            sentences += source_changes(label, before, after)
+    return sentences + order_changes(old.get("order", {}), new.get("order", {}))
 
 
 def source_changes(label: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two descriptions of one source: its sizes, or else its contents."""
+    """The differences between two descriptions of one source: its sizes, or else its contents."""
     sizes = [key for key in ("documents", "tokens", "dtype") if old.get(key) != new.get(key)]
     if sizes:
+        # Other sizes mean other hashes, so these add nothing.
         return [f"{label}: {key} was {old.get(key)}, is {new.get(key)}" for key in sizes]
     hashes = ("idx_sha256", "bin_bytes", "bin_hashed", "bin_sha256")
     if any(old.get(key) != new.get(key) for key in hashes):
-        return [f"{label}: its contents differ (same sizes, other hash)"]
+        return [f"{label}: contents differ (same sizes, different hash)"]
     return []
+
+
+def order_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The differences between the settings of two orders."""
+    sentences = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        if old.get(key) == new.get(key):
+            continue
+        note = " passes over the data (train.steps decides)" if key == "epochs" else ""
+        sentences.append(f"order: {key} was {old.get(key)}, is {new.get(key)}{note}")
+    return sentences

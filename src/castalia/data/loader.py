@@ -1,4 +1,5 @@
-"""Batches, read ahead in a thread or in processes; the same for any number of either."""
+"""Batches of the steps, read ahead in a thread or in worker processes. Their number does not change
+a batch."""
 
 import itertools
 import queue
@@ -14,12 +15,13 @@ import torch
 
 from castalia.core.errors import DataError
 from castalia.core.workers import WorkerPool
-from castalia.data.batch import IGNORED, Batch
-from castalia.data.rows_by_source import RowPlaces, RowsBySource
-from castalia.data.run_rows import BlendedRows
-from castalia.data.segments import DocumentMask, places_within
+from castalia.data.batch import Batch
+from castalia.data.labels import IGNORED
+from castalia.data.rows_by_source import RowPlaces
+from castalia.data.segments import DocumentMask, positions_within
+from castalia.data.served import ServedRows
 from castalia.data.step_reader import (
-    PADDING,
+    PADDING_ROW,
     MicroRows,
     StepReader,
     check_batch,
@@ -28,36 +30,44 @@ from castalia.data.step_reader import (
 )
 
 AHEAD = 1
-"""Steps that wait, read, while the next one is being read."""
+"""Steps that are ready and waiting while the next one is being read."""
+POLL_SECONDS = 0.05
+"""How often the reading thread checks whether it must stop, while the queue is full."""
 Steps = Generator[list[MicroRows], None, None]
-Task = tuple[int, Sequence[RowPlaces] | None]
-"""A step, and the rows of this rank's micro-batches where a plan says which."""
+ReadTask = tuple[int, Sequence[RowPlaces] | None]
+"""A step and, if a plan chooses them, the rows of each of this rank's micro-batches."""
 RowLookup = Callable[[int, int], RowPlaces]
-"""Rows of the places from the first number to the second of one step's batch."""
+"""The plan of one step: the rows at places [first, second) of its batch."""
 
 
 class StepLoader:
-    """Iterating gives, for step start_step, start_step + 1, … without end, this rank's micro-batches of the step.
+    """Iterate over this rank's micro-batches of step start_step, start_step + 1 and so on, without
+    end.
 
-    Step t uses places [t·B, (t+1)·B) of `rows`, B = batch_size; see `StepReader` for the share of a rank.
-    `micro_batch_size` None is the rank's whole share B / world. `uneven` takes a batch that does not divide, in shares
-    that differ by one row at most.
+    Step t uses places [t·B, (t+1)·B) of `rows`, B = batch_size; `StepReader` defines the share of a
+    rank.
 
-    `plans` gives, step by step, which rows of `RowsBySource` the batch is made of, or None while the next step may not
-    be planned yet: it is asked again when a step is taken. Where it ends, the loader ends.
+    micro_batch_size  rows; None means the rank's whole share B / world.
+    uneven            accepts a batch that is not divisible, in shares that differ by at most one
+                      row.
+    plans             step by step, which rows of `RowsBySource` make up the batch, or None while
+                      the next step cannot be planned yet: it is asked again when a step is taken.
+                      The loader ends where `plans` ends.
+    vocab_size        checks every id.
+    eod_id            excludes the target after each end-of-document token of a row, GPT-NeoX's
+                      eod_mask_loss.
+    mask              gives every document of a row its own segments and positions, and excludes the
+                      target that is the next document's first token.
+    workers           0 reads ahead in a thread; more are processes, each with its own copy of the
+                      order's index. The batches are the same for any number.
 
-    `vocab_size` checks every id. `eod_id` leaves out of the loss the target after each end-of-document token in the
-    row (GPT-NeoX's eod_mask_loss). `mask` gives every document of a row segments and positions of its own, and leaves
-    out of the loss the target that is the next document's first token. `workers` 0 reads ahead in a thread; more are
-    processes, each with its own copy of the order's index. The batches are the same for any number.
-
-    Raises  ConfigError if batch_size does not divide and is not `uneven`; DataError, where the batch is taken, for an
-            id that is not in the vocabulary.
+    Raises  ConfigError if batch_size is not divisible and not `uneven`; DataError, when the batch
+            is taken, for an id outside the vocabulary.
     """
 
     def __init__(
         self,
-        rows: BlendedRows | RowsBySource,
+        rows: ServedRows,
         *,
         batch_size: int,
         micro_batch_size: int | None = None,
@@ -71,14 +81,16 @@ class StepLoader:
         uneven: bool = False,
         mask: DocumentMask | None = None,
     ) -> None:
-        micro = micro_batch_size or -(-batch_size // dp_world)
         if not uneven:
             check_batch(batch_size, micro_batch_size or max(batch_size // dp_world, 1), dp_world)
         assert 0 <= dp_rank < dp_world, (dp_rank, dp_world)
-        self.reader = StepReader(
-            rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask
-        ).start()
-        self.start_step, self.eod_id, self.workers, self.plans = start_step, eod_id, workers, plans
+        micro = micro_batch_size or -(-batch_size // dp_world)
+        reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask)
+        self.reader = reader.start()
+        self.start_step = start_step
+        self.eod_id = eod_id
+        self.workers = workers
+        self.plans = plans
 
     @property
     def micro_steps(self) -> int:
@@ -89,73 +101,88 @@ class StepLoader:
         if self.workers:
             steps = read_in_processes(self.reader, self.tasks(), self.workers)
         elif self.plans is not None:
-            steps = in_order(
-                ThreadPoolExecutor(1, "data"), self.reader.read, self.tasks(), 1 + AHEAD
-            )
+            # One thread reads ahead. Plans are drawn by the thread that takes the steps, which
+            # knows the losses.
+            pool = ThreadPoolExecutor(1, "data")
+            steps = in_order(pool, self.reader.read, self.tasks(), 1 + AHEAD)
         else:
             steps = read_in_thread(self.reader, self.start_step)
         with closing(steps):
             for step in steps:
-                yield [as_batch(found, self.eod_id) for found in step]
+                yield [as_batch(micro_rows, self.eod_id) for micro_rows in step]
 
-    def tasks(self) -> Iterator[Task | None]:
-        """What is to be read, in order; None where the next step is not planned yet."""
+    def tasks(self) -> Iterator[ReadTask | None]:
+        """The steps to read, in order; None while the next one is not planned yet."""
         if self.plans is None:
-            yield from ((step, None) for step in itertools.count(self.start_step))
+            for step in itertools.count(self.start_step):
+                yield step, None
             return
-        step, shares = self.start_step, self.reader.shares
+        step = self.start_step
+        shares = self.reader.shares
         for plan in self.plans:
-            yield (
-                None
-                if plan is None
-                else (step, [plan(share.start, share.stop) for share in shares])
-            )
-            step += plan is not None
+            if plan is None:
+                yield None
+                continue
+            yield step, [plan(share.start, share.stop) for share in shares]
+            step += 1
 
 
-def as_batch(found: MicroRows, eod_id: int | None) -> Batch:
-    """Rows as tokens and the labels that follow them; no label after `eod_id`."""
-    rows = torch.from_numpy(found.rows)
-    tokens, labels = (
-        rows[:, :-1].contiguous(),
-        rows[:, 1:].clone(),
-    )  # of a single row, both could be one memory
-    if found.labels is not None:
-        labels = torch.from_numpy(found.labels[:, 1:].copy())
+def as_batch(micro_rows: MicroRows, eod_id: int | None) -> Batch:
+    """Rows as tokens and labels: the label of a token is the token after it, unless it does not
+    count."""
+    rows = torch.from_numpy(micro_rows.rows)
+    tokens = rows[:, :-1].contiguous()
+    # A clone, not `contiguous`: of a single row, tokens and labels would share memory.
+    labels = rows[:, 1:].clone()
+    if micro_rows.labels is not None:
+        labels = torch.from_numpy(micro_rows.labels[:, 1:].copy())
     if eod_id is not None:
         labels[tokens == eod_id] = IGNORED
-    labels[torch.from_numpy(found.index) == PADDING] = IGNORED
-    if found.filled is not None:
-        labels[torch.arange(1, rows.shape[1]) >= torch.from_numpy(found.filled)[:, None]] = IGNORED
-    batch = Batch(tokens, labels, torch.from_numpy(found.source), torch.from_numpy(found.index))
-    if found.segments is None:
+    index = torch.from_numpy(micro_rows.index)
+    labels[index == PADDING_ROW] = IGNORED
+    if micro_rows.filled is not None:
+        filled = torch.from_numpy(micro_rows.filled)[:, None]
+        labels[torch.arange(1, rows.shape[1]) >= filled] = IGNORED
+    batch = Batch(tokens, labels, torch.from_numpy(micro_rows.source), index)
+    if micro_rows.segments is None:
         return batch
-    own = found.segments[:, :-1]
-    labels[torch.from_numpy(found.segments[:, 1:] != own)] = IGNORED
-    segments, positions = torch.from_numpy(own).contiguous(), torch.from_numpy(places_within(own))
-    return replace(batch, segments=segments, positions=positions)
+    segments = micro_rows.segments[:, :-1]
+    # The target belongs to the next document.
+    labels[torch.from_numpy(micro_rows.segments[:, 1:] != segments)] = IGNORED
+    return replace(
+        batch,
+        segments=torch.from_numpy(segments).contiguous(),
+        positions=torch.from_numpy(positions_within(segments)),
+    )
 
 
-def read_in_processes(reader: StepReader, tasks: Iterator[Task | None], workers: int) -> Steps:
-    """Steps in the order of `tasks`, each read by one of `workers` processes; closing the iterator ends them."""
+def read_in_processes(reader: StepReader, tasks: Iterator[ReadTask | None], workers: int) -> Steps:
+    """Steps in the order of `tasks`, each read by one of `workers` processes; closing the iterator
+    ends them."""
     pool = WorkerPool(workers, start_worker, reader)
     try:
         yield from in_order(pool, read_in_worker, tasks, workers + AHEAD)
     except BrokenProcessPool as error:
-        why = (
-            pool.why_none_began
-            or f"a process that reads data ended ({error}); set data.workers lower, or 0"
+        reason = (
+            f"a data worker process died ({error}); set data.workers to a smaller number, or to 0"
         )
-        raise DataError(why) from error
+        raise DataError(pool.why_none_began or reason) from error
 
 
 def in_order(
-    pool: Executor, read: Callable[..., list[MicroRows]], tasks: Iterator[Task | None], most: int
+    pool: Executor,
+    read: Callable[..., list[MicroRows]],
+    tasks: Iterator[ReadTask | None],
+    most: int,
 ) -> Steps:
-    """What `read` makes of each task, up to `most` of them under way; ends with `tasks`, and then ends the pool."""
+    """The results of `read` for each task, in order, with up to `most` tasks in progress.
+
+    It ends with `tasks`, and shuts the pool down then.
+    """
     waiting: deque[Future[list[MicroRows]]] = deque()
     try:
         while True:
+            # A task of None means that the next step needs the results of this one: stop asking.
             while len(waiting) < most and (task := next(tasks, None)) is not None:
                 waiting.append(pool.submit(read, *task))
             if not waiting:
@@ -184,16 +211,23 @@ def read_in_thread(reader: StepReader, start: int) -> Steps:
         thread.join()
 
 
-def fill(reader: StepReader, start: int, ready: queue.Queue, stopped: threading.Event) -> None:
-    """The thread: fill `ready` until `stopped`; an error is handed over in place of a step."""
+def fill(
+    reader: StepReader,
+    start: int,
+    ready: queue.Queue[list[MicroRows] | BaseException],
+    stopped: threading.Event,
+) -> None:
+    """The thread: fill `ready` until `stopped`. An error takes the place of its step and ends the
+    thread."""
     for step in itertools.count(start):
+        item: list[MicroRows] | BaseException
         try:
-            item: list[MicroRows] | BaseException = reader.read(step)
+            item = reader.read(step)
         except BaseException as error:
             item = error
         while not stopped.is_set():
             try:
-                ready.put(item, timeout=0.05)
+                ready.put(item, timeout=POLL_SECONDS)
                 break
             except queue.Full:
                 continue

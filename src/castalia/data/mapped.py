@@ -1,4 +1,4 @@
-"""Bytes on disk, memory-mapped: one file, or the shards of one cut anywhere, read as if they were whole."""
+"""Memory-mapped bytes: one file, or several files read as if they were one."""
 
 import errno
 import mmap
@@ -6,7 +6,7 @@ import os
 import resource
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -14,17 +14,84 @@ from numpy.typing import DTypeLike, NDArray
 from castalia.core.errors import DataError
 
 
-class MappedShards:
-    """The bytes of several files as one buffer, mapped read-only; nothing is joined on disk.
+class Buffer(Protocol):
+    """Read-only bytes on disk. `len` is their number; a slice with step 1 is a copy of them."""
 
-    `len` is the sum of their bytes, a slice (step 1) is a copy as `bytes`.
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, places: slice) -> bytes: ...
+
+    def view(self, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
+        """`count` numbers of `dtype` from byte `offset` on, (count,), read-only."""
+
+    def read_at_random(self) -> None:
+        """Turn read-ahead off, for reads of a few KB in random order."""
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Start reading bytes [start, stop) from disk in the background; bytes past either end are
+        ignored."""
+
+
+class MappedFile:
+    """The bytes of one file, mapped read-only.
+
+    Raises  DataError if the file is missing or unreadable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.content = map_file(path)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def __getitem__(self, places: slice) -> bytes:
+        return self.content[places]
+
+    def view(self, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
+        """`count` numbers of `dtype` from byte `offset` on, without a copy."""
+        if not count:  # numpy refuses an empty view at the end of a buffer
+            return np.empty(0, dtype)
+        return np.frombuffer(self.content, dtype, count, offset)
+
+    def read_at_random(self) -> None:
+        """Turn read-ahead off. On some machines the kernel otherwise reads 8 MB for each row of 4
+        KB."""
+        if isinstance(self.content, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
+            self.content.madvise(mmap.MADV_RANDOM)
+
+    def fetch(self, start: int, stop: int) -> None:
+        """Start reading bytes [start, stop) in the background.
+
+        The disk then serves many such spans at once. Without it every page is requested only when
+        the reader touches it, and the reader waits for each in turn.
+        """
+        start = max(start, 0)
+        stop = min(stop, len(self.content))
+        if start >= stop or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        if isinstance(self.content, mmap.mmap):
+            first = start - start % mmap.PAGESIZE  # madvise needs the beginning of a page
+            self.content.madvise(mmap.MADV_WILLNEED, first, stop - first)
+
+
+class ShardSpan(NamedTuple):
+    """Bytes [start, stop) of shard number `shard`."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+class MappedShards:
+    """The bytes of several files, one after the other, mapped read-only; nothing is joined on disk.
+
+    Raises  DataError if a file is missing or unreadable.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.parts = [map_file(path) for path in paths]
-        self.starts: NDArray[np.int64] = np.cumsum(
-            [0, *(len(part) for part in self.parts)], dtype=np.int64
-        )
+        self.shards = [MappedFile(path) for path in paths]
+        lengths = [len(shard) for shard in self.shards]
+        self.starts: NDArray[np.int64] = np.cumsum([0, *lengths], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -32,98 +99,72 @@ class MappedShards:
     def __getitem__(self, places: slice) -> bytes:
         start, stop, step = places.indices(len(self))
         assert step == 1, step
-        return b"".join(self.parts[i][a:b] for i, a, b in self.stretches(start, stop))
+        spans = self.spans(start, stop)
+        return b"".join(self.shards[span.shard][span.start : span.stop] for span in spans)
 
-    def stretches(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """Bytes [start, stop) as (shard, first byte in it, end in it), in order; no empty ones."""
-        found = []
+    def spans(self, start: int, stop: int) -> list[ShardSpan]:
+        """The non-empty spans of the shards that make up bytes [start, stop), in order."""
+        spans = []
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
-            begin, end = int(self.starts[shard]), min(int(self.starts[shard + 1]), stop)
-            if start < end:
-                found.append((shard, start - begin, end - begin))
+            begin = int(self.starts[shard])
+            end = min(int(self.starts[shard + 1]), stop)
+            if start < end:  # false for an empty shard
+                spans.append(ShardSpan(shard, start - begin, end - begin))
                 start = end
             shard += 1
-        return found
+        return spans
 
     def view(self, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
-        """`count` numbers of `dtype` at byte `offset`: a view, or a read-only copy where a border lies in between."""
+        """`count` numbers of `dtype` from byte `offset` on; a copy only if they cross a shard
+        border."""
+        if not count:
+            return np.empty(0, dtype)
         size = count * np.dtype(dtype).itemsize
-        stretches = self.stretches(offset, offset + size)
-        if len(stretches) == 1:
-            shard, first, _ = stretches[0]
-            return np.frombuffer(self.parts[shard], dtype, count, first)
+        spans = self.spans(offset, offset + size)
+        if len(spans) == 1:
+            return self.shards[spans[0].shard].view(dtype, count, spans[0].start)
         return np.frombuffer(self[offset : offset + size], dtype, count)
 
+    def read_at_random(self) -> None:
+        """Turn read-ahead off in every shard."""
+        for shard in self.shards:
+            shard.read_at_random()
 
-Buffer = bytes | mmap.mmap | MappedShards
-
-
-def view(buffer: Buffer, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
-    """`count` numbers of `dtype` at byte `offset`, without a copy unless they lie across a border of shards."""
-    if not count:
-        return np.empty(0, dtype)
-    if isinstance(buffer, MappedShards):
-        return buffer.view(dtype, count, offset)
-    return np.frombuffer(buffer, dtype, count, offset)
-
-
-def read_at_random(buffer: Buffer) -> None:
-    """Tell the kernel that reads of a few KB will come in no order: it then fetches what is asked and no more.
-
-    Otherwise it reads ahead, on some machines 8 MB for each row of 4 KB.
-    """
-    for part in buffer.parts if isinstance(buffer, MappedShards) else [buffer]:
-        if isinstance(part, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
-            part.madvise(mmap.MADV_RANDOM)
-
-
-def fetch(buffer: Buffer, start: int, stop: int) -> None:
-    """Let the kernel begin to read bytes [start, stop), so that the disk works on many such stretches at once, and not
-    on one page after the other, each of which whoever reads it waits for. Bytes that are not there are left out."""
-    start, stop = max(start, 0), min(stop, len(buffer))
-    if isinstance(buffer, MappedShards):
-        for shard, begin, end in buffer.stretches(start, stop):
-            fetch(buffer.parts[shard], begin, end)
-    elif isinstance(buffer, mmap.mmap) and start < stop and hasattr(mmap, "MADV_WILLNEED"):
-        first = start - start % mmap.PAGESIZE
-        buffer.madvise(mmap.MADV_WILLNEED, first, stop - first)
+    def fetch(self, start: int, stop: int) -> None:
+        """Start reading bytes [start, stop) in the background, in each shard that they touch."""
+        for span in self.spans(max(start, 0), min(stop, len(self))):
+            self.shards[span.shard].fetch(span.start, span.stop)
 
 
 def map_file(path: Path) -> bytes | mmap.mmap:
-    """The file's bytes, mapped read-only; an empty file cannot be mapped and is empty bytes.
+    """Map a file read-only. An empty file, which cannot be mapped, is empty bytes.
 
-    Raises  DataError if it is missing or unreadable.
+    Raises  DataError if the file is missing or unreadable.
     """
     try:
-        return mapped(path)
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""
+            # The mapping keeps the file open after this block.
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx"
         ) from None
     except OSError as error:
-        if error.errno == errno.EMFILE and allow_more_files():
-            return map_file(path)
-        hint = (
-            "; `ulimit -n` sets how many files a process may have open"
-            if error.errno == errno.EMFILE
-            else ""
-        )
+        hint = ""
+        if error.errno == errno.EMFILE:
+            if allow_more_files():
+                return map_file(path)
+            hint = "; raise the limit on open files with `ulimit -n`"
         raise DataError(f"{path}: cannot be read: {error.strerror or error}{hint}") from error
 
 
-def mapped(path: Path) -> bytes | mmap.mmap:
-    """The mapping itself, which holds the file open."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return b""
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
 def allow_more_files() -> bool:
-    """Raise this process's limit on open files to the most that it may have; False if it stood there before.
+    """Raise this process's limit on open files to its maximum; False if it is there already.
 
-    Each token file takes two, and the usual limit of 1,024 is meant for programs that wait on files with `select`.
+    Each token file needs two. The usual limit of 1,024 protects programs that use `select`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == hard:

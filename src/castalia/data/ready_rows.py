@@ -1,51 +1,47 @@
-"""Token files whose items are ready rows, in the order in which steps take them: read as a source, and written.
+"""Token files whose items are ready rows, in the order in which steps take them: reading and
+writing.
 
-Pythia's preshuffled files are of this kind: item i, 2,049 tokens, is row i, and step s of a run with B rows a step
-takes items [s·B, (s+1)·B).
+Pythia's preshuffled files are of this kind. Item i, of 2,049 tokens, is row i; step s of a run with
+B rows per step takes items [s·B, (s+1)·B).
 
 Source  utils/batch_viewer.py:41-43 of EleutherAI/pythia; its README on the preshuffled data sets.
 """
 
-import operator
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data.indexed import (
-    CODES,
-    IndexedDataset,
-    IndexedDatasetWriter,
-    require_tokens,
-    without_suffix,
-)
-from castalia.data.packed import PackedDataset, Span
-from castalia.data.packing_order import PaddedRows
+from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter, without_suffix
+from castalia.data.row_source import RowSource, Span
+from castalia.data.served import ServedRows
 from castalia.data.shards import OnBytes
-from castalia.data.sidecar import finish, refuse_inputs
+from castalia.data.sidecar import close_with_record, refuse_inputs
 
 ROWS_AT_A_TIME = 256
+"""Rows written in one call: enough to hide the call, few enough to hold in memory."""
 
 
 class FileOrder:
-    """Rows as they lie in the file, from the first again after the last.
+    """Rows in the order of the file, from the first again after the last.
 
-    `epochs` is how many passes hold `num_samples` rows; `tokens_per_epoch` counts the tokens of the file;
-    `shuffle_idx` is `range`: nothing is shuffled.
-    Raises  DataError if an item is not a row of `seq_length` + 1 tokens, or there is none.
+    `epochs` is the number of passes that hold `num_samples` rows; `tokens_per_epoch` counts the
+    tokens of the file; `shuffle_idx` is a range, because nothing is shuffled.
+    Raises  DataError if the file is empty, or an item is not a row of `seq_length` + 1 tokens.
     """
 
     def __init__(self, dataset: IndexedDataset, *, seq_length: int, num_samples: int) -> None:
         if not len(dataset):
             raise DataError("data.order `file` needs rows, but the file is empty")
-        if len(odd := np.flatnonzero(dataset.sizes != seq_length + 1)):
-            i = int(odd[0])
+        wrong = np.flatnonzero(dataset.sizes != seq_length + 1)
+        if len(wrong):
+            item = int(wrong[0])
             raise DataError(
-                f"data.order `file` with data.seq_length {seq_length} needs items of {seq_length + 1} tokens, but item"
-                f" {i} has {dataset.sizes[i]}; set data.seq_length to the items' length less one, or data.order=neox"
+                f"data.order `file` with data.seq_length {seq_length} needs items of"
+                f" {seq_length + 1} tokens, but item {item} has {dataset.sizes[item]}; set"
+                " data.seq_length to the items' length less one, or data.order=neox"
             )
         self.seq_length = seq_length
         self.shuffle_idx = range(len(dataset))
@@ -60,78 +56,64 @@ class FileOrder:
         return index % len(self)
 
 
-class ReadyRows:
-    """The rows of a file in its own order: `rows[i]` is item i, (seq_length + 1,) int64.
+class ReadyRows(RowSource[FileOrder]):
+    """The items of a file, each a row. The documents that its tokens came from are unknown."""
 
-    Raises  IndexError beyond the end; DataError if the file holds floats.
+    # Steps read the file from front to back, where the kernel's read-ahead is right.
+    scattered = False
+
+    def spans(self, row: int) -> list[Span]:
+        """The whole item."""
+        return [Span(row, 0, self.order.seq_length + 1)]
+
+
+def ready_rows(dataset: IndexedDataset, *, seq_length: int, rows: int) -> ReadyRows:
+    """A file of ready rows as a source, for an order of `rows` rows.
+
+    Raises  DataError naming the file, if its items are not rows of this length.
     """
-
-    def __init__(self, dataset: IndexedDataset, order: FileOrder) -> None:
-        require_tokens(dataset)
-        self.dataset, self.order = dataset, order
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        return self.row(self.documents_of(index))
-
-    def row(self, pieces: Sequence[Span]) -> NDArray[np.int64]:
-        """The item that is the one stretch."""
-        (piece,) = pieces
-        return self.dataset.get(*piece).astype(np.int64)
-
-    def documents_of(self, index: int) -> list[Span]:
-        """The item itself: what documents its tokens came from is not known any more."""
-        return [Span(self.place(index), 0, self.order.seq_length + 1)]
-
-    def place(self, index: int) -> int:
-        """`index`, checked."""
-        place = operator.index(index)
-        if not 0 <= place < len(self):
-            raise IndexError(f"row {index} of {len(self)} in {self.dataset.prefix}")
-        return place
-
-
-Pack = PackedDataset | ReadyRows | PaddedRows
-"""One source under its order."""
+    try:
+        order = FileOrder(dataset, seq_length=seq_length, num_samples=rows)
+    except DataError as error:
+        raise DataError(f"{dataset.prefix}: {error}") from None
+    return ReadyRows(dataset, order)
 
 
 def write_rows(
-    rows: Any,
+    rows: ServedRows,
     first: int,
     stop: int,
     output: str | os.PathLike[str],
     facts: dict[str, Any],
     on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
-    """Write the rows served at places [first, stop) of a `BlendedRows` as items of a token file; returns its record.
+    """Write the rows served at places [first, stop) as items of a token file; returns its record.
 
-    dtype is that of the sources, the widest of several. `facts` go into the record.
-    Raises  ConfigError if the output is a source or the packing leaves rows unfilled; CastaliaError if it
-            cannot be written.
+    The dtype is the widest of the sources'. `facts` are added to the record.
+    Raises  ConfigError if the output is one of the sources, or rows may end early; CastaliaError if
+            the file cannot be written.
     """
-    if any(isinstance(pack, PaddedRows) for pack in rows.row_sources):
+    if any(source.padded for source in rows.row_sources):
         raise ConfigError(
-            "rows that end early cannot be written as ready ones: set data.packing=packed"
+            "rows that end early cannot be written as ready rows, because the padding would become"
+            " targets: set data.packing=packed"
         )
-    datasets = [pack.dataset for pack in rows.row_sources]
+    datasets = [source.dataset for source in rows.row_sources]
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
+    length = rows.seq_length + 1
     with IndexedDatasetWriter(prefix, common_dtype(datasets)) as writer:
         for start in range(first, stop, ROWS_AT_A_TIME):
-            found = np.concatenate(
-                [rows[place][0] for place in range(start, min(stop, start + ROWS_AT_A_TIME))]
-            )
-            writer.add_many(
-                found, np.full(len(found) // (rows.seq_length + 1), rows.seq_length + 1)
-            )
+            places = range(start, min(stop, start + ROWS_AT_A_TIME))
+            tokens = np.concatenate([rows[place][0] for place in places])
+            writer.add_many(tokens, np.full(len(places), length))
             if on_bytes:
-                on_bytes(len(found) * writer.dtype.itemsize)
-        return finish(writer, prefix, facts)
+                on_bytes(len(tokens) * writer.dtype.itemsize)
+        return close_with_record(writer, prefix, facts)
 
 
-def common_dtype(datasets: list[IndexedDataset]) -> np.dtype[Any]:
-    """The dtype that holds the ids of all sources."""
-    found = np.result_type(*(dataset.dtype for dataset in datasets)).newbyteorder("<")
-    return found if found in CODES else np.dtype("<i8")
+def common_dtype(datasets: Sequence[IndexedDataset]) -> np.dtype[Any]:
+    """The dtype that holds the ids of all sources; int64 where a token file cannot have the exact
+    one."""
+    common = np.result_type(*(dataset.dtype for dataset in datasets)).newbyteorder("<")
+    return common if common in CODES else np.dtype("<i8")

@@ -1,4 +1,4 @@
-"""`PREFIX.json`, the record beside a token file: what it holds and where that came from."""
+"""`PREFIX.json`, the record beside a token file: its contents and their origin."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from castalia.data.tokenizer import Tokenizer
 
 
 def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The record of a token file; None if there is none, as with files of GPT-NeoX.
+    """The record of a token file; None without one, as beside GPT-NeoX's files.
 
     Raises  DataError if it is not a JSON object.
     """
@@ -28,72 +28,86 @@ def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
         ) from None
     if not isinstance(record, dict):
         raise DataError(
-            f"{path}: not the JSON record of a token file (a {type(record).__name__}); remove it"
+            f"{path}: not the JSON record of a token file: expected an object, got"
+            f" {type(record).__name__}; remove it"
         )
     return record
 
 
-def finish(writer: IndexedDatasetWriter, prefix: str, made_of: dict[str, Any]) -> dict[str, Any]:
-    """Close a token file and write its record: counts, hash and what it was made of. Returns the record."""
+def close_with_record(
+    writer: IndexedDatasetWriter, prefix: str, origin: dict[str, Any]
+) -> dict[str, Any]:
+    """Close a token file and write its record: counts, hash and `origin`, what it was made from.
+    Returns the record."""
     record = {
         "prefix": Path(prefix).name,
         "documents": len(writer.sizes),
         "tokens": writer.tokens,
         "dtype": writer.dtype.name,
         "bin_sha256": writer.digest.hexdigest(),
-        **made_of,
+        **origin,
     }
     writer.close()
+    # Last: a record without its token file would describe nothing.
     write_json(prefix + ".json", record)
     return record
 
 
 def tokenizer_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    """Tokenizer, vocabulary and end of document as the records of the inputs have them, where any has.
+    """Tokenizer, vocabulary and end of document from the records of the inputs, as far as they have
+    them.
 
+    `append_eod` is None where the inputs differ in it.
     Raises  DataError if two inputs were made with different tokenizers.
     """
     facts: dict[str, Any] = {}
-    first: dict[str, str] = {}
+    first_with: dict[str, str] = {}
     for dataset in datasets:
         record = read_record(dataset.prefix) or {}
         for key in ("tokenizer", "vocab_size", "append_eod"):
             if key not in record:
                 continue
-            known = facts.setdefault(key, record[key])
-            if key in first and known != record[key] and key != "append_eod":
+            if key not in facts:
+                facts[key] = record[key]
+                first_with[key] = dataset.prefix
+            elif facts[key] == record[key]:
+                continue
+            elif key == "append_eod":
+                facts[key] = None
+            else:
                 raise DataError(
-                    f"{dataset.prefix} and {first[key]} were made with different tokenizers ({key} differs in their"
-                    " .json records); prepare both with one"
+                    f"{dataset.prefix} and {first_with[key]} were made with different tokenizers"
+                    f" ({key} differs in their .json records); prepare both with the same one"
                 )
-            facts[key] = facts[key] if facts[key] == record[key] else None
-            first.setdefault(key, dataset.prefix)
     return facts
 
 
 def require_tokenizer(prefix: str, tokenizer: Tokenizer, option: str = "--tokenizer") -> None:
-    """The tokenizer is that of the token file, so far as a record says: another one makes other text of its ids.
-    `option` is where it is named.
+    """Check that a token file was made with this tokenizer, as far as its record says; another
+    would misread its ids.
 
-    Raises  ConfigError naming the right one.
+    `option` is the setting that names the tokenizer, for the error.
+    Raises  ConfigError naming the right tokenizer.
     """
-    made = (read_record(prefix) or {}).get("tokenizer")
-    if isinstance(made, dict) and made.get("sha256") not in (None, tokenizer.sha256):
+    recorded = (read_record(prefix) or {}).get("tokenizer")
+    if isinstance(recorded, dict) and recorded.get("sha256") not in (None, tokenizer.sha256):
         raise ConfigError(
-            f"{prefix} was made with the tokenizer {made.get('name')}, and {tokenizer.where} is another one (the"
-            f" SHA-256 in {prefix}.json differs); name that one with {option}"
+            f"{prefix} was made with tokenizer {recorded.get('name')}, but {tokenizer.where} is a"
+            f" different one (its SHA-256 is not the one in {prefix}.json); give the right one with"
+            f" {option}"
         )
 
 
 def refuse_inputs(output: str, datasets: Iterable[IndexedDataset]) -> None:
-    """The output's files are none of an input's.
+    """Check that the output would not overwrite an input.
 
     Raises  ConfigError naming the input.
     """
     written = {Path(output + suffix).resolve() for suffix in (".bin", ".idx", ".json")}
     for dataset in datasets:
-        held = {dataset.bin_path, dataset.idx_path, *dataset.shards}
-        if written & {path.resolve() for path in held}:
+        read = {dataset.bin_path, dataset.idx_path, *dataset.shards}
+        if written & {path.resolve() for path in read}:
             raise ConfigError(
-                f"{dataset.prefix} would be overwritten by the output {output}; choose another --output"
+                f"{dataset.prefix} would be overwritten by the output {output}; choose another"
+                " --output"
             )

@@ -1,4 +1,5 @@
-"""Which rows one process takes in one step, as numpy: a pure function of the step. Needs no torch."""
+"""The rows that one rank takes in one step, in numpy: a pure function of the step. Needs no
+torch."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,42 +10,46 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.labels import label_row
-from castalia.data.mapped import read_at_random
-from castalia.data.packed import DocumentRows, Span
-from castalia.data.packing_order import PaddedRows
-from castalia.data.rows_by_source import RowPlaces, RowsBySource
-from castalia.data.run_rows import BlendedRows, out_of_vocab
+from castalia.data.row_source import Span
+from castalia.data.rows_by_source import RowPlaces
 from castalia.data.segments import DocumentMask
+from castalia.data.served import ServedRows
+from castalia.data.vocabulary import out_of_vocab
 
-PADDING = -1
-"""Index of a row that stands for none: nothing of it counts."""
+PADDING_ROW = -1
+"""Index of a row of padding, none of whose tokens count."""
 
 
 @dataclass(frozen=True)
 class MicroRows:
-    """Rows of one micro-batch: rows (B, T + 1) int64, source (B,) int32, index (B,) int64, -1 for padding, and
-    segments (B, T + 1) int64 where documents are told apart. Of rows that may end early `filled` (B,) is how many
-    tokens are there. `labels` (B, T + 1) are those of label files, -100 where a token is no target."""
+    """Rows of one micro-batch, (B, T + 1): T inputs and the targets one place later."""
 
     rows: NDArray[np.int64]
+    """Tokens, (B, T + 1)."""
     source: NDArray[np.int32]
+    """Source of each row, (B,)."""
     index: NDArray[np.int64]
+    """Place of each row in the served order, (B,); PADDING_ROW for padding."""
     segments: NDArray[np.int64] | None = None
+    """Document of each token, (B, T + 1), if documents are kept apart."""
     filled: NDArray[np.int64] | None = None
+    """Tokens before the padding of each row, (B,), if rows may end early."""
     labels: NDArray[np.int64] | None = None
+    """Labels from label files, (B, T + 1), -100 where a token is not a target."""
 
 
 @dataclass(frozen=True)
 class StepReader:
-    """`reader.read(t)` is what rank `rank` of `world` processes takes in step t, a micro-batch at a time.
+    """`reader.read(t)` is the share of rank `rank` of `world` ranks in step t, a micro-batch at a
+    time.
 
-    Step t uses places [t·B, (t+1)·B); its micro-step g is the next micro·world of them, or what is left, in shares
-    that differ by one row at most: rank r takes the r-th. A rank whose share is empty takes a row of padding, so that
-    all ranks run as often. Which row stands at a place is a matter of `rows`, or told for each micro-batch by a plan.
-    Holds no state, and pickles.
+    Step t uses places [t·B, (t+1)·B), B = batch_size. Micro-step g takes the next micro·world of
+    them, or what is left, in shares that differ by at most one row; rank r takes the r-th. A rank
+    whose share is empty takes a row of padding, because all ranks must run equally often. The row
+    at each place comes from `rows`, or from a plan of the micro-batch. Stateless; pickles.
     """
 
-    rows: BlendedRows | RowsBySource
+    rows: ServedRows
     batch_size: int
     micro: int
     rank: int
@@ -53,146 +58,174 @@ class StepReader:
     mask: DocumentMask | None = None
 
     def start(self) -> "StepReader":
-        """Once in each process that reads."""
-        for pack in self.rows.row_sources:
-            if isinstance(pack, DocumentRows):
-                read_at_random(pack.dataset.buffer)
+        """Prepare this process for reading. Call it once in each."""
+        for source in self.rows.row_sources:
+            if source.scattered:
+                source.dataset.buffer.read_at_random()
         return self
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches in one step."""
+        """Micro-batches of one step."""
         return -(-self.batch_size // (self.micro * self.world))
 
     @property
     def shares(self) -> list[range]:
         """The places within the batch of each of this rank's micro-batches."""
-        whole, out = self.micro * self.world, []
+        whole = self.micro * self.world
+        shares = []
         for done in range(0, self.batch_size, whole):
             rows = min(whole, self.batch_size - done)
-            begin, end = (done + rows * r // self.world for r in (self.rank, self.rank + 1))
-            out.append(range(begin, end))
-        return out
+            begin = done + rows * self.rank // self.world
+            end = done + rows * (self.rank + 1) // self.world
+            shares.append(range(begin, end))
+        return shares
 
     def read(self, step: int, planned: Sequence[RowPlaces] | None = None) -> list[MicroRows]:
-        """This rank's micro-batches of one step; `planned` are their rows, where a plan says which.
+        """This rank's micro-batches of one step; `planned` are their rows, if a plan chooses them.
 
-        Raises  DataError for an id that is not in the vocabulary.
+        Raises  DataError for an id outside the vocabulary.
         """
         first = step * self.batch_size
         places = [range(first + share.start, first + share.stop) for share in self.shares]
-        found = self.located(places) if planned is None else planned
-        pieces = [
-            self.pieces_of(rows) for rows in found
-        ]  # of the whole step, before the first is read
-        return [self.micro_batch(*given) for given in zip(places, found, pieces, strict=True)]
+        located = self.locate(places) if planned is None else planned
+        # Look up the whole step before reading any row, so that the disk works on all rows at once.
+        spans = [self.look_up(rows) for rows in located]
+        micro_batches = zip(places, located, spans, strict=True)
+        return [self.micro_batch(*micro_batch) for micro_batch in micro_batches]
 
-    def located(self, places: Sequence[range]) -> list[RowPlaces]:
-        """The rows that stand at places of the served order, a micro-batch at a time."""
-        pairs = [
-            np.array([self.rows.locate(i) for i in index], np.int64).reshape(-1, 2)
-            for index in places
-        ]
-        return [RowPlaces(pair[:, 0], pair[:, 1]) for pair in pairs]
+    def locate(self, places: Sequence[range]) -> list[RowPlaces]:
+        """The rows at places of the served order, a micro-batch at a time."""
+        located = []
+        for indices in places:
+            pairs = np.array([self.rows.locate(index) for index in indices], np.int64)
+            pairs = pairs.reshape(-1, 2)  # an empty share too
+            located.append(RowPlaces(pairs[:, 0], pairs[:, 1]))
+        return located
 
-    def pieces_of(self, found: RowPlaces) -> list[list[Span]]:
-        """The stretches of documents of each row, which the kernel begins to read where it would not by itself."""
-        out = []
-        for source, place in zip(found.source.tolist(), found.place.tolist(), strict=True):
-            pack = self.rows.row_sources[source]
-            out.append(pack.documents_of(place))
-            if isinstance(pack, DocumentRows):
-                for dataset in (
-                    pack.dataset,
-                    *([self.rows.labels[source]] if self.rows.labels else []),
-                ):
-                    for piece in out[-1]:
-                        dataset.fetch(*piece)
-        return out
+    def look_up(self, rows: RowPlaces) -> list[list[Span]]:
+        """The spans of documents of each row; starts reading them from disk where read-ahead would
+        not."""
+        labels = self.rows.labels
+        spans_of_rows = []
+        for number, place in zip(rows.source.tolist(), rows.place.tolist(), strict=True):
+            source = self.rows.row_sources[number]
+            spans = source.documents_of(place)
+            spans_of_rows.append(spans)
+            if not source.scattered:
+                continue
+            for span in spans:
+                source.dataset.fetch(*span)
+                if labels is not None:
+                    labels[number].fetch(*span)
+        return spans_of_rows
 
     def micro_batch(
-        self, index: range, found: RowPlaces, pieces: Sequence[Sequence[Span]]
+        self, index: range, located: RowPlaces, spans_of_rows: Sequence[Sequence[Span]]
     ) -> MicroRows:
-        """The rows of one micro-batch, which stand at the places `index` and consist of `pieces`."""
+        """The rows of one micro-batch, which stand at the places `index` and consist of these
+        spans."""
         if not index:
-            padding = np.zeros((1, self.rows.row_sources[0].order.seq_length + 1), np.int64)
-            segments = None if self.mask is None else padding
-            return MicroRows(
-                padding, np.zeros(1, np.int32), np.full(1, PADDING, np.int64), segments
-            )
-        sources = found.source.tolist()
-        rows = np.stack(
-            [
-                self.rows.row_sources[source].row(made_of)
-                for source, made_of in zip(sources, pieces, strict=True)
-            ]
-        )
+            return self.padding_batch()
+        numbers = located.source.tolist()
+        row_list = []
+        for number, spans in zip(numbers, spans_of_rows, strict=True):
+            row_list.append(self.rows.row_sources[number].row(spans))
+        rows = np.stack(row_list)
         if self.vocab_size is not None:
-            self.check(rows, sources, pieces, self.vocab_size)
-        labels = self.labels_of(rows, sources, pieces)
-        segments, filled = None, None
-        if (mask := self.mask) is not None:
-            segments = np.stack(
-                [mask.segments(row, made_of) for row, made_of in zip(rows, pieces, strict=True)]
-            )
-        if any(isinstance(pack, PaddedRows) for pack in self.rows.row_sources):
-            filled = np.array(
-                [sum(piece.length for piece in made_of) for made_of in pieces], np.int64
-            )
+            self.check(rows, numbers, spans_of_rows, self.vocab_size)
+        segments = None
+        mask = self.mask
+        if mask is not None:
+            pairs = zip(rows, spans_of_rows, strict=True)
+            segments = np.stack([mask.segments(row, spans) for row, spans in pairs])
+        filled = None
+        if any(source.padded for source in self.rows.row_sources):
+            lengths = [sum(span.length for span in spans) for spans in spans_of_rows]
+            filled = np.array(lengths, np.int64)
         return MicroRows(
-            rows, found.source.astype(np.int32), np.array(index, np.int64), segments, filled, labels
+            rows=rows,
+            source=located.source.astype(np.int32),
+            index=np.array(index, np.int64),
+            segments=segments,
+            filled=filled,
+            labels=self.labels_of(rows, numbers, spans_of_rows),
+        )
+
+    def padding_batch(self) -> MicroRows:
+        """One row of padding, for a rank whose share of a micro-step is empty."""
+        rows = np.zeros((1, self.rows.seq_length + 1), np.int64)
+        return MicroRows(
+            rows=rows,
+            source=np.zeros(1, np.int32),
+            index=np.full(1, PADDING_ROW, np.int64),
+            segments=None if self.mask is None else rows,
         )
 
     def labels_of(
-        self, rows: NDArray[np.int64], sources: Sequence[int], pieces: Sequence[Sequence[Span]]
+        self,
+        rows: NDArray[np.int64],
+        numbers: Sequence[int],
+        spans_of_rows: Sequence[Sequence[Span]],
     ) -> NDArray[np.int64] | None:
-        """The labels of rows out of label files; None without any.
+        """The labels of rows from the label files of their sources `numbers`; None without label
+        files.
 
-        Raises  DataError if one is neither the token itself nor negative.
+        Raises  DataError if a label is neither the token itself nor negative.
         """
-        if (files := self.rows.labels) is None:
+        files = self.rows.labels
+        if files is None:
             return None
         length = rows.shape[1]
-        given = zip(sources, pieces, strict=True)
-        found = np.stack([label_row(files[source], made_of, length) for source, made_of in given])
-        if len(wrong := np.flatnonzero(((found >= 0) & (found != rows)).any(1))):
+        label_rows = []
+        for number, spans in zip(numbers, spans_of_rows, strict=True):
+            label_rows.append(label_row(files[number], spans, length))
+        labels = np.stack(label_rows)
+        wrong = np.flatnonzero(((labels >= 0) & (labels != rows)).any(1))
+        if len(wrong):
+            file = files[numbers[int(wrong[0])]]
             raise DataError(
-                f"{files[sources[int(wrong[0])]].prefix}: a label is neither its token nor -100; make the file again"
-                " of the same tokens"
+                f"{file.prefix}: a label is neither its token nor -100; make the label file again"
+                " from the same tokens"
             )
-        return found
+        return labels
 
     def check(
         self,
         rows: NDArray[np.int64],
-        sources: Sequence[int],
-        pieces: Sequence[Sequence[Span]],
+        numbers: Sequence[int],
+        spans_of_rows: Sequence[Sequence[Span]],
         vocab_size: int,
     ) -> None:
-        """Every id is in the vocabulary."""
+        """Check that every id is in the vocabulary.
+
+        Raises  DataError naming file, document and id.
+        """
         if rows.max() < vocab_size and rows.min() >= 0:
             return
-        i, j = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
-        ends = list(itertools.accumulate(piece.length for piece in pieces[i]))
-        document = next(
-            piece.document for piece, end in zip(pieces[i], ends, strict=True) if j < end
-        )
-        prefix = self.rows.row_sources[sources[i]].dataset.prefix
-        raise DataError(out_of_vocab(prefix, document, int(rows[i, j]), vocab_size))
+        row, column = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
+        spans = spans_of_rows[row]
+        ends = itertools.accumulate(span.length for span in spans)
+        covering = (span for span, end in zip(spans, ends, strict=True) if column < end)
+        document = next(covering).document
+        prefix = self.rows.row_sources[numbers[row]].dataset.prefix
+        raise DataError(out_of_vocab(prefix, document, int(rows[row, column]), vocab_size))
 
 
 def check_batch(batch_size: int, micro: int, world: int) -> None:
-    """The batch falls into whole micro-batches on every process.
+    """Check that the batch divides into whole micro-batches on every rank.
 
-    Raises  ConfigError with the numbers and one that works.
+    Raises  ConfigError with the numbers and a batch size that works.
     """
-    if batch_size % (micro * world):
-        near = max(batch_size // (micro * world), 1) * micro * world
+    whole = micro * world
+    if batch_size % whole:
+        nearby = max(batch_size // whole, 1) * whole
+        ranks = "1 rank" if world == 1 else f"{world} ranks"
         raise ConfigError(
-            f"train.batch_size {batch_size} does not divide into micro-batches of {micro} rows on {world}"
-            f" process{'es' if world > 1 else ''}: it must be a multiple of {micro} x {world} = {micro * world};"
-            f" try train.batch_size={near} or another train.micro_batch_size, or allow shares that differ with"
-            " parallel.uneven=true"
+            f"train.batch_size {batch_size} is not divisible into micro-batches of {micro} rows on"
+            f" {ranks}: it must be a multiple of {micro} x {world} = {whole}; try"
+            f" train.batch_size={nearby} or another train.micro_batch_size, or allow unequal shares"
+            " with parallel.uneven=true"
         )
 
 
@@ -201,10 +234,10 @@ READER: list[StepReader] = []
 
 
 def start_worker(reader: StepReader) -> None:
-    """In a worker: keep the reader, so that each task carries only a step number."""
+    """In a worker: keep the reader, so that each task carries a step number only."""
     READER[:] = [reader.start()]
 
 
 def read_in_worker(step: int, planned: Sequence[RowPlaces] | None = None) -> list[MicroRows]:
-    """In a worker: one step."""
+    """In a worker: read one step."""
     return READER[0].read(step, planned)

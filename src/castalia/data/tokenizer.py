@@ -1,4 +1,5 @@
-"""Text to ids and back: any `tokenizer.json`, the byte-level tokenizer, and training a new one."""
+"""From text to ids and back: any `tokenizer.json`, the byte-level tokenizer, and training a new
+one."""
 
 import hashlib
 import os
@@ -13,29 +14,33 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"
+PADDING_TOKEN = "<|padding|>"
 END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
-"""Names under which tokenizers carry the end of a document, in the order in which we look."""
+"""Names of the end-of-document token in various tokenizers, in order of preference."""
 BYTES = "bytes"
+"""Name of the byte-level tokenizer."""
+BYTE_IDS = 256 + 1
+"""Ids of the byte-level tokenizer: every byte, and <|endoftext|>."""
 SMALLEST_BPE = 256 + 2
-"""One id for every byte, and the two special ones."""
+"""One id for every byte and for each of the two special tokens."""
 
 
 class Tokenizer:
-    """A `tokenizer.json`, for text in and text out.
+    """A `tokenizer.json`: text to ids and back.
 
-    `encode` adds no special tokens; a special token's name inside a text becomes its id, as in `tokenizers`.
-    `vocab_size` is the highest id + 1; `eod_id` is the id that ends a document, None if there is none; `kind` is
-    `bytes` or `json`; `text` is the tokenizer.json as it was read, `sha256` its hash. Pickles, and may be used from
-    several threads.
+    `encode` adds no special tokens, but the name of a special token inside a text becomes its id,
+    as in the tokenizers library. `vocab_size` is the highest id + 1; `eod_id` is the id that ends a
+    document, None without one; `kind` is `bytes` or `json`; `text` is the tokenizer.json as it was
+    read, `sha256` its hash. Pickles, and is safe to use from several threads.
 
-    Raises  DataError if `text` is not a tokenizer.json; `where` names it.
+    Raises  DataError if `text` is not a tokenizer.json; `where` names it in the error.
     """
 
     kind = "json"
 
     def __init__(self, text: str, where: str = "the tokenizer") -> None:
-        self.text, self.where = text, where
+        self.text = text
+        self.where = where
         self.sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
         try:
             self.inner = tokenizers.Tokenizer.from_str(text)
@@ -43,11 +48,12 @@ class Tokenizer:
             raise DataError(
                 f"{where}: not a tokenizer.json of the tokenizers library ({error})"
             ) from None
+        # A saved tokenizer may cut or pad every text, which would lose tokens silently.
         self.inner.no_truncation()
         self.inner.no_padding()
         self.ids: dict[str, int] = self.inner.get_vocab(with_added_tokens=True)
         if not self.ids:
-            raise DataError(f"{where}: a tokenizer with no tokens")
+            raise DataError(f"{where}: the tokenizer has no tokens")
         self.vocab_size = max(self.ids.values()) + 1
         self.eod_id = next((self.ids[name] for name in END_NAMES if name in self.ids), None)
 
@@ -57,10 +63,10 @@ class Tokenizer:
         return ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; the tokenizers library works on several cores."""
-        return [
-            found.ids for found in self.inner.encode_batch_fast(texts, add_special_tokens=False)
-        ]
+        """Ids of each text; the tokenizers library uses several cores."""
+        # The fast variant does not compute the offsets of tokens in the text.
+        encodings = self.inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, with the names of special tokens; bytes that are not UTF-8 become U+FFFD."""
@@ -68,14 +74,17 @@ class Tokenizer:
         return text
 
     def tokens(self) -> list[str]:
-        """Every token as the tokenizer.json spells it, in id order; ids without a token get a name of their own."""
-        names: list[str | None] = [None] * self.vocab_size
-        for name, i in self.ids.items():
-            names[i] = name
-        return [unused_name(i, self.ids) if name is None else name for i, name in enumerate(names)]
+        """Every token as the tokenizer.json spells it, in id order; unused ids get a made-up
+        name."""
+        names = {i: name for name, i in self.ids.items()}
+        tokens = []
+        for i in range(self.vocab_size):
+            name = names.get(i)
+            tokens.append(unused_name(i, self.ids) if name is None else name)
+        return tokens
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write its tokenizer.json, byte for byte as it was read; whole or not at all."""
+        """Write its tokenizer.json atomically, byte for byte as it was read."""
         with atomic_write(Path(path), "wb") as file:
             file.write(self.text.encode("utf-8"))
 
@@ -92,7 +101,8 @@ class Tokenizer:
 class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8, 256 is <|endoftext|>.
 
-    It carries a real tokenizer.json with the same ids, so that an export works with any reader of those.
+    Its tokenizer.json gives the same ids, so that an export works with every reader of
+    tokenizer.json.
     """
 
     kind = BYTES
@@ -102,7 +112,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text: its bytes, unless it spells out <|endoftext|>."""
-        return super().encode(text) if END_OF_TEXT in text else list(text.encode("utf-8"))
+        if END_OF_TEXT in text:
+            return super().encode(text)
+        return list(text.encode("utf-8"))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
@@ -110,7 +122,7 @@ class ByteTokenizer(Tokenizer):
 
 
 def unused_name(i: int, taken: dict[str, int]) -> str:
-    """A name for an id that has no token, unlike any token's."""
+    """A name for an id without a token, different from every token."""
     name = f"<|unused {i}|>"
     while name in taken:
         name += "_"
@@ -118,17 +130,22 @@ def unused_name(i: int, taken: dict[str, int]) -> str:
 
 
 def byte_characters() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, as the ByteLevel parts of `tokenizers` use them.
+    """GPT-2's printable character for each byte, as used by the ByteLevel parts of `tokenizers`.
 
-    Source  openai/gpt-2 src/encoder.py, bytes_to_unicode: printable Latin-1 stays, the rest moves to 256 and up.
+    Source  openai/gpt-2 src/encoder.py, bytes_to_unicode: printable Latin-1 stays, the rest moves
+            to 256 and up.
     """
     kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     moved = [byte for byte in range(256) if byte not in kept]
-    return {byte: chr(byte) for byte in kept} | {byte: chr(256 + i) for i, byte in enumerate(moved)}
+    characters = {byte: chr(byte) for byte in kept}
+    for i, byte in enumerate(moved):
+        characters[byte] = chr(256 + i)
+    return characters
 
 
 def byte_level_json() -> str:
-    """A tokenizer.json whose ids are bytes: a BPE of 256 characters without merges, and <|endoftext|> at 256."""
+    """A tokenizer.json whose ids are bytes: a BPE of 256 characters without merges, plus
+    <|endoftext|>."""
     vocab = {character: byte for byte, character in byte_characters().items()}
     inner = byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[])), use_regex=False)
     inner.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
@@ -137,7 +154,7 @@ def byte_level_json() -> str:
 
 
 def byte_level(inner: Any, use_regex: bool) -> Any:
-    """Give `inner` the ByteLevel parts: no text is lost, no space is added."""
+    """Give `inner` the ByteLevel parts, which lose no text and add no space."""
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     inner.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
     inner.decoder = decoders.ByteLevel()
@@ -145,45 +162,52 @@ def byte_level(inner: Any, use_regex: bool) -> Any:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, of a folder that holds one, or the byte-level one for `bytes`.
+    """Load a `tokenizer.json`, a folder that holds one, or the byte-level tokenizer for the name
+    `bytes`.
 
-    Also `char`, VOCAB.json,MERGES.txt of GPT-2, X.tiktoken and SentencePiece's X.model, see `tokenizer_forms`.
+    `tokenizer_forms` adds `char`, GPT-2's VOCAB.json,MERGES.txt, X.tiktoken and SentencePiece's
+    X.model.
 
-    Raises  DataError if there is no such file or it is not a tokenizer.
+    Raises  DataError if the file is missing or not a tokenizer.
     """
     if os.fspath(name_or_path) == BYTES:
         return ByteTokenizer()
-    from castalia.data import tokenizer_forms  # which builds on this module
+    from castalia.data import tokenizer_forms  # here, because it imports this module
 
-    if (other := tokenizer_forms.load_form(os.fspath(name_or_path))) is not None:
-        return other
+    other_form = tokenizer_forms.load_form(os.fspath(name_or_path))
+    if other_form is not None:
+        return other_form
     path = Path(name_or_path)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "tokenizer.json"
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such tokenizer file; name a tokenizer.json, or `bytes`"
+            f"{path}: no such tokenizer file; give the path of a tokenizer.json, or `bytes`"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
-    if (other := tokenizer_forms.from_text(text, str(path))) is not None:
-        return other
+    saved_form = tokenizer_forms.from_text(text, str(path))
+    if saved_form is not None:
+        return saved_form
     tokenizer = Tokenizer(text, str(path))
-    return ByteTokenizer(text, str(path)) if is_byte_level(tokenizer) else tokenizer
+    if is_byte_level(tokenizer):
+        return ByteTokenizer(text, str(path))
+    return tokenizer
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Whether this is the byte-level tokenizer, saved and read again."""
-    return (
-        tokenizer.vocab_size == 257 and tokenizer.inner.to_str() == ByteTokenizer().inner.to_str()
-    )
+    """Whether this is the byte-level tokenizer, saved and loaded again."""
+    if tokenizer.vocab_size != BYTE_IDS:
+        return False
+    return bool(tokenizer.inner.to_str() == ByteTokenizer().inner.to_str())
 
 
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]
 ) -> Tokenizer:
-    """`train_bpe`, written to `path` as a tokenizer.json."""
+    """Train a byte-level BPE as `train_bpe` does, and write it to `path` as a tokenizer.json."""
     tokenizer = train_bpe(texts, vocab_size, str(path))
     tokenizer.save(path)
     return tokenizer
@@ -192,19 +216,20 @@ def train_tokenizer(
 def train_bpe(texts: Iterable[str], vocab_size: int, where: str = "the tokenizer") -> Tokenizer:
     """Train a byte-level BPE on `texts`.
 
-    <|endoftext|> is id 0 and <|padding|> id 1, as in GPT-NeoX's own; every text can be encoded and comes back
-    unchanged. A small corpus may give fewer than `vocab_size` ids.
+    <|endoftext|> is id 0 and <|padding|> id 1, as in GPT-NeoX's own tokenizer. Every text can be
+    encoded and decodes unchanged. A small corpus may give fewer than `vocab_size` ids.
 
-    Raises  ConfigError if vocab_size is below 258; DataError if there is no text.
+    Raises  ConfigError if vocab_size is below 258; DataError if all texts are empty.
     """
     if vocab_size < SMALLEST_BPE:
         raise ConfigError(
-            f"a byte-level BPE needs at least {SMALLEST_BPE} ids (256 bytes and 2 special), got {vocab_size}"
+            f"a byte-level BPE needs at least {SMALLEST_BPE} ids (256 bytes and 2 special tokens),"
+            f" got {vocab_size}"
         )
     inner = byte_level(tokenizers.Tokenizer(models.BPE()), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PADDING],
+        special_tokens=[END_OF_TEXT, PADDING_TOKEN],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -213,13 +238,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int, where: str = "the tokenizer
 
 
 def not_empty(texts: Iterable[str]) -> Iterator[str]:
-    """The same texts.
+    """Pass the texts through.
 
-    Raises  DataError if there is none.
+    Raises  DataError at the end, if all of them were empty.
     """
     empty = True
     for text in texts:
         empty = empty and not text
         yield text
     if empty:
-        raise DataError("no text to train a tokenizer on")
+        raise DataError("cannot train a tokenizer: all texts are empty")

@@ -1,4 +1,5 @@
-"""Tokenizers in the other forms that GPT-NeoX takes: GPT-2's two files, SentencePiece, tiktoken, single bytes."""
+"""The other tokenizer formats of GPT-NeoX: GPT-2's two files, SentencePiece, tiktoken, single
+bytes."""
 
 import base64
 import hashlib
@@ -11,18 +12,19 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.core.extras import require
 from castalia.data.tokenizer import END_NAMES, END_OF_TEXT, Tokenizer, byte_characters, byte_level
 
 CHAR = "char"
 CHAR_IDS = 512
-"""GPT-NeoX's CharLevelTokenizer has so many ids, of which text uses 256."""
+"""Ids of GPT-NeoX's CharLevelTokenizer, of which text uses 256."""
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+LOWER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 O200K = (
     rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -36,18 +38,21 @@ ENCODINGS: dict[str, tuple[str | None, dict[str, int]]] = {
     "cl100k_base": (CL100K, {END_OF_TEXT: 100257, **FIM, "<|endofprompt|>": 100276}),
     "o200k_base": (O200K, {END_OF_TEXT: 199999, "<|endofprompt|>": 200018}),
 }
-"""How each encoding splits text (None: as GPT-2), and its special tokens; a .tiktoken file has neither.
+"""How each encoding splits text (None: as GPT-2), and its special tokens. A .tiktoken file holds
+neither.
 
 Source  tiktoken_ext/openai_public.py of tiktoken.
 """
 
 
 def load_form(name: str) -> Tokenizer | None:
-    """The tokenizer of a name that is no tokenizer.json; None if it is another name.
+    """The tokenizer behind a name of one of these formats; None for any other name.
 
-    The names are `char`, VOCAB.json with MERGES.txt after a comma or beside it, X.tiktoken and X.model.
+    The names are `char`, VOCAB.json with MERGES.txt after a comma or beside it, X.tiktoken and
+    X.model.
 
-    Raises  DataError if a file is missing or damaged; ConfigError if sentencepiece is needed and not installed.
+    Raises  DataError if a file is missing or damaged; ConfigError if sentencepiece is needed but
+            not installed.
     """
     if name == CHAR:
         return CharTokenizer()
@@ -60,16 +65,16 @@ def load_form(name: str) -> Tokenizer | None:
     if path.suffix == ".model":
         return SentencePieceTokenizer(read_bytes(path), str(path))
     if path.suffix == ".json" and "vocab" in path.name:
-        return gpt2_tokenizer(
-            path, path.with_name(path.name.replace("vocab", "merges")).with_suffix(".txt")
-        )
+        merges_name = path.name.replace("vocab", "merges")
+        return gpt2_tokenizer(path, path.with_name(merges_name).with_suffix(".txt"))
     if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "merges.txt").exists():
         return gpt2_tokenizer(path / "vocab.json", path / "merges.txt")
     return None
 
 
 def from_text(text: str, where: str) -> Tokenizer | None:
-    """A tokenizer that one of these forms saved in the place of a tokenizer.json; None if it is not one of ours."""
+    """The tokenizer in a tokenizer.json that one of these formats saved; None for a real
+    tokenizer.json."""
     if not text.startswith('{"castalia":'):
         return None
     try:
@@ -82,15 +87,22 @@ def from_text(text: str, where: str) -> Tokenizer | None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A tokenizer's file."""
+    """The bytes of a tokenizer file.
+
+    Raises  DataError if it is missing or unreadable.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: no such tokenizer file ({error.strerror})") from None
+        raise DataError(f"{path}: cannot read the tokenizer file: {error.strerror}") from None
 
 
 def gpt2_tokenizer(vocab_path: Path, merges_path: Path) -> Tokenizer:
-    """GPT-2's byte-level BPE out of its vocabulary (JSON, token to id) and its merges (a pair a line)."""
+    """GPT-2's byte-level BPE from its vocabulary (JSON, token to id) and its merges (one pair per
+    line).
+
+    Raises  DataError if a file is missing or damaged.
+    """
     try:
         vocab = json.loads(read_bytes(vocab_path).decode("utf-8"))
         lines = read_bytes(merges_path).decode("utf-8").split("\n")
@@ -112,29 +124,36 @@ def gpt2_tokenizer(vocab_path: Path, merges_path: Path) -> Tokenizer:
 
 
 def tiktoken_tokenizer(path: Path) -> Tokenizer:
-    """The encoding of a .tiktoken file, which its name says: cl100k_base.tiktoken and so on.
+    """The encoding in a .tiktoken file, identified by the file's name: cl100k_base.tiktoken and so
+    on.
 
-    tiktoken joins whichever neighbours make the token of lowest rank; a BPE does the same with every pair of tokens
-    that makes a token as a merge, in the order of what they make, and whole words that are tokens taken as they are.
+    tiktoken merges whichever neighbours make the token of the lowest rank. A BPE does the same if
+    every pair of tokens that makes a token is a merge, in the order of the results, and if whole
+    words that are tokens are taken as they are.
+
+    Raises  ConfigError for an unknown encoding; DataError if the file is missing or damaged.
     """
-    known = ENCODINGS.get(path.stem)
-    if known is None:
-        names = ", ".join(ENCODINGS)
+    if path.stem not in ENCODINGS:
         raise ConfigError(
-            f"{path}: an encoding of this name is not known; name the file after one of {names}"
+            f"{path}: unknown encoding {path.stem!r}; name the file after one of"
+            f" {', '.join(ENCODINGS)}{nearest(path.stem, ENCODINGS)}"
         )
+    pattern, special = ENCODINGS[path.stem]
     ranks = read_ranks(path)
-    pattern, special = known
-    as_text = byte_characters()
-    spelled = {token: "".join(as_text[byte] for byte in token) for token in ranks}
-    pairs = [
-        (rank, ranks[token[:i]], ranks[token[i:]], (spelled[token[:i]], spelled[token[i:]]))
-        for token, rank in ranks.items()
-        for i in range(1, len(token))
-        if token[:i] in ranks and token[i:] in ranks
-    ]
+    characters = byte_characters()
+    spelled = {}
+    for token in ranks:
+        spelled[token] = "".join(characters[byte] for byte in token)
+    merges = []
+    for token, rank in ranks.items():
+        for i in range(1, len(token)):
+            left = token[:i]
+            right = token[i:]
+            if left in ranks and right in ranks:
+                merges.append((rank, ranks[left], ranks[right], (spelled[left], spelled[right])))
+    pairs = [pair for *_, pair in sorted(merges)]
     vocab = {spelled[token]: rank for token, rank in ranks.items()} | special
-    model = models.BPE(vocab=vocab, merges=[pair for *_, pair in sorted(pairs)], ignore_merges=True)
+    model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=True)
     inner = byte_level(tokenizers.Tokenizer(model), use_regex=pattern is None)
     if pattern is not None:
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -147,7 +166,10 @@ def tiktoken_tokenizer(path: Path) -> Tokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Token to rank of a .tiktoken file: base64 and a number a line."""
+    """Token -> rank, from the lines of a .tiktoken file: a token in base64 and its rank.
+
+    Raises  DataError if a line is damaged, or a byte has no token.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         token, _, rank = line.partition(b" ")
@@ -160,16 +182,20 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise DataError(
-            f"{path}: no token for byte {missing[0]}; the file is cut off or of another kind"
+            f"{path}: no token for byte {missing[0]}; the file is truncated, or not a .tiktoken"
+            " file"
         )
     return ranks
 
 
 class OtherTokenizer(Tokenizer):
-    """A tokenizer that is not one of the tokenizers library; `text` stands in the place of a tokenizer.json."""
+    """A tokenizer outside the tokenizers library; `text` takes the place of its tokenizer.json."""
 
     def __init__(self, text: str, where: str, ids: dict[str, int], vocab_size: int) -> None:
-        self.text, self.where, self.ids, self.vocab_size = text, where, ids, vocab_size
+        self.text = text
+        self.where = where
+        self.ids = ids
+        self.vocab_size = vocab_size
         self.sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
         self.eod_id = next((ids[name] for name in END_NAMES if name in ids), None)
 
@@ -178,13 +204,14 @@ class OtherTokenizer(Tokenizer):
         return [self.encode(text) for text in texts]
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        found = from_text(state["text"], state["where"])
-        assert found is not None
-        self.__dict__.update(found.__dict__)
+        loaded = from_text(state["text"], state["where"])
+        assert loaded is not None
+        self.__dict__.update(loaded.__dict__)
 
 
 class CharTokenizer(OtherTokenizer):
-    """GPT-NeoX's CharLevelTokenizer: ids are the bytes of UTF-8, 0 ends a document, 512 ids in all."""
+    """GPT-NeoX's CharLevelTokenizer: the bytes of UTF-8 are the ids, 0 ends a document, 512 ids in
+    all."""
 
     kind = CHAR
 
@@ -198,12 +225,14 @@ class CharTokenizer(OtherTokenizer):
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; what is no byte, or not UTF-8, becomes U+FFFD."""
+        """Text of ids; ids that are not bytes, and bytes that are not UTF-8, become U+FFFD."""
+        # 0xFF never occurs in UTF-8.
         return bytes(i if i < 256 else 0xFF for i in ids).decode("utf-8", "replace")
 
 
 class SentencePieceTokenizer(OtherTokenizer):
-    """A SentencePiece .model, by its own library; <|endoftext|> ends a document if it is a piece, else </s>."""
+    """A SentencePiece .model, read by its own library; <|endoftext|> ends a document, without it
+    </s>."""
 
     kind = "sentencepiece"
 
@@ -224,6 +253,7 @@ class SentencePieceTokenizer(OtherTokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text."""
+        # The variable limits the tokenizers library to one core, so it does here.
         threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") else -1
         ids: list[list[int]] = self.pieces.encode(texts, num_threads=threads)
         return ids

@@ -18,7 +18,7 @@ from castalia.core.files import atomic_write, write_json
 from castalia.core.registry import Registry
 from castalia.corpus import prepare
 from castalia.data import load_tokenizer, train_tokenizer
-from castalia.data.tokenizer import END_OF_TEXT, PADDING
+from castalia.data.tokenizer import END_OF_TEXT, PADDING_TOKEN
 from castalia.demo import texts
 from castalia.demo.heldout import FEWEST, Split, fingerprint, split_sources
 from castalia.demo.texts import Document
@@ -182,7 +182,7 @@ def read_sources(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Split]
 def usable(documents: Sequence[Document]) -> list[Document]:
     """Documents of whole Unicode that do not spell out a special token, which would become that token."""
     whole = (d for d in documents if not any("\ud800" <= letter <= "\udfff" for letter in d.text))
-    return [d for d in whole if END_OF_TEXT not in d.text and PADDING not in d.text]
+    return [d for d in whole if END_OF_TEXT not in d.text and PADDING_TOKEN not in d.text]
 
 
 def at_most(documents: Sequence[Document], largest: int) -> list[Document]:

@@ -14,8 +14,9 @@ import torch
 from castalia.core.errors import DataError
 from castalia.core.files import write_json
 from castalia.data import DataConfig, IndexedDataset
-from castalia.data.rows_by_source import SourcePack, rows_by_source
-from castalia.data.run_rows import source_names
+from castalia.data.row_source import RowSource
+from castalia.data.rows_by_source import rows_by_source
+from castalia.data.sources import source_names
 from castalia.eval.losses import TokensAndLabels, sum_of_losses
 from castalia.inference import load
 from castalia.mixing import scores
@@ -71,7 +72,9 @@ def reference_losses(
     return scores(names, sums, np.array(counts) * seq_length)
 
 
-def batches(pack: SourcePack, count: int, batch: int, vocab_size: int) -> Iterator[TokensAndLabels]:
+def batches(
+    pack: RowSource[Any], count: int, batch: int, vocab_size: int
+) -> Iterator[TokensAndLabels]:
     """The first `count` rows of a source in batches.
 
     Raises  DataError for a token id outside the vocabulary.

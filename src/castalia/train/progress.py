@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from castalia.data.batch import Batch
-from castalia.data.step_reader import PADDING
+from castalia.data.step_reader import PADDING_ROW
 
 
 @dataclass
@@ -53,6 +53,6 @@ def rows_hash(batches: list[Batch]) -> int:
     total = 0
     for batch in batches:
         for row, index in zip(batch.tokens, batch.index.tolist(), strict=True):
-            if index != PADDING:
+            if index != PADDING_ROW:
                 total += zlib.crc32(row.numpy().tobytes())
     return total

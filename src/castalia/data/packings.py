@@ -1,0 +1,98 @@
+"""One source cut into rows as data.packing says."""
+
+import numpy as np
+
+from castalia.core.errors import DataError
+from castalia.data.config import DataConfig
+from castalia.data.indexed import IndexedDataset
+from castalia.data.labels import without_targets
+from castalia.data.order import NeoxOrder
+from castalia.data.order_cache import cache_of
+from castalia.data.packed import PackedDataset
+from castalia.data.packing_order import PackingOrder
+from castalia.data.row_source import RowSource, Span
+
+
+class PaddedRows(RowSource[PackingOrder]):
+    """Rows of whole documents or best-fit spans, padded where they end early."""
+
+    padded = True
+
+    def spans(self, row: int) -> list[Span]:
+        """The spans laid into row `row`, and the stray token that GPT-NeoX adds under
+        `neox_exact`."""
+        order = self.order
+        start, stop = order.starts[row : row + 2].tolist()
+        documents = order.documents[start:stop].tolist()
+        offsets = order.maps["offsets"][start:stop].tolist()
+        lengths = order.maps["lengths"][start:stop].tolist()
+        spans = [Span(*span) for span in zip(documents, offsets, lengths, strict=True)]
+        has_room = sum(lengths) < order.seq_length + 1
+        if order.exact and has_room and stop < len(order.documents):
+            length = min(1, int(order.maps["lengths"][stop]))
+            spans.append(Span(int(order.documents[stop]), 0, length))
+        return spans
+
+
+def cut_into_rows(
+    dataset: IndexedDataset,
+    config: DataConfig,
+    *,
+    rows: int,
+    seed: int,
+    documents: range | None = None,
+    labels: IndexedDataset | None = None,
+) -> PackedDataset | PaddedRows:
+    """A source's rows under data.packing, for an order of `rows` rows; 0 means each document once.
+
+    documents  the documents to use; all by default.
+    labels     the source's label file. Only `neox_exact` needs it: it leaves out documents without
+               targets.
+    Raises     DataError naming the source, if it is too short for a row or no document is left.
+    """
+    cache = cache_of(dataset.prefix, config.order_cache)
+    try:
+        if config.packing == "packed":
+            order = NeoxOrder(
+                dataset.sizes,
+                seq_length=config.seq_length,
+                num_samples=rows,
+                seed=seed,
+                documents=documents,
+                cache=cache,
+            )
+            return PackedDataset(dataset, order)
+        packing_order = PackingOrder(
+            dataset.sizes,
+            config,
+            num_samples=rows,
+            seed=seed,
+            documents=documents,
+            left_out=left_out_by_labels(config, labels),
+            cache=cache,
+        )
+        return PaddedRows(dataset, packing_order)
+    except DataError as error:
+        raise DataError(f"{where(dataset, config, documents)}: {error}") from None
+
+
+def left_out_by_labels(
+    config: DataConfig, labels: IndexedDataset | None
+) -> np.ndarray[tuple[int], np.dtype[np.bool_]] | None:
+    """Documents whose labels within a row are all -100, which GPT-NeoX leaves out; None without
+    that rule."""
+    if labels is None or not config.neox_exact:
+        return None
+    # GPT-NeoX looks at the labels that fit into a row, but counts them differently in the two
+    # packings.
+    return without_targets(labels, config.seq_length + (config.packing != "unpacked"))
+
+
+def where(dataset: IndexedDataset, config: DataConfig, documents: range | None) -> str:
+    """Name of a source in an error."""
+    if documents is None or config.split is None:
+        return dataset.prefix
+    return (
+        f"{dataset.prefix} (documents {documents.start} to {documents.stop} under data.split"
+        f" {config.split!r})"
+    )

@@ -1,0 +1,92 @@
+"""One source cut into rows: where the tokens of each row come from, and the row itself."""
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.data.indexed import IndexedDataset, require_tokens
+
+
+class Span(NamedTuple):
+    """Part of a document: tokens [start, start + length) of document `document`."""
+
+    document: int
+    start: int
+    length: int
+
+
+class RowOrder(Protocol):
+    """The rows of a source, and the order in which they are served.
+
+    `seq_length` and `tokens_per_epoch` are in tokens; `epochs` is the number of passes over the
+    documents.
+    """
+
+    seq_length: int
+    epochs: int
+    tokens_per_epoch: int
+
+    @property
+    def shuffle_idx(self) -> NDArray[Any] | range:
+        """The row served at each place."""
+
+    def __len__(self) -> int:
+        """The period after which places repeat."""
+
+    def wrap(self, index: int) -> int:
+        """The place in `shuffle_idx` for any place >= 0."""
+
+
+Order = TypeVar("Order", bound=RowOrder)
+
+
+class RowSource(ABC, Generic[Order]):
+    """Rows of `dataset` under `order`: `rows[i]` is the row served at place i, (seq_length + 1,)
+    int64.
+
+    A row that ends early is padded with 0.
+    Raises  IndexError for a place without a row (`order.wrap` gives the place that GPT-NeoX serves
+            instead); DataError if the file holds floats.
+    """
+
+    scattered = True
+    """Whether consecutive rows lie far apart in the file, so that read-ahead would waste the
+    disk."""
+    padded = False
+    """Whether rows may end early."""
+
+    def __init__(self, dataset: IndexedDataset, order: Order) -> None:
+        require_tokens(dataset)
+        self.dataset = dataset
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        return self.row(self.documents_of(index))
+
+    def row(self, spans: Sequence[Span]) -> NDArray[np.int64]:
+        """The row made of these spans, (seq_length + 1,)."""
+        row = np.zeros(self.order.seq_length + 1, np.int64)
+        filled = 0
+        for document, start, length in spans:
+            row[filled : filled + length] = self.dataset.get(document, start, length)
+            filled += length
+        return row
+
+    def documents_of(self, index: int) -> list[Span]:
+        """The non-empty spans of documents in the row served at place `index`, in order."""
+        place = operator.index(index)
+        served = self.order.shuffle_idx
+        if not 0 <= place < len(served):
+            raise IndexError(f"row {index} of {len(served)} in {self.dataset.prefix}")
+        return [span for span in self.spans(int(served[place])) if span.length]
+
+    @abstractmethod
+    def spans(self, row: int) -> list[Span]:
+        """The spans of a row, by its number before the shuffle. Empty spans are allowed."""

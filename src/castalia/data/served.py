@@ -1,0 +1,99 @@
+"""The rows of a run as one sequence: several sources, blended by weight."""
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.data.blending import blend_maps
+from castalia.data.labels import Labels
+from castalia.data.order_cache import IndexMaps, OrderCache
+from castalia.data.row_source import RowSource, Span
+
+
+class ServedRows(ABC):
+    """Rows of one or several sources, found by their place in the order in which a run serves them.
+
+    `rows[p]` is (row (seq_length + 1,) int64, source, p), where `source` counts in `row_sources`.
+    `labels` are the sources' label files; None makes every token a target.
+    """
+
+    def __init__(self, row_sources: Sequence[RowSource[Any]]) -> None:
+        self.row_sources = list(row_sources)
+        self.labels: Labels = None
+
+    @abstractmethod
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source of the row served at place `index` >= 0, and the row's place in that source's
+        order."""
+
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
+        source, place = self.locate(index)
+        return self.row_sources[source][place], source, int(index)
+
+    def documents_of(self, index: int) -> tuple[int, list[Span]]:
+        """The source of the row served at place `index`, and the spans of its documents in the
+        row."""
+        source, place = self.locate(index)
+        return source, self.row_sources[source].documents_of(place)
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a row that the model sees."""
+        length: int = self.row_sources[0].order.seq_length
+        return length
+
+
+class BlendedRows(ServedRows):
+    """Rows of one or several sources in served order, without an end.
+
+    With `weights` the sources are blended, and the blend is built for `places` places. Beyond its
+    end a blend serves place p modulo its size, and a source serves place i modulo its rows less
+    one, as in GPT-NeoX; a file of ready rows starts again after its last row. The size of a blend
+    is `size`, by default the sum of its sources.
+    """
+
+    def __init__(
+        self,
+        row_sources: Sequence[RowSource[Any]],
+        weights: list[float] | None = None,
+        places: int = 0,
+        size: int | None = None,
+        cache: OrderCache | None = None,
+    ) -> None:
+        super().__init__(row_sources)
+        self.size = len(self.row_sources[0].order.shuffle_idx)
+        self.period: int | None = None
+        self.turns: IndexMaps | None = None
+        if weights is not None:
+            self.period = size or sum(len(source) for source in self.row_sources) or places
+            self.size = self.period
+        if weights is not None and len(self.row_sources) > 1:
+            self.turns = blend_maps(weights, min(self.size, places), cache)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source of the row served at place `index` >= 0, and the row's place in that source's
+        order.
+
+        Raises  IndexError for a negative place, or one past the places that the blend was built
+                for.
+        """
+        place = operator.index(index)
+        if place < 0:
+            raise IndexError(f"place {index} is negative; places count from 0")
+        if self.period:
+            place %= self.period
+        if self.turns is None:
+            return 0, self.row_sources[0].order.wrap(place)
+        picks = self.turns["dataset_index"]
+        if place >= len(picks):
+            raise IndexError(f"place {index} is past the {len(picks)} places of the blend")
+        source = int(picks[place])
+        number = int(self.turns["sample_index"][place])
+        return source, self.row_sources[source].order.wrap(number)

@@ -1,0 +1,77 @@
+"""The token and label files that a data config names, opened and checked against each other."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from castalia.core.errors import ConfigError
+from castalia.data.config import DataConfig
+from castalia.data.indexed import IndexedDataset
+from castalia.data.labels import Labels, open_labels
+from castalia.data.sidecar import require_tokenizer, tokenizer_facts
+from castalia.data.tokenizer import load_tokenizer
+
+
+def check_names(config: DataConfig) -> None:
+    """Check that the config names training data, and validation data at most once.
+
+    Raises  ConfigError if not.
+    """
+    if not config.train:
+        raise ConfigError(
+            "data.train is empty: name the prefix of a token file made by `castalia prepare`"
+        )
+    if config.split is not None and config.valid:
+        raise ConfigError(
+            "data.split and data.valid both choose the validation data: set one of them to null"
+        )
+
+
+def open_sources(config: DataConfig) -> tuple[list[IndexedDataset], list[IndexedDataset]]:
+    """The train and valid token files. As far as their records say, all were made with the config's
+    tokenizer.
+
+    Raises  DataError if the files were made with different tokenizers, ConfigError if with another
+            than the config's: the model would learn one vocabulary and be read with another.
+    """
+    train = [IndexedDataset(path) for path in config.train]
+    valid = [IndexedDataset(path) for path in config.valid]
+    has_tokenizer = tokenizer_facts(train + valid).get("tokenizer")
+    if has_tokenizer and config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+        for dataset in train + valid:
+            require_tokenizer(dataset.prefix, tokenizer, "data.tokenizer, or set it to null")
+    return train, valid
+
+
+def label_files(
+    config: DataConfig, train: list[IndexedDataset], valid: list[IndexedDataset]
+) -> tuple[Labels, Labels]:
+    """The label files of the train and of the valid rows. Both parts of a split use those of train.
+
+    Raises  ConfigError, DataError if they do not match the token files.
+    """
+    labels = open_labels(config.labels, train, "labels")
+    if config.split is not None:
+        return labels, labels
+    return labels, open_labels(config.valid_labels, valid, "valid_labels")
+
+
+def shares_of(weights: Sequence[float] | None, sources: int) -> list[float]:
+    """Weights divided by their sum; equal shares without weights."""
+    raw = [1.0] * sources if weights is None else weights
+    total = sum(raw)
+    return [weight / total for weight in raw]
+
+
+def source_names(paths: Sequence[str]) -> list[str]:
+    """A distinct name for each prefix: its file name; the whole path where file names agree; then a
+    number."""
+    names = [Path(path).name.removesuffix(".bin").removesuffix(".idx") for path in paths]
+    counts = Counter(names)
+    for number, path in enumerate(paths):
+        if counts[names[number]] > 1:
+            names[number] = path
+    # The same path may be given twice.
+    counts = Counter(names)
+    return [f"{name}#{number}" if counts[name] > 1 else name for number, name in enumerate(names)]
