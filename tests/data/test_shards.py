@@ -262,12 +262,12 @@ def test_cutting_is_refused(cut, tmp_path):
 
 def test_a_full_disk_keeps_what_was_written(cut, tmp_path, monkeypatch):
     whole, parts = cut(100)
-    put = shard_module.put
+    write_chunk = shard_module.write_chunk
 
-    def full(target, piece):
+    def full(target, chunk):
         if target.tell() >= 300:
             raise OSError(28, "No space left on device")
-        return put(target, piece)
+        return write_chunk(target, chunk)
 
     monkeypatch.setattr(shard_module, "write_chunk", full)
     with pytest.raises(

@@ -467,7 +467,7 @@ def test_the_record_tells_which_row_stood_where(fit, tmp_path):
     assert order(3) == flat[3]
     with pytest.raises(CastaliaError, match="the record ends at step 8, but step 9 is needed"):
         order(96)
-    with pytest.raises(DataError, match=r"only its mixture.jsonl tells"):
+    with pytest.raises(DataError, match=r"whose mixture.jsonl records them"):
         trainer.rows.train.locate(0)
 
 
