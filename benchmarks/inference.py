@@ -301,8 +301,10 @@ def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]
     from tokenizers import Tokenizer, models
 
     from castalia.checkpoint.hf import write_hf
+    from castalia.distributed import initialize
     from castalia.export import export
     from castalia.models import Decoder, NeoxConfig
+    from castalia.models.init import start_weights
 
     layers, width, heads = SHAPES[size]
     tokens = TINY_VOCABULARY if size == "tiny" else VOCABULARY
@@ -310,7 +312,7 @@ def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]
         num_layers=layers, hidden_size=width, num_attention_heads=heads, vocab_size=tokens
     )
     model = Decoder(config)
-    model.init_weights(1234)
+    initialize(model, start_weights(model.config, 1234))
     hf = folder / size / "hf"
     hf.mkdir(parents=True)
     write_hf(hf, model.state_dict(), config, eod_id=0, dtype="fp32")

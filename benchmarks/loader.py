@@ -181,13 +181,15 @@ def model_rate(preset: str, rows: int) -> float:
     import torch
 
     from castalia.data import Batch
+    from castalia.distributed import initialize
     from castalia.models import Decoder
+    from castalia.models.init import start_weights
     from castalia.recipes import load_config
     from castalia.train.losses import NextToken, Scored
 
     config = load_config([preset])
     model = Decoder(config.model)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     ids = torch.randint(0, config.model.vocab_size, (rows, SEQ_LENGTH + 1))
     batch = Batch(
         ids[:, :-1],

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from castalia.data.indexed import IndexedDataset
 from castalia.demo.corpus import CorpusPaths
+from castalia.distributed import initialize
 from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.cross_entropy import fused_cross_entropy
+from castalia.models.init import start_weights
 from castalia.train.config import ScheduleConfig
 from castalia.train.optimizers import AdamWConfig, Rules
 from castalia.train.optimizers.updater import Updater
@@ -201,5 +203,5 @@ def make_model(scale: Scale, seed: int) -> Decoder:
         rotary_pct=1.0,
     )
     model = Decoder(shape)
-    model.init_weights(seed)
+    initialize(model, start_weights(model.config, seed))
     return model

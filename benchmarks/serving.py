@@ -40,7 +40,9 @@ def write_model(folder: Path) -> Path:
     from castalia.checkpoint import Store
     from castalia.config import dump_yaml
     from castalia.data.tokenizer import train_tokenizer
+    from castalia.distributed import initialize
     from castalia.models import Decoder, NeoxConfig
+    from castalia.models.init import start_weights
     from castalia.train.config import RunConfig
 
     texts = [
@@ -50,7 +52,7 @@ def write_model(folder: Path) -> Path:
     tokenizer = train_tokenizer(texts, 8192, folder / "tokenizer.json")
     config = NeoxConfig(vocab_size=tokenizer.vocab_size, rotary_pct=0.25, **SHAPE)
     model = Decoder(config)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     files = {
         "config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 2048})),
         "tokenizer.json": (folder / "tokenizer.json").read_text("utf-8"),

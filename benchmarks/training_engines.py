@@ -88,7 +88,9 @@ class Castalia(Engine):
 
         keep_freed_memory()
         from castalia.data import Batch
+        from castalia.distributed import initialize
         from castalia.models import Decoder, NeoxConfig
+        from castalia.models.init import start_weights
         from castalia.train.losses import NextToken, Scored
         from castalia.train.optimizers import AdamWConfig, Rules
         from castalia.train.optimizers.updater import Updater
@@ -96,7 +98,7 @@ class Castalia(Engine):
         super().__init__(case)
         with torch.device(self.device):
             self.model = Decoder(NeoxConfig.model_validate(case["model"]))
-        self.model.init_weights(seed=0)
+        initialize(self.model, start_weights(self.model.config, 0))
         if case["compiled"]:
             for layer in self.model.layers:
                 layer.compile()

@@ -10,7 +10,9 @@ import pytest
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.data.tokenizer import load_tokenizer
+from castalia.distributed import initialize
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 from castalia.train.config import RunConfig
 
 
@@ -27,7 +29,7 @@ def run(tmp_path: Path) -> Path:
         "tokenizer.json": (folder / "tokenizer.json").read_text("utf-8"),
     }
     model = Decoder(config)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for step in (0, 1, 1000):
         Store(folder / "checkpoints").save(step, tensors, {"step": step}, files, asynchronous=False)

@@ -12,8 +12,10 @@ from castalia.checkpoint import Store
 from castalia.cli import main
 from castalia.config import dump_yaml
 from castalia.data.tokenizer import load_tokenizer
+from castalia.distributed import initialize
 from castalia.inference import load
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 from castalia.train.config import RunConfig
 
 
@@ -35,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tokenizer.json": (folder / "tokenizer.json").read_text("utf-8"),
     }
     model = Decoder(config)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"model.{name}": tensor + 0.3 * torch.randn(tensor.shape, generator=generator)

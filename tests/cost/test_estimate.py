@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from castalia.cost.estimate import estimate
+from castalia.distributed import initialize
 from castalia.models import Decoder
+from castalia.models.init import start_weights
 from castalia.models.tiles import logits_rows
 from castalia.recipes import load_config
 
@@ -31,7 +33,7 @@ def test_weights_and_optimizer_are_those_of_the_real_model():
 def test_activations_are_near_what_autograd_saves(overrides):
     config = small(*overrides)
     model = Decoder(config.model)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     rows = config.train.batch_size
     tokens = torch.zeros(rows, config.data.seq_length, dtype=torch.int64)
     known = {p.data_ptr() for p in model.parameters()}

@@ -11,9 +11,11 @@ from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import DataError
 from castalia.data.indexed import IndexedDatasetWriter
+from castalia.distributed import initialize
 from castalia.eval import HeldOut, bits_per_byte, sweep
 from castalia.eval.bits import choose_documents, cut_windows
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 from castalia.train.config import RunConfig
 
 CONFIG = NeoxConfig(
@@ -42,7 +44,7 @@ def source(tmp_path: Path) -> HeldOut:
 def small(seed: int = 1) -> Decoder:
     """A model whose predictions are far from uniform."""
     model = Decoder(CONFIG)
-    model.init_weights(seed)
+    initialize(model, start_weights(model.config, seed))
     with torch.no_grad():
         model.head_weight.mul_(30)
     return model

@@ -11,12 +11,14 @@ import castalia
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError, DataError
+from castalia.distributed import initialize
 from castalia.export import export, parity
 from castalia.inference import LanguageModel
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
 from castalia.inference.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 from castalia.train.config import RunConfig
 
 PROMPTS = ["The naïve", "A second guest, who came in", "def", "", "asked for the same 🍵"]
@@ -302,7 +304,7 @@ def save_run(folder: Path, **options: object) -> Path:
     sizes = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 257}
     config = NeoxConfig(**{**sizes, **options})
     model = Decoder(config)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     files = {"config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 64}))}
     castalia.data.tokenizer.load_tokenizer("bytes").save(folder / "tokenizer.json")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from castalia.distributed import initialize
 from castalia.inference.batching import Admission, Batcher
 from castalia.inference.engine import Engine
 from castalia.inference.language_model import LanguageModel
@@ -13,6 +14,7 @@ from castalia.inference.native.weights import packed_weights
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 
 SHAPES = {
     "pythia": NeoxConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=257),
@@ -52,7 +54,7 @@ KERNELS = [
 def random_model(config: NeoxConfig) -> Decoder:
     """Start weights, with biases and norms that are not at their neutral values."""
     model = Decoder(config)
-    model.init_weights(1)
+    initialize(model, start_weights(model.config, 1))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

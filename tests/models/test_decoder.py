@@ -8,14 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from castalia.distributed import initialize
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 
 
 def make(**changes: object) -> Decoder:
     values = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 190}
     config = NeoxConfig.model_validate(values | changes)
     model = Decoder(config)
-    model.init_weights(3)
+    initialize(model, start_weights(model.config, 3))
     return model
 
 
@@ -200,7 +202,7 @@ def test_meta_device_to_empty_init_gives_the_same_model() -> None:
     with torch.device("meta"):
         hollow = Decoder(model.config)
     assert not list(hollow.buffers())
-    hollow.to_empty(device="cpu").init_weights(3)
+    initialize(hollow.to_empty(device="cpu"), start_weights(hollow.config, 3))
     with torch.no_grad():
         assert torch.equal(hollow(tokens), model(tokens))
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from castalia.distributed import initialize
 from castalia.models import Decoder, NeoxConfig, init_parameter
+from castalia.models.init import start_weights
 from castalia.models.starts import init_std
 
 
@@ -47,7 +49,7 @@ def test_normal_inits() -> None:
 def test_each_parameter_has_its_distribution(method: str, output: str) -> None:
     shape = config(256, 3, init_method=method, output_layer_init_method=output)
     model = Decoder(shape)
-    model.init_weights(1)
+    initialize(model, start_weights(model.config, 1))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert parameter.eq(0.0 if name.endswith("bias") else 1.0).all(), name
@@ -66,7 +68,7 @@ def test_a_parameter_depends_on_seed_and_name_alone() -> None:
     shape = config(32, 2)
     torch.manual_seed(0)
     model = Decoder(shape)
-    model.init_weights(7)
+    initialize(model, start_weights(model.config, 7))
     weight = model.layers[1].mlp.up.weight
     torch.manual_seed(9)
     assert torch.equal(init_parameter("layers.1.mlp.up.weight", weight.shape, shape, 7), weight)

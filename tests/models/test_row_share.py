@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from castalia.distributed import initialize
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 
 B, T = 2, 16
 CONFIG = NeoxConfig(
@@ -74,7 +76,7 @@ class Place:
 
 def make() -> Decoder:
     model = Decoder(CONFIG)
-    model.init_weights(1)
+    initialize(model, start_weights(model.config, 1))
     return model
 
 

@@ -13,12 +13,14 @@ from castalia.checkpoint.saved_model import open_model
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer
+from castalia.distributed import initialize
 from castalia.export import export
 from castalia.export.ct2 import ct2_keymap, ct2_vocabulary, write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.inference import load
 from castalia.inference.ct2_engine import Ct2Engine
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 from castalia.train.config import RunConfig
 
 pytest.importorskip("ctranslate2")
@@ -56,7 +58,7 @@ def save_run(folder: Path, *, with_tokenizer: bool = True, **options: object) ->
         load_tokenizer("bytes").save(folder / "tokenizer.json")
         files["tokenizer.json"] = (folder / "tokenizer.json").read_text("utf-8")
     model = Decoder(config)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"model.{name}": tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
@@ -129,7 +131,7 @@ def test_the_weights_are_left_as_they_were(tmp_path: Path) -> None:
 def test_the_key_map_goes_there_and_back() -> None:
     config = NeoxConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=100)
     model = Decoder(config)
-    model.init_weights(0)
+    initialize(model, start_weights(model.config, 0))
     ours = model.state_dict()
     names = ct2_keymap(config)
     back = names.to_ours(names.to_theirs(ours))

@@ -11,9 +11,11 @@ from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer, train_tokenizer
+from castalia.distributed import initialize
 from castalia.export import export
 from castalia.inference import LanguageModel, load
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 from castalia.train.config import RunConfig
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +76,7 @@ def save_run(
     generator = torch.Generator().manual_seed(0)
     for step in steps:
         model = Decoder(config)
-        model.init_weights(step)
+        initialize(model, start_weights(model.config, step))
         tensors = {
             f"model.{name}": tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
             for name, tensor in model.state_dict().items()

@@ -16,7 +16,6 @@ from castalia.models.config import ModelConfig
 from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.cross_entropy import VocabPart
 from castalia.models.families import family_of
-from castalia.models.init import init_parameter
 from castalia.models.stages import LayerSpan, split
 from castalia.models.state import ModelState
 from castalia.models.tiles import kind_of
@@ -182,9 +181,3 @@ class Decoder(nn.Module):
         """The output matrix (V, C): unembed.weight, or embed.weight when they are tied."""
         weight = self.embed.weight if self.config.tie_word_embeddings else self.unembed.weight
         return cast(nn.Parameter, weight)
-
-    @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Draw all parameters; each depends on (seed, its name) alone, not on device, order or layout of processes."""
-        for name, parameter in self.named_parameters():
-            parameter.copy_(init_parameter(name, parameter.shape, self.config, seed))

@@ -1,13 +1,18 @@
 """Weights at the start, drawn so that no layout of ranks changes them."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from castalia.models.config import ModelConfig
 from castalia.models.families import family_of
+
+
+def start_weights(config: ModelConfig, seed: int) -> Callable[[str, Sequence[int]], Tensor]:
+    """(name, shape) -> the whole start value, for `castalia.distributed.initialize` on any layout."""
+    return lambda name, shape: init_parameter(name, shape, config, seed)
 
 
 def init_parameter(name: str, shape: Sequence[int], config: ModelConfig, seed: int) -> Tensor:

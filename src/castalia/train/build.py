@@ -8,7 +8,7 @@ from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.models import Decoder
-from castalia.models.init import init_parameter
+from castalia.models.init import start_weights
 from castalia.models.stages import split
 from castalia.train.config import RunConfig
 from castalia.train.optimizers import Rules
@@ -47,7 +47,7 @@ def build_model(config: RunConfig, world: World, rules: Rules) -> Decoder | Stag
     model = stages[0] if config.parallel.pp == 1 else Stages(stages)
     # Each parameter is drawn from (seed, name) alone and cut to this rank's slice afterwards, so
     # the start weights are the same bits on every layout.
-    initialize(model, lambda name, shape: init_parameter(name, shape, config.model, config.seed))
+    initialize(model, start_weights(config.model, config.seed))
     return model
 
 

@@ -19,6 +19,7 @@ from castalia.data.loader import RowLookup
 from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients
+from castalia.models.families import family_of
 from castalia.train.build import build_model, check_processes
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Reading, Verdict
@@ -98,7 +99,7 @@ class Trainer:
         config = self.config
         sources = max(len(self.rows.sources), len(self.rows.valid_sources))
         self.loss = loss or LOSSES[config.loss.kind](config.loss, sources)
-        self.rules = Rules(config.optim, frozen=config.train.frozen)
+        self.rules = Rules(config.optim, family_of(config.model).no_decay, config.train.frozen)
         self.model = build_model(config, self.world, self.rules)
         self.updater = Updater(self.model, self.rules)
         self.schedule = make_schedule(config.schedule, config.optim.lr, config.train.steps)
