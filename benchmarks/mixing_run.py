@@ -19,7 +19,11 @@ from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.cross_entropy import fused_cross_entropy
+<<<<<<< HEAD
 from castalia.models.init import start_weights
+=======
+from castalia.models.families import family_of
+>>>>>>> cdc2d92 (Memory and disk count the state that the optimizer declares, of the parameters that train; decay is the family's)
 from castalia.train.config import ScheduleConfig
 from castalia.train.optimizers import AdamWConfig, Rules
 from castalia.train.optimizers.updater import Updater
@@ -157,7 +161,7 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
         mixer, sizes=text.sizes, rows=scale.rows, seed=job.seed if job.order is None else job.order
     )
     model = make_model(scale, job.seed)
-    updater = Updater(model, Rules(AdamWConfig(lr=scale.lr)))
+    updater = Updater(model, Rules(AdamWConfig(lr=scale.lr), family_of(model.config).no_decay))
     rate = make_schedule(
         ScheduleConfig(name=scale.schedule, warmup=0.02, min_lr=scale.lr / 50), scale.lr, steps
     )  # type: ignore[arg-type]

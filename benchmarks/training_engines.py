@@ -90,7 +90,11 @@ class Castalia(Engine):
         from castalia.data import Batch
         from castalia.distributed import initialize
         from castalia.models import Decoder, NeoxConfig
+<<<<<<< HEAD
         from castalia.models.init import start_weights
+=======
+        from castalia.models.families import family_of
+>>>>>>> cdc2d92 (Memory and disk count the state that the optimizer declares, of the parameters that train; decay is the family's)
         from castalia.train.losses import NextToken, Scored
         from castalia.train.optimizers import AdamWConfig, Rules
         from castalia.train.optimizers.updater import Updater
@@ -103,7 +107,9 @@ class Castalia(Engine):
             for layer in self.model.layers:
                 layer.compile()
         config = AdamWConfig(lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, clip=None)
-        (self.optimizer,) = Updater(self.model, Rules(config)).optimizers.values()
+        (self.optimizer,) = Updater(
+            self.model, Rules(config, family_of(self.model.config).no_decay)
+        ).optimizers.values()
         self.next_token = NextToken()
         self.scored = partial(Scored.by, self.model, compiled=case["compiled"])
         place = torch.zeros(case["rows"], dtype=torch.int64, device=self.device)

@@ -7,6 +7,7 @@ from tests.seams import sgd
 from tests.seams.ranks import on_ranks
 
 from castalia.core.errors import ConfigError
+from castalia.cost.estimate import estimate
 from castalia.data import IndexedDatasetWriter
 from castalia.models import Decoder
 from castalia.recipes import load_config
@@ -48,6 +49,19 @@ def test_frozen_parameters_stay_and_cost_nothing(runs):
         f"optim.{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in trained
     ]
     assert runs["frozen"]["state"] == sorted(expected)
+
+
+def test_memory_and_disk_count_what_the_optimizer_declares():
+    everything, frozen, sgd_run = (
+        estimate(load_config(["debug", *words]).workload, 1, "cpu")
+        for words in ([], ["train.frozen=['embed.*']"], ["optim.kind=toy_sgd"])
+    )
+    weights = load_config(["debug"]).model
+    embedding = 4 * weights.padded_vocab_size * weights.hidden_size
+    assert everything.memory.optimizer - frozen.memory.optimizer == 2 * embedding
+    assert everything.disk.bytes_each - frozen.disk.bytes_each == 2 * embedding
+    assert sgd_run.memory.optimizer == 0
+    assert sgd_run.disk.bytes_each == 4 * everything.parameters.total
 
 
 def test_groups_scale_the_rate_and_choose_another_optimizer(runs):

@@ -5,10 +5,13 @@ import torch
 from torch import nn
 
 from castalia.distributed.gradients import clip_gradients, gradient_norm
+from castalia.models.families import FAMILIES
 from castalia.train.config import LossScaleConfig
 from castalia.train.optimizers import AdamWConfig, Rules
 from castalia.train.optimizers.updater import Updater, parameter_groups, trained_parameters
 from castalia.train.precision import LossScale
+
+NEOX = FAMILIES["neox"].no_decay
 
 
 class Tiny(nn.Module):
@@ -23,7 +26,7 @@ class Tiny(nn.Module):
 
 def test_everything_but_biases_and_norms_decays_and_tied_weights_count_once():
     model = Tiny()
-    groups = parameter_groups(trained_parameters(model), Rules(AdamWConfig()))["adamw"]
+    groups = parameter_groups(trained_parameters(model), Rules(AdamWConfig(), NEOX))["adamw"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     decayed, others = (group["params"] for group in groups)
     assert {id(p) for p in decayed} == {id(model.embed.weight), id(model.up.weight)}

@@ -4,7 +4,7 @@ Bytes of one process that holds the 1/S-th of P parameters and runs b rows of T 
 matrix products (4 in fp32, else 2), C width, F width inside the MLP, H heads, L layers, V rows of the embedding:
 
     weights      4 P / S, and under autocast 2 a weight that multiplies, its low-precision copy
-    optimizer    8 P / S, the two moments of AdamW
+    optimizer    the state that the optimizer declares, 8 P / S for AdamW's two moments
     activations  b T (4 C + e (6 C + 2 F)) a block: its input, both norms, query, key, value, attention, MLP in and out;
                  with tp the inputs of the matrices, 2 e C of these and the hidden states, are those of all T tokens;
                  on a CPU e H (T + 128) / 2 a token more for the attention weights of rows up to 16 head sizes long;
@@ -158,6 +158,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     size = work.itemsize
     weights = weights_of(model, degrees)
     own = weights.all // (degrees.dp_shard * degrees.cp)
+    trained = int(work.trained * own)
     head = 4 * model.padded_vocab_size * model.hidden_size // degrees.tp
     tokens = rows * work.seq_length // (degrees.cp * degrees.tp)
     copies = 0
@@ -177,7 +178,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     alone = degrees.size == 1
     common = {
         "weights": own + copies,
-        "optimizer": 2 * own,
+        "optimizer": int(work.state_bytes / 4 * own),
         "gathered": 0 if alone else weights.root + gathered,
     }
     # 1F1B holds the activations of at most pp micro-batches on its first stage.
@@ -187,12 +188,12 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     )
     at_head = Memory(
         **common,
-        gradients=head + (own if steps > 1 else 0),
+        gradients=head + (trained if steps > 1 else 0),
         activations=activation_bytes(work, degrees, tokens, blocks) * at_once,
         logits=vocabulary * size * logits_at_once,
     )
     whole = 0 if alone else weights.root
-    at_end = Memory(**common, gradients=own + whole, activations=2 * max(blocks), logits=0)
+    at_end = Memory(**common, gradients=trained + whole, activations=2 * max(blocks), logits=0)
     return max(at_head, at_end, key=lambda memory: memory.total)
 
 
@@ -232,5 +233,6 @@ def block_bytes(kept: Kept, seq_length: int, size: int, device: str, tp: int) ->
 def disk_of(work: Workload) -> Disk:
     """Checkpoints of the whole run: how many, how large."""
     written, kept = work.saves
-    each = 12 * parameter_counts(work.model).total
+    # Weights in fp32 and the optimizer's state; gradients are never saved.
+    each = int((4 + work.state_bytes) * parameter_counts(work.model).total)
     return Disk(written, kept, each, each * kept)

@@ -23,6 +23,10 @@ class Workload(NamedTuple):
     device: str
     """auto, cpu or cuda."""
     recompute: bool | str | int
+    state_bytes: float
+    """Bytes of optimizer state for each parameter of the model; 8 for AdamW's two moments in fp32."""
+    trained: float
+    """Share of the parameters that train, and so have a gradient."""
     saves: tuple[int, int]
     """Checkpoints that are written, and those that are left at the end."""
 

@@ -28,7 +28,7 @@ from castalia.mixing.mixer import MIXERS
 from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
 from castalia.train.losses import LOSSES, LossConfig, NextToken
-from castalia.train.optimizers import OPTIMIZERS, AdamWConfig, OptimConfig
+from castalia.train.optimizers import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
 
 
 class ScheduleConfig(Config):
@@ -199,6 +199,7 @@ class RunConfig(Config):
         """The numbers that decide what this run costs; see `castalia.cost`."""
         policy = SavePolicy(self.checkpoint, self.train.steps)
         saved = policy.all_steps()
+        state_bytes, trained = optimizer_cost(self)
         return Workload(
             model=self.model,
             parallel=self.parallel,
@@ -209,6 +210,8 @@ class RunConfig(Config):
             precision=self.precision,
             device=self.device,
             recompute=self.train.recompute,
+            state_bytes=state_bytes,
+            trained=trained,
             saves=(len(saved), len(saved) - len(policy.expired(saved))),
         )
 
@@ -258,3 +261,21 @@ def loss_problems(config: RunConfig) -> list[str]:
             " set parallel.cp=1"
         )
     return problems
+
+
+def optimizer_cost(config: RunConfig) -> tuple[float, float]:
+    """Bytes of optimizer state for each parameter of the model, and the share of them that trains."""
+    if not config.train.frozen and not config.optim.groups:
+        # The usual case needs no names of parameters, and so no torch.
+        state = OPTIMIZERS[config.optim.kind].state(config.optim)
+        return sum(tensor.bytes_per_weight for tensor in state.values()), 1.0
+    import torch
+
+    from castalia.models import Decoder
+    from castalia.models.families import family_of
+    from castalia.train.optimizers.updater import state_sizes
+
+    with torch.device("meta"):
+        model = Decoder(config.model)
+    rules = Rules(config.optim, family_of(config.model).no_decay, config.train.frozen)
+    return state_sizes(model, rules)

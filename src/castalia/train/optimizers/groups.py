@@ -8,9 +8,6 @@ from typing import Any, NamedTuple
 from castalia.core.errors import ConfigError
 from castalia.train.optimizers.config import OptimConfig, member_config
 
-NO_DECAY = ("*bias", "*norm*.weight")
-"""Biases and the parameters of norms do not decay (GPT-NeoX, megatron/model/utils.py)."""
-
 
 class Rule(NamedTuple):
     """How a parameter is updated."""
@@ -30,7 +27,7 @@ class Rules:
     def __init__(
         self,
         config: OptimConfig,
-        no_decay: Sequence[str] = NO_DECAY,
+        no_decay: Sequence[str] = (),
         frozen: Sequence[str] = (),
     ) -> None:
         self.config = config

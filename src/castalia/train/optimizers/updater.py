@@ -111,3 +111,21 @@ def state_names(rules: Rules, names: Iterable[str]) -> set[str]:
         if rules.trains(name)
         for suffix in declared(rules, name)
     }
+
+
+def state_sizes(model: nn.Module, rules: Rules) -> tuple[float, float]:
+    """Bytes of optimizer state for each parameter of `model`, and the share of parameters that train.
+
+    Both are averages over all parameters, so that multiplied by a number of parameters they give
+    bytes; the model may be on the meta device.
+    """
+    total = 0
+    trained = 0
+    state_bytes = 0.0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if rules.trains(name):
+            trained += parameter.numel()
+            each = sum(tensor.bytes_per_weight for tensor in declared(rules, name).values())
+            state_bytes += each * parameter.numel()
+    return state_bytes / total, trained / total
