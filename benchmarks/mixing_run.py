@@ -19,11 +19,7 @@ from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.cross_entropy import fused_cross_entropy
-<<<<<<< HEAD
 from castalia.models.init import start_weights
-=======
-from castalia.models.families import family_of
->>>>>>> cdc2d92 (Memory and disk count the state that the optimizer declares, of the parameters that train; decay is the family's)
 from castalia.train.config import ScheduleConfig
 from castalia.train.optimizers import AdamWConfig, Rules
 from castalia.train.optimizers.updater import Updater

@@ -90,11 +90,7 @@ class Castalia(Engine):
         from castalia.data import Batch
         from castalia.distributed import initialize
         from castalia.models import Decoder, NeoxConfig
-<<<<<<< HEAD
         from castalia.models.init import start_weights
-=======
-        from castalia.models.families import family_of
->>>>>>> cdc2d92 (Memory and disk count the state that the optimizer declares, of the parameters that train; decay is the family's)
         from castalia.train.losses import NextToken, Scored
         from castalia.train.optimizers import AdamWConfig, Rules
         from castalia.train.optimizers.updater import Updater
