@@ -19,6 +19,7 @@ from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.cross_entropy import fused_cross_entropy
+from castalia.models.families import family_of
 from castalia.models.init import start_weights
 from castalia.train.config import ScheduleConfig
 from castalia.train.optimizers import AdamWConfig, Rules

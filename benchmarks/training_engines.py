@@ -90,6 +90,7 @@ class Castalia(Engine):
         from castalia.data import Batch
         from castalia.distributed import initialize
         from castalia.models import Decoder, NeoxConfig
+        from castalia.models.families import family_of
         from castalia.models.init import start_weights
         from castalia.train.losses import NextToken, Scored
         from castalia.train.optimizers import AdamWConfig, Rules
