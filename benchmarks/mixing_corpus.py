@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from castalia.demo import texts
-from castalia.demo.corpus import CORPORA, CorpusPaths, Recipe, Source, build_corpus
+from castalia.demo.corpus import CORPORA, CorpusPaths, CorpusRecipe, TextSource, build_corpus
 from castalia.demo.texts import SMALLEST_DOCUMENT, Document
 
 NAME = "mixing"
@@ -132,13 +132,13 @@ def trivial(size: int) -> list[Document]:
     return list(cut(Document("trivial", "".join(lines)), 4096))
 
 
-def source(read: Callable[[], list[Document]], about: str, megabytes: float = 4.0) -> Source:
+def source(read: Callable[[], list[Document]], about: str, megabytes: float = 4.0) -> TextSource:
     """A source of at most so many megabytes."""
-    return Source(read, int(megabytes * 1e6), about)
+    return TextSource(read, int(megabytes * 1e6), about)
 
 
 CORPORA.register(NAME)(
-    Recipe(
+    CorpusRecipe(
         {
             "stdlib": source(texts.library_code, "modules of the standard library"),
             "tests": source(texts.library_tests, "tests of the standard library"),

@@ -12,8 +12,8 @@ from castalia.demo import texts
 from castalia.demo.corpus import (
     CORPORA,
     PARTS,
-    Recipe,
-    Source,
+    CorpusRecipe,
+    TextSource,
     at_most,
     build_corpus,
     ensure_corpus,
@@ -137,14 +137,17 @@ def test_an_incomplete_or_cut_off_folder_is_built_again(tiny: Path, tmp_path: Pa
 
 def test_a_source_that_this_python_lacks_is_left_out_and_said():
     some = [Document(f"d{i:02}", paragraphs(i)) for i in range(30)]
-    recipe = Recipe(
-        {"here": Source(lambda: some, 10**6, "words"), "tests": Source(list, 10**6, "the tests")}
+    recipe = CorpusRecipe(
+        {
+            "here": TextSource(lambda: some, 10**6, "words"),
+            "tests": TextSource(list, 10**6, "the tests"),
+        }
     )
     said: list[str] = []
     assert list(read_sources(recipe, said.append)) == ["here"]
-    assert said == ["corpus: left out tests (the tests): this Python has 0 such documents"]
-    with pytest.raises(DataError, match="carries none of the texts"):
-        read_sources(Recipe({"tests": recipe.sources["tests"]}), said.append)
+    assert said == ["corpus: skipped tests (the tests): this Python has 0 such documents"]
+    with pytest.raises(DataError, match="has none of the texts"):
+        read_sources(CorpusRecipe({"tests": recipe.sources["tests"]}), said.append)
 
 
 def test_special_tokens_and_half_characters_are_left_out():
@@ -153,7 +156,7 @@ def test_special_tokens_and_half_characters_are_left_out():
         Document("x1", paragraphs(31) + "<|endoftext|>"),
         Document("x2", paragraphs(32) + "\ud800"),
     ]
-    splits = read_sources(Recipe({"a": Source(lambda: some + bad, 10**6, "")}), print)
+    splits = read_sources(CorpusRecipe({"a": TextSource(lambda: some + bad, 10**6, "")}), print)
     assert not {"x1", "x2"} & {d.name for part in splits["a"] for d in part}
 
 

@@ -1,9 +1,9 @@
-"""Corpora built here, out of text that every Python installation carries: `python` for the demo, `tiny` for `debug`.
+"""Corpora built from text of every Python installation: `python` for the demo, `tiny` for `debug`.
 
-<folder>/<source>.train.jsonl  <source>.valid.jsonl            one {"name", "text"} a document
-         <source>.train.bin/.idx  <source>.valid.bin/.idx      their tokens
-         tokenizer.json                                        unless the tokenizer is `bytes`
-         corpus.json                                           written last: what stands in the files
+<folder>/train/<source>.jsonl   valid/<source>.jsonl      one {"name", "text"} a document
+         train/<source>.bin/.idx  valid/<source>.bin/.idx   their tokens
+         tokenizer.json                                    unless the tokenizer is `bytes`
+         corpus.json                                       written last: the facts of all files
 """
 
 import json
@@ -26,40 +26,45 @@ from castalia.monitor import size_text
 from castalia.train.config import RunConfig
 
 FORMAT = 1
-"""Rises when the same name comes to mean another corpus, so that an older folder is built again."""
+"""Raised when a name comes to mean another corpus, so that older folders are built again."""
 PARTS = ("train", "valid")
+SUFFIXES = (".jsonl", ".bin", ".idx")
+
+Say = Callable[[str], None]
+"""Takes one line of progress."""
 
 
-class Source(NamedTuple):
-    """Where one source's documents come from, and how much of them is taken."""
+class TextSource(NamedTuple):
+    """One source of a corpus before it is built: a reader of documents and a limit."""
 
     read: Callable[[], list[Document]]
     largest: int
-    """Bytes at most; a longer source is sampled by whole documents."""
+    """Most bytes; of a longer source whole documents are sampled."""
     about: str
-    """What it is, for people."""
+    """Description for people."""
 
 
-class Recipe(NamedTuple):
-    """One corpus: its sources, and the size of the tokenizer that is trained on it; None means bytes."""
+class CorpusRecipe(NamedTuple):
+    """The sources of one corpus and the size of its tokenizer."""
 
-    sources: dict[str, Source]
+    sources: dict[str, TextSource]
     vocab_size: int | None = None
+    """Ids of the tokenizer that is trained on the corpus; None means bytes."""
 
 
-CORPORA: Registry[Recipe] = Registry("corpus")
+CORPORA: Registry[CorpusRecipe] = Registry("corpus")
 CORPORA.register("python")(
-    Recipe(
+    CorpusRecipe(
         {
-            "stdlib": Source(texts.library_code, 4_000_000, "modules of the standard library"),
-            "tests": Source(texts.library_tests, 3_000_000, "tests of the standard library"),
-            "reference": Source(
+            "stdlib": TextSource(texts.library_code, 4_000_000, "modules of the standard library"),
+            "tests": TextSource(texts.library_tests, 3_000_000, "tests of the standard library"),
+            "reference": TextSource(
                 texts.language_reference, 2_000_000, "the language reference behind help()"
             ),
-            "docstrings": Source(
+            "docstrings": TextSource(
                 texts.package_docstrings, 1_500_000, "docstrings of torch, numpy and pydantic"
             ),
-            "packages": Source(
+            "packages": TextSource(
                 texts.package_papers, 1_500_000, "READMEs and licences of installed packages"
             ),
         },
@@ -67,10 +72,12 @@ CORPORA.register("python")(
     )
 )
 CORPORA.register("tiny")(
-    Recipe(
+    CorpusRecipe(
         {
-            "stdlib": Source(texts.few_modules, 400_000, "a few modules of the standard library"),
-            "reference": Source(
+            "stdlib": TextSource(
+                texts.few_modules, 400_000, "a few modules of the standard library"
+            ),
+            "reference": TextSource(
                 texts.language_reference, 200_000, "the language reference behind help()"
             ),
         }
@@ -102,61 +109,68 @@ class CorpusPaths(NamedTuple):
         return counts
 
 
-def build_corpus(name: str, folder: str | Path, say: Callable[[str], None] = print) -> CorpusPaths:
-    """Build the corpus `name` in `folder`, or find it there complete and do nothing.
+def build_corpus(name: str, folder: str | Path, say: Say = print) -> CorpusPaths:
+    """Build the corpus `name` in `folder`; a complete one is returned as it is.
 
-    `say` takes one line for each step that is done, and for each source that this Python does not have.
-    Raises  ConfigError on an unknown name; DataError when this installation carries too little text.
+    `say` gets one line for each step, and for each source that this Python lacks.
+    Raises  ConfigError on an unknown name; DataError if this installation has too little text.
     """
-    recipe, folder = CORPORA[name], Path(folder)
-    found = find_corpus(name, folder)
-    if found is not None:
-        return found
-    say(f"corpus {name}: reading what Python {platform.python_version()} carries")
+    recipe = CORPORA[name]
+    folder = Path(folder)
+    existing = find_corpus(name, folder)
+    if existing is not None:
+        return existing
+    say(f"corpus {name}: reading the texts of Python {platform.python_version()}")
     splits = read_sources(recipe, say)
     for source, split in splits.items():
         for part in PARTS:
             write_documents(folder / f"{part}/{source}.jsonl", getattr(split, part))
     tokenizer = make_tokenizer(recipe, folder, splits, say)
-    facts = tokenize(folder, splits, tokenizer, say)
-    about = {source: recipe.sources[source].about for source in splits}
-    sources = {source: {"about": about[source], **facts[source]} for source in splits}
-    value = {
+    counts = tokenize(folder, splits, tokenizer, say)
+    sources = {}
+    for source in splits:
+        sources[source] = {"about": recipe.sources[source].about, **counts[source]}
+    facts = {
         "corpus": name,
         "format": FORMAT,
         "python": platform.python_version(),
         "tokenizer": tokenizer,
+        "sources": sources,
     }
-    write_json(folder / "corpus.json", value | {"sources": sources})
-    return CorpusPaths(folder, tokenizer_path(folder, tokenizer), value | {"sources": sources})
+    # Last, as the mark of a complete corpus: an interrupted build is done again.
+    write_json(folder / "corpus.json", facts)
+    return CorpusPaths(folder, tokenizer_path(folder, tokenizer), facts)
 
 
 def find_corpus(name: str, folder: Path) -> CorpusPaths | None:
-    """The complete corpus `name` in `folder`; None when it is not there, or not as corpus.json says."""
+    """The corpus `name` in `folder`; None if it is incomplete or its files have other sizes."""
     try:
         facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
-        whole = facts["corpus"] == name and facts["format"] == FORMAT
-        for source, parts in facts["sources"].items() if whole else ():
-            for part in PARTS:
-                for end in (".jsonl", ".bin", ".idx"):
-                    size = (folder / f"{part}/{source}{end}").stat().st_size
-                    whole = whole and size == parts[part]["files"][end]
-        if not whole or (
-            facts["tokenizer"] != "bytes" and not (folder / facts["tokenizer"]).is_file()
-        ):
+        if facts["corpus"] != name or facts["format"] != FORMAT:
             return None
-        return CorpusPaths(folder, tokenizer_path(folder, facts["tokenizer"]), facts)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        for source, parts in facts["sources"].items():
+            for part in PARTS:
+                for suffix in SUFFIXES:
+                    size = (folder / f"{part}/{source}{suffix}").stat().st_size
+                    if size != parts[part]["files"][suffix]:
+                        return None
+        tokenizer = facts["tokenizer"]
+        if tokenizer != "bytes" and not (folder / tokenizer).is_file():
+            return None
+        return CorpusPaths(folder, tokenizer_path(folder, tokenizer), facts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # a file is missing, or corpus.json is damaged
 
 
 def tokenizer_path(folder: Path, tokenizer: str) -> str:
-    """What `load_tokenizer` takes: `bytes`, or the path of the file in `folder`."""
-    return tokenizer if tokenizer == "bytes" else str(folder / tokenizer)
+    """The tokenizer as `load_tokenizer` takes it: `bytes`, or the path of the file in `folder`."""
+    if tokenizer == "bytes":
+        return tokenizer
+    return str(folder / tokenizer)
 
 
-def read_sources(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Split]:
-    """The sources that this Python has enough of, split into train and held-out.
+def read_sources(recipe: CorpusRecipe, say: Say) -> dict[str, Split]:
+    """The recipe's sources that this Python has enough of, split into train and held-out.
 
     Raises  DataError if none is left.
     """
@@ -167,27 +181,36 @@ def read_sources(recipe: Recipe, say: Callable[[str], None]) -> dict[str, Split]
     splits = split_sources(documents)
     for name, source in recipe.sources.items():
         if len(splits[name].valid) < FEWEST:
-            say(
-                f"corpus: left out {name} ({source.about}): this Python has {len(documents[name])} such documents"
-            )
+            count = len(documents[name])
+            say(f"corpus: skipped {name} ({source.about}): this Python has {count} such documents")
             del splits[name]
     if not splits:
         raise DataError(
-            "this Python carries none of the texts that the corpus is made of (standard library, its tests,"
+            "this Python has none of the texts of the corpus (standard library, its tests,"
             " pydoc_data); use a full installation, or name your own text with data.train="
         )
     return splits
 
 
 def usable(documents: Sequence[Document]) -> list[Document]:
-    """Documents of whole Unicode that do not spell out a special token, which would become that token."""
-    whole = (d for d in documents if not any("\ud800" <= letter <= "\udfff" for letter in d.text))
-    return [d for d in whole if END_OF_TEXT not in d.text and PADDING_TOKEN not in d.text]
+    """Documents of valid Unicode that do not contain the text of a special token."""
+    chosen = []
+    for document in documents:
+        # A lone surrogate has no UTF-8; the text of a special token would become that token.
+        has_surrogate = any("\ud800" <= letter <= "\udfff" for letter in document.text)
+        has_special = END_OF_TEXT in document.text or PADDING_TOKEN in document.text
+        if not has_surrogate and not has_special:
+            chosen.append(document)
+    return chosen
 
 
 def at_most(documents: Sequence[Document], largest: int) -> list[Document]:
-    """Documents of at most `largest` bytes together: the first by hash of their text, given back in their order."""
-    chosen, left = set(), largest
+    """Documents of at most `largest` bytes together, in their order.
+
+    They are taken by the hash of their text, so the same installation gives the same sample.
+    """
+    chosen = set()
+    left = largest
     for document in sorted(documents, key=lambda document: fingerprint(document.text)):
         size = len(document.text.encode("utf-8"))
         if size <= left:
@@ -197,40 +220,39 @@ def at_most(documents: Sequence[Document], largest: int) -> list[Document]:
 
 
 def write_documents(path: Path, documents: Sequence[Document]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object a line."""
     with atomic_write(path) as file:
-        file.writelines(
-            json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents
-        )
+        for document in documents:
+            file.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
 
 
-def make_tokenizer(
-    recipe: Recipe, folder: Path, splits: dict[str, Split], say: Callable[[str], None]
-) -> str:
+def make_tokenizer(recipe: CorpusRecipe, folder: Path, splits: dict[str, Split], say: Say) -> str:
     """Train the recipe's tokenizer on the training documents; returns its name in corpus.json."""
     if recipe.vocab_size is None:
         return "bytes"
     words = (document.text for split in splits.values() for document in split.train)
     tokenizer = train_tokenizer(words, recipe.vocab_size, folder / "tokenizer.json")
     say(
-        f"tokenizer: {tokenizer.vocab_size} tokens, byte-level BPE, trained on the training documents"
+        f"tokenizer: {tokenizer.vocab_size} tokens, byte-level BPE, trained on the training"
+        " documents"
     )
     return "tokenizer.json"
 
 
 def tokenize(
-    folder: Path, splits: dict[str, Split], tokenizer: str, say: Callable[[str], None]
+    folder: Path, splits: dict[str, Split], tokenizer: str, say: Say
 ) -> dict[str, dict[str, Any]]:
-    """Write the token files, a document's tokens followed by the end-of-document token; returns what is in them."""
-    loaded = load_tokenizer(tokenizer_path(folder, tokenizer))
+    """Write the token files, an end-of-document token after each document; returns their facts."""
+    encoder = load_tokenizer(tokenizer_path(folder, tokenizer))
     facts: dict[str, dict[str, Any]] = {}
     for source, split in splits.items():
         facts[source] = {}
         for part in PARTS:
             prefix = folder / f"{part}/{source}"
-            prepared = prepare([f"{prefix}.jsonl"], str(prefix), loaded, append_eod=True)
+            prepared = prepare([f"{prefix}.jsonl"], str(prefix), encoder, append_eod=True)
             facts[source][part] = part_facts(prefix, getattr(split, part), prepared.tokens)
-        train, valid = facts[source]["train"], facts[source]["valid"]
+        train = facts[source]["train"]
+        valid = facts[source]["valid"]
         say(
             f"  {source:<11} {train['documents']:>4} documents {size_text(train['bytes']):>8}"
             f" {train['tokens']:>9,} tokens"
@@ -240,23 +262,22 @@ def tokenize(
 
 
 def part_facts(prefix: Path, documents: Sequence[Document], tokens: int) -> dict[str, Any]:
-    """Counts of one part of one source, the sizes of its files, and for held-out text the bytes of each document."""
+    """Counts and file sizes of one part of one source; for held-out text more about its bytes."""
     sizes = [len(document.text.encode("utf-8")) for document in documents]
     facts: dict[str, Any] = {"documents": len(sizes), "bytes": sum(sizes), "tokens": tokens}
-    facts["files"] = {
-        end: Path(f"{prefix}{end}").stat().st_size for end in (".jsonl", ".bin", ".idx")
-    }
+    facts["files"] = {suffix: Path(f"{prefix}{suffix}").stat().st_size for suffix in SUFFIXES}
     if prefix.parent.name == "valid":
+        # Bits per byte divide by these bytes; zlib's are the yardstick of the report.
         facts["document_bytes"] = sizes
         packed = sum(len(zlib.compress(document.text.encode("utf-8"), 9)) for document in documents)
         facts["zlib_bits_per_byte"] = 8 * packed / sum(sizes)
     return facts
 
 
-def ensure_corpus(config: RunConfig, say: Callable[[str], None] = print) -> RunConfig:
-    """Build the corpus that the config names under its output folder, and name its files in the config.
+def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
+    """Build the corpus of the config in its output folder; returns the config with its files.
 
-    A config with training data of its own, or that names no corpus, comes back as it is.
+    A config with training data of its own, or without a corpus, is returned as it is.
     Raises  ConfigError if the corpus is unknown or its tokenizer has more tokens than the model.
     """
     if config.data.train or config.data.corpus is None:

@@ -1,4 +1,4 @@
-"""What a run's checkpoints say, and how its exports speak beside it: text, speed, size and loss of quality."""
+"""Samples of a run's checkpoints, and its exports compared: text, speed, size and quality."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from castalia.inference import load
 
 Ids = list[int]
 ROUNDS = 3
-"""Each voice is timed this often, in turn with the others, and its best time counts."""
+"""Each voice is timed this often, in turn with the others; its best time counts."""
 
 
 class Voice(NamedTuple):
@@ -29,26 +29,26 @@ class Voice(NamedTuple):
 def samples(
     run: Path, steps: Iterable[int], prompts: Sequence[str], *, max_new_tokens: int, seed: int
 ) -> list[dict[str, Any]]:
-    """What each checkpoint writes after each prompt, drawn with the same seed: [{"step", "prompt", "text"}]."""
-    made = []
+    """Continuations of each prompt by each checkpoint: a list of {"step", "prompt", "text"}.
+
+    All checkpoints draw with the same seed, so only the weights differ.
+    """
+    rows = []
     for step in steps:
-        speaker = load(run / str(step))
-        texts = speaker.generate(
-            list(prompts), max_new_tokens, temperature=0.7, top_k=50, seed=seed
-        )
-        made += [
-            {"step": step, "prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)
-        ]
-    return made
+        model = load(run / str(step))
+        texts = model.generate(list(prompts), max_new_tokens, temperature=0.7, top_k=50, seed=seed)
+        for prompt, text in zip(prompts, texts, strict=True):
+            rows.append({"step": step, "prompt": prompt, "text": text})
+    return rows
 
 
 def own_voice(run: Path, weights: Path) -> Voice:
-    """The newest checkpoint of a run in fp32, run by Castalia; `weights` is the file whose size counts."""
-    speaker = load(run)
+    """The newest checkpoint of a run in fp32, in Castalia; the file `weights` gives its size."""
+    model = load(run)
     return Voice(
         "castalia fp32",
-        lambda prompts, count: speaker.generate_ids(list(prompts), count),
-        lambda ids: speaker.logprobs(ids).tolist(),
+        lambda prompts, count: model.generate_ids(list(prompts), count),
+        lambda ids: model.logprobs(ids).tolist(),
         weights.stat().st_size,
     )
 
@@ -67,29 +67,31 @@ def ct2_voice(folder: Path, name: str) -> Voice:
 def compare(
     voices: Sequence[Voice], prompts: Sequence[Ids], texts: Sequence[Ids], *, max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Each voice's greedy continuations, speed, size and loss on `texts`, beside the first voice's.
+    """Greedy continuations, speed, size and loss on `texts` of each voice.
 
-    Returns  a dict a voice: name, megabytes, tokens_per_second (one prompt at a time), bits_per_token, made (ids),
-             same (share of its tokens that are the first voice's, up to the first difference in each prompt).
+    Returns  a dict a voice: name, megabytes (10**6 bytes), tokens_per_second (one prompt at a
+             time), bits_per_token, made (ids), same (share of its tokens that equal the first
+             voice's, up to the first difference in each prompt).
     """
+    # Before the timing, so that every voice is warm.
+    continued: list[list[Ids]] = [voice.generate(prompts, max_new_tokens) for voice in voices]
     best = [math.inf] * len(voices)
-    made: list[list[Ids]] = [
-        voice.generate(prompts, max_new_tokens) for voice in voices
-    ]  # also warms them up
     for _ in range(ROUNDS):
         for i, voice in enumerate(voices):
             best[i] = min(best[i], seconds_of(voice, prompts, max_new_tokens))
-    return [
-        {
-            "name": voice.name,
-            "megabytes": voice.bytes / 1e6,
-            "tokens_per_second": sum(map(len, made[i])) / best[i],
-            "bits_per_token": bits_per_token(voice, texts),
-            "made": made[i],
-            "same": same_share(made[0], made[i]),
-        }
-        for i, voice in enumerate(voices)
-    ]
+    rows = []
+    for voice, ids, seconds in zip(voices, continued, best, strict=True):
+        rows.append(
+            {
+                "name": voice.name,
+                "megabytes": voice.bytes / 1e6,
+                "tokens_per_second": sum(map(len, ids)) / seconds,
+                "bits_per_token": bits_per_token(voice, texts),
+                "made": ids,
+                "same": same_share(continued[0], ids),
+            }
+        )
+    return rows
 
 
 def seconds_of(voice: Voice, prompts: Sequence[Ids], max_new_tokens: int) -> float:
@@ -107,17 +109,20 @@ def bits_per_token(voice: Voice, texts: Sequence[Ids]) -> float:
 
 
 def same_share(first: Sequence[Ids], other: Sequence[Ids]) -> float:
-    """Share of tokens that stand before the first difference of each pair."""
-    same = total = 0
+    """Share of tokens before the first difference of each pair of continuations."""
+    same = 0
+    total = 0
     for a, b in zip(first, other, strict=True):
-        pairs = zip(a, b, strict=False)
-        same += next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+        for x, y in zip(a, b, strict=False):
+            if x != y:
+                break
+            same += 1
         total += max(len(a), len(b))
     return same / max(1, total)
 
 
 def held_out_texts(prefixes: Sequence[str], length: int, count: int) -> list[Ids]:
-    """The first `length` tokens of the first `count` documents of each token file that are long enough."""
+    """The first `length` tokens of the first `count` long enough documents of each token file."""
     texts = []
     for prefix in prefixes:
         dataset = IndexedDataset(prefix)

@@ -1,6 +1,6 @@
-"""The demo, from text to a model that speaks: corpus, training, bits per byte, samples, exports, comparison, report.
+"""The stages of the demo: corpus, training, bits per byte, samples, exports, comparison, report.
 
-Each stage that is done is written down in `demo.json`, so that a second call goes on where the first one ended.
+`demo.json` records each finished stage, so the same command again continues with the next one.
 """
 
 import hashlib
@@ -44,10 +44,10 @@ SAMPLED = 6
 """Checkpoints that are sampled, from the first to the last."""
 NEW_TOKENS = 64
 EVAL_TOKENS = 12_000
-"""Held-out tokens of each source that are read at each checkpoint."""
+"""Held-out tokens of each source that each checkpoint is measured on, at most."""
 QUANTIZATIONS = ("float32", "int8")
 FASTER = 1.15
-"""bf16 is taken when its products are this much faster than those of fp32."""
+"""bf16 is chosen if its matrix products are this much faster than in fp32."""
 
 
 class TrainClock(Hook):
@@ -71,22 +71,27 @@ class TrainClock(Hook):
 
 
 class Demo:
-    """The stages of one demo, and what they left in its folder.
+    """The stages of one demo and their results.
 
-    `record` is what `demo.json` holds: the config's hash, seconds of each stage that is done, and their findings.
+    `record` is the contents of `demo.json`: the config's hash, the seconds of each finished stage,
+    and the results that later stages read.
     """
 
     def __init__(
         self, resolved: Resolved, command: Sequence[str], say: Callable[[str], None]
     ) -> None:
-        self.resolved, self.config, self.command, self.say = resolved, resolved.config, command, say
+        self.resolved = resolved
+        self.config = resolved.config
+        self.command = command
+        self.say = say
         self.folder = Path(self.config.output)
+        # Without the folder, so that a demo may be moved.
         values = self.config.model_dump(mode="json", exclude={"output"})
         self.hash = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         self.record = self.read_record()
 
     def read_record(self) -> dict[str, Any]:
-        """What an earlier call with the same config has done."""
+        """The record of an earlier call with the same config, else an empty one."""
         try:
             record: dict[str, Any] = json.loads(
                 (self.folder / "demo.json").read_text(encoding="utf-8")
@@ -102,7 +107,7 @@ class Demo:
         return "report" in self.record["stages"] and (self.folder / "report.html").is_file()
 
     def run(self) -> None:
-        """Every stage that is not done yet, in order."""
+        """Run every unfinished stage, in order."""
         stages = (
             self.build,
             self.train,
@@ -115,13 +120,13 @@ class Demo:
         for number, stage in enumerate(stages, 1):
             if stage.__name__ in self.record["stages"]:
                 continue
-            self.say(
-                f"\n[{number}/{len(stages)}] {(stage.__doc__ or '').splitlines()[0].rstrip('.')}"
-            )
+            title = (stage.__doc__ or "").splitlines()[0].rstrip(".")
+            self.say(f"\n[{number}/{len(stages)}] {title}")
             start = time.perf_counter()
             stage()
             seconds = time.perf_counter() - start
             self.record["stages"][stage.__name__] = round(seconds, 2)
+            # After each stage: whatever ends the next one, this one is not run again.
             write_json(self.folder / "demo.json", self.record)
             self.say(f"      {duration(seconds)}")
 
@@ -153,7 +158,7 @@ class Demo:
         )
         if trainer.progress.step < self.config.train.steps:
             raise TrainingError(
-                f"the demo was stopped at step {trainer.progress.step}; the same command goes on"
+                f"the demo was stopped at step {trainer.progress.step}; the same command resumes it"
             )
         self.record["training"] = {
             "tokens_per_second": clock.tokens / clock.seconds if clock.tokens else None,
@@ -180,12 +185,13 @@ class Demo:
     def sample(self) -> None:
         """Samples by checkpoint."""
         steps = spaced(self.steps, SAMPLED)
-        made = samples(
+        rows = samples(
             self.folder, steps, PROMPTS, max_new_tokens=NEW_TOKENS, seed=self.config.seed
         )
-        write_json(self.folder / "samples" / "samples.json", made)
-        last = [sample for sample in made if sample["step"] == steps[-1]]
-        self.say("\n".join(f"--- step {s['step']} ---\n{s['prompt']}{s['text']}" for s in last))
+        write_json(self.folder / "samples" / "samples.json", rows)
+        for row in rows:
+            if row["step"] == steps[-1]:
+                self.say(f"--- step {row['step']} ---\n{row['prompt']}{row['text']}")
 
     def export(self) -> None:
         """Exports to Hugging Face and to CTranslate2."""
@@ -195,7 +201,7 @@ class Demo:
                 exports += export(self.folder, to="ct2", quantization=quantization, force=True)
         else:
             self.say(
-                "  ctranslate2 is not installed, so int8 is left out: pip install 'castalia[ct2]' brings it"
+                "  ctranslate2 is not installed, so int8 is skipped: pip install 'castalia[ct2]'"
             )
         for done in exports:
             self.say(f"  {done.folder}  {size_text(done.bytes)}")
@@ -206,15 +212,16 @@ class Demo:
         tokenizer = load_tokenizer(self.corpus.tokenizer)
         folders = {name: Path(folder) for name, folder in self.record["exports"].items()}
         voices = [own_voice(self.folder, folders["hf fp32"] / "model.safetensors")]
-        for quantization in QUANTIZATIONS if has_ctranslate2() else ():
-            folder = folders[f"ct2 {quantization}"]
-            voices.append(ct2_voice(folder, f"CTranslate2 {quantization}"))
+        for quantization in QUANTIZATIONS:
+            folder = folders.get(f"ct2 {quantization}")
+            if folder is not None and has_ctranslate2():
+                voices.append(ct2_voice(folder, f"CTranslate2 {quantization}"))
         prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
         texts = held_out_texts(self.corpus.prefixes("valid"), self.config.data.seq_length, count=2)
-        found = compare(voices, prompts, texts, max_new_tokens=NEW_TOKENS)
-        for voice in found:
-            voice["texts"] = [tokenizer.decode(ids) for ids in voice.pop("made")]
-        self.record["speech"] = {"prompts": PROMPTS, "voices": found}
+        rows = compare(voices, prompts, texts, max_new_tokens=NEW_TOKENS)
+        for row in rows:
+            row["texts"] = [tokenizer.decode(ids) for ids in row.pop("made")]
+        self.record["speech"] = {"prompts": PROMPTS, "voices": rows}
 
     def report(self) -> None:
         """The report page."""
@@ -229,9 +236,9 @@ def run_demo(
     command: Sequence[str],
     say: Callable[[str], None] = print,
 ) -> Path:
-    """Run the demo in the folder `output`, or go on with it, or say that it is done; returns the report's path.
+    """Run or continue the demo in the folder `output`; returns the path of its report.
 
-    Raises  ConfigError if the overrides are wrong or name other data; what a stage raises.
+    Raises  ConfigError if the overrides are wrong or name other data; the errors of the stages.
     """
     resolved = resolve(
         ["demo", f"output={output}", *overrides, *choose_precision(output, overrides, say)]
@@ -265,24 +272,32 @@ def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
 def choose_precision(
     output: str, overrides: Sequence[str], say: Callable[[str], None]
 ) -> list[str]:
-    """The override `precision=`: that of the run in the folder, or bf16 where it is faster; none if one is given."""
-    if any(text.startswith("precision=") for text in overrides):
-        return []
-    path = Path(
-        next((t.partition("=")[2] for t in reversed(overrides) if t.startswith("output=")), output)
-    )
-    if (path / "config.yaml").is_file():
-        return [f"precision={read_yaml(path / 'config.yaml').get('precision', 'fp32')}"]
+    """The override `precision=`; none if the user gives one.
+
+    A run in the folder keeps its precision. A new one gets bf16 where this machine multiplies
+    faster in it: not every CPU has instructions for it, and there it is many times slower.
+    """
+    folder = output
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key == "precision":
+            return []
+        if key == "output":
+            folder = value
+    config = Path(folder) / "config.yaml"
+    if config.is_file():
+        return [f"precision={read_yaml(config).get('precision', 'fp32')}"]
     ratio = bf16_speed()
     chosen = "bf16" if ratio >= FASTER else "fp32"
     say(
-        f"precision: {chosen} (matrix products in bf16 take {1 / ratio:.2f} times as long as in fp32 here)"
+        f"precision: {chosen} (here a matrix product in bf16 takes {1 / ratio:.2f} times as long"
+        " as in fp32)"
     )
     return [f"precision={chosen}"]
 
 
 def bf16_speed() -> float:
-    """How many times as fast as in fp32 a matrix product of the demo's shape is in bf16 on this machine."""
+    """Speed of a matrix product of the demo's shape in bf16, as a multiple of that in fp32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     times = {dtype: product_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     return times[torch.float32] / times[torch.bfloat16]
@@ -290,20 +305,18 @@ def bf16_speed() -> float:
 
 def product_seconds(dtype: torch.dtype, device: str) -> float:
     """Best of a few times of one (2048, 256) x (256, 1024) product."""
-    left, right = (
-        torch.ones(2048, 256, dtype=dtype, device=device),
-        torch.ones(256, 1024, dtype=dtype, device=device),
-    )
+    left = torch.ones(2048, 256, dtype=dtype, device=device)
+    right = torch.ones(256, 1024, dtype=dtype, device=device)
     best = float("inf")
     for _ in range(6):
         start = time.perf_counter()
-        float((left @ right)[0, 0])  # reading a number waits for a GPU
+        float((left @ right)[0, 0])  # a GPU has finished once the number is read
         best = min(best, time.perf_counter() - start)
     return best
 
 
 def spaced(steps: Sequence[int], count: int) -> list[int]:
-    """About `count` of the steps, evenly by their place, with the first and the last."""
+    """About `count` of the steps, evenly spaced by position, the first and the last included."""
     if len(steps) <= count:
         return list(steps)
     places = {round(i * (len(steps) - 1) / (count - 1)) for i in range(count)}
@@ -311,5 +324,5 @@ def spaced(steps: Sequence[int], count: int) -> list[int]:
 
 
 def has_ctranslate2() -> bool:
-    """Whether the extra is installed."""
+    """Whether the extra `ct2` is installed."""
     return importlib.util.find_spec("ctranslate2") is not None

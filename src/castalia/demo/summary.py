@@ -11,23 +11,26 @@ from castalia.monitor import duration, quantity, size_text
 from castalia.train.config import RunConfig
 
 LEAD = (
-    "A language model in the shape of Pythia, trained from random weights on this machine, on text that this Python"
-    " installation carries. Nothing was downloaded."
+    "A language model in the shape of Pythia, trained from random weights on this machine, on text"
+    " that this Python"
+    " installation has. Nothing was downloaded."
 )
 
 
 def summarize(
     config: RunConfig, record: Mapping[str, Any], corpus: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that the report shows besides the curves and samples: title, lead, tiles, tables."""
+    """The report without its curves and samples: title, lead, tiles and tables."""
     total, _ = parameter_counts(config.model)
     speed = record["training"]["tokens_per_second"]
-    first, last = (mean_bits(record["bits"][place]["sources"]) for place in (0, -1))
+    first = mean_bits(record["bits"][0]["sources"])
+    last = mean_bits(record["bits"][-1]["sources"])
     tiles = {
         "parameters": quantity(total),
         "tokens read": quantity(config.train.steps * config.tokens_per_step),
         "steps": f"{config.train.steps:,}",
         "training": duration(record["stages"]["train"]),
+        # None where the training had been finished by an earlier call, which took the time.
         "tokens/s": quantity(speed) if speed else "n/a",
         f"bits per byte, from {first:.2f}": f"{last:.2f}",
     }
@@ -41,17 +44,20 @@ def summarize(
 
 
 def mean_bits(sources: Mapping[str, Mapping[str, float]]) -> float:
-    """Mean over the sources of their bits per byte, each source counting the same."""
+    """Unweighted mean of the sources' bits per byte."""
     return sum(bits["bits_per_byte"] for bits in sources.values()) / len(sources)
 
 
 def sources_table(record: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[str, Any]:
-    """A row for each source: how much of it there is, and what became of its bits per byte."""
-    first, last = record["bits"][0], record["bits"][-1]
+    """A row for each source: its size, and its bits per byte at the first and last checkpoint."""
+    first = record["bits"][0]
+    last = record["bits"][-1]
     rows = []
     for name, facts in corpus["sources"].items():
-        train, valid = facts["train"], facts["valid"]
-        before, after = (mark["sources"][name]["bits_per_byte"] for mark in (first, last))
+        train = facts["train"]
+        valid = facts["valid"]
+        before = first["sources"][name]["bits_per_byte"]
+        after = last["sources"][name]["bits_per_byte"]
         rows.append(
             [
                 f"{name}: {facts['about']}",
@@ -75,9 +81,10 @@ def sources_table(record: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[
         "zlib",
     ]
     about = (
-        "Bits per byte of held-out documents, up to 12,000 tokens of each source, at the first and last checkpoint;"
-        " as a yardstick, what zlib -9 makes of every held-out document. Share is the part of the rows at the first and"
-        " the last step, which online data mixing sets by the losses."
+        "Bits per byte of held-out documents, up to 12,000 tokens of each source, at the first and"
+        " last checkpoint. The yardstick is zlib -9 on every held-out document. Share is that of the"
+        " source in the rows at the first and the last step, which online data mixing sets by the"
+        " losses."
     )
     return {"title": "Sources", "about": about, "header": header, "rows": rows}
 
@@ -96,30 +103,27 @@ def speech_table(record: Mapping[str, Any]) -> dict[str, Any]:
     ]
     header = ["", "tokens/s", "weights", "bits per token", "same text"]
     about = (
-        "Greedy text, one prompt at a time. Bits per token on held-out text; same text is the share of tokens that"
-        " come before the first one that differs from Castalia's fp32."
+        "Greedy text, one prompt at a time. Bits per token are measured on held-out text. Same text"
+        " is the share of tokens before the first difference from Castalia in fp32."
     )
     return {"title": "fp32 and int8", "about": about, "header": header, "rows": rows}
 
 
 def texts_table(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What each of them says after each prompt."""
+    """The continuation of each prompt by each way to run the model."""
     speech = record["speech"]
-    rows = [
-        [voice["name"], prompt + voice["texts"][i]]
-        for i, prompt in enumerate(speech["prompts"])
-        for voice in speech["voices"]
-    ]
+    rows = []
+    for i, prompt in enumerate(speech["prompts"]):
+        for voice in speech["voices"]:
+            rows.append([voice["name"], prompt + voice["texts"][i]])
     return {"title": "Greedy text", "header": ["", ""], "rows": rows, "kind": "code"}
 
 
 def facts_table(config: RunConfig, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Shape, batch, data and where the time went."""
+    """Shape, batch, data and the time of each stage."""
     total, inner = parameter_counts(config.model)
-    model, names = (
-        config.model,
-        {"build": "corpus", "evaluate": "bits per byte", "sample": "samples"},
-    )
+    model = config.model
+    names = {"build": "corpus", "evaluate": "bits per byte", "sample": "samples"}
     stages = ", ".join(
         f"{names.get(name, name)} {duration(s)}" for name, s in record["stages"].items()
     )
@@ -143,7 +147,7 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     table = Table(title=summary["title"], show_header=False, title_justify="left")
     for name, value in summary["tiles"].items():
         table.add_row(name, str(value))
-    sources, speech = summary["tables"][0], summary["tables"][1]
+    sources, speech, _, facts = summary["tables"]
     table.add_section()
     for row in sources["rows"]:
         name = row[0].partition(":")[0]
@@ -154,5 +158,5 @@ def show_summary(summary: Mapping[str, Any]) -> None:
     for name, speed, size, bits, same in speech["rows"]:
         table.add_row(name, f"{speed} tokens/s, {size}, {bits} bits per token, same text {same}")
     table.add_section()
-    table.add_row("time", summary["tables"][3]["rows"][-1][1])
+    table.add_row("time", facts["rows"][-1][1])
     Console(highlight=False).print(table)

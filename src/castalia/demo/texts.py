@@ -1,4 +1,4 @@
-"""Text that every Python installation carries, as documents: what the corpora are made of."""
+"""The texts of a Python installation, as documents: the raw material of the corpora."""
 
 import ast
 import importlib.metadata
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 LARGEST_DOCUMENT = 128 * 1024
-"""Longer files are tables or generated code more often than writing; bytes."""
+"""Most bytes of a file; longer ones are mostly tables or generated code."""
 SMALLEST_DOCUMENT = 200
-"""Shorter files say nothing; bytes."""
+"""Fewest bytes of a file; shorter ones are mostly empty modules."""
 NOT_CODE = {
     "site-packages",
     "dist-packages",
@@ -22,7 +22,7 @@ NOT_CODE = {
     "ensurepip",
     "pydoc_data",
 }
-"""Folders of the standard library left out: other people's packages, tables, and what is a source of its own."""
+"""Folders of the standard library to skip: installed packages, tables, another source's text."""
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 FEW = (
     "asyncio",
@@ -36,7 +36,7 @@ FEW = (
     "logging",
     "urllib",
 )
-"""Packages of the standard library that stand for it in the tiny corpus."""
+"""Packages of the standard library that represent it in the tiny corpus."""
 TALKATIVE = (
     "torch/nn",
     "torch/optim",
@@ -46,31 +46,32 @@ TALKATIVE = (
     "numpy/linalg",
     "pydantic",
 )
-"""Folders of required packages whose docstrings explain themselves in prose."""
+"""Folders of required packages whose docstrings are prose."""
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
 class Document(NamedTuple):
-    """One text with the name it is sorted by."""
+    """One text and the name by which it is sorted."""
 
     name: str
     text: str
 
 
 def read_document(path: Path, name: str) -> Document | None:
-    """The file as a document; None when it is not UTF-8, cannot be read, or is too short or too long."""
+    """The file as a document; None if it is unreadable, not UTF-8, too short or too long."""
     try:
         if not SMALLEST_DOCUMENT <= path.stat().st_size <= LARGEST_DOCUMENT:
             return None
+        # Windows checkouts have \r\n: the same file must give the same document everywhere.
         return Document(name, path.read_bytes().decode("utf-8").replace("\r\n", "\n"))
     except (OSError, UnicodeDecodeError):
         return None
 
 
 def read_documents(files: Iterable[tuple[str, Path]]) -> list[Document]:
-    """The readable ones of named files, in the order of their names."""
-    found = (read_document(path, name) for name, path in sorted(files))
-    return [document for document in found if document is not None]
+    """The documents of the files that can be read, in the order of their names."""
+    documents = (read_document(path, name) for name, path in sorted(files))
+    return [document for document in documents if document is not None]
 
 
 def standard_library() -> Path:
@@ -79,7 +80,7 @@ def standard_library() -> Path:
 
 
 def python_files(folder: Path, tests: bool) -> Iterator[tuple[str, Path]]:
-    """The .py files below `folder` that are tests, or those that are not, with their names relative to it."""
+    """The .py files below `folder` that are tests, or are not, by their names relative to it."""
     for path in folder.rglob("*.py"):
         parts = path.relative_to(folder).parts
         is_test = not TEST_FOLDERS.isdisjoint(parts[:-1])
@@ -122,25 +123,25 @@ def language_reference() -> list[Document]:
 
 
 def packages() -> list[importlib.metadata.Distribution]:
-    """Installed packages by name, once each, without Castalia itself, whose texts change as it is written."""
-    found = {
+    """Installed packages by name, once each, without Castalia, whose own texts keep changing."""
+    by_name = {
         dist.metadata["Name"].lower(): dist
         for dist in importlib.metadata.distributions()
         if dist.metadata["Name"]
     }
-    return [found[name] for name in sorted(found) if name != "castalia"]
+    return [by_name[name] for name in sorted(by_name) if name != "castalia"]
 
 
 def package_readmes() -> list[Document]:
-    """What installed packages say of themselves: the descriptions in their metadata."""
-    texts = [(dist.metadata["Name"].lower(), dist.metadata.get_payload()) for dist in packages()]  # type: ignore[attr-defined]
-    return [
-        Document(name, text)
-        for name, text in texts
-        if isinstance(text, str)
-        and SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT
-        and "\ufffd" not in text
-    ]
+    """The descriptions in the metadata of installed packages."""
+    documents = []
+    for dist in packages():
+        text = dist.metadata.get_payload()  # type: ignore[attr-defined]
+        if not isinstance(text, str) or "\ufffd" in text:
+            continue  # no description, or one that was not UTF-8
+        if SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT:
+            documents.append(Document(dist.metadata["Name"].lower(), text))
+    return documents
 
 
 def licence_files(dist: importlib.metadata.Distribution) -> Iterator[tuple[str, Path]]:
@@ -154,7 +155,7 @@ def licence_files(dist: importlib.metadata.Distribution) -> Iterator[tuple[str, 
 
 
 def licences() -> list[Document]:
-    """Licences of Python and of installed packages, each wording as often as it is installed."""
+    """Licences of Python and of installed packages, equal wordings repeated."""
     files = [("python/LICENSE.txt", standard_library() / "LICENSE.txt")]
     for dist in packages():
         files.extend(licence_files(dist))
@@ -179,7 +180,7 @@ def package_folder(name: str) -> Path | None:
 
 
 def docstrings_of(code: str) -> str:
-    """Every docstring of a module, in its order, a blank line apart; empty when the code cannot be parsed."""
+    """Every docstring of a module in its order, a blank line apart; "" if the code is invalid."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         with warnings.catch_warnings():
@@ -187,8 +188,8 @@ def docstrings_of(code: str) -> str:
             tree = ast.parse(code)
     except (SyntaxError, ValueError):
         return ""
-    found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-    return "\n\n".join(text for text in found if text)
+    docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+    return "\n\n".join(text for text in docstrings if text)
 
 
 def package_docstrings() -> list[Document]:
