@@ -16,6 +16,7 @@ from castalia.demo import stages
 from castalia.demo.speech import Voice, bits_per_token, compare, same_share
 from castalia.demo.stages import choose_precision, run_demo, spaced
 from castalia.recipes import load_config
+from castalia.train.mixture import StaticBlend
 
 SMALL = [
     "data.corpus=tiny",
@@ -61,7 +62,7 @@ def test_every_part_of_the_run_folder_is_there(demo: tuple[Path, list[str]]):
 
 def test_shares_of_a_blend_are_its_weights(tmp_path):
     rows = SimpleNamespace(sources=["a", "b"], weights=[0.75, 0.25])
-    trainer = SimpleNamespace(rows=rows, mixture=None)
+    trainer = SimpleNamespace(rows=rows, mixture=StaticBlend())
     assert stages.shares_of(trainer, tmp_path) == {"a": [0.75] * 3, "b": [0.25] * 3}
 
 
