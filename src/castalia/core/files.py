@@ -85,16 +85,14 @@ def cannot_write(path: str | Path, error: OSError) -> CastaliaError:
 
 
 def cache_folder() -> Path:
-    """This user's folder for files that can be rebuilt: `castalia` in XDG_CACHE_HOME or
-    ~/.cache."""
+    """Folder for files that can be rebuilt: `castalia` in XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "castalia"
 
 
 @contextmanager
 def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
-    """Claim `folder` for this process; the kernel drops the claim when the process ends, even by
-    SIGKILL.
+    """Claim `folder` for this process; the claim ends with the process, even if it is killed.
 
     Waits up to `seconds` for the present holder to end. A file system without locks grants every
     claim.
@@ -122,8 +120,7 @@ def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
 
 
 def locked(file: TextIO) -> bool:
-    """Try to lock an open file exclusively, without waiting; False if another process holds the
-    lock.
+    """Lock an open file exclusively, without waiting; False if another process holds it.
 
     True as well where locks do not exist: on Windows, and on file systems that refuse flock.
     """

@@ -11,8 +11,7 @@ STATM = "/proc/self/statm"
 
 
 def keep_freed_memory() -> bool:
-    """Reuse freed memory instead of returning it to the system, and put large tensors on huge
-    pages.
+    """Reuse freed memory instead of returning it, and put large tensors on huge pages.
 
     A training step frees all its activations and allocates the same ones again. By default glibc
     returns blocks of more than 32 MiB at once, and Linux zeroes them again, 4 KiB at a time, at 2

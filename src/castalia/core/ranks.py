@@ -111,8 +111,11 @@ def started_by(variables: Mapping[str, str]) -> Launcher | None:
         # SLURM_PROCID alone is normal: a batch script has it without being a task of a step.
         if has_rank == has_size or launcher.name == "Slurm":
             continue
-        missing = launcher.size if has_rank else launcher.rank
-        present = launcher.rank if has_rank else launcher.size
+        present = launcher.rank
+        missing = launcher.size
+        if has_size:
+            present = launcher.size
+            missing = launcher.rank
         raise ConfigError(
             f"{present} is set but {missing} is not; set both or neither"
             f" ({launcher.name}'s variables)"
@@ -131,8 +134,7 @@ def integer(variables: Mapping[str, str], launcher: Launcher, name: str) -> int:
 
 
 def rendezvous(variables: Mapping[str, str] = os.environ) -> str:
-    """torch's init_method for the process group: `env://` under torchrun, else rank 0's
-    `tcp://host:port`.
+    """torch's init_method: `env://` under torchrun, else rank 0's `tcp://host:port`.
 
     MASTER_ADDR and MASTER_PORT take precedence. The default host is 127.0.0.1 if all ranks are on
     this host, else the first host of the job under Slurm and jsrun. The default port under Slurm

@@ -46,8 +46,7 @@ def blend(weights: Sequence[float], size: int) -> tuple[Picks, NDArray[np.int64]
 
 
 def blend_maps(weights: Sequence[float], size: int, cache: OrderCache | None = None) -> IndexMaps:
-    """The result of `blend` as maps dataset_index and sample_index; a large one comes from the
-    cache."""
+    """The result of `blend` as index maps; a large one comes from the cache."""
 
     def build() -> IndexMaps:
         picks, numbers = blend(weights, size)
@@ -130,8 +129,7 @@ def in_lanes(
 
 
 def guess(shares: NDArray[np.float64], places: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Rows taken before each of (S,) places, (K, S): one less than due for all but the largest
-    source.
+    """Rows taken before each of (S,) places, (K, S): one less than due but for the largest.
 
     An overdue row is picked at once, whereas the effect of a row taken too early lasts for 1/share
     places.

@@ -28,8 +28,7 @@ class DataConfig(Config):
     weights: Annotated[list[float] | None, AT_RESUME] = None
     """Weight of each train source in the blend; null means equal weights."""
     valid: Annotated[Paths, AT_RESUME] = []
-    """Prefixes to validate on. Empty with a single train prefix means that prefix's share in
-    `split`."""
+    """Prefixes to validate on. Empty with a single train prefix means its share in `split`."""
     valid_weights: Annotated[list[float] | None, AT_RESUME] = None
     """Weight of each valid source in the blend; null means equal weights."""
     labels: Annotated[Paths, AT_RESUME] = []
@@ -47,11 +46,9 @@ class DataConfig(Config):
     tokenizer: Annotated[str | None, AT_RESUME] = None
     """A tokenizer.json, or `bytes` for the byte-level tokenizer; kept with every checkpoint."""
     corpus: str | None = None
-    """A corpus that Castalia builds from text on this machine when `train` is empty: `python` or
-    `tiny`."""
+    """Corpus built from text on this machine when `train` is empty: `python` or `tiny`."""
     eod_mask_loss: bool = False
-    """Exclude from the loss the target that follows an end-of-document token, as GPT-NeoX's option
-    does."""
+    """Exclude from the loss the target after an end-of-document token, as in GPT-NeoX."""
     packing: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = "packed"
     """How documents become rows, under order `neox`. packed: one stream, cut every seq_length
     tokens. pack_until_overflow: whole documents until one does not fit. unpacked: one document per

@@ -62,8 +62,7 @@ def contents(dataset: IndexedDataset) -> dict[str, Any]:
 
 
 def idx_hash(dataset: IndexedDataset) -> str:
-    """Hex SHA-256 of an .idx. A large one is hashed by all its sizes and some blocks: its places
-    follow from them."""
+    """Hex SHA-256 of an .idx; of a large one, of all its sizes and of blocks of it."""
     if dataset.idx_path.stat().st_size <= FULL_BYTES:
         return sha256_of(dataset.idx_path)
     blocks = bin_hash(dataset.idx_path)[1]
@@ -71,8 +70,7 @@ def idx_hash(dataset: IndexedDataset) -> str:
 
 
 def array_hash(array: NDArray[Any]) -> str:
-    """Hex SHA-256 of dtype, shape and the SHA-256 of each chunk of the numbers, computed on several
-    cores.
+    """Hex SHA-256 of dtype, shape and the SHA-256 of each chunk, computed on several cores.
 
     Time    about 0.5 s per GB and core.
     """
@@ -84,8 +82,7 @@ def array_hash(array: NDArray[Any]) -> str:
 
 
 def bin_hash(source: Path | Buffer) -> tuple[str, str]:
-    """The rule by which a .bin is hashed, and its hex SHA-256 under it. Shards give the hash of the
-    whole file."""
+    """The hashing rule for a .bin and its hex SHA-256; shards hash like the whole file."""
     data = MappedFile(source) if isinstance(source, Path) else source
     size = len(data)
     if size <= FULL_BYTES:
@@ -101,8 +98,7 @@ def bin_hash(source: Path | Buffer) -> tuple[str, str]:
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One sentence for each difference that changes the rows or their order; empty without
-    differences."""
+    """One sentence for each difference that changes the rows or their order."""
     sentences = []
     for role in ("train", "valid"):
         sources = old.get(role, [])

@@ -153,8 +153,7 @@ class IndexedDataset:
         return self.get(index)
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> NDArray[Any]:
-        """Tokens [offset, offset + length) of document `index`; without a length, all from `offset`
-        on.
+        """Tokens [offset, offset + length) of document `index`, by default to its end.
 
         Shapes  (length,) of `dtype`, a read-only view of the file.
         Raises  IndexError if the document does not exist or has fewer tokens; DataError if it lies
@@ -167,7 +166,8 @@ class IndexedDataset:
             raise IndexError(f"document {index} of {len(self)} in {self.prefix}")
         size = int(self.sizes[document])
         offset = operator.index(offset)
-        length = size - offset if length is None else operator.index(length)
+        if length is None:
+            length = size - offset
         if offset < 0 or length < 0 or offset + length > size:
             raise IndexError(
                 f"tokens [{offset}, {offset + length}) of document {document} in {self.prefix},"
@@ -225,8 +225,7 @@ def read_header(path: Path, index: Buffer) -> tuple[int, int, int]:
 
 
 def has_modes(index: Buffer, expected: int, count: int) -> bool:
-    """Whether the rest is Megatron-Core's multimodal array, one byte 0 or 1 per document, which is
-    ignored."""
+    """Whether the rest is Megatron-Core's multimodal array, one byte 0 or 1 per document."""
     return 0 < count == len(index) - expected and max(index[expected:]) <= 1
 
 

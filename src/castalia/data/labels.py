@@ -53,6 +53,13 @@ def open_labels(paths: Sequence[str], datasets: Sequence[IndexedDataset], option
     return files
 
 
+def label_file(labels: Labels, source: int) -> IndexedDataset | None:
+    """The label file of one source; None without label files."""
+    if labels is None:
+        return None
+    return labels[source]
+
+
 def without_targets(labels: IndexedDataset, most: int) -> NDArray[np.bool_]:
     """Which documents have no target among their first `most` labels, (N,)."""
     sizes = labels.sizes.astype(np.int64)
@@ -125,8 +132,7 @@ def mask_before(
     *,
     on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
-    """Write a label file in which no token up to the end of the first `pattern` of a document is a
-    target.
+    """Write a label file whose targets begin after the first `pattern` of each document.
 
     A document without the pattern keeps all its targets, as in GPT-NeoX. The dtype is int32,
     because -100 does not fit into uint16. Returns the record.

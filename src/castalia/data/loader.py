@@ -41,8 +41,7 @@ RowLookup = Callable[[int, int], RowPlaces]
 
 
 class StepLoader:
-    """Iterate over this rank's micro-batches of step start_step, start_step + 1 and so on, without
-    end.
+    """Iterate over the steps from start_step on, without end: lists of this rank's micro-batches.
 
     Step t uses places [t·B, (t+1)·B) of `rows`, B = batch_size; `StepReader` defines the share of a
     rank.
@@ -128,8 +127,7 @@ class StepLoader:
 
 
 def as_batch(micro_rows: MicroRows, eod_id: int | None) -> Batch:
-    """Rows as tokens and labels: the label of a token is the token after it, unless it does not
-    count."""
+    """Rows as tokens and labels; the label of a token is the next token, or IGNORED."""
     rows = torch.from_numpy(micro_rows.rows)
     tokens = rows[:, :-1].contiguous()
     # A clone, not `contiguous`: of a single row, tokens and labels would share memory.
@@ -157,8 +155,7 @@ def as_batch(micro_rows: MicroRows, eod_id: int | None) -> Batch:
 
 
 def read_in_processes(reader: StepReader, tasks: Iterator[ReadTask | None], workers: int) -> Steps:
-    """Steps in the order of `tasks`, each read by one of `workers` processes; closing the iterator
-    ends them."""
+    """Steps in the order of `tasks`, read by `workers` processes that closing the iterator ends."""
     pool = WorkerPool(workers, start_worker, reader)
     try:
         yield from in_order(pool, read_in_worker, tasks, workers + AHEAD)
@@ -217,8 +214,7 @@ def fill(
     ready: queue.Queue[list[MicroRows] | BaseException],
     stopped: threading.Event,
 ) -> None:
-    """The thread: fill `ready` until `stopped`. An error takes the place of its step and ends the
-    thread."""
+    """The reading thread: fill `ready` until `stopped`. An error replaces its step and ends it."""
     for step in itertools.count(start):
         item: list[MicroRows] | BaseException
         try:

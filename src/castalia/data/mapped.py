@@ -28,8 +28,7 @@ class Buffer(Protocol):
         """Turn read-ahead off, for reads of a few KB in random order."""
 
     def fetch(self, start: int, stop: int) -> None:
-        """Start reading bytes [start, stop) from disk in the background; bytes past either end are
-        ignored."""
+        """Start reading bytes [start, stop) in the background. Bytes past an end are ignored."""
 
 
 class MappedFile:
@@ -54,8 +53,7 @@ class MappedFile:
         return np.frombuffer(self.content, dtype, count, offset)
 
     def read_at_random(self) -> None:
-        """Turn read-ahead off. On some machines the kernel otherwise reads 8 MB for each row of 4
-        KB."""
+        """Turn read-ahead off, which on some machines reads 8 MB for each row of 4 KB."""
         if isinstance(self.content, mmap.mmap) and hasattr(mmap, "MADV_RANDOM"):
             self.content.madvise(mmap.MADV_RANDOM)
 
@@ -116,8 +114,7 @@ class MappedShards:
         return spans
 
     def view(self, dtype: DTypeLike, count: int, offset: int) -> NDArray[Any]:
-        """`count` numbers of `dtype` from byte `offset` on; a copy only if they cross a shard
-        border."""
+        """`count` numbers of `dtype` from byte `offset` on; a copy if they cross a shard border."""
         if not count:
             return np.empty(0, dtype)
         size = count * np.dtype(dtype).itemsize

@@ -158,10 +158,10 @@ def packed_maps(
 
 
 def epochs_for(tokens: int, documents: int, seq_length: int, num_samples: int) -> int:
-    """The smallest number of passes e >= 1 that holds S = num_samples rows: min e with (e·T - 1) //
-    L >= S.
+    """The smallest number of passes that holds S = num_samples rows.
 
-    T is `tokens`, the tokens of one pass, and L is seq_length.
+    That is the smallest e >= 1 with (e·T - 1) // L >= S, where T is `tokens`, the tokens of one
+    pass, and L is seq_length.
     Raises  DataError if the documents hold fewer than L tokens.
     """
     if tokens < seq_length or tokens == 0:
@@ -230,8 +230,7 @@ def split_documents(split: str, documents: int) -> tuple[range, range, range]:
 
 
 def rows_per_source(weights: Sequence[float], rows: int) -> list[int]:
-    """Rows that each source of a blend must hold: ceil(rows · share · 1.005), even for a single
-    source."""
+    """Rows that each source of a blend, even a single one, must hold: ceil(rows·share·1.005)."""
     total = sum(weights)
     return [math.ceil(rows * (weight / total) * MARGIN) for weight in weights]
 

@@ -65,8 +65,7 @@ class OrderCache:
     folder: Path
 
     def maps(self, key: Key, size: int, build: Callable[[], IndexMaps]) -> IndexMaps:
-        """The result of `build` for `key`: a JSON dict of all its inputs. `size` is about its size
-        in bytes."""
+        """The result of `build`, of about `size` bytes; `key` is a JSON dict of all its inputs."""
         digest = hashlib.sha256(key_text(key).encode()).hexdigest()[:16]
         path = self.folder / f"{key['order']}-{digest}.safetensors"
         before = version_of(path)
@@ -87,8 +86,7 @@ class OrderCache:
         return open_maps(path, key) or build()
 
     def keep(self, path: Path, key: Key, maps: IndexMaps) -> IndexMaps:
-        """Write maps and open them from the file; if that fails, the maps in memory, after a
-        warning."""
+        """Write maps and reopen them from the file; on an error, warn and keep them in memory."""
         try:
             # Temporary files of a process that was killed. The claim means that nobody else writes.
             for leftover in self.folder.glob(f".{path.name}.*.tmp"):
@@ -135,8 +133,7 @@ def from_cache(
 
 
 class KeptMaps(dict[str, NDArray[Any]]):
-    """The maps of a file by name, memory-mapped read-only; `key` and `sha256` are those of its
-    header.
+    """The maps of a file by name, memory-mapped read-only; `key` and `sha256` are its header's.
 
     Pickles as its path, so that worker processes share the pages too.
     Raises  DataError if the file is missing or not whole.
@@ -162,8 +159,7 @@ class KeptMaps(dict[str, NDArray[Any]]):
             raise DataError(f"{path}: {len(self.content)} bytes, but its header describes {end}")
 
     def read(self) -> int:
-        """Read the header and map the arrays; returns the size in bytes that the file should
-        have."""
+        """Read the header and map the arrays; returns the expected size of the file in bytes."""
         start = LENGTH.size + LENGTH.unpack(self.content[: LENGTH.size])[0]
         self.entries = json.loads(self.content[LENGTH.size : start])
         facts = self.entries.pop("__metadata__")

@@ -10,8 +10,7 @@ class PackedDataset(RowSource[NeoxOrder]):
     """Rows of the stream of all documents, cut every seq_length tokens."""
 
     def spans(self, row: int) -> list[Span]:
-        """From the start of row `row` in the stream to the first token of the next row,
-        inclusive."""
+        """From the start of row `row` in the stream through the first token of the next row."""
         order = self.order
         (first, offset), (last, end) = order.sample_idx[row : row + 2].tolist()
         documents = order.doc_idx[first : last + 1]

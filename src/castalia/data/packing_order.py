@@ -28,8 +28,7 @@ BLOCK = 1 << 20
 
 
 class PackingOrder:
-    """Which spans of documents make up each row of at most `seq_length` + 1 tokens, and the serving
-    order.
+    """The spans of documents in each row of at most `seq_length` + 1 tokens, and the serving order.
 
     Row k consists of the spans [starts[k], starts[k + 1]): span i is `lengths[i]` tokens of
     `documents[i]` from token `offsets[i]` on.
@@ -136,8 +135,7 @@ def packing_maps(
     rows: int,
     seed: int,
 ) -> IndexMaps:
-    """The maps of `PackingOrder` over the documents `numbers` with their `sizes`; `kept` None keeps
-    all."""
+    """The maps of `PackingOrder` for the documents `numbers`, with their `sizes`."""
     lengths = sizes.astype(np.int64)
     kept = kept_documents(lengths, config, kept)
     random = np.random.RandomState(seed)
@@ -164,10 +162,9 @@ def as_maps(
 def kept_documents(
     lengths: Ints, config: DataConfig, kept: NDArray[np.bool_] | None
 ) -> NDArray[np.bool_]:
-    """Which documents make rows, (N,): of those in `kept` (None: all), the non-empty ones that are
-    short enough.
+    """Which documents make rows, (N,): those in `kept` that are neither empty nor too long.
 
-    Under `neox_exact` empty documents count as well.
+    `kept` None means all. Under `neox_exact` empty documents count as well.
     Raises  DataError if no document is left.
     """
     shortest = 0 if config.neox_exact else 1
@@ -191,8 +188,7 @@ def kept_documents(
 
 
 def until_overflow(task: PackingTask) -> dict[str, NDArray[Any]]:
-    """Documents in random order, reshuffled for each pass; a row ends where the next document does
-    not fit.
+    """Documents in random order, for each pass anew; a row ends where the next one does not fit.
 
     A document longer than a row is alone in its row, without its end.
     """
@@ -259,8 +255,7 @@ def row_starts(sizes: Ints, room: int) -> Ints:
 
 
 def one_per_row(task: PackingTask) -> dict[str, NDArray[Any]]:
-    """One document per row, in the order of the file and from the first again; then rows are
-    shuffled."""
+    """One document per row, in file order and again from the first; then rows are shuffled."""
     all_kept = np.flatnonzero(task.kept)
     rows = task.rows or len(all_kept)
     # GPT-NeoX reads one document more, whose first token ends the last row.
@@ -274,8 +269,7 @@ def one_per_row(task: PackingTask) -> dict[str, NDArray[Any]]:
 
 
 def best_fit(task: PackingTask) -> dict[str, NDArray[Any]]:
-    """The longest spans first, each into the fullest row with room for it; rows are reshuffled for
-    each pass.
+    """The longest spans first, each into the fullest row with room; shuffled for each pass.
 
     Longer documents are cut as GPT-NeoX's packing cuts its stream: each following row begins with
     the last token of the one before, so that every token except a document's first is a target

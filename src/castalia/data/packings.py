@@ -19,8 +19,7 @@ class PaddedRows(RowSource[PackingOrder]):
     padded = True
 
     def spans(self, row: int) -> list[Span]:
-        """The spans laid into row `row`, and the stray token that GPT-NeoX adds under
-        `neox_exact`."""
+        """The spans laid into row `row`, and GPT-NeoX's stray token under `neox_exact`."""
         order = self.order
         start, stop = order.starts[row : row + 2].tolist()
         documents = order.documents[start:stop].tolist()
@@ -79,8 +78,7 @@ def cut_into_rows(
 def left_out_by_labels(
     config: DataConfig, labels: IndexedDataset | None
 ) -> np.ndarray[tuple[int], np.dtype[np.bool_]] | None:
-    """Documents whose labels within a row are all -100, which GPT-NeoX leaves out; None without
-    that rule."""
+    """Documents without a target within a row, which `neox_exact` leaves out; None without it."""
     if labels is None or not config.neox_exact:
         return None
     # GPT-NeoX looks at the labels that fit into a row, but counts them differently in the two

@@ -101,8 +101,7 @@ class PairwiseDataset:
         return row
 
     def documents_of(self, index: int) -> tuple[list[int], int | None]:
-        """The pairs in the row served at place `index`, and the pair whose first token follows
-        them, if any.
+        """The pairs in the row at place `index`, and the pair whose first token follows, if any.
 
         Raises  IndexError for a place without a row.
         """
@@ -125,8 +124,7 @@ class PairwiseDataset:
         dtype: DTypeLike,
         padding: int,
     ) -> NDArray[Any]:
-        """A file's values for the documents of a row, (seq_length + 1,): cut, or filled with
-        `padding`."""
+        """A file's values for a row's documents, (seq_length + 1,): cut or padded."""
         values = [file[document] for document in documents]
         if extra is not None:
             values.append(file[extra][:1])
@@ -163,8 +161,7 @@ def open_pair(pos: str, neg: str) -> list[IndexedDataset]:
 def open_references(
     prefixes: tuple[str, str] | None, tokens: Sequence[IndexedDataset]
 ) -> Sequence[IndexedDataset | None]:
-    """A reference model's log-probability of each token, for both sides; two None without
-    references.
+    """A reference model's log-probability of each token, for both sides; None without references.
 
     Raises  DataError if one does not match its token file.
     """

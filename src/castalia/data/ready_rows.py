@@ -113,7 +113,6 @@ def write_rows(
 
 
 def common_dtype(datasets: Sequence[IndexedDataset]) -> np.dtype[Any]:
-    """The dtype that holds the ids of all sources; int64 where a token file cannot have the exact
-    one."""
+    """The dtype that holds the ids of all sources, and that a token file can have."""
     common = np.result_type(*(dataset.dtype for dataset in datasets)).newbyteorder("<")
     return common if common in CODES else np.dtype("<i8")

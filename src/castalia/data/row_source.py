@@ -45,8 +45,7 @@ Order = TypeVar("Order", bound=RowOrder)
 
 
 class RowSource(ABC, Generic[Order]):
-    """Rows of `dataset` under `order`: `rows[i]` is the row served at place i, (seq_length + 1,)
-    int64.
+    """Rows of `dataset` under `order`: `rows[i]` is the row at place i, (seq_length + 1,) int64.
 
     A row that ends early is padded with 0.
     Raises  IndexError for a place without a row (`order.wrap` gives the place that GPT-NeoX serves
@@ -54,8 +53,7 @@ class RowSource(ABC, Generic[Order]):
     """
 
     scattered = True
-    """Whether consecutive rows lie far apart in the file, so that read-ahead would waste the
-    disk."""
+    """Whether consecutive rows lie far apart in the file, where read-ahead is wasted."""
     padded = False
     """Whether rows may end early."""
 

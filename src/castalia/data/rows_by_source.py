@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import DataError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset
-from castalia.data.labels import Labels
+from castalia.data.labels import Labels, label_file
 from castalia.data.order import select
 from castalia.data.packings import cut_into_rows
 from castalia.data.ready_rows import ready_rows
@@ -18,8 +18,7 @@ from castalia.data.served import ServedRows
 
 
 class RowPlaces(NamedTuple):
-    """Rows to read: `source` (n,) counts in `row_sources`, `place` (n,) in that source's order;
-    int64."""
+    """Rows to read: their source, and their place in that source's order; both (n,) int64."""
 
     source: NDArray[np.int64]
     place: NDArray[np.int64]
@@ -54,8 +53,7 @@ class EmptyRows(RowSource[EmptyOrder]):
 
 
 class RowsBySource(ServedRows):
-    """Rows of several sources, each in one pass of its own order; a plan chooses among them at each
-    step.
+    """Rows of several sources, each in one pass of its own order; each step's plan chooses some.
 
     `sizes` (K,) int64 are the rows per source: row i of source k is `row_sources[k][i]`, 0 <= i <
     sizes[k]. `order` gives the source and place of the row served at a place, from the record of a
@@ -73,8 +71,7 @@ class RowsBySource(ServedRows):
         self.sizes = np.array(rows, np.int64)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The source of the row served at place `index`, and the row's place in that source's
-        order.
+        """Source of the row served at place `index`, and the row's place in its order.
 
         Raises  DataError without the record of a run.
         """
@@ -95,8 +92,7 @@ def rows_by_source(
     *,
     allow_empty: bool = False,
 ) -> RowsBySource:
-    """One pass over each source: documents shuffled and cut into rows as in GPT-NeoX, or ready rows
-    as they are.
+    """One pass over each source: documents cut into rows as in GPT-NeoX, or ready rows as they are.
 
     documents    the documents of a single source to use; all by default.
     labels       a label file for each source.
@@ -105,7 +101,7 @@ def rows_by_source(
     """
     row_sources = []
     for number, dataset in enumerate(datasets):
-        own_labels = None if labels is None else labels[number]
+        own_labels = label_file(labels, number)
         row_sources.append(one_pass(dataset, config, seed, documents, own_labels, allow_empty))
     return RowsBySource(row_sources)
 

@@ -8,7 +8,7 @@ from typing import Any
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import bin_hash, fingerprint
 from castalia.data.indexed import IndexedDataset
-from castalia.data.labels import Labels
+from castalia.data.labels import Labels, label_file
 from castalia.data.order import rows_per_source, split_documents
 from castalia.data.order_cache import cache_of
 from castalia.data.packings import cut_into_rows
@@ -57,8 +57,7 @@ def build_rows(
     planned: bool = False,
     allow_empty: bool = False,
 ) -> RunRows:
-    """The train and valid rows of a run, in GPT-NeoX's order; with `planned` the train rows are by
-    source.
+    """The train and valid rows of a run, in GPT-NeoX's order; `planned` keeps train rows by source.
 
     A single train prefix with `split` is GPT-NeoX's data_path: its share of the documents and
     exactly steps · batch_size rows. Anything else is GPT-NeoX's list of paths: each source holds
@@ -73,11 +72,7 @@ def build_rows(
     check_names(config)
     train_sets, valid_sets = open_sources(config)
     labels, valid_labels = label_files(config, train_sets, valid_sets)
-    train_documents: range | None = None
-    valid_documents: range | None = None
-    if config.split is not None:
-        # The third part, test, is not served by a run.
-        train_documents, valid_documents, _ = split_documents(config.split, len(train_sets[0]))
+    train_documents, valid_documents = split_of(config, len(train_sets[0]))
 
     train: BlendedRows | RowsBySource
     if planned:
@@ -91,13 +86,8 @@ def build_rows(
     # GPT-NeoX's count: an evaluation every `eval_every` steps, and one at the end.
     evaluations = steps // eval_every + 1 if eval_every else 0
     count = evaluations * eval_batches * batch_size
-    valid: BlendedRows | None = None
-    if count and valid_documents:
-        valid = split_rows(train_sets[0], config, seed, count, valid_documents, valid_labels)
-    elif count and valid_sets:
-        valid = blend_sources(valid_sets, config.valid_weights, config, seed, count, valid_labels)
-    if valid is not None:
-        valid.labels = valid_labels
+    valid_from = train_sets[:1] if valid_documents else valid_sets
+    valid = valid_rows(valid_from, config, seed, count, valid_documents, valid_labels)
 
     settings = order_settings(config, train, seed=seed, batch_size=batch_size, planned=planned)
     return RunRows(
@@ -114,6 +104,15 @@ def build_rows(
     )
 
 
+def split_of(config: DataConfig, documents: int) -> tuple[range | None, range | None]:
+    """The train and valid documents under data.split; None without it."""
+    if config.split is None:
+        return None, None
+    # The third part, test, is not served by a run.
+    train, valid, _ = split_documents(config.split, documents)
+    return train, valid
+
+
 def order_settings(
     config: DataConfig,
     train: BlendedRows | RowsBySource,
@@ -123,8 +122,11 @@ def order_settings(
     planned: bool,
 ) -> dict[str, Any]:
     """The settings that decide the order, for the fingerprint."""
+    kind = order_kind(config)
+    if planned:
+        kind += ", by plan"
     settings = {
-        "kind": order_kind(config) + (", by plan" if planned else ""),
+        "kind": kind,
         "seed": seed,
         "seq_length": config.seq_length,
         "split": config.split,
@@ -166,6 +168,25 @@ def train_rows(
     return blend_sources(datasets, config.weights, config, seed, rows, labels)
 
 
+def valid_rows(
+    datasets: list[IndexedDataset],
+    config: DataConfig,
+    seed: int,
+    rows: int,
+    documents: range | None,
+    labels: Labels,
+) -> BlendedRows | None:
+    """The valid rows: a split of the train source, or a blend of files; None without either."""
+    if not rows or not datasets:
+        return None
+    if documents:
+        valid = split_rows(datasets[0], config, seed, rows, documents, labels)
+    else:
+        valid = blend_sources(datasets, config.valid_weights, config, seed, rows, labels)
+    valid.labels = labels
+    return valid
+
+
 def split_rows(
     dataset: IndexedDataset,
     config: DataConfig,
@@ -175,7 +196,7 @@ def split_rows(
     labels: Labels,
 ) -> BlendedRows:
     """Rows of some documents of a single source, without a blend."""
-    own_labels = None if labels is None else labels[0]
+    own_labels = label_file(labels, 0)
     source = cut_into_rows(
         dataset, config, rows=rows, seed=seed, documents=documents, labels=own_labels
     )
@@ -210,7 +231,7 @@ def blend_sources(
     counts = rows_per_source(weights or [1.0] * len(datasets), rows)
     row_sources = []
     for number, dataset in enumerate(datasets):
-        own_labels = None if labels is None else labels[number]
+        own_labels = label_file(labels, number)
         row_sources.append(
             cut_into_rows(dataset, config, rows=counts[number], seed=seed, labels=own_labels)
         )

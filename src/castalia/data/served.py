@@ -27,16 +27,14 @@ class ServedRows(ABC):
 
     @abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
-        """The source of the row served at place `index` >= 0, and the row's place in that source's
-        order."""
+        """Source of the row served at place `index` >= 0, and the row's place in its order."""
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
         source, place = self.locate(index)
         return self.row_sources[source][place], source, int(index)
 
     def documents_of(self, index: int) -> tuple[int, list[Span]]:
-        """The source of the row served at place `index`, and the spans of its documents in the
-        row."""
+        """Source of the row served at place `index`, and the spans of its documents."""
         source, place = self.locate(index)
         return source, self.row_sources[source].documents_of(place)
 
@@ -78,8 +76,7 @@ class BlendedRows(ServedRows):
         return self.size
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The source of the row served at place `index` >= 0, and the row's place in that source's
-        order.
+        """Source of the row served at place `index` >= 0, and the row's place in its order.
 
         Raises  IndexError for a negative place, or one past the places that the blend was built
                 for.

@@ -274,8 +274,7 @@ def shard_chunks(shard: Path) -> Iterator[bytes]:
 
 
 def write_chunk(target: IO[bytes], chunk: bytes) -> int:
-    """Write `chunk` at the current place unless it is there already; returns how many bytes
-    were."""
+    """Write `chunk` at the current place unless it is there; returns the bytes that were there."""
     start = target.tell()
     if target.read(len(chunk)) == chunk:
         return len(chunk)
@@ -297,8 +296,7 @@ def check_hash(shard: Path, actual: str, hashes: Mapping[str, str] | None) -> No
 
 
 def copy_beside(source: Path, target: Path) -> None:
-    """Copy a small file (.idx, .json) atomically; does nothing if `source` is missing or the same
-    file."""
+    """Copy a small file (.idx, .json) atomically, unless it is missing or the same file."""
     if not source.exists() or (target.exists() and source.samefile(target)):
         return
     with open(source, "rb") as original, atomic_write(target, "wb") as copy:

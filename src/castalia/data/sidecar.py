@@ -54,8 +54,7 @@ def close_with_record(
 
 
 def tokenizer_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
-    """Tokenizer, vocabulary and end of document from the records of the inputs, as far as they have
-    them.
+    """Tokenizer, vocabulary and end of document according to the inputs' records.
 
     `append_eod` is None where the inputs differ in it.
     Raises  DataError if two inputs were made with different tokenizers.
@@ -83,8 +82,7 @@ def tokenizer_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
 
 
 def require_tokenizer(prefix: str, tokenizer: Tokenizer, option: str = "--tokenizer") -> None:
-    """Check that a token file was made with this tokenizer, as far as its record says; another
-    would misread its ids.
+    """Check against its record that a token file was made with this tokenizer.
 
     `option` is the setting that names the tokenizer, for the error.
     Raises  ConfigError naming the right tokenizer.

@@ -28,8 +28,7 @@ def check_names(config: DataConfig) -> None:
 
 
 def open_sources(config: DataConfig) -> tuple[list[IndexedDataset], list[IndexedDataset]]:
-    """The train and valid token files. As far as their records say, all were made with the config's
-    tokenizer.
+    """The train and valid token files, whose records agree with the config's tokenizer.
 
     Raises  DataError if the files were made with different tokenizers, ConfigError if with another
             than the config's: the model would learn one vocabulary and be read with another.
@@ -65,8 +64,7 @@ def shares_of(weights: Sequence[float] | None, sources: int) -> list[float]:
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
-    """A distinct name for each prefix: its file name; the whole path where file names agree; then a
-    number."""
+    """A distinct name for each prefix: the file name, else the whole path, else with a number."""
     names = [Path(path).name.removesuffix(".bin").removesuffix(".idx") for path in paths]
     counts = Counter(names)
     for number, path in enumerate(paths):
@@ -74,4 +72,7 @@ def source_names(paths: Sequence[str]) -> list[str]:
             names[number] = path
     # The same path may be given twice.
     counts = Counter(names)
-    return [f"{name}#{number}" if counts[name] > 1 else name for number, name in enumerate(names)]
+    for number, name in enumerate(names):
+        if counts[name] > 1:
+            names[number] = f"{name}#{number}"
+    return names

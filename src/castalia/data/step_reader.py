@@ -40,8 +40,7 @@ class MicroRows:
 
 @dataclass(frozen=True)
 class StepReader:
-    """`reader.read(t)` is the share of rank `rank` of `world` ranks in step t, a micro-batch at a
-    time.
+    """`reader.read(t)` is rank `rank`'s share of step t, of `world` ranks, a micro-batch at a time.
 
     Step t uses places [t·B, (t+1)·B), B = batch_size. Micro-step g takes the next micro·world of
     them, or what is left, in shares that differ by at most one row; rank r takes the r-th. A rank
@@ -104,8 +103,7 @@ class StepReader:
         return located
 
     def look_up(self, rows: RowPlaces) -> list[list[Span]]:
-        """The spans of documents of each row; starts reading them from disk where read-ahead would
-        not."""
+        """The spans of each row; starts reading them from disk where rows are scattered."""
         labels = self.rows.labels
         spans_of_rows = []
         for number, place in zip(rows.source.tolist(), rows.place.tolist(), strict=True):
@@ -123,8 +121,7 @@ class StepReader:
     def micro_batch(
         self, index: range, located: RowPlaces, spans_of_rows: Sequence[Sequence[Span]]
     ) -> MicroRows:
-        """The rows of one micro-batch, which stand at the places `index` and consist of these
-        spans."""
+        """The rows of one micro-batch, at the places `index`, made of these spans."""
         if not index:
             return self.padding_batch()
         numbers = located.source.tolist()
@@ -168,8 +165,7 @@ class StepReader:
         numbers: Sequence[int],
         spans_of_rows: Sequence[Sequence[Span]],
     ) -> NDArray[np.int64] | None:
-        """The labels of rows from the label files of their sources `numbers`; None without label
-        files.
+        """The labels of rows of the sources `numbers`; None without label files.
 
         Raises  DataError if a label is neither the token itself nor negative.
         """

@@ -74,8 +74,7 @@ class Tokenizer:
         return text
 
     def tokens(self) -> list[str]:
-        """Every token as the tokenizer.json spells it, in id order; unused ids get a made-up
-        name."""
+        """Every token as the tokenizer.json spells it, by id; unused ids get a made-up name."""
         names = {i: name for name, i in self.ids.items()}
         tokens = []
         for i in range(self.vocab_size):
@@ -144,8 +143,7 @@ def byte_characters() -> dict[int, str]:
 
 
 def byte_level_json() -> str:
-    """A tokenizer.json whose ids are bytes: a BPE of 256 characters without merges, plus
-    <|endoftext|>."""
+    """A tokenizer.json whose ids are bytes: a BPE without merges, plus <|endoftext|>."""
     vocab = {character: byte for byte, character in byte_characters().items()}
     inner = byte_level(tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[])), use_regex=False)
     inner.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, special=True, normalized=False)])
@@ -162,8 +160,7 @@ def byte_level(inner: Any, use_regex: bool) -> Any:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a `tokenizer.json`, a folder that holds one, or the byte-level tokenizer for the name
-    `bytes`.
+    """Load a `tokenizer.json` or a folder that holds one; `bytes` is the byte-level tokenizer.
 
     `tokenizer_forms` adds `char`, GPT-2's VOCAB.json,MERGES.txt, X.tiktoken and SentencePiece's
     X.model.

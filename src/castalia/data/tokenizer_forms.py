@@ -73,8 +73,7 @@ def load_form(name: str) -> Tokenizer | None:
 
 
 def from_text(text: str, where: str) -> Tokenizer | None:
-    """The tokenizer in a tokenizer.json that one of these formats saved; None for a real
-    tokenizer.json."""
+    """The tokenizer in a file saved by one of these formats; None for a real tokenizer.json."""
     if not text.startswith('{"castalia":'):
         return None
     try:
@@ -98,8 +97,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def gpt2_tokenizer(vocab_path: Path, merges_path: Path) -> Tokenizer:
-    """GPT-2's byte-level BPE from its vocabulary (JSON, token to id) and its merges (one pair per
-    line).
+    """GPT-2's byte-level BPE from its vocabulary (JSON) and its merges (one pair per line).
 
     Raises  DataError if a file is missing or damaged.
     """
@@ -124,8 +122,7 @@ def gpt2_tokenizer(vocab_path: Path, merges_path: Path) -> Tokenizer:
 
 
 def tiktoken_tokenizer(path: Path) -> Tokenizer:
-    """The encoding in a .tiktoken file, identified by the file's name: cl100k_base.tiktoken and so
-    on.
+    """The encoding in a .tiktoken file, identified by its name, such as cl100k_base.tiktoken.
 
     tiktoken merges whichever neighbours make the token of the lowest rank. A BPE does the same if
     every pair of tokens that makes a token is a merge, in the order of the results, and if whole
@@ -210,8 +207,7 @@ class OtherTokenizer(Tokenizer):
 
 
 class CharTokenizer(OtherTokenizer):
-    """GPT-NeoX's CharLevelTokenizer: the bytes of UTF-8 are the ids, 0 ends a document, 512 ids in
-    all."""
+    """GPT-NeoX's CharLevelTokenizer: 512 ids, of which 256 are UTF-8 bytes; 0 ends a document."""
 
     kind = CHAR
 
@@ -231,8 +227,7 @@ class CharTokenizer(OtherTokenizer):
 
 
 class SentencePieceTokenizer(OtherTokenizer):
-    """A SentencePiece .model, read by its own library; <|endoftext|> ends a document, without it
-    </s>."""
+    """A SentencePiece .model, read by its library; <|endoftext|>, else </s>, ends a document."""
 
     kind = "sentencepiece"
 

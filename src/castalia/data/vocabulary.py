@@ -7,8 +7,7 @@ from castalia.data.indexed import CHECK_BLOCK, IndexedDataset
 
 
 def check_vocab(dataset: IndexedDataset, vocab_size: int, most_bytes: int | None = None) -> None:
-    """Scan a whole token file for ids outside [0, vocab_size), unless it is larger than
-    `most_bytes`.
+    """Scan a token file of up to `most_bytes` (None: any size) for ids outside [0, vocab_size).
 
     Time    one pass over the .bin, about 1 s per GB. The loader checks every batch as well.
     Raises  DataError naming the file, the document and the id.

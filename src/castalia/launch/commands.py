@@ -78,8 +78,7 @@ def mpi(plan: LaunchPlan) -> list[str]:
 
 
 def pdsh(plan: LaunchPlan) -> list[str]:
-    """pdsh, which starts one torchrun on each host over ssh and replaces %n by the host's
-    number."""
+    """pdsh, which starts one torchrun per host over ssh and replaces %n by the host's number."""
     lines = [f"cd {quoted(os.getcwd())}"]
     for name, value in passed_variables(plan.config).items():
         lines.append(f"export {name}={quoted(value)}")

@@ -47,8 +47,7 @@ class LaunchPlan(NamedTuple):
 
     @property
     def selects_slots(self) -> bool:
-        """Whether some host skips one of its first slots, so that its ranks must be assigned their
-        GPUs."""
+        """Whether a host skips some of its first slots, so that its ranks need GPU numbers."""
         return any(slots != list(range(len(slots))) for slots in self.hosts.values())
 
     @property

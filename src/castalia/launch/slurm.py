@@ -53,8 +53,7 @@ def sbatch_command(plan: LaunchPlan) -> list[str]:
 
 
 def sbatch_script(plan: LaunchPlan) -> str:
-    """The whole script. The config's `slurm` sets directives, replaces them, or removes them
-    (false)."""
+    """The whole script; the config's `slurm` adds, replaces or (false) removes directives."""
     options = directives(plan)
     checkpoints = plan.output / "checkpoints"
     last = checkpoints / f"step-{plan.last_step:08d}" / "COMPLETE"
@@ -115,8 +114,7 @@ def directive(name: str, value: str | int | bool) -> str:
 
 
 def exports(plan: LaunchPlan) -> dict[str, str]:
-    """Variables that the script exports: the config's rendezvous, where it sets one, and its
-    environment."""
+    """Variables that the script exports: the config's rendezvous, if set, and environment."""
     config = plan.config
     # Without them each rank finds rank 0 from Slurm's own variables (castalia.core.ranks).
     variables = {}

@@ -79,8 +79,7 @@ def require_hosts(hosts: Hosts) -> None:
 
 
 def ssh_failure(host: str) -> str | None:
-    """The reason why ssh does not reach a host; None if it does. Honours PDSH_SSH_ARGS_APPEND, as
-    pdsh does."""
+    """Why ssh does not reach a host; None if it does. Uses PDSH_SSH_ARGS_APPEND, as pdsh does."""
     # BatchMode fails at once where ssh would ask for a password.
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}"]
     extra = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
@@ -144,8 +143,7 @@ def submit(plan: LaunchPlan, command: list[str]) -> int:
 
 
 def run_mpi(command: list[str], restarts: int) -> int:
-    """Run mpirun, up to `restarts` more times if it fails; on TERM or USR1 the run saves and
-    ends."""
+    """Run mpirun, and again up to `restarts` times; on TERM or USR1 the run saves and ends."""
     stopped = False
     for attempt in range(restarts + 1):
         mpirun = subprocess.Popen(command)
