@@ -69,7 +69,7 @@ def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(tmp_path):
     )
     said = hang(tmp_path, f"{ended}; time.sleep(2); os.kill(me, signal.SIGSTOP)")
     assert "rank 0 waits for rank 1, which hangs and is silent: no progress for " in said
-    assert "in step 3 (forward and backward); its stack, as it told last:" in said
+    assert "in step 3 (forward and backward); the last stack it wrote:" in said
     assert "in a_loss_that_hangs" in said
 
 

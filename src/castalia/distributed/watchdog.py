@@ -1,16 +1,17 @@
-"""A thread that sees whether its process goes on; when the run stands still it names who hangs, and ends the process.
+"""A thread that detects a stalled run, names the stalled rank and ends the process.
 
-The main thread says what it begins (`beat`). The thread of each process puts that, with the main thread's Python stack,
-into the store that the processes met by, a few times within the limit. A process without progress for longer than
-the limit reads what all others put there, over some ticks:
+The main thread says what it begins (`beat`). Several times within the limit, the thread of each
+rank writes that, with the main thread's Python stack, into the store that the ranks joined by. A
+rank without progress for longer than the limit reads the entries of all others over several ticks:
 
     silent   its entry does not change: the process is stopped, dead, or holds Python's lock
     waiting  its main thread is inside torch.distributed
-    busy     neither waiting nor over its own limit: the others go on waiting for it
+    busy     neither waiting nor over its own limit: the others keep waiting for it
     hung     over its limit and not waiting
 
-The silent ones are at fault, or else the hung ones. A process at fault prints the stacks of all its threads; the others
-print who it is and the stack that it told last. Then each ends with status 1, so that a launcher can start them again.
+Silent ranks are at fault, else hung ones. A rank at fault prints the stacks of all its threads; the
+others print which rank that is and the last stack it wrote. Then each process exits with status 1,
+so that a launcher can restart the job.
 """
 
 import faulthandler
@@ -28,33 +29,39 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from castalia.core.errors import TrainingError
 from castalia.distributed.world import World
 
 DEFAULT_SECONDS = 600.0
-"""Limit among several processes when none is set; alone, a process waits for nobody."""
+"""Limit for several ranks when none is set; a single rank waits for nobody."""
 FIRST = 4.0
-"""The first step may take so many times the limit: blocks are compiled and connections made."""
+"""The first step may take this many times the limit: it compiles blocks and opens connections."""
 TICKS = 8
-"""Ticks within the limit, if that makes them shorter than LONGEST_TICK seconds."""
+"""Ticks within the limit, unless that makes them longer than LONGEST_TICK seconds."""
 LONGEST_TICK = 5.0
 READINGS = 4
-"""Ticks over which an entry must change to be a living one."""
+"""Ticks within which a living rank's entry must change."""
 STDERR = 2
-"""File descriptor for the stacks, which are printed without Python's help."""
-TORCH, WAITING = f"{os.sep}torch{os.sep}", f"{os.sep}torch{os.sep}distributed{os.sep}"
+"""File descriptor for stacks; faulthandler prints them without the help of Python's objects."""
+TORCH = f"{os.sep}torch{os.sep}"
+WAITING = f"{TORCH}distributed{os.sep}"
 
 
 class Watchdog:
-    """Watches one process from its own thread, between entering and leaving; costs the main thread nothing but `beat`.
+    """Watches this rank from a thread of its own, inside a `with` block; the main thread only
+    beats.
 
-    seconds  limit without progress; 0 watches nothing; None is 600 among several processes and 0 alone.
+    seconds  limit without progress; 0 watches nothing; None is 600 for several ranks, 0 for one.
     """
 
     def __init__(self, world: World, seconds: float | None = None) -> None:
-        self.rank, self.size = world.rank, world.size
-        self.seconds = (DEFAULT_SECONDS if world.size > 1 else 0.0) if seconds is None else seconds
+        self.rank = world.rank
+        self.size = world.size
+        if seconds is None:
+            seconds = DEFAULT_SECONDS if world.size > 1 else 0.0
+        self.seconds = seconds
         self.tick = min(LONGEST_TICK, self.seconds / TICKS)
         self.first_step: int | None = None
         self.ticks = 0
@@ -66,7 +73,9 @@ class Watchdog:
 
     def beat(self, step: int, what: str, patience: float = 1.0) -> None:
         """The main thread begins `what` of `step`, which may take `patience` times the limit."""
-        self.step, self.what, self.patience = step, what, patience
+        self.step = step
+        self.what = what
+        self.patience = patience
         self.at = time.monotonic()
 
     def step_begins(self, step: int) -> None:
@@ -95,8 +104,8 @@ class Watchdog:
         if self.seconds:
             self.main = threading.main_thread().ident
             if self.size > 1:
-                # a connection of this thread's own
-                self.store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+                # A connection of this thread's own: the main thread may block on the shared one.
+                self.store = _get_default_store().clone()
                 self.store.set_timeout(timedelta(seconds=max(10.0, self.tick)))
             self.thread.start()
         return self
@@ -110,53 +119,51 @@ class Watchdog:
 
     @property
     def limit(self) -> float:
-        """Seconds that what the main thread does may take."""
+        """Seconds that the main thread's current work may take."""
         first = FIRST if self.first_step in (None, self.step) else 1.0
         return self.seconds * max(first, self.patience)
 
     @property
     def is_late(self) -> bool:
-        """Whether the limit is over."""
+        """Whether the current work has exceeded its limit."""
         return time.monotonic() - self.at > self.limit
 
     def watch(self) -> None:
-        """The thread."""
+        """The thread's loop."""
         last = time.monotonic()
         while not self.stopped.wait(self.tick):
             now = time.monotonic()
             if now - last > READINGS * self.tick:
-                self.at += now - last  # this process was stopped and goes on: it was not its fault
+                # The process was suspended and continues: not a stall of the run.
+                self.at += now - last
             last = now
-            if (
-                self.size > 1
-            ):  # ends the process even if the main thread holds Python's lock for ever
+            if self.size > 1:
+                # Ends the process even if the main thread never releases Python's lock.
                 faulthandler.dump_traceback_later(
                     self.seconds + LONGEST_TICK, exit=True, file=STDERR
                 )
             self.look()
 
     def look(self) -> None:
-        """Tell where this process is; when it is late, find out who is to blame."""
+        """Write this rank's entry; when it is late, find the rank at fault."""
         try:
-            self.tell()
+            self.write_entry()
             if not self.is_late:
                 self.readings.clear()
                 return
-            self.readings.append([self.told_by(rank) for rank in range(self.size)])
-        except (
-            RuntimeError,
-            OSError,
-        ):  # the store does not answer; that matters when there is something to ask
+            self.readings.append([self.entry_of(rank) for rank in range(self.size)])
+        except (RuntimeError, OSError):
+            # An unreachable store matters only when this rank has something to ask.
             if self.is_late:
-                self.end([self.rank], "and the store that the processes met by does not answer")
+                self.end([self.rank], "and the store that the ranks joined by does not answer")
             return
         if len(self.readings) == READINGS or self.size == 1:
             if fault := at_fault(list(self.readings)):
                 self.end(fault)
             self.readings.clear()
 
-    def tell(self) -> None:
-        """Put this process's entry into the store."""
+    def write_entry(self) -> None:
+        """Write this rank's entry into the store."""
         self.ticks += 1
         frame = sys._current_frames().get(self.main or 0)
         self.entry = {
@@ -171,14 +178,17 @@ class Watchdog:
         if self.store:
             self.store.set(key(self.rank), json.dumps(self.entry))
 
-    def told_by(self, rank: int) -> dict[str, Any] | None:
-        """The entry of a process; None if it has none."""
+    def entry_of(self, rank: int) -> dict[str, Any] | None:
+        """The entry of a rank; None before it has written one."""
         if self.store is None or rank == self.rank:
             return self.entry
-        return json.loads(self.store.get(key(rank))) if self.store.check([key(rank)]) else None
+        if not self.store.check([key(rank)]):
+            return None
+        entry: dict[str, Any] = json.loads(self.store.get(key(rank)))
+        return entry
 
     def end(self, fault: list[int], remark: str = "") -> None:
-        """Say who hangs, with the stack, and end this process."""
+        """Report the stalled ranks with their stacks, and end this process."""
         if self.rank in fault:
             remark = f", {remark}" if remark else ""
             say(f"rank {self.rank} hangs: {where(self.entry)}{remark}; its threads:")
@@ -186,23 +196,28 @@ class Watchdog:
                 faulthandler.dump_traceback(STDERR, all_threads=True)
         else:
             for rank in fault:
-                entry = self.readings[-1][rank]
-                stack = f"; its stack, as it told last:\n{entry['stack']}" if entry else ""
-                where_it_is = where(entry) if entry else "it never told where it is"
-                silent = " and is silent" if is_silent(list(self.readings), rank) else ""
-                say(
-                    f"rank {self.rank} waits for rank {rank}, which hangs{silent}: {where_it_is}{stack}"
-                )
-            time.sleep(2 * self.tick)  # time for that one to print its threads
+                say(f"rank {self.rank} waits for rank {rank}, which hangs{self.last_seen(rank)}")
+            # Time for the stalled rank to print its threads before a launcher kills the job.
+            time.sleep(2 * self.tick)
         say(
-            f"rank {self.rank} ends (guard.hang_seconds={self.seconds:g}; set it higher if this was only slow)"
+            f"rank {self.rank} exits (guard.hang_seconds={self.seconds:g};"
+            " raise it if the run was only slow)"
         )
         os._exit(TrainingError.exit_code)
 
+    def last_seen(self, rank: int) -> str:
+        """How long another rank has made no progress, and the last stack it wrote."""
+        silent = " and is silent" if is_silent(list(self.readings), rank) else ""
+        entry = self.readings[-1][rank]
+        if entry is None:
+            return f"{silent}: it never wrote an entry"
+        return f"{silent}: {where(entry)}; the last stack it wrote:\n{entry['stack']}"
+
 
 def at_fault(readings: list[list[dict[str, Any] | None]]) -> list[int]:
-    """The ranks that hang by what each rank told over some ticks; none while one of them is busy."""
-    newest, ranks = readings[-1], range(len(readings[-1]))
+    """The stalled ranks, by the entries of all ranks over several ticks; [] while any is busy."""
+    newest = readings[-1]
+    ranks = range(len(newest))
     if silent := [rank for rank in ranks if is_silent(readings, rank)]:
         return silent
     moving = [entry for entry in newest if entry and not entry["waits"]]
@@ -211,20 +226,23 @@ def at_fault(readings: list[list[dict[str, Any] | None]]) -> list[int]:
     hung = [rank for rank in ranks if not newest[rank]["waits"]]  # type: ignore[index]
     if hung:
         return hung
+    # All wait in a collective: the ranks that are behind did not enter the one that the others are
+    # in.
     steps = [entry["step"] for entry in newest if entry]
     return [rank for rank in ranks if steps[rank] == min(steps)]
 
 
 def is_silent(readings: list[list[dict[str, Any] | None]], rank: int) -> bool:
-    """Whether the entry of a rank did not change."""
-    first, last = readings[0][rank], readings[-1][rank]
-    return last is None or (
-        len(readings) > 1 and first is not None and first["tick"] == last["tick"]
-    )
+    """Whether the entry of a rank has not changed."""
+    first = readings[0][rank]
+    last = readings[-1][rank]
+    if last is None:
+        return True
+    return len(readings) > 1 and first is not None and first["tick"] == last["tick"]
 
 
 def is_waiting(frame: FrameType | None) -> bool:
-    """Whether the innermost Python frames, as far as they are torch's, are inside torch.distributed."""
+    """Whether the innermost Python frames of torch include one of torch.distributed."""
     while frame is not None and TORCH in frame.f_code.co_filename:
         if WAITING in frame.f_code.co_filename:
             return True
@@ -238,7 +256,7 @@ def where(entry: dict[str, Any]) -> str:
 
 
 def key(rank: int) -> str:
-    """Where a rank's entry lies in the store."""
+    """The store's key of a rank's entry."""
     return f"watchdog/{rank}"
 
 
