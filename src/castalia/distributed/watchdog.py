@@ -105,7 +105,8 @@ class Watchdog:
             self.main = threading.main_thread().ident
             if self.size > 1:
                 # A connection of this thread's own: the main thread may block on the shared one.
-                self.store = _get_default_store().clone()
+                shared: Any = _get_default_store()
+                self.store = shared.clone()
                 self.store.set_timeout(timedelta(seconds=max(10.0, self.tick)))
             self.thread.start()
         return self
