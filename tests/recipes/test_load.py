@@ -144,7 +144,7 @@ def test_a_batch_that_the_recipes_micro_batch_does_not_divide():
     assert resolved.notes[0].startswith(
         "train.micro_batch_size is 4: train.batch_size 12 is not divisible by the recipe's 32"
     )
-    assert "does not divide into train.micro_batch_size 5" in message_of(
+    assert "is not divisible by train.micro_batch_size 5" in message_of(
         "pythia-70m", "train.batch_size=12", "train.micro_batch_size=5"
     )
 
