@@ -170,7 +170,7 @@ def test_the_limit_of_the_model_is_said(castalia, run: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (b"", "p.txt", "holds no prompt"),
+        (b"", "p.txt", "has no prompts"),
         (b"ok\n\xff\n", "p.txt", "is not UTF-8 text: byte 3"),
         (b'{"prompt": "a"}\n{"prompt": \n', "p.jsonl", "line 2: not JSON"),
         (

@@ -1,4 +1,5 @@
-"""The card of an export, README.md: how it is run, the model's shape, its provenance and its quality."""
+"""The card of an export, README.md: how it is run, the model's shape, its provenance and its
+quality."""
 
 from pathlib import Path
 

@@ -50,7 +50,8 @@ def ct2_keymap(config: TransformerConfig) -> KeyMap:
 
 
 def ct2_vocabulary(tokens: Sequence[str], rows: int) -> list[str]:
-    """A name for each of the embedding's rows, in the order of the ids; rows of no token are called <extra_id_N>.
+    """A name for each of the embedding's rows, in the order of the ids; rows of no token are
+    called <extra_id_N>.
 
     Raises  ConfigError if the tokenizer has more tokens than the model, or one twice.
     """
@@ -73,7 +74,8 @@ def write_ct2(
 ) -> None:
     """Write model.bin, config.json and vocabulary.json into `folder`, which exists.
 
-    Raises  ConfigError if CTranslate2 cannot express the vocabulary; CheckpointError if keys do not fit.
+    Raises  ConfigError if CTranslate2 cannot express the vocabulary; CheckpointError if keys do
+            not fit.
     """
     config = require_transformer(config, "CTranslate2")
     if tokenizer.eod_id is None:
@@ -84,8 +86,9 @@ def write_ct2(
     vocabulary = ct2_vocabulary(tokenizer.tokens(), config.padded_vocab_size)
     write_model_bin(folder / "model.bin", theirs, config, quantization)
     end = vocabulary[tokenizer.eod_id]
-    # Without a name that is in the vocabulary the engine appends its own unknown token, an id beyond the embedding;
-    # with the epsilon left out it takes 1e-5 whatever the model was trained with.
+    # Without a name that is in the vocabulary the engine appends its own unknown token, an id
+    # beyond the embedding; with the epsilon left out it takes 1e-5 whatever the model was trained
+    # with.
     described: dict[str, str | float | bool] = {
         "bos_token": end,
         "eos_token": end,

@@ -1,4 +1,5 @@
-"""`model.bin` of CTranslate2, written with numpy and struct: neither ctranslate2 nor transformers is needed.
+"""`model.bin` of CTranslate2, written with numpy and struct: neither ctranslate2 nor transformers
+is needed.
 
 The file is the one that ctranslate2's own serializer makes of the same weights, byte for byte.
 
@@ -41,9 +42,11 @@ FLOATS = {
     "float16": "float16",
     "bfloat16": "bfloat16",
 }
-"""What each quantization makes of the tensors that it does not turn into integers; None leaves them."""
+"""What each quantization makes of the tensors that it does not turn into integers; None leaves
+them."""
 QUANTIZATIONS = tuple(FLOATS)
-"""How weights are stored. A CPU computes in float32 or int8; what it lacks is converted when the file is loaded."""
+"""How weights are stored. A CPU computes in float32 or int8; what it lacks is converted when the
+file is loaded."""
 
 
 class Variable(NamedTuple):
@@ -87,7 +90,8 @@ def write_model_bin(
 
 
 def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
-    """The shape of the model as CTranslate2 stores it: scalars with the types that it gives them."""
+    """The shape of the model as CTranslate2 stores it: scalars with the types that it gives
+    them."""
     numbers: dict[str, np.generic] = {
         "decoder/activation": np.int8(ACTIVATIONS[config.activation]),
         "decoder/alignment_heads": np.int16(1),
@@ -108,7 +112,8 @@ def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
 
 
 def duplicates(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Tensors that equal another, each with the first such name in the alphabet: tied weights, biases of zeros."""
+    """Tensors that equal another, each with the first such name in the alphabet: tied weights,
+    biases of zeros."""
     first: dict[tuple[tuple[int, ...], bytes], str] = {}
     found = {}
     for name in sorted(tensors):
@@ -148,7 +153,8 @@ def to_int8(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.f
 
 
 def to_int16(values: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-    """10-bit integers with one scale for the matrix, so that a product leaves 12 bits for the sum."""
+    """10-bit integers with one scale for the matrix, so that a product leaves 12 bits for the
+    sum."""
     scale = np.asarray(np.float32(2**10 / np.abs(values).max()))
     return np.clip(np.rint(values * scale), -(2**15), 2**15 - 1).astype(np.int16), scale
 

@@ -3,9 +3,9 @@
     model = GeneratorCT2fromHfHub("michaelfeil/ct2fast-pythia-160m")
     model.generate(text=["How do you call a fast Flan-ingo?"], max_length=64)
 
-Same arguments, same texts. What differs: it works on a machine without a GPU, reads vocabulary.json, is offline when
-cached, takes our runs and Hugging Face folders too, and reads prompts in one step where the original forces them
-through the model token by token.
+Same arguments, same texts. What differs: it works on a machine without a GPU, reads
+vocabulary.json, is offline when cached, takes our runs and Hugging Face folders too, and reads
+prompts in one step where the original forces them through the model token by token.
 """
 
 import json
@@ -43,7 +43,8 @@ class TextTokenizer(Protocol):
 
 
 class OwnTokenizer:
-    """The tokenizer.json of a model folder, with the options of transformers that change a text; needs no transformers.
+    """The tokenizer.json of a model folder, with the options of transformers that change a text;
+    needs no transformers.
 
     Raises  DataError if it is no tokenizer.json.
     """
@@ -66,13 +67,15 @@ class OwnTokenizer:
 class CT2fromHfHub:
     """A CTranslate2 engine with a tokenizer.
 
-    Takes   model_name_or_path: a CTranslate2 folder, a hub id (OWNER/NAME[@REVISION]), a run of ours or a Hugging Face
-            folder; the last two are exported first, once.
-            device: auto, cpu or cuda; compute_type: auto, or one of CTranslate2's. What this machine lacks is replaced
-            by what it has, with a warning. tokenizer: None takes the folder's tokenizer.json. hub_kwargs go to
-            huggingface_hub.snapshot_download, all other keywords to the engine (inter_threads, intra_threads, …).
+    Takes   model_name_or_path: a CTranslate2 folder, a hub id (OWNER/NAME[@REVISION]), a run of
+            ours or a Hugging Face folder; the last two are exported first, once. device: auto, cpu
+            or cuda; compute_type: auto, or one of CTranslate2's. What this machine lacks is
+            replaced by what it has, with a warning. tokenizer: None takes the folder's
+            tokenizer.json. hub_kwargs go to huggingface_hub.snapshot_download, all other keywords
+            to the engine (inter_threads, intra_threads, …).
     Has     model, the engine; tokenizer; folder.
-    Raises  ConfigError if ctranslate2 is not installed or there is no tokenizer; CheckpointError if there is no model.
+    Raises  ConfigError if ctranslate2 is not installed or there is no tokenizer; CheckpointError
+            if there is no model.
     """
 
     engine = ""
@@ -132,10 +135,12 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         decode_tok_kwargs: Mapping[str, Any] | None = None,
         **generate_batch_kwargs: Any,
     ) -> str | list[str]:
-        """The text and its continuation, for one text or each of a list; greedy, up to 512 tokens in all.
+        """The text and its continuation, for one text or each of a list; greedy, up to 512 tokens
+        in all.
 
-        The other keywords are those of ctranslate2.Generator.generate_batch (max_length, sampling_topk,
-        sampling_temperature, beam_size, …), with its defaults. An empty text starts from the end-of-document token.
+        The other keywords are those of ctranslate2.Generator.generate_batch (max_length,
+        sampling_topk, sampling_temperature, beam_size, …), with its defaults. An empty text starts
+        from the end-of-document token.
         Raises  ConfigError on a keyword or a value that the engine does not take.
         """
         texts = [text] if isinstance(text, str) else list(text)
@@ -165,8 +170,9 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
     def run(self, prompts: list[list[str]], options: dict[str, Any]) -> list[Any]:
         """Results of the engine in the order of the prompts.
 
-        With the prompt in the result the engine reads it token by token; without, at once. So it is left out there
-        and put back here, and prompts of one length go together: their share of max_length is the same.
+        With the prompt in the result the engine reads it token by token; without, at once. So it
+        is left out there and put back here, and prompts of one length go together: their share of
+        max_length is the same.
         """
         if not options.pop("include_prompt_in_result", True):
             return self.call(prompts, options)
@@ -191,7 +197,8 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         return [done[place] for place in range(len(prompts))]
 
     def call(self, prompts: list[list[str]], options: dict[str, Any]) -> list[Any]:
-        """One call of the engine, which takes the names of the vocabulary's padding for no words."""
+        """One call of the engine, which takes the names of the vocabulary's padding for no
+        words."""
         padding = [
             [token] for token in self.vocabulary[tokens_of(self.tokenizer, len(self.vocabulary)) :]
         ]
@@ -236,7 +243,8 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
 
 
 def tokens_of(tokenizer: object, rows: int) -> int:
-    """How many of the vocabulary's rows are tokens: added ones count, which transformers' vocab_size leaves out."""
+    """How many of the vocabulary's rows are tokens: added ones count, which transformers'
+    vocab_size leaves out."""
     sized = len(tokenizer) if isinstance(tokenizer, Sized) else 0
     return max(sized, getattr(tokenizer, "vocab_size", rows))
 
@@ -265,7 +273,8 @@ def called(engine: Any, tokens: list[list[str]], options: Mapping[str, Any]) -> 
 
 
 def what_there_is(ctranslate2: Any, device: str, compute_type: str) -> tuple[str, str]:
-    """The device and compute type that are asked for or, with a warning, the nearest that this machine has.
+    """The device and compute type that are asked for or, with a warning, the nearest that this
+    machine has.
 
     Raises  ConfigError on an unknown name.
     """

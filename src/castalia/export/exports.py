@@ -1,4 +1,5 @@
-"""`export`: checkpoints to folders of other formats, whole or not at all, with a card and a record of their origin."""
+"""`export`: checkpoints to folders of other formats, whole or not at all, with a card and a record
+of their origin."""
 
 import shutil
 import time
@@ -75,14 +76,17 @@ def export(
 ) -> Iterator[Exported]:
     """Export one checkpoint, or several steps of its run; each is yielded when its folder is whole.
 
-    One checkpoint goes to `output` itself, several to output/step1000 and so on. Without output they go to
-    RUN/exports/hf/step1000 or RUN/exports/ct2-int8/step1000. All options are checked before the first one is written.
-    Options  to: a name in EXPORTS, whose class lists the values of dtype (hf) and quantization (the others). steps: of
-             the run, or "all". force replaces earlier exports. heldout: a text file or the prefix of token files on
-             which the export is compared with float32, by default the run's data.valid; the card shows the result.
-             max_kl: an export whose mean KL from float32 is larger, in nats a token, is not written.
-    Raises   ConfigError for wrong options, a model that the format or its engine cannot express, an output that
-             exists, or a KL beyond max_kl; CheckpointError; CastaliaError if the folder cannot be written.
+    One checkpoint goes to `output` itself, several to output/step1000 and so on. Without output
+    they go to RUN/exports/hf/step1000 or RUN/exports/ct2-int8/step1000. All options are checked
+    before the first one is written.
+    Options  to: a name in EXPORTS, whose class lists the values of dtype (hf) and quantization
+             (the others). steps: of the run, or "all". force replaces earlier exports. heldout: a
+             text file or the prefix of token files on which the export is compared with float32,
+             by default the run's data.valid; the card shows the result. max_kl: an export whose
+             mean KL from float32 is larger, in nats a token, is not written.
+    Raises   ConfigError for wrong options, a model that the format or its engine cannot express,
+             an output that exists, or a KL beyond max_kl; CheckpointError; CastaliaError if the
+             folder cannot be written.
     """
     if to not in EXPORTS:
         raise ConfigError(
@@ -122,7 +126,8 @@ def checked_numbers(kind: type[Format], dtype: str | None, quantization: str | N
 
 
 def require_measurable(kind: type[Format], max_kl: float) -> None:
-    """Raises  ConfigError if max_kl is not a bound, or the engine to be measured is not installed."""
+    """Raises  ConfigError if max_kl is not a bound, or the engine to be measured is not
+    installed."""
     if not max_kl >= 0:
         raise ConfigError(f"max_kl must be >= 0 nats a token, got {max_kl}")
     engine = kind.engine()
@@ -140,7 +145,8 @@ def destinations(
 ) -> list[Destination]:
     """Which checkpoint goes where; `name` is the export's folder inside a run.
 
-    Raises  ConfigError if no place to write to is given or implied; CheckpointError if a step does not exist.
+    Raises  ConfigError if no place to write to is given or implied; CheckpointError if a step does
+            not exist.
     """
     given = Path(checkpoint)
     if given.is_dir() and is_hf_folder(given):
@@ -290,14 +296,16 @@ def examine(
     written = ExportFolder(
         folder, spec.kind.name, spec.numbers, source.config, source.tokenizer, source.step
     )
-    # The dtype is named so that what is measured is the export's own arithmetic, not faster scoring.
+    # The dtype is named so that what is measured is the export's own arithmetic, not faster
+    # scoring.
     return measure(
         engine.from_export(written, spec.numbers), TorchEngine.from_checkpoint(source), text
     )
 
 
 def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
-    """export.json: the checkpoint with its hashes, the model's config, and the hash of every file written."""
+    """export.json: the checkpoint with its hashes, the model's config, and the hash of every file
+    written."""
     from castalia import __version__
 
     written = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
@@ -312,7 +320,8 @@ def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename the whole new folder to its name; an earlier one is deleted only once the new one is in place."""
+    """Rename the whole new folder to its name; an earlier one is deleted only once the new one is
+    in place."""
     if not folder.exists():
         temporary.rename(folder)
         return

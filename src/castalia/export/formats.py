@@ -1,7 +1,9 @@
-"""Formats that a checkpoint can be exported to. A new format is a class here, or in a file of its own, and registered.
+"""Formats that a checkpoint can be exported to.
 
-Which engine of Castalia reads a format is declared by the engine (`Engine.export_kind`); a format asks that engine
-whether it computes a model before a weight is read.
+A new format is a class here, or in a file of its own, and registered.
+
+Which engine of Castalia reads a format is declared by the engine (`Engine.export_kind`); a format
+asks that engine whether it computes a model before a weight is read.
 """
 
 from abc import ABC, abstractmethod
@@ -46,7 +48,8 @@ class Format(ABC):
 
     @classmethod
     def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
-        """Why the format cannot hold a model of `config` with weights in `numbers`; None if it can."""
+        """Why the format cannot hold a model of `config` with weights in `numbers`; None if it
+        can."""
         engine = cls.engine()
         return None if engine is None else engine.refuses(config)
 
@@ -65,7 +68,8 @@ class Format(ABC):
     def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
         """Write the model into `folder`, which exists.
 
-        Raises  ConfigError if the format cannot hold the vocabulary; CheckpointError if tensors do not fit the config.
+        Raises  ConfigError if the format cannot hold the vocabulary; CheckpointError if tensors do
+                not fit the config.
         """
 
 
@@ -74,7 +78,8 @@ EXPORTS: Registry[type[Format]] = Registry("export format")
 
 
 def widths(config: ModelConfig) -> tuple[int, int]:
-    """Inputs of a transformer's matrices: the width of the residual stream, and that inside the MLP."""
+    """Inputs of a transformer's matrices: the width of the residual stream, and that inside the
+    MLP."""
     transformer = require_transformer(config, "a packed format")
     return transformer.hidden_size, transformer.ffn_size
 

@@ -1,7 +1,8 @@
 """GGUF: a model file for llama.cpp written straight from our weights, without a package of its.
 
-Source  the format's specification, ggml/docs/gguf.md, version 3; names of the gptneox architecture in llama.cpp's
-        gguf-py/gguf/constants.py; blocks of Q8_0 and Q4_0 in ggml-common.h and ggml-quants.c.
+Source  the format's specification, ggml/docs/gguf.md, version 3; names of the gptneox architecture
+        in llama.cpp's gguf-py/gguf/constants.py; blocks of Q8_0 and Q4_0 in ggml-common.h and
+        ggml-quants.c.
 """
 
 import json
@@ -54,7 +55,8 @@ def write_gguf(
     *,
     quantization: str,
 ) -> None:
-    """Write a model file; the caller has asked the format whether llama.cpp can express the model."""
+    """Write a model file; the caller has asked the format whether llama.cpp can express the
+    model."""
     config = require_transformer(config, "llama.cpp's GPT-NeoX")
     named = list(gguf_tensors(tensors, config).items())
     values = {
@@ -171,7 +173,8 @@ def size_of(tensor: Tensor, quantization: str) -> int:
 
 
 def write_listing(file: IO[bytes], named: Sequence[tuple[str, Tensor]], quantization: str) -> None:
-    """Name, shape, type and place of every tensor; the places count from the end of the listing, aligned."""
+    """Name, shape, type and place of every tensor; the places count from the end of the listing,
+    aligned."""
     place = 0
     for name, tensor in named:
         write_string(file, name)
@@ -222,7 +225,8 @@ def q8_0(blocks: Tensor) -> np.ndarray[Any, Any]:
 
 
 def q4_0(blocks: Tensor) -> np.ndarray[Any, Any]:
-    """(n, 32) float32 -> (n, 18) uint8: scale = the largest weight / -8 in float16; inputs 0..15 in the low halves."""
+    """(n, 32) float32 -> (n, 18) uint8: scale = the largest weight / -8 in float16; inputs 0..15
+    in the low halves."""
     scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
     q = (
         (blocks * torch.where(scale != 0, 1 / scale, 0.0) + 8.5)

@@ -1,4 +1,5 @@
-"""Key-map rules of a transformer block, from what the family declares of its parts and a format's names."""
+"""Key-map rules of a transformer block, from what the family declares of its parts and a format's
+names."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -64,10 +64,12 @@ class HeldOutText:
 def held_out(
     given: str | Path | None, checkpoint: Path, tokenizer: Tokenizer | None, limit: int
 ) -> HeldOutText | None:
-    """Rows of held-out tokens: of `given`, a text file or the prefix of token files; else of the run's data.valid.
+    """Rows of held-out tokens: of `given`, a text file or the prefix of token files; else of the
+    run's data.valid.
 
     None when nothing is given and the run names no validation data that is there.
-    Raises  ConfigError if a text is given and there is no tokenizer; DataError if it cannot be read or is too short.
+    Raises  ConfigError if a text is given and there is no tokenizer; DataError if it cannot be
+            read or is too short.
     """
     if given is not None:
         return HeldOutText(
@@ -125,7 +127,8 @@ def in_rows(tokens: list[int], where: str, limit: int) -> list[list[int]]:
 
 
 def measure(engine: Engine, exact: Engine, text: HeldOutText) -> Quality:
-    """Compare `engine` with `exact`, over the tokens that exist: the vocabulary's padding is left out of both."""
+    """Compare `engine` with `exact`, over the tokens that exist: the vocabulary's padding is left
+    out of both."""
     found = [compared(engine, exact, row) for row in text.rows]
     kl, same, ours, theirs = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Quality(
@@ -147,7 +150,8 @@ def perplexity(losses: Tensor) -> float:
 def compared(
     engine: Engine, exact: Engine, ids: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each prediction in a row: KL in nats, whether the likeliest token is the same, both losses."""
+    """Of each prediction in a row: KL in nats, whether the likeliest token is the same, both
+    losses."""
     q, p = (each(one, ids) for one in (engine, exact))
     kl = (p.exp() * (p - q)).sum(1).double().clamp_min(0)
     labels = torch.tensor(ids[1:])[:, None]
@@ -205,8 +209,8 @@ def parity(
 ) -> Parity:
     """Compare an engine over a checkpoint with the checkpoint in float32.
 
-    Takes   a checkpoint as `load` does, and the options of `load`; heldout: a text file or the prefix of token files,
-            by default the run's data.valid.
+    Takes   a checkpoint as `load` does, and the options of `load`; heldout: a text file or the
+            prefix of token files, by default the run's data.valid.
     Raises  ConfigError if there is no held-out text; what `load` raises.
     """
     source = open_model(checkpoint)

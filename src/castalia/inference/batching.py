@@ -1,7 +1,8 @@
-"""Continuous batching: texts enter and leave the slots of an engine between steps, each with its own sampling.
+"""Continuous batching: texts enter and leave the slots of an engine between steps, each with its
+own sampling.
 
-A prompt that begins like a sequence whose state still lies in a slot continues from a copy of that state. How much of
-it can be used depends on `Slots.rewinds`.
+A prompt that begins like a sequence whose state still lies in a slot continues from a copy of that
+state. How much of it can be used depends on `Slots.rewinds`.
 """
 
 import time
@@ -26,14 +27,16 @@ class Admission:
     sampling: Sampling
     generator: torch.Generator
     watch: Callable[[torch.Tensor, int], None] | None = None
-    """Called with the logits (V,), padding included, and the token drawn from them, before the text takes it."""
+    """Called with the logits (V,), padding included, and the token drawn from them, before the
+    text takes it."""
     token: int = -1
     """The last token drawn, which the engine has not read yet."""
 
 
 @dataclass
 class Kept:
-    """What lies in a slot: the tokens that the engine has read there, and when the slot was last given out."""
+    """What lies in a slot: the tokens that the engine has read there, and when the slot was last
+    given out."""
 
     tokens: list[int] = field(default_factory=list)
     used: int = 0
@@ -59,7 +62,8 @@ class Batcher:
         return self.slots.count - len(self.running)
 
     def admit(self, news: Sequence[Admission]) -> list[str]:
-        """Read the prompts of new texts, at most `free` of them, in one step; return the first certain text of each.
+        """Read the prompts of new texts, at most `free` of them, in one step; return the first
+        certain text of each.
 
         A text that ends with its first token leaves its slot at once.
         """
@@ -81,8 +85,9 @@ class Batcher:
     def place(self, ids: Sequence[int]) -> tuple[int, int]:
         """A free slot for a prompt, and how many of its tokens the slot holds now.
 
-        The slot given out longest ago is taken: its sequence is the least likely to be continued. At least one token
-        is left to read, because its logits are what the first token is drawn from.
+        The slot given out longest ago is taken: its sequence is the least likely to be continued.
+        At least one token is left to read, because its logits are what the first token is drawn
+        from.
         """
         self.clock += 1
         common = [self.usable(kept.tokens, ids) for kept in self.kept]
@@ -99,7 +104,8 @@ class Batcher:
     def usable(self, kept: Sequence[int], ids: Sequence[int]) -> int:
         """How many tokens of a kept sequence a prompt can start from.
 
-        A state that rewinds is cut back to the common beginning. One that does not is used whole or not at all.
+        A state that rewinds is cut back to the common beginning. One that does not is used whole
+        or not at all.
         """
         common = min(shared(kept, ids), len(ids) - 1)
         if self.slots.rewinds or common == len(kept):
@@ -107,7 +113,10 @@ class Batcher:
         return 0
 
     def step(self) -> dict[int, str]:
-        """One more token for every text; the new certain text by slot. Texts that end leave their slots."""
+        """One more token for every text; the new certain text by slot.
+
+        Texts that end leave their slots.
+        """
         slots = list(self.running)
         if not slots:
             return {}
@@ -133,7 +142,8 @@ class Batcher:
         return pieces
 
     def evict(self, slot: int) -> None:
-        """Take a text out, finished or not; the engine's state of it stays until the slot is given out again."""
+        """Take a text out, finished or not; the engine's state of it stays until the slot is given
+        out again."""
         text = self.running.pop(slot).text
         text.seconds = time.perf_counter() - text.started
 
@@ -165,7 +175,8 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 def decode_texts(
     engine: Engine, texts: Sequence[Continuation], sampling: Sampling
 ) -> Iterator[list[str]]:
-    """Continue all texts to their ends; yield the new text of each after every token, empty for finished ones."""
+    """Continue all texts to their ends; yield the new text of each after every token, empty for
+    finished ones."""
     batcher = Batcher(engine, len(texts), max(len(text.ids) + text.budget for text in texts))
     generators = sampling.generators(len(texts), engine.device)
     news = []

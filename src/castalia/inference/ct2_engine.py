@@ -1,7 +1,7 @@
 """CTranslate2 as an engine, over an export folder.
 
-The library gives no access to its cache. Whole greedy texts therefore run at its own speed, while drawing token by
-token from its logits reads the text again for every token.
+The library gives no access to its cache. Whole greedy texts therefore run at its own speed, while
+drawing token by token from its logits reads the text again for every token.
 """
 
 import json
@@ -46,8 +46,10 @@ class Ct2Slots(Slots):
 class Ct2Engine(Engine):
     """A CTranslate2 folder on the CPU, with the tokenizer that the weights were trained with.
 
-    Takes   threads: the library's threads; None for as many as torch uses, 0 for the library's default.
-    Raises  ConfigError if ctranslate2 is not installed; CheckpointError if the folder is not a CTranslate2 model.
+    Takes   threads: the library's threads; None for as many as torch uses, 0 for the library's
+            default.
+    Raises  ConfigError if ctranslate2 is not installed; CheckpointError if the folder is not a
+            CTranslate2 model.
     """
 
     name = "ct2"

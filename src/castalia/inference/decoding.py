@@ -22,7 +22,8 @@ class Completion:
     tokens: list[int]
     """The generated ids, without the end-of-document token; those of a stop string are included."""
     finish_reason: FinishReason
-    """eod: the model ended the document; stop: a stop string; length: max_new_tokens; context: the model's limit."""
+    """eod: the model ended the document; stop: a stop string; length: max_new_tokens; context: the
+    model's limit."""
     seconds: float
     """From the request to the last token."""
 
@@ -82,7 +83,8 @@ def begin(
     stop: Sequence[str] = (),
     prompt: str | None = None,
 ) -> Continuation:
-    """A continuation of `ids`, which is not empty, by at most max_new_tokens within the model's `limit` of tokens.
+    """A continuation of `ids`, which is not empty, by at most max_new_tokens within the model's
+    `limit` of tokens.
 
     Raises  ConfigError if the prompt leaves no room for a token.
     """

@@ -1,7 +1,7 @@
-"""The interface of every engine: sequences in slots that grow token by token, and scores of whole texts.
+"""The interface of every engine: sequences that grow token by token, and scores of whole texts.
 
-Sampling, stop strings, streams and batches are built once, in batching.py, on top of `Slots.feed`. The same seed
-therefore draws the same tokens from the same logits on every engine.
+Sampling, stop strings, streams and batches are built once, in batching.py, on top of `Slots.feed`.
+The same seed therefore draws the same tokens from the same logits on every engine.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from castalia.inference.exported import ExportFolder
 
 HEAD_ROWS = 256
-"""Positions whose logits exist at a time while a text is scored: 256 x 50,304 x 4 bytes are 51 MB."""
+"""Positions whose logits exist at a time in scoring: 256 x 50,304 x 4 bytes are 51 MB."""
 
 
 class Slots(ABC):
@@ -34,8 +34,9 @@ class Slots(ABC):
     rewinds: bool = True
     """Whether a sequence can be cut back to any of its prefixes.
 
-    Keys and values of attention can: dropping the last positions restores the earlier state. The state of a
-    recurrent block cannot, because every token overwrites it. Prefix reuse and speculative decoding ask this.
+    Keys and values of attention can: dropping the last positions restores the earlier state. The
+    state of a recurrent block cannot, because every token overwrites it. Prefix reuse and
+    speculative decoding ask this.
     """
 
     def __init__(self, count: int, length: int) -> None:
@@ -44,21 +45,21 @@ class Slots(ABC):
 
     @abstractmethod
     def feed(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Append tokens[i], at least one, to the sequence in slots[i]; all other slots stay unchanged.
+        """Append tokens[i], at least one, to the sequence in slots[i]; other slots stay unchanged.
 
-        Returns  logits (len(slots), V) float32 after the last token of each, V at least the vocabulary. The next
-                 call may overwrite them.
+        Returns  logits (len(slots), V) float32 after the last token of each, V at least the
+                 vocabulary. The next call may overwrite them.
         """
 
     def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
-        """Append tokens to one slot; return the logits after each of them, (len(tokens), V) float32."""
+        """Append tokens to one slot; return the logits after each, (len(tokens), V) float32."""
         return torch.cat([self.feed([slot], [[token]]).clone() for token in tokens])
 
     @abstractmethod
     def copy(self, origin: int, target: int, tokens: int) -> None:
-        """Make the first `tokens` of `origin` the whole sequence of `target`; the two may be the same slot.
+        """Make the first `tokens` of `origin` the whole sequence of `target`.
 
-        Where `rewinds` is false, `tokens` is either 0 or the whole length of `origin`.
+        Both may be the same slot. Where `rewinds` is false, `tokens` is either 0 or the whole length of `origin`.
         """
 
     def clear(self, slot: int) -> None:
@@ -76,13 +77,14 @@ class Package(NamedTuple):
 class Engine(ABC):
     """A model computed by one library. Class attributes declare what the library can do.
 
-    A new engine is a subclass with a line in engines.py. It implements `from_checkpoint`, `from_export` or both.
+    A new engine is a subclass with a line in engines.py. It implements `from_checkpoint`,
+    `from_export` or both.
     """
 
     name: ClassVar[str]
     """The value of `engine=`."""
     implements: ClassVar[Mapping[str, Values] | None] = None
-    """Config options that the engine computes, see implements.py; None means every model of Castalia."""
+    """Config options that the engine computes, see implements.py; None means every model."""
     reads_checkpoints: ClassVar[bool] = False
     export_kind: ClassVar[str | None] = None
     """The value of `castalia export --to` whose folders the engine reads."""
@@ -102,8 +104,8 @@ class Engine(ABC):
     def refuses(cls, config: ModelConfig) -> str | None:
         """Why this engine cannot compute a model of `config`, in one sentence; None if it can.
 
-        `load` and `export` ask this before they read a weight: an engine that ignores an option computes wrong text
-        without any error.
+        `load` and `export` ask this before they read a weight: an engine that ignores an option
+        computes wrong text without any error.
         """
         if cls.implements is None:
             return None
@@ -114,12 +116,15 @@ class Engine(ABC):
 
     @classmethod
     def from_checkpoint(cls, source: SavedModel, dtype: str, device: str) -> "Engine":
-        """The engine over a checkpoint; `dtype` is one of `dtypes`, `device` one of `devices` or auto.
+        """The engine over a checkpoint.
+
+        Takes   dtype: one of `dtypes`. device: one of `devices`, or auto.
 
         Raises  ConfigError if the engine reads exports alone.
         """
         raise ConfigError(
-            f"engine={cls.name} runs an export: castalia export {source.folder} --to {cls.export_kind}"
+            f"engine={cls.name} runs an export: castalia export {source.folder}"
+            f" --to {cls.export_kind}"
         )
 
     @classmethod
@@ -169,7 +174,10 @@ class Engine(ABC):
         return torch.cat([part.clone() for part in self.logits_in_parts(ids)])
 
     def logprobs(self, ids: Sequence[int]) -> Tensor:
-        """Log-probability of each token but the first, given those before it: T ids -> (T - 1,) float32, in nats."""
+        """Log-probability of each token but the first, given those before it, in nats.
+
+        Shapes  T ids -> (T - 1,) float32.
+        """
         return logprobs_of(self.logits_in_parts(ids), ids)
 
     def greedy(
@@ -177,7 +185,8 @@ class Engine(ABC):
     ) -> list[list[int]] | None:
         """Whole greedy continuations, where the engine has a faster way than slots; else None.
 
-        Prompt i gets at most budgets[i] tokens. The token `end` ends a continuation and is not returned.
+        Prompt i gets at most budgets[i] tokens. The token `end` ends a continuation and is not
+        returned.
         """
         return None
 
@@ -200,10 +209,11 @@ def logprobs_of(parts: Iterable[Tensor], ids: Sequence[int]) -> Tensor:
 
 
 def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of one label a row: logits (rows, V), labels (rows,) int64 -> (rows,) float32, in nats.
+    """Log-probability of one label a row, in nats.
 
-    The softmax is over all V columns, the vocabulary's padding included, as in training. It is taken in float32
-    whatever the dtype of the logits.
+    Shapes  logits (rows, V), labels (rows,) int64 -> (rows,) float32.
+    The softmax is over all V columns, the vocabulary's padding included, as in training. It is
+    taken in float32 whatever the dtype of the logits.
     """
     # torch's logsumexp takes eight times as long as its log_softmax on a CPU.
     logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)

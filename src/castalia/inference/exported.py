@@ -40,7 +40,8 @@ def open_export(path: Path) -> ExportFolder | None:
     Raises  CheckpointError if the record is damaged.
     """
     folder = path.parent if path.suffix == ".gguf" else path
-    # A .gguf file without a record cannot be a checkpoint, so the missing record is the error to report.
+    # A .gguf file without a record cannot be a checkpoint, so the missing record is the error to
+    # report.
     if not (folder / RECORD).is_file() and path.suffix != ".gguf":
         return None
     record = read_record(folder)

@@ -1,8 +1,9 @@
 """Which models an engine with an implementation of its own can compute, declared as data.
 
-An engine such as llama.cpp or our compiled step does not run the PyTorch modules: it computes the options that its
-authors knew. A table of those options is compared with a model's config. An option that is added to a family later
-is in no engine's table and is refused as soon as a model uses it.
+An engine such as llama.cpp or our compiled step does not run the PyTorch modules: it computes the
+options that its authors knew. A table of those options is compared with a model's config. An
+option that is added to a family later is in no engine's table and is refused as soon as a model
+uses it.
 """
 
 from collections.abc import Collection, Mapping
@@ -42,11 +43,13 @@ NEOX: dict[str, Values] = START | {
 
 
 def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | None:
-    """The first option of `config` that `table` lacks, as NAME=VALUE with what is implemented; None if it has all."""
+    """The first option of `config` that `table` lacks, as NAME=VALUE with what is implemented;
+    None if it has all."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if name not in table:
-            # An option nobody declared: its default is the computation that existed before the option did.
+            # An option nobody declared: its default is the computation that existed before the
+            # option did.
             if value != field.get_default(call_default_factory=True):
                 return f"{name}={value!r}"
             continue

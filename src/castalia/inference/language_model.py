@@ -21,7 +21,8 @@ BATCH_ROWS = 16
 
 
 class Drawing(TypedDict, total=False):
-    """Options of `generate` and its kin besides max_new_tokens; the numbers are those of Sampling."""
+    """Options of `generate` and its kin besides max_new_tokens; the numbers are those of
+    Sampling."""
 
     temperature: float
     """Divides the logits; 0, the default, is greedy."""
@@ -38,8 +39,9 @@ class Drawing(TypedDict, total=False):
 class LanguageModel:
     """An engine, the tokenizer that its model was trained with, and the step of its checkpoint.
 
-    `engine` computes; a Decoder stands for engine=torch. `config` is the ModelConfig. `tokenizer` is None for a
-    checkpoint without one, which reads and writes ids alone. `step` counts optimizer steps; None if it is unknown.
+    `engine` computes; a Decoder stands for engine=torch. `config` is the ModelConfig. `tokenizer`
+    is None for a checkpoint without one, which reads and writes ids alone. `step` counts optimizer
+    steps; None if it is unknown.
     """
 
     def __init__(
@@ -95,12 +97,14 @@ class LanguageModel:
     ) -> str | list[str]:
         """The continuation of a prompt, or of each prompt of a list, without the prompt itself.
 
-        Greedy if temperature is 0. Else a token is drawn: the logits are divided by the temperature, cut to the top_k
-        largest, then to the nucleus top_p (0 turns either off); `seed` makes the draws repeatable. A continuation ends
-        at the end-of-document token, before a `stop` string, after max_new_tokens, or at the model's limit. An empty
-        prompt starts from the end-of-document token.
+        Greedy if temperature is 0. Else a token is drawn: the logits are divided by the
+        temperature, cut to the top_k largest, then to the nucleus top_p (0 turns either off);
+        `seed` makes the draws repeatable. A continuation ends at the end-of-document token, before
+        a `stop` string, after max_new_tokens, or at the model's limit. An empty prompt starts from
+        the end-of-document token.
         Warns   if the model's limit ended a text before max_new_tokens did.
-        Raises  ConfigError if an option is out of range, a prompt is too long or has ids beyond the vocabulary.
+        Raises  ConfigError if an option is out of range, a prompt is too long or has ids beyond
+                the vocabulary.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed)
@@ -129,7 +133,8 @@ class LanguageModel:
     def stream(
         self, prompt: str | Sequence[int], max_new_tokens: int = 64, **options: Unpack[Drawing]
     ) -> Generator[str, None, Completion]:
-        """As `generate`, in pieces as they arrive: whole characters, and never a part of a stop string.
+        """As `generate`, in pieces as they arrive: whole characters, and never a part of a stop
+        string.
 
         The generator's value (`completion = yield from model.stream(...)`) is the Completion.
         """
@@ -152,7 +157,8 @@ class LanguageModel:
         max_new_tokens: int = 64,
         **options: Unpack[Drawing],
     ) -> list[int] | list[list[int]]:
-        """As `generate`, from ids to ids: one list, or a list of lists, without the end-of-document token."""
+        """As `generate`, from ids to ids: one list, or a list of lists, without the
+        end-of-document token."""
         if is_one(ids):
             (done,) = self.complete([cast(Sequence[int], ids)], max_new_tokens, **options)
             return done.tokens
@@ -168,7 +174,8 @@ class LanguageModel:
         return self.engine.logits(ids)
 
     def logprobs(self, text: str | Sequence[int]) -> Tensor:
-        """Log-probability of each token but the first, given those before it: T tokens -> (T - 1,) float32, in nats.
+        """Log-probability of each token but the first, given those before it: T tokens -> (T - 1,)
+        float32, in nats.
 
         The softmax is over the padded vocabulary, as in training.
         Raises  ConfigError as `logits`.
@@ -233,9 +240,11 @@ class LanguageModel:
 
 
 def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Sampling) -> None:
-    """Continue texts to their ends, by the engine's own greedy search where it has one and that is enough.
+    """Continue texts to their ends, by the engine's own greedy search where it has one and that is
+    enough.
 
-    Such a search knows no stop strings: it could only be cut afterwards, at the cost of the tokens after them.
+    Such a search knows no stop strings: it could only be cut afterwards, at the cost of the tokens
+    after them.
     """
     continued = None
     if sampling.temperature == 0 and not any(text.stream.stop for text in texts):
@@ -249,7 +258,8 @@ def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Samp
     for text, tokens in zip(texts, continued, strict=True):
         for token in tokens:
             text.push(token)
-        # The search does not return the end-of-document token: a text below its budget ended with it.
+        # The search does not return the end-of-document token: a text below its budget ended with
+        # it.
         if text.finish_reason is None:
             text.finish("eod")
         text.seconds = time.perf_counter() - text.started

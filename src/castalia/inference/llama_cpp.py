@@ -1,4 +1,5 @@
-"""llama.cpp as an engine: a GGUF file of an export through llama-cpp-python, a sequence of its cache for each slot."""
+"""llama.cpp as an engine: a GGUF file of an export through llama-cpp-python, a sequence of its
+cache for each slot."""
 
 import ctypes
 import functools
@@ -130,7 +131,8 @@ class LlamaSlots(Slots):
 class LlamaCppEngine(Engine):
     """A GGUF file.
 
-    Raises  ConfigError if llama-cpp-python is not installed; CheckpointError if the file is truncated.
+    Raises  ConfigError if llama-cpp-python is not installed; CheckpointError if the file is
+            truncated.
     """
 
     name = "llama.cpp"

@@ -21,18 +21,19 @@ def load(
 ) -> LanguageModel:
     """A checkpoint or an export, ready to generate and to score text.
 
-    Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; a Hugging Face folder of a GPTNeoX
-            model with config.json, safetensors weights and tokenizer.json; such a repository of the hub, OWNER/NAME or
-            OWNER/NAME@step3000; an export to native, ct2 or gguf.
-    Options engine: a name in ENGINES. auto takes the engine that an export was made for; of a checkpoint it takes
-            native for dtype=int8, int4 and auto, else torch.
-            dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in int8 and scores in bf16; for
-            openvino fp32 and int8. The default is what an export stores, auto for native, int8 for openvino, fp32 for
-            torch.
-            device: auto, cpu, cuda, cuda:1; auto takes a GPU if the machine has one and engine=torch.
+    Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; a Hugging Face
+            folder of a GPTNeoX model with config.json, safetensors weights and tokenizer.json;
+            such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; an export to native,
+            ct2 or gguf. Options engine: a name in ENGINES. auto takes the engine that an export
+            was made for; of a checkpoint it takes native for dtype=int8, int4 and auto, else
+            torch. dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in
+            int8 and scores in bf16; for openvino fp32 and int8. The default is what an export
+            stores, auto for native, int8 for openvino, fp32 for torch. device: auto, cpu, cuda,
+            cuda:1; auto takes a GPU if the machine has one and engine=torch.
     Warns   if engine=auto chose an engine that cannot compute the model; torch takes its place.
-    Raises  CheckpointError if the checkpoint is missing or damaged; ConfigError for a wrong option, a model that the
-            named engine cannot compute, or an engine whose package is not installed.
+    Raises  CheckpointError if the checkpoint is missing or damaged; ConfigError for a wrong
+            option, a model that the named engine cannot compute, or an engine whose package is not
+            installed.
     """
     if engine != "auto" and engine not in ENGINES:
         menu = ["auto", *ENGINES]
@@ -76,7 +77,8 @@ def load_checkpoint(path: str | Path, engine: str, dtype: str | None, device: st
     if reason := chosen.refuses(source.config):
         if engine != "auto":
             raise ConfigError(f"{reason}; use engine=torch")
-        # torch has no dtype in common with the engine that was meant, so it computes in its own default.
+        # torch has no dtype in common with the engine that was meant, so it computes in its own
+        # default.
         warnings.warn(f"{reason}; engine=torch computes it in fp32", stacklevel=3)
         chosen = TorchEngine
         dtype = None

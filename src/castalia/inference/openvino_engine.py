@@ -1,4 +1,5 @@
-"""OpenVINO as an engine: the NeoX decoder as a graph, built straight from the weights; its state is the KV cache."""
+"""OpenVINO as an engine: the NeoX decoder as a graph, built straight from the weights; its state
+is the KV cache."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,8 +21,9 @@ from castalia.models.parts.qkv import heads_apart
 class Graph:
     """The decoder as a graph of OpenVINO.
 
-    Inputs   ids, positions (B, T) int64; mask (B, 1, T, keys) float32, 0 or -inf; pick (B, n) int64, the places in T
-             whose logits are wanted; rows (B,) int32, the row of the state that each row of the batch goes on with.
+    Inputs   ids, positions (B, T) int64; mask (B, 1, T, keys) float32, 0 or -inf; pick (B, n)
+             int64, the places in T whose logits are wanted; rows (B,) int32, the row of the state
+             that each row of the batch goes on with.
     Output   logits (B, n, padded vocabulary).
     """
 
@@ -56,7 +58,8 @@ class Graph:
         return self.ov.Model([ops.result(logits)], self.kept, list(self.inputs.values()), "decoder")
 
     def matrix(self, name: str) -> Any:
-        """A weight (N, K); in int8 the plugin sees the multiplication and computes with the small one."""
+        """A weight (N, K); in int8 the plugin sees the multiplication and computes with the small
+        one."""
         weight = self.tensors[name].float()
         if name.endswith("attn.qkv.weight"):
             weight = heads_apart(weight, self.config.num_attention_heads)
@@ -142,7 +145,8 @@ class Graph:
 
 
 class OpenVinoSlots(Slots):
-    """One request, with a state of its own, for each slot; they are computed one after the other."""
+    """One request, with a state of its own, for each slot; they are computed one after the
+    other."""
 
     def __init__(self, engine: "OpenVinoEngine", count: int, length: int) -> None:
         super().__init__(count, length)
@@ -172,7 +176,8 @@ class OpenVinoSlots(Slots):
 
 
 def read(request: Any, rows: Sequence[Sequence[int]], known: int, pick: Sequence[int]) -> Tensor:
-    """Rows of T tokens after `known` ones in the request's state -> logits (B, len(pick), V) at places `pick` of T."""
+    """Rows of T tokens after `known` ones in the request's state -> logits (B, len(pick), V) at
+    places `pick` of T."""
     B, T = len(rows), len(rows[0])
     positions = np.arange(known, known + T)
     seen = np.arange(known + T) <= positions[:, None]
@@ -208,7 +213,8 @@ class OpenVinoEngine(Engine):
         super().__init__(source.config)
         self.ov: Any = require("openvino", "openvino", "engine=openvino")
         self.dtype = "int8" if dtype == "auto" else dtype
-        # OpenVINO's defaults round activations and the cache, which changes texts: everything but weights is float32.
+        # OpenVINO's defaults round activations and the cache, which changes texts: everything but
+        # weights is float32.
         options = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",

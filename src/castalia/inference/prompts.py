@@ -1,4 +1,4 @@
-"""Prompts out of a file: one a line, or JSON lines."""
+"""Prompts from a file: one a line, or JSON lines."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ KEY = "prompt"
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: {"prompt": …} on each line of a .jsonl file, else every line that is not blank.
+    """The prompts of a file: {"prompt": …} a line in a .jsonl file, else every line with text.
 
     Raises  DataError if the file is missing, empty, not UTF-8, or a line is broken; names the line.
     """
@@ -19,29 +19,28 @@ def read_prompts(path: str | Path) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 text: byte {error.start} is wrong; convert the file"
+            f"{path} is not UTF-8 text: byte {error.start} is invalid; convert the file"
         ) from None
     except OSError as error:
         raise DataError(f"cannot read the prompts in {path}: {error.strerror or error}") from None
-    prompts = list(
-        json_prompts(lines, str(path))
-        if path.suffix in (".jsonl", ".ndjson")
-        else plain_prompts(lines)
-    )
+    if path.suffix in (".jsonl", ".ndjson"):
+        prompts = list(json_prompts(lines, str(path)))
+    else:
+        prompts = list(plain_prompts(lines))
     if not prompts:
-        raise DataError(f"{path} holds no prompt; write one a line")
+        raise DataError(f"{path} has no prompts; write one a line")
     return prompts
 
 
 def plain_prompts(lines: Iterable[str]) -> Iterator[str]:
-    """Lines that are not blank, as they are."""
+    """Lines that are not blank, unchanged."""
     return (line for line in lines if line.strip())
 
 
 def json_prompts(lines: Iterable[str], where: str) -> Iterator[str]:
     """The text under "prompt" of each line that is not blank.
 
-    Raises  DataError naming the line that is no JSON object or has no such text.
+    Raises  DataError naming the line that is not a JSON object or has no such text.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():

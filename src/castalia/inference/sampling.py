@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p, with a generator for each row."""
+"""From logits to the next token: greedy, temperature, top-k and top-p, one generator a row."""
 
 import secrets
 from dataclasses import dataclass, replace
@@ -11,19 +11,23 @@ from castalia.core.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. The order is fixed: logits / temperature, then top-k, then top-p, then a draw."""
+    """The distribution that the next token is drawn from.
+
+    The order is fixed: logits / temperature, then top-k, then top-p, then a draw.
+    """
 
     temperature: float = 0.0
-    """Divides the logits; 0 takes the most likely token and ignores the rest."""
+    """Divides the logits; 0 takes the most likely token and ignores the other options."""
     top_k: int = 0
-    """Keep the k largest logits and what ties with the k-th; 0 keeps all."""
+    """Keep the k largest logits and those equal to the k-th; 0 keeps all."""
     top_p: float = 0.0
-    """Keep the most likely tokens until their probabilities pass p, the one that passes included; 0 and 1 keep all."""
+    """Keep the most likely tokens until their probabilities exceed p, the one that crosses p
+    included; 0 and 1 keep all."""
     seed: int | None = None
-    """Seed of the draws; row b of a batch uses seed + b. Null draws a new one for each call."""
+    """Seed of the draws; row b of a batch uses seed + b. None draws a new one for each call."""
 
     def __post_init__(self) -> None:
-        """All wrong numbers at once."""
+        """Raises  ConfigError with every number that is out of range."""
         problems = []
         if not 0 <= self.temperature < float("inf"):
             problems.append(f"temperature must be a number >= 0, got {self.temperature}")
@@ -35,17 +39,19 @@ class Sampling:
             raise ConfigError("; ".join(problems))
 
     def after(self, rows: int) -> "Sampling":
-        """The same for what follows `rows` rows of the same call, so that a row's seed is its place in the whole."""
-        return self if self.seed is None else replace(self, seed=self.seed + rows)
+        """The sampling of the batch after `rows` rows, so that a row's seed is its place in a call."""
+        if self.seed is None:
+            return self
+        return replace(self, seed=self.seed + rows)
 
     def generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
-        """One generator a row, so that a prompt's text does not depend on its neighbours in the batch."""
+        """One generator a row: a prompt's text then does not depend on the rest of its batch."""
         seed = secrets.randbits(48) if self.seed is None else self.seed
         return [torch.Generator(device).manual_seed(seed + row) for row in range(rows)]
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """-inf for all logits (B, V) below the k-th largest of their row; ties with the k-th stay."""
+    """Logits (B, V) with -inf below the k-th largest of each row; those equal to it stay."""
     if k <= 0 or k >= logits.shape[-1]:
         return logits
     smallest = logits.topk(k).values[..., -1:]
@@ -53,7 +59,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """-inf for all logits (B, V) outside the nucleus: the fewest likeliest tokens whose probabilities exceed p.
+    """Logits (B, V) with -inf outside the nucleus: the fewest tokens whose probability exceeds p.
 
     Source  Holtzman et al. 2020, arXiv:1904.09751, section 3.1; the token that crosses p is kept.
     """
@@ -67,24 +73,23 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities that tokens are drawn with, float32, at a temperature above 0: logits (B, V) -> (B, V)."""
-    return keep_top_p(
-        keep_top_k(logits.float() / sampling.temperature, sampling.top_k), sampling.top_p
-    ).softmax(-1)
+    """Probabilities of the draw at a temperature above 0: logits (B, V) -> (B, V) float32."""
+    scaled = logits.float() / sampling.temperature
+    # Top-k first: the nucleus is then that of the distribution which top-k leaves.
+    return keep_top_p(keep_top_k(scaled, sampling.top_k), sampling.top_p).softmax(-1)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
     """The next token of each row.
 
-    Shapes  logits (B, V) -> (B,) int64. V is the real vocabulary: pass no columns that belong to no token.
+    Shapes  logits (B, V) -> (B,) int64. V is the real vocabulary, without its padding, which
+            must never be drawn.
     """
     if sampling.temperature == 0:
-        # On a CPU numpy's is eight times faster; both take the first of equals.
-        return (
-            torch.from_numpy(logits.numpy().argmax(-1))
-            if logits.device.type == "cpu"
-            else logits.argmax(-1)
-        )
+        if logits.device.type == "cpu":
+            # numpy's argmax is eight times as fast as torch's; both take the first of equals.
+            return torch.from_numpy(logits.numpy().argmax(-1))
+        return logits.argmax(-1)
     probs = distribution(logits, sampling)
     drawn = [
         torch.multinomial(row, 1, generator=generator)

@@ -1,11 +1,13 @@
 """Speculative decoding: cheap guesses, checked by the model several at a time.
 
-A draft proposes k tokens. The model reads them in one pass and keeps those that it would have produced itself. Greedy
-text is the model's own. Drawn text has exactly the model's distribution: a guess x from the draft's distribution q is
-kept with probability min(1, p(x) / q(x)), and the token in place of the first rejected one is drawn from max(0, p - q).
+A draft proposes k tokens. The model reads them in one pass and keeps those that it would have
+produced itself. Greedy text is the model's own. Drawn text has exactly the model's distribution: a
+guess x from the draft's distribution q is kept with probability min(1, p(x) / q(x)), and the token
+in place of the first rejected one is drawn from max(0, p - q).
 
-Source  Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318. Prompt look-up, a
-        guess without a model: the tokens that followed the last few tokens the time before (Saxena 2023).
+Source  Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Chen et al. 2023, arXiv:2302.01318.
+        Prompt look-up, a guess without a model: the tokens that followed the last few tokens the
+        time before (Saxena 2023).
 """
 
 import time
@@ -44,7 +46,8 @@ class Draft(ABC):
 
     @abstractmethod
     def guess(self, ids: Sequence[int], count: int) -> tuple[list[int], list[Tensor | None]]:
-        """At most `count` tokens after `ids`, each with the distribution (V,) it was drawn from; None if certain."""
+        """At most `count` tokens after `ids`, each with the distribution (V,) it was drawn from;
+        None if certain."""
 
 
 class ModelDraft(Draft):
@@ -134,7 +137,8 @@ def judge(
 
 
 def remainder(p: Tensor, q: Tensor | None, guess: int) -> Tensor:
-    """The distribution (V,), up to a factor, of the token in place of a rejected guess: max(0, p - q)."""
+    """The distribution (V,), up to a factor, of the token in place of a rejected guess: max(0, p -
+    q)."""
     if q is None:
         # A certain guess has q = 1 at one token, where p - q is never positive.
         rest = p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
@@ -199,11 +203,12 @@ def speculative_complete(
     guesses: int = GUESSES,
     **options: object,
 ) -> list[tuple[Completion, GuessCounts]]:
-    """As `LanguageModel.complete`, one prompt at a time, with the guesses of `draft`: a model, or "lookup".
+    """As `LanguageModel.complete`, one prompt at a time, with the guesses of `draft`: a model, or
+    "lookup".
 
     Greedy text is that of `complete`. Drawn text has the same distribution, but not the same draws.
-    Raises  ConfigError if the draft has another vocabulary, `guesses` is not positive, or the state of one of the
-            models cannot be rewound.
+    Raises  ConfigError if the draft has another vocabulary, `guesses` is not positive, or the
+            state of one of the models cannot be rewound.
     """
     require_draft(model, draft, guesses)
     sampling, stop = split_options(Drawing(**options))  # type: ignore[typeddict-item]

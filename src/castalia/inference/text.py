@@ -1,15 +1,16 @@
-"""Tokens to text while they arrive: whole characters only, and nothing that may still become a stop string."""
+"""Tokens to text as they arrive: whole characters, and nothing that may become a stop string."""
 
 from collections.abc import Callable, Sequence
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for bytes that are not yet a whole character."""
+"""The decoder's character for bytes that do not form a whole character yet."""
 
 
 class TextStream:
-    """Turns one row's tokens into pieces of text; the pieces joined are the decoded text, cut before a stop string.
+    """Turns the tokens of one text into pieces; joined, they are the decoded text before a stop.
 
-    A character whose last bytes are still to come is held back, and so is an ending that a stop string may begin with.
+    Two things are held back: a character whose last bytes have not arrived, and an ending that may
+    be the beginning of a stop string.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
@@ -17,13 +18,14 @@ class TextStream:
         self.stop = [text for text in stop if text]
         self.tokens: list[int] = []
         self.context = 0
-        """First token of the window that is decoded again: decoders treat a token differently after another one."""
+        """First token of the window that is decoded again. Decoders write a token differently at
+        the beginning of a text, so the window reaches back to tokens that are known."""
         self.read = 0
-        """Tokens whose text is in `text`."""
+        """Number of tokens whose text is in `text`."""
         self.text = ""
-        """Everything decoded so far, what is held back included."""
+        """Everything decoded so far, including the part held back."""
         self.released = 0
-        """Characters of `text` that were handed out."""
+        """Number of characters of `text` that were returned."""
         self.stopped = False
 
     def push(self, token: int) -> str:
@@ -34,7 +36,7 @@ class TextStream:
         return self.release(final=False)
 
     def finish(self) -> str:
-        """No more tokens: return what was held back, broken characters included."""
+        """End the text: return the part held back, with broken characters."""
         if not self.stopped:
             self.decode_more(final=True)
         return self.release(final=True)
@@ -45,16 +47,20 @@ class TextStream:
         longer = self.decode(self.tokens[self.context :])
         if final or not longer.endswith(BROKEN):
             self.text += longer[len(known) :]
-            self.context, self.read = self.read, len(self.tokens)
+            self.context = self.read
+            self.read = len(self.tokens)
 
     def release(self, *, final: bool) -> str:
-        """Hand out what no stop string can take back."""
-        # A stop string can only begin in what is not released: anything earlier would have been held back.
-        found = [at for text in self.stop if (at := self.text.find(text, self.released)) >= 0]
-        if found and not self.stopped:
+        """Return the text that no stop string can take back."""
+        # The search begins behind the released text: an earlier beginning would be held back.
+        places = [self.text.find(text, self.released) for text in self.stop]
+        starts = [place for place in places if place >= 0]
+        if starts and not self.stopped:
             self.stopped = True
-            self.text = self.text[: min(found)]
-        end = len(self.text) if final or self.stopped else len(self.text) - self.held_back()
+            self.text = self.text[: min(starts)]
+        end = len(self.text)
+        if not final and not self.stopped:
+            end -= self.held_back()
         piece = self.text[self.released : end]
         self.released = end
         return piece
@@ -62,10 +68,10 @@ class TextStream:
     def held_back(self) -> int:
         """Length of the longest ending of the text that is the beginning of a stop string."""
         tail = self.text[self.released :]
-        lengths = (
-            n
-            for text in self.stop
-            for n in range(min(len(text) - 1, len(tail)), 0, -1)
-            if tail.endswith(text[:n])
-        )
-        return max(lengths, default=0)
+        longest = 0
+        for text in self.stop:
+            for length in range(min(len(text) - 1, len(tail)), longest, -1):
+                if tail.endswith(text[:length]):
+                    longest = length
+                    break
+        return longest

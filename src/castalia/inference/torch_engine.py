@@ -1,4 +1,5 @@
-"""The PyTorch model itself as an engine: every family of Castalia, on any device and dtype of torch."""
+"""The PyTorch model itself as an engine: every family of Castalia, on any device and dtype of
+torch."""
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -18,8 +19,8 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class TorchSlots(Slots):
     """Slots that are the rows of one state, for models whose state can be rewound.
 
-    Every row takes part in every step, because a batch of fixed size costs less than gathering the rows in use. A row
-    without a token in this step reads zeros and is rewound past them.
+    Every row takes part in every step, because a batch of fixed size costs less than gathering the
+    rows in use. A row without a token in this step reads zeros and is rewound past them.
     """
 
     def __init__(self, model: Decoder, count: int, length: int, dtype: torch.dtype) -> None:
@@ -60,7 +61,8 @@ class TorchSlots(Slots):
         return self.head_at(hidden, slots, tokens)
 
     def read_apart(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Prompts into empty slots, in a state of their own: the other rows would read zeros as long as the prompts."""
+        """Prompts into empty slots, in a state of their own: the other rows would read zeros as
+        long as the prompts."""
         batch = padded(prompts).to(self.device)
         state = self.model.new_state(len(batch), batch.shape[1], self.dtype, self.device)
         hidden = self.model(batch, state=state)
@@ -88,7 +90,8 @@ class TorchSlots(Slots):
         return self.model.head(hidden).float()
 
     def rewind(self) -> None:
-        """Bring the state to the lengths of the slots, which forgets padding and the zeros of idle rows."""
+        """Bring the state to the lengths of the slots, which forgets padding and the zeros of idle
+        rows."""
         lengths = torch.tensor(self.lengths, device=self.device)
         # Rows that were copied in are longer than the state has counted.
         self.state.lengths = torch.maximum(self.state.lengths, lengths)
@@ -105,7 +108,8 @@ class TorchSlots(Slots):
 class SeparateSlots(Slots):
     """One state for each slot, for models with a state that cannot be rewound.
 
-    Such a state can neither forget padding nor the zero of an idle row, so every slot is fed alone and unpadded.
+    Such a state can neither forget padding nor the zero of an idle row, so every slot is fed alone
+    and unpadded.
     """
 
     rewinds = False
@@ -195,7 +199,8 @@ class TorchEngine(Engine):
     ) -> "TorchEngine":
         """See `Engine`.
 
-        Raises  CheckpointError if the weights do not fit the config; ConfigError for a device that does not exist.
+        Raises  CheckpointError if the weights do not fit the config; ConfigError for a device that
+                does not exist.
         """
         place = choose_device(device)
         # On the meta device no memory is taken for weights that the checkpoint's replace at once.

@@ -1,1 +1,1 @@
-"""The CPU engine of our own: quantized weights, static cache, compiled steps; see engine.py and step.cpp."""
+"""Castalia's own CPU engine: quantized weights, a static cache, compiled steps; see engine.py."""

@@ -1,7 +1,7 @@
-"""The compiled part of the native engine: step.cpp made into a library once per machine, and called through ctypes.
+"""The compiled part of the native engine: step.cpp, built once for each machine, through ctypes.
 
-It needs a C++ compiler the first time (g++ or clang++; CASTALIA_CXX names another, `none` turns this off). Without one
-the engine runs on torch's operators alone: same numbers to rounding, slower steps.
+The build needs a C++ compiler, g++ or clang++; CASTALIA_CXX names another, and `none` turns it off.
+Without one the engine runs on torch's operators: the same numbers up to rounding, in slower steps.
 """
 
 import ctypes
@@ -24,10 +24,11 @@ from castalia.inference.native.packing import PANEL, Packed
 
 SOURCE = Path(__file__).with_name("step.cpp")
 KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
-"""Storages that the compiled kernels read, by the numbers they have in step.cpp."""
+"""Storages that the compiled kernels read, with their numbers in step.cpp."""
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 COMPILERS = ("g++", "clang++", "c++")
 COMPILE_SECONDS = 180
+"""A compiler that takes longer hangs."""
 
 Pointer = ctypes.c_void_p
 Long = ctypes.c_int64
@@ -48,7 +49,7 @@ class CLinear(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had; says so once."""
+    """The compiled kernels; None, with one warning, where they cannot be built."""
     compiler = chosen_compiler()
     if compiler is None:
         return None
@@ -57,7 +58,10 @@ def library() -> ctypes.CDLL | None:
         return declared(ctypes.CDLL(str(path)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1:]
-        warnings.warn(f"no compiled kernels, torch's are used: {' '.join(reason)}", stacklevel=2)
+        warnings.warn(
+            f"compiling the native kernels failed, so torch's are used: {' '.join(reason)}",
+            stacklevel=2,
+        )
         return None
 
 
@@ -66,30 +70,33 @@ def chosen_compiler() -> str | None:
     wanted = os.environ.get("CASTALIA_CXX")
     if wanted == "none":
         return None
-    return next(
-        (path for name in ([wanted] if wanted else COMPILERS) if (path := shutil.which(name))), None
-    )
+    for name in [wanted] if wanted else COMPILERS:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    return None
 
 
 def cached_library(compiler: str) -> Path:
-    """The library for this source, compiler and processor, compiled if it is not there yet."""
+    """The library for this source, compiler and processor, compiled if the cache lacks it."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True
     ).stdout
-    says = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, processor()))
-    name = f"native-{hashlib.sha256(says.encode()).hexdigest()[:16]}.so"
+    # All that decides about the machine code, so that a shared home serves several machines.
+    key = "\n".join((SOURCE.read_text(), " ".join(FLAGS), version, processor()))
+    name = f"native-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     base = cache_folder()
     if (base / name).is_file():
         return base / name
     try:
         base.mkdir(parents=True, exist_ok=True)
         return compile_into(base, name, compiler)
-    except OSError:  # read-only, or no home to write to
+    except OSError:  # a read-only home, or none
         return compile_into(Path(tempfile.mkdtemp(prefix="castalia-")), name, compiler)
 
 
 def processor() -> str:
-    """What tells processors apart for -march=native."""
+    """The lines of /proc/cpuinfo that decide what -march=native means."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -100,13 +107,14 @@ def processor() -> str:
 
 
 def compile_into(folder: Path, name: str, compiler: str, flags: Sequence[str] = FLAGS) -> Path:
-    """Compile under a temporary name and rename, so that processes starting together never load half a file.
+    """Compile under a temporary name and rename: processes that start together load whole files.
 
     Raises  CalledProcessError or TimeoutExpired if the compiler fails.
     """
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
+        # A compiler without OpenMP, as Apple's is, builds the same code for one thread.
         for threads in (["-fopenmp"], []):
             command = [compiler, *flags, *threads, str(SOURCE), "-o", temporary]
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
@@ -127,13 +135,13 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """Where a contiguous tensor's numbers begin; null for None."""
+    """Address of a contiguous tensor's first number; null for None."""
     assert tensor is None or tensor.is_contiguous()
     return None if tensor is None else tensor.data_ptr()
 
 
 def c_linear(packed: Packed) -> CLinear:
-    """A layer as step.cpp sees it; valid while the tensors of `packed` live."""
+    """A layer as step.cpp reads it; valid while the tensors of `packed` exist."""
     rows = -(-packed.channels // PANEL) * PANEL
     return CLinear(
         address(packed.weight),
@@ -146,7 +154,7 @@ def c_linear(packed: Packed) -> CLinear:
 
 
 def multiply(native: Any, layer: CLinear, x: Tensor, channels: int) -> Tensor:
-    """x (M, K) float32 through a layer -> (M, channels) float32, on as many threads as torch uses."""
+    """x (M, K) float32 through a layer -> (M, channels) float32, on torch's number of threads."""
     x = x.contiguous()
     y = torch.empty(len(x), channels)
     failed = native.castalia_linear(

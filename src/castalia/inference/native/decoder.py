@@ -1,8 +1,8 @@
-"""The PyTorch decoder over packed weights: its linear layers, embedding and head are replaced, all else is the model's.
+"""The PyTorch decoder over packed weights: only its linear layers, embedding and head are replaced.
 
-Two uses. On a machine without a compiled step the layers are kernels of torch that compute on the packed numbers. To
-score whole texts they are plain products in bfloat16: scoring is bound by arithmetic, where decoding is bound by
-memory, so weights that are unpacked once are faster there.
+Where the compiled step does not exist, the layers are kernels of torch that compute on the packed
+numbers. To score whole texts, they are plain products in bfloat16: decoding is bound by memory, so
+small weights are fast there, but scoring is bound by arithmetic, so weights are unpacked once.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ class KernelLinear(nn.Module):
 
 
 class Bf16Linear(nn.Module):
-    """A linear layer in bfloat16, whatever the dtype of its input: (..., K) -> (..., N) bfloat16."""
+    """A linear layer in bfloat16: (..., K) of any dtype -> (..., N) bfloat16."""
 
     def __init__(self, packed: Packed) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Bf16Linear(nn.Module):
             self.bias = packed.bias[: packed.channels].bfloat16()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product; the norms before it stay in float32, and so does the residual stream."""
+        """The product alone is in bfloat16; norms and residual stream stay in float32."""
         return F.linear(x.bfloat16(), self.weight, self.bias)
 
 
@@ -62,7 +62,7 @@ class PackedDecoder(Decoder):
     """A decoder whose linear layers are `linear(name, packed)`."""
 
     def __init__(self, weights: PackedWeights, linear: Callable[[str, Packed], nn.Module]) -> None:
-        # The skeleton's own weights would be replaced at once; on the meta device they take no memory.
+        # The skeleton's own weights are replaced at once; on the meta device they take no memory.
         with torch.device("meta"):
             super().__init__(weights.config)
         for name, packed in weights.linears.items():
@@ -77,13 +77,13 @@ class PackedDecoder(Decoder):
         self.eval()
 
     def head(self, hidden_BTC: Tensor) -> Tensor:
-        """See `Decoder`; tied models have a packed head of their own, because embeddings are stored by rows."""
+        """See `Decoder`. Tied models have a packed head too, because embeddings lie by rows."""
         logits: Tensor = self.unembed(hidden_BTC)
         return logits
 
 
 def kernel_decoder(weights: PackedWeights, kernels: Mapping[tuple[int, int], str]) -> PackedDecoder:
-    """The decoder on the kernels that were chosen for the shapes (channels, inputs) of its layers."""
+    """The decoder on one kernel for each shape (channels, inputs) of its layers."""
 
     def linear(name: str, packed: Packed) -> KernelLinear:
         return KernelLinear(make(kernels[packed.channels, packed.inputs], packed))

@@ -1,7 +1,8 @@
-"""The native engine: quantized weights, a static cache of slots, and steps compiled for the machine's processor.
+"""The native engine: quantized weights, a static cache, and steps compiled for this processor.
 
-Two implementations run the weights. The compiled step of step.cpp is used where a C++ compiler exists and reads the
-storage. Everywhere else the PyTorch decoder runs, with linear layers that compute on packed weights; see decoder.py.
+The layer is written twice. The compiled step of step.cpp runs where a C++ compiler exists and the
+storage is one that it reads. Everywhere else the PyTorch decoder runs, with linear layers that
+compute on packed weights; see decoder.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,8 +31,8 @@ from castalia.inference.torch_engine import (
 ROWS_AT_ONCE = 256
 """Tokens of prompts in one pass: enough for full speed of the products, and little memory."""
 SCORED_ROWS = 128
-"""Positions whose logits exist at a time while bf16 scores: twice as many take a third longer, because their buffers
-are handed back to the system and mapped again for every part."""
+"""Positions whose logits exist at a time while bf16 scores. Twice as many take a third longer:
+the allocator returns their buffers to the system and maps them again for every part."""
 QUANTIZED = ("int8", "int4")
 
 
@@ -83,8 +84,9 @@ class NativeSlots(Slots):
 class NativeEngine(Engine):
     """Weights of one storage, see packing.py.
 
-    Takes   kernels: auto (the compiled step, else the fastest kernels of torch), torch, or the name of one kernel.
-            scoring: the dtype in which texts are scored, bf16; None scores in the storage's own arithmetic.
+    Takes   kernels: auto (the compiled step, else the fastest kernels of torch), torch, or the
+            name of one kernel.
+            scoring: bf16 to score texts in bfloat16; None to score in the storage's arithmetic.
     """
 
     name = "native"
@@ -117,7 +119,10 @@ class NativeEngine(Engine):
 
     @classmethod
     def from_export(cls, export: ExportFolder, dtype: str | None) -> "NativeEngine":
-        """See `Engine`. Quantized weights score in bf16, unless their own arithmetic is asked for by its name."""
+        """See `Engine`.
+
+        Quantized weights score in bf16, unless their own arithmetic is asked for by its name.
+        """
         quick = dtype in (None, "auto") and export.numbers in QUANTIZED
         return cls(load_weights(export.folder), scoring="bf16" if quick else None)
 
@@ -162,6 +167,7 @@ def compiled_forward(weights: PackedWeights, kernels: str) -> FusedForward | Non
         return None
     if is_fused(native, weights.storage):
         return FusedForward(weights, native)
-    # Without an instruction for sums of bytes, torch may win some shapes. The compiled step runs all layers or none.
+    # Without an instruction for sums of bytes, torch may win some shapes. The compiled step runs
+    # all layers or none.
     choice = chosen(list(weights.linears.values()), weights.storage, kernels)
     return FusedForward(weights, native) if set(choice.values()) == {"compiled"} else None

@@ -1,4 +1,7 @@
-"""A whole forward pass in one call of the compiled library; see step.cpp."""
+"""A whole forward pass in one call of the compiled library, step.cpp.
+
+The structures repeat those of step.cpp, field by field.
+"""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from castalia.inference.native.packing import PANEL
 from castalia.inference.native.weights import HEAD, PackedWeights, rope_angles
 
 LINEARS = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
-"""Linear layers of a block in the order of `Layer` in step.cpp, which implements the NeoX block alone."""
+"""Linear layers in the order of `Layer` in step.cpp, which implements the NeoX block alone."""
 
 
 class CNorm(ctypes.Structure):
@@ -78,18 +81,22 @@ class CBatch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class FusedCache:
-    """Keys and values of `slots` sequences of at most `length` tokens; memory is taken when it is written to."""
+    """Keys and values of `slots` sequences of at most `length` tokens.
+
+    The system gives out the memory page by page when it is first written.
+    """
 
     k: Tensor
     """(layers, slots, heads, length / 16, head_dim, 16)."""
     v: Tensor
     """(layers, slots, heads, length, head_dim)."""
     logits: Tensor
-    """(slots, padded vocabulary): where a step leaves its logits."""
+    """(slots, padded vocabulary): the logits of a step."""
     c: CCache
 
     def copy(self, origin: int, target: int, tokens: int) -> None:
-        """Let the first `tokens` of slot `target` be those of `origin`."""
+        """Copy the first `tokens` tokens of slot `origin` to slot `target`."""
+        # Keys lie in blocks of PANEL positions, which are copied whole.
         blocks = -(-tokens // PANEL)
         self.k[:, target, :, :blocks] = self.k[:, origin, :, :blocks]
         self.v[:, target, :, :tokens] = self.v[:, origin, :, :tokens]
@@ -119,7 +126,8 @@ class FusedForward:
 
     def c_model(self) -> CModel:
         """The structure that the library reads."""
-        w, config = self.weights, self.weights.config
+        w = self.weights
+        config = w.config
         return CModel(
             config.num_layers,
             config.hidden_size,
@@ -159,9 +167,10 @@ class FusedForward:
         positions: Sequence[int],
         pick: Sequence[int],
     ) -> Tensor:
-        """Read M tokens, each at its position of its slot -> logits (len(pick), padded vocabulary) of the rows picked.
+        """Read M tokens, each at its position of its slot.
 
-        What is returned is overwritten by the next call, unless more rows are picked than there are slots.
+        Returns  logits (len(pick), padded vocabulary) of the tokens picked. The next call
+                 overwrites them, unless more tokens are picked than the cache has slots.
         """
         count = len(tokens)
         row = Long * count
@@ -183,6 +192,7 @@ class FusedForward:
             ctypes.addressof(batch),
             torch.get_num_threads(),
         )
+        # The library held bare addresses: until here these arrays had to exist.
         del token, slot, position, picked
         if failed:
             raise MemoryError(f"no memory for a pass over {count} tokens")

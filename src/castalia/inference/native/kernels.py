@@ -1,8 +1,9 @@
-"""Kernels of a linear layer: one registry, several ways to the same product, chosen by `tuning.py` for each shape.
+"""Kernels of a linear layer: several ways to the same product, chosen by tuning.py for each shape.
 
-A kernel takes activations (M, K) float32 and returns (M, channels) float32. Those of torch use operators that stay:
-`aten::_int_mm`, `_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu` and `onednn::qlinear_pointwise`; the quantized
-tensors of torch.ao are on their way out. What a kernel does to the activations stands in `activations`.
+A kernel takes activations (M, K) float32 and returns (M, channels) float32. Those of torch use
+operators with a future: `aten::_int_mm`, `_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu` and
+`onednn::qlinear_pointwise`. The quantized tensors of torch.ao are deprecated. `activations` says
+how a kernel rounds its input.
 """
 
 import ctypes
@@ -20,12 +21,13 @@ from castalia.inference.native.packing import FLOATS, GROUP, Packed, dense, quan
 
 
 class Kernel(ABC):
-    """One linear layer, made ready."""
+    """One linear layer with its weights in the form that its operator reads."""
 
     storages: ClassVar[tuple[str, ...]]
     """Storages of packing.py that it reads."""
     activations: ClassVar[str]
-    """fp32: as they are; bf16, fp16: rounded; int8: 255 steps for each row, int8 tensor: for all rows together."""
+    """fp32: unchanged; bf16, fp16: rounded; int8: 255 steps for each row; int8 tensor: 255 steps
+    for all rows together."""
 
     @abstractmethod
     def __init__(self, packed: Packed) -> None: ...
@@ -39,7 +41,9 @@ KERNELS: Registry[type[Kernel]] = Registry("kernel")
 
 
 def candidates(storage: str, names: str = "auto") -> list[str]:
-    """Kernels that read a storage here; `names` is auto, torch (all but the compiled ones), or one kernel's name.
+    """Kernels that read a storage on this machine.
+
+    Takes   names: auto, torch (all but the compiled ones), or the name of one kernel.
 
     Raises  ConfigError if the named kernel does not exist, or does not read the storage.
     """
@@ -60,7 +64,10 @@ def candidates(storage: str, names: str = "auto") -> list[str]:
 
 
 def steps_of(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows in 255 steps: (M, K) float32 -> (M, K) int8 and the size of a step (M, 1); a row of zeros has size 0."""
+    """Rows in 255 steps: (M, K) float32 -> (M, K) int8, and the size of a step, (M, 1).
+
+    A row of zeros has a step of size 0.
+    """
     largest = x.abs().amax(1, keepdim=True)
     inverse = torch.where(largest > 0, 127 / largest, 0.0)
     return (x * inverse).round_().to(torch.int8), largest / 127
@@ -68,13 +75,14 @@ def steps_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @KERNELS.register("compiled")
 class Compiled(Kernel):
-    """step.cpp."""
+    """One product of step.cpp."""
 
     storages = tuple(compiled.KINDS)
     activations = "int8"
 
     def __init__(self, packed: Packed) -> None:
-        self.packed, self.layer = packed, compiled.c_linear(packed)
+        self.packed = packed
+        self.layer = compiled.c_linear(packed)
         self.native = compiled.library()
         assert self.native is not None
 
@@ -83,7 +91,7 @@ class Compiled(Kernel):
 
 
 class Dense(Kernel):
-    """A plain product in the dtype of the weight, as subclasses say."""
+    """A plain product in `dtype`."""
 
     storages: ClassVar[tuple[str, ...]] = ()
     activations: ClassVar[str] = ""
@@ -101,25 +109,30 @@ class Dense(Kernel):
 class Fp32(Dense):
     """torch's product in float32."""
 
-    storages, activations = ("fp32",), "fp32"
+    storages = ("fp32",)
+    activations = "fp32"
 
 
 @KERNELS.register("bf16")
 class Bf16(Dense):
     """torch's product in bfloat16."""
 
-    storages, activations, dtype = ("bf16",), "bf16", torch.bfloat16
+    storages = ("bf16",)
+    activations = "bf16"
+    dtype = torch.bfloat16
 
 
 @KERNELS.register("fp16")
 class Fp16(Dense):
     """torch's product in float16."""
 
-    storages, activations, dtype = ("fp16",), "fp16", torch.float16
+    storages = ("fp16",)
+    activations = "fp16"
+    dtype = torch.float16
 
 
 def trimmed(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Whole numbers (channels, K), scales and bias of an int8 layer, without the filling."""
+    """Integers (channels, K), scales and bias of an int8 layer, without the padding."""
     q, scale = quantized_rows(packed)
     bias = None if packed.bias is None else packed.bias[: packed.channels]
     return q[: packed.channels].contiguous(), scale[: packed.channels].contiguous(), bias
@@ -129,7 +142,8 @@ def trimmed(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None]:
 class Int8Dynamic(Kernel):
     """aten::_int_mm: activations in int8 with a scale for each row, sums in int32."""
 
-    storages, activations = ("int8",), "int8"
+    storages = ("int8",)
+    activations = "int8"
 
     def __init__(self, packed: Packed) -> None:
         self.q, self.scale, self.bias = trimmed(packed)
@@ -142,9 +156,10 @@ class Int8Dynamic(Kernel):
 
 @KERNELS.register("int8_onednn")
 class Int8OneDnn(Kernel):
-    """onednn::qlinear_pointwise: activations in uint8 with one scale for all rows, weights packed by oneDNN."""
+    """onednn::qlinear_pointwise: activations in uint8 with one scale for all rows."""
 
-    storages, activations = ("int8",), "int8 tensor"
+    storages = ("int8",)
+    activations = "int8 tensor"
 
     def __init__(self, packed: Packed) -> None:
         q, self.scale, self.bias = trimmed(packed)
@@ -152,8 +167,9 @@ class Int8OneDnn(Kernel):
         self.zero = torch.zeros(packed.channels, dtype=torch.int64)
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Signed activations fall to oneDNN's reference kernel, hundreds of times slower.
-        low, high = (min(x.min().item(), 0.0), max(x.max().item(), 0.0))
+        # Signed activations would select oneDNN's reference kernel, hundreds of times slower.
+        low = min(x.min().item(), 0.0)
+        high = max(x.max().item(), 0.0)
         step = (high - low) / 255 or 1.0
         zero = round(-low / step)
         q = (x / step + zero).round_().clamp_(0, 255).to(torch.uint8)
@@ -168,7 +184,8 @@ class Int8OneDnn(Kernel):
 class Int8WeightOnly(Kernel):
     """aten::_weight_int8pack_mm: activations in bfloat16 (in float16 it is ten times slower)."""
 
-    storages, activations = ("int8",), "bf16"
+    storages = ("int8",)
+    activations = "bf16"
 
     def __init__(self, packed: Packed) -> None:
         self.q, scale, self.bias = trimmed(packed)
@@ -183,19 +200,24 @@ class Int8WeightOnly(Kernel):
 class Int4WeightOnly(Kernel):
     """aten::_weight_int4pack_mm_for_cpu: activations in bfloat16."""
 
-    storages, activations = ("int4",), "bf16"
+    storages = ("int4",)
+    activations = "bf16"
 
     def __init__(self, packed: Packed) -> None:
         q, scale = quantized_rows(packed)
+        # torch counts int4 from 0 and keeps a zero point beside each scale.
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
         self.scale = torch.stack((scale.T, torch.zeros_like(scale.T)), -1).contiguous().bfloat16()
-        self.bias, self.channels = packed.bias, packed.channels
+        self.bias = packed.bias
+        self.channels = packed.channels
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.bfloat16(), self.weight, GROUP, self.scale
         ).float()
-        return (y if self.bias is None else y.add_(self.bias))[:, : self.channels]
+        if self.bias is not None:
+            y = y.add_(self.bias)
+        return y[:, : self.channels]
 
 
 def make(name: str, packed: Packed) -> Kernel:
@@ -204,9 +226,10 @@ def make(name: str, packed: Packed) -> Kernel:
 
 
 def is_fused(native: ctypes.CDLL | None, storage: str) -> bool:
-    """Whether whole steps in this storage are fastest in the compiled library, whatever the shape.
+    """Whether the compiled step is the fastest for this storage, whatever the shapes.
 
-    Without an instruction for sums of bytes torch's kernels may be faster for whole numbers; then they are measured.
+    Without an instruction for sums of bytes, torch's kernels may be faster for integers; then they
+    are measured.
     """
     if native is None or storage not in compiled.KINDS:
         return False

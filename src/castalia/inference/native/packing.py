@@ -1,14 +1,16 @@
-"""Weights of linear layers as the kernels read them: quantized, and in panels of 16 output channels.
+"""Weights of linear layers in the layout that the kernels read: quantized, in panels of 16 channels.
 
-A panel holds the numbers of 16 output channels side by side, so that one vector register has one of each. Shapes: N
-output channels, K inputs; a panel's cell is what one channel has in one 32-bit lane.
+A panel holds the numbers of 16 output channels side by side, so that one vector register has one
+number of each and nothing is summed across a register. A cell is the part of one channel that fits
+a 32-bit lane. Shapes for N output channels and K inputs:
 
     fp32   (N / 16, K, 16, 1) float32
     bf16   (N / 16, K / 2, 16, 2) bfloat16
     fp16   the same in float16; for torch's kernels alone
     int8   (N / 16, K / 4, 16, 4) int8, one float32 scale a channel: w = q * scale, |q| <= 127
-    int4   (N / 16, K / 8, 16, 4) uint8, one bfloat16 scale for 32 inputs of a channel, (N / 16, K / 32, 16): byte j of
-           a cell has input j in its low half and input j + 4 in its high half, w = (half - 8) * scale
+    int4   (N / 16, K / 8, 16, 4) uint8, and one bfloat16 scale for 32 inputs of a channel,
+           (N / 16, K / 32, 16). Byte j of a cell has input j in its low half and input j + 4 in
+           its high half: w = (half - 8) * scale
 """
 
 from dataclasses import dataclass, replace
@@ -19,21 +21,24 @@ from torch import Tensor
 from castalia.core.errors import ConfigError, nearest
 
 PANEL = 16
+"""Output channels in a panel: the float32 lanes of a 512-bit register."""
 GROUP = 32
 """Inputs that share a scale in int4, as in llama.cpp's Q4_0."""
 CELLS = {"fp32": 1, "bf16": 2, "fp16": 2, "int8": 4, "int4": GROUP}
-"""What K must be a multiple of."""
+"""K must be a multiple of this."""
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORAGES = tuple(CELLS)
 INT4_CANDIDATES = torch.linspace(0.75, 1.1, 15)
-"""Scales that are tried for a group, as shares of the one that just holds its largest weight."""
+"""Scales tried for a group, as shares of the scale that just reaches its largest weight."""
 ROWS_AT_ONCE = 4096
+"""Rows quantized at a time: a float32 copy of a whole embedding would double the peak memory."""
 PANELS_AT_ONCE = 128
+"""Panels unpacked at a time, for the same reason."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One linear layer, y = x W^T + bias, its channels filled up to whole panels with zeros."""
+    """One linear layer, y = x W^T + bias, its channels padded to whole panels with zeros."""
 
     storage: str
     """One of STORAGES."""
@@ -43,7 +48,7 @@ class Packed:
     bias: Tensor | None
     """(N,) float32."""
     channels: int
-    """Output channels without the filling."""
+    """Output channels without the padding."""
     inputs: int
 
 
@@ -51,37 +56,41 @@ def require_storage(name: str) -> None:
     """Raises  ConfigError listing the known ones."""
     if name not in STORAGES:
         raise ConfigError(
-            f"no quantization {name!r}; have: {', '.join(STORAGES)}{nearest(name, STORAGES)}"
+            f"unknown quantization {name!r}; choose one of {', '.join(STORAGES)}"
+            f"{nearest(name, STORAGES)}"
         )
 
 
 def pack(weight: Tensor, bias: Tensor | None, storage: str) -> Packed:
     """Quantize and lay out W (N, K) of any floating dtype.
 
-    Raises  ConfigError if K is no multiple of what the storage packs together.
+    Raises  ConfigError if K is not divisible by the inputs that the storage packs together.
     """
     channels, inputs = weight.shape
     if inputs % CELLS[storage]:
         raise ConfigError(
-            f"{storage} packs {CELLS[storage]} inputs together, and a layer has {inputs}; choose another"
+            f"{storage} packs {CELLS[storage]} inputs together, and a layer has {inputs};"
+            " choose another quantization"
         )
-    weight = filled(weight)
+    weight = padded_rows(weight)
     parts = [quantize(rows.float(), storage) for rows in weight.split(ROWS_AT_ONCE)]
     scales = [scale for _, scale in parts if scale is not None]
     return Packed(
         storage,
         torch.cat([cells for cells, _ in parts]),
         torch.cat(scales) if scales else None,
-        None if bias is None else filled(bias.float()).contiguous(),
+        None if bias is None else padded_rows(bias.float()).contiguous(),
         channels,
         inputs,
     )
 
 
-def filled(rows: Tensor) -> Tensor:
+def padded_rows(rows: Tensor) -> Tensor:
     """Rows of zeros after the last, up to a multiple of PANEL."""
     missing = -len(rows) % PANEL
-    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:]))) if missing else rows
+    if missing == 0:
+        return rows
+    return torch.cat((rows, rows.new_zeros(missing, *rows.shape[1:])))
 
 
 def quantize(weight: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
@@ -102,46 +111,48 @@ def in_panels(rows: Tensor, cell: int) -> Tensor:
 
 
 def in_rows(panels: Tensor) -> Tensor:
-    """The way back of `in_panels`."""
+    """The inverse of `in_panels`."""
     return panels.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale a row: (N, K) float32 -> (N, K) int8, (N,) float32; a row of zeros has scale 0."""
+    """Symmetric int8 with one scale a row: (N, K) float32 -> (N, K) int8, (N,) float32.
+
+    A row of zeros has scale 0.
+    """
     scale = weight.abs().amax(1) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     return (weight * inverse[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int4 with a scale for each 32 inputs: (N, K) float32 -> (N, K) int8 in [-8, 7], (N, K / 32) bfloat16.
+    """int4 with a scale for each 32 inputs.
 
-    The weight of largest magnitude becomes -8, as in llama.cpp's Q4_0; among INT4_CANDIDATES times that scale the one
-    with the least squared error is taken.
+    Shapes  (N, K) float32 -> (N, K) int8 in [-8, 7], (N, K / 32) bfloat16.
+
+    As in llama.cpp's Q4_0, the weight of largest magnitude becomes -8. Of INT4_CANDIDATES times
+    that scale, the one with the least squared error is taken.
     """
     groups = weight.unflatten(1, (-1, GROUP))
     largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     best = torch.full_like(largest, torch.inf)
-    chosen_q, chosen = (
-        torch.zeros_like(groups, dtype=torch.int8),
-        torch.zeros_like(largest, dtype=torch.bfloat16),
-    )
+    best_q = torch.zeros_like(groups, dtype=torch.int8)
+    best_scale = torch.zeros_like(largest, dtype=torch.bfloat16)
     for share in INT4_CANDIDATES.tolist():
+        # Rounded to its stored precision first, so that the error below is the error of the file.
         scale = (largest / -8 * share).to(torch.bfloat16)
         step = scale.float()
         q = (groups * torch.where(step != 0, 1 / step, 0.0)).round_().clamp_(-8, 7)
         error = (q * step).sub_(groups).square_().sum(2, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
-        chosen_q, chosen = (
-            torch.where(better, q.to(torch.int8), chosen_q),
-            torch.where(better, scale, chosen),
-        )
-    return chosen_q.flatten(1), chosen[..., 0]
+        best_q = torch.where(better, q.to(torch.int8), best_q)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_q.flatten(1), best_scale[..., 0]
 
 
 def quantized_rows(packed: Packed) -> tuple[Tensor, Tensor]:
-    """The whole numbers of an int8 or int4 layer, (N, K) int8, and their scales, (N,) or (N, K / 32) float32."""
+    """Integers (N, K) int8 of an int8 or int4 layer, and scales, (N,) or (N, K / 32) float32."""
     assert packed.scale is not None
     if packed.storage == "int8":
         return in_rows(packed.weight), packed.scale
@@ -150,20 +161,21 @@ def quantized_rows(packed: Packed) -> tuple[Tensor, Tensor]:
 
 
 def dense(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight that a layer stands for, (channels, K) in `dtype`; made in parts, so that little else is held."""
+    """The unpacked weight of a layer, (channels, K) in `dtype`; built in parts to save memory."""
     out = torch.empty(len(packed.weight) * PANEL, packed.inputs, dtype=dtype)
     for start in range(0, len(packed.weight), PANELS_AT_ONCE):
         part = slice(start, start + PANELS_AT_ONCE)
         rows = slice(start * PANEL, (start + PANELS_AT_ONCE) * PANEL)
         scale = packed.scale
         if scale is not None:
-            scale = scale[part] if packed.storage == "int4" else scale[rows]
+            # int4 has scales by panel, int8 by channel.
+            scale = scale[part if packed.storage == "int4" else rows]
         out[rows] = dense_rows(replace(packed, weight=packed.weight[part], scale=scale))
     return out[: packed.channels]
 
 
 def dense_rows(packed: Packed) -> Tensor:
-    """All rows of a layer at once, its filling included."""
+    """All rows of a layer at once, padding included."""
     if packed.storage in FLOATS:
         return in_rows(packed.weight)
     q, scale = quantized_rows(packed)

@@ -1,8 +1,9 @@
-"""All weights of a decoder as the native engine stores them, and the file they are saved in.
+"""The weights of a decoder as the native engine stores them, in memory and in a file.
 
-The file is safetensors with the packed tensors of packing.py under the names of `Decoder.state_dict()`. It is mapped
-into memory, not read: several processes share its pages, and float32 weights never exist. The header is padded to a
-multiple of 64 bytes so that every tensor begins at a cache line.
+The file is safetensors with the packed tensors of packing.py under the names of
+`Decoder.state_dict()`. It is mapped into memory, not read: several processes share its pages, and
+float32 weights never exist. The header is padded to a multiple of 64 bytes so that every tensor
+begins at a cache line.
 """
 
 import json
@@ -72,9 +73,9 @@ def layout_of(config: ModelConfig) -> Layout:
 class PackedWeights:
     """A decoder's weights.
 
-    `linears` holds layers.0.attn.qkv and so on, and the head; `norms` the LayerNorms under their own names in float32;
-    `embed` the rows of the input embedding in the dtype of a float storage, or in int8 with a scale for each row (int8
-    and int4).
+    `linears` holds layers.0.attn.qkv and so on, and the head; `norms` the LayerNorms under their
+    own names in float32; `embed` the rows of the input embedding in the dtype of a float storage,
+    or in int8 with a scale for each row (int8 and int4).
     """
 
     config: TransformerConfig
@@ -110,7 +111,8 @@ def packed_weights(
 
 
 def packed_embedding(weight: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
-    """The rows that are looked up. int4 keeps them in int8: a step reads one row, so their size costs no time."""
+    """The rows that are looked up. int4 keeps them in int8: a step reads one row, so their size
+    costs no time."""
     if storage in FLOATS:
         return weight.to(FLOATS[storage]).contiguous(), None
     return quantize_channels(weight.float())
@@ -148,7 +150,8 @@ def save_weights(folder: Path, weights: PackedWeights) -> None:
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"fill": ""})
     with open(folder / WEIGHTS_FILE, "rb") as file:
         header = int.from_bytes(file.read(8), "little") + 8
-    # The library pads the header to 8 bytes only. A longer word in it moves the tensors to the next cache line.
+    # The library pads the header to 8 bytes only. A longer word in it moves the tensors to the
+    # next cache line.
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"fill": " " * (-header % LINE)})
 
 
@@ -160,7 +163,8 @@ def is_native(folder: Path) -> bool:
 def load_weights(folder: Path) -> PackedWeights:
     """Map the weights of an export into memory.
 
-    Raises  CheckpointError if a file is missing, truncated, of another version, or does not fit the config.
+    Raises  CheckpointError if a file is missing, truncated, of another version, or does not fit
+            the config.
     """
     listed = read_listing(folder / CONFIG_FILE)
     config = build_model_config(listed["model"], str(folder / CONFIG_FILE))
