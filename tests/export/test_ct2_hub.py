@@ -234,11 +234,11 @@ def test_what_a_hub_id_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_wrong_words_are_one_sentence(
     folder: Path, model: GeneratorCT2fromHfHub, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="no device 'gpu'; have: auto, cpu, cuda"):
+    with pytest.raises(ConfigError, match="unknown device 'gpu'; choose one of auto, cpu, cuda"):
         GeneratorCT2fromHfHub(folder, device="gpu")
-    with pytest.raises(ConfigError, match="no compute_type 'int4'; have: auto"):
+    with pytest.raises(ConfigError, match="unknown compute_type 'int4'; choose one of auto"):
         GeneratorCT2fromHfHub(folder, compute_type="int4")
-    with pytest.raises(ConfigError, match="does not take these arguments"):
+    with pytest.raises(ConfigError, match="does not accept these arguments"):
         model.generate("a", beams=3)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         GeneratorCT2fromHfHub(tmp_path / "none", device="cpu")

@@ -1,6 +1,6 @@
 """Checkpoints as other programs read them: Hugging Face, CTranslate2, GGUF and native files.
 
-What needs torch is imported when it is first used.
+Names are imported when first used, so that the package loads without torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,4 @@
-"""The card of an export, README.md: how it is run, the model's shape, its provenance and its
-quality."""
+"""The card of an export, README.md: usage, the model's shape, provenance and quality."""
 
 from pathlib import Path
 

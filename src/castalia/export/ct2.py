@@ -1,6 +1,6 @@
-"""CTranslate2: a model folder written straight from our weights.
+"""CTranslate2: a model folder written straight from the weights.
 
-Neither transformers nor ctranslate2 is needed to write one.
+Writing needs neither transformers nor ctranslate2.
 """
 
 import json
@@ -50,8 +50,7 @@ def ct2_keymap(config: TransformerConfig) -> KeyMap:
 
 
 def ct2_vocabulary(tokens: Sequence[str], rows: int) -> list[str]:
-    """A name for each of the embedding's rows, in the order of the ids; rows of no token are
-    called <extra_id_N>.
+    """A name for each row of the embedding, in the order of the ids; padding is <extra_id_N>.
 
     Raises  ConfigError if the tokenizer has more tokens than the model, or one twice.
     """
@@ -86,14 +85,14 @@ def write_ct2(
     vocabulary = ct2_vocabulary(tokenizer.tokens(), config.padded_vocab_size)
     write_model_bin(folder / "model.bin", theirs, config, quantization)
     end = vocabulary[tokenizer.eod_id]
-    # Without a name that is in the vocabulary the engine appends its own unknown token, an id
-    # beyond the embedding; with the epsilon left out it takes 1e-5 whatever the model was trained
-    # with.
+    # unk_token: without a name from the vocabulary, the engine appends its own unknown token, an
+    # id beyond the embedding. layer_norm_epsilon: the engine's default is 1e-5.
     described: dict[str, str | float | bool] = {
         "bos_token": end,
         "eos_token": end,
         "layer_norm_epsilon": config.layernorm_epsilon,
-        "multi_query_attention": True,  # what its own serializer says of every decoder without grouped queries
+        # The official serializer writes this for every decoder without grouped queries.
+        "multi_query_attention": True,
         "unk_token": end,
     }
     (folder / "config.json").write_text(

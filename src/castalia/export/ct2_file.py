@@ -1,7 +1,6 @@
-"""`model.bin` of CTranslate2, written with numpy and struct: neither ctranslate2 nor transformers
-is needed.
+"""`model.bin` of CTranslate2, written with numpy and struct, without ctranslate2 or transformers.
 
-The file is the one that ctranslate2's own serializer makes of the same weights, byte for byte.
+The file equals, byte for byte, that of ctranslate2's own serializer for the same weights.
 
 Layout, little-endian, strings as u16 length + 1, bytes, NUL:
     u32 6 | "TransformerDecoderSpec" | u32 8 | u32 variables
@@ -25,11 +24,12 @@ from castalia.core.errors import ConfigError
 from castalia.models.config import TransformerConfig
 
 BINARY_VERSION = 6
-SPECIFICATION, REVISION = "TransformerDecoderSpec", 8
+SPECIFICATION = "TransformerDecoderSpec"
+REVISION = 8
 TYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")
-"""Their place is the type's number in the file."""
+"""The index of a type is its number in the file."""
 MOST_BYTES = 2**32 - 1
-"""The size of a variable is a u32."""
+"""A variable's size is a u32."""
 ACTIVATIONS = {"gelu_tanh": 1, "gelu": 3}
 """Numbers of CTranslate2's Activation."""
 FLOATS = {
@@ -42,11 +42,9 @@ FLOATS = {
     "float16": "float16",
     "bfloat16": "bfloat16",
 }
-"""What each quantization makes of the tensors that it does not turn into integers; None leaves
-them."""
+"""dtype of the tensors that a quantization does not turn into integers; None keeps their own."""
 QUANTIZATIONS = tuple(FLOATS)
-"""How weights are stored. A CPU computes in float32 or int8; what it lacks is converted when the
-file is loaded."""
+"""Storage of weights. A CPU computes in float32 or int8 and converts the others on loading."""
 
 
 class Variable(NamedTuple):
@@ -90,8 +88,7 @@ def write_model_bin(
 
 
 def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
-    """The shape of the model as CTranslate2 stores it: scalars with the types that it gives
-    them."""
+    """The shape of the model as CTranslate2 stores it: scalars of the types that it expects."""
     numbers: dict[str, np.generic] = {
         "decoder/activation": np.int8(ACTIVATIONS[config.activation]),
         "decoder/alignment_heads": np.int16(1),
@@ -99,7 +96,7 @@ def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
         "decoder/num_heads": np.int16(config.num_attention_heads),
         "decoder/pre_norm": np.int8(1),
     }
-    # Without the last but one the engine multiplies embeddings by the root of the width.
+    # Without scale_embeddings the engine multiplies embeddings by the root of the width.
     for name in ("alibi", "alibi_use_positive_positions", "scale_alibi", "scale_embeddings"):
         numbers[f"decoder/{name}"] = np.int8(0)
     numbers["decoder/start_from_zero_embedding"] = np.int8(0)
@@ -112,28 +109,26 @@ def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
 
 
 def duplicates(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Tensors that equal another, each with the first such name in the alphabet: tied weights,
-    biases of zeros."""
+    """Tensors equal to another one, with that one's name, the first in the alphabet."""
     first: dict[tuple[tuple[int, ...], bytes], str] = {}
-    found = {}
+    aliases = {}
     for name in sorted(tensors):
         key = tuple(tensors[name].shape), hashlib.sha256(floats(tensors[name]).tobytes()).digest()
         if first.setdefault(key, name) != name:
-            found[name] = first[key]
-    return found
+            aliases[name] = first[key]
+    return aliases
 
 
 def has_scale(name: str, quantization: str) -> bool:
-    """Whether the tensor becomes integers: the matrices do, biases and norms do not."""
+    """Whether the tensor becomes integers: matrices do, biases and norms do not."""
     return name.endswith("/weight") and quantization.startswith("int")
 
 
 def stored(name: str, tensor: Tensor, quantization: str) -> tuple[Variable, Variable | None]:
     """A tensor as the file holds it, and its scale."""
     if has_scale(name, quantization):
-        values, scale = (
-            to_int16(floats(tensor)) if quantization == "int16" else to_int8(floats(tensor))
-        )
+        convert = to_int16 if quantization == "int16" else to_int8
+        values, scale = convert(floats(tensor))
         return as_variable(values), as_variable(scale)
     kind = FLOATS[quantization] or str(tensor.dtype).removeprefix("torch.")
     rounded = tensor.detach().to("cpu", getattr(torch, kind)).contiguous()
@@ -153,8 +148,7 @@ def to_int8(values: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.f
 
 
 def to_int16(values: NDArray[np.float32]) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
-    """10-bit integers with one scale for the matrix, so that a product leaves 12 bits for the
-    sum."""
+    """10-bit integers with one scale a matrix: a product then leaves 12 bits for the sum."""
     scale = np.asarray(np.float32(2**10 / np.abs(values).max()))
     return np.clip(np.rint(values * scale), -(2**15), 2**15 - 1).astype(np.int16), scale
 
@@ -171,7 +165,7 @@ def as_variable(array: NDArray[np.generic]) -> Variable:
 
 
 def write_header(file: BinaryIO, variables: int) -> None:
-    """What comes before the variables."""
+    """The header, which precedes the variables."""
     file.write(struct.pack("<I", BINARY_VERSION))
     write_string(file, SPECIFICATION)
     file.write(struct.pack("<II", REVISION, variables))
@@ -185,7 +179,8 @@ def write_variable(file: BinaryIO, name: str, variable: Variable) -> None:
     size = len(variable.data)
     if size > MOST_BYTES:
         raise ConfigError(
-            f"{name} has {size:,} bytes, and CTranslate2's file holds at most 4 GiB a tensor; use int8"
+            f"{name} has {size:,} bytes, but CTranslate2's file holds at most 4 GiB a tensor;"
+            " use int8"
         )
     write_string(file, name)
     file.write(struct.pack(f"<B{len(variable.shape)}I", len(variable.shape), *variable.shape))

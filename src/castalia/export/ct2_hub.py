@@ -3,9 +3,9 @@
     model = GeneratorCT2fromHfHub("michaelfeil/ct2fast-pythia-160m")
     model.generate(text=["How do you call a fast Flan-ingo?"], max_length=64)
 
-Same arguments, same texts. What differs: it works on a machine without a GPU, reads
-vocabulary.json, is offline when cached, takes our runs and Hugging Face folders too, and reads
-prompts in one step where the original forces them through the model token by token.
+Arguments and texts are the same. Beyond the original it works without a GPU, reads vocabulary.json,
+works offline from the cache, and takes Castalia's runs and Hugging Face folders. Prompts are read
+in one step, where the original forces them through the model token by token.
 """
 
 import json
@@ -33,7 +33,7 @@ DEFAULT_MAX_LENGTH = 512
 
 
 class TextTokenizer(Protocol):
-    """What is needed of a tokenizer: one of transformers, of ours, or any with these two."""
+    """A tokenizer of transformers, of Castalia, or any other with these two methods."""
 
     def encode(self, text: str, **options: Any) -> list[int]:
         """Ids of a text."""
@@ -43,15 +43,15 @@ class TextTokenizer(Protocol):
 
 
 class OwnTokenizer:
-    """The tokenizer.json of a model folder, with the options of transformers that change a text;
-    needs no transformers.
+    """The tokenizer.json of a model folder, with the options of transformers that change a text.
 
-    Raises  DataError if it is no tokenizer.json.
+    Raises  DataError if the file is not a tokenizer.json.
     """
 
     def __init__(self, folder: Path) -> None:
         self.inner = load_tokenizer(folder)
-        self.vocab_size, self.eod_id = self.inner.vocab_size, self.inner.eod_id
+        self.vocab_size = self.inner.vocab_size
+        self.eod_id = self.inner.eod_id
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text."""
@@ -68,14 +68,15 @@ class CT2fromHfHub:
     """A CTranslate2 engine with a tokenizer.
 
     Takes   model_name_or_path: a CTranslate2 folder, a hub id (OWNER/NAME[@REVISION]), a run of
-            ours or a Hugging Face folder; the last two are exported first, once. device: auto, cpu
-            or cuda; compute_type: auto, or one of CTranslate2's. What this machine lacks is
-            replaced by what it has, with a warning. tokenizer: None takes the folder's
-            tokenizer.json. hub_kwargs go to huggingface_hub.snapshot_download, all other keywords
-            to the engine (inter_threads, intra_threads, …).
+            Castalia or a Hugging Face folder; the last two are exported once.
+            device: auto, cpu or cuda. compute_type: auto, or one of CTranslate2's. A device or
+            type that this machine lacks is replaced by the nearest, with a warning.
+            tokenizer: None takes the folder's tokenizer.json. hub_kwargs go to
+            huggingface_hub.snapshot_download; all other keywords go to the engine
+            (inter_threads, intra_threads, …).
     Has     model, the engine; tokenizer; folder.
-    Raises  ConfigError if ctranslate2 is not installed or there is no tokenizer; CheckpointError
-            if there is no model.
+    Raises  ConfigError if ctranslate2 is not installed or no tokenizer is given or found;
+            CheckpointError if the model is missing.
     """
 
     engine = ""
@@ -91,7 +92,7 @@ class CT2fromHfHub:
         **kwargs: Any,
     ) -> None:
         ctranslate2 = require("ctranslate2", "ct2", "running a CTranslate2 model")
-        place, numbers = what_there_is(ctranslate2, device, compute_type)
+        place, numbers = available(ctranslate2, device, compute_type)
         self.folder = find_model(os.fspath(model_name_or_path), numbers, dict(hub_kwargs or {}))
         if tokenizer is None and not (self.folder / TOKENIZER).is_file():
             raise ConfigError(f"{self.folder} has no {TOKENIZER}; give tokenizer=")
@@ -135,21 +136,20 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         decode_tok_kwargs: Mapping[str, Any] | None = None,
         **generate_batch_kwargs: Any,
     ) -> str | list[str]:
-        """The text and its continuation, for one text or each of a list; greedy, up to 512 tokens
-        in all.
+        """The text and its continuation, for one text or each of a list.
 
-        The other keywords are those of ctranslate2.Generator.generate_batch (max_length,
-        sampling_topk, sampling_temperature, beam_size, …), with its defaults. An empty text starts
-        from the end-of-document token.
-        Raises  ConfigError on a keyword or a value that the engine does not take.
+        By default greedy, up to 512 tokens with the prompt. The other keywords are those of
+        ctranslate2.Generator.generate_batch (max_length, sampling_topk, sampling_temperature,
+        beam_size, …), with its defaults. An empty text starts from the end-of-document token.
+        Raises  ConfigError for a keyword or a value that the engine does not accept.
         """
         texts = [text] if isinstance(text, str) else list(text)
         prompts = self.tokenize_encode(texts, **(encode_tok_kwargs or {}))
         results = self.run(
             [prompt or self.start() for prompt in prompts], dict(generate_batch_kwargs)
         )
-        made = self.tokenize_decode(results, **(decode_tok_kwargs or {}))
-        return made[0] if isinstance(text, str) else made
+        continued = self.tokenize_decode(results, **(decode_tok_kwargs or {}))
+        return continued[0] if isinstance(text, str) else continued
 
     def tokenize_decode(self, tokens_out: Sequence[Any], **decode_tok_kwargs: Any) -> list[str]:
         """The text of the first hypothesis of each result."""
@@ -158,33 +158,33 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         ]
 
     def start(self) -> list[str]:
-        """What an empty text becomes."""
+        """The tokens that stand for an empty text."""
         eod_id = getattr(self.tokenizer, "eod_id", None)
         eod_id = getattr(self.tokenizer, "eos_token_id", None) if eod_id is None else eod_id
         if eod_id is None:
             raise ConfigError(
-                "a text is empty and the tokenizer has no end-of-document token to start from"
+                "a text is empty, and the tokenizer has no end-of-document token to start from"
             )
         return [self.vocabulary[eod_id]]
 
     def run(self, prompts: list[list[str]], options: dict[str, Any]) -> list[Any]:
         """Results of the engine in the order of the prompts.
 
-        With the prompt in the result the engine reads it token by token; without, at once. So it
-        is left out there and put back here, and prompts of one length go together: their share of
-        max_length is the same.
+        To return the prompt, the engine would read it token by token; it is therefore asked for the
+        continuation alone, and the prompt is put before it here. Prompts of one length go
+        together, because the limits count the prompt.
         """
         if not options.pop("include_prompt_in_result", True):
             return self.call(prompts, options)
-        most, least = options.pop("max_length", DEFAULT_MAX_LENGTH), options.pop("min_length", 0)
+        most = options.pop("max_length", DEFAULT_MAX_LENGTH)
+        least = options.pop("min_length", 0)
         places: dict[int, list[int]] = defaultdict(list)
         for place, prompt in enumerate(prompts):
             places[len(prompt)].append(place)
         done: dict[int, Any] = {}
         for length, group in places.items():
-            read = (
-                length - 1
-            )  # the engine counts the steps, and the first token of the prompt takes none
+            # The engine counts steps, and the first token of the prompt takes none.
+            read = length - 1
             limits = {"max_length": most - read, "min_length": max(0, least - read)}
             if limits["max_length"] < 1:
                 done |= {place: Continued([prompts[place][: most + 1]]) for place in group}
@@ -197,17 +197,12 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         return [done[place] for place in range(len(prompts))]
 
     def call(self, prompts: list[list[str]], options: dict[str, Any]) -> list[Any]:
-        """One call of the engine, which takes the names of the vocabulary's padding for no
-        words."""
-        padding = [
-            [token] for token in self.vocabulary[tokens_of(self.tokenizer, len(self.vocabulary)) :]
-        ]
-        options = options | {
-            "suppress_sequences": [*(options.get("suppress_sequences") or []), *padding] or None
-        }
-        return called(
-            self.model.generate_batch, prompts, options | {"include_prompt_in_result": False}
-        )
+        """One call of the engine, in which the padding of the vocabulary is never chosen."""
+        count = tokens_of(self.tokenizer, len(self.vocabulary))
+        suppressed = list(options.get("suppress_sequences") or [])
+        suppressed += [[token] for token in self.vocabulary[count:]]
+        added = {"suppress_sequences": suppressed or None, "include_prompt_in_result": False}
+        return called(self.model.generate_batch, prompts, options | added)
 
 
 class TranslatorCT2fromHfHub(CT2fromHfHub):
@@ -222,18 +217,16 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
         decode_tok_kwargs: Mapping[str, Any] | None = None,
         **translate_batch_kwargs: Any,
     ) -> str | list[str]:
-        """What the model makes of one text, or each of a list.
+        """The translation of one text, or of each text of a list.
 
         The other keywords are those of ctranslate2.Translator.translate_batch, with its defaults.
-        Raises  ConfigError on a keyword or a value that the engine does not take.
+        Raises  ConfigError for a keyword or a value that the engine does not accept.
         """
         texts = [text] if isinstance(text, str) else list(text)
         tokens = self.tokenize_encode(texts, **(encode_tok_kwargs or {}))
-        made = self.tokenize_decode(
-            called(self.model.translate_batch, tokens, translate_batch_kwargs),
-            **(decode_tok_kwargs or {}),
-        )
-        return made[0] if isinstance(text, str) else made
+        results = called(self.model.translate_batch, tokens, translate_batch_kwargs)
+        translations = self.tokenize_decode(results, **(decode_tok_kwargs or {}))
+        return translations[0] if isinstance(text, str) else translations
 
     def tokenize_decode(self, tokens_out: Sequence[Any], **decode_tok_kwargs: Any) -> list[str]:
         """The text of the first hypothesis of each result."""
@@ -243,61 +236,67 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
 
 
 def tokens_of(tokenizer: object, rows: int) -> int:
-    """How many of the vocabulary's rows are tokens: added ones count, which transformers'
-    vocab_size leaves out."""
+    """Number of tokens in a vocabulary of `rows` rows.
+
+    The length of a tokenizer counts added tokens, which transformers' vocab_size omits.
+    """
     sized = len(tokenizer) if isinstance(tokenizer, Sized) else 0
     return max(sized, getattr(tokenizer, "vocab_size", rows))
 
 
 class Continued:
-    """Sequences of tokens with their prompts, as the engine's own results carry them."""
+    """Sequences of tokens with their prompts, in the form of the engine's results."""
 
     def __init__(self, sequences: list[list[str]]) -> None:
         self.sequences = sequences
 
 
 def called(engine: Any, tokens: list[list[str]], options: Mapping[str, Any]) -> list[Any]:
-    """The engine's results, waited for if it answers later.
+    """The engine's results, awaited if it is asynchronous.
 
-    Raises  ConfigError on a keyword or a value that the engine does not take.
+    Raises  ConfigError for a keyword or a value that the engine does not accept.
     """
     try:
         results = engine(tokens, **options)
     except TypeError as error:
         raise ConfigError(
-            f"CTranslate2 does not take these arguments: {str(error).splitlines()[0]}"
+            f"CTranslate2 does not accept these arguments: {str(error).splitlines()[0]}"
         ) from None
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"CTranslate2 refused the call: {error}") from None
+        raise ConfigError(f"CTranslate2 rejected the call: {error}") from None
     return [result.result() if hasattr(result, "result") else result for result in results]
 
 
-def what_there_is(ctranslate2: Any, device: str, compute_type: str) -> tuple[str, str]:
-    """The device and compute type that are asked for or, with a warning, the nearest that this
-    machine has.
+def available(ctranslate2: Any, device: str, compute_type: str) -> tuple[str, str]:
+    """The device and compute type asked for or, with a warning, the nearest of this machine.
 
-    Raises  ConfigError on an unknown name.
+    Raises  ConfigError for an unknown name.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"no device {device!r}; have: auto, cpu, cuda")
+        raise ConfigError(f"unknown device {device!r}; choose one of auto, cpu, cuda")
     if compute_type not in ("auto", "default", *QUANTIZATIONS):
         raise ConfigError(
-            f"no compute_type {compute_type!r}; have: auto, default, {', '.join(QUANTIZATIONS)}"
+            f"unknown compute_type {compute_type!r}; choose one of auto, default,"
+            f" {', '.join(QUANTIZATIONS)}"
         )
     gpus = ctranslate2.get_cuda_device_count()
-    place = ("cuda" if gpus else "cpu") if device == "auto" else device
+    place = device
+    if device == "auto":
+        place = "cuda" if gpus else "cpu"
     if place == "cuda" and not gpus:
         warnings.warn(
             "device='cuda', but CTranslate2 finds no GPU here: the model runs on the CPU",
             stacklevel=3,
         )
         place = "cpu"
-    if compute_type in ("auto", "default"):
-        return place, "int8" if compute_type == "auto" else compute_type
+    if compute_type == "auto":
+        return place, "int8"
+    if compute_type == "default":
+        return place, compute_type
     if compute_type not in ctranslate2.get_supported_compute_types(place):
         nearest = "int8" if compute_type.startswith("int") else "float32"
         warnings.warn(
-            f"compute_type={compute_type!r} does not run on this {place}: {nearest!r} takes its place",
+            f"compute_type={compute_type!r} does not run on this {place}; using {nearest!r}",
             stacklevel=3,
         )
         return place, nearest
@@ -305,14 +304,14 @@ def what_there_is(ctranslate2: Any, device: str, compute_type: str) -> tuple[str
 
 
 def find_model(name: str, numbers: str, hub_kwargs: dict[str, Any]) -> Path:
-    """The CTranslate2 folder that `name` means; of a run or a Hugging Face folder it is made first.
+    """The CTranslate2 folder that `name` means; a run or a Hugging Face folder is exported first.
 
-    Raises  CheckpointError if there is none.
+    Raises  CheckpointError if `name` is not a model.
     """
     folder = hub_folder(name, **hub_kwargs) if is_hub_id(name) else Path(name)
     if (folder / MODEL).is_file():
         return folder
-    source = open_model(folder)  # says what is wrong with a path that is no model
+    source = open_model(folder)
     numbers = "int8" if numbers == "default" else numbers
     if is_hf_folder(folder):
         digest = "-".join(value[:12] for value in source.hashes().values())
@@ -331,15 +330,15 @@ def find_model(name: str, numbers: str, hub_kwargs: dict[str, Any]) -> Path:
 
 
 def read_vocabulary(folder: Path) -> list[str]:
-    """Token texts in the order of their ids, of any CTranslate2 version.
+    """Token texts in the order of their ids, from a folder of any CTranslate2 version.
 
-    Raises  OSError if there is none; ValueError if it is no list.
+    Raises  OSError if the vocabulary is missing; ValueError if it is not JSON.
     """
     for name in ("vocabulary.json", "shared_vocabulary.json", "target_vocabulary.json"):
         if (folder / name).is_file():
-            found: list[str] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return found
+            tokens: list[str] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return tokens
     for name in ("vocabulary.txt", "shared_vocabulary.txt"):
         if (folder / name).is_file():
             return (folder / name).read_text(encoding="utf-8").split("\n")[:-1]
-    raise FileNotFoundError("there is no vocabulary.json")
+    raise FileNotFoundError(f"{folder} has no vocabulary.json")

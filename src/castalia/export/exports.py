@@ -1,5 +1,4 @@
-"""`export`: checkpoints to folders of other formats, whole or not at all, with a card and a record
-of their origin."""
+"""`export`: checkpoints to folders of other formats, each whole or absent, with card and record."""
 
 import shutil
 import time
@@ -39,7 +38,7 @@ class Exported:
     bytes: int
     seconds: float
     notes: list[str]
-    """What the other program computes differently, or lacks."""
+    """Differences of the export, one sentence each."""
     quality: dict[str, Any] | None = None
     """The export against float32 on held-out text, see `Quality`; None if it was not measured."""
 
@@ -80,17 +79,18 @@ def export(
     they go to RUN/exports/hf/step1000 or RUN/exports/ct2-int8/step1000. All options are checked
     before the first one is written.
     Options  to: a name in EXPORTS, whose class lists the values of dtype (hf) and quantization
-             (the others). steps: of the run, or "all". force replaces earlier exports. heldout: a
-             text file or the prefix of token files on which the export is compared with float32,
-             by default the run's data.valid; the card shows the result. max_kl: an export whose
-             mean KL from float32 is larger, in nats a token, is not written.
+             (the others). steps: steps of the run, or "all". force replaces earlier exports.
+             heldout: a text file or the prefix of token files on which the export is compared with
+             float32, by default the run's data.valid; the card shows the result.
+             max_kl: an export with a larger mean KL from float32, in nats a token, is not written.
     Raises   ConfigError for wrong options, a model that the format or its engine cannot express,
              an output that exists, or a KL beyond max_kl; CheckpointError; CastaliaError if the
              folder cannot be written.
     """
     if to not in EXPORTS:
         raise ConfigError(
-            f"unknown export format {to!r}; choose one of {', '.join(EXPORTS)}{nearest(to, EXPORTS)}"
+            f"unknown export format {to!r}; choose one of {', '.join(EXPORTS)}"
+            f"{nearest(to, EXPORTS)}"
         )
     kind = EXPORTS[to]
     numbers = checked_numbers(kind, dtype, quantization)
@@ -126,8 +126,7 @@ def checked_numbers(kind: type[Format], dtype: str | None, quantization: str | N
 
 
 def require_measurable(kind: type[Format], max_kl: float) -> None:
-    """Raises  ConfigError if max_kl is not a bound, or the engine to be measured is not
-    installed."""
+    """Raises  ConfigError if max_kl is negative or NaN, or its engine is not installed."""
     if not max_kl >= 0:
         raise ConfigError(f"max_kl must be >= 0 nats a token, got {max_kl}")
     engine = kind.engine()
@@ -209,6 +208,7 @@ def write_export(place: Destination, spec: ExportSpec) -> Exported:
         temporary.mkdir(parents=True)
         notes = write_files(temporary, source, spec)
         quality = examine(temporary, source, spec, text)
+        # The export is measured as written: the bound is checked on the files that users would get.
         if quality is not None and spec.max_kl is not None and quality.kl > spec.max_kl:
             raise ConfigError(
                 f"{place.folder} was not written: its {quality.line()}; max_kl is {spec.max_kl:g}"
@@ -252,7 +252,7 @@ def require_expressible(source: SavedModel, spec: ExportSpec) -> None:
         raise ConfigError(reason)
     if source.tokenizer is None and spec.kind.needs_tokenizer:
         raise ConfigError(
-            f"{source.folder} has no {TOKENIZER}; a {spec.kind.name} model finds tokens by their text"
+            f"{source.folder} has no {TOKENIZER}; a {spec.kind.name} model finds tokens by text"
         )
 
 
@@ -296,16 +296,14 @@ def examine(
     written = ExportFolder(
         folder, spec.kind.name, spec.numbers, source.config, source.tokenizer, source.step
     )
-    # The dtype is named so that what is measured is the export's own arithmetic, not faster
-    # scoring.
+    # Naming the dtype measures the export's own arithmetic; auto would score in bf16.
     return measure(
         engine.from_export(written, spec.numbers), TorchEngine.from_checkpoint(source), text
     )
 
 
 def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
-    """export.json: the checkpoint with its hashes, the model's config, and the hash of every file
-    written."""
+    """export.json: the checkpoint with its hashes, the model's config, the hash of every file."""
     from castalia import __version__
 
     written = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
@@ -320,8 +318,7 @@ def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename the whole new folder to its name; an earlier one is deleted only once the new one is
-    in place."""
+    """Rename the new folder to its name; an earlier one is deleted once the new one is in place."""
     if not folder.exists():
         temporary.rename(folder)
         return

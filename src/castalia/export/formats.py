@@ -32,7 +32,7 @@ class Format(ABC):
     name: ClassVar[str]
     """The value of `--to`."""
     program: ClassVar[str]
-    """What reads it, for the card."""
+    """The program that reads the format, for the card."""
     use: ClassVar[str]
     """A line of Python that loads the export; {folder} is its name."""
     option: ClassVar[str] = "quantization"
@@ -48,8 +48,7 @@ class Format(ABC):
 
     @classmethod
     def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
-        """Why the format cannot hold a model of `config` with weights in `numbers`; None if it
-        can."""
+        """Why the format cannot hold a model of `config` in `numbers`, or None if it can."""
         engine = cls.engine()
         return None if engine is None else engine.refuses(config)
 
@@ -78,8 +77,7 @@ EXPORTS: Registry[type[Format]] = Registry("export format")
 
 
 def widths(config: ModelConfig) -> tuple[int, int]:
-    """Inputs of a transformer's matrices: the width of the residual stream, and that inside the
-    MLP."""
+    """Inputs of a transformer's matrices: the widths of the residual stream and inside the MLP."""
     transformer = require_transformer(config, "a packed format")
     return transformer.hidden_size, transformer.ffn_size
 
@@ -97,7 +95,7 @@ class HuggingFace(Format):
 
     @classmethod
     def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
-        """See `Format`; writing the config is what finds the options that transformers lacks."""
+        """See `Format`; writing the config finds the options that transformers lacks."""
         try:
             hf_config(config, eod_id=None, dtype=numbers)
         except ConfigError as error:
@@ -186,8 +184,8 @@ class Gguf(Format):
         width, inner = widths(config)
         if width % BLOCK or inner % BLOCK:
             return (
-                f"{numbers} needs widths in multiples of {BLOCK}; the model has {width} and {inner};"
-                " choose F16"
+                f"{numbers} needs widths in multiples of {BLOCK}; the model has {width} and"
+                f" {inner}; choose F16"
             )
         return None
 

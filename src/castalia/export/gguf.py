@@ -1,4 +1,4 @@
-"""GGUF: a model file for llama.cpp written straight from our weights, without a package of its.
+"""GGUF: a model file for llama.cpp, written straight from the weights without any of its packages.
 
 Source  the format's specification, ggml/docs/gguf.md, version 3; names of the gptneox architecture
         in llama.cpp's gguf-py/gguf/constants.py; blocks of Q8_0 and Q4_0 in ggml-common.h and
@@ -20,7 +20,9 @@ from castalia.data.tokenizer import Tokenizer
 from castalia.export.part_rules import linear_rules, norm_rules, parts_of
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 
-MAGIC, VERSION, ALIGNMENT = b"GGUF", 3, 32
+MAGIC = b"GGUF"
+VERSION = 3
+ALIGNMENT = 32
 BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""
 KINDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
@@ -29,10 +31,17 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7}
 QUANTIZATIONS = tuple(KINDS)
 BLOCKED = ("Q8_0", "Q4_0")
 """Quantizations in blocks of weights, which must divide the rows of every matrix."""
-UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5
-"""gguf_metadata_value_type."""
-NORMAL, CONTROL, UNUSED = 1, 3, 5
-"""Kinds of tokens."""
+# gguf_metadata_value_type.
+UINT32 = 4
+INT32 = 5
+FLOAT32 = 6
+BOOL = 7
+STRING = 8
+ARRAY = 9
+# Kinds of tokens, llama_token_type.
+NORMAL = 1
+CONTROL = 3
+UNUSED = 5
 PARTS = {
     "attention_norm": "attn_norm",
     "mlp_norm": "ffn_norm",
@@ -43,8 +52,8 @@ PARTS = {
 }
 """llama.cpp's names for the parts of a block."""
 NORM_KINDS = (".weight", ".bias")
-FILLING = "[PAD{}]"
-"""What ids of no token are called."""
+PADDING = "[PAD{}]"
+"""Names of the ids that are padding of the vocabulary."""
 
 
 def write_gguf(
@@ -55,8 +64,7 @@ def write_gguf(
     *,
     quantization: str,
 ) -> None:
-    """Write a model file; the caller has asked the format whether llama.cpp can express the
-    model."""
+    """Write a model file of a model that `Gguf.refuses` has accepted."""
     config = require_transformer(config, "llama.cpp's GPT-NeoX")
     named = list(gguf_tensors(tensors, config).items())
     values = {
@@ -102,25 +110,20 @@ def vocabulary_values(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[int, A
     kinds = [CONTROL if i == tokenizer.eod_id else NORMAL for i in range(len(tokens))]
     missing = range(rows - len(tokens))
     merges = json.loads(tokenizer.inner.to_str())["model"].get("merges") or []
+    # Newer tokenizer files store a merge as a pair, older ones as a line.
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
     values: dict[str, tuple[int, Any]] = {
         "tokenizer.ggml.model": (STRING, "gpt2"),
-        "tokenizer.ggml.pre": (
-            STRING,
-            "olmo",
-        ),  # the splitting of GPT-NeoX's tokenizer goes by this name
-        "tokenizer.ggml.tokens": (ARRAY, (STRING, tokens + [FILLING.format(i) for i in missing])),
+        # llama.cpp knows the splitting of GPT-NeoX's tokenizer by this name.
+        "tokenizer.ggml.pre": (STRING, "olmo"),
+        "tokenizer.ggml.tokens": (ARRAY, (STRING, tokens + [PADDING.format(i) for i in missing])),
         "tokenizer.ggml.token_type": (ARRAY, (INT32, kinds + [UNUSED for _ in missing])),
-        "tokenizer.ggml.merges": (
-            ARRAY,
-            (STRING, [m if isinstance(m, str) else " ".join(m) for m in merges]),
-        ),
+        "tokenizer.ggml.merges": (ARRAY, (STRING, merges)),
         "tokenizer.ggml.add_bos_token": (BOOL, False),
     }
     if tokenizer.eod_id is not None:
-        values["tokenizer.ggml.bos_token_id"] = values["tokenizer.ggml.eos_token_id"] = (
-            UINT32,
-            tokenizer.eod_id,
-        )
+        for role in ("bos", "eos"):
+            values[f"tokenizer.ggml.{role}_token_id"] = (UINT32, tokenizer.eod_id)
     return values
 
 
@@ -173,18 +176,16 @@ def size_of(tensor: Tensor, quantization: str) -> int:
 
 
 def write_listing(file: IO[bytes], named: Sequence[tuple[str, Tensor]], quantization: str) -> None:
-    """Name, shape, type and place of every tensor; the places count from the end of the listing,
-    aligned."""
-    place = 0
+    """Name, shape, type and offset of every tensor; offsets count from the end of the listing."""
+    offset = 0
     for name, tensor in named:
         write_string(file, name)
-        file.write(
-            struct.pack("<I", tensor.dim())
-            + struct.pack(f"<{tensor.dim()}Q", *reversed(tensor.shape))
-        )
-        file.write(struct.pack("<IQ", KINDS[kind_of(tensor, quantization)], place))
+        # ggml counts dimensions from the fastest, torch from the slowest.
+        shape = struct.pack(f"<{tensor.dim()}Q", *reversed(tensor.shape))
+        file.write(struct.pack("<I", tensor.dim()) + shape)
+        file.write(struct.pack("<IQ", KINDS[kind_of(tensor, quantization)], offset))
         size = size_of(tensor, quantization)
-        place += size + -size % ALIGNMENT
+        offset += size + -size % ALIGNMENT
 
 
 def write_string(file: IO[bytes], text: str) -> None:
@@ -208,7 +209,8 @@ def write_value(file: IO[bytes], kind: int, value: Any) -> None:
 
 def encoded(tensor: Tensor, quantization: str) -> bytes:
     """The bytes of one tensor."""
-    kind, values = kind_of(tensor, quantization), tensor.detach().to("cpu").float().contiguous()
+    kind = kind_of(tensor, quantization)
+    values = tensor.detach().to("cpu").float().contiguous()
     if kind == "F32":
         return values.numpy().tobytes()
     if kind == "F16":
@@ -225,8 +227,10 @@ def q8_0(blocks: Tensor) -> np.ndarray[Any, Any]:
 
 
 def q4_0(blocks: Tensor) -> np.ndarray[Any, Any]:
-    """(n, 32) float32 -> (n, 18) uint8: scale = the largest weight / -8 in float16; inputs 0..15
-    in the low halves."""
+    """(n, 32) float32 -> (n, 18) uint8: scale = largest / -8 in float16, then 32 halves of bytes.
+
+    Inputs 0 to 15 are the low halves.
+    """
     scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
     q = (
         (blocks * torch.where(scale != 0, 1 / scale, 0.0) + 8.5)

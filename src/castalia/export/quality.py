@@ -1,4 +1,4 @@
-"""What quantization changes: an engine against the float32 model on held-out text."""
+"""The effect of quantization: an engine compared with the float32 model on held-out text."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ from castalia.inference.loading import load
 from castalia.inference.torch_engine import TorchEngine
 
 TOKENS = 2048
-"""Held-out tokens that are read."""
+"""Most held-out tokens that are read."""
 ROW_TOKENS = 256
-"""Tokens of a text that is read at once, or fewer if the model's limit is lower."""
+"""Tokens of one row; fewer if the model's limit is lower."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Quality:
     """An engine against float32 on the same tokens, each given those before it in its row."""
 
     tokens: int
-    """Predictions that were compared."""
+    """Number of predictions compared."""
     text: str
-    """Where the tokens come from."""
+    """Name of the held-out text."""
     perplexity: float
     perplexity_fp32: float
     kl: float
@@ -39,13 +39,14 @@ class Quality:
     kl_p99: float
     """Its 99th percentile."""
     greedy_agreement: float
-    """Share of tokens whose most likely successor is the same."""
+    """Share of positions where both have the same most likely token."""
 
     def line(self) -> str:
         """One line for the screen."""
         return (
-            f"perplexity {self.perplexity:.4g} (float32 {self.perplexity_fp32:.4g}), KL {self.kl:.3g} nats,"
-            f" greedy agreement {self.greedy_agreement:.2%} on {self.tokens} tokens of {self.text}"
+            f"perplexity {self.perplexity:.4g} (float32 {self.perplexity_fp32:.4g}),"
+            f" KL {self.kl:.3g} nats, greedy agreement {self.greedy_agreement:.2%}"
+            f" on {self.tokens} tokens of {self.text}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,7 +56,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """Rows of token ids, and the name of what they are."""
+    """Rows of token ids, and the name of their text."""
 
     name: str
     rows: list[list[int]]
@@ -64,27 +65,27 @@ class HeldOutText:
 def held_out(
     given: str | Path | None, checkpoint: Path, tokenizer: Tokenizer | None, limit: int
 ) -> HeldOutText | None:
-    """Rows of held-out tokens: of `given`, a text file or the prefix of token files; else of the
-    run's data.valid.
+    """Rows of held-out tokens, from `given` or else from the run's data.valid.
 
-    None when nothing is given and the run names no validation data that is there.
-    Raises  ConfigError if a text is given and there is no tokenizer; DataError if it cannot be
-            read or is too short.
+    Takes    given: a text file, or the prefix of token files.
+    Returns  None if nothing is given and the run's validation data does not exist on this machine.
+    Raises   ConfigError for a text without a tokenizer; DataError if the text is unreadable or too
+             short.
     """
     if given is not None:
-        return HeldOutText(
-            Path(given).name, in_rows(tokens_of(Path(given), tokenizer), str(given), limit)
-        )
+        tokens = tokens_of(Path(given), tokenizer)
+        return HeldOutText(Path(given).name, in_rows(tokens, str(given), limit))
     try:
         prefixes = (read_config(checkpoint).get("data") or {}).get("valid") or []
-    except (CastaliaError, OSError):  # a Hugging Face folder has no config of ours
+    except (CastaliaError, OSError):  # a Hugging Face folder has no config of a run
         return None
-    there = [prefix for prefix in prefixes if Path(f"{prefix}.idx").is_file()]
-    if not there:
+    existing = [prefix for prefix in prefixes if Path(f"{prefix}.idx").is_file()]
+    if not existing:
         return None
-    share = TOKENS // len(there) + 1
-    tokens = [token for prefix in there for token in first_tokens(prefix, share)]
-    return HeldOutText("the run's validation data", in_rows(tokens, there[0], limit))
+    # An equal share of every source: quantization may hurt code more than prose.
+    share = TOKENS // len(existing) + 1
+    tokens = [token for prefix in existing for token in first_tokens(prefix, share)]
+    return HeldOutText("the run's validation data", in_rows(tokens, existing[0], limit))
 
 
 def tokens_of(path: Path, tokenizer: Tokenizer | None) -> list[int]:
@@ -96,6 +97,7 @@ def tokens_of(path: Path, tokenizer: Tokenizer | None) -> list[int]:
             f"{path} is text and the checkpoint has no tokenizer; give the prefix of token files"
         )
     try:
+        # 16 characters a token are more than any text has, and a large file is not encoded whole.
         return tokenizer.encode(path.read_text(encoding="utf-8")[: 16 * TOKENS])
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the held-out text {path}: {error}") from None
@@ -103,17 +105,17 @@ def tokens_of(path: Path, tokenizer: Tokenizer | None) -> list[int]:
 
 def first_tokens(prefix: str, count: int) -> list[int]:
     """The first `count` tokens of token files."""
-    found: list[int] = []
+    tokens: list[int] = []
     data = IndexedDataset(prefix)
     for i in range(len(data)):
-        found += [int(token) for token in data[i][: count - len(found)]]
-        if len(found) >= count:
+        tokens += data[i][: count - len(tokens)].tolist()
+        if len(tokens) >= count:
             break
-    return found
+    return tokens
 
 
 def in_rows(tokens: list[int], where: str, limit: int) -> list[list[int]]:
-    """Rows of ROW_TOKENS or what the model reads, TOKENS in all; a rest of one token is left out.
+    """Rows of ROW_TOKENS or the model's limit, TOKENS in all; a last row of one token is dropped.
 
     Raises  DataError if there are fewer than two tokens.
     """
@@ -127,10 +129,9 @@ def in_rows(tokens: list[int], where: str, limit: int) -> list[list[int]]:
 
 
 def measure(engine: Engine, exact: Engine, text: HeldOutText) -> Quality:
-    """Compare `engine` with `exact`, over the tokens that exist: the vocabulary's padding is left
-    out of both."""
-    found = [compared(engine, exact, row) for row in text.rows]
-    kl, same, ours, theirs = (torch.cat(parts) for parts in zip(*found, strict=True))
+    """Compare `engine` with `exact`; both softmaxes omit the vocabulary's padding."""
+    by_row = [compared(engine, exact, row) for row in text.rows]
+    kl, same, ours, theirs = (torch.cat(parts) for parts in zip(*by_row, strict=True))
     return Quality(
         tokens=len(kl),
         text=text.name,
@@ -143,16 +144,17 @@ def measure(engine: Engine, exact: Engine, text: HeldOutText) -> Quality:
 
 
 def perplexity(losses: Tensor) -> float:
-    """exp of the mean negative log-likelihood."""
+    """exp of the mean negative log-likelihood; exp(700) is close to the largest float."""
     return math.exp(min(losses.mean().item(), 700))
 
 
 def compared(
     engine: Engine, exact: Engine, ids: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each prediction in a row: KL in nats, whether the likeliest token is the same, both
-    losses."""
-    q, p = (each(one, ids) for one in (engine, exact))
+    """For each prediction of a row: KL in nats, equal greedy token, both losses."""
+    q = all_logprobs(engine, ids)
+    p = all_logprobs(exact, ids)
+    # Rounding makes the KL of equal distributions slightly negative.
     kl = (p.exp() * (p - q)).sum(1).double().clamp_min(0)
     labels = torch.tensor(ids[1:])[:, None]
     return (
@@ -163,18 +165,19 @@ def compared(
     )
 
 
-def each(engine: Engine, ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of all tokens after each of a row but the last: (T - 1, V) float32."""
+def all_logprobs(engine: Engine, ids: Sequence[int]) -> Tensor:
+    """Log-probabilities of all tokens after each but the last: T ids -> (T - 1, V) float32."""
     return engine.logits(ids)[:-1, : engine.config.vocab_size].float().cpu().log_softmax(1)
 
 
-def table(found: Quality) -> Iterator[str]:
+def table(quality: Quality) -> Iterator[str]:
     """Rows of a Markdown table."""
     yield "| | float32 | this export |"
     yield "|---|---|---|"
-    yield f"| perplexity | {found.perplexity_fp32:.4f} | {found.perplexity:.4f} |"
-    yield f"| KL(float32 \\|\\| export), mean / 99th percentile, nats | 0 | {found.kl:.3g} / {found.kl_p99:.3g} |"
-    yield f"| same greedy token | 100% | {found.greedy_agreement:.2%} |"
+    yield f"| perplexity | {quality.perplexity_fp32:.4f} | {quality.perplexity:.4f} |"
+    kl = f"{quality.kl:.3g} / {quality.kl_p99:.3g}"
+    yield f"| KL(float32 \\|\\| export), mean / 99th percentile, nats | 0 | {kl} |"
+    yield f"| same greedy token | 100% | {quality.greedy_agreement:.2%} |"
 
 
 @dataclass(frozen=True)
@@ -183,9 +186,9 @@ class Parity:
 
     engine: str
     decoding: Quality
-    """Of the logits that tokens are drawn from."""
+    """Quality of the logits that tokens are drawn from."""
     scoring_perplexity: float
-    """Of `logprobs`, over the padded vocabulary; with dtype=auto they are computed in bf16."""
+    """Perplexity of `logprobs`, over the padded vocabulary; dtype=auto computes them in bf16."""
     scoring_perplexity_fp32: float
     scoring_error: float
     """Mean |log p - log p of float32|, in nats a token."""
@@ -196,7 +199,8 @@ class Parity:
         )
         return (
             f"{self.engine} decodes: {self.decoding.line()}\n"
-            f"{self.engine} scores: {scored}, mean error of a log-probability {self.scoring_error:.3g} nats"
+            f"{self.engine} scores: {scored},"
+            f" mean error of a log-probability {self.scoring_error:.3g} nats"
         )
 
 

@@ -1,6 +1,6 @@
-"""Text out of checkpoints: `load`, `LanguageModel`, and the engines behind them.
+"""Generation and scoring of text: `load`, `LanguageModel`, and the engines behind them.
 
-What needs torch is imported when it is first used.
+Names are imported when first used, so that the package loads without torch.
 """
 
 from typing import TYPE_CHECKING

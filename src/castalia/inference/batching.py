@@ -1,5 +1,4 @@
-"""Continuous batching: texts enter and leave the slots of an engine between steps, each with its
-own sampling.
+"""Continuous batching: texts enter and leave the slots of an engine between its steps.
 
 A prompt that begins like a sequence whose state still lies in a slot continues from a copy of that
 state. How much of it can be used depends on `Slots.rewinds`.
@@ -27,16 +26,14 @@ class Admission:
     sampling: Sampling
     generator: torch.Generator
     watch: Callable[[torch.Tensor, int], None] | None = None
-    """Called with the logits (V,), padding included, and the token drawn from them, before the
-    text takes it."""
+    """Called with the logits (V,), padding included, and the token drawn from them."""
     token: int = -1
     """The last token drawn, which the engine has not read yet."""
 
 
 @dataclass
 class Kept:
-    """What lies in a slot: the tokens that the engine has read there, and when the slot was last
-    given out."""
+    """The content of a slot: the tokens that the engine has read, and the time of its last use."""
 
     tokens: list[int] = field(default_factory=list)
     used: int = 0
@@ -62,10 +59,9 @@ class Batcher:
         return self.slots.count - len(self.running)
 
     def admit(self, news: Sequence[Admission]) -> list[str]:
-        """Read the prompts of new texts, at most `free` of them, in one step; return the first
-        certain text of each.
+        """Read the prompts of new texts in one step; return the first certain text of each.
 
-        A text that ends with its first token leaves its slot at once.
+        There are at most `free` of them. A text that ends with its first token leaves its slot.
         """
         assert len(news) <= self.free
         slots = []
@@ -92,6 +88,7 @@ class Batcher:
         self.clock += 1
         common = [self.usable(kept.tokens, ids) for kept in self.kept]
         best = max(range(len(common)), key=lambda slot: common[slot])
+        # A running slot may be copied from, but not given out.
         free = [slot for slot in range(len(common)) if slot not in self.running]
         slot = min(free, key=lambda slot: self.kept[slot].used)
         if common[best] < PREFIX_TOKENS:
@@ -132,6 +129,7 @@ class Batcher:
         running = [self.running[slot] for slot in slots]
         tokens = draw_tokens(logits[:, : self.engine.config.vocab_size], running)
         pieces = []
+        # `watch` gets the padding too: its softmax runs over all columns, as in training.
         for row, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
             if one.watch is not None:
                 one.watch(logits[row], token)
@@ -142,8 +140,7 @@ class Batcher:
         return pieces
 
     def evict(self, slot: int) -> None:
-        """Take a text out, finished or not; the engine's state of it stays until the slot is given
-        out again."""
+        """Remove a text, finished or not; its state stays for prompts that begin alike."""
         text = self.running.pop(slot).text
         text.seconds = time.perf_counter() - text.started
 
@@ -151,6 +148,7 @@ class Batcher:
 def draw_tokens(logits: torch.Tensor, running: Sequence[Admission]) -> list[int]:
     """One token for each row of logits (rows, vocabulary)."""
     sampling = running[0].sampling
+    # One call for all rows: temperature and filters then run once over the whole batch.
     if all(one.sampling == sampling for one in running):
         tokens: list[int] = next_tokens(
             logits, sampling, [one.generator for one in running]
@@ -175,8 +173,10 @@ def shared(a: Sequence[int], b: Sequence[int]) -> int:
 def decode_texts(
     engine: Engine, texts: Sequence[Continuation], sampling: Sampling
 ) -> Iterator[list[str]]:
-    """Continue all texts to their ends; yield the new text of each after every token, empty for
-    finished ones."""
+    """Continue all texts to their ends; yields the new piece of each after every token.
+
+    The piece of a finished text is empty.
+    """
     batcher = Batcher(engine, len(texts), max(len(text.ids) + text.budget for text in texts))
     generators = sampling.generators(len(texts), engine.device)
     news = []

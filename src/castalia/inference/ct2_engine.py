@@ -88,7 +88,7 @@ class Ct2Engine(Engine):
         if reason is not None:
             return reason
         if not require_transformer(config, cls.name).rotary_dim:
-            return "CTranslate2 cannot express rotary_pct=0: it reads a rotary width of 0 as the whole head"
+            return "CTranslate2 cannot express rotary_pct=0: it reads 0 as the whole head"
         return None
 
     @classmethod

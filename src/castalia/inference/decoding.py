@@ -22,7 +22,7 @@ class Completion:
     tokens: list[int]
     """The generated ids, without the end-of-document token; those of a stop string are included."""
     finish_reason: FinishReason
-    """eod: the model ended the document; stop: a stop string; length: max_new_tokens; context: the
+    """eod: the end-of-document token; stop: a stop string; length: max_new_tokens; context: the
     model's limit."""
     seconds: float
     """From the request to the last token."""
@@ -48,11 +48,13 @@ class Continuation:
 
     def push(self, token: int) -> str:
         """Take the next token; return the text that is certain now."""
+        # The end-of-document token is not text: it is neither kept nor decoded.
         if token == self.eod_id:
             return self.finish("eod")
         self.tokens.append(token)
         piece = self.stream.push(token)
         self.pieces.append(piece)
+        # A stop string wins over the budget, as it ends the text earlier.
         if self.stream.stopped:
             return piece + self.finish("stop")
         if len(self.tokens) == self.budget:
@@ -83,9 +85,9 @@ def begin(
     stop: Sequence[str] = (),
     prompt: str | None = None,
 ) -> Continuation:
-    """A continuation of `ids`, which is not empty, by at most max_new_tokens within the model's
-    `limit` of tokens.
+    """A continuation of `ids` by at most max_new_tokens, within the model's `limit` of tokens.
 
+    `ids` has at least one token.
     Raises  ConfigError if the prompt leaves no room for a token.
     """
     if max_new_tokens < 1:
@@ -93,8 +95,8 @@ def begin(
     room = limit - len(ids)
     if room < 1:
         raise ConfigError(
-            f"the prompt has {len(ids)} tokens but the model reads at most {limit}, new ones included;"
-            " shorten it"
+            f"the prompt has {len(ids)} tokens but the model reads at most {limit}, new ones"
+            " included; shorten it"
         )
     return Continuation(
         list(ids),

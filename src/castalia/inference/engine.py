@@ -53,13 +53,15 @@ class Slots(ABC):
 
     def feed_all(self, slot: int, tokens: Sequence[int]) -> Tensor:
         """Append tokens to one slot; return the logits after each, (len(tokens), V) float32."""
+        # Clones, because an engine may reuse the memory of its logits in the next call.
         return torch.cat([self.feed([slot], [[token]]).clone() for token in tokens])
 
     @abstractmethod
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """Make the first `tokens` of `origin` the whole sequence of `target`.
 
-        Both may be the same slot. Where `rewinds` is false, `tokens` is either 0 or the whole length of `origin`.
+        Both may be the same slot. Where `rewinds` is false, `tokens` is 0 or the length of
+        `origin`.
         """
 
     def clear(self, slot: int) -> None:
@@ -140,6 +142,7 @@ class Engine(ABC):
     @classmethod
     def is_installed(cls) -> bool:
         """Whether the engine's package can be imported."""
+        # Looked up, not imported: some of these libraries take seconds to import.
         return cls.package is None or importlib.util.find_spec(cls.package.module) is not None
 
     @classmethod
@@ -196,6 +199,7 @@ def logprobs_of(parts: Iterable[Tensor], ids: Sequence[int]) -> Tensor:
 
     Shapes  parts of (rows, V), together len(ids) or len(ids) - 1 rows -> (len(ids) - 1,) float32.
     """
+    # An explicit dtype: an empty list of labels would be float.
     labels = torch.tensor(ids[1:], dtype=torch.int64)
     scored = []
     at = 0

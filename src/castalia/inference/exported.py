@@ -45,6 +45,7 @@ def open_export(path: Path) -> ExportFolder | None:
     if not (folder / RECORD).is_file() and path.suffix != ".gguf":
         return None
     record = read_record(folder)
+    # transformers reads it, and so does the checkpoint reader.
     if record["to"] == "hf":
         return None
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None

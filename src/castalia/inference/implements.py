@@ -43,13 +43,11 @@ NEOX: dict[str, Values] = START | {
 
 
 def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | None:
-    """The first option of `config` that `table` lacks, as NAME=VALUE with what is implemented;
-    None if it has all."""
+    """The first option of `config` that `table` lacks, as NAME=VALUE; None if it has them all."""
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if name not in table:
-            # An option nobody declared: its default is the computation that existed before the
-            # option did.
+            # The default of a later option is the computation that existed before it.
             if value != field.get_default(call_default_factory=True):
                 return f"{name}={value!r}"
             continue

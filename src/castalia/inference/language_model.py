@@ -17,12 +17,11 @@ from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
 
 BATCH_ROWS = 16
-"""Prompts that are continued together; more are split into batches of this size."""
+"""Prompts that are continued together; more are split. The KV cache grows with it."""
 
 
 class Drawing(TypedDict, total=False):
-    """Options of `generate` and its kin besides max_new_tokens; the numbers are those of
-    Sampling."""
+    """Options of `generate` and its kin besides max_new_tokens; see `Sampling`."""
 
     temperature: float
     """Divides the logits; 0, the default, is greedy."""
@@ -133,11 +132,11 @@ class LanguageModel:
     def stream(
         self, prompt: str | Sequence[int], max_new_tokens: int = 64, **options: Unpack[Drawing]
     ) -> Generator[str, None, Completion]:
-        """As `generate`, in pieces as they arrive: whole characters, and never a part of a stop
-        string.
+        """As `generate`, in pieces as they arrive: whole characters, no part of a stop string.
 
         The generator's value (`completion = yield from model.stream(...)`) is the Completion.
         """
+        # Checked here, not when the first piece is asked for.
         sampling, stop = split_options(options)
         return streamed(self.engine, self.continuation(prompt, max_new_tokens, stop), sampling)
 
@@ -157,8 +156,10 @@ class LanguageModel:
         max_new_tokens: int = 64,
         **options: Unpack[Drawing],
     ) -> list[int] | list[list[int]]:
-        """As `generate`, from ids to ids: one list, or a list of lists, without the
-        end-of-document token."""
+        """As `generate`, from ids to ids, one list or a list of lists.
+
+        The end-of-document token is not returned.
+        """
         if is_one(ids):
             (done,) = self.complete([cast(Sequence[int], ids)], max_new_tokens, **options)
             return done.tokens
@@ -174,9 +175,9 @@ class LanguageModel:
         return self.engine.logits(ids)
 
     def logprobs(self, text: str | Sequence[int]) -> Tensor:
-        """Log-probability of each token but the first, given those before it: T tokens -> (T - 1,)
-        float32, in nats.
+        """Log-probability of each token but the first, given those before it, in nats.
 
+        Shapes  T tokens -> (T - 1,) float32.
         The softmax is over the padded vocabulary, as in training.
         Raises  ConfigError as `logits`.
         """
@@ -216,7 +217,8 @@ class LanguageModel:
         if not ids:
             if self.eod_id is None:
                 raise ConfigError(
-                    "the prompt is empty, and the tokenizer has no end-of-document token to start from"
+                    "the prompt is empty, and the tokenizer has no end-of-document token to start"
+                    " from; give a prompt"
                 )
             ids = [self.eod_id]
         self.require_ids(ids)
@@ -240,8 +242,7 @@ class LanguageModel:
 
 
 def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Sampling) -> None:
-    """Continue texts to their ends, by the engine's own greedy search where it has one and that is
-    enough.
+    """Continue texts to their ends, by the engine's own greedy search where that is enough.
 
     Such a search knows no stop strings: it could only be cut afterwards, at the cost of the tokens
     after them.
@@ -258,8 +259,7 @@ def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Samp
     for text, tokens in zip(texts, continued, strict=True):
         for token in tokens:
             text.push(token)
-        # The search does not return the end-of-document token: a text below its budget ended with
-        # it.
+        # The search does not return the end-of-document token, which ended a text below its budget.
         if text.finish_reason is None:
             text.finish("eod")
         text.seconds = time.perf_counter() - text.started

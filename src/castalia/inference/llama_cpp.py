@@ -1,5 +1,4 @@
-"""llama.cpp as an engine: a GGUF file of an export through llama-cpp-python, a sequence of its
-cache for each slot."""
+"""llama.cpp as an engine: a GGUF export through llama-cpp-python, a cache sequence a slot."""
 
 import ctypes
 import functools
@@ -58,6 +57,7 @@ class LlamaSlots(Slots):
         self.engine = engine
         self.llama = llama()
         settings = self.llama.llama_context_default_params()
+        # The pool of cells needs room for one batch beyond the sequences.
         settings.n_ctx = count * length + TOKENS_AT_ONCE
         settings.n_batch = settings.n_ubatch = TOKENS_AT_ONCE
         settings.n_seq_max = count
@@ -113,6 +113,7 @@ class LlamaSlots(Slots):
         width = self.engine.config.padded_vocab_size
         logits = torch.empty(len(wanted), width)
         for row, i in zip(logits, wanted, strict=True):
+            # Copied, because the next call overwrites llama.cpp's own buffer.
             pointer = self.llama.llama_get_logits_ith(self.context, i)
             ctypes.memmove(row.data_ptr(), pointer, row.nbytes)
         return logits
@@ -122,6 +123,7 @@ class LlamaSlots(Slots):
         if origin == target:
             self.llama.llama_memory_seq_rm(self.memory, target, tokens, -1)
         else:
+            # Emptied first: llama.cpp would mix the copied cells with the old ones.
             self.llama.llama_memory_seq_rm(self.memory, target, -1, -1)
             if tokens:
                 self.llama.llama_memory_seq_cp(self.memory, origin, target, 0, tokens)
@@ -163,7 +165,7 @@ class LlamaCppEngine(Engine):
         if reason is not None:
             return reason
         if not require_transformer(config, cls.name).rotary_dim:
-            return "llama.cpp cannot express rotary_pct=0: it rotates at least some dimensions of every head"
+            return "llama.cpp cannot express rotary_pct=0: it rotates some dimensions of every head"
         return None
 
     @classmethod

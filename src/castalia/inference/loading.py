@@ -24,12 +24,13 @@ def load(
     Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; a Hugging Face
             folder of a GPTNeoX model with config.json, safetensors weights and tokenizer.json;
             such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; an export to native,
-            ct2 or gguf. Options engine: a name in ENGINES. auto takes the engine that an export
-            was made for; of a checkpoint it takes native for dtype=int8, int4 and auto, else
-            torch. dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in
-            int8 and scores in bf16; for openvino fp32 and int8. The default is what an export
-            stores, auto for native, int8 for openvino, fp32 for torch. device: auto, cpu, cuda,
-            cuda:1; auto takes a GPU if the machine has one and engine=torch.
+            ct2 or gguf.
+    Options engine: a name in ENGINES. auto takes the engine that an export was made for; of a
+            checkpoint it takes native for dtype=int8, int4 and auto, else torch.
+            dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in int8 and
+            scores in bf16; for openvino fp32 and int8. The default is what an export stores, auto
+            for native, int8 for openvino, fp32 for torch.
+            device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one and engine=torch.
     Warns   if engine=auto chose an engine that cannot compute the model; torch takes its place.
     Raises  CheckpointError if the checkpoint is missing or damaged; ConfigError for a wrong
             option, a model that the named engine cannot compute, or an engine whose package is not
@@ -40,6 +41,7 @@ def load(
         raise ConfigError(
             f"unknown engine {engine!r}; choose one of {', '.join(menu)}{nearest(engine, menu)}"
         )
+    # An export is recognized by its record: its files look like those of other formats.
     export = open_export(Path(path))
     if export is not None:
         return load_export(export, engine, dtype, device)
@@ -62,6 +64,7 @@ def load_export(export: ExportFolder, engine: str, dtype: str | None, device: st
             f"{export.folder} stores {export.numbers} weights, not {dtype}; export the model again"
             " or omit dtype"
         )
+    # The export may be older than an option that its engine has since learnt to refuse.
     if reason := chosen.refuses(export.config):
         raise ConfigError(reason)
     chosen.require_package()
@@ -77,11 +80,11 @@ def load_checkpoint(path: str | Path, engine: str, dtype: str | None, device: st
     if reason := chosen.refuses(source.config):
         if engine != "auto":
             raise ConfigError(f"{reason}; use engine=torch")
-        # torch has no dtype in common with the engine that was meant, so it computes in its own
-        # default.
+        # torch stores floats alone, so it takes its default in place of int8, int4 or auto.
         warnings.warn(f"{reason}; engine=torch computes it in fp32", stacklevel=3)
         chosen = TorchEngine
         dtype = None
+    # The package comes after the refusal: nobody should install one that cannot help.
     require_device(chosen, device)
     chosen.require_package()
     if chosen.reads_checkpoints:

@@ -1,4 +1,4 @@
-"""OpenVINO as an engine: the decoder as a graph over its weights, with the KV cache as its state."""
+"""OpenVINO as an engine: the decoder as a graph over its weights, the KV cache as its state."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,13 +87,14 @@ class Graph:
         return self.ops.add(y, bias.float().contiguous().numpy())
 
     def rows(self, part: LinearPart, name: str) -> Tensor:
-        """A parameter of a linear layer whose rows are all queries, then all keys, then all values."""
+        """A parameter of a linear layer; a fused QKV as queries, then keys, then values."""
         tensor = self.tensors[name]
         return heads_apart(tensor, part.fused_heads) if part.fused_heads else tensor
 
     def norm(self, name: str, x: Any) -> Any:
         """One LayerNorm."""
         ops = self.ops
+        # Epsilon inside the square root, as in torch.
         y = ops.mvn(x, np.array([-1]), True, self.config.layernorm_epsilon, "inside_sqrt")
         weight = self.tensors[f"{name}.weight"].float().numpy()
         bias = self.tensors[f"{name}.bias"].float().numpy()
@@ -151,6 +152,7 @@ class Graph:
         ops = self.ops
         heads = self.config.num_attention_heads
         D = self.config.head_dim
+        # The batch is known only when the graph runs.
         batch = ops.gather(ops.shape_of(self.inputs["ids"]), np.array([0]), 0)
         empty = ops.broadcast(np.float32(0), ops.concat([batch, np.array([heads, 0, D])], 0))
         info = self.ov.op.util.VariableInfo()
@@ -158,6 +160,7 @@ class Graph:
         info.data_type = self.ov.Type.f32
         info.variable_id = name
         variable = self.ov.op.util.Variable(info)
+        # The rows let a caller reorder sequences between steps without copying the state itself.
         past = ops.gather(ops.read_value(empty, variable), self.inputs["rows"], 0)
         whole = ops.concat([past, new], 2)
         self.assigns.append(ops.assign(whole, variable))
@@ -186,6 +189,7 @@ class OpenVinoSlots(Slots):
         theirs = self.requests[origin].query_state()
         for mine, other in zip(ours, theirs, strict=True):
             if tokens:
+                # Positions are the third axis: a prefix is a slice of it.
                 prefix = np.ascontiguousarray(other.state.data[:, :, :tokens])
                 mine.state = self.engine.ov.Tensor(prefix)
             else:

@@ -39,13 +39,14 @@ class Sampling:
             raise ConfigError("; ".join(problems))
 
     def after(self, rows: int) -> "Sampling":
-        """The sampling of the batch after `rows` rows, so that a row's seed is its place in a call."""
+        """The sampling after `rows` rows of a call: a row's seed is its place in the whole call."""
         if self.seed is None:
             return self
         return replace(self, seed=self.seed + rows)
 
     def generators(self, rows: int, device: torch.device) -> list[torch.Generator]:
         """One generator a row: a prompt's text then does not depend on the rest of its batch."""
+        # Not torch's global generator: loading a model or drawing elsewhere must not change texts.
         seed = secrets.randbits(48) if self.seed is None else self.seed
         return [torch.Generator(device).manual_seed(seed + row) for row in range(rows)]
 
@@ -65,8 +66,10 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """
     if p <= 0 or p >= 1:
         return logits
+    # Stable, so that equal logits stay in the order of their ids on every device.
     ordered, order = logits.sort(descending=True, stable=True)
     probs = ordered.softmax(-1)
+    # The mass before a token decides: the token that crosses p is still inside.
     before = probs.cumsum(-1) - probs
     dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > p)
     return logits.masked_fill(dropped, float("-inf"))
@@ -91,6 +94,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Gener
             return torch.from_numpy(logits.numpy().argmax(-1))
         return logits.argmax(-1)
     probs = distribution(logits, sampling)
+    # Row by row, because every row has a generator of its own.
     drawn = [
         torch.multinomial(row, 1, generator=generator)
         for row, generator in zip(probs, generators, strict=True)

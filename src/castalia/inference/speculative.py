@@ -46,8 +46,10 @@ class Draft(ABC):
 
     @abstractmethod
     def guess(self, ids: Sequence[int], count: int) -> tuple[list[int], list[Tensor | None]]:
-        """At most `count` tokens after `ids`, each with the distribution (V,) it was drawn from;
-        None if certain."""
+        """At most `count` tokens after `ids`, and the distribution (V,) each was drawn from.
+
+        The distribution of a certain guess is None.
+        """
 
 
 class ModelDraft(Draft):
@@ -90,6 +92,7 @@ class LookupDraft(Draft):
         ids = list(ids)
         for size in range(min(LOOKUP_TOKENS, len(ids) - 1), 0, -1):
             tail = ids[-size:]
+            # From the end: the latest occurrence resembles what follows most.
             for start in range(len(ids) - size - 1, -1, -1):
                 if ids[start : start + size] == tail:
                     followers = ids[start + size : start + size + count]
@@ -128,6 +131,7 @@ def judge(
             continue
         p = distribution(row[None], sampling)[0]
         keep = float(p[guess]) if q is None else float(p[guess]) / float(q[guess])
+        # Algorithm 1: keep the guess with probability min(1, p / q).
         if float(torch.rand((), generator=generator, device=generator.device)) < keep:
             kept.append(guess)
             continue
@@ -137,8 +141,7 @@ def judge(
 
 
 def remainder(p: Tensor, q: Tensor | None, guess: int) -> Tensor:
-    """The distribution (V,), up to a factor, of the token in place of a rejected guess: max(0, p -
-    q)."""
+    """max(0, p - q), (V,): up to a factor, the distribution of the token for a rejected guess."""
     if q is None:
         # A certain guess has q = 1 at one token, where p - q is never positive.
         rest = p.index_fill(0, torch.tensor(guess, device=p.device), 0.0)
@@ -159,6 +162,7 @@ def speculate(
 ) -> Iterator[str]:
     """Continue one text to its end; yields the certain text after each pass of the model."""
     V = engine.config.vocab_size
+    # Room for guesses beyond the budget: a pass reads them before they are judged.
     slots = engine.slots(1, len(text.ids) + text.budget + guesses + 1)
     ids = list(text.ids)
     token, _ = draw(slots.feed([0], [ids])[0, :V], sampling, generator)
@@ -203,9 +207,9 @@ def speculative_complete(
     guesses: int = GUESSES,
     **options: object,
 ) -> list[tuple[Completion, GuessCounts]]:
-    """As `LanguageModel.complete`, one prompt at a time, with the guesses of `draft`: a model, or
-    "lookup".
+    """As `LanguageModel.complete`, one prompt at a time, with the guesses of a draft.
 
+    Takes   draft: a smaller model, or "lookup".
     Greedy text is that of `complete`. Drawn text has the same distribution, but not the same draws.
     Raises  ConfigError if the draft has another vocabulary, `guesses` is not positive, or the
             state of one of the models cannot be rewound.

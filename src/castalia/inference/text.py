@@ -15,6 +15,7 @@ class TextStream:
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
         self.decode = decode
+        # An empty stop string would end every text at once.
         self.stop = [text for text in stop if text]
         self.tokens: list[int] = []
         self.context = 0
@@ -45,6 +46,7 @@ class TextStream:
         """Move the text of new tokens into `text`, unless it ends inside a character."""
         known = self.decode(self.tokens[self.context : self.read])
         longer = self.decode(self.tokens[self.context :])
+        # A window that ends inside a character waits for its last bytes.
         if final or not longer.endswith(BROKEN):
             self.text += longer[len(known) :]
             self.context = self.read

@@ -56,6 +56,7 @@ class TorchSlots(Slots):
             self.lengths[slot] += len(ids)
         batch = padded(rows).to(self.device)
         hidden = self.model(batch, state=self.state)
+        # Without padding the state is right as it is; a rewind would wait for the device.
         if any(len(ids) < batch.shape[1] for ids in rows):
             self.rewind()
         return self.head_at(hidden, slots, tokens)
@@ -157,9 +158,11 @@ class SeparateSlots(Slots):
             self.states[target] = self.new_state()
         elif tokens != self.lengths[origin]:
             raise ValueError(
-                f"cannot cut {self.lengths[origin]} tokens to {tokens}: the model's state cannot be rewound"
+                f"cannot cut {self.lengths[origin]} tokens to {tokens}: the state of the model"
+                " cannot be rewound"
             )
         elif origin != target:
+            # A state of any family: only its own copy is sure to hold all of it.
             self.states[target] = deepcopy(self.states[origin])
         self.lengths[target] = tokens
 
@@ -174,6 +177,7 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 def model_slots(model: Decoder, count: int, length: int, dtype: torch.dtype) -> Slots:
     """Slots for a model whose activations have `dtype`, of the kind that its state allows."""
+    # Asked of a state, not of the family: one layer of another kind decides for the whole model.
     rewinds = model.new_state(1, 1, dtype, device_of(model)).rewinds
     kind = TorchSlots if rewinds else SeparateSlots
     return kind(model, count, length, dtype)
@@ -210,11 +214,13 @@ class TorchEngine(Engine):
         for name, tensor in source.tensors.items():
             weights[name] = tensor.to(place, DTYPES[dtype])
         try:
+            # assign: the tensors themselves become the parameters, without a copy.
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
             raise CheckpointError(
                 f"the weights in {source.folder} do not fit its config: {error}"
             ) from None
+        # A graph would keep the activations of every step.
         return cls(model.requires_grad_(False))
 
     @property

@@ -129,6 +129,7 @@ def compile_into(folder: Path, name: str, compiler: str, flags: Sequence[str] = 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """The library with the types of its functions."""
+    # Without them ctypes passes integers as 32 bits and cuts addresses.
     loaded.castalia_linear.argtypes = [Pointer, Pointer, Long, Pointer, Long, ctypes.c_int]
     loaded.castalia_forward.argtypes = [Pointer, Pointer, Pointer, ctypes.c_int]
     return loaded
@@ -142,6 +143,7 @@ def address(tensor: Tensor | None) -> int | None:
 
 def c_linear(packed: Packed) -> CLinear:
     """A layer as step.cpp reads it; valid while the tensors of `packed` exist."""
+    # The library works on whole panels; the padding's products are never stored.
     rows = -(-packed.channels // PANEL) * PANEL
     return CLinear(
         address(packed.weight),
@@ -155,6 +157,7 @@ def c_linear(packed: Packed) -> CLinear:
 
 def multiply(native: Any, layer: CLinear, x: Tensor, channels: int) -> Tensor:
     """x (M, K) float32 through a layer -> (M, channels) float32, on torch's number of threads."""
+    # The library reads rows from bare memory.
     x = x.contiguous()
     y = torch.empty(len(x), channels)
     failed = native.castalia_linear(

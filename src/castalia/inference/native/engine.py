@@ -53,12 +53,14 @@ class NativeSlots(Slots):
             placed += [(token, slot, start + i) for i, token in enumerate(ids)]
             ends.append(len(placed) - 1)
             self.lengths[slot] += len(ids)
+        # Decoding steps and short prompts: one pass, and its logits need no copy.
         if len(placed) <= ROWS_AT_ONCE:
             return self.run(placed, ends)
         parts = []
         for start in range(0, len(placed), ROWS_AT_ONCE):
             part = placed[start : start + ROWS_AT_ONCE]
             inside = [end - start for end in ends if start <= end < start + len(part)]
+            # The next pass overwrites the logits.
             parts.append(self.run(part, inside).clone())
         return torch.cat(parts)
 
@@ -144,6 +146,7 @@ class NativeEngine(Engine):
             assert self.decoder is not None
             yield from head_in_parts(self.decoder, hidden_of(self.decoder, ids))
             return
+        # In parts through a cache: the activations of a whole text are never in memory together.
         cache = self.compiled.new_cache(1, len(ids))
         for start in range(0, len(ids), HEAD_ROWS):
             part = ids[start : start + HEAD_ROWS]

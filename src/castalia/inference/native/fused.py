@@ -109,6 +109,7 @@ class FusedForward:
         self.weights = weights
         self.native = native
         self.cos, self.sin = rope_angles(weights.config)
+        # The array must live as long as the model that points to it.
         self.layers = (CLayer * weights.config.num_layers)(
             *(self.layer(i) for i in range(weights.config.num_layers)),
         )
@@ -152,6 +153,7 @@ class FusedForward:
     def new_cache(self, slots: int, length: int) -> FusedCache:
         """An empty cache of `slots` sequences of at most `length` tokens."""
         config = self.weights.config
+        # Keys lie in blocks of PANEL positions, one vector register for each dimension.
         length = -(-length // PANEL) * PANEL
         outer = (config.num_layers, slots, config.num_attention_heads)
         k = torch.empty(*outer, length // PANEL, config.head_dim, PANEL)
@@ -174,6 +176,7 @@ class FusedForward:
         """
         count = len(tokens)
         row = Long * count
+        # Steps reuse one buffer, so that no memory is mapped for a token.
         logits = cache.logits[: len(pick)]
         if len(logits) < len(pick):
             logits = torch.empty(len(pick), self.weights.config.padded_vocab_size)

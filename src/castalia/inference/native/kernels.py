@@ -69,6 +69,7 @@ def steps_of(x: Tensor) -> tuple[Tensor, Tensor]:
     A row of zeros has a step of size 0.
     """
     largest = x.abs().amax(1, keepdim=True)
+    # Multiplying by the inverse is what step.cpp does: both choose the same integers.
     inverse = torch.where(largest > 0, 127 / largest, 0.0)
     return (x * inverse).round_().to(torch.int8), largest / 127
 
@@ -102,6 +103,7 @@ class Dense(Kernel):
         self.bias = None if packed.bias is None else packed.bias[: packed.channels].to(self.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
+        # Float32 again, because norms and the residual stream stay in it.
         return F.linear(x.to(self.dtype), self.weight, self.bias).float()
 
 
@@ -150,6 +152,7 @@ class Int8Dynamic(Kernel):
 
     def __call__(self, x: Tensor) -> Tensor:
         q, step = steps_of(x)
+        # The sums are exact integers; only the scaling rounds.
         y = torch._int_mm(q, self.q.t()).float().mul_(self.scale * step)
         return y if self.bias is None else y.add_(self.bias)
 

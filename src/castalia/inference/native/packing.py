@@ -1,4 +1,4 @@
-"""Weights of linear layers in the layout that the kernels read: quantized, in panels of 16 channels.
+"""Weights of linear layers as the kernels read them: quantized, in panels of 16 channels.
 
 A panel holds the numbers of 16 output channels side by side, so that one vector register has one
 number of each and nothing is summed across a register. A cell is the part of one channel that fits
@@ -101,6 +101,7 @@ def quantize(weight: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
         q, scale = quantize_channels(weight)
         return in_panels(q, 4), scale
     q, scale = quantize_groups(weight)
+    # Inputs j and j + 4 share a byte: one mask and one shift then unpack 64 bytes at a time.
     halves = in_panels(q + 8, 8).to(torch.uint8)
     return halves[..., :4] | halves[..., 4:] << 4, in_panels(scale, 1)[..., 0].contiguous()
 
@@ -121,6 +122,7 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
     A row of zeros has scale 0.
     """
     scale = weight.abs().amax(1) / 127
+    # A product with the inverse, as step.cpp does, so that both round alike.
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     return (weight * inverse[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 

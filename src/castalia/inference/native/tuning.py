@@ -1,4 +1,4 @@
-"""The choice of a kernel for each shape of linear layer: the fastest on this machine, measured once.
+"""The choice of a kernel for each shape of linear layer: the fastest here, measured once.
 
 A shape is measured at one row (decoding one text), at 8 (a batch) and at 32 (a prompt). Each layer
 gets one kernel, so that its weights exist once: the kernel with the smallest product of the three
@@ -41,7 +41,7 @@ def chosen(layers: list[Packed], storage: str, names: str = "auto") -> dict[tupl
 
 @functools.cache
 def fastest(shape: tuple[int, int], storage: str, names: tuple[str, ...], seconds: float) -> str:
-    """The fastest of `names` for a layer of `shape`; from the cache folder if it is stored there."""
+    """The fastest of `names` for a layer of `shape`, from the cache folder if it is there."""
     path = remembered(shape, storage, names)
     with suppress(OSError, ValueError, KeyError):
         stored = json.loads(path.read_text())["kernel"]
@@ -69,6 +69,7 @@ def measured(
     """Best time of each kernel at each number of ROWS, in seconds."""
     channels = min(shape[0], CHANNELS_AT_MOST)
     inputs = shape[1]
+    # Times do not depend on the numbers, so random ones stand for the weights.
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(channels, inputs, generator=generator)
     layer = bare(pack(weight, None, storage))

@@ -147,6 +147,7 @@ def save_weights(folder: Path, weights: PackedWeights) -> None:
             "tensors": sizes,
         },
     )
+    # Written twice: only the library knows how long its header gets.
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"fill": ""})
     with open(folder / WEIGHTS_FILE, "rb") as file:
         header = int.from_bytes(file.read(8), "little") + 8
@@ -175,6 +176,7 @@ def load_weights(folder: Path) -> PackedWeights:
         raise CheckpointError(
             f"cannot read {folder / WEIGHTS_FILE}: {error}; export the model again"
         ) from None
+    # A file that was cut exactly between tensors is readable, so names and shapes are compared.
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if shapes != listed["tensors"]:
         raise CheckpointError(
@@ -190,8 +192,10 @@ def read_listing(path: Path) -> dict[str, Any]:
     """
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        kind, version = listed["format"], listed["version"]
+        kind = listed["format"]
+        version = listed["version"]
         require_storage(listed["quantization"])
+        # Later code may rely on these keys.
         assert {"model", "tensors", "step"} <= listed.keys()
     except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise CheckpointError(
@@ -238,5 +242,6 @@ def rope_angles(config: TransformerConfig) -> tuple[Tensor, Tensor]:
     if not config.rotary_dim:
         return torch.empty(0), torch.empty(0)
     cos, sin = rope_tables(config, torch.arange(config.max_position_embeddings)[None])
+    # torch's tables repeat the angles for both halves of a head, with the sign in the sine.
     half = config.rotary_dim // 2
     return cos[0, 0, :, :half].contiguous(), sin[0, 0, :, half:].contiguous()
