@@ -124,7 +124,9 @@ def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) ->
     assert compiled.chosen_compiler() is None
     assert compiled.library.__wrapped__() is None
     monkeypatch.setenv("CASTALIA_CXX", "false")
-    with pytest.warns(UserWarning, match="compiling the native kernels failed, so torch's are used"):
+    with pytest.warns(
+        UserWarning, match="compiling the native kernels failed, so torch's are used"
+    ):
         assert compiled.library.__wrapped__() is None
 
 
