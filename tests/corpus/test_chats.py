@@ -140,7 +140,7 @@ def test_killed_between_any_two_files(tmp_path, monkeypatch):
 
 def test_a_number_of_conversations(tmp_path):
     run([GOLDEN / "chats.jsonl"], tmp_path / "all")
-    done = run([GOLDEN / "chats.jsonl"], tmp_path / "o", rows=5, part_bytes=1000)
+    done = run([GOLDEN / "chats.jsonl"], tmp_path / "o", max_documents=5, part_bytes=1000)
     assert done.documents == 5 and pairs(tmp_path / "o") == pairs(tmp_path / "all")[:5]
 
 

@@ -9,8 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
-from castalia.corpus import corpora, prepare, read_documents
-from castalia.corpus.corpora import CORPORA, Corpus, RemoteFile, download, resolve_inputs
+from castalia.corpus import downloads, prepare, read_documents
+from castalia.corpus.downloads import RemoteFile
+from castalia.corpus.named_corpora import CORPORA, Corpus, download, resolve_inputs, table
 from castalia.data import IndexedDataset
 
 BODY = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(5000)).encode()
@@ -71,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(corpora, "PATIENCE", 0.5)
+    monkeypatch.setattr(downloads, "PATIENCE", 0.5)
     with Server() as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield found
@@ -170,7 +171,7 @@ def test_dead_addresses_are_said_to_be_dead(tmp_path):
     neox = """enron pile_subset pile github arxiv europarl freelaw nih pubmed books1 books3 hackernews openwebtext2
         stackexchange ubuntu_irc youtube_subtitles c4 c4_openwebtext enwik8"""
     assert set(neox.split()) <= set(CORPORA)
-    assert "dead" in corpora.table() and "enwik8" in corpora.table()
+    assert "dead" in table() and "enwik8" in table()
 
 
 def test_a_corpus_by_name(server, tmp_path, monkeypatch):

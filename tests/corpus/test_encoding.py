@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import normalizers
 
 from castalia.corpus.encoding import Encoder
-from castalia.corpus.young import young_characters
+from castalia.corpus.recent_characters import recent_characters
 from castalia.data.tokenizer import Tokenizer, train_bpe
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
@@ -46,7 +46,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def encoder(tokenizer):
     found = Encoder(tokenizer)
-    assert found.by == "gigatoken", found.why_slow
+    assert found.by == "gigatoken", found.fallback_reason
     return found
 
 
@@ -59,35 +59,35 @@ def by_each(encoder, texts):
 
 
 @pytest.mark.parametrize("name", YOUNG)
-def test_characters_younger_than_a_table_go_to_tokenizers(encoder, name):
+def test_characters_newer_than_a_table_go_to_tokenizers(encoder, name):
     text = f"words before {YOUNG[name]} and after"
-    assert encoder.young(text.encode())
+    assert encoder.has_recent(text.encode())
     found, expected = by_each(encoder, ["plain", text, "", "ä", text * 3])
     assert found == expected
 
 
 def test_gigatoken_alone_has_other_ids_for_some(encoder):
-    """If it has not any more, then texts with young characters may go to it."""
+    """If it has not any more, then texts with recent characters may go to it."""
     texts = [text.encode() for text in YOUNG.values()]
-    ids, sizes = encoder.quick(texts)
+    ids, sizes = encoder.fast_path(texts)
     parts = [part.tolist() for part in np.split(ids, np.cumsum(sizes)[:-1])]
     assert parts != encoder.tokenizer.encode_batch(list(YOUNG.values()))
 
 
 @pytest.mark.parametrize("name", OLD)
 def test_the_scripts_of_most_texts_stay_with_gigatoken(encoder, name):
-    assert not encoder.young(OLD[name].encode())
+    assert not encoder.has_recent(OLD[name].encode())
     found, expected = by_each(encoder, [OLD[name], f"a{OLD[name]}b", f" {OLD[name]}\n{OLD[name]}1"])
     assert found == expected
 
 
 @pytest.mark.parametrize("before", [0, (1 << 18) - 1, (1 << 18) + 1])
-def test_a_young_character_is_seen_wherever_it_stands(encoder, before):
+def test_a_recent_character_is_seen_wherever_it_stands(encoder, before):
     for filling in ("a", "ä", "中"):
         text = (filling * before).encode()
-        assert encoder.young(text + "\U00011930".encode() + "ä".encode() * 9)
-        assert not encoder.young(text + "\u0301".encode() * 9)
-    assert not young_characters()[0][:0x80].any()
+        assert encoder.has_recent(text + "\U00011930".encode() + "ä".encode() * 9)
+        assert not encoder.has_recent(text + "\u0301".encode() * 9)
+    assert not recent_characters()[0][:0x80].any()
 
 
 def test_texts_of_any_characters(encoder):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from castalia.core.errors import ConfigError
 from castalia.corpus import FimOptions, prepare
 from castalia.corpus.encoding import Encoder
-from castalia.corpus.fim import Fim, draws, make_fim
+from castalia.corpus.fim import FimForm, draws, make_fim
 from castalia.corpus.provenance import read_provenance
 from castalia.data import IndexedDataset, load_tokenizer
 
@@ -118,7 +118,7 @@ def test_seed_and_epoch_give_other_cuts(corpus, tmp_path):
 )
 def test_pieces_are_the_document_and_tokenized_alone(text, rate, spm_rate, seed):
     tokenizer = load_tokenizer("bytes")
-    fim = Fim(FimOptions(rate, spm_rate, BYTES, seed), (300, 301, 302))
+    fim = FimForm(FimOptions(rate, spm_rate, BYTES, seed), (300, 301, 302))
     ((ids, sizes),) = fim.encode(Encoder(tokenizer), [text.encode()])
     pieces = fim.cut(text.encode())
     assert b"".join(pieces) == text.encode() and sizes.tolist() == [len(ids)]
@@ -136,7 +136,7 @@ def test_pieces_are_the_document_and_tokenized_alone(text, rate, spm_rate, seed)
 
 def test_cuts_are_uniform():
     """Both cuts of a text of nine characters: any of ten places, and the mean length of the middle a third."""
-    fim = Fim(FimOptions(1.0), (1, 2, 3))
+    fim = FimForm(FimOptions(1.0), (1, 2, 3))
     cuts = [fim.cut(f"{i:09}".encode()) for i in range(3000)]
     starts = np.bincount([len(prefix) for prefix, *_ in cuts], minlength=10)
     assert starts.all() and abs(np.mean([len(middle) for _, middle, _ in cuts]) - 3.3) < 0.15

@@ -9,7 +9,7 @@ import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.corpus import prepare
-from castalia.corpus.parts import PartWriter
+from castalia.corpus.part_files import PartWriter
 from castalia.data import IndexedDataset, load_tokenizer
 
 TEXTS = ["first", "", "second document", "dritte Straße", "x" * 1000]

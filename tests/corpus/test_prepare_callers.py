@@ -10,9 +10,9 @@ import pytest
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.corpus import prepare
-from castalia.corpus.assembly import Assembly
-from castalia.corpus.prepare import Options
+from castalia.corpus.options import PrepareOptions
 from castalia.corpus.provenance import OWN, read_provenance
+from castalia.corpus.work_folder import WorkFolder
 from castalia.curate.joining import merge
 from castalia.curate.verify import verify
 from castalia.data import DataConfig, IndexedDataset, PairwiseDataset
@@ -64,7 +64,7 @@ def test_one_input_needs_no_list(corpus, tmp_path):
         ({"shard": "0/2"}, "shard '0/2': expected two numbers"),
         ({"shard": (0, 0)}, "--shard 0/0: expected at least one share"),
         ({"address": "head:6379"}, "--address head:6379: give --engine ray too"),
-        ({"options": Options(), "append_eod": True}, "append_eod: give it in `options`"),
+        ({"options": PrepareOptions(), "append_eod": True}, "append_eod: give it in `options`"),
     ],
 )
 def test_choices_that_mean_nothing_are_refused(corpus, tmp_path, choices, said):
@@ -153,13 +153,13 @@ def test_what_a_stopped_job_of_fewer_documents_left_is_not_taken_for_all(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as changed:
-        changed.setattr(Assembly, "finish", stop)
+        changed.setattr(WorkFolder, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare(corpus, tmp_path / "x", "bytes", rows=5, part_bytes=size)
-    assert prepare(corpus, tmp_path / "x", "bytes", rows=rows, part_bytes=size).documents == (
-        rows or 9
-    )
-    prepare(corpus, tmp_path / "y", "bytes", rows=rows, part_bytes=size)
+            prepare(corpus, tmp_path / "x", "bytes", max_documents=5, part_bytes=size)
+    assert prepare(
+        corpus, tmp_path / "x", "bytes", max_documents=rows, part_bytes=size
+    ).documents == (rows or 9)
+    prepare(corpus, tmp_path / "y", "bytes", max_documents=rows, part_bytes=size)
     assert (tmp_path / "x.bin").read_bytes() == (tmp_path / "y.bin").read_bytes()
     assert all(check.ok for check in verify(tmp_path / "x"))
 
@@ -174,7 +174,7 @@ def test_what_a_stopped_job_of_more_inputs_left_is_not_in_the_output(
     (tmp_path / "b.txt").write_bytes(b"x" * 50)
     keep = {"part_bytes": 40, "workers": workers, "keep": ("id",)}
     with monkeypatch.context() as changed:
-        changed.setattr(Assembly, "finish", stop)
+        changed.setattr(WorkFolder, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare([corpus, tmp_path / "b.txt"], tmp_path / "x", "bytes", **keep)
     prepare(corpus, tmp_path / "x", "bytes", **keep)

@@ -10,7 +10,12 @@ import pytest
 from castalia.core.memory import resident_bytes
 from castalia.corpus import encoding
 from castalia.corpus.encoding import Encoder
-from castalia.corpus.young import OTHER, SAME, Young, young_characters
+from castalia.corpus.recent_characters import (
+    DIFFERENT,
+    SAME,
+    RecentCharacters,
+    recent_characters,
+)
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
@@ -21,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 MARKS = [
     chr(i)
     for i in range(0x300, 0x20000)
-    if unicodedata.combining(chr(i)) or young_characters()[0][i]
+    if unicodedata.combining(chr(i)) or recent_characters()[0][i]
 ]
 
 
@@ -50,24 +55,27 @@ def test_gigatoken_alone_would_not_do(tokenizer):
     quick, _ = encoding.gigatoken(tokenizer)
     text = "a\u1ab0\u0897\u0316\u0301x"
     assert quick([text.encode()])[0].tolist() != tokenizer.encode(text), (
-        "the two agree now: young_characters can go"
+        "the two agree now: recent_characters can go"
     )
-    young = Encoder(tokenizer).young
-    assert young(text.encode()) and not young("é \u0301 中 🙂 שָׁ".encode())
+    has_recent = Encoder(tokenizer).has_recent
+    assert has_recent(text.encode()) and not has_recent("é \u0301 中 🙂 שָׁ".encode())
 
 
-def test_a_young_character_is_tried_once(tokenizer, monkeypatch):
+def test_a_recent_character_is_tried_once(tokenizer, monkeypatch):
     encoder = Encoder(tokenizer)
     texts = ["မြန်မာ \u103a", "e\u0301\u0d3b\u0323"]  # marks of Unicode 5.1 and 10
-    assert [encoder.young(text.encode()) for text in texts] == [False, True]
-    assert (encoder.young.known[0x103A], encoder.young.known[0xD3B]) == (SAME, OTHER)
-    monkeypatch.setattr(encoder, "quick", None)  # what is known is not tried again
-    assert [encoder.young(text.encode()) for text in texts] == [False, True]
+    assert [encoder.has_recent(text.encode()) for text in texts] == [False, True]
+    assert (encoder.has_recent.states[0x103A], encoder.has_recent.states[0xD3B]) == (
+        SAME,
+        DIFFERENT,
+    )
+    monkeypatch.setattr(encoder, "fast_path", None)  # what is known is not tried again
+    assert [encoder.has_recent(text.encode()) for text in texts] == [False, True]
 
 
 def test_characters_that_are_joined_to_one_stay_with_gigatoken_if_it_joins_them(tokenizer):
     encoder, draw = Encoder(tokenizer), random.Random(0)
-    _, pairs = young_characters()
+    _, pairs = recent_characters()
     joint, tags = (
         [char for char in map(chr, pairs) if char < "\U00011900"],
         [*map(chr, range(0xE0020, 0xE0080))],
@@ -77,7 +85,7 @@ def test_characters_that_are_joined_to_one_stay_with_gigatoken_if_it_joins_them(
         for _ in range(2000)
     ]
     assert len(joint) > 50 and not any(
-        encoder.young(text.encode()) for text in texts
+        encoder.has_recent(text.encode()) for text in texts
     )  # up to Unicode 8
     ours, known = both(tokenizer, texts)
     assert ours == known
@@ -85,20 +93,22 @@ def test_characters_that_are_joined_to_one_stay_with_gigatoken_if_it_joins_them(
 
 def test_a_table_that_does_not_join_them_is_noticed():
     first, second, both_in_one = "\U00011347", "\U0001133e", "\U0001134b"  # Grantha, Unicode 7
-    older = Young(lambda texts: [both_in_one not in normalize("NFC", text) for text in texts])
+    older = RecentCharacters(
+        lambda texts: [both_in_one not in normalize("NFC", text) for text in texts]
+    )
     assert (
         older((first + second).encode()) and older(first.encode()) and older(both_in_one.encode())
     )
-    assert not Young(lambda texts: [True] * len(texts))((first + second).encode())
+    assert not RecentCharacters(lambda texts: [True] * len(texts))((first + second).encode())
 
 
 def test_words_are_forgotten(tokenizer, monkeypatch):
     texts = [f"{i} word{i} Wort{i * 7919}" for i in range(200)]
-    monkeypatch.setattr(encoding, "WORDS_BYTES", -(1 << 40))
+    monkeypatch.setattr(encoding, "CACHE_BYTES", -(1 << 40))
     encoder = Encoder(tokenizer)
-    first = encoder.quick
+    first = encoder.fast_path
     ids, _ = encoder([text.encode() for text in texts])
-    assert encoder.quick is not first and encoder.by == "gigatoken"
+    assert encoder.fast_path is not first and encoder.by == "gigatoken"
     assert encoder([text.encode() for text in texts])[0].tolist() == ids.tolist()
     assert ids.tolist() == [i for found in tokenizer.encode_batch(texts) for i in found]
 

@@ -191,7 +191,7 @@ def test_bad_documents_are_rejected_with_their_places(file, tmp_path):
 def test_a_number_of_documents(file, tmp_path, size):
     path = file("a.jsonl", b"".join(lines({"text": f"document {i}"}) for i in range(50)))
     for wanted in (1, 3, 49, 50, 99):
-        done = prepare([path], tmp_path / "out", "bytes", rows=wanted, part_bytes=size)
+        done = prepare([path], tmp_path / "out", "bytes", max_documents=wanted, part_bytes=size)
         assert texts(tmp_path / "out") == [f"document {i}" for i in range(min(wanted, 50))]
         assert done.documents == min(wanted, 50)
 
@@ -385,11 +385,11 @@ def test_a_tokenizer_that_gigatoken_reads_otherwise_is_not_given_to_it(monkeypat
     plain = Tokenizer(load_tokenizer("bytes").text)
     assert encoding.Encoder(plain).by == "gigatoken"
     monkeypatch.setattr(
-        encoding, "quick_by", lambda inner, real=encoding.quick_by: Lying(real(inner))
+        encoding, "fast_path_of", lambda inner, real=encoding.fast_path_of: Lying(real(inner))
     )
     monkeypatch.setattr(encoding, "PROBES", ("the liar",))
     found = encoding.Encoder(plain)
-    assert (found.by, found.why_slow) == (
+    assert (found.by, found.fallback_reason) == (
         "tokenizers",
-        "gigatoken gives other ids than tokenizers for the texts it is tried with",
+        "gigatoken and tokenizers give different ids for the probe texts",
     )

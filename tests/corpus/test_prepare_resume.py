@@ -15,8 +15,8 @@ import time
 import pytest
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
-from castalia.corpus import assembly, engines, prepare
-from castalia.corpus.assembly import Assembly
+from castalia.corpus import executors, prepare, work_folder
+from castalia.corpus.work_folder import WorkFolder
 from castalia.data import IndexedDataset
 
 SUFFIXES = (".bin", ".idx", ".documents.parquet")
@@ -85,7 +85,7 @@ def test_killed_at_random_points(corpus, whole, tmp_path, workers, kills):
 
 
 def test_killed_between_any_two_files(corpus, whole, tmp_path, monkeypatch):
-    """Stopped at every step of the assembly in turn, down to each of the last renames."""
+    """Stopped at every step of the work folder in turn, down to each of the last renames."""
     real, count = os.replace, 0
 
     def replace(*names, **options):
@@ -128,9 +128,9 @@ def test_a_damaged_work_folder_is_not_believed(stop_after, corpus, whole, tmp_pa
 def test_what_was_done_is_not_done_again(stop_after, corpus, whole, tmp_path, monkeypatch):
     stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
     worked = []
-    real = engines.encode_part
+    real = executors.encode_part
     monkeypatch.setattr(
-        engines,
+        executors,
         "encode_part",
         lambda job, part, by: worked.append(part.number) or real(job, part, by),
     )
@@ -189,9 +189,9 @@ def test_two_at_once_are_refused(corpus, tmp_path):
 
 def die_once(folder):
     """What a worker does instead of a part: it dies, but the second time it works."""
-    from castalia.corpus import engines
+    from castalia.corpus import executors
 
-    real = engines.encode_part
+    real = executors.encode_part
 
     def encode_part(job, part, encoder):
         mark = folder / f"died{part.number}"
@@ -206,11 +206,11 @@ def die_once(folder):
 DYING = (
     """
 import sys, pathlib, importlib.util
-from castalia.corpus import engines
+from castalia.corpus import executors
 spec = importlib.util.spec_from_file_location("dying", {test!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-engines.encode_part = module.die_once(pathlib.Path({folder!r}))
+executors.encode_part = module.die_once(pathlib.Path({folder!r}))
 """
     + SCRIPT
 )
@@ -237,15 +237,15 @@ def test_the_record_of_a_resumed_job_is_right(stop_after, corpus, tmp_path):
 def test_tokens_are_on_disk_once(corpus, tmp_path, monkeypatch):
     """Beside the growing file there are never more than the part that is taken in and those that wait for the disk."""
     most = parts = 0
-    real = Assembly.take
-    monkeypatch.setattr(assembly, "BEHIND", 2)
+    real = WorkFolder.take
+    monkeypatch.setattr(work_folder, "MOST_UNFLUSHED", 2)
 
     def take(self, record):
         nonlocal most, parts
         most, parts = max(most, len(list(self.folder.glob("0*.0.bin")))), parts + 1
         real(self, record)
 
-    monkeypatch.setattr(Assembly, "take", take)
+    monkeypatch.setattr(WorkFolder, "take", take)
     prepare(corpus, tmp_path / "out", "bytes", part_bytes=PART)
     assert 1 <= most <= 3 < parts
 

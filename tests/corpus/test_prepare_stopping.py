@@ -10,7 +10,7 @@ import time
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.corpus import assembly, prepare
+from castalia.corpus import prepare, work_folder
 from castalia.corpus.inputs import list_files
 from castalia.data import IndexedDataset
 
@@ -60,7 +60,7 @@ def test_an_output_among_the_inputs_does_not_read_its_own_work(stop_after, corpu
 
 def test_an_empty_file_is_told_of_before_the_work(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty.txt").touch()
-    monkeypatch.setattr(assembly.Assembly, "take", None)
+    monkeypatch.setattr(work_folder.WorkFolder, "take", None)
     with pytest.raises(DataError, match=r"empty\.txt: is empty"):
         prepare([corpus, tmp_path / "empty.txt"], tmp_path / "out", "bytes")
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_read_twice_is_refused(corpus, tmp_path):
 
 def test_a_folder_that_was_removed_while_its_lock_was_taken(tmp_path, monkeypatch):
     """Another job ends between our opening of the lock and our holding it."""
-    real, turns = assembly.fcntl.flock, []
+    real, turns = work_folder.fcntl.flock, []
 
     def flock(file, how):
         real(file, how)
@@ -95,25 +95,25 @@ def test_a_folder_that_was_removed_while_its_lock_was_taken(tmp_path, monkeypatc
         if len(turns) == 1:
             os.remove(tmp_path / "out.parts" / "lock")
 
-    monkeypatch.setattr(assembly.fcntl, "flock", flock)
-    lock = assembly.locked(tmp_path / "out.parts")
-    assert len(turns) == 2 and assembly.same_file(lock, tmp_path / "out.parts" / "lock")
+    monkeypatch.setattr(work_folder.fcntl, "flock", flock)
+    lock = work_folder.locked(tmp_path / "out.parts")
+    assert len(turns) == 2 and work_folder.is_file_at(lock, tmp_path / "out.parts" / "lock")
     with pytest.raises(BlockingIOError):
-        assembly.locked(tmp_path / "out.parts")
+        work_folder.locked(tmp_path / "out.parts")
 
 
 SLOW = """
 import sys, time
-from castalia.corpus import engines
-real = engines.encode_part
+from castalia.corpus import executors
+real = executors.encode_part
 def encode_part(job, part, encoder):
     time.sleep(0.05)
     return real(job, part, encoder)
-engines.encode_part = encode_part
+executors.encode_part = encode_part
 if __name__ == "__main__":
-    from castalia.corpus.options import Options
-    defaults = Options.__init__.__defaults__
-    Options.__init__.__defaults__ = tuple(2000 if value == 1 << 25 else value for value in defaults)
+    from castalia.corpus.options import PrepareOptions
+    defaults = PrepareOptions.__init__.__defaults__
+    PrepareOptions.__init__.__defaults__ = tuple(2000 if value == 1 << 25 else value for value in defaults)
     from castalia.cli import main
     sys.argv = ["castalia", "prepare", *sys.argv[1:]]
     main()

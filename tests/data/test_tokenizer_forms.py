@@ -163,7 +163,7 @@ def test_gigatoken_is_used_where_it_agrees_and_only_there(trained):
     pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
     tokenizer, _ = trained
     quick, slow = Encoder(tokenizer), Encoder(tokenizer, fast=False)
-    assert (quick.by, quick.why_slow, slow.by) == ("gigatoken", None, "tokenizers")
+    assert (quick.by, quick.fallback_reason, slow.by) == ("gigatoken", None, "tokenizers")
     data = [text.encode() for text in [*texts(), "a<|endoftext|>b", "long " * 1000]]
     for some in (data, data[-1:], []):
         for a, b in zip(quick(some), slow(some), strict=True):
@@ -174,4 +174,4 @@ def test_gigatoken_is_used_where_it_agrees_and_only_there(trained):
     from castalia.data.tokenizer import Tokenizer
 
     other = Encoder(Tokenizer(words.to_str()))
-    assert other.by == "tokenizers" and "gigatoken" in (other.why_slow or "")
+    assert other.by == "tokenizers" and "gigatoken" in (other.fallback_reason or "")

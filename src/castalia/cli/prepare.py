@@ -45,20 +45,20 @@ def prepare(
     """
     from castalia.cli.progress import text_progress
     from castalia.cli.signals import stoppable
-    from castalia.corpus.corpora import resolve_inputs, table
-    from castalia.corpus.prepare import Options
+    from castalia.corpus.named_corpora import resolve_inputs, table
+    from castalia.corpus.options import PrepareOptions
     from castalia.corpus.prepare import prepare as run
 
     if source.list_corpora:
         typer.echo(table())
         return
     require_words(INPUT=inputs, tokenizer=tokens.tokenizer, output=files.output)
-    options = Options(
+    options = PrepareOptions(
         append_eod=tokens.append_eod,
         keys=chats.keys(source.texts()),
         keep=split_names(files.keep),
         ftfy=source.ftfy,
-        rows=source.num_docs,
+        max_documents=source.num_docs,
         reject=source.rejects(),
         fast=tokens.fast,
         documents=files.documents,

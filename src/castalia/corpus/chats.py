@@ -1,8 +1,9 @@
-"""Conversations as tokens and labels: rendered by a chat template, with -100 where a token is no target.
+"""Conversations as tokens and labels, rendered by a chat template.
 
-Source  tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX, whose files these are byte for byte, but for
-        rewards, which it writes as whole numbers, and for messages whose first characters join the text before them
-        in one token, of which it loses some.
+A label is -100 where its token is not a training target.
+Source  tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX. These files are equal to
+        its byte for byte, with two exceptions: rewards, which it writes as integers; and messages
+        whose first characters merge with the preceding text into one token, where it loses tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,74 +17,82 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.corpus.chat_template import ChatTemplate
-from castalia.corpus.documents import Wanted, WrongError, as_utf8, value_of
-from castalia.corpus.encoding import Encoded, Encoder, pieces_of
-from castalia.corpus.forms import LABELS, REWARDS, TOKENS, Texts
+from castalia.corpus.documents import (
+    BadDocumentError,
+    WantedFields,
+    as_utf8,
+    json_type,
+    value_of,
+)
+from castalia.corpus.encoding import Encoded, Encoder, split_ids
+from castalia.corpus.forms import LABELS, REWARDS, TOKENS, TextForm
 from castalia.data.labels import IGNORED
 from castalia.data.tokenizer import Tokenizer
 
-SHAREGPT = {
+SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
 }
-"""Roles that ShareGPT files call otherwise."""
+"""Roles in ShareGPT files, and OpenAI's names for them."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 PREFIX_BYTES = 1 << 22
-"""Text that is encoded at a time: of a conversation of many messages the sum of its beginnings is long."""
+"""Text encoded at a time. A conversation of m messages is encoded m times, up to the end of each,
+so the sum of its prefixes can be long."""
 LARGEST = float(np.finfo(np.float32).max)
 Message = dict[str, Any]
-Ints = NDArray[Any]
+Ids = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How conversations become targets.
-
-    `roles` are those whose messages are targets; `only_last` leaves the last message alone of them. `mask` False makes
-    every token a target, without a label file. `for_rm` ends each conversation with two end-of-text tokens, of which
-    the second is the one target, as a reward model wants it. `prompt` is the key of messages, or of the user's one
-    text, that stand before each conversation and are no target. `reward` is the key of a number, or with `binary` of
-    good or bad, 1 or -1. `template` is a file; None takes the tokenizer's own.
-    """
+    """Which tokens of a conversation are targets."""
 
     template: str | None = None
+    """A Jinja file; None takes the template of the tokenizer's folder."""
     roles: tuple[str, ...] = ("assistant",)
+    """Roles whose messages are targets."""
     only_last: bool = False
+    """Only the last message is a target."""
     mask: bool = True
+    """False makes every token a target and writes no label file."""
     for_rm: bool = False
+    """Two end-of-text tokens end each conversation; the second is the only target, as reward models
+    are trained."""
     prompt: str | None = None
+    """Key of messages, or of a single user text, that precede each conversation, never targets."""
     reward: str | None = None
+    """Key of a number; with `binary`, of anything true or false, written as 1 or -1."""
     binary: bool = False
 
     def problems(self) -> list[str]:
-        """What is wrong with them."""
-        wrong = []
+        """Sentences about options that contradict each other."""
+        problems = []
         chosen = {
             "--only-last": self.only_last,
             "--no-mask": not self.mask,
             "--for-rm": self.for_rm,
         }
-        if len(given := [name for name, on in chosen.items() if on]) > 1:
-            wrong.append(
-                f"{' and '.join(given)} each say which tokens are targets; give one of them"
-            )
+        given = [name for name, is_on in chosen.items() if is_on]
+        if len(given) > 1:
+            problems.append(f"{' and '.join(given)} each choose the targets; give one of them")
         if self.binary and self.reward is None:
-            wrong.append(
-                "--binary-reward says how to read the reward: name its key with --reward-key"
-            )
+            problems.append("--binary-reward needs --reward-key, the key of the reward")
         if not self.roles:
-            wrong.append(
+            problems.append(
                 "--generation-role: name the role whose messages are targets, such as assistant"
             )
-        return wrong
+        return problems
 
 
-class Chat(bytes):
-    """A conversation as the template writes it, in UTF-8: message k and what the template writes after it end at byte
-    `ends[k]` and are targets if `targets[k]`."""
+class RenderedChat(bytes):
+    """A conversation as the template renders it, in UTF-8.
+
+    Message k, with what the template writes after it, ends at byte `ends[k]`. Its tokens are
+    targets if `targets[k]`.
+    """
 
     ends: list[int]
     targets: list[bool]
@@ -91,183 +100,197 @@ class Chat(bytes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WantedChats(Wanted):
-    """What to take of a line that holds conversations."""
+class ChatFields(WantedFields):
+    """The fields to take of a line that holds conversations."""
 
     template: ChatTemplate
     options: ChatOptions
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The keys that must be there."""
-        return (
-            *self.keys,
-            *(key for key in (self.options.prompt, self.options.reward) if key is not None),
-        )
+        """The keys that every line must have."""
+        optional = (self.options.prompt, self.options.reward)
+        return (*self.keys, *(key for key in optional if key is not None))
 
     @property
-    def strings(self) -> tuple[str, ...]:
-        """None of them holds plain text."""
+    def text_columns(self) -> tuple[str, ...]:
+        """None: conversations are lists."""
         return ()
 
     @property
     def takes_plain_text(self) -> bool:
-        """A plain text is no conversation."""
+        """False: a plain text is not a conversation."""
         return False
 
     def text(self, values: dict[str, Any], key: str) -> bytes:
         """One conversation, rendered."""
-        options, roles = self.options, (*ROLES, *self.options.roles)
-        before: list[Message] = []
+        options = self.options
+        roles = (*ROLES, *options.roles)
+        prompt: list[Message] = []
         if options.prompt is not None:
-            before = messages_of(
-                value_of(values, options.prompt, "--prompt"), options.prompt, "user", roles
-            )
-        answer = options.roles[0] if before else None
-        messages = before + messages_of(value_of(values, key, "--chat"), key, answer, roles)
+            value = value_of(values, options.prompt, "--prompt")
+            prompt = messages_of(value, options.prompt, "user", roles)
+        # After a prompt, a plain string is the answer to it.
+        answer_role = options.roles[0] if prompt else None
+        value = value_of(values, key, "--chat")
+        messages = prompt + messages_of(value, key, answer_role, roles)
         if self.mend:
-            messages = [
-                m | {"content": self.mend(m["content"])} if m["content"] else m for m in messages
-            ]
-        by_turn = options.mask and not options.for_rm
-        made = (
-            self.by_turn(messages, len(before))
-            if by_turn
-            else chat([self.render(messages)], [not options.mask])
-        )
+            messages = [self.mended(message) for message in messages]
+        if options.mask and not options.for_rm:
+            chat = self.render_by_message(messages, len(prompt))
+        else:
+            chat = rendered_chat([self.render(messages)], [not options.mask])
         if options.reward is not None:
-            made.reward = reward_of(value_of(values, options.reward, "--reward-key"), options)
-        return made
+            value = value_of(values, options.reward, "--reward-key")
+            chat.reward = reward_of(value, options)
+        return chat
 
-    def by_turn(self, messages: list[Message], before: int) -> Chat:
-        """A conversation, its messages told apart, of which the first `before` are no targets; what opens an answer
-        belongs to the message before it."""
-        options, last = self.options, len(messages) - 1
-        texts, targets = [""], []
+    def mended(self, message: Message) -> Message:
+        """A message with its content mended; an empty one, of a tool call, stays."""
+        assert self.mend is not None
+        if not message["content"]:
+            return message
+        return message | {"content": self.mend(message["content"])}
+
+    def render_by_message(self, messages: list[Message], prompt_length: int) -> RenderedChat:
+        """A conversation with the end of each message; the first `prompt_length` are no targets.
+
+        Message i ends where the rendering of messages 0 to i ends. The opening of a reply, such as
+        `<|assistant|>`, belongs to the message before it: the model does not generate it.
+        """
+        options = self.options
+        last = len(messages) - 1
+        texts = [""]
+        targets = []
         for i, message in enumerate(messages):
-            reply = i < last and messages[i + 1]["role"] in options.roles
-            texts.append(self.render(messages[: i + 1], reply))
+            before_reply = i < last and messages[i + 1]["role"] in options.roles
+            texts.append(self.render(messages[: i + 1], before_reply))
             if not texts[-1].startswith(texts[-2]):
-                raise WrongError(
-                    f"the chat template writes the first {i} messages otherwise when message {i + 1} follows, so that"
-                    " its tokens cannot be told apart; --no-mask trains on all of them"
+                raise BadDocumentError(
+                    f"the chat template changes the first {i} messages when message {i + 1}"
+                    " follows, so its tokens cannot be told apart; --no-mask trains on all tokens"
                 )
-            own = i >= before and message["role"] in options.roles
-            targets.append(own and (i == last or not options.only_last))
-        return chat(texts[1:], targets)
+            is_generated = i >= prompt_length and message["role"] in options.roles
+            targets.append(is_generated and (i == last or not options.only_last))
+        return rendered_chat(texts[1:], targets)
 
     def render(self, messages: list[Message], reply: bool = False) -> str:
-        """The text of messages."""
+        """The text of messages; `reply` adds the opening of the assistant's next message."""
         try:
             return self.template.render(messages, reply=reply)
         except ConfigError as error:
-            raise WrongError(str(error)) from None
+            raise BadDocumentError(str(error)) from None
 
 
-def chat(texts: Sequence[str], targets: list[bool]) -> Chat:
-    """A conversation out of its texts up to the end of each message.
+def rendered_chat(texts: Sequence[str], targets: list[bool]) -> RenderedChat:
+    """A conversation from its texts up to the end of each message.
 
-    Raises  WrongError if there is none, or half a character.
+    Raises  BadDocumentError if the text is empty or holds a lone surrogate.
     """
     if not texts[-1].strip():
-        raise WrongError("the chat template writes nothing for these messages")
-    made = Chat(as_utf8(texts[-1], "the conversation"))
-    made.targets = targets
-    made.ends = list(
-        accumulate(
-            len(longer[len(shorter) :].encode()) for shorter, longer in pairwise(["", *texts])
-        )
-    )
-    return made
+        raise BadDocumentError("the chat template renders these messages as an empty text")
+    chat = RenderedChat(as_utf8(texts[-1], "the conversation"))
+    chat.targets = targets
+    lengths = (len(longer[len(shorter) :].encode()) for shorter, longer in pairwise(["", *texts]))
+    chat.ends = list(accumulate(lengths))
+    return chat
 
 
-def messages_of(value: Any, key: str, alone: str | None, roles: Sequence[str]) -> list[Message]:
-    """Messages as role and content, of OpenAI's form or ShareGPT's; a text is one message of the role `alone`.
+def messages_of(value: Any, key: str, lone_role: str | None, roles: Sequence[str]) -> list[Message]:
+    """Messages with role and content, from OpenAI's form or ShareGPT's.
 
-    Raises  WrongError saying which message is wrong.
+    With a `lone_role` a string is one message of that role.
+    Raises  BadDocumentError naming the faulty message.
     """
-    if isinstance(value, str) and alone is not None:
-        return [{"role": alone, "content": value}]
+    if isinstance(value, str) and lone_role is not None:
+        return [{"role": lone_role, "content": value}]
     if not isinstance(value, list):
-        raise WrongError(
-            f"{key!r} must be a list of messages, got {'null' if value is None else type(value).__name__}"
-        )
+        raise BadDocumentError(f"{key!r} must be a list of messages, got {json_type(value)}")
     if not value:
-        raise WrongError(f"{key!r} holds no message")
+        raise BadDocumentError(f"{key!r} is an empty list of messages")
     return [
-        message_of(one, f"message {i} of {key!r}", roles) for i, one in enumerate(value, start=1)
+        message_of(entry, f"message {i} of {key!r}", roles)
+        for i, entry in enumerate(value, start=1)
     ]
 
 
 def message_of(value: Any, where: str, roles: Sequence[str]) -> Message:
     """One message.
 
-    Raises  WrongError saying what is wrong with it.
+    Raises  BadDocumentError with its fault.
     """
     if not isinstance(value, dict):
-        raise WrongError(
+        raise BadDocumentError(
             f"{where} must be an object with role and content, got {type(value).__name__}"
         )
-    role_key, content_key = (
-        ("from", "value") if "from" in value and "role" not in value else ("role", "content")
-    )
+    is_sharegpt = "from" in value and "role" not in value
+    role_key = "from" if is_sharegpt else "role"
+    content_key = "value" if is_sharegpt else "content"
     for name in (role_key, content_key):
         if name not in value:
-            raise WrongError(
-                f"{where} has no {name!r}; have: {', '.join(map(str, value)) or 'nothing'}"
-            )
-    role, content = value[role_key], value[content_key]
+            existing = ", ".join(map(str, value)) or "none"
+            raise BadDocumentError(f"{where} lacks the key {name!r}; keys: {existing}")
+    role = value[role_key]
     if not isinstance(role, str):
-        raise WrongError(f"{where}: {role_key!r} must be a string, got {type(role).__name__}")
-    role = SHAREGPT.get(role, role) if role_key == "from" else role
+        raise BadDocumentError(f"{where}: {role_key!r} must be a string, got {json_type(role)}")
+    if is_sharegpt:
+        role = SHAREGPT_ROLES.get(role, role)
     if role not in roles:
-        raise WrongError(
-            f"{where}: no role {role!r}; have: {', '.join(dict.fromkeys(roles))}{nearest(role, roles)}"
+        raise BadDocumentError(
+            f"{where}: unknown role {role!r}; choose one of {', '.join(dict.fromkeys(roles))}"
+            f"{nearest(role, roles)}"
         )
-    if not isinstance(content, str) and not (content is None and value.get("tool_calls")):
-        kind = "null" if content is None else type(content).__name__
-        raise WrongError(f"{where}: {content_key!r} must be a string, got {kind}")
-    rest = {name: held for name, held in value.items() if name not in (role_key, content_key)}
-    return {"role": role, "content": content, **rest}
+    content = value[content_key]
+    # OpenAI's messages with tool calls have a null content.
+    has_tool_calls = content is None and value.get("tool_calls")
+    if not isinstance(content, str) and not has_tool_calls:
+        raise BadDocumentError(
+            f"{where}: {content_key!r} must be a string, got {json_type(content)}"
+        )
+    others = {name: other for name, other in value.items() if name not in (role_key, content_key)}
+    return {"role": role, "content": content, **others}
 
 
 def reward_of(value: Any, options: ChatOptions) -> float:
-    """A reward as a number; 1 or -1 for what is good or bad.
+    """A reward as a number; with `binary` 1 or -1.
 
-    Raises  WrongError if it is none.
+    Raises  BadDocumentError if the value is not a finite fp32 number.
     """
-    if (
-        options.binary and isinstance(value, bool | int | float) and value == value
-    ):  # NaN is not itself
+    is_number = isinstance(value, bool | int | float)
+    is_nan = value != value
+    if options.binary and is_number and not is_nan:
         return 1.0 if value else -1.0
     if isinstance(value, bool):
-        raise WrongError(
-            f"{options.reward!r} is {str(value).lower()}, not a number; --binary-reward makes it 1 or -1"
+        raise BadDocumentError(
+            f"{options.reward!r} must be a number, got {str(value).lower()}; --binary-reward turns"
+            " it into 1 or -1"
         )
-    if not isinstance(value, int | float):
-        kind = "null" if value is None else type(value).__name__
-        raise WrongError(f"{options.reward!r} must be a number, got {kind}")
-    if not abs(value) <= LARGEST:
-        raise WrongError(f"{options.reward!r} is {value}, which is no finite number of 32 bits")
+    if not is_number:
+        raise BadDocumentError(f"{options.reward!r} must be a number, got {json_type(value)}")
+    if not abs(value) <= LARGEST:  # also NaN
+        raise BadDocumentError(f"{options.reward!r} must be a finite 32-bit number, got {value}")
     return float(value)
 
 
 @dataclass(frozen=True)
-class Chats(Texts):
-    """Conversations: tokens that end with `eos_id` unless it is None, their labels unless all are targets, rewards."""
+class ChatForm(TextForm):
+    """Conversations: tokens, labels unless all tokens are targets, and rewards.
+
+    Each conversation ends with `eos_id`, unless that is None.
+    """
 
     template: ChatTemplate
     options: ChatOptions
     eos_id: int | None
 
     @property
-    def named(self) -> bool:
-        """As GPT-NeoX names them, PREFIX_KEY_document."""
+    def always_names_key(self) -> bool:
+        """True: GPT-NeoX always writes PREFIX_KEY_document."""
         return True
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For PREFIX.json."""
+        """Facts for PREFIX.json."""
         template = {
             "template": self.template.where,
             "template_sha256": sha256(self.template.text.encode()).hexdigest(),
@@ -275,74 +298,94 @@ class Chats(Texts):
         return {"chat": {**asdict(self.options), **template, "eos_id": self.eos_id}}
 
     def kinds(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """int32 throughout, as GPT-NeoX; rewards are float32."""
-        kinds = {TOKENS: np.dtype("<i4")}
+        """int32 tokens and labels, as GPT-NeoX writes them; float32 rewards."""
+        kinds: dict[str, Any] = {TOKENS: np.dtype("<i4")}
         if self.options.mask:
             kinds[LABELS] = np.dtype("<i4")
-        return kinds if self.options.reward is None else kinds | {REWARDS: np.dtype("<f4")}
+        if self.options.reward is not None:
+            kinds[REWARDS] = np.dtype("<f4")
+        return kinds
 
     def wanted(
         self, keys: Sequence[str], keep: Sequence[str], mend: Callable[[str], str] | None
-    ) -> Wanted:
-        """What to take of each line."""
-        return WantedChats(
+    ) -> WantedFields:
+        """The fields to take of each line."""
+        return ChatFields(
             tuple(keys), tuple(keep), mend, template=self.template, options=self.options
         )
 
     def encode(self, encoder: Encoder, texts: Sequence[bytes]) -> list[Encoded]:
         """Tokens, labels and rewards of conversations."""
-        chats = cast(Sequence[Chat], texts)
+        chats = cast(Sequence[RenderedChat], texts)
         prefixes = prefix_ids(encoder, chats)
-        found = [self.labelled(encoder, one, [next(prefixes) for _ in one.ends]) for one in chats]
-        lengths = np.array([len(tokens) for tokens, _ in found], np.int64)
+        labelled = [
+            self.labelled(encoder, chat, [next(prefixes) for _ in chat.ends]) for chat in chats
+        ]
+        lengths = np.array([len(tokens) for tokens, _ in labelled], np.int64)
         if not lengths.all():
             raise DataError(
-                "the tokenizer gives no token for a conversation; nothing can be learned from it"
+                "the tokenizer gives no token for a conversation; choose another --tokenizer"
             )
-        streams = [np.concatenate(stream) for stream in zip(*found, strict=True)]
-        rewards = np.array([one.reward for one in chats], "<f4"), np.ones(len(chats), np.int64)
-        by_kind = {TOKENS: (streams[0], lengths), LABELS: (streams[1], lengths), REWARDS: rewards}
+        tokens = np.concatenate([tokens for tokens, _ in labelled])
+        labels = np.concatenate([labels for _, labels in labelled])
+        rewards = np.array([chat.reward for chat in chats], "<f4")
+        by_kind = {
+            TOKENS: (tokens, lengths),
+            LABELS: (labels, lengths),
+            REWARDS: (rewards, np.ones(len(chats), np.int64)),
+        }
         return [by_kind[kind] for kind in self.kinds(encoder.tokenizer)]
 
-    def labelled(self, encoder: Encoder, one: Chat, prefixes: list[Ints]) -> tuple[Ints, Ints]:
-        """Tokens and labels, (n,) each, of a conversation whose texts up to the end of each message are `prefixes`."""
-        tokens = labels = np.empty(0, np.int32)
+    def labelled(
+        self, encoder: Encoder, chat: RenderedChat, prefixes: list[Ids]
+    ) -> tuple[Ids, Ids]:
+        """Tokens and labels, (n,) each, of a conversation.
+
+        `prefixes` are the ids of its text up to the end of each message. The tokens of a message
+        are what its prefix adds to the previous one.
+        """
+        tokens = np.empty(0, np.int32)
+        labels = np.empty(0, np.int32)
         start = 0
-        for longer, end, is_target in zip(prefixes, one.ends, one.targets, strict=True):
-            own = longer[len(tokens) :]
-            if not np.array_equal(longer[: len(tokens)], tokens):  # a token reaches over the border
-                own, _ = encoder([bytes(one[start:end])])
-            tokens, start = np.append(tokens, own.astype(np.int32)), end
-            labels = np.append(
-                labels,
-                own.astype(np.int32) if is_target else np.full(len(own), IGNORED, np.int32),
-            )
-        for token, label in self.ends(is_target=bool(len(labels)) and labels[-1] != IGNORED):
-            tokens, labels = np.append(tokens, np.int32(token)), np.append(labels, np.int32(label))
+        for prefix, end, is_target in zip(prefixes, chat.ends, chat.targets, strict=True):
+            if np.array_equal(prefix[: len(tokens)], tokens):
+                added = prefix[len(tokens) :]
+            else:
+                # A token crosses the border between two messages: this one is encoded alone.
+                added, _ = encoder([bytes(chat[start:end])])
+            added = added.astype(np.int32)
+            own_labels = added if is_target else np.full(len(added), IGNORED, np.int32)
+            tokens = np.append(tokens, added)
+            labels = np.append(labels, own_labels)
+            start = end
+        last_is_target = bool(len(labels)) and labels[-1] != IGNORED
+        for token, label in self.ends(last_is_target=last_is_target):
+            tokens = np.append(tokens, np.int32(token))
+            labels = np.append(labels, np.int32(label))
         return tokens, labels
 
-    def ends(self, *, is_target: bool) -> list[tuple[int, int]]:
-        """Tokens that end a conversation, with their labels; `is_target` says whether its last token is one."""
+    def ends(self, *, last_is_target: bool) -> list[tuple[int, int]]:
+        """Tokens that end a conversation, with their labels."""
         eos = self.eos_id
         if eos is None or not self.options.mask:
             return []
-        if (
-            self.options.for_rm
-        ):  # inputs end one token before targets do, so the model sees the first of the two
+        if self.options.for_rm:
+            # The model's inputs end one token before its targets, so it reads the first of the two.
             return [(eos, IGNORED), (eos, eos)]
-        return [(eos, eos if is_target else IGNORED)]
+        return [(eos, eos if last_is_target else IGNORED)]
 
 
-def prefix_ids(encoder: Encoder, chats: Sequence[Chat]) -> Iterator[Ints]:
-    """Ids of each conversation's text up to the end of each of its messages, a few MiB of text at a time."""
-    held: list[bytes] = []
+def prefix_ids(encoder: Encoder, chats: Sequence[RenderedChat]) -> Iterator[Ids]:
+    """Ids of each conversation's text up to the end of each message, PREFIX_BYTES at a time."""
+    prefixes: list[bytes] = []
     size = 0
-    for one in chats:
-        for end in one.ends:
-            held.append(bytes(one[:end]))
+    for chat in chats:
+        for end in chat.ends:
+            prefixes.append(bytes(chat[:end]))
             size += end
             if size >= PREFIX_BYTES:
-                yield from pieces_of(*encoder(held))
-                held, size = [], 0
-    if held:
-        yield from pieces_of(*encoder(held))
+                yield from split_ids(*encoder(prefixes))
+                prefixes = []
+                size = 0
+    if prefixes:
+        yield from split_ids(*encoder(prefixes))

@@ -1,4 +1,7 @@
-"""Documents out of a piece, one at a time, with their places; what is wrong comes out as a `Fault` in its turn."""
+"""Documents read from extents, one at a time, with their places.
+
+A faulty document is yielded as a `Fault` in its turn.
+"""
 
 import io
 import json
@@ -8,15 +11,24 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError, nearest
 from castalia.corpus.columns import check_columns, column_rows
+from castalia.corpus.extents import (
+    ARROW,
+    DAT,
+    DAT_DIGITS,
+    FAULT,
+    LINES,
+    PARQUET,
+    Extent,
+    damage_of,
+)
 from castalia.corpus.inputs import InputFile
-from castalia.corpus.pieces import ARROW, DAT, DAT_DIGITS, FAULT, LINES, PARQUET, Piece, damage_of
 from castalia.corpus.streams import DAMAGE
 
 BOM = b"\xef\xbb\xbf"
 ID = "id"
-"""The key under which a corpus gives a document its name, if it does."""
-PARAGRAPHS = "\n\n"
-"""Between the strings of a text that is a list of them, as lm_dataformat reads it."""
+"""The key under which many corpora name their documents; kept wherever it exists."""
+PARAGRAPH_BREAK = "\n\n"
+"""Joins the strings of a text that is a list of them, as lm_dataformat does."""
 
 try:
     import orjson
@@ -24,332 +36,369 @@ except ImportError:
     orjson = None  # type: ignore[assignment]
 
 
-def quick_loads(line: bytes) -> Any:
-    """JSON of UTF-8 by the standard reader."""
+def fast_loads(line: bytes) -> Any:
+    """Parse JSON in UTF-8; orjson's, if installed, is several times faster."""
     return json.loads(line.decode("utf-8"))
 
 
 if orjson is not None:
-    quick_loads = orjson.loads  # type: ignore[assignment]
+    fast_loads = orjson.loads  # type: ignore[assignment]
 
 
-class Row(NamedTuple):
-    """One document. `line` counts from the piece's first: from 1 in JSON lines, rows from 0 in columns. [start, stop)
-    are its bytes in the (unpacked) file, -1 in columns. `texts` are UTF-8, one a key; `kept` are the document's id and
-    the chosen metadata, as text."""
+class Document(NamedTuple):
+    """One document and its place."""
 
     line: int
+    """Counted from the extent's first: lines from 1, rows of columns from 0."""
     start: int
     stop: int
+    """Its bytes [start, stop) in the (decompressed) file; -1 in columns."""
     texts: tuple[bytes, ...]
-    kept: tuple[str | None, ...]
+    """UTF-8, one for each key."""
+    metadata: tuple[str | None, ...]
+    """Its id and the chosen metadata, as text, in the order of `WantedFields.metadata_names`."""
 
 
 class Fault(NamedTuple):
-    """What is wrong with one document, or from there on with the file; `raw` are its bytes as far as there are any.
-    `line` is None where the sentence stands alone."""
+    """A faulty document, or damage to the rest of an input."""
 
     line: int | None
+    """None if the reason names the place itself."""
     start: int
     reason: str
     raw: bytes = b""
+    """The document's bytes, as far as there are any."""
 
 
-class WrongError(Exception):
-    """The reason why a document is none; the line is known to the caller."""
+class BadDocumentError(Exception):
+    """The reason why a document is faulty; the caller knows its line."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to take of a document: the texts under `keys`, metadata under `keep`, and `mend` for each text."""
+class WantedFields:
+    """The fields to take of a document: texts, metadata, and a function applied to each text."""
 
     keys: tuple[str, ...]
     keep: tuple[str, ...] = ()
     mend: Callable[[str], str] | None = None
 
     @property
-    def kept(self) -> tuple[str, ...]:
-        """The metadata as `Row.kept` has it."""
+    def metadata_names(self) -> tuple[str, ...]:
+        """Names of the metadata, in the order of `Document.metadata`."""
         return (ID, *(name for name in self.keep if name != ID))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The keys that must be there."""
+        """The keys that every document must have."""
         return self.keys
 
     @property
-    def strings(self) -> tuple[str, ...]:
-        """Those of them that must hold text."""
+    def text_columns(self) -> tuple[str, ...]:
+        """Those of `columns` that must hold strings."""
         return self.keys
 
     @property
     def takes_plain_text(self) -> bool:
-        """Whether a whole file can be a document."""
+        """Whether a whole file without keys can be a document."""
         return len(self.keys) == 1
 
     def texts(self, values: dict[str, Any]) -> tuple[bytes, ...]:
-        """The texts of a document as UTF-8.
+        """The texts of a document in UTF-8.
 
-        Raises  WrongError if one is not there or is no text.
+        Raises  BadDocumentError if one is missing or is not text.
         """
         return tuple(self.text(values, key) for key in self.keys)
 
     def text(self, values: dict[str, Any], key: str) -> bytes:
-        """One text."""
+        """The text under one key."""
         text = value_of(values, key, "--key")
         if isinstance(text, list) and all(isinstance(part, str) for part in text):
-            text = PARAGRAPHS.join(text)
+            text = PARAGRAPH_BREAK.join(text)
         if not isinstance(text, str):
-            raise WrongError(
-                f"{key!r} must be a string, got {'null' if text is None else type(text).__name__}"
-            )
+            raise BadDocumentError(f"{key!r} must be a string, got {json_type(text)}")
         return as_utf8(self.mend(text) if self.mend else text, repr(key))
 
     def metadata(self, values: dict[str, Any]) -> tuple[str | None, ...]:
-        """The chosen metadata: strings as they are, the rest as JSON."""
-        return tuple(as_text(values.get(name)) for name in self.kept)
+        """The id and the chosen metadata: strings unchanged, other values as JSON."""
+        return tuple(as_text(values.get(name)) for name in self.metadata_names)
+
+
+def json_type(value: Any) -> str:
+    """The name of a value's type for an error message; `null` for None."""
+    return "null" if value is None else type(value).__name__
 
 
 def value_of(values: dict[str, Any], key: str, option: str) -> Any:
-    """What stands under a key of a document; `option` is how the key was named.
+    """The value under a key of a document; `option` is the command-line option that named the key.
 
-    Raises  WrongError if nothing does.
+    Raises  BadDocumentError if the document lacks the key.
     """
     if key not in values:
-        have = ", ".join(sorted(values)) or "no keys"
-        raise WrongError(
-            f"no key {key!r}; have: {have}{nearest(key, values)}; name the right one with {option}"
+        existing = ", ".join(sorted(values)) or "none"
+        raise BadDocumentError(
+            f"the document lacks the key {key!r}; keys: {existing}{nearest(key, values)};"
+            f" choose one with {option}"
         )
     return values[key]
 
 
 def as_utf8(text: str, where: str) -> bytes:
-    """A text as UTF-8.
+    """A text in UTF-8.
 
-    Raises  WrongError if it holds half a character.
+    Raises  BadDocumentError if it holds a lone surrogate, which JSON can express.
     """
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
-        raise WrongError(
-            f"{where} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character"
+        raise BadDocumentError(
+            f"{where} contains a lone surrogate (\\ud800 to \\udfff), which is not a character"
         ) from None
 
 
 def as_text(value: Any) -> str | None:
-    """A metadata value as text."""
-    if value is None or isinstance(value, str):
-        return (
-            value if value is None or value.isascii() else value.encode("utf-8", "replace").decode()
-        )
-    return (
-        json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
-        .encode("utf-8", "replace")
-        .decode()
-    )
+    """A metadata value as text; lone surrogates become `?`, as metadata must not stop a job."""
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    if value.isascii():
+        return value
+    return str(value).encode("utf-8", "replace").decode()
 
 
-class PieceReader:
-    """The rows of a piece; `lines` is how many lines or rows of the file have gone by."""
+class ExtentReader:
+    """Iterates over the documents and faults of an extent.
 
-    def __init__(self, piece: Piece, file: InputFile, wanted: Wanted) -> None:
-        self.piece, self.file, self.wanted, self.lines = piece, file, wanted, 0
+    `lines` counts the lines or rows of the file that have been read.
+    """
 
-    def __iter__(self) -> Iterator[Row | Fault]:
-        piece = self.piece
+    def __init__(self, extent: Extent, file: InputFile, wanted: WantedFields) -> None:
+        self.extent = extent
+        self.file = file
+        self.wanted = wanted
+        self.lines = 0
+
+    def __iter__(self) -> Iterator[Document | Fault]:
+        extent = self.extent
         try:
-            if piece.form == FAULT:
-                yield Fault(None, 0, (piece.data or b"").decode("utf-8", "surrogateescape"))
-            elif piece.form in (PARQUET, ARROW):
+            if extent.format == FAULT:
+                yield Fault(None, 0, (extent.data or b"").decode("utf-8", "surrogateescape"))
+            elif extent.format in (PARQUET, ARROW):
                 yield from self.columns()
-            elif piece.form == LINES:
-                yield from self.json_lines(*lines_in(piece, self.file))
-            elif piece.form == DAT:
+            elif extent.format == LINES:
+                yield from self.json_lines(*lines_in(extent, self.file))
+            elif extent.format == DAT:
                 yield from self.dat()
             else:
                 yield self.whole_text()
         except DataError as error:
             yield Fault(None, 0, str(error))
         except DAMAGE as error:
-            yield Fault(None, 0, f"{piece.path}: {damage_of(error)}")
+            yield Fault(None, 0, f"{extent.path}: {damage_of(error)}")
 
-    def columns(self) -> Iterator[Row | Fault]:
-        """Rows of Parquet or Arrow."""
-        piece, wanted = self.piece, self.wanted
-        check_columns(self.file, piece.form, wanted.columns, wanted.strings)
-        names = (*wanted.columns, *wanted.kept)
-        for values in column_rows(self.file, piece.form, piece.start, piece.stop, names):
-            number, self.lines = self.lines, self.lines + 1
+    def columns(self) -> Iterator[Document | Fault]:
+        """Documents in the rows of Parquet or Arrow."""
+        extent = self.extent
+        wanted = self.wanted
+        check_columns(self.file, extent.format, wanted.columns, wanted.text_columns)
+        names = (*wanted.columns, *wanted.metadata_names)
+        for values in column_rows(self.file, extent.format, extent.start, extent.stop, names):
+            number = self.lines
+            self.lines += 1
             try:
-                yield Row(number, -1, -1, wanted.texts(values), wanted.metadata(values))
-            except WrongError as wrong:
-                yield Fault(number, -1, str(wrong))
+                yield Document(number, -1, -1, wanted.texts(values), wanted.metadata(values))
+            except BadDocumentError as error:
+                yield Fault(number, -1, str(error))
 
-    def whole_text(self) -> Row | Fault:
+    def whole_text(self) -> Document | Fault:
         """The one document of a plain text."""
         if not self.wanted.takes_plain_text:
             return Fault(
                 None,
                 0,
-                f"{self.piece.where}: a plain text has no keys; give JSON lines, or a single --key",
+                f"{self.extent.where}: a plain text has no keys; give JSON lines or a single --key",
             )
-        data = self.piece.data
+        data = self.extent.data
         if data is None:
             with self.file.open() as file:
                 data = file.read()
         start = len(BOM) if data.startswith(BOM) else 0
         try:
-            return self.plain_row(1, start, data[start:])
+            return self.plain_document(1, start, data[start:])
         except UnicodeDecodeError as error:
             place = start + error.start
             line = data.count(b"\n", 0, place) + 1
             return Fault(line, place, not_utf8(data[place], error.start), data)
 
-    def plain_row(self, line: int, start: int, data: bytes) -> Row:
-        """A document without keys.
+    def plain_document(self, line: int, start: int, data: bytes) -> Document:
+        """A document without keys and metadata.
 
         Raises  UnicodeDecodeError.
         """
-        text, kept = data.decode("utf-8"), (None,) * len(self.wanted.kept)
-        mended = self.wanted.mend(text).encode("utf-8") if self.wanted.mend else data
-        return Row(line, start, start + len(data), (mended,), kept)
+        text = data.decode("utf-8")
+        stop = start + len(data)
+        if self.wanted.mend:
+            data = self.wanted.mend(text).encode("utf-8")
+        return Document(line, start, stop, (data,), (None,) * len(self.wanted.metadata_names))
 
-    def dat(self) -> Iterator[Row | Fault]:
-        """The documents of a `.dat.zst`; their number stands for the line."""
-        data, place = self.piece.data or b"", 0
+    def dat(self) -> Iterator[Document | Fault]:
+        """The documents of a `.dat.zst`; their number takes the place of the line."""
         if not self.wanted.takes_plain_text:
             yield Fault(
                 None,
                 0,
-                f"{self.piece.where}: holds texts without keys; give JSON lines, or a single --key",
+                f"{self.extent.where}: its texts have no keys; give JSON lines or a single --key",
             )
             return
-        while place < len(data):
-            start = place + DAT_DIGITS
-            place = start + int(data[place:start])
+        data = self.extent.data or b""
+        stop = 0
+        while stop < len(data):
+            start = stop + DAT_DIGITS
+            stop = start + int(data[stop:start])
             self.lines += 1
             try:
-                yield self.plain_row(self.lines, self.piece.start + start, data[start:place])
+                yield self.plain_document(self.lines, self.extent.start + start, data[start:stop])
             except UnicodeDecodeError as error:
                 yield Fault(
                     self.lines,
-                    self.piece.start + start,
+                    self.extent.start + start,
                     not_utf8(error.object[error.start], error.start),
                 )
 
-    def json_lines(self, data: bytes, begin: int) -> Iterator[Row | Fault]:
-        """The documents of JSON lines; blank lines are left out."""
-        wanted, stop = self.wanted, begin
-        texts_of, metadata_of = wanted.texts, wanted.metadata
+    def json_lines(self, data: bytes, begin: int) -> Iterator[Document | Fault]:
+        """The documents of JSON lines; blank lines are skipped.
+
+        The hot loop of reading: a good line takes the fast parser and no branch. Whatever goes
+        wrong there, the careful parser reads the line again and finds the words for it.
+        """
+        wanted = self.wanted
+        stop = begin
+        texts_of = wanted.texts
+        metadata_of = wanted.metadata
         for line in io.BytesIO(data):
-            start, stop = stop, stop + len(line)
+            start = stop
+            stop += len(line)
             self.lines += 1
             try:
-                values = quick_loads(line)
-                row = Row(
+                values = fast_loads(line)
+                document = Document(
                     self.lines,
                     start,
                     stop,
                     texts_of(values),
                     metadata_of(exact(values, line, wanted)),
                 )
-                values = None  # a text of 100 MB may be 400 MB as a string
-                yield row
-            except (
-                ValueError,
-                TypeError,
-                AttributeError,
-                RecursionError,
-                WrongError,
-            ):  # the slow way finds the words
+                values = None  # a text of 100 MB may take 400 MB as a string
+                yield document
+            except (ValueError, TypeError, AttributeError, RecursionError, BadDocumentError):
                 try:
                     for values in careful(line, start, wanted):
-                        yield Row(self.lines, start, stop, texts_of(values), metadata_of(values))
-                except WrongError as wrong:
-                    yield Fault(self.lines, start, str(wrong), line)
+                        yield Document(
+                            self.lines, start, stop, texts_of(values), metadata_of(values)
+                        )
+                except BadDocumentError as error:
+                    yield Fault(self.lines, start, str(error), line)
 
 
-def lines_in(piece: Piece, file: InputFile) -> tuple[bytes, int]:
-    """The lines that begin in the piece's bytes, and the place of the first."""
-    if piece.data is not None:
-        return piece.data, piece.start
+def lines_in(extent: Extent, file: InputFile) -> tuple[bytes, int]:
+    """The lines that begin inside the extent's bytes, and the first one's offset in the file.
+
+    The line that crosses the extent's start belongs to the previous extent, the one that crosses
+    its end to this one: so every line is read once.
+    """
+    if extent.data is not None:
+        return extent.data, extent.start
     with open(file.path, "rb") as opened:
-        if piece.start:
-            opened.seek(piece.start - 1)
+        if extent.start:
+            # From one byte earlier: a line that begins exactly at `start` is this extent's.
+            opened.seek(extent.start - 1)
             opened.readline()
         begin = opened.tell()
-        data = opened.read(max(piece.stop - begin, 0))
+        data = opened.read(max(extent.stop - begin, 0))
         if data and not data.endswith(b"\n"):
             data += opened.readline()
     return data, begin
 
 
-def exact(values: Any, line: bytes, wanted: Wanted) -> Any:
-    """The values, read again where a quick reader may round a number that is kept."""
-    if all(isinstance(values.get(name), str | int | None) for name in wanted.kept):
+def exact(values: Any, line: bytes, wanted: WantedFields) -> Any:
+    """The values, parsed again where a fast parser may round a number that is kept.
+
+    orjson turns integers beyond 64 bits into floats; Python's parser keeps every digit.
+    """
+    if all(isinstance(values.get(name), str | int | None) for name in wanted.metadata_names):
         return values
     return json.loads(line.decode("utf-8-sig"))
 
 
-def careful(line: bytes, start: int, wanted: Wanted) -> list[dict[str, Any]]:
-    """The object in a line by the standard reader; none if the line is blank. A string, or a list of strings as
-    lm_dataformat's JSONArchive writes, are documents without metadata.
+def careful(line: bytes, start: int, wanted: WantedFields) -> list[dict[str, Any]]:
+    """The objects in a line, by Python's parser; none if the line is blank.
 
-    Raises  WrongError saying what is wrong with it.
+    A string is a document without metadata, and a list of strings is several, as written by
+    lm_dataformat's JSONArchive.
+    Raises  BadDocumentError with the reason.
     """
     try:
+        # A byte order mark may stand at the beginning of the file only.
         text = line.decode("utf-8-sig" if start == 0 else "utf-8")
     except UnicodeDecodeError as error:
-        raise WrongError(not_utf8(error.object[error.start], start + error.start)) from None
+        raise BadDocumentError(not_utf8(error.object[error.start], start + error.start)) from None
     if not text.strip():
         return []
     try:
         values = json.loads(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        spread = (
-            "; each document must stand on a line of its own" if text.strip() in ("{", "[") else ""
-        )
-        raise WrongError(f"broken JSON at column {error.colno}: {error.msg}{spread}") from None
+        hint = ""
+        if text.strip() in ("{", "["):  # an indented file
+            hint = "; put each document on a line of its own"
+        raise BadDocumentError(f"invalid JSON at column {error.colno}: {error.msg}{hint}") from None
     except (ValueError, RecursionError) as error:
-        raise WrongError(f"broken JSON: {error}") from None
+        raise BadDocumentError(f"invalid JSON: {error}") from None
     plain = values if isinstance(values, list) else [values]
-    if wanted.takes_plain_text and all(isinstance(one, str) for one in plain):
-        return [{wanted.keys[0]: one} for one in plain]
+    if wanted.takes_plain_text and all(isinstance(text, str) for text in plain):
+        return [{wanted.keys[0]: text} for text in plain]
     if not isinstance(values, dict):
-        key, kind = wanted.keys[0], type(values).__name__
-        raise WrongError(f"a line must be a JSON object with the key {key!r}, got {kind}")
+        raise BadDocumentError(
+            f"a line must be a JSON object with the key {wanted.keys[0]!r}, got"
+            f" {type(values).__name__}"
+        )
     return [values]
 
 
 def not_utf8(byte: int, offset: int) -> str:
-    """What is wrong with a byte that is not UTF-8."""
+    """The sentence about a byte that is not UTF-8."""
     return f"not UTF-8: byte 0x{byte:02x} at offset {offset}; convert the file to UTF-8"
 
 
-def sentence(piece: Piece, fault: Fault, lines_before: int) -> str:
-    """A fault as the user reads it; `lines_before` lines or rows of the file lie before the piece."""
+def fault_sentence(extent: Extent, fault: Fault, lines_before: int) -> str:
+    """A fault for the user; `lines_before` counts the file's lines or rows before the extent."""
     if fault.line is None:
         return fault.reason
-    if piece.form in (PARQUET, ARROW):
-        return f"{piece.where}: row {lines_before + fault.line}: {fault.reason}"
-    return f"{piece.where}:{lines_before + fault.line}: {fault.reason}"
+    if extent.format in (PARQUET, ARROW):
+        return f"{extent.where}: row {lines_before + fault.line}: {fault.reason}"
+    return f"{extent.where}:{lines_before + fault.line}: {fault.reason}"
 
 
-def read_pieces(
-    pieces: Iterator[Piece], files: Sequence[InputFile], wanted: Wanted, reject: bool = False
-) -> Iterator[tuple[Piece, Row]]:
-    """Every row in order; with `reject` those with a fault are left out.
+def read_extents(
+    extents: Iterator[Extent],
+    files: Sequence[InputFile],
+    wanted: WantedFields,
+    reject: bool = False,
+) -> Iterator[tuple[Extent, Document]]:
+    """Every document in order, with its extent; `reject` skips faulty ones.
 
     Raises  DataError at the first fault, with file and line.
     """
-    before, place = 0, None
-    for piece in pieces:
-        if place != (piece.file, piece.member):
-            before, place = piece.before, (piece.file, piece.member)
-        reader = PieceReader(piece, files[piece.file], wanted)
-        for row in reader:
-            if not isinstance(row, Fault):
-                yield piece, row
+    lines = 0
+    place = None
+    for extent in extents:
+        # Lines count through all extents of one file or member.
+        if place != (extent.file, extent.member):
+            place = (extent.file, extent.member)
+            lines = extent.before
+        reader = ExtentReader(extent, files[extent.file], wanted)
+        for document in reader:
+            if not isinstance(document, Fault):
+                yield extent, document
             elif not reject:
-                raise DataError(sentence(piece, row, before))
-        before += reader.lines
+                raise DataError(fault_sentence(extent, document, lines))
+        lines += reader.lines

@@ -1,4 +1,4 @@
-"""What becomes of the documents of a job: which token files, and how texts turn into what these hold."""
+"""Forms: how the documents of a job become ids, and which token files hold them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,38 +6,46 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from castalia.corpus.documents import Wanted
+from castalia.corpus.documents import WantedFields
 from castalia.corpus.encoding import Encoded, Encoder
 from castalia.data.indexed import best_dtype
 from castalia.data.tokenizer import Tokenizer
 
-TOKENS, LABELS, REWARDS = "tokens", "labels", "rewards"
+TOKENS = "tokens"
+LABELS = "labels"
+REWARDS = "rewards"
 
 
 class Output(NamedTuple):
-    """One token file of a job: the number of its key, what it holds, and as which dtype."""
+    """One token file of a job."""
 
     key: int
+    """Number of the key whose documents it holds."""
     kind: str
+    """TOKENS, LABELS or REWARDS."""
     dtype: np.dtype[Any]
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Texts as they are: their ids. The other forms build on this one; all pickle, and their repr tells two apart."""
+class TextForm:
+    """Texts as they are. The other forms derive from this one.
+
+    A form must pickle, for workers, and its repr must contain every setting: it is part of each
+    part's identity.
+    """
 
     @property
-    def named(self) -> bool:
-        """Whether even a single key stands in the names of the outputs."""
+    def always_names_key(self) -> bool:
+        """Whether the key is part of the output's name even if there is only one."""
         return False
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What PREFIX.json says about the form."""
+        """Facts about the form for PREFIX.json."""
         return {}
 
     def kinds(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What is written for each key, the tokens first, and its dtype."""
+        """The kinds of outputs for each key, tokens first, with their dtypes."""
         return {TOKENS: best_dtype(tokenizer.vocab_size)}
 
     def outputs(self, keys: Sequence[str], tokenizer: Tokenizer) -> list[Output]:
@@ -47,10 +55,13 @@ class Texts:
 
     def wanted(
         self, keys: Sequence[str], keep: Sequence[str], mend: Callable[[str], str] | None
-    ) -> Wanted:
-        """What to take of each document."""
-        return Wanted(tuple(keys), tuple(keep), mend)
+    ) -> WantedFields:
+        """The fields to take of each document."""
+        return WantedFields(tuple(keys), tuple(keep), mend)
 
     def encode(self, encoder: Encoder, texts: Sequence[bytes]) -> list[Encoded]:
-        """What goes into each output of a key, in the order of `kinds`; a text without a token is left out of all."""
+        """The ids for each output of a key, in the order of `kinds`.
+
+        A text without a token has size 0 in all of them.
+        """
         return [encoder(texts)]

@@ -1,4 +1,4 @@
-"""How a corpus is prepared: what a user may choose, and the form of the documents that follows from it."""
+"""Options of `prepare`, their checks, and the form of the documents that follows from them."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -8,164 +8,220 @@ from typing import Any
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.chat_template import ChatTemplate, compiled, read_chat_template, read_settings
-from castalia.corpus.chats import ChatOptions, Chats
+from castalia.corpus.chats import ChatForm, ChatOptions
+from castalia.corpus.extents import PART_BYTES
 from castalia.corpus.fim import FimOptions, make_fim
-from castalia.corpus.forms import Texts
-from castalia.corpus.pieces import PART_BYTES
+from castalia.corpus.forms import TextForm
 from castalia.corpus.provenance import OWN
 from castalia.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a corpus is prepared.
-
-    `keys` hold the text; with several each gets an output of its own, PREFIX_KEY_document. `keep` names metadata for
-    the index of documents, `documents` whether there is one (None: if pyarrow is installed). `rows` is the most
-    documents to read. `reject` goes on after a bad document and writes it to PREFIX.rejects.jsonl. `fast` lets
-    gigatoken encode where it agrees with the tokenizer. `shard` is (i, n): share i, from 0, of n. `chat` says that the
-    keys hold conversations, `fim` that documents are turned to fill in the middle.
-    """
+class PrepareOptions:
+    """How a corpus is prepared."""
 
     append_eod: bool = False
+    """End each document with the tokenizer's end-of-document token."""
     keys: tuple[str, ...] = ("text",)
+    """Keys of the text; each of several gets an output of its own, PREFIX_KEY_document."""
     keep: tuple[str, ...] = ()
+    """Metadata for the document index."""
     ftfy: bool = False
-    rows: int | None = None
+    """Mend broken Unicode with ftfy first."""
+    max_documents: int | None = None
+    """Documents to read at most, empty ones included."""
     reject: bool = False
+    """Write a faulty document to PREFIX.rejects.jsonl and continue."""
     fast: bool = True
+    """Let gigatoken encode where it agrees with the tokenizer."""
     documents: bool | None = None
+    """Whether to write the document index; None writes it if pyarrow is installed."""
     workers: int = 1
+    """Processes that encode; 1 is this one."""
     shard: tuple[int, int] = (0, 1)
+    """(i, n) prepares share i, from 0, of n."""
     engine: str = "local"
+    """`local` processes, or a `ray` cluster."""
     address: str | None = None
+    """Of the Ray cluster; None starts one on this machine."""
     part_bytes: int = PART_BYTES
+    """Bytes of text in a part, about."""
     chat: ChatOptions | None = None
+    """The keys hold conversations."""
     fim: FimOptions | None = None
+    """Documents are transformed to fill in the middle."""
 
     def check(self) -> None:
-        """Options that do not go together.
+        """Check all options.
 
-        Raises  ConfigError listing all.
+        Raises  ConfigError listing every problem.
         """
-        if wrong := self.kind_problems():
-            raise ConfigError("; ".join(wrong))
+        # Values of a wrong type would break the other checks.
+        problems = self.type_problems()
+        if not problems:
+            problems = self.name_problems() + self.package_problems()
+            problems += self.share_problems() + self.form_problems()
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def type_problems(self) -> list[str]:
+        """Values of a wrong type, which only Python callers can pass."""
+        problems = []
+        counts = {
+            "--workers": self.workers,
+            "--num-docs": self.max_documents,
+            "part_bytes": self.part_bytes,
+        }
+        for name, value in counts.items():
+            if value is not None and (not isinstance(value, Integral) or value < 1):
+                problems.append(f"{name} {value!r}: expected an integer of at least 1")
+        for name, names in (("keys", self.keys), ("keep", self.keep)):
+            if isinstance(names, str) or not all(isinstance(entry, str) for entry in names):
+                problems.append(f"{name} {names!r}: expected a sequence of names, ({names!r},)")
+        if isinstance(self.shard, str) or len(self.shard) != 2:
+            problems.append(f"shard {self.shard!r}: expected two integers, such as (0, 16)")
+        return problems
+
+    def name_problems(self) -> list[str]:
+        """Missing, repeated and reserved names."""
+        problems = []
         if not self.keys:
-            wrong.append("--key: name the key of the text")
+            problems.append("--key: name the key of the text")
         if len(set(self.keys)) != len(self.keys):
-            wrong.append(f"--key {', '.join(self.keys)}: give each key once")
+            problems.append(f"--key {', '.join(self.keys)}: a key is repeated; give each once")
         if len(set(self.keep)) != len(self.keep):
-            wrong.append(f"--keep {', '.join(self.keep)}: give each name once")
-        if taken := sorted(set(self.keep) & set(OWN)):
-            wrong.append(
-                f"--keep {', '.join(taken)}: the index has columns of that name; rename yours in the corpus"
+            problems.append(f"--keep {', '.join(self.keep)}: a name is repeated; give each once")
+        reserved = sorted(set(self.keep) & set(OWN))
+        if reserved:
+            problems.append(
+                f"--keep {', '.join(reserved)}: the document index has columns of that name; rename"
+                " yours in the corpus"
             )
+        return problems
+
+    def package_problems(self) -> list[str]:
+        """Options whose package is missing or whose purpose is turned off."""
+        problems = []
         if self.keep and (self.documents is False or not has_pyarrow()):
-            wrong.append(
-                "--keep needs the index of documents, and that pyarrow: pip install 'castalia[parquet]'"
+            problems.append(
+                "--keep needs the document index, and that needs pyarrow: pip install"
+                " 'castalia[parquet]'"
             )
         if self.documents and not has_pyarrow():
-            wrong.append(
-                "--documents needs 'pyarrow', which is not installed: pip install 'castalia[parquet]'"
+            problems.append(
+                "--documents needs 'pyarrow', which is not installed: pip install"
+                " 'castalia[parquet]'"
             )
         if self.ftfy and find_spec("ftfy") is None:
-            wrong.append(
+            problems.append(
                 "--ftfy needs 'ftfy', which is not installed: pip install 'castalia[ftfy]'"
             )
+        return problems
+
+    def share_problems(self) -> list[str]:
+        """Invalid shares and cluster options."""
+        problems = []
         index, count = self.shard
         if count < 1:
-            wrong.append(f"--shard {index}/{count}: expected at least one share, such as 0/16")
+            problems.append(f"--shard {index}/{count}: expected at least one share, such as 0/16")
         elif not 0 <= index < count:
-            wrong.append(
-                f"--shard {index}/{count}: shares count from 0, so 0/{count} to {count - 1}/{count}"
+            problems.append(
+                f"--shard {index}/{count}: shares count from 0; expected 0/{count} to"
+                f" {count - 1}/{count}"
             )
-        if self.rows is not None and count > 1:
-            wrong.append(
-                "--num-docs and --shard do not go together: no share knows what the others hold"
+        if self.max_documents is not None and count > 1:
+            problems.append(
+                "--num-docs and --shard exclude each other: a share does not know how many"
+                " documents precede it"
             )
         if self.address is not None and self.engine != "ray":
-            wrong.append(f"--address {self.address}: give --engine ray too, or leave it out")
-        if wrong := wrong + self.form_problems():
-            raise ConfigError("; ".join(wrong))
-
-    def kind_problems(self) -> list[str]:
-        """Values of another kind than they must be, which a command line does not let in."""
-        counts = {"--workers": self.workers, "--num-docs": self.rows, "part_bytes": self.part_bytes}
-        wrong = [
-            f"{name} {value!r}: expected a whole number of at least 1"
-            for name, value in counts.items()
-            if value is not None and (not isinstance(value, Integral) or value < 1)
-        ]
-        for name, names in (("keys", self.keys), ("keep", self.keep)):
-            if isinstance(names, str) or not all(isinstance(one, str) for one in names):
-                wrong.append(f"{name} {names!r}: expected several names, such as ({names!r},)")
-        if isinstance(self.shard, str) or len(self.shard) != 2:
-            wrong.append(f"shard {self.shard!r}: expected two numbers, such as (0, 16)")
-        return wrong
+            problems.append(f"--address {self.address} needs --engine ray")
+        return problems
 
     def form_problems(self) -> list[str]:
-        """What is wrong with the form of the documents."""
-        wrong = [] if self.chat is None else self.chat.problems()
-        wrong += [] if self.fim is None else self.fim.problems()
+        """Invalid options of chats and fill-in-the-middle."""
+        problems = []
+        if self.chat is not None:
+            problems += self.chat.problems()
+        if self.fim is not None:
+            problems += self.fim.problems()
         if self.chat is not None and self.fim is not None:
-            wrong.append("--chat and --fim-rate do not go together: conversations are not turned")
-        if self.chat is not None and self.append_eod:
-            wrong.append(
-                "--append-eod: with --chat the tokenizer's eos_token ends each conversation; leave it out"
+            problems.append(
+                "--chat and --fim-rate exclude each other: conversations are not transformed"
             )
-        return wrong
+        if self.chat is not None and self.append_eod:
+            problems.append(
+                "--append-eod and --chat exclude each other: the tokenizer's eos_token ends each"
+                " conversation already"
+            )
+        return problems
 
 
 def has_pyarrow() -> bool:
-    """Whether the index of documents can be written."""
+    """Whether the document index can be written."""
     try:
         return find_spec("pyarrow") is not None
     except ValueError:  # a module without a spec
         return False
 
 
-def form_of(options: Options, tokenizer: Tokenizer) -> Texts:
+def form_of(options: PrepareOptions, tokenizer: Tokenizer) -> TextForm:
     """The form of the documents.
 
-    Raises  ConfigError if the tokenizer has no chat template, end of text or tokens for the middle where they are
-            needed; DataError if a template cannot be read.
+    Raises  ConfigError if the tokenizer lacks a chat template, an end of text, or the tokens of
+            fill-in-the-middle where they are needed; DataError if a template cannot be read.
     """
     if options.fim is not None:
         return make_fim(options.fim, tokenizer)
-    return Texts() if options.chat is None else make_chats(options.chat, tokenizer)
+    if options.chat is not None:
+        return make_chats(options.chat, tokenizer)
+    return TextForm()
 
 
-def make_chats(options: ChatOptions, tokenizer: Tokenizer) -> Chats:
-    """Conversations by the template of the tokenizer's folder, or the one that is named."""
+def make_chats(options: ChatOptions, tokenizer: Tokenizer) -> ChatForm:
+    """The form of conversations, by the given template or that of the tokenizer's folder."""
     file = Path(tokenizer.where)
     folder = file.parent if file.is_file() else None
-    template, settings = read_chat_template(folder, options.template), read_settings(folder)
+    template = read_chat_template(folder, options.template)
+    settings = read_settings(folder)
     if template is None:
         raise ConfigError(
-            f"{tokenizer.where} has no chat template beside it (chat_template.jinja, or in tokenizer_config.json);"
-            " name one with --chat-template FILE"
+            f"{tokenizer.where} has no chat template beside it (chat_template.jinja, or in"
+            " tokenizer_config.json); name one with --chat-template FILE"
         )
-    compiled(template.text, template.where)
+    compiled(template.text, template.where)  # a syntax error is reported now, not by a worker
     require_tokens(tokenizer, settings, template)
-    eos = dict(template.tokens).get("eos_token")
-    eos_id = tokenizer.eod_id if not settings else None if eos is None else tokenizer.ids[eos]
+    eos_id = eos_of(tokenizer, settings, template)
     if options.for_rm and eos_id is None:
         raise ConfigError(
-            f"--for-rm: {tokenizer.where} has no eos_token, which is the reward model's one target"
+            f"--for-rm: {tokenizer.where} has no eos_token, which is the reward model's only target"
         )
-    return Chats(template, options, eos_id)
+    return ChatForm(template, options, eos_id)
+
+
+def eos_of(tokenizer: Tokenizer, settings: dict[str, Any], template: ChatTemplate) -> int | None:
+    """The id that ends a conversation: the eos_token of the settings, if there are any."""
+    if not settings:
+        return tokenizer.eod_id
+    eos = dict(template.tokens).get("eos_token")
+    if eos is None:
+        return None
+    return tokenizer.ids[eos]
 
 
 def require_tokens(tokenizer: Tokenizer, settings: dict[str, Any], template: ChatTemplate) -> None:
-    """The tokenizer has the tokens that its settings count on.
+    """Require the tokens that the tokenizer's settings name.
 
-    Raises  ConfigError naming one that it lacks.
+    Without them the template's special tokens would be split into letters, silently.
+    Raises  ConfigError naming one that is missing.
     """
     added = settings.get("added_tokens_decoder")
-    named = [one.get("content") for one in added.values()] if isinstance(added, dict) else []
-    for token in [*named, dict(template.tokens).get("eos_token")]:
+    names = []
+    if isinstance(added, dict):
+        names = [entry.get("content") for entry in added.values()]
+    for token in [*names, dict(template.tokens).get("eos_token")]:
         if token is not None and token not in tokenizer.ids:
             raise ConfigError(
-                f"{tokenizer.where} has no token {token!r}, which tokenizer_config.json beside it names; save the"
-                " tokenizer again, both files at once"
+                f"{tokenizer.where} lacks the token {token!r}, which tokenizer_config.json beside"
+                " it names; save the tokenizer again, so that both files match"
             )

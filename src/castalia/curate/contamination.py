@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write, several
-from castalia.corpus.documents import Wanted, read_pieces
+from castalia.corpus.documents import WantedFields, read_extents
+from castalia.corpus.extents import PART_BYTES, extents_of_all
 from castalia.corpus.inputs import list_files
-from castalia.corpus.pieces import PART_BYTES, pieces_of_all
 from castalia.corpus.readers import require_text
 from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.shards import OnBytes
@@ -278,13 +278,13 @@ def text_documents(
     files = list_files(paths)
     counts = [0] * len(files)
     with_text = set()
-    pieces = pieces_of_all(files, PART_BYTES, lambda *_: None)
-    for piece, row in read_pieces(pieces, files, Wanted(tuple(keys))):
-        where = {"file": files[piece.file].path, "document": counts[piece.file]}
-        yield where, "\n".join(text.decode("utf-8") for text in row.texts)
-        counts[piece.file] += 1
-        if any(row.texts):
-            with_text.add(piece.file)
+    extents = extents_of_all(files, PART_BYTES, lambda *_: None)
+    for extent, document in read_extents(extents, files, WantedFields(tuple(keys))):
+        where = {"file": files[extent.file].path, "document": counts[extent.file]}
+        yield where, "\n".join(text.decode("utf-8") for text in document.texts)
+        counts[extent.file] += 1
+        if any(document.texts):
+            with_text.add(extent.file)
         if on_bytes:
-            on_bytes(sum(map(len, row.texts)))
+            on_bytes(sum(map(len, document.texts)))
     require_text(files, with_text)
