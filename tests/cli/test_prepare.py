@@ -90,8 +90,8 @@ BAD = {
         b"caf\xe9",
         "latin.txt:1: not UTF-8: byte 0xe9 at offset 3; convert the file to UTF-8",
     ),
-    "key.jsonl": (b'{"text": "x"}\n{"body": "x"}\n', "key.jsonl:2: no key 'text'; have: body"),
-    "broken.jsonl": (b'{"text": "x"}\n\n{"text": \n', "broken.jsonl:3: broken JSON at column 10"),
+    "key.jsonl": (b'{"text": "x"}\n{"body": "x"}\n', "key.jsonl:2: the document lacks the key 'text'; keys: body"),
+    "broken.jsonl": (b'{"text": "x"}\n\n{"text": \n', "broken.jsonl:3: invalid JSON at column 10"),
     "cut.jsonl.gz": (b"\x1f\x8b\x08\x00", "cut.jsonl.gz: cannot be read: "),
 }
 
@@ -227,7 +227,7 @@ def test_conversations(run, tmp_path):
     code, _, err = run(*words, "--chat", "message")
     assert code == 1
     assert (
-        "c.jsonl:1: no key 'message'; have: messages, score; did you mean 'messages'?; name the right one"
+        "c.jsonl:1: the document lacks the key 'message'; keys: messages, score; choose one"
         in err
     )
 
@@ -245,4 +245,4 @@ def test_fill_in_the_middle(run, tmp_path):
         "castalia: error: options about filling in the middle need --fim-rate SHARE\n",
     )
     code, _, err = run(*words, "--fim-rate", "1", "--chat", "text")
-    assert code == 2 and "--chat and --fim-rate do not go together" in err
+    assert code == 2 and "--chat and --fim-rate exclude each other" in err

@@ -73,7 +73,7 @@ def test_names_that_lead_out_are_refused(tmp_path, name):
     ("data", "message"),
     [
         (tar_of({"x.txt": b"ok\n\xff"}), r"a\.tar\(x\.txt\):2: not UTF-8: byte 0xff at offset 3"),
-        (tar_of({"x.jsonl": b'{"body": ""}'}), r"a\.tar\(x\.jsonl\):1: no key 'text'; have: body"),
+        (tar_of({"x.jsonl": b'{"body": ""}'}), r"a\.tar\(x\.jsonl\):1: the document lacks the key 'text'; keys: body"),
         (tar_of({}, link=tarfile.SYMTYPE), r"a\.tar\(link\): an archive may hold plain files only"),
         (tar_of({}, hard=tarfile.LNKTYPE), r"a\.tar\(hard\): an archive may hold plain files only"),
         (
@@ -82,7 +82,7 @@ def test_names_that_lead_out_are_refused(tmp_path, name):
         ),
         (tar_of({"x.tar.gz": b""}), r"a\.tar\(x\.tar\.gz\): an archive may hold plain files only"),
         (tar_of({"x.txt": b"y" * 600})[:1600], r"a\.tar: cannot be read: "),
-        (tar_of({"x.txt": b"y"})[:1536], r"a\.tar: cannot be read: the archive is cut off"),
+        (tar_of({"x.txt": b"y"})[:1536], r"a\.tar: cannot be read: the archive is truncated"),
         (b"no archive" * 100, r"a\.tar: cannot be read: "),
         (b"", r"a\.tar: cannot be read: "),
         (tar_of({}), r"a\.tar: holds no text"),

@@ -281,15 +281,15 @@ MESSAGES = [
     (5, "'messages' must be a list of messages, got int"),
     (None, "'messages' must be a list of messages, got null"),
     ("text", "'messages' must be a list of messages, got str"),
-    ([], "'messages' holds no message"),
+    ([], "'messages' is an empty list of messages"),
     (["hi"], "message 1 of 'messages' must be an object with role and content, got str"),
-    ([{"content": "a"}], "message 1 of 'messages' has no 'role'; have: content"),
-    ([{"role": "user"}], "message 1 of 'messages' has no 'content'; have: role"),
-    ([{"from": "human"}], "message 1 of 'messages' has no 'value'; have: from"),
+    ([{"content": "a"}], "message 1 of 'messages' lacks the key 'role'; keys: content"),
+    ([{"role": "user"}], "message 1 of 'messages' lacks the key 'content'; keys: role"),
+    ([{"from": "human"}], "message 1 of 'messages' lacks the key 'value'; keys: from"),
     ([{"role": 5, "content": "a"}], "message 1 of 'messages': 'role' must be a string, got int"),
     (
         [{"role": "asistant", "content": "a"}],
-        "message 1 of 'messages': no role 'asistant'; have: system, developer, user",
+        "message 1 of 'messages': unknown role 'asistant'; choose one of system, developer, user",
     ),
     (
         [{"role": "user", "content": ["a"]}],
@@ -299,7 +299,7 @@ MESSAGES = [
         [{"role": "user", "content": None}],
         "message 1 of 'messages': 'content' must be a string, got null",
     ),
-    ([{"role": "user", "content": "\ud800"}], "the conversation holds half of a surrogate pair"),
+    ([{"role": "user", "content": "\ud800"}], "the conversation contains a lone surrogate"),
 ]
 
 
@@ -317,12 +317,12 @@ def test_wrong_messages_name_file_and_line(tmp_path, value, message):
 
 
 REWARDS = [
-    ({}, "no key 'r'; have: messages; name the right one with --reward-key"),
+    ({}, "the document lacks the key 'r'; keys: messages; choose one with --reward-key"),
     ({"r": None}, "'r' must be a number, got null"),
     ({"r": "good"}, "'r' must be a number, got str"),
-    ({"r": float("nan")}, "'r' is nan, which is no finite number of 32 bits"),
-    ({"r": 1e39}, "'r' is 1e+39, which is no finite number of 32 bits"),
-    ({"r": True}, "'r' is true, not a number; --binary-reward makes it 1 or -1"),
+    ({"r": float("nan")}, "'r' must be a finite 32-bit number, got nan"),
+    ({"r": 1e39}, "'r' must be a finite 32-bit number, got 1e+39"),
+    ({"r": True}, "'r' must be a number, got true; --binary-reward turns it into 1 or -1"),
 ]
 
 
@@ -350,12 +350,12 @@ def test_templates_that_refuse_or_rewrite(tmp_path):
     chat = {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]}
     path = lines(tmp_path / "c.jsonl", chat)
     refusals = {
-        "{{ raise_exception('no chats today') }}": "the chat template refuses this conversation: no chats today",
-        "{{ messages[7].content }}": "the chat template refuses this conversation: list object has no element 7",
-        "{{ 1 / 0 }}": "the chat template refuses this conversation: division by zero",
-        "{{ ''.__class__.__mro__ }}": "the chat template refuses this conversation: access to attribute '__class__'",
-        " ": "the chat template writes nothing for these messages",
-        "{{ messages | length }}": "the chat template writes the first 1 messages otherwise when message 2 follows",
+        "{{ raise_exception('no chats today') }}": "the chat template rejects this conversation: no chats today",
+        "{{ messages[7].content }}": "the chat template rejects this conversation: list object has no element 7",
+        "{{ 1 / 0 }}": "the chat template rejects this conversation: division by zero",
+        "{{ ''.__class__.__mro__ }}": "the chat template rejects this conversation: access to attribute '__class__'",
+        " ": "the chat template renders these messages as an empty text",
+        "{{ messages | length }}": "the chat template rewrites earlier messages when message 2 follows",
     }
     for text, message in refusals.items():
         (tmp_path / "t.jinja").write_text(text)
@@ -375,24 +375,24 @@ def test_templates_that_refuse_or_rewrite(tmp_path):
         (
             {"only_last": True, "for_rm": True},
             {},
-            "--only-last and --for-rm each say which tokens are targets",
+            "--only-last and --for-rm each choose the targets",
         ),
         (
             {"binary": True},
             {},
-            "--binary-reward says how to read the reward: name its key with --reward-key",
+            "--binary-reward needs --reward-key, the key of the reward",
         ),
         ({"roles": ()}, {}, "--generation-role: name the role whose messages are targets"),
         (
             {},
             {"append_eod": True},
-            "--append-eod: with --chat the tokenizer's eos_token ends each conversation",
+            "--append-eod and --chat exclude each other: the tokenizer's eos_token ends each",
         ),
         ({}, {"tokenizer": "bytes"}, "bytes has no chat template beside it"),
         (
             {},
             {"train_vocab": 300, "tokenizer": "new.json"},
-            "--train-tokenizer learns from texts, not from --chat",
+            "--train-tokenizer learns from texts and cannot read --chat",
         ),
     ],
 )
@@ -416,7 +416,7 @@ def test_the_end_of_a_conversation(tmp_path):
         ends[name] = pairs(tmp_path / name)[0][0]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings_ | {"eos_token": "<end>"}))
     with pytest.raises(
-        ConfigError, match=r"has no token '<end>', which tokenizer_config\.json beside it names"
+        ConfigError, match=r"lacks the token '<end>', which tokenizer_config\.json beside it names"
     ):
         run([path], tmp_path / "wrong", folder)
     (folder / "tokenizer_config.json").unlink()
@@ -529,6 +529,6 @@ def test_tokens_that_only_the_settings_know_are_an_error(tmp_path):
     )
     with pytest.raises(
         ConfigError,
-        match=r"has no token '<tool>', which tokenizer_config\.json beside it names; save",
+        match=r"lacks the token '<tool>', which tokenizer_config\.json beside it names; save",
     ):
         run([GOLDEN / "chats.jsonl"], tmp_path / "o", tmp_path / "t")

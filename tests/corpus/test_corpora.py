@@ -148,7 +148,7 @@ def test_other_bytes_are_refused(server, tmp_path):
         download(corpus(server, size=12, sha256=None), tmp_path)
     assert [p.name for p in tmp_path.iterdir() if p.suffix in (".jsonl", ".partial")] == []
     (tmp_path / "a.jsonl").write_bytes(BODY[:-1])
-    with pytest.raises(DataError, match=r"a\.jsonl: \d+ bytes, but .*; remove it"):
+    with pytest.raises(DataError, match=r"a\.jsonl has \d+ bytes, but .*; remove it"):
         download(corpus(server), tmp_path)
 
 
@@ -159,13 +159,13 @@ def test_what_does_not_answer(server, tmp_path):
     ):
         download(gone, tmp_path)
     server.breaks = [0] * 9
-    with pytest.raises(DataError, match=r"run the same command to go on|cannot be downloaded"):
+    with pytest.raises(DataError, match=r"run the same command to continue|cannot be downloaded"):
         download(corpus(server), tmp_path)
 
 
 def test_dead_addresses_are_said_to_be_dead(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"the-eye\.eu took its copy of the Pile down.*pile_uncopyrighted"
+        ConfigError, match=r"the-eye\.eu removed its copy of the Pile.*pile_uncopyrighted"
     ):
         resolve_inputs(["pile"], tmp_path)
     neox = """enron pile_subset pile github arxiv europarl freelaw nih pubmed books1 books3 hackernews openwebtext2
@@ -215,7 +215,7 @@ def test_a_url_that_breaks_off_is_never_taken_for_bad_documents(server, tmp_path
     for reject in (False, True):
         server.breaks = [100_000] * 20
         with pytest.raises(
-            CastaliaError, match=r"a\.jsonl: broke off \(.*\); run the same command to go on"
+            CastaliaError, match=r"a\.jsonl: the connection broke \(.*\); run the same command to continue"
         ):
             prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes", reject=reject)
     server.breaks = []

@@ -155,7 +155,7 @@ def test_the_three_tokens_by_name():
         (
             FimOptions(),
             {},
-            r"bytes has no tokens for filling in the middle \(tried <\|fim_prefix\|>",
+            r"bytes has no tokens for fill-in-the-middle \(looked for <\|fim_prefix\|>",
         ),
         (
             FimOptions(tokens=("1", "2", "257")),
@@ -173,8 +173,8 @@ def test_the_three_tokens_by_name():
             r"--fim-tokens 1,2: expected PREFIX,MIDDLE,SUFFIX, three different tokens",
         ),
         (FimOptions(tokens=("1", "2", "2")), {}, r"three different tokens"),
-        (FimOptions(rate=1.5), {}, r"--fim-rate 1\.5: expected a share, 0 to 1"),
-        (FimOptions(spm_rate=-1), {}, r"--spm-rate -1: expected a share, 0 to 1"),
+        (FimOptions(rate=1.5), {}, r"--fim-rate 1\.5: expected a share from 0 to 1"),
+        (FimOptions(spm_rate=-1), {}, r"--spm-rate -1: expected a share from 0 to 1"),
         (FimOptions(rate=float("nan")), {}, r"--fim-rate nan: expected a share"),
     ],
 )

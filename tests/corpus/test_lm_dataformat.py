@@ -103,7 +103,7 @@ def test_a_dat_with_a_bad_document(tmp_path):
     with pytest.raises(DataError, match=r"a\.dat\.zst:2: not UTF-8: byte 0xe9 at offset 3"):
         list(read_documents([path]))
     assert prepare([path], tmp_path / "out", "bytes", reject=True).rejected == 1
-    with pytest.raises(DataError, match="holds texts without keys"):
+    with pytest.raises(DataError, match="its texts have no keys"):
         prepare([path], tmp_path / "out", "bytes", keys=("a", "b"))
 
 
@@ -119,7 +119,7 @@ def test_a_dat_cut_off_anywhere(tmp_path):
                 list(read_documents([path]))
     for head in (b"9" * 16, b"-000000000000001", b"text of other kind", b"\xd9\xa0" * 8):
         path.write_bytes(zstandard.compress(dat("one") + head + b"two"))
-        with pytest.raises(DataError, match="where the length of a document must stand"):
+        with pytest.raises(DataError, match="expected the length of a document"):
             list(read_documents([path]))
 
 

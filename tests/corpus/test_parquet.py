@@ -58,7 +58,7 @@ def test_prepare_and_manifest(table, tmp_path):
     [
         (
             {"txet": ["x"], "id": [1]},
-            r"a\.parquet: no column 'text'; have: id, txet; did you mean 'txet'\?.*--key",
+            r"a\.parquet: unknown column 'text'; columns: id, txet; .*--key; did you mean 'txet'\?",
         ),
         ({"text": [1]}, r"a\.parquet: column 'text' must hold strings, got int64"),
         ({"text": ["x", None]}, r"a\.parquet: row 1: 'text' must be a string, got null"),

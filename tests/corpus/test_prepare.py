@@ -95,7 +95,7 @@ def test_training_a_tokenizer_first(corpus, out):
     assert done.vocab_size == loaded.vocab_size <= 270
     assert [loaded.decode(d[:-1]) for d in IndexedDataset(out)] == [text for text in TEXTS if text]
     assert {int(d[-1]) for d in IndexedDataset(out)} == {0}
-    with pytest.raises(ConfigError, match="exists and is not what training"):
+    with pytest.raises(ConfigError, match="exists and differs from the tokenizer trained"):
         prepare([corpus], out, tokenizer, train_vocab=265)
 
 
@@ -103,7 +103,7 @@ def test_training_a_tokenizer_first(corpus, out):
 def test_an_error_leaves_nothing(corpus, out, workers):
     with corpus.open("a") as file:
         file.write("{broken\n")
-    with pytest.raises(DataError, match=r"a\.jsonl:6: broken JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl:6: invalid JSON"):
         prepare([corpus], out, "bytes", workers=workers)
     assert names(out.parent) == []
 

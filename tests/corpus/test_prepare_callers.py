@@ -30,7 +30,7 @@ def corpus(tmp_path):
 
 
 def test_a_script_on_standard_input_may_have_workers(corpus, tmp_path):
-    script = f"from castalia.data import prepare\nprint(prepare([{str(corpus)!r}], 'x', 'bytes', workers=2).documents)"
+    script = f"from castalia.corpus import prepare\nprint(prepare([{str(corpus)!r}], 'x', 'bytes', workers=2).documents)"
     job = subprocess.run(
         [sys.executable, "-"],
         input=script,
@@ -52,19 +52,19 @@ def test_one_input_needs_no_list(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ({"workers": 0}, "--workers 0: expected a whole number of at least 1"),
-        ({"workers": "2"}, "--workers '2': expected a whole number"),
-        ({"rows": -3}, "--num-docs -3: expected a whole number"),
-        ({"rows": 2.5}, "--num-docs 2.5: expected a whole number"),
-        ({"part_bytes": 0}, "part_bytes 0: expected a whole number"),
-        ({"keys": "text"}, "keys 'text': expected several names"),
-        ({"keep": "id"}, "keep 'id': expected several names"),
-        ({"keep": ("id", "m", "id")}, "--keep id, m, id: give each name once"),
+        ({"workers": 0}, "--workers 0: expected an integer of at least 1"),
+        ({"workers": "2"}, "--workers '2': expected an integer"),
+        ({"max_documents": -3}, "--num-docs -3: expected an integer"),
+        ({"max_documents": 2.5}, "--num-docs 2.5: expected an integer"),
+        ({"part_bytes": 0}, "part_bytes 0: expected an integer"),
+        ({"keys": "text"}, "keys 'text': expected a sequence of names"),
+        ({"keep": "id"}, "keep 'id': expected a sequence of names"),
+        ({"keep": ("id", "m", "id")}, "--keep id, m, id: a name is repeated"),
         ({"keys": ()}, "--key: name the key of the text"),
-        ({"shard": "0/2"}, "shard '0/2': expected two numbers"),
+        ({"shard": "0/2"}, "shard '0/2': expected two integers"),
         ({"shard": (0, 0)}, "--shard 0/0: expected at least one share"),
-        ({"address": "head:6379"}, "--address head:6379: give --engine ray too"),
-        ({"options": PrepareOptions(), "append_eod": True}, "append_eod: give it in `options`"),
+        ({"address": "head:6379"}, "--address head:6379 needs --engine ray"),
+        ({"options": PrepareOptions(), "append_eod": True}, "append_eod: set these in `options`"),
     ],
 )
 def test_choices_that_mean_nothing_are_refused(corpus, tmp_path, choices, said):
@@ -75,14 +75,14 @@ def test_choices_that_mean_nothing_are_refused(corpus, tmp_path, choices, said):
 
 def test_an_input_without_a_name_is_not_the_current_folder(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="an input without a name"):
+    with pytest.raises(DataError, match="an input has an empty name"):
         prepare([corpus, ""], tmp_path / "x", "bytes")
 
 
 def test_the_first_reject_is_named_where_nothing_else_came(corpus, tmp_path):
     with pytest.raises(
         DataError,
-        match=r"no documents with text in .*; 9 rejected, the first: .*a\.jsonl:1: no key 'b'",
+        match=r"no documents with text in .*; 9 rejected, the first: .*a\.jsonl:1: the document lacks the key 'b'",
     ):
         prepare([corpus], tmp_path / "x", "bytes", keys=("b",), reject=True)
 
@@ -111,7 +111,7 @@ def test_metadata_that_no_document_has_is_told(corpus, tmp_path):
     pytest.importorskip(
         "pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'"
     )
-    with pytest.warns(UserWarning, match="^no document has 'meta', which --keep names"):
+    with pytest.warns(UserWarning, match="^--keep names 'meta', which no document has"):
         prepare([corpus], tmp_path / "x", "bytes", keep=("id", "meta"))
 
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_is_trained_on_what_is_not_rejected(tmp_path):
         == 2
     )
     assert (tmp_path / "bad.json").read_bytes() == (tmp_path / "good.json").read_bytes()
-    with pytest.raises(DataError, match=r"b\.jsonl:1: broken JSON"):
+    with pytest.raises(DataError, match=r"b\.jsonl:1: invalid JSON"):
         prepare(bad, tmp_path / "y", tmp_path / "other.json", train_vocab=262)
 
 
@@ -194,7 +194,7 @@ def test_pairs_of_which_a_side_is_empty_are_told_and_refused(tmp_path, workers):
         )
     )
     with pytest.warns(
-        UserWarning, match="^2 documents have a text under some keys and none under others"
+        UserWarning, match="^2 documents have text under some keys and none under others"
     ):
         done = prepare(
             [path], tmp_path / "x", "bytes", keys=("c", "r"), workers=workers, part_bytes=20
@@ -215,7 +215,7 @@ def test_json_over_several_lines_is_told_what_a_line_is(tmp_path):
     path.write_text(json.dumps([{"text": "a"}], indent=1))
     with pytest.raises(
         DataError,
-        match=r"broken JSON at column 2: .*; each document must stand on a line of its own",
+        match=r"invalid JSON at column 2: .*; put each document on a line of its own",
     ):
         prepare(path, tmp_path / "x", "bytes")
 

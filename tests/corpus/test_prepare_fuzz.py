@@ -18,7 +18,8 @@ import gzip, io, json, lzma, pathlib, random, signal, struct, sys, tarfile, zipf
 import numpy, pyarrow, zstandard
 from pyarrow import parquet
 from castalia.core.errors import CastaliaError
-from castalia.data import IndexedDataset, prepare, read_documents
+from castalia.corpus import prepare, read_documents
+from castalia.data import IndexedDataset
 
 kind, count, seed, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4])
 draw = random.Random(seed)

@@ -83,7 +83,7 @@ def test_two_nodes_write_what_one_process_writes(cluster, corpus, tmp_path):
     assert not os.path.exists(tmp_path / "ray.parts")
     with open(corpus, "a") as file:
         file.write("{broken\n")
-    with pytest.raises(DataError, match=r"a\.jsonl:1501: broken JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1501: invalid JSON"):
         prepare([corpus], tmp_path / "bad", tmp_path / "t.json", **ray_options)
 
 

@@ -49,7 +49,7 @@ def whole(corpus, tmp_path):
 
 SCRIPT = """
 import sys
-from castalia.data import prepare
+from castalia.corpus import prepare
 if __name__ == "__main__":
     prepare(sys.argv[3:], sys.argv[1], "bytes", append_eod=True, part_bytes=20000, workers=int(sys.argv[2]))
 """
@@ -155,7 +155,7 @@ def test_changed_inputs_and_settings_are_seen(stop_after, corpus, tmp_path):
 def test_a_bad_line_late_keeps_what_was_done(corpus, tmp_path):
     with open(corpus[0], "a") as file:
         file.write("{broken\n")
-    with pytest.raises(DataError, match=r"a\.jsonl:121: broken JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl:121: invalid JSON"):
         prepare(corpus, tmp_path / "out", "bytes", part_bytes=PART)
     assert (tmp_path / "out.parts").is_dir() and not (tmp_path / "out.bin").exists()
     done = prepare(corpus, tmp_path / "out", "bytes", part_bytes=PART, reject=True)
@@ -183,7 +183,7 @@ def test_two_at_once_are_refused(corpus, tmp_path):
     (tmp_path / "out.parts").mkdir()
     with open(tmp_path / "out.parts" / "lock", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match=r"another process writes .*out now"):
+        with pytest.raises(ConfigError, match=r"another process is writing .*out"):
             prepare(corpus, tmp_path / "out", "bytes")
 
 

@@ -38,10 +38,10 @@ def records(output):
 def test_a_resumed_job_that_fails_at_once_keeps_what_was_done(stop_after, corpus, tmp_path):
     stop_after(8, [corpus], tmp_path / "out", part_bytes=PART)
     assert records(tmp_path / "out") == 8
-    with pytest.raises(ConfigError, match="no engine 'spark'"):
+    with pytest.raises(ConfigError, match="unknown --engine 'spark'"):
         prepare([corpus], tmp_path / "out", "bytes", part_bytes=PART, engine="spark")
     assert records(tmp_path / "out") == 8
-    with pytest.raises(DataError, match="no key 'txt'"):
+    with pytest.raises(DataError, match="lacks the key 'txt'"):
         prepare([corpus], tmp_path / "new", "bytes", keys=("txt",))
     assert not (tmp_path / "new.parts").exists()
 
@@ -76,7 +76,7 @@ def test_what_cannot_be_read_twice_is_refused(corpus, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
         with pytest.raises(
-            DataError, match="a pipe or a device; it is read more than once, so write it to a file"
+            DataError, match="is a pipe or a device, which cannot be read twice; write it to a file"
         ):
             prepare([path], tmp_path / "out", "bytes")
     with pytest.raises(
@@ -149,7 +149,7 @@ def test_signals_end_a_job_in_order_with_a_sentence(corpus, tmp_path, name, work
     number = getattr(signal, name)
     os.killpg(job.pid, number) if name == "SIGINT" else os.kill(job.pid, number)
     _, err = job.communicate(timeout=60)
-    assert err == f"castalia: error: stopped by {name}; the same command goes on where it was\n"
+    assert err == f"castalia: error: stopped by {name}; the same command continues\n"
     assert job.returncode == 128 + number
     assert records(tmp_path / "out") >= 4
     prepare([corpus], tmp_path / "out", "bytes", part_bytes=PART)

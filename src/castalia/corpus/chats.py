@@ -167,8 +167,8 @@ class ChatFields(WantedFields):
             texts.append(self.render(messages[: i + 1], before_reply))
             if not texts[-1].startswith(texts[-2]):
                 raise BadDocumentError(
-                    f"the chat template changes the first {i} messages when message {i + 1}"
-                    " follows, so its tokens cannot be told apart; --no-mask trains on all tokens"
+                    f"the chat template rewrites earlier messages when message {i + 1} follows, so"
+                    " its tokens cannot be told apart; --no-mask trains on all tokens"
                 )
             is_generated = i >= prompt_length and message["role"] in options.roles
             targets.append(is_generated and (i == last or not options.only_last))

@@ -159,8 +159,8 @@ def check_columns(
             if count == 0:
                 existing = ", ".join(sorted(schema.names)) or "none"
                 raise DataError(
-                    f"{file.path}: unknown column {key!r}; columns: {existing}"
-                    f"{nearest(key, schema.names)}; choose one with --key"
+                    f"{file.path}: unknown column {key!r}; columns: {existing}; choose one with"
+                    f" --key{nearest(key, schema.names)}"
                 )
             if count > 1:
                 raise DataError(

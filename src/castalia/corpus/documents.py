@@ -136,8 +136,8 @@ def value_of(values: dict[str, Any], key: str, option: str) -> Any:
     if key not in values:
         existing = ", ".join(sorted(values)) or "none"
         raise BadDocumentError(
-            f"the document lacks the key {key!r}; keys: {existing}{nearest(key, values)};"
-            f" choose one with {option}"
+            f"the document lacks the key {key!r}; keys: {existing}; choose one with {option}"
+            f"{nearest(key, values)}"
         )
     return values[key]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.core.allocator import resident_bytes
+from castalia.core.memory import resident_bytes
 from castalia.corpus.recent_characters import RecentCharacters
 from castalia.data.indexed import best_dtype
 from castalia.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer

@@ -7,9 +7,9 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from castalia.core.allocator import keep_freed_memory
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.extras import require
+from castalia.core.memory import keep_freed_memory
 from castalia.core.workers import WorkerPool
 from castalia.corpus.encoding import Encoder, leave_cores
 from castalia.corpus.job import PrepareJob
