@@ -90,7 +90,10 @@ BAD = {
         b"caf\xe9",
         "latin.txt:1: not UTF-8: byte 0xe9 at offset 3; convert the file to UTF-8",
     ),
-    "key.jsonl": (b'{"text": "x"}\n{"body": "x"}\n', "key.jsonl:2: the document lacks the key 'text'; keys: body"),
+    "key.jsonl": (
+        b'{"text": "x"}\n{"body": "x"}\n',
+        "key.jsonl:2: the document lacks the key 'text'; keys: body",
+    ),
     "broken.jsonl": (b'{"text": "x"}\n\n{"text": \n', "broken.jsonl:3: invalid JSON at column 10"),
     "cut.jsonl.gz": (b"\x1f\x8b\x08\x00", "cut.jsonl.gz: cannot be read: "),
 }
@@ -227,8 +230,7 @@ def test_conversations(run, tmp_path):
     code, _, err = run(*words, "--chat", "message")
     assert code == 1
     assert (
-        "c.jsonl:1: the document lacks the key 'message'; keys: messages, score; choose one"
-        in err
+        "c.jsonl:1: the document lacks the key 'message'; keys: messages, score; choose one" in err
     )
 
 

@@ -73,7 +73,10 @@ def test_names_that_lead_out_are_refused(tmp_path, name):
     ("data", "message"),
     [
         (tar_of({"x.txt": b"ok\n\xff"}), r"a\.tar\(x\.txt\):2: not UTF-8: byte 0xff at offset 3"),
-        (tar_of({"x.jsonl": b'{"body": ""}'}), r"a\.tar\(x\.jsonl\):1: the document lacks the key 'text'; keys: body"),
+        (
+            tar_of({"x.jsonl": b'{"body": ""}'}),
+            r"a\.tar\(x\.jsonl\):1: the document lacks the key 'text'; keys: body",
+        ),
         (tar_of({}, link=tarfile.SYMTYPE), r"a\.tar\(link\): an archive may hold plain files only"),
         (tar_of({}, hard=tarfile.LNKTYPE), r"a\.tar\(hard\): an archive may hold plain files only"),
         (

@@ -215,7 +215,8 @@ def test_a_url_that_breaks_off_is_never_taken_for_bad_documents(server, tmp_path
     for reject in (False, True):
         server.breaks = [100_000] * 20
         with pytest.raises(
-            CastaliaError, match=r"a\.jsonl: the connection broke \(.*\); run the same command to continue"
+            CastaliaError,
+            match=r"a\.jsonl: the connection broke \(.*\); run the same command to continue",
         ):
             prepare([f"{server.url}/a.jsonl"], tmp_path / "out", "bytes", reject=reject)
     server.breaks = []

@@ -293,7 +293,8 @@ def test_shares_are_merged_all_and_in_their_order(file, tmp_path):
     path.write_bytes(path.read_bytes() + lines({"text": "more"}))
     prepare([path], shares[3], "bytes", shard=(3, 12), part_bytes=100)
     with pytest.raises(
-        DataError, match=r"share3: share 3/12 was prepared from other inputs than the share before it"
+        DataError,
+        match=r"share3: share 3/12 was prepared from other inputs than the share before it",
     ):
         merge(shares, tmp_path / "merged")
 

@@ -149,9 +149,7 @@ def test_what_a_folder_links_to_is_read_and_what_cannot_be_is_told(tmp_path):
     ]
     (tmp_path / "corpus" / "b" / "gone.txt").symlink_to("nowhere.txt")
     for name in (tmp_path / "corpus", tmp_path / "corpus/b/*.txt"):
-        with pytest.raises(
-            DataError, match=r"gone\.txt: broken link to nowhere\.txt"
-        ):
+        with pytest.raises(DataError, match=r"gone\.txt: broken link to nowhere\.txt"):
             list(read_documents([name]))
     with pytest.raises(DataError, match="cannot be read: File name too long"):
         list(read_documents(["x" * 300]))
