@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words and in its matrix rate, taking turns, medians and spreads."""
+"""Shared by the benchmarks: description of the machine, timing in turns, medians and spreads."""
 
 import os
 import platform
@@ -12,7 +12,10 @@ import torch
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
-    """Processor, cores, memory, versions and load; the load tells whether the numbers were taken alone."""
+    """Processor, cores, memory, versions and load.
+
+    The load shows whether the machine was otherwise idle.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     names = [
         line.split(":")[1].strip()
@@ -36,7 +39,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 def matrix_rate(
     dtype: torch.dtype, device: str = "cpu", size: int | None = None, rounds: int = 9
 ) -> float:
-    """Best FLOP/s of a square matrix product in `dtype`, of several; a multiply-add is 2 FLOPs."""
+    """Best FLOP/s of several square matrix products in `dtype`; a multiply-add is 2 FLOPs."""
     n = size or (8192 if device == "cuda" else 1536)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(rounds + 2))
@@ -54,23 +57,26 @@ def seconds(work: Callable[[], object], device: str = "cpu") -> float:
 
 
 def in_turn(works: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call every work once a round, and note what it returns; what disturbs the machine then disturbs all alike.
+    """Call every work once per round and collect the returned seconds.
 
-    The order turns by one place from round to round, so that no work always follows the same one.
+    Disturbances of the machine then affect all works alike. The order rotates by one place per
+    round, so that no work always follows the same other one.
     """
-    names, found = list(works), {name: [] for name in works}
+    names = list(works)
+    times: dict[str, list[float]] = {name: [] for name in works}
     for r in range(rounds):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
-            found[name].append(works[name]())
-    return found
+        first = r % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(works[name]())
+    return times
 
 
 def summary(values: Iterable[float]) -> dict[str, float]:
-    """Median, and the quartiles as its spread."""
+    """Median, with the quartiles as its spread."""
     values = sorted(values)
-    low, middle, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    )
+    if len(values) == 1:
+        values = values * 2
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "low": low, "high": high}
 
 
@@ -80,19 +86,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
 
 
 def resident_bytes(field: str = "VmRSS") -> int:
-    """Resident memory of this process now (VmRSS) or at its highest (VmHWM); Linux."""
-    return (
-        next(
-            int(line.split()[1])
-            for line in read("/proc/self/status").splitlines()
-            if line.startswith(field)
-        )
-        << 10
-    )
+    """Resident memory of this process now (VmRSS) or at its peak (VmHWM); Linux only."""
+    lines = read("/proc/self/status").splitlines()
+    kibibytes = next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return kibibytes * 1024
 
 
 def read(path: str) -> str:
-    """A file of the system, or nothing where it does not exist."""
+    """A system file, or an empty text if it does not exist."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -1,14 +1,17 @@
-"""Do learned mixtures train better than fixed ones? Every mixer on the same text, the same model and the same seeds.
+"""Do learned mixtures train better than fixed ones? Every mixer on the same text, model and seeds.
 
-    python benchmarks/mixing.py [--full | --small | --quick] [--work FOLDER] [--jobs N] [--seeds 1,2,3] [--json FILE]
+    python benchmarks/mixing.py [--full | --small | --quick] [--work FOLDER] [--jobs N]
+                                [--seeds 1,2,3] [--json FILE]
 
-Each finished run is one file in the work folder; the same command goes on where it was stopped, with N processes of one
-thread. It ends with a table, a JSON file and a picture; --report makes these from what is finished.
+Each finished run is one file in the work folder. The same command resumes an interrupted
+benchmark, with N processes of one thread. It ends with a table, a JSON file and a picture; --report
+makes these from the finished runs alone.
 
-Fixed in advance: corpus and scale, five seeds, a run's S = 1 - t*/T as mixing_numbers.saved defines it against the best
-of natural, uniform and UniMax on the same metric, and no setting of any arm chosen on these seeds or on this held-out
-text. `again` is uniform with another order of the rows: S of two equal arms, the noise of everything below. For
-`confirm` the run with the median S is made anew with so many steps less and a whole schedule of its own.
+Fixed in advance: corpus and scale; five seeds; S = 1 - t*/T as in mixing_numbers.saved, against
+the best of natural, uniform and UniMax on the same metric. No setting of an arm was chosen on these
+seeds or on this held-out text. `again` is uniform with another order of the rows: its S is that of
+two equal arms, the noise of all other numbers. `confirm` repeats an arm without the steps that it
+saved, on a complete schedule of its own.
 """
 
 import argparse
@@ -39,22 +42,23 @@ HERE = Path(__file__).resolve().parent
 OUTSIDE = ("perl", "docstrings")
 """Sources that no arm trains on."""
 FIXED = ("natural", "uniform", "unimax")
-"""The mixtures that a learned one has to beat."""
+"""The fixed mixtures that a learned one has to beat."""
 SCALES = {
     "quick": Scale(steps=40, rows=8, width=32, eval_rows=4, feed_rows=2),
     "small": Scale(),
     "default": Scale(steps=800, rows=32, width=96),
     "full": Scale(steps=2000, rows=32, layers=4, width=128, lr=4e-3),
 }
-"""About 15 minutes on two idle cores, about 45, and a night."""
+"""On two idle cores: seconds, about 15 minutes, about 45 minutes, and a night."""
 UNIMAX_EPOCHS = {"quick": 1, "small": 1, "default": 4, "full": 4}
-"""Passes over a source; the runs of the smaller scales are too short for four to bind, and UniMax would be uniform."""
+"""Maximum passes over a source. Runs of the smaller scales are too short for four to bind, and
+UniMax would be uniform."""
 TILT = 4.0
-"""Temperature of the prior of `progress-tilt`, and of the fixed mixture that has it too."""
+"""Temperature of the prior of `progress-tilt`, and of the fixed mixture with the same shares."""
 
 
 def main() -> None:
-    """Run what is missing, then report."""
+    """Do the missing runs, then report."""
     options = read_options()
     bench = Bench(options)
     if not options.report:
@@ -85,29 +89,33 @@ def read_options() -> argparse.Namespace:
         dest="size",
         action="store_const",
         const="quick",
-        help="only to see that it works",
+        help="a smoke test",
     )
     parser.add_argument(
         "--schedule", default="cosine", choices=("cosine", "wsd", "constant"), help="learning rate"
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/mixing-benchmark"), help="where runs are kept"
+        "--work",
+        type=Path,
+        default=Path("runs/mixing-benchmark"),
+        help="folder of the finished runs",
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument(
         "--seeds", type=lambda text: [int(s) for s in text.split(",")], default=[1, 2, 3, 4, 5]
     )
     parser.add_argument(
-        "--arms", type=lambda text: text.split(","), help="only these, and what they need"
+        "--arms", type=lambda text: text.split(","), help="only these arms, and the fixed mixtures"
     )
-    parser.add_argument("--report", action="store_true", help="only report what is finished")
-    parser.add_argument(
-        "--json", type=Path, help="where the numbers go; the picture stands beside it"
-    )
+    parser.add_argument("--report", action="store_true", help="only report finished runs")
+    parser.add_argument("--json", type=Path, help="output file; the picture is written beside it")
     options = parser.parse_args()
     options.size = options.size or "default"
-    name = "mixing" + ("" if options.size == "default" else f"-{options.size}")
-    name += "" if options.schedule == "cosine" else f"-{options.schedule}"
+    name = "mixing"
+    if options.size != "default":
+        name += f"-{options.size}"
+    if options.schedule != "cosine":
+        name += f"-{options.schedule}"
     options.json = options.json or HERE / "results" / f"{name}.json"
     return options
 
@@ -145,7 +153,8 @@ class Bench:
 
     def arms(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Mixer and settings of each arm; the warm-up is 5% of a run."""
-        sizes, warm = self.text.sizes, {"warmup_steps": self.scale.steps // 20}
+        sizes = self.text.sizes
+        warm = {"warmup_steps": self.scale.steps // 20}
         rows = float(self.scale.steps * self.scale.rows)
         tilt = self.natural ** (1 / TILT)
         return {
@@ -168,7 +177,7 @@ class Bench:
         }
 
     def second(self) -> Iterator[Job]:
-        """The arms that use what other seeds ended with: mean shares as a static mixture, and targets."""
+        """The arms that use results of other seeds: mean shares as a fixed mixture, and targets."""
         for place, seed in enumerate(self.options.seeds):
             others = [s for s in self.options.seeds if s != seed] or [seed]
             for arm in ("odm", "progress", "progress-tilt"):
@@ -179,19 +188,22 @@ class Bench:
                     )
             other = others[place % len(others)]
             if self.done("uniform", other):
-                target = self.read("uniform", other)[
-                    "fed"
-                ]  # of the very rows whose losses the mixer is told
+                # Losses on the very rows that the mixer learns from.
+                target = self.read("uniform", other)["fed"]
                 yield Job(
                     "dbl", seed, "dbl", {"target": target}, feed=max(1, self.scale.steps // 20)
                 )
 
     def third(self) -> Iterator[Job]:
-        """The budget confirmation of our mixers, where they save anything."""
+        """Confirmation runs of Castalia's own mixers, if they save any steps."""
         results = self.results()
         for arm in ("progress", "progress-tilt"):
-            saving = self.compare(results, arm, "M1")["saved"] if results.get(arm) else 0.0
-            for seed in self.options.seeds if saving > 0 else ():
+            if not results.get(arm):
+                continue
+            saving = self.compare(results, arm, "M1")["saved"]
+            if saving <= 0:
+                continue
+            for seed in self.options.seeds:
                 kind, options = self.arms()[arm]
                 yield Job(f"{arm}-confirm", seed, kind, options, share=round(1 - saving, 3))
 
@@ -204,10 +216,16 @@ class Bench:
         return self.path(arm, seed).is_file()
 
     def finished(self, job: Job) -> bool:
-        """Whether this very run is finished; what an arm takes from other seeds changes when there are more of them."""
+        """Whether this very run is finished.
+
+        With more seeds, an arm that uses results of other seeds changes.
+        """
+        if not self.done(job.arm, job.seed):
+            return False
+        result = self.read(job.arm, job.seed)
+        # Through JSON, as in the file: tuples become lists.
         wanted = json.loads(json.dumps(asdict(job)))
-        found = self.read(job.arm, job.seed) if self.done(job.arm, job.seed) else {}
-        return found.get("job") == wanted and ("fed" in found or job.arm != "uniform")
+        return result["job"] == wanted and ("fed" in result or job.arm != "uniform")
 
     def read(self, arm: str, seed: int) -> Result:
         """A finished run."""
@@ -216,15 +234,15 @@ class Bench:
 
     def results(self) -> dict[str, dict[int, Result]]:
         """All finished runs by arm and seed."""
-        found: dict[str, dict[int, Result]] = {}
+        results: dict[str, dict[int, Result]] = {}
         for path in sorted(self.folder.glob("*.json")):
             arm, seed = path.stem.rsplit(".", 1)
             if int(seed) in self.options.seeds:
-                found.setdefault(arm, {})[int(seed)] = self.read(arm, int(seed))
-        return found
+                results.setdefault(arm, {})[int(seed)] = self.read(arm, int(seed))
+        return results
 
     def run(self, jobs: list[Job]) -> None:
-        """Run what is not finished, in several processes, which share the text by forking."""
+        """Do the unfinished runs in several processes, which share the text by forking."""
         chosen = self.options.arms
         wanted = [job for job in jobs if not chosen or job.arm in chosen or job.arm in FIXED]
         missing = [job for job in wanted if not self.finished(job)]
@@ -240,12 +258,10 @@ class Bench:
                 print(f"  {place}/{len(missing)} {name}", flush=True)
 
     def weights(self, metric: str) -> np.ndarray:
-        """(K,) of the two metrics that iterations are counted on."""
-        return (
-            self.natural
-            if metric == "M2"
-            else np.full(len(self.text.sources), 1 / len(self.text.sources))
-        )
+        """(K,) weights of the sources in M1 or M2."""
+        if metric == "M2":
+            return self.natural
+        return np.full(len(self.text.sources), 1 / len(self.text.sources))
 
     def base(self, results: dict[str, dict[int, Result]], metric: str) -> str:
         """The best fixed mixture on a metric."""
@@ -264,7 +280,7 @@ class Bench:
         return {"base": base} | against(results[arm], results[base], self.weights(metric))
 
     def report(self) -> None:
-        """The table, the JSON file and the picture, of what is finished."""
+        """Write the table, the JSON file and the picture of the finished runs."""
         results = self.results()
         everything = [final(result) for runs in results.values() for result in runs.values()]
         best = np.min(everything, axis=0)
@@ -293,7 +309,7 @@ class Bench:
         print_table(value)
 
     def sources(self) -> dict[str, Any]:
-        """What the sources are, and how much of them there is."""
+        """Description and size of the sources."""
         return {
             source: {
                 "about": self.about[source]["about"],
@@ -309,18 +325,22 @@ class Bench:
     ) -> dict[str, Any]:
         """All numbers of an arm."""
         runs = results[arm]
-        found = {seed: metrics(result, self.natural, best) for seed, result in runs.items()}
-        names = list(next(iter(found.values())))
+        by_seed_metrics = {
+            seed: metrics(result, self.natural, best) for seed, result in runs.items()
+        }
+        names = list(next(iter(by_seed_metrics.values())))
         any_run = next(iter(runs.values()))
         return {
             "kind": any_run["job"]["kind"],
             "steps": any_run["steps"],
             "seeds": sorted(runs),
             "metrics": {
-                name: float(np.mean([values[name] for values in found.values()])) for name in names
+                name: float(np.mean([values[name] for values in by_seed_metrics.values()]))
+                for name in names
             },
             "by_seed": {
-                name: {seed: values[name] for seed, values in found.items()} for name in names
+                name: {seed: values[name] for seed, values in by_seed_metrics.items()}
+                for name in names
             },
             "against_best_fixed": {
                 metric: self.compare(results, arm, metric) for metric in ("M1", "M2")
@@ -346,7 +366,7 @@ class Bench:
         }
 
     def confirm(self, results: dict[str, dict[int, Result]]) -> dict[str, Any]:
-        """Whether a run with the steps that were not saved, on a schedule of its own, ends where the base ends."""
+        """Distance to the base of confirmation runs: fewer steps on a complete schedule."""
         out = {}
         for arm in [name for name in results if name.endswith("-confirm")]:
             base = results[self.base(results, "M1")]
@@ -358,11 +378,11 @@ class Bench:
 
 
 WORKER: list[Bench] = []
-"""The benchmark that this worker process runs a part of; inherited, so that the text is in memory once."""
+"""The benchmark of this worker process; inherited by forking, so that memory holds one text."""
 
 
 def alone(bench: Bench) -> None:
-    """A worker has one thread, holds on to its memory, and is served last."""
+    """Set up a worker: one thread, freed memory kept, low priority."""
     WORKER[:] = [bench]
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -370,7 +390,7 @@ def alone(bench: Bench) -> None:
 
 
 def run_one(job: Job) -> str:
-    """Train one arm and write its file, whole or not at all."""
+    """Train one arm and write its file atomically."""
     bench = WORKER[0]
     write_json(bench.path(job.arm, job.seed), train(job, bench.text, bench.outside, bench.scale))
     return job.name
@@ -378,10 +398,11 @@ def run_one(job: Job) -> str:
 
 def print_table(value: dict[str, Any]) -> None:
     """The arms from best to worst on M1."""
-    fixed, scale = value["best_fixed"], value["scale"]
+    fixed = value["best_fixed"]
     print(
-        f"\n{len(value['sources'])} sources, {scale['steps']} steps, seeds {value['seeds']}; nats a byte;"
-        f" S on M1 against {fixed['M1']}, on M2 against {fixed['M2']}"
+        f"\n{len(value['sources'])} sources, {value['scale']['steps']} steps,"
+        f" seeds {value['seeds']}; nats a byte; S on M1 against {fixed['M1']}, on M2 against"
+        f" {fixed['M2']}"
     )
     print(
         f"{'arm':<22}seeds" + "".join(f"{name:>8}" for name in ("M1", "M1 ppl", "M2", "M3", "M4")),
@@ -394,19 +415,18 @@ def print_table(value: dict[str, Any]) -> None:
         )
         savings = ""
         for metric in ("M1", "M2"):
-            found = row["against_best_fixed"][metric]
-            savings += (
-                f"{found['saved']:>+10.1%}" + f"{found['low']:>+9.1%}..{found['high']:<+7.1%}"
-            )
+            gain = row["against_best_fixed"][metric]
+            savings += f"{gain['saved']:>+10.1%}{gain['low']:>+9.1%}..{gain['high']:<+7.1%}"
         print(f"{arm:<22}{len(row['seeds']):>5}{numbers}{savings}")
     for metric, arms in value["noise"].items():
         for arm, noise in arms.items():
             spread = f"between {noise['low']:+.1%} and {noise['high']:+.1%} in 9 of 10 pairs"
             print(f"two seeds of {arm}: S on {metric} {spread}")
-    for arm, found in value["confirm"].items():
-        gaps = ", ".join(f"{gap:+.4f}" for gap in found["M1_above_base"])
+    for arm, run in value["confirm"].items():
+        gaps = ", ".join(f"{gap:+.4f}" for gap in run["M1_above_base"])
         print(
-            f"{arm}: {found['steps']} steps ({found['saved']:.0%} less) end {gaps} nats from {fixed['M1']} on M1"
+            f"{arm}: {run['steps']} steps ({run['saved']:.0%} less) end {gaps} nats from"
+            f" {fixed['M1']} on M1"
         )
 
 

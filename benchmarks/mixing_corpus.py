@@ -1,8 +1,9 @@
-"""The text of the mixing benchmark: sources of very different size and entropy, out of what a machine carries anyway.
+"""The corpus of the mixing benchmark: local text in sources of very different size and entropy.
 
-Python brings half of them; Debian's documentation the rest, where it is installed. Three are made to diagnose a mixer:
-`noise` cannot be learned, `trivial` is learned at once, and `headers-twin` is a random half of one source, so that a
-mixer which goes by names gives that text double. Nothing held out repeats training text (castalia.demo.heldout).
+Half of the sources come with Python, the others with Debian's documentation if it is installed.
+Three sources diagnose a mixer: `noise` cannot be learned, `trivial` is learned at once, and
+`headers-twin` is a random half of another source, so that a mixer that only counts sources gives
+that text double weight. Held-out text does not repeat training text (castalia.demo.heldout).
 """
 
 import gzip
@@ -21,14 +22,14 @@ from castalia.demo.texts import SMALLEST_DOCUMENT, Document
 
 NAME = "mixing"
 PIECE = 16 * 1024
-"""Longer texts outside Python are cut into documents of so many characters."""
+"""Characters of a document; longer texts from outside Python are cut."""
 DOC = Path("/usr/share/doc")
 MAN = Path("/usr/share/man")
 ENGLISH = {f"man{section}" for section in range(1, 9)}
 
 
 def pieces(name: str, text: str) -> Iterator[Document]:
-    """A text as documents of at most PIECE characters."""
+    """Cut a text into documents of at most PIECE characters."""
     for number, start in enumerate(range(0, len(text), PIECE)):
         part = text[start : start + PIECE]
         if len(part) >= SMALLEST_DOCUMENT:
@@ -36,16 +37,16 @@ def pieces(name: str, text: str) -> Iterator[Document]:
 
 
 def read_all(files: Iterable[Path]) -> list[Document]:
-    """Files, packed by gzip or not, in pieces; what is not UTF-8 or cannot be read is passed over."""
-    found: list[Document] = []
+    """Files, gzipped or not, in pieces; unreadable and non-UTF-8 files are skipped."""
+    documents: list[Document] = []
     for path in sorted(files):
         try:
             data = path.read_bytes()
             text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
         except (OSError, UnicodeDecodeError, EOFError):
             continue
-        found.extend(pieces(str(path), text))
-    return found
+        documents.extend(pieces(str(path), text))
+    return documents
 
 
 def changelogs() -> list[Document]:
@@ -69,7 +70,7 @@ def perl() -> list[Document]:
 
 
 def headers(twin: bool) -> list[Document]:
-    """PyTorch's C++ headers, one of two halves; a file's half is by hash of its name."""
+    """One of two halves of PyTorch's C++ headers, chosen by the hash of a file's name."""
     folder = texts.package_folder("torch/include")
     files = sorted(folder.rglob("*.h")) if folder else []
     named = {path: str(path.relative_to(folder)) for path in files} if folder else {}
@@ -82,11 +83,11 @@ def headers(twin: bool) -> list[Document]:
 
 
 def records() -> list[Document]:
-    """The lists of files in installed packages: paths that can be learned, SHA-256 sums that cannot."""
-    found: list[Document] = []
+    """File lists of installed packages: learnable paths and unlearnable SHA-256 sums."""
+    documents: list[Document] = []
     for dist in texts.packages():
-        found.extend(pieces(dist.metadata["Name"].lower(), dist.read_text("RECORD") or ""))
-    return [part for document in found for part in cut(document, 2048)]
+        documents.extend(pieces(dist.metadata["Name"].lower(), dist.read_text("RECORD") or ""))
+    return [part for document in documents for part in cut(document, 2048)]
 
 
 def characters() -> list[Document]:
@@ -104,7 +105,7 @@ def characters() -> list[Document]:
 
 
 def zones() -> list[Document]:
-    """The rules of the world's clocks."""
+    """Time-zone rules."""
     return [
         part for d in read_all([Path("/usr/share/zoneinfo/tzdata.zi")]) for part in cut(d, 1024)
     ]
@@ -117,14 +118,14 @@ def cut(document: Document, size: int) -> Iterator[Document]:
 
 
 def noise(size: int) -> list[Document]:
-    """Hexadecimal digits drawn evenly: 4 bits a byte, whatever the model."""
+    """Uniform hexadecimal digits: 4 bits a byte under any model."""
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)
     drawn = digits[np.random.default_rng(11).integers(0, 16, size)].tobytes().decode()
     return list(cut(Document("noise", drawn), 4096))
 
 
 def trivial(size: int) -> list[Document]:
-    """One sentence over and over with a number in it that is said three times."""
+    """One repeated sentence with a random number that occurs three times."""
     random = np.random.default_rng(12)
     lines = (
         f"{n} comes, {n} stays, {n} goes.\n" for n in random.integers(10**7, 10**8, size // 41)
@@ -133,7 +134,7 @@ def trivial(size: int) -> list[Document]:
 
 
 def source(read: Callable[[], list[Document]], about: str, megabytes: float = 4.0) -> TextSource:
-    """A source of at most so many megabytes."""
+    """A source of at most `megabytes`."""
     return TextSource(read, int(megabytes * 1e6), about)
 
 
@@ -162,9 +163,9 @@ CORPORA.register(NAME)(
     )
 )
 DIAGNOSTIC = ("noise", "trivial", "headers-twin")
-"""Sources that are there to test mixers."""
+"""Sources that diagnose mixers."""
 
 
 def corpus(folder: str | Path, say: Callable[[str], None] = print) -> CorpusPaths:
-    """The benchmark's corpus in `folder`, built there if it is not there yet; bytes are its tokens."""
+    """The benchmark's corpus in `folder`, built there if missing; its tokens are bytes."""
     return build_corpus(NAME, folder, say)

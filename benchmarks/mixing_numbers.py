@@ -1,8 +1,9 @@
-"""The arithmetic of the mixing benchmark: metrics, iterations saved, and how far chance goes.
+"""Arithmetic of the mixing benchmark: metrics, iterations saved, and the spread of chance.
 
-M1  mean of the held-out losses of the sources        M1'  mean of their perplexities (the ODM paper's)
+M1  mean of the held-out losses of the sources
+M1' mean of their perplexities (as in ODM's paper)
 M2  mean weighted by the training tokens of the sources
-M3  largest distance of a source from the best that any arm reached on it
+M3  largest distance on any source from the best arm on it
 M4  mean loss of the sources that no arm trained on
 """
 
@@ -18,7 +19,10 @@ Result = dict[str, Any]
 
 
 def metrics(result: Result, natural: Floats, best: Floats) -> dict[str, float]:
-    """All metrics of a finished run; `natural` (K,) shares by tokens, `best` (K,) least loss of any arm."""
+    """All metrics of a finished run.
+
+    natural  (K,) shares by tokens. best: (K,) lowest loss of any arm, nats a byte.
+    """
     losses = final(result)
     return {
         "M1": float(losses.mean()),
@@ -35,38 +39,43 @@ def final(result: Result) -> Floats:
 
 
 def curve(result: Result, weights: Floats) -> tuple[Floats, Floats]:
-    """Steps, and the weighted held-out loss made never to rise by isotonic regression."""
+    """Steps, and the weighted held-out loss as a non-increasing curve (isotonic regression)."""
     table = np.array(result["curve"])
     return table[:, 0], falling(table[:, 1:] @ weights)
 
 
 def falling(values: Floats) -> Floats:
-    """The nearest sequence that never rises, by least squares: pool adjacent violators."""
+    """The nearest non-increasing sequence by least squares, by pooling adjacent violators."""
     blocks: list[tuple[float, int]] = []
     for value in values:
-        mean, count = float(value), 1
+        mean = float(value)
+        count = 1
         while blocks and blocks[-1][0] < mean:
             before, more = blocks.pop()
-            mean, count = (mean * count + before * more) / (count + more), count + more
+            mean = (mean * count + before * more) / (count + more)
+            count += more
         blocks.append((mean, count))
     return np.repeat([mean for mean, _ in blocks], [count for _, count in blocks])
 
 
 def crossing(steps: Floats, losses: Floats, goal: float) -> float | None:
-    """The step at which a falling curve reaches `goal`, linear in the logarithm of the step; None if it does not."""
+    """The step at which a falling curve reaches `goal`; None if it does not.
+
+    Interpolates linearly in the logarithm of the step.
+    """
     if losses[-1] > goal:
         return None
     at = int(np.argmax(losses <= goal))
     if at == 0:
         return float(steps[0])
-    part = (losses[at - 1] - goal) / (losses[at - 1] - losses[at])
-    return float(np.exp(np.log(steps[at - 1]) + part * np.log(steps[at] / steps[at - 1])))
+    fraction = (losses[at - 1] - goal) / (losses[at - 1] - losses[at])
+    return float(np.exp(np.log(steps[at - 1]) + fraction * np.log(steps[at] / steps[at - 1])))
 
 
 def saved(arm: Result, base: Result, weights: Floats) -> float:
-    """S = 1 - t*/T, t* the step at which the arm reaches the final loss of the base, T the steps of a run.
+    """S = 1 - t*/T: t* is the step at which the arm reaches the base's final loss, T a run's steps.
 
-    If it never does, minus the same of the base against the arm.
+    If the arm never reaches it, -S of the base against the arm.
     """
     steps, losses = curve(arm, weights)
     base_steps, base_losses = curve(base, weights)
@@ -79,7 +88,7 @@ def saved(arm: Result, base: Result, weights: Floats) -> float:
 
 
 def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
-    """95% interval of the median, by drawing the seeds anew."""
+    """95% interval of the median, by bootstrapping over the seeds."""
     drawn = np.random.default_rng(0).choice(np.array(values), (draws, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
     return float(low), float(high)
@@ -88,7 +97,7 @@ def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, floa
 def against(
     arm: Mapping[int, Result], base: Mapping[int, Result], weights: Floats
 ) -> dict[str, Any]:
-    """Iterations saved and nats gained, seed by seed, with medians and the interval of the first."""
+    """Iterations saved (with a 95% interval) and nats gained: medians and values by seed."""
     seeds = sorted(arm.keys() & base.keys())
     by_seed = [saved(arm[s], base[s], weights) for s in seeds]
     gained = [float((final(base[s]) - final(arm[s])) @ weights) for s in seeds]
@@ -104,7 +113,7 @@ def against(
 
 
 def noise_floor(runs: Mapping[int, Result], weights: Floats) -> dict[str, float]:
-    """What S is between two seeds of one arm, where nothing can be saved: its spread over all ordered pairs."""
+    """Spread of S over all ordered pairs of seeds of one arm, where the true S is 0."""
     values = [saved(runs[a], runs[b], weights) for a, b in itertools.permutations(sorted(runs), 2)]
     low, high = np.quantile(values, [0.05, 0.95])
     return {"median": float(np.median(np.abs(values))), "low": float(low), "high": float(high)}

@@ -1,15 +1,20 @@
-"""The picture of the mixing benchmark: every seed of every arm as a dot, and how the learned shares moved."""
+"""The picture of the mixing benchmark: a dot for every seed of every arm, and learned shares."""
 
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-LINE, LABEL, PANEL, GAP, TOP = 22, 128, 236, 26, 58
-"""Height of an arm's line; widths of the names, of a panel, and between panels; room for the titles; user units."""
+# In user units: height of an arm's line, width of the names, width of a panel, gap between
+# panels, and room for the titles.
+LINE = 22
+LABEL = 128
+PANEL = 236
+GAP = 26
+TOP = 58
 COLOURS = (
-    "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#eeca3b", "#b279a2", "#ff9da6", "#9d755d", "#6b6ecf",
-    "#8ca252", "#bd9e39", "#ad494a", "#a55194", "#393b79", "#7f7f7f",
+    "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#eeca3b", "#b279a2", "#ff9da6",
+    "#9d755d", "#6b6ecf", "#8ca252", "#bd9e39", "#ad494a", "#a55194", "#393b79", "#7f7f7f",
 )  # fmt: skip
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#333}.t{font-weight:600}.s{font-size:10px;fill:#777}"
@@ -62,7 +67,10 @@ def draw(value: dict[str, Any], path: Path) -> None:
     width = LABEL + len(panels) * (PANEL + GAP)
     total = height + 40 + max(190, 14 * len(value["sources"]) + 20)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" role="img">'
-    title = f"{len(value['sources'])} sources, {value['scale']['steps']} steps; a dot is a seed, a bar the median"
+    title = (
+        f"{len(value['sources'])} sources, {value['scale']['steps']} steps;"
+        " a dot is a seed, a bar the median"
+    )
     page = f'<style>{STYLE}</style><rect width="{width}" height="{total}" fill="#fff"/>'
     body = "".join([page, text(8, 16, title, "t"), *parts])
     path.write_text(f"{head}<title>{escape(title)}</title>{body}</svg>\n", encoding="utf-8")
@@ -70,21 +78,25 @@ def draw(value: dict[str, Any], path: Path) -> None:
 
 def saved(value: dict[str, Any], arm: str, metric: str) -> Dots:
     """Iterations saved by seed."""
-    found: Dots = value["arms"][arm]["against_best_fixed"][metric]["by_seed"]
-    return found
+    by_seed: Dots = value["arms"][arm]["against_best_fixed"][metric]["by_seed"]
+    return by_seed
 
 
 def text(x: float, y: float, words: str, kind: str = "") -> str:
-    """Words at a place."""
-    return f'<text x="{x:.1f}" y="{y:.1f}"{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}>{escape(words)}</text>'
+    """Words at a place, with an optional CSS class."""
+    style = f' class="{kind}"' if kind else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}"{style}>{escape(words)}</text>'
 
 
 def panel(
     left: float, title: str, rows: Sequence[Dots], line: float | None, percent: bool
 ) -> list[str]:
     """Dots of all arms on one axis."""
-    values = [v for row in rows for v in row.values()] + ([line] if line is not None else [])
-    low, high = min(values), max(values)
+    values = [v for row in rows for v in row.values()]
+    if line is not None:
+        values.append(line)
+    low = min(values)
+    high = max(values)
     span = (high - low) or 1.0
 
     def at(v: float) -> float:
@@ -94,26 +106,29 @@ def panel(
     for tick in (low, (low + high) / 2, high):
         parts.append(text(at(tick) - 14, 50, f"{tick:+.0%}" if percent else f"{tick:.3f}", "s"))
     if line is not None:
-        x, bottom = at(line), TOP + LINE * len(rows) - 10
+        x = at(line)
+        bottom = TOP + LINE * len(rows) - 10
         parts.append(f'<line class="z" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{bottom}"/>')
     for number, row in enumerate(rows):
         y = TOP + LINE * number
         parts.append(f'<line class="g" x1="{left}" x2="{left + PANEL}" y1="{y}" y2="{y}"/>')
         middle = sorted(row.values())[len(row) // 2]
         parts.append(
-            f'<line class="m" x1="{at(middle):.1f}" x2="{at(middle):.1f}" y1="{y - 6}" y2="{y + 6}"/>'
+            f'<line class="m" x1="{at(middle):.1f}" x2="{at(middle):.1f}"'
+            f' y1="{y - 6}" y2="{y + 6}"/>'
         )
         for seed, v in row.items():
-            said = f"<title>seed {seed}: {v:.4f}</title>"
             parts.append(
-                f'<circle cx="{at(v):.1f}" cy="{y}" r="3.5" fill="#4c78a8" fill-opacity=".75">{said}</circle>'
+                f'<circle cx="{at(v):.1f}" cy="{y}" r="3.5" fill="#4c78a8" fill-opacity=".75">'
+                f"<title>seed {seed}: {v:.4f}</title></circle>"
             )
     return parts
 
 
 def areas(left: float, top: float, arm: str, shares: Sequence[Sequence[float]]) -> list[str]:
-    """The shares of an arm over the steps, one area on another."""
-    high, last = 140.0, shares[-1][0]
+    """The shares of an arm over the steps, as stacked areas."""
+    high = 140.0
+    last = shares[-1][0]
     parts = [text(left, top - 8, f"shares under {arm}", "t")]
     below = [0.0] * len(shares)
     for source in range(1, len(shares[0])):
@@ -131,12 +146,11 @@ def areas(left: float, top: float, arm: str, shares: Sequence[Sequence[float]]) 
 
 
 def legend(left: float, top: float, sources: Sequence[str]) -> list[str]:
-    """The colours of the sources, the topmost area first."""
+    """The colours of the sources, topmost area first."""
     parts = []
     for place, (number, source) in enumerate(reversed(list(enumerate(sources)))):
         y = top + 14 * place
-        parts.append(
-            f'<rect x="{left}" y="{y - 9}" width="10" height="10" fill="{COLOURS[number % len(COLOURS)]}"/>'
-        )
+        colour = COLOURS[number % len(COLOURS)]
+        parts.append(f'<rect x="{left}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
         parts.append(text(left + 16, y, source, "s"))
     return parts

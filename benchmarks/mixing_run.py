@@ -1,7 +1,8 @@
-"""One run of the mixing benchmark: a small decoder, rows chosen by a planner, losses by source on the way.
+"""One run of the mixing benchmark: a small decoder trained on rows that a planner chooses.
 
-Every arm goes through `train`: same model, same optimizer, same planner, same batches of rows; only the mixer differs.
-A fixed mixture is a mixer that never moves. Rows are of one source each; bytes are tokens, losses are nats a byte.
+Every arm uses `train` with the same model, optimizer, planner and batch size; only the mixer
+differs. A fixed mixture is a mixer that never moves. Each row belongs to one source; tokens are
+bytes, so losses are in nats a byte.
 """
 
 from collections.abc import Sequence
@@ -42,9 +43,9 @@ class Scale:
     lr: float = 1e-2
     schedule: str = "cosine"
     eval_rows: int = 16
-    """Held-out rows of each source that are measured."""
+    """Held-out rows of each source for measurements."""
     feed_rows: int = 8
-    """Other held-out rows of each source, for the mixers that learn from such losses."""
+    """Further held-out rows of each source, for mixers that learn from held-out losses."""
 
     @property
     def tokens(self) -> int:
@@ -52,7 +53,7 @@ class Scale:
         return self.steps * self.rows * self.seq
 
     def eval_steps(self, steps: int) -> set[int]:
-        """Every 2.5% of the second half of a run, every 10% of the first."""
+        """Steps with a measurement: every 10% of the first half of a run, 2.5% of the second."""
         percent = [*range(10, 50, 10), *np.arange(50, 101, 2.5)]
         return {max(1, round(steps * p / 100)) for p in percent}
 
@@ -63,20 +64,20 @@ class Job:
 
     arm: str
     seed: int
-    """Of the initial weights."""
+    """Seed of the initial weights."""
     kind: str
     """Mixer."""
     options: dict[str, Any] = field(default_factory=dict)
     order: int | None = None
-    """Seed of the planner; null is `seed`."""
+    """Seed of the planner; None is `seed`."""
     share: float = 1.0
-    """Of the steps: a run with less has a whole, shorter schedule."""
+    """Fraction of the steps; a shorter run has a complete schedule of its own."""
     feed: int = 0
-    """Steps between the evaluations that the mixer gets; 0 is none."""
+    """Steps between held-out losses for the mixer; 0 is never."""
 
     @property
     def name(self) -> str:
-        """Of the file with its result."""
+        """Stem of the result's file."""
         return f"{self.arm}.{self.seed}"
 
 
@@ -96,7 +97,7 @@ class Text:
 
 
 def read_text(paths: CorpusPaths, sources: Sequence[str], scale: Scale) -> Text:
-    """Cut the token files of some sources into rows of seq + 1 tokens, of which the last is a target only."""
+    """Cut the token files of sources into rows of seq + 1 tokens; the last is only a target."""
     train, valid = (
         [rows_of(paths.folder / f"{part}/{source}", scale.seq) for source in sources]
         for part in ("train", "valid")
@@ -107,7 +108,7 @@ def read_text(paths: CorpusPaths, sources: Sequence[str], scale: Scale) -> Text:
 
 
 def rows_of(prefix: Any, seq: int) -> Tokens:
-    """All documents one after another, in rows that overlap by one token."""
+    """All documents concatenated, in rows that overlap by one token."""
     dataset = IndexedDataset(prefix)
     tokens = np.concatenate([np.asarray(dataset[i]) for i in range(len(dataset.sizes))]).astype(
         np.uint16
@@ -117,17 +118,20 @@ def rows_of(prefix: Any, seq: int) -> Tokens:
 
 
 def spread_places(count: int, wanted: int) -> NDArray[np.int64]:
-    """So many places, evenly over all."""
+    """`wanted` places, spread evenly over all."""
     return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))
 
 
 def spread(rows: Tokens, wanted: int) -> Tokens:
-    """So many of the rows, evenly over all."""
+    """`wanted` of the rows, spread evenly over all."""
     return rows[spread_places(len(rows), wanted)]
 
 
 def losses_of(model: Decoder, rows: Tokens) -> torch.Tensor:
-    """Mean loss of each row in nats a token: (n, T + 1) -> (n,) float64, with a graph if one is wanted."""
+    """Mean loss of each row in nats a token; also runs the backward pass if gradients are enabled.
+
+    Shapes  (n, T + 1) -> (n,) float64.
+    """
     tokens = torch.from_numpy(rows.astype(np.int64))
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model(tokens[:, :-1].contiguous()).flatten(0, 1)
@@ -141,29 +145,30 @@ def losses_of(model: Decoder, rows: Tokens) -> torch.Tensor:
 def evaluate(model: Decoder, sources: Sequence[Tokens], at_once: int = 32) -> list[float]:
     """Held-out loss of each source, nats a token."""
     rows = np.concatenate(list(sources))
-    found = torch.cat(
+    losses = torch.cat(
         [losses_of(model, rows[i : i + at_once]) for i in range(0, len(rows), at_once)]
     )
-    return [float(part.mean()) for part in found.split([len(source) for source in sources])]
+    return [float(own.mean()) for own in losses.split([len(source) for source in sources])]
 
 
 def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
-    """Train one arm; returns its curve of held-out losses, what it read, and how its shares moved.
+    """Train one arm; return its curve of held-out losses, the rows it read, and its shares.
 
-    "fed" are its last losses on the rows that the mixers are fed from: what a target may be made of.
+    "fed" holds its final losses on the rows that mixers learn from, which serve as targets.
     """
     steps = round(scale.steps * job.share)
     mixer = make_mixer(job.kind, sources=text.sources, **job.options)
-    planner = Planner(
-        mixer, sizes=text.sizes, rows=scale.rows, seed=job.seed if job.order is None else job.order
-    )
+    order = job.seed if job.order is None else job.order
+    planner = Planner(mixer, sizes=text.sizes, rows=scale.rows, seed=order)
     model = make_model(scale, job.seed)
     updater = Updater(model, Rules(AdamWConfig(lr=scale.lr), family_of(model.config).no_decay))
     rate = make_schedule(
         ScheduleConfig(name=scale.schedule, warmup=0.02, min_lr=scale.lr / 50), scale.lr, steps
     )  # type: ignore[arg-type]
-    measured_at, curve = scale.eval_steps(steps), []
-    counts, shares = np.zeros((steps, len(text.sources)), np.int64), []
+    measured_at = scale.eval_steps(steps)
+    counts = np.zeros((steps, len(text.sources)), np.int64)
+    curve: list[list[float]] = []
+    shares: list[list[float]] = []
     for step in range(1, steps + 1):
         plan = planner.plan(step)
         read = plan.rows()
@@ -174,7 +179,9 @@ def train(job: Job, text: Text, outside: Text, scale: Scale) -> dict[str, Any]:
         updater.zero_grad()
         tokens = plan.counts * float(scale.seq)
         loss_sum = np.bincount(read.source, losses * scale.seq, minlength=len(tokens))
-        fed = evaluate(model, text.fed) if job.feed and step % job.feed == 0 else None
+        fed = None
+        if job.feed and step % job.feed == 0:
+            fed = evaluate(model, text.fed)
         planner.observe(Stats(step, loss_sum, tokens, val_loss=fed))
         counts[step - 1] = plan.counts
         if step in measured_at:
