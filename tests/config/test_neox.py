@@ -234,7 +234,16 @@ def test_option(option, key, value):
         ({"lr_decay_style": "wsd"}, "lr_decay_style 'wsd' is not there"),
         ({"precision": "fp8"}, "precision 'fp8' is not there"),
         ({"precision": "fp16", "bf16": {"enabled": True}}, "asks for bf16 and fp16 at once"),
-        ({"load": "elsewhere"}, "a run resumes from its own folder only"),
+        (
+            {"save": "runs/a", "load": "runs/a/", "finetune": True},
+            "finetune with `load` in the folder of `save` would count from step 0 again.*start a new run from 'runs/a/'",
+        ),
+        ({"save": "a", "load": "a", "iteration": 0}, "iteration .* would go back to that step"),
+        (
+            {"save": "a", "load": "a", "no_load_optim": True},
+            "no_load_optim .* delete no_load_optim",
+        ),
+        ({"load": "a", "finetune": "yes"}, "finetune in small.yml: expected true or false"),
         ({"train_batch_size": 30, "gas": 2}, "train_batch_size 30 is no multiple of"),
         ({"tokenizer_type": "SPMTokenizer"}, "say model.vocab_size=N"),
         ({"data_path": "a", "train_data_paths": ["b"]}, "keep one"),
@@ -251,6 +260,47 @@ def test_refusal(option, message):
     found = problems_of(**option)
     assert len(found) == 1, found
     assert re.search(message, found[0]), found[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "with_step", "with_optimizer"),
+    [
+        # megatron/checkpointing.py: the iteration goes on, optimizer and schedule are loaded
+        ({}, "old", True, True),
+        ({"finetune": False, "no_load_rng": True}, "old", True, True),
+        # iteration 0, neither optimizer nor schedule
+        ({"finetune": True}, "old", False, False),
+        ({"finetune": True, "no_load_optim": True}, "old", False, False),
+        # load_module_only, and yet the iteration goes on
+        ({"no_load_optim": True}, "old", True, False),
+        # the tag of one checkpoint
+        ({"iteration": 3000}, "old/step3000", True, True),
+        ({"iteration": 0, "finetune": True}, "old/step0", False, False),
+    ],
+)
+def test_a_load_that_is_not_save_is_a_start(options, start, with_step, with_optimizer):
+    reading = read(save="new", load="old", **options)
+    assert reading.problems == []
+    flat = flatten(reading.values)
+    assert flat["output"] == "new" and flat["model.start"] == start
+    assert flat["train.start_step"] is with_step
+    assert flat["train.start_optimizer"] is with_optimizer
+    notes = [note.text for note in reading.notes]
+    assert sum("GPT-NeoX would load it at every start" in text for text in notes) == 1
+    anew = with_step and not with_optimizer
+    assert sum("learning rate schedule begin anew" in text for text in notes) == anew
+
+
+def test_without_load_nothing_is_loaded():
+    reading = read(save="new", finetune=True, iteration=5, no_load_optim=True, no_load_rng=True)
+    assert reading.problems == [] and "start" not in reading.values["model"]
+    assert reading.ignored["nothing is loaded without `load`"] == [
+        "finetune",
+        "iteration",
+        "no_load_optim",
+    ]
+    assert "finetune" not in str(read(finetune=False).ignored)
+    assert read(save="a", load="a").ignored["a run resumes from its own folder"] == ["load"]
 
 
 MIXED = {"data_sampling_method": "smoothed_mean", "data_sampling_update_frequency": 1}

@@ -10,11 +10,13 @@ from castalia.core.errors import CheckpointError
 WANTED_STEP = re.compile(r"(?:step-?)?(\d+)")
 """`step1000` (Pythia's revisions), `step-00001000`, `1000`."""
 SIMILAR = 0.75
-"""Similarity of two names (difflib's ratio) from which one may be the other mistyped: `rnus` for `runs` has 0.75."""
+"""Similarity of two names (difflib's ratio) from which one may be the other mistyped: `rnus` for
+`runs` has 0.75."""
 
 
 def complete_steps(folder: str | Path) -> list[int]:
-    """Steps of the complete checkpoints in a checkpoints folder, ascending; without COMPLETE a step does not exist."""
+    """Steps of the complete checkpoints in a checkpoints folder, ascending; without COMPLETE a
+    step does not exist."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -25,8 +27,10 @@ def complete_steps(folder: str | Path) -> list[int]:
 def find_checkpoint(path: str | Path) -> Path:
     """The folder of one checkpoint.
 
-    Takes   a step's folder; a run or checkpoints folder (its newest complete step); RUN/step1000, RUN/1000, RUN@1000.
-    Raises  CheckpointError listing the steps to choose from, or naming a path that is spelled alike.
+    Takes   a step's folder; a run or checkpoints folder (its newest complete step); RUN/step1000,
+            RUN/1000, RUN@1000.
+    Raises  CheckpointError listing the steps to choose from, or naming a path that is spelled
+            alike.
     """
     path = Path(path)
     if (path / COMPLETE).exists():
@@ -63,10 +67,11 @@ def remedy(path: Path) -> str:
 
 
 def local_reading(path: Path) -> Path | None:
-    """The existing path that `path` may be a mistyped form of; None if nothing here is spelled alike.
+    """The existing path that `path` may be a mistyped form of; None if nothing here is spelled
+    alike.
 
-    Each name on the way may be off by a letter or two. Where only the last one is unknown, its folder is the answer if
-    it holds runs: `rnus/anything` beside a folder `runs` of runs.
+    Each name on the way may be off by a letter or two. Where only the last one is unknown, its
+    folder is the answer if it holds runs: `rnus/anything` beside a folder `runs` of runs.
     """
     place = Path(path.anchor)
     *folders, last = path.relative_to(path.anchor).parts
@@ -82,7 +87,8 @@ def local_reading(path: Path) -> Path | None:
 
 
 def similar_name(folder: Path, name: str) -> str | None:
-    """`name` if `folder` holds it, or the name in it that is spelled almost like it; None if there is neither."""
+    """`name` if `folder` holds it, or the name in it that is spelled almost like it; None if there
+    is neither."""
     if (folder / name).exists():
         return name
     names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
@@ -90,7 +96,8 @@ def similar_name(folder: Path, name: str) -> str | None:
 
 
 def newest_first(path: str | Path) -> list[Path]:
-    """The checkpoints that `path` may mean, the best first: all of a run, newest first, or the one step that it names.
+    """The checkpoints that `path` may mean, the best first: all of a run, newest first, or the one
+    step that it names.
 
     Raises  CheckpointError as `find_checkpoint` does.
     """
@@ -102,7 +109,8 @@ def newest_first(path: str | Path) -> list[Path]:
 
 
 def steps_of_run(path: Path) -> tuple[Path, list[int]]:
-    """(checkpoints folder, its complete steps) of a run folder or of the checkpoints folder itself."""
+    """(checkpoints folder, its complete steps) of a run folder or of the checkpoints folder
+    itself."""
     inner = path / "checkpoints"
     folder = inner if inner.is_dir() else path
     return folder, complete_steps(folder)

@@ -10,7 +10,8 @@ from castalia.core.errors import CheckpointError
 from castalia.core.extras import require
 
 HUB_ID = re.compile(r"(hf://)?(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-"""`EleutherAI/pythia-70m`, `EleutherAI/pythia-70m@step3000`; `hf://` in front says that no folder is meant."""
+"""`EleutherAI/pythia-70m`, `EleutherAI/pythia-70m@step3000`; `hf://` in front says that no folder
+is meant."""
 FILES = (
     "*.json",
     "*.safetensors",
@@ -19,14 +20,16 @@ FILES = (
     "*.model",
     "README.md",
 )
-"""The files of a model that Castalia reads. `model.bin` is CTranslate2's; pickled weights are never fetched."""
+"""The files of a model that Castalia reads. `model.bin` is CTranslate2's; pickled weights are
+never fetched."""
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether `name` means a model of the hub: hf://OWNER/NAME, or OWNER/NAME that cannot be meant as a path.
+    """Whether `name` means a model of the hub: hf://OWNER/NAME, or OWNER/NAME that cannot be meant
+    as a path.
 
-    OWNER/NAME is a path if it or OWNER exists, and also where a folder nearby is spelled almost like it: a mistyped
-    run must not become a request to the network.
+    OWNER/NAME is a path if it or OWNER exists, and also where a folder nearby is spelled almost
+    like it: a mistyped run must not become a request to the network.
     """
     parts = HUB_ID.fullmatch(str(name))
     if parts is None:
@@ -38,12 +41,13 @@ def is_hub_id(name: str | Path) -> bool:
 
 
 def hub_folder(name: str, *, files: Sequence[str] = FILES, **options: Any) -> Path:
-    """The cached folder of a hub model; missing files are downloaded, and without network the cache is used.
+    """The cached folder of a hub model; missing files are downloaded, and without network the
+    cache is used.
 
     Takes   OWNER/NAME or OWNER/NAME@REVISION, `hf://` in front or not; `options` go to
             huggingface_hub.snapshot_download.
-    Raises  ConfigError if huggingface_hub is not installed; CheckpointError if the model is neither cached nor
-            reachable.
+    Raises  ConfigError if huggingface_hub is not installed; CheckpointError if the model is
+            neither cached nor reachable.
     """
     hub = require("huggingface_hub", "hf", f"loading {name} from the hub")
     parts = HUB_ID.fullmatch(name)

@@ -55,18 +55,23 @@ class Ready:
         return self.state
 
 
-def load_into(path: str | Path, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
+def load_into(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    prefix: str = "",
+    elsewhere: Collection[str] = (),
+) -> dict[str, Any]:
     """Copy the checkpoint's values into `tensors`, in place, and return the saved state.
 
-    Only names that begin with `prefix` count, on both sides; beyond that, names, shapes and dtypes must agree exactly.
-    Any layout will do: each process reads the slices that it holds and checks the hash of each file that it reads, and
-    of the texts beside them.
+    Only names that begin with `prefix` count, on both sides; names, shapes and dtypes must agree exactly. `elsewhere`
+    names tensors that other ranks alone load. Any layout will do: each rank reads the slices that it holds, and checks
+    the hash of each file that it reads and of the texts beside them.
     Raises  DamagedCheckpointError naming the file; CheckpointError listing names, shapes and dtypes that do not fit.
             Nothing in `tensors` has changed then.
     """
     path = Path(path)
     with reading(path):
-        return make_ready(path, tensors, prefix).fill()
+        return make_ready(path, tensors, prefix, elsewhere).fill()
 
 
 def make_ready(
@@ -75,6 +80,7 @@ def make_ready(
     """Check all that load_into checks, and change nothing yet; `elsewhere` are names that only other processes load."""
     manifest = read_manifest(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    elsewhere = [name for name in elsewhere if name.startswith(prefix)]
     require_fit(path, manifest, tensors, prefix, elsewhere)
     pieces = pieces_of(manifest, tensors)
     texts = [name for name in manifest.files if not name.endswith(SHARD)]

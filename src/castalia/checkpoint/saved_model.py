@@ -1,4 +1,5 @@
-"""Weights that a path names: those of a run or one of its steps, of a Hugging Face folder, or of a hub model."""
+"""Weights that a path names: those of a run or one of its steps, of a Hugging Face folder, or of a
+hub model."""
 
 import re
 import warnings
@@ -22,7 +23,8 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class SavedModel:
-    """A model on a disk: its weights under the names of Decoder.state_dict(), and their config and tokenizer."""
+    """A model on a disk: its weights under the names of Decoder.state_dict(), and their config and
+    tokenizer."""
 
     folder: Path
     """The folder of one step, or of a Hugging Face model."""
@@ -35,11 +37,13 @@ class SavedModel:
 
     @property
     def is_checkpoint(self) -> bool:
-        """Whether it is a checkpoint of a Castalia run, which also holds the optimizer and the run's state."""
+        """Whether it is a checkpoint of a Castalia run, which also holds the optimizer and the
+        run's state."""
         return (self.folder / MANIFEST).is_file()
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the files that identify the weights: the manifest, or the weight files themselves."""
+        """SHA-256 of the files that identify the weights: the manifest, or the weight files
+        themselves."""
         files = [self.folder / MANIFEST] if self.is_checkpoint else weight_files(self.folder)
         return {file.name: sha256_of(file) for file in files}
 
@@ -47,14 +51,18 @@ class SavedModel:
 def open_model(
     path: str | Path, *, step: int | None = None, check: bool = True, optional: Collection[str] = ()
 ) -> SavedModel:
-    """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder, or OWNER/NAME of the hub.
+    """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder, or
+    OWNER/NAME of the hub.
 
-    Of a run the newest checkpoint is taken; a damaged one is skipped with a warning that names the file.
+    Of a run the newest checkpoint is taken; a damaged one is skipped with a warning that names the
+    file.
 
     step      of a run, take this step in place of the newest.
-    check     compare the hash of every file of weights first. Where several ranks open one checkpoint, one checks.
+    check     compare the hash of every file of weights first. Where several ranks open one
+              checkpoint, one checks.
     optional  patterns of the weights that a Hugging Face folder may lack, for instance `unembed.*`.
-    Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model cannot be built.
+    Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model
+              cannot be built.
     """
     folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
     if folder.is_dir() and is_hf_folder(folder):
@@ -88,6 +96,8 @@ def step_among(folders: list[Path], step: int, path: Path) -> Path:
 def open_step(folder: Path, check: bool = True) -> SavedModel:
     """A checkpoint of a Castalia run."""
     config = build_model_config(read_config(folder).get("model", {}), str(folder / "config.yaml"))
+    # Where the run itself once started does not matter to a reader of its weights.
+    config = config.without_start()
     manifest = read_manifest(folder)
     tokenizer = None
     if TOKENIZER in manifest.files:
@@ -101,7 +111,8 @@ def open_step(folder: Path, check: bool = True) -> SavedModel:
 
 
 def open_hf(folder: Path, optional: Collection[str] = ()) -> SavedModel:
-    """A Hugging Face folder; a folder called step1000, as Pythia's revisions are, names its step."""
+    """A Hugging Face folder; a folder called step1000, as Pythia's revisions are, names its
+    step."""
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).is_file() else None
     vocab_size = None if tokenizer is None else tokenizer.vocab_size
     tensors, config = read_hf(folder, vocab_size, optional)

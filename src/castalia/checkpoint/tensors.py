@@ -1,4 +1,5 @@
-"""Stored tensors that are read when asked for, whole or in part, so that a rank never holds more than it needs."""
+"""Stored tensors that are read when asked for, whole or in part, so that a rank never holds more
+than it needs."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.values()}
 
 
 class StoredTensor(Protocol):
-    """One tensor on a disk. Indexing with a slice for each dimension reads that part and no more."""
+    """One tensor on a disk. Indexing with a slice for each dimension reads that part and no
+    more."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,7 +35,8 @@ class StoredTensor(Protocol):
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors by name, each read anew when it is asked for: `[name]` the whole, `stored(name)[slices]` a part."""
+    """Tensors by name, each read anew when it is asked for: `[name]` the whole,
+    `stored(name)[slices]` a part."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], lock: Any = None) -> None:
         self.tensors = tensors
@@ -58,7 +61,8 @@ class StoredTensors(Mapping[str, Tensor]):
 def checkpoint_tensors(folder: Path, manifest: Manifest, prefix: str = "model.") -> StoredTensors:
     """The tensors of a checkpoint whose names begin with `prefix`, which is taken off.
 
-    The checkpoint is kept from deletion by a retention policy as long as the result lives. Hashes are not checked here.
+    The checkpoint is kept from deletion by a retention policy as long as the result lives. Hashes
+    are not checked here.
     """
     tensors = {
         name.removeprefix(prefix): CheckpointTensor(folder, entry)

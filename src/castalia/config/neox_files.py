@@ -1,6 +1,7 @@
 """How GPT-NeoX options about files become ours: tokenizer, token files, checkpoints, validation."""
 
 import json
+import os.path
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ TIKTOKEN_IDS = {
     "o200k_base": 200019,
 }
 """Ids of each encoding of tiktoken, the special ones included (tiktoken_ext/openai_public.py)."""
+LOADING = ("finetune", "iteration", "no_load_optim")
+"""How `load` is loaded."""
 OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
 
 
@@ -223,18 +226,65 @@ def powers(factor: float, last: int) -> list[int]:
 
 
 def folders(o: Options, out: Reading) -> None:
-    """`save` is the run's folder; a run resumes from its own folder only."""
-    load = o.given.get("load")
+    """`save` is the run's folder; `load` is that folder, or the run to start from."""
     if o.has("save"):
         o.put(out, "output", o["save"], "save")
-    if load is None:
-        return
-    if load == o["save"]:
-        out.ignored.setdefault("a run resumes from its own folder", []).append("load")
+    if not o.has("load"):
+        for name in LOADING:
+            if asked(o, name):
+                out.ignored.setdefault("nothing is loaded without `load`", []).append(name)
+    elif o.has("save") and os.path.normpath(o["load"]) == os.path.normpath(o["save"]):
+        own_folder(o, out)
     else:
-        wrong(
+        other_run(o, out)
+
+
+def own_folder(o: Options, out: Reading) -> None:
+    """A run resumes from its own newest checkpoint, whole; GPT-NeoX can also go back, or leave its state behind."""
+    out.ignored.setdefault("a run resumes from its own folder", []).append("load")
+    effects = {
+        "finetune": "would count from step 0 again at every start",
+        "iteration": "would go back to that step at every start",
+        "no_load_optim": "would drop the optimizer's state at every start",
+    }
+    for name, effect in effects.items():
+        if asked(o, name):
+            wrong(
+                out,
+                f"{name} with `load` in the folder of `save` {effect}; a run resumes whole from its newest checkpoint:"
+                f" delete {name}, or give `save` another folder to start a new run from {o['load']!r}",
+            )
+
+
+def asked(o: Options, name: str) -> bool:
+    """Whether a file asks for the option; iteration 0 is a step like any other."""
+    return o.has(name) and o[name] is not False
+
+
+def other_run(o: Options, out: Reading) -> None:
+    """Start from another run: finetune takes its weights alone, otherwise its step and optimizer are taken too.
+
+    Source  GPT-NeoX megatron/checkpointing.py, load_checkpoint: with finetune the iteration is 0 and neither optimizer
+            nor learning rate schedule is loaded; with no_load_optim alone the iteration counts on.
+    """
+    load = o["load"]
+    step = o["iteration"]
+    finetune = o["finetune"]
+    o.put(out, "model.start", load if step is None else f"{load}/step{step}", "load")
+    o.put(out, "train.start_step", not finetune, "load")
+    o.put(out, "train.start_optimizer", not (finetune or o["no_load_optim"]), "load")
+    note(
+        out,
+        f"load {load!r} is not the folder of `save`: a fresh run starts from it, and a run with a checkpoint of its own"
+        " resumes from that; GPT-NeoX would load it at every start",
+        "model.start",
+    )
+    if o["no_load_optim"] and not finetune:
+        note(
             out,
-            f"load {load!r} is not the folder of `save`; a run resumes from its own folder only: delete load",
+            "no_load_optim: moments and learning rate schedule begin anew while steps and data go on, as in GPT-NeoX,"
+            " which loads optimizer and schedule together",
+            "train.start_optimizer",
         )
 
 
@@ -278,7 +328,7 @@ FILE_RULES: list[tuple[tuple[str, ...], Rule]] = [
     ),
     (("eval_interval", "eval_iters", "valid_data_paths", "data_path"), validation),
     (("checkpoint_factor", "checkpoint_scale", "extra_save_iters"), saving),
-    (("save", "load"), folders),
+    (("save", "load", *LOADING), folders),
     (("deepspeed_extra_args",), deepspeed_extras),
 ]
 """The options that a rule reads, and the rule."""

@@ -99,6 +99,10 @@ HONOURED: dict[str, Honoured] = {
     "fp16": Honoured("loss_scale", "dict"),
     "bf16": Honoured("precision", "dict"),
     "save": Honoured("output", "str"),
+    "load": Honoured("model.start", "str"),
+    "iteration": Honoured("model.start", "int"),
+    "finetune": Honoured("train.start_step", "bool", False),
+    "no_load_optim": Honoured("train.start_optimizer", "bool", False),
     "checkpoint_scale": Honoured("checkpoint.steps", "str", "linear"),
     "checkpoint_factor": Honoured("checkpoint.every", "number"),
     "extra_save_iters": Honoured("checkpoint.steps", "list"),
@@ -196,12 +200,6 @@ REFUSED: dict[str, Refused] = {
     "exit_interval": Refused(
         (None,), "delete it; SIGTERM saves and exits, and train.steps=N ends the run"
     ),
-    "iteration": Refused((None,), "delete it; a run resumes from its newest complete checkpoint"),
-    "finetune": Refused(
-        OFF, "delete it; a run starts from new weights or resumes in its own folder"
-    ),
-    "no_load_optim": Refused(OFF, "delete it; a resume takes weights and optimizer together"),
-    "no_load_rng": Refused(OFF, "delete it; nothing random is left to restore"),
 } | dict.fromkeys(
     [
         *(f"{part}_reward_data_paths" for part in ("train", "valid", "test")),
@@ -256,6 +254,7 @@ IGNORED: dict[str, str] = {
         world_size is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter zero_contiguous_gradients
         zero_reduce_bucket_size zero_allgather_bucket_size lr padded_vocab_size batch_size clip_grad dynamic_loss_scale
         do_train do_valid do_test global_num_gpus curriculum_seqlen""",
+    "rows and start weights follow from the seed and the step; a checkpoint holds no random state": "no_load_rng",
     SCALING: "loss_scale loss_scale_window hysteresis min_scale",
     "GPT-NeoX itself never reads it": """
         use_bias_in_norms num_unique_layers param_sharing_style mup_attn_temp mup_output_temp short_seq_prob
@@ -283,7 +282,6 @@ WHY = {name: reason for reason, names in IGNORED.items() for name in names.split
 """Ignored option -> the reason."""
 
 CHECKED = {
-    "load": "output",
     "num_kv_heads": "model.num_attention_heads",
     "deepspeed_extra_args": "",
 }

@@ -1,11 +1,21 @@
 """Configs that all model families share: any decoder, and any transformer. Names are GPT-NeoX's."""
 
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from castalia.config.base import Config
+from castalia.config.changes import AT_RESUME
 from castalia.core.errors import ConfigError
+
+START: dict[str, Any] = {"start": None, "start_missing": [], "start_vocab": None}
+"""Fields that say where weights come from, with their defaults; they are no part of the model."""
 
 
 class ModelConfig(Config):
@@ -25,12 +35,44 @@ class ModelConfig(Config):
     """Longest sequence, in tokens, that the model is meant for."""
     tie_word_embeddings: bool = False
     """Use the embedding matrix as the output head too."""
+    start: Annotated[str | None, AT_RESUME] = None
+    """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, or OWNER/NAME
+    of its hub; null draws them."""
+    start_missing: Annotated[list[str], AT_RESUME] = []
+    """Patterns of weights that `start` may lack, for instance `unembed.*`; these are drawn."""
+    start_vocab: Annotated[Literal["pad", "cut"] | None, AT_RESUME] = None
+    """Where `start` has another vocabulary: pad draws the rows of new ids, cut drops surplus rows;
+    null refuses it."""
+
+    FREE_AT_START: ClassVar[frozenset[str]] = frozenset(
+        {"vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"}
+    )
+    """Fields that may differ from those of the model in `start`, since they change neither the shape
+    of a weight nor its use. The vocabulary has a comparison of its own."""
+    ARITHMETIC: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may differ too, but with a note: they change the numbers slightly."""
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up."""
         unit = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // unit) * unit
+
+    def weights_shape(self) -> dict[str, Any]:
+        """The fields that decide which weights the model has and how it uses them."""
+        free = {*self.FREE_AT_START, *self.ARITHMETIC, *START}
+        return self.model_dump(mode="json", exclude=free)
+
+    def without_start(self) -> "ModelConfig":
+        """The model alone, wherever its weights come from."""
+        return self.model_copy(update=START)
+
+    @model_serializer(mode="wrap")
+    def serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All fields; those of the start only if set, which keeps them out of exports."""
+        values: dict[str, Any] = handler(self)
+        unset = [name for name, default in START.items() if values.get(name) == default]
+        return {name: value for name, value in values.items() if name not in unset}
 
     def facts(self) -> dict[str, str]:
         """The shape in words, for model cards."""
@@ -67,6 +109,10 @@ class TransformerConfig(ModelConfig):
     layernorm_epsilon: PositiveFloat = 1e-5
     """Added to the variance inside every norm."""
 
+    # Published Pythia folders say gelu, though their models were trained with gelu_tanh, and no
+    # Hugging Face config names the arithmetic of the tables.
+    ARITHMETIC: ClassVar[frozenset[str]] = frozenset({"activation", "rope_numerics"})
+
     @property
     def ffn_size(self) -> int:
         """Width inside the MLP."""
@@ -96,6 +142,10 @@ class TransformerConfig(ModelConfig):
             "residual": "parallel" if self.parallel_residual else "serial",
             "activation": self.activation,
         }
+
+    def weights_shape(self) -> dict[str, Any]:
+        """As for every model, with the width of the MLP filled in."""
+        return super().weights_shape() | {"intermediate_size": self.ffn_size}
 
     @model_validator(mode="after")
     def check(self) -> "TransformerConfig":

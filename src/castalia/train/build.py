@@ -13,6 +13,7 @@ from castalia.models.stages import split
 from castalia.train.config import RunConfig
 from castalia.train.optimizers import Rules
 from castalia.train.optimizers.updater import freeze
+from castalia.train.start import StartWeights
 
 
 def check_processes(config: RunConfig, size: int) -> None:
@@ -31,9 +32,12 @@ def check_processes(config: RunConfig, size: int) -> None:
         raise ConfigError(problem)
 
 
-def build_model(config: RunConfig, world: World, rules: Rules) -> Decoder | Stages:
+def build_model(
+    config: RunConfig, world: World, rules: Rules, start: StartWeights | None = None
+) -> Decoder | Stages:
     """The model of a run with its start weights, or the stages of a pipeline on this rank.
 
+    `start` holds the weights of another model, where the run begins with those.
     Raises  ConfigError if a pattern of the optimizer or of train.frozen matches no parameter.
     """
     with torch.device("meta"):
@@ -47,7 +51,8 @@ def build_model(config: RunConfig, world: World, rules: Rules) -> Decoder | Stag
     model = stages[0] if config.parallel.pp == 1 else Stages(stages)
     # Each parameter is drawn from (seed, name) alone and cut to this rank's slice afterwards, so
     # the start weights are the same bits on every layout.
-    initialize(model, start_weights(config.model, config.seed))
+    draw = start_weights(config.model, config.seed)
+    initialize(model, draw if start is None else start.over(draw))
     return model
 
 

@@ -1,5 +1,6 @@
 """The config of a run: the sections of every room, and the numbers of the loop."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -114,6 +115,10 @@ class TrainConfig(Config):
     """Steps between validations; null never validates during training."""
     eval_batches: Annotated[PositiveInt, AT_RESUME] = 10
     """Batches in one validation."""
+    start_optimizer: Annotated[bool, AT_RESUME] = False
+    """Take the optimizer's state and the loss scale from `model.start` too, a checkpoint of a Castalia run."""
+    start_step: Annotated[bool, AT_RESUME] = False
+    """Continue at the step of `model.start`: its position in the data, its mixture and its guard."""
 
 
 class RunConfig(Config):
@@ -176,6 +181,7 @@ class RunConfig(Config):
             problems.append(
                 f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}"
             )
+        problems += start_problems(self)
         problems += mixing_problems(self)
         problems += loss_problems(self)
         problems += stage_problems(self.parallel, self.model, self.train.compile)
@@ -219,6 +225,23 @@ class RunConfig(Config):
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step when no target is masked."""
         return self.train.batch_size * self.data.seq_length
+
+
+def start_problems(config: RunConfig) -> list[str]:
+    """What the start of a run asks for and cannot have."""
+    start = config.model.start
+    if start is None:
+        return [
+            f"train.{name}=true takes the state of another run, but model.start is not set"
+            for name in ("start_optimizer", "start_step")
+            if getattr(config.train, name)
+        ]
+    if Path(start).absolute().is_relative_to(Path(config.output).absolute()):
+        return [
+            f"model.start {start} is in output {config.output}: a run resumes from its own newest checkpoint;"
+            " delete model.start, or choose another output to go back to an earlier step"
+        ]
+    return []
 
 
 def mixing_problems(config: RunConfig) -> list[str]:

@@ -19,16 +19,24 @@ class Progress:
     step: int = 0
     updates: int = 0
     tokens: int = 0
+    updates_before: int = 0
+    """Updates of another run behind the optimizer's state, where train.start_optimizer took it over."""
+
+    @property
+    def optimizer_updates(self) -> int:
+        """Updates behind the moments, for their bias correction; the schedule counts `updates` alone."""
+        return self.updates_before + self.updates
 
     def state_dict(self) -> dict[str, int]:
         """The state for a resume."""
-        return {"step": self.step, "updates": self.updates, "tokens": self.tokens}
+        return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from `state`."""
         self.step = state["step"]
         self.updates = state["updates"]
         self.tokens = state["tokens"]
+        self.updates_before = state.get("updates_before", 0)
 
 
 @dataclass

@@ -104,6 +104,8 @@ class Checkpoints:
         if loaded is None:
             return None
         step, saved = loaded
+        # Checkpoints of older versions have no record of start weights: theirs were always drawn.
+        saved = {"start": {}} | saved
         for name, part in self.states.items():
             if name not in saved:
                 raise CheckpointError(

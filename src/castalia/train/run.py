@@ -88,8 +88,8 @@ def run_claimed(
     all_hooks = [*standard_hooks(), *named_hooks(config.hooks), *hooks]
     trainer = Trainer(config, world, hooks=all_hooks)
     if world.leads:
-        write_run_folder(config, world, list(command))
-        notes = [*announced.notes, *trainer.mixture.notes]
+        write_run_folder(config, world, list(command), trainer.start_record.facts)
+        notes = [*announced.notes, *trainer.start_notes, *trainer.mixture.notes]
         print_start(config, world, trainer.rows, announced.changes, notes)
     world.wait()
     trainer.fit()

@@ -41,14 +41,23 @@ def check_run_folder(config: RunConfig) -> None:
         raise cannot_write(folder, error) from error
 
 
-def write_run_folder(config: RunConfig, world: "World", command: list[str]) -> None:
-    """Write config.yaml, command.txt and env.json."""
+def write_run_folder(
+    config: RunConfig, world: "World", command: list[str], start: dict[str, Any]
+) -> None:
+    """Write config.yaml, command.txt and env.json; `start` records the start weights of a fresh run."""
     folder = Path(config.output)
     with atomic_write(folder / "config.yaml") as file:
         file.write(dump_yaml(config))
     with atomic_write(folder / "command.txt") as file:
         file.write(shlex.join(command) + "\n")
-    write_json(folder / "env.json", describe_environment(world.device, world.size))
+    path = folder / "env.json"
+    environment = describe_environment(world.device, world.size)
+    if not start and path.is_file():
+        # A resumed run reads no start weights; it keeps the record of those that it once began with.
+        start = json.loads(path.read_text(encoding="utf-8")).get("start", {})
+    if start:
+        environment["start"] = start
+    write_json(path, environment)
 
 
 def require_same_run(config: RunConfig, path: Path) -> None:

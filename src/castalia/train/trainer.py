@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from castalia.checkpoint import SavePolicy, Store
+from castalia.checkpoint.saved_model import TOKENIZER
 from castalia.data import Batch, BlendedRows, StepLoader, build_rows, check_vocab
 from castalia.data.loader import RowLookup
 from castalia.data.rows_by_source import RowsBySource
@@ -32,8 +33,9 @@ from castalia.train.optimizers.updater import Updater
 from castalia.train.passes import make_passes
 from castalia.train.precision import make_scale
 from castalia.train.progress import Clock, Progress, rows_hash
-from castalia.train.resume import Checkpoints, DataOfRun, Stateful, checkpoint_files
+from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
 from castalia.train.schedule import make_schedule
+from castalia.train.start import StartRecord, open_start
 from castalia.train.totals import PassSums, StepTotals
 
 SCANNED_BYTES = 1 << 30
@@ -100,7 +102,15 @@ class Trainer:
         sources = max(len(self.rows.sources), len(self.rows.valid_sources))
         self.loss = loss or LOSSES[config.loss.kind](config.loss, sources)
         self.rules = Rules(config.optim, family_of(config.model).no_decay, config.train.frozen)
-        self.model = build_model(config, self.world, self.rules)
+        # Opened before the model takes memory: a start of another shape is refused at once.
+        self.start = open_start(config, self.world)
+        self.start_record = StartRecord()
+        self.start_notes: list[str] = []
+        if self.start is not None and self.world.leads:
+            # Rank 0 alone writes state.json, and hashing reads every file of the start.
+            self.start_record = self.start.record()
+            self.start_notes = self.start.notes(self.start_record, self.files.get(TOKENIZER))
+        self.model = build_model(config, self.world, self.rules, self.start)
         self.updater = Updater(self.model, self.rules)
         self.schedule = make_schedule(config.schedule, config.optim.lr, config.train.steps)
         self.scale = make_scale(config.loss_scale, config.precision)
@@ -126,6 +136,7 @@ class Trainer:
             "progress": self.progress,
             "loss_scale": self.scale,
             "guard": self.guard,
+            "start": self.start_record,
         }
         if isinstance(self.mixture, PlannedMixture):
             self.states["mixture"] = self.mixture
@@ -343,13 +354,28 @@ class Trainer:
         began = time.perf_counter()
         step = self.checkpoints.load_latest()
         if step is None:
+            self.begin()
             return
         # Counters such as Adam's step follow from the updates and are not in the checkpoint.
-        self.updater.restore(self.progress.updates)
+        self.updater.restore(self.progress.optimizer_updates)
         seconds = round(time.perf_counter() - began, 4)
         self.pending_metrics["load_seconds"] = seconds
         if self.world.leads:
             print(f"{verb} {self.store.folder_of(step)}, read in {seconds:.1f} s", flush=True)
+            if note := self.start_record.note(self.config.model.start):
+                print(f"note: {note}", flush=True)
+
+    def begin(self) -> None:
+        """Take over what a fresh run has from `model.start` beside the weights; most runs have nothing."""
+        if self.start is None:
+            return
+        with self.watchdog.doing("loading the start", LONG):
+            tensors = self.checkpoints.tensors()
+            elsewhere = self.checkpoints.elsewhere()
+            self.start.restore(tensors, elsewhere, self.states, self.progress)
+        self.updater.restore(self.progress.optimizer_updates)
+        # While it lives, the start is locked against its own run's retention policy.
+        self.start = None
 
     def roll_back(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Return to the newest good checkpoint; the batches from there on."""

@@ -3,11 +3,11 @@
 Source  Black et al. 2022, arXiv:2204.06745 (GPT-NeoX-20B); Biderman et al. 2023, arXiv:2304.01373 (Pythia).
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import NonNegativeFloat
 
-from castalia.models.config import TransformerConfig
+from castalia.models.config import ModelConfig, TransformerConfig
 from castalia.models.families.base import Costs, Degrees, Family, Kept, LinearPart, NormPart, Parts
 from castalia.models.starts import ONES, ZEROS, Init, Normal, Start, init_std
 
@@ -30,6 +30,12 @@ class NeoxConfig(TransformerConfig):
     """Distribution of attention-out and MLP-out weights at the start."""
     init_method_std: NonNegativeFloat = 0.02
     """Standard deviation that normal and scaled_normal use."""
+
+    FREE_AT_START: ClassVar[frozenset[str]] = ModelConfig.FREE_AT_START | {
+        "init_method",
+        "output_layer_init_method",
+        "init_method_std",
+    }
 
 
 class Neox(Family):

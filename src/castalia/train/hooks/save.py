@@ -31,14 +31,16 @@ class Save(Hook):
         checkpoints: Checkpoints,
         pending_metrics: dict[str, Any],
     ) -> None:
-        """Save step 0 if the policy has it, or if the run may have to roll back to it."""
+        """Save the first step of a fresh run if the policy has it, or if the run may have to roll back to it."""
         self.checkpoints = checkpoints
         self.policy = policy
         self.pending = pending_metrics
         self.asynchronous = config.checkpoint.asynchronous
         may_roll_back = "rollback" in (config.guard.nan, config.guard.spike)
-        if progress.step == 0 and (policy.due(0) or may_roll_back):
-            self.save(0)
+        # Step 0, or with train.start_step the step of the start.
+        first = progress.step
+        if checkpoints.store.latest() is None and (policy.due(first) or may_roll_back):
+            self.save(first)
 
     def after_step(self, step: Step) -> None:
         """Save when due."""
