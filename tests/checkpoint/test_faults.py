@@ -68,7 +68,9 @@ def test_any_flipped_bit_is_found_and_named(store, name):
     for bit in bits:
         flip(path, bit)
         named = (
-            "manifest.json is not what COMPLETE" if name in ("COMPLETE", "manifest.json") else name
+            "manifest.json does not have the hash in COMPLETE"
+            if name in ("COMPLETE", "manifest.json")
+            else name
         )
         with pytest.raises(DamagedCheckpointError, match=named):
             verify(store.folder_of(2))
@@ -96,7 +98,7 @@ def test_any_truncated_file_is_found_and_named(store, name, damage):
 def test_the_previous_good_checkpoint_is_found(store, name):
     flip(store.folder_of(2) / name, 11)
     target = blank()
-    with pytest.warns(UserWarning, match=rf"{name}.*step 2 is passed over"):
+    with pytest.warns(UserWarning, match=rf"{name}.*skipping the checkpoint of step 2"):
         assert store.load_latest(target) == (1, {"step": 1})
     assert equal(target, values(1))
     assert len(store.warnings) == 1 and name in store.warnings[0]
@@ -133,7 +135,7 @@ def test_no_good_checkpoint_is_an_error_that_names_the_files(store):
 def test_unfinished_saves_are_passed_over_with_a_word(store):
     (store.folder_of(2) / "COMPLETE").unlink()
     (store.folder / ".step-00000003.tmp").mkdir()
-    with pytest.warns(UserWarning, match=r"never finished"):
+    with pytest.warns(UserWarning, match=r"left over from an unfinished save"):
         assert store.load_latest(blank()) == (1, {"step": 1})
     assert [line.split("/")[-1].split()[0] for line in store.warnings] == [
         ".step-00000003.tmp",
@@ -181,9 +183,9 @@ def set_in(*path, value):
 
 
 FORGERIES = [
-    (lambda table: rename_file(table, "../../outside.safetensors"), "not a file name"),
-    (lambda table: rename_file(table, "/etc/passwd"), "not a file name"),
-    (lambda table: rename_file(table, "COMPLETE"), "not a file name"),
+    (lambda table: rename_file(table, "../../outside.safetensors"), "not a valid file name"),
+    (lambda table: rename_file(table, "/etc/passwd"), "not a valid file name"),
+    (lambda table: rename_file(table, "COMPLETE"), "not a valid file name"),
     (lambda table: rename_file(table, "absent.safetensors"), "absent.safetensors is missing"),
     (lambda table: rename_file(table, "link.safetensors"), "is a symbolic link"),
     (lambda table: rename_file(table, "pipe.safetensors"), "is not a plain file"),
@@ -193,7 +195,7 @@ FORGERIES = [
     (set_in("tensors", "model.a", "shape", value=[6, 1 << 60]), "elements, expected"),
     (set_in("tensors", "model.a", "shape", value=[float("nan"), 4]), "malformed at tensors"),
     (set_in("tensors", "model.a", "dtype", value="object"), "unknown dtype"),
-    (set_in("tensors", "model.a", "dtype", value="int32"), "model.a is not what the manifest says"),
+    (set_in("tensors", "model.a", "dtype", value="int32"), "model.a has another shape or dtype"),
     (set_in("tensors", "model.a", "chunks", value=[]), "0 elements, expected 24"),
     (
         set_in("tensors", "model.a", "chunks", 0, "key", value="model.z"),

@@ -221,7 +221,7 @@ def test_retention_after_each_save(tmp_path, tensors):
 
 
 def test_retention_never_leaves_a_damaged_checkpoint_alone(tmp_path, tensors):
-    """A run that passed over a damaged checkpoint keeps what it saves below it."""
+    """A run that skipped a damaged checkpoint keeps what it saves below it."""
     store = Store(
         tmp_path,
         expired=SavePolicy(CheckpointConfig(steps=[], every=1, keep=1), last_step=9).expired,
@@ -286,7 +286,9 @@ def test_a_fresh_run_has_nothing_to_load(tmp_path, tensors):
     assert store.load_latest(tensors) is None
     assert (store.steps(), store.latest()) == ([], None)
     assert not (tmp_path / "not").exists()
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 4 .*have: none"):
+    with pytest.raises(
+        CheckpointError, match=r"no complete checkpoint of step 4 .*choose one of none"
+    ):
         store.folder_of(4)
 
 
@@ -315,7 +317,7 @@ def test_file_names_stay_in_the_folder(tmp_path, tensors, name):
 @pytest.mark.parametrize(
     "tensors, message",
     [
-        ({"weight": torch.ones(1)}, "begin with a group, as in 'model.weight'"),
+        ({"weight": torch.ones(1)}, "begin with a group, for instance 'model.weight'"),
         ({"../model.a": torch.ones(1)}, "begin with a group"),
         ({"model.a": torch.ones(1, dtype=torch.complex64)}, "complex64"),
         ({"model.a": torch.ones(1, device="meta")}, "meta device"),

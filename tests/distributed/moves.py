@@ -67,7 +67,7 @@ class SavedAgain(Hook):
         if progress.step == STOP:
             own = checkpoints.store
             folder = f"{checkpoints.config.output}/again"
-            again = Store(folder, rank=own.rank, world=own.world)
+            again = Store(folder, rank=own.rank, world=own.world, agree=own.agree)
             replace(checkpoints, store=again).save(STOP, asynchronous=False)
 
 

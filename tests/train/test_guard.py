@@ -182,7 +182,7 @@ def test_rollback_passes_over_a_damaged_checkpoint_of_a_later_step(make):
     shard = folder / "model-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     ours = make("run", "guard.nan=rollback", loss=Poisoned([5]))
-    with pytest.warns(UserWarning, match="step 6 is passed over"):
+    with pytest.warns(UserWarning, match="skipping the checkpoint of step 6"):
         fit(ours)
     (event,) = read_events(ours.config.output)
     assert (event["to"], event["skips"]) == (4, [5])

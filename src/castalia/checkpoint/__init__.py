@@ -1,6 +1,6 @@
 """Checkpoints: safetensors shards and JSON manifests, whole or absent, hashed, never pickled.
 
-What needs torch is imported when it is asked for, so that a config alone stays quick to load.
+Modules that need torch are imported on first use, so that a config alone loads quickly.
 """
 
 from typing import TYPE_CHECKING

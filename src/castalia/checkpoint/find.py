@@ -45,7 +45,8 @@ def find_checkpoint(path: str | Path) -> Path:
     if "@" in path.name:
         base, _, word = str(path).rpartition("@")
     else:
-        base, word = str(path.parent), path.name
+        base = str(path.parent)
+        word = path.name
     wanted = WANTED_STEP.fullmatch(word)
     folder, steps = steps_of_run(Path(base))
     if wanted and int(wanted[1]) in steps:

@@ -70,7 +70,7 @@ def from_cache(hub: Any, name: str, settings: dict[str, Any], error: Exception) 
     except Exception:
         lines = str(error).strip().splitlines() or [""]
         raise CheckpointError(
-            f"cannot open {name}: as a path it does not exist, and as a model of the Hugging Face hub it is not cached"
-            f" and could not be downloaded ({type(error).__name__}: {lines[0]}); give an existing folder, or download"
-            " the model once with a network"
+            f"cannot open {name}: as a path it does not exist, and as a model of the Hugging Face"
+            f" hub it is not cached and could not be downloaded ({type(error).__name__}:"
+            f" {lines[0]}); give an existing folder, or download the model once with a network"
         ) from None

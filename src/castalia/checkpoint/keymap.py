@@ -35,7 +35,8 @@ class Transform:
 
     @property
     def copies(self) -> bool:
-        """Whether ours is a plain copy of theirs, so that a part of one is the same part of the other."""
+        """Whether ours is a plain copy of theirs, so that a part of one is the same part of the
+        other."""
         return self.back is unchanged
 
 
@@ -59,7 +60,8 @@ class Rule:
 class KeyMap:
     """The names of one family.
 
-    `ignored` are regular expressions, matched whole, for keys of theirs that hold nothing to keep (old buffers).
+    `ignored` are regular expressions, matched whole, for keys of theirs that hold nothing to keep
+    (old buffers).
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class KeyMap:
     def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their names and layout for our tensors.
 
-        Raises  CheckpointError naming our keys that no rule knows, or that a rule wants and are missing.
+        Raises  CheckpointError naming our keys that no rule knows, or that a rule wants and are
+                missing.
         """
         self.require_equal("our model", ours, [rule.ours for rule in self.rules])
         return {rule.theirs: rule.transform.out(ours[rule.ours]) for rule in self.rules}
@@ -82,7 +85,8 @@ class KeyMap:
     def to_ours(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our names and layout for their tensors.
 
-        Raises  CheckpointError naming their keys that no rule knows, or that a rule wants and are missing.
+        Raises  CheckpointError naming their keys that no rule knows, or that a rule wants and are
+                missing.
         """
         rules = self.rules_for(theirs)
         return {rule.ours: rule.transform.back(theirs[name]) for name, rule in rules.items()}
@@ -91,7 +95,8 @@ class KeyMap:
         """The rule of each of their keys that holds something, in the order of the rules.
 
         `optional` are patterns (fnmatch) of our names that may be missing.
-        Raises  CheckpointError naming their keys that no rule knows, or that a rule wants and are missing.
+        Raises  CheckpointError naming their keys that no rule knows, or that a rule wants and are
+                missing.
         """
         stored_as: dict[str, str] = {}
         for name in theirs:

@@ -1,4 +1,5 @@
-"""Reading a checkpoint: whole, or just the slices that this process holds; hashes first, and nothing unpickled."""
+"""Reading a checkpoint, whole or the slices of this rank. Hashes are checked first; nothing is
+unpickled."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -26,21 +27,22 @@ from castalia.checkpoint.manifest import (
     read_manifest,
     reading,
 )
-from castalia.checkpoint.shards import Piece, check_pieces, read_pieces
+from castalia.checkpoint.shards import ChunkPart, check_pieces, read_pieces
 from castalia.core.errors import CheckpointError, nearest
 from castalia.distributed.boxes import local_boxes
 
-Pieces = dict[str, list[Piece]]
-"""What to read, by file."""
+Pieces = dict[str, list[ChunkPart]]
+"""Chunk parts to read, by file."""
 SHARD = ".safetensors"
-"""Ending of the files that hold tensors; all others are small texts."""
+"""Suffix of the files of tensors; all others are small texts."""
 NOWHERE = torch.empty(0)
-"""Target of a piece that is looked at and not read."""
+"""Target of a part that is checked and not read."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A checkpoint that is whole, as far as this process needs it, and fits the tensors it will fill."""
+    """A checkpoint that was checked, as far as this rank needs it, and fits the tensors it will
+    fill."""
 
     path: Path
     manifest: Manifest
@@ -63,11 +65,12 @@ def load_into(
 ) -> dict[str, Any]:
     """Copy the checkpoint's values into `tensors`, in place, and return the saved state.
 
-    Only names that begin with `prefix` count, on both sides; names, shapes and dtypes must agree exactly. `elsewhere`
-    names tensors that other ranks alone load. Any layout will do: each rank reads the slices that it holds, and checks
-    the hash of each file that it reads and of the texts beside them.
-    Raises  DamagedCheckpointError naming the file; CheckpointError listing names, shapes and dtypes that do not fit.
-            Nothing in `tensors` has changed then.
+    Only names that begin with `prefix` count, on both sides; names, shapes and dtypes must agree
+    exactly. `elsewhere` names tensors that other ranks alone load. Any layout will do: each rank
+    reads the slices that it holds, and checks the hash of each file that it reads and of the texts
+    beside them.
+    Raises  DamagedCheckpointError naming the file; CheckpointError listing names, shapes and
+            dtypes that do not fit. Nothing in `tensors` has changed then.
     """
     path = Path(path)
     with reading(path):
@@ -77,29 +80,33 @@ def load_into(
 def make_ready(
     path: Path, tensors: Mapping[str, Tensor], prefix: str = "", elsewhere: Collection[str] = ()
 ) -> Ready:
-    """Check all that load_into checks, and change nothing yet; `elsewhere` are names that only other processes load."""
+    """Make every check of load_into and change nothing yet; `elsewhere` names tensors of other
+    ranks."""
     manifest = read_manifest(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     elsewhere = [name for name in elsewhere if name.startswith(prefix)]
     require_fit(path, manifest, tensors, prefix, elsewhere)
     pieces = pieces_of(manifest, tensors)
     texts = [name for name in manifest.files if not name.endswith(SHARD)]
-    check_files(path, manifest, texts)  # not needed here, but whoever exports this step reads them
+    # Not needed by the run, but an export of this step will read them.
+    check_files(path, manifest, texts)
     check_contents(path, manifest, pieces)
     return Ready(path, manifest, state_of(path, manifest), pieces)
 
 
 def check_contents(path: Path, manifest: Manifest, pieces: Pieces) -> None:
-    """Hashes of the files of `pieces`, and what they say of themselves."""
+    """Check the hashes of the files of `pieces`, and their headers against the manifest."""
     check_files(path, manifest, pieces)
     for file in sorted(pieces):
         check_pieces(path / file, pieces[file])
 
 
 def check_tensors(path: Path, manifest: Manifest, prefix: str) -> None:
-    """Check the files of all tensors whose names begin with `prefix`: their hashes and their own headers.
+    """Check the files of all tensors whose names begin with `prefix`: their hashes and their own
+    headers.
 
-    Raises  DamagedCheckpointError naming the file; CheckpointError if no name begins with the prefix.
+    Raises  DamagedCheckpointError naming the file; CheckpointError if no name begins with the
+            prefix.
     """
     entries = entries_of(path, manifest, prefix)
     check_contents(path, manifest, stored_pieces(entries))
@@ -110,7 +117,7 @@ def stored_pieces(entries: Mapping[str, TensorEntry]) -> Pieces:
     pieces: Pieces = defaultdict(list)
     for entry in entries.values():
         for chunk in entry.chunks:
-            pieces[chunk.file].append(Piece(chunk, entry.dtype, chunk.box, NOWHERE))
+            pieces[chunk.file].append(ChunkPart(chunk, entry.dtype, chunk.box, NOWHERE))
     return pieces
 
 
@@ -135,7 +142,7 @@ def require_fit(
     prefix: str,
     elsewhere: Collection[str],
 ) -> None:
-    """Raise CheckpointError listing what the checkpoint lacks, has beyond, or has in another shape or dtype."""
+    """Raise CheckpointError listing names, shapes and dtypes that differ from the checkpoint's."""
     have = {name: entry for name, entry in manifest.tensors.items() if name.startswith(prefix)}
     wanted = tensors.keys() | set(elsewhere)
     problems = [
@@ -144,15 +151,15 @@ def require_fit(
     ]
     problems += [f"{name} is in the checkpoint only" for name in sorted(have.keys() - wanted)]
     for name in sorted(have.keys() & tensors.keys()):
-        entry, tensor = have[name], tensors[name]
+        entry = have[name]
+        tensor = tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
         if tuple(tensor.shape) != entry.shape:
             problems.append(
                 f"{name} has shape {list(entry.shape)} in the checkpoint, {list(tensor.shape)} here"
             )
         elif tensor.dtype != DTYPES[entry.dtype][0]:
-            problems.append(
-                f"{name} is {entry.dtype} in the checkpoint, {str(tensor.dtype).removeprefix('torch.')} here"
-            )
+            problems.append(f"{name} is {entry.dtype} in the checkpoint, {dtype} here")
         elif tensor.is_meta:
             problems.append(f"{name} has no memory to load into (meta device)")
     if problems:
@@ -164,7 +171,7 @@ def require_fit(
 
 
 def pieces_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Pieces:
-    """What to read from which file, so that each local tensor is filled."""
+    """The parts to read from each file to fill the local tensors."""
     pieces: Pieces = defaultdict(list)
     for name, tensor in tensors.items():
         with torch.no_grad():
@@ -176,7 +183,7 @@ def pieces_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Pieces:
                 part = box.intersection(chunk.box)
                 if part.volume:
                     target = mine[part.slices_from(box.offset)]
-                    pieces[chunk.file].append(Piece(chunk, entry.dtype, part, target))
+                    pieces[chunk.file].append(ChunkPart(chunk, entry.dtype, part, target))
     return pieces
 
 
@@ -184,14 +191,17 @@ def state_of(path: Path, manifest: Manifest) -> dict[str, Any]:
     """The saved state of a checkpoint whose manifest is known."""
     state = parse_json(read_listed(path, manifest, STATE), path / STATE)
     if not isinstance(state, dict):
-        raise DamagedCheckpointError(f"{path / STATE} is malformed: a state is a JSON object")
+        raise DamagedCheckpointError(
+            f"{path / STATE} is malformed: expected a JSON object, got {type(state).__name__}"
+        )
     return state
 
 
 def read(path: str | Path, prefix: str = "model.") -> dict[str, Tensor]:
-    """Whole CPU tensors, put together from their shards, of each name that begins with `prefix`, which is taken off.
+    """Whole CPU tensors of each name that begins with `prefix`, which is taken off.
 
-    Raises  DamagedCheckpointError naming the file; CheckpointError if no name begins with the prefix.
+    Raises  DamagedCheckpointError naming the file; CheckpointError if no name begins with the
+            prefix.
     """
     path = Path(path)
     with reading(path):
@@ -209,12 +219,13 @@ def read(path: str | Path, prefix: str = "model.") -> dict[str, Tensor]:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The state that was saved with the tensors: progress, schedule, data fingerprint and the like."""
+    """The state that was saved with the tensors, such as progress, loss scale and data
+    fingerprint."""
     return state_of(Path(path), read_manifest(Path(path)))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The run's config as it was saved, for RunConfig or a part of it."""
+    """The run's config as it was saved, for RunConfig or one of its sections."""
     try:
         values = yaml.safe_load(read_text(path, CONFIG))
     except yaml.YAMLError as error:
@@ -223,18 +234,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
         ) from None
     if not isinstance(values, dict):
         raise DamagedCheckpointError(
-            f"{Path(path) / CONFIG} is malformed: a config is a table of keys"
+            f"{Path(path) / CONFIG} is malformed: expected a mapping, got {type(values).__name__}"
         )
     return values
 
 
 def read_text(path: str | Path, name: str) -> str:
-    """A text file that was saved with the checkpoint, for instance tokenizer.json; its hash is checked."""
+    """A text file of the checkpoint, for instance tokenizer.json; its hash is checked."""
     path = Path(path)
     manifest = read_manifest(path)
     if name not in manifest.files:
         raise CheckpointError(
-            f"{path} holds no {name}; it was saved with: {', '.join(sorted(manifest.files))}"
+            f"{path} has no {name}; its files are {', '.join(sorted(manifest.files))}"
         )
     return read_listed(path, manifest, name).decode("utf-8")
 
@@ -245,9 +256,10 @@ def read_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], dic
 
 
 def verify(path: str | Path) -> list[str]:
-    """Check everything: COMPLETE, manifest, each file's hash, each stored tensor. Returns names of files not listed.
+    """Check COMPLETE, the manifest, every hash and every stored tensor; returns names of unlisted
+    files.
 
-    Raises  DamagedCheckpointError naming the first file that is missing or not what was written.
+    Raises  DamagedCheckpointError naming the first file that is missing or changed.
     """
     path = Path(path)
     with reading(path):

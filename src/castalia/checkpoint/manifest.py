@@ -1,7 +1,6 @@
-"""The table of a checkpoint: which tensors, in which files, with which hashes; and everything that is checked of it."""
+"""The manifest of a checkpoint: its tensors, files and hashes, and every check of them."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from pydantic import NonNegativeInt, ValidationError
 from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
+from castalia.core.files import locked
 from castalia.distributed.boxes import Box
 
 FORMAT = 1
@@ -29,7 +29,8 @@ CONFIG = "config.yaml"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 STEP_NAME = re.compile(r"step-(\d{8,})")
 LARGEST_JSON = 1 << 28
-"""Bytes of a manifest or state file above which it is refused unread (a full Pythia-12B on 64 ranks is under 10 MB)."""
+"""Bytes above which a manifest or state file is refused unread; Pythia-12B on 64 ranks has under
+10 MB."""
 
 DTYPES = {
     "float64": (torch.float64, "F64"),
@@ -45,20 +46,20 @@ DTYPES = {
     "uint8": (torch.uint8, "U8"),
     "bool": (torch.bool, "BOOL"),
 }
-"""Name in the manifest -> torch's type and safetensors' code."""
+"""Name in the manifest -> torch's dtype and safetensors' code."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is incomplete, or a file in it is not what was written."""
+    """A checkpoint is incomplete, or one of its files was changed."""
 
 
 class FileEntry(Config):
-    """What a file must be."""
+    """Size and hash of a file."""
 
     size: NonNegativeInt
     """Bytes."""
     sha256: str
-    """Hex SHA-256 of all bytes, taken of what was handed to the system for writing."""
+    """Hex SHA-256 of the bytes that were handed to the system for writing."""
 
 
 class Chunk(Config):
@@ -91,7 +92,7 @@ class TensorEntry(Config):
 
 
 class Manifest(Config):
-    """Everything of a checkpoint but the numbers; its own hash stands in COMPLETE."""
+    """Everything in a checkpoint except the numbers; its own hash is the content of COMPLETE."""
 
     format: int
     """Version of this table, FORMAT."""
@@ -102,9 +103,9 @@ class Manifest(Config):
     step: NonNegativeInt
     """Optimizer steps done."""
     world: NonNegativeInt
-    """Number of processes that wrote it."""
+    """World size that wrote it."""
     save: str
-    """Mark of the one save that made it, by which the processes know their own."""
+    """Mark of the one save that made it; ranks recognize their own save by it."""
     tensors: dict[str, TensorEntry]
     """By name."""
     files: dict[str, FileEntry]
@@ -117,7 +118,9 @@ def step_name(step: int) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The table of the checkpoint in `folder`, checked against COMPLETE and in itself; no other file is opened.
+    """The manifest of the checkpoint in `folder`, checked against COMPLETE and for consistency.
+
+    No other file is opened.
 
     Raises  DamagedCheckpointError naming the file, if one is missing, changed or malformed.
     """
@@ -125,13 +128,13 @@ def read_manifest(folder: Path) -> Manifest:
     text = read_regular(folder / MANIFEST, LARGEST_JSON)
     if mark != completion_mark(text):
         raise DamagedCheckpointError(
-            f"{folder / MANIFEST} is not what {COMPLETE} beside it vouches for; one is corrupt"
+            f"{folder / MANIFEST} does not have the hash in {COMPLETE}; one of the two is corrupt"
         )
     table = parse_json(text, folder / MANIFEST)
     if isinstance(table, dict) and table.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder} has checkpoint format {table.get('format')!r}, this Castalia reads {FORMAT}; install the version"
-            f" that wrote it ({table.get('castalia', 'not named')})"
+            f"{folder} has checkpoint format {table.get('format')!r}, this Castalia reads {FORMAT};"
+            f" install the version that wrote it ({table.get('castalia', 'not named')})"
         )
     try:
         manifest = Manifest.model_validate(table)
@@ -152,15 +155,20 @@ def completion_mark(manifest_text: bytes) -> bytes:
 
 
 def fault_of_table(manifest: Manifest, folder_name: str) -> str | None:
-    """Why the table cannot be trusted: an unsafe file name, another step, or a tensor that its chunks do not cover."""
+    """Why the manifest is malformed: unsafe file name, wrong step, or a tensor not covered; or
+    None."""
     for name in manifest.files:
         if not SAFE_NAME.fullmatch(name) or name in (MANIFEST, COMPLETE):
-            return f"{name!r} is not a file name that a checkpoint may hold"
+            # Names come from a file that someone may have forged: none may lead out of the folder.
+            return f"{name!r} is not a valid file name in a checkpoint"
     if STATE not in manifest.files:
         return f"it lists no {STATE}"
     named = STEP_NAME.fullmatch(folder_name)
     if named and int(named[1]) != manifest.step:
-        return f"it is of step {manifest.step}, in a folder named {folder_name}; the folder was copied or renamed"
+        return (
+            f"it is of step {manifest.step}, in a folder named {folder_name};"
+            " the folder was copied or renamed"
+        )
     for name, entry in manifest.tensors.items():
         if fault := fault_of_entry(entry, manifest.files):
             return f"tensor {name!r}: {fault}"
@@ -182,9 +190,11 @@ def fault_of_entry(entry: TensorEntry, files: Iterable[str]) -> str | None:
 def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Read the named files and compare size and SHA-256 with the manifest.
 
-    Raises  DamagedCheckpointError naming the first file, in order of names, that is missing, a link or changed.
+    Raises  DamagedCheckpointError naming the first file, by name, that is missing, a link or
+            changed.
     """
-    with ThreadPoolExecutor(4) as pool:  # hashlib lets other threads run
+    # Threads help, since hashlib releases the GIL; beyond four the disk is the limit.
+    with ThreadPoolExecutor(4) as pool:
         faults = pool.map(
             lambda name: fault_of_file(folder / name, manifest.files[name]), sorted(names)
         )
@@ -194,29 +204,27 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def fault_of_file(path: Path, entry: FileEntry) -> str | None:
-    """Why the file is not the one that was written, or None."""
+    """Why the file differs from its entry, or None."""
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != entry.size:
-                return f"{path} is corrupt: it has {size} bytes in place of {entry.size}"
+                return f"{path} is corrupt: it has {size} bytes, expected {entry.size}"
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except DamagedCheckpointError as error:
         return str(error)
     except OSError as error:
         return f"cannot read {path}: {error.strerror or error}"
-    return (
-        None
-        if digest == entry.sha256
-        else f"{path} is corrupt: its SHA-256 is {digest[:12]}..., not the saved one"
-    )
+    if digest != entry.sha256:
+        return f"{path} is corrupt: its SHA-256 is {digest[:12]}..., not the saved one"
+    return None
 
 
 def open_regular(path: Path) -> Any:
     """Open a plain file for reading in binary.
 
-    Raises  DamagedCheckpointError if it is missing or not a plain file: a link could lead out of the checkpoint,
-            and a pipe would never end.
+    A link could lead out of the checkpoint, and a pipe would never end, so both are refused.
+    Raises  DamagedCheckpointError if the file is missing or not a plain file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -247,7 +255,8 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def read_listed(folder: Path, manifest: Manifest, name: str) -> bytes:
-    """Bytes of a small listed file, the very ones whose hash was checked."""
+    """Bytes of a small listed file. The same bytes are hashed and returned: no second read to race
+    with."""
     entry = manifest.files[name]
     data = read_regular(folder / name, min(entry.size, LARGEST_JSON))
     if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -273,18 +282,8 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def hold(folder: Path) -> Any:
-    """A file under a shared lock: while it is open, no retention policy deletes the checkpoint in `folder`."""
+    """A file under a shared lock: while it is open, no retention policy deletes the checkpoint in
+    `folder`."""
     file = open_regular(folder / COMPLETE)
-    lock(file.fileno(), fcntl.LOCK_SH)
+    locked(file, shared=True)
     return file
-
-
-def lock(descriptor: int, kind: int) -> bool:
-    """Take a flock without waiting; False if another holds it. A file system without locks grants everything."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -1,10 +1,11 @@
-"""One save by one process: its shards, then on rank 0 the table, COMPLETE and the rename that makes all of it exist.
+"""One save by one rank: its shards, then on rank 0 the manifest, COMPLETE and the final rename.
 
-Processes do not talk. Each leaves a note in the temporary folder, its part of the table or why it gave up, and
-rank 0 looks for these. A mark that all processes share tells notes of this save from those of one that was killed.
+Ranks do not communicate: a save runs in the background, where a collective would mix with those of
+training. Each rank leaves a note in the temporary folder, with its part of the manifest or the
+reason of its failure, and rank 0 polls for the notes. A mark shared by all ranks tells the notes of
+this save from those of one that was killed.
 """
 
-import errno
 import os
 import shutil
 import time
@@ -38,31 +39,33 @@ from castalia.checkpoint.stage import Staged
 from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
+from castalia.core.files import FULL
 from castalia.monitor.display import size_text
 
 SHARD_BYTES = 4 << 30
 """A file is closed once it holds this many bytes; a larger tensor has a file to itself."""
 POLL_SECONDS = 0.02
+"""Seconds between two looks for a file of another rank: short beside a save, long beside a stat."""
 LARGEST_NOTE = 1 << 28
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Bytes above which a note is refused unread; one of a 12B model on 64 ranks has under 1 MB."""
 
 
 class Note(Config):
-    """What a process leaves for rank 0; rank 0 leaves one only when it gives up."""
+    """A rank's message to rank 0; rank 0 leaves one only when it gives up."""
 
     save: str
     """Mark of the save."""
     failure: str | None = None
-    """Why this process gave up; null when all that it had to write is on the disk."""
+    """Why this rank gave up; null when all its files are on the disk."""
     tensors: dict[str, TensorEntry] = {}
-    """Each tensor that this process knows, with the chunks that it wrote."""
+    """Each tensor that this rank knows, with the chunks that it wrote."""
     files: dict[str, FileEntry] = {}
     """The files that it wrote."""
 
 
 @dataclass
-class Save:
-    """Everything that one process needs to write its share of a step; `run` does it."""
+class RankSave:
+    """One rank's share of a step, staged and ready to be written by `run`."""
 
     folder: Path
     step: int
@@ -78,16 +81,16 @@ class Save:
 
     @property
     def temporary(self) -> Path:
-        """Where the files grow; not a checkpoint by name."""
+        """The folder that the files grow in; its name is not one of a checkpoint."""
         return self.folder / f".{step_name(self.step)}.tmp"
 
     @property
     def final(self) -> Path:
-        """The checkpoint's folder."""
+        """The folder of the finished checkpoint."""
         return self.folder / step_name(self.step)
 
     def run(self) -> None:
-        """Write, and return when the checkpoint exists. On failure nothing of this save is left.
+        """Write, and return when the checkpoint exists. A failed save removes its files.
 
         Raises  CheckpointError, on every rank.
         """
@@ -103,14 +106,16 @@ class Save:
         except CheckpointError as error:
             self.give_up(str(error))
             raise
-        except Exception as error:  # whatever it was, the other ranks must not wait in vain
+        except Exception as error:
+            # Whatever the cause, the other ranks must learn of it instead of waiting for a note.
             reason = self.reason_of(error, needed)
             self.give_up(reason)
             raise CheckpointError(reason) from error
 
     def write_shards(self) -> Note:
-        """Write this process's files and force them to the disk."""
-        tensors, files = {}, {}
+        """Write this rank's files and force them to the disk."""
+        tensors = {}
+        files = {}
         for name, item in self.staged.items():
             tensors[name] = TensorEntry(dtype=item.dtype, shape=item.shape, chunks=[])
         for file, items in self.files_of_groups():
@@ -127,33 +132,36 @@ class Save:
         return Note(save=self.mark, tensors=tensors, files=files)
 
     def files_of_groups(self) -> list[tuple[str, list[str]]]:
-        """(file name, tensors in it): one file a group (model, optim), continued in another when it is full."""
+        """(file name, its tensors): a file a group (model, optim), and further ones when it is
+        full."""
         groups: dict[str, list[list[str]]] = {}
         filled: dict[str, int] = {}
         for name, item in self.staged.items():
             group = name.partition(".")[0]
             if not item.pieces:
-                continue
+                continue  # another rank writes it, but the note still lists its shape
             parts = groups.setdefault(group, [[]])
             if parts[-1] and filled[group] + item.nbytes > SHARD_BYTES:
                 parts.append([])
                 filled[group] = 0
             parts[-1].append(name)
             filled[group] = filled.get(group, 0) + item.nbytes
-        return [
-            (f"{group}-{self.rank:05d}{f'-{number}' if number else ''}.safetensors", names)
-            for group, parts in groups.items()
-            for number, names in enumerate(parts)
-        ]
+        out = []
+        for group, parts in groups.items():
+            for number, names in enumerate(parts):
+                more = f"-{number}" if number else ""
+                out.append((f"{group}-{self.rank:05d}{more}.safetensors", names))
+        return out
 
     def note_path(self, rank: int) -> Path:
-        """Where a process leaves its note; rank 0, beside the temporary folder, because it removes that."""
+        """Path of a rank's note; rank 0's lies beside the temporary folder, which rank 0
+        removes."""
         if rank == 0:
             return self.temporary.with_suffix(".failed")
         return self.temporary / f"rank-{rank:05d}.json"
 
     def leave(self, note: Note) -> None:
-        """Leave this process's note, whole or not at all."""
+        """Write this rank's note by a rename, so that rank 0 never reads half of one."""
         path = self.note_path(self.rank)
         half = path.with_suffix(".half")
         write_bytes(half, note.model_dump_json().encode())
@@ -161,7 +169,7 @@ class Save:
         self.has_left = True
 
     def note_of(self, rank: int) -> Note | None:
-        """The note of a process; None as long as there is none of this save."""
+        """The note of a rank; None until it has left one of this save."""
         try:
             note = Note.model_validate_json(read_regular(self.note_path(rank), LARGEST_NOTE))
         except (DamagedCheckpointError, ValidationError):
@@ -171,7 +179,7 @@ class Save:
     def gather(self, own: Note) -> list[Note]:
         """All notes, by rank.
 
-        Raises  CheckpointError if a process gave up, or has left nothing after `patience` seconds.
+        Raises  CheckpointError if a rank gave up, or left no note within `patience` seconds.
         """
         notes = {0: own}
 
@@ -186,23 +194,29 @@ class Save:
         if not wait_until(all_here, lambda: self.patience):
             missing = ", ".join(str(rank) for rank in range(self.world) if rank not in notes)
             raise CheckpointError(
-                f"cannot save step {self.step} in {self.folder}: no word of rank {missing} after {self.patience:g} s;"
-                " is it alive, and does it see this folder?"
+                f"cannot save step {self.step} in {self.folder}: rank {missing} did not report within"
+                f" {self.patience:g} s; check that it runs and shares this folder"
             )
         self.has_gathered = True
         return [notes[rank] for rank in range(self.world)]
 
     def commit(self, notes: list[Note]) -> None:
-        """Write the texts, the table and COMPLETE, and rename the folder. Rank 0 only."""
+        """Write the texts, the manifest and COMPLETE, and rename the folder. Rank 0 only.
+
+        The order is the promise: files, manifest, COMPLETE, rename, each on the disk before the
+        next begins. A power cut at any moment leaves the old checkpoints and, at most, a temporary
+        folder.
+        """
         files = {name: entry for note in notes for name, entry in note.files.items()}
         for name, text in self.texts.items():
             self.own_files.append(name)
             files[name] = write_bytes(self.temporary / name, text)
-        for item in list(
-            self.temporary.iterdir()
-        ):  # notes, and leftovers of a save that was killed
-            if item.name not in files:
-                shutil.rmtree(item) if item.is_dir() else item.unlink()
+        for item in list(self.temporary.iterdir()):
+            if item.name not in files:  # a note, or left over from a save that was killed
+                if item.is_dir():
+                    shutil.rmtree(item)
+                else:
+                    item.unlink()
         manifest = Manifest(
             format=FORMAT,
             castalia=__version__,
@@ -218,15 +232,16 @@ class Save:
         sync_folder(self.temporary)
         write_bytes(self.temporary / COMPLETE, completion_mark(text))
         sync_folder(self.temporary)
-        if self.final.exists():  # incomplete or corrupt, else this save would have been skipped
+        if self.final.exists():
+            # Incomplete or corrupt: a good one would have made this save unnecessary.
             discard(self.final)
         os.rename(self.temporary, self.final)
         sync_folder(self.folder)
 
     def wait_for_commit(self) -> None:
-        """Return when rank 0 has made the checkpoint exist. Other ranks only.
+        """Return when rank 0 has renamed the folder. Other ranks only.
 
-        Raises  CheckpointError if rank 0 gave up, or time has run out.
+        Raises  CheckpointError if rank 0 gave up, or did not finish within `patience` seconds.
         """
 
         def done() -> bool:
@@ -239,19 +254,25 @@ class Save:
 
         if not wait_until(done, lambda: self.patience):
             raise CheckpointError(
-                f"no word of rank 0 about step {self.step} after {self.patience:g} s; is it alive?"
+                f"rank 0 did not report on step {self.step} within {self.patience:g} s;"
+                " check that it runs and shares this folder"
             )
 
     def give_up(self, reason: str) -> None:
-        """Remove what this process wrote and tell the others; rank 0 then removes the temporary folder."""
-        if not self.has_left:  # once a note is left, rank 0 may remove the folder at any moment
+        """Remove this rank's files and report the reason; rank 0 then removes the temporary
+        folder."""
+        # Once a note is left, rank 0 may commit or remove the folder at any moment.
+        if not self.has_left:
             for name in self.own_files:
                 (self.temporary / name).unlink(missing_ok=True)
             if self.world > 1:
-                with suppress(OSError):  # then the others learn it from the clock
+                with suppress(
+                    OSError
+                ):  # on a full disk; the other ranks then run into their timeout
                     self.leave(Note(save=self.mark, failure=reason))
         if self.rank == 0:
             if not self.has_gathered:
+                # A rank that still writes would make the folder again; give it a minute to report.
                 everyone = range(1, self.world)
                 wait_until(
                     lambda: all(self.note_of(rank) for rank in everyone),
@@ -264,9 +285,9 @@ class Save:
         what = f"cannot save step {self.step} in {self.folder}"
         if not isinstance(error, OSError):
             return f"{what}: {type(error).__name__}: {error}"
-        room = (
-            f" (rank {self.rank} needs {size_text(needed)} for it)" if error.errno in FULL else ""
-        )
+        room = ""
+        if error.errno in FULL:
+            room = f" (rank {self.rank} needs {size_text(needed)} for it)"
         return (
             f"{what}: {error.strerror or error}{room}; earlier checkpoints are intact;"
             " free space or choose another output, then run the command again"
@@ -274,9 +295,9 @@ class Save:
 
 
 def merge(notes: list[Note]) -> dict[str, TensorEntry]:
-    """One table out of the parts of all processes.
+    """One table of tensors from the notes of all ranks.
 
-    Raises  CheckpointError if the processes disagree on a tensor, or a part of one was written by none of them.
+    Raises  CheckpointError if ranks disagree on a tensor, or no rank wrote some part of it.
     """
     table: dict[str, TensorEntry] = {}
     for rank, note in enumerate(notes):
@@ -292,13 +313,13 @@ def merge(notes: list[Note]) -> dict[str, TensorEntry]:
     for name, entry in table.items():
         if fault := fault_of_tiling(entry.shape, [chunk.box for chunk in entry.chunks]):
             raise CheckpointError(
-                f"cannot save {name}: what the processes hold is not the whole tensor: {fault}"
+                f"cannot save {name}: the ranks do not hold the whole tensor: {fault}"
             )
     return dict(sorted(table.items()))
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder so that at each moment it is whole under its name or not there."""
+    """Delete a folder by a rename first, so that under its name it is always whole or absent."""
     trash = folder.with_name(f".trash-{folder.name}-{time.time_ns():x}")
     os.rename(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
@@ -314,7 +335,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def wait_until(condition: Callable[[], bool], seconds: Callable[[], float]) -> bool:
-    """Whether the condition came true within the time, which may be shortened meanwhile."""
+    """Whether the condition came true in time; `seconds` is asked again, since it may shrink."""
     begin = time.monotonic()
     while not condition():
         if time.monotonic() - begin > seconds():

@@ -1,6 +1,9 @@
-"""One safetensors file: written by hand so that its hash is of the intended bytes, read by the safetensors library.
+"""One safetensors file, read by the safetensors library and written here.
 
-Source  the format: https://github.com/huggingface/safetensors#format (length, JSON header, raw data).
+Writing here makes the hash one of the intended bytes: hashing a file after it was written would
+also vouch for what the disk made of it.
+Source  the format: https://github.com/huggingface/safetensors#format (length, JSON header, raw
+        data).
 """
 
 import hashlib
@@ -16,17 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from castalia.checkpoint.manifest import DTYPES, Chunk, DamagedCheckpointError, FileEntry
+from castalia.checkpoint.manifest import DTYPES, MANIFEST, Chunk, DamagedCheckpointError, FileEntry
 from castalia.distributed.boxes import Box
 
 BLOCK = 1 << 24
-"""Bytes hashed and written at a time."""
+"""Bytes hashed and written at a time; small enough to stay in the cache between the two."""
 NAMES = {kind: name for name, (kind, _) in DTYPES.items()}
-"""torch's type -> its name in the manifest."""
+"""torch's dtype -> its name in the manifest."""
 
 
 class HashedFile:
-    """A file that is hashed while it is written, and on the disk when closed."""
+    """A file that is hashed while it is written, and synced when closed."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -34,7 +37,7 @@ class HashedFile:
         self.size = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Hash and append, in pieces that stay in the processor's cache between the two."""
+        """Hash and append."""
         for start in range(0, len(data), BLOCK):
             piece = data[start : start + BLOCK]
             self.digest.update(piece)
@@ -42,14 +45,14 @@ class HashedFile:
         self.size += len(data)
 
     def close(self) -> FileEntry:
-        """Force the bytes to the disk; what the file must be from now on."""
+        """Sync the bytes to the disk; returns their size and hash."""
         self.file.flush()
         os.fsync(self.file.fileno())
         return FileEntry(size=self.size, sha256=self.digest.hexdigest())
 
 
 def write_bytes(path: Path, data: bytes) -> FileEntry:
-    """Write a whole small file to the disk, hashed."""
+    """Write a small file to the disk; returns its size and hash."""
     with open(path, "wb") as file:
         out = HashedFile(file)
         out.write(data)
@@ -57,16 +60,19 @@ def write_bytes(path: Path, data: bytes) -> FileEntry:
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
-    """Write contiguous CPU tensors as one safetensors file, widest elements first so that each is aligned."""
+    """Write contiguous CPU tensors as one safetensors file."""
+    # Widest elements first, so that every tensor is aligned without padding.
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for key in order:
         tensor = tensors[key]
-        begin, end = end, end + tensor.nbytes
+        begin = end
+        end += tensor.nbytes
         code = DTYPES[NAMES[tensor.dtype]][1]
-        header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}  # type: ignore[dict-item]
+        header[key] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
     with open(path, "wb") as file:
         out = HashedFile(file)
         out.write(len(text).to_bytes(8, "little") + text)
@@ -76,23 +82,23 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, not copied."""
+    """The bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a stored chunk, and where it goes."""
+class ChunkPart:
+    """A part of a stored chunk, and the memory that it is read into."""
 
     chunk: Chunk
     dtype: str
     box: Box
-    """The part, in the whole tensor."""
+    """Place of the part in the whole tensor."""
     target: Tensor
-    """Memory of the box's shape."""
+    """Tensor of the box's shape."""
 
 
-def check_pieces(path: Path, pieces: Iterable[Piece]) -> None:
+def check_pieces(path: Path, pieces: Iterable[ChunkPart]) -> None:
     """Compare the file's own header with the manifest.
 
     Raises  DamagedCheckpointError naming the file and the tensor.
@@ -105,12 +111,13 @@ def check_pieces(path: Path, pieces: Iterable[Piece]) -> None:
                 or tuple(stored.get_shape()) != piece.chunk.shape
             ):
                 raise DamagedCheckpointError(
-                    f"{path} is corrupt: {piece.chunk.key} is not what the manifest says"
+                    f"{path} is corrupt: {piece.chunk.key} has another shape or dtype than in"
+                    f" {MANIFEST}"
                 )
 
 
-def read_pieces(path: Path, pieces: Iterable[Piece]) -> None:
-    """Copy pieces of one file to their targets; only the bytes of the boxes are read."""
+def read_pieces(path: Path, pieces: Iterable[ChunkPart]) -> None:
+    """Copy parts of one file to their targets, reading only their bytes."""
     with opened(path) as file:
         for piece in pieces:
             if piece.box == piece.chunk.box:
@@ -123,7 +130,7 @@ def read_pieces(path: Path, pieces: Iterable[Piece]) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file opened by the library, whose complaints become ours."""
+    """An open safetensors file; the library's errors become DamagedCheckpointError."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file

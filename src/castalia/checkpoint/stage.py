@@ -1,4 +1,4 @@
-"""The one moment in which a save stalls training: checking what is to be saved and copying it to CPU memory."""
+"""The part of a save that stalls training: checking tensors and copying them to CPU memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from castalia.distributed.boxes import Box, holds_first_copy, local_boxes
 
 @dataclass(frozen=True)
 class Staged:
-    """What this process writes of one tensor: boxes of the whole and a contiguous CPU tensor for each; maybe none."""
+    """This rank's share of one tensor: (box in the whole, contiguous CPU tensor), maybe none."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -23,46 +23,52 @@ class Staged:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this process writes of it."""
+        """Bytes that this rank writes."""
         return sum(tensor.nbytes for _, tensor in self.pieces)
 
 
 Buffers = dict[str, Tensor]
-"""CPU memory for the copies, by tensor and piece. It is kept from save to save: fresh memory costs the system several
-times what the copy itself costs, while training waits."""
+"""CPU memory for the copies, by tensor and part. It is kept from save to save: page faults of fresh
+memory cost several times the copy itself, while training waits."""
 
 
 def stage(tensors: Mapping[str, Tensor], rank: int, buffers: Buffers | None) -> dict[str, Staged]:
-    """Copies of this process's share of the tensors, in `buffers`; without buffers, CPU memory is used as it is.
+    """Copies of this rank's share of the tensors, in `buffers`.
 
-    Raises  CheckpointError for a name without a group (`model.`, `optim.`) or a dtype that has no safetensors code.
+    Without buffers, CPU tensors are used as they are: the caller waits for the save and may not
+    change them meanwhile.
+    Raises  CheckpointError for a name without a group (`model.`, `optim.`) or an unknown dtype.
     """
     require_names(tensors)
     with torch.no_grad():
         staged = {name: stage_one(name, tensors[name], rank, buffers) for name in sorted(tensors)}
     if any(tensor.is_cuda for tensor in tensors.values()):
-        torch.cuda.synchronize()  # the copies were only queued
+        # The copies to page-locked memory were only queued.
+        torch.cuda.synchronize()
     return staged
 
 
 def require_names(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what could be saved and not found again."""
+    """Refuse tensors that could not be loaded again."""
     for name, tensor in tensors.items():
         group = name.partition(".")[0]
         if not group.isidentifier() or group == name:
             raise CheckpointError(
-                f"cannot save a tensor named {name!r}: names begin with a group, as in 'model.{name}'"
+                f"cannot save a tensor named {name!r}: names begin with a group,"
+                f" for instance 'model.{name}'"
             )
         if tensor.dtype not in NAMES:
             raise CheckpointError(
-                f"cannot save {name}: dtype {tensor.dtype}; checkpoints hold {', '.join(NAMES.values())}"
+                f"cannot save {name}: unknown dtype {tensor.dtype};"
+                f" choose one of {', '.join(NAMES.values())}"
             )
         if tensor.is_meta:
             raise CheckpointError(f"cannot save {name}: it is on the meta device and has no values")
 
 
 def stage_one(name: str, tensor: Tensor, rank: int, buffers: Buffers | None) -> Staged:
-    """This process's share of one tensor: nothing, if another process writes it or no element is here."""
+    """This rank's share of one tensor; empty if another rank writes it or this one holds
+    nothing."""
     pieces = []
     if writes(tensor, rank):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
@@ -91,10 +97,11 @@ def on_cpu(tensor: Tensor) -> Tensor:
 
 
 def copied(tensor: Tensor, key: str, buffers: Buffers) -> Tensor:
-    """A contiguous CPU copy in the buffer of that key. From a GPU it is only queued: synchronize before use."""
+    """A contiguous CPU copy in the buffer of that key; from a GPU, synchronize before reading
+    it."""
     buffer = buffers.get(key)
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-        # page-locked, so that the GPU writes into it by itself
+        # Page-locked memory lets the GPU copy asynchronously and at full bandwidth.
         buffer = buffers[key] = torch.empty(
             tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
         )
@@ -102,7 +109,7 @@ def copied(tensor: Tensor, key: str, buffers: Buffers) -> Tensor:
 
 
 def require_json(value: Any, where: str = "state") -> None:
-    """Refuse a state that would come back from JSON as something else.
+    """Refuse a state that JSON would not return unchanged.
 
     Raises  CheckpointError naming the place, for instance state.mixer.weights.
     """

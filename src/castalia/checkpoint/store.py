@@ -1,4 +1,4 @@
-"""The checkpoints of one run: save in the background, find the newest good one, delete old ones."""
+"""The checkpoints of one run: save in the background, load the newest good one, delete old ones."""
 
 import fcntl
 import json
@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from castalia.checkpoint.find import complete_steps, ranges_of
@@ -28,38 +26,39 @@ from castalia.checkpoint.manifest import (
     STATE,
     STEP_NAME,
     DamagedCheckpointError,
-    lock,
     open_regular,
     step_name,
 )
-from castalia.checkpoint.save import POLL_SECONDS, Save, discard, texts_of
+from castalia.checkpoint.save import POLL_SECONDS, RankSave, discard, texts_of
 from castalia.checkpoint.stage import Buffers, require_json, stage
 from castalia.core.errors import CheckpointError
+from castalia.core.files import locked
 
 LOCK = ".lock"
 NO_STEP = -1
+"""Stands for "none" where ranks exchange integers; smaller than every step."""
 
 
 @dataclass(frozen=True)
 class SaveTiming:
-    """What a save cost the caller."""
+    """Cost of one save for its caller."""
 
     step: int
     stall_seconds: float
     """Time until save() returned: the wait for the save before, and the copy of the weights."""
     nbytes: int
-    """Bytes that this process hands to the disk."""
+    """Bytes that this rank writes."""
 
 
 class Store:
-    """Checkpoints in one folder on a disk that all processes of the run see.
+    """Checkpoints in one folder on a disk that all ranks of the run share.
 
-    folder    runs/<name>/checkpoints; made by the first save.
-    rank      this process, 0 <= rank < world. Every process calls save and load_latest at the same points.
-    expired   given the complete steps, those to delete after a save, for instance SavePolicy.expired.
-    agree     smallest of a number over all processes; by default an all-reduce in the default group. Called here
-              and in load_latest, never during a save.
-    patience  seconds that a process waits for another one, or for another run that saves here, before it gives up.
+    folder    runs/<name>/checkpoints; the first save makes it.
+    rank      0 <= rank < world. Every rank calls save and load_latest at the same points.
+    expired   complete steps -> steps to delete after a save, for instance SavePolicy.expired.
+    agree     the smallest of a number over all ranks, for instance World.smallest; needed when
+              world > 1. Called here and in load_latest, never during a save.
+    patience  seconds to wait for another rank, or for another run that saves here.
     """
 
     def __init__(
@@ -74,24 +73,27 @@ class Store:
     ) -> None:
         if "://" in str(folder):
             raise CheckpointError(
-                f"checkpoints go to a folder on a disk, not to {folder}; mount it, or copy later"
+                f"checkpoints need a local folder, got {folder}; mount it, or copy checkpoints later"
             )
         self.folder = Path(folder)
-        self.rank, self.world = rank, world
+        self.rank = rank
+        self.world = world
         self.expired = expired
-        self.agree = agree or (smallest if world > 1 else int)
+        assert agree or world == 1, "several ranks need agree= to choose a checkpoint together"
+        self.agree = agree or int
         self.patience = patience
         self.warnings: list[str] = []
+        # Ranks recognize notes of their own save by it. A clock could repeat after a restart.
         self.session = self.agree(random.SystemRandom().getrandbits(62))
         self.saves = 0
         self.buffers: Buffers = {}
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
-        self.saving: Save | None = None
+        self.saving: RankSave | None = None
         self.written: list[float] = []
-        """Seconds that each finished save took to write, from its background thread's begin."""
+        """Seconds that each finished save took in its background thread."""
         self.stalled = 0.0
-        """Seconds that save() took in all until it returned."""
+        """Seconds that the caller waited in save(), in all."""
 
     def save(
         self,
@@ -101,14 +103,16 @@ class Store:
         files: Mapping[str, str] | None = None,
         asynchronous: bool = True,
     ) -> SaveTiming:
-        """Save this process's share of `tensors`, and `state` and `files` (rank 0's), as the checkpoint of `step`.
+        """Save this rank's share of `tensors` as the checkpoint of `step`.
 
-        tensors  by name, each in a group: `model.…`, `optim.…`. Plain ones are rank 0's, DTensors each rank's.
-        state    plain JSON values, small: progress, schedule, data fingerprint, loss scale.
-        files    name -> text, for instance config.yaml and tokenizer.json.
-        Returns when the values are copied and may change; with asynchronous=False when the checkpoint exists.
-        A step that is there and good already is left as it is, a damaged one is replaced.
-        Raises   CheckpointError, also for a failure of the save before.
+        tensors  by name, each in a group: `model.…`, `optim.…`. Plain tensors are written by rank
+                 0, DTensors by every rank.
+        state    small JSON values: progress, schedule, data fingerprint, loss scale. Rank 0's
+                 count.
+        files    name -> text, for instance config.yaml and tokenizer.json. Rank 0's count.
+        Returns once the values are copied and may change; with asynchronous=False once the
+        checkpoint exists. A good checkpoint of this step is kept, a damaged one is replaced.
+        Raises   CheckpointError, also for a failure of the previous save.
         """
         begin = time.perf_counter()
         self.wait()
@@ -118,12 +122,13 @@ class Store:
         staged = stage(tensors, self.rank, self.buffers if asynchronous else None)
         self.saves += 1
         mark = f"{self.session:x}-{self.saves}"
-        save = Save(self.folder, step, mark, self.rank, self.world, staged, texts, self.patience)
+        save = RankSave(
+            self.folder, step, mark, self.rank, self.world, staged, texts, self.patience
+        )
         nbytes = sum(item.nbytes for item in staged.values())
         self.saving = save
-        self.thread = threading.Thread(
-            target=self.run, args=(save,), name=f"save-{step}"
-        )  # the process ends after it
+        # Not a daemon thread: the process must not end before the checkpoint is whole.
+        self.thread = threading.Thread(target=self.run, args=(save,), name=f"save-{step}")
         self.thread.start()
         if not asynchronous:
             self.wait()
@@ -131,8 +136,8 @@ class Store:
         self.stalled += timing.stall_seconds
         return timing
 
-    def run(self, save: Save) -> None:
-        """The background thread: the save, then on rank 0 the deletion of what has expired."""
+    def run(self, save: RankSave) -> None:
+        """The background thread: the save, then on rank 0 the deletion of expired checkpoints."""
         begin = time.perf_counter()
         try:
             if self.has_good(save.step):
@@ -145,7 +150,8 @@ class Store:
                 self.sweep(save)
                 save.run()
                 self.written.append(time.perf_counter() - begin)
-                # A later step is one that was passed over as damaged: it must not count as newest.
+                # A later step was skipped as damaged when the run resumed. It must not count as
+                # the newest, or retention would delete the good ones below it.
                 known = [step for step in self.steps() if step <= save.step]
                 for step in self.expired(known) if self.expired else []:
                     self.delete(step)
@@ -156,55 +162,59 @@ class Store:
             self.error.__cause__ = error
 
     def wait(self) -> None:
-        """Return when no save is under way.
+        """Return when no save is in progress.
 
-        Raises  CheckpointError if the last one failed; once.
+        Raises  CheckpointError if the last save failed; only once.
         """
         if self.thread:
             self.thread.join()
             self.thread = None
-        error, self.error = self.error, None
+        error = self.error
+        self.error = None
         if error:
             raise error
 
     def hurry(self, seconds: float) -> None:
-        """A process is lost: from now on the save that is under way waits this long for another process, not longer."""
+        """After the loss of a rank: limit how long the save in progress waits for its note."""
         if self.saving:
             self.saving.patience = min(self.saving.patience, seconds)
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoints are whole, in order."""
+        """Steps of the complete checkpoints, ascending."""
         return complete_steps(self.folder)
 
     def latest(self) -> int | None:
-        """The newest of them, or None."""
+        """The newest complete step, or None."""
         return max(self.steps(), default=None)
 
     def folder_of(self, step: int) -> Path:
         """Folder of the checkpoint of `step`.
 
-        Raises  CheckpointError listing the steps that there are.
+        Raises  CheckpointError listing the complete steps.
         """
         folder = self.folder / step_name(step)
         if not (folder / COMPLETE).exists():
             have = ranges_of(self.steps()) or "none"
             raise CheckpointError(
-                f"no complete checkpoint of step {step} in {self.folder}; have: {have}"
+                f"no complete checkpoint of step {step} in {self.folder}; choose one of {have}"
             )
         return folder
 
     def load(self, step: int, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Any]:
-        """Fill `tensors` in place from the checkpoint of `step`, and return its state; see load_into."""
+        """Fill `tensors` in place from the checkpoint of `step`, and return its state; see
+        load_into."""
         return load_into(self.folder_of(step), tensors, prefix)
 
     def load_latest(
         self, tensors: Mapping[str, Tensor], elsewhere: Collection[str] = ()
     ) -> tuple[int, dict[str, Any]] | None:
-        """(step, state) of the newest checkpoint that is good on every process, loaded into `tensors`; None if none is.
+        """Fill `tensors` from the newest checkpoint that is good on every rank: (step, state), or
+        None.
 
-        `elsewhere` names the tensors that only other processes hold, such as those of other stages of a pipeline.
-        A damaged one is passed over with a warning that names the file; `warnings` keeps these lines.
-        Raises  CheckpointError if there are checkpoints and none is good, or the good one does not fit `tensors`.
+        `elsewhere` names tensors that only other ranks hold, such as those of other pipeline
+        stages. A damaged checkpoint is skipped with a warning that names the file; `warnings`
+        keeps the lines.
+        Raises  CheckpointError if checkpoints exist and none is good, or the good one does not fit.
         """
         self.report_unfinished()
         ready: dict[int, Ready] = {}
@@ -213,20 +223,25 @@ class Store:
             if have := self.steps():
                 reasons = "".join(f"\n  {line}" for line in self.warnings)
                 raise CheckpointError(
-                    f"none of the checkpoints in {self.folder} (steps {ranges_of(have)}) is good; restore one from a"
-                    f" copy, or move the folder away to begin again:{reasons}"
+                    f"none of the checkpoints in {self.folder} (steps {ranges_of(have)}) is good;"
+                    f" restore one from a copy, or move the folder away to begin again:{reasons}"
                 )
             return None
         return step, ready[step].fill()
 
     def newest_good(self, check: Callable[[Path], Ready], ready: dict[int, Ready]) -> int:
-        """The newest step that every process finds good; NO_STEP if there is none. What was checked comes into `ready`.
+        """The newest step that every rank finds good, or NO_STEP; checked ones are put into
+        `ready`.
 
-        Each process offers its own newest below what was agreed before, until the smallest offer stands twice.
+        Each rank checks only the files that it needs, so ranks may differ on what is good. In each
+        round every rank offers its newest good step not above the last agreement, and the smallest
+        offer is the next agreement. The same agreement twice in a row means that all ranks hold it.
         """
-        steps, agreed = self.steps(), None
+        steps = self.steps()
+        agreed = None
         while True:
-            limit, mine = agreed, NO_STEP
+            limit = agreed
+            mine = NO_STEP
             for step in reversed([step for step in steps if limit is None or step <= limit]):
                 if step in ready or self.is_good(step, check, ready):
                     mine = step
@@ -236,16 +251,16 @@ class Store:
                 return agreed
 
     def is_good(self, step: int, check: Callable[[Path], Ready], ready: dict[int, Ready]) -> bool:
-        """Whether the files of a step that this process needs are whole; if not, that is a warning."""
+        """Whether the files that this rank needs of a step are intact; a warning if not."""
         try:
             ready[step] = check(self.folder / step_name(step))
         except DamagedCheckpointError as error:
-            self.warn(f"{error}; the checkpoint of step {step} is passed over")
+            self.warn(f"{error}; skipping the checkpoint of step {step}")
             return False
         return True
 
     def has_good(self, step: int) -> bool:
-        """Whether the checkpoint of `step` exists and each of its files is what was written."""
+        """Whether the checkpoint of `step` exists and every file of it is intact."""
         folder = self.folder / step_name(step)
         if not (folder / COMPLETE).exists():
             return False
@@ -256,40 +271,44 @@ class Store:
         return True
 
     def delete(self, step: int) -> bool:
-        """Delete the checkpoint of `step`, unless a process is reading it; whether it is gone."""
+        """Delete the checkpoint of `step` unless another process reads it; whether it was
+        deleted."""
         folder = self.folder_of(step)
         with open_regular(folder / COMPLETE) as file:
-            if not lock(file.fileno(), fcntl.LOCK_EX):
+            # Readers hold a shared lock, so this fails while anyone reads.
+            if not locked(file):
                 return False
             discard(folder)
         return True
 
     def report_unfinished(self) -> None:
-        """Say which saves never finished; their folders do not count, and the next save removes temporary ones."""
+        """Warn of unfinished saves. They are no checkpoints; the next save removes temporary
+        folders."""
         if self.rank == 0 and self.folder.is_dir():
             for item in sorted(self.folder.iterdir()):
                 name = item.name.removeprefix(".").removesuffix(".tmp")
                 if STEP_NAME.fullmatch(name) and not (self.folder / name / COMPLETE).exists():
-                    self.warn(f"{item} is of a save that never finished; it is passed over")
+                    self.warn(f"{item} is left over from an unfinished save; ignoring it")
 
     def warn(self, message: str) -> None:
         """Show a warning and keep it."""
         self.warnings.append(message)
         warnings.warn(message, stacklevel=3)
 
-    def sweep(self, save: Save) -> None:
-        """Remove what killed saves and deletions left. Only under the lock, so none of it belongs to a living save."""
+    def sweep(self, save: RankSave) -> None:
+        """Remove leftovers of killed saves and deletions. Under the lock none belongs to a running
+        save."""
         for item in list(self.folder.iterdir()):
             if item.name.startswith(".step-") and item.suffix in (".failed", ".half"):
                 item.unlink()
             elif item == save.temporary and self.world > 1:
-                continue  # other ranks may be at work in it already
+                continue  # other ranks may already write into it
             elif item.name.startswith((".trash-", ".step-")):
                 shutil.rmtree(item, ignore_errors=True)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only one that writes in this folder; the lock ends with the process, however it ends.
+        """Hold the folder's write lock; the kernel drops it when the process ends, even by SIGKILL.
 
         Raises  CheckpointError if another run still writes here after `patience` seconds.
         """
@@ -297,22 +316,22 @@ class Store:
         descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             end = time.monotonic() + self.patience
-            while not lock(descriptor, fcntl.LOCK_EX):
+            while not locked(descriptor):
                 if time.monotonic() > end:
                     raise CheckpointError(
-                        f"another run is saving in {self.folder}; give each run its own output folder"
+                        f"another run is saving in {self.folder};"
+                        " give each run its own output folder"
                     )
                 time.sleep(POLL_SECONDS)
             yield
-            fcntl.flock(
-                descriptor, fcntl.LOCK_UN
-            )  # also where a forked worker holds a copy of the descriptor
+            # Closing is not enough: a forked data worker may hold a copy of the descriptor.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         finally:
             os.close(descriptor)
 
 
 def require_file_names(files: Mapping[str, str]) -> None:
-    """Refuse names that lead out of the folder or collide with the store's own.
+    """Refuse names that leave the folder or collide with the store's own files.
 
     Raises  CheckpointError naming the file.
     """
@@ -324,17 +343,5 @@ def require_file_names(files: Mapping[str, str]) -> None:
         )
         if taken or not SAFE_NAME.fullmatch(name):
             raise CheckpointError(
-                f"cannot save a file named {name!r} in a checkpoint; choose a plain name of its own"
+                f"cannot save a file named {name!r} in a checkpoint; choose another plain file name"
             )
-
-
-def smallest(number: int) -> int:
-    """The smallest of a number over all processes of the default process group."""
-    if not dist.is_initialized():
-        raise CheckpointError(
-            "a store of several processes needs torch.distributed, or agree= of its own"
-        )
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor([number], dtype=torch.int64, device=device)
-    dist.all_reduce(shared, dist.ReduceOp.MIN)
-    return int(shared)

@@ -1,5 +1,4 @@
-"""Stored tensors that are read when asked for, whole or in part, so that a rank never holds more
-than it needs."""
+"""Stored tensors, read on demand and in parts, so that a rank never holds more than its own."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from castalia.checkpoint.keymap import Transform
 from castalia.checkpoint.manifest import DTYPES, DamagedCheckpointError, Manifest, TensorEntry, hold
-from castalia.checkpoint.shards import Piece, opened, read_pieces
+from castalia.checkpoint.shards import ChunkPart, opened, read_pieces
 from castalia.distributed.boxes import Box
 
 DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.values()}
@@ -35,13 +34,15 @@ class StoredTensor(Protocol):
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors by name, each read anew when it is asked for: `[name]` the whole,
-    `stored(name)[slices]` a part."""
+    """Tensors by name, read from the disk at each access.
+
+    `tensors[name]` is a whole tensor, `tensors.stored(name)[slices]` a part of one.
+    """
 
     def __init__(self, tensors: Mapping[str, StoredTensor], lock: Any = None) -> None:
         self.tensors = tensors
         self.lock = lock
-        """Whatever must live as long as the files are read."""
+        """An open file whose lock must last as long as the tensors may be read."""
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name]
@@ -61,8 +62,8 @@ class StoredTensors(Mapping[str, Tensor]):
 def checkpoint_tensors(folder: Path, manifest: Manifest, prefix: str = "model.") -> StoredTensors:
     """The tensors of a checkpoint whose names begin with `prefix`, which is taken off.
 
-    The checkpoint is kept from deletion by a retention policy as long as the result lives. Hashes
-    are not checked here.
+    No retention policy deletes the checkpoint as long as the result lives. Hashes are not checked
+    here.
     """
     tensors = {
         name.removeprefix(prefix): CheckpointTensor(folder, entry)
@@ -96,9 +97,8 @@ class CheckpointTensor:
             common = box.intersection(chunk.box)
             if common.volume:
                 target = out[common.slices_from(box.offset)]
-                read_pieces(
-                    self.folder / chunk.file, [Piece(chunk, self.entry.dtype, common, target)]
-                )
+                part_of_chunk = ChunkPart(chunk, self.entry.dtype, common, target)
+                read_pieces(self.folder / chunk.file, [part_of_chunk])
         return out
 
 

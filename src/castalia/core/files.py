@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 from castalia.core.errors import CastaliaError, ConfigError
 
@@ -119,17 +119,19 @@ def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
         yield
 
 
-def locked(file: TextIO) -> bool:
-    """Lock an open file exclusively, without waiting; False if another process holds it.
+def locked(file: IO[Any] | int, *, shared: bool = False) -> bool:
+    """Lock an open file or descriptor without waiting; False if another process holds the lock.
 
+    Shared locks exclude exclusive ones only. The lock ends when the file is closed.
     True as well where locks do not exist: on Windows, and on file systems that refuse flock.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         return True
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks

@@ -143,6 +143,10 @@ class World:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return shared.tolist()
 
+    def smallest(self, number: int) -> int:
+        """The smallest value of a number over all ranks."""
+        return -self.largest(-number)[0]
+
     def union(self, numbers: Iterable[int]) -> list[int]:
         """The set of non-negative numbers that any rank passes, in ascending order."""
         mine = sorted(set(numbers))

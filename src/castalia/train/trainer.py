@@ -128,6 +128,7 @@ class Trainer:
             rank=self.world.rank,
             world=self.world.size,
             expired=self.policy.expired,
+            agree=self.world.smallest,
         )
         self.guard = Guard(config.guard, world=self.world, store=self.store, output=config.output)
         # The data come first: a changed source is a better explanation than what it breaks below.
