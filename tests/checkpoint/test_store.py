@@ -163,14 +163,14 @@ def test_values_may_change_as_soon_as_save_returns(tmp_path, tensors, monkeypatc
 
 def test_a_save_waits_for_the_one_before(tmp_path, tensors, monkeypatch):
     order = []
-    run = save_module.Save.run
+    run = save_module.RankSave.run
 
     def recorded(self):
         order.append(("begin", self.step))
         run(self)
         order.append(("end", self.step))
 
-    monkeypatch.setattr(save_module.Save, "run", recorded)
+    monkeypatch.setattr(save_module.RankSave, "run", recorded)
     store = Store(tmp_path)
     for step in (1, 2, 3):
         store.save(step, tensors, {})
@@ -329,5 +329,5 @@ def test_tensors_that_cannot_be_saved(tmp_path, tensors, message):
 
 
 def test_remote_folders_are_refused_at_once():
-    with pytest.raises(CheckpointError, match=r"not to s3://bucket/run"):
+    with pytest.raises(CheckpointError, match=r"need a local folder, got s3://bucket/run"):
         Store("s3://bucket/run")

@@ -14,7 +14,7 @@ from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
 from castalia.core.errors import ConfigError
 
-START: dict[str, Any] = {"start": None, "start_missing": [], "start_vocab": None}
+START: dict[str, Any] = {"start": None, "start_missing": (), "start_vocab": None}
 """Fields that say where weights come from, with their defaults; they are no part of the model."""
 
 
@@ -38,7 +38,7 @@ class ModelConfig(Config):
     start: Annotated[str | None, AT_RESUME] = None
     """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, or OWNER/NAME
     of its hub; null draws them."""
-    start_missing: Annotated[list[str], AT_RESUME] = []
+    start_missing: Annotated[tuple[str, ...], AT_RESUME] = ()
     """Patterns of weights that `start` may lack, for instance `unembed.*`; these are drawn."""
     start_vocab: Annotated[Literal["pad", "cut"] | None, AT_RESUME] = None
     """Where `start` has another vocabulary: pad draws the rows of new ids, cut drops surplus rows;
@@ -71,7 +71,7 @@ class ModelConfig(Config):
     def serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """All fields; those of the start only if set, which keeps them out of exports."""
         values: dict[str, Any] = handler(self)
-        unset = [name for name, default in START.items() if values.get(name) == default]
+        unset = [name for name in START if not values.get(name)]
         return {name: value for name, value in values.items() if name not in unset}
 
     def facts(self) -> dict[str, str]:
