@@ -1,4 +1,4 @@
-"""The calls of hf-hub-ctranslate2, from a folder, a run, a Hugging Face folder and a hub that is a local server."""
+"""The calls of hf-hub-ctranslate2 on a folder, a run, a Hugging Face folder and a local hub."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def model(folder: Path) -> GeneratorCT2fromHfHub:
 
 
 def as_the_original(folder: Path, texts: list[str], **options: object) -> list[str]:
-    """What hf-hub-ctranslate2 does: all texts in one call of the engine, its defaults, the prompt forced through."""
+    """As hf-hub-ctranslate2: all texts in one call, the engine's defaults, the prompt forced."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     engine = ctranslate2.Generator(
         str(folder), device="cpu", compute_type="float32", intra_threads=1

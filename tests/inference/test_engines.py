@@ -1,4 +1,4 @@
-"""Engines behind one interface, over their exports: same greedy text in float32, quality in the card, clear errors."""
+"""Engines over their exports: equal greedy text in float32, quality in the card, clear errors."""
 
 import json
 import sys
@@ -221,7 +221,7 @@ def test_a_missing_tokenizer_is_one_sentence(
         ),
         (
             {"engine": "native", "dtype": "int5"},
-            "unknown dtype 'int5' for engine=native; choose one of auto, fp32, bf16, fp16, int8, int4",
+            "unknown dtype 'int5' for engine=native; choose one of auto, fp32, bf16, fp16, int8",
         ),
         ({"engine": "native", "device": "cuda"}, "engine=native runs on the CPU"),
         ({"engine": "ct2"}, "engine=ct2 runs an export: castalia export .* --to ct2"),

@@ -1,4 +1,4 @@
-"""Generation: greedy against the model itself, ragged batches, limits, stop strings, reproducible draws."""
+"""Generation: greedy against the model, ragged batches, limits, stop strings, repeatable draws."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The native engine against the model itself: every storage, both forward passes, ragged prompts, slots."""
+"""The native engine against the model itself: every storage, both implementations, slots."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_ragged_prompts_in_one_pass_equal_one_by_one(kernels: str) -> None:
     prompts = [[5], list(range(40)), [7, 8, 9], list(range(100, 117))]
     together, alone = engine.slots(6, 64), engine.slots(1, 64)
     got = together.feed([4, 0, 5, 2], prompts).clone()
-    # One scale stands for a row alone in every kernel but one, which is the exact one's rival in `torch`.
+    # Every kernel scales each row by itself but one, which competes among those of torch.
     tolerance = 1e-5 if kernels == "auto" else 0.06
     for row, ids in zip(got, prompts, strict=True):
         alone.clear(0)

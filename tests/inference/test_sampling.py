@@ -42,7 +42,7 @@ def test_top_p_keeps_the_token_that_crosses_p(values: list[float], p: float) -> 
 
 
 def test_draws_follow_the_distribution() -> None:
-    """20,000 draws: top-k 3 of the logits / 2, then top-p 0.8; each share within 4 standard errors of the formula's."""
+    """20,000 draws, top-k 3 of the logits / 2, then top-p 0.8: shares within 4 standard errors."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
     sampling = Sampling(temperature=2.0, top_k=3, top_p=0.8, seed=1)
     weights = {i: math.exp(logits[i].item() / 2.0) for i in (0, 4, 1)}

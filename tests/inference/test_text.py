@@ -1,4 +1,4 @@
-"""TextStream: pieces add up to the text, whole characters only, and stop strings that may still come are held back."""
+"""TextStream: pieces add up to the text; half characters and possible stop strings are held back."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +26,7 @@ def feed(text: str, stop: list[str]) -> tuple[list[str], TextStream]:
 )
 @settings(max_examples=300, deadline=None)
 def test_pieces_are_the_text_up_to_the_first_stop(text: str, stop: list[str]) -> None:
-    # Byte by byte, the stop string that is whole first wins, as it would for a reader of the stream.
+    # Byte by byte, the stop string completed first wins, as for a reader of the stream.
     ends = [(text.find(word) + len(word), text.find(word)) for word in stop if word in text]
     first = min(end for end, _ in ends) if ends else None
     want = text[: min(start for end, start in ends if end == first)] if ends else text

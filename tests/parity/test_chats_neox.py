@@ -1,4 +1,4 @@
-"""GPT-NeoX's own chat script beside `castalia prepare --chat`, where GPT_NEOX names its git directory."""
+"""GPT-NeoX's chat script beside `castalia prepare --chat`; GPT_NEOX names its git directory."""
 
 import hashlib
 import importlib.util
@@ -39,7 +39,7 @@ transformers.AutoTokenizer = Auto
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Its tokenizer gives lists of ids, as in the versions of transformers that the script was written for."""
+"""The tokenizer returns lists of ids, as in the transformers that the script was written for."""
 MODES = {"plain": {}, "only_last": {"only_last": True}, "for_rm": {"for_rm": True}}
 
 

@@ -1,4 +1,4 @@
-"""CTranslate2 exports: greedy text and log-probabilities of the engine in float32 are ours; int8 loads and speaks."""
+"""CTranslate2 exports: text and scores in float32 equal Castalia's; other storages load."""
 
 import json
 import sys
@@ -183,7 +183,7 @@ def test_what_the_engine_cannot_express_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_file_is_the_one_of_the_official_converter(tmp_path: Path) -> None:
-    """Its GPT-NeoX loader fails on transformers 5, which renamed what it reads; here it gets the old names back."""
+    """Its loader fails on transformers 5, which renamed what it reads; the test restores the names."""
     transformers = pytest.importorskip("transformers")
     from ctranslate2.converters.transformers import _MODEL_LOADERS
 

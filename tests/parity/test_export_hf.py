@@ -1,4 +1,4 @@
-"""Hugging Face exports: transformers computes the same logits, ids and greedy text from them, and we read them."""
+"""Hugging Face exports: transformers computes equal logits and greedy text; Castalia reads them."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The engine seam: an engine is one class with its declarations, and refuses a model before a weight is read."""
+"""The engine seam: an engine is one class, and refuses a model before a weight is read."""
 
 import shutil
 import warnings

@@ -7,7 +7,7 @@ slot when they end. All calls into the engine come from this thread, so the engi
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,8 +22,6 @@ from castalia.inference.sampling import Sampling
 PREFILL_TOKENS = 2048
 """Most prompt tokens read in one step. Running texts stand still meanwhile, so this bounds the
 pause between two of their tokens. One prompt is always admitted, however long."""
-SCORED_ROWS = 256
-"""Positions scored at a time: a softmax over (rows, vocabulary) in fp32 bounds the memory."""
 AVERAGE_WEIGHT = 0.1
 """Weight of the newest text in the moving average of durations: about the last ten count."""
 
@@ -277,15 +275,10 @@ class Scheduler:
             return scored + [ScoredToken(token, None, []) for token in rest]
         if not rest:
             return scored
-        # The logits after the last token score no token of the prompt.
-        logits = self.engine.logits(text.row.ids)[:-1]
-        for start, chunk in row_chunks(logits):
-            tokens = rest[start : start + len(chunk)]
-            scored += score(chunk, tokens, text.top, text.vocab_size)
+        start = 0
+        for logits in self.engine.logits_in_parts(text.row.ids):
+            # The logits after the last token score no token of the prompt.
+            tokens = rest[start : start + len(logits)]
+            scored += score(logits[: len(tokens)], tokens, text.top, text.vocab_size)
+            start += len(tokens)
         return scored
-
-
-def row_chunks(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Logits (T, V) in chunks of SCORED_ROWS rows, each with the index of its first row."""
-    for start in range(0, len(logits), SCORED_ROWS):
-        yield start, logits[start : start + SCORED_ROWS]
