@@ -1,4 +1,4 @@
-"""TextStream: pieces add up to the text; half characters and possible stop strings are held back."""
+"""TextStream: pieces add up to the text; half characters and possible stops are held back."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -183,7 +183,7 @@ def test_what_the_engine_cannot_express_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_file_is_the_one_of_the_official_converter(tmp_path: Path) -> None:
-    """Its loader fails on transformers 5, which renamed what it reads; the test restores the names."""
+    """Its loader fails on transformers 5, which renamed fields; the test restores the names."""
     transformers = pytest.importorskip("transformers")
     from ctranslate2.converters.transformers import _MODEL_LOADERS
 
