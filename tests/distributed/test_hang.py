@@ -54,7 +54,7 @@ def hang(tmp_path, code):
 def test_a_hung_rank_prints_its_stack_and_the_others_name_it(tmp_path):
     said = hang(tmp_path, "time.sleep(1000)")
     assert "castalia: error: rank 1 hangs: no progress for " in said
-    assert " s in step 3 (forward and backward); its threads:" in said
+    assert " s in step 3 (passes and update); its threads:" in said
     assert (
         said.count("in a_loss_that_hangs") == 2
     )  # its own print, and the stack that rank 0 has of it
@@ -69,7 +69,7 @@ def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(tmp_path):
     )
     said = hang(tmp_path, f"{ended}; time.sleep(2); os.kill(me, signal.SIGSTOP)")
     assert "rank 0 waits for rank 1, which hangs and is silent: no progress for " in said
-    assert "in step 3 (forward and backward); the last stack it wrote:" in said
+    assert "in step 3 (passes and update); the last stack it wrote:" in said
     assert "in a_loss_that_hangs" in said
 
 

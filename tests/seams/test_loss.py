@@ -1,4 +1,4 @@
-"""A loss with a denominator and metrics of its own, through the real loop and against plain torch."""
+"""A loss with a denominator and metrics of its own, in the real loop and against plain torch."""
 
 import json
 
@@ -104,9 +104,9 @@ def test_one_rank_equals_plain_torch(tokens, tmp_path, plain, kind):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_ranks_equal_plain_torch(ranks, plain, layout, kind):
     names = set()
-    for found in ranks:
-        require_equal(found[layout][kind], plain, kind)
-        names |= found[layout][kind]["gradients"].keys()
+    for results in ranks:
+        require_equal(results[layout][kind], plain, kind)
+        names |= results[layout][kind]["gradients"].keys()
     assert names == {name for name, _ in plain[1].named_parameters()}
 
 
@@ -131,7 +131,7 @@ def test_a_lying_loss_is_named_with_both_numbers(make):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_lying_loss_stops_every_rank(ranks, layout):
-    errors = [found[layout]["lying"]["error"] for found in ranks]
+    errors = [results[layout]["lying"]["error"] for results in ranks]
     assert errors[0] == errors[1]
     assert "was 512, but the weight of its LossOut 128 (in 4 micro-batches" in errors[0]
 

@@ -45,9 +45,13 @@ class Runs:
     ) -> subprocess.CompletedProcess[str]:
         """Train in `output`; `code` runs before the command, in each process."""
         arguments = ["train", *self.base, f"output={output}", *overrides]
-        script = f"import sys; sys.argv = ['castalia', *{arguments!r}]\n{code}\nfrom castalia.cli import main; main()\n"
+        lines = [
+            f"import sys; sys.argv = ['castalia', *{arguments!r}]",
+            code,
+            "from castalia.cli import main; main()",
+        ]
         path = output.parent / f"{output.name}.{processes}.py"
-        path.write_text(script)
+        path.write_text("\n".join(lines))
         command = [sys.executable, str(path)]
         if processes > 1:
             command = [

@@ -65,7 +65,9 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(make, kind, batch):
     totals = trainer.accumulate(micro_batches)
     packed = {name: p.grad.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.zero_grad()
-    alone, targets, pack = torch.zeros(()), 0, trainer.rows.train.row_sources[0]
+    alone = torch.zeros(())
+    targets = 0
+    pack = trainer.rows.train.row_sources[0]
     for place in range(12):
         source = trainer.rows.train.locate(place)[1]
         for document, start, length in pack.documents_of(source):
@@ -84,7 +86,7 @@ def test_loss_and_gradients_are_those_of_the_documents_alone(make, kind, batch):
 
 
 def test_both_ways_agree_and_change_the_loss(make):
-    """The documents end in END, so that boundaries and ids tell the same; without a mask the rows are the same."""
+    """The documents end in END, so boundaries and ids agree; without a mask the rows are equal."""
     first = {}
     for kind in ("documents", "eod", "null"):
         trainer = make(f"data.document_mask={kind}")

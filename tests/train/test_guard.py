@@ -1,4 +1,4 @@
-"""Steps whose numbers are wrong: stopped, skipped, or rolled back from; and the same again after a crash."""
+"""Faulty steps: stopped, skipped, or rolled back from; and the same again after a crash."""
 
 import dataclasses
 import json
@@ -15,9 +15,10 @@ from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.train.config import GuardConfig
 from castalia.train.events import in_words, ranges, read_events
-from castalia.train.guard import Guard, Reading, Verdict
+from castalia.train.guard import Guard, Verdict
 from castalia.train.hooks import Hook, Metrics, Save, StepLine
 from castalia.train.losses import NextToken
+from castalia.train.totals import StepTotals
 from castalia.train.trainer import Trainer
 
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "rows_hash")
@@ -71,11 +72,11 @@ def make(tokens, train, tmp_path):
     return build
 
 
-def guard_of(**options) -> Guard:
+def guard_of(scaled: bool = False, **options) -> Guard:
     """A guard that has nothing to log and no checkpoint to name."""
-    return Guard(
-        GuardConfig(**options), world=World(0, 1, torch.device("cpu")), store=None, output="none"
-    )
+    alone = World(0, 1, torch.device("cpu"))
+    config = GuardConfig(**options)
+    return Guard(config, world=alone, store=None, output="none", scaled=scaled)
 
 
 def fit(trainer):
@@ -89,7 +90,7 @@ def lines(trainer):
 
 
 def require_equal(ours, theirs, skipped):
-    """The same weights, moments and metrics, but for the numbers of the steps that were left out."""
+    """The same weights, moments and metrics, except the numbers of skipped steps."""
     tensors = [read(trainer.store.folder_of(6), prefix="") for trainer in (ours, theirs)]
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[1])
@@ -99,8 +100,9 @@ def require_equal(ours, theirs, skipped):
         assert ("skipped" in mine) == (mine["step"] in skipped)
 
 
-def test_a_left_out_step_consumes_its_rows_and_updates_nothing(make):
-    plain, ours = fit(make("plain")), fit(make("ours", "guard.skip_steps=[3]"))
+def test_a_skipped_step_consumes_its_rows_and_updates_nothing(make):
+    plain = fit(make("plain"))
+    ours = fit(make("ours", "guard.skip_steps=[3]"))
     assert [line["rows_hash"] for line in lines(ours)] == [
         line["rows_hash"] for line in lines(plain)
     ]
@@ -112,7 +114,7 @@ def test_a_left_out_step_consumes_its_rows_and_updates_nothing(make):
     assert read_events(ours.config.output) == []
 
 
-def test_skip_leaves_the_step_out_and_writes_down_its_rows(make, capsys):
+def test_skip_logs_the_step_with_its_rows(make, capsys):
     asked = fit(make("asked", "guard.skip_steps=[3]"))
     ours = fit(make("ours", "guard.nan=skip", loss=Poisoned([3])))
     require_equal(ours, asked, {3})
@@ -136,7 +138,7 @@ def test_rollback_is_the_run_in_which_the_step_was_never_taken(make, times, caps
     assert "rolling back to step 2; skipped: step 4" in capsys.readouterr().err
 
 
-def test_rollback_leaves_out_steps_before_it_but_none_before_the_checkpoint(make):
+def test_rollback_skips_steps_before_it_but_none_before_the_checkpoint(make):
     asked = fit(make("asked", "guard.skip_steps=[3,4]"))
     ours = fit(make("ours", "guard.nan=rollback", "guard.skip_before=3", loss=Poisoned([4])))
     require_equal(ours, asked, {3, 4})
@@ -230,18 +232,18 @@ def test_the_spike_rule_is_the_formula():
     values = [1.0, 1.2, 0.9, 1.1]
     for value in values[:3]:
         guard.window["grad_norm"].append(value)
-    assert guard.judge(Reading(9, 2.0, 100.0)) is Verdict.GOOD  # too few to judge by
+    assert guard.judge(StepTotals(2.0, 1, norm=100.0)) is Verdict.GOOD  # too few to judge by
     guard.window["grad_norm"].append(values[3])
     limit = statistics.fmean(values) + 3 * statistics.stdev(values)
-    assert guard.judge(Reading(9, 2.0, limit * 0.999)) is Verdict.GOOD
-    assert guard.judge(Reading(9, 2.0, limit * 1.001)) is Verdict.SPIKE
+    assert guard.judge(StepTotals(2.0, 1, norm=limit * 0.999)) is Verdict.GOOD
+    assert guard.judge(StepTotals(2.0, 1, norm=limit * 1.001)) is Verdict.SPIKE
 
 
 def test_a_gradient_beyond_fp16_is_an_overflow_and_a_loss_that_is_none_is_not():
-    guard = guard_of()
-    assert guard.judge(Reading(9, 2.0, math.inf, scaled=True)) is Verdict.OVERFLOW
-    assert guard.judge(Reading(9, math.nan, math.inf, scaled=True)) is Verdict.NAN
-    assert guard.judge(Reading(9, 2.0, math.inf, scaled=False)) is Verdict.NAN
+    scaled = guard_of(scaled=True)
+    assert scaled.judge(StepTotals(2.0, 1, norm=math.inf)) is Verdict.OVERFLOW
+    assert scaled.judge(StepTotals(math.nan, 1, norm=math.inf)) is Verdict.NAN
+    assert guard_of().judge(StepTotals(2.0, 1, norm=math.inf)) is Verdict.NAN
 
 
 def test_the_state_survives_json_and_merges_with_what_was_decided_since():

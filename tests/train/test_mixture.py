@@ -67,7 +67,7 @@ def sources(tmp_path_factory) -> list[str]:
 
 
 class Ids(Hook):
-    """The weights and the rows of each step: (source, row) in the order of the batch, over all processes."""
+    """Weights and rows of each step: (source, row) in the order of the batch, over all ranks."""
 
     def __init__(self) -> None:
         self.ids = []
@@ -164,13 +164,13 @@ def test_a_mixer_that_never_moves_is_the_planned_static_mixture(fit):
 def test_options_without_a_planner_are_refused(make):
     with pytest.raises(
         ConfigError,
-        match=r"mixing.warmup_steps, mixing.floor: without effect on GPT-NeoX's blend; set mixing.planned",
+        match=r"mixing.warmup_steps, mixing.floor: without effect on GPT-NeoX's blend; set mix",
     ):
         make("mixing.floor=0.1", "mixing.warmup_steps=3")
 
 
 def test_a_lag_is_kept_whatever_reads_ahead(fit):
-    """Step t follows the losses up to step t - 1 - lag: with lag 3 the first four steps are at the prior."""
+    """Step t follows the losses up to t - 1 - lag: with lag 3 the first four are at the prior."""
     ids, _ = fit("mixing.kind=odm", "mixing.eps=0.01", "mixing.lag=3", output="three")
     moved = [weights != ids.weights[0] for weights in ids.weights]
     assert moved == [False] * 4 + [True] * 4
@@ -203,7 +203,8 @@ def test_steps_after_the_checkpoint_leave_the_record(fit, tmp_path):
     kept = path.read_text()
     path.write_text(
         kept
-        + '{"step": 5, "weights": [1, 0, 0], "counts": [12, 0, 0], "read": [0, 0, 0]}\n{"step": 6, "cou'
+        + '{"step": 5, "weights": [1, 0, 0], "counts": [12, 0, 0], "read": [0, 0, 0]}\n'
+        + '{"step": 6, "cou'
     )
     fit(*ODM, "train.steps=5")
     record = read_mixture(path)
@@ -407,7 +408,8 @@ def test_the_line_on_the_screen_names_what_moved(make, capsys):
 
 
 def test_shares_that_stand_are_not_named():
-    before, now = np.array([0.5, 0.3, 0.2]), np.array([0.5004, 0.25, 0.2496])
+    before = np.array([0.5, 0.3, 0.2])
+    now = np.array([0.5004, 0.25, 0.2496])
     assert movements(before, now, ["a", "b", "c"]) == "b 25.0% (-5.0) c 25.0% (+5.0)"
     assert movements(before, before, ["a", "b", "c"]) == "steady"
 
@@ -425,14 +427,16 @@ def test_what_a_mixer_needs_is_asked_for_before_the_first_step(make):
 
 def test_held_out_losses_come_by_source_and_reach_the_mixer(make, sources, tmp_path):
     overrides = (f"data.valid=[{', '.join(sources)}]", "train.eval_every=2", "train.eval_batches=1")
-    ids, lines = Ids(), []
+    ids = Ids()
+    lines = []
     trainer = make("mixing.kind=naive-validation", "mixing.eps=0.01", *overrides, hooks=[ids])
     look = Hook()
     look.after_step = lambda step: lines.append(dict(step.metrics))
     trainer.hooks.append(look)
     trainer.fit()
     assert ["valid" in line for line in lines] == [False, True] * 4
-    valid, parts = lines[-1]["valid"], lines[-1]["valid_sources"]
+    valid = lines[-1]["valid"]
+    parts = lines[-1]["valid_sources"]
     assert list(parts) == list(SIZES) and valid["worst"] == max(
         part["loss"] for part in parts.values()
     )

@@ -1,4 +1,4 @@
-"""The same rows and weights on any number of workers and processes, over 200 steps and through a kill."""
+"""The same rows and weights on any number of workers and ranks, also through a kill."""
 
 import json
 import re
@@ -31,7 +31,8 @@ hooks.Save.after_step = after_step
 @pytest.fixture(scope="module")
 def prefixes(tmp_path_factory) -> list[str]:
     """Three sources of 20 to 90 rows of 16 tokens and very different entropy."""
-    folder, random = tmp_path_factory.mktemp("sources"), np.random.default_rng(3)
+    folder = tmp_path_factory.mktemp("sources")
+    random = np.random.default_rng(3)
     for name, rows, letters in (("wide", 90, 128), ("narrow", 40, 8), ("flat", 20, 1)):
         with IndexedDatasetWriter(folder / name, "uint16") as writer:
             for _ in range(rows):
@@ -40,7 +41,7 @@ def prefixes(tmp_path_factory) -> list[str]:
 
 
 def walk(prefixes: list[str], *, world: int, workers: int, lag: int = 1) -> Iterator[tuple]:
-    """Ids and weights of each step when losses follow from the rows read; `world` ranks, each with its own planner."""
+    """Ids and weights of each step, when losses follow from the rows; each rank has a planner."""
     overrides = [
         "mixing.kind=odm",
         f"mixing.lag={lag}",
@@ -61,7 +62,8 @@ def walk(prefixes: list[str], *, world: int, workers: int, lag: int = 1) -> Iter
     rows = build_rows(config.data, **numbers, planned=True)
     mixtures = [make_mixture(config, rows) for _ in range(world)]
     loaders = [
-        iter(StepLoader(rows.train, batch_size=BATCH, micro_batch_size=1, dp_rank=rank, dp_world=world, workers=workers,
+        iter(StepLoader(rows.train, batch_size=BATCH, micro_batch_size=1, dp_rank=rank,
+                        dp_world=world, workers=workers,
                         plans=mixture))
         for rank, mixture in enumerate(mixtures)
     ]  # fmt: skip
@@ -123,11 +125,13 @@ def whole(train, prefixes, tmp_path_factory):
 def test_killed_after_100_of_200_steps_and_resumed_on_others(
     train, prefixes, whole, tmp_path, first, second
 ):
-    output, data = tmp_path / "run", f"data.train=[{', '.join(prefixes)}]"
+    output = tmp_path / "run"
+    data = f"data.train=[{', '.join(prefixes)}]"
     killed = train(output, data, *OVERRIDES, processes=first, code=KILL_AT_100, ok=False)
     assert killed.returncode in (-signal.SIGKILL, 1)
     assert "resumed from" in train(output, data, *OVERRIDES, processes=second).stdout
-    ours, theirs = read_mixture(output / "mixture.jsonl"), read_mixture(whole / "mixture.jsonl")
+    ours = read_mixture(output / "mixture.jsonl")
+    theirs = read_mixture(whole / "mixture.jsonl")
     assert ours.steps == theirs.steps == list(range(1, STEPS + 1))
     assert ours.weights().tobytes() == theirs.weights().tobytes()
     for step in ours.steps:
@@ -166,7 +170,8 @@ import castalia.train.mixture as mixing
 from castalia.distributed import environment
 def observe(self, totals, skipped=False, real=mixing.PlannedMixture.observe):
     if self.done == 2 and environment()[0] == 1:
-        totals.per_source = [[2 * loss, tokens] for loss, tokens in totals.per_source[:1]] + totals.per_source[1:]
+        loss, tokens = totals.per_source[0]
+        totals.per_source[0] = [2 * loss, tokens]
     real(self, totals, skipped=skipped)
 mixing.PlannedMixture.observe = observe
 """

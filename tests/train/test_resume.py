@@ -1,4 +1,4 @@
-"""Killed, moved to other numbers of processes, or corrupted: a run continues as if nothing had happened."""
+"""Killed, moved to another world size, or corrupted: a run continues as if nothing had happened."""
 
 import json
 import os
@@ -49,7 +49,8 @@ def test_killed_run_continues_bit_for_bit(train, whole, tmp_path, read_lines):
     again = train(output)
     assert "resumed from" in again.stdout
     assert exact(read_lines(output)) == exact(read_lines(whole))
-    ours, theirs = all_tensors(output, 6), all_tensors(whole, 6)
+    ours = all_tensors(output, 6)
+    theirs = all_tensors(whole, 6)
     assert ours.keys() == theirs.keys() and any("exp_avg_sq" in name for name in ours)
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
@@ -70,7 +71,8 @@ def test_saved_on_two_processes_and_resumed_on_others(
     killed = train(output, processes=2, code=KILL_AFTER_4, ok=False)
     assert killed.returncode != 0
     train(output, processes=processes)
-    ours, theirs = read_lines(output), read_lines(whole)
+    ours = read_lines(output)
+    theirs = read_lines(whole)
     assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
     assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
@@ -80,7 +82,8 @@ def test_saved_on_two_processes_and_resumed_on_others(
     for name, tensor in all_tensors(output, 6).items():
         difference = (tensor - reference[name]).abs()
         if name.endswith("qkv.bias"):
-            # A key bias shifts all scores of a query alike: its gradient is rounding noise, which Adam blows up.
+            # A key bias shifts all scores of a query alike: its gradient is rounding noise, which
+            # Adam turns into steps of the size of lr.
             difference = difference.view(-1, 3, 8)[:, [0, 2]]
         assert difference.max() <= 1e-5, name
 
@@ -134,7 +137,8 @@ def test_sigterm_saves_and_exits_well(train, whole, tmp_path, read_lines):
         "h.Validate.after_step = lambda self, step: time.sleep(0.05)"
     )
     script.write_text(
-        f"import sys; sys.argv = ['castalia', *{arguments!r}]\n{slow}\nfrom castalia.cli import main; main()"
+        f"import sys; sys.argv = ['castalia', *{arguments!r}]\n{slow}\n"
+        "from castalia.cli import main; main()"
     )
     process = subprocess.Popen(
         [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -54,7 +54,8 @@ def losses(make, *overrides):
 
 
 def test_gradients_of_accumulation_equal_the_big_batch(make):
-    whole, parts = make(), make("train.micro_batch_size=3")
+    whole = make()
+    parts = make("train.micro_batch_size=3")
     for trainer in (whole, parts):
         trainer.accumulate(next(trainer.batches(trainer.rows.train, 0)))
     for (name, p), q in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
@@ -95,7 +96,8 @@ def test_loss_is_over_the_global_weight_not_a_mean_of_means(make):
 def test_the_loop_equals_ten_lines_of_plain_torch(make):
     ours, trainer = losses(make, "optim.clip=0.5", "optim.weight_decay=0.1")
     fresh = make("optim.clip=0.5", "optim.weight_decay=0.1", "output=other")
-    model, rows = fresh.model, fresh.rows.train
+    model = fresh.model
+    rows = fresh.rows.train
     decay = [p for n, p in model.named_parameters() if p.ndim == 2]
     rest = [p for n, p in model.named_parameters() if p.ndim == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -114,7 +116,8 @@ def test_the_loop_equals_ten_lines_of_plain_torch(make):
         theirs.append(loss.item())
     assert ours == pytest.approx(theirs, abs=2e-6)
     for (name, p), q in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
-        # Adam turns a gradient of the size of rounding, as key biases have, into a step of the size of lr = 2e-3.
+        # Adam turns a gradient of the size of rounding, as key biases have, into a step of the
+        # size of lr = 2e-3.
         assert (p - q).abs().mean() < 1e-6 or name.endswith("qkv.bias"), name
 
 
@@ -281,7 +284,8 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_was_saved(make,
     import castalia.checkpoint.save as writing
 
     trainer = make("train.steps=3", "checkpoint.asynchronous=false", hooks=[Save()])
-    real, calls = writing.os.fsync, []
+    real = writing.os.fsync
+    calls = []
 
     def full(number):
         calls.append(number)

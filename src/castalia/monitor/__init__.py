@@ -1,4 +1,4 @@
-"""What a run writes down: metrics, and the share of the machine that it uses."""
+"""The numbers of a run: sinks for its metrics, and its share of the machine."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The machine that a run uses: peak rate, memory, versions."""
+"""The machine of a run: peak rate, memory, versions."""
 
 import os
 import platform
@@ -12,10 +12,11 @@ from castalia.monitor.gpus import PEAK_TFLOPS
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of a known GPU; None for a CPU or an unknown GPU, whose utilization is then 'n/a'."""
+    """Dense bf16 FLOP/s of a known GPU; None for a CPU or an unknown GPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    # The table lists longer names first: "H100 PCIe" must not match "H100".
     for part, peak in PEAK_TFLOPS.items():
         if part in name:
             return peak * 1e12
@@ -27,7 +28,10 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    # getrusage reports bytes on macOS and KiB on Linux.
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024
 
 
 def describe_environment(device: torch.device, processes: int) -> dict[str, object]:

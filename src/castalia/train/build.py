@@ -26,6 +26,7 @@ def check_processes(config: RunConfig, size: int) -> None:
     dp = config.parallel.degrees(size).dp
     rows = config.train.batch_size // dp
     micro = config.train.micro_batch_size
+    # With uneven shares a rank may have a row less, and fills it with padding.
     if not config.parallel.uneven:
         check_batch(config.train.batch_size, micro or max(1, rows), dp)
     if problem := micro_batch_problem(config.parallel, rows, micro or rows):
@@ -41,6 +42,7 @@ def build_model(
     Raises  ConfigError if a pattern of the optimizer or of train.frozen matches no parameter.
     """
     with torch.device("meta"):
+        # Names of the whole model: a pattern may match parameters of another rank's stage only.
         rules.require_matches(name for name, _ in Decoder(config.model).named_parameters())
     # On the meta device first: no rank ever holds the whole model.
     stages = []
@@ -63,6 +65,7 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
     for number in stage_numbers(config.parallel, world.coordinate("pp")):
         with torch.device("meta"):
             stage = Decoder(config.model, parts[number])
+        # Before parallelize, which compiles the blocks as they then are.
         stage.recompute = config.train.recompute
         stages.append(stage)
     return stages

@@ -31,6 +31,8 @@ from castalia.monitor.config import MonitorConfig
 from castalia.train.losses import LOSSES, LossConfig, NextToken
 from castalia.train.optimizers import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
 
+# Nothing here imports torch, so that `castalia show` and `--help` answer at once.
+
 
 class ScheduleConfig(Config):
     """Learning rate by step. Only train/schedule.py reads these fields."""
@@ -57,6 +59,7 @@ class LossScaleConfig(Config):
     """The dynamic scale starts at 2 ** this."""
     window: PositiveInt = 1000
     """Clean steps after which the scale doubles."""
+    # These defaults are those of the `fp16` section of GPT-NeoX's configs.
     hysteresis: PositiveInt = 2
     """Overflows that are tolerated before the scale halves."""
     minimum: PositiveFloat = 1.0
@@ -64,11 +67,12 @@ class LossScaleConfig(Config):
 
 
 class GuardConfig(Config):
-    """Policies for faulty steps and stalled ranks. Only train/guard.py and the watchdog read them."""
+    """Policies for faulty steps and stalled ranks, read by train/guard.py and the watchdog."""
 
+    # Stopping is the default: skipping hides a fault that will come back.
     nan: Literal["stop", "skip", "rollback"] = "stop"
-    """Policy for a NaN or infinite loss or gradient: stop, skip the step, or roll back to the newest
-    checkpoint and skip it."""
+    """Policy for a NaN or infinite loss or gradient: stop, skip the step, or roll back to the
+    newest checkpoint and skip it."""
     spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "ignore"
     """Policy for a spike of the loss or the gradient norm: ignore, warn, or as for nan."""
     spike_sigma: PositiveFloat = 6.0
@@ -87,13 +91,14 @@ class GuardConfig(Config):
     skip_steps: list[PositiveInt] = []
     """Steps to skip, counted from 1: their rows are consumed and nothing is updated."""
     hang_seconds: NonNegativeFloat | None = None
-    """Seconds without progress after which a rank counts as stalled; 0 never; null is 600 on several
-    ranks, 0 on one."""
+    """Seconds without progress after which a rank counts as stalled; 0 never; null is 600 on
+    several ranks, 0 on one."""
 
 
 class TrainConfig(Config):
     """Numbers of the loop."""
 
+    # Pythia's length and batch: Biderman et al. 2023, arXiv:2304.01373.
     steps: Annotated[PositiveInt, AT_RESUME] = 143000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 1024
@@ -167,6 +172,7 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def check(self) -> "RunConfig":
         """Rules that span sections; all violations are reported together."""
+        # Collected rather than raised one by one: a user mends them all in one go.
         problems = []
         if "://" in self.output:
             problems.append(
@@ -191,6 +197,7 @@ class RunConfig(Config):
                 f"train.batch_size {self.train.batch_size} is not divisible by"
                 f" train.micro_batch_size {micro}"
             )
+        # A pipeline's buffers have one shape for all micro-batches.
         if self.parallel.uneven and self.parallel.pp > 1:
             problems.append(
                 "parallel.uneven=true: a pipeline needs equal micro-batches; set it to false"
@@ -248,6 +255,7 @@ def mixing_problems(config: RunConfig) -> list[str]:
     """Requirements of the mixing section that other sections do not meet."""
     mixing = config.mixing
     problems = []
+    # An option that nothing reads is a misunderstanding, not a preference.
     if idle := mixing.idle():
         names = ", ".join(f"mixing.{name}" for name in idle)
         problems.append(

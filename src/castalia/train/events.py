@@ -22,6 +22,7 @@ def append_event(output: Path, event: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
+            # Before anything acts on it: after a crash in the rollback the decision still stands.
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -52,12 +53,14 @@ def warn(text: str) -> None:
 
 def in_words(kind: str, loss: float, norm: float) -> str:
     """The fault of a step's numbers."""
+    # A spike has finite numbers, and both say how large it was.
     if kind == "spike":
         return f"spike: loss {loss:.4f}, gradient norm {norm:.3g},"
     if not math.isfinite(loss):
         return f"loss {loss}"
     if not math.isfinite(norm):
         return f"gradient norm {norm}"
+    # A verdict is the worst of all ranks, and this one's own numbers are fine.
     return "NaN or infinity on another rank"
 
 

@@ -8,17 +8,18 @@ before it is acted on, and part of each later checkpoint: a resumed run skips th
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint import Store
 from castalia.core.errors import TrainingError
+from castalia.data import Batch
 from castalia.distributed import World
 from castalia.train.config import GuardConfig
 from castalia.train.events import EVENTS, append_event, finite, in_words, ranges, read_events, warn
+from castalia.train.totals import StepTotals
 
 
 class Verdict(IntEnum):
@@ -39,33 +40,25 @@ class Action(Enum):
     ROLLBACK = "rollback"
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The numbers of one step before its update.
-
-    loss, norm  mean loss, and L2 norm of the gradients.
-    scaled      whether a loss scale is in use (fp16).
-    rows        this rank's rows by their place in the data order; read only if something is wrong.
-    """
-
-    step: int
-    loss: float
-    norm: float
-    scaled: bool = False
-    rows: Callable[[], list[int]] = list
-
-
 class Guard:
     """Judges each step before its update; see GuardConfig.
 
+    scaled   whether the loss is scaled (fp16).
     skips    step -> why it is skipped: asked (by the config), nan or spike.
     returns  the checkpoints that the run rolled back to, one entry a rollback; 0 is the start.
     """
 
     def __init__(
-        self, config: GuardConfig, *, world: World, store: Store, output: str | Path
+        self,
+        config: GuardConfig,
+        *,
+        world: World,
+        store: Store,
+        output: str | Path,
+        scaled: bool = False,
     ) -> None:
         self.config = config
+        self.scaled = scaled
         self.world = world
         self.store = store
         self.output = Path(output)
@@ -76,19 +69,20 @@ class Guard:
             name: deque(maxlen=config.spike_window) for name in ("loss", "grad_norm")
         }
 
-    def judge(self, reading: Reading) -> Verdict:
+    def judge(self, totals: StepTotals) -> Verdict:
         """This rank's verdict.
 
         An infinite gradient under a finite loss is an overflow when the loss is scaled: fp16 ran
         out of range, which the loss scale exists to correct.
         """
-        if not math.isfinite(reading.loss):
+        # The loss first: its NaN makes every gradient NaN, which no loss scale can mend.
+        if not math.isfinite(totals.loss):
             return Verdict.NAN
-        if not math.isfinite(reading.norm):
-            return Verdict.OVERFLOW if reading.scaled else Verdict.NAN
+        if not math.isfinite(totals.norm):
+            return Verdict.OVERFLOW if self.scaled else Verdict.NAN
         if self.config.spike == "ignore":
             return Verdict.GOOD
-        values = {"loss": reading.loss, "grad_norm": reading.norm}
+        values = {"loss": totals.loss, "grad_norm": totals.norm}
         if any(self.is_spike(name, values[name]) for name in self.config.spike_of):
             return Verdict.SPIKE
         return Verdict.GOOD
@@ -104,11 +98,14 @@ class Guard:
         limit = self.config.spike_sigma * statistics.stdev(window)
         return value > statistics.fmean(window) + limit
 
-    def answer(self, verdict: Verdict, reading: Reading) -> Action:
+    def answer(
+        self, verdict: Verdict, step: int, totals: StepTotals, micro_batches: Sequence[Batch]
+    ) -> Action:
         """The action for the step just computed. Anything but an update is logged first.
 
         Raises  TrainingError, on all ranks, when the run is to stop.
         """
+        # Normal under fp16 while the scale finds its range: not an event, and not a skip.
         if verdict is Verdict.OVERFLOW:
             return Action.OVERFLOW
         policy = "ignore"
@@ -117,49 +114,59 @@ class Guard:
         elif verdict is Verdict.SPIKE:
             policy = self.config.spike
         if policy != "ignore":
-            self.decide(policy, verdict.name.lower(), reading)
+            self.decide(policy, verdict.name.lower(), step, totals, micro_batches)
         if policy in ("ignore", "warn"):
             # Only updates enter the window: a spike that was skipped must not raise the limit.
             self.in_a_row = 0
-            self.window["loss"].append(reading.loss)
-            self.window["grad_norm"].append(reading.norm)
+            self.window["loss"].append(totals.loss)
+            self.window["grad_norm"].append(totals.norm)
             return Action.UPDATE
         if policy == "rollback":
             return Action.ROLLBACK
+        # Without a limit a broken run would skip to its last step and look finished.
         self.in_a_row += 1
         if self.in_a_row > self.config.max_skips:
             raise TrainingError(
-                f"step {reading.step}: {self.in_a_row} consecutive steps were skipped, over"
+                f"step {step}: {self.in_a_row} consecutive steps were skipped, over"
                 f" guard.max_skips={self.config.max_skips}; look at {EVENTS}, lower optim.lr, or"
                 " set guard.nan=rollback"
             )
         return Action.SKIP
 
-    def decide(self, policy: str, kind: str, reading: Reading) -> None:
+    def decide(
+        self,
+        policy: str,
+        kind: str,
+        step: int,
+        totals: StepTotals,
+        micro_batches: Sequence[Batch],
+    ) -> None:
         """Log the decision and prepare it.
 
         Raises  TrainingError when the policy is to stop, or a rollback has no checkpoint.
         """
-        rows = self.world.union(reading.rows())
-        what = in_words(kind, reading.loss, reading.norm)
-        where = f"{what} at step {reading.step} (rows {ranges(rows)} of the data order)"
-        event: dict[str, Any] = {"step": reading.step, "event": kind, "action": policy}
-        event |= {"loss": finite(reading.loss), "grad_norm": finite(reading.norm), "rows": rows}
+        # Every rank holds some of the rows; the message names them all, for a look at the data.
+        rows = self.world.union(int(row) for batch in micro_batches for row in batch.index)
+        what = in_words(kind, totals.loss, totals.norm)
+        where = f"{what} at step {step} (rows {ranges(rows)} of the data order)"
+        event: dict[str, Any] = {"step": step, "event": kind, "action": policy}
+        event |= {"loss": finite(totals.loss), "grad_norm": finite(totals.norm), "rows": rows}
         if policy in ("stop", "rollback"):
             # The checkpoint being written may be the one to name or to roll back to.
             self.store.wait()
+        # Logged before the exception: the file tells why the run ended.
         if policy == "stop":
             self.log(event)
-            raise TrainingError(f"{where}; {self.advice(reading)}")
+            raise TrainingError(f"{where}; {self.advice(step)}")
         consequence = "the update is made all the same"
         if policy == "skip":
-            event["skips"] = [reading.step]
-            self.skips[reading.step] = kind
+            event["skips"] = [step]
+            self.skips[step] = kind
             consequence = "skipped"
         elif policy == "rollback":
             event |= self.plan_rollback(where, event)
-            consequence = f"rolling back to step {event['to']}; skipped: step"
-            consequence = f"{consequence} {ranges(event['skips'])}"
+            skipped = ranges(event["skips"])
+            consequence = f"rolling back to step {event['to']}; skipped: step {skipped}"
         self.log(event)
         if self.world.leads:
             warn(f"{where}; {consequence}")
@@ -185,24 +192,26 @@ class Guard:
                     f" guard.max_rollbacks={2 * often}"
                 )
             raise TrainingError(f"{where}; {why}")
+        # The fault may have begun some steps before it showed; none before the checkpoint counts.
         first = max(saved + 1, step - self.config.skip_before)
         skips = list(range(first, step + 1))
         self.returns.append(saved)
         self.skips |= dict.fromkeys(skips, event["event"])
         return {"to": saved, "skips": skips}
 
-    def advice(self, reading: Reading) -> str:
+    def advice(self, step: int) -> str:
         """The end of the sentence that stops the run."""
+        # Everything that the reader of this one sentence needs to act.
         saved = self.store.latest()
         good = "no checkpoint was saved yet"
         if saved is not None:
             good = f"the last good checkpoint is step {saved}"
         lower = "lower optim.lr"
-        if reading.scaled:
+        if self.scaled:
             lower = "use precision=bf16 or lower optim.lr"
         return (
             f"nothing was updated, {good}; look at these rows, skip them with"
-            f" guard.skip_steps=[{reading.step}], or {lower}"
+            f" guard.skip_steps=[{step}], or {lower}"
         )
 
     def log(self, event: dict[str, Any]) -> None:
@@ -218,6 +227,7 @@ class Guard:
             for event in events:
                 if event["event"] == why:
                     steps += event.get("skips", ())
+            # One rank reads the file and all take over its content, or they would part ways.
             self.skips = dict.fromkeys(self.world.union(steps), why) | self.skips
         returns = [event["to"] for event in events if "to" in event]
         if len(returns) > len(self.returns):
@@ -229,6 +239,7 @@ class Guard:
             "skips": {str(step): why for step, why in sorted(self.skips.items())},
             "returns": self.returns,
             "in_a_row": self.in_a_row,
+            # The key of earlier versions, whose checkpoints must load.
             "seen": {name: list(values) for name, values in self.window.items()},
         }
 
@@ -238,6 +249,7 @@ class Guard:
         After a rollback this loads an older checkpoint, which lacks the very decision to roll back.
         """
         self.skips = {int(step): why for step, why in state["skips"].items()} | self.skips
+        # The longer list is the later one: entries are only ever added.
         self.returns = max(self.returns, state["returns"], key=len)
         self.in_a_row = state["in_a_row"]
         for name, values in state["seen"].items():

@@ -98,11 +98,13 @@ class PlannedMixture:
 
     def __next__(self) -> RowLookup | None:
         self.plan_ahead()
+        # The loader reads ahead of the loop; both walk through the same queue.
         if self.taken < len(self.coming):
             self.taken += 1
             return located(self.coming[self.taken - 1])
         if self.ended or self.planner.step >= self.steps:
             raise StopIteration
+        # Not the end: the loader asks again once the losses of the last step are known.
         return None
 
     def plan_ahead(self) -> None:
@@ -125,6 +127,7 @@ class PlannedMixture:
 
         The maximum over ranks of both shows whether all are equal: max(h) == -max(-h) == min(h).
         """
+        # Starts and counts are the whole plan: rows follow from them and from the seed.
         plan = self.coming[0]
         number = zlib.crc32(plan.starts.tobytes(), zlib.crc32(plan.counts.tobytes()))
         return number, -number
@@ -154,6 +157,7 @@ class PlannedMixture:
         self.stats = Stats(
             self.done, rounded(sums, self.config.grain), sums[:, 1], val_loss=self.held_out
         )
+        # Observed once: the mixer must not count one validation at every step.
         self.held_out = None
         self.planner.observe(self.stats)
 
@@ -161,6 +165,7 @@ class PlannedMixture:
         """Held-out losses by source, nats a token; NaN for a source without rows."""
         grain = self.config.grain
         values = np.array(losses, np.float64)
+        # As for training losses: rounding hides the order of the additions.
         if grain:
             values = np.rint(values / grain) * grain
         self.held_out = values
@@ -188,6 +193,7 @@ class PlannedMixture:
         self.ended = None
         self.taken = 0
         self.coming.clear()
+        # By name: sources may have been added, removed or reordered since.
         saved = state["held_out"]
         self.held_out = None
         if saved is not None:
@@ -198,6 +204,7 @@ class PlannedMixture:
 def located(plan: BatchPlan) -> RowLookup:
     """A plan in the form that the loader reads."""
 
+    # A closure, because a rank resolves only its own rows, and only when it reads them.
     def rows(begin: int, end: int) -> RowPlaces:
         chosen = plan.rows(begin, end)
         return RowPlaces(chosen.source, chosen.index)
@@ -220,6 +227,7 @@ def make_mixture(config: RunConfig, rows: RunRows) -> PlannedMixture | StaticBle
 
     Raises  ConfigError for an unknown source, or for missing losses or steps.
     """
+    # build_rows has chosen already: rows by source exist only for a planner.
     if not isinstance(rows.train, RowsBySource):
         return StaticBlend()
     mixing = config.mixing
@@ -229,6 +237,7 @@ def make_mixture(config: RunConfig, rows: RunRows) -> PlannedMixture | StaticBle
         sizes=rows.train.sizes * config.data.seq_length,
         prior=rows.weights,
     )
+    # By position: the held-out loss of a source steers the share of that source.
     if "val_loss" in mixer.needs and len(rows.valid_sources) != len(rows.sources):
         raise ConfigError(
             f"mixing.kind {mixing.kind} learns from the held-out loss of each source: data.valid"
@@ -283,6 +292,7 @@ def movements(before: NDArray[np.float64], now: NDArray[np.float64], names: Sequ
 
     `steady` if none moved by a visible amount.
     """
+    # Percentage points and not ratios: 0.1% that doubles is no news.
     change = 100 * (now - before)
     largest = np.argsort(-np.abs(change), kind="stable")[:MOVES]
     moved = [i for i in largest if abs(change[i]) >= VISIBLE]

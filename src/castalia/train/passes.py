@@ -52,10 +52,13 @@ class Passes:
     def own_part(self, batch: Batch) -> Batch:
         """This rank's slice of the micro-batch: context parallelism splits the tokens of a row."""
         part = self.world.sequence
-        return batch if part is None else batch.of_tokens(part.own)
+        if part is None:
+            return batch
+        return batch.of_tokens(part.own)
 
     def weights(self, micro_batches: Sequence[Batch]) -> list[float]:
         """The loss's weight of this rank's slice of each micro-batch, before any pass."""
+        # A rank without the last stage has no loss, so its share of the denominator is nothing.
         if not self.scores:
             return []
         return [self.loss.weight(self.own_part(batch)) for batch in micro_batches]
@@ -79,11 +82,13 @@ class Passes:
         """Forward and backward: adds the gradient of `factor` times the summed loss."""
         sums = self.new_sums()
         for place, batch in enumerate(micro_batches):
+            # Until the last one, gradients only add up locally.
             self.reduce_gradients_if(place == len(micro_batches) - 1)
             out = self.run_loss(self.on_device(batch))
             # Scaling the total here gives every gradient its final size: no second pass over them.
             (out.total * factor).backward()
             sums.add(out, weights[place])
+        # FSDP reduces what it shards; a parameter that is whole on every rank is left to us.
         sum_plain_gradients(self.model, self.world)
         return sums
 
@@ -125,6 +130,7 @@ class PipelinedPasses(Passes):
             places = torch.arange(length)[None]
         else:
             places = world.sequence.positions(length)
+        # All micro-batches at once: the schedule cuts its arguments itself.
         self.places = places.to(world.device).expand(rows, length)
         self.pipeline = Pipeline(
             model,
@@ -136,6 +142,7 @@ class PipelinedPasses(Passes):
             hidden=(micro, length // world.degrees.tp, config.model.hidden_size),
             around=self.around,
         )
+        # The loss needs the labels, so the last stage reads rows as the first does.
         self.scores = self.pipeline.last is not None
         # Every stage needs the document boundaries where documents do not see each other.
         masked = config.data.document_mask is not None
@@ -154,10 +161,12 @@ class PipelinedPasses(Passes):
         batches = [self.on_device(batch) for batch in micro_batches]
 
         def finish(place: int, hidden: Tensor) -> Tensor:
+            # Cut here: the graph of the loss ends at this leaf and is freed in this call.
             leaf = hidden.detach().requires_grad_()
             out = self.run_loss_on(leaf, batches[place])
             (out.total * factor).backward()
             sums.add(out, weights[place])
+            # Its derivative by `hidden` is leaf.grad, which is all that earlier stages need.
             return (hidden * cast(Tensor, leaf.grad)).sum()
 
         self.pipeline.train(*self.arguments(batches), finish)

@@ -20,6 +20,7 @@ MOST_OVERFLOWS = 50
 @contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """Autocast for the given precision; weights stay fp32."""
+    # Autocast rather than half-precision weights: an update of lr 1e-4 is below bf16's resolution.
     with torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32"):
         yield
 
@@ -76,6 +77,7 @@ class LossScale:
             self.overflows = 0
         else:
             self.overflows += 1
+        # A scale that no longer helps: the gradients are infinite for another reason.
         if self.overflows >= MOST_OVERFLOWS:
             raise TrainingError(
                 f"fp16 gradients overflowed in {self.overflows} consecutive steps, loss scale"
@@ -87,6 +89,7 @@ class LossScale:
     def adapt(self, overflow: bool) -> None:
         """The dynamic rule."""
         if overflow:
+            # Hysteresis: one freak batch does not cost half of the range.
             self.clean = 0
             if self.patience > 1:
                 self.patience -= 1
@@ -94,6 +97,7 @@ class LossScale:
                 self.value = max(self.value / 2, self.config.minimum)
             return
         self.clean += 1
+        # Try a larger scale: small gradients vanish below 6e-8 under a scale that is too low.
         if self.clean % self.config.window == 0:
             self.patience = self.config.hysteresis
             self.value *= 2
@@ -116,5 +120,6 @@ def make_scale(config: LossScaleConfig, precision: str) -> LossScale | NoScale:
     """The scale at the start of a run."""
     if precision != "fp16":
         return NoScale()
+    # A power of two scales without rounding, so that fp16 alone decides the bits.
     start = config.static or 2.0**config.initial_power
     return LossScale(config, start, patience=config.hysteresis)

@@ -49,6 +49,7 @@ class Clock:
         """The next item of `batches`; the wait is counted."""
         began = time.perf_counter()
         item = next(batches)
+        # The loader works ahead in threads, so this is what the model really waited.
         self.data += time.perf_counter() - began
         return item
 

@@ -27,6 +27,7 @@ class RecordedOrder:
 
     def begin(self) -> None:
         """Return to the place before the first step."""
+        # A replay of the record needs neither losses nor the mixer that made it.
         self.step = 0
         self.rows = PlannedRows(*(np.empty(0, np.int64) for _ in range(3)))
         mixing = self.config.mixing

@@ -48,6 +48,7 @@ class DataOfRun:
 
         Raises  DataError if they differ and data.allow_changed is false.
         """
+        # By content, not by path: data that moved are the same data.
         differences = changed(state, self.fingerprint)
         if not differences:
             return
@@ -80,6 +81,7 @@ class Checkpoints:
 
     def save(self, step: int, *, asynchronous: bool) -> SaveTiming:
         """Stage the state of `step`; with `asynchronous` the writing happens in the background."""
+        # Taken now, while the loop stands still; the background thread only writes.
         state = {name: part.state_dict() for name, part in self.states.items()}
         with self.watchdog.doing("saving", LONG):
             return self.store.save(
@@ -106,6 +108,7 @@ class Checkpoints:
         step, saved = loaded
         # Checkpoints of older versions have no record of start weights: theirs were always drawn.
         saved = {"start": {}} | saved
+        # In the order of the states, whose first objection is the most helpful.
         for name, part in self.states.items():
             if name not in saved:
                 raise CheckpointError(
@@ -134,6 +137,7 @@ class Checkpoints:
         """Names of the checkpoint's tensors that only other pipeline stages hold."""
         if self.config.parallel.pp == 1:
             return set()
+        # Shapes alone: the names of the whole model cost no memory.
         with torch.device("meta"):
             whole = Decoder(self.config.model)
         names = [name for name, _ in whole.named_parameters()]
@@ -146,6 +150,7 @@ def checkpoint_files(config: RunConfig) -> dict[str, str]:
 
     Raises  DataError if the tokenizer cannot be read.
     """
+    # A checkpoint can be copied away from its run and still be generated from.
     files = {"config.yaml": dump_yaml(config)}
     if config.data.tokenizer:
         try:

@@ -54,6 +54,7 @@ def run(
     """
     # Before the first allocation, which reads the allocator's options.
     keep_freed_memory()
+    # Before the process group, where one rank's error would leave the others waiting.
     check_processes(config, environment()[1])
     world = World.start(config.parallel, config.device)
     try:
@@ -87,10 +88,12 @@ def run_claimed(
     """The run, in a folder that no other job writes to."""
     all_hooks = [*standard_hooks(), *named_hooks(config.hooks), *hooks]
     trainer = Trainer(config, world, hooks=all_hooks)
+    # After the trainer was built: a run that cannot start leaves no folder that looks like one.
     if world.leads:
         write_run_folder(config, world, list(command), trainer.start_record.facts)
         notes = [*announced.notes, *trainer.start_notes, *trainer.mixture.notes]
         print_start(config, world, trainer.rows, announced.changes, notes)
+    # No rank may write a checkpoint into a folder whose config is not there yet.
     world.wait()
     trainer.fit()
     if world.leads:
@@ -124,6 +127,7 @@ def closing_line(trainer: Trainer) -> str:
     if saved is None:
         raise CheckpointError(f"no checkpoint was saved in {trainer.store.folder}")
     folder = trainer.store.folder_of(saved)
+    # Exhausted sources end a run before its last step, and that is not an interruption.
     if trainer.mixture.at_end():
         return f"done: step {step} of {steps}, saved in {folder}: {trainer.mixture.ended}"
     if step < steps:

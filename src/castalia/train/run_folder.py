@@ -25,6 +25,7 @@ def check_run_folder(config: RunConfig) -> None:
     """
     folder = Path(config.output)
     path = folder / "config.yaml"
+    # Either file: a run that ended before its first checkpoint has metrics only.
     began = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
     if began and path.exists():
         require_same_run(config, path)
@@ -46,6 +47,7 @@ def write_run_folder(
 ) -> None:
     """Write config.yaml, command.txt and env.json; `start` records the start weights of a fresh run."""
     folder = Path(config.output)
+    # At each start: a resume may have changed what it is allowed to.
     with atomic_write(folder / "config.yaml") as file:
         file.write(dump_yaml(config))
     with atomic_write(folder / "command.txt") as file:
@@ -77,6 +79,7 @@ def require_same_run(config: RunConfig, path: Path) -> None:
             f"{path.parent} holds a run of another config ({'; '.join(differ)});"
             " choose another output=, or remove that folder to start over"
         )
+    # Allowed, but not always harmless: say what moves with the length.
     before = old.get("train.steps")
     longer = by_length(config)
     if before != config.train.steps and longer:
@@ -89,12 +92,14 @@ def require_same_run(config: RunConfig, path: Path) -> None:
 
 def resolved(values: dict[str, Any]) -> dict[str, Any]:
     """A config file's values with every default; unchanged if they no longer make a config."""
+    # Both sides with all defaults: a key that a version added must not look like a change.
     config, _ = check(RunConfig, values)
     return values if config is None else as_values(config)
 
 
 def as_values(config: RunConfig) -> dict[str, Any]:
     """A config in the form of its file."""
+    # Through JSON: paths, tuples and enums compare as the file has them.
     values: dict[str, Any] = json.loads(config.model_dump_json())
     return values
 

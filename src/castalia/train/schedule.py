@@ -21,6 +21,7 @@ def make_schedule(config: ScheduleConfig, lr: float, steps: int) -> Schedule:
             falls towards 0 over the whole horizon, floored. The others: GPT-NeoX today, where
             n = 0 and n = 1 share a rate.
     """
+    # A horizon of its own lets a run be made longer without bending its past rates.
     horizon = config.decay_steps or steps
     warmup = config.warmup * horizon
     if config.name == "cosine_neox_v1":
@@ -34,6 +35,7 @@ def make_schedule(config: ScheduleConfig, lr: float, steps: int) -> Schedule:
         if config.name == "constant":
             # Without the floor below: a constant rate under min_lr stays what it is.
             return lr
+        # min: a run longer than its horizon stays at the floor.
         done = min(1.0, (n - warmup) / max(1.0, horizon - warmup))
         return max(config.min_lr, shape(done, lr, config))
 

@@ -58,6 +58,7 @@ def idle_options(config: RunConfig, rows: RunRows) -> list[str]:
 
 def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, str]:
     """Name and text of each line of the table."""
+    # The same estimate as `castalia show`, for the ranks and the device at hand.
     cost = estimate(config.workload, processes=world.size, device=world.device.type)
     parameters = cost.parameters
     steps = config.train.steps
@@ -79,6 +80,7 @@ def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, s
 
 def short_hash(fingerprint: Mapping[str, Any]) -> str:
     """Twelve hex digits that stand for the whole fingerprint."""
+    # Enough to compare two runs by eye; the whole fingerprint is in every checkpoint.
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -86,6 +88,7 @@ def source_lines(config: RunConfig, rows: RunRows) -> list[str]:
     """Each source with its weight, its size and its epochs in this run; the first of very many."""
     wanted = config.train.steps * config.tokens_per_step
     lines = []
+    # Epochs and not only weights: a small source at 30% may be read a hundred times.
     for name, weight, tokens in zip(rows.sources, rows.weights, rows.tokens, strict=True):
         epochs = wanted * weight / max(1, tokens)
         lines.append(f"{name} {weight:.1%} of {quantity(tokens)} tokens ({epochs:.2f} epochs)")

@@ -1,5 +1,6 @@
 """The sums of one step: added up on the device, then reduced over all ranks in one vector."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +27,8 @@ class PassSums:
     def __init__(self, loss: Loss, device: torch.device) -> None:
         self.loss = loss
         sources = loss.sources if loss.by_source else 0
+        # float64: thousands of micro-batch sums of nats add up without a rounding that depends on
+        # their order, so that cutting the batch in another way changes the last digits only.
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.total: Tensor = zeros(())
         self.weight = 0.0
@@ -36,6 +39,7 @@ class PassSums:
     def add(self, out: LossOut, declared: float) -> None:
         """Count one micro-batch, whose loss declared this weight before the pass."""
         self.total += out.total.detach()
+        # The declared weight, not the returned one: it is the denominator that the gradient got.
         self.weight += declared
         self.compare(out.weight, declared)
         if self.loss.by_source:
@@ -45,6 +49,7 @@ class PassSums:
                     " no per_source; return (K, 2) sums or declare by_source=False"
                 )
             self.per_source += out.per_source
+        # The vector has a fixed layout on all ranks, so a metric may neither come nor go.
         if out.metrics.keys() != set(self.loss.names):
             raise TrainingError(
                 f"loss {self.loss.config.kind!r} declares the metrics {list(self.loss.names)}, but"
@@ -61,8 +66,12 @@ class PassSums:
         A comparison here would wait for the device once a micro-batch, and would raise on one rank
         while the others wait in a collective. The step's all-reduce carries the answer instead.
         """
-        value = torch.as_tensor(returned, dtype=torch.float64, device=self.total.device)
-        # Written so that a NaN differs, too.
+        if isinstance(returned, Tensor):
+            value = returned.detach().double()
+        else:
+            # A fill on the device: torch.tensor would copy from the host and wait for the stream.
+            value = torch.full_like(self.total, returned)
+        # "Not within the limit" in place of "beyond the limit": a NaN differs, too.
         differs = ~((value - declared).abs() <= SAME_WEIGHT * abs(declared))
         self.contract[0] += differs
         self.contract[1] += differs * declared
@@ -79,6 +88,7 @@ class PassSums:
     def vector(self, *counts: float) -> Tensor:
         """All sums and further counts in one float64 vector, so that they share an all-reduce."""
         numbers = [self.weight, *counts]
+        # float64 holds these integers exactly: rows_hash is below 2^32 times the rows of a step.
         plain = torch.tensor(numbers, dtype=torch.float64, device=self.total.device)
         parts = (self.contract, self.per_source.flatten(), self.metrics.flatten())
         return torch.cat([self.total[None], plain, *parts])
@@ -94,6 +104,7 @@ class StepTotals:
     rows_hash   sum of the CRC-32 of each row's tokens: equal for equal rows on any world size.
     per_source  [total, weight] of each source; empty if the loss has none.
     metrics     the loss's own metrics, each a global mean.
+    norm        L2 norm of the gradients, which the loop fills in; NaN for a skipped step.
     """
 
     loss_sum: float
@@ -102,6 +113,7 @@ class StepTotals:
     rows_hash: int = 0
     per_source: list[list[float]] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    norm: float = math.nan
 
     @classmethod
     def of(cls, vector: Tensor, loss: Loss, where: str) -> "StepTotals":
@@ -109,6 +121,7 @@ class StepTotals:
 
         Raises  TrainingError, on every rank, if a loss returned another weight than it declared.
         """
+        # The one wait for the device: all numbers of the step come over in one copy.
         total, weight, tokens, rows, wrong, declared, returned, *rest = vector.tolist()
         if wrong:
             raise TrainingError(
@@ -116,6 +129,7 @@ class StepTotals:
                 f" weight of its LossOut {returned:g} (in {int(wrong)} micro-batches together);"
                 " the gradient is divided by the first, so both must be the same denominator"
             )
+        # Sources first, metrics last: as many pairs as the loss has names are metrics.
         pairs = [rest[place : place + 2] for place in range(0, len(rest), 2)]
         sources = len(pairs) - len(loss.names)
         means = {

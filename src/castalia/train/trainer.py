@@ -23,7 +23,7 @@ from castalia.distributed.gradients import clip_gradients
 from castalia.models.families import family_of
 from castalia.train.build import build_model, check_processes
 from castalia.train.config import RunConfig
-from castalia.train.guard import Action, Guard, Reading, Verdict
+from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.hook import start_hook
 from castalia.train.losses import LOSSES, Loss
@@ -93,14 +93,18 @@ class Trainer:
             allow_empty=config.mixing.allow_empty,
         )
         self.mixture = make_mixture(config, self.rows)
+        # An id beyond the vocabulary would read past the embedding: on a GPU an assert without a
+        # place, in the middle of the run.
         for source in self.rows.train.row_sources:
             check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
 
     def build(self, loss: Loss | None) -> None:
         """Everything that takes part in a step."""
         config = self.config
+        # data.valid may list more sources than data.train, and one loss counts both.
         sources = max(len(self.rows.sources), len(self.rows.valid_sources))
         self.loss = loss or LOSSES[config.loss.kind](config.loss, sources)
+        # Before the model: whether a parameter trains decides how it is laid out.
         self.rules = Rules(config.optim, family_of(config.model).no_decay, config.train.frozen)
         # Opened before the model takes memory: a start of another shape is refused at once.
         self.start = open_start(config, self.world)
@@ -130,7 +134,13 @@ class Trainer:
             expired=self.policy.expired,
             agree=self.world.smallest,
         )
-        self.guard = Guard(config.guard, world=self.world, store=self.store, output=config.output)
+        self.guard = Guard(
+            config.guard,
+            world=self.world,
+            store=self.store,
+            output=config.output,
+            scaled=self.scale.enabled,
+        )
         # The data come first: a changed source is a better explanation than what it breaks below.
         self.states: dict[str, Stateful] = {
             "data": DataOfRun(self.rows.fingerprint, config.data.allow_changed),
@@ -139,6 +149,7 @@ class Trainer:
             "guard": self.guard,
             "start": self.start_record,
         }
+        # Last: a planner that does not fit is reported against data known to be the same.
         if isinstance(self.mixture, PlannedMixture):
             self.states["mixture"] = self.mixture
         self.checkpoints = Checkpoints(
@@ -154,21 +165,27 @@ class Trainer:
     def fit(self) -> None:
         """Train from the newest good checkpoint, or from the start, to config.train.steps."""
         with ExitStack() as ending:
+            # Entered first, so closed last: a hook that waits for a save is not watched any more.
             self.end_hooks_with(ending)
             ending.enter_context(self.watchdog)
             self.resume("resumed from")
+            # After the resume: a hook continues its files from the step that was loaded.
             for hook in self.hooks:
                 start_hook(hook, self.services())
+            # After the load, whose state is older than the decisions in events.jsonl.
             self.guard.recall()
             batches = self.training_batches()
+            # A finished run that is started again may have no step left to plan.
             self.stopping = self.mixture.at_end()
             while self.progress.step < self.config.train.steps and not self.stopping:
                 number = self.progress.step + 1
                 self.watchdog.step_begins(number)
                 micro_batches = self.clock.wait_for(batches)
                 walk = self.skip_step if number in self.guard.skips else self.take_step
-                step = walk(micro_batches)
+                with self.watchdog.doing("passes and update"):
+                    step = walk(micro_batches)
                 if step is None:
+                    # No hook runs: the step did not happen.
                     batches = self.roll_back(batches)
                     continue
                 for hook in self.hooks:
@@ -180,34 +197,28 @@ class Trainer:
 
         Raises  TrainingError, on all ranks, before the update, when the guard's policy is to stop.
         """
+        # Updates and not steps: a skipped step must not move the schedule of those that count.
         lr = self.schedule(self.progress.updates)
-        with self.watchdog.doing("forward and backward"):
-            totals = self.accumulate(micro_batches)
-            # The one place where the loop waits for the device: everything below needs a number.
-            norm = float(self.passes.gradient_norm() / self.scale.value)
-        with self.watchdog.doing("update"):
-            reading = Reading(
-                self.progress.step + 1,
-                totals.loss,
-                norm,
-                scaled=self.scale.enabled,
-                rows=partial(rows_of, micro_batches),
-            )
-            verdict, stop = self.agree(self.guard.judge(reading))
-            action = self.guard.answer(verdict, reading)
-            self.update(lr, norm, action)
+        totals = self.accumulate(micro_batches)
+        # Converted once: this waits for the device, and everything below needs the number.
+        totals.norm = float(self.passes.gradient_norm() / self.scale.value)
+        # Judged before the update: afterwards a NaN would be in every weight.
+        verdict, stop = self.agree(self.guard.judge(totals))
+        action = self.guard.answer(verdict, self.progress.step + 1, totals, micro_batches)
+        self.update(lr, totals.norm, action)
         if action is Action.ROLLBACK:
             return None
-        return self.finish_step(lr, norm, totals, action, stop)
+        return self.finish_step(lr, totals, action, stop)
 
     def skip_step(self, micro_batches: list[Batch]) -> Step:
-        """Consume the rows of a step without a pass: its loss and norm are NaN."""
+        """Consume the rows of a step without a pass: its loss and its norm are NaN."""
+        # NaN rather than 0: a chart must not show a skipped step as a perfect one.
         sums = self.passes.new_sums()
         sums.total.fill_(math.nan)
         totals = self.reduce(sums, micro_batches)
         _, stop = self.agree(Verdict.GOOD)
         lr = self.schedule(self.progress.updates)
-        return self.finish_step(lr, math.nan, totals, Action.SKIP, stop)
+        return self.finish_step(lr, totals, Action.SKIP, stop)
 
     def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
         """Forward and backward of all micro-batches: gradients of the global mean loss."""
@@ -254,16 +265,17 @@ class Trainer:
             clip_gradients(self.model.parameters(), norm, self.config.optim.clip)
             self.updater.step(lr)
             self.progress.updates += 1
+        # Released rather than zeroed: the next forward pass needs the memory.
         self.updater.zero_grad()
+        # A skipped step says nothing about the range of fp16.
         if action in (Action.UPDATE, Action.OVERFLOW):
             self.scale.update(overflow=action is Action.OVERFLOW)
 
-    def finish_step(
-        self, lr: float, norm: float, totals: StepTotals, action: Action, stop: bool
-    ) -> Step:
+    def finish_step(self, lr: float, totals: StepTotals, action: Action, stop: bool) -> Step:
         """Count the step, teach the mixer, and put together the numbers for the hooks."""
         self.progress.step += 1
         self.progress.tokens += totals.tokens
+        # The mixer must not learn from a step whose loss was not used.
         self.mixture.observe(totals, skipped=action is not Action.UPDATE)
         self.stopping = stop or self.mixture.at_end()
         if action is Action.SKIP:
@@ -272,22 +284,23 @@ class Trainer:
         return Step(
             number,
             last=self.stopping or number == self.config.train.steps,
-            metrics=self.metrics(lr, norm, totals),
+            metrics=self.metrics(lr, totals),
             tokens=self.progress.tokens,
             lr=lr,
         )
 
-    def metrics(self, lr: float, norm: float, totals: StepTotals) -> dict[str, Any]:
+    def metrics(self, lr: float, totals: StepTotals) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
         metrics: dict[str, Any] = {
             "loss": totals.loss,
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": totals.norm,
             "tokens": self.progress.tokens,
             "rows_hash": totals.rows_hash,
             **totals.metrics,
             **self.scale.metrics(self.progress.updates),
         }
+        # One source has the loss of the step itself.
         if len(self.rows.sources) > 1:
             metrics["sources"] = totals.of_sources(self.rows.sources)
         if why := self.guard.skips.get(self.progress.step):
@@ -300,6 +313,7 @@ class Trainer:
     def evaluate(self, rows: BlendedRows, batches: int) -> StepTotals:
         """The loss over the first `batches` batches of `rows`, without gradients."""
         self.model.eval()
+        # From step 0 of their own order each time, so that two validations compare.
         sums = self.passes.new_sums()
         reader = self.batches(rows, 0)
         for _ in range(batches):
@@ -422,8 +436,3 @@ def report_error(
     """Let a hook know that an exception ends the loop."""
     if error is not None:
         hook.on_error(error)
-
-
-def rows_of(micro_batches: Sequence[Batch]) -> list[int]:
-    """Places of the rows in the data order."""
-    return [int(row) for batch in micro_batches for row in batch.index]

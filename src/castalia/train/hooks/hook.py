@@ -78,6 +78,8 @@ def start_hook(hook: Hook, services: Mapping[str, Any]) -> None:
     Raises  ConfigError for an unknown service, with the menu.
     """
     wanted = {}
+    # By name, as pytest gives fixtures: a hook shows in one line what it depends on, and a test
+    # starts it with these services alone.
     for parameter in inspect.signature(hook.start).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue

@@ -28,6 +28,7 @@ class Metrics(Hook):
 
     def rolled_back(self, step: int) -> None:
         """Continue after the checkpoint's step."""
+        # Closed and opened again: only then does the file drop the steps that run again.
         self.close()
         self.begin(step)
 

@@ -15,6 +15,7 @@ def hook_class(name: str) -> type[Hook]:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"hook {name!r}: expected module:Class, for instance mylab.hooks:Probe")
+    # ImportError alone: any other error in the module is a bug, and its traceback shows where.
     try:
         imported = importlib.import_module(module)
     except ImportError as error:
@@ -36,6 +37,7 @@ def named_hooks(names: Sequence[str]) -> list[Hook]:
     """
     hooks = []
     for name in names:
+        # New ones at each run: hooks keep state.
         kind = hook_class(name)
         try:
             hooks.append(kind())

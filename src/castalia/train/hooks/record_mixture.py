@@ -30,6 +30,7 @@ class RecordMixture(Hook):
         """Continue after the steps observed; later ones are dropped from the file."""
         planner = mixture.planner
         self.watch = Watch(planner.sources, planner.mixer.prior)
+        # Before the log opens the file, which it would continue.
         set_aside(self.path, planner.sources, mixture.done)
         self.log = MixtureLog(
             self.path, planner, every=mixture.config.log_every, resume_step=mixture.done

@@ -36,6 +36,7 @@ class Save(Hook):
         self.policy = policy
         self.pending = pending_metrics
         self.asynchronous = config.checkpoint.asynchronous
+        # Without it a NaN before the first checkpoint would have nowhere to return to.
         may_roll_back = "rollback" in (config.guard.nan, config.guard.spike)
         # Step 0, or with train.start_step the step of the start.
         first = progress.step
@@ -50,6 +51,7 @@ class Save(Hook):
             # The writing ends some steps after the save began, so its time goes to the next line.
             self.reported = len(written)
             self.pending["save_seconds"] = round(written[-1], 4)
+        # A last step without a checkpoint would be lost work, whatever the policy.
         if self.policy.due(step.number) or step.last:
             self.save(step.number)
 

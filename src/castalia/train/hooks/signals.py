@@ -12,6 +12,7 @@ from castalia.train.hooks.hook import Hook
 class StopOnSignal(Hook):
     """Turns a signal into a request to stop."""
 
+    # Slurm sends SIGTERM at the end of a job, and SIGUSR1 some minutes before if asked to.
     signals = (signal.SIGTERM, signal.SIGUSR1)
 
     def start(self, *, ask_stop: Callable[[], None]) -> None:
@@ -24,6 +25,7 @@ class StopOnSignal(Hook):
             name = signal.Signals(number).name
             print(f"castalia: {name}: saving after this step", file=sys.stderr, flush=True)
 
+        # Kept, because the trainer may run inside a program with handlers of its own.
         self.before = {number: signal.signal(number, catch) for number in self.signals}
 
     def close(self) -> None:

@@ -41,6 +41,7 @@ class StepLine(Hook):
         if isinstance(mixture, PlannedMixture):
             self.weights = mixture.planner.mixer.prior
         self.flops = flops_per_token(config.model, config.data.seq_length)
+        # None on a CPU or an unknown GPU: then n/a rather than a share of a guess.
         peak = peak_flops(world.device)
         self.peak = peak * world.size if peak else None
         self.count_from_here()
@@ -61,11 +62,13 @@ class StepLine(Hook):
     def after_step(self, step: Step) -> None:
         """Print, when it is time to."""
         due = step.number % self.every == 0 or step.number in (1, self.steps)
+        # Every rank counts, one prints.
         if self.leads and due:
             print(self.line(step), flush=True)
 
     def line(self, step: Step) -> str:
         """`step 1200/143000  0.8%  loss 3.4127  ...`, averaged since the line before."""
+        # Averages since the last line: single steps vary with saves and garbage collection.
         seconds = max(1e-9, time.perf_counter() - self.since)
         speed = (step.tokens - self.tokens) / seconds
         seconds_a_step = seconds / max(1, step.number - self.step)

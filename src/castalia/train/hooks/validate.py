@@ -40,6 +40,7 @@ class Validate(Hook):
         """Run when due; each validation reads the same rows."""
         if not self.every or self.rows.valid is None or step.number % self.every:
             return
+        # All ranks take part: the rows of a validation are split as those of a step are.
         totals = self.evaluate(self.rows.valid, self.batches)
         for name, value in totals.metrics.items():
             step.metrics[f"valid_{name}"] = value
@@ -57,6 +58,7 @@ class Validate(Hook):
         # data.valid may list other sources than data.train; a mixer needs the same ones.
         paired = count == len(rows.sources)
         if paired:
+            # NaN for a source without a row here: unknown is not 0.
             losses = np.where(tokens > 0, loss / np.maximum(tokens, 1), np.nan)
             self.mixture.validated(losses)
         if count > 1 and tokens.any():

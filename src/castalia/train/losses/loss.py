@@ -65,7 +65,7 @@ class Loss:
     Config       its section of the config.
     names        its metrics. They are fixed, so that they share the step's one all-reduce.
     by_source    whether it returns `per_source`. Mixers that learn need that.
-    whole_rows   whether it needs every token of a row on one rank, which context parallelism denies.
+    whole_rows   whether it needs every token of a row on one rank, unlike context parallelism.
     """
 
     Config: ClassVar[type[LossConfig]] = LossConfig
@@ -75,7 +75,10 @@ class Loss:
 
     def __init__(self, config: LossConfig | None = None, sources: int = 1) -> None:
         """`sources` is K, the number of data sources."""
-        self.config = self.Config() if config is None else config
+        # The defaults, so that tests and research code need no config.
+        if config is None:
+            config = self.Config()
+        self.config = config
         self.sources = sources
 
     def weight(self, batch: "Batch") -> float:

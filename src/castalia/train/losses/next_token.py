@@ -29,6 +29,7 @@ class NextToken(Loss):
     def __call__(self, scored: "Scored", batch: "Batch") -> LossOut:
         """Summed loss of one micro-batch."""
         total, losses_BT = scored.losses(batch.labels)
+        # Labels are ids or IGNORED, the kernel has checked that.
         targets_BT = batch.labels >= 0
         return LossOut(total, targets_BT.sum(), self.sums_by_source(losses_BT, targets_BT, batch))
 

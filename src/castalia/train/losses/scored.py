@@ -42,11 +42,13 @@ class Scored:
         """
         # The head's matrix is read here and not earlier: FSDP gathers it in the model's forward
         # pass and keeps it gathered until the backward pass.
+        if weights_BT is not None:
+            weights_BT = weights_BT.reshape(-1)
         total, losses_N = fused_cross_entropy(
             self.hidden.flatten(0, 1),
             self.head.head_weight,
             labels_BT.reshape(-1),
-            weights=None if weights_BT is None else weights_BT.reshape(-1),
+            weights=weights_BT,
             ignored=IGNORED,
             compiled=self.compiled,
             part=self.head.vocab_part,
