@@ -285,9 +285,9 @@ class ClippedNorm(Hook):
 
         loop.clip_gradients = measured
 
-    def start(self, trainer: Any) -> None:
+    def start(self, *, model: Any) -> None:
         """Remember whose gradients are measured."""
-        self.model = trainer.model
+        self.model = model
 
     def after_step(self, step: Step) -> None:
         """Write it with the metrics, which come later in the list."""

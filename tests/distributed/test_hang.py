@@ -104,6 +104,20 @@ def test_who_is_to_blame():
     assert at_fault(readings(waiting, waiting)) == [0, 1]
 
 
+def test_a_block_is_named_while_it_runs_and_the_limit_starts_again():
+    watchdog = Watchdog(World(0, 1, torch.device("cpu")), seconds=100.0)
+    watchdog.step_begins(3)
+    with watchdog.doing("saving", patience=10):
+        assert (watchdog.step, watchdog.what, watchdog.patience) == (3, "saving", 10)
+        watchdog.at -= 50
+        watchdog.progressed()
+        assert time.monotonic() - watchdog.at < 1 and watchdog.what == "saving"
+    assert (watchdog.what, watchdog.patience) == ("reading data", 1.0)
+    with pytest.raises(KeyError), watchdog.doing("update"):
+        raise KeyError
+    assert watchdog.what == "reading data"
+
+
 def test_one_process_is_watched_when_it_is_asked_for(monkeypatch, capfd):
     alone = World(0, 1, torch.device("cpu"))
     assert Watchdog(alone).seconds == 0

@@ -32,6 +32,8 @@ class StaticBlend:
 
     plans: "PlannedMixture | None" = None
     """The plans for the loader, which then follows the fixed order."""
+    plan: BatchPlan | None = None
+    prior: NDArray[np.float64] | None = None
     notes: Sequence[str] = ()
     ended: str | None = None
 
@@ -87,6 +89,11 @@ class PlannedMixture:
         self.coming: deque[BatchPlan] = deque()
         """Plans that no step has used; the loader has taken the first `taken` of them."""
         self.taken = 0
+
+    @property
+    def prior(self) -> NDArray[np.float64]:
+        """(K,) shares before any loss was observed."""
+        return self.planner.mixer.prior
 
     @property
     def plans(self) -> "PlannedMixture":

@@ -88,6 +88,15 @@ class Checkpoints:
                 step, self.own_tensors(), state, self.files, asynchronous=asynchronous
             )
 
+    @property
+    def written(self) -> list[float]:
+        """Seconds that each finished save took to write."""
+        return self.store.written
+
+    def hurry(self, seconds: float) -> None:
+        """Give the save in progress so many seconds; it may wait for a rank that is lost."""
+        self.store.hurry(seconds)
+
     def wait(self) -> None:
         """Return when every save is on the disk.
 

@@ -45,14 +45,14 @@ class PassSums:
         if self.loss.by_source:
             if out.per_source is None:
                 raise TrainingError(
-                    f"loss {self.loss.config.kind!r} declares by_source=True, but its LossOut has"
+                    f"loss {self.loss.name!r} declares by_source=True, but its LossOut has"
                     " no per_source; return (K, 2) sums or declare by_source=False"
                 )
             self.per_source += out.per_source
         # The vector has a fixed layout on all ranks, so a metric may neither come nor go.
         if out.metrics.keys() != set(self.loss.names):
             raise TrainingError(
-                f"loss {self.loss.config.kind!r} declares the metrics {list(self.loss.names)}, but"
+                f"loss {self.loss.name!r} declares the metrics {list(self.loss.names)}, but"
                 f" its LossOut has {list(out.metrics)}; both lists must be equal"
             )
         for place, name in enumerate(self.loss.names):
@@ -125,7 +125,7 @@ class StepTotals:
         total, weight, tokens, rows, wrong, declared, returned, *rest = vector.tolist()
         if wrong:
             raise TrainingError(
-                f"loss {loss.config.kind!r} at {where}: its weight(batch) was {declared:g}, but the"
+                f"loss {loss.name!r} at {where}: its weight(batch) was {declared:g}, but the"
                 f" weight of its LossOut {returned:g} (in {int(wrong)} micro-batches together);"
                 " the gradient is divided by the first, so both must be the same denominator"
             )

@@ -46,7 +46,7 @@ class Save(Hook):
     def after_step(self, step: Step) -> None:
         """Save when due."""
         assert self.checkpoints is not None
-        written = self.checkpoints.store.written
+        written = self.checkpoints.written
         if len(written) > self.reported:
             # The writing ends some steps after the save began, so its time goes to the next line.
             self.reported = len(written)
@@ -65,7 +65,7 @@ class Save(Hook):
         """Without a lost rank, a save can only finish if that rank has already written its part."""
         self.is_lost = is_loss(error)
         if self.is_lost and self.checkpoints:
-            self.checkpoints.store.hurry(PATIENCE)
+            self.checkpoints.hurry(PATIENCE)
 
     def close(self) -> None:
         """Wait until everything is on the disk."""

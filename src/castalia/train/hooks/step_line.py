@@ -37,9 +37,7 @@ class StepLine(Hook):
         self.clock = clock
         self.sources = rows.sources
         self.mixture = mixture
-        self.weights = None
-        if isinstance(mixture, PlannedMixture):
-            self.weights = mixture.planner.mixer.prior
+        self.weights = mixture.prior
         self.flops = flops_per_token(config.model, config.data.seq_length)
         # None on a CPU or an unknown GPU: then n/a rather than a share of a guess.
         peak = peak_flops(world.device)
@@ -56,8 +54,7 @@ class StepLine(Hook):
     def rolled_back(self, step: int) -> None:
         """Count again: the rollback is not a speed."""
         self.count_from_here()
-        if isinstance(self.mixture, PlannedMixture):
-            self.weights = self.mixture.planner.mixer.prior
+        self.weights = self.mixture.prior
 
     def after_step(self, step: Step) -> None:
         """Print, when it is time to."""
@@ -102,10 +99,8 @@ class StepLine(Hook):
 
     def mix(self) -> list[str]:
         """The shares that moved since the line before."""
-        if self.weights is None or not isinstance(self.mixture, PlannedMixture):
-            return []
         plan = self.mixture.plan
-        if plan is None:
+        if plan is None or self.weights is None:
             return []
         text = f"mix {movements(self.weights, plan.weights, self.sources)}"
         self.weights = plan.weights

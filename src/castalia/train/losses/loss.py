@@ -81,6 +81,11 @@ class Loss:
         self.config = config
         self.sources = sources
 
+    @property
+    def name(self) -> str:
+        """Its name in the config and in errors."""
+        return self.config.kind
+
     def weight(self, batch: "Batch") -> float:
         """This rank's share of the denominator: a number >= 0, known before the forward pass.
 
