@@ -257,7 +257,10 @@ def test_nan_in_one_stage_stops_all(two):
         ((PP2, V, "model.tie_word_embeddings=true"), "use zero_bubble"),
         ((PP2, ZERO_BUBBLE, "train.compile=true"), "a compiled one cannot be split"),
         ((PP2, "parallel.stages_per_process=2"), "schedule 1f1b needs stages_per_process 1, got 2"),
-        ((PP2, V, "parallel.stages_per_process=3"), "zero_bubble_v needs stages_per_process 2, got 3"),
+        (
+            (PP2, V, "parallel.stages_per_process=3"),
+            "zero_bubble_v needs stages_per_process 2, got 3",
+        ),
         ((PP2, "parallel.schedule=dual"), "zero_bubble"),
     ],
 )
