@@ -81,7 +81,9 @@ def test_processes_share_weights_and_rows():
 
 
 def test_tensor_parallelism_gathers_the_inputs_of_matrices():
-    """Twice what each of two processes keeps is what one keeps, and what both have of the norms' outputs."""
+    """Twice what each of two processes keeps is what one keeps, and what both have of the norms'
+    outputs.
+    """
     words = ["pythia-70m", "precision=bf16", "train.micro_batch_size=4", "train.recompute=false"]
     config = load_config([*words, "parallel.tp=2"])
     alone = config.model_copy(update={"parallel": config.parallel.model_copy(update={"tp": 1})})

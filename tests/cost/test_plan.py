@@ -1,4 +1,6 @@
-"""Plans for clusters that are not here: arithmetic by hand, published runs, and measured memory of local processes."""
+"""Plans for clusters that are not here: arithmetic by hand, published runs, and measured memory of
+local processes.
+"""
 
 import json
 import os
@@ -82,7 +84,9 @@ def test_replicas_and_pipelines():
     ],
 )
 def test_published_runs_of_such_shapes_fit_and_have_about_this_mfu(preset, gpu, nodes, published):
-    """MosaicML's MPT-1B, 3B, 7B and 13B, rows of 2048 tokens, bf16, FSDP (llm-foundry benchmarking README)."""
+    """MosaicML's MPT-1B, 3B, 7B and 13B, rows of 2048 tokens, bf16, FSDP (llm-foundry benchmarking
+    README).
+    """
     found = propose(load_config([preset, "precision=bf16"]).workload, nodes, 8, GPUS[gpu])
     assert found is not None and found.fits
     assert found.mfu == pytest.approx(published, rel=0.2)
@@ -100,7 +104,9 @@ def test_a_proposal_fits_and_is_no_slower_than_the_config():
 
 
 def test_an_unknown_gpu_gets_the_menu():
-    with pytest.raises(ConfigError, match=r"no GPU 'h300'; have: h200, .*did you mean"):
+    with pytest.raises(
+        ConfigError, match=r"unknown GPU 'h300'; choose one of h200, .*did you mean"
+    ):
         find_gpu("h300")
 
 
@@ -123,8 +129,8 @@ world.close()
 def peak_of(trace):
     """Most bytes that were allocated at a time, by a trace of torch's profiler.
 
-    It does not see what a thread of gloo frees between two collectives: a piece of memory that is given out again was
-    freed before.
+    It does not see what a thread of gloo frees between two collectives: a piece of memory that is
+    given out again was freed before.
     """
     events = [
         event

@@ -1,4 +1,6 @@
-"""Every attention kernel against scaled_dot_product_attention or plain softmax: heads, groups, masks, biases, chunks."""
+"""Every attention kernel against scaled_dot_product_attention or plain softmax: heads, groups,
+masks, biases, chunks.
+"""
 
 import pytest
 import torch
@@ -119,7 +121,9 @@ def test_operator_is_registered_as_pytorch_wants(kv_heads: int) -> None:
 
 
 def test_a_single_token_leaves_its_input_alone() -> None:
-    """A contiguous input of one token is its own contiguous copy; turning in place must not reach it."""
+    """A contiguous input of one token is its own contiguous copy; turning in place must not reach
+    it.
+    """
     fused = torch.randn(1, 1, 3 * WIDTH, generator=torch.Generator().manual_seed(1))
     before = fused.clone()
     rope = rope_tables(CONFIG, torch.tensor([[5]]))

@@ -63,7 +63,9 @@ def test_counts_follow_the_options(changes: dict[str, bool]) -> None:
 
 
 def test_flops_equal_what_pytorch_counts() -> None:
-    """On the meta device attention is two products of whole squares, as the formula has it, causal or not."""
+    """On the meta device attention is two products of whole squares, as the formula has it, causal
+    or not.
+    """
     config = NeoxConfig(num_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=128)
     T = 32
     with torch.device("meta"):

@@ -1,4 +1,5 @@
-"""A decoder whose rows two or more holders share, each in a thread of its own, against whole rows."""
+"""A decoder whose rows two or more holders share, each in a thread of its own, against whole
+rows."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

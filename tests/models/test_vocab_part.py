@@ -1,4 +1,6 @@
-"""The loss over a vocabulary that several holders share, each with a thread of its own, against the whole one."""
+"""The loss over a vocabulary that several holders share, each with a thread of its own, against the
+whole one.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,6 +1,8 @@
-"""The family seam: a recurrent family from outside, through the real loop, a resume and the torch engine.
+"""The family seam: a recurrent family from outside, through the real loop, a resume and the torch
+engine.
 
-Nothing in src knows this family. Its state is a sum over all earlier tokens, so it cannot be rewound.
+Nothing in src knows this family. Its state is a sum over all earlier tokens, so it cannot be
+rewound.
 """
 
 import shutil

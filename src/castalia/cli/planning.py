@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from castalia.cost.plan import Plan
+    from castalia.cost.plan import LayoutCost
 
 
 def show_plan(config: list[str], nodes: int, gpus_per_node: int, gpu: str, as_json: bool) -> None:
@@ -38,7 +38,7 @@ def show_plan(config: list[str], nodes: int, gpus_per_node: int, gpu: str, as_js
     typer.echo(json.dumps(plans, indent=2))
 
 
-def as_object(plan: "Plan") -> dict[str, Any]:
+def as_object(plan: "LayoutCost") -> dict[str, Any]:
     """A plan as plain values; sizes in bytes."""
     memory = plan.memory._asdict() | {"total": plan.memory.total}
     return plan._asdict() | {
@@ -48,7 +48,7 @@ def as_object(plan: "Plan") -> dict[str, Any]:
     }
 
 
-def overrides(plan: "Plan") -> list[str]:
+def overrides(plan: "LayoutCost") -> list[str]:
     """The overrides that give this layout."""
     values: dict[str, Any] = {
         f"parallel.{axis}": degree for axis, degree in plan.degrees._asdict().items()
@@ -59,7 +59,7 @@ def overrides(plan: "Plan") -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def print_plans(chosen: "Plan", proposed: "Plan | None") -> None:
+def print_plans(chosen: "LayoutCost", proposed: "LayoutCost | None") -> None:
     """A table with a column for each plan, and the overrides of the proposal."""
     columns = [("as configured", rows(chosen))]
     if proposed is not None:
@@ -79,7 +79,7 @@ def print_plans(chosen: "Plan", proposed: "Plan | None") -> None:
         typer.echo("\nno layout fits; use more GPUs, GPUs with more memory, or shorter rows")
 
 
-def rows(plan: "Plan") -> dict[str, str]:
+def rows(plan: "LayoutCost") -> dict[str, str]:
     """Name and text of each line of one plan."""
     from castalia.monitor.display import size_text
 

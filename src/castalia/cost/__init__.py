@@ -1,1 +1,1 @@
-"""What a layout costs before it runs: divisibility, memory, FLOPs, communication. Needs no torch."""
+"""What a layout costs before it runs: divisibility, memory, FLOPs, communication. Torch-free."""

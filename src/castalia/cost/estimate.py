@@ -1,23 +1,25 @@
-"""What a run will cost: memory by part, FLOPs, checkpoints on disk. Closed forms; needs no torch.
+"""What a run will cost: memory by part, FLOPs, checkpoints on disk. Sums of what the model's family
+declares; needs no torch.
 
-Bytes of one process that holds the 1/S-th of P parameters and runs b rows of T tokens at a time, e bytes a number in
-matrix products (4 in fp32, else 2), C width, F width inside the MLP, H heads, L layers, V rows of the embedding:
+Bytes of one rank that holds 1/S of P parameters and runs b rows of T tokens at a time; e bytes a
+number in matrix products (4 in fp32, else 2), C the width, V the rows of the embedding:
 
-    weights      4 P / S, and under autocast 2 a weight that multiplies, its low-precision copy
+    weights      4 P / S, and under autocast a copy in low precision of each weight that multiplies
     optimizer    the state that the optimizer declares, 8 P / S for AdamW's two moments
-    activations  b T (4 C + e (6 C + 2 F)) a block: its input, both norms, query, key, value, attention, MLP in and out;
-                 with tp the inputs of the matrices, 2 e C of these and the hidden states, are those of all T tokens;
-                 on a CPU e H (T + 128) / 2 a token more for the attention weights of rows up to 16 head sizes long;
-                 a block that is recomputed keeps 4 C, with recompute=selective 4 C + e (4 C + F) and the attention
-                 weights, and one is there whole
-    logits       one chunk of the fused cross-entropy; never b T V
-    gradients    4 V C of the head, and 4 P / S from the second micro-batch on; or at the end of the backward 4 P / S
-                 and the whole embedding's and head's, when that and two blocks' activations are more than all of them
-    gathered     embedding, head and two blocks put together by FSDP2, 4 bytes a weight; all blocks without resharding
+    activations  for each layer b T times what its family declares as kept; with tp the part that
+                 is gathered is that of all T tokens; on a CPU the probabilities of short rows,
+                 e H (T + 128) / 2 a token; a recomputed layer keeps its input, with
+                 recompute=selective all but the cheap part, and one such layer is whole at a time
+    logits       one chunk of the fused cross-entropy, never b T V
+    gradients    4 V C of the head, and 4 P / S from the second micro-batch on; or at the end of
+                 the backward 4 P / S and the whole embedding's and head's, if that and two layers'
+                 activations are more than all of them
+    gathered     embedding, head and two layers put together by FSDP2, 4 bytes a weight; all layers
+                 without resharding
 
-tp divides P, V and the activations, cp the activations and (with dp_shard) P, pp the blocks. Against the bytes that
-torch allocates on a CPU, one and two gloo processes, fp32 and bf16, this is within 10%; the allocator's slack, Python
-and torch come on top: some 110 MiB, and with gloo its own buffers.
+tp divides P, V and the activations; cp the activations and, with dp_shard, P; pp the layers. The sum
+is within 10% of the bytes that torch allocates on a CPU with one and two gloo ranks in fp32 and bf16.
+The allocator's slack, Python and torch add some 110 MiB, and gloo its own buffers.
 """
 
 from pathlib import Path
@@ -84,7 +86,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(work: Workload, processes: int | None = None, device: str | None = None) -> Estimate:
-    """Estimate a run on `processes` processes (None: those of the environment) on `cpu` or `cuda`."""
+    """Estimate a run on `processes` ranks, by default the environment's, on `cpu` or `cuda`."""
     processes = processes or world_size()
     device = device or device_of(work)
     degrees = degrees_of(work, processes)
@@ -105,19 +107,21 @@ def estimate(work: Workload, processes: int | None = None, device: str | None = 
 
 
 def device_of(work: Workload) -> str:
-    """`cpu` or `cuda`; auto is cuda where a driver of NVIDIA's is loaded."""
+    """`cpu` or `cuda`; auto means cuda if NVIDIA's driver is loaded."""
     if work.device != "auto":
         return work.device
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
 def degrees_of(work: Workload, processes: int) -> Degrees:
-    """The axes of so many processes, none below 1: an estimate is made of layouts that cannot run, too."""
+    """The degrees of `processes` ranks, none below 1."""
+    # A layout that cannot run gets an estimate too: `show` prints it beside the reason.
     return Degrees(*(max(1, degree) for degree in work.parallel.degrees(processes)))
 
 
 def micro_rows(work: Workload, parts: int) -> int:
-    """Rows that run at a time where `parts` processes take different rows of a batch."""
+    """Rows that run at a time if `parts` ranks take different rows of a batch."""
+    # Rounded up: with uneven shares the largest decides the memory.
     share = -(-work.batch_size // parts)
     return min(work.micro_batch_size or share, share)
 
@@ -139,7 +143,8 @@ class StageWeights(NamedTuple):
 
 
 def stage_costs(model: ModelConfig, degrees: Degrees) -> tuple[Costs, ...]:
-    """The layers of the first stage, which has the most: the earlier stages take what is left over."""
+    """The layers of the first stage, which has the most: the earlier stages take what is left
+    over."""
     return layer_costs(model)[: -(-model.num_layers // degrees.pp)]
 
 
@@ -198,7 +203,9 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
 
 
 def activation_bytes(work: Workload, degrees: Degrees, tokens: int, blocks: list[int]) -> int:
-    """What the forward pass leaves for the backward: `tokens` of this rank, whole blocks of so many bytes."""
+    """What the forward pass leaves for the backward: `tokens` of this rank, whole blocks of so many
+    bytes.
+    """
     size = work.itemsize
     tp = degrees.tp
     total = 0
@@ -223,7 +230,9 @@ def activation_bytes(work: Workload, degrees: Degrees, tokens: int, blocks: list
 
 
 def block_bytes(kept: Kept, seq_length: int, size: int, device: str, tp: int) -> int:
-    """What one block keeps of one of a rank's T / tp tokens of a row; the norms' outputs are gathered, all T."""
+    """What one block keeps of one of a rank's T / tp tokens of a row; the norms' outputs are
+    gathered, all T.
+    """
     out = 4 * kept.residual + size * (kept.split + tp * kept.gathered)
     if device == "cpu" and seq_length <= KEEP * kept.head_dim:
         out += size * kept.heads * (seq_length + QUERIES) // 2

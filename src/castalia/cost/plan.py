@@ -1,16 +1,18 @@
-"""What a layout costs on a cluster that is not here: memory, communication, bubble, MFU; and which one to take.
+"""What a layout costs on a cluster: memory, communication, bubble, MFU; and which layout to take.
 
-Bytes that one process sends in a step of m micro-batches; n - 1 of n parts cross the wire when n processes gather:
+Bytes that one rank sends in a step of m micro-batches, when n ranks gather n - 1 of n parts:
 
-    all_gather      FSDP2: embedding and head once a micro-batch, each block twice with resharding, 4 bytes a weight;
-                    tp: 4 times b T C a block (twice forward, twice backward); cp: keys and values of each block
+    all_gather      FSDP2: embedding and head once a micro-batch, each layer twice with resharding,
+                    4 bytes a weight; tp: each width that a layer gathers, forward and backward; cp:
+                    keys and values of each layer
     reduce_scatter  FSDP2: each gradient once a micro-batch; tp and cp: as often as they gather
     all_reduce      dp_replicate: 2 times its part of the gradients
     p2p             pp: activations and their gradients at one stage boundary
 
-A step takes    (compute + tp + cp + p2p) / (1 - bubble) + what FSDP2 needs beyond the compute that hides it
-compute         model FLOPs / (peak x reach), a third more where blocks are recomputed in full
-bubble          (pp - 1) / (v m + pp - 1), 1F1B of v stages a process
+A step takes    (compute + tp + cp + p2p) / (1 - bubble), and FSDP2's time beyond the compute that
+                hides it
+compute         model FLOPs / (peak x reach), a third more where layers are recomputed in full
+bubble          (pp - 1) / (v m + pp - 1), 1F1B of v stages a rank
                 Source  Narayanan et al. 2021, arXiv:2104.04473, section 2.2.
 Links give LINK of their bandwidth. Needs no torch.
 """
@@ -37,10 +39,10 @@ from castalia.monitor.gpus import GPUS, Gpu
 LINK = 0.75
 """Share of a link's bandwidth that large collectives reach."""
 USABLE = 0.92
-"""Share of a GPU's memory that tensors may take; the rest is the driver's, the libraries' and the allocator's slack."""
+"""Share of a GPU's memory for tensors; driver, libraries and the allocator's slack take the rest."""
 
 
-class Plan(NamedTuple):
+class LayoutCost(NamedTuple):
     """What one layout costs."""
 
     degrees: Degrees
@@ -50,7 +52,7 @@ class Plan(NamedTuple):
     memory: Memory
     fits: bool
     communication: dict[str, int]
-    """Kind -> bytes that one process sends in a step."""
+    """Collective -> bytes that one rank sends in a step."""
     bubble: float
     """Share of a step in which a pipeline stage waits."""
     step_seconds: float
@@ -62,14 +64,15 @@ class Plan(NamedTuple):
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name.
 
-    Raises  ConfigError with the names that there are.
+    Raises  ConfigError with the known names.
     """
     if name.lower() not in GPUS:
-        raise ConfigError(f"no GPU {name!r}; have: {', '.join(GPUS)}{nearest(name, GPUS)}")
+        menu = ", ".join(GPUS)
+        raise ConfigError(f"unknown GPU {name!r}; choose one of {menu}{nearest(name, GPUS)}")
     return GPUS[name.lower()]
 
 
-def plan(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
+def plan(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> LayoutCost:
     """The cost of the config's own layout on `nodes` x `gpus_per_node` GPUs."""
     degrees = degrees_of(work, nodes * gpus_per_node)
     rows = micro_rows(work, degrees.dp)
@@ -80,6 +83,7 @@ def plan(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
     compute = flops / (gpu.tflops * 1e12 * gpu.reach)
     compute *= 1 + recomputed(work) / 3
     bubble = (degrees.pp - 1) / (steps * work.parallel.stages_here + degrees.pp - 1)
+    # tp, cp and p2p stop the compute; the traffic of FSDP2 and replicas hides behind it.
     inner = sent["tp"] / speed(degrees.tp, gpus_per_node, gpu) + sent["cp"] / speed(
         degrees.tp * degrees.cp, gpus_per_node, gpu
     )
@@ -88,7 +92,7 @@ def plan(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
     outer += sent["all_reduce"] / speed(degrees.size // degrees.pp, gpus_per_node, gpu)
     seconds = (compute + inner) / (1 - bubble) + max(0.0, outer - compute)
     memory = memory_of(work, degrees, "cuda", rows)
-    return Plan(
+    return LayoutCost(
         degrees=degrees,
         micro_rows=rows,
         recompute=work.recompute,
@@ -104,18 +108,19 @@ def plan(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
 
 
 def recomputed(work: Workload) -> float:
-    """Share of the blocks whose whole forward runs twice; a selective one repeats next to nothing."""
+    """Share of the layers whose whole forward runs twice; selective repeats next to nothing."""
     layers = work.model.num_layers
     return sum(kind_of(work.recompute, layer) == "full" for layer in range(layers)) / layers
 
 
 def speed(processes: int, gpus_per_node: int, gpu: Gpu) -> float:
-    """Bytes a second that one process sends in a group of neighbours: by the network once it leaves the node."""
+    """Bytes a second that one rank sends in a group of neighbouring ranks."""
+    # One link of the ring that leaves the node slows the whole collective down to the network.
     return LINK * 1e9 * (gpu.node_gb if processes <= gpus_per_node else gpu.network_gb)
 
 
 def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[str, float]:
-    """Bytes that one process sends in a step, by what they are for; half of tp's and cp's are gathers."""
+    """Bytes that one rank sends in a step, by purpose; half of tp's and cp's are gathers."""
     weights = weights_of(work.model, degrees)
     costs = stage_costs(work.model, degrees)
     shards = degrees.dp_shard * degrees.cp
@@ -123,9 +128,11 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     # Resharded blocks are gathered again for the backward.
     passes = 2 if work.parallel.reshard_after_forward else 1
     gathered = weights.root + passes * weights.blocks
-    number = rows * work.seq_length // degrees.cp * work.itemsize  # bytes of one number a token
-    micro = number * work.model.hidden_size  # b T C of one micro-batch
-    # Each width is gathered and reduced, forward and backward; cp's forward gathers and its backward reduces.
+    # Bytes of one number for each token of a micro-batch, and of its hidden states.
+    number = rows * work.seq_length // degrees.cp * work.itemsize
+    micro = number * work.model.hidden_size
+    # tp gathers and reduces each width, forward and backward: 4 times. cp gathers keys and values
+    # in the forward and reduces their gradients in the backward: 2 times.
     tp_bytes = 4 * sum(cost.tp_width for cost in costs) * steps * number
     cp_bytes = 2 * sum(cost.cp_width for cost in costs) * steps * number
     return {
@@ -139,7 +146,7 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
 
 
 def by_kind(sent: dict[str, float]) -> dict[str, int]:
-    """The same by the collective that carries it."""
+    """The same bytes by the collective that carries them."""
     halves = (sent["tp"] + sent["cp"]) / 2
     return {
         "all_gather": int(sent["fsdp_gather"] + halves),
@@ -149,26 +156,31 @@ def by_kind(sent: dict[str, float]) -> dict[str, int]:
     }
 
 
-def propose(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan | None:
-    """The layout with the shortest step among those that fit; of equal ones that which sends least. None if none fits.
+def propose(work: Workload, nodes: int, gpus_per_node: int, gpu: Gpu) -> LayoutCost | None:
+    """The layout with the shortest step of those that fit, and of equals the one that sends least.
 
-    Degrees are powers of two that divide the GPUs and the model; tp stays inside a node.
+    Degrees are powers of two that divide the GPUs and the model; tp stays inside a node. None if no
+    layout fits.
     """
-    plans = (
-        plan(layout, nodes, gpus_per_node, gpu) for layout in layouts(work, nodes, gpus_per_node)
-    )
-    return min((found for found in plans if found.fits), key=cost, default=None)
+    fitting = []
+    for layout in layouts(work, nodes, gpus_per_node):
+        candidate = plan(layout, nodes, gpus_per_node, gpu)
+        if candidate.fits:
+            fitting.append(candidate)
+    return min(fitting, key=preference, default=None)
 
 
-def cost(found: Plan) -> tuple[float, int]:
-    """Seconds of a step to two digits, which is more than the model knows, then the bytes sent."""
-    return float(f"{found.step_seconds:.2g}"), sum(found.communication.values())
+def preference(candidate: LayoutCost) -> tuple[float, int]:
+    """Seconds of a step, then the bytes sent; the smallest is best."""
+    # Two digits are more than the model knows: closer layouts count as equal.
+    return float(f"{candidate.step_seconds:.2g}"), sum(candidate.communication.values())
 
 
 def layouts(work: Workload, nodes: int, gpus_per_node: int) -> Iterator[Workload]:
-    """The config under every layout worth a try."""
+    """The config under every layout worth trying."""
     size = nodes * gpus_per_node
     for tp in (n for n in powers(gpus_per_node) if size % n == 0):
+        # Replicas only across nodes: inside a node sharding costs no network.
         for copies in {1, nodes}:
             if size % (tp * copies):
                 continue
@@ -190,7 +202,7 @@ def layouts(work: Workload, nodes: int, gpus_per_node: int) -> Iterator[Workload
 
 
 def problems(work: Workload) -> list[str]:
-    """Numbers of the model that the layout does not divide."""
+    """Sizes of the model that are not divisible by the layout's degrees."""
     return layout_problems(work.model, work.seq_length, work.parallel)
 
 

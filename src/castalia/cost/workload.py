@@ -24,7 +24,7 @@ class Workload(NamedTuple):
     """auto, cpu or cuda."""
     recompute: bool | str | int
     state_bytes: float
-    """Bytes of optimizer state for each parameter of the model; 8 for AdamW's two moments in fp32."""
+    """Bytes of optimizer state a parameter: 8 for AdamW, two moments in fp32."""
     trained: float
     """Share of the parameters that train, and so have a gradient."""
     saves: tuple[int, int]

@@ -5,7 +5,7 @@ from pathlib import Path
 from castalia.checkpoint.saved_model import SavedModel
 from castalia.export.formats import Format
 from castalia.export.quality import Quality, table
-from castalia.models import parameter_counts
+from castalia.models.flops import active_parameters, parameter_counts
 from castalia.monitor.display import size_text
 
 
@@ -63,6 +63,7 @@ def shape(source: SavedModel) -> list[str]:
     counts = parameter_counts(source.config)
     rows = {
         "parameters": f"{counts.total:,}",
+        "active for a token": f"{active_parameters(source.config):,}",
         "without embeddings": f"{counts.non_embedding:,}",
         **source.config.facts(),
     }

@@ -1,4 +1,5 @@
-"""Decoder-only language models in plain PyTorch: families, start weights, state, parameter and FLOP counts.
+"""Decoder-only language models in plain PyTorch: families, start weights, state, parameter and FLOP
+counts.
 
 What needs torch is imported when it is asked for, so that a config alone stays quick to load.
 """

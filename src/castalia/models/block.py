@@ -9,15 +9,11 @@ from torch import Tensor, nn
 from castalia.models.context import Context
 from castalia.models.recompute import recomputed
 from castalia.models.state import LayerState
-from castalia.models.tiles import Kind
+from castalia.models.tiles import Recompute
 
 
 class Block(nn.Module):
-    """One layer. A family's block implements `compute` and `new_state`, and declares two things.
-
-    Recompute is decided in here, inside the module that torch.compile and FSDP2 wrap: wrapped around
-    a compiled block, checkpointing could not see the operators that selective recompute chooses among.
-    """
+    """One layer. A family's block implements `compute` and `new_state`."""
 
     tp_plan: ClassVar[dict[str, str]] = {}
     """How tensor parallelism splits the modules inside, in the words of castalia.distributed."""
@@ -26,11 +22,13 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recompute: Kind = ""
+        self.recompute: Recompute = ""
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # Generation has no backward, and running a block twice would append to its state twice.
+        # Decided in here, inside the module that torch.compile and FSDP2 wrap: around a compiled
+        # block, checkpointing could not see the operators that selective recompute chooses among.
+        # Never with a state, which a second run would append to twice.
         if self.recompute and context.state is None and torch.is_grad_enabled():
             return recomputed(self.recompute, self.widest, self.compute, x_BTC, context)
         return self.compute(x_BTC, context)

@@ -86,22 +86,23 @@ class ModelConfig(Config):
 
 
 class TransformerConfig(ModelConfig):
-    """A decoder of attention and MLP blocks: what every engine for transformers must compute alike."""
+    """A decoder of attention and MLP blocks: the options that an engine must compute."""
 
     num_attention_heads: PositiveInt
     """Attention heads; each is hidden_size / num_attention_heads wide."""
     intermediate_size: PositiveInt | None = None
     """Width inside the MLP; null means 4 * hidden_size."""
     rotary_pct: float = 0.25
-    """Share of each head's dimensions that rotary position embedding turns."""
+    """Share of each head's dimensions that rotary position embedding rotates."""
     rotary_emb_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_numerics: Literal["fp32", "neox_v1_fp16"] = "fp32"
-    """Arithmetic of the rotary tables; neox_v1_fp16 repeats the rounding that Pythia and GPT-NeoX-20B trained with."""
+    """Arithmetic of the rotary tables. neox_v1_fp16 repeats the rounding that Pythia and
+    GPT-NeoX-20B were trained with."""
     parallel_residual: bool = True
-    """x + attn(norm1 x) + mlp(norm2 x) in place of one after the other (GPT-NeoX: gpt_j_residual)."""
+    """x + attn(norm1 x) + mlp(norm2 x), not one after the other; GPT-NeoX's gpt_j_residual."""
     activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh"
-    """gelu is the exact erf form; gelu_tanh the approximation that Pythia was trained with."""
+    """gelu is the exact erf form, gelu_tanh the approximation that Pythia was trained with."""
     attention_bias: bool = True
     """Biases in the attention's linear layers."""
     mlp_bias: bool = True
@@ -125,12 +126,12 @@ class TransformerConfig(ModelConfig):
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values; each serves as many query heads as divide evenly."""
+        """Heads of keys and values; each serves num_attention_heads / kv_heads query heads."""
         return self.num_attention_heads
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of each head that are turned; int() as GPT-NeoX does."""
+        """Dimensions of each head that are rotated, rounded down as in GPT-NeoX."""
         return int(self.head_dim * self.rotary_pct)
 
     def facts(self) -> dict[str, str]:
@@ -149,7 +150,7 @@ class TransformerConfig(ModelConfig):
 
     @model_validator(mode="after")
     def check(self) -> "TransformerConfig":
-        """Heads divide the width and the rotary part is an even number of dimensions."""
+        """The width must be divisible by the heads, and rotary dimensions come in pairs."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads"
@@ -170,6 +171,7 @@ def require_transformer(config: ModelConfig, reader: str) -> TransformerConfig:
     """
     if not isinstance(config, TransformerConfig):
         raise ConfigError(
-            f"{reader} runs transformers of attention and MLP blocks, not model.family {config.family}"
+            f"{reader} runs transformers of attention and MLP blocks, not model.family"
+            f" {config.family}; use engine=torch"
         )
     return config

@@ -1,7 +1,7 @@
 """`Context`: all that a block gets beside its input, computed once for each forward pass.
 
-A block is called as `block(x_BTC, context)`. A new kind of position, mask or state is a field here,
-so recompute, pipelines and compiled blocks keep passing one thing.
+A block is called as `block(x_BTC, context)`. A new kind of position, mask or state is a field
+of the context, so recompute, pipelines and compiled blocks pass one argument whatever the family.
 """
 
 from typing import NamedTuple, Protocol
@@ -13,7 +13,7 @@ from castalia.models.state import LayerState
 
 
 class RowShare(Protocol):
-    """This rank's chunks of each row under context parallelism, and the way to those of the other ranks."""
+    """This rank's chunks of each row under context parallelism, and how it gathers the others."""
 
     def starts(self, T: int) -> list[int]:
         """Position in the row where each equal chunk of the T tokens held here begins."""
@@ -26,33 +26,37 @@ class RowShare(Protocol):
 
 
 class HeadShare(NamedTuple):
-    """This rank's share of a layer's heads under tensor parallelism: part `rank` of `size` equal parts."""
+    """This rank's heads under tensor parallelism: part `rank` of `size` equal parts."""
 
     rank: int = 0
     size: int = 1
 
     def of(self, heads: int) -> slice:
-        """The heads held here of `heads` in the whole layer; a per-head bias is made for these alone."""
+        """Which of a layer's `heads` are here; a bias per head is made for these alone."""
         each = heads // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
 
 class Context(NamedTuple):
-    """What is common to all blocks of one forward pass; B batch, T tokens held here, keys those they may see.
+    """What all blocks of one forward pass share.
 
     The decoder fills in positions, segments, share and heads; the family adds rope, mask and bias.
+    Shapes: B batch, T tokens held here, keys those that they may see.
     """
 
     positions: Tensor
     """Place of each token in its row or document, int64 (1 or B, T)."""
     segments: Tensor | None = None
-    """Document of each token, int64 (B, T); a token sees its own document only. None: one document a row."""
+    """Document of each token, int64 (B, T); a token sees its own document only. None means that a
+    row is one document. A recurrent block resets its state where the number changes."""
     rope: Rope | None = None
-    """Rotary tables of `positions`; None where nothing turns."""
+    """Rotary tables of `positions`; None where nothing is rotated."""
     mask: Tensor | None = None
-    """Bool (1 or B, 1, T, keys), True where a query may see a key, never a later one. None is causal."""
+    """Bool (1 or B, 1, T, keys), True where a query may see a key, which is never a later one.
+    None means plain causal attention."""
     bias: Tensor | None = None
-    """Added to the scaled scores, (1 or B, 1 or local heads, T, keys); see `HeadShare` for its heads."""
+    """Added to the scaled scores, (1 or B, 1 or the heads held here, T, keys). Its maker asks `heads`
+    which heads are here."""
     state: LayerState | None = None
     """What this block remembers of earlier tokens, when generating; each block gets its own."""
     share: RowShare | None = None

@@ -24,15 +24,15 @@ from castalia.models.tiles import kind_of
 class Decoder(nn.Module):
     """Tokens to hidden states, and hidden states to logits.
 
-    The family in `config` makes the blocks and the final norm; see castalia.models.families.
-    `recompute` says what the blocks store in training and what they compute again; see
-    castalia.models.recompute. Parameters hold nothing until start weights or a checkpoint fill them.
-    Blocks have no buffers, so building on the meta device followed by `to_empty` loses nothing.
+    The family named in `config` makes the blocks and the final norm; see castalia.models.families.
+    `recompute` chooses what the blocks store for the backward; see castalia.models.recompute.
+    Parameters are empty until start weights or a checkpoint fill them. Blocks have no buffers, so
+    a model that is built on the meta device and then given memory by `to_empty` lacks nothing.
 
-    `span`, one of `castalia.models.stages.split`, makes it a stage of a pipeline: it holds those
-    layers alone, under the names that the whole model has. Hidden states come in where there is no
-    embedding and go out where there is no norm. With tied embeddings the last stage has a copy of
-    the embedding for its head.
+    With a `span` of castalia.models.stages.split the model is one stage of a pipeline. It holds
+    the layers of the span, under the names that the whole model has. A stage without the embedding
+    reads hidden states, a stage without the norm returns them. With tied embeddings the last stage
+    has a copy of the embedding for its head.
     Raises  ConfigError if a block has a buffer, or a parameter without a declared start value.
     """
 
@@ -43,7 +43,8 @@ class Decoder(nn.Module):
         self.config = config
         self.family = family_of(config)
         self.span = span or split(config.num_layers, 1)[0]
-        # Set by castalia.distributed where ranks share the vocabulary, rows or heads.
+        # Set by castalia.distributed where ranks share the vocabulary, rows or heads. They lie here
+        # and not on the blocks: the context takes them to every block, whatever its family.
         self.vocab_part: VocabPart | None = None
         self.row_share: RowShare | None = None
         self.head_share = (0, 1)
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
             self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.layers = nn.ModuleList()
         for place in self.span.layers:
-            # Named by its place in the whole model, so that checkpoints know no pipeline.
+            # Named by its place in the whole model: a checkpoint loads into any number of stages.
             self.layers.add_module(str(place), self.family.block(config, place))
         self.recompute = False
         if self.span.last:
@@ -61,26 +62,31 @@ class Decoder(nn.Module):
         self.require_starts()
 
     def require_starts(self) -> None:
-        """Raises  ConfigError if a block has a buffer, or a parameter without a declared start value."""
+        """Check what would otherwise train from garbage.
+
+        Raises  ConfigError if a block has a buffer, or a parameter without a declared start value.
+        """
         for name, _ in self.named_parameters():
             self.family.start_of(self.config, name)
         for name, _ in self.named_buffers():
-            # `to_empty` would leave it with garbage, and checkpoints hold parameters only.
+            # `to_empty` would leave it with garbage, and checkpoints hold parameters only. A frozen
+            # parameter serves as well: it is sharded and saved, and has no optimizer state.
             raise ConfigError(
                 f"model family {self.family.name!r} has a buffer, {name}; make it a parameter with"
-                " requires_grad=False, which has a start value and is saved, or compute it in the pass"
+                " requires_grad=False, which has a start value and is saved, or compute it in the"
+                " pass"
             )
 
     @property
     def tied(self) -> tuple[str, ...]:
-        """Names of the parameters here that the first and the last stage of a pipeline both hold."""
+        """Names of parameters that the first and the last stage of a pipeline both hold."""
         if self.config.tie_word_embeddings and self.span.first != self.span.last:
             return ("embed.weight",)
         return ()
 
     @property
     def copies(self) -> tuple[str, ...]:
-        """Those of `tied` that belong to another stage."""
+        """Those of `tied` that belong to another stage: the first one counts and saves them."""
         return () if self.span.first else self.tied
 
     def forward(
@@ -98,8 +104,9 @@ class Decoder(nn.Module):
                 after what the row has; segments (B, T) int64: a token sees only earlier tokens of
                 its own segment -> (B, T, C).
         With a state the tokens are appended to it; see castalia.models.state for rows of different
-        lengths. Under context parallelism T, positions and segments are those of this rank's tokens.
-        Raises  ValueError if the state is too small, or given together with segments or shared rows.
+        lengths. Under context parallelism T, positions and segments are those of this rank's
+        tokens.
+        Raises  ValueError if the state is too small, or comes with segments or shared rows.
         """
         T = tokens.shape[1]
         if state is not None:
@@ -108,9 +115,11 @@ class Decoder(nn.Module):
         x_BTC = self.embed(tokens) if self.span.first else tokens
         for i, block in enumerate(self.layers):
             if state is not None:
+                # Everything else in the context is the same for all blocks.
                 context = context._replace(state=state.layers[i])
             x_BTC = block(x_BTC, context)
         if state is not None:
+            # Only now: every block wrote its tokens behind the same length.
             state.advance(T)
         return self.norm(x_BTC) if self.span.last else x_BTC
 
@@ -132,6 +141,8 @@ class Decoder(nn.Module):
         state: ModelState | None,
     ) -> Context:
         """What all blocks share in this pass; see `forward` for the arguments."""
+        # In a later pipeline stage under tensor parallelism the tokens are hidden states of T / tp
+        # positions; the caller then gives all T positions, and rotary tables are made for all.
         T = tokens.shape[1]
         if positions is None and state is not None:
             positions = state.positions(T)
@@ -154,7 +165,10 @@ class Decoder(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> ModelState:
-        """An empty state for `batch` rows of at most `length` tokens; dtype and device default to the weights'."""
+        """An empty state for `batch` rows of at most `length` tokens.
+
+        dtype   of the activations, by default that of the weights.
+        """
         dtype = dtype or self.head_weight.dtype
         device = device or self.head_weight.device
         blocks = cast(Iterable[Block], self.layers)
@@ -173,7 +187,7 @@ class Decoder(nn.Module):
             block.recompute = kind_of(how, int(name))  # type: ignore[assignment]
 
     def head(self, hidden_BTC: Tensor) -> Tensor:
-        """Logits (B, T, V) over the padded vocabulary; the columns from vocab_size on belong to no token."""
+        """Logits (B, T, V) over the padded vocabulary; columns from vocab_size on are padding."""
         return F.linear(hidden_BTC, self.head_weight)
 
     @property

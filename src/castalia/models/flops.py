@@ -1,4 +1,4 @@
-"""Sums over a model's layers: how many parameters it has and what one token costs. Needs no torch."""
+"""Parameters and FLOPs of a model: sums over what its family declares. Needs no torch."""
 
 from functools import cache
 from typing import NamedTuple
@@ -17,7 +17,8 @@ class ParameterCounts(NamedTuple):
 
 @cache
 def layer_costs(config: ModelConfig) -> tuple[Costs, ...]:
-    """What each layer costs, in order; kept, since a search over layouts asks a thousand times."""
+    """What each layer costs, in order."""
+    # Cached, because a search over layouts asks a thousand times.
     family = family_of(config)
     return tuple(family.costs(config, layer) for layer in range(config.num_layers))
 
@@ -44,12 +45,18 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(non_embedding + embedding_parameters(config), non_embedding)
 
 
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that work on one token; fewer than all where experts are chosen."""
+    total = parameter_counts(config).total
+    return total - sum(costs.parameters - costs.active for costs in layer_costs(config))
+
+
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     """FLOPs of one training token, forward and backward: 6 N + 12 L d T for a transformer.
 
-    N is the number of weights in matrix products and T the seq_length. Attention is counted whole,
-    without the half that causal masking could save, and recomputation is not counted: the convention
-    of model FLOPs utilization.
+    N is the number of weights in matrix products and T the seq_length. By the convention of model
+    FLOPs utilization, attention counts in full, although causal masking could save half of it, and
+    recomputation does not count.
     Source  Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     layers = sum(costs.flops(seq_length) for costs in layer_costs(config))

@@ -1,10 +1,12 @@
-"""Activation recompute: what a block of layers stores for the backward pass, and what that computes again.
+"""Activation recompute: what a layer stores for the backward pass, and what it computes again.
 
-full       a block stores its input alone; the whole forward runs again in the backward, about a third more FLOPs.
-selective  it stores what is dear to make, the attention and the widest product (MLP up), and makes norms, GELU and the
-           narrow products again (Korthikanti et al. 2022, arXiv:2205.05198, section 5, keeps what is dear in memory
-           out; here attention is linear in memory already).
-n          full in every n-th block, nothing in the others.
+full       A layer stores its input alone. Its whole forward runs again in the backward, which costs
+           about a third more FLOPs.
+selective  A layer stores what is expensive to compute, its attention and widest product (MLP up),
+           and computes norms, GELU and the narrow products again. Korthikanti et al. 2022,
+           arXiv:2205.05198, section 5, drop the attention, which is large in their kernels; ours is
+           linear in memory already.
+n          full in every n-th layer, nothing in the others.
 """
 
 from collections.abc import Callable
@@ -20,9 +22,10 @@ from torch.utils.checkpoint import (
 )
 
 import castalia.models.parts.causal_attention  # noqa: F401  registers the operator named below
-from castalia.models.tiles import Kind
+from castalia.models.tiles import Recompute
 
-aten, ours = torch.ops.aten, torch.ops.castalia
+aten = torch.ops.aten
+ours = torch.ops.castalia
 ATTENTION = {
     ours.causal_attention.default,
     aten._scaled_dot_product_flash_attention.default,
@@ -30,19 +33,24 @@ ATTENTION = {
     aten._scaled_dot_product_cudnn_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
+"""Operators whose results "selective" keeps: ours, and the kernels behind torch's function."""
 PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}
 """Matrix products, and which argument is the (in, out) matrix."""
 
 
 def recomputed(
-    kind: Kind, width: int | None, function: Callable[..., Tensor], *inputs: Any
+    kind: Recompute, width: int | None, function: Callable[..., Tensor], *inputs: Any
 ) -> Tensor:
-    """function(*inputs), stored as `kind` says; products of at least `width` are kept by "selective"."""
+    """function(*inputs), stored as `kind` says; "selective" keeps products from `width` columns on.
+
+    width  None keeps no product.
+    """
     contexts: dict[str, Any] = {}
     if kind == "selective":
         contexts["context_fn"] = partial(
             create_selective_checkpoint_contexts, partial(policy, width)
         )
+    # The random state is not saved and restored: no block draws random numbers.
     out: Tensor = checkpoint(
         function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts
     )

@@ -1,10 +1,10 @@
-"""Where a model may be cut into pipeline stages; needs no torch, so that a config can be checked with it."""
+"""How layers are divided among pipeline stages. Needs no torch: configs are checked with it."""
 
 from typing import NamedTuple
 
 
 class LayerSpan(NamedTuple):
-    """The layers of one pipeline stage; the first stage also embeds, the last has the final norm and the head."""
+    """The layers of one pipeline stage. The first also embeds; the last has final norm and head."""
 
     layers: range
     first: bool
@@ -12,14 +12,13 @@ class LayerSpan(NamedTuple):
 
 
 def split(num_layers: int, count: int) -> list[LayerSpan]:
-    """`count` stages of about equal numbers of layers, in order; the earlier ones take what is left over.
-
-    The last stage runs the head, which costs as much as some layers, so it never has more layers than another.
-    """
+    """`count` stages of `num_layers` layers, in order, whose sizes differ by one layer at most."""
     each, extra = divmod(num_layers, count)
     stages = []
     start = 0
     for number in range(count):
+        # The earlier stages take the remainder: the last one runs the head, which costs as much as
+        # some layers.
         end = start + each + (number < extra)
         stages.append(LayerSpan(range(start, end), number == 0, number == count - 1))
         start = end

@@ -1,7 +1,8 @@
-"""Start values of parameters as data: a family maps name patterns to these. Needs no torch until it draws.
+"""Start values of parameters as data. A family maps name patterns to them.
 
-A start is anything that can be called with a shape and a seeded torch.Generator and returns a float32
-tensor of that shape; a family may give a function of its own.
+A start is called with a shape and a seeded torch.Generator and returns a float32 tensor of that
+shape; a family may give a function of its own. torch is imported when a start draws, so that
+families stay quick to import.
 """
 
 import math

@@ -1,13 +1,13 @@
-"""`ModelState`: what a model remembers of the tokens that it has read, one `LayerState` a block.
+"""`ModelState`: what a model remembers of the tokens it has read, one `LayerState` for each block.
 
     state = model.new_state(batch=2, length=512)
-    hidden = model(prompts, state=state)          # (2, T), right-padded
-    state.rewind(lengths)                         # (2,) real tokens of each prompt; not needed when all are T
-    hidden = model(next_tokens, state=state)      # (2, 1), each row continues at its own length
+    hidden = model(prompts, state=state)       # (2, T), padded on the right
+    state.rewind(lengths)                      # (2,) tokens of each prompt, without the padding
+    hidden = model(next_tokens, state=state)   # (2, 1), each row continues at its own length
 
-Attention remembers keys and values by position (`KVCache`), so it can be cut back to a prefix: it
-`rewinds`. A recurrent state is a summary of all that was read and cannot be cut back; whoever needs
-a prefix (padded prompts, reuse of a prompt, speculative decoding) asks `rewinds` first.
+Attention remembers keys and values by position (`KVCache`). Its state can be cut back to a prefix: it
+`rewinds`. A recurrent state sums up all tokens and cannot be cut back. Code that needs a prefix
+(padded prompts, reuse of a prompt, speculative decoding) asks `rewinds` first.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class LayerState:
-    """What one block remembers. A block makes its own kind in `new_state(batch, length, dtype, device)`."""
+    """What one block remembers. Each kind of block returns its own from `new_state`."""
 
     rewinds = False
     """Whether the state of a prefix is part of the state of the whole."""
@@ -29,17 +29,23 @@ class LayerState:
         raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
 
     def write_rows(self, rows: Sequence[int], other: "LayerState", tokens: int) -> None:
-        """Replace `rows` by the rows of another state of at most `tokens` tokens; only where `rewinds`."""
+        """Replace `rows` by all rows of `other`, which has at most `tokens` tokens in each.
+
+        Only where `rewinds`.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
 
 
 class KVCache(LayerState):
-    """Keys and values of one attention layer, k and v (B, K, max_length, D) with K key heads of width D.
+    """Keys and values of one attention layer.
 
-    Slot j of a row holds the token at position j of that row, always. So a query at position p may see
-    exactly the slots j <= p, and rows of different lengths need no other mask: padding on the right of
-    a short prompt sits in slots that the row's next tokens overwrite before anyone looks at them.
-    Bytes: 2 * B * K * max_length * D * size of dtype, which must be the dtype of the activations.
+    Slot j of a row always holds the token at position j of that row. A query at position p may
+    therefore see exactly the slots j <= p, and rows of different lengths need no other mask: the
+    padding of a short prompt lies in slots that the row's next tokens overwrite before any query
+    reaches them.
+
+    Shapes  k, v (B, K, max_length, D), K key heads of width D.
+    Units   2 * B * K * max_length * D numbers, in the dtype of the activations.
     """
 
     rewinds = True
@@ -51,17 +57,18 @@ class KVCache(LayerState):
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write T new keys and values (B, K, T, D); return all slots that some row may see, new included."""
+        """Write T new keys and values (B, K, T, D); return the slots of all tokens so far."""
         owner = self.owner
         T = k.shape[2]
         end = owner.longest + T
         if owner.ragged:
+            # Each row continues at its own length, so its slots are looked up one by one.
             rows = torch.arange(k.shape[0], device=k.device)[:, None]
             slots = owner.positions(T)
             self.k[rows, :, slots] = k.transpose(1, 2).to(self.k.dtype)
             self.v[rows, :, slots] = v.transpose(1, 2).to(self.v.dtype)
         else:
-            # Equal rows write one slice: no index tensors, and generation runs this for every token.
+            # Equal rows write one slice, without index tensors: this runs for every token.
             self.k[:, :, owner.longest : end] = k
             self.v[:, :, owner.longest : end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
@@ -79,10 +86,11 @@ class KVCache(LayerState):
 
 
 class ModelState:
-    """The states of all layers for `batch` rows of at most `max_length` tokens. `Decoder.new_state` makes one.
+    """The states of all layers, for `batch` rows of at most `max_length` tokens.
 
-    `lengths` (B,) int64 is the number of tokens in each row, `longest` the largest of them, `ragged`
-    whether they differ. `rewinds` is True when every layer can be cut back.
+    `Decoder.new_state` makes one. `lengths` (B,) int64 counts the tokens of each row, `longest` is
+    the largest count and `ragged` says whether they differ. `rewinds` is True if every layer can be
+    cut back: one recurrent layer among many is enough to lose the prefix.
     """
 
     def __init__(
@@ -98,21 +106,22 @@ class ModelState:
         self.max_length = max_length
         self.rewinds = all(layer.rewinds for layer in self.layers)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        # Kept beside `lengths` as plain numbers: reading a tensor would wait for a GPU at every token.
+        # Plain numbers beside `lengths`: reading the tensor would wait for the GPU at every token.
         self.longest = 0
         self.ragged = False
 
     def positions(self, T: int) -> Tensor:
-        """Positions of the next T tokens: (B, T) int64, or (1, T) when all rows are equally long."""
+        """Positions of the next T tokens: int64 (B, T), or (1, T) if all rows are equally long."""
         steps = torch.arange(T, device=self.lengths.device)
         if self.ragged:
             return self.lengths[:, None] + steps
         return steps[None] + self.longest
 
     def mask(self, T: int) -> Tensor | None:
-        """Slots that the next T tokens may see, bool (1 or B, 1, T, longest + T); None where causal says it all.
+        """Which slots the next T tokens may see, bool (1 or B, 1, T, longest + T), or None.
 
-        None when one token follows rows of equal length, and when the state is empty.
+        None where the mask would say nothing new: one token after rows of equal length sees every
+        slot, and in an empty state plain causal attention is right. Kernels are faster without one.
         """
         if self.longest == 0 or (T == 1 and not self.ragged):
             return None
@@ -135,13 +144,13 @@ class ModelState:
     def rewind(self, lengths: Tensor) -> None:
         """Keep the first lengths[b] tokens of row b, (B,) int64, and forget the rest.
 
-        Raises  ValueError if a length is negative or more than the row has, or the model has a layer
-                whose state cannot be cut back.
+        Raises  ValueError if a length is negative or more than the row has, or the model has a
+                layer whose state cannot be cut back.
         """
         if not self.rewinds:
             raise ValueError(
-                "this model has a recurrent state, which cannot be cut back to a prefix; start a new"
-                " state and read the prefix again"
+                "this model has a recurrent state, which cannot be cut back to a prefix; start a"
+                " new state and read the prefix again"
             )
         if bool(((lengths < 0) | (lengths.to(self.lengths.device) > self.lengths)).any()):
             raise ValueError(
@@ -152,11 +161,14 @@ class ModelState:
         self.ragged = bool((lengths != lengths[0]).any())
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
-        """Give row `target` the first `tokens` tokens of row `origin`; `rewind` then sets its length."""
+        """Copy the first `tokens` tokens of row `origin` to row `target`.
+
+        The caller sets the length of `target` with `rewind` afterwards.
+        """
         for layer in self.layers:
             layer.copy_row(origin, target, tokens)
 
     def write_rows(self, rows: Sequence[int], other: "ModelState") -> None:
-        """Replace `rows` by the rows of `other`; `rewind` then sets their lengths."""
+        """Replace `rows` by the rows of `other`; the caller sets their lengths with `rewind`."""
         for ours, theirs in zip(self.layers, other.layers, strict=True):
             ours.write_rows(rows, theirs, other.longest)

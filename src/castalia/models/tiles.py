@@ -1,33 +1,44 @@
-"""Sizes of the pieces in which attention and the loss work, and which blocks recompute; needs no torch, so that an
-estimate can count with them."""
+"""Sizes of the blocks in which attention and the loss work, and which layers recompute.
 
-from typing import Literal
+Needs no torch, so that cost estimates can use the same numbers as the kernels.
+"""
+
+from typing import Literal, cast
 
 QUERIES = 128
-"""Queries in a block of attention on a CPU: enough for full-speed products, few enough to skip most of the upper
-triangle."""
+"""Queries in a block of attention on a CPU: enough for products at full speed, few enough to skip
+most of the upper triangle."""
 KEEP = 16
-"""Attention probabilities are kept when T <= KEEP * head_dim; they are then about as large as the MLP's activations."""
+"""Attention probabilities are kept for the backward if T <= KEEP * head_dim. They are then about as
+large as the MLP's activations, and keeping them saves a third of the attention's products."""
 LOGITS_BYTES = {"cpu": 25 << 20}
-"""Size of a chunk of logits, when it is more than that of W: on a CPU what its last-level cache holds."""
+"""Bytes of a chunk of logits, unless the head's weight is larger: a CPU's last-level cache."""
 LOGITS_BYTES_DEVICE = 512 << 20
-"""The same on a GPU: rows enough to keep it busy."""
+"""Bytes of a chunk of logits on a GPU: enough rows to keep it busy."""
 
 
 def logits_rows(V: int, C: int, itemsize: int, device: str) -> int:
-    """Rows of logits in one chunk, V tokens of `itemsize` bytes wide.
+    """Rows in one chunk of logits over V tokens of `itemsize` bytes; C is the width of the model.
 
-    LOGITS_BYTES of the device, or as many rows as the head's weight is wide, C: then as large as that weight.
+    At least C rows: the chunk is then as large as the head's weight, which each chunk reads once.
     """
-    return max(1, C, LOGITS_BYTES.get(device, LOGITS_BYTES_DEVICE) // (V * itemsize))
+    bytes_of_chunk = LOGITS_BYTES.get(device, LOGITS_BYTES_DEVICE)
+    return max(1, C, bytes_of_chunk // (V * itemsize))
 
 
-Kind = Literal["", "full", "selective"]
-"""What one block computes again in the backward pass; "" stores everything. See castalia.models.recompute."""
+Recompute = Literal["", "full", "selective"]
+"""What one layer computes again in the backward pass; "" stores everything. See
+castalia.models.recompute."""
 
 
-def kind_of(recompute: bool | str | int, layer: int) -> Kind:
-    """What block `layer` does when the model is to recompute so: False, True or "full", "selective", or every n-th."""
-    if isinstance(recompute, bool) or recompute in ("full", "selective"):
-        return recompute if isinstance(recompute, str) else "full" if recompute else ""  # type: ignore[return-value]
-    return "full" if layer % int(recompute) == 0 else ""
+def kind_of(recompute: bool | str | int, layer: int) -> Recompute:
+    """The kind of recompute of `layer`, for train.recompute.
+
+    True and "full" mean every layer, "selective" too, n every n-th layer in full.
+    """
+    # bool first: True is an integer as well, and would mean "every layer" by accident only.
+    if isinstance(recompute, bool):
+        return "full" if recompute else ""
+    if isinstance(recompute, str):
+        return cast(Recompute, recompute)
+    return "full" if layer % recompute == 0 else ""

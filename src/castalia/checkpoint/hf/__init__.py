@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json both ways, safetensors both ways, by family.
 
-Reading chooses the family by `model_type` of config.json, writing by `model.family`. A family of another
-package registers an `HfFormat` under its name. The files load in transformers 4.57 and 5.
+Reading chooses the family by `model_type` of config.json, writing by `model.family`. A family of
+another package registers an `HfFormat` under its name. The files load in transformers 4.57 and 5.
 """
 
 import json
@@ -69,7 +69,8 @@ def hf_refuses(config: ModelConfig) -> str | None:
 def model_config(
     values: Mapping[str, Any], where: str, vocab_size: int | None = None
 ) -> ModelConfig:
-    """Our config for a config.json of transformers. `vocab_size` is the tokenizer's, the file has the padded one.
+    """Our config for a config.json of transformers. `vocab_size` is the tokenizer's, the file has
+    the padded one.
 
     Raises  ConfigError if the family is unknown or uses an option that our model lacks.
     """
@@ -108,10 +109,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_hf(
     folder: Path, vocab_size: int | None = None, optional: Collection[str] = ()
 ) -> tuple[StoredTensors, ModelConfig]:
-    """Weights under our names, in the file's dtype and read when asked for, and our config. Never reads a pickle.
+    """Weights under our names, in the file's dtype and read when asked for, and our config. Never
+    reads a pickle.
 
     `optional` are patterns of our names that the files may lack.
-    Raises  CheckpointError if files are missing or broken or the keys do not fit; ConfigError for another architecture.
+    Raises  CheckpointError if files are missing or broken or the keys do not fit; ConfigError for
+            another architecture.
     """
     config = model_config(
         read_json(folder / "config.json"), str(folder / "config.json"), vocab_size
@@ -158,7 +161,8 @@ def write_hf(
     """Write config.json, generation_config.json and model.safetensors into `folder`, which exists.
 
     `dtype` of the stored weights: fp32, bf16 or fp16.
-    Raises  ConfigError if transformers cannot express the model; CheckpointError if the keys do not fit.
+    Raises  ConfigError if transformers cannot express the model; CheckpointError if the keys do not
+            fit.
     """
     write_json(folder / "config.json", hf_config(config, eod_id=eod_id, dtype=dtype))
     write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id})
@@ -171,9 +175,11 @@ def write_hf(
 
 
 def write_hf_tokenizer(folder: Path, *, eod_token: str | None, max_length: int) -> None:
-    """The two small files that AutoTokenizer wants beside tokenizer.json. `max_length` is the model's, in tokens.
+    """The two small files that AutoTokenizer wants beside tokenizer.json. `max_length` is the
+    model's, in tokens.
 
-    The class is the plain fast tokenizer, which runs tokenizer.json as it is; GPTNeoXTokenizer rebuilds parts of it.
+    The class is the plain fast tokenizer, which runs tokenizer.json as it is; GPTNeoXTokenizer
+    rebuilds parts of it.
     """
     special = (
         {}

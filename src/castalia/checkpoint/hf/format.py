@@ -37,7 +37,8 @@ class HfFormat(ABC):
 def shape_of(values: Mapping[str, Any], where: str, vocab_size: int | None) -> dict[str, Any]:
     """The part of our config that every decoder has, out of transformers' keys.
 
-    The file knows the rows of the embedding alone; `vocab_size` is the tokenizer's, if there is one.
+    The file knows the rows of the embedding alone; `vocab_size` is the tokenizer's, if there is
+    one.
     Raises  ConfigError if a key is missing or the tokenizer has more ids than the embedding rows.
     """
     padded = require_int(values, "vocab_size", where)

@@ -1,8 +1,8 @@
 """GPTNeoXForCausalLM: the key map, and config.json both ways.
 
-`rotary_pct`, `rotary_emb_base` and `torch_dtype` are read by transformers 4, `rope_parameters` by 5. The
-output head is stored as `embed_out.weight`, as in the published Pythia models; 4 knows it by that name
-and 5 renames it.
+`rotary_pct`, `rotary_emb_base` and `torch_dtype` are read by transformers 4, `rope_parameters` by
+5. The output head is stored as `embed_out.weight`, as in the published Pythia models; 4 knows it by
+that name and 5 renames it.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,8 @@ PARTS = {
     "norm1": "input_layernorm",
     "norm2": "post_attention_layernorm",
 }
-"""Modules of one layer. Both sides order the rows of QKV as GPT-NeoX does, so every tensor is a plain copy."""
+"""Modules of one layer. Both sides order the rows of QKV as GPT-NeoX does, so every tensor is a
+plain copy."""
 
 
 class NeoxFormat(HfFormat):

@@ -1,6 +1,6 @@
-"""Model families: a config class, the blocks and all that the rest of Castalia must know of them.
+"""Model families: config classes, blocks, and all that the rest of Castalia knows about them.
 
-A family of another package registers itself the same way and is then valid as `model.family`:
+A family of another package registers itself in the same way and is then a valid `model.family`:
 
     FAMILIES.register("mine")(MyFamily())
 """
@@ -26,9 +26,11 @@ def family_of(config: ModelConfig) -> Family:
 
 
 def build_model_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """The config of the right family out of the values of a `model` section that come from `where`.
+    """The config for the values of a `model` section, of the class that its family declares.
 
+    where   names the file in error messages.
     Raises  ConfigError for an unknown family, or with every problem of the values.
     """
+    # Not `build(ModelConfig, …)`: the base class knows neither the family's options nor its checks.
     family = FAMILIES[str(values.get("family", DEFAULT))]
     return build(family.Config, dict(values), where)

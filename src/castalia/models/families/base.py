@@ -1,7 +1,8 @@
-"""`Family`: what a model family declares about itself. Needs no torch; blocks import it when they are built.
+"""`Family`: what a model family declares about itself.
 
-The decoder, the cost estimates, the optimizer groups, the key maps of other formats and the layouts all
-read these declarations, so a new family is one file here and one in checkpoint/hf.
+The decoder, the cost estimates, the optimizer groups, the key maps of other formats and the layouts
+read these declarations, so a new family is one file here and one in checkpoint/hf. Nothing here
+needs torch; a family imports its modules when it builds them.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +26,7 @@ class Kept(NamedTuple):
     """Numbers that one layer keeps of each token for the backward pass."""
 
     residual: int
-    """The layer's input, always fp32; all that remains with full recompute."""
+    """The layer's input, always fp32. With full recompute nothing else is kept."""
     split: int
     """Activations in the compute dtype, of which each tp rank keeps its share."""
     gathered: int
@@ -65,7 +66,7 @@ class Costs(NamedTuple):
         return 6 * self.products + self.flops_per_key * seq_length
 
 
-class Degrees(Protocol):
+class Layout(Protocol):
     """The parallel degrees that a model may have to divide over."""
 
     @property
@@ -77,14 +78,14 @@ class LinearPart(NamedTuple):
     """A linear layer of every block, for formats that store the same layer under other names."""
 
     role: str
-    """What it does, in the words of the other formats' tables: qkv, attention_out, mlp_up, mlp_down."""
+    """What it does, a key of other formats' tables: qkv, attention_out, mlp_up or mlp_down."""
     place: str
     """Its name inside the block."""
     outputs: int
     inputs: int
     bias: bool
     fused_heads: int = 0
-    """Heads of a fused QKV whose rows go head by head, q, k and v within each; 0 where rows are in order."""
+    """Heads of a fused QKV whose rows go head by head, with q, k and v in each; otherwise 0."""
 
 
 class NormPart(NamedTuple):
@@ -113,7 +114,8 @@ class Family(ABC):
     rewinds: bool
     """Whether a state can be cut back to a prefix; see castalia.models.state."""
     splits_rows: bool
-    """Whether ranks may share a row in context parallelism's order, which is not the order of time."""
+    """Whether ranks may share a row. Context parallelism gives each rank an early and a late chunk,
+    which attention allows and a recurrence does not."""
 
     @abstractmethod
     def block(self, config: Any, layer: int) -> "Block":
@@ -136,22 +138,27 @@ class Family(ABC):
         """Parameters of the final norm."""
 
     def complete(self, config: Any, context: "Context", past: "ModelState | None") -> "Context":
-        """Add what this family's blocks share in a pass, such as rotary tables; `past` when generating."""
+        """Add what this family's blocks share in a pass, such as rotary tables and masks.
+
+        past  the state of the model, when generating.
+        """
         return context
 
-    def divides(self, config: Any, degrees: Degrees) -> list[str]:
+    def divides(self, config: Any, degrees: Layout) -> list[str]:
         """One sentence for each size of the blocks that the degrees do not divide."""
         return []
 
     def parts(self, config: Any) -> Parts | None:
-        """The parameters of a block for other formats; None where no other engine knows such a block."""
+        """The parameters of a block; None if other engines and formats know no such block."""
         return None
 
     def start_of(self, config: ModelConfig, name: str) -> Start:
         """The start value of the parameter `name`.
 
-        Raises  ConfigError if no pattern covers it: an undeclared start would be drawn silently wrong.
+        Raises  ConfigError if no pattern covers it. Any default would be wrong for some parameter,
+                and nothing would say so.
         """
+        # The first match decides, so a family lists exceptions before the rule.
         starts = self.starts(config)
         for pattern, start in starts:
             if fnmatchcase(name, pattern):

@@ -1,6 +1,7 @@
 """GPT-NeoX and Pythia: pre-norm blocks, parallel or serial, of rotary attention and a GELU MLP.
 
-Source  Black et al. 2022, arXiv:2204.06745 (GPT-NeoX-20B); Biderman et al. 2023, arXiv:2304.01373 (Pythia).
+Source  Black et al. 2022, arXiv:2204.06745 (GPT-NeoX-20B); Biderman et al. 2023, arXiv:2304.01373
+        (Pythia).
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import NonNegativeFloat
 
 from castalia.models.config import ModelConfig, TransformerConfig
-from castalia.models.families.base import Costs, Degrees, Family, Kept, LinearPart, NormPart, Parts
+from castalia.models.families.base import Costs, Layout, Family, Kept, LinearPart, NormPart, Parts
 from castalia.models.starts import ONES, ZEROS, Init, Normal, Start, init_std
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ class Neox(Family):
 
     def starts(self, config: NeoxConfig) -> list[tuple[str, Start]]:
         """As GPT-NeoX: what leads back into the residual stream starts smaller."""
-        width, layers, std = config.hidden_size, config.num_layers, config.init_method_std
-        inner = Normal(init_std(config.init_method, width, layers, std))
-        outer = Normal(init_std(config.output_layer_init_method, width, layers, std))
+        shape = (config.hidden_size, config.num_layers, config.init_method_std)
+        inner = Normal(init_std(config.init_method, *shape))
+        outer = Normal(init_std(config.output_layer_init_method, *shape))
         return [
             ("*.bias", ZEROS),
             ("*norm*.weight", ONES),
@@ -115,7 +116,7 @@ class Neox(Family):
             parameters=parameters,
             active=parameters,
             products=products,
-            # Scores and weighted sums, 2 d multiply-adds for each key, forward and twice that backward.
+            # Scores and weighted sums: 2 d multiply-adds a key, three times with the backward.
             flops_per_key=12 * d,
             kept=kept,
             tp_width=2 * d,
@@ -126,7 +127,7 @@ class Neox(Family):
         """Weight and bias."""
         return 2 * config.hidden_size
 
-    def divides(self, config: NeoxConfig, degrees: Degrees) -> list[str]:
+    def divides(self, config: NeoxConfig, degrees: Layout) -> list[str]:
         """Heads and the MLP over tp."""
         sizes = {
             "num_attention_heads": (config.num_attention_heads, "a head stays whole on one rank"),

@@ -1,7 +1,7 @@
 """Attention on q, k, v: the module, and `attend`, which chooses the kernel.
 
-Shapes: B batch, T tokens held here, C width, H query heads, K key and value heads (H a multiple of K),
-D width of a head.
+Shapes: B batch, T tokens held here, C width, H query heads, K key and value heads (H a multiple of
+K), D width of a head.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
 
     Shapes  q (B, H, T, D), k and v (B, K, T, D), not yet rotated; views of a fused activation will
             do -> (B, T, H * D). Under tensor parallelism H and K are the heads held here.
-    The rotation by context.rope happens in here because the CPU kernel rotates its own copy in place.
     """
+    # The rotation belongs in here: the CPU kernel rotates its own copy of q and k in place, where
+    # a step before it would cost one more copy of both and keep it for the backward.
     if context.share is not None:
         return attend_shared(q, k, v, context, context.share)
+    # Our kernel is for training on a CPU. It has no place for a bias, whose gradient would need the
+    # whole matrix of scores, and single queries of generation have nothing to skip.
     if context.state is None and q.device.type == "cpu" and context.bias is None:
         cos, sin = context.rope or (None, None)
         return by_blocks(q, k, v, cos, sin, context.mask, [0])
@@ -37,7 +40,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     if context.state is not None:
         assert isinstance(context.state, KVCache)
         k, v = context.state.append(k, v)
-        # A single query follows all cached keys and sees each; is_causal would show it the first only.
+        # A single query follows all cached keys and sees each of them; is_causal aligns the
+        # triangle at the upper left and would show it the first key only.
         causal = causal and q.shape[2] > 1
     mask = context.mask
     if context.bias is not None:
@@ -50,11 +54,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
 
 
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, context: Context, share: RowShare) -> Tensor:
-    """Attention of this rank's chunks over the keys and values of whole rows; shapes as in `attend`."""
+    """`attend` under context parallelism: this rank's queries over the keys of whole rows."""
+    # Rotated before the exchange: each rank knows the positions of its own keys.
     if context.rope is not None:
         q = rotate_heads(q, context.rope)
         k = rotate_heads(k, context.rope)
-    # One collective for both: its start-up time counts, and K heads of each are all that travels.
+    # One collective for both, because its start-up time counts. Only the K heads travel; they are
+    # repeated for the query heads inside the kernels.
     k, v = share.gather(torch.stack([k, v]), 3).unbind()
     starts = share.starts(q.shape[2])
     if q.device.type == "cpu" and context.bias is None:
@@ -72,14 +78,18 @@ def by_blocks(
     mask: Tensor | None,
     starts: list[int],
 ) -> Tensor:
-    """The CPU kernel; probabilities of short rows are kept for a backward, if there will be one."""
+    """The CPU kernel; see `causal_attention` for the shapes."""
+    # Long rows compute their probabilities again: kept, they would grow with the square of T.
     keep = torch.is_grad_enabled() and k.shape[2] <= KEEP * q.shape[3]
     y_BTC: Tensor = causal_attention(q, k, v, cos, sin, mask, starts, keep)[0]
     return y_BTC
 
 
 def biased_mask(bias: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-    """The bias with -inf where a query may not see a key; `causal` hides later keys where mask is None."""
+    """The bias, with -inf where a query may not see a key.
+
+    causal  hides later keys where there is no mask; the queries are then the last of the keys.
+    """
     if mask is None and causal:
         T, keys = bias.shape[-2:]
         mask = torch.ones(T, keys, dtype=torch.bool, device=bias.device).tril(keys - T)
@@ -96,12 +106,14 @@ def chunks_by_kernel(
     starts: Sequence[int],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of equal chunks of a row by torch's kernels: one call a chunk, the keys up to its end.
+    """Causal attention of equal chunks of a row by torch's kernels.
 
     Shapes  q (B, H, T, D), k and v (B, K, keys, D), mask and bias over all keys -> (B, H, T, D).
     """
     outputs = []
     n = q.shape[2] // len(starts)
+    # One call for each chunk, over the keys up to its end. In one call for all, the early chunk
+    # would look at as many keys as the late one.
     for number, start in enumerate(starts):
         keys = start + n
         rows = slice(number * n, (number + 1) * n)
@@ -124,8 +136,8 @@ def chunks_by_kernel(
 def split_fused(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, T, D), views of an activation (B, T, H * 3 * D) in GPT-NeoX's order.
 
-    The head count is left to `view`: under tensor parallelism a rank holds fewer. Unbinding the dim of
-    q, k, v makes the backward one `stack`, the only copy between the kernel and the projection.
+    The head count is left to `view`: under tensor parallelism a rank holds fewer. Unbinding the dim
+    of q, k, v makes the backward one `stack`, the only copy between the kernel and the projection.
     """
     B, T, _ = qkv.shape
     q, k, v = qkv.view(B, T, -1, 3, head_dim).unbind(3)
@@ -135,8 +147,8 @@ def split_fused(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 class Attention(nn.Module):
     """Causal self-attention with one fused projection whose rows are in GPT-NeoX's order.
 
-    Row (3 * head + c) * D + d of the weight is dimension d of c of q, k, v. The order is a matter of
-    this weight alone: q, k and v leave it as views.
+    Row (3 * head + c) * D + d of the weight is dimension d of c of q, k, v. The order is a matter
+    of this weight alone: q, k and v leave it as views.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, bias: bool) -> None:

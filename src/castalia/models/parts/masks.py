@@ -8,10 +8,9 @@ from castalia.models.state import ModelState
 
 
 def visible_keys(context: Context, past: ModelState | None) -> Tensor | None:
-    """Bool (1 or B, 1, T, keys), True where a query may see a key; None where plain causal attention says it all.
-
-    None is worth having: the kernels then skip the keys after each block instead of masking them.
-    """
+    """Bool (1 or B, 1, T, keys), True where a query may see a key; None if plain causal."""
+    # None wherever possible: without a mask the kernels skip later keys, with one they compute and
+    # then hide them.
     if past is not None:
         return past.mask(context.positions.shape[1])
     if context.segments is not None:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the tables, and turning queries and keys inside the fused QKV activation."""
+"""Rotary position embedding: the tables of a pass, and the rotation of queries and keys."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,10 @@ from castalia.models.config import TransformerConfig
 
 
 class Rope(NamedTuple):
-    """Tables of one forward pass, float32 (1 or B, 1, T, R), the axis of size 1 standing for the heads.
+    """Tables of one forward pass, float32 (1 or B, 1, T, R); the axis of size 1 is the heads'.
 
-    R is the rotary width of a head. Both halves of the last axis hold the same angles; sin is negative in the first.
+    R is the rotary width of a head. Both halves of the last axis hold the same angles. sin is
+    negative in the first half, so that a rotation is two products and a sum.
     """
 
     cos: Tensor
@@ -31,35 +32,41 @@ def inverse_frequencies(config: TransformerConfig, device: torch.device) -> Tens
 
 
 def rope_tables(config: TransformerConfig, positions: Tensor) -> Rope:
-    """Tables for `positions`; stateless, hence the same on every device, layout and after meta construction.
+    """The tables of `positions`.
 
     Shapes  positions (1 or B, T) int64 -> cos, sin float32 (1 or B, 1, T, R).
-    With rope_numerics neox_v1_fp16 the frequency, the angle, its cosine and sine are each rounded to float16, as in
-    GPT-NeoX v1.0, where .half() on the model took the frequency buffer along; below position 2048 the phase of
-    GPT-NeoX-20B is off by up to 0.34 rad.
     """
+    # Computed in every pass: a buffer would be garbage after `to_empty` and lose bits in `.half()`.
     theta = inverse_frequencies(config, positions.device)
     if config.rope_numerics == "neox_v1_fp16":
+        # GPT-NeoX v1.0 rounded frequency, angle, cosine and sine to float16, because .half() on the
+        # model converted the frequency buffer too. Below position 2048 the phase of GPT-NeoX-20B is
+        # off by up to 0.34 rad, and models trained so must be run so.
         angles = positions.to(torch.float16)[:, None, :, None] * theta.to(torch.float16)
     else:
         angles = positions.float()[:, None, :, None] * theta
-    cos, sin = angles.cos().float(), angles.sin().float()
+    cos = angles.cos().float()
+    sin = angles.sin().float()
     return Rope(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (j, j + R/2) of the last axis by their angles: x (..., B, H, T, R), any dtype -> the same, float32.
+    """Rotate pairs (j, j + R/2) of the last axis by their angles.
 
-    With -sin for sin it turns back, which is also the gradient.
+    Shapes  x (..., B, H, T, R) of any dtype -> the same shape, float32.
+    With -sin in place of sin it rotates back, which is also the gradient.
     """
-    x, cos, sin = x.float(), cos.float(), sin.float()
+    # In float32 whatever the model computes in: bf16 cosines would shift far positions.
+    x = x.float()
+    cos = cos.float()
+    sin = sin.float()
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rotate_heads(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate the first R dimensions of every head: x (B, H, T, D) -> the same shape and dtype, contiguous.
+    """Rotate the first R dimensions of every head, x (B, H, T, D) -> the same shape and dtype.
 
-    They turn in halves, dimension j pairing with j + R/2; the other dimensions pass unchanged.
+    Dimension j pairs with j + R/2. Dimensions from R on pass unchanged. The result is contiguous.
     """
     R = rope.cos.shape[-1]
     turned = rotate(x[..., :R], *rope).to(x.dtype)

@@ -11,8 +11,10 @@ from castalia.models.state import LayerState
 
 
 class TransformerBlock(Block):
-    """Parallel: x + attn(norm1 x) + mlp(norm2 x). Serial: x + attn(norm1 x), then x + mlp(norm2 x)."""
+    """Parallel: x + attn(norm1 x) + mlp(norm2 x). Serial: each on the sum before it."""
 
+    # Each pair column, row needs one gather before and one reduction after, none in between. Norms
+    # work on T / tp tokens, whose statistics are their own.
     tp_plan = {
         "norm1": "sequence",
         "attn.qkv": "column",
@@ -27,7 +29,8 @@ class TransformerBlock(Block):
     ) -> None:
         super().__init__()
         self.parallel = parallel
-        # The order of the parts is the order of the parameters, in which norms and hashes are summed.
+        # The order of the parts is the order of the parameters, and with it that of the sum of the
+        # gradient norm: another order gives another last bit.
         self.norm1 = norm1
         self.attn = attn
         self.norm2 = norm2
