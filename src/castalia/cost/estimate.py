@@ -17,8 +17,9 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
     gathered     embedding, head and two layers put together by FSDP2, 4 bytes a weight; all layers
                  without resharding
 
-tp divides P, V and the activations; cp the activations and, with dp_shard, P; pp the layers. The sum
-is within 10% of the bytes that torch allocates on a CPU with one and two gloo ranks in fp32 and bf16.
+tp divides P, V and the activations; cp the activations and, with dp_shard, P; pp the layers. The
+sum is within 10% of the bytes that torch allocates on a CPU, with one and two gloo ranks, in fp32
+and bf16.
 The allocator's slack, Python and torch add some 110 MiB, and gloo its own buffers.
 """
 

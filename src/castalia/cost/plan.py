@@ -39,7 +39,7 @@ from castalia.monitor.gpus import GPUS, Gpu
 LINK = 0.75
 """Share of a link's bandwidth that large collectives reach."""
 USABLE = 0.92
-"""Share of a GPU's memory for tensors; driver, libraries and the allocator's slack take the rest."""
+"""Share of a GPU's memory for tensors; driver, libraries and allocator take the rest."""
 
 
 class LayoutCost(NamedTuple):

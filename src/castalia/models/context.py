@@ -55,8 +55,8 @@ class Context(NamedTuple):
     """Bool (1 or B, 1, T, keys), True where a query may see a key, which is never a later one.
     None means plain causal attention."""
     bias: Tensor | None = None
-    """Added to the scaled scores, (1 or B, 1 or the heads held here, T, keys). Its maker asks `heads`
-    which heads are here."""
+    """Added to the scaled scores, (1 or B, 1 or the heads held here, T, keys). Its maker asks
+    `heads` which heads are here."""
     state: LayerState | None = None
     """What this block remembers of earlier tokens, when generating; each block gets its own."""
     share: RowShare | None = None

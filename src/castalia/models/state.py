@@ -5,8 +5,8 @@
     state.rewind(lengths)                      # (2,) tokens of each prompt, without the padding
     hidden = model(next_tokens, state=state)   # (2, 1), each row continues at its own length
 
-Attention remembers keys and values by position (`KVCache`). Its state can be cut back to a prefix: it
-`rewinds`. A recurrent state sums up all tokens and cannot be cut back. Code that needs a prefix
+Attention remembers keys and values by position (`KVCache`). Its state can be cut back to a prefix:
+it `rewinds`. A recurrent state sums up all tokens and cannot be cut back. Code that needs a prefix
 (padded prompts, reuse of a prompt, speculative decoding) asks `rewinds` first.
 """
 
