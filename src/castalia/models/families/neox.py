@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import NonNegativeFloat
 
 from castalia.models.config import ModelConfig, TransformerConfig
-from castalia.models.families.base import Costs, Layout, Family, Kept, LinearPart, NormPart, Parts
+from castalia.models.families.base import Costs, Family, Kept, Layout, LinearPart, NormPart, Parts
 from castalia.models.starts import ONES, ZEROS, Init, Normal, Start, init_std
 
 if TYPE_CHECKING:
