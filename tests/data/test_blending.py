@@ -23,13 +23,16 @@ def as_published(weights, size):
     total = float(np.sum(np.array(weights, dtype=np.float64)))
     shares = [weight / total for weight in weights]
     counts = [0] * len(shares)
-    picks, numbers = [], []
+    picks = []
+    numbers = []
     for place in range(size):
         x = max(float(place), 1.0)
-        best, most = 0, shares[0] * x - counts[0]
+        best = 0
+        most = shares[0] * x - counts[0]
         for d in range(1, len(shares)):
             if shares[d] * x - counts[d] > most:
-                best, most = d, shares[d] * x - counts[d]
+                best = d
+                most = shares[d] * x - counts[d]
         picks.append(best)
         numbers.append(counts[best])
         counts[best] += 1

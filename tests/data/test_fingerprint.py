@@ -34,7 +34,8 @@ def test_another_place_is_no_change(token_file, tmp_path):
 
 
 def test_sizes(token_file):
-    before, after = of(token_file("a", [3, 4])), of(token_file("a", [3, 5, 1], np.int32))
+    before = of(token_file("a", [3, 4]))
+    after = of(token_file("a", [3, 5, 1], np.int32))
     assert changed(before, after) == [
         "train source 0 (a): documents was 2, is 3",
         "train source 0 (a): tokens was 7, is 9",
@@ -59,7 +60,8 @@ def test_settings_of_the_order(token_file):
 
 
 def test_number_of_sources(token_file):
-    a, b = token_file("a", [3, 4]), token_file("b", [5])
+    a = token_file("a", [3, 4])
+    b = token_file("b", [5])
     assert changed(of(a, b), of(a, valid=[b])) == [
         "train: 2 sources before, 1 now",
         "valid: 0 sources before, 1 now",
@@ -89,12 +91,12 @@ def test_of_a_large_index_every_size_counts(token_file, monkeypatch):
     whole = idx_hash(IndexedDataset(token_file("a", sizes)))
     for name, value in (("FULL_BYTES", 1000), ("BLOCK_BYTES", 16), ("BLOCKS", 5)):
         monkeypatch.setattr(f"castalia.data.fingerprint.{name}", value)
-    seen = {whole, idx_hash(IndexedDataset(token_file("a", sizes)))}
+    hashes = {whole, idx_hash(IndexedDataset(token_file("a", sizes)))}
     for i in (0, 1, 15, 16, 50, 98):
         sizes[i], sizes[i + 1] = sizes[i + 1], sizes[i]
-        seen.add(idx_hash(IndexedDataset(token_file("a", sizes))))
-    assert len(seen) == 8
-    assert idx_hash(IndexedDataset(token_file("b", sizes))) in seen
+        hashes.add(idx_hash(IndexedDataset(token_file("a", sizes))))
+    assert len(hashes) == 8
+    assert idx_hash(IndexedDataset(token_file("b", sizes))) in hashes
 
 
 def test_array_hash_sees_numbers_shape_and_type(monkeypatch):

@@ -133,9 +133,9 @@ def test_of_a_very_large_file_places_are_checked_where_they_are_read(prefix, mon
         struct.pack_into("<i" if at < 50 else "<q", data, at, value)
         prefix.with_suffix(".idx").write_bytes(data)
         with pytest.raises(DataError, match=r"do not belong together"):
-            found = IndexedDataset(prefix)
+            dataset = IndexedDataset(prefix)
             assert late
-            found[0]
+            dataset[0]
     prefix.with_suffix(".idx").write_bytes(IDX_BYTES)
     prefix.with_suffix(".bin").write_bytes(BIN_BYTES[:-1])
     with pytest.raises(DataError, match=r"do not belong together"):

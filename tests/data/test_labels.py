@@ -14,7 +14,7 @@ SIZES = {"seed": 1, "batch_size": 4, "steps": 3, "eval_every": None, "eval_batch
 
 @pytest.fixture
 def files(tmp_path):
-    """Token file of 60 documents of 5 to 14 ids below 4, and its label file masked up to the first 1, 2."""
+    """60 documents of 5 to 14 ids below 4, and their label file, masked up to the first 1, 2."""
     random = np.random.RandomState(0)
     with IndexedDatasetWriter(tmp_path / "t", np.uint16) as writer:
         for _ in range(60):
@@ -27,11 +27,11 @@ def test_mask_before(files):
     tokens, labels = (IndexedDataset(path) for path in files)
     assert labels.dtype == np.int32
     masked = 0
-    for document, found in zip(tokens[:], labels[:], strict=True):
+    for document, own_labels in zip(tokens[:], labels[:], strict=True):
         ids = document.tolist()
         ends = [i + 2 for i in range(len(ids) - 1) if ids[i : i + 2] == [1, 2]]
         end = ends[0] if ends else 0
-        assert found.tolist() == [-100] * end + ids[end:]
+        assert own_labels.tolist() == [-100] * end + ids[end:]
         masked += end
     assert masked > 60
 
@@ -46,12 +46,12 @@ def test_training_reads_them(files, packing, workers):
     loader = iter(StepLoader(rows.train, batch_size=4, workers=workers, vocab_size=4))
     file = IndexedDataset(labels)
     for (batch,) in itertools.islice(loader, 3):
-        for index, found in zip(batch.index.tolist(), batch.labels.tolist(), strict=True):
+        for index, row_labels in zip(batch.index.tolist(), batch.labels.tolist(), strict=True):
             pieces = rows.train.documents_of(index)[1]
             whole = [
                 label for p in pieces for label in file.get(p.document, p.start, p.length).tolist()
             ]
-            assert found == (whole + [-100] * 17)[1:17]
+            assert row_labels == (whole + [-100] * 17)[1:17]
     loader.close()
 
 

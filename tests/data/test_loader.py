@@ -1,4 +1,4 @@
-"""Batches are a function of the step alone: the same for any processes, workers and micro-batches."""
+"""A batch depends on its step alone, not on ranks, workers or micro-batches."""
 
 import gc
 import itertools
@@ -36,9 +36,9 @@ def rows(tmp_path):
 def take(rows, steps, **options):
     """The first batches of a loader, a list of micro-batches a step."""
     loader = iter(StepLoader(rows, batch_size=BATCH, **options))
-    found = list(itertools.islice(loader, steps))
+    steps_taken = list(itertools.islice(loader, steps))
     loader.close()
-    return found
+    return steps_taken
 
 
 def test_a_step_is_the_next_rows(rows):
@@ -74,22 +74,22 @@ def test_ranks_and_micro_batches_make_up_the_same_step(rows, world, micro):
     ("world", "micro"), [(5, None), (5, 1), (5, 2), (4, 2), (7, None), (13, None)]
 )
 def test_shares_that_differ_make_up_the_same_step(rows, world, micro):
-    """12 rows; a rank without a share takes padding that counts for nothing, and all ranks run as often."""
+    """12 rows; a rank without a share takes padding, so that all ranks run equally often."""
     whole = take(rows, 2)
     options = {"micro_batch_size": micro, "dp_world": world, "uneven": True}
     parts = [take(rows, 2, dp_rank=rank, **options) for rank in range(world)]
     for step in range(2):
         (micro_steps,) = {len(part[step]) for part in parts}
-        found = [parts[rank][step][g] for g in range(micro_steps) for rank in range(world)]
-        assert all(len(batch.index) <= (micro or -(-BATCH // world)) for batch in found)
-        padding = [batch for batch in found if batch.index.tolist() == [-1]]
+        batches = [parts[rank][step][g] for g in range(micro_steps) for rank in range(world)]
+        assert all(len(batch.index) <= (micro or -(-BATCH // world)) for batch in batches)
+        padding = [batch for batch in batches if batch.index.tolist() == [-1]]
         assert all(batch.targets == 0 and batch.tokens.shape == (1, 8) for batch in padding)
-        real = [batch for batch in found if batch.index.tolist() != [-1]]
+        real = [batch for batch in batches if batch.index.tolist() != [-1]]
         assert torch.equal(torch.cat([batch.tokens for batch in real]), whole[step][0].tokens)
         assert torch.equal(torch.cat([batch.index for batch in real]), whole[step][0].index)
-        sizes = [len(batch.index) * (batch.targets > 0) for batch in found[-world:]]
+        sizes = [len(batch.index) * (batch.targets > 0) for batch in batches[-world:]]
         assert max(sizes) - min(sizes) <= 1
-        assert rows_hash(found) == rows_hash(whole[step])
+        assert rows_hash(batches) == rows_hash(whole[step])
 
 
 def test_starting_later_is_the_same_stream(rows):
@@ -117,7 +117,8 @@ def test_it_goes_on_beyond_the_end(rows):
 
 
 def test_no_target_after_an_end_of_document(rows):
-    (plain,), (masked,) = take(rows, 1)[0], take(rows, 1, eod_id=7)[0]
+    (plain,) = take(rows, 1)[0]
+    (masked,) = take(rows, 1, eod_id=7)[0]
     assert (plain.tokens == 7).any()
     assert torch.equal(masked.tokens, plain.tokens)
     assert torch.equal(masked.labels, plain.labels.masked_fill(plain.tokens == 7, -100))
@@ -172,7 +173,8 @@ def test_the_thread_reads_a_step_ahead_and_no_further(rows):
     """While step 0 is used, step 1 waits and step 2 is at most being read."""
     loader = StepLoader(rows, batch_size=BATCH)
     asked = []
-    read, waiting = type(loader.reader).read, threading.Event()
+    read = type(loader.reader).read
+    waiting = threading.Event()
 
     def noted(step):
         asked.append(step)
@@ -209,9 +211,9 @@ def test_the_kernel_does_not_read_ahead_of_a_row(tmp_path, shards):
     def flags():
         maps = Path("/proc/self/smaps").read_text().split(str(folder / "a"))[1:]
         return [
-            "rr" in found.split("VmFlags:")[1].splitlines()[0].split()
-            for found in maps
-            if ".bin" in found[:30]
+            "rr" in mapping.split("VmFlags:")[1].splitlines()[0].split()
+            for mapping in maps
+            if ".bin" in mapping[:30]
         ]
 
     assert flags() == [False] * (3 if shards else 1)

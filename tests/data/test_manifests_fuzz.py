@@ -1,4 +1,4 @@
-"""Records, lists of hashes, indexes of documents and folders of `datasets` that say anything: words, no crash."""
+"""Damaged records, hash lists, document indexes and `datasets` folders: sentences, no crash."""
 
 import json
 import random
@@ -46,16 +46,18 @@ def folder(tmp_path):
 
 def changed(draw, value):
     """JSON with one or two values of another kind, or gone."""
-    found = json.loads(json.dumps(value))
+    damaged_value = json.loads(json.dumps(value))
     for _ in range(draw.choice([1, 1, 2])):
-        key = draw.choice([*found, "new"])
-        if isinstance(found.get(key), dict) and draw.random() < 0.6:
-            found[key][draw.choice([*found[key], "new"])] = any_value(draw)
-        elif isinstance(found.get(key), list) and found[key] and draw.random() < 0.6:
-            found[key][draw.randrange(len(found[key]))] = any_value(draw)
+        key = draw.choice([*damaged_value, "new"])
+        if isinstance(damaged_value.get(key), dict) and draw.random() < 0.6:
+            damaged_value[key][draw.choice([*damaged_value[key], "new"])] = any_value(draw)
+        elif (
+            isinstance(damaged_value.get(key), list) and damaged_value[key] and draw.random() < 0.6
+        ):
+            damaged_value[key][draw.randrange(len(damaged_value[key]))] = any_value(draw)
         else:
-            found[key] = any_value(draw)
-    return json.dumps(found)
+            damaged_value[key] = any_value(draw)
+    return json.dumps(damaged_value)
 
 
 def any_value(draw):
@@ -82,10 +84,8 @@ def in_words(job):
 
 @pytest.mark.filterwarnings("ignore")
 def test_records(folder):
-    draw, good = (
-        random.Random(1),
-        {name: json.loads((folder / f"{name}.json").read_text()) for name in "pq"},
-    )
+    draw = random.Random(1)
+    good = {name: json.loads((folder / f"{name}.json").read_text()) for name in "pq"}
     for _ in range(50):
         for name, record in good.items():
             (folder / f"{name}.json").write_text(changed(draw, record))
@@ -98,7 +98,8 @@ def test_records(folder):
 
 @pytest.mark.filterwarnings("ignore")
 def test_indexes_of_documents(folder):
-    draw, path = random.Random(2), folder / "p.documents.parquet"
+    draw = random.Random(2)
+    path = folder / "p.documents.parquet"
     good = path.read_bytes()
     for _ in range(50):
         path.write_bytes(damaged(draw, good))
@@ -116,9 +117,9 @@ def test_lists_of_hashes(folder):
     for _ in range(300):
         data = damaged(draw, good)
         (folder / "hashes").write_bytes(data)
-        told = in_words(lambda: list(verify([folder / "p"], read_hashes(folder / "hashes"))))
+        checks = in_words(lambda: list(verify([folder / "p"], read_hashes(folder / "hashes"))))
         same = data.lower().split() == good.lower().split()
-        assert told is None or same == all(check.ok for check in told)
+        assert checks is None or same == all(check.ok for check in checks)
 
 
 def test_folders_of_datasets(folder):
@@ -130,7 +131,7 @@ def test_folders_of_datasets(folder):
     for _ in range(300):
         state = {"_data_files": [{"filename": "x.arrow"}], "_indices_data_files": None}
         (folder / "one" / "state.json").write_text(changed(draw, state))
-        found = in_words(lambda: list_files([folder / "one"])) or []
-        assert all(file.path == str(folder / "one" / "x.arrow") for file in found)
+        files = in_words(lambda: list_files([folder / "one"])) or []
+        assert all(file.path == str(folder / "one" / "x.arrow") for file in files)
         (folder / "many" / "dataset_dict.json").write_text(changed(draw, {"splits": ["../one"]}))
         assert in_words(lambda: list_files([folder / "many"])) is None

@@ -1,4 +1,4 @@
-"""Mapped files that the kernel is asked to read before they are looked at."""
+"""Mapped files whose pages are requested before they are read."""
 
 import ctypes
 import mmap
@@ -19,10 +19,10 @@ def resident(buffer):
     """Which pages of a mapped file are in memory."""
     address = buffer.view(np.uint8, len(buffer), 0).ctypes.data
     count = -(-len(buffer) // mmap.PAGESIZE)
-    found = (ctypes.c_ubyte * count)()
+    flags = (ctypes.c_ubyte * count)()
     libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(buffer)), found) == 0
-    return [i for i in range(count) if found[i] & 1]
+    assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(buffer)), flags) == 0
+    return [i for i in range(count) if flags[i] & 1]
 
 
 def forget(path):
@@ -52,7 +52,8 @@ def file(tmp_path):
 
 
 def test_just_the_pages_of_the_bytes_are_read(file):
-    buffer, page = forget(file), mmap.PAGESIZE
+    buffer = forget(file)
+    page = mmap.PAGESIZE
     buffer.read_at_random()
     buffer.fetch(20 * page - 1, 21 * page + 1)
     fetched(buffer, [19, 20, 21])
@@ -68,7 +69,8 @@ def test_across_the_border_of_shards(file, tmp_path):
     (tmp_path / "b").write_bytes(bytes(3 * mmap.PAGESIZE))
     for path in (file, tmp_path / "b"):
         forget(path)
-    both, border = MappedShards([file, tmp_path / "b"]), PAGES * mmap.PAGESIZE
+    both = MappedShards([file, tmp_path / "b"])
+    border = PAGES * mmap.PAGESIZE
     both.read_at_random()
     both.fetch(border - 10, border + 10)
     fetched(both.shards[0], [PAGES - 1])
@@ -87,7 +89,8 @@ def test_a_step_asks_for_its_rows_before_it_reads_them(tmp_path):
     reader = StepReader(rows, 4, 2, 0, 1).start()
     places = reader.locate([range(4)])
     (spans_of_rows,) = [reader.look_up(rows) for rows in places]
-    buffer, pages = rows.row_sources[0].dataset.buffer, set()
+    buffer = rows.row_sources[0].dataset.buffer
+    pages = set()
     for document, start, length in (span for spans in spans_of_rows for span in spans):
         begin = int(rows.row_sources[0].dataset.pointers[document]) + 2 * start
         pages |= set(range(begin // mmap.PAGESIZE, (begin + 2 * length - 1) // mmap.PAGESIZE + 1))

@@ -1,4 +1,4 @@
-"""The order against a slow transcription of the published algorithm, and against the closed form."""
+"""The order against a slow transcription of the published algorithm and its closed form."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ SIZES = st.lists(st.integers(0, 12), min_size=1, max_size=30)
 
 
 def as_published(sizes, documents, seq_length, num_samples, seed):
-    """gpt2_dataset.py:189-413 of GPT-NeoX, told step by step: (doc_idx, sample_idx, shuffle_idx)."""
+    """gpt2_dataset.py:189-413 of GPT-NeoX, step by step: (doc_idx, sample_idx, shuffle_idx)."""
     tokens = sum(sizes[d] for d in documents)
     epochs = 1
     while (epochs * tokens - 1) // seq_length < num_samples:
@@ -23,7 +23,9 @@ def as_published(sizes, documents, seq_length, num_samples, seed):
     doc_idx = np.array([d for _ in range(epochs) for d in documents], dtype=np.int32)
     random.shuffle(doc_idx)
     rows = (epochs * tokens - 1) // seq_length
-    sample_idx, document, offset = [(0, 0)], 0, 0
+    sample_idx = [(0, 0)]
+    document = 0
+    offset = 0
     for _ in range(rows):
         need = seq_length + 1
         while need != 0:

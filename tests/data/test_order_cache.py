@@ -1,4 +1,4 @@
-"""Kept index maps: the same rows as built ones, found by content alone, never trusted, and never in the way."""
+"""Cached index maps give the same rows, are found by content, always checked, and never fatal."""
 
 import itertools
 import multiprocessing
@@ -55,13 +55,13 @@ def only_file(folder):
 
 def test_built_once_then_mapped(cache):
     same(cache.maps(KEY, 0, lambda: MADE))
-    found = cache.maps(KEY, 0, never)
-    same(found)
-    assert isinstance(found, KeptMaps)
-    assert not found["a"].flags.owndata
-    assert not found["a"].flags.writeable
-    same(pickle.loads(pickle.dumps(found)))
-    assert len(pickle.dumps(found)) < 500
+    maps = cache.maps(KEY, 0, never)
+    same(maps)
+    assert isinstance(maps, KeptMaps)
+    assert not maps["a"].flags.owndata
+    assert not maps["a"].flags.writeable
+    same(pickle.loads(pickle.dumps(maps)))
+    assert len(pickle.dumps(maps)) < 500
     assert sorted(load_file(only_file(cache.folder))) == ["a", "b"]  # anyone can read it
 
 
@@ -153,7 +153,7 @@ def test_blends_and_workers(token_file, tmp_path, workers):
 
 
 def damaged(content):
-    """Each way in which the file can be wrong: cut, grown, and a bit of every kind of byte turned."""
+    """Each kind of damage: truncated, grown, and one flipped bit in every kind of byte."""
     yield b""
     yield content[:5]
     yield content[: len(content) // 2]
@@ -303,10 +303,10 @@ def test_a_builder_s_own_error_is_not_hidden(cache):
 
 
 def test_maps_that_went_away_while_a_run_starts_workers(cache):
-    found = cache.maps(KEY, 0, lambda: MADE)
-    packed = pickle.dumps(found)
+    maps = cache.maps(KEY, 0, lambda: MADE)
+    packed = pickle.dumps(maps)
     only_file(cache.folder).unlink()
-    same(found)  # what is open stays
+    same(maps)  # what is open stays
     with pytest.raises(DataError, match="no such file"):
         pickle.loads(packed)
 

@@ -1,4 +1,4 @@
-"""Rows out of a token file: equal to slices of the document stream, and traced to their documents."""
+"""Rows from a token file: equal to slices of the document stream, and traced to their documents."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Rows of whole documents: against GPT-NeoX's loops as they are described, and against a plain best fit."""
+"""Rows of whole documents, against a transcription of GPT-NeoX's loops and a plain best fit."""
 
 import itertools
 
@@ -24,7 +24,7 @@ SIZES = np.random.RandomState(5).randint(1, 25, 80).tolist()
 
 @pytest.fixture
 def config(token_file):
-    """config(packing, **options): the data of 80 documents of 1 to 24 tokens, counting up; rows of L + 1."""
+    """config(packing, **options) for 80 documents of 1 to 24 tokens, counting up; rows of L + 1."""
     prefix = token_file("d", SIZES)
     return lambda packing, **options: DataConfig(
         seq_length=L, train=[prefix], packing=packing, **options
@@ -40,12 +40,17 @@ def pack(config, rows, seed=3, documents=None):
 
 
 def neox_rows(kind, rows, seed, allow_chopped, masked=(), count=len(SIZES)):
-    """GPT-NeoX's rows as it serves them, (tokens there, cut or filled with -100 to L + 1); `masked` documents have no
-    target among the labels that it looks at."""
+    """GPT-NeoX's rows in served order, cut or filled with -100 to L + 1 tokens.
+
+    `masked` documents have no target among the labels that GPT-NeoX looks at.
+    """
     random = np.random.RandomState(seed)
     shuffle = np.arange(rows)
     random.shuffle(shuffle)
-    starts, chosen, running, at = [], [], 0, 0
+    starts = []
+    chosen = []
+    running = 0
+    at = 0
     turn = np.arange(count)
     if kind == "pack_until_overflow":
         random.shuffle(turn)
@@ -81,11 +86,11 @@ def neox_rows(kind, rows, seed, allow_chopped, masked=(), count=len(SIZES)):
 
 def padded(rows):
     """The rows served, -100 where nothing is there."""
-    found = []
+    padded_rows = []
     for place in range(len(rows.order.shuffle_idx)):
         filled = sum(piece.length for piece in rows.documents_of(place))
-        found.append(rows[place][:filled].tolist() + [-100] * (L + 1 - filled))
-    return found
+        padded_rows.append(rows[place][:filled].tolist() + [-100] * (L + 1 - filled))
+    return padded_rows
 
 
 @pytest.mark.parametrize("kind", ["pack_until_overflow", "unpacked"])
@@ -100,7 +105,7 @@ def test_neox_exact(config, kind, allow_chopped, seed):
 @pytest.mark.parametrize("kind", ["pack_until_overflow", "unpacked"])
 @pytest.mark.parametrize("split", [False, True])
 def test_neox_exact_leaves_out_documents_without_a_target(config, tmp_path, kind, split):
-    """Document 3 has no target, the 24 tokens of another one only as label L, from 0: pack_until_overflow sees that."""
+    """Document 3 has no target; one of 24 tokens only label L, which pack_until_overflow sees."""
     long = SIZES.index(24)
     masked = {3} | ({long} if kind == "unpacked" else set())
     labels = [np.full(size, -100) for size in SIZES]
@@ -122,7 +127,8 @@ def test_neox_exact_leaves_out_documents_without_a_target(config, tmp_path, kind
 
 def until_overflow_step_by_step(sizes, room):
     """Where rows begin, a document at a time."""
-    starts, running = [], 0
+    starts = []
+    running = 0
     for i, size in enumerate(sizes):
         if not running or running + size > room:
             starts.append(i)
@@ -147,7 +153,8 @@ def test_without_the_leak_only_that_token_goes(config, kind):
     for place in range(150):
         if kind == "pack_until_overflow" and ours.order.shuffle_idx[place] == last:
             continue
-        theirs, mine = exact.documents_of(place), ours.documents_of(place)
+        theirs = exact.documents_of(place)
+        mine = ours.documents_of(place)
         assert theirs[: len(mine)] == mine and len(theirs) <= len(mine) + 1
         leaks += len(theirs) > len(mine)
         assert all(
@@ -171,8 +178,8 @@ def test_one_pass_takes_every_document_once(config, kind):
     if kind != "best_fit":
         assert len(pieces) == 50
     short = pack(config(kind, allow_chopped=False), 0)
-    found = {piece.document for place in range(len(short)) for piece in short.documents_of(place)}
-    assert found == {i for i, size in enumerate(SIZES) if size <= L + 1}
+    used = {span.document for place in range(len(short)) for span in short.documents_of(place)}
+    assert used == {i for i, size in enumerate(SIZES) if size <= L + 1}
 
 
 def test_best_fit_loses_nothing_and_makes_every_token_a_target_once(config):
@@ -217,8 +224,10 @@ def test_what_a_row_lacks_is_no_target(config, kind, planned):
         for tokens, labels, segments, index in zip(
             batch.tokens, batch.labels, batch.segments, batch.index, strict=True
         ):
-            pieces, place = rows.train.documents_of(int(index))[1], 0
-            expected, whole = np.full(L + 1, -100), rows.train[int(index)][0]
+            pieces = rows.train.documents_of(int(index))[1]
+            whole = rows.train[int(index)][0]
+            expected = np.full(L + 1, -100)
+            place = 0
             assert tokens.tolist() == whole[:-1].tolist()
             for number, piece in enumerate(pieces):
                 stretch = slice(place, place + piece.length)

@@ -18,9 +18,12 @@ N = 40
 
 @pytest.fixture
 def files(tmp_path):
-    """Token, label and reference files of 40 pairs of 1 to 17 tokens; pair 7 has no target on one side, pair 20 none
-    before its end."""
-    random, found = np.random.RandomState(4), {}
+    """Token, label and reference files of 40 pairs of 1 to 17 tokens.
+
+    Pair 7 has no target on one side, pair 20 none before its end.
+    """
+    random = np.random.RandomState(4)
+    prefixes = {}
     for side in ("pos", "neg"):
         writers = {
             kind: IndexedDatasetWriter(tmp_path / f"{side}_{kind}", dtype)
@@ -32,7 +35,8 @@ def files(tmp_path):
             if document == 7 and side == "neg":
                 labels[:] = -100
             if document == 20:
-                labels[:L], labels[L] = -100, tokens[L]
+                labels[:L] = -100
+                labels[L] = tokens[L]
             elif document != 7:
                 labels[0] = tokens[0]
             for kind, values in (
@@ -43,8 +47,8 @@ def files(tmp_path):
                 writers[kind].add(values)
         for kind, writer in writers.items():
             writer.close()
-            found[f"{side}_{kind}"] = str(tmp_path / f"{side}_{kind}")
-    return found
+            prefixes[f"{side}_{kind}"] = str(tmp_path / f"{side}_{kind}")
+    return prefixes
 
 
 def opened(files, packing, rows=60, labels=True, refs=True, seed=5, **options):
@@ -70,7 +74,10 @@ def neox_index(files, packing, rows, seed, allow_chopped, labels):
     turn = np.arange(N)
     if not unpacked:
         random.shuffle(turn)
-    starts, chosen, running, at = [], [], 0, 0
+    starts = []
+    chosen = []
+    running = 0
+    at = 0
     while len(starts) < rows + unpacked:
         document = int(turn[at])
         at += 1
@@ -98,11 +105,11 @@ def neox_row(files, chosen, starts, k):
     for name, kind, empty in (("", "tokens", 0), ("_label", "labels", -100), ("_ref", "ref", 0)):
         for side in ("pos", "neg"):
             data = IndexedDataset(files[f"{side}_{kind}"])
-            found = np.concatenate(
+            joined = np.concatenate(
                 [data[d] for d in chosen[starts[k] : starts[k + 1]]]
                 + [data[chosen[starts[k + 1]]][:1]]
             )
-            row[side + name] = np.concatenate([found, np.full(L + 1, empty, found.dtype)])[
+            row[side + name] = np.concatenate([joined, np.full(L + 1, empty, joined.dtype)])[
                 : L + 1
             ].tolist()
     return row
@@ -122,8 +129,8 @@ def test_neox_exact(files, packing, allow_chopped, labels, rows):
         ):  # there GPT-NeoX runs past the end, and serves row k modulo its length
             k = int(shuffle[k % (rows - 1)])
         wanted = neox_row(files, chosen, starts, k)
-        found = {name: values.tolist() for name, values in pairs[place].items()}
-        assert found == {
+        row = {name: values.tolist() for name, values in pairs[place].items()}
+        assert row == {
             name: value for name, value in wanted.items() if labels or "label" not in name
         }
 
@@ -141,7 +148,8 @@ def test_without_the_leak_only_that_token_goes(files, packing):
         documents, leak = ours.documents_of(place)
         assert leak is None and exact.documents_of(place)[0] == documents
         assert 7 not in documents and (packing != "unpacked" or 20 not in documents)
-        row, theirs = ours[place], exact[place]
+        row = ours[place]
+        theirs = exact[place]
         end = min(L + 1, int(IndexedDataset(files["pos_tokens"]).sizes[documents].sum()))
         assert row["pos"][:end].tolist() == theirs["pos"][:end].tolist()
         assert not row["pos"][end:].any() and (row["pos_label"][end:] == -100).all()
@@ -201,8 +209,8 @@ def test_rewards(tmp_path, token_file, dtype):
                 writer.add(np.array(value, kind))
         return tmp_path / name
 
-    found = read_rewards(write("r", [[1], [-1], [2]]), tokens)
-    assert found.tolist() == [1.0, -1.0, 2.0] and found.dtype == np.float32
+    rewards = read_rewards(write("r", [[1], [-1], [2]]), tokens)
+    assert rewards.tolist() == [1.0, -1.0, 2.0] and rewards.dtype == np.float32
     with pytest.raises(
         DataError, match=r"few has 2 rewards for the 3 documents of .*t; make it again"
     ):

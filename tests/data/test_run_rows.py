@@ -41,10 +41,8 @@ def packed(prefix, rows, documents=None):
 def test_one_prefix_with_split_is_data_path(token_file):
     prefix = token_file("a", [20] * 50)
     rows = build(train=[prefix], split="8,2,0", eval_every=4)
-    train, valid = (
-        packed(prefix, 40, range(40)),
-        packed(prefix, (10 // 4 + 1) * 2 * 4, range(40, 50)),
-    )
+    train = packed(prefix, 40, range(40))
+    valid = packed(prefix, (10 // 4 + 1) * 2 * 4, range(40, 50))
     assert rows.epochs == [train.order.epochs]
     assert rows.tokens == [800]
     assert (rows.sources, rows.weights) == (["a"], [1.0])
@@ -56,7 +54,7 @@ def test_one_prefix_with_split_is_data_path(token_file):
 
 
 def test_one_prefix_without_split_is_a_list_of_one(token_file):
-    """As Pythia's: 1.005 times the rows, all documents, and a blend of one that wraps at its rows less one."""
+    """Pythia's case: 1.005 times the rows, all documents, one source that wraps at rows - 1."""
     prefix = token_file("a", [9] * 40)
     rows = build(train=[prefix])
     expected = packed(prefix, math.ceil(40 * 1.005))
@@ -86,7 +84,7 @@ def test_several_sources_are_blended(token_file):
 
 
 def test_places_beyond_the_end_wrap(token_file):
-    """A blend wraps at the sum of its sources' rows less one each, a source at its rows less one."""
+    """A blend wraps at the sum of its sources' periods; a source at its rows less one."""
     rows = build(train=[token_file("a", [40]), token_file("b", [40])], steps=2, batch_size=4)
     sizes = [len(pack.order.shuffle_idx) for pack in rows.train.row_sources]
     assert (sizes, len(rows.train)) == ([9, 9], 16)
@@ -101,7 +99,7 @@ def test_places_beyond_the_end_wrap(token_file):
 
 
 def test_the_smallest_run_has_rows(token_file):
-    """One row of each source is less than GPT-NeoX can blend (its size would be 0); it works here."""
+    """GPT-NeoX cannot blend single rows, because the size would be 0; Castalia can."""
     rows = build(train=[token_file("a", [9]), token_file("b", [9])], steps=1, batch_size=2)
     assert [rows.train[p][1] for p in range(2)] == [0, 1]
 
@@ -197,7 +195,8 @@ def test_token_files_of_another_tokenizer_are_refused(tmp_path):
     other = train_tokenizer(["a text of some length"], 270, tmp_path / "tokenizer.json")
     prepare([tmp_path / "a.jsonl"], tmp_path / "bytes", "bytes")
     prepare([tmp_path / "a.jsonl"], tmp_path / "trained", other)
-    one, two = str(tmp_path / "bytes"), str(tmp_path / "trained")
+    one = str(tmp_path / "bytes")
+    two = str(tmp_path / "trained")
     with pytest.raises(DataError, match=f"{two} and {one} were made with different tokenizers"):
         build(train=[one, two])
     with pytest.raises(DataError, match="different tokenizers"):

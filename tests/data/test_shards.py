@@ -1,4 +1,4 @@
-"""Shards: read in place as the whole file is, cut and joined to the same bytes, and no fault goes unseen."""
+"""Shards read in place, cut and joined to the same bytes; every fault is reported."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from castalia.data.fingerprint import contents
 from castalia.data.shards import base_of, find_shards, shard_name
 
 SIZES = [5, 0, 1, 40, 3, 200, 7, 7]
-"""263 tokens of 2 bytes: with 101-byte shards most borders cut a document, and every other one a token."""
+"""263 tokens of 2 bytes: most 101-byte shards cut a document, every other one a token."""
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ def test_bytes_are_ids():
 
 
 def test_bytes_decode_like_python_whatever_they_are():
-    tokenizer, draw = load_tokenizer("bytes"), random.Random(0)
+    tokenizer = load_tokenizer("bytes")
+    draw = random.Random(0)
     for _ in range(500):
         lead = [0xC3, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0xED, 0xA0, 0x41]
         ids = [

@@ -162,7 +162,8 @@ def test_missing_files(tmp_path):
 def test_gigatoken_is_used_where_it_agrees_and_only_there(trained):
     pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
     tokenizer, _ = trained
-    quick, slow = Encoder(tokenizer), Encoder(tokenizer, fast=False)
+    quick = Encoder(tokenizer)
+    slow = Encoder(tokenizer, fast=False)
     assert (quick.by, quick.fallback_reason, slow.by) == ("gigatoken", None, "tokenizers")
     data = [text.encode() for text in [*texts(), "a<|endoftext|>b", "long " * 1000]]
     for some in (data, data[-1:], []):

@@ -1,4 +1,4 @@
-"""Vectors computed by GPT-NeoX's own functions (numpy 2.4.6): documents, rows, shuffle and blend, number by number."""
+"""Vectors from GPT-NeoX's own functions (numpy 2.4.6): documents, rows, shuffle and blend."""
 
 import hashlib
 
@@ -10,7 +10,8 @@ from castalia.data.order import rows_per_source
 
 SMALL_SIZES = [5, 3, 7, 2, 9]
 SMALL_SAMPLE_IDX = [
-    [0, 0], [0, 4], [1, 1], [1, 5], [2, 2], [2, 6], [3, 1], [4, 2], [5, 1], [6, 3], [6, 7], [7, 2], [8, 1],
+    [0, 0], [0, 4], [1, 1], [1, 5], [2, 2], [2, 6], [3, 1], [4, 2], [5, 1], [6, 3], [6, 7], [7, 2],
+    [8, 1],
 ]  # fmt: skip
 
 
@@ -62,5 +63,5 @@ def test_blend_of_three():
 
 
 def test_pythia_asks_for_as_many_rows_as_its_index_files_say():
-    """The published names carry 147164160ns: the margin is taken even with a single path in the list."""
+    """Published names carry 147164160ns: the margin applies even to a single path in the list."""
     assert rows_per_source([1.0], 143000 * 1024) == [147164160]

@@ -81,7 +81,7 @@ def test_filters(include, exclude, left):
         (
             "worker-2",
             "",
-            "include 'worker-2': unknown host 'worker-2'; choose one of worker-0, worker-1; did you",
+            "include 'worker-2': unknown host 'worker-2'; choose one of worker-0, worker-1; did",
         ),
         ("worker-1:2", "", "worker-1 has slots 0 to 1, not 2"),
         ("worker-1:a", "", "expected host or host:0,2 joined by @, got 'worker-1:a'"),

@@ -168,6 +168,7 @@ class IndexedDataset:
         offset = operator.index(offset)
         if length is None:
             length = size - offset
+        length = operator.index(length)
         if offset < 0 or length < 0 or offset + length > size:
             raise IndexError(
                 f"tokens [{offset}, {offset + length}) of document {document} in {self.prefix},"
