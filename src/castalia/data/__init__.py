@@ -11,7 +11,7 @@ from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dty
 from castalia.data.labels import IGNORED, read_rewards
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
 from castalia.data.packed import PackedDataset
-from castalia.data.row_source import Span
+from castalia.data.row_source import DocumentSpan
 from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ __all__ = [
     "Batch",
     "BlendedRows",
     "DataConfig",
+    "DocumentSpan",
     "IndexedDataset",
     "IndexedDatasetWriter",
     "NeoxOrder",
     "PackedDataset",
     "PairwiseDataset",
     "RunRows",
-    "Span",
     "StepLoader",
     "Tokenizer",
     "best_dtype",

@@ -19,7 +19,7 @@ from castalia.data.indexed import (
     require_tokens,
     without_suffix,
 )
-from castalia.data.row_source import Span
+from castalia.data.row_source import DocumentSpan
 from castalia.data.shards import OnBytes
 from castalia.data.sidecar import close_with_record, refuse_inputs
 
@@ -86,7 +86,9 @@ def without_targets(labels: IndexedDataset, most: int) -> NDArray[np.bool_]:
     return without
 
 
-def label_row(labels: IndexedDataset, spans: Sequence[Span], length: int) -> NDArray[np.int64]:
+def label_row(
+    labels: IndexedDataset, spans: Sequence[DocumentSpan], length: int
+) -> NDArray[np.int64]:
     """The labels of the spans that make up a row, (length,); IGNORED in the padding."""
     row = np.full(length, IGNORED, np.int64)
     filled = 0

@@ -3,13 +3,13 @@
 import numpy as np
 
 from castalia.data.order import NeoxOrder
-from castalia.data.row_source import RowSource, Span
+from castalia.data.row_source import DocumentSpan, RowSource
 
 
 class PackedDataset(RowSource[NeoxOrder]):
     """Rows of the stream of all documents, cut every seq_length tokens."""
 
-    def spans(self, row: int) -> list[Span]:
+    def spans(self, row: int) -> list[DocumentSpan]:
         """From the start of row `row` in the stream through the first token of the next row."""
         order = self.order
         (first, offset), (last, end) = order.sample_idx[row : row + 2].tolist()
@@ -21,4 +21,4 @@ class PackedDataset(RowSource[NeoxOrder]):
         assert lengths.sum() == order.seq_length + 1, (row, lengths)
         starts = [offset] + [0] * (len(documents) - 1)
         fields = zip(documents.tolist(), starts, lengths.tolist(), strict=True)
-        return [Span(*span) for span in fields]
+        return [DocumentSpan(*span) for span in fields]

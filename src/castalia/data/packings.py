@@ -10,7 +10,7 @@ from castalia.data.order import NeoxOrder
 from castalia.data.order_cache import cache_of
 from castalia.data.packed import PackedDataset
 from castalia.data.packing_order import PackingOrder
-from castalia.data.row_source import RowSource, Span
+from castalia.data.row_source import DocumentSpan, RowSource
 
 
 class PaddedRows(RowSource[PackingOrder]):
@@ -18,18 +18,18 @@ class PaddedRows(RowSource[PackingOrder]):
 
     padded = True
 
-    def spans(self, row: int) -> list[Span]:
+    def spans(self, row: int) -> list[DocumentSpan]:
         """The spans laid into row `row`, and GPT-NeoX's stray token under `neox_exact`."""
         order = self.order
         start, stop = order.starts[row : row + 2].tolist()
         documents = order.documents[start:stop].tolist()
         offsets = order.maps["offsets"][start:stop].tolist()
         lengths = order.maps["lengths"][start:stop].tolist()
-        spans = [Span(*span) for span in zip(documents, offsets, lengths, strict=True)]
+        spans = [DocumentSpan(*span) for span in zip(documents, offsets, lengths, strict=True)]
         has_room = sum(lengths) < order.seq_length + 1
         if order.exact and has_room and stop < len(order.documents):
             length = min(1, int(order.maps["lengths"][stop]))
-            spans.append(Span(int(order.documents[stop]), 0, length))
+            spans.append(DocumentSpan(int(order.documents[stop]), 0, length))
         return spans
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter, without_suffix
-from castalia.data.row_source import RowSource, Span
+from castalia.data.row_source import DocumentSpan, RowSource
 from castalia.data.served import ServedRows
 from castalia.data.shards import OnBytes
 from castalia.data.sidecar import close_with_record, refuse_inputs
@@ -62,9 +62,9 @@ class ReadyRows(RowSource[FileOrder]):
     # Steps read the file from front to back, where the kernel's read-ahead is right.
     scattered = False
 
-    def spans(self, row: int) -> list[Span]:
+    def spans(self, row: int) -> list[DocumentSpan]:
         """The whole item."""
-        return [Span(row, 0, self.order.seq_length + 1)]
+        return [DocumentSpan(row, 0, self.order.seq_length + 1)]
 
 
 def ready_rows(dataset: IndexedDataset, *, seq_length: int, rows: int) -> ReadyRows:

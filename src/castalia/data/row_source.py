@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from castalia.data.indexed import IndexedDataset, require_tokens
 
 
-class Span(NamedTuple):
+class DocumentSpan(NamedTuple):
     """Part of a document: tokens [start, start + length) of document `document`."""
 
     document: int
@@ -68,7 +68,7 @@ class RowSource(ABC, Generic[Order]):
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         return self.row(self.documents_of(index))
 
-    def row(self, spans: Sequence[Span]) -> NDArray[np.int64]:
+    def row(self, spans: Sequence[DocumentSpan]) -> NDArray[np.int64]:
         """The row made of these spans, (seq_length + 1,)."""
         row = np.zeros(self.order.seq_length + 1, np.int64)
         filled = 0
@@ -77,7 +77,7 @@ class RowSource(ABC, Generic[Order]):
             filled += length
         return row
 
-    def documents_of(self, index: int) -> list[Span]:
+    def documents_of(self, index: int) -> list[DocumentSpan]:
         """The non-empty spans of documents in the row served at place `index`, in order."""
         place = operator.index(index)
         served = self.order.shuffle_idx
@@ -86,5 +86,5 @@ class RowSource(ABC, Generic[Order]):
         return [span for span in self.spans(int(served[place])) if span.length]
 
     @abstractmethod
-    def spans(self, row: int) -> list[Span]:
+    def spans(self, row: int) -> list[DocumentSpan]:
         """The spans of a row, by its number before the shuffle. Empty spans are allowed."""

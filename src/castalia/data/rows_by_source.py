@@ -13,7 +13,7 @@ from castalia.data.labels import Labels, label_file
 from castalia.data.order import select
 from castalia.data.packings import cut_into_rows
 from castalia.data.ready_rows import ready_rows
-from castalia.data.row_source import RowSource, Span
+from castalia.data.row_source import DocumentSpan, RowSource
 from castalia.data.served import ServedRows
 
 
@@ -47,7 +47,7 @@ class EmptyRows(RowSource[EmptyOrder]):
 
     scattered = False
 
-    def spans(self, row: int) -> list[Span]:
+    def spans(self, row: int) -> list[DocumentSpan]:
         """Never called: no place has a row."""
         raise AssertionError(row)
 

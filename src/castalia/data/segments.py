@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError
 from castalia.data.config import DataConfig
-from castalia.data.row_source import Span
+from castalia.data.row_source import DocumentSpan
 from castalia.data.tokenizer import load_tokenizer
 
 
@@ -23,7 +23,7 @@ class DocumentMask:
 
     eod_id: int | None = None
 
-    def segments(self, row: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.int64]:
+    def segments(self, row: NDArray[np.int64], spans: Sequence[DocumentSpan]) -> NDArray[np.int64]:
         """The number, within the row, of each token's document: row (n,) -> (n,), from 0.
 
         Padding after all spans is a document of its own. A document that follows itself counts

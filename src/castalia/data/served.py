@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from castalia.data.blending import blend_maps
 from castalia.data.labels import Labels
 from castalia.data.order_cache import IndexMaps, OrderCache
-from castalia.data.row_source import RowSource, Span
+from castalia.data.row_source import DocumentSpan, RowSource
 
 
 class ServedRows(ABC):
@@ -33,7 +33,7 @@ class ServedRows(ABC):
         source, place = self.locate(index)
         return self.row_sources[source][place], source, int(index)
 
-    def documents_of(self, index: int) -> tuple[int, list[Span]]:
+    def documents_of(self, index: int) -> tuple[int, list[DocumentSpan]]:
         """Source of the row served at place `index`, and the spans of its documents."""
         source, place = self.locate(index)
         return source, self.row_sources[source].documents_of(place)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.labels import label_row
-from castalia.data.row_source import Span
+from castalia.data.row_source import DocumentSpan
 from castalia.data.rows_by_source import RowPlaces
 from castalia.data.segments import DocumentMask
 from castalia.data.served import ServedRows
@@ -102,7 +102,7 @@ class StepReader:
             located.append(RowPlaces(pairs[:, 0], pairs[:, 1]))
         return located
 
-    def look_up(self, rows: RowPlaces) -> list[list[Span]]:
+    def look_up(self, rows: RowPlaces) -> list[list[DocumentSpan]]:
         """The spans of each row; starts reading them from disk where rows are scattered."""
         labels = self.rows.labels
         spans_of_rows = []
@@ -119,7 +119,7 @@ class StepReader:
         return spans_of_rows
 
     def micro_batch(
-        self, index: range, located: RowPlaces, spans_of_rows: Sequence[Sequence[Span]]
+        self, index: range, located: RowPlaces, spans_of_rows: Sequence[Sequence[DocumentSpan]]
     ) -> MicroRows:
         """The rows of one micro-batch, at the places `index`, made of these spans."""
         if not index:
@@ -163,7 +163,7 @@ class StepReader:
         self,
         rows: NDArray[np.int64],
         numbers: Sequence[int],
-        spans_of_rows: Sequence[Sequence[Span]],
+        spans_of_rows: Sequence[Sequence[DocumentSpan]],
     ) -> NDArray[np.int64] | None:
         """The labels of rows of the sources `numbers`; None without label files.
 
@@ -190,7 +190,7 @@ class StepReader:
         self,
         rows: NDArray[np.int64],
         numbers: Sequence[int],
-        spans_of_rows: Sequence[Sequence[Span]],
+        spans_of_rows: Sequence[Sequence[DocumentSpan]],
         vocab_size: int,
     ) -> None:
         """Check that every id is in the vocabulary.
