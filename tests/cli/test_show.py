@@ -119,6 +119,14 @@ def test_a_mistake_is_one_message_and_a_non_zero_exit():
     assert "Traceback" not in done.stderr
 
 
+def test_an_override_with_dashes_gets_the_right_form(command):
+    code, out, err = command("show", "debug", "--train.steps=5")
+    assert (code, out) == (2, "")
+    assert err == (
+        "castalia: error: --train.steps=5: write overrides without dashes: train.steps=5\n"
+    )
+
+
 def test_the_commands_of_the_page_on_configs_work():
     page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()
     commands = [line.split() for line in page.split("```\n")[1].splitlines()]

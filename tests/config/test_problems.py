@@ -3,12 +3,13 @@
 from typing import Annotated, Literal
 
 import pytest
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from castalia.config import Config, build
 from castalia.config.base import check
 from castalia.config.fields import leaves
 from castalia.config.kinds import Kind
+from castalia.config.problems import ProblemsError
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
 from castalia.train.config import RunConfig
@@ -145,6 +146,26 @@ def test_a_wrong_value_is_one_sentence(values, text):
 )  # fmt: skip
 def test_a_wrong_key_gets_the_right_hint(values, text):
     assert problems(**values) == [text]
+
+
+def test_a_rule_over_sections_may_report_several_problems():
+    class Rules(Config):
+        low: int = 0
+        high: int = 1
+
+        @model_validator(mode="after")
+        def check(self):
+            raise ProblemsError(["low is above high", "high is odd; make it even"])
+
+    class Holder(Config):
+        rules: Rules = Rules.model_construct()
+
+    assert [p.text for p in check(Rules, {})[1]] == [
+        "low is above high",
+        "high is odd; make it even",
+    ]
+    texts = [p.text for p in check(Holder, {"rules": {"low": 3}})[1]]
+    assert texts == ["rules: low is above high", "rules: high is odd; make it even"]
 
 
 FOREIGN = (

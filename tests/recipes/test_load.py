@@ -84,9 +84,16 @@ def test_a_file_without_a_recipe_must_be_whole(tmp_path):
 
 def test_unknown_preset_gets_the_nearest_and_the_list():
     text = message_of("pythia-70")
-    assert "unknown preset or config file 'pythia-70'; did you mean 'pythia-70m'?" in text
-    assert all(name in text for name in preset_names())
-    assert message_of("zzzz").startswith("unknown preset or config file 'zzzz'. Presets: debug, ")
+    assert text == "unknown preset or config file 'pythia-70'; did you mean 'pythia-70m'?"
+    text = message_of("zzzz")
+    assert text.startswith("unknown preset or config file 'zzzz'; presets: debug, demo, pythia-14m")
+    assert all(name.removesuffix("-deduped") in text for name in preset_names())
+    assert text.endswith("pythia-12b; each pythia also with -deduped")
+
+
+def test_spaces_around_an_equals_sign():
+    text = message_of("debug", "train.steps", "=", "5")
+    assert text == "write an override as one word, a.b=c, without spaces around the ="
 
 
 def test_a_word_too_long_for_a_file_name():

@@ -1,6 +1,7 @@
 """`Verbs`: a typer app whose help reads as it is written: whole paragraphs, plain usage lines."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,18 @@ class Command(TyperCommand):
             # typer shows <bool> beside every flag, which says nothing that the flag does not.
             if getattr(param, "is_flag", False) and param.metavar is None:
                 param.metavar = ""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse `--train.steps=5`, which users of other libraries type, in words that help.
+
+        Raises  ConfigError. No option of ours has a dot in its name.
+        """
+        from castalia.core.errors import ConfigError
+
+        for word in args:
+            if re.match(r"--[a-z_]+\.[\w.]+", word):
+                raise ConfigError(f"{word}: write overrides without dashes: {word.lstrip('-')}")
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`[OPTIONS] CONFIG... [a.b=c ...]`: typer puts braces around metavars of our own."""

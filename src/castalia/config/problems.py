@@ -67,6 +67,14 @@ LIMITS = {
 """Pydantic's error types about a value of the right kind that is out of bounds."""
 
 
+class ProblemsError(ValueError):
+    """Raised by a validator that found several problems; each is reported as a line of its own."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
 class Problem(NamedTuple):
     """One fault of a config."""
 
@@ -83,7 +91,10 @@ class Problem(NamedTuple):
 def problems_of(
     root: type[BaseModel], errors: Sequence[ErrorDetails], values: Any
 ) -> list[Problem]:
-    """One problem a key out of pydantic's errors about `values`, in pydantic's order."""
+    """The problems behind pydantic's errors about `values`, in pydantic's order.
+
+    A key has one problem, except where a validator of ours raises ProblemsError.
+    """
     groups: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for item in errors:
         groups.setdefault(path_of(item, values), []).append(item)
@@ -93,7 +104,14 @@ def problems_of(
         # A mapping with a faulty value is also "not text" to a union; the value's line is enough.
         if path in parents and all(item["type"] in EXPECTED for item in items):
             continue
-        problems.append(problem_at(root, list(path), items, values))
+        cause = items[0].get("ctx", {}).get("error")
+        if isinstance(cause, ProblemsError):
+            key = ".".join(path)
+            problems += [
+                Problem(key, f"{key}: {text}".removeprefix(": ")) for text in cause.problems
+            ]
+        else:
+            problems.append(problem_at(root, list(path), items, values))
     return problems
 
 

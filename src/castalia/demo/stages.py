@@ -240,9 +240,9 @@ def run_demo(
 
     Raises  ConfigError if the overrides are wrong or name other data; the errors of the stages.
     """
-    resolved = resolve(
-        ["demo", f"output={output}", *overrides, *choose_precision(output, overrides, say)]
-    )
+    words = ["demo", f"output={output}", *overrides]
+    resolve(words)  # wrong overrides are reported before the machine is timed
+    resolved = resolve([*words, *choose_precision(output, overrides, say)])
     if resolved.config.data.train or resolved.config.data.corpus is None:
         raise ConfigError(
             "the demo trains on the corpus that it builds; for your own text use castalia train"

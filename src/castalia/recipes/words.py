@@ -28,6 +28,8 @@ def sort_words(words: Sequence[str]) -> Words:
 
     Raises  ConfigError naming every word of no kind, a second preset, or the lack of a base.
     """
+    if "=" in words:
+        raise ConfigError("write an override as one word, a.b=c, without spaces around the =")
     kinds = Words()
     problems = []
     for word in words:
@@ -44,10 +46,7 @@ def sort_words(words: Sequence[str]) -> Words:
         given = ", ".join(kinds.presets)
         problems.append(f"a config has one preset, got {len(kinds.presets)}: {given}")
     if not kinds.presets and not kinds.files and not problems:
-        problems.append(
-            "name a preset, a YAML file or a run's folder first;"
-            f" presets: {', '.join(preset_names())}"
-        )
+        problems.append(f"name a preset, a YAML file or a run's folder first; {preset_menu()}")
     if problems:
         raise ConfigError("; ".join(problems))
     return kinds
@@ -75,5 +74,11 @@ def unknown_word(word: str) -> str:
         return f"no run folder or config file {word}"
     if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word):
         return f"{word!r} needs a value: {word}=VALUE"
-    hint = nearest(word, PRESETS) or "."
-    return f"unknown preset or config file {word!r}{hint} Presets: {', '.join(preset_names())}"
+    hint = nearest(word, PRESETS) or f"; {preset_menu()}"
+    return f"unknown preset or config file {word!r}{hint}"
+
+
+def preset_menu() -> str:
+    """The presets in a line; those for the deduplicated Pile are left to a remark."""
+    names = [name for name in preset_names() if not name.endswith("-deduped")]
+    return f"presets: {', '.join(names)}; each pythia also with -deduped"

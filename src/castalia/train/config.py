@@ -18,6 +18,7 @@ from castalia.checkpoint.policy import SavePolicy
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
 from castalia.config.kinds import Kind
+from castalia.config.problems import ProblemsError
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
@@ -204,7 +205,7 @@ class RunConfig(Config):
             )
         problems += layout_problems(self.model, self.data.seq_length, self.parallel)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ProblemsError(problems)
         return self
 
     @property
