@@ -1,14 +1,17 @@
-"""What many processes gain and cost: scaling, memory, pipelines, saving in the background.
+"""Gain and cost of several ranks: scaling, memory, pipelines, background saves.
 
-    python benchmarks/distributed.py [--quick] [--shape 14m] [--seq 512] [--rows 8] [--gpu] [--json FILE]
+    python benchmarks/distributed.py [--quick] [--shape 14m] [--seq 512] [--rows 8] [--gpu]
+                                     [--json FILE]
 
-On a CPU, engines of one thread a process train the same batch, so that two processes have two cores and one has one;
-one process of two threads is the other way to use both. They step in turn, so that what disturbs the machine disturbs
-all. Ratios are taken round by round; spreads are quartiles. Memory is the highest resident size of a process above
-what the imports take, the largest over an engine's processes. A save in the background stalls the loop while the state
-is copied; its share is of a save that the loop waits for, taken in turn with it.
+On a CPU, engines with one thread per rank train the same batch, so two ranks have two cores and one
+has one. One rank with two threads is the other way to use both cores. Engines step in turn, so that
+disturbances of the machine affect all alike. Ratios are taken round by round; spreads are
+quartiles. Memory is the peak resident size of a rank above that after the imports, the largest over
+an engine's ranks. A background save stalls the loop while the state is copied. Its share refers to
+a synchronous save, measured in turn with it.
 
-With --gpu, one GPU: FSDP2 on a mesh of one process against the plain model, both compiled, bf16, Pythia-410M.
+With --gpu, on one GPU: FSDP2 on a mesh of one rank against the plain model, both compiled, bf16,
+Pythia-410M.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +75,7 @@ COMPARED = {
     "speed of two threads, against one process": ("1 process", "1 process, 2 threads"),
     "time of FSDP2 on one process, against plain": ("FSDP2 alone", "1 process"),
 }
-"""Words to the engines whose times are divided, the first by the second."""
+"""Description -> the engines whose times are divided, the first by the second."""
 
 
 def main() -> None:
@@ -86,6 +90,7 @@ def main() -> None:
             name: Engine(name, engine, base, Path(folder), options)
             for name, engine in engines.items()
         }
+        # Allocators and compiled code settle first.
         for _ in range(options.warmup):
             for engine in running.values():
                 engine.step()
@@ -97,7 +102,7 @@ def main() -> None:
         saves = measure_saves(running["1 process"], options.rounds)
         for engine in running.values():
             engine.stop()
-    found = {
+    result = {
         "shape": options.shape,
         "rows": options.rows,
         "seq": options.seq,
@@ -110,10 +115,10 @@ def main() -> None:
         },
         "save": saves,
     }
-    print_table(found, options.rows * options.seq)
+    print_table(result, options.rows * options.seq)
     machine["load_at_end"] = round(os.getloadavg()[0], 2)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine, **found}, indent=1) + "\n")
+    options.json.write_text(json.dumps({"machine": machine, **result}, indent=1) + "\n")
 
 
 def read_options() -> argparse.Namespace:
@@ -125,12 +130,17 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--shape", help="a Pythia size, for instance 14m")
     parser.add_argument("--seq", type=int, help="tokens in a row")
-    parser.add_argument("--rows", type=int, default=8, help="rows in a step, over all processes")
+    parser.add_argument("--rows", type=int, default=8, help="rows in a step, over all ranks")
     parser.add_argument("--rounds", type=int, help="timed steps of each engine")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     options = parser.parse_args()
     options.shape = options.shape or ("410m" if options.gpu else "14m")
-    options.seq = options.seq or (2048 if options.gpu else 128 if options.quick else 512)
+    if options.seq is None:
+        options.seq = 512
+        if options.gpu:
+            options.seq = 2048
+        elif options.quick:
+            options.seq = 128
     options.rounds = options.rounds or (3 if options.quick else 15)
     options.warmup = 1 if options.quick else 3
     name = "distributed-gpu.json" if options.gpu else "distributed.json"
@@ -141,8 +151,9 @@ def read_options() -> argparse.Namespace:
 
 
 def base_options(options: argparse.Namespace, folder: Path) -> list[str]:
-    """The config of every engine; its data are random tokens."""
+    """The config shared by all engines; the data are random tokens."""
     random = np.random.default_rng(0)
+    # Random tokens cost as much as text; no corpus is needed.
     with IndexedDatasetWriter(folder / "tokens", "uint16") as writer:
         for _ in range(64):
             writer.add(random.integers(0, 50000, 4096))
@@ -160,12 +171,13 @@ def base_options(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 class Engine:
-    """The processes of one engine, which do the same at a word."""
+    """The ranks of one engine, which all execute the same word."""
 
     def __init__(
         self, name: str, engine: dict[str, Any], base: list[str], folder: Path, options: Any
     ) -> None:
-        self.name, size = name, engine["processes"]
+        self.name = name
+        size = engine["processes"]
         chosen = [text.format(micro=max(1, options.rows // 4)) for text in engine["options"]]
         case = {
             "options": [*base, *chosen, f"output={folder / name.replace(' ', '-')}"],
@@ -195,48 +207,49 @@ class Engine:
         )
 
     def answers(self) -> list[Any]:
-        """A line of each process; if one died, its last words."""
-        found = []
+        """One line of each rank; if one died, exit with the end of the log."""
+        lines = []
         for process in self.processes:
             assert process.stdout is not None
             if not (line := process.stdout.readline()):
                 self.log.seek(0)
                 raise SystemExit(f"{self.name} stopped: {self.log.read()[-2000:]}")
-            found.append(json.loads(line))
-        return found
+            lines.append(json.loads(line))
+        return lines
 
     def ask(self, word: str) -> list[Any]:
-        """Send a word to all processes and wait for all."""
+        """Send a word to all ranks and wait for all answers."""
         self.tell(word)
         return self.answers()
 
     def tell(self, word: str) -> None:
-        """Send a word to all processes."""
+        """Send a word to all ranks."""
         for process in self.processes:
             assert process.stdin is not None
             print(word, file=process.stdin, flush=True)
 
     def step(self) -> float:
-        """Seconds of one step; its slowest process counts."""
+        """Seconds of one step on its slowest rank."""
         return max(self.ask("step"))
 
     def stop(self) -> None:
-        """End all processes."""
+        """End all ranks."""
         self.tell("stop")
         for process in self.processes:
             process.wait()
 
 
 def measure_saves(engine: Engine, rounds: int) -> dict[str, dict[str, float]]:
-    """Stall of a save in the background as a share of one that is waited for, in turn; and both in seconds."""
+    """Stall of a background save as a share of a synchronous one, and both in seconds."""
     answers: dict[str, list[dict[str, float]]] = {"save": [], "save_behind": []}
-    engine.ask("save_behind")  # its memory for copies is kept from here on
+    # The first background save allocates the memory for copies, which is kept.
+    engine.ask("save_behind")
 
     def ask(word: str) -> float:
         answers[word] += engine.ask(word)
         return answers[word][-1]["stall"]
 
-    stalls = in_turn({word: (lambda word=word: ask(word)) for word in answers}, rounds)  # type: ignore[misc]
+    stalls = in_turn({word: partial(ask, word) for word in answers}, rounds)
     return {
         "stall_share": ratio(stalls["save_behind"], stalls["save"]),
         "synchronous_seconds": summary(stalls["save"]),
@@ -245,28 +258,30 @@ def measure_saves(engine: Engine, rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def print_table(found: dict[str, Any], tokens: int) -> None:
+def print_table(result: dict[str, Any], tokens: int) -> None:
     """Times and memory by engine, then the ratios."""
-    print(f"\nPythia-{found['shape']}, {found['rows']} x {found['seq']} tokens a step")
-    print(f"{'engine':<34}{'ms a step':>11}{'spread':>16}{'tokens/s':>10}{'peak MB a process':>19}")
-    for name, time in found["seconds"].items():
+    print(f"\nPythia-{result['shape']}, {result['rows']} x {result['seq']} tokens a step")
+    print(f"{'engine':<34}{'ms a step':>11}{'spread':>16}{'tokens/s':>10}{'peak MB a rank':>19}")
+    for name, time in result["seconds"].items():
         low, middle, high = (time[key] * 1e3 for key in ("low", "median", "high"))
-        peak = found["peak_bytes"][name] / 1e6
+        peak = result["peak_bytes"][name] / 1e6
         print(
-            f"{name:<34}{middle:>11.1f}{low:>8.1f}..{high:<6.1f}{tokens / time['median']:>10,.0f}{peak:>19,.0f}"
+            f"{name:<34}{middle:>11.1f}{low:>8.1f}..{high:<6.1f}{tokens / time['median']:>10,.0f}"
+            f"{peak:>19,.0f}"
         )
-    for words, r in found["ratios"].items():
+    for words, r in result["ratios"].items():
         print(f"{words + ':':<60}{r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f})")
-    memory = found["peak_bytes"]
+    memory = result["peak_bytes"]
     if "replicas, 2 processes" in memory:
         share = memory["FSDP2, 2 processes"] / memory["replicas, 2 processes"]
-        print(f"peak memory of a process, FSDP2 against replicas: {share:.2f}")
-    save = found["save"]
+        print(f"peak memory of a rank, FSDP2 against replicas: {share:.2f}")
+    save = result["save"]
     share = save["stall_share"]
     print(
-        f"a save in the background stalls for {save['stall_seconds']['median'] * 1e3:.0f} ms, {share['median']:.1%}"
-        f" ({share['low']:.1%}..{share['high']:.1%}) of the {save['synchronous_seconds']['median'] * 1e3:.0f} ms of one"
-        f" that is waited for; it is done after {save['background_seconds']['median'] * 1e3:.0f} ms"
+        f"a background save stalls for {save['stall_seconds']['median'] * 1e3:.0f} ms,"
+        f" {share['median']:.1%} ({share['low']:.1%}..{share['high']:.1%}) of the"
+        f" {save['synchronous_seconds']['median'] * 1e3:.0f} ms of a synchronous one;"
+        f" it is complete after {save['background_seconds']['median'] * 1e3:.0f} ms"
     )
 
 

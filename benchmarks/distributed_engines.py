@@ -1,9 +1,10 @@
-"""One process of an engine of benchmarks/distributed.py: a trainer that does one thing for each word on stdin.
+"""One rank of an engine of benchmarks/distributed.py: a trainer driven by words on stdin.
 
     distributed_engines.py '{"options": [...], "threads": 1, "sharded_alone": false}'
 
-Words: `step` (seconds of one step), `save` and `save_behind` (seconds until training could go on, and until the
-checkpoint existed), `memory` (bytes above what the imports take, at the highest and now), `stop`.
+Words: `step` (seconds of one step), `save` and `save_behind` (seconds until training can continue,
+and until the checkpoint exists), `memory` (bytes above those after the imports, at the peak and
+now), `stop`.
 """
 
 import json
@@ -21,23 +22,23 @@ from castalia.train.trainer import Trainer
 
 
 class Engine:
-    """A trainer, its batches, and the next step that a checkpoint is saved as."""
+    """A trainer, its batches, and the number of the last checkpoint."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         torch.set_num_threads(case["threads"])
         config = load_config(case["options"])
         self.at_import = resident_bytes()
-        world = (
-            sharded_alone(config.device)
-            if case["sharded_alone"]
-            else World.start(config.parallel, config.device)
-        )
-        self.trainer, self.saved = Trainer(config, world), 0
+        if case["sharded_alone"]:
+            world = sharded_alone(config.device)
+        else:
+            world = World.start(config.parallel, config.device)
+        self.trainer = Trainer(config, world)
+        self.saved = 0
         self.device = world.device
         self.batches = self.trainer.batches(self.trainer.rows.train, 0)
 
     def step(self) -> float:
-        """Seconds of one step, the wait for its rows included."""
+        """Seconds of one step, including the wait for its rows."""
         return seconds(lambda: self.trainer.take_step(next(self.batches)), self.device.type)
 
     def save(self, behind: bool = False) -> dict[str, float]:
@@ -50,11 +51,11 @@ class Engine:
         return {"stall": stalled, "total": time.perf_counter() - began}
 
     def save_behind(self) -> dict[str, float]:
-        """The same in the background."""
+        """A save in the background."""
         return self.save(behind=True)
 
     def memory(self) -> dict[str, int]:
-        """Bytes of this process: on a GPU those that torch holds, else resident ones above the imports."""
+        """Bytes of this rank: torch's on a GPU, else the resident size above the imports."""
         if self.device.type == "cuda":
             return {"peak": torch.cuda.max_memory_allocated(), "now": torch.cuda.memory_allocated()}
         return {
@@ -64,7 +65,7 @@ class Engine:
 
 
 def sharded_alone(device: str) -> World:
-    """A process group and a mesh of one process: FSDP2 does all its work and has nobody to share it with."""
+    """A process group and a mesh of one rank, which shows the overhead of FSDP2 itself."""
     kind = "cuda" if device == "cuda" else "cpu"
     store = dist.HashStore()
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", store=store, rank=0, world_size=1)
@@ -75,7 +76,8 @@ def sharded_alone(device: str) -> World:
 def main() -> None:
     """Answer each word with a line of JSON."""
     answers = sys.stdout
-    sys.stdout = sys.stderr  # what a run prints is no answer
+    # Prints of a run go to stderr, so that stdout holds answers alone.
+    sys.stdout = sys.stderr
     engine = Engine(json.loads(sys.argv[1]))
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:

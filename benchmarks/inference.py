@@ -1,13 +1,15 @@
-"""Decoding and scoring of Pythia's shapes on a CPU: native beside transformers, CTranslate2, llama.cpp and OpenVINO.
+"""Decoding and scoring of Pythia's shapes on a CPU, against other engines.
 
-    python benchmarks/inference.py                       # 70M and 160M, batch 1 and 8; run it alone on the machine
+    python benchmarks/inference.py      # 70M and 160M, batch 1 and 8; run it on an idle machine
     python benchmarks/inference.py --sizes tiny --rounds 2 --new 8
 
-Weights are random and the same for all. Every engine lives in a process of its own, which stays; in each round all
-engines take their turn. Decoding: prompts of 32 random tokens, 128 new ones, greedy, no end of document. Memory is the
-highest resident set minus that after the imports. The share of the memory limit is bytes of weights that a token reads
-times tokens a second of one row, over the bandwidth measured in the same round at that working set. CTranslate2 and
-llama.cpp get the number of threads that is fastest for them. Goals are ratios of medians, printed at the end.
+Compares the native engine with transformers, CTranslate2, llama.cpp and OpenVINO. Weights are
+random and the same for all. Every engine has a process of its own, and all engines take their turn
+in each round. Decoding: prompts of 32 random tokens, 128 new tokens, greedy, without an end of
+document. Memory is the peak resident size minus that after the imports. The share of the memory
+limit is the bytes of weights that a token reads times the steps a second, over the bandwidth
+measured in the same round for that working set. CTranslate2 and llama.cpp use the number of
+threads that suits them best. Goals are ratios of medians, printed at the end.
 """
 
 import argparse
@@ -16,17 +18,17 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, in_turn, ratio, resident_bytes, seconds, summary
+from machine import describe, in_turn, ratio, seconds, summary
 
 SHAPES = {"70m": (6, 512, 8), "160m": (12, 768, 12), "410m": (24, 1024, 16), "tiny": (2, 64, 4)}
-"""Layers, width, heads of Biderman et al. 2023, arXiv:2304.01373, table 1."""
-VOCABULARY, TINY_VOCABULARY = 50277, 1000
+"""Layers, width, heads from Biderman et al. 2023, arXiv:2304.01373, table 1."""
+VOCABULARY = 50277
+TINY_VOCABULARY = 1000
 SCORED = 2048
 RESULTS = Path(__file__).parent / "results"
 EXPORTS = {
@@ -42,7 +44,7 @@ EXPORTS = {
     "native int8": ("native", "int8"),
     "native int4": ("native", "int4"),
 }
-"""Engines, and the export that each reads."""
+"""Engine -> format and numbers of the export that it reads."""
 NEEDS = {
     "ct2": "ctranslate2",
     "openvino": "openvino",
@@ -59,7 +61,7 @@ SCORERS = (
     "native fp32",
     "native int8",
 )
-"""Engines that score; `native int8` is dtype=auto, which scores in bf16."""
+"""Engines that score; `native int8` stands for dtype=auto, which scores in bf16."""
 GOALS = [
     ("native int8", "ct2 int8", 1, 3.5),
     ("native int8", "llama.cpp Q8_0", 1, 1.2),
@@ -67,198 +69,15 @@ GOALS = [
     ("native int4", "llama.cpp Q4_0", 1, 1.0),
     ("native int4", "llama.cpp Q4_0", 8, 1.0),
 ]
-"""Ours, theirs, batch, the ratio of tokens a second that is wanted."""
-
-
-# ------------------------------------------------------------------------------------------- the process of one engine
-
-
-class Transformers:
-    """Hugging Face transformers as it generates out of the box."""
-
-    def __init__(self, folder: str, numbers: str) -> None:
-        import transformers
-
-        self.ready = resident_bytes()
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[numbers]
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-    @torch.inference_mode()
-    def decode(self, prompts: list[list[int]], new: int) -> None:
-        """`new` tokens for each prompt."""
-        ids = torch.tensor(prompts)
-        options = {
-            "max_new_tokens": new,
-            "min_new_tokens": new,
-            "do_sample": False,
-            "pad_token_id": 0,
-        }
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        assert out.shape[1] == ids.shape[1] + new
-
-    @torch.inference_mode()
-    def score(self, ids: list[int]) -> float:
-        """Sum of log-probabilities, as lm-evaluation-harness computes it."""
-        tokens = torch.tensor([ids])
-        logprobs = self.model(tokens).logits[0, :-1].float().log_softmax(-1)
-        return logprobs.gather(1, tokens[0, 1:, None]).sum().item()
-
-
-class Ct2:
-    """CTranslate2 with the fastest number of threads."""
-
-    def __init__(self, folder: str, numbers: str) -> None:
-        import ctranslate2
-
-        self.ready = resident_bytes()
-        self.names = json.loads((Path(folder) / "vocabulary.json").read_text())
-        cores = torch.get_num_threads()
-        found = {}
-        for threads in sorted({1, cores}):
-            self.model = ctranslate2.Generator(
-                folder, device="cpu", compute_type=numbers, intra_threads=threads
-            )
-            self.decode([[5] * 32], 4)
-            found[threads] = min(seconds(lambda: self.decode([[5] * 32], 16)) for _ in range(3))
-        self.threads = min(found, key=lambda threads: found[threads])
-        self.model = ctranslate2.Generator(
-            folder, device="cpu", compute_type=numbers, intra_threads=self.threads
-        )
-
-    def decode(self, prompts: list[list[int]], new: int) -> None:
-        """`new` tokens for each prompt."""
-        made = self.model.generate_batch(
-            [[self.names[i] for i in ids] for ids in prompts],
-            max_length=new,
-            min_length=new,
-            include_prompt_in_result=False,
-            sampling_topk=1,
-        )
-        assert all(len(row.sequences_ids[0]) == new for row in made)
-
-    def score(self, ids: list[int]) -> float:
-        """Sum of log-probabilities."""
-        (found,) = self.model.score_batch([[self.names[i] for i in ids]], max_input_length=0)
-        return float(sum(found.log_probs))
-
-
-class OpenVino:
-    """OpenVINO over our graph, all rows in one request; what a row gives is chosen here."""
-
-    def __init__(self, folder: str, numbers: str) -> None:
-        import openvino.op.util
-
-        import castalia
-        from castalia.inference import loading, openvino_engine
-
-        self.ready = resident_bytes()
-        assert loading and openvino.op.util
-        self.engine = castalia.load(folder, engine="openvino", dtype=numbers).engine
-        self.read = openvino_engine.read
-
-    def decode(self, prompts: list[list[int]], new: int) -> None:
-        """`new` tokens for each prompt."""
-        request, rows, known = self.engine.compiled.create_infer_request(), prompts, 0
-        for _ in range(new):
-            logits = self.read(request, rows, known, [len(rows[0]) - 1])[
-                :, 0, : self.engine.config.vocab_size
-            ]
-            known += len(rows[0])
-            rows = logits.numpy().argmax(1)[:, None].tolist()
-
-    def score(self, ids: list[int]) -> float:
-        """Sum of log-probabilities."""
-        return float(self.engine.logprobs(ids).sum())
-
-
-class Ours:
-    """An engine of ours: native, or llama.cpp through our adapter, which calls its C functions directly."""
-
-    def __init__(self, folder: str, numbers: str) -> None:
-        import castalia
-        from castalia.inference import loading
-
-        if "gguf" in folder:
-            from castalia.inference.llama_cpp import llama
-
-            llama()
-        self.ready = resident_bytes()
-        assert loading
-        self.model = castalia.load(folder)
-        self.engine = self.model.engine
-        self.threads = torch.get_num_threads()
-        if "gguf" in folder:
-            self.choose_threads()
-
-    def choose_threads(self) -> None:
-        """The fastest number for llama.cpp."""
-        found = {}
-        for threads in sorted({1, self.threads}):
-            torch.set_num_threads(threads)
-            self.decode([[5] * 32], 4)
-            found[threads] = min(seconds(lambda: self.decode([[5] * 32], 16)) for _ in range(3))
-        self.threads = min(found, key=lambda threads: found[threads])
-        torch.set_num_threads(self.threads)
-
-    def decode(self, prompts: list[list[int]], new: int) -> None:
-        """`new` tokens for each prompt."""
-        from castalia.inference.batching import decode_texts
-        from castalia.inference.decoding import begin
-        from castalia.inference.sampling import Sampling
-
-        options = {"max_new_tokens": new, "limit": 2048, "eod_id": None, "decode": lambda ids: ""}
-        rows = [begin(ids, **options) for ids in prompts]
-        for _ in decode_texts(self.engine, rows, Sampling()):
-            pass
-        assert all(len(row.tokens) == new for row in rows)
-
-    def score(self, ids: list[int]) -> float:
-        """Sum of log-probabilities."""
-        return float(self.engine.logprobs(ids).sum())
-
-
-def serve(engine: str, folder: str, threads: int) -> None:
-    """Answer the requests of the parent, one JSON object a line."""
-    torch.set_num_threads(threads)
-    family, numbers = engine.split()
-    made: Any = {"transformers": Transformers, "ct2": Ct2, "openvino": OpenVino}.get(family, Ours)(
-        folder, numbers
-    )
-    print(
-        json.dumps(
-            {"loaded": resident_bytes() - made.ready, "threads": getattr(made, "threads", threads)}
-        ),
-        flush=True,
-    )
-    for line in sys.stdin:
-        asked = json.loads(line)
-        answer: dict[str, Any] = {}
-        if "prompts" in asked:
-            answer["seconds"] = seconds(
-                lambda asked=asked: made.decode(asked["prompts"], asked["new"])
-            )
-        else:
-            start = time.perf_counter()
-            answer["sum"] = made.score(asked["ids"])
-            answer["seconds"] = time.perf_counter() - start
-        answer["peak"] = resident_bytes("VmHWM") - made.ready
-        print(json.dumps(answer), flush=True)
+"""Castalia's engine, the other, batch, required ratio of tokens a second."""
 
 
 class Worker:
-    """The process of one engine, seen from the parent."""
+    """The process of one engine, as seen from the parent."""
 
     def __init__(self, engine: str, folder: Path, threads: int) -> None:
-        command = [
-            sys.executable,
-            __file__,
-            "--worker",
-            engine,
-            "--folder",
-            str(folder),
-            "--threads",
-            str(threads),
-        ]
+        script = Path(__file__).with_name("inference_engines.py")
+        command = [sys.executable, str(script), engine, str(folder), str(threads)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -266,25 +85,26 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        self.engine, self.peak = engine, 0
+        self.engine = engine
+        self.peak = 0
         self.hello = self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """The next line of JSON; libraries may print others."""
+        """The next line of JSON; other lines are prints of libraries."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
-        raise RuntimeError(f"the process of {self.engine} ended")
+        raise RuntimeError(f"the process of {self.engine} exited")
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """One request."""
+        """Send one request and wait for its answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        found = self.answer()
-        self.peak = max(self.peak, found["peak"])
-        return found
+        answer = self.answer()
+        self.peak = max(self.peak, answer["peak"])
+        return answer
 
     def close(self) -> None:
         """End the process."""
@@ -293,11 +113,8 @@ class Worker:
         self.process.wait(30)
 
 
-# ----------------------------------------------------------------------------------------------------------- the parent
-
-
 def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]:
-    """Random weights of a shape as a Hugging Face folder, and every export that the engines read."""
+    """Write random weights of a shape as a Hugging Face folder, and the exports of the engines."""
     from tokenizers import Tokenizer, models
 
     from castalia.checkpoint.hf import write_hf
@@ -330,7 +147,7 @@ def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of an export's weights on the disk."""
+    """Size of an export's weights on disk."""
     endings = (".safetensors", ".bin", ".gguf")
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in endings)
 
@@ -339,15 +156,14 @@ def token_bytes(size: str, engine: str) -> float:
     """Bytes of weights that one token reads: all matrices but the input embedding."""
     layers, width, _ = SHAPES[size]
     rows = 1024 if size == "tiny" else 50304
-    return (
-        (12 * layers * width * width + rows * width)
-        * BITS[EXPORTS[engine][1] if "bf16" not in engine else "bf16"]
-        / 8
-    )
+    numbers = EXPORTS[engine][1]
+    if "bf16" in engine:
+        numbers = "bf16"
+    return (12 * layers * width * width + rows * width) * BITS[numbers] / 8
 
 
 def bandwidth(size: float) -> float:
-    """Bytes a second that all threads together read out of a buffer of this size; best of 10."""
+    """Bytes a second that all threads together read from a buffer of this size; best of 10."""
     data = torch.ones(max(1, int(size / 4)))
     return data.nbytes / min(seconds(data.sum) for _ in range(10))
 
@@ -371,12 +187,13 @@ def measure_decoding(
         works[name] = lambda worker=worker: worker.ask(prompts=prompts, new=options.new)["seconds"]
         works[f"{name} first"] = lambda worker=worker: worker.ask(prompts=prompts, new=1)["seconds"]
         works[f"{name} bandwidth"] = lambda name=name: bandwidth(token_bytes(size, name))
-    found = in_turn(works, options.rounds)
+    times = in_turn(works, options.rounds)
     out = {}
     for name in workers:
-        whole, first = found[name], found[f"{name} first"]
+        whole = times[name]
+        first = times[f"{name} first"]
         steps = [(a - b) / (options.new - 1) for a, b in zip(whole, first, strict=True)]
-        limit = [token_bytes(size, name) / rate for rate in found[f"{name} bandwidth"]]
+        limit = [token_bytes(size, name) / rate for rate in times[f"{name} bandwidth"]]
         out[name] = {
             "tokens_per_second": summary(batch * options.new / t for t in whole),
             "first_token_seconds": summary(first),
@@ -397,7 +214,7 @@ def measure_scoring(
         name: lambda worker=worker: worker.ask(ids=ids)["seconds"]
         for name, worker in workers.items()
     }
-    found = in_turn(works, rounds)
+    rounds_of = in_turn(works, rounds)
     return {
         name: {
             "seconds": summary(times),
@@ -405,20 +222,18 @@ def measure_scoring(
             "peak": workers[name].peak,
             "rounds": times,
         }
-        for name, times in found.items()
+        for name, times in rounds_of.items()
     }
 
 
 def show_decoding(found: Mapping[str, Any], size: str, batch: int) -> None:
-    """A table."""
+    """Print a table."""
     print(f"\n{size}, batch {batch}")
     print(f"{'engine':<20}{'tok/s':>9}{'spread':>16}{'first ms':>10}{'ms/step':>9}{'of limit':>10}")
     for name, row in found.items():
         rate = row["tokens_per_second"]
-        first, step = (
-            1e3 * row["first_token_seconds"]["median"],
-            1e3 * row["step_seconds"]["median"],
-        )
+        first = 1e3 * row["first_token_seconds"]["median"]
+        step = 1e3 * row["step_seconds"]["median"]
         spread = f"{rate['low']:.0f}-{rate['high']:.0f}"
         share = row["share_of_memory_limit"]["median"]
         print(
@@ -427,36 +242,39 @@ def show_decoding(found: Mapping[str, Any], size: str, batch: int) -> None:
 
 
 def show_scoring(found: Mapping[str, Any], size: str) -> None:
-    """A table."""
+    """Print a table."""
     print(f"\n{size}, scoring {SCORED} tokens")
     base = found.get("transformers fp32")
     for name, row in found.items():
-        times = f"{ratio(base['rounds'], row['rounds'])['median']:.2f}x" if base else ""
-        milliseconds, megabytes = 1e3 * row["seconds"]["median"], row["peak"] / 1e6
+        times = ""
+        if base:
+            times = f"{ratio(base['rounds'], row['rounds'])['median']:.2f}x"
+        milliseconds = 1e3 * row["seconds"]["median"]
+        megabytes = row["peak"] / 1e6
         print(
             f"{name:<20}{milliseconds:>9.0f} ms {times:>8}  {megabytes:>6.0f} MB  {row['sum']:.2f}"
         )
 
 
 def goals(record: Mapping[str, Any], size: str) -> list[dict[str, Any]]:
-    """What was wanted and what was found."""
-    found = []
+    """Required and measured ratios."""
+    measured = []
     for ours, theirs, batch, wanted in GOALS:
         rows = record["decoding"].get(str(batch), {})
         if ours in rows and theirs in rows:
             got = ratio(rows[theirs]["rounds"], rows[ours]["rounds"])
-            found.append(
+            measured.append(
                 {"what": f"{size} batch {batch}: {ours} / {theirs}", "wanted": wanted, **got}
             )
     scoring = record.get("scoring", {})
     if "native int8" in scoring and "transformers fp32" in scoring:
         got = ratio(scoring["transformers fp32"]["rounds"], scoring["native int8"]["rounds"])
-        found.append(
+        measured.append(
             {"what": f"{size} scoring: native auto / transformers fp32", "wanted": 2.3, **got}
         )
         if size == "70m":
             share = 0.5e9 / scoring["native int8"]["peak"]
-            found.append(
+            measured.append(
                 {
                     "what": "70m scoring: 0.5 GB / native auto's memory",
                     "wanted": 1.0,
@@ -467,14 +285,14 @@ def goals(record: Mapping[str, Any], size: str) -> list[dict[str, Any]]:
     if "native int8" in memory and "ct2 int8" in memory:
         for kind in memory["ct2 int8"]:
             share = memory["ct2 int8"][kind] * 1.2 / memory["native int8"][kind]
-            found.append(
+            measured.append(
                 {
                     "what": f"{size} {kind}: 1.2 x ct2 int8 / native int8, memory",
                     "wanted": 1.0,
                     "median": share,
                 }
             )
-    return found
+    return measured
 
 
 def show_goals(found: list[dict[str, Any]]) -> None:
@@ -498,11 +316,11 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     }
     try:
         for batch in options.batches:
-            found = measure_decoding(workers, size, batch, options)
-            record["decoding"][str(batch)] = found
+            decoding = measure_decoding(workers, size, batch, options)
+            record["decoding"][str(batch)] = decoding
             for name, worker in workers.items():
                 record["memory"][name][f"batch {batch}"] = worker.peak
-            show_decoding(found, size, batch)
+            show_decoding(decoding, size, batch)
     finally:
         for worker in workers.values():
             worker.close()
@@ -546,8 +364,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", default=str(RESULTS / "inference.json"))
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.batches = [int(batch) for batch in options.batches.split(",")]
     wanted = options.engines.split(",")
@@ -557,11 +373,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, write JSON."""
     options = parse()
-    if options.worker:
-        serve(options.worker, options.folder, options.threads)
-        return
     torch.set_num_threads(options.threads)
     record: dict[str, Any] = {"machine": describe(), "missing": options.missing, "sizes": {}}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,16 +1,17 @@
-"""Time and memory of GPT-NeoX's sample order: 10 million documents, 100 million rows; and of a blend of 22 sources.
+"""Time and memory of GPT-NeoX's sample order, and of a blend of 22 sources.
 
     python benchmarks/order.py [--documents N] [--rows N] [--json FILE]
     python benchmarks/order.py --pile [--documents N] [--rows N] [--folder DIR] [--json FILE]
 
-Each case runs in a process of its own, so that its peak memory is its own. Two shapes of the same size: long documents
-(one epoch) and short ones (many epochs, so the document index is larger than the rows').
+By default 10 million documents and 100 million rows. Each case runs in a process of its own, which
+separates the peaks of memory. Two shapes have the same size: long documents (one epoch) and short
+ones (many epochs, so that the document index is larger than that of the rows).
 
-`--pile` takes the shape of the Pile, 210 million documents and 146 million rows, in a token file whose .idx is real
-(4 GB) and whose .bin is a hole in the disk, so that its tokens cost nothing. Cases: the order alone, in memory; from
-`build_rows` to the first batch of 1,024 rows when nothing is kept; the same again with the index maps kept by that run,
-once as the page cache is and once after the kernel was asked to forget .idx and maps. It fails if one needs more than
-12 GB, or the first batch with kept maps more than 10 s.
+--pile uses the shape of the Pile, 210 million documents and 146 million rows, in a token file with
+a real .idx (4 GB) and a sparse .bin. Cases: the order alone, in memory; from `build_rows` to the
+first batch of 1,024 rows without stored index maps; the same with the maps stored by that run, once
+as the page cache is, and once after .idx and maps were evicted from it. The benchmark fails if a
+case needs more than 12 GB, or the first batch with stored maps more than 10 s.
 """
 
 import argparse
@@ -31,10 +32,12 @@ import numpy as np
 
 SEQ_LENGTH = 2048
 BLEND_ROWS = 147_164_160
-"""What the order of Pythia's 143,000 steps of 1,024 rows asks for, with its margin."""
-PILE_DOCUMENTS, PILE_ROWS = 210_000_000, 146_432_000
-"""The Pile, and the 143,000 steps of 1,024 rows of Pythia."""
-LIMIT_GB, LIMIT_SECONDS = 12.0, 10.0
+"""Rows that GPT-NeoX requests for Pythia's 143,000 steps of 1,024 rows, margin included."""
+PILE_DOCUMENTS = 210_000_000
+PILE_ROWS = 146_432_000
+"""The 143,000 steps of 1,024 rows of Pythia."""
+LIMIT_GB = 12.0
+LIMIT_SECONDS = 10.0
 BATCH = 1024
 HERE = Path(__file__).resolve().parent
 SHORT_SHARE = 10
@@ -56,12 +59,13 @@ def main() -> None:
         if options.pile:
             shutil.rmtree(options.folder)
     print(
-        f"{'case':<28}{'documents':>12}{'rows':>14}{'epochs':>8}{'seconds':>9}{'cpu s':>8}{'peak GB':>9}"
+        f"{'case':<28}{'documents':>12}{'rows':>14}{'epochs':>8}{'seconds':>9}{'cpu s':>8}"
+        f"{'peak GB':>9}"
     )
-    for name, found in cases.items():
+    for name, case in cases.items():
         print(
-            f"{name:<28}{found['documents']:>12,}{found['rows']:>14,}{found['epochs']:>8}"
-            f"{found['seconds']:>9.1f}{found['cpu_seconds']:>8.1f}{found['peak_gb']:>9.2f}"
+            f"{name:<28}{case['documents']:>12,}{case['rows']:>14,}{case['epochs']:>8}"
+            f"{case['seconds']:>9.1f}{case['cpu_seconds']:>8.1f}{case['peak_gb']:>9.2f}"
         )
     record = {"machine": machine(), "seq_length": SEQ_LENGTH, "cases": cases}
     if options.pile:
@@ -74,8 +78,8 @@ def main() -> None:
 
 
 def check_limits(cases: dict[str, dict[str, Any]]) -> None:
-    """Fail if the shape of the Pile needs too much."""
-    if (worst := max(found["peak_gb"] for found in cases.values())) > LIMIT_GB:
+    """Fail if the shape of the Pile exceeds a limit."""
+    if (worst := max(case["peak_gb"] for case in cases.values())) > LIMIT_GB:
         raise SystemExit(f"peak {worst} GB, more than {LIMIT_GB} GB")
     if (slowest := max(cases[name]["seconds"] for name in (KEPT, FORGOTTEN))) > LIMIT_SECONDS:
         raise SystemExit(
@@ -105,7 +109,7 @@ def read_options() -> argparse.Namespace:
 
 
 def run_apart(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One case in a process of its own."""
+    """Run one case in a process of its own."""
     command = [
         sys.executable,
         __file__,
@@ -115,26 +119,27 @@ def run_apart(case: str, options: argparse.Namespace) -> dict[str, Any]:
         f"--rows={options.rows}",
     ]
     command.append(f"--folder={options.folder}")
-    found: dict[str, Any] = json.loads(
+    result: dict[str, Any] = json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True).stdout
     )
-    return found
+    return result
 
 
 def long_documents(options: argparse.Namespace) -> dict[str, Any]:
-    """One epoch holds all rows."""
+    """All rows in one epoch."""
     return build(options.documents, options.rows, epochs=1)
 
 
 def short_documents(options: argparse.Namespace) -> dict[str, Any]:
-    """Documents so short that they are read several times."""
+    """Documents so short that all are read several times."""
     return build(options.documents, options.rows, epochs=SHORT_SHARE)
 
 
 def build(documents: int, rows: int, epochs: int) -> dict[str, Any]:
-    """The order over documents of log-normal length, whose mean makes `rows` rows in `epochs` epochs."""
+    """The order over documents of log-normal length that make `rows` rows in `epochs` epochs."""
     from castalia.data import NeoxOrder
 
+    # A little more than needed, so that rounding does not add an epoch.
     mean = 1.001 * rows * SEQ_LENGTH / documents / epochs
     raw = np.random.default_rng(0).lognormal(0.0, 1.0, documents)
     sizes = np.maximum(raw * (mean / raw.mean()), 1).astype(np.int32)
@@ -147,7 +152,7 @@ def build(documents: int, rows: int, epochs: int) -> dict[str, Any]:
 
 
 def blend_of_22(options: argparse.Namespace) -> dict[str, Any]:
-    """As many sources as the Pile has; the documents do not matter here."""
+    """As many sources as in the Pile; documents do not matter here."""
     from castalia.data import blend
 
     weights = np.random.default_rng(0).dirichlet(np.ones(22)).tolist()
@@ -158,7 +163,7 @@ def blend_of_22(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def pile_order(options: argparse.Namespace) -> dict[str, Any]:
-    """The order alone, over the sizes as they lie in the .idx."""
+    """The order alone, over the sizes mapped from the .idx."""
     from castalia.data import IndexedDataset, NeoxOrder
 
     sizes = IndexedDataset(prefix(options)).sizes
@@ -170,7 +175,7 @@ def pile_order(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def first_batch(options: argparse.Namespace) -> dict[str, Any]:
-    """From the paths of a token file to its first batch, as a run begins."""
+    """From the path of a token file to its first batch, as at the start of a run."""
     from castalia.data import DataConfig, StepLoader, build_rows
 
     start = now()
@@ -188,7 +193,7 @@ def first_batch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def forgotten_batch(options: argparse.Namespace) -> dict[str, Any]:
-    """The same when .idx and maps must come from the disk."""
+    """The first batch when .idx and maps must come from the disk."""
     for path in (Path(prefix(options) + ".idx"), *maps_folder(options).glob("*")):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -196,7 +201,7 @@ def forgotten_batch(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_file(options: argparse.Namespace) -> None:
-    """A token file of documents of log-normal length that hold the rows in one pass; its tokens are a hole."""
+    """Write a token file of log-normal document lengths for one epoch; its .bin is sparse."""
     from castalia.data.indexed import write_index
 
     options.folder.mkdir(parents=True)
@@ -209,25 +214,28 @@ def make_file(options: argparse.Namespace) -> None:
 
 
 def drawn_sizes(options: argparse.Namespace) -> Iterator[Any]:
-    """The lengths, in pieces."""
-    random, piece = np.random.default_rng(0), 1 << 20
+    """Document lengths, a million at a time."""
+    random = np.random.default_rng(0)
+    piece = 1 << 20
     mean = 1.01 * options.rows * SEQ_LENGTH / options.documents
     for first in range(0, options.documents, piece):
+        # The mean of a log-normal distribution with sigma 1 is exp(mu + 1/2).
         drawn = random.lognormal(np.log(mean) - 0.5, 1.0, min(piece, options.documents - first))
-        yield np.maximum(drawn, 1).astype(np.int32)  # exp(mu + 1/2) is the mean
+        yield np.maximum(drawn, 1).astype(np.int32)
 
 
 def prefix(options: argparse.Namespace) -> str:
-    """The token file in the shape of the Pile."""
+    """Prefix of the token file in the shape of the Pile."""
     return str(options.folder / "pile")
 
 
 def maps_folder(options: argparse.Namespace) -> Path:
-    """Where its index maps are kept."""
+    """Folder of its index maps."""
     return options.folder / "maps"
 
 
-KEPT, FORGOTTEN = "first batch, kept maps", "the same, from the disk"
+KEPT = "first batch, kept maps"
+FORGOTTEN = "the same, from the disk"
 CASES = {
     "long documents": long_documents,
     "short documents": short_documents,
@@ -242,7 +250,7 @@ PILE_CASES = {
 
 
 def now() -> tuple[float, float]:
-    """Wall clock and this process's time on the cores; the second says more on a machine that others use."""
+    """Wall clock and CPU time; the latter is more reliable on a shared machine."""
     return time.perf_counter(), time.process_time()
 
 
@@ -253,7 +261,7 @@ def since(start: tuple[float, float]) -> dict[str, float]:
 
 
 def measured(spent: dict[str, float], documents: int, rows: int, epochs: int) -> dict[str, Any]:
-    """One line of the table; the peak is the whole process's, Python and numpy included."""
+    """One line of the table; the peak is that of the process, Python and numpy included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {
         "documents": documents,
@@ -265,7 +273,7 @@ def measured(spent: dict[str, float], documents: int, rows: int, epochs: int) ->
 
 
 def machine() -> dict[str, Any]:
-    """Where it ran."""
+    """Description of the machine."""
     names = [
         line.split(":")[1].strip()
         for line in read("/proc/cpuinfo").splitlines()
@@ -283,7 +291,7 @@ def machine() -> dict[str, Any]:
 
 
 def read(path: str) -> str:
-    """A file of the system, or nothing where it does not exist."""
+    """A system file, or an empty text if it does not exist."""
     try:
         return Path(path).read_text()
     except OSError:

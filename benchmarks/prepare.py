@@ -1,13 +1,15 @@
-"""`castalia prepare` beside GPT-NeoX's `tools/datasets/preprocess_data.py`: same corpus, same tokenizer, same workers.
+"""`castalia prepare` against GPT-NeoX's `preprocess_data.py`: same corpus, tokenizer and workers.
 
-    python benchmarks/prepare.py --peer GPT-NEOX [--megabytes 500] [--workers N] [--rounds 3] [--json FILE]
+    python benchmarks/prepare.py --peer GPT-NEOX [--megabytes 500] [--workers N] [--rounds 3]
+                                 [--json FILE]
 
-GPT-NEOX is a checkout or a git directory of github.com/EleutherAI/gpt-neox. Its script runs as it is; only the package
-around it is replaced by a few lines, because the real one imports DeepSpeed. It needs lm_dataformat, ftfy,
-sentencepiece and transformers. Both are timed as whole processes, in turn; every output must be the same byte for byte.
+GPT-NEOX is a checkout or a git directory of github.com/EleutherAI/gpt-neox. Its script runs
+unchanged; only the package around it is replaced by a few lines, because the real one imports
+DeepSpeed. It needs lm_dataformat, ftfy, sentencepiece and transformers. Both are timed as whole
+processes, in turn; outputs must be equal byte for byte.
 
-The corpus is text that lies on this machine: sources, documentation, manuals and headers, every file once, one a
-document, in JSON lines. If there is less than asked for, files come again, and the table says so.
+The corpus is text from this machine: source code, documentation, manuals and headers, each file
+once as one document, in JSON lines. If that is too little, files repeat, and the table says so.
 """
 
 import argparse
@@ -55,22 +57,22 @@ GOAL = 20
 
 
 def main() -> None:
-    """Gather the corpora, run both, print the tables, write JSON."""
+    """Write the corpora, run both programs, print tables, write JSON."""
     options = read_options()
     if (why := missing(options)) is not None:
         print(f"no comparison: {why}")
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         bench = Bench(options, Path(folder))
-        found = {
+        result = {
             "machine": describe(),
             "workers": options.workers,
             "kinds": bench.kinds(),
             "speed": bench.speed(),
         }
-        found["growth"] = bench.growth()
+        result["growth"] = bench.growth()
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(found, indent=1) + "\n")
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def read_options() -> argparse.Namespace:
@@ -88,7 +90,7 @@ def read_options() -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where corpora and outputs go meanwhile")
+    parser.add_argument("--folder", type=Path, help="folder for temporary corpora and outputs")
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks" / "results" / "prepare.json"
     )
@@ -96,31 +98,31 @@ def read_options() -> argparse.Namespace:
 
 
 def missing(options: argparse.Namespace) -> str | None:
-    """Why the two cannot be compared here."""
+    """The reason why the two cannot be compared here, if any."""
     if not options.tokenizer.is_file():
-        return f"{options.tokenizer} is not here; name GPT-NeoX-20B's tokenizer with --tokenizer"
+        return f"{options.tokenizer} is missing; pass GPT-NeoX-20B's tokenizer with --tokenizer"
     if not options.peer.is_dir():
         return (
-            f"{options.peer} is no folder; name a checkout or git directory of GPT-NeoX with --peer"
+            f"{options.peer} is not a folder; pass a checkout or git directory of GPT-NeoX with"
+            " --peer"
         )
     lacking = [name for name in PEER_NEEDS if find_spec(name) is None]
-    return (
-        f"GPT-NeoX's script needs {', '.join(lacking)}: pip install {' '.join(lacking)}"
-        if lacking
-        else None
-    )
+    if not lacking:
+        return None
+    return f"GPT-NeoX's script needs {', '.join(lacking)}: pip install {' '.join(lacking)}"
 
 
 class Bench:
     """Corpora and runs in one temporary folder."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.options, self.folder = options, folder
+        self.options = options
+        self.folder = folder
         self.peer = unpack_peer(options.peer, folder / "peer")
         self.runs: dict[str, list[dict[str, float]]] = {"castalia": [], "gpt-neox": []}
 
     def castalia(self, corpus: Path, **changed: Any) -> dict[str, float]:
-        """One run of ours."""
+        """One run of `castalia prepare`."""
         command = [
             sys.executable,
             "-m",
@@ -134,7 +136,7 @@ class Bench:
         return measured([*command, "--workers", str(changed.get("workers", self.options.workers))])
 
     def neox(self, corpus: Path) -> dict[str, float]:
-        """One run of GPT-NeoX's."""
+        """One run of GPT-NeoX's script."""
         command = [
             sys.executable,
             str(self.peer / PEER_FILES[0]),
@@ -154,27 +156,28 @@ class Bench:
         )
 
     def same(self) -> bool:
-        """Whether both wrote the same bytes."""
+        """Whether both outputs are equal."""
         pairs = [(f"ours{suffix}", f"theirs_text_document{suffix}") for suffix in (".bin", ".idx")]
         return all(sha256(self.folder / a) == sha256(self.folder / b) for a, b in pairs)
 
     def kinds(self) -> dict[str, Any]:
-        """Small corpora of every kind, compared byte for byte."""
+        """Compare small corpora of every kind byte for byte."""
         print(f"{'corpus':<28}{'documents':>11}{'MB':>8}  same bytes")
-        found = {}
+        results = {}
         for name, texts in kinds().items():
             corpus = self.folder / "kind.jsonl"
             facts = write_corpus(corpus, texts)
             self.castalia(corpus)
             self.neox(corpus)
-            found[name] = facts | {"same": self.same()}
+            results[name] = facts | {"same": self.same()}
             print(
-                f"{name:<28}{facts['documents']:>11,}{facts['bytes'] / 1e6:>8.1f}  {found[name]['same']}"
+                f"{name:<28}{facts['documents']:>11,}{facts['bytes'] / 1e6:>8.1f}"
+                f"  {results[name]['same']}"
             )
-        return found
+        return results
 
     def speed(self) -> dict[str, Any]:
-        """Both in turn on the large corpus."""
+        """Time both in turn on the large corpus."""
         corpus = self.folder / "corpus.jsonl"
         facts = write_corpus(corpus, gathered(self.options.megabytes * 1_000_000))
 
@@ -189,48 +192,47 @@ class Bench:
         times = in_turn({"castalia": ours, "gpt-neox": theirs}, self.options.rounds)
         tokens = (self.folder / "ours.bin").stat().st_size // 2
         gain = ratio(times["gpt-neox"], times["castalia"])
-        found = {**facts, "tokens": tokens, "same": self.same(), "ratio": gain, "runs": self.runs}
+        result = {**facts, "tokens": tokens, "same": self.same(), "ratio": gain, "runs": self.runs}
         print(
-            f"\n{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.0f} MB of text, {tokens:,} tokens,",
-            end=" ",
+            f"\n{facts['documents']:,} documents, {facts['bytes'] / 1e6:,.0f} MB of text,"
+            f" {tokens:,} tokens, {self.options.workers} workers;"
+            f" {facts['again'] / 1e6:,.0f} MB of it are repeated"
         )
         print(
-            f"{self.options.workers} workers; {facts['again'] / 1e6:,.0f} MB of it come a second time"
-        )
-        print(
-            f"{'':<12}{'documents/s':>13}{'MB/s':>8}{'tokens/s/core':>15}{'GB a process':>14}{'seconds':>9}"
+            f"{'':<12}{'documents/s':>13}{'MB/s':>8}{'tokens/s/core':>15}{'GB a process':>14}"
+            f"{'seconds':>9}"
         )
         for name, runs in self.runs.items():
             taken = summary(run["seconds"] for run in runs)["median"]
-            cpu, peak = (
-                summary(run["cpu"] for run in runs)["median"],
-                max(run["peak"] for run in runs),
-            )
+            cpu = summary(run["cpu"] for run in runs)["median"]
+            peak = max(run["peak"] for run in runs)
             print(
-                f"{name:<12}{facts['documents'] / taken:>13,.0f}{facts['bytes'] / taken / 1e6:>8.1f}"
+                f"{name:<12}{facts['documents'] / taken:>13,.0f}"
+                f"{facts['bytes'] / taken / 1e6:>8.1f}"
                 f"{tokens / cpu:>15,.0f}{peak / 1e9:>14.2f}{taken:>9.1f}"
             )
-        print(f"ratio {gain} (goal {GOAL}), same bytes: {found['same']}")
-        return found
+        print(f"ratio {gain} (goal {GOAL}), same bytes: {result['same']}")
+        return result
 
     def growth(self) -> dict[str, Any]:
-        """Peak memory of our largest process as the corpus grows."""
+        """Peak memory of Castalia's largest process as the corpus grows."""
         print(f"\n{'MB':>8}{'GB a process':>14}{'MB/s':>8}")
-        found = {}
+        results = {}
         for megabytes in self.options.growth:
             corpus = self.folder / "growth.jsonl"
             facts = write_corpus(corpus, gathered(megabytes * 1_000_000))
             run = self.castalia(corpus)
-            found[str(megabytes)] = facts | run
+            results[str(megabytes)] = facts | run
             print(
-                f"{megabytes:>8,}{run['peak'] / 1e9:>14.2f}{facts['bytes'] / run['seconds'] / 1e6:>8.1f}",
+                f"{megabytes:>8,}{run['peak'] / 1e9:>14.2f}"
+                f"{facts['bytes'] / run['seconds'] / 1e6:>8.1f}",
                 flush=True,
             )
-        return found
+        return results
 
 
 def unpack_peer(source: Path, target: Path) -> Path:
-    """The script of GPT-NeoX and what it reads, under a package that imports nothing else."""
+    """Unpack GPT-NeoX's script and its modules under a package without other imports."""
     git = ["git", f"--git-dir={source / '.git' if (source / '.git').exists() else source}"]
     archive = subprocess.run(
         [*git, "archive", "HEAD", *PEER_FILES], capture_output=True, check=True
@@ -243,31 +245,33 @@ def unpack_peer(source: Path, target: Path) -> Path:
 
 
 def measured(command: list[str]) -> dict[str, float]:
-    """Wall seconds, CPU seconds of all its processes, and the peak memory of the largest one."""
+    """Run a command; return wall seconds, CPU seconds and the largest process's peak memory."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     job = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    watch = Watch(job)
-    said, _ = job.communicate()
+    memory = PeakMemory(job)
+    output, _ = job.communicate()
     taken = time.perf_counter() - start
-    peak = watch.close()
+    peak = memory.close()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if job.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{said}")
+        raise SystemExit(f"{' '.join(command)}\n{output}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": taken, "cpu": cpu, "peak": peak}
 
 
-class Watch:
-    """The most resident memory that any one process of a job has, looked at twenty times a second."""
+class PeakMemory:
+    """Peak resident memory of any single process of a job, sampled twenty times a second."""
 
     def __init__(self, job: psutil.Popen) -> None:
-        self.job, self.peak, self.over = job, 0, threading.Event()
-        self.thread = threading.Thread(target=self.look)
+        self.job = job
+        self.peak = 0
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.sample)
         self.thread.start()
 
-    def look(self) -> None:
-        """On a thread, until it is over."""
+    def sample(self) -> None:
+        """Sample on a thread until closed."""
         while not self.over.wait(0.05):
             try:
                 for process in (self.job, *self.job.children(recursive=True)):
@@ -276,14 +280,14 @@ class Watch:
                 continue
 
     def close(self) -> int:
-        """The peak in bytes."""
+        """Stop sampling; return the peak in bytes."""
         self.over.set()
         self.thread.join()
         return self.peak
 
 
 def write_corpus(path: Path, texts: Iterator[tuple[str, bool]]) -> dict[str, int]:
-    """JSON lines of texts; each says whether it came before. Counts of documents and bytes."""
+    """Write (text, whether repeated) as JSON lines; return counts of documents and bytes."""
     facts = {"documents": 0, "bytes": 0, "again": 0}
     with open(path, "w", encoding="utf-8") as file:
         for text, again in texts:
@@ -296,8 +300,9 @@ def write_corpus(path: Path, texts: Iterator[tuple[str, bool]]) -> dict[str, int
 
 
 def gathered(size: int) -> Iterator[tuple[str, bool]]:
-    """Texts of this machine up to `size` bytes, and whether each came before."""
-    given, again = 0, False
+    """Texts of this machine up to `size` bytes, each with whether it is a repetition."""
+    given = 0
+    again = False
     while given < size:
         before = given
         for text in machine_texts():
@@ -306,36 +311,40 @@ def gathered(size: int) -> Iterator[tuple[str, bool]]:
             given += len(text.encode("utf-8"))
             yield text, again
         if given == before:
-            raise SystemExit("there is no text on this machine")
+            raise SystemExit("found no text on this machine")
         again = True
 
 
 def machine_texts() -> Iterator[str]:
-    """The text files of this machine, every content once."""
-    seen: set[bytes] = set()
+    """The text files of this machine, without duplicates."""
+    hashes: set[bytes] = set()
     for place in PLACES:
         for folder, inner, names in os.walk(place):
             inner.sort()
             for name in sorted(names):
                 text = text_of(Path(folder) / name)
-                if text and (mark := hashlib.md5(text.encode("utf-8")).digest()) not in seen:
-                    seen.add(mark)
+                if text and (mark := hashlib.md5(text.encode("utf-8")).digest()) not in hashes:
+                    hashes.add(mark)
                     yield text
 
 
 def text_of(path: Path) -> str | None:
-    """The text in a file, if it is a regular one of UTF-8 without zero bytes and not too large."""
+    """The text of a regular UTF-8 file without zero bytes and up to 20 MB, else None."""
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > 20_000_000:
             return None
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return None if b"\x00" in data else data.decode("utf-8")
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+        if b"\x00" in data:
+            return None
+        return data.decode("utf-8")
     except (OSError, EOFError, ValueError):
         return None
 
 
 def kinds() -> dict[str, Iterator[tuple[str, bool]]]:
-    """Small corpora in which tokenizers and readers differ, if they do."""
+    """Small corpora on which tokenizers and readers are likely to differ."""
     draw = random.Random(0)
     texts = [text for text, _ in gathered(30_000_000)]
     ascii_only = [text for text in texts if text.isascii()][:600]
@@ -355,18 +364,18 @@ def kinds() -> dict[str, Iterator[tuple[str, bool]]]:
         "".join(draw.choice(names) + word + " " for word in text[:3000].split(" "))
         for text in unicode[:200]
     ]
-    found = {
+    corpora = {
         "ASCII": ascii_only,
         "Unicode": unicode,
         "empty documents": empty,
         "documents of 10 MB": long,
         "special tokens in the text": special,
     }
-    return {name: ((text, False) for text in texts) for name, texts in found.items()}
+    return {name: ((text, False) for text in texts) for name, texts in corpora.items()}
 
 
 def sha256(path: Path) -> str:
-    """A file's hash."""
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

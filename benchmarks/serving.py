@@ -1,10 +1,11 @@
-"""The server under load, on the loopback: latency, throughput against one client, and what clients that leave cost.
+"""The server under load on the loopback: latency, throughput, and the cost of disconnects.
 
-    python benchmarks/serving.py                          # Pythia-70M's shape, random weights; alone on the machine
+    python benchmarks/serving.py        # Pythia-70M's shape, random weights; on an idle machine
     python benchmarks/serving.py --checkpoint runs/demo --rounds 1 --new 8
 
-`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn; each asks for a
-stream of 64 tokens after a prompt of 32. A client's first token counts from its request; in the queue it waits too.
+`castalia serve` runs in a process of its own. In each round, 1, 8 and 64 clients take their turn.
+Each client requests a stream of 64 tokens after a prompt of 32. Time to the first token starts with
+the request, so it includes the queue.
 """
 
 import argparse
@@ -33,10 +34,11 @@ SHAPE = {
 }
 """Pythia-70M, arXiv:2304.01373, table 1."""
 LEAVERS = 1000
+"""Clients that disconnect early."""
 
 
 def write_model(folder: Path) -> Path:
-    """A run with random weights and a tokenizer trained on this Python's own library."""
+    """A run with random weights and a tokenizer trained on Python's standard library."""
     from castalia.checkpoint import Store
     from castalia.config import dump_yaml
     from castalia.data.tokenizer import train_tokenizer
@@ -63,11 +65,14 @@ def write_model(folder: Path) -> Path:
 
 
 async def ask(port: int, body: dict[str, Any]) -> asyncio.StreamReader:
-    """Send a request; the reader stands before the answer, and its writer hangs on it."""
+    """Send a request; return the reader of the answer, with its writer as an attribute."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nConnection: close\r\n"
-    writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    writer.write(head.encode() + data)
     await writer.drain()
     reader.writer = writer  # type: ignore[attr-defined]
     return reader
@@ -89,7 +94,7 @@ async def stream(port: int, body: dict[str, Any]) -> tuple[float, float]:
 
 
 def body_of(new: int, place: int) -> dict[str, Any]:
-    """A request of its own for each client, so that no prompt is read from the prefix cache."""
+    """A request unique to each client, so that no prompt comes from the prefix cache."""
     ids = random.Random(place).choices(range(1, 250), k=32)
     return {
         "prompt": ids,
@@ -102,7 +107,7 @@ def body_of(new: int, place: int) -> dict[str, Any]:
 
 
 async def round_of(port: int, clients: int, new: int, seed: int) -> dict[str, Any]:
-    """All clients at once; each asks as often as makes 64 streams in all, at most four times."""
+    """All clients at once, with 64 streams in total but at most four per client."""
     times = max(1, min(4, 64 // clients))
 
     async def client(place: int) -> list[tuple[float, float]]:
@@ -121,7 +126,8 @@ async def round_of(port: int, clients: int, new: int, seed: int) -> dict[str, An
 
 
 async def leave(port: int, new: int) -> None:
-    """Many clients that leave after the first bytes."""
+    """Many clients that disconnect after the first bytes."""
+    # More at once would measure the queue, not the disconnects.
     gate = asyncio.Semaphore(16)
 
     async def one(place: int) -> None:
@@ -134,7 +140,7 @@ async def leave(port: int, new: int) -> None:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value that this share of all does not exceed."""
+    """The value not exceeded by this share of all values."""
     return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
 
 
@@ -147,7 +153,7 @@ def get(port: int, path: str) -> str:
 
 
 def start(model: str, options: argparse.Namespace, port: int) -> subprocess.Popen[bytes]:
-    """The server in a process of its own, answering."""
+    """Start the server in a process of its own, and wait until it answers."""
     command = [
         sys.executable,
         "-m",
@@ -167,22 +173,23 @@ def start(model: str, options: argparse.Namespace, port: int) -> subprocess.Pope
             return server
         except OSError:
             if server.poll() is not None:
-                raise SystemExit(f"the server ended: {' '.join(command)}") from None
+                raise SystemExit(f"the server exited: {' '.join(command)}") from None
             time.sleep(0.1)
-    raise SystemExit("the server does not answer")
+    raise SystemExit("the server did not answer within 60 s")
 
 
 def measure(port: int, options: argparse.Namespace) -> dict[str, Any]:
     """All rounds, by number of clients."""
-    found: dict[int, list[dict[str, Any]]] = {clients: [] for clients in CLIENTS}
-    asyncio.run(round_of(port, 1, options.new, 5))  # the first passes compile and tune
+    rounds_by_clients: dict[int, list[dict[str, Any]]] = {clients: [] for clients in CLIENTS}
+    # Not counted: the first passes compile and tune kernels.
+    asyncio.run(round_of(port, 1, options.new, 5))
     for turn in range(options.rounds):
         for clients in CLIENTS:
-            found[clients].append(
+            rounds_by_clients[clients].append(
                 asyncio.run(round_of(port, clients, options.new, 10**4 * turn + clients))
             )
     table = {}
-    for clients, rounds in found.items():
+    for clients, rounds in rounds_by_clients.items():
         first = [value for one in rounds for value in one["first"]]
         whole = [value for one in rounds for value in one["whole"]]
         table[str(clients)] = {
@@ -197,10 +204,12 @@ def measure(port: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_leavers(port: int, server: subprocess.Popen[bytes], new: int) -> dict[str, Any]:
-    """Resident memory and open files before and after clients that leave, and how long it takes until all is idle."""
+    """Growth of memory and open files over disconnects, and seconds until the server is idle."""
     process = psutil.Process(server.pid)
-    asyncio.run(leave(port, new))  # pools and caches fill once
-    before, files = process.memory_info().rss, process.num_fds()
+    # A first time without counting, because pools and caches fill once.
+    asyncio.run(leave(port, new))
+    before = process.memory_info().rss
+    files = process.num_fds()
     asyncio.run(leave(port, new))
     began = time.perf_counter()
     while (state := json.loads(get(port, "/health")))["running"] or state["waiting"]:
@@ -220,7 +229,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--checkpoint", help="what to serve; by default random weights of Pythia-70M's shape"
+        "--checkpoint", help="model to serve; by default random weights of Pythia-70M's shape"
     )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--slots", type=int, default=64)
@@ -232,7 +241,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, and write the result."""
+    """Measure, print, write JSON."""
     options = parse()
     machine = describe()
     with tempfile.TemporaryDirectory() as folder:
@@ -249,10 +258,11 @@ def main() -> None:
         speed = row["tokens_per_second"]["median"]
         print(
             f"{clients:>3} clients  {speed:7.0f} tok/s ({speed / one:.1f} x one client)"
-            f"  first token p50 {row['first_token_p50'] * 1e3:.0f} ms, p99 {row['first_token_p99'] * 1e3:.0f} ms"
+            f"  first token p50 {row['first_token_p50'] * 1e3:.0f} ms,"
+            f" p99 {row['first_token_p99'] * 1e3:.0f} ms"
             f"  whole p50 {row['whole_p50']:.2f} s, p99 {row['whole_p99']:.2f} s"
         )
-    print(f"{LEAVERS} clients that leave: {leavers}")
+    print(f"{LEAVERS} disconnects: {leavers}")
     record = {
         "machine": machine,
         "checkpoint": options.checkpoint or "random 70M shape, 8,192 tokens",

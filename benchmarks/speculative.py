@@ -1,8 +1,10 @@
-"""Guessing ahead beside plain greedy decoding: the same text, how many guesses are kept, and what it saves.
+"""Speculative decoding against plain greedy decoding: equality, accepted guesses, speed.
 
-    python benchmarks/speculative.py runs/demo --draft lookup --draft runs/small --prompts held-out.txt
+    python benchmarks/speculative.py runs/demo --draft lookup --draft runs/small
+                                     --prompts held-out.txt
 
-Prompts are pieces of a text file; every way takes its turn in each round; its texts are compared with the plain ones.
+Prompts are pieces of a text file. All methods take their turn in each round, and their texts are
+compared with those of plain decoding.
 """
 
 import argparse
@@ -34,11 +36,11 @@ def plain(model: LanguageModel, prompts: list[str], new: int) -> list[list[int]]
 def guessed(
     model: LanguageModel, draft: LanguageModel | str, prompts: list[str], new: int
 ) -> tuple[list[list[int]], float]:
-    """Greedy tokens with a draft, and the share of guesses that were kept."""
-    made = speculative_complete(model, prompts, new, draft=draft)
-    kept = sum(counts.kept for _, counts in made)
-    tried = sum(counts.guessed for _, counts in made)
-    return [done.tokens for done, _ in made], kept / max(1, tried)
+    """Greedy tokens with a draft, and the fraction of accepted guesses."""
+    completions = speculative_complete(model, prompts, new, draft=draft)
+    kept = sum(counts.kept for _, counts in completions)
+    tried = sum(counts.guessed for _, counts in completions)
+    return [done.tokens for done, _ in completions], kept / max(1, tried)
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compare, measure, print and write."""
+    """Compare, measure, print, write JSON."""
     options = parse()
     machine = describe()
     model = castalia.load(options.model, engine=options.engine, dtype=options.dtype)
@@ -76,11 +78,9 @@ def main() -> None:
     }
     works = {"plain": partial(seconds, partial(plain, model, prompts, options.new))}
     for name in options.draft or ["lookup"]:
-        draft = (
-            name
-            if name == "lookup"
-            else castalia.load(name, engine=options.engine, dtype=options.dtype)
-        )
+        draft: LanguageModel | str = name
+        if name != "lookup":
+            draft = castalia.load(name, engine=options.engine, dtype=options.dtype)
         tokens, kept = guessed(model, draft, prompts, options.new)
         same = sum(a == b for a, b in zip(tokens, want, strict=True))
         record["drafts"][Path(name).name] = {"kept": kept, "same_texts": same, "texts": len(want)}
@@ -93,8 +93,9 @@ def main() -> None:
         entry["speed"] = ratio(times["plain"], times[name])
         speed = entry["speed"]
         print(
-            f"{name}: {entry['same_texts']} of {entry['texts']} texts the same, {entry['kept']:.0%} of the guesses"
-            f" kept, {speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f}) times the speed"
+            f"{name}: {entry['same_texts']} of {entry['texts']} texts equal,"
+            f" {entry['kept']:.0%} of the guesses accepted,"
+            f" {speed['median']:.2f} ({speed['low']:.2f}-{speed['high']:.2f}) times the speed"
         )
     options.json.parent.mkdir(exist_ok=True)
     options.json.write_text(json.dumps(record, indent=1) + "\n")

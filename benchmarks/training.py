@@ -1,15 +1,18 @@
-"""Speed and memory of one training step against transformers' GPTNeoXForCausalLM, Pythia's shapes, bf16 autocast.
+"""Speed and memory of a training step against transformers' GPTNeoXForCausalLM.
 
-    python benchmarks/training.py [--quick] [--shapes 14m,70m] [--seq 512,2048] [--gpu] [--json FILE]
+    python benchmarks/training.py [--quick] [--shapes 14m,70m] [--seq 512,2048] [--gpu]
+                                  [--json FILE]
 
-Every engine runs in a process of its own and they step in turn, so that what disturbs the machine disturbs all. Both
-sides have fp32 weights, fused AdamW, the same batch and no clipping; each counts with the better of eager and compiled.
-Ratios are taken round by round; `low` and `high` are quartiles. Memory is the highest resident size of the process,
-libraries included, and of the faster engine. A last engine is transformers compiled under our allocator settings: what
-of the ratio is left shows what the settings alone give.
+Pythia's shapes under bf16 autocast. Every engine runs in a process of its own and all step in turn,
+so that disturbances of the machine affect all alike. Both sides have fp32 weights, fused AdamW, the
+same batch and no clipping; each counts with the better of eager and compiled. Ratios are taken
+round by round; `low` and `high` are quartiles. Memory is the peak resident size of the faster
+engine's process, libraries included. A last engine is transformers compiled under Castalia's
+allocator settings, which shows how much of the ratio the settings alone give.
 
-FLOPs of a token are 6 N + 12 L d T: N the weights in matrix products (head included, embedding not), L layers d wide,
-rows of T tokens. Their share is of the rate that one square bf16 product reaches on the same machine in the same run.
+FLOPs of a token are 6 N + 12 L d T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N weights
+in matrix products (head included, embedding not), L layers of width d, rows of T tokens. Shares
+refer to the rate of one square bf16 product on the same machine in the same run.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from castalia.recipes.pythia import SIZES, TOKENIZER_IDS, model
 
 HERE = Path(__file__).resolve().parent
 ROWS = {("14m", 512): 8, ("70m", 512): 4, ("14m", 2048): 2, ("70m", 2048): 1}
-"""Rows of T tokens in a step on a CPU; others get one."""
+"""Rows of T tokens in a step on a CPU; 1 for other cases."""
 GPU_ROWS = {"160m": 16, "410m": 16, "1.4b": 8}
 ENGINES = {
     "castalia eager": ("castalia", False, True),
@@ -40,11 +43,11 @@ ENGINES = {
     "transformers compiled": ("transformers", True, False),
     "transformers compiled, our allocator": ("transformers", True, True),
 }
-"""Name to library, torch.compile, and whether freed memory stays with the process."""
+"""Name -> library, whether compiled, whether freed memory stays with the process."""
 
 
 def main() -> None:
-    """Run every case, print a table as each ends, write JSON at the end."""
+    """Run every case, print a table after each, write JSON at the end."""
     options = read_options()
     device = "cuda" if options.gpu else "cpu"
     machine = describe(device)
@@ -62,12 +65,12 @@ def main() -> None:
             for seq in options.seq
             for shape in options.shapes
         ]
-    found = []
+    results = []
     for shape, seq, rows in cases:
-        found.append(run_case(shape, seq, rows, device, options))
-        print_case(found[-1], rates["bfloat16"], peak_flops(torch.device(device)))
+        results.append(run_case(shape, seq, rows, device, options))
+        print_case(results[-1], rates["bfloat16"], peak_flops(torch.device(device)))
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine, "cases": found}, indent=1) + "\n")
+    options.json.write_text(json.dumps({"machine": machine, "cases": results}, indent=1) + "\n")
 
 
 def read_options() -> argparse.Namespace:
@@ -93,14 +96,16 @@ def read_options() -> argparse.Namespace:
         "training-gpu.json" if options.gpu else "training.json"
     )
     if unknown := set(options.shapes) - set(SIZES):
-        parser.error(f"no Pythia size {', '.join(sorted(unknown))}; have: {', '.join(SIZES)}")
+        parser.error(
+            f"unknown Pythia size {', '.join(sorted(unknown))}; choose one of {', '.join(SIZES)}"
+        )
     if options.gpu and not torch.cuda.is_available():
         parser.error("--gpu needs a CUDA device, and torch sees none")
     return options
 
 
 class Worker:
-    """An engine in its own process; it answers one line of JSON to one word."""
+    """An engine in its own process, which answers a word with one line of JSON."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -110,7 +115,7 @@ class Worker:
         )
 
     def answer(self) -> Any:
-        """The next line; if the process died, its last words."""
+        """The next line; if the process died, exit with the end of its log."""
         assert self.process.stdout is not None
         if not (line := self.process.stdout.readline()):
             self.log.seek(0)
@@ -144,9 +149,8 @@ def run_case(
     }
     names = list(ENGINES)[: 4 if options.quick or device == "cuda" else 5]
     workers: dict[str, Worker] = {}
-    for (
-        name
-    ) in names:  # one after the other, so that compiling does not disturb a neighbour's warmup
+    # One after the other, so that compiling does not disturb another's warm-up.
+    for name in names:
         library, compiled, keeps = ENGINES[name]
         workers[name] = Worker(
             case | {"engine": library, "compiled": compiled, "keeps_memory": keeps}
@@ -162,10 +166,13 @@ def run_case(
     for worker in workers.values():
         worker.tell("stop")
         worker.process.wait()
-    tokens, flops = rows * seq, flops_per_token(config, seq)
-    return {"shape": shape, "rows": rows, "seq": seq, "flops_per_token": flops} | compare(
-        config, tokens, times, memory, parts
-    )
+    facts = {
+        "shape": shape,
+        "rows": rows,
+        "seq": seq,
+        "flops_per_token": flops_per_token(config, seq),
+    }
+    return facts | compare(config, rows * seq, times, memory, parts)
 
 
 def compare(
@@ -175,31 +182,32 @@ def compare(
     memory: dict[str, dict[str, int]],
     parts: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """Tokens/s of each engine, the better of each side, their ratio and memory, and where our time goes."""
+    """Tokens/s of all engines, the better of each side, ratios, and Castalia's time by part."""
     engines = {
         name: {
-            "tokens_per_second": summary(tokens / t for t in found),
-            "seconds": summary(found),
+            "tokens_per_second": summary(tokens / t for t in seconds),
+            "seconds": summary(seconds),
             "peak_gb": memory[name]["peak"] / 1e9,
             "above_imports_gb": (memory[name]["peak"] - memory[name]["imported"]) / 1e9,
         }
-        for name, found in times.items()
+        for name, seconds in times.items()
     }
+    # Without the engine under Castalia's allocator, which is not what users of transformers run.
     plain = [name for name in times if "our allocator" not in name]
     ours, theirs = (
         min((n for n in plain if n.startswith(side)), key=lambda n: engines[n]["seconds"]["median"])
         for side in ("castalia", "transformers")
     )
-    spent, total = parts[ours], engines[ours]["seconds"]["median"]
-    spent = spent | {"other": total - sum(spent.values())}
+    total = engines[ours]["seconds"]["median"]
+    spent = parts[ours] | {"other": total - sum(parts[ours].values())}
     return {
         "engines": engines,
         "ours": ours,
         "theirs": theirs,
         "speed_ratio": ratio(times[theirs], times[ours]),
         "speed_ratio_with_our_allocator": {
-            name: ratio(found, times[ours])
-            for name, found in times.items()
+            name: ratio(seconds, times[ours])
+            for name, seconds in times.items()
             if "our allocator" in name
         },
         "memory_ratio": engines[ours]["peak_gb"] / engines[theirs]["peak_gb"],
@@ -213,8 +221,9 @@ def compare(
 
 
 def part_flops(config: NeoxConfig, part: str, tokens: int) -> int:
-    """FLOPs of a part of a step, its share of 6 N; attention holds its projections, and its T-long products apart."""
-    d, layers = config.hidden_size, config.num_layers
+    """FLOPs of a part of a step: its share of 6 N, without attention's products over T."""
+    d = config.hidden_size
+    layers = config.num_layers
     weights = {
         "head": config.padded_vocab_size * d,
         "attention": layers * 4 * d * d,
@@ -227,34 +236,33 @@ def print_case(case: dict[str, Any], rate: float, peak: float | None) -> None:
     """The table of one case."""
     print(f"\nPythia-{case['shape']}, {case['rows']} x {case['seq']} tokens")
     print(
-        f"{'engine':<40}{'tokens/s':>10}{'spread':>18}{'of matrix rate':>16}{'peak GB':>9}{'- imports':>11}"
+        f"{'engine':<40}{'tokens/s':>10}{'spread':>18}{'of matrix rate':>16}{'peak GB':>9}"
+        f"{'- imports':>11}"
     )
-    for name, found in case["engines"].items():
-        speed = found["tokens_per_second"]
+    for name, engine in case["engines"].items():
+        speed = engine["tokens_per_second"]
         share = speed["median"] * case["flops_per_token"] / rate
         print(
             f"{name:<40}{speed['median']:>10,.0f}{speed['low']:>9,.0f}..{speed['high']:<7,.0f}"
-            f"{share:>15.0%}{found['peak_gb']:>10.2f}{found['above_imports_gb']:>11.2f}"
+            f"{share:>15.0%}{engine['peak_gb']:>10.2f}{engine['above_imports_gb']:>11.2f}"
         )
         if peak:
             print(f"{'':<40}MFU {speed['median'] * case['flops_per_token'] / peak:.1%}")
     r = case["speed_ratio"]
     print(
-        f"{case['ours']} is {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f}) times as fast as {case['theirs']},"
-    )
-    print(
-        f"with {case['memory_ratio']:.2f} of its memory, {case['memory_ratio_above_imports']:.2f} above the imports"
+        f"{case['ours']} is {r['median']:.2f} ({r['low']:.2f}..{r['high']:.2f}) times as fast as"
+        f" {case['theirs']}, with {case['memory_ratio']:.2f} of its memory,"
+        f" {case['memory_ratio_above_imports']:.2f} above the imports"
     )
     for name, other in case["speed_ratio_with_our_allocator"].items():
         print(
-            f"  and {other['median']:.2f} ({other['low']:.2f}..{other['high']:.2f}) times as fast as {name}"
+            f"  and {other['median']:.2f} ({other['low']:.2f}..{other['high']:.2f}) times as fast"
+            f" as {name}"
         )
     for name, part in case["parts"].items():
-        share = (
-            f"{part['flops'] / part['seconds'] / rate:>10.0%} of the matrix rate"
-            if part["flops"]
-            else ""
-        )
+        share = ""
+        if part["flops"]:
+            share = f"{part['flops'] / part['seconds'] / rate:>10.0%} of the matrix rate"
         print(f"  {name:<10}{part['seconds'] * 1e3:>8.0f} ms {part['share']:>5.0%}{share}")
 
 

@@ -1,6 +1,7 @@
-"""One training step, ours and transformers', each in a process of its own that answers one JSON line to one word.
+"""The engines of benchmarks/training.py: each a process that answers a word with one line of JSON.
 
-Words: `step` (seconds of one step), `parts` (ours: seconds of head, optimizer, attention and MLP), `memory`, `stop`.
+Words: `step` (seconds of one step), `parts` (Castalia: seconds of head, optimizer, attention and
+MLP), `memory`, `stop`.
 """
 
 import json
@@ -17,44 +18,48 @@ import torch
 from machine import resident_bytes, seconds
 from torch import Tensor
 
-LR, BETAS, EPS, DECAY = 6e-4, (0.9, 0.95), 1e-8, 0.1
+# AdamW as in Pythia (Biderman et al. 2023, arXiv:2304.01373); the values do not affect the speed.
+LR = 6e-4
+BETAS = (0.9, 0.95)
+EPS = 1e-8
+DECAY = 0.1
 
 
 def serve(case: dict[str, Any]) -> None:
-    """Build the engine of `case` and answer until told to stop."""
+    """Build the engine of `case` and answer words until `stop`."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what torch prints is no answer
+    # Prints of torch go to stderr, so that stdout holds answers alone.
+    os.dup2(2, 1)
     engine = ENGINES[case["engine"]](case)
     for word in chain(["ready"], map(str.strip, sys.stdin)):
         if word == "stop":
             return
         if word == "ready":
-            found: Any = [engine.step() for _ in range(case["warmup"])]
+            answer: Any = [engine.step() for _ in range(case["warmup"])]
         elif word == "step":
-            found = engine.step()
+            answer = engine.step()
         elif word == "parts":
-            found = engine.parts()
+            answer = engine.parts()
         else:
-            found = engine.memory()
-        print(json.dumps(found), file=answers, flush=True)
+            answer = engine.memory()
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 class Engine(ABC):
-    """What both sides share: the batch, the clock and the memory. `model` maps tokens and labels to a mean loss."""
+    """Base of both sides: the batch, the clock and the memory."""
 
     optimizer: torch.optim.Optimizer
 
     def __init__(self, case: dict[str, Any]) -> None:
-        self.case, self.device = case, case["device"]
+        self.case = case
+        self.device = case["device"]
         self.imported = resident_bytes()
         generator = torch.Generator().manual_seed(0)
         rows = torch.randint(
             0, case["vocab_size"], (case["rows"], case["seq"] + 1), generator=generator
         )
-        self.tokens, self.labels = (
-            rows[:, :-1].to(self.device),
-            rows[:, 1:].contiguous().to(self.device),
-        )
+        self.tokens = rows[:, :-1].to(self.device)
+        self.labels = rows[:, 1:].contiguous().to(self.device)
 
     @abstractmethod
     def loss(self) -> Tensor:
@@ -74,14 +79,14 @@ class Engine(ABC):
         return seconds(work, self.device)
 
     def memory(self) -> dict[str, int]:
-        """Bytes: resident at the highest, and after the imports; on a GPU what its allocator held at the highest."""
+        """Bytes: peak resident size, and that after the imports; on a GPU the allocator's peak."""
         if self.device == "cuda":
             return {"peak": torch.cuda.max_memory_allocated(), "imported": 0}
         return {"peak": resident_bytes("VmHWM"), "imported": self.imported}
 
 
 class Castalia(Engine):
-    """The pieces that `castalia train` runs: allocator, Decoder, NextToken, AdamW with its decay groups."""
+    """The parts of `castalia train`: allocator, Decoder, NextToken, AdamW with decay groups."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         from castalia.core.memory import keep_freed_memory
@@ -113,14 +118,15 @@ class Castalia(Engine):
         self.batch = Batch(tokens=self.tokens, labels=self.labels, source=place.int(), index=place)
 
     def loss(self) -> Tensor:
-        """Sum over the targets by their number."""
+        """Sum over the targets divided by their number."""
         return self.next_token(self.scored(self.batch), self.batch).total / self.labels.numel()
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part of one step, forward and backward, at the shapes of the step.
 
-        Head, update and the stack of blocks are timed one by one, the blocks as the step runs them. Attention and MLP,
-        each with its norm, are then timed uncompiled to divide the time of the blocks in proportion.
+        Head, update and the stack of blocks are timed separately, the blocks as the step runs them.
+        Attention and MLP, each with its norm, are then timed uncompiled, which divides the time of
+        the blocks in proportion.
         """
         from castalia.models.cross_entropy import fused_cross_entropy
 
@@ -129,7 +135,8 @@ class Castalia(Engine):
         block = layers[0]
         with torch.autocast(self.device, torch.bfloat16):
             hidden_BTC = self.model(self.tokens).detach().requires_grad_()
-        hidden, labels = hidden_BTC.detach().flatten(0, 1).requires_grad_(), self.labels.flatten()
+        hidden = hidden_BTC.detach().flatten(0, 1).requires_grad_()
+        labels = self.labels.flatten()
 
         def head() -> Tensor:
             compiled = self.case["compiled"]
@@ -143,16 +150,16 @@ class Castalia(Engine):
                 x = layer(x, context)
             return x
 
-        found = {"head": self.both_ways(head)}
+        seconds_of = {"head": self.both_ways(head)}
         blocks = self.both_ways(stack)
         attention = self.both_ways(lambda: block.attn(block.norm1(hidden_BTC), context))
         mlp = self.both_ways(lambda: block.mlp(block.norm2(hidden_BTC)))
-        found["attention"] = blocks * attention / (attention + mlp)
-        found["mlp"] = blocks - found["attention"]
-        return found | {"optimizer": self.update_seconds()}
+        seconds_of["attention"] = blocks * attention / (attention + mlp)
+        seconds_of["mlp"] = blocks - seconds_of["attention"]
+        return seconds_of | {"optimizer": self.update_seconds()}
 
     def both_ways(self, forward: Callable[[], Tensor], rounds: int = 4) -> float:
-        """Median seconds of `forward` and its backward from a gradient of ones, the first round not counted."""
+        """Median seconds of `forward` and its backward pass from ones, without the first round."""
 
         def work() -> None:
             with torch.autocast(self.device, torch.bfloat16):
@@ -166,7 +173,7 @@ class Castalia(Engine):
         return statistics.median(times[1:])
 
     def update_seconds(self, rounds: int = 4) -> float:
-        """Median seconds of the update after a true backward, the first round not counted."""
+        """Median seconds of the update after a real backward pass, without the first round."""
 
         def update() -> None:
             self.optimizer.step()
@@ -183,7 +190,7 @@ class Castalia(Engine):
 
 
 class Transformers(Engine):
-    """GPTNeoXForCausalLM as its users train it: its own loss, fused AdamW; torch.compile on the whole model."""
+    """GPTNeoXForCausalLM as users train it: its own loss, fused AdamW, the whole model compiled."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         if case["keeps_memory"]:
@@ -211,10 +218,12 @@ class Transformers(Engine):
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
         )
-        self.forward = torch.compile(self.model, dynamic=False) if case["compiled"] else self.model
+        self.forward = self.model
+        if case["compiled"]:
+            self.forward = torch.compile(self.model, dynamic=False)
 
     def loss(self) -> Tensor:
-        """Its own mean loss; it moves the labels by one itself, so the same targets cost it one position less."""
+        """Its own mean loss, which shifts the labels itself and so has one target per row less."""
         return self.forward(input_ids=self.tokens, labels=self.tokens).loss
 
 
