@@ -1,4 +1,4 @@
-"""Conversations to tokens, labels and rewards: against GPT-NeoX's script, and against transformers' templates."""
+"""Conversations to tokens, labels and rewards, against GPT-NeoX's script and transformers."""
 
 import contextlib
 import hashlib
@@ -31,8 +31,9 @@ from castalia.data import (
 pytest.importorskip("jinja2", reason="jinja2 is not installed: pip install 'castalia[chat]'")
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "chats"
 PEER = json.loads((GOLDEN / "neox.json").read_text())
-"""SHA-256 of what tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX (ea7aefd8) wrote with transformers
-5.23, asked for lists of ids; tests/parity/test_chats_neox.py runs it again where it is at hand."""
+"""SHA-256 of the files that tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX
+(ea7aefd8) wrote with transformers 5.23; tests/parity/test_chats_neox.py runs it again where it is
+installed."""
 OPTIONS = {"plain": {}, "only_last": {"only_last": True}, "for_rm": {"for_rm": True}}
 OPTIONS["reward"] = {"reward": "reward", "binary": True}
 
@@ -52,9 +53,9 @@ def lines(path, *values):
 
 def content(prefix):
     """Every file of a job by its name's end, but for the records."""
-    found = Path(prefix).parent.glob(Path(prefix).name + "_*")
+    paths = Path(prefix).parent.glob(Path(prefix).name + "_*")
     return {
-        p.name.removeprefix(Path(prefix).name): p.read_bytes() for p in found if p.suffix != ".json"
+        p.name.removeprefix(Path(prefix).name): p.read_bytes() for p in paths if p.suffix != ".json"
     }
 
 
@@ -99,11 +100,11 @@ def test_stopped_and_taken_up(tmp_path):
     options = ChatOptions(reward="reward", binary=True)
     run([path], tmp_path / "whole", options=options, part_bytes=900)
     for stop in (1, 12):
-        told = []
+        renames = []
 
-        def count(*_, told=told, stop=stop):
-            told.append(0)
-            if len(told) == stop:
+        def count(*_, renames=renames, stop=stop):
+            renames.append(0)
+            if len(renames) == stop:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -205,14 +206,16 @@ def test_targets_are_the_words_of_the_assistant(tmp_path, chats, only_last):
 
 
 TEMPLATES = {
-    "loops": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content | trim }}\n{% endfor %}",
-    "tags": "{{ bos_token }}{% for m in messages %}{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
-    "{% endfor %}{% if add_generation_prompt %}>{% endif %}",
-    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ missing }}{{ pad_token }}",
-    "spaces": "{%- for m in messages %}\n    {%- if true %}\n  {{- '[' + m.role + ']' }} {{ m.content }}\n"
-    "{%- endif %}\n{%- endfor %}\n",
-    "namespace": "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}{{ n.i }}{{ m.content }}"
-    "{% endfor %}",
+    "loops": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
+    "{{ m.content | trim }}\n{% endfor %}",
+    "tags": "{{ bos_token }}{% for m in messages %}{% generation %}{{ m['content'] }}"
+    "{{ eos_token }}{% endgeneration %}{% endfor %}{% if add_generation_prompt %}>{% endif %}",
+    "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ missing }}"
+    "{{ pad_token }}",
+    "spaces": "{%- for m in messages %}\n    {%- if true %}\n  {{- '[' + m.role + ']' }} "
+    "{{ m.content }}\n{%- endif %}\n{%- endfor %}\n",
+    "namespace": "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}"
+    "{{ n.i }}{{ m.content }}{% endfor %}",
 }
 
 
@@ -256,11 +259,11 @@ def test_prompts_and_pairs(tmp_path):
     ]
     tokenizer = load_tokenizer(GOLDEN)
     for key, said in (("chosen", ["4", "I go"]), ("rejected", ["five", "No"])):
-        found = [
+        rendered = [
             tokenizer.decode([label for label in labels if label >= 0])
             for _, labels in pairs(tmp_path / "o", key)
         ]
-        assert found == [f"{text}<|im_end|>\n<|endoftext|>" for text in said]
+        assert rendered == [f"{text}<|im_end|>\n<|endoftext|>" for text in said]
 
 
 def test_no_mask_writes_no_labels_and_training_reads_the_others(tmp_path):
@@ -312,8 +315,8 @@ def test_wrong_messages_name_file_and_line(tmp_path, value, message):
     assert str(caught.value).startswith(f"{path}:2: {message}")
     done = run([path], tmp_path / "r", reject=True)
     assert (done.documents, done.rejected) == (2, 1)
-    told = json.loads((tmp_path / "r.rejects.jsonl").read_text())
-    assert told["line"] == 2 and told["reason"].startswith(message)
+    reject = json.loads((tmp_path / "r.rejects.jsonl").read_text())
+    assert reject["line"] == 2 and reject["reason"].startswith(message)
 
 
 REWARDS = [
@@ -349,13 +352,15 @@ def test_wrong_rewards_name_file_and_line(tmp_path, more, message):
 def test_templates_that_refuse_or_rewrite(tmp_path):
     chat = {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]}
     path = lines(tmp_path / "c.jsonl", chat)
+    rejects = "the chat template rejects this conversation"
+    rewrites = "the chat template rewrites earlier messages when message 2 follows"
     refusals = {
-        "{{ raise_exception('no chats today') }}": "the chat template rejects this conversation: no chats today",
-        "{{ messages[7].content }}": "the chat template rejects this conversation: list object has no element 7",
-        "{{ 1 / 0 }}": "the chat template rejects this conversation: division by zero",
-        "{{ ''.__class__.__mro__ }}": "the chat template rejects this conversation: access to attribute '__class__'",
+        "{{ raise_exception('no chats today') }}": f"{rejects}: no chats today",
+        "{{ messages[7].content }}": f"{rejects}: list object has no element 7",
+        "{{ 1 / 0 }}": f"{rejects}: division by zero",
+        "{{ ''.__class__.__mro__ }}": f"{rejects}: access to attribute '__class__'",
         " ": "the chat template renders these messages as an empty text",
-        "{{ messages | length }}": "the chat template rewrites earlier messages when message 2 follows",
+        "{{ messages | length }}": rewrites,
     }
     for text, message in refusals.items():
         (tmp_path / "t.jinja").write_text(text)
@@ -363,9 +368,9 @@ def test_templates_that_refuse_or_rewrite(tmp_path):
             run([path], tmp_path / "o", options=ChatOptions(template=str(tmp_path / "t.jinja")))
         assert str(caught.value).startswith(f"{path}:1: {message}"), text
     (tmp_path / "t.jinja").write_text("ok\n{% if %}")
-    with pytest.raises(ConfigError, match=r"t\.jinja: line 2: not a Jinja template"):
+    with pytest.raises(ConfigError, match=r"t\.jinja: line 2: invalid Jinja template"):
         run([path], tmp_path / "o", options=ChatOptions(template=str(tmp_path / "t.jinja")))
-    with pytest.raises(DataError, match=r"none\.jinja: the chat template cannot be read"):
+    with pytest.raises(DataError, match=r"none\.jinja: cannot read the chat template"):
         run([path], tmp_path / "o", options=ChatOptions(template=str(tmp_path / "none.jinja")))
 
 
@@ -403,7 +408,7 @@ def test_options_that_do_not_go_together(tmp_path, options, more, message):
 
 
 def test_the_end_of_a_conversation(tmp_path):
-    """eos_token of the settings; without settings the end of document; a name without an id is an error."""
+    """eos_token of the settings, else the end of document; a name without an id is an error."""
     folder = tmp_path / "t"
     shutil.copytree(GOLDEN, folder)
     settings_ = json.loads((folder / "tokenizer_config.json").read_text())
@@ -454,7 +459,7 @@ def test_special_tokens_may_stand_with_their_flags(tmp_path):
 
 
 def test_mutated_lines_are_errors_or_aligned_files(tmp_path):
-    """Whatever byte of the input is wrong: a sentence with the file's name, or tokens and labels that fit."""
+    """A wrong byte gives an error with the file's name, or tokens and labels that fit."""
     draw, tokenizer = random.Random(5), load_tokenizer(GOLDEN)
     good = "".join(json.dumps(line) + "\n" for line in golden_lines()[:6]).encode()
     done = 0
@@ -492,7 +497,7 @@ def test_long_conversations_are_encoded_a_few_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_message_that_joins_the_text_before_it(tmp_path):
-    """Line breaks on both sides of the border are one token in the whole; none is lost, and the first is no target."""
+    """Line breaks on both sides of a border merge into one token; none is lost."""
     tokenizer = train_tokenizer(["x\n\n\ny"] * 50, 262, tmp_path / "tokenizer.json")
     body = "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% endfor %}"
     template = ChatTemplate(body + "{% if add_generation_prompt %}assistant\n{% endif %}", "")

@@ -1,4 +1,4 @@
-"""Named corpora from a server on this machine that breaks off, starts over, lies, or is not there."""
+"""Named corpora from a local server that drops connections, restarts, lies, or is missing."""
 
 import hashlib
 import json
@@ -18,7 +18,10 @@ BODY = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(5000)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves BODY; `breaks` is after how many bytes it drops the next connections, `ranges` whether it can go on."""
+    """Serves BODY.
+
+    It drops the next connections after `breaks` bytes; `ranges` says whether it can resume.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -73,10 +76,10 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(downloads, "PATIENCE", 0.5)
-    with Server() as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield found
-        found.shutdown()
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def corpus(server, **facts):
@@ -127,17 +130,17 @@ def test_bytes_from_another_place_are_not_put_behind(server, tmp_path):
 
 
 def test_a_moved_file_and_one_server_at_a_time(server, tmp_path, monkeypatch):
-    found = []
+    paths = []
     known = {"sha256": hashlib.sha256(BODY).hexdigest(), "size": len(BODY)}
     moved = Corpus((RemoteFile(f"{server.url}/moved/a.jsonl", **known),), "another address answers")
     both = [
-        threading.Thread(target=lambda: found.extend(download(moved, tmp_path))) for _ in range(2)
+        threading.Thread(target=lambda: paths.extend(download(moved, tmp_path))) for _ in range(2)
     ]
     for thread in both:
         thread.start()
     for thread in both:
         thread.join()
-    assert [path.read_bytes() for path in found] == [BODY, BODY]
+    assert [path.read_bytes() for path in paths] == [BODY, BODY]
     assert len(server.asked) == 2  # the address that sends on, and the one that answers, each once
 
 
@@ -168,8 +171,9 @@ def test_dead_addresses_are_said_to_be_dead(tmp_path):
         ConfigError, match=r"the-eye\.eu removed its copy of the Pile.*pile_uncopyrighted"
     ):
         resolve_inputs(["pile"], tmp_path)
-    neox = """enron pile_subset pile github arxiv europarl freelaw nih pubmed books1 books3 hackernews openwebtext2
-        stackexchange ubuntu_irc youtube_subtitles c4 c4_openwebtext enwik8"""
+    neox = """enron pile_subset pile github arxiv europarl freelaw nih pubmed books1 books3
+        hackernews openwebtext2 stackexchange ubuntu_irc youtube_subtitles c4 c4_openwebtext
+        enwik8"""
     assert set(neox.split()) <= set(CORPORA)
     assert "dead" in table() and "enwik8" in table()
 

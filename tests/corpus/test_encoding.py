@@ -1,4 +1,4 @@
-"""gigatoken held against tokenizers: texts that they take otherwise go to tokenizers, all others to gigatoken."""
+"""gigatoken against tokenizers: where they differ, tokenizers encode, else gigatoken."""
 
 import random
 
@@ -45,9 +45,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def encoder(tokenizer):
-    found = Encoder(tokenizer)
-    assert found.by == "gigatoken", found.fallback_reason
-    return found
+    encoder = Encoder(tokenizer)
+    assert encoder.by == "gigatoken", encoder.fallback_reason
+    return encoder
 
 
 def by_each(encoder, texts):
@@ -62,8 +62,8 @@ def by_each(encoder, texts):
 def test_characters_newer_than_a_table_go_to_tokenizers(encoder, name):
     text = f"words before {YOUNG[name]} and after"
     assert encoder.has_recent(text.encode())
-    found, expected = by_each(encoder, ["plain", text, "", "ä", text * 3])
-    assert found == expected
+    ids, expected = by_each(encoder, ["plain", text, "", "ä", text * 3])
+    assert ids == expected
 
 
 def test_gigatoken_alone_has_other_ids_for_some(encoder):
@@ -77,8 +77,8 @@ def test_gigatoken_alone_has_other_ids_for_some(encoder):
 @pytest.mark.parametrize("name", OLD)
 def test_the_scripts_of_most_texts_stay_with_gigatoken(encoder, name):
     assert not encoder.has_recent(OLD[name].encode())
-    found, expected = by_each(encoder, [OLD[name], f"a{OLD[name]}b", f" {OLD[name]}\n{OLD[name]}1"])
-    assert found == expected
+    ids, expected = by_each(encoder, [OLD[name], f"a{OLD[name]}b", f" {OLD[name]}\n{OLD[name]}1"])
+    assert ids == expected
 
 
 @pytest.mark.parametrize("before", [0, (1 << 18) - 1, (1 << 18) + 1])
@@ -130,5 +130,5 @@ def test_texts_of_any_characters(encoder):
 
     for _ in range(20):
         texts = ["".join(piece() for _ in range(draw.randrange(8))) for _ in range(200)]
-        found, expected = by_each(encoder, texts)
-        assert found == expected
+        ids, expected = by_each(encoder, texts)
+        assert ids == expected

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle: the orders of the paper, the same cuts on any number of processes, and nothing lost."""
+"""Fill-in-the-middle: the paper's orders, equal cuts on any number of processes, nothing lost."""
 
 import json
 import re
@@ -48,9 +48,9 @@ def restored(ids):
 
 def test_shares_and_nothing_lost(corpus, tmp_path):
     prepare([corpus], tmp_path / "o", "bytes", fim=FimOptions(0.5, 0.5, BYTES, seed=3))
-    found = [restored(ids) for ids in documents(tmp_path / "o")]
-    kinds = [kind for kind, _ in found]
-    assert [text for _, text in found] == TEXTS[1:]
+    restored_texts = [restored(ids) for ids in documents(tmp_path / "o")]
+    kinds = [kind for kind, _ in restored_texts]
+    assert [text for _, text in restored_texts] == TEXTS[1:]
     assert 160 < kinds.count("as it was") < 240
     assert 60 < kinds.count("psm") < 140 and 60 < kinds.count("spm or psm") < 150
     origin = read_provenance(str(tmp_path / "o"), 7)
@@ -78,9 +78,9 @@ def test_all_or_none(corpus, tmp_path):
             fim=FimOptions(rate, spm_rate, BYTES),
             append_eod=True,
         )
-        found = documents(tmp_path / "o")
-        assert {ids[-1] for ids in found} == {256}
-        kinds = [restored(ids[:-1])[0] for ids in found]
+        written = documents(tmp_path / "o")
+        assert {ids[-1] for ids in written} == {256}
+        kinds = [restored(ids[:-1])[0] for ids in written]
         assert kinds.count(kind) > 0.75 * len(kinds)  # an empty prefix makes the two orders one
         assert kind != "spm or psm" or set(kinds) == {kind}
 
@@ -94,7 +94,7 @@ def test_the_cuts_depend_on_nothing_else(corpus, tmp_path, more):
 
 
 def test_seed_and_epoch_give_other_cuts(corpus, tmp_path):
-    found = []
+    outputs = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
         prepare(
             [corpus],
@@ -102,9 +102,9 @@ def test_seed_and_epoch_give_other_cuts(corpus, tmp_path):
             "bytes",
             fim=FimOptions(1.0, 0.0, BYTES, seed=seed, epoch=epoch),
         )
-        found.append(documents(tmp_path / "o"))
+        outputs.append(documents(tmp_path / "o"))
     assert all(
-        sum(one != other for one, other in zip(found[a], found[b], strict=True)) > 300
+        sum(one != other for one, other in zip(outputs[a], outputs[b], strict=True)) > 300
         for a, b in ((0, 1), (0, 2), (1, 2))
     )
 
@@ -135,7 +135,7 @@ def test_pieces_are_the_document_and_tokenized_alone(text, rate, spm_rate, seed)
 
 
 def test_cuts_are_uniform():
-    """Both cuts of a text of nine characters: any of ten places, and the mean length of the middle a third."""
+    """Cuts of nine characters fall on any of ten places; the middle is a third on average."""
     fim = FimForm(FimOptions(1.0), (1, 2, 3))
     cuts = [fim.cut(f"{i:09}".encode()) for i in range(3000)]
     starts = np.bincount([len(prefix) for prefix, *_ in cuts], minlength=10)

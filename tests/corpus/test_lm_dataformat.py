@@ -1,4 +1,4 @@
-"""What lm_dataformat wrote, GPT-NeoX's reader of corpora: each form gives the documents that it gives itself."""
+"""Files of lm_dataformat, GPT-NeoX's reader: each format gives the documents that it gives."""
 
 import gzip
 import io
@@ -60,8 +60,10 @@ def test_each_form(name, tmp_path):
         done = prepare(
             [tmp_path / name], tmp_path / "out", "bytes", part_bytes=size, workers=1 + (size == 20)
         )
-        found = [bytes(document.tolist()).decode() for document in IndexedDataset(tmp_path / "out")]
-        assert (found, done.empty) == ([text for text in TEXTS if text], 1)
+        written = [
+            bytes(document.tolist()).decode() for document in IndexedDataset(tmp_path / "out")
+        ]
+        assert (written, done.empty) == ([text for text in TEXTS if text], 1)
 
 
 def test_a_text_in_paragraphs(tmp_path):
@@ -93,8 +95,8 @@ def test_openwebtext_is_a_tar_of_tars(tmp_path):
 def test_where_a_document_of_a_dat_came_from(tmp_path):
     (tmp_path / "a.dat.zst").write_bytes(FORMS["a.dat.zst"])
     prepare([tmp_path / "a.dat.zst"], tmp_path / "out", "bytes", part_bytes=40)
-    found, raw = read_provenance(str(tmp_path / "out"), 5), dat(*TEXTS)
-    assert (found["line"], raw[found["start"] : found["stop"]]) == (7, b"last")
+    entry, raw = read_provenance(str(tmp_path / "out"), 5), dat(*TEXTS)
+    assert (entry["line"], raw[entry["start"] : entry["stop"]]) == (7, b"last")
 
 
 def test_a_dat_with_a_bad_document(tmp_path):

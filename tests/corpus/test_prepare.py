@@ -150,9 +150,9 @@ def test_a_tokenizer_without_an_end(corpus, out, tmp_path):
 
 
 def test_bytes_and_tokens_are_reported(corpus, out):
-    seen = []
-    done = prepare([corpus], out, "bytes", on_progress=lambda *found: seen.append(found))
-    assert [sum(found) for found in zip(*seen, strict=True)] == [corpus.stat().st_size, done.tokens]
+    calls = []
+    done = prepare([corpus], out, "bytes", on_progress=lambda *call: calls.append(call))
+    assert [sum(call) for call in zip(*calls, strict=True)] == [corpus.stat().st_size, done.tokens]
 
 
 def test_an_output_that_cannot_be_written(corpus, tmp_path):

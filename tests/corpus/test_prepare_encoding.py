@@ -1,4 +1,4 @@
-"""gigatoken beside tokenizers where Unicode has moved on between them, and where it has seen too many words."""
+"""gigatoken and tokenizers of different Unicode versions, and gigatoken with a full cache."""
 
 import random
 import unicodedata
@@ -110,10 +110,10 @@ def test_words_are_forgotten(tokenizer, monkeypatch):
     ids, _ = encoder([text.encode() for text in texts])
     assert encoder.fast_path is not first and encoder.by == "gigatoken"
     assert encoder([text.encode() for text in texts])[0].tolist() == ids.tolist()
-    assert ids.tolist() == [i for found in tokenizer.encode_batch(texts) for i in found]
+    assert ids.tolist() == [i for ids_of_text in tokenizer.encode_batch(texts) for i in ids_of_text]
 
 
 def test_resident_memory_is_told():
     before = resident_bytes()
-    held = bytearray(b"x" * (64 << 20))
-    assert before == 0 or resident_bytes() - before > len(held) // 2
+    block = bytearray(b"x" * (64 << 20))
+    assert before == 0 or resident_bytes() - before > len(block) // 2

@@ -1,8 +1,8 @@
 """Mutated inputs: an error in words or success, never a crash, a hang or wrong data.
 
-Where a mutated file is read, other code must read the same out of it: Python's json, zipfile, tarfile and zlib,
-zstandard and pyarrow by themselves, and an .idx taken apart by hand. Some of the mutations run every time, ten
-thousand with `-m slow`, in a process of their own, so that a crash of a library is seen as one.
+Where a mutated file is read, other code must read the same from it: Python's json, zipfile, tarfile
+and zlib, zstandard and pyarrow by themselves, and an .idx parsed by hand. Some mutations run every
+time, ten thousand with `-m slow`, in a process of their own: so a crash of a library is noticed.
 """
 
 import json
@@ -21,7 +21,10 @@ from castalia.core.errors import CastaliaError
 from castalia.corpus import prepare, read_documents
 from castalia.data import IndexedDataset
 
-kind, count, seed, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4])
+kind = sys.argv[1]
+count = int(sys.argv[2])
+seed = int(sys.argv[3])
+folder = pathlib.Path(sys.argv[4])
 draw = random.Random(seed)
 texts = [f"document {i} äß中 " + "ab\n" * draw.randrange(30) for i in range(60)]
 lines = "".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts)).encode()
@@ -31,7 +34,8 @@ columns = pyarrow.table({"text": texts, "id": list(range(60))})
 def original():
     if kind == "parquet":
         out = io.BytesIO()
-        parquet.write_table(columns, out, row_group_size=7, compression=draw.choice(["zstd", "none", "snappy"]))
+        compression = draw.choice(["zstd", "none", "snappy"])
+        parquet.write_table(columns, out, row_group_size=7, compression=compression)
         return out.getvalue()
     if kind == "arrow":
         out = io.BytesIO()
@@ -48,13 +52,15 @@ def original():
         return out.getvalue()
     if kind == "zip":
         out = io.BytesIO()
-        with zipfile.ZipFile(out, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+        method = draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+        with zipfile.ZipFile(out, "w", method) as archive:
             archive.writestr("a.txt", texts[0])
             archive.writestr("in/b.jsonl", lines)
         return out.getvalue()
     if kind == "dat.zst":
         return zstandard.compress(b"".join(b"%016d" % len(t.encode()) + t.encode() for t in texts))
-    pack = {"jsonl": bytes, "jsonl.zst": zstandard.compress, "jsonl.gz": gzip.compress, "jsonl.xz": lzma.compress}
+    pack = {"jsonl": bytes, "jsonl.zst": zstandard.compress}
+    pack |= {"jsonl.gz": gzip.compress, "jsonl.xz": lzma.compress}
     return pack[kind](lines)
 
 
@@ -78,43 +84,56 @@ def mutated(data):
 
 
 def json_texts(data):
-    found = []
+    texts = []
     for i, line in enumerate(data.split(b"\n")):
         text = line.decode("utf-8-sig" if not i else "utf-8")
         if text.strip():
             value = json.loads(text)
-            found += value if isinstance(value, list) else [value if isinstance(value, str) else value["text"]]
-    return ["\n\n".join(text) if isinstance(text, list) else text for text in found]
+            if isinstance(value, list):
+                texts += value
+            else:
+                texts.append(value if isinstance(value, str) else value["text"])
+    return ["\n\n".join(text) if isinstance(text, list) else text for text in texts]
 
 
 def dat_texts(data):
-    found = []
+    texts = []
     while data:
         size = int(data[:16])
-        found.append(data[16 : 16 + size].decode())
+        texts.append(data[16 : 16 + size].decode())
         data = data[16 + size :]
-    return found
+    return texts
 
 
 def of_members(members):
-    return [text for name, data in members for text in (json_texts(data) if ".json" in name else [data.decode()])]
+    texts = []
+    for name, data in members:
+        texts += json_texts(data) if ".json" in name else [data.decode()]
+    return texts
+
+
+def unpack_zstd(data):
+    reader = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
+    return reader.read()
 
 
 def by_others(data):
     # the texts as other code reads them
     if kind == "parquet":
-        found = parquet.read_table(io.BytesIO(data), use_threads=False, pre_buffer=False)  # no threads at our exit
-        return found.column("text").to_pylist()
+        # no threads at our exit
+        table = parquet.read_table(io.BytesIO(data), use_threads=False, pre_buffer=False)
+        return table.column("text").to_pylist()
     if kind == "arrow":
         return pyarrow.ipc.open_stream(data).read_all().column("text").to_pylist()
     if kind == "tar":
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-            return of_members([(m.name, archive.extractfile(m).read()) for m in archive if m.isreg()])
+            files = [member for member in archive if member.isreg()]
+            return of_members([(file.name, archive.extractfile(file).read()) for file in files])
     if kind == "zip":
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return of_members([(m.filename, archive.read(m)) for m in archive.infolist() if not m.is_dir()])
-    unpack = {".zst": lambda d: zstandard.ZstdDecompressor().stream_reader(d, read_across_frames=True).read()}
-    unpack |= {".gz": gzip.decompress, ".xz": lzma.decompress}
+            files = [member for member in archive.infolist() if not member.is_dir()]
+            return of_members([(file.filename, archive.read(file)) for file in files])
+    unpack = {".zst": unpack_zstd, ".gz": gzip.decompress, ".xz": lzma.decompress}
     end = kind[kind.rfind(".") :] if "." in kind else ""
     return (dat_texts if kind == "dat.zst" else json_texts)(unpack.get(end, bytes)(data))
 
@@ -136,12 +155,12 @@ def whole_index(name):
         open(f"{name}.idx", "wb").write(bad)
         signal.alarm(20)
         try:
-            found = [document.tobytes() for document in IndexedDataset(name)]
-            assert found == index_by_hand(bad, tokens)
-            told["good"] += 1
+            read = [document.tobytes() for document in IndexedDataset(name)]
+            assert read == index_by_hand(bad, tokens)
+            counts["good"] += 1
         except CastaliaError as error:
             assert "fuzz" in str(error), error
-            told["refused"] += 1
+            counts["refused"] += 1
 
 
 def inputs():
@@ -151,12 +170,12 @@ def inputs():
         path.write_bytes(data)
         signal.alarm(20)
         try:
-            found = list(read_documents([path]))
-            assert found == by_others(data)
-            told["good"] += 1
+            read = list(read_documents([path]))
+            assert read == by_others(data)
+            counts["good"] += 1
         except CastaliaError as error:
             assert "fuzz" in str(error), error
-            told["refused"] += 1
+            counts["refused"] += 1
         if turn % 50 == 0:
             signal.alarm(40)
             try:
@@ -166,11 +185,11 @@ def inputs():
                 assert "fuzz" in str(error), error
 
 
-told = {"good": 0, "refused": 0}
+counts = {"good": 0, "refused": 0}
 (folder / "plain.jsonl").write_bytes(lines)
 whole_index(str(folder / "fuzz")) if kind == "idx" else inputs()
 signal.alarm(0)
-print(json.dumps(told))
+print(json.dumps(counts))
 """
 KINDS = [
     "idx",
@@ -187,14 +206,14 @@ KINDS = [
 
 
 def mutate(kind, count, folder):
-    """Counts of mutations read and refused; fails if the process crashed, hung or raised anything else."""
+    """Mutations read and refused; fails if the process crashed, hung or raised anything else."""
     command = [sys.executable, "-c", SCRIPT, kind, str(count), "7", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["good"] + found["refused"] == count
-    assert found["refused"]
-    return found
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["good"] + counts["refused"] == count
+    assert counts["refused"]
+    return counts
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""What `prepare` can be asked: keys, metadata, rejects, a number of documents, shares, forms of input."""
+"""Options of `prepare`: keys, metadata, rejects, number of documents, shares, input formats."""
 
 import gzip
 import hashlib
@@ -101,20 +101,20 @@ def test_where_each_document_came_from(file, tmp_path):
         file("c.txt", b"t"),
     ]
     prepare(paths, tmp_path / "out", "bytes", keep=("meta", "n"), append_eod=True, part_bytes=30)
-    found = [read_provenance(str(tmp_path / "out"), i) for i in range(4)]
-    assert [(f["source"], f["line"], f["tokens"]) for f in found] == [
+    entries = [read_provenance(str(tmp_path / "out"), i) for i in range(4)]
+    assert [(f["source"], f["line"], f["tokens"]) for f in entries] == [
         (str(paths[0]), 1, 3),
         (str(paths[0]), 4, 2),
         (str(paths[1]), 1, 2),
         (str(paths[2]), 1, 2),
     ]
-    assert [(f["id"], f["meta"], f["n"]) for f in found] == [
+    assert [(f["id"], f["meta"], f["n"]) for f in entries] == [
         ("7", '{"set": "x"}', "12345678901234567890123"),
         (None, None, "0.1"),
         (None, "y", None),
         (None, None, None),
     ]
-    for one in found[:2]:
+    for one in entries[:2]:
         line = json.loads(data[one["start"] : one["stop"]])["text"].encode()
         assert hashlib.sha256(line).hexdigest()[:32] == one["hash"]
     with pytest.raises(DataError, match="lacks document 4"):
@@ -138,8 +138,8 @@ def test_metadata_of_parquet_and_a_folder_of_datasets(tmp_path):
         prefix = str(tmp_path / f"out{i}")
         prepare([path], prefix, "bytes", keep=("n",), part_bytes=1)
         assert texts(prefix) == ["one", "three"]
-        found = [read_provenance(prefix, i) for i in range(2)]
-        assert [(f["id"], f["n"], f["line"], f["start"]) for f in found] == [
+        entries = [read_provenance(prefix, i) for i in range(2)]
+        assert [(f["id"], f["n"], f["line"], f["start"]) for f in entries] == [
             ("x", "1", 0, None),
             ("z", None, 2, None),
         ]
@@ -171,10 +171,10 @@ def test_bad_documents_are_rejected_with_their_places(file, tmp_path):
         done = prepare(
             paths, tmp_path / "out", "bytes", reject=True, workers=workers, part_bytes=size
         )
-        told = [
+        rejects = [
             json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()
         ]
-        assert [(t["file"], t["line"], t["reason"][:16]) for t in told] == [
+        assert [(t["file"], t["line"], t["reason"][:16]) for t in rejects] == [
             (str(paths[0]), 6, "'text' must be a"),
             (str(paths[0]), 18, "not UTF-8: byte "),
             (str(paths[0]), 31, "invalid JSON at "),
@@ -182,7 +182,7 @@ def test_bad_documents_are_rejected_with_their_places(file, tmp_path):
             (str(paths[2]), None, f"{paths[2]}: cannot be read"[:16]),
         ]
         assert (done.rejected, done.documents) == (5, 45)
-        assert told[0]["text"] == '{"text": 5}\n'
+        assert rejects[0]["text"] == '{"text": 5}\n'
     with pytest.raises(DataError, match=r"a\.jsonl:6: 'text' must be a string"):
         prepare(paths, tmp_path / "stop", "bytes", workers=2, part_bytes=100)
 
@@ -389,8 +389,8 @@ def test_a_tokenizer_that_gigatoken_reads_otherwise_is_not_given_to_it(monkeypat
         encoding, "fast_path_of", lambda inner, real=encoding.fast_path_of: Lying(real(inner))
     )
     monkeypatch.setattr(encoding, "PROBES", ("the liar",))
-    found = encoding.Encoder(plain)
-    assert (found.by, found.fallback_reason) == (
+    encoder = encoding.Encoder(plain)
+    assert (encoder.by, encoder.fallback_reason) == (
         "tokenizers",
         "gigatoken and tokenizers give different ids for the probe texts",
     )

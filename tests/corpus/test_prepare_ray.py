@@ -1,4 +1,4 @@
-"""`prepare` on a real Ray cluster of two nodes on this machine, with a worker killed and a node lost on the way."""
+"""`prepare` on a local Ray cluster of two nodes, with a killed worker and a lost node."""
 
 import json
 import os
@@ -28,12 +28,12 @@ def cluster(monkeypatch):
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     limits = {"num_cpus": 1, "object_store_memory": 100 << 20}
-    found = Cluster(initialize_head=True, head_node_args={**limits, "include_dashboard": False})
-    found.second = found.add_node(**limits)
-    found.wait_for_nodes()
-    yield found
+    cluster = Cluster(initialize_head=True, head_node_args={**limits, "include_dashboard": False})
+    cluster.second = cluster.add_node(**limits)
+    cluster.wait_for_nodes()
+    yield cluster
     ray.shutdown()
-    found.shutdown()
+    cluster.shutdown()
 
 
 @pytest.fixture
@@ -89,12 +89,12 @@ def test_two_nodes_write_what_one_process_writes(cluster, corpus, tmp_path):
 
 def test_conversations_on_the_cluster(cluster, tmp_path):
     """Each task is given a job with a chat template in it."""
-    told = [
+    messages = [
         {"role": "user", "content": "Two and two?"},
         {"role": "assistant", "content": "Four, I think."},
     ]
     lines = [
-        json.dumps({"talk": told[: 1 + i % 2] * (1 + i % 3), "good": i % 2}) + "\n"
+        json.dumps({"talk": messages[: 1 + i % 2] * (1 + i % 3), "good": i % 2}) + "\n"
         for i in range(200)
     ]
     (tmp_path / "a.jsonl").write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""A job that is killed, runs out of disk or finds other inputs: the same command ends with the same bytes."""
+"""A job that is killed, fills the disk or meets other inputs: run again, it ends the same."""
 
 import contextlib
 import errno
@@ -51,7 +51,8 @@ SCRIPT = """
 import sys
 from castalia.corpus import prepare
 if __name__ == "__main__":
-    prepare(sys.argv[3:], sys.argv[1], "bytes", append_eod=True, part_bytes=20000, workers=int(sys.argv[2]))
+    workers = int(sys.argv[2])
+    prepare(sys.argv[3:], sys.argv[1], "bytes", append_eod=True, part_bytes=20000, workers=workers)
 """
 
 
@@ -235,7 +236,7 @@ def test_the_record_of_a_resumed_job_is_right(stop_after, corpus, tmp_path):
 
 
 def test_tokens_are_on_disk_once(corpus, tmp_path, monkeypatch):
-    """Beside the growing file there are never more than the part that is taken in and those that wait for the disk."""
+    """Tokens are on disk once, but for the part being appended and those waiting for a flush."""
     most = parts = 0
     real = WorkFolder.take
     monkeypatch.setattr(work_folder, "MOST_UNFLUSHED", 2)

@@ -1,4 +1,4 @@
-"""A job that is told to stop, and what it finds when it goes on: a sentence, its parts, and not its own files."""
+"""A job that is stopped by a signal, and continued: a sentence, its parts, not its own files."""
 
 import json
 import os
@@ -112,8 +112,8 @@ def encode_part(job, part, encoder):
 executors.encode_part = encode_part
 if __name__ == "__main__":
     from castalia.corpus.options import PrepareOptions
-    defaults = PrepareOptions.__init__.__defaults__
-    PrepareOptions.__init__.__defaults__ = tuple(2000 if value == 1 << 25 else value for value in defaults)
+    init = PrepareOptions.__init__
+    init.__defaults__ = tuple(2000 if value == 1 << 25 else value for value in init.__defaults__)
     from castalia.cli import main
     sys.argv = ["castalia", "prepare", *sys.argv[1:]]
     main()
@@ -139,7 +139,7 @@ def test_signals_end_a_job_in_order_with_a_sentence(corpus, tmp_path, name, work
         str(workers),
     ]
     command = [sys.executable, tmp_path / "run.py", *words]
-    # A shell in the background ignores SIGINT and nohup SIGHUP, and what is ignored stays so in children.
+    # A background shell ignores SIGINT, nohup SIGHUP, and children inherit that.
     job = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_signals
     )

@@ -229,8 +229,8 @@ def copy_documents(
 ) -> None:
     """Append documents [first, stop) to `writer`.
 
-    Documents that lie back to back are copied together, TOKENS_AT_A_TIME tokens at a time: one write
-    for each document would be limited by calls, not by the disk.
+    Documents that lie back to back are copied together, TOKENS_AT_A_TIME tokens at a time: one
+    write for each document would be limited by calls, not by the disk.
     """
     width = dataset.dtype.itemsize
     while first < stop:
