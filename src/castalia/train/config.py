@@ -122,9 +122,10 @@ class TrainConfig(Config):
     eval_batches: Annotated[PositiveInt, AT_RESUME] = 10
     """Batches in one validation."""
     start_optimizer: Annotated[bool, AT_RESUME] = False
-    """Take the optimizer's state and the loss scale from `model.start` too, a checkpoint of a Castalia run."""
+    """Take the optimizer's state and the loss scale from `model.start` too, which must then be a
+    checkpoint of a Castalia run."""
     start_step: Annotated[bool, AT_RESUME] = False
-    """Continue at the step of `model.start`: its position in the data, its mixture and its guard."""
+    """Continue at the step of `model.start`: its position in the data, its mixture, its guard."""
 
 
 class RunConfig(Config):
@@ -246,8 +247,9 @@ def start_problems(config: RunConfig) -> list[str]:
         ]
     if Path(start).absolute().is_relative_to(Path(config.output).absolute()):
         return [
-            f"model.start {start} is in output {config.output}: a run resumes from its own newest checkpoint;"
-            " delete model.start, or choose another output to go back to an earlier step"
+            f"model.start {start} is in output {config.output}: a run resumes from its own newest"
+            " checkpoint; delete model.start, or choose another output to continue from an earlier"
+            " step"
         ]
     return []
 
@@ -296,7 +298,7 @@ def loss_problems(config: RunConfig) -> list[str]:
 
 
 def optimizer_cost(config: RunConfig) -> tuple[float, float]:
-    """Bytes of optimizer state for each parameter of the model, and the share of them that trains."""
+    """Bytes of optimizer state a parameter of the model, and the share of parameters that train."""
     if not config.train.frozen and not config.optim.groups:
         # The usual case needs no names of parameters, and so no torch.
         state = OPTIMIZERS[config.optim.kind].state(config.optim)

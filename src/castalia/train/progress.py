@@ -20,11 +20,11 @@ class Progress:
     updates: int = 0
     tokens: int = 0
     updates_before: int = 0
-    """Updates of another run behind the optimizer's state, where train.start_optimizer took it over."""
+    """Updates of another run, whose optimizer state train.start_optimizer took over."""
 
     @property
     def optimizer_updates(self) -> int:
-        """Updates behind the moments, for their bias correction; the schedule counts `updates` alone."""
+        """Updates behind the moments, for their bias correction; the schedule counts `updates`."""
         return self.updates_before + self.updates
 
     def state_dict(self) -> dict[str, int]:

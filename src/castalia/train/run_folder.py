@@ -45,7 +45,10 @@ def check_run_folder(config: RunConfig) -> None:
 def write_run_folder(
     config: RunConfig, world: "World", command: list[str], start: dict[str, Any]
 ) -> None:
-    """Write config.yaml, command.txt and env.json; `start` records the start weights of a fresh run."""
+    """Write config.yaml, command.txt and env.json.
+
+    `start` is the record of the start weights of a fresh run.
+    """
     folder = Path(config.output)
     # At each start: a resume may have changed what it is allowed to.
     with atomic_write(folder / "config.yaml") as file:
@@ -55,7 +58,7 @@ def write_run_folder(
     path = folder / "env.json"
     environment = describe_environment(world.device, world.size)
     if not start and path.is_file():
-        # A resumed run reads no start weights; it keeps the record of those that it once began with.
+        # A resumed run reads no start weights; it keeps the record of its first start.
         start = json.loads(path.read_text(encoding="utf-8")).get("start", {})
     if start:
         environment["start"] = start

@@ -381,7 +381,7 @@ class Trainer:
                 print(f"note: {note}", flush=True)
 
     def begin(self) -> None:
-        """Take over what a fresh run has from `model.start` beside the weights; most runs have nothing."""
+        """Take over the state that a fresh run has from `model.start`, beside the weights."""
         if self.start is None:
             return
         with self.watchdog.doing("loading the start", LONG):

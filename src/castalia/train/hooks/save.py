@@ -31,7 +31,7 @@ class Save(Hook):
         checkpoints: Checkpoints,
         pending_metrics: dict[str, Any],
     ) -> None:
-        """Save the first step of a fresh run if the policy has it, or if the run may have to roll back to it."""
+        """Save the start of a fresh run if the policy has it, or if the run may roll back to it."""
         self.checkpoints = checkpoints
         self.policy = policy
         self.pending = pending_metrics
