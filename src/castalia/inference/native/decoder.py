@@ -17,6 +17,10 @@ from castalia.inference.native.weights import HEAD, PackedWeights
 from castalia.models import Decoder
 
 
+ROWS_AT_ONCE = 256
+"""Rows of one call of a kernel: the float32 copies that quantizing makes then stay in the cache."""
+
+
 class KernelLinear(nn.Module):
     """A linear layer computed by a kernel, (..., K) float32 -> (..., N) float32."""
 
@@ -26,7 +30,10 @@ class KernelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Kernels take rows, so the leading dimensions are flattened for them."""
-        return self.kernel(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
+        rows = x.reshape(-1, x.shape[-1])
+        parts = [self.kernel(part) for part in rows.split(ROWS_AT_ONCE)]
+        y = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return y.unflatten(0, x.shape[:-1])
 
 
 class Bf16Linear(nn.Module):
