@@ -544,7 +544,7 @@ def test_a_failure_ends_its_own_request_only(
     admit = scheduler.batcher.admit
 
     def fail_on_x(rows: Any) -> Any:
-        if rows[0].row.ids == [ord("x")]:
+        if rows[0].text.ids == [ord("x")]:
             raise RuntimeError("a kernel failed")
         return admit(rows)
 
