@@ -23,7 +23,8 @@ def parts_of(config: TransformerConfig, names: Mapping[str, str], reader: str) -
     roles = {part.role for part in parts.linears} | {part.role for part in parts.norms}
     if unknown := roles - names.keys():
         raise ConfigError(
-            f"{reader} has no place for the {', '.join(sorted(unknown))} of model.family {config.family}"
+            f"{reader} has no place for the {', '.join(sorted(unknown))}"
+            f" of model.family {config.family}"
         )
     return parts
 

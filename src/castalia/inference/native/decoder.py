@@ -16,7 +16,6 @@ from castalia.inference.native.packing import Packed, dense
 from castalia.inference.native.weights import HEAD, PackedWeights
 from castalia.models import Decoder
 
-
 ROWS_AT_ONCE = 256
 """Rows of one call of a kernel: the float32 copies that quantizing makes then stay in the cache."""
 
