@@ -97,7 +97,7 @@ def count_ids(path: str) -> int | None:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content and all(isinstance(value, int) for value in content.values()):
-            return max(content.values()) + 1
+            return int(max(content.values())) + 1
         vocabulary = content["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

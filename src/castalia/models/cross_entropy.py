@@ -29,6 +29,7 @@ Source  the chunked loss of Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, sec
 """
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -135,7 +136,8 @@ def fused_cross_entropy(
     # The dtype is chosen above; autocast must not convert again inside.
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return CrossEntropy(*FusedCrossEntropy.apply(hidden, weight, labels, weights, plan))
+            apply: Callable[..., tuple[Tensor, Tensor]] = FusedCrossEntropy.apply
+            return CrossEntropy(*apply(hidden, weight, labels, weights, plan))
         rows = losses_only(hidden, weight, labels, plan)
     return CrossEntropy(total_of(rows, weights), rows)
 

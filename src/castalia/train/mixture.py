@@ -221,12 +221,15 @@ def located(plan: BatchPlan) -> RowLookup:
 
 def rounded(sums: NDArray[np.float64], grain: float) -> NDArray[np.float64]:
     """Loss sums whose means are multiples of `grain`: (K, 2) sums and weights -> (K,)."""
+    loss: NDArray[np.float64]
+    tokens: NDArray[np.float64]
     loss, tokens = sums.T
     if not grain:
         return loss.copy()
     # A NaN loss passes through; the mixer counts and refuses it.
     with np.errstate(invalid="ignore"):
-        return np.rint(loss / np.maximum(tokens, 1) / grain) * grain * tokens
+        means: NDArray[np.float64] = np.rint(loss / np.maximum(tokens, 1) / grain) * grain
+    return means * tokens
 
 
 def make_mixture(config: RunConfig, rows: RunRows) -> PlannedMixture | StaticBlend:

@@ -395,7 +395,7 @@ class Trainer:
     def roll_back(self, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Return to the newest good checkpoint; the batches from there on."""
         # Workers of the old iterator read ahead, in an order that no longer holds.
-        cast(Generator, batches).close()
+        cast(Generator[list[Batch], None, None], batches).close()
         self.resume("rolled back to")
         for hook in self.hooks:
             hook.rolled_back(self.progress.step)

@@ -161,7 +161,8 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, k, v = split_fused(self.qkv(x_BTC), self.head_dim)
-        return self.out(attend(q, k, v, context))
+        y_BTC: Tensor = self.out(attend(q, k, v, context))
+        return y_BTC
 
     def new_state(
         self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str

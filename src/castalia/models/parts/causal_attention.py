@@ -163,7 +163,8 @@ def backward_blocks(
 
 def grouped(x: Tensor, kv_heads: int) -> Tensor:
     """A view (B, K, T, G, D) of (B, H, T, D): queries of one key head and position side by side."""
-    return x.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    view: Tensor = x.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    return view
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -21,7 +21,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down(self.activate(self.up(x_BTC)))
+        out: Tensor = self.down(self.activate(self.up(x_BTC)))
+        return out
 
     def activate(self, x: Tensor) -> Tensor:
         """GELU."""

@@ -39,12 +39,14 @@ class TransformerBlock(Block):
 
     def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        attn_BTC = self.attn(self.norm1(x_BTC), context)
+        attn_BTC: Tensor = self.attn(self.norm1(x_BTC), context)
         if self.parallel:
             # The two small sums are added first: x is much larger, and adding it last rounds once.
-            return x_BTC + (attn_BTC + self.mlp(self.norm2(x_BTC)))
+            mlp_BTC: Tensor = self.mlp(self.norm2(x_BTC))
+            return x_BTC + (attn_BTC + mlp_BTC)
         x_BTC = x_BTC + attn_BTC
-        return x_BTC + self.mlp(self.norm2(x_BTC))
+        mlp_BTC = self.mlp(self.norm2(x_BTC))
+        return x_BTC + mlp_BTC
 
     def new_state(
         self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str

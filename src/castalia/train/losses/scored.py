@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from castalia.data.batch import IGNORED, Batch
+from castalia.data.batch import Batch
+from castalia.data.labels import IGNORED
 from castalia.models import Decoder
 from castalia.models.cross_entropy import fused_cross_entropy
 
