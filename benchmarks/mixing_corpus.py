@@ -18,7 +18,7 @@ import numpy as np
 
 from castalia.demo import texts
 from castalia.demo.corpus import CORPORA, CorpusPaths, CorpusRecipe, TextSource, build_corpus
-from castalia.demo.texts import SMALLEST_DOCUMENT, Document
+from castalia.demo.texts import SMALLEST_DOCUMENT, TextDocument
 
 NAME = "mixing"
 PIECE = 16 * 1024
@@ -28,17 +28,17 @@ MAN = Path("/usr/share/man")
 ENGLISH = {f"man{section}" for section in range(1, 9)}
 
 
-def pieces(name: str, text: str) -> Iterator[Document]:
+def pieces(name: str, text: str) -> Iterator[TextDocument]:
     """Cut a text into documents of at most PIECE characters."""
     for number, start in enumerate(range(0, len(text), PIECE)):
         part = text[start : start + PIECE]
         if len(part) >= SMALLEST_DOCUMENT:
-            yield Document(f"{name}#{number}", part)
+            yield TextDocument(f"{name}#{number}", part)
 
 
-def read_all(files: Iterable[Path]) -> list[Document]:
+def read_all(files: Iterable[Path]) -> list[TextDocument]:
     """Files, gzipped or not, in pieces; unreadable and non-UTF-8 files are skipped."""
-    documents: list[Document] = []
+    documents: list[TextDocument] = []
     for path in sorted(files):
         try:
             data = path.read_bytes()
@@ -49,12 +49,12 @@ def read_all(files: Iterable[Path]) -> list[Document]:
     return documents
 
 
-def changelogs() -> list[Document]:
+def changelogs() -> list[TextDocument]:
     """Debian's and the authors' changelogs."""
     return read_all(path for path in DOC.glob("*/change*") if path.is_file())
 
 
-def manuals(english: bool) -> list[Document]:
+def manuals(english: bool) -> list[TextDocument]:
     """Manual pages in English, or in all the other languages."""
     folders = [
         path for path in MAN.glob("*") if path.is_dir() and (path.name in ENGLISH) == english
@@ -62,14 +62,14 @@ def manuals(english: bool) -> list[Document]:
     return read_all(path for folder in folders for path in folder.rglob("*.gz") if path.is_file())
 
 
-def perl() -> list[Document]:
+def perl() -> list[TextDocument]:
     """Perl's modules with their documentation."""
     return read_all(
         path for path in Path("/usr/share/perl").rglob("*.p[ml]") if not path.is_symlink()
     )
 
 
-def headers(twin: bool) -> list[Document]:
+def headers(twin: bool) -> list[TextDocument]:
     """One of two halves of PyTorch's C++ headers, chosen by the hash of a file's name."""
     folder = texts.package_folder("torch/include")
     files = sorted(folder.rglob("*.h")) if folder else []
@@ -82,15 +82,15 @@ def headers(twin: bool) -> list[Document]:
     return texts.read_documents((named[path], path) for path in mine)
 
 
-def records() -> list[Document]:
+def records() -> list[TextDocument]:
     """File lists of installed packages: learnable paths and unlearnable SHA-256 sums."""
-    documents: list[Document] = []
+    documents: list[TextDocument] = []
     for dist in texts.packages():
         documents.extend(pieces(dist.metadata["Name"].lower(), dist.read_text("RECORD") or ""))
     return [part for document in documents for part in cut(document, 2048)]
 
 
-def characters() -> list[Document]:
+def characters() -> list[TextDocument]:
     """The Unicode table behind Python's unicodedata: code point, letter, class, name."""
     lines = []
     for code in range(sys.maxunicode + 1):
@@ -99,41 +99,43 @@ def characters() -> list[Document]:
         if name and not name.startswith(("CJK UNIFIED", "HANGUL SYLLABLE", "TANGUT IDEOGRAPH")):
             lines.append(f"{code:05X} {letter} {unicodedata.category(letter)} {name}")
     return [
-        Document(f"{start:06d}", "\n".join(lines[start : start + 256]))
+        TextDocument(f"{start:06d}", "\n".join(lines[start : start + 256]))
         for start in range(0, len(lines), 256)
     ]
 
 
-def zones() -> list[Document]:
+def zones() -> list[TextDocument]:
     """Time-zone rules."""
     return [
         part for d in read_all([Path("/usr/share/zoneinfo/tzdata.zi")]) for part in cut(d, 1024)
     ]
 
 
-def cut(document: Document, size: int) -> Iterator[Document]:
+def cut(document: TextDocument, size: int) -> Iterator[TextDocument]:
     """One document as several."""
     for start in range(0, len(document.text), size):
-        yield Document(f"{document.name}+{start:06d}", document.text[start : start + size])
+        yield TextDocument(f"{document.name}+{start:06d}", document.text[start : start + size])
 
 
-def noise(size: int) -> list[Document]:
+def noise(size: int) -> list[TextDocument]:
     """Uniform hexadecimal digits: 4 bits a byte under any model."""
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)
     drawn = digits[np.random.default_rng(11).integers(0, 16, size)].tobytes().decode()
-    return list(cut(Document("noise", drawn), 4096))
+    return list(cut(TextDocument("noise", drawn), 4096))
 
 
-def trivial(size: int) -> list[Document]:
+def trivial(size: int) -> list[TextDocument]:
     """One repeated sentence with a random number that occurs three times."""
     random = np.random.default_rng(12)
     lines = (
         f"{n} comes, {n} stays, {n} goes.\n" for n in random.integers(10**7, 10**8, size // 41)
     )
-    return list(cut(Document("trivial", "".join(lines)), 4096))
+    return list(cut(TextDocument("trivial", "".join(lines)), 4096))
 
 
-def source(read: Callable[[], list[Document]], about: str, megabytes: float = 4.0) -> TextSource:
+def source(
+    read: Callable[[], list[TextDocument]], about: str, megabytes: float = 4.0
+) -> TextSource:
     """A source of at most `megabytes`."""
     return TextSource(read, int(megabytes * 1e6), about)
 

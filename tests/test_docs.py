@@ -24,7 +24,7 @@ SETUP = {
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """(language, text) of the blocks that a reader can run: ```sh and ```python; ```text is for looking at."""
+    """(language, text) of the blocks that a reader can run, ```sh and ```python, not ```text."""
     return [(found[1], found[2]) for found in BLOCK.finditer(page.read_text())]
 
 

@@ -9,7 +9,7 @@ from castalia.cli import main
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """command(*words): `castalia` with these words, in this process; (exit status, stdout, stderr)."""
+    """command(*words): run `castalia WORDS` here; returns (exit status, stdout, stderr)."""
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["castalia", *map(str, words)])

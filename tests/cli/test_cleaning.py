@@ -12,9 +12,12 @@ from castalia.data import IndexedDataset
 
 @pytest.fixture
 def run(monkeypatch, command, tmp_path):
-    """run(*words): `castalia data` in a folder with the token file `c`; (exit status, stdout, stderr)."""
+    """run(*words): `castalia data WORDS` in a folder with the token file `c`; (status, out, err)."""
     monkeypatch.chdir(tmp_path)
-    words = "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew for the queen"
+    words = (
+        "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew"
+        " for the queen"
+    )
     texts = [words, "a line of its own", words, words + " again"]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (tmp_path / "e.txt").write_text("Well: " + words.title())
@@ -45,8 +48,8 @@ def test_contamination(run):
     )
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "1 of 1 evaluation documents share 13 words in a row with the corpus; 0 are shorter than that and were not"
-        " checked",
+        "1 of 1 evaluation documents share 13 words in a row with the corpus; 0 are shorter than"
+        " that and were not checked",
         "3 of 4 documents of the corpus have such words",
     ]
     last = json.loads(Path("r.jsonl").read_text().splitlines()[-1])

@@ -17,7 +17,7 @@ from castalia.monitor.display import size_text
 
 @pytest.fixture
 def run(monkeypatch, command, tmp_path):
-    """run(*words): `castalia data` in a folder with the token file `c`; (exit status, stdout, stderr)."""
+    """run(*words): `castalia data WORDS` in a folder with the token file `c`; (status, out, err)."""
     monkeypatch.chdir(tmp_path)
     texts = ["one", "two words", "a third document, longer", "é"]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -78,7 +78,8 @@ def test_shards_from_end_to_end(run, tmp_path):
     code, out, _ = run("shard", "c", "--bytes", "25", "--output", "cut")
     assert (code, out) == (
         0,
-        "cut/c-00000-of-00003.bin to c-00003-of-00003.bin: 4 shards of 25 bytes, the last may be shorter\n",
+        "cut/c-00000-of-00003.bin to c-00003-of-00003.bin: 4 shards of 25 bytes, the last may be"
+        " shorter\n",
     )
     assert "in 4 shards" in run("inspect", "cut/c")[1]
     assert run("verify", "cut/c", "--write-hashes", "hashes.txt")[0] == 0
@@ -146,8 +147,8 @@ def test_a_missing_file_is_one_sentence(run, words):
     code, out, err = run(*words)
     assert (code, out) == (1, "")
     assert (
-        err
-        == "castalia: error: no.idx: no such file; a token file is a pair PREFIX.bin and PREFIX.idx\n"
+        err == "castalia: error: no.idx: no such file; a token file is a pair PREFIX.bin and"
+        " PREFIX.idx\n"
     )
 
 
@@ -220,7 +221,7 @@ def test_materialize_and_read_back(run, tmp_path):
 
 
 def test_pythias_batches_out_of_shards_of_ready_rows(run, tmp_path):
-    # batch_viewer.py takes items [B·start, B·(end + 1)) of the rows of 2,049 tokens, reshaped to (rows, 2049)
+    # batch_viewer.py takes items [B·start, B·(end + 1)) of the rows, reshaped to (rows, 2049).
     rows = np.random.default_rng(0).integers(0, 50254, (12, 2049)).astype(np.uint16)
     with IndexedDatasetWriter("document", np.uint16) as writer:
         for row in rows:

@@ -1,4 +1,4 @@
-"""`castalia generate`: prompts from options, files and standard input; text and JSON lines; one-sentence errors."""
+"""`castalia generate`: prompts of every origin; text and JSON lines; one-sentence errors."""
 
 import io
 import json

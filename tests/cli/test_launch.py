@@ -24,7 +24,7 @@ class Done(NamedTuple):
 
 @pytest.fixture
 def launch(tmp_path, monkeypatch, capsys):
-    """Callable: run the command in an empty folder and this process; none of these gets as far as a launcher."""
+    """Callable: run the command here in an empty folder; none of these starts a launcher."""
 
     def run(*words, config=RUN, **variables):
         for name, value in variables.items():
@@ -60,7 +60,8 @@ def test_torchrun_on_one_machine(launch):
     assert planned(
         launch("--procs-per-node=2", "--max-restarts=3", "--env=A=b c", "--dry-run")
     ).strip() == (
-        "A='b c' python -m torch.distributed.run --max-restarts=3 --standalone --local-addr=127.0.0.1"
+        "A='b c' python -m torch.distributed.run --max-restarts=3 --standalone"
+        " --local-addr=127.0.0.1"
         " --nproc-per-node=2 -m castalia train debug output=runs/first train.steps=30"
     )
 
@@ -72,8 +73,8 @@ def test_torchrun_on_two_machines(launch):
         )
     )
     assert (
-        "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --rdzv-id=first --nproc-per-node=8"
-        in said
+        "--nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=host1:29500 --rdzv-id=first"
+        " --nproc-per-node=8" in said
     )
     assert "--rdzv-conf=is_host=0" in said
     assert "name it with --master-addr" in failed(launch("--nodes=2", "--dry-run"))
@@ -114,7 +115,7 @@ def test_slurm_writes_a_job_that_requeues_itself(launch, tmp_path):
 
 @pytest.mark.parametrize(("saves", "again"), [(True, True), (False, False)])
 def test_slurm_requeues_only_a_run_that_got_further(launch, tmp_path, saves, again):
-    """A run whose sources are exhausted ends well without its last step, each time it is started."""
+    """A run with exhausted sources ends well before its last step, at every start."""
     run, tools = tmp_path / "runs" / "first", tmp_path / "tools"
     (run / "checkpoints" / "step-00000010").mkdir(parents=True)
     (run / "checkpoints" / "step-00000010" / "COMPLETE").touch()

@@ -50,7 +50,8 @@ def test_rejects_keys_and_metadata(run, tmp_path):
     code, out, _ = run("b.jsonl", "--tokenizer", "bytes", "--output", "o", *words)
     assert code == 0
     assert out.startswith(
-        "o_q_document, o_a_document: 2 documents (1 rejected, see o.rejects.jsonl), 2 tokens as uint16"
+        "o_q_document, o_a_document: 2 documents (1 rejected, see o.rejects.jsonl), 2 tokens as"
+        " uint16"
     )
     assert json.loads((tmp_path / "o.rejects.jsonl").read_text())["line"] == 2
     assert run("--list")[1].splitlines()[1].startswith("enwik8 ")

@@ -1,6 +1,6 @@
-"""The three commands of the page on data tools, on small files that are laid out as Pythia's on the hub.
+"""The three commands of the page on data tools, on small files in the layout of Pythia's on the hub.
 
-Beside them stands what Pythia's own scripts do: unshard_memmap.py, checksum_shards.py and batch_viewer.py.
+They are compared with Pythia's scripts unshard_memmap.py, checksum_shards.py and batch_viewer.py.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def cut(folder, base, shards):
-    """The .bin in so many shards under Pythia's names, whose second number is that of the last one."""
+    """Cut the .bin into shards under Pythia's names: the second number is the last shard's."""
     data = (folder / f"{base}.bin").read_bytes()
     size = -(-len(data) // shards)
     (folder / f"{base}.bin").unlink()
@@ -54,7 +54,7 @@ def cut(folder, base, shards):
 
 @pytest.fixture
 def hub(tmp_path):
-    """Both repositories and the list of hashes: the bytes of the documents, and the rows (N, 2049)."""
+    """Both repositories and the list of hashes; returns document bytes and rows (N, 2049)."""
     draw = np.random.default_rng(0)
     with IndexedDatasetWriter(tmp_path / "pythia_deduped_pile_idxmaps" / BASE, np.uint16) as writer:
         for size in draw.integers(1, 400, 1000):

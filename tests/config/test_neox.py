@@ -1,4 +1,4 @@
-"""GPT-NeoX files: every option is honoured, ignored or refused, and the values come out as GPT-NeoX means them."""
+"""GPT-NeoX files: each option is honoured, ignored or refused, with GPT-NeoX's meaning."""
 
 import re
 from pathlib import Path

@@ -20,7 +20,7 @@ from castalia.demo.corpus import (
     read_sources,
 )
 from castalia.demo.heldout import FEWEST, Split, plain
-from castalia.demo.texts import Document
+from castalia.demo.texts import TextDocument
 from castalia.recipes import load_config
 
 WINDOW = 50
@@ -136,7 +136,7 @@ def test_an_incomplete_or_cut_off_folder_is_built_again(tiny: Path, tmp_path: Pa
 
 
 def test_a_source_that_this_python_lacks_is_left_out_and_said():
-    some = [Document(f"d{i:02}", paragraphs(i)) for i in range(30)]
+    some = [TextDocument(f"d{i:02}", paragraphs(i)) for i in range(30)]
     recipe = CorpusRecipe(
         {
             "here": TextSource(lambda: some, 10**6, "words"),
@@ -151,17 +151,17 @@ def test_a_source_that_this_python_lacks_is_left_out_and_said():
 
 
 def test_special_tokens_and_half_characters_are_left_out():
-    some = [Document(f"d{i:02}", paragraphs(i)) for i in range(30)]
+    some = [TextDocument(f"d{i:02}", paragraphs(i)) for i in range(30)]
     bad = [
-        Document("x1", paragraphs(31) + "<|endoftext|>"),
-        Document("x2", paragraphs(32) + "\ud800"),
+        TextDocument("x1", paragraphs(31) + "<|endoftext|>"),
+        TextDocument("x2", paragraphs(32) + "\ud800"),
     ]
     splits = read_sources(CorpusRecipe({"a": TextSource(lambda: some + bad, 10**6, "")}), print)
     assert not {"x1", "x2"} & {d.name for part in splits["a"] for d in part}
 
 
 def test_a_long_source_is_sampled_by_content_and_keeps_its_order():
-    some = [Document(f"d{i:02}", paragraphs(i)) for i in range(30)]
+    some = [TextDocument(f"d{i:02}", paragraphs(i)) for i in range(30)]
     size = len(some[0].text)
     few = at_most(some, 10 * size + 5)
     assert len(few) == 10 and [d.name for d in few] == sorted(d.name for d in few)

@@ -16,7 +16,7 @@ from castalia.demo.heldout import (
     split_sources,
     window_hashes,
 )
-from castalia.demo.texts import Document
+from castalia.demo.texts import TextDocument
 
 LICENCE = (
     "Permission is hereby granted, free of charge, to any person obtaining a copy of this software "
@@ -70,11 +70,11 @@ def test_shared_fraction_counts_what_others_say():
 
 
 def test_held_out_are_few_unshared_and_chosen_by_content_alone():
-    documents = [Document(f"d{i:03}", prose(i)) for i in range(100)]
+    documents = [TextDocument(f"d{i:03}", prose(i)) for i in range(100)]
     shared = [0.5 if i < 50 else 0.0 for i in range(100)]
     chosen = choose_held_out(documents, shared)
     assert FEWEST <= len(chosen) <= 7 and min(chosen) >= "d050"
-    renamed = [Document("x" + d.name, d.text) for d in documents]
+    renamed = [TextDocument("x" + d.name, d.text) for d in documents]
     assert choose_held_out(renamed[::-1], shared[::-1]) == {"x" + name for name in chosen}
     assert len(choose_held_out(documents[:10], [0.0] * 10)) == 2  # never more than a fifth
 
@@ -82,11 +82,11 @@ def test_held_out_are_few_unshared_and_chosen_by_content_alone():
 def test_no_held_out_document_occurs_in_training_under_any_source_or_disguise():
     texts = [prose(i) for i in range(60)]
     sources = {
-        "a": [Document(f"a{i}", text) for i, text in enumerate(texts[:40])],
+        "a": [TextDocument(f"a{i}", text) for i, text in enumerate(texts[:40])],
         "b": [
-            Document(f"b{i}", text) for i, text in enumerate(texts[20:])
+            TextDocument(f"b{i}", text) for i, text in enumerate(texts[20:])
         ],  # half of them stand in a too
-        "c": [Document(f"c{i}", LICENCE + text.upper()) for i, text in enumerate(texts)],
+        "c": [TextDocument(f"c{i}", LICENCE + text.upper()) for i, text in enumerate(texts)],
     }
     splits = split_sources(sources)
     train = [plain(d.text) for split in splits.values() for d in split.train]

@@ -1,4 +1,4 @@
-"""From presets, files and overrides to one config: precedence, notes, and errors that say what to do."""
+"""From presets, files and overrides to one config: precedence, notes, helpful errors."""
 
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from castalia.recipes import load_config, preset_names, resolve
 SMALL_NEOX = """
 {
   "num-layers": 2, "hidden-size": 64, "num-attention-heads": 4, "pos-emb": "rotary",
-  "seq-length": 32, "max-position-embeddings": 32, "train-iters": 10, "train_micro_batch_size_per_gpu": 4,
+  "seq-length": 32, "max-position-embeddings": 32, "train-iters": 10,
+  "train_micro_batch_size_per_gpu": 4,
 }
 """
 PYTHIA_FILE = Path(__file__).resolve().parents[1] / "config" / "neox_70m.yml"

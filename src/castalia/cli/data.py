@@ -159,6 +159,7 @@ def print_facts(facts: "Description") -> None:
         typer.echo(f"index maps: {facts.maps} files, {size} in {facts.prefix}.order")
     most = max((count for _, count in facts.histogram), default=1)
     for least, count in facts.histogram:
+        # A bucket is the lengths of one power of two; the bar's 40 signs are the fullest one.
         label = "0" if least == 0 else f"{least:,}-{2 * least - 1:,}"
         typer.echo(f"{label:>27} {count:>13,} {'#' * -(-40 * count // most)}")
 
@@ -224,6 +225,7 @@ def verify(
     from castalia.curate.verify import read_hashes
     from castalia.curate.verify import verify as checks
 
+    # In one call a list could be written from files that its own check refuses.
     if hashes and write_hashes:
         raise ConfigError("give --hashes to check or --write-hashes to write, not both")
     listed = None

@@ -135,6 +135,7 @@ def export(
         max_kl=check.max_kl,
     )
     for exported in exports:
+        # One at a time as they are written: many checkpoints take minutes.
         text = line(exported)
         if as_json:
             text = json.dumps(asdict(exported), ensure_ascii=False)

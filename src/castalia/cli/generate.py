@@ -104,7 +104,7 @@ class SamplingFlags:
 
 
 @dataclass(frozen=True)
-class OutputFlags:
+class RecordFlags:
     """Options about where the texts go."""
 
     output: Annotated[
@@ -132,7 +132,7 @@ def generate(
         str | None,
         ENGINE(help="Guess ahead with a smaller model, or `lookup`; the text stays the same."),
     ] = None,
-    files: OutputFlags,
+    files: RecordFlags,
 ) -> None:
     """Continue prompts with a checkpoint's model; without --prompt and --file, asks for them.
 
@@ -192,6 +192,7 @@ def completions(
     from castalia.inference.language_model import BATCH_ROWS
     from castalia.inference.speculative import speculative_complete
 
+    # Speculative decoding checks the guesses for one text at a time.
     if "draft" in options:
         for number, prompt in enumerate(prompts):
             seed_here = seed_of(seed, number)
@@ -221,7 +222,7 @@ def write_records(
         with open(output, "w", encoding="utf-8") as file:
             for completion in completions(model, prompts, options, seed):
                 file.write(json.dumps(neox_record(completion), ensure_ascii=False) + "\n")
-                file.flush()
+                file.flush()  # an interrupted job keeps the texts that it has finished
     except OSError as error:
         raise cannot_write(Path(output), error) from error
     print(f"{output}: {len(prompts)} texts", file=sys.stderr)
@@ -308,6 +309,7 @@ def speak(
         (whole,) = completions(model, [prompt], options, seed)
         print(whole.text, flush=True)
         return whole
+    # Not a for loop: the completion is the value that the generator returns at its end.
     stream = model.stream(prompt, seed=seed, **options)
     while True:
         try:

@@ -64,6 +64,7 @@ def print_plans(chosen: "LayoutCost", proposed: "LayoutCost | None") -> None:
     columns = [("as configured", rows(chosen))]
     if proposed is not None:
         columns.append(("proposed", rows(proposed)))
+    # Both plans have the same lines, so the names of one serve for both.
     names = list(columns[0][1])
     width = max(len(name) for name in names)
     table = [["".ljust(width), *(title for title, _ in columns)]]

@@ -69,6 +69,7 @@ def prepare(
         chat=chats.options(),
         fim=fim.options(),
     )
+    # Unfinished work stays in PREFIX.parts, from which the same command continues.
     with stoppable("the same command continues"):
         with text_progress("download", []) as advance:
             paths = resolve_inputs(inputs or [], source.corpora, lambda count: advance(count, 0))
@@ -91,6 +92,7 @@ def require_words(**words: object) -> None:
     """
     from castalia.core.errors import ConfigError
 
+    # Not typer's own check: --list needs none of these words.
     missing = []
     for name, word in words.items():
         if not word:

@@ -64,6 +64,7 @@ def view(
     decoder = None
     if name:
         decoder = load_tokenizer(name)
+    # A generator: a whole run's rows would not fit in memory.
     lines = (json.dumps(record, ensure_ascii=False) for record in records(rows, chosen, decoder))
     if ids:
         save_ids(rows.train, chosen, ids)
@@ -131,7 +132,7 @@ def rows_of(words: list[str]) -> "tuple[RunConfig, RunRows]":
         seed=config.seed,
         batch_size=train.batch_size,
         steps=train.steps,
-        eval_every=None,
+        eval_every=None,  # validation rows are not asked for
         eval_batches=train.eval_batches,
         planned=config.mixing.plans,
         allow_empty=config.mixing.allow_empty,

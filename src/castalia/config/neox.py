@@ -38,7 +38,7 @@ OURS = {
 """Top-level keys that only a config of ours has."""
 
 
-class Kind(NamedTuple):
+class ValueKind(NamedTuple):
     """A kind of value: how it is called and which Python types it takes."""
 
     name: str
@@ -46,12 +46,12 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "int": Kind("a whole number", (int,)),
-    "number": Kind("a number", (int, float)),
-    "bool": Kind("true or false", (bool,)),
-    "str": Kind("text", (str,)),
-    "list": Kind("a list", (list,)),
-    "dict": Kind("a mapping", (dict,)),
+    "int": ValueKind("a whole number", (int,)),
+    "number": ValueKind("a number", (int, float)),
+    "bool": ValueKind("true or false", (bool,)),
+    "str": ValueKind("text", (str,)),
+    "list": ValueKind("a list", (list,)),
+    "dict": ValueKind("a mapping", (dict,)),
 }
 LITERALS = {"None": None, "True": True, "False": False}
 

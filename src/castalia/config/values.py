@@ -92,7 +92,7 @@ def is_override(text: str) -> bool:
 
 
 def parse_override(text: str) -> Values:
-    """The nested values of `a.b=c`; the right side is YAML (`3e-4`, `true`, `[1, 2]`, `null`, text).
+    """The nested values of `a.b=c`; c is YAML (`3e-4`, `true`, `[1, 2]`, `null`, text).
 
     Raises  ConfigError if the right side is not valid YAML.
     """

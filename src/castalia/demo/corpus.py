@@ -21,7 +21,7 @@ from castalia.data import load_tokenizer, train_tokenizer
 from castalia.data.tokenizer import END_OF_TEXT, PADDING_TOKEN
 from castalia.demo import texts
 from castalia.demo.heldout import FEWEST, Split, fingerprint, split_sources
-from castalia.demo.texts import Document
+from castalia.demo.texts import TextDocument
 from castalia.monitor import size_text
 from castalia.train.config import RunConfig
 
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 class TextSource(NamedTuple):
     """One source of a corpus before it is built: a reader of documents and a limit."""
 
-    read: Callable[[], list[Document]]
+    read: Callable[[], list[TextDocument]]
     largest: int
     """Most bytes; of a longer source whole documents are sampled."""
     about: str
@@ -192,7 +192,7 @@ def read_sources(recipe: CorpusRecipe, say: Say) -> dict[str, Split]:
     return splits
 
 
-def usable(documents: Sequence[Document]) -> list[Document]:
+def usable(documents: Sequence[TextDocument]) -> list[TextDocument]:
     """Documents of valid Unicode that do not contain the text of a special token."""
     chosen = []
     for document in documents:
@@ -204,7 +204,7 @@ def usable(documents: Sequence[Document]) -> list[Document]:
     return chosen
 
 
-def at_most(documents: Sequence[Document], largest: int) -> list[Document]:
+def at_most(documents: Sequence[TextDocument], largest: int) -> list[TextDocument]:
     """Documents of at most `largest` bytes together, in their order.
 
     They are taken by the hash of their text, so the same installation gives the same sample.
@@ -219,7 +219,7 @@ def at_most(documents: Sequence[Document], largest: int) -> list[Document]:
     return [document for document in documents if document.name in chosen]
 
 
-def write_documents(path: Path, documents: Sequence[Document]) -> None:
+def write_documents(path: Path, documents: Sequence[TextDocument]) -> None:
     """Write one JSON object a line."""
     with atomic_write(path) as file:
         for document in documents:
@@ -261,7 +261,7 @@ def tokenize(
     return facts
 
 
-def part_facts(prefix: Path, documents: Sequence[Document], tokens: int) -> dict[str, Any]:
+def part_facts(prefix: Path, documents: Sequence[TextDocument], tokens: int) -> dict[str, Any]:
     """Counts and file sizes of one part of one source; for held-out text more about its bytes."""
     sizes = [len(document.text.encode("utf-8")) for document in documents]
     facts: dict[str, Any] = {"documents": len(sizes), "bytes": sum(sizes), "tokens": tokens}

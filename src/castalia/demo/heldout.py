@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.demo.texts import Document
+from castalia.demo.texts import TextDocument
 
 Hashes = NDArray[np.uint64]
 
@@ -37,8 +37,8 @@ LARGEST = 32 * 1024
 class Split(NamedTuple):
     """One source's documents, each in the order of its name."""
 
-    train: list[Document]
-    valid: list[Document]
+    train: list[TextDocument]
+    valid: list[TextDocument]
 
 
 def plain(text: str) -> bytes:
@@ -118,7 +118,7 @@ def shared_fractions(marks: Sequence[Hashes]) -> list[float]:
     return [float(np.isin(hashes, common, assume_unique=True).mean()) for hashes in marks]
 
 
-def choose_held_out(documents: Sequence[Document], shared: Sequence[float]) -> set[str]:
+def choose_held_out(documents: Sequence[TextDocument], shared: Sequence[float]) -> set[str]:
     """Names of the documents to hold out, of those that share little with others.
 
     They are taken by the hash of their content, up to HELD_OUT of the bytes and at least FEWEST
@@ -143,7 +143,7 @@ def choose_held_out(documents: Sequence[Document], shared: Sequence[float]) -> s
     return chosen
 
 
-def split_sources(sources: dict[str, list[Document]]) -> dict[str, Split]:
+def split_sources(sources: dict[str, list[TextDocument]]) -> dict[str, Split]:
     """Drop repeated documents and hold out a part of each source.
 
     Documents are compared across all sources, so a held-out document of one source is not in the

@@ -50,25 +50,25 @@ TALKATIVE = (
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 
 
-class Document(NamedTuple):
+class TextDocument(NamedTuple):
     """One text and the name by which it is sorted."""
 
     name: str
     text: str
 
 
-def read_document(path: Path, name: str) -> Document | None:
+def read_document(path: Path, name: str) -> TextDocument | None:
     """The file as a document; None if it is unreadable, not UTF-8, too short or too long."""
     try:
         if not SMALLEST_DOCUMENT <= path.stat().st_size <= LARGEST_DOCUMENT:
             return None
         # Windows checkouts have \r\n: the same file must give the same document everywhere.
-        return Document(name, path.read_bytes().decode("utf-8").replace("\r\n", "\n"))
+        return TextDocument(name, path.read_bytes().decode("utf-8").replace("\r\n", "\n"))
     except (OSError, UnicodeDecodeError):
         return None
 
 
-def read_documents(files: Iterable[tuple[str, Path]]) -> list[Document]:
+def read_documents(files: Iterable[tuple[str, Path]]) -> list[TextDocument]:
     """The documents of the files that can be read, in the order of their names."""
     documents = (read_document(path, name) for name, path in sorted(files))
     return [document for document in documents if document is not None]
@@ -88,12 +88,12 @@ def python_files(folder: Path, tests: bool) -> Iterator[tuple[str, Path]]:
             yield "/".join(parts), path
 
 
-def library_code() -> list[Document]:
+def library_code() -> list[TextDocument]:
     """The modules of the standard library."""
     return read_documents(python_files(standard_library(), tests=False))
 
 
-def few_modules() -> list[Document]:
+def few_modules() -> list[TextDocument]:
     """Some packages of the standard library, quick to read."""
     folder = standard_library()
     files = [
@@ -104,19 +104,19 @@ def few_modules() -> list[Document]:
     return read_documents(files)
 
 
-def library_tests() -> list[Document]:
+def library_tests() -> list[TextDocument]:
     """The tests of the standard library; some distributions of Python leave them out."""
     return read_documents(python_files(standard_library(), tests=True))
 
 
-def language_reference() -> list[Document]:
+def language_reference() -> list[TextDocument]:
     """The chapters of the language reference behind `help("topics")`."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
         return []
     return [
-        Document(name, topics[name])
+        TextDocument(name, topics[name])
         for name in sorted(topics)
         if len(topics[name]) >= SMALLEST_DOCUMENT
     ]
@@ -132,7 +132,7 @@ def packages() -> list[importlib.metadata.Distribution]:
     return [by_name[name] for name in sorted(by_name) if name != "castalia"]
 
 
-def package_readmes() -> list[Document]:
+def package_readmes() -> list[TextDocument]:
     """The descriptions in the metadata of installed packages."""
     documents = []
     for dist in packages():
@@ -140,7 +140,7 @@ def package_readmes() -> list[Document]:
         if not isinstance(text, str) or "\ufffd" in text:
             continue  # no description, or one that was not UTF-8
         if SMALLEST_DOCUMENT <= len(text) <= LARGEST_DOCUMENT:
-            documents.append(Document(dist.metadata["Name"].lower(), text))
+            documents.append(TextDocument(dist.metadata["Name"].lower(), text))
     return documents
 
 
@@ -154,7 +154,7 @@ def licence_files(dist: importlib.metadata.Distribution) -> Iterator[tuple[str, 
             yield str(file), Path(str(dist.locate_file(file)))
 
 
-def licences() -> list[Document]:
+def licences() -> list[TextDocument]:
     """Licences of Python and of installed packages, equal wordings repeated."""
     files = [("python/LICENSE.txt", standard_library() / "LICENSE.txt")]
     for dist in packages():
@@ -162,10 +162,10 @@ def licences() -> list[Document]:
     return read_documents(files)
 
 
-def package_papers() -> list[Document]:
+def package_papers() -> list[TextDocument]:
     """READMEs and licences of installed packages."""
-    return [Document(f"readme/{name}", text) for name, text in package_readmes()] + [
-        Document(f"licence/{name}", text) for name, text in licences()
+    return [TextDocument(f"readme/{name}", text) for name, text in package_readmes()] + [
+        TextDocument(f"licence/{name}", text) for name, text in licences()
     ]
 
 
@@ -192,7 +192,7 @@ def docstrings_of(code: str) -> str:
     return "\n\n".join(text for text in docstrings if text)
 
 
-def package_docstrings() -> list[Document]:
+def package_docstrings() -> list[TextDocument]:
     """The docstrings of a few required packages, one document a module."""
     modules = []
     for name in TALKATIVE:
@@ -200,5 +200,5 @@ def package_docstrings() -> list[Document]:
         if folder is not None:
             files = ((f"{name}/{inner}", path) for inner, path in python_files(folder, tests=False))
             modules.extend(read_documents(files))
-    texts = [Document(module.name, docstrings_of(module.text)) for module in modules]
+    texts = [TextDocument(module.name, docstrings_of(module.text)) for module in modules]
     return [document for document in texts if len(document.text) >= SMALLEST_DOCUMENT]
