@@ -543,10 +543,10 @@ def test_a_failure_ends_its_own_request_only(
     scheduler = server.pool.get(None).scheduler
     admit = scheduler.batcher.admit
 
-    def fail_on_x(rows: Any) -> Any:
-        if rows[0].text.ids == [ord("x")]:
+    def fail_on_x(admissions: Any) -> Any:
+        if admissions[0].text.ids == [ord("x")]:
             raise RuntimeError("a kernel failed")
-        return admit(rows)
+        return admit(admissions)
 
     monkeypatch.setattr(scheduler.batcher, "admit", fail_on_x)
     status, answer, _ = server.ask("/v1/completions", {"prompt": "x"})

@@ -70,7 +70,7 @@ class StreamEvent:
 class ServedText:
     """One text of a request, waiting or running. `emit` is called on the scheduler's thread."""
 
-    row: Continuation
+    continuation: Continuation
     sampling: Sampling
     emit: Callable[[StreamEvent], None]
     vocab_size: int
@@ -95,7 +95,7 @@ class ServedText:
         """Emit `text` and the tokens drawn since the last event."""
         tokens = self.pending
         self.pending = []
-        self.emit(StreamEvent(text, tokens, self.row.finish_reason))
+        self.emit(StreamEvent(text, tokens, self.continuation.finish_reason))
 
 
 def score(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[ScoredToken]:
@@ -171,7 +171,7 @@ class Scheduler:
             for text in admitted:
                 self.isolate([text], partial(self.score_prompt, text))
             # Texts that only wanted their prompt scored are finished by now and need no slot.
-            unfinished = [text for text in admitted if text.row.finish_reason is None]
+            unfinished = [text for text in admitted if text.continuation.finish_reason is None]
             if unfinished:
                 self.isolate(unfinished, partial(self.admit, unfinished))
             if self.running:
@@ -201,7 +201,7 @@ class Scheduler:
         chosen: list[ServedText] = []
         tokens = 0
         while self.waiting and len(chosen) < self.batcher.free:
-            tokens += len(self.waiting[0].row.ids)
+            tokens += len(self.waiting[0].continuation.ids)
             if chosen and tokens > PREFILL_TOKENS:
                 break
             chosen.append(self.waiting.popleft())
@@ -217,13 +217,15 @@ class Scheduler:
         except Exception as error:
             self.abandon(texts)
             for text in texts:
-                text.row.finish_reason = text.row.finish_reason or "length"
+                text.continuation.finish_reason = text.continuation.finish_reason or "length"
                 text.emit(StreamEvent(error=error))
 
     def abandon(self, texts: list[ServedText]) -> None:
         """Free the slots of failed texts."""
-        rows = {id(text.row) for text in texts}
-        slots = [slot for slot, running in self.batcher.running.items() if id(running.text) in rows]
+        failed = {id(text.continuation) for text in texts}
+        slots = [
+            slot for slot, running in self.batcher.running.items() if id(running.text) in failed
+        ]
         for slot in slots:
             del self.batcher.running[slot]
             self.running.pop(slot, None)
@@ -233,7 +235,7 @@ class Scheduler:
         if text.score_prompt:
             text.pending += self.scored_prompt(text)
         if not text.continues:
-            text.row.finish_reason = "length"
+            text.continuation.finish_reason = "length"
             text.emit_pending("")
 
     def admit(self, texts: list[ServedText]) -> None:
@@ -241,14 +243,14 @@ class Scheduler:
         admissions = []
         for text in texts:
             (generator,) = text.sampling.generators(1, self.engine.device)
-            # The batcher draws rows of equal sampling together. The seed is in the generator
-            # already; left in the sampling it would put every row into a group of its own.
+            # The batcher draws texts of equal sampling together. The seed is in the generator
+            # already; left in the sampling it would put every text into a group of its own.
             sampling = replace(text.sampling, seed=None)
-            admissions.append(Admission(text.row, sampling, generator, text.record))
+            admissions.append(Admission(text.continuation, sampling, generator, text.record))
         outputs = self.batcher.admit(admissions)
-        slot_of_row = {id(running.text): slot for slot, running in self.batcher.running.items()}
+        slot_of_text = {id(running.text): slot for slot, running in self.batcher.running.items()}
         for text, output in zip(texts, outputs, strict=True):
-            slot = slot_of_row.get(id(text.row))
+            slot = slot_of_text.get(id(text.continuation))
             if slot is not None:  # otherwise its first token ended it
                 self.running[slot] = text
             self.deliver(text, output)
@@ -263,20 +265,20 @@ class Scheduler:
     def deliver(self, text: ServedText, output: str) -> None:
         """Emit a step's output, and average the duration of finished texts."""
         text.emit_pending(output)
-        if text.row.finish_reason is not None:
+        if text.continuation.finish_reason is not None:
             duration = time.perf_counter() - text.submitted
             self.seconds_per_text += AVERAGE_WEIGHT * (duration - self.seconds_per_text)
 
     def scored_prompt(self, text: ServedText) -> list[ScoredToken]:
         """Each token of the prompt with its log-probability."""
-        first, *rest = text.row.ids
+        first, *rest = text.continuation.ids
         scored = [ScoredToken(first, None, [])]
         if text.top is None:
             return scored + [ScoredToken(token, None, []) for token in rest]
         if not rest:
             return scored
         start = 0
-        for logits in self.engine.logits_in_parts(text.row.ids):
+        for logits in self.engine.logits_in_parts(text.continuation.ids):
             # The logits after the last token score no token of the prompt.
             tokens = rest[start : start + len(logits)]
             scored += score(logits[: len(tokens)], tokens, text.top, text.vocab_size)

@@ -69,7 +69,7 @@ class ActiveRequest:
         """Token counts so far."""
         collected = sum(len(output.tokens) for output in self.outputs)
         # Tokens of a scored prompt are collected too, but they are no part of the completion.
-        scored = sum(len(text.row.ids) for text in self.texts if text.score_prompt)
+        scored = sum(len(text.continuation.ids) for text in self.texts if text.score_prompt)
         completion = collected - scored
         return Usage(
             prompt_tokens=self.prompt_tokens,
@@ -163,12 +163,12 @@ class Service:
         for prompt, ids in zip(prompts, encoded, strict=True):
             for _ in range(n):
                 index = len(texts)
-                # A row needs room for one token, even if max_tokens=0 only scores the prompt.
-                row = model.continuation(ids, max(1, max_tokens), body.stops)
+                # A continuation needs room for one token, even if max_tokens=0 only scores the prompt.
+                continuation = model.continuation(ids, max(1, max_tokens), body.stops)
                 if body.ignore_eos:
-                    row.eod_id = None
+                    continuation.eod_id = None
                 text = ServedText(
-                    row=row,
+                    continuation=continuation,
                     sampling=sampling_of(body, seed + index),
                     emit=sender(loop, inbox, index),
                     vocab_size=model.config.vocab_size,
@@ -178,7 +178,7 @@ class Service:
                 )
                 texts.append(text)
                 echoes.append(prompt_text(model, prompt) if echo else "")
-        prompt_tokens = sum(len(text.row.ids) for text in texts[::n])
+        prompt_tokens = sum(len(text.continuation.ids) for text in texts[::n])
         request = ActiveRequest(loaded, texts, answer, echoes, inbox, prompt_tokens)
         await self.submit(request)
         self.metrics.prompt_tokens.inc(prompt_tokens)
@@ -230,7 +230,9 @@ class Service:
         generated = len(event.tokens)
         text = request.texts[index]
         if is_first and text.score_prompt:
-            generated -= len(text.row.ids)  # the first event carries the scored prompt as well
+            generated -= len(
+                text.continuation.ids
+            )  # the first event carries the scored prompt as well
         self.metrics.generated_tokens.inc(generated)
 
     async def whole(self, active: ActiveRequest, http: Request) -> CompletionAnswer | ChatAnswer:
