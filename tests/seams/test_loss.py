@@ -15,6 +15,7 @@ from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.train.hooks import Metrics, StepLine, Validate
 from castalia.train.losses import LossOut, NextToken
+from castalia.train.totals import PassSums, disagreement
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -145,6 +146,16 @@ def test_a_nan_weight_is_not_equal_to_anything(make):
     trainer = make(loss=Nan())
     with pytest.raises(TrainingError, match="LossOut nan"):
         trainer.fit()
+
+
+@pytest.mark.parametrize("returned", [512.0, 512.0001, 128.0, float("nan")])
+def test_weights_are_compared_on_a_device_as_they_are_on_the_host(returned):
+    """The host reads a CPU's numbers; a GPU compares without a wait."""
+    sums = PassSums(NextToken(), torch.device("cpu"))
+    sums.compare(returned, 512.0)
+    value = torch.tensor(returned, dtype=torch.float64)
+    assert torch.equal(sums.contract.nan_to_num(7.0), disagreement(value, 512.0).nan_to_num(7.0))
+    assert sums.contract[0] == (returned not in (512.0, 512.0001))
 
 
 def test_metrics_reach_the_file_the_line_and_the_validation(make, tokens, tmp_path, capsys):

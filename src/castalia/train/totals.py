@@ -61,21 +61,20 @@ class PassSums:
             self.metrics[place, 1] += mean.weight
 
     def compare(self, returned: Tensor | float, declared: float) -> None:
-        """Note, on the device, whether the loss returned the weight that it had declared.
+        """Note whether the loss returned the weight that it had declared.
 
-        A comparison here would wait for the device once a micro-batch, and would raise on one rank
-        while the others wait in a collective. The step's all-reduce carries the answer instead.
+        Raising here would end one rank while the others wait in a collective; the step's
+        all-reduce carries the answer to all of them.
         """
-        if isinstance(returned, Tensor):
-            value = returned.detach().double()
-        else:
-            # A fill on the device: torch.tensor would copy from the host and wait for the stream.
-            value = torch.full_like(self.total, returned)
+        if isinstance(returned, Tensor) and returned.device.type != "cpu":
+            # Stays on the device: reading the number would wait for it once a micro-batch.
+            self.contract += disagreement(returned.detach().double(), declared)
+            return
+        number = float(returned)
         # "Not within the limit" in place of "beyond the limit": a NaN differs, too.
-        differs = ~((value - declared).abs() <= SAME_WEIGHT * abs(declared))
-        self.contract[0] += differs
-        self.contract[1] += differs * declared
-        self.contract[2] += torch.where(differs, value, 0.0)
+        if not abs(number - declared) <= SAME_WEIGHT * abs(declared):
+            wrong = torch.tensor([1.0, declared, number], dtype=torch.float64)
+            self.contract += wrong.to(self.contract.device)
 
     def plus(self, other: "PassSums") -> None:
         """Add the sums of other micro-batches."""
@@ -92,6 +91,13 @@ class PassSums:
         plain = torch.tensor(numbers, dtype=torch.float64, device=self.total.device)
         parts = (self.contract, self.per_source.flatten(), self.metrics.flatten())
         return torch.cat([self.total[None], plain, *parts])
+
+
+def disagreement(returned: Tensor, declared: float) -> Tensor:
+    """[1, declared, returned] if the two weights differ, else zeros; (3,) float64 on the device."""
+    differs = ~((returned - declared).abs() <= SAME_WEIGHT * abs(declared))
+    numbers = torch.stack([torch.ones_like(returned), returned.new_full((), declared), returned])
+    return torch.where(differs, numbers, 0.0)
 
 
 @dataclass
