@@ -229,7 +229,7 @@ def test_a_value_of_the_wrong_kind_is_one_problem(tmp_path):
         write(tmp_path, "small.yml", SMALL_NEOX.replace('"num-layers": 2', '"num-layers": "two"'))
     )
     assert text.startswith("1 problem in the config (small.yml):")
-    assert "num-layers in small.yml: expected a whole number, got 'two'" in text
+    assert "num-layers in small.yml: expected an integer, got 'two'" in text
 
 
 def test_problems_of_file_and_override_come_out_together(tmp_path):

@@ -1,4 +1,4 @@
-"""Reads GPT-NeoX YAML as it is: one or many files, `-` or `_`, trailing commas, v1.0 or newer."""
+"""Reads GPT-NeoX YAML unchanged: one or many files, `-` or `_`, trailing commas, v1.0 or newer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from castalia.config.neox_keys import (
     WHY,
     Refused,
 )
-from castalia.config.neox_reading import Options, Reading, wrong
+from castalia.config.neox_reading import NeoxOptions, NeoxReading, wrong
 from castalia.config.neox_rules import MODEL_RULES
 from castalia.core.errors import nearest
 
@@ -35,18 +35,18 @@ OURS = {
     "output",
     "device",
 }
-"""Top-level keys that only a config of ours has."""
+"""Top-level keys of Castalia's configs that GPT-NeoX does not have."""
 
 
 class ValueKind(NamedTuple):
-    """A kind of value: how it is called and which Python types it takes."""
+    """A kind of value: its name in messages, and its Python types."""
 
     name: str
     types: tuple[type, ...]
 
 
 KINDS = {
-    "int": ValueKind("a whole number", (int,)),
+    "int": ValueKind("an integer", (int,)),
     "number": ValueKind("a number", (int, float)),
     "bool": ValueKind("true or false", (bool,)),
     "str": ValueKind("text", (str,)),
@@ -57,7 +57,7 @@ LITERALS = {"None": None, "True": True, "False": False}
 
 
 def is_neox(values: Mapping[str, Any]) -> bool:
-    """Whether a YAML file's top-level keys are GPT-NeoX's and not ours."""
+    """Whether the top-level keys of a YAML file are GPT-NeoX's and not Castalia's."""
     return not OURS & values.keys() and any(normal(key) in NAMES for key in values)
 
 
@@ -67,38 +67,37 @@ def normal(key: object) -> str:
 
 
 def override_hint(key: str) -> str | None:
-    """What to write in place of a GPT-NeoX name as an override; None if `key` is no such name."""
+    """The override that replaces one under a GPT-NeoX name; None if `key` is not such a name."""
     name = ALIASES.get(normal(key), normal(key))
     if name in HONOURED:
         return f"{key}: this is GPT-NeoX's name; here it is {HONOURED[name].path}"
     if name in WHY:
         return f"{key}: this is GPT-NeoX's name and has no effect here ({WHY[name]})"
-    return (
-        f"{key}: this is GPT-NeoX's name and is not honoured here; {REFUSED[name].hint}"
-        if name in REFUSED
-        else None
-    )
+    if name in REFUSED:
+        return f"{key}: this is GPT-NeoX's name and is not honoured here; {REFUSED[name].hint}"
+    return None
 
 
 def read_neox(
     files: Mapping[str, Mapping[str, Any]], *, world: int | None = None, complete: bool = True
-) -> Reading:
-    """Translate GPT-NeoX files into nested values of our config.
+) -> NeoxReading:
+    """Translate GPT-NeoX files into nested values of a run's config.
 
     files     name -> top-level values, in order
-    world     number of processes, for files that name no train_batch_size; None takes one
-    complete  fill in GPT-NeoX's defaults for options that no file names; false when a preset stands below
+    world     world size, for files without train_batch_size; None means 1
+    complete  fill in GPT-NeoX's defaults for options that no file names; false over a preset
 
-    Collects problems, notes and ignored options in the Reading; raises nothing. A caller that lays overrides on top
-    drops the problems and notes whose `key` an override sets.
+    Collects problems, notes and ignored options in the result and raises nothing: all problems are
+    shown at once, and an override may settle one by setting its `key`.
     """
-    out = Reading()
-    options = Options(joined(files, out), out.origins, world or 1, complete)
+    out = NeoxReading()
+    options = NeoxOptions(joined(files, out), out.origins, world or 1, complete)
     for name, value in list(options.given.items()):
         classify(name, value, options, out)
     report_refused(out)
     if complete and not any(options.has(name) for name in SHAPE):
-        named, missing = ", ".join(Path(file).name for file in files), ", ".join(SHAPE)
+        named = ", ".join(Path(file).name for file in files)
+        missing = ", ".join(SHAPE)
         wrong(
             out, f"no model in {named}: name a preset or the file with {missing} as well", "model"
         )
@@ -114,8 +113,9 @@ def read_neox(
     return out
 
 
-def joined(files: Mapping[str, Mapping[str, Any]], out: Reading) -> dict[str, Any]:
-    """All files' options under one spelling; an option in two files is a problem, as in GPT-NeoX."""
+def joined(files: Mapping[str, Mapping[str, Any]], out: NeoxReading) -> dict[str, Any]:
+    """The options of all files in one spelling; an option in two files is a problem, as in
+    GPT-NeoX."""
     options: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for file, values in files.items():
@@ -124,7 +124,8 @@ def joined(files: Mapping[str, Mapping[str, Any]], out: Reading) -> dict[str, An
             if owner.get(name, file) != file:
                 wrong(
                     out,
-                    f"{name} stands in {owner[name]} and in {file}; an option may stand in one file only",
+                    f"{name} is given in {owner[name]} and in {file};"
+                    " give an option in one file only",
                 )
             owner[name] = file
             options[name] = LITERALS.get(value, value) if isinstance(value, str) else value
@@ -132,8 +133,9 @@ def joined(files: Mapping[str, Mapping[str, Any]], out: Reading) -> dict[str, An
     return options
 
 
-def classify(name: str, value: Any, options: Options, out: Reading) -> None:
-    """Sort one option: honoured values are checked for their type, ignored ones listed, the rest are problems."""
+def classify(name: str, value: Any, options: NeoxOptions, out: NeoxReading) -> None:
+    """Classify one option: check the type of an honoured one, list an ignored one, refuse the
+    rest."""
     where = out.origins[name]
     if name in HONOURED:
         if value is None:
@@ -154,12 +156,12 @@ def classify(name: str, value: Any, options: Options, out: Reading) -> None:
 
 
 def fits(value: Any, kind: str) -> bool:
-    """Whether a YAML value is of the kind; a bool is no number."""
+    """Whether a YAML value is of the kind; Python counts a bool as an int, a config does not."""
     return isinstance(value, KINDS[kind].types) and (kind == "bool" or not isinstance(value, bool))
 
 
-def refuse(name: str, value: Any, option: Refused, where: str, out: Reading) -> None:
-    """A problem unless the value is harmless; harmless ones are listed as ignored."""
+def refuse(name: str, value: Any, option: Refused, where: str, out: NeoxReading) -> None:
+    """Record a problem, or list the option as ignored if its value changes nothing."""
     if any(
         value == good and isinstance(value, bool) == isinstance(good, bool)
         for good in option.harmless
@@ -169,16 +171,19 @@ def refuse(name: str, value: Any, option: Refused, where: str, out: Reading) -> 
         out.refused.setdefault(option.hint, []).append((where, brief(value)))
 
 
-def report_refused(out: Reading) -> None:
+def report_refused(out: NeoxReading) -> None:
     """One problem for all refused options with the same remedy."""
     for hint, options in out.refused.items():
-        (where, value), more = options[0], len(options) - 1
-        others = f", like {more} more option{'s' if more > 1 else ''} of its kind" if more else ""
+        where, value = options[0]
+        more = len(options) - 1
+        others = ""
+        if more:
+            others = f", like {more} more option{'s' if more > 1 else ''} of its kind"
         wrong(out, f"{where}: {value} changes the results and is not honoured{others}; {hint}")
 
 
-def refuse_defaults(options: Options, out: Reading) -> None:
-    """Problems that a silent file has: GPT-NeoX's default is refused."""
+def refuse_defaults(options: NeoxOptions, out: NeoxReading) -> None:
+    """Record a problem for each missing option whose default in GPT-NeoX is refused."""
     for name, option in REFUSED.items():
         if name not in options.given and option.default not in (None, *option.harmless):
             wrong(
@@ -188,15 +193,16 @@ def refuse_defaults(options: Options, out: Reading) -> None:
 
 
 def brief(value: Any) -> str:
-    """A value for a message, cut when long."""
+    """A value for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def nested(path: str, values: dict[str, Any], where: str, out: Reading) -> dict[str, Any]:
-    """The honoured part of one of DeepSpeed's dictionaries; the rest is ignored, refused or unknown."""
+def nested(path: str, values: dict[str, Any], where: str, out: NeoxReading) -> dict[str, Any]:
+    """The honoured part of a DeepSpeed dictionary; the rest is ignored, refused or unknown."""
     kept: dict[str, Any] = {}
-    good, skip = NESTED_HONOURED[path].split(), NESTED_IGNORED[path].split()
+    good = NESTED_HONOURED[path].split()
+    skip = NESTED_IGNORED[path].split()
     refused = {key.removeprefix(f"{path}."): option for key, option in NESTED_REFUSED.items()}
     for key, value in values.items():
         name = normal(key)
@@ -208,7 +214,6 @@ def nested(path: str, values: dict[str, Any], where: str, out: Reading) -> dict[
         elif name in refused:
             refuse(f"{path}.{name}", value, refused[name], f"{name} of {where}", out)
         else:
-            wrong(
-                out, f"{path}.{key} in {where}: not known{nearest(name, [*good, *skip, *refused])}"
-            )
+            near = nearest(name, [*good, *skip, *refused])
+            wrong(out, f"{path}.{key} in {where}: unknown key{near}")
     return kept

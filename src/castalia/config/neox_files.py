@@ -1,4 +1,4 @@
-"""How GPT-NeoX options about files become ours: tokenizer, token files, checkpoints, validation."""
+"""Rules for GPT-NeoX options about files: tokenizer, token files, checkpoints, validation."""
 
 import json
 import os.path
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from castalia.config.neox_keys import WHY
-from castalia.config.neox_reading import Options, Reading, note, wrong
-from castalia.config.neox_rules import Rule
+from castalia.config.neox_reading import NeoxOptions, NeoxReading, note, wrong
+from castalia.config.neox_rules import OptionRule
 
 KNOWN_IDS = {
     "HFTokenizer": 50277,
@@ -15,9 +15,9 @@ KNOWN_IDS = {
     "HFGPT2Tokenizer": 50258,
     "CharLevelTokenizer": 512,
 }
-"""Ids of each tokenizer type when the file itself is not at hand: for HFTokenizer those of GPT-NeoX-20B's."""
+"""Number of ids of each tokenizer type without its file: for HFTokenizer that of GPT-NeoX-20B's."""
 MIXERS = {"smoothed_mean": "odm-repo", "exp3": "exp3", "naive_validation": "naive-validation"}
-"""data_sampling_method -> mixing.kind. Its `ema` stops at the first step of its own trainer, and is not there."""
+"""data_sampling_method -> mixing.kind. Its `ema` fails at the first step of its own trainer."""
 TIKTOKEN_IDS = {
     "gpt2": 50257,
     "r50k_base": 50257,
@@ -25,14 +25,17 @@ TIKTOKEN_IDS = {
     "cl100k_base": 100277,
     "o200k_base": 200019,
 }
-"""Ids of each encoding of tiktoken, the special ones included (tiktoken_ext/openai_public.py)."""
+"""Number of ids of each tiktoken encoding with special tokens (tiktoken_ext/openai_public.py)."""
 LOADING = ("finetune", "iteration", "no_load_optim")
 """How `load` is loaded."""
 OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
 
 
-def vocabulary(o: Options, out: Reading) -> None:
-    """Ids of the tokenizer, and rows of the embedding: make_vocab_size_divisible_by * model_parallel_size."""
+def vocabulary(o: NeoxOptions, out: NeoxReading) -> None:
+    """Number of ids, and rows of the embedding.
+
+    GPT-NeoX pads to a multiple of make_vocab_size_divisible_by * model_parallel_size.
+    """
     unit = o["make_vocab_size_divisible_by"] * max(1, o["model_parallel_size"])
     o.put(
         out,
@@ -41,12 +44,13 @@ def vocabulary(o: Options, out: Reading) -> None:
         "make_vocab_size_divisible_by",
         "model_parallel_size",
     )
-    kind, file = o["tokenizer_type"], o["vocab_file"]
+    kind = o["tokenizer_type"]
+    file = o["vocab_file"]
     if not o.complete and not o.has("tokenizer_type"):
         return
     if kind not in (*KNOWN_IDS, *OTHER_TOKENIZERS):
         names = ", ".join([*KNOWN_IDS, *OTHER_TOKENIZERS])
-        wrong(out, f"tokenizer_type {kind!r} is not one of GPT-NeoX's: {names}", "model.vocab_size")
+        wrong(out, f"unknown tokenizer_type {kind!r}; choose one of {names}", "model.vocab_size")
         return
     ids = counted(kind, file)
     if (named := tokenizer_name(kind, file, o["merge_file"])) is not None:
@@ -57,7 +61,7 @@ def vocabulary(o: Options, out: Reading) -> None:
     if ids is None:
         wrong(
             out,
-            f"the ids of a {kind} cannot be counted here; say model.vocab_size=N",
+            f"cannot determine the vocabulary size of {kind}; set model.vocab_size=N",
             "model.vocab_size",
         )
     else:
@@ -65,7 +69,7 @@ def vocabulary(o: Options, out: Reading) -> None:
 
 
 def tokenizer_name(kind: str, file: str | None, merges: str | None) -> str | None:
-    """What data.tokenizer calls the tokenizer; None if its files are not named or are those of another program."""
+    """The value of data.tokenizer; None if no file is named, or one that Castalia cannot read."""
     if kind == "CharLevelTokenizer":
         return "char"
     if kind == "GPT2BPETokenizer":
@@ -76,7 +80,7 @@ def tokenizer_name(kind: str, file: str | None, merges: str | None) -> str | Non
 
 
 def counted(kind: str, file: str | None) -> int | None:
-    """Ids of the tokenizer in a file, as far as they can be counted without it; None if not."""
+    """Number of ids of a tokenizer, counted in its file where possible; None if unknown."""
     if kind == "CharLevelTokenizer":
         return KNOWN_IDS[kind]
     if kind == "TiktokenTokenizer":
@@ -85,15 +89,23 @@ def counted(kind: str, file: str | None) -> int | None:
 
 
 def guessed(kind: str, file: str | None, ids: int) -> str:
-    """Why the number of ids is a known constant and not counted."""
+    """The note that a constant stands for the number of ids."""
     if kind != "HFTokenizer":
-        return f"model.vocab_size is {ids}, that of {kind}; to prepare or read text name a data.tokenizer"
-    which = f"vocab_file {file} is not here" if file else "no vocab_file is given"
-    return f"model.vocab_size is {ids}, that of the GPT-NeoX-20B tokenizer: {which}; data.tokenizer=FILE names it"
+        return (
+            f"model.vocab_size is {ids}, that of {kind}; set data.tokenizer to prepare or read text"
+        )
+    which = f"vocab_file {file} does not exist" if file else "vocab_file is not given"
+    return (
+        f"model.vocab_size is {ids}, that of the GPT-NeoX-20B tokenizer: {which};"
+        " set data.tokenizer=FILE"
+    )
 
 
 def count_ids(path: str) -> int | None:
-    """Highest id of a tokenizer.json + 1, the added tokens included, or of GPT-2's vocabulary; None if unreadable."""
+    """Highest id + 1 of a tokenizer.json, added tokens included, or of GPT-2's vocabulary.
+
+    None if the file cannot be read.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content and all(isinstance(value, int) for value in content.values()):
@@ -106,8 +118,8 @@ def count_ids(path: str) -> int | None:
     return max([*ids, *added], default=-1) + 1
 
 
-def token_files(o: Options, out: Reading) -> None:
-    """data_path with its split, or path lists with weights; GPT-NeoX refuses a mixture of both, so do we."""
+def token_files(o: NeoxOptions, out: NeoxReading) -> None:
+    """data_path with its split, or lists of paths with weights; GPT-NeoX refuses both together."""
     if o.has("data_path") and o.has("train_data_paths"):
         wrong(out, "data_path and train_data_paths are both given; keep one")
     if o.has("data_path"):
@@ -118,30 +130,31 @@ def token_files(o: Options, out: Reading) -> None:
             o.put(out, f"data.{part}", o[f"{part}_data_paths"], f"{part}_data_paths")
         if o.has(f"{part}_data_weights"):
             o.put(out, f"data.{ours}", o[f"{part}_data_weights"], f"{part}_data_weights")
-    train, valid = o["train_data_paths"], o["valid_data_paths"]
+    train = o["train_data_paths"]
+    valid = o["valid_data_paths"]
     if train and train == valid:
         note(
             out,
-            "validation reads the training data, as this file says: its loss is no held-out loss",
+            "validation reads the training data, as this file says: its loss is not held-out",
             "data.valid",
         )
     remark_missing("train", [o["data_path"]] if o.has("data_path") else train or [], out)
     remark_missing("valid", valid or [], out)
 
 
-def remark_missing(part: str, prefixes: list[Any], out: Reading) -> None:
-    """A note about token files that are not on this machine."""
+def remark_missing(part: str, prefixes: list[Any], out: NeoxReading) -> None:
+    """Note the first token file that does not exist on this machine."""
     missing = [str(prefix) for prefix in prefixes if not Path(f"{prefix}.idx").is_file()]
     if missing:
         note(
             out,
-            f"no token file {missing[0]}.idx here; data.{part}=PREFIX names yours",
+            f"token file {missing[0]}.idx does not exist; set data.{part}=PREFIX to your own",
             f"data.{part}",
         )
 
 
-def validation(o: Options, out: Reading) -> None:
-    """Validate every eval_interval steps when there is something to validate on."""
+def validation(o: NeoxOptions, out: NeoxReading) -> None:
+    """Validate every eval_interval steps if the files name validation data."""
     if o.has("valid_data_paths") or o.has("data_path"):
         o.put(
             out,
@@ -154,15 +167,16 @@ def validation(o: Options, out: Reading) -> None:
     o.put(out, "train.eval_batches", o["eval_iters"], "eval_iters")
 
 
-def mixing(o: Options, out: Reading) -> None:
-    """The mixer of the fork that mixes online; without a method, or with `none`, the sources are blended as ever."""
+def mixing(o: NeoxOptions, out: NeoxReading) -> None:
+    """The online mixer of GPT-NeoX's fork; without a method, or with `none`, sources are
+    blended."""
     method = o["data_sampling_method"]
     if method in (None, "none"):
         return
     if method not in MIXERS:
         wrong(
             out,
-            f"data_sampling_method {method!r} is not there; have: {', '.join(MIXERS)}",
+            f"unknown data_sampling_method {method!r}; choose one of {', '.join(MIXERS)}",
             "mixing.kind",
         )
         return
@@ -186,28 +200,27 @@ def mixing(o: Options, out: Reading) -> None:
     if o["mixed_minibatches"]:
         note(
             out,
-            "mixed_minibatches drew whole micro-batches of one source; here the rows of a step are drawn one by one, so"
-            " that micro-batches hold several",
+            "mixed_minibatches drew whole micro-batches of one source; here the rows of a step are"
+            " drawn one by one, so that a micro-batch holds several sources",
             "mixing.kind",
         )
 
 
-def saving(o: Options, out: Reading) -> None:
-    """checkpoint_factor is an interval, or with checkpoint_scale log the factor between steps."""
-    factor, scale, steps = (
-        o["checkpoint_factor"],
-        o["checkpoint_scale"],
-        list(o["extra_save_iters"] or []),
-    )
+def saving(o: NeoxOptions, out: NeoxReading) -> None:
+    """checkpoint_factor is an interval, or with checkpoint_scale log the ratio of steps."""
+    factor = o["checkpoint_factor"]
+    scale = o["checkpoint_scale"]
+    steps = list(o["extra_save_iters"] or [])
     every = None
     if scale not in ("linear", "log"):
-        wrong(out, f"checkpoint_scale {scale!r} is not there; have: linear, log")
+        wrong(out, f"unknown checkpoint_scale {scale!r}; choose one of linear, log")
     elif factor and scale == "log" and factor > 1:
         steps = sorted({*steps, *powers(factor, o["train_iters"] or 0)})
     elif factor and (scale == "log" or int(factor) != factor):
         wrong(
             out,
-            f"checkpoint_factor {factor} does not go with checkpoint_scale {scale}",
+            f"checkpoint_factor {factor} must be an integer with checkpoint_scale linear, and above"
+            f" 1 with log; checkpoint_scale is {scale}",
             "checkpoint.every",
         )
     elif factor:
@@ -218,15 +231,16 @@ def saving(o: Options, out: Reading) -> None:
 
 def powers(factor: float, last: int) -> list[int]:
     """int(factor ** k) up to `last`: the steps of checkpoint_scale log."""
-    out, power = [], 1.0
+    out = []
+    power = 1.0
     while power <= last:
         out.append(int(power))
         power *= factor
     return out
 
 
-def folders(o: Options, out: Reading) -> None:
-    """`save` is the run's folder; `load` is that folder, or the run to start from."""
+def folders(o: NeoxOptions, out: NeoxReading) -> None:
+    """`save` is the run's folder; `load` is the same folder, or the run to start from."""
     if o.has("save"):
         o.put(out, "output", o["save"], "save")
     if not o.has("load"):
@@ -239,8 +253,8 @@ def folders(o: Options, out: Reading) -> None:
         other_run(o, out)
 
 
-def own_folder(o: Options, out: Reading) -> None:
-    """A run resumes from its own newest checkpoint, whole; GPT-NeoX can also go back, or leave its state behind."""
+def own_folder(o: NeoxOptions, out: NeoxReading) -> None:
+    """Refuse to resume from anything but the run's own newest checkpoint with all its state."""
     out.ignored.setdefault("a run resumes from its own folder", []).append("load")
     effects = {
         "finetune": "would count from step 0 again at every start",
@@ -251,21 +265,23 @@ def own_folder(o: Options, out: Reading) -> None:
         if asked(o, name):
             wrong(
                 out,
-                f"{name} with `load` in the folder of `save` {effect}; a run resumes whole from its newest checkpoint:"
-                f" delete {name}, or give `save` another folder to start a new run from {o['load']!r}",
+                f"{name} with `load` in the folder of `save` {effect}; a run resumes with all its"
+                f" state from its newest checkpoint: delete {name}, or give `save` another folder"
+                f" to start a new run from {o['load']!r}",
             )
 
 
-def asked(o: Options, name: str) -> bool:
-    """Whether a file asks for the option; iteration 0 is a step like any other."""
+def asked(o: NeoxOptions, name: str) -> bool:
+    """Whether a file asks for the option. A plain truth test would miss iteration 0."""
     return o.has(name) and o[name] is not False
 
 
-def other_run(o: Options, out: Reading) -> None:
-    """Start from another run: finetune takes its weights alone, otherwise its step and optimizer are taken too.
+def other_run(o: NeoxOptions, out: NeoxReading) -> None:
+    """Start from another run: with finetune from its weights alone, else at its step too.
 
-    Source  GPT-NeoX megatron/checkpointing.py, load_checkpoint: with finetune the iteration is 0 and neither optimizer
-            nor learning rate schedule is loaded; with no_load_optim alone the iteration counts on.
+    Source  GPT-NeoX megatron/checkpointing.py, load_checkpoint. With finetune the iteration is 0
+            and neither optimizer nor learning rate schedule is loaded; with no_load_optim alone
+            the iteration counts on.
     """
     load = o["load"]
     step = o["iteration"]
@@ -275,21 +291,21 @@ def other_run(o: Options, out: Reading) -> None:
     o.put(out, "train.start_optimizer", not (finetune or o["no_load_optim"]), "load")
     note(
         out,
-        f"load {load!r} is not the folder of `save`: a fresh run starts from it, and a run with a checkpoint of its own"
-        " resumes from that; GPT-NeoX would load it at every start",
+        f"load {load!r} is not the folder of `save`: a fresh run starts from it, and a run with a"
+        " checkpoint of its own resumes from that; GPT-NeoX would load it at every start",
         "model.start",
     )
     if o["no_load_optim"] and not finetune:
         note(
             out,
-            "no_load_optim: moments and learning rate schedule begin anew while steps and data go on, as in GPT-NeoX,"
-            " which loads optimizer and schedule together",
+            "no_load_optim: moments and learning rate schedule begin anew while steps and data"
+            " continue, as in GPT-NeoX, which loads optimizer and schedule together",
             "train.start_optimizer",
         )
 
 
-def deepspeed_extras(o: Options, out: Reading) -> None:
-    """deepspeed_extra_args may only hold what has no effect here."""
+def deepspeed_extras(o: NeoxOptions, out: NeoxReading) -> None:
+    """deepspeed_extra_args may only contain options without effect here."""
     extras = o.given.get("deepspeed_extra_args") or {}
     if not isinstance(extras, dict):
         wrong(out, f"deepspeed_extra_args: expected a mapping, got {extras!r}")
@@ -301,7 +317,7 @@ def deepspeed_extras(o: Options, out: Reading) -> None:
             wrong(out, f"deepspeed_extra_args.{name} is not read; write {name} at the top level")
 
 
-FILE_RULES: list[tuple[tuple[str, ...], Rule]] = [
+FILE_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (
         (
             "tokenizer_type",

@@ -1,8 +1,10 @@
-"""Every option of GPT-NeoX and what becomes of it here: honoured, ignored because it has no effect, or refused.
+"""Every option of GPT-NeoX: honoured, ignored because it has no effect here, or refused.
 
-The names are those of GPT-NeoX at ea7aefd8 (318 arguments), those of its v1.0, those that its README of 2024 or
-published files still use, and those of its fork that mixes data online. `-` and `_` are one.
-Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py; online-data-mixing, the same file, 983-1045.
+The names are those of GPT-NeoX at ea7aefd8 (318 arguments), those of its v1.0, those that its
+README of 2024 or published files still use, and those of its fork that mixes data online. `-` and
+`_` are one.
+Source  gpt-neox megatron/neox_arguments/{neox_args,deepspeed_args}.py; online-data-mixing, the
+        same file, 983-1045.
 """
 
 from typing import Any, NamedTuple
@@ -12,24 +14,25 @@ class Honoured(NamedTuple):
     """An option that sets something here."""
 
     path: str
-    """Our dotted key, as a hint and as the place of a plain value."""
+    """Dotted key here, for hints and as the place of a plain value."""
     kind: str
-    """What GPT-NeoX wants: int, number, bool, str, list, dict."""
+    """Kind of value that GPT-NeoX expects: int, number, bool, str, list, dict."""
     default: Any = None
-    """GPT-NeoX's value when the file is silent."""
+    """GPT-NeoX's value for a file that does not name it."""
     plain: bool = False
-    """The value goes to `path` as it is; without this a rule of neox_rules.py reads it."""
+    """The value is copied to `path`; otherwise a rule in neox_rules.py or neox_files.py reads
+    it."""
 
 
 class Refused(NamedTuple):
-    """An option that changes results and that we do not have."""
+    """An option that changes results and does not exist here."""
 
     harmless: tuple[Any, ...]
-    """Values that leave the results alone."""
+    """Values that change nothing."""
     hint: str
     """What to do about it."""
     default: Any = None
-    """GPT-NeoX's value when the file is silent; only pos_emb's is not harmless."""
+    """GPT-NeoX's value for a file that does not name it; only pos_emb's is not harmless."""
 
 
 HONOURED: dict[str, Honoured] = {
@@ -129,44 +132,45 @@ ALIASES = {"gas": "gradient_accumulation_steps"}
 OFF: tuple[Any, ...] = (None, False)
 SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
 NO_PAIRS = (
-    "delete it: only next-token training is there; use train_data_paths, or read pairs and rewards with"
-    " castalia.data.PairwiseDataset and read_rewards"
+    "delete it: training is on the next token only; use train_data_paths, or read pairs and rewards"
+    " with castalia.data.PairwiseDataset and read_rewards"
 )
 OTHER_REWARDS = (
     "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
 )
-NO_MOE = "delete it: mixture-of-experts layers are not there; every layer is dense"
+NO_MOE = "delete it: mixture-of-experts layers are not supported; every layer is dense"
 
 REFUSED: dict[str, Refused] = {
     "validation_based_reward": Refused(OFF, OTHER_REWARDS),
     "batch_normalized_reward": Refused(OFF, OTHER_REWARDS),
     "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
     "pos_emb": Refused(
-        ("rotary",), "write `pos_emb: rotary`; other position embeddings are not there", "learned"
+        ("rotary",),
+        "write `pos_emb: rotary`; other position embeddings are not supported",
+        "learned",
     ),
     "opt_pos_emb_offset": Refused(
         (0, None), "delete it; it belongs to learned position embeddings"
     ),
     "norm": Refused(
-        ("layernorm", "te_layernorm", None), "write `norm: layernorm`; other norms are not there"
+        ("layernorm", "te_layernorm", None),
+        "write `norm: layernorm`; other norms are not supported",
     ),
     "gpt_j_tied": Refused(
         OFF, "delete it; with gpt_j_residual each branch has its own norm, as in Pythia"
     ),
     "use_qk_layernorm": Refused(OFF, "delete it; queries and keys are not normalized here"),
     "sliding_window_width": Refused((None,), "delete it; every layer attends to the whole row"),
-    "hidden_dropout": Refused((0, None), "write 0; there is no dropout here"),
-    "attention_dropout": Refused((0, None), "write 0; there is no dropout here"),
+    "hidden_dropout": Refused((0, None), "write 0; dropout is not supported"),
+    "attention_dropout": Refused((0, None), "write 0; dropout is not supported"),
     "fp16_lm_cross_entropy": Refused(OFF, "delete it; the loss is computed in fp32"),
-    "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not there"),
-    "te_fp8_mha": Refused(
-        OFF, "delete it; there is no fp8 arithmetic; precision is fp32, bf16 or fp16"
-    ),
-    "use_mup": Refused(OFF, "delete it; μP is not there"),
+    "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not supported"),
+    "te_fp8_mha": Refused(OFF, "delete it; fp8 is not supported; precision is fp32, bf16 or fp16"),
+    "use_mup": Refused(OFF, "delete it; μP is not supported"),
     "serve_model_weights": Refused(OFF, "delete it; weights are not served while training"),
     "moe_num_experts": Refused((None, 0, 1), NO_MOE),
     "use_bnb_optimizer": Refused(
-        OFF, "delete it; the 8-bit Adam is not there, AdamW keeps fp32 moments"
+        OFF, "delete it; 8-bit Adam is not supported, AdamW keeps fp32 moments"
     ),
     "use_checkpoint_lr_scheduler": Refused(
         OFF, "delete it; the schedule always follows the config"
@@ -180,14 +184,14 @@ REFUSED: dict[str, Refused] = {
     "compression_training": Refused((None, {}), "delete it"),
     "sparse_attention": Refused((None, {}), "delete it; attention is full and causal"),
     "elasticity": Refused(
-        (*OFF, {}, {"enabled": False}), "delete it; any run resumes on another number of processes"
+        (*OFF, {}, {"enabled": False}), "delete it; any run resumes on another world size"
     ),
-    "autotuning": Refused((*OFF, {}, {"enabled": False}), "delete it; there is no autotuner"),
+    "autotuning": Refused((*OFF, {}, {"enabled": False}), "delete it; autotuning is not supported"),
     "data_types": Refused(
         (None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"
     ),
     "train_impl": Refused(
-        ("normal", None), "write `normal`; DPO, KTO, reward models and REINFORCE are not there"
+        ("normal", None), "write `normal`; DPO, KTO, reward models and REINFORCE are not supported"
     ),
     "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
     "data_impl": Refused(
@@ -219,62 +223,72 @@ STRANGERS = {
     "warmup_iters": "write warmup, a share of lr_decay_iters",
     "save_interval": "write checkpoint_factor",
 }
-"""Names in published files that no GPT-NeoX since v1.0 knows, and what was meant."""
+"""Names in published files that no GPT-NeoX since v1.0 knows -> the remedy."""
 
 IGNORED: dict[str, str] = {
     "CUDA kernels and fusions": """
-        scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion layernorm_fusion
-        rmsnorm_fusion rope_fusion fused_kernels_build_path use_flashattn_swiglu mamba_selective_scan_fusion
-        mamba_causal_conv_fusion mamba_inner_func_fusion te_columnparallel te_rowparallel te_layernorm_mlp te_mha
-        te_fp8_format te_fp8_wgrad te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin onnx_safe
+        scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion
+        layernorm_fusion rmsnorm_fusion rope_fusion fused_kernels_build_path use_flashattn_swiglu
+        mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion
+        te_columnparallel te_rowparallel te_layernorm_mlp te_mha te_fp8_format te_fp8_wgrad
+        te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin onnx_safe
         output_layer_parallelism rotary_save_freqs_buffer""",
     "arithmetic that is the same or better here": """
         apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_allreduce prescale_gradients
-        gradient_predivide_factor sparse_gradients communication_data_type use_cpu_initialization""",
+        gradient_predivide_factor sparse_gradients communication_data_type
+        use_cpu_initialization""",
     "placement in memory and on devices": """
         pipe_partition_method sequence_parallel activation_checkpointing
-        deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu synchronize_each_layer
-        profile_backward distributed_backend lazy_mpu_init mmap_warmup use_shared_fs""",
-    "each block is recomputed by itself; train.recompute=2 takes every second one": "checkpoint_num_layers",
-    "what blocks store is split over the processes of parallel.tp always": "partition_activations",
+        deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu
+        synchronize_each_layer profile_backward distributed_backend lazy_mpu_init mmap_warmup
+        use_shared_fs""",
+    "blocks are recomputed one by one; train.recompute=2 takes every second": """
+        checkpoint_num_layers""",
+    "activations are always split over the ranks of parallel.tp": "partition_activations",
     "launching; `castalia launch` does without": """
-        force_multi autotuning_run deepspeed deepscale deepscale_config user_script local_rank rank adlr_autoresume
-        adlr_autoresume_interval detect_nvlink_pairs""",
+        force_multi autotuning_run deepspeed deepscale deepscale_config user_script local_rank rank
+        adlr_autoresume adlr_autoresume_interval detect_nvlink_pairs""",
     "logging and profiling; metrics.jsonl is always written": """
-        use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host wandb_init_all_ranks git_hash log_dir
-        tensorboard_dir use_comet comet_workspace comet_project comet_experiment_name comet_tags comet_others
-        comet_experiment peak_theoretical_tflops log_grad_pct_zeros log_param_norm log_grad_norm log_optimizer_states
-        log_gradient_noise_scale gradient_noise_scale_n_batches gradient_noise_scale_cpu_offload memory_profiling
-        memory_profiling_path profile profile_step_start profile_step_stop steps_per_print wall_clock_breakdown
-        dump_state flops_profiler tensorboard wandb csv_monitor comms_logger char_level_ppl""",
+        use_wandb wandb_group wandb_run_name wandb_team wandb_project wandb_host
+        wandb_init_all_ranks git_hash log_dir tensorboard_dir use_comet comet_workspace
+        comet_project comet_experiment_name comet_tags comet_others comet_experiment
+        peak_theoretical_tflops log_grad_pct_zeros log_param_norm log_grad_norm
+        log_optimizer_states log_gradient_noise_scale gradient_noise_scale_n_batches
+        gradient_noise_scale_cpu_offload memory_profiling memory_profiling_path profile
+        profile_step_start profile_step_stop steps_per_print wall_clock_breakdown dump_state
+        flops_profiler tensorboard wandb csv_monitor comms_logger char_level_ppl""",
     "checkpoint files; ours hold weights, optimizer and position, each with its SHA-256": """
-        s3_path s3_chunk_size config_files checkpoint_validation_with_forward_pass no_save_optim no_save_rng checkpoint
-        override_lr_scheduler save_iters zero_allow_untested_optimizer""",
-    "GPT-NeoX works it out itself and overwrites what a file says": """
-        world_size is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter zero_contiguous_gradients
-        zero_reduce_bucket_size zero_allgather_bucket_size lr padded_vocab_size batch_size clip_grad dynamic_loss_scale
-        do_train do_valid do_test global_num_gpus curriculum_seqlen""",
-    "rows and start weights follow from the seed and the step; a checkpoint holds no random state": "no_load_rng",
+        s3_path s3_chunk_size config_files checkpoint_validation_with_forward_pass no_save_optim
+        no_save_rng checkpoint override_lr_scheduler save_iters zero_allow_untested_optimizer""",
+    "GPT-NeoX derives it and overwrites the value in the file": """
+        world_size is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter
+        zero_contiguous_gradients zero_reduce_bucket_size zero_allgather_bucket_size lr
+        padded_vocab_size batch_size clip_grad dynamic_loss_scale do_train do_valid do_test
+        global_num_gpus curriculum_seqlen""",
+    "rows and weights follow from seed and step; a checkpoint has no random state": "no_load_rng",
     SCALING: "loss_scale loss_scale_window hysteresis min_scale",
     "GPT-NeoX itself never reads it": """
-        use_bias_in_norms num_unique_layers param_sharing_style mup_attn_temp mup_output_temp short_seq_prob
-        moe_lbl_in_fp32""",
+        use_bias_in_norms num_unique_layers param_sharing_style mup_attn_temp mup_output_temp
+        short_seq_prob moe_lbl_in_fp32""",
     "belongs to an option that is not in use": """
-        rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance sparsity_config gmlp_attn_dim
-        mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears dim_att head_size ffn_dim
-        weight_server_port online_dataserver_ips online_dataserver_ports weighted_sampler_alpha
-        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight kto_undesirable_weight z_loss kto_beta
-        fp32_reinforce kl_impl kl_div_beta reinforce_leave_one_out coord_check save_base_shapes base_shapes_file
-        mup_init_scale mup_embedding_mult mup_rp_embedding_mult mup_width_scale
-        moe_expert_interval moe_top_k moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
-        enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping moe_min_capacity
-        moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual moe_glu create_moe_param_group use_tutel""",
+        rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance sparsity_config
+        gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
+        dim_att head_size ffn_dim weight_server_port online_dataserver_ips online_dataserver_ports
+        weighted_sampler_alpha dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight
+        kto_undesirable_weight z_loss kto_beta fp32_reinforce kl_impl kl_div_beta
+        reinforce_leave_one_out coord_check save_base_shapes base_shapes_file mup_init_scale
+        mup_embedding_mult mup_rp_embedding_mult mup_width_scale moe_expert_interval moe_top_k
+        moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
+        enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping
+        moe_min_capacity moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual
+        moe_glu create_moe_param_group use_tutel""",
     "sources always have names here": "use_named_train_datasets use_named_eval_datasets",
     "train.eval_batches bounds the validation": "max_validation_samples_per_dataset",
     "no test part during training": "test_data_paths test_data_weights test_label_data_paths",
     "generation and evaluation, which are commands of their own": """
-        text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens prompt_end
-        sample_input_file sample_output_file num_samples recompute eval_results_prefix eval_tasks""",
+        text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens
+        prompt_end sample_input_file sample_output_file num_samples recompute eval_results_prefix
+        eval_tasks""",
 }
 """Why an option has no effect on the results here -> the options."""
 
@@ -285,7 +299,7 @@ CHECKED = {
     "num_kv_heads": "model.num_attention_heads",
     "deepspeed_extra_args": "",
 }
-"""Options that must agree with another one; a rule looks at each."""
+"""Options that must agree with another option; a rule checks each."""
 
 NESTED_HONOURED = {
     "optimizer": "type params",
@@ -294,23 +308,26 @@ NESTED_HONOURED = {
     "bf16": "enabled",
     "zero_optimization": "stage",
 }
-"""Keys inside the dictionaries that go to DeepSpeed, and that we honour."""
+"""Honoured keys inside DeepSpeed's dictionaries."""
 
 NESTED_IGNORED = {
     "optimizer": "",
     "optimizer.params": "",
     "fp16": "fp16 type auto_cast",
-    "bf16": "bf16 type auto_cast loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale"
-    " immediate_grad_update check_grad_overflow",
-    "zero_optimization": "allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size"
-    " contiguous_gradients cpu_offload cpu_offload_params cpu_offload_use_pin_memory offload_param offload_optimizer"
-    " load_from_fp32_weights elastic_checkpoint round_robin_gradients sub_group_size stage3_max_live_parameters"
-    " stage3_max_reuse_distance stage3_prefetch_bucket_size stage3_param_persistence_threshold"
-    " stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save"
-    " stage3_gather_fp16_weights_on_model_save zero_hpz_partition_size ignore_unused_parameters"
-    " use_multi_rank_bucket_allreduce memory_efficient_linear log_trace_cache_warnings",
+    "bf16": """
+        bf16 type auto_cast loss_scale loss_scale_window initial_scale_power hysteresis
+        min_loss_scale immediate_grad_update check_grad_overflow""",
+    "zero_optimization": """
+        allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size
+        contiguous_gradients cpu_offload cpu_offload_params cpu_offload_use_pin_memory
+        offload_param offload_optimizer load_from_fp32_weights elastic_checkpoint
+        round_robin_gradients sub_group_size stage3_max_live_parameters stage3_max_reuse_distance
+        stage3_prefetch_bucket_size stage3_param_persistence_threshold
+        stage3_model_persistence_threshold stage3_gather_16bit_weights_on_model_save
+        stage3_gather_fp16_weights_on_model_save zero_hpz_partition_size ignore_unused_parameters
+        use_multi_rank_bucket_allreduce memory_efficient_linear log_trace_cache_warnings""",
 }
-"""Keys inside those dictionaries without effect on the results."""
+"""Keys inside those dictionaries that do not change the results."""
 
 NESTED_REFUSED = {
     "optimizer.params.weight_decay": Refused(
@@ -320,14 +337,14 @@ NESTED_REFUSED = {
     "optimizer.params.bias_correction": Refused(
         (True, None), "delete it; the moments are corrected"
     ),
-    "optimizer.params.amsgrad": Refused(OFF, "delete it; it is not there"),
-    "fp16.consecutive_hysteresis": Refused(OFF, "delete it; it is not there"),
+    "optimizer.params.amsgrad": Refused(OFF, "delete it; it is not supported"),
+    "fp16.consecutive_hysteresis": Refused(OFF, "delete it; it is not supported"),
     "fp16.fp16_master_weights_and_grads": Refused(OFF, "delete it; weights and gradients are fp32"),
     "bf16.bf16_master_weights_and_grads": Refused(OFF, "delete it; weights and gradients are fp32"),
     "zero_optimization.zero_quantized_weights": Refused(OFF, "delete it; nothing is quantized"),
     "zero_optimization.zero_quantized_gradients": Refused(OFF, "delete it; nothing is quantized"),
 }
-"""Keys inside those dictionaries that change results and that we do not have."""
+"""Keys inside those dictionaries that change results and do not exist here."""
 
 NAMES = sorted({*HONOURED, *ALIASES, *REFUSED, *STRANGERS, *WHY, *CHECKED})
 """Every name that a GPT-NeoX file may use."""

@@ -1,4 +1,5 @@
-"""What a reading of GPT-NeoX files works on and what it gives: options in, values, notes and problems out."""
+"""Input and output of reading GPT-NeoX files: options, and the values, notes and problems they
+give."""
 
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,36 +15,36 @@ class Remark(NamedTuple):
 
 
 @dataclass
-class Reading:
-    """What GPT-NeoX files say, in our terms."""
+class NeoxReading:
+    """The meaning of GPT-NeoX files in Castalia's terms."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    """Nested values of our config."""
+    """Nested values of a run's config."""
     origins: dict[str, str] = field(default_factory=dict)
-    """GPT-NeoX name, and our dotted key, -> where it was written."""
+    """GPT-NeoX name or dotted key here -> where it was written."""
     notes: list[Remark] = field(default_factory=list)
-    """What was decided on the user's behalf."""
+    """Decisions made on the user's behalf."""
     problems: list[Remark] = field(default_factory=list)
-    """What stops the run."""
+    """Reasons to refuse the run."""
     ignored: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> options that have no effect."""
+    """Reason -> options without effect."""
     refused: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    """Remedy -> (where, value) of options that change results and are not honoured."""
+    """Remedy -> (place, value) of options that change results and are not honoured."""
 
 
-def note(out: Reading, text: str, key: str = "") -> None:
+def note(out: NeoxReading, text: str, key: str = "") -> None:
     """Add a note."""
     out.notes.append(Remark(key, text))
 
 
-def wrong(out: Reading, text: str, key: str = "") -> None:
+def wrong(out: NeoxReading, text: str, key: str = "") -> None:
     """Add a problem."""
     out.problems.append(Remark(key, text))
 
 
 @dataclass
-class Options:
-    """GPT-NeoX options by name; one that no file gives has GPT-NeoX's default."""
+class NeoxOptions:
+    """GPT-NeoX options by name; an option that no file gives has GPT-NeoX's default."""
 
     given: dict[str, Any]
     origins: dict[str, str]
@@ -51,7 +52,9 @@ class Options:
     complete: bool
 
     def __getitem__(self, name: str) -> Any:
-        return self.given[name] if self.has(name) else HONOURED[name].default
+        if self.has(name):
+            return self.given[name]
+        return HONOURED[name].default
 
     def has(self, name: str) -> bool:
         """Whether a file gives it a value."""
@@ -61,8 +64,11 @@ class Options:
         """Treat it as not given."""
         self.given.pop(name, None)
 
-    def put(self, out: Reading, path: str, value: Any, *names: str) -> None:
-        """Set our dotted key `path`, which comes from the options `names`; over a preset only if one is given."""
+    def put(self, out: NeoxReading, path: str, value: Any, *names: str) -> None:
+        """Set the dotted key `path`, which follows from the options `names`.
+
+        Over a preset it is set only if a file gives one of them.
+        """
         given = [name for name in names if self.has(name)]
         if not self.complete and not given:
             return

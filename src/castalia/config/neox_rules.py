@@ -1,43 +1,45 @@
-"""How GPT-NeoX options become our values where a plain copy is not enough: one rule a group of options."""
+"""Rules for GPT-NeoX options that are not plain copies: one a group of options."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-from castalia.config.neox_reading import Options, Reading, note, wrong
+from castalia.config.neox_reading import NeoxOptions, NeoxReading, note, wrong
 
 INITS = ("normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init")
 ATTENTION = ("global", "flash")
-"""Attention types that are full causal attention; they differ in the kernel alone."""
+"""Attention types that compute full causal attention; only their kernels differ."""
 ADAM_NAMES = ("adam", "adamw", "cpu_adam")
-"""Optimizer types that are AdamW: apex's and DeepSpeed's fused Adam decay weights apart from the gradient."""
+"""Optimizer types that are AdamW: the fused Adam of apex and of DeepSpeed decouples weight
+decay."""
 DEEPSPEED_POWER = 16
-"""DeepSpeed's initial_scale_power when `fp16` is silent about it."""
+"""DeepSpeed's default of initial_scale_power in `fp16`."""
 
 
-def mlp_width(o: Options, out: Reading) -> None:
+def mlp_width(o: NeoxOptions, out: NeoxReading) -> None:
     """intermediate_size, or int(expansion_factor * hidden_size), or 4 * hidden_size."""
     if o.has("intermediate_size") and o.has("expansion_factor"):
         wrong(out, "intermediate_size and expansion_factor are both given; keep one")
     if not o.has("hidden_size"):
         return
-    hidden, unit = o["hidden_size"], 2 * max(1, o["mlp_multiple_of"])
+    hidden = o["hidden_size"]
+    unit = 2 * max(1, o["mlp_multiple_of"])
     width = o["intermediate_size"] or int((o["expansion_factor"] or 4) * hidden)
     if width % unit and o["activation"] == "gelu":
         wrong(
             out,
-            f"intermediate_size {width} is no multiple of 2 * mlp_multiple_of = {unit}; write one that is",
+            f"intermediate_size {width} is not divisible by 2 * mlp_multiple_of = {unit}",
         )
     if width != 4 * hidden:
         o.put(out, "model.intermediate_size", width, "intermediate_size", "expansion_factor")
 
 
-def activation(o: Options, out: Reading) -> None:
-    """bias_gelu_fusion computes the tanh approximation; without it GELU is exact."""
+def activation(o: NeoxOptions, out: NeoxReading) -> None:
+    """bias_gelu_fusion computes the tanh approximation; otherwise GELU is exact."""
     if o["activation"] != "gelu":
         wrong(
             out,
-            f"activation {o['activation']!r} changes the results and is not honoured; only gelu is there",
+            f"unknown activation {o['activation']!r}; the only choice is gelu",
         )
     o.put(
         out,
@@ -48,22 +50,22 @@ def activation(o: Options, out: Reading) -> None:
     )
 
 
-def start_weights(o: Options, out: Reading) -> None:
-    """The two initializations; a silent file means normal and scaled_normal."""
+def start_weights(o: NeoxOptions, out: NeoxReading) -> None:
+    """The two initializations; their defaults are normal and scaled_normal."""
     for name in ("init_method", "output_layer_init_method"):
         if o[name] not in INITS:
-            wrong(out, f"{name} {o[name]!r} is not there; have: {', '.join(INITS)}")
+            wrong(out, f"unknown {name} {o[name]!r}; choose one of {', '.join(INITS)}")
         else:
             o.put(out, f"model.{name}", o[name], name)
 
 
-def tying(o: Options, out: Reading) -> None:
+def tying(o: NeoxOptions, out: NeoxReading) -> None:
     """Tied unless no_weight_tying."""
     o.put(out, "model.tie_word_embeddings", not o["no_weight_tying"], "no_weight_tying")
 
 
-def attention(o: Options, out: Reading) -> None:
-    """attention_config must expand to one full-attention type a layer."""
+def attention(o: NeoxOptions, out: NeoxReading) -> None:
+    """attention_config must expand to full attention in every layer."""
     config = o["attention_config"]
     if config is None:
         return
@@ -79,7 +81,8 @@ def attention(o: Options, out: Reading) -> None:
     if other:
         wrong(
             out,
-            f"attention_config has {', '.join(other)}; only {' and '.join(ATTENTION)} are there",
+            f"unknown attention type {', '.join(other)} in attention_config;"
+            f" choose {' or '.join(ATTENTION)}",
         )
     if o.has("num_layers") and len(types) != o["num_layers"]:
         wrong(
@@ -100,14 +103,14 @@ def expand(config: list[Any], layers: int) -> list[Any]:
     return types
 
 
-def key_heads(o: Options, out: Reading) -> None:
-    """Grouped-query attention is refused; as many key heads as query heads is the plain kind."""
+def key_heads(o: NeoxOptions, out: NeoxReading) -> None:
+    """Refuse grouped-query attention: a GPT-NeoX model has as many key heads as query heads."""
     heads = o.given.get("num_kv_heads")
     if heads not in (None, o["num_attention_heads"]):
         wrong(out, f"num_kv_heads {heads} changes the results and is not honoured; delete it")
 
 
-def parallel(o: Options, out: Reading) -> None:
+def parallel(o: NeoxOptions, out: NeoxReading) -> None:
     """Degrees of parallelism; pipe_parallel_size 0 and 1 are both one stage."""
     tensor = max(1, o["model_parallel_size"])
     o.put(out, "parallel.tp", tensor, "model_parallel_size")
@@ -122,24 +125,26 @@ def parallel(o: Options, out: Reading) -> None:
     if o.world > 1 and o.world % split:
         wrong(
             out,
-            f"{o.world} processes do not divide by model_parallel_size * pipe_parallel_size = {split}",
+            f"world size {o.world} is not divisible by model_parallel_size * pipe_parallel_size ="
+            f" {split}",
             "parallel.tp",
         )
 
 
-def zero(o: Options, out: Reading) -> None:
+def zero(o: NeoxOptions, out: NeoxReading) -> None:
     """Stage 3 gathers weights block by block; the lower stages keep them over the step."""
     stage = (o["zero_optimization"] or {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        wrong(out, f"zero_optimization.stage is 0, 1, 2 or 3, got {stage!r}")
+        wrong(out, f"unknown zero_optimization.stage {stage!r}; choose one of 0, 1, 2, 3")
     o.put(out, "parallel.reshard_after_forward", stage == 3, "zero_optimization")
 
 
-def batch(o: Options, out: Reading) -> None:
-    """train_batch_size, or micro * accumulation * data-parallel processes."""
-    micro, rows = o["train_micro_batch_size_per_gpu"], o["train_batch_size"]
+def batch(o: NeoxOptions, out: NeoxReading) -> None:
+    """train_batch_size, or micro * accumulation * data-parallel ranks."""
+    micro = o["train_micro_batch_size_per_gpu"]
+    rows = o["train_batch_size"]
     split = max(1, o["model_parallel_size"]) * max(1, o["pipe_parallel_size"])
-    processes = max(1, o.world // split)
+    ranks = max(1, o.world // split)
     gas = max(1, o["gradient_accumulation_steps"])
     if rows is None and micro is None:
         if o.complete:
@@ -150,18 +155,18 @@ def batch(o: Options, out: Reading) -> None:
             )
         return
     if rows is None:
-        rows = micro * gas * processes
+        rows = micro * gas * ranks
         note(
             out,
-            f"train.batch_size is {rows} rows: {micro} a process * {gas} accumulated * {processes} data-parallel"
-            f" process{'es' if processes > 1 else ''}, GPT-NeoX's rule for a file without train_batch_size;"
-            " train.batch_size=N fixes it",
+            f"train.batch_size is {rows} rows: {micro} a rank * {gas} accumulated * {ranks}"
+            f" data-parallel rank{'s' if ranks > 1 else ''}, GPT-NeoX's rule for a file without"
+            " train_batch_size; set train.batch_size=N to make it independent of the world size",
             "train.batch_size",
         )
     elif o.has("gradient_accumulation_steps") and micro and rows % (micro * gas):
         wrong(
             out,
-            f"train_batch_size {rows} is no multiple of train_micro_batch_size_per_gpu {micro} *"
+            f"train_batch_size {rows} is not divisible by train_micro_batch_size_per_gpu {micro} *"
             f" gradient_accumulation_steps {gas}",
             "train.batch_size",
         )
@@ -170,14 +175,14 @@ def batch(o: Options, out: Reading) -> None:
         o.put(out, "train.micro_batch_size", micro, "train_micro_batch_size_per_gpu")
 
 
-def optimizer(o: Options, out: Reading) -> None:
-    """AdamW; a silent file means lr 1e-3 and betas 0.9, 0.999."""
+def optimizer(o: NeoxOptions, out: NeoxReading) -> None:
+    """AdamW; the defaults are lr 1e-3 and betas 0.9, 0.999."""
     given = o["optimizer"] or {}
     kind = str(given.get("type", "adam"))
     if kind.lower() not in ADAM_NAMES:
         wrong(
             out,
-            f"optimizer.type {kind!r} changes the results and is not honoured; write Adam, which is AdamW",
+            f"unknown optimizer.type {kind!r}; write Adam, which is AdamW",
         )
     params = given.get("params") or {}
     if not isinstance(params, dict):
@@ -187,32 +192,34 @@ def optimizer(o: Options, out: Reading) -> None:
         o.put(out, f"optim.{name}", params.get(name, value), "optimizer")
 
 
-def clipping(o: Options, out: Reading) -> None:
+def clipping(o: NeoxOptions, out: NeoxReading) -> None:
     """gradient_clipping 0 turns clipping off."""
     o.put(out, "optim.clip", o["gradient_clipping"] or None, "gradient_clipping")
 
 
-def schedule(o: Options, out: Reading) -> None:
-    """The shape of the learning rate; `cosine` is that of GPT-NeoX v1.0, which Pythia and 20B were trained with."""
+def schedule(o: NeoxOptions, out: NeoxReading) -> None:
+    """Shape of the learning rate; `cosine` is that of GPT-NeoX v1.0, which trained Pythia and
+    20B."""
     style = o["lr_decay_style"]
     if style not in ("cosine", "linear", "exponential", "constant"):
         wrong(
             out,
-            f"lr_decay_style {style!r} is not there; have: constant, linear, cosine, exponential",
+            f"unknown lr_decay_style {style!r};"
+            " choose one of constant, linear, cosine, exponential",
         )
         return
     o.put(out, "schedule.name", "cosine_neox_v1" if style == "cosine" else style, "lr_decay_style")
     if style == "cosine":
         note(
             out,
-            "lr_decay_style cosine is read as GPT-NeoX v1.0 computed it, the code that trained Pythia and 20B: towards"
-            " 0 over the horizon, floored at min_lr; schedule.name=cosine takes the newer form, which reaches min_lr"
-            " at the end",
+            "lr_decay_style cosine is read as GPT-NeoX v1.0 computed it, the code that trained"
+            " Pythia and 20B: towards 0 over the horizon, floored at min_lr; schedule.name=cosine"
+            " takes the newer form, which reaches min_lr at the end",
             "schedule.name",
         )
 
 
-def horizon(o: Options, out: Reading) -> None:
+def horizon(o: NeoxOptions, out: NeoxReading) -> None:
     """lr_decay_iters, or the share lr_decay_fraction of train_iters, or train_iters."""
     if o.has("lr_decay_iters"):
         o.put(out, "schedule.decay_steps", o["lr_decay_iters"], "lr_decay_iters")
@@ -221,15 +228,15 @@ def horizon(o: Options, out: Reading) -> None:
         o.put(out, "schedule.decay_steps", steps, "lr_decay_fraction")
 
 
-def precision(o: Options, out: Reading) -> None:
-    """fp32 unless `precision` or one of the dictionaries says otherwise."""
+def precision(o: NeoxOptions, out: NeoxReading) -> None:
+    """fp32 unless `precision` or one of the dictionaries sets another."""
     names = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
     said = [kind for kind in ("fp16", "bf16") if (o[kind] or {}).get("enabled")]
     if o["precision"] is not None:
         if o["precision"] not in names:
             wrong(
                 out,
-                f"precision {o['precision']!r} is not there; have: {', '.join(names)}",
+                f"unknown precision {o['precision']!r}; choose one of {', '.join(names)}",
                 "precision",
             )
         said.append(names.get(o["precision"], "fp32"))
@@ -244,8 +251,8 @@ def precision(o: Options, out: Reading) -> None:
         loss_scale(o, out)
 
 
-def loss_scale(o: Options, out: Reading) -> None:
-    """The loss scale of `fp16`; 0 means dynamic. What it leaves out has DeepSpeed's default."""
+def loss_scale(o: NeoxOptions, out: NeoxReading) -> None:
+    """The loss scale of `fp16`, with DeepSpeed's defaults; 0 means dynamic."""
     given = o["fp16"] or {}
     o.put(out, "loss_scale.static", given.get("loss_scale") or None, "fp16")
     o.put(
@@ -256,8 +263,9 @@ def loss_scale(o: Options, out: Reading) -> None:
     o.put(out, "loss_scale.minimum", given.get("min_loss_scale", 1), "fp16")
 
 
-def launching(o: Options, out: Reading) -> None:
-    """The launcher by our name, the number of hosts, and whether ssh is tried; training does not depend on it."""
+def launching(o: NeoxOptions, out: NeoxReading) -> None:
+    """Launcher, number of hosts, and whether ssh is tried first; training does not depend on
+    them."""
     known = {"pdsh": "pdsh", "openmpi": "mpi", "slurm": "slurm"}
     name = o["launcher"]
     if o["deepspeed_slurm"]:
@@ -269,7 +277,7 @@ def launching(o: Options, out: Reading) -> None:
     elif name is not None:
         note(
             out,
-            f"launcher {name!r} is not there; launch.launcher is one of torchrun, slurm, mpi, pdsh",
+            f"unknown launcher {name!r}; choose launch.launcher from torchrun, slurm, mpi, pdsh",
             "launch.launcher",
         )
     if o["num_nodes"] > 0:
@@ -278,8 +286,8 @@ def launching(o: Options, out: Reading) -> None:
         o.put(out, "launch.ssh_check", not o["no_ssh_check"], "no_ssh_check")
 
 
-Rule = Callable[[Options, Reading], None]
-MODEL_RULES: list[tuple[tuple[str, ...], Rule]] = [
+OptionRule = Callable[[NeoxOptions, NeoxReading], None]
+MODEL_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size"), mlp_width),
     (("activation", "bias_gelu_fusion"), activation),
     (("init_method", "output_layer_init_method"), start_weights),

@@ -9,7 +9,7 @@ from typing import Any
 from castalia.config.base import check, report
 from castalia.config.fields import leaves
 from castalia.config.neox import is_neox, override_hint, read_neox
-from castalia.config.neox_reading import Reading
+from castalia.config.neox_reading import NeoxReading
 from castalia.config.problems import Problem
 from castalia.config.values import Layers, Values, flatten, merge, parse_override, read_yaml
 from castalia.core.errors import ConfigError
@@ -67,7 +67,7 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     name = own.get("recipe")
     if named.presets:
         name = named.presets[0]
-    reading = Reading()
+    reading = NeoxReading()
     if neox:
         reading = read_neox(neox, world=world or world_size(), complete=name is None)
     layers = Layers(
@@ -117,7 +117,7 @@ def read_files(paths: list[Path]) -> tuple[Values, dict[str, Values]]:
     return own, neox
 
 
-def checked(layers: Layers, reading: Reading, label: str) -> RunConfig:
+def checked(layers: Layers, reading: NeoxReading, label: str) -> RunConfig:
     """The config, or one error with the problems of the GPT-NeoX files and of the values."""
     values = layers.resolved()
     config, problems = check(RunConfig, values)
@@ -133,7 +133,7 @@ def checked(layers: Layers, reading: Reading, label: str) -> RunConfig:
     return config
 
 
-def explain(problem: Problem, reading: Reading) -> str:
+def explain(problem: Problem, reading: NeoxReading) -> str:
     """A problem's line, with its place in a GPT-NeoX file or our name for a GPT-NeoX option."""
     if problem.unknown and problem.key not in OUR_NAMES and (hint := override_hint(problem.key)):
         return hint
