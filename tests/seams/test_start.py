@@ -267,7 +267,9 @@ def neox(tmp_path_factory: pytest.TempPathFactory, tokens: str) -> Any:
     return train
 
 
-def test_load_without_finetune_goes_on_bit_for_bit(neox: Any) -> None:
+def test_load_without_finetune_goes_on_bit_for_bit(
+    neox: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, whole = neox("first")
     folder, lines = neox("continued", load="first", iteration=3)
     assert lines == whole[3:]
@@ -284,6 +286,11 @@ def test_load_without_finetune_goes_on_bit_for_bit(neox: Any) -> None:
     assert longer[:3] == lines and len(longer) == 4
     assert json.loads((folder / "env.json").read_text())["start"] == record
     shutil.move(step.with_name("elsewhere"), step)
+    assert "is not read" not in capsys.readouterr().out
+    neox("continued", "model.start=nowhere", "train.steps=8", load="first", iteration=3)
+    assert f"note: model.start nowhere is not read: the run began with {first}" in (
+        capsys.readouterr().out
+    )
     config = open_model(folder).config
     assert config == open_model(first).config and "start" not in config.model_dump()
 

@@ -42,6 +42,7 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(
             f"no complete checkpoint in {path}; give a run folder, or the folder of one step"
         )
+    # RUN@STEP is the form of hub revisions, RUN/STEP that of a path.
     if "@" in path.name:
         base, _, word = str(path).rpartition("@")
     else:
@@ -112,6 +113,7 @@ def newest_first(path: str | Path) -> list[Path]:
 def steps_of_run(path: Path) -> tuple[Path, list[int]]:
     """(checkpoints folder, its complete steps) of a run folder or of the checkpoints folder
     itself."""
+    # A run folder has a subfolder for checkpoints; both are accepted wherever a run is.
     inner = path / "checkpoints"
     folder = inner if inner.is_dir() else path
     return folder, complete_steps(folder)

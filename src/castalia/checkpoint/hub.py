@@ -35,7 +35,7 @@ def is_hub_id(name: str | Path) -> bool:
     if parts is None:
         return False
     if parts[1]:
-        return True
+        return True  # hf:// is explicit, whatever exists here
     path = Path(parts["name"])
     return not (Path(name).exists() or path.exists() or path.parent.exists() or local_reading(path))
 

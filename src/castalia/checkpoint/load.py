@@ -52,6 +52,7 @@ class Ready:
     def fill(self) -> dict[str, Any]:
         """Copy the values into the tensors, in place; returns the state."""
         with torch.no_grad():
+            # File by file: each is opened once, and its pages are read in one sweep.
             for file in sorted(self.pieces):
                 read_pieces(self.path / file, self.pieces[file])
         return self.state
@@ -73,6 +74,7 @@ def load_into(
             dtypes that do not fit. Nothing in `tensors` has changed then.
     """
     path = Path(path)
+    # The lock spans check and copy: a checkpoint deleted in between would be half loaded.
     with reading(path):
         return make_ready(path, tensors, prefix, elsewhere).fill()
 
@@ -85,6 +87,7 @@ def make_ready(
     manifest = read_manifest(path)
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     elsewhere = [name for name in elsewhere if name.startswith(prefix)]
+    # Names and shapes first: they are in memory, while the hashes take a pass over the files.
     require_fit(path, manifest, tensors, prefix, elsewhere)
     pieces = pieces_of(manifest, tensors)
     texts = [name for name in manifest.files if not name.endswith(SHARD)]
@@ -97,6 +100,7 @@ def make_ready(
 def check_contents(path: Path, manifest: Manifest, pieces: Pieces) -> None:
     """Check the hashes of the files of `pieces`, and their headers against the manifest."""
     check_files(path, manifest, pieces)
+    # A hash vouches for the bytes, not for their agreement with the manifest beside them.
     for file in sorted(pieces):
         check_pieces(path / file, pieces[file])
 
@@ -154,6 +158,7 @@ def require_fit(
         entry = have[name]
         tensor = tensors[name]
         dtype = str(tensor.dtype).removeprefix("torch.")
+        # No silent conversion: a bf16 moment in place of an fp32 one would change the run.
         if tuple(tensor.shape) != entry.shape:
             problems.append(
                 f"{name} has shape {list(entry.shape)} in the checkpoint, {list(tensor.shape)} here"
@@ -180,6 +185,7 @@ def pieces_of(manifest: Manifest, tensors: Mapping[str, Tensor]) -> Pieces:
         for box, place in local_boxes(tensor):
             mine = local[place.slices]
             for chunk in entry.chunks:
+                # Saved and loading layout are independent, so any chunk may meet any local box.
                 part = box.intersection(chunk.box)
                 if part.volume:
                     target = mine[part.slices_from(box.offset)]
@@ -227,6 +233,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The run's config as it was saved, for RunConfig or one of its sections."""
     try:
+        # safe_load builds plain values only; a full loader could construct any object.
         values = yaml.safe_load(read_text(path, CONFIG))
     except yaml.YAMLError as error:
         raise DamagedCheckpointError(

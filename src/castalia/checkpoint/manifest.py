@@ -124,6 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises  DamagedCheckpointError naming the file, if one is missing, changed or malformed.
     """
+    # COMPLETE holds the manifest's hash and the manifest every other hash: one chain of trust.
     mark = read_regular(folder / COMPLETE, 1000)
     text = read_regular(folder / MANIFEST, LARGEST_JSON)
     if mark != completion_mark(text):
@@ -131,6 +132,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder / MANIFEST} does not have the hash in {COMPLETE}; one of the two is corrupt"
         )
     table = parse_json(text, folder / MANIFEST)
+    # The format comes first: a newer manifest would fail validation with a misleading message.
     if isinstance(table, dict) and table.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder} has checkpoint format {table.get('format')!r}, this Castalia reads {FORMAT};"
@@ -163,6 +165,7 @@ def fault_of_table(manifest: Manifest, folder_name: str) -> str | None:
             return f"{name!r} is not a valid file name in a checkpoint"
     if STATE not in manifest.files:
         return f"it lists no {STATE}"
+    # A copied folder under another step would be resumed at the wrong position in the data.
     named = STEP_NAME.fullmatch(folder_name)
     if named and int(named[1]) != manifest.step:
         return (
@@ -207,6 +210,7 @@ def fault_of_file(path: Path, entry: FileEntry) -> str | None:
     """Why the file differs from its entry, or None."""
     try:
         with open_regular(path) as file:
+            # The size costs nothing and tells a truncated file from a flipped bit.
             size = os.fstat(file.fileno()).st_size
             if size != entry.size:
                 return f"{path} is corrupt: it has {size} bytes, expected {entry.size}"
@@ -227,6 +231,7 @@ def open_regular(path: Path) -> Any:
     Raises  DamagedCheckpointError if the file is missing or not a plain file.
     """
     try:
+        # O_NONBLOCK: opening a pipe without a writer would block before it could be refused.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path} is missing") from None
@@ -246,6 +251,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     """All bytes of a plain file of at most `limit` bytes."""
     try:
         with open_regular(path) as file:
+            # One byte beyond the limit shows that there are more.
             data: bytes = file.read(limit + 1)
     except OSError as error:
         raise DamagedCheckpointError(f"cannot read {path}: {error.strerror or error}") from None

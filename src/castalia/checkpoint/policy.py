@@ -22,6 +22,7 @@ class SavePolicy:
     def due(self, step: int) -> bool:
         """Whether to save after optimizer step `step`; step 0, the start weights, only if
         listed."""
+        # Step 0 is a multiple of everything, but start weights are rarely worth their disk.
         regular = self.every is not None and step > 0 and step % self.every == 0
         return step in self.listed or regular or step == self.last_step
 
@@ -35,4 +36,5 @@ class SavePolicy:
         """The complete checkpoints to delete: neither listed nor among the newest `keep` others."""
         if self.keep is None:
             return []
+        # Listed steps are what a study compares; keep bounds the disk for all others.
         return sorted(step for step in steps if step not in self.listed)[: -self.keep]

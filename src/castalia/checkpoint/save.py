@@ -116,6 +116,7 @@ class RankSave:
         """Write this rank's files and force them to the disk."""
         tensors = {}
         files = {}
+        # Every tensor is listed, also those written elsewhere: rank 0 finds disagreements by it.
         for name, item in self.staged.items():
             tensors[name] = TensorEntry(dtype=item.dtype, shape=item.shape, chunks=[])
         for file, items in self.files_of_groups():
@@ -141,6 +142,7 @@ class RankSave:
             if not item.pieces:
                 continue  # another rank writes it, but the note still lists its shape
             parts = groups.setdefault(group, [[]])
+            # A tensor is never split over files, so that every file can be read by itself.
             if parts[-1] and filled[group] + item.nbytes > SHARD_BYTES:
                 parts.append([])
                 filled[group] = 0
@@ -174,7 +176,9 @@ class RankSave:
             note = Note.model_validate_json(read_regular(self.note_path(rank), LARGEST_NOTE))
         except (DamagedCheckpointError, ValidationError):
             return None
-        return note if note.save == self.mark else None
+        if note.save != self.mark:
+            return None  # left by a save that was killed
+        return note
 
     def gather(self, own: Note) -> list[Note]:
         """All notes, by rank.
@@ -194,8 +198,8 @@ class RankSave:
         if not wait_until(all_here, lambda: self.patience):
             missing = ", ".join(str(rank) for rank in range(self.world) if rank not in notes)
             raise CheckpointError(
-                f"cannot save step {self.step} in {self.folder}: rank {missing} did not report within"
-                f" {self.patience:g} s; check that it runs and shares this folder"
+                f"cannot save step {self.step} in {self.folder}: rank {missing} did not report"
+                f" within {self.patience:g} s; check that it runs and shares this folder"
             )
         self.has_gathered = True
         return [notes[rank] for rank in range(self.world)]
@@ -235,6 +239,7 @@ class RankSave:
         if self.final.exists():
             # Incomplete or corrupt: a good one would have made this save unnecessary.
             discard(self.final)
+        # The rename is the moment at which the checkpoint begins to exist.
         os.rename(self.temporary, self.final)
         sync_folder(self.folder)
 
@@ -248,6 +253,7 @@ class RankSave:
             if note := self.note_of(0):
                 raise CheckpointError(f"rank 0 gave up: {note.failure}")
             try:
+                # The mark, because a damaged checkpoint of this step may still stand there.
                 return read_manifest(self.final).save == self.mark
             except DamagedCheckpointError:
                 return False
@@ -315,6 +321,7 @@ def merge(notes: list[Note]) -> dict[str, TensorEntry]:
             raise CheckpointError(
                 f"cannot save {name}: the ranks do not hold the whole tensor: {fault}"
             )
+    # Sorted, so that the manifest does not depend on which rank reported first.
     return dict(sorted(table.items()))
 
 

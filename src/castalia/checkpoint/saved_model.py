@@ -70,6 +70,7 @@ def open_model(
     candidates = newest_first(folder)
     if step is not None:
         return open_step(step_among(candidates, step, folder), check)
+    # The last candidate is opened outside the loop, so that its error reaches the user.
     *damageable, last = candidates
     for place, candidate in enumerate(damageable):
         try:
@@ -83,7 +84,7 @@ def open_model(
 def step_among(folders: list[Path], step: int, path: Path) -> Path:
     """The folder of `step`.
 
-    Raises  CheckpointError if another process sees it and this one does not.
+    Raises  CheckpointError if another rank sees it and this one does not.
     """
     for folder in folders:
         if read_manifest(folder).step == step:
@@ -116,5 +117,6 @@ def open_hf(folder: Path, optional: Collection[str] = ()) -> SavedModel:
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).is_file() else None
     vocab_size = None if tokenizer is None else tokenizer.vocab_size
     tensors, config = read_hf(folder, vocab_size, optional)
+    # The files of a Hugging Face folder do not name a step.
     named = re.fullmatch(r"step(\d+)", folder.name)
     return SavedModel(folder, config, tensors, tokenizer, int(named[1]) if named else None)

@@ -73,7 +73,7 @@ class Store:
     ) -> None:
         if "://" in str(folder):
             raise CheckpointError(
-                f"checkpoints need a local folder, got {folder}; mount it, or copy checkpoints later"
+                f"checkpoints need a local folder, got {folder}; mount it, or copy them later"
             )
         self.folder = Path(folder)
         self.rank = rank
@@ -86,6 +86,7 @@ class Store:
         # Ranks recognize notes of their own save by it. A clock could repeat after a restart.
         self.session = self.agree(random.SystemRandom().getrandbits(62))
         self.saves = 0
+        # Kept between saves; see castalia.checkpoint.stage.
         self.buffers: Buffers = {}
         self.thread: threading.Thread | None = None
         self.error: CheckpointError | None = None
@@ -115,6 +116,7 @@ class Store:
         Raises   CheckpointError, also for a failure of the previous save.
         """
         begin = time.perf_counter()
+        # One save at a time: two would share the buffers.
         self.wait()
         require_json(dict(state))
         require_file_names(files or {})
@@ -140,6 +142,7 @@ class Store:
         """The background thread: the save, then on rank 0 the deletion of expired checkpoints."""
         begin = time.perf_counter()
         try:
+            # Every rank verifies the same files, so all ranks skip the save or none does.
             if self.has_good(save.step):
                 return
             if self.rank > 0:
@@ -247,6 +250,7 @@ class Store:
                     mine = step
                     break
             agreed = self.agree(mine)
+            # One rank has no one to differ from, and no collective to wait in.
             if agreed in (limit, NO_STEP) or self.world == 1:
                 return agreed
 

@@ -127,6 +127,8 @@ class FileTensor:
         return DTYPE_OF_CODE[self.code]
 
     def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
+        # Opened anew for each part: parsing the header is cheap beside the read, and no file stays
+        # open for the life of a run.
         with opened(self.file) as file:
             if self.transform.copies:
                 out: Tensor = file.get_slice(self.key)[part] if part else file.get_tensor(self.key)

@@ -59,8 +59,8 @@ class StartRecord:
         if asked is None or asked == began:
             return None
         return (
-            f"model.start {asked} is not read: the run began with {began or 'drawn weights'} and resumes from its own"
-            " checkpoint"
+            f"model.start {asked} is not read: the run began with {began or 'drawn weights'} and"
+            " resumes from its own checkpoint"
         )
 
 
@@ -134,8 +134,8 @@ class StartWeights:
                 continue
             if name not in state:
                 raise CheckpointError(
-                    f"train.start_step: {self.saved.folder} has no state {name!r}, which this run needs; set"
-                    " train.start_step=false to begin at step 0"
+                    f"train.start_step: {self.saved.folder} has no state {name!r}, which this run"
+                    " needs; set train.start_step=false to begin at step 0"
                 )
             states[name].load_state_dict(state[name])
 
@@ -166,8 +166,8 @@ class StartWeights:
             notes.append(f"start weights: {shown(self.drawn)} drawn (model.start_missing)")
         if self.rows != self.config.model.padded_vocab_size:
             notes.append(
-                f"start weights: {self.rows} of {self.config.model.padded_vocab_size} rows of the vocabulary are the"
-                " start's, the others are drawn"
+                f"start weights: {self.rows} of {self.config.model.padded_vocab_size} rows of the"
+                " vocabulary are the start's, the others are drawn"
             )
         notes += [
             f"model.{name} is {there!r} in the start and {here!r} here"
@@ -176,8 +176,8 @@ class StartWeights:
         theirs = self.saved.tokenizer
         if theirs is not None and tokenizer is not None and theirs.text != tokenizer:
             notes.append(
-                f"the tokenizer of model.start is not data.tokenizer {self.config.data.tokenizer}: the same ids may"
-                " stand for other text"
+                f"the tokenizer of model.start is not data.tokenizer {self.config.data.tokenizer}:"
+                " the same ids may stand for other text"
             )
         return notes
 
@@ -256,13 +256,14 @@ def require_state(config: RunConfig, saved: SavedModel) -> None:
     wanted = [f"train.{name}" for name in ("start_optimizer", "start_step") if getattr(train, name)]
     if wanted and not saved.is_checkpoint:
         raise ConfigError(
-            f"{' and '.join(wanted)}: {saved.folder} holds weights only, not a checkpoint of a Castalia run; set"
-            f" {' '.join(f'{name}=false' for name in wanted)} to start from the weights alone"
+            f"{' and '.join(wanted)}: {saved.folder} holds weights only, not a checkpoint of a"
+            f" Castalia run; set {' '.join(f'{name}=false' for name in wanted)} to start from the"
+            " weights alone"
         )
     if train.start_step and saved.step is not None and saved.step >= train.steps:
         raise ConfigError(
-            f"train.start_step continues at step {saved.step} of {saved.folder}, but train.steps is {train.steps};"
-            " raise train.steps, or set train.start_step=false to count from 0"
+            f"train.start_step continues at step {saved.step} of {saved.folder}, but train.steps is"
+            f" {train.steps}; raise train.steps, or set train.start_step=false to count from 0"
         )
 
 
@@ -281,7 +282,8 @@ def require_same_model(model: ModelConfig, saved: SavedModel) -> None:
     )
     settings = " ".join(f"model.{key}={there[key]}" for key in keys if key in there)
     raise ConfigError(
-        f"model.start {saved.folder} is another model: {differences}; to train that one, set {settings}"
+        f"model.start {saved.folder} is another model: {differences}; to train that one, set"
+        f" {settings}"
     )
 
 
@@ -301,8 +303,9 @@ def rows_to_copy(model: ModelConfig, saved: SavedModel) -> int:
     if model.start_vocab != way:
         meaning = {"pad": "draws the rows of new ids", "cut": "drops the rows beyond"}[way]
         raise ConfigError(
-            f"model.start {saved.folder} has {there.vocab_size} ids, this model has {model.vocab_size}:"
-            f" model.start_vocab={way} {meaning}; or set model.vocab_size={there.vocab_size}"
+            f"model.start {saved.folder} has {there.vocab_size} ids, this model has"
+            f" {model.vocab_size}: model.start_vocab={way} {meaning}; or set"
+            f" model.vocab_size={there.vocab_size}"
         )
     return min(model.vocab_size, there.vocab_size)
 
@@ -339,7 +342,8 @@ def compare_weights(model: ModelConfig, saved: SavedModel) -> list[str]:
         )
     if left_over := [name for name in saved.tensors if name not in shapes]:
         problems.append(
-            f"also has {shown(left_over)}, which this model lacks; check the model section of the config"
+            f"also has {shown(left_over)}, which this model lacks; check the model section of the"
+            " config"
         )
     problems += other_shapes(shapes, saved)
     if problems:
