@@ -1,6 +1,8 @@
-"""Program for test_kill.py: saves step 2 in child processes, the n-th of them killed at its n-th file operation.
+"""Program for test_kill.py: saves step 2 in child processes, the n-th of them killed at its n-th
+file operation.
 
-After each death the parent finds step 1 or step 2 whole, and can save. Prints JSON: deaths and what was found.
+After each death the parent finds step 1 or step 2 whole, and can save. Prints JSON: deaths and
+what was found.
 """
 
 import json
@@ -68,7 +70,8 @@ def prepare(folder, damaged):
 
 
 def save_and_die(folder, nth):
-    """In a child: save step 2 and delete step 1, killed at operation nth; returns whether it was killed."""
+    """In a child: save step 2 and delete step 1, killed at operation nth; returns whether it was
+    killed."""
     global armed_at
     child = os.fork()
     if child == 0:

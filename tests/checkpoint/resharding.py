@@ -1,4 +1,5 @@
-"""Program for test_reshard.py: forks worlds of gloo processes that save and load one set of tensors in many layouts.
+"""Program for test_reshard.py: forks worlds of gloo processes that save and load one set of
+tensors in many layouts.
 
 resharding.py FOLDER save WORLD     every layout that fits WORLD, as step WORLD
 resharding.py FOLDER load WORLD     load each step there is into WORLD processes, exact equality
@@ -26,7 +27,8 @@ from castalia.distributed import World
 
 
 def truth():
-    """The whole tensors, the same in every process: uneven, fewer rows than processes, 0-dim, empty, bf16."""
+    """The whole tensors, the same in every process: uneven, fewer rows than processes, 0-dim,
+    empty, bf16."""
     generator = torch.Generator().manual_seed(3)
     shapes = {
         "uneven": (7, 5),
@@ -46,7 +48,8 @@ def truth():
 
 
 def laid_out(whole, world):
-    """The tensors as FSDP, HSDP, tensor parallelism and their mixtures lay them out; some stay plain."""
+    """The tensors as FSDP, HSDP, tensor parallelism and their mixtures lay them out; some stay
+    plain."""
     flat = init_device_mesh("cpu", (world,))
     found = {
         name: distribute_tensor(tensor, flat, [Shard(0)])
@@ -68,7 +71,8 @@ def laid_out(whole, world):
 
 
 def both_parallel(whole, mesh):
-    """Weights of two layers under tensor parallelism and FSDP2: a dimension that is cut twice, the inner cut first."""
+    """Weights of two layers under tensor parallelism and FSDP2: a dimension that is cut twice, the
+    inner cut first."""
     model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 6, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(whole["model.rows"])

@@ -1,4 +1,5 @@
-"""Flipped bits, truncated and hostile files, full disks: refused by name, and the checkpoint before is found."""
+"""Flipped bits, truncated and hostile files, full disks: refused by name, and the checkpoint
+before is found."""
 
 import errno
 import hashlib

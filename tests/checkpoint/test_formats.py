@@ -1,4 +1,5 @@
-"""Checkpoints of each format that was ever written stay readable, and the page about them is true."""
+"""Checkpoints of each format that was ever written stay readable, and the page about them is
+true."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Program for test_no_pickle.py: reads good and hostile checkpoints under an audit hook; prints what it saw."""
+"""Program for test_no_pickle.py: reads good and hostile checkpoints under an audit hook; prints
+what it saw."""
 
 import hashlib
 import json

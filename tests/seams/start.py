@@ -1,4 +1,5 @@
-"""Build a model from a Hugging Face folder on 4 ranks in several layouts; report what is not the folder's."""
+"""Build a model from a Hugging Face folder on 4 ranks in several layouts; report what is not the
+folder's."""
 
 import sys
 from typing import Any
@@ -31,7 +32,8 @@ def count_reads() -> None:
 
 
 def differences(folder: str, output: str, layout: dict[str, int], **model: Any) -> dict[str, Any]:
-    """Names of weights that differ from the folder's, or from a draw where the folder has no row, and counts."""
+    """Names of weights that differ from the folder's, or from a draw where the folder has no row,
+    and counts."""
     saved = open_model(folder)
     sizes = saved.config.model_dump() | {"start": folder} | model
     config = RunConfig(
@@ -42,7 +44,7 @@ def differences(folder: str, output: str, layout: dict[str, int], **model: Any) 
     assert start is not None
     read.clear()
     laid_out = build_model(config, world, Rules(config.optim), start)
-    held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in laid_out.parameters())
+    own = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in laid_out.parameters())
     elements = sum(read)
     wrong = []
     parameters = dict(laid_out.named_parameters())
@@ -52,7 +54,7 @@ def differences(folder: str, output: str, layout: dict[str, int], **model: Any) 
         expected[:rows] = saved.tensors[name][:rows]
         if not parameter.full_tensor().equal(expected):
             wrong.append(name)
-    return {"wrong": wrong, "names": sorted(parameters), "read": elements, "held": held}
+    return {"wrong": wrong, "names": sorted(parameters), "read": elements, "held": own}
 
 
 if __name__ == "__main__":

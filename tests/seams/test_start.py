@@ -1,4 +1,5 @@
-"""Start weights: a model of any saved form goes on in a run, on any layout, with or without its state."""
+"""Start weights: a model of any saved form goes on in a run, on any layout, with or without its
+state."""
 
 import json
 import shutil
@@ -250,7 +251,8 @@ NEOX = {
 
 @pytest.fixture(scope="module")
 def neox(tmp_path_factory: pytest.TempPathFactory, tokens: str) -> Any:
-    """Callable: train what a GPT-NeoX file says in a folder of this name; returns (folder, its metrics)."""
+    """Callable: train what a GPT-NeoX file says in a folder of this name; returns (folder, its
+    metrics)."""
     root = tmp_path_factory.mktemp("neox")
 
     def train(name: str, *words: str, **options: Any) -> tuple[Path, list[dict[str, Any]]]:
