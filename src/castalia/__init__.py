@@ -1,4 +1,4 @@
-"""Castalia trains, studies and serves suites of language models, on a laptop CPU and on a GPU cluster alike."""
+"""Castalia trains, studies and serves suites of language models, on a laptop or a GPU cluster."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ __all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`castalia.load` on first use, so that `import castalia` and `--help` do not wait for torch."""
+    """Import `load` on first use: `import castalia` and `--help` must not wait for torch."""
     if name == "load":
         from castalia.inference import load
 

@@ -52,9 +52,8 @@ def parse_steps(text: str, batch_size: int, total: int) -> Steps:
     if colon:
         end = int(words[1] or total)
     if not begin < end <= total:
-        raise ConfigError(
-            f"--steps {text}: steps {begin} to {end - 1}, but the run has steps 0 to {total - 1}"
-        )
+        asked = f"steps {begin} to {end - 1}" if colon else f"step {begin}"
+        raise ConfigError(f"--steps {text}: {asked}, but the run has steps 0 to {total - 1}")
     return Steps(begin, end, batch_size)
 
 

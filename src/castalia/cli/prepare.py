@@ -69,8 +69,7 @@ def prepare(
         chat=chats.options(),
         fim=fim.options(),
     )
-    # Unfinished work stays in PREFIX.parts, from which the same command continues.
-    with stoppable("the same command continues"):
+    with stoppable("the same command continues"):  # from the work in PREFIX.parts
         with text_progress("download", []) as advance:
             paths = resolve_inputs(inputs or [], source.corpora, lambda count: advance(count, 0))
         with text_progress("prepare", paths) as advance:

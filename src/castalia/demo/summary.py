@@ -82,8 +82,8 @@ def sources_table(record: Mapping[str, Any], corpus: Mapping[str, Any]) -> dict[
     ]
     about = (
         "Bits per byte of held-out documents, up to 12,000 tokens of each source, at the first and"
-        " last checkpoint. The yardstick is zlib -9 on every held-out document. Share is the part of"
-        " the rows at the first and the last step, which online data mixing sets by the"
+        " last checkpoint. The yardstick is zlib -9 on every held-out document. Share is the part"
+        " of the rows at the first and the last step, which online data mixing sets by the"
         " losses."
     )
     return {"title": "Sources", "about": about, "header": header, "rows": rows}
