@@ -6,7 +6,7 @@ from castalia.core.errors import ConfigError
 from castalia.recipes import load_config
 
 REFUSED = {
-    "model.num_attention_heads 4 is not divisible by parallel.tp=8: a head stays whole on one rank": (
+    "model.num_attention_heads 4 is not divisible by parallel.tp=8: a head stays whole on a rank": (
         "parallel.tp=8",
     ),
     "model.intermediate_size 130 is not divisible by parallel.tp=4": (
@@ -26,8 +26,8 @@ REFUSED = {
         "parallel.tp=4",
         "data.seq_length=60",
     ),
-    "the padded vocabulary 257 is not divisible by parallel.tp=2: each rank holds an equal part of it;"
-    " model.make_vocab_size_divisible_by=2 pads it to fit": (
+    "the padded vocabulary 257 is not divisible by parallel.tp=2: each rank holds an equal part of"
+    " it; model.make_vocab_size_divisible_by=2 pads it to fit": (
         "parallel.tp=2",
         "model.make_vocab_size_divisible_by=1",
     ),

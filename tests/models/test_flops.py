@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from castalia.models import Decoder, NeoxConfig, flops_per_token, parameter_counts
 
 PYTHIA = [
-    # layers, width, heads, tensor-parallel degree of the padding, padded vocabulary, total, non-embedding
+    # layers, width, heads, tp degree of the padding, padded vocabulary, total, non-embedding
     (6, 128, 4, 1, 50304, 14_067_712, 1_189_888),
     (6, 256, 8, 1, 50304, 30_494_720, 4_739_072),
     (6, 512, 8, 1, 50304, 70_426_624, 18_915_328),
@@ -76,5 +76,8 @@ def test_flops_equal_what_pytorch_counts() -> None:
 
 
 def test_counts_need_no_torch() -> None:
-    code = "import sys; from castalia.models import NeoxConfig, parameter_counts; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from castalia.models import NeoxConfig, parameter_counts;"
+        " sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

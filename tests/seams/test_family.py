@@ -35,7 +35,7 @@ from castalia.models import (
     flops_per_token,
     parameter_counts,
 )
-from castalia.models.families.base import Costs, Family, Kept
+from castalia.models.families.base import Costs, Family, Stored
 from castalia.models.init import start_weights
 from castalia.models.starts import ONES, ZEROS, Normal, Start
 from castalia.monitor import read_metrics
@@ -123,7 +123,7 @@ class Toy(Family):
     def costs(self, config: ToyConfig, layer: int) -> Costs:
         d = config.hidden_size
         parameters = 2 * d * d + 3 * d
-        kept = Kept(residual=d, split=4 * d, gathered=d)
+        kept = Stored(residual=d, split=4 * d, gathered=d)
         return Costs(parameters, parameters, 2 * d * d, flops_per_key=0, kept=kept)
 
     def norm_parameters(self, config: ToyConfig) -> int:

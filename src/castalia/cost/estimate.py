@@ -31,7 +31,7 @@ from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
 from castalia.models.config import ModelConfig
 from castalia.models.families import family_of
-from castalia.models.families.base import Costs, Kept
+from castalia.models.families.base import Costs, Stored
 from castalia.models.flops import (
     ParameterCounts,
     embedding_parameters,
@@ -230,7 +230,7 @@ def activation_bytes(work: Workload, degrees: Degrees, tokens: int, blocks: list
     return total + again + ends
 
 
-def block_bytes(kept: Kept, seq_length: int, size: int, device: str, tp: int) -> int:
+def block_bytes(kept: Stored, seq_length: int, size: int, device: str, tp: int) -> int:
     """What one block keeps of one of a rank's T / tp tokens of a row; the norms' outputs are
     gathered, all T.
     """

@@ -36,8 +36,8 @@ class ModelConfig(Config):
     tie_word_embeddings: bool = False
     """Use the embedding matrix as the output head too."""
     start: Annotated[str | None, AT_RESUME] = None
-    """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, or OWNER/NAME
-    of its hub; null draws them."""
+    """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, or
+    OWNER/NAME of its hub; null draws them."""
     start_missing: Annotated[tuple[str, ...], AT_RESUME] = ()
     """Patterns of weights that `start` may lack, for instance `unembed.*`; these are drawn."""
     start_vocab: Annotated[Literal["pad", "cut"] | None, AT_RESUME] = None
@@ -47,14 +47,15 @@ class ModelConfig(Config):
     FREE_AT_START: ClassVar[frozenset[str]] = frozenset(
         {"vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"}
     )
-    """Fields that may differ from those of the model in `start`, since they change neither the shape
-    of a weight nor its use. The vocabulary has a comparison of its own."""
+    """Fields that may differ from those of the model in `start`, since they change neither the
+    shape of a weight nor its use. The vocabulary has a comparison of its own."""
     ARITHMETIC: ClassVar[frozenset[str]] = frozenset()
     """Fields that may differ too, but with a note: they change the numbers slightly."""
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up."""
+        # Multiples of 128 fill the tiles of the head's products and divide among tp ranks.
         unit = self.make_vocab_size_divisible_by
         return -(-self.vocab_size // unit) * unit
 

@@ -183,11 +183,13 @@ class Decoder(nn.Module):
     @recompute.setter
     def recompute(self, how: bool | str | int) -> None:
         self._recompute = how
+        # By the layer's number in the whole model, so that every n-th is the same on any stages.
         for name, block in self.layers.named_children():
             block.recompute = kind_of(how, int(name))  # type: ignore[assignment]
 
     def head(self, hidden_BTC: Tensor) -> Tensor:
         """Logits (B, T, V) over the padded vocabulary; columns from vocab_size on are padding."""
+        # Apart from `forward`: training never makes all logits, the loss takes the weight itself.
         return F.linear(hidden_BTC, self.head_weight)
 
     @property

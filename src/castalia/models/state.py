@@ -100,6 +100,7 @@ class ModelState:
         max_length: int,
         device: torch.device | str = "cpu",
     ) -> None:
+        # One count of tokens for all layers: they are always at the same place of the sequence.
         self.layers = list(layers)
         for layer in self.layers:
             layer.owner = self
@@ -125,6 +126,7 @@ class ModelState:
         """
         if self.longest == 0 or (T == 1 and not self.ragged):
             return None
+        # Slot number and position are the same thing, so the mask is one comparison.
         slots = torch.arange(self.longest + T, device=self.lengths.device)
         return (slots <= self.positions(T)[..., None])[:, None]
 
@@ -152,6 +154,7 @@ class ModelState:
                 "this model has a recurrent state, which cannot be cut back to a prefix; start a"
                 " new state and read the prefix again"
             )
+        # A longer row would read slots that hold zeros or another sequence.
         if bool(((lengths < 0) | (lengths.to(self.lengths.device) > self.lengths)).any()):
             raise ValueError(
                 f"cannot rewind rows of {self.lengths.tolist()} tokens to {lengths.tolist()}"

@@ -44,6 +44,7 @@ def hf_config(config: ModelConfig, *, eod_id: int | None, dtype: str = "fp32") -
     """
     if reason := hf_refuses(config):
         raise ConfigError(reason)
+    # What every decoder has stands here once; the family adds its own keys.
     return {
         **HF[config.family].write_config(config),
         "vocab_size": config.padded_vocab_size,
@@ -69,11 +70,12 @@ def hf_refuses(config: ModelConfig) -> str | None:
 def model_config(
     values: Mapping[str, Any], where: str, vocab_size: int | None = None
 ) -> ModelConfig:
-    """Our config for a config.json of transformers. `vocab_size` is the tokenizer's, the file has
-    the padded one.
+    """Our config for a config.json of transformers.
 
+    vocab_size  the tokenizer's, if there is one; the file has the padded size alone.
     Raises  ConfigError if the family is unknown or uses an option that our model lacks.
     """
+    # By transformers' name of the family, which need not be ours.
     by_type = {HF[name].model_type: HF[name] for name in HF}
     model_type = str(values.get("model_type"))
     if model_type not in by_type:
@@ -109,9 +111,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_hf(
     folder: Path, vocab_size: int | None = None, optional: Collection[str] = ()
 ) -> tuple[StoredTensors, ModelConfig]:
-    """Weights under our names, in the file's dtype and read when asked for, and our config. Never
-    reads a pickle.
+    """Weights under our names, in the dtype of the files, and our config.
 
+    Tensors are read when they are asked for, from safetensors alone and never from a pickle.
     `optional` are patterns of our names that the files may lack.
     Raises  CheckpointError if files are missing or broken or the keys do not fit; ConfigError for
             another architecture.
@@ -135,17 +137,16 @@ def weight_files(folder: Path) -> list[Path]:
     Raises  CheckpointError if there is neither, or a shard is missing.
     """
     index = folder / "model.safetensors.index.json"
-    names = (
-        set(read_json(index).get("weight_map", {}).values())
-        if index.is_file()
-        else {"model.safetensors"}
-    )
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(read_json(index).get("weight_map", {}).values())
     files = [folder / str(name) for name in sorted(names)]
     for file in files:
+        # A name in the index must not lead out of the folder, which may come from anywhere.
         if file.parent != folder or not file.is_file():
-            found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise CheckpointError(
-                f"{folder} has no {file.name}; have: {found}. Only safetensors weights are read"
+                f"{folder} has no {file.name}, only {present}; Castalia reads safetensors weights"
             )
     return files
 
@@ -167,6 +168,7 @@ def write_hf(
     write_json(folder / "config.json", hf_config(config, eod_id=eod_id, dtype=dtype))
     write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id})
     theirs = hf_keymap(config).to_theirs(tensors)
+    # safetensors refuses views that share memory; `contiguous` makes tensors of their own.
     stored = {
         name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
         for name, tensor in theirs.items()
@@ -175,12 +177,12 @@ def write_hf(
 
 
 def write_hf_tokenizer(folder: Path, *, eod_token: str | None, max_length: int) -> None:
-    """The two small files that AutoTokenizer wants beside tokenizer.json. `max_length` is the
-    model's, in tokens.
+    """The two small files that AutoTokenizer needs beside tokenizer.json.
 
-    The class is the plain fast tokenizer, which runs tokenizer.json as it is; GPTNeoXTokenizer
-    rebuilds parts of it.
+    max_length  the model's longest sequence, in tokens.
     """
+    # The plain fast tokenizer runs tokenizer.json as it is. A model's own class rebuilds parts of it
+    # and may split text differently.
     special = (
         {}
         if eod_token is None

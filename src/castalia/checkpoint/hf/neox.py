@@ -59,6 +59,7 @@ class NeoxFormat(HfFormat):
             Rule("norm.weight", "gpt_neox.final_layer_norm.weight"),
             Rule("norm.bias", "gpt_neox.final_layer_norm.bias"),
         ]
+        # Norms always have a bias, the linear layers by option.
         biases = {"attn": config.attention_bias, "mlp": config.mlp_bias}
         for ours, theirs in PARTS.items():
             kinds = ["weight"]
@@ -68,6 +69,7 @@ class NeoxFormat(HfFormat):
                 place = f"gpt_neox.layers.{{i}}.{theirs}.{kind}"
                 rules.append(Rule(f"layers.{{i}}.{ours}.{kind}", place))
         ignored = list(OLD_BUFFERS)
+        # Tied models are sometimes saved with a copy of the embedding as the head.
         if config.tie_word_embeddings:
             ignored += [r"embed_out\.weight", r"lm_head\.weight"]
         else:
@@ -116,8 +118,9 @@ class NeoxFormat(HfFormat):
         """
         activation = values.get("hidden_act", "gelu")
         if activation not in ACTIVATIONS:
+            menu = ", ".join(ACTIVATIONS)
             raise ConfigError(
-                f"{where}: unknown hidden_act {activation!r}; choose one of {', '.join(ACTIVATIONS)}"
+                f"{where}: unknown hidden_act {activation!r}; choose one of {menu}"
                 f"{nearest(str(activation), ACTIVATIONS)}"
             )
         rotary_pct, rotary_base = rotary(values, where)
@@ -135,10 +138,11 @@ class NeoxFormat(HfFormat):
 
 
 def rotary(values: Mapping[str, Any], where: str) -> tuple[float, float]:
-    """Rotary share and base: from `rope_parameters` (transformers 5), else from the older keys.
+    """Rotary share and base.
 
     Raises  ConfigError if the frequencies are scaled.
     """
+    # transformers 5 writes `rope_parameters`, 4 wrote `rope_scaling` and keys of its own.
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":

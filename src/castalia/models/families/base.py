@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from castalia.models.state import ModelState
 
 
-class Kept(NamedTuple):
+class Stored(NamedTuple):
     """Numbers that one layer keeps of each token for the backward pass."""
 
     residual: int
@@ -52,7 +52,7 @@ class Costs(NamedTuple):
     """Weights of the matrix products that one token goes through."""
     flops_per_key: int
     """Training FLOPs of one token for every position of its row: attention's scores and sums."""
-    kept: Kept
+    kept: Stored
     tp_width: int = 0
     """Numbers of each token that tp ranks gather in one forward pass, and reduce as many."""
     cp_width: int = 0
@@ -63,10 +63,11 @@ class Costs(NamedTuple):
 
         A multiply-add is 2 FLOPs and the backward costs twice the forward, hence 6 a weight.
         """
+        # 2 forward, 2 for the gradient of the input, 2 for that of the weight.
         return 6 * self.products + self.flops_per_key * seq_length
 
 
-class Layout(Protocol):
+class Axes(Protocol):
     """The parallel degrees that a model may have to divide over."""
 
     @property
@@ -144,7 +145,7 @@ class Family(ABC):
         """
         return context
 
-    def divides(self, config: Any, degrees: Layout) -> list[str]:
+    def divides(self, config: Any, degrees: Axes) -> list[str]:
         """One sentence for each size of the blocks that the degrees do not divide."""
         return []
 

@@ -1,7 +1,6 @@
 """GPT-NeoX and Pythia: pre-norm blocks, parallel or serial, of rotary attention and a GELU MLP.
 
-Source  Black et al. 2022, arXiv:2204.06745 (GPT-NeoX-20B); Biderman et al. 2023, arXiv:2304.01373
-        (Pythia).
+Source  Black et al. 2022, arXiv:2204.06745; Biderman et al. 2023, arXiv:2304.01373 (Pythia).
 """
 
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import NonNegativeFloat
 
 from castalia.models.config import ModelConfig, TransformerConfig
-from castalia.models.families.base import Costs, Family, Kept, Layout, LinearPart, NormPart, Parts
+from castalia.models.families.base import Axes, Costs, Family, LinearPart, NormPart, Parts, Stored
 from castalia.models.starts import ONES, ZEROS, Init, Normal, Start, init_std
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ class Neox(Family):
         parameters = products + biases + 4 * d
         # Kept: q, k, v and the attention's output, MLP in and out; gathered: both norms' outputs.
         # Selective recompute drops the norms' outputs and that of the GELU.
-        kept = Kept(
+        kept = Stored(
             residual=d,
             split=4 * d + 2 * f,
             gathered=2 * d,
@@ -127,15 +126,13 @@ class Neox(Family):
         """Weight and bias."""
         return 2 * config.hidden_size
 
-    def divides(self, config: NeoxConfig, degrees: Layout) -> list[str]:
+    def divides(self, config: NeoxConfig, degrees: Axes) -> list[str]:
         """Heads and the MLP over tp."""
-        sizes = {
-            "num_attention_heads": (config.num_attention_heads, "a head stays whole on one rank"),
-            "intermediate_size": (config.ffn_size, "each rank holds an equal part of the MLP"),
-        }
+        heads = ("num_attention_heads", config.num_attention_heads, "a head stays whole on a rank")
+        width = ("intermediate_size", config.ffn_size, "each rank holds an equal part of the MLP")
         return [
             f"model.{name} {size} is not divisible by parallel.tp={degrees.tp}: {why}"
-            for name, (size, why) in sizes.items()
+            for name, size, why in (heads, width)
             if size % degrees.tp
         ]
 

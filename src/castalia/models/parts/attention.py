@@ -160,6 +160,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
+        # The order of the weight's rows ends here; kernels and state see q, k and v.
         q, k, v = split_fused(self.qkv(x_BTC), self.head_dim)
         y_BTC: Tensor = self.out(attend(q, k, v, context))
         return y_BTC
