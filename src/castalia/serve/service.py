@@ -163,7 +163,7 @@ class Service:
         for prompt, ids in zip(prompts, encoded, strict=True):
             for _ in range(n):
                 index = len(texts)
-                # A continuation needs room for one token, even if max_tokens=0 only scores the prompt.
+                # Room for one token is required, even if max_tokens=0 only scores the prompt.
                 continuation = model.continuation(ids, max(1, max_tokens), body.stops)
                 if body.ignore_eos:
                     continuation.eod_id = None
