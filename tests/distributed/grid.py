@@ -100,7 +100,7 @@ VARIANTS = {
     ),
     "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
 }
-"""What varies besides the layout. Everywhere: 257 ids in a padded vocabulary of 384, gradients clipped at 0.5."""
+"""Variations besides the layout; all have 257 ids, padded to 384, and gradients clipped at 0.5."""
 SAME = ("train.micro_batch_size", "train.recompute", "train.compile", "parallel.")
 """Options that change no number: one process is trained without them."""
 
@@ -209,7 +209,7 @@ GRID = [
 
 
 def off_head_boundaries() -> None:
-    """The fused QKV split as if it were q, k, v one after the other: each process takes halves of other heads."""
+    """The fused QKV split as if it were q, k, v in sequence: ranks take halves of other heads."""
     from castalia.distributed import layout
 
     right = layout.fill
@@ -317,7 +317,7 @@ def serve(
 
 
 def launch(size: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...] = ()) -> None:
-    """Train `runs` in `size` forked processes, with further hooks; the first error ends all of them."""
+    """Train `runs` on `size` forked ranks, with further hooks; the first error ends all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -339,7 +339,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def largest_difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Of one parameter. The gradient of a key bias is rounding noise, which Adam turns into steps of the size of lr."""
+    """Of one parameter. A key bias has a noise gradient, which Adam turns into steps of size lr."""
     difference = (ours - theirs).abs()
     return float(
         (

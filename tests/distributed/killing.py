@@ -67,7 +67,7 @@ def steps_done(output):
 
 
 def wait_for_moment(output, chance, ranks):
-    """Return when some new steps and then some part of one are done; False if a rank ended by itself before."""
+    """Return after some new steps and part of another; False if a rank exited before."""
     wanted = (output / "log.txt").read_text().count("mfu") + chance.randint(
         2, 5
     )  # that many lines of steps

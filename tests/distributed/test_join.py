@@ -99,7 +99,7 @@ def test_no_address_at_all(monkeypatch):
 
 
 def test_a_store_that_outlived_a_meeting_does_not_mislead_the_next():
-    """As under torchrun: what the dead left in the store is there before the new rank 0 has called."""
+    """As under torchrun: entries of dead ranks stand in the store before the new rank 0 calls."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=10))
     names = []

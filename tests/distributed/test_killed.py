@@ -1,4 +1,4 @@
-"""Processes killed at any moment, worlds that shrink and grow: no sample is lost or taken twice, the weights agree."""
+"""Ranks killed at any moment, changing world sizes: no sample lost or repeated, equal weights."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def train(tokens, *runs):
     assert done.returncode == 0, done.stderr + logs
     told = json.loads(done.stdout)
     for attempt in (attempt for run in told for attempt in run):
-        # The others end with a sentence (1), or by torchrun's signals, where they waited for the dead one.
+        # The others exit with a sentence (1), or by torchrun's signals while they waited.
         allowed = {0} if attempt["killed"] is None else {0, 1, -15, -9}
         assert set(attempt["codes"]) <= allowed, (attempt, logs)
     assert "Traceback" not in logs
@@ -77,7 +77,7 @@ def require_whole_folder(folder, last):
 
 
 def kill_and_compare(tokens, tmp_path, kills, steps):
-    """A run with so many kills against one without: metrics and final weights, bit for bit. Returns what happened."""
+    """Compare a run with kills and one without: metrics and final weights, bit for bit."""
     attempts = [(2, 100 + seed) for seed in range(kills)] + [(2, None)]
     overrides = (f"train.steps={steps}",)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -110,7 +110,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tokens, tmp_path):
     ("overrides", "sizes"),
     [
         ((), (4, 3, 2, 4)),
-        # Two rows at a time: 8 and 4 of the 12 on four processes, 10 and 2 on five, three of which then take padding.
+        # Two rows a rank: 8 and 4 of the 12 on four ranks; 10 and 2 on five, three with padding.
         (("train.micro_batch_size=2", "parallel.uneven=true"), (4, 5, 2, 3)),
     ],
 )
@@ -159,7 +159,7 @@ main()
 
 
 def test_torchrun_restarts_a_run_that_went_back_and_then_lost_a_rank(tokens, tmp_path):
-    """A loss of rank 1 alone is wrong, once: both go back and leave the step out, also after the restart."""
+    """One NaN loss on rank 1 alone: both roll back and skip the step, also after a restart."""
     script, output, alone = tmp_path / "wrong.py", tmp_path / "run", tmp_path / "alone"
     script.write_text(WRONG_AND_DEAD)
     arguments = [

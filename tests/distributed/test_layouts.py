@@ -54,7 +54,7 @@ def tokens(tmp_path_factory) -> Path:
 
 
 def run(tokens: Path, output: Path, processes: int, overrides: tuple[str, ...], ok: bool = True):
-    """Train in subprocesses; returns the lines of metrics.jsonl, or the completed process when it is to fail."""
+    """Train in subprocesses; return the lines of metrics.jsonl, or a failing process."""
     arguments = [*BASE, f"data.train={tokens}", f"output={output}", *overrides]
     launcher = [
         "-m",
@@ -74,7 +74,7 @@ def run(tokens: Path, output: Path, processes: int, overrides: tuple[str, ...], 
 
 @pytest.fixture(scope="module")
 def alone(tokens, tmp_path_factory):
-    """Callable: lines and folder of the run on one process with the overrides that change the numbers."""
+    """Callable: lines and folder of the one-process run with overrides that change numbers."""
     known = {}
 
     def get(overrides: tuple[str, ...]):
@@ -105,7 +105,7 @@ def test_layout_equals_one_process(tokens, alone, tmp_path, name):
     at_end = [read(path / "checkpoints" / "step-00000003") for path in (tmp_path / "run", folder)]
     for n, tensor in at_end[0].items():
         difference = (tensor - at_end[1][n]).abs()
-        # The gradient of a key bias is rounding noise, which Adam turns into a step of the size of lr.
+        # A key bias has a noise gradient, which Adam turns into a step of size lr.
         assert (
             difference.view(-1, 3, 8)[:, [0, 2]] if n.endswith("qkv.bias") else difference
         ).max() <= 1e-5, n

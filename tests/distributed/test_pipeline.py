@@ -1,4 +1,4 @@
-"""Pipelines beyond the grid: validation, precisions, who reads and saves what, moves between layouts, faults."""
+"""Pipelines beyond the grid: validation, precision, reading, saving, layouts, faults."""
 
 import json
 import os
@@ -61,7 +61,7 @@ FOUR_PROCESSES = {
     "four stages, sources mixed by their losses": ("mixed", (PP4,)),
     "four stages, documents by themselves": ("apart", (PP4,)),
 }
-"""What the grid does not hold: validation, low precision, several stages a process, and who reads and saves what."""
+"""Cases beyond the grid: validation, low precision, several stages a rank, reading, saving."""
 MOVES = {
     "from 2 stages to 2 shards": (2, "tied", (PP2,), ()),
     "from 2 shards to 2 stages": (2, "tied", (), (PP2,)),
@@ -169,7 +169,7 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def largest_difference(ours: Path, theirs: Path) -> float:
-    """Of all weights; the gradient of a key bias is rounding noise, which Adam turns into a step of the size of lr."""
+    """Of all weights; a key bias has a noise gradient, which Adam turns into a step of size lr."""
     a, b = read(ours), read(theirs)
     assert a.keys() == b.keys()
     differences = {name: (a[name] - b[name]).abs() for name in a}

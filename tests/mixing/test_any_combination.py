@@ -1,4 +1,4 @@
-"""Mixers in anything that can be put around them, over sources of any sizes, with bad losses, cut anywhere."""
+"""Random mixers in random wrappers over sources of any size, with bad losses and resumes."""
 
 import json
 import random
@@ -17,7 +17,8 @@ OWN = {
     "progress": {"memory": [0, 50], "recent": [0, 300], "least": [0, 0.1, 1]},
 }
 AROUND = {
-    "warmup_steps": [1, 5, 20], "update_every": [2, 7], "weight_smoothing": [0.1, 0.9], "floor": [0.05, 1.0],
+    "warmup_steps": [1, 5, 20], "update_every": [2, 7], "weight_smoothing": [0.1, 0.9],
+    "floor": [0.05, 1.0],
     "max_share": [0.5, 0.7], "epoch_cap": [0.5, 3.0], "freeze_after": [0, 3, 30],
 }  # fmt: skip
 STEPS = 40
@@ -51,7 +52,7 @@ def settings_of(draw: random.Random, name: str) -> tuple[dict, dict]:
 
 
 def take_step(planner: Planner, step: int) -> tuple:
-    """Plan, check and observe a step; what it read. Losses follow from the step alone, one in ten is none."""
+    """Plan, check and observe a step; return what it read. One loss in ten is NaN or infinite."""
     plan, draw = planner.plan(step), random.Random(step)
     rows, sizes = plan.rows(), planner.sizes
     assert plan.counts.sum() == planner.batch and not plan.counts[sizes == 0].any()
@@ -68,7 +69,7 @@ def take_step(planner: Planner, step: int) -> tuple:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", sorted(set(MIXERS) - {"replay"}))
 def test_any_combination(name):
-    """Twelve of them: on the simplex, within the sources, and the same when it is cut and goes on."""
+    """Twelve cases: on the simplex, within the sources, and equal after a resume."""
     draw, run = random.Random(name), 0
     for _ in range(12):
         mixer, planner = settings_of(draw, name)

@@ -1,4 +1,4 @@
-"""What strangers hand over: other types, wrong types, numbers out of range, states that are none."""
+"""Arguments of other types, of wrong types and out of range; states that are damaged."""
 
 import json
 import math
@@ -64,7 +64,9 @@ WRONG_MIXER = {
     "mixer 'odm': an option has the wrong type": {"smoothing": "0.9"},
     "freeze_after: expected a step >= 0, got -1": {"freeze_after": -1},
     "scale: expected > 0, got nan": {"name": "exp3", "scale": math.nan},
-    "expected 0 <= least <= 1 and rate > 0, got 0.0001 and inf": {"name": "dbl", "target": [1, 1, 1], "rate": math.inf},
+    "expected 0 <= least <= 1 and rate > 0, got 0.0001 and inf": {
+        "name": "dbl", "target": [1, 1, 1], "rate": math.inf,
+    },
     "unimax: expected max_epochs > 0, got nan": {
         "name": "unimax", "sizes": [1, 2, 3], "budget": 2, "max_epochs": math.nan,
     },

@@ -36,7 +36,7 @@ def test_isotonic_regression(numbers):
 
 
 def test_iterations_saved(numbers):
-    """The base ends at 2 at step 80; the arm is there halfway, in the logarithm, between steps 20 and 40."""
+    """The base ends at 2 at step 80; the arm reaches it between steps 20 and 40, midway in log."""
     base, arm = run([5, 4, 3, 2]), run([4, 3, 1, 0.5])
     assert numbers.saved(arm, base, WEIGHTS) == pytest.approx(1 - 20 * 2**0.5 / 80)
     assert numbers.saved(base, arm, WEIGHTS) == pytest.approx(-(1 - 20 * 2**0.5 / 80))

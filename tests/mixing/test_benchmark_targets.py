@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def mixing() -> ModuleType:
-    """benchmarks/mixing.py, whose neighbours are modules at the top level and whose corpus nobody else meets."""
+    """benchmarks/mixing.py, imported with its neighbours as top-level modules."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         patch.setattr(CORPORA, "items", dict(CORPORA.items))

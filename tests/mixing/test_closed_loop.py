@@ -1,4 +1,4 @@
-"""Mixer, planner and a made-up model together: a source's loss falls by a power law of what was read of it."""
+"""Mixer, planner and a simulated model whose losses fall by a power law of the rows read."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def follow(name, steps, *, rows=8, warmup=200, **options):
 
 
 def test_cold_start():
-    """Eight draws a step, one step after warm-up: the code leaves what it has not drawn yet at eps, ours does not."""
+    """One step of eight draws after warm-up: only odm-repo leaves undrawn sources at eps."""
     after = {name: follow(name, 201)[0][-1] for name in ("odm-repo", "odm")}
     eps = np.sqrt(np.log(COUNT) / (COUNT * 201))
     at_the_floor = {name: int((weights < 1.01 * eps).sum()) for name, weights in after.items()}
@@ -52,7 +52,7 @@ def test_no_source_is_left_behind(name):
 
 
 def test_progress_reads_less_noise_and_learns_more():
-    """13 sources that are learned and one that is not: the share of the noise drops, and the others end lower."""
+    """13 learnable sources and noise: the share of noise drops, and the others end lower."""
     names, floors = (
         [f"s{i}" for i in range(13)] + ["noise"],
         np.append(np.linspace(0.8, 2.6, 13), 2.77),

@@ -155,7 +155,7 @@ def test_schedule_takes_turns():
 
 
 def test_epoch_cap_holds_what_is_left():
-    """20 tokens to come, 2 epochs of 3 tokens are 6: at most 0.3; after 4 are read, 2 of 12 to come."""
+    """2 epochs of 3 tokens in 20 to come: at most 0.3; with 4 of them read, 2 in 12 to come."""
     mixer = EpochCap(told((0.8, 0.2)), sizes=[3, 100], max_epochs=2, horizon=20)
     np.testing.assert_allclose(mixer.weights(), [0.3, 0.7])
     mixer.observe(Stats(1, [3, 1], [4, 4]))

@@ -61,7 +61,7 @@ def test_unimax():
 
 
 def test_odm_repo():
-    """Perplexities 2 and 4 give running means 1 and 2 (weight 0.5, from 0): shares 1/3 and 2/3 before exploration."""
+    """Perplexities 2 and 4 give means 1 and 2 (weight 0.5, from 0), hence q of 1/3 and 2/3."""
     mixer = make_mixer("odm-repo", sources=TWO, smoothing=0.5)
     expected = [KEPT / 3 + EPS_100, KEPT * 2 / 3 + EPS_100]
     np.testing.assert_allclose(at_100([math.log(2), math.log(4)], mixer), expected, rtol=1e-9)
@@ -75,7 +75,7 @@ def test_odm_repo_leaves_undrawn_sources_at_the_floor():
 
 
 def test_odm_paper():
-    """R = 0.5 * loss / 0.5 = 1 and 2; eps_99 = sqrt(ln 2 / 198) = 0.0591671; sigmoid of it 0.5147875."""
+    """R = 0.5 * loss / 0.5 = 1 and 2; eps_99 = sqrt(ln 2 / 198) = 0.0591671, sigmoid 0.5147875."""
     weights = at_100([1.0, 2.0], make_mixer("odm-paper", sources=TWO, smoothing=0.5))
     np.testing.assert_allclose(weights, [0.4869535, 0.5130465], atol=2e-7)
 
@@ -135,7 +135,7 @@ def test_odm_has_no_cold_start():
 
 
 def test_odm_running_mean():
-    """Weight 0.5, second drawing: 2 + 2/3 (2.3 - 2) = 2.2 of the first, 4 + 2/3 (3.4 - 4) = 3.6 of the second."""
+    """Weight 0.5, second drawing: 2 + 2/3 (2.3 - 2) = 2.2 and 4 + 2/3 (3.4 - 4) = 3.6."""
     mixer = make_mixer("odm", sources=TWO, smoothing=0.5, eps=0.0)
     mixer.observe(Stats(1, [math.log(2), math.log(4)], [1, 1]))
     mixer.observe(Stats(2, [math.log(2.3), math.log(3.4)], [1, 1]))
@@ -198,7 +198,7 @@ def test_ado_recovers_scaling_laws():
 
 
 def test_ado_follows_the_speed_of_learning():
-    """With known laws: rho = prior sqrt(h (1 - h)) a b n ** (-a - 1), a tenth of it on the mean so far."""
+    """Known laws: rho = prior sqrt(h (1 - h)) a b n ** (-a - 1), with a tenth of the weight."""
     mixer = make_mixer("ado", sources=TWO, prior=[0.5, 0.5], smoothing=0.0)
     mixer.fitted, mixer.tokens = True, 900.0
     mixer.alpha, mixer.beta, mixer.last_fit = np.array([0.5, 0.25]), np.array([40.0, 8.0]), 1

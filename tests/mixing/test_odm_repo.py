@@ -1,4 +1,4 @@
-"""`odm-repo` against a transcription of the published code's arithmetic; `odm-paper` shown to become uniform."""
+"""`odm-repo` against a transcription of the published code; `odm-paper` becomes uniform."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from castalia.mixing import Stats, make_mixer
 
 
 class Transcribed:
-    """The updater in plain Python: warm-up, due steps, running mean of exp(loss), linear shares, exploration."""
+    """The updater in plain Python: warm-up, due steps, mean of exp(loss), shares, exploration."""
 
     def __init__(self, weights, alpha, warmup, frequency):
         self.count, self.alpha, self.warmup, self.frequency = len(weights), alpha, warmup, frequency
@@ -61,7 +61,7 @@ def test_every_step_equals_the_transcription(alpha, warmup, frequency):
 
 
 def test_the_published_formula_becomes_uniform_and_the_code_does_not():
-    """22 sources whose losses differ by 1.76 nats: the code's weights differ as exp(1.76), the paper's hardly."""
+    """22 sources with losses 1.76 nats apart: the code's weights differ by exp(1.76)."""
     losses = np.linspace(0.9, 2.66, 22)
     spread = {}
     for name in ("odm-paper", "odm-repo"):

@@ -1,4 +1,4 @@
-"""Keyed permutations are permutations; systematic resampling is exact on average and never off by one row."""
+"""Keyed permutations are bijective; systematic resampling is unbiased and within one row."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_a_large_source_needs_no_memory():
 
 @pytest.mark.parametrize("size", [5, 12, 100])
 def test_every_place_goes_everywhere_equally_often(size):
-    """Chi-squared over 20,000 keys for the first, a middle and the last place, and their neighbours' distance."""
+    """Chi-squared over 20,000 keys for first, middle and last place, and neighbours' distance."""
     keys = mix_all(np.arange(20_000, dtype=np.uint64))
     for place in (0, size // 2, size - 1):
         found = permute(np.full(20_000, place), np.full(20_000, size), keys)

@@ -1,4 +1,4 @@
-"""What is read: the same rows whoever asks, each row of a source once an epoch, and what happens at its end."""
+"""Rows read: equal on all ranks, each row once an epoch, and the policies at a source's end."""
 
 import tracemalloc
 

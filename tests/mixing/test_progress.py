@@ -30,7 +30,7 @@ def test_slopes_of_a_straight_line():
 
 
 def test_shares_by_hand():
-    """Three steps: the formula written out for one source at a time, with numpy's own weighted least squares."""
+    """Three steps of the formula, one source at a time, with numpy's weighted least squares."""
     options = {"memory": 2.0, "caution": 1.5, "enough": 2.0, "least": 0.2, "recent": 0.0}
     mixer = make_mixer("progress", sources=["a", "b"], **options)
     losses = np.array([[5.0, 4.0], [4.1, 3.9], [3.8, 3.6], [3.2, 3.7], [3.1, 3.4]])
@@ -54,7 +54,7 @@ def test_shares_by_hand():
 
 
 def test_a_share_that_fell_is_no_excuse():
-    """A loss that follows the rate at which its source is read has the same slope when that rate falls."""
+    """A loss that follows its source's rate keeps its slope when that rate falls."""
     mixer = make_mixer("progress", sources=["a", "b"], caution=0.0, recent=200.0)
     for step in range(1, 301):
         part = 0.5 if step <= 150 else 0.1

@@ -1,4 +1,4 @@
-"""Whatever comes in, the weights stay on the simplex; the pieces they are made of do what they say."""
+"""Weights stay on the simplex for any input; unit tests of the parts."""
 
 import json
 import math
@@ -109,7 +109,7 @@ def test_after_warmup_no_share_moves_by_more_than_two():
 
 @pytest.mark.parametrize("prior", ["uniform", "skewed"])
 def test_the_prior_gives_way_in_steps_of_two(prior):
-    """22 sources of 0.8 to 4 nats after a long warm-up: the first step included, and all of the way in the end."""
+    """22 sources of 0.8 to 4 nats after a long warm-up: first step limited, goal reached."""
     names, losses = [f"s{i}" for i in range(22)], np.linspace(0.8, 4.0, 22)
     start = np.linspace(1, 0.001, 22) if prior == "skewed" else np.ones(22)
     mixer, free = (
@@ -135,7 +135,7 @@ def test_towards():
 
 
 def test_noise_does_not_take_the_batch():
-    """A source of 10 nats among sources of 2: the code's rule gives it nearly all, ours at most half."""
+    """A source of 10 nats among sources of 2: nearly all under odm-repo, at most half under odm."""
     losses = np.array([2.0, 2.0, 2.0, 10.0])
     last = {}
     for name in ("odm", "odm-repo"):
@@ -195,13 +195,17 @@ def test_weights_cannot_be_written(build):
 
 WRONG = {
     "unknown mixer 'odn'; choose one of ado, dbl.*did you mean 'odm'": {"name": "odn"},
-    "unknown option 'smoothing' of mixer 'static'; its own: none": {"name": "static", "smoothing": 0.5},
+    "unknown option 'smoothing' of mixer 'static'; its own: none": {
+        "name": "static", "smoothing": 0.5,
+    },
     "unknown option 'smothing' of mixer 'odm'.*did you mean 'smoothing'": {"smothing": 0.5},
     "prior: shares must sum to 1, got 4; divided by their sum: .0.75, 0.25.": {"prior": [3, 1]},
     "prior: source 'b' has -1; expected >= 0": {"prior": [2, -1]},
     "prior: source 'b' has nan; expected a finite number": {"prior": [1, math.nan]},
     "prior: expected 2 numbers, one per source, got shape .3,.": {"prior": [1, 0, 0]},
-    "prior: unknown source 'bb'; choose one of a, b; did you mean 'b'": {"prior": {"a": 0.5, "bb": 0.5}},
+    "prior: unknown source 'bb'; choose one of a, b; did you mean 'b'": {
+        "prior": {"a": 0.5, "bb": 0.5},
+    },
     "prior: source 'b' is missing": {"prior": {"a": 1.0}},
     "sources: 'a' named more than once": {"sources": ["a", "a"]},
     "sources: expected a list of at least one name": {"sources": []},

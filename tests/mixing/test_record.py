@@ -123,7 +123,7 @@ LEARNED = {
 
 @pytest.mark.parametrize("name", [*LEARNED, "static", "ado"])
 def test_a_line_has_what_was_learned(tmp_path, name):
-    """After one step with losses of 2 and 3 nats and a source that was not drawn; its place among more sources kept."""
+    """After a step with losses of 2 and 3 nats and an undrawn source, also within more sources."""
     options = {"reference": [1.0] * 4} if name == "doremi" else {}
     mixer = make_mixer(
         name, [*NAMES, "none"], sizes=[31, 17, 50, 0], allow_empty=True, max_share=1.0, **options

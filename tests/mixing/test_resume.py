@@ -1,4 +1,4 @@
-"""A run that is cut and goes on equals one that is not, for every mixer; sources that come and go at a resume."""
+"""A resumed run equals an uninterrupted one, for every mixer; sources added and removed."""
 
 import json
 
@@ -12,7 +12,7 @@ ROWS = [40, 9, 100, 37, 25]
 
 
 def run(planner, first, last, stats_of, *, ahead=0):
-    """Plan and observe; ids and weights of each step. Steps beyond `last` are planned as the lag allows."""
+    """Plan and observe; return each step's ids and weights. Plans ahead as the lag allows."""
     seen = []
     plans = [planner.plan(first + i) for i in range(ahead)]
     for step in range(first, last + 1):
@@ -26,7 +26,7 @@ def run(planner, first, last, stats_of, *, ahead=0):
 
 @pytest.mark.parametrize("cut", [3, 31])
 def test_resumed_equals_uninterrupted(build, stats_of, cut):
-    """60 steps, or `cut`, a state through JSON, and the rest; with batches planned ahead when the state is taken."""
+    """60 steps, or `cut` steps, a state through JSON with steps planned ahead, and the rest."""
 
     def planner():
         return Planner(

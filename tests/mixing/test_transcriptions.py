@@ -1,4 +1,4 @@
-"""Every published rule over many steps against a transcription of its formula in plain Python, source by source."""
+"""Every published rule over many steps against its formula in plain Python, by source."""
 
 import math
 import random
@@ -67,7 +67,7 @@ def dbl(state, step, losses, shares, val):
 
 
 def doremi(state, step, losses, shares, val):
-    """w exp(max(loss - reference, 0)); what was not drawn keeps its last score; a thousandth spread evenly."""
+    """w exp(max(loss - reference, 0)); undrawn sources keep their score; 1e-3 spread evenly."""
     scores = state.setdefault("scores", [0.0] * COUNT)
     for i, loss in losses.items():
         scores[i] = max(loss - GOAL[i], 0.0)
@@ -102,7 +102,7 @@ def test_two_hundred_steps(name):
 
 
 def unimax(sizes, budget, epochs):
-    """Algorithm 1: sources by increasing size, each an even part of what is left, at most `epochs` times its size."""
+    """Algorithm 1: by increasing size, an even part of the rest, at most `epochs` times size."""
     left, out = budget, {}
     for place, i in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
         out[i] = min(left / (len(sizes) - place), epochs * sizes[i])

@@ -85,7 +85,7 @@ def test_loss_scale_follows_the_neox_state_machine():
     for overflow in [True, True, False, False, False, True, True, True, True]:
         scale.update(overflow)
         seen.append(scale.value)
-    # The first overflow only uses up patience; three clean steps double the scale and give the patience back.
+    # The first overflow uses up patience; three clean steps double the scale and restore it.
     assert seen == [4096, 2048, 2048, 2048, 4096, 4096, 2048, 1024, 1024]
 
 
