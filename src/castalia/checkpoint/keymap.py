@@ -53,7 +53,8 @@ class Rule:
     def at(self, layer: int) -> "Rule":
         """The rule of one layer, `{i}` filled in."""
         aliases = tuple(name.replace("{i}", str(layer)) for name in self.aliases)
-        ours, theirs = self.ours.replace("{i}", str(layer)), self.theirs.replace("{i}", str(layer))
+        ours = self.ours.replace("{i}", str(layer))
+        theirs = self.theirs.replace("{i}", str(layer))
         return Rule(ours, theirs, self.transform, aliases)
 
 
@@ -128,8 +129,11 @@ class KeyMap:
 
     def require_equal(self, side: str, have: Iterable[str], want: Sequence[str]) -> None:
         """Raises  CheckpointError if the keys of one side are not exactly those of the rules."""
-        have, problems = list(have), []
-        extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
+        have = set(have)
+        problems = []
+        # Both sides exactly: a key that is dropped without a word is a model with other weights.
+        extra = sorted(have - set(want))
+        missing = sorted(set(want) - have)
         if extra:
             problems.append(f"keys that no rule knows: {shown(extra)}{nearest(extra[0], missing)}")
         if missing:

@@ -32,6 +32,7 @@ def parts_of(config: TransformerConfig, names: Mapping[str, str], reader: str) -
 def linear_rules(parts: Parts, names: Mapping[str, str], theirs: str) -> list[Rule]:
     """Rules of the linear layers; `theirs` is a pattern such as 'blk.{{i}}.{name}.{kind}'."""
     rules = []
+    # The braces of {i} stay for KeyMap, which fills in the layers.
     for part in parts.linears:
         kinds = ["weight"]
         if part.bias:

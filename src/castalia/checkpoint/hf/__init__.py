@@ -181,8 +181,8 @@ def write_hf_tokenizer(folder: Path, *, eod_token: str | None, max_length: int) 
 
     max_length  the model's longest sequence, in tokens.
     """
-    # The plain fast tokenizer runs tokenizer.json as it is. A model's own class rebuilds parts of it
-    # and may split text differently.
+    # The plain fast tokenizer runs tokenizer.json as it is. A model's own class rebuilds parts of
+    # it and may split text differently.
     special = (
         {}
         if eod_token is None
