@@ -95,6 +95,7 @@ def read_neox(
     for name, value in list(options.given.items()):
         classify(name, value, options, out)
     report_refused(out)
+    # One problem about the missing model, not one for each key that it would have set.
     if complete and not any(options.has(name) for name in SHAPE):
         named = ", ".join(Path(file).name for file in files)
         missing = ", ".join(SHAPE)
@@ -108,6 +109,7 @@ def read_neox(
     for keys, rule in [*MODEL_RULES, *FILE_RULES]:
         if complete or any(options.has(key) for key in keys):
             rule(options, out)
+    # Over a preset, options that no file names are the preset's and not GPT-NeoX's.
     if complete:
         refuse_defaults(options, out)
     return out
@@ -121,6 +123,7 @@ def joined(files: Mapping[str, Mapping[str, Any]], out: NeoxReading) -> dict[str
     for file, values in files.items():
         for key, value in values.items():
             name = ALIASES.get(normal(key), normal(key))
+            # Compared in one spelling: GPT-NeoX itself misses `a-b` beside `a_b`.
             if owner.get(name, file) != file:
                 wrong(
                     out,
@@ -128,6 +131,7 @@ def joined(files: Mapping[str, Mapping[str, Any]], out: NeoxReading) -> dict[str
                     " give an option in one file only",
                 )
             owner[name] = file
+            # GPT-NeoX's files contain Python's literals, of which YAML reads None as text.
             options[name] = LITERALS.get(value, value) if isinstance(value, str) else value
             out.origins[name] = f"{key} in {Path(file).name}"
     return options
@@ -142,6 +146,7 @@ def classify(name: str, value: Any, options: NeoxOptions, out: NeoxReading) -> N
             options.drop(name)
         elif not fits(value, HONOURED[name].kind):
             wrong(out, f"{where}: expected {KINDS[HONOURED[name].kind].name}, got {value!r}")
+            # Dropped, so that no rule works on a value of the wrong kind.
             options.drop(name)
         elif isinstance(value, dict):
             options.given[name] = nested(name, value, where, out)

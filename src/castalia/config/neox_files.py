@@ -52,6 +52,7 @@ def vocabulary(o: NeoxOptions, out: NeoxReading) -> None:
         names = ", ".join([*KNOWN_IDS, *OTHER_TOKENIZERS])
         wrong(out, f"unknown tokenizer_type {kind!r}; choose one of {names}", "model.vocab_size")
         return
+    # Counted rather than assumed: a file may hold fewer or more ids than its type suggests.
     ids = counted(kind, file)
     if (named := tokenizer_name(kind, file, o["merge_file"])) is not None:
         o.put(out, "data.tokenizer", named, "vocab_file", "merge_file", "tokenizer_type")
@@ -113,6 +114,7 @@ def count_ids(path: str) -> int | None:
         vocabulary = content["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    # Added tokens may lie beyond the vocabulary or repeat ids of it, so the highest id decides.
     added = [item["id"] for item in content.get("added_tokens") or []]
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
     return max([*ids, *added], default=-1) + 1
@@ -214,6 +216,7 @@ def saving(o: NeoxOptions, out: NeoxReading) -> None:
     every = None
     if scale not in ("linear", "log"):
         wrong(out, f"unknown checkpoint_scale {scale!r}; choose one of linear, log")
+    # A factor of 1 or less would list steps without end.
     elif factor and scale == "log" and factor > 1:
         steps = sorted({*steps, *powers(factor, o["train_iters"] or 0)})
     elif factor and (scale == "log" or int(factor) != factor):
@@ -247,6 +250,7 @@ def folders(o: NeoxOptions, out: NeoxReading) -> None:
         for name in LOADING:
             if asked(o, name):
                 out.ignored.setdefault("nothing is loaded without `load`", []).append(name)
+    # `runs/a` and `runs/a/` are one folder.
     elif o.has("save") and os.path.normpath(o["load"]) == os.path.normpath(o["save"]):
         own_folder(o, out)
     else:
@@ -286,6 +290,7 @@ def other_run(o: NeoxOptions, out: NeoxReading) -> None:
     load = o["load"]
     step = o["iteration"]
     finetune = o["finetune"]
+    # A tag of GPT-NeoX is global_stepN; a run here names its steps stepN.
     o.put(out, "model.start", load if step is None else f"{load}/step{step}", "load")
     o.put(out, "train.start_step", not finetune, "load")
     o.put(out, "train.start_optimizer", not (finetune or o["no_load_optim"]), "load")

@@ -30,6 +30,7 @@ def mlp_width(o: NeoxOptions, out: NeoxReading) -> None:
             out,
             f"intermediate_size {width} is not divisible by 2 * mlp_multiple_of = {unit}",
         )
+    # The default stays null, so that the width follows hidden_size in an override.
     if width != 4 * hidden:
         o.put(out, "model.intermediate_size", width, "intermediate_size", "expansion_factor")
 
@@ -121,6 +122,7 @@ def parallel(o: NeoxOptions, out: NeoxReading) -> None:
             f"parallel.tp is {tensor} as in the file; parallel.tp=1 trains the same model unsplit",
             "parallel.tp",
         )
+    # 0 stages means one without DeepSpeed's pipeline engine, so both are 1 here.
     split = tensor * max(1, o["pipe_parallel_size"])
     if o.world > 1 and o.world % split:
         wrong(
@@ -136,6 +138,7 @@ def zero(o: NeoxOptions, out: NeoxReading) -> None:
     stage = (o["zero_optimization"] or {}).get("stage", 0)
     if stage not in (0, 1, 2, 3):
         wrong(out, f"unknown zero_optimization.stage {stage!r}; choose one of 0, 1, 2, 3")
+    # What the lower stages shard is a matter of memory alone; FSDP2 shards all of it.
     o.put(out, "parallel.reshard_after_forward", stage == 3, "zero_optimization")
 
 
@@ -240,6 +243,7 @@ def precision(o: NeoxOptions, out: NeoxReading) -> None:
                 "precision",
             )
         said.append(names.get(o["precision"], "fp32"))
+    # Nothing in the file says which of two precisions was meant.
     if len(set(said)) > 1:
         wrong(
             out,
@@ -280,6 +284,7 @@ def launching(o: NeoxOptions, out: NeoxReading) -> None:
             f"unknown launcher {name!r}; choose launch.launcher from torchrun, slurm, mpi, pdsh",
             "launch.launcher",
         )
+    # -1 is DeepSpeed's word for all nodes of the hostfile.
     if o["num_nodes"] > 0:
         o.put(out, "launch.nodes", o["num_nodes"], "num_nodes")
     if o.has("no_ssh_check"):
