@@ -9,7 +9,7 @@ from castalia.models.families import FAMILIES
 from castalia.train.config import LossScaleConfig
 from castalia.train.optimizers import AdamWConfig, Rules
 from castalia.train.optimizers.updater import Updater, parameter_groups, trained_parameters
-from castalia.train.precision import LossScale
+from castalia.train.precision import make_scale
 
 NEOX = FAMILIES["neox"].no_decay
 
@@ -78,28 +78,28 @@ def test_clip_coefficient(limit):
 
 
 def test_loss_scale_follows_the_neox_state_machine():
-    scale = LossScale.of(
+    scale = make_scale(
         LossScaleConfig(initial_power=12, window=3, hysteresis=2, minimum=1024), "fp16"
     )
-    seen = []
+    values = []
     for overflow in [True, True, False, False, False, True, True, True, True]:
         scale.update(overflow)
-        seen.append(scale.value)
-    # The first overflow uses up patience; three clean steps double the scale and restore it.
-    assert seen == [4096, 2048, 2048, 2048, 4096, 4096, 2048, 1024, 1024]
+        values.append(scale.value)
+    # The first overflow only uses up patience; three clean steps double the scale and restore it.
+    assert values == [4096, 2048, 2048, 2048, 4096, 4096, 2048, 1024, 1024]
 
 
 def test_loss_scale_survives_a_resume_and_gives_up_after_fifty():
-    scale = LossScale.of(LossScaleConfig(), "fp16")
+    scale = make_scale(LossScaleConfig(), "fp16")
     scale.update(True)
-    other = LossScale.of(LossScaleConfig(), "fp16")
+    other = make_scale(LossScaleConfig(), "fp16")
     other.load_state_dict(scale.state_dict())
     assert other == scale
-    with pytest.raises(Exception, match="overflowed 50 steps in a row"):
+    with pytest.raises(Exception, match="overflowed in 50 consecutive steps"):
         for _ in range(50):
             other.update(True)
 
 
 def test_no_scale_without_fp16():
-    scale = LossScale.of(LossScaleConfig(), "bf16")
+    scale = make_scale(LossScaleConfig(), "bf16")
     assert not scale.enabled and scale.value == 1.0
