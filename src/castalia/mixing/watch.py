@@ -82,8 +82,8 @@ class Watch:
         return (
             f"the share of source {self.sources[place]!r} rose from {self.share[place]:.1%} to"
             f" {weight:.1%}, but its loss ({self.loss[place]:.2f} nats) has not fallen by"
-            f" {FALL:.0%} for {step - self.since[place]} steps; if it is noise, limit it by max_share or use"
-            " the mixer 'progress'"
+            f" {FALL:.0%} for {step - self.since[place]} steps; if it is noise, limit it by"
+            " max_share or use the mixer 'progress'"
         )
 
 
