@@ -1,4 +1,5 @@
-"""A plain PyTorch loop whose three sources are mixed as their losses tell: a model of byte pairs, in two seconds."""
+"""A plain PyTorch loop whose three sources are mixed as their losses tell: a model of byte pairs,
+in two seconds."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,5 @@
-"""Three sources mixed under transformers' Trainer as their losses tell: one object is its data, loss and callback."""
+"""Three sources mixed under transformers' Trainer as their losses tell: one object is its data,
+loss and callback."""
 
 from collections import deque
 from itertools import count
@@ -62,9 +63,16 @@ model = GPTNeoXForCausalLM(
     )
 )
 arguments = TrainingArguments(
-    "trained", max_steps=60, per_device_train_batch_size=16, learning_rate=0.01, use_cpu=True, report_to="none",
-    save_strategy="no", disable_tqdm=True, logging_strategy="no",
-)  # fmt: skip
+    "trained",
+    max_steps=60,
+    per_device_train_batch_size=16,
+    learning_rate=0.01,
+    use_cpu=True,
+    report_to="none",
+    save_strategy="no",
+    disable_tqdm=True,
+    logging_strategy="no",
+)
 Trainer(
     model, arguments, train_dataset=mixed, callbacks=[mixed], compute_loss_func=mixed.loss
 ).train()

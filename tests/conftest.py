@@ -9,7 +9,8 @@ pytest_plugins = ["tests.fixtures.token_files", "tests.fixtures.tiny_model"]
 
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder_of_processes():
-    """The temporary folder of what tests start, gone at the end: torchrun and Ray leave folders behind.
+    """The temporary folder of what tests start, gone at the end: torchrun and Ray leave folders
+    behind.
 
     Its name is short, since Ray puts sockets into it, whose paths have 107 bytes at most.
     """

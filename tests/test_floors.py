@@ -28,7 +28,8 @@ FLOORS = {
     "cli": 8,
 }
 DOORS = {"__init__.py", "__main__.py"}
-"""Files at the top of the package: they lead into rooms and nothing imports them but the version."""
+"""Files at the top of the package: they lead into rooms and nothing imports them but the
+version."""
 
 
 def imported_rooms(path: Path) -> set[str]:

@@ -103,7 +103,8 @@ def dense_places(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def is_tuple_assignment(node: ast.Assign) -> bool:
-    """`a, b = x, y`, unless the right side names a target: then it is an exchange, which needs it."""
+    """`a, b = x, y`, unless the right side names a target: then it is an exchange, which needs
+    it."""
     (target, *_) = node.targets
     if not (isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple)):
         return False

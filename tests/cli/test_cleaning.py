@@ -12,7 +12,8 @@ from castalia.data import IndexedDataset
 
 @pytest.fixture
 def run(monkeypatch, command, tmp_path):
-    """run(*words): `castalia data WORDS` in a folder with the token file `c`; (status, out, err)."""
+    """run(*words): `castalia data WORDS` in a folder with the token file `c`; (status, out,
+    err)."""
     monkeypatch.chdir(tmp_path)
     words = (
         "the quick brown fox jumps over the lazy dog while seven wizards make toxic brew"

@@ -17,7 +17,8 @@ from castalia.monitor.display import size_text
 
 @pytest.fixture
 def run(monkeypatch, command, tmp_path):
-    """run(*words): `castalia data WORDS` in a folder with the token file `c`; (status, out, err)."""
+    """run(*words): `castalia data WORDS` in a folder with the token file `c`; (status, out,
+    err)."""
     monkeypatch.chdir(tmp_path)
     texts = ["one", "two words", "a third document, longer", "é"]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -1,4 +1,5 @@
-"""The three commands of the page on data tools, on small files in the layout of Pythia's on the hub.
+"""The three commands of the page on data tools, on small files in the layout of Pythia's on the
+hub.
 
 They are compared with Pythia's scripts unshard_memmap.py, checksum_shards.py and batch_viewer.py.
 """

@@ -236,7 +236,8 @@ def test_option(option, key, value):
         ({"precision": "fp16", "bf16": {"enabled": True}}, "asks for bf16 and fp16 at once"),
         (
             {"save": "runs/a", "load": "runs/a/", "finetune": True},
-            "finetune with `load` in the folder of `save` would count from step 0 again.*start a new run from 'runs/a/'",
+            "finetune with `load` in the folder of `save` would count from step 0 again"
+            ".*start a new run from 'runs/a/'",
         ),
         ({"save": "a", "load": "a", "iteration": 0}, "iteration .* would go back to that step"),
         (

@@ -2,12 +2,14 @@
 
     python tests/distributed/grid.py [--all] [--only WORDS] [--json FILE] [--sabotage NAME]
 
-Each row trains five steps on 2 to 8 gloo processes and on one, in fp32, and compares the start weights, which must be
-the same bits, the rows, the loss and the gradient norm after clipping of every step, and every parameter at the end.
-One launch serves all rows of a world size. The exit status is 1 when a difference is above 1e-5. `--sabotage` applies a
-wrong plan first: the grid must fail then.
+Each row trains five steps on 2 to 8 gloo processes and on one, in fp32, and compares the start
+weights, which must be the same bits, the rows, the loss and the gradient norm after clipping of
+every step, and every parameter at the end. One launch serves all rows of a world size. The exit
+status is 1 when a difference is above 1e-5. `--sabotage` applies a wrong plan first: the grid must
+fail then.
 
-AdamW has eps 1e-6: with 1e-8 a number whose gradient is 1e-9 takes whole steps out of rounding noise.
+AdamW has eps 1e-6: with 1e-8 a number whose gradient is 1e-9 takes whole steps out of rounding
+noise.
 """
 
 import argparse
@@ -418,8 +420,9 @@ def main() -> int:
             numbers = " ".join(f"{result[key]:9.1e}" for key in ("loss", "clipped_norm", "weights"))
             rows_are = "same" if result["same rows"] and result["tokens"] == 0 else "DIFFER"
             start = "same" if result["same start"] else "DIFFERS"
+            verdict = "" if passes(result) else "  FAILS"
             print(
-                f"{row.name:32} {row.degrees:32} {numbers}  {rows_are:6} {start}{'' if passes(result) else '  FAILS'}",
+                f"{row.name:32} {row.degrees:32} {numbers}  {rows_are:6} {start}{verdict}",
                 flush=True,
             )
             found[f"{row.name} ({row.degrees})"] = result | {"passes": passes(result)}

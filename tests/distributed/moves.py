@@ -2,9 +2,10 @@
 
     python tests/distributed/moves.py [--all]
 
-Each source trains three steps of five. Each target loads that checkpoint: weights and both moments, saved again at
-once, must be the same bits; then it goes on, and must read the same rows as the run that was never stopped and reach
-its losses and weights within 1e-5. The exit status is 1 when one does not.
+Each source trains three steps of five. Each target loads that checkpoint: weights and both moments,
+saved again at once, must be the same bits; then it goes on, and must read the same rows as the run
+that was never stopped and reach its losses and weights within 1e-5. The exit status is 1 when one
+does not.
 """
 
 import argparse
@@ -121,7 +122,8 @@ def main() -> int:
         for source, target, found in moves(pairs, Path(folder)):
             good = grid.passes(found) and found["exact"]
             failed += not good
-            words = f"{'exact' if found['exact'] else 'DIFFERS':>9} {found['loss']:9.1e} {found['weights']:9.1e}"
+            exact = "exact" if found["exact"] else "DIFFERS"
+            words = f"{exact:>9} {found['loss']:9.1e} {found['weights']:9.1e}"
             same = "same" if found["same rows"] else "DIFFER"
             print(f"{source:16} {target:16} {words}  {same}{'' if good else '  FAILS'}", flush=True)
     print(f"{len(pairs) - failed} of {len(pairs)} moves are exact and go on alike")

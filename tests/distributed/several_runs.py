@@ -1,7 +1,8 @@
-"""Train several runs one after the other in the same processes, for starting those takes longer than the runs.
+"""Train several runs one after the other in the same processes, for starting those takes longer
+than the runs.
 
-several_runs.py FILE: a JSON list of {"arguments": [...], "poison": step or null}. Each process leaves rank-R.json in
-the output folder: the error, if the run ended with one, and what it held.
+several_runs.py FILE: a JSON list of {"arguments": [...], "poison": step or null}. Each process
+leaves rank-R.json in the output folder: the error, if the run ended with one, and what it held.
 """
 
 import json

@@ -52,8 +52,8 @@ def test_a_port_in_use():
         port = str(taken.getsockname()[1])
         said = said_by(0, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert (
-        f"rank 0 cannot open 127.0.0.1:{port}: another program uses this port; set another MASTER_PORT"
-        in said
+        f"rank 0 cannot open 127.0.0.1:{port}: another program uses this port;"
+        " set another MASTER_PORT" in said
     )
 
 
@@ -61,8 +61,8 @@ def test_a_master_that_nobody_reaches():
     port = free_port()
     said = said_by(1, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     assert (
-        f"rank 1 did not reach 127.0.0.1:{port} within 3 s (parallel.timeout); check that rank 0 runs"
-        in said
+        f"rank 1 did not reach 127.0.0.1:{port} within 3 s (parallel.timeout);"
+        " check that rank 0 runs" in said
     )
 
 

@@ -188,8 +188,8 @@ def test_torchrun_restarts_a_run_that_went_back_and_then_lost_a_rank(tokens, tmp
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
-        "loss nan at step 3 (rows 24 to 35 of the data order); rolling back to step 2; skipped: step 3"
-        in done.stderr
+        "loss nan at step 3 (rows 24 to 35 of the data order);"
+        " rolling back to step 2; skipped: step 3" in done.stderr
     )
     assert done.stdout.count("rolled back to") == 1 and done.stdout.count("resumed from") == 1
     train(tokens, (alone, ("train.steps=8", "guard.skip_steps=[3]"), [(1, None)]))

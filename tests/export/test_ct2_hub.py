@@ -214,7 +214,8 @@ def test_a_hub_id_is_downloaded_and_then_works_offline(
 def test_a_hub_id_without_network_or_cache_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match="cannot open someone/else: as a path it does not exist, and as a model of the Hugging Face hub it is not",
+        match="cannot open someone/else: as a path it does not exist,"
+        " and as a model of the Hugging Face hub it is not",
     ):
         hub_folder("someone/else", endpoint="http://127.0.0.1:9", cache_dir=str(tmp_path))
 

@@ -143,7 +143,8 @@ def test_nothing_to_predict_is_zero_loss_and_zero_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_error_is_no_larger_than_that_of_whole_logits(dtype: torch.dtype) -> None:
-    """The usual way: logits in `dtype`, then cross-entropy in float32, as transformers does under autocast."""
+    """The usual way: logits in `dtype`, then cross-entropy in float32, as transformers does under
+    autocast."""
     hidden, weight, labels = problem(seed=3)
     expected = reference(hidden, weight, labels)
     with torch.autocast("cpu", dtype):
@@ -356,7 +357,8 @@ def test_weights_that_do_not_fit_or_want_a_gradient_are_an_error() -> None:
 
 
 def dpo(chosen: Tensor, rejected: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """-log sigmoid(beta (log p chosen - log p rejected - reference)); Rafailov et al. 2023, eq. 7."""
+    """-log sigmoid(beta (log p chosen - log p rejected - reference)); Rafailov et al. 2023, eq.
+    7."""
     return -F.logsigmoid(beta * (chosen - rejected - reference)).sum()
 
 

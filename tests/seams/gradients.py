@@ -1,4 +1,5 @@
-"""Two ranks: a model with an FSDP2 part and a plain parameter, against the same model on the whole batch."""
+"""Two ranks: a model with an FSDP2 part and a plain parameter, against the same model on the whole
+batch."""
 
 from typing import Any
 
@@ -43,7 +44,8 @@ def whole(x: Tensor) -> dict[str, Any]:
 
 
 def split(x: Tensor, world: World) -> dict[str, Any]:
-    """The same where each rank has half of the rows, the linear layer is sharded and `scale` is a plain tensor."""
+    """The same where each rank has half of the rows, the linear layer is sharded and `scale` is a
+    plain tensor."""
     torch.manual_seed(0)
     model = Scaled()
     assert world.mesh is not None

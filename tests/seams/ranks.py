@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_ranks(script: str, count: int, *arguments: object) -> list[dict[str, Any]]:
-    """Run tests/seams/SCRIPT under torchrun; returns what each rank passed to `report`, in rank order."""
+    """Run tests/seams/SCRIPT under torchrun; returns what each rank passed to `report`, in rank
+    order."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(count), str(Path(__file__).with_name(script))]
     command += [str(argument) for argument in arguments]

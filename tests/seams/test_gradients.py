@@ -1,4 +1,5 @@
-"""Gradients are sums over the ranks, and no gradient is outside the norm, whatever its kind of tensor."""
+"""Gradients are sums over the ranks, and no gradient is outside the norm, whatever its kind of
+tensor."""
 
 import math
 

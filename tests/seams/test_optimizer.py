@@ -1,4 +1,5 @@
-"""An optimizer from outside, frozen parameters and parameter groups, through the real loop on 1 and on 2 ranks."""
+"""An optimizer from outside, frozen parameters and parameter groups, through the real loop on 1 and
+on 2 ranks."""
 
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ def test_memory_and_disk_count_what_the_optimizer_declares():
 
 def test_groups_scale_the_rate_and_choose_another_optimizer(runs):
     assert not [name for name in runs["groups"]["moved"] if name.endswith("bias")]
-    # Biases of layer 0 match the first pattern, so they are AdamW's; its weights are SGD's and have no state.
+    # Biases of layer 0 match the first pattern, so they are AdamW's; its weights are SGD's and have
+    # no state.
     stateless = [n for n in names() if n.startswith("layers.0.") and not n.endswith("bias")]
     assert stateless and not [
         n for n in stateless if f"optim.exp_avg.{n}" in runs["groups"]["state"]

@@ -114,7 +114,8 @@ def state_names(rules: Rules, names: Iterable[str]) -> set[str]:
 
 
 def state_sizes(model: nn.Module, rules: Rules) -> tuple[float, float]:
-    """Bytes of optimizer state for each parameter of `model`, and the share of parameters that train.
+    """Bytes of optimizer state for each parameter of `model`, and the share of parameters that
+    train.
 
     Both are averages over all parameters, so that multiplied by a number of parameters they give
     bytes; the model may be on the meta device.
