@@ -196,7 +196,7 @@ def check_files(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     Raises  DamagedCheckpointError naming the first file, by name, that is missing, a link or
             changed.
     """
-    # Threads help, since hashlib releases the GIL; beyond four the disk is the limit.
+    # Threads help, since hashlib releases the GIL.
     with ThreadPoolExecutor(4) as pool:
         faults = pool.map(
             lambda name: fault_of_file(folder / name, manifest.files[name]), sorted(names)

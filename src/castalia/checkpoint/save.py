@@ -47,7 +47,7 @@ SHARD_BYTES = 4 << 30
 POLL_SECONDS = 0.02
 """Seconds between two looks for a file of another rank: short beside a save, long beside a stat."""
 LARGEST_NOTE = 1 << 28
-"""Bytes above which a note is refused unread; one of a 12B model on 64 ranks has under 1 MB."""
+"""Bytes above which a note is refused unread; a note is a part of a manifest."""
 
 
 class Note(Config):

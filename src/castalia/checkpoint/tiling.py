@@ -32,8 +32,7 @@ def overlap(boxes: list[Box]) -> bool:
     high = low + np.array([box.shape for box in boxes])
     varying = np.flatnonzero((low != low[0]).any(axis=0))
     if len(varying) == 1:
-        # Shards along one dimension, the common case: sorted, only neighbours can overlap. O(n log
-        # n) matters: a manifest of 64 ranks has thousands of tensors.
+        # Shards along one dimension, the common case: sorted, only neighbours can overlap.
         order = np.argsort(low[:, varying[0]])
         return bool((high[order[:-1], varying[0]] > low[order[1:], varying[0]]).any())
     for i in range(len(boxes) - 1):
