@@ -10,7 +10,7 @@ import time
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.corpus import prepare, work_folder
+from castalia.corpus import open_files, prepare, work_folder
 from castalia.corpus.inputs import list_files
 from castalia.data import IndexedDataset
 
@@ -87,7 +87,7 @@ def test_what_cannot_be_read_twice_is_refused(corpus, tmp_path):
 
 def test_a_folder_that_was_removed_while_its_lock_was_taken(tmp_path, monkeypatch):
     """Another job ends between our opening of the lock and our holding it."""
-    real, turns = work_folder.fcntl.flock, []
+    real, turns = open_files.fcntl.flock, []
 
     def flock(file, how):
         real(file, how)
@@ -95,11 +95,11 @@ def test_a_folder_that_was_removed_while_its_lock_was_taken(tmp_path, monkeypatc
         if len(turns) == 1:
             os.remove(tmp_path / "out.parts" / "lock")
 
-    monkeypatch.setattr(work_folder.fcntl, "flock", flock)
-    lock = work_folder.locked(tmp_path / "out.parts")
-    assert len(turns) == 2 and work_folder.is_file_at(lock, tmp_path / "out.parts" / "lock")
+    monkeypatch.setattr(open_files.fcntl, "flock", flock)
+    lock = open_files.locked(tmp_path / "out.parts")
+    assert len(turns) == 2 and open_files.is_file_at(lock, tmp_path / "out.parts" / "lock")
     with pytest.raises(BlockingIOError):
-        work_folder.locked(tmp_path / "out.parts")
+        open_files.locked(tmp_path / "out.parts")
 
 
 SLOW = """
