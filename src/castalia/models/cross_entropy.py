@@ -16,7 +16,7 @@ products:
 A weight w of a row multiplies its row factor: w / S in place of 1 / S. Weighted rows therefore cost
 N multiplications more and share every other instruction with unweighted ones.
 
-Under a vocabulary-parallel head (`VocabPart`) each rank computes the logits of its own tokens. The
+Under a vocabulary-parallel head (`VocabShare`) each rank computes the logits of its own tokens. The
 ranks reduce m, S and x_t, three numbers a row, and dh is this rank's addend. With m_r and S_r of
 rank r,
 
@@ -51,7 +51,7 @@ FARTHEST = 60.0
 """Upper limit of m - m_r: e^60 fits float32, and a probability of e^-60 counts as 0."""
 
 
-class VocabPart(Protocol):
+class VocabShare(Protocol):
     """The tokens of the vocabulary on this rank, and the reductions over the ranks of the others.
 
     first  id of this rank's first token.
@@ -88,7 +88,7 @@ class ChunkPlan(NamedTuple):
     dtype: torch.dtype
     chunks: list[slice]
     compiled: bool
-    part: VocabPart | None
+    part: VocabShare | None
 
 
 def fused_cross_entropy(
@@ -100,7 +100,7 @@ def fused_cross_entropy(
     ignored: int = -100,
     compiled: bool = False,
     chunk_rows: int | None = None,
-    part: VocabPart | None = None,
+    part: VocabShare | None = None,
 ) -> CrossEntropy:
     """Sum over the rows of w * -log softmax(hidden W^T)[label], and each row's unweighted loss.
 
@@ -214,7 +214,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 def to_gradient(
-    logits: Tensor, labels: Tensor, ignored: int, compiled: bool, part: VocabPart | None = None
+    logits: Tensor, labels: Tensor, ignored: int, compiled: bool, part: VocabShare | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn logits (R, V) into E - S [j = label], in place; returned with losses and row factors.
 
@@ -246,7 +246,7 @@ def to_gradient(
 
 
 def agree(
-    e: Tensor, top: Tensor, total: Tensor, at_target: Tensor, part: VocabPart
+    e: Tensor, top: Tensor, total: Tensor, at_target: Tensor, part: VocabShare
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log-sum-exp, loss and S exp(m - m_r) of each row, reduced over the ranks of the vocabulary.
 

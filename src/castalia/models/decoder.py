@@ -14,7 +14,7 @@ from castalia.core.errors import ConfigError
 from castalia.models.block import Block
 from castalia.models.config import ModelConfig
 from castalia.models.context import Context, HeadShare, RowShare
-from castalia.models.cross_entropy import VocabPart
+from castalia.models.cross_entropy import VocabShare
 from castalia.models.families import family_of
 from castalia.models.stages import LayerSpan, split
 from castalia.models.state import ModelState
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         self.span = span or split(config.num_layers, 1)[0]
         # Set by castalia.distributed where ranks share the vocabulary, rows or heads. They lie here
         # and not on the blocks: the context takes them to every block, whatever its family.
-        self.vocab_part: VocabPart | None = None
+        self.vocab_part: VocabShare | None = None
         self.row_share: RowShare | None = None
         self.head_share = (0, 1)
         if self.span.first or (self.span.last and config.tie_word_embeddings):

@@ -7,7 +7,7 @@ Needs no torch, so that a config stays quick to load.
 from castalia.train.optimizers.adamw import AdamW, AdamWConfig
 from castalia.train.optimizers.base import Member, StateTensor
 from castalia.train.optimizers.config import OPTIMIZERS, GroupConfig, OptimConfig
-from castalia.train.optimizers.groups import Rule, Rules
+from castalia.train.optimizers.groups import Rules, UpdateRule
 
 __all__ = [
     "OPTIMIZERS",
@@ -16,7 +16,7 @@ __all__ = [
     "GroupConfig",
     "Member",
     "OptimConfig",
-    "Rule",
     "Rules",
     "StateTensor",
+    "UpdateRule",
 ]

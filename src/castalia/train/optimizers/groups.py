@@ -9,7 +9,7 @@ from castalia.core.errors import ConfigError
 from castalia.train.optimizers.config import OptimConfig, member_config
 
 
-class Rule(NamedTuple):
+class UpdateRule(NamedTuple):
     """How a parameter is updated."""
 
     kind: str
@@ -38,7 +38,7 @@ class Rules:
         """Whether the parameter is updated at all."""
         return not matches(name, self.frozen)
 
-    def rule(self, name: str) -> Rule:
+    def rule(self, name: str) -> UpdateRule:
         """Kind, rate and decay of a parameter that trains."""
         kind = self.config.kind
         lr_scale = 1.0
@@ -52,7 +52,7 @@ class Rules:
                 if group.weight_decay is not None:
                     decay = group.weight_decay
                 break
-        return Rule(kind, lr_scale, decay)
+        return UpdateRule(kind, lr_scale, decay)
 
     def config_of(self, kind: str) -> OptimConfig:
         """The config of an optimizer: the section's own, or the options of the group that names

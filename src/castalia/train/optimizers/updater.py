@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from castalia.train.optimizers.base import StateTensor
 from castalia.train.optimizers.config import OPTIMIZERS
-from castalia.train.optimizers.groups import Rule, Rules
+from castalia.train.optimizers.groups import Rules, UpdateRule
 
 
 class Updater:
@@ -83,7 +83,7 @@ def parameter_groups(
 ) -> dict[str, list[dict[str, object]]]:
     """Kind -> torch's parameter groups: parameters of one rule together, in the order of the
     model."""
-    by_rule: dict[Rule, list[nn.Parameter]] = {}
+    by_rule: dict[UpdateRule, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         by_rule.setdefault(rules.rule(name), []).append(parameter)
     groups: dict[str, list[dict[str, object]]] = {}
