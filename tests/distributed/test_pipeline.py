@@ -255,7 +255,10 @@ def test_nan_in_one_stage_stops_all(two):
     [
         (("model.num_layers=3", PP4), "makes 4 stages of 3 layers"),
         ((PP2, V, "model.tie_word_embeddings=true"), "use zero_bubble"),
-        ((PP2, ZERO_BUBBLE, "train.compile=true"), "a compiled one cannot be split"),
+        (
+            (PP2, ZERO_BUBBLE, "train.compile=true"),
+            "splits the backward pass, which torch.compile makes one piece",
+        ),
         ((PP2, "parallel.stages_per_process=2"), "schedule 1f1b needs stages_per_process 1, got 2"),
         (
             (PP2, V, "parallel.stages_per_process=3"),
@@ -274,12 +277,12 @@ def test_a_pipeline_that_cannot_be_is_refused(overrides, message):
     [
         (
             ("train.micro_batch_size=12",),
-            "12 rows in micro-batches of 12 make 1, train.micro_batch_size=6 does",
+            "12 rows in micro-batches of 12 make 1; train.micro_batch_size=6 fits",
         ),
-        (("train.micro_batch_size=null",), "make 1, train.micro_batch_size=6 does"),
+        (("train.micro_batch_size=null",), "make 1; train.micro_batch_size=6 fits"),
         (
             (INTERLEAVED, "train.batch_size=10"),
-            "10 rows in micro-batches of 2 make 5, train.micro_batch_size=5 does",
+            "10 rows in micro-batches of 2 make 5; train.micro_batch_size=5 fits",
         ),
     ],
 )
