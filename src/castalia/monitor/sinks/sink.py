@@ -6,15 +6,12 @@ class PrintSink(Sink):
         print(step, metrics["loss"], metrics.get("sources/web/loss"))
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from castalia.config.base import Config
 from castalia.core.registry import Registry
-
-if TYPE_CHECKING:
-    from castalia.monitor.config import MonitorConfig
 
 SINKS: Registry[type["Sink"]] = Registry("sink")
 """Every sink by the name that `monitor.sinks` has."""
@@ -71,10 +68,10 @@ def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, f
     return flat
 
 
-def make_sinks(config: "MonitorConfig", folder: Path) -> list[Sink]:
+def make_sinks(sections: Iterable[SinkConfig], folder: Path) -> list[Sink]:
     """The sinks of a run, the JSONL file first whether or not it is named."""
     sinks = [SINKS["jsonl"](SINKS["jsonl"].Config(), folder)]
-    for section in config.sinks:
+    for section in sections:
         if section.kind != "jsonl":
             sinks.append(SINKS[section.kind](section, folder))
     return sinks

@@ -18,7 +18,7 @@ class Metrics(Hook):
         """Open the sinks. Those that can drop the steps that will run again do so."""
         # Every rank has the same numbers; one writes them.
         if world.leads:
-            self.sinks = make_sinks(config.monitor, Path(config.output))
+            self.sinks = make_sinks(config.monitor.sinks, Path(config.output))
         self.begin(progress.step)
 
     def begin(self, step: int) -> None:
