@@ -13,7 +13,7 @@ from castalia.data import IndexedDatasetWriter
 from castalia.models import Decoder
 from castalia.recipes import load_config
 from castalia.train.optimizers import AdamWConfig, Rules
-from castalia.train.optimizers.updater import Updater
+from castalia.train.optimizers.updater import Updater, state_names, state_sizes
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,15 @@ def test_two_ranks_do_the_same(runs, tokens, tmp_path):
             assert result[name]["state"] == run["state"]
             assert result[name]["moved"] == run["moved"]
             assert result[name]["losses"] == pytest.approx(run["losses"], rel=1e-5)
+
+
+def test_a_constant_of_a_family_has_no_state():
+    model = torch.nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    rules = Rules(AdamWConfig())
+    expected = {"optim.exp_avg.weight", "optim.exp_avg_sq.weight"}
+    assert state_names(model, rules) == set(Updater(model, rules).tensors()) == expected
+    assert state_sizes(model, rules) == pytest.approx((8 * 2 / 3, 2 / 3))
 
 
 def test_sgd_is_the_plain_update():

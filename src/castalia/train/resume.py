@@ -149,9 +149,8 @@ class Checkpoints:
         # Shapes alone: the names of the whole model cost no memory.
         with torch.device("meta"):
             whole = Decoder(self.config.model)
-        names = [name for name, _ in whole.named_parameters()]
-        weights = {f"model.{name}" for name in names}
-        return (weights | state_names(self.updater.rules, names)) - self.tensors().keys()
+        weights = {f"model.{name}" for name, _ in whole.named_parameters()}
+        return (weights | state_names(whole, self.updater.rules)) - self.tensors().keys()
 
 
 def checkpoint_files(config: RunConfig) -> dict[str, str]:

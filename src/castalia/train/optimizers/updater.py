@@ -1,7 +1,5 @@
 """`Updater`: the optimizers of a run, over the parameters that train."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -102,13 +100,16 @@ def declared(rules: Rules, name: str) -> dict[str, StateTensor]:
     return state
 
 
-def state_names(rules: Rules, names: Iterable[str]) -> set[str]:
-    """Names of the state tensors of parameters that this rank does not hold, by their names
-    alone."""
+def state_names(whole: nn.Module, rules: Rules) -> set[str]:
+    """Names of all state tensors of a model, which may be on the meta device.
+
+    A pipeline stage asks it of the whole model: a checkpoint also holds what other ranks train.
+    """
+    # Frozen as on every rank: by the rules, and by families that keep a constant as a parameter.
+    freeze(whole, rules)
     return {
         f"optim.{suffix}.{name}"
-        for name in names
-        if rules.trains(name)
+        for name in trained_parameters(whole)
         for suffix in declared(rules, name)
     }
 
@@ -120,13 +121,12 @@ def state_sizes(model: nn.Module, rules: Rules) -> tuple[float, float]:
     Both are averages over all parameters, so that multiplied by a number of parameters they give
     bytes; the model may be on the meta device.
     """
-    total = 0
+    freeze(model, rules)
+    total = sum(parameter.numel() for parameter in model.parameters())
     trained = 0
     state_bytes = 0.0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if rules.trains(name):
-            trained += parameter.numel()
-            each = sum(tensor.bytes_per_weight for tensor in declared(rules, name).values())
-            state_bytes += each * parameter.numel()
+    for name, parameter in trained_parameters(model).items():
+        trained += parameter.numel()
+        each = sum(tensor.bytes_per_weight for tensor in declared(rules, name).values())
+        state_bytes += each * parameter.numel()
     return state_bytes / total, trained / total
