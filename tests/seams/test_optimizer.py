@@ -121,7 +121,15 @@ def test_a_pattern_must_match(config, frozen, message):
     [
         ("optim.kind=lion", "optim.kind: unknown optimizer 'lion'; choose one of adamw"),
         ("optim.groups=[{pattern: '*', kind: lion}]", "unknown optimizer 'lion'"),
-        ("optim.groups=[{pattern: '*', options: {eps: 1}}]", "has options but no kind"),
+        ("optim.groups=[{pattern: '*', options: {eps: 1}}]", "names no other optimizer"),
+        (
+            "optim.groups=[{pattern: '*', kind: adamw, options: {eps: 1}}]",
+            "options of adamw stand in the section itself",
+        ),
+        (
+            "optim.groups=[{pattern: '*', kind: toy_sgd, options: {lr: 1}}]",
+            "has lr in its options; the section sets these",
+        ),
         ("optim.groups=[{pattern: '*', kind: adamw, options: {epz: 1}}]", "epz"),
     ],
 )

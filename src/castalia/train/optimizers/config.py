@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pydantic import NonNegativeFloat, PositiveFloat, field_validator
+from pydantic import NonNegativeFloat, PositiveFloat, model_validator
 
 from castalia.config.base import Config, build
 from castalia.core.registry import Registry
@@ -39,24 +39,32 @@ class OptimConfig(Config):
     groups: list[GroupConfig] = []
     """Parameters with another rate, decay or optimizer, by pattern."""
 
-    @field_validator("groups")
-    @classmethod
-    def known_kinds(cls, groups: list[GroupConfig]) -> list[GroupConfig]:
-        """Every group names an optimizer that exists, with options that it has."""
-        for group in groups:
-            if group.kind is None and group.options:
-                raise ValueError(
-                    f"group {group.pattern!r} has options but no kind;"
-                    " name the optimizer they are for"
-                )
+    @model_validator(mode="after")
+    def known_kinds(self) -> "OptimConfig":
+        """Every group names an optimizer that exists, with options that take effect."""
+        kinds = []
+        for group in self.groups:
             if group.kind is not None:
                 member_config(group.kind, group.options)
-        kinds = [group.kind for group in groups if group.options]
+            if not group.options:
+                continue
+            # One torch optimizer a kind has one set of options: others would be ignored.
+            if group.kind in (None, self.kind):
+                raise ValueError(
+                    f"group {group.pattern!r} has options but names no other optimizer; options of"
+                    f" {self.kind} stand in the section itself"
+                )
+            if shared := sorted(group.options.keys() & OptimConfig.model_fields.keys()):
+                raise ValueError(
+                    f"group {group.pattern!r} has {', '.join(shared)} in its options; the section"
+                    " sets these, and lr_scale and weight_decay of the group change them"
+                )
+            kinds.append(group.kind)
         if len(kinds) != len(set(kinds)):
             raise ValueError(
                 "two groups give options to the same optimizer; give them in one of the two"
             )
-        return groups
+        return self
 
 
 OPTIMIZERS: Registry[Any] = Registry("optimizer")
