@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from castalia.core.errors import CastaliaError, ConfigError, DataError, Training
 from castalia.data import Batch
 from castalia.distributed import World, check_layout
 from castalia.distributed.config import ParallelConfig
+from castalia.monitor import memory_bytes
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook, Metrics, Save, Validate
 from castalia.train.losses import LossOut, NextToken, Scored
@@ -199,9 +201,12 @@ def test_validation_and_metrics_lines(make, tokens, tmp_path):
         f"data.valid={tokens}",
         "train.eval_every=2",
         "train.eval_batches=2",
+        "guard.skip_steps=[3]",
         hooks=[Validate(), Metrics()],
     )
+    began = time.time()
     trainer.fit()
+    ended = time.time()
     lines = [
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
@@ -210,6 +215,16 @@ def test_validation_and_metrics_lines(make, tokens, tmp_path):
     assert all({"loss", "lr", "grad_norm"} <= line.keys() for line in lines)
     assert ["valid_loss" in line for line in lines] == [False, True] * 3
     assert trainer.model.training
+    # The skipped step has its times, too.
+    assert sorted(line["time"] for line in lines) == [line["time"] for line in lines]
+    assert began - 0.001 <= lines[0]["time"] and lines[-1]["time"] <= ended + 0.001
+    assert sum(line["step_seconds"] for line in lines) <= ended - began
+    for line in lines:
+        assert 0 <= line["data_seconds"] <= line["step_seconds"]
+        # Both are rounded: a skipped step takes microseconds.
+        speed = 192 / line["step_seconds"]
+        assert line["tokens_per_second"] == pytest.approx(speed, rel=0.01 + 2e-6 / line["step_seconds"])
+        assert 2**26 < line["memory_bytes"] <= memory_bytes(trainer.world.device)
 
 
 def test_a_validation_without_data_is_noted(make, tokens):

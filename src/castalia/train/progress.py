@@ -1,9 +1,9 @@
-"""How far a run has come, and the time that it waited for data."""
+"""How far a run has come, and the time that its steps take."""
 
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from castalia.data.batch import Batch
 from castalia.data.step_reader import PADDING_ROW
@@ -41,17 +41,38 @@ class Progress:
 
 @dataclass
 class Clock:
-    """Seconds of wall time that the loop waited for data."""
+    """Wall time of the steps, and how much of it the loop waited for data."""
 
     data: float = 0.0
+    """Seconds of waiting for data, in all."""
+    waited: float = 0.0
+    """Seconds of waiting for data in the current step."""
+    began: float = field(default_factory=time.perf_counter)
+    """When the current step began."""
 
     def wait_for(self, batches: Iterator[list[Batch]]) -> list[Batch]:
-        """The next item of `batches`; the wait is counted."""
-        began = time.perf_counter()
+        """The next item of `batches`; with it a step begins."""
+        self.began = time.perf_counter()
         item = next(batches)
         # The loader works ahead in threads, so this is what the model really waited.
-        self.data += time.perf_counter() - began
+        self.waited = time.perf_counter() - self.began
+        self.data += self.waited
         return item
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """The times of a step of so many target tokens, which ends now.
+
+        Units  time: Unix seconds; step_seconds and data_seconds: seconds from the wait for the
+               step's rows to the end of its update, and of that wait alone. Validations and saves
+               are outside of the step.
+        """
+        seconds = time.perf_counter() - self.began
+        return {
+            "time": round(time.time(), 3),
+            "step_seconds": round(seconds, 6),
+            "data_seconds": round(self.waited, 6),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        }
 
 
 def rows_hash(batches: list[Batch]) -> int:

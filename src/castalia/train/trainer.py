@@ -21,6 +21,7 @@ from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients
 from castalia.models.families import family_of
+from castalia.monitor import memory_bytes
 from castalia.train.build import build_model, check_processes
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
@@ -305,6 +306,9 @@ class Trainer:
             metrics["sources"] = totals.of_sources(self.rows.sources)
         if why := self.guard.skips.get(self.progress.step):
             metrics["skipped"] = why
+        metrics |= self.clock.metrics(totals.tokens)
+        # The peak of this rank; the leading one writes it.
+        metrics["memory_bytes"] = memory_bytes(self.world.device)
         # Times of saves and loads, known only after the line of their own step was written.
         metrics |= self.pending_metrics
         self.pending_metrics.clear()

@@ -48,7 +48,7 @@ class Hook:
         passes            forward and backward passes
         mixture           the planner of the rows, or GPT-NeoX's blend
         progress          steps, updates and tokens so far
-        clock             seconds that the loop waited for data
+        clock             wall time of the steps, and of waiting for data
         checkpoints       saves and loads the state of the run
         policy            which steps are saved
         evaluate          rows, batches -> their loss: `Trainer.evaluate`
