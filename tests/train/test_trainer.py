@@ -223,7 +223,9 @@ def test_validation_and_metrics_lines(make, tokens, tmp_path):
         assert 0 <= line["data_seconds"] <= line["step_seconds"]
         # Both are rounded: a skipped step takes microseconds.
         speed = 192 / line["step_seconds"]
-        assert line["tokens_per_second"] == pytest.approx(speed, rel=0.01 + 2e-6 / line["step_seconds"])
+        assert line["tokens_per_second"] == pytest.approx(
+            speed, rel=0.01 + 2e-6 / line["step_seconds"]
+        )
         assert 2**26 < line["memory_bytes"] <= memory_bytes(trainer.world.device)
 
 
