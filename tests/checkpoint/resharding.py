@@ -24,6 +24,7 @@ from castalia.checkpoint import Store, verify
 from castalia.checkpoint.shards import HashedFile
 from castalia.core.errors import CheckpointError
 from castalia.distributed import World
+from castalia.distributed.join import leave
 
 
 def truth():
@@ -194,7 +195,7 @@ def in_one_process(task, folder, rank, world):
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     task(folder, rank, world)
     dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def run_world(task, folder, world):

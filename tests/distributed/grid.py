@@ -35,6 +35,7 @@ from castalia.checkpoint import read
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm
+from castalia.distributed.join import leave
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook, Metrics, Save, Step
 
@@ -316,8 +317,7 @@ def serve(
     clipped = ClippedNorm()
     for overrides in runs:
         train(overrides, [clipped, *(hook() for hook in hooks)])
-    if size > 1:
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 def launch(size: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...] = ()) -> None:

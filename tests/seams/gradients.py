@@ -67,4 +67,3 @@ if __name__ == "__main__":
     ranks = World.start(ParallelConfig(), "cpu")
     rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
     report({"whole": whole(rows), "split": split(rows, ranks)})
-    ranks.close()

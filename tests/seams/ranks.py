@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from castalia.distributed.join import leave
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,5 +31,6 @@ def on_ranks(script: str, count: int, *arguments: object) -> list[dict[str, Any]
 
 
 def report(result: dict[str, Any]) -> None:
-    """Hand this rank's result to the test that started it."""
+    """Hand this rank's result to the test that started it, and leave the others."""
     (Path(os.environ["REPORTS"]) / os.environ["RANK"]).write_text(json.dumps(result))
+    leave()

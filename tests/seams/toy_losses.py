@@ -172,4 +172,3 @@ if __name__ == "__main__":
     from tests.seams.ranks import report
 
     report(main(*sys.argv[1:]))
-    torch.distributed.destroy_process_group()

@@ -75,8 +75,11 @@ def parquet_file(file: InputFile) -> Iterator[Any]:
     """An open Parquet file; pages are checked against their checksums where they have one."""
     parquet = require("pyarrow.parquet", "parquet", f"reading {file.path}")
     with (
-        reading(file.path),
-        file.open() as opened,
+        reading(file.path) as pyarrow,
+        file.open() as raw,
+        # Arrow's threads would need Python's lock to read a file object of Python's: one that still
+        # waits for it when the process ends aborts the process.
+        pyarrow.PythonFile(raw) if file.remote else pyarrow.OSFile(file.path) as opened,
         parquet.ParquetFile(opened, page_checksum_verification=True) as parquet_file,
     ):
         yield parquet_file

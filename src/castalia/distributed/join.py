@@ -15,6 +15,8 @@ from castalia.core.errors import ConfigError, TrainingError
 from castalia.core.ranks import rendezvous
 
 POLL_SECONDS = 0.02
+DRAIN_SECONDS = 0.1
+"""Wait after the last collective for the backend's threads to let go of its tensors."""
 LOST = (
     "connection closed by peer",
     "connection reset by peer",
@@ -56,6 +58,17 @@ def join(backend: str, rank: int, size: int, seconds: float) -> None:
         raise ConfigError(
             reason_not_joined(str(error), f"{host}:{port}", rank, size, seconds)
         ) from error
+
+
+def leave() -> None:
+    """Leave the process group, if there is one."""
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    # A collective returns before gloo's thread has dropped its tensors, for which it takes Python's
+    # lock. A thread that waits for the lock while the interpreter shuts down is ended by force,
+    # which aborts the process ("terminate called without an active exception") after all its work.
+    time.sleep(DRAIN_SECONDS)
 
 
 def call_together(store: dist.Store, rank: int, size: int, seconds: float) -> str:

@@ -12,7 +12,7 @@ from castalia.core.errors import ConfigError
 from castalia.core.ranks import environment
 from castalia.distributed.config import Degrees, ParallelConfig
 from castalia.distributed.context_parallel import SequencePart
-from castalia.distributed.join import join
+from castalia.distributed.join import join, leave
 from castalia.distributed.mesh import LOSSES, SEQUENCES, WEIGHTS, coordinate, make_mesh
 
 
@@ -167,8 +167,8 @@ class World:
 
     def close(self) -> None:
         """Leave the process group."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.size > 1:
+            leave()
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
