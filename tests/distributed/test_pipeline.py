@@ -1,4 +1,7 @@
-"""Pipelines beyond the grid: validation, precision, reading, saving, layouts, faults."""
+"""Pipelines beyond the grid: validation, precision, reading, saving, layouts, faults.
+
+Steps without a target are here for every kind of layout: they share the processes.
+"""
 
 import json
 import os
@@ -38,6 +41,13 @@ MODELS = {
     "fp16": ("precision=fp16",),
     "apart": ("data.document_mask=documents",),
     "mixed": ("data.train=[{0},{0}2]", "mixing.kind=odm", "mixing.warmup_steps=2"),
+    "no targets": (
+        "data.train={0}_rows",
+        "data.labels={0}_rows_label",
+        "data.order=file",
+        # As in the grid: with 1e-8 a gradient of 1e-9 takes whole steps out of rounding noise.
+        "optim.eps=1e-6",
+    ),
 }
 PP2, PP4 = "parallel.pp=2", "parallel.pp=4"
 INTERLEAVED, ZERO_BUBBLE = "parallel.schedule=interleaved_1f1b", "parallel.schedule=zero_bubble"
@@ -62,6 +72,15 @@ FOUR_PROCESSES = {
     "four stages, documents by themselves": ("apart", (PP4,)),
 }
 """Cases beyond the grid: validation, low precision, several stages a rank, reading, saving."""
+NO_TARGETS = {
+    "two stages": (PP2,),
+    "two stages, zero bubble": (PP2, ZERO_BUBBLE),
+    "two copies": ("parallel.dp_replicate=2",),
+    "two shards": ("parallel.dp_shard=2",),
+    "tensor parallel": ("parallel.tp=2",),
+    "context parallel": ("parallel.cp=2",),
+}
+"""Layouts of the rows of which some steps, and some ranks of others, have no target."""
 MOVES = {
     "from 2 stages to 2 shards": (2, "tied", (PP2,), ()),
     "from 2 shards to 2 stages": (2, "tied", (), (PP2,)),
@@ -80,6 +99,14 @@ def base(tmp_path_factory) -> tuple[str, ...]:
         with IndexedDatasetWriter(name, "uint16") as writer:
             for size in random.integers(3, 60, 200):
                 writer.add([*random.integers(97, ids, size), 256])
+    # Nothing counts in the steps 2 and 3 of 12 rows, nor in the first half of step 4.
+    rows = random.integers(97, 123, (60, 17))
+    labels = rows.copy()
+    labels[12:42] = -100
+    for name, kind, values in (("rows", "uint16", rows), ("rows_label", "int32", labels)):
+        with IndexedDatasetWriter(f"{prefix}_{name}", kind) as writer:
+            for row in values:
+                writer.add(row)
     return (*BASE, f"data.train={prefix}", f"data.valid={prefix}")
 
 
@@ -154,7 +181,8 @@ def two(base, tmp_path_factory) -> Path:
     poisoned = [*base, PP2, f"output={folder / 'poisoned'}"]
     begun = [*of_model(base, "tied"), PP2, "train.steps=3", f"output={folder / 'begun'}"]
     more = [{"arguments": poisoned, "poison": 2}, {"arguments": begun, "poison": None}]
-    return all_of(2, TWO_PROCESSES, base, folder, more)
+    cases = TWO_PROCESSES | {name: ("no targets", layout) for name, layout in NO_TARGETS.items()}
+    return all_of(2, cases, base, folder, more)
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +226,14 @@ def require_equal(ours: Path, theirs: Path, limit: float = 1e-5) -> None:
 def test_two_stages_equal_one_process(two, alone, name):
     model, _ = TWO_PROCESSES[name]
     require_equal(two / name, alone(model), limit=2e-4 if model in ("bf16", "fp16") else 1e-5)
+
+
+@pytest.mark.parametrize("name", NO_TARGETS)
+def test_steps_without_targets_are_skipped_on_every_layout(two, alone, name):
+    require_equal(two / name, alone("no targets"))
+    lines = metrics(two / name)
+    assert [line.get("skipped") for line in lines] == [None, "no targets", "no targets", None, None]
+    assert lines[2]["tokens"] == lines[0]["tokens"] > 0
 
 
 @pytest.mark.parametrize("name", FOUR_PROCESSES)

@@ -6,17 +6,19 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from castalia.checkpoint import read, read_state
 from castalia.core.errors import ConfigError, TrainingError
+from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.train.config import GuardConfig
 from castalia.train.events import in_words, ranges, read_events
 from castalia.train.guard import Guard, Verdict
-from castalia.train.hooks import Hook, Metrics, Save, StepLine
+from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
 from castalia.train.losses import NextToken
 from castalia.train.totals import StepTotals
 from castalia.train.trainer import Trainer
@@ -198,6 +200,52 @@ def test_rollbacks_are_limited(make):
     ):
         trainer.fit()
     assert [event["step"] for event in read_events(trainer.config.output)] == [3, 4, 5]
+
+
+@pytest.fixture
+def no_targets(tmp_path):
+    """Overrides of data by kind; of 2 rows a step, most steps have no target."""
+    random = np.random.default_rng(0)
+    texts = [random.integers(97, 123, 17 if place % 5 == 0 else 1) for place in range(40)]
+    answers = [random.integers(97, 123, 17) for _ in range(40)]
+    labels = [text if place % 5 == 0 else text * 0 - 100 for place, text in enumerate(answers)]
+    last = [text * 0 - 100 for text in answers[:-1]] + answers[-1:]
+    files = {"short": texts, "answers": answers, "answers_label": labels, "last_label": last}
+    for name, documents in files.items():
+        with IndexedDatasetWriter(tmp_path / name, "int32") as writer:
+            for document in documents:
+                writer.add(document)
+    short = f"data.train={tmp_path / 'short'}"
+    return {
+        "labels": [
+            f"data.train={tmp_path / 'answers'}",
+            f"data.labels={tmp_path / 'answers_label'}",
+            "data.packing=unpacked",
+            # A validation reads two of its rows, and one row of all has targets.
+            f"data.valid={tmp_path / 'answers'}",
+            f"data.valid_labels={tmp_path / 'last_label'}",
+            "train.eval_every=6",
+            "train.eval_batches=1",
+        ],
+        "unpacked": [short, "data.packing=unpacked"],
+        "best_fit": [short, "data.packing=best_fit", "data.document_mask=documents"],
+    }
+
+
+@pytest.mark.parametrize("kind", ["labels", "unpacked", "best_fit"])
+def test_steps_without_targets_update_nothing(make, no_targets, kind, capsys):
+    """The same weights and moments as when these steps are skipped by request."""
+    data = [*no_targets[kind], "train.batch_size=2", "data.tokenizer=null"]
+    ours = fit(make("ours", *data, hooks=[Validate(), Metrics(), StepLine(), Save()]))
+    skipped = [line["step"] for line in lines(ours) if "skipped" in line]
+    assert {line.get("skipped") for line in lines(ours)} == {None, "no targets"}
+    assert ours.progress.without_targets == len(skipped) == 6 - ours.progress.updates
+    assert all(lines(ours)[step - 1]["loss"] is None for step in skipped)
+    if kind == "labels":
+        assert lines(ours)[5]["valid_loss"] is None
+    assert capsys.readouterr().err.count("no targets at step") == 1
+    asked = fit(make("asked", *data, f"guard.skip_steps={skipped}"))
+    require_equal(ours, asked, skipped)
 
 
 def test_skips_in_a_row_are_limited(make):

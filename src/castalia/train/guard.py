@@ -29,6 +29,7 @@ class Verdict(IntEnum):
     SPIKE = 1
     OVERFLOW = 2
     NAN = 3
+    NO_TARGETS = 4
 
 
 class Action(Enum):
@@ -38,6 +39,7 @@ class Action(Enum):
     OVERFLOW = "lower the loss scale, without an update"
     SKIP = "skip"
     ROLLBACK = "rollback"
+    NO_TARGETS = "no targets"
 
 
 class Guard:
@@ -65,6 +67,7 @@ class Guard:
         self.skips: dict[int, str] = dict.fromkeys(config.skip_steps, "asked")
         self.returns: list[int] = []
         self.in_a_row = 0
+        self.warned = False
         self.window: dict[str, deque[float]] = {
             name: deque(maxlen=config.spike_window) for name in ("loss", "grad_norm")
         }
@@ -75,6 +78,10 @@ class Guard:
         An infinite gradient under a finite loss is an overflow when the loss is scaled: fp16 ran
         out of range, which the loss scale exists to correct.
         """
+        # Every rank has the same sum of weights. The zero gradient would be an update all the same:
+        # Adam's moments and the weight decay move every weight without one.
+        if not totals.weight:
+            return Verdict.NO_TARGETS
         # The loss first: its NaN makes every gradient NaN, which no loss scale can mend.
         if not math.isfinite(totals.loss):
             return Verdict.NAN
@@ -108,6 +115,9 @@ class Guard:
         # Normal under fp16 while the scale finds its range: not an event, and not a skip.
         if verdict is Verdict.OVERFLOW:
             return Action.OVERFLOW
+        if verdict is Verdict.NO_TARGETS:
+            self.report_no_targets(step, micro_batches)
+            return Action.NO_TARGETS
         policy = "ignore"
         if verdict is Verdict.NAN:
             policy = self.config.nan
@@ -132,6 +142,18 @@ class Guard:
                 " set guard.nan=rollback"
             )
         return Action.SKIP
+
+    def report_no_targets(self, step: int, micro_batches: Sequence[Batch]) -> None:
+        """Warn of the first step without a target; metrics.jsonl has them all."""
+        if self.warned:
+            return
+        self.warned = True
+        rows = self.world.union(int(row) for batch in micro_batches for row in batch.index)
+        if self.world.leads:
+            warn(
+                f"no targets at step {step} (rows {ranges(rows)} of the data order): none of"
+                " their tokens is a target; skipped without an update, as is every such step"
+            )
 
     def decide(
         self,

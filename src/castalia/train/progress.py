@@ -19,6 +19,8 @@ class Progress:
     step: int = 0
     updates: int = 0
     tokens: int = 0
+    without_targets: int = 0
+    """Steps that were skipped because no token of them was a target."""
     updates_before: int = 0
     """Updates of another run, whose optimizer state train.start_optimizer took over."""
 
@@ -36,6 +38,8 @@ class Progress:
         self.step = state["step"]
         self.updates = state["updates"]
         self.tokens = state["tokens"]
+        # Checkpoints of older versions lack these two.
+        self.without_targets = state.get("without_targets", 0)
         self.updates_before = state.get("updates_before", 0)
 
 

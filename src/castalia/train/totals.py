@@ -110,7 +110,7 @@ class StepTotals:
     rows_hash   sum of the CRC-32 of each row's tokens: equal for equal rows on any world size.
     per_source  [total, weight] of each source; empty if the loss has none.
     metrics     the loss's own metrics, each a global mean.
-    norm        L2 norm of the gradients, which the loop fills in; NaN for a skipped step.
+    norm        L2 norm of the gradients, which the loop fills in; NaN for a step without a pass.
     """
 
     loss_sum: float
@@ -139,7 +139,7 @@ class StepTotals:
         pairs = [rest[place : place + 2] for place in range(0, len(rest), 2)]
         sources = len(pairs) - len(loss.names)
         means = {
-            name: metric / (count or 1.0)
+            name: metric / count if count else math.nan
             for name, (metric, count) in zip(loss.names, pairs[sources:], strict=True)
         }
         return cls(total, weight, int(tokens), int(rows), pairs[:sources], means)
@@ -159,5 +159,6 @@ class StepTotals:
 
     @property
     def loss(self) -> float:
-        """Mean loss over its global weight; 0 if nothing counted."""
-        return self.loss_sum / (self.weight or 1.0)
+        """Mean loss over its global weight; NaN if nothing counted, which 0 would pass off as
+        perfect."""
+        return self.loss_sum / self.weight if self.weight else math.nan

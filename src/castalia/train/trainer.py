@@ -4,7 +4,6 @@ Read `fit`, then `take_step`; docs/training.md lists the concepts of one step.
 """
 
 import itertools
-import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -201,8 +200,9 @@ class Trainer:
         # Updates and not steps: a skipped step must not move the schedule of those that count.
         lr = self.schedule(self.progress.updates)
         totals = self.accumulate(micro_batches)
-        # Converted once: this waits for the device, and everything below needs the number.
-        totals.norm = float(self.passes.gradient_norm() / self.scale.value)
+        if totals.weight:
+            # Converted once: this waits for the device, and everything below needs the number.
+            totals.norm = float(self.passes.gradient_norm() / self.scale.value)
         # Judged before the update: afterwards a NaN would be in every weight.
         verdict, stop = self.agree(self.guard.judge(totals))
         action = self.guard.answer(verdict, self.progress.step + 1, totals, micro_batches)
@@ -213,16 +213,16 @@ class Trainer:
 
     def skip_step(self, micro_batches: list[Batch]) -> Step:
         """Consume the rows of a step without a pass: its loss and its norm are NaN."""
-        # NaN rather than 0: a chart must not show a skipped step as a perfect one.
-        sums = self.passes.new_sums()
-        sums.total.fill_(math.nan)
-        totals = self.reduce(sums, micro_batches)
+        totals = self.reduce(self.passes.new_sums(), micro_batches)
         _, stop = self.agree(Verdict.GOOD)
         lr = self.schedule(self.progress.updates)
         return self.finish_step(lr, totals, Action.SKIP, stop)
 
     def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
-        """Forward and backward of all micro-batches: gradients of the global mean loss."""
+        """Forward and backward of all micro-batches: gradients of the global mean loss.
+
+        Without a target on any rank there is no pass and no gradient.
+        """
         weights = self.passes.weights(micro_batches)
         # Known before the pass, so that the backward pass can divide as it goes. Summing over all
         # ranks makes the mean independent of how rows are cut, even with unequal target counts.
@@ -231,7 +231,10 @@ class Trainer:
                 torch.tensor(sum(weights), dtype=torch.float64, device=self.world.device)
             )
         )
-        sums = self.passes.train(micro_batches, weights, self.scale.value / (weight or 1.0))
+        if weight:
+            sums = self.passes.train(micro_batches, weights, self.scale.value / weight)
+        else:
+            sums = self.passes.new_sums()
         return self.reduce(sums, micro_batches)
 
     def reduce(self, sums: PassSums, micro_batches: list[Batch]) -> StepTotals:
@@ -281,16 +284,18 @@ class Trainer:
         self.stopping = stop or self.mixture.at_end()
         if action is Action.SKIP:
             totals = totals.unused()
+        if action is Action.NO_TARGETS:
+            self.progress.without_targets += 1
         number = self.progress.step
         return Step(
             number,
             last=self.stopping or number == self.config.train.steps,
-            metrics=self.metrics(lr, totals),
+            metrics=self.metrics(lr, totals, action),
             tokens=self.progress.tokens,
             lr=lr,
         )
 
-    def metrics(self, lr: float, totals: StepTotals) -> dict[str, Any]:
+    def metrics(self, lr: float, totals: StepTotals, action: Action) -> dict[str, Any]:
         """The step's line of metrics.jsonl."""
         metrics: dict[str, Any] = {
             "loss": totals.loss,
@@ -304,7 +309,9 @@ class Trainer:
         # One source has the loss of the step itself.
         if len(self.rows.sources) > 1:
             metrics["sources"] = totals.of_sources(self.rows.sources)
-        if why := self.guard.skips.get(self.progress.step):
+        if action is Action.NO_TARGETS:
+            metrics["skipped"] = action.value
+        elif why := self.guard.skips.get(self.progress.step):
             metrics["skipped"] = why
         metrics |= self.clock.metrics(totals.tokens)
         # The peak of this rank; the leading one writes it.

@@ -54,7 +54,8 @@ class Validate(Hook):
         rows = self.rows
         count = len(rows.valid_sources)
         loss, tokens = np.array(totals.per_source, np.float64)[:count].T
-        step.metrics["valid_loss"] = loss.sum() / max(1.0, tokens.sum())
+        # NaN without a target: 0 would be the best loss of all.
+        step.metrics["valid_loss"] = loss.sum() / tokens.sum() if tokens.any() else np.nan
         # data.valid may list other sources than data.train; a mixer needs the same ones.
         paired = count == len(rows.sources)
         if paired:
