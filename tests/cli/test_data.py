@@ -241,7 +241,7 @@ def test_pythias_batches_out_of_shards_of_ready_rows(run, tmp_path):
     assert found.dtype == np.uint16 and np.array_equal(found, rows[2 * 1 : 2 * (3 + 1)])
 
 
-def test_view_shows_what_a_run_trained_on(run, tmp_path):
+def test_view_shows_what_a_run_trained_on(run, tmp_path, monkeypatch):
     command = [sys.executable, "-m", "castalia", "train", *OVERRIDES, "output=r"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -254,6 +254,12 @@ def test_view_shows_what_a_run_trained_on(run, tmp_path):
     assert out.splitlines() == lines
     # The folder of the run is a config as well, and one step may be asked for as --step.
     out = run("view", "r", "--step", "2", "--ids", "ids.npy")[1]
+    assert out.splitlines() == lines[2:]
+    # From anywhere: the paths in its config are relative to where the run was started.
+    elsewhere = tmp_path / "else" / "where"
+    elsewhere.mkdir(parents=True)
+    monkeypatch.chdir(elsewhere)
+    out = run("view", "../../r/config.yaml", "--step", "2", "--ids", "ids.npy")[1]
     assert out.splitlines() == lines[2:]
 
 

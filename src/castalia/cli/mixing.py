@@ -42,18 +42,19 @@ def reference(
       castalia mixing reference runs/small --output reference.json
     """
     from castalia.checkpoint import find_checkpoint
-    from castalia.config import read_yaml
+    from castalia.config.anchor import CONFIG
     from castalia.core.errors import ConfigError
     from castalia.eval import write_reference
+    from castalia.recipes import load_config
 
     folder = find_checkpoint(checkpoint)
-    data = read_yaml(folder / "config.yaml")["data"]
-    sources = prefixes or data["train"]
+    data = load_config([str(folder / CONFIG)]).data
+    sources = prefixes or data.train
     if not sources:
         raise ConfigError(
             f"the config of {folder} names no training data; name the token files, one a source"
         )
-    scores = write_reference(output, folder, sources, seq_length=data["seq_length"], rows=rows)
+    scores = write_reference(output, folder, sources, seq_length=data.seq_length, rows=rows)
     for name, entry in scores["sources"].items():
         typer.echo(f"{name}: {entry['loss']:.4f} nats a token over {entry['tokens']:,} tokens")
     typer.echo(f"written to {output}; use it with mixing.reference={output}")

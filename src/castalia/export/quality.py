@@ -11,6 +11,7 @@ from torch import Tensor
 
 from castalia.checkpoint import read_config
 from castalia.checkpoint.saved_model import open_model
+from castalia.config.anchor import CONFIG, anchored, run_folder_of
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
 from castalia.data.tokenizer import Tokenizer
@@ -76,9 +77,13 @@ def held_out(
         tokens = tokens_of(Path(given), tokenizer)
         return HeldOutText(Path(given).name, in_rows(tokens, str(given), limit))
     try:
-        prefixes = (read_config(checkpoint).get("data") or {}).get("valid") or []
+        config = read_config(checkpoint)
     except (CastaliaError, OSError):  # a Hugging Face folder has no config of a run
         return None
+    folder = run_folder_of(checkpoint / CONFIG)
+    if folder is not None:
+        config = anchored(config, folder)
+    prefixes = (config.get("data") or {}).get("valid") or []
     existing = [prefix for prefix in prefixes if Path(f"{prefix}.idx").is_file()]
     if not existing:
         return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from castalia.config.anchor import anchored, run_folder_of
 from castalia.config.base import check, report
 from castalia.config.fields import leaves
 from castalia.config.neox import is_neox, override_hint, read_neox
@@ -58,6 +59,7 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     """Read a preset, YAML files (ours or GPT-NeoX's) and `a.b=c` overrides, in this precedence.
 
     A run's folder stands for the config.yaml in it, and the suffix .yml or .yaml may be left out.
+    The config of a run folder means that folder, from any working directory.
     A file of ours may name its base with `recipe: pythia-70m`. `world` is the world size, for
     GPT-NeoX files without train_batch_size; None takes the environment's.
     Raises  ConfigError with every problem at once.
@@ -108,8 +110,11 @@ def read_files(paths: list[Path]) -> tuple[Values, dict[str, Values]]:
                 hint = f"; the preset {path.stem!r} has its values"
             problems.append(f"{error}{hint}")
             continue
+        folder = run_folder_of(path)
         if is_neox(values):
             neox[str(path)] = values
+        elif folder is not None:
+            own = merge(own, anchored(values, folder))
         else:
             own = merge(own, values)
     if problems:

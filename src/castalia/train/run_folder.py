@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castalia.config import dump_yaml, flatten, read_yaml
+from castalia.config.anchor import DIRECTORY
 from castalia.config.base import check
 from castalia.config.changes import may_change
 from castalia.core.errors import ConfigError
@@ -57,6 +58,8 @@ def write_run_folder(
         file.write(shlex.join(command) + "\n")
     path = folder / "env.json"
     environment = describe_environment(world.device, world.size)
+    # The paths in config.yaml are relative to it: see config/anchor.py.
+    environment[DIRECTORY] = str(Path.cwd())
     if not start and path.is_file():
         # A resumed run reads no start weights; it keeps the record of its first start.
         start = json.loads(path.read_text(encoding="utf-8")).get("start", {})

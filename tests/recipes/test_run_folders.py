@@ -1,0 +1,143 @@
+"""The config of a run folder means that folder, from any working directory."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from castalia.config import dump_yaml
+from castalia.config.anchor import NAMES, PATHS
+from castalia.config.fields import field_at, leaves
+from castalia.recipes import load_config
+from castalia.train.config import RunConfig
+
+PREFIXES = ["r/abs/data/train/a", "corpus/b"]
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """begun(*overrides): a run in home/r/abs, started in home; the working directory is another."""
+    home = tmp_path / "home"
+    (home / "elsewhere").mkdir(parents=True)
+    monkeypatch.chdir(home)
+
+    def start(*overrides, recorded=True):
+        words = [
+            "debug",
+            "output=r/abs",
+            f"data.train={json.dumps(PREFIXES)}",
+            "data.valid=s3://bucket/c",
+            "data.tokenizer=words.json",
+            "model.start=published/model",
+            "launch.hostfile=hosts",
+            *overrides,
+        ]
+        folder = home / "r" / "abs"
+        (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+        config = dump_yaml(load_config(words))
+        (folder / "config.yaml").write_text(config)
+        (folder / "checkpoints" / "step-00000003" / "config.yaml").write_text(config)
+        (home / "words.json").write_text("{}")
+        if recorded:
+            (folder / "env.json").write_text(json.dumps({"directory": str(home)}))
+        monkeypatch.chdir(home / "elsewhere")
+        return home
+
+    return start
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "of an earlier version"])
+@pytest.mark.parametrize(
+    "word",
+    ["../r/abs", "../r/abs/config.yaml", "../r/abs/checkpoints/step-00000003/config.yaml"],
+)
+def test_paths_hold_from_another_directory(begun, word, recorded):
+    home = begun(recorded=recorded)
+    config = load_config([word])
+    assert config.output == f"{home}/r/abs"
+    assert config.data.train == [f"{home}/{prefix}" for prefix in PREFIXES]
+    assert config.data.valid == ["s3://bucket/c"]
+    assert config.launch.hostfile == f"{home}/hosts"
+    # A name is a path only if the path exists: this start is a model of a hub.
+    assert config.data.tokenizer == f"{home}/words.json"
+    assert config.model.start == "published/model"
+
+
+def test_overrides_and_later_files_are_relative_to_this_directory(begun):
+    home = begun()
+    Path("more.yaml").write_text("data: {valid: [here/c]}\n")
+    config = load_config(["../r/abs", "more.yaml", "output=new"])
+    assert (config.output, config.data.valid) == ("new", ["here/c"])
+    assert config.data.train == [f"{home}/{prefix}" for prefix in PREFIXES]
+
+
+def test_nothing_changes_where_the_run_was_started(begun, monkeypatch):
+    monkeypatch.chdir(begun())
+    config = load_config(["r/abs"])
+    assert (config.output, config.data.train) == ("r/abs", PREFIXES)
+
+
+def test_a_tree_that_was_moved_and_a_run_that_left_it(begun, tmp_path, monkeypatch):
+    moved = tmp_path / "moved"
+    begun().rename(moved)
+    config = load_config([str(moved / "r" / "abs")])
+    assert config.output == f"{moved}/r/abs"
+    assert config.data.train == [f"{moved}/{prefix}" for prefix in PREFIXES]
+    (tmp_path / "home").mkdir()
+    (moved / "r" / "abs").rename(tmp_path / "kept")
+    config = load_config([str(tmp_path / "kept")])
+    assert config.output == f"{tmp_path}/kept"
+    # The files outside of the run stayed behind, or were moved by someone else.
+    assert config.data.train == [f"{tmp_path}/kept/data/train/a", f"{tmp_path}/home/corpus/b"]
+
+
+def test_an_absolute_output_needs_the_recorded_directory(begun, tmp_path):
+    home = begun(f"output={tmp_path}/home/r/abs")
+    assert load_config(["../r/abs"]).data.train == [f"{home}/{prefix}" for prefix in PREFIXES]
+
+
+def test_a_config_beside_no_run_is_a_config_like_any_other(begun, tmp_path):
+    begun()
+    text = (tmp_path / "home" / "r" / "abs" / "config.yaml").read_text()
+    Path("config.yaml").write_text(text)
+    Path("copy.yaml").write_text(text)
+    for name in ("config.yaml", "copy.yaml"):
+        assert load_config([name]).output == "r/abs"
+
+
+NO_PATHS = {
+    "recipe",
+    "mixing.kind",
+    "mixing.exhaustion",
+    "mixing.reference",  # the losses themselves, once they were read
+    "mixing.target",
+    "model.family",
+    "data.split",
+    "data.corpus",
+    "loss.kind",
+    "optim.kind",
+    "optim.groups.kind",
+    "optim.groups.pattern",
+    "optim.groups.options",
+    "launch.include",
+    "launch.exclude",
+    "launch.master_addr",
+    "launch.launcher_args",
+    "launch.environment",
+    "launch.slurm",
+    "model.start_missing",
+    "train.frozen",
+    "monitor.sinks",
+    "hooks",
+}
+"""Keys that hold text which names no file."""
+
+
+def test_every_text_of_a_config_is_a_path_or_is_not():
+    texts = set()
+    for key in leaves(RunConfig):
+        field = field_at(RunConfig, key.split("."))
+        if field is None or "str" in str(field.annotation):
+            texts.add(key)
+    paths = {"output", *PATHS, *NAMES}
+    assert texts - NO_PATHS == paths
