@@ -205,33 +205,157 @@ def test_targets_are_the_words_of_the_assistant(tmp_path, chats, only_last):
         assert tokenizer.decode([label for label in labels if label >= 0]) == "".join(said)
 
 
+EACH = "{% for m in messages %}"
 TEMPLATES = {
-    "loops": "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}"
-    "{{ m.content | trim }}\n{% endfor %}",
-    "tags": "{{ bos_token }}{% for m in messages %}{% generation %}{{ m['content'] }}"
-    "{{ eos_token }}{% endgeneration %}{% endfor %}{% if add_generation_prompt %}>{% endif %}",
+    "loops": EACH + "{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content | trim }}\n"
+    "{% endfor %}",
+    "tags": "{{ bos_token }}" + EACH + "{% generation %}{{ m['content'] }}{{ eos_token }}"
+    "{% set word = 'lost' %}{% endgeneration %}{{ word }}{% endfor %}"
+    "{% if add_generation_prompt %}>{% endif %}",
     "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ missing }}"
-    "{{ pad_token }}",
+    "{{ pad_token }}{{ messages | tojson(separators=(',', ':'), sort_keys=true) }}",
     "spaces": "{%- for m in messages %}\n    {%- if true %}\n  {{- '[' + m.role + ']' }} "
     "{{ m.content }}\n{%- endif %}\n{%- endfor %}\n",
-    "namespace": "{% set n = namespace(i=0) %}{% for m in messages %}{% set n.i = n.i + 1 %}"
-    "{{ n.i }}{{ m.content }}{% endfor %}",
+    "namespace": "{% set n = namespace(i=0, self=dict(a=1)) %}" + EACH + "{% set n.i = n.i + 1 %}"
+    "{{ n.i }}{{ n.self }}{{ dict.fromkeys('ab') }}{{ m.content }}{% endfor %}",
+    "tools": "{% if tools is not none %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    "{% endif %}{{ tools is defined }}" + EACH + "{{ m.content }}{% for c in m.tool_calls %}"
+    "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ m.name }}"
+    "{{ m.tool_call_id }}{% endfor %}",
+    "documents": "{% if documents is not none %}{% for d in documents %}{{ d['title'] }}: "
+    "{{ d['text'] }}{% endfor %}{% endif %}{{ documents is defined }}",
+    "date": "{{ strftime_now is defined }}{{ strftime_now('%Y') }}",
+    "thoughts": EACH + "{{ m.reasoning_content }}/{{ m.thinking }}/{{ m.content }}{% endfor %}",
+    "nulls": EACH + "{{ 'content' in m }}{{ m.content is defined }}{{ m }}{% endfor %}",
+    "own": "{{ enable_thinking }}{{ eos_token }}{{ messages | length }}",
+    "parts": EACH + "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text | trim }}{% endfor %}{% endif %}{% endfor %}",
 }
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Tells <b>the</b> weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CALLS = [
+    {"role": "user", "content": "Weather in Málaga?", "name": "anna"},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning": "look it up",
+        "tool_calls": [
+            {
+                "id": "call1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": {"city": "Málaga"}},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call1", "content": "sunny"},
+    {"role": "assistant", "content": " Sunny. "},
+]
+GIVEN = [
+    {},
+    {"tools": TOOLS},
+    {"documents": [{"title": "Málaga", "text": "a city"}]},
+    {"tools": [], "documents": [], "reply": True},
+    {"variables": {"enable_thinking": False, "eos_token": "<own>"}},
+    {"continue_last": True},
+]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_are_rendered_as_transformers_does(tmp_path, name):
+def test_templates_are_rendered_as_transformers_does(tmp_path):
     transformers = pytest.importorskip(
         "transformers", reason="transformers is not installed: castalia[hf]"
     )
-    shutil.copytree(GOLDEN, tmp_path / "t")
-    (tmp_path / "t" / "chat_template.jinja").write_text(TEMPLATES[name])
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "t")
-    ours = read_chat_template(tmp_path / "t")
-    for chat in (line["messages"] for line in golden_lines()):
-        for reply in (False, True):
-            wanted = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=reply)
-            assert ours.render(chat, reply=reply) == wanted
+    theirs = transformers.AutoTokenizer.from_pretrained(GOLDEN)
+    folder = tmp_path / "t"
+    shutil.copytree(GOLDEN, folder)
+    chats = [*(line["messages"] for line in golden_lines()[:4]), CALLS]
+    parted = [{"role": "user", "content": [{"type": "text", "text": t} for t in (" a", "b ")]}]
+    for name, template in TEMPLATES.items():
+        (folder / "chat_template.jinja").write_text(template)
+        theirs.chat_template = template
+        ours = read_chat_template(folder)
+        for chat in [*chats, *[parted] * (name == "parts")]:
+            for more in GIVEN:
+                # The last message is continued where the template writes it.
+                if more.get("continue_last") and name not in ("tags", "tools", "parts"):
+                    continue
+                wanted = theirs.apply_chat_template(
+                    chat,
+                    tokenize=False,
+                    tools=more.get("tools"),
+                    documents=more.get("documents"),
+                    add_generation_prompt=more.get("reply", False),
+                    continue_final_message=more.get("continue_last", False),
+                    **more.get("variables", {}),
+                )
+                assert ours.render(chat, **more) == wanted, (name, more)
+
+
+CHATML = json.loads((GOLDEN / "tokenizer_config.json").read_text())["chat_template"]
+
+
+def test_contents_in_the_form_that_the_template_expects():
+    """A template of strings gets parts joined; one of parts gets a string as a part."""
+    parts = [{"type": "text", "text": "one"}, {"type": "output_text", "text": "two"}, "three"]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    strings = ChatTemplate(CHATML, "strings")
+    assert strings.render(chat[:1]) == "<|im_start|>user\none\ntwo\nthree<|im_end|>\n"
+    assert strings.render(chat).endswith("<|im_start|>assistant\n<|im_end|>\n")
+    lists = EACH + "{% for p in m.content %}{% if p.type == 'text' %}[{{ p.text }}]{% endif %}"
+    lists = ChatTemplate(lists + "{% endfor %}{% endfor %}", "lists")
+    assert lists.render(chat[:1]) == "[one][two][three]"
+    assert lists.render([{"role": "user", "content": "word"}]) == "[word]"
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(ConfigError, match="part 1 of the content has the type 'image_url'"):
+        strings.render(image)
+    with pytest.raises(ConfigError, match="part 1 of the content has no text"):
+        strings.render([{"role": "user", "content": [{"type": "text"}]}])
+
+
+def test_tools_may_have_a_template_of_their_own(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | length }}")
+    template = read_chat_template(tmp_path)
+    assert (template.render([]), template.render([], tools=TOOLS)) == ("plain", "1")
+    assert template.reads("tools") and not template.reads("documents")
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "used"}]
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template = read_chat_template(tmp_path)
+    assert (template.render([]), template.render([], tools=[])) == ("plain", "used")
+
+
+def test_a_broken_template_is_found_when_it_is_loaded(tmp_path):
+    broken = {
+        "ok\n{% if %}": r"t\.jinja: line 2: invalid Jinja template",
+        "{{ messages | nothing }}": r"t\.jinja: line 1: invalid Jinja template: No filter named",
+        "{% break %}": r"t\.jinja: invalid Jinja template: 'break' outside loop",
+        "{% generation %}": r"t\.jinja: line 1: invalid Jinja template: Unexpected end",
+    }
+    for text, message in broken.items():
+        (tmp_path / "t.jinja").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_chat_template(None, tmp_path / "t.jinja")
+
+
+def test_what_cannot_be_continued():
+    template = ChatTemplate(CHATML, "t")
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well,"}]
+    assert template.render(said, continue_last=True).endswith("assistant\nWell,")
+    with pytest.raises(ConfigError, match="give one of add_generation_prompt and continue_final"):
+        template.render(said, reply=True, continue_last=True)
+    with pytest.raises(ConfigError, match="there is no message with text to continue"):
+        template.render([{"role": "assistant", "content": None}], continue_last=True)
+    with pytest.raises(ConfigError, match="the chat template leaves a part of it out"):
+        ChatTemplate("{{ messages[0].content }}", "t").render(said, continue_last=True)
 
 
 def test_prompts_and_pairs(tmp_path):
@@ -367,9 +491,6 @@ def test_templates_that_refuse_or_rewrite(tmp_path):
         with pytest.raises(DataError) as caught:
             run([path], tmp_path / "o", options=ChatOptions(template=str(tmp_path / "t.jinja")))
         assert str(caught.value).startswith(f"{path}:1: {message}"), text
-    (tmp_path / "t.jinja").write_text("ok\n{% if %}")
-    with pytest.raises(ConfigError, match=r"t\.jinja: line 2: invalid Jinja template"):
-        run([path], tmp_path / "o", options=ChatOptions(template=str(tmp_path / "t.jinja")))
     with pytest.raises(DataError, match=r"none\.jinja: cannot read the chat template"):
         run([path], tmp_path / "o", options=ChatOptions(template=str(tmp_path / "none.jinja")))
 
@@ -455,7 +576,7 @@ def test_special_tokens_may_stand_with_their_flags(tmp_path):
     with pytest.raises(DataError, match="expected a JSON object, got list"):
         read_chat_template(tmp_path)
     assert read_chat_template(tmp_path / "none") is None
-    assert ChatTemplate("{{ bos_token }}", "t").render([], bos_token="<b>") == "<b>"
+    assert ChatTemplate("{{ bos_token }}", "t").render([], defaults={"bos_token": "<b>"}) == "<b>"
 
 
 def test_mutated_lines_are_errors_or_aligned_files(tmp_path):

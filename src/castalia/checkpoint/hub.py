@@ -16,6 +16,7 @@ FILES = (
     "*.json",
     "*.safetensors",
     "model.bin",
+    "*.jinja",
     "*.txt",
     "*.model",
     "README.md",

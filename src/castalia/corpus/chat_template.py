@@ -1,11 +1,12 @@
 """Conversations to text: the Jinja chat template of a Hugging Face tokenizer, in a sandbox.
 
-Source  transformers' utils/chat_template_utils.py, whose Jinja settings these are.
+Source  transformers 5.23, utils/chat_template_utils.py and `apply_chat_template`: a template is
+        given what transformers gives it.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,15 +14,34 @@ from typing import Any
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.extras import require
+from castalia.corpus.message_content import (
+    EITHER,
+    PARTS,
+    STRING,
+    in_form,
+    tagged,
+    without_nulls,
+)
+from castalia.corpus.template_sandbox import clock, compiled, names_read
+from castalia.data.tokenizer_settings import SETTINGS, read_settings, special_tokens
 
 TEMPLATE_FILE = "chat_template.jinja"
-SETTINGS = "tokenizer_config.json"
-Messages = Sequence[Mapping[str, Any]]
+TOOL_FILE = "additional_chat_templates/tool_use.jinja"
+CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Marks the end of the message that is to be continued, as transformers does. The space shows
+whether the template trims the message."""
+PROBE = "the words of the probe"
+Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]]
+"""JSON schemas of functions."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template."""
+    """A chat template.
+
+    Raises  ConfigError if it is not valid Jinja, or jinja2 is not installed.
+    """
 
     text: str
     """Jinja source."""
@@ -29,84 +49,131 @@ class ChatTemplate:
     """The file it was read from."""
     tokens: tuple[tuple[str, str], ...] = ()
     """Name and text of the special tokens that it may write."""
+    tool_use: str | None = None
+    """Jinja source for conversations with tools, if the tokenizer has one of its own."""
+    moment: str | None = None
+    """What `strftime_now` tells, in ISO 8601; None tells the clock's time."""
 
-    def render(self, messages: Messages, *, reply: bool = False, **more: str) -> str:
-        """The text of a conversation; `reply` adds the opening of the assistant's next message.
+    def __post_init__(self) -> None:
+        compiled(self.text, self.where)
+        if self.tool_use is not None:
+            compiled(self.tool_use, self.where)
 
-        `more` are special tokens for a tokenizer that names none. `strftime_now` is not defined: a
-        template that asks for the date takes its fixed one, so the same conversation gives the same
-        text on any day.
-        Raises  ConfigError if the template rejects the conversation or is not valid Jinja.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Tools | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        reply: bool = False,
+        continue_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, str] | None = None,
+    ) -> str:
+        """The text of a conversation.
+
+        `messages` have a role, and a content that is a string, null, or a list of text parts; all
+        their keys reach the template, but for those that are null. Parts become one string, with
+        line breaks between them, for a template that expects strings.
+
+        tools          JSON schemas of the functions that the model may call.
+        documents      objects with `title` and `text`, for templates of retrieval.
+        reply          add the opening of the assistant's next message.
+        continue_last  leave the last message open, so that the model continues it.
+        variables      more names for the template (vLLM's chat_template_kwargs); they win over
+                       special tokens.
+        defaults       special tokens for a tokenizer whose folder names none.
+
+        Raises  ConfigError if the template rejects the conversation, a part of a content is not
+                text, or there is nothing to continue.
         """
-        template = compiled(self.text, self.where)
-        try:
-            text: str = template.render(
-                messages=messages, add_generation_prompt=reply, **(more | dict(self.tokens))
+        if reply and continue_last:
+            raise ConfigError(
+                "a text either opens a new message or continues the last one; give one of"
+                " add_generation_prompt and continue_final_message"
             )
+        plain = in_form(without_nulls(messages), self.content_form)
+        said = ""
+        if continue_last:
+            plain, said = tagged(plain, CONTINUED)
+        names = {
+            **(dict(self.tokens) or defaults or {}),
+            **(variables or {}),
+            "tools": tools,
+            "documents": documents,
+            "add_generation_prompt": reply,
+        }
+        text = self.rendered(plain, names)
+        return up_to_tag(text, said) if continue_last else text
+
+    def rendered(self, messages: Sequence[Message], names: Mapping[str, Any]) -> str:
+        """The text of messages in the form that the template expects.
+
+        Raises  ConfigError if the template rejects them.
+        """
+        jinja2 = require("jinja2", "chat", f"the chat template {self.where}")
+        source = self.text
+        if self.tool_use is not None and names["tools"] is not None:
+            source = self.tool_use
+        template = compiled(source, self.where)
+        if self.moment is not None:
+            names = {"strftime_now": clock(self.moment), **names}
+        # A template that joins strings cannot take a message without a content: "" is the second
+        # try, since others ask whether there is a content.
+        attempts = [messages]
+        if not all("content" in message for message in messages):
+            attempts.append([{"content": "", **message} for message in messages])
+        try:
+            for attempt in attempts[:-1]:
+                with suppress(jinja2.UndefinedError):
+                    return str(template.render(messages=attempt, **names))
+            return str(template.render(messages=attempts[-1], **names))
         except Exception as error:  # a template may fail in any way that Python can
             raise ConfigError(f"the chat template rejects this conversation: {error}") from None
-        return text
+
+    def reads(self, name: str) -> bool:
+        """Whether the template reads a variable, such as `tools`."""
+        sources = [self.text] if self.tool_use is None else [self.text, self.tool_use]
+        return any(name in names_read(source, self.where) for source in sources)
+
+    @property
+    def content_form(self) -> str:
+        """STRING, PARTS or EITHER: the contents that the template expects."""
+        return content_form(self.text, self.where, self.tokens)
 
 
 @lru_cache(maxsize=16)
-def compiled(text: str, where: str) -> Any:
-    """The template, ready to render.
+def content_form(text: str, where: str, tokens: tuple[tuple[str, str], ...]) -> str:
+    """The contents that a template expects: it is asked to write a string, and a list of parts."""
+    writes = []
+    for content in (PROBE, [{"type": "text", "text": PROBE}]):
+        names = {**dict(tokens), "tools": None, "documents": None}
+        message = {"role": "user", "content": content}
+        try:
+            written = compiled(text, where).render(messages=[message], **names)
+        except Exception:  # it refuses this form
+            written = ""
+        # Python's own spelling of the list would be no text of a conversation.
+        writes.append(PROBE in written and "'type'" not in written and '"type"' not in written)
+    if writes == [True, True]:
+        return EITHER
+    return PARTS if writes == [False, True] else STRING
 
-    Raises  ConfigError if it is not valid Jinja, or jinja2 is not installed.
+
+def up_to_tag(text: str, said: str) -> str:
+    """A rendered conversation up to the end of its last message, which says `said` and CONTINUED.
+
+    Raises  ConfigError if the template left a part of the message out.
     """
-    jinja2 = require("jinja2", "chat", f"the chat template {where}")
-    sandbox = require("jinja2.sandbox", "chat", f"the chat template {where}")
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    # Templates come from downloaded folders: the sandbox denies them Python's internals.
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols", generation_blocks()],
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = as_json
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
+    place = text.rfind(CONTINUED.strip())
+    if place < 0 or said.strip() not in text:
         raise ConfigError(
-            f"{where}: line {error.lineno}: invalid Jinja template: {error.message}"
-        ) from None
-
-
-def generation_blocks() -> Any:
-    """The tag {% generation %}, which marks the assistant's words in some templates.
-
-    Its content is rendered unchanged.
-    """
-    extensions: Any = require("jinja2.ext", "chat", "a chat template")
-
-    class Generation(extensions.Extension):
-        """{% generation %} ... {% endgeneration %}."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            """The nodes between the tags."""
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    return Generation
-
-
-def as_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """The filter `tojson`; Jinja's own escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+            "the last message cannot be continued: the chat template leaves a part of it out"
+        )
+    if text.startswith(CONTINUED, place):
+        return text[:place]
+    # The template trims the message.
+    return text[:place].rstrip()
 
 
 def read_chat_template(
@@ -114,18 +181,12 @@ def read_chat_template(
 ) -> ChatTemplate | None:
     """The template in `file`, else that of a tokenizer's folder; None if it has none.
 
-    Raises  DataError if a file cannot be read.
+    Raises  DataError if a file cannot be read; ConfigError if the template is not valid Jinja.
     """
-    settings = read_settings(folder)
-    tokens = special_tokens(settings)
-    if file is None and folder is not None and (folder / TEMPLATE_FILE).is_file():
-        file = folder / TEMPLATE_FILE
-    if file is not None:
-        try:
-            return ChatTemplate(Path(file).read_text(encoding="utf-8"), str(file), tokens)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot read the chat template: {error}") from None
-    template = settings.get("chat_template")
+    tokens = tuple(special_tokens(folder).items())
+    template = read_settings(folder).get("chat_template")
+    tool_use = None
+    where = f"{folder}/{SETTINGS}"
     if isinstance(template, list):  # several templates by name
         by_name = {
             entry.get("name"): entry.get("template")
@@ -133,36 +194,28 @@ def read_chat_template(
             if isinstance(entry, dict)
         }
         template = by_name.get("default")
+        tool_use = by_name.get("tool_use")
+    if folder is not None and (folder / TEMPLATE_FILE).is_file():
+        where = str(folder / TEMPLATE_FILE)
+        template = read_template(where)
+        tool_use = None
+        if (folder / TOOL_FILE).is_file():
+            tool_use = read_template(folder / TOOL_FILE)
+    if file is not None:
+        return ChatTemplate(read_template(file), str(file), tokens)
     if not isinstance(template, str):
         return None
-    return ChatTemplate(template, f"{folder}/{SETTINGS}", tokens)
+    if not isinstance(tool_use, str):
+        tool_use = None
+    return ChatTemplate(template, where, tokens, tool_use)
 
 
-def read_settings(folder: Path | None) -> dict[str, Any]:
-    """tokenizer_config.json of a folder; empty if there is none.
+def read_template(file: str | os.PathLike[str]) -> str:
+    """The text of a template's file.
 
-    Raises  DataError if it is not a JSON object.
+    Raises  DataError if it cannot be read.
     """
-    if folder is None or not (folder / SETTINGS).is_file():
-        return {}
-    path = folder / SETTINGS
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: invalid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
-
-
-def special_tokens(settings: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Name and text of the special tokens in a tokenizer's settings.
-
-    A token is written as its text, or as an object with its text and flags.
-    """
-    tokens = []
-    for name, value in settings.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            tokens.append((name, text))
-    return tuple(tokens)
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot read the chat template: {error}") from None

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import ConfigError
-from castalia.corpus.chat_template import ChatTemplate, compiled, read_chat_template, read_settings
+from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.corpus.chats import ChatForm, ChatOptions
 from castalia.corpus.extents import PART_BYTES
 from castalia.corpus.fim import FimOptions, make_fim
 from castalia.corpus.forms import TextForm
 from castalia.corpus.provenance import OWN
 from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer_settings import read_settings
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,6 @@ def make_chats(options: ChatOptions, tokenizer: Tokenizer) -> ChatForm:
             f"{tokenizer.where} has no chat template beside it (chat_template.jinja, or in"
             " tokenizer_config.json); name one with --chat-template FILE"
         )
-    compiled(template.text, template.where)  # a syntax error is reported now, not by a worker
     require_tokens(tokenizer, settings, template)
     eos_id = eos_of(tokenizer, settings, template)
     if options.for_rm and eos_id is None:

@@ -121,7 +121,9 @@ class Service:
         if eod_id is not None and tokenizer is not None:
             eos = tokenizer.tokens()[eod_id]
         messages = [message.model_dump() for message in body.messages]
-        prompt = loaded.template.render(messages, reply=True, eos_token=eos, bos_token=eos)
+        prompt = loaded.template.render(
+            messages, reply=True, defaults={"eos_token": eos, "bos_token": eos}
+        )
         max_tokens = body.max_completion_tokens or body.max_tokens or NO_LIMIT
         top = None
         if body.logprobs:
