@@ -132,7 +132,7 @@ def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]
     initialize(model, start_weights(model.config, 1234))
     hf = folder / size / "hf"
     hf.mkdir(parents=True)
-    write_hf(hf, model.state_dict(), config, eod_id=0, dtype="fp32")
+    write_hf(hf, model.state_dict(), config, end_ids=(0,), dtype="fp32")
     vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, tokens)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.add_special_tokens(["<|endoftext|>"])

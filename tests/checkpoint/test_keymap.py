@@ -105,7 +105,7 @@ def test_the_config_comes_back_as_it_went() -> None:
         rotary_emb_base=500.0,
         layernorm_epsilon=1e-6,
     )
-    assert model_config(hf_config(config, eod_id=0), "here", vocab_size=100) == config.model_copy(
+    assert model_config(hf_config(config, end_ids=(0,)), "here", vocab_size=100) == config.model_copy(
         update={"intermediate_size": 64}
     )
 
@@ -148,11 +148,11 @@ def test_the_published_pythia_config_is_read() -> None:
 )
 def test_what_our_decoder_lacks_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        model_config({**hf_config(tiny(), eod_id=0), **change}, "config.json", vocab_size=100)
+        model_config({**hf_config(tiny(), end_ids=(0,)), **change}, "config.json", vocab_size=100)
 
 
 def test_a_missing_size_is_named() -> None:
-    values = hf_config(tiny(), eod_id=0)
+    values = hf_config(tiny(), end_ids=(0,))
     del values["hidden_size"]
     with pytest.raises(ConfigError, match=r"config\.json: hidden_size is missing"):
         model_config(values, "config.json")
@@ -160,4 +160,4 @@ def test_a_missing_size_is_named() -> None:
 
 def test_an_mlp_without_bias_is_no_gpt_neox() -> None:
     with pytest.raises(ConfigError, match="mlp_bias=false"):
-        hf_config(tiny(mlp_bias=False), eod_id=0)
+        hf_config(tiny(mlp_bias=False), end_ids=(0,))

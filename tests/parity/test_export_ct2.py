@@ -124,7 +124,14 @@ def test_int8_is_a_quarter_of_float32(tmp_path: Path) -> None:
 def test_the_weights_are_left_as_they_were(tmp_path: Path) -> None:
     source = open_model(save_run(tmp_path / "run"))
     before = {name: tensor.clone() for name, tensor in source.tensors.items()}
-    write_ct2(tmp_path, source.tensors, source.config, source.tokenizer, quantization="int8")
+    write_ct2(
+        tmp_path,
+        source.tensors,
+        source.config,
+        source.tokenizer,
+        source.special,
+        quantization="int8",
+    )
     assert all(torch.equal(before[name], source.tensors[name]) for name in before)
 
 
@@ -250,7 +257,12 @@ def test_the_file_is_the_one_of_its_own_serializer(
     spec.save(str(tmp_path / "theirs"))
     (tmp_path / "ours").mkdir()
     write_ct2(
-        tmp_path / "ours", source.tensors, config, source.tokenizer, quantization=quantization
+        tmp_path / "ours",
+        source.tensors,
+        config,
+        source.tokenizer,
+        source.special,
+        quantization=quantization,
     )
     for file in (tmp_path / "theirs").iterdir():
         assert (tmp_path / "ours" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -4,7 +4,7 @@ hub model."""
 import re
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from castalia.checkpoint.find import newest_first
@@ -12,6 +12,7 @@ from castalia.checkpoint.hf import is_hf_folder, read_hf, weight_files
 from castalia.checkpoint.hub import hub_folder, is_hub_id
 from castalia.checkpoint.load import check_tensors, read_config, read_text
 from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
+from castalia.checkpoint.special_ids import SpecialIds, read_special_ids
 from castalia.checkpoint.tensors import StoredTensors, checkpoint_tensors
 from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of
@@ -34,6 +35,8 @@ class SavedModel:
     tokenizer: Tokenizer | None
     step: int | None
     """Optimizer steps behind the weights; None where the folder does not say."""
+    special: SpecialIds = field(default_factory=SpecialIds)
+    """Ids that begin and end a text."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -108,7 +111,8 @@ def open_step(folder: Path, check: bool = True) -> SavedModel:
     tensors = checkpoint_tensors(folder, manifest)
     if check:
         check_tensors(folder, manifest, "model.")
-    return SavedModel(folder, config, tensors, tokenizer, manifest.step)
+    special = SpecialIds.of_tokenizer(tokenizer)
+    return SavedModel(folder, config, tensors, tokenizer, manifest.step, special)
 
 
 def open_hf(folder: Path, optional: Collection[str] = ()) -> SavedModel:
@@ -119,4 +123,6 @@ def open_hf(folder: Path, optional: Collection[str] = ()) -> SavedModel:
     tensors, config = read_hf(folder, vocab_size, optional)
     # The files of a Hugging Face folder do not name a step.
     named = re.fullmatch(r"step(\d+)", folder.name)
-    return SavedModel(folder, config, tensors, tokenizer, int(named[1]) if named else None)
+    step = int(named[1]) if named else None
+    special = read_special_ids(folder, tokenizer, config.vocab_size)
+    return SavedModel(folder, config, tensors, tokenizer, step, special)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
 from castalia.core.errors import ConfigError
+from castalia.checkpoint.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.ct2_file import write_model_bin
 from castalia.export.part_rules import linear_rules, norm_rules, parts_of
@@ -68,6 +69,7 @@ def write_ct2(
     tensors: Mapping[str, Tensor],
     config: ModelConfig,
     tokenizer: Tokenizer,
+    special: SpecialIds,
     *,
     quantization: str,
 ) -> None:
@@ -77,18 +79,20 @@ def write_ct2(
             not fit.
     """
     config = require_transformer(config, "CTranslate2")
-    if tokenizer.eod_id is None:
-        raise ConfigError("CTranslate2 needs an end-of-document token, and this tokenizer has none")
+    if not special.end_ids:
+        raise ConfigError("CTranslate2 needs a token that ends a text, and this model names none")
     theirs = dict(ct2_keymap(config).to_theirs(tensors))
     if config.tie_word_embeddings:
         theirs["decoder/projection/weight"] = theirs["decoder/embeddings/weight"]
     vocabulary = ct2_vocabulary(tokenizer.tokens(), config.padded_vocab_size)
     write_model_bin(folder / "model.bin", theirs, config, quantization)
-    end = vocabulary[tokenizer.eod_id]
+    # The library knows one end; an engine that knows more passes them with every call.
+    end = vocabulary[special.end_ids[0]]
+    start = end if special.start_id is None else vocabulary[special.start_id]
     # unk_token: without a name from the vocabulary, the engine appends its own unknown token, an
     # id beyond the embedding. layer_norm_epsilon: the engine's default is 1e-5.
     described: dict[str, str | float | bool] = {
-        "bos_token": end,
+        "bos_token": start,
         "eos_token": end,
         "layer_norm_epsilon": config.layernorm_epsilon,
         # The official serializer writes this for every decoder without grouped queries.

@@ -280,9 +280,14 @@ def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]
     if tokenizer is None:
         return [*notes, f"the checkpoint has no {TOKENIZER}, so neither has the export"]
     tokenizer.save(folder / TOKENIZER)
-    eod_token = None if tokenizer.eod_id is None else tokenizer.tokens()[tokenizer.eod_id]
-    limit = source.config.max_position_embeddings
-    write_hf_tokenizer(folder, eod_token=eod_token, max_length=limit)
+    names = tokenizer.tokens()
+    special = source.special
+    write_hf_tokenizer(
+        folder,
+        end_token=names[special.end_ids[0]] if special.end_ids else None,
+        start_token=None if special.start_id is None else names[special.start_id],
+        max_length=source.config.max_position_embeddings,
+    )
     return notes
 
 
@@ -294,7 +299,13 @@ def examine(
     if text is None or engine is None or not engine.is_installed():
         return None
     written = ExportFolder(
-        folder, spec.kind.name, spec.numbers, source.config, source.tokenizer, source.step
+        folder,
+        spec.kind.name,
+        spec.numbers,
+        source.config,
+        source.tokenizer,
+        source.step,
+        source.special,
     )
     # Naming the dtype measures the export's own arithmetic; auto would score in bf16.
     return measure(
@@ -310,6 +321,7 @@ def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
     record = {
         "castalia": __version__,
         **asdict(done),
+        **asdict(source.special),
         "source_sha256": source.hashes(),
         "model": source.config.model_dump(mode="json"),
         "files_sha256": written,

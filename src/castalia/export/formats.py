@@ -97,7 +97,7 @@ class HuggingFace(Format):
     def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
         """See `Format`; writing the config finds the options that transformers lacks."""
         try:
-            hf_config(config, eod_id=None, dtype=numbers)
+            hf_config(config, end_ids=(), dtype=numbers)
         except ConfigError as error:
             return str(error)
         return None
@@ -105,8 +105,14 @@ class HuggingFace(Format):
     @classmethod
     def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
         """See `Format`."""
-        eod_id = None if source.tokenizer is None else source.tokenizer.eod_id
-        write_hf(folder, source.tensors, source.config, eod_id=eod_id, dtype=numbers)
+        write_hf(
+            folder,
+            source.tensors,
+            source.config,
+            end_ids=source.special.end_ids,
+            start_id=source.special.start_id,
+            dtype=numbers,
+        )
 
 
 @EXPORTS.register("ct2")
@@ -124,7 +130,14 @@ class CTranslate2(Format):
     def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
         """See `Format`."""
         assert source.tokenizer is not None
-        write_ct2(folder, source.tensors, source.config, source.tokenizer, quantization=numbers)
+        write_ct2(
+            folder,
+            source.tensors,
+            source.config,
+            source.tokenizer,
+            source.special,
+            quantization=numbers,
+        )
 
 
 @EXPORTS.register("native")
@@ -198,5 +211,6 @@ class Gguf(Format):
             source.tensors,
             source.config,
             source.tokenizer,
+            source.special,
             quantization=numbers,
         )

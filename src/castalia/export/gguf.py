@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
+from castalia.checkpoint.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.part_rules import linear_rules, norm_rules, parts_of
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
@@ -52,6 +53,8 @@ PARTS = {
 }
 """llama.cpp's names for the parts of a block."""
 NORM_KINDS = (".weight", ".bias")
+END_ROLES = ("eos", "eot", "eom")
+"""Roles of tokens that end a text: of a sequence, a turn, and a message."""
 PADDING = "[PAD{}]"
 """Names of the ids that are padding of the vocabulary."""
 
@@ -61,6 +64,7 @@ def write_gguf(
     tensors: Mapping[str, Tensor],
     config: ModelConfig,
     tokenizer: Tokenizer,
+    special: SpecialIds,
     *,
     quantization: str,
 ) -> None:
@@ -69,7 +73,7 @@ def write_gguf(
     named = list(gguf_tensors(tensors, config).items())
     values = {
         **shape_values(config, quantization),
-        **vocabulary_values(tokenizer, config.padded_vocab_size),
+        **vocabulary_values(tokenizer, config.padded_vocab_size, special),
     }
     with open(path, "wb") as file:
         file.write(MAGIC + struct.pack("<IQQ", VERSION, len(named), len(values)))
@@ -104,10 +108,13 @@ def shape_values(config: TransformerConfig, quantization: str) -> dict[str, tupl
     }
 
 
-def vocabulary_values(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[int, Any]]:
+def vocabulary_values(
+    tokenizer: Tokenizer, rows: int, special: SpecialIds
+) -> dict[str, tuple[int, Any]]:
     """The tokenizer: one name for each row of the embedding, and the merges of BPE."""
     tokens = list(tokenizer.tokens())
-    kinds = [CONTROL if i == tokenizer.eod_id else NORMAL for i in range(len(tokens))]
+    control = {tokenizer.eod_id, special.start_id, *special.end_ids}
+    kinds = [CONTROL if i in control else NORMAL for i in range(len(tokens))]
     missing = range(rows - len(tokens))
     merges = json.loads(tokenizer.inner.to_str())["model"].get("merges") or []
     # Newer tokenizer files store a merge as a pair, older ones as a line.
@@ -121,9 +128,11 @@ def vocabulary_values(tokenizer: Tokenizer, rows: int) -> dict[str, tuple[int, A
         "tokenizer.ggml.merges": (ARRAY, (STRING, merges)),
         "tokenizer.ggml.add_bos_token": (BOOL, False),
     }
-    if tokenizer.eod_id is not None:
-        for role in ("bos", "eos"):
-            values[f"tokenizer.ggml.{role}_token_id"] = (UINT32, tokenizer.eod_id)
+    if special.start_id is not None:
+        values["tokenizer.ggml.bos_token_id"] = (UINT32, special.start_id)
+    # llama.cpp ends a text at any of these roles; the format has one id for each.
+    for role, i in zip(END_ROLES, special.end_ids, strict=False):
+        values[f"tokenizer.ggml.{role}_token_id"] = (UINT32, i)
     return values
 
 

@@ -128,7 +128,7 @@ class Ct2Engine(Engine):
         return torch.tensor([float(value) for value in result.log_probs])
 
     def greedy(
-        self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], end: int | None
+        self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], ends: Sequence[int]
     ) -> list[list[int]]:
         """See `Engine`."""
         results = self.generator.generate_batch(
@@ -138,7 +138,7 @@ class Ct2Engine(Engine):
             max_length=max(budgets),
             include_prompt_in_result=False,
             sampling_topk=1,
-            end_token=None if end is None else [end],
+            end_token=list(ends) or None,
             suppress_sequences=self.padding or None,
         )
         return [

@@ -9,6 +9,9 @@ from castalia.core.errors import ConfigError
 from castalia.inference.text import TextStream
 
 FinishReason = Literal["eod", "stop", "length", "context"]
+CONTEXT_TOKENS = 8
+"""Tokens of the prompt that are decoded with the text: a decoder may write a token differently at
+the beginning of a text. Four bytes make the longest character; the rest is to spare."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class Completion:
     text: str
     """The continuation alone, cut before a stop string."""
     tokens: list[int]
-    """The generated ids, without the end-of-document token; those of a stop string are included."""
+    """The generated ids, without the token that ended the text; those of a stop string are
+    included."""
     finish_reason: FinishReason
-    """eod: the end-of-document token; stop: a stop string; length: max_new_tokens; context: the
+    """eod: a token that ends a text; stop: a stop string; length: max_new_tokens; context: the
     model's limit."""
     seconds: float
     """From the request to the last token."""
@@ -38,7 +42,8 @@ class Continuation:
     """Tokens that may be generated."""
     reason_at_budget: FinishReason
     stream: TextStream
-    eod_id: int | None
+    end_ids: tuple[int, ...]
+    """Tokens that end the text."""
     prompt: str | None = None
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -48,8 +53,8 @@ class Continuation:
 
     def push(self, token: int) -> str:
         """Take the next token; return the text that is certain now."""
-        # The end-of-document token is not text: it is neither kept nor decoded.
-        if token == self.eod_id:
+        # A token that ends the text is not part of it: it is neither kept nor decoded.
+        if token in self.end_ids:
             return self.finish("eod")
         self.tokens.append(token)
         piece = self.stream.push(token)
@@ -80,7 +85,7 @@ def begin(
     *,
     max_new_tokens: int,
     limit: int,
-    eod_id: int | None,
+    end_ids: Sequence[int],
     decode: Callable[[list[int]], str],
     stop: Sequence[str] = (),
     prompt: str | None = None,
@@ -102,7 +107,17 @@ def begin(
         list(ids),
         budget=min(max_new_tokens, room),
         reason_at_budget="length" if max_new_tokens <= room else "context",
-        stream=TextStream(decode, stop),
-        eod_id=eod_id,
+        stream=TextStream(decode, stop, behind(ids, end_ids)),
+        end_ids=tuple(end_ids),
         prompt=prompt,
     )
+
+
+def behind(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt, which the text continues; empty where a new text begins."""
+    tail: list[int] = []
+    for token in reversed(ids[-CONTEXT_TOKENS:]):
+        if token in end_ids:
+            break
+        tail.append(token)
+    return tail[::-1]

@@ -184,11 +184,11 @@ class Engine(ABC):
         return logprobs_of(self.logits_in_parts(ids), ids)
 
     def greedy(
-        self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], end: int | None
+        self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], ends: Sequence[int]
     ) -> list[list[int]] | None:
         """Whole greedy continuations, where the engine has a faster way than slots; else None.
 
-        Prompt i gets at most budgets[i] tokens. The token `end` ends a continuation and is not
+        Prompt i gets at most budgets[i] tokens. A token among `ends` ends a continuation and is not
         returned.
         """
         return None

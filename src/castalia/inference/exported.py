@@ -1,11 +1,12 @@
 """Export folders: the record that every export carries, and the model that it describes."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.saved_model import TOKENIZER
+from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import CheckpointError
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.models.config import ModelConfig
@@ -29,6 +30,8 @@ class ExportFolder:
     config: ModelConfig
     tokenizer: Tokenizer | None
     step: int | None = None
+    special: SpecialIds = field(default_factory=SpecialIds)
+    """Ids that begin and end a text."""
     quality: dict[str, Any] | None = None
     """The export against float32 on held-out text; None if it was not measured."""
 
@@ -56,8 +59,16 @@ def open_export(path: Path) -> ExportFolder | None:
         config=build_model_config(record["model"], str(folder / RECORD)),
         tokenizer=tokenizer,
         step=record.get("step"),
+        special=recorded_ids(record, tokenizer),
         quality=record.get("quality"),
     )
+
+
+def recorded_ids(record: dict[str, Any], tokenizer: Tokenizer | None) -> SpecialIds:
+    """The special ids of a record; those of the tokenizer for a record that is older than them."""
+    if "end_ids" not in record:
+        return SpecialIds.of_tokenizer(tokenizer)
+    return SpecialIds(tuple(record["end_ids"]), record.get("start_id"))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

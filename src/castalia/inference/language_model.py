@@ -7,6 +7,7 @@ from typing import Any, TypedDict, Unpack, cast, overload
 
 from torch import Tensor
 
+from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer import Tokenizer
 from castalia.inference.batching import decode_texts
@@ -40,15 +41,21 @@ class LanguageModel:
 
     `engine` computes; a Decoder stands for engine=torch. `config` is the ModelConfig. `tokenizer`
     is None for a checkpoint without one, which reads and writes ids alone. `step` counts optimizer
-    steps; None if it is unknown.
+    steps; None if it is unknown. `special` are the ids that begin and end a text, by default the
+    tokenizer's end-of-document token.
     """
 
     def __init__(
-        self, engine: Engine | Decoder, tokenizer: Tokenizer | None = None, step: int | None = None
+        self,
+        engine: Engine | Decoder,
+        tokenizer: Tokenizer | None = None,
+        step: int | None = None,
+        special: SpecialIds | None = None,
     ) -> None:
         self.engine = engine if isinstance(engine, Engine) else TorchEngine(engine)
         self.tokenizer = tokenizer
         self.step = step
+        self.special = SpecialIds.of_tokenizer(tokenizer) if special is None else special
         self.quality: dict[str, Any] | None = None
         """For an export, the fields of `Quality`, if it was measured."""
 
@@ -70,9 +77,19 @@ class LanguageModel:
         return self.engine.model
 
     @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self.special.end_ids
+
+    @property
     def eod_id(self) -> int | None:
-        """The token that ends a document, or None."""
-        return None if self.tokenizer is None else self.tokenizer.eod_id
+        """The first of the tokens that end a text, or None."""
+        return self.end_ids[0] if self.end_ids else None
+
+    @property
+    def start_id(self) -> int | None:
+        """The token that an empty prompt starts from, or None."""
+        return self.special.start_id
 
     @overload
     def generate(
@@ -98,9 +115,9 @@ class LanguageModel:
 
         Greedy if temperature is 0. Else a token is drawn: the logits are divided by the
         temperature, cut to the top_k largest, then to the nucleus top_p (0 turns either off);
-        `seed` makes the draws repeatable. A continuation ends at the end-of-document token, before
-        a `stop` string, after max_new_tokens, or at the model's limit. An empty prompt starts from
-        the end-of-document token.
+        `seed` makes the draws repeatable. A continuation ends at a token of `end_ids`, before a
+        `stop` string, after max_new_tokens, or at the model's limit. An empty prompt starts from
+        `start_id`.
         Warns   if the model's limit ended a text before max_new_tokens did.
         Raises  ConfigError if an option is out of range, a prompt is too long or has ids beyond
                 the vocabulary.
@@ -158,7 +175,7 @@ class LanguageModel:
     ) -> list[int] | list[list[int]]:
         """As `generate`, from ids to ids, one list or a list of lists.
 
-        The end-of-document token is not returned.
+        The token that ends a text is not returned.
         """
         if is_one(ids):
             (done,) = self.complete([cast(Sequence[int], ids)], max_new_tokens, **options)
@@ -215,18 +232,18 @@ class LanguageModel:
             raise ConfigError("stop strings need a tokenizer, and this checkpoint has none")
         ids = self.encode(prompt)
         if not ids:
-            if self.eod_id is None:
+            if self.start_id is None:
                 raise ConfigError(
                     "the prompt is empty, and the tokenizer has no end-of-document token to start"
                     " from; give a prompt"
                 )
-            ids = [self.eod_id]
+            ids = [self.start_id]
         self.require_ids(ids)
         return begin(
             ids,
             max_new_tokens=max_new_tokens,
             limit=self.config.max_position_embeddings,
-            eod_id=self.eod_id,
+            end_ids=self.end_ids,
             decode=self.decode,
             stop=stop,
             prompt=prompt if isinstance(prompt, str) else None,
@@ -251,7 +268,7 @@ def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Samp
     if sampling.temperature == 0 and not any(text.stream.stop for text in texts):
         prompts = [text.ids for text in texts]
         budgets = [text.budget for text in texts]
-        continued = engine.greedy(prompts, budgets, texts[0].eod_id)
+        continued = engine.greedy(prompts, budgets, texts[0].end_ids)
     if continued is None:
         for _ in decode_texts(engine, texts, sampling):
             pass
@@ -259,7 +276,7 @@ def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Samp
     for text, tokens in zip(texts, continued, strict=True):
         for token in tokens:
             text.push(token)
-        # The search does not return the end-of-document token, which ended a text below its budget.
+        # The search does not return the token that ended a text below its budget.
         if text.finish_reason is None:
             text.finish("eod")
         text.seconds = time.perf_counter() - text.started

@@ -68,7 +68,8 @@ def load_export(export: ExportFolder, engine: str, dtype: str | None, device: st
     if reason := chosen.refuses(export.config):
         raise ConfigError(reason)
     chosen.require_package()
-    model = LanguageModel(chosen.from_export(export, dtype), export.tokenizer, export.step)
+    computing = chosen.from_export(export, dtype)
+    model = LanguageModel(computing, export.tokenizer, export.step, export.special)
     model.quality = export.quality
     return model
 
@@ -89,9 +90,8 @@ def load_checkpoint(path: str | Path, engine: str, dtype: str | None, device: st
     chosen.require_package()
     if chosen.reads_checkpoints:
         dtype = checked_dtype(chosen, dtype)
-    return LanguageModel(
-        chosen.from_checkpoint(source, dtype or "", device), source.tokenizer, source.step
-    )
+    computing = chosen.from_checkpoint(source, dtype or "", device)
+    return LanguageModel(computing, source.tokenizer, source.step, source.special)
 
 
 def engine_for(engine: str, dtype: str | None) -> type[Engine]:

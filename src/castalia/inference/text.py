@@ -13,15 +13,24 @@ class TextStream:
     be the beginning of a stop string.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str] = (),
+        context: Sequence[int] = (),
+    ) -> None:
+        """`context` are the tokens before the text; they are decoded with it, but not returned."""
         self.decode = decode
         # An empty stop string would end every text at once.
         self.stop = [text for text in stop if text]
-        self.tokens: list[int] = []
+        self.tokens = list(context)
+        # A prompt that ends inside a character has no text of its own to continue.
+        if decode(self.tokens).endswith(BROKEN):
+            self.tokens = []
         self.context = 0
         """First token of the window that is decoded again. Decoders write a token differently at
         the beginning of a text, so the window reaches back to tokens that are known."""
-        self.read = 0
+        self.read = len(self.tokens)
         """Number of tokens whose text is in `text`."""
         self.text = ""
         """Everything decoded so far, including the part held back."""

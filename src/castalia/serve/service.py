@@ -168,7 +168,7 @@ class Service:
                 # Room for one token is required, even if max_tokens=0 only scores the prompt.
                 continuation = model.continuation(ids, max(1, max_tokens), body.stops)
                 if body.ignore_eos:
-                    continuation.eod_id = None
+                    continuation.end_ids = ()
                 text = ServedText(
                     continuation=continuation,
                     sampling=sampling_of(body, seed + index),

@@ -5,7 +5,7 @@ another package registers an `HfFormat` under its name. The files load in transf
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,16 @@ def hf_keymap(config: ModelConfig) -> KeyMap:
     return HF[config.family].keymap(config)
 
 
-def hf_config(config: ModelConfig, *, eod_id: int | None, dtype: str = "fp32") -> dict[str, Any]:
+def hf_config(
+    config: ModelConfig,
+    *,
+    end_ids: Sequence[int],
+    start_id: int | None = None,
+    dtype: str = "fp32",
+) -> dict[str, Any]:
     """The config.json that makes transformers compute what our model computes.
 
+    end_ids   ids that end a text. start_id: the id before a text, by default the first of them.
     Raises  ConfigError naming the family or the option that transformers cannot express.
     """
     if reason := hf_refuses(config):
@@ -52,10 +59,18 @@ def hf_config(config: ModelConfig, *, eod_id: int | None, dtype: str = "fp32") -
         "num_hidden_layers": config.num_layers,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": eod_id,
-        "eos_token_id": eod_id,
+        **special_id_values(end_ids, start_id),
         "use_cache": True,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
+
+
+def special_id_values(end_ids: Sequence[int], start_id: int | None) -> dict[str, Any]:
+    """bos_token_id and eos_token_id, the latter a list where several ids end a text."""
+    first = end_ids[0] if end_ids else None
+    return {
+        "bos_token_id": first if start_id is None else start_id,
+        "eos_token_id": list(end_ids) if len(end_ids) > 1 else first,
     }
 
 
@@ -156,17 +171,19 @@ def write_hf(
     tensors: Mapping[str, Tensor],
     config: ModelConfig,
     *,
-    eod_id: int | None,
+    end_ids: Sequence[int],
+    start_id: int | None = None,
     dtype: str = "fp32",
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors into `folder`, which exists.
 
-    `dtype` of the stored weights: fp32, bf16 or fp16.
+    `end_ids` and `start_id` as in `hf_config`; `dtype` of the stored weights: fp32, bf16 or fp16.
     Raises  ConfigError if transformers cannot express the model; CheckpointError if the keys do not
             fit.
     """
-    write_json(folder / "config.json", hf_config(config, eod_id=eod_id, dtype=dtype))
-    write_json(folder / "generation_config.json", {"bos_token_id": eod_id, "eos_token_id": eod_id})
+    values = hf_config(config, end_ids=end_ids, start_id=start_id, dtype=dtype)
+    write_json(folder / "config.json", values)
+    write_json(folder / "generation_config.json", special_id_values(end_ids, start_id))
     theirs = hf_keymap(config).to_theirs(tensors)
     # safetensors refuses views that share memory; `contiguous` makes tensors of their own.
     stored = {
@@ -176,18 +193,17 @@ def write_hf(
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def write_hf_tokenizer(folder: Path, *, eod_token: str | None, max_length: int) -> None:
+def write_hf_tokenizer(
+    folder: Path, *, end_token: str | None, start_token: str | None, max_length: int
+) -> None:
     """The two small files that AutoTokenizer needs beside tokenizer.json.
 
     max_length  the model's longest sequence, in tokens.
     """
     # The plain fast tokenizer runs tokenizer.json as it is. A model's own class rebuilds parts of
     # it and may split text differently.
-    special = (
-        {}
-        if eod_token is None
-        else dict.fromkeys(("bos_token", "eos_token", "unk_token"), eod_token)
-    )
+    named = {"bos_token": start_token, "eos_token": end_token, "unk_token": end_token}
+    special = {role: token for role, token in named.items() if token is not None}
     write_json(folder / "special_tokens_map.json", special)
     write_json(
         folder / "tokenizer_config.json",
