@@ -105,9 +105,9 @@ def test_the_config_comes_back_as_it_went() -> None:
         rotary_emb_base=500.0,
         layernorm_epsilon=1e-6,
     )
-    assert model_config(hf_config(config, end_ids=(0,)), "here", vocab_size=100) == config.model_copy(
-        update={"intermediate_size": 64}
-    )
+    assert model_config(
+        hf_config(config, end_ids=(0,)), "here", vocab_size=100
+    ) == config.model_copy(update={"intermediate_size": 64})
 
 
 def test_the_published_pythia_config_is_read() -> None:
