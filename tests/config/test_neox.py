@@ -154,6 +154,32 @@ def test_silence_means_the_defaults_of_gpt_neox():
         ({"precision": "bfloat16"}, "precision", "bf16"),
         ({"bf16": {"enabled": True}}, "precision", "bf16"),
         ({"fp16": {"enabled": False}}, "precision", "fp32"),
+        ({"fp16": {"enabled": True, "type": "bfloat16"}}, "precision", "bf16"),
+        ({"fp16": {"enabled": True, "type": "fp16"}}, "precision", "fp16"),
+        (
+            {"precision": "bfloat16", "fp16": {"enabled": True, "type": "bfloat16"}},
+            "precision",
+            "bf16",
+        ),
+        (
+            {"fp16": {"enabled": False, "type": "bfloat16"}, "bf16": {"enabled": True}},
+            "precision",
+            "bf16",
+        ),
+        ({"eval_iters": 0, "data_path": "d"}, "train.eval_every", None),
+        ({"eval_interval": 0, "data_path": "d"}, "train.eval_every", None),
+        ({"optimizer": {"params": {"lr": 0.0}}}, "optim.lr", 0.0),
+        ({"optimizer": {"params": {"weight_decay": 0.3}}}, "optim.weight_decay", 0.3),
+        ({"optimizer": {"params": {"max_grad_norm": 0.5}}}, "optim.clip", 0.5),
+        ({"optimizer": {"params": {"max_grad_norm": 0}}}, "optim.clip", None),
+        ({"optimizer": {"params": {"lr": 2e-3, "torch_adam": True}}}, "optim.lr", 2e-3),
+        ({"warmup": 1}, "schedule.warmup", 1),
+        ({"warmup": 1, "lr_decay_style": "cosine"}, "schedule.name", "cosine"),
+        ({"save_interval": 250}, "checkpoint.every", 250),
+        ({"save-interval": 250, "checkpoint-factor": 250}, "checkpoint.every", 250),
+        ({"max_test_samples_per_dataset": 9}, "train.steps", 10),
+        ({"save": "checkpoints", "load": "./checkpoints/"}, "output", "checkpoints"),
+        ({"save": "a", "load": str(Path("a").absolute())}, "output", "a"),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, "loss_scale.static", 128),
         ({"precision": "fp16"}, "loss_scale.initial_power", 16),
         ({"save": "out"}, "output", "out"),
@@ -209,7 +235,10 @@ def test_option(option, key, value):
             {"attention_config": [[["flash"], 3]]},
             "attention_config is for 3 layers, num_layers is 2",
         ),
-        ({"attention_config": [3]}, "is not of the form"),
+        ({"attention_config": [3]}, "expected .*type, ...., count. .*got 3"),
+        ({"attention_config": [["flash", 12]]}, r"types of an item are a list: write .*'flash'.,"),
+        ({"attention_config": [[[], "all"]]}, "expected a list of types, got .. in"),
+        ({"attention_config": [[["flash"], -1]]}, "expected a count or all, got -1"),
         ({"num_kv_heads": 2}, "num_kv_heads 2 changes the results"),
         ({"moe_num_experts": 8}, "mixture-of-experts layers are not supported"),
         (
@@ -220,7 +249,18 @@ def test_option(option, key, value):
             {"optimizer": {"params": {"lr": 1, "wd": 1}}},
             "optimizer.params.wd in optimizer in small.yml: unknown key",
         ),
-        ({"optimizer": {"params": {"weight_decay": 1}}}, "write weight_decay at the top level"),
+        (
+            {"optimizer": {"params": {"weight_decay": 1}}, "weight_decay": 0.1},
+            "weight_decay is 0.1, but optimizer.params.weight_decay is 1; keep one",
+        ),
+        (
+            {"optimizer": {"params": {"max_grad_norm": 2}}, "gradient_clipping": 1.0},
+            "gradient_clipping is 1.0, but optimizer.params.max_grad_norm is 2; keep one",
+        ),
+        (
+            {"save_interval": 250, "checkpoint_factor": 500},
+            "save_interval 250 is the old name of checkpoint_factor",
+        ),
         ({"init_method": "orthogonal"}, "unknown init_method 'orthogonal'; choose one of normal"),
         ({"train_iters": "ten"}, "train_iters in small.yml: expected an integer, got 'ten'"),
         ({"num_workers": True}, "num_workers in small.yml: expected an integer, got True"),
@@ -234,6 +274,15 @@ def test_option(option, key, value):
         ({"lr_decay_style": "wsd"}, "unknown lr_decay_style 'wsd'; choose one of"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; choose one of"),
         ({"precision": "fp16", "bf16": {"enabled": True}}, "asks for bf16 and fp16 at once"),
+        (
+            {"precision": "fp16", "fp16": {"enabled": True, "type": "bfloat16"}},
+            "asks for bf16 and fp16 at once .fp16.type, precision.; keep one",
+        ),
+        ({"bf16": {"enabled": True, "type": "fp16"}}, "asks for bf16 and fp16 at once .bf16"),
+        ({"fp16": {"enabled": True, "type": "float32"}}, "asks for fp16 and fp32 at once"),
+        ({"fp16": {"enabled": False, "type": "bfloat16"}}, "but the block is not enabled"),
+        ({"fp16": {"enabled": True, "type": "int8"}}, "unknown fp16.type 'int8'; choose one of"),
+        ({"fp16": {"enabled": "false"}}, "fp16.enabled: expected true or false, got 'false'"),
         (
             {"save": "runs/a", "load": "runs/a/", "finetune": True},
             "finetune with `load` in the folder of `save` would count from step 0 again"
@@ -376,10 +425,13 @@ def test_position_embedding_must_be_named_because_the_default_is_learned():
 def test_an_option_stands_in_one_file_only_in_either_spelling():
     reading = read_neox({"a.yml": SMALL, "b.yml": {"train-iters": 5}})
     assert [item.text for item in reading.problems] == [
-        "train_iters is given in a.yml and in b.yml; give an option in one file only"
+        "train_iters is 10 in a.yml and 5 in b.yml; give an option in one file only"
     ]
-    both = read_neox({"a.yml": SMALL | {"gas": 2}, "b.yml": {"gradient_accumulation_steps": 2}})
+    both = read_neox({"a.yml": SMALL | {"gas": 2}, "b.yml": {"gradient_accumulation_steps": 3}})
     assert len(both.problems) == 1
+    equal = {"a.yml": SMALL | {"save": "out"}, "b.yml": {"train-iters": 10, "save": "./out/"}}
+    assert read_neox(equal).problems == []
+    assert read_neox({"a.yml": SMALL | {"gas": 1}, "b.yml": {"gas": True}}).problems
 
 
 def test_several_files_make_one_config():
@@ -470,6 +522,19 @@ def test_the_vocabulary_of_gpt2_is_counted(tmp_path):
         merge_file="m.txt",
     )
     assert flatten(reading.values)["model.vocab_size"] == 7
+
+
+def test_the_pieces_of_sentencepiece_are_counted(tmp_path):
+    file = tmp_path / "t.model"
+    piece = b"\x0a\x03\x0a\x01a"  # field 1, a message of 3 bytes: the text "a"
+    trainer = b"\x12\x82\x01" + bytes(130)  # field 2 with a length of two bytes
+    file.write_bytes(piece * 7 + trainer)
+    spm = {"tokenizer_type": "SPMTokenizer", "vocab_file": str(file)}
+    flat = values_of(**spm)
+    assert (flat["model.vocab_size"], flat["data.tokenizer"]) == (7, str(file))
+    for damaged in (piece[:-1], trainer, b"\x80", b"\x08\x01", b""):
+        file.write_bytes(damaged)
+        assert "set model.vocab_size=N" in problems_of(**spm)[0]
 
 
 def test_the_20b_tokenizer_has_50277_ids():

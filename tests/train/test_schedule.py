@@ -76,3 +76,12 @@ def test_horizon_of_its_own():
         ScheduleConfig(name="linear", warmup=0, decay_steps=10), lr=1.0, steps=100
     )
     assert short(5) == pytest.approx(0.5) and short(10) == short(99) == 0.0
+
+
+def test_a_warmup_over_the_whole_horizon():
+    for name in ("cosine", "linear", "exponential", "constant", "wsd"):
+        rate = make_schedule(ScheduleConfig(name=name, warmup=1), lr=1.0, steps=10)
+        assert [rate(n) for n in range(11)] == pytest.approx([0.1, *[n / 10 for n in range(1, 11)]])
+    # v1.0 rises no longer than its decay lasts, which is not at all here.
+    with pytest.raises(ValueError, match="has rate 0 at every step; use schedule.name=cosine"):
+        ScheduleConfig(name="cosine_neox_v1", warmup=1)

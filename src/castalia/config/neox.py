@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.config.neox_files import FILE_RULES
+from castalia.config.neox_files import FILE_RULES, same_folder
 from castalia.config.neox_keys import (
     ALIASES,
     CHECKED,
@@ -54,6 +54,8 @@ KINDS = {
     "dict": ValueKind("a mapping", (dict,)),
 }
 LITERALS = {"None": None, "True": True, "False": False}
+FOLDERS = ("save", "load")
+"""Options whose values are compared as folders, not as text."""
 
 
 def is_neox(values: Mapping[str, Any]) -> bool:
@@ -116,25 +118,37 @@ def read_neox(
 
 
 def joined(files: Mapping[str, Mapping[str, Any]], out: NeoxReading) -> dict[str, Any]:
-    """The options of all files in one spelling; an option in two files is a problem, as in
-    GPT-NeoX."""
+    """The options of all files in one spelling.
+
+    Two files with different values of one option are a problem. GPT-NeoX refuses equal ones too.
+    """
     options: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for file, values in files.items():
         for key, value in values.items():
             name = ALIASES.get(normal(key), normal(key))
+            # GPT-NeoX's files contain Python's literals, of which YAML reads None as text.
+            value = LITERALS.get(value, value) if isinstance(value, str) else value
             # Compared in one spelling: GPT-NeoX itself misses `a-b` beside `a_b`.
-            if owner.get(name, file) != file:
+            if owner.get(name, file) != file and not same(name, options[name], value):
                 wrong(
                     out,
-                    f"{name} is given in {owner[name]} and in {file};"
-                    " give an option in one file only",
+                    f"{name} is {brief(options[name])} in {owner[name]} and {brief(value)} in"
+                    f" {file}; give an option in one file only",
+                    HONOURED[name].path if name in HONOURED else "",
                 )
             owner[name] = file
-            # GPT-NeoX's files contain Python's literals, of which YAML reads None as text.
-            options[name] = LITERALS.get(value, value) if isinstance(value, str) else value
+            options[name] = value
             out.origins[name] = f"{key} in {Path(file).name}"
     return options
+
+
+def same(name: str, one: Any, other: Any) -> bool:
+    """Whether two values of the option `name` mean the same."""
+    if name in FOLDERS and isinstance(one, str) and isinstance(other, str):
+        return same_folder(one, other)
+    # Python counts True as 1.
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def classify(name: str, value: Any, options: NeoxOptions, out: NeoxReading) -> None:

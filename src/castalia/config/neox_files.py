@@ -1,6 +1,5 @@
-"""Rules for GPT-NeoX options about files: tokenizer, token files, checkpoints, validation."""
+"""Rules for GPT-NeoX options about files: token files, checkpoints, validation."""
 
-import json
 import os.path
 from pathlib import Path
 from typing import Any
@@ -8,116 +7,12 @@ from typing import Any
 from castalia.config.neox_keys import WHY
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, note, wrong
 from castalia.config.neox_rules import OptionRule
+from castalia.config.neox_tokenizer import vocabulary
 
-KNOWN_IDS = {
-    "HFTokenizer": 50277,
-    "GPT2BPETokenizer": 50257,
-    "HFGPT2Tokenizer": 50258,
-    "CharLevelTokenizer": 512,
-}
-"""Number of ids of each tokenizer type without its file: for HFTokenizer that of GPT-NeoX-20B's."""
 MIXERS = {"smoothed_mean": "odm-repo", "exp3": "exp3", "naive_validation": "naive-validation"}
 """data_sampling_method -> mixing.kind. Its `ema` fails at the first step of its own trainer."""
-TIKTOKEN_IDS = {
-    "gpt2": 50257,
-    "r50k_base": 50257,
-    "p50k_base": 50281,
-    "cl100k_base": 100277,
-    "o200k_base": 200019,
-}
-"""Number of ids of each tiktoken encoding with special tokens (tiktoken_ext/openai_public.py)."""
 LOADING = ("finetune", "iteration", "no_load_optim")
 """How `load` is loaded."""
-OTHER_TOKENIZERS = ("SPMTokenizer", "TiktokenTokenizer")
-
-
-def vocabulary(o: NeoxOptions, out: NeoxReading) -> None:
-    """Number of ids, and rows of the embedding.
-
-    GPT-NeoX pads to a multiple of make_vocab_size_divisible_by * model_parallel_size.
-    """
-    unit = o["make_vocab_size_divisible_by"] * max(1, o["model_parallel_size"])
-    o.put(
-        out,
-        "model.make_vocab_size_divisible_by",
-        unit,
-        "make_vocab_size_divisible_by",
-        "model_parallel_size",
-    )
-    kind = o["tokenizer_type"]
-    file = o["vocab_file"]
-    if not o.complete and not o.has("tokenizer_type"):
-        return
-    if kind not in (*KNOWN_IDS, *OTHER_TOKENIZERS):
-        names = ", ".join([*KNOWN_IDS, *OTHER_TOKENIZERS])
-        wrong(out, f"unknown tokenizer_type {kind!r}; choose one of {names}", "model.vocab_size")
-        return
-    # Counted rather than assumed: a file may hold fewer or more ids than its type suggests.
-    ids = counted(kind, file)
-    if (named := tokenizer_name(kind, file, o["merge_file"])) is not None:
-        o.put(out, "data.tokenizer", named, "vocab_file", "merge_file", "tokenizer_type")
-    if ids is None and kind in KNOWN_IDS:
-        ids = KNOWN_IDS[kind]
-        note(out, guessed(kind, file, ids), "model.vocab_size")
-    if ids is None:
-        wrong(
-            out,
-            f"cannot determine the vocabulary size of {kind}; set model.vocab_size=N",
-            "model.vocab_size",
-        )
-    else:
-        o.put(out, "model.vocab_size", ids, "vocab_file", "tokenizer_type")
-
-
-def tokenizer_name(kind: str, file: str | None, merges: str | None) -> str | None:
-    """The value of data.tokenizer; None if no file is named, or one that Castalia cannot read."""
-    if kind == "CharLevelTokenizer":
-        return "char"
-    if kind == "GPT2BPETokenizer":
-        return f"{file},{merges}" if file and merges else None
-    if kind == "TiktokenTokenizer" and not str(file).endswith(".tiktoken"):
-        return None
-    return file if kind in ("HFTokenizer", "SPMTokenizer", "TiktokenTokenizer") else None
-
-
-def counted(kind: str, file: str | None) -> int | None:
-    """Number of ids of a tokenizer, counted in its file where possible; None if unknown."""
-    if kind == "CharLevelTokenizer":
-        return KNOWN_IDS[kind]
-    if kind == "TiktokenTokenizer":
-        return TIKTOKEN_IDS.get(Path(str(file)).stem)
-    return count_ids(file) if file and kind in ("HFTokenizer", "GPT2BPETokenizer") else None
-
-
-def guessed(kind: str, file: str | None, ids: int) -> str:
-    """The note that a constant stands for the number of ids."""
-    if kind != "HFTokenizer":
-        return (
-            f"model.vocab_size is {ids}, that of {kind}; set data.tokenizer to prepare or read text"
-        )
-    which = f"vocab_file {file} does not exist" if file else "vocab_file is not given"
-    return (
-        f"model.vocab_size is {ids}, that of the GPT-NeoX-20B tokenizer: {which};"
-        " set data.tokenizer=FILE"
-    )
-
-
-def count_ids(path: str) -> int | None:
-    """Highest id + 1 of a tokenizer.json, added tokens included, or of GPT-2's vocabulary.
-
-    None if the file cannot be read.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if content and all(isinstance(value, int) for value in content.values()):
-            return int(max(content.values())) + 1
-        vocabulary = content["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-    # Added tokens may lie beyond the vocabulary or repeat ids of it, so the highest id decides.
-    added = [item["id"] for item in content.get("added_tokens") or []]
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    return max([*ids, *added], default=-1) + 1
 
 
 def token_files(o: NeoxOptions, out: NeoxReading) -> None:
@@ -156,7 +51,13 @@ def remark_missing(part: str, prefixes: list[Any], out: NeoxReading) -> None:
 
 
 def validation(o: NeoxOptions, out: NeoxReading) -> None:
-    """Validate every eval_interval steps if the files name validation data."""
+    """Validate every eval_interval steps if the files name validation data.
+
+    eval_iters 0 turns validation off, in GPT-NeoX too; eval_interval 0 can mean nothing else.
+    """
+    if 0 in (o["eval_iters"], o["eval_interval"]):
+        o.put(out, "train.eval_every", None, "eval_iters", "eval_interval")
+        return
     if o.has("valid_data_paths") or o.has("data_path"):
         o.put(
             out,
@@ -210,8 +111,16 @@ def mixing(o: NeoxOptions, out: NeoxReading) -> None:
 
 def saving(o: NeoxOptions, out: NeoxReading) -> None:
     """checkpoint_factor is an interval, or with checkpoint_scale log the ratio of steps."""
-    factor = o["checkpoint_factor"]
+    interval = o["save_interval"]
+    factor = interval if o["checkpoint_factor"] is None else o["checkpoint_factor"]
     scale = o["checkpoint_scale"]
+    if interval not in (None, factor) or (interval and scale == "log"):
+        wrong(
+            out,
+            f"save_interval {interval} is the old name of checkpoint_factor with checkpoint_scale"
+            f" linear, but checkpoint_factor is {factor} and checkpoint_scale {scale}; keep one",
+            "checkpoint.every",
+        )
     steps = list(o["extra_save_iters"] or [])
     every = None
     if scale not in ("linear", "log"):
@@ -229,7 +138,7 @@ def saving(o: NeoxOptions, out: NeoxReading) -> None:
     elif factor:
         every = int(factor)
     o.put(out, "checkpoint.steps", steps, "extra_save_iters", "checkpoint_scale")
-    o.put(out, "checkpoint.every", every, "checkpoint_factor", "checkpoint_scale")
+    o.put(out, "checkpoint.every", every, "checkpoint_factor", "save_interval", "checkpoint_scale")
 
 
 def powers(factor: float, last: int) -> list[int]:
@@ -250,11 +159,15 @@ def folders(o: NeoxOptions, out: NeoxReading) -> None:
         for name in LOADING:
             if asked(o, name):
                 out.ignored.setdefault("nothing is loaded without `load`", []).append(name)
-    # `runs/a` and `runs/a/` are one folder.
-    elif o.has("save") and os.path.normpath(o["load"]) == os.path.normpath(o["save"]):
+    elif o.has("save") and same_folder(o["load"], o["save"]):
         own_folder(o, out)
     else:
         other_run(o, out)
+
+
+def same_folder(one: str, other: str) -> bool:
+    """Whether two paths name one folder, such as `runs/a` and `./runs/a/`."""
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def own_folder(o: NeoxOptions, out: NeoxReading) -> None:
@@ -348,7 +261,7 @@ FILE_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
         mixing,
     ),
     (("eval_interval", "eval_iters", "valid_data_paths", "data_path"), validation),
-    (("checkpoint_factor", "checkpoint_scale", "extra_save_iters"), saving),
+    (("checkpoint_factor", "save_interval", "checkpoint_scale", "extra_save_iters"), saving),
     (("save", "load", *LOADING), folders),
     (("deepspeed_extra_args",), deepspeed_extras),
 ]

@@ -91,8 +91,8 @@ HONOURED: dict[str, Honoured] = {
     "eval_interval": Honoured("train.eval_every", "int", 1000),
     "eval_iters": Honoured("train.eval_batches", "int", 100),
     "optimizer": Honoured("optim", "dict"),
-    "weight_decay": Honoured("optim.weight_decay", "number", 0.1, plain=True),
-    "gradient_clipping": Honoured("optim.clip", "number", 1.0),
+    "weight_decay": Honoured("optim.weight_decay", "number"),
+    "gradient_clipping": Honoured("optim.clip", "number"),
     "lr_decay_style": Honoured("schedule.name", "str", "linear"),
     "lr_decay_iters": Honoured("schedule.decay_steps", "int"),
     "lr_decay_fraction": Honoured("schedule.decay_steps", "number"),
@@ -108,13 +108,15 @@ HONOURED: dict[str, Honoured] = {
     "no_load_optim": Honoured("train.start_optimizer", "bool", False),
     "checkpoint_scale": Honoured("checkpoint.steps", "str", "linear"),
     "checkpoint_factor": Honoured("checkpoint.every", "number"),
+    # The name of v1.0 and before, for the linear spacing.
+    "save_interval": Honoured("checkpoint.every", "int"),
     "extra_save_iters": Honoured("checkpoint.steps", "list"),
     "keep_last_n_checkpoints": Honoured("checkpoint.keep", "int", plain=True),
     "seed": Honoured("seed", "int", 1234, plain=True),
     "launcher": Honoured("launch.launcher", "str"),
     "deepspeed_slurm": Honoured("launch.launcher", "bool", False),
     "deepspeed_mpi": Honoured("launch.launcher", "bool", False),
-    "hostfile": Honoured("launch.hostfile", "str", plain=True),
+    "hostfile": Honoured("launch.hostfile", "str"),
     "include": Honoured("launch.include", "str", plain=True),
     "exclude": Honoured("launch.exclude", "str", plain=True),
     "num_nodes": Honoured("launch.nodes", "int", -1),
@@ -221,7 +223,6 @@ STRANGERS = {
     "attention_type": "delete it",
     "decay_lr_to": "write min_lr, a learning rate",
     "warmup_iters": "write warmup, a share of lr_decay_iters",
-    "save_interval": "write checkpoint_factor",
 }
 """Names in published files that no GPT-NeoX since v1.0 knows -> the remedy."""
 
@@ -284,11 +285,12 @@ IGNORED: dict[str, str] = {
         moe_glu create_moe_param_group use_tutel""",
     "sources always have names here": "use_named_train_datasets use_named_eval_datasets",
     "train.eval_batches bounds the validation": "max_validation_samples_per_dataset",
-    "no test part during training": "test_data_paths test_data_weights test_label_data_paths",
+    "no test part during training": """
+        test_data_paths test_data_weights test_label_data_paths max_test_samples_per_dataset""",
     "generation and evaluation, which are commands of their own": """
         text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens
         prompt_end sample_input_file sample_output_file num_samples recompute eval_results_prefix
-        eval_tasks""",
+        eval_tasks eval_num_fewshot""",
 }
 """Why an option has no effect on the results here -> the options."""
 
@@ -303,19 +305,22 @@ CHECKED = {
 
 NESTED_HONOURED = {
     "optimizer": "type params",
-    "optimizer.params": "lr betas eps",
-    "fp16": "enabled loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale",
-    "bf16": "enabled",
+    "optimizer.params": "lr betas eps weight_decay max_grad_norm",
+    "fp16": """
+        enabled type loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale""",
+    "bf16": "enabled type",
     "zero_optimization": "stage",
 }
 """Honoured keys inside DeepSpeed's dictionaries."""
 
 NESTED_IGNORED = {
-    "optimizer": "",
-    "optimizer.params": "",
-    "fp16": "fp16 type auto_cast",
+    "optimizer": "legacy_fusion",
+    "optimizer.params": """
+        torch_adam fused foreach capturable differentiable set_grad_none use_triton
+        fp32_optimizer_states""",
+    "fp16": "fp16 auto_cast",
     "bf16": """
-        bf16 type auto_cast loss_scale loss_scale_window initial_scale_power hysteresis
+        bf16 auto_cast loss_scale loss_scale_window initial_scale_power hysteresis
         min_loss_scale immediate_grad_update check_grad_overflow""",
     "zero_optimization": """
         allgather_partitions allgather_bucket_size overlap_comm reduce_scatter reduce_bucket_size
@@ -330,14 +335,12 @@ NESTED_IGNORED = {
 """Keys inside those dictionaries that do not change the results."""
 
 NESTED_REFUSED = {
-    "optimizer.params.weight_decay": Refused(
-        (None,), "write weight_decay at the top level, as GPT-NeoX wants it"
-    ),
     "optimizer.params.adam_w_mode": Refused((True, None), "delete it; weight decay is decoupled"),
     "optimizer.params.bias_correction": Refused(
         (True, None), "delete it; the moments are corrected"
     ),
     "optimizer.params.amsgrad": Refused(OFF, "delete it; it is not supported"),
+    "optimizer.params.maximize": Refused(OFF, "delete it; the loss is minimized"),
     "fp16.consecutive_hysteresis": Refused(OFF, "delete it; it is not supported"),
     "fp16.fp16_master_weights_and_grads": Refused(OFF, "delete it; weights and gradients are fp32"),
     "bf16.bf16_master_weights_and_grads": Refused(OFF, "delete it; weights and gradients are fp32"),

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from castalia.config.neox_keys import HONOURED
+from castalia.config.neox_precision import precision
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, note, wrong
 
 INITS = ("normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init")
@@ -12,8 +14,6 @@ ATTENTION = ("global", "flash")
 ADAM_NAMES = ("adam", "adamw", "cpu_adam")
 """Optimizer types that are AdamW: the fused Adam of apex and of DeepSpeed decouples weight
 decay."""
-DEEPSPEED_POWER = 16
-"""DeepSpeed's default of initial_scale_power in `fp16`."""
 
 
 def mlp_width(o: NeoxOptions, out: NeoxReading) -> None:
@@ -72,11 +72,8 @@ def attention(o: NeoxOptions, out: NeoxReading) -> None:
         return
     try:
         types = expand(config, o["num_layers"] or 0)
-    except (TypeError, IndexError, KeyError, ValueError):
-        wrong(
-            out,
-            f"attention_config {config!r} is not of the form [[[type, ...], count or all], ...]",
-        )
+    except ValueError as error:
+        wrong(out, f"attention_config {config!r}: {error}")
         return
     other = sorted({str(kind) for kind in types} - set(ATTENTION))
     if other:
@@ -94,13 +91,26 @@ def attention(o: NeoxOptions, out: NeoxReading) -> None:
 
 
 def expand(config: list[Any], layers: int) -> list[Any]:
-    """One attention type a layer."""
+    """One attention type a layer.
+
+    Raises  ValueError saying which item is wrong and how it would be right.
+    """
     if all(isinstance(item, str) for item in config):
         return config
     types: list[Any] = []
-    for pattern, count in config:
+    for item in config:
+        if not isinstance(item, list) or len(item) != 2:
+            raise ValueError(f"expected [[type, ...], count] or [[type, ...], all], got {item!r}")
+        pattern, count = item
+        if isinstance(pattern, str):
+            # A text is a sequence of letters, each of which would be taken for a type.
+            raise ValueError(f"the types of an item are a list: write {[[pattern], count]!r}")
+        if not isinstance(pattern, list) or not pattern:
+            raise ValueError(f"expected a list of types, got {pattern!r} in {item!r}")
+        if count != "all" and not str(count).isdigit():
+            raise ValueError(f"expected a count or all, got {count!r} in {item!r}")
         times = layers // len(pattern) if count == "all" else int(count)
-        types += list(pattern) * times
+        types += pattern * times
     return types
 
 
@@ -193,11 +203,31 @@ def optimizer(o: NeoxOptions, out: NeoxReading) -> None:
         params = {}
     for name, value in {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}.items():
         o.put(out, f"optim.{name}", params.get(name, value), "optimizer")
+    decay = stated(o, out, "weight_decay", params.get("weight_decay"), "weight_decay")
+    if o.complete or decay is not None:
+        o.put(
+            out, "optim.weight_decay", 0.1 if decay is None else decay, "weight_decay", "optimizer"
+        )
+    clip = stated(o, out, "gradient_clipping", params.get("max_grad_norm"), "max_grad_norm")
+    if o.complete or clip is not None:
+        # 0 turns clipping off.
+        clip = 1.0 if clip is None else clip
+        o.put(out, "optim.clip", clip or None, "gradient_clipping", "optimizer")
 
 
-def clipping(o: NeoxOptions, out: NeoxReading) -> None:
-    """gradient_clipping 0 turns clipping off."""
-    o.put(out, "optim.clip", o["gradient_clipping"] or None, "gradient_clipping")
+def stated(o: NeoxOptions, out: NeoxReading, name: str, inner: Any, label: str) -> Any:
+    """The option `name`, or what `optimizer.params` says in its place; None if neither does.
+
+    DeepSpeed documents weight_decay and max_grad_norm among the parameters of its optimizers.
+    """
+    outer = o[name]
+    if None not in (outer, inner) and outer != inner:
+        wrong(
+            out,
+            f"{name} is {outer!r}, but optimizer.params.{label} is {inner!r}; keep one",
+            HONOURED[name].path,
+        )
+    return inner if outer is None else outer
 
 
 def schedule(o: NeoxOptions, out: NeoxReading) -> None:
@@ -209,6 +239,15 @@ def schedule(o: NeoxOptions, out: NeoxReading) -> None:
             out,
             f"unknown lr_decay_style {style!r};"
             " choose one of constant, linear, cosine, exponential",
+        )
+        return
+    if style == "cosine" and o["warmup"] == 1:
+        o.put(out, "schedule.name", "cosine", "lr_decay_style")
+        note(
+            out,
+            "lr_decay_style cosine is today's form, because GPT-NeoX v1.0 has rate 0 at every step"
+            " with warmup 1",
+            "schedule.name",
         )
         return
     o.put(out, "schedule.name", "cosine_neox_v1" if style == "cosine" else style, "lr_decay_style")
@@ -229,42 +268,6 @@ def horizon(o: NeoxOptions, out: NeoxReading) -> None:
     elif o.has("lr_decay_fraction") and o.has("train_iters"):
         steps = math.floor(o["train_iters"] * o["lr_decay_fraction"])
         o.put(out, "schedule.decay_steps", steps, "lr_decay_fraction")
-
-
-def precision(o: NeoxOptions, out: NeoxReading) -> None:
-    """fp32 unless `precision` or one of the dictionaries sets another."""
-    names = {"fp16": "fp16", "bfloat16": "bf16", "fp32": "fp32"}
-    said = [kind for kind in ("fp16", "bf16") if (o[kind] or {}).get("enabled")]
-    if o["precision"] is not None:
-        if o["precision"] not in names:
-            wrong(
-                out,
-                f"unknown precision {o['precision']!r}; choose one of {', '.join(names)}",
-                "precision",
-            )
-        said.append(names.get(o["precision"], "fp32"))
-    # Nothing in the file says which of two precisions was meant.
-    if len(set(said)) > 1:
-        wrong(
-            out,
-            f"the file asks for {' and '.join(sorted(set(said)))} at once; keep one",
-            "precision",
-        )
-    o.put(out, "precision", said[0] if said else "fp32", "precision", "fp16", "bf16")
-    if said[:1] == ["fp16"] and (o.complete or o.has("fp16")):
-        loss_scale(o, out)
-
-
-def loss_scale(o: NeoxOptions, out: NeoxReading) -> None:
-    """The loss scale of `fp16`, with DeepSpeed's defaults; 0 means dynamic."""
-    given = o["fp16"] or {}
-    o.put(out, "loss_scale.static", given.get("loss_scale") or None, "fp16")
-    o.put(
-        out, "loss_scale.initial_power", given.get("initial_scale_power", DEEPSPEED_POWER), "fp16"
-    )
-    o.put(out, "loss_scale.window", given.get("loss_scale_window", 1000), "fp16")
-    o.put(out, "loss_scale.hysteresis", given.get("hysteresis", 2), "fp16")
-    o.put(out, "loss_scale.minimum", given.get("min_loss_scale", 1), "fp16")
 
 
 def launching(o: NeoxOptions, out: NeoxReading) -> None:
@@ -302,9 +305,8 @@ MODEL_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("model_parallel_size", "pipe_parallel_size"), parallel),
     (("zero_optimization",), zero),
     (("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), batch),
-    (("optimizer",), optimizer),
-    (("gradient_clipping",), clipping),
-    (("lr_decay_style",), schedule),
+    (("optimizer", "weight_decay", "gradient_clipping"), optimizer),
+    (("lr_decay_style", "warmup"), schedule),
     (("lr_decay_iters", "lr_decay_fraction"), horizon),
     (("precision", "fp16", "bf16"), precision),
     (("launcher", "deepspeed_slurm", "deepspeed_mpi", "num_nodes", "no_ssh_check"), launching),

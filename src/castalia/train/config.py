@@ -41,14 +41,24 @@ class ScheduleConfig(Config):
     name: Literal["cosine", "cosine_neox_v1", "linear", "exponential", "constant", "wsd"] = "cosine"
     """cosine falls to min_lr; cosine_neox_v1 is Pythia's: towards 0 over the whole horizon,
     floored, and lr 0 at step 0."""
-    warmup: float = Field(0.01, ge=0, lt=1)
-    """Share of the horizon over which the rate rises linearly."""
+    warmup: float = Field(0.01, ge=0, le=1)
+    """Share of the horizon over which the rate rises linearly; 1 rises to the end."""
     min_lr: NonNegativeFloat = 0.0
     """Floor of the rate."""
     decay_steps: PositiveInt | None = None
     """Horizon in steps; null means train.steps."""
     decay_share: float = Field(0.2, gt=0, le=1)
     """wsd only: share of the horizon, at its end, over which the rate falls."""
+
+    @model_validator(mode="after")
+    def rises(self) -> "ScheduleConfig":
+        """The rate is above 0 somewhere: v1.0's warmup rises no longer than the decay lasts."""
+        if self.name == "cosine_neox_v1" and self.warmup == 1:
+            raise ValueError(
+                "cosine_neox_v1 with warmup 1 has rate 0 at every step; use schedule.name=cosine,"
+                " or a shorter warmup"
+            )
+        return self
 
 
 class LossScaleConfig(Config):

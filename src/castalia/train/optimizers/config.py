@@ -30,8 +30,8 @@ class OptimConfig(Config):
 
     kind: str
     """Name of the optimizer."""
-    lr: PositiveFloat = 6e-4
-    """Peak learning rate, reached at the end of warmup."""
+    lr: NonNegativeFloat = 6e-4
+    """Peak learning rate, reached at the end of warmup; 0 updates nothing, for a dry run."""
     weight_decay: NonNegativeFloat = 0.1
     """Weight decay of every parameter that the family does not exempt (biases and norms)."""
     clip: PositiveFloat | None = 1.0
