@@ -83,5 +83,5 @@ def test_a_warmup_over_the_whole_horizon():
         rate = make_schedule(ScheduleConfig(name=name, warmup=1), lr=1.0, steps=10)
         assert [rate(n) for n in range(11)] == pytest.approx([0.1, *[n / 10 for n in range(1, 11)]])
     # v1.0 rises no longer than its decay lasts, which is not at all here.
-    with pytest.raises(ValueError, match="has rate 0 at every step; use schedule.name=cosine"):
+    with pytest.raises(ValueError, match="has rate 0 at every step; use"):
         ScheduleConfig(name="cosine_neox_v1", warmup=1)
