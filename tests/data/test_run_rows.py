@@ -18,6 +18,7 @@ from castalia.data import (
     check_vocab,
     train_tokenizer,
 )
+from castalia.data.sources import left_out
 
 
 def build(eval_every=None, steps=10, batch_size=4, eval_batches=2, seed=1234, **data):
@@ -111,9 +112,51 @@ def test_same_names_are_told_apart(token_file, tmp_path):
     assert build(train=prefixes).sources == prefixes
 
 
-def test_a_source_without_weight_gives_no_rows(token_file):
-    rows = build(train=[token_file("a", [90]), token_file("b", [90])], weights=[1, 0])
-    assert {rows.train[p][1] for p in range(40)} == {0}
+@pytest.mark.parametrize("packing", ["packed", "unpacked", "pack_until_overflow", "best_fit"])
+@pytest.mark.parametrize("weights", [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1e-9, 0, 1]])
+def test_a_source_without_weight_gives_no_rows(token_file, packing, weights):
+    """GPT-NeoX's blend draws every source among its first places, also those of weight 0."""
+    train = [token_file(name, [90] * 5) for name in "abc"]
+    # Too short for a row, or without a document: left out, neither can stop a run.
+    train[weights.index(0)] = token_file("tiny", [3] if packing == "packed" else [])
+    used = [weights.index(1)]
+    rows = build(
+        train=train,
+        weights=weights,
+        valid=train,
+        valid_weights=weights,
+        packing=packing,
+        eval_every=5,
+    )
+    for served, places in ((rows.train, 40), (rows.valid, 24)):
+        assert {served[p][1] for p in range(places)} == set(used)
+        assert served.with_rows() == used
+    assert (rows.sources, rows.weights) == (
+        build(train=train, weights=weights, packing=packing).sources,
+        [weight / sum(weights) for weight in weights],
+    )
+    assert [bool(epochs) for epochs in rows.epochs] == [weight == 1 for weight in weights]
+
+
+def test_ready_rows_without_weight_are_not_read(token_file):
+    train = [token_file(name, [9] * 20) for name in "ab"]
+    rows = build(train=train, weights=[0, 1], order="file").train
+    assert [rows[p][1] for p in range(40)] == [1] * 40
+    assert rows[25][0].tolist() == IndexedDataset(train[1])[5].tolist()
+
+
+@pytest.mark.parametrize("weights", [[1e-5, 1], [2e-6, 0.4, 0.6], [1e-7, 1]])
+def test_a_small_weight_keeps_the_order_of_neox(token_file, weights):
+    """A weight that people write, in a short run; and 1e-7 where that is a row of the run."""
+    train = [token_file(name, [90] * 5) for name in "abc"[: len(weights)]]
+    steps = 10 if weights[0] > 1e-6 else 1_500_000
+    config = DataConfig(seq_length=8, train=train, weights=weights)
+    assert left_out(weights, len(weights), 4 * steps) == [False] * len(weights)
+    rows = build_rows(config, seed=1, batch_size=4, steps=10, eval_every=None, eval_batches=1)
+    if weights[0] > 1e-6:
+        picks = blend(weights, 40)[0].tolist()
+        assert [rows.train[p][1] for p in range(40)] == picks
+        assert 0 in picks
 
 
 def test_more_steps_of_the_same_epochs_are_the_same_data(token_file):

@@ -361,6 +361,40 @@ def test_an_empty_source_is_an_error_or_has_weight_0(fit, make, sources, tmp_pat
     assert all(weights[3] == 0 for weights in ids.weights) and ids.weights[-1][0] > 0.34
 
 
+@pytest.mark.parametrize(
+    "kind", ["static", "uniform", "natural", "odm", "exp3", "static mixing.floor=0.3"]
+)
+def test_a_source_of_weight_0_is_left_out_by_every_mixer(fit, sources, tmp_path, kind):
+    """Also one that is too short for a row."""
+    mixing = f"mixing.kind={kind} mixing.planned=true data.weights=[0,1,1]".split()
+    tiny = write_source(tmp_path, "tiny", 1, 9)
+    ids, trainer = fit(*mixing, train=[tiny, *sources[:2]])
+    assert {source for rows, _ in ids.ids for source in rows} == {1, 2}
+    assert all(weights[0] == 0 for weights in ids.weights)
+    assert source_lines(trainer.config, trainer.rows)[0] == "tiny left out (weight 0)"
+    record = f"mixing.record={tmp_path / 'run' / 'mixture.jsonl'}"
+    replayed = ("mixing.kind=replay", record, mixing[-1])
+    again, _ = fit(*replayed, train=trainer.config.data.train, output="again")
+    assert again.ids == ids.ids
+
+
+def test_a_source_leaves_a_running_mixture_by_weight_0(fit):
+    """Its rows, and the weights planned ahead for it, are gone with it."""
+    fit(*ODM, "train.steps=4")
+    ids, _ = fit(*ODM, "data.weights=[0,1,1]", "data.allow_changed=true")
+    assert len(ids.ids) == 4 and {source for rows, _ in ids.ids for source in rows} == {1, 2}
+
+
+@pytest.mark.parametrize("kind", ["static", "odm"])
+def test_a_source_without_targets_is_refused_before_the_start(make, sources, tmp_path, kind):
+    with IndexedDatasetWriter(tmp_path / "blank", "uint16") as writer:
+        for _ in range(60):
+            writer.add(np.array([7]))
+    options = (f"mixing.kind={kind}", "data.packing=unpacked")
+    with pytest.raises(DataError, match=r"rows of source 'blank' .* has a target, so nothing can"):
+        make(*options, train=[*sources, str(tmp_path / "blank")])
+
+
 def test_a_source_that_comes_or_goes_needs_a_policy(fit, make, sources, tmp_path):
     fit(*ODM, "train.steps=4")
     news = write_source(tmp_path, "news", 40, 30)

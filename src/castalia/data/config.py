@@ -26,11 +26,11 @@ class DataConfig(Config):
     train: Annotated[Paths, AT_RESUME] = []
     """Prefixes of the .bin/.idx token files to train on, one per source."""
     weights: Annotated[list[float] | None, AT_RESUME] = None
-    """Weight of each train source in the blend; null means equal weights."""
+    """Weight of each train source in the blend; null means equal weights. 0 leaves a source out."""
     valid: Annotated[Paths, AT_RESUME] = []
     """Prefixes to validate on. Empty with a single train prefix means its share in `split`."""
     valid_weights: Annotated[list[float] | None, AT_RESUME] = None
-    """Weight of each valid source in the blend; null means equal weights."""
+    """Weight of each valid source in the blend; null means equal weights. 0 leaves a source out."""
     labels: Annotated[Paths, AT_RESUME] = []
     """Label files, one per train prefix, with one label per token: -100 means that the token is not
     a target. Empty means that every token is a target."""

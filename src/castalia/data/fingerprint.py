@@ -130,6 +130,10 @@ def order_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     for key in [*old, *(key for key in new if key not in old)]:
         if old.get(key) == new.get(key):
             continue
-        note = " passes over the data (train.steps decides)" if key == "epochs" else ""
+        note = ""
+        if key == "epochs":
+            note = " passes over the data (train.steps decides)"
+            if 0 in (new.get(key) or []):
+                note += "; 0 is a source left out"
         sentences.append(f"order: {key} was {old.get(key)}, is {new.get(key)}{note}")
     return sentences

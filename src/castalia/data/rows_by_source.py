@@ -25,14 +25,18 @@ class RowPlaces(NamedTuple):
 
 
 class EmptyOrder:
-    """The order of a source too short for a single row."""
+    """The order of a source without a row: it is left out, or too short.
 
-    epochs = 1
+    `epochs` is 0 for a source left out. It is 1 for one that is too short: so it stands in the
+    fingerprints of runs with mixing.allow_empty.
+    """
+
     shuffle_idx = range(0)
 
-    def __init__(self, seq_length: int, tokens: int) -> None:
+    def __init__(self, seq_length: int, tokens: int, *, epochs: int) -> None:
         self.seq_length = seq_length
         self.tokens_per_epoch = tokens
+        self.epochs = epochs
 
     def __len__(self) -> int:
         return 0
@@ -43,13 +47,19 @@ class EmptyOrder:
 
 
 class EmptyRows(RowSource[EmptyOrder]):
-    """A source too short for a single row. Reading one raises IndexError."""
+    """A source without a row. Reading one raises IndexError."""
 
     scattered = False
 
     def spans(self, row: int) -> list[DocumentSpan]:
         """Never called: no place has a row."""
         raise AssertionError(row)
+
+
+def no_rows(dataset: IndexedDataset, config: DataConfig) -> EmptyRows:
+    """A source that the run leaves out. It keeps its number, its name and its fingerprint."""
+    tokens = int(dataset.sizes.sum(dtype=np.int64))
+    return EmptyRows(dataset, EmptyOrder(config.seq_length, tokens, epochs=0))
 
 
 class RowsBySource(ServedRows):
@@ -94,13 +104,18 @@ def rows_by_source(
 ) -> RowsBySource:
     """One pass over each source: documents cut into rows as in GPT-NeoX, or ready rows as they are.
 
+    A source whose weight in data.weights is 0 has no rows.
+
     documents    the documents of a single source to use; all by default.
     labels       a label file for each source.
     allow_empty  a source too short for a row has no rows; otherwise it is an error.
     Raises       DataError naming the source.
     """
-    row_sources = []
+    row_sources: list[RowSource[Any]] = []
     for number, dataset in enumerate(datasets):
+        if config.weights is not None and config.weights[number] == 0:
+            row_sources.append(no_rows(dataset, config))
+            continue
         own_labels = label_file(labels, number)
         row_sources.append(one_pass(dataset, config, seed, documents, own_labels, allow_empty))
     return RowsBySource(row_sources)
@@ -126,13 +141,13 @@ def one_pass(
         # themselves.
         too_short = not len(dataset) and allow_empty
     if too_short and allow_empty:
-        return EmptyRows(dataset, EmptyOrder(config.seq_length, tokens))
+        return EmptyRows(dataset, EmptyOrder(config.seq_length, tokens, epochs=1))
     if config.order == "file":
         return ready_rows(dataset, seq_length=config.seq_length, rows=0)
     if too_short:
         raise DataError(
             f"{dataset.prefix}: a row needs {config.seq_length + 1} tokens, but this source holds"
-            f" {tokens} in all; remove it, set mixing.allow_empty=true to give it weight 0, or use"
-            " a shorter data.seq_length"
+            f" {tokens} in all; remove it, give it weight 0 in data.weights or with"
+            " mixing.allow_empty=true, or use a shorter data.seq_length"
         )
     return cut_into_rows(dataset, config, rows=0, seed=seed, documents=documents, labels=labels)

@@ -13,10 +13,18 @@ from castalia.data.order import rows_per_source, split_documents
 from castalia.data.order_cache import cache_of
 from castalia.data.packings import cut_into_rows
 from castalia.data.ready_rows import ready_rows
-from castalia.data.rows_by_source import RowsBySource, rows_by_source
+from castalia.data.row_source import RowSource
+from castalia.data.rows_by_source import RowsBySource, no_rows, rows_by_source
 from castalia.data.segments import DocumentMask, document_mask, end_of_document
 from castalia.data.served import BlendedRows
-from castalia.data.sources import check_names, label_files, open_sources, shares_of, source_names
+from castalia.data.sources import (
+    check_names,
+    label_files,
+    left_out,
+    open_sources,
+    shares_of,
+    source_names,
+)
 
 ORDERS = {"neox": "neox packed", "file": "rows as in the file"}
 """Names of the orders in the fingerprint. Every checkpoint holds them, so they must not change."""
@@ -61,7 +69,8 @@ def build_rows(
 
     A single train prefix with `split` is GPT-NeoX's data_path: its share of the documents and
     exactly steps · batch_size rows. Anything else is GPT-NeoX's list of paths: each source holds
-    1.005 times its share, and the sources are blended, even a single one. With data.order `file`
+    1.005 times its share, and the sources are blended, even a single one; one of weight 0 has no
+    rows. With data.order `file`
     the train prefixes hold ready rows, served in the order of the file. `valid` is None without
     `eval_every` or validation data. `allow_empty` accepts sources too short for a row, for mixers
     that give them weight 0.
@@ -206,8 +215,12 @@ def split_rows(
 def blend_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> BlendedRows:
     """Rows of files that hold ready rows: a single file as it is, several blended by weight."""
     shares = shares_of(config.weights, len(datasets))
-    row_sources = []
-    for dataset, share in zip(datasets, shares, strict=True):
+    leave = left_out(config.weights, len(datasets), rows)
+    row_sources: list[RowSource[Any]] = []
+    for number, (dataset, share) in enumerate(zip(datasets, shares, strict=True)):
+        if leave[number]:
+            row_sources.append(no_rows(dataset, config))
+            continue
         # Without GPT-NeoX's margin of 1.005: a file that runs out starts again.
         own_rows = math.ceil(rows * share)
         row_sources.append(ready_rows(dataset, seq_length=config.seq_length, rows=own_rows))
@@ -229,8 +242,12 @@ def blend_sources(
     # From the raw weights, not the shares: GPT-NeoX normalises once, and rounding twice may add a
     # row.
     counts = rows_per_source(weights or [1.0] * len(datasets), rows)
-    row_sources = []
+    leave = left_out(weights, len(datasets), rows)
+    row_sources: list[RowSource[Any]] = []
     for number, dataset in enumerate(datasets):
+        if leave[number]:
+            row_sources.append(no_rows(dataset, config))
+            continue
         own_labels = label_file(labels, number)
         row_sources.append(
             cut_into_rows(dataset, config, rows=counts[number], seed=seed, labels=own_labels)

@@ -38,6 +38,11 @@ class ServedRows(ABC):
         source, place = self.locate(index)
         return source, self.row_sources[source].documents_of(place)
 
+    def with_rows(self) -> list[int]:
+        """The numbers of the sources that have rows."""
+        counts = [len(source.order.shuffle_idx) for source in self.row_sources]
+        return [number for number, count in enumerate(counts) if count]
+
     @property
     def seq_length(self) -> int:
         """Tokens of a row that the model sees."""
@@ -48,10 +53,10 @@ class ServedRows(ABC):
 class BlendedRows(ServedRows):
     """Rows of one or several sources in served order, without an end.
 
-    With `weights` the sources are blended, and the blend is built for `places` places. Beyond its
-    end a blend serves place p modulo its size, and a source serves place i modulo its rows less
-    one, as in GPT-NeoX; a file of ready rows starts again after its last row. The size of a blend
-    is `size`, by default the sum of its sources.
+    With `weights` the sources that have rows are blended, and the blend is built for `places`
+    places. Beyond its end a blend serves place p modulo its size, and a source serves place i
+    modulo its rows less one, as in GPT-NeoX; a file of ready rows starts again after its last row.
+    The size of a blend is `size`, by default the sum of its sources.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class BlendedRows(ServedRows):
         cache: OrderCache | None = None,
     ) -> None:
         super().__init__(row_sources)
+        self.blended = self.with_rows()
         self.size = len(self.row_sources[0].order.shuffle_idx)
         self.period: int | None = None
         self.turns: IndexMaps | None = None
@@ -70,7 +76,9 @@ class BlendedRows(ServedRows):
             self.period = size or sum(len(source) for source in self.row_sources) or places
             self.size = self.period
         if weights is not None and len(self.row_sources) > 1:
-            self.turns = blend_maps(weights, min(self.size, places), cache)
+            # Left out before the blend, whose rule would draw a source of weight 0 as well.
+            own_weights = [weights[number] for number in self.blended]
+            self.turns = blend_maps(own_weights, min(self.size, places), cache)
 
     def __len__(self) -> int:
         return self.size
@@ -91,6 +99,6 @@ class BlendedRows(ServedRows):
         picks = self.turns["dataset_index"]
         if place >= len(picks):
             raise IndexError(f"place {index} is past the {len(picks)} places of the blend")
-        source = int(picks[place])
+        source = self.blended[int(picks[place])]
         number = int(self.turns["sample_index"][place])
         return source, self.row_sources[source].order.wrap(number)

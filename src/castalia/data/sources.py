@@ -11,6 +11,10 @@ from castalia.data.labels import Labels, open_labels
 from castalia.data.sidecar import require_tokenizer, tokenizer_facts
 from castalia.data.tokenizer import load_tokenizer
 
+NEGLIGIBLE = 1e-6
+"""Share below which a source may be left out of a blend. Weights that people write to be trained on
+are larger, and their order is GPT-NeoX's however short the run."""
+
 
 def check_names(config: DataConfig) -> None:
     """Check that the config names training data, and validation data at most once.
@@ -61,6 +65,18 @@ def shares_of(weights: Sequence[float] | None, sources: int) -> list[float]:
     raw = [1.0] * sources if weights is None else weights
     total = sum(raw)
     return [weight / total for weight in raw]
+
+
+def left_out(weights: Sequence[float] | None, sources: int, rows: int) -> list[bool]:
+    """Which sources a blend of `rows` rows leaves out, (sources,).
+
+    GPT-NeoX's rule draws every source among the first places, even one of weight 0: at place 1 all
+    sources that have no row yet are tied or nearly so. Left out are therefore weight 0, and a share
+    below `NEGLIGIBLE` to which the whole run owes less than half a row. Every other source keeps
+    the place that GPT-NeoX gives it.
+    """
+    shares = shares_of(weights, sources)
+    return [share < NEGLIGIBLE and (share == 0 or rows * share < 0.5) for share in shares]
 
 
 def source_names(paths: Sequence[str]) -> list[str]:

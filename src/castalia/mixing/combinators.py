@@ -1,6 +1,7 @@
 """Mixers that wrap other mixers: warm-up, floor, cap, smoothing and more."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -384,6 +385,21 @@ class Within(Around):
         self.collects = inner.collects
         self.prior = self.shape(inner.prior)
         self.reset()
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], *, on_new: str = "error", on_removed: str = "error"
+    ) -> None:
+        """Continue from a state of the same sources, or from one in which no source had weight 0.
+
+        The latter is a state of the inner mixer; it loses the sources that have weight 0 now.
+        """
+        inner = self.inner[0]
+        if isinstance(state, Mapping) and state.get("kind") == inner.kind:
+            inner.load_state_dict(state, on_new=on_new, on_removed="drop")
+            self.step = inner.step
+            self.reset()
+            return
+        super().load_state_dict(state, on_new=on_new, on_removed=on_removed)
 
     def update(self, stats: Stats) -> None:
         """Pass on the numbers of the inner mixer's sources."""

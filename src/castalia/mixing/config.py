@@ -173,11 +173,13 @@ class MixingConfig(Config):
         tokens: float,
         sizes: ArrayLike | Mapping[str, float] | None = None,
         prior: ArrayLike | Mapping[str, float] | None = None,
+        allow_empty: bool = False,
     ) -> Mixer:
         """Build the mixer of a run.
 
-        tokens  length of the run. sizes: tokens of each source. prior: initial shares.
-        Raises  ConfigError for an option out of range.
+        tokens       length of the run. sizes: tokens of each source. prior: initial shares.
+        allow_empty  accept a source of size 0 even where the config does not.
+        Raises       ConfigError for an option out of range.
         """
         options = self.own()
         if self.kind == "unimax":
@@ -195,6 +197,6 @@ class MixingConfig(Config):
             epoch_cap=self.epoch_cap,
             horizon=tokens,
             freeze_after=self.freeze_after,
-            allow_empty=self.allow_empty,
+            allow_empty=self.allow_empty or allow_empty,
             **options,
         )

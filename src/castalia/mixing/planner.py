@@ -301,11 +301,14 @@ class Planner:
             self.step = int(state["step"])
             self.cursors = np.zeros(len(self.sources), np.int64)
             self.cursors[kept] = [rows[self.sources[i]]["read"] for i in kept]
+            # A source that lost its rows, such as one whose weight is 0 now, has none left.
+            self.cursors[self.sizes == 0] = 0
+            emptied = any(rows[self.sources[i]]["size"] and not self.sizes[i] for i in kept)
             self.recent.clear()
             self.limits.forget()
             self.await_first(self.step)
             # With other sources the stored weights do not fit; the mixer's present ones hold.
-            if not new and len(kept) == len(rows):
+            if not new and not emptied and len(kept) == len(rows):
                 vectors = np.array([rows[name]["weights"] for name in self.sources], np.float64)
                 self.pending = {
                     int(step): vectors[:, place] for place, step in enumerate(state["weights_of"])

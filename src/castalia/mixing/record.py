@@ -296,13 +296,17 @@ class Replay(Mixer):
             )
         if not isinstance(record, MixtureRecord):
             record = read_mixture(record)
-        if record.sources != list(self.sources):
+        table = record.weights()
+        # Sources that the run left out have weight 0 in the record and no place in this mixer.
+        read = {record.sources[i] for i in np.flatnonzero(table.any(axis=0))}
+        names = [name for name in record.sources if name in read or name in self.sources]
+        if names != list(self.sources):
             raise ConfigError(
                 f"replay: the record has the sources {', '.join(record.sources[:20])}; this run has"
                 f" {', '.join(self.sources[:20])}; names and order must be the same"
             )
         self.steps = np.array(record.steps)
-        self.table = record.weights()
+        self.table = table[:, [record.sources.index(name) for name in names]]
         if not len(self.steps) or self.steps[0] != 1:
             raise ConfigError("replay: the record does not begin with step 1")
         self.shares = self.table[0]

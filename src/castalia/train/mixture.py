@@ -241,11 +241,14 @@ def make_mixture(config: RunConfig, rows: RunRows) -> PlannedMixture | StaticBle
     if not isinstance(rows.train, RowsBySource):
         return StaticBlend()
     mixing = config.mixing
+    # build_rows refuses a source without rows, unless its weight is 0 or mixing.allow_empty is set.
+    allow_empty = mixing.allow_empty or bool((rows.train.sizes == 0).any())
     mixer = mixing.make(
         rows.sources,
         tokens=float(config.train.steps * config.tokens_per_step),
         sizes=rows.train.sizes * config.data.seq_length,
         prior=rows.weights,
+        allow_empty=allow_empty,
     )
     # By position: the held-out loss of a source steers the share of that source.
     if "val_loss" in mixer.needs and len(rows.valid_sources) != len(rows.sources):
@@ -261,7 +264,7 @@ def make_mixture(config: RunConfig, rows: RunRows) -> PlannedMixture | StaticBle
         seed=config.seed,
         lag=mixing.lag,
         exhaustion=mixing.exhaustion,
-        allow_empty=mixing.allow_empty,
+        allow_empty=allow_empty,
     )
     return PlannedMixture(
         planner,

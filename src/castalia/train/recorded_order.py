@@ -37,7 +37,8 @@ class RecordedOrder:
             rows=self.config.train.batch_size,
             seed=self.config.seed,
             exhaustion=mixing.exhaustion,
-            allow_empty=mixing.allow_empty,
+            # The record names no row of a source without rows.
+            allow_empty=True,
         )
 
     def __call__(self, index: int) -> tuple[int, int]:

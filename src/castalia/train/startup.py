@@ -89,7 +89,11 @@ def source_lines(config: RunConfig, rows: RunRows) -> list[str]:
     wanted = config.train.steps * config.tokens_per_step
     lines = []
     # Epochs and not only weights: a small source at 30% may be read a hundred times.
-    for name, weight, tokens in zip(rows.sources, rows.weights, rows.tokens, strict=True):
+    facts = zip(rows.sources, rows.weights, rows.tokens, rows.epochs, strict=True)
+    for name, weight, tokens, passes in facts:
+        if not passes:
+            lines.append(f"{name} left out (weight {weight:g})")
+            continue
         epochs = wanted * weight / max(1, tokens)
         lines.append(f"{name} {weight:.1%} of {quantity(tokens)} tokens ({epochs:.2f} epochs)")
     shown = lines[:SHOWN]

@@ -14,8 +14,9 @@ import torch
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.checkpoint.saved_model import TOKENIZER
-from castalia.data import Batch, BlendedRows, StepLoader, build_rows, check_vocab
+from castalia.data import Batch, BlendedRows, StepLoader, build_rows
 from castalia.data.loader import RowLookup
+from castalia.data.row_checks import check_rows
 from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients
@@ -37,10 +38,6 @@ from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkp
 from castalia.train.schedule import make_schedule
 from castalia.train.start import StartRecord, open_start
 from castalia.train.totals import PassSums, StepTotals
-
-SCANNED_BYTES = 1 << 30
-"""Token files up to this size are searched for ids beyond the vocabulary before the first step,
-which takes less than a second; larger ones are checked batch by batch."""
 
 
 class Trainer:
@@ -93,10 +90,6 @@ class Trainer:
             allow_empty=config.mixing.allow_empty,
         )
         self.mixture = make_mixture(config, self.rows)
-        # An id beyond the vocabulary would read past the embedding: on a GPU an assert without a
-        # place, in the middle of the run.
-        for source in self.rows.train.row_sources:
-            check_vocab(source.dataset, config.model.vocab_size, most_bytes=SCANNED_BYTES)
 
     def build(self, loss: Loss | None) -> None:
         """Everything that takes part in a step."""
@@ -104,6 +97,7 @@ class Trainer:
         # data.valid may list more sources than data.train, and one loss counts both.
         sources = max(len(self.rows.sources), len(self.rows.valid_sources))
         self.loss = loss or LOSSES[config.loss.kind](config.loss, sources)
+        check_rows(self.rows, config.model.vocab_size, self.loss.weight)
         # Before the model: whether a parameter trains decides how it is laid out.
         self.rules = Rules(config.optim, family_of(config.model).no_decay, config.train.frozen)
         # Opened before the model takes memory: a start of another shape is refused at once.
