@@ -150,7 +150,7 @@ class Ours:
         from castalia.inference.decoding import begin
         from castalia.inference.sampling import Sampling
 
-        options = {"max_new_tokens": new, "limit": 2048, "eod_id": None, "decode": lambda ids: ""}
+        options = {"max_new_tokens": new, "limit": 2048, "end_ids": (), "decode": lambda ids: ""}
         rows = [begin(ids, **options) for ids in prompts]
         for _ in decode_texts(self.engine, rows, Sampling()):
             pass

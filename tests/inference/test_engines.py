@@ -54,6 +54,10 @@ def test_greedy_text_of_float32_engines_is_identical(
     model = castalia.load(exported(run_folder, tmp_path / "out", to, EXACT[to]))
     assert model.generate(PROMPTS, 40) == speaker.generate(PROMPTS, 40)
     assert "".join(model.stream("The naïve", 40)) == speaker.generate("The naïve", 40)
+    steering = {"repetition_penalty": 4.0, "min_tokens": 3, "stop_token_ids": [ord("w")]}
+    assert model.generate(PROMPTS[:2], 12, **steering) == speaker.generate(
+        PROMPTS[:2], 12, **steering
+    )
     # llama.cpp takes GELU from a table in float16.
     tolerance = 0.02 if to == "gguf" else 2e-4
     assert (model.logprobs(known_text) - speaker.logprobs(known_text)).abs().max() < tolerance

@@ -150,7 +150,7 @@ def test_scoring_in_bf16_is_near(speaker: LanguageModel, known_text: str) -> Non
 def admission(speaker: LanguageModel, text: str, tokens: int, **options: float) -> Admission:
     """A text that asks for a slot."""
     generator = torch.Generator().manual_seed(0)
-    return Admission(speaker.continuation(text, tokens, []), Sampling(**options), generator)
+    return Admission(speaker.continuation(text, tokens), Sampling(**options), generator)
 
 
 @pytest.mark.parametrize("place", range(3))

@@ -201,7 +201,7 @@ def test_a_state_that_cannot_rewind_is_continued_whole_or_not_at_all(
     model = LanguageModel(engine)
 
     def read(batcher: Batcher, ids: list[int]) -> list[int]:
-        text = model.continuation(ids, 1, [])
+        text = model.continuation(ids, 1)
         batcher.admit([Admission(text, Sampling(), torch.Generator())])
         return text.tokens
 

@@ -12,7 +12,9 @@ import torch
 
 from castalia.inference.decoding import Continuation
 from castalia.inference.engine import Engine
+from castalia.inference.grammar import shared
 from castalia.inference.sampling import Sampling, next_tokens
+from castalia.inference.steering import Steering, steering_of
 
 PREFIX_TOKENS = 16
 """Shorter common beginnings are read again: copying their state costs as much."""
@@ -29,6 +31,10 @@ class Admission:
     """Called with the logits (V,), padding included, and the token drawn from them."""
     token: int = -1
     """The last token drawn, which the engine has not read yet."""
+    steering: Steering | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steering = steering_of(self.sampling, self.text)
 
 
 @dataclass
@@ -127,7 +133,7 @@ class Batcher:
     def draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[str]:
         """Draw a token for each slot out of logits (len(slots), V), and give it to its text."""
         running = [self.running[slot] for slot in slots]
-        tokens = draw_tokens(logits[:, : self.engine.config.vocab_size], running)
+        tokens = draw_tokens(steered(logits[:, : self.engine.config.vocab_size], running), running)
         pieces = []
         # `watch` gets the padding too: its softmax runs over all columns, as in training.
         for row, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
@@ -145,6 +151,16 @@ class Batcher:
         text.seconds = time.perf_counter() - text.started
 
 
+def steered(logits: torch.Tensor, running: Sequence[Admission]) -> torch.Tensor:
+    """Logits (rows, vocabulary) with the changes of each text."""
+    if all(one.steering is None for one in running):
+        return logits
+    rows = []
+    for row, one in zip(logits, running, strict=True):
+        rows.append(row if one.steering is None else one.steering(row, one.text.tokens))
+    return torch.stack(rows)
+
+
 def draw_tokens(logits: torch.Tensor, running: Sequence[Admission]) -> list[int]:
     """One token for each row of logits (rows, vocabulary)."""
     sampling = running[0].sampling
@@ -158,16 +174,6 @@ def draw_tokens(logits: torch.Tensor, running: Sequence[Admission]) -> list[int]
         int(next_tokens(row[None], one.sampling, [one.generator]))
         for row, one in zip(logits, running, strict=True)
     ]
-
-
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
 
 
 def decode_texts(

@@ -138,7 +138,7 @@ class Ct2Engine(Engine):
             max_length=max(budgets),
             include_prompt_in_result=False,
             sampling_topk=1,
-            end_token=list(ends) or None,
+            end_token=list(ends),
             suppress_sequences=self.padding or None,
         )
         return [

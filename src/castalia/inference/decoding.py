@@ -1,7 +1,7 @@
 """One prompt while it is continued, and the result."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,10 +26,26 @@ class Completion:
     """The generated ids, without the token that ended the text; those of a stop string are
     included."""
     finish_reason: FinishReason
-    """eod: a token that ends a text; stop: a stop string; length: max_new_tokens; context: the
-    model's limit."""
+    """eod: a token that ends a text; stop: a stop string or token of the request; length:
+    max_new_tokens; context: the model's limit."""
     seconds: float
     """From the request to the last token."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a text besides its length."""
+
+    stop: Sequence[str] = ()
+    """Strings that end the text; they are not part of it."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the text; they are not part of it."""
+    ignore_eos: bool = False
+    """The end-of-document token is a token like any other."""
+    min_tokens: int = 0
+    """No token and no stop string ends the text before it has this many tokens."""
+    keep_stop: bool = False
+    """The stop string or token that ends the text is part of it."""
 
 
 @dataclass
@@ -42,8 +58,10 @@ class Continuation:
     """Tokens that may be generated."""
     reason_at_budget: FinishReason
     stream: TextStream
-    end_ids: tuple[int, ...]
-    """Tokens that end the text."""
+    ends: Mapping[int, FinishReason]
+    """Tokens that end the text, and the reason that each gives."""
+    min_tokens: int = 0
+    keep_stop: bool = False
     prompt: str | None = None
     tokens: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -53,12 +71,15 @@ class Continuation:
 
     def push(self, token: int) -> str:
         """Take the next token; return the text that is certain now."""
+        reason = self.ends.get(token)
         # A token that ends the text is not part of it: it is neither kept nor decoded.
-        if token in self.end_ids:
-            return self.finish("eod")
+        if reason is not None and not (reason == "stop" and self.keep_stop):
+            return self.finish(reason)
         self.tokens.append(token)
         piece = self.stream.push(token)
         self.pieces.append(piece)
+        if reason is not None:
+            return piece + self.finish(reason)
         # A stop string wins over the budget, as it ends the text earlier.
         if self.stream.stopped:
             return piece + self.finish("stop")
@@ -87,28 +108,47 @@ def begin(
     limit: int,
     end_ids: Sequence[int],
     decode: Callable[[list[int]], str],
-    stop: Sequence[str] = (),
+    ending: Ending = Ending(),
     prompt: str | None = None,
 ) -> Continuation:
     """A continuation of `ids` by at most max_new_tokens, within the model's `limit` of tokens.
 
     `ids` has at least one token.
-    Raises  ConfigError if the prompt leaves no room for a token.
+    Raises  ConfigError if the prompt leaves no room for a token, or max_new_tokens is below
+            min_tokens.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be >= 1, got {max_new_tokens}")
+    if not 0 <= ending.min_tokens <= max_new_tokens:
+        raise ConfigError(
+            f"min_tokens must be from 0 to max_new_tokens={max_new_tokens}, got {ending.min_tokens}"
+        )
     room = limit - len(ids)
     if room < 1:
         raise ConfigError(
             f"the prompt has {len(ids)} tokens but the model reads at most {limit}, new ones"
             " included; shorten it"
         )
+    ends: dict[int, FinishReason] = {}
+    if not ending.ignore_eos:
+        ends.update(dict.fromkeys(end_ids, "eod"))
+    for token in ending.stop_token_ids:
+        ends.setdefault(token, "stop")
+    stream = TextStream(
+        decode,
+        ending.stop,
+        behind(ids, end_ids),
+        keep_stop=ending.keep_stop,
+        min_tokens=ending.min_tokens,
+    )
     return Continuation(
         list(ids),
         budget=min(max_new_tokens, room),
         reason_at_budget="length" if max_new_tokens <= room else "context",
-        stream=TextStream(decode, stop, behind(ids, end_ids)),
-        end_ids=tuple(end_ids),
+        stream=stream,
+        ends=ends,
+        min_tokens=ending.min_tokens,
+        keep_stop=ending.keep_stop,
         prompt=prompt,
     )
 

@@ -188,8 +188,8 @@ class Engine(ABC):
     ) -> list[list[int]] | None:
         """Whole greedy continuations, where the engine has a faster way than slots; else None.
 
-        Prompt i gets at most budgets[i] tokens. A token among `ends` ends a continuation and is not
-        returned.
+        Prompt i gets at most budgets[i] tokens. A token of `ends`, which is not empty, ends a
+        continuation and is not returned.
         """
         return None
 

@@ -2,7 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
 from typing import Any, TypedDict, Unpack, cast, overload
 
 from torch import Tensor
@@ -11,8 +13,9 @@ from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer import Tokenizer
 from castalia.inference.batching import decode_texts
-from castalia.inference.decoding import Completion, Continuation, begin
+from castalia.inference.decoding import Completion, Continuation, Ending, begin
 from castalia.inference.engine import Engine
+from castalia.inference.grammar import Grammar, Grammars
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
@@ -22,18 +25,43 @@ BATCH_ROWS = 16
 
 
 class Drawing(TypedDict, total=False):
-    """Options of `generate` and its kin besides max_new_tokens; see `Sampling`."""
+    """Options of `generate` and its kin besides max_new_tokens; see `Sampling` and `Ending`."""
 
     temperature: float
     """Divides the logits; 0, the default, is greedy."""
     top_k: int
-    """Draw from the k largest logits; 0 is off."""
+    """Draw from the k largest logits; 0 and -1 are off."""
     top_p: float
     """Then draw from the nucleus of this probability; 0 is off."""
-    stop: str | list[str] | None
+    min_p: float
+    """Then draw from tokens at least this many times as likely as the likeliest; 0 is off."""
+    repetition_penalty: float
+    """Above 1 avoids the tokens of prompt and text; 1 is off."""
+    presence_penalty: float
+    """Above 0 avoids the tokens of the text."""
+    frequency_penalty: float
+    """Above 0 avoids the tokens of the text, the more the more often they occur."""
+    logit_bias: Mapping[int, float]
+    """Added to the logits, by token id."""
+    allowed_token_ids: Sequence[int] | None
+    """The only ids that may be drawn."""
+    grammar: Grammar | None
+    """The form of the text, such as `model.grammars.json(schema)`."""
+    stop: str | Sequence[str] | None
     """Strings that end the text; they are not part of it."""
+    stop_token_ids: Sequence[int]
+    """Token ids that end the text; they are not part of it."""
+    keep_stop: bool
+    """The stop string or token is part of the text after all."""
+    ignore_eos: bool
+    """The model's own `end_ids` do not end the text."""
+    min_tokens: int
+    """Nothing ends the text before it has this many tokens."""
     seed: int | None
-    """Makes the draws repeatable."""
+    """Makes the draws repeatable; an int64."""
+
+
+ENDINGS = tuple(field.name for field in fields(Ending))
 
 
 class LanguageModel:
@@ -105,26 +133,21 @@ class LanguageModel:
         self,
         prompt: str | list[str],
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 0.0,
-        stop: str | list[str] | None = None,
-        seed: int | None = None,
+        **options: Unpack[Drawing],
     ) -> str | list[str]:
         """The continuation of a prompt, or of each prompt of a list, without the prompt itself.
 
-        Greedy if temperature is 0. Else a token is drawn: the logits are divided by the
-        temperature, cut to the top_k largest, then to the nucleus top_p (0 turns either off);
-        `seed` makes the draws repeatable. A continuation ends at a token of `end_ids`, before a
-        `stop` string, after max_new_tokens, or at the model's limit. An empty prompt starts from
-        `start_id`.
+        `options` are those of `Drawing`. Greedy if temperature is 0. Else a token is drawn: the
+        logits are divided by the temperature, cut to the top_k largest, to the nucleus top_p, then
+        to the tokens that min_p leaves (0 turns each off); `seed` makes the draws repeatable. A
+        continuation ends at a token of `end_ids`, before a `stop` string, after max_new_tokens, or
+        at the model's limit. An empty prompt starts from `start_id`.
         Warns   if the model's limit ended a text before max_new_tokens did.
         Raises  ConfigError if an option is out of range, a prompt is too long or has ids beyond
                 the vocabulary.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop, seed=seed)
-        done = self.complete(prompts, max_new_tokens, **drawing)
+        done = self.complete(prompts, max_new_tokens, **options)
         if any(completion.finish_reason == "context" for completion in done):
             limit = self.config.max_position_embeddings
             warnings.warn(f"a text ended at the model's limit of {limit} tokens", stacklevel=2)
@@ -138,9 +161,9 @@ class LanguageModel:
         **options: Unpack[Drawing],
     ) -> list[Completion]:
         """As `generate`, for texts or ids, with text, tokens, finish reason and seconds of each."""
-        sampling, stop = split_options(options)
+        sampling, ending = self.split_options(options)
         # All prompts are checked before the first one is read.
-        texts = [self.continuation(prompt, max_new_tokens, stop) for prompt in prompts]
+        texts = [self.continuation(prompt, max_new_tokens, ending) for prompt in prompts]
         for start in range(0, len(texts), BATCH_ROWS):
             batch = texts[start : start + BATCH_ROWS]
             continue_texts(self.engine, batch, sampling.after(start))
@@ -154,8 +177,8 @@ class LanguageModel:
         The generator's value (`completion = yield from model.stream(...)`) is the Completion.
         """
         # Checked here, not when the first piece is asked for.
-        sampling, stop = split_options(options)
-        return streamed(self.engine, self.continuation(prompt, max_new_tokens, stop), sampling)
+        sampling, ending = self.split_options(options)
+        return streamed(self.engine, self.continuation(prompt, max_new_tokens, ending), sampling)
 
     @overload
     def generate_ids(
@@ -224,11 +247,35 @@ class LanguageModel:
         """Text of ids; empty without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiles forms of texts for this model: a JSON schema, a choice, a regular expression.
+
+        Raises  ConfigError if llguidance is not installed, or the tokenizer does not suit it.
+        """
+        return Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
+
+    def split_options(self, options: Drawing) -> tuple[Sampling, Ending]:
+        """How tokens are drawn, and what ends a text.
+
+        Raises  ConfigError if an option is out of range or two contradict each other.
+        """
+        given: dict[str, Any] = dict(options)
+        ending = {name: given.pop(name) for name in ENDINGS if name in given}
+        stop = ending.get("stop")
+        ending["stop"] = [stop] if isinstance(stop, str) else list(stop or ())
+        sampling = Sampling(**given)
+        require_possible(sampling, Ending(**ending))
+        self.require_ids(sampling.logit_bias, "logit_bias: id")
+        self.require_ids(sampling.allowed_token_ids or (), "allowed_token_ids: id")
+        self.require_ids(ending.get("stop_token_ids", ()), "stop_token_ids: id")
+        return sampling, Ending(**ending)
+
     def continuation(
-        self, prompt: str | Sequence[int], max_new_tokens: int, stop: list[str]
+        self, prompt: str | Sequence[int], max_new_tokens: int, ending: Ending = Ending()
     ) -> Continuation:
         """A prompt, checked and encoded, ready for the decoding loop."""
-        if stop and self.tokenizer is None:
+        if ending.stop and self.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer, and this checkpoint has none")
         ids = self.encode(prompt)
         if not ids:
@@ -245,30 +292,30 @@ class LanguageModel:
             limit=self.config.max_position_embeddings,
             end_ids=self.end_ids,
             decode=self.decode,
-            stop=stop,
+            ending=ending,
             prompt=prompt if isinstance(prompt, str) else None,
         )
 
-    def require_ids(self, ids: Sequence[int]) -> None:
+    def require_ids(self, ids: Iterable[int], what: str = "id") -> None:
         """Raises  ConfigError if an id has no row in the embedding."""
         for i in ids:
             if not 0 <= i < self.config.vocab_size:
                 raise ConfigError(
-                    f"id {i} is outside the vocabulary of {self.config.vocab_size} tokens"
+                    f"{what} {i} is outside the vocabulary of {self.config.vocab_size} tokens"
                 )
 
 
 def continue_texts(engine: Engine, texts: Sequence[Continuation], sampling: Sampling) -> None:
     """Continue texts to their ends, by the engine's own greedy search where that is enough.
 
-    Such a search knows no stop strings: it could only be cut afterwards, at the cost of the tokens
-    after them.
+    Such a search knows neither penalties nor stop strings: after a stop string it could only be
+    cut, at the cost of the tokens after it.
     """
     continued = None
-    if sampling.temperature == 0 and not any(text.stream.stop for text in texts):
+    if sampling.temperature == 0 and not sampling.steers and all(map(is_plain, texts)):
         prompts = [text.ids for text in texts]
         budgets = [text.budget for text in texts]
-        continued = engine.greedy(prompts, budgets, texts[0].end_ids)
+        continued = engine.greedy(prompts, budgets, list(texts[0].ends))
     if continued is None:
         for _ in decode_texts(engine, texts, sampling):
             pass
@@ -297,10 +344,31 @@ def is_one(ids: Sequence[int] | Sequence[Sequence[int]]) -> bool:
     return len(ids) == 0 or isinstance(ids[0], int)
 
 
-def split_options(options: Drawing) -> tuple[Sampling, list[str]]:
-    """How tokens are drawn, and the stop strings as a list."""
-    stop = options.get("stop")
-    numbers = {name: value for name, value in options.items() if name != "stop"}
-    if isinstance(stop, str):
-        stop = [stop]
-    return Sampling(**numbers), list(stop or ())  # type: ignore[arg-type]
+def is_plain(text: Continuation) -> bool:
+    """Whether end-of-document tokens alone can end a text below its budget."""
+    by_document = bool(text.ends) and set(text.ends.values()) == {"eod"}
+    return by_document and not text.stream.stop and not text.min_tokens
+
+
+def require_possible(sampling: Sampling, ending: Ending) -> None:
+    """Raises  ConfigError if the options could leave no token to draw."""
+    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
+        raise ConfigError("allowed_token_ids is empty: no token could be drawn; leave it out")
+    if sampling.grammar is None:
+        if ending.min_tokens and sampling.allowed_token_ids is not None:
+            raise ConfigError(
+                "allowed_token_ids and min_tokens together may leave no token to draw; give one"
+            )
+        return
+    # A grammar ends a text itself, and asks for certain tokens on the way.
+    others = {
+        "allowed_token_ids": sampling.allowed_token_ids,
+        "min_tokens": ending.min_tokens,
+        "ignore_eos": ending.ignore_eos,
+    }
+    for name, value in others.items():
+        if value:
+            raise ConfigError(
+                f"{name} does not go with a text of a given form (JSON, a choice, a regular"
+                " expression, a grammar), which decides itself where it ends; give one of them"
+            )

@@ -12,18 +12,19 @@ Source  Leviathan et al. 2023, arXiv:2211.17192, algorithm 1; Chen et al. 2023, 
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
-from castalia.inference.batching import shared
 from castalia.inference.decoding import Completion, Continuation
 from castalia.inference.engine import Engine
-from castalia.inference.language_model import Drawing, LanguageModel, split_options
+from castalia.inference.grammar import shared
+from castalia.inference.language_model import Drawing, LanguageModel
 from castalia.inference.sampling import Sampling, distribution
+from castalia.inference.steering import steering_of
 
 GUESSES = 5
 """Tokens that a draft proposes at a time."""
@@ -56,11 +57,19 @@ class ModelDraft(Draft):
     """A smaller model of the same suite."""
 
     def __init__(
-        self, engine: Engine, sampling: Sampling, generator: torch.Generator, length: int
+        self,
+        engine: Engine,
+        text: Continuation,
+        sampling: Sampling,
+        generator: torch.Generator,
+        length: int,
     ) -> None:
         self.engine = engine
         self.sampling = sampling
         self.generator = generator
+        # The model's bans and penalties: a guess that it must reject would be wasted.
+        self.steering = steering_of(sampling, text)
+        self.prompt = len(text.ids)
         self.slots = engine.slots(1, length)
         self.read: list[int] = []
 
@@ -75,6 +84,8 @@ class ModelDraft(Draft):
         chances: list[Tensor | None] = []
         for _ in range(count):
             logits = self.slots.feed([0], [unread])[0, : self.engine.config.vocab_size]
+            if self.steering is not None:
+                logits = self.steering(logits, [*ids[self.prompt :], *guesses])
             token, chance = draw(logits, self.sampling, self.generator)
             guesses.append(token)
             chances.append(chance)
@@ -116,13 +127,17 @@ def judge(
     chances: Sequence[Tensor | None],
     sampling: Sampling,
     generator: torch.Generator,
+    steer: Callable[[Tensor, list[int]], Tensor] = lambda row, kept: row,
 ) -> list[int]:
     """The next tokens of a text: the guesses that are kept, then one of the model's own.
 
+    Takes   steer: changes the logits (V,) after the guesses that are kept.
     Shapes  logits (len(guesses) + 1, V): row i holds the model's logits after i guesses.
     """
     kept: list[int] = []
     for row, guess, q in zip(logits, guesses, chances, strict=False):
+        # Only now: a grammar knows nothing of the tokens after a guess that it forbids.
+        row = steer(row, kept)
         if sampling.temperature == 0:
             best = int(row.argmax())
             kept.append(best)
@@ -137,7 +152,7 @@ def judge(
             continue
         rest = remainder(p, q, guess)
         return [*kept, int(torch.multinomial(rest, 1, generator=generator))]
-    return [*kept, draw(logits[len(guesses)], sampling, generator)[0]]
+    return [*kept, draw(steer(logits[len(guesses)], kept), sampling, generator)[0]]
 
 
 def remainder(p: Tensor, q: Tensor | None, guess: int) -> Tensor:
@@ -165,7 +180,12 @@ def speculate(
     # Room for guesses beyond the budget: a pass reads them before they are judged.
     slots = engine.slots(1, len(text.ids) + text.budget + guesses + 1)
     ids = list(text.ids)
-    token, _ = draw(slots.feed([0], [ids])[0, :V], sampling, generator)
+    steering = steering_of(sampling, text)
+
+    def steer(row: Tensor, kept: list[int]) -> Tensor:
+        return row if steering is None else steering(row, text.tokens + kept)
+
+    token, _ = draw(steer(slots.feed([0], [ids])[0, :V], []), sampling, generator)
     yield text.push(token)
     while text.finish_reason is None:
         ids.append(token)
@@ -176,7 +196,7 @@ def speculate(
         if wanted > 0:
             guessed, chances = draft.guess(ids, wanted)
         logits = slots.feed_all(0, [token, *guessed])[:, :V]
-        judged = judge(logits, guessed, chances, sampling, generator)
+        judged = judge(logits, guessed, chances, sampling, generator, steer)
         counts.guessed += len(guessed)
         counts.kept += len(judged) - 1
         counts.passes += 1
@@ -215,17 +235,17 @@ def speculative_complete(
             state of one of the models cannot be rewound.
     """
     require_draft(model, draft, guesses)
-    sampling, stop = split_options(Drawing(**options))  # type: ignore[typeddict-item]
+    sampling, ending = model.split_options(Drawing(**options))  # type: ignore[typeddict-item]
     done = []
     for place, prompt in enumerate(prompts):
-        text = model.continuation(prompt, max_new_tokens, stop)
+        text = model.continuation(prompt, max_new_tokens, ending)
         counts = GuessCounts()
         (generator,) = sampling.after(place).generators(1, model.engine.device)
         guesser: Draft = LookupDraft()
         if isinstance(draft, LanguageModel):
             length = len(text.ids) + text.budget + guesses + 1
             length = min(length, draft.config.max_position_embeddings)
-            guesser = ModelDraft(draft.engine, sampling, generator, length)
+            guesser = ModelDraft(draft.engine, text, sampling, generator, length)
         for _ in speculate(model.engine, guesser, text, sampling, generator, counts, guesses):
             pass
         done.append((text.completion(), counts))

@@ -18,9 +18,14 @@ class TextStream:
         decode: Callable[[list[int]], str],
         stop: Sequence[str] = (),
         context: Sequence[int] = (),
+        *,
+        keep_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         """`context` are the tokens before the text; they are decoded with it, but not returned."""
         self.decode = decode
+        self.keep_stop = keep_stop
+        """Whether the stop string that ends the text is part of it."""
         # An empty stop string would end every text at once.
         self.stop = [text for text in stop if text]
         self.tokens = list(context)
@@ -32,6 +37,10 @@ class TextStream:
         the beginning of a text, so the window reaches back to tokens that are known."""
         self.read = len(self.tokens)
         """Number of tokens whose text is in `text`."""
+        self.earliest = len(self.tokens) + min_tokens
+        """A stop string that ends within this many tokens is text like any other."""
+        self.too_early = 0
+        """Number of characters of those tokens."""
         self.text = ""
         """Everything decoded so far, including the part held back."""
         self.released = 0
@@ -60,21 +69,30 @@ class TextStream:
             self.text += longer[len(known) :]
             self.context = self.read
             self.read = len(self.tokens)
+        if len(self.tokens) <= self.earliest:
+            self.too_early = len(self.text)
 
     def release(self, *, final: bool) -> str:
         """Return the text that no stop string can take back."""
-        # The search begins behind the released text: an earlier beginning would be held back.
-        places = [self.text.find(text, self.released) for text in self.stop]
-        starts = [place for place in places if place >= 0]
-        if starts and not self.stopped:
-            self.stopped = True
-            self.text = self.text[: min(starts)]
+        if not self.stopped:
+            cuts = [cut for text in self.stop if (cut := self.cut(text)) is not None]
+            if cuts:
+                self.stopped = True
+                self.text = self.text[: min(cuts)]
         end = len(self.text)
         if not final and not self.stopped:
             end -= self.held_back()
         piece = self.text[self.released : end]
         self.released = end
         return piece
+
+    def cut(self, stop: str) -> int | None:
+        """Where a stop string ends the text; None if it does not occur."""
+        # Behind the released text: an earlier beginning would have been held back.
+        start = self.text.find(stop, max(self.released, self.too_early - len(stop) + 1))
+        if start < 0:
+            return None
+        return start + len(stop) if self.keep_stop else start
 
     def held_back(self) -> int:
         """Length of the longest ending of the text that is the beginning of a stop string."""

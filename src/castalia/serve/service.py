@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from castalia.core.errors import ConfigError
+from castalia.inference.decoding import Ending
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.sampling import Sampling
 from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
@@ -158,6 +159,7 @@ class Service:
         # Long prompts take seconds to encode; other requests must not wait for that.
         encoded = await asyncio.to_thread(lambda: [model.encode(prompt) for prompt in prompts])
         seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
+        ending = Ending(stop=body.stops, ignore_eos=bool(body.ignore_eos))
         loop = asyncio.get_running_loop()
         inbox = Inbox()
         texts: list[ServedText] = []
@@ -166,9 +168,7 @@ class Service:
             for _ in range(n):
                 index = len(texts)
                 # Room for one token is required, even if max_tokens=0 only scores the prompt.
-                continuation = model.continuation(ids, max(1, max_tokens), body.stops)
-                if body.ignore_eos:
-                    continuation.end_ids = ()
+                continuation = model.continuation(ids, max(1, max_tokens), ending)
                 text = ServedText(
                     continuation=continuation,
                     sampling=sampling_of(body, seed + index),

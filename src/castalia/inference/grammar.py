@@ -1,0 +1,147 @@
+"""The form of a text: a JSON schema, a choice, a regular expression or a grammar.
+
+llguidance compiles the form and tells, after any tokens of a text, which tokens may follow.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from castalia.core.errors import ConfigError
+from castalia.core.extras import require
+from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer_forms import OtherTokenizer
+
+BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
+"""White space between the parts of JSON. Bounded: a weak model would fill its budget with blanks,
+which JSON allows without end."""
+PURPOSE = "a text of a given form (JSON, a choice, a regular expression, a grammar)"
+
+
+class Grammars:
+    """Compiles forms for the tokens of one model.
+
+    Takes   size: ids that can be drawn. ends: ids that end a text.
+    Raises  ConfigError if llguidance is not installed, the tokenizer has no tokenizer.json, or no
+            id ends a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, size: int, ends: Sequence[int]) -> None:
+        self.library: Any = require("llguidance", "grammar", PURPOSE)
+        if tokenizer is None or isinstance(tokenizer, OtherTokenizer):
+            raise ConfigError(f"{PURPOSE} needs a model with a tokenizer.json")
+        if not ends:
+            raise ConfigError(f"{PURPOSE} needs a tokenizer with an end-of-document token")
+        self.size = size
+        try:
+            self.tokens = self.library.LLTokenizer(
+                tokenizer.inner.to_str(), n_vocab=size, eos_token=list(ends)
+            )
+        except Exception as error:  # the library raises its own and plain exceptions
+            raise ConfigError(
+                f"{PURPOSE}: llguidance cannot read this tokenizer ({error})"
+            ) from None
+
+    def json(self, schema: Mapping[str, Any] | str, *, blanks: str | None = BLANKS) -> "Grammar":
+        """Text that is JSON of a schema; `blanks` is the expression of its white space, or None."""
+        options = {"whitespace_flexible": blanks is not None, "whitespace_pattern": blanks}
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        try:
+            source = self.library.LLMatcher.grammar_from_json_schema(text, defaults=options)
+        except ValueError as error:
+            raise ConfigError(f"the JSON schema is not JSON: {error}") from None
+        return self.compiled("JSON schema", source)
+
+    def choice(self, texts: Sequence[str]) -> "Grammar":
+        """One of these texts."""
+        return self.compiled("choice", self.library.grammar_from("choice", json.dumps(list(texts))))
+
+    def regex(self, expression: str) -> "Grammar":
+        """Text that a regular expression of Rust's syntax matches whole."""
+        return self.compiled("regular expression", self.library.grammar_from("regex", expression))
+
+    def grammar(self, rules: str) -> "Grammar":
+        """Text of a grammar in Lark's form, or in GBNF."""
+        try:
+            source = self.library.grammar_from("grammar", rules)
+        except ValueError as error:
+            raise ConfigError(f"the grammar is not valid: {error}") from None
+        return self.compiled("grammar", source)
+
+    def compiled(self, kind: str, source: str) -> "Grammar":
+        """The form, ready for use.
+
+        Raises  ConfigError if it is not valid, or more than the library can express.
+        """
+        matcher = self.library.LLMatcher(self.tokens, source, log_level=0)
+        if matcher.is_error():
+            raise ConfigError(f"the {kind} is not valid: {first_line(matcher.get_error())}")
+        return Grammar(matcher, self.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """The form of a text; each text follows it with a `Progress` of its own."""
+
+    start: Any
+    """llguidance's matcher before the first token."""
+    size: int
+
+    def progress(self) -> "Progress":
+        """The state before the first token of a text."""
+        return Progress(self.start.deep_copy(), self.size)
+
+
+class Progress:
+    """How far one text has come in its form."""
+
+    def __init__(self, matcher: Any, size: int) -> None:
+        self.matcher = matcher
+        self.read: list[int] = []
+        words = (size + 31) // 32
+        # llguidance writes one bit a token, in words of 32.
+        self.bits = torch.zeros(words, dtype=torch.int32)
+        self.size = size
+
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
+        """Which tokens may follow the text so far: (V,) bool.
+
+        The text may be any that the form allows: rejected guesses are taken back.
+        """
+        common = shared(self.read, tokens)
+        if common < len(self.read):
+            self.matcher.rollback(len(self.read) - common)
+        rest = list(tokens[common:])
+        # A draft may guess on after the end of the text, where nothing is left to read.
+        taken = self.matcher.try_consume_tokens(rest)
+        assert taken == len(rest) or self.matcher.is_stopped(), "a token that the form forbids"
+        self.read = list(tokens[: common + taken])
+        self.matcher.unsafe_compute_mask_ptr(self.bits.data_ptr(), self.bits.nbytes)
+        if self.matcher.is_error():
+            raise RuntimeError(f"llguidance: {first_line(self.matcher.get_error())}")
+        return unpacked(self.bits)[: self.size]
+
+
+def unpacked(words: Tensor) -> Tensor:
+    """The bits of int32 words (W,), lowest first: (32 W,) bool."""
+    places = torch.arange(32, dtype=torch.int32)
+    return (words[:, None] >> places & 1).bool().flatten()
+
+
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
+
+
+def first_line(message: str) -> str:
+    """The first line of an error; the rest is llguidance's state."""
+    return message.strip().split("\n")[0]
