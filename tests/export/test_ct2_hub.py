@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from castalia.checkpoint.hub import hub_folder, is_hub_id
+from castalia.core.hub import hub_folder, is_hub_id
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.export import GeneratorCT2fromHfHub, TranslatorCT2fromHfHub, export
 from castalia.inference import load

@@ -1,17 +1,14 @@
 """Which checkpoints a folder holds, and which one a path names."""
 
-import difflib
 import re
 from pathlib import Path
 
 from castalia.checkpoint.manifest import COMPLETE, STEP_NAME, step_name
 from castalia.core.errors import CheckpointError
+from castalia.core.hub import local_reading
 
 WANTED_STEP = re.compile(r"(?:step-?)?(\d+)")
 """`step1000` (Pythia's revisions), `step-00001000`, `1000`."""
-SIMILAR = 0.75
-"""Similarity of two names (difflib's ratio) from which one may be the other mistyped: `rnus` for
-`runs` has 0.75."""
 
 
 def complete_steps(folder: str | Path) -> list[int]:
@@ -66,35 +63,6 @@ def remedy(path: Path) -> str:
     if near is None:
         return "; give a run folder, or RUN/step1000"
     return f"; did you mean {str(near)!r}? (a model of the Hugging Face hub is hf://OWNER/NAME)"
-
-
-def local_reading(path: Path) -> Path | None:
-    """The existing path that `path` may be a mistyped form of; None if nothing here is spelled
-    alike.
-
-    Each name on the way may be off by a letter or two. Where only the last one is unknown, its
-    folder is the answer if it holds runs: `rnus/anything` beside a folder `runs` of runs.
-    """
-    place = Path(path.anchor)
-    *folders, last = path.relative_to(path.anchor).parts
-    for name in folders:
-        near = similar_name(place, name)
-        if near is None:
-            return None
-        place /= near
-    near = similar_name(place, last)
-    if near is not None:
-        return place / near
-    return place if folders and any(place.glob("*/checkpoints")) else None
-
-
-def similar_name(folder: Path, name: str) -> str | None:
-    """`name` if `folder` holds it, or the name in it that is spelled almost like it; None if there
-    is neither."""
-    if (folder / name).exists():
-        return name
-    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
-    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=SIMILAR)), None)
 
 
 def newest_first(path: str | Path) -> list[Path]:

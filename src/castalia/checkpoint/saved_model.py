@@ -9,7 +9,7 @@ from pathlib import Path
 
 from castalia.checkpoint.find import newest_first
 from castalia.checkpoint.hf import is_hf_folder, read_hf, weight_files
-from castalia.checkpoint.hub import hub_folder, is_hub_id
+from castalia.core.hub import hub_folder, is_hub_id
 from castalia.checkpoint.load import check_tensors, read_config, read_text
 from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 from castalia.checkpoint.special_ids import SpecialIds, read_special_ids

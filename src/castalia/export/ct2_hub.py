@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from castalia.checkpoint.hf import is_hf_folder
-from castalia.checkpoint.hub import hub_folder, is_hub_id
+from castalia.core.hub import hub_folder, is_hub_id
 from castalia.checkpoint.saved_model import TOKENIZER, open_model
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require

@@ -1,11 +1,11 @@
-"""Model folders from the Hugging Face Hub: cached, and offline when cached."""
+"""Folders of the Hugging Face Hub: cached, and offline when cached."""
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.find import local_reading
 from castalia.core.errors import CheckpointError
 from castalia.core.extras import require
 
@@ -23,6 +23,13 @@ FILES = (
 )
 """The files of a model that Castalia reads. `model.bin` is CTranslate2's; pickled weights are
 never fetched."""
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+"""The files of a tokenizer among them, without the weights."""
+
+
+SIMILAR = 0.75
+"""Similarity of two names (difflib's ratio) from which one may be the other mistyped: `rnus` for
+`runs` has 0.75."""
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -39,6 +46,35 @@ def is_hub_id(name: str | Path) -> bool:
         return True  # hf:// is explicit, whatever exists here
     path = Path(parts["name"])
     return not (Path(name).exists() or path.exists() or path.parent.exists() or local_reading(path))
+
+
+def local_reading(path: Path) -> Path | None:
+    """The existing path that `path` may be a mistyped form of; None if nothing here is spelled
+    alike.
+
+    Each name on the way may be off by a letter or two. Where only the last one is unknown, its
+    folder is the answer if it holds runs: `rnus/anything` beside a folder `runs` of runs.
+    """
+    place = Path(path.anchor)
+    *folders, last = path.relative_to(path.anchor).parts
+    for name in folders:
+        near = similar_name(place, name)
+        if near is None:
+            return None
+        place /= near
+    near = similar_name(place, last)
+    if near is not None:
+        return place / near
+    return place if folders and any(place.glob("*/checkpoints")) else None
+
+
+def similar_name(folder: Path, name: str) -> str | None:
+    """`name` if `folder` holds it, or the name in it that is spelled almost like it; None if there
+    is neither."""
+    if (folder / name).exists():
+        return name
+    names = [item.name for item in folder.iterdir()] if folder.is_dir() else []
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=SIMILAR)), None)
 
 
 def hub_folder(name: str, *, files: Sequence[str] = FILES, **options: Any) -> Path:
