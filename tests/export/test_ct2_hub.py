@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from castalia.core.hub import hub_folder, is_hub_id
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.hub import hub_folder, is_hub_id
 from castalia.export import GeneratorCT2fromHfHub, TranslatorCT2fromHfHub, export
 from castalia.inference import load
 

@@ -26,7 +26,9 @@ Checkpoint = Annotated[
 ]
 TokenizerFile = Annotated[
     str | None,
-    typer.Option("--tokenizer", metavar="FILE", help="A tokenizer.json, or `bytes`."),
+    typer.Option(
+        "--tokenizer", metavar="FILE", help="A tokenizer.json, OWNER/NAME of the hub, or `bytes`."
+    ),
 ]
 
 

@@ -81,9 +81,9 @@ class TokenFlags:
     tokenizer: Annotated[
         str,
         TOKENS(
-            metavar="FILE",
-            help="A tokenizer.json, `bytes`, `char`, VOCAB.json,MERGES.txt, X.tiktoken or a"
-            " SentencePiece X.model.",
+            metavar="FILE|HUB_ID",
+            help="A tokenizer.json or its folder, OWNER/NAME of the hub, `bytes`, `char`,"
+            " VOCAB.json,MERGES.txt, X.tiktoken or a SentencePiece X.model.",
         ),
     ] = ""
     train_tokenizer: Annotated[
@@ -98,6 +98,14 @@ class TokenFlags:
         bool,
         TOKENS("--append-eod", help="End each document with the end-of-document token."),
     ] = False
+    eod: Annotated[
+        str | None,
+        TOKENS(
+            metavar="TOKEN",
+            help="The token (or its id) that ends each document or conversation; by default the one"
+            " that the tokenizer's folder names, else <|endoftext|> or its kin.",
+        ),
+    ] = None
     fast: Annotated[
         bool, TOKENS(help="Encode with gigatoken where its ids equal those of tokenizers.")
     ] = True

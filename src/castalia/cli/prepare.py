@@ -19,6 +19,7 @@ from castalia.cli.forms import (
 
 if TYPE_CHECKING:
     from castalia.corpus import Prepared
+    from castalia.corpus.options import PrepareOptions
 
 
 @grouped
@@ -46,15 +47,42 @@ def prepare(
     from castalia.cli.progress import text_progress
     from castalia.cli.signals import stoppable
     from castalia.corpus.named_corpora import resolve_inputs, table
-    from castalia.corpus.options import PrepareOptions
     from castalia.corpus.prepare import prepare as run
 
     if source.list_corpora:
         typer.echo(table())
         return
     require_words(INPUT=inputs, tokenizer=tokens.tokenizer, output=files.output)
-    options = PrepareOptions(
+    options = options_of(source, tokens, files, chats, fim, cluster)
+    with stoppable("the same command continues"):  # from the work in PREFIX.parts
+        with text_progress("download", []) as advance:
+            paths = resolve_inputs(inputs or [], source.corpora, lambda count: advance(count, 0))
+        with text_progress("prepare", paths) as advance:
+            prepared = run(
+                paths,
+                files.output,
+                tokens.tokenizer,
+                options,
+                train_vocab=tokens.train_tokenizer,
+                on_progress=advance,
+            )
+    print_summary(prepared, files.as_json)
+
+
+def options_of(
+    source: InputFlags,
+    tokens: TokenFlags,
+    files: OutputFlags,
+    chats: ChatFlags,
+    fim: FimFlags,
+    cluster: ClusterFlags,
+) -> "PrepareOptions":
+    """The options as `castalia.prepare` takes them."""
+    from castalia.corpus.options import PrepareOptions
+
+    return PrepareOptions(
         append_eod=tokens.append_eod,
+        eod=tokens.eod,
         keys=chats.keys(source.texts()),
         keep=split_names(files.keep),
         ftfy=source.ftfy,
@@ -69,19 +97,6 @@ def prepare(
         chat=chats.options(),
         fim=fim.options(),
     )
-    with stoppable("the same command continues"):  # from the work in PREFIX.parts
-        with text_progress("download", []) as advance:
-            paths = resolve_inputs(inputs or [], source.corpora, lambda count: advance(count, 0))
-        with text_progress("prepare", paths) as advance:
-            prepared = run(
-                paths,
-                files.output,
-                tokens.tokenizer,
-                options,
-                train_vocab=tokens.train_tokenizer,
-                on_progress=advance,
-            )
-    print_summary(prepared, files.as_json)
 
 
 def require_words(**words: object) -> None:

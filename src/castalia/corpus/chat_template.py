@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import ConfigError
 from castalia.core.extras import require
 from castalia.corpus.message_content import (
     EITHER,
@@ -23,10 +23,8 @@ from castalia.corpus.message_content import (
     without_nulls,
 )
 from castalia.corpus.template_sandbox import clock, compiled, names_read
-from castalia.data.tokenizer_settings import SETTINGS, read_settings, special_tokens
+from castalia.data.tokenizer_settings import DEFAULT, chat_templates, read_text, special_tokens
 
-TEMPLATE_FILE = "chat_template.jinja"
-TOOL_FILE = "additional_chat_templates/tool_use.jinja"
 CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 """Marks the end of the message that is to be continued, as transformers does. The space shows
 whether the template trims the message."""
@@ -184,38 +182,9 @@ def read_chat_template(
     Raises  DataError if a file cannot be read; ConfigError if the template is not valid Jinja.
     """
     tokens = tuple(special_tokens(folder).items())
-    template = read_settings(folder).get("chat_template")
-    tool_use = None
-    where = f"{folder}/{SETTINGS}"
-    if isinstance(template, list):  # several templates by name
-        by_name = {
-            entry.get("name"): entry.get("template")
-            for entry in template
-            if isinstance(entry, dict)
-        }
-        template = by_name.get("default")
-        tool_use = by_name.get("tool_use")
-    if folder is not None and (folder / TEMPLATE_FILE).is_file():
-        where = str(folder / TEMPLATE_FILE)
-        template = read_template(where)
-        tool_use = None
-        if (folder / TOOL_FILE).is_file():
-            tool_use = read_template(folder / TOOL_FILE)
     if file is not None:
-        return ChatTemplate(read_template(file), str(file), tokens)
-    if not isinstance(template, str):
+        return ChatTemplate(read_text(Path(file)), str(file), tokens)
+    templates, where = chat_templates(folder)
+    if DEFAULT not in templates:
         return None
-    if not isinstance(tool_use, str):
-        tool_use = None
-    return ChatTemplate(template, where, tokens, tool_use)
-
-
-def read_template(file: str | os.PathLike[str]) -> str:
-    """The text of a template's file.
-
-    Raises  DataError if it cannot be read.
-    """
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot read the chat template: {error}") from None
+    return ChatTemplate(templates[DEFAULT], where, tokens, templates.get("tool_use"))

@@ -136,7 +136,7 @@ def make_fim(options: FimOptions, tokenizer: Tokenizer) -> FimForm:
             f"{tokenizer.where} has no tokens for fill-in-the-middle (looked for {tried}); name"
             " three of its tokens or ids with --fim-tokens PREFIX,MIDDLE,SUFFIX"
         )
-    pre, mid, suf = (token_id(name, tokenizer) for name in names)
+    pre, mid, suf = (token_id(name, tokenizer, "--fim-tokens") for name in names)
     return FimForm(options, (pre, mid, suf))
 
 
@@ -148,8 +148,8 @@ def known_tokens(tokenizer: Tokenizer) -> tuple[str, ...] | None:
     return None
 
 
-def token_id(name: str, tokenizer: Tokenizer) -> int:
-    """The id of a token, given by its text or as a number; a number is always an id.
+def token_id(name: str, tokenizer: Tokenizer, option: str) -> int:
+    """The id of a token that `option` names, by its text or as a number; a number is always an id.
 
     Raises  ConfigError if the tokenizer has no such token.
     """
@@ -162,6 +162,6 @@ def token_id(name: str, tokenizer: Tokenizer) -> int:
     if number < tokenizer.vocab_size:
         return number
     raise ConfigError(
-        f"--fim-tokens: {name!r} is neither a token of {tokenizer.where} nor an id below"
+        f"{option}: {name!r} is neither a token of {tokenizer.where} nor an id below"
         f" {tokenizer.vocab_size}{hint}"
     )

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.corpus.chats import ChatForm, ChatOptions
 from castalia.corpus.extents import PART_BYTES
-from castalia.corpus.fim import FimOptions, make_fim
+from castalia.corpus.fim import FimOptions, make_fim, token_id
 from castalia.corpus.forms import TextForm
 from castalia.corpus.provenance import OWN
 from castalia.data.tokenizer import Tokenizer
@@ -23,6 +23,9 @@ class PrepareOptions:
 
     append_eod: bool = False
     """End each document with the tokenizer's end-of-document token."""
+    eod: str | None = None
+    """The end-of-document token, by its text or its id; None takes the one that the tokenizer's
+    folder names, else a known name. Given, it ends each document, and each conversation."""
     keys: tuple[str, ...] = ("text",)
     """Keys of the text; each of several gets an output of its own, PREFIX_KEY_document."""
     keep: tuple[str, ...] = ()
@@ -158,6 +161,41 @@ class PrepareOptions:
         return problems
 
 
+class DocumentEnd(NamedTuple):
+    """The token after each document, and who named it."""
+
+    id: int
+    token: str
+    named_by: str
+    """`--eod`, a file of the tokenizer's folder, or `known name`."""
+
+
+def document_end(options: PrepareOptions, tokenizer: Tokenizer) -> DocumentEnd | None:
+    """The end-of-document token that the options ask for; None if they ask for none.
+
+    Raises  ConfigError if the tokenizer has no such token.
+    """
+    if options.eod is not None:
+        number = token_id(options.eod, tokenizer, "--eod")
+        return DocumentEnd(number, tokenizer.tokens()[number], "--eod")
+    if not options.append_eod:
+        return None
+    named = tokenizer.end
+    if named is not None and tokenizer.id_of(named.token) is None:
+        raise ConfigError(
+            f"{tokenizer.where} lacks the token {named.token!r}, which {named.file} beside it names"
+            " as the end of a text; name one with --eod TOKEN"
+        )
+    eod_id = tokenizer.eod_id
+    if eod_id is None:
+        raise ConfigError(
+            f"{tokenizer.where} has no end-of-document token such as <|endoftext|>, and no file"
+            " beside it names one; name it with --eod TOKEN, or leave out --append-eod"
+        )
+    named_by = "known name" if named is None else named.file
+    return DocumentEnd(eod_id, tokenizer.tokens()[eod_id], named_by)
+
+
 def has_pyarrow() -> bool:
     """Whether the document index can be written."""
     try:
@@ -175,12 +213,13 @@ def form_of(options: PrepareOptions, tokenizer: Tokenizer) -> TextForm:
     if options.fim is not None:
         return make_fim(options.fim, tokenizer)
     if options.chat is not None:
-        return make_chats(options.chat, tokenizer)
+        return make_chats(options.chat, tokenizer, options.eod)
     return TextForm()
 
 
-def make_chats(options: ChatOptions, tokenizer: Tokenizer) -> ChatForm:
-    """The form of conversations, by the given template or that of the tokenizer's folder."""
+def make_chats(options: ChatOptions, tokenizer: Tokenizer, eod: str | None) -> ChatForm:
+    """The form of conversations, by the given template or that of the tokenizer's folder; each ends
+    with the token `eod`, by default the tokenizer's eos_token."""
     file = Path(tokenizer.where)
     folder = file.parent if file.is_file() else None
     template = read_chat_template(folder, options.template)
@@ -191,7 +230,10 @@ def make_chats(options: ChatOptions, tokenizer: Tokenizer) -> ChatForm:
             " tokenizer_config.json); name one with --chat-template FILE"
         )
     require_tokens(tokenizer, settings, template)
-    eos_id = eos_of(tokenizer, settings, template)
+    if eod is None:
+        eos_id = eos_of(tokenizer, settings, template)
+    else:
+        eos_id = token_id(eod, tokenizer, "--eod")
     if options.for_rm and eos_id is None:
         raise ConfigError(
             f"--for-rm: {tokenizer.where} has no eos_token, which is the reward model's only target"

@@ -9,7 +9,7 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.corpus.forms import LABELS, REWARDS, TOKENS
 from castalia.corpus.inputs import WORK_FOLDER, InputFile
 from castalia.corpus.job import PrepareJob
-from castalia.corpus.options import PrepareOptions, form_of, has_pyarrow
+from castalia.corpus.options import PrepareOptions, document_end, form_of, has_pyarrow
 from castalia.corpus.provenance import REJECTS
 from castalia.corpus.provenance import SUFFIX as DOCUMENT_INDEX
 from castalia.corpus.readers import texts_of
@@ -30,13 +30,14 @@ def make_job(
     documents = options.documents
     if documents is None:
         documents = has_pyarrow()
+    end = document_end(options, tokenizer)
     return PrepareJob(
         tokenizer=tokenizer,
         files=tuple(files),
         keys=tuple(options.keys),
         folder=prefix + WORK_FOLDER,
         output=prefix,
-        eod_id=eod_of(tokenizer) if options.append_eod else None,
+        eod_id=None if end is None or options.chat else end.id,
         keep=tuple(options.keep),
         ftfy=options.ftfy,
         reject=options.reject,
@@ -44,19 +45,6 @@ def make_job(
         documents=documents,
         form=form_of(options, tokenizer),
     )
-
-
-def eod_of(tokenizer: Tokenizer) -> int:
-    """The id of the end-of-document token.
-
-    Raises  ConfigError if the tokenizer has none.
-    """
-    if tokenizer.eod_id is None:
-        raise ConfigError(
-            f"{tokenizer.where} has no end-of-document token such as <|endoftext|>; leave out"
-            " --append-eod or choose another --tokenizer"
-        )
-    return tokenizer.eod_id
 
 
 def prefixes_of(job: PrepareJob) -> list[str]:

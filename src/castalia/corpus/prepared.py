@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.corpus.forms import TOKENS, Output
-from castalia.corpus.options import PrepareOptions
+from castalia.corpus.options import PrepareOptions, document_end
 from castalia.corpus.provenance import never_there
 from castalia.corpus.work_folder import WorkFolder
 
@@ -85,6 +85,7 @@ def record_of(
 ) -> dict[str, Any]:
     """The contents of PREFIX.json of one output: inputs, tokenizer, options and counts."""
     job = work.job
+    end = document_end(options, job.tokenizer)
     own = work.outputs[output]
     facts = asdict(prepared)
     seconds = facts.pop("seconds")
@@ -107,11 +108,13 @@ def record_of(
         "tokenizer": {
             "name": Path(job.tokenizer.where).name,
             "sha256": job.tokenizer.sha256,
-            "eod_id": job.tokenizer.eod_id,
+            "eod_id": job.tokenizer.eod_id if end is None else end.id,
         },
         **job.form.facts,
         "inputs": inputs,
     }
+    if end is not None:
+        facts["eod"] = end._asdict()
     if options.shard[1] > 1:
         facts["shard"] = list(options.shard)
     facts["seconds"] = round(seconds, 3)

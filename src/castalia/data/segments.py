@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError
 from castalia.data.config import DataConfig
 from castalia.data.row_source import DocumentSpan
+from castalia.data.sidecar import recorded_end
 from castalia.data.tokenizer import load_tokenizer
 
 
@@ -61,8 +62,14 @@ def document_mask(config: DataConfig) -> DocumentMask | None:
 def end_of_document(config: DataConfig, option: str) -> int:
     """The id of the token that ends a document, which `option` of the data section needs.
 
-    Raises  ConfigError if no tokenizer is configured, or it has no such token.
+    The records of the token files say which token was appended to their documents; without one it
+    is the tokenizer's.
+    Raises  ConfigError if no tokenizer is configured, or it has no such token; DataError if the
+            token files differ in it.
     """
+    recorded = recorded_end(config.train)
+    if recorded is not None:
+        return recorded
     if config.tokenizer is None:
         raise ConfigError(
             f"data.{option} needs data.tokenizer, to know the end-of-document id; set it to the"

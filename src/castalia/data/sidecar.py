@@ -56,14 +56,14 @@ def close_with_record(
 def tokenizer_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
     """Tokenizer, vocabulary and end of document according to the inputs' records.
 
-    `append_eod` is None where the inputs differ in it.
+    `append_eod` and `eod` are None where the inputs differ in it.
     Raises  DataError if two inputs were made with different tokenizers.
     """
     facts: dict[str, Any] = {}
     first_with: dict[str, str] = {}
     for dataset in datasets:
         record = read_record(dataset.prefix) or {}
-        for key in ("tokenizer", "vocab_size", "append_eod"):
+        for key in ("tokenizer", "vocab_size", "append_eod", "eod"):
             if key not in record:
                 continue
             if key not in facts:
@@ -71,14 +71,56 @@ def tokenizer_facts(datasets: Sequence[IndexedDataset]) -> dict[str, Any]:
                 first_with[key] = dataset.prefix
             elif facts[key] == record[key]:
                 continue
-            elif key == "append_eod":
+            elif key in ("append_eod", "eod"):
                 facts[key] = None
+            elif key == "tokenizer" and same_tokenizer(facts[key], record[key]):
+                continue
             else:
                 raise DataError(
                     f"{dataset.prefix} and {first_with[key]} were made with different tokenizers"
                     f" ({key} differs in their .json records); prepare both with the same one"
                 )
     return facts
+
+
+def same_tokenizer(a: Any, b: Any) -> bool:
+    """Whether two records name the same tokenizer, whatever token ends their documents."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return False
+    return a.get("sha256") is not None and a.get("sha256") == b.get("sha256")
+
+
+def recorded_end(prefixes: Iterable[str | os.PathLike[str]]) -> int | None:
+    """The id that ends each document of token files, according to their records.
+
+    None if no record tells, or documents have no end.
+    Raises  DataError if two files differ in it.
+    """
+    first: tuple[int, str] | None = None
+    for prefix in prefixes:
+        number = end_of_record(read_record(prefix) or {})
+        if number is None:
+            continue
+        if first is None:
+            first = (number, os.fspath(prefix))
+        elif first[0] != number:
+            raise DataError(
+                f"{os.fspath(prefix)} ends its documents with token {number}, {first[1]} with"
+                f" {first[0]}, according to their records; prepare both with the same --eod"
+            )
+    return None if first is None else first[0]
+
+
+def end_of_record(record: dict[str, Any]) -> int | None:
+    """The id after each document of one token file; None if its record does not tell."""
+    place = record.get("eod")
+    name = "id"
+    # Older records tell the tokenizer's own end, and whether it was appended.
+    if place is None and record.get("append_eod"):
+        place = record.get("tokenizer")
+        name = "eod_id"
+    number = place.get(name) if isinstance(place, dict) else None
+    return number if isinstance(number, int) else None
 
 
 def require_tokenizer(prefix: str, tokenizer: Tokenizer, option: str = "--tokenizer") -> None:

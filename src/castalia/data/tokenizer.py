@@ -12,6 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write
+from castalia.core.hub import TOKENIZER_FILES, hub_folder, is_hub_id
+from castalia.data.tokenizer_settings import TextEnd, text_end
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING_TOKEN = "<|padding|>"
@@ -21,6 +23,8 @@ BYTES = "bytes"
 """Name of the byte-level tokenizer."""
 BYTE_IDS = 256 + 1
 """Ids of the byte-level tokenizer: every byte, and <|endoftext|>."""
+FILE_ENDINGS = (".json", ".model", ".tiktoken", ".txt")
+"""A name with one of these is a file that may be missing, never a model of the hub."""
 SMALLEST_BPE = 256 + 2
 """One id for every byte and for each of the two special tokens."""
 
@@ -30,13 +34,16 @@ class Tokenizer:
 
     `encode` adds no special tokens, but the name of a special token inside a text becomes its id,
     as in the tokenizers library. `vocab_size` is the highest id + 1; `eod_id` is the id that ends a
-    document, None without one; `kind` is `bytes` or `json`; `text` is the tokenizer.json as it was
+    document, None without one: the one that the tokenizer's folder names, `end`, else the first of
+    END_NAMES in the vocabulary. `kind` is `bytes` or `json`; `text` is the tokenizer.json as it was
     read, `sha256` its hash. Pickles, and is safe to use from several threads.
 
     Raises  DataError if `text` is not a tokenizer.json; `where` names it in the error.
     """
 
     kind = "json"
+    end: TextEnd | None = None
+    """The end of a text according to the tokenizer's folder."""
 
     def __init__(self, text: str, where: str = "the tokenizer") -> None:
         self.text = text
@@ -56,6 +63,19 @@ class Tokenizer:
             raise DataError(f"{where}: the tokenizer has no tokens")
         self.vocab_size = max(self.ids.values()) + 1
         self.eod_id = next((self.ids[name] for name in END_NAMES if name in self.ids), None)
+
+    def end_with(self, end: TextEnd | None) -> None:
+        """Take the end of a text that a folder names, if the vocabulary has it."""
+        self.end = end
+        number = None if end is None else self.id_of(end.token)
+        if number is not None:
+            self.eod_id = number
+
+    def id_of(self, token: str | int) -> int | None:
+        """The id of a token, given by its text or as an id; None if the vocabulary lacks it."""
+        if isinstance(token, str):
+            return self.ids.get(token)
+        return token if 0 <= token < self.vocab_size else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""
@@ -87,11 +107,12 @@ class Tokenizer:
         with atomic_write(Path(path), "wb") as file:
             file.write(self.text.encode("utf-8"))
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"text": self.text, "where": self.where}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"text": self.text, "where": self.where, "end": self.end}
 
-    def __setstate__(self, state: dict[str, str]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         type(self).__init__(self, state["text"], state["where"])
+        self.end_with(state["end"])
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.where!r}, {self.vocab_size} ids)"
@@ -160,28 +181,46 @@ def byte_level(inner: Any, use_regex: bool) -> Any:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a `tokenizer.json` or a folder that holds one; `bytes` is the byte-level tokenizer.
+    """Load a `tokenizer.json`, a folder that holds one, or OWNER/NAME[@REVISION] of the hub.
 
-    `tokenizer_forms` adds `char`, GPT-2's VOCAB.json,MERGES.txt, X.tiktoken and SentencePiece's
-    X.model.
+    `bytes` is the byte-level tokenizer; `tokenizer_forms` adds `char`, VOCAB.json,MERGES.txt of
+    GPT-2, X.tiktoken and SentencePiece's X.model. The folder's other files say which token ends a
+    document.
+
+    Raises  DataError if the file is missing or not a tokenizer; CheckpointError if a model of the
+            hub is neither cached nor reachable.
+    """
+    name = os.fspath(name_or_path)
+    if name == BYTES:
+        return ByteTokenizer()
+    if is_hub_id(name) and not name.endswith(FILE_ENDINGS):
+        name = str(hub_folder(name, files=TOKENIZER_FILES))
+    tokenizer = read_tokenizer(name)
+    file = Path(tokenizer.where)
+    if file.is_file():
+        tokenizer.end_with(text_end(file.parent))
+    return tokenizer
+
+
+def read_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a file or folder, by itself.
 
     Raises  DataError if the file is missing or not a tokenizer.
     """
-    if os.fspath(name_or_path) == BYTES:
-        return ByteTokenizer()
     from castalia.data import tokenizer_forms  # here, because it imports this module
 
-    other_form = tokenizer_forms.load_form(os.fspath(name_or_path))
+    other_form = tokenizer_forms.load_form(name)
     if other_form is not None:
         return other_form
-    path = Path(name_or_path)
+    path = Path(name)
     if path.is_dir():
         path = path / "tokenizer.json"
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such tokenizer file; give the path of a tokenizer.json, or `bytes`"
+            f"{path}: no such tokenizer file; give the path of a tokenizer.json, OWNER/NAME of the"
+            " hub, or `bytes`"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None

@@ -67,8 +67,11 @@ def load_form(name: str) -> Tokenizer | None:
     if path.suffix == ".json" and "vocab" in path.name:
         merges_name = path.name.replace("vocab", "merges")
         return gpt2_tokenizer(path, path.with_name(merges_name).with_suffix(".txt"))
-    if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "merges.txt").exists():
-        return gpt2_tokenizer(path / "vocab.json", path / "merges.txt")
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        if (path / "merges.txt").exists():
+            return gpt2_tokenizer(path / "vocab.json", path / "merges.txt")
+        if (path / "tokenizer.model").exists():
+            return load_form(str(path / "tokenizer.model"))
     return None
 
 
@@ -200,10 +203,11 @@ class OtherTokenizer(Tokenizer):
         """Ids of each text."""
         return [self.encode(text) for text in texts]
 
-    def __setstate__(self, state: dict[str, str]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = from_text(state["text"], state["where"])
         assert loaded is not None
         self.__dict__.update(loaded.__dict__)
+        self.end_with(state["end"])
 
 
 class CharTokenizer(OtherTokenizer):
@@ -227,7 +231,10 @@ class CharTokenizer(OtherTokenizer):
 
 
 class SentencePieceTokenizer(OtherTokenizer):
-    """A SentencePiece .model, read by its library; <|endoftext|>, else </s>, ends a document."""
+    """A SentencePiece .model, read by its library.
+
+    <|endoftext|> or its kin ends a document, else the model's own end of a sentence.
+    """
 
     kind = "sentencepiece"
 
@@ -240,6 +247,8 @@ class SentencePieceTokenizer(OtherTokenizer):
         count = self.pieces.get_piece_size()
         text = json.dumps({"castalia": self.kind, "model": base64.b64encode(model).decode("ascii")})
         super().__init__(text, where, {self.pieces.id_to_piece(i): i for i in range(count)}, count)
+        if self.eod_id is None and self.pieces.eos_id() >= 0:
+            self.eod_id = self.pieces.eos_id()
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text."""

@@ -5,15 +5,31 @@ Source  transformers 5.23, tokenization_utils_base.py: `_from_pretrained`.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError
+from castalia.core.files import atomic_write
 
 SETTINGS = "tokenizer_config.json"
 TOKEN_MAP = "special_tokens_map.json"
 """Names the special tokens in folders of older versions of transformers."""
-MODEL_FILES = ("generation_config.json", "config.json")
-"""Name the end of a text by its id, or by a list of ids."""
+TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of the other chat templates, NAME.jinja."""
+DEFAULT = "default"
+COMPANIONS = (SETTINGS, TOKEN_MAP, TEMPLATE_FILE)
+"""The files that a tokenizer.json needs beside it: names of tokens, and how a chat is written."""
+MODEL_FILES = ("config.json", "generation_config.json")
+"""Files of a model that name the end of a text by its id, or by a list of ids."""
+
+
+class TextEnd(NamedTuple):
+    """The token that ends a text, as a tokenizer's folder names it."""
+
+    token: str | int
+    """Its text, or its id."""
+    file: str
+    """The file that names it."""
 
 
 def read_settings(folder: Path | None, name: str = SETTINGS) -> dict[str, Any]:
@@ -54,3 +70,69 @@ def token_texts(settings: dict[str, Any], suffix: str = "_token") -> dict[str, s
         if name.endswith(suffix) and isinstance(text, str):
             tokens[name] = text
     return tokens
+
+
+def text_end(folder: Path) -> TextEnd | None:
+    """The end of a text according to the files beside a tokenizer; None if none of them names one.
+
+    The tokenizer's own files are asked first: those of a chat model list the ends of a turn, too.
+    """
+    for name in (SETTINGS, TOKEN_MAP):
+        token = token_texts(read_settings(folder, name)).get("eos_token")
+        if token is not None:
+            return TextEnd(token, name)
+    for name in MODEL_FILES:
+        ids = read_settings(folder, name).get("eos_token_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int):
+            return TextEnd(first, name)
+    return None
+
+
+def chat_templates(folder: Path | None) -> tuple[dict[str, str], str]:
+    """Jinja source of each chat template by its name, mostly `default` alone; and their file.
+
+    Raises  DataError if a file cannot be read.
+    """
+    if folder is not None and (folder / TEMPLATE_FILE).is_file():
+        files = {DEFAULT: folder / TEMPLATE_FILE}
+        files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+        return {name: read_text(file) for name, file in files.items()}, str(files[DEFAULT])
+    listed = read_settings(folder).get("chat_template")
+    if isinstance(listed, str):
+        listed = [{"name": DEFAULT, "template": listed}]
+    templates = {}
+    for entry in listed if isinstance(listed, list) else []:
+        if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+            templates[str(entry.get("name"))] = entry["template"]
+    return templates, f"{folder}/{SETTINGS}"
+
+
+def write_chat_templates(folder: Path, templates: dict[str, str]) -> None:
+    """Write chat templates as files of a tokenizer's folder."""
+    for name, text in templates.items():
+        file = folder / TEMPLATE_FILE
+        if name != DEFAULT:
+            file = folder / MORE_TEMPLATES / f"{Path(name).name}.jinja"
+        with atomic_write(file) as opened:
+            opened.write(text)
+
+
+def companions(folder: Path) -> dict[str, str]:
+    """Name and text of the files that belong beside a tokenizer.json, those that exist.
+
+    Raises  DataError if one cannot be read.
+    """
+    files = [folder / name for name in COMPANIONS]
+    return {file.name: read_text(file, "this file") for file in files if file.is_file()}
+
+
+def read_text(file: Path, role: str = "the chat template") -> str:
+    """The text of a file; `role` names it in the error.
+
+    Raises  DataError if it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot read {role}: {error}") from None

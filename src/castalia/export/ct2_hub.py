@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from castalia.checkpoint.hf import is_hf_folder
-from castalia.core.hub import hub_folder, is_hub_id
 from castalia.checkpoint.saved_model import TOKENIZER, open_model
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.core.files import cache_folder
+from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.tokenizer import load_tokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.export.exports import default_place, export, revision

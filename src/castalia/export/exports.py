@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 
 from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.checkpoint.hf import is_hf_folder, write_hf_tokenizer
-from castalia.core.hub import hub_folder, is_hub_id
 from castalia.checkpoint.manifest import step_name
 from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import cannot_write, sha256_of, write_json
+from castalia.core.hub import hub_folder, is_hub_id
+from castalia.data.tokenizer_settings import chat_templates, write_chat_templates
 from castalia.export.card import write_card
 from castalia.export.formats import EXPORTS, Format
 from castalia.export.quality import HeldOutText, Quality, held_out, measure
@@ -288,6 +289,8 @@ def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]
         start_token=None if special.start_id is None else names[special.start_id],
         max_length=source.config.max_position_embeddings,
     )
+    templates, _ = chat_templates(source.folder)
+    write_chat_templates(folder, templates)
     return notes
 
 

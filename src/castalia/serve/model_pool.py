@@ -132,7 +132,7 @@ class ModelPool:
             length=model.config.max_position_embeddings,
             most_waiting=self.options.most_waiting,
         )
-        return LoadedModel(name, model, scheduler, read_chat_template(Path(path)))
+        return LoadedModel(name, model, scheduler, template_of(model))
 
     def close(self) -> None:
         """Accept no more texts; the running ones finish."""
@@ -150,6 +150,17 @@ class ModelPool:
             running += len(loaded.scheduler.running)
             waiting += len(loaded.scheduler.waiting)
         return running, waiting
+
+
+def template_of(model: LanguageModel) -> ChatTemplate | None:
+    """The chat template beside the model's tokenizer; None without one.
+
+    Raises  ConfigError if it is not valid Jinja.
+    """
+    file = None if model.tokenizer is None else Path(model.tokenizer.where)
+    if file is None or not file.is_file():
+        return None
+    return read_chat_template(file.parent)
 
 
 def models_at(path: str) -> dict[str, str]:

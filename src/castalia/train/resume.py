@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from castalia.checkpoint.store import SaveTiming
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, DataError
 from castalia.data import changed, load_tokenizer
+from castalia.data.tokenizer_settings import companions
 from castalia.distributed import Watchdog
 from castalia.models import Decoder
 from castalia.train.config import RunConfig
@@ -162,7 +164,11 @@ def checkpoint_files(config: RunConfig) -> dict[str, str]:
     files = {"config.yaml": dump_yaml(config)}
     if config.data.tokenizer:
         try:
-            files["tokenizer.json"] = load_tokenizer(config.data.tokenizer).text
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            files["tokenizer.json"] = tokenizer.text
+            # The end of a text and the chat template are named beside the tokenizer, not in it.
+            if Path(tokenizer.where).is_file():
+                files |= companions(Path(tokenizer.where).parent)
         except DataError as error:
             raise DataError(
                 f"data.tokenizer: {error}; data.tokenizer=null trains without one"
