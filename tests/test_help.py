@@ -14,6 +14,7 @@ VERBS = (
     "show",
     "train",
     "launch",
+    "runs",
     "generate",
     "export",
     "serve",
@@ -62,6 +63,7 @@ USAGE = {
     "data merge": "data merge [OPTIONS] PREFIX...",
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "export": "export [OPTIONS] CHECKPOINT",
+    "runs": "runs [OPTIONS] [DIR]",
 }
 
 

@@ -112,6 +112,18 @@ def test_schema_describes_every_key_and_requires_none():
     assert optim["properties"]["lr"]["description"].startswith("Peak learning rate")
     assert member(schema, "model", family="neox")["additionalProperties"] is False
     assert '"required": [' not in show("--schema")
+    spaces = [key for key, value in optim["properties"].items() if "\n" in str(value)]
+    assert not spaces, "an editor shows the line breaks of the source"
+
+
+def test_keys_of_a_section_and_of_no_section(command):
+    text = show("--keys", "optim.lr", "guard")
+    assert "  optim.lr  number > 0, default 0.0006\n      Peak learning rate, reached" in text
+    assert "guard.skip_steps" in text and "optim.eps" not in text
+    assert "train.steps  integer > 0, default 143000, may change at a resume" in show("--keys")
+    code, out, err = command("show", "--keys", "optm")
+    assert (code, out) == (2, "")
+    assert err == "castalia: error: no section or key 'optm'; did you mean 'optim'?\n"
 
 
 def test_a_mistake_is_one_message_and_a_non_zero_exit():

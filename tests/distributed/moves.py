@@ -22,7 +22,7 @@ import torch
 from grid import Row
 
 from castalia.checkpoint import Store, read
-from castalia.checkpoint.manifest import step_name
+from castalia.checkpoint.names import step_name
 from castalia.train.hooks import Hook
 from castalia.train.progress import Progress
 from castalia.train.resume import Checkpoints

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from castalia.checkpoint.manifest import COMPLETE, STEP_NAME, step_name
+from castalia.checkpoint.names import COMPLETE, STEP_NAME, step_name
 from castalia.core.errors import CheckpointError
 from castalia.core.hub import local_reading
 

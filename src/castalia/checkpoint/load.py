@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from castalia.checkpoint.manifest import (
-    COMPLETE,
     CONFIG,
     DTYPES,
     MANIFEST,
@@ -27,6 +26,7 @@ from castalia.checkpoint.manifest import (
     read_manifest,
     reading,
 )
+from castalia.checkpoint.names import COMPLETE
 from castalia.checkpoint.shards import ChunkPart, check_pieces, read_pieces
 from castalia.core.errors import CheckpointError, nearest
 from castalia.distributed.boxes import local_boxes

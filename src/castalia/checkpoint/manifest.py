@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import NonNegativeInt, ValidationError
 
+from castalia.checkpoint.names import COMPLETE, STEP_NAME
 from castalia.checkpoint.tiling import fault_of_tiling
 from castalia.config.base import Config
 from castalia.core.errors import CheckpointError
@@ -23,11 +24,9 @@ from castalia.distributed.boxes import Box
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-COMPLETE = "COMPLETE"
 STATE = "state.json"
 CONFIG = "config.yaml"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-STEP_NAME = re.compile(r"step-(\d{8,})")
 LARGEST_JSON = 1 << 28
 """Bytes above which a manifest or state file is refused unread; Pythia-12B on 64 ranks has under
 10 MB."""
@@ -110,11 +109,6 @@ class Manifest(Config):
     """By name."""
     files: dict[str, FileEntry]
     """By file name: every file but the manifest and COMPLETE."""
-
-
-def step_name(step: int) -> str:
-    """Folder name of a step."""
-    return f"step-{step:08d}"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from castalia import __version__
 from castalia.checkpoint.manifest import (
-    COMPLETE,
     FORMAT,
     MANIFEST,
     STATE,
@@ -32,8 +31,8 @@ from castalia.checkpoint.manifest import (
     completion_mark,
     read_manifest,
     read_regular,
-    step_name,
 )
+from castalia.checkpoint.names import COMPLETE, step_name
 from castalia.checkpoint.shards import write_bytes, write_shard
 from castalia.checkpoint.stage import Staged
 from castalia.checkpoint.tiling import fault_of_tiling

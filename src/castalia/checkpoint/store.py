@@ -20,15 +20,13 @@ from torch import Tensor
 from castalia.checkpoint.find import complete_steps, ranges_of
 from castalia.checkpoint.load import Ready, load_into, make_ready, verify
 from castalia.checkpoint.manifest import (
-    COMPLETE,
     MANIFEST,
     SAFE_NAME,
     STATE,
-    STEP_NAME,
     DamagedCheckpointError,
     open_regular,
-    step_name,
 )
+from castalia.checkpoint.names import COMPLETE, STEP_NAME, step_name
 from castalia.checkpoint.save import POLL_SECONDS, RankSave, discard, texts_of
 from castalia.checkpoint.stage import Buffers, require_json, stage
 from castalia.core.errors import CheckpointError

@@ -16,7 +16,8 @@ def main() -> None:
 
     warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
-        app()
+        # The name under `python -m castalia` too: a completion script makes a function of it.
+        app(prog_name="castalia")
     except CastaliaError as error:
         print(f"castalia: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

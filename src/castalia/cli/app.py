@@ -15,6 +15,7 @@ from castalia.cli import (
     launch,
     mixing,
     prepare,
+    runs,
     serve,
     show,
     train,
@@ -25,8 +26,6 @@ from castalia.cli.command import Verbs
 app = Verbs(
     name="castalia",
     help="Train, study and serve suites of language models, on a laptop CPU or a GPU cluster.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -42,24 +41,31 @@ def print_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: bool = typer.Option(
-        False, "--version", callback=print_version, is_eager=True, help="Print the version."
+        False,
+        "--version",
+        callback=print_version,
+        is_eager=True,
+        metavar="",
+        help="Print the version.",
     ),
 ) -> None:
     """Train, study and serve suites of language models, on a laptop CPU or a GPU cluster."""
 
 
+START = "Start"
+TEXT = "Text to tokens"
+TRAINING = "Training"
+MODELS = "Trained models"
+
 # In the order of use, which is also that of `castalia --help`.
-VERBS = (
-    demo.demo,
-    prepare.prepare,
-    show.show,
-    train.train,
-    launch.launch,
-    generate.generate,
-    export.export,
-    serve.serve,
-)
-for verb in VERBS:
-    app.command()(verb)
-app.add_typer(data.app, name="data")
-app.add_typer(mixing.app, name="mixing")
+app.command(rich_help_panel=START)(demo.demo)
+app.command(rich_help_panel=TEXT)(prepare.prepare)
+app.add_typer(data.app, name="data", rich_help_panel=TEXT)
+app.command(rich_help_panel=TRAINING)(show.show)
+app.command(rich_help_panel=TRAINING)(train.train)
+app.command(rich_help_panel=TRAINING)(launch.launch)
+app.command(rich_help_panel=TRAINING)(runs.runs)
+app.add_typer(mixing.app, name="mixing", rich_help_panel=TRAINING)
+app.command(rich_help_panel=MODELS)(generate.generate)
+app.command(rich_help_panel=MODELS)(export.export)
+app.command(rich_help_panel=MODELS)(serve.serve)

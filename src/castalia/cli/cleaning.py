@@ -92,7 +92,7 @@ def contamination(
 
     Example:
 
-      castalia data contamination data/corpus --tokenizer tokenizer.json --with test.jsonl
+      castalia data contamination data/c --tokenizer tok.json --with test.jsonl
     """
     from castalia.cli.progress import bytes_progress
     from castalia.curate.contamination import contamination as compare

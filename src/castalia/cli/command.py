@@ -2,11 +2,11 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 
 class Command(TyperCommand):
@@ -16,9 +16,11 @@ class Command(TyperCommand):
         super().__init__(name, **settings)
         self.help = wrapped_by_terminal(self.help or "")
         for param in self.params:
-            # typer shows <bool> beside every flag, which says nothing that the flag does not.
-            if getattr(param, "is_flag", False) and param.metavar is None:
-                param.metavar = ""
+            show_type(param)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help` without a type."""
+        return without_type(super().get_help_option(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse `--train.steps=5`, which users of other libraries type, in words that help.
@@ -41,8 +43,66 @@ class Command(TyperCommand):
         return pieces
 
 
+class Group(TyperGroup):
+    """A verb with verbs of its own, and the command itself."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for param in self.params:
+            show_type(param)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """`--help` without a type."""
+        return without_type(super().get_help_option(ctx))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The verb that `args` begin with.
+
+        Raises  ConfigError for an unknown one, with the verb that does it.
+        """
+        from castalia.cli.hints import unknown_verb
+        from castalia.core.errors import ConfigError
+
+        word = args[0]
+        # Completion asks for the verbs of a line that is not finished.
+        if word in self.commands or word.startswith("-") or ctx.resilient_parsing:
+            return super().resolve_command(ctx, args)
+        everywhere = all_verbs(ctx.find_root().command)
+        raise ConfigError(unknown_verb(word, ctx.command_path, self.commands, everywhere))
+
+
+def all_verbs(group: Any, path: str = "") -> Iterator[str]:
+    """The verbs of a group and of the groups in it, each with the words that lead to it."""
+    for name, verb in group.commands.items():
+        yield path + name
+        if hasattr(verb, "commands"):
+            yield from all_verbs(verb, f"{path}{name} ")
+
+
+def show_type(param: Any) -> None:
+    """What help shows as the type: no Python types, which typer would."""
+    if param.param_type_name == "argument":
+        # The usage line and the first column have its name.
+        param.display_type_rich = lambda ctx: ""
+    elif getattr(param, "is_flag", False):
+        without_type(param)
+    elif param.metavar is None:
+        param.metavar = str(param.name).upper()
+
+
+def without_type(flag: Any) -> Any:
+    """A flag beside which help shows no <bool>."""
+    if flag is not None and flag.metavar is None:
+        flag.metavar = ""
+    return flag
+
+
 class Verbs(typer.Typer):
     """A typer app of which every command is a `Command`."""
+
+    def __init__(self, **settings: Any) -> None:
+        defaults: dict[str, Any] = {"cls": Group, "no_args_is_help": True}
+        super().__init__(**(defaults | settings))
 
     def command(  # type: ignore[override]
         self, name: str | None = None, **settings: Any

@@ -20,7 +20,6 @@ RUNS = "Rows of a run"
 
 app = Verbs(
     help="Inspect, verify, cut, join and clean token files; show the rows that a run trains on.",
-    no_args_is_help=True,
 )
 
 Prefix = Annotated[
@@ -166,7 +165,12 @@ def print_facts(facts: "Description") -> None:
 
 @app.command(rich_help_panel=FILES)
 def count(prefixes: Prefixes, as_json: AsJson = False) -> None:
-    """Count the documents and tokens of token files."""
+    """Count the documents and tokens of token files.
+
+    Example:
+
+      castalia data count data/a data/b
+    """
     from castalia.data import IndexedDataset
 
     files: list[dict[str, Any]] = []
@@ -274,6 +278,10 @@ def shard(
 
     The second number is that of the last shard. Every verb reads shards in place, so they need not
     be joined again. The same command again keeps the shards that are right.
+
+    Example:
+
+      castalia data shard data/c --output shards --bytes 1000000000
     """
     from castalia.cli.progress import bytes_progress
     from castalia.curate.resharding import shard as cut
@@ -302,6 +310,10 @@ def unshard(
 
     PREFIX may be the name of any one shard. Sizes are checked first, and hashes on the way if a
     list is given. After an interruption the same command continues; on a finished .bin it compares.
+
+    Example:
+
+      castalia data unshard shards/c --output data
     """
     from castalia.cli.progress import bytes_progress
     from castalia.curate.resharding import unshard as join
@@ -360,6 +372,10 @@ def split(
 
     --shares cuts exactly where data.split does, by GPT-NeoX's rule. A share without documents
     writes nothing.
+
+    Example:
+
+      castalia data split data/c --shares '969, 30, 1' --output data/c
     """
     from castalia.cli.progress import bytes_progress
     from castalia.curate.joining import split as divide

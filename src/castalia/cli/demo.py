@@ -19,6 +19,10 @@ def demo(
     small Pythia, measures bits per byte of held-out text at every checkpoint, exports to Hugging
     Face and CTranslate2, and writes a report page. The same command again continues where it
     stopped, or says that it is done.
+
+    Example:
+
+      castalia demo train.steps=200 --output runs/short
     """
     from castalia.demo.stages import run_demo
 

@@ -16,7 +16,19 @@ CONFIG_HELP = (
     "A preset such as debug or pythia-70m, YAML files (ours or GPT-NeoX's) or a run's folder; then"
     " overrides such as optim.lr=3e-4. Later words win."
 )
-Config = Annotated[list[str], typer.Argument(metavar="CONFIG... [a.b=c ...]", help=CONFIG_HELP)]
+
+
+def config_words(incomplete: str) -> list[tuple[str, str]]:
+    """What a word of a config may become, with its help, for a shell's completion."""
+    from castalia.cli.completion import config_words
+
+    return config_words(incomplete)
+
+
+CONFIG = typer.Argument(
+    metavar="CONFIG... [a.b=c ...]", help=CONFIG_HELP, autocompletion=config_words
+)
+Config = Annotated[list[str], CONFIG]
 Checkpoint = Annotated[
     str,
     typer.Argument(

@@ -140,7 +140,7 @@ def generate(
 
       castalia generate runs/demo --prompt "def main("
 
-      castalia generate runs/demo/step1000 --file prompts.txt --temperature 0.8 --seed 1 --json
+      castalia generate runs/demo/step1000 --file prompts.txt --temperature 0.8
 
       castalia generate runs/demo --samples 4 --temperature 1 --output samples.jsonl
     """

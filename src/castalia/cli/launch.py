@@ -49,9 +49,9 @@ class StartFlags:
     max_restarts: Annotated[
         int | None, START(metavar="N", help="Restarts of a failed run from its newest checkpoint.")
     ] = None
-    launcher_args: Annotated[str | None, START(help="More arguments for the launcher itself.")] = (
-        None
-    )
+    launcher_args: Annotated[
+        str | None, START(metavar="ARGS", help="More arguments for the launcher itself.")
+    ] = None
 
 
 @grouped
@@ -80,9 +80,9 @@ def launch(
 
       castalia launch debug --procs-per-node 2
 
-      castalia launch pythia-1b --launcher slurm --nodes 4 --gpus-per-node 8 --slurm time=04:00:00
+      castalia launch pythia-1b --launcher slurm --nodes 4 --gpus-per-node 8
 
-      castalia launch pythia-1b --launcher pdsh --hostfile hosts --include host1:0,1@host2 --dry-run
+      castalia launch pythia-1b --launcher pdsh --hostfile hosts --dry-run
     """
     words = []
     for key, value in (asdict(hosts) | asdict(start)).items():

@@ -7,7 +7,7 @@ import typer
 from castalia.cli.command import Verbs
 
 app = Verbs(
-    help="Reference losses by source, and the report of a run's mixture.", no_args_is_help=True
+    help="Reference losses by source, and the report of a run's mixture.",
 )
 
 
@@ -62,7 +62,12 @@ def reference(
 
 @app.command()
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
-    """Write RUN/report.html, with the shares, losses and epochs of each source."""
+    """Write RUN/report.html, with the shares, losses and epochs of each source.
+
+    Example:
+
+      castalia mixing report runs/mixed
+    """
     from castalia.analysis import write_report
 
     typer.echo(str(write_report(run)))

@@ -40,9 +40,9 @@ def prepare(
 
     Examples:
 
-      castalia prepare corpus.jsonl --tokenizer tokenizer.json --append-eod --output data/corpus
+      castalia prepare c.jsonl --tokenizer tok.json --append-eod --output data/c
 
-      castalia prepare chats.jsonl --chat messages --tokenizer tokenizer.json --output data/chats
+      castalia prepare chats.jsonl --chat messages --tokenizer tok.json --output c
     """
     from castalia.cli.progress import text_progress
     from castalia.cli.signals import stoppable

@@ -76,7 +76,7 @@ def serve(
 
       castalia serve runs/demo
 
-      castalia serve runs/pythia-70m runs/pythia-160m --keep 2 --port 8080 --api-key secret
+      castalia serve runs/a runs/b --keep 2 --port 8080 --api-key secret
     """
     from castalia.core.extras import require
 

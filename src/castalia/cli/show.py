@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import CONFIG_HELP, panel
+from castalia.cli.flags import CONFIG, panel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,18 +14,24 @@ if TYPE_CHECKING:
     from castalia.recipes import Resolved
 
 CLUSTER = panel("Cluster")
+KEYS = panel("Keys of a config")
 
 
 def show(
-    config: Annotated[
-        list[str] | None, typer.Argument(metavar="CONFIG... [a.b=c ...]", help=CONFIG_HELP)
-    ] = None,
+    config: Annotated[list[str] | None, CONFIG] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Print the whole resolved config as YAML too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    keys: Annotated[
+        bool,
+        KEYS("--keys", help="List every key of a config, or those of the sections named."),
+    ] = False,
+    markdown: Annotated[
+        bool, KEYS("--markdown", help="With --keys: print the reference page.")
+    ] = False,
     schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of a config, for editors.")
+        bool, KEYS("--schema", help="Print the JSON schema of a config, for editors.")
     ] = False,
     gpu: Annotated[
         str | None,
@@ -36,29 +42,45 @@ def show(
         int, CLUSTER(metavar="N", min=1, help="With --gpu: GPUs of each host.")
     ] = 8,
 ) -> None:
-    """Show what a config changes, and the parameters, FLOPs, memory and disk of its run.
+    """Show what a config changes, and the parameters, FLOPs, memory, disk and time of its run.
 
     Examples:
 
       castalia show pythia-70m train.batch_size=256
 
-      castalia show pythia-12b precision=bf16 --nodes 4 --gpus-per-node 8 --gpu h200
-    """
-    if schema:
-        from castalia.train.config import RunConfig
+      castalia show pythia-12b precision=bf16 --nodes 4 --gpu h200
 
-        typer.echo(json.dumps(without_required(RunConfig.model_json_schema()), indent=2))
-        return
-    if gpu:
+      castalia show --keys optim schedule
+    """
+    words = config or []
+    if schema:
+        print_schema()
+    elif keys:
+        from castalia.cli.keys import print_keys
+
+        print_keys(words, as_json=as_json, markdown=markdown)
+    elif gpu:
         from castalia.cli.planning import show_plan
 
-        show_plan(config or [], nodes, gpus_per_node, gpu, as_json)
-        return
+        show_plan(words, nodes, gpus_per_node, gpu, as_json)
+    else:
+        show_config(words, everything, as_json)
+
+
+def print_schema() -> None:
+    """Print the JSON schema of a config, with descriptions that an editor can show."""
+    from castalia.train.config import RunConfig
+
+    typer.echo(json.dumps(for_editors(RunConfig.model_json_schema()), indent=2))
+
+
+def show_config(words: list[str], everything: bool, as_json: bool) -> None:
+    """Print a config's differences from its recipe, its cost and its notes."""
     from castalia.config import dump_yaml
     from castalia.cost.estimate import estimate
     from castalia.recipes import resolve
 
-    resolved = resolve(config or [])
+    resolved = resolve(words)
     cost = estimate(resolved.config.workload)
     if as_json:
         typer.echo(json.dumps(as_object(resolved, cost), indent=2))
@@ -68,18 +90,25 @@ def show(
         typer.echo(f"\n{dump_yaml(resolved.config)}")
 
 
-def without_required(schema: Any) -> Any:
-    """The schema with every key optional: a file that names a `recipe` may omit any of them."""
+def for_editors(schema: Any) -> Any:
+    """The schema with every key optional, and descriptions without the source's line breaks.
+
+    A file that names a `recipe` may omit any key.
+    """
     if isinstance(schema, list):
-        return [without_required(item) for item in schema]
+        return [for_editors(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    # A mapping under "required" is a config key of that name, not JSON schema's list.
-    return {
-        key: without_required(value)
-        for key, value in schema.items()
-        if key != "required" or isinstance(value, dict)
-    }
+    changed = {}
+    for key, value in schema.items():
+        # A mapping under one of these names is a config key of that name, not JSON schema's own.
+        if key == "required" and not isinstance(value, dict):
+            continue
+        if key == "description" and isinstance(value, str):
+            changed[key] = " ".join(value.split())
+        else:
+            changed[key] = for_editors(value)
+    return changed
 
 
 def as_object(resolved: "Resolved", cost: "Estimate") -> dict[str, Any]:

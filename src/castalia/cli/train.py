@@ -12,7 +12,9 @@ def train(config: Config) -> None:
 
       castalia train debug output=runs/first
 
-      castalia train pythia-14m data.train=corpus data.tokenizer=tokenizer.json train.steps=1000
+      castalia train runs/first train.steps=100
+
+      castalia train pythia-14m data.train=data/c data.tokenizer=tok.json
 
       torchrun --nproc-per-node 2 -m castalia train debug
     """

@@ -34,9 +34,12 @@ class TrainingError(CastaliaError):
     """Training cannot continue: a loss or gradient is not finite, or a rank is lost."""
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """The hint `; did you mean 'x'?` for the choice closest to `name`; empty if none is close."""
-    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+def nearest(name: str, choices: Iterable[str], alike: float = 0.6) -> str:
+    """The hint `; did you mean 'x'?` for the choice closest to `name`; empty if none is close.
+
+    `alike` is difflib's ratio from which a choice is close.
+    """
+    matches = difflib.get_close_matches(name, list(choices), n=1, cutoff=alike)
     if not matches:
         return ""
     return f"; did you mean {matches[0]!r}?"

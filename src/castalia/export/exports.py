@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.checkpoint.hf import is_hf_folder, write_hf_tokenizer
-from castalia.checkpoint.manifest import step_name
+from castalia.checkpoint.names import step_name
 from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import cannot_write, sha256_of, write_json

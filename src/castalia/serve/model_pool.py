@@ -8,7 +8,7 @@ from pathlib import Path
 
 from castalia.checkpoint import complete_steps
 from castalia.checkpoint.hf import is_hf_folder
-from castalia.checkpoint.manifest import step_name
+from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError, nearest
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.inference.language_model import LanguageModel

@@ -1,0 +1,135 @@
+"""The runs below a folder: how far each is, and whether it still trains."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from castalia.checkpoint.find import complete_steps
+from castalia.config import read_yaml
+from castalia.config.anchor import CONFIG, run_folder_of
+from castalia.core.errors import ConfigError
+from castalia.core.files import locked
+
+DEEPEST = 4
+"""Levels of folders that are searched for runs."""
+TAIL = 1 << 16
+"""Bytes of metrics.jsonl that are read, from its end: a hundred steps or more."""
+
+
+class RunState(NamedTuple):
+    """What the files of a run say about it."""
+
+    folder: Path
+    step: int
+    """Last step in metrics.jsonl; 0 before the first."""
+    steps: int | None
+    """train.steps; None if config.yaml cannot be read."""
+    loss: float | None
+    """Loss of the last step that has one, in nats a token."""
+    state: str
+    """running, done, stopped, not begun, or unreadable if config.yaml is."""
+    checkpoints: list[int]
+    """Steps of the complete checkpoints, ascending."""
+    changed: float
+    """Unix time of the last change of metrics.jsonl, before the first step of config.yaml."""
+
+
+def find_runs(folder: str | Path) -> list[RunState]:
+    """The runs in `folder` or below, by path; `folder` may be a run itself.
+
+    Raises  ConfigError if there is no such folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}; castalia runs DIR lists the runs below DIR")
+    return [read_run(run) for run in sorted(run_folders(folder, DEEPEST))]
+
+
+def run_folders(folder: Path, levels: int) -> Iterator[Path]:
+    """Run folders at most `levels` below `folder`; nothing inside of a run is one."""
+    # The folder of a checkpoint has a config.yaml too, of the run around it.
+    run = run_folder_of(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    if run is not None:
+        yield folder
+        return
+    if levels == 0:
+        return
+    try:
+        inner = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
+    except PermissionError:
+        return
+    for path in inner:
+        if not Path(path).name.startswith("."):
+            yield from run_folders(Path(path), levels - 1)
+
+
+def read_run(folder: Path) -> RunState:
+    """The state of one run."""
+    records = last_records(folder / "metrics.jsonl")
+    losses = [record["loss"] for record in records if record.get("loss") is not None]
+    step = records[-1]["step"] if records else 0
+    steps = planned_steps(folder)
+    return RunState(
+        folder=folder,
+        step=step,
+        steps=steps,
+        loss=losses[-1] if losses else None,
+        state=state_of(folder, step, steps),
+        checkpoints=complete_steps(folder / "checkpoints"),
+        changed=(folder / ("metrics.jsonl" if records else CONFIG)).stat().st_mtime,
+    )
+
+
+def last_records(path: Path) -> list[dict[str, Any]]:
+    """The last objects of a metrics.jsonl; [] if there are none.
+
+    The file of a long run has hundreds of MB, so only its end is read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return []
+    records = []
+    # The first line may be cut by the seek, and what follows the last line break by a crash.
+    for line in lines[1 if size > TAIL else 0 : -1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def planned_steps(folder: Path) -> int | None:
+    """train.steps of a run; None if its config cannot be read."""
+    try:
+        steps = read_yaml(folder / CONFIG)["train"]["steps"]
+    except (ConfigError, KeyError, TypeError):
+        return None
+    return steps if isinstance(steps, int) else None
+
+
+def state_of(folder: Path, step: int, steps: int | None) -> str:
+    """running, done, stopped, not begun or unreadable."""
+    if in_use(folder):
+        return "running"
+    if steps is None:
+        return "unreadable"
+    if step >= steps:
+        return "done"
+    return "stopped" if step else "not begun"
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a job trains in the folder, by the lock that it holds."""
+    try:
+        with open(folder / ".claim", encoding="utf-8") as file:
+            return not locked(file, shared=True)
+    except OSError:
+        return False

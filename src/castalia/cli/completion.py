@@ -1,0 +1,46 @@
+"""What a shell's completion offers for the words of a config."""
+
+import glob
+import os
+
+
+def config_words(incomplete: str) -> list[tuple[str, str]]:
+    """Presets, run folders, folders, YAML files and keys that begin with `incomplete`.
+
+    Returns  (word, help) pairs; a key ends in `=`.
+    """
+    return [*presets(incomplete), *places(incomplete), *keys(incomplete)]
+
+
+def presets(incomplete: str) -> list[tuple[str, str]]:
+    """Presets by name."""
+    from castalia.recipes import preset_names
+
+    return [(name, "preset") for name in preset_names() if name.startswith(incomplete)]
+
+
+def places(incomplete: str) -> list[tuple[str, str]]:
+    """Run folders, other folders with a slash behind, and YAML files."""
+    words = []
+    for path in sorted(glob.glob(glob.escape(incomplete) + "*")):
+        if os.path.isfile(os.path.join(path, "config.yaml")):
+            words.append((path, "run"))
+        elif os.path.isdir(path):
+            words.append((path + "/", "folder"))
+        elif path.endswith((".yml", ".yaml")):
+            words.append((path, "config file"))
+    return words
+
+
+def keys(incomplete: str) -> list[tuple[str, str]]:
+    """Keys of a config as overrides; none for an empty word, which may become anything."""
+    if not incomplete:
+        return []
+    from castalia.config.reference import entries
+    from castalia.train.config import RunConfig
+
+    return [
+        (f"{entry.key}=", entry.text)
+        for entry in entries(RunConfig)
+        if entry.key.startswith(incomplete)
+    ]

@@ -1,0 +1,131 @@
+"""What people type after `castalia` that is not a verb, and the verb that they want."""
+
+from collections.abc import Iterable
+
+TRAIN = "castalia train CONFIG"
+RESUME = "castalia train RUN, which continues a run from its newest checkpoint"
+GENERATE = "castalia generate MODEL"
+CHAT = "castalia serve MODEL for chat requests, or castalia generate MODEL, which asks for prompts"
+EVALUATE = (
+    "castalia serve MODEL, and run lm-evaluation-harness (lm_eval --model local-completions)"
+    " against it"
+)
+FINETUNE = "castalia train CONFIG model.start=MODEL, which starts from the weights of a model"
+PREPARE = "castalia prepare INPUT... --tokenizer FILE --output PREFIX"
+EXPORT = "castalia export MODEL --to hf|native|ct2|gguf"
+SHOW = "castalia show CONFIG"
+PRESETS = "castalia show, which names the presets; castalia show --keys lists the keys of a config"
+LAUNCH = "castalia launch CONFIG, which starts many processes, also through Slurm"
+RUNS = "castalia runs [DIR]"
+REPORT = "castalia report RUN..."
+HUB = "the hub id of the model, hf://OWNER/NAME, with any verb that takes a model"
+
+WANTED = {
+    "eval": EVALUATE,
+    "evaluate": EVALUATE,
+    "evaluation": EVALUATE,
+    "lm-eval": EVALUATE,
+    "lm_eval": EVALUATE,
+    "bench": EVALUATE,
+    "benchmark": EVALUATE,
+    "chat": CHAT,
+    "talk": CHAT,
+    "ask": CHAT,
+    "api": CHAT,
+    "server": CHAT,
+    "finetune": FINETUNE,
+    "fine-tune": FINETUNE,
+    "fine_tune": FINETUNE,
+    "tune": FINETUNE,
+    "sft": FINETUNE,
+    "lora": FINETUNE,
+    "dpo": FINETUNE,
+    "rlhf": FINETUNE,
+    "pretrain": TRAIN,
+    "fit": TRAIN,
+    "run": TRAIN,
+    "start": TRAIN,
+    "resume": RESUME,
+    "continue": RESUME,
+    "restart": RESUME,
+    "tokenize": PREPARE,
+    "preprocess": PREPARE,
+    "preprocess_data": PREPARE,
+    "process": PREPARE,
+    "dataset": PREPARE,
+    "tokenizer": PREPARE,
+    "infer": GENERATE,
+    "inference": GENERATE,
+    "predict": GENERATE,
+    "complete": GENERATE,
+    "completion": GENERATE,
+    "sample": GENERATE,
+    "prompt": GENERATE,
+    "convert": EXPORT,
+    "quantize": EXPORT,
+    "quantise": EXPORT,
+    "save": EXPORT,
+    "upload": EXPORT,
+    "push": EXPORT,
+    "download": HUB,
+    "pull": HUB,
+    "models": PRESETS,
+    "presets": PRESETS,
+    "recipes": PRESETS,
+    "keys": PRESETS,
+    "config": SHOW,
+    "configs": SHOW,
+    "info": SHOW,
+    "describe": SHOW,
+    "estimate": SHOW,
+    "cost": SHOW,
+    "flops": SHOW,
+    "memory": SHOW,
+    "dry-run": SHOW,
+    "plan": "castalia show CONFIG --nodes N --gpus-per-node N --gpu NAME",
+    "schema": "castalia show --schema",
+    "launcher": LAUNCH,
+    "submit": LAUNCH,
+    "slurm": LAUNCH,
+    "sbatch": LAUNCH,
+    "torchrun": LAUNCH,
+    "deepspeed": LAUNCH,
+    "ls": RUNS,
+    "list": RUNS,
+    "status": RUNS,
+    "ps": RUNS,
+    "checkpoints": RUNS,
+    "plot": REPORT,
+    "metrics": REPORT,
+    "dashboard": REPORT,
+    "tensorboard": REPORT,
+    "compare": REPORT,
+    "logs": REPORT,
+    "reports": REPORT,
+    "version": "castalia --version",
+    "help": "castalia --help",
+}
+"""Word -> the command for it, and what that does where the command does not say it."""
+
+VERY_ALIKE = 0.7
+"""Similarity (difflib's ratio) from which a verb is a hint: `trian` and `train` have 0.8, `test`
+and `export` 0.4."""
+
+
+def unknown_verb(word: str, path: str, verbs: Iterable[str], elsewhere: Iterable[str]) -> str:
+    """The message about a `word` after `path` that is none of the `verbs` there.
+
+    `elsewhere` are all verbs of the command line with their groups: `report`, `data view`.
+    """
+    from castalia.core.errors import nearest
+
+    typed = f"{path} {word}".removeprefix("castalia ")
+    text = f"unknown verb {typed!r}"
+    for verb in elsewhere:
+        if verb.split()[-1] == word:
+            return f"{text}; use castalia {verb}"
+    wanted = WANTED.get(word.lower())
+    if wanted is not None:
+        return f"{text}; use {wanted}"
+    menu = f"; choose one of {', '.join(verbs)}"
+    return text + (nearest(word, verbs, VERY_ALIKE) or menu)

@@ -1,0 +1,114 @@
+"""`castalia show --keys`: every key of a config, on the screen, as JSON and as the docs' page."""
+
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from castalia.config.reference import Entry, Section
+
+PAGE = """\
+# Every key of a config
+
+This page is generated from the config classes by `castalia show --keys --markdown`. On the command
+line a key is set as `key=value`, in a file by nesting: `optim.lr=3e-4` is `optim: {lr: 3e-4}`.
+`castalia show --keys optim` prints one section, `castalia show CONFIG --all` the values of a
+config. [Configs](config.md) says how presets, files and overrides combine. A key marked *resume*
+may change when a run is resumed; any other key is fixed for the whole run.
+"""
+
+
+def print_keys(names: list[str], *, as_json: bool, markdown: bool) -> None:
+    """Print the keys of the sections `names`, by default of all.
+
+    Raises  ConfigError for an unknown section or key.
+    """
+    from castalia.config.reference import reference
+    from castalia.train.config import RunConfig
+
+    sections = chosen(reference(RunConfig), names)
+    if as_json:
+        entries = [entry._asdict() for section in sections for entry in section.entries]
+        typer.echo(json.dumps(entries, indent=2))
+    elif markdown:
+        typer.echo("\n".join([PAGE, *map(markdown_section, sections)]), nl=False)
+    else:
+        for section in sections:
+            print_section(section)
+
+
+def chosen(sections: "list[Section]", names: list[str]) -> "list[Section]":
+    """The sections, or parts of them, whose dotted name is one of `names`; all without names.
+
+    Raises  ConfigError for an unknown name, with the nearest.
+    """
+    from castalia.core.errors import ConfigError, nearest
+
+    if not names:
+        return sections
+    known = [section.name for section in sections if section.name]
+    known += [entry.key for section in sections for entry in section.entries]
+    for name in names:
+        if name not in known:
+            menu = ", ".join(section.name for section in sections if section.name)
+            raise ConfigError(
+                f"no section or key {name!r}{nearest(name, known) or f'; sections: {menu}'}"
+            )
+    found = []
+    for section in sections:
+        entries = [
+            entry
+            for entry in section.entries
+            if any(f"{entry.key}.".startswith(f"{name}.") for name in names)
+        ]
+        if entries:
+            found.append(section._replace(entries=entries))
+    return found
+
+
+def print_section(section: "Section") -> None:
+    """A section's name and meaning, then two lines a key, wrapped at the terminal's width."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    if not console.is_terminal:
+        console.width = 1_000  # a pipe gets each text as one line, which grep can find
+    if section.name:
+        console.print(Text.assemble((section.name, "bold"), f"  {section.text}"))
+    for entry in section.entries:
+        console.print(Text.assemble("  ", (entry.key, "bold"), f"  {facts(entry)}"))
+        console.print(Padding(Text(entry.text), (0, 0, 0, 6), expand=False))
+    console.print()
+
+
+def facts(entry: "Entry") -> str:
+    """What a key takes, its default, and whether it may change."""
+    text = f"{entry.values}, default {entry.default}"
+    if entry.default == "required":
+        text = f"{entry.values}, required"
+    if entry.at_resume:
+        text += ", may change at a resume"
+    return text
+
+
+def markdown_section(section: "Section") -> str:
+    """A section as a heading and a table."""
+    title = f"`{section.name}`" if section.name else "Keys of no section"
+    lines = [f"## {title}", ""]
+    if section.name:
+        lines += [section.text, ""]
+    lines += ["| key | values | default | |", "|---|---|---|---|"]
+    lines += [markdown_row(entry) for entry in section.entries]
+    return "\n".join([*lines, ""])
+
+
+def markdown_row(entry: "Entry") -> str:
+    """A key as a row of the table."""
+    text = f"{entry.text} *resume*" if entry.at_resume else entry.text
+    default = "required" if entry.default == "required" else f"`{entry.default}`"
+    cells = [f"`{entry.key}`", entry.values, default, text]
+    # A bar ends a cell, in code as well.
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

@@ -1,0 +1,158 @@
+"""The keys of a config as a reference: full name, values, default, meaning."""
+
+import json
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from castalia.config.changes import may_change
+from castalia.config.fields import kind_of, sections
+
+WORDS = {
+    int: "integer",
+    float: "number",
+    bool: "true or false",
+    str: "text",
+    dict: "mapping",
+    type(None): "null",
+}
+"""A type as a user knows it from YAML."""
+BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+class Entry(NamedTuple):
+    """One key of a config."""
+
+    key: str
+    """Dotted name."""
+    values: str
+    """What it takes: `integer > 0`, `fp32 | bf16 | fp16`."""
+    default: str
+    """As YAML has it; `required` without one, `a section` for a list of sections."""
+    text: str
+    """Its meaning, in one paragraph."""
+    at_resume: bool
+    """Whether it may change when a run is resumed."""
+
+
+class Section(NamedTuple):
+    """A section of a config and the keys in it."""
+
+    name: str
+    """Dotted name; empty for the keys of no section."""
+    text: str
+    """First paragraph of the docstring of its class."""
+    entries: list[Entry]
+
+
+def reference(root: type[BaseModel]) -> list[Section]:
+    """The sections of a config of class `root`, first the keys of no section."""
+    found = [Section("", first_paragraph(root.__doc__), [])]
+    for name, field in root.model_fields.items():
+        inner = sections(field)
+        if not inner:
+            found[0].entries.append(entry_of(root, name, field))
+            continue
+        entries = {entry.key: entry for kind in inner for entry in below(root, kind, f"{name}.")}
+        found.append(Section(name, first_paragraph(inner[0].__doc__), list(entries.values())))
+    return found
+
+
+def entries(root: type[BaseModel]) -> list[Entry]:
+    """Every key of a config of class `root`."""
+    return [entry for section in reference(root) for entry in section.entries]
+
+
+def below(root: type[BaseModel], kind: type[BaseModel], prefix: str) -> Iterator[Entry]:
+    """The keys of a section of class `kind`, and of the sections in it."""
+    for name, field in kind.model_fields.items():
+        yield entry_of(root, f"{prefix}{name}", field)
+        for inner in sections(field):
+            yield from below(root, inner, f"{prefix}{name}.")
+
+
+def entry_of(root: type[BaseModel], key: str, field: FieldInfo) -> Entry:
+    """The entry of one field."""
+    # Only the chooser of a section whose docstring says all has none of its own.
+    text = one_line(field.description) or "Name of the member that the section is for."
+    return Entry(key, values_of(field), default_of(field), text, may_change(root, key))
+
+
+def values_of(field: FieldInfo) -> str:
+    """What a field takes."""
+    if kind_of(field) is not None or sections(field):
+        return "list of sections" if get_origin(field.annotation) is list else "section"
+    text = type_text(field.annotation)
+    bounds = bounds_of(field.metadata)
+    if not bounds:
+        return text
+    # The bound is that of the number, wherever null stands.
+    words = text.split(" | ")
+    return " | ".join([f"{words[0]} {bounds}", *words[1:]])
+
+
+def type_text(annotation: Any) -> str:
+    """A type in the words of YAML: `list of text | null`."""
+    origin = get_origin(annotation)
+    inner = get_args(annotation)
+    if origin is Literal:
+        return " | ".join(str(choice) for choice in inner)
+    if origin in (Union, types.UnionType):
+        return " | ".join(dict.fromkeys(type_text(option) for option in inner))
+    if origin in (list, tuple):
+        return f"list of {type_text(inner[0])}"
+    if hasattr(annotation, "__metadata__"):  # Annotated[int, Gt(0)]
+        text = type_text(inner[0])
+        return f"{text} {bounds_of(annotation.__metadata__)}".strip()
+    return WORDS.get(origin or annotation, "section" if is_section(annotation) else "value")
+
+
+def is_section(annotation: Any) -> bool:
+    """Whether a type is a config class."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def bounds_of(marks: Any) -> str:
+    """`>= 0, < 1` for the bounds among the marks of a type."""
+    texts = []
+    for mark in marks:
+        # A FieldInfo carries its bounds as marks of its own.
+        for inner in getattr(mark, "metadata", [mark]):
+            for name, sign in BOUNDS.items():
+                bound = getattr(inner, name, None)
+                if bound is not None:
+                    texts.append(f"{sign} {bound:g}")
+    return ", ".join(texts)
+
+
+def default_of(field: FieldInfo) -> str:
+    """The default as YAML has it on one line."""
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, BaseModel):
+        default = default.model_dump(mode="json")
+    if isinstance(default, list | tuple):
+        default = [
+            item.model_dump(mode="json") if isinstance(item, BaseModel) else item
+            for item in default
+        ]
+    if isinstance(default, str):
+        return default or '""'
+    if isinstance(default, float):
+        return f"{default:g}"
+    return json.dumps(default)
+
+
+def one_line(text: str | None) -> str:
+    """A docstring without the line breaks of the source."""
+    return " ".join((text or "").split())
+
+
+def first_paragraph(text: str | None) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return one_line((text or "").strip().split("\n\n")[0])

@@ -1,0 +1,131 @@
+"""The command line as a whole: help, examples, hints for words that are no verbs, completion."""
+
+import re
+import shlex
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from castalia.cli.app import app
+from castalia.cli.hints import WANTED
+
+ROOT = typer.main.get_command(app)
+FULL = 8
+"""Options above which a help without panels is a wall."""
+
+
+def leaf_commands(group=ROOT, path=()):
+    """(words, command) of every verb that does something."""
+    for name, verb in group.commands.items():
+        if hasattr(verb, "commands"):
+            yield from leaf_commands(verb, (*path, name))
+        else:
+            yield (*path, name), verb
+
+
+COMMANDS = dict(leaf_commands())
+
+
+def examples(command):
+    """The command lines under `Example:` in a command's help."""
+    text = command.help.partition("Example")[2]
+    return [line for line in text.splitlines()[1:] if line.strip()]
+
+
+def command_of(words):
+    """(command, its arguments) of a line without `castalia`."""
+    command = ROOT
+    while hasattr(command, "commands"):
+        command = command.commands[words[0]]
+        words = words[1:]
+    return command, words
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_verb_has_examples_that_are_right(path):
+    lines = examples(COMMANDS[path])
+    assert lines, "no example"
+    for line in lines:
+        # At 80 columns an example must stay one line, or it cannot be copied.
+        assert len(line) <= 78, line
+        program, *words = shlex.split(line)
+        if program == "castalia":
+            command, arguments = command_of(words)
+            assert command is COMMANDS[path]
+            command.make_context(command.name, arguments)  # an unknown option raises
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_has_no_python_types_and_many_options_stand_in_panels(path):
+    command = COMMANDS[path]
+    text = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80"}).output
+    assert not re.search(r"<(str|bool|int|float|list\[.*\])>", text)
+    options = [param for param in command.params if param.param_type_name == "option"]
+    panels = {param.rich_help_panel for param in options}
+    assert len(options) <= FULL or len(panels) > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("trian", "unknown verb 'trian'; did you mean 'train'?"),
+        ("view", "unknown verb 'view'; use castalia data view"),
+        ("data train", "unknown verb 'data train'; use castalia train"),
+        ("data veiw", "unknown verb 'data veiw'; did you mean 'view'?"),
+        ("eval", "lm_eval --model local-completions"),
+        ("chat", "use castalia serve MODEL for chat requests, or castalia generate MODEL"),
+        ("finetune", "use castalia train CONFIG model.start=MODEL"),
+        ("ls", "use castalia runs [DIR]"),
+        ("Resume", "use castalia train RUN"),
+        ("xyzzy", "unknown verb 'xyzzy'; choose one of demo, prepare, show, train"),
+    ],
+)
+def test_a_word_that_is_no_verb(command, words, says):
+    code, out, err = command(*words.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("castalia: error: unknown verb ") and says in err
+
+
+def test_hints_lead_to_verbs_that_exist():
+    for word, text in WANTED.items():
+        assert word not in ROOT.commands
+        for verb in re.findall(r"castalia ([a-z]+)", text):
+            assert verb in ROOT.commands or verb == "report", text
+
+
+def completions(monkeypatch, command, line):
+    """What bash offers for a line."""
+    monkeypatch.setenv("_CASTALIA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    return command()[1].split()
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("castalia tra", ["train"]),
+        ("castalia data ma", ["mask", "materialize"]),
+        ("castalia show --gp", ["--gpu", "--gpus-per-node"]),
+        ("castalia train deb", ["debug"]),
+        ("castalia launch mixing.warm", ["mixing.warmup_steps="]),
+        ("castalia train r", ["recipe=", "runs/", "r.yaml", "r1"]),
+        ("castalia data view runs/a", ["runs/abs"]),
+    ],
+)
+def test_completion(monkeypatch, command, tmp_path, line, offers):
+    (tmp_path / "runs" / "abs").mkdir(parents=True)
+    (tmp_path / "runs" / "abs" / "config.yaml").touch()
+    (tmp_path / "r1").mkdir()
+    (tmp_path / "r1" / "config.yaml").touch()
+    (tmp_path / "r.yaml").touch()
+    (tmp_path / "r.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert sorted(completions(monkeypatch, command, line)) == sorted(offers)
+
+
+def test_the_script_for_a_shell_is_for_castalia(monkeypatch, command):
+    monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
+    code, out, _ = command("--show-completion")
+    assert code == 0 and out.rstrip().endswith("-F _castalia_completion castalia")
