@@ -44,6 +44,12 @@ def curve(result: Result, weights: Floats) -> tuple[Floats, Floats]:
     return table[:, 0], falling(table[:, 1:] @ weights)
 
 
+def perplexity_curve(result: Result) -> tuple[Floats, Floats]:
+    """Steps, and the mean perplexity of the sources (M1') as a non-increasing curve."""
+    table = np.array(result["curve"])
+    return table[:, 0], falling(np.exp(table[:, 1:]).mean(1))
+
+
 def falling(values: Floats) -> Floats:
     """The nearest non-increasing sequence by least squares, by pooling adjacent violators."""
     blocks: list[tuple[float, int]] = []
@@ -77,14 +83,46 @@ def saved(arm: Result, base: Result, weights: Floats) -> float:
 
     If the arm never reaches it, -S of the base against the arm.
     """
-    steps, losses = curve(arm, weights)
-    base_steps, base_losses = curve(base, weights)
+    return saved_by(curve(arm, weights), curve(base, weights))
+
+
+def saved_by(arm: tuple[Floats, Floats], base: tuple[Floats, Floats]) -> float:
+    """S of two falling curves, each its steps and its losses."""
+    steps, losses = arm
+    base_steps, base_losses = base
     reached = crossing(steps, losses, base_losses[-1])
     if reached is not None:
         return 1 - reached / base_steps[-1]
     reverse = crossing(base_steps, base_losses, losses[-1])
     assert reverse is not None, "one of two curves ends below the other"
     return -(1 - reverse / steps[-1])
+
+
+def saved_of_means(
+    arm: Mapping[str, Any], base: Mapping[str, Any], metric: str, draws: int = 2000
+) -> dict[str, float] | None:
+    """S of the mean curves of two arms, with a 95% interval; None without curves on the metric.
+
+    arm, base   rows of a results file: `curves`, means over the seeds, and `by_seed`, their ends.
+    metric      M1, "M1 ppl" or M2.
+    The interval bootstraps over the seeds, for both arms together. The file has no curve of a
+    single seed, so a draw moves the mean curve by what its seeds are off at the end.
+    """
+    if metric not in arm["curves"] or metric not in base["curves"]:
+        return None
+    steps, losses = np.array(arm["curves"][metric])
+    base_curve = tuple(np.array(base["curves"][metric]))
+    ends = {str(seed): value for seed, value in arm["by_seed"][metric].items()}
+    base_ends = {str(seed): value for seed, value in base["by_seed"][metric].items()}
+    gaps = np.array([ends[seed] - base_ends[seed] for seed in ends if seed in base_ends])
+    drawn = np.random.default_rng(0).choice(gaps - gaps.mean(), (draws, len(gaps))).mean(axis=1)
+    values = [saved_by((steps, losses + off), base_curve) for off in drawn]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return {
+        "saved": saved_by((steps, losses), base_curve),
+        "low": float(low),
+        "high": float(high),
+    }
 
 
 def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:

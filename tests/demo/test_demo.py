@@ -55,7 +55,7 @@ def test_every_part_of_the_run_folder_is_there(demo: tuple[Path, list[str]]):
     steps = {sample["step"] for sample in read_json(folder / "samples" / "samples.json")}
     assert steps == {0, 1, 2, 3}
     page = (folder / "report.html").read_text()
-    assert "2 sources mixed by odm" in page
+    assert "2 sources mixed by progress" in page
     assert page.count("<svg") == 6 and "stdlib" in page and "castalia fp32" in page
     assert said[-1] == f"report: {folder / 'report.html'}"
 

@@ -1,19 +1,21 @@
 """The arithmetic of the mixing benchmark: what counts as iterations saved, and what is chance."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 WEIGHTS = np.array([0.5, 0.5])
 
 
 @pytest.fixture(scope="module")
 def numbers() -> ModuleType:
     """benchmarks/mixing_numbers.py."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "mixing_numbers.py"
+    path = BENCHMARKS / "mixing_numbers.py"
     spec = importlib.util.spec_from_file_location("mixing_numbers", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -75,3 +77,32 @@ def test_against(numbers):
     assert sorted(found["by_seed"]) == [1, 2]
     assert found["low"] <= found["saved"] <= found["high"]
     assert found["nats"] == pytest.approx(1.0)
+
+
+def test_steps_saved_of_mean_curves(numbers):
+    """As of single curves. Where seeds end off their mean in one arm only, there is an interval."""
+
+    def row(losses, ends):
+        return {"curves": {"M1": [[10, 20, 40, 80], losses]}, "by_seed": {"M1": ends}}
+
+    base, arm = row([5, 4, 3, 2], {1: 1.9, 2: 2.1}), row([4, 3, 1, 0.5], {"1": 0.4, "2": 0.6})
+    found = numbers.saved_of_means(arm, base, "M1")
+    exact = pytest.approx(1 - 20 * 2**0.5 / 80)
+    assert found == {"saved": exact, "low": exact, "high": exact}
+    wide = numbers.saved_of_means(row([4, 3, 1, 0.5], {"1": 0.6, "2": 0.4}), base, "M1")
+    assert wide["low"] < wide["saved"] < wide["high"]
+    assert numbers.saved_of_means(arm, base, "M2") is None
+
+
+def test_the_share_of_steps_saved_against_natural(numbers):
+    """What README and docs/mixing.md say of the committed curves."""
+    results = json.loads((BENCHMARKS / "results" / "mixing.json").read_text())["arms"]
+    natural = results["natural"]
+    saved = {
+        arm: numbers.saved_of_means(results[arm], natural, "M1")
+        for arm in ("odm", "odm-repo", "progress", "uniform", "ado")
+    }
+    percent = {arm: round(100 * gain["saved"]) for arm, gain in saved.items()}
+    assert percent == {"odm": 51, "odm-repo": 51, "progress": 54, "uniform": 54, "ado": 36}
+    intervals = [(round(100 * gain["low"]), round(100 * gain["high"])) for gain in saved.values()]
+    assert intervals == [(47, 53), (50, 53), (52, 56), (51, 56), (32, 38)]
