@@ -42,11 +42,14 @@ class PromptFlags:
         Raises  ConfigError if there is none.
         """
         from castalia.core.errors import ConfigError
+        from castalia.core.unicode import require_unicode
         from castalia.inference.prompts import plain_prompts, read_prompts
 
         if self.samples:
             return [""] * self.samples
         prompts = list(self.prompt or [])
+        for prompt in prompts:  # here, before one of them is shown
+            require_unicode(prompt, "--prompt")
         if self.file:
             prompts += read_prompts(self.file)
         if prompts:

@@ -22,6 +22,7 @@ from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.core.files import cache_folder
 from castalia.core.hub import hub_folder, is_hub_id
+from castalia.core.unicode import require_unicode
 from castalia.data.tokenizer import load_tokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.export.exports import default_place, export, revision
@@ -111,7 +112,12 @@ class CT2fromHfHub:
         self.ids = {token: i for i, token in enumerate(self.vocabulary)}
 
     def tokenize_encode(self, text: Sequence[str], **encode_tok_kwargs: Any) -> list[list[str]]:
-        """The tokens of each text, as the engine spells them."""
+        """The tokens of each text, as the engine spells them.
+
+        Raises  ConfigError for a text that is not valid Unicode.
+        """
+        for number, one in enumerate(text):
+            require_unicode(one, f"text {number}")
         return [
             [self.vocabulary[i] for i in self.tokenizer.encode(one, **encode_tok_kwargs)]
             for one in text

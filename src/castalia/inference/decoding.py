@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
 from castalia.inference.text import TextStream
 
@@ -106,14 +107,15 @@ def begin(
     *,
     max_new_tokens: int,
     limit: int,
-    end_ids: Sequence[int],
+    special: SpecialIds,
     decode: Callable[[list[int]], str],
     ending: Ending = Ending(),
+    scoring: bool = False,
     prompt: str | None = None,
 ) -> Continuation:
     """A continuation of `ids` by at most max_new_tokens, within the model's `limit` of tokens.
 
-    `ids` has at least one token.
+    `ids` has at least one token. `scoring` reads it and adds none.
     Raises  ConfigError if the prompt leaves no room for a token, or max_new_tokens is below
             min_tokens.
     """
@@ -124,20 +126,20 @@ def begin(
             f"min_tokens must be from 0 to max_new_tokens={max_new_tokens}, got {ending.min_tokens}"
         )
     room = limit - len(ids)
-    if room < 1:
+    if room < (0 if scoring else 1):
         raise ConfigError(
             f"the prompt has {len(ids)} tokens but the model reads at most {limit}, new ones"
             " included; shorten it"
         )
     ends: dict[int, FinishReason] = {}
     if not ending.ignore_eos:
-        ends.update(dict.fromkeys(end_ids, "eod"))
+        ends.update(dict.fromkeys(special.end_ids, "eod"))
     for token in ending.stop_token_ids:
         ends.setdefault(token, "stop")
     stream = TextStream(
         decode,
         ending.stop,
-        behind(ids, end_ids),
+        behind(ids, special),
         keep_stop=ending.keep_stop,
         min_tokens=ending.min_tokens,
     )
@@ -153,11 +155,11 @@ def begin(
     )
 
 
-def behind(ids: Sequence[int], end_ids: Sequence[int]) -> list[int]:
+def behind(ids: Sequence[int], special: SpecialIds) -> list[int]:
     """The last tokens of a prompt, which the text continues; empty where a new text begins."""
     tail: list[int] = []
     for token in reversed(ids[-CONTEXT_TOKENS:]):
-        if token in end_ids:
+        if token == special.start_id or token in special.end_ids:
             break
         tail.append(token)
     return tail[::-1]

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
+from castalia.core.unicode import require_unicode
 from castalia.data.tokenizer import Tokenizer
 from castalia.inference.batching import decode_texts
 from castalia.inference.decoding import Completion, Continuation, Ending, begin
 from castalia.inference.engine import Engine
 from castalia.inference.grammar import Grammar, Grammars
 from castalia.inference.sampling import Sampling
+from castalia.inference.token_texts import TokenTexts
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
 
@@ -118,6 +120,11 @@ class LanguageModel:
     def start_id(self) -> int | None:
         """The token that an empty prompt starts from, or None."""
         return self.special.start_id
+
+    @cached_property
+    def token_texts(self) -> TokenTexts | None:
+        """The bytes of each token; None without a tokenizer."""
+        return None if self.tokenizer is None else TokenTexts(self.tokenizer)
 
     @overload
     def generate(
@@ -235,10 +242,12 @@ class LanguageModel:
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a prompt; ids are returned unchanged.
 
-        Raises  ConfigError for text if the checkpoint has no tokenizer.
+        Raises  ConfigError for text if the checkpoint has no tokenizer, and for text that is not
+                valid Unicode.
         """
         if not isinstance(prompt, str):
             return list(prompt)
+        require_unicode(prompt, "the prompt")
         if self.tokenizer is None:
             raise ConfigError("this checkpoint has no tokenizer; give ids in place of text")
         return self.tokenizer.encode(prompt)
@@ -272,11 +281,21 @@ class LanguageModel:
         return sampling, Ending(**ending)
 
     def continuation(
-        self, prompt: str | Sequence[int], max_new_tokens: int, ending: Ending = Ending()
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int,
+        ending: Ending = Ending(),
+        *,
+        scoring: bool = False,
     ) -> Continuation:
-        """A prompt, checked and encoded, ready for the decoding loop."""
+        """A prompt, checked and encoded, ready for the decoding loop.
+
+        `scoring` reads the prompt alone, which may then fill the model's whole limit.
+        """
         if ending.stop and self.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer, and this checkpoint has none")
+        for text in ending.stop:
+            require_unicode(text, "a stop string")
         ids = self.encode(prompt)
         if not ids:
             if self.start_id is None:
@@ -290,9 +309,10 @@ class LanguageModel:
             ids,
             max_new_tokens=max_new_tokens,
             limit=self.config.max_position_embeddings,
-            end_ids=self.end_ids,
+            special=self.special,
             decode=self.decode,
             ending=ending,
+            scoring=scoring,
             prompt=prompt if isinstance(prompt, str) else None,
         )
 

@@ -28,10 +28,11 @@ class TextStream:
         """Whether the stop string that ends the text is part of it."""
         # An empty stop string would end every text at once.
         self.stop = [text for text in stop if text]
-        self.tokens = list(context)
-        # A prompt that ends inside a character has no text of its own to continue.
-        if decode(self.tokens).endswith(BROKEN):
-            self.tokens = []
+        # A prompt that ends inside a character has no text that could be continued.
+        is_broken = decode(list(context)).endswith(BROKEN)
+        self.before = () if is_broken else tuple(context)
+        """Tokens before the text."""
+        self.tokens = list(self.before)
         self.context = 0
         """First token of the window that is decoded again. Decoders write a token differently at
         the beginning of a text, so the window reaches back to tokens that are known."""

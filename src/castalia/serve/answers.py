@@ -17,7 +17,8 @@ from castalia.serve.protocol import (
     LogprobsOut,
     Usage,
 )
-from castalia.serve.scheduler import ScoredToken, StreamEvent
+from castalia.serve.scheduler import ScoredToken, ServedText, StreamEvent
+from castalia.serve.token_report import Candidate, ReportedToken, TokenReport, by_id
 
 # OpenAI knows two reasons. A text that fills the model's context ends by length as well.
 FINISH_REASONS: dict[FinishReason, Literal["stop", "length"]] = {
@@ -57,72 +58,92 @@ class AnswerFormat:
     chat: bool
     top: int | None
     """Number of likeliest tokens reported at each position; None omits log-probabilities."""
+    usage_follows: bool = False
+    """Whether a stream ends with the token counts: its other chunks then say `usage: null`."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def report(self, served: ServedText, echo: str) -> TokenReport | None:
+        """The report of one text's tokens; None if log-probabilities were not requested."""
+        return None if self.top is None else TokenReport(self.model, served, echo)
+
     def whole(
-        self, texts: Sequence[CollectedText], echoes: Sequence[str], usage: Usage
-    ) -> CompletionAnswer | ChatAnswer:
-        """The answer to a request without `stream`; `echoes[i]` is the prompt put before text i."""
+        self,
+        texts: Sequence[CollectedText],
+        echoes: Sequence[str],
+        reports: Sequence[TokenReport | None],
+        usage: Usage,
+    ) -> dict[str, Any]:
+        """The answer to a request without `stream`.
+
+        `echoes[i]` is the prompt put before text i, `reports[i]` the fresh report of its tokens.
+        """
+        choices: list[Choice] = []
+        replies: list[ChatChoice] = []
+        for index, (text, echo, report) in enumerate(zip(texts, echoes, reports, strict=True)):
+            written = echo + text.text
+            tokens = None
+            if report is not None:
+                tokens = report.take(written, text.tokens, text.finish_reason)
+            reason = openai_reason(text.finish_reason)
+            if self.chat:
+                message = {"role": "assistant", "content": written}
+                listed = chat_logprobs(tokens)
+                reply = ChatChoice(
+                    index=index, message=message, logprobs=listed, finish_reason=reason
+                )
+                replies.append(reply)
+            else:
+                counted = completion_logprobs(tokens)
+                choice = Choice(index=index, text=written, logprobs=counted, finish_reason=reason)
+                choices.append(choice)
         if self.chat:
-            return self.whole_chat(texts, usage)
-        choices = []
-        for index, (text, echo) in enumerate(zip(texts, echoes, strict=True)):
-            choice = Choice(
-                index=index,
-                text=echo + text.text,
-                logprobs=self.logprobs(text.tokens),
-                finish_reason=openai_reason(text.finish_reason),
+            chat = ChatAnswer(
+                id=f"chatcmpl-{self.id}",
+                created=self.created,
+                model=self.name,
+                choices=replies,
+                usage=usage,
             )
-            choices.append(choice)
-        return CompletionAnswer(
+            return chat.model_dump(exclude={"choices": {"__all__": {"delta"}}})
+        answer = CompletionAnswer(
             id=f"cmpl-{self.id}",
             created=self.created,
             model=self.name,
             choices=choices,
             usage=usage,
         )
+        return answer.model_dump()
 
-    def whole_chat(self, texts: Sequence[CollectedText], usage: Usage) -> ChatAnswer:
-        """The answer to a chat request without `stream`."""
-        choices = []
-        for index, text in enumerate(texts):
-            choice = ChatChoice(
-                index=index,
-                message={"role": "assistant", "content": text.text},
-                logprobs=self.chat_logprobs(text.tokens),
-                finish_reason=openai_reason(text.finish_reason),
-            )
-            choices.append(choice)
-        return ChatAnswer(
-            id=f"chatcmpl-{self.id}",
-            created=self.created,
-            model=self.name,
-            choices=choices,
-            usage=usage,
-        )
-
-    def chunk(self, index: int, event: StreamEvent, offset: int) -> str:
-        """One event as a server-sent event; `offset` counts the characters before its text."""
-        finish_reason = openai_reason(event.finish_reason)
+    def chunk(
+        self,
+        index: int,
+        text: str,
+        tokens: Sequence[ReportedToken] | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> str:
+        """New text and tokens of one choice as a server-sent event."""
+        reason = openai_reason(finish_reason)
         if self.chat:
             reply = ChatChoice(
                 index=index,
-                delta={"content": event.text} if event.text else {},
-                logprobs=self.chat_logprobs(event.tokens),
-                finish_reason=finish_reason,
+                delta={"content": text} if text else {},
+                logprobs=chat_logprobs(tokens),
+                finish_reason=reason,
             )
             return self.chat_chunk([reply])
         choice = Choice(
-            index=index,
-            text=event.text,
-            logprobs=self.logprobs(event.tokens, offset),
-            finish_reason=finish_reason,
+            index=index, text=text, logprobs=completion_logprobs(tokens), finish_reason=reason
         )
         answer = CompletionAnswer(
             id=f"cmpl-{self.id}", created=self.created, model=self.name, choices=[choice]
         )
-        return server_sent(answer.model_dump(exclude={"usage"}))
+        return server_sent(answer.model_dump(exclude=self.left_out))
+
+    @property
+    def left_out(self) -> set[str]:
+        """Fields that the chunks of a stream do not have."""
+        return set() if self.usage_follows else {"usage"}
 
     def chat_chunk(self, choices: list[ChatChoice]) -> str:
         """Chat choices as a server-sent event."""
@@ -133,7 +154,10 @@ class AnswerFormat:
             model=self.name,
             choices=choices,
         )
-        return server_sent(answer.model_dump(exclude_none=True, exclude={"usage"}))
+        # A client tells a chunk from the last one by `finish_reason: null`, so nulls are sent.
+        left_out: dict[str, Any] = dict.fromkeys(self.left_out, True)
+        left_out["choices"] = {"__all__": {"message"}}
+        return server_sent(answer.model_dump(exclude=left_out))
 
     def opening(self, index: int) -> str:
         """The first chunk of a chat reply, which carries the role."""
@@ -154,52 +178,54 @@ class AnswerFormat:
         }
         return server_sent(body)
 
-    def logprobs(self, tokens: Sequence[ScoredToken], offset: int = 0) -> LogprobsOut | None:
-        """Log-probabilities in the completion endpoint's form; None if not requested."""
-        if self.top is None:
-            return None
-        out = LogprobsOut(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for scored in tokens:
-            text = self.model.decode([scored.token])
-            likeliest = None
-            if scored.logprob is not None:
-                likeliest = self.likeliest(scored)
-            out.tokens.append(text)
-            out.token_logprobs.append(scored.logprob)
-            out.top_logprobs.append(likeliest)
-            out.text_offset.append(offset)
-            offset += len(text)
-        return out
 
-    def likeliest(self, scored: ScoredToken) -> dict[str, float]:
-        """Log-probabilities of the likeliest tokens and of the token itself, by their text.
+def completion_logprobs(tokens: Sequence[ReportedToken] | None) -> LogprobsOut | None:
+    """Log-probabilities in the completion endpoint's form; None if not requested."""
+    if tokens is None:
+        return None
+    return LogprobsOut(
+        tokens=[token.text for token in tokens],
+        token_logprobs=[token.logprob for token in tokens],
+        top_logprobs=[likeliest(token) for token in tokens],
+        text_offset=[token.offset for token in tokens],
+    )
 
-        Several tokens may decode to one text, U+FFFD for instance; the likeliest of them counts.
-        """
-        candidates = list(scored.top)
-        if scored.logprob is not None:
-            candidates.append((scored.token, scored.logprob))
-        by_text: dict[str, float] = {}
-        for token, logprob in candidates:
-            text = self.model.decode([token])
-            by_text[text] = max(by_text.get(text, float("-inf")), logprob)
-        return by_text
 
-    def chat_logprobs(self, tokens: Sequence[ScoredToken]) -> dict[str, Any] | None:
-        """Log-probabilities in the chat endpoint's form; None if not requested."""
-        if self.top is None:
-            return None
-        content = []
-        for scored in tokens:
-            entry = self.chat_entry(scored.token, scored.logprob)
-            entry["top_logprobs"] = [self.chat_entry(*candidate) for candidate in scored.top]
-            content.append(entry)
-        return {"content": content}
+def likeliest(token: ReportedToken) -> dict[str, float] | None:
+    """Log-probabilities of the likeliest tokens and of the token itself, by their text.
 
-    def chat_entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        """One token with its text, log-probability and UTF-8 bytes."""
-        text = self.model.decode([token])
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    Where two tokens have one text, the token itself keeps it, else the likelier one; the other
+    stands under its id.
+    """
+    if token.logprob is None:
+        return None
+    own = Candidate(token.token, token.text, token.raw, token.logprob)
+    others = [candidate for candidate in token.likeliest if candidate.token != token.token]
+    by_text: dict[str, float] = {}
+    for candidate in [own, *others]:
+        key = candidate.text if candidate.text not in by_text else by_id(candidate.token)
+        by_text[key] = candidate.logprob
+    return by_text
+
+
+def chat_logprobs(tokens: Sequence[ReportedToken] | None) -> dict[str, Any] | None:
+    """Log-probabilities in the chat endpoint's form; None if not requested."""
+    if tokens is None:
+        return None
+    content = []
+    for token in tokens:
+        entry = chat_entry(token.text, token.raw, token.logprob)
+        entry["top_logprobs"] = [
+            chat_entry(candidate.text, candidate.raw, candidate.logprob)
+            for candidate in token.likeliest
+        ]
+        content.append(entry)
+    return {"content": content}
+
+
+def chat_entry(text: str, raw: bytes, logprob: float | None) -> dict[str, Any]:
+    """One token with its text, log-probability and UTF-8 bytes."""
+    return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
 def openai_reason(reason: FinishReason | None) -> Literal["stop", "length"] | None:

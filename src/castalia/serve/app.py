@@ -28,7 +28,6 @@ from castalia.serve.protocol import (
     Health,
     ModelCard,
     ModelList,
-    StreamOptions,
     Text,
     TokenizeRequest,
     Tokens,
@@ -101,28 +100,22 @@ def make_app(
 def add_completions(app: FastAPI, service: Service) -> None:
     """Add the endpoints that generate text."""
 
-    async def respond(
-        active: ActiveRequest, request: Request, stream: bool | None, options: StreamOptions | None
-    ) -> Response:
+    async def respond(active: ActiveRequest, request: Request, stream: bool | None) -> Response:
         if stream:
-            include_usage = bool(options and options.include_usage)
-            chunks = service.chunks(active, include_usage)
-            return StreamingResponse(chunks, media_type="text/event-stream")
-        whole = await service.whole(active, request)
-        # OpenAI's completions carry `logprobs: null`; its chat choices leave absent fields out.
-        return JSONResponse(whole.model_dump(exclude_none=active.answer.chat))
+            return StreamingResponse(service.chunks(active), media_type="text/event-stream")
+        return JSONResponse(await service.whole(active, request))
 
     @app.post("/v1/completions", response_model=CompletionAnswer, responses=ERRORS | STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue prompts."""
         active = await service.complete(body)
-        return await respond(active, request, body.stream, body.stream_options)
+        return await respond(active, request, body.stream)
 
     @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=ERRORS | STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Reply in a conversation; the model needs a chat template."""
         active = await service.chat(body)
-        return await respond(active, request, body.stream, body.stream_options)
+        return await respond(active, request, body.stream)
 
 
 def add_models(app: FastAPI, service: Service) -> None:
@@ -241,6 +234,11 @@ def add_errors(app: FastAPI) -> None:
     async def failed(request: Request, error: FailedError) -> Response:
         LOG.error("%s %s failed", request.method, request.url.path, exc_info=error.__cause__)
         return JSONResponse(error_body(500, str(error)), 500)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # The server logs the traceback; clients of OpenAI's API expect JSON whatever happened.
+        return JSONResponse(error_body(500, f"internal error: {type(error).__name__}"), 500)
 
     @app.exception_handler(ClientLeftError)
     async def client_left(request: Request, error: ClientLeftError) -> Response:

@@ -5,7 +5,10 @@ Class names and docstrings of the models appear on the OpenAPI page.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from castalia.core.errors import ConfigError
+from castalia.core.unicode import require_unicode_in
 
 MOST_PROMPTS = 2048
 """Prompts in one request; OpenAI's limit."""
@@ -41,6 +44,16 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def valid_unicode(cls, value: Any) -> Any:
+        """Refuse half of a surrogate pair in any string, before anything echoes or encodes it."""
+        try:
+            require_unicode_in(value, "the request")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return value
+
 
 class StreamOptions(Body):
     """Options of a stream."""
@@ -75,6 +88,11 @@ class SamplingBody(Body):
     logit_bias: dict[str, float] | None = Field(
         None, max_length=0, description="Not supported: must be empty."
     )
+
+    @property
+    def usage_follows(self) -> bool:
+        """Whether the answer is a stream that ends with the token counts."""
+        return bool(self.stream and self.stream_options and self.stream_options.include_usage)
 
     @property
     def stops(self) -> list[str]:

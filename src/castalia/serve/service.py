@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.requests import Request
 
@@ -17,14 +18,13 @@ from castalia.serve.limits import error_body
 from castalia.serve.metrics import ServerMetrics
 from castalia.serve.model_pool import LoadedModel, ModelPool, NoTemplateError
 from castalia.serve.protocol import (
-    ChatAnswer,
     ChatRequest,
-    CompletionAnswer,
     CompletionRequest,
     SamplingBody,
     Usage,
 )
 from castalia.serve.scheduler import ServedText, StoppingError, StreamEvent
+from castalia.serve.token_report import TokenReport
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as in OpenAI's API."""
@@ -66,6 +66,11 @@ class ActiveRequest:
         self.outputs = [CollectedText() for _ in self.texts]
         self.last_event = [self.received for _ in self.texts]
 
+    def reports(self) -> list[TokenReport | None]:
+        """A fresh report of each text's tokens; None without log-probabilities."""
+        pairs = zip(self.texts, self.echoes, strict=True)
+        return [self.answer.report(text, echo) for text, echo in pairs]
+
     def usage(self) -> Usage:
         """Token counts so far."""
         collected = sum(len(output.tokens) for output in self.outputs)
@@ -93,7 +98,13 @@ class Service:
         """
         loaded = await self.model(body.model)
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        answer = AnswerFormat(loaded.model, loaded.name, chat=False, top=body.logprobs)
+        answer = AnswerFormat(
+            loaded.model,
+            loaded.name,
+            chat=False,
+            top=body.logprobs,
+            usage_follows=body.usage_follows,
+        )
         return await self.start(
             loaded,
             body,
@@ -129,7 +140,9 @@ class Service:
         top = None
         if body.logprobs:
             top = body.top_logprobs or 0
-        answer = AnswerFormat(loaded.model, loaded.name, chat=True, top=top)
+        answer = AnswerFormat(
+            loaded.model, loaded.name, chat=True, top=top, usage_follows=body.usage_follows
+        )
         return await self.start(loaded, body, [prompt], max_tokens, answer)
 
     async def model(self, name: str | None) -> LoadedModel:
@@ -167,8 +180,8 @@ class Service:
         for prompt, ids in zip(prompts, encoded, strict=True):
             for _ in range(n):
                 index = len(texts)
-                # Room for one token is required, even if max_tokens=0 only scores the prompt.
-                continuation = model.continuation(ids, max(1, max_tokens), ending)
+                scoring = max_tokens == 0
+                continuation = model.continuation(ids, max(1, max_tokens), ending, scoring=scoring)
                 text = ServedText(
                     continuation=continuation,
                     sampling=sampling_of(body, seed + index),
@@ -176,7 +189,7 @@ class Service:
                     vocab_size=model.config.vocab_size,
                     top=answer.top,
                     score_prompt=score_prompt,
-                    continues=max_tokens > 0,
+                    continues=not scoring,
                 )
                 texts.append(text)
                 echoes.append(prompt_text(model, prompt) if echo else "")
@@ -237,7 +250,7 @@ class Service:
             )  # the first event carries the scored prompt as well
         self.metrics.generated_tokens.inc(generated)
 
-    async def whole(self, active: ActiveRequest, http: Request) -> CompletionAnswer | ChatAnswer:
+    async def whole(self, active: ActiveRequest, http: Request) -> dict[str, Any]:
         """The complete answer, once every text has ended.
 
         Raises  ClientLeftError if the client disconnects first, which cancels the texts.
@@ -256,15 +269,15 @@ class Service:
             raise ClientLeftError
         gone.cancel()
         work.result()
-        return active.answer.whole(active.outputs, active.echoes, active.usage())
+        return active.answer.whole(active.outputs, active.echoes, active.reports(), active.usage())
 
-    async def chunks(self, request: ActiveRequest, include_usage: bool) -> AsyncIterator[str]:
+    async def chunks(self, request: ActiveRequest) -> AsyncIterator[str]:
         """The answer as server-sent events; the last one is [DONE]."""
         ended = False
         try:
             async for chunk in self.text_chunks(request):
                 yield chunk
-            if include_usage:
+            if request.answer.usage_follows:
                 yield request.answer.usage_chunk(request.usage())
             yield "data: [DONE]\n\n"
             ended = True
@@ -280,21 +293,28 @@ class Service:
     async def text_chunks(self, request: ActiveRequest) -> AsyncIterator[str]:
         """Openings, echoes and events of a request as server-sent events."""
         answer = request.answer
-        offsets = [0] * len(request.texts)
+        reports = request.reports()
+        # The tokens of a scored prompt come with the first event, and its text with them.
+        late = {
+            index: echo
+            for index, echo in enumerate(request.echoes)
+            if request.texts[index].score_prompt
+        }
         if answer.chat:
             for index in range(len(request.texts)):
                 yield answer.opening(index)
         for index, echo in enumerate(request.echoes):
-            if echo:
-                yield answer.chunk(index, StreamEvent(echo), 0)
-                # A scored prompt comes with the first event, so text_offset starts at its 0.
-                if not request.texts[index].score_prompt:
-                    offsets[index] = len(echo)
+            if echo and index not in late:
+                yield answer.chunk(index, echo)
         async for index, event in self.events(request):
-            # A step may end inside a character: nothing to send unless its tokens are reported.
-            if event.text or event.finish_reason is not None or answer.top is not None:
-                yield answer.chunk(index, event, offsets[index])
-                offsets[index] = max(offsets[index], len(request.echoes[index])) + len(event.text)
+            text = late.pop(index, "") + event.text
+            report = reports[index]
+            tokens = None
+            if report is not None:
+                tokens = report.take(text, event.tokens, event.finish_reason)
+            # A step may end inside a character: nothing to send.
+            if text or tokens or event.finish_reason is not None:
+                yield answer.chunk(index, text, tokens, event.finish_reason)
 
 
 def sampling_of(body: SamplingBody, seed: int) -> Sampling:

@@ -1,0 +1,186 @@
+"""Log-probabilities of a text's tokens, each with its own text and place.
+
+The texts of the tokens joined are the text. A token that holds a part of a character is written in
+bytes, and stands at the character that it is a part of.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from castalia.inference.decoding import FinishReason
+from castalia.inference.language_model import LanguageModel
+from castalia.inference.text import TextStream
+from castalia.inference.token_texts import TokenTexts, spelled
+from castalia.serve.scheduler import ScoredToken, ServedText
+
+
+@dataclass
+class Candidate:
+    """One of the likeliest tokens at a position."""
+
+    token: int
+    text: str
+    raw: bytes
+    logprob: float
+
+
+@dataclass
+class ReportedToken:
+    """A token as an answer shows it."""
+
+    token: int
+    text: str
+    raw: bytes
+    """Its UTF-8."""
+    offset: int
+    """Characters of the answer's text before it."""
+    logprob: float | None
+    likeliest: list[Candidate] = field(default_factory=list)
+
+
+class Placing:
+    """Places tokens in the text that they make, behind `context`, from character `start` on."""
+
+    def __init__(
+        self, model: LanguageModel, texts: TokenTexts | None, context: Sequence[int], start: int
+    ) -> None:
+        self.texts = texts
+        self.start = start
+        self.stream = TextStream(model.decode, context=context)
+        self.open: list[ReportedToken] = []
+        """Tokens of a character that is not whole yet."""
+
+    @property
+    def end(self) -> int:
+        """Characters before the next token."""
+        return self.start + len(self.stream.text)
+
+    def place(self, scored: ScoredToken) -> ReportedToken:
+        """The next token. Its offset may still move while it is `open`."""
+        before = len(self.stream.text)
+        self.stream.push(scored.token)
+        raw = self.raw(scored.token)
+        token = ReportedToken(
+            scored.token, self.text(scored.token), raw, self.start + before, scored.logprob
+        )
+        self.open.append(token)
+        dropped = False
+        if self.stream.read == len(self.stream.tokens):
+            if len(self.open) == 1 and self.texts is not None:
+                # Beginnings of texts are written differently: the decoder has the last word.
+                token.text = self.stream.text[before:]
+                token.raw = token.text.encode("utf-8")
+                dropped = raw == b" " + token.raw
+            self.close(before)
+        token.likeliest = self.candidates(scored, token, dropped)
+        return token
+
+    def close(self, before: int) -> None:
+        """Place the tokens of characters that are whole now, the first at character `before`."""
+        written = self.stream.text[before:]
+        ids = self.stream.tokens[len(self.stream.tokens) - len(self.open) :]
+        known = self.stream.tokens[self.stream.context : len(self.stream.tokens) - len(ids)]
+        lead = self.stream.decode(known)
+        for number, token in enumerate(self.open[1:], start=1):
+            text = self.stream.decode([*known, *ids[:number]])[len(lead) :]
+            token.offset = self.start + before + common(text, written)
+        self.open = []
+
+    def candidates(
+        self, scored: ScoredToken, token: ReportedToken, dropped: bool
+    ) -> list[Candidate]:
+        """The likeliest tokens at a position; `dropped`: a space before them is not written."""
+        likeliest = []
+        for other, logprob in scored.top:
+            raw = self.raw(other)
+            text = self.text(other)
+            if other == scored.token:
+                raw = token.raw
+                text = token.text
+            elif dropped:
+                raw = raw.removeprefix(b" ")
+                text = spelled(raw)
+            likeliest.append(Candidate(other, text, raw, logprob))
+        return likeliest
+
+    def raw(self, token: int) -> bytes:
+        """The bytes of a token; none without a tokenizer."""
+        return b"" if self.texts is None else self.texts.bytes_of(token)
+
+    def text(self, token: int) -> str:
+        """The text of a token; without a tokenizer, its id."""
+        return by_id(token) if self.texts is None else spelled(self.texts.bytes_of(token))
+
+    def closing(self, scored: ScoredToken) -> ReportedToken:
+        """A token that ends the text, under its name: it is not a part of the text."""
+        name = by_id(scored.token) if self.texts is None else self.texts.name_of(scored.token)
+        self.stream.finish()
+        token = ReportedToken(scored.token, name, name.encode("utf-8"), self.end, scored.logprob)
+        token.likeliest = self.candidates(scored, token, dropped=False)
+        return token
+
+
+class TokenReport:
+    """The tokens of one text, given out with the text that they are a part of.
+
+    Whether a text arrives in one event or in many, the tokens and their places are the same.
+    """
+
+    def __init__(self, model: LanguageModel, served: ServedText, echo: str) -> None:
+        texts = model.token_texts
+        ids = served.continuation.ids
+        self.text = served.continuation
+        self.unscored = len(ids) if served.score_prompt else 0
+        """Tokens of the prompt that are still to come."""
+        self.prompt = Placing(model, texts, [], 0)
+        self.written = Placing(model, texts, self.text.stream.before, len(echo))
+        self.context = len(self.written.stream.tokens)
+        self.given = 0 if served.score_prompt else len(echo)
+        """Characters of the answer's text that were given out. An echo without scores precedes."""
+        self.waiting: list[ReportedToken] = []
+
+    def take(
+        self, text: str, tokens: Sequence[ScoredToken], finish_reason: FinishReason | None
+    ) -> list[ReportedToken]:
+        """The tokens that begin inside the text given out so far, `text` included.
+
+        Tokens that lie behind a stop string's cut are dropped; those of a character that is not
+        whole wait for it.
+        """
+        self.given += len(text)
+        closing = []
+        for scored in tokens:
+            if self.unscored:
+                self.unscored -= 1
+                self.waiting.append(self.prompt.place(scored))
+            elif finish_reason is not None and self.all_placed():
+                closing.append(self.written.closing(scored))
+            else:
+                self.waiting.append(self.written.place(scored))
+        count = 0
+        while count < len(self.waiting) and self.waiting[count].offset < self.given:
+            count += 1
+        if finish_reason is not None and not self.text.stream.stopped:
+            count = len(self.waiting)
+        ready = self.waiting[:count]
+        self.waiting = self.waiting[count:]
+        return ready + closing
+
+    def all_placed(self) -> bool:
+        """Whether every token of the finished text has its place: one more token ended it."""
+        return len(self.written.stream.tokens) - self.context == len(self.text.tokens)
+
+
+def by_id(token: int) -> str:
+    """A token by its id, as vLLM writes it."""
+    return f"token_id:{token}"
+
+
+def common(a: str, b: str) -> int:
+    """Length of the common beginning."""
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length
