@@ -66,6 +66,19 @@ def test_torchrun_on_one_machine(launch):
     )
 
 
+def test_torchrun_on_chosen_gpus_of_this_machine(launch, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    said = planned(launch("--include=localhost:4,5", "--dry-run"))
+    assert said.startswith("CUDA_VISIBLE_DEVICES=4,5 python ") and "--nproc-per-node=2" in said
+    said = planned(launch("--include=localhost:0", "--dry-run"))
+    assert said.startswith("python ") and "--nproc-per-node=1" in said
+    # Slots count within what is visible.
+    visible = {"CUDA_VISIBLE_DEVICES": "3,6"}
+    assert planned(launch("--include=localhost:1", "--dry-run", **visible)).startswith(
+        "CUDA_VISIBLE_DEVICES=6 python "
+    )
+
+
 def test_torchrun_on_two_machines(launch):
     said = planned(
         launch(
@@ -78,6 +91,9 @@ def test_torchrun_on_two_machines(launch):
     )
     assert "--rdzv-conf=is_host=0" in said
     assert "name it with --master-addr" in failed(launch("--nodes=2", "--dry-run"))
+    assert "--rdzv-endpoint=[fd00::1]:29500" in planned(
+        launch("--nodes=2", "--master-addr=fd00::1", "--dry-run")
+    )
 
 
 def test_slurm_writes_a_job_that_requeues_itself(launch, tmp_path):
@@ -177,6 +193,18 @@ def test_pdsh_tells_each_host_its_gpus(launch):
     )
 
 
+def test_hosts_with_users_and_addresses(launch, tmp_path):
+    (tmp_path / "hosts").write_text("alice@host1 slots=2\nfd00::1 slots=2\n")
+    said = planned(launch("--launcher=pdsh", "--hostfile=hosts", "--dry-run"))
+    assert " -w alice@host1,fd00::1 " in said and "--rdzv-endpoint=host1:29500" in said
+    said = planned(launch("--launcher=slurm", "--hostfile=hosts", "--dry-run"))
+    assert "#SBATCH --nodelist=host1,fd00::1" in said
+    line = failed(launch("--launcher=mpi", "--hostfile=hosts", "--dry-run"))
+    assert "host alice@host1: mpirun takes no user; write `User alice`" in line
+    line = failed(launch("--launcher=mpi", "--hostfile=hosts", "--exclude=host1", "--dry-run"))
+    assert "host fd00::1: mpirun takes no IPv6 address" in line
+
+
 def test_the_layout_is_checked_before_anything_starts(launch):
     line = failed(launch("parallel.dp_replicate=2", "--procs-per-node=3", "--dry-run"))
     assert (
@@ -260,3 +288,17 @@ def test_options_of_gpt_neox_are_defaults(launch, tmp_path):
     assert planned(launch("--dry-run", "--launcher=mpi", config=("neox.yml",))).startswith(
         "mpirun -np 2 "
     )
+
+
+def test_a_hostfile_of_gpt_neox_that_is_not_there_means_this_machine(launch, tmp_path):
+    """GPT-NeoX's first example names /mock_path."""
+    values = {"hostfile": "/mock_path", "include": "localhost:0", "launcher": "pdsh"}
+    (tmp_path / "mock.yml").write_text(yaml.safe_dump(values))
+    done = launch("--dry-run", config=("debug", "mock.yml"))
+    assert "--standalone" in planned(done) and "--nproc-per-node=1" in done.stdout
+    assert "note: hostfile /mock_path does not exist: the ranks start on this" in done.stderr
+    assert "note: launcher pdsh has no hostfile" in done.stderr
+    typed = launch("--hostfile=/mock_path", "--dry-run", config=("debug", "mock.yml"))
+    assert "hostfile /mock_path cannot be read: No such file or directory" in failed(typed)
+    pdsh = launch("--launcher=pdsh", "--dry-run", config=("debug",))
+    assert "launcher pdsh needs a hostfile" in failed(pdsh)

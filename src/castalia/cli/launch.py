@@ -123,11 +123,20 @@ def make_plan(config_words: list[str], launch_words: list[str]) -> "LaunchPlan":
     Raises  ConfigError if the config, the hosts or the layout is wrong.
     """
     from castalia.distributed import check_layout
-    from castalia.launch.plan import LaunchPlan, hosts_for
+    from castalia.launch.plan import LaunchPlan, hosts_for, names_hosts
     from castalia.recipes import resolve
 
     words = [*config_words, *launch_words]
-    launch = resolve(words).config.launch
+    resolved = resolve(words)
+    launch = resolved.config.launch
+    notes = resolved.launch_notes
+    was_typed = any(word.startswith("launch.launcher=") for word in words)
+    if launch.launcher == "pdsh" and not was_typed and not names_hosts(launch):
+        # DeepSpeed starts on this machine where a file names its launcher but no hostfile.
+        launch = launch.model_copy(update={"launcher": "torchrun"})
+        notes = [*notes, "launcher pdsh has no hostfile: torchrun starts the ranks on this machine"]
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
     hosts = hosts_for(launch)
     # Read again with the world size: a GPT-NeoX file may leave its batch to that.
     size = sum(len(slots) for slots in hosts.values())
@@ -149,6 +158,6 @@ def describe(plan: "LaunchPlan") -> str:
         return f"# {sbatch_file(plan)}\n{sbatch_script(plan)}\n{command}"
     if plan.config.launcher == "torchrun":
         # torchrun inherits the variables; the other launchers carry them in their command.
-        for name, value in reversed(plan.config.environment.items()):
+        for name, value in reversed(plan.variables.items()):
             command = f"{name}={shlex.quote(value)} {command}"
     return command

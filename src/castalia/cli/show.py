@@ -133,7 +133,7 @@ def as_object(resolved: "Resolved", cost: "Estimate") -> dict[str, Any]:
         | cost.disk._asdict()
         | {"steps": SavePolicy(config.checkpoint, config.train.steps).all_steps()},
         "changes": {key: list(pair) for key, pair in resolved.changes.items()},
-        "notes": resolved.notes,
+        "notes": [*resolved.notes, *resolved.launch_notes],
         "ignored": resolved.ignored,
     }
 
@@ -147,9 +147,10 @@ def print_summary(resolved: "Resolved", cost: "Estimate") -> None:
     console.print()
     print_cost(console, resolved, cost)
     wraps = console.is_terminal  # a pipe gets each note as one line, which grep can find
-    if resolved.notes:
+    notes = [*resolved.notes, *resolved.launch_notes]
+    if notes:
         console.print()
-    for note in resolved.notes:
+    for note in notes:
         console.print(f"note: {note}", markup=False, soft_wrap=not wraps)
     if resolved.ignored_lines:
         console.print("\nGPT-NeoX options without effect here", style="italic")

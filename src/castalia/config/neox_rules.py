@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from castalia.config.neox_keys import HONOURED
@@ -271,8 +272,7 @@ def horizon(o: NeoxOptions, out: NeoxReading) -> None:
 
 
 def launching(o: NeoxOptions, out: NeoxReading) -> None:
-    """Launcher, number of hosts, and whether ssh is tried first; training does not depend on
-    them."""
+    """Launcher, hosts, and whether ssh is tried first; training does not depend on them."""
     known = {"pdsh": "pdsh", "openmpi": "mpi", "slurm": "slurm"}
     name = o["launcher"]
     if o["deepspeed_slurm"]:
@@ -287,6 +287,16 @@ def launching(o: NeoxOptions, out: NeoxReading) -> None:
             f"unknown launcher {name!r}; choose launch.launcher from torchrun, slurm, mpi, pdsh",
             "launch.launcher",
         )
+    # As DeepSpeed does: GPT-NeoX's own examples name the file /mock_path.
+    if o.has("hostfile") and not Path(o["hostfile"]).exists():
+        note(
+            out,
+            f"hostfile {o['hostfile']} does not exist: the ranks start on this machine, as in"
+            " GPT-NeoX; name another with --hostfile",
+            "launch.hostfile",
+        )
+    elif o.has("hostfile"):
+        o.put(out, "launch.hostfile", o["hostfile"], "hostfile")
     # -1 is DeepSpeed's word for all nodes of the hostfile.
     if o["num_nodes"] > 0:
         o.put(out, "launch.nodes", o["num_nodes"], "num_nodes")
@@ -309,6 +319,16 @@ MODEL_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("lr_decay_style", "warmup"), schedule),
     (("lr_decay_iters", "lr_decay_fraction"), horizon),
     (("precision", "fp16", "bf16"), precision),
-    (("launcher", "deepspeed_slurm", "deepspeed_mpi", "num_nodes", "no_ssh_check"), launching),
+    (
+        (
+            "launcher",
+            "deepspeed_slurm",
+            "deepspeed_mpi",
+            "hostfile",
+            "num_nodes",
+            "no_ssh_check",
+        ),
+        launching,
+    ),
 ]
 """The options that a rule reads, and the rule."""

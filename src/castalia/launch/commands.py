@@ -54,18 +54,24 @@ def rendezvous_words(plan: LaunchPlan) -> list[str]:
     return [
         f"--nnodes={len(plan.hosts)}",
         "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={plan.master}:{plan.config.master_port}",
+        f"--rdzv-endpoint={bracketed(plan.master)}:{plan.config.master_port}",
         f"--rdzv-id={plan.output.name or 'run'}",
     ]
+
+
+def bracketed(host: str) -> str:
+    """The host before a port: an IPv6 address has colons of its own and needs brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def mpi(plan: LaunchPlan) -> list[str]:
     """Open MPI's mpirun; ranks find rank 0 by MASTER_ADDR and MASTER_PORT."""
     config = plan.config
     plan.require_first_slots()
+    require_plain_names(plan)
     variables = {"MASTER_ADDR": plan.master, "MASTER_PORT": str(config.master_port)}
     # Local ranks inherit the whole environment; on other hosts mpirun starts from an empty one.
-    variables |= config.environment if plan.is_local else passed_variables(config)
+    variables |= plan.variables if plan.is_local else passed_variables(config)
     places = ",".join(f"{host}:{len(slots)}" for host, slots in plan.hosts.items())
     words = ["mpirun", "-np", str(plan.world_size), "--host", places]
     # Ranks fill the slots of a host in order. Binding each to one core would starve its threads.
@@ -75,6 +81,25 @@ def mpi(plan: LaunchPlan) -> list[str]:
     for name, value in variables.items():
         words += ["-x", f"{name}={value}"]
     return [*words, *shlex.split(config.launcher_args), plan.python, *plan.command]
+
+
+def require_plain_names(plan: LaunchPlan) -> None:
+    """Check that mpirun can be told the names of the hosts, which it takes as `host:N`.
+
+    Raises  ConfigError if not.
+    """
+    for host in plan.hosts:
+        if "@" in host:
+            user, _, name = host.partition("@")
+            raise ConfigError(
+                f"host {host}: mpirun takes no user; write `User {user}` for `Host {name}` in"
+                " ~/.ssh/config and drop it from the hostfile, or use --launcher pdsh"
+            )
+        if ":" in host:
+            raise ConfigError(
+                f"host {host}: mpirun takes no IPv6 address; give the host a name in /etc/hosts, or"
+                " use --launcher pdsh"
+            )
 
 
 def pdsh(plan: LaunchPlan) -> list[str]:

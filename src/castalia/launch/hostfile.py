@@ -1,39 +1,71 @@
-"""Hosts and their slots: DeepSpeed's hostfile `host slots=N` and its filters `host1:0,2@host2`.
+"""Hosts and their slots: hostfiles of DeepSpeed, Open MPI, MPICH and PBS, and DeepSpeed's filters.
 
-Needs no torch. Source  DeepSpeed deepspeed/launcher/runner.py: the grammar, and the meaning of
-include and exclude.
+Needs no torch. Source  DeepSpeed deepspeed/launcher/runner.py: `host slots=N`, and the meaning of
+include and exclude; Open MPI, mpirun(1): max_slots; MPICH, the Hydra manual: `host:N`; PBS
+Professional, the file that PBS_NODEFILE names: one line a slot.
 """
 
+import ipaddress
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from castalia.core.errors import ConfigError, nearest
 
 Hosts = dict[str, list[int]]
-"""Host -> the slots (GPUs) in use, in the order of the file."""
-LINE = re.compile(r"(?P<host>[\w.\-]+)\s+slots=(?P<slots>\d+)")
-NAME = re.compile(r"[\w.\-]+")
+"""Host -> the slots (GPUs) in use, in the order of the file. A host may be `user@host`; an IPv6
+address stands without brackets."""
+USER = r"(?:[\w.\-]+@)?"
+NAME = re.compile(rf"{USER}[\w.\-]+")
+ADDRESS = re.compile(rf"(?P<user>{USER})\[?(?P<address>[0-9A-Fa-f]*:[0-9A-Fa-f:.]*)\]?")
+"""An IPv6 address, perhaps in brackets."""
+COUNTED = re.compile(rf"(?P<host>{USER}[\w.\-]+):(?P<slots>\d+)")
+"""MPICH's `host:N`; an IPv6 address has more than one colon."""
+OPTION = re.compile(r"(?P<name>slots|max[_-]slots)=(?P<count>\d+)")
 SLOTS = re.compile(r"\d+(,\d+)*")
 
 
-def read_hostfile(path: str | Path) -> Hosts:
-    """Read lines `host slots=N`; blank lines and comments after # are ignored.
+class Line(NamedTuple):
+    """One host of a hostfile."""
 
+    host: str
+    slots: int | None
+    """None for a bare name, which stands for one slot."""
+
+
+def address(host: str) -> str:
+    """The host without the user before it: what a rendezvous or a scheduler takes."""
+    return host.rpartition("@")[2]
+
+
+def read_hostfile(path: str | Path, bare_slots: int = 1) -> Hosts:
+    """Read a hostfile; blank lines and comments after # are ignored.
+
+    A bare name has a slot for each line on which it stands, as in PBS's files. On a single line it
+    has `bare_slots`: such a file names hosts without counting their slots.
     Raises  ConfigError with the file, the line and the expected form.
     """
     hosts: Hosts = {}
-    for number, line in enumerate(read_lines(path), 1):
-        content = line.partition("#")[0].strip()
+    bare: set[str] = set()
+    for number, text in enumerate(read_lines(path), 1):
+        content = text.partition("#")[0].strip()
         if not content:
             continue
-        host, slots = parse_line(content, f"hostfile {path} line {number}")
-        if host in hosts:
+        line = parse_line(content, f"hostfile {path} line {number}")
+        if line.host in hosts and (line.slots is not None or line.host not in bare):
             raise ConfigError(
-                f"hostfile {path} line {number}: {host} is listed twice; keep one line per host"
+                f"hostfile {path} line {number}: {line.host} is listed twice; keep one line per"
+                " host"
             )
-        hosts[host] = list(range(slots))
+        if line.slots is None:
+            bare.add(line.host)
+            hosts.setdefault(line.host, []).append(len(hosts.get(line.host, [])))
+        else:
+            hosts[line.host] = list(range(line.slots))
     if not hosts:
         raise ConfigError(f"hostfile {path} lists no hosts; expected lines `host slots=N`")
+    if all(host in bare and len(slots) == 1 for host, slots in hosts.items()):
+        return {host: list(range(bare_slots)) for host in hosts}
     return hosts
 
 
@@ -43,7 +75,8 @@ def read_lines(path: str | Path) -> list[str]:
     Raises  ConfigError if it cannot be read.
     """
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        # utf-8-sig: editors on Windows write a byte order mark, which is no part of the first name.
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ConfigError(
             f"hostfile {path} is not a text file; expected lines `host slots=N`"
@@ -54,18 +87,41 @@ def read_lines(path: str | Path) -> list[str]:
         ) from None
 
 
-def parse_line(line: str, where: str) -> tuple[str, int]:
-    """Host and number of slots of one line."""
-    match = LINE.fullmatch(line)
-    if not match:
+def parse_line(line: str, where: str) -> Line:
+    """Host and number of slots of one line.
+
+    Raises  ConfigError with the expected form, or for a host without slots.
+    """
+    first, *rest = re.sub(r"\s*=\s*", "=", line).split()
+    host = host_name(first)
+    counts: dict[str, int] = {}
+    if not rest and (counted := COUNTED.fullmatch(first)):
+        host = counted["host"]
+        counts["slots"] = int(counted["slots"])
+    options = [OPTION.fullmatch(word) for word in rest]
+    if host is None or not all(options) or len(options) > 2:
         raise ConfigError(f"{where}: expected `host slots=N`, got {line[:80]!r}")
-    slots = int(match["slots"])
-    if slots < 1:
+    for option in options:
+        if option is not None:
+            counts[option["name"].replace("-", "_")] = int(option["count"])
+    # max_slots is the bound of oversubscription, which nothing here does.
+    slots = counts.get("slots", counts.get("max_slots"))
+    if slots == 0:
         raise ConfigError(
-            f"{where}: {match['host']} has slots={slots}, expected at least 1; to skip the host,"
-            " delete the line"
+            f"{where}: {host} has slots=0, expected at least 1; to skip the host, delete the line"
         )
-    return match["host"], slots
+    return Line(host, slots)
+
+
+def host_name(word: str) -> str | None:
+    """The host that a word names, an IPv6 address without brackets; None if it names none."""
+    if match := ADDRESS.fullmatch(word):
+        try:
+            ipaddress.IPv6Address(match["address"])
+        except ValueError:
+            return None
+        return match["user"] + match["address"]
+    return word if NAME.fullmatch(word) else None
 
 
 def choose(hosts: Hosts, include: str = "", exclude: str = "") -> Hosts:
@@ -95,27 +151,55 @@ def choose(hosts: Hosts, include: str = "", exclude: str = "") -> Hosts:
 
 def parse_filter(text: str, hosts: Hosts, option: str) -> dict[str, set[int]]:
     """Host -> slots that a filter lists."""
+    where = f"{option} {text!r}"
+    names = {name: host for host in hosts for name in names_of(host)}
     listed: dict[str, set[int]] = {}
-    for part in text.split("@"):
-        host, colon, numbers = part.strip().partition(":")
-        if not NAME.fullmatch(host) or (colon and not SLOTS.fullmatch(numbers)):
-            raise ConfigError(
-                f"{option} {text!r}: expected host or host:0,2 joined by @, got {part!r}"
-            )
-        if host not in hosts:
-            raise ConfigError(
-                f"{option} {text!r}: unknown host {host!r}; choose one of {', '.join(hosts)}"
-                f"{nearest(host, hosts)}"
-            )
-        slots = set(hosts[host])
-        if colon:
-            slots = {int(number) for number in numbers.split(",")}
+    for part in filter_parts(text, hosts):
+        host, numbers = parse_part(part, names, where)
+        slots = {int(number) for number in numbers.split(",")} if numbers else set(hosts[host])
         unknown = sorted(slots - set(hosts[host]))
         if unknown:
             raise ConfigError(
-                f"{option} {text!r}: {host} has slots 0 to {len(hosts[host]) - 1}, not"
+                f"{where}: {host} has slots 0 to {len(hosts[host]) - 1}, not"
                 f" {', '.join(map(str, unknown))}"
             )
         # A host may be listed several times: host1:0@host1:2.
         listed[host] = listed.get(host, set()) | slots
     return listed
+
+
+def names_of(host: str) -> list[str]:
+    """Names that a filter may use for a host: with and without its user, with brackets."""
+    bare = address(host)
+    return [host, bare, f"[{bare}]"]
+
+
+def filter_parts(text: str, hosts: Hosts) -> list[str]:
+    """The parts of a filter between its @; one that follows the user of a host parts nothing."""
+    users = {host.rpartition("@")[0] for host in hosts} - hosts.keys() - {""}
+    parts: list[str] = []
+    for piece in text.split("@"):
+        if parts and parts[-1] in users:
+            parts[-1] += f"@{piece.strip()}"
+        else:
+            parts.append(piece.strip())
+    return parts
+
+
+def parse_part(part: str, names: dict[str, str], where: str) -> tuple[str, str]:
+    """The host of one part of a filter, and its slots `0,2`; no slots mean all.
+
+    Raises  ConfigError if the part is malformed, or its host is unknown.
+    """
+    # The longest known name: an IPv6 address has colons of its own.
+    known = [name for name in names if f"{part}:".startswith(f"{name}:")]
+    name = max(known, key=len, default=part.partition(":")[0])
+    numbers = part[len(name) :]
+    if host_name(name) is None or (numbers and not SLOTS.fullmatch(numbers[1:])):
+        raise ConfigError(f"{where}: expected host or host:0,2 joined by @, got {part!r}")
+    if name not in names:
+        menu = ", ".join(dict.fromkeys(names.values()))
+        raise ConfigError(
+            f"{where}: unknown host {name!r}; choose one of {menu}{nearest(name, names)}"
+        )
+    return names[name], numbers[1:]

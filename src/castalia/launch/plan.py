@@ -1,6 +1,7 @@
 """A launch plan: which hosts run how many ranks, and with which command. Needs no torch."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 from castalia.core.errors import ConfigError
 from castalia.launch.config import LaunchConfig
-from castalia.launch.hostfile import Hosts, choose, read_hostfile
+from castalia.launch.hostfile import Hosts, address, choose, read_hostfile
 
 LOCAL = "localhost"
 UNNAMED = "({})"
@@ -51,6 +52,20 @@ class LaunchPlan(NamedTuple):
         return any(slots != list(range(len(slots))) for slots in self.hosts.values())
 
     @property
+    def variables(self) -> dict[str, str]:
+        """Environment variables of the ranks that start on this machine.
+
+        A single host whose first slots are not all in use is told its GPUs in this way.
+        """
+        if not self.selects_slots or len(self.hosts) > 1:
+            return self.config.environment
+        (slots,) = self.hosts.values()
+        visible = visible_gpus(os.environ) or []
+        # Slots count within the GPUs that are visible already, as local_gpus counted them.
+        names = [visible[slot] if slot < len(visible) else str(slot) for slot in slots]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(names)} | self.config.environment
+
+    @property
     def is_uniform(self) -> bool:
         """Whether all hosts run the same number of ranks."""
         return len({len(slots) for slots in self.hosts.values()}) == 1
@@ -71,11 +86,12 @@ class LaunchPlan(NamedTuple):
         return len(next(iter(self.hosts.values())))
 
     def require_first_slots(self) -> None:
-        """Check that each host uses its first slots; only pdsh can assign others.
+        """Check that each host uses its first slots; only pdsh can assign others to several hosts.
 
         Raises  ConfigError if not.
         """
-        if self.selects_slots:
+        starts_here = self.config.launcher == "torchrun" or self.is_local
+        if self.selects_slots and not (starts_here and len(self.hosts) == 1):
             raise ConfigError(
                 f"launcher {self.config.launcher} always uses the first slots of a host; use"
                 " --launcher pdsh to choose others"
@@ -91,8 +107,13 @@ class LaunchPlan(NamedTuple):
         """Host of the rendezvous."""
         first = next(iter(self.hosts))
         if self.config.master_addr:
-            return self.config.master_addr
-        return "127.0.0.1" if first == LOCAL else first
+            return self.config.master_addr.strip("[]")
+        return "127.0.0.1" if first == LOCAL else address(first)
+
+
+def names_hosts(config: LaunchConfig, variables: Mapping[str, str] = os.environ) -> bool:
+    """Whether the hosts of a launch are listed somewhere, or are several without names."""
+    return bool(config.hostfile or variables.get("DLTS_HOSTFILE") or (config.nodes or 1) > 1)
 
 
 def hosts_for(config: LaunchConfig, variables: Mapping[str, str] = os.environ) -> Hosts:
@@ -101,36 +122,55 @@ def hosts_for(config: LaunchConfig, variables: Mapping[str, str] = os.environ) -
     Raises  ConfigError if the hostfile or a filter is wrong, or asks for more than the hosts have.
     """
     path = config.hostfile or variables.get("DLTS_HOSTFILE")
-    if not path:
+    wanted = config.procs_per_node or config.gpus_per_node
+    source = path or "this machine"
+    if path:
+        hosts = read_hostfile(path, bare_slots=wanted or 1)
+    elif config.include or config.exclude:
+        hosts = this_machine(config)
+    else:
         return hosts_without_file(config)
-    hosts = choose(read_hostfile(path), config.include, config.exclude)
+    hosts = choose(hosts, config.include, config.exclude)
     if config.nodes and config.nodes > len(hosts):
         raise ConfigError(
-            f"nodes={config.nodes}, but {path} has {len(hosts)} hosts: {', '.join(hosts)};"
+            f"nodes={config.nodes}, but {source} has {len(hosts)} hosts: {', '.join(hosts)};"
             " lower --nodes or add hosts"
         )
     hosts = dict(list(hosts.items())[: config.nodes])
-    wanted = config.procs_per_node or config.gpus_per_node
     if not wanted:
         return hosts
     too_few = [f"{host} has {len(slots)}" for host, slots in hosts.items() if len(slots) < wanted]
     if too_few:
         raise ConfigError(
-            f"{wanted} ranks per host need as many slots, but in {path} {', '.join(too_few)};"
+            f"{wanted} ranks per host need as many slots, but in {source} {', '.join(too_few)};"
             " lower --procs-per-node or --gpus-per-node, or exclude these hosts"
         )
     return {host: slots[:wanted] for host, slots in hosts.items()}
 
 
-def hosts_without_file(config: LaunchConfig) -> Hosts:
-    """This machine, or `nodes` hosts without names.
+def this_machine(config: LaunchConfig) -> Hosts:
+    """This machine and its slots, from which a filter without a hostfile selects.
 
-    Raises  ConfigError if the launcher or a filter needs a hostfile.
+    Source  DeepSpeed, the same file: without a hostfile `include: localhost:0` names GPUs of this
+            machine.
+    Raises  ConfigError if the filter names another host, or the launcher starts ranks elsewhere.
     """
-    if config.include or config.exclude:
+    text = config.include or config.exclude
+    names = {part.partition(":")[0].strip() for part in text.split("@")}
+    if names != {LOCAL} or config.launcher in ("slurm", "pdsh"):
         raise ConfigError(
             "include and exclude select hosts of a hostfile, but none is given; add --hostfile"
         )
+    # Without a GPU a slot is a rank on the CPU, of which there are as many as the filter names.
+    named = [int(slot) for slot in re.findall(r"\d+", text)]
+    return {LOCAL: list(range(local_gpus() or max(named, default=0) + 1))}
+
+
+def hosts_without_file(config: LaunchConfig) -> Hosts:
+    """This machine, or `nodes` hosts without names.
+
+    Raises  ConfigError if the launcher needs a hostfile, or this machine lacks the GPUs.
+    """
     if config.launcher == "pdsh":
         raise ConfigError(
             "launcher pdsh needs a hostfile with lines `host slots=N`; add --hostfile"
@@ -144,17 +184,50 @@ def hosts_without_file(config: LaunchConfig) -> Hosts:
     ranks = config.procs_per_node or config.gpus_per_node or local_gpus() or 1
     # A Slurm job runs on a host that Slurm picks, even a job of one host.
     if count == 1 and config.launcher != "slurm":
+        require_gpus(config)
         return {LOCAL: list(range(ranks))}
     return {UNNAMED.format(number): list(range(ranks)) for number in range(count)}
 
 
-def local_gpus() -> int:
-    """Number of NVIDIA GPUs of this machine, counted without torch."""
+def require_gpus(config: LaunchConfig) -> None:
+    """Check that this machine has the GPUs that gpus_per_node asks of each host.
+
+    Raises  ConfigError if not.
+    """
+    wanted = config.gpus_per_node or 0
+    here = local_gpus()
+    if wanted > here:
+        # The driver's files do not list every kind of GPU, so torch has the last word.
+        import torch
+
+        here = torch.cuda.device_count()
+    if wanted > here:
+        has = {0: "no GPU", 1: "one GPU"}.get(here, f"{here} GPUs")
+        raise ConfigError(
+            f"gpus_per_node={wanted}, but this machine has {has}; lower --gpus-per-node, or start"
+            f" ranks on the CPU with --procs-per-node {wanted}"
+        )
+
+
+def local_gpus(variables: Mapping[str, str] = os.environ) -> int:
+    """Number of NVIDIA GPUs of this machine that a process may use, counted without torch."""
     # The driver may list GPUs in /proc that a container cannot open; then the device node is
     # missing.
     if not Path("/dev/nvidiactl").exists():
         return 0
+    visible = visible_gpus(variables)
+    if visible is not None:
+        return len(visible)
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def visible_gpus(variables: Mapping[str, str]) -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES names; None if it is not set, and all are visible."""
+    text = variables.get("CUDA_VISIBLE_DEVICES")
+    if text is None:
+        return None
+    # -1 is no GPU: it hides them all.
+    return [name.strip() for name in text.split(",") if name.strip() not in ("", "-1")]
 
 
 PASSED = (

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from castalia.core.errors import ConfigError
 from castalia.core.ranks import PORT
+from castalia.launch.hostfile import address
 from castalia.launch.plan import LaunchPlan
 
 SECONDS_TO_SAVE = 120
@@ -95,7 +96,7 @@ def directives(plan: LaunchPlan) -> dict[str, str | int | bool]:
     if config.gpus_per_node:
         options["gpus-per-node"] = config.gpus_per_node
     if plan.hosts_are_named:
-        options["nodelist"] = ",".join(plan.hosts)
+        options["nodelist"] = ",".join(address(host) for host in plan.hosts)
     for name, value in config.slurm.items():
         # A second line would be a command of the script.
         if any(character in f"{name}{value}" for character in "\n\r"):

@@ -17,7 +17,7 @@ from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
 from castalia.launch.commands import BUILDERS, NEEDED, TOOLS
 from castalia.launch.hostfile import Hosts
-from castalia.launch.plan import LaunchPlan
+from castalia.launch.plan import LaunchPlan, require_gpus
 from castalia.launch.slurm import sbatch_file, sbatch_script
 
 CONNECT_SECONDS = 10
@@ -42,7 +42,9 @@ def start(plan: LaunchPlan) -> int:
     if reaches_by_ssh and config.ssh_check:
         require_hosts(plan.hosts)
     require_rendezvous(plan)
-    os.environ.update(config.environment)
+    if config.launcher == "torchrun" and len(plan.hosts) > 1:
+        require_gpus(config)
+    os.environ.update(plan.variables)
     # exec discards what is still in the buffer.
     sys.stdout.flush()
     if config.launcher == "mpi":

@@ -33,6 +33,8 @@ class Resolved:
     """Dotted key -> (the recipe's value, the value now), where files and overrides changed it."""
     notes: list[str] = field(default_factory=list)
     """Decisions taken on the user's behalf, one sentence each."""
+    launch_notes: list[str] = field(default_factory=list)
+    """Those about starting the ranks, which do not matter where the ranks run already."""
     ignored: dict[str, list[str]] = field(default_factory=dict)
     """GPT-NeoX options without effect here, by reason."""
 
@@ -88,9 +90,11 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     label = " + ".join(labels)
     config = checked(layers, reading, label)
     changes = differences(started, config)
-    notes += [note.text for note in reading.notes if not layers.overrides_key(note.key)]
+    remaining = [note for note in reading.notes if not layers.overrides_key(note.key)]
+    notes += [note.text for note in remaining if not note.key.startswith("launch.")]
+    launch_notes = [note.text for note in remaining if note.key.startswith("launch.")]
     notes += remarks(config, neox, changes)
-    return Resolved(config, str(name or label), changes, notes, reading.ignored)
+    return Resolved(config, str(name or label), changes, notes, launch_notes, reading.ignored)
 
 
 def read_files(paths: list[Path]) -> tuple[Values, dict[str, Values]]:
