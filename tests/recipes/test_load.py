@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 
 from castalia.config import dump_yaml
+from castalia.config.fields import leaves
+from castalia.config.foreign import KEYS, OURS
 from castalia.core.errors import ConfigError
 from castalia.recipes import load_config, preset_names, resolve
+from castalia.train.config import RunConfig
 
 SMALL_NEOX = """
 {
@@ -90,6 +93,47 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
     assert text.startswith("unknown preset or config file 'zzzz'; presets: debug, demo, pythia-14m")
     assert all(name.removesuffix("-deduped") in text for name in preset_names())
     assert text.endswith("pythia-12b; each pythia also with -deduped")
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("train.dropout=0.1", "train.dropout: unknown key; there is no dropout"),
+        ("train.dropout", "train.dropout: unknown key; there is no dropout"),
+        ("model.hidden_dropout=0", "model.hidden_dropout: unknown key; there is no dropout"),
+        ("optim.name=lion", "optim.name: unknown key; did you mean 'optim.kind' (adamw"),
+        ("optim.name=adamw", "optim.name: unknown key; did you mean 'optim.kind'?"),
+        ("optim.name", "optim.name: unknown key; did you mean 'optim.kind' (adamw"),
+        ("optim.lr", "'optim.lr' needs a value: optim.lr=VALUE"),
+        ("optim.learning_rate=1", "did you mean 'optim.lr'?"),
+        ("train.warmup_steps=9", "did you mean 'schedule.warmup'?"),
+        ("train.save_every=9", "did you mean 'checkpoint.every'?"),
+        ("checkpoint.frequency=9", "unknown key; choose one of steps, every, keep"),
+        ("train.num_epochs=2", "did you mean 'train.steps'?"),
+        ("train.fp16=true", "did you mean 'precision'?"),
+        ("model.n_layers=2", "did you mean 'model.num_layers'?"),
+        ("model.vocab=2", "did you mean 'model.vocab_size'?"),
+        ("model.hidden_sise=2", "did you mean 'model.hidden_size'?"),
+        ("data.path=x", "did you mean 'data.train'?"),
+        (
+            "train.train_iters=3",
+            "train.train_iters: this is GPT-NeoX's name; here it is train.steps",
+        ),
+        ("pythia", "unknown preset or config file 'pythia'; presets: "),
+        ("llama", "unknown preset or config file 'llama'; presets: "),
+    ],
+)
+def test_a_hint_is_right_or_there_is_none(word, says):
+    text = message_of("debug", word)
+    assert says in text and text.count("did you mean") == says.count("did you mean"), text
+
+
+def test_names_of_other_trainers_stand_for_keys_that_exist():
+    known = set(leaves(RunConfig))
+    assert set(KEYS) <= known
+    # A name that is ours would never reach the table.
+    own = {key for key in OURS if any(key == name.split(".")[-1] for name in known)}
+    assert own <= {"warmup_steps", "max_epochs"}  # of the section `mixing`, and other things
 
 
 def test_spaces_around_an_equals_sign():

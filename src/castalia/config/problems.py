@@ -14,13 +14,15 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from castalia.config.fields import field_at, kind_of, leaves, names_at
+from castalia.config.foreign import ABSENT, OURS
+from castalia.config.kinds import inside
 
 CHOOSERS = ("kind", "name", "type", "class", "family")
 """Keys by which users of other libraries choose the member of a section."""
-ALIKE = 0.6
-"""Similarity (difflib's ratio) from which a name of the same section is a hint."""
 VERY_ALIKE = 0.76
-"""The same for a name of another section and for a value: `gpu` must not suggest `cpu`."""
+"""Similarity (difflib's ratio) from which a name is a hint: `gpu` must not suggest `cpu`."""
+ALIKE = 0.6
+"""The same for each word of a name: `save_every` must not suggest `eval_every`."""
 LONGEST = 80
 """Characters of a value that a message repeats."""
 
@@ -243,31 +245,73 @@ def chooser_of(root: type[BaseModel], path: list[str], values: Any = None) -> st
 
 
 def hint_for(root: type[BaseModel], path: list[str], values: Any = None) -> str:
-    """The dotted key that an unknown key may stand for, or the menu of its section.
+    """The dotted key that an unknown key stands for, or the menu of its section.
 
-    A near name in the same section comes before the same name in another, and that before a near
-    name in another: a slip of the finger is likelier than a wrong section.
+    A wrong hint is worse than none. In this order: a slip of the finger, another trainer's name,
+    the name in another section, a name with a word more or less, a slip in another section.
     """
     *section, name = path
     prefix = "".join(f"{part}." for part in section)
     if section and name in CHOOSERS and (chooser := chooser_of(root, section, values)):
-        return f"; did you mean '{prefix}{chooser}'?"
+        return f"; did you mean '{prefix}{chooser}'{members(root, path, values)}?"
     names = names_at(root, section, values)
     everywhere = leaves(root)
-    key = prefix + name
-    if key in everywhere:
+    if prefix + name in everywhere:
         # Another member of a section that is chosen by name has this key.
         return f" of this {chooser_of(root, section, values)}; {menu_of(names)}"
-    hints = [prefix + other for other in difflib.get_close_matches(name, names, 1, ALIKE)]
-    if name not in CHOOSERS:  # `schedule.name` is not a hint about `guard.name`
-        hints += [other for other in everywhere if other.split(".")[-1] == name]
-        if not hints:
-            by_name = {other.split(".")[-1]: other for other in everywhere}
-            close = difflib.get_close_matches(name, list(by_name), 1, VERY_ALIKE)
-            hints = [by_name[other] for other in close]
+    if name in ABSENT:
+        return f"; {ABSENT[name]}"
+    hints = [prefix + other for other in names if mistyped(name, other)]
+    if not hints and OURS.get(name) in everywhere:
+        hints = [OURS[name]]
+    if not hints and name not in CHOOSERS:  # `schedule.name` is not a hint about `guard.name`
+        hints = [other for other in everywhere if other.split(".")[-1] == name]
+        hints = hints or [prefix + other for other in longer_or_shorter(name, names)]
+        hints = hints or [other for other in everywhere if mistyped(name, other.split(".")[-1])]
     if not hints:
         return f"; {menu_of(names)}"
     return f"; did you mean {' or '.join(repr(hint) for hint in hints)}?"
+
+
+def mistyped(name: str, other: str) -> bool:
+    """Whether the words of two names differ by letters only: `lrr` and `lr`, `warmup_step` and
+    `warmup_steps`, but not `save_every` and `eval_every`.
+    """
+    name = name.lower().replace("-", "_")
+    words = name.split("_")
+    others = other.split("_")
+    if len(words) != len(others) or similarity(name, other) < VERY_ALIKE:
+        return False
+    return all(similarity(*pair) >= ALIKE for pair in zip(words, others, strict=True))
+
+
+def longer_or_shorter(name: str, names: list[str]) -> list[str]:
+    """The one of `names` that is most like `name` and has all of its words, or the reverse: `vocab`
+    and `vocab_size`.
+    """
+    words = set(name.split("_"))
+    near = [
+        other for other in names if words < set(other.split("_")) or set(other.split("_")) < words
+    ]
+    return sorted(near, key=lambda other: -similarity(name, other))[:1]
+
+
+def similarity(one: str, other: str) -> float:
+    """difflib's ratio, 1 for equal texts and for swapped letters, of which it thinks too little."""
+    if sorted(one) == sorted(other):
+        return 1.0
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def members(root: type[BaseModel], path: list[str], values: Any) -> str:
+    """The menu of a section's members, if the value at `path` is none of them."""
+    field = field_at(root, path[:-1], values)
+    kind = None if field is None else kind_of(field)
+    for name in path:
+        values = inside(values, name)
+    if kind is None or values in kind.registry:
+        return ""
+    return f" ({', '.join(sorted(kind.registry))})"
 
 
 def menu_of(names: list[str]) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 from castalia.config.anchor import anchored, run_folder_of
 from castalia.config.base import check, report
 from castalia.config.fields import leaves
+from castalia.config.foreign import ABSENT, OURS
 from castalia.config.neox import is_neox, override_hint, read_neox
 from castalia.config.neox_reading import NeoxReading
-from castalia.config.problems import Problem
+from castalia.config.problems import CHOOSERS, Problem
 from castalia.config.values import Layers, Values, flatten, merge, parse_override, read_yaml
 from castalia.core.errors import ConfigError
 from castalia.core.ranks import world_size
@@ -144,8 +145,11 @@ def checked(layers: Layers, reading: NeoxReading, label: str) -> RunConfig:
 
 def explain(problem: Problem, reading: NeoxReading) -> str:
     """A problem's line, with its place in a GPT-NeoX file or our name for a GPT-NeoX option."""
-    if problem.unknown and problem.key not in OUR_NAMES and (hint := override_hint(problem.key)):
-        return hint
+    name = problem.key.split(".")[-1]
+    if problem.unknown and name not in OUR_NAMES | ABSENT.keys() | OURS.keys() | set(CHOOSERS):
+        hint = override_hint(name)
+        if hint is not None:
+            return problem.key.removesuffix(name) + hint
     origin = reading.origins.get(problem.key)
     if origin is None:
         return problem.text

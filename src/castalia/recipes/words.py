@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from castalia.config.fields import field_at
+from castalia.config.problems import hint_for
 from castalia.config.values import is_override
 from castalia.core.errors import ConfigError, nearest
 from castalia.recipes.presets import PRESETS, preset_names
+from castalia.train.config import RunConfig
 
 SUFFIXES = ("", ".yml", ".yaml")
 """A file may be named without its suffix."""
@@ -73,8 +76,14 @@ def unknown_word(word: str) -> str:
     if "/" in word:
         return f"no run folder or config file {word}"
     if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word):
+        if field_at(RunConfig, word.split(".")) is None:
+            return f"{word}: unknown key{hint_for(RunConfig, word.split('.'))}"
         return f"{word!r} needs a value: {word}=VALUE"
-    hint = nearest(word, PRESETS) or f"; {preset_menu()}"
+    hint = f"; {preset_menu()}"
+    # `pythia` is the beginning of all of them: any one would be a guess.
+    sizes = [name for name in PRESETS if name.startswith(word) and not name.endswith("-deduped")]
+    if len(sizes) < 2:
+        hint = nearest(word, PRESETS) or hint
     return f"unknown preset or config file {word!r}{hint}"
 
 
