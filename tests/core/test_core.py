@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from castalia.core import extras
 from castalia.core.errors import CastaliaError, ConfigError, nearest
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed, sha256_of, write_json
@@ -58,9 +59,28 @@ def test_sha256(tmp_path):
 def test_a_missing_extra_is_one_sentence_with_the_pip_line():
     assert require("json", "none", "this test").dumps([]) == "[]"
     with pytest.raises(
-        ConfigError, match=r"export needs 'no_such_module'.*pip install 'castalia\[ct2\]'"
+        ConfigError, match=r"export needs 'no_such_module'.*pip install -e '\.\[ct2\]'"
     ):
         require("no_such_module", "ct2", "export")
+
+
+def test_the_pip_line_names_the_package_as_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.chdir(extras.ROOT)  # the tests run in a clone
+    assert extras.pip_command("serve") == "pip install -e '.[serve]'"
+    monkeypatch.chdir(tmp_path)
+    assert extras.pip_command("serve") == f"pip install -e '.[serve]' (in {extras.ROOT})"
+    monkeypatch.setattr(extras, "ROOT", tmp_path)
+    origins = [
+        ({}, "'castalia[serve]'"),
+        ({"url": "file:///a%20b", "dir_info": {}}, "'/a b[serve]'"),
+        (
+            {"url": "https://x.y/c", "vcs_info": {"vcs": "git"}},
+            "'castalia[serve] @ git+https://x.y/c'",
+        ),
+    ]
+    for origin, package in origins:
+        monkeypatch.setattr(extras, "installed_from", lambda origin=origin: origin)
+        assert extras.pip_command("serve") == f"pip install {package}"
 
 
 def test_lazy_names():

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import random
+import re
 import sys
 
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.core.extras import pip_command
 from castalia.corpus import prepare, read_documents
 
 pyarrow = pytest.importorskip(
@@ -93,7 +95,7 @@ def test_without_pyarrow(table, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
         ConfigError,
-        match=r"needs 'pyarrow', which is not installed: pip install 'castalia\[parquet\]'",
+        match=re.escape(f"needs 'pyarrow', which is not installed: {pip_command('parquet')}"),
     ):
         texts_of(path)
 

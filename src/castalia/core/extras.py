@@ -1,9 +1,17 @@
 """Optional dependencies: a missing one is a single sentence with the pip command."""
 
 import importlib
+import json
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from castalia.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The folder above src/ where the package runs from a clone; anything else where it does not."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
@@ -18,5 +26,36 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise ConfigError(
-            f"{purpose} needs {module!r}, which is not installed: pip install 'castalia[{extra}]'"
+            f"{purpose} needs {module!r}, which is not installed: {pip_command(extra)}"
         ) from None
+
+
+def pip_command(extra: str) -> str:
+    """The command that adds an extra to Castalia as it is installed here.
+
+    A clone: `pip install -e '.[serve]'`, with its folder if that is another; a folder or a
+    repository that pip installed from: its address; else the name of the package.
+    """
+    if (ROOT / "pyproject.toml").is_file() and (ROOT / "src" / "castalia").is_dir():
+        elsewhere = "" if Path.cwd() == ROOT else f" (in {ROOT})"
+        return f"pip install -e '.[{extra}]'{elsewhere}"
+    origin = installed_from()
+    url = str(origin.get("url", ""))
+    if "vcs_info" in origin:
+        return f"pip install 'castalia[{extra}] @ {origin['vcs_info']['vcs']}+{url}'"
+    if url.startswith("file:") and "dir_info" in origin:
+        return f"pip install '{unquote(urlsplit(url).path)}[{extra}]'"
+    return f"pip install 'castalia[{extra}]'"
+
+
+def installed_from() -> dict[str, Any]:
+    """What pip recorded about the origin of the installed package; {} if it came by its name.
+
+    Source  PEP 610, direct_url.json.
+    """
+    try:
+        text = distribution("castalia").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return {}
+    origin: dict[str, Any] = json.loads(text) if text else {}
+    return origin

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError
+from castalia.core.extras import pip_command
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.corpus.chats import ChatForm, ChatOptions
 from castalia.corpus.extents import PART_BYTES
@@ -108,18 +109,14 @@ class PrepareOptions:
         problems = []
         if self.keep and (self.documents is False or not has_pyarrow()):
             problems.append(
-                "--keep needs the document index, and that needs pyarrow: pip install"
-                " 'castalia[parquet]'"
+                f"--keep needs the document index, and that needs pyarrow: {pip_command('parquet')}"
             )
         if self.documents and not has_pyarrow():
             problems.append(
-                "--documents needs 'pyarrow', which is not installed: pip install"
-                " 'castalia[parquet]'"
+                f"--documents needs 'pyarrow', which is not installed: {pip_command('parquet')}"
             )
         if self.ftfy and find_spec("ftfy") is None:
-            problems.append(
-                "--ftfy needs 'ftfy', which is not installed: pip install 'castalia[ftfy]'"
-            )
+            problems.append(f"--ftfy needs 'ftfy', which is not installed: {pip_command('ftfy')}")
         return problems
 
     def share_problems(self) -> list[str]:

@@ -18,6 +18,7 @@ from castalia.analysis import write_report
 from castalia.checkpoint import complete_steps
 from castalia.config import read_yaml
 from castalia.core.errors import ConfigError, TrainingError
+from castalia.core.extras import pip_command
 from castalia.core.files import write_json
 from castalia.data import load_tokenizer
 from castalia.demo.corpus import CorpusPaths, build_corpus, ensure_corpus
@@ -200,9 +201,7 @@ class Demo:
             for quantization in QUANTIZATIONS:
                 exports += export(self.folder, to="ct2", quantization=quantization, force=True)
         else:
-            self.say(
-                "  ctranslate2 is not installed, so int8 is skipped: pip install 'castalia[ct2]'"
-            )
+            self.say(f"  ctranslate2 is not installed, so int8 is skipped: {pip_command('ct2')}")
         for done in exports:
             self.say(f"  {done.folder}  {size_text(done.bytes)}")
         self.record["exports"] = {f"{done.to} {done.numbers}": done.folder for done in exports}

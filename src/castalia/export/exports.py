@@ -15,6 +15,7 @@ from castalia.checkpoint.hf import is_hf_folder, write_hf_tokenizer
 from castalia.checkpoint.names import step_name
 from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.core.errors import CheckpointError, ConfigError, nearest
+from castalia.core.extras import pip_command
 from castalia.core.files import cannot_write, sha256_of, write_json
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.tokenizer_settings import chat_templates, write_chat_templates
@@ -133,7 +134,7 @@ def require_measurable(kind: type[Format], max_kl: float) -> None:
     engine = kind.engine()
     if engine is not None and engine.package is not None and not engine.is_installed():
         raise ConfigError(
-            f"max_kl runs the export to measure it: pip install 'castalia[{engine.package.extra}]'"
+            f"max_kl runs the export to measure it: {pip_command(engine.package.extra)}"
         )
 
 
