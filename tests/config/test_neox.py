@@ -465,6 +465,12 @@ def test_over_a_preset_only_what_the_file_says_counts():
     }
 
 
+def test_attention_types_are_checked_where_the_number_of_layers_is_a_presets():
+    options = {"attention_config": [[["local", "global"], "all"]]}
+    (problem,) = read_neox({"s.yml": options}, complete=False).problems
+    assert "unknown attention type local" in problem.text
+
+
 def test_batch_follows_the_number_of_processes():
     reading = read(world=8, gas=2, model_parallel_size=2)
     assert reading.values["train"]["batch_size"] == 4 * 2 * 4

@@ -72,47 +72,51 @@ def attention(o: NeoxOptions, out: NeoxReading) -> None:
     if config is None:
         return
     try:
-        types = expand(config, o["num_layers"] or 0)
+        items = attention_items(config)
     except ValueError as error:
         wrong(out, f"attention_config {config!r}: {error}")
         return
-    other = sorted({str(kind) for kind in types} - set(ATTENTION))
+    other = sorted({str(kind) for types, _ in items for kind in types} - set(ATTENTION))
     if other:
         wrong(
             out,
             f"unknown attention type {', '.join(other)} in attention_config;"
             f" choose {' or '.join(ATTENTION)}",
         )
-    if o.has("num_layers") and len(types) != o["num_layers"]:
+    # Over a preset the number of layers is not known here; the types say all that matters.
+    layers = o["num_layers"]
+    if layers is None:
+        return
+    given = sum(len(types) * (layers // len(types) if n == "all" else n) for types, n in items)
+    if given != layers:
         wrong(
             out,
-            f"attention_config is for {len(types)} layers, num_layers is {o['num_layers']}",
+            f"attention_config is for {given} layers, num_layers is {layers}",
             "model.num_layers",
         )
 
 
-def expand(config: list[Any], layers: int) -> list[Any]:
-    """One attention type a layer.
+def attention_items(config: list[Any]) -> list[tuple[list[Any], int | str]]:
+    """The items of attention_config: attention types, and how often they repeat or `all`.
 
     Raises  ValueError saying which item is wrong and how it would be right.
     """
-    if all(isinstance(item, str) for item in config):
-        return config
-    types: list[Any] = []
+    if config and all(isinstance(item, str) for item in config):
+        return [(config, 1)]
+    items: list[tuple[list[Any], int | str]] = []
     for item in config:
         if not isinstance(item, list) or len(item) != 2:
             raise ValueError(f"expected [[type, ...], count] or [[type, ...], all], got {item!r}")
-        pattern, count = item
-        if isinstance(pattern, str):
+        types, count = item
+        if isinstance(types, str):
             # A text is a sequence of letters, each of which would be taken for a type.
-            raise ValueError(f"the types of an item are a list: write {[[pattern], count]!r}")
-        if not isinstance(pattern, list) or not pattern:
-            raise ValueError(f"expected a list of types, got {pattern!r} in {item!r}")
+            raise ValueError(f"the types of an item are a list: write {[[types], count]!r}")
+        if not isinstance(types, list) or not types:
+            raise ValueError(f"expected a list of types, got {types!r} in {item!r}")
         if count != "all" and not str(count).isdigit():
             raise ValueError(f"expected a count or all, got {count!r} in {item!r}")
-        times = layers // len(pattern) if count == "all" else int(count)
-        types += pattern * times
-    return types
+        items.append((types, "all" if count == "all" else int(count)))
+    return items
 
 
 def key_heads(o: NeoxOptions, out: NeoxReading) -> None:
