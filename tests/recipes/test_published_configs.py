@@ -54,5 +54,7 @@ def test_each_published_config_is_read_or_refused_with_its_reason():
         expected = "bf16" if path.name in BF16 else "fp16"
         assert config.precision == expected, path.name
         if partial:
-            with pytest.raises(ConfigError, match=r"no model in .*: name a preset or the file with"):
+            with pytest.raises(
+                ConfigError, match=r"no model in .*: name a preset or the file with"
+            ):
                 resolve([str(path)])
