@@ -53,6 +53,9 @@ def test_each_published_config_is_read_or_refused_with_its_reason():
         assert path.name not in REFUSED, path.name
         expected = "bf16" if path.name in BF16 else "fp16"
         assert config.precision == expected, path.name
+        # Its published file has another precision than the released model.
+        corrected = "precision=bf16" in "".join(resolve([*bases, str(path)]).notes)
+        assert corrected == path.name.startswith("pythia__models_1B"), path.name
         if partial:
             with pytest.raises(
                 ConfigError, match=r"no model in .*: name a preset or the file with"

@@ -87,7 +87,9 @@ def attention(o: NeoxOptions, out: NeoxReading) -> None:
     layers = o["num_layers"]
     if layers is None:
         return
-    given = sum(len(types) * (layers // len(types) if n == "all" else n) for types, n in items)
+    given = 0
+    for types, count in items:
+        given += len(types) * (layers // len(types) if count is None else count)
     if given != layers:
         wrong(
             out,
@@ -96,14 +98,14 @@ def attention(o: NeoxOptions, out: NeoxReading) -> None:
         )
 
 
-def attention_items(config: list[Any]) -> list[tuple[list[Any], int | str]]:
-    """The items of attention_config: attention types, and how often they repeat or `all`.
+def attention_items(config: list[Any]) -> list[tuple[list[Any], int | None]]:
+    """The items of attention_config: attention types and how often they repeat, None for `all`.
 
     Raises  ValueError saying which item is wrong and how it would be right.
     """
     if config and all(isinstance(item, str) for item in config):
         return [(config, 1)]
-    items: list[tuple[list[Any], int | str]] = []
+    items: list[tuple[list[Any], int | None]] = []
     for item in config:
         if not isinstance(item, list) or len(item) != 2:
             raise ValueError(f"expected [[type, ...], count] or [[type, ...], all], got {item!r}")
@@ -115,7 +117,7 @@ def attention_items(config: list[Any]) -> list[tuple[list[Any], int | str]]:
             raise ValueError(f"expected a list of types, got {types!r} in {item!r}")
         if count != "all" and not str(count).isdigit():
             raise ValueError(f"expected a count or all, got {count!r} in {item!r}")
-        items.append((types, "all" if count == "all" else int(count)))
+        items.append((types, None if count == "all" else int(count)))
     return items
 
 

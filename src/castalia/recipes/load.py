@@ -167,6 +167,11 @@ def remarks(config: RunConfig, neox: Mapping[str, Any], changes: Mapping[str, An
             f"the model has the shape of {twin}, whose published run had {PYTHIA_BATCH} rows a"
             f" step: train.batch_size={PYTHIA_BATCH}"
         )
+    if twin == "pythia-1b" and neox and config.precision == "fp16":
+        notes.append(
+            "the published file of pythia-1b says fp16, but the released model was trained in bf16,"
+            " as the preset is (pythia-1b-deduped in fp16): precision=bf16"
+        )
     horizon = config.schedule.decay_steps
     if horizon and horizon > config.train.steps:
         notes.append(
