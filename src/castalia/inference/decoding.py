@@ -47,6 +47,8 @@ class Ending:
     """No token and no stop string ends the text before it has this many tokens."""
     keep_stop: bool = False
     """The stop string or token that ends the text is part of it."""
+    skip_special: bool = False
+    """The names of special tokens are left out of the text."""
 
 
 @dataclass

@@ -16,9 +16,9 @@ from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import OtherTokenizer
 
-BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
-"""White space between the parts of JSON. Bounded: a weak model would fill its budget with blanks,
-which JSON allows without end."""
+BLANKS = r"( |\n[ \t]{0,12})"
+"""White space between the parts of JSON: a space, or a line break and an indent. JSON allows any
+amount, with which a weak model fills its whole budget."""
 PURPOSE = "a text of a given form (JSON, a choice, a regular expression, a grammar)"
 
 

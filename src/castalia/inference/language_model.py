@@ -13,6 +13,7 @@ from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
 from castalia.core.unicode import require_unicode
 from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.batching import decode_texts
 from castalia.inference.decoding import Completion, Continuation, Ending, begin
 from castalia.inference.engine import Engine
@@ -59,6 +60,8 @@ class Drawing(TypedDict, total=False):
     """The model's own `end_ids` do not end the text."""
     min_tokens: int
     """Nothing ends the text before it has this many tokens."""
+    skip_special: bool
+    """The names of special tokens are left out of the text."""
     seed: int | None
     """Makes the draws repeatable; an int64."""
 
@@ -256,6 +259,18 @@ class LanguageModel:
         """Text of ids; empty without a tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
+    def decode_plain(self, ids: list[int]) -> str:
+        """Text of ids without the names of special tokens."""
+        return self.decode([i for i in ids if i not in self.named_ids])
+
+    @cached_property
+    def named_ids(self) -> frozenset[int]:
+        """The ids of special tokens, whose text is a name."""
+        if self.tokenizer is None or isinstance(self.tokenizer, OtherTokenizer):
+            return frozenset(self.end_ids)
+        added = self.tokenizer.inner.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
     @cached_property
     def grammars(self) -> Grammars:
         """Compiles forms of texts for this model: a JSON schema, a choice, a regular expression.
@@ -310,7 +325,7 @@ class LanguageModel:
             max_new_tokens=max_new_tokens,
             limit=self.config.max_position_embeddings,
             special=self.special,
-            decode=self.decode,
+            decode=self.decode_plain if ending.skip_special else self.decode,
             ending=ending,
             scoring=scoring,
             prompt=prompt if isinstance(prompt, str) else None,

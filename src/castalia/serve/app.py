@@ -12,28 +12,34 @@ from starlette.exceptions import HTTPException
 
 from castalia import __version__
 from castalia.core.errors import CastaliaError, ConfigError, nearest
+from castalia.serve.fields import CHOICES, TEXTS, TOKEN
 from castalia.serve.limits import RequestLimits, error_body
 from castalia.serve.metrics import RequestCounter, ServerMetrics
 from castalia.serve.model_pool import ModelPool, NoTemplateError, UnknownModelError
 from castalia.serve.protocol import (
-    CHOICES,
-    TEXTS,
-    TOKEN,
     ChatAnswer,
-    ChatRequest,
     CompletionAnswer,
-    CompletionRequest,
-    DetokenizeRequest,
     ErrorAnswer,
     Health,
     ModelCard,
     ModelList,
     Text,
-    TokenizeRequest,
     Tokens,
 )
+from castalia.serve.requests import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
 from castalia.serve.scheduler import QueueFullError, StoppingError
-from castalia.serve.service import ActiveRequest, ClientLeftError, FailedError, Service
+from castalia.serve.service import (
+    ActiveRequest,
+    ClientLeftError,
+    FailedError,
+    Service,
+    require_no_added,
+)
 
 LOG = logging.getLogger("castalia.serve")
 CLIENT_LEFT = 499
@@ -144,6 +150,7 @@ def add_models(app: FastAPI, service: Service) -> None:
     async def tokenize(body: TokenizeRequest) -> Tokens:
         """Encode a text."""
         model = (await service.model(body.model)).model
+        require_no_added(model, body.add_special_tokens)
         ids = model.encode(body.prompt)
         return Tokens(
             tokens=ids, count=len(ids), max_model_len=model.config.max_position_embeddings
@@ -260,6 +267,9 @@ def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
             "prompt",
         )
     name = ".".join(path) or None
+    if first["type"] == "extra_forbidden":
+        known = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
+        return f"unknown field {name!r}{nearest(path[-1], known)}", name
     message = f"{name or 'the request'}: {first['msg'].removeprefix('Value error, ')}"
     if len(problems) > 1:
         message += f" (and {len(problems) - 1} more)"

@@ -10,19 +10,15 @@ from typing import Any
 from starlette.requests import Request
 
 from castalia.core.errors import ConfigError
-from castalia.inference.decoding import Ending
-from castalia.inference.language_model import LanguageModel
-from castalia.inference.sampling import Sampling
+from castalia.data.tokenizer_forms import OtherTokenizer
+from castalia.inference.language_model import Drawing, LanguageModel
 from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
+from castalia.serve.conversation import chat_prompt
 from castalia.serve.limits import error_body
 from castalia.serve.metrics import ServerMetrics
 from castalia.serve.model_pool import LoadedModel, ModelPool, NoTemplateError
-from castalia.serve.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    SamplingBody,
-    Usage,
-)
+from castalia.serve.protocol import Usage
+from castalia.serve.requests import ChatRequest, CompletionRequest, SamplingBody
 from castalia.serve.scheduler import ServedText, StoppingError, StreamEvent
 from castalia.serve.token_report import TokenReport
 
@@ -31,7 +27,7 @@ DEFAULT_MAX_TOKENS = 16
 NO_LIMIT = 2**31 - 1
 """max_tokens of a chat reply without one: the model's context ends it."""
 SEED_BITS = 48
-"""Random seeds; text i of a request draws with seed + i, which stays below 2^63."""
+"""Random seeds; text i of a request draws with seed + i."""
 
 Inbox = asyncio.Queue[tuple[int, StreamEvent]]
 """Events of one request, each with the index of its text."""
@@ -132,10 +128,7 @@ class Service:
         eos = ""
         if eod_id is not None and tokenizer is not None:
             eos = tokenizer.tokens()[eod_id]
-        messages = [message.model_dump() for message in body.messages]
-        prompt = loaded.template.render(
-            messages, reply=True, defaults={"eos_token": eos, "bos_token": eos}
-        )
+        prompt = chat_prompt(loaded.template, body, {"eos_token": eos, "bos_token": eos})
         max_tokens = body.max_completion_tokens or body.max_tokens or NO_LIMIT
         top = None
         if body.logprobs:
@@ -169,10 +162,10 @@ class Service:
                 " split it"
             )
         model = loaded.model
-        # Long prompts take seconds to encode; other requests must not wait for that.
-        encoded = await asyncio.to_thread(lambda: [model.encode(prompt) for prompt in prompts])
-        seed = secrets.randbits(SEED_BITS) if body.seed is None else body.seed
-        ending = Ending(stop=body.stops, ignore_eos=bool(body.ignore_eos))
+        # Long prompts take seconds to encode, and so do grammars: other requests must not wait.
+        encoded = await asyncio.to_thread(lambda: [encode(model, one, body) for one in prompts])
+        options = await asyncio.to_thread(drawing_of, model, body, max_tokens)
+        sampling, ending = model.split_options(options)
         loop = asyncio.get_running_loop()
         inbox = Inbox()
         texts: list[ServedText] = []
@@ -184,7 +177,7 @@ class Service:
                 continuation = model.continuation(ids, max(1, max_tokens), ending, scoring=scoring)
                 text = ServedText(
                     continuation=continuation,
-                    sampling=sampling_of(body, seed + index),
+                    sampling=sampling.after(index),
                     emit=sender(loop, inbox, index),
                     vocab_size=model.config.vocab_size,
                     top=answer.top,
@@ -192,7 +185,7 @@ class Service:
                     continues=not scoring,
                 )
                 texts.append(text)
-                echoes.append(prompt_text(model, prompt) if echo else "")
+                echoes.append(prompt_text(model, prompt, ids) if echo else "")
         prompt_tokens = sum(len(text.continuation.ids) for text in texts[::n])
         request = ActiveRequest(loaded, texts, answer, echoes, inbox, prompt_tokens)
         await self.submit(request)
@@ -317,13 +310,61 @@ class Service:
                 yield answer.chunk(index, text, tokens, event.finish_reason)
 
 
-def sampling_of(body: SamplingBody, seed: int) -> Sampling:
-    """The sampling of one text; null takes OpenAI's default."""
-    return Sampling(
+def encode(model: LanguageModel, prompt: str | list[int], body: SamplingBody) -> list[int]:
+    """The ids of a prompt, cut to `truncate_prompt_tokens`.
+
+    Raises  ConfigError if the tokenizer would have to add special tokens.
+    """
+    require_no_added(model, body.add_special_tokens)
+    ids = model.encode(prompt)
+    most = body.truncate_prompt_tokens or len(ids)
+    if body.truncation_side == "right":
+        return ids[:most]
+    # The last tokens decide what comes next.
+    return ids[-most:]
+
+
+def require_no_added(model: LanguageModel, add_special_tokens: bool | None) -> None:
+    """Raises  ConfigError if `add_special_tokens` asks for tokens that no tokenizer here adds."""
+    tokenizer = model.tokenizer
+    if not add_special_tokens or tokenizer is None or isinstance(tokenizer, OtherTokenizer):
+        return
+    if tokenizer.inner.num_special_tokens_to_add(False):
+        raise ConfigError(
+            "add_special_tokens: not supported by this server; write the special tokens into the"
+            " prompt"
+        )
+
+
+def drawing_of(model: LanguageModel, body: SamplingBody, max_tokens: int) -> Drawing:
+    """The options of a request's texts; null takes OpenAI's default.
+
+    Raises  ConfigError if the form of the text is not valid, or min_tokens is above max_tokens.
+    """
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise ConfigError(f"min_tokens is {min_tokens}, above max_tokens={max_tokens}")
+    form = body.form
+    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+    return Drawing(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=body.top_k or 0,
         top_p=1.0 if body.top_p is None else body.top_p,
-        seed=seed,
+        min_p=body.min_p or 0.0,
+        repetition_penalty=body.repetition_penalty or 1.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=bias,
+        # An empty list asks for nothing, as in the other lists.
+        allowed_token_ids=body.allowed_token_ids or None,
+        grammar=None if form is None else form.compiled(model.grammars),
+        stop=body.stops,
+        stop_token_ids=body.stop_token_ids or [],
+        keep_stop=bool(body.include_stop_str_in_output),
+        ignore_eos=bool(body.ignore_eos),
+        min_tokens=min_tokens,
+        skip_special=bool(body.skip_special_tokens),
+        seed=secrets.randbits(SEED_BITS) if body.seed is None else body.seed,
     )
 
 
@@ -347,6 +388,8 @@ async def disconnected(request: Request) -> None:
         pass
 
 
-def prompt_text(model: LanguageModel, prompt: str | list[int]) -> str:
-    """The prompt as text, for `echo`."""
-    return prompt if isinstance(prompt, str) else model.decode(prompt)
+def prompt_text(model: LanguageModel, prompt: str | list[int], ids: list[int]) -> str:
+    """The prompt as text, for `echo`; `ids` are those that the model reads."""
+    if isinstance(prompt, str) and model.encode(prompt) == ids:
+        return prompt
+    return model.decode(ids)

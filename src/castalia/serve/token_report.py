@@ -4,7 +4,7 @@ The texts of the tokens joined are the text. A token that holds a part of a char
 bytes, and stands at the character that it is a part of.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from castalia.inference.decoding import FinishReason
@@ -42,11 +42,15 @@ class Placing:
     """Places tokens in the text that they make, behind `context`, from character `start` on."""
 
     def __init__(
-        self, model: LanguageModel, texts: TokenTexts | None, context: Sequence[int], start: int
+        self,
+        decode: Callable[[list[int]], str],
+        texts: TokenTexts | None,
+        context: Sequence[int],
+        start: int,
     ) -> None:
         self.texts = texts
         self.start = start
-        self.stream = TextStream(model.decode, context=context)
+        self.stream = TextStream(decode, context=context)
         self.open: list[ReportedToken] = []
         """Tokens of a character that is not whole yet."""
 
@@ -132,8 +136,8 @@ class TokenReport:
         self.text = served.continuation
         self.unscored = len(ids) if served.score_prompt else 0
         """Tokens of the prompt that are still to come."""
-        self.prompt = Placing(model, texts, [], 0)
-        self.written = Placing(model, texts, self.text.stream.before, len(echo))
+        self.prompt = Placing(model.decode, texts, [], 0)
+        self.written = Placing(self.text.stream.decode, texts, self.text.stream.before, len(echo))
         self.context = len(self.written.stream.tokens)
         self.given = 0 if served.score_prompt else len(echo)
         """Characters of the answer's text that were given out. An echo without scores precedes."""
