@@ -63,7 +63,7 @@ class Body(BaseModel):
         return value
 
 
-NOTHING = (None, False, "", [], {})
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 """Values that ask for nothing."""
 
 
