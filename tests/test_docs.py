@@ -19,6 +19,10 @@ SETUP = {
         "castalia train demo output=runs/demo train.steps=1 train.batch_size=2 precision=fp32"
     ],
     "inference.md": ["castalia train debug output=runs/first train.steps=20"],
+    "report.md": [
+        "castalia train debug output=runs/first train.steps=2",
+        "castalia train debug output=runs/second train.steps=2",
+    ],
 }
 """Commands of other pages that a page builds on."""
 

@@ -16,6 +16,7 @@ VERBS = (
     "launch",
     "runs",
     "generate",
+    "report",
     "export",
     "serve",
 )
@@ -61,6 +62,7 @@ USAGE = {
     "prepare": "prepare [OPTIONS] INPUT...",
     "data view": "data view [OPTIONS] CONFIG... [a.b=c ...]",
     "data merge": "data merge [OPTIONS] PREFIX...",
+    "report": "report [OPTIONS] RUN...",
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "export": "export [OPTIONS] CHECKPOINT",
     "runs": "runs [OPTIONS] [DIR]",

@@ -1,28 +1,47 @@
-"""The report page: made from the files in a run's folder, escaped, self-contained."""
+"""The report page: all that the folders hold, escaped, in one file that fetches nothing."""
 
+import base64
+import gzip
 import json
+import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from castalia.analysis import write_report
-from castalia.analysis.report import smooth, thin
-from castalia.core.errors import DataError
+from castalia.analysis.axes import extremes
+from castalia.analysis.page_file import FOLDER
+from castalia.analysis.runs import read_run
+from castalia.analysis.smoothing import WINDOWS
+from castalia.analysis.sources import mixture_rows, passes, span_means
+from castalia.cli.app import app
+from castalia.core.errors import CastaliaError, ConfigError, DataError
+from castalia.mixing import MixtureLog, Planner, Stats, make_mixer, read_mixture
 
 VOID = {"meta"}
 
 
 class Page(HTMLParser):
-    """Collects tags, attributes and text; fails on a tag that closes another."""
+    """Collects tags, links and text; fails on a tag that closes another. `data` is unpacked."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.open: list[str] = []
         self.seen: list[str] = []
         self.links: list[str] = []
+        self.scripts: list[str] = []
         self.text = ""
-        self.feed(text)
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+        plotly, data, self.script = self.scripts
+        self.plotly = gzip.decompress(base64.b64decode(plotly)).decode()
+        self.data: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(data)))
+        self.panels = {panel["title"]: panel for panel in self.data["panels"]}
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.seen.append(tag)
@@ -32,100 +51,321 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append(tag)
-
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        else:
+            self.text += f" {data}"
+
+    def points(self, panel: str, place: int = 0) -> tuple[list[float], list[float]]:
+        """Steps and values of a curve, as the page draws it."""
+        points = self.panels[panel]["series"][place]["points"]
+        return np.cumsum(points["steps"]).tolist(), points["values"]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run's folder with everything that a report can show."""
-    (tmp_path / "evals").mkdir()
-    (tmp_path / "samples").mkdir()
-    lines = [
-        {"step": s, "loss": 8.0 / s + 2.0, "lr": 1e-3, "tokens": 64 * s} for s in range(1, 701)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    marks = [
-        {
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def metrics(steps: int) -> list[dict[str, Any]]:
+    """Lines with every key that training writes, with a resume, a skipped step and an overflow."""
+    lines = []
+    for step in range(1, steps + 1):
+        line: dict[str, Any] = {
             "step": step,
-            "sources": {
-                "code": {"bits_per_byte": 4.0 - step / 700},
-                "prose": {"bits_per_byte": 3.0},
-            },
+            "loss": 8.0 / step + 2.0,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
         }
-        for step in (700, 0, 1)
+        line |= {"tokens": 64 * step, "rows_hash": 7, "loss_scale": 2.0**16, "updates": step}
+        line |= {"time": 1e9 + 2.0 * step, "step_seconds": 2.0, "data_seconds": 0.1}
+        line |= {"tokens_per_second": 32.0, "memory_bytes": 2**30, "accuracy": step / steps}
+        line["sources"] = {"code": {"loss": 3.0, "tokens": 9}, "prose": {"loss": 2.0, "tokens": 9}}
+        if step % 10 == 0:
+            line |= {"valid_loss": 2.5, "valid_accuracy": 0.5, "valid": {"mean": 2.4}}
+            line["valid_sources"] = {"code": {"loss": 2.5, "bits_per_byte": 1.5}}
+        lines.append(line)
+    lines[20] |= {"load_seconds": 0.5}
+    for line in lines[20:]:
+        line["time"] += 1000.0  # the pause before the resume
+    lines[30] |= {"skipped": "nan", "loss": None, "grad_norm": None}
+    return lines
+
+
+def mixture(folder: Path, count: int, steps: int = 30) -> None:
+    """A record over `count` sources whose losses are 2.0, 2.1, ..."""
+    names = [f"s<{i}>" for i in range(count)]
+    mixer = make_mixer("odm", sources=names, eps=0.1 / count)
+    planner = Planner(mixer, sizes=np.arange(count) * 10 + 8, rows=8 * count, seed=1)
+    log = MixtureLog(folder / "mixture.jsonl", planner)
+    for step in range(1, steps + 1):
+        plan = planner.plan(step)
+        stats = Stats(step, (2 + 0.1 * np.arange(count)) * plan.counts, plan.counts)
+        planner.observe(stats)
+        log.write(plan, stats)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with everything that a report can show."""
+    folder = tmp_path_factory.mktemp("report") / "full"
+    (folder / "evals").mkdir(parents=True)
+    (folder / "samples").mkdir()
+    write_lines(folder / "metrics.jsonl", metrics(50))
+    rollback = {"step": 41, "event": "spike", "action": "rollback", "loss": 9.0, "to": 40}
+    write_lines(folder / "events.jsonl", [rollback])
+    marks = [
+        {"step": s, "sources": {"code": {"bits_per_byte": 4.0 - s / 700}, "prose": {}}}
+        for s in (50, 0, 1)
     ]
-    (tmp_path / "evals" / "bits_per_byte.json").write_text(json.dumps({"checkpoints": marks}))
+    for mark in marks:
+        mark["sources"]["prose"]["bits_per_byte"] = 3.0
+    (folder / "evals" / "bits_per_byte.json").write_text(json.dumps({"checkpoints": marks}))
     samples = [{"step": 0, "prompt": "if x <", "text": " y & <script>alert(1)</script>"}]
-    (tmp_path / "samples" / "samples.json").write_text(json.dumps(samples))
+    (folder / "samples" / "samples.json").write_text(json.dumps(samples))
     tables = [{"title": "Speed & size", "header": ["", "int8"], "rows": [["tokens/s", "1<2"]]}]
-    summary = {"title": "A <run>", "lead": "lead", "tiles": {"steps": 700}, "tables": tables}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    (tmp_path / "config.yaml").write_text("seed: 1 # <&>\n")
-    (tmp_path / "env.json").write_text(json.dumps({"torch": "2", "cores": 2}))
-    return tmp_path
+    summary = {"title": "A <run>", "lead": "lead", "tiles": {"steps": 50}, "tables": tables}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    model = "family: neox\n  num_layers: 1\n  hidden_size: 8\n  vocab_size: 9"
+    (folder / "config.yaml").write_text(
+        f"seed: 1 # <&>\nmodel:\n  {model}\n  num_attention_heads: 1\n"
+        "data: {seq_length: 4}\ntrain: {steps: 60}\n"
+    )
+    (folder / "env.json").write_text(json.dumps({"torch": "2", "cores": 2}))
+    mixture(folder, 3)
+    return folder
 
 
-def test_everything_in_the_folder_is_on_the_page(run: Path):
-    page = Page(write_report(run).read_text())
-    assert page.open == []
-    assert page.seen.count("svg") == 2 and "script" not in page.seen and "link" not in page.seen
-    assert page.links == []  # nothing to fetch
+@pytest.fixture(scope="module")
+def page(run: Path) -> Page:
+    """Its page."""
+    return Page(write_report(run))
+
+
+def test_everything_in_the_folder_is_on_the_page(page: Page):
     for text in (
         "A <run>",
         "Speed & size",
         "1<2",
         "<script>alert(1)</script>",
         "seed: 1 # <&>",
-        "3.000",
-        "700",
+        "3 sources mixed by odm",
+        "50 of 60",
+        "spike: loss 9.0",
     ):
-        assert text in page.text
-    assert page.text.index("step 700 · 3") > page.text.index("step 0 · 4")  # curves run by step
+        assert text in page.text, text
+    assert {
+        "Loss",
+        "Events",
+        "Learning rate",
+        "Gradient norm",
+        "Loss scale",
+        "Validation loss in several means",
+        "accuracy",
+        "Loss by source",
+        "Mixture",
+        "Passes over each source",
+        "Distance to the prior",
+        "Validation loss by source",
+        "Validation bits per byte by source",
+        "Bits per byte by source",
+        "Tokens per second",
+        "Time of a step",
+        "Memory",
+        "Saving and loading",
+    } == set(page.panels)
+    assert page.seen.count("figure") == len(page.panels)
+    assert page.points("Bits per byte by source")[0] == [0, 1, 50]  # curves run by step
 
 
-def test_the_style_fetches_nothing(run: Path):
-    text = write_report(run).read_text()
-    assert "@import" not in text and "url(" not in text and "http" not in text
+def test_the_page_is_one_file_and_fetches_nothing(run: Path, page: Page):
+    assert page.links == [] and "link" not in page.seen and "img" not in page.seen
+    style = (FOLDER / "page.css").read_text()
+    for text in (style, page.script):
+        assert "@import" not in text and "url(" not in text and "http" not in text
+    assert "Plotly" in page.plotly[:200]
+    size = (run / "report.html").stat().st_size
+    assert 1_500_000 < size < 2_200_000  # Plotly alone is 4.8 MB as it comes
 
 
-def test_a_folder_with_metrics_alone_gives_the_loss_curve(tmp_path: Path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n')
-    page = Page(write_report(tmp_path).read_text())
-    assert (
-        page.seen.count("svg") == 1
-        and "Bits per byte" not in page.text
-        and tmp_path.name in page.text
+def test_what_is_drawn_as_each_step_is_each_step(page: Page):
+    steps, values = page.points("Loss")
+    assert steps == [step for step in range(1, 51) if step != 31]  # the skipped one has no loss
+    assert values == [float(f"{8.0 / step + 2.0:.6g}") for step in steps]
+    loss = page.panels["Loss"]["series"]
+    assert loss[0]["whole"] and list(loss[0]["fits"]) == [f"{window:g}" for window in WINDOWS]
+    assert [series["name"] for series in loss] == ["training", "validation"]
+    assert loss[1]["marks"] and not loss[1]["fits"]
+    (ended,) = re.findall(r"Loss, training at the end \(nats per token\)\s+(\S+)", page.text)
+    assert float(ended) == pytest.approx(2.16, abs=2e-3)
+
+
+def test_a_long_curve_keeps_the_extremes_of_each_span():
+    steps = np.arange(1, 100_001, dtype=float)
+    values = np.sin(steps)
+    values[77_776] = 50.0
+    shown = extremes(steps, values)
+    assert shown[:4000].tolist() == list(range(4000))  # one by one
+    assert 77_776 in shown and len(shown) < 32_000 and shown[-1] == 99_999
+    assert values[shown].min() == values.min()
+
+
+def test_the_axes_leave_out_the_pause_before_a_resume(page: Page):
+    axes = page.data["runs"][0]["axes"]
+    assert axes["steps"] == list(range(1, 51))
+    assert axes["tokens"] == [64 * step for step in range(1, 51)]
+    assert axes["seconds"] == pytest.approx([2.0 * step for step in range(1, 51)])
+    # 6 times (12 h² + the head's 128 h) for one layer, and 12 h T of attention.
+    assert axes["flops"][0] == 64 * (6 * (12 * 8 * 8 + 128 * 8) + 12 * 8 * 4)
+
+
+def test_events_stand_in_lanes(page: Page):
+    lanes = {series["name"]: series for series in page.panels["Events"]["series"]}
+    assert set(lanes) == {"skipped step", "rollback"}
+    assert lanes["rollback"]["texts"] == ["spike: loss 9.0, gradient norm None; back to step 40"]
+    assert lanes["skipped step"]["points"]["steps"] == [31]
+
+
+def test_a_run_of_older_code_has_a_page_without_times(tmp_path: Path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}])
+    page = Page(write_report(tmp_path))
+    assert list(page.panels) == ["Loss"] and tmp_path.name in page.text
+    assert page.data["runs"][0]["axes"] == {
+        "steps": [1, 2],
+        "tokens": None,
+        "seconds": None,
+        "flops": None,
+    }
+
+
+def test_several_runs_lie_over_each_other(run: Path, tmp_path: Path):
+    other = tmp_path / "other" / "full"
+    other.mkdir(parents=True)
+    write_lines(other / "metrics.jsonl", metrics(40))
+    (other / "config.yaml").write_text("seed: 2\n")
+    done = CliRunner().invoke(
+        app, ["report", str(run / "config.yaml"), str(other), "-o", str(tmp_path / "both.html")]
     )
+    assert done.exit_code == 0 and done.stdout == f"report: {tmp_path / 'both.html'}\n"
+    page = Page(tmp_path / "both.html")
+    names = [each["name"] for each in page.data["runs"]]
+    assert names == [f"{run.parent.name}/full", "other/full"]  # as much as tells them apart
+    assert [series["run"] for series in page.panels["Loss"]["series"]] == [0, 1, 0, 1]
+    assert {series["colour"] for series in page.panels["Loss"]["series"]} == {None}
+    sources = [(s["name"], s["run"], s["colour"]) for s in page.panels["Loss by source"]["series"]]
+    assert sources == [("code", 0, 0), ("code", 1, 0), ("prose", 0, 1), ("prose", 1, 1)]
+    assert "What differs" in page.text and "seed" in page.text
+    assert f"Mixture of {names[0]}" in page.panels
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path):
+@pytest.mark.parametrize(("count", "kind"), [(30, "shares"), (31, "heat")])
+def test_few_sources_are_areas_and_many_a_heat_map(tmp_path: Path, count: int, kind: str):
+    mixture(tmp_path, count, steps=400)
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 3.0}])
+    page = Page(write_report(tmp_path))
+    panel = page.panels["Mixture"]
+    assert panel["kind"] == kind and len(panel["series"]) == count
+    # Spans of 1/150 of the step, whose shares make a whole.
+    columns = [series["points"]["values"] for series in panel["series"]]
+    assert np.sum(columns, axis=0) == pytest.approx(100, abs=0.01)
+    assert 150 < len(columns[0]) < 320
+    assert "s<0>" not in (tmp_path / "report.html").read_text()  # escaped
+
+
+def test_shares_and_epochs_are_what_the_record_says(tmp_path: Path):
+    mixture(tmp_path, 3)
+    record = read_mixture(tmp_path / "mixture.jsonl")
+    steps, shares = span_means(np.array(record.steps, float), record.weights())
+    assert steps.tolist() == record.steps and (shares == record.weights()).all()
+    last = record.lines[30]
+    read = (last["read"] + last["counts"]).tolist()
+    assert sum(read) == 30 * 24 and passes(record)[-1] == pytest.approx(
+        np.array(read) / [8, 18, 28]
+    )
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 3.0}])
+    table = mixture_rows(read_run(tmp_path))
+    assert [row[0] for row in table] == record.sources
+    assert [row[1] for row in table] == ["33.33%"] * 3
+    assert [row[3] for row in table] == [f"{weight:.2%}" for weight in last["weights"]]
+    assert [row[5] for row in table] == [f"{count:,}" for count in read]
+    assert [row[7] for row in table] == ["2.000", "2.100", "2.200"]
+    page = Page(write_report(tmp_path))
+    # Metrics without losses by source: those of the record.
+    assert [page.points("Loss by source", i)[1][-1] for i in range(3)] == [2.0, 2.1, 2.2]
+
+
+def test_a_long_record_is_drawn_by_means():
+    steps = np.arange(1, 1001, dtype=float)
+    ends, means = span_means(steps, np.ones((1000, 2)) * [1, 3])
+    assert 300 < len(ends) < 500 and ends[-1] == 1000 and (means == [1, 3]).all()
+
+
+def test_what_is_no_run_is_refused_with_the_reason(run: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"has neither metrics\.jsonl nor summary"):
+        write_report(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        write_report(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"holds runs \(full\) but is none itself"):
+        write_report(run.parent)
+    with pytest.raises(DataError, match="named twice"):
+        write_report([run, run / "config.yaml"])
+    with pytest.raises(ConfigError, match=r"is a folder; name the file to write"):
+        write_report(run, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"metrics\.jsonl has no step yet"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 3.0}\n')
+    with pytest.raises(DataError, match=r"line 1: expected an object with a step"):
         write_report(tmp_path)
 
 
-def test_a_broken_file_is_named(run: Path):
-    (run / "evals" / "bits_per_byte.json").write_text("{")
+def test_a_broken_file_is_named(tmp_path: Path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 3.0}])
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "bits_per_byte.json").write_text("{")
     with pytest.raises(DataError, match=r"bits_per_byte\.json is not JSON"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_without_plotly_one_sentence_says_what_to_install(run: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.delitem(sys.modules, "plotly.offline", raising=False)
+    with pytest.raises(CastaliaError, match=r"a report page needs 'plotly.*\[report\]"):
         write_report(run)
 
 
-def test_long_curves_are_thinned_by_means():
-    points = [(float(x), 2.0) for x in range(1, 100_000)]
-    few = thin(points)
-    assert 100 < len(few) <= 401
-    assert all(y == 2.0 for _, y in few) and few == sorted(few)
-    assert thin(points[:10]) == points[:10]
+def test_a_report_of_a_running_run_leaves_its_files_alone(tmp_path: Path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 3.0}])
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with open(tmp_path / name, "a") as file:
+            file.write('{"step": 2, "lo')  # being written
+    before = (tmp_path / "events.jsonl").read_bytes()
+    write_report(tmp_path)
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+    assert read_run(tmp_path).curve("loss")[0].tolist() == [1]
 
 
-def test_the_mean_curve_starts_at_the_first_value_and_comes_to_a_constant():
-    assert smooth([(1.0, 8.0)]) == [(1.0, 8.0)]
-    assert smooth([(float(x), 8.0 if x == 1 else 2.0) for x in range(1, 2000)])[-1][
-        1
-    ] == pytest.approx(2.0, abs=1e-3)
+def luminance(colour: str) -> float:
+    """Relative luminance by WCAG 2.1."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_curve_stands_out_from_its_card_in_light_and_in_dark():
+    style = (FOLDER / "page.css").read_text()
+    for theme in re.findall(r":root \{(.*?)\}", style, re.DOTALL):
+        colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", theme))
+        assert len([name for name in colours if re.fullmatch(r"c\d", name)]) == 8
+        for name, colour in colours.items():
+            bright, dark = sorted([luminance(colour), luminance(colours["card"])], reverse=True)
+            least = {"ink": 4.5, "soft": 4.5, "accent": 4.5}.get(
+                name, 3.0 if name[0:1] == "c" else 0
+            )
+            if name not in ("card", "code"):
+                assert (bright + 0.05) / (dark + 0.05) >= least, (name, colour)

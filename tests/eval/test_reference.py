@@ -92,10 +92,3 @@ def test_the_command_writes_what_doremi_reads(run, tmp_path):
 def test_a_file_without_losses_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read the losses in .*castalia mixing reference"):
         load_config([*SMALL, "mixing.kind=doremi", f"mixing.reference={tmp_path / 'gone.json'}"])
-
-
-def test_the_command_writes_a_report(run):
-    folder, _ = run
-    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
-    done = CliRunner().invoke(app, ["mixing", "report", str(folder)])
-    assert done.exit_code == 0 and (folder / "report.html").exists()

@@ -1,6 +1,6 @@
 """HTML fragments of a report page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -28,3 +28,18 @@ def section(title: str, about: str, body: str) -> str:
     """A section: heading, a line of explanation, body."""
     lead = f'<p class="about">{escape(about)}</p>' if about else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
+
+
+def tiles(values: Mapping[str, Any]) -> str:
+    """Key figures, each in a box; "" without any."""
+    if not values:
+        return ""
+    boxes = "".join(
+        f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items()
+    )
+    return f'<dl class="tiles">{boxes}</dl>'
+
+
+def folded(summary: str, body: str) -> str:
+    """A part that the reader opens."""
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"

@@ -1,217 +1,256 @@
-"""`report.html`: a run on one page, made from the files in the run's folder.
+"""`report.html`: one run or several on one page, made from the files in their folders.
 
-Each of these files is optional: `metrics.jsonl`, `mixture.jsonl`, `evals/bits_per_byte.json`,
-`samples/samples.json`, `summary.json` (title, lead, tiles, tables), `config.yaml`, `env.json`.
+Each of these files is optional: `metrics.jsonl`, `mixture.jsonl`, `events.jsonl`,
+`evals/bits_per_byte.json`, `samples/samples.json`, `summary.json` (title, lead, tiles, tables),
+`config.yaml`, `env.json`.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from castalia.analysis.html import section, table
-from castalia.analysis.mixture import mixture_section
-from castalia.analysis.style import STYLE
-from castalia.analysis.svg import Series, line_chart, number
-from castalia.core.errors import DataError
-from castalia.core.files import atomic_write
-from castalia.monitor.sinks import read_metrics
+from castalia.analysis.axes import Axes, axes_of
+from castalia.analysis.events import events_panel, events_table
+from castalia.analysis.figures import final_rows
+from castalia.analysis.html import folded, section, table, tiles
+from castalia.analysis.measures import LEARNING, MACHINE, other_measures
+from castalia.analysis.page_file import write_page
+from castalia.analysis.panel import Panel, rounded
+from castalia.analysis.runs import RunFiles, read_runs
+from castalia.analysis.smoothing import WINDOWS, ending
+from castalia.analysis.sources import HEADER, bits_marks, mixture_rows, source_panels
+from castalia.core.errors import ConfigError
+from castalia.core.files import several
 
-MOST_POINTS = 400
-"""Points of the loss curve; longer runs are averaged over spans of equal width on the axis."""
-SMOOTHING = 8
-"""The mean curve averages over the last step / SMOOTHING steps, at least one."""
+REPORT = "report.html"
+MISSING = "absent"
+AXIS_DIGITS = 10
+"""Significant digits on an axis: a step of a million tokens in a trillion."""
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in a file; None if the file is missing.
+def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write one page about a run, or about several laid over each other.
 
-    Raises  DataError if the file is not JSON.
+    The page is one file that works offline. It needs the extra `report`.
+
+    runs     folders of runs, or files in them such as RUN/config.yaml.
+    output   file to write; by default report.html in the run's folder, or in the current folder for
+             several runs.
+    Returns  its path.
+    Raises   DataError if a folder holds neither metrics nor a summary, or a file in it is damaged;
+             ConfigError if Plotly is not installed or `output` is a folder.
     """
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}; delete it and create it again") from None
+    files = read_runs([Path(path) for path in several(runs)])
+    path = Path(output) if output else Path(REPORT)
+    if not output and len(files) == 1:
+        path = files[0].folder / REPORT
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; name the file to write, such as {path / REPORT}")
+    panels = panels_of(files)
+    body = "".join([*heads(files), *charts(panels), *parts(files)])
+    data = {
+        "runs": [{"name": run.name, "axes": axes_data(run)} for run in files],
+        "panels": [panel.data() for panel in panels],
+        "windows": WINDOWS,
+    }
+    write_page(path, title_of(files), lead_of(files), body, data)
+    return path
 
 
-def thin(
-    points: Sequence[tuple[float, float]], most: int = MOST_POINTS
-) -> list[tuple[float, float]]:
-    """Average x and y over spans of equal width in log(1 + x), to at most `most` points."""
-    if len(points) <= most:
-        return list(points)
-    spans: dict[int, list[tuple[float, float]]] = {}
-    width = math.log1p(points[-1][0]) / (most - 1) or 1.0
-    for point in points:
-        spans.setdefault(int(math.log1p(point[0]) / width), []).append(point)
-    means: list[tuple[float, float]] = []
-    for span in spans.values():
-        mean_x = sum(x for x, _ in span) / len(span)
-        mean_y = sum(y for _, y in span) / len(span)
-        means.append((mean_x, mean_y))
-    return means
+def title_of(runs: Sequence[RunFiles]) -> str:
+    """The page's title."""
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 
 
-def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Exponential mean whose memory grows with the step, which keeps the steep start sharp."""
-    out: list[tuple[float, float]] = []
-    if not points:
-        return out
-    mean = points[0][1]
-    for x, y in points:
-        mean += (y - mean) / max(1.0, x / SMOOTHING)
-        out.append((x, mean))
+def lead_of(runs: Sequence[RunFiles]) -> str:
+    """The line below the title: the summary's, or where the run ended."""
+    if len(runs) > 1:
+        return ", ".join(run.name for run in runs)
+    if "lead" in runs[0].summary:
+        return str(runs[0].summary["lead"])
+    return ""
+
+
+def panels_of(runs: Sequence[RunFiles]) -> list[Panel]:
+    """Every panel of the page, in its order."""
+    learning = [measure.panel(runs) for measure in (*LEARNING, *other_measures(runs))]
+    machine = [measure.panel(runs) for measure in MACHINE]
+    panels = [*learning[:1], events_panel(runs), *learning[1:], *source_panels(runs), *machine]
+    return [panel for panel in panels if panel is not None]
+
+
+def heads(runs: Sequence[RunFiles]) -> list[str]:
+    """What stands above the charts."""
+    return [tiles(run.summary.get("tiles", {})) for run in runs if len(runs) == 1]
+
+
+def charts(panels: Sequence[Panel]) -> list[str]:
+    """A box for each panel, which page.js fills."""
+    boxes: list[str] = []
+    for number, panel in enumerate(panels):
+        wide = " spread" if panel.wide else ""
+        unit = f' <span class="unit">{escape(panel.unit)}</span>' if panel.unit else ""
+        boxes.append(
+            f'<figure class="panel{wide}" data-panel="{number}"><figcaption>'
+            f"<h2>{escape(panel.title)}{unit}</h2>"
+            f'<p class="about">{escape(panel.about)}</p></figcaption>'
+            f'<div class="keys"></div><div class="plot" role="img"'
+            f' aria-label="{escape(spoken(panel))}"></div></figure>'
+        )
+    if not boxes:
+        return []
+    return [f'<div id="controls"></div><div class="panels">{"".join(boxes)}</div>']
+
+
+def spoken(panel: Panel) -> str:
+    """A panel in words, for a reader who does not see it."""
+    parts = [panel.title]
+    for series in panel.series[:8]:
+        steps, values = series.curve
+        parts.append(
+            f"{series.name}: {values[0]:.4g} at step {steps[0]:.0f},"
+            f" {values[-1]:.4g} at step {steps[-1]:.0f}"
+        )
+    return "; ".join(parts)
+
+
+def parts(runs: Sequence[RunFiles]) -> list[str]:
+    """What stands below the charts."""
+    body = [final_section(runs), events_table(runs), differences_section(runs), bits_table(runs)]
+    for run in runs:
+        body.append(mixture_table(run, len(runs) > 1))
+        body.append(samples_section(run, len(runs) > 1))
+        for extra in run.summary.get("tables", []):
+            body.append(summary_table(extra))
+    body += [facts_section(run, len(runs) > 1) for run in runs]
+    return body
+
+
+def summary_table(extra: Mapping[str, Any]) -> str:
+    """A table of summary.json; one of texts is folded."""
+    kind = extra.get("kind", "numbers")
+    cells = table(extra["header"], extra["rows"], kind)
+    if kind == "code":
+        cells = folded("The texts", cells)
+    return section(extra["title"], extra.get("about", ""), cells)
+
+
+def final_section(runs: Sequence[RunFiles]) -> str:
+    """The table of final values."""
+    rows = final_rows(runs)
+    if not rows:
+        return ""
+    header = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", ""]
+    return section("Final values", ending_note(runs), table(header, rows, "numbers final"))
+
+
+def ending_note(runs: Sequence[RunFiles]) -> str:
+    """How the loss at the end is computed."""
+    counts = {ending(*curve)[1] for curve in (run.curve("loss") for run in runs) if len(curve[0])}
+    if not counts:
+        return ""
+    steps = " or ".join(f"{count:,}" for count in sorted(counts))
+    return (
+        f"A value “at the end” is that of a local linear fit to the last {steps} steps, without"
+        " the lag of a trailing mean."
+    )
+
+
+def differences_section(runs: Sequence[RunFiles]) -> str:
+    """The config keys in which the runs differ."""
+    configs = [flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows: list[list[str]] = []
+    for key in keys:
+        values = [config.get(key, MISSING) for config in configs]
+        if len(set(values)) > 1 and key != "output":
+            rows.append([key, *values])
+    if not rows:
+        return ""
+    header = ["key", *(run.name for run in runs)]
+    return section("What differs", "Keys of config.yaml.", table(header, rows, "words"))
+
+
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, str]:
+    """Nested keys with dots, and their values as text."""
+    out: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{before}{key}.")
+        else:
+            out[f"{before}{key}"] = json.dumps(value, default=str)
     return out
 
 
-def loss_section(metrics: Sequence[Mapping[str, Any]]) -> str:
-    """The training loss by step: each step, and the mean."""
-    points = [(float(m["step"]), float(m["loss"])) for m in metrics if m.get("loss") is not None]
-    if not points:
-        return ""
-    # The mean is smooth, so a third of the points draws it.
-    lines = [Series("each step", thin(points), True), Series("mean", thin(smooth(points), 120))]
-    chart = line_chart(
-        lines, x_label="step", y_label="nats per token", title="Training loss by step", log_x=True
-    )
-    about = (
-        "Cross-entropy on the rows of each step; the bold line is its mean. It ended at"
-        f" {smooth(points)[-1][1]:.3f} nats per token after step {number(points[-1][0])}."
-    )
-    return section("Training loss", about, chart)
+def bits_table(runs: Sequence[RunFiles]) -> str:
+    """Bits per byte at every checkpoint as a folded table for each run; "" without any."""
+    tables: list[str] = []
+    for run in runs:
+        marks = bits_marks(run)
+        names = list(dict.fromkeys(name for mark in marks for name in mark["sources"]))
+        rows = [[f"{mark['step']:,}", *bits_cells(mark, names)] for mark in marks]
+        if rows:
+            which = f" of {run.name}" if len(runs) > 1 else ""
+            title = f"Bits per byte{which} at every checkpoint"
+            tables.append(folded(title, table(["step", *names], rows)))
+    return "".join(tables)
 
 
-def bits_section(evals: Mapping[str, Any] | None) -> str:
-    """Bits per byte of held-out text by source over the checkpoints, as curves and as a table."""
-    if not evals or not evals.get("checkpoints"):
-        return ""
-    # Later sweeps may append earlier checkpoints.
-    marks = sorted(evals["checkpoints"], key=lambda mark: mark["step"])
-    names = list(dict.fromkeys(name for mark in marks for name in mark["sources"]))
-    lines: list[Series] = []
-    for name in names:
-        with_source = [mark for mark in marks if name in mark["sources"]]
-        points = [(mark["step"], mark["sources"][name]["bits_per_byte"]) for mark in with_source]
-        lines.append(Series(name, points))
-    chart = line_chart(
-        lines, x_label="step", y_label="bits per byte", title="Bits per byte by source", log_x=True
-    )
-    rows: list[list[str]] = []
-    for mark in marks:
-        cells = [bits_text(mark["sources"].get(name)) for name in names]
-        rows.append([number(mark["step"]), *cells])
-    values = f"<details><summary>The numbers</summary>{table(['step', *names], rows)}</details>"
-    about = (
-        "Held-out documents of each source, not used in training, at every checkpoint. Lower is"
-        " better; 8 means no compression."
-    )
-    return section("Bits per byte by source", about, chart + values)
+def bits_cells(mark: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """One row of the table of bits per byte."""
+    found = [mark["sources"].get(name) for name in names]
+    return [f"{value['bits_per_byte']:.3f}" if value else "–" for value in found]
 
 
-def bits_text(value: Mapping[str, Any] | None) -> str:
-    """One cell of the table of bits per byte."""
-    if not value:
-        return "–"
-    return f"{value['bits_per_byte']:.3f}"
+def mixture_table(run: RunFiles, named: bool) -> str:
+    """The sources of a mixed run beside the prior, folded; "" for another run."""
+    rows = mixture_rows(run)
+    title = "Sources of the mixture" + (f" of {run.name}" if named else "")
+    return folded(title, table(HEADER, rows)) if rows else ""
 
 
-def samples_section(samples: Sequence[Mapping[str, Any]] | None) -> str:
-    """The model's continuation of each prompt, checkpoint by checkpoint."""
+def samples_section(run: RunFiles, named: bool) -> str:
+    """The model's continuation of each prompt, checkpoint by checkpoint, folded."""
+    samples: Sequence[Mapping[str, Any]] = run.json("samples", "samples.json") or []
     if not samples:
         return ""
-    parts = []
+    prompts: list[str] = []
     for prompt in dict.fromkeys(sample["prompt"] for sample in samples):
-        parts.append(f"<h3>After “{escape(prompt.strip())}”</h3>")
+        boxes: list[str] = []
         for sample in samples:
-            if sample["prompt"] != prompt:
-                continue
-            text = f"<b>{escape(prompt)}</b>{escape(sample['text'])}"
-            parts.append(
-                f'<div class="sample"><span>step {sample["step"]}</span><pre>{text}</pre></div>'
-            )
-    return section(
-        "Samples by checkpoint",
-        "Prompts and seed are the same at each checkpoint.",
-        "".join(parts),
-    )
+            if sample["prompt"] == prompt:
+                text = f"<b>{escape(prompt)}</b>{escape(sample['text'])}"
+                boxes.append(
+                    f'<div class="sample"><span>step {sample["step"]}</span><pre>{text}</pre></div>'
+                )
+        prompts.append(folded(f"After “{prompt.strip()}”", "".join(boxes)))
+    title = "Samples by checkpoint" + (f" of {run.name}" if named else "")
+    return section(title, "Prompts and seed are the same at each checkpoint.", "".join(prompts))
 
 
-def tiles(values: Mapping[str, Any]) -> str:
-    """The run's key figures, each in a box."""
-    if not values:
-        return ""
-    boxes = "".join(
-        f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items()
-    )
-    return f'<dl class="tiles">{boxes}</dl>'
-
-
-def facts_section(run: Path, env: Mapping[str, Any] | None) -> str:
+def facts_section(run: RunFiles, named: bool) -> str:
     """The resolved config, which repeats the run, and the machine."""
-    parts: list[str] = []
-    if env:
-        rows: list[tuple[str, str]] = []
-        for key, value in env.items():
-            text = value if isinstance(value, str) else json.dumps(value)
-            rows.append((key, text))
-        facts = table(["", ""], rows, "words")
-        parts.append(f"<details><summary>Machine and versions</summary>{facts}</details>")
-    config = run / "config.yaml"
+    boxes: list[str] = []
+    env: Mapping[str, Any] = run.json("env.json") or {}
+    rows = [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in env.items()]
+    if rows:
+        boxes.append(folded("Machine and versions", table(["", ""], rows, "words")))
+    config = run.folder / "config.yaml"
     if config.exists():
         text = escape(config.read_text(encoding="utf-8"))
-        parts.append(f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
-    if not parts:
+        boxes.append(folded("config.yaml", f"<pre>{text}</pre>"))
+    if not boxes:
         return ""
-    return section("The run", "castalia train config.yaml repeats it.", "".join(parts))
+    title = run.name if named else "The run"
+    return section(title, "castalia train config.yaml repeats it.", "".join(boxes))
 
 
-def page(title: str, lead: str, body: str) -> str:
-    """The complete document around its sections."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>"
-        f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>{body}"
-        "<footer>Written by castalia from the files in the run's folder.</footer></main></body>"
-        "</html>\n"
-    )
-
-
-def write_report(run_folder: str | Path) -> Path:
-    """Write `report.html` into a run's folder, from the files in that folder.
-
-    The page is self-contained.
-
-    Returns  its path.
-    Raises   DataError if the folder holds neither metrics nor a summary, or a file in it is
-             damaged.
-    """
-    run = Path(run_folder)
-    summary = read_json(run / "summary.json") or {}
-    metrics: list[dict[str, Any]] = []
-    if (run / "metrics.jsonl").exists():
-        metrics = read_metrics(run / "metrics.jsonl")
-    if not metrics and not summary:
-        raise DataError(
-            f"{run} is not the folder of a run: it has neither metrics.jsonl nor summary.json"
-        )
-    body = [
-        tiles(summary.get("tiles", {})),
-        loss_section(metrics),
-        mixture_section(run),
-        bits_section(read_json(run / "evals" / "bits_per_byte.json")),
-        samples_section(read_json(run / "samples" / "samples.json")),
-    ]
-    for extra in summary.get("tables", []):
-        cells = table(extra["header"], extra["rows"], extra.get("kind", "numbers"))
-        body.append(section(extra["title"], extra.get("about", ""), cells))
-    body.append(facts_section(run, read_json(run / "env.json")))
-    title = summary.get("title", run.resolve().name)
-    path = run / "report.html"
-    with atomic_write(path) as file:
-        file.write(page(title, summary.get("lead", ""), "".join(body)))
-    return path
+def axes_data(run: RunFiles) -> dict[str, Any]:
+    """The axes of a run as JSON values: the steps, and each other axis at them."""
+    steps, *others = axes_of(run)
+    data: dict[str, Any] = {"steps": rounded(steps, AXIS_DIGITS)}
+    for name, axis in zip(Axes._fields[1:], others, strict=True):
+        data[name] = None if axis is None else rounded(axis, AXIS_DIGITS)
+    return data

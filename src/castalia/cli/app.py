@@ -15,6 +15,7 @@ from castalia.cli import (
     launch,
     mixing,
     prepare,
+    report,
     runs,
     serve,
     show,
@@ -65,6 +66,7 @@ app.command(rich_help_panel=TRAINING)(show.show)
 app.command(rich_help_panel=TRAINING)(train.train)
 app.command(rich_help_panel=TRAINING)(launch.launch)
 app.command(rich_help_panel=TRAINING)(runs.runs)
+app.command(rich_help_panel=TRAINING)(report.report)
 app.add_typer(mixing.app, name="mixing", rich_help_panel=TRAINING)
 app.command(rich_help_panel=MODELS)(generate.generate)
 app.command(rich_help_panel=MODELS)(export.export)

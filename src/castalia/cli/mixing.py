@@ -1,4 +1,4 @@
-"""`castalia mixing …`: reference losses for a mixture, and the report of a run's mixture."""
+"""`castalia mixing …`: reference losses for a mixture."""
 
 from typing import Annotated
 
@@ -6,9 +6,7 @@ import typer
 
 from castalia.cli.command import Verbs
 
-app = Verbs(
-    help="Reference losses by source, and the report of a run's mixture.",
-)
+app = Verbs(help="Reference losses by source.")
 
 
 @app.command()
@@ -60,14 +58,6 @@ def reference(
     typer.echo(f"written to {output}; use it with mixing.reference={output}")
 
 
-@app.command()
-def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
-    """Write RUN/report.html, with the shares, losses and epochs of each source.
-
-    Example:
-
-      castalia mixing report runs/mixed
-    """
-    from castalia.analysis import write_report
-
-    typer.echo(str(write_report(run)))
+@app.callback()
+def root() -> None:
+    """Reference losses by source."""

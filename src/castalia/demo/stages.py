@@ -105,7 +105,16 @@ class Demo:
 
     def is_done(self) -> bool:
         """Whether nothing is left to do."""
-        return "report" in self.record["stages"] and (self.folder / "report.html").is_file()
+        return self.has_done("report")
+
+    def has_done(self, stage: str) -> bool:
+        """Whether a stage is finished; the report is only with its page, which may be left out."""
+        return stage in self.record["stages"] and (stage != "report" or self.page.is_file())
+
+    @property
+    def page(self) -> Path:
+        """The report page."""
+        return self.folder / "report.html"
 
     def run(self) -> None:
         """Run every unfinished stage, in order."""
@@ -119,7 +128,7 @@ class Demo:
             self.report,
         )
         for number, stage in enumerate(stages, 1):
-            if stage.__name__ in self.record["stages"]:
+            if self.has_done(stage.__name__):
                 continue
             title = (stage.__doc__ or "").splitlines()[0].rstrip(".")
             self.say(f"\n[{number}/{len(stages)}] {title}")
@@ -226,7 +235,13 @@ class Demo:
         """The report page."""
         summary = summarize(self.config, self.record, self.corpus.facts)
         write_json(self.folder / "summary.json", summary)
-        self.say(f"  {write_report(self.folder)}")
+        if has_plotly():
+            self.say(f"  {write_report(self.folder)}")
+        else:
+            self.say(
+                "  plotly is not installed, so the page is left out: pip install"
+                f" 'castalia[report]', then castalia report {self.folder}"
+            )
 
 
 def run_demo(
@@ -236,6 +251,8 @@ def run_demo(
     say: Callable[[str], None] = print,
 ) -> Path:
     """Run or continue the demo in the folder `output`; returns the path of its report.
+
+    Without plotly no report is written, and the last line says how to get it.
 
     Raises  ConfigError if the overrides are wrong or name other data; the errors of the stages.
     """
@@ -247,14 +264,14 @@ def run_demo(
             "the demo trains on the corpus that it builds; for your own text use castalia train"
         )
     demo = Demo(resolved, command, say)
-    report = demo.folder / "report.html"
     if demo.is_done():
         say(f"the demo in {demo.folder} is done; remove that folder to run it anew")
     else:
         demo.run()
     show_summary(json.loads((demo.folder / "summary.json").read_text(encoding="utf-8")))
-    say(f"report: {report}")
-    return report
+    if demo.page.is_file():
+        say(f"report: {demo.page}")
+    return demo.page
 
 
 def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
@@ -320,6 +337,11 @@ def spaced(steps: Sequence[int], count: int) -> list[int]:
         return list(steps)
     places = {round(i * (len(steps) - 1) / (count - 1)) for i in range(count)}
     return [steps[i] for i in sorted(places)]
+
+
+def has_plotly() -> bool:
+    """Whether the extra `report` is installed."""
+    return importlib.util.find_spec("plotly") is not None
 
 
 def has_ctranslate2() -> bool:

@@ -1,0 +1,123 @@
+"""The table of final values: a column for each run."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from castalia.analysis.axes import axes_of
+from castalia.analysis.events import events_of
+from castalia.analysis.measures import LEARNING, MACHINE, Final, Measure, other_measures
+from castalia.analysis.runs import Curve, RunFiles, inner
+from castalia.analysis.smoothing import ending
+from castalia.analysis.sources import bits_marks
+from castalia.monitor import duration, quantity
+
+NONE = "–"
+"""A cell without a value."""
+
+
+def final_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
+    """Rows of the table: what it is, and the value of each run."""
+    rows = [[name, *(cell(run) for run in runs)] for name, cell in PROGRESS]
+    for measure in (*LEARNING, *other_measures(runs), *MACHINE):
+        rows += measure_rows(measure, runs)
+    rows += bits_rows(runs)
+    return [row for row in rows if set(row[1:]) != {NONE}]
+
+
+def measure_rows(measure: Measure, runs: Sequence[RunFiles]) -> list[list[str]]:
+    """A row for each key of a measure."""
+    rows: list[list[str]] = []
+    for key in measure.keys:
+        name = measure.title
+        if len(measure.keys) > 1:
+            name = f"{measure.title}, {key.name}"
+        cells: list[str] = []
+        for run in runs:
+            steps, values = run.curve(*key.key.split("/"))
+            cells.append(final_value((steps, values / measure.divisor), key.final, measure.digits))
+        rows.append([f"{name}{UNIT_WORDS[key.final]}{unit(measure)}", *cells])
+    return rows
+
+
+UNIT_WORDS: dict[Final, str] = {
+    "fit": " at the end",
+    "last": ", last",
+    "median": ", median",
+    "largest": ", largest",
+}
+
+
+def unit(measure: Measure) -> str:
+    """The unit of a measure, in brackets."""
+    return f" ({measure.unit})" if measure.unit else ""
+
+
+def final_value(curve: Curve, final: Final, digits: str) -> str:
+    """One cell of the table."""
+    steps, values = curve
+    if not len(steps):
+        return NONE
+    value = float(values[-1])
+    if final == "fit":
+        value, _ = ending(steps, values)
+    elif final == "median":
+        value = float(np.median(values))
+    elif final == "largest":
+        value = float(values.max())
+    return format(value, digits)
+
+
+def steps_cell(run: RunFiles) -> str:
+    """Steps made, of those that the config asks for."""
+    if not run.metrics:
+        return NONE
+    asked = inner(run.config, ("train", "steps"))
+    made = run.metrics[-1]["step"]
+    return f"{made:,}" if asked in (None, made) else f"{made:,} of {asked:,}"
+
+
+def axis_cell(name: str, text: Callable[[float], str]) -> Callable[[RunFiles], str]:
+    """The end of an axis of a run, as text."""
+
+    def cell(run: RunFiles) -> str:
+        axis = getattr(axes_of(run), name)
+        return NONE if axis is None or not len(axis) else text(float(axis[-1]))
+
+    return cell
+
+
+def count_cell(lane: str) -> Callable[[RunFiles], str]:
+    """Number of events of a kind."""
+
+    def cell(run: RunFiles) -> str:
+        count = sum(event.lane == lane for event in events_of(run))
+        return str(count) if count else NONE
+
+    return cell
+
+
+PROGRESS = (
+    ("Steps", steps_cell),
+    ("Tokens", axis_cell("tokens", quantity)),
+    ("Training time", axis_cell("seconds", duration)),
+    ("Model FLOPs", axis_cell("flops", lambda flops: f"{flops:.3g}")),
+    ("Steps without an update", count_cell("skipped step")),
+    ("Rollbacks", count_cell("rollback")),
+)
+"""How far a run came: the row's name, and its cell."""
+
+
+def bits_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
+    """Bits per byte of each source at the last checkpoint that was measured."""
+    lasts = [(bits_marks(run) or [{"sources": {}}])[-1]["sources"] for run in runs]
+    rows: list[list[str]] = []
+    for name in unique(name for last in lasts for name in last):
+        cells = [f"{last[name]['bits_per_byte']:.3f}" if name in last else NONE for last in lasts]
+        rows.append([f"Bits per byte of {name}, last", *cells])
+    return rows
+
+
+def unique(names: Iterable[str]) -> list[str]:
+    """Names without repetitions, in their order."""
+    return list(dict.fromkeys(names))

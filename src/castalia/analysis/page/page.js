@@ -1,0 +1,456 @@
+"use strict";
+// Draws the panels of a report. The data say what there is; nothing here knows a metric by name.
+(async () => {
+  const COLOURS = 8;
+  const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+  const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "cross"];
+  const AXES = {
+    steps: { label: "steps", title: "step" },
+    tokens: { label: "tokens", title: "tokens" },
+    seconds: { label: "time", title: "training time" },
+    flops: { label: "FLOPs", title: "model FLOPs" },
+  };
+  const TIMES = [[1, "seconds"], [60, "minutes"], [3600, "hours"], [86400, "days"]];
+  const isNarrow = () => window.innerWidth < 600;
+  const isCoarse = window.matchMedia("(pointer: coarse)").matches;
+
+  const unpack = async (id) => {
+    const text = document.getElementById(id).textContent;
+    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
+  };
+
+  if (typeof DecompressionStream === "undefined") {
+    document.getElementById("controls")?.append("The charts need a browser of 2023 or newer.");
+    return;
+  }
+  const data = JSON.parse(await unpack("data"));
+  const WINDOWS = [0, ...data.windows]; // of the slider; 0 draws the values themselves
+  const boxes = [...document.querySelectorAll(".panel")];
+  if (!boxes.length) return;
+  const script = document.createElement("script");
+  script.textContent = await unpack("plotly");
+  document.head.append(script);
+
+  // --- what the reader chose; it is in the address too, so that a view can be passed on
+  const state = { x: "steps", xscale: "linear", yscale: "auto", smooth: 0.05 };
+  for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
+    if (key in state) state[key] = key === "smooth" ? Number(value) : value;
+  }
+  if (!(state.x in AXES) || data.runs.every((run) => !run.axes[state.x])) state.x = "steps";
+  if (!WINDOWS.includes(state.smooth)) state.smooth = 0.05;
+  const hidden = new Set(); // runs that are switched off
+  const hiddenKeys = boxes.map(() => new Set()); // curves of a panel that are switched off
+  let view = null; // the x range that the reader zoomed to, in the units of the axis
+  const drawn = new Map(); // boxes with a chart, and their panels
+
+  // --- numbers
+  const cumulated = (differences) => {
+    let sum = 0;
+    return differences.map((each) => (sum += each));
+  };
+  for (const panel of data.panels) {
+    for (const series of panel.series) {
+      for (const curve of [series.points, ...Object.values(series.fits)]) {
+        curve.steps = cumulated(curve.steps);
+      }
+    }
+  }
+
+  // The place of a step on an axis, between its neighbours that the axis has.
+  const placeOn = (steps, places, step) => {
+    if (!steps.length || step <= 0) return 0;
+    let low = 0;
+    let high = steps.length - 1;
+    if (step >= steps[high]) return (places[high] * step) / steps[high];
+    if (step <= steps[0]) return (places[0] * step) / steps[0];
+    while (high - low > 1) {
+      const middle = (low + high) >> 1;
+      if (steps[middle] <= step) low = middle;
+      else high = middle;
+    }
+    const share = (step - steps[low]) / (steps[high] - steps[low]);
+    return places[low] + share * (places[high] - places[low]);
+  };
+  const largest = (axis) =>
+    Math.max(0, ...data.runs.map((run) => (run.axes[axis] || [0]).at(-1) || 0));
+  const timeUnit = () => TIMES.filter(([size]) => largest("seconds") >= 2 * size).at(-1) || TIMES[0];
+  const unitOf = (axis) => (axis === "seconds" ? timeUnit()[0] : 1);
+  const firstPlace = (run) => {
+    const place = (run.axes[state.x] || []).find((each) => each > 0);
+    return (place || 1) / unitOf(state.x);
+  };
+  // On a logarithmic axis step 0 stands at half of the first step.
+  const placesOf = (run, steps) => {
+    const places = run.axes[state.x];
+    if (!places) return null;
+    const zero = state.xscale === "log" ? firstPlace(run) / 2 : 0;
+    if (state.x === "steps") return steps.map((step) => step || zero);
+    const unit = unitOf(state.x);
+    return steps.map((step) => placeOn(run.axes.steps, places, step) / unit || zero);
+  };
+  const fullRange = () => {
+    const lasts = data.panels.flatMap((panel) =>
+      panel.series.map((series) => {
+        const places = placesOf(data.runs[series.run], [series.points.steps.at(-1) || 0]);
+        return places ? places[0] : 0;
+      }));
+    const last = Math.max(...lasts, largest(state.x) / unitOf(state.x)) || 1;
+    const first = Math.min(...data.runs.map(firstPlace));
+    if (state.xscale === "log") return [Math.log10(first / 2.2), Math.log10(last * 1.1)];
+    return [-0.015 * last, last * 1.015];
+  };
+
+  // --- looks
+  const look = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const colourOf = (series) => look(`--c${(series.colour ?? series.run) % COLOURS}`);
+  const dashOf = (series) => {
+    const round = Math.floor((series.colour ?? series.run) / COLOURS);
+    // Curves by source have the colour of the source, so that the dash tells the run.
+    return DASHES[(series.colour === null ? round : round + series.run) % DASHES.length];
+  };
+  const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const label = (series) =>
+    plain(data.runs.length > 1 ? `${data.runs[series.run].name} · ${series.name}` : series.name);
+  const faded = (colour, share) => {
+    const value = Number.parseInt(colour.slice(1), 16);
+    return `rgba(${value >> 16},${(value >> 8) & 255},${value & 255},${share})`;
+  };
+
+  // --- traces
+  const hover = (what) =>
+    `${what} <b>%{y:.5~g}</b>${state.x === "steps" ? "" : " · step %{customdata:,}"}<extra></extra>`;
+  const lineTrace = (series, curve, what, width, opacity) => ({
+    x: placesOf(data.runs[series.run], curve.steps),
+    y: curve.values,
+    customdata: curve.steps,
+    mode: series.marks ? "lines+markers" : "lines",
+    line: { color: colourOf(series), width, dash: dashOf(series) },
+    marker: { size: 6, symbol: SYMBOLS[series.run % SYMBOLS.length] },
+    opacity,
+    hovertemplate: hover(what),
+  });
+  const lines = (panel, shown) => {
+    const traces = [];
+    for (const series of shown) {
+      const fit = state.smooth > 0 && series.fits[state.smooth];
+      const many = shown.length > 4 * data.runs.length;
+      const each = series.whole ? "each step" : "smallest and largest";
+      if (!fit) {
+        const name = series.marks || series.points.steps.length < 3 ? "" : ` (${each})`;
+        traces.push(lineTrace(series, series.points, label(series) + name, 1.5, 1));
+        continue;
+      }
+      // Behind many smooth curves the values themselves would hide everything.
+      if (!many) {
+        traces.push(lineTrace(series, series.points, `${label(series)} (${each})`, 1, 0.3));
+      }
+      traces.push(lineTrace(series, fit, label(series), 2.2, 1));
+    }
+    return traces;
+  };
+  const shares = (panel, shown) =>
+    shown.map((series) => ({
+      ...lineTrace(series, series.points, label(series), 0.6, 1),
+      mode: "lines",
+      stackgroup: "whole",
+      fillcolor: faded(colourOf(series), [0.85, 0.6, 0.4, 0.25][
+        Math.floor((series.colour ?? 0) / COLOURS) % 4]),
+      hovertemplate: `${label(series)} <b>%{y:.3~g}%</b><extra></extra>`,
+    }));
+  const heat = (panel, shown) => {
+    const rows = [...shown].reverse(); // the first row is drawn at the bottom
+    return [{
+      type: "heatmap",
+      x: placesOf(data.runs[rows[0].run], rows[0].points.steps),
+      y: rows.map((series, row) => `${row} ${plain(series.name)}`),
+      z: rows.map((series) => series.points.values),
+      colorscale: [[0, look("--card")], [0.15, faded(look("--c0"), 0.35)], [1, look("--c0")]],
+      zmin: 0,
+      showscale: !isNarrow(),
+      colorbar: { thickness: 10, outlinewidth: 0, ticksuffix: "%" },
+      hovertemplate: "%{y} <b>%{z:.3~g}%</b><extra></extra>",
+    }];
+  };
+  const events = (panel, shown) =>
+    shown.map((series) => ({
+      ...lineTrace(series, series.points, "", 0, 1),
+      y: series.points.values.map((lane) => lane + 0.12 * series.run),
+      mode: "markers",
+      marker: { size: 9, symbol: SYMBOLS[series.points.values[0] % SYMBOLS.length],
+        color: look(`--c${data.runs.length > 1 ? series.run : series.points.values[0]}`) },
+      text: series.texts.map((text, i) =>
+        `${label(series)} · step ${series.points.steps[i].toLocaleString("en")} · ${plain(text)}`),
+      hovertemplate: "%{text}<extra></extra>",
+    }));
+  const KINDS = { lines, shares, heat, events };
+
+  // --- layout
+  const isLog = (panel) => (state.yscale === "auto" ? panel.log : state.yscale === "log");
+  const yAxis = (panel, shown, traces) => {
+  XX
+    if (panel.kind === "heat") {
+      const names = traces[0].y;
+      return { ...axis, tickvals: names, ticktext: names.map((name) => short(name)),
+        tickfont: { size: 10 }, showgrid: false };
+    }
+    if (panel.kind === "events") {
+      const lanes = [...new Map(shown.map((s) => [s.points.values[0], s.name]))];
+      return { ...axis, tickvals: lanes.map(([lane]) => lane),
+        ticktext: lanes.map(([, name]) => name), fixedrange: true,
+        range: [Math.min(...lanes.map(([l]) => l)) - 0.6, Math.max(...lanes.map(([l]) => l)) + 0.8] };
+    }
+    if (panel.kind === "shares") return { ...axis, range: [0, 100], fixedrange: true };
+    const log = isLog(panel) && traces.some((trace) => trace.y.some((value) => value > 0));
+    const range = rangeWithin(traces, view || fullRange(), log) || [0, 1];
+    const top = log ? 10 ** range[1] : range[1];
+    const ticks = { nticks: 7, tickformat: top >= 1e4 ? ".4~s" : ".5~g" };
+    // Plotly labels every digit of two decades, one over the other.
+    if (log) ticks.dtick = logTick(range[1] - range[0]);
+    return { ...axis, ...ticks, type: log ? "log" : "linear", range };
+  };
+  const logTick = (decades) => (decades > 1.5 ? Math.ceil(decades / 6) : decades > 0.7 ? "D2" : "D1");
+  const short = (name) => {
+    const text = name.replace(/^\d+ /, "");
+    return text.length > 18 ? `${text.slice(0, 8)}…${text.slice(-9)}` : text;
+  };
+  // What the curves reach inside the range of x, with a margin; null where they have no point.
+  const rangeWithin = (traces, range, log) => {
+    const [from, to] = range.map((each) => (state.xscale === "log" ? 10 ** each : each));
+    let low = Infinity;
+    let high = -Infinity;
+    for (const trace of traces) {
+      trace.x.forEach((x, i) => {
+        const y = trace.y[i];
+        if (x < from || x > to || (log && y <= 0)) return;
+        low = Math.min(low, log ? Math.log10(y) : y);
+        high = Math.max(high, log ? Math.log10(y) : y);
+      });
+    }
+    if (low > high) return null;
+    const margin = 0.06 * (high - low) || 0.05 * Math.abs(high) || 1;
+    return [low - margin, high + margin];
+  };
+  const heightOf = (panel, shown) => {
+    if (panel.kind === "heat") return Math.max(260, 60 + 13 * shown.length);
+    if (panel.kind === "events") {
+      return 70 + 24 * new Set(shown.map((series) => series.points.values[0])).size;
+    }
+    return (isNarrow() ? 240 : 280) * (panel.wide && !isNarrow() ? 1.3 : 1);
+  };
+  const xFormat = () => {
+    if (state.x === "flops") return ".1~e";
+    return largest(state.x) / unitOf(state.x) < 1e5 ? "," : ".4~s";
+  };
+  const layoutOf = (panel, shown, traces) => ({
+    height: heightOf(panel, shown),
+    margin: { l: 52, r: 14, t: isCoarse ? 30 : 6, b: 40 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: look("--soft"), activecolor: look("--ink") },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: look("--soft"), size: 12, family: "system-ui, sans-serif" },
+    xaxis: {
+      type: state.xscale,
+      range: view || fullRange(),
+      title: { text: state.x === "seconds" ? timeUnit()[1] : AXES[state.x].title, standoff: 6 },
+      gridcolor: look("--grid"),
+      linecolor: look("--edge"),
+      zeroline: false,
+      nticks: isNarrow() ? 5 : 8,
+      tickformat: xFormat(),
+      hoverformat: state.x === "steps" ? ",.0f" : ".4~s",
+      showspikes: true,
+      spikemode: "across",
+      spikethickness: 1,
+      spikedash: "solid",
+      spikecolor: look("--soft"),
+    },
+    yaxis: yAxis(panel, shown, traces),
+    hovermode: panel.kind === "heat" || panel.kind === "events" ? "closest" : "x unified",
+    hoverlabel: { bgcolor: look("--card"), bordercolor: look("--edge"), align: "left",
+      font: { color: look("--ink"), size: 12 } },
+    hoverdistance: 40,
+    showlegend: false,
+    // A finger on a chart scrolls the page; it zooms with the buttons.
+    dragmode: isCoarse ? false : "zoom",
+  });
+  const CONFIG = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: isCoarse ? true : "hover",
+    doubleClick: false,
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "toImage"]],
+    toImageButtonOptions: { scale: 2 },
+  };
+
+  // --- a panel on the page
+  const draw = (box) => {
+    const number = Number(box.dataset.panel);
+    const panel = data.panels[number];
+    const here = panel.series.filter((series) => !hidden.has(series.run)
+      && data.runs[series.run].axes[state.x]);
+    const shown = here.filter((series) => !hiddenKeys[number].has(series.name));
+    const plot = box.querySelector(".plot");
+    drawKeys(box, panel, number, here);
+    box.classList.toggle("empty", !here.length);
+    if (!shown.length) {
+      Plotly.purge(plot);
+      plot.textContent = here.length ? "" : `No ${AXES[state.x].label} are recorded here.`;
+      drawn.delete(box);
+      return;
+    }
+    if (!drawn.has(box)) plot.textContent = "";
+    const traces = KINDS[panel.kind](panel, shown);
+    Plotly.react(plot, traces, layoutOf(panel, shown, traces), CONFIG);
+    if (!drawn.has(box)) listen(box, plot);
+    drawn.set(box, panel);
+  };
+  const drawKeys = (box, panel, number, here) => {
+    const keys = box.querySelector(".keys");
+    const names = new Map(here.map((series) => [series.name, series]));
+    keys.replaceChildren();
+    if (names.size < 2 || panel.kind === "heat" || panel.kind === "events") return;
+    for (const [name, series] of names) {
+      const key = toggle(name, !hiddenKeys[number].has(name), (on) => {
+        hiddenKeys[number][on ? "delete" : "add"](name);
+        draw(box);
+      });
+      const own = series.colour !== null;
+      key.style.setProperty("--key", own ? colourOf(series) : look("--soft"));
+      if (own) key.dataset.dash = DASHES[Math.floor(series.colour / COLOURS) % DASHES.length];
+      keys.append(key);
+    }
+  };
+  const toggle = (text, on, act) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "key";
+    button.textContent = text;
+    button.setAttribute("aria-pressed", String(on));
+    button.onclick = () => act(button.getAttribute("aria-pressed") !== "true");
+    return button;
+  };
+  const listen = (box, plot) => {
+    plot.removeAllListeners?.("plotly_relayout");
+    plot.on("plotly_relayout", (change) => {
+      const [from, to] = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
+      if (from === undefined) return;
+      view = [from, to];
+      // The chart that was zoomed keeps the y range that was drawn.
+      for (const other of drawn.keys()) if (other !== box) draw(other);
+      showReset();
+    });
+    plot.on("plotly_doubleclick", resetView);
+    plot.on("plotly_hover", (event) => follow(box, event));
+    plot.on("plotly_unhover", () => follow(box, null));
+  };
+  // The crosshair stands at the same place in every chart on the screen.
+  let following = false;
+  const follow = (box, event) => {
+    if (following) return;
+    following = true;
+    for (const [other, panel] of drawn) {
+      if (other === box || panel.kind === "heat" || panel.kind === "events") continue;
+      const plot = other.querySelector(".plot");
+      const { top, bottom } = plot.getBoundingClientRect();
+      if (bottom < 0 || top > window.innerHeight) continue;
+      if (event && event.xvals) Plotly.Fx.hover(plot, { xval: event.xvals[0], yval: 0 }, ["xy"]);
+      else Plotly.Fx.unhover(plot);
+    }
+    following = false;
+  };
+
+  // --- controls
+  const controls = document.getElementById("controls");
+  const choice = (key, title, options) => {
+    const group = document.createElement("fieldset");
+    group.innerHTML = `<legend>${title}</legend>`;
+    for (const [value, text, off] of options) {
+      const option = document.createElement("label");
+      option.innerHTML = `<input type="radio" name="${key}" value="${value}"><span>${text}</span>`;
+      const input = option.firstChild;
+      input.checked = state[key] === value;
+      input.disabled = Boolean(off);
+      if (off) option.title = off;
+      input.onchange = () => set(key, value);
+      group.append(option);
+    }
+    controls.append(group);
+  };
+  const set = (key, value) => {
+    state[key] = value;
+    if (key === "x" || key === "xscale") view = null;
+    history.replaceState(null, "", `#${new URLSearchParams(state)}`);
+    redraw();
+  };
+  const redraw = () => {
+    showReset();
+    for (const box of [...drawn.keys()]) draw(box);
+    for (const box of boxes) if (box.classList.contains("empty")) draw(box);
+  };
+  const resetView = () => {
+    view = null;
+    redraw();
+  };
+  const reset = document.createElement("button");
+  const showReset = () => (reset.hidden = !view);
+  const words = () =>
+    state.smooth ? `± ${100 * state.smooth}% of the step` : "off, each step";
+  const build = () => {
+    choice("x", "x axis", Object.entries(AXES).map(([axis, { label: text }]) => [axis, text,
+      data.runs.some((run) => run.axes[axis]?.length) ? "" : `metrics.jsonl has no ${text}`]));
+    choice("xscale", "x scale", [["linear", "linear"], ["log", "log"]]);
+    choice("yscale", "y scale", [["auto", "auto"], ["linear", "linear"], ["log", "log"]]);
+    const group = document.createElement("fieldset");
+    group.className = "smooth";
+    group.innerHTML = '<legend>smoothing</legend><label><input type="range" min="0" step="1"'
+      + ` max="${WINDOWS.length - 1}" aria-label="smoothing"><output></output></label>`;
+    const [slider, output] = group.querySelectorAll("input, output");
+    slider.value = WINDOWS.indexOf(state.smooth);
+    const say = () => {
+      output.textContent = words();
+      slider.setAttribute("aria-valuetext", words());
+    };
+    slider.oninput = () => {
+      set("smooth", WINDOWS[slider.value]);
+      say();
+    };
+    say();
+    controls.append(group);
+    reset.type = "button";
+    reset.className = "reset";
+    reset.textContent = "reset zoom";
+    reset.onclick = resetView;
+    controls.append(reset);
+    showReset();
+    if (data.runs.length > 1) buildRuns();
+  };
+  const buildRuns = () => {
+    const group = document.createElement("fieldset");
+    group.className = "runs";
+    group.innerHTML = "<legend>runs</legend>";
+    data.runs.forEach((run, place) => {
+      const key = toggle(run.name, true, (on) => {
+        hidden[on ? "delete" : "add"](place);
+        key.setAttribute("aria-pressed", String(on));
+        redraw();
+      });
+      key.style.setProperty("--key", `var(--c${place % COLOURS})`);
+      group.append(key);
+    });
+    controls.append(group);
+  };
+
+  build();
+  // Charts are drawn when they come near the screen: a page of thirty opens at once.
+  const watch = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting && !drawn.has(target) && !target.classList.contains("empty")) draw(target);
+    }
+  }, { rootMargin: "600px" });
+  boxes.forEach((box) => watch.observe(box));
+  window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  window.addEventListener("beforeprint", () => boxes.forEach(draw));
+  document.documentElement.dataset.ready = "yes";
+})();

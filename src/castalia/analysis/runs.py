@@ -1,0 +1,189 @@
+"""What a report reads of a run: the files of its folder, each of which may be absent."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.checkpoint import complete_steps
+from castalia.config import read_yaml
+from castalia.core.errors import CastaliaError, DataError
+from castalia.mixing import MixtureRecord, read_mixture
+from castalia.models.families import build_model_config
+from castalia.models.flops import flops_per_token
+from castalia.monitor.sinks import read_metrics
+
+Vector = NDArray[np.float64]
+Curve = tuple[Vector, Vector]
+"""(S,) steps, ascending, and (S,) finite values at them."""
+
+
+@dataclass
+class RunFiles:
+    """A run's folder, read."""
+
+    folder: Path
+    name: str
+    metrics: list[dict[str, Any]]
+    """The lines of metrics.jsonl, by step."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """summary.json: title, lead, tiles and tables, as the demo writes them."""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.yaml; empty without one."""
+        path = self.folder / "config.yaml"
+        return dict(read_yaml(path)) if path.exists() else {}
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """The guard's decisions, from events.jsonl."""
+        # Not `train.read_events`, which repairs the file: the run may be writing it right now.
+        path = self.folder / "events.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    @cached_property
+    def mixture(self) -> MixtureRecord | None:
+        """The mixture's record; None without one, or without a recorded step."""
+        path = self.folder / "mixture.jsonl"
+        record = read_mixture(path) if path.exists() else None
+        return record if record and record.lines else None
+
+    @cached_property
+    def checkpoints(self) -> list[int]:
+        """Steps that were saved, of which retention may have removed some."""
+        # The stall of a save is known after its own step's line is written, so it is in the next.
+        saved = [line["step"] - 1 for line in self.metrics if "save_stall_seconds" in line]
+        return sorted({*saved, *complete_steps(self.folder / "checkpoints")})
+
+    @cached_property
+    def flops_per_token(self) -> int | None:
+        """FLOPs of one training token; None where the config does not say."""
+        try:
+            model = build_model_config(self.config["model"], f"{self.folder}/config.yaml")
+            return flops_per_token(model, int(self.config["data"]["seq_length"]))
+        except (CastaliaError, KeyError, TypeError, ValueError):
+            # A page of curves is worth more than a complaint about a config of another version.
+            return None
+
+    def json(self, *parts: str) -> Any:
+        """The JSON value in a file of the folder; None if it is missing."""
+        return read_json(self.folder.joinpath(*parts))
+
+    def curve(self, *keys: str) -> Curve:
+        """The steps whose line has a finite number under the keys, and the numbers.
+
+        keys  a key of the line and those inside it, such as "valid", "perplexity".
+        """
+        return curve((line["step"], inner(line, keys)) for line in self.metrics)
+
+
+def inner(line: Any, keys: Sequence[str]) -> Any:
+    """The value under nested keys; None where one is missing."""
+    for key in keys:
+        if not isinstance(line, dict):
+            return None
+        line = line.get(key)
+    return line
+
+
+def curve(points: Iterable[tuple[int, Any]]) -> Curve:
+    """The points with a finite number, as two vectors."""
+    kept = [(step, value) for step, value in points if is_number(value)]
+    if not kept:
+        return np.empty(0), np.empty(0)
+    steps, values = np.array(kept, np.float64).T
+    return steps, values
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file; None if the file is missing.
+
+    Raises  DataError if the file is not JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}; delete it and create it again") from None
+
+
+def read_run(path: str | Path) -> RunFiles:
+    """Read a run's folder, or the folder of a file in it such as RUN/config.yaml.
+
+    Raises  DataError if the folder holds neither metrics nor a summary, or a file in it is damaged.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        folder = folder.parent
+    summary = read_json(folder / "summary.json") or {}
+    metrics: list[dict[str, Any]] = []
+    if (folder / "metrics.jsonl").exists():
+        metrics = lines_by_step(folder / "metrics.jsonl")
+    if not metrics and not summary:
+        raise DataError(no_run(folder))
+    return RunFiles(folder, summary.get("title", folder.resolve().name), metrics, summary)
+
+
+def lines_by_step(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl by step; of two lines of one step, the later one counts.
+
+    Raises  DataError if a line has no step.
+    """
+    lines: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(read_metrics(path), 1):
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise DataError(f"{path} line {number}: expected an object with a step, got {line!r}")
+        lines[line["step"]] = line
+    return [lines[step] for step in sorted(lines)]
+
+
+def no_run(folder: Path) -> str:
+    """What to say of a folder that is not a run's."""
+    if not folder.exists():
+        return f"{folder} does not exist; expected the folder of a run"
+    if (folder / "metrics.jsonl").exists():
+        return f"{folder}/metrics.jsonl has no step yet; try again when the run has made one"
+    inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
+    if inside:
+        some = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
+        return f"{folder} holds runs ({some}) but is none itself; name the runs: {folder}/*"
+    return f"{folder} is not the folder of a run: it has neither metrics.jsonl nor summary.json"
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[RunFiles]:
+    """Read several runs, with names that tell them apart.
+
+    Raises  DataError as `read_run`, and about a run that is named twice.
+    """
+    runs = [read_run(path) for path in paths]
+    folders = [run.folder.resolve() for run in runs]
+    for place, folder in enumerate(folders):
+        if folder in folders[:place]:
+            raise DataError(f"{runs[place].folder} is named twice; name each run once")
+    if len(runs) > 1:
+        for run, name in zip(runs, distinct_names(folders), strict=True):
+            run.name = name
+    return runs
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them all apart."""
+    most = max(len(folder.parts) for folder in folders)
+    names: list[str] = []
+    for count in range(1, most + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
