@@ -209,8 +209,9 @@ def no_targets(tmp_path):
     texts = [random.integers(97, 123, 17 if place % 5 == 0 else 1) for place in range(40)]
     answers = [random.integers(97, 123, 17) for _ in range(40)]
     labels = [text if place % 5 == 0 else text * 0 - 100 for place, text in enumerate(answers)]
-    last = [text * 0 - 100 for text in answers[:-1]] + answers[-1:]
-    files = {"short": texts, "answers": answers, "answers_label": labels, "last_label": last}
+    # The validation's order is made of the first five rows, of which this one comes last.
+    unread = [text if place == 3 else text * 0 - 100 for place, text in enumerate(answers)]
+    files = {"short": texts, "answers": answers, "answers_label": labels, "unread_label": unread}
     for name, documents in files.items():
         with IndexedDatasetWriter(tmp_path / name, "int32") as writer:
             for document in documents:
@@ -221,9 +222,9 @@ def no_targets(tmp_path):
             f"data.train={tmp_path / 'answers'}",
             f"data.labels={tmp_path / 'answers_label'}",
             "data.packing=unpacked",
-            # A validation reads two of its rows, and one row of all has targets.
+            # A validation reads the first two rows of its order, and the last of five has targets.
             f"data.valid={tmp_path / 'answers'}",
-            f"data.valid_labels={tmp_path / 'last_label'}",
+            f"data.valid_labels={tmp_path / 'unread_label'}",
             "train.eval_every=6",
             "train.eval_batches=1",
         ],
