@@ -85,6 +85,7 @@ def test_fields_are_honoured(server: LiveServer, speaker: LanguageModel) -> None
         assert ["".join(pieces) for pieces in parts] == texts, fields
     plain = server.complete(prompt=PROMPT, max_tokens=24, temperature=0)["choices"][0]["text"]
     assert plain == speaker.generate(PROMPT, 24)
+    assert server.complete(prompt=PROMPT, request_id="mine")["id"] == "cmpl-mine"
     cut = server.complete(
         prompt="xyz" + PROMPT, max_tokens=24, truncate_prompt_tokens=10, echo=True
     )
@@ -149,7 +150,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "unknown field 'repetion_penalty'; did you mean 'repetition_penalty'",
     ),
     ({"logit_bias": {"999": 1}}, "logit_bias: id 999 is outside the vocabulary of 257 tokens"),
-    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias: String should match pattern"),
     ({"logit_bias": {"1": 101}}, "logit_bias.1: Input should be less than or equal to 100"),
     ({"stop_token_ids": [999]}, "stop_token_ids: id 999 is outside the vocabulary"),
     ({"min_tokens": 50}, "min_tokens is 50, above max_tokens=24"),
@@ -163,6 +164,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos does not go with a text"),
     ({"response_format": {"type": "xml"}}, "response_format.type: Input should be 'text'"),
     ({"response_format": {"type": "json_schema"}}, "needs json_schema.schema"),
+    ({"stop": 5}, "stop: Input should be a valid string or a valid list"),
+    ({"guided_json": 5, "n": 0}, "n: Input should be greater than or equal to 1 (and 2 more)"),
     ({"stream_options": {"include_obfuscation": True}}, "include_obfuscation: not supported"),
 ]
 

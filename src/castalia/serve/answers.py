@@ -2,7 +2,6 @@
 
 import json
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,9 +57,10 @@ class AnswerFormat:
     chat: bool
     top: int | None
     """Number of likeliest tokens reported at each position; None omits log-probabilities."""
+    id: str
+    """Part of the answer's id behind cmpl- or chatcmpl-."""
     usage_follows: bool = False
     """Whether a stream ends with the token counts: its other chunks then say `usage: null`."""
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def report(self, served: ServedText, echo: str) -> TokenReport | None:

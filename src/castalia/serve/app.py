@@ -1,7 +1,7 @@
 """The ASGI application: endpoints, error handlers and the OpenAPI page."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 
 from castalia import __version__
 from castalia.core.errors import CastaliaError, ConfigError, nearest
-from castalia.serve.fields import CHOICES, TEXTS, TOKEN
+from castalia.serve.fields import CHOICES, TEXTS, TOKEN, Body
+from castalia.serve.forms import ResponseFormat, SchemaFormat, StructuredOutputs
 from castalia.serve.limits import RequestLimits, error_body
 from castalia.serve.metrics import RequestCounter, ServerMetrics
 from castalia.serve.model_pool import ModelPool, NoTemplateError, UnknownModelError
@@ -30,6 +31,8 @@ from castalia.serve.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Message,
+    StreamOptions,
     TokenizeRequest,
 )
 from castalia.serve.scheduler import QueueFullError, StoppingError
@@ -41,6 +44,21 @@ from castalia.serve.service import (
     require_no_added,
 )
 
+REQUESTS: tuple[type[Body], ...] = (
+    CompletionRequest,
+    ChatRequest,
+    Message,
+    ResponseFormat,
+    SchemaFormat,
+    StreamOptions,
+    StructuredOutputs,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
+FIELD_NAMES = frozenset(
+    field.alias or name for request in REQUESTS for name, field in request.model_fields.items()
+)
+"""Every name that a request may have."""
 LOG = logging.getLogger("castalia.serve")
 CLIENT_LEFT = 499
 """nginx's status for a closed connection; only the metrics see it."""
@@ -266,14 +284,31 @@ def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
             " of token ids",
             "prompt",
         )
-    name = ".".join(path) or None
     if first["type"] == "extra_forbidden":
-        known = {*CompletionRequest.model_fields, *ChatRequest.model_fields}
-        return f"unknown field {name!r}{nearest(path[-1], known)}", name
-    message = f"{name or 'the request'}: {first['msg'].removeprefix('Value error, ')}"
-    if len(problems) > 1:
-        message += f" (and {len(problems) - 1} more)"
+        name = ".".join(path)
+        return f"unknown field {name!r}{nearest(path[-1], FIELD_NAMES)}", name
+    places = [field_path(problem["loc"]) for problem in problems]
+    name = places[0] or None
+    messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
+    message = f"{name or 'the request'}: {messages[0]}"
+    # pydantic reports each type that it tried for one field.
+    alike = [text for text, place in zip(messages, places, strict=True) if place == places[0]]
+    for text in dict.fromkeys(alike[1:]):
+        message += f" or {text.removeprefix('Input should be ')}"
+    others = len(problems) - len(alike)
+    if others:
+        message += f" (and {others} more)"
     return message, name
+
+
+def field_path(steps: Sequence[int | str]) -> str:
+    """The path of a field, with places in lists, without pydantic's names of the types it tried."""
+    path = []
+    for step in steps[1:]:
+        if not (isinstance(step, int) or step.isdigit() or step in FIELD_NAMES):
+            break
+        path.append(str(step))
+    return ".".join(path)
 
 
 def lower_bounds(schema: Any, bounds: Iterable[tuple[str, str, int]]) -> None:

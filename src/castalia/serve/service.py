@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,7 @@ class Service:
             chat=False,
             top=body.logprobs,
             usage_follows=body.usage_follows,
+            id=body.request_id or uuid.uuid4().hex,
         )
         return await self.start(
             loaded,
@@ -134,7 +136,12 @@ class Service:
         if body.logprobs:
             top = body.top_logprobs or 0
         answer = AnswerFormat(
-            loaded.model, loaded.name, chat=True, top=top, usage_follows=body.usage_follows
+            loaded.model,
+            loaded.name,
+            chat=True,
+            top=top,
+            usage_follows=body.usage_follows,
+            id=body.request_id or uuid.uuid4().hex,
         )
         return await self.start(loaded, body, [prompt], max_tokens, answer)
 
