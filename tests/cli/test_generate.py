@@ -131,6 +131,33 @@ def test_draws_repeat_with_a_seed_and_do_not_depend_on_the_output_form(castalia,
     assert records[0]["text"] == drawn
 
 
+def test_penalties_and_schemas(castalia, run: Path, tmp_path: Path) -> None:
+    words = ["generate", run, "--prompt", "A", "--max-new-tokens", 30, "--json"]
+    penalties = ["--repetition-penalty", 1.5, "--frequency-penalty", 0.5, "--presence-penalty", 0.2]
+    (record,) = castalia(
+        *words, *penalties, "--temperature", 1, "--min-p", 0.1, "--seed", -1
+    ).records()
+    assert record["text"] == load(run).generate(
+        "A",
+        30,
+        repetition_penalty=1.5,
+        frequency_penalty=0.5,
+        presence_penalty=0.2,
+        temperature=1.0,
+        min_p=0.1,
+        seed=-1,
+    )
+    pytest.importorskip("llguidance")
+    (tmp_path / "schema.json").write_text('{"enum": ["up", "down"]}')
+    for more in ([], ["--draft", "lookup"]):
+        (record,) = castalia(*words, "--json-schema", tmp_path / "schema.json", *more).records()
+        assert json.loads(record["text"]) in ("up", "down")
+    answer = castalia(*words, "--json-schema", tmp_path / "none.json")
+    assert answer.code == 1 and "cannot read the JSON schema in" in answer.err
+    answer = castalia(*words, "--seed", 2**63)
+    assert answer.code == 2 and "--seed" in answer.err
+
+
 def test_prompts_from_files_and_standard_input(castalia, run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "three\\nlines"}\n{"prompt": ""}\n')

@@ -84,6 +84,28 @@ class SamplingFlags:
             help="Draw from the likeliest tokens that together have this probability; 0 is off.",
         ),
     ] = 0.0
+    min_p: Annotated[
+        float,
+        SAMPLING(
+            metavar="SHARE",
+            help="Draw from tokens at least this many times as likely as the likeliest; 0 is off.",
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        SAMPLING(metavar="X", help="Above 1 avoids the tokens of prompt and text; 1 is off."),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float, SAMPLING(metavar="X", help="Above 0 avoids the tokens of the text.")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        SAMPLING(metavar="X", help="Above 0 avoids what the text repeats, once for each time."),
+    ] = 0.0
+    json_schema: Annotated[
+        str | None,
+        SAMPLING(metavar="FILE", help="Write JSON of the schema in this file."),
+    ] = None
     stop: Annotated[
         list[str] | None,
         SAMPLING(metavar="TEXT", help=r"End before this text; \n is a new line. May be repeated."),
@@ -91,17 +113,31 @@ class SamplingFlags:
     seed: Annotated[
         int | None,
         SAMPLING(
-            metavar="N", help="Repeat the same draws; prompt i, counted from 0, uses seed N + i."
+            metavar="N",
+            min=-(2**63),
+            max=2**63 - 1,
+            help="Repeat the same draws; prompt i, counted from 0, uses seed N + i.",
         ),
     ] = None
 
-    def options(self) -> dict[str, Any]:
-        """As `complete` and `stream` take them, without the seed."""
+    def options(self, model: "LanguageModel") -> dict[str, Any]:
+        """As `complete` and `stream` take them, without the seed.
+
+        Raises  DataError if the file of the schema cannot be read; ConfigError if it is no schema.
+        """
+        grammar = None
+        if self.json_schema is not None:
+            grammar = model.grammars.json(read_schema(self.json_schema))
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "grammar": grammar,
             "stop": [unescaped(text) for text in self.stop or []],
         }
 
@@ -151,7 +187,7 @@ def generate(
 
     texts = prompts.gather()
     model = load(checkpoint, engine=running.engine, dtype=running.dtype, device=device)
-    options = sampling.options()
+    options = sampling.options(model)
     if draft == "lookup":
         options["draft"] = draft
     elif draft is not None:
@@ -166,6 +202,20 @@ def generate(
         print_texts(model, texts, options, sampling.seed)
 
 
+def read_schema(file: str) -> str:
+    """The text of a JSON schema.
+
+    Raises  DataError if the file cannot be read.
+    """
+    from castalia.core.errors import DataError
+
+    try:
+        with open(file, encoding="utf-8") as opened:
+            return opened.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the JSON schema in {file}: {error}") from None
+
+
 def unescaped(text: str) -> str:
     r"""The text with `\n` and `\t`, which shells pass as they are, as new lines and tabs."""
     for escape, character in ESCAPES.items():
@@ -175,9 +225,9 @@ def unescaped(text: str) -> str:
 
 def seed_of(seed: int | None, number: int) -> int | None:
     """The seed of prompt `number`: its own, so that its text does not depend on the others."""
-    if seed is None:
-        return None
-    return seed + number
+    from castalia.inference.sampling import wrapped
+
+    return None if seed is None else wrapped(seed + number)
 
 
 def print_records(
