@@ -149,6 +149,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"repetion_penalty": 2},
         "unknown field 'repetion_penalty'; did you mean 'repetition_penalty'",
     ),
+    ({"verbosity": "low"}, "verbosity: not a field of this endpoint"),
     ({"logit_bias": {"999": 1}}, "logit_bias: id 999 is outside the vocabulary of 257 tokens"),
     ({"logit_bias": {"a": 1}}, "logit_bias: String should match pattern"),
     ({"logit_bias": {"1": 101}}, "logit_bias.1: Input should be less than or equal to 100"),

@@ -285,8 +285,10 @@ def validation_message(error: RequestValidationError) -> tuple[str, str | None]:
             "prompt",
         )
     if first["type"] == "extra_forbidden":
-        name = ".".join(path)
-        return f"unknown field {name!r}{nearest(path[-1], FIELD_NAMES)}", name
+        unknown = ".".join(path)
+        if path[-1] in FIELD_NAMES:
+            return f"{unknown}: not a field of this endpoint", unknown
+        return f"unknown field {unknown!r}{nearest(path[-1], FIELD_NAMES)}", unknown
     places = [field_path(problem["loc"]) for problem in problems]
     name = places[0] or None
     messages = [problem["msg"].removeprefix("Value error, ") for problem in problems]
