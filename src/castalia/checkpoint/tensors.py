@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from castalia.checkpoint.keymap import Transform
@@ -15,6 +16,16 @@ from castalia.distributed.boxes import Box
 
 DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.values()}
 """safetensors' code -> torch's dtype."""
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file that others may read as the umask says."""
+    # The library renames a temporary file of mode 0600 to `path`, so the mode is taken from a file
+    # that Python has made there.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 class StoredTensor(Protocol):

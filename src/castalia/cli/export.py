@@ -70,6 +70,13 @@ class FormatFlags:
             show_default="int8, gguf Q8_0",
         ),
     ] = None
+    activation: Annotated[
+        str | None,
+        FORMAT(
+            metavar="FORM",
+            help="gelu or gelu_tanh in place of the checkpoint's own; the card says what changes.",
+        ),
+    ] = None
     force: Annotated[bool, FORMAT("--force", help="Replace an earlier export.")] = False
 
 
@@ -129,6 +136,7 @@ def export(
         output=form.output,
         dtype=form.dtype,
         quantization=form.quantization,
+        activation=form.activation,
         steps=which.chosen(),
         force=form.force,
         heldout=check.heldout,

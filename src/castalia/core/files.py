@@ -32,6 +32,11 @@ def several(
     return list(paths)
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Every file of a folder and the folders in it, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a local file, read 4 MiB at a time."""
     digest = hashlib.sha256()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from castalia.checkpoint.saved_model import SavedModel
+from castalia.core.files import files_in
 from castalia.export.formats import Format
 from castalia.export.quality import Quality, table
 from castalia.models.flops import active_parameters, parameter_counts
@@ -20,7 +21,7 @@ def write_card(
     quality: Quality | None,
 ) -> None:
     """Write README.md into `folder`, which holds the whole export."""
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in files_in(folder))
     module = kind.use.partition(".")[0]
     lines = [
         f"# {name}",

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.saved_model import TOKENIZER, open_model
+from castalia.checkpoint.special_ids import read_special_ids
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.core.files import cache_folder
@@ -26,7 +27,7 @@ from castalia.core.unicode import require_unicode
 from castalia.data.tokenizer import load_tokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.export.exports import default_place, export, revision
-from castalia.inference.exported import RECORD
+from castalia.inference.exported import RECORD, read_record
 
 MODEL = "model.bin"
 DEFAULT_MAX_LENGTH = 512
@@ -110,6 +111,8 @@ class CT2fromHfHub:
         except (RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {self.folder} in CTranslate2: {error}") from None
         self.ids = {token: i for i, token in enumerate(self.vocabulary)}
+        self.end_ids = end_ids_of(self.folder, len(self.vocabulary))
+        """Ids that end a text; empty where only the engine's own config names one."""
 
     def tokenize_encode(self, text: Sequence[str], **encode_tok_kwargs: Any) -> list[list[str]]:
         """The tokens of each text, as the engine spells them.
@@ -208,6 +211,8 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         suppressed = list(options.get("suppress_sequences") or [])
         suppressed += [[token] for token in self.vocabulary[count:]]
         added = {"suppress_sequences": suppressed or None, "include_prompt_in_result": False}
+        if self.end_ids:
+            options = {"end_token": list(self.end_ids)} | options
         return called(self.model.generate_batch, prompts, options | added)
 
 
@@ -239,6 +244,13 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
         return [
             self.decode_tokens(result.hypotheses[0], **decode_tok_kwargs) for result in tokens_out
         ]
+
+
+def end_ids_of(folder: Path, rows: int) -> tuple[int, ...]:
+    """The ids that end a text, of the record of an export or the files of its model; else empty."""
+    if (folder / RECORD).is_file():
+        return tuple(read_record(folder).get("end_ids", ()))
+    return read_special_ids(folder, None, rows).end_ids
 
 
 def tokens_of(tokenizer: object, rows: int) -> int:

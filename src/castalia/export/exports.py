@@ -4,7 +4,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from castalia.checkpoint.names import step_name
 from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.extras import pip_command
-from castalia.core.files import cannot_write, sha256_of, write_json
+from castalia.core.files import cannot_write, files_in, sha256_of, write_json
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.tokenizer_settings import chat_templates, write_chat_templates
 from castalia.export.card import write_card
@@ -24,6 +24,11 @@ from castalia.export.formats import EXPORTS, Format
 from castalia.export.quality import HeldOutText, Quality, held_out, measure
 from castalia.inference.exported import RECORD, ExportFolder
 from castalia.inference.torch_engine import TorchEngine
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+"""The forms of GELU: with the error function, and its approximation with tanh."""
+GELU_DIFFERENCE = 0.00048
+"""Largest difference of the two forms, at x = ±2.70; computed in float64."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class ExportSpec:
 
     kind: type[Format]
     numbers: str
+    activation: str | None
+    """The form of GELU that the export computes; None for that of the checkpoint."""
     heldout: str | Path | None
     max_kl: float | None
 
@@ -70,6 +77,7 @@ def export(
     output: str | Path | None = None,
     dtype: str | None = None,
     quantization: str | None = None,
+    activation: str | None = None,
     steps: Sequence[int] | Literal["all"] | None = None,
     force: bool = False,
     heldout: str | Path | None = None,
@@ -81,7 +89,9 @@ def export(
     they go to RUN/exports/hf/step1000 or RUN/exports/ct2-int8/step1000. All options are checked
     before the first one is written.
     Options  to: a name in EXPORTS, whose class lists the values of dtype (hf) and quantization
-             (the others). steps: steps of the run, or "all". force replaces earlier exports.
+             (the others). activation: gelu or gelu_tanh in place of the checkpoint's own; the card
+             says what that changes. steps: steps of the run, or "all". force replaces earlier
+             exports.
              heldout: a text file or the prefix of token files on which the export is compared with
              float32, by default the run's data.valid; the card shows the result.
              max_kl: an export with a larger mean KL from float32, in nats a token, is not written.
@@ -96,6 +106,11 @@ def export(
         )
     kind = EXPORTS[to]
     numbers = checked_numbers(kind, dtype, quantization)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}"
+            f"{nearest(activation, ACTIVATIONS)}"
+        )
     if max_kl is not None:
         require_measurable(kind, max_kl)
     if is_hub_id(checkpoint):
@@ -104,7 +119,7 @@ def export(
     places = destinations(checkpoint, output, name, steps)
     for place in places:
         require_replaceable(place.folder, force)
-    spec = ExportSpec(kind, numbers, heldout, max_kl)
+    spec = ExportSpec(kind, numbers, activation, heldout, max_kl)
     return (write_export(place, spec) for place in places)
 
 
@@ -202,14 +217,15 @@ def require_replaceable(folder: Path, force: bool) -> None:
 def write_export(place: Destination, spec: ExportSpec) -> Exported:
     """Write one folder under a temporary name beside its place, then rename it."""
     start = time.perf_counter()
-    source = open_model(place.checkpoint)
+    trained = open_model(place.checkpoint)
+    source = with_activation(trained, spec.activation)
     require_expressible(source, spec)
     text = text_to_measure(source, spec)
     temporary = place.folder.with_name(f".{place.folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        notes = write_files(temporary, source, spec)
-        quality = examine(temporary, source, spec, text)
+        notes = activation_notes(trained, source) + write_files(temporary, source, spec)
+        quality = examine(temporary, source, trained, spec, text)
         # The export is measured as written: the bound is checked on the files that users would get.
         if quality is not None and spec.max_kl is not None and quality.kl > spec.max_kl:
             raise ConfigError(
@@ -230,7 +246,7 @@ def write_export(place: Destination, spec: ExportSpec) -> Exported:
             numbers=spec.numbers,
             checkpoint=str(place.checkpoint),
             step=source.step,
-            bytes=sum(file.stat().st_size for file in temporary.iterdir()),
+            bytes=sum(file.stat().st_size for file in files_in(temporary)),
             seconds=round(time.perf_counter() - start, 3),
             notes=notes,
             quality=None if quality is None else quality.as_dict(),
@@ -248,14 +264,54 @@ def write_export(place: Destination, spec: ExportSpec) -> Exported:
     return done
 
 
+def with_activation(source: SavedModel, activation: str | None) -> SavedModel:
+    """The same weights with another form of GELU; `source` itself where nothing changes.
+
+    Raises  ConfigError if the family has no such option.
+    """
+    if activation is None:
+        return source
+    if getattr(source.config, "activation", None) not in ACTIVATIONS:
+        raise ConfigError(
+            f"activation={activation}: model family {source.config.family!r} has no GELU to choose"
+        )
+    return replace(source, config=source.config.model_copy(update={"activation": activation}))
+
+
+def activation_notes(trained: SavedModel, source: SavedModel) -> list[str]:
+    """What another form of GELU changes, in one sentence; nothing where it is the same."""
+    before = getattr(trained.config, "activation", None)
+    after = getattr(source.config, "activation", None)
+    if before == after:
+        return []
+    return [
+        f"activation={before} of the checkpoint is computed as {after}: the two differ by at most"
+        f" {GELU_DIFFERENCE:g} for each activation. Published Pythia folders say gelu, though their"
+        " models were trained with gelu_tanh"
+    ]
+
+
 def require_expressible(source: SavedModel, spec: ExportSpec) -> None:
     """Raises  ConfigError if the format cannot hold the model; no weight has been read yet."""
     if reason := spec.kind.refuses(source.config, spec.numbers):
-        raise ConfigError(reason)
+        raise ConfigError(reason + other_activation(source, spec))
     if source.tokenizer is None and spec.kind.needs_tokenizer:
         raise ConfigError(
             f"{source.folder} has no {TOKENIZER}; a {spec.kind.name} model finds tokens by text"
         )
+
+
+def other_activation(source: SavedModel, spec: ExportSpec) -> str:
+    """The hint that the format takes the model with another form of GELU, if it does."""
+    own = getattr(source.config, "activation", None)
+    for activation in ACTIVATIONS if own in ACTIVATIONS else ():
+        config = with_activation(source, activation).config
+        if activation != own and spec.kind.refuses(config, spec.numbers) is None:
+            return (
+                f"; --activation {activation} exports it in that form, which changes each"
+                f" activation by at most {GELU_DIFFERENCE:g}"
+            )
+    return ""
 
 
 def text_to_measure(source: SavedModel, spec: ExportSpec) -> HeldOutText | None:
@@ -296,9 +352,16 @@ def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]
 
 
 def examine(
-    folder: Path, source: SavedModel, spec: ExportSpec, text: HeldOutText | None
+    folder: Path,
+    source: SavedModel,
+    trained: SavedModel,
+    spec: ExportSpec,
+    text: HeldOutText | None,
 ) -> Quality | None:
-    """The written export against float32; None without a text or without the engine's package."""
+    """The written export of `source` against float32, as the checkpoint says that it was trained.
+
+    None without a text or without the engine's package.
+    """
     engine = spec.kind.engine()
     if text is None or engine is None or not engine.is_installed():
         return None
@@ -313,7 +376,7 @@ def examine(
     )
     # Naming the dtype measures the export's own arithmetic; auto would score in bf16.
     return measure(
-        engine.from_export(written, spec.numbers), TorchEngine.from_checkpoint(source), text
+        engine.from_export(written, spec.numbers), TorchEngine.from_checkpoint(trained), text
     )
 
 
@@ -321,7 +384,7 @@ def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
     """export.json: the checkpoint with its hashes, the model's config, the hash of every file."""
     from castalia import __version__
 
-    written = {file.name: sha256_of(file) for file in sorted(folder.iterdir())}
+    written = {str(file.relative_to(folder)): sha256_of(file) for file in files_in(folder)}
     record = {
         "castalia": __version__,
         **asdict(done),

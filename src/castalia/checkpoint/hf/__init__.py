@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from castalia.checkpoint.hf.format import HfFormat
 from castalia.checkpoint.hf.neox import NeoxFormat
 from castalia.checkpoint.keymap import KeyMap
-from castalia.checkpoint.tensors import FileTensor, StoredTensors, tensors_of_file
+from castalia.checkpoint.tensors import FileTensor, StoredTensors, save_tensors, tensors_of_file
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import write_json
 from castalia.core.registry import Registry
@@ -190,7 +189,7 @@ def write_hf(
         name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
         for name, tensor in theirs.items()
     }
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(stored, folder / "model.safetensors", {"format": "pt"})
 
 
 def write_hf_tokenizer(

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from castalia.checkpoint.tensors import save_tensors
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import write_json
 from castalia.inference.native.packing import (
@@ -148,12 +148,12 @@ def save_weights(folder: Path, weights: PackedWeights) -> None:
         },
     )
     # Written twice: only the library knows how long its header gets.
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"fill": ""})
+    save_tensors(tensors, folder / WEIGHTS_FILE, {"fill": ""})
     with open(folder / WEIGHTS_FILE, "rb") as file:
         header = int.from_bytes(file.read(8), "little") + 8
     # The library pads the header to 8 bytes only. A longer word in it moves the tensors to the
     # next cache line.
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"fill": " " * (-header % LINE)})
+    save_tensors(tensors, folder / WEIGHTS_FILE, {"fill": " " * (-header % LINE)})
 
 
 def is_native(folder: Path) -> bool:
