@@ -1,6 +1,7 @@
 """`castalia show`: what it prints, as text and as JSON, and how it fails."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from castalia.recipes import load_config
 PYTHIA_FILE = str(Path(__file__).resolve().parents[1] / "config" / "neox_70m.yml")
 
 
-def show(*arguments, columns="80"):
+def show(*arguments, columns="80", timed=False):
     """Output of `castalia show ARGUMENTS`, which must succeed."""
-    done = CliRunner().invoke(app, ["show", *arguments], env={"COLUMNS": columns, "WORLD_SIZE": ""})
+    words = ["show", *arguments, *([] if timed else ["--no-time"])]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": columns, "WORLD_SIZE": ""})
     assert done.exit_code == 0, done.output
     return done.output
 
@@ -38,6 +40,29 @@ def test_json_has_the_published_numbers():
     assert shown["memory"]["optimizer"] == 8 * 70_426_624
     assert shown["config"]["recipe"] == shown["recipe"] == "pythia-70m"
     assert shown["changes"] == {} and shown["ignored"] == {}
+
+
+def test_the_time_of_a_run_is_measured_here_and_estimated_for_gpus():
+    time = json.loads(show("debug", "device=cpu", "--json", timed=True))["time"]
+    assert time["tokens_per_second"] == pytest.approx(768 / time["seconds_per_step"])
+    assert time["days"] == pytest.approx(60 * time["seconds_per_step"] / 86400)
+    assert time["measured"].startswith("2 of 4 layers, ") and time["gpu_hours"] is None
+    text = show("debug", "device=cpu", columns="160", timed=True)
+    assert re.search(r"time +\S+ s a step, \S+ tokens/s on this machine \(measured: 2 of 4", text)
+    assert re.search(r"whole run +.* days \(\d+s\)", text)
+    # Without a measurement the estimate is left, and it says that it is one.
+    text = show("pythia-1b", columns="160")
+    assert "whole run" not in text
+    assert re.search(r"GPU-hours +[\d,]+ on a100-80, [\d,]+ on h100 \(estimated at the MFU", text)
+
+
+def test_a_plan_has_the_days_and_gpu_hours_of_the_run():
+    chosen = json.loads(show("pythia-1b", "--gpu", "h100", "--nodes", "2", "--json"))["chosen"]
+    assert chosen["days"] == pytest.approx(chosen["step_seconds"] * 143_000 / 86400)
+    assert chosen["gpu_hours"] == pytest.approx(chosen["days"] * 24 * 16)
+    lines = show("pythia-1b", "--gpu", "h100", "--nodes", "2").splitlines()
+    (hours,) = [line.split()[1] for line in lines if line.startswith("GPU-hours")]
+    assert hours == f"{chosen['gpu_hours']:,.1f}"
 
 
 def test_json_of_overrides():
@@ -117,9 +142,9 @@ def test_schema_describes_every_key_and_requires_none():
 
 
 def test_keys_of_a_section_and_of_no_section(command):
-    text = show("--keys", "optim.lr", "guard")
-    assert "  optim.lr  number > 0, default 0.0006\n      Peak learning rate, reached" in text
-    assert "guard.skip_steps" in text and "optim.eps" not in text
+    text = show("--keys", "optim.eps", "guard")
+    assert "  optim.eps  number > 0, default 1e-08\n      Added to the root of" in text
+    assert "guard.skip_steps" in text and "optim.lr" not in text
     assert "train.steps  integer > 0, default 143000, may change at a resume" in show("--keys")
     code, out, err = command("show", "--keys", "optm")
     assert (code, out) == (2, "")

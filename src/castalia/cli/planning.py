@@ -20,11 +20,12 @@ def show_plan(config: list[str], nodes: int, gpus_per_node: int, gpu: str, as_js
     kind = find_gpu(gpu)
     work = resolve(config, world=nodes * gpus_per_node).config.workload
     chosen = plan(work, nodes, gpus_per_node, kind)
+    steps = work.steps
     proposed = propose(work, nodes, gpus_per_node, kind)
     if not as_json:
         size = nodes * gpus_per_node
         typer.echo(f"{size} x {gpu}, {kind.memory_gib} GiB each; estimates for one GPU\n")
-        print_plans(chosen, proposed)
+        print_plans(chosen, proposed, steps)
         return
     cluster = {
         "gpu": gpu,
@@ -32,19 +33,25 @@ def show_plan(config: list[str], nodes: int, gpus_per_node: int, gpu: str, as_js
         "gpus_per_node": gpus_per_node,
         "memory_gib": kind.memory_gib,
     }
-    plans: dict[str, Any] = {"cluster": cluster, "chosen": as_object(chosen), "proposed": None}
+    plans: dict[str, Any] = {
+        "cluster": cluster,
+        "chosen": as_object(chosen, steps),
+        "proposed": None,
+    }
     if proposed is not None:
-        plans["proposed"] = as_object(proposed)
+        plans["proposed"] = as_object(proposed, steps)
     typer.echo(json.dumps(plans, indent=2))
 
 
-def as_object(plan: "LayoutCost") -> dict[str, Any]:
-    """A plan as plain values; sizes in bytes."""
+def as_object(plan: "LayoutCost", steps: int) -> dict[str, Any]:
+    """A plan of a run of `steps` steps as plain values; sizes in bytes."""
     memory = plan.memory._asdict() | {"total": plan.memory.total}
     return plan._asdict() | {
         "degrees": plan.degrees._asdict(),
         "memory": memory,
         "overrides": overrides(plan),
+        "days": plan.step_seconds * steps / 86400,
+        "gpu_hours": plan.step_seconds * steps * plan.degrees.size / 3600,
     }
 
 
@@ -59,11 +66,11 @@ def overrides(plan: "LayoutCost") -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def print_plans(chosen: "LayoutCost", proposed: "LayoutCost | None") -> None:
+def print_plans(chosen: "LayoutCost", proposed: "LayoutCost | None", steps: int) -> None:
     """A table with a column for each plan, and the overrides of the proposal."""
-    columns = [("as configured", rows(chosen))]
+    columns = [("as configured", rows(chosen, steps))]
     if proposed is not None:
-        columns.append(("proposed", rows(proposed)))
+        columns.append(("proposed", rows(proposed, steps)))
     # Both plans have the same lines, so the names of one serve for both.
     names = list(columns[0][1])
     width = max(len(name) for name in names)
@@ -80,9 +87,9 @@ def print_plans(chosen: "LayoutCost", proposed: "LayoutCost | None") -> None:
         typer.echo("\nno layout fits; use more GPUs, GPUs with more memory, or shorter rows")
 
 
-def rows(plan: "LayoutCost") -> dict[str, str]:
-    """Name and text of each line of one plan."""
-    from castalia.monitor.display import size_text
+def rows(plan: "LayoutCost", steps: int) -> dict[str, str]:
+    """Name and text of each line of one plan of a run of `steps` steps."""
+    from castalia.monitor.display import duration, size_text
 
     verdict = "fits" if plan.fits else "does not fit"
     lines = {
@@ -100,5 +107,7 @@ def rows(plan: "LayoutCost") -> dict[str, str]:
         "bubble": f"{plan.bubble:.1%}",
         "seconds a step": f"{plan.step_seconds:.3g}",
         "tokens a second": f"{plan.tokens_per_second:,.0f}",
+        "whole run": duration(plan.step_seconds * steps),
+        "GPU-hours": f"{plan.step_seconds * steps * plan.degrees.size / 3600:,.1f}",
         "MFU": f"{plan.mfu:.1%}",
     }

@@ -10,6 +10,7 @@ from castalia.cli.flags import CONFIG, panel
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from castalia.cli.timing import RunTime
     from castalia.cost.estimate import Estimate
     from castalia.recipes import Resolved
 
@@ -23,6 +24,9 @@ def show(
         bool, typer.Option("--all", help="Print the whole resolved config as YAML too.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    timed: Annotated[
+        bool, typer.Option("--time/--no-time", help="Measure the time of a step on this machine.")
+    ] = True,
     keys: Annotated[
         bool,
         KEYS("--keys", help="List every key of a config, or those of the sections named."),
@@ -64,7 +68,7 @@ def show(
 
         show_plan(words, nodes, gpus_per_node, gpu, as_json)
     else:
-        show_config(words, everything, as_json)
+        show_config(words, everything, as_json, timed)
 
 
 def print_schema() -> None:
@@ -74,18 +78,21 @@ def print_schema() -> None:
     typer.echo(json.dumps(for_editors(RunConfig.model_json_schema()), indent=2))
 
 
-def show_config(words: list[str], everything: bool, as_json: bool) -> None:
+def show_config(words: list[str], everything: bool, as_json: bool, timed: bool) -> None:
     """Print a config's differences from its recipe, its cost and its notes."""
+    from castalia.cli.timing import run_time
     from castalia.config import dump_yaml
     from castalia.cost.estimate import estimate
     from castalia.recipes import resolve
 
     resolved = resolve(words)
     cost = estimate(resolved.config.workload)
+    seconds = run_time(resolved.config, cost, measured=timed)
     if as_json:
-        typer.echo(json.dumps(as_object(resolved, cost), indent=2))
+        shown = as_object(resolved, cost) | {"time": seconds._asdict()}
+        typer.echo(json.dumps(shown, indent=2))
         return
-    print_summary(resolved, cost)
+    print_summary(resolved, cost, seconds)
     if everything:
         typer.echo(f"\n{dump_yaml(resolved.config)}")
 
@@ -138,14 +145,14 @@ def as_object(resolved: "Resolved", cost: "Estimate") -> dict[str, Any]:
     }
 
 
-def print_summary(resolved: "Resolved", cost: "Estimate") -> None:
+def print_summary(resolved: "Resolved", cost: "Estimate", seconds: "RunTime") -> None:
     """Differences from the recipe, cost, notes, and GPT-NeoX options without effect."""
     from rich.console import Console
 
     console = Console(highlight=False, emoji=False)
     print_changes(console, resolved)
     console.print()
-    print_cost(console, resolved, cost)
+    print_cost(console, resolved, cost, seconds)
     wraps = console.is_terminal  # a pipe gets each note as one line, which grep can find
     notes = [*resolved.notes, *resolved.launch_notes]
     if notes:
@@ -182,15 +189,17 @@ def plain(value: Any) -> str:
     return str(value)
 
 
-def print_cost(console: "Console", resolved: "Resolved", cost: "Estimate") -> None:
-    """One table: size, work, memory by part, disk."""
+def print_cost(
+    console: "Console", resolved: "Resolved", cost: "Estimate", seconds: "RunTime"
+) -> None:
+    """One table: size, work, memory by part, disk, time."""
     from rich.table import Table
 
     console.print(f"cost of {resolved.config.output}", style="italic", markup=False)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, text in cost_rows(resolved, cost).items():
+    for name, text in (cost_rows(resolved, cost) | seconds.rows()).items():
         table.add_row(name, text)
     console.print(table)
 

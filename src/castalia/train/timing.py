@@ -1,0 +1,128 @@
+"""The time of a training step on this machine, measured on a small piece of the model.
+
+The piece has the model's kind of blocks, at most two, and a small vocabulary, and runs forward and
+backward on few tokens. Its FLOP/s give the time of a whole step. What a piece does not show is left
+out: the optimizer's update, communication, checkpoints, and waiting for data.
+"""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from castalia.core.memory import keep_freed_memory
+from castalia.cost.estimate import Estimate
+from castalia.data import Batch
+from castalia.models import Decoder, ModelConfig
+from castalia.models.config import TransformerConfig
+from castalia.models.flops import flops_per_token
+from castalia.train.config import RunConfig
+from castalia.train.losses.scored import Scored
+from castalia.train.precision import arithmetic
+
+LAYERS = 2
+"""Blocks of the piece, at most."""
+VOCABULARY = 4096
+"""Ids of the piece, at most: the head is a product like the others."""
+WIDTH = {"cpu": 768, "cuda": 8192}
+"""Width of the piece, at most: a CPU's rate no longer rises with wider products, and memory is
+scarcer."""
+TOKENS = {"cpu": (32, 128, 512), "cuda": (512, 2048, 8192)}
+"""Tokens of a pass, ascending. The more, the nearer to training; the last is some 10 GFLOP at the
+widths of small models."""
+PATIENCE = 0.2
+"""Seconds of a pass beyond which no larger one is tried: `castalia show` waits for it, and fp16 on
+a CPU without instructions for it is a hundred times slower."""
+PASSES = 3
+"""Passes of one size, at most. The first one warms up: it compiles kernels and takes memory."""
+
+
+class StepTime(NamedTuple):
+    """Time of one optimizer step."""
+
+    seconds: float
+    tokens_per_second: float
+    """Of all ranks."""
+    about: str
+    """What was measured, in words."""
+
+
+def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
+    """Measure a piece of the model on the device of `cost`; None if this machine lacks it.
+
+    Ranks on GPUs work side by side; ranks on CPUs are taken to share this machine.
+    """
+    if cost.device == "cuda" and not torch.cuda.is_available():
+        return None
+    keep_freed_memory()
+    device = torch.device(cost.device)
+    piece = piece_of(config.model, cost.device)
+    model = random_model(piece, device)
+    model.recompute = config.train.recompute
+    for most in TOKENS[cost.device]:
+        length = min(config.data.seq_length, most)
+        rows = min(cost.micro_rows, most // length)
+        seconds = pass_seconds(model, config.precision, device, rows, length)
+        if seconds > PATIENCE:
+            break
+    rate = flops_per_token(piece, length) * rows * length / seconds
+    at_once = cost.processes if cost.device == "cuda" else 1
+    step = cost.flops_per_token * config.tokens_per_step / (rate * at_once)
+    about = f"{piece.num_layers} of {config.model.num_layers} layers"
+    if piece.hidden_size < config.model.hidden_size:
+        about += f", {piece.hidden_size} of {config.model.hidden_size} wide"
+    about += f", {rows * length:,} tokens in {config.precision} on {name_of(device)}"
+    return StepTime(step, config.tokens_per_step / step, about)
+
+
+def piece_of(model: ModelConfig, device: str) -> ModelConfig:
+    """The model with few blocks, a small vocabulary and at most a certain width."""
+    changes: dict[str, int | None] = {
+        "num_layers": min(LAYERS, model.num_layers),
+        "vocab_size": min(VOCABULARY, model.vocab_size),
+    }
+    if isinstance(model, TransformerConfig) and model.hidden_size > WIDTH[device]:
+        heads = max(1, model.num_attention_heads * WIDTH[device] // model.hidden_size)
+        changes["hidden_size"] = heads * (model.hidden_size // model.num_attention_heads)
+        changes["num_attention_heads"] = heads
+        changes["intermediate_size"] = None  # 4 times the new width
+    return model.model_copy(update=changes)
+
+
+def random_model(piece: ModelConfig, device: torch.device) -> Decoder:
+    """The model of a config, with weights whose values do not matter."""
+    with torch.device("meta"):
+        model = Decoder(piece)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Not zeros, and no denormal numbers: both have speeds of their own.
+            parameter.uniform_(-0.02, 0.02)
+    return model
+
+
+def pass_seconds(
+    model: Decoder, precision: str, device: torch.device, rows: int, length: int
+) -> float:
+    """Seconds of a forward and backward pass over `rows` rows of `length` tokens."""
+    tokens = torch.zeros(rows, length, dtype=torch.int64, device=device)
+    places = torch.zeros(rows, dtype=torch.int64, device=device)
+    batch = Batch(tokens, tokens, places.int(), places)
+    seconds: list[float] = []
+    while len(seconds) < PASSES and sum(seconds) < PATIENCE:
+        began = time.perf_counter()
+        with arithmetic(precision, device):
+            total, _ = Scored.by(model, batch).losses(batch.labels)
+        total.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    # The best: whatever else the machine does only adds to it.
+    return min(seconds)
+
+
+def name_of(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"a CPU with {torch.get_num_threads()} threads"
