@@ -3,7 +3,7 @@
 Half of the sources come with Python, the others with Debian's documentation if it is installed.
 Three sources diagnose a mixer: `noise` cannot be learned, `trivial` is learned at once, and
 `headers-twin` is a random half of another source, so that a mixer that only counts sources gives
-that text double weight. Held-out text does not repeat training text (castalia.demo.heldout).
+that text double weight. Held-out text does not repeat training text (castalia.corpora.heldout).
 """
 
 import gzip
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from castalia.demo import texts
-from castalia.demo.corpus import CORPORA, CorpusPaths, CorpusRecipe, TextSource, build_corpus
-from castalia.demo.texts import SMALLEST_DOCUMENT, TextDocument
+from castalia.corpora import texts
+from castalia.corpora.build import CORPORA, CorpusPaths, CorpusRecipe, TextSource, build_corpus
+from castalia.corpora.texts import SMALLEST_DOCUMENT, TextDocument
 
 NAME = "mixing"
 PIECE = 16 * 1024

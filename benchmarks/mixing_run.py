@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from castalia.corpora.build import CorpusPaths
 from castalia.data.indexed import IndexedDataset
-from castalia.demo.corpus import CorpusPaths
 from castalia.distributed import initialize
 from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.mixing import Planner, Stats, make_mixer

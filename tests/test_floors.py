@@ -16,6 +16,7 @@ FLOORS = {
     "checkpoint": 3,
     "corpus": 3,
     "cost": 3,
+    "corpora": 4,  # built with `corpus.prepare`, and by `train` for a config that names one
     "inference": 4,
     "curate": 4,  # reads documents with the readers of `corpus`
     "train": 5,

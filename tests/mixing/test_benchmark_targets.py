@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from castalia.demo.corpus import CORPORA
+from castalia.corpora.build import CORPORA
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

@@ -18,7 +18,6 @@ def train(config: Config) -> None:
 
       torchrun --nproc-per-node 2 -m castalia train debug
     """
-    from castalia.demo.corpus import ensure_corpus
     from castalia.recipes import resolve
     from castalia.train.run import Announced, run
 
@@ -27,5 +26,4 @@ def train(config: Config) -> None:
         resolved.config,
         ["castalia", *sys.argv[1:]],
         announced=Announced(resolved.changes, resolved.start_notes),
-        prepare_data=ensure_corpus,
     )

@@ -121,8 +121,8 @@ def rows_of(words: list[str]) -> "tuple[RunConfig, RunRows]":
     """The config that `words` give, and its run's rows: as recorded, or as training builds them."""
     from castalia.data import build_rows
     from castalia.data.rows_by_source import RowsBySource
-    from castalia.demo.corpus import ensure_corpus
     from castalia.recipes import resolve
+    from castalia.train.named_corpus import ensure_corpus
     from castalia.train.recorded_order import RecordedOrder
 
     config = ensure_corpus(resolve(words).config, say=lambda text: typer.echo(text, err=True))

@@ -20,8 +20,8 @@ from castalia.config import read_yaml
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.core.extras import pip_command
 from castalia.core.files import write_json
+from castalia.corpora import CorpusPaths, build_corpus
 from castalia.data import load_tokenizer
-from castalia.demo.corpus import CorpusPaths, build_corpus, ensure_corpus
 from castalia.demo.speech import compare, ct2_voice, held_out_texts, own_voice, samples
 from castalia.demo.summary import show_summary, summarize
 from castalia.eval import HeldOut, sweep
@@ -164,7 +164,6 @@ class Demo:
             self.command,
             hooks=[clock],
             announced=Announced(self.resolved.changes, self.resolved.start_notes),
-            prepare_data=ensure_corpus,
         )
         if trainer.progress.step < self.config.train.steps:
             raise TrainingError(

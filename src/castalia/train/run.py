@@ -1,6 +1,6 @@
 """One run from a resolved config: ranks, corpus, folder, start table, loop, closing line."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +26,6 @@ from castalia.train.run_folder import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
 from castalia.train.trainer import Trainer
 
-PrepareData = Callable[[RunConfig], RunConfig]
-
 
 class Announced(NamedTuple):
     """Lines of the start table that the config itself does not contain."""
@@ -44,12 +42,10 @@ def run(
     *,
     hooks: Sequence[Hook] = (),
     announced: Announced = Announced(),
-    prepare_data: PrepareData | None = None,
 ) -> Trainer:
     """Train what `config` describes, or continue it.
 
-    `hooks` run after the standard ones and those of the config. `prepare_data` fills in the token
-    files of a config that names a corpus to build; it runs on the leading rank first, then on all.
+    `hooks` run after the standard ones and those of the config.
     Raises  what is wrong with the config, the data or the run folder, before the first step.
     """
     # Before the first allocation, which reads the allocator's options.
@@ -63,19 +59,9 @@ def run(
                 check_run_folder(config)
             # Two jobs in one folder would overwrite each other's checkpoints.
             with claimed(Path(config.output)) if world.leads else nullcontext():
-                if prepare_data is not None:
-                    config = prepared(config, world, prepare_data)
                 return run_claimed(config, world, command, hooks, announced)
     finally:
         world.close()
-
-
-def prepared(config: RunConfig, world: World, prepare_data: PrepareData) -> RunConfig:
-    """The config with its token files; one rank builds them and the others wait."""
-    if world.leads:
-        prepare_data(config)
-    world.wait()
-    return prepare_data(config)
 
 
 def run_claimed(
@@ -88,6 +74,7 @@ def run_claimed(
     """The run, in a folder that no other job writes to."""
     all_hooks = [*standard_hooks(), *named_hooks(config.hooks), *hooks]
     trainer = Trainer(config, world, hooks=all_hooks)
+    config = trainer.config  # with the files of a corpus that was built
     # After the trainer was built: a run that cannot start leaves no folder that looks like one.
     if world.leads:
         write_run_folder(config, world, list(command), trainer.start_record.facts)

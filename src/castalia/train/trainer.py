@@ -29,6 +29,7 @@ from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.hook import start_hook
 from castalia.train.losses import LOSSES, Loss
 from castalia.train.mixture import PlannedMixture, make_mixture
+from castalia.train.named_corpus import ensure_on_all
 from castalia.train.optimizers import Rules
 from castalia.train.optimizers.updater import Updater
 from castalia.train.passes import make_passes
@@ -50,14 +51,15 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        world: World,
+        world: World | None = None,
         *,
         hooks: Sequence[Hook] = (),
         loss: Loss | None = None,
     ) -> None:
-        """`loss` replaces the one that the config names."""
+        """`world` are the ranks, by default those of this process's launcher; `loss` replaces the
+        one that the config names."""
         self.config = config
-        self.world = world
+        self.world = world or World.start(config.parallel, config.device)
         self.hooks = list(hooks)
         self.progress = Progress()
         self.clock = Clock()
@@ -74,6 +76,8 @@ class Trainer:
     def check(self) -> None:
         """Refuse a run that cannot work on these ranks or whose tokenizer cannot be read."""
         check_processes(self.config, self.world.size)
+        # Before the tokenizer is read: a corpus that is built may come with its own.
+        self.config = ensure_on_all(self.config, self.world)
         self.files = checkpoint_files(self.config)
 
     def open_data(self) -> None:

@@ -13,17 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import DataError
 from castalia.core.files import atomic_write, write_json
 from castalia.core.registry import Registry
+from castalia.corpora import texts
+from castalia.corpora.heldout import FEWEST, Split, fingerprint, split_sources
+from castalia.corpora.texts import TextDocument
 from castalia.corpus import prepare
 from castalia.data import load_tokenizer, train_tokenizer
 from castalia.data.tokenizer import END_OF_TEXT, PADDING_TOKEN
-from castalia.demo import texts
-from castalia.demo.heldout import FEWEST, Split, fingerprint, split_sources
-from castalia.demo.texts import TextDocument
 from castalia.monitor import size_text
-from castalia.train.config import RunConfig
 
 FORMAT = 1
 """Raised when a name comes to mean another corpus, so that older folders are built again."""
@@ -272,26 +271,3 @@ def part_facts(prefix: Path, documents: Sequence[TextDocument], tokens: int) -> 
         packed = sum(len(zlib.compress(document.text.encode("utf-8"), 9)) for document in documents)
         facts["zlib_bits_per_byte"] = 8 * packed / sum(sizes)
     return facts
-
-
-def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
-    """Build the corpus of the config in its output folder; returns the config with its files.
-
-    A config with training data of its own, or without a corpus, is returned as it is.
-    Raises  ConfigError if the corpus is unknown or its tokenizer has more tokens than the model.
-    """
-    if config.data.train or config.data.corpus is None:
-        return config
-    corpus = build_corpus(config.data.corpus, Path(config.output) / "data", say)
-    vocab_size = load_tokenizer(corpus.tokenizer).vocab_size
-    if vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {config.model.vocab_size}, but the tokenizer of the corpus"
-            f" {config.data.corpus!r} has {vocab_size} tokens; set model.vocab_size={vocab_size}"
-        )
-    paths = {
-        "train": corpus.prefixes("train"),
-        "valid": corpus.prefixes("valid"),
-        "tokenizer": corpus.tokenizer,
-    }
-    return config.model_copy(update={"data": config.data.model_copy(update=paths)})

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.demo.texts import TextDocument
+from castalia.corpora.texts import TextDocument
 
 Hashes = NDArray[np.uint64]
 

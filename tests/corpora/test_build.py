@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.data import IndexedDataset, load_tokenizer
-from castalia.demo import texts
-from castalia.demo.corpus import (
+from castalia.corpora import texts
+from castalia.corpora.build import (
     CORPORA,
     PARTS,
     CorpusRecipe,
     TextSource,
     at_most,
     build_corpus,
-    ensure_corpus,
     read_sources,
 )
-from castalia.demo.heldout import FEWEST, Split, plain
-from castalia.demo.texts import TextDocument
+from castalia.corpora.heldout import FEWEST, Split, plain
+from castalia.corpora.texts import TextDocument
+from castalia.data import IndexedDataset, load_tokenizer
 from castalia.recipes import load_config
+from castalia.train.named_corpus import ensure_corpus
 
 WINDOW = 50
 

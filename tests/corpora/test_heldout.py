@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from castalia.demo.heldout import (
+from castalia.corpora.heldout import (
     FEWEST,
     SHINGLE,
     choose_held_out,
@@ -16,7 +16,7 @@ from castalia.demo.heldout import (
     split_sources,
     window_hashes,
 )
-from castalia.demo.texts import TextDocument
+from castalia.corpora.texts import TextDocument
 
 LICENCE = (
     "Permission is hereby granted, free of charge, to any person obtaining a copy of this software "

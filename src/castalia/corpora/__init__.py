@@ -1,0 +1,6 @@
+"""Corpora built from text that every Python installation has: `python` for the demo, `tiny` for
+`debug`."""
+
+from castalia.corpora.build import CORPORA, CorpusPaths, build_corpus
+
+__all__ = ["CORPORA", "CorpusPaths", "build_corpus"]
