@@ -219,7 +219,11 @@ def test_conversations(run, tmp_path):
     labels = IndexedDataset(tmp_path / "o_messages_label_document")[0].tolist()
     assert labels == [-100] * 5 + [ord("2"), ord("\n"), 256]
     assert IndexedDataset(tmp_path / "o_messages_reward_document")[0].tolist() == [0.5]
-    assert run(*words, "--chat", "messages", "--generation-role", "user,assistant")[0] == 0
+    both = [*words, "--chat", "messages", "--generation-role", "user,assistant"]
+    code, _, err = run(*both)
+    assert code == 2 and 'chat.roles ["assistant"], now ["user", "assistant"]' in err
+    assert run(*both, "--overwrite")[0] == 0
+    assert run(*both)[1].startswith("an earlier run of the same command has finished; nothing")
     assert -100 not in IndexedDataset(tmp_path / "o_messages_label_document")[0]
     code, _, err = run(*words, "--only-last")
     assert (code, err) == (

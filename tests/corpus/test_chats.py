@@ -43,7 +43,8 @@ def golden_lines():
 
 
 def run(inputs, output, tokenizer=GOLDEN, keys=("messages",), options=None, **more):
-    return prepare(inputs, output, tokenizer, keys=keys, chat=options or ChatOptions(), **more)
+    more = {"keys": keys, "chat": options or ChatOptions(), "overwrite": True} | more
+    return prepare(inputs, output, tokenizer, **more)
 
 
 def lines(path, *values):

@@ -124,8 +124,8 @@ def test_a_tokenizer_of_the_hub(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     ends = {}
     for name in ("someone/tiny", "hf://someone/tiny@step3"):
-        prepare([folder.parent / "c.jsonl"], folder.parent / "o", name, append_eod=True)
-        ends[name] = IndexedDataset(folder.parent / "o")[0].tolist()
+        prepare([folder.parent / "c.jsonl"], folder.parent / name[:2], name, append_eod=True)
+        ends[name] = IndexedDataset(folder.parent / name[:2])[0].tolist()
     assert ends == {"someone/tiny": [5, 6, 1], "hf://someone/tiny@step3": [5, 6, 2]}
     assert asked and all("safetensors" not in " ".join(patterns) for patterns in asked)
     with pytest.raises(CheckpointError, match="cannot open someone/else: as a path it does not"):

@@ -77,6 +77,7 @@ def test_all_or_none(corpus, tmp_path):
             "bytes",
             fim=FimOptions(rate, spm_rate, BYTES),
             append_eod=True,
+            overwrite=True,
         )
         written = documents(tmp_path / "o")
         assert {ids[-1] for ids in written} == {256}
@@ -101,6 +102,7 @@ def test_seed_and_epoch_give_other_cuts(corpus, tmp_path):
             tmp_path / "o",
             "bytes",
             fim=FimOptions(1.0, 0.0, BYTES, seed=seed, epoch=epoch),
+            overwrite=True,
         )
         outputs.append(documents(tmp_path / "o"))
     assert all(

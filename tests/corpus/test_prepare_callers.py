@@ -208,7 +208,8 @@ def test_pairs_of_which_a_side_is_empty_are_told_and_refused(tmp_path, workers):
     ):
         PairwiseDataset(*sides, config, num_samples=3, seed=1)
     path.write_bytes(lines({"c": "c1", "r": "r1"}, {"c": "", "r": ""}, {"c": "c2", "r": "r2"}))
-    assert prepare([path], tmp_path / "x", "bytes", keys=("c", "r"), workers=workers).uneven == 0
+    again = {"keys": ("c", "r"), "workers": workers, "overwrite": True}
+    assert prepare([path], tmp_path / "x", "bytes", **again).uneven == 0
     assert len(PairwiseDataset(*sides, config, num_samples=2, seed=1)) >= 2
     assert all(check.ok for check in verify(sides))
 

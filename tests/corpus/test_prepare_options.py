@@ -191,7 +191,8 @@ def test_bad_documents_are_rejected_with_their_places(file, tmp_path):
 def test_a_number_of_documents(file, tmp_path, size):
     path = file("a.jsonl", b"".join(lines({"text": f"document {i}"}) for i in range(50)))
     for wanted in (1, 3, 49, 50, 99):
-        done = prepare([path], tmp_path / "out", "bytes", max_documents=wanted, part_bytes=size)
+        options = {"max_documents": wanted, "part_bytes": size}
+        done = prepare([path], tmp_path / "out", "bytes", overwrite=True, **options)
         assert texts(tmp_path / "out") == [f"document {i}" for i in range(min(wanted, 50))]
         assert done.documents == min(wanted, 50)
 
@@ -223,13 +224,11 @@ def test_shares_merged_are_one_run(file, tmp_path):
     paths.append(tmp_path / "c.parquet")
     prepare(paths, tmp_path / "whole", "bytes", append_eod=True)
     for count in (1, 2, 7, 40):
-        prefixes = [tmp_path / f"s{i}" for i in range(count)]
+        prefixes = [tmp_path / f"s{i}-{count}" for i in range(count)]
         for i in range(count):
             prepare(paths, prefixes[i], "bytes", append_eod=True, shard=(i, count), part_bytes=500)
-        merge(prefixes, tmp_path / "merged")
+        merge(prefixes, tmp_path / "merged", overwrite=True)
         assert content(tmp_path / "merged") == content(tmp_path / "whole")
-        for path in tmp_path.glob("s*.json"):
-            path.unlink()
 
 
 @pytest.mark.parametrize("group", [7, 1 << 17])
@@ -291,7 +290,7 @@ def test_shares_are_merged_all_and_in_their_order(file, tmp_path):
     merge([tmp_path / "whole", *shares, *shares], tmp_path / "merged")
     assert texts(tmp_path / "merged") == texts(tmp_path / "whole") * 3
     path.write_bytes(path.read_bytes() + lines({"text": "more"}))
-    prepare([path], shares[3], "bytes", shard=(3, 12), part_bytes=100)
+    prepare([path], shares[3], "bytes", shard=(3, 12), part_bytes=100, overwrite=True)
     with pytest.raises(
         DataError,
         match=r"share3: share 3/12 was prepared from other inputs than the share before it",

@@ -122,7 +122,7 @@ def test_a_damaged_work_folder_is_not_believed(stop_after, corpus, whole, tmp_pa
             else:
                 del data[draw.randrange(len(data)) :]
             path.write_bytes(data)
-        prepare(corpus, tmp_path / "out", "bytes", append_eod=True, part_bytes=PART)
+        prepare(corpus, tmp_path / "out", "bytes", append_eod=True, part_bytes=PART, overwrite=True)
         assert content(tmp_path / "out") == whole
 
 
@@ -141,15 +141,16 @@ def test_what_was_done_is_not_done_again(stop_after, corpus, whole, tmp_path, mo
 
 
 def test_changed_inputs_and_settings_are_seen(stop_after, corpus, tmp_path):
+    again = {"part_bytes": PART, "overwrite": True}
     stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
     with open(corpus[0], "a") as file:
         file.write('{"text": "one more"}\n')
-    prepare(corpus, tmp_path / "out", "bytes", append_eod=True, part_bytes=PART)
-    prepare(corpus, tmp_path / "whole", "bytes", append_eod=True, part_bytes=PART)
+    prepare(corpus, tmp_path / "out", "bytes", append_eod=True, **again)
+    prepare(corpus, tmp_path / "whole", "bytes", append_eod=True, **again)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     stop_after(8, corpus, tmp_path / "out", append_eod=True, part_bytes=PART)
-    prepare(corpus, tmp_path / "out", "bytes", append_eod=False, part_bytes=PART)
-    prepare(corpus, tmp_path / "whole", "bytes", append_eod=False, part_bytes=PART)
+    prepare(corpus, tmp_path / "out", "bytes", append_eod=False, **again)
+    prepare(corpus, tmp_path / "whole", "bytes", append_eod=False, **again)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 

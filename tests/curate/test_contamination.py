@@ -94,3 +94,11 @@ def test_no_evaluation_documents_are_no_clean_corpus(tmp_path):
     jsonl(tmp_path / "folder" / "e.jsonl", [])
     with pytest.raises(DataError, match="folder: no evaluation documents"):
         contamination([corpus], [str(tmp_path / "folder")], ngram=2)
+
+
+def test_the_report_is_not_written_over_an_input(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one two three"}\n')
+    with pytest.raises(ConfigError, match=r"--report .*a\.jsonl is an input of the comparison"):
+        contamination([path], [path], report=path)
+    assert path.read_text() == '{"text": "one two three"}\n'

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from castalia.cli.data import CLEANING, Output, Prefix, Prefixes, app, print_record
-from castalia.cli.flags import AsJson
+from castalia.cli.flags import AsJson, Overwrite
 
 if TYPE_CHECKING:
     from castalia.curate.contamination import Findings
@@ -31,6 +31,7 @@ def dedup(
         int,
         typer.Option(metavar="N", min=2, help="With --near: hash functions of a MinHash."),
     ] = 128,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Drop documents that repeat an earlier one; the first stays, in the order of the inputs.
@@ -51,7 +52,7 @@ def dedup(
     if near is not None:
         rule = Near(near, ngram, permutations)
     with bytes_progress("dedup", prefixes) as advance:
-        record = remove(prefixes, output, near=rule, on_bytes=advance)
+        record = remove(prefixes, output, near=rule, overwrite=overwrite, on_bytes=advance)
     print_record(output, record, as_json)
     if not as_json:
         dropped = record["dedup"]["dropped"]
@@ -138,6 +139,7 @@ def mask(
     before: Annotated[
         str, typer.Option(metavar="ID,ID,...", help="Token ids after which targets begin.")
     ],
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the label file of a token file: -100 in each document up to the first --before.
@@ -158,7 +160,7 @@ def mask(
     except ValueError:
         raise ConfigError(f"--before {before!r}: expected token ids such as 37,25") from None
     with bytes_progress("mask", [prefix]) as advance:
-        record = mask_before(prefix, output, pattern, on_bytes=advance)
+        record = mask_before(prefix, output, pattern, overwrite=overwrite, on_bytes=advance)
     print_record(output, record, as_json)
     if not as_json:
         typer.echo(f"{record['masked']:,} tokens are not targets")

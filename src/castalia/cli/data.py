@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from castalia.cli.command import Verbs
-from castalia.cli.flags import AsJson, TokenizerFile
+from castalia.cli.flags import AsJson, Overwrite, TokenizerFile
 
 if TYPE_CHECKING:
     from castalia.curate.describe import Description
@@ -334,7 +334,9 @@ def unshard(
 
 
 @app.command(rich_help_panel=FILES)
-def merge(prefixes: Prefixes, output: Output, as_json: AsJson = False) -> None:
+def merge(
+    prefixes: Prefixes, output: Output, overwrite: Overwrite = False, as_json: AsJson = False
+) -> None:
     """Merge token files of one dtype into one, documents in the order of the inputs.
 
     Example:
@@ -345,7 +347,7 @@ def merge(prefixes: Prefixes, output: Output, as_json: AsJson = False) -> None:
     from castalia.curate.joining import merge as join
 
     with bytes_progress("merge", prefixes) as advance:
-        record = join(prefixes, output, on_bytes=advance)
+        record = join(prefixes, output, overwrite=overwrite, on_bytes=advance)
     print_record(output, record, as_json)
 
 
@@ -366,6 +368,7 @@ def split(
         int | None,
         typer.Option(metavar="N", help="Split into N parts of nearly as many documents each."),
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Split a token file into several, by whole documents in their order.
@@ -381,6 +384,8 @@ def split(
     from castalia.curate.joining import split as divide
 
     with bytes_progress("split", [prefix]) as advance:
-        records = divide(prefix, output, shares=shares, parts=parts, on_bytes=advance)
+        records = divide(
+            prefix, output, shares=shares, parts=parts, overwrite=overwrite, on_bytes=advance
+        )
     for record in records:
         print_record(output, record, as_json)

@@ -44,6 +44,12 @@ TokenizerFile = Annotated[
 ]
 
 
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace token files of another job that are there."),
+]
+
+
 def panel(title: str) -> Callable[..., Any]:
     """`typer.Option` for the options of one panel of the help."""
 

@@ -132,6 +132,13 @@ class OutputFlags:
             metavar="A,B", help="Metadata to keep in PREFIX.documents.parquet, beside the `id`."
         ),
     ] = ""
+    overwrite: Annotated[
+        bool,
+        OUTPUT(
+            "--overwrite",
+            help="Replace token files of another job that are there; those of the same job stay.",
+        ),
+    ] = False
     as_json: Annotated[bool, OUTPUT("--json", help="Print the summary as JSON.")] = False
 
 

@@ -64,6 +64,7 @@ def prepare(
                 tokens.tokenizer,
                 options,
                 train_vocab=tokens.train_tokenizer,
+                overwrite=files.overwrite,
                 on_progress=advance,
             )
     print_summary(prepared, files.as_json)
@@ -127,6 +128,8 @@ def print_summary(prepared: "Prepared", as_json: bool) -> None:
         speed = round(prepared.megabytes_per_second, 3)
         typer.echo(json.dumps(asdict(prepared) | {"megabytes_per_second": speed}))
         return
+    if prepared.done_before:
+        typer.echo("an earlier run of the same command has finished; nothing was written")
     notes = []
     if prepared.empty:
         notes.append(f"{prepared.empty:,} empty skipped")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from castalia.cli.data import RUNS, Output, app, print_record
-from castalia.cli.flags import AsJson, Config
+from castalia.cli.flags import AsJson, Config, Overwrite
 
 if TYPE_CHECKING:
     from castalia.data import RunRows
@@ -81,7 +81,13 @@ def view(
 
 
 @app.command(rich_help_panel=RUNS)
-def materialize(config: Config, steps: StepRange, output: Output, as_json: AsJson = False) -> None:
+def materialize(
+    config: Config,
+    steps: StepRange,
+    output: Output,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
     """Write the rows of steps of a run, in their order, as a token file of ready rows.
 
     Each item is a row of data.seq_length + 1 tokens. --steps A:B are steps A to B - 1, counted from
@@ -113,7 +119,9 @@ def materialize(config: Config, steps: StepRange, output: Output, as_json: AsJso
     dtype = common_dtype([source.dataset for source in rows.train.row_sources])
     size = len(places) * (rows.train.seq_length + 1) * dtype.itemsize
     with bytes_progress("materialize", [], size) as advance:
-        record = write_rows(rows.train, places.start, places.stop, output, facts, advance)
+        record = write_rows(
+            rows.train, places.start, places.stop, output, facts, advance, overwrite=overwrite
+        )
     print_record(output, record, as_json)
 
 

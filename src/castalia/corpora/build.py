@@ -248,7 +248,9 @@ def tokenize(
         facts[source] = {}
         for part in PARTS:
             prefix = folder / f"{part}/{source}"
-            prepared = prepare([f"{prefix}.jsonl"], str(prefix), encoder, append_eod=True)
+            prepared = prepare(
+                [f"{prefix}.jsonl"], str(prefix), encoder, append_eod=True, overwrite=True
+            )
             facts[source][part] = part_facts(prefix, getattr(split, part), prepared.tokens)
         train = facts[source]["train"]
         valid = facts[source]["valid"]

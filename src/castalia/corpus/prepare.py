@@ -32,6 +32,7 @@ from castalia.corpus.preflight import (
 from castalia.corpus.prepared import Prepared, record_of, summary, warnings_about, without_text
 from castalia.corpus.provenance import REJECTS, arrow
 from castalia.corpus.readers import require_text
+from castalia.corpus.same_job import finished_before, job_facts
 from castalia.corpus.work_folder import WorkFolder
 from castalia.data.indexed import file_pair
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +50,7 @@ def prepare(
     options: PrepareOptions | None = None,
     *,
     train_vocab: int | None = None,
+    overwrite: bool = False,
     on_progress: OnProgress | None = None,
     **choices: Any,
 ) -> Prepared:
@@ -57,10 +59,12 @@ def prepare(
     `inputs` are files, folders, patterns or URLs (see `readers`). `choices` are single fields of
     PrepareOptions. The outputs depend on inputs and options, but not on the number of workers, the
     engine, or interruptions. Unfinished work stays in PREFIX.parts, and the same call continues it.
+    A finished job is not done again, and the token files of another one stay, unless `overwrite`.
     Documents without a token are counted, not written. With `train_vocab` a byte-level BPE of that
     many ids is first trained on the inputs and written to the path `tokenizer`.
 
-    Raises  DataError about an input, with file and line; ConfigError about options, a tokenizer
+    Raises  DataError about an input, with file and line; ConfigError about options, token files
+            of another job at `output`, a tokenizer
             without an end-of-document token, or a trained one that would replace another;
             CastaliaError if the output cannot be written. No error leaves a half-written output.
     """
@@ -82,6 +86,9 @@ def prepare(
     local_paths = [file.path for file in files if not file.remote]
     refuse_to_overwrite([prefix, *prefixes], [*local_paths, tokenizer])
     refuse_another_share(prefixes[0], options.shard)
+    done = finished_before(job, prefixes, options, overwrite)
+    if done is not None:
+        return done
     run = PrepareRun(job, prefixes, options, on_progress)
     prepared = run.run(start, save_tokenizer=train_vocab is not None)
     for sentence in warnings_about(prepared, options):
@@ -158,7 +165,13 @@ class PrepareRun:
             self.job.tokenizer.save(self.job.tokenizer.where)
         inputs = self.hashes.close()
         records = [
-            record_of(prepared, i, self.work, inputs, self.options)
+            record_of(
+                prepared,
+                i,
+                self.work,
+                inputs,
+                job_facts(self.job, i, self.work.prefixes, self.options),
+            )
             for i in range(len(self.work.prefixes))
         ]
         self.work.finish(records)

@@ -1,13 +1,13 @@
 """The result of `prepare`: its summary, the record of each output, and warnings."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from castalia.corpus.forms import TOKENS, Output
-from castalia.corpus.options import PrepareOptions, document_end
+from castalia.corpus.forms import TOKENS
+from castalia.corpus.options import PrepareOptions
 from castalia.corpus.provenance import never_there
 from castalia.corpus.work_folder import WorkFolder
 
@@ -42,6 +42,8 @@ class Prepared:
     """One sentence about each input that could not be read to its end."""
     uneven: int = 0
     """Documents with text under some keys and none under others."""
+    done_before: bool = False
+    """An earlier run of the same job had finished, so nothing was written."""
 
     @property
     def megabytes_per_second(self) -> float:
@@ -81,15 +83,14 @@ def record_of(
     output: int,
     work: WorkFolder,
     inputs: list[dict[str, Any]],
-    options: PrepareOptions,
+    job_facts: dict[str, Any],
 ) -> dict[str, Any]:
     """The contents of PREFIX.json of one output: inputs, tokenizer, options and counts."""
-    job = work.job
-    end = document_end(options, job.tokenizer)
     own = work.outputs[output]
     facts = asdict(prepared)
     seconds = facts.pop("seconds")
-    del facts["prefixes"]
+    for name in ("prefixes", "done_before"):
+        del facts[name]
     for name in ("unread", "uneven"):
         if not facts[name]:
             del facts[name]
@@ -97,37 +98,14 @@ def record_of(
     if own.kind != TOKENS:
         # A label may be -100, a reward any number: they are not ids of a vocabulary.
         del facts["vocab_size"]
-        tokens_prefix = work.prefixes[tokens_of(work.outputs, own)]
-        facts[f"{own.kind}_of"] = Path(tokens_prefix).name
     facts["prefix"] = Path(work.prefixes[output]).name
     for name in ("documents", "tokens"):
         facts[name] = sum(record.outputs[output][name] for record in work.done)
-    facts |= {
-        "append_eod": job.eod_id is not None,
-        "key": job.keys[own.key],
-        "tokenizer": {
-            "name": Path(job.tokenizer.where).name,
-            "sha256": job.tokenizer.sha256,
-            "eod_id": job.tokenizer.eod_id if end is None else end.id,
-        },
-        **job.form.facts,
-        "inputs": inputs,
-    }
-    if end is not None:
-        facts["eod"] = end._asdict()
-    if options.shard[1] > 1:
-        facts["shard"] = list(options.shard)
+    facts |= job_facts
+    facts["inputs"] = inputs
     facts["seconds"] = round(seconds, 3)
     facts["bin_sha256"] = work.digests[output].hexdigest()
     return facts
-
-
-def tokens_of(outputs: Sequence[Output], own: Output) -> int:
-    """The number of the output with the tokens that the labels or rewards of `own` belong to."""
-    for i, output in enumerate(outputs):
-        if output.key == own.key and output.kind == TOKENS:
-            return i
-    raise AssertionError("every key has an output of tokens")
 
 
 def without_text(work: WorkFolder) -> str:

@@ -175,14 +175,17 @@ def contamination(
     the report gives it the share null.
 
     Memory  About 300 bytes for each evaluation n-gram; the corpus is streamed.
-    Raises  ConfigError for a token file without a tokenizer, or with another than its own;
+    Raises  ConfigError for a token file without a tokenizer, or with another than its own, and for
+            a report that is an input;
             DataError if an input is missing, damaged or empty.
     """
     evaluation_paths = [os.fspath(name) for name in several(evaluations)]
+    corpus_paths = [os.fspath(name) for name in several(corpus)]
+    if report is not None:
+        refuse_input_as_report(Path(report), [*corpus_paths, *evaluation_paths])
     ngrams = Ngrams(evaluation_texts(evaluation_paths, keys), ngram)
     if not ngrams.evaluations:
         raise DataError(f"{', '.join(evaluation_paths)}: no evaluation documents")
-    corpus_paths = [os.fspath(name) for name in several(corpus)]
     texts = corpus_texts(corpus_paths, corpus_key, tokenizer, on_bytes)
     with atomic_write(Path(report)) if report else nullcontext(io.StringIO()) as file:
         documents, overlapping = compare(ngrams, texts, file)
@@ -195,6 +198,17 @@ def contamination(
         documents=documents,
         overlapping=overlapping,
     )
+
+
+def refuse_input_as_report(report: Path, inputs: Sequence[str]) -> None:
+    """Refuse to write the report over a text or a token file that is read.
+
+    Raises  ConfigError naming it.
+    """
+    for name in inputs:
+        files = [name, *(name + suffix for suffix in (".bin", ".idx", ".json"))]
+        if report.resolve() in [Path(file).resolve() for file in files]:
+            raise ConfigError(f"--report {report} is an input of the comparison; choose another")
 
 
 def compare(

@@ -23,7 +23,12 @@ from castalia.data.indexed import (
     without_suffix,
 )
 from castalia.data.shards import OnBytes
-from castalia.data.sidecar import close_with_record, refuse_inputs, tokenizer_facts
+from castalia.data.sidecar import (
+    close_with_record,
+    refuse_inputs,
+    refuse_to_replace,
+    tokenizer_facts,
+)
 
 KEY_BYTES = 16
 """Bytes kept of a document's SHA-256. Among 10^9 documents, two different ones share a key with
@@ -158,6 +163,7 @@ def dedup(
     output: str | os.PathLike[str],
     *,
     near: Near | None = None,
+    overwrite: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
     """Write the documents of token files without repetitions; returns the record.
@@ -169,7 +175,7 @@ def dedup(
 
     Time    One pass over the inputs; `near` reads each candidate once more.
     Raises  DataError if the inputs' dtypes or tokenizers differ; ConfigError if the output is an
-            input.
+            input, or holds token files of another job and is not to be overwritten.
     """
     datasets = [IndexedDataset(prefix) for prefix in several(prefixes)]
     if not datasets:
@@ -178,6 +184,8 @@ def dedup(
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
     facts = tokenizer_facts(datasets)
+    job = {"inputs": input_facts(datasets), "near": None if near is None else vars(near)}
+    refuse_to_replace(prefix, {"dedup": job}, overwrite)
     documents = KeptDocuments(datasets, near)
     kept = [np.ones(len(dataset), np.bool_) for dataset in datasets]
     dropped = {"equal": 0, "near": 0}
@@ -198,12 +206,8 @@ def dedup(
                 if on_bytes:
                     on_bytes(int(dataset.sizes[position]) * dataset.dtype.itemsize)
         filter_indexes(prefix, datasets, kept)
-        summary = {
-            "inputs": input_facts(datasets),
-            "near": None if near is None else vars(near),
-            "dropped": dropped,
-        }
-        return close_with_record(writer, prefix, {**facts, "dedup": summary})
+        summary = {"dedup": {**job, "dropped": dropped}}
+        return close_with_record(writer, prefix, {**facts, **summary})
 
 
 def require_alike(datasets: Sequence[IndexedDataset]) -> None:

@@ -20,7 +20,13 @@ from castalia.data.indexed import (
 )
 from castalia.data.order import split_documents
 from castalia.data.shards import OnBytes
-from castalia.data.sidecar import close_with_record, read_record, refuse_inputs, tokenizer_facts
+from castalia.data.sidecar import (
+    close_with_record,
+    read_record,
+    refuse_inputs,
+    refuse_to_replace,
+    tokenizer_facts,
+)
 
 CHUNK_DOCUMENTS = 1 << 14
 """Documents copied at a time, at most; short ones are copied back to back in one write."""
@@ -30,6 +36,7 @@ def merge(
     prefixes: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
+    overwrite: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
     """Join token files into one, in the order of the inputs; returns its record.
@@ -37,7 +44,8 @@ def merge(
     The document index is merged if every input has one, the rejects if any has. doc_idx continues
     across inputs, which GPT-NeoX's merge_datasets.py forgets.
     Raises  DataError if dtypes or tokenizers differ, or if the shares of one `prepare` are
-            incomplete or out of order; ConfigError if the output is an input.
+            incomplete or out of order; ConfigError if the output is an input, or holds token files
+            of another job and is not to be overwritten.
     """
     datasets = [IndexedDataset(prefix) for prefix in several(prefixes)]
     if not datasets:
@@ -51,6 +59,8 @@ def merge(
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
     facts = tokenizer_facts(datasets) | require_all_shares(datasets)
+    merged = {"merged": input_facts(datasets)}
+    refuse_to_replace(prefix, merged, overwrite)
     boundaries: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
     with IndexedDatasetWriter(prefix, datasets[0].dtype) as writer:
         for dataset in datasets:
@@ -59,7 +69,7 @@ def merge(
         writer.doc_idx = np.concatenate(boundaries)
         # Written before the record: a record promises that all files of a prefix are there.
         write_side_files(prefix, [dataset.prefix for dataset in datasets])
-        return close_with_record(writer, prefix, {**facts, "merged": input_facts(datasets)})
+        return close_with_record(writer, prefix, {**facts, **merged})
 
 
 def input_facts(datasets: Sequence[IndexedDataset]) -> list[dict[str, Any]]:
@@ -163,6 +173,7 @@ def split(
     *,
     shares: str | None = None,
     parts: int | None = None,
+    overwrite: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> list[dict[str, Any]]:
     """Split the documents of one token file; returns the records of the outputs.
@@ -170,7 +181,8 @@ def split(
     `shares`, such as `969, 30, 1`, writes OUTPUT-train, -valid and -test by the rule of data.split;
     splits without a document are not written. `parts` writes OUTPUT-part0 … of nearly equal
     numbers of documents.
-    Raises  ConfigError about `shares`, `parts`, or an output that is the input.
+    Raises  ConfigError about `shares`, `parts`, or an output that is the input, or that holds token
+            files of another job and is not to be overwritten.
     """
     dataset = IndexedDataset(prefix)
     base = without_suffix(output)
@@ -180,8 +192,13 @@ def split(
         if len(documents)
     }
     # All outputs are checked before the first is written.
-    for name in splits:
-        refuse_inputs(f"{base}-{name}", [dataset])
+    origins = {}
+    for name, documents in splits.items():
+        target = f"{base}-{name}"
+        refuse_inputs(target, [dataset])
+        origin = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
+        origins[name] = {"split_from": origin}
+        refuse_to_replace(target, origins[name], overwrite)
     facts = tokenizer_facts([dataset])
     boundaries = doc_idx_of(dataset)
     records = []
@@ -191,8 +208,7 @@ def split(
             copy_documents(dataset, writer, documents.start, documents.stop, on_bytes)
             writer.doc_idx = doc_idx_within(boundaries, documents)
             slice_side_file(dataset.prefix, documents, target)
-            origin = {"prefix": dataset.prefix, "first": documents.start, "stop": documents.stop}
-            records.append(close_with_record(writer, target, {**facts, "split_from": origin}))
+            records.append(close_with_record(writer, target, {**facts, **origins[name]}))
     return records
 
 

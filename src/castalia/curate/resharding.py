@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from filecmp import cmp
 from pathlib import Path
 
 from castalia.core.errors import ConfigError, DataError
@@ -41,6 +42,7 @@ def shard(
             " another size, join it with `castalia data unshard` first"
         )
     base = Path(dataset.prefix).name
+    refuse_other_neighbours(dataset.prefix, Path(output) / base)
     written = cut_shards(dataset.bin_path, base, output, size, on_bytes)
     copy_neighbours(dataset.prefix, Path(output) / base)
     return written
@@ -75,11 +77,27 @@ def unshard(
     base = Path(dataset.prefix)
     if output is not None:
         base = Path(output) / base.name
+        refuse_other_neighbours(dataset.prefix, base)
     joined = join_shards(
         shards, base.with_name(base.name + ".bin"), hashes=hashes, on_bytes=on_bytes
     )
     copy_neighbours(dataset.prefix, base)
     return joined
+
+
+def refuse_other_neighbours(source: str | os.PathLike[str], target: Path) -> None:
+    """Refuse to put the .idx of one token file beside another's tokens.
+
+    Raises  ConfigError naming the file that differs.
+    """
+    for suffix in (".idx", ".json"):
+        own = Path(str(source) + suffix)
+        other = target.with_name(target.name + suffix)
+        if own.exists() and other.exists() and not cmp(own, other, shallow=False):
+            raise ConfigError(
+                f"{other} exists and is not that of {source}; remove the token file there, or"
+                " choose another --output"
+            )
 
 
 def copy_neighbours(source: str | os.PathLike[str], target: Path) -> None:

@@ -21,7 +21,7 @@ from castalia.data.indexed import (
 )
 from castalia.data.row_source import DocumentSpan
 from castalia.data.shards import OnBytes
-from castalia.data.sidecar import close_with_record, refuse_inputs
+from castalia.data.sidecar import close_with_record, refuse_inputs, refuse_to_replace
 
 IGNORED = -100
 """Label of a token that is not a target, as in torch and in GPT-NeoX's label files."""
@@ -132,13 +132,15 @@ def mask_before(
     output: str | os.PathLike[str],
     pattern: Sequence[int],
     *,
+    overwrite: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> dict[str, Any]:
     """Write a label file whose targets begin after the first `pattern` of each document.
 
     A document without the pattern keeps all its targets, as in GPT-NeoX. The dtype is int32,
     because -100 does not fit into uint16. Returns the record.
-    Raises  ConfigError if the pattern is empty or the output is the input.
+    Raises  ConfigError if the pattern is empty, the output is the input, or it holds token files of
+            another job and is not to be overwritten.
     Source  tools/datasets/preprocess_data_with_mask.py of GPT-NeoX.
     """
     if not pattern:
@@ -147,6 +149,8 @@ def mask_before(
     base = without_suffix(output)
     require_tokens(dataset)
     refuse_inputs(base, [dataset])
+    job = {"labels_of": dataset.prefix, "before": list(pattern)}
+    refuse_to_replace(base, job, overwrite)
     wanted = np.array(pattern, np.int64)
     masked = 0
     with IndexedDatasetWriter(base, np.int32) as writer:
@@ -158,8 +162,7 @@ def mask_before(
             writer.add(labels)
             if on_bytes:
                 on_bytes(int(dataset.sizes[document]) * dataset.dtype.itemsize)
-        origin = {"labels_of": dataset.prefix, "before": list(pattern), "masked": masked}
-        return close_with_record(writer, base, origin)
+        return close_with_record(writer, base, {**job, "masked": masked})
 
 
 def end_of(tokens: NDArray[np.int32], pattern: NDArray[np.int64]) -> int:

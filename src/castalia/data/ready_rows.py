@@ -18,7 +18,7 @@ from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter, w
 from castalia.data.row_source import DocumentSpan, RowSource
 from castalia.data.served import ServedRows
 from castalia.data.shards import OnBytes
-from castalia.data.sidecar import close_with_record, refuse_inputs
+from castalia.data.sidecar import close_with_record, refuse_inputs, refuse_to_replace
 
 ROWS_AT_A_TIME = 256
 """Rows written in one call: enough to hide the call, few enough to hold in memory."""
@@ -86,12 +86,15 @@ def write_rows(
     output: str | os.PathLike[str],
     facts: dict[str, Any],
     on_bytes: OnBytes | None = None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the rows served at places [first, stop) as items of a token file; returns its record.
 
     The dtype is the widest of the sources'. `facts` are added to the record.
-    Raises  ConfigError if the output is one of the sources, or rows may end early; CastaliaError if
-            the file cannot be written.
+    Raises  ConfigError if the output is one of the sources or holds token files of another job that
+            are not to be overwritten, or rows may end early; CastaliaError if the file cannot be
+            written.
     """
     if any(source.padded for source in rows.row_sources):
         raise ConfigError(
@@ -101,6 +104,7 @@ def write_rows(
     datasets = [source.dataset for source in rows.row_sources]
     prefix = without_suffix(output)
     refuse_inputs(prefix, datasets)
+    refuse_to_replace(prefix, facts, overwrite)
     length = rows.seq_length + 1
     with IndexedDatasetWriter(prefix, common_dtype(datasets)) as writer:
         for start in range(first, stop, ROWS_AT_A_TIME):

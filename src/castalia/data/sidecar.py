@@ -9,6 +9,7 @@ from typing import Any
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import write_json
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter
+from castalia.data.shards import base_of
 from castalia.data.tokenizer import Tokenizer
 
 
@@ -136,6 +137,72 @@ def require_tokenizer(prefix: str, tokenizer: Tokenizer, option: str = "--tokeni
             f" different one (its SHA-256 is not the one in {prefix}.json); give the right one with"
             f" {option}"
         )
+
+
+def token_files(prefix: str) -> list[str]:
+    """The files that exist at the prefix of a token file, whole or in shards."""
+    names = [Path(prefix + suffix) for suffix in (".bin", ".idx", ".json")]
+    shards = sorted(Path(prefix).parent.glob("*-of-*.bin"))
+    existing = [path for path in names if path.exists()]
+    existing += [path for path in shards if base_of(path.name) == Path(prefix).name]
+    return [str(path) for path in existing]
+
+
+REMEDY = "choose another --output, or replace it with --overwrite"
+
+
+def unknown_origin(prefix: str) -> ConfigError:
+    """The error for token files at `prefix` whose record does not say that this job made them."""
+    first, *_ = token_files(prefix)
+    return ConfigError(f"{first} exists, and no record says that this job made it; {REMEDY}")
+
+
+def require_same(prefix: str, existing: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Require that the facts of the token files at `prefix` are those of the job that would write
+    there.
+
+    Raises  ConfigError naming the first fact that differs.
+    """
+    first, *_ = token_files(prefix)
+    for name in wanted | existing:
+        before = existing.get(name)
+        now = wanted.get(name)
+        if before != now:
+            raise ConfigError(
+                f"{first} exists, made by another job: {name} {as_words(before)}, now"
+                f" {as_words(now)}; {REMEDY}"
+            )
+
+
+def as_words(value: Any) -> str:
+    """A fact of a record for an error, at most 100 characters of it."""
+    text = "none" if value is None else json.dumps(value)
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def refuse_to_replace(prefix: str, job: dict[str, Any], overwrite: bool) -> None:
+    """Refuse to write over token files of another job, unless `overwrite`.
+
+    `job` are facts of the record that say what the output is made from.
+    Raises  ConfigError.
+    """
+    if overwrite or not token_files(prefix):
+        return
+    record = read_record(prefix) or {}
+    if not job.keys() <= record.keys():
+        raise unknown_origin(prefix)
+    require_same(prefix, narrowed(record, job), json.loads(json.dumps(job)))
+
+
+def narrowed(record: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a record that `job` has as well, in its sections too: others are results."""
+    facts = {}
+    for name, value in job.items():
+        fact = record.get(name)
+        if isinstance(value, dict) and isinstance(fact, dict):
+            fact = narrowed(fact, value)
+        facts[name] = fact
+    return facts
 
 
 def refuse_inputs(output: str, datasets: Iterable[IndexedDataset]) -> None:
