@@ -1,5 +1,6 @@
 """The table of final values: a column for each run."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from castalia.analysis.axes import axes_of
 from castalia.analysis.events import events_of
 from castalia.analysis.measures import LEARNING, MACHINE, Final, Measure, other_measures
-from castalia.analysis.runs import Curve, RunFiles, inner
+from castalia.analysis.runs import Curve, RunFiles, Vector, inner
 from castalia.analysis.smoothing import ending
 from castalia.analysis.sources import bits_marks
 from castalia.monitor import duration, quantity
@@ -18,7 +19,7 @@ NONE = "–"
 
 def final_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
     """Rows of the table: what it is, and the value of each run."""
-    rows = [[name, *(cell(run) for run in runs)] for name, cell in PROGRESS]
+    rows = progress_rows(runs)
     for measure in (*LEARNING, *other_measures(runs), *MACHINE):
         rows += measure_rows(measure, runs)
     rows += bits_rows(runs)
@@ -68,7 +69,27 @@ def final_value(curve: Curve, final: Final, digits: str) -> str:
     return format(value, digits)
 
 
-def steps_cell(run: RunFiles) -> str:
+def progress_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
+    """How far each run came, and what stood in its way."""
+    cells = [progress_cells(run) for run in runs]
+    return [[name, *(each[name] for each in cells)] for name in cells[0]]
+
+
+def progress_cells(run: RunFiles) -> dict[str, str]:
+    """The cells of one run by the name of the row."""
+    axes = axes_of(run)
+    lanes = Counter(event.lane for event in events_of(run))
+    return {
+        "Steps": steps_text(run),
+        "Tokens": axis_end(axes.tokens, quantity),
+        "Training time": axis_end(axes.seconds, duration),
+        "Model FLOPs": axis_end(axes.flops, lambda flops: f"{flops:.3g}"),
+        "Steps without an update": count_text(lanes["skipped step"]),
+        "Rollbacks": count_text(lanes["rollback"]),
+    }
+
+
+def steps_text(run: RunFiles) -> str:
     """Steps made, of those that the config asks for."""
     if not run.metrics:
         return NONE
@@ -77,35 +98,14 @@ def steps_cell(run: RunFiles) -> str:
     return f"{made:,}" if asked in (None, made) else f"{made:,} of {asked:,}"
 
 
-def axis_cell(name: str, text: Callable[[float], str]) -> Callable[[RunFiles], str]:
-    """The end of an axis of a run, as text."""
-
-    def cell(run: RunFiles) -> str:
-        axis = getattr(axes_of(run), name)
-        return NONE if axis is None or not len(axis) else text(float(axis[-1]))
-
-    return cell
+def axis_end(axis: Vector | None, text: Callable[[float], str]) -> str:
+    """The end of an axis, as text."""
+    return NONE if axis is None or not len(axis) else text(float(axis[-1]))
 
 
-def count_cell(lane: str) -> Callable[[RunFiles], str]:
-    """Number of events of a kind."""
-
-    def cell(run: RunFiles) -> str:
-        count = sum(event.lane == lane for event in events_of(run))
-        return str(count) if count else NONE
-
-    return cell
-
-
-PROGRESS = (
-    ("Steps", steps_cell),
-    ("Tokens", axis_cell("tokens", quantity)),
-    ("Training time", axis_cell("seconds", duration)),
-    ("Model FLOPs", axis_cell("flops", lambda flops: f"{flops:.3g}")),
-    ("Steps without an update", count_cell("skipped step")),
-    ("Rollbacks", count_cell("rollback")),
-)
-"""How far a run came: the row's name, and its cell."""
+def count_text(count: int) -> str:
+    """A number of events; a row without any is left out."""
+    return str(count) if count else NONE
 
 
 def bits_rows(runs: Sequence[RunFiles]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """What a report reads of a run: the files of its folder, each of which may be absent."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +34,8 @@ class RunFiles:
     """The lines of metrics.jsonl, by step."""
     summary: dict[str, Any] = field(default_factory=dict)
     """summary.json: title, lead, tiles and tables, as the demo writes them."""
+    curves: dict[tuple[str, ...], Curve] = field(default_factory=dict)
+    """Curves by their keys: panels, axes and tables ask for the same ones."""
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -80,7 +83,10 @@ class RunFiles:
 
         keys  a key of the line and those inside it, such as "valid", "perplexity".
         """
-        return curve((line["step"], inner(line, keys)) for line in self.metrics)
+        if keys not in self.curves:
+            points = ((line["step"], inner(line, keys)) for line in self.metrics)
+            self.curves[keys] = curve(points)
+        return self.curves[keys]
 
 
 def inner(line: Any, keys: Sequence[str]) -> Any:
@@ -103,7 +109,7 @@ def curve(points: Iterable[tuple[int, Any]]) -> Curve:
 
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a finite number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and np.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def read_json(path: Path) -> Any:

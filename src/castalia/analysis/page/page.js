@@ -189,7 +189,8 @@
   // --- layout
   const isLog = (panel) => (state.yscale === "auto" ? panel.log : state.yscale === "log");
   const yAxis = (panel, shown, traces) => {
-  XX
+    const axis = { gridcolor: look("--grid"), linecolor: look("--edge"), zeroline: false,
+      automargin: true };
     if (panel.kind === "heat") {
       const names = traces[0].y;
       return { ...axis, tickvals: names, ticktext: names.map((name) => short(name)),
@@ -337,8 +338,9 @@
       const [from, to] = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
       if (from === undefined) return;
       view = [from, to];
-      // The chart that was zoomed keeps the y range that was drawn.
-      for (const other of drawn.keys()) if (other !== box) draw(other);
+      // A rectangle also chooses the y range of its own chart; elsewhere y fits what is left.
+      const isRectangle = change["yaxis.range[0]"] !== undefined;
+      for (const other of drawn.keys()) if (other !== box || !isRectangle) draw(other);
       showReset();
     });
     plot.on("plotly_doubleclick", resetView);
@@ -396,7 +398,7 @@
   const reset = document.createElement("button");
   const showReset = () => (reset.hidden = !view);
   const words = () =>
-    state.smooth ? `± ${100 * state.smooth}% of the step` : "off, each step";
+    state.smooth ? `± ${100 * state.smooth}% of the step` : "off";
   const build = () => {
     choice("x", "x axis", Object.entries(AXES).map(([axis, { label: text }]) => [axis, text,
       data.runs.some((run) => run.axes[axis]?.length) ? "" : `metrics.jsonl has no ${text}`]));
@@ -453,4 +455,7 @@
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   window.addEventListener("beforeprint", () => boxes.forEach(draw));
   document.documentElement.dataset.ready = "yes";
-})();
+})().catch((error) => {
+  document.documentElement.dataset.ready = "no";
+  document.getElementById("controls")?.append(`The charts could not be drawn: ${error}`);
+});
