@@ -22,7 +22,9 @@ def blend(weights: Sequence[float], size: int) -> tuple[Picks, NDArray[np.int64]
     """The source that serves each of `size` places, and which of its rows.
 
     Place s takes the source d with the largest w_d · max(s, 1) - (rows taken from d so far), in
-    float64; the first source wins a tie. The rows of a source are taken in turn.
+    float64; the first source wins a tie. The rows of a source are taken in turn. At place 1 a
+    source of weight 0 ties with those whose row is taken, so the rule draws it once; `build_rows`
+    leaves it out before (`sources.left_out`).
 
     Shapes  weights (K,) >= 0, normalised to sum to 1 -> dataset_index (size,) uint8 (uint16 from K
             = 255 on), sample_index (size,) int64.

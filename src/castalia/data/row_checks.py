@@ -7,7 +7,7 @@ import numpy as np
 from castalia.core.errors import DataError
 from castalia.data.batch import Batch
 from castalia.data.loader import as_batch
-from castalia.data.rows_by_source import RowPlaces
+from castalia.data.rows_by_source import RowPlaces, RowsBySource
 from castalia.data.run_rows import RunRows
 from castalia.data.served import ServedRows
 from castalia.data.step_reader import StepReader
@@ -64,13 +64,17 @@ def require_targets(rows: RunRows, weight: Callable[[Batch], float]) -> None:
 
 def batches_of(rows: RunRows, served: ServedRows, source: int) -> Iterator[Batch]:
     """The rows of one source as the loader serves them, in growing batches."""
-    reader = StepReader(served, 1, 1, 0, 1, mask=rows.mask)
-    count = len(served.row_sources[source].order.shuffle_idx)
+    # A reader of this source alone: a batch looks at every source of its reader.
+    alone = RowsBySource([served.row_sources[source]])
+    if served.labels is not None:
+        alone.labels = [served.labels[source]]
+    reader = StepReader(alone, 1, 1, 0, 1, mask=rows.mask)
+    count = int(alone.sizes[0])
     first = 0
     size = FIRST_ROWS
     while first < count:
         index = range(first, min(first + size, count))
-        places = RowPlaces(np.full(len(index), source), np.array(index))
+        places = RowPlaces(np.zeros(len(index), np.int64), np.array(index))
         micro_rows = reader.micro_batch(index, places, reader.look_up(places))
         yield as_batch(micro_rows, rows.eod_id)
         first = index.stop
