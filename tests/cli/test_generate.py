@@ -205,6 +205,7 @@ def test_the_limit_of_the_model_is_said(castalia, run: Path) -> None:
             "p.jsonl",
             'line 3: expected an object with a text under "prompt"',
         ),
+        (b'{"prompt": "a\\ud800b"}\n', "p.jsonl", "line 1: the prompt is not valid Unicode"),
         (None, "p.txt", "No such file"),
     ],
 )
@@ -228,6 +229,8 @@ def test_bad_prompt_files(
         (["--prompt", "a", "--temperature", "-1"], "temperature must be a number >= 0"),
         (["--prompt", "a" * 64], "the prompt has 64 tokens but the model reads at most 64"),
         (["--prompt", "a", "--dtype", "fp8"], "unknown dtype 'fp8'"),
+        (["--prompt", "a\udcffb"], "--prompt is not valid Unicode: character 1 is U+DCFF"),
+        (["--prompt", "a", "--stop", "\ud83c"], "a stop string is not valid Unicode: character 0"),
         ([], "no prompt; give --prompt TEXT"),
     ],
 )

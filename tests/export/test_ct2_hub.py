@@ -241,6 +241,8 @@ def test_wrong_words_are_one_sentence(
         GeneratorCT2fromHfHub(folder, compute_type="int4")
     with pytest.raises(ConfigError, match="does not accept these arguments"):
         model.generate("a", beams=3)
+    with pytest.raises(ConfigError, match="text 1 is not valid Unicode: character 2 is U\\+D800"):
+        model.generate(["a", "ab\ud800"])
     with pytest.raises(CheckpointError, match="no checkpoint"):
         GeneratorCT2fromHfHub(tmp_path / "none", device="cpu")
     bare = tmp_path / "bare"

@@ -119,6 +119,12 @@ def test_the_limit_of_the_model_ends_a_text_and_says_so(speaker: LanguageModel) 
             {"top_k": -2, "top_p": 1.5},
             "top_k must be >= 0, got -2; top_p must be from 0 to 1, got 1.5",
         ),
+        (
+            "a\ud83c",
+            {},
+            "the prompt is not valid Unicode: character 1 is U\\+D83C, half of a surrogate",
+        ),
+        ("a", {"stop": ["b", "\udf75"]}, "a stop string is not valid Unicode: character 0"),
         ([300], {}, "id 300 is outside the vocabulary of 257 tokens"),
     ],
 )

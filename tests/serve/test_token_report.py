@@ -261,6 +261,21 @@ def test_the_token_that_ends_a_text_is_named_and_a_stop_string_is_cut() -> None:
     assert text == " " and [token.text for token in whole] == [" ", "and"]
 
 
+def test_a_prompt_that_the_tokenizer_rewrites_is_placed_as_it_was_given() -> None:
+    inner = train_bpe([PROMPT + REST] * 3, 300).inner
+    inner.normalizer = normalizers.NFC()
+    model = model_of(Tokenizer(inner.to_str()))
+    prompt = "cafe\u0301 owner"
+    text, whole, chunks = reported(
+        model, model.encode(prompt), model.encode(" sa"), echo=prompt, scored=True
+    )
+    given = prompt + text
+    words = [token for token in whole if token.raw.startswith(b" ")]
+    assert len(words) == 2
+    assert all(given.startswith(token.text, token.offset) for token in words)
+    assert [token for _, tokens in chunks for token in tokens] == whole
+
+
 def test_without_a_tokenizer_tokens_are_ids() -> None:
     _, whole, _ = reported(model_of(None), [1], [5, 6])
     counted = completion_logprobs(whole)

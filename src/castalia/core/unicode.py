@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from castalia.core.errors import ConfigError
+from castalia.core.errors import CastaliaError, ConfigError
 
 
-def require_unicode(text: str, what: str) -> None:
-    """Raises  ConfigError naming the first character that no UTF-8 file can hold.
+def require_unicode(text: str, what: str, kind: type[CastaliaError] = ConfigError) -> None:
+    """Raises  `kind` naming the first character that no UTF-8 file can hold.
 
     JSON lets one half of a pair stand alone (`"\\ud800"`), and Python reads a byte of the command
     line or of standard input that is not UTF-8 as the half U+DC80 + byte - 0x80.
@@ -15,7 +15,7 @@ def require_unicode(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise ConfigError(
+        raise kind(
             f"{what} is not valid Unicode: character {error.start} is U+{code:04X},"
             " half of a surrogate pair or a byte that is not UTF-8; give UTF-8 text"
         ) from None

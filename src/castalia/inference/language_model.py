@@ -124,6 +124,12 @@ class LanguageModel:
         """The token that an empty prompt starts from, or None."""
         return self.special.start_id
 
+    def token_name(self, token: int | None) -> str | None:
+        """A token as its tokenizer spells it; None without a tokenizer."""
+        if token is None or self.token_texts is None:
+            return None
+        return self.token_texts.name_of(token)
+
     @cached_property
     def token_texts(self) -> TokenTexts | None:
         """The bytes of each token; None without a tokenizer."""

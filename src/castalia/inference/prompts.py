@@ -41,8 +41,8 @@ def plain_prompts(lines: Iterable[str]) -> Iterator[str]:
 def json_prompts(lines: Iterable[str], where: str) -> Iterator[str]:
     """The text under "prompt" of each line that is not blank.
 
-    Raises  DataError naming the line that is not a JSON object or has no such text; ConfigError
-            naming the line whose text is not valid Unicode.
+    Raises  DataError naming the line that is not a JSON object, has no such text, or one that is
+            not valid Unicode.
     """
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -53,5 +53,5 @@ def json_prompts(lines: Iterable[str], where: str) -> Iterator[str]:
             raise DataError(f"{where}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict) or not isinstance(record.get(KEY), str):
             raise DataError(f'{where}, line {number}: expected an object with a text under "{KEY}"')
-        require_unicode(record[KEY], f"{where}, line {number}: the prompt")
+        require_unicode(record[KEY], f"{where}, line {number}: the prompt", DataError)
         yield record[KEY]

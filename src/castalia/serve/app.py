@@ -185,14 +185,11 @@ def add_models(app: FastAPI, service: Service) -> None:
     async def tokenizer_info() -> dict[str, Any]:
         """Describe the first model's tokenizer."""
         model = (await service.model(None)).model
-        eos = None
-        if model.eod_id is not None:
-            names = model.tokenizer.tokens() if model.tokenizer is not None else []
-            eos = names[model.eod_id]
+        eos = model.token_name(model.eod_id)
         return {
             "tokenizer_class": "castalia",
             "eos_token": eos,
-            "bos_token": eos,
+            "bos_token": model.token_name(model.start_id),
             "pad_token": eos,
             "vocab_size": model.config.vocab_size,
             "model_max_length": model.config.max_position_embeddings,

@@ -125,12 +125,12 @@ class Service:
                 f"model {loaded.name!r} has no chat template (it is a base model);"
                 " use /v1/completions instead"
             )
-        eod_id = loaded.model.eod_id
-        tokenizer = loaded.model.tokenizer
-        eos = ""
-        if eod_id is not None and tokenizer is not None:
-            eos = tokenizer.tokens()[eod_id]
-        prompt = chat_prompt(loaded.template, body, {"eos_token": eos, "bos_token": eos})
+        model = loaded.model
+        defaults = {
+            "eos_token": model.token_name(model.eod_id) or "",
+            "bos_token": model.token_name(model.start_id) or "",
+        }
+        prompt = chat_prompt(loaded.template, body, defaults)
         max_tokens = body.max_completion_tokens or body.max_tokens or NO_LIMIT
         top = None
         if body.logprobs:

@@ -83,11 +83,10 @@ class Placing:
         """Place the tokens of characters that are whole now, the first at character `before`."""
         written = self.stream.text[before:]
         ids = self.stream.tokens[len(self.stream.tokens) - len(self.open) :]
-        known = self.stream.tokens[self.stream.context : len(self.stream.tokens) - len(ids)]
-        lead = self.stream.decode(known)
         for number, token in enumerate(self.open[1:], start=1):
-            text = self.stream.decode([*known, *ids[:number]])[len(lead) :]
-            token.offset = self.start + before + common(text, written)
+            # What the tokens before it have settled: a part of a character settles nothing.
+            settled = common(self.stream.decode(ids[:number]), written)
+            token.offset = self.start + before + settled
         self.open = []
 
     def candidates(
@@ -134,6 +133,8 @@ class TokenReport:
         texts = model.token_texts
         ids = served.continuation.ids
         self.text = served.continuation
+        self.tokenizer = model.tokenizer
+        self.echo = echo
         self.unscored = len(ids) if served.score_prompt else 0
         """Tokens of the prompt that are still to come."""
         self.prompt = Placing(model.decode, texts, [], 0)
@@ -157,6 +158,8 @@ class TokenReport:
             if self.unscored:
                 self.unscored -= 1
                 self.waiting.append(self.prompt.place(scored))
+                if not self.unscored and self.prompt.stream.text != self.echo:
+                    self.place_in_echo()
             elif finish_reason is not None and self.all_placed():
                 closing.append(self.written.closing(scored))
             else:
@@ -169,6 +172,24 @@ class TokenReport:
         ready = self.waiting[:count]
         self.waiting = self.waiting[count:]
         return ready + closing
+
+    def place_in_echo(self) -> None:
+        """Place the prompt's tokens in the prompt as it was given, which the tokenizer rewrote.
+
+        Composed accents and lower case, for instance, are not what was echoed.
+        """
+        inner = None if self.tokenizer is None else getattr(self.tokenizer, "inner", None)
+        if inner is None:
+            return
+        encoding = inner.encode(self.echo, add_special_tokens=False)
+        if encoding.ids != self.text.ids:
+            return
+        end = 0
+        for token, (begin, next_end) in zip(self.waiting, encoding.offsets, strict=True):
+            # Some tokenizers leave out the space that a token begins with.
+            is_space = self.echo[end:begin].isspace()
+            token.offset = end if is_space else begin
+            end = next_end
 
     def all_placed(self) -> bool:
         """Whether every token of the finished text has its place: one more token ended it."""
