@@ -8,6 +8,7 @@ from castalia.config import dump_yaml
 from castalia.config.fields import leaves
 from castalia.config.foreign import KEYS, OURS
 from castalia.core.errors import ConfigError
+from castalia.data.tokenizer import load_tokenizer, train_tokenizer
 from castalia.recipes import load_config, preset_names, resolve
 from castalia.train.config import RunConfig
 
@@ -198,6 +199,25 @@ def test_a_batch_that_the_recipes_micro_batch_does_not_divide():
     )
     assert "is not divisible by train.micro_batch_size 5" in message_of(
         "pythia-70m", "train.batch_size=12", "train.micro_batch_size=5"
+    )
+
+
+def test_a_tokenizer_with_more_ids_than_the_recipe_widens_the_vocabulary(tmp_path):
+    tokenizer = str(tmp_path / "tokenizer.json")
+    train_tokenizer(["a text of words and more words"] * 9, 280, tokenizer)
+    resolved = resolve(["debug", f"data.tokenizer={tokenizer}"])
+    ids = load_tokenizer(tokenizer).vocab_size
+    assert resolved.config.model.vocab_size == ids > 257
+    assert resolved.notes == [
+        f"model.vocab_size is {ids}, the ids of {tokenizer}: the recipe's 257 are fewer"
+    ]
+    # What is said outright holds, and published models keep a vocabulary that is large enough.
+    said = load_config(["debug", f"data.tokenizer={tokenizer}", "model.vocab_size=999"])
+    assert said.model.vocab_size == 999
+    kept = resolve(["pythia-70m", f"data.tokenizer={tokenizer}"])
+    assert (kept.config.model.vocab_size, kept.notes) == (
+        load_config(["pythia-70m"]).model.vocab_size,
+        resolve(["pythia-70m"]).notes,
     )
 
 

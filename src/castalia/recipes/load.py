@@ -14,8 +14,9 @@ from castalia.config.neox import is_neox, override_hint, read_neox
 from castalia.config.neox_reading import NeoxReading
 from castalia.config.problems import CHOOSERS, Problem
 from castalia.config.values import Layers, Values, flatten, merge, parse_override, read_yaml
-from castalia.core.errors import ConfigError
+from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.ranks import world_size
+from castalia.data.tokenizer import load_tokenizer
 from castalia.recipes.presets import PRESETS, preset
 from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
 from castalia.recipes.pythia import known_mistakes, same_shape
@@ -87,7 +88,7 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     else:
         layers.base = started = preset(str(name))
         labels.insert(0, str(name))
-    notes = fit_micro_batch(layers)
+    notes = [*fit_micro_batch(layers), *fit_vocabulary(layers)]
     label = " + ".join(labels)
     config = checked(layers, reading, label)
     changes = differences(started, config)
@@ -197,11 +198,38 @@ def fit_micro_batch(layers: Layers) -> list[str]:
     if rows % micro == 0:
         return []
     fit = math.gcd(rows, micro)
-    layers.fitted = {"train": {"micro_batch_size": fit}}
+    layers.fitted = merge(layers.fitted, {"train": {"micro_batch_size": fit}})
     return [
         f"train.micro_batch_size is {fit}: train.batch_size {rows} is not divisible by the"
         f" recipe's {micro}"
     ]
+
+
+def fit_vocabulary(layers: Layers) -> list[str]:
+    """Widen the recipe's vocabulary to hold the ids of an overridden tokenizer; says so.
+
+    A larger vocabulary than the tokenizer's stays: it costs rows that are never read, and published
+    models have one.
+    """
+    if not layers.overrides_key("data.tokenizer"):
+        return []
+    if layers.overrides_key("model.vocab_size") or "model.vocab_size" in flatten(layers.files):
+        return []
+    values = flatten(layers.resolved())
+    name = values.get("data.tokenizer")
+    recipes_ids = values.get("model.vocab_size")
+    # A tokenizer of the hub is not fetched for a hint; the run checks the ids of its data.
+    if not isinstance(recipes_ids, int) or not isinstance(name, str) or not Path(name).exists():
+        return []
+    try:
+        ids = load_tokenizer(name).vocab_size
+    except CastaliaError:
+        # The run refuses it, with the reason.
+        return []
+    if ids <= recipes_ids:
+        return []
+    layers.fitted = merge(layers.fitted, {"model": {"vocab_size": ids}})
+    return [f"model.vocab_size is {ids}, the ids of {name}: the recipe's {recipes_ids} are fewer"]
 
 
 def differences(started: Values, config: RunConfig) -> dict[str, tuple[Any, Any]]:
