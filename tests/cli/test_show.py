@@ -49,7 +49,7 @@ def test_the_time_of_a_run_is_measured_here_and_estimated_for_gpus():
     assert time["measured"].startswith("2 of 4 layers, ") and time["gpu_hours"] is None
     text = show("debug", "device=cpu", columns="160", timed=True)
     assert re.search(r"time +\S+ s a step, \S+ tokens/s on this machine \(measured: 2 of 4", text)
-    assert re.search(r"whole run +.* days \(\d+s\)", text)
+    assert re.search(r"whole run +.* days \([\dhms]+\)", text)
     # Without a measurement the estimate is left, and it says that it is one.
     text = show("pythia-1b", columns="160")
     assert "whole run" not in text
