@@ -53,6 +53,16 @@ def test_files_are_closed_with_the_pool():
     assert opened() <= before + 1  # the tracker of semaphores stays
 
 
+def test_only_the_parent_answers_a_request_to_end():
+    """A scheduler sends its signals to every process of the job."""
+    with WorkerPool(1, hold, b"12") as pool:
+        worker = pool.submit(os.getpid).result()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(worker, number)
+        assert pool.submit(held, 3).result() == 6
+        assert pool.submit(os.getpid).result() == worker
+
+
 def test_a_worker_that_dies_at_work_did_start():
     with WorkerPool(2, hold, b"") as pool, pytest.raises(BrokenProcessPool):
         pool.submit(die).result()

@@ -1,5 +1,6 @@
 """`castalia train`: train the run that a config describes, or resume it."""
 
+import signal
 import sys
 
 from castalia.cli.flags import Config
@@ -19,11 +20,16 @@ def train(config: Config) -> None:
       torchrun --nproc-per-node 2 -m castalia train debug
     """
     from castalia.recipes import resolve
+    from castalia.train.hooks import StopOnSignal
     from castalia.train.run import Announced, run
 
     resolved = resolve(config)
-    run(
+    trainer = run(
         resolved.config,
         ["castalia", *sys.argv[1:]],
         announced=Announced(resolved.changes, resolved.start_notes),
     )
+    if trainer.stop:
+        # Everything is saved: a second request must not end the exiting process with an error.
+        for number in StopOnSignal.polite:
+            signal.signal(number, signal.SIG_IGN)

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import DupFd
 from multiprocessing.synchronize import Event
@@ -19,17 +20,36 @@ from typing import Any, Generic, TypeVar
 S = TypeVar("S")
 
 
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a job to end."""
+
+
+class Worker(SpawnProcess):
+    """A worker process."""
+
+    def terminate(self) -> None:
+        """End it: a broken pool ends its workers, and they ignore SIGTERM."""
+        self.kill()
+
+
+class Spawning(SpawnContext):
+    """Makes workers."""
+
+    Process = Worker
+
+
 class WorkerPool(ProcessPoolExecutor):
     """`workers` local processes, each of which calls `begin(state)` before its first task.
 
-    Workers ignore SIGINT: a Ctrl-C reaches every process of the terminal, and only the parent
-    decides what it means. They exit when the parent does, even if it is killed.
+    Workers ignore the signals that ask a job to end: a Ctrl-C reaches every process of the
+    terminal, and a scheduler's SIGTERM every process of the job, but only the parent decides what
+    they mean. Workers exit when the parent does, even if it is killed.
     Raises  the error of pickling `state`, if it cannot be pickled.
     """
 
     def __init__(self, workers: int, begin: Callable[[S], object], state: S) -> None:
         # Spawned, not forked: the threads of torch and tokenizers do not survive a fork.
-        spawn = multiprocessing.get_context("spawn")
+        spawn = Spawning()
         self.began = spawn.Event()
         forget_standard_input()
         super().__init__(workers, spawn, partial(start, begin, InheritedState(state), self.began))
@@ -92,7 +112,8 @@ def open_unnamed() -> Any:
 
 def start(begin: Callable[[S], object], state: InheritedState[S], began: Event) -> None:
     """In a worker, before its first task."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
     began.set()
     # Before the state, which may take long to load: the parent may die in the meantime.
     end_with_parent()

@@ -11,6 +11,7 @@ from typing import Any
 from castalia.core.errors import DataError
 from castalia.core.files import atomic_write, cannot_write
 from castalia.monitor import read_metrics
+from castalia.train.stopping import say
 
 EVENTS = "events.jsonl"
 
@@ -48,7 +49,7 @@ def read_events(output: str | Path) -> list[dict[str, Any]]:
 
 def warn(text: str) -> None:
     """A warning on stderr."""
-    print(f"castalia: warning: {text}", file=sys.stderr, flush=True)
+    say(f"castalia: warning: {text}", sys.stderr)
 
 
 def in_words(kind: str, loss: float, norm: float) -> str:

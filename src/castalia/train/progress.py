@@ -21,6 +21,8 @@ class Progress:
     tokens: int = 0
     without_targets: int = 0
     """Steps that were skipped because no token of them was a target."""
+    validation_missing: bool = False
+    """Whether a request to stop broke off the validation of this step."""
     updates_before: int = 0
     """Updates of another run, whose optimizer state train.start_optimizer took over."""
 
@@ -30,7 +32,7 @@ class Progress:
         return self.updates_before + self.updates
 
     def state_dict(self) -> dict[str, int]:
-        """The state for a resume."""
+        """The state for a resume, as JSON values."""
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -38,7 +40,8 @@ class Progress:
         self.step = state["step"]
         self.updates = state["updates"]
         self.tokens = state["tokens"]
-        # Checkpoints of older versions lack these two.
+        # Checkpoints of older versions lack these.
+        self.validation_missing = state.get("validation_missing", False)
         self.without_targets = state.get("without_targets", 0)
         self.updates_before = state.get("updates_before", 0)
 

@@ -1,7 +1,7 @@
 """One run from a resolved config: ranks, corpus, folder, start table, loop, closing line."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from castalia.train.hooks import (
 from castalia.train.hooks.named import named_hooks
 from castalia.train.run_folder import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
+from castalia.train.stopping import Stop, say
 from castalia.train.trainer import Trainer
 
 
@@ -53,15 +54,28 @@ def run(
     # Before the process group, where one rank's error would leave the others waiting.
     check_processes(config, environment()[1])
     world = World.start(config.parallel, config.device)
-    try:
-        with peers_may_be_lost(world.rank):
-            if world.leads:
-                check_run_folder(config)
-            # Two jobs in one folder would overwrite each other's checkpoints.
-            with claimed(Path(config.output)) if world.leads else nullcontext():
-                return run_claimed(config, world, command, hooks, announced)
-    finally:
-        world.close()
+    # Until the ranks have parted: a second signal must not turn a saved run into a failed one.
+    with StopOnSignal() as stopper, closing(world), peers_may_be_lost(world.rank):
+        if world.leads:
+            check_run_folder(config)
+        # Two jobs in one folder would overwrite each other's checkpoints.
+        with claimed(Path(config.output)) if world.leads else nullcontext():
+            all_hooks = [*standard_hooks(stopper), *named_hooks(config.hooks), *hooks]
+            trainer = run_claimed(config, world, command, all_hooks, announced)
+    conclude(trainer, stopper)
+    return trainer
+
+
+def conclude(trainer: Trainer, stopper: StopOnSignal) -> None:
+    """Tell the caller when the run was not left to end by itself.
+
+    Raises  KeyboardInterrupt after a Ctrl-C, also one within the last save; BrokenPipeError if
+            nobody reads the output any more.
+    """
+    if trainer.stop is Stop.INTERRUPTED or stopper.interrupted:
+        raise KeyboardInterrupt
+    if trainer.stop is Stop.UNREAD:
+        raise BrokenPipeError
 
 
 def run_claimed(
@@ -72,8 +86,7 @@ def run_claimed(
     announced: Announced,
 ) -> Trainer:
     """The run, in a folder that no other job writes to."""
-    all_hooks = [*standard_hooks(), *named_hooks(config.hooks), *hooks]
-    trainer = Trainer(config, world, hooks=all_hooks)
+    trainer = Trainer(config, world, hooks=hooks)
     config = trainer.config  # with the files of a corpus that was built
     # After the trainer was built: a run that cannot start leaves no folder that looks like one.
     if world.leads:
@@ -84,17 +97,17 @@ def run_claimed(
     world.wait()
     trainer.fit()
     if world.leads:
-        print(f"{save_line(trainer)}\n{closing_line(trainer)}", flush=True)
+        say(f"{save_line(trainer)}\n{closing_line(trainer)}")
     return trainer
 
 
-def standard_hooks() -> list[Hook]:
-    """The hooks of every run.
+def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
+    """The hooks of every run; `stopper` is one that catches signals beyond the loop.
 
     The order matters: a validation adds to the metrics before they are written, and they are
     written before a checkpoint is, so that a resume never finds a step without its line.
     """
-    return [StopOnSignal(), Validate(), RecordMixture(), Metrics(), StepLine(), Save()]
+    return [stopper or StopOnSignal(), Validate(), RecordMixture(), Metrics(), StepLine(), Save()]
 
 
 def save_line(trainer: Trainer) -> str:

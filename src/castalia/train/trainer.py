@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,7 @@ from castalia.train.build import build_model, check_processes
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
-from castalia.train.hooks.hook import start_hook
+from castalia.train.hooks.hook import close_with, start_hook
 from castalia.train.losses import LOSSES, Loss
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.named_corpus import ensure_on_all
@@ -38,6 +38,7 @@ from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
 from castalia.train.schedule import make_schedule
 from castalia.train.start import StartRecord, open_start
+from castalia.train.stopping import Stop, say
 from castalia.train.totals import PassSums, StepTotals
 
 
@@ -64,10 +65,11 @@ class Trainer:
         self.progress = Progress()
         self.clock = Clock()
         self.pending_metrics: dict[str, Any] = {}
-        self.stop_asked = False
+        self.stop_asked = Stop.NO  # of this rank, at any moment
+        self.stop = Stop.NO  # that all ranks agreed on
         self.stopping = False
-        # In this order: what the config alone can refuse comes before any file is opened, and
-        # what the data can refuse before the model takes memory.
+        # What the config alone can refuse comes before any file is opened, and what the data can
+        # refuse before the model takes memory.
         self.check()
         self.open_data()
         self.build(loss)
@@ -164,17 +166,17 @@ class Trainer:
         """Train from the newest good checkpoint, or from the start, to config.train.steps."""
         with ExitStack() as ending:
             # Entered first, so closed last: a hook that waits for a save is not watched any more.
-            self.end_hooks_with(ending)
+            close_with(ending, self.hooks)
             ending.enter_context(self.watchdog)
             self.resume("resumed from")
             # After the resume: a hook continues its files from the step that was loaded.
             for hook in self.hooks:
                 start_hook(hook, self.services())
-            # After the load, whose state is older than the decisions in events.jsonl.
+            # After the load, whose state is older than events.jsonl.
             self.guard.recall()
             batches = self.training_batches()
             # A finished run that is started again may have no step left to plan.
-            self.stopping = self.mixture.at_end()
+            self.stopping |= self.mixture.at_end()
             while self.progress.step < self.config.train.steps and not self.stopping:
                 number = self.progress.step + 1
                 self.watchdog.step_begins(number)
@@ -189,6 +191,9 @@ class Trainer:
                 for hook in self.hooks:
                     with self.watchdog.doing(f"hook {type(hook).__name__}"):
                         hook.after_step(step)
+                    # Broken off in this hook: those behind it save, as after every last step.
+                    if self.stopping and not step.last:
+                        step = replace(step, last=True)
 
     def take_step(self, micro_batches: list[Batch]) -> Step | None:
         """One step; None if the run has to roll back to a checkpoint, with nothing updated.
@@ -202,19 +207,19 @@ class Trainer:
             # Converted once: this waits for the device, and everything below needs the number.
             totals.norm = float(self.passes.gradient_norm() / self.scale.value)
         # Judged before the update: afterwards a NaN would be in every weight.
-        verdict, stop = self.agree(self.guard.judge(totals))
+        verdict = self.agree(self.guard.judge(totals))
         action = self.guard.answer(verdict, self.progress.step + 1, totals, micro_batches)
         self.update(lr, totals.norm, action)
         if action is Action.ROLLBACK:
             return None
-        return self.finish_step(lr, totals, action, stop)
+        return self.finish_step(lr, totals, action)
 
     def skip_step(self, micro_batches: list[Batch]) -> Step:
         """Consume the rows of a step without a pass: its loss and its norm are NaN."""
         totals = self.reduce(self.passes.new_sums(), micro_batches)
-        _, stop = self.agree(Verdict.GOOD)
+        self.agree(Verdict.GOOD)
         lr = self.schedule(self.progress.updates)
-        return self.finish_step(lr, totals, Action.SKIP, stop)
+        return self.finish_step(lr, totals, Action.SKIP)
 
     def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
         """Forward and backward of all micro-batches: gradients of the global mean loss.
@@ -248,8 +253,8 @@ class Trainer:
         vector = self.world.sum(sums.vector(tokens, hashed))
         return StepTotals.of(vector, self.loss, f"step {self.progress.step + 1}")
 
-    def agree(self, verdict: Verdict) -> tuple[Verdict, bool]:
-        """The worst verdict of any rank, and whether any rank was asked to stop.
+    def agree(self, verdict: Verdict) -> Verdict:
+        """The worst verdict of any rank; a stop that any rank was asked for becomes everyone's.
 
         One all-reduce carries both, and the marks that compare the ranks' plans of the rows: ranks
         that acted on their own verdict would wait for each other in different collectives.
@@ -257,7 +262,8 @@ class Trainer:
         mark = self.mixture.mark()
         worst, stop, *marks = self.world.largest(verdict, self.stop_asked, *mark)
         self.mixture.agree(marks)
-        return Verdict(worst), bool(stop)
+        self.stop = Stop(stop)
+        return Verdict(worst)
 
     def update(self, lr: float, norm: float, action: Action) -> None:
         """One optimizer update, if that is the action; the gradients are released in any case."""
@@ -273,13 +279,13 @@ class Trainer:
         if action in (Action.UPDATE, Action.OVERFLOW):
             self.scale.update(overflow=action is Action.OVERFLOW)
 
-    def finish_step(self, lr: float, totals: StepTotals, action: Action, stop: bool) -> Step:
+    def finish_step(self, lr: float, totals: StepTotals, action: Action) -> Step:
         """Count the step, teach the mixer, and put together the numbers for the hooks."""
         self.progress.step += 1
         self.progress.tokens += totals.tokens
         # The mixer must not learn from a step whose loss was not used.
         self.mixture.observe(totals, skipped=action is not Action.UPDATE)
-        self.stopping = stop or self.mixture.at_end()
+        self.stopping = self.stop > Stop.NO or self.mixture.at_end()
         if action is Action.SKIP:
             totals = totals.unused()
         if action is Action.NO_TARGETS:
@@ -319,18 +325,27 @@ class Trainer:
         self.pending_metrics.clear()
         return metrics
 
-    def evaluate(self, rows: BlendedRows, batches: int) -> StepTotals:
-        """The loss over the first `batches` batches of `rows`, without gradients."""
+    def evaluate(self, rows: BlendedRows, batches: int) -> StepTotals | None:
+        """The loss over the first `batches` batches of `rows`, without gradients.
+
+        None if a request to stop broke it off: the time of grace is for the save.
+        """
         self.model.eval()
-        # From step 0 of their own order each time, so that two validations compare.
         sums = self.passes.new_sums()
+        # From step 0 of their own order each time, so that two validations compare.
         reader = self.batches(rows, 0)
         for _ in range(batches):
+            self.stop = Stop(*self.world.largest(self.stop_asked))
+            if self.stop:
+                break
             with self.watchdog.doing("validation"):
                 micro_batches = next(reader)
                 weights = self.passes.weights(micro_batches)
                 sums.plus(self.passes.run(micro_batches, weights))
         self.model.train()
+        if self.stop:
+            self.stopping = True
+            return None
         vector = self.world.sum(sums.vector(0, 0))
         return StepTotals.of(vector, self.loss, f"the validation of step {self.progress.step}")
 
@@ -385,9 +400,9 @@ class Trainer:
         seconds = round(time.perf_counter() - began, 4)
         self.pending_metrics["load_seconds"] = seconds
         if self.world.leads:
-            print(f"{verb} {self.store.folder_of(step)}, read in {seconds:.1f} s", flush=True)
+            say(f"{verb} {self.store.folder_of(step)}, read in {seconds:.1f} s")
             if note := self.start_record.note(self.config.model.start):
-                print(f"note: {note}", flush=True)
+                say(f"note: {note}")
 
     def begin(self) -> None:
         """Take over the state that a fresh run has from `model.start`, beside the weights."""
@@ -428,20 +443,6 @@ class Trainer:
             "pending_metrics": self.pending_metrics,
         }
 
-    def ask_stop(self) -> None:
+    def ask_stop(self, stop: Stop = Stop.POLITE) -> None:
         """End the loop after the current step, on every rank."""
-        self.stop_asked = True
-
-    def end_hooks_with(self, ending: ExitStack) -> None:
-        """Close the hooks when the loop ends, the last of the list first."""
-        for hook in reversed(self.hooks):
-            ending.callback(hook.close)
-            ending.push(partial(report_error, hook))
-
-
-def report_error(
-    hook: Hook, kind: type[BaseException] | None, error: BaseException | None, trace: object
-) -> None:
-    """Let a hook know that an exception ends the loop."""
-    if error is not None:
-        hook.on_error(error)
+        self.stop_asked = max(self.stop_asked, stop)

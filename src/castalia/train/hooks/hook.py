@@ -10,8 +10,10 @@ class Speak(Hook):
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from castalia.core.errors import ConfigError, nearest
@@ -22,7 +24,8 @@ class Step:
     """One finished step.
 
     number   1 for the first.
-    last     whether the loop ends after it.
+    last     whether the loop ends after it. A hook that ends the loop itself, such as a validation
+             that is broken off, shows in the hooks later in the list.
     metrics  its numbers, which become its line of metrics.jsonl. A hook may add keys; hooks later
              in the list see them.
     tokens   target tokens that the run has read, this step's included.
@@ -52,7 +55,7 @@ class Hook:
         checkpoints       saves and loads the state of the run
         policy            which steps are saved
         evaluate          rows, batches -> their loss: `Trainer.evaluate`
-        ask_stop          ends the loop after the current step, on every rank
+        ask_stop          a `Stop` -> ends the loop after the current step, on every rank
         pending_metrics   numbers for the next step's line
     """
 
@@ -91,3 +94,20 @@ def start_hook(hook: Hook, services: Mapping[str, Any]) -> None:
             )
         wanted[parameter.name] = services[parameter.name]
     hook.start(**wanted)
+
+
+def close_with(ending: ExitStack, hooks: Sequence[Hook]) -> None:
+    """Close the hooks when the loop ends, the last of the list first."""
+    # A stack: what is pushed first is closed last. Signals, the first of the list, are caught until
+    # the last save is on the disk.
+    for hook in hooks:
+        ending.callback(hook.close)
+        ending.push(partial(report_error, hook))
+
+
+def report_error(
+    hook: Hook, kind: type[BaseException] | None, error: BaseException | None, trace: object
+) -> None:
+    """Let a hook know that an exception ends the loop."""
+    if error is not None:
+        hook.on_error(error)

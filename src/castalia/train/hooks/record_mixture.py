@@ -9,6 +9,7 @@ from castalia.mixing import MixtureLog, Watch, read_mixture
 from castalia.train.config import RunConfig
 from castalia.train.hooks.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend
+from castalia.train.stopping import say
 
 
 class RecordMixture(Hook):
@@ -47,7 +48,7 @@ class RecordMixture(Hook):
         if self.log and mixture and mixture.plan and mixture.stats:
             moves = self.watch.observe(mixture.plan.weights, mixture.stats)
             for event in (*mixture.plan.events, *moves):
-                print(f"castalia: step {mixture.done}: {event}", file=sys.stderr, flush=True)
+                say(f"castalia: step {mixture.done}: {event}", sys.stderr)
             self.log.write(mixture.plan, mixture.stats)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """The line on the screen."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from castalia.data import RunRows
@@ -12,6 +13,7 @@ from castalia.train.hooks.hook import Hook, Step
 from castalia.train.losses import LOSSES
 from castalia.train.mixture import PlannedMixture, StaticBlend, movements
 from castalia.train.progress import Clock, Progress
+from castalia.train.stopping import Stop, say
 
 
 class StepLine(Hook):
@@ -25,6 +27,7 @@ class StepLine(Hook):
         progress: Progress,
         clock: Clock,
         rows: RunRows,
+        ask_stop: Callable[[Stop], None],
         mixture: PlannedMixture | StaticBlend,
     ) -> None:
         """Begin to count time and tokens."""
@@ -34,6 +37,7 @@ class StepLine(Hook):
         self.every = config.train.log_every
         self.metrics = LOSSES[config.loss.kind].names
         self.progress = progress
+        self.ask_stop = ask_stop
         self.clock = clock
         self.sources = rows.sources
         self.mixture = mixture
@@ -59,9 +63,9 @@ class StepLine(Hook):
     def after_step(self, step: Step) -> None:
         """Print, when it is time to."""
         due = step.number % self.every == 0 or step.number in (1, self.steps)
-        # Every rank counts, one prints.
-        if self.leads and due:
-            print(self.line(step), flush=True)
+        # Every rank counts, one prints. Nobody reads on: the run ends, and saves as it does.
+        if self.leads and due and not say(self.line(step)):
+            self.ask_stop(Stop.UNREAD)
 
     def line(self, step: Step) -> str:
         """`step 1200/143000  0.8%  loss 3.4127  ...`, averaged since the line before."""

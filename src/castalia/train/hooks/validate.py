@@ -1,6 +1,7 @@
 """The loss on held-out rows."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from castalia.mixing import scores
 from castalia.train.config import RunConfig
 from castalia.train.hooks.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend
+from castalia.train.progress import Progress
 from castalia.train.totals import StepTotals
 
 
@@ -19,6 +21,9 @@ class Validate(Hook):
     The loss's own metrics come as `valid_NAME`. With several sources, and a loss that has sums by
     source, also `valid` and `valid_sources`: see `castalia.mixing.scores`. A mixer that learns from
     held-out losses observes them with the next step.
+
+    A validation that a request to stop breaks off is made up for when the run resumes, so that a
+    mixer learns the same; its numbers are then in the line of the next step.
     """
 
     def start(
@@ -27,35 +32,59 @@ class Validate(Hook):
         config: RunConfig,
         rows: RunRows,
         mixture: PlannedMixture | StaticBlend,
-        evaluate: Callable[[BlendedRows, int], StepTotals],
+        evaluate: Callable[[BlendedRows, int], StepTotals | None],
+        progress: Progress,
+        pending_metrics: dict[str, Any],
     ) -> None:
-        """Keep what a validation needs."""
+        """Keep what a validation needs, and make up for one that was broken off."""
         self.every = config.train.eval_every
         self.batches = config.train.eval_batches
         self.rows = rows
         self.mixture = mixture
         self.evaluate = evaluate
+        self.progress = progress
+        self.pending = pending_metrics
+        self.make_up()
+
+    def make_up(self) -> None:
+        """Validate, if the checkpoint was saved before its validation was done."""
+        if self.progress.validation_missing:
+            self.validate(self.pending)
+
+    def rolled_back(self, step: int) -> None:
+        """The checkpoint may lack its validation."""
+        self.make_up()
 
     def after_step(self, step: Step) -> None:
         """Run when due; each validation reads the same rows."""
-        if not self.every or self.rows.valid is None or step.number % self.every:
+        if not self.every or step.number % self.every:
+            return
+        self.validate(step.metrics)
+
+    def validate(self, metrics: dict[str, Any]) -> None:
+        """Add the results to `metrics`."""
+        self.progress.validation_missing = False
+        if self.rows.valid is None:
             return
         # All ranks take part: the rows of a validation are split as those of a step are.
         totals = self.evaluate(self.rows.valid, self.batches)
+        self.progress.validation_missing = totals is None
+        if totals is None:
+            return
         for name, value in totals.metrics.items():
-            step.metrics[f"valid_{name}"] = value
+            metrics[f"valid_{name}"] = value
         if totals.per_source:
-            self.by_source(step, totals)
+            self.by_source(metrics, totals)
         else:
-            step.metrics["valid_loss"] = totals.loss
+            metrics["valid_loss"] = totals.loss
 
-    def by_source(self, step: Step, totals: StepTotals) -> None:
+    def by_source(self, metrics: dict[str, Any], totals: StepTotals) -> None:
         """The losses of the sources, alone and in the means that papers report."""
         rows = self.rows
         count = len(rows.valid_sources)
         loss, tokens = np.array(totals.per_source, np.float64)[:count].T
         # NaN without a target: 0 would be the best loss of all.
-        step.metrics["valid_loss"] = loss.sum() / tokens.sum() if tokens.any() else np.nan
+        metrics["valid_loss"] = loss.sum() / tokens.sum() if tokens.any() else np.nan
         # data.valid may list other sources than data.train; a mixer needs the same ones.
         paired = count == len(rows.sources)
         if paired:
@@ -70,8 +99,8 @@ class Validate(Hook):
                 natural=rows.tokens if paired else None,
                 bytes_per_token=bytes_per_token(rows),
             )
-            step.metrics["valid_sources"] = means.pop("sources")
-            step.metrics["valid"] = means
+            metrics["valid_sources"] = means.pop("sources")
+            metrics["valid"] = means
 
 
 def bytes_per_token(rows: RunRows) -> dict[str, float]:
