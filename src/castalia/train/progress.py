@@ -41,7 +41,7 @@ class Progress:
         self.updates = state["updates"]
         self.tokens = state["tokens"]
         # Checkpoints of older versions lack these.
-        self.validation_missing = state.get("validation_missing", False)
+        self.validation_missing = bool(state.get("validation_missing"))
         self.without_targets = state.get("without_targets", 0)
         self.updates_before = state.get("updates_before", 0)
 
