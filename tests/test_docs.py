@@ -14,7 +14,7 @@ CONTENTS = ROOT / "docs" / "README.md"
 LINK = re.compile(r"\]\(([^)#:]+?\.md)(?:#[^)]*)?\)")
 BLOCK = re.compile(r"^(<!-- not run: .+? -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(
-    r"^(\$ )?(castalia|python|pip|make|torchrun|srun|mpirun|docker) ", re.MULTILINE
+    r"^(\$ )?(castalia|python|pip|make|torchrun|srun|mpirun|lm_eval|from|import) ", re.MULTILINE
 )
 
 
