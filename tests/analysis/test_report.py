@@ -200,7 +200,7 @@ def test_what_is_drawn_as_each_step_is_each_step(page: Page):
     assert loss[0]["whole"] and list(loss[0]["fits"]) == [f"{window:g}" for window in WINDOWS]
     assert [series["name"] for series in loss] == ["training", "validation"]
     assert loss[1]["marks"] and not loss[1]["fits"]
-    (ended,) = re.findall(r"Loss, training at the end \(nats per token\)\s+(\S+)", page.text)
+    (ended,) = re.findall(r"Loss, training, at the end \(nats per token\)\s+(\S+)", page.text)
     assert float(ended) == pytest.approx(2.16, abs=2e-3)
 
 

@@ -30,19 +30,19 @@ def measure_rows(measure: Measure, runs: Sequence[RunFiles]) -> list[list[str]]:
     """A row for each key of a measure."""
     rows: list[list[str]] = []
     for key in measure.keys:
-        name = measure.title
-        if len(measure.keys) > 1:
-            name = f"{measure.title}, {key.name}"
         cells: list[str] = []
         for run in runs:
             steps, values = run.curve(*key.key.split("/"))
             cells.append(final_value((steps, values / measure.divisor), key.final, measure.digits))
-        rows.append([f"{name}{UNIT_WORDS[key.final]}{unit(measure)}", *cells])
+        name = measure.title
+        if key.name.lower() != name.lower():
+            name += f", {key.name}"
+        rows.append([f"{name}{FINAL_WORDS[key.final]}{unit(measure)}", *cells])
     return rows
 
 
-UNIT_WORDS: dict[Final, str] = {
-    "fit": " at the end",
+FINAL_WORDS: dict[Final, str] = {
+    "fit": ", at the end",
     "last": ", last",
     "median": ", median",
     "largest": ", largest",

@@ -26,6 +26,7 @@ from castalia.core.files import several
 
 REPORT = "report.html"
 MISSING = "absent"
+CUT = "The start is above the chart; y scale “linear” shows all of it."
 AXIS_DIGITS = 10
 """Significant digits on an axis: a step of a million tokens in a trillion."""
 
@@ -65,12 +66,15 @@ def title_of(runs: Sequence[RunFiles]) -> str:
 
 
 def lead_of(runs: Sequence[RunFiles]) -> str:
-    """The line below the title: the summary's, or where the run ended."""
+    """The line below the title: the summary's, and where the run ended."""
     if len(runs) > 1:
-        return ", ".join(run.name for run in runs)
-    if "lead" in runs[0].summary:
-        return str(runs[0].summary["lead"])
-    return ""
+        return ""  # the names stand in the controls
+    parts = [str(runs[0].summary.get("lead", ""))]
+    steps, losses = runs[0].curve("loss")
+    if len(steps):
+        value, _ = ending(steps, losses)
+        parts.append(f"The loss ended at {value:.4f} nats per token after step {steps[-1]:,.0f}.")
+    return " ".join(part for part in parts if part)
 
 
 def panels_of(runs: Sequence[RunFiles]) -> list[Panel]:
@@ -96,7 +100,7 @@ def charts(panels: Sequence[Panel]) -> list[str]:
             f'<figure class="panel{wide}" data-panel="{number}"><figcaption>'
             f"<h2>{escape(panel.title)}{unit}</h2>"
             f'<p class="about">{escape(panel.about)}</p></figcaption>'
-            f'<div class="keys"></div><div class="plot" role="img"'
+            f'<div class="keys"></div><p class="cut" hidden>{CUT}</p><div class="plot" role="img"'
             f' aria-label="{escape(spoken(panel))}"></div></figure>'
         )
     if not boxes:

@@ -125,7 +125,7 @@
     x: placesOf(data.runs[series.run], curve.steps),
     y: curve.values,
     customdata: curve.steps,
-    mode: series.marks ? "lines+markers" : "lines",
+    mode: series.marks && curve.steps.length <= 60 ? "lines+markers" : "lines",
     line: { color: colourOf(series), width, dash: dashOf(series) },
     marker: { size: 6, symbol: SYMBOLS[series.run % SYMBOLS.length] },
     opacity,
@@ -204,14 +204,26 @@
     }
     if (panel.kind === "shares") return { ...axis, range: [0, 100], fixedrange: true };
     const log = isLog(panel) && traces.some((trace) => trace.y.some((value) => value > 0));
-    const range = rangeWithin(traces, view || fullRange(), log) || [0, 1];
+    const range = (!view && rangeAfterStart(panel, traces, log))
+      || rangeWithin(traces, view || fullRange(), log) || [0, 1];
     const top = log ? 10 ** range[1] : range[1];
     const ticks = { nticks: 7, tickformat: top >= 1e4 ? ".4~s" : ".5~g" };
     // Plotly labels every digit of two decades, one over the other.
-    if (log) ticks.dtick = logTick(range[1] - range[0]);
+    if (log && range[1] - range[0] > 0.7) ticks.dtick = logTick(range[1] - range[0]);
     return { ...axis, ...ticks, type: log ? "log" : "linear", range };
   };
-  const logTick = (decades) => (decades > 1.5 ? Math.ceil(decades / 6) : decades > 0.7 ? "D2" : "D1");
+  const logTick = (decades) => (decades > 1.5 ? Math.ceil(decades / 6) : "D2");
+  // A steep start flattens everything after it on linear axes. Where it does, the chart is fitted to
+  // what comes after the first 2%; null elsewhere.
+  const START = 0.02;
+  const rangeAfterStart = (panel, traces, log) => {
+    const isSmoothed = panel.series.some((series) => Object.keys(series.fits).length);
+    if (state.yscale !== "auto" || state.xscale === "log" || log || !isSmoothed) return null;
+    const [from, to] = fullRange();
+    const all = rangeWithin(traces, [from, to], log);
+    const later = rangeWithin(traces, [START * to, to], log);
+    return all && later && all[1] - all[0] > 2 * (later[1] - later[0]) ? later : null;
+  };
   const short = (name) => {
     const text = name.replace(/^\d+ /, "");
     return text.length > 18 ? `${text.slice(0, 8)}…${text.slice(-9)}` : text;
@@ -242,6 +254,7 @@
   };
   const xFormat = () => {
     if (state.x === "flops") return ".1~e";
+    if (state.x === "seconds") return ",.4~g";
     return largest(state.x) / unitOf(state.x) < 1e5 ? "," : ".4~s";
   };
   const layoutOf = (panel, shown, traces) => ({
@@ -260,7 +273,7 @@
       zeroline: false,
       nticks: isNarrow() ? 5 : 8,
       tickformat: xFormat(),
-      hoverformat: state.x === "steps" ? ",.0f" : ".4~s",
+      hoverformat: { steps: ",.0f", tokens: ".4~s", seconds: ",.4~g", flops: ".3~e" }[state.x],
       showspikes: true,
       spikemode: "across",
       spikethickness: 1,
@@ -303,9 +316,15 @@
     }
     if (!drawn.has(box)) plot.textContent = "";
     const traces = KINDS[panel.kind](panel, shown);
-    Plotly.react(plot, traces, layoutOf(panel, shown, traces), CONFIG);
+    const layout = layoutOf(panel, shown, traces);
+    box.querySelector(".cut").hidden = panel.kind !== "lines" || !isCut(traces, layout.yaxis);
+    Plotly.react(plot, traces, layout, CONFIG);
     if (!drawn.has(box)) listen(box, plot);
     drawn.set(box, panel);
+  };
+  const isCut = (traces, axis) => {
+    const top = axis.type === "log" ? 10 ** axis.range[1] : axis.range[1];
+    return !view && traces.some((trace) => trace.y.some((y) => y > top));
   };
   const drawKeys = (box, panel, number, here) => {
     const keys = box.querySelector(".keys");
@@ -318,6 +337,12 @@
         draw(box);
       });
       const own = series.colour !== null;
+      key.title = "click: on or off; double click: this one alone";
+      key.ondblclick = () => {
+        for (const other of names.keys()) hiddenKeys[number].add(other);
+        hiddenKeys[number].delete(name);
+        draw(box);
+      };
       key.style.setProperty("--key", own ? colourOf(series) : look("--soft"));
       if (own) key.dataset.dash = DASHES[Math.floor(series.colour / COLOURS) % DASHES.length];
       keys.append(key);
