@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from castalia.checkpoint import Store
 from castalia.checkpoint.special_ids import SpecialIds
 from castalia.config import dump_yaml
-from castalia.data.tokenizer import load_tokenizer
+from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.data.tokenizer_forms import CharTokenizer
 from castalia.export import GeneratorCT2fromHfHub, export
 from castalia.export.gguf import vocabulary_values
 from castalia.inference import LanguageModel, load
@@ -144,6 +145,24 @@ def test_the_ends_go_through_exports_and_back(
     assert load(tmp_path / "native").end_ids == (END_OF_TURN,)
 
 
+def test_a_template_finds_its_own_eos_token_in_an_export(
+    folder_with: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The end that comes first in generation_config.json is not what the template writes."""
+    ends = [END_OF_TURN, END_OF_TEXT]
+    named = {"eos_token": "<|endoftext|>", "pad_token": "<|im_end|>", "chat_template": "hello"}
+    folder = folder_with(generation_config={"eos_token_id": ends}, tokenizer_config=named)
+    for to in ("hf", "gguf"):
+        list(export(folder, to=to, output=tmp_path / to))
+        settings = json.loads((tmp_path / to / "tokenizer_config.json").read_text())
+        assert (settings["eos_token"], settings["pad_token"]) == ("<|endoftext|>", "<|im_end|>")
+    assert load(tmp_path / "hf").end_ids == tuple(ends)
+    data = (tmp_path / "gguf" / "model.gguf").read_bytes()
+    key = b"tokenizer.chat_template"
+    # A string: its kind, 8, its length, and the text.
+    assert key + bytes([8, 0, 0, 0, 5]) + bytes(7) + b"hello" in data
+
+
 def test_llama_cpp_gets_a_role_for_each_end(talker: Path) -> None:
     tokenizer = load_tokenizer(talker / "tokenizer.json")
     special = SpecialIds((END_OF_TURN, END_OF_TEXT), 65)
@@ -152,6 +171,15 @@ def test_llama_cpp_gets_a_role_for_each_end(talker: Path) -> None:
     assert roles == {"bos": 65, "eos": END_OF_TURN, "eot": END_OF_TEXT}
     kinds = values["tokenizer.ggml.token_type"][1][1]
     assert [kinds[i] for i in (64, 65, END_OF_TEXT, END_OF_TURN, 300)] == [1, 3, 3, 3, 5]
+    # Tokens that were added are found before the text is split, special or not.
+    tokenizer.inner.add_tokens(["   "])
+    tokenizer = Tokenizer(tokenizer.inner.to_str())
+    values = vocabulary_values(tokenizer, 384, SpecialIds((END_OF_TEXT,), END_OF_TEXT))
+    kinds = values["tokenizer.ggml.token_type"][1][1]
+    assert [kinds[i] for i in (END_OF_TURN, END_OF_TURN + 1)] == [3, 4]
+    # A tokenizer of another library has neither merges nor added tokens.
+    values = vocabulary_values(CharTokenizer(), 512, SpecialIds((0,), 0))
+    assert values["tokenizer.ggml.merges"][1][1] == []
 
 
 def test_guesses_do_not_pass_an_end(folder_with: Callable[..., Path]) -> None:

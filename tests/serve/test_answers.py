@@ -60,6 +60,9 @@ def test_chunks_of_a_chat_say_null(server: LiveServer) -> None:
     without = chunks_of(server, CHAT, {**asked, "stream_options": None})
     assert all("usage" not in chunk for chunk in without)
     del asked["stream_options"]
+    _, scored, _ = server.ask(CHAT, asked | {"logprobs": True})
+    content = scored["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == written
     _, whole, _ = server.ask(CHAT, asked)
     (choice,) = whole["choices"]
     assert choice["message"] == {"role": "assistant", "content": written}

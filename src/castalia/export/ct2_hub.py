@@ -18,16 +18,17 @@ from typing import Any, Protocol
 
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.saved_model import TOKENIZER, open_model
-from castalia.checkpoint.special_ids import read_special_ids
+from castalia.checkpoint.special_ids import SpecialIds, read_special_ids
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.core.files import cache_folder
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.core.unicode import require_unicode
 from castalia.data.tokenizer import load_tokenizer
+from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.export.exports import default_place, export, revision
-from castalia.inference.exported import RECORD, read_record
+from castalia.inference.exported import RECORD, read_record, recorded_ids
 
 MODEL = "model.bin"
 DEFAULT_MAX_LENGTH = 512
@@ -57,11 +58,15 @@ class OwnTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text."""
+        if isinstance(self.inner, OtherTokenizer):  # such a tokenizer adds none
+            return self.inner.encode(text)
         ids: list[int] = self.inner.inner.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = False) -> str:
         """Text of ids."""
+        if isinstance(self.inner, OtherTokenizer):
+            return self.inner.decode(ids)
         text: str = self.inner.inner.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
@@ -111,8 +116,8 @@ class CT2fromHfHub:
         except (RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {self.folder} in CTranslate2: {error}") from None
         self.ids = {token: i for i, token in enumerate(self.vocabulary)}
-        self.end_ids = end_ids_of(self.folder, len(self.vocabulary))
-        """Ids that end a text; empty where only the engine's own config names one."""
+        self.special = special_ids_of(self.folder, len(self.vocabulary))
+        """Ids that begin and end a text; empty where only the engine's own config names them."""
 
     def tokenize_encode(self, text: Sequence[str], **encode_tok_kwargs: Any) -> list[list[str]]:
         """The tokens of each text, as the engine spells them.
@@ -168,13 +173,15 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
 
     def start(self) -> list[str]:
         """The tokens that stand for an empty text."""
-        eod_id = getattr(self.tokenizer, "eod_id", None)
-        eod_id = getattr(self.tokenizer, "eos_token_id", None) if eod_id is None else eod_id
-        if eod_id is None:
+        tokenizer = self.tokenizer
+        known = (self.special.start_id, getattr(tokenizer, "eod_id", None))
+        candidates = (*known, getattr(tokenizer, "eos_token_id", None))
+        start = next((i for i in candidates if i is not None), None)
+        if start is None:
             raise ConfigError(
                 "a text is empty, and the tokenizer has no end-of-document token to start from"
             )
-        return [self.vocabulary[eod_id]]
+        return [self.vocabulary[start]]
 
     def run(self, prompts: list[list[str]], options: dict[str, Any]) -> list[Any]:
         """Results of the engine in the order of the prompts.
@@ -211,8 +218,8 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         suppressed = list(options.get("suppress_sequences") or [])
         suppressed += [[token] for token in self.vocabulary[count:]]
         added = {"suppress_sequences": suppressed or None, "include_prompt_in_result": False}
-        if self.end_ids:
-            options = {"end_token": list(self.end_ids)} | options
+        if self.special.end_ids:
+            options = {"end_token": list(self.special.end_ids)} | options
         return called(self.model.generate_batch, prompts, options | added)
 
 
@@ -246,11 +253,11 @@ class TranslatorCT2fromHfHub(CT2fromHfHub):
         ]
 
 
-def end_ids_of(folder: Path, rows: int) -> tuple[int, ...]:
-    """The ids that end a text, of the record of an export or the files of its model; else empty."""
+def special_ids_of(folder: Path, rows: int) -> SpecialIds:
+    """The special ids of the record of an export, or of the files of its model."""
     if (folder / RECORD).is_file():
-        return tuple(read_record(folder).get("end_ids", ()))
-    return read_special_ids(folder, None, rows).end_ids
+        return recorded_ids(read_record(folder), None)
+    return read_special_ids(folder, None, rows)
 
 
 def tokens_of(tokenizer: object, rows: int) -> int:

@@ -18,7 +18,8 @@ from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.extras import pip_command
 from castalia.core.files import cannot_write, files_in, sha256_of, write_json
 from castalia.core.hub import hub_folder, is_hub_id
-from castalia.data.tokenizer_settings import chat_templates, write_chat_templates
+from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer_settings import chat_templates, special_tokens, write_chat_templates
 from castalia.export.card import write_card
 from castalia.export.formats import EXPORTS, Format
 from castalia.export.quality import HeldOutText, Quality, held_out, measure
@@ -332,23 +333,33 @@ def text_to_measure(source: SavedModel, spec: ExportSpec) -> HeldOutText | None:
 
 def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]:
     """Model and tokenizer files of one export; returns the notes for its card."""
-    notes = spec.kind.notes(source.config)
+    notes = spec.kind.notes(source)
     spec.kind.write(folder, source, spec.numbers)
     tokenizer = source.tokenizer
     if tokenizer is None:
         return [*notes, f"the checkpoint has no {TOKENIZER}, so neither has the export"]
     tokenizer.save(folder / TOKENIZER)
-    names = tokenizer.tokens()
-    special = source.special
-    write_hf_tokenizer(
-        folder,
-        end_token=names[special.end_ids[0]] if special.end_ids else None,
-        start_token=None if special.start_id is None else names[special.start_id],
-        max_length=source.config.max_position_embeddings,
-    )
+    limit = source.config.max_position_embeddings
+    write_hf_tokenizer(folder, tokens=named_tokens(source, tokenizer), max_length=limit)
     templates, _ = chat_templates(source.folder)
     write_chat_templates(folder, templates)
     return notes
+
+
+def named_tokens(source: SavedModel, tokenizer: Tokenizer) -> dict[str, str]:
+    """Role and text of the special tokens: those that the model's folder names, else the ends.
+
+    A chat template writes them, so `eos_token` stays what it was even if another end comes first.
+    """
+    names = tokenizer.tokens()
+    special = source.special
+    tokens: dict[str, str] = {}
+    if special.start_id is not None:
+        tokens["bos_token"] = names[special.start_id]
+    if special.end_ids:
+        tokens |= dict.fromkeys(("eos_token", "unk_token"), names[special.end_ids[0]])
+    named = special_tokens(source.folder)
+    return tokens | {role: token for role, token in named.items() if token in tokenizer.ids}
 
 
 def examine(

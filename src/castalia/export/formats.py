@@ -14,9 +14,10 @@ from castalia.checkpoint.hf import DTYPES, hf_config, write_hf
 from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
+from castalia.data.tokenizer_settings import DEFAULT, chat_templates
 from castalia.export.ct2 import write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS as CT2_QUANTIZATIONS
-from castalia.export.gguf import BLOCK, BLOCKED, write_gguf
+from castalia.export.gguf import BLOCK, BLOCKED, END_ROLES, is_byte_level_bpe, write_gguf
 from castalia.export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
 from castalia.inference.engine import Engine
 from castalia.inference.engines import engine_of_export
@@ -53,9 +54,9 @@ class Format(ABC):
         return None if engine is None else engine.refuses(config)
 
     @classmethod
-    def notes(cls, config: ModelConfig) -> list[str]:
-        """Options of the model that the program computes differently."""
-        numerics = getattr(config, "rope_numerics", "fp32")
+    def notes(cls, source: SavedModel) -> list[str]:
+        """What the program computes or reads differently."""
+        numerics = getattr(source.config, "rope_numerics", "fp32")
         if numerics == "fp32":
             return []
         return [
@@ -166,7 +167,7 @@ class Native(Format):
         return None
 
     @classmethod
-    def notes(cls, config: ModelConfig) -> list[str]:
+    def notes(cls, source: SavedModel) -> list[str]:
         """None: the engine computes every option as the model was trained."""
         return []
 
@@ -203,6 +204,22 @@ class Gguf(Format):
         return None
 
     @classmethod
+    def notes(cls, source: SavedModel) -> list[str]:
+        """See `Format`."""
+        notes = super().notes(source)
+        if source.tokenizer is not None and not is_byte_level_bpe(source.tokenizer):
+            notes.append(
+                "the file describes a byte-level BPE, which this tokenizer is not: programs other"
+                " than Castalia split text differently; give them token ids"
+            )
+        if len(source.special.end_ids) > len(END_ROLES):
+            notes.append(
+                f"{len(source.special.end_ids)} tokens end a text; the file has room for"
+                f" {len(END_ROLES)} of them"
+            )
+        return notes
+
+    @classmethod
     def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
         """See `Format`."""
         assert source.tokenizer is not None
@@ -213,4 +230,5 @@ class Gguf(Format):
             source.tokenizer,
             source.special,
             quantization=numbers,
+            chat_template=chat_templates(source.folder)[0].get(DEFAULT),
         )

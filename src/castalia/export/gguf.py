@@ -13,11 +13,13 @@ from typing import IO, Any
 
 import numpy as np
 import torch
+from tokenizers import decoders
 from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
 from castalia.checkpoint.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer_forms import CHAR, OtherTokenizer
 from castalia.export.part_rules import linear_rules, norm_rules, parts_of
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 
@@ -42,6 +44,7 @@ ARRAY = 9
 # Kinds of tokens, llama_token_type.
 NORMAL = 1
 CONTROL = 3
+USER_DEFINED = 4
 UNUSED = 5
 PARTS = {
     "attention_norm": "attn_norm",
@@ -67,6 +70,7 @@ def write_gguf(
     special: SpecialIds,
     *,
     quantization: str,
+    chat_template: str | None = None,
 ) -> None:
     """Write a model file of a model that `Gguf.refuses` has accepted."""
     config = require_transformer(config, "llama.cpp's GPT-NeoX")
@@ -75,6 +79,8 @@ def write_gguf(
         **shape_values(config, quantization),
         **vocabulary_values(tokenizer, config.padded_vocab_size, special),
     }
+    if chat_template is not None:
+        values["tokenizer.chat_template"] = (STRING, chat_template)
     with open(path, "wb") as file:
         file.write(MAGIC + struct.pack("<IQQ", VERSION, len(named), len(values)))
         for key, (kind, value) in values.items():
@@ -113,12 +119,13 @@ def vocabulary_values(
 ) -> dict[str, tuple[int, Any]]:
     """The tokenizer: one name for each row of the embedding, and the merges of BPE."""
     tokens = list(tokenizer.tokens())
-    control = {tokenizer.eod_id, special.start_id, *special.end_ids}
-    kinds = [CONTROL if i in control else NORMAL for i in range(len(tokens))]
+    kinds = token_kinds(tokenizer, special)
     missing = range(rows - len(tokens))
-    merges = json.loads(tokenizer.inner.to_str())["model"].get("merges") or []
-    # Newer tokenizer files store a merge as a pair, older ones as a line.
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    merges = []
+    if not isinstance(tokenizer, OtherTokenizer):
+        listed = json.loads(tokenizer.inner.to_str())["model"].get("merges") or []
+        # Newer tokenizer files store a merge as a pair, older ones as a line.
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in listed]
     values: dict[str, tuple[int, Any]] = {
         "tokenizer.ggml.model": (STRING, "gpt2"),
         # llama.cpp knows the splitting of GPT-NeoX's tokenizer by this name.
@@ -134,6 +141,25 @@ def vocabulary_values(
     for role, i in zip(END_ROLES, special.end_ids, strict=False):
         values[f"tokenizer.ggml.{role}_token_id"] = (UINT32, i)
     return values
+
+
+def token_kinds(tokenizer: Tokenizer, special: SpecialIds) -> list[int]:
+    """The kind of each token: llama.cpp finds those that were added to the BPE before it splits."""
+    kinds = [NORMAL] * tokenizer.vocab_size
+    if not isinstance(tokenizer, OtherTokenizer):
+        for i, token in tokenizer.inner.get_added_tokens_decoder().items():
+            kinds[i] = CONTROL if token.special else USER_DEFINED
+    for control in (tokenizer.eod_id, special.start_id, *special.end_ids):
+        if control is not None:
+            kinds[control] = CONTROL
+    return kinds
+
+
+def is_byte_level_bpe(tokenizer: Tokenizer) -> bool:
+    """Whether the file's description of the tokenizer is right."""
+    if isinstance(tokenizer, OtherTokenizer):
+        return tokenizer.kind == CHAR
+    return isinstance(tokenizer.inner.decoder, decoders.ByteLevel)
 
 
 def gguf_keymap(config: TransformerConfig) -> KeyMap:

@@ -209,11 +209,16 @@ def likeliest(token: ReportedToken) -> dict[str, float] | None:
 
 
 def chat_logprobs(tokens: Sequence[ReportedToken] | None) -> dict[str, Any] | None:
-    """Log-probabilities in the chat endpoint's form; None if not requested."""
+    """Log-probabilities in the chat endpoint's form; None if not requested.
+
+    They are those of the message's content, as OpenAI says: its end is not among them.
+    """
     if tokens is None:
         return None
     content = []
     for token in tokens:
+        if token.closes:
+            continue
         entry = chat_entry(token.text, token.raw, token.logprob)
         entry["top_logprobs"] = [
             chat_entry(candidate.text, candidate.raw, candidate.logprob)

@@ -36,6 +36,8 @@ class ReportedToken:
     """Characters of the answer's text before it."""
     logprob: float | None
     likeliest: list[Candidate] = field(default_factory=list)
+    closes: bool = False
+    """Whether it ended the text and is not a part of it."""
 
 
 class Placing:
@@ -119,6 +121,7 @@ class Placing:
         name = by_id(scored.token) if self.texts is None else self.texts.name_of(scored.token)
         self.stream.finish()
         token = ReportedToken(scored.token, name, name.encode("utf-8"), self.end, scored.logprob)
+        token.closes = True
         token.likeliest = self.candidates(scored, token, dropped=False)
         return token
 

@@ -192,24 +192,21 @@ def write_hf(
     save_tensors(stored, folder / "model.safetensors", {"format": "pt"})
 
 
-def write_hf_tokenizer(
-    folder: Path, *, end_token: str | None, start_token: str | None, max_length: int
-) -> None:
+def write_hf_tokenizer(folder: Path, *, tokens: Mapping[str, str], max_length: int) -> None:
     """The two small files that AutoTokenizer needs beside tokenizer.json.
 
+    tokens      role and text of the special tokens, {"eos_token": "<|endoftext|>"}.
     max_length  the model's longest sequence, in tokens.
     """
     # The plain fast tokenizer runs tokenizer.json as it is. A model's own class rebuilds parts of
     # it and may split text differently.
-    named = {"bos_token": start_token, "eos_token": end_token, "unk_token": end_token}
-    special = {role: token for role, token in named.items() if token is not None}
-    write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "special_tokens_map.json", dict(tokens))
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": max_length,
             "clean_up_tokenization_spaces": False,
-            **special,
+            **tokens,
         },
     )
