@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.corpus import ChatOptions, prepare
+from castalia.corpus import ChatOptions, preflight, prepare
 from castalia.corpus import chats as chats_module
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.corpus.provenance import read_provenance
@@ -359,6 +360,140 @@ def test_what_cannot_be_continued():
         ChatTemplate("{{ messages[0].content }}", "t").render(said, continue_last=True)
 
 
+def said(output, key="messages"):
+    """The text of the targets of each conversation."""
+    tokenizer = load_tokenizer(GOLDEN)
+    return [
+        tokenizer.decode([label for label in labels if label >= 0])
+        for _, labels in pairs(output, key)
+    ]
+
+
+def test_messages_that_say_they_are_no_targets(tmp_path):
+    """OpenAI's weight, and the flags of other trainers; null and 1 mean nothing."""
+    marks = [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"weight": False},
+        {"train": False},
+        {"training": False},
+        {"loss": False},
+        {"weight": 1, "train": False},
+        {"weight": 1},
+        {"weight": None, "train": True},
+        {},
+    ]
+    chats = []
+    for mark in marks:
+        words = [("user", "q", {}), ("assistant", "first", mark), ("user", "q", {})]
+        chat = [{"role": r, "content": c, **more} for r, c, more in words]
+        chats.append({"messages": [*chat, {"role": "assistant", "content": "second"}]})
+    path = lines(tmp_path / "c.jsonl", *chats)
+    run([path], tmp_path / "o")
+    second = "second<|im_end|>\n<|endoftext|>"
+    assert said(tmp_path / "o") == [second] * 7 + ["first<|im_end|>\n" + second] * 3
+    # The end of text is a target only if the last message is one.
+    unwanted = [{"role": "assistant", "content": "no", "weight": 0}]
+    sharegpt = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "no", "train": False}]
+    path = lines(tmp_path / "d.jsonl", {"messages": unwanted}, {"messages": sharegpt})
+    run([path], tmp_path / "p")
+    assert said(tmp_path / "p") == ["", ""]
+    # In a prompt, and under --only-last, a mark changes nothing.
+    line = {"prompt": [{"role": "assistant", "content": "a", "weight": 7}], "messages": "second"}
+    run([lines(tmp_path / "e.jsonl", line)], tmp_path / "q", options=ChatOptions(prompt="prompt"))
+    assert said(tmp_path / "q") == [second]
+
+
+def test_contents_that_are_parts_or_null(tmp_path):
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    parts = [{"type": "text", "text": "schÃ¶n"}, {"type": "text", "text": "two"}]
+    chats = [
+        [{"role": "user", "content": parts}, {"role": "assistant", "content": "ok"}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": None}],
+        [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}],
+    ]
+    path = lines(tmp_path / "c.jsonl", *({"messages": chat} for chat in chats))
+    run([path], tmp_path / "o", ftfy=True)
+    tokenizer = load_tokenizer(GOLDEN)
+    texts = [tokenizer.decode(tokens) for tokens, _ in pairs(tmp_path / "o")]
+    assert texts[0].startswith("<|im_start|>user\nschön\ntwo<|im_end|>")
+    assert said(tmp_path / "o")[1:] == ["<|im_end|>\n<|endoftext|>"] * 2
+
+
+def test_tools_and_documents_of_a_line_reach_the_template(tmp_path):
+    """From JSON lines, as lists or as JSON in a string, and from columns; others are ignored."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% if tools is not none %}<{{ tools[0].function.name }}>{% endif %}"
+        "{% if documents is not none %}<{{ documents[0].title }}>{% endif %}"
+        "{{ unread is defined }}" + CHATML
+    )
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [
+        {"messages": chat, "tools": TOOLS, "documents": None},
+        {"messages": chat, "tools": json.dumps(TOOLS), "documents": [{"title": "T"}]},
+        {"messages": chat, "tools": None, "unread": 5},
+    ]
+    options = ChatOptions(template=str(template))
+    run([lines(tmp_path / "c.jsonl", *rows)], tmp_path / "o", options=options)
+    texts = [load_tokenizer(GOLDEN).decode(tokens) for tokens, _ in pairs(tmp_path / "o")]
+    assert [text.split("<|im_start|>")[0] for text in texts] == [
+        "<weather>False",
+        "<weather><T>False",
+        "False",
+    ]
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist([row | {"tools": json.dumps(TOOLS)} for row in rows[:2]])
+    parquet.write_table(table, tmp_path / "c.parquet")
+    run([tmp_path / "c.parquet"], tmp_path / "p", options=options)
+    assert pairs(tmp_path / "p") == pairs(tmp_path / "o")[:2]
+    for name, wrong in (("tools", {"a": 1}), ("documents", ["a"]), ("tools", "none")):
+        with pytest.raises(DataError, match=f"c.jsonl:1: '{name}' must be a list of objects, got"):
+            path = lines(tmp_path / "c.jsonl", {"messages": chat, name: wrong})
+            run([path], tmp_path / "o", options=options)
+
+
+def test_the_day_of_a_job(tmp_path, monkeypatch):
+    """A template is told one day, however long the job takes; the record tells which."""
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    chat = {"messages": [{"role": "user", "content": "x" * 200}]}
+    path = lines(tmp_path / "c.jsonl", *[chat] * 20)
+    options = ChatOptions(template=str(template))
+    more = {"options": options, "overwrite": False, "part_bytes": 600}
+
+    class Clock(datetime):
+        day = 1
+
+        @classmethod
+        def now(cls, zone=None):
+            return datetime(2026, 2, cls.day)
+
+    monkeypatch.setattr(preflight, "datetime", Clock)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([path], tmp_path / "o", on_progress=stop, **more)
+    Clock.day = 2
+    run([path], tmp_path / "o", **more)
+    tokenizer = load_tokenizer(GOLDEN)
+    texts = {tokenizer.decode(tokens)[:10] for tokens, _ in pairs(tmp_path / "o")}
+    assert texts == {"2026-02-01"}
+    record = json.loads((tmp_path / "o_messages_document.json").read_text())
+    assert record["chat"]["moment"] == "2026-02-01T00:00:00"
+    Clock.day = 3
+    assert run([path], tmp_path / "o", **more).done_before
+    given = ChatOptions(template=str(template), date="2020-05-06")
+    run([path], tmp_path / "p", options=given)
+    assert tokenizer.decode(pairs(tmp_path / "p")[0][0]).startswith("2020-05-06")
+    with pytest.raises(ConfigError, match="--chat-date tomorrow: expected a day such as 2026-01"):
+        run([path], tmp_path / "p", options=ChatOptions(date="tomorrow"))
+
+
 def test_prompts_and_pairs(tmp_path):
     """Texts and messages alike: the prompt is no target, and both sides have the same lines."""
     path = lines(
@@ -420,12 +555,24 @@ MESSAGES = [
         "message 1 of 'messages': unknown role 'asistant'; choose one of system, developer, user",
     ),
     (
-        [{"role": "user", "content": ["a"]}],
-        "message 1 of 'messages': 'content' must be a string, got list",
+        [{"role": "user", "content": 5}],
+        "message 1 of 'messages': 'content' must be a string, null or a list of parts, got int",
     ),
     (
-        [{"role": "user", "content": None}],
-        "message 1 of 'messages': 'content' must be a string, got null",
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        "message 1 of 'messages': 'content': part 1 of the content has the type 'image_url'",
+    ),
+    (
+        [{"role": "assistant", "content": "a", "weight": 0.5}],
+        "message 1: 'weight' must be 0 or 1, got 0.5; no message is a target in part",
+    ),
+    (
+        [{"role": "assistant", "content": "a", "train": "no"}],
+        "message 1: 'train' must be true or false, got 'no'",
+    ),
+    (
+        [{"role": "assistant", "content": "a", "train_detail": [{"train": False}]}],
+        "message 1: 'train_detail' is not supported; a message is a target as a whole or not",
     ),
     ([{"role": "user", "content": "\ud800"}], "the conversation contains a lone surrogate"),
 ]

@@ -194,6 +194,13 @@ class ChatFlags:
         str | None,
         CHAT(metavar="FILE", help="A Jinja template; by default that of the tokenizer's folder."),
     ] = None
+    chat_date: Annotated[
+        str | None,
+        CHAT(
+            metavar="YYYY-MM-DD",
+            help="The day that a template which asks for it is told; by default today.",
+        ),
+    ] = None
     generation_role: Annotated[
         str, CHAT(metavar="A,B", help="Roles whose messages are targets; others get -100.")
     ] = "assistant"
@@ -245,6 +252,7 @@ class ChatFlags:
             return None
         return ChatOptions(
             template=self.chat_template,
+            date=self.chat_date,
             roles=split_names(self.generation_role),
             only_last=self.only_last,
             mask=not self.no_mask,

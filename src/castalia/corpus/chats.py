@@ -7,7 +7,8 @@ Source  tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX. These 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from hashlib import sha256
 from itertools import accumulate, pairwise
 from typing import Any, cast
@@ -15,7 +16,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.core.errors import ConfigError, DataError, nearest
+from castalia.core.errors import ConfigError, DataError
+from castalia.corpus.chat_messages import ROLES, is_excluded, mended, messages_of, objects_of
 from castalia.corpus.chat_template import ChatTemplate
 from castalia.corpus.documents import (
     BadDocumentError,
@@ -26,24 +28,19 @@ from castalia.corpus.documents import (
 )
 from castalia.corpus.encoding import Encoded, Encoder, split_ids
 from castalia.corpus.forms import LABELS, REWARDS, TOKENS, TextForm
+from castalia.corpus.message_content import Message
 from castalia.data.labels import IGNORED
 from castalia.data.tokenizer import Tokenizer
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
-"""Roles in ShareGPT files, and OpenAI's names for them."""
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 PREFIX_BYTES = 1 << 22
 """Text encoded at a time. A conversation of m messages is encoded m times, up to the end of each,
 so the sum of its prefixes can be long."""
 LARGEST = float(np.finfo(np.float32).max)
-Message = dict[str, Any]
+FOR_TEMPLATE = ("tools", "documents")
+"""Keys of a line that a chat template may read."""
 Ids = NDArray[Any]
+Given = dict[str, list[Message] | None]
+"""What a line has for the template besides messages."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,9 @@ class ChatOptions:
     reward: str | None = None
     """Key of a number; with `binary`, of anything true or false, written as 1 or -1."""
     binary: bool = False
+    date: str | None = None
+    """The day, YYYY-MM-DD, that a template which asks for it is told; None is the day on which the
+    job began."""
 
     def problems(self) -> list[str]:
         """Sentences about options that contradict each other."""
@@ -80,11 +80,22 @@ class ChatOptions:
             problems.append(f"{' and '.join(given)} each choose the targets; give one of them")
         if self.binary and self.reward is None:
             problems.append("--binary-reward needs --reward-key, the key of the reward")
+        if self.date is not None and not is_date(self.date):
+            problems.append(f"--chat-date {self.date}: expected a day such as 2026-01-31")
         if not self.roles:
             problems.append(
                 "--generation-role: name the role whose messages are targets, such as assistant"
             )
         return problems
+
+
+def is_date(text: str) -> bool:
+    """Whether a text is a day in ISO 8601."""
+    try:
+        date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 class RenderedChat(bytes):
@@ -113,6 +124,11 @@ class ChatFields(WantedFields):
         return (*self.keys, *(key for key in optional if key is not None))
 
     @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Keys for the template that a line may have, if the template reads them."""
+        return tuple(name for name in FOR_TEMPLATE if self.template.reads(name))
+
+    @property
     def text_columns(self) -> tuple[str, ...]:
         """None: conversations are lists."""
         return ()
@@ -135,24 +151,20 @@ class ChatFields(WantedFields):
         value = value_of(values, key, "--chat")
         messages = prompt + messages_of(value, key, answer_role, roles)
         if self.mend:
-            messages = [self.mended(message) for message in messages]
+            messages = [mended(message, self.mend) for message in messages]
+        given = {name: objects_of(values, name) for name in self.optional_columns}
         if options.mask and not options.for_rm:
-            chat = self.render_by_message(messages, len(prompt))
+            chat = self.render_by_message(messages, len(prompt), given)
         else:
-            chat = rendered_chat([self.render(messages)], [not options.mask])
+            chat = rendered_chat([self.render(messages, given)], [not options.mask])
         if options.reward is not None:
             value = value_of(values, options.reward, "--reward-key")
             chat.reward = reward_of(value, options)
         return chat
 
-    def mended(self, message: Message) -> Message:
-        """A message with its content mended; an empty one, of a tool call, stays."""
-        assert self.mend is not None
-        if not message["content"]:
-            return message
-        return message | {"content": self.mend(message["content"])}
-
-    def render_by_message(self, messages: list[Message], prompt_length: int) -> RenderedChat:
+    def render_by_message(
+        self, messages: list[Message], prompt_length: int, given: Given
+    ) -> RenderedChat:
         """A conversation with the end of each message; the first `prompt_length` are no targets.
 
         Message i ends where the rendering of messages 0 to i ends. The opening of a reply, such as
@@ -164,20 +176,27 @@ class ChatFields(WantedFields):
         targets = []
         for i, message in enumerate(messages):
             before_reply = i < last and messages[i + 1]["role"] in options.roles
-            texts.append(self.render(messages[: i + 1], before_reply))
+            texts.append(self.render(messages[: i + 1], given, before_reply))
             if not texts[-1].startswith(texts[-2]):
                 raise BadDocumentError(
                     f"the chat template rewrites earlier messages when message {i + 1} follows, so"
                     " its tokens cannot be told apart; --no-mask trains on all tokens"
                 )
             is_generated = i >= prompt_length and message["role"] in options.roles
-            targets.append(is_generated and (i == last or not options.only_last))
+            is_wanted = is_generated and (i == last or not options.only_last)
+            place = f"message {i - prompt_length + 1}"
+            targets.append(is_wanted and not is_excluded(message, place))
         return rendered_chat(texts[1:], targets)
 
-    def render(self, messages: list[Message], reply: bool = False) -> str:
+    def render(self, messages: list[Message], given: Given, reply: bool = False) -> str:
         """The text of messages; `reply` adds the opening of the assistant's next message."""
         try:
-            return self.template.render(messages, reply=reply)
+            return self.template.render(
+                messages,
+                tools=given.get("tools"),
+                documents=given.get("documents"),
+                reply=reply,
+            )
         except ConfigError as error:
             raise BadDocumentError(str(error)) from None
 
@@ -194,61 +213,6 @@ def rendered_chat(texts: Sequence[str], targets: list[bool]) -> RenderedChat:
     lengths = (len(longer[len(shorter) :].encode()) for shorter, longer in pairwise(["", *texts]))
     chat.ends = list(accumulate(lengths))
     return chat
-
-
-def messages_of(value: Any, key: str, lone_role: str | None, roles: Sequence[str]) -> list[Message]:
-    """Messages with role and content, from OpenAI's form or ShareGPT's.
-
-    With a `lone_role` a string is one message of that role.
-    Raises  BadDocumentError naming the faulty message.
-    """
-    if isinstance(value, str) and lone_role is not None:
-        return [{"role": lone_role, "content": value}]
-    if not isinstance(value, list):
-        raise BadDocumentError(f"{key!r} must be a list of messages, got {json_type(value)}")
-    if not value:
-        raise BadDocumentError(f"{key!r} is an empty list of messages")
-    return [
-        message_of(entry, f"message {i} of {key!r}", roles)
-        for i, entry in enumerate(value, start=1)
-    ]
-
-
-def message_of(value: Any, where: str, roles: Sequence[str]) -> Message:
-    """One message.
-
-    Raises  BadDocumentError with its fault.
-    """
-    if not isinstance(value, dict):
-        raise BadDocumentError(
-            f"{where} must be an object with role and content, got {type(value).__name__}"
-        )
-    is_sharegpt = "from" in value and "role" not in value
-    role_key = "from" if is_sharegpt else "role"
-    content_key = "value" if is_sharegpt else "content"
-    for name in (role_key, content_key):
-        if name not in value:
-            existing = ", ".join(map(str, value)) or "none"
-            raise BadDocumentError(f"{where} lacks the key {name!r}; keys: {existing}")
-    role = value[role_key]
-    if not isinstance(role, str):
-        raise BadDocumentError(f"{where}: {role_key!r} must be a string, got {json_type(role)}")
-    if is_sharegpt:
-        role = SHAREGPT_ROLES.get(role, role)
-    if role not in roles:
-        raise BadDocumentError(
-            f"{where}: unknown role {role!r}; choose one of {', '.join(dict.fromkeys(roles))}"
-            f"{nearest(role, roles)}"
-        )
-    content = value[content_key]
-    # OpenAI's messages with tool calls have a null content.
-    has_tool_calls = content is None and value.get("tool_calls")
-    if not isinstance(content, str) and not has_tool_calls:
-        raise BadDocumentError(
-            f"{where}: {content_key!r} must be a string, got {json_type(content)}"
-        )
-    others = {name: other for name, other in value.items() if name not in (role_key, content_key)}
-    return {"role": role, "content": content, **others}
 
 
 def reward_of(value: Any, options: ChatOptions) -> float:
@@ -295,7 +259,18 @@ class ChatForm(TextForm):
             "template": self.template.where,
             "template_sha256": sha256(self.template.text.encode()).hexdigest(),
         }
+        if self.moment is not None:
+            template["moment"] = self.moment
         return {"chat": {**asdict(self.options), **template, "eos_id": self.eos_id}}
+
+    @property
+    def moment(self) -> str | None:
+        """The time that the template is told."""
+        return self.template.moment
+
+    def at(self, moment: str) -> "ChatForm":
+        """This form at a fixed time, so that a job gives the same text however long it takes."""
+        return replace(self, template=replace(self.template, moment=moment))
 
     def kinds(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """int32 tokens and labels, as GPT-NeoX writes them; float32 rewards."""

@@ -93,6 +93,11 @@ class WantedFields:
         return self.keys
 
     @property
+    def optional_columns(self) -> tuple[str, ...]:
+        """Other keys that are read where a document has them."""
+        return ()
+
+    @property
     def text_columns(self) -> tuple[str, ...]:
         """Those of `columns` that must hold strings."""
         return self.keys
@@ -201,7 +206,7 @@ class ExtentReader:
         extent = self.extent
         wanted = self.wanted
         check_columns(self.file, extent.format, wanted.columns, wanted.text_columns)
-        names = (*wanted.columns, *wanted.metadata_names)
+        names = (*wanted.columns, *wanted.optional_columns, *wanted.metadata_names)
         for values in column_rows(self.file, extent.format, extent.start, extent.stop, names):
             number = self.lines
             self.lines += 1

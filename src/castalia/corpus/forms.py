@@ -44,6 +44,11 @@ class TextForm:
         """Facts about the form for PREFIX.json."""
         return {}
 
+    @property
+    def moment(self) -> str | None:
+        """The time that the texts depend on, in ISO 8601; None if on none."""
+        return None
+
     def kinds(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The kinds of outputs for each key, tokens first, with their dtypes."""
         return {TOKENS: best_dtype(tokenizer.vocab_size)}

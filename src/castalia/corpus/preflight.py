@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Iterable
+from datetime import datetime
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.corpus.chats import ChatForm, ChatOptions
 from castalia.corpus.forms import LABELS, REWARDS, TOKENS
 from castalia.corpus.inputs import WORK_FOLDER, InputFile
 from castalia.corpus.job import PrepareJob
@@ -13,6 +16,7 @@ from castalia.corpus.options import PrepareOptions, document_end, form_of, has_p
 from castalia.corpus.provenance import REJECTS
 from castalia.corpus.provenance import SUFFIX as DOCUMENT_INDEX
 from castalia.corpus.readers import texts_of
+from castalia.corpus.work_folder import MOMENT
 from castalia.data.sidecar import read_record
 from castalia.data.tokenizer import Tokenizer, train_bpe
 
@@ -21,7 +25,11 @@ OUTPUT_NAMES = {TOKENS: "document", LABELS: "label_document", REWARDS: "reward_d
 
 
 def make_job(
-    files: list[InputFile], prefix: str, tokenizer: Tokenizer, options: PrepareOptions
+    files: list[InputFile],
+    prefix: str,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    overwrite: bool,
 ) -> PrepareJob:
     """The job for the workers.
 
@@ -31,6 +39,9 @@ def make_job(
     if documents is None:
         documents = has_pyarrow()
     end = document_end(options, tokenizer)
+    form = form_of(options, tokenizer)
+    if isinstance(form, ChatForm) and form.template.reads("strftime_now"):
+        form = form.at(moment_of(prefix, form.options, overwrite))
     return PrepareJob(
         tokenizer=tokenizer,
         files=tuple(files),
@@ -43,8 +54,28 @@ def make_job(
         reject=options.reject,
         fast=options.fast,
         documents=documents,
-        form=form_of(options, tokenizer),
+        form=form,
     )
+
+
+def moment_of(prefix: str, options: ChatOptions, overwrite: bool) -> str:
+    """The time that templates of this job are told, in ISO 8601.
+
+    It is the given day, else that of unfinished work or of a finished output of the same name, so
+    that a job which is continued or repeated gives the same text; else now.
+    """
+    if options.date is not None:
+        return options.date
+    unfinished = Path(prefix + WORK_FOLDER) / MOMENT
+    if unfinished.is_file():
+        return unfinished.read_text(encoding="utf-8")
+    if not overwrite:
+        outputs = f"{escape(Path(prefix).name)}_*_document.json"
+        for path in sorted(Path(prefix).parent.glob(outputs)):
+            chat = (read_record(str(path).removesuffix(".json")) or {}).get("chat")
+            if isinstance(chat, dict) and isinstance(chat.get("moment"), str):
+                return str(chat["moment"])
+    return datetime.now().isoformat(timespec="seconds")
 
 
 def prefixes_of(job: PrepareJob) -> list[str]:

@@ -81,7 +81,7 @@ def prepare(
         chosen = load_tokenizer(tokenizer)
     if not options.reject:
         refuse_empty(files)
-    job = make_job(files, prefix, chosen, options)
+    job = make_job(files, prefix, chosen, options, overwrite)
     prefixes = prefixes_of(job)
     local_paths = [file.path for file in files if not file.remote]
     refuse_to_overwrite([prefix, *prefixes], [*local_paths, tokenizer])

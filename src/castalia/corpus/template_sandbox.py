@@ -33,9 +33,11 @@ def compiled(text: str, where: str) -> Any:
 
 @lru_cache(maxsize=16)
 def names_read(text: str, where: str) -> frozenset[str]:
-    """The variables that a template reads without setting them first."""
+    """The variables and functions that a template reads without setting them first."""
     meta = require("jinja2.meta", "chat", f"the chat template {where}")
-    return frozenset(meta.find_undeclared_variables(environment(where).parse(text)))
+    sandboxed = environment(where)
+    sandboxed.globals.clear()  # they would not be listed
+    return frozenset(meta.find_undeclared_variables(sandboxed.parse(text)))
 
 
 def environment(where: str) -> Any:

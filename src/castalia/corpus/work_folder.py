@@ -33,6 +33,8 @@ from castalia.corpus.part_files import (
 from castalia.corpus.parts import JobPart
 from castalia.data.indexed import give_names, write_index
 
+MOMENT = "moment"
+"""File with the time that chat templates of the job are told."""
 MOST_UNFLUSHED = 8
 """Parts that may wait for the disk while later ones are appended; each still takes double space."""
 
@@ -78,6 +80,8 @@ class WorkFolder:
             ) from None
         except OSError as error:
             raise cannot_write(Path(job.output + ".bin"), error) from error
+        if job.form.moment is not None:
+            (self.folder / MOMENT).write_text(job.form.moment, encoding="utf-8")
         for path in self.folder.glob(".*.tmp"):  # of workers that were killed
             path.unlink(missing_ok=True)
         self.wholes = [opened(self.whole(i)) for i in range(len(self.prefixes))]
