@@ -19,6 +19,9 @@ class SavePolicy:
         self.keep = config.keep
         self.last_step = last_step
 
+    def __repr__(self) -> str:
+        return f"SavePolicy({len(self.all_steps())} checkpoints up to step {self.last_step})"
+
     def due(self, step: int) -> bool:
         """Whether to save after optimizer step `step`; step 0, the start weights, only if
         listed."""

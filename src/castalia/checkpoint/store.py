@@ -94,6 +94,9 @@ class Store:
         self.stalled = 0.0
         """Seconds that the caller waited in save(), in all."""
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.folder)!r}, newest step {self.latest()})"
+
     def save(
         self,
         step: int,

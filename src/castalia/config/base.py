@@ -1,5 +1,6 @@
 """`Config`: the base of every config class, strict about keys; all problems come out at once."""
 
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import yaml
@@ -17,6 +18,13 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """What differs from the defaults: the rest of a config hides what makes it this one."""
+        for name, value in super().__repr_args__():
+            field = type(self).model_fields.get(str(name))
+            if field is None or value != field.get_default(call_default_factory=True):
+                yield name, value
 
 
 def build(kind: type[C], values: dict[str, Any], where: str) -> C:

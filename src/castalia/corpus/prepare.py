@@ -67,6 +67,14 @@ def prepare(
             of another job at `output`, a tokenizer
             without an end-of-document token, or a trained one that would replace another;
             CastaliaError if the output cannot be written. No error leaves a half-written output.
+
+    Examples
+        >>> import castalia
+        >>> prepared = castalia.prepare("text.jsonl", "data/text", "bytes", append_eod=True)
+        >>> prepared.documents, prepared.tokens
+        (2, 25)
+        >>> castalia.data.IndexedDataset("data/text")
+        IndexedDataset('data/text', 2 documents, uint16)
     """
     start = time.monotonic()
     options = options_from(options, choices)

@@ -36,6 +36,10 @@ class Batch:
     reference: Tensor | None = None
     reward: Tensor | None = None
 
+    def __repr__(self) -> str:
+        rows, length = self.tokens.shape
+        return f"Batch({rows} rows of {length} tokens, on {self.tokens.device})"
+
     @property
     def targets(self) -> int:
         """Number of labels that are targets."""

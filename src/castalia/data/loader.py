@@ -91,6 +91,10 @@ class StepLoader:
         self.workers = workers
         self.plans = plans
 
+    def __repr__(self) -> str:
+        shares = f"{self.micro_steps} micro-batches of {self.reader.micro} rows a step"
+        return f"StepLoader({self.reader.rows!r}, {shares} from step {self.start_step})"
+
     @property
     def micro_steps(self) -> int:
         """Micro-batches that this rank takes in one step."""

@@ -90,6 +90,10 @@ class NeoxOrder:
         """The row of the stream served at each place."""
         return self.maps["shuffle_idx"]
 
+    def __repr__(self) -> str:
+        rows = f"{len(self.shuffle_idx):,} rows of {self.seq_length} tokens"
+        return f"{type(self).__name__}({rows}, {self.epochs} epochs, seed {self.seed})"
+
     def __len__(self) -> int:
         """The period after which places repeat: rows less one, as in GPT-NeoX
         (gpt2_dataset.py:81-90)."""

@@ -89,6 +89,9 @@ class PairwiseDataset:
     def __len__(self) -> int:
         return len(self.shuffle_idx)
 
+    def __repr__(self) -> str:
+        return f"PairwiseDataset({len(self):,} rows, {self.pos.tokens!r}, {self.neg.tokens!r})"
+
     def __getitem__(self, index: int) -> dict[str, NDArray[Any]]:
         documents, extra = self.documents_of(index)
         row: dict[str, NDArray[Any]] = {}

@@ -65,6 +65,10 @@ class RowSource(ABC, Generic[Order]):
     def __len__(self) -> int:
         return len(self.order)
 
+    def __repr__(self) -> str:
+        shape = f"{len(self):,} rows of {self.order.seq_length} tokens"
+        return f"{type(self).__name__}({self.dataset.prefix!r}, {shape})"
+
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         return self.row(self.documents_of(index))
 

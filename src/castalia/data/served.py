@@ -25,6 +25,10 @@ class ServedRows(ABC):
         self.row_sources = list(row_sources)
         self.labels: Labels = None
 
+    def __repr__(self) -> str:
+        sources = ", ".join(map(repr, self.row_sources))
+        return f"{type(self).__name__}({sources})"
+
     @abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
         """Source of the row served at place `index` >= 0, and the row's place in its order."""

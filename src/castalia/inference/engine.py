@@ -16,6 +16,7 @@ from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.core.extras import require
 from castalia.inference.implements import Values, unimplemented
+from castalia.models import parameter_counts
 from castalia.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -101,6 +102,10 @@ class Engine(ABC):
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
+
+    def __repr__(self) -> str:
+        size = parameter_counts(self.config).total
+        return f"{type(self).__name__}({self.config.family}, {size:,} parameters)"
 
     @classmethod
     def refuses(cls, config: ModelConfig) -> str | None:

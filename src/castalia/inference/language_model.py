@@ -92,6 +92,10 @@ class LanguageModel:
         self.quality: dict[str, Any] | None = None
         """For an export, the fields of `Quality`, if it was measured."""
 
+    def __repr__(self) -> str:
+        ids = f"{self.tokenizer.vocab_size:,} ids" if self.tokenizer else "no tokenizer"
+        return f"LanguageModel({self.engine!r}, step {self.step}, {ids})"
+
     @property
     def config(self) -> ModelConfig:
         """The decoder's config."""

@@ -1,5 +1,6 @@
 """`load`: a checkpoint or an export as a LanguageModel on one engine."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -17,7 +18,11 @@ NATIVE_DTYPES = ("auto", "int8", "int4")
 
 
 def load(
-    path: str | Path, *, engine: str = "auto", dtype: str | None = None, device: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    engine: str = "auto",
+    dtype: str | None = None,
+    device: str = "auto",
 ) -> LanguageModel:
     """A checkpoint or an export, ready to generate and to score text.
 
@@ -35,7 +40,18 @@ def load(
     Raises  CheckpointError if the checkpoint is missing or damaged; ConfigError for a wrong
             option, a model that the named engine cannot compute, or an engine whose package is not
             installed.
+
+    Examples
+        >>> import castalia
+        >>> run = castalia.train("debug", steps=4, output="runs/first")
+        >>> model = castalia.load("runs/first")
+        >>> model
+        LanguageModel(TorchEngine(neox, 891,648 parameters), step 4, 257 ids)
+        >>> text = model.generate("The ", max_new_tokens=8)
+        >>> castalia.load("runs/first/step2").step
+        2
     """
+    path = os.fspath(path)
     if engine != "auto" and engine not in ENGINES:
         menu = ["auto", *ENGINES]
         raise ConfigError(

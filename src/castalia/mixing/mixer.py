@@ -54,6 +54,14 @@ class Mixer:
         self.inner: list[Mixer] = []
         self.settings: dict[str, Any] = {}
 
+    def __repr__(self) -> str:
+        shares = ", ".join(
+            f"{source} {share:.1%}"
+            for source, share in zip(self.sources, self.weights(), strict=True)
+        )
+        inner = "".join(f", around {mixer!r}" for mixer in self.inner)
+        return f"{type(self).__name__}({shares}{inner})"
+
     def observe(self, stats: Stats) -> None:
         """Learn from one step.
 

@@ -170,6 +170,9 @@ class Planner:
         """Weights of steps not planned yet."""
         self.await_first(mixer.step)
 
+    def __repr__(self) -> str:
+        return f"Planner({self.batch} rows a step, step {self.step} planned, {self.mixer!r})"
+
     def await_first(self, done: int) -> None:
         """Fix the weights of the steps after `done` that later stats cannot influence."""
         self.pending = {step: self.mixer.weights() for step in range(done + 1, done + 2 + self.lag)}

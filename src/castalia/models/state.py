@@ -111,6 +111,10 @@ class ModelState:
         self.longest = 0
         self.ragged = False
 
+    def __repr__(self) -> str:
+        rows = f"{len(self.lengths)} rows of at most {self.max_length} tokens"
+        return f"ModelState({len(self.layers)} layers, {rows}, {self.longest} in the longest)"
+
     def positions(self, T: int) -> Tensor:
         """Positions of the next T tokens: int64 (B, T), or (1, T) if all rows are equally long."""
         steps = torch.arange(T, device=self.lengths.device)

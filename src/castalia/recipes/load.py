@@ -55,7 +55,16 @@ OUR_NAMES = {key.split(".")[-1] for key in leaves(RunConfig)}
 
 
 def load_config(words: Sequence[str]) -> RunConfig:
-    """The config that `words` give: see `resolve`."""
+    """The config that `words` give, those of `castalia show` and `train`: see `resolve`.
+
+    Raises  ConfigError with every problem at once.
+
+    Examples
+        >>> from castalia.recipes import load_config
+        >>> config = load_config(["debug", "train.steps=20", "optim.lr=1e-3"])
+        >>> config.train.steps, config.optim.lr
+        (20, 0.001)
+    """
     return resolve(words).config
 
 

@@ -20,6 +20,7 @@ from castalia.data.row_checks import check_rows
 from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients
+from castalia.models import parameter_counts
 from castalia.models.families import family_of
 from castalia.monitor import memory_bytes
 from castalia.train.build import build_model, check_processes
@@ -45,8 +46,17 @@ from castalia.train.totals import PassSums, StepTotals
 class Trainer:
     """One run: model, data, optimizer and everything that must survive a crash.
 
+    Without hooks it only trains; `castalia.train.run.standard_hooks()` are those of the command.
     Raises  ConfigError, DataError or CheckpointError for faults of the run, before it starts;
             TrainingError when the guard stops it, or when a loss breaks its contract.
+
+    Examples
+        >>> from castalia.recipes import load_config
+        >>> from castalia.train.trainer import Trainer
+        >>> trainer = Trainer(load_config(["debug", "train.steps=4", "output=runs/first"]))
+        >>> trainer.fit()
+        >>> trainer.progress.tokens
+        3072
     """
 
     def __init__(
@@ -74,6 +84,15 @@ class Trainer:
         self.open_data()
         self.build(loss)
         self.open_store()
+
+    def __repr__(self) -> str:
+        step = f"step {self.progress.step} of {self.config.train.steps}"
+        size = parameter_counts(self.config.model).total
+        return f"Trainer({self.config.output!r}, {step}, {size:,} parameters)"
+
+    def __fspath__(self) -> str:
+        """The folder of the run, so that `load`, `export` and `read_metrics` take a Trainer."""
+        return self.config.output
 
     def check(self) -> None:
         """Refuse a run that cannot work on these ranks or whose tokenizer cannot be read."""

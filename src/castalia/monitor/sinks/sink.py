@@ -40,6 +40,9 @@ class Sink:
         self.config = config
         self.folder = folder
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.folder)!r})"
+
     def start(self, step: int) -> None:
         """Begin, or continue after `step`: later steps will be written again."""
 
