@@ -1,9 +1,14 @@
 """From a config to a model on its ranks: build on meta, parallelize, initialize."""
 
+from collections.abc import Iterator
+
 import torch
 
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
+from castalia.data import BlendedRows, RunRows, StepLoader
+from castalia.data.loader import RowLookup
+from castalia.data.rows_by_source import RowsBySource
 from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
@@ -69,3 +74,29 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
         stage.recompute = config.train.recompute
         stages.append(stage)
     return stages
+
+
+def step_loader(
+    config: RunConfig,
+    world: World,
+    run_rows: RunRows,
+    rows: BlendedRows | RowsBySource,
+    start_step: int,
+    plans: Iterator[RowLookup | None] | None,
+) -> StepLoader:
+    """The loader of this rank's micro-batches of `rows`, the train or the valid ones of a run."""
+    return StepLoader(
+        rows,
+        batch_size=config.train.batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=world.dp_rank,
+        dp_world=world.degrees.dp,
+        start_step=start_step,
+        # The unpadded size: generation never picks the ids of padding.
+        vocab_size=config.model.vocab_size,
+        eod_id=run_rows.eod_id if config.data.eod_mask_loss else None,
+        workers=config.data.workers,
+        plans=plans,
+        uneven=config.parallel.uneven,
+        mask=run_rows.mask,
+    )

@@ -14,7 +14,7 @@ import torch
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.checkpoint.saved_model import TOKENIZER
-from castalia.data import Batch, BlendedRows, StepLoader, build_rows
+from castalia.data import Batch, BlendedRows, build_rows
 from castalia.data.loader import RowLookup
 from castalia.data.row_checks import check_rows
 from castalia.data.rows_by_source import RowsBySource
@@ -23,7 +23,7 @@ from castalia.distributed.gradients import clip_gradients
 from castalia.models import parameter_counts
 from castalia.models.families import family_of
 from castalia.monitor import memory_bytes
-from castalia.train.build import build_model, check_processes
+from castalia.train.build import build_model, check_processes, step_loader
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
@@ -51,12 +51,9 @@ class Trainer:
             TrainingError when the guard stops it, or when a loss breaks its contract.
 
     Examples
-        >>> from castalia.recipes import load_config
-        >>> from castalia.train.trainer import Trainer
-        >>> trainer = Trainer(load_config(["debug", "train.steps=4", "output=runs/first"]))
-        >>> trainer.fit()
-        >>> trainer.progress.tokens
-        3072
+        >>> import castalia
+        >>> config = castalia.load_config(["debug", "train.steps=4", "output=runs/first"])
+        >>> castalia.Trainer(config).fit()
     """
 
     def __init__(
@@ -385,24 +382,7 @@ class Trainer:
         """
         if not self.passes.reads and plans is None:
             return ([] for _ in itertools.repeat(None))
-        data = self.config.data
-        return iter(
-            StepLoader(
-                rows,
-                batch_size=self.config.train.batch_size,
-                micro_batch_size=self.config.train.micro_batch_size,
-                dp_rank=self.world.dp_rank,
-                dp_world=self.world.degrees.dp,
-                start_step=start_step,
-                # The unpadded size: generation never picks the ids of padding.
-                vocab_size=self.config.model.vocab_size,
-                eod_id=self.rows.eod_id if data.eod_mask_loss else None,
-                workers=data.workers,
-                plans=plans,
-                uneven=self.config.parallel.uneven,
-                mask=self.rows.mask,
-            )
-        )
+        return iter(step_loader(self.config, self.world, self.rows, rows, start_step, plans))
 
     def resume(self, verb: str) -> None:
         """Continue from the newest good checkpoint; a fresh run stays as it is.
