@@ -1,12 +1,15 @@
 """The command line as a whole: help, examples, hints for words that are no verbs, completion."""
 
+import ast
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import castalia
 from castalia.cli.app import app
 from castalia.cli.hints import WANTED
 
@@ -129,3 +132,21 @@ def test_the_script_for_a_shell_is_for_castalia(monkeypatch, command):
     monkeypatch.setattr("shellingham.detect_shell", lambda *_: ("bash", "/bin/bash"))
     code, out, _ = command("--show-completion")
     assert code == 0 and out.rstrip().endswith("-F _castalia_completion castalia")
+
+
+def spoken(tree):
+    """The texts of a module but its docstrings."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in docstrings:
+            yield node.value
+
+
+def test_sizes_have_one_system_of_units():
+    # Binary ones, as `size_text` writes them; rich's speed of a transfer is decimal.
+    for path in Path(castalia.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        assert "TransferSpeedColumn" not in source, path
+        found = [text for text in spoken(ast.parse(source)) if re.search(r"\b[kKMGT]B\b", text)]
+        assert not found, (path, found)

@@ -141,5 +141,5 @@ def print_summary(prepared: "Prepared", as_json: bool) -> None:
     typer.echo(
         f"{', '.join(prepared.prefixes)}: {documents}, {prepared.tokens:,} tokens as"
         f" {prepared.dtype}, {size_text(prepared.text_bytes)} of text in {prepared.seconds:.1f} s"
-        f" ({prepared.megabytes_per_second:.1f} MB/s)"
+        f" ({size_text(prepared.megabytes_per_second * 1e6)}/s)"
     )

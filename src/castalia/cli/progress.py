@@ -3,14 +3,33 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from castalia.monitor.display import duration, quantity, size_text
 
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
 EVERY_SECONDS = 30.0
 """Time between plain lines; a short job prints none."""
+
+
+def sizes_and_speed() -> "tuple[ProgressColumn, ProgressColumn]":
+    """Columns of bytes done and of bytes a second, in the units of `size_text`."""
+    from rich.progress import DownloadColumn, ProgressColumn, Task
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        """rich's own column counts in powers of ten, beside sizes in powers of two."""
+
+        def render(self, task: Task) -> Text:
+            """The speed of the last half minute."""
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{size_text(speed)}/s")
+
+    return DownloadColumn(binary_units=True), Speed()
 
 
 @contextmanager
@@ -19,11 +38,9 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        DownloadColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
-        TransferSpeedColumn,
     )
 
     from castalia.corpus.inputs import list_files
@@ -38,8 +55,7 @@ def text_progress(verb: str, inputs: Sequence[str]) -> Iterator[Callable[[int, i
     columns = (
         TextColumn(verb),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *sizes_and_speed(),
         TextColumn("{task.fields[rate]} tok/s"),
         TimeRemainingColumn(),
     )
@@ -97,11 +113,9 @@ def bytes_progress(
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        DownloadColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
-        TransferSpeedColumn,
     )
 
     from castalia.core.errors import DataError
@@ -119,8 +133,7 @@ def bytes_progress(
     columns = (
         TextColumn(verb),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *sizes_and_speed(),
         TimeRemainingColumn(),
     )
     # Lines of the job go to stdout untouched: rich would send them to stderr with the bar.
