@@ -162,7 +162,7 @@ def test_two_presets_and_none(tmp_path):
         "train.steps=1"
     )
     assert "is not a run: it has no config.yaml" in message_of(str(tmp_path))
-    assert message_of("rnus/first") == "no run folder or config file rnus/first"
+    assert message_of("rnus/first").startswith("no run folder or config file rnus/first; a model")
     assert message_of("debug", "train.steps") == "'train.steps' needs a value: train.steps=VALUE"
 
 

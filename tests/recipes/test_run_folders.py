@@ -1,6 +1,7 @@
 """The config of a run folder means that folder, from any working directory."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from castalia.config import dump_yaml
 from castalia.config.anchor import NAMES, PATHS
 from castalia.config.fields import field_at, leaves
-from castalia.recipes import load_config
+from castalia.core.errors import ConfigError
+from castalia.recipes import load_config, resolve
 from castalia.train.config import RunConfig
 
 PREFIXES = ["r/abs/data/train/a", "corpus/b"]
@@ -103,6 +105,40 @@ def test_a_config_beside_no_run_is_a_config_like_any_other(begun, tmp_path):
     Path("copy.yaml").write_text(text)
     for name in ("config.yaml", "copy.yaml"):
         assert load_config([name]).output == "r/abs"
+
+
+@pytest.mark.parametrize("word", ["r/abs/", "./r/abs", "r/abs/config", "r/abs/checkpoints"])
+def test_other_words_for_a_run(begun, monkeypatch, word):
+    monkeypatch.chdir(begun())
+    assert load_config([word]).output == "r/abs"
+
+
+def test_words_that_are_no_config(begun, monkeypatch):
+    home = begun()
+    monkeypatch.chdir(home)
+    (home / "model").mkdir()
+    (home / "model" / "config.json").touch()
+    for word, hint in {
+        "r": "the folder r is not a run: it has no config.yaml; castalia runs r lists the runs",
+        "r/abs/step3": "is a checkpoint; the run is r/abs, and a new run from this step is r/abs"
+        " model.start=r/abs/step3 output=FOLDER",
+        "r/abs@3": "is a checkpoint; the run is r/abs",
+        "r/abss": "no run folder or config file r/abss; did you mean 'r/abs'?",
+        "model": "to start from this model, add model.start=model to a config",
+        "EleutherAI/pythia-70m": "added to a config, as model.start=EleutherAI/pythia-70m",
+    }.items():
+        with pytest.raises(ConfigError, match=re.escape(hint)):
+            load_config([word])
+
+
+def test_a_run_folder_with_the_name_of_a_preset(begun, monkeypatch):
+    home = begun()
+    (home / "r" / "abs").rename(home / "r" / "debug")
+    monkeypatch.chdir(home / "r")
+    resolved = resolve(["debug"])
+    assert resolved.config.output == "runs/debug"
+    assert "debug is the preset; ./debug is the one in this folder" in resolved.notes
+    assert load_config(["./debug"]).output == f"{home}/r/debug"
 
 
 NO_PATHS = {

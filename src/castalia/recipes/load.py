@@ -97,7 +97,7 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     else:
         layers.base = started = preset(str(name))
         labels.insert(0, str(name))
-    notes = [*fit_micro_batch(layers), *fit_vocabulary(layers)]
+    notes = [*named.notes, *fit_micro_batch(layers), *fit_vocabulary(layers)]
     label = " + ".join(labels)
     config = checked(layers, reading, label)
     changes = differences(started, config)

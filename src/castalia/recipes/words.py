@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from castalia.config.anchor import CONFIG
 from castalia.config.fields import field_at
 from castalia.config.problems import hint_for
 from castalia.config.values import is_override
 from castalia.core.errors import ConfigError, nearest
+from castalia.core.hub import is_hub_id, local_reading
 from castalia.recipes.presets import PRESETS, preset_names
 from castalia.train.config import RunConfig
 
@@ -24,6 +26,8 @@ class Words:
     presets: list[str] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What a word does not mean, though it could."""
 
 
 def sort_words(words: Sequence[str]) -> Words:
@@ -41,6 +45,8 @@ def sort_words(words: Sequence[str]) -> Words:
             kinds.overrides.append(word)
         elif word in PRESETS:
             kinds.presets.append(word)
+            if file is not None:
+                kinds.notes.append(f"{word} is the preset; ./{word} is the one in this folder")
         elif file is not None:
             kinds.files.append(file)
         else:
@@ -56,9 +62,15 @@ def sort_words(words: Sequence[str]) -> Words:
 
 
 def find_file(word: str) -> Path | None:
-    """The config file that `word` names: a file with or without its suffix, or a run's folder."""
+    """The config file that `word` names: a file with or without its suffix, a run's folder, or the
+    folder of its checkpoints.
+    """
+    names = [word + suffix for suffix in SUFFIXES] + [os.path.join(word, CONFIG)]
+    run, inner = os.path.split(word.rstrip("/"))
+    if inner == "checkpoints":
+        names.append(os.path.join(run, CONFIG))
     # os.path, because Path.is_file raises OSError for a word longer than any file name.
-    for name in [word + suffix for suffix in SUFFIXES] + [os.path.join(word, "config.yaml")]:
+    for name in names:
         if os.path.isfile(name):
             return Path(name)
     return None
@@ -68,13 +80,18 @@ def unknown_word(word: str) -> str:
     """Why `word` cannot be used, with the way out."""
     path = Path(word)
     if os.path.isdir(word):
-        return f"the folder {word} is not a run: it has no config.yaml"
+        hint = ""
+        if any(path.glob(f"*/{CONFIG}")):
+            hint = f"; castalia runs {word} lists the runs in it"
+        elif os.path.isfile(os.path.join(word, "config.json")):
+            hint = f"; to start from this model, add model.start={word} to a config"
+        return f"the folder {word} is not a run: it has no config.yaml{hint}"
     if path.suffix in (".yml", ".yaml", ".json"):
         if path.stem in PRESETS:
             return f"no config file {word}; for the preset write {path.stem}"
         return f"no config file {word}"
     if "/" in word:
-        return f"no run folder or config file {word}"
+        return f"no run folder or config file {word}{hint_of_model(word)}"
     if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word):
         if field_at(RunConfig, word.split(".")) is None:
             return f"{word}: unknown key{hint_for(RunConfig, word.split('.'))}"
@@ -85,6 +102,22 @@ def unknown_word(word: str) -> str:
     if len(sizes) < 2:
         hint = nearest(word, PRESETS) or hint
     return f"unknown preset or config file {word!r}{hint}"
+
+
+def hint_of_model(word: str) -> str:
+    """What a checkpoint of a run, or a hub id, is for: a config may start from it."""
+    run, _, step = word.replace("@", "/").rpartition("/")
+    if re.fullmatch(r"(step-?)?\d+", step) and find_file(run) is not None:
+        return (
+            f": it is a checkpoint; the run is {run}, and a new run from this step is"
+            f" {run} model.start={word} output=FOLDER"
+        )
+    near = local_reading(Path(word))
+    if near is not None:
+        return f"; did you mean {str(near)!r}?"
+    if is_hub_id(word):
+        return f"; a model of the hub is added to a config, as model.start={word}"
+    return ""
 
 
 def preset_menu() -> str:
