@@ -19,7 +19,7 @@ class Workload(NamedTuple):
     """Rows that one rank runs at a time; None means its whole share of the batch."""
     steps: int
     precision: str
-    """fp32, bf16 or fp16."""
+    """fp32, bf16, fp16, or auto before the machine is known."""
     device: str
     """auto, cpu or cuda."""
     recompute: bool | str | int
@@ -38,4 +38,5 @@ class Workload(NamedTuple):
     @property
     def itemsize(self) -> int:
         """Bytes of a number in matrix products."""
-        return 4 if self.precision == "fp32" else 2
+        # The larger of what auto may become.
+        return 4 if self.precision in ("fp32", "auto") else 2

@@ -147,8 +147,9 @@ class RunConfig(Config):
     """Folder of the run."""
     seed: NonNegativeInt = 1234
     """Seed of the weights and of the data order."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights and optimizer are always fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights and optimizer are always fp32. auto is
+    bf16 where a pass is measured to be faster in it, else fp32; a run keeps what it began with."""
     device: Annotated[Literal["auto", "cpu", "cuda"], AT_RESUME] = "auto"
     """auto takes a GPU if the machine has one."""
     model: Annotated[ModelConfig, Kind(FAMILIES, "neox", key="family")]

@@ -22,6 +22,7 @@ from castalia.train.hooks import (
     Validate,
 )
 from castalia.train.hooks.named import named_hooks
+from castalia.train.machine_precision import precision_notes
 from castalia.train.run_folder import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
 from castalia.train.stopping import Stop, say
@@ -87,11 +88,13 @@ def run_claimed(
 ) -> Trainer:
     """The run, in a folder that no other job writes to."""
     trainer = Trainer(config, world, hooks=hooks)
-    config = trainer.config  # with the files of a corpus that was built
+    given = config
+    config = trainer.config  # with the files of a corpus that was built, and one precision
     # After the trainer was built: a run that cannot start leaves no folder that looks like one.
     if world.leads:
         write_run_folder(config, world, list(command), trainer.start_record.facts)
         notes = [*announced.notes, *trainer.start_notes, *trainer.mixture.notes]
+        notes += precision_notes(given, config, world.device)
         print_start(config, world, trainer.rows, announced.changes, notes)
     # No rank may write a checkpoint into a folder whose config is not there yet.
     world.wait()

@@ -78,6 +78,9 @@ def require_same_run(config: RunConfig, path: Path) -> None:
     new = flatten(as_values(config))
     differ = []
     for key in sorted(old.keys() | new.keys()):
+        # auto takes what the run has; see with_precision.
+        if key == "precision" and new[key] == "auto":
+            continue
         if old.get(key) != new.get(key) and not may_change(RunConfig, key):
             differ.append(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now")
     if differ:

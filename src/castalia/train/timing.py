@@ -33,6 +33,8 @@ widths of small models."""
 PATIENCE = 0.2
 """Seconds of a pass beyond which no larger one is tried: `castalia show` waits for it, and fp16 on
 a CPU without instructions for it is a hundred times slower."""
+FASTER = 1.15
+"""bf16 is chosen where a pass in fp32 takes this many times as long."""
 PASSES = 3
 """Passes of one size, at most. The first one warms up: it compiles kernels and takes memory."""
 
@@ -59,10 +61,13 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
     piece = piece_of(config.model, cost.device)
     model = random_model(piece, device)
     model.recompute = config.train.recompute
+    precision = config.precision
+    if precision == "auto":
+        precision = faster_precision(config, device)
     for most in TOKENS[cost.device]:
         length = min(config.data.seq_length, most)
         rows = min(cost.micro_rows, most // length)
-        seconds = pass_seconds(model, config.precision, device, rows, length)
+        seconds = pass_seconds(model, precision, device, rows, length)
         if seconds > PATIENCE:
             break
     rate = flops_per_token(piece, length) * rows * length / seconds
@@ -71,8 +76,27 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
     about = f"{piece.num_layers} of {config.model.num_layers} layers"
     if piece.hidden_size < config.model.hidden_size:
         about += f", {piece.hidden_size} of {config.model.hidden_size} wide"
-    about += f", {rows * length:,} tokens in {config.precision} on {name_of(device)}"
+    about += f", {rows * length:,} tokens in {precision} on {name_of(device)}"
     return StepTime(step, config.tokens_per_step / step, about)
+
+
+def faster_precision(config: RunConfig, device: torch.device) -> str:
+    """bf16 or fp32, whichever is faster here; fp16 needs a loss scale and is never chosen."""
+    return "bf16" if times_as_long(config, "fp32", "bf16", device) >= FASTER else "fp32"
+
+
+def times_as_long(config: RunConfig, precision: str, other: str, device: torch.device) -> float:
+    """Time of a forward and backward pass in `precision` over that in `other`."""
+    # The weights of the piece must not move the random numbers of a caller.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model = random_model(piece_of(config.model, device.type), device)
+    for most in TOKENS[device.type]:
+        length = min(config.data.seq_length, most)
+        rows = min(config.train.micro_batch_size or config.train.batch_size, most // length)
+        times = [pass_seconds(model, name, device, rows, length) for name in (precision, other)]
+        if max(times) > PATIENCE:
+            break
+    return times[0] / times[1]
 
 
 def piece_of(model: ModelConfig, device: str) -> ModelConfig:

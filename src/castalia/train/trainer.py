@@ -29,6 +29,7 @@ from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.hook import close_with, start_hook
 from castalia.train.losses import LOSSES, Loss
+from castalia.train.machine_precision import with_precision
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.named_corpus import ensure_on_all
 from castalia.train.optimizers import Rules
@@ -95,7 +96,7 @@ class Trainer:
         """Refuse a run that cannot work on these ranks or whose tokenizer cannot be read."""
         check_processes(self.config, self.world.size)
         # Before the tokenizer is read: a corpus that is built may come with its own.
-        self.config = ensure_on_all(self.config, self.world)
+        self.config = with_precision(ensure_on_all(self.config, self.world), self.world)
         self.files = checkpoint_files(self.config)
 
     def open_data(self) -> None:
