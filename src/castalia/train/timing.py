@@ -61,7 +61,7 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
     piece = piece_of(config.model, cost.device)
     model = random_model(piece, device)
     model.recompute = config.train.recompute
-    precision = config.precision
+    precision: str = config.precision
     if precision == "auto":
         precision = faster_precision(config, device)
     for most in TOKENS[cost.device]:
