@@ -187,20 +187,20 @@ def test_text_of_a_schema_is_json_of_it(
 def test_other_forms_and_forms_that_are_none(speaker: LanguageModel) -> None:
     pytest.importorskip("llguidance")
     grammars = speaker.grammars
-    assert speaker.generate(PROMPT, 20, grammar=grammars.choice(["naïve", "café"])) in (
-        "naïve",
-        "café",
-    )
+    words = ["naïve", "café 🍵\n", *(str(number) for number in range(3000))]
+    assert speaker.generate(PROMPT, 20, grammar=grammars.choice(words)) in words
+    assert speaker.generate(PROMPT, 20, grammar=grammars.choice(words[1:2])) == words[1]
     digits = speaker.generate(PROMPT, 20, grammar=grammars.regex("[0-9]{3}-ab"))
     assert digits[:3].isdigit() and digits[3:] == "-ab"
     assert speaker.generate(PROMPT, 20, grammar=grammars.grammar('root ::= "x" "y"')) == "xy"
     compact = grammars.json({"type": "array", "items": {"const": 1}, "minItems": 2}, blanks=None)
     assert speaker.generate(PROMPT, 9, grammar=compact).startswith("[1,1")
     wrong = [
-        (lambda: grammars.json({"type": "objekt"}), "the JSON schema is not valid: Invalid type"),
-        (lambda: grammars.json("{"), "the JSON schema is not JSON"),
-        (lambda: grammars.regex("[0-"), "the regular expression is not valid"),
-        (lambda: grammars.grammar("start: nothing"), "the grammar is not valid.*nothing"),
+        (lambda: grammars.json({"type": "objekt"}), "the JSON schema cannot be used: Invalid type"),
+        (lambda: grammars.json("{"), "the JSON schema cannot be used"),
+        (lambda: grammars.json({"enum": ["a" * 70_000]}), "characters; at most 65,536 are"),
+        (lambda: grammars.regex("[0-"), "the regular expression cannot be used"),
+        (lambda: grammars.grammar("start: nothing"), "the grammar cannot be used.*nothing"),
         (lambda: LanguageModel(speaker.engine).grammars, "needs a model with a tokenizer.json"),
     ]
     for make, message in wrong:

@@ -19,6 +19,8 @@ from castalia.data.tokenizer_forms import OtherTokenizer
 BLANKS = r"( |\n[ \t]{0,12})"
 """White space between the parts of JSON: a space, or a line break and an indent. JSON allows any
 amount, with which a weak model fills its whole budget."""
+LARGEST = 1 << 16
+"""Characters of a form. A schema with twice as many, all properties, compiles for 17 s."""
 PURPOSE = "a text of a given form (JSON, a choice, a regular expression, a grammar)"
 
 
@@ -53,12 +55,14 @@ class Grammars:
         try:
             source = self.library.LLMatcher.grammar_from_json_schema(text, defaults=options)
         except ValueError as error:
-            raise ConfigError(f"the JSON schema is not JSON: {error}") from None
+            raise ConfigError(f"the JSON schema cannot be used: {error}") from None
         return self.compiled("JSON schema", source)
 
     def choice(self, texts: Sequence[str]) -> "Grammar":
         """One of these texts."""
-        return self.compiled("choice", self.library.grammar_from("choice", json.dumps(list(texts))))
+        # One terminal: thousands of alternatives of a rule would exceed the parser's limit.
+        rules = "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(text) for text in texts)
+        return self.compiled("choice", self.library.LLMatcher.grammar_from_lark(rules))
 
     def regex(self, expression: str) -> "Grammar":
         """Text that a regular expression of Rust's syntax matches whole."""
@@ -69,17 +73,21 @@ class Grammars:
         try:
             source = self.library.grammar_from("grammar", rules)
         except ValueError as error:
-            raise ConfigError(f"the grammar is not valid: {error}") from None
+            raise ConfigError(f"the grammar cannot be used: {error}") from None
         return self.compiled("grammar", source)
 
     def compiled(self, kind: str, source: str) -> "Grammar":
         """The form, ready for use.
 
-        Raises  ConfigError if it is not valid, or more than the library can express.
+        Raises  ConfigError if it is not valid, or more than the library can do.
         """
+        if len(source) > LARGEST:
+            raise ConfigError(
+                f"the {kind} has {len(source):,} characters; at most {LARGEST:,} are compiled"
+            )
         matcher = self.library.LLMatcher(self.tokens, source, log_level=0)
         if matcher.is_error():
-            raise ConfigError(f"the {kind} is not valid: {first_line(matcher.get_error())}")
+            raise ConfigError(f"the {kind} cannot be used: {first_line(matcher.get_error())}")
         return Grammar(matcher, self.size)
 
 
