@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.inference.sampling import Sampling, keep_top_k, keep_top_p, next_tokens
+from castalia.inference.sampling import Sampling, distribution, keep_top_k, keep_top_p, next_tokens
 
 NUMBERS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=12)
 
@@ -59,6 +59,14 @@ def test_draws_follow_the_distribution() -> None:
 def test_temperature_zero_takes_the_largest_whatever_the_filters_say() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
     assert next_tokens(logits, Sampling(temperature=0.0, top_k=1, top_p=0.1), []).tolist() == [1, 0]
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
+    sampling = Sampling(temperature=5e-324, seed=0)
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    assert next_tokens(logits, sampling, sampling.generators(1, logits.device)).tolist() == [1]
+    extremes = Sampling(temperature=1e-5, repetition_penalty=0.01)
+    assert distribution(logits / 0.01, extremes).tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_a_small_nucleus_is_greedy() -> None:

@@ -73,7 +73,7 @@ def test_openai_penalties_are_their_formula(speaker: LanguageModel) -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {"repetition_penalty": 4.0},
-    {"frequency_penalty": 3.0, "presence_penalty": 2.0},
+    {"frequency_penalty": 2.0, "presence_penalty": 2.0},
     {"logit_bias": {ord("a"): 6.0, ord(" "): -100.0}},
     {"allowed_token_ids": [ord("a"), ord(" "), ord("c")]},
     {"stop_token_ids": [ord("w")]},
@@ -129,8 +129,8 @@ def test_seeds_are_int64_and_top_k_may_be_minus_one(speaker: LanguageModel) -> N
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"min_p": 1.5}, "min_p must be from 0 to 1, got 1.5"),
-    ({"repetition_penalty": 0}, "repetition_penalty must be > 0, got 0"),
-    ({"presence_penalty": math.nan}, "presence_penalty must be a number, got nan"),
+    ({"repetition_penalty": 0}, "repetition_penalty must be from 0.01 to 100, got 0"),
+    ({"presence_penalty": math.nan}, "presence_penalty must be from -2 to 2, got nan"),
     ({"logit_bias": {999: 1.0}}, "logit_bias: id 999 is outside the vocabulary of 257"),
     ({"stop_token_ids": [-1]}, "stop_token_ids: id -1 is outside the vocabulary"),
     ({"allowed_token_ids": []}, "allowed_token_ids is empty"),

@@ -156,7 +156,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [999]}, "stop_token_ids: id 999 is outside the vocabulary"),
     ({"min_tokens": 50}, "min_tokens is 50, above max_tokens=24"),
     ({"min_p": 2}, "min_p: Input should be less than or equal to 1"),
-    ({"repetition_penalty": 0}, "repetition_penalty: Input should be greater than 0"),
+    ({"repetition_penalty": 0}, "repetition_penalty: Input should be greater than"),
     ({"seed": 2**63}, "seed: Input should be less than or equal to 9223372036854775807"),
     ({"guided_regex": "["}, "the regular expression cannot be used"),
     ({"guided_json": {"type": "objekt"}}, "the JSON schema cannot be used: Invalid type: objekt"),

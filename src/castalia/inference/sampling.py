@@ -11,6 +11,8 @@ from torch import Tensor
 from castalia.core.errors import ConfigError
 from castalia.inference.grammar import Grammar
 
+SMALLEST_TEMPERATURE = 1e-5
+"""Smaller ones are greedy, as in vLLM."""
 SMALLEST_SEED = -(2**63)
 LARGEST_SEED = 2**63 - 1
 """Seeds are int64, as in OpenAI's API and vLLM."""
@@ -59,17 +61,23 @@ class Sampling:
             problems.append(f"top_p must be from 0 to 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             problems.append(f"min_p must be from 0 to 1, got {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            problems.append(f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            problems.append(
+                f"repetition_penalty must be from 0.01 to 100, got {self.repetition_penalty}"
+            )
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                problems.append(f"{name} must be a number, got {getattr(self, name)}")
-        if not all(math.isfinite(bias) for bias in self.logit_bias.values()):
-            problems.append("logit_bias must be numbers by token id")
+            if not -2 <= getattr(self, name) <= 2:
+                problems.append(f"{name} must be from -2 to 2, got {getattr(self, name)}")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                problems.append(f"logit_bias must be from -100 to 100, got {bias} for {token}")
         if self.seed is not None and not SMALLEST_SEED <= self.seed <= LARGEST_SEED:
             problems.append(f"seed must be an int64, got {self.seed}")
         if problems:
             raise ConfigError("; ".join(problems))
+        # Logits divided by less could overflow; no draw would differ from greedy text.
+        if self.temperature < SMALLEST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def steers(self) -> bool:

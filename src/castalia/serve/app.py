@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 
 from castalia import __version__
 from castalia.core.errors import CastaliaError, ConfigError, nearest
-from castalia.serve.fields import CHOICES, TEXTS, TOKEN, Body
+from castalia.inference.sampling import LARGEST_SEED, SMALLEST_SEED
+from castalia.serve.fields import CHOICES, SEED, TEXTS, TOKEN, Body
 from castalia.serve.forms import ResponseFormat, SchemaFormat, StructuredOutputs
 from castalia.serve.limits import RequestLimits, error_body
 from castalia.serve.metrics import RequestCounter, ServerMetrics
@@ -310,22 +311,24 @@ def field_path(steps: Sequence[int | str]) -> str:
     return ".".join(path)
 
 
-def lower_bounds(schema: Any, bounds: Iterable[tuple[str, str, int]]) -> None:
-    """Lower the bounds in a JSON schema, in place.
+def set_bounds(schema: Any, bounds: Iterable[tuple[str, str, int]]) -> None:
+    """Set the bounds in a JSON schema, in place.
 
-    Each bound is (description of the schema, `maximum` or `maxItems`, largest value).
+    Each bound is (description of the schema, `maximum`, `minimum` or `maxItems`, value). A bound
+    of `maximum` or `maxItems` is only ever lowered.
     """
     if isinstance(schema, dict):
-        for description, keyword, largest in bounds:
+        for description, keyword, value in bounds:
             if schema.get("description") == description:
-                schema[keyword] = min(schema[keyword], largest)
+                lowered = keyword != "minimum" and schema[keyword] < value
+                schema[keyword] = schema[keyword] if lowered else value
         children = list(schema.values())
     elif isinstance(schema, list):
         children = schema
     else:
         return
     for child in children:
-        lower_bounds(child, bounds)
+        set_bounds(child, bounds)
 
 
 def openapi_page(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[], dict[str, Any]]:
@@ -340,6 +343,9 @@ def openapi_page(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[
         (TOKEN, "maximum", vocab_size - 1),
         (TEXTS, "maxItems", most_waiting),
         (CHOICES, "maximum", most_waiting),
+        # FastAPI writes bounds as floats, and the nearest floats lie outside of int64.
+        (SEED, "minimum", SMALLEST_SEED),
+        (SEED, "maximum", LARGEST_SEED),
     ]
 
     def make() -> dict[str, Any]:
@@ -348,7 +354,7 @@ def openapi_page(app: FastAPI, vocab_size: int, most_waiting: int) -> Callable[[
             for operations in page["paths"].values():
                 for operation in operations.values():
                     operation["responses"].pop("422", None)
-            lower_bounds(page, bounds)
+            set_bounds(page, bounds)
             app.openapi_schema = page
         return app.openapi_schema
 

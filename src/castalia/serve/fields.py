@@ -14,6 +14,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from castalia.core.errors import ConfigError
 from castalia.core.unicode import require_unicode_in
+from castalia.inference.sampling import LARGEST_SEED, SMALLEST_SEED
 
 MOST_PROMPTS = 2048
 """Prompts in one request; OpenAI's limit."""
@@ -33,6 +34,7 @@ def whole(value: Any) -> Any:
 TOKEN = "A token id."
 TEXTS = "At most as many texts as can wait in the queue; each counts n times."
 CHOICES = "Texts for each prompt; each waits in the queue."
+SEED = "Any int64."
 # Ids and counts are C ints in some engines; a larger one would overflow there.
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1, description=TOKEN), BeforeValidator(whole)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1), BeforeValidator(whole)]
@@ -41,7 +43,9 @@ TopK = Annotated[int, Field(ge=-1, le=2**31 - 1), BeforeValidator(whole)]
 Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES, description=CHOICES), BeforeValidator(whole)]
 Several = Field(min_length=1, max_length=MOST_PROMPTS, description=TEXTS)
 Top = Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS), BeforeValidator(whole)]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), BeforeValidator(whole)]
+Seed = Annotated[
+    int, Field(ge=SMALLEST_SEED, le=LARGEST_SEED, description=SEED), BeforeValidator(whole)
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Biases = dict[Annotated[str, Field(pattern="^[0-9]{1,10}$")], Bias]

@@ -9,7 +9,7 @@ Source  OpenAI's API reference and openai-python 3.52; vLLM, entrypoints/openai:
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.message_content import texts_of_parts
@@ -32,6 +32,25 @@ from castalia.serve.forms import Form, ResponseFormat, StructuredOutputs, reques
 TEMPLATE = "the chat template of the model's folder is used; leave it out"
 LABEL = "A label of the client's; it changes no text."
 BIAS = "use logit_bias with -100 for their tokens"
+
+
+PARTS: list[dict[str, Any]] = [
+    {"type": "string"},
+    {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["text", "input_text", "output_text"]},
+            "text": {"type": "string"},
+        },
+        "required": ["text"],
+    },
+    {
+        "type": "object",
+        "properties": {"type": {"const": "refusal"}, "refusal": {"type": "string"}},
+        "required": ["type", "refusal"],
+    },
+]
+"""JSON schemas of the parts of a content, see `texts_of_parts`."""
 
 
 class StreamOptions(Body):
@@ -72,7 +91,7 @@ class SamplingBody(Body):
         0, ge=0, le=1, description="Draw from tokens this many times as likely as the likeliest."
     )
     repetition_penalty: float | None = Field(
-        1.0, gt=0, le=100, description="Above 1 avoids the tokens of prompt and text."
+        1.0, ge=0.01, le=100, description="Above 1 avoids the tokens of prompt and text."
     )
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = False
@@ -180,7 +199,7 @@ class CompletionRequest(SamplingBody):
     )
     max_tokens: Count | None = 16
     echo: bool | None = False
-    logprobs: Annotated[Top | None, BeforeValidator(null_for_false)] = None
+    logprobs: Annotated[Top | Literal[False] | None, AfterValidator(null_for_false)] = None
     best_of: Positive | None = Field(None, description="Not supported: must be 1 or n.")
     suffix: Annotated[Any, Only()] = None
     prompt_embeds: Annotated[Any, Only()] = None
@@ -215,7 +234,7 @@ class Message(Body):
         json_schema_extra={
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}},
+                {"type": "array", "items": {"anyOf": PARTS}},
                 {"type": "null"},
             ]
         },
