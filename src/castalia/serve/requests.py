@@ -9,7 +9,7 @@ Source  OpenAI's API reference and openai-python 3.52; vLLM, entrypoints/openai:
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.message_content import texts_of_parts
@@ -34,7 +34,7 @@ LABEL = "A label of the client's; it changes no text."
 BIAS = "use logit_bias with -100 for their tokens"
 
 
-PARTS: list[dict[str, Any]] = [
+PARTS: list[JsonValue] = [
     {"type": "string"},
     {
         "type": "object",
