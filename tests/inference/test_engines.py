@@ -259,9 +259,7 @@ def test_a_missing_package_is_one_sentence(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, engine: str, module: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ConfigError, match=rf"engine={engine} needs '{module}'.*castalia\[{extra}\]"
-    ):
+    with pytest.raises(ConfigError, match=rf"engine={engine} needs '{module}'.*\[{extra}\]"):
         castalia.load(run_folder, engine=engine)
 
 

@@ -196,10 +196,18 @@ def test_any_tokens_are_the_same_in_a_stream(kind: str) -> None:
     """Broken characters, special tokens, stop strings inside characters."""
     model = model_of(KINDS[kind]())
     draw = random.Random(0)
-    for stop in ((), ("e",), ("é", "🍵 for"), (" ",)):
+    endings = [
+        Ending(),
+        Ending(stop=["e"]),
+        Ending(stop=["é", "🍵 for"]),
+        Ending(stop=[" "], keep_stop=True),
+        Ending(stop=["o"], min_tokens=70),
+        Ending(stop_token_ids=[model.encode("o")[-1]], ignore_eos=True, skip_special=True),
+    ]
+    for ending in endings:
         tokens = [draw.randrange(model.config.vocab_size) for _ in range(60)]
         tokens += model.encode(PROMPT + REST) + tokens[:20]
-        text, whole, chunks = reported(model, model.encode("a"), tokens, Ending(stop=stop))
+        text, whole, chunks = reported(model, model.encode("a"), tokens, ending)
         assert "".join(piece for piece, _ in chunks) == text
         assert [token for _, tokens in chunks for token in tokens] == whole
         offsets = [token.offset for token in whole]
