@@ -92,7 +92,7 @@ def metrics(steps: int) -> list[dict[str, Any]]:
     lines[20] |= {"load_seconds": 0.5}
     for line in lines[20:]:
         line["time"] += 1000.0  # the pause before the resume
-    lines[30] |= {"skipped": "nan", "loss": None, "grad_norm": None}
+    lines[30] |= {"skipped": "nan", "loss": None, "grad_norm": None, "tokens_per_second": 9e6}
     return lines
 
 
@@ -204,6 +204,19 @@ def test_what_is_drawn_as_each_step_is_each_step(page: Page):
     assert float(ended) == pytest.approx(2.16, abs=2e-3)
 
 
+def test_a_step_that_was_left_out_has_no_speed(page: Page):
+    assert set(page.points("Tokens per second")[1]) == {32.0}
+
+
+def test_a_source_has_one_colour_in_all_panels(page: Page):
+    colours: dict[str, set[int]] = {}
+    for panel in page.panels.values():
+        for series in panel["series"]:
+            if series["name"] in ("code", "prose"):
+                colours.setdefault(series["name"], set()).add(series["colour"])
+    assert colours == {"code": {3}, "prose": {4}}  # after the three of the mixture
+
+
 def test_a_long_curve_keeps_the_extremes_of_each_span():
     steps = np.arange(1, 100_001, dtype=float)
     values = np.sin(steps)
@@ -256,8 +269,14 @@ def test_several_runs_lie_over_each_other(run: Path, tmp_path: Path):
     assert names == [f"{run.parent.name}/full", "other/full"]  # as much as tells them apart
     assert [series["run"] for series in page.panels["Loss"]["series"]] == [0, 1, 0, 1]
     assert {series["colour"] for series in page.panels["Loss"]["series"]} == {None}
-    sources = [(s["name"], s["run"], s["colour"]) for s in page.panels["Loss by source"]["series"]]
-    assert sources == [("code", 0, 0), ("code", 1, 0), ("prose", 0, 1), ("prose", 1, 1)]
+    assert [series["dash"] for series in page.panels["Loss"]["series"]] == [0, 0, 1, 1]
+    sources = page.panels["Loss by source"]["series"]
+    assert [(s["name"], s["run"], s["dash"]) for s in sources] == [
+        ("code", 0, 0),
+        ("code", 1, 1),
+        ("prose", 0, 0),
+        ("prose", 1, 1),
+    ]
     assert "What differs" in page.text and "seed" in page.text
     assert f"Mixture of {names[0]}" in page.panels
 

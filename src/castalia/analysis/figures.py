@@ -10,7 +10,6 @@ from castalia.analysis.events import events_of
 from castalia.analysis.measures import LEARNING, MACHINE, Final, Measure, other_measures
 from castalia.analysis.runs import Curve, RunFiles, Vector, inner
 from castalia.analysis.smoothing import ending
-from castalia.analysis.sources import bits_marks
 from castalia.monitor import duration, quantity
 
 NONE = "–"
@@ -32,7 +31,7 @@ def measure_rows(measure: Measure, runs: Sequence[RunFiles]) -> list[list[str]]:
     for key in measure.keys:
         cells: list[str] = []
         for run in runs:
-            steps, values = run.curve(*key.key.split("/"))
+            steps, values = key.curve(run)
             cells.append(final_value((steps, values / measure.divisor), key.final, measure.digits))
         name = measure.title
         if key.name.lower() != name.lower():
@@ -110,7 +109,7 @@ def count_text(count: int) -> str:
 
 def bits_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
     """Bits per byte of each source at the last checkpoint that was measured."""
-    lasts = [(bits_marks(run) or [{"sources": {}}])[-1]["sources"] for run in runs]
+    lasts = [(run.bits or [{"sources": {}}])[-1]["sources"] for run in runs]
     rows: list[list[str]] = []
     for name in unique(name for last in lasts for name in last):
         cells = [f"{last[name]['bits_per_byte']:.3f}" if name in last else NONE for last in lasts]

@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from castalia.analysis.panel import Panel, Series
-from castalia.analysis.runs import RunFiles, is_number
+from castalia.analysis.runs import Curve, RunFiles, is_number
 
 Final = Literal["fit", "last", "median", "largest", ""]
 """What the table of final values says of a curve: the smoothed value at the end, the last value,
@@ -21,6 +23,16 @@ class Key:
     final: Final = "last"
     marks: bool = False
     smoothed: bool = True
+    skipped: bool = True
+    """Whether steps without an update count; the speed of one that was left out is no speed."""
+
+    def curve(self, run: RunFiles) -> Curve:
+        """The key's numbers in a run."""
+        steps, values = run.curve(*self.key.split("/"))
+        if self.skipped:
+            return steps, values
+        kept = ~np.isin(steps, [line["step"] for line in run.metrics if line.get("skipped")])
+        return steps[kept], values[kept]
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,10 @@ class Measure:
     def panel(self, runs: Sequence[RunFiles]) -> Panel | None:
         """The panel; None if no run has a number for it."""
         series: list[Series] = []
-        for colour, key in enumerate(self.keys):
+        alone = len(runs) == 1
+        for number, key in enumerate(self.keys):
             for place, run in enumerate(runs):
-                steps, values = run.curve(*key.key.split("/"))
+                steps, values = key.curve(run)
                 if not len(steps):
                     continue
                 series.append(
@@ -53,7 +66,9 @@ class Measure:
                         (steps, values / self.divisor),
                         marks=key.marks,
                         smoothed=key.smoothed,
-                        colour=colour if len(runs) == 1 else None,
+                        # The colour tells runs apart where there are several, the dash the keys.
+                        colour=number if alone else None,
+                        dash=0 if alone else number,
                     )
                 )
         if not series:
@@ -122,22 +137,22 @@ MACHINE = (
         "Tokens per second",
         "tokens/s",
         "Target tokens of a step over its wall time, on all devices together.",
-        (Key("tokens_per_second", "tokens per second", "median"),),
+        (Key("tokens_per_second", "tokens per second", "median", skipped=False),),
     ),
     Measure(
         "Time of a step",
         "seconds",
         "Wall time of each step, and the part of it that waited for data.",
         (
-            Key("step_seconds", "step", "median"),
-            Key("data_seconds", "waiting for data", "median"),
+            Key("step_seconds", "step", "median", skipped=False),
+            Key("data_seconds", "waiting for data", "median", skipped=False),
         ),
         log=True,
     ),
     Measure(
         "Memory",
         "GiB",
-        "Peak so far: resident memory of the process on a CPU, allocated memory on a GPU.",
+        "Peak of the process so far: resident memory on a CPU, allocated memory on a GPU.",
         (Key("memory_bytes", "peak memory", "largest", smoothed=False),),
         divisor=2**30,
     ),
@@ -185,18 +200,3 @@ def other_measures(runs: Sequence[RunFiles]) -> Iterator[Measure]:
         if f"valid_{name}" in left:
             keys.append(Key(f"valid_{name}", "validation", marks=True))
         yield Measure(name, "", "A number of metrics.jsonl.", tuple(keys))
-
-
-def by_source(runs: Sequence[RunFiles], key: str, value: str, *, marks: bool) -> list[Series]:
-    """A curve for each source and run of `{key: {source: {value: number}}}` in the lines."""
-    names: dict[str, None] = {}
-    for run in runs:
-        for line in run.metrics:
-            names |= dict.fromkeys(line.get(key) or ())
-    series: list[Series] = []
-    for colour, name in enumerate(names):
-        for place, run in enumerate(runs):
-            curve = run.curve(key, name, value)
-            if len(curve[0]):
-                series.append(Series(name, place, curve, marks=marks, colour=colour))
-    return series

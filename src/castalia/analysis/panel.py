@@ -26,6 +26,8 @@ class Series:
     smoothed: bool = True
     colour: int | None = None
     """Place in the palette; None for the colour of the run."""
+    dash: int = 0
+    """Place in the list of dashes, for curves of one colour."""
     texts: Sequence[str] = ()
     """A text for each point, on hover."""
 
@@ -75,6 +77,7 @@ class Panel:
             "run": series.run,
             "marks": series.marks,
             "colour": series.colour,
+            "dash": series.dash,
             "texts": list(series.texts),
             "points": packed(steps[shown], values[shown]),
             "whole": len(shown) == len(steps),

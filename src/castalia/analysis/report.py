@@ -20,7 +20,7 @@ from castalia.analysis.page_file import write_page
 from castalia.analysis.panel import Panel, rounded
 from castalia.analysis.runs import RunFiles, read_runs
 from castalia.analysis.smoothing import WINDOWS, ending
-from castalia.analysis.sources import HEADER, bits_marks, mixture_rows, source_panels
+from castalia.analysis.sources import HEADER, mixture_rows, source_panels
 from castalia.core.errors import ConfigError
 from castalia.core.files import several
 
@@ -192,7 +192,7 @@ def bits_table(runs: Sequence[RunFiles]) -> str:
     """Bits per byte at every checkpoint as a folded table for each run; "" without any."""
     tables: list[str] = []
     for run in runs:
-        marks = bits_marks(run)
+        marks = run.bits
         names = list(dict.fromkeys(name for mark in marks for name in mark["sources"]))
         rows = [[f"{mark['step']:,}", *bits_cells(mark, names)] for mark in marks]
         if rows:

@@ -74,6 +74,24 @@ class RunFiles:
             # A page of curves is worth more than a complaint about a config of another version.
             return None
 
+    @cached_property
+    def bits(self) -> list[dict[str, Any]]:
+        """The sweep's bits per byte, by step."""
+        evals = self.json("evals", "bits_per_byte.json") or {}
+        # Later sweeps may have appended earlier checkpoints.
+        return sorted(evals.get("checkpoints") or [], key=lambda mark: mark["step"])
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Names of the sources in any of the files, each once."""
+        names = dict.fromkeys(self.mixture.sources if self.mixture else ())
+        for line in self.metrics:
+            for key in ("sources", "valid_sources"):
+                names |= dict.fromkeys(line.get(key) or ())
+        for mark in self.bits:
+            names |= dict.fromkeys(mark["sources"])
+        return list(names)
+
     def json(self, *parts: str) -> Any:
         """The JSON value in a file of the folder; None if it is missing."""
         return read_json(self.folder.joinpath(*parts))

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 
 from castalia.analysis.axes import extremes, spans
-from castalia.analysis.measures import by_source
 from castalia.analysis.panel import Panel, Series
-from castalia.analysis.runs import RunFiles, Vector, curve
+from castalia.analysis.runs import Curve, RunFiles, Vector, curve, inner
 from castalia.analysis.smoothing import ending
 from castalia.mixing import MixtureRecord
 
@@ -48,12 +47,36 @@ def source_panels(runs: Sequence[RunFiles]) -> list[Panel]:
     return [panel for panel in panels if panel is not None and panel.series]
 
 
+def source_names(runs: Sequence[RunFiles]) -> list[str]:
+    """Every source of the runs. Its place is its colour, the same in all panels."""
+    return list(dict.fromkeys(name for run in runs for name in run.sources))
+
+
+def of_source(
+    name: str, place: int, points: Curve, names: list[str], *, smoothed: bool = True
+) -> Series:
+    """A source's curve in the run at `place`: the colour tells the source, the dash the run."""
+    return Series(name, place, points, smoothed=smoothed, colour=names.index(name), dash=place)
+
+
+def by_source(runs: Sequence[RunFiles], key: str, value: str, *, marks: bool) -> list[Series]:
+    """A curve for each source and run of `{key: {source: {value: number}}}` in the lines."""
+    series: list[Series] = []
+    for colour, name in enumerate(source_names(runs)):
+        for place, run in enumerate(runs):
+            points = run.curve(key, name, value)
+            if len(points[0]):
+                series.append(Series(name, place, points, marks=marks, colour=colour, dash=place))
+    return series
+
+
 def loss_panel(runs: Sequence[RunFiles]) -> Panel:
     """Training loss by source, from the metrics, else from the mixture's record."""
     series = by_source(runs, "sources", "loss", marks=False)
+    names = source_names(runs)
     for place, run in enumerate(runs):
         if run.mixture is not None and not any(each.run == place for each in series):
-            series += recorded_losses(run.mixture, place)
+            series += recorded_losses(run.mixture, place, names)
     return Panel(
         "Loss by source",
         "nats per token",
@@ -63,12 +86,12 @@ def loss_panel(runs: Sequence[RunFiles]) -> Panel:
     )
 
 
-def recorded_losses(record: MixtureRecord, place: int) -> list[Series]:
+def recorded_losses(record: MixtureRecord, place: int, names: list[str]) -> list[Series]:
     """The losses of a mixture's record, a curve a source."""
     series: list[Series] = []
     for i, name in enumerate(record.sources):
         points = [(step, (line.get("loss") or {i: None})[i]) for step, line in record.lines.items()]
-        series.append(Series(name, place, curve(points), colour=i))
+        series.append(of_source(name, place, curve(points), names))
     return [each for each in series if len(each.curve[0])]
 
 
@@ -79,13 +102,15 @@ def shares_panel(runs: Sequence[RunFiles], place: int) -> Panel | None:
         return None
     steps, shares = span_means(np.array(record.steps, np.float64), record.weights())
     many = len(record.sources) > MANY
+    names = source_names(runs)
     order = np.arange(len(record.sources))
     if many:
         order = np.argsort(-shares.mean(axis=0), kind="stable")
-    series = [
-        Series(record.sources[i], place, (steps, 100 * shares[:, i]), smoothed=False, colour=i)
-        for i in order.tolist()
-    ]
+    series: list[Series] = []
+    for i in order.tolist():
+        name = record.sources[i]
+        points = (steps, 100 * shares[:, i])
+        series.append(of_source(name, place, points, names, smoothed=False))
     title = "Mixture" if len(runs) == 1 else f"Mixture of {runs[place].name}"
     return Panel(title, "% of rows", about(record), series, kind="heat" if many else "shares")
 
@@ -119,6 +144,7 @@ def span_means(steps: Vector, shares: Vector) -> tuple[Vector, Vector]:
 def epochs_panel(runs: Sequence[RunFiles]) -> Panel:
     """Passes over each source up to and including each step."""
     series: list[Series] = []
+    names = source_names(runs)
     for place, run in enumerate(runs):
         if run.mixture is None:
             continue
@@ -126,8 +152,8 @@ def epochs_panel(runs: Sequence[RunFiles]) -> Panel:
         epochs = passes(run.mixture)
         for i, name in enumerate(run.mixture.sources):
             shown = extremes(steps, epochs[:, i], SHARE_DETAIL)
-            curve = (steps[shown], epochs[shown, i])
-            series.append(Series(name, place, curve, smoothed=False, colour=i))
+            points = (steps[shown], epochs[shown, i])
+            series.append(of_source(name, place, points, names, smoothed=False))
     return Panel("Passes over each source", "epochs", "Rows read over rows there are.", series)
 
 
@@ -142,14 +168,23 @@ def distance_panel(runs: Sequence[RunFiles]) -> Panel:
     """How far the mixture is from its prior, and how much of it ignores learning."""
     series: list[Series] = []
     names = (("distance", "distance to the prior"), ("uniform_share", "uniform share"))
-    for colour, (key, name) in enumerate(names):
+    for number, (key, name) in enumerate(names):
         for place, run in enumerate(runs):
             if run.mixture is None:
                 continue
             points = curve((step, line.get(key)) for step, line in run.mixture.lines.items())
             if len(points[0]):
-                own = colour if len(runs) == 1 else None
-                series.append(Series(name, place, points, smoothed=False, colour=own))
+                several = len(runs) > 1
+                series.append(
+                    Series(
+                        name,
+                        place,
+                        points,
+                        smoothed=False,
+                        colour=None if several else number,
+                        dash=number if several else 0,
+                    )
+                )
     return Panel(
         "Distance to the prior",
         "",
@@ -162,15 +197,13 @@ def distance_panel(runs: Sequence[RunFiles]) -> Panel:
 def bits_panel(runs: Sequence[RunFiles]) -> Panel:
     """Bits per byte of held-out text at the checkpoints, from evals/bits_per_byte.json."""
     series: list[Series] = []
-    colours: dict[str, int] = {}
-    for place, run in enumerate(runs):
-        marks = bits_marks(run)
-        for name in dict.fromkeys(name for mark in marks for name in mark["sources"]):
+    for colour, name in enumerate(source_names(runs)):
+        for place, run in enumerate(runs):
             points = curve(
-                (mark["step"], mark["sources"].get(name, {}).get("bits_per_byte")) for mark in marks
+                (mark["step"], inner(mark, ("sources", name, "bits_per_byte"))) for mark in run.bits
             )
-            colour = colours.setdefault(name, len(colours))
-            series.append(Series(name, place, points, marks=True, colour=colour))
+            if len(points[0]):
+                series.append(Series(name, place, points, marks=True, colour=colour, dash=place))
     return Panel(
         "Bits per byte by source",
         "bits per byte",
@@ -178,12 +211,6 @@ def bits_panel(runs: Sequence[RunFiles]) -> Panel:
         " compression.",
         series,
     )
-
-
-def bits_marks(run: RunFiles) -> list[dict[str, Any]]:
-    """The sweep's results by step. Later sweeps may have appended earlier checkpoints."""
-    evals = run.json("evals", "bits_per_byte.json") or {}
-    return sorted(evals.get("checkpoints") or [], key=lambda mark: mark["step"])
 
 
 def mixture_rows(run: RunFiles) -> list[list[str]]:

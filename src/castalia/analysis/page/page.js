@@ -4,12 +4,7 @@
   const COLOURS = 8;
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "cross"];
-  const AXES = {
-    steps: { label: "steps", title: "step" },
-    tokens: { label: "tokens", title: "tokens" },
-    seconds: { label: "time", title: "training time" },
-    flops: { label: "FLOPs", title: "model FLOPs" },
-  };
+  const AXES = { steps: "steps", tokens: "tokens", seconds: "time", flops: "FLOPs" };
   const TIMES = [[1, "seconds"], [60, "minutes"], [3600, "hours"], [86400, "days"]];
   const isNarrow = () => window.innerWidth < 600;
   const isCoarse = window.matchMedia("(pointer: coarse)").matches;
@@ -105,11 +100,9 @@
   // --- looks
   const look = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const colourOf = (series) => look(`--c${(series.colour ?? series.run) % COLOURS}`);
-  const dashOf = (series) => {
-    const round = Math.floor((series.colour ?? series.run) / COLOURS);
-    // Curves by source have the colour of the source, so that the dash tells the run.
-    return DASHES[(series.colour === null ? round : round + series.run) % DASHES.length];
-  };
+  // More sources than colours: the second round of colours has other dashes.
+  const dashOf = (series) =>
+    DASHES[(series.dash + Math.floor((series.colour ?? series.run) / COLOURS)) % DASHES.length];
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const label = (series) =>
     plain(data.runs.length > 1 ? `${data.runs[series.run].name} · ${series.name}` : series.name);
@@ -146,7 +139,7 @@
       if (!many) {
         traces.push(lineTrace(series, series.points, `${label(series)} (${each})`, 1, 0.3));
       }
-      traces.push(lineTrace(series, fit, label(series), 2.2, 1));
+      traces.push(lineTrace(series, fit, `${label(series)} (smoothed)`, 2.2, 1));
     }
     return traces;
   };
@@ -252,6 +245,7 @@
     }
     return (isNarrow() ? 240 : 280) * (panel.wide && !isNarrow() ? 1.3 : 1);
   };
+  const xTitle = () => (state.x === "seconds" ? timeUnit()[1] : AXES[state.x]);
   const xFormat = () => {
     if (state.x === "flops") return ".1~e";
     if (state.x === "seconds") return ",.4~g";
@@ -267,13 +261,14 @@
     xaxis: {
       type: state.xscale,
       range: view || fullRange(),
-      title: { text: state.x === "seconds" ? timeUnit()[1] : AXES[state.x].title, standoff: 6 },
+      title: { text: xTitle(), standoff: 6 },
       gridcolor: look("--grid"),
       linecolor: look("--edge"),
       zeroline: false,
       nticks: isNarrow() ? 5 : 8,
       tickformat: xFormat(),
       hoverformat: { steps: ",.0f", tokens: ".4~s", seconds: ",.4~g", flops: ".3~e" }[state.x],
+      unifiedhovertitle: { text: state.x === "steps" ? "step %{x}" : `%{x} ${xTitle()}` },
       showspikes: true,
       spikemode: "across",
       spikethickness: 1,
@@ -310,7 +305,7 @@
     box.classList.toggle("empty", !here.length);
     if (!shown.length) {
       Plotly.purge(plot);
-      plot.textContent = here.length ? "" : `No ${AXES[state.x].label} are recorded here.`;
+      plot.textContent = here.length ? "" : `No ${AXES[state.x]} are recorded here.`;
       drawn.delete(box);
       return;
     }
@@ -344,8 +339,19 @@
         draw(box);
       };
       key.style.setProperty("--key", own ? colourOf(series) : look("--soft"));
-      if (own) key.dataset.dash = DASHES[Math.floor(series.colour / COLOURS) % DASHES.length];
+      key.dataset.dash = dashOf(own ? { ...series, dash: 0 } : series);
       keys.append(key);
+    }
+    const places = [...new Set(here.map((series) => series.run))];
+    if (places.length < 2 || here[0].colour === null) return;
+    // The colours are those of the sources here: say which dash is which run.
+    for (const place of places) {
+      const note = document.createElement("span");
+      note.className = "key note";
+      note.textContent = data.runs[place].name;
+      note.dataset.dash = DASHES[place % DASHES.length];
+      note.style.setProperty("--key", look("--soft"));
+      keys.append(note);
     }
   };
   const toggle = (text, on, act) => {
@@ -425,7 +431,7 @@
   const words = () =>
     state.smooth ? `± ${100 * state.smooth}% of the step` : "off";
   const build = () => {
-    choice("x", "x axis", Object.entries(AXES).map(([axis, { label: text }]) => [axis, text,
+    choice("x", "x axis", Object.entries(AXES).map(([axis, text]) => [axis, text,
       data.runs.some((run) => run.axes[axis]?.length) ? "" : `metrics.jsonl has no ${text}`]));
     choice("xscale", "x scale", [["linear", "linear"], ["log", "log"]]);
     choice("yscale", "y scale", [["auto", "auto"], ["linear", "linear"], ["log", "log"]]);
