@@ -47,7 +47,7 @@ from castalia.train.totals import PassSums, StepTotals
 class Trainer:
     """One run: model, data, optimizer and everything that must survive a crash.
 
-    Without hooks it only trains; `castalia.train.run.standard_hooks()` are those of the command.
+    Without hooks it only trains; `castalia.train.run.run` adds those of the command.
     Raises  ConfigError, DataError or CheckpointError for faults of the run, before it starts;
             TrainingError when the guard stops it, or when a loss breaks its contract.
 
