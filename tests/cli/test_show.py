@@ -176,7 +176,7 @@ def test_an_override_with_dashes_gets_the_right_form(command):
 
 def test_the_commands_of_the_page_on_configs_work():
     page = (Path(__file__).resolve().parents[2] / "docs" / "config.md").read_text()
-    commands = [line.split() for line in page.split("```\n")[1].splitlines()]
+    commands = [line.split() for line in page.split("```sh\n")[1].split("```")[0].splitlines()]
     assert len(commands) == 4
     for castalia, verb, *arguments in commands:
         assert (castalia, verb) == ("castalia", "show")

@@ -49,6 +49,7 @@ def command_of(words):
 def test_every_verb_has_examples_that_are_right(path):
     lines = examples(COMMANDS[path])
     assert lines, "no example"
+    assert ("Examples:" in COMMANDS[path].help) == (len(lines) > 1)
     for line in lines:
         # At 80 columns an example must stay one line, or it cannot be copied.
         assert len(line) <= 78, line
@@ -63,10 +64,17 @@ def test_every_verb_has_examples_that_are_right(path):
 def test_help_has_no_python_types_and_many_options_stand_in_panels(path):
     command = COMMANDS[path]
     text = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80"}).output
-    assert not re.search(r"<(str|bool|int|float|list\[.*\])>", text)
+    assert not re.search(r"<(str|bool|int|float|list\[.*\])>|\d{10}<", text)
     options = [param for param in command.params if param.param_type_name == "option"]
     panels = {param.rich_help_panel for param in options}
     assert len(options) <= FULL or len(panels) > 1
+
+
+def test_the_first_help_has_verbs_in_groups_and_no_python_types():
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    titles = ["Start", "Text to tokens", "Training", "Trained models"]
+    places = [text.index(f"─ {title} ─") for title in titles]
+    assert places == sorted(places) and "<bool>" not in text and "--install-completion" in text
 
 
 @pytest.mark.parametrize(
@@ -80,6 +88,7 @@ def test_help_has_no_python_types_and_many_options_stand_in_panels(path):
         ("chat", "use castalia serve MODEL for chat requests, or castalia generate MODEL"),
         ("finetune", "use castalia train CONFIG model.start=MODEL"),
         ("ls", "use castalia runs [DIR]"),
+        ("mixing report", "unknown verb 'mixing report'; use castalia report"),
         ("Resume", "use castalia train RUN"),
         ("xyzzy", "unknown verb 'xyzzy'; choose one of demo, prepare, show, train"),
     ],
@@ -90,11 +99,28 @@ def test_a_word_that_is_no_verb(command, words, says):
     assert err.startswith("castalia: error: unknown verb ") and says in err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("train debug --lr 3e-4", "a key of a config is written without dashes: optim.lr=VALUE"),
+        ("train debug --train-steps=5", "written without dashes: train.steps=VALUE"),
+        ("launch debug --learning-rate 1", "written without dashes: optim.lr=VALUE"),
+        ("train debug --output x", "written without dashes: output=VALUE"),
+        ("train --config x.yaml", "write the file without it: castalia train FILE.yaml"),
+        ("show debug --jsn", "no option --jsn; did you mean '--json'?"),
+        ("data view debug --xyzzy", "keys of a config are written a.b=c, and castalia show --keys"),
+    ],
+)
+def test_an_option_that_is_a_key_of_a_config(command, words, says):
+    code, out, err = command(*words.split())
+    assert (code, out) == (2, "") and says in err
+
+
 def test_hints_lead_to_verbs_that_exist():
     for word, text in WANTED.items():
         assert word not in ROOT.commands
         for verb in re.findall(r"castalia ([a-z]+)", text):
-            assert verb in ROOT.commands or verb == "report", text
+            assert verb in ROOT.commands, text
 
 
 def completions(monkeypatch, command, line):

@@ -8,6 +8,9 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+LARGEST_SHOWN = 1_000_000
+"""Bound of a number up to which help shows its range."""
+
 
 class Command(TyperCommand):
     """A verb as typer runs it."""
@@ -15,15 +18,17 @@ class Command(TyperCommand):
     def __init__(self, name: str | None, **settings: Any) -> None:
         super().__init__(name, **settings)
         self.help = wrapped_by_terminal(self.help or "")
-        for param in self.params:
-            show_type(param)
 
-    def get_help_option(self, ctx: Any) -> Any:
-        """`--help` without a type."""
-        return without_type(super().get_help_option(ctx))
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The arguments and options, with `--help`."""
+        params = super().get_params(ctx)
+        for param in params:
+            show_type(param)
+        return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse `--train.steps=5`, which users of other libraries type, in words that help.
+        """Refuse `--train.steps=5` and `--lr`, which users of other libraries type, in words that
+        help.
 
         Raises  ConfigError. No option of ours has a dot in its name.
         """
@@ -32,7 +37,27 @@ class Command(TyperCommand):
         for word in args:
             if re.match(r"--[a-z_]+\.[\w.]+", word):
                 raise ConfigError(f"{word}: write overrides without dashes: {word.lstrip('-')}")
+        # Completion asks with half a word.
+        if not ctx.resilient_parsing and any(param.name == "config" for param in self.params):
+            self.refuse_keys(ctx, args)
         return super().parse_args(ctx, args)
+
+    def refuse_keys(self, ctx: Any, args: list[str]) -> None:
+        """Refuse an option that is not ours in favour of the key of a config that it may mean.
+
+        Raises  ConfigError.
+        """
+        from castalia.cli.hints import unknown_option
+        from castalia.core.errors import ConfigError
+
+        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        known = [name for param in options for name in [*param.opts, *param.secondary_opts]]
+        for word in args:
+            name = word.split("=")[0]
+            if name == "--":
+                return
+            if name.startswith("--") and name not in known:
+                raise ConfigError(unknown_option(name, known))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`[OPTIONS] CONFIG... [a.b=c ...]`: typer puts braces around metavars of our own."""
@@ -46,14 +71,12 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """A verb with verbs of its own, and the command itself."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        for param in self.params:
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options, also those of completion, which typer adds late."""
+        params = super().get_params(ctx)
+        for param in params:
             show_type(param)
-
-    def get_help_option(self, ctx: Any) -> Any:
-        """`--help` without a type."""
-        return without_type(super().get_help_option(ctx))
+        return params
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb that `args` begin with.
@@ -84,17 +107,12 @@ def show_type(param: Any) -> None:
     if param.param_type_name == "argument":
         # The usage line and the first column have its name.
         param.display_type_rich = lambda ctx: ""
-    elif getattr(param, "is_flag", False):
-        without_type(param)
     elif param.metavar is None:
-        param.metavar = str(param.name).upper()
-
-
-def without_type(flag: Any) -> Any:
-    """A flag beside which help shows no <bool>."""
-    if flag is not None and flag.metavar is None:
-        flag.metavar = ""
-    return flag
+        is_flag = getattr(param, "is_flag", False)
+        param.metavar = "" if is_flag else str(param.name).split("_")[-1].upper()
+    if (getattr(param, "max", None) or 0) > LARGEST_SHOWN:
+        # The range of an int64 is wider than the column for the help.
+        param._get_number_range_help_str = lambda: None
 
 
 class Verbs(typer.Typer):

@@ -11,7 +11,9 @@ def demo(
         list[str] | None,
         typer.Argument(metavar="[a.b=c ...]", help="Overrides, such as train.steps=200."),
     ] = None,
-    output: Annotated[str, typer.Option("--output", "-o", help="Folder of the run.")] = "runs/demo",
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the run.")
+    ] = "runs/demo",
 ) -> None:
     """Go from text on this machine to a trained, exported, quantized model, in a few minutes.
 

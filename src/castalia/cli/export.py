@@ -65,6 +65,7 @@ class FormatFlags:
     quantization: Annotated[
         str | None,
         FORMAT(
+            metavar="TYPE",
             help="native: int8, int4, bf16, fp16, fp32. ct2: int8, float32, float16, …"
             " gguf: Q8_0, Q4_0, F16, F32.",
             show_default="int8, gguf Q8_0",

@@ -14,7 +14,7 @@ import typer
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 CONFIG_HELP = (
     "A preset such as debug or pythia-70m, YAML files (ours or GPT-NeoX's) or a run's folder; then"
-    " overrides such as optim.lr=3e-4. Later words win."
+    " overrides such as optim.lr=3e-4. Later words win. `castalia show --keys` lists the keys."
 )
 
 
@@ -33,7 +33,8 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CHECKPOINT",
-        help="A run, RUN/step1000, a checkpoint's folder, a Hugging Face folder or an export.",
+        help="A run, RUN/step1000, a checkpoint's folder, a Hugging Face folder, OWNER/NAME of its"
+        " hub, or an export.",
     ),
 ]
 TokenizerFile = Annotated[

@@ -23,7 +23,9 @@ OUTPUT = panel("Output")
 class PromptFlags:
     """Options about the texts to continue."""
 
-    prompt: Annotated[list[str] | None, PROMPTS(help="Text to continue; may be repeated.")] = None
+    prompt: Annotated[
+        list[str] | None, PROMPTS(metavar="TEXT", help="Text to continue; may be repeated.")
+    ] = None
     file: Annotated[
         str | None,
         PROMPTS(
@@ -34,7 +36,9 @@ class PromptFlags:
         int,
         PROMPTS(metavar="N", min=0, help="Write N texts from the end-of-document token alone."),
     ] = 0
-    prompt_end: Annotated[str, PROMPTS(help="End of a prompt that is typed in.")] = r"\n"
+    prompt_end: Annotated[
+        str, PROMPTS(metavar="TEXT", help="End of a prompt that is typed in.")
+    ] = r"\n"
 
     def gather(self) -> list[str] | None:
         """All prompts, else the lines of standard input; None to ask for them on a terminal.
@@ -169,7 +173,10 @@ def generate(
     device: Annotated[str, ENGINE(help="auto, cpu or cuda.")] = "auto",
     draft: Annotated[
         str | None,
-        ENGINE(help="Guess ahead with a smaller model, or `lookup`; the text stays the same."),
+        ENGINE(
+            metavar="MODEL",
+            help="Guess ahead with a smaller model, or `lookup`; the text stays the same.",
+        ),
     ] = None,
     files: RecordFlags,
 ) -> None:

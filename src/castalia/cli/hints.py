@@ -129,3 +129,28 @@ def unknown_verb(word: str, path: str, verbs: Iterable[str], elsewhere: Iterable
         return f"{text}; use {wanted}"
     menu = f"; choose one of {', '.join(verbs)}"
     return text + (nearest(word, verbs, VERY_ALIKE) or menu)
+
+
+def unknown_option(option: str, known: Iterable[str]) -> str:
+    """The message about an `option` that a verb with a config does not have, with the nearest of
+    its `known` ones or the key that it may mean.
+    """
+    from castalia.config.fields import leaves
+    from castalia.config.foreign import OURS
+    from castalia.core.errors import nearest
+    from castalia.train.config import RunConfig
+
+    text = f"no option {option}"
+    near = nearest(option, known, VERY_ALIKE)
+    if near:
+        return text + near
+    if option == "--config":
+        return f"{text}; write the file without it: castalia train FILE.yaml"
+    name = option.lstrip("-").replace("-", "_")
+    keys = [key for key in leaves(RunConfig) if name in (key.replace(".", "_"), key.split(".")[-1])]
+    if name in OURS:
+        keys = [OURS[name]]
+    if keys:
+        choices = " or ".join(f"{key}=VALUE" for key in keys)
+        return f"{text}; a key of a config is written without dashes: {choices}"
+    return f"{text}; keys of a config are written a.b=c, and castalia show --keys lists them"

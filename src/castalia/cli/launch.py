@@ -30,8 +30,10 @@ class HostFlags:
     hostfile: Annotated[
         str | None, HOSTS(metavar="FILE", help="File with lines `host slots=N`.")
     ] = None
-    include: Annotated[str | None, HOSTS(help="Use only these: host1:0,2@host2.")] = None
-    exclude: Annotated[str | None, HOSTS(help="Use all but these.")] = None
+    include: Annotated[
+        str | None, HOSTS(metavar="HOSTS", help="Use only these: host1:0,2@host2.")
+    ] = None
+    exclude: Annotated[str | None, HOSTS(metavar="HOSTS", help="Use all but these.")] = None
     master_addr: Annotated[
         str | None, HOSTS(metavar="HOST", help="Host on which the processes meet.")
     ] = None

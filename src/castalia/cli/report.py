@@ -26,7 +26,7 @@ def report(
     and losses by source, by step, tokens, time or FLOPs. It is one file that works offline. A run
     may still be training.
 
-    Example:
+    Examples:
 
       castalia report runs/first
 
