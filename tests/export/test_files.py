@@ -87,4 +87,4 @@ def test_the_effect_of_another_form_is_measured(exact: Path, tmp_path: Path) -> 
     )
     assert same.quality is not None and other.quality is not None
     off = [abs(q["perplexity"] - q["perplexity_fp32"]) for q in (same.quality, other.quality)]
-    assert off[0] < 5e-7 < 1e-6 < off[1] < 1e-4
+    assert 4 * off[0] < off[1] < 1e-3
