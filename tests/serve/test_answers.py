@@ -171,6 +171,9 @@ def test_a_prompt_that_fills_the_context_is_scored(
         status, answer, _ = server.ask("/v1/completions", body)
         assert status == 400 and expected in answer["error"]["message"]
     assert server.complete(prompt=ids, max_tokens=0)["choices"][0]["text"] == ""
+    # The token that an empty prompt starts from is no part of the echo.
+    (choice,) = server.complete(prompt="", max_tokens=3, echo=True, logprobs=1)["choices"]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"] == "The"
 
 
 @pytest.mark.parametrize(

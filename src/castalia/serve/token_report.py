@@ -160,7 +160,10 @@ class TokenReport:
         for scored in tokens:
             if self.unscored:
                 self.unscored -= 1
-                self.waiting.append(self.prompt.place(scored))
+                placed = self.prompt.place(scored)
+                # An empty prompt starts from a token that is not echoed.
+                if self.echo or self.tokenizer is None:
+                    self.waiting.append(placed)
                 if not self.unscored and self.prompt.stream.text != self.echo:
                     self.place_in_echo()
             elif finish_reason is not None and self.all_placed():
@@ -182,7 +185,7 @@ class TokenReport:
         Composed accents and lower case, for instance, are not what was echoed.
         """
         inner = None if self.tokenizer is None else getattr(self.tokenizer, "inner", None)
-        if inner is None:
+        if inner is None or not self.echo:
             return
         encoding = inner.encode(self.echo, add_special_tokens=False)
         if encoding.ids != self.text.ids:
