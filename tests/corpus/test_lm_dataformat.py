@@ -36,6 +36,16 @@ def tar(**members):
     return out.getvalue()
 
 
+def far_reaching(data, window_log=31):
+    """A .zst of which a match may reach back 2^window_log bytes, as of `zstd --ultra --long=31`."""
+    settings = zstandard.ZstdCompressionParameters.from_level(
+        3, window_log=window_log, enable_ldm=True
+    )
+    # Without the size of the content, which would make the window small.
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    return stream.compress(data) + stream.flush()
+
+
 FORMS = {
     "a.dat.zst": zstandard.compress(dat(*TEXTS)),
     "a.json.zst": zstandard.compress(json.dumps(TEXTS).encode()),
@@ -58,12 +68,28 @@ def test_each_form(name, tmp_path):
     assert list(read_documents([tmp_path / name])) == TEXTS
     for size in (20, 1 << 20):
         done = prepare(
-            [tmp_path / name], tmp_path / "out", "bytes", part_bytes=size, workers=1 + (size == 20)
+            [tmp_path / name],
+            tmp_path / "out",
+            "bytes",
+            part_bytes=size,
+            workers=1 + (size == 20),
+            overwrite=True,
         )
         written = [
             bytes(document.tolist()).decode() for document in IndexedDataset(tmp_path / "out")
         ]
         assert (written, done.empty) == ([text for text in TEXTS if text], 1)
+
+
+def test_long_windows(tmp_path):
+    """In every form, and in an archive; none is a reason to reject a good file."""
+    for name in ("a.dat.zst", "a.json.zst", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(far_reaching(zstandard.decompress(FORMS[name])))
+        assert list(read_documents([tmp_path / name])) == TEXTS
+    members = {"a.jsonl.zst": far_reaching(b'{"text": "one"}\n', 30), "b.txt": b"two"}
+    (tmp_path / "in.tar.zst").write_bytes(far_reaching(tar(**members), 28))
+    done = prepare([tmp_path / "in.tar.zst"], tmp_path / "out", "bytes", reject=True)
+    assert (done.documents, done.rejected) == (2, 0)
 
 
 def test_a_text_in_paragraphs(tmp_path):

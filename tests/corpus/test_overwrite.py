@@ -39,7 +39,6 @@ OTHER_JOBS = [
     ({"max_documents": 1}, r"made by another job: num_docs none, now 1"),
     ({"ftfy": True}, r"made by another job: ftfy false, now true"),
     ({"keep": ("id",)}, r'made by another job: keep \[\], now \["id"\]'),
-    ({"reject": True}, r'made by another job: on_error "stop", now "reject"'),
 ]
 
 
@@ -66,6 +65,8 @@ def test_the_same_job_is_done_already(corpus):
         assert done.done_before and done.seconds == record["seconds"]
         assert (done.documents, done.tokens, done.prefixes) == (2, 8, (str(corpus / "out"),))
     assert times == {path.name: path.stat().st_mtime_ns for path in corpus.glob("out*")}
+    # There was no faulty document to reject.
+    assert prepare([corpus / "a.jsonl"], corpus / "out", "bytes", reject=True).done_before
     # An older record, without the options that are recorded now.
     for name in ("options", "input_stamps"):
         del record[name]
@@ -79,6 +80,14 @@ def test_the_same_job_is_done_already(corpus):
         file.write('{"text": "three"}\n')
     with pytest.raises(ConfigError, match=r"prepared from .*a\.jsonl as it was before it changed"):
         prepare([corpus / "a.jsonl"], corpus / "out", "bytes")
+
+
+def test_a_job_that_rejected_documents_is_another_one_without(corpus):
+    (corpus / "c.jsonl").write_text('{"text": "one"}\n{broken\n')
+    assert prepare([corpus / "c.jsonl"], corpus / "c", "bytes", reject=True).rejected == 1
+    assert prepare([corpus / "c.jsonl"], corpus / "c", "bytes", reject=True).done_before
+    with pytest.raises(ConfigError, match='made by another job: on_error "reject", now "stop"'):
+        prepare([corpus / "c.jsonl"], corpus / "c", "bytes")
 
 
 def test_each_output_of_a_job_counts(corpus):

@@ -47,7 +47,7 @@ def test_a_script_on_standard_input_may_have_workers(corpus, tmp_path):
 
 def test_one_input_needs_no_list(corpus, tmp_path):
     for one in (corpus, str(corpus), iter([corpus])):
-        assert prepare(one, tmp_path / "x", "bytes").documents == 9
+        assert prepare(one, tmp_path / "x", "bytes", overwrite=True).documents == 9
     assert merge(str(tmp_path / "x"), tmp_path / "y")["documents"] == 9
     assert all(check.ok for check in verify(str(tmp_path / "y")))
 

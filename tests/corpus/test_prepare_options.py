@@ -168,9 +168,8 @@ def test_bad_documents_are_rejected_with_their_places(file, tmp_path):
         file("c.jsonl.gz", gzip.compress(good[0] * 9)[:-9]),
     ]
     for workers, size in ((1, 1 << 20), (2, 100)):
-        done = prepare(
-            paths, tmp_path / "out", "bytes", reject=True, workers=workers, part_bytes=size
-        )
+        options = {"reject": True, "workers": workers, "part_bytes": size}
+        done = prepare(paths, tmp_path / "out", "bytes", overwrite=True, **options)
         rejects = [
             json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()
         ]
@@ -317,7 +316,7 @@ def test_memory_and_other_urls(tmp_path):
         ["memory://in"],
         ["memory://in/*.jsonl*"],
     ):
-        prepare(inputs, tmp_path / "out", "bytes", workers=2)
+        prepare(inputs, tmp_path / "out", "bytes", workers=2, overwrite=True)
         assert texts(tmp_path / "out") == ["one", "two", "three"]
     assert read_provenance(str(tmp_path / "out"), 2)["source"].endswith("in/b.jsonl.gz")
     with pytest.raises(DataError, match=r"memory://gone\.txt: no such file"):

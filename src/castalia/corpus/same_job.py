@@ -85,13 +85,8 @@ def finished_before(
         record = read_record(prefix)
         if record is None or "inputs" not in record:
             raise unknown_origin(prefix)
-        has_options = "options" in record
         facts = job_facts(job, i, prefixes, options)
-        require_same(
-            prefix,
-            comparable(record, with_options=has_options),
-            comparable(facts, with_options=has_options),
-        )
+        require_same(prefix, comparable(record, record), comparable(facts, record))
         if changed := changed_input(record, job.files):
             raise ConfigError(
                 f"{prefix}.bin exists, prepared from {changed}; choose another --output, or replace"
@@ -109,12 +104,14 @@ def is_half_renamed(prefix: str, work_folder: str) -> bool:
     return not Path(prefix + ".idx").exists() and Path(work_folder).is_dir()
 
 
-def comparable(record: dict[str, Any], *, with_options: bool = True) -> dict[str, Any]:
-    """What makes two jobs the same, from a record or from the facts for one.
+def comparable(facts: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What makes a job the same as that of a record: from the record itself, or from the facts for
+    one.
 
-    Paths and the day are left out, which may differ; older records are without some options.
+    Left out are paths and the day, which may differ; options, where an older record has none; and
+    what to do about faulty documents, where there were none.
     """
-    facts = json.loads(json.dumps(record))
+    facts = json.loads(json.dumps(facts))
     tokenizer = facts.get("tokenizer") or {}
     compared = {
         "tokenizer": tokenizer.get("sha256"),
@@ -126,8 +123,10 @@ def comparable(record: dict[str, Any], *, with_options: bool = True) -> dict[str
         for key, value in (facts.get(name) or {}).items():
             if key not in ("template", "moment"):
                 compared[f"{name}.{key}"] = value
-    if with_options:
+    if "options" in record:
         compared |= facts["options"]
+        if not record.get("rejected"):
+            del compared["on_error"]
     return compared
 
 
@@ -143,8 +142,9 @@ def changed_input(record: dict[str, Any], files: Sequence[InputFile]) -> str | N
     for recorded, stamp, file in zip(inputs, stamps, files, strict=True):
         if recorded["path"] == file.path and stamp == file.stamp:
             continue
-        is_same = recorded["bytes"] == file.size
-        if is_same and not file.remote:
+        # A file behind a URL is not read a second time.
+        is_same = not file.remote and recorded["bytes"] == file.size
+        if is_same:
             is_same = recorded["sha256"] == sha256_of(file.path)
         if not is_same and recorded["path"] == file.path:
             return f"{file.path} as it was before it changed"

@@ -23,6 +23,9 @@ BUFFER_BYTES = 1 << 20
 ZSTD_BYTES = 1 << 16
 """Compressed bytes decoded at a time: a hostile file may grow some 30,000 times, so this bounds the
 memory at 2 GB."""
+LONGEST_WINDOW = 1 << 31
+"""Bytes of a .zst that a match may reach back, at most: `zstd --ultra --long=31` writes such files.
+The library's own limit of 2^27 is one of caution, and a window is allocated only as it fills."""
 DAMAGE = (
     OSError,
     EOFError,
@@ -79,6 +82,11 @@ class WatchedFile(io.RawIOBase):
         return len(data)
 
 
+def zstd_frame() -> Any:
+    """A decompressor of one frame; frames share none, as its state is not reset by an error."""
+    return zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW).decompressobj()
+
+
 class ZstdFile(io.RawIOBase):
     """The decompressed bytes of a .zst of one or more frames.
 
@@ -87,7 +95,7 @@ class ZstdFile(io.RawIOBase):
 
     def __init__(self, file: io.RawIOBase) -> None:
         self.file = file
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.frame = zstd_frame()
         self.in_frame = False
         self.compressed = b""
         self.ready = memoryview(b"")
@@ -117,7 +125,7 @@ class ZstdFile(io.RawIOBase):
         self.in_frame = not self.frame.eof
         self.compressed = self.frame.unused_data
         if self.frame.eof:
-            self.frame = zstandard.ZstdDecompressor().decompressobj()
+            self.frame = zstd_frame()
 
 
 def decompressed(file: Any, name: str) -> io.BufferedIOBase:
