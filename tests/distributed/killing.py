@@ -70,11 +70,11 @@ def steps_done(output):
 
 def wait_for_moment(output, chance, ranks):
     """Return after some new steps and part of another; False if a rank exited before."""
-    wanted = (output / "log.txt").read_text().count("mfu") + chance.randint(
+    wanted = (output / "log.txt").read_text().count("tok/s") + chance.randint(
         2, 5
     )  # that many lines of steps
     while True:
-        if (output / "log.txt").read_text().count("mfu") >= wanted:
+        if (output / "log.txt").read_text().count("tok/s") >= wanted:
             time.sleep(chance.uniform(0.0, 0.1))
             return True
         if any(os.waitpid(rank, os.WNOHANG)[0] for rank in ranks):

@@ -1,11 +1,12 @@
 """One run from a resolved config: ranks, corpus, folder, start table, loop, closing line."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.core.errors import CheckpointError
+from castalia.core.errors import CheckpointError, TrainingError
 from castalia.core.files import claimed
 from castalia.core.memory import keep_freed_memory
 from castalia.core.ranks import environment
@@ -99,6 +100,7 @@ def run_claimed(
     # No rank may write a checkpoint into a folder whose config is not there yet.
     world.wait()
     trainer.fit()
+    require_targets(trainer)
     if world.leads:
         say(f"{save_line(trainer)}\n{closing_line(trainer)}")
     return trainer
@@ -113,6 +115,19 @@ def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
     return [stopper or StopOnSignal(), Validate(), RecordMixture(), Metrics(), StepLine(), Save()]
 
 
+def require_targets(trainer: Trainer) -> None:
+    """Refuse to call a run done that has trained nothing.
+
+    Raises  TrainingError, on every rank, if no step of a whole run had a target.
+    """
+    progress = trainer.progress
+    if progress.without_targets == progress.step >= trainer.config.train.steps:
+        raise TrainingError(
+            f"none of the {progress.step} steps had a target, so that nothing was trained; look at"
+            " data.labels, data.packing and data.seq_length"
+        )
+
+
 def save_line(trainer: Trainer) -> str:
     """What the checkpoints of this start cost."""
     store = trainer.store
@@ -123,16 +138,27 @@ def save_line(trainer: Trainer) -> str:
 
 
 def closing_line(trainer: Trainer) -> str:
-    """Where the run stands and how to continue."""
-    step = trainer.progress.step
+    """Where the run stands, what its last steps were like, and what to do next.
+
+    Raises  CheckpointError if nothing was saved.
+    """
+    progress = trainer.progress
     steps = trainer.config.train.steps
     saved = trainer.store.latest()
     if saved is None:
         raise CheckpointError(f"no checkpoint was saved in {trainer.store.folder}")
     folder = trainer.store.folder_of(saved)
     # Exhausted sources end a run before its last step, and that is not an interruption.
-    if trainer.mixture.at_end():
-        return f"done: step {step} of {steps}, saved in {folder}: {trainer.mixture.ended}"
-    if step < steps:
-        return f"stopped at step {step} of {steps}; {folder} is saved; the same command resumes"
-    return f"done: step {step} of {steps}, saved in {folder}"
+    ended = trainer.mixture.ended if trainer.mixture.at_end() else None
+    done = ended is not None or progress.step >= steps
+    words = [f"{'done:' if done else 'stopped at'} step {progress.step} of {steps}"]
+    words += [hook.summary() for hook in trainer.hooks if isinstance(hook, StepLine)]
+    if progress.without_targets:
+        words.append(f"{progress.without_targets} steps had no targets and made no update")
+    text = ", ".join(word for word in words if word)
+    if not done:
+        return f"{text}; {folder} is saved; the same command resumes"
+    run = shlex.quote(trainer.config.output)
+    next_verbs = f"castalia generate {run}, castalia report {run}"
+    why = f" ({ended})" if ended else ""
+    return f"{text}{why}; saved in {folder}; next: {next_verbs}"
