@@ -42,7 +42,7 @@ def test_every_key_has_its_values_default_and_meaning():
     facts = {key: found[key][1:3] for key in found}
     assert facts["optim.clip"] == ("number > 0 | null", "1")
     assert facts["mixing.floor"] == ("number >= 0, <= 1", "0")
-    assert facts["precision"][0].startswith("fp32 | bf16 | fp16")
+    assert facts["precision"][0].startswith("auto | fp32 | bf16 | fp16")
     assert facts["train.recompute"] == ("true or false | full | selective | integer > 0", "false")
     assert facts["guard.skip_steps"] == ("list of integer > 0", "[]")
     assert facts["model.hidden_size"] == ("integer > 0", "required")
