@@ -19,6 +19,9 @@ class Config(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
 
+    def __str__(self) -> str:
+        return repr(self)
+
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
         """What differs from the defaults: the rest of a config hides what makes it this one."""
         for name, value in super().__repr_args__():
