@@ -135,7 +135,8 @@ def test_killed_between_any_two_files(tmp_path, monkeypatch):
         step += 3
         count = step
         with contextlib.suppress(KeyboardInterrupt):
-            run([GOLDEN / "chats.jsonl"], tmp_path / "o", options=options, part_bytes=3000)
+            again = {"options": options, "part_bytes": 3000, "overwrite": False}
+            run([GOLDEN / "chats.jsonl"], tmp_path / "o", **again)
             finished = True
     assert step > 9
     assert content(tmp_path / "o") == content(tmp_path / "whole")

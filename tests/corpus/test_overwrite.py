@@ -86,6 +86,9 @@ def test_a_job_that_rejected_documents_is_another_one_without(corpus):
     (corpus / "c.jsonl").write_text('{"text": "one"}\n{broken\n')
     assert prepare([corpus / "c.jsonl"], corpus / "c", "bytes", reject=True).rejected == 1
     assert prepare([corpus / "c.jsonl"], corpus / "c", "bytes", reject=True).done_before
+    (corpus / "c.rejects.jsonl").unlink()
+    assert not prepare([corpus / "c.jsonl"], corpus / "c", "bytes", reject=True).done_before
+    assert (corpus / "c.rejects.jsonl").exists()
     with pytest.raises(ConfigError, match='made by another job: on_error "reject", now "stop"'):
         prepare([corpus / "c.jsonl"], corpus / "c", "bytes")
 

@@ -14,7 +14,7 @@ from castalia.corpus.inputs import InputFile
 from castalia.corpus.job import PrepareJob
 from castalia.corpus.options import PrepareOptions, document_end
 from castalia.corpus.prepared import Prepared
-from castalia.corpus.provenance import SUFFIX
+from castalia.corpus.provenance import REJECTS, SUFFIX
 from castalia.data.sidecar import (
     end_of_record,
     read_record,
@@ -159,6 +159,8 @@ def is_whole(prefix: str, record: dict[str, Any], job: PrepareJob, output: int) 
     names = [prefix + ".bin", prefix + ".idx"]
     if job.documents and own.kind == TOKENS:
         names.append(prefix + SUFFIX)
+    if record.get("rejected"):  # written after the token files
+        names.append(job.output + REJECTS)
     if not all(Path(name).is_file() for name in names):
         return False
     return Path(names[0]).stat().st_size == record["tokens"] * own.dtype.itemsize
