@@ -16,6 +16,7 @@ from castalia.data import DataConfig, IndexedDataset, load_tokenizer
 from castalia.data.segments import end_of_document
 from castalia.data.sidecar import read_record
 from castalia.data.tokenizer_settings import TextEnd, chat_templates, write_chat_templates
+from castalia.eval import bits
 from castalia.recipes import load_config
 from castalia.train.resume import checkpoint_files
 
@@ -88,7 +89,7 @@ def test_a_named_token_that_the_vocabulary_lacks(folder):
         prepared(folder, "o", append_eod=True)
 
 
-def test_training_reads_the_end_from_the_records(folder):
+def test_the_end_is_read_from_the_records(folder, monkeypatch):
     """Not from the tokenizer, whose folder may name another one."""
     prepared(folder, "a", eod="<EOD|LLM-jp>")
     prepared(folder, "b", append_eod=True)
@@ -97,6 +98,11 @@ def test_training_reads_the_end_from_the_records(folder):
     assert end_of_document(config, "eod_mask_loss") == 3
     with pytest.raises(DataError, match=r"ends its documents with token 1, .* with 3"):
         end_of_document(DataConfig(train=[a, b], tokenizer=str(folder)), "eod_mask_loss")
+    # Held-out text is scored without its end, which stands for no byte.
+    monkeypatch.setattr(bits, "sum_of_losses", lambda model, windows: 0.0)
+    sizes = {"seq_length": 8, "max_tokens": None, "rows": 1}
+    scored = bits.source_bits(None, bits.HeldOut(a, [3, 1]), eod_id=1, **sizes)
+    assert scored.tokens == 3
     record = merge([a, b], folder.parent / "both")
     assert record["eod"] is None, "one tokenizer, two ends"
 

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import DataError
 from castalia.data.batch import IGNORED
 from castalia.data.indexed import IndexedDataset
+from castalia.data.sidecar import recorded_end
 from castalia.eval.losses import TokensAndLabels, sum_of_losses
 from castalia.inference.engine import Engine
 from castalia.models import Decoder
@@ -124,13 +125,16 @@ def source_bits(
             f"{source.prefix} holds {len(dataset)} documents, but byte counts are given for"
             f" {len(source.document_bytes)}; take both from the same `castalia prepare`"
         )
+    # `prepare --eod` may have ended the documents with another token than the model's.
+    recorded = recorded_end([source.prefix])
+    end_id = eod_id if recorded is None else recorded
     chosen = choose_documents(dataset.sizes.tolist(), max_tokens)
     windows: list[Window] = []
     tokens = 0
     uncovered = 0
     for i in chosen:
         ids = dataset[i].astype(np.int64)
-        if len(ids) and ids[-1] == eod_id:
+        if len(ids) and ids[-1] == end_id:
             ids = ids[:-1]
         windows += cut_windows(ids, seq_length, eod_id)
         tokens += len(ids)
