@@ -79,7 +79,7 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
     shell.close()
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page, reader):
     reader.read(page)
 
