@@ -182,3 +182,12 @@ def test_marks_say_what_may_change_and_the_innermost_decides():
 
     keys = ["inner.both", "inner.fixed", "plain.any.key", "shape.size", "none"]
     assert [may_change(Outer, key) for key in keys] == [True, False, True, False, False]
+
+
+def test_json_may_be_indented_by_tabs_and_yaml_may_not(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text('\ufeff{\r\n\t"a": 1e-3,\r\n\t"b": [1, null]\r\n}')
+    assert read_yaml(file) == {"a": 1e-3, "b": [1, None]}
+    file.write_text("{\n\ta: 1\n}")
+    with pytest.raises(ConfigError, match=r"line 2, column 1: .* indent by spaces, not by tabs"):
+        read_yaml(file)

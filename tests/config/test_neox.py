@@ -166,6 +166,7 @@ def test_silence_means_the_defaults_of_gpt_neox():
             "precision",
             "bf16",
         ),
+        ({"train_iters": 1e3}, "train.steps", 1000),
         ({"eval_iters": 0, "data_path": "d"}, "train.eval_every", None),
         ({"eval_interval": 0, "data_path": "d"}, "train.eval_every", None),
         ({"optimizer": {"params": {"lr": 0.0}}}, "optim.lr", 0.0),
@@ -432,6 +433,10 @@ def test_an_option_stands_in_one_file_only_in_either_spelling():
     equal = {"a.yml": SMALL | {"save": "out"}, "b.yml": {"train-iters": 10, "save": "./out/"}}
     assert read_neox(equal).problems == []
     assert read_neox({"a.yml": SMALL | {"gas": 1}, "b.yml": {"gas": True}}).problems
+    (twice,) = read_neox({"a.yml": SMALL | {"train-iters": 5}}).problems
+    assert twice.text == (
+        "train_iters is 10 in a.yml and 5 in a.yml; `-` and `_` are one: keep one of the two"
+    )
 
 
 def test_several_files_make_one_config():

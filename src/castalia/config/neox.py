@@ -130,11 +130,14 @@ def joined(files: Mapping[str, Mapping[str, Any]], out: NeoxReading) -> dict[str
             # GPT-NeoX's files contain Python's literals, of which YAML reads None as text.
             value = LITERALS.get(value, value) if isinstance(value, str) else value
             # Compared in one spelling: GPT-NeoX itself misses `a-b` beside `a_b`.
-            if owner.get(name, file) != file and not same(name, options[name], value):
+            if name in options and not same(name, options[name], value):
+                remedy = "give an option in one file only"
+                if owner[name] == file:
+                    remedy = "`-` and `_` are one: keep one of the two"
                 wrong(
                     out,
                     f"{name} is {brief(options[name])} in {owner[name]} and {brief(value)} in"
-                    f" {file}; give an option in one file only",
+                    f" {file}; {remedy}",
                     HONOURED[name].path if name in HONOURED else "",
                 )
             owner[name] = file
@@ -164,6 +167,8 @@ def classify(name: str, value: Any, options: NeoxOptions, out: NeoxReading) -> N
             options.drop(name)
         elif isinstance(value, dict):
             options.given[name] = nested(name, value, where, out)
+        elif HONOURED[name].kind == "int":
+            options.given[name] = int(value)
     elif name in WHY:
         out.ignored.setdefault(WHY[name], []).append(name)
     elif name in REFUSED:
@@ -176,6 +181,8 @@ def classify(name: str, value: Any, options: NeoxOptions, out: NeoxReading) -> N
 
 def fits(value: Any, kind: str) -> bool:
     """Whether a YAML value is of the kind; Python counts a bool as an int, a config does not."""
+    if kind == "int" and isinstance(value, float):
+        return value.is_integer()  # 1e5 steps
     return isinstance(value, KINDS[kind].types) and (kind == "bool" or not isinstance(value, bool))
 
 

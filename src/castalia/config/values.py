@@ -1,5 +1,6 @@
 """Nested config values: YAML files and dotted overrides, as layers of which the later wins."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,11 +40,13 @@ def parse_yaml(text: str, where: str) -> Any:
             where += f" line {mark.line + 1}, column {mark.column + 1}"
         if "expected ',' or" in problem:
             problem += "; a comma is missing before this place"
+        if "'\\t'" in problem:
+            problem += "; indent by spaces, not by tabs"
         raise ConfigError(f"{where}: not valid YAML: {problem}") from None
 
 
 def read_yaml(path: str | Path) -> Values:
-    """Read a YAML file whose top level is a mapping.
+    """Read a YAML or JSON file whose top level is a mapping.
 
     Raises  ConfigError if it is missing, not YAML, or not a mapping.
     """
@@ -51,7 +54,11 @@ def read_yaml(path: str | Path) -> Values:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read config {path}: {error}") from None
-    values = parse_yaml(text, str(path))
+    try:
+        # JSON that is indented by tabs is not YAML.
+        values = json.loads(text.removeprefix("\ufeff"))
+    except ValueError:
+        values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}: a config is a mapping of keys to values, got {type(values).__name__}"
