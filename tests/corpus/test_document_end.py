@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -101,7 +102,8 @@ def test_the_end_is_read_from_the_records(folder, monkeypatch):
     # Held-out text is scored without its end, which stands for no byte.
     monkeypatch.setattr(bits, "sum_of_losses", lambda model, windows: 0.0)
     sizes = {"seq_length": 8, "max_tokens": None, "rows": 1}
-    scored = bits.source_bits(None, bits.HeldOut(a, [3, 1]), eod_id=1, **sizes)
+    model = SimpleNamespace(config=SimpleNamespace(padded_vocab_size=7))
+    scored = bits.source_bits(model, bits.HeldOut(a, [3, 1]), eod_id=1, **sizes)
     assert scored.tokens == 3
     record = merge([a, b], folder.parent / "both")
     assert record["eod"] is None, "one tokenizer, two ends"
