@@ -18,7 +18,7 @@ from castalia.data import IndexedDatasetWriter
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "data-tools.md"
 SECTION = re.compile(
-    r"^## Pythia's data in three commands\n.*?^```text\n(.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^## Pythia's data in three commands\n.*?^```sh\n(.*?)^```$", re.DOTALL | re.MULTILINE
 )
 BASE = "pile_0.87_deduped_text_document"
 BATCH, STEPS = 2, 1001
