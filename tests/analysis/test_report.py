@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -292,6 +293,12 @@ def test_few_sources_are_areas_and_many_a_heat_map(tmp_path: Path, count: int, k
     columns = [series["points"]["values"] for series in panel["series"]]
     assert np.sum(columns, axis=0) == pytest.approx(100, abs=0.01)
     assert 150 < len(columns[0]) < 320
+    # Of many sources those with the largest shares are switched on at first.
+    few = page.panels["Passes over each source"]["few"]
+    assert page.panels["Distance to the prior"]["few"] == []
+    means = {name: row for name, *row in mixture_rows(read_run(tmp_path))}
+    off = [float(means[name][1][:-1]) for name in means if name not in few]
+    assert len(few) == 12 and max(off) <= min(float(means[name][1][:-1]) for name in few)
     assert "s<0>" not in (tmp_path / "report.html").read_text()  # escaped
 
 
@@ -369,22 +376,43 @@ def test_a_report_of_a_running_run_leaves_its_files_alone(tmp_path: Path):
     assert read_run(tmp_path).curve("loss")[0].tolist() == [1]
 
 
-def luminance(colour: str) -> float:
-    """Relative luminance by WCAG 2.1."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+CONES = {
+    "all": np.eye(3),
+    "no green": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "no red": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+}
+"""What linear RGB looks like to eyes with these cones. Machado et al. 2009, severity 1."""
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+WHITE = XYZ.sum(axis=1)
 
 
-def test_every_curve_stands_out_from_its_card_in_light_and_in_dark():
-    style = (FOLDER / "page.css").read_text()
-    for theme in re.findall(r":root \{(.*?)\}", style, re.DOTALL):
+def linear(colour: str) -> np.ndarray:
+    """Linear RGB of #rrggbb, by WCAG 2.1."""
+    parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours, from 1 to 21."""
+    dark, bright = sorted(float(XYZ[1] @ linear(colour)) for colour in (one, other))
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE Lab of linear RGB."""
+    x, y, z = np.cbrt(XYZ @ np.clip(rgb, 0, 1) / WHITE)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_every_curve_stands_out_from_its_card_and_from_the_others():
+    themes = re.findall(r":root \{(.*?)\}", (FOLDER / "page.css").read_text(), re.DOTALL)
+    assert len(themes) == 2  # light and dark
+    for theme in themes:
         colours = dict(re.findall(r"--(\w+):(#[0-9a-f]{6})", theme))
-        assert len([name for name in colours if re.fullmatch(r"c\d", name)]) == 8
-        for name, colour in colours.items():
-            bright, dark = sorted([luminance(colour), luminance(colours["card"])], reverse=True)
-            least = {"ink": 4.5, "soft": 4.5, "accent": 4.5}.get(
-                name, 3.0 if name[0:1] == "c" else 0
-            )
-            if name not in ("card", "code"):
-                assert (bright + 0.05) / (dark + 0.05) >= least, (name, colour)
+        curves = [colours[f"c{i}"] for i in range(8)]
+        assert min(contrast(curve, colours["card"]) for curve in curves) >= 3
+        assert min(contrast(colours[text], colours["card"]) for text in ("ink", "soft")) >= 4.5
+        for cones, matrix in CONES.items():
+            looks = [lab(np.array(matrix) @ linear(curve)) for curve in curves]
+            apart = min(np.linalg.norm(a - b) for a, b in itertools.combinations(looks, 2))
+            assert apart > 20, (cones, apart)

@@ -1,7 +1,7 @@
 """`Panel` and `Series`: a chart of the report page as data, which page.js draws."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -49,7 +49,8 @@ class Panel:
     """Whether the chart takes the whole width of the page."""
     detail: int = DETAIL
     """Steps of a curve that are drawn one by one."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    few: Sequence[str] = ()
+    """Names of the curves that are switched on at first; all without any."""
 
     def data(self) -> dict[str, Any]:
         """The panel as JSON values for page.js."""
@@ -58,6 +59,7 @@ class Panel:
             "unit": self.unit,
             "kind": self.kind,
             "log": self.log,
+            "few": list(self.few),
             "series": [self.series_data(series) for series in self.series],
         }
 

@@ -1,12 +1,13 @@
 """The panels by source: losses, bits per byte, and the mixture's shares and epochs."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from castalia.analysis.axes import extremes, spans
-from castalia.analysis.panel import Panel, Series
+from castalia.analysis.panel import Kind, Panel, Series
 from castalia.analysis.runs import Curve, RunFiles, Vector, curve, inner
 from castalia.analysis.smoothing import ending
 from castalia.mixing import MixtureRecord
@@ -15,6 +16,8 @@ MANY = 30
 """Number of sources above which a heat map replaces the stacked area."""
 SHARE_DETAIL = 150
 """Shares are means over spans of 1/150 of the step, and of single steps before step 150."""
+MOST_LINES = 12
+"""Number of sources whose curves are switched on at first: those with the largest mean share."""
 POINTS = 8000
 """Steps that are drawn one by one in the curves of a panel by source, all together."""
 
@@ -44,7 +47,29 @@ def source_panels(runs: Sequence[RunFiles]) -> list[Panel]:
         ),
         bits_panel(runs),
     ]
-    return [panel for panel in panels if panel is not None and panel.series]
+    few = largest_sources(runs)
+    shown = [panel for panel in panels if panel is not None and panel.series]
+    return [replace(panel, few=few) if has_many(panel) else panel for panel in shown]
+
+
+def has_many(panel: Panel) -> bool:
+    """Whether a panel has more lines than can be told apart."""
+    names = {series.name for series in panel.series}
+    return panel.kind == "lines" and len(names) > MOST_LINES
+
+
+def largest_sources(runs: Sequence[RunFiles]) -> list[str]:
+    """The sources whose curves are switched on at first: all, or of many the largest."""
+    names = source_names(runs)
+    if len(names) <= MOST_LINES:
+        return []
+    shares = dict.fromkeys(names, 0.0)
+    for run in runs:
+        if run.mixture is not None:
+            for name, share in zip(run.mixture.sources, run.mixture.mean_weights(), strict=True):
+                shares[name] += float(share)
+    # Stable: without a mixture, the first ones.
+    return sorted(names, key=lambda name: -shares[name])[:MOST_LINES]
 
 
 def source_names(runs: Sequence[RunFiles]) -> list[str]:
@@ -112,17 +137,16 @@ def shares_panel(runs: Sequence[RunFiles], place: int) -> Panel | None:
         points = (steps, 100 * shares[:, i])
         series.append(of_source(name, place, points, names, smoothed=False))
     title = "Mixture" if len(runs) == 1 else f"Mixture of {runs[place].name}"
-    return Panel(title, "% of rows", about(record), series, kind="heat" if many else "shares")
+    kind: Kind = "heat" if many else "shares"
+    return Panel(title, "% of rows", about(record), series, kind=kind, wide=many)
 
 
 def about(record: MixtureRecord) -> str:
     """A description of the mixer."""
     kind = innermost(record.header["mixer"])
     lag = record.header["lag"]
-    return (
-        f"{len(record.sources)} sources mixed by {kind}. A step follows the losses up to {lag + 1}"
-        " steps before it."
-    )
+    until = f"{lag + 1} steps" if lag else "the step"
+    return f"{len(record.sources)} sources mixed by {kind}; losses count up to {until} before."
 
 
 def innermost(mixer: dict[str, Any]) -> str:

@@ -36,7 +36,9 @@
   if (!(state.x in AXES) || data.runs.every((run) => !run.axes[state.x])) state.x = "steps";
   if (!WINDOWS.includes(state.smooth)) state.smooth = 0.05;
   const hidden = new Set(); // runs that are switched off
-  const hiddenKeys = boxes.map(() => new Set()); // curves of a panel that are switched off
+  // curves of a panel that are switched off: at first all but the few that it names
+  const hiddenKeys = data.panels.map(({ series, few }) =>
+    new Set(series.map(({ name }) => name).filter((name) => few.length && !few.includes(name))));
   let view = null; // the x range that the reader zoomed to, in the units of the axis
   const drawn = new Map(); // boxes with a chart, and their panels
 
@@ -323,7 +325,9 @@
   };
   const drawKeys = (box, panel, number, here) => {
     const keys = box.querySelector(".keys");
-    const names = new Map(here.map((series) => [series.name, series]));
+    const isFirst = (series) => panel.few.includes(series.name);
+    const ordered = [...here.filter(isFirst), ...here.filter((series) => !isFirst(series))];
+    const names = new Map(ordered.map((series) => [series.name, series]));
     keys.replaceChildren();
     if (names.size < 2 || panel.kind === "heat" || panel.kind === "events") return;
     for (const [name, series] of names) {
