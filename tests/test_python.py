@@ -132,6 +132,7 @@ def test_objects_say_what_they_are(tmp_path):
     config = castalia.load_config(["debug", "train.steps=3"])
     assert "train=TrainConfig(steps=3, batch_size=12)" in repr(config)
     assert str(config) == repr(config)
+    assert castalia.load_config("debug") == castalia.load_config(["debug"])
     assert "optim=AdamWConfig(lr=0.002)" in repr(config) and "launch" not in repr(config)
     castalia.prepare(Path(__file__), tmp_path / "text", "bytes", append_eod=True)
     tokens = castalia.data.IndexedDataset(tmp_path / "text")

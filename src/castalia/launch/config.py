@@ -26,12 +26,13 @@ class LaunchConfig(Config):
     gpus_per_node: PositiveInt | None = None
     """GPUs of each host, one rank each; also requested from Slurm."""
     hostfile: str | None = None
-    """File with lines `host slots=N`; null means the file named by the environment variable
-    DLTS_HOSTFILE, if set."""
+    """File with lines `host slots=N`, or of Open MPI, MPICH or PBS; null means the file named by
+    the environment variable DLTS_HOSTFILE, if set."""
     include: str = ""
-    """Use only these hosts and slots of the hostfile: `host1:0,2@host2`."""
+    """Use only these hosts and slots of the hostfile: `host1:0,2@host2`; without a hostfile, these
+    GPUs of this machine: `localhost:4,5`."""
     exclude: str = ""
-    """Use all hosts and slots of the hostfile except these."""
+    """Use all hosts and slots except these."""
     master_addr: str | None = None
     """Host of the rendezvous; null means the first host."""
     master_port: int = Field(PORT, ge=1, le=65535)

@@ -1,7 +1,8 @@
 """From the words of a user (a preset, files, overrides) to one `RunConfig`."""
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from castalia.config.neox_reading import NeoxReading
 from castalia.config.problems import CHOOSERS, Problem
 from castalia.config.values import Layers, Values, flatten, merge, parse_override, read_yaml
 from castalia.core.errors import CastaliaError, ConfigError
+from castalia.core.files import several
 from castalia.core.ranks import world_size
 from castalia.data.tokenizer import load_tokenizer
 from castalia.recipes.presets import PRESETS, preset
@@ -54,9 +56,12 @@ class Resolved:
 OUR_NAMES = {key.split(".")[-1] for key in leaves(RunConfig)}
 
 
-def load_config(words: Sequence[str]) -> RunConfig:
+def load_config(
+    words: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+) -> RunConfig:
     """The config that `words` give, those of `castalia show` and `train`: see `resolve`.
 
+    A single word may stand alone, `load_config("debug")`.
     Raises  ConfigError with every problem at once.
 
     Examples
@@ -65,7 +70,7 @@ def load_config(words: Sequence[str]) -> RunConfig:
         >>> config.train.steps, config.optim.lr
         (20, 0.001)
     """
-    return resolve(words).config
+    return resolve([os.fspath(word) for word in several(words)]).config
 
 
 def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
