@@ -55,7 +55,8 @@ def test_settings_of_the_order(token_file):
     before = of(token_file("a", [3, 4]))
     assert changed(before, of(token_file("a", [3, 4]), seed=2, epochs=[3])) == [
         "order: seed was 1, is 2",
-        "order: epochs was None, is [3] passes over the data (train.steps decides)",
+        "order: epochs was None, is [3] passes over the data (train.steps decides): the documents"
+        " of all passes are shuffled together",
     ]
 
 

@@ -10,6 +10,7 @@ from castalia.corpus import prepare
 from castalia.data import (
     DataConfig,
     IndexedDataset,
+    IndexedDatasetWriter,
     NeoxOrder,
     PackedDataset,
     blend,
@@ -166,11 +167,35 @@ def test_more_steps_of_the_same_epochs_are_the_same_data(token_file):
     )
     assert changed(before, longer) == []
     assert changed(before, again) == [
-        "order: epochs was [1], is [3] passes over the data (train.steps decides)"
+        "order: epochs was [1], is [3] passes over the data (train.steps decides): the documents of"
+        " all passes are shuffled together"
     ]
     assert "order: batch_size was 4, is 5" in changed(
         before, build(train=[prefix], split="1", batch_size=5).fingerprint
     )
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+@pytest.mark.parametrize(
+    "packing", ["packed", "pack_until_overflow", "unpacked", "best_fit", "ready rows"]
+)
+def test_a_longer_run_has_the_same_data_if_its_first_rows_are_the_same(tmp_path, packing, sources):
+    """Within a pass over the data and past it: what `changed` says is what the rows show."""
+    random = np.random.default_rng(0)
+    prefixes = [str(tmp_path / name) for name in "ab"[:sources]]
+    for prefix in prefixes:
+        with IndexedDatasetWriter(prefix, "uint16") as writer:
+            for size in random.integers(2, 9, 60):
+                writer.add(random.integers(0, 60_000, 9 if packing == "ready rows" else size))
+    way = {"order": "file"} if packing == "ready rows" else {"packing": packing}
+    runs = [build(train=prefixes, steps=steps, **way) for steps in (4, 6, 60)]
+    firsts = [[run.train[place][0].tolist() for place in range(16)] for run in runs]
+    sames = []
+    for longer, first in zip(runs[1:], firsts[1:], strict=True):
+        sames.append(first == firsts[0])
+        assert (changed(runs[0].fingerprint, longer.fingerprint) == []) is sames[-1]
+    by_pass = packing in ("best_fit", "ready rows")
+    assert sames == [by_pass or packing == "packed", by_pass]
 
 
 def test_no_documents_to_validate_on(token_file):

@@ -1,15 +1,17 @@
 """Which run a folder holds: compared by every key, also those that its file was written without."""
 
 import pytest
+import torch
 import yaml
 
 from castalia.config import dump_yaml
 from castalia.config.changes import may_change
 from castalia.config.fields import leaves
 from castalia.core.errors import ConfigError
+from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.train.config import RunConfig
-from castalia.train.run_folder import check_run_folder
+from castalia.train.run_folder import check_run_folder, write_run_folder
 
 FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch", "monitor")
 FREE_KEYS = {
@@ -130,3 +132,14 @@ def test_the_keys_that_a_resumed_run_may_change():
     # Keys of a plain mapping follow the field that holds it; what is unknown is never free.
     assert may_change(RunConfig, "launch.environment.OMP_NUM_THREADS")
     assert not may_change(RunConfig, "train.steps_of_another_version")
+
+
+def test_a_resume_leaves_the_first_command(config_of, tmp_path):
+    """A resume adds its command, if it has other words than the one before."""
+    first, again = (["castalia", "train", word] for word in ("debug", "runs/my run/config.yaml"))
+    for begun, command in enumerate((["a run", "that did not begin"], first, first, again, again)):
+        write_run_folder(config_of(), World(0, 1, torch.device("cpu")), command, {})
+        if begun:
+            (tmp_path / "metrics.jsonl").touch()
+    text = (tmp_path / "command.txt").read_text()
+    assert text == "castalia train debug\ncastalia train 'runs/my run/config.yaml'\n"

@@ -23,6 +23,8 @@ BLOCKS = 64
 """Number of blocks hashed of a larger file, evenly spaced, the first and the last included."""
 CHUNK_BYTES = 16 << 20
 """Bytes that one thread hashes at a time. Part of the definition of `array_hash`."""
+PASS_BY_PASS = ("rows as in the file", "neox best_fit", "neox best_fit, none too long")
+"""Orders, by their kind, that shuffle each pass over the data for itself, if at all."""
 THREADS = 8
 """Most threads that hash at once."""
 
@@ -124,15 +126,28 @@ def source_changes(label: str, old: Mapping[str, Any], new: Mapping[str, Any]) -
     return []
 
 
+def is_longer(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether more passes leave the rows of the earlier ones in their places."""
+    passes = [order.get("epochs") or [] for order in (old, new)]
+    # A source that was left out has no row that could keep its place.
+    same_sources = [count == 0 for count in passes[0]] == [count == 0 for count in passes[1]]
+    return same_sources and old.get("kind") == new.get("kind") in PASS_BY_PASS
+
+
 def order_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The differences between the settings of two orders."""
     sentences = []
     for key in [*old, *(key for key in new if key not in old)]:
-        if old.get(key) == new.get(key):
+        if old.get(key) == new.get(key) or (key == "epochs" and is_longer(old, new)):
             continue
+        if key == "rows" and key not in old:
+            continue  # checkpoints of older versions do not have it
         note = ""
+        if key == "rows":
+            note = " (train.steps decides): this packing shuffles all rows together"
         if key == "epochs":
             note = " passes over the data (train.steps decides)"
+            note += ": the documents of all passes are shuffled together"
             if 0 in (new.get(key) or []):
                 note += "; 0 is a source left out"
         sentences.append(f"order: {key} was {old.get(key)}, is {new.get(key)}{note}")

@@ -144,6 +144,9 @@ def order_settings(
         "epochs": [source.order.epochs for source in train.row_sources],
         "batch_size": batch_size,
     }
+    if config.packing in ("unpacked", "pack_until_overflow") and not planned:
+        # Even within one pass the number of rows decides which of them come first.
+        settings["rows"] = [len(source.order) for source in train.row_sources]
     if train.labels is not None:
         settings["labels"] = [bin_hash(file.buffer)[1] for file in train.labels]
     return settings

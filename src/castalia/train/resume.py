@@ -57,7 +57,7 @@ class DataOfRun:
         text = "the data differ from those of the checkpoint: " + "; ".join(differences)
         if not self.allow_changed:
             raise DataError(
-                f"{text}; restore them, choose another output=, or continue with"
+                f"{text}; restore them, or train.steps; choose another output=; or continue with"
                 " data.allow_changed=true"
             )
         warning = f"castalia: warning: {text} (data.allow_changed is true)"

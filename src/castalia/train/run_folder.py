@@ -26,8 +26,7 @@ def check_run_folder(config: RunConfig) -> None:
     """
     folder = Path(config.output)
     path = folder / "config.yaml"
-    # Either file: a run that ended before its first checkpoint has metrics only.
-    began = (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
+    began = has_begun(folder)
     if began and path.exists():
         require_same_run(config, path)
     elif began:
@@ -55,7 +54,7 @@ def write_run_folder(
     with atomic_write(folder / "config.yaml") as file:
         file.write(dump_yaml(config))
     with atomic_write(folder / "command.txt") as file:
-        file.write(shlex.join(command) + "\n")
+        file.writelines(f"{line}\n" for line in commands(folder, shlex.join(command)))
     path = folder / "env.json"
     environment = describe_environment(world.device, world.size)
     # The paths in config.yaml are relative to it: see config/anchor.py.
@@ -66,6 +65,24 @@ def write_run_folder(
     if start:
         environment["start"] = start
     write_json(path, environment)
+
+
+def commands(folder: Path, command: str) -> list[str]:
+    """The commands that the run in the folder had, the first one first, and this one.
+
+    A resume often has other words, such as the path of config.yaml; what began the run is kept.
+    """
+    path = folder / "command.txt"
+    if not path.is_file() or not has_begun(folder):
+        return [command]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return lines if command in lines[-1:] else [*lines, command]
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the folder holds steps of a run; one that ended before its first checkpoint has
+    metrics only."""
+    return (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists()
 
 
 def require_same_run(config: RunConfig, path: Path) -> None:
