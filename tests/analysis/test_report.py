@@ -91,6 +91,7 @@ def metrics(steps: int) -> list[dict[str, Any]]:
             line["valid_sources"] = {"code": {"loss": 2.5, "bits_per_byte": 1.5}}
         lines.append(line)
     lines[20] |= {"load_seconds": 0.5}
+    lines[40] |= {"load_seconds": 0.5}  # of the rollback to step 40
     for line in lines[20:]:
         line["time"] += 1000.0  # the pause before the resume
     lines[30] |= {"skipped": "nan", "loss": None, "grad_norm": None, "tokens_per_second": 9e6}
@@ -239,7 +240,8 @@ def test_the_axes_leave_out_the_pause_before_a_resume(page: Page):
 
 def test_events_stand_in_lanes(page: Page):
     lanes = {series["name"]: series for series in page.panels["Events"]["series"]}
-    assert set(lanes) == {"skipped step", "rollback"}
+    assert set(lanes) == {"resume", "skipped step", "rollback"}
+    assert lanes["resume"]["texts"] == ["from step 20, read in 0.5 s"]
     assert lanes["rollback"]["texts"] == ["spike: loss 9.0, gradient norm None; back to step 40"]
     assert lanes["skipped step"]["points"]["steps"] == [31]
 
@@ -259,7 +261,7 @@ def test_a_run_of_older_code_has_a_page_without_times(tmp_path: Path):
 def test_several_runs_lie_over_each_other(run: Path, tmp_path: Path):
     other = tmp_path / "other" / "full"
     other.mkdir(parents=True)
-    write_lines(other / "metrics.jsonl", metrics(40))
+    write_lines(other / "metrics.jsonl", metrics(45))
     (other / "config.yaml").write_text("seed: 2\n")
     done = CliRunner().invoke(
         app, ["report", str(run / "config.yaml"), str(other), "-o", str(tmp_path / "both.html")]

@@ -25,13 +25,13 @@ def events_of(run: RunFiles) -> list[Event]:
     """The events of a run by step."""
     found = [Event(step, "checkpoint", "saved") for step in run.checkpoints]
     found += decisions(run)
-    returns = {event.step for event in found if event.lane == "rollback"}
+    returns = {event.get("to") for event in run.events}
     for line in run.metrics:
         step = line["step"]
         if line.get("skipped"):
             found.append(Event(step, "skipped step", str(line["skipped"])))
         # A rollback loads too, and has its own event.
-        if "load_seconds" in line and not returns:
+        if "load_seconds" in line and step - 1 not in returns:
             text = f"from step {step - 1}, read in {line['load_seconds']} s"
             found.append(Event(step, "resume", text))
     return sorted(found)
