@@ -303,6 +303,7 @@ def test_a_share_is_not_written_over_another(file, tmp_path):
     prepare([path], tmp_path / "out", "bytes", shard=(0, 2), part_bytes=100)
     with pytest.raises(ConfigError, match=r"out holds share 0/2 already, not 1/2; give each share"):
         prepare([path], tmp_path / "out", "bytes", shard=(1, 2), part_bytes=100)
+    prepare([path], tmp_path / "out", "bytes", shard=(1, 2), part_bytes=100, overwrite=True)
 
 
 def test_memory_and_other_urls(tmp_path):

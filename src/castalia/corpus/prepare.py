@@ -93,7 +93,8 @@ def prepare(
     prefixes = prefixes_of(job)
     local_paths = [file.path for file in files if not file.remote]
     refuse_to_overwrite([prefix, *prefixes], [*local_paths, tokenizer])
-    refuse_another_share(prefixes[0], options.shard)
+    if not overwrite:
+        refuse_another_share(prefixes[0], options.shard)
     done = finished_before(job, prefixes, options, overwrite)
     if done is not None:
         return done

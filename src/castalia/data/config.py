@@ -44,7 +44,8 @@ class DataConfig(Config):
     seq_length + 1 tokens in the order of the train files, such as Pythia's preshuffled ones or
     those of `castalia data materialize`."""
     tokenizer: Annotated[str | None, AT_RESUME] = None
-    """A tokenizer.json, or `bytes` for the byte-level tokenizer; kept with every checkpoint."""
+    """A tokenizer.json or its folder, OWNER/NAME of the hub, or `bytes` for the byte-level
+    tokenizer; kept with every checkpoint."""
     corpus: str | None = None
     """Corpus built from text on this machine when `train` is empty: `python` or `tiny`."""
     eod_mask_loss: bool = False
