@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from castalia.cli.app import app
 from castalia.config import read_yaml
 from castalia.recipes import load_config
+from castalia.train import machine_precision
 
 PYTHIA_FILE = str(Path(__file__).resolve().parents[1] / "config" / "neox_70m.yml")
 
@@ -50,6 +51,11 @@ def test_the_time_of_a_run_is_measured_here_and_estimated_for_gpus():
     text = show("debug", "device=cpu", columns="160", timed=True)
     assert re.search(r"time +\S+ s a step, \S+ tokens/s on this machine \(measured: 2 of 4", text)
     assert re.search(r"whole run +.* days \([\dhms]+\)", text)
+    # A choice that this machine pays for is named with its price.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine_precision, "times_as_long", lambda *_: 60.0)
+        text = show("debug", "device=cpu", "precision=fp16", timed=True)
+    assert "note: precision=fp16 takes 60 times as long as fp32 on a CPU" in text
     # Without a measurement the estimate is left, and it says that it is one.
     text = show("pythia-1b", columns="160")
     assert "whole run" not in text

@@ -154,7 +154,7 @@ def print_summary(resolved: "Resolved", cost: "Estimate", seconds: "RunTime") ->
     console.print()
     print_cost(console, resolved, cost, seconds)
     wraps = console.is_terminal  # a pipe gets each note as one line, which grep can find
-    notes = [*resolved.notes, *resolved.launch_notes]
+    notes = [*resolved.notes, *resolved.launch_notes, *seconds.notes]
     if notes:
         console.print()
     for note in notes:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 DAY = 86400
 HOUR = 3600
+LONG = 100
+"""Days from which hours and minutes say nothing."""
 USUAL_GPUS = ("a100-80", "h100")
 """GPUs for which the work is given in GPU-hours where this machine has none."""
 
@@ -29,6 +31,8 @@ class RunTime(NamedTuple):
     estimated_gpu_hours: dict[str, float]
     """GPU -> hours of one of them at the share of its peak that large models reach: a small model
     takes longer."""
+    notes: list[str]
+    """A choice that is slow on this machine, with the factor."""
 
     def rows(self) -> dict[str, str]:
         """Name and text of each line of the table."""
@@ -39,7 +43,9 @@ class RunTime(NamedTuple):
             tokens = quantity(self.tokens_per_second or 0)
             lines["time"] = f"{number(self.seconds_per_step)} s a step, {tokens} tokens/s on this"
             lines["time"] += f" machine (measured: {self.measured})"
-            lines["whole run"] = f"{number(self.days)} days ({duration(self.days * DAY)})"
+            lines["whole run"] = f"{number(self.days)} days"
+            if self.days < LONG:
+                lines["whole run"] += f" ({duration(self.days * DAY)})"
         if self.gpu_hours is not None:
             lines["GPU-hours"] = number(self.gpu_hours)
         else:
@@ -64,7 +70,11 @@ def run_time(config: "RunConfig", cost: "Estimate", *, measured: bool) -> RunTim
 
         step = time_step(config, cost)
     if step is None:
-        return RunTime(None, None, None, None, "", gpu_hours(config.workload))
+        return RunTime(None, None, None, None, "", gpu_hours(config.workload), [])
+    import torch
+
+    from castalia.train.machine_precision import precision_notes
+
     seconds = step.seconds * config.train.steps
     hours = seconds * cost.processes / HOUR if cost.device == "cuda" else None
     return RunTime(
@@ -74,6 +84,7 @@ def run_time(config: "RunConfig", cost: "Estimate", *, measured: bool) -> RunTim
         hours,
         step.about,
         gpu_hours(config.workload),
+        precision_notes(config, config, torch.device(cost.device)),
     )
 
 
