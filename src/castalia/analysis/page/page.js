@@ -291,7 +291,9 @@
     displaylogo: false,
     displayModeBar: isCoarse ? true : "hover",
     doubleClick: false,
-    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "toImage"]],
+    // Plotly's own reset would move this chart alone.
+    modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", { name: "reset",
+      title: "Reset zoom", icon: Plotly.Icons.home, click: () => resetView() }, "toImage"]],
     toImageButtonOptions: { scale: 2 },
   };
 
