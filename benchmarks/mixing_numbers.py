@@ -105,8 +105,9 @@ def saved_of_means(
 
     arm, base   rows of a results file: `curves`, means over the seeds, and `by_seed`, their ends.
     metric      M1, "M1 ppl" or M2.
-    The interval bootstraps over the seeds, for both arms together. The file has no curve of a
-    single seed, so a draw moves the mean curve by what its seeds are off at the end.
+    For files without `against_natural`, which have no curve of a single seed. The interval
+    bootstraps over the seeds, for both arms together; a draw moves the mean curve by what its seeds
+    are off at the end. That leaves out how else their curves differ, so it is too narrow.
     """
     if metric not in arm["curves"] or metric not in base["curves"]:
         return None
@@ -132,19 +133,30 @@ def bootstrap(values: Sequence[float], draws: int = 10_000) -> tuple[float, floa
     return float(low), float(high)
 
 
-def against(
-    arm: Mapping[int, Result], base: Mapping[int, Result], weights: Floats
+def saved_by_seed(
+    arm: Mapping[int, Result],
+    base: Mapping[int, Result],
+    curve_of: Callable[[Result], tuple[Floats, Floats]],
 ) -> dict[str, Any]:
-    """Iterations saved (with a 95% interval) and nats gained: medians and values by seed."""
+    """S of every seed that both arms have, their median, and its 95% interval."""
     seeds = sorted(arm.keys() & base.keys())
-    by_seed = [saved(arm[s], base[s], weights) for s in seeds]
-    gained = [float((final(base[s]) - final(arm[s])) @ weights) for s in seeds]
+    by_seed = [saved_by(curve_of(arm[seed]), curve_of(base[seed])) for seed in seeds]
     low, high = bootstrap(by_seed)
     return {
         "saved": float(np.median(by_seed)),
         "low": low,
         "high": high,
         "by_seed": dict(zip(seeds, by_seed, strict=True)),
+    }
+
+
+def against(
+    arm: Mapping[int, Result], base: Mapping[int, Result], weights: Floats
+) -> dict[str, Any]:
+    """Iterations saved (with a 95% interval) and nats gained: medians and values by seed."""
+    seeds = sorted(arm.keys() & base.keys())
+    gained = [float((final(base[s]) - final(arm[s])) @ weights) for s in seeds]
+    return saved_by_seed(arm, base, lambda result: curve(result, weights)) | {
         "nats": float(np.median(gained)),
         "nats_by_seed": dict(zip(seeds, gained, strict=True)),
     }

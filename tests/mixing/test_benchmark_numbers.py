@@ -106,3 +106,18 @@ def test_the_share_of_steps_saved_against_natural(numbers):
     assert percent == {"odm": 51, "odm-repo": 51, "progress": 54, "uniform": 54, "ado": 36}
     intervals = [(round(100 * gain["low"]), round(100 * gain["high"])) for gain in saved.values()]
     assert intervals == [(47, 53), (50, 53), (52, 56), (51, 56), (32, 38)]
+    repeat = json.loads((BENCHMARKS / "results" / "mixing-small-perplexity.json").read_text())
+    percent = {
+        arm: round(100 * repeat["arms"][arm]["against_natural"]["M1 ppl"]["saved"]) for arm in saved
+    }
+    assert percent == {"odm": 71, "odm-repo": 71, "progress": 72, "uniform": 71, "ado": 57}
+
+
+def test_steps_saved_seed_by_seed(numbers):
+    """The median over the seeds that both arms have, on the mean of the sources' perplexities."""
+    base = {seed: run([5, 4, 3, 2]) for seed in (1, 2, 3)}
+    arm = {seed: run([4, 3, 2 - 0.1 * seed, 1]) for seed in (1, 2, 4)}
+    found = numbers.saved_by_seed(arm, base, numbers.perplexity_curve)
+    assert sorted(found["by_seed"]) == [1, 2]
+    assert 0.5 < found["low"] <= found["saved"] <= found["high"] < 0.55
+    np.testing.assert_allclose(numbers.perplexity_curve(arm[1])[1], np.exp([4, 3, 1.9, 1]))
