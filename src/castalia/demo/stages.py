@@ -238,8 +238,8 @@ class Demo:
             self.say(f"  {write_report(self.folder)}")
         else:
             self.say(
-                "  plotly is not installed, so the page is left out: pip install"
-                f" 'castalia[report]', then castalia report {self.folder}"
+                "  plotly is not installed, so the page is left out:"
+                f" {pip_command('report')}, then castalia report {self.folder}"
             )
 
 
