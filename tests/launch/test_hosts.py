@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -286,3 +287,19 @@ def test_torchrun_meets_across_two_hosts(alone, two_hosts, tmp_path):
     said = "".join(ended(process) for process in running)
     assert "2 on cpu" in said
     assert losses(tmp_path / "run") == pytest.approx(alone, abs=1e-5)
+
+
+def test_ctrl_c_reaches_the_ranks_of_mpirun_as_a_request_to_save(tmp_path):
+    """A shell in place of mpirun, which kills its ranks on a signal of the terminal's."""
+    stand_in = f"trap 'touch {tmp_path}/saved; exit 0' USR1; echo up; while :; do sleep 0.05; done"
+    code = (
+        "import sys; from castalia.launch.starting import run_mpi;"
+        f" sys.exit(run_mpi(['sh', '-c', {stand_in!r}], 0))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as job:
+        assert job.stdout.readline() == "up\n"
+        os.killpg(job.pid, signal.SIGINT)
+        assert job.wait(timeout=30) == 130
+    assert (tmp_path / "saved").exists()

@@ -145,24 +145,32 @@ def submit(plan: LaunchPlan, command: list[str]) -> int:
 
 
 def run_mpi(command: list[str], restarts: int) -> int:
-    """Run mpirun, and again up to `restarts` times; on TERM or USR1 the run saves and ends."""
+    """Run mpirun, and again up to `restarts` times; on a request to stop the run saves and ends.
+
+    The exit status after a Ctrl-C is 130; a second one ends mpirun and its ranks at once.
+    """
     stopped = False
+    interrupts = 0
     for attempt in range(restarts + 1):
-        mpirun = subprocess.Popen(command)
+        # Out of the terminal's reach, whose Ctrl-C mpirun answers by killing the ranks.
+        mpirun = subprocess.Popen(command, start_new_session=True)
 
         def stop(
             number: int, frame: FrameType | None, mpirun: subprocess.Popen[bytes] = mpirun
         ) -> None:
-            nonlocal stopped
+            nonlocal stopped, interrupts
             stopped = True
+            interrupts += number == signal.SIGINT
             # mpirun forwards USR1 to the ranks, but answers TERM by killing them.
-            mpirun.send_signal(signal.SIGUSR1)
+            mpirun.send_signal(signal.SIGUSR1 if interrupts < 2 else signal.SIGTERM)
 
-        signal.signal(signal.SIGTERM, stop)
-        signal.signal(signal.SIGUSR1, stop)
+        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            # Ignored under nohup, and by a shell that started it in the background.
+            if signal.getsignal(name) != signal.SIG_IGN:
+                signal.signal(name, stop)
         status = mpirun.wait()
         if status == 0 or stopped or attempt == restarts:
             break
         notice = f"castalia: mpirun exited with status {status}; starting it again"
         print(notice, file=sys.stderr, flush=True)
-    return status
+    return 128 + signal.SIGINT if interrupts and not status else status
