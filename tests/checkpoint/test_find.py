@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from castalia.checkpoint import Store, complete_steps, find_checkpoint
+from castalia.checkpoint import Store, complete_steps, find_checkpoint, newest_first
 from castalia.core.errors import CheckpointError
 
 
@@ -32,6 +32,10 @@ def test_other_ways_to_name_one(run):
     assert find_checkpoint(run) == newest
     assert find_checkpoint(run / "checkpoints") == newest
     assert find_checkpoint(str(run) + "/") == newest
+    for folder, meant in ((run, newest), (step_1, step_1)):
+        (folder / "config.yaml").touch()
+        assert find_checkpoint(folder / "config.yaml") == meant
+    assert newest_first(run / "config.yaml") == newest_first(run)
 
 
 @pytest.mark.parametrize("name", ["step7", "7", "@7", "final"])

@@ -24,7 +24,7 @@ from castalia.recipes.load import load_config
 from castalia.train.config import RunConfig
 from castalia.train.optimizers import Rules
 from castalia.train.run import run
-from castalia.train.start import open_start
+from castalia.train.start import StartRecord, open_start
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -295,6 +295,13 @@ def test_load_without_finetune_goes_on_bit_for_bit(
     )
     config = open_model(folder).config
     assert config == open_model(first).config and "start" not in config.model_dump()
+
+
+def test_the_start_of_a_run_that_is_named_from_another_directory() -> None:
+    record = StartRecord({"path": "runs/base"})
+    assert record.note("runs/base") is None and record.note("/home/me/runs/base") is None
+    assert "began with runs/base" in str(record.note("/home/me/otherruns/base"))
+    assert "began with drawn weights" in str(StartRecord().note("runs/base"))
 
 
 def test_finetune_takes_the_weights_alone(neox: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from castalia.checkpoint.find import complete_steps
+from castalia.checkpoint.find import complete_steps, folder_of
 from castalia.config import read_yaml
 from castalia.config.anchor import CONFIG, run_folder_of
 from castalia.core.errors import ConfigError
@@ -41,7 +41,7 @@ def find_runs(folder: str | Path) -> list[RunState]:
 
     Raises  ConfigError if there is no such folder.
     """
-    folder = Path(folder)
+    folder = folder_of(folder)
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}; castalia runs DIR lists the runs below DIR")
     return [read_run(run) for run in sorted(run_folders(folder, DEEPEST))]

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from castalia.checkpoint.names import COMPLETE, STEP_NAME, step_name
+from castalia.config.anchor import CONFIG
 from castalia.core.errors import CheckpointError
 from castalia.core.hub import local_reading
 
@@ -25,11 +26,11 @@ def find_checkpoint(path: str | Path) -> Path:
     """The folder of one checkpoint.
 
     Takes   a step's folder; a run or checkpoints folder (its newest complete step); RUN/step1000,
-            RUN/1000, RUN@1000.
+            RUN/1000, RUN@1000; the config.yaml of a run or a step.
     Raises  CheckpointError listing the steps to choose from, or naming a path that is spelled
             alike.
     """
-    path = Path(path)
+    path = folder_of(path)
     if (path / COMPLETE).exists():
         return path
     if path.is_dir() and not STEP_NAME.fullmatch(path.name):
@@ -65,16 +66,23 @@ def remedy(path: Path) -> str:
     return f"; did you mean {str(near)!r}? (a model of the Hugging Face hub is hf://OWNER/NAME)"
 
 
+def folder_of(path: str | Path) -> Path:
+    """The folder that a path names: RUN/config.yaml names RUN, as it does for `castalia train`."""
+    path = Path(path)
+    return path.parent if path.name == CONFIG and path.is_file() else path
+
+
 def newest_first(path: str | Path) -> list[Path]:
     """The checkpoints that `path` may mean, the best first: all of a run, newest first, or the one
     step that it names.
 
     Raises  CheckpointError as `find_checkpoint` does.
     """
+    path = folder_of(path)
     first = find_checkpoint(path)
-    if first == Path(path) or not Path(path).is_dir():
+    if first == path or not path.is_dir():
         return [first]
-    folder, steps = steps_of_run(Path(path))
+    folder, steps = steps_of_run(path)
     return [folder / step_name(step) for step in reversed(steps)]
 
 

@@ -56,7 +56,8 @@ class StartRecord:
     def note(self, asked: str | None) -> str | None:
         """What a resumed run says where `model.start` is not the start that it once had."""
         began = self.facts.get("path")
-        if asked is None or asked == began:
+        # A run that is named from another directory has the same path as an absolute one.
+        if asked is None or (began and f"/{asked}".endswith(f"/{began}")):
             return None
         return (
             f"model.start {asked} is not read: the run began with {began or 'drawn weights'} and"
