@@ -151,11 +151,12 @@ def test_a_checkpoint_keeps_the_end_and_the_chat_template(folder):
     (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     (folder / "chat_template.jinja").write_text("{{ eos_token }}")
     config = load_config(["debug", f"data.tokenizer={folder}"])
-    saved = folder.parent / "saved"
-    saved.mkdir()
+    saved = folder.parent / "run" / "checkpoints" / "step-00000003"
+    saved.mkdir(parents=True)
+    (saved / "COMPLETE").touch()
     for name, text in checkpoint_files(config).items():
         (saved / name).write_text(text)
-    assert load_tokenizer(saved).eod_id == 2
+    assert load_tokenizer(saved).eod_id == load_tokenizer(folder.parent / "run").eod_id == 2
     assert read_chat_template(saved).render([]) == "</s>"
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "used"}]
     (folder / "chat_template.jinja").unlink()

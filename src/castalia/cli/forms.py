@@ -82,7 +82,7 @@ class TokenFlags:
         str,
         TOKENS(
             metavar="FILE|HUB_ID",
-            help="A tokenizer.json or its folder, OWNER/NAME of the hub, `bytes`, `char`,"
+            help="A tokenizer.json or its folder, a run, OWNER/NAME of the hub, `bytes`, `char`,"
             " VOCAB.json,MERGES.txt, X.tiktoken or a SentencePiece X.model.",
         ),
     ] = ""

@@ -181,7 +181,7 @@ def byte_level(inner: Any, use_regex: bool) -> Any:
 
 
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
-    """Load a `tokenizer.json`, a folder that holds one, or OWNER/NAME[@REVISION] of the hub.
+    """Load a `tokenizer.json`, a folder that holds one, a run, or OWNER/NAME[@REVISION] of the hub.
 
     `bytes` is the byte-level tokenizer; `tokenizer_forms` adds `char`, VOCAB.json,MERGES.txt of
     GPT-2, X.tiktoken and SentencePiece's X.model. The folder's other files say which token ends a
@@ -214,7 +214,7 @@ def read_tokenizer(name: str) -> Tokenizer:
         return other_form
     path = Path(name)
     if path.is_dir():
-        path = path / "tokenizer.json"
+        path = file_in(path)
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError:
@@ -231,6 +231,14 @@ def read_tokenizer(name: str) -> Tokenizer:
     if is_byte_level(tokenizer):
         return ByteTokenizer(text, str(path))
     return tokenizer
+
+
+def file_in(folder: Path) -> Path:
+    """The tokenizer.json of a folder; of a run's folder that of its newest checkpoint."""
+    own = folder / "tokenizer.json"
+    saved = sorted(folder.glob("checkpoints/step-*/tokenizer.json"))
+    complete = [path for path in saved if (path.parent / "COMPLETE").exists()]
+    return complete[-1] if complete and not own.exists() else own
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:
