@@ -125,13 +125,15 @@ def test_other_data_are_refused(tmp_path: Path):
 def test_precision_is_the_users_then_the_runs_then_the_faster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert choose_precision(str(tmp_path), ["precision=fp32"], print) == []
+    config = load_config(["demo", f"output={tmp_path}"])
+    assert choose_precision(config, ["precision=fp32"], print) == []
     for speed, chosen in ((0.3, "fp32"), (1.1, "fp32"), (2.0, "bf16")):
-        monkeypatch.setattr(stages, "bf16_speed", lambda speed=speed: speed)
-        assert choose_precision(str(tmp_path), [], lambda line: None) == [f"precision={chosen}"]
+        monkeypatch.setattr(stages, "times_as_long", lambda *_, speed=speed: speed)
+        assert choose_precision(config, [], lambda line: None) == [f"precision={chosen}"]
     (tmp_path / "config.yaml").write_text("precision: fp32\n")
-    assert choose_precision(str(tmp_path), [], print) == ["precision=fp32"]
-    assert choose_precision("elsewhere", [f"output={tmp_path}"], print) == ["precision=fp32"]
+    assert choose_precision(config, [], print) == ["precision=fp32"]
+    auto = load_config(["demo", f"output={tmp_path}", "precision=auto"])
+    assert choose_precision(auto, ["precision=auto"], print) == ["precision=fp32"]
 
 
 def test_the_preset_is_a_small_pythia():

@@ -16,7 +16,6 @@ import torch
 
 from castalia.analysis import write_report
 from castalia.checkpoint import complete_steps
-from castalia.config import read_yaml
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.core.extras import pip_command
 from castalia.core.files import write_json
@@ -29,12 +28,15 @@ from castalia.export import export
 from castalia.mixing import read_mixture
 from castalia.monitor import duration, size_text
 from castalia.recipes.load import Resolved, resolve
+from castalia.train.config import RunConfig
 from castalia.train.hooks import Hook
+from castalia.train.machine_precision import recorded_precision
 from castalia.train.mixture import StaticBlend
 from castalia.train.progress import Progress
 from castalia.train.run import Announced
 from castalia.train.run import run as train_run
 from castalia.train.startup import short_hash
+from castalia.train.timing import FASTER, times_as_long
 
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
@@ -47,8 +49,6 @@ NEW_TOKENS = 64
 EVAL_TOKENS = 12_000
 """Held-out tokens of each source that each checkpoint is measured on, at most."""
 QUANTIZATIONS = ("float32", "int8")
-FASTER = 1.15
-"""bf16 is chosen if its matrix products are this much faster than in fp32."""
 
 
 class TrainClock(Hook):
@@ -256,8 +256,9 @@ def run_demo(
     Raises  ConfigError if the overrides are wrong or name other data; the errors of the stages.
     """
     words = ["demo", f"output={output}", *overrides]
-    resolve(words)  # wrong overrides are reported before the machine is timed
-    resolved = resolve([*words, *choose_precision(output, overrides, say)])
+    # Wrong overrides are reported before the machine is timed.
+    config = resolve(words).config
+    resolved = resolve([*words, *choose_precision(config, overrides, say)])
     if resolved.config.data.train or resolved.config.data.corpus is None:
         raise ConfigError(
             "the demo trains on the corpus that it builds; for your own text use castalia train"
@@ -285,49 +286,23 @@ def shares_of(trainer: "Trainer", folder: Path) -> dict[str, list[float]]:
 
 
 def choose_precision(
-    output: str, overrides: Sequence[str], say: Callable[[str], None]
+    config: RunConfig, overrides: Sequence[str], say: Callable[[str], None]
 ) -> list[str]:
     """The override `precision=`; none if the user gives one.
 
-    A run in the folder keeps its precision. A new one gets bf16 where this machine multiplies
-    faster in it: not every CPU has instructions for it, and there it is many times slower.
+    A run in the folder keeps its precision. A new one gets bf16 where this machine is faster in it:
+    not every CPU has instructions for it, and there it is many times slower.
     """
-    folder = output
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key == "precision":
-            return []
-        if key == "output":
-            folder = value
-    config = Path(folder) / "config.yaml"
-    if config.is_file():
-        return [f"precision={read_yaml(config).get('precision', 'fp32')}"]
-    ratio = bf16_speed()
-    chosen = "bf16" if ratio >= FASTER else "fp32"
-    say(
-        f"precision: {chosen} (here a matrix product in bf16 takes {1 / ratio:.2f} times as long"
-        " as in fp32)"
-    )
+    given = any(text.startswith("precision=") for text in overrides)
+    if given and config.precision != "auto":
+        return []
+    if recorded := recorded_precision(config):
+        return [f"precision={recorded}"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    factor = times_as_long(config, "fp32", "bf16", device)
+    chosen = "bf16" if factor >= FASTER else "fp32"
+    say(f"precision: {chosen} (here a pass in fp32 takes {factor:.2f} times as long as in bf16)")
     return [f"precision={chosen}"]
-
-
-def bf16_speed() -> float:
-    """Speed of a matrix product of the demo's shape in bf16, as a multiple of that in fp32."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    times = {dtype: product_seconds(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
-    return times[torch.float32] / times[torch.bfloat16]
-
-
-def product_seconds(dtype: torch.dtype, device: str) -> float:
-    """Best of a few times of one (2048, 256) x (256, 1024) product."""
-    left = torch.ones(2048, 256, dtype=dtype, device=device)
-    right = torch.ones(256, 1024, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(6):
-        start = time.perf_counter()
-        float((left @ right)[0, 0])  # a GPU has finished once the number is read
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def spaced(steps: Sequence[int], count: int) -> list[int]:
