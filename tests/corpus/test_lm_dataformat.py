@@ -10,8 +10,8 @@ import zipfile
 import pytest
 import zstandard
 
-from castalia.core.errors import DataError
-from castalia.corpus import prepare, read_documents
+from castalia.core.errors import CastaliaError, DataError
+from castalia.corpus import prepare, read_documents, streams
 from castalia.corpus.provenance import read_provenance
 from castalia.data import IndexedDataset
 
@@ -90,6 +90,28 @@ def test_long_windows(tmp_path):
     (tmp_path / "in.tar.zst").write_bytes(far_reaching(tar(**members), 28))
     done = prepare([tmp_path / "in.tar.zst"], tmp_path / "out", "bytes", reject=True)
     assert (done.documents, done.rejected) == (2, 0)
+
+
+def test_a_hostile_window_takes_little_memory(tmp_path, monkeypatch):
+    """Runs of one byte, 128 KiB each in four bytes; and a window that there is no memory for."""
+    run = ((1 << 17) << 3 | 2).to_bytes(3, "little") + b"a"
+    hostile = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + 2000 * run  # the window: 2^31 bytes
+    (tmp_path / "a.jsonl.zst").write_bytes(hostile)
+    with open(tmp_path / "a.jsonl.zst", "rb") as file:
+        stream = streams.ZstdFile(file)
+        stream.read(1)
+        assert len(stream.ready) < 1 << 28
+
+    class NoMemory:
+        def decompress(self, data):
+            raise zstandard.ZstdError(
+                "zstd decompressor error: Allocation error : not enough memory"
+            )
+
+    monkeypatch.setattr(streams, "zstd_frame", NoMemory)
+    with pytest.raises(CastaliaError, match="no memory for the window") as caught:
+        prepare([tmp_path / "a.jsonl.zst"], tmp_path / "out", "bytes", reject=True)
+    assert not isinstance(caught.value, DataError) and not (tmp_path / "out.bin").exists()
 
 
 def test_a_text_in_paragraphs(tmp_path):

@@ -71,7 +71,8 @@ def test_the_same_job_is_done_already(corpus):
     for name in ("options", "input_stamps"):
         del record[name]
     (corpus / "out.json").write_text(json.dumps(record))
-    assert prepare([corpus / "a.jsonl"], corpus / "out", "bytes").done_before
+    with pytest.warns(UserWarning, match=r"older version, which did not record --num-docs, --keep"):
+        assert prepare([corpus / "a.jsonl"], corpus / "out", "bytes").done_before
     # A file of the output that is gone is made again.
     (corpus / "out.idx").unlink()
     assert not prepare([corpus / "a.jsonl"], corpus / "out", "bytes").done_before

@@ -201,6 +201,8 @@ def test_other_forms_and_forms_that_are_none(speaker: LanguageModel) -> None:
         (lambda: grammars.json({"enum": ["a" * 70_000]}), "characters; at most 65,536 are"),
         (lambda: grammars.regex("[0-"), "the regular expression cannot be used"),
         (lambda: grammars.grammar("start: nothing"), "the grammar cannot be used.*nothing"),
+        (lambda: grammars.grammar("start: start"), "the grammar cannot be used: no text has this"),
+        (lambda: grammars.json({"$ref": "#"}), "JSON schema cannot be used: no text has this form"),
         (lambda: LanguageModel(speaker.engine).grammars, "needs a model with a tokenizer.json"),
     ]
     for make, message in wrong:
@@ -209,3 +211,6 @@ def test_other_forms_and_forms_that_are_none(speaker: LanguageModel) -> None:
     for name, value in [("min_tokens", 3), ("ignore_eos", True), ("allowed_token_ids", [97])]:
         with pytest.raises(ConfigError, match=f"{name} does not go with a text of a given form"):
             speaker.generate(PROMPT, 20, grammar=compact, **{name: value})
+    # More than the library can follow, which it finds on the way.
+    with pytest.raises(ConfigError, match="too many expressions"):
+        speaker.generate([PROMPT, PROMPT], 20, grammar=grammars.regex("a{1000000}"))

@@ -1,6 +1,7 @@
 """Every field of OpenAI's and vLLM's requests: honoured, or refused by name unless neutral."""
 
 import json
+import threading
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from castalia.export import export
-from castalia.inference import LanguageModel
+from castalia.inference import LanguageModel, load
+from castalia.inference.sampling import Sampling
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
@@ -21,6 +23,7 @@ from castalia.serve.conversation import chat_prompt
 from castalia.serve.fields import Only
 from castalia.serve.model_pool import ModelPool, ServeOptions
 from castalia.serve.requests import ChatRequest, CompletionRequest
+from castalia.serve.scheduler import Scheduler, ServedText, StreamEvent
 
 PROMPT = "The naïve"
 TEMPLATE = """\
@@ -160,6 +163,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed: Input should be less than or equal to 9223372036854775807"),
     ({"guided_regex": "["}, "the regular expression cannot be used"),
     ({"guided_json": {"type": "objekt"}}, "the JSON schema cannot be used: Invalid type: objekt"),
+    ({"guided_regex": "a{1000000}"}, "lexer error: too many expressions constructed"),
     ({"guided_json": {}, "guided_regex": "a"}, "guided_json and guided_regex each give the text"),
     ({"guided_regex": "a", "min_tokens": 3}, "min_tokens does not go with a text of a given form"),
     ({"guided_choice": ["a"], "ignore_eos": True}, "ignore_eos does not go with a text"),
@@ -169,6 +173,39 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guided_json": 5, "n": 0}, "n: Input should be greater than or equal to 1 (and 2 more)"),
     ({"stream_options": {"include_obfuscation": True}}, "include_obfuscation: not supported"),
 ]
+
+
+def test_a_form_that_turns_out_too_large_ends_its_own_text_alone(talker: Path) -> None:
+    pytest.importorskip("llguidance")
+    model = load(talker)
+    whole = model.generate(PROMPT, 30)
+    grammars = [
+        None,
+        model.grammars.regex("[a-z]{3}a{1000000}"),
+        model.grammars.regex("a{1000000}"),
+    ]
+    events: list[list[StreamEvent]] = [[], [], [], []]
+    done = threading.Semaphore(0)
+
+    def text(number: int) -> ServedText:
+        def emit(event: StreamEvent) -> None:
+            events[number].append(event)
+            if event.error is not None or event.finish_reason is not None:
+                done.release()
+
+        sampling = Sampling(grammar=grammars[number % 3])
+        return ServedText(model.continuation(PROMPT, 30), sampling, emit, model.config.vocab_size)
+
+    scheduler = Scheduler(model.engine, slots=3, length=64, most_waiting=9)
+    scheduler.submit([text(number) for number in range(4)])
+    for _ in range(4):
+        assert done.acquire(timeout=60)
+    scheduler.close()
+    for number in (0, 3):
+        assert "".join(event.text for event in events[number]) == whole
+    for number in (1, 2):
+        assert isinstance(events[number][-1].error, ConfigError)
+    assert not scheduler.running and scheduler.batcher.free == 3
 
 
 def test_impossible_values_are_400(server: LiveServer) -> None:

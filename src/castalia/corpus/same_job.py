@@ -2,6 +2,7 @@
 replaced without a word."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -74,6 +75,7 @@ def finished_before(
 ) -> Prepared | None:
     """The summary of this job if an earlier run finished it; None if there is work to do.
 
+    Warns   if the record does not tell whether all options were the same.
     Raises  ConfigError if other token files are at an output, unless they are to be overwritten.
     """
     if overwrite:
@@ -96,6 +98,12 @@ def finished_before(
             records.append(record)
     if len(records) < len(prefixes):
         return None
+    if any("options" not in record for record in records):
+        warnings.warn(
+            f"{prefixes[0]}.json is of an older version, which did not record --num-docs, --keep,"
+            " --ftfy and --on-error; if they were not those of now, prepare again with --overwrite",
+            stacklevel=3,
+        )
     return summary_of(records, job, prefixes)
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import zstandard
 
-from castalia.core.errors import DataError
+from castalia.core.errors import CastaliaError, DataError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 COMPRESSED = (".gz", ".zst", ".xz")
@@ -20,12 +20,14 @@ SHORT = {".tgz": ".tar.gz", ".txz": ".tar.xz"}
 TAR_END = 1024
 """A tar ends with this many zero bytes, two empty blocks."""
 BUFFER_BYTES = 1 << 20
-ZSTD_BYTES = 1 << 16
+ZSTD_BYTES = 1 << 12
 """Compressed bytes decoded at a time: a hostile file may grow some 30,000 times, so this bounds the
-memory at 2 GB."""
+memory beside the window at 128 MB. No more bytes at a time are any faster."""
 LONGEST_WINDOW = 1 << 31
 """Bytes of a .zst that a match may reach back, at most: `zstd --ultra --long=31` writes such files.
 The library's own limit of 2^27 is one of caution, and a window is allocated only as it fills."""
+NO_MEMORY = "not enough memory"
+"""Part of the library's error where an allocation fails."""
 DAMAGE = (
     OSError,
     EOFError,
@@ -120,8 +122,20 @@ class ZstdFile(io.RawIOBase):
         return count
 
     def decompress(self) -> None:
-        """Decompress the bytes at hand, up to the end of the frame."""
-        self.ready = memoryview(self.frame.decompress(self.compressed))
+        """Decompress the bytes at hand, up to the end of the frame.
+
+        Raises  CastaliaError if there is no memory for the window: a good file, unlike one that
+                raises ZstdError.
+        """
+        try:
+            self.ready = memoryview(self.frame.decompress(self.compressed))
+        except zstandard.ZstdError as error:
+            if NO_MEMORY not in str(error):
+                raise
+            raise CastaliaError(
+                "no memory for the window of a .zst (up to 2 GiB: `zstd --long`); use fewer"
+                " --workers, a machine with more memory, or compress the file again without --long"
+            ) from None
         self.in_frame = not self.frame.eof
         self.compressed = self.frame.unused_data
         if self.frame.eof:

@@ -32,6 +32,8 @@ class Admission:
     token: int = -1
     """The last token drawn, which the engine has not read yet."""
     steering: Steering | None = field(init=False)
+    error: Exception | None = None
+    """What ended the text, if its steering failed: a form may turn out too large on the way."""
 
     def __post_init__(self) -> None:
         self.steering = steering_of(self.sampling, self.text)
@@ -137,6 +139,10 @@ class Batcher:
         pieces = []
         # `watch` gets the padding too: its softmax runs over all columns, as in training.
         for row, (slot, one, token) in enumerate(zip(slots, running, tokens, strict=True)):
+            if one.error is not None:
+                pieces.append(one.text.finish("length"))
+                self.evict(slot)
+                continue
             if one.watch is not None:
                 one.watch(logits[row], token)
             one.token = token
@@ -152,12 +158,20 @@ class Batcher:
 
 
 def steered(logits: torch.Tensor, running: Sequence[Admission]) -> torch.Tensor:
-    """Logits (rows, vocabulary) with the changes of each text."""
+    """Logits (rows, vocabulary) with the changes of each text.
+
+    A text whose steering fails keeps its logits and gets the `error`: it ends alone.
+    """
     if all(one.steering is None for one in running):
         return logits
     rows = []
     for row, one in zip(logits, running, strict=True):
-        rows.append(row if one.steering is None else one.steering(row, one.text.tokens))
+        if one.steering is not None:
+            try:
+                row = one.steering(row, one.text.tokens)
+            except Exception as error:
+                one.error = error
+        rows.append(row)
     return torch.stack(rows)
 
 
@@ -182,6 +196,7 @@ def decode_texts(
     """Continue all texts to their ends; yields the new piece of each after every token.
 
     The piece of a finished text is empty.
+    Raises  the error of a text whose steering fails.
     """
     batcher = Batcher(engine, len(texts), max(len(text.ids) + text.budget for text in texts))
     generators = sampling.generators(len(texts), engine.device)
@@ -189,7 +204,17 @@ def decode_texts(
     for text, generator in zip(texts, generators, strict=True):
         news.append(Admission(text, sampling, generator))
     # The batcher gives out its slots in order, so text i is in slot i.
-    yield batcher.admit(news)
+    first = batcher.admit(news)
+    raise_first(news)
+    yield first
     while batcher.running:
         pieces = batcher.step()
+        raise_first(news)
         yield [pieces.get(slot, "") for slot in range(len(texts))]
+
+
+def raise_first(admissions: Sequence[Admission]) -> None:
+    """Raise the error of the first text that has one."""
+    for one in admissions:
+        if one.error is not None:
+            raise one.error

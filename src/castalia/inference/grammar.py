@@ -21,7 +21,13 @@ BLANKS = r"( |\n[ \t]{0,12})"
 amount, with which a weak model fills its whole budget."""
 LARGEST = 1 << 16
 """Characters of a form. A schema with twice as many, all properties, compiles for 17 s."""
+NO_TEXT = "NoExtensionBias"
+"""llguidance's reason where no token may follow."""
 PURPOSE = "a text of a given form (JSON, a choice, a regular expression, a grammar)"
+
+
+class GrammarError(ConfigError):
+    """No token may come next, or the form is more than llguidance can follow."""
 
 
 class Grammars:
@@ -88,7 +94,13 @@ class Grammars:
         matcher = self.library.LLMatcher(self.tokens, source, log_level=0)
         if matcher.is_error():
             raise ConfigError(f"the {kind} cannot be used: {first_line(matcher.get_error())}")
-        return Grammar(matcher, self.size)
+        grammar = Grammar(matcher, self.size)
+        # A form that no text has is found only when it is asked for a token.
+        try:
+            grammar.progress().allowed([])
+        except GrammarError as error:
+            raise ConfigError(f"the {kind} cannot be used: {error}") from None
+        return grammar
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +131,7 @@ class Progress:
         """Which tokens may follow the text so far: (V,) bool.
 
         The text may be any that the form allows: rejected guesses are taken back.
+        Raises  GrammarError if nothing may follow, or the form turns out too large.
         """
         common = shared(self.read, tokens)
         if common < len(self.read):
@@ -130,7 +143,8 @@ class Progress:
         self.read = list(tokens[: common + taken])
         self.matcher.unsafe_compute_mask_ptr(self.bits.data_ptr(), self.bits.nbytes)
         if self.matcher.is_error():
-            raise RuntimeError(f"llguidance: {first_line(self.matcher.get_error())}")
+            reason = first_line(self.matcher.get_error())
+            raise GrammarError("no text has this form" if reason == NO_TEXT else reason)
         return unpacked(self.bits)[: self.size]
 
 

@@ -255,6 +255,8 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(FailedError)
     async def failed(request: Request, error: FailedError) -> Response:
+        if isinstance(error.__cause__, ConfigError):  # a form that turned out too large
+            return JSONResponse(error_body(400, str(error.__cause__)), 400)
         LOG.error("%s %s failed", request.method, request.url.path, exc_info=error.__cause__)
         return JSONResponse(error_body(500, str(error)), 500)
 

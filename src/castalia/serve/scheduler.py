@@ -249,21 +249,25 @@ class Scheduler:
             admissions.append(Admission(text.continuation, sampling, generator, text.record))
         outputs = self.batcher.admit(admissions)
         slot_of_text = {id(running.text): slot for slot, running in self.batcher.running.items()}
-        for text, output in zip(texts, outputs, strict=True):
+        for text, output, admission in zip(texts, outputs, admissions, strict=True):
             slot = slot_of_text.get(id(text.continuation))
             if slot is not None:  # otherwise its first token ended it
                 self.running[slot] = text
-            self.deliver(text, output)
+            self.deliver(text, output, admission.error)
 
     def step(self) -> None:
         """Draw one more token for every running text."""
+        admissions = dict(self.batcher.running)
         for slot, output in self.batcher.step().items():
-            self.deliver(self.running[slot], output)
+            self.deliver(self.running[slot], output, admissions[slot].error)
             if slot not in self.batcher.running:
                 del self.running[slot]
 
-    def deliver(self, text: ServedText, output: str) -> None:
-        """Emit a step's output, and average the duration of finished texts."""
+    def deliver(self, text: ServedText, output: str, error: Exception | None) -> None:
+        """Emit a step's output, or its error, and average the duration of finished texts."""
+        if error is not None:
+            text.emit(StreamEvent(error=error))
+            return
         text.emit_pending(output)
         if text.continuation.finish_reason is not None:
             duration = time.perf_counter() - text.submitted
