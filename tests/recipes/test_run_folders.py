@@ -65,6 +65,15 @@ def test_paths_hold_from_another_directory(begun, word, recorded):
     assert config.model.start == "published/model"
 
 
+@pytest.mark.parametrize("step", ["@3", "/3", "/step3", "/step-00000003"])
+def test_a_start_at_a_step_is_that_of_its_run(begun, step):
+    """RUN@3 names a checkpoint and no file; another run of that name may lie here."""
+    home = begun(f"model.start=r/old{step}")
+    (home / "r" / "old").mkdir()
+    Path("r/old").mkdir(parents=True)
+    assert load_config(["../r/abs"]).model.start == f"{home}/r/old{step}"
+
+
 def test_overrides_and_later_files_are_relative_to_this_directory(begun):
     home = begun()
     Path("more.yaml").write_text("data: {valid: [here/c]}\n")

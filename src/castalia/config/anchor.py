@@ -7,6 +7,7 @@ file that the run had.
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ PATHS = (
 """Keys whose text is always a path."""
 NAMES = ("data.tokenizer", "model.start")
 """Keys whose text is a path or a name, such as `bytes` or a model of a hub: a path if it exists."""
+STEP = re.compile(r"(?P<run>.+)[/@](step-?)?\d+")
+"""A checkpoint by its step, RUN@1000 or RUN/step1000: see checkpoint/find.py. No file has its
+name."""
 
 
 def run_folder_of(config: str | Path) -> Path | None:
@@ -73,7 +77,7 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """A name, or a path as of this directory."""
         # GPT-2's tokenizer is two files: VOCAB.json,MERGES.txt.
         places = [here(part) for part in text.split(",")]
-        return ",".join(places) if all(os.path.exists(place) for place in places) else text
+        return ",".join(places) if all(map(names_something, places)) else text
 
     changed = {**values, "output": here(output)}
     for keys, change in ((PATHS, here), (NAMES, here_if_it_exists)):
@@ -83,6 +87,12 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
             if isinstance(inner, Mapping) and name in inner:
                 changed[section] = {**inner, name: every_text(inner[name], change)}
     return changed
+
+
+def names_something(place: str) -> bool:
+    """Whether a path exists, or the run whose step it names."""
+    of_run = STEP.fullmatch(place)
+    return os.path.exists(place) or (of_run is not None and os.path.isdir(of_run["run"]))
 
 
 def every_text(value: Any, change: Callable[[str], str]) -> Any:
