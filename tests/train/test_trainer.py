@@ -15,8 +15,9 @@ from castalia.distributed import World, check_layout
 from castalia.distributed.config import ParallelConfig
 from castalia.monitor import memory_bytes
 from castalia.recipes import load_config
-from castalia.train.hooks import Hook, Metrics, Save, Validate
+from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
 from castalia.train.losses import LossOut, NextToken, Scored
+from castalia.train.run import closing_line
 from castalia.train.startup import idle_options
 from castalia.train.trainer import Trainer
 
@@ -227,6 +228,39 @@ def test_validation_and_metrics_lines(make, tokens, tmp_path):
             speed, rel=0.01 + 2e-6 / line["step_seconds"]
         )
         assert 2**26 < line["memory_bytes"] <= memory_bytes(trainer.world.device)
+
+
+def test_a_broken_off_validation_of_the_last_step_is_made_up_for(make, tokens, tmp_path):
+    """No next step has room for its numbers, so they join the line of their own."""
+
+    class Ask(Hook):
+        def start(self, *, ask_stop):
+            self.ask_stop = ask_stop
+
+        def after_step(self, step):
+            if step.number == 6:
+                self.ask_stop()
+
+    def lines_after(*before):
+        hooks = [*before, Validate(), Metrics(), StepLine(), Save()]
+        trainer = make(
+            f"data.valid={tokens}", "train.eval_every=3", "train.eval_batches=2", hooks=hooks
+        )
+        trainer.fit()
+        text = (tmp_path / "run" / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()], closing_line(trainer)
+
+    stopped, end = lines_after(Ask())
+    folder = tmp_path / "run" / "checkpoints" / "step-00000006"
+    assert end.startswith("done: step 6 of 6, loss ")
+    assert end.endswith(
+        f", without its last validation; {folder} is saved; the same command makes up for it"
+    )
+    assert ["valid_loss" in line for line in stopped] == [False, False, True, False, False, False]
+    again, end = lines_after()
+    assert again[:5] == stopped[:5] and "; next: castalia generate " in end
+    valid = again[5].pop("valid_loss")
+    assert again[5] == stopped[5] and 0 < valid < stopped[2]["valid_loss"]
 
 
 def test_a_validation_without_data_is_noted(make, tokens):

@@ -155,9 +155,13 @@ def closing_line(trainer: Trainer) -> str:
     words += [hook.summary() for hook in trainer.hooks if isinstance(hook, StepLine)]
     if progress.without_targets:
         words.append(f"{progress.without_targets} steps had no targets and made no update")
+    again = "the same command resumes"
+    if done and progress.validation_missing:
+        words.append("without its last validation")
+        again = "the same command makes up for it"
     text = ", ".join(word for word in words if word)
-    if not done:
-        return f"{text}; {folder} is saved; the same command resumes"
+    if not done or progress.validation_missing:
+        return f"{text}; {folder} is saved; {again}"
     run = shlex.quote(trainer.config.output)
     next_verbs = f"castalia generate {run}, castalia report {run}"
     why = f" ({ended})" if ended else ""

@@ -1,25 +1,58 @@
 """The numbers of each step, to every sink."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from castalia.distributed import World
-from castalia.monitor.sinks import Sink, make_sinks
+from castalia.monitor.sinks import Sink, make_sinks, read_metrics
+from castalia.monitor.sinks.jsonl import JsonlSink
 from castalia.train.config import RunConfig
 from castalia.train.hooks.hook import Hook, Step
+from castalia.train.mixture import PlannedMixture, StaticBlend
 from castalia.train.progress import Progress
 
 
 class Metrics(Hook):
-    """metrics.jsonl, one object a step, and the sinks that config.monitor names."""
+    """metrics.jsonl, one object a step, and the sinks that config.monitor names.
+
+    A validation of the last step that was made up for has no next step: its numbers are added to
+    the line of its own.
+    """
 
     sinks: list[Sink] = []
 
-    def start(self, *, config: RunConfig, world: World, progress: Progress) -> None:
+    def start(
+        self,
+        *,
+        config: RunConfig,
+        world: World,
+        progress: Progress,
+        mixture: PlannedMixture | StaticBlend,
+        pending_metrics: Mapping[str, Any],
+    ) -> None:
         """Open the sinks. Those that can drop the steps that will run again do so."""
         # Every rank has the same numbers; one writes them.
         if world.leads:
             self.sinks = make_sinks(config.monitor.sinks, Path(config.output))
         self.begin(progress.step)
+        made_up = {k: v for k, v in pending_metrics.items() if k.startswith("valid")}
+        if made_up and (mixture.at_end() or progress.step >= config.train.steps):
+            self.add_to(progress.step, made_up)
+
+    def add_to(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write `step`, the newest one, again with more metrics."""
+        for sink in self.sinks:
+            if not isinstance(sink, JsonlSink):
+                # Charts take a number later, but do not drop a step.
+                sink.take(step, metrics)
+                continue
+            line: dict[str, Any] = {}
+            for record in read_metrics(sink.path):
+                line = record if record["step"] == step else {}
+            sink.close()
+            sink.start(step - 1)
+            sink.take(step, {**line, **metrics})
 
     def begin(self, step: int) -> None:
         """Continue every sink after `step`."""
