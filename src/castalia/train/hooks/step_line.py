@@ -21,9 +21,10 @@ COLUMNS = 80
 """Width of a line, that of a terminal nobody has changed."""
 PRIORITY = (
     ("step", "loss", "skipped", "valid"),
-    ("tok/s", "eta", "lr", "own", "gnorm", "mfu", "data", "mem", "share"),
+    ("tok/s", "eta", "lr", "gnorm", "mfu", "data", "mem", "share"),
 )
-"""Words that are always there, and those that are left out, the last first, for want of room."""
+"""Words that are always there, and those that are left out, the last first, for want of room. The
+metrics of a loss come between the two."""
 
 
 class StepLine(Hook):
@@ -107,7 +108,7 @@ class StepLine(Hook):
             "loss": f"loss {self.sums['loss'].mean:.4f}",
             "skipped": self.skips(),
             "valid": self.validation(step.metrics),
-            "own": "  ".join(f"{name} {self.sums[name].mean:.4f}" for name in self.metrics),
+            **{f"own {name}": f"{name} {self.sums[name].mean:.4f}" for name in self.metrics},
             "gnorm": f"gnorm {self.sums['grad_norm'].mean:.2f}",
             "lr": f"lr {step.lr:.1e}",
             "tok/s": f"tok/s {quantity(speed)}",
@@ -176,9 +177,10 @@ class Average:
 def fitted(words: Mapping[str, str]) -> str:
     """The words in their order, as many as fit into COLUMNS; the first of PRIORITY always."""
     always, room = PRIORITY
+    own = [name for name in words if name not in (*always, *room)]
     chosen = {name for name in always if words[name]}
     length = sum(len(words[name]) + 2 for name in chosen) - 2
-    for name in room:
+    for name in (*own, *room):
         if words[name]:
             length += 2 + len(words[name])
             # Not the next, shorter word: lines below each other have the same words.
