@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 import torch
@@ -63,8 +64,13 @@ def test_a_mistyped_run_is_named(run, monkeypatch):
             CheckpointError, match=rf"no checkpoint at {name}.*did you mean '{near}'\?"
         ):
             find_checkpoint(name)
-    with pytest.raises(CheckpointError, match=r"give a run folder, or RUN/step1000$"):
-        find_checkpoint("elsewhere/small")
+    for name, hint in {
+        "elsewhere/small": "give a run folder, or RUN/step1000",
+        "small": "did you mean 'runs/small'?",  # as a preset is typed, whose run is in `runs`
+        "runs/x": "`castalia runs runs` lists the runs there",
+    }.items():
+        with pytest.raises(CheckpointError, match=rf"; {re.escape(hint)}$"):
+            find_checkpoint(name)
 
 
 def test_a_folder_without_complete_does_not_exist(run):

@@ -153,6 +153,18 @@ def test_a_missing_file_is_one_sentence(run, words):
     )
 
 
+def test_a_text_or_a_folder_in_place_of_a_token_file(run):
+    Path("corpus.jsonl").write_text('{"text": "a"}\n')
+    Path("folder").mkdir()
+    Path("folder/c.idx").touch()
+    for word, hint in {
+        "corpus.jsonl": "corpus.jsonl is no token file, and `castalia prepare corpus.jsonl` makes",
+        "folder": "folder is a folder, in which is folder/c",
+    }.items():
+        code, _, err = run("inspect", word)
+        assert code == 1 and f"{word}.idx: no such file" in err and hint in err
+
+
 def test_unshard_of_a_whole_file(run):
     code, _, err = run("unshard", "c")
     assert (

@@ -1,6 +1,7 @@
 """`castalia runs`: how far each run is, from its files."""
 
 import json
+import os
 
 import pytest
 
@@ -63,6 +64,20 @@ def test_only_the_end_of_a_long_record_is_read(run, tmp_path):
     run("long", steps=9000, losses=[1 / step for step in range(1, 9001)])
     (state,) = find_runs(tmp_path)
     assert (state.step, state.loss, state.state) == (9000, 1 / 9000, "done")
+
+
+def test_a_folder_that_goes_away_while_it_is_listed(run, tmp_path, monkeypatch):
+    run("works", losses=[3])
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def scan(folder):
+        if folder == tmp_path / "gone":
+            raise FileNotFoundError(folder)
+        return scandir(folder)
+
+    monkeypatch.setattr("castalia.analysis.run_list.os.scandir", scan)
+    assert [state.folder.name for state in find_runs(tmp_path)] == ["works"]
 
 
 def test_no_runs(command, tmp_path, monkeypatch):

@@ -109,11 +109,30 @@ def test_a_word_that_is_no_verb(command, words, says):
         ("train --config x.yaml", "write the file without it: castalia train FILE.yaml"),
         ("show debug --jsn", "no option --jsn; did you mean '--json'?"),
         ("data view debug --xyzzy", "keys of a config are written a.b=c, and castalia show --keys"),
+        ("demo --steps 10", "written without dashes: train.steps=VALUE"),
+        ("generate m --max-tokens 8", "no option --max-tokens; did you mean '--max-new-tokens'?"),
+        ("prepare x --out y", "no option --out; did you mean '--output'?"),
+        ("prepare x -o y", "no option -o; castalia prepare --help lists the options"),
+        ("-v", "no option -v; castalia --help lists the options"),
+        ("train", "castalia train needs CONFIG; for example: castalia train debug output="),
+        ("data view debug", "castalia data view needs --steps; for example: castalia data view"),
+        ("report", "castalia report needs RUN; for example: castalia report runs/first"),
+        ("generate m text", "castalia generate does not expect 'text'; for example: castalia gen"),
+        (
+            "generate m --top-k x",
+            "castalia generate: invalid value for '--top-k': expected a valid",
+        ),
+        (
+            "serve m --port 99999",
+            "invalid value for '--port': expected less than or equal to 65535",
+        ),
+        ("prepare x --output", "castalia prepare: option '--output' requires an argument"),
     ],
 )
-def test_an_option_that_is_a_key_of_a_config(command, words, says):
+def test_a_line_that_the_parser_refuses(command, words, says):
     code, out, err = command(*words.split())
     assert (code, out) == (2, "") and says in err
+    assert err.startswith("castalia: error: ") and err.count("\n") == 1
 
 
 def test_hints_lead_to_verbs_that_exist():

@@ -120,6 +120,8 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
             "train.train_iters=3",
             "train.train_iters: this is GPT-NeoX's name; here it is train.steps",
         ),
+        ("model=pythia-70m", "got 'pythia-70m'; model.family is one of neox"),
+        ("optim=adamw", "did you mean optim.kind=adamw?"),
         ("pythia", "unknown preset or config file 'pythia'; presets: "),
         ("llama", "unknown preset or config file 'llama'; presets: "),
     ],

@@ -133,6 +133,8 @@ def test_words_that_are_no_config(begun, monkeypatch):
         " model.start=r/abs/step3 output=FOLDER",
         "r/abs@3": "is a checkpoint; the run is r/abs",
         "r/abss": "no run folder or config file r/abss; did you mean 'r/abs'?",
+        "r/other": "no run folder or config file r/other; `castalia runs r` lists the runs there",
+        "r/abs/config.yml": "no config file r/abs/config.yml; did you mean 'r/abs/config.yaml'?",
         "model": "to start from this model, add model.start=model to a config",
         "EleutherAI/pythia-70m": "added to a config, as model.start=EleutherAI/pythia-70m",
     }.items():

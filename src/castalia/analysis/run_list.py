@@ -58,7 +58,7 @@ def run_folders(folder: Path, levels: int) -> Iterator[Path]:
         return
     try:
         inner = [entry.path for entry in os.scandir(folder) if entry.is_dir()]
-    except PermissionError:
+    except OSError:  # not readable, or gone since its parent was listed, as in /proc
         return
     for path in inner:
         if not Path(path).name.startswith("."):

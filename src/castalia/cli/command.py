@@ -3,11 +3,14 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""What the parser of the command line raises; typer does not export it."""
 LARGEST_SHOWN = 1_000_000
 """Bound of a number up to which help shows its range."""
 
@@ -27,8 +30,8 @@ class Command(TyperCommand):
         return params
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse `--train.steps=5` and `--lr`, which users of other libraries type, in words that
-        help.
+        """Refuse `--train.steps=5`, which users of other libraries type, and what the parser
+        refuses, in words that help.
 
         Raises  ConfigError. No option of ours has a dot in its name.
         """
@@ -37,27 +40,8 @@ class Command(TyperCommand):
         for word in args:
             if re.match(r"--[a-z_]+\.[\w.]+", word):
                 raise ConfigError(f"{word}: write overrides without dashes: {word.lstrip('-')}")
-        # Completion asks with half a word.
-        if not ctx.resilient_parsing and any(param.name == "config" for param in self.params):
-            self.refuse_keys(ctx, args)
-        return super().parse_args(ctx, args)
-
-    def refuse_keys(self, ctx: Any, args: list[str]) -> None:
-        """Refuse an option that is not ours in favour of the key of a config that it may mean.
-
-        Raises  ConfigError.
-        """
-        from castalia.cli.hints import unknown_option
-        from castalia.core.errors import ConfigError
-
-        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
-        known = [name for param in options for name in [*param.opts, *param.secondary_opts]]
-        for word in args:
-            name = word.split("=")[0]
-            if name == "--":
-                return
-            if name.startswith("--") and name not in known:
-                raise ConfigError(unknown_option(name, known))
+        with in_one_sentence(ctx, self.help or ""):
+            return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`[OPTIONS] CONFIG... [a.b=c ...]`: typer puts braces around metavars of our own."""
@@ -78,6 +62,16 @@ class Group(TyperGroup):
             show_type(param)
         return params
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's; what it refuses is one sentence.
+
+        Raises  ConfigError.
+        """
+        if not args:  # the help, which typer prints by way of an error
+            return super().parse_args(ctx, args)
+        with in_one_sentence(ctx, ""):
+            return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The verb that `args` begin with.
 
@@ -92,6 +86,57 @@ class Group(TyperGroup):
             return super().resolve_command(ctx, args)
         everywhere = all_verbs(ctx.find_root().command)
         raise ConfigError(unknown_verb(word, ctx.command_path, self.commands, everywhere))
+
+
+@contextmanager
+def in_one_sentence(ctx: Any, help_text: str) -> Iterator[None]:
+    """Turn what the parser of the command line says into a sentence like those of our own checks.
+
+    Raises  ConfigError: what is missing, unknown or wrong, and an example of the help where words
+            are missing or too many.
+    """
+    from castalia.core.errors import ConfigError
+
+    try:
+        yield
+    except USAGE_ERROR as error:
+        # Completion asks with half a line.
+        if ctx.resilient_parsing:
+            raise
+        raise ConfigError(usage_problem(ctx, error, first_example(help_text))) from None
+
+
+def usage_problem(ctx: Any, error: Any, example: str) -> str:
+    """What is wrong with the words of a command line, without a full stop."""
+    from castalia.cli.hints import unknown_option
+
+    # By what they carry: typer keeps the classes in a private module.
+    if hasattr(error, "possibilities"):
+        options = [param for param in ctx.command.get_params(ctx) if is_option(param)]
+        known = [name for param in options for name in [*param.opts, *param.secondary_opts]]
+        takes_keys = any("a.b=c" in (param.metavar or "") for param in ctx.command.params)
+        return unknown_option(error.option_name, known, ctx.command_path, takes_keys)
+    param = getattr(error, "param", None)
+    if hasattr(error, "param_type") and param is not None:
+        name = param.opts[0] if is_option(param) else str(param.metavar or param.name).split()[0]
+        return f"{ctx.command_path} needs {name.rstrip('.')}{example}"
+    text = error.format_message().rstrip(".")
+    text = re.sub(r"Input should be ([^,]*).*", r"expected \1", text)
+    if text.startswith("Got unexpected"):
+        words = text.partition("(s) ")[2].strip("()")
+        return f"{ctx.command_path} does not expect {words!r}{example}"
+    return f"{ctx.command_path}: {text[0].lower()}{text[1:]}"
+
+
+def is_option(param: Any) -> bool:
+    """Whether a parameter is written with dashes."""
+    return bool(param.param_type_name == "option")
+
+
+def first_example(help_text: str) -> str:
+    """The first example of a help, for the end of an error; empty if there is none."""
+    lines = [line for line in help_text.partition("Example")[2].splitlines()[1:] if line.strip()]
+    return f"; for example: {lines[0].strip()}" if lines else ""
 
 
 def all_verbs(group: Any, path: str = "") -> Iterator[str]:

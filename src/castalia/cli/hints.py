@@ -131,21 +131,24 @@ def unknown_verb(word: str, path: str, verbs: Iterable[str], elsewhere: Iterable
     return text + (nearest(word, verbs, VERY_ALIKE) or menu)
 
 
-def unknown_option(option: str, known: Iterable[str]) -> str:
-    """The message about an `option` that a verb with a config does not have, with the nearest of
-    its `known` ones or the key that it may mean.
+def unknown_option(option: str, known: Iterable[str], path: str, takes_keys: bool) -> str:
+    """The message about an `option` that the verb `path` does not have, with the nearest of its
+    `known` ones or, where it takes keys of a config, the key that it may mean.
     """
-    from castalia.config.fields import leaves
-    from castalia.config.foreign import OURS
     from castalia.core.errors import nearest
-    from castalia.train.config import RunConfig
 
     text = f"no option {option}"
     near = nearest(option, known, VERY_ALIKE)
     if near:
         return text + near
+    if not takes_keys:
+        return f"{text}; {path} --help lists the options"
     if option == "--config":
         return f"{text}; write the file without it: castalia train FILE.yaml"
+    from castalia.config.fields import leaves
+    from castalia.config.foreign import OURS
+    from castalia.train.config import RunConfig
+
     name = option.lstrip("-").replace("-", "_")
     keys = [key for key in leaves(RunConfig) if name in (key.replace(".", "_"), key.split(".")[-1])]
     if name in OURS:

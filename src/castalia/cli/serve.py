@@ -20,7 +20,9 @@ class ListenFlags:
     host: Annotated[
         str, LISTEN(help="Address to listen on; 0.0.0.0 is reachable from other machines.")
     ] = "127.0.0.1"
-    port: Annotated[int, LISTEN(metavar="N", help="Port to listen on; 0 takes a free one.")] = 8000
+    port: Annotated[
+        int, LISTEN(metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000
     api_key: Annotated[
         str | None,
         LISTEN(

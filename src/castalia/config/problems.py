@@ -225,11 +225,17 @@ def shown(value: Any) -> str:
 
 
 def chooser_hint(root: type[BaseModel], path: list[str], value: Any) -> str:
-    """For text where a section belongs: `optim=lion` means `optim.kind=lion`."""
+    """For text where a section belongs: `optim=adamw` means `optim.kind=adamw`."""
     chooser = chooser_of(root, path)
     if chooser is None or not isinstance(value, str):
         return ""
-    return f"; did you mean {'.'.join([*path, chooser])}={value}?"
+    key = ".".join([*path, chooser])
+    field = field_at(root, path)
+    kind = None if field is None else kind_of(field)
+    # A wrong hint is worse than none: `model=pythia-70m` is no family.
+    if kind is not None and value not in kind.registry:
+        return f"; {key} is one of {', '.join(kind.registry)}"
+    return f"; did you mean {key}={value}?"
 
 
 def chooser_of(root: type[BaseModel], path: list[str], values: Any = None) -> str | None:

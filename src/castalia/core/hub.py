@@ -65,7 +65,9 @@ def local_reading(path: Path) -> Path | None:
     near = similar_name(place, last)
     if near is not None:
         return place / near
-    return place if folders and any(place.glob("*/checkpoints")) else None
+    # A folder that was spelled right is no news.
+    was_mistyped = folders and place != path.parent
+    return place if was_mistyped and any(place.glob("*/checkpoints")) else None
 
 
 def similar_name(folder: Path, name: str) -> str | None:

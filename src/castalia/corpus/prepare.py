@@ -64,9 +64,9 @@ def prepare(
     many ids is first trained on the inputs and written to the path `tokenizer`.
 
     Raises  DataError about an input, with file and line; ConfigError about options, token files
-            of another job at `output`, a tokenizer
-            without an end-of-document token, or a trained one that would replace another;
-            CastaliaError if the output cannot be written. No error leaves a half-written output.
+            of another job at `output`, a tokenizer without an end-of-document token, or a trained
+            one that would replace another; CastaliaError if the output cannot be written. No error
+            leaves a half-written output.
 
     Examples
         >>> import castalia

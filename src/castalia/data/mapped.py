@@ -148,6 +148,7 @@ def map_file(path: Path) -> bytes | mmap.mmap:
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx"
+            f"{not_a_prefix(path)}"
         ) from None
     except OSError as error:
         hint = ""
@@ -168,3 +169,14 @@ def allow_more_files() -> bool:
         return False
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return True
+
+
+def not_a_prefix(path: Path) -> str:
+    """What stands at the prefix of a missing token file, where it is a text or a folder."""
+    prefix = path.with_suffix("")
+    if prefix.is_file():
+        return f"; {prefix} is no token file, and `castalia prepare {prefix}` makes one of a text"
+    inner = sorted(file.with_suffix("") for file in prefix.glob("*.idx"))
+    if inner:
+        return f"; {prefix} is a folder, in which is {inner[0]}"
+    return ""

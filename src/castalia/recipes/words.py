@@ -89,7 +89,9 @@ def unknown_word(word: str) -> str:
     if path.suffix in (".yml", ".yaml", ".json"):
         if path.stem in PRESETS:
             return f"no config file {word}; for the preset write {path.stem}"
-        return f"no config file {word}"
+        near = local_reading(path)
+        hint = f"; did you mean {str(near)!r}?" if near is not None and near.is_file() else ""
+        return f"no config file {word}{hint}"
     if "/" in word:
         return f"no run folder or config file {word}{hint_of_model(word)}"
     if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", word):
@@ -115,6 +117,8 @@ def hint_of_model(word: str) -> str:
     near = local_reading(Path(word))
     if near is not None:
         return f"; did you mean {str(near)!r}?"
+    if any(Path(word).parent.glob(f"*/{CONFIG}")):
+        return f"; `castalia runs {Path(word).parent}` lists the runs there"
     if is_hub_id(word):
         return f"; a model of the hub is added to a config, as model.start={word}"
     return ""

@@ -102,7 +102,9 @@ def run_claimed(
     trainer.fit()
     require_targets(trainer)
     if world.leads:
-        say(f"{save_line(trainer)}\n{closing_line(trainer)}")
+        if trainer.store.written:
+            say(save_line(trainer))
+        say(closing_line(trainer))
     return trainer
 
 
