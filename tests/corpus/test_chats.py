@@ -632,6 +632,9 @@ def test_templates_that_refuse_or_rewrite(tmp_path):
         "{{ messages[7].content }}": f"{rejects}: list object has no element 7",
         "{{ 1 / 0 }}": f"{rejects}: division by zero",
         "{{ ''.__class__.__mro__ }}": f"{rejects}: access to attribute '__class__'",
+        "{% set n = namespace() %}{% set n.__class__ = dict %}": f"{rejects}: a namespace cannot",
+        # Through a type of Python's, the messages could be changed.
+        "{{ dict.update(messages[0], {'content': 'y'}) }}{{ messages }}": f"{rejects}: 'castalia.",
         " ": "the chat template renders these messages as an empty text",
         "{{ messages | length }}": rewrites,
     }

@@ -184,6 +184,18 @@ def test_text_of_a_schema_is_json_of_it(
         assert isinstance(value["guests"], int)
 
 
+def test_a_form_takes_back_rejected_guesses(speaker: LanguageModel) -> None:
+    """After any tokens, the next ones are those of a text that began with them."""
+    pytest.importorskip("llguidance")
+    grammar = speaker.grammars.regex("a(bx|cy)z")
+    progress = grammar.progress()
+    # Up to the end of a text and past it, as a draft guesses; then back, to another beginning.
+    for tokens in (b"abxz", [*b"abxz", 256], [*b"abxz", 256, 97], b"ac", b"acy", b"a", b"", b"ab"):
+        fresh = grammar.progress().allowed(list(tokens))
+        assert torch.equal(progress.allowed(list(tokens)), fresh), tokens
+    assert progress.allowed(list(b"ab")).nonzero().flatten().tolist() == [ord("x")]
+
+
 def test_other_forms_and_forms_that_are_none(speaker: LanguageModel) -> None:
     pytest.importorskip("llguidance")
     grammars = speaker.grammars
