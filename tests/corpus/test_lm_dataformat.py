@@ -95,7 +95,7 @@ def test_long_windows(tmp_path):
 def test_a_hostile_window_takes_little_memory(tmp_path, monkeypatch):
     """Runs of one byte, 128 KiB each in four bytes; and a window that there is no memory for."""
     run = ((1 << 17) << 3 | 2).to_bytes(3, "little") + b"a"
-    hostile = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + 2000 * run  # the window: 2^31 bytes
+    hostile = b"\x28\xb5\x2f\xfd\x00" + bytes([21 << 3]) + 3000 * run  # the window: 2^31 bytes
     (tmp_path / "a.jsonl.zst").write_bytes(hostile)
     with open(tmp_path / "a.jsonl.zst", "rb") as file:
         stream = streams.ZstdFile(file)

@@ -289,3 +289,13 @@ def test_without_a_tokenizer_tokens_are_ids() -> None:
     counted = completion_logprobs(whole)
     assert counted is not None and counted.tokens == ["token_id:5", "token_id:6"]
     assert counted.top_logprobs[0] is not None and "token_id:7" in counted.top_logprobs[0]
+
+
+def test_alternatives_at_the_beginning_lose_the_space_that_the_token_loses() -> None:
+    model = model_of(metaspace())
+    assert model.tokenizer is not None and model.eod_id is not None
+    text, whole, _ = reported(model, [model.eod_id], model.encode("The The"))
+    assert (text, [token.text for token in whole]) == ("The The", ["The", " The"])
+    space = model.tokenizer.ids["▁"]
+    written = [[one.text for one in token.likeliest if one.token == space] for token in whole]
+    assert written == [[""], [" "]]
