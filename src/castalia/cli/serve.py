@@ -1,11 +1,14 @@
 """`castalia serve`."""
 
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
 from castalia.cli.flags import EngineFlags, grouped, panel
+from castalia.core.errors import ConfigError
 
 LISTEN = panel("Address")
 LIMITS = panel("Limits")
@@ -103,12 +106,33 @@ def serve(
             f"castalia: warning: {listen.host} is reachable from other machines; set --api-key",
             err=True,
         )
-    names = ", ".join(pool.locations)
-    typer.echo(f"castalia: serving {names} on http://{listen.host}:{listen.port}", err=True)
-    uvicorn.run(
-        app,
-        host=listen.host,
-        port=listen.port,
-        log_level="warning",
-        timeout_graceful_shutdown=limits.grace,
-    )
+    with listening(listen.host, listen.port) as listener:
+        names = ", ".join(pool.locations)
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        # The port of the socket, because port 0 takes a free one.
+        typer.echo(
+            f"castalia: serving {names} on http://{host}:{listener.getsockname()[1]}", err=True
+        )
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=limits.grace)
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends
+            uvicorn.Server(settings).run(sockets=[listener])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before anything says that it is served.
+
+    Raises  ConfigError if the address is in use or not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    # As uvicorn does: a server that was just stopped leaves its port in TIME_WAIT.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port"
+        ) from None
+    return listener
