@@ -95,6 +95,8 @@ def test_settings_are_overrides_by_name():
     assert "kind: several sections have this key; write **{'" in str(error.value)
     with pytest.raises(ConfigError, match="a config holds numbers, text, lists and mappings"):
         override_words({"seed": object()})
+    with pytest.raises(ConfigError, match="append_eox: unknown setting of prepare; did you mean"):
+        castalia.prepare("text.jsonl", "data/text", "bytes", append_eox=True)
 
 
 def test_metrics_as_a_table(tmp_path, monkeypatch):

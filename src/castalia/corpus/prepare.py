@@ -7,10 +7,11 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.corpus.encoding import Encoder
 from castalia.corpus.executors import PlannedParts, run_parts
 from castalia.corpus.extents import Share
@@ -108,8 +109,12 @@ def prepare(
 def options_from(options: PrepareOptions | None, choices: dict[str, Any]) -> PrepareOptions:
     """The options, given whole or as single fields.
 
-    Raises  ConfigError if given both ways.
+    Raises  ConfigError if given both ways, or for a field that does not exist.
     """
+    names = [field.name for field in fields(PrepareOptions)]
+    for name in choices:
+        if name not in names:
+            raise ConfigError(f"{name}: unknown setting of prepare{nearest(name, names)}")
     if options is None:
         return PrepareOptions(**choices)
     if choices:
