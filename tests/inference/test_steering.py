@@ -3,6 +3,7 @@ decoding."""
 
 import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -196,6 +197,13 @@ def test_a_form_takes_back_rejected_guesses(speaker: LanguageModel) -> None:
     assert progress.allowed(list(b"ab")).nonzero().flatten().tolist() == [ord("x")]
 
 
+def chain(count: int, sign: str) -> str:
+    """A grammar of which every rule is the next one."""
+    names = ["start" if sign == ":" else "root", *(f"r{i}" for i in range(count))]
+    rules = [f"{name} {sign} {following}" for name, following in pairwise(names)]
+    return "\n".join([*rules, f'{names[-1]} {sign} "a"'])
+
+
 def test_other_forms_and_forms_that_are_none(speaker: LanguageModel) -> None:
     pytest.importorskip("llguidance")
     grammars = speaker.grammars
@@ -205,6 +213,7 @@ def test_other_forms_and_forms_that_are_none(speaker: LanguageModel) -> None:
     digits = speaker.generate(PROMPT, 20, grammar=grammars.regex("[0-9]{3}-ab"))
     assert digits[:3].isdigit() and digits[3:] == "-ab"
     assert speaker.generate(PROMPT, 20, grammar=grammars.grammar('root ::= "x" "y"')) == "xy"
+    assert speaker.generate(PROMPT, 20, grammar=grammars.grammar(chain(499, ":"))) == "a"
     compact = grammars.json({"type": "array", "items": {"const": 1}, "minItems": 2}, blanks=None)
     assert speaker.generate(PROMPT, 9, grammar=compact).startswith("[1,1")
     wrong = [
@@ -214,6 +223,13 @@ def test_other_forms_and_forms_that_are_none(speaker: LanguageModel) -> None:
         (lambda: grammars.regex("[0-"), "the regular expression cannot be used"),
         (lambda: grammars.grammar("start: nothing"), "the grammar cannot be used.*nothing"),
         (lambda: grammars.grammar("start: start"), "the grammar cannot be used: no text has this"),
+        # Each names the next one: recursion over 3000 would end the process.
+        (lambda: grammars.grammar(chain(3000, ":")), "has 3,000 rules; at most 500 are compiled"),
+        (lambda: grammars.grammar(chain(3000, "::=")), "has 3,001 rules; at most 500 are"),
+        (
+            lambda: grammars.json('[{"$re\\u0066": "#/a"}' + 500 * ',{"$ref": "#"}' + "]"),
+            "has 501 ref",
+        ),
         (lambda: grammars.json({"$ref": "#"}), "JSON schema cannot be used: no text has this form"),
         (lambda: LanguageModel(speaker.engine).grammars, "needs a model with a tokenizer.json"),
     ]

@@ -21,6 +21,9 @@ BLANKS = r"( |\n[ \t]{0,12})"
 amount, with which a weak model fills its whole budget."""
 LARGEST = 1 << 16
 """Characters of a form. A schema with twice as many, all properties, compiles for 17 s."""
+MOST_RULES = 500
+"""Rules of a grammar, and references in a JSON schema. The library follows them by recursion: where
+1,000 schemas name one another, a thread's stack overflows, and the process ends."""
 NO_TEXT = "NoExtensionBias"
 """llguidance's reason where no token may follow."""
 PURPOSE = "a text of a given form (JSON, a choice, a regular expression, a grammar)"
@@ -57,7 +60,12 @@ class Grammars:
     def json(self, schema: Mapping[str, Any] | str, *, blanks: str | None = BLANKS) -> "Grammar":
         """Text that is JSON of a schema; `blanks` is the expression of its white space, or None."""
         options = {"whitespace_flexible": blanks is not None, "whitespace_pattern": blanks}
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        try:
+            # Read, so that references are counted however they are spelled.
+            text = json.dumps(json.loads(schema) if isinstance(schema, str) else schema)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"the JSON schema cannot be used: {error}") from None
+        require_few(text.count('"$ref"'), "the JSON schema", "references")
         try:
             source = self.library.LLMatcher.grammar_from_json_schema(text, defaults=options)
         except ValueError as error:
@@ -76,6 +84,9 @@ class Grammars:
 
     def grammar(self, rules: str) -> "Grammar":
         """Text of a grammar in Lark's form, or in GBNF."""
+        # One a line in Lark and one a ::= in GBNF; and references of schemas within.
+        marks = ("\n", "\r", "::=", "$ref", "\\u")
+        require_few(max(rules.count(mark) for mark in marks), "the grammar", "rules")
         try:
             source = self.library.grammar_from("grammar", rules)
         except ValueError as error:
@@ -146,6 +157,12 @@ class Progress:
             reason = first_line(self.matcher.get_error())
             raise GrammarError("no text has this form" if reason == NO_TEXT else reason)
         return unpacked(self.bits)[: self.size]
+
+
+def require_few(count: int, what: str, of: str) -> None:
+    """Raises  ConfigError if a form has so many rules that they could overflow the stack."""
+    if count > MOST_RULES:
+        raise ConfigError(f"{what} has {count:,} {of}; at most {MOST_RULES:,} are compiled")
 
 
 def unpacked(words: Tensor) -> Tensor:
