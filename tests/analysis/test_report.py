@@ -418,3 +418,24 @@ def test_every_curve_stands_out_from_its_card_and_from_the_others():
             looks = [lab(np.array(matrix) @ linear(curve)) for curve in curves]
             apart = min(np.linalg.norm(a - b) for a, b in itertools.combinations(looks, 2))
             assert apart > 20, (cones, apart)
+
+
+def test_no_text_of_a_run_is_html(tmp_path):
+    evil = "<script>alert('pwned')</script>"
+    run = tmp_path / "r<img src=x>"
+    (run / "samples").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "loss": 2.0, evil: 1.0}) + "\n" for step in (1, 2))
+    )
+    sample = {"prompt": evil, "text": evil, "step": 1}
+    (run / "samples" / "samples.json").write_text(json.dumps([sample]))
+    table = {"title": evil, "about": evil, "header": [evil], "rows": [[evil]]}
+    summary = {"title": evil, "lead": evil, "tiles": {evil: evil}, "tables": [table]}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "env.json").write_text(json.dumps({evil: evil}))
+    page = write_report(run).read_text()
+    assert evil not in page and page.count("&lt;script&gt;alert(") > 12
+    both = tmp_path / "other"
+    both.mkdir()
+    (both / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert "<img" not in write_report([run, both], tmp_path / "two.html").read_text()
