@@ -83,6 +83,9 @@ def fork(rank, plan, port, outputs, marker):
         os.dup2(output, descriptor)
     # Else the pipe has this process for a reader.
     os.closerange(marker + 1, 256)
+    # A shell script that starts the tests in the background has them ignore SIGINT, nohup SIGHUP.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if name := plan.get("ignore"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     slow_down(plan, marker)
