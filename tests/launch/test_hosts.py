@@ -293,7 +293,9 @@ def test_ctrl_c_reaches_the_ranks_of_mpirun_as_a_request_to_save(tmp_path):
     """A shell in place of mpirun, which kills its ranks on a signal of the terminal's."""
     stand_in = f"trap 'touch {tmp_path}/saved; exit 0' USR1; echo up; while :; do sleep 0.05; done"
     code = (
-        "import sys; from castalia.launch.starting import run_mpi;"
+        # A shell that starts the tests in the background has them ignore Ctrl-C.
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        " from castalia.launch.starting import run_mpi;"
         f" sys.exit(run_mpi(['sh', '-c', {stand_in!r}], 0))"
     )
     with subprocess.Popen(
