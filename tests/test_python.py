@@ -118,6 +118,8 @@ def test_metrics_as_a_table(tmp_path, monkeypatch):
     assert dict(castalia.read_metrics(tmp_path / "metrics.jsonl")).keys() == set(metrics)
     with pytest.raises(DataError, match=r"no run folder .*nowhere; `castalia runs` lists runs"):
         castalia.read_metrics(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=f"did you mean '{tmp_path}'"):
+        castalia.read_metrics(tmp_path.with_name(tmp_path.name[1:]))
     (tmp_path / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match=r"no metrics.jsonl in .*: it is not the folder of a run"):
         castalia.read_metrics(tmp_path)

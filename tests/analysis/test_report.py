@@ -335,8 +335,10 @@ def test_a_long_record_is_drawn_by_means():
 def test_what_is_no_run_is_refused_with_the_reason(run: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"has neither metrics\.jsonl nor summary"):
         write_report(tmp_path)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match="does not exist; expected the folder of a run"):
         write_report(tmp_path / "gone")
+    with pytest.raises(DataError, match=f"does not exist; did you mean '{run}'"):
+        write_report(run.with_name(run.name[1:]))
     with pytest.raises(DataError, match=r"holds runs \(full\) but is none itself"):
         write_report(run.parent)
     with pytest.raises(DataError, match="named twice"):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from castalia.checkpoint import complete_steps
 from castalia.config import read_yaml
 from castalia.core.errors import CastaliaError, DataError
+from castalia.core.hub import did_you_mean
 from castalia.mixing import MixtureRecord, read_mixture
 from castalia.models.families import build_model_config
 from castalia.models.flops import flops_per_token
@@ -176,7 +177,7 @@ def lines_by_step(path: Path) -> list[dict[str, Any]]:
 def no_run(folder: Path) -> str:
     """What to say of a folder that is not a run's."""
     if not folder.exists():
-        return f"{folder} does not exist; expected the folder of a run"
+        return f"{folder} does not exist; {did_you_mean(folder, 'expected the folder of a run')}"
     if (folder / "metrics.jsonl").exists():
         return f"{folder}/metrics.jsonl has no step yet; try again when the run has made one"
     inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))

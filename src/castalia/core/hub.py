@@ -70,6 +70,12 @@ def local_reading(path: Path) -> Path | None:
     return place if was_mistyped and any(place.glob("*/checkpoints")) else None
 
 
+def did_you_mean(path: Path, otherwise: str) -> str:
+    """The question whether another path was meant, or `otherwise` if nothing is spelled alike."""
+    near = local_reading(path)
+    return otherwise if near is None else f"did you mean {str(near)!r}?"
+
+
 def similar_name(folder: Path, name: str) -> str | None:
     """`name` if `folder` holds it, or the name in it that is spelled almost like it; None if there
     is neither."""

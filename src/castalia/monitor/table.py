@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
+from castalia.core.hub import did_you_mean
 from castalia.monitor.sinks import read_metrics as read_records
 
 FILE = "metrics.jsonl"
@@ -114,7 +115,7 @@ def metrics_file(path: Path) -> Path:
             f"no {FILE} in {path}: it is not the folder of a run, or its first step has not ended;"
             " `castalia runs` lists runs"
         )
-    raise DataError(f"no run folder {path}; `castalia runs` lists runs")
+    raise DataError(f"no run folder {path}; {did_you_mean(path, '`castalia runs` lists runs')}")
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
