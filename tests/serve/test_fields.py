@@ -18,7 +18,9 @@ pytest.importorskip("fastapi")
 from tests.fixtures.live_server import LiveServer
 
 from castalia.core.errors import ConfigError
+from castalia.corpus import ChatOptions, prepare
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
+from castalia.data import IndexedDataset, load_tokenizer
 from castalia.serve.conversation import chat_prompt
 from castalia.serve.fields import Only
 from castalia.serve.model_pool import ModelPool, ServeOptions
@@ -313,13 +315,50 @@ def test_a_template_that_does_not_read_tools_refuses_them() -> None:
         (name,) = fields
         with pytest.raises(ConfigError, match=f"{name}: the model's chat template does not read"):
             chat_prompt(deaf, chat(messages=[{"role": "user", "content": "a"}], **fields), {})
-    # A template that joins texts gets the JSON of the arguments.
-    joins = ChatTemplate(
-        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
-        "{{ '[' + c.function.arguments + ']' }}{% endfor %}{% endfor %}{{ level }}",
-        "here",
-    )
-    assert chat_prompt(joins, chat(chat_template_kwargs={"level": 3}), {}) == '[{"what": "é"}]3'
+    plain = ChatTemplate("{% for m in messages %}{{ m.role }}{% endfor %}{{ level }}", "here")
+    assert chat_prompt(plain, chat(chat_template_kwargs={"level": 3}), {}) == "userassistanttool3"
+
+
+CALLS = "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+CALLS += "{% set a = c.function.arguments %}ARGUMENTS;{% endfor %}{% endfor %}"
+GIVEN = '{"text":  "é", "n": 1}'
+"""JSON with a blank that no encoder writes, and the name of an attribute."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "written"),
+    [
+        ("{{ a | tojson }}", GIVEN, '{"text": "é", "n": 1}'),
+        ("{{ a | tojson }}", {"text": "é", "n": 1}, '{"text": "é", "n": 1}'),
+        ("{{ a | tojson }}", "", "{}"),
+        ("{{ a | tojson }}", "[1]", '"[1]"'),
+        ("{{ a | tojson }}", "not JSON", '"not JSON"'),
+        ("{{ a.text }}{% for k, v in a.items() %},{{ k }}={{ v }}{% endfor %}", GIVEN,
+         "é,text=é,n=1"),
+        ("{% if a is string %}text{% else %}{{ a | tojson }}{% endif %}", GIVEN,
+         '{"text": "é", "n": 1}'),
+        ("{{ a }}", GIVEN, GIVEN),
+        ("{{ '[' + a + ']' }}", GIVEN, f"[{GIVEN}]"),
+        ("{{ '[' ~ a ~ ']' }}", "", "[]"),
+    ],
+)  # fmt: skip
+def test_a_call_is_trained_on_as_it_is_served(
+    tmp_path: Path, arguments: str, given: Any, written: str
+) -> None:
+    """One conversation through the server and through `prepare --chat`."""
+    call = CALL | {"function": {"name": "find", "arguments": given}}
+    messages = [CALLING[0], CALLING[1] | {"tool_calls": [call, call]}, CALLING[2]]
+    path = tmp_path / "template.jinja"
+    path.write_text(CALLS.replace("ARGUMENTS", arguments))
+    template = read_chat_template(None, path)
+    assert template is not None
+    served = chat_prompt(template, chat(messages=messages, add_generation_prompt=False), {})
+    lines = tmp_path / "chats.jsonl"
+    lines.write_text(json.dumps({"messages": messages}) + "\n")
+    options = ChatOptions(template=str(path), mask=False)
+    prepare([lines], tmp_path / "out", "bytes", keys=("messages",), chat=options)
+    (tokens,) = IndexedDataset(tmp_path / "out_messages_document")[:]
+    assert load_tokenizer("bytes").decode(tokens.tolist()) == served == f"{written};" * 2
 
 
 def test_the_official_client_sends_fields(server: LiveServer, speaker: LanguageModel) -> None:

@@ -1,7 +1,7 @@
 """Conversations to text: the Jinja chat template of a Hugging Face tokenizer, in a sandbox.
 
 Source  transformers 5.23, utils/chat_template_utils.py and `apply_chat_template`: a template is
-        given what transformers gives it.
+        given what transformers gives it, except the arguments of calls (see call_arguments.py).
 """
 
 import os
@@ -14,6 +14,7 @@ from typing import Any
 
 from castalia.core.errors import ConfigError
 from castalia.core.extras import require
+from castalia.corpus.call_arguments import with_arguments
 from castalia.corpus.message_content import (
     EITHER,
     PARTS,
@@ -72,7 +73,8 @@ class ChatTemplate:
 
         `messages` have a role, and a content that is a string, null, or a list of text parts; all
         their keys reach the template, but for those that are null. Parts become one string, with
-        line breaks between them, for a template that expects strings.
+        line breaks between them, for a template that expects strings. The arguments of tool calls
+        become objects if they are JSON text, see `CallArguments`.
 
         tools          JSON schemas of the functions that the model may call.
         documents      objects with `title` and `text`, for templates of retrieval.
@@ -90,7 +92,8 @@ class ChatTemplate:
                 "a text either opens a new message or continues the last one; give one of"
                 " add_generation_prompt and continue_final_message"
             )
-        plain = in_form(without_nulls(messages), self.content_form)
+        # Here, so that a model is trained on the text that it is served with.
+        plain = in_form(with_arguments(without_nulls(messages)), self.content_form)
         said = ""
         if continue_last:
             plain, said = tagged(plain, CONTINUED)

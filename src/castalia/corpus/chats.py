@@ -2,8 +2,10 @@
 
 A label is -100 where its token is not a training target.
 Source  tools/datasets/preprocess_data_with_chat_template.py of GPT-NeoX. These files are equal to
-        its byte for byte, with two exceptions: rewards, which it writes as integers; and messages
-        whose first characters merge with the preceding text into one token, where it loses tokens.
+        its byte for byte, with three exceptions: rewards, which it writes as integers; messages
+        whose first characters merge with the preceding text into one token, where it loses tokens;
+        and calls of functions under a template that writes their arguments with `tojson`, which it
+        quotes twice where they are JSON text already.
 """
 
 from collections.abc import Callable, Iterator, Sequence

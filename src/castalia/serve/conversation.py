@@ -1,29 +1,10 @@
 """A chat request as the text that the model continues."""
 
-import json
 from collections.abc import Mapping
-from typing import Any
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.chat_template import ChatTemplate
 from castalia.serve.requests import ChatRequest
-
-
-class CallArguments(dict[str, Any]):
-    """The arguments of a function call.
-
-    OpenAI's API has them as JSON text. Most templates expect the object, as vLLM gives it to them;
-    where a template writes or joins text, this object is its JSON.
-    """
-
-    def __str__(self) -> str:
-        return json.dumps(self, ensure_ascii=False)
-
-    def __add__(self, text: str) -> str:
-        return str(self) + text
-
-    def __radd__(self, text: str) -> str:
-        return text + str(self)
 
 
 def chat_prompt(template: ChatTemplate, body: ChatRequest, defaults: Mapping[str, str]) -> str:
@@ -51,7 +32,7 @@ def chat_prompt(template: ChatTemplate, body: ChatRequest, defaults: Mapping[str
     continues = bool(body.continue_final_message)
     reply = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     return template.render(
-        [plain(message.model_dump(exclude_unset=True)) for message in body.messages],
+        [message.model_dump(exclude_unset=True) for message in body.messages],
         tools=tools,
         documents=documents,
         reply=reply,
@@ -59,25 +40,3 @@ def chat_prompt(template: ChatTemplate, body: ChatRequest, defaults: Mapping[str
         variables=variables,
         defaults=defaults,
     )
-
-
-def plain(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with the arguments of its function calls as objects."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    return message | {"tool_calls": [with_arguments(call) for call in calls]}
-
-
-def with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A function call whose arguments are an object, unless they are no JSON of one."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        return call
-    if not isinstance(arguments, dict):
-        return call
-    return call | {"function": function | {"arguments": CallArguments(arguments)}}
