@@ -12,9 +12,9 @@ import torch
 
 from castalia.inference.decoding import Continuation
 from castalia.inference.engine import Engine
-from castalia.inference.grammar import shared
 from castalia.inference.sampling import Sampling, next_tokens
 from castalia.inference.steering import Steering, steering_of
+from castalia.inference.text import shared
 
 PREFIX_TOKENS = 16
 """Shorter common beginnings are read again: copying their state costs as much."""

@@ -15,6 +15,7 @@ from castalia.core.errors import ConfigError
 from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import OtherTokenizer
+from castalia.inference.text import shared
 
 BLANKS = r"( |\n[ \t]{0,12})"
 """White space between the parts of JSON: a space, or a line break and an indent. JSON allows any
@@ -169,16 +170,6 @@ def unpacked(words: Tensor) -> Tensor:
     """The bits of int32 words (W,), lowest first: (32 W,) bool."""
     places = torch.arange(32, dtype=torch.int32)
     return (words[:, None] >> places & 1).bool().flatten()
-
-
-def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
 
 
 def first_line(message: str) -> str:

@@ -295,15 +295,16 @@ class LanguageModel:
         Raises  ConfigError if an option is out of range or two contradict each other.
         """
         given: dict[str, Any] = dict(options)
-        ending = {name: given.pop(name) for name in ENDINGS if name in given}
-        stop = ending.get("stop")
-        ending["stop"] = [stop] if isinstance(stop, str) else list(stop or ())
+        ends = {name: given.pop(name) for name in ENDINGS if name in given}
+        stop = ends.get("stop")
+        ends["stop"] = [stop] if isinstance(stop, str) else list(stop or ())
+        ending = Ending(**ends)
         sampling = Sampling(**given)
-        require_possible(sampling, Ending(**ending))
+        require_possible(sampling, ending)
         self.require_ids(sampling.logit_bias, "logit_bias: id")
         self.require_ids(sampling.allowed_token_ids or (), "allowed_token_ids: id")
-        self.require_ids(ending.get("stop_token_ids", ()), "stop_token_ids: id")
-        return sampling, Ending(**ending)
+        self.require_ids(ending.stop_token_ids, "stop_token_ids: id")
+        return sampling, ending
 
     def continuation(
         self,

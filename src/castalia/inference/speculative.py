@@ -21,10 +21,10 @@ from torch import Tensor
 from castalia.core.errors import ConfigError
 from castalia.inference.decoding import Completion, Continuation
 from castalia.inference.engine import Engine
-from castalia.inference.grammar import shared
 from castalia.inference.language_model import Drawing, LanguageModel
 from castalia.inference.sampling import Sampling, distribution
 from castalia.inference.steering import steering_of
+from castalia.inference.text import shared
 
 GUESSES = 5
 """Tokens that a draft proposes at a time."""

@@ -105,3 +105,13 @@ class TextStream:
                     longest = length
                     break
         return longest
+
+
+def shared(a: Sequence[object], b: Sequence[object]) -> int:
+    """Length of the common beginning of two texts, or of their tokens."""
+    length = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        length += 1
+    return length

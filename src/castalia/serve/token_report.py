@@ -7,9 +7,10 @@ bytes, and stands at the character that it is a part of.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.decoding import FinishReason
 from castalia.inference.language_model import LanguageModel
-from castalia.inference.text import TextStream
+from castalia.inference.text import TextStream, shared
 from castalia.inference.token_texts import TokenTexts, spelled
 from castalia.serve.scheduler import ScoredToken, ServedText
 
@@ -87,7 +88,7 @@ class Placing:
         ids = self.stream.tokens[len(self.stream.tokens) - len(self.open) :]
         for number, token in enumerate(self.open[1:], start=1):
             # What the tokens before it have settled: a part of a character settles nothing.
-            settled = common(self.stream.decode(ids[:number]), written)
+            settled = shared(self.stream.decode(ids[:number]), written)
             token.offset = self.start + before + settled
         self.open = []
 
@@ -184,10 +185,11 @@ class TokenReport:
 
         Composed accents and lower case, for instance, are not what was echoed.
         """
-        inner = None if self.tokenizer is None else getattr(self.tokenizer, "inner", None)
-        if inner is None or not self.echo:
+        tokenizer = self.tokenizer
+        # Only the tokenizers library tells the place of each token.
+        if tokenizer is None or isinstance(tokenizer, OtherTokenizer) or not self.echo:
             return
-        encoding = inner.encode(self.echo, add_special_tokens=False)
+        encoding = tokenizer.inner.encode(self.echo, add_special_tokens=False)
         if encoding.ids != self.text.ids:
             return
         end = 0
@@ -205,13 +207,3 @@ class TokenReport:
 def by_id(token: int) -> str:
     """A token by its id, as vLLM writes it."""
     return f"token_id:{token}"
-
-
-def common(a: str, b: str) -> int:
-    """Length of the common beginning."""
-    length = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        length += 1
-    return length
