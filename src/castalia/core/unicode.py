@@ -37,4 +37,7 @@ def require_unicode_in(value: Any, what: str) -> None:
                 require_unicode(str(key), f"a key of {path}")
                 waiting.append((inner, str(key) if path == what else f"{path}.{key}"))
         elif isinstance(each, list):
-            waiting += [(inner, f"{path}.{i}") for i, inner in enumerate(each)]
+            # A prompt may be a million token ids, of which none needs a path.
+            for i, inner in enumerate(each):
+                if isinstance(inner, str | dict | list):
+                    waiting.append((inner, f"{path}.{i}"))

@@ -98,22 +98,9 @@ class AnswerFormat:
                 choice = Choice(index=index, text=written, logprobs=counted, finish_reason=reason)
                 choices.append(choice)
         if self.chat:
-            chat = ChatAnswer(
-                id=f"chatcmpl-{self.id}",
-                created=self.created,
-                model=self.name,
-                choices=replies,
-                usage=usage,
-            )
+            chat = ChatAnswer(**self.identity, choices=replies, usage=usage)
             return chat.model_dump(exclude={"choices": {"__all__": {"delta"}}})
-        answer = CompletionAnswer(
-            id=f"cmpl-{self.id}",
-            created=self.created,
-            model=self.name,
-            choices=choices,
-            usage=usage,
-        )
-        return answer.model_dump()
+        return CompletionAnswer(**self.identity, choices=choices, usage=usage).model_dump()
 
     def chunk(
         self,
@@ -135,10 +122,14 @@ class AnswerFormat:
         choice = Choice(
             index=index, text=text, logprobs=completion_logprobs(tokens), finish_reason=reason
         )
-        answer = CompletionAnswer(
-            id=f"cmpl-{self.id}", created=self.created, model=self.name, choices=[choice]
-        )
+        answer = CompletionAnswer(**self.identity, choices=[choice])
         return server_sent(answer.model_dump(exclude=self.left_out))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Fields that the answer and all chunks of a stream share."""
+        endpoint = "chatcmpl" if self.chat else "cmpl"
+        return {"id": f"{endpoint}-{self.id}", "created": self.created, "model": self.name}
 
     @property
     def left_out(self) -> set[str]:
@@ -147,13 +138,7 @@ class AnswerFormat:
 
     def chat_chunk(self, choices: list[ChatChoice]) -> str:
         """Chat choices as a server-sent event."""
-        answer = ChatAnswer(
-            id=f"chatcmpl-{self.id}",
-            object="chat.completion.chunk",
-            created=self.created,
-            model=self.name,
-            choices=choices,
-        )
+        answer = ChatAnswer(**self.identity, object="chat.completion.chunk", choices=choices)
         # A client tells a chunk from the last one by `finish_reason: null`, so nulls are sent.
         left_out: dict[str, Any] = dict.fromkeys(self.left_out, True)
         left_out["choices"] = {"__all__": {"message"}}
@@ -166,17 +151,9 @@ class AnswerFormat:
 
     def usage_chunk(self, usage: Usage) -> str:
         """The last chunk of a stream with `include_usage`."""
-        identity = {"id": f"cmpl-{self.id}", "object": "text_completion"}
-        if self.chat:
-            identity = {"id": f"chatcmpl-{self.id}", "object": "chat.completion.chunk"}
-        body = {
-            **identity,
-            "created": self.created,
-            "model": self.name,
-            "choices": [],
-            "usage": usage.model_dump(),
-        }
-        return server_sent(body)
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        counts = {"object": kind, "choices": [], "usage": usage.model_dump()}
+        return server_sent(self.identity | counts)
 
 
 def completion_logprobs(tokens: Sequence[ReportedToken] | None) -> LogprobsOut | None:

@@ -1,6 +1,5 @@
 """The ASGI application: endpoints, error handlers and the OpenAPI page."""
 
-import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -60,7 +59,6 @@ FIELD_NAMES = frozenset(
     field.alias or name for request in REQUESTS for name, field in request.model_fields.items()
 )
 """Every name that a request may have."""
-LOG = logging.getLogger("castalia.serve")
 CLIENT_LEFT = 499
 """nginx's status for a closed connection; only the metrics see it."""
 STOPPING_RETRY_SECONDS = "5"
@@ -158,12 +156,7 @@ def add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str) -> ModelCard:
         """Describe one model."""
-        if name not in locations:
-            raise UnknownModelError(
-                f"unknown model {name!r}; GET /v1/models lists the models of this server"
-                f"{nearest(name, locations)}"
-            )
-        return ModelCard(id=name, created=locations[name].created)
+        return ModelCard(id=name, created=service.pool.location(name).created)
 
     @app.post("/tokenize", responses=ERRORS)
     async def tokenize(body: TokenizeRequest) -> Tokens:
@@ -255,10 +248,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(FailedError)
     async def failed(request: Request, error: FailedError) -> Response:
-        if isinstance(error.__cause__, ConfigError):  # a form that turned out too large
-            return JSONResponse(error_body(400, str(error.__cause__)), 400)
-        LOG.error("%s %s failed", request.method, request.url.path, exc_info=error.__cause__)
-        return JSONResponse(error_body(500, str(error)), 500)
+        return JSONResponse(error_body(error.status, str(error)), error.status)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
@@ -322,8 +312,9 @@ def set_bounds(schema: Any, bounds: Iterable[tuple[str, str, int]]) -> None:
     if isinstance(schema, dict):
         for description, keyword, value in bounds:
             if schema.get("description") == description:
-                lowered = keyword != "minimum" and schema[keyword] < value
-                schema[keyword] = schema[keyword] if lowered else value
+                if keyword != "minimum":
+                    value = min(value, schema[keyword])
+                schema[keyword] = value
         children = list(schema.values())
     elif isinstance(schema, list):
         children = schema

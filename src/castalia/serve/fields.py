@@ -97,6 +97,10 @@ class Only:
         return {"enum": self.values, "description": "Not supported."}
 
 
+Unsupported = Annotated[Any, Only()]
+"""A field that this server cannot honour, without another way to the same."""
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two JSON values are equal; Python's true == 1 is not."""
     return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)

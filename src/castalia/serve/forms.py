@@ -3,13 +3,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from castalia.core.errors import ConfigError
 from castalia.inference.grammar import BLANKS, Grammar, Grammars
-from castalia.serve.fields import Body, Only
+from castalia.serve.fields import Body, Unsupported
 
 ANY_OBJECT = {"type": "object"}
 """The schema of `json_object`."""
@@ -50,8 +50,8 @@ class StructuredOutputs(Body):
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool | None = False
     disable_fallback: bool | None = Field(None, description="No effect: there is no fallback.")
-    structural_tag: Annotated[Any, Only()] = None
-    disable_additional_properties: Annotated[Any, Only()] = None
+    structural_tag: Unsupported = None
+    disable_additional_properties: Unsupported = None
 
 
 @dataclass(frozen=True)

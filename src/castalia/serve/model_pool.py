@@ -100,17 +100,25 @@ class ModelPool:
         """
         if name is None:
             name = next(iter(self.locations))
+        path = self.location(name).path
+        with self.lock:
+            if name not in self.loaded:
+                self.make_room()
+                self.loaded[name] = self.load(name, path)
+            self.loaded.move_to_end(name)
+            return self.loaded[name]
+
+    def location(self, name: str) -> ModelLocation:
+        """Where a model is.
+
+        Raises  UnknownModelError with the nearest name.
+        """
         if name not in self.locations:
             raise UnknownModelError(
                 f"unknown model {name!r}; GET /v1/models lists the models of this server"
                 f"{nearest(name, self.locations)}"
             )
-        with self.lock:
-            if name not in self.loaded:
-                self.make_room()
-                self.loaded[name] = self.load(name)
-            self.loaded.move_to_end(name)
-            return self.loaded[name]
+        return self.locations[name]
 
     def make_room(self) -> None:
         """Drop the least recently used models until another fits.
@@ -122,9 +130,8 @@ class ModelPool:
             _, oldest = self.loaded.popitem(last=False)
             oldest.scheduler.close(wait=False)
 
-    def load(self, name: str) -> LoadedModel:
+    def load(self, name: str, path: str) -> LoadedModel:
         """Read a model and start its scheduler."""
-        path = self.locations[name].path
         model = load(path, engine=self.options.engine, dtype=self.options.dtype)
         scheduler = Scheduler(
             model.engine,

@@ -26,6 +26,7 @@ from castalia.serve.fields import (
     TokenId,
     Top,
     TopK,
+    Unsupported,
 )
 from castalia.serve.forms import Form, ResponseFormat, StructuredOutputs, requested_form
 
@@ -58,7 +59,7 @@ class StreamOptions(Body):
 
     include_usage: bool | None = False
     """Send the token counts in a last chunk."""
-    include_obfuscation: Annotated[Any, Only()] = None
+    include_obfuscation: Unsupported = None
     continuous_usage_stats: Annotated[Any, Only(instead="use include_usage")] = None
 
 
@@ -126,30 +127,30 @@ class SamplingBody(Body):
     session_id: str | None = Field(None, description=LABEL)
 
     # What this server cannot do.
-    use_beam_search: Annotated[Any, Only()] = None
+    use_beam_search: Unsupported = None
     length_penalty: Annotated[Any, Only(1)] = None
-    early_stopping: Annotated[Any, Only()] = None
+    early_stopping: Unsupported = None
     bad_words: Annotated[Any, Only(instead=BIAS)] = None
     prompt_logprobs: Annotated[
         Any, Only(instead="use echo=true with logprobs in /v1/completions")
     ] = None
-    logprob_token_ids: Annotated[Any, Only()] = None
-    return_tokens_as_token_ids: Annotated[Any, Only()] = None
-    return_token_ids: Annotated[Any, Only()] = None
-    return_token_offsets: Annotated[Any, Only()] = None
+    logprob_token_ids: Unsupported = None
+    return_tokens_as_token_ids: Unsupported = None
+    return_token_ids: Unsupported = None
+    return_token_offsets: Unsupported = None
     return_mm_kwargs: Annotated[Any, Only(True)] = None
     routed_experts_prompt_start: Annotated[Any, Only(0)] = None
-    repetition_detection: Annotated[Any, Only()] = None
+    repetition_detection: Unsupported = None
     thinking_token_budget: Annotated[Any, Only(-1)] = None
-    structural_tag: Annotated[Any, Only()] = None
-    logits_processors: Annotated[Any, Only()] = None
-    watermarking: Annotated[Any, Only()] = None
+    structural_tag: Unsupported = None
+    logits_processors: Unsupported = None
+    watermarking: Unsupported = None
     priority: Annotated[Any, Only(0)] = None
     stream_interval: Annotated[Any, Only(1)] = None
-    cache_salt: Annotated[Any, Only()] = None
-    kv_transfer_params: Annotated[Any, Only()] = None
-    ec_transfer_params: Annotated[Any, Only()] = None
-    vllm_xargs: Annotated[Any, Only()] = None
+    cache_salt: Unsupported = None
+    kv_transfer_params: Unsupported = None
+    ec_transfer_params: Unsupported = None
+    vllm_xargs: Unsupported = None
     usage: Annotated[Any, Only(instead="use stream_options")] = None
 
     @property
@@ -201,8 +202,8 @@ class CompletionRequest(SamplingBody):
     echo: bool | None = False
     logprobs: Annotated[Top | Literal[False] | None, AfterValidator(null_for_false)] = None
     best_of: Positive | None = Field(None, description="Not supported: must be 1 or n.")
-    suffix: Annotated[Any, Only()] = None
-    prompt_embeds: Annotated[Any, Only()] = None
+    suffix: Unsupported = None
+    prompt_embeds: Unsupported = None
 
     @field_validator("best_of")
     @classmethod
@@ -277,13 +278,13 @@ class ChatRequest(SamplingBody):
     safety_identifier: str | None = Field(None, description=LABEL)
     prompt_cache_key: str | None = Field(None, description=LABEL)
     prompt_cache_retention: Annotated[Any, Only("in_memory")] = None
-    prompt_cache_options: Annotated[Any, Only()] = None
+    prompt_cache_options: Unsupported = None
     service_tier: Annotated[Any, Only("auto", "default")] = None
-    store: Annotated[Any, Only()] = None
+    store: Unsupported = None
     modalities: Annotated[Any, Only(["text"])] = None
-    audio: Annotated[Any, Only()] = None
-    moderation: Annotated[Any, Only()] = None
-    prediction: Annotated[Any, Only()] = None
+    audio: Unsupported = None
+    moderation: Unsupported = None
+    prediction: Unsupported = None
     verbosity: Annotated[Any, Only("medium")] = None
     # Here an empty object asks for a search.
     web_search_options: Annotated[Any, Only(empty=False)] = None
@@ -307,9 +308,9 @@ class ChatRequest(SamplingBody):
     chat_template: Annotated[Any, Only(instead=TEMPLATE)] = None
     echo: Annotated[Any, Only(instead="use continue_final_message")] = None
     include_reasoning: Annotated[Any, Only(True)] = None
-    return_prompt_text: Annotated[Any, Only()] = None
-    media_io_kwargs: Annotated[Any, Only()] = None
-    mm_processor_kwargs: Annotated[Any, Only()] = None
+    return_prompt_text: Unsupported = None
+    media_io_kwargs: Unsupported = None
+    mm_processor_kwargs: Unsupported = None
 
     @field_validator("top_logprobs")
     @classmethod
@@ -328,7 +329,7 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = Field(
         False, description="Must be false for a tokenizer that would add some."
     )
-    return_token_strs: Annotated[Any, Only()] = None
+    return_token_strs: Unsupported = None
 
 
 class DetokenizeRequest(Body):
