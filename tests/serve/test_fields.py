@@ -211,11 +211,17 @@ def test_a_form_that_turns_out_too_large_ends_its_own_text_alone(talker: Path) -
 
 
 def test_impossible_values_are_400(server: LiveServer) -> None:
+    pytest.importorskip("llguidance")
     for fields, message in WRONG:
         body = {"prompt": PROMPT, "max_tokens": 24, **fields}
         status, answer, _ = server.ask("/v1/completions", body)
         assert status == 400 and message in answer["error"]["message"], (fields, answer)
         assert "at most 0" not in answer["error"]["message"]
+    # A form that turns out too large on the way is the request's fault in a stream, too.
+    body = {"prompt": PROMPT, "guided_regex": "[a-z]{3}a{1000000}", "stream": True}
+    _, page, _ = server.ask("/v1/completions", body)
+    error = json.loads(page.split("\n\n")[-2].removeprefix("data: "))["error"]
+    assert error["type"] == "invalid_request_error" and "too many expr" in error["message"]
 
 
 VLLM = """add_special_tokens allowed_token_ids bad_words cache_salt guided_choice

@@ -480,7 +480,7 @@ def test_models_come_and_go(
 
 
 def test_a_failure_ends_its_own_request_only(
-    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     scheduler = server.pool.get(None).scheduler
     admit = scheduler.batcher.admit
@@ -493,6 +493,12 @@ def test_a_failure_ends_its_own_request_only(
     monkeypatch.setattr(scheduler.batcher, "admit", fail_on_x)
     status, answer, _ = server.ask("/v1/completions", {"prompt": "x"})
     assert status == 500 and answer["error"]["type"] == "server_error"
+    # A stream has sent its status; the operator reads the reason in both cases.
+    assert "a kernel failed" in caplog.text
+    caplog.clear()
+    status, page, _ = server.ask("/v1/completions", {"prompt": "x", "stream": True})
+    assert status == 200 and '"type": "server_error"' in page and "[DONE]" not in page
+    assert "a kernel failed" in caplog.text
     assert server.complete(prompt=PROMPT, max_tokens=3)["choices"]
     until(server.idle)
 

@@ -49,7 +49,9 @@ def with_arguments(messages: Sequence[Message]) -> list[Message]:
 def as_object(call: Any) -> Any:
     """A call whose arguments are an object, unless they are not the JSON of one."""
     function = call.get("function") if isinstance(call, dict) else None
-    text = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(function, dict):
+        return call
+    text = function.get("arguments")
     if not isinstance(text, str):
         return call
     try:

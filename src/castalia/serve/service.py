@@ -1,7 +1,7 @@
 """The work behind the endpoints: requests become texts, and events become answers."""
 
 import asyncio
-import secrets
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -27,15 +27,22 @@ DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as in OpenAI's API."""
 NO_LIMIT = 2**31 - 1
 """max_tokens of a chat reply without one: the model's context ends it."""
-SEED_BITS = 48
-"""Random seeds; text i of a request draws with seed + i."""
+LOG = logging.getLogger("castalia.serve")
 
 Inbox = asyncio.Queue[tuple[int, StreamEvent]]
 """Events of one request, each with the index of its text."""
 
 
 class FailedError(Exception):
-    """An exception on the scheduler's thread; the cause is attached."""
+    """An exception on the scheduler's thread, as its client is told of it."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.status = 500
+        message = f"{type(cause).__name__}: {cause}"
+        if isinstance(cause, ConfigError):  # a form that turned out too large is the request's
+            self.status = 400
+            message = str(cause)
+        super().__init__(message)
 
 
 class ClientLeftError(Exception):
@@ -170,17 +177,19 @@ class Service:
             )
         model = loaded.model
         # Long prompts take seconds to encode, and so do grammars: other requests must not wait.
-        encoded = await asyncio.to_thread(lambda: [encode(model, one, body) for one in prompts])
+        encoded = await asyncio.to_thread(
+            lambda: [encode(model, prompt, body, echo) for prompt in prompts]
+        )
         options = await asyncio.to_thread(drawing_of, model, body, max_tokens)
         sampling, ending = model.split_options(options)
         loop = asyncio.get_running_loop()
         inbox = Inbox()
         texts: list[ServedText] = []
         echoes: list[str] = []
-        for prompt, ids in zip(prompts, encoded, strict=True):
+        scoring = max_tokens == 0
+        for ids, written in encoded:
             for _ in range(n):
                 index = len(texts)
-                scoring = max_tokens == 0
                 continuation = model.continuation(ids, max(1, max_tokens), ending, scoring=scoring)
                 text = ServedText(
                     continuation=continuation,
@@ -192,7 +201,7 @@ class Service:
                     continues=not scoring,
                 )
                 texts.append(text)
-                echoes.append(prompt_text(model, prompt, ids) if echo else "")
+                echoes.append(written)
         prompt_tokens = sum(len(text.continuation.ids) for text in texts[::n])
         request = ActiveRequest(loaded, texts, answer, echoes, inbox, prompt_tokens)
         await self.submit(request)
@@ -224,8 +233,10 @@ class Service:
             while unfinished:
                 index, event = await request.inbox.get()
                 if event.error is not None:
-                    message = f"{type(event.error).__name__}: {event.error}"
-                    raise FailedError(message) from event.error
+                    failed = FailedError(event.error)
+                    if failed.status == 500:
+                        LOG.error("a text failed", exc_info=event.error)
+                    raise failed from event.error
                 self.measure(request, index, event)
                 request.outputs[index].add(event)
                 if event.finish_reason is not None:
@@ -245,9 +256,8 @@ class Service:
         generated = len(event.tokens)
         text = request.texts[index]
         if is_first and text.score_prompt:
-            generated -= len(
-                text.continuation.ids
-            )  # the first event carries the scored prompt as well
+            # The first event carries the scored prompt as well.
+            generated -= len(text.continuation.ids)
         self.metrics.generated_tokens.inc(generated)
 
     async def whole(self, active: ActiveRequest, http: Request) -> dict[str, Any]:
@@ -284,7 +294,7 @@ class Service:
         except FailedError as error:
             # The status line is sent already; an error event is all that is left to say.
             ended = True
-            yield server_sent(error_body(500, str(error)))
+            yield server_sent(error_body(error.status, str(error)))
         finally:
             if not ended:  # Starlette closes the iterator when the client disconnects
                 request.loaded.scheduler.cancel(request.texts)
@@ -317,18 +327,28 @@ class Service:
                 yield answer.chunk(index, text, tokens, event.finish_reason)
 
 
-def encode(model: LanguageModel, prompt: str | list[int], body: SamplingBody) -> list[int]:
-    """The ids of a prompt, cut to `truncate_prompt_tokens`.
+def encode(
+    model: LanguageModel, prompt: str | list[int], body: SamplingBody, echo: bool
+) -> tuple[list[int], str]:
+    """The ids of a prompt, cut to `truncate_prompt_tokens`, and its text for `echo`, else "".
 
     Raises  ConfigError if the tokenizer would have to add special tokens.
     """
     require_no_added(model, body.add_special_tokens)
     ids = model.encode(prompt)
     most = body.truncate_prompt_tokens or len(ids)
-    if body.truncation_side == "right":
-        return ids[:most]
-    # The last tokens decide what comes next.
-    return ids[-most:]
+    is_cut = most < len(ids)
+    if is_cut and body.truncation_side == "right":
+        ids = ids[:most]
+    elif is_cut:
+        # The last tokens decide what comes next.
+        ids = ids[-most:]
+    if not echo:
+        return ids, ""
+    # A whole prompt is echoed as it was sent: a tokenizer may rewrite a text.
+    if isinstance(prompt, str) and not is_cut:
+        return ids, prompt
+    return ids, model.decode(ids)
 
 
 def require_no_added(model: LanguageModel, add_special_tokens: bool | None) -> None:
@@ -371,7 +391,7 @@ def drawing_of(model: LanguageModel, body: SamplingBody, max_tokens: int) -> Dra
         ignore_eos=bool(body.ignore_eos),
         min_tokens=min_tokens,
         skip_special=bool(body.skip_special_tokens),
-        seed=secrets.randbits(SEED_BITS) if body.seed is None else body.seed,
+        seed=body.seed,
     )
 
 
@@ -393,10 +413,3 @@ async def disconnected(request: Request) -> None:
     """Return when the client closes the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def prompt_text(model: LanguageModel, prompt: str | list[int], ids: list[int]) -> str:
-    """The prompt as text, for `echo`; `ids` are those that the model reads."""
-    if isinstance(prompt, str) and model.encode(prompt) == ids:
-        return prompt
-    return model.decode(ids)
