@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from castalia.core.errors import CastaliaError, ConfigError
+from castalia.core.errors import CastaliaError, ConfigError, DataError
 
 CHUNK_BYTES = 1 << 22
 """Bytes read or copied at a time: 4 MiB."""
@@ -71,6 +71,23 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     finally:
         with suppress(OSError):  # where the parent is a file, the error above says so
             temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that somebody else may have written.
+
+    Raises  DataError if it cannot be read or is not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    # Other bytes than UTF-8 are a ValueError, too; some thousand nested lists a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: invalid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def write_json(path: str | Path, value: object) -> None:

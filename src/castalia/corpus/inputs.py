@@ -2,7 +2,6 @@
 
 import glob
 import io
-import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import CastaliaError, DataError
-from castalia.core.files import several
+from castalia.core.files import read_json, several
 
 STAMP_KEYS = ("size", "ETag", "mtime", "LastModified", "last_modified", "updated", "created")
 """Names that the file systems of fsspec give to the size and the age of a file."""
@@ -292,17 +291,6 @@ def member_path(folder: Path, name: Any, manifest: str) -> Path:
 def is_plain_name(name: str) -> bool:
     """Whether a name is a single path component other than `.` and `..`."""
     return name not in ("", ".", "..") and Path(name).name == name and "\x00" not in name
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def remote_files(url: str) -> list[InputFile]:

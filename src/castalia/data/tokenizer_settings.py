@@ -3,12 +3,11 @@
 Source  transformers 5.23, tokenization_utils_base.py: `_from_pretrained`.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError
-from castalia.core.files import atomic_write
+from castalia.core.files import atomic_write, read_json
 
 SETTINGS = "tokenizer_config.json"
 TOKEN_MAP = "special_tokens_map.json"
@@ -39,14 +38,7 @@ def read_settings(folder: Path | None, name: str = SETTINGS) -> dict[str, Any]:
     """
     if folder is None or not (folder / name).is_file():
         return {}
-    path = folder / name
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: invalid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(settings).__name__}")
-    return settings
+    return read_json(folder / name)
 
 
 def special_tokens(folder: Path | None) -> dict[str, str]:
