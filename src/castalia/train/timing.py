@@ -6,6 +6,7 @@ out: the optimizer's update, communication, checkpoints, and waiting for data.
 """
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,12 +65,9 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
     precision: str = config.precision
     if precision == "auto":
         precision = faster_precision(config, device)
-    for most in TOKENS[cost.device]:
-        length = min(config.data.seq_length, most)
-        rows = min(cost.micro_rows, most // length)
-        seconds = pass_seconds(model, precision, device, rows, length)
-        if seconds > PATIENCE:
-            break
+    (seconds,), rows, length = largest_pass(
+        model, [precision], device, cost.micro_rows, config.data.seq_length
+    )
     rate = flops_per_token(piece, length) * rows * length / seconds
     at_once = cost.processes if cost.device == "cuda" else 1
     step = cost.flops_per_token * config.tokens_per_step / (rate * at_once)
@@ -87,16 +85,11 @@ def faster_precision(config: RunConfig, device: torch.device) -> str:
 
 def times_as_long(config: RunConfig, precision: str, other: str, device: torch.device) -> float:
     """Time of a forward and backward pass in `precision` over that in `other`."""
-    # The weights of the piece must not move the random numbers of a caller.
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = random_model(piece_of(config.model, device.type), device)
-    for most in TOKENS[device.type]:
-        length = min(config.data.seq_length, most)
-        rows = min(config.train.micro_batch_size or config.train.batch_size, most // length)
-        times = [pass_seconds(model, name, device, rows, length) for name in (precision, other)]
-        if max(times) > PATIENCE:
-            break
-    return times[0] / times[1]
+    model = random_model(piece_of(config.model, device.type), device)
+    micro_rows = config.train.micro_batch_size or config.train.batch_size
+    names = [precision, other]
+    seconds, *_ = largest_pass(model, names, device, micro_rows, config.data.seq_length)
+    return seconds[0] / seconds[1]
 
 
 def piece_of(model: ModelConfig, device: str) -> ModelConfig:
@@ -118,11 +111,43 @@ def random_model(piece: ModelConfig, device: torch.device) -> Decoder:
     with torch.device("meta"):
         model = Decoder(piece)
     model.to_empty(device=device)
-    with torch.no_grad():
+    # A measurement must not move the random numbers of a caller.
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
         for parameter in model.parameters():
             # Not zeros, and no denormal numbers: both have speeds of their own.
             parameter.uniform_(-0.02, 0.02)
     return model
+
+
+class MeasuredPass(NamedTuple):
+    """Times of one size of pass."""
+
+    seconds: list[float]
+    """Of each precision."""
+    rows: int
+    length: int
+
+
+def largest_pass(
+    model: Decoder,
+    precisions: Sequence[str],
+    device: torch.device,
+    micro_rows: int,
+    seq_length: int,
+) -> MeasuredPass:
+    """The largest pass of TOKENS, or the first one that takes longer than PATIENCE.
+
+    Its rows are no more and no longer than those of the run.
+    """
+    for most in TOKENS[device.type]:
+        length = min(seq_length, most)
+        rows = min(micro_rows, most // length)
+        seconds = [pass_seconds(model, name, device, rows, length) for name in precisions]
+        # The slowest decides: a ratio needs all of them at one size.
+        if max(seconds) > PATIENCE:
+            break
+    return MeasuredPass(seconds, rows, length)
 
 
 def pass_seconds(
