@@ -80,6 +80,16 @@ class JsonlSink(Sink):
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
+    def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write the line of `step`, the newest one, again with more metrics."""
+        line: dict[str, Any] = {}
+        for record in read_metrics(self.path):
+            if record["step"] == step:
+                line = record
+        self.close()
+        self.start(step - 1)
+        self.write(step, {**line, **metrics})
+
     def close(self) -> None:
         """Flush to disk and close."""
         if self.file is None:

@@ -53,6 +53,11 @@ class Sink:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Record the metrics of `step`."""
 
+    def amend(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add metrics to those of `step`, the newest one."""
+        # Charts take a number later, but do not drop a step.
+        self.take(step, metrics)
+
     def close(self) -> None:
         """Flush and release. `start` may follow, after a rollback."""
 

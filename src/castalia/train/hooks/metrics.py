@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.distributed import World
-from castalia.monitor.sinks import Sink, make_sinks, read_metrics
-from castalia.monitor.sinks.jsonl import JsonlSink
+from castalia.monitor.sinks import Sink, make_sinks
 from castalia.train.config import RunConfig
 from castalia.train.hooks.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend
@@ -36,23 +35,12 @@ class Metrics(Hook):
         if world.leads:
             self.sinks = make_sinks(config.monitor.sinks, Path(config.output))
         self.begin(progress.step)
-        made_up = {k: v for k, v in pending_metrics.items() if k.startswith("valid")}
+        made_up = {
+            name: value for name, value in pending_metrics.items() if name.startswith("valid")
+        }
         if made_up and (mixture.at_end() or progress.step >= config.train.steps):
-            self.add_to(progress.step, made_up)
-
-    def add_to(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write `step`, the newest one, again with more metrics."""
-        for sink in self.sinks:
-            if not isinstance(sink, JsonlSink):
-                # Charts take a number later, but do not drop a step.
-                sink.take(step, metrics)
-                continue
-            line: dict[str, Any] = {}
-            for record in read_metrics(sink.path):
-                line = record if record["step"] == step else {}
-            sink.close()
-            sink.start(step - 1)
-            sink.take(step, {**line, **metrics})
+            for sink in self.sinks:
+                sink.amend(progress.step, made_up)
 
     def begin(self, step: int) -> None:
         """Continue every sink after `step`."""
