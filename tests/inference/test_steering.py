@@ -189,12 +189,12 @@ def test_a_form_takes_back_rejected_guesses(speaker: LanguageModel) -> None:
     """After any tokens, the next ones are those of a text that began with them."""
     pytest.importorskip("llguidance")
     grammar = speaker.grammars.regex("a(bx|cy)z")
-    progress = grammar.progress()
+    matcher = grammar.matcher()
     # Up to the end of a text and past it, as a draft guesses; then back, to another beginning.
     for tokens in (b"abxz", [*b"abxz", 256], [*b"abxz", 256, 97], b"ac", b"acy", b"a", b"", b"ab"):
-        fresh = grammar.progress().allowed(list(tokens))
-        assert torch.equal(progress.allowed(list(tokens)), fresh), tokens
-    assert progress.allowed(list(b"ab")).nonzero().flatten().tolist() == [ord("x")]
+        fresh = grammar.matcher().allowed(list(tokens))
+        assert torch.equal(matcher.allowed(list(tokens)), fresh), tokens
+    assert matcher.allowed(list(b"ab")).nonzero().flatten().tolist() == [ord("x")]
 
 
 def chain(count: int, sign: str) -> str:

@@ -109,7 +109,7 @@ class Grammars:
         grammar = Grammar(matcher, self.size)
         # A form that no text has is found only when it is asked for a token.
         try:
-            grammar.progress().allowed([])
+            grammar.matcher().allowed([])
         except GrammarError as error:
             raise ConfigError(f"the {kind} cannot be used: {error}") from None
         return grammar
@@ -117,18 +117,18 @@ class Grammars:
 
 @dataclass(frozen=True, eq=False)
 class Grammar:
-    """The form of a text; each text follows it with a `Progress` of its own."""
+    """The form of a text; each text follows it with a `TextMatcher` of its own."""
 
     start: Any
     """llguidance's matcher before the first token."""
     size: int
 
-    def progress(self) -> "Progress":
+    def matcher(self) -> "TextMatcher":
         """The state before the first token of a text."""
-        return Progress(self.start.deep_copy(), self.size)
+        return TextMatcher(self.start.deep_copy(), self.size)
 
 
-class Progress:
+class TextMatcher:
     """How far one text has come in its form."""
 
     def __init__(self, matcher: Any, size: int) -> None:

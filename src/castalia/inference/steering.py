@@ -28,7 +28,7 @@ class Steering:
         self.prompt = set(text.ids)
         self.ends = sorted(text.ends)
         self.min_tokens = text.min_tokens
-        self.progress = None if sampling.grammar is None else sampling.grammar.progress()
+        self.matcher = None if sampling.grammar is None else sampling.grammar.matcher()
         self.allowed = None
         if sampling.allowed_token_ids is not None:
             self.allowed = torch.tensor(list(sampling.allowed_token_ids))
@@ -51,8 +51,8 @@ class Steering:
             others = torch.ones(len(logits), dtype=torch.bool)
             others[self.allowed] = False
             logits.masked_fill_(others.to(logits.device), BANNED)
-        if self.progress is not None:
-            logits.masked_fill_(~self.progress.allowed(tokens).to(logits.device), BANNED)
+        if self.matcher is not None:
+            logits.masked_fill_(~self.matcher.allowed(tokens).to(logits.device), BANNED)
         if len(tokens) < self.min_tokens:
             logits[self.ends] = BANNED
 
