@@ -2,10 +2,10 @@
 starts all anew.
 
 It stands in for torchrun --max-restarts, without its price: torch is loaded once, and the ranks are
-forked from here. Usage: killing.py PLANS, a JSON list of runs with `output`, `arguments` and
-`attempts`, which each have `processes` and `kill`: a seed of the victim and the moment, or null for
-none. Prints, for each attempt, who was killed after which step, what the kill left of a save, and
-how the others ended.
+forked from here. Usage: -m tests.distributed.killing PLANS, a JSON list of runs with `output`,
+`arguments` and `attempts`, which each have `processes` and `kill`: a seed of the victim and the
+moment, or null for none. Prints, for each attempt, who was killed after which step, what the kill
+left of a save, and how the others ended.
 """
 
 import json
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed.fsdp
+from tests.fixtures.forked_rank import join_ranks, run_and_exit
 
 import castalia.train.run
-from castalia.cli import main as command
 
 SLOW_SYNC = 0.004
 """Seconds that each fsync takes longer, so that saves take as long as steps."""
@@ -43,22 +43,11 @@ def start(rank, processes, port, arguments, log):
     child = os.fork()
     if child:
         return child
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    join_ranks(rank, processes, port)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.argv = ["castalia", *arguments]
-    code = 0
-    try:
-        command()
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException as error:
-        print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
-        code = 99  # not an error for users: the test refuses it
-    sys.stdout.flush()
-    os._exit(code)
+    run_and_exit(arguments)
 
 
 def steps_done(output):

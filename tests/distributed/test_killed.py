@@ -13,7 +13,7 @@ import torch
 from castalia.checkpoint import read, verify
 from castalia.data import IndexedDatasetWriter
 
-PROGRAM = Path(__file__).with_name("killing.py")
+ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "rows_hash")
 SMALL = (
     "model.num_layers=1",
@@ -48,8 +48,9 @@ def train(tokens, *runs):
         for folder, overrides, attempts in runs
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), json.dumps(plans)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.killing", json.dumps(plans)]
+    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
+    done = subprocess.run(command, **options, timeout=900)
     logs = "".join(f"{folder}:\n{(folder / 'log.txt').read_text()}" for folder, _, _ in runs)
     assert done.returncode == 0, done.stderr + logs
     told = json.loads(done.stdout)

@@ -1,7 +1,7 @@
 """Program for test_stopping.py: trains in forked processes, sends them signals, and tells how each
 ended.
 
-torch is loaded once. Usage: stopping.py PLANS, a JSON list of runs, each with
+torch is loaded once. Usage: -m tests.train.stopping PLANS, a JSON list of runs, each with
 
     arguments  of `castalia train`, with `output=`
     at         "step", "validation" or "save": what is slow in this run, and when the signals come;
@@ -26,11 +26,11 @@ import time
 from pathlib import Path
 
 import torch.distributed.fsdp
+from tests.fixtures.forked_rank import join_ranks, run_and_exit
 
 import castalia.checkpoint.stage
 import castalia.train.run
 import castalia.train.trainer
-from castalia.cli import main as command
 from castalia.train.passes import Passes
 
 STEPS_BEFORE = 2
@@ -77,8 +77,7 @@ def fork(rank, plan, port, outputs, marker):
     if child:
         return child
     if plan.get("ranks", 1) > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(plan["ranks"]))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        join_ranks(rank, plan["ranks"], port)
     for descriptor, output in zip((1, 2), outputs, strict=True):
         os.dup2(output, descriptor)
     # Else the pipe has this process for a reader.
@@ -89,16 +88,7 @@ def fork(rank, plan, port, outputs, marker):
     if name := plan.get("ignore"):
         signal.signal(signal.Signals[name], signal.SIG_IGN)
     slow_down(plan, marker)
-    sys.argv = ["castalia", "train", *plan["arguments"]]
-    code = 0
-    try:
-        command()
-    except SystemExit as end:
-        code = end.code or 0
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        code = 99  # a traceback: the test refuses it
-    os._exit(code)
+    run_and_exit(["train", *plan["arguments"]])
 
 
 def run(plan):

@@ -12,7 +12,7 @@ import pytest
 from castalia.checkpoint.store import complete_steps
 from castalia.data import IndexedDatasetWriter
 
-PROGRAM = Path(__file__).with_name("stopping.py")
+ROOT = Path(__file__).resolve().parents[2]
 EXACT = ("step", "loss", "lr", "grad_norm", "tokens", "rows_hash")
 VALIDATED = ("train.eval_every=2", "train.eval_batches=30", "mixing.kind=naive-validation")
 CASES = {
@@ -61,9 +61,10 @@ def ended(train, tokens, tmp_path_factory) -> dict[str, dict]:
         if name == "resumed":
             arguments += [f"output={folder / 'in a validation'}"]
         plans.append(case | {"arguments": arguments})
-    command = [sys.executable, "-W", "ignore", str(PROGRAM), json.dumps(plans)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.train.stopping", json.dumps(plans)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    options = {"capture_output": True, "text": True, "env": environment, "cwd": ROOT}
+    done = subprocess.run(command, **options, timeout=240)
     assert done.returncode == 0, done.stderr
     cases = dict(zip(CASES, json.loads(done.stdout), strict=True))
     for name, case in cases.items():
