@@ -7,7 +7,7 @@ import pytest
 from castalia.core.errors import TrainingError
 from castalia.recipes import load_config
 from castalia.train.hooks.step_line import fitted
-from castalia.train.run import require_targets, run
+from castalia.train.run import closing_line, require_training, run
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_words_are_left_out_from_the_least():
 
 def test_a_whole_run_without_targets_is_not_done(config_of):
     trainer = run(config_of("train.steps=2", "guard.skip_steps=[1,2]"), command=["castalia"])
-    require_targets(trainer)  # they were skipped by request
+    require_training(trainer)  # they were skipped by request
+    shorter = run(config_of("train.steps=1", "guard.skip_steps=[1,2]"), command=["castalia"])
+    assert closing_line(shorter).startswith("done: step 2, beyond train.steps 1; saved in ")
     trainer.progress.without_targets = 2
     with pytest.raises(TrainingError, match="none of the 2 steps had a target"):
-        require_targets(trainer)
+        require_training(trainer)

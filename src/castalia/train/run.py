@@ -74,7 +74,7 @@ def conclude(trainer: Trainer, stopper: StopOnSignal) -> None:
     Raises  KeyboardInterrupt after a Ctrl-C, also one within the last save; BrokenPipeError if
             nobody reads the output any more.
     """
-    if trainer.stop is Stop.INTERRUPTED or stopper.interrupted:
+    if trainer.stop is Stop.INTERRUPTED or stopper.interrupted is not None:
         raise KeyboardInterrupt
     if trainer.stop is Stop.UNREAD:
         raise BrokenPipeError
@@ -100,7 +100,7 @@ def run_claimed(
     # No rank may write a checkpoint into a folder whose config is not there yet.
     world.wait()
     trainer.fit()
-    require_targets(trainer)
+    require_training(trainer)
     if world.leads:
         if trainer.store.written:
             say(save_line(trainer))
@@ -117,7 +117,7 @@ def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
     return [stopper or StopOnSignal(), Validate(), RecordMixture(), Metrics(), StepLine(), Save()]
 
 
-def require_targets(trainer: Trainer) -> None:
+def require_training(trainer: Trainer) -> None:
     """Refuse to call a run done that has trained nothing.
 
     Raises  TrainingError, on every rank, if no step of a whole run had a target.
@@ -153,7 +153,11 @@ def closing_line(trainer: Trainer) -> str:
     # Exhausted sources end a run before its last step, and that is not an interruption.
     ended = trainer.mixture.ended if trainer.mixture.at_end() else None
     done = ended is not None or progress.step >= steps
-    words = [f"{'done:' if done else 'stopped at'} step {progress.step} of {steps}"]
+    where = f"step {progress.step} of {steps}"
+    if progress.step > steps:
+        # train.steps was lowered after the run had come further.
+        where = f"step {progress.step}, beyond train.steps {steps}"
+    words = [f"{'done:' if done else 'stopped at'} {where}"]
     words += [hook.summary() for hook in trainer.hooks if isinstance(hook, StepLine)]
     if progress.without_targets:
         words.append(f"{progress.without_targets} steps had no targets and made no update")
