@@ -35,6 +35,7 @@ def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
 def ensure_on_all(config: RunConfig, world: World) -> RunConfig:
     """`ensure_corpus` on every rank: the leading one builds, and the others wait."""
     if world.leads:
-        ensure_corpus(config)
+        config = ensure_corpus(config)
     world.wait()
+    # Returns at once on the rank that has built.
     return ensure_corpus(config)
