@@ -150,14 +150,13 @@ def changed_input(record: dict[str, Any], files: Sequence[InputFile]) -> str | N
     for recorded, stamp, file in zip(inputs, stamps, files, strict=True):
         if recorded["path"] == file.path and stamp == file.stamp:
             continue
-        # A file behind a URL is not read a second time.
-        is_same = not file.remote and recorded["bytes"] == file.size
-        if is_same:
-            is_same = recorded["sha256"] == sha256_of(file.path)
-        if not is_same and recorded["path"] == file.path:
+        # A file behind a URL is not read a second time; hashing comes last, as it reads the file.
+        may_be_same = not file.remote and recorded["bytes"] == file.size
+        if may_be_same and recorded["sha256"] == sha256_of(file.path):
+            continue
+        if recorded["path"] == file.path:
             return f"{file.path} as it was before it changed"
-        if not is_same:
-            return f"{recorded['path']}, not from {file.path}"
+        return f"{recorded['path']}, not from {file.path}"
     return None
 
 

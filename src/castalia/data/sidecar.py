@@ -12,6 +12,9 @@ from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter
 from castalia.data.shards import base_of
 from castalia.data.tokenizer import Tokenizer
 
+REMEDY = "choose another --output, or replace it with --overwrite"
+"""How to go on where another job's token files are at the output."""
+
 
 def read_record(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The record of a token file; None without one, as beside GPT-NeoX's files.
@@ -148,9 +151,6 @@ def token_files(prefix: str) -> list[str]:
     return [str(path) for path in existing]
 
 
-REMEDY = "choose another --output, or replace it with --overwrite"
-
-
 def unknown_origin(prefix: str) -> ConfigError:
     """The error for token files at `prefix` whose record does not say that this job made them."""
     first, *_ = token_files(prefix)
@@ -163,11 +163,11 @@ def require_same(prefix: str, existing: dict[str, Any], wanted: dict[str, Any]) 
 
     Raises  ConfigError naming the first fact that differs.
     """
-    first, *_ = token_files(prefix)
     for name in wanted | existing:
         before = existing.get(name)
         now = wanted.get(name)
         if before != now:
+            first, *_ = token_files(prefix)
             raise ConfigError(
                 f"{first} exists, made by another job: {name} {as_words(before)}, now"
                 f" {as_words(now)}; {REMEDY}"

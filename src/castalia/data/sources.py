@@ -76,7 +76,7 @@ def left_out(weights: Sequence[float] | None, sources: int, rows: int) -> list[b
     the place that GPT-NeoX gives it.
     """
     shares = shares_of(weights, sources)
-    return [share < NEGLIGIBLE and (share == 0 or rows * share < 0.5) for share in shares]
+    return [share < NEGLIGIBLE and rows * share < 0.5 for share in shares]
 
 
 def source_names(paths: Sequence[str]) -> list[str]:

@@ -32,7 +32,8 @@ class StopOnSignal(Hook):
     """Whether a block holds on to the signals beyond `close`."""
     at_end = False
     """Whether the last step is done, so that only the save is left."""
-    told = False
+    announced = False
+    """Whether the user has read that a signal came."""
     interrupted: float | None = None
     """When the first SIGINT came, in seconds of the monotonic clock."""
 
@@ -58,9 +59,9 @@ class StopOnSignal(Hook):
         # One rank may get the signal earlier than the others. The request therefore travels
         # with the step's verdict, and all ranks leave after the same step.
         self.ask_stop(stop)
-        if self.told:
+        if self.announced:
             return
-        self.told = True
+        self.announced = True
         text = f"castalia: {number.name}: saving" + ("" if self.at_end else " after this step")
         if stop is Stop.INTERRUPTED:
             text += "; Ctrl-C again stops at once"
