@@ -130,6 +130,13 @@ def test_precision_is_the_users_then_the_runs_then_the_faster(
     for speed, chosen in ((0.3, "fp32"), (1.1, "fp32"), (2.0, "bf16")):
         monkeypatch.setattr(stages, "times_as_long", lambda *_, speed=speed: speed)
         assert choose_precision(config, [], lambda line: None) == [f"precision={chosen}"]
+    # Measured where the run is to be: a GPU beside it says nothing about a CPU.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(
+        stages, "times_as_long", lambda *given: 2.0 if given[3].type == "cpu" else 0
+    )
+    on_cpu = load_config(["demo", f"output={tmp_path}", "device=cpu"])
+    assert choose_precision(on_cpu, [], lambda line: None) == ["precision=bf16"]
     (tmp_path / "config.yaml").write_text("precision: fp32\n")
     assert choose_precision(config, [], print) == ["precision=fp32"]
     auto = load_config(["demo", f"output={tmp_path}", "precision=auto"])

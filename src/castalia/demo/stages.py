@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from castalia.analysis import write_report
 from castalia.checkpoint import complete_steps
@@ -23,6 +22,7 @@ from castalia.corpora import CorpusPaths, build_corpus
 from castalia.data import load_tokenizer
 from castalia.demo.speech import compare, ct2_voice, held_out_texts, own_voice, samples
 from castalia.demo.summary import show_summary, summarize
+from castalia.distributed.world import choose_device
 from castalia.eval import HeldOut, sweep
 from castalia.export import export
 from castalia.mixing import read_mixture
@@ -105,7 +105,7 @@ class Demo:
 
     def is_done(self) -> bool:
         """Whether nothing is left to do."""
-        return self.has_done("report")
+        return self.has_done("report")  # the last stage
 
     def has_done(self, stage: str) -> bool:
         """Whether a stage is finished; the report is only with its page, which may be left out."""
@@ -298,7 +298,7 @@ def choose_precision(
         return []
     if recorded := recorded_precision(config):
         return [f"precision={recorded}"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.device, local_rank=0)
     factor = times_as_long(config, "fp32", "bf16", device)
     chosen = "bf16" if factor >= FASTER else "fp32"
     say(f"precision: {chosen} (here a pass in fp32 takes {factor:.2f} times as long as in bf16)")
