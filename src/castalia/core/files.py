@@ -21,6 +21,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a write that finds no room: disk full, quota used up, file too large."""
 POLL_SECONDS = 0.2
 """Time between two attempts to claim a folder. flock cannot wait with a deadline."""
+CLAIM = ".claim"
+"""The locked file of a claimed folder; it has the name of the holder."""
 
 
 def several(
@@ -123,7 +125,7 @@ def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
     deadline = time.monotonic() + seconds
     folder.mkdir(parents=True, exist_ok=True)
     # Append mode creates the file without erasing the name of the present holder.
-    with open(folder / ".claim", "a+", encoding="utf-8") as file:
+    with open(folder / CLAIM, "a+", encoding="utf-8") as file:
         announced = False
         while not locked(file):
             file.seek(0)
@@ -139,6 +141,16 @@ def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a process holds `folder` by `claimed`; asking does not claim it."""
+    try:
+        # Shared: two that ask at once do not take each other for a holder.
+        with open(folder / CLAIM, encoding="utf-8") as file:
+            return not locked(file, shared=True)
+    except OSError:  # never claimed
+        return False
 
 
 def locked(file: IO[Any] | int, *, shared: bool = False) -> bool:

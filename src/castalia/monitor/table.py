@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import DataError
 from castalia.core.hub import did_you_mean
 from castalia.monitor.sinks import read_metrics as read_records
+from castalia.monitor.sinks.sink import flatten
 
 FILE = "metrics.jsonl"
 SHOWN = 6
@@ -37,8 +38,8 @@ class MetricsTable:
         return list(self.data)
 
     def keys(self) -> list[str]:
-        """Names of the columns, as a mapping calls them."""
-        return list(self.data)
+        """Names of the columns: `dict(table)` asks for them under this name."""
+        return self.columns
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self.data:
@@ -94,7 +95,7 @@ def read_metrics(run: str | os.PathLike[str]) -> Any:
         True
     """
     path = metrics_file(Path(run))
-    columns = columns_of([flat(record) for record in read_records(path)])
+    columns = columns_of([flatten(record) for record in read_records(path)])
     if find_spec("pandas") is None:
         return MetricsTable(columns, str(path.parent))
     return importlib.import_module("pandas").DataFrame(columns)
@@ -118,17 +119,6 @@ def metrics_file(path: Path) -> Path:
     raise DataError(f"no run folder {path}; {did_you_mean(path, '`castalia runs` lists runs')}")
 
 
-def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested metrics under one name each, as sinks name them: {"a": {"b": 1}} -> {"a/b": 1}."""
-    values: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, Mapping):
-            values |= flat(value, f"{prefix}{name}/")
-        else:
-            values[f"{prefix}{name}"] = value
-    return values
-
-
 def columns_of(rows: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
     """The values of each name, in the order in which the names first occur."""
     names = dict.fromkeys(name for row in rows for name in row)
@@ -138,10 +128,12 @@ def columns_of(rows: list[dict[str, Any]]) -> dict[str, NDArray[Any]]:
 def column(values: list[Any]) -> NDArray[Any]:
     """int64 if every step has an integer, else float64 with NaN; objects if some are text."""
     kinds = {type(value) for value in values}
+    # The types themselves: JSON's true is no integer, though Python counts it as one.
     if kinds == {int}:
         return np.array(values, dtype=np.int64)
     if kinds <= {int, float, type(None)}:
         return np.array([np.nan if value is None else value for value in values], np.float64)
+    # np.array would make a matrix of lists of one length.
     array = np.empty(len(values), dtype=object)
     array[:] = values
     return array

@@ -62,16 +62,22 @@ class Sink:
         """Flush and release. `start` may follow, after a rollback."""
 
 
-def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of nested metrics under one name each: {"a": {"b": 1}} -> {"a/b": 1}.
 
     Text, such as the reason of a skipped step, is dropped: a chart cannot draw it.
     """
-    flat: dict[str, float] = {}
+    flat = flatten(metrics)
+    return {name: value for name, value in flat.items() if isinstance(value, int | float)}
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested metrics under one name each, text and null included."""
+    flat: dict[str, Any] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            flat |= flatten_metrics(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
             flat[f"{prefix}{name}"] = value
     return flat
 
