@@ -54,7 +54,7 @@ class TrainRoom(ModuleType):
         return train(*words, **settings)
 
 
-class Package(ModuleType):
+class CastaliaModule(ModuleType):
     """The package, which makes a verb of its room `train` as soon as that is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,7 +64,7 @@ class Package(ModuleType):
         super().__setattr__(name, value)
 
 
-sys.modules[__name__].__class__ = Package
+sys.modules[__name__].__class__ = CastaliaModule
 
 
 def rooms() -> set[str]:

@@ -11,7 +11,7 @@ DETAIL = 4000
 """Steps that are drawn one by one. Later ones fall in spans of 1/DETAIL of the step."""
 
 
-class Axes(NamedTuple):
+class XAxes(NamedTuple):
     """Places on each axis of the same steps; None for an axis that the run's files do not give."""
 
     steps: Vector
@@ -22,11 +22,12 @@ class Axes(NamedTuple):
     """Model FLOPs, forward and backward."""
 
 
-def axes_of(run: RunFiles) -> Axes:
+def axes_of(run: RunFiles) -> XAxes:
     """The axes of a run, at the ends of its spans; the page interpolates between them."""
     steps = np.array([line["step"] for line in run.metrics], np.float64)
     if not len(steps):
-        return Axes(steps, None, None, None)
+        return XAxes(steps, None, None, None)
+    # All steps of a long run would be most of the page.
     ends = last_of_spans(steps)
     tokens = read_tokens(run)
     seconds = elapsed(run)
@@ -34,13 +35,15 @@ def axes_of(run: RunFiles) -> Axes:
     if tokens is not None and run.flops_per_token:
         flops = tokens * run.flops_per_token
     picked = [None if axis is None else axis[ends] for axis in (tokens, seconds, flops)]
-    return Axes(steps[ends], *picked)
+    return XAxes(steps[ends], *picked)
 
 
 def read_tokens(run: RunFiles) -> Vector | None:
     """Tokens read up to each line; None if a line lacks them."""
     steps, tokens = run.curve("tokens")
-    return tokens if len(steps) == len(run.metrics) else None
+    if len(steps) != len(run.metrics):
+        return None
+    return tokens
 
 
 def elapsed(run: RunFiles) -> Vector | None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from castalia.analysis.html import table
+from castalia.analysis.html import folded, table
 from castalia.analysis.panel import Panel, Series
 from castalia.analysis.runs import RunFiles
 
@@ -23,18 +23,18 @@ class Event(NamedTuple):
 
 def events_of(run: RunFiles) -> list[Event]:
     """The events of a run by step."""
-    found = [Event(step, "checkpoint", "saved") for step in run.checkpoints]
-    found += decisions(run)
+    events = [Event(step, "checkpoint", "saved") for step in run.checkpoints]
+    events += decisions(run)
     returns = {event.get("to") for event in run.events}
     for line in run.metrics:
         step = line["step"]
         if line.get("skipped"):
-            found.append(Event(step, "skipped step", str(line["skipped"])))
+            events.append(Event(step, "skipped step", str(line["skipped"])))
         # A rollback loads too, and has its own event.
         if "load_seconds" in line and step - 1 not in returns:
             text = f"from step {step - 1}, read in {line['load_seconds']} s"
-            found.append(Event(step, "resume", text))
-    return sorted(found)
+            events.append(Event(step, "resume", text))
+    return sorted(events)
 
 
 def decisions(run: RunFiles) -> Iterator[Event]:
@@ -84,5 +84,4 @@ def events_table(runs: Sequence[RunFiles]) -> str:
     ]
     if not rows:
         return ""
-    cells = table(["run", "step", "event", ""], rows, "words")
-    return f"<details><summary>{len(rows)} events</summary>{cells}</details>"
+    return folded(f"{len(rows)} events", table(["run", "step", "event", ""], rows, "words"))

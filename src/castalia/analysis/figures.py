@@ -1,19 +1,18 @@
 """The table of final values: a column for each run."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from castalia.analysis.axes import axes_of
 from castalia.analysis.events import events_of
+from castalia.analysis.html import NONE
 from castalia.analysis.measures import LEARNING, MACHINE, Final, Measure, other_measures
 from castalia.analysis.runs import Curve, RunFiles, Vector, inner
 from castalia.analysis.smoothing import ending
 from castalia.monitor import duration, quantity
-
-NONE = "–"
-"""A cell without a value."""
 
 
 def final_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
@@ -93,13 +92,17 @@ def steps_text(run: RunFiles) -> str:
     if not run.metrics:
         return NONE
     asked = inner(run.config, ("train", "steps"))
-    made = run.metrics[-1]["step"]
-    return f"{made:,}" if asked in (None, made) else f"{made:,} of {asked:,}"
+    last = run.metrics[-1]["step"]
+    if asked in (None, last):
+        return f"{last:,}"
+    return f"{last:,} of {asked:,}"
 
 
 def axis_end(axis: Vector | None, text: Callable[[float], str]) -> str:
     """The end of an axis, as text."""
-    return NONE if axis is None or not len(axis) else text(float(axis[-1]))
+    if axis is None or not len(axis):
+        return NONE
+    return text(float(axis[-1]))
 
 
 def count_text(count: int) -> str:
@@ -109,14 +112,14 @@ def count_text(count: int) -> str:
 
 def bits_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
     """Bits per byte of each source at the last checkpoint that was measured."""
-    lasts = [(run.bits or [{"sources": {}}])[-1]["sources"] for run in runs]
+    lasts = [(run.bits or [{"sources": {}}])[-1] for run in runs]
     rows: list[list[str]] = []
-    for name in unique(name for last in lasts for name in last):
-        cells = [f"{last[name]['bits_per_byte']:.3f}" if name in last else NONE for last in lasts]
-        rows.append([f"Bits per byte of {name}, last", *cells])
+    for name in dict.fromkeys(name for last in lasts for name in last["sources"]):
+        rows.append([f"Bits per byte of {name}, last", *(bits_text(last, name) for last in lasts)])
     return rows
 
 
-def unique(names: Iterable[str]) -> list[str]:
-    """Names without repetitions, in their order."""
-    return list(dict.fromkeys(names))
+def bits_text(mark: Mapping[str, Any], name: str) -> str:
+    """One source's bits per byte at one checkpoint, which may not have measured it."""
+    value = mark["sources"].get(name)
+    return f"{value['bits_per_byte']:.3f}" if value else NONE

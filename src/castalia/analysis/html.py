@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+NONE = "–"
+"""A cell without a value."""
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "numbers") -> str:
     """An HTML table.
@@ -26,7 +29,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "num
 
 def section(title: str, about: str, body: str) -> str:
     """A section: heading, a line of explanation, body."""
-    lead = f'<p class="about">{escape(about)}</p>' if about else ""
+    lead = ""
+    if about:
+        lead = f'<p class="about">{escape(about)}</p>'
     return f"<section><h2>{escape(title)}</h2>{lead}{body}</section>"
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from castalia.analysis.panel import Panel, Series
+from castalia.analysis.panel import Panel, Series, look
 from castalia.analysis.runs import Curve, RunFiles, is_number
 
 Final = Literal["fit", "last", "median", "largest", ""]
@@ -53,8 +53,8 @@ class Measure:
     def panel(self, runs: Sequence[RunFiles]) -> Panel | None:
         """The panel; None if no run has a number for it."""
         series: list[Series] = []
-        alone = len(runs) == 1
         for number, key in enumerate(self.keys):
+            colour, dash = look(number, len(runs))
             for place, run in enumerate(runs):
                 steps, values = key.curve(run)
                 if not len(steps):
@@ -66,9 +66,8 @@ class Measure:
                         (steps, values / self.divisor),
                         marks=key.marks,
                         smoothed=key.smoothed,
-                        # The colour tells runs apart where there are several, the dash the keys.
-                        colour=number if alone else None,
-                        dash=0 if alone else number,
+                        colour=colour,
+                        dash=dash,
                     )
                 )
         if not series:
@@ -192,7 +191,8 @@ def other_measures(runs: Sequence[RunFiles]) -> Iterator[Measure]:
     for run in runs:
         for line in run.metrics:
             names |= dict.fromkeys(key for key, value in line.items() if is_number(value))
-    left = [name for name in names if name not in known_keys()]
+    known = known_keys()
+    left = [name for name in names if name not in known]
     for name in dict.fromkeys(name.removeprefix("valid_") for name in left):
         keys = []
         if name in left:

@@ -31,6 +31,7 @@ def document(title: str, lead: str, body: str, data: Mapping[str, Any]) -> str:
     plotly = require("plotly.offline", "report", "a report page")
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    # In base64 nothing of a run can end the script element that holds it.
     texts = {"plotly": plotly.get_plotlyjs(), "data": json.dumps(data, separators=(",", ":"))}
     packed = "".join(
         f'<script type="text/plain" id="{name}">{compressed(text)}</script>\n'

@@ -32,6 +32,16 @@ class Series:
     """A text for each point, on hover."""
 
 
+def look(number: int, runs: int) -> tuple[int | None, int]:
+    """Colour and dash of the curve `number` of each run, in a panel of several curves a run.
+
+    The colour tells runs apart where there are several, and the dash their curves.
+    """
+    if runs == 1:
+        return number, 0
+    return None, number
+
+
 @dataclass(frozen=True)
 class Panel:
     """One chart of the page."""

@@ -6,14 +6,14 @@ Each of these files is optional: `metrics.jsonl`, `mixture.jsonl`, `events.jsonl
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from castalia.analysis.axes import Axes, axes_of
+from castalia.analysis.axes import axes_of
 from castalia.analysis.events import events_panel, events_table
-from castalia.analysis.figures import final_rows
+from castalia.analysis.figures import bits_text, final_rows
 from castalia.analysis.html import folded, section, table, tiles
 from castalia.analysis.measures import LEARNING, MACHINE, other_measures
 from castalia.analysis.page_file import write_page
@@ -21,6 +21,7 @@ from castalia.analysis.panel import Panel, rounded
 from castalia.analysis.runs import RunFiles, read_runs
 from castalia.analysis.smoothing import WINDOWS, ending
 from castalia.analysis.sources import HEADER, mixture_rows, source_panels
+from castalia.config.values import flatten
 from castalia.core.errors import ConfigError
 from castalia.core.files import several
 
@@ -44,13 +45,17 @@ def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | N
              ConfigError if Plotly is not installed or `output` is a folder.
     """
     files = read_runs([Path(path) for path in several(runs)])
-    path = Path(output) if output else Path(REPORT)
+    path = Path(output or REPORT)
     if not output and len(files) == 1:
         path = files[0].folder / REPORT
+    # Before the panels: the smoothing of long runs takes a while.
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the file to write, such as {path / REPORT}")
     panels = panels_of(files)
-    body = "".join([*heads(files), *charts(panels), *parts(files)])
+    figures = ""
+    if len(files) == 1:
+        figures = tiles(files[0].summary.get("tiles", {}))
+    body = "".join([figures, *charts(panels), *parts(files)])
     data = {
         "runs": [{"name": run.name, "axes": axes_data(run)} for run in files],
         "panels": [panel.data() for panel in panels],
@@ -81,13 +86,9 @@ def panels_of(runs: Sequence[RunFiles]) -> list[Panel]:
     """Every panel of the page, in its order."""
     learning = [measure.panel(runs) for measure in (*LEARNING, *other_measures(runs))]
     machine = [measure.panel(runs) for measure in MACHINE]
+    # The events stand below the loss, whose jumps they explain.
     panels = [*learning[:1], events_panel(runs), *learning[1:], *source_panels(runs), *machine]
     return [panel for panel in panels if panel is not None]
-
-
-def heads(runs: Sequence[RunFiles]) -> list[str]:
-    """What stands above the charts."""
-    return [tiles(run.summary.get("tiles", {})) for run in runs if len(runs) == 1]
 
 
 def charts(panels: Sequence[Panel]) -> list[str]:
@@ -95,7 +96,9 @@ def charts(panels: Sequence[Panel]) -> list[str]:
     boxes: list[str] = []
     for number, panel in enumerate(panels):
         wide = " spread" if panel.wide else ""
-        unit = f' <span class="unit">{escape(panel.unit)}</span>' if panel.unit else ""
+        unit = ""
+        if panel.unit:
+            unit = f' <span class="unit">{escape(panel.unit)}</span>'
         boxes.append(
             f'<figure class="panel{wide}" data-panel="{number}"><figcaption>'
             f"<h2>{escape(panel.title)}{unit}</h2>"
@@ -146,8 +149,11 @@ def final_section(runs: Sequence[RunFiles]) -> str:
     rows = final_rows(runs)
     if not rows:
         return ""
-    header = ["", *(run.name for run in runs)] if len(runs) > 1 else ["", ""]
-    return section("Final values", ending_note(runs), table(header, rows, "numbers final"))
+    names = [""]  # the page's title has it
+    if len(runs) > 1:
+        names = [run.name for run in runs]
+    cells = table(["", *names], rows, "numbers final")
+    return section("Final values", ending_note(runs), cells)
 
 
 def ending_note(runs: Sequence[RunFiles]) -> str:
@@ -164,11 +170,15 @@ def ending_note(runs: Sequence[RunFiles]) -> str:
 
 def differences_section(runs: Sequence[RunFiles]) -> str:
     """The config keys in which the runs differ."""
-    configs = [flat(run.config) for run in runs]
+    configs = [
+        {key: json.dumps(value, default=str) for key, value in flatten(run.config).items()}
+        for run in runs
+    ]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows: list[list[str]] = []
     for key in keys:
         values = [config.get(key, MISSING) for config in configs]
+        # `output` differs between any two runs.
         if len(set(values)) > 1 and key != "output":
             rows.append([key, *values])
     if not rows:
@@ -177,42 +187,30 @@ def differences_section(runs: Sequence[RunFiles]) -> str:
     return section("What differs", "Keys of config.yaml.", table(header, rows, "words"))
 
 
-def flat(values: Mapping[str, Any], before: str = "") -> dict[str, str]:
-    """Nested keys with dots, and their values as text."""
-    out: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{before}{key}.")
-        else:
-            out[f"{before}{key}"] = json.dumps(value, default=str)
-    return out
-
-
 def bits_table(runs: Sequence[RunFiles]) -> str:
     """Bits per byte at every checkpoint as a folded table for each run; "" without any."""
     tables: list[str] = []
     for run in runs:
         marks = run.bits
         names = list(dict.fromkeys(name for mark in marks for name in mark["sources"]))
-        rows = [[f"{mark['step']:,}", *bits_cells(mark, names)] for mark in marks]
+        rows = [[f"{mark['step']:,}", *(bits_text(mark, name) for name in names)] for mark in marks]
         if rows:
-            which = f" of {run.name}" if len(runs) > 1 else ""
-            title = f"Bits per byte{which} at every checkpoint"
+            title = f"Bits per byte{of_run(run, len(runs) > 1)} at every checkpoint"
             tables.append(folded(title, table(["step", *names], rows)))
     return "".join(tables)
-
-
-def bits_cells(mark: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """One row of the table of bits per byte."""
-    found = [mark["sources"].get(name) for name in names]
-    return [f"{value['bits_per_byte']:.3f}" if value else "–" for value in found]
 
 
 def mixture_table(run: RunFiles, named: bool) -> str:
     """The sources of a mixed run beside the prior, folded; "" for another run."""
     rows = mixture_rows(run)
-    title = "Sources of the mixture" + (f" of {run.name}" if named else "")
-    return folded(title, table(HEADER, rows)) if rows else ""
+    if not rows:
+        return ""
+    return folded("Sources of the mixture" + of_run(run, named), table(HEADER, rows))
+
+
+def of_run(run: RunFiles, named: bool) -> str:
+    """The end of a title about one run; `named` where the page is about several."""
+    return f" of {run.name}" if named else ""
 
 
 def samples_section(run: RunFiles, named: bool) -> str:
@@ -230,7 +228,7 @@ def samples_section(run: RunFiles, named: bool) -> str:
                     f'<div class="sample"><span>step {sample["step"]}</span><pre>{text}</pre></div>'
                 )
         prompts.append(folded(f"After “{prompt.strip()}”", "".join(boxes)))
-    title = "Samples by checkpoint" + (f" of {run.name}" if named else "")
+    title = "Samples by checkpoint" + of_run(run, named)
     return section(title, "Prompts and seed are the same at each checkpoint.", "".join(prompts))
 
 
@@ -252,9 +250,8 @@ def facts_section(run: RunFiles, named: bool) -> str:
 
 
 def axes_data(run: RunFiles) -> dict[str, Any]:
-    """The axes of a run as JSON values: the steps, and each other axis at them."""
-    steps, *others = axes_of(run)
-    data: dict[str, Any] = {"steps": rounded(steps, AXIS_DIGITS)}
-    for name, axis in zip(Axes._fields[1:], others, strict=True):
-        data[name] = None if axis is None else rounded(axis, AXIS_DIGITS)
-    return data
+    """The axes of a run as JSON values; null for one that its files do not give."""
+    axes = axes_of(run)._asdict()
+    return {
+        name: None if axis is None else rounded(axis, AXIS_DIGITS) for name, axis in axes.items()
+    }

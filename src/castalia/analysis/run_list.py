@@ -10,7 +10,7 @@ from castalia.checkpoint.find import complete_steps, folder_of
 from castalia.config import read_yaml
 from castalia.config.anchor import CONFIG, run_folder_of
 from castalia.core.errors import ConfigError
-from castalia.core.files import locked
+from castalia.core.files import is_claimed
 
 DEEPEST = 4
 """Levels of folders that are searched for runs."""
@@ -44,7 +44,7 @@ def find_runs(folder: str | Path) -> list[RunState]:
     folder = folder_of(folder)
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}; castalia runs DIR lists the runs below DIR")
-    return [read_run(run) for run in sorted(run_folders(folder, DEEPEST))]
+    return [run_state(run) for run in sorted(run_folders(folder, DEEPEST))]
 
 
 def run_folders(folder: Path, levels: int) -> Iterator[Path]:
@@ -65,11 +65,17 @@ def run_folders(folder: Path, levels: int) -> Iterator[Path]:
             yield from run_folders(Path(path), levels - 1)
 
 
-def read_run(folder: Path) -> RunState:
+def run_state(folder: Path) -> RunState:
     """The state of one run."""
-    records = last_records(folder / "metrics.jsonl")
+    changed = folder / CONFIG
+    step = 0
+    metrics = folder / "metrics.jsonl"
+    records = last_records(metrics)
+    if records:
+        changed = metrics
+        step = records[-1]["step"]
+    # The last step may have been skipped, and a skipped one has no loss.
     losses = [record["loss"] for record in records if record.get("loss") is not None]
-    step = records[-1]["step"] if records else 0
     steps = planned_steps(folder)
     return RunState(
         folder=folder,
@@ -78,7 +84,7 @@ def read_run(folder: Path) -> RunState:
         loss=losses[-1] if losses else None,
         state=state_of(folder, step, steps),
         checkpoints=complete_steps(folder / "checkpoints"),
-        changed=(folder / ("metrics.jsonl" if records else CONFIG)).stat().st_mtime,
+        changed=changed.stat().st_mtime,
     )
 
 
@@ -117,19 +123,11 @@ def planned_steps(folder: Path) -> int | None:
 
 def state_of(folder: Path, step: int, steps: int | None) -> str:
     """running, done, stopped, not begun or unreadable."""
-    if in_use(folder):
+    # First: a run that writes its last checkpoint has all its steps, and one that loads has none.
+    if is_claimed(folder):
         return "running"
     if steps is None:
         return "unreadable"
     if step >= steps:
         return "done"
     return "stopped" if step else "not begun"
-
-
-def in_use(folder: Path) -> bool:
-    """Whether a job trains in the folder, by the lock that it holds."""
-    try:
-        with open(folder / ".claim", encoding="utf-8") as file:
-            return not locked(file, shared=True)
-    except OSError:
-        return False

@@ -42,21 +42,27 @@ class RunFiles:
     def config(self) -> dict[str, Any]:
         """config.yaml; empty without one."""
         path = self.folder / "config.yaml"
-        return dict(read_yaml(path)) if path.exists() else {}
+        if not path.exists():
+            return {}
+        return read_yaml(path)
 
     @cached_property
     def events(self) -> list[dict[str, Any]]:
         """The guard's decisions, from events.jsonl."""
-        # Not `train.read_events`, which repairs the file: the run may be writing it right now.
         path = self.folder / "events.jsonl"
-        return read_metrics(path) if path.exists() else []
+        if not path.exists():
+            return []
+        # Not `train.read_events`, which repairs the file: the run may be writing it right now.
+        return read_metrics(path)
 
     @cached_property
     def mixture(self) -> MixtureRecord | None:
         """The mixture's record; None without one, or without a recorded step."""
         path = self.folder / "mixture.jsonl"
-        record = read_mixture(path) if path.exists() else None
-        return record if record and record.lines else None
+        if not path.exists():
+            return None
+        record = read_mixture(path)
+        return record if record.lines else None
 
     @cached_property
     def checkpoints(self) -> list[int]:
@@ -85,7 +91,10 @@ class RunFiles:
     @cached_property
     def sources(self) -> list[str]:
         """Names of the sources in any of the files, each once."""
-        names = dict.fromkeys(self.mixture.sources if self.mixture else ())
+        names: dict[str, None] = {}
+        # The mixture's first: their order is that of the config.
+        if self.mixture:
+            names |= dict.fromkeys(self.mixture.sources)
         for line in self.metrics:
             for key in ("sources", "valid_sources"):
                 names |= dict.fromkeys(line.get(key) or ())
@@ -166,6 +175,7 @@ def lines_by_step(path: Path) -> list[dict[str, Any]]:
 
     Raises  DataError if a line has no step.
     """
+    # A run that rolled back, or resumed from before its end, may have written a step twice.
     lines: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(read_metrics(path), 1):
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
@@ -182,7 +192,9 @@ def no_run(folder: Path) -> str:
         return f"{folder}/metrics.jsonl has no step yet; try again when the run has made one"
     inside = sorted(path.parent.name for path in folder.glob("*/metrics.jsonl"))
     if inside:
-        some = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
+        some = ", ".join(inside[:5])
+        if len(inside) > 5:
+            some += ", …"
         return f"{folder} holds runs ({some}) but is none itself; name the runs: {folder}/*"
     return f"{folder} is not the folder of a run: it has neither metrics.jsonl nor summary.json"
 
@@ -205,6 +217,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[RunFiles]:
 
 def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The last parts of the paths, as many as tell them all apart."""
+    # The last part alone is rarely enough: `a/run` and `b/run`. All parts always are.
     most = max(len(folder.parts) for folder in folders)
     names: list[str] = []
     for count in range(1, most + 1):

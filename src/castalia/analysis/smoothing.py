@@ -14,7 +14,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-Vector = NDArray[np.float64]
+from castalia.analysis.runs import Vector
 
 WINDOWS = (0.01, 0.02, 0.05, 0.1, 0.2)
 """Half-widths that the page's slider offers, as shares of the step: at step 1000, 0.05 spans the

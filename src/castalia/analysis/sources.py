@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from castalia.analysis.axes import extremes, spans
-from castalia.analysis.panel import Kind, Panel, Series
+from castalia.analysis.html import NONE
+from castalia.analysis.panel import Kind, Panel, Series, look
 from castalia.analysis.runs import Curve, RunFiles, Vector, curve, inner
 from castalia.analysis.smoothing import ending
 from castalia.mixing import MixtureRecord
@@ -48,8 +49,14 @@ def source_panels(runs: Sequence[RunFiles]) -> list[Panel]:
         bits_panel(runs),
     ]
     few = largest_sources(runs)
-    shown = [panel for panel in panels if panel is not None and panel.series]
-    return [replace(panel, few=few) if has_many(panel) else panel for panel in shown]
+    shown: list[Panel] = []
+    for panel in panels:
+        if panel is None or not panel.series:
+            continue
+        if has_many(panel):
+            panel = replace(panel, few=few)
+        shown.append(panel)
+    return shown
 
 
 def has_many(panel: Panel) -> bool:
@@ -78,20 +85,27 @@ def source_names(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def of_source(
-    name: str, place: int, points: Curve, names: list[str], *, smoothed: bool = True
+    name: str,
+    place: int,
+    points: Curve,
+    names: list[str],
+    *,
+    marks: bool = False,
+    smoothed: bool = True,
 ) -> Series:
     """A source's curve in the run at `place`: the colour tells the source, the dash the run."""
-    return Series(name, place, points, smoothed=smoothed, colour=names.index(name), dash=place)
+    return Series(name, place, points, marks, smoothed, names.index(name), place)
 
 
 def by_source(runs: Sequence[RunFiles], key: str, value: str, *, marks: bool) -> list[Series]:
     """A curve for each source and run of `{key: {source: {value: number}}}` in the lines."""
     series: list[Series] = []
-    for colour, name in enumerate(source_names(runs)):
+    names = source_names(runs)
+    for name in names:
         for place, run in enumerate(runs):
             points = run.curve(key, name, value)
             if len(points[0]):
-                series.append(Series(name, place, points, marks=marks, colour=colour, dash=place))
+                series.append(of_source(name, place, points, names, marks=marks))
     return series
 
 
@@ -129,6 +143,7 @@ def shares_panel(runs: Sequence[RunFiles], place: int) -> Panel | None:
     many = len(record.sources) > MANY
     names = source_names(runs)
     order = np.arange(len(record.sources))
+    # Areas keep the order of their colours; in a heat map the rows that matter stand on top.
     if many:
         order = np.argsort(-shares.mean(axis=0), kind="stable")
     series: list[Series] = []
@@ -136,7 +151,9 @@ def shares_panel(runs: Sequence[RunFiles], place: int) -> Panel | None:
         name = record.sources[i]
         points = (steps, 100 * shares[:, i])
         series.append(of_source(name, place, points, names, smoothed=False))
-    title = "Mixture" if len(runs) == 1 else f"Mixture of {runs[place].name}"
+    title = "Mixture"
+    if len(runs) > 1:
+        title += f" of {runs[place].name}"
     kind: Kind = "heat" if many else "shares"
     return Panel(title, "% of rows", about(record), series, kind=kind, wide=many)
 
@@ -145,7 +162,9 @@ def about(record: MixtureRecord) -> str:
     """A description of the mixer."""
     kind = innermost(record.header["mixer"])
     lag = record.header["lag"]
-    until = f"{lag + 1} steps" if lag else "the step"
+    until = "the step"
+    if lag:
+        until = f"{lag + 1} steps"
     return f"{len(record.sources)} sources mixed by {kind}; losses count up to {until} before."
 
 
@@ -193,22 +212,13 @@ def distance_panel(runs: Sequence[RunFiles]) -> Panel:
     series: list[Series] = []
     names = (("distance", "distance to the prior"), ("uniform_share", "uniform share"))
     for number, (key, name) in enumerate(names):
+        colour, dash = look(number, len(runs))
         for place, run in enumerate(runs):
             if run.mixture is None:
                 continue
             points = curve((step, line.get(key)) for step, line in run.mixture.lines.items())
             if len(points[0]):
-                several = len(runs) > 1
-                series.append(
-                    Series(
-                        name,
-                        place,
-                        points,
-                        smoothed=False,
-                        colour=None if several else number,
-                        dash=number if several else 0,
-                    )
-                )
+                series.append(Series(name, place, points, smoothed=False, colour=colour, dash=dash))
     return Panel(
         "Distance to the prior",
         "",
@@ -221,13 +231,14 @@ def distance_panel(runs: Sequence[RunFiles]) -> Panel:
 def bits_panel(runs: Sequence[RunFiles]) -> Panel:
     """Bits per byte of held-out text at the checkpoints, from evals/bits_per_byte.json."""
     series: list[Series] = []
-    for colour, name in enumerate(source_names(runs)):
+    names = source_names(runs)
+    for name in names:
         for place, run in enumerate(runs):
             points = curve(
                 (mark["step"], inner(mark, ("sources", name, "bits_per_byte"))) for mark in run.bits
             )
             if len(points[0]):
-                series.append(Series(name, place, points, marks=True, colour=colour, dash=place))
+                series.append(of_source(name, place, points, names, marks=True))
     return Panel(
         "Bits per byte by source",
         "bits per byte",
@@ -254,6 +265,6 @@ def mixture_rows(run: RunFiles) -> list[list[str]]:
     for i, name in enumerate(record.sources):
         cells = [f"{prior[i]:.2%}", f"{mean[i]:.2%}", f"{last[i]:.2%}"]
         cells += [f"{100 * (last[i] - prior[i]):+.2f}", f"{read[i]:,}", f"{epochs[i]:.2f}"]
-        cells.append(f"{losses[name]:.3f}" if name in losses else "–")
+        cells.append(f"{losses[name]:.3f}" if name in losses else NONE)
         rows.append([name, *cells])
     return rows

@@ -72,7 +72,7 @@ class StepLine(Hook):
         self.step = self.progress.step
         self.tokens = self.progress.tokens
         self.data = self.clock.data
-        self.sums = {name: Average() for name in ("loss", "grad_norm", *self.metrics)}
+        self.sums = {name: FiniteMean() for name in ("loss", "grad_norm", *self.metrics)}
         self.skipped: list[str] = []
 
     def rolled_back(self, step: int) -> None:
@@ -154,7 +154,7 @@ class StepLine(Hook):
         return ", ".join(words)
 
 
-class Average:
+class FiniteMean:
     """The mean of the finite numbers among those added; NaN without one."""
 
     def __init__(self) -> None:
