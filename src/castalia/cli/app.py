@@ -53,21 +53,19 @@ def root(
     """Train, study and serve suites of language models, on a laptop CPU or a GPU cluster."""
 
 
-START = "Start"
 TEXT = "Text to tokens"
 TRAINING = "Training"
-MODELS = "Trained models"
 
 # In the order of use, which is also that of `castalia --help`.
-app.command(rich_help_panel=START)(demo.demo)
-app.command(rich_help_panel=TEXT)(prepare.prepare)
+PANELS = {
+    "Start": (demo.demo,),
+    TEXT: (prepare.prepare,),
+    TRAINING: (show.show, train.train, launch.launch, runs.runs, report.report),
+    "Trained models": (generate.generate, export.export, serve.serve),
+}
+for title, verbs in PANELS.items():
+    for verb in verbs:
+        app.command(rich_help_panel=title)(verb)
+# typer lists a verb with verbs of its own after the others of its panel.
 app.add_typer(data.app, name="data", rich_help_panel=TEXT)
-app.command(rich_help_panel=TRAINING)(show.show)
-app.command(rich_help_panel=TRAINING)(train.train)
-app.command(rich_help_panel=TRAINING)(launch.launch)
-app.command(rich_help_panel=TRAINING)(runs.runs)
-app.command(rich_help_panel=TRAINING)(report.report)
 app.add_typer(mixing.app, name="mixing", rich_help_panel=TRAINING)
-app.command(rich_help_panel=MODELS)(generate.generate)
-app.command(rich_help_panel=MODELS)(export.export)
-app.command(rich_help_panel=MODELS)(serve.serve)

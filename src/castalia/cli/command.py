@@ -24,10 +24,7 @@ class Command(TyperCommand):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The arguments and options, with `--help`."""
-        params = super().get_params(ctx)
-        for param in params:
-            show_type(param)
-        return params
+        return with_types(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse `--train.steps=5`, which users of other libraries type, and what the parser
@@ -57,10 +54,7 @@ class Group(TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The options, also those of completion, which typer adds late."""
-        params = super().get_params(ctx)
-        for param in params:
-            show_type(param)
-        return params
+        return with_types(super().get_params(ctx))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As typer's; what it refuses is one sentence.
@@ -147,17 +141,19 @@ def all_verbs(group: Any, path: str = "") -> Iterator[str]:
             yield from all_verbs(verb, f"{path}{name} ")
 
 
-def show_type(param: Any) -> None:
-    """What help shows as the type: no Python types, which typer would."""
-    if param.param_type_name == "argument":
-        # The usage line and the first column have its name.
-        param.display_type_rich = lambda ctx: ""
-    elif param.metavar is None:
-        is_flag = getattr(param, "is_flag", False)
-        param.metavar = "" if is_flag else str(param.name).split("_")[-1].upper()
-    if (getattr(param, "max", None) or 0) > LARGEST_SHOWN:
-        # The range of an int64 is wider than the column for the help.
-        param._get_number_range_help_str = lambda: None
+def with_types(params: list[Any]) -> list[Any]:
+    """The parameters, each with what help shows as its type: no Python types, which typer would."""
+    for param in params:
+        if param.param_type_name == "argument":
+            # The usage line and the first column have its name.
+            param.display_type_rich = lambda ctx: ""
+        elif param.metavar is None:
+            is_flag = getattr(param, "is_flag", False)
+            param.metavar = "" if is_flag else str(param.name).split("_")[-1].upper()
+        if (getattr(param, "max", None) or 0) > LARGEST_SHOWN:
+            # The range of an int64 is wider than the column for the help.
+            param._get_number_range_help_str = lambda: None
+    return params
 
 
 class Verbs(typer.Typer):

@@ -55,7 +55,7 @@ def chosen(sections: "list[Section]", names: list[str]) -> "list[Section]":
             raise ConfigError(
                 f"no section or key {name!r}{nearest(name, known) or f'; sections: {menu}'}"
             )
-    found = []
+    parts = []
     for section in sections:
         entries = [
             entry
@@ -63,8 +63,8 @@ def chosen(sections: "list[Section]", names: list[str]) -> "list[Section]":
             if any(f"{entry.key}.".startswith(f"{name}.") for name in names)
         ]
         if entries:
-            found.append(section._replace(entries=entries))
-    return found
+            parts.append(section._replace(entries=entries))
+    return parts
 
 
 def print_section(section: "Section") -> None:

@@ -58,6 +58,7 @@ def reference(
     typer.echo(f"written to {output}; use it with mixing.reference={output}")
 
 
+# Without a callback typer makes the only verb of a group the group itself: `castalia mixing RUN`.
 @app.callback()
 def root() -> None:
     """Reference losses by source."""

@@ -19,8 +19,8 @@ def show_plan(config: list[str], nodes: int, gpus_per_node: int, gpu: str, as_js
 
     kind = find_gpu(gpu)
     work = resolve(config, world=nodes * gpus_per_node).config.workload
-    chosen = plan(work, nodes, gpus_per_node, kind)
     steps = work.steps
+    chosen = plan(work, nodes, gpus_per_node, kind)
     proposed = propose(work, nodes, gpus_per_node, kind)
     if not as_json:
         size = nodes * gpus_per_node

@@ -39,11 +39,11 @@ def runs(
 
     if folder is None:
         folder = USUAL if os.path.isdir(USUAL) else "."
-    found = find_runs(folder)
+    states = find_runs(folder)
     if as_json:
-        typer.echo(json.dumps([as_object(run) for run in found], indent=2))
-    elif found:
-        print_runs(found)
+        typer.echo(json.dumps([as_object(run) for run in states], indent=2))
+    elif states:
+        print_runs(states)
     else:
         typer.echo(f"no runs in {folder}; castalia train debug begins one", err=True)
 
@@ -53,7 +53,7 @@ def as_object(run: "RunState") -> dict[str, Any]:
     return run._asdict() | {"folder": str(run.folder)}
 
 
-def print_runs(found: "list[RunState]") -> None:
+def print_runs(states: "list[RunState]") -> None:
     """One line a run."""
     from rich.console import Console
     from rich.table import Table
@@ -64,7 +64,7 @@ def print_runs(found: "list[RunState]") -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("state", "checkpoints", "last step"):
         table.add_column(name, no_wrap=True)
-    for run in found:
+    for run in states:
         table.add_row(*cells(run))
     console = Console(highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
