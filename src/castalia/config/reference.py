@@ -51,15 +51,17 @@ class Section(NamedTuple):
 
 def reference(root: type[BaseModel]) -> list[Section]:
     """The sections of a config of class `root`, first the keys of no section."""
-    found = [Section("", first_paragraph(root.__doc__), [])]
+    all_sections = [Section("", first_paragraph(root.__doc__), [])]
     for name, field in root.model_fields.items():
         inner = sections(field)
         if not inner:
-            found[0].entries.append(entry_of(root, name, field))
+            all_sections[0].entries.append(entry_of(root, name, field))
             continue
         entries = {entry.key: entry for kind in inner for entry in below(root, kind, f"{name}.")}
-        found.append(Section(name, first_paragraph(inner[0].__doc__), list(entries.values())))
-    return found
+        all_sections.append(
+            Section(name, first_paragraph(inner[0].__doc__), list(entries.values()))
+        )
+    return all_sections
 
 
 def entries(root: type[BaseModel]) -> list[Entry]:
