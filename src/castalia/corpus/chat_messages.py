@@ -48,6 +48,7 @@ def message_of(value: Any, where: str, roles: Sequence[str]) -> Message:
         raise BadDocumentError(
             f"{where} must be an object with role and content, got {type(value).__name__}"
         )
+    # A message with both has OpenAI's form: there `from` is one more key for the template.
     is_sharegpt = "from" in value and "role" not in value
     role_key = "from" if is_sharegpt else "role"
     content_key = "value" if is_sharegpt else "content"
@@ -113,6 +114,7 @@ def is_excluded(message: Message, where: str) -> bool:
     Raises  BadDocumentError about a value that cannot be followed.
     """
     weight = message.get("weight")
+    # 0.0 and false equal 0, and true equals 1.
     if weight is not None and weight not in (0, 1):
         raise BadDocumentError(
             f"{where}: 'weight' must be 0 or 1, got {weight!r}; no message is a target in part"

@@ -26,6 +26,7 @@ def texts_of_parts(parts: Sequence[Any]) -> list[str]:
     for number, part in enumerate(parts, start=1):
         text = part
         if isinstance(part, Mapping):
+            # A part without a type is text, as in the files of some datasets.
             kind = str(part.get("type", "text"))
             if kind not in TEXT_PARTS:
                 raise ConfigError(
@@ -58,6 +59,7 @@ def in_form(messages: Sequence[Message], form: str) -> list[Message]:
         elif isinstance(content, str) and form == PARTS:
             content = [{"type": "text", "text": content}]
         if content is not None:
+            # A copy, as the caller's message may be rendered again, in another form.
             message = message | {"content": content}
         converted.append(message)
     return converted
@@ -74,6 +76,7 @@ def without_nulls(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         for name in REASONING:
             if name in kept:
                 reasoning = kept[name]
+                # A `thinking` of its own stays; `reasoning_content` is the name that wins.
                 kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
                 break
         plain.append(kept)
@@ -91,6 +94,7 @@ def tagged(messages: Sequence[Message], tag: str) -> tuple[list[Message], str]:
         said = content
         last["content"] = said + tag
     elif content:
+        # Of parts the last one goes on.
         *earlier, part = content
         said = part["text"]
         last["content"] = [*earlier, part | {"text": said + tag}]

@@ -85,9 +85,11 @@ def finished_before(
         if not token_files(prefix) or is_half_renamed(prefix, job.folder):
             continue
         record = read_record(prefix)
+        # GPT-NeoX's files have no record, and that of `data merge` names no inputs of this verb.
         if record is None or "inputs" not in record:
             raise unknown_origin(prefix)
         facts = job_facts(job, i, prefixes, options)
+        # Before the inputs, which may have to be read whole.
         require_same(prefix, comparable(record, record), comparable(facts, record))
         if changed := changed_input(record, job.files):
             raise ConfigError(
@@ -96,6 +98,7 @@ def finished_before(
             )
         if is_whole(prefix, record, job, i):
             records.append(record)
+    # An output that lost a file is made again, and with it all outputs of the job.
     if len(records) < len(prefixes):
         return None
     if any("options" not in record for record in records):
@@ -113,12 +116,13 @@ def is_half_renamed(prefix: str, work_folder: str) -> bool:
 
 
 def comparable(facts: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """What makes a job the same as that of a record: from the record itself, or from the facts for
-    one.
+    """Those of `facts` that make a job the same as that of `record`.
 
-    Left out are paths and the day, which may differ; options, where an older record has none; and
-    what to do about faulty documents, where there were none.
+    `facts` are the record itself, or those of the job that is asked for. Left out are paths and the
+    moment of the job, which may differ; options, where an older record has none; and what to do
+    about faulty documents, where there were none.
     """
+    # As a record has them: tuples became lists.
     facts = json.loads(json.dumps(facts))
     tokenizer = facts.get("tokenizer") or {}
     compared = {
@@ -170,6 +174,7 @@ def is_whole(prefix: str, record: dict[str, Any], job: PrepareJob, output: int) 
         names.append(job.output + REJECTS)
     if not all(Path(name).is_file() for name in names):
         return False
+    # Its hash would tell more, but takes as long as reading all tokens.
     return Path(names[0]).stat().st_size == record["tokens"] * own.dtype.itemsize
 
 

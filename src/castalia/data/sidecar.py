@@ -91,6 +91,7 @@ def same_tokenizer(a: Any, b: Any) -> bool:
     """Whether two records name the same tokenizer, whatever token ends their documents."""
     if not isinstance(a, dict) or not isinstance(b, dict):
         return False
+    # Two records without a hash are not known to be of one tokenizer.
     return a.get("sha256") is not None and a.get("sha256") == b.get("sha256")
 
 
@@ -112,19 +113,22 @@ def recorded_end(prefixes: Iterable[str | os.PathLike[str]]) -> int | None:
                 f"{os.fspath(prefix)} ends its documents with token {number}, {first[1]} with"
                 f" {first[0]}, according to their records; prepare both with the same --eod"
             )
-    return None if first is None else first[0]
+    if first is None:
+        return None
+    return first[0]
 
 
 def end_of_record(record: dict[str, Any]) -> int | None:
     """The id after each document of one token file; None if its record does not tell."""
-    place = record.get("eod")
-    name = "id"
+    section = record.get("eod")
+    key = "id"
     # Older records tell the tokenizer's own end, and whether it was appended.
-    if place is None and record.get("append_eod"):
-        place = record.get("tokenizer")
-        name = "eod_id"
-    number = place.get(name) if isinstance(place, dict) else None
-    return number if isinstance(number, int) else None
+    if section is None and record.get("append_eod"):
+        section = record.get("tokenizer")
+        key = "eod_id"
+    if isinstance(section, dict) and isinstance(section.get(key), int):
+        return int(section[key])
+    return None
 
 
 def require_tokenizer(prefix: str, tokenizer: Tokenizer, option: str = "--tokenizer") -> None:
@@ -189,8 +193,10 @@ def refuse_to_replace(prefix: str, job: dict[str, Any], overwrite: bool) -> None
     if overwrite or not token_files(prefix):
         return
     record = read_record(prefix) or {}
+    # The record of another verb lacks this one's section.
     if not job.keys() <= record.keys():
         raise unknown_origin(prefix)
+    # As a record has it: tuples became lists.
     require_same(prefix, narrowed(record, job), json.loads(json.dumps(job)))
 
 

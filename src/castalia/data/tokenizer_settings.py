@@ -86,6 +86,7 @@ def chat_templates(folder: Path | None) -> tuple[dict[str, str], str]:
 
     Raises  DataError if a file cannot be read.
     """
+    # A file of its own wins over the settings, as in transformers.
     if folder is not None and (folder / TEMPLATE_FILE).is_file():
         files = {DEFAULT: folder / TEMPLATE_FILE}
         files |= {file.stem: file for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
@@ -105,6 +106,7 @@ def write_chat_templates(folder: Path, templates: dict[str, str]) -> None:
     for name, text in templates.items():
         file = folder / TEMPLATE_FILE
         if name != DEFAULT:
+            # The name alone: one with a slash must not lead out of the folder.
             file = folder / MORE_TEMPLATES / f"{Path(name).name}.jinja"
         with atomic_write(file) as opened:
             opened.write(text)

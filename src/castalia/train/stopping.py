@@ -62,10 +62,12 @@ class SignalReader:
         """Restore what was there before."""
         if threading.current_thread() is not threading.main_thread():
             return
+        # First, so that no signal is written to a pipe that is closed.
         signal.set_wakeup_fd(self.wakeup)
         for number, handler in self.handlers.items():
             # None: the handler before was not one of Python's, and cannot be set again.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        # The thread reads to the end of the pipe: a signal that is in it still counts.
         os.close(self.writing)
         self.thread.join()
         os.close(self.reading)

@@ -62,6 +62,7 @@ class StepLine(Hook):
         self.peak = peak * world.size if peak else None
         self.began = time.perf_counter()
         self.began_with = progress.tokens
+        # Of the last steps, for the last line: a single step's loss varies too much.
         self.losses: deque[float] = deque(maxlen=self.every)
         self.valid: float | None = None
         self.count_from_here()
@@ -142,9 +143,9 @@ class StepLine(Hook):
 
     def summary(self) -> str:
         """Loss, validation, time and speed of this start; empty if it made no step."""
-        tokens = self.progress.tokens - self.began_with
         if not self.losses:
             return ""
+        tokens = self.progress.tokens - self.began_with
         seconds = time.perf_counter() - self.began
         words = [f"loss {sum(self.losses) / len(self.losses):.4f}"]
         if self.valid is not None:

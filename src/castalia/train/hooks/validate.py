@@ -63,11 +63,13 @@ class Validate(Hook):
 
     def validate(self, metrics: dict[str, Any]) -> None:
         """Add the results to `metrics`."""
+        # Also without data: a resumed run may have lost its data.valid.
         self.progress.validation_missing = False
         if self.rows.valid is None:
             return
         # All ranks take part: the rows of a validation are split as those of a step are.
         totals = self.evaluate(self.rows.valid, self.batches)
+        # Saved with the checkpoint of this step, which is the last one before the run ends.
         self.progress.validation_missing = totals is None
         if totals is None:
             return
