@@ -61,14 +61,14 @@ def find_checkpoint(path: str | Path) -> Path:
 def remedy(path: Path) -> str:
     """How to go on from a path that names nothing."""
     near = local_reading(path)
+    if near is not None:
+        return f"; did you mean {str(near)!r}? (a model of the Hugging Face hub is hf://OWNER/NAME)"
     usual = Path("runs", path.name)  # the folder of the presets' runs: `debug` for `runs/debug`
-    if near is None and len(path.parts) == 1 and (usual / "checkpoints").is_dir():
+    if len(path.parts) == 1 and (usual / "checkpoints").is_dir():
         return f"; did you mean {str(usual)!r}?"
-    if near is None and any(path.parent.glob("*/checkpoints")):
+    if any(path.parent.glob("*/checkpoints")):
         return f"; `castalia runs {path.parent}` lists the runs there"
-    if near is None:
-        return "; give a run folder, or RUN/step1000"
-    return f"; did you mean {str(near)!r}? (a model of the Hugging Face hub is hf://OWNER/NAME)"
+    return "; give a run folder, or RUN/step1000"
 
 
 def folder_of(path: str | Path) -> Path:

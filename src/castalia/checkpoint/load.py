@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from castalia.checkpoint.manifest import (
-    CONFIG,
     DTYPES,
     MANIFEST,
     STATE,
@@ -28,6 +27,7 @@ from castalia.checkpoint.manifest import (
 )
 from castalia.checkpoint.names import COMPLETE
 from castalia.checkpoint.shards import ChunkPart, check_pieces, read_pieces
+from castalia.config.anchor import CONFIG
 from castalia.core.errors import CheckpointError, nearest
 from castalia.distributed.boxes import local_boxes
 

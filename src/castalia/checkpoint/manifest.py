@@ -25,7 +25,6 @@ from castalia.distributed.boxes import Box
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-CONFIG = "config.yaml"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 LARGEST_JSON = 1 << 28
 """Bytes above which a manifest or state file is refused unread; Pythia-12B on 64 ranks has under

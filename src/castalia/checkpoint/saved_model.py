@@ -13,6 +13,7 @@ from castalia.checkpoint.load import check_tensors, read_config, read_text
 from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 from castalia.checkpoint.special_ids import SpecialIds, read_special_ids
 from castalia.checkpoint.tensors import StoredTensors, checkpoint_tensors
+from castalia.config.anchor import CONFIG
 from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of
 from castalia.core.hub import hub_folder, is_hub_id
@@ -99,7 +100,7 @@ def step_among(folders: list[Path], step: int, path: Path) -> Path:
 
 def open_step(folder: Path, check: bool = True) -> SavedModel:
     """A checkpoint of a Castalia run."""
-    config = build_model_config(read_config(folder).get("model", {}), str(folder / "config.yaml"))
+    config = build_model_config(read_config(folder).get("model", {}), str(folder / CONFIG))
     # Where the run itself once started does not matter to a reader of its weights.
     config = config.without_start()
     manifest = read_manifest(folder)

@@ -9,8 +9,10 @@ from typing import Any
 from castalia.checkpoint.hf import read_json
 from castalia.data.tokenizer import Tokenizer
 
-MODEL_FILES = ("generation_config.json", "config.json")
-"""Files that name these ids, the first one first, as transformers' `generate` reads them."""
+ID_FILES = ("generation_config.json", "config.json")
+"""Files that name these ids, the first one first, as transformers' `generate` reads them. The end
+of a document in training data is another matter: a chat model's turns may end otherwise, see
+`text_end` in data/tokenizer_settings.py."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def read_special_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int)
     found = SpecialIds.of_tokenizer(tokenizer)
     ends: tuple[int, ...] = ()
     starts: tuple[int, ...] = ()
-    for name in MODEL_FILES:
+    for name in ID_FILES:
         if not (folder / name).is_file():
             continue
         values = read_json(folder / name)

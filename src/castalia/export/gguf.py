@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from tokenizers import decoders
 from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
@@ -21,6 +20,7 @@ from castalia.checkpoint.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import CHAR, OtherTokenizer
 from castalia.export.part_rules import linear_rules, norm_rules, parts_of
+from castalia.inference.token_texts import decoder_kinds
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 
 MAGIC = b"GGUF"
@@ -159,7 +159,7 @@ def is_byte_level_bpe(tokenizer: Tokenizer) -> bool:
     """Whether the file's description of the tokenizer is right."""
     if isinstance(tokenizer, OtherTokenizer):
         return tokenizer.kind == CHAR
-    return isinstance(tokenizer.inner.decoder, decoders.ByteLevel)
+    return "ByteLevel" in decoder_kinds(tokenizer)
 
 
 def gguf_keymap(config: TransformerConfig) -> KeyMap:
