@@ -126,8 +126,9 @@ def source_bits(
             f" {len(source.document_bytes)}; take both from the same `castalia prepare`"
         )
     # `prepare --eod` may have ended the documents with another token than the model's.
-    recorded = recorded_end([source.prefix])
-    end_id = eod_id if recorded is None else recorded
+    end_id = recorded_end([source.prefix])
+    if end_id is None:
+        end_id = eod_id
     chosen = choose_documents(dataset.sizes.tolist(), max_tokens)
     windows: list[Window] = []
     tokens = 0

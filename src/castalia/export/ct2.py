@@ -88,7 +88,9 @@ def write_ct2(
     write_model_bin(folder / "model.bin", theirs, config, quantization)
     # The library knows one end; an engine that knows more passes them with every call.
     end = vocabulary[special.end_ids[0]]
-    start = end if special.start_id is None else vocabulary[special.start_id]
+    start = end
+    if special.start_id is not None:
+        start = vocabulary[special.start_id]
     # unk_token: without a name from the vocabulary, the engine appends its own unknown token, an
     # id beyond the embedding. layer_norm_epsilon: the engine's default is 1e-5.
     described: dict[str, str | float | bool] = {

@@ -62,8 +62,10 @@ class Grammars:
         """Text that is JSON of a schema; `blanks` is the expression of its white space, or None."""
         options = {"whitespace_flexible": blanks is not None, "whitespace_pattern": blanks}
         try:
-            # Read, so that references are counted however they are spelled.
-            text = json.dumps(json.loads(schema) if isinstance(schema, str) else schema)
+            if isinstance(schema, str):
+                # Read, so that references are counted however they are spelled.
+                schema = json.loads(schema)
+            text = json.dumps(schema)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"the JSON schema cannot be used: {error}") from None
         require_few(text.count('"$ref"'), "the JSON schema", "references")
@@ -145,6 +147,7 @@ class TextMatcher:
         The text may be any that the form allows: rejected guesses are taken back.
         Raises  GrammarError if nothing may follow, or the form turns out too large.
         """
+        # Speculative decoding asks after guesses, then without the ones that the model rejected.
         common = shared(self.read, tokens)
         if common < len(self.read):
             self.matcher.rollback(len(self.read) - common)
@@ -156,7 +159,9 @@ class TextMatcher:
         self.matcher.unsafe_compute_mask_ptr(self.bits.data_ptr(), self.bits.nbytes)
         if self.matcher.is_error():
             reason = first_line(self.matcher.get_error())
-            raise GrammarError("no text has this form" if reason == NO_TEXT else reason)
+            if reason == NO_TEXT:
+                reason = "no text has this form"
+            raise GrammarError(reason)
         return unpacked(self.bits)[: self.size]
 
 

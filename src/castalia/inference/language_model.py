@@ -294,6 +294,8 @@ class LanguageModel:
 
         Raises  ConfigError if an option is out of range or two contradict each other.
         """
+        # One TypedDict for callers, two classes within: Ending's fields go to the text, the rest to
+        # the draw. An unknown name is Sampling's TypeError.
         given: dict[str, Any] = dict(options)
         ends = {name: given.pop(name) for name in ENDINGS if name in given}
         stop = ends.get("stop")

@@ -183,7 +183,9 @@ def speculate(
     steering = steering_of(sampling, text)
 
     def steer(row: Tensor, kept: list[int]) -> Tensor:
-        return row if steering is None else steering(row, text.tokens + kept)
+        if steering is None:
+            return row
+        return steering(row, text.tokens + kept)
 
     token, _ = draw(steer(slots.feed([0], [ids])[0, :V], []), sampling, generator)
     yield text.push(token)

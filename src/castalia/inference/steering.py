@@ -48,9 +48,10 @@ class Steering:
     def ban(self, logits: Tensor, tokens: Sequence[int]) -> None:
         """Rule out the tokens that may not come next, in place."""
         if self.allowed is not None:
-            others = torch.ones(len(logits), dtype=torch.bool)
-            others[self.allowed] = False
-            logits.masked_fill_(others.to(logits.device), BANNED)
+            allowed = self.allowed.to(logits.device)
+            kept = logits[allowed]
+            logits.fill_(BANNED)
+            logits[allowed] = kept
         if self.matcher is not None:
             logits.masked_fill_(~self.matcher.allowed(tokens).to(logits.device), BANNED)
         if len(tokens) < self.min_tokens:

@@ -93,7 +93,9 @@ class TextStream:
         start = self.text.find(stop, max(self.released, self.too_early - len(stop) + 1))
         if start < 0:
             return None
-        return start + len(stop) if self.keep_stop else start
+        if self.keep_stop:
+            return start + len(stop)
+        return start
 
     def held_back(self) -> int:
         """Length of the longest ending of the text that is the beginning of a stop string."""

@@ -65,7 +65,9 @@ class AnswerFormat:
 
     def report(self, served: ServedText, echo: str) -> TokenReport | None:
         """The report of one text's tokens; None if log-probabilities were not requested."""
-        return None if self.top is None else TokenReport(self.model, served, echo)
+        if self.top is None:
+            return None
+        return TokenReport(self.model, served, echo)
 
     def whole(
         self,
@@ -180,7 +182,9 @@ def likeliest(token: ReportedToken) -> dict[str, float] | None:
     others = [candidate for candidate in token.likeliest if candidate.token != token.token]
     by_text: dict[str, float] = {}
     for candidate in [own, *others]:
-        key = candidate.text if candidate.text not in by_text else by_id(candidate.token)
+        key = candidate.text
+        if key in by_text:
+            key = by_id(candidate.token)
         by_text[key] = candidate.logprob
     return by_text
 

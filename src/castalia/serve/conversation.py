@@ -14,7 +14,9 @@ def chat_prompt(template: ChatTemplate, body: ChatRequest, defaults: Mapping[str
             gives it.
     """
     # OpenAI: with "none", the model calls no function, so it is told of none.
-    tools = None if body.tool_choice == "none" else body.tools or None
+    tools = body.tools or None
+    if body.tool_choice == "none":
+        tools = None
     variables = dict(body.chat_template_kwargs or {})
     effort = body.reasoning_effort
     # A template without reasoning makes no effort anyway.
@@ -30,7 +32,9 @@ def chat_prompt(template: ChatTemplate, body: ChatRequest, defaults: Mapping[str
                 f"{name}: the model's chat template does not read {name}; leave it out"
             )
     continues = bool(body.continue_final_message)
-    reply = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    reply = body.add_generation_prompt
+    if reply is None:
+        reply = not continues
     return template.render(
         [message.model_dump(exclude_unset=True) for message in body.messages],
         tools=tools,

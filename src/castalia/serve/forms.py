@@ -91,8 +91,10 @@ def requested_form(
     """
     forms: dict[str, Form] = {}
     if format is not None and format.type != "text":
-        schema = format.json_schema.schema_ if format.json_schema is not None else None
-        forms["response_format"] = Form("json", ANY_OBJECT if schema is None else schema)
+        schema = ANY_OBJECT
+        if format.json_schema is not None and format.json_schema.schema_ is not None:
+            schema = format.json_schema.schema_
+        forms["response_format"] = Form("json", schema)
     if structured is not None:
         forms |= structured_forms(structured)
     for kind, value in guided.items():
@@ -106,7 +108,9 @@ def requested_form(
 
 def structured_forms(asked: StructuredOutputs) -> dict[str, Form]:
     """The forms of `structured_outputs`, by the name of their field."""
-    blanks = None if asked.disable_any_whitespace else asked.whitespace_pattern or BLANKS
+    blanks: str | None = asked.whitespace_pattern or BLANKS
+    if asked.disable_any_whitespace:
+        blanks = None
     values = {
         "json": asked.json_,
         "regex": asked.regex,

@@ -257,6 +257,7 @@ class Scheduler:
 
     def step(self) -> None:
         """Draw one more token for every running text."""
+        # A copy: the batcher forgets the texts that end in this step, and their errors with them.
         admissions = dict(self.batcher.running)
         for slot, output in self.batcher.step().items():
             self.deliver(self.running[slot], output, admissions[slot].error)

@@ -250,7 +250,9 @@ class Service:
         """Record the latency and the tokens of one event."""
         now = time.perf_counter()
         is_first = not request.outputs[index].tokens
-        histogram = self.metrics.first_token if is_first else self.metrics.each_token
+        histogram = self.metrics.each_token
+        if is_first:
+            histogram = self.metrics.first_token
         histogram.observe(now - request.last_event[index])
         request.last_event[index] = now
         generated = len(event.tokens)
@@ -391,6 +393,7 @@ def drawing_of(model: LanguageModel, body: SamplingBody, max_tokens: int) -> Dra
         ignore_eos=bool(body.ignore_eos),
         min_tokens=min_tokens,
         skip_special=bool(body.skip_special_tokens),
+        # None: each text draws with a random seed of its own.
         seed=body.seed,
     )
 

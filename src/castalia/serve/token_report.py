@@ -135,17 +135,20 @@ class TokenReport:
 
     def __init__(self, model: LanguageModel, served: ServedText, echo: str) -> None:
         texts = model.token_texts
-        ids = served.continuation.ids
         self.text = served.continuation
         self.tokenizer = model.tokenizer
         self.echo = echo
-        self.unscored = len(ids) if served.score_prompt else 0
+        self.unscored = 0
         """Tokens of the prompt that are still to come."""
         self.prompt = Placing(model.decode, texts, [], 0)
         self.written = Placing(self.text.stream.decode, texts, self.text.stream.before, len(echo))
         self.context = len(self.written.stream.tokens)
-        self.given = 0 if served.score_prompt else len(echo)
-        """Characters of the answer's text that were given out. An echo without scores precedes."""
+        self.given = len(echo)
+        """Characters of the answer's text that were given out."""
+        if served.score_prompt:
+            # The text of a scored echo is given out with its tokens, that of another before.
+            self.unscored = len(served.continuation.ids)
+            self.given = 0
         self.waiting: list[ReportedToken] = []
 
     def take(
@@ -195,8 +198,9 @@ class TokenReport:
         end = 0
         for token, (begin, next_end) in zip(self.waiting, encoding.offsets, strict=True):
             # Some tokenizers leave out the space that a token begins with.
-            is_space = self.echo[end:begin].isspace()
-            token.offset = end if is_space else begin
+            token.offset = begin
+            if self.echo[end:begin].isspace():
+                token.offset = end
             end = next_end
 
     def all_placed(self) -> bool:

@@ -66,11 +66,13 @@ def hf_config(
 
 def special_id_values(end_ids: Sequence[int], start_id: int | None) -> dict[str, Any]:
     """bos_token_id and eos_token_id, the latter a list where several ids end a text."""
-    first = end_ids[0] if end_ids else None
-    return {
-        "bos_token_id": first if start_id is None else start_id,
-        "eos_token_id": list(end_ids) if len(end_ids) > 1 else first,
-    }
+    first = next(iter(end_ids), None)
+    if start_id is None:
+        start_id = first
+    if len(end_ids) > 1:
+        return {"bos_token_id": start_id, "eos_token_id": list(end_ids)}
+    # A number, as older readers of these files expect it.
+    return {"bos_token_id": start_id, "eos_token_id": first}
 
 
 def hf_refuses(config: ModelConfig) -> str | None:
