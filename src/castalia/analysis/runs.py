@@ -92,7 +92,7 @@ class RunFiles:
     def sources(self) -> list[str]:
         """Names of the sources in any of the files, each once."""
         names: dict[str, None] = {}
-        # The mixture's first: their order is that of the config.
+        # The mixture's first: it has all of them, also those that no step has read.
         if self.mixture:
             names |= dict.fromkeys(self.mixture.sources)
         for line in self.metrics:
@@ -175,7 +175,6 @@ def lines_by_step(path: Path) -> list[dict[str, Any]]:
 
     Raises  DataError if a line has no step.
     """
-    # A run that rolled back, or resumed from before its end, may have written a step twice.
     lines: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(read_metrics(path), 1):
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):

@@ -126,7 +126,7 @@
     opacity,
     hovertemplate: hover(what),
   });
-  const lines = (panel, shown) => {
+  const lines = (shown) => {
     const traces = [];
     for (const series of shown) {
       const fit = state.smooth > 0 && series.fits[state.smooth];
@@ -145,7 +145,7 @@
     }
     return traces;
   };
-  const shares = (panel, shown) =>
+  const shares = (shown) =>
     shown.map((series) => ({
       ...lineTrace(series, series.points, label(series), 0.6, 1),
       mode: "lines",
@@ -154,11 +154,12 @@
         Math.floor((series.colour ?? 0) / COLOURS) % 4]),
       hovertemplate: `${label(series)} <b>%{y:.3~g}%</b><extra></extra>`,
     }));
-  const heat = (panel, shown) => {
+  const heat = (shown) => {
     const rows = [...shown].reverse(); // the first row is drawn at the bottom
     return [{
       type: "heatmap",
       x: placesOf(data.runs[rows[0].run], rows[0].points.steps),
+      // The number keeps rows apart: Plotly merges categories of one name.
       y: rows.map((series, row) => `${row} ${plain(series.name)}`),
       z: rows.map((series) => series.points.values),
       colorscale: [[0, look("--card")], [0.15, faded(look("--c0"), 0.35)], [1, look("--c0")]],
@@ -168,7 +169,7 @@
       hovertemplate: "%{y} <b>%{z:.3~g}%</b><extra></extra>",
     }];
   };
-  const events = (panel, shown) =>
+  const events = (shown) =>
     shown.map((series) => ({
       ...lineTrace(series, series.points, "", 0, 1),
       y: series.points.values.map((lane) => lane + 0.12 * series.run),
@@ -187,8 +188,8 @@
     const axis = { gridcolor: look("--grid"), linecolor: look("--edge"), zeroline: false,
       automargin: true };
     if (panel.kind === "heat") {
-      const names = traces[0].y;
-      return { ...axis, tickvals: names, ticktext: names.map((name) => short(name)),
+      const names = [...shown].reverse().map((series) => plain(short(series.name)));
+      return { ...axis, tickvals: traces[0].y, ticktext: names,
         tickfont: { size: 10 }, showgrid: false };
     }
     if (panel.kind === "events") {
@@ -219,10 +220,8 @@
     const later = rangeWithin(traces, [START * to, to], log);
     return all && later && all[1] - all[0] > 2 * (later[1] - later[0]) ? later : null;
   };
-  const short = (name) => {
-    const text = name.replace(/^\d+ /, "");
-    return text.length > 18 ? `${text.slice(0, 8)}…${text.slice(-9)}` : text;
-  };
+  const short = (text) =>
+    text.length > 18 ? `${text.slice(0, 8)}…${text.slice(-9)}` : text;
   // What the curves reach inside the range of x, with a margin; null where they have no point.
   const rangeWithin = (traces, range, log) => {
     const [from, to] = range.map((each) => (state.xscale === "log" ? 10 ** each : each));
@@ -314,7 +313,7 @@
       return;
     }
     if (!drawn.has(box)) plot.textContent = "";
-    const traces = KINDS[panel.kind](panel, shown);
+    const traces = KINDS[panel.kind](shown);
     const layout = layoutOf(panel, shown, traces);
     box.querySelector(".cut").hidden = panel.kind !== "lines" || !isCut(traces, layout.yaxis);
     Plotly.react(plot, traces, layout, CONFIG);
