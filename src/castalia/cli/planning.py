@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from castalia.cli.timing import DAY, gpu_hours
+
 if TYPE_CHECKING:
     from castalia.cost.plan import LayoutCost
 
@@ -50,8 +52,8 @@ def as_object(plan: "LayoutCost", steps: int) -> dict[str, Any]:
         "degrees": plan.degrees._asdict(),
         "memory": memory,
         "overrides": overrides(plan),
-        "days": plan.step_seconds * steps / 86400,
-        "gpu_hours": plan.step_seconds * steps * plan.degrees.size / 3600,
+        "days": plan.step_seconds * steps / DAY,
+        "gpu_hours": gpu_hours(plan, steps),
     }
 
 
@@ -108,6 +110,6 @@ def rows(plan: "LayoutCost", steps: int) -> dict[str, str]:
         "seconds a step": f"{plan.step_seconds:.3g}",
         "tokens a second": f"{plan.tokens_per_second:,.0f}",
         "whole run": duration(plan.step_seconds * steps),
-        "GPU-hours": f"{plan.step_seconds * steps * plan.degrees.size / 3600:,.1f}",
+        "GPU-hours": f"{gpu_hours(plan, steps):,.1f}",
         "MFU": f"{plan.mfu:.1%}",
     }

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from castalia.cost.estimate import Estimate
+    from castalia.cost.plan import LayoutCost
     from castalia.cost.workload import Workload
     from castalia.train.config import RunConfig
 
@@ -70,29 +71,33 @@ def run_time(config: "RunConfig", cost: "Estimate", *, measured: bool) -> RunTim
 
         step = time_step(config, cost)
     if step is None:
-        return RunTime(None, None, None, None, "", gpu_hours(config.workload), [])
+        return RunTime(None, None, None, None, "", usual_gpu_hours(config.workload), [])
     import torch
 
     from castalia.train.machine_precision import precision_notes
 
     seconds = step.seconds * config.train.steps
-    hours = seconds * cost.processes / HOUR if cost.device == "cuda" else None
+    hours = None
+    if cost.device == "cuda":
+        hours = seconds * cost.processes / HOUR
     return RunTime(
         step.seconds,
         step.tokens_per_second,
         seconds / DAY,
         hours,
         step.about,
-        gpu_hours(config.workload),
+        usual_gpu_hours(config.workload),
         precision_notes(config, config, torch.device(cost.device)),
     )
 
 
-def gpu_hours(work: "Workload") -> dict[str, float]:
+def usual_gpu_hours(work: "Workload") -> dict[str, float]:
     """Hours of one GPU of each usual kind, as `castalia show --gpu` estimates them."""
     from castalia.cost.plan import find_gpu, plan
 
-    return {
-        name: plan(work, 1, 1, find_gpu(name)).step_seconds * work.steps / HOUR
-        for name in USUAL_GPUS
-    }
+    return {name: gpu_hours(plan(work, 1, 1, find_gpu(name)), work.steps) for name in USUAL_GPUS}
+
+
+def gpu_hours(plan: "LayoutCost", steps: int) -> float:
+    """Hours of all GPUs of a plan together for `steps` steps."""
+    return plan.step_seconds * steps * plan.degrees.size / HOUR

@@ -77,7 +77,9 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """A name, or a path as of this directory."""
         # GPT-2's tokenizer is two files: VOCAB.json,MERGES.txt.
         places = [here(part) for part in text.split(",")]
-        return ",".join(places) if all(map(names_something, places)) else text
+        if not all(map(names_something, places)):
+            return text
+        return ",".join(places)
 
     changed = {**values, "output": here(output)}
     for keys, change in ((PATHS, here), (NAMES, here_if_it_exists)):
@@ -113,7 +115,10 @@ def base_of(folder: Path, output: str) -> Path:
     parts = Path(os.path.normpath(output)).parts
     if not os.path.isabs(output) and folder.parts[-len(parts) :] == parts:
         return Path(*folder.parts[: -len(parts)])
-    return recorded if recorded is not None and recorded.is_dir() else Path.cwd()
+    # The run alone was moved: its data stayed where it was started, if that is on this machine.
+    if recorded is not None and recorded.is_dir():
+        return recorded
+    return Path.cwd()
 
 
 def recorded_directory(folder: Path) -> Path | None:

@@ -128,7 +128,8 @@ def joined(files: Mapping[str, Mapping[str, Any]], out: NeoxReading) -> dict[str
         for key, value in values.items():
             name = ALIASES.get(normal(key), normal(key))
             # GPT-NeoX's files contain Python's literals, of which YAML reads None as text.
-            value = LITERALS.get(value, value) if isinstance(value, str) else value
+            if isinstance(value, str):
+                value = LITERALS.get(value, value)
             # Compared in one spelling: GPT-NeoX itself misses `a-b` beside `a_b`.
             if name in options and not same(name, options[name], value):
                 remedy = "give an option in one file only"

@@ -112,7 +112,9 @@ def mixing(o: NeoxOptions, out: NeoxReading) -> None:
 def saving(o: NeoxOptions, out: NeoxReading) -> None:
     """checkpoint_factor is an interval, or with checkpoint_scale log the ratio of steps."""
     interval = o["save_interval"]
-    factor = interval if o["checkpoint_factor"] is None else o["checkpoint_factor"]
+    factor = o["checkpoint_factor"]
+    if factor is None:
+        factor = interval
     scale = o["checkpoint_scale"]
     if interval not in (None, factor) or (interval and scale == "log"):
         wrong(

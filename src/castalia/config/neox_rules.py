@@ -211,14 +211,16 @@ def optimizer(o: NeoxOptions, out: NeoxReading) -> None:
     for name, value in {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}.items():
         o.put(out, f"optim.{name}", params.get(name, value), "optimizer")
     decay = stated(o, out, "weight_decay", params.get("weight_decay"), "weight_decay")
-    if o.complete or decay is not None:
-        o.put(
-            out, "optim.weight_decay", 0.1 if decay is None else decay, "weight_decay", "optimizer"
-        )
+    # Over a preset silence keeps the preset's value; alone it means GPT-NeoX's default.
+    if decay is None and o.complete:
+        decay = 0.1
+    if decay is not None:
+        o.put(out, "optim.weight_decay", decay, "weight_decay", "optimizer")
     clip = stated(o, out, "gradient_clipping", params.get("max_grad_norm"), "max_grad_norm")
-    if o.complete or clip is not None:
+    if clip is None and o.complete:
+        clip = 1.0
+    if clip is not None:
         # 0 turns clipping off.
-        clip = 1.0 if clip is None else clip
         o.put(out, "optim.clip", clip or None, "gradient_clipping", "optimizer")
 
 
@@ -234,7 +236,9 @@ def stated(o: NeoxOptions, out: NeoxReading, name: str, inner: Any, label: str) 
             f"{name} is {outer!r}, but optimizer.params.{label} is {inner!r}; keep one",
             HONOURED[name].path,
         )
-    return inner if outer is None else outer
+    if outer is None:
+        return inner
+    return outer
 
 
 def schedule(o: NeoxOptions, out: NeoxReading) -> None:

@@ -80,9 +80,13 @@ def counted(kind: str, file: str | None) -> int | None:
         return KNOWN_IDS[kind]
     if kind == "TiktokenTokenizer":
         return TIKTOKEN_IDS.get(Path(str(file)).stem)
+    if not file:
+        return None
     if kind == "SPMTokenizer":
-        return count_pieces(file) if file else None
-    return count_ids(file) if file and kind in ("HFTokenizer", "GPT2BPETokenizer") else None
+        return count_pieces(file)
+    if kind in ("HFTokenizer", "GPT2BPETokenizer"):
+        return count_ids(file)
+    return None
 
 
 def guessed(kind: str, file: str | None, ids: int) -> str:
@@ -106,7 +110,9 @@ def count_ids(path: str) -> int | None:
 
     A folder stands for the tokenizer.json in it. None if the file cannot be read.
     """
-    file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+    file = Path(path)
+    if file.is_dir():
+        file /= "tokenizer.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content and all(isinstance(value, int) for value in content.values()):
@@ -143,7 +149,10 @@ def count_pieces(path: str) -> int | None:
             pieces += tag >> 3 == 1
     except IndexError:
         return None
-    return pieces if pieces and position == len(content) else None
+    # A last field that ends beyond the file is a file cut off; without a piece it is no tokenizer.
+    if not pieces or position != len(content):
+        return None
+    return pieces
 
 
 def varint(content: bytes, position: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from castalia.config.fields import field_at, kind_of, leaves, names_at
 from castalia.config.foreign import ABSENT, OURS
-from castalia.config.kinds import inside
+from castalia.config.kinds import Kind, inside
 
 CHOOSERS = ("kind", "name", "type", "class", "family")
 """Keys by which users of other libraries choose the member of a section."""
@@ -230,12 +230,19 @@ def chooser_hint(root: type[BaseModel], path: list[str], value: Any) -> str:
     if chooser is None or not isinstance(value, str):
         return ""
     key = ".".join([*path, chooser])
-    field = field_at(root, path)
-    kind = None if field is None else kind_of(field)
+    kind = kind_at(root, path)
     # A wrong hint is worse than none: `model=pythia-70m` is no family.
     if kind is not None and value not in kind.registry:
         return f"; {key} is one of {', '.join(kind.registry)}"
     return f"; did you mean {key}={value}?"
+
+
+def kind_at(root: type[BaseModel], path: list[str], values: Any = None) -> Kind | None:
+    """The choice by name that the section at `path` is; None for any other section."""
+    field = field_at(root, path, values)
+    if field is None:
+        return None
+    return kind_of(field)
 
 
 def chooser_of(root: type[BaseModel], path: list[str], values: Any = None) -> str | None:
@@ -253,8 +260,9 @@ def chooser_of(root: type[BaseModel], path: list[str], values: Any = None) -> st
 def hint_for(root: type[BaseModel], path: list[str], values: Any = None) -> str:
     """The dotted key that an unknown key stands for, or the menu of its section.
 
-    A wrong hint is worse than none. In this order: a slip of the finger, another trainer's name,
-    the name in another section, a name with a word more or less, a slip in another section.
+    A wrong hint is worse than none. In this order: a name for which there is no key at all, a slip
+    of the finger, another trainer's name, the name in another section, a name with a word more or
+    less, a slip in another section.
     """
     *section, name = path
     prefix = "".join(f"{part}." for part in section)
@@ -311,8 +319,7 @@ def similarity(one: str, other: str) -> float:
 
 def members(root: type[BaseModel], path: list[str], values: Any) -> str:
     """The menu of a section's members, if the value at `path` is none of them."""
-    field = field_at(root, path[:-1], values)
-    kind = None if field is None else kind_of(field)
+    kind = kind_at(root, path[:-1], values)
     for name in path:
         values = inside(values, name)
     if kind is None or values in kind.registry:

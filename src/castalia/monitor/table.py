@@ -108,9 +108,10 @@ def metrics_file(path: Path) -> Path:
     """
     if path.name == "config.yaml":
         path = path.parent
-    file = path / FILE if path.is_dir() else path
-    if file.is_file():
-        return file
+    if path.is_file():
+        return path
+    if (path / FILE).is_file():
+        return path / FILE
     if path.is_dir():
         raise DataError(
             f"no {FILE} in {path}: it is not the folder of a run, or its first step has not ended;"
@@ -132,7 +133,7 @@ def column(values: list[Any]) -> NDArray[Any]:
     if kinds == {int}:
         return np.array(values, dtype=np.int64)
     if kinds <= {int, float, type(None)}:
-        return np.array([np.nan if value is None else value for value in values], np.float64)
+        return np.array(values, np.float64)  # None becomes NaN
     # np.array would make a matrix of lists of one length.
     array = np.empty(len(values), dtype=object)
     array[:] = values
