@@ -48,6 +48,7 @@ def read_special_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int)
         values = read_json(folder / name)
         ends = ends or ids_of(values, "eos_token_id", folder / name, vocab_size)
         starts = starts or ids_of(values, "bos_token_id", folder / name, vocab_size)
+    # Last: the ends that a model's files list are what it was trained to write.
     ends = ends or found.end_ids
     if not starts and found.start_id is not None:
         starts = (found.start_id,)
@@ -61,6 +62,7 @@ def ids_of(values: Mapping[str, Any], key: str, where: Path, vocab_size: int) ->
         return ()
     if not isinstance(listed, list):
         listed = [listed]
+    # The exact type: to isinstance, true is an integer.
     ids = [i for i in listed if type(i) is int and 0 <= i < vocab_size]
     if len(ids) < len(listed):
         warnings.warn(

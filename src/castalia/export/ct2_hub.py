@@ -219,6 +219,7 @@ class GeneratorCT2fromHfHub(CT2fromHfHub):
         suppressed += [[token] for token in self.vocabulary[count:]]
         added = {"suppress_sequences": suppressed or None, "include_prompt_in_result": False}
         if self.special.end_ids:
+            # All ends: the engine's config holds only the first. A caller's own end_token wins.
             options = {"end_token": list(self.special.end_ids)} | options
         return called(self.model.generate_batch, prompts, options | added)
 

@@ -358,6 +358,7 @@ def named_tokens(source: SavedModel, tokenizer: Tokenizer) -> dict[str, str]:
     if special.start_id is not None:
         tokens["bos_token"] = names[special.start_id]
     if special.end_ids:
+        # As GPT-NeoX's own tokenizers do, whose unk_token is their end of text.
         tokens |= dict.fromkeys(("eos_token", "unk_token"), names[special.end_ids[0]])
     named = special_tokens(source.folder)
     return tokens | {role: token for role, token in named.items() if token in tokenizer.ids}
@@ -386,6 +387,7 @@ def examine(
         source.step,
         source.special,
     )
+    # Against `trained`, not `source`: another form of GELU is a part of what the export changes.
     # Naming the dtype measures the export's own arithmetic; auto would score in bf16.
     return measure(
         engine.from_export(written, spec.numbers), TorchEngine.from_checkpoint(trained), text
@@ -396,6 +398,7 @@ def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
     """export.json: the checkpoint with its hashes, the model's config, the hash of every file."""
     from castalia import __version__
 
+    # After the card, so that its hash is recorded, too; the record itself has none.
     written = {str(file.relative_to(folder)): sha256_of(file) for file in files_in(folder)}
     record = {
         "castalia": __version__,

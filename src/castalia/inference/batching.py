@@ -169,7 +169,7 @@ def steered(logits: torch.Tensor, running: Sequence[Admission]) -> torch.Tensor:
         if one.steering is not None:
             try:
                 row = one.steering(row, one.text.tokens)
-            except Exception as error:
+            except Exception as error:  # whatever it is, the other texts of the batch go on
                 one.error = error
         rows.append(row)
     return torch.stack(rows)

@@ -186,6 +186,7 @@ class Service:
         inbox = Inbox()
         texts: list[ServedText] = []
         echoes: list[str] = []
+        # OpenAI's way to score a prompt: no token is generated, though a text has room for one.
         scoring = max_tokens == 0
         for ids, written in encoded:
             for _ in range(n):
@@ -235,6 +236,7 @@ class Service:
                 if event.error is not None:
                     failed = FailedError(event.error)
                     if failed.status == 500:
+                        # Here, because a stream that has begun reaches no handler of the app.
                         LOG.error("a text failed", exc_info=event.error)
                     raise failed from event.error
                 self.measure(request, index, event)
