@@ -9,10 +9,10 @@ makes these from the finished runs alone, and --table prints that of a results f
 
 Fixed in advance: corpus and scale; five seeds; S = 1 - t*/T as in mixing_numbers.saved, against
 the best of natural, uniform and UniMax on the same metric, and against natural, the baseline
-nearest to those of papers. No setting of an arm was chosen on these
-seeds or on this held-out text. `again` is uniform with another order of the rows: its S is that of
-two equal arms, the noise of all other numbers. `confirm` repeats an arm without the steps that it
-saved, on a complete schedule of its own.
+nearest to those of papers. No setting of an arm was chosen on these seeds or on this held-out text.
+`again` is uniform with another order of the rows: its S is that of two equal arms, the noise of all
+other numbers. `confirm` repeats an arm without the steps that it saved, on a complete schedule of
+its own.
 """
 
 import argparse
@@ -453,8 +453,11 @@ def print_table(value: dict[str, Any]) -> None:
     for arm, row in sorted(value["arms"].items(), key=lambda item: item[1]["metrics"]["M1"]):
         gains = [row["against_best_fixed"][metric] for metric in ("M1", "M2")]
         for metric in ("M1", "M1 ppl"):
-            exact = row.get("against_natural", {}).get(metric)
-            gains.append(exact or (natural and saved_of_means(row, natural, metric)))
+            gain = row.get("against_natural", {}).get(metric)
+            # Files of older benchmarks have mean curves alone.
+            if gain is None and natural is not None:
+                gain = saved_of_means(row, natural, metric)
+            gains.append(gain)
         numbers = "".join(f"{row['metrics'][name]:>8.3f}" for name in losses)
         savings = "".join(f"{interval(gain):>31}" for gain in gains)
         print(f"{arm:<22}{len(row['seeds']):>5}{numbers}{savings}")

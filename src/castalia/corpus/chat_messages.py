@@ -50,13 +50,17 @@ def message_of(value: Any, where: str, roles: Sequence[str]) -> Message:
         )
     # A message with both has OpenAI's form: there `from` is one more key for the template.
     is_sharegpt = "from" in value and "role" not in value
-    role_key = "from" if is_sharegpt else "role"
-    content_key = "value" if is_sharegpt else "content"
-    content = value.get(content_key)
+    role_key = "role"
+    content_key = "content"
+    if is_sharegpt:
+        role_key = "from"
+        content_key = "value"
+    required = [role_key, content_key]
     # OpenAI's messages that call tools may lack a content, or have a null one.
-    optional = () if content_key in value or not calls_tools(value) else (content_key,)
-    for name in (role_key, content_key):
-        if name not in value and name not in optional:
+    if calls_tools(value):
+        required.remove(content_key)
+    for name in required:
+        if name not in value:
             existing = ", ".join(map(str, value)) or "none"
             raise BadDocumentError(f"{where} lacks the key {name!r}; keys: {existing}")
     role = value[role_key]
@@ -70,7 +74,8 @@ def message_of(value: Any, where: str, roles: Sequence[str]) -> Message:
             f"{nearest(role, roles)}"
         )
     others = {name: other for name, other in value.items() if name not in (role_key, content_key)}
-    return {"role": role, "content": content_of(content, f"{where}: {content_key!r}"), **others}
+    content = content_of(value.get(content_key), f"{where}: {content_key!r}")
+    return {"role": role, "content": content, **others}
 
 
 def calls_tools(message: Message) -> bool:

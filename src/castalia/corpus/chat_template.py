@@ -105,7 +105,9 @@ class ChatTemplate:
             "add_generation_prompt": reply,
         }
         text = self.rendered(plain, names)
-        return up_to_tag(text, said) if continue_last else text
+        if continue_last:
+            return up_to_tag(text, said)
+        return text
 
     def rendered(self, messages: Sequence[Message], names: Mapping[str, Any]) -> str:
         """The text of messages in the form that the template expects.
@@ -134,8 +136,10 @@ class ChatTemplate:
 
     def reads(self, name: str) -> bool:
         """Whether the template reads a variable, such as `tools`."""
-        sources = [self.text] if self.tool_use is None else [self.text, self.tool_use]
-        return any(name in names_read(source, self.where) for source in sources)
+        return any(
+            source is not None and name in names_read(source, self.where)
+            for source in (self.text, self.tool_use)
+        )
 
     @property
     def content_form(self) -> str:

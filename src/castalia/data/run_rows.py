@@ -70,10 +70,9 @@ def build_rows(
     A single train prefix with `split` is GPT-NeoX's data_path: its share of the documents and
     exactly steps · batch_size rows. Anything else is GPT-NeoX's list of paths: each source holds
     1.005 times its share, and the sources are blended, even a single one; one of weight 0 has no
-    rows. With data.order `file`
-    the train prefixes hold ready rows, served in the order of the file. `valid` is None without
-    `eval_every` or validation data. `allow_empty` accepts sources too short for a row, for mixers
-    that give them weight 0.
+    rows. With data.order `file` the train prefixes hold ready rows, served in the order of the
+    file. `valid` is None without `eval_every` or validation data. `allow_empty` accepts sources too
+    short for a row, for mixers that give them weight 0.
 
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.

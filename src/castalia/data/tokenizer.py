@@ -236,9 +236,14 @@ def read_tokenizer(name: str) -> Tokenizer:
 def file_in(folder: Path) -> Path:
     """The tokenizer.json of a folder; of a run's folder that of its newest checkpoint."""
     own = folder / "tokenizer.json"
+    if own.exists():
+        return own
     saved = sorted(folder.glob("checkpoints/step-*/tokenizer.json"))
     complete = [path for path in saved if (path.parent / "COMPLETE").exists()]
-    return complete[-1] if complete and not own.exists() else own
+    if complete:
+        return complete[-1]
+    # The error about the missing file names this one.
+    return own
 
 
 def is_byte_level(tokenizer: Tokenizer) -> bool:

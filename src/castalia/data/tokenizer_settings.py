@@ -58,7 +58,9 @@ def token_texts(settings: dict[str, Any], suffix: str = "_token") -> dict[str, s
     """The tokens among settings: each is a text, or an object with the text and flags."""
     tokens = {}
     for name, value in settings.items():
-        text = value.get("content") if isinstance(value, dict) else value
+        text = value
+        if isinstance(value, dict):
+            text = value.get("content")
         if name.endswith(suffix) and isinstance(text, str):
             tokens[name] = text
     return tokens
@@ -74,10 +76,11 @@ def text_end(folder: Path) -> TextEnd | None:
         if token is not None:
             return TextEnd(token, name)
     for name in MODEL_FILES:
-        ids = read_settings(folder, name).get("eos_token_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int):
-            return TextEnd(first, name)
+        number = read_settings(folder, name).get("eos_token_id")
+        if isinstance(number, list) and number:
+            number = number[0]
+        if isinstance(number, int):
+            return TextEnd(number, name)
     return None
 
 
@@ -94,8 +97,10 @@ def chat_templates(folder: Path | None) -> tuple[dict[str, str], str]:
     listed = read_settings(folder).get("chat_template")
     if isinstance(listed, str):
         listed = [{"name": DEFAULT, "template": listed}]
+    if not isinstance(listed, list):
+        listed = []
     templates = {}
-    for entry in listed if isinstance(listed, list) else []:
+    for entry in listed:
         if isinstance(entry, dict) and isinstance(entry.get("template"), str):
             templates[str(entry.get("name"))] = entry["template"]
     return templates, f"{folder}/{SETTINGS}"

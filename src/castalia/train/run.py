@@ -151,8 +151,8 @@ def closing_line(trainer: Trainer) -> str:
         raise CheckpointError(f"no checkpoint was saved in {trainer.store.folder}")
     folder = trainer.store.folder_of(saved)
     # Exhausted sources end a run before its last step, and that is not an interruption.
-    ended = trainer.mixture.ended if trainer.mixture.at_end() else None
-    done = ended is not None or progress.step >= steps
+    exhausted = trainer.mixture.at_end()
+    done = exhausted or progress.step >= steps
     where = f"step {progress.step} of {steps}"
     if progress.step > steps:
         # train.steps was lowered after the run had come further.
@@ -170,5 +170,7 @@ def closing_line(trainer: Trainer) -> str:
         return f"{text}; {folder} is saved; {again}"
     run = shlex.quote(trainer.config.output)
     next_verbs = f"castalia generate {run}, castalia report {run}"
-    why = f" ({ended})" if ended else ""
+    why = ""
+    if exhausted:
+        why = f" ({trainer.mixture.ended})"
     return f"{text}{why}; saved in {folder}; next: {next_verbs}"

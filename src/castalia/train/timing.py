@@ -69,7 +69,9 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
         model, [precision], device, cost.micro_rows, config.data.seq_length
     )
     rate = flops_per_token(piece, length) * rows * length / seconds
-    at_once = cost.processes if cost.device == "cuda" else 1
+    at_once = 1
+    if cost.device == "cuda":
+        at_once = cost.processes
     step = cost.flops_per_token * config.tokens_per_step / (rate * at_once)
     about = f"{piece.num_layers} of {config.model.num_layers} layers"
     if piece.hidden_size < config.model.hidden_size:
@@ -80,7 +82,9 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
 
 def faster_precision(config: RunConfig, device: torch.device) -> str:
     """bf16 or fp32, whichever is faster here; fp16 needs a loss scale and is never chosen."""
-    return "bf16" if times_as_long(config, "fp32", "bf16", device) >= FASTER else "fp32"
+    if times_as_long(config, "fp32", "bf16", device) >= FASTER:
+        return "bf16"
+    return "fp32"
 
 
 def times_as_long(config: RunConfig, precision: str, other: str, device: torch.device) -> float:

@@ -62,7 +62,9 @@ class StopOnSignal(Hook):
         if self.announced:
             return
         self.announced = True
-        text = f"castalia: {number.name}: saving" + ("" if self.at_end else " after this step")
+        text = f"castalia: {number.name}: saving"
+        if not self.at_end:
+            text += " after this step"
         if stop is Stop.INTERRUPTED:
             text += "; Ctrl-C again stops at once"
         say(text, sys.stderr)
