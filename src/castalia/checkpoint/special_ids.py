@@ -39,7 +39,7 @@ def read_special_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int)
     Warns   if an id of the files is outside the vocabulary; such an id is left out.
     Raises  CheckpointError if a file is not a JSON object.
     """
-    found = SpecialIds.of_tokenizer(tokenizer)
+    of_tokenizer = SpecialIds.of_tokenizer(tokenizer)
     ends: tuple[int, ...] = ()
     starts: tuple[int, ...] = ()
     for name in ID_FILES:
@@ -49,9 +49,9 @@ def read_special_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int)
         ends = ends or ids_of(values, "eos_token_id", folder / name, vocab_size)
         starts = starts or ids_of(values, "bos_token_id", folder / name, vocab_size)
     # Last: the ends that a model's files list are what it was trained to write.
-    ends = ends or found.end_ids
-    if not starts and found.start_id is not None:
-        starts = (found.start_id,)
+    ends = ends or of_tokenizer.end_ids
+    if not starts and of_tokenizer.start_id is not None:
+        starts = (of_tokenizer.start_id,)
     return SpecialIds(ends, next(iter(starts + ends), None))
 
 
