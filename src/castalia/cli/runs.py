@@ -26,8 +26,9 @@ def runs(
 ) -> None:
     """List runs with their step, loss, state and checkpoints.
 
-    The state is running, done, stopped (the same command, or `castalia train RUN`, resumes it) or
-    not begun. The loss is that of the last step, in nats a token.
+    The state is running, done, stopped (the same command, or `castalia train RUN`, resumes it), not
+    begun, or unreadable (config.yaml is damaged). The loss is that of the last step that has one,
+    in nats a token.
 
     Examples:
 
