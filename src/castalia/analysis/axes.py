@@ -73,6 +73,7 @@ def spans(steps: Vector, detail: int = DETAIL) -> NDArray[np.int64]:
 def last_of_spans(steps: Vector, detail: int = DETAIL) -> NDArray[np.int64]:
     """Indices of the first step and of the last one of each span."""
     numbers = spans(steps, detail)
+    # The first step too: from it the page goes straight to 0.
     is_last = np.append(numbers[1:] != numbers[:-1], True)
     is_last[0] = True
     return np.flatnonzero(is_last)
@@ -83,6 +84,7 @@ def extremes(steps: Vector, values: Vector, detail: int = DETAIL) -> NDArray[np.
     ends. Every step up to `detail` is a span of its own."""
     numbers = spans(steps, detail)
     starts = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1]))
+    # By span and within it by value: its smallest comes first, its largest last.
     order = np.lexsort((values, numbers))
     largest = np.append(starts[1:], len(steps)) - 1
     return np.unique(np.concatenate([order[starts], order[largest], [0, len(steps) - 1]]))

@@ -55,6 +55,7 @@ def events_panel(runs: Sequence[RunFiles]) -> Panel | None:
     series: list[Series] = []
     for place, run in enumerate(runs):
         events = events_of(run)
+        # A series a kind: its marks have one colour and one name in the hover text.
         for number, lane in enumerate(LANES):
             own = [event for event in events if event.lane == lane]
             if own:

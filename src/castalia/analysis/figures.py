@@ -21,6 +21,7 @@ def final_rows(runs: Sequence[RunFiles]) -> list[list[str]]:
     for measure in (*LEARNING, *other_measures(runs), *MACHINE):
         rows += measure_rows(measure, runs)
     rows += bits_rows(runs)
+    # A row in which no run has a value says nothing.
     return [row for row in rows if set(row[1:]) != {NONE}]
 
 
@@ -33,6 +34,7 @@ def measure_rows(measure: Measure, runs: Sequence[RunFiles]) -> list[list[str]]:
             steps, values = key.curve(run)
             cells.append(final_value((steps, values / measure.divisor), key.final, measure.digits))
         name = measure.title
+        # Not "Loss scale, loss scale".
         if key.name.lower() != name.lower():
             name += f", {key.name}"
         rows.append([f"{name}{FINAL_WORDS[key.final]}{unit(measure)}", *cells])

@@ -28,6 +28,7 @@ class Key:
 
     def curve(self, run: RunFiles) -> Curve:
         """The key's numbers in a run."""
+        # "valid/mean" is the key `mean` inside `valid`.
         steps, values = run.curve(*self.key.split("/"))
         if self.skipped:
             return steps, values

@@ -80,6 +80,7 @@ class Panel:
         # Shares and events are drawn by points that were chosen before.
         if self.kind == "lines":
             shown = extremes(steps, values, self.detail)
+        # For every window here, since the page has not the points that are not drawn.
         fits = {}
         if series.smoothed and not series.marks and len(steps) > 2:
             for window in WINDOWS:

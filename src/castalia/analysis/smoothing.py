@@ -38,6 +38,7 @@ def local_linear(steps: Vector, values: Vector, window: float) -> tuple[Vector, 
     scale = log_steps(steps)
     width = math.log1p(window)
     centers = scale[places]
+    # The windows of all places at once; a mask a place would be S x M comparisons.
     firsts = np.searchsorted(scale, centers - width, "left")
     stops = np.searchsorted(scale, centers + width, "right")
     fits = np.empty(len(places))
@@ -52,6 +53,7 @@ def value_at(center: float, scale: Vector, values: Vector, width: float) -> floa
     offsets = scale - center
     weights = (1 - np.minimum(np.abs(offsets) / width, 1) ** 3) ** 3
     total = weights.sum()
+    # Around the weighted mean of the offsets, where the sums do not cancel each other.
     mean_offset = (weights @ offsets) / total
     mean = (weights @ values) / total
     spread = weights @ (offsets - mean_offset) ** 2

@@ -23,6 +23,7 @@ def places(incomplete: str) -> list[tuple[str, str]]:
     """Run folders, other folders with a slash behind, and YAML files."""
     words = []
     for path in sorted(glob.glob(glob.escape(incomplete) + "*")):
+        # A run first, which is a folder too; it gets no slash, for nothing follows its name.
         if os.path.isfile(os.path.join(path, "config.yaml")):
             words.append((path, "run"))
         elif os.path.isdir(path):

@@ -234,7 +234,10 @@ def seed_of(seed: int | None, number: int) -> int | None:
     """The seed of prompt `number`: its own, so that its text does not depend on the others."""
     from castalia.inference.sampling import wrapped
 
-    return None if seed is None else wrapped(seed + number)
+    if seed is None:
+        return None
+    # Seeds are int64: the one after the largest is the smallest.
+    return wrapped(seed + number)
 
 
 def print_records(

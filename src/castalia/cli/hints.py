@@ -121,6 +121,8 @@ def unknown_verb(word: str, path: str, verbs: Iterable[str], elsewhere: Iterable
 
     typed = f"{path} {word}".removeprefix("castalia ")
     text = f"unknown verb {typed!r}"
+    # The verb itself in another group, then other tools' words for it, then likeness: a word that
+    # means something is no slip of the finger.
     for verb in elsewhere:
         if verb.split()[-1] == word:
             return f"{text}; use castalia {verb}"
@@ -143,6 +145,7 @@ def unknown_option(option: str, known: Iterable[str], path: str, takes_keys: boo
         return text + near
     if not takes_keys:
         return f"{text}; {path} --help lists the options"
+    # litgpt and Lightning take their file by this option.
     if option == "--config":
         return f"{text}; write the file without it: castalia train FILE.yaml"
     from castalia.config.fields import leaves
@@ -151,6 +154,7 @@ def unknown_option(option: str, known: Iterable[str], path: str, takes_keys: boo
 
     name = option.lstrip("-").replace("-", "_")
     keys = [key for key in leaves(RunConfig) if name in (key.replace(".", "_"), key.split(".")[-1])]
+    # A name of another trainer has one meaning, where several sections may have a key of its name.
     if name in OURS:
         keys = [OURS[name]]
     if keys:

@@ -60,6 +60,7 @@ def chosen(sections: "list[Section]", names: list[str]) -> "list[Section]":
         entries = [
             entry
             for entry in section.entries
+            # With the dot: `optim` is no beginning of `optimizer`.
             if any(f"{entry.key}.".startswith(f"{name}.") for name in names)
         ]
         if entries:

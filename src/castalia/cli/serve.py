@@ -106,6 +106,7 @@ def serve(
             f"castalia: warning: {listen.host} is reachable from other machines; set --api-key",
             err=True,
         )
+    # Before the first line is printed: uvicorn would find a port in use only after it.
     with listening(listen.host, listen.port) as listener:
         names = ", ".join(pool.locations)
         host = f"[{listen.host}]" if ":" in listen.host else listen.host

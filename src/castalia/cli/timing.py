@@ -67,7 +67,7 @@ def run_time(config: "RunConfig", cost: "Estimate", *, measured: bool) -> RunTim
     """The time of the run that costs `cost`; on this machine only if it is to be measured."""
     step = None
     if measured:
-        from castalia.train.timing import time_step
+        from castalia.train.timing import time_step  # torch: not for `--no-time`
 
         step = time_step(config, cost)
     if step is None:

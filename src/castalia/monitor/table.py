@@ -96,6 +96,7 @@ def read_metrics(run: str | os.PathLike[str]) -> Any:
     """
     path = metrics_file(Path(run))
     columns = columns_of([flatten(record) for record in read_records(path)])
+    # pandas is no dependency of ours, but where it is installed its methods are wanted.
     if find_spec("pandas") is None:
         return MetricsTable(columns, str(path.parent))
     return importlib.import_module("pandas").DataFrame(columns)
