@@ -310,8 +310,8 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path: Path, pair: tuple) ->
     (copy / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
     with pytest.raises(CheckpointError, match=r"no rule knows: 'gpt_neox\.layers\.1\."):
         load(copy)
-    weights.rename(copy / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"has no model\.safetensors.*reads safetensors"):
+    weights.rename(copy / "tf_model.h5")
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors or .*, only .*tf_model"):
         load(copy)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from castalia.checkpoint.find import newest_first
-from castalia.checkpoint.hf import is_hf_folder, read_hf, weight_files
+from castalia.checkpoint.hf import is_hf_folder, read_hf
+from castalia.checkpoint.hf.weights import weight_files
 from castalia.checkpoint.load import check_tensors, read_config, read_text
 from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 from castalia.checkpoint.special_ids import SpecialIds, read_special_ids

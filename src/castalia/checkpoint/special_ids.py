@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.hf import read_json
+from castalia.checkpoint.hf.weights import read_json
 from castalia.data.tokenizer import Tokenizer
 
 ID_FILES = ("generation_config.json", "config.json")

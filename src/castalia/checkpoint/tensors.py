@@ -138,14 +138,20 @@ class FileTensor:
         return DTYPE_OF_CODE[self.code]
 
     def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
+        if self.transform.copies:
+            return self.read(part or None)
+        # A transform may move any element anywhere, so it needs the whole tensor.
+        return self.transform.back(self.read())[part].clone()
+
+    def read(self, part: tuple[slice, ...] | None = None) -> Tensor:
+        """The tensor as it is stored, or a part of it."""
         # Opened anew for each part: parsing the header is cheap beside the read, and no file stays
         # open for the life of a run.
         with opened(self.file) as file:
-            if self.transform.copies:
-                out: Tensor = file.get_slice(self.key)[part] if part else file.get_tensor(self.key)
-                return out
-            # A transform may move any element anywhere, so it needs the whole tensor.
-            return self.transform.back(file.get_tensor(self.key))[part].clone()
+            out: Tensor = (
+                file.get_tensor(self.key) if part is None else file.get_slice(self.key)[part]
+            )
+            return out
 
 
 def tensors_of_file(path: Path) -> dict[str, FileTensor]:

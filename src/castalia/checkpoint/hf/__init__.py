@@ -4,7 +4,6 @@ Reading chooses the family by `model_type` of config.json, writing by `model.fam
 another package registers an `HfFormat` under its name. The files load in transformers 4.57 and 5.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,21 @@ from torch import Tensor
 
 from castalia.checkpoint.hf.format import HfFormat
 from castalia.checkpoint.hf.neox import NeoxFormat
-from castalia.checkpoint.keymap import KeyMap
-from castalia.checkpoint.tensors import FileTensor, StoredTensors, save_tensors, tensors_of_file
+from castalia.checkpoint.hf.weights import equal_tensors, read_json, stored_weights
+from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, matches
+from castalia.checkpoint.tensors import FileTensor, StoredTensors, save_tensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import write_json
 from castalia.core.registry import Registry
+from castalia.models import Decoder
 from castalia.models.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 HF: Registry[HfFormat] = Registry("Hugging Face family")
 """The format of each family that transformers has, by the name of our family."""
+EMBEDDING = "embed.weight"
+HEAD = "unembed.weight"
+"""Our names of the two matrices that a model may share, in every family."""
 HF.register("neox")(NeoxFormat())
 
 
@@ -100,7 +104,21 @@ def model_config(
             f"{where}: unknown model_type {model_type!r}; choose one of {menu}"
             f"{nearest(model_type, by_type)}"
         )
-    return by_type[model_type].read_config(values, where, vocab_size)
+    form = by_type[model_type]
+    require_architecture(values, form, where)
+    return form.read_config(values, where, vocab_size)
+
+
+def require_architecture(values: Mapping[str, Any], form: HfFormat, where: str) -> None:
+    """Raises  ConfigError if a config.json names another class than the family's decoder with a
+    head over the vocabulary, such as a classifier."""
+    named = values.get("architectures")
+    if not named or not form.architectures or set(named) & set(form.architectures):
+        return
+    raise ConfigError(
+        f"{where}: unknown architectures {named} of model_type {form.model_type!r}; Castalia reads"
+        f" {', '.join(form.architectures)}"
+    )
 
 
 def is_hf_folder(folder: Path) -> bool:
@@ -108,63 +126,79 @@ def is_hf_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file.
-
-    Raises  CheckpointError if the file is not that.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"cannot read {path}: expected a JSON object, got {type(value).__name__}"
-        )
-    return value
-
-
 def read_hf(
     folder: Path, vocab_size: int | None = None, optional: Collection[str] = ()
 ) -> tuple[StoredTensors, ModelConfig]:
     """Weights under our names, in the dtype of the files, and our config.
 
-    Tensors are read when they are asked for, from safetensors alone and never from a pickle.
+    Tensors are read when they are asked for, see weights.py.
     `optional` are patterns of our names that the files may lack.
-    Raises  CheckpointError if files are missing or broken or the keys do not fit; ConfigError for
-            another architecture.
+    Raises  CheckpointError if files are missing or broken, or keys or shapes do not fit;
+            ConfigError for another architecture.
     """
     config = model_config(
         read_json(folder / "config.json"), str(folder / "config.json"), vocab_size
     )
-    theirs: dict[str, FileTensor] = {}
-    for path in weight_files(folder):
-        theirs |= tensors_of_file(path)
+    theirs = fitting_head(stored_weights(folder), config, folder, optional)
     rules = hf_keymap(config).rules_for(theirs, optional)
     ours = {
         rule.ours: replace(theirs[key], transform=rule.transform) for key, rule in rules.items()
     }
+    require_shapes(ours, config, folder)
     return StoredTensors(ours), config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that model.safetensors.index.json names.
+def fitting_head(
+    theirs: dict[str, FileTensor], config: ModelConfig, folder: Path, optional: Collection[str]
+) -> dict[str, FileTensor]:
+    """The tensors with one matrix for a tied model, whose files may hold it twice or under the name
+    of the head.
 
-    Raises  CheckpointError if there is neither, or a shard is missing.
+    Raises  CheckpointError if config.json says tied and the files have a head of its own, or says
+            untied and they have none.
     """
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(read_json(index).get("weight_map", {}).values())
-    files = [folder / str(name) for name in sorted(names)]
-    for file in files:
-        # A name in the index must not lead out of the folder, which may come from anywhere.
-        if file.parent != folder or not file.is_file():
-            present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise CheckpointError(
-                f"{folder} has no {file.name}, only {present}; Castalia reads safetensors weights"
-            )
-    return files
+    untied = config.model_copy(update={"tie_word_embeddings": False})
+    names = {rule.ours: (rule.theirs, *rule.aliases) for rule in hf_keymap(untied).rules}
+    head = next((theirs[name] for name in names[HEAD] if name in theirs), None)
+    where = folder / "config.json"
+    if head is None:
+        if config.tie_word_embeddings or matches(HEAD, optional):
+            return theirs
+        raise CheckpointError(
+            f"{where} says tie_word_embeddings=false, and the weights have no {names[HEAD][0]};"
+            " say true if the head is the embedding, or copy the model again"
+        )
+    if not config.tie_word_embeddings:
+        return theirs
+    others = {key: tensor for key, tensor in theirs.items() if tensor is not head}
+    embedding = next((theirs[name] for name in names[EMBEDDING] if name in theirs), None)
+    if embedding is None:
+        return others | {names[EMBEDDING][0]: head}
+    if not equal_tensors(head, embedding):
+        raise CheckpointError(
+            f"{where} says tie_word_embeddings=true, but {head.key} differs from {embedding.key};"
+            " say false if the head has weights of its own"
+        )
+    return others
+
+
+def require_shapes(ours: Mapping[str, FileTensor], config: ModelConfig, folder: Path) -> None:
+    """Raises  CheckpointError if a tensor has another shape than the config gives it."""
+    # On the meta device the model has shapes and no memory.
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in Decoder(config).state_dict().items()}
+    wrong = [name for name in ours if name in wanted and ours[name].shape != wanted[name]]
+    if not wrong:
+        return
+    shown = [
+        f"{ours[name].key!r} is {list(ours[name].shape)}, expected {list(wanted[name])}"
+        for name in wrong[:SHOWN_KEYS]
+    ]
+    more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
+    raise CheckpointError(
+        f"the weights in {folder} do not fit its config: {'; '.join(shown)}{more}; config.json"
+        " describes another model than the weights"
+    )
 
 
 def write_hf(

@@ -48,6 +48,7 @@ class NeoxFormat(HfFormat):
     """GPT-NeoX and Pythia in transformers."""
 
     model_type = "gpt_neox"
+    architectures = ("GPTNeoXForCausalLM",)
 
     def keymap(self, config: NeoxConfig) -> KeyMap:
         """Our names and GPTNeoXForCausalLM's.
@@ -93,7 +94,7 @@ class NeoxFormat(HfFormat):
             "partial_rotary_factor": config.rotary_pct,
         }
         return {
-            "architectures": ["GPTNeoXForCausalLM"],
+            "architectures": list(self.architectures),
             "model_type": self.model_type,
             "num_attention_heads": config.num_attention_heads,
             "intermediate_size": config.ffn_size,

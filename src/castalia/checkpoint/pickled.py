@@ -1,0 +1,44 @@
+"""Pickled weights of other libraries: tensors alone are read, and no code of a file is ever run."""
+
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from castalia.checkpoint.manifest import DamagedCheckpointError
+from castalia.core.errors import CheckpointError
+
+NAMED = re.compile(r"GLOBAL (\S+)")
+"""How torch's refusal names the function or class that the file asks for."""
+
+
+def read_pickled(path: Path) -> Any:
+    """The content of a `.bin`, `.pt` or `.pth` file: tensors in plain containers, on the CPU.
+
+    A zip archive, torch's format since 1.6, is mapped into memory: a tensor is read from the disk
+    when its elements are used. An older file is read whole.
+    Raises  CheckpointError if the pickle asks for anything but tensors and plain values;
+            DamagedCheckpointError if the file is not whole.
+    """
+    try:
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(refusal(path, str(error))) from None
+    # torch's reader of archives raises RuntimeError, that of older files any of the others.
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedCheckpointError(f"{path} is corrupt: {first}; copy the file again") from None
+
+
+def refusal(path: Path, reason: str) -> str:
+    """The user's sentence for a pickle that torch refused."""
+    named = NAMED.search(reason)
+    asks = f"the pickle in it asks for {named[1]}" if named else "it is no pickle of tensors"
+    return (
+        f"{path} is refused: {asks}, and weights are tensors alone; nothing in it was run; get the"
+        " model as safetensors, or save its state_dict again where you trust the file"
+    )
