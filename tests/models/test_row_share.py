@@ -71,6 +71,9 @@ class Place:
     def positions(self, T: int) -> Tensor:
         return self.held[None]
 
+    def length(self, T: int) -> int:
+        return len(self.order)
+
     def gather(self, part: Tensor, dim: int) -> Tensor:
         return Exchange.apply(part, dim, self)
 

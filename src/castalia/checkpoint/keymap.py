@@ -41,21 +41,55 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One name of ours and one of theirs; `{i}` in both stands for each layer's number."""
+class Join:
+    """How several tensors of ours make one of theirs, such as queries, keys and values."""
 
-    ours: str
+    out: Callable[[Sequence[Tensor]], Tensor]
+    back: Callable[[Tensor], Sequence[Tensor]]
+
+    def part(self, number: int) -> Transform:
+        """How the one of ours at place `number` is made of theirs."""
+        return Transform(back=lambda theirs: self.back(theirs)[number])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One name of theirs, and one of ours or, with a `Join`, several.
+
+    `{i}` in all of them stands for each layer's number.
+    """
+
+    ours: str | tuple[str, ...]
     theirs: str
-    transform: Transform = field(default_factory=Transform)
+    transform: Transform | Join = field(default_factory=Transform)
     aliases: tuple[str, ...] = ()
     """Other names of theirs that are read too; `theirs` is the one that is written."""
 
     def at(self, layer: int) -> "Rule":
         """The rule of one layer, `{i}` filled in."""
         aliases = tuple(name.replace("{i}", str(layer)) for name in self.aliases)
-        ours = self.ours.replace("{i}", str(layer))
-        theirs = self.theirs.replace("{i}", str(layer))
-        return Rule(ours, theirs, self.transform, aliases)
+        names = tuple(name.replace("{i}", str(layer)) for name in self.names)
+        ours = names[0] if isinstance(self.ours, str) else names
+        return Rule(ours, self.theirs.replace("{i}", str(layer)), self.transform, aliases)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of ours."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    def pieces(self) -> dict[str, Transform]:
+        """How each tensor of ours is made of theirs, by its name."""
+        if isinstance(self.transform, Transform):
+            (name,) = self.names
+            return {name: self.transform}
+        return {name: self.transform.part(place) for place, name in enumerate(self.names)}
+
+    def joined(self, ours: Mapping[str, Tensor]) -> Tensor:
+        """Their tensor."""
+        tensors = [ours[name] for name in self.names]
+        if isinstance(self.transform, Transform):
+            return self.transform.out(tensors[0])
+        return self.transform.out(tensors)
 
 
 class KeyMap:
@@ -70,7 +104,7 @@ class KeyMap:
     ) -> None:
         self.family = family
         self.rules = [
-            rule.at(i) for rule in rules for i in (range(layers) if "{i}" in rule.ours else [0])
+            rule.at(i) for rule in rules for i in (range(layers) if "{i}" in rule.theirs else [0])
         ]
         self.ignored = [re.compile(pattern) for pattern in ignored]
 
@@ -80,8 +114,8 @@ class KeyMap:
         Raises  CheckpointError naming our keys that no rule knows, or that a rule wants and are
                 missing.
         """
-        self.require_equal("our model", ours, [rule.ours for rule in self.rules])
-        return {rule.theirs: rule.transform.out(ours[rule.ours]) for rule in self.rules}
+        self.require_equal("our model", ours, [name for rule in self.rules for name in rule.names])
+        return {rule.theirs: rule.joined(ours) for rule in self.rules}
 
     def to_ours(self, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our names and layout for their tensors.
@@ -90,7 +124,11 @@ class KeyMap:
                 missing.
         """
         rules = self.rules_for(theirs)
-        return {rule.ours: rule.transform.back(theirs[name]) for name, rule in rules.items()}
+        return {
+            name: transform.back(theirs[key])
+            for key, rule in rules.items()
+            for name, transform in rule.pieces().items()
+        }
 
     def rules_for(self, theirs: Iterable[str], optional: Collection[str] = ()) -> dict[str, Rule]:
         """The rule of each of their keys that holds something, in the order of the rules.
@@ -112,7 +150,7 @@ class KeyMap:
         wanted = [
             rule
             for rule in self.rules
-            if rule.theirs in stored_as or not matches(rule.ours, optional)
+            if rule.theirs in stored_as or not all(matches(name, optional) for name in rule.names)
         ]
         self.require_equal(
             f"the {self.family} checkpoint", stored_as, [rule.theirs for rule in wanted]

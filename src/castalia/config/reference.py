@@ -87,7 +87,9 @@ def entry_of(root: type[BaseModel], key: str, field: FieldInfo) -> Entry:
 def values_of(field: FieldInfo) -> str:
     """What a field takes."""
     if kind_of(field) is not None or sections(field):
-        return "list of sections" if get_origin(field.annotation) is list else "section"
+        if get_origin(field.annotation) is list:
+            return "list of sections"
+        return "section | null" if type(None) in get_args(field.annotation) else "section"
     text = type_text(field.annotation)
     bounds = bounds_of(field.metadata)
     if not bounds:

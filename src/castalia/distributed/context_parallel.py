@@ -38,6 +38,10 @@ class SequencePart:
         """Position in the row of each of the T tokens on this rank, int64 (1, T)."""
         return torch.cat([torch.arange(start, start + T // 2) for start in self.starts(T)])[None]
 
+    def length(self, T: int) -> int:
+        """Tokens of a whole row, for T tokens on this rank."""
+        return T * self.count
+
     def own(self, whole: Tensor) -> Tensor:
         """This rank's tokens of whole rows: (B, T * count) -> (B, T)."""
         chunks = whole.chunk(2 * self.count, 1)

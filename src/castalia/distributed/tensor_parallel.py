@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -61,8 +63,43 @@ class SplitEmbedding(RowwiseParallel):
         return module
 
 
+class WholeParameters(ParallelStyle):
+    """A module whose parameters every rank holds and uses for a part of the work.
+
+    The module itself takes them with `to_local(grad_placements=[Partial()])`, so that its gradients
+    are summed over the ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh)
+
+
+class WholeLinear(ParallelStyle):
+    """A Linear that every rank computes in full, of whose outputs it uses those of its own heads.
+
+    Its input is gathered already; the gradient of its output is a part of the sum over the ranks.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        module = distribute_module(module, device_mesh)
+        module.register_forward_hook(
+            lambda _, inputs, out: out.to_local(grad_placements=[Partial()])
+        )
+        return module
+
+
+def heads_style(heads: int, size: int) -> ParallelStyle:
+    """The style of keys or values: split by heads where there is one for each rank."""
+    return WholeLinear() if heads < size else ColwiseParallel(input_layouts=Replicate())
+
+
 STYLES: dict[str, Any] = {
     "column": partial(ColwiseParallel, input_layouts=Shard(SEQUENCE)),
+    "gathered": partial(
+        PrepareModuleInput, input_layouts=Shard(SEQUENCE), desired_input_layouts=Replicate()
+    ),
+    "columns": partial(ColwiseParallel, input_layouts=Replicate()),
+    "whole": WholeParameters,
     "row": partial(RowwiseParallel, output_layouts=Shard(SEQUENCE)),
     "vocab": SplitEmbedding,
     "sequence": partial(SequenceParallel, sequence_dim=SEQUENCE),
@@ -72,6 +109,11 @@ STYLES: dict[str, Any] = {
 """The words of a `tp_plan`:
 
 column    a Linear split by output features; its input is gathered from T / tp to T tokens
+gathered  a module whose input is gathered from T / tp to T tokens, once for several matrices
+columns   a Linear split by output features, inside a gathered module
+heads:N   the same for the keys or values of N heads; with fewer heads than ranks each rank computes
+          all of them
+whole     a module whose parameters every rank holds and uses for its own heads or tokens
 row       a Linear split by input features; its output is summed and scattered, the bias added once
 vocab     an Embedding split by rows
 sequence  a norm on T / tp tokens
@@ -103,6 +145,13 @@ class VocabPart:
         return values
 
 
+# Compiled, the collective would be traced into the block, and inductor has no autograd for it.
+@torch.compiler.disable
+def sum_over(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of each rank's values; the gradient of each rank's is the sum of theirs all."""
+    return gather(values[None], 0, group).sum(0)
+
+
 def require_split(model: nn.Module) -> None:
     """Refuse a parameter that is still a plain tensor after the plans are applied.
 
@@ -118,6 +167,15 @@ def require_split(model: nn.Module) -> None:
         )
 
 
+def style_of(how: str, size: int) -> ParallelStyle:
+    """The style of a word of a plan on `size` ranks."""
+    word, _, heads = how.partition(":")
+    if word == "heads":
+        return heads_style(int(heads), size)
+    style: ParallelStyle = STYLES[word]()
+    return style
+
+
 def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     """Apply the `tp_plan` of every module that has one, over the 1-D `mesh`.
 
@@ -129,7 +187,9 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
         plan: dict[str, str] = getattr(owner, "tp_plan", {})
         present = dict(owner.named_modules())
         styles: dict[str, ParallelStyle] = {
-            name: STYLES[how]() for name, how in plan.items() if name in present
+            name: style_of(how, mesh.size())
+            for name, how in plan.items()
+            if present.get(name) is not None
         }
         if styles:
             # src_data_rank=None: weights are still on the meta device, nothing to broadcast.
@@ -137,5 +197,6 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     require_split(model)
     count: int = model.config.padded_vocab_size  # type: ignore[union-attr, assignment]
     first = count // mesh.size() * mesh.get_local_rank()
-    model.head_share = (mesh.get_local_rank(), mesh.size())  # type: ignore[assignment]
+    total = partial(sum_over, group=mesh.get_group())
+    model.head_share = (mesh.get_local_rank(), mesh.size(), total)  # type: ignore[assignment]
     model.vocab_part = VocabPart(first, count, mesh.get_group())  # type: ignore[assignment]

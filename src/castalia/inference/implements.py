@@ -8,7 +8,9 @@ uses it.
 
 from collections.abc import Collection, Mapping
 
-from castalia.models.config import ModelConfig
+from pydantic.fields import FieldInfo
+
+from castalia.models.config import ModelConfig, TransformerConfig
 
 Values = Collection[object] | None
 """Values of one option that are implemented; None means any value, for instance a size."""
@@ -47,11 +49,17 @@ def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | Non
     for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         if name not in table:
-            # The default of a later option is the computation that existed before it.
-            if value != field.get_default(call_default_factory=True):
+            if value != neutral(name, field):
                 return f"{name}={value!r}"
             continue
         values = table[name]
         if values is not None and value not in values:
             return f"{name}={value!r}, only {', '.join(map(repr, values))}"
     return None
+
+
+def neutral(name: str, field: FieldInfo) -> object:
+    """The value of an option that existed before it had a name, which every engine computes."""
+    # A family's own default may be another computation, which only its table can vouch for.
+    common = TransformerConfig.model_fields.get(name, field)
+    return common.get_default(call_default_factory=True)

@@ -1,8 +1,13 @@
 """Configs that all model families share: any decoder, and any transformer. Names are GPT-NeoX's."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterator
+from copy import copy
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -13,6 +18,15 @@ from pydantic import (
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
 from castalia.core.errors import ConfigError
+from castalia.models.scaling import RopeScaling
+from castalia.models.starts import Init
+
+Plain = Literal["gelu", "gelu_tanh", "relu", "relu2", "softsign", "swish", "silu", "mish"]
+Gated = Literal["geglu", "geglu_tanh", "reglu", "swiglu", "bilinear", "glu"]
+Activation = Plain | Gated
+GATED = frozenset(get_args(Gated))
+"""Activations whose MLP has a third matrix, the gate."""
+AttentionKind = Literal["global", "sliding"]
 
 START: dict[str, Any] = {"start": None, "start_missing": (), "start_vocab": None}
 """Fields that say where weights come from, with their defaults; they are no part of the model."""
@@ -35,6 +49,10 @@ class ModelConfig(Config):
     """Longest sequence, in tokens, that the model is meant for."""
     tie_word_embeddings: bool = False
     """Use the embedding matrix as the output head too."""
+    embedding_multiplier: PositiveFloat = 1.0
+    """Factor of the embedding."""
+    output_multiplier: PositiveFloat = 1.0
+    """Factor of the logits."""
     start: Annotated[str | None, AT_RESUME] = None
     """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, or
     OWNER/NAME of its hub; null draws them."""
@@ -87,12 +105,53 @@ class ModelConfig(Config):
 
 
 class TransformerConfig(ModelConfig):
-    """A decoder of attention and MLP blocks: the options that an engine must compute."""
+    """A decoder of attention and MLP blocks: the options that an engine must compute.
+
+    The defaults here are those of no family: each family's class sets its own. An engine that does
+    not know an option computes the value that stands here.
+    """
 
     num_attention_heads: PositiveInt
-    """Attention heads; each is hidden_size / num_attention_heads wide."""
+    """Heads of queries."""
+    num_kv_heads: PositiveInt | None = None
+    """Heads of keys and values, each shared by as many query heads; null means one for each, 1 is
+    multi-query attention."""
+    attention_head_dim: PositiveInt | None = None
+    """Width of a head; null means hidden_size / num_attention_heads."""
     intermediate_size: PositiveInt | None = None
-    """Width inside the MLP; null means 4 * hidden_size."""
+    """Width inside the MLP; null means 4 * hidden_size, of a gated MLP 8/3 * hidden_size, rounded
+    up to a multiple of 256."""
+    activation: Activation = "gelu_tanh"
+    """Function inside the MLP. gelu is the exact erf form, gelu_tanh the approximation that Pythia
+    was trained with. geglu, geglu_tanh, reglu, swiglu, bilinear and glu multiply the function of a
+    gate with the input."""
+    mlp_bias: bool = True
+    """Biases in the MLP's linear layers."""
+    attention_bias: bool = True
+    """Biases in the attention's linear layers."""
+    qkv_bias: bool | None = None
+    """Biases of queries, keys and values; null means as attention_bias."""
+    qk_norm: Literal["none", "head", "width", "neox"] = "none"
+    """Norm of queries and keys: head, over each head with one weight for all (Qwen 3); width, over
+    all heads together (OLMo 2); neox, over all heads together with one weight for both
+    (use_qk_layernorm of GPT-NeoX)."""
+    norm: Literal["layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"] = "layernorm"
+    """Norm before each part of a block, and before the head."""
+    layernorm_epsilon: PositiveFloat = 1e-5
+    """Epsilon of every norm: added to the variance or mean square; of scalenorm the least norm."""
+    rmsnorm_partial: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the dimensions that rmsnorm's mean square is taken of; null means all."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """pre: x + attn(norm1 x), then x + mlp(norm2 x). post: x + norm1(attn x), then x + norm2(mlp x)
+    (OLMo 2)."""
+    parallel_residual: bool = True
+    """x + attn(norm1 x) + mlp(norm2 x), not one after the other; GPT-NeoX's gpt_j_residual."""
+    shared_norm: bool = False
+    """With parallel_residual: norm1 serves both parts, and there is no norm2; GPT-NeoX's
+    gpt_j_tied, Falcon 7B."""
+    pos_emb: Literal["rotary", "alibi", "learned", "sinusoidal", "rpe", "none"] = "rotary"
+    """Where positions enter: rotated queries and keys, biases of the scores that grow with the
+    distance (alibi) or are learned by it (rpe, T5), vectors added to the embedding, or nowhere."""
     rotary_pct: float = 0.25
     """Share of each head's dimensions that rotary position embedding rotates."""
     rotary_emb_base: PositiveFloat = 10000.0
@@ -100,69 +159,186 @@ class TransformerConfig(ModelConfig):
     rope_numerics: Literal["fp32", "neox_v1_fp16"] = "fp32"
     """Arithmetic of the rotary tables. neox_v1_fp16 repeats the rounding that Pythia and
     GPT-NeoX-20B were trained with."""
-    parallel_residual: bool = True
-    """x + attn(norm1 x) + mlp(norm2 x), not one after the other; GPT-NeoX's gpt_j_residual."""
-    activation: Literal["gelu", "gelu_tanh"] = "gelu_tanh"
-    """gelu is the exact erf form, gelu_tanh the approximation that Pythia was trained with."""
-    attention_bias: bool = True
-    """Biases in the attention's linear layers."""
-    mlp_bias: bool = True
-    """Biases in the MLP's linear layers."""
-    layernorm_epsilon: PositiveFloat = 1e-5
-    """Added to the variance inside every norm."""
+    rope_scaling: RopeScaling | None = None
+    """Scaled rotary frequencies, for rows longer than those of the first training."""
+    learned_offset: NonNegativeInt = 0
+    """Rows in front of the table of learned positions that no token uses; 2 in OPT."""
+    alibi_scaled: bool = False
+    """ALiBi's biases are divided by the root of the head's width, as the scores are (Falcon)."""
+    alibi_numerics: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of ALiBi's biases; bf16 repeats the rounding of Falcon."""
+    rpe_num_buckets: Annotated[int, Field(ge=2)] = 32
+    """Buckets of distances that have a bias each."""
+    rpe_max_distance: PositiveInt = 128
+    """Distance, in tokens, from which all share the last bucket."""
+    sliding_window: PositiveInt | None = None
+    """Tokens that a token sees, itself included; null means all earlier ones."""
+    attention_config: tuple[AttentionKind, ...] | None = None
+    """Kind of attention of each layer, repeated to num_layers: global, or sliding (sliding_window).
+    null means sliding in all layers where there is a sliding_window, else global."""
+    init_method: Init = "normal"
+    """Distribution of embedding, head, QKV and MLP-in weights at the start."""
+    output_layer_init_method: Init = "scaled_normal"
+    """Distribution of attention-out and MLP-out weights at the start."""
+    init_method_std: NonNegativeFloat = 0.02
+    """Standard deviation that normal and scaled_normal use."""
 
+    FREE_AT_START: ClassVar[frozenset[str]] = ModelConfig.FREE_AT_START | {
+        "init_method",
+        "output_layer_init_method",
+        "init_method_std",
+    }
     # Published Pythia folders say gelu, though their models were trained with gelu_tanh, and no
     # Hugging Face config names the arithmetic of the tables.
     ARITHMETIC: ClassVar[frozenset[str]] = frozenset({"activation", "rope_numerics"})
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
+    """The defaults in which a family's class differs from this one."""
+    FUSED_QKV: ClassVar[bool] = False
+    """Whether queries, keys and values of as many heads are one matrix, in GPT-NeoX's order."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Give a family's class its defaults; type and text of the options stand here once."""
+        super().__pydantic_init_subclass__(**options)
+        for name, value in cls.DEFAULTS.items():
+            field = copy(cls.model_fields[name])
+            field.default = value
+            cls.model_fields[name] = field
+        cls.model_rebuild(force=True)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies its input with a gate."""
+        return self.activation in GATED
 
     @property
     def ffn_size(self) -> int:
         """Width inside the MLP."""
-        return self.intermediate_size or 4 * self.hidden_size
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        if self.gated:
+            # Two thirds, so that three matrices have the parameters of two; LLaMA's rounding.
+            return -(-int(8 * self.hidden_size / 3) // 256) * 256
+        return 4 * self.hidden_size
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.attention_head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def kv_heads(self) -> int:
         """Heads of keys and values; each serves num_attention_heads / kv_heads query heads."""
-        return self.num_attention_heads
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def fused_qkv(self) -> bool:
+        """Whether queries, keys and values come of one matrix, in GPT-NeoX's order."""
+        square = self.num_attention_heads * self.head_dim == self.hidden_size
+        return self.FUSED_QKV and square and self.kv_heads == self.num_attention_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.attention_bias if self.qkv_bias is None else self.qkv_bias
 
     @property
     def rotary_dim(self) -> int:
         """Dimensions of each head that are rotated, rounded down as in GPT-NeoX."""
-        return int(self.head_dim * self.rotary_pct)
+        return int(self.head_dim * self.rotary_pct) if self.pos_emb == "rotary" else 0
+
+    def layer_kind(self, layer: int) -> AttentionKind:
+        """The kind of attention at place `layer`."""
+        if self.attention_config is not None:
+            return self.attention_config[layer % len(self.attention_config)]
+        return "global" if self.sliding_window is None else "sliding"
+
+    @property
+    def layer_kinds(self) -> tuple[AttentionKind, ...]:
+        """The kinds of attention of all layers, each once."""
+        kinds = [self.layer_kind(layer) for layer in range(self.num_layers)]
+        return tuple(dict.fromkeys(kinds))
 
     def facts(self) -> dict[str, str]:
         """The shape in words, for model cards."""
-        rotary = f"{self.rotary_dim} of {self.head_dim} dimensions, base {self.rotary_emb_base:g}"
-        return super().facts() | {
-            "heads": str(self.num_attention_heads),
-            "rotary": rotary,
-            "residual": "parallel" if self.parallel_residual else "serial",
-            "activation": self.activation,
-        }
+        heads = str(self.num_attention_heads)
+        if self.kv_heads != self.num_attention_heads:
+            heads += f", {self.kv_heads} of keys and values"
+        facts = super().facts() | {"heads": heads, **self.position_facts()}
+        facts["residual"] = "parallel" if self.parallel_residual else "serial"
+        return facts | {"norm": self.norm, "activation": self.activation}
+
+    def position_facts(self) -> dict[str, str]:
+        """How positions enter, in words."""
+        facts: dict[str, str] = {"positions": self.pos_emb}
+        if self.pos_emb == "rotary":
+            share = f"{self.rotary_dim} of {self.head_dim} dimensions"
+            facts = {"rotary": f"{share}, base {self.rotary_emb_base:g}"}
+        if self.rope_scaling is not None:
+            facts["scaled"] = f"{self.rope_scaling.kind}, factor {self.rope_scaling.factor:g}"
+        if self.sliding_window is not None:
+            facts["window"] = f"{self.sliding_window:,} tokens"
+        return facts
 
     def weights_shape(self) -> dict[str, Any]:
-        """As for every model, with the width of the MLP filled in."""
-        return super().weights_shape() | {"intermediate_size": self.ffn_size}
+        """As for every model, with sizes that have a default filled in."""
+        filled = {
+            "intermediate_size": self.ffn_size,
+            "num_kv_heads": self.kv_heads,
+            "attention_head_dim": self.head_dim,
+            "qkv_bias": self.has_qkv_bias,
+            # The two forms of GELU are a matter of arithmetic, any other difference is not.
+            "activation": self.activation.removesuffix("_tanh").replace("swish", "silu"),
+        }
+        return super().weights_shape() | filled
 
     @model_validator(mode="after")
     def check(self) -> "TransformerConfig":
-        """The width must be divisible by the heads, and rotary dimensions come in pairs."""
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads"
-                f" {self.num_attention_heads}"
-            )
-        if not 0 <= self.rotary_pct <= 1 or self.rotary_dim % 2:
-            raise ValueError(
-                f"rotary_pct {self.rotary_pct} of head size {self.head_dim} gives {self.rotary_dim}"
-                " rotary dimensions; it must be an even number from 0 to the head size"
-            )
+        """Sizes that must divide, and options that need another."""
+        for problem in (*size_problems(self), *option_problems(self)):
+            raise ValueError(problem)
         return self
+
+
+def size_problems(config: TransformerConfig) -> Iterator[str]:
+    """Sizes that do not divide."""
+    heads = config.num_attention_heads
+    if config.attention_head_dim is None and config.hidden_size % heads:
+        yield (
+            f"hidden_size {config.hidden_size} is not divisible by num_attention_heads {heads};"
+            " choose another number of heads, or set attention_head_dim"
+        )
+    if heads % config.kv_heads:
+        yield (
+            f"num_attention_heads {heads} is not divisible by num_kv_heads {config.kv_heads}: each"
+            " head of keys serves as many query heads"
+        )
+    if not 0 <= config.rotary_pct <= 1 or config.rotary_dim % 2:
+        yield (
+            f"rotary_pct {config.rotary_pct} of head size {config.head_dim} gives"
+            f" {config.rotary_dim} rotary dimensions; it must be an even number from 0 to the head"
+            " size"
+        )
+
+
+def option_problems(config: TransformerConfig) -> Iterator[str]:
+    """Options that need another one, or exclude it."""
+    if config.shared_norm and not config.parallel_residual:
+        yield "shared_norm needs parallel_residual: serial parts read different inputs"
+    if config.norm_placement == "post" and config.parallel_residual:
+        yield "norm_placement=post needs parallel_residual=false"
+    if config.rmsnorm_partial is not None and config.norm != "rmsnorm":
+        yield f"rmsnorm_partial needs norm=rmsnorm, not {config.norm}"
+    if config.rope_scaling is not None and config.pos_emb != "rotary":
+        yield f"rope_scaling needs pos_emb=rotary, not {config.pos_emb}"
+    if config.attention_config == ():
+        yield "attention_config has no kinds; write null, or one kind for each layer"
+    if "sliding" in (config.attention_config or ()) and config.sliding_window is None:
+        yield "attention_config has sliding layers; set sliding_window, in tokens"
+    if config.qk_norm == "neox" and config.kv_heads != config.num_attention_heads:
+        yield "qk_norm=neox has one weight for queries and keys, which needs as many heads of both"
+    if config.qk_norm != "none" and config.norm == "scalenorm":
+        yield "qk_norm is not defined for norm=scalenorm; use layernorm or rmsnorm"
 
 
 def require_transformer(config: ModelConfig, reader: str) -> TransformerConfig:

@@ -4,6 +4,7 @@ A block is called as `block(x_BTC, context)`. A new kind of position, mask or st
 of the context, so recompute, pipelines and compiled blocks pass one argument whatever the family.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -21,8 +22,16 @@ class RowShare(Protocol):
     def positions(self, T: int) -> Tensor:
         """Position in the row of each of the T tokens held here, int64 (1, T)."""
 
+    def length(self, T: int) -> int:
+        """Tokens of the whole row, of which T are held here."""
+
     def gather(self, part: Tensor, dim: int) -> Tensor:
         """A tensor of all ranks along `dim`, in the order of the row; differentiable."""
+
+
+def alone(values: Tensor) -> Tensor:
+    """The sum over the ranks of a rank that holds all heads."""
+    return values
 
 
 class HeadShare(NamedTuple):
@@ -30,9 +39,17 @@ class HeadShare(NamedTuple):
 
     rank: int = 0
     size: int = 1
+    total: Callable[[Tensor], Tensor] = alone
+    """Sum of a tensor over the ranks that share the heads; differentiable."""
 
     def of(self, heads: int) -> slice:
-        """Which of a layer's `heads` are here; a bias per head is made for these alone."""
+        """Which of a layer's `heads` are here; a bias per head is made for these alone.
+
+        Fewer heads than ranks, as of keys and values, have each head on neighbouring ranks.
+        """
+        if heads < self.size:
+            one = self.rank * heads // self.size
+            return slice(one, one + 1)
         each = heads // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -52,8 +69,10 @@ class Context(NamedTuple):
     rope: Rope | None = None
     """Rotary tables of `positions`; None where nothing is rotated."""
     mask: Tensor | None = None
-    """Bool (1 or B, 1, T, keys), True where a query may see a key, which is never a later one.
-    None means plain causal attention."""
+    """Bool (1 or B, 1 or the heads held here, T, keys), True where a query may see a key, which is
+    never a later one. None means plain causal attention."""
+    masks: Mapping[str, Tensor | None] | None = None
+    """The masks of layers by their kind of attention, where not all are alike."""
     bias: Tensor | None = None
     """Added to the scaled scores, (1 or B, 1 or the heads held here, T, keys). Its maker asks
     `heads` which heads are here."""

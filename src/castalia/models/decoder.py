@@ -4,7 +4,7 @@ Shapes: B batch, T time, C width, V padded vocabulary.
 """
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,13 @@ class Decoder(nn.Module):
     Raises  ConfigError if a block has a buffer, or a parameter without a declared start value.
     """
 
-    tp_plan = {"embed": "vocab", "norm": "gather", "unembed": "head"}
+    tp_plan = {
+        "embed": "vocab",
+        "positions": "whole",
+        "position_bias": "whole",
+        "norm": "gather",
+        "unembed": "head",
+    }
 
     def __init__(self, config: ModelConfig, span: LayerSpan | None = None) -> None:
         super().__init__()
@@ -47,9 +53,11 @@ class Decoder(nn.Module):
         # and not on the blocks: the context takes them to every block, whatever its family.
         self.vocab_part: VocabShare | None = None
         self.row_share: RowShare | None = None
-        self.head_share = (0, 1)
+        self.head_share: tuple[Any, ...] = ()
         if self.span.first or (self.span.last and config.tie_word_embeddings):
             self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.positions = self.family.positions(config) if self.span.first else None
+        self.position_bias = self.family.position_bias(config)
         self.layers = nn.ModuleList()
         for place in self.span.layers:
             # Named by its place in the whole model: a checkpoint loads into any number of stages.
@@ -112,7 +120,7 @@ class Decoder(nn.Module):
         if state is not None:
             self.require_usable(state, segments, T)
         context = self.context(tokens, positions, segments, state)
-        x_BTC = self.embed(tokens) if self.span.first else tokens
+        x_BTC = self.embedded(tokens, context) if self.span.first else tokens
         for i, block in enumerate(self.layers):
             if state is not None:
                 # Everything else in the context is the same for all blocks.
@@ -121,7 +129,25 @@ class Decoder(nn.Module):
         if state is not None:
             # Only now: every block wrote its tokens behind the same length.
             state.advance(T)
-        return self.norm(x_BTC) if self.span.last else x_BTC
+        if not self.span.last:
+            return x_BTC
+        normed_BTC: Tensor = self.norm(x_BTC)
+        if self.config.output_multiplier != 1.0:
+            # On the hidden states: the loss takes the head's weight itself.
+            normed_BTC = normed_BTC * self.config.output_multiplier
+        return normed_BTC
+
+    def embedded(self, tokens: Tensor, context: Context) -> Tensor:
+        """The residual stream before the first block, (B, T) int64 -> (B, T, C)."""
+        x_BTC: Tensor = self.embed(tokens)
+        if self.config.embedding_multiplier != 1.0:
+            x_BTC = x_BTC * self.config.embedding_multiplier
+        if self.positions is not None:
+            # Under tensor parallelism the embedding gives this rank's part of the tokens.
+            T = x_BTC.shape[1]
+            first = context.heads.rank * T if tokens.shape[1] > T else 0
+            x_BTC = x_BTC + self.positions(context.positions[:, first : first + T])
+        return x_BTC
 
     def require_usable(self, state: ModelState, segments: Tensor | None, T: int) -> None:
         """Raises  ValueError if the state cannot take T more tokens of such rows."""
@@ -156,7 +182,10 @@ class Decoder(nn.Module):
             share=self.row_share,
             heads=HeadShare(*self.head_share),
         )
-        return self.family.complete(self.config, context, state)
+        context = self.family.complete(self.config, context, state)
+        if self.position_bias is not None:
+            context = context._replace(bias=self.position_bias(context, state))
+        return context
 
     def new_state(
         self,

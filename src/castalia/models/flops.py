@@ -9,7 +9,7 @@ from castalia.models.families.base import Costs
 
 
 class ParameterCounts(NamedTuple):
-    """Number of parameters: all, and without the embedding and the output head."""
+    """Number of parameters: all, and without embedding, tables of positions and output head."""
 
     total: int
     non_embedding: int
@@ -30,9 +30,10 @@ def matmul_parameters(config: ModelConfig) -> int:
 
 
 def embedding_parameters(config: ModelConfig) -> int:
-    """The embedding, and the output head where it is a matrix of its own."""
+    """The embedding, tables of positions, and the output head where it is a matrix of its own."""
     tables = 1 if config.tie_word_embeddings else 2
-    return tables * config.padded_vocab_size * config.hidden_size
+    positions = family_of(config).position_parameters(config)
+    return tables * config.padded_vocab_size * config.hidden_size + positions
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:

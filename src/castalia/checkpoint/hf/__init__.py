@@ -142,7 +142,9 @@ def read_hf(
     theirs = fitting_head(stored_weights(folder), config, folder, optional)
     rules = hf_keymap(config).rules_for(theirs, optional)
     ours = {
-        rule.ours: replace(theirs[key], transform=rule.transform) for key, rule in rules.items()
+        name: replace(theirs[key], transform=transform)
+        for key, rule in rules.items()
+        for name, transform in rule.pieces().items()
     }
     require_shapes(ours, config, folder)
     return StoredTensors(ours), config

@@ -64,9 +64,10 @@ def layout_of(config: ModelConfig) -> Layout:
     for i in range(config.num_layers):
         for linear in parts.linears:
             linears[f"layers.{i}.{linear.place}"] = (linear.outputs, linear.inputs)
-        norms += [f"layers.{i}.{norm.place}" for norm in parts.norms]
-    names = [f"{norm}.{kind}" for norm in [*norms, "norm"] for kind in ("weight", "bias")]
-    return Layout(linears, names)
+        norms += [f"layers.{i}.{norm.place}.{kind}" for norm in parts.norms for kind in norm.kinds]
+    final = parts.final_norm
+    norms += [f"{final.place}.{kind}" for kind in final.kinds]
+    return Layout(linears, norms)
 
 
 @dataclass(frozen=True)

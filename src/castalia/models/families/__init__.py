@@ -12,12 +12,20 @@ from castalia.config.base import build
 from castalia.core.registry import Registry
 from castalia.models.config import ModelConfig
 from castalia.models.families.base import Family
+from castalia.models.families.falcon import Falcon
+from castalia.models.families.gpt2 import Gpt2
+from castalia.models.families.llama import Llama
+from castalia.models.families.mistral import Mistral
 from castalia.models.families.neox import Neox
+from castalia.models.families.olmo2 import Olmo2
+from castalia.models.families.palm import Palm
+from castalia.models.families.qwen2 import Qwen2
 
 DEFAULT = "neox"
 """The family of a config that names none, as all did when there was one."""
 FAMILIES: Registry[Family] = Registry("model family")
-FAMILIES.register("neox")(Neox())
+for family in (Neox(), Llama(), Mistral(), Falcon(), Palm(), Gpt2(), Olmo2(), Qwen2()):
+    FAMILIES.register(family.name)(family)
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -57,6 +57,8 @@ class Costs(NamedTuple):
     """Numbers of each token that tp ranks gather in one forward pass, and reduce as many."""
     cp_width: int = 0
     """Numbers of each token that cp ranks gather in one forward pass: its keys and values."""
+    window: int | None = None
+    """Most tokens that a token sees; None means its whole row."""
 
     def flops(self, seq_length: int) -> int:
         """Training FLOPs of one token in rows of `seq_length` tokens.
@@ -64,7 +66,8 @@ class Costs(NamedTuple):
         A multiply-add is 2 FLOPs and the backward costs twice the forward, hence 6 a weight.
         """
         # 2 forward, 2 for the gradient of the input, 2 for that of the weight.
-        return 6 * self.products + self.flops_per_key * seq_length
+        keys = seq_length if self.window is None else min(seq_length, self.window)
+        return 6 * self.products + self.flops_per_key * keys
 
 
 class Axes(Protocol):
@@ -74,12 +77,17 @@ class Axes(Protocol):
     def tp(self) -> int:
         """Ranks that split each matrix."""
 
+    @property
+    def pp(self) -> int:
+        """Ranks that hold the layers one after the other."""
+
 
 class LinearPart(NamedTuple):
     """A linear layer of every block, for formats that store the same layer under other names."""
 
     role: str
-    """What it does, a key of other formats' tables: qkv, attention_out, mlp_up or mlp_down."""
+    """What it does, a key of other formats' tables: qkv, or q, k and v; attention_out; mlp_up,
+    mlp_gate and mlp_down."""
     place: str
     """Its name inside the block."""
     outputs: int
@@ -90,18 +98,36 @@ class LinearPart(NamedTuple):
 
 
 class NormPart(NamedTuple):
-    """A LayerNorm of every block, with weight and bias."""
+    """A norm, with the parameters that it has."""
 
     role: str
-    """attention_norm or mlp_norm."""
+    """attention_norm, mlp_norm, q_norm, k_norm or final_norm."""
     place: str
+    """Its name inside the block; of the final norm, in the model."""
+    weight: bool
+    bias: bool
+    width: int
+    """Numbers in each of its parameters."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all of them."""
+        return (self.weight + self.bias) * self.width
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of its parameters."""
+        return ["weight"] * self.weight + ["bias"] * self.bias
 
 
 class Parts(NamedTuple):
-    """The parameters of a transformer block, as other formats and engines need to know them."""
+    """The parameters of a transformer, as other formats and engines need to know them."""
 
     linears: tuple[LinearPart, ...]
+    """Those of a block."""
     norms: tuple[NormPart, ...]
+    """Those of a block."""
+    final_norm: NormPart
 
 
 class Family(ABC):
@@ -137,6 +163,19 @@ class Family(ABC):
     @abstractmethod
     def norm_parameters(self, config: Any) -> int:
         """Parameters of the final norm."""
+
+    def positions(self, config: Any) -> "nn.Module | None":
+        """A module that turns positions (1 or B, T) int64 into vectors (1 or B, T, C), which are
+        added to the embedding; None if there are none."""
+        return None
+
+    def position_bias(self, config: Any) -> "nn.Module | None":
+        """A module with parameters that makes `Context.bias` of (context, past), for all layers."""
+        return None
+
+    def position_parameters(self, config: Any) -> int:
+        """Parameters of the two modules above; they count as embeddings."""
+        return 0
 
     def complete(self, config: Any, context: "Context", past: "ModelState | None") -> "Context":
         """Add what this family's blocks share in a pass, such as rotary tables and masks.

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from castalia.models.context import Context, RowShare
+from castalia.models.config import TransformerConfig
+from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.parts.causal_attention import causal_attention
+from castalia.models.parts.norms import make_head_norm
 from castalia.models.parts.rotary import rotate_heads
 from castalia.models.state import KVCache
 from castalia.models.tiles import KEEP
@@ -145,28 +147,72 @@ def split_fused(qkv: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with one fused projection whose rows are in GPT-NeoX's order.
+    """Causal self-attention: projections, norms of queries and keys, and `attend`.
 
-    Row (3 * head + c) * D + d of the weight is dimension d of c of q, k, v. The order is a matter
-    of this weight alone: q, k and v leave it as views.
+    A fused projection has its rows in GPT-NeoX's order: row (3 * head + c) * D + d of the weight is
+    dimension d of c of q, k, v. Otherwise q, k and v are layers of their own, with rows head by
+    head. The order is a matter of the weights alone: q, k and v leave them as views.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, bias: bool) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.head_dim = hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
-        self.out = nn.Linear(hidden_size, hidden_size, bias=bias)
+        width = config.hidden_size
+        self.head_dim = config.head_dim
+        self.kv_heads = config.kv_heads
+        self.fused = config.fused_qkv
+        queries = config.num_attention_heads * self.head_dim
+        keys = self.kv_heads * self.head_dim
+        if self.fused:
+            self.qkv = nn.Linear(width, 3 * width, bias=config.has_qkv_bias)
+        else:
+            self.q = nn.Linear(width, queries, bias=config.has_qkv_bias)
+            self.k = nn.Linear(width, keys, bias=config.has_qkv_bias)
+            self.v = nn.Linear(width, keys, bias=config.has_qkv_bias)
+        self.q_norm = make_head_norm(config, config.num_attention_heads)
+        # GPT-NeoX has one norm for both.
+        self.k_norm = None if config.qk_norm == "neox" else make_head_norm(config, self.kv_heads)
+        self.out = nn.Linear(queries, width, bias=config.attention_bias)
+
+    @property
+    def tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the projections, in the words of castalia.distributed."""
+        norms = {name: "whole" for name in ("q_norm", "k_norm") if getattr(self, name) is not None}
+        if self.fused:
+            return {"qkv": "column", "out": "row", **norms}
+        # The input is gathered once for all three.
+        keys = f"heads:{self.kv_heads}"
+        return {"": "gathered", "q": "columns", "k": keys, "v": keys, "out": "row", **norms}
 
     def forward(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        # The order of the weight's rows ends here; kernels and state see q, k and v.
-        q, k, v = split_fused(self.qkv(x_BTC), self.head_dim)
+        if self.fused:
+            # The order of the weight's rows ends here; kernels and state see q, k and v.
+            q, k, v = split_fused(self.qkv(x_BTC), self.head_dim)
+        else:
+            q = self.heads_of(self.q(x_BTC))
+            k = self.own_keys(self.heads_of(self.k(x_BTC)), context.heads)
+            v = self.own_keys(self.heads_of(self.v(x_BTC)), context.heads)
+        if self.q_norm is not None:
+            q = self.q_norm(q.transpose(1, 2), context.heads).transpose(1, 2)
+            norm = self.k_norm or self.q_norm
+            k = norm(k.transpose(1, 2), context.heads).transpose(1, 2)
         y_BTC: Tensor = self.out(attend(q, k, v, context))
         return y_BTC
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        """(B, T, heads * D) -> (B, heads, T, D), a view."""
+        # The head count is left to `view`: under tensor parallelism a rank holds fewer.
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def own_keys(self, x_BKTD: Tensor, share: HeadShare) -> Tensor:
+        """The key heads that serve the query heads held here."""
+        if self.kv_heads >= share.size:
+            return x_BKTD
+        # With fewer heads than ranks each rank computes all of them, and needs one.
+        return x_BKTD[:, share.of(self.kv_heads)]
 
     def new_state(
         self, batch: int, length: int, dtype: torch.dtype, device: torch.device | str
     ) -> KVCache:
         """Empty keys and values for `batch` rows of at most `length` tokens."""
-        return KVCache((batch, self.num_heads, length, self.head_dim), dtype, device)
+        return KVCache((batch, self.kv_heads, length, self.head_dim), dtype, device)

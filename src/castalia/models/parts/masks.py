@@ -1,8 +1,9 @@
-"""Who may see whom: the mask of a pass, from the state or from the documents of each row."""
+"""Who may see whom: the mask of a pass, from the state, the documents and the kind of attention."""
 
 import torch
 from torch import Tensor
 
+from castalia.models.config import AttentionKind, TransformerConfig
 from castalia.models.context import Context, RowShare
 from castalia.models.state import ModelState
 
@@ -28,3 +29,48 @@ def segment_mask(segments: Tensor, share: RowShare | None = None) -> Tensor:
     queries = share.positions(segments.shape[1]).to(segments.device)
     earlier = torch.arange(keys.shape[1], device=segments.device)[None, None] <= queries[..., None]
     return (same & earlier)[:, None]
+
+
+def row_positions(context: Context, past: ModelState | None) -> tuple[Tensor, Tensor]:
+    """Place in the row of each query held here and of each key: int64 (1 or B, T), (keys,).
+
+    Not `context.positions`, which begin anew with each document of a row.
+    """
+    T = context.positions.shape[1]
+    device = context.positions.device
+    if past is not None:
+        return past.positions(T), torch.arange(past.longest + T, device=device)
+    if context.share is not None:
+        keys = torch.arange(context.share.length(T), device=device)
+        return context.share.positions(T).to(device), keys
+    row = torch.arange(T, device=device)
+    return row[None], row
+
+
+def mask_of_kind(
+    kind: AttentionKind,
+    config: TransformerConfig,
+    context: Context,
+    past: ModelState | None,
+    seen: Tensor | None,
+) -> Tensor | None:
+    """The mask of layers of one kind, bool (1 or B, 1 or heads here, T, keys), or None.
+
+    seen  the mask of global attention, as of `visible_keys`.
+    """
+    if kind == "global":
+        return seen
+    assert config.sliding_window is not None
+    near = window_mask(config.sliding_window, context, past)
+    if seen is None or near is None:
+        return seen if near is None else near
+    return seen & near
+
+
+def window_mask(window: int, context: Context, past: ModelState | None) -> Tensor | None:
+    """Bool (1 or B, 1, T, keys): the last `window` tokens; None where a row is no longer."""
+    queries, keys = row_positions(context, past)
+    if len(keys) <= window:
+        return None
+    distance = queries[..., None] - keys
+    return ((distance >= 0) & (distance < window))[:, None]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from castalia.models.config import TransformerConfig
+from castalia.models.parts.frequencies import frequencies
 
 
 class Rope(NamedTuple):
@@ -19,25 +20,14 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
-def inverse_frequencies(config: TransformerConfig, device: torch.device) -> Tensor:
-    """theta_j = base^(-2j/R) for j = 0..R/2-1, float32 (R/2,).
-
-    Source  Su et al. 2021, arXiv:2104.09864, section 3.2.2.
-    """
-    exponents = (
-        torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=device)
-        / config.rotary_dim
-    )
-    return 1.0 / (config.rotary_emb_base**exponents)
-
-
-def rope_tables(config: TransformerConfig, positions: Tensor) -> Rope:
+def rope_tables(config: TransformerConfig, positions: Tensor, length: int = 0) -> Rope:
     """The tables of `positions`.
 
     Shapes  positions (1 or B, T) int64 -> cos, sin float32 (1 or B, 1, T, R).
+    length  tokens of the longest row, which dynamic scaling follows.
     """
     # Computed in every pass: a buffer would be garbage after `to_empty` and lose bits in `.half()`.
-    theta = inverse_frequencies(config, positions.device)
+    theta, factor = frequencies(config, length, positions.device)
     if config.rope_numerics == "neox_v1_fp16":
         # GPT-NeoX v1.0 rounded frequency, angle, cosine and sine to float16, because .half() on the
         # model converted the frequency buffer too. Below position 2048 the phase of GPT-NeoX-20B is
@@ -47,6 +37,9 @@ def rope_tables(config: TransformerConfig, positions: Tensor) -> Rope:
         angles = positions.float()[:, None, :, None] * theta
     cos = angles.cos().float()
     sin = angles.sin().float()
+    if factor != 1.0:
+        cos = cos * factor
+        sin = sin * factor
     return Rope(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
 

@@ -1,51 +1,65 @@
-"""A pre-norm transformer block around any attention and any MLP."""
+"""A transformer block of any attention, norm and MLP that a config asks for."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from castalia.models.block import Block
+from castalia.models.config import AttentionKind, TransformerConfig
 from castalia.models.context import Context
 from castalia.models.parts.attention import Attention
-from castalia.models.parts.mlp import MLP
+from castalia.models.parts.mlp import MLP, GatedMLP
+from castalia.models.parts.norms import make_norm
 from castalia.models.state import LayerState
 
 
 class TransformerBlock(Block):
-    """Parallel: x + attn(norm1 x) + mlp(norm2 x). Serial: each on the sum before it."""
+    """Attention and MLP, parallel or serial, with norms before or after them.
 
-    # Each pair column, row needs one gather before and one reduction after, none in between. Norms
-    # work on T / tp tokens, whose statistics are their own.
-    tp_plan = {
-        "norm1": "sequence",
-        "attn.qkv": "column",
-        "attn.out": "row",
-        "norm2": "sequence",
-        "mlp.up": "column",
-        "mlp.down": "row",
-    }
+    Parallel: x + attn(norm1 x) + mlp(norm2 x), or norm1 for both. Serial: each on the sum before
+    it. Serial with norms after: x + norm1(attn x), then x + norm2(mlp x).
+    """
 
-    def __init__(
-        self, *, norm1: nn.Module, attn: Attention, norm2: nn.Module, mlp: MLP, parallel: bool
-    ) -> None:
+    # Norms work on T / tp tokens, whose statistics are their own. The parts split their matrices.
+    tp_plan = {"norm1": "sequence", "norm2": "sequence"}
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
-        self.parallel = parallel
+        self.kind: AttentionKind = config.layer_kind(layer)
+        self.parallel = config.parallel_residual
+        self.after = config.norm_placement == "post"
         # The order of the parts is the order of the parameters, and with it that of the sum of the
         # gradient norm: another order gives another last bit.
-        self.norm1 = norm1
-        self.attn = attn
-        self.norm2 = norm2
-        self.mlp = mlp
-        self.widest = mlp.up.out_features
+        self.norm1 = make_norm(config)
+        self.attn = Attention(config)
+        self.norm2 = None if config.shared_norm else make_norm(config)
+        kind = GatedMLP if config.gated else MLP
+        self.mlp = kind(config.hidden_size, config.ffn_size, config.activation, config.mlp_bias)
+        self.widest = self.mlp.up.out_features
 
     def compute(self, x_BTC: Tensor, context: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        attn_BTC: Tensor = self.attn(self.norm1(x_BTC), context)
+        if context.masks is not None:
+            context = context._replace(mask=context.masks[self.kind])
+        if self.after:
+            return self.norms_after(x_BTC, context)
+        normed_BTC: Tensor = self.norm1(x_BTC)
+        attn_BTC: Tensor = self.attn(normed_BTC, context)
         if self.parallel:
             # The two small sums are added first: x is much larger, and adding it last rounds once.
-            mlp_BTC: Tensor = self.mlp(self.norm2(x_BTC))
+            inner_BTC = normed_BTC if self.norm2 is None else self.norm2(x_BTC)
+            mlp_BTC: Tensor = self.mlp(inner_BTC)
             return x_BTC + (attn_BTC + mlp_BTC)
+        assert self.norm2 is not None
         x_BTC = x_BTC + attn_BTC
         mlp_BTC = self.mlp(self.norm2(x_BTC))
+        return x_BTC + mlp_BTC
+
+    def norms_after(self, x_BTC: Tensor, context: Context) -> Tensor:
+        """The block of OLMo 2: what a part adds is normed, not what it reads."""
+        assert self.norm2 is not None
+        attn_BTC: Tensor = self.norm1(self.attn(x_BTC, context))
+        x_BTC = x_BTC + attn_BTC
+        mlp_BTC: Tensor = self.norm2(self.mlp(x_BTC))
         return x_BTC + mlp_BTC
 
     def new_state(

@@ -1,0 +1,225 @@
+"""`Transformer`: what all families of attention and MLP blocks declare, out of their config."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from castalia.models.config import TransformerConfig
+from castalia.models.families.base import Axes, Costs, Family, LinearPart, NormPart, Parts, Stored
+from castalia.models.starts import ONES, ZEROS, Normal, Start, init_std
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from castalia.models.block import Block
+    from castalia.models.context import Context
+    from castalia.models.state import ModelState
+
+
+class Transformer(Family):
+    """A family of attention and MLP blocks; a member adds its name and the defaults of its config.
+
+    Everything here follows from the options of `TransformerConfig`, so that every family has all
+    of them.
+    """
+
+    # As GPT-NeoX, megatron/model/utils.py: biases and norms keep their size.
+    no_decay = ("*bias", "*norm*.weight")
+    rewinds = True
+    splits_rows = True
+
+    def block(self, config: TransformerConfig, layer: int) -> "Block":
+        """A block of the layer's kind of attention."""
+        from castalia.models.parts.transformer import TransformerBlock
+
+        return TransformerBlock(config, layer)
+
+    def norm(self, config: TransformerConfig) -> "nn.Module":
+        """Of the same kind as in the blocks."""
+        from castalia.models.parts.norms import make_norm
+
+        return make_norm(config)
+
+    def positions(self, config: TransformerConfig) -> "nn.Module | None":
+        """Learned or sinusoidal vectors."""
+        from castalia.models.parts.positions import make_positions
+
+        return make_positions(config)
+
+    def position_bias(self, config: TransformerConfig) -> "nn.Module | None":
+        """T5's table."""
+        from castalia.models.parts.positions import RelativeBias
+
+        return RelativeBias(config) if config.pos_emb == "rpe" else None
+
+    def complete(
+        self, config: TransformerConfig, context: "Context", past: "ModelState | None"
+    ) -> "Context":
+        """Rotary tables, biases by distance, and who sees whom."""
+        from castalia.models.parts.masks import mask_of_kind, visible_keys
+        from castalia.models.parts.positions import alibi_bias
+        from castalia.models.parts.rotary import rope_tables
+
+        if config.rotary_dim:
+            T = context.positions.shape[1]
+            longest = T if past is None else past.longest + T
+            if context.share is not None:
+                longest = context.share.length(T)
+            context = context._replace(rope=rope_tables(config, context.positions, longest))
+        if config.pos_emb == "alibi":
+            context = context._replace(bias=alibi_bias(config, context, past))
+        seen = visible_keys(context, past)
+        kinds = config.layer_kinds
+        masks: dict[str, Tensor | None] = {
+            kind: mask_of_kind(kind, config, context, past, seen) for kind in kinds
+        }
+        if len(kinds) == 1:
+            return context._replace(mask=masks[kinds[0]])
+        return context._replace(masks=masks)
+
+    def starts(self, config: TransformerConfig) -> list[tuple[str, Start]]:
+        """As GPT-NeoX: what leads back into the residual stream starts smaller."""
+        shape = (config.hidden_size, config.num_layers, config.init_method_std)
+        inner = Normal(init_std(config.init_method, *shape))
+        outer = Normal(init_std(config.output_layer_init_method, *shape))
+        return [
+            ("*.bias", ZEROS),
+            ("*norm*.weight", ONES),
+            ("*.attn.out.weight", outer),
+            ("*.mlp.down.weight", outer),
+            ("*.attn.*.weight", inner),
+            ("*.mlp.*.weight", inner),
+            ("*embed.weight", inner),
+            ("positions.weight", inner),
+            ("position_bias.weight", Normal((2 / (config.rpe_num_buckets + heads(config))) ** 0.5)),
+        ]
+
+    def costs(self, config: TransformerConfig, layer: int) -> Costs:
+        """Sums over the parts of a block."""
+        d = config.hidden_size
+        f = config.ffn_size
+        parts = self.parts(config)
+        products = sum(part.outputs * part.inputs for part in parts.linears)
+        biases = sum(part.bias * part.outputs for part in parts.linears)
+        parameters = products + biases + sum(part.parameters for part in parts.norms)
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.kv_heads * config.head_dim
+        # Kept: q, k, v and the attention's output, MLP in and out; gathered: both norms' outputs.
+        # Selective recompute drops the norms' outputs and what the activation makes.
+        inside = 3 * f if config.gated else 2 * f
+        gathered = d if config.shared_norm else 2 * d
+        kept = Stored(
+            residual=d,
+            split=2 * (queries + keys) + inside,
+            gathered=gathered,
+            again_split=f,
+            again_gathered=gathered,
+            heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+        )
+        window = config.sliding_window if config.layer_kind(layer) == "sliding" else None
+        return Costs(
+            parameters=parameters,
+            active=parameters,
+            products=products,
+            # Scores and weighted sums: 2 multiply-adds a key and dimension, three times with the
+            # backward.
+            flops_per_key=12 * queries,
+            kept=kept,
+            tp_width=2 * d,
+            cp_width=2 * keys,
+            window=window,
+        )
+
+    def norm_parameters(self, config: TransformerConfig) -> int:
+        """Those of the norm's kind."""
+        return norm_part(config, "final_norm", "norm").parameters
+
+    def position_parameters(self, config: TransformerConfig) -> int:
+        """The table of learned positions, or of T5's biases."""
+        if config.pos_emb == "learned":
+            return (config.max_position_embeddings + config.learned_offset) * config.hidden_size
+        return config.rpe_num_buckets * heads(config) if config.pos_emb == "rpe" else 0
+
+    def divides(self, config: TransformerConfig, degrees: Axes) -> list[str]:
+        """Heads and the MLP over tp."""
+        tp = degrees.tp
+        whole = ("num_attention_heads", heads(config), "a head stays whole on a rank")
+        width = ("intermediate_size", config.ffn_size, "each rank holds an equal part of the MLP")
+        problems = [
+            f"model.{name} {size} is not divisible by parallel.tp={tp}: {why}"
+            for name, size, why in (whole, width)
+            if size % tp
+        ]
+        if config.kv_heads % tp and tp % config.kv_heads:
+            problems.append(
+                f"model.num_kv_heads {config.kv_heads} and parallel.tp={tp}: one must be a multiple"
+                " of the other, since a rank's query heads share whole heads of keys"
+            )
+        if config.pos_emb == "rpe" and degrees.pp > 1:
+            problems.append(
+                f"model.pos_emb=rpe has one table for all layers, and parallel.pp={degrees.pp}"
+                " would put copies on several stages; set parallel.pp=1"
+            )
+        return problems
+
+    def parts(self, config: TransformerConfig) -> Parts:
+        """The parameters of a block, from the config."""
+        linears = (*attention_linears(config), *mlp_linears(config))
+        norms = tuple(block_norms(config))
+        return Parts(linears, norms, norm_part(config, "final_norm", "norm"))
+
+
+def heads(config: TransformerConfig) -> int:
+    """Query heads."""
+    return config.num_attention_heads
+
+
+def attention_linears(config: TransformerConfig) -> Sequence[LinearPart]:
+    """Projections of the attention."""
+    d = config.hidden_size
+    bias = config.has_qkv_bias
+    queries = heads(config) * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    out = LinearPart("attention_out", "attn.out", d, queries, config.attention_bias)
+    if config.fused_qkv:
+        return LinearPart("qkv", "attn.qkv", 3 * d, d, bias, fused_heads=heads(config)), out
+    return (
+        LinearPart("q", "attn.q", queries, d, bias),
+        LinearPart("k", "attn.k", keys, d, bias),
+        LinearPart("v", "attn.v", keys, d, bias),
+        out,
+    )
+
+
+def mlp_linears(config: TransformerConfig) -> Iterator[LinearPart]:
+    """Layers of the MLP."""
+    d = config.hidden_size
+    f = config.ffn_size
+    if config.gated:
+        yield LinearPart("mlp_gate", "mlp.gate", f, d, config.mlp_bias)
+    yield LinearPart("mlp_up", "mlp.up", f, d, config.mlp_bias)
+    yield LinearPart("mlp_down", "mlp.down", d, f, config.mlp_bias)
+
+
+def block_norms(config: TransformerConfig) -> Iterator[NormPart]:
+    """Norms of a block."""
+    yield norm_part(config, "attention_norm", "norm1")
+    if not config.shared_norm:
+        yield norm_part(config, "mlp_norm", "norm2")
+    if config.qk_norm == "none":
+        return
+    affine = config.norm != "non_parametric_layernorm"
+    centred = config.norm != "rmsnorm"
+    sides = {"q_norm": heads(config), "k_norm": config.kv_heads}
+    if config.qk_norm == "neox":
+        del sides["k_norm"]
+    for role, count in sides.items():
+        width = config.head_dim * (1 if config.qk_norm == "head" else count)
+        yield NormPart(role, f"attn.{role}", affine, affine and centred, width)
+
+
+def norm_part(config: TransformerConfig, role: str, place: str) -> NormPart:
+    """A norm of the residual stream."""
+    width = 1 if config.norm == "scalenorm" else config.hidden_size
+    weight = config.norm != "non_parametric_layernorm"
+    return NormPart(role, place, weight, config.norm == "layernorm", width)
