@@ -56,7 +56,7 @@ def test_help_of_a_verb(verb):
 
 
 USAGE = {
-    "train": "train CONFIG... [a.b=c ...]",
+    "train": "train [OPTIONS] CONFIG... [a.b=c ...]",
     "show": "show [OPTIONS] CONFIG... [a.b=c ...]",
     "demo": "demo [OPTIONS] [a.b=c ...]",
     "prepare": "prepare [OPTIONS] INPUT...",

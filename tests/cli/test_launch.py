@@ -302,3 +302,10 @@ def test_a_hostfile_of_gpt_neox_that_is_not_there_means_this_machine(launch, tmp
     assert "hostfile /mock_path cannot be read: No such file or directory" in failed(typed)
     pdsh = launch("--launcher=pdsh", "--dry-run", config=("debug",))
     assert "launcher pdsh needs a hostfile" in failed(pdsh)
+
+
+def test_a_folder_of_configs(launch, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("recipe: debug\n")
+    done = launch("--dry-run", "-d", "configs", config=("mine", "output=runs/first"))
+    assert "castalia train configs/mine.yaml output=runs/first" in planned(done)

@@ -199,3 +199,9 @@ def test_the_file_of_the_page_on_configs_works(tmp_path):
         1000,
         6,
     )
+
+
+def test_a_folder_of_configs(tmp_path):
+    (tmp_path / "70m.yml").write_text(Path(PYTHIA_FILE).read_text())
+    shown = json.loads(show("-d", str(tmp_path), "70m", "train.steps=7", "--json"))
+    assert (shown["parameters"]["total"], shown["steps"]) == (70_426_624, 7)

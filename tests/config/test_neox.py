@@ -14,7 +14,6 @@ from castalia.config.neox_keys import (
     NAMES,
     NESTED_HONOURED,
     REFUSED,
-    STRANGERS,
     WHY,
 )
 
@@ -52,9 +51,9 @@ def test_each_of_the_318_arguments_is_classified_once():
     names = (HERE / "neox_names.txt").read_text().split()
     assert len(set(names)) == 318
     assert set(names) <= set(NAMES)
-    classes = [*HONOURED, *ALIASES, *REFUSED, *STRANGERS, *WHY, *CHECKED]
+    classes = [*HONOURED, *ALIASES, *REFUSED, *WHY, *CHECKED]
     assert len(classes) == len(set(classes)) == len(NAMES)
-    assert not set(names) & set(STRANGERS)
+    assert {"decay_lr_to", "warmup_iters", "autotuning_config"}.isdisjoint(names)
 
 
 def test_names_of_older_versions_are_classified():
@@ -72,6 +71,7 @@ def test_names_of_older_versions_are_classified():
         "fp16",
         "bf16",
         "zero_optimization",
+        "autotuning",
     }
 
 
@@ -207,6 +207,39 @@ def test_silence_means_the_defaults_of_gpt_neox():
         ({"num_kv_heads": 4}, "model.num_attention_heads", 4),
         ({"optimizer": {"type": "cpu_adam", "params": {"lr": 0.5}}}, "optim.lr", 0.5),
         ({"checkpoint_factor": "None"}, "checkpoint.every", None),
+        ({"exit_interval": 7}, "train.exit_every", 7),
+        ({"train_epochs": 3, "train_iters": None}, "train.epochs", 3),
+        (
+            {"weight_by_num_documents": True, "train_data_paths": ["a"]},
+            "data.document_alpha",
+            1.0,
+        ),
+        (
+            {
+                "weight_by_num_documents": True,
+                "weighted_sampler_alpha": 0.3,
+                "train_data_paths": ["a", "b"],
+                "train_data_weights": [1, 2],
+            },
+            "data.document_alpha",
+            0.3,
+        ),
+        ({"warmup_iters": 3}, "schedule.warmup", 0.3),
+        (
+            {"decay_lr_to": 0.033, "optimizer": {"params": {"lr": 1e-4}}},
+            "schedule.min_lr",
+            3.3e-6,
+        ),
+        ({"use_bnb_optimizer": True}, "optim.lr", 1e-3),
+        (
+            {
+                "autotuning": {"enabled": True, "arg_mappings": {"a": "--a"}},
+                "zero_optimization": {"stage": [0, 1, 2, 3]},
+            },
+            "parallel.reshard_after_forward",
+            False,
+        ),
+        ({"autotuning_config": {"enabled": True}}, "train.micro_batch_size", 4),
     ],
 )
 def test_option(option, key, value):
@@ -270,7 +303,22 @@ def test_option(option, key, value):
             {"hidden_sise": 3},
             "hidden_sise in small.yml: not an option of GPT-NeoX; did you mean 'hidden_size'?",
         ),
-        ({"warmup_iters": 3}, "not an option of GPT-NeoX; write warmup, a share of lr_decay_iters"),
+        ({"warmup_iters": 3, "warmup": 0.1}, "not an option of GPT-NeoX; write warmup alone"),
+        ({"decay_lr_to": 0.1}, "decay_lr_to is not an option of GPT-NeoX; write min_lr alone"),
+        ({"train_epochs": 3}, "train_iters and train_epochs are both given; keep one"),
+        (
+            {
+                "train_iters": None,
+                "train_epochs": 3,
+                "train_data_paths": ["a", "b"],
+                "train_data_weights": [1, 2],
+            },
+            "with train_epochs: every source is passed over alike",
+        ),
+        (
+            {"train_iters": None, "train_epochs": 3, "lr_decay_fraction": 0.5},
+            "a share of steps that the data decide; write lr_decay_iters",
+        ),
         ({"curriculum_learning": {"enabled": True}}, "rows have one length throughout"),
         ({"lr_decay_style": "wsd"}, "unknown lr_decay_style 'wsd'; choose one of"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; choose one of"),

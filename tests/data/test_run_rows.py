@@ -18,17 +18,20 @@ from castalia.data import (
     changed,
     check_vocab,
     train_tokenizer,
+    weight_by_num_documents,
 )
+from castalia.data.run_rows import rows_of_a_pass
 from castalia.data.sources import left_out
 
 
-def build(eval_every=None, steps=10, batch_size=4, eval_batches=2, seed=1234, **data):
+def build(eval_every=None, steps=10, batch_size=4, eval_batches=2, seed=1234, epochs=None, **data):
     config = DataConfig(seq_length=8, **data)
     numbers = {
         "steps": steps,
         "batch_size": batch_size,
         "eval_every": eval_every,
         "eval_batches": eval_batches,
+        "epochs": epochs,
     }
     return build_rows(config, seed=seed, **numbers)
 
@@ -277,3 +280,37 @@ def test_token_files_of_another_tokenizer_are_refused(tmp_path):
         build(train=[two], tokenizer=tokenizer)
     (tmp_path / "trained.json").unlink()  # as a file of GPT-NeoX, which has no record
     build(train=[one, two], tokenizer="bytes")
+
+
+def test_weights_by_the_number_of_documents(token_file):
+    prefixes = [token_file("a", [30] * 9), token_file("b", [17] * 40)]
+    rows = build(train=prefixes, valid=prefixes, document_alpha=0.3, eval_every=5)
+    weights = weight_by_num_documents([9, 40], 0.3)
+    given = build(
+        train=prefixes, valid=prefixes, weights=weights, valid_weights=weights, eval_every=5
+    )
+    assert rows.weights == given.weights == weights
+    assert rows.fingerprint == given.fingerprint
+    assert [rows.valid[p][1] for p in range(24)] == [given.valid[p][1] for p in range(24)]
+    with pytest.raises(ValueError, match="document_alpha weights the sources by their documents"):
+        DataConfig(train=prefixes, weights=[1, 2], document_alpha=1.0)
+
+
+@pytest.mark.parametrize("data", [{}, {"split": "4,1,0"}, {"order": "file"}])
+def test_whole_passes_serve_every_row_once_a_pass(token_file, data):
+    """GPT-NeoX's train_epochs: the same order in every pass, without the last incomplete batch."""
+    sizes = [9] * 30 if "order" in data else [40, 21, 9, 17] * 5
+    prefixes = [token_file("a", sizes)]
+    if not data:
+        prefixes.append(token_file("b", [33] * 4))
+    config = DataConfig(seq_length=8, train=prefixes, **data)
+    total = rows_of_a_pass(config, seed=1234)
+    rows = build(train=prefixes, epochs=2, **data)
+    length = total // 4 * 4
+    assert 0 < len(rows.train) == length <= total
+    first = [rows.train.locate(p) for p in range(length)]
+    assert len(set(first)) == length
+    assert [rows.train.locate(length + p) for p in range(length)] == first
+    assert rows.epochs == [1] * len(prefixes)
+    assert rows.fingerprint["order"]["kind"].endswith(", pass by pass")
+    assert rows.weights == [len(source) / total for source in rows.train.row_sources]

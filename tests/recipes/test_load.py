@@ -9,7 +9,7 @@ from castalia.config.fields import leaves
 from castalia.config.foreign import KEYS, OURS
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer import load_tokenizer, train_tokenizer
-from castalia.recipes import load_config, preset_names, resolve
+from castalia.recipes import in_folder, load_config, preset_names, resolve
 from castalia.train.config import RunConfig
 
 SMALL_NEOX = """
@@ -110,7 +110,7 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
         ("train.warmup_steps=9", "did you mean 'schedule.warmup'?"),
         ("train.save_every=9", "did you mean 'checkpoint.every'?"),
         ("checkpoint.frequency=9", "unknown key; choose one of steps, every, keep"),
-        ("train.num_epochs=2", "did you mean 'train.steps'?"),
+        ("train.num_epochs=2", "did you mean 'train.epochs'?"),
         ("train.fp16=true", "did you mean 'precision'?"),
         ("model.n_layers=2", "did you mean 'model.num_layers'?"),
         ("model.vocab=2", "did you mean 'model.vocab_size'?"),
@@ -324,3 +324,20 @@ def test_the_published_12b_files(tmp_path):
         load_config([file, "model.num_layers=36", "model.num_attention_heads=40"]).model.head_dim
         == 128
     )
+
+
+def test_names_in_a_folder(tmp_path):
+    """As `-d DIR` of GPT-NeoX's deepy.py, with presets, overrides and other files beside it."""
+    (tmp_path / "configs" / "small").mkdir(parents=True)
+    shape = write(tmp_path / "configs" / "small", "2L.yml", SMALL_NEOX)
+    setup = write(tmp_path / "configs", "setup.yml", '{"save": "out"}')
+    folder = str(tmp_path / "configs")
+    words = in_folder(folder, ["small/2L", "setup", "train.steps=3"])
+    assert words == [shape, setup, "train.steps=3"]
+    assert load_config(words).output == "out"
+    assert in_folder(folder, ["debug", shape]) == ["debug", shape]
+    assert in_folder(None, ["debug"]) == ["debug"]
+    with pytest.raises(ConfigError, match=r"no config file setap in .*did you mean 'setup'"):
+        in_folder(folder, ["setap"])
+    with pytest.raises(ConfigError, match="-d nowhere: no such folder"):
+        in_folder("nowhere", ["debug"])

@@ -17,12 +17,10 @@ PARTIAL = (
 """Files of GPT-NeoX without a model, which others name beside one with a model."""
 REFUSED = {
     "neox__configs_125M-dmoe.yml": "mixture-of-experts layers are not supported",
-    "neox__configs_autotuning_configs_small_tune.json": "autotuning is not supported",
-    "neox__configs_bnb_125M.yml": "8-bit Adam is not supported",
     "neox__configs_gmlp_small.yml": "unknown attention type gmlp",
     "neox__configs_llama2_7B.yml": "write `norm: layernorm`",
     "neox__configs_llama_7B.yml": "write `norm: layernorm`",
-    "neox__configs_llemma_7B.yml": "decay_lr_to .* not an option of GPT-NeoX; write min_lr",
+    "neox__configs_llemma_7B.yml": "write `norm: layernorm`",
     "neox__configs_mamba_mamba-130M.yml": "unknown attention type mamba",
     "neox__configs_mistral_7B.yml": "every layer attends to the whole row",
     "neox__configs_rwkv_170M.yml": "unknown attention type rwkv",

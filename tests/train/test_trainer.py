@@ -11,14 +11,16 @@ import torch.nn.functional as F
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError, TrainingError
 from castalia.data import Batch
+from castalia.data.run_rows import rows_of_a_pass
 from castalia.distributed import World, check_layout
 from castalia.distributed.config import ParallelConfig
 from castalia.monitor import memory_bytes
-from castalia.recipes import load_config
+from castalia.recipes import load_config, resolve
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
 from castalia.train.losses import LossOut, NextToken, Scored
 from castalia.train.run import closing_line
 from castalia.train.startup import idle_options
+from castalia.train.stopping import Stop
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -348,3 +350,49 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_keeps_what_was_saved(make,
     with pytest.raises(CastaliaError, match="No space left on device"):
         trainer.fit()
     assert calls and trainer.store.latest() == 1
+
+
+def test_exit_every_saves_and_ends_and_the_same_command_goes_on(make, tmp_path):
+    """GPT-NeoX's exit_interval."""
+    every = ("train.exit_every=4", "checkpoint.every=null")
+    first = make(*every, hooks=[Save()])
+    first.fit()
+    assert (first.progress.step, first.stop) == (4, Stop.POLITE)
+    assert closing_line(first).startswith("stopped at step 4 of 6")
+    keep = Keep()
+    second = make(*every, hooks=[keep, Save()])
+    second.fit()
+    assert (second.progress.step, second.stop) == (6, Stop.NO)
+    whole, _ = losses(make, f"output={tmp_path / 'whole'}")
+    assert [line["loss"] for line in keep.lines] == whole[4:]
+
+
+def test_epochs_set_the_steps(make, tmp_path):
+    """GPT-NeoX's train_epochs: whole batches of one pass, in the same order in every pass."""
+    passes = ("train.epochs=2", "train.batch_size=90")
+    keep = Keep()
+    trainer = make(*passes, hooks=[keep])
+    rows = rows_of_a_pass(trainer.config.data, seed=trainer.config.seed)
+    steps = rows // 90
+    assert steps > 1 and trainer.config.train.steps == 2 * steps
+    trainer.fit()
+    hashes = [line["rows_hash"] for line in keep.lines]
+    assert hashes[:steps] == hashes[steps:] and len(set(hashes)) == steps
+    with pytest.raises(ConfigError, match=f"a pass has {rows} rows of 16 tokens, fewer than"):
+        make("train.epochs=1", "train.batch_size=100000")
+    with pytest.raises(ConfigError, match=r"mixing\.kind exp3 chooses the rows of each step"):
+        make("train.epochs=1", "mixing.kind=exp3")
+
+
+def test_epochs_in_a_config(make, train, tmp_path):
+    words = [*train.base, f"output={tmp_path / 'run'}"]
+    words.remove("train.steps=6")
+    (tmp_path / "mine.yaml").write_text("train: {epochs: 3}\n")
+    words.append(str(tmp_path / "mine.yaml"))
+    resolved = resolve(words)
+    assert resolved.config.train.steps == Trainer(resolved.config, ALONE).config.train.steps
+    assert any("in train.epochs=3 passes over data.train" in note for note in resolved.notes)
+    shorter = resolve([*words, "train.steps=5"])
+    assert (shorter.config.train.steps, shorter.config.train.epochs) == (5, None)
+    gone = resolve([*words, "data.train=nowhere"])
+    assert any("train.epochs=3 sets train.steps where the data are" in n for n in gone.notes)

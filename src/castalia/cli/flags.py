@@ -29,6 +29,15 @@ CONFIG = typer.Argument(
     metavar="CONFIG... [a.b=c ...]", help=CONFIG_HELP, autocompletion=config_words
 )
 Config = Annotated[list[str], CONFIG]
+ConfigFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--conf-dir",
+        "-d",
+        metavar="DIR",
+        help="Folder of the config files that are named: `-d configs 125M local_setup`.",
+    ),
+]
 Checkpoint = Annotated[
     str,
     typer.Argument(

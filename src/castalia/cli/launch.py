@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.flags import Config, grouped, panel
+from castalia.cli.flags import Config, ConfigFolder, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.launch.plan import LaunchPlan
@@ -59,6 +59,7 @@ class StartFlags:
 @grouped
 def launch(
     config: Config,
+    conf_dir: ConfigFolder = None,
     *,
     hosts: HostFlags,
     start: StartFlags,
@@ -92,7 +93,10 @@ def launch(
             words.append(f"launch.{key}={json.dumps(value)}")
     words += pairs("slurm", "launch.slurm", slurm or [])
     words += pairs("env", "launch.environment", env or [])
-    plan = make_plan(config, words)
+    from castalia.recipes import in_folder
+
+    # Resolved here: the ranks get the files' paths.
+    plan = make_plan(in_folder(conf_dir, config), words)
     if dry_run:
         typer.echo(describe(plan))
         return

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import CONFIG, panel
+from castalia.cli.flags import CONFIG, ConfigFolder, panel
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,7 @@ KEYS = panel("Keys of a config")
 
 def show(
     config: Annotated[list[str] | None, CONFIG] = None,
+    conf_dir: ConfigFolder = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Print the whole resolved config as YAML too.")
     ] = False,
@@ -57,6 +58,10 @@ def show(
       castalia show --keys optim schedule
     """
     words = config or []
+    if conf_dir is not None:
+        from castalia.recipes import in_folder
+
+        words = in_folder(conf_dir, words)
     if schema:
         print_schema()
     elif keys:

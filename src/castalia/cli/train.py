@@ -3,10 +3,10 @@
 import signal
 import sys
 
-from castalia.cli.flags import Config
+from castalia.cli.flags import Config, ConfigFolder
 
 
-def train(config: Config) -> None:
+def train(config: Config, conf_dir: ConfigFolder = None) -> None:
     """Train a model; the same command again resumes from the newest good checkpoint.
 
     Examples:
@@ -17,13 +17,15 @@ def train(config: Config) -> None:
 
       castalia train pythia-14m data.train=data/c data.tokenizer=tok.json
 
+      castalia train -d configs pythia/70M local_setup
+
       torchrun --nproc-per-node 2 -m castalia train debug
     """
-    from castalia.recipes import resolve
+    from castalia.recipes import in_folder, resolve
     from castalia.train.hooks import StopOnSignal
     from castalia.train.run import Announced, run
 
-    resolved = resolve(config)
+    resolved = resolve(in_folder(conf_dir, config))
     trainer = run(
         resolved.config,
         ["castalia", *sys.argv[1:]],

@@ -127,24 +127,16 @@ def materialize(
 
 def rows_of(words: list[str]) -> "tuple[RunConfig, RunRows]":
     """The config that `words` give, and its run's rows: as recorded, or as training builds them."""
-    from castalia.data import build_rows
     from castalia.data.rows_by_source import RowsBySource
     from castalia.recipes import resolve
+    from castalia.train.build import rows_of_run
     from castalia.train.named_corpus import ensure_corpus
     from castalia.train.recorded_order import RecordedOrder
+    from castalia.train.whole_passes import with_steps
 
     config = ensure_corpus(resolve(words).config, say=lambda text: typer.echo(text, err=True))
-    train = config.train
-    rows = build_rows(
-        config.data,
-        seed=config.seed,
-        batch_size=train.batch_size,
-        steps=train.steps,
-        eval_every=None,  # validation rows are not asked for
-        eval_batches=train.eval_batches,
-        planned=config.mixing.plans,
-        allow_empty=config.mixing.allow_empty,
-    )
+    config = with_steps(config)
+    rows = rows_of_run(config, validates=False)
     if isinstance(rows.train, RowsBySource):
         # A mixer decided the order as the run went on: it can be read, but not computed again.
         rows.train.order = RecordedOrder(config, rows, Path(config.output) / "mixture.jsonl")

@@ -21,8 +21,8 @@ KEYS = {
     ),
     "schedule.min_lr": ("min_learning_rate", "lr_min", "final_lr"),
     "schedule.decay_steps": ("lr_decay_iters", "lr_decay_steps"),
+    "train.epochs": ("num_epochs", "num_train_epochs", "max_epochs", "epoch"),
     "train.steps": (
-        *("epochs", "num_epochs", "num_train_epochs", "max_epochs", "epoch"),
         *("max_steps", "max_iters", "iterations", "iters", "num_steps", "total_steps"),
     ),
     "train.batch_size": ("global_batch_size", "total_batch_size", "batch"),

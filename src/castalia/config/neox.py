@@ -14,7 +14,6 @@ from castalia.config.neox_keys import (
     NESTED_IGNORED,
     NESTED_REFUSED,
     REFUSED,
-    STRANGERS,
     WHY,
     Refused,
 )
@@ -174,8 +173,6 @@ def classify(name: str, value: Any, options: NeoxOptions, out: NeoxReading) -> N
         out.ignored.setdefault(WHY[name], []).append(name)
     elif name in REFUSED:
         refuse(name, value, REFUSED[name], where, out)
-    elif name in STRANGERS:
-        wrong(out, f"{where}: not an option of GPT-NeoX; {STRANGERS[name]}")
     elif name not in CHECKED:
         wrong(out, f"{where}: not an option of GPT-NeoX{nearest(name, NAMES)}")
 

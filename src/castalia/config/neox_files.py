@@ -25,7 +25,7 @@ def token_files(o: NeoxOptions, out: NeoxReading) -> None:
     for part, ours in (("train", "weights"), ("valid", "valid_weights")):
         if o.has(f"{part}_data_paths"):
             o.put(out, f"data.{part}", o[f"{part}_data_paths"], f"{part}_data_paths")
-        if o.has(f"{part}_data_weights"):
+        if o.has(f"{part}_data_weights") and weights_count(o, out, part):
             o.put(out, f"data.{ours}", o[f"{part}_data_weights"], f"{part}_data_weights")
     train = o["train_data_paths"]
     valid = o["valid_data_paths"]
@@ -37,6 +37,59 @@ def token_files(o: NeoxOptions, out: NeoxReading) -> None:
         )
     remark_missing("train", [o["data_path"]] if o.has("data_path") else train or [], out)
     remark_missing("valid", valid or [], out)
+
+
+def weights_count(o: NeoxOptions, out: NeoxReading, part: str) -> bool:
+    """Whether the weights of a part of the data are used; GPT-NeoX's two other rules replace them.
+
+    Source  GPT-NeoX, megatron/data/data_utils.py: weight_by_num_documents overwrites all weights;
+            validate_train_epochs refuses those of train_epochs unless all are 1.
+    """
+    weights = o[f"{part}_data_weights"]
+    if o["weight_by_num_documents"]:
+        note(
+            out,
+            f"{part}_data_weights {weights} have no effect with weight_by_num_documents",
+            "data.document_alpha",
+        )
+        return False
+    if o.has("train_epochs") and part == "train":
+        if any(weight != 1 for weight in weights):
+            wrong(
+                out,
+                f"train_data_weights {weights} with train_epochs: every source is passed over"
+                " alike; delete one of the two",
+                "data.weights",
+            )
+        return False
+    return True
+
+
+def document_weights(o: NeoxOptions, out: NeoxReading) -> None:
+    """weight_by_num_documents with its exponent; a single source has nothing to weigh."""
+    if o["weight_by_num_documents"] and not o.has("data_path"):
+        o.put(
+            out,
+            "data.document_alpha",
+            o["weighted_sampler_alpha"],
+            "weight_by_num_documents",
+            "weighted_sampler_alpha",
+        )
+
+
+def length(o: NeoxOptions, out: NeoxReading) -> None:
+    """train_iters or train_epochs, and the horizon, which is a share of either."""
+    if not o.has("train_epochs"):
+        return
+    if o.has("train_iters"):
+        wrong(out, "train_iters and train_epochs are both given; keep one", "train.epochs")
+    if o.has("lr_decay_fraction") and not o.has("lr_decay_iters"):
+        wrong(
+            out,
+            "lr_decay_fraction with train_epochs is a share of steps that the data decide; write"
+            " lr_decay_iters",
+            "schedule.decay_steps",
+        )
 
 
 def remark_missing(part: str, prefixes: list[Any], out: NeoxReading) -> None:
@@ -252,6 +305,8 @@ FILE_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
         ("data_path", "split", "train_data_paths", "train_data_weights", "valid_data_paths"),
         token_files,
     ),
+    (("weight_by_num_documents", "weighted_sampler_alpha"), document_weights),
+    (("train_epochs",), length),
     (
         (
             "data_sampling_method",

@@ -70,6 +70,8 @@ HONOURED: dict[str, Honoured] = {
     "train_data_weights": Honoured("data.weights", "list"),
     "valid_data_paths": Honoured("data.valid", "list"),
     "valid_data_weights": Honoured("data.valid_weights", "list"),
+    "weight_by_num_documents": Honoured("data.document_alpha", "bool", False),
+    "weighted_sampler_alpha": Honoured("data.document_alpha", "number", 1.0),
     "data_sampling_method": Honoured("mixing.kind", "str"),
     "data_sampling_warmup_steps": Honoured("mixing.warmup_steps", "int", 0),
     "data_sampling_update_frequency": Honoured("mixing.update_every", "int", 0),
@@ -83,6 +85,8 @@ HONOURED: dict[str, Honoured] = {
     "allow_chopped": Honoured("data.allow_chopped", "bool", True, plain=True),
     "num_workers": Honoured("data.workers", "int", 2, plain=True),
     "train_iters": Honoured("train.steps", "int", plain=True),
+    "train_epochs": Honoured("train.epochs", "int", plain=True),
+    "exit_interval": Honoured("train.exit_every", "int", plain=True),
     "train_batch_size": Honoured("train.batch_size", "int"),
     "train_micro_batch_size_per_gpu": Honoured("train.micro_batch_size", "int"),
     "gradient_accumulation_steps": Honoured("train.batch_size", "int", 1),
@@ -91,6 +95,8 @@ HONOURED: dict[str, Honoured] = {
     "eval_interval": Honoured("train.eval_every", "int", 1000),
     "eval_iters": Honoured("train.eval_batches", "int", 100),
     "optimizer": Honoured("optim", "dict"),
+    "use_bnb_optimizer": Honoured("optim", "bool", False),
+    "autotuning": Honoured("train.micro_batch_size", "dict"),
     "weight_decay": Honoured("optim.weight_decay", "number"),
     "gradient_clipping": Honoured("optim.clip", "number"),
     "lr_decay_style": Honoured("schedule.name", "str", "linear"),
@@ -98,6 +104,9 @@ HONOURED: dict[str, Honoured] = {
     "lr_decay_fraction": Honoured("schedule.decay_steps", "number"),
     "warmup": Honoured("schedule.warmup", "number", 0.01, plain=True),
     "min_lr": Honoured("schedule.min_lr", "number", 0.0, plain=True),
+    # Names that configs/llemma/7B.yml has of a fork; no GPT-NeoX knows them.
+    "decay_lr_to": Honoured("schedule.min_lr", "number"),
+    "warmup_iters": Honoured("schedule.warmup", "int"),
     "precision": Honoured("precision", "str"),
     "fp16": Honoured("loss_scale", "dict"),
     "bf16": Honoured("precision", "dict"),
@@ -128,8 +137,8 @@ HONOURED: dict[str, Honoured] = {
     "comment": Honoured("launch.slurm.comment", "str", plain=True),
 }
 
-ALIASES = {"gas": "gradient_accumulation_steps"}
-"""Names of GPT-NeoX v1.0 that its newest version has dropped."""
+ALIASES = {"gas": "gradient_accumulation_steps", "autotuning_config": "autotuning"}
+"""Names of older versions of GPT-NeoX that its newest has dropped."""
 
 OFF: tuple[Any, ...] = (None, False)
 SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
@@ -171,9 +180,6 @@ REFUSED: dict[str, Refused] = {
     "use_mup": Refused(OFF, "delete it; μP is not supported"),
     "serve_model_weights": Refused(OFF, "delete it; weights are not served while training"),
     "moe_num_experts": Refused((None, 0, 1), NO_MOE),
-    "use_bnb_optimizer": Refused(
-        OFF, "delete it; 8-bit Adam is not supported, AdamW keeps fp32 moments"
-    ),
     "use_checkpoint_lr_scheduler": Refused(
         OFF, "delete it; the schedule always follows the config"
     ),
@@ -188,7 +194,6 @@ REFUSED: dict[str, Refused] = {
     "elasticity": Refused(
         (*OFF, {}, {"enabled": False}), "delete it; any run resumes on another world size"
     ),
-    "autotuning": Refused((*OFF, {}, {"enabled": False}), "delete it; autotuning is not supported"),
     "data_types": Refused(
         (None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"
     ),
@@ -198,13 +203,6 @@ REFUSED: dict[str, Refused] = {
     "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
     "data_impl": Refused(
         ("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"
-    ),
-    "weight_by_num_documents": Refused(
-        OFF, "delete it and write the weights in train_data_weights"
-    ),
-    "train_epochs": Refused((None,), "delete it and write train_iters"),
-    "exit_interval": Refused(
-        (None,), "delete it; SIGTERM saves and exits, and train.steps=N ends the run"
     ),
 } | dict.fromkeys(
     [
@@ -218,13 +216,6 @@ REFUSED: dict[str, Refused] = {
     ],
     Refused((None, []), NO_PAIRS),
 )
-
-STRANGERS = {
-    "attention_type": "delete it",
-    "decay_lr_to": "write min_lr, a learning rate",
-    "warmup_iters": "write warmup, a share of lr_decay_iters",
-}
-"""Names in published files that no GPT-NeoX since v1.0 knows -> the remedy."""
 
 IGNORED: dict[str, str] = {
     "CUDA kernels and fusions": """
@@ -275,7 +266,7 @@ IGNORED: dict[str, str] = {
         rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance sparsity_config
         gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
         dim_att head_size ffn_dim weight_server_port online_dataserver_ips online_dataserver_ports
-        weighted_sampler_alpha dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight
+        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight
         kto_undesirable_weight z_loss kto_beta fp32_reinforce kl_impl kl_div_beta
         reinforce_leave_one_out coord_check save_base_shapes base_shapes_file mup_init_scale
         mup_embedding_mult mup_rp_embedding_mult mup_width_scale moe_expert_interval moe_top_k
@@ -310,10 +301,16 @@ NESTED_HONOURED = {
         enabled type loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale""",
     "bf16": "enabled type",
     "zero_optimization": "stage",
+    "autotuning": "enabled",
 }
 """Honoured keys inside DeepSpeed's dictionaries."""
 
 NESTED_IGNORED = {
+    "autotuning": """
+        arg_mappings mp_size results_dir exps_dir overwrite metric metric_path start_profile_step
+        end_profile_step fast max_train_batch_size num_tuning_micro_batch_sizes
+        min_train_micro_batch_size_per_gpu max_train_micro_batch_size_per_gpu tuner_type
+        tuner_early_stopping tuner_num_trials model_info model_info_path""",
     "optimizer": "legacy_fusion",
     "optimizer.params": """
         torch_adam fused foreach capturable differentiable set_grad_none use_triton
@@ -349,5 +346,5 @@ NESTED_REFUSED = {
 }
 """Keys inside those dictionaries that change results and do not exist here."""
 
-NAMES = sorted({*HONOURED, *ALIASES, *REFUSED, *STRANGERS, *WHY, *CHECKED})
+NAMES = sorted({*HONOURED, *ALIASES, *REFUSED, *WHY, *CHECKED})
 """Every name that a GPT-NeoX file may use."""

@@ -153,6 +153,9 @@ def parallel(o: NeoxOptions, out: NeoxReading) -> None:
 def zero(o: NeoxOptions, out: NeoxReading) -> None:
     """Stage 3 gathers weights block by block; the lower stages keep them over the step."""
     stage = (o["zero_optimization"] or {}).get("stage", 0)
+    if o.has("autotuning") and isinstance(stage, list) and stage:
+        # What the autotuner would try; the first is its simplest.
+        stage = stage[0]
     if stage not in (0, 1, 2, 3):
         wrong(out, f"unknown zero_optimization.stage {stage!r}; choose one of 0, 1, 2, 3")
     # What the lower stages shard is a matter of memory alone; FSDP2 shards all of it.
@@ -272,6 +275,59 @@ def schedule(o: NeoxOptions, out: NeoxReading) -> None:
         )
 
 
+def rates_of_llemma(o: NeoxOptions, out: NeoxReading) -> None:
+    """decay_lr_to, the share of the peak at the end, and warmup_iters, the steps of the warmup.
+
+    configs/llemma/34B.yml has the same schedule in GPT-NeoX's words: min_lr is 0.033 of the peak,
+    and warmup 500 of the iterations.
+    """
+    params = (o["optimizer"] or {}).get("params") or {}
+    stray(o, out, "decay_lr_to", "min_lr", params.get("lr"))
+    steps = o["lr_decay_iters"] or o["train_iters"]
+    stray(o, out, "warmup_iters", "warmup", steps and 1 / steps)
+
+
+def stray(o: NeoxOptions, out: NeoxReading, name: str, known: str, unit: float | None) -> None:
+    """Set the option `known` to `unit` times the option `name`, if that is given."""
+    if not o.has(name):
+        return
+    path = HONOURED[known].path
+    if o.has(known) or not isinstance(unit, int | float):
+        wrong(out, f"{name} is not an option of GPT-NeoX; write {known} alone", path)
+        return
+    # Six digits remove the float error.
+    value = float(f"{o[name] * unit:.6g}")
+    o.put(out, path, value, name)
+    note(
+        out,
+        f"{name} is not an option of GPT-NeoX, which would refuse the file; it is read as {known}"
+        f" {value:g}",
+        path,
+    )
+
+
+def eight_bit_adam(o: NeoxOptions, out: NeoxReading) -> None:
+    """use_bnb_optimizer is the same update with moments that are stored in 8 bits."""
+    if o["use_bnb_optimizer"]:
+        note(
+            out,
+            "use_bnb_optimizer: AdamW keeps its moments in fp32, not in 8 bits: the same update,"
+            " more exactly, with 8 bytes of state a parameter in place of 2",
+            "optim",
+        )
+
+
+def autotuning(o: NeoxOptions, out: NeoxReading) -> None:
+    """The autotuner of DeepSpeed searches for micro-batch and ZeRO stage; here they are given."""
+    if (o["autotuning"] or {}).get("enabled"):
+        note(
+            out,
+            "autotuning is not run: train.micro_batch_size is that of the file; castalia show --gpu"
+            " plans the layout",
+            "train.micro_batch_size",
+        )
+
+
 def horizon(o: NeoxOptions, out: NeoxReading) -> None:
     """lr_decay_iters, or the share lr_decay_fraction of train_iters, or train_iters."""
     if o.has("lr_decay_iters"):
@@ -327,6 +383,9 @@ MODEL_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), batch),
     (("optimizer", "weight_decay", "gradient_clipping"), optimizer),
     (("lr_decay_style", "warmup"), schedule),
+    (("decay_lr_to", "warmup_iters"), rates_of_llemma),
+    (("use_bnb_optimizer",), eight_bit_adam),
+    (("autotuning",), autotuning),
     (("lr_decay_iters", "lr_decay_fraction"), horizon),
     (("precision", "fp16", "bf16"), precision),
     (

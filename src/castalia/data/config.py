@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
@@ -31,6 +31,10 @@ class DataConfig(Config):
     """Prefixes to validate on. Empty with a single train prefix means its share in `split`."""
     valid_weights: Annotated[list[float] | None, AT_RESUME] = None
     """Weight of each valid source in the blend; null means equal weights. 0 leaves a source out."""
+    document_alpha: Annotated[PositiveFloat | None, AT_RESUME] = None
+    """Weight every source by its number of documents: with share s of all documents, s to this
+    power, times 1 - s, as GPT-NeoX's weight_by_num_documents; in place of weights and
+    valid_weights."""
     labels: Annotated[Paths, AT_RESUME] = []
     """Label files, one per train prefix, with one label per token: -100 means that the token is not
     a target. Empty means that every token is a target."""
@@ -81,6 +85,11 @@ class DataConfig(Config):
         """Check the weights, and fields that exclude each other."""
         check_weights("weights", self.weights, len(self.train))
         check_weights("valid_weights", self.valid_weights, len(self.valid))
+        if self.document_alpha is not None and (self.weights or self.valid_weights):
+            raise ValueError(
+                "document_alpha weights the sources by their documents, and weights or"
+                " valid_weights by numbers; set one of them to null"
+            )
         if self.split is not None and len(self.train) > 1:
             raise ValueError(
                 "split needs a single train prefix; with several, list the valid prefixes in"

@@ -8,13 +8,13 @@ from typing import Any
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import bin_hash, fingerprint
 from castalia.data.indexed import IndexedDataset
-from castalia.data.labels import Labels, label_file
+from castalia.data.labels import Labels, label_file, open_labels
 from castalia.data.order import rows_per_source, split_documents
 from castalia.data.order_cache import cache_of
 from castalia.data.packings import cut_into_rows
 from castalia.data.ready_rows import ready_rows
 from castalia.data.row_source import RowSource
-from castalia.data.rows_by_source import RowsBySource, no_rows, rows_by_source
+from castalia.data.rows_by_source import RowsBySource, no_rows, one_pass, rows_by_source
 from castalia.data.segments import DocumentMask, document_mask, end_of_document
 from castalia.data.served import BlendedRows
 from castalia.data.sources import (
@@ -24,6 +24,7 @@ from castalia.data.sources import (
     open_sources,
     shares_of,
     source_names,
+    with_document_weights,
 )
 
 ORDERS = {"neox": "neox packed", "file": "rows as in the file"}
@@ -64,6 +65,7 @@ def build_rows(
     eval_batches: int,
     planned: bool = False,
     allow_empty: bool = False,
+    epochs: int | None = None,
 ) -> RunRows:
     """The train and valid rows of a run, in GPT-NeoX's order; `planned` keeps train rows by source.
 
@@ -72,13 +74,15 @@ def build_rows(
     1.005 times its share, and the sources are blended, even a single one; one of weight 0 has no
     rows. With data.order `file` the train prefixes hold ready rows, served in the order of the
     file. `valid` is None without `eval_every` or validation data. `allow_empty` accepts sources too
-    short for a row, for mixers that give them weight 0.
+    short for a row, for mixers that give them weight 0. With `epochs` the rows are those of one
+    pass over all sources, again and again.
 
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
     """
     check_names(config)
     train_sets, valid_sets = open_sources(config)
+    config = with_document_weights(config, train_sets, valid_sets)
     labels, valid_labels = label_files(config, train_sets, valid_sets)
     train_documents, valid_documents = split_of(config, len(train_sets[0]))
 
@@ -87,6 +91,8 @@ def build_rows(
         train = rows_by_source(
             train_sets, config, seed, train_documents, labels, allow_empty=allow_empty
         )
+    elif epochs is not None:
+        train = whole_passes(train_sets, config, seed, batch_size, train_documents, labels)
     else:
         train = train_rows(train_sets, config, seed, steps * batch_size, train_documents, labels)
     train.labels = labels
@@ -98,6 +104,10 @@ def build_rows(
     valid = valid_rows(valid_from, config, seed, count, valid_documents, valid_labels)
 
     settings = order_settings(config, train, seed=seed, batch_size=batch_size, planned=planned)
+    if epochs is not None:
+        settings["kind"] += ", pass by pass"
+        # Every row once: a source counts by its rows.
+        settings["weights"] = shares_of([len(source) for source in train.row_sources], 0)
     return RunRows(
         train=train,
         valid=valid,
@@ -110,6 +120,54 @@ def build_rows(
         valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
         mask=document_mask(config),
     )
+
+
+def rows_of_a_pass(config: DataConfig, *, seed: int) -> int:
+    """Rows of one pass over the training data: those that `build_rows` serves with `epochs`.
+
+    Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
+    """
+    check_names(config)
+    train_sets, _ = open_sources(config)
+    labels = open_labels(config.labels, train_sets, "labels")
+    documents, _ = split_of(config, len(train_sets[0]))
+    return sum(len(source) for source in pass_sources(train_sets, config, seed, documents, labels))
+
+
+def pass_sources(
+    datasets: list[IndexedDataset],
+    config: DataConfig,
+    seed: int,
+    documents: range | None,
+    labels: Labels,
+) -> list[RowSource[Any]]:
+    """Each source cut into the rows of one pass."""
+    row_sources = []
+    for number, dataset in enumerate(datasets):
+        own_labels = label_file(labels, number)
+        row_sources.append(one_pass(dataset, config, seed, documents, own_labels, False))
+    return row_sources
+
+
+def whole_passes(
+    datasets: list[IndexedDataset],
+    config: DataConfig,
+    seed: int,
+    batch_size: int,
+    documents: range | None,
+    labels: Labels,
+) -> BlendedRows:
+    """One pass over all sources, repeated, as GPT-NeoX's train_epochs.
+
+    Each source counts by its rows, so that every row comes once a pass; GPT-NeoX takes the sources
+    in equal parts, and thereby repeats small ones within a pass.
+    """
+    row_sources = pass_sources(datasets, config, seed, documents, labels)
+    counts = [len(source) for source in row_sources]
+    # Rows that do not fill a last batch are left out, as GPT-NeoX's loader drops them.
+    rows = sum(counts) // batch_size * batch_size
+    cache = cache_of(datasets[0].prefix, config.order_cache)
+    return BlendedRows(row_sources, shares_of(counts, len(counts)), rows, size=rows, cache=cache)
 
 
 def split_of(config: DataConfig, documents: int) -> tuple[range | None, range | None]:

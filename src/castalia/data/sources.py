@@ -8,6 +8,7 @@ from castalia.core.errors import ConfigError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset
 from castalia.data.labels import Labels, open_labels
+from castalia.data.order import weight_by_num_documents
 from castalia.data.sidecar import require_tokenizer, tokenizer_facts
 from castalia.data.tokenizer import load_tokenizer
 
@@ -58,6 +59,19 @@ def label_files(
     if config.split is not None:
         return labels, labels
     return labels, open_labels(config.valid_labels, valid, "valid_labels")
+
+
+def with_document_weights(
+    config: DataConfig, train: Sequence[IndexedDataset], valid: Sequence[IndexedDataset]
+) -> DataConfig:
+    """The config with the weights that data.document_alpha stands for; else as it is."""
+    alpha = config.document_alpha
+    if alpha is None:
+        return config
+    weights = {"weights": weight_by_num_documents([len(file) for file in train], alpha)}
+    if valid:
+        weights["valid_weights"] = weight_by_num_documents([len(file) for file in valid], alpha)
+    return config.model_copy(update=weights)
 
 
 def shares_of(weights: Sequence[float] | None, sources: int) -> list[float]:

@@ -24,6 +24,7 @@ from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
 from castalia.recipes.pythia import known_mistakes, same_shape
 from castalia.recipes.words import sort_words
 from castalia.train.config import RunConfig
+from castalia.train.whole_passes import with_steps
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,15 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     else:
         layers.base = started = preset(str(name))
         labels.insert(0, str(name))
-    notes = [*named.notes, *fit_micro_batch(layers), *fit_vocabulary(layers)]
+    notes = [
+        *named.notes,
+        *fit_micro_batch(layers),
+        *fit_vocabulary(layers),
+        *fit_epochs(layers),
+    ]
     label = " + ".join(labels)
-    config = checked(layers, reading, label)
+    config, counted = count_steps(checked(layers, reading, label))
+    notes += counted
     changes = differences(started, config)
     remaining = [note for note in reading.notes if not layers.overrides_key(note.key)]
     notes += [note.text for note in remaining if not note.key.startswith("launch.")]
@@ -244,6 +251,31 @@ def fit_vocabulary(layers: Layers) -> list[str]:
         return []
     layers.fitted = merge(layers.fitted, {"model": {"vocab_size": ids}})
     return [f"model.vocab_size is {ids}, the ids of {name}: the recipe's {recipes_ids} are fewer"]
+
+
+def fit_epochs(layers: Layers) -> list[str]:
+    """Drop the recipe's train.epochs if an override gives the steps; says so."""
+    steps, epochs = (layers.overrides_key(f"train.{name}") for name in ("steps", "epochs"))
+    given = flatten(layers.resolved()).get("train.epochs")
+    if given is None or epochs or not steps:
+        return []
+    layers.fitted = merge(layers.fitted, {"train": {"epochs": None}})
+    return [f"train.epochs={given} of the recipe gives way to train.steps"]
+
+
+def count_steps(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The config with the steps of train.epochs, and a note about them."""
+    epochs = config.train.epochs
+    if epochs is None:
+        return config, []
+    try:
+        config = with_steps(config)
+    except CastaliaError as error:
+        return config, [f"train.epochs={epochs} sets train.steps where the data are: {error}"]
+    return config, [
+        f"train.steps is {config.train.steps}: the whole batches of {config.train.batch_size} rows"
+        f" in train.epochs={epochs} passes over data.train"
+    ]
 
 
 def differences(started: Values, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -61,6 +61,34 @@ def sort_words(words: Sequence[str]) -> Words:
     return kinds
 
 
+def in_folder(folder: str | None, words: Sequence[str]) -> list[str]:
+    """The words, with files of `folder` by their paths; presets, overrides and other files stay.
+
+    A name in the folder goes before a preset and before a file elsewhere.
+    Raises  ConfigError if the folder does not exist, or naming every word that is none of these.
+    Source  GPT-NeoX's deepy.py, `-d DIR`, which adds `.yml` too where a name lacks it.
+    """
+    if folder is None:
+        return list(words)
+    if not os.path.isdir(folder):
+        raise ConfigError(f"-d {folder}: no such folder; name the folder of the config files")
+    found = []
+    missing = []
+    for word in words:
+        file = None if is_override(word) else find_file(os.path.join(folder, word))
+        if file is not None:
+            found.append(str(file))
+        elif is_override(word) or word in PRESETS or find_file(word) is not None:
+            found.append(word)
+        else:
+            missing.append(word)
+    if missing:
+        names = sorted(path.stem for path in Path(folder).iterdir())
+        near = "".join(nearest(os.path.basename(word), names) for word in missing[:1])
+        raise ConfigError(f"no config file {', '.join(missing)} in {folder}{near}")
+    return found
+
+
 def find_file(word: str) -> Path | None:
     """The config file that `word` names: a file with or without its suffix, a run's folder, or the
     folder of its checkpoints.

@@ -6,7 +6,7 @@ import torch
 
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
-from castalia.data import BlendedRows, RunRows, StepLoader
+from castalia.data import BlendedRows, RunRows, StepLoader, build_rows
 from castalia.data.loader import RowLookup
 from castalia.data.rows_by_source import RowsBySource
 from castalia.data.step_reader import check_batch
@@ -36,6 +36,25 @@ def check_processes(config: RunConfig, size: int) -> None:
         check_batch(config.train.batch_size, micro or max(1, rows), dp)
     if problem := micro_batch_problem(config.parallel, rows, micro or rows):
         raise ConfigError(problem)
+
+
+def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
+    """The rows that a run of this config reads; without those of its validations on demand.
+
+    Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
+    """
+    train = config.train
+    return build_rows(
+        config.data,
+        seed=config.seed,
+        batch_size=train.batch_size,
+        steps=train.steps,
+        eval_every=train.eval_every if validates else None,
+        eval_batches=train.eval_batches,
+        planned=config.mixing.plans,
+        allow_empty=config.mixing.allow_empty,
+        epochs=train.epochs,
+    )
 
 
 def build_model(

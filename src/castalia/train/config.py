@@ -127,6 +127,11 @@ class TrainConfig(Config):
     frozen: list[str] = []
     """Shell patterns of parameters that do not train, such as `embed.*`: they have no gradient and
     no optimizer state."""
+    epochs: Annotated[PositiveInt | None, AT_RESUME] = None
+    """Passes over the training data; sets `steps` to those that they fill. Every pass has the same
+    order."""
+    exit_every: Annotated[PositiveInt | None, AT_RESUME] = None
+    """Save and end the process after every so many steps; the same command goes on."""
     eval_every: Annotated[PositiveInt | None, AT_RESUME] = None
     """Steps between validations; null never validates during training."""
     eval_batches: Annotated[PositiveInt, AT_RESUME] = 10
@@ -201,6 +206,7 @@ class RunConfig(Config):
                 f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}"
             )
         problems += start_problems(self)
+        problems += epochs_problems(self)
         problems += mixing_problems(self)
         problems += loss_problems(self)
         problems += stage_problems(self.parallel, self.model, self.train.compile)
@@ -263,6 +269,25 @@ def start_problems(config: RunConfig) -> list[str]:
             " step"
         ]
     return []
+
+
+def epochs_problems(config: RunConfig) -> list[str]:
+    """Options under which a pass over the data has no meaning."""
+    if config.train.epochs is None:
+        return []
+    problems = []
+    if config.mixing.plans:
+        problems.append(
+            f"train.epochs passes over every source alike, but mixing.kind {config.mixing.kind}"
+            " chooses the rows of each step; set train.steps and train.epochs=null"
+        )
+    weighed = [key for key in ("weights", "document_alpha") if getattr(config.data, key)]
+    problems += [
+        f"train.epochs passes over every source alike, so that data.{key} has no effect; set one of"
+        " them to null"
+        for key in weighed
+    ]
+    return problems
 
 
 def mixing_problems(config: RunConfig) -> list[str]:

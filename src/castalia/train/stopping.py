@@ -25,6 +25,13 @@ class Stop(IntEnum):
     """Ctrl-C: 130. A caller in Python gets KeyboardInterrupt, so that no next run begins."""
 
 
+def due(every: int | None, step: int) -> Stop:
+    """The stop of `train.exit_every`: as if a scheduler asked for it at every so many steps."""
+    if every and step % every == 0:
+        return Stop.POLITE
+    return Stop.NO
+
+
 class SignalReader:
     """Calls `receive` in a thread of its own, as soon as one of the signals arrives.
 

@@ -14,7 +14,7 @@ import torch
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.checkpoint.saved_model import TOKENIZER
-from castalia.data import Batch, BlendedRows, build_rows
+from castalia.data import Batch, BlendedRows
 from castalia.data.loader import RowLookup
 from castalia.data.row_checks import check_rows
 from castalia.data.rows_by_source import RowsBySource
@@ -23,7 +23,7 @@ from castalia.distributed.gradients import clip_gradients
 from castalia.models import parameter_counts
 from castalia.models.families import family_of
 from castalia.monitor import memory_bytes
-from castalia.train.build import build_model, check_processes, step_loader
+from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
@@ -40,8 +40,9 @@ from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
 from castalia.train.schedule import make_schedule
 from castalia.train.start import StartRecord, open_start
-from castalia.train.stopping import Stop, say
+from castalia.train.stopping import Stop, due, say
 from castalia.train.totals import PassSums, StepTotals
+from castalia.train.whole_passes import with_steps
 
 
 class Trainer:
@@ -101,18 +102,9 @@ class Trainer:
 
     def open_data(self) -> None:
         """The rows, and the mixture that chooses among their sources."""
-        config = self.config
-        self.rows = build_rows(
-            config.data,
-            seed=config.seed,
-            batch_size=config.train.batch_size,
-            steps=config.train.steps,
-            eval_every=config.train.eval_every,
-            eval_batches=config.train.eval_batches,
-            planned=config.mixing.plans,
-            allow_empty=config.mixing.allow_empty,
-        )
-        self.mixture = make_mixture(config, self.rows)
+        self.config = with_steps(self.config)
+        self.rows = rows_of_run(self.config)
+        self.mixture = make_mixture(self.config, self.rows)
 
     def build(self, loss: Loss | None) -> None:
         """Everything that takes part in a step."""
@@ -302,6 +294,7 @@ class Trainer:
         self.progress.tokens += totals.tokens
         # The mixer must not learn from a step whose loss was not used.
         self.mixture.observe(totals, skipped=action is not Action.UPDATE)
+        self.stop = max(self.stop, due(self.config.train.exit_every, self.progress.step))
         self.stopping = self.stop > Stop.NO or self.mixture.at_end()
         if action is Action.SKIP:
             totals = totals.unused()
