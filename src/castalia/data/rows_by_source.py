@@ -99,7 +99,6 @@ def rows_by_source(
     seed: int,
     documents: range | None = None,
     labels: Labels = None,
-    *,
     allow_empty: bool = False,
 ) -> RowsBySource:
     """One pass over each source: documents cut into rows as in GPT-NeoX, or ready rows as they are.

@@ -74,8 +74,7 @@ def build_rows(
     1.005 times its share, and the sources are blended, even a single one; one of weight 0 has no
     rows. With data.order `file` the train prefixes hold ready rows, served in the order of the
     file. `valid` is None without `eval_every` or validation data. `allow_empty` accepts sources too
-    short for a row, for mixers that give them weight 0. With `epochs` the rows are those of one
-    pass over all sources, again and again.
+    short for a row, for mixers that give them weight 0. With `epochs` one pass is repeated.
 
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
@@ -88,9 +87,7 @@ def build_rows(
 
     train: BlendedRows | RowsBySource
     if planned:
-        train = rows_by_source(
-            train_sets, config, seed, train_documents, labels, allow_empty=allow_empty
-        )
+        train = rows_by_source(train_sets, config, seed, train_documents, labels, allow_empty)
     elif epochs is not None:
         train = whole_passes(train_sets, config, seed, batch_size, train_documents, labels)
     else:
@@ -103,11 +100,9 @@ def build_rows(
     valid_from = train_sets[:1] if valid_documents else valid_sets
     valid = valid_rows(valid_from, config, seed, count, valid_documents, valid_labels)
 
-    settings = order_settings(config, train, seed=seed, batch_size=batch_size, planned=planned)
-    if epochs is not None:
-        settings["kind"] += ", pass by pass"
-        # Every row once: a source counts by its rows.
-        settings["weights"] = shares_of([len(source) for source in train.row_sources], 0)
+    settings = order_settings(
+        config, train, seed=seed, batch_size=batch_size, planned=planned, passes=epochs is not None
+    )
     return RunRows(
         train=train,
         valid=valid,
@@ -186,17 +181,23 @@ def order_settings(
     seed: int,
     batch_size: int,
     planned: bool,
+    passes: bool,
 ) -> dict[str, Any]:
     """The settings that decide the order, for the fingerprint."""
     kind = order_kind(config)
+    weights = config.weights
     if planned:
         kind += ", by plan"
+    elif passes:
+        kind += ", pass by pass"
+        # Every row once: a source counts by its rows.
+        weights = [len(source) for source in train.row_sources]
     settings = {
         "kind": kind,
         "seed": seed,
         "seq_length": config.seq_length,
         "split": config.split,
-        "weights": shares_of(config.weights, len(config.train)),
+        "weights": shares_of(weights, len(config.train)),
         "valid_weights": shares_of(config.valid_weights, len(config.valid)),
         "epochs": [source.order.epochs for source in train.row_sources],
         "batch_size": batch_size,
