@@ -1,14 +1,16 @@
-"""Speed and memory of a training step against transformers' GPTNeoXForCausalLM.
+"""Speed and memory of a training step against transformers' model of the same family.
 
-    python benchmarks/training.py [--quick] [--shapes 14m,70m] [--seq 512,2048] [--gpu]
-                                  [--json FILE]
+    python benchmarks/training.py [--quick] [--family neox|llama] [--shapes 14m,70m]
+                                  [--seq 512,2048] [--gpu] [--json FILE]
 
-Pythia's shapes under bf16 autocast. Every engine runs in a process of its own and all step in turn,
-so that disturbances of the machine affect all alike. Both sides have fp32 weights, fused AdamW, the
-same batch and no clipping; each counts with the better of eager and compiled. Ratios are taken
-round by round; `low` and `high` are quartiles. Memory is the peak resident size of the faster
-engine's process, libraries included. A last engine is transformers compiled under Castalia's
-allocator settings, which shows how much of the ratio the settings alone give.
+Pythia's shapes under bf16 autocast; as LLaMA they have RMSNorm, SwiGLU of 8/3 the width, serial
+blocks, and half as many heads of keys as of queries. Every engine runs in a process of its own and
+all step in turn, so that disturbances of the machine affect all alike. Both sides have fp32
+weights, fused AdamW, the same batch and no clipping; each counts with the better of eager and
+compiled. Ratios are taken round by round; `low` and `high` are quartiles. Memory is the peak
+resident size of the faster engine's process, libraries included. A last engine is transformers
+compiled under Castalia's allocator settings, which shows how much of the ratio the settings alone
+give.
 
 FLOPs of a token are 6 N + 12 L d T (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): N weights
 in matrix products (head included, embedding not), L layers of width d, rows of T tokens. Shares
@@ -27,7 +29,8 @@ from typing import Any
 import torch
 from machine import describe, in_turn, matrix_rate, ratio, summary
 
-from castalia.models import NeoxConfig
+from castalia.models import TransformerConfig, build_model_config
+from castalia.models.families import family_of
 from castalia.models.flops import flops_per_token
 from castalia.monitor import peak_flops
 from castalia.recipes.pythia import SIZES, TOKENIZER_IDS, model
@@ -80,6 +83,7 @@ def read_options() -> argparse.Namespace:
         "--quick", action="store_true", help="three rounds, T = 512 only, no fifth engine"
     )
     parser.add_argument("--gpu", action="store_true", help="on CUDA: 160m, 410m, 1.4b at T = 2048")
+    parser.add_argument("--family", choices=("neox", "llama"), default="neox")
     parser.add_argument(
         "--shapes", type=lambda text: text.split(","), help="Pythia sizes, for instance 14m,70m"
     )
@@ -92,8 +96,9 @@ def read_options() -> argparse.Namespace:
     options.shapes = options.shapes or (["160m", "410m", "1.4b"] if options.gpu else ["14m", "70m"])
     options.seq = options.seq or ([512] if options.quick else [512, 2048])
     options.rounds = options.rounds or (3 if options.quick else 11)
+    name = "training" if options.family == "neox" else f"training-{options.family}"
     options.json = options.json or HERE / "results" / (
-        "training-gpu.json" if options.gpu else "training.json"
+        f"{name}-gpu.json" if options.gpu else f"{name}.json"
     )
     if unknown := set(options.shapes) - set(SIZES):
         parser.error(
@@ -133,11 +138,24 @@ class Worker:
         print(word, file=self.process.stdin, flush=True)
 
 
+def config_of(shape: str, family: str) -> TransformerConfig:
+    """A Pythia size, or a LLaMA of its layers, width and heads."""
+    values = model(SIZES[shape])
+    if family == "llama":
+        sizes = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
+        heads = values["num_attention_heads"]
+        values = {name: values[name] for name in sizes}
+        values |= {"family": "llama", "num_kv_heads": heads // 2}
+    config = build_model_config(values, "a benchmark")
+    assert isinstance(config, TransformerConfig)
+    return config
+
+
 def run_case(
     shape: str, seq: int, rows: int, device: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """All engines at one shape, in turn."""
-    config = NeoxConfig.model_validate(model(SIZES[shape]))
+    config = config_of(shape, options.family)
     case = {
         "model": config.model_dump(),
         "vocab_size": TOKENIZER_IDS,
@@ -168,6 +186,7 @@ def run_case(
         worker.process.wait()
     facts = {
         "shape": shape,
+        "family": options.family,
         "rows": rows,
         "seq": seq,
         "flops_per_token": flops_per_token(config, seq),
@@ -176,7 +195,7 @@ def run_case(
 
 
 def compare(
-    config: NeoxConfig,
+    config: TransformerConfig,
     tokens: int,
     times: dict[str, list[float]],
     memory: dict[str, dict[str, int]],
@@ -220,21 +239,19 @@ def compare(
     }
 
 
-def part_flops(config: NeoxConfig, part: str, tokens: int) -> int:
+def part_flops(config: TransformerConfig, part: str, tokens: int) -> int:
     """FLOPs of a part of a step: its share of 6 N, without attention's products over T."""
-    d = config.hidden_size
-    layers = config.num_layers
-    weights = {
-        "head": config.padded_vocab_size * d,
-        "attention": layers * 4 * d * d,
-        "mlp": layers * 2 * d * config.ffn_size,
-    }
+    weights = {"head": config.padded_vocab_size * config.hidden_size, "attention": 0, "mlp": 0}
+    for linear in family_of(config).parts(config).linears:
+        place = "mlp" if linear.role.startswith("mlp") else "attention"
+        weights[place] += config.num_layers * linear.outputs * linear.inputs
     return 6 * weights.get(part, 0) * tokens
 
 
 def print_case(case: dict[str, Any], rate: float, peak: float | None) -> None:
     """The table of one case."""
-    print(f"\nPythia-{case['shape']}, {case['rows']} x {case['seq']} tokens")
+    name = "Pythia" if case["family"] == "neox" else "LLaMA of Pythia"
+    print(f"\n{name}-{case['shape']}, {case['rows']} x {case['seq']} tokens")
     print(
         f"{'engine':<40}{'tokens/s':>10}{'spread':>18}{'of matrix rate':>16}{'peak GB':>9}"
         f"{'- imports':>11}"

@@ -94,8 +94,8 @@ class Castalia(Engine):
         keep_freed_memory()
         from castalia.data import Batch
         from castalia.distributed import initialize
-        from castalia.models import Decoder, NeoxConfig
-        from castalia.models.families import family_of
+        from castalia.models import Decoder
+        from castalia.models.families import build_model_config, family_of
         from castalia.models.init import start_weights
         from castalia.train.losses import NextToken, Scored
         from castalia.train.optimizers import AdamWConfig, Rules
@@ -103,7 +103,7 @@ class Castalia(Engine):
 
         super().__init__(case)
         with torch.device(self.device):
-            self.model = Decoder(NeoxConfig.model_validate(case["model"]))
+            self.model = Decoder(build_model_config(case["model"], "a benchmark"))
         initialize(self.model, start_weights(self.model.config, 0))
         if case["compiled"]:
             for layer in self.model.layers:
@@ -190,31 +190,25 @@ class Castalia(Engine):
 
 
 class Transformers(Engine):
-    """GPTNeoXForCausalLM as users train it: its own loss, fused AdamW, the whole model compiled."""
+    """transformers' model as users train it: its own loss, fused AdamW, compiled as a whole."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         if case["keeps_memory"]:
             from castalia.core.memory import keep_freed_memory
 
             keep_freed_memory()
-        from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from castalia.checkpoint.hf import hf_config
+        from castalia.models.families import build_model_config
 
         super().__init__(case)
-        ours = case["model"]
-        config = GPTNeoXConfig(
-            vocab_size=case["padded_vocab_size"],
-            **{
-                name: ours[name]
-                for name in ("hidden_size", "num_attention_heads", "max_position_embeddings")
-            },
-            num_hidden_layers=ours["num_layers"],
-            intermediate_size=4 * ours["hidden_size"],
-            hidden_act="gelu_pytorch_tanh",
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
+        values = hf_config(build_model_config(case["model"], "a benchmark"), end_ids=(0,))
+        values |= {"use_cache": False, "torch_dtype": "float32"}
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
         torch.manual_seed(0)
-        self.model = GPTNeoXForCausalLM(config).to(self.device).train()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        self.model = model.to(self.device).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, fused=True
         )

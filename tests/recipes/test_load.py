@@ -93,7 +93,7 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
     text = message_of("zzzz")
     assert text.startswith("unknown preset or config file 'zzzz'; presets: debug, demo, pythia-14m")
     assert all(name.removesuffix("-deduped") in text for name in preset_names())
-    assert text.endswith("pythia-12b; each pythia also with -deduped")
+    assert "pythia-12b; each pythia also with -deduped; of other families debug-llama" in text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ import pytest
 from castalia.checkpoint.policy import SavePolicy
 from castalia.core.errors import ConfigError
 from castalia.models.flops import parameter_counts
+from castalia.monitor import read_metrics
 from castalia.recipes import load_config, preset, preset_names
+from castalia.recipes.training import train
 
 # Total and non-embedding parameters of the released models (model cards of EleutherAI/pythia).
 PUBLISHED = {
@@ -103,3 +105,45 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
         match=r"unknown preset 'pythia-70'; choose one of .*12b.*; did you mean 'pythia-70m'\?",
     ):
         preset("pythia-70")
+
+
+# Numbers of parameters of the published weights; PaLM's from its paper, in billions.
+OTHERS = {
+    "gpt-neox-20b": 20_554_567_680,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "codellama-7b": 6_738_546_688,
+    "codellama-34b": 33_743_970_304,
+    "mistral-7b": 7_241_732_096,
+    "falcon-rw-1b": 1_311_625_216,
+    "falcon-7b": 6_921_720_704,
+    "falcon-40b": 41_303_293_952,
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "olmo-2-7b": 7_298_617_344,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
+}
+PALM = {"palm-8b": 8.63, "palm-62b": 62.50, "palm-540b": 540.35}
+
+
+def test_models_of_other_families_have_the_published_number_of_parameters():
+    counted = {name: parameter_counts(load_config([name]).model).total for name in OTHERS}
+    assert counted == OTHERS
+    for name, billions in PALM.items():
+        assert parameter_counts(load_config([name]).model).total / 1e9 == pytest.approx(
+            billions, rel=3e-4
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith("debug-")])
+def test_small_models_of_other_families_train(name, tmp_path):
+    train(name, steps=2, output=str(tmp_path / name), log_every=1, device="cpu")
+    first, second = (line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl"))
+    assert 4 < second < first < 7

@@ -1,10 +1,30 @@
-"""`debug`: a Pythia of about 1M parameters on the bytes of a tiny corpus; seconds on a CPU."""
+"""`debug`: models of about 1M parameters on the bytes of a tiny corpus; seconds on a CPU.
+
+`debug` is a Pythia; `debug-llama` and others are models of the other families.
+"""
 
 from typing import Any
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "debug-llama": {"family": "llama", "num_kv_heads": 2, "intermediate_size": 352},
+    "debug-mistral": {
+        "family": "mistral",
+        "num_kv_heads": 2,
+        "intermediate_size": 352,
+        # Shorter than a row, so that it makes a difference.
+        "sliding_window": 32,
+    },
+    "debug-falcon": {"family": "falcon"},
+    "debug-palm": {"family": "palm", "intermediate_size": 352},
+    "debug-gpt2": {"family": "gpt2"},
+    "debug-olmo2": {"family": "olmo2", "intermediate_size": 352},
+    "debug-qwen2": {"family": "qwen2", "num_kv_heads": 2, "intermediate_size": 352},
+}
+"""What the section `model` of each has beside the sizes of `debug`."""
+
 
 def debug(name: str = "debug") -> dict[str, Any]:
-    """The preset `debug`, with Pythia's geometric spacing of the early checkpoints.
+    """The preset `debug` or one of FAMILIES, with Pythia's spacing of the early checkpoints.
 
     The learning rate is constant, so a short run is the beginning of a longer one, step for step.
     A batch of 12 rows is divisible by 1, 2, 3, 4 and 6 ranks.
@@ -19,6 +39,7 @@ def debug(name: str = "debug") -> dict[str, Any]:
             "num_attention_heads": 4,
             "vocab_size": 257,
             "max_position_embeddings": 128,
+            **FAMILIES.get(name, {}),
         },
         "data": {"seq_length": 64, "corpus": "tiny", "tokenizer": "bytes"},
         "train": {"steps": 60, "batch_size": 12, "log_every": 10},

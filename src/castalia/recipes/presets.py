@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from castalia.core.registry import Registry
-from castalia.recipes.debug import debug
+from castalia.recipes.debug import FAMILIES, debug
 from castalia.recipes.demo import demo
 from castalia.recipes.pythia import NAMES, pythia
+from castalia.recipes.zoo import MODELS, published
 
 PRESETS: Registry[Callable[[str], dict[str, Any]]] = Registry("preset")
 
@@ -14,6 +15,10 @@ PRESETS.register("debug")(debug)
 PRESETS.register("demo")(demo)
 for known in NAMES:
     PRESETS.register(known)(pythia)
+for known in FAMILIES:
+    PRESETS.register(known)(debug)
+for known in MODELS:
+    PRESETS.register(known)(published)
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -25,5 +30,5 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def preset_names() -> list[str]:
-    """Every preset's name, small to large."""
+    """Every preset's name, family by family, small to large."""
     return list(PRESETS)

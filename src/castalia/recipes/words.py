@@ -13,6 +13,7 @@ from castalia.config.values import is_override
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.hub import is_hub_id, local_reading
 from castalia.recipes.presets import PRESETS, preset_names
+from castalia.recipes.pythia import NAMES
 from castalia.train.config import RunConfig
 
 SUFFIXES = ("", ".yml", ".yaml")
@@ -154,5 +155,9 @@ def hint_of_model(word: str) -> str:
 
 def preset_menu() -> str:
     """The presets in a line; those for the deduplicated Pile are left to a remark."""
-    names = [name for name in preset_names() if not name.endswith("-deduped")]
-    return f"presets: {', '.join(names)}; each pythia also with -deduped"
+    first = [name for name in ("debug", "demo", *NAMES) if not name.endswith("-deduped")]
+    others = [name for name in preset_names() if name not in (*first, *NAMES)]
+    return (
+        f"presets: {', '.join(first)}; each pythia also with -deduped; of other families"
+        f" {', '.join(others)}"
+    )
