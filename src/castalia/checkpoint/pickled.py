@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from castalia.checkpoint.manifest import DamagedCheckpointError
@@ -13,6 +14,16 @@ from castalia.core.errors import CheckpointError
 
 NAMED = re.compile(r"GLOBAL (\S+)")
 """How torch's refusal names the function or class that the file asks for."""
+MAKE_ARRAY = np.zeros(0).__reduce__()[0]
+ARRAYS: list[Any] = [
+    np.ndarray,
+    np.dtype,
+    np.dtypes.UInt32DType,
+    MAKE_ARRAY,
+    # The same function in the files of numpy 1.
+    (MAKE_ARRAY, "numpy.core.multiarray._reconstruct"),
+]
+"""Arrays of numbers. GPT-NeoX saves the state of numpy's generator beside the weights."""
 
 
 def read_pickled(path: Path) -> Any:
@@ -25,7 +36,8 @@ def read_pickled(path: Path) -> Any:
     """
     try:
         mapped = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+        with torch.serialization.safe_globals(ARRAYS):
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(refusal(path, str(error))) from None
     # torch's reader of archives raises RuntimeError, that of older files any of the others.

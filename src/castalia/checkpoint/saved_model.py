@@ -1,13 +1,14 @@
-"""Weights that a path names: those of a run or one of its steps, of a Hugging Face folder, or of a
-hub model."""
+"""Weights that a path names: those of a run or one of its steps, of a Hugging Face folder, of a hub
+model, or of a model in the format of another trainer."""
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from castalia.checkpoint.find import newest_first
+from castalia.checkpoint.foreign import Help, find_foreign, is_foreign
 from castalia.checkpoint.hf import is_hf_folder, read_hf
 from castalia.checkpoint.hf.weights import weight_files
 from castalia.checkpoint.load import check_tensors, read_config, read_text
@@ -30,7 +31,7 @@ class SavedModel:
     tokenizer."""
 
     folder: Path
-    """The folder of one step, or of a Hugging Face model."""
+    """The folder of one step, or of a model."""
     config: ModelConfig
     tensors: StoredTensors
     """Weights, read from the disk each time they are asked for."""
@@ -39,6 +40,8 @@ class SavedModel:
     """Optimizer steps behind the weights; None where the folder does not say."""
     special: SpecialIds = field(default_factory=SpecialIds)
     """Ids that begin and end a text."""
+    files: tuple[Path, ...] = ()
+    """The files of weights of a foreign model; empty for a checkpoint and a Hugging Face folder."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -49,15 +52,24 @@ class SavedModel:
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the files that identify the weights: the manifest, or the weight files
         themselves."""
-        files = [self.folder / MANIFEST] if self.is_checkpoint else weight_files(self.folder)
+        files = list(self.files)
+        if not files:
+            files = [self.folder / MANIFEST] if self.is_checkpoint else weight_files(self.folder)
         return {file.name: sha256_of(file) for file in files}
 
 
 def open_model(
-    path: str | Path, *, step: int | None = None, check: bool = True, optional: Collection[str] = ()
+    path: str | Path,
+    *,
+    step: int | None = None,
+    check: bool = True,
+    optional: Collection[str] = (),
+    configs: Sequence[Path] = (),
+    tokenizer: str | None = None,
 ) -> SavedModel:
-    """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder, or
-    OWNER/NAME of the hub.
+    """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder,
+    OWNER/NAME of the hub, or a model of another trainer (see foreign.py): a GPT-NeoX checkpoint, a
+    LLaMA folder of Meta's, a GGUF file.
 
     Of a run the newest checkpoint is taken; a damaged one is skipped with a warning that names the
     file.
@@ -65,13 +77,18 @@ def open_model(
     step      of a run, take this step in place of the newest.
     check     compare the hash of every file of weights first. Where several ranks open one
               checkpoint, one checks.
-    optional  patterns of the weights that a Hugging Face folder may lack, for instance `unembed.*`.
+    optional  patterns of the weights that a foreign folder may lack, for instance `unembed.*`.
+    configs, tokenizer  of a foreign model, what it does not say itself.
     Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model
               cannot be built.
     """
     folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
     if folder.is_dir() and is_hf_folder(folder):
         return open_hf(folder, optional)
+    foreign = find_foreign(folder, step)
+    if foreign is not None:
+        kind, found = foreign
+        return SavedModel(*kind.open(found, Help(configs, tokenizer, step, optional)))
     candidates = newest_first(folder)
     if step is not None:
         return open_step(step_among(candidates, step, folder), check)
@@ -84,6 +101,11 @@ def open_model(
             older = candidates[place + 1].name
             warnings.warn(f"{error}; using {older} instead", stacklevel=3)
     return open_step(last, check)
+
+
+def is_model_alone(path: Path) -> bool:
+    """Whether a path means weights without a run: a Hugging Face folder or a foreign model."""
+    return (path.is_dir() and is_hf_folder(path)) or is_foreign(path)
 
 
 def step_among(folders: list[Path], step: int, path: Path) -> Path:

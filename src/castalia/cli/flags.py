@@ -43,7 +43,7 @@ Checkpoint = Annotated[
     typer.Argument(
         metavar="CHECKPOINT",
         help="A run, RUN/step1000, a checkpoint's folder, a Hugging Face folder, OWNER/NAME of its"
-        " hub, or an export.",
+        " hub, an export, a GPT-NeoX checkpoint, Meta's LLaMA folder, or a GGUF file of floats.",
     ),
 ]
 TokenizerFile = Annotated[

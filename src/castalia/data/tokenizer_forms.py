@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,20 @@ neither.
 Source  tiktoken_ext/openai_public.py of tiktoken.
 """
 
+RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\n")
+"""First line of a .tiktoken file."""
+LLAMA3_SPECIAL = (
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+    *("<|finetune_right_pad_id|>", "<|reserved_special_token_2|>"),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
+)
+"""The 256 special tokens of LLaMA 3, which follow the ranks; names as in the published 3.1.
+
+Source  llama-models, models/llama3/tokenizer.py; reserved names differ between 3 and 3.1.
+"""
+
 
 def load_form(name: str) -> Tokenizer | None:
     """The tokenizer behind a name of one of these formats; None for any other name.
@@ -63,7 +78,11 @@ def load_form(name: str) -> Tokenizer | None:
     if path.suffix == ".tiktoken":
         return tiktoken_tokenizer(path)
     if path.suffix == ".model":
-        return SentencePieceTokenizer(read_bytes(path), str(path))
+        content = read_bytes(path)
+        # LLaMA 3's tokenizer.model is a tiktoken file, earlier ones are SentencePiece's.
+        if RANK_LINE.match(content):
+            return llama3_tokenizer(path)
+        return SentencePieceTokenizer(content, str(path))
     if path.suffix == ".json" and "vocab" in path.name:
         merges_name = path.name.replace("vocab", "merges")
         return gpt2_tokenizer(path, path.with_name(merges_name).with_suffix(".txt"))
@@ -139,7 +158,23 @@ def tiktoken_tokenizer(path: Path) -> Tokenizer:
             f" {', '.join(ENCODINGS)}{nearest(path.stem, ENCODINGS)}"
         )
     pattern, special = ENCODINGS[path.stem]
+    return bpe_of_ranks(read_ranks(path), pattern, special, path)
+
+
+def llama3_tokenizer(path: Path) -> Tokenizer:
+    """LLaMA 3's tokenizer.model: ranks as tiktoken writes them, split as in cl100k_base.
+
+    Raises  DataError if the file is damaged.
+    """
     ranks = read_ranks(path)
+    special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+    return bpe_of_ranks(ranks, CL100K, special, path)
+
+
+def bpe_of_ranks(
+    ranks: dict[bytes, int], pattern: str | None, special: dict[str, int], path: Path
+) -> Tokenizer:
+    """A BPE that merges as tiktoken does; `pattern` splits text, None as GPT-2 does."""
     characters = byte_characters()
     spelled = {}
     for token in ranks:

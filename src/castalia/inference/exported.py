@@ -14,6 +14,8 @@ from castalia.models.families import build_model_config
 
 RECORD = "export.json"
 """File with the origin, the config and the file hashes of an export."""
+CHECKPOINTS = ("hf", "neox")
+"""Formats of exports that are read like a checkpoint, on any engine."""
 GGUF_FILE = "model.gguf"
 """Name of llama.cpp's file in an export folder."""
 
@@ -39,17 +41,16 @@ class ExportFolder:
 def open_export(path: Path) -> ExportFolder | None:
     """The export at `path`, a folder or its .gguf file; None if `path` is something else.
 
-    A Hugging Face folder that was exported is a checkpoint like any other, so it is None too.
+    An export that is a checkpoint like any other (hf, neox) is None too, and so is a GGUF file that
+    another program wrote.
     Raises  CheckpointError if the record is damaged.
     """
     folder = path.parent if path.suffix == ".gguf" else path
-    # A .gguf file without a record cannot be a checkpoint, so the missing record is the error to
-    # report.
-    if not (folder / RECORD).is_file() and path.suffix != ".gguf":
+    if not (folder / RECORD).is_file():
         return None
     record = read_record(folder)
-    # transformers reads it, and so does the checkpoint reader.
-    if record["to"] == "hf":
+    # Other programs read these, and so does the reader of checkpoints.
+    if record["to"] in CHECKPOINTS:
         return None
     tokenizer = load_tokenizer(folder / TOKENIZER) if (folder / TOKENIZER).is_file() else None
     return ExportFolder(

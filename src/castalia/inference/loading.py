@@ -28,8 +28,9 @@ def load(
 
     Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; a Hugging Face
             folder of a GPTNeoX model with config.json, safetensors weights and tokenizer.json;
-            such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; an export to native,
-            ct2 or gguf.
+            such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; a GPT-NeoX checkpoint
+            (`save` or its global_stepN) with its YAML files; a LLaMA folder of Meta's; a GGUF file
+            of floats; an export to native, ct2 or gguf.
     Options engine: a name in ENGINES. auto takes the engine that an export was made for; of a
             checkpoint it takes native for dtype=int8, int4 and auto, else torch.
             dtype: fp32, bf16, fp16; for native also int8, int4 and auto, which decodes in int8 and

@@ -54,8 +54,9 @@ class ModelConfig(Config):
     output_multiplier: PositiveFloat = 1.0
     """Factor of the logits."""
     start: Annotated[str | None, AT_RESUME] = None
-    """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, or
-    OWNER/NAME of its hub; null draws them."""
+    """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, OWNER/NAME
+    of its hub, a GPT-NeoX checkpoint, Meta's LLaMA folder, or a GGUF file of floats; null draws
+    them."""
     start_missing: Annotated[tuple[str, ...], AT_RESUME] = ()
     """Patterns of weights that `start` may lack, for instance `unembed.*`; these are drawn."""
     start_vocab: Annotated[Literal["pad", "cut"] | None, AT_RESUME] = None

@@ -1,0 +1,410 @@
+"""Models in GGUF files whose weights are floats: the config from the metadata, weights under our
+names.
+
+Source  llama.cpp: names in gguf-py/gguf/constants.py, the order of rows in its converter
+        (convert_hf_to_gguf.py), what each architecture computes in src/llama-model.cpp.
+"""
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from castalia.checkpoint.gguf_file import GgufFile, read_gguf_file
+from castalia.checkpoint.pieces import Layout, Placed, even, gathered, rotary, runs
+from castalia.checkpoint.tensors import StoredTensors
+from castalia.core.errors import CheckpointError, ConfigError, nearest
+from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.families import build_model_config, family_of
+from castalia.models.families.base import LinearPart
+
+SUFFIX = ".gguf"
+SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+EMBEDDING = "token_embd.weight"
+HEAD = "output.weight"
+POSITIONS = "position_embd.weight"
+FREQUENCIES = "rope_freqs.weight"
+LINEARS = {
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "attention_out": "attn_output",
+    "mlp_gate": "ffn_gate",
+    "mlp_up": "ffn_up",
+    "mlp_down": "ffn_down",
+}
+NORMS = {
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+}
+POST_NORMS = {"attention_norm": "post_attention_norm", "mlp_norm": "post_ffw_norm"}
+"""The norms behind the parts of a block, in OLMo 2."""
+FALCON_NORMS = {"attention_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
+"""Falcon 40B: the norm that llama.cpp calls the first leads into the MLP."""
+INTERLEAVED = ("llama",)
+"""Architectures whose rotary pairs are neighbouring rows: llama.cpp reorders them."""
+UNUSED = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd", r"blk\.\d+\.attn_output\.bias")
+SCALED = ((8.0, 8192), (32.0, 8192))
+"""(factor, original length) of the published models with llama3's scaled frequencies."""
+
+
+class GgufModel(NamedTuple):
+    """A file as it was opened."""
+
+    tensors: StoredTensors
+    """Weights under our names, in the dtype of the file."""
+    config: TransformerConfig
+    metadata: dict[str, Any]
+    files: tuple[Path, ...]
+
+
+class Metadata:
+    """The values of one architecture, by their names without it."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values = values
+        self.where = where
+        self.architecture = str(values.get("general.architecture"))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value; of one that is listed for each layer, the one they have in common.
+
+        Raises  ConfigError if layers differ in it.
+        """
+        value = self.values.get(f"{self.architecture}.{name}", default)
+        if not isinstance(value, list):
+            return value
+        if len(set(value)) != 1:
+            raise ConfigError(f"{self.where}: {name} differs between layers, which no family has")
+        return value[0]
+
+    def need(self, name: str) -> Any:
+        """A value that must be there.
+
+        Raises  ConfigError if it is not.
+        """
+        value = self.get(name)
+        if value is None:
+            raise ConfigError(f"{self.where}: {self.architecture}.{name} is missing")
+        return value
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that a path means: itself, or the only one (or first part) in a folder."""
+    if path.is_file():
+        return path if path.suffix == SUFFIX else None
+    files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else []
+    firsts = [file for file in files if not SPLIT.fullmatch(file.name) or "-00001-of-" in file.name]
+    return firsts[0] if len(firsts) == 1 else None
+
+
+def parts_of_file(path: Path) -> list[Path]:
+    """All files of a model, which may be split: NAME-00001-of-00003.gguf.
+
+    Raises  CheckpointError if a part is missing.
+    """
+    found = SPLIT.fullmatch(path.name)
+    if found is None:
+        return [path]
+    count = int(found[3])
+    files = [path.with_name(f"{found[1]}-{i:05d}-of-{found[3]}.gguf") for i in range(1, count + 1)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise CheckpointError(f"{path.parent} lacks {', '.join(missing)}; copy the missing parts")
+    return files
+
+
+def read_gguf(
+    path: Path, vocab_size: int | None = None, optional: Collection[str] = ()
+) -> GgufModel:
+    """The model in a file; tensors are read in parts when asked for.
+
+    Raises  CheckpointError if a file is missing or damaged, or names or shapes do not fit;
+            ConfigError if the architecture is unknown or a tensor is quantized.
+    """
+    files = parts_of_file(path)
+    opened = [read_gguf_file(file) for file in files]
+    tensors = {name: tensor for file in opened for name, tensor in file.tensors.items()}
+    file = GgufFile(opened[0].metadata, tensors)
+    config = gguf_config(file, str(path), vocab_size)
+    layout = gguf_layout(config, Metadata(file.metadata, str(path)).architecture, tensors)
+    unused = [*UNUSED, *zero_biases(layout, tensors)]
+    if config.tie_word_embeddings:
+        unused.append(re.escape(HEAD))
+    ours = gathered(str(path), layout, [tensors], unused, optional)
+    return GgufModel(ours, config, file.metadata, tuple(files))
+
+
+def zero_biases(layout: Layout, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Patterns of biases that an architecture wants and the model lacks: they are zero."""
+    known = {placed.key for placed in layout.values()}
+    return [
+        re.escape(name)
+        for name, tensor in tensors.items()
+        if name.endswith(".bias") and name not in known and not tensor.any()
+    ]
+
+
+def gguf_config(file: GgufFile, where: str, vocab_size: int | None) -> TransformerConfig:
+    """Our config for the metadata.
+
+    Raises  ConfigError if the architecture is unknown or a value is missing.
+    """
+    values = Metadata(file.metadata, where)
+    if values.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"{where}: unknown general.architecture {values.architecture!r}; choose one of"
+            f" {', '.join(ARCHITECTURES)}{nearest(values.architecture, ARCHITECTURES)}"
+        )
+    if EMBEDDING not in file.tensors:
+        raise CheckpointError(f"{where} lacks {EMBEDDING}; convert the model again")
+    rows = len(file.tensors[EMBEDDING])
+    if vocab_size is not None and vocab_size > rows:
+        raise ConfigError(
+            f"{where}: the tokenizer has {vocab_size} ids but the embedding only {rows} rows"
+        )
+    real = vocab_size or rows
+    shape: dict[str, Any] = {
+        "num_layers": values.need("block_count"),
+        "hidden_size": values.need("embedding_length"),
+        "num_attention_heads": values.need("attention.head_count"),
+        "num_kv_heads": values.get("attention.head_count_kv"),
+        "intermediate_size": values.need("feed_forward_length"),
+        "vocab_size": real,
+        "make_vocab_size_divisible_by": 128 if -(-real // 128) * 128 == rows else rows,
+        "max_position_embeddings": values.need("context_length"),
+        "tie_word_embeddings": is_tied(file.tensors),
+        "layernorm_epsilon": epsilon(values),
+    }
+    own = ARCHITECTURES[values.architecture](values, file.tensors)
+    return require_transformer(build_model_config(shape | own, where), "a GGUF file")
+
+
+def is_tied(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the head is the embedding: absent, or stored again with the same numbers."""
+    if HEAD not in tensors:
+        return True
+    head = tensors[HEAD]
+    embedding = tensors[EMBEDDING]
+    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+        return False
+    # A few rows settle it for almost every model without reading both matrices.
+    return bool(torch.equal(head[:8], embedding[:8]) and torch.equal(head, embedding))
+
+
+def epsilon(values: Metadata) -> float:
+    """The norms' epsilon, as the decimal number that the model's config once had."""
+    number = values.get("attention.layer_norm_rms_epsilon")
+    if number is None:
+        number = values.need("attention.layer_norm_epsilon")
+    return decimal(number)
+
+
+def decimal(number: float) -> float:
+    """The shortest decimal number that float32 rounds to this."""
+    return float(f"{number:.7g}")
+
+
+def rope(values: Metadata) -> dict[str, Any]:
+    """The rotary options."""
+    heads = values.need("attention.head_count")
+    head = values.get("attention.key_length") or values.need("embedding_length") // heads
+    out: dict[str, Any] = {
+        "rotary_pct": values.get("rope.dimension_count", head) / head,
+        "rotary_emb_base": decimal(values.get("rope.freq_base", 10000.0)),
+    }
+    if head * heads != values.need("embedding_length"):
+        out["attention_head_dim"] = head
+    kind = values.get("rope.scaling.type")
+    if kind in (None, "none"):
+        return out
+    out["rope_scaling"] = {
+        "kind": kind,
+        "factor": decimal(values.need("rope.scaling.factor")),
+        "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),
+    }
+    return out
+
+
+def llama(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """LLaMA, Mistral and other models of their blocks."""
+    if values.get("expert_count"):
+        raise ConfigError(f"{values.where} has experts; Castalia reads dense transformers")
+    window = values.get("attention.sliding_window")
+    own: dict[str, Any] = {
+        "family": "llama",
+        "attention_bias": "blk.0.attn_output.bias" in tensors,
+        "qkv_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        **rope(values),
+    }
+    if window:
+        own |= {"family": "mistral", "sliding_window": window}
+    if FREQUENCIES in tensors:
+        own["rope_scaling"] = scaled_frequencies(values, own, tensors[FREQUENCIES])
+    return own
+
+
+def scaled_frequencies(values: Metadata, own: Mapping[str, Any], factors: Tensor) -> dict[str, Any]:
+    """llama3's scaling, of which the file has the divisor of each frequency only.
+
+    Raises  ConfigError if they are those of no published model.
+    """
+    width = 2 * len(factors)
+    powers = torch.arange(0, width, 2, dtype=torch.float64) / width
+    waves = 2 * math.pi * float(own["rotary_emb_base"]) ** powers
+    for factor, length in SCALED:
+        # Source: llama-models, model.py, apply_scaling, low and high frequency factors 1 and 4.
+        blend = ((length / waves - 1) / 3).clamp(0, 1)
+        wanted = 1 / ((1 - blend) / factor + blend)
+        if torch.allclose(wanted, factors.double(), rtol=1e-3):
+            return {
+                "kind": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": length,
+            }
+    raise ConfigError(
+        f"{values.where}: its {FREQUENCIES} are those of no known llama3 scaling; read the model"
+        " from its Hugging Face folder"
+    )
+
+
+def qwen(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Qwen 2 and, with norms of queries and keys, Qwen 3."""
+    own = {"family": "qwen2", "qkv_bias": "blk.0.attn_q.bias" in tensors, **rope(values)}
+    if "blk.0.attn_q_norm.weight" in tensors:
+        own["qk_norm"] = "head"
+    return own
+
+
+def olmo2(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """OLMo 2."""
+    return {"family": "olmo2", **rope(values)}
+
+
+def gptneox(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """GPT-NeoX. llama.cpp knows one GELU, the approximation; it wants every bias, even of zeros."""
+    # A model that has just been initialized looks as if it had none, and computes the same.
+    used = [name for name, tensor in tensors.items() if name.endswith(".bias") and tensor.any()]
+    biases = {
+        "attention_bias": any(".attn_qkv." in name or ".attn_output." in name for name in used),
+        "mlp_bias": any(".ffn_up." in name or ".ffn_down." in name for name in used),
+    }
+    return {
+        "family": "neox",
+        "parallel_residual": values.get("use_parallel_residual", True),
+        "activation": "gelu_tanh",
+        **rope(values),
+        **biases,
+    }
+
+
+def falcon(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Falcon: one norm for both parts, or two."""
+    return {
+        "family": "falcon",
+        "shared_norm": "blk.0.attn_norm_2.weight" not in tensors,
+        "activation": "gelu_tanh",
+        "attention_bias": "blk.0.attn_qkv.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+        **rope(values),
+    }
+
+
+def gpt2(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """GPT-2."""
+    return {"family": "gpt2"}
+
+
+ARCHITECTURES: dict[str, Callable[[Metadata, Mapping[str, Tensor]], dict[str, Any]]] = {
+    "llama": llama,
+    "gptneox": gptneox,
+    "falcon": falcon,
+    "gpt2": gpt2,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "olmo2": olmo2,
+}
+"""general.architecture -> what its blocks are in our terms."""
+
+
+def gguf_layout(
+    config: TransformerConfig, architecture: str, tensors: Mapping[str, Tensor]
+) -> Layout:
+    """The place of every weight in the file."""
+    shape = (config.padded_vocab_size, config.hidden_size)
+    out: Layout = {"embed.weight": Placed(EMBEDDING, shape)}
+    if not config.tie_word_embeddings:
+        out["unembed.weight"] = Placed(HEAD, shape)
+    if config.pos_emb == "learned":
+        rows = config.max_position_embeddings + config.learned_offset
+        out["positions.weight"] = Placed(POSITIONS, (rows, config.hidden_size))
+    parts = family_of(config).parts(config)
+    assert parts is not None, "a transformer declares its parts"
+    for kind in parts.final_norm.kinds:
+        out[f"norm.{kind}"] = Placed(f"output_norm.{kind}", (config.hidden_size,))
+    names = dict(NORMS)
+    if config.norm_placement == "post":
+        names |= POST_NORMS
+    if architecture == "falcon" and not config.shared_norm:
+        names |= FALCON_NORMS
+    for layer in range(config.num_layers):
+        for norm in parts.norms:
+            for kind in norm.kinds:
+                key = f"blk.{layer}.{names[norm.role]}.{kind}"
+                out[f"layers.{layer}.{norm.place}.{kind}"] = Placed(key, (norm.width,))
+        for part in parts.linears:
+            out |= linear_layout(config, architecture, tensors, part, layer)
+    return out
+
+
+def linear_layout(
+    config: TransformerConfig,
+    architecture: str,
+    tensors: Mapping[str, Tensor],
+    part: LinearPart,
+    layer: int,
+) -> Layout:
+    """Weight and bias of one linear layer."""
+    spans = even(part.outputs, 1)
+    step = 1
+    fused = f"blk.{layer}.attn_qkv.weight" in tensors
+    name = "attn_qkv"
+    if part.role == "qkv":
+        spans = head_by_head(config)
+    elif part.role in ("q", "k", "v") and fused:
+        keys = config.kv_heads * config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        spans = even(part.outputs, 1, (0, queries, queries + keys)["qkv".index(part.role)])
+    else:
+        name = LINEARS[part.role]
+        if architecture in INTERLEAVED and part.role in ("q", "k"):
+            spans = rotary(part.outputs // config.head_dim, config.head_dim, 1)
+            step = 2
+    shapes: dict[str, tuple[int, ...]] = {"weight": (part.outputs, part.inputs)}
+    if part.bias:
+        shapes["bias"] = (part.outputs,)
+    return {
+        f"layers.{layer}.{part.place}.{kind}": Placed(
+            f"blk.{layer}.{name}.{kind}", shape, "split", tuple(runs(shape, spans, step))
+        )
+        for kind, shape in shapes.items()
+    }
+
+
+def head_by_head(config: TransformerConfig) -> list[tuple[int, int, int, int]]:
+    """The spans of a fused matrix of ours, head by head, in one of all queries, keys, values."""
+    width = config.head_dim
+    heads = config.num_attention_heads
+    return [
+        (0, (3 * head + which) * width, width, (which * heads + head) * width)
+        for head in range(heads)
+        for which in range(3)
+    ]

@@ -1,0 +1,87 @@
+"""Checkpoints of GPT-NeoX: pipeline layers or whole ranks, model-parallel shards joined, version 1
+and 2.
+
+    tensors, config, files = read_neox(Path("save/global_step1000"))
+"""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from castalia.checkpoint.neox.config import config_files, find_tokenizer, model_config, read_model
+from castalia.checkpoint.neox.folder import Rank, find_files, find_neox, step_of
+from castalia.checkpoint.neox.layout import (
+    EMBEDDING,
+    FIRST_BLOCK,
+    POSITIONS,
+    WORDS,
+    layout_of,
+    naming_of,
+    unused_keys,
+)
+from castalia.checkpoint.pieces import gathered
+from castalia.checkpoint.tensors import StoredTensors
+from castalia.core.errors import CheckpointError
+from castalia.data.tokenizer import Tokenizer
+from castalia.models.config import TransformerConfig
+
+__all__ = ["NeoxCheckpoint", "find_neox", "read_neox", "step_of"]
+
+
+class NeoxCheckpoint(NamedTuple):
+    """A checkpoint as it was opened."""
+
+    tensors: StoredTensors
+    """Weights under our names, in the dtype of the files."""
+    config: TransformerConfig
+    tokenizer: Tokenizer | None
+    files: tuple[Path, ...]
+    """The files of weights."""
+
+
+def read_neox(
+    folder: Path,
+    configs: Sequence[Path] = (),
+    optional: Collection[str] = (),
+    tokenizer: Tokenizer | None = None,
+) -> NeoxCheckpoint:
+    """The model in the folder of one checkpoint; tensors are read in parts when asked for.
+
+    configs   the YAML files of the model; by default those that the folder holds.
+    optional  patterns of our names that the files may lack.
+    tokenizer the model's, by default that of the folder or of its config.
+    Raises    CheckpointError if a file is missing, damaged or holds more than tensors, or keys or
+              shapes do not fit; ConfigError if there is no config or it describes a model that
+              Castalia lacks.
+    """
+    files = find_files(folder)
+    model = read_model(list(configs) or config_files(folder))
+    ranks = max(files.ranks, model.ranks)
+    # Before the rows of the embedding are counted: a missing shard would make them too few.
+    files.require({EMBEDDING, FIRST_BLOCK}, ranks)
+    tables = files.read(ranks)
+    tokenizer = tokenizer or find_tokenizer(folder, model.tokenizer)
+    positions = tables[0].get(POSITIONS)
+    longest = None if positions is None else len(positions)
+    config = model_config(model, rows_of(tables, folder), longest, tokenizer)
+    block = {key.name: tensor for key, tensor in tables[0].items() if key.layer == FIRST_BLOCK}
+    layout = layout_of(config, ranks, naming_of(block, f"layer {FIRST_BLOCK} of {folder}"))
+    if not optional:
+        files.require(set(range(FIRST_BLOCK, config.num_layers + FIRST_BLOCK)), ranks)
+    tensors = gathered(str(folder), layout, tables, unused_keys(config), optional)
+    return NeoxCheckpoint(tensors, config, tokenizer, tuple(files.paths()))
+
+
+def rows_of(tables: Sequence[Rank], folder: Path) -> int:
+    """Rows of the embedding, over all ranks.
+
+    Raises  CheckpointError if a rank has none.
+    """
+    rows = 0
+    for rank, table in enumerate(tables):
+        if WORDS not in table:
+            raise CheckpointError(
+                f"{folder}: model-parallel rank {rank} has no {WORDS}; copy the checkpoint again"
+            )
+        rows += len(table[WORDS])
+    return rows

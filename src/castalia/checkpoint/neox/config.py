@@ -1,0 +1,154 @@
+"""The model of a GPT-NeoX checkpoint, as the YAML files beside it describe it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from castalia.config.neox import normal, read_neox
+from castalia.config.neox_keys import ALIASES, HONOURED, NAMES
+from castalia.config.values import read_yaml
+from castalia.core.errors import CastaliaError, ConfigError
+from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.families import build_model_config
+
+CONFIGS = "configs"
+"""The folder in a checkpoint that GPT-NeoX copies a run's YAML files to."""
+FILE = "tokenizer.json"
+SUFFIXES = (".yml", ".yaml", ".json")
+OF_A_RUN = ("load", "iteration")
+"""Options that name a model's weights and say nothing about the model."""
+CHANGES_THE_MODEL = {
+    "gpt_j_tied",
+    "moe_num_experts",
+    "norm",
+    "opt_pos_emb_offset",
+    "pos_emb",
+    "sliding_window_width",
+    "soft_prompt_tuning",
+    "use_mup",
+    "use_qk_layernorm",
+}
+"""Options that decide what a model computes, where the reader of configs refuses a value."""
+
+
+@dataclass(frozen=True)
+class NeoxModel:
+    """What the files say about the model."""
+
+    values: dict[str, Any]
+    """The `model` section, without the rows of the vocabulary."""
+    ranks: int
+    """model_parallel_size."""
+    tokenizer: str | None
+    """A name for load_tokenizer."""
+    where: str
+    """The files, for error messages."""
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The YAML files of a checkpoint: those in its configs/, else beside the weights, else in the
+    folder above.
+
+    Raises  ConfigError if there are none.
+    """
+    for place in (folder / CONFIGS, folder, folder.parent / CONFIGS):
+        files = []
+        if place.is_dir():
+            files = sorted(item for item in place.iterdir() if item.suffix in SUFFIXES)
+        if files:
+            return files
+    raise ConfigError(
+        f"{folder} has no {CONFIGS}/*.yml, and GPT-NeoX's weights do not say what the model"
+        f" computes; put the run's YAML files into {folder / CONFIGS}, or name them with"
+        " `castalia import PATH --config FILE`"
+    )
+
+
+def read_model(files: Sequence[Path]) -> NeoxModel:
+    """The model that GPT-NeoX's YAML files describe; options about training are not looked at.
+
+    Raises  ConfigError with every problem at once.
+    """
+    options = {str(file): about_model(read_yaml(file)) for file in files}
+    where = ", ".join(str(file) for file in files)
+    reading = read_neox(options, complete=True)
+    # Remarks about other sections are about options that were left out above.
+    problems = [
+        item.text for item in reading.problems if item.key.startswith("model") or not item.key
+    ]
+    if problems:
+        raise ConfigError(f"{where}: {'; '.join(problems)}")
+    values = dict(reading.values.get("model", {}))
+    # The unit of padding counts the ranks in.
+    tokenizer = reading.values.get("data", {}).get("tokenizer")
+    ranks = int(reading.values.get("parallel", {}).get("tp", 1))
+    return NeoxModel(values, ranks, tokenizer, where)
+
+
+def about_model(values: dict[str, Any]) -> dict[str, Any]:
+    """The options that decide what the model computes, and those that GPT-NeoX does not have."""
+    out = {}
+    for key, value in values.items():
+        name = ALIASES.get(normal(key), normal(key))
+        honoured = HONOURED.get(name)
+        decides = honoured is not None and honoured.path.startswith(("model.", "data.tokenizer"))
+        wanted = decides or name in CHANGES_THE_MODEL or name == "model_parallel_size"
+        if (wanted and name not in OF_A_RUN) or name not in NAMES:
+            out[key] = value
+    return out
+
+
+def find_tokenizer(folder: Path, named: str | None) -> Tokenizer | None:
+    """The tokenizer beside a checkpoint, or the one that its config names, where that exists.
+
+    A path in the config is looked for in the checkpoint's folder first: the run may have been on
+    another machine.
+    """
+    places = [
+        folder / "tokenizer.json",
+        folder.parent / "tokenizer.json",
+        folder.parent / "tokenizer",
+    ]
+    names = [str(place) for place in places if place.exists()]
+    if named is not None and "," not in named:
+        given = [folder / named, folder.parent / named, Path(named)]
+        names += [str(place) for place in given if place.is_file()][:1]
+    elif named is not None:
+        names.append(named)
+    for name in names:
+        try:
+            return load_tokenizer(name)
+        except CastaliaError:
+            # Weights are of use without one, and the table at the start says that it is missing.
+            continue
+    return None
+
+
+def model_config(
+    model: NeoxModel, rows: int, positions: int | None, tokenizer: Tokenizer | None
+) -> TransformerConfig:
+    """Our config for a model whose embedding has this many rows, and so its learned positions.
+
+    Raises  ConfigError if the config is not a transformer's, or the tokenizer has more ids.
+    """
+    ids = model.values.get("vocab_size", rows)
+    unit = model.values.get("make_vocab_size_divisible_by", 128)
+    if tokenizer is not None:
+        ids = tokenizer.vocab_size
+        if ids > rows:
+            raise ConfigError(
+                f"{model.where}: the tokenizer {tokenizer.where} has {ids} ids but the embedding"
+                f" only {rows} rows; name the model's own tokenizer"
+            )
+    elif -(-ids // unit) * unit != rows:
+        # Without its file the number of ids is a guess, which the rows settle.
+        ids = rows
+    if -(-ids // unit) * unit != rows:
+        unit = rows
+    values = model.values | {"vocab_size": ids, "make_vocab_size_divisible_by": unit}
+    if positions is not None:
+        # GPT-NeoX counts the rows of an offset among the positions.
+        values["max_position_embeddings"] = positions - values.get("learned_offset", 0)
+    return require_transformer(build_model_config(values, model.where), "a GPT-NeoX checkpoint")
