@@ -158,6 +158,53 @@ def test_penalties_and_schemas(castalia, run: Path, tmp_path: Path) -> None:
     assert answer.code == 2 and "--seed" in answer.err
 
 
+def test_several_texts_of_a_prompt(castalia, run: Path, tmp_path: Path) -> None:
+    """The best beams with their scores, drawn texts, and what both look like in each form."""
+    model = load(run)
+    words = ["generate", run, "--prompt", "A", "--prompt", "def", "--max-new-tokens", 6]
+    search = ["--num-beams", 3, "--num-return-sequences", 2, "--length-penalty", 0.5]
+    search += ["--early-stopping", "never", "--logit-bias", "97=-100", "--logit-bias", "98=1.5"]
+    done = model.complete(
+        ["A", "def"],
+        6,
+        num_beams=3,
+        num_return_sequences=2,
+        length_penalty=0.5,
+        early_stopping="never",
+        logit_bias={97: -100.0, 98: 1.5},
+    )
+    records = castalia(*words, *search, "--json").records()
+    assert [record["text"] for record in records] == [one.text for one in done]
+    assert [record["score"] for record in records] == [one.score for one in done]
+    assert castalia(*words, *search).out == (
+        f"A{done[0].text}\n\nA{done[1].text}\n\ndef{done[2].text}\n\ndef{done[3].text}\n"
+    )
+    typed = castalia("generate", run, "--max-new-tokens", 6, *search, stdin="def\n", tty=True)
+    assert typed.out == f"> {done[2].text}\n\n{done[3].text}\n> \n"
+    draws = ["--num-return-sequences", 2, "--temperature", 1.5, "--typical-p", 0.9, "--seed", 6]
+    draws += ["--no-repeat-ngram-size", 2, "--min-tokens", 3]
+    drawn = model.generate(
+        ["A", "def"],
+        6,
+        num_return_sequences=2,
+        temperature=1.5,
+        typical_p=0.9,
+        seed=6,
+        no_repeat_ngram_size=2,
+        min_tokens=3,
+    )
+    assert [one["text"] for one in castalia(*words, *draws, "--json").records()] == drawn
+    assert castalia(*words, *draws).out == (
+        f"A{drawn[0]}\n\nA{drawn[1]}\n\ndef{drawn[2]}\n\ndef{drawn[3]}\n"
+    )
+    answer = castalia(*words, *draws, "--draft", "lookup", "--output", tmp_path / "out.jsonl")
+    assert answer.err.endswith("out.jsonl: 4 texts\n")
+    contexts = [
+        json.loads(line)["context"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    ]
+    assert contexts == ["A", "A", "def", "def"]
+
+
 def test_prompts_from_files_and_standard_input(castalia, run: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "three\\nlines"}\n{"prompt": ""}\n')
@@ -232,6 +279,13 @@ def test_bad_prompt_files(
         (["--prompt", "a\udcffb"], "--prompt is not valid Unicode: character 1 is U+DCFF"),
         (["--prompt", "a", "--stop", "\ud83c"], "a stop string is not valid Unicode: character 0"),
         ([], "no prompt; give --prompt TEXT"),
+        (["--prompt", "a", "--min-p", "1.5"], "min_p must be from 0 to 1, got 1.5"),
+        (["--prompt", "a", "--num-beams", "0"], "num_beams must be >= 1, got 0"),
+        (["--prompt", "a", "--length-penalty", "2"], "length_penalty=2.0 needs a beam search"),
+        (["--prompt", "a", "--early-stopping", "ever"], "--early-stopping must be true, false or"),
+        (["--prompt", "a", "--logit-bias", "a"], "--logit-bias must be ID=X, such as 50=-2.5"),
+        (["--prompt", "a", "--num-return-sequences", "2"], "greedy texts would be the same"),
+        (["--prompt", "a", "--num-beams", "2", "--draft", "lookup"], "not go with a draft"),
     ],
 )
 def test_bad_options(castalia, run: Path, words: list[str], message: str) -> None:

@@ -1,12 +1,24 @@
 """Filters and draws against the formulas, written out plainly."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.inference.sampling import Sampling, distribution, keep_top_k, keep_top_p, next_tokens
+from castalia.inference.sampling import (
+    Sampling,
+    distribution,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    keep_typical_p,
+    next_tokens,
+    warped,
+)
 
 NUMBERS = st.lists(st.sampled_from([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0, 4.0]), min_size=2, max_size=12)
 
@@ -27,7 +39,7 @@ def test_top_k_keeps_what_ties_with_the_kth(values: list[float], k: int) -> None
 
 @given(NUMBERS, st.floats(0.01, 0.99))
 @settings(max_examples=200, deadline=None)
-def test_top_p_keeps_the_token_that_crosses_p(values: list[float], p: float) -> None:
+def test_top_p_keeps_the_token_that_reaches_p(values: list[float], p: float) -> None:
     weights = [math.exp(v) for v in values]
     order = sorted(range(len(values)), key=lambda i: -values[i])
     want, mass = set(), 0.0
@@ -39,6 +51,54 @@ def test_top_p_keeps_the_token_that_crosses_p(values: list[float], p: float) -> 
         if mass > p:
             break
     assert kept(keep_top_p(torch.tensor([values]), p)) == want
+
+
+FILTERS: list[tuple[Callable[..., torch.Tensor], str, list[Any]]] = [
+    (keep_top_k, "TopKLogitsWarper", [1, 3, 40, 300]),
+    (keep_top_p, "TopPLogitsWarper", [0.01, 0.5, 0.9, 0.999]),
+    (keep_min_p, "MinPLogitsWarper", [0.001, 0.1, 0.5, 1.0]),
+    (keep_typical_p, "TypicalLogitsWarper", [0.01, 0.2, 0.7, 0.95, 0.999]),
+]
+
+
+@pytest.mark.parametrize(("ours", "name", "values"), FILTERS, ids=[name for _, name, _ in FILTERS])
+def test_filters_are_those_of_transformers(
+    ours: Callable[..., torch.Tensor], name: str, values: list[Any]
+) -> None:
+    """Element by element, for flat and steep rows, with tokens ruled out, and with a least count of
+    tokens that stay."""
+    theirs = getattr(pytest.importorskip("transformers"), name)
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(30, 257, generator=generator) * torch.linspace(0.1, 8, 30)[:, None]
+    logits[::3, 40:200] = -math.inf
+    for value in values:
+        for fewest in (1, 3):
+            want = theirs(value, min_tokens_to_keep=fewest)(None, logits.clone())
+            got = ours(logits, value, fewest)
+            assert torch.equal(got, want), (value, fewest)
+        assert torch.isfinite(ours(logits, value)).any(-1).all()
+    assert torch.equal(ours(logits, 0), logits)
+
+
+def test_the_order_of_the_filters_is_that_of_transformers() -> None:
+    hf = pytest.importorskip("transformers")
+    logits = 3 * torch.randn(20, 257, generator=torch.Generator().manual_seed(2))
+    sampling = Sampling(temperature=0.7, top_k=50, top_p=0.9, min_p=0.02, typical_p=0.8)
+    chain = hf.LogitsProcessorList(
+        [
+            hf.TemperatureLogitsWarper(0.7),
+            hf.TopKLogitsWarper(50),
+            hf.TopPLogitsWarper(0.9),
+            hf.MinPLogitsWarper(0.02),
+            hf.TypicalLogitsWarper(0.8),
+        ]
+    )
+    assert torch.allclose(warped(logits, sampling), chain(None, logits.clone()), atol=1e-6, rtol=0)
+    assert int(torch.isfinite(warped(logits, sampling)).sum(-1).min()) < 50
+
+
+def test_of_equal_tokens_the_nucleus_is_as_many_as_reach_p() -> None:
+    assert kept(keep_top_p(torch.zeros(1, 4), 0.5)) == {0, 1}
 
 
 def test_draws_follow_the_distribution() -> None:

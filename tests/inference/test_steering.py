@@ -23,7 +23,7 @@ def steering(
     speaker: LanguageModel, prompt: list[int], endings: dict[str, Any] | None = None, **options: Any
 ) -> Steering:
     """The steering of a text after `prompt`."""
-    sampling, ending = speaker.split_options({**options, **(endings or {})})
+    sampling, ending, _ = speaker.split_options({**options, **(endings or {})})
     return Steering(sampling, speaker.continuation(prompt, 20, ending))
 
 
@@ -33,7 +33,7 @@ def noise(seed: int) -> torch.Tensor:
 
 
 def test_transformers_has_the_same_processors(speaker: LanguageModel) -> None:
-    """Repetition penalty, min-p, min length, bias and their order with the filters."""
+    """Repetition penalty, min length, bias, n-grams."""
     hf = pytest.importorskip("transformers")
     prompt, tokens = [5, 9, 9, 40], [7, 5, 200]
     ids = torch.tensor([[*prompt, *tokens]])
@@ -49,12 +49,41 @@ def test_transformers_has_the_same_processors(speaker: LanguageModel) -> None:
     theirs = hf.SequenceBiasLogitsProcessor([[[7], 2.5], [[30], -4.0]])(ids, logits[None].clone())
     ours = steering(speaker, prompt, logit_bias={7: 2.5, 30: -4.0})(logits, tokens)
     assert torch.equal(ours, theirs[0])
+    for size in (1, 2, 3, 7, 8):
+        # The last two tokens stood before, with 9 and 7 behind them.
+        repeated = torch.cat([ids, torch.tensor([[9, 40, 7, 5, 3, 9, 40]])], 1)
+        theirs = hf.NoRepeatNGramLogitsProcessor(size)(repeated, logits[None].clone())[0]
+        steer = steering(speaker, prompt, no_repeat_ngram_size=size)
+        ours = steer(logits, repeated[0, len(prompt) :].tolist())
+        assert torch.equal(ours, theirs)
+        assert int((ours == -math.inf).sum()) == {1: 6, 2: 1, 3: 1}.get(size, 0)
+
+
+def test_transformers_has_the_same_order(speaker: LanguageModel) -> None:
+    """Bias, repetition penalty, n-grams, least length; then the filters."""
+    hf = pytest.importorskip("transformers")
+    prompt, tokens = [5, 9, 9, 40], [7, 5, 200, 5]
+    ids = torch.tensor([[*prompt, *tokens]])
+    logits = noise(3)
     chain = hf.LogitsProcessorList(
-        [hf.TemperatureLogitsWarper(1.7), hf.TopKLogitsWarper(40), hf.MinPLogitsWarper(0.15)]
+        [
+            hf.SequenceBiasLogitsProcessor([[[9], -8.5], [[200], 4.0]]),
+            hf.RepetitionPenaltyLogitsProcessor(1.7),
+            hf.NoRepeatNGramLogitsProcessor(2),
+            hf.MinNewTokensLengthLogitsProcessor(len(prompt), 5, 256),
+            hf.TemperatureLogitsWarper(1.7),
+            hf.TopKLogitsWarper(40),
+            hf.MinPLogitsWarper(0.15),
+        ]
     )
-    sampling = Sampling(temperature=1.7, top_k=40, min_p=0.15)
+    options = {
+        "logit_bias": {9: -8.5, 200: 4.0},
+        "repetition_penalty": 1.7,
+        "no_repeat_ngram_size": 2,
+    }
+    steered = steering(speaker, prompt, {"min_tokens": 5}, **options)(logits, tokens)
     theirs = chain(ids, logits[None].clone()).softmax(-1)
-    ours = distribution(logits[None], sampling)
+    ours = distribution(steered[None], Sampling(temperature=1.7, top_k=40, min_p=0.15))
     assert torch.allclose(ours, theirs, atol=1e-6) and 1 < int((ours > 0).sum()) < 40
 
 
@@ -75,6 +104,7 @@ def test_openai_penalties_are_their_formula(speaker: LanguageModel) -> None:
 OPTIONS: list[dict[str, Any]] = [
     {"repetition_penalty": 4.0},
     {"frequency_penalty": 2.0, "presence_penalty": 2.0},
+    {"no_repeat_ngram_size": 2},
     {"logit_bias": {ord("a"): 6.0, ord(" "): -100.0}},
     {"allowed_token_ids": [ord("a"), ord(" "), ord("c")]},
     {"stop_token_ids": [ord("w")]},
@@ -130,6 +160,9 @@ def test_seeds_are_int64_and_top_k_may_be_minus_one(speaker: LanguageModel) -> N
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"min_p": 1.5}, "min_p must be from 0 to 1, got 1.5"),
+    ({"typical_p": -0.1}, "typical_p must be from 0 to 1, got -0.1"),
+    ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be >= 0, got -1"),
+    ({"allowed_token_ids": [97], "no_repeat_ngram_size": 2}, "leaves no token to .* after 2 new"),
     ({"repetition_penalty": 0}, "repetition_penalty must be from 0.01 to 100, got 0"),
     ({"presence_penalty": math.nan}, "presence_penalty must be from -2 to 2, got nan"),
     ({"logit_bias": {999: 1.0}}, "logit_bias: id 999 is outside the vocabulary of 257"),

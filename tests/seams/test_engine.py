@@ -219,6 +219,18 @@ def test_a_state_that_cannot_rewind_is_continued_whole_or_not_at_all(
     assert (batcher.prefix_tokens, batcher.slots.fed) == (40, 42)
 
 
+def test_a_beam_search_needs_no_state_that_rewinds(run_folder: Path, toy: type[Toy]) -> None:
+    """Beams are copied whole: the scores are those of their texts."""
+    model = LanguageModel(castalia.load(run_folder, engine="toy").engine)
+    prompt = [1, 2, 5]
+    found = model.complete([prompt], 4, num_beams=4, num_return_sequences=4, ignore_eos=True)
+    assert found[0].tokens == model.generate_ids(prompt, 4)
+    for one in found:
+        logprobs = model.logprobs(prompt + one.tokens)[len(prompt) - 1 :]
+        assert one.score == pytest.approx(logprobs.mean().item(), rel=1e-5)
+    assert len({tuple(one.tokens) for one in found}) == 4
+
+
 def test_speculative_decoding_refuses_a_state_that_cannot_rewind(
     run_folder: Path, toy: type[Toy], speaker: LanguageModel
 ) -> None:

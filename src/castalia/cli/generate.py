@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from castalia.cli.flags import ENGINE, Checkpoint, EngineFlags, grouped, panel
+from castalia.cli.sampling_flags import SamplingFlags, SearchFlags, unescaped
 
 if TYPE_CHECKING:
     from castalia.inference import Completion, LanguageModel
 
 NEW_LINE = "\n"
-ESCAPES = {r"\n": NEW_LINE, r"\t": "\t"}
 
 PROMPTS = panel("Prompts")
-SAMPLING = panel("Sampling")
 OUTPUT = panel("Output")
 
 
@@ -69,84 +68,6 @@ class PromptFlags:
 
 
 @dataclass(frozen=True)
-class SamplingFlags:
-    """Options about the choice of tokens."""
-
-    max_new_tokens: Annotated[
-        int, SAMPLING(metavar="N", help="Longest continuation, in tokens.")
-    ] = 64
-    temperature: Annotated[
-        float, SAMPLING(metavar="X", help="0 takes the likeliest token; above 0 draws.")
-    ] = 0.0
-    top_k: Annotated[
-        int, SAMPLING(metavar="N", help="Draw from the N likeliest tokens; 0 is off.")
-    ] = 0
-    top_p: Annotated[
-        float,
-        SAMPLING(
-            metavar="SHARE",
-            help="Draw from the likeliest tokens that together have this probability; 0 is off.",
-        ),
-    ] = 0.0
-    min_p: Annotated[
-        float,
-        SAMPLING(
-            metavar="SHARE",
-            help="Draw from tokens at least this many times as likely as the likeliest; 0 is off.",
-        ),
-    ] = 0.0
-    repetition_penalty: Annotated[
-        float,
-        SAMPLING(metavar="X", help="Above 1 avoids the tokens of prompt and text; 1 is off."),
-    ] = 1.0
-    presence_penalty: Annotated[
-        float, SAMPLING(metavar="X", help="Above 0 avoids the tokens of the text.")
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float,
-        SAMPLING(metavar="X", help="Above 0 avoids what the text repeats, once for each time."),
-    ] = 0.0
-    json_schema: Annotated[
-        str | None,
-        SAMPLING(metavar="FILE", help="Write JSON of the schema in this file."),
-    ] = None
-    stop: Annotated[
-        list[str] | None,
-        SAMPLING(metavar="TEXT", help=r"End before this text; \n is a new line. May be repeated."),
-    ] = None
-    seed: Annotated[
-        int | None,
-        SAMPLING(
-            metavar="N",
-            min=-(2**63),
-            max=2**63 - 1,
-            help="Repeat the same draws; prompt i, counted from 0, uses seed N + i.",
-        ),
-    ] = None
-
-    def options(self, model: "LanguageModel") -> dict[str, Any]:
-        """As `complete` and `stream` take them, without the seed.
-
-        Raises  DataError if the file of the schema cannot be read; ConfigError if it is no schema.
-        """
-        grammar = None
-        if self.json_schema is not None:
-            grammar = model.grammars.json(read_schema(self.json_schema))
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "grammar": grammar,
-            "stop": [unescaped(text) for text in self.stop or []],
-        }
-
-
-@dataclass(frozen=True)
 class RecordFlags:
     """Options about where the texts go."""
 
@@ -159,7 +80,12 @@ class RecordFlags:
         ),
     ] = None
     as_json: Annotated[
-        bool, OUTPUT("--json", help="JSON lines: prompt, text, tokens, finish_reason, seconds.")
+        bool,
+        OUTPUT(
+            "--json",
+            help="JSON lines: prompt, text, tokens, finish_reason, seconds; score of a beam"
+            " search.",
+        ),
     ] = False
 
 
@@ -169,6 +95,7 @@ def generate(
     *,
     prompts: PromptFlags,
     sampling: SamplingFlags,
+    search: SearchFlags,
     running: EngineFlags,
     device: Annotated[str, ENGINE(help="auto, cpu or cuda.")] = "auto",
     draft: Annotated[
@@ -194,7 +121,7 @@ def generate(
 
     texts = prompts.gather()
     model = load(checkpoint, engine=running.engine, dtype=running.dtype, device=device)
-    options = sampling.options(model)
+    options = sampling.options(model) | search.options()
     if draft == "lookup":
         options["draft"] = draft
     elif draft is not None:
@@ -209,29 +136,8 @@ def generate(
         print_texts(model, texts, options, sampling.seed)
 
 
-def read_schema(file: str) -> str:
-    """The text of a JSON schema.
-
-    Raises  DataError if the file cannot be read.
-    """
-    from castalia.core.errors import DataError
-
-    try:
-        with open(file, encoding="utf-8") as opened:
-            return opened.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the JSON schema in {file}: {error}") from None
-
-
-def unescaped(text: str) -> str:
-    r"""The text with `\n` and `\t`, which shells pass as they are, as new lines and tabs."""
-    for escape, character in ESCAPES.items():
-        text = text.replace(escape, character)
-    return text
-
-
 def seed_of(seed: int | None, number: int) -> int | None:
-    """The seed of prompt `number`: its own, so that its text does not depend on the others."""
+    """The seed of text `number`: its own, so that it does not depend on the others."""
     from castalia.inference.sampling import wrapped
 
     if seed is None:
@@ -245,7 +151,10 @@ def print_records(
 ) -> None:
     """One JSON object a line, a batch at a time."""
     for completion in completions(model, prompts, options, seed):
-        print(json.dumps(asdict(completion), ensure_ascii=False), flush=True)
+        record = asdict(completion)
+        if completion.score is None:
+            del record["score"]
+        print(json.dumps(record, ensure_ascii=False), flush=True)
 
 
 def completions(
@@ -255,15 +164,17 @@ def completions(
     from castalia.inference.language_model import BATCH_ROWS
     from castalia.inference.speculative import speculative_complete
 
+    each = options["num_return_sequences"]
     # Speculative decoding checks the guesses for one text at a time.
     if "draft" in options:
         for number, prompt in enumerate(prompts):
-            seed_here = seed_of(seed, number)
-            yield speculative_complete(model, [prompt], seed=seed_here, **options)[0][0]
+            seed_here = seed_of(seed, number * each)
+            for completion, _ in speculative_complete(model, [prompt], seed=seed_here, **options):
+                yield completion
         return
     for start in range(0, len(prompts), BATCH_ROWS):
         batch = prompts[start : start + BATCH_ROWS]
-        yield from model.complete(batch, seed=seed_of(seed, start), **options)
+        yield from model.complete(batch, seed=seed_of(seed, start * each), **options)
 
 
 def write_records(
@@ -288,7 +199,8 @@ def write_records(
                 file.flush()  # an interrupted job keeps the texts that it has finished
     except OSError as error:
         raise cannot_write(Path(output), error) from error
-    print(f"{output}: {len(prompts)} texts", file=sys.stderr)
+    count = len(prompts) * options["num_return_sequences"]
+    print(f"{output}: {count} texts", file=sys.stderr)
 
 
 def neox_record(completion: "Completion") -> dict[str, Any]:
@@ -313,11 +225,12 @@ def print_texts(
     model: "LanguageModel", prompts: list[str], options: dict[str, Any], seed: int | None
 ) -> None:
     """Print each text as it arrives, after its prompt on a terminal or if there are several."""
-    show_prompt = sys.stdout.isatty() or len(prompts) > 1
+    each = options["num_return_sequences"]
+    show_prompt = sys.stdout.isatty() or len(prompts) * each > 1
     for number, prompt in enumerate(prompts):
         if number:
             print()
-        speak(model, prompt, options, seed_of(seed, number), show_prompt=show_prompt)
+        speak(model, prompt, options, seed_of(seed, number * each), show_prompt=show_prompt)
 
 
 def converse(
@@ -335,13 +248,15 @@ def converse(
     number = 0
     while (prompt := typed(prompt_end)) is not None:
         try:
-            completion = speak(model, prompt, options, seed_of(seed, number), show_prompt=False)
+            seed_here = seed_of(seed, number * options["num_return_sequences"])
+            done = speak(model, prompt, options, seed_here, show_prompt=False)
         except ConfigError as error:  # a prompt longer than the model's limit: ask for another
             print(f"castalia: {error}", file=sys.stderr)
         else:
             if output is not None:
                 with open(output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(neox_record(completion), ensure_ascii=False) + "\n")
+                    for completion in done:
+                        file.write(json.dumps(neox_record(completion), ensure_ascii=False) + "\n")
         number += 1
 
 
@@ -364,16 +279,30 @@ def speak(
     seed: int | None,
     *,
     show_prompt: bool,
+) -> list["Completion"]:
+    """Print the continuations of a prompt: one token by token; whole with a draft, a beam search,
+    or if there are several."""
+    lead = prompt if show_prompt else ""
+    if "draft" in options or options["num_beams"] != 1 or options["num_return_sequences"] != 1:
+        done = list(completions(model, [prompt], options, seed))
+        print("\n\n".join(lead + completion.text for completion in done), flush=True)
+    else:
+        done = [streamed(model, prompt, options, seed, lead)]
+    if any(completion.finish_reason == "context" for completion in done):
+        limit = model.config.max_position_embeddings
+        print(f"castalia: a text ended at the model's limit of {limit} tokens", file=sys.stderr)
+    return done
+
+
+def streamed(
+    model: "LanguageModel", prompt: str, options: dict[str, Any], seed: int | None, lead: str
 ) -> "Completion":
-    """Print one continuation token by token; with a draft, whole."""
-    if show_prompt:
-        sys.stdout.write(prompt)
-    if "draft" in options:
-        (whole,) = completions(model, [prompt], options, seed)
-        print(whole.text, flush=True)
-        return whole
+    """Print one continuation token by token, after `lead`."""
+    sys.stdout.write(lead)
+    # A stream is one text, whatever the options.
+    single = {name: value for name, value in options.items() if name != "num_return_sequences"}
     # Not a for loop: the completion is the value that the generator returns at its end.
-    stream = model.stream(prompt, seed=seed, **options)
+    stream = model.stream(prompt, seed=seed, **single)
     while True:
         try:
             sys.stdout.write(next(stream))
@@ -382,7 +311,4 @@ def speak(
             break
         sys.stdout.flush()
     print(flush=True)
-    if completion.finish_reason == "context":
-        limit = model.config.max_position_embeddings
-        print(f"castalia: the text ended at the model's limit of {limit} tokens", file=sys.stderr)
     return completion

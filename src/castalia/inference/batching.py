@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from castalia.inference.decoding import Continuation
+from castalia.inference.beams import BeamSearch, Search
+from castalia.inference.decoding import Completion, Continuation
 from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling, next_tokens
 from castalia.inference.steering import Steering, steering_of
@@ -55,6 +56,10 @@ class Batcher:
         self.slots = engine.slots(slots, length)
         self.running: dict[int, Admission] = {}
         """By slot."""
+        self.searches: list[BeamSearch] = []
+        """Beam searches; each has several slots."""
+        self.taken: set[int] = set()
+        """Slots of texts and searches."""
         self.kept = [Kept() for _ in range(slots)]
         self.clock = 0
         """Counts admissions; orders the slots by age."""
@@ -64,27 +69,53 @@ class Batcher:
     @property
     def free(self) -> int:
         """Slots without a text."""
-        return self.slots.count - len(self.running)
+        return self.slots.count - len(self.taken)
 
     def admit(self, news: Sequence[Admission]) -> list[str]:
         """Read the prompts of new texts in one step; return the first certain text of each.
 
         There are at most `free` of them. A text that ends with its first token leaves its slot.
         """
-        assert len(news) <= self.free
+        slots, logits = self.read([new.text.ids for new in news])
+        self.running.update(zip(slots, news, strict=True))
+        return self.draw(slots, logits)
+
+    def admit_searches(self, news: Sequence[BeamSearch]) -> None:
+        """Read the prompts of new searches in one step; there are slots free for all beams."""
+        slots, logits = self.read([new.text.ids for new in news])
+        for new, slot, row in zip(news, slots, logits, strict=True):
+            others = self.oldest_free()[: new.search.num_beams - 1]
+            self.taken.update(others)
+            self.searches.append(new)
+            new.begin([slot, *others])
+            self.advance(new, row[None])
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
+        """Read prompts into free slots in one step: their slots, and logits (prompts, V) after
+        them."""
+        assert len(prompts) <= self.free
         slots = []
         unread = []
-        for new in news:
-            slot, known = self.place(new.text.ids)
-            self.running[slot] = new
+        for ids in prompts:
+            slot, known = self.place(ids)
+            self.taken.add(slot)
             # Until the prompt is read, the next texts of this call must not copy from here.
             self.kept[slot] = Kept([], self.clock)
             slots.append(slot)
-            unread.append(new.text.ids[known:])
-        logits = self.slots.feed(slots, unread)
-        for slot, new in zip(slots, news, strict=True):
-            self.kept[slot].tokens = list(new.text.ids)
-        return self.draw(slots, logits)
+            unread.append(ids[known:])
+        try:
+            logits = self.slots.feed(slots, unread)
+        except BaseException:
+            self.taken.difference_update(slots)
+            raise
+        for slot, ids in zip(slots, prompts, strict=True):
+            self.kept[slot].tokens = list(ids)
+        return slots, logits
+
+    def oldest_free(self) -> list[int]:
+        """The free slots, the one given out longest ago first."""
+        free = [slot for slot in range(self.slots.count) if slot not in self.taken]
+        return sorted(free, key=lambda slot: self.kept[slot].used)
 
     def place(self, ids: Sequence[int]) -> tuple[int, int]:
         """A free slot for a prompt, and how many of its tokens the slot holds now.
@@ -97,8 +128,7 @@ class Batcher:
         common = [self.usable(kept.tokens, ids) for kept in self.kept]
         best = max(range(len(common)), key=lambda slot: common[slot])
         # A running slot may be copied from, but not given out.
-        free = [slot for slot in range(len(common)) if slot not in self.running]
-        slot = min(free, key=lambda slot: self.kept[slot].used)
+        slot = self.oldest_free()[0]
         if common[best] < PREFIX_TOKENS:
             self.slots.clear(slot)
             return slot, 0
@@ -118,19 +148,50 @@ class Batcher:
         return 0
 
     def step(self) -> dict[int, str]:
-        """One more token for every text; the new certain text by slot.
+        """One more token for every text and every beam; the new certain text by slot.
 
-        Texts that end leave their slots.
+        Texts and searches that end leave their slots.
         """
         slots = list(self.running)
+        tokens = [[self.running[slot].token] for slot in slots]
+        texts = len(slots)
+        for search in self.searches:
+            slots += [beam.slot for beam in search.beams]
+            tokens += [[beam.token] for beam in search.beams]
         if not slots:
             return {}
-        tokens = [[self.running[slot].token] for slot in slots]
         logits = self.slots.feed(slots, tokens)
         # Only after the feed: had it failed, the slots would not hold these tokens.
         for slot, ids in zip(slots, tokens, strict=True):
             self.kept[slot].tokens += ids
-        return dict(zip(slots, self.draw(slots, logits), strict=True))
+        row = texts
+        for search in list(self.searches):
+            rows = logits[row : row + len(search.beams)]
+            row += len(rows)
+            self.advance(search, rows)
+        if not texts:
+            return {}
+        return dict(zip(slots[:texts], self.draw(slots[:texts], logits[:texts]), strict=True))
+
+    def advance(self, search: BeamSearch, logits: torch.Tensor) -> None:
+        """Continue a search with logits (beams, V); one that is done leaves its slots."""
+        try:
+            copies = search.advance(logits, self.engine.config.vocab_size)
+        except Exception as error:  # whatever it is, the other texts of the batch go on
+            search.error = error
+        if search.done:
+            self.drop_search(search)
+            return
+        for origin, target in copies:
+            tokens = self.kept[origin].tokens
+            # The whole state, so that engines whose state cannot be cut back search as well.
+            self.slots.copy(origin, target, len(tokens))
+            self.kept[target] = Kept(list(tokens), self.kept[origin].used)
+
+    def drop_search(self, search: BeamSearch) -> None:
+        """Remove a search, done or not."""
+        self.searches.remove(search)
+        self.taken.difference_update(search.slots)
 
     def draw(self, slots: Sequence[int], logits: torch.Tensor) -> list[str]:
         """Draw a token for each slot out of logits (len(slots), V), and give it to its text."""
@@ -154,6 +215,7 @@ class Batcher:
     def evict(self, slot: int) -> None:
         """Remove a text, finished or not; its state stays for prompts that begin alike."""
         text = self.running.pop(slot).text
+        self.taken.remove(slot)
         text.seconds = time.perf_counter() - text.started
 
 
@@ -218,3 +280,23 @@ def raise_first(admissions: Sequence[Admission]) -> None:
     for one in admissions:
         if one.error is not None:
             raise one.error
+
+
+def search_texts(
+    engine: Engine, texts: Sequence[Continuation], sampling: Sampling, search: Search
+) -> list[Completion]:
+    """The best texts of each prompt by a beam search; those of a prompt follow one another.
+
+    Raises  the error of the first search that fails.
+    """
+    length = max(len(text.ids) + text.budget for text in texts)
+    batcher = Batcher(engine, len(texts) * search.num_beams, length)
+    generators = sampling.generators(len(texts), engine.device)
+    searches = [
+        BeamSearch(text, sampling, search, generator)
+        for text, generator in zip(texts, generators, strict=True)
+    ]
+    batcher.admit_searches(searches)
+    while batcher.searches:
+        batcher.step()
+    return [completion for one in searches for completion in one.completions()]

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from castalia.checkpoint.special_ids import SpecialIds
@@ -31,6 +31,8 @@ class Completion:
     max_new_tokens; context: the model's limit."""
     seconds: float
     """From the request to the last token."""
+    score: float | None = None
+    """Of a beam search: log-probability of the tokens, in nats, divided by the length penalty."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ class Continuation:
         self.finish_reason = reason
         self.pieces.append(self.stream.finish())
         return self.pieces[-1]
+
+    def fork(self) -> "Continuation":
+        """A copy that goes on by itself."""
+        return replace(
+            self, stream=self.stream.fork(), tokens=list(self.tokens), pieces=list(self.pieces)
+        )
 
     def completion(self) -> Completion:
         """The result, once there is a finish reason."""

@@ -2,10 +2,9 @@
 
 import time
 import warnings
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Generator, Iterable, Sequence
 from functools import cached_property
-from typing import Any, TypedDict, Unpack, cast, overload
+from typing import Any, Unpack, cast, overload
 
 from torch import Tensor
 
@@ -14,10 +13,13 @@ from castalia.core.errors import ConfigError
 from castalia.core.unicode import require_unicode
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import OtherTokenizer
-from castalia.inference.batching import decode_texts
+from castalia.inference.batching import decode_texts, search_texts
+from castalia.inference.beams import Search
 from castalia.inference.decoding import Completion, Continuation, Ending, begin
 from castalia.inference.engine import Engine
-from castalia.inference.grammar import Grammar, Grammars
+from castalia.inference.grammar import Grammars
+from castalia.inference.options import Drawing, Options
+from castalia.inference.options import split as split_options
 from castalia.inference.sampling import Sampling
 from castalia.inference.token_texts import TokenTexts
 from castalia.inference.torch_engine import TorchEngine
@@ -25,48 +27,6 @@ from castalia.models import Decoder, ModelConfig
 
 BATCH_ROWS = 16
 """Prompts that are continued together; more are split. The KV cache grows with it."""
-
-
-class Drawing(TypedDict, total=False):
-    """Options of `generate` and its kin besides max_new_tokens; see `Sampling` and `Ending`."""
-
-    temperature: float
-    """Divides the logits; 0, the default, is greedy."""
-    top_k: int
-    """Draw from the k largest logits; 0 and -1 are off."""
-    top_p: float
-    """Then draw from the nucleus of this probability; 0 is off."""
-    min_p: float
-    """Then draw from tokens at least this many times as likely as the likeliest; 0 is off."""
-    repetition_penalty: float
-    """Above 1 avoids the tokens of prompt and text; 1 is off."""
-    presence_penalty: float
-    """Above 0 avoids the tokens of the text."""
-    frequency_penalty: float
-    """Above 0 avoids the tokens of the text, the more the more often they occur."""
-    logit_bias: Mapping[int, float]
-    """Added to the logits, by token id."""
-    allowed_token_ids: Sequence[int] | None
-    """The only ids that may be drawn."""
-    grammar: Grammar | None
-    """The form of the text, such as `model.grammars.json(schema)`."""
-    stop: str | Sequence[str] | None
-    """Strings that end the text; they are not part of it."""
-    stop_token_ids: Sequence[int]
-    """Token ids that end the text; they are not part of it."""
-    keep_stop: bool
-    """The stop string or token is part of the text after all."""
-    ignore_eos: bool
-    """The model's own `end_ids` do not end the text."""
-    min_tokens: int
-    """Nothing ends the text before it has this many tokens."""
-    skip_special: bool
-    """The names of special tokens are left out of the text."""
-    seed: int | None
-    """Makes the draws repeatable; an int64."""
-
-
-ENDINGS = tuple(field.name for field in fields(Ending))
 
 
 class LanguageModel:
@@ -146,48 +106,85 @@ class LanguageModel:
 
     @overload
     def generate(
-        self, prompt: list[str], max_new_tokens: int = ..., **options: Unpack[Drawing]
+        self,
+        prompt: str,
+        max_new_tokens: int = ...,
+        *,
+        num_return_sequences: int,
+        **options: Unpack[Drawing],
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str],
+        max_new_tokens: int = ...,
+        *,
+        num_return_sequences: int = ...,
+        **options: Unpack[Drawing],
     ) -> list[str]: ...
 
     def generate(
         self,
         prompt: str | list[str],
         max_new_tokens: int = 64,
+        *,
+        num_return_sequences: int | None = None,
         **options: Unpack[Drawing],
     ) -> str | list[str]:
         """The continuation of a prompt, or of each prompt of a list, without the prompt itself.
 
         `options` are those of `Drawing`. Greedy if temperature is 0. Else a token is drawn: the
-        logits are divided by the temperature, cut to the top_k largest, to the nucleus top_p, then
-        to the tokens that min_p leaves (0 turns each off); `seed` makes the draws repeatable. A
-        continuation ends at a token of `end_ids`, before a `stop` string, after max_new_tokens, or
-        at the model's limit. An empty prompt starts from `start_id`.
+        logits are divided by the temperature, cut to the top_k largest, to the nucleus top_p, to
+        the tokens that min_p leaves, then to the typical ones (0 turns each off); `seed` makes the
+        draws repeatable. num_beams above 1 is a beam search. A continuation ends at a token of
+        `end_ids`, before a `stop` string, after max_new_tokens, or at the model's limit. An empty
+        prompt starts from `start_id`. With num_return_sequences, every prompt gets as many texts,
+        drawn or the best of the beams, and the result is a list in which those of a prompt follow
+        one another.
         Warns   if the model's limit ended a text before max_new_tokens did.
         Raises  ConfigError if an option is out of range, a prompt is too long or has ids beyond
                 the vocabulary.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        done = self.complete(prompts, max_new_tokens, **options)
+        count = 1 if num_return_sequences is None else num_return_sequences
+        done = self.complete(prompts, max_new_tokens, num_return_sequences=count, **options)
         if any(completion.finish_reason == "context" for completion in done):
             limit = self.config.max_position_embeddings
             warnings.warn(f"a text ended at the model's limit of {limit} tokens", stacklevel=2)
         texts = [completion.text for completion in done]
-        return texts[0] if isinstance(prompt, str) else texts
+        return texts[0] if isinstance(prompt, str) and num_return_sequences is None else texts
 
     def complete(
         self,
         prompts: Sequence[str | Sequence[int]],
         max_new_tokens: int = 64,
+        *,
+        num_return_sequences: int = 1,
         **options: Unpack[Drawing],
     ) -> list[Completion]:
-        """As `generate`, for texts or ids, with text, tokens, finish reason and seconds of each."""
-        sampling, ending = self.split_options(options)
+        """As `generate`, for texts or ids: text, tokens, finish reason, seconds, score of each."""
+        sampling, ending, search = self.split_options(options, num_return_sequences)
         # All prompts are checked before the first one is read.
         texts = [self.continuation(prompt, max_new_tokens, ending) for prompt in prompts]
+        if search.num_beams > 1:
+            return self.searched(texts, sampling, search)
+        texts = [text.fork() for text in texts for _ in range(num_return_sequences)]
         for start in range(0, len(texts), BATCH_ROWS):
             batch = texts[start : start + BATCH_ROWS]
             continue_texts(self.engine, batch, sampling.after(start))
         return [text.completion() for text in texts]
+
+    def searched(
+        self, texts: Sequence[Continuation], sampling: Sampling, search: Search
+    ) -> list[Completion]:
+        """The best texts of each prompt by a beam search."""
+        done = []
+        together = max(1, BATCH_ROWS // search.num_beams)
+        for start in range(0, len(texts), together):
+            batch = texts[start : start + together]
+            done += search_texts(self.engine, batch, sampling.after(start), search)
+        return done
 
     def stream(
         self, prompt: str | Sequence[int], max_new_tokens: int = 64, **options: Unpack[Drawing]
@@ -195,9 +192,15 @@ class LanguageModel:
         """As `generate`, in pieces as they arrive: whole characters, no part of a stop string.
 
         The generator's value (`completion = yield from model.stream(...)`) is the Completion.
+        Raises  ConfigError as `generate`, and for a beam search.
         """
         # Checked here, not when the first piece is asked for.
-        sampling, ending = self.split_options(options)
+        sampling, ending, search = self.split_options(options)
+        if search.num_beams > 1:
+            raise ConfigError(
+                f"num_beams={search.num_beams} cannot be streamed: a beam search knows its text"
+                " only at the end; use complete"
+            )
         return streamed(self.engine, self.continuation(prompt, max_new_tokens, ending), sampling)
 
     @overload
@@ -207,24 +210,42 @@ class LanguageModel:
 
     @overload
     def generate_ids(
-        self, ids: Sequence[Sequence[int]], max_new_tokens: int = ..., **options: Unpack[Drawing]
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = ...,
+        *,
+        num_return_sequences: int,
+        **options: Unpack[Drawing],
+    ) -> list[list[int]]: ...
+
+    @overload
+    def generate_ids(
+        self,
+        ids: Sequence[Sequence[int]],
+        max_new_tokens: int = ...,
+        *,
+        num_return_sequences: int = ...,
+        **options: Unpack[Drawing],
     ) -> list[list[int]]: ...
 
     def generate_ids(
         self,
         ids: Sequence[int] | Sequence[Sequence[int]],
         max_new_tokens: int = 64,
+        *,
+        num_return_sequences: int | None = None,
         **options: Unpack[Drawing],
     ) -> list[int] | list[list[int]]:
         """As `generate`, from ids to ids, one list or a list of lists.
 
         The token that ends a text is not returned.
         """
-        if is_one(ids):
-            (done,) = self.complete([cast(Sequence[int], ids)], max_new_tokens, **options)
-            return done.tokens
-        prompts = cast(Sequence[Sequence[int]], ids)
-        return [done.tokens for done in self.complete(prompts, max_new_tokens, **options)]
+        one = is_one(ids)
+        prompts = cast(Sequence[Sequence[int]], [ids] if one else ids)
+        count = 1 if num_return_sequences is None else num_return_sequences
+        done = self.complete(prompts, max_new_tokens, num_return_sequences=count, **options)
+        made = [completion.tokens for completion in done]
+        return made[0] if one and num_return_sequences is None else made
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Logits after each token, over the padded vocabulary: T ids -> (T, V) float32.
@@ -289,24 +310,16 @@ class LanguageModel:
         """
         return Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
 
-    def split_options(self, options: Drawing) -> tuple[Sampling, Ending]:
-        """How tokens are drawn, and what ends a text.
+    def split_options(self, options: Drawing, num_return_sequences: int = 1) -> Options:
+        """How tokens are drawn, what ends a text, and how many texts a prompt gets.
 
         Raises  ConfigError if an option is out of range or two contradict each other.
         """
-        # One TypedDict for callers, two classes within: Ending's fields go to the text, the rest to
-        # the draw. An unknown name is Sampling's TypeError.
-        given: dict[str, Any] = dict(options)
-        ends = {name: given.pop(name) for name in ENDINGS if name in given}
-        stop = ends.get("stop")
-        ends["stop"] = [stop] if isinstance(stop, str) else list(stop or ())
-        ending = Ending(**ends)
-        sampling = Sampling(**given)
-        require_possible(sampling, ending)
-        self.require_ids(sampling.logit_bias, "logit_bias: id")
-        self.require_ids(sampling.allowed_token_ids or (), "allowed_token_ids: id")
-        self.require_ids(ending.stop_token_ids, "stop_token_ids: id")
-        return sampling, ending
+        split = split_options(options, num_return_sequences)
+        self.require_ids(split.sampling.logit_bias, "logit_bias: id")
+        self.require_ids(split.sampling.allowed_token_ids or (), "allowed_token_ids: id")
+        self.require_ids(split.ending.stop_token_ids, "stop_token_ids: id")
+        return split
 
     def continuation(
         self,
@@ -396,27 +409,3 @@ def is_plain(text: Continuation) -> bool:
     """Whether end-of-document tokens alone can end a text below its budget."""
     by_document = bool(text.ends) and set(text.ends.values()) == {"eod"}
     return by_document and not text.stream.stop and not text.min_tokens
-
-
-def require_possible(sampling: Sampling, ending: Ending) -> None:
-    """Raises  ConfigError if the options could leave no token to draw."""
-    if sampling.allowed_token_ids is not None and not sampling.allowed_token_ids:
-        raise ConfigError("allowed_token_ids is empty: no token could be drawn; leave it out")
-    if sampling.grammar is None:
-        if ending.min_tokens and sampling.allowed_token_ids is not None:
-            raise ConfigError(
-                "allowed_token_ids and min_tokens together may leave no token to draw; give one"
-            )
-        return
-    # A grammar ends a text itself, and asks for certain tokens on the way.
-    others = {
-        "allowed_token_ids": sampling.allowed_token_ids,
-        "min_tokens": ending.min_tokens,
-        "ignore_eos": ending.ignore_eos,
-    }
-    for name, value in others.items():
-        if value:
-            raise ConfigError(
-                f"{name} does not go with a text of a given form (JSON, a choice, a regular"
-                " expression, a grammar), which decides itself where it ends; give one of them"
-            )

@@ -22,8 +22,9 @@ LARGEST_SEED = 2**63 - 1
 class Sampling:
     """The distribution that the next token is drawn from.
 
-    The order is fixed: allowed ids and grammar, logit_bias, repetition_penalty, frequency_penalty
-    and presence_penalty (see steering.py); then logits / temperature, top-k, top-p, min-p, a draw.
+    The order is fixed, and that of transformers: logit_bias, repetition_penalty, frequency_penalty
+    and presence_penalty, bans (see steering.py); then logits / temperature, top-k, top-p, min-p,
+    typical-p, a draw.
     """
 
     temperature: float = 0.0
@@ -31,16 +32,20 @@ class Sampling:
     top_k: int = 0
     """Keep the k largest logits and those equal to the k-th; 0 and -1 keep all."""
     top_p: float = 0.0
-    """Keep the most likely tokens until their probabilities exceed p, the one that crosses p
-    included; 0 and 1 keep all."""
+    """Keep the fewest of the most likely tokens whose probabilities reach p; 0 and 1 keep all."""
     min_p: float = 0.0
     """Keep the tokens that are at least min_p times as likely as the likeliest; 0 keeps all."""
+    typical_p: float = 0.0
+    """Keep the tokens whose information is nearest to the entropy until their probabilities reach
+    p; 0 and 1 keep all."""
     repetition_penalty: float = 1.0
     """Divides positive logits, and multiplies negative ones, of the tokens in prompt and text."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of the tokens in the text, without the prompt."""
     frequency_penalty: float = 0.0
     """Subtracted from the same logits once for each time that the token occurs."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of this many tokens occurs twice in prompt and text; 0 allows it."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits, by token id."""
     allowed_token_ids: Sequence[int] | None = None
@@ -57,10 +62,11 @@ class Sampling:
             problems.append(f"temperature must be a number >= 0, got {self.temperature}")
         if self.top_k < -1:
             problems.append(f"top_k must be >= 0, got {self.top_k}")
-        if not 0 <= self.top_p <= 1:
-            problems.append(f"top_p must be from 0 to 1, got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            problems.append(f"min_p must be from 0 to 1, got {self.min_p}")
+        for name in ("top_p", "min_p", "typical_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(f"{name} must be from 0 to 1, got {getattr(self, name)}")
+        if self.no_repeat_ngram_size < 0:
+            problems.append(f"no_repeat_ngram_size must be >= 0, got {self.no_repeat_ngram_size}")
         if not 0.01 <= self.repetition_penalty <= 100:
             problems.append(
                 f"repetition_penalty must be from 0.01 to 100, got {self.repetition_penalty}"
@@ -86,6 +92,7 @@ class Sampling:
             self.repetition_penalty != 1
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
+            or self.no_repeat_ngram_size != 0
             or bool(self.logit_bias)
             or self.allowed_token_ids is not None
             or self.grammar is not None
@@ -109,31 +116,33 @@ def wrapped(seed: int) -> int:
     return (seed - SMALLEST_SEED) % 2**64 + SMALLEST_SEED
 
 
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
+def keep_top_k(logits: Tensor, k: int, fewest: int = 1) -> Tensor:
     """Logits (B, V) with -inf below the k-th largest of each row; those equal to it stay."""
-    if k <= 0 or k >= logits.shape[-1]:
+    k = max(k, fewest) if k > 0 else 0
+    if k == 0 or k >= logits.shape[-1]:
         return logits
     smallest = logits.topk(k).values[..., -1:]
     return logits.masked_fill(logits < smallest, float("-inf"))
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Logits (B, V) with -inf outside the nucleus: the fewest tokens whose probability exceeds p.
+def keep_top_p(logits: Tensor, p: float, fewest: int = 1) -> Tensor:
+    """Logits (B, V) with -inf outside the nucleus: the fewest tokens whose probabilities reach p.
 
-    Source  Holtzman et al. 2020, arXiv:1904.09751, section 3.1; the token that crosses p is kept.
+    Source  Holtzman et al. 2020, arXiv:1904.09751, equation 2.
     """
     if p <= 0 or p >= 1:
         return logits
     # Stable, so that equal logits stay in the order of their ids on every device.
     ordered, order = logits.sort(descending=True, stable=True)
     probs = ordered.softmax(-1)
-    # The mass before a token decides: the token that crosses p is still inside.
-    before = probs.cumsum(-1) - probs
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > p)
+    # The mass before a token decides: the token that reaches p is still inside.
+    outside = probs.cumsum(-1) - probs >= p
+    outside[..., :fewest] = False
+    dropped = torch.zeros_like(outside).scatter(-1, order, outside)
     return logits.masked_fill(dropped, float("-inf"))
 
 
-def keep_min_p(logits: Tensor, p: float) -> Tensor:
+def keep_min_p(logits: Tensor, p: float, fewest: int = 1) -> Tensor:
     """Logits (B, V) with -inf where a token is less than p times as likely as the likeliest.
 
     Source  Nguyen et al. 2024, arXiv:2407.01082, algorithm 1.
@@ -141,16 +150,51 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     if p <= 0:
         return logits
     # Of logits, not of probabilities: their ratio needs no softmax.
-    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(p), float("-inf"))
+    dropped = logits < logits.amax(-1, keepdim=True) + math.log(p)
+    if fewest > 1:
+        likeliest = logits.topk(min(fewest, logits.shape[-1])).indices
+        dropped.scatter_(-1, likeliest, False)
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def keep_typical_p(logits: Tensor, p: float, fewest: int = 1) -> Tensor:
+    """Logits (B, V) with -inf outside the typical set: the tokens whose information -log p(x) is
+    nearest to the entropy, as few as reach the mass p, and those as near as the last of them.
+
+    Source  Meister et al. 2022, arXiv:2202.00666, equation 11.
+    """
+    if p <= 0 or p >= 1:
+        return logits
+    logprobs = logits.log_softmax(-1)
+    probs = logprobs.exp()
+    # nansum: a token that is ruled out has 0 * -inf, whose limit is 0.
+    entropy = -(logprobs * probs).nansum(-1, keepdim=True)
+    distance = (-logprobs - entropy).abs()
+    nearest, order = distance.sort(stable=True)
+    short = probs.gather(-1, order).cumsum(-1) < p
+    last = short.sum(-1, keepdim=True).clamp_(max=logits.shape[-1] - 1)
+    outside = nearest > nearest.gather(-1, last)
+    outside[..., :fewest] = False
+    dropped = torch.zeros_like(outside).scatter(-1, order, outside)
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def warped(logits: Tensor, sampling: Sampling, fewest: int = 1) -> Tensor:
+    """Logits (B, V) / temperature, with -inf where a filter rules a token out: (B, V) float32.
+
+    Takes   fewest: tokens of a row that every filter keeps, whatever it says.
+    """
+    kept = logits.float() / sampling.temperature
+    # Top-k first: the nucleus is then that of the distribution which top-k leaves.
+    kept = keep_top_k(kept, sampling.top_k, fewest)
+    kept = keep_top_p(kept, sampling.top_p, fewest)
+    kept = keep_min_p(kept, sampling.min_p, fewest)
+    return keep_typical_p(kept, sampling.typical_p, fewest)
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities of the draw at a temperature above 0: logits (B, V) -> (B, V) float32."""
-    scaled = logits.float() / sampling.temperature
-    # Top-k first: the nucleus is then that of the distribution which top-k leaves. Min-p compares
-    # with the likeliest token, which both keep, so only its place before or after top-p matters.
-    kept = keep_top_p(keep_top_k(scaled, sampling.top_k), sampling.top_p)
-    return keep_min_p(kept, sampling.min_p).softmax(-1)
+    return warped(logits, sampling).softmax(-1)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:

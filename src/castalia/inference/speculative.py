@@ -21,7 +21,8 @@ from torch import Tensor
 from castalia.core.errors import ConfigError
 from castalia.inference.decoding import Completion, Continuation
 from castalia.inference.engine import Engine
-from castalia.inference.language_model import Drawing, LanguageModel
+from castalia.inference.language_model import LanguageModel
+from castalia.inference.options import Drawing
 from castalia.inference.sampling import Sampling, distribution
 from castalia.inference.steering import steering_of
 from castalia.inference.text import shared
@@ -227,19 +228,29 @@ def speculative_complete(
     *,
     draft: "LanguageModel | str",
     guesses: int = GUESSES,
+    num_return_sequences: int = 1,
     **options: object,
 ) -> list[tuple[Completion, GuessCounts]]:
     """As `LanguageModel.complete`, one prompt at a time, with the guesses of a draft.
 
     Takes   draft: a smaller model, or "lookup".
     Greedy text is that of `complete`. Drawn text has the same distribution, but not the same draws.
-    Raises  ConfigError if the draft has another vocabulary, `guesses` is not positive, or the
-            state of one of the models cannot be rewound.
+    Raises  ConfigError if the draft has another vocabulary, `guesses` is not positive, the state
+            of one of the models cannot be rewound, or a beam search is asked for.
     """
     require_draft(model, draft, guesses)
-    sampling, ending = model.split_options(Drawing(**options))  # type: ignore[typeddict-item]
+    sampling, ending, search = model.split_options(
+        Drawing(**options),  # type: ignore[typeddict-item]
+        num_return_sequences,
+    )
+    if search.num_beams > 1:
+        raise ConfigError(
+            f"num_beams={search.num_beams} does not go with a draft: guesses continue one text, not"
+            " several beams; give one of them"
+        )
     done = []
-    for place, prompt in enumerate(prompts):
+    repeated = [prompt for prompt in prompts for _ in range(num_return_sequences)]
+    for place, prompt in enumerate(repeated):
         text = model.continuation(prompt, max_new_tokens, ending)
         counts = GuessCounts()
         (generator,) = sampling.after(place).generators(1, model.engine.device)

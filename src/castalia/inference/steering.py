@@ -5,10 +5,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from castalia.core.errors import ConfigError
 from castalia.inference.decoding import Continuation
 from castalia.inference.sampling import Sampling
 
 BANNED = float("-inf")
+
+
+class NoTokenError(ConfigError):
+    """Every token is ruled out."""
 
 
 class Steering:
@@ -25,6 +30,7 @@ class Steering:
 
     def __init__(self, sampling: Sampling, text: Continuation) -> None:
         self.sampling = sampling
+        self.ids = text.ids
         self.prompt = set(text.ids)
         self.ends = sorted(text.ends)
         self.min_tokens = text.min_tokens
@@ -41,8 +47,10 @@ class Steering:
         logits = logits.float().clone()
         self.ban(logits, tokens)
         logits.index_add_(0, self.biased.to(logits.device), self.bias.to(logits.device))
-        # After the bias, as in vLLM.
+        # After the bias, as in transformers and vLLM.
         self.penalize(logits, tokens)
+        if self.sampling.no_repeat_ngram_size:
+            self.ban_repeats(logits, tokens)
         return logits
 
     def ban(self, logits: Tensor, tokens: Sequence[int]) -> None:
@@ -57,6 +65,21 @@ class Steering:
         if len(tokens) < self.min_tokens:
             logits[self.ends] = BANNED
 
+    def ban_repeats(self, logits: Tensor, tokens: Sequence[int]) -> None:
+        """Rule out the tokens that would end an n-gram of prompt and text once more, in place.
+
+        Raises  NoTokenError if no token is left.
+        """
+        size = self.sampling.no_repeat_ngram_size
+        repeats = followers([*self.ids, *tokens], size - 1)
+        logits[sorted(repeats)] = BANNED
+        # An argmax of nothing but -inf would be token 0.
+        if repeats and bool((logits == BANNED).all()):
+            raise NoTokenError(
+                f"no_repeat_ngram_size={size} leaves no token to continue with after"
+                f" {len(tokens)} new ones; choose a larger size or fewer tokens"
+            )
+
     def penalize(self, logits: Tensor, tokens: Sequence[int]) -> None:
         """Apply the penalties, in place."""
         sampling = self.sampling
@@ -68,6 +91,16 @@ class Steering:
         if tokens and (sampling.presence_penalty or sampling.frequency_penalty):
             ids, counts = torch.tensor(tokens, device=logits.device).unique(return_counts=True)
             logits[ids] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+
+
+def followers(ids: Sequence[int], count: int) -> set[int]:
+    """The tokens that came, anywhere in `ids`, after the last `count` of them."""
+    last = list(ids[len(ids) - count :])
+    if len(last) < count:
+        return set()
+    # The last place is the text's own end, which nothing follows yet.
+    places = range(len(ids) - count)
+    return {ids[at + count] for at in places if ids[at : at + count] == last}
 
 
 def steering_of(sampling: Sampling, text: Continuation) -> Steering | None:

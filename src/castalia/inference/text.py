@@ -1,6 +1,7 @@
 """Tokens to text as they arrive: whole characters, and nothing that may become a stop string."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """The decoder's character for bytes that do not form a whole character yet."""
@@ -47,6 +48,13 @@ class TextStream:
         self.released = 0
         """Number of characters of `text` that were returned."""
         self.stopped = False
+
+    def fork(self) -> "TextStream":
+        """A copy that goes on by itself."""
+        twin = copy(self)
+        # All else that changes are numbers and texts.
+        twin.tokens = list(self.tokens)
+        return twin
 
     def push(self, token: int) -> str:
         """Take one token; return the text that is certain now, which may be empty."""

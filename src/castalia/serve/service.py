@@ -12,7 +12,8 @@ from starlette.requests import Request
 
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer_forms import OtherTokenizer
-from castalia.inference.language_model import Drawing, LanguageModel
+from castalia.inference.language_model import LanguageModel
+from castalia.inference.options import Drawing
 from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
 from castalia.serve.conversation import chat_prompt
 from castalia.serve.limits import error_body
@@ -181,7 +182,7 @@ class Service:
             lambda: [encode(model, prompt, body, echo) for prompt in prompts]
         )
         options = await asyncio.to_thread(drawing_of, model, body, max_tokens)
-        sampling, ending = model.split_options(options)
+        sampling, ending, _ = model.split_options(options)
         loop = asyncio.get_running_loop()
         inbox = Inbox()
         texts: list[ServedText] = []
