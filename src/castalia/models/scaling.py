@@ -1,8 +1,14 @@
 """`RopeScaling`: the section of scaled rotary frequencies. Needs no torch."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from castalia.config.base import Config
 
@@ -37,6 +43,13 @@ class RopeScaling(Config):
     """yarn: the same in the divisor of attention_factor."""
     truncate: bool = True
     """yarn: round the bounds of the scaled dimensions to integers."""
+
+    @model_serializer(mode="wrap")
+    def serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what differs from the defaults: each kind reads a few of the fields."""
+        values: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        return {name: value for name, value in values.items() if value != fields[name].default}
 
     @model_validator(mode="after")
     def check(self) -> "RopeScaling":
