@@ -2,15 +2,20 @@
 
 import json
 import threading
+import time
 import typing
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
 
 from castalia.export import export
 from castalia.inference import LanguageModel, load
+from castalia.inference.beams import Search
+from castalia.inference.grammar import GrammarError
 from castalia.inference.sampling import Sampling
 
 pytest.importorskip("uvicorn")
@@ -25,7 +30,7 @@ from castalia.serve.conversation import chat_prompt
 from castalia.serve.fields import Only
 from castalia.serve.model_pool import ModelPool, ServeOptions
 from castalia.serve.requests import ChatRequest, CompletionRequest
-from castalia.serve.scheduler import Scheduler, ServedText, StreamEvent
+from castalia.serve.scheduler import Scheduler, ServedSearch, ServedText, StreamEvent
 
 PROMPT = "The naïve"
 TEMPLATE = """\
@@ -68,6 +73,9 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"frequency_penalty": 2}, {"frequency_penalty": 2.0}),
     ({"logit_bias": {"101": 50, "97": -5.5}}, {"logit_bias": {101: 50.0, 97: -5.5}}),
     ({"temperature": 2, "min_p": 0.1, "seed": -3}, {"temperature": 2.0, "min_p": 0.1, "seed": -3}),
+    ({"temperature": 2, "typical_p": 0.6, "seed": 3}, {"temperature": 2.0, "typical_p": 0.6,
+                                                      "seed": 3}),
+    ({"no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 2}),
     ({"temperature": 2, "top_k": -1, "seed": 2**63 - 1}, {"temperature": 2.0, "seed": 2**63 - 1}),
     ({"stop_token_ids": [119]}, {"stop_token_ids": [119]}),
     ({"stop": "own", "include_stop_str_in_output": True}, {"stop": "own", "keep_stop": True}),
@@ -101,6 +109,104 @@ def test_fields_are_honoured(server: LiveServer, speaker: LanguageModel) -> None
     assert "<|endoftext|>" in named and bare["text"] == named.replace("<|endoftext|>", "")
     assert "<|endoftext|>" not in bare["logprobs"]["tokens"]
     assert bare["logprobs"]["text_offset"][-1] == len(bare["text"]) - 1
+
+
+SEARCHES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"n": 2}, {"num_beams": 2, "num_return_sequences": 2}),
+    ({"best_of": 4, "length_penalty": 0.0, "early_stopping": True},
+     {"num_beams": 4, "length_penalty": 0.0, "early_stopping": True}),
+    ({"n": 2, "best_of": 3, "stop": "own", "repetition_penalty": 1.5, "early_stopping": "never"},
+     {"num_beams": 3, "num_return_sequences": 2, "stop": "own", "repetition_penalty": 1.5,
+      "early_stopping": "never"}),
+]  # fmt: skip
+
+
+def test_a_beam_search_is_that_of_the_model(server: LiveServer, speaker: LanguageModel) -> None:
+    """Among other texts, with log-probabilities, an echo and a chat."""
+    prompts = [PROMPT, "def tw"]
+    for fields, options in SEARCHES:
+        # Clients send temperature=1 that never ask for anything else.
+        body = {"prompt": prompts, "max_tokens": 16, "use_beam_search": True, "temperature": 1}
+        with ThreadPoolExecutor(3) as clients:
+            others = [
+                clients.submit(server.complete, prompt=PROMPT, max_tokens=24, temperature=0)
+                for _ in range(2)
+            ]
+            answer = clients.submit(server.complete, **body, **fields).result()
+        done = speaker.complete(prompts, 16, **options)
+        assert [choice["text"] for choice in answer["choices"]] == [one.text for one in done]
+        for other in others:
+            assert other.result()["choices"][0]["text"] == speaker.generate(PROMPT, 24)
+    asked = {"prompt": PROMPT, "max_tokens": 6, "use_beam_search": True, "n": 2, "logprobs": 1}
+    answer = server.complete(**asked, echo=True)
+    done = speaker.complete([PROMPT], 6, num_beams=2, num_return_sequences=2)
+    for choice, one in zip(answer["choices"], done, strict=True):
+        assert choice["text"] == PROMPT + one.text
+        scores = choice["logprobs"]["token_logprobs"][len(PROMPT.encode()) :]
+        assert len(scores) == 6
+        # The score is the mean, as length_penalty is 1.
+        assert one.score == pytest.approx(sum(scores) / 6, abs=1e-5)
+    assert answer["usage"]["completion_tokens"] == 12
+    message = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 6, "n": 2}
+    status, answer, _ = server.ask("/v1/chat/completions", {**message, "use_beam_search": True})
+    assert status == 200 and len(answer["choices"]) == 2
+    scored = server.complete(**{**asked, "max_tokens": 0}, echo=True)
+    assert [choice["text"] for choice in scored["choices"]] == [PROMPT] * 2
+    end = time.monotonic() + 20
+    while not server.idle():
+        assert time.monotonic() < end, "a search kept its slots"
+        time.sleep(0.01)
+
+
+def test_the_best_of_several_texts_are_the_likeliest(
+    server: LiveServer, speaker: LanguageModel
+) -> None:
+    drawn = {"prompt": PROMPT, "max_tokens": 8, "temperature": 1.8, "seed": 5}
+    whole = server.complete(**drawn, n=6, logprobs=0)
+    ranked = sorted(whole["choices"], key=lambda one: -mean(one["logprobs"]["token_logprobs"]))
+    best = server.complete(**drawn, n=2, best_of=6)
+    assert [one["text"] for one in best["choices"]] == [one["text"] for one in ranked[:2]]
+    assert [one["index"] for one in best["choices"]] == [0, 1]
+    assert best["choices"][0]["logprobs"] is None and ranked[0]["text"] != ranked[5]["text"]
+    # All tokens were generated, and all are counted.
+    assert best["usage"] == whole["usage"]
+    echoed = server.complete(**drawn, best_of=6, logprobs=0, echo=True)["choices"]
+    assert [one["text"] for one in echoed] == [PROMPT + ranked[0]["text"]]
+
+
+def test_a_search_that_fails_or_is_cancelled_frees_its_slots(talker: Path) -> None:
+    pytest.importorskip("llguidance")
+    model = load(talker)
+    events: list[StreamEvent] = []
+    done = threading.Semaphore(0)
+
+    def emit(event: StreamEvent) -> None:
+        events.append(event)
+        done.release()
+
+    def search(**options: Any) -> ServedSearch:
+        sampling = Sampling(**options)
+        texts = [
+            ServedText(model.continuation(PROMPT, 200), sampling, emit, model.config.vocab_size)
+            for _ in range(2)
+        ]
+        return ServedSearch(texts, Search(2, 2))
+
+    scheduler = Scheduler(model.engine, slots=3, length=256, most_waiting=9)
+    running = search()
+    # The second one waits for slots; it is cancelled while it does.
+    waiting = search()
+    scheduler.submit([running, waiting])
+    scheduler.cancel(waiting.texts)
+    scheduler.cancel(running.texts[:1])
+    # Behind its third token, this form is too large for the library.
+    scheduler.submit([search(grammar=model.grammars.regex("[a-z]{3}a{1000000}"))])
+    # Each of its two texts is told, and none of the cancelled ones.
+    for _ in range(2):
+        assert done.acquire(timeout=60)
+    scheduler.close()
+    assert [type(event.error) for event in events] == [GrammarError] * 2
+    assert not scheduler.searching and scheduler.batcher.free == 3 and scheduler.texts == 0
 
 
 SCHEMA = {
@@ -161,6 +267,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": [999]}, "stop_token_ids: id 999 is outside the vocabulary"),
     ({"min_tokens": 50}, "min_tokens is 50, above max_tokens=24"),
     ({"min_p": 2}, "min_p: Input should be less than or equal to 1"),
+    ({"typical_p": -1}, "typical_p: Input should be greater than or equal to 0"),
+    ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size: Input should be greater than"),
+    ({"use_beam_search": True, "n": 2, "stream": True}, "use_beam_search: a beam search knows its"),
+    ({"use_beam_search": True, "temperature": 0.7}, "draws no tokens; leave out temperature=0.7"),
+    (
+        {"use_beam_search": True},
+        "number of beams, n or best_of, must be from 2 to 4, the slots",
+    ),
+    ({"use_beam_search": True, "n": 5}, "the slots of this server; got 5"),
+    ({"length_penalty": 2}, "length_penalty: needs use_beam_search=true"),
+    ({"early_stopping": "never"}, "early_stopping: needs use_beam_search=true"),
+    (
+        {"use_beam_search": True, "n": 4, "guided_choice": ["a", "b"]},
+        "a beam search found 2 texts of 4: the options allow no more",
+    ),
     ({"repetition_penalty": 0}, "repetition_penalty: Input should be greater than"),
     ({"seed": 2**63}, "seed: Input should be less than or equal to 9223372036854775807"),
     ({"guided_regex": "["}, "the regular expression cannot be used"),
@@ -259,7 +380,7 @@ def test_what_is_not_supported_is_refused_by_name_and_passes_if_neutral(
         for one in field.metadata:
             if isinstance(one, Only):
                 refused[name] = one
-    assert len(refused) > 25
+    assert len(refused) > 20
     for name in refused:
         status, answer, _ = server.ask(path, {**body, name: {"some": "thing"}})
         assert status == 400 and answer["error"]["param"] == name, name

@@ -154,7 +154,10 @@ class TextMatcher:
         rest = list(tokens[common:])
         # A draft may guess on after the end of the text, where nothing is left to read.
         taken = self.matcher.try_consume_tokens(rest)
-        assert taken == len(rest) or self.matcher.is_stopped(), "a token that the form forbids"
+        if taken < len(rest) and not self.matcher.is_stopped():
+            # Every token came out of a mask of this form: the library gave up on the way, as it
+            # does with a beam of a form whose expressions are too many.
+            raise GrammarError("the form is too large to follow; make it simpler")
         self.read = list(tokens[: common + taken])
         self.matcher.unsafe_compute_mask_ptr(self.bits.data_ptr(), self.bits.nbytes)
         if self.matcher.is_error():

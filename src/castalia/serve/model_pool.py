@@ -154,7 +154,7 @@ class ModelPool:
         waiting = 0
         # A copy: another thread may load a model meanwhile.
         for loaded in list(self.loaded.values()):
-            running += len(loaded.scheduler.running)
+            running += loaded.scheduler.texts
             waiting += len(loaded.scheduler.waiting)
         return running, waiting
 

@@ -91,6 +91,16 @@ class SamplingBody(Body):
     min_p: float | None = Field(
         0, ge=0, le=1, description="Draw from tokens this many times as likely as the likeliest."
     )
+    typical_p: float | None = Field(
+        0,
+        ge=0,
+        le=1,
+        description="Draw from tokens of nearly average information with this probability together;"
+        " 0 and 1 draw from all.",
+    )
+    no_repeat_ngram_size: Count | None = Field(
+        0, description="No sequence of this many tokens occurs twice in prompt and text."
+    )
     repetition_penalty: float | None = Field(
         1.0, ge=0.01, le=100, description="Above 1 avoids the tokens of prompt and text."
     )
@@ -126,10 +136,17 @@ class SamplingBody(Body):
     request_id: str | None = Field(None, max_length=256, description="Part of the answer's id.")
     session_id: str | None = Field(None, description=LABEL)
 
+    use_beam_search: bool | None = Field(
+        False, description="The n best texts of a search with best_of beams, or n."
+    )
+    length_penalty: float | None = Field(
+        1.0, description="Power of the length that divides the score of a beam."
+    )
+    early_stopping: bool | Literal["never"] | None = Field(
+        False, description="End a beam search once as many texts as beams have ended."
+    )
+
     # What this server cannot do.
-    use_beam_search: Unsupported = None
-    length_penalty: Annotated[Any, Only(1)] = None
-    early_stopping: Unsupported = None
     bad_words: Annotated[Any, Only(instead=BIAS)] = None
     prompt_logprobs: Annotated[
         Any, Only(instead="use echo=true with logprobs in /v1/completions")
@@ -152,6 +169,33 @@ class SamplingBody(Body):
     ec_transfer_params: Unsupported = None
     vllm_xargs: Unsupported = None
     usage: Annotated[Any, Only(instead="use stream_options")] = None
+
+    @field_validator("use_beam_search")
+    @classmethod
+    def is_whole(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        """A search neither streams nor draws."""
+        if not value:
+            return value
+        if info.data.get("stream"):
+            raise ValueError("a beam search knows its texts only at the end; leave out stream")
+        temperature = info.data.get("temperature")
+        # 1 is what clients send that never ask for anything else.
+        if temperature not in (None, 0, 1):
+            raise ValueError(f"draws no tokens; leave out temperature={temperature}")
+        return value
+
+    @field_validator("length_penalty", "early_stopping")
+    @classmethod
+    def goes_with_a_search(cls, value: Any, info: ValidationInfo) -> Any:
+        """Alone, they would be dropped."""
+        if value not in (None, False, 1) and not info.data.get("use_beam_search"):
+            raise ValueError("needs use_beam_search=true")
+        return value
+
+    @property
+    def width(self) -> int:
+        """Texts that are generated for each prompt, or the beams of its search."""
+        return self.n or 1
 
     @property
     def usage_follows(self) -> bool:
@@ -201,17 +245,29 @@ class CompletionRequest(SamplingBody):
     max_tokens: Count | None = 16
     echo: bool | None = False
     logprobs: Annotated[Top | Literal[False] | None, AfterValidator(null_for_false)] = None
-    best_of: Positive | None = Field(None, description="Not supported: must be 1 or n.")
+    best_of: Positive | None = Field(
+        None, description="Generate this many texts for each prompt; answer with the n likeliest."
+    )
     suffix: Unsupported = None
     prompt_embeds: Unsupported = None
 
     @field_validator("best_of")
     @classmethod
-    def chooses_none(cls, value: int | None, info: ValidationInfo) -> int | None:
-        """A text is never chosen among several."""
-        if value not in (None, 1, info.data.get("n")):
-            raise ValueError("not supported by this server; ask for n texts and choose among them")
+    def chooses_among_several(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """There are at least n texts, and a stream cannot wait for the best of more."""
+        n = info.data.get("n") or 1
+        if value in (None, 1, n):
+            return value
+        if value < n:
+            raise ValueError(f"must be at least n={n}")
+        if info.data.get("stream"):
+            raise ValueError("the best texts are known only at the end; leave out stream")
         return value
+
+    @property
+    def width(self) -> int:
+        """See `SamplingBody`."""
+        return max(self.n or 1, self.best_of or 1)
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from castalia.inference.batching import Admission, Batcher
+from castalia.inference.beams import BeamSearch, Search
 from castalia.inference.decoding import Continuation, FinishReason
 from castalia.inference.engine import Engine
 from castalia.inference.sampling import Sampling
@@ -84,18 +85,81 @@ class ServedText:
     """Tokens not emitted yet."""
     submitted: float = field(default_factory=time.perf_counter)
 
+    @property
+    def texts(self) -> list["ServedText"]:
+        """The text itself, as of a job of several."""
+        return [self]
+
+    @property
+    def slots(self) -> int:
+        """Slots that it takes."""
+        return 1
+
     def record(self, logits: Tensor, token: int) -> None:
         """Keep a token drawn from logits (V,) for the next event."""
+        self.pending.append(self.scored(logits, token))
+
+    def scored(self, logits: Tensor, token: int) -> ScoredToken:
+        """A token drawn from logits (V,), with its log-probability if it is asked for."""
         if self.top is None:
-            self.pending.append(ScoredToken(token, None, []))
-        else:
-            self.pending += score(logits[None], [token], self.top, self.vocab_size)
+            return ScoredToken(token, None, [])
+        (scored,) = score(logits[None], [token], self.top, self.vocab_size)
+        return scored
 
     def emit_pending(self, text: str) -> None:
         """Emit `text` and the tokens drawn since the last event."""
         tokens = self.pending
         self.pending = []
         self.emit(StreamEvent(text, tokens, self.continuation.finish_reason))
+
+
+@dataclass(eq=False)
+class ServedSearch:
+    """A beam search, waiting or running; `texts` are the places of its answers, best first."""
+
+    texts: list[ServedText]
+    options: Search
+    search: BeamSearch | None = None
+    """None while it waits."""
+
+    @property
+    def continuation(self) -> Continuation:
+        """The prompt."""
+        return self.texts[0].continuation
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the client is gone."""
+        return any(text.cancelled for text in self.texts)
+
+    @property
+    def slots(self) -> int:
+        """Slots that it takes."""
+        return self.options.num_beams
+
+    def begin(self, device: torch.device) -> BeamSearch:
+        """The search itself, which begins now."""
+        first = self.texts[0]
+        (generator,) = first.sampling.generators(1, device)
+        self.search = BeamSearch(
+            first.continuation, first.sampling, self.options, generator, first.scored
+        )
+        return self.search
+
+    def deliver(self) -> None:
+        """Emit the answers of a search that is done.
+
+        Raises  the error of the search; ConfigError if there are fewer answers than places.
+        """
+        assert self.search is not None
+        for text, beam in zip(self.texts, self.search.answers(), strict=True):
+            text.continuation = beam.text
+            text.pending += beam.watched
+            text.emit_pending("".join(beam.text.pieces))
+
+
+Job = ServedText | ServedSearch
+"""What waits in the queue."""
 
 
 def score(logits: Tensor, tokens: Sequence[int], top: int, vocab_size: int) -> list[ScoredToken]:
@@ -124,9 +188,11 @@ class Scheduler:
         self.engine = engine
         self.most_waiting = most_waiting
         self.batcher = Batcher(engine, slots, length)
-        self.waiting: deque[ServedText] = deque()
+        self.waiting: deque[Job] = deque()
         self.running: dict[int, ServedText] = {}
         """Running texts by slot."""
+        self.searching: list[ServedSearch] = []
+        """Running searches."""
         self.changed = threading.Condition()
         self.closing = False
         self.seconds_per_text = 1.0
@@ -134,8 +200,13 @@ class Scheduler:
         self.thread = threading.Thread(target=self.work, name="castalia-scheduler", daemon=True)
         self.thread.start()
 
-    def submit(self, texts: list[ServedText]) -> None:
-        """Queue the texts of one request, all or none.
+    @property
+    def texts(self) -> int:
+        """Texts that are being generated."""
+        return len(self.running) + sum(len(job.texts) for job in self.searching)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue the texts and searches of one request, all or none.
 
         Raises  QueueFullError, StoppingError.
         """
@@ -143,11 +214,11 @@ class Scheduler:
             if self.closing:
                 raise StoppingError("the server is shutting down; retry when it is back")
             # An empty queue takes any request: one that exceeds the limit would never be served.
-            if self.waiting and len(self.waiting) + len(texts) > self.most_waiting:
+            if self.waiting and len(self.waiting) + len(jobs) > self.most_waiting:
                 rounds = len(self.waiting) / self.batcher.slots.count
                 seconds = max(1, round(rounds * self.seconds_per_text))
                 raise QueueFullError(len(self.waiting), seconds)
-            self.waiting.extend(texts)
+            self.waiting.extend(jobs)
             self.changed.notify()
 
     def cancel(self, texts: Iterable[ServedText]) -> None:
@@ -166,77 +237,94 @@ class Scheduler:
             self.thread.join()
 
     def work(self) -> None:
-        """The thread's loop: admit waiting texts, then advance all running ones by one token."""
+        """The thread's loop: admit waiting jobs, then advance all running ones by one token."""
         while (admitted := self.take()) is not None:
-            for text in admitted:
-                self.isolate([text], partial(self.score_prompt, text))
-            # Texts that only wanted their prompt scored are finished by now and need no slot.
-            unfinished = [text for text in admitted if text.continuation.finish_reason is None]
-            if unfinished:
-                self.isolate(unfinished, partial(self.admit, unfinished))
-            if self.running:
-                self.isolate(list(self.running.values()), self.step)
+            for job in admitted:
+                self.isolate([job], partial(self.score_prompt, job))
+            # Jobs that only wanted their prompt scored are finished by now and need no slot.
+            unfinished = [job for job in admitted if job.continuation.finish_reason is None]
+            texts = [job for job in unfinished if isinstance(job, ServedText)]
+            searches = [job for job in unfinished if isinstance(job, ServedSearch)]
+            if texts:
+                self.isolate(texts, partial(self.admit, texts))
+            if searches:
+                self.isolate(searches, partial(self.admit_searches, searches))
+            if self.running or self.searching:
+                self.isolate([*self.running.values(), *self.searching], self.step)
 
-    def take(self) -> list[ServedText] | None:
-        """The texts to admit now; blocks while idle. None once closed and drained."""
+    def take(self) -> list[Job] | None:
+        """The jobs to admit now; blocks while idle. None once closed and drained."""
         with self.changed:
             while True:
                 self.drop_cancelled()
-                if self.running or self.waiting:
+                if self.running or self.searching or self.waiting:
                     return self.choose()
                 if self.closing:
                     return None
                 self.changed.wait()
 
     def drop_cancelled(self) -> None:
-        """Remove cancelled texts from slots and queue."""
-        cancelled = [slot for slot, text in self.running.items() if text.cancelled]
-        for slot in cancelled:
-            self.batcher.evict(slot)
-            del self.running[slot]
-        self.waiting = deque(text for text in self.waiting if not text.cancelled)
+        """Remove cancelled jobs from slots and queue."""
+        running: list[Job] = [*self.running.values(), *self.searching]
+        self.abandon([job for job in running if job.cancelled])
+        self.waiting = deque(job for job in self.waiting if not job.cancelled)
 
-    def choose(self) -> list[ServedText]:
-        """Texts from the head of the queue that fit free slots and PREFILL_TOKENS."""
-        chosen: list[ServedText] = []
+    def choose(self) -> list[Job]:
+        """Jobs from the head of the queue that fit free slots and PREFILL_TOKENS."""
+        chosen: list[Job] = []
         tokens = 0
-        while self.waiting and len(chosen) < self.batcher.free:
+        free = self.batcher.free
+        # In order: a search that waits for slots is not overtaken for ever by single texts.
+        while self.waiting and self.waiting[0].slots <= free:
             tokens += len(self.waiting[0].continuation.ids)
             if chosen and tokens > PREFILL_TOKENS:
                 break
+            free -= self.waiting[0].slots
             chosen.append(self.waiting.popleft())
         return chosen
 
-    def isolate(self, texts: list[ServedText], action: Callable[[], None]) -> None:
-        """Run `action`; an exception ends its own texts and no others.
+    def isolate(self, jobs: Sequence[Job], action: Callable[[], None]) -> None:
+        """Run `action`; an exception ends its own jobs and no others.
 
         The thread must survive, else every later request would wait forever.
         """
         try:
             action()
         except Exception as error:
-            self.abandon(texts)
-            for text in texts:
-                text.continuation.finish_reason = text.continuation.finish_reason or "length"
-                text.emit(StreamEvent(error=error))
+            self.abandon(jobs)
+            for job in jobs:
+                self.fail(job, error)
 
-    def abandon(self, texts: list[ServedText]) -> None:
-        """Free the slots of failed texts."""
-        failed = {id(text.continuation) for text in texts}
+    def fail(self, job: Job, error: Exception) -> None:
+        """End the texts of a job with an error."""
+        for text in job.texts:
+            text.continuation.finish_reason = text.continuation.finish_reason or "length"
+            text.emit(StreamEvent(error=error))
+
+    def abandon(self, jobs: Sequence[Job]) -> None:
+        """Free the slots of jobs that failed or were cancelled."""
+        failed = {id(job.continuation) for job in jobs}
         slots = [
             slot for slot, running in self.batcher.running.items() if id(running.text) in failed
         ]
         for slot in slots:
-            del self.batcher.running[slot]
+            self.batcher.evict(slot)
             self.running.pop(slot, None)
+        for search in list(self.batcher.searches):
+            if id(search.text) in failed:
+                self.batcher.drop_search(search)
+        self.searching = [job for job in self.searching if job not in jobs]
 
-    def score_prompt(self, text: ServedText) -> None:
+    def score_prompt(self, job: Job) -> None:
         """Score the prompt if requested; finish a text that generates nothing."""
-        if text.score_prompt:
-            text.pending += self.scored_prompt(text)
-        if not text.continues:
-            text.continuation.finish_reason = "length"
-            text.emit_pending("")
+        first = job.texts[0]
+        if first.score_prompt:
+            scored = self.scored_prompt(first)
+            for text in job.texts:
+                text.pending += scored
+        if not first.continues:
+            first.continuation.finish_reason = "length"
+            first.emit_pending("")
 
     def admit(self, texts: list[ServedText]) -> None:
         """Read the prompts of `texts` into free slots, in one pass of the engine."""
@@ -255,14 +343,34 @@ class Scheduler:
                 self.running[slot] = text
             self.deliver(text, output, admission.error)
 
+    def admit_searches(self, jobs: list[ServedSearch]) -> None:
+        """Read the prompts of searches into free slots, in one pass of the engine."""
+        self.batcher.admit_searches([job.begin(self.engine.device) for job in jobs])
+        self.searching += jobs
+        self.deliver_searches()
+
     def step(self) -> None:
-        """Draw one more token for every running text."""
+        """Draw one more token for every running text and beam."""
         # A copy: the batcher forgets the texts that end in this step, and their errors with them.
         admissions = dict(self.batcher.running)
         for slot, output in self.batcher.step().items():
             self.deliver(self.running[slot], output, admissions[slot].error)
             if slot not in self.batcher.running:
                 del self.running[slot]
+        self.deliver_searches()
+
+    def deliver_searches(self) -> None:
+        """Emit the answers of the searches that are done, or their errors."""
+        for job in list(self.searching):
+            if job.search is None or not job.search.done:
+                continue
+            self.searching.remove(job)
+            try:
+                job.deliver()
+            except Exception as error:  # of this search, the other jobs go on
+                self.fail(job, error)
+            else:
+                self.average(job.texts[0])
 
     def deliver(self, text: ServedText, output: str, error: Exception | None) -> None:
         """Emit a step's output, or its error, and average the duration of finished texts."""
@@ -271,8 +379,12 @@ class Scheduler:
             return
         text.emit_pending(output)
         if text.continuation.finish_reason is not None:
-            duration = time.perf_counter() - text.submitted
-            self.seconds_per_text += AVERAGE_WEIGHT * (duration - self.seconds_per_text)
+            self.average(text)
+
+    def average(self, text: ServedText) -> None:
+        """Count a finished text in the average of durations."""
+        duration = time.perf_counter() - text.submitted
+        self.seconds_per_text += AVERAGE_WEIGHT * (duration - self.seconds_per_text)
 
     def scored_prompt(self, text: ServedText) -> list[ScoredToken]:
         """Each token of the prompt with its log-probability."""

@@ -13,15 +13,22 @@ from starlette.requests import Request
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.language_model import LanguageModel
-from castalia.inference.options import Drawing
+from castalia.inference.options import Options
 from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
 from castalia.serve.conversation import chat_prompt
+from castalia.serve.drawing import options_of
 from castalia.serve.limits import error_body
 from castalia.serve.metrics import ServerMetrics
 from castalia.serve.model_pool import LoadedModel, ModelPool, NoTemplateError
 from castalia.serve.protocol import Usage
 from castalia.serve.requests import ChatRequest, CompletionRequest, SamplingBody
-from castalia.serve.scheduler import ServedText, StoppingError, StreamEvent
+from castalia.serve.scheduler import (
+    Job,
+    ServedSearch,
+    ServedText,
+    StoppingError,
+    StreamEvent,
+)
 from castalia.serve.token_report import TokenReport
 
 DEFAULT_MAX_TOKENS = 16
@@ -56,12 +63,18 @@ class ActiveRequest:
 
     loaded: LoadedModel
     texts: list[ServedText]
+    jobs: list[Job]
+    """The same texts, those of a beam search together."""
     answer: AnswerFormat
     echoes: list[str]
     """The prompt repeated before each text; empty without `echo`."""
     inbox: Inbox
     prompt_tokens: int
     """Tokens of all prompts, each counted once for its `n` texts, as OpenAI does."""
+    drawn: int = 1
+    """Texts of each prompt."""
+    n: int = 1
+    """Texts of each prompt that are answered, the likeliest of them."""
     received: float = field(default_factory=time.perf_counter)
     outputs: list[CollectedText] = field(init=False)
     last_event: list[float] = field(init=False)
@@ -75,6 +88,26 @@ class ActiveRequest:
         """A fresh report of each text's tokens; None without log-probabilities."""
         pairs = zip(self.texts, self.echoes, strict=True)
         return [self.answer.report(text, echo) for text, echo in pairs]
+
+    def chosen(self) -> list[int]:
+        """The texts to answer with: of `best_of` the n of the highest log-probability a token."""
+        if self.drawn == self.n:
+            return list(range(len(self.texts)))
+        chosen: list[int] = []
+        for first in range(0, len(self.texts), self.drawn):
+            group = range(first, first + self.drawn)
+            chosen += sorted(group, key=self.mean_logprob, reverse=True)[: self.n]
+        return chosen
+
+    def mean_logprob(self, index: int) -> float:
+        """Log-probability of a text, in nats a token."""
+        text = self.texts[index]
+        tokens = self.outputs[index].tokens
+        if text.score_prompt:
+            tokens = tokens[len(text.continuation.ids) :]
+        scored = [token.logprob for token in tokens if token.logprob is not None]
+        # A prompt that is only scored has no text.
+        return sum(scored) / max(1, len(scored))
 
     def usage(self) -> Usage:
         """Token counts so far."""
@@ -168,44 +201,45 @@ class Service:
         score_prompt: bool = False,
         echo: bool = False,
     ) -> ActiveRequest:
-        """Encode the prompts and queue `n` texts for each."""
-        n = body.n or 1
+        """Encode the prompts and queue the texts of each."""
         capacity = loaded.scheduler.most_waiting
-        if len(prompts) * n > capacity:
+        if len(prompts) * body.width > capacity:
             raise ConfigError(
-                f"the request asks for {len(prompts) * n} texts, but at most {capacity} can wait;"
-                " split it"
+                f"the request asks for {len(prompts) * body.width} texts, but at most {capacity}"
+                " can wait; split it"
             )
         model = loaded.model
         # Long prompts take seconds to encode, and so do grammars: other requests must not wait.
         encoded = await asyncio.to_thread(
             lambda: [encode(model, prompt, body, echo) for prompt in prompts]
         )
-        options = await asyncio.to_thread(drawing_of, model, body, max_tokens)
-        sampling, ending, _ = model.split_options(options)
+        slots = loaded.scheduler.batcher.slots.count
+        options = await asyncio.to_thread(options_of, model, body, max_tokens, slots)
+        n = body.n or 1
+        # A search finds its n texts itself; of several drawn ones the best are chosen at the end.
+        drawn = n if options.search.num_beams > 1 else body.width
         loop = asyncio.get_running_loop()
         inbox = Inbox()
         texts: list[ServedText] = []
-        echoes: list[str] = []
-        # OpenAI's way to score a prompt: no token is generated, though a text has room for one.
-        scoring = max_tokens == 0
-        for ids, written in encoded:
-            for _ in range(n):
-                index = len(texts)
-                continuation = model.continuation(ids, max(1, max_tokens), ending, scoring=scoring)
-                text = ServedText(
-                    continuation=continuation,
-                    sampling=sampling.after(index),
-                    emit=sender(loop, inbox, index),
-                    vocab_size=model.config.vocab_size,
-                    top=answer.top,
-                    score_prompt=score_prompt,
-                    continues=not scoring,
-                )
-                texts.append(text)
-                echoes.append(written)
-        prompt_tokens = sum(len(text.continuation.ids) for text in texts[::n])
-        request = ActiveRequest(loaded, texts, answer, echoes, inbox, prompt_tokens)
+        jobs: list[Job] = []
+        for ids, _ in encoded:
+            group = []
+            for index in range(len(texts), len(texts) + drawn):
+                text = served_text(model, ids, max_tokens, options, index)
+                text.emit = sender(loop, inbox, index)
+                text.top = answer.top
+                # The choice among several goes by their log-probabilities.
+                if drawn > n and answer.top is None:
+                    text.top = 0
+                text.score_prompt = score_prompt
+                group.append(text)
+            texts += group
+            jobs += [ServedSearch(group, options.search)] if options.search.num_beams > 1 else group
+        echoes = [written for _, written in encoded for _ in range(drawn)]
+        prompt_tokens = sum(len(text.continuation.ids) for text in texts[::drawn])
+        request = ActiveRequest(
+            loaded, texts, jobs, answer, echoes, inbox, prompt_tokens, drawn=drawn, n=n
+        )
         await self.submit(request)
         self.metrics.prompt_tokens.inc(prompt_tokens)
         return request
@@ -217,12 +251,12 @@ class Service:
         closing, and the model is loaded again.
         """
         try:
-            request.loaded.scheduler.submit(request.texts)
+            request.loaded.scheduler.submit(request.jobs)
         except StoppingError:
             if self.pool.stopping:
                 raise
             request.loaded = await self.model(request.loaded.name)
-            request.loaded.scheduler.submit(request.texts)
+            request.loaded.scheduler.submit(request.jobs)
 
     async def events(self, request: ActiveRequest) -> AsyncIterator[tuple[int, StreamEvent]]:
         """All events of a request, each with the index of its text.
@@ -284,7 +318,14 @@ class Service:
             raise ClientLeftError
         gone.cancel()
         work.result()
-        return active.answer.whole(active.outputs, active.echoes, active.reports(), active.usage())
+        chosen = active.chosen()
+        reports = active.reports()
+        return active.answer.whole(
+            [active.outputs[index] for index in chosen],
+            [active.echoes[index] for index in chosen],
+            [reports[index] for index in chosen],
+            active.usage(),
+        )
 
     async def chunks(self, request: ActiveRequest) -> AsyncIterator[str]:
         """The answer as server-sent events; the last one is [DONE]."""
@@ -368,36 +409,21 @@ def require_no_added(model: LanguageModel, add_special_tokens: bool | None) -> N
         )
 
 
-def drawing_of(model: LanguageModel, body: SamplingBody, max_tokens: int) -> Drawing:
-    """The options of a request's texts; null takes OpenAI's default.
+def served_text(
+    model: LanguageModel, ids: list[int], max_tokens: int, options: Options, index: int
+) -> ServedText:
+    """Text `index` of a request, which nobody hears of yet.
 
-    Raises  ConfigError if the form of the text is not valid, or min_tokens is above max_tokens.
+    OpenAI's way to score a prompt is max_tokens=0: no token is generated.
     """
-    min_tokens = body.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise ConfigError(f"min_tokens is {min_tokens}, above max_tokens={max_tokens}")
-    form = body.form
-    bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-    return Drawing(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        repetition_penalty=body.repetition_penalty or 1.0,
-        presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
-        logit_bias=bias,
-        # An empty list asks for nothing, as in the other lists.
-        allowed_token_ids=body.allowed_token_ids or None,
-        grammar=None if form is None else form.compiled(model.grammars),
-        stop=body.stops,
-        stop_token_ids=body.stop_token_ids or [],
-        keep_stop=bool(body.include_stop_str_in_output),
-        ignore_eos=bool(body.ignore_eos),
-        min_tokens=min_tokens,
-        skip_special=bool(body.skip_special_tokens),
-        # None: each text draws with a random seed of its own.
-        seed=body.seed,
+    scoring = max_tokens == 0
+    continuation = model.continuation(ids, max(1, max_tokens), options.ending, scoring=scoring)
+    return ServedText(
+        continuation=continuation,
+        sampling=options.sampling.after(index),
+        emit=lambda event: None,
+        vocab_size=model.config.vocab_size,
+        continues=not scoring,
     )
 
 
