@@ -7,6 +7,7 @@ import pytest
 
 from castalia.config import flatten, read_yaml
 from castalia.config.neox import is_neox, override_hint, read_neox
+from castalia.config.neox_attention import OTHER_BLOCKS
 from castalia.config.neox_keys import (
     ALIASES,
     CHECKED,
@@ -72,6 +73,7 @@ def test_names_of_older_versions_are_classified():
         "bf16",
         "zero_optimization",
         "autotuning",
+        "sparsity_config",
     }
 
 
@@ -118,7 +120,10 @@ def test_the_70m_file_comes_out_as_it_was_trained():
 
 def test_silence_means_the_defaults_of_gpt_neox():
     flat = values_of()
+    assert flat["model.family"] == "neox"
     assert flat["model.activation"] == "gelu"
+    assert (flat["model.norm"], flat["model.layernorm_epsilon"]) == ("layernorm", 1e-5)
+    assert (flat["model.attention_bias"], flat["model.mlp_bias"]) == (True, True)
     assert flat["model.tie_word_embeddings"] is True
     assert flat["model.parallel_residual"] is False
     assert flat["model.rotary_pct"] == 1.0
@@ -204,7 +209,8 @@ def test_silence_means_the_defaults_of_gpt_neox():
         ({"allow_chopped": False}, "data.allow_chopped", False),
         ({"attention_config": [[["flash", "global"], "all"]]}, "model.num_layers", 2),
         ({"attention_config": ["flash", "flash"]}, "model.num_layers", 2),
-        ({"num_kv_heads": 4}, "model.num_attention_heads", 4),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "model.num_layers", 2),
+        ({"fp16_lm_cross_entropy": True}, "model.num_layers", 2),
         ({"optimizer": {"type": "cpu_adam", "params": {"lr": 0.5}}}, "optim.lr", 0.5),
         ({"checkpoint_factor": "None"}, "checkpoint.every", None),
         ({"exit_interval": 7}, "train.exit_every", 7),
@@ -249,21 +255,32 @@ def test_option(option, key, value):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        ({"pos_emb": "alibis"}, "unknown pos_emb 'alibis'; choose one of learned, rotary, sinus"),
+        ({"hidden-dropout": "low"}, "hidden-dropout in small.yml: expected a number, got 'low'"),
+        ({"norm": "rms"}, "unknown norm 'rms'; choose one of layernorm, te_layernorm, non_param"),
+        ({"activation": "swigle"}, "unknown activation 'swigle'; choose one of gelu, relu, soft"),
         (
-            {"pos_emb": "alibi"},
-            "pos_emb in small.yml: 'alibi' changes the results and is not honoured; write `pos_emb",
+            {"attention_config": [[["locals", "global"], "all"]]},
+            "unknown attention type locals in attention_config; choose one of global, flash, bigb",
         ),
-        ({"hidden_dropout": 0.1}, "hidden_dropout in small.yml: 0.1 changes the results"),
-        ({"hidden-dropout": 0.1}, "hidden-dropout in small.yml"),
-        ({"gpt_j_tied": True}, "gpt_j_tied in small.yml: True changes the results"),
-        ({"norm": "rmsnorm"}, "write `norm: layernorm`"),
-        (
-            {"activation": "swiglu"},
-            "unknown activation 'swiglu'; the only choice is gelu",
+        *(
+            (
+                {"attention_config": [[[kind], "all"]]},
+                f"attention type {kind} in attention_config: {name} layers are not supported yet",
+            )
+            for kind, name in OTHER_BLOCKS.items()
         ),
         (
-            {"attention_config": [[["local", "global"], "all"]]},
-            "unknown attention type local in attention_config; choose global or flash",
+            {"sparsity_config": {"blocks": 16}},
+            "sparsity_config.blocks in sparsity_config in small.yml: unknown key; did you mean",
+        ),
+        (
+            {"attention_type": "multiquery"},
+            "attention_type 'multiquery' is not an option of GPT-NeoX; write num_kv_heads",
+        ),
+        (
+            {"activation": "swiglu", "expansion_factor": 3.5},
+            "swiglu with 224 gives the first matrix twice 75 outputs and the second 74 inputs",
         ),
         (
             {"attention_config": [[["flash"], 3]]},
@@ -273,8 +290,7 @@ def test_option(option, key, value):
         ({"attention_config": [["flash", 12]]}, r"types of an item are a list: write .*'flash'.,"),
         ({"attention_config": [[[], "all"]]}, "expected a list of types, got .. in"),
         ({"attention_config": [[["flash"], -1]]}, "expected a count or all, got -1"),
-        ({"num_kv_heads": 2}, "num_kv_heads 2 changes the results"),
-        ({"moe_num_experts": 8}, "mixture-of-experts layers are not supported"),
+        ({"moe_num_experts": 8}, "mixture-of-experts layers are not supported yet"),
         (
             {"optimizer": {"type": "sm3", "params": {"lr": 1}}},
             "unknown optimizer.type 'sm3'",
@@ -295,7 +311,7 @@ def test_option(option, key, value):
             {"save_interval": 250, "checkpoint_factor": 500},
             "save_interval 250 is the old name of checkpoint_factor",
         ),
-        ({"init_method": "orthogonal"}, "unknown init_method 'orthogonal'; choose one of normal"),
+        ({"init_method": "orthogonals"}, "unknown init_method 'orthogonals'; choose one of normal"),
         ({"train_iters": "ten"}, "train_iters in small.yml: expected an integer, got 'ten'"),
         ({"num_workers": True}, "num_workers in small.yml: expected an integer, got True"),
         ({"no_weight_tying": 1}, "expected true or false, got 1"),
@@ -444,7 +460,7 @@ def test_a_method_that_never_updates_or_is_not_there():
 def test_each_refused_option_has_a_harmless_value_and_a_hint(name):
     option = REFUSED[name]
     assert option.harmless and option.hint
-    assert problems_of(**{name: option.harmless[0]} if name != "pos_emb" else {}) == []
+    assert problems_of(**{name: option.harmless[0]}) == []
     harmful = {"surely": "not this"}
     found = problems_of(**{name: harmful})
     assert any(option.hint in text for text in found), found
@@ -454,7 +470,7 @@ def test_each_refused_option_has_a_harmless_value_and_a_hint(name):
 def test_each_ignored_option_is_listed_once(name):
     reading = read(**{name: 1})
     assert reading.problems == []
-    assert reading.ignored == {WHY[name]: [name]} | {"set to what is done here anyway": ["pos_emb"]}
+    assert reading.ignored == {WHY[name]: [name]}
 
 
 def test_options_with_one_remedy_are_one_problem():
@@ -463,12 +479,6 @@ def test_options_with_one_remedy_are_one_problem():
     )
     assert len(found) == 1
     assert "like 2 more options of its kind" in found[0]
-
-
-def test_position_embedding_must_be_named_because_the_default_is_learned():
-    silent = {key: value for key, value in SMALL.items() if key != "pos_emb"}
-    (problem,) = read_neox({"a.yml": silent}).problems
-    assert "pos_emb is not given and GPT-NeoX's default is 'learned'" in problem.text
 
 
 def test_an_option_stands_in_one_file_only_in_either_spelling():
@@ -519,9 +529,9 @@ def test_over_a_preset_only_what_the_file_says_counts():
 
 
 def test_attention_types_are_checked_where_the_number_of_layers_is_a_presets():
-    options = {"attention_config": [[["local", "global"], "all"]]}
+    options = {"attention_config": [[["mamba", "global"], "all"]]}
     (problem,) = read_neox({"s.yml": options}, complete=False).problems
-    assert "unknown attention type local" in problem.text
+    assert "attention type mamba in attention_config: Mamba layers" in problem.text
 
 
 def test_batch_follows_the_number_of_processes():
@@ -620,5 +630,5 @@ def test_hints_for_names_of_gpt_neox():
     )
     assert override_hint("gas") == "gas: this is GPT-NeoX's name; here it is train.batch_size"
     assert "has no effect here (CUDA kernels and fusions)" in override_hint("rope_fusion")
-    assert "write 0; dropout is not supported" in override_hint("hidden_dropout")
+    assert "delete it; μP is not supported" in override_hint("use_mup")
     assert override_hint("nonsense") is None

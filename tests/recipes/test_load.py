@@ -299,9 +299,9 @@ def test_a_value_of_the_wrong_kind_is_one_problem(tmp_path):
 
 
 def test_problems_of_file_and_override_come_out_together(tmp_path):
-    file = write(tmp_path, "small.yml", SMALL_NEOX.replace("rotary", "alibi"))
+    file = write(tmp_path, "small.yml", SMALL_NEOX.replace("rotary", "alibis"))
     text = message_of(file, "optim.lrr=1")
-    assert text.startswith("2 problems") and "pos-emb" in text and "optim.lrr" in text
+    assert text.startswith("2 problems") and "pos_emb" in text and "optim.lrr" in text
 
 
 def test_the_published_12b_files(tmp_path):

@@ -1,61 +1,184 @@
-"""GPT-NeoX's and Pythia's published configs: each is read, or refused for the reason expected."""
+"""GPT-NeoX's and Pythia's published configs: each trains, or is refused for the reason expected."""
 
-import re
+import ast
+import math
+import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.recipes.published import REASONS, outcome, write_tokens
 
+from castalia.config.neox import read_neox
 from castalia.core.errors import ConfigError
 from castalia.recipes import resolve
 
 CONFIGS = Path(__file__).resolve().parents[3] / "shared" / "data" / "configs"
+CLONES = "CASTALIA_NEOX_CONFIGS"
+"""Environment variable with folders of clones of gpt-neox, pythia and online-data-mixing, `:`
+between them."""
 PARTIAL = (
     *("cpu_mock_config.yml", "docker_pythia-paths.yml", "eleutherai_cluster.yml"),
     *("local_setup.yml", "prof.yml", "slurm_local.json", "slurm_local.yml"),
-    "text_generation.yml",
+    *("text_generation.yml", "sparse.yml"),
 )
 """Files of GPT-NeoX without a model, which others name beside one with a model."""
 REFUSED = {
-    "neox__configs_125M-dmoe.yml": "mixture-of-experts layers are not supported",
-    "neox__configs_gmlp_small.yml": "unknown attention type gmlp",
-    "neox__configs_llama2_7B.yml": "write `norm: layernorm`",
-    "neox__configs_llama_7B.yml": "write `norm: layernorm`",
-    "neox__configs_llemma_7B.yml": "write `norm: layernorm`",
-    "neox__configs_mamba_mamba-130M.yml": "unknown attention type mamba",
-    "neox__configs_mistral_7B.yml": "every layer attends to the whole row",
-    "neox__configs_rwkv_170M.yml": "unknown attention type rwkv",
-    "neox__configs_sparse.yml": "unknown attention type local",
-    # Published with layers and heads exchanged, and without a comma.
-    "pythia__models_12B_pythia-12b-deduped.yml": "set model.num_layers=36",
-    "pythia__models_12B_pythia-12b.yml": "a comma is missing before this place",
+    "neox__configs_125M-dmoe.yml": "MoE",
+    "neox__configs_gmlp_small.yml": "gMLP",
+    "neox__configs_mamba_mamba-130M.yml": "Mamba",
+    "neox__configs_sparse.yml": "sparse attention",
+    "neox__configs_rwkv_170M.yml": "RWKV",
+    "pythia__models_12B_pythia-12b-deduped.yml": "fault of the file: layers and heads exchanged",
+    "pythia__models_12B_pythia-12b.yml": "fault of the file: a comma is missing",
 }
-BF16 = ("neox__configs_bf16_125M.yml", "neox__configs_pythia_1B.yml")
-"""Files that ask for bf16, the second in the way of GPT-NeoX v1.0."""
-pytestmark = pytest.mark.skipif(
-    not CONFIGS.is_dir(), reason="the published configs are not on this machine"
+FAMILIES = {
+    "neox__configs_llama2_7B.yml": "llama",
+    "neox__configs_llama_7B.yml": "llama",
+    "neox__configs_llemma_7B.yml": "llama",
+    "neox__configs_mistral_7B.yml": "mistral",
+}
+BF16 = (
+    "neox__configs_bf16_125M.yml",
+    "neox__configs_llemma_7B.yml",
+    "neox__configs_pythia_1B.yml",
 )
+"""Files that ask for bf16, the last in the way of GPT-NeoX v1.0."""
+FP32 = ("neox__configs_llama2_7B.yml", "neox__configs_llama_7B.yml", "neox__configs_mistral_7B.yml")
+"""Files that are named beside another, which has the precision."""
 
 
-def test_each_published_config_is_read_or_refused_with_its_reason():
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The token file, the label file, and the folder of the runs."""
+    folder = tmp_path_factory.mktemp("published")
+    return *write_tokens(folder), folder
+
+
+@pytest.mark.skipif(not CONFIGS.is_dir(), reason="the published configs are not on this machine")
+def test_each_published_config_trains_or_is_refused_with_its_reason(files):
     paths = sorted(CONFIGS.iterdir())
     assert len(paths) >= 50 and {path.name for path in paths} >= {*REFUSED, *BF16}
     for path in paths:
-        partial = path.name.removeprefix("neox__configs_") in PARTIAL
-        # A reason of its own is found beside a model too.
-        bases = ["pythia-70m"] if partial or "sparse" in path.name else []
-        try:
-            config = resolve([*bases, str(path)]).config
-        except ConfigError as error:
-            assert re.search(REFUSED[path.name], str(error)), str(error)
+        name = path.name
+        done = outcome(path, *files)
+        assert done.reason == REFUSED.get(name, ""), (name, done.reason)
+        if done.reason:
             continue
-        assert path.name not in REFUSED, path.name
-        expected = "bf16" if path.name in BF16 else "fp16"
-        assert config.precision == expected, path.name
+        assert len(done.losses) == 2 and all(map(math.isfinite, done.losses)), (name, done)
+        assert done.family == FAMILIES.get(name, "neox"), name
+        expected = "bf16" if name in BF16 else "fp32" if name in FP32 else "fp16"
+        assert done.precision == expected, name
         # Its published file has another precision than the released model.
-        corrected = "precision=bf16" in "".join(resolve([*bases, str(path)]).notes)
-        assert corrected == path.name.startswith("pythia__models_1B"), path.name
-        if partial:
+        corrected = "precision=bf16" in "".join(done.notes)
+        assert corrected == name.startswith("pythia__models_1B"), name
+        if name.removeprefix("neox__configs_") in PARTIAL:
             with pytest.raises(
                 ConfigError, match=r"no model in .*: name a preset or the file with"
             ):
                 resolve([str(path)])
+
+
+def clones() -> list[Path]:
+    """The folders that the environment names.
+
+    Skips the test if it names none.
+    """
+    named = os.environ.get(CLONES)
+    if not named:
+        pytest.skip(f"set {CLONES} to clones of gpt-neox, pythia and online-data-mixing")
+    return [Path(folder) for folder in named.split(":")]
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The files of a clone that configure a training."""
+    places = ("configs", "post-training", "models", "alon_configs")
+    found = [path for place in places for path in (folder / place).rglob("*")]
+    return sorted(path for path in found if path.suffix in (".yml", ".yaml", ".json"))
+
+
+@pytest.mark.slow
+def test_all_files_of_the_clones_train_or_are_refused_with_a_reason(files, capsys):
+    """Prints the table: a file a line, and the count of each reason."""
+    reasons: Counter[str] = Counter()
+    lines = []
+    for folder in clones():
+        for path in config_files(folder):
+            done = outcome(path, *files)
+            reasons[done.reason or "trained"] += 1
+            label = f"{folder.name}/{path.relative_to(folder)}"
+            said = done.reason
+            if not done.reason:
+                assert all(map(math.isfinite, done.losses)), label
+                said = f"{done.family} {done.precision} " + " ".join(
+                    f"{loss:.4f}" for loss in done.losses
+                )
+            lines.append(f"{label:75} {said}")
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+        for reason, count in reasons.most_common():
+            print(f"{count:4} {reason}")
+    assert set(reasons) <= {"trained", *REASONS.values()}
+    assert reasons["trained"] > 100
+
+
+@pytest.mark.slow
+def test_widths_are_those_of_gpt_neoxs_own_code():
+    """Its ParallelMLP is built with layers that only note their sizes."""
+    sources = [folder / "megatron" / "model" / "transformer.py" for folder in clones()]
+    (source,) = [path for path in sources if path.is_file()]
+    tree = ast.parse(source.read_text())
+    (mlp,) = [node for node in tree.body if getattr(node, "name", "") == "ParallelMLP"]
+    mlp.bases = []
+    for node in mlp.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            # Without its module there is nothing that super() could initialize.
+            node.body = node.body[1:]
+    names = {
+        "get_activation": lambda options: (None, options.activation in ("swiglu", "geglu")),
+        "get_parallel_linear": lambda options: (Sizes, Sizes),
+        "Gated_Activation": lambda *_: None,
+        "swiglu": None,
+    }
+    exec(compile(ast.Module([mlp], []), str(source), "exec"), names)
+    agreed = 0
+    for activation in ("gelu", "swiglu"):
+        for unit in (1, 2, 16, 256):
+            for width in (None, 96, 97, 98, 100, 101, 250, 256, 500, 512, 1000, 14336):
+                agreed += compare(names["ParallelMLP"], activation, unit, width)
+    assert agreed > 60
+
+
+class Sizes:
+    """A linear layer of GPT-NeoX's that has its sizes only."""
+
+    def __init__(self, *, input_size, output_size, **_):
+        self.input_size = input_size
+        self.output_size = output_size
+
+
+def compare(mlp, activation, unit, width):
+    """Whether GPT-NeoX can build this MLP; then its width must be ours, else ours a problem or a
+    note."""
+    options = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "activation": activation,
+        "mlp_multiple_of": unit,
+        "intermediate_size": width,
+        "train_micro_batch_size_per_gpu": 1,
+    }
+    reading = read_neox({"a.yml": options})
+    more = {"expansion_factor": None, "bias_gelu_fusion": False, "use_bias_in_mlp": True}
+    given = type("Options", (), options | more | {"use_flashattn_swiglu": False})
+    built = mlp(given, None, None, multiple_of=unit)
+    gated = activation == "swiglu"
+    outputs = built.linear1.output_size // (2 if gated else 1)
+    ours = reading.values["model"].get("intermediate_size", 4 * 64)
+    if outputs == built.linear2.input_size:
+        assert not reading.problems and ours == outputs, (options, ours, outputs)
+        return True
+    older = gated and ours == width
+    assert older or reading.problems, options
+    return False

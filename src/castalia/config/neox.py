@@ -17,8 +17,9 @@ from castalia.config.neox_keys import (
     WHY,
     Refused,
 )
+from castalia.config.neox_model import MODEL_RULES
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, wrong
-from castalia.config.neox_rules import MODEL_RULES
+from castalia.config.neox_rules import TRAINING_RULES
 from castalia.core.errors import nearest
 
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
@@ -107,12 +108,9 @@ def read_neox(
     for name, option in HONOURED.items():
         if option.plain and (options.has(name) or (complete and option.default is not None)):
             options.put(out, option.path, options[name], name)
-    for keys, rule in [*MODEL_RULES, *FILE_RULES]:
+    for keys, rule in [*MODEL_RULES, *TRAINING_RULES, *FILE_RULES]:
         if complete or any(options.has(key) for key in keys):
             rule(options, out)
-    # Over a preset, options that no file names are the preset's and not GPT-NeoX's.
-    if complete:
-        refuse_defaults(options, out)
     return out
 
 
@@ -204,16 +202,6 @@ def report_refused(out: NeoxReading) -> None:
         if more:
             others = f", like {more} more option{'s' if more > 1 else ''} of its kind"
         wrong(out, f"{where}: {value} changes the results and is not honoured{others}; {hint}")
-
-
-def refuse_defaults(options: NeoxOptions, out: NeoxReading) -> None:
-    """Record a problem for each missing option whose default in GPT-NeoX is refused."""
-    for name, option in REFUSED.items():
-        if name not in options.given and option.default not in (None, *option.harmless):
-            wrong(
-                out,
-                f"{name} is not given and GPT-NeoX's default is {option.default!r}; {option.hint}",
-            )
 
 
 def brief(value: Any) -> str:

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from castalia.config.neox_keys import WHY
-from castalia.config.neox_reading import NeoxOptions, NeoxReading, note, wrong
-from castalia.config.neox_rules import OptionRule
+from castalia.config.neox_reading import NeoxOptions, NeoxReading, OptionRule, note, wrong
 from castalia.config.neox_tokenizer import vocabulary
 
 MIXERS = {"smoothed_mean": "odm-repo", "exp3": "exp3", "naive_validation": "naive-validation"}

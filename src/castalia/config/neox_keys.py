@@ -31,8 +31,6 @@ class Refused(NamedTuple):
     """Values that change nothing."""
     hint: str
     """What to do about it."""
-    default: Any = None
-    """GPT-NeoX's value for a file that does not name it; only pos_emb's is not harmless."""
 
 
 HONOURED: dict[str, Honoured] = {
@@ -40,12 +38,24 @@ HONOURED: dict[str, Honoured] = {
     "hidden_size": Honoured("model.hidden_size", "int", plain=True),
     "num_attention_heads": Honoured("model.num_attention_heads", "int", plain=True),
     "max_position_embeddings": Honoured("model.max_position_embeddings", "int", plain=True),
+    "num_kv_heads": Honoured("model.num_kv_heads", "int"),
+    "pos_emb": Honoured("model.pos_emb", "str", "learned"),
+    "opt_pos_emb_offset": Honoured("model.learned_offset", "int", 0),
+    "rpe_num_buckets": Honoured("model.rpe_num_buckets", "int", 32),
+    "rpe_max_distance": Honoured("model.rpe_max_distance", "int", 128),
     "rotary_pct": Honoured("model.rotary_pct", "number", 1.0, plain=True),
     "rotary_emb_base": Honoured("model.rotary_emb_base", "number", 10000, plain=True),
     "gpt_j_residual": Honoured("model.parallel_residual", "bool", False, plain=True),
+    "gpt_j_tied": Honoured("model.shared_norm", "bool", False),
+    "use_qk_layernorm": Honoured("model.qk_norm", "bool", False),
     "use_bias_in_attn_linear": Honoured("model.attention_bias", "bool", True, plain=True),
     "use_bias_in_mlp": Honoured("model.mlp_bias", "bool", True, plain=True),
-    "layernorm_epsilon": Honoured("model.layernorm_epsilon", "number", 1e-5, plain=True),
+    "norm": Honoured("model.norm", "str", "layernorm"),
+    "layernorm_epsilon": Honoured("model.layernorm_epsilon", "number", 1e-5),
+    "rms_norm_epsilon": Honoured("model.layernorm_epsilon", "number", 1e-8),
+    "scalenorm_epsilon": Honoured("model.layernorm_epsilon", "number", 1e-8),
+    "hidden_dropout": Honoured("model.hidden_dropout", "number", 0.0),
+    "attention_dropout": Honoured("model.attention_dropout", "number", 0.0),
     "init_method_std": Honoured("model.init_method_std", "number", 0.02, plain=True),
     "init_method": Honoured("model.init_method", "str", "normal"),
     "output_layer_init_method": Honoured("model.output_layer_init_method", "str", "scaled_normal"),
@@ -55,7 +65,12 @@ HONOURED: dict[str, Honoured] = {
     "mlp_multiple_of": Honoured("model.intermediate_size", "int", 1),
     "activation": Honoured("model.activation", "str", "gelu"),
     "bias_gelu_fusion": Honoured("model.activation", "bool", False),
-    "attention_config": Honoured("model.num_layers", "list"),
+    "te_layernorm_mlp": Honoured("model.activation", "bool", False),
+    "attention_config": Honoured("model.attention_config", "list"),
+    "sparsity_config": Honoured("model.sparsity_config", "dict"),
+    "sliding_window_width": Honoured("model.sliding_window", "int"),
+    # A name that configs/llemma/34B.yml has of a fork; no GPT-NeoX knows it.
+    "attention_type": Honoured("model.num_kv_heads", "str"),
     "make_vocab_size_divisible_by": Honoured("model.make_vocab_size_divisible_by", "int", 128),
     "model_parallel_size": Honoured("parallel.tp", "int", 1),
     "pipe_parallel_size": Honoured("parallel.pp", "int", 0),
@@ -149,32 +164,12 @@ NO_PAIRS = (
 OTHER_REWARDS = (
     "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
 )
-NO_MOE = "delete it: mixture-of-experts layers are not supported; every layer is dense"
+NO_MOE = "mixture-of-experts layers are not supported yet; delete it, and every layer is dense"
 
 REFUSED: dict[str, Refused] = {
     "validation_based_reward": Refused(OFF, OTHER_REWARDS),
     "batch_normalized_reward": Refused(OFF, OTHER_REWARDS),
     "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
-    "pos_emb": Refused(
-        ("rotary",),
-        "write `pos_emb: rotary`; other position embeddings are not supported",
-        "learned",
-    ),
-    "opt_pos_emb_offset": Refused(
-        (0, None), "delete it; it belongs to learned position embeddings"
-    ),
-    "norm": Refused(
-        ("layernorm", "te_layernorm", None),
-        "write `norm: layernorm`; other norms are not supported",
-    ),
-    "gpt_j_tied": Refused(
-        OFF, "delete it; with gpt_j_residual each branch has its own norm, as in Pythia"
-    ),
-    "use_qk_layernorm": Refused(OFF, "delete it; queries and keys are not normalized here"),
-    "sliding_window_width": Refused((None,), "delete it; every layer attends to the whole row"),
-    "hidden_dropout": Refused((0, None), "write 0; dropout is not supported"),
-    "attention_dropout": Refused((0, None), "write 0; dropout is not supported"),
-    "fp16_lm_cross_entropy": Refused(OFF, "delete it; the loss is computed in fp32"),
     "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not supported"),
     "te_fp8_mha": Refused(OFF, "delete it; fp8 is not supported; precision is fp32, bf16 or fp16"),
     "use_mup": Refused(OFF, "delete it; μP is not supported"),
@@ -195,10 +190,12 @@ REFUSED: dict[str, Refused] = {
         (*OFF, {}, {"enabled": False}), "delete it; any run resumes on another world size"
     ),
     "data_types": Refused(
-        (None, {}, {"grad_accum_dtype": "fp32"}), "delete it; gradients are summed in fp32"
+        (None, {}, *({"grad_accum_dtype": name} for name in ("fp32", "bf16", "fp16"))),
+        "delete it; gradients are summed in fp32",
     ),
     "train_impl": Refused(
-        ("normal", None), "write `normal`; DPO, KTO, reward models and REINFORCE are not supported"
+        ("normal", None),
+        "DPO, KTO, reward models and REINFORCE are not supported yet; write `normal`",
     ),
     "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
     "data_impl": Refused(
@@ -222,13 +219,13 @@ IGNORED: dict[str, str] = {
         scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion
         layernorm_fusion rmsnorm_fusion rope_fusion fused_kernels_build_path use_flashattn_swiglu
         mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion
-        te_columnparallel te_rowparallel te_layernorm_mlp te_mha te_fp8_format te_fp8_wgrad
+        te_columnparallel te_rowparallel te_mha te_fp8_format te_fp8_wgrad
         te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin onnx_safe
         output_layer_parallelism rotary_save_freqs_buffer""",
     "arithmetic that is the same or better here": """
         apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_allreduce prescale_gradients
         gradient_predivide_factor sparse_gradients communication_data_type
-        use_cpu_initialization""",
+        use_cpu_initialization fp16_lm_cross_entropy""",
     "placement in memory and on devices": """
         pipe_partition_method sequence_parallel activation_checkpointing
         deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu
@@ -263,7 +260,6 @@ IGNORED: dict[str, str] = {
         use_bias_in_norms num_unique_layers param_sharing_style mup_attn_temp mup_output_temp
         short_seq_prob moe_lbl_in_fp32""",
     "belongs to an option that is not in use": """
-        rms_norm_epsilon scalenorm_epsilon rpe_num_buckets rpe_max_distance sparsity_config
         gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
         dim_att head_size ffn_dim weight_server_port online_dataserver_ips online_dataserver_ports
         dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight
@@ -288,11 +284,8 @@ IGNORED: dict[str, str] = {
 WHY = {name: reason for reason, names in IGNORED.items() for name in names.split()}
 """Ignored option -> the reason."""
 
-CHECKED = {
-    "num_kv_heads": "model.num_attention_heads",
-    "deepspeed_extra_args": "",
-}
-"""Options that must agree with another option; a rule checks each."""
+CHECKED = ("deepspeed_extra_args",)
+"""Options that a rule checks and that set nothing."""
 
 NESTED_HONOURED = {
     "optimizer": "type params",
@@ -302,10 +295,15 @@ NESTED_HONOURED = {
     "bf16": "enabled type",
     "zero_optimization": "stage",
     "autotuning": "enabled",
+    "sparsity_config": """
+        block different_layout_per_head num_local_blocks num_global_blocks
+        num_different_global_patterns num_random_blocks num_sliding_window_blocks
+        local_window_blocks global_block_indices global_block_end_indices""",
 }
 """Honoured keys inside DeepSpeed's dictionaries."""
 
 NESTED_IGNORED = {
+    "sparsity_config": "",
     "autotuning": """
         arg_mappings mp_size results_dir exps_dir overwrite metric metric_path start_profile_step
         end_profile_step fast max_train_batch_size num_tuning_micro_batch_sizes

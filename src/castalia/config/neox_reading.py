@@ -1,6 +1,7 @@
 """Input and output of reading GPT-NeoX files: options, and the values, notes and problems they
 give."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -79,3 +80,7 @@ class NeoxOptions:
         place[last] = value
         if given:
             out.origins[path] = self.origins[given[0]]
+
+
+OptionRule = Callable[[NeoxOptions, NeoxReading], None]
+"""Reads a group of options, and sets what they mean."""

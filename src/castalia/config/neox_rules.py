@@ -1,131 +1,16 @@
-"""Rules for GPT-NeoX options that are not plain copies: one a group of options."""
+"""Rules for GPT-NeoX options about training: layout, batch, optimizer, schedule, launching."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from castalia.config.neox_keys import HONOURED
 from castalia.config.neox_precision import precision
-from castalia.config.neox_reading import NeoxOptions, NeoxReading, note, wrong
+from castalia.config.neox_reading import NeoxOptions, NeoxReading, OptionRule, note, wrong
 
-INITS = ("normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init")
-ATTENTION = ("global", "flash")
-"""Attention types that compute full causal attention; only their kernels differ."""
 ADAM_NAMES = ("adam", "adamw", "cpu_adam")
 """Optimizer types that are AdamW: the fused Adam of apex and of DeepSpeed decouples weight
 decay."""
-
-
-def mlp_width(o: NeoxOptions, out: NeoxReading) -> None:
-    """intermediate_size, or int(expansion_factor * hidden_size), or 4 * hidden_size."""
-    if o.has("intermediate_size") and o.has("expansion_factor"):
-        wrong(out, "intermediate_size and expansion_factor are both given; keep one")
-    if not o.has("hidden_size"):
-        return
-    hidden = o["hidden_size"]
-    unit = 2 * max(1, o["mlp_multiple_of"])
-    width = o["intermediate_size"] or int((o["expansion_factor"] or 4) * hidden)
-    if width % unit and o["activation"] == "gelu":
-        wrong(
-            out,
-            f"intermediate_size {width} is not divisible by 2 * mlp_multiple_of = {unit}",
-        )
-    # The default stays null, so that the width follows hidden_size in an override.
-    if width != 4 * hidden:
-        o.put(out, "model.intermediate_size", width, "intermediate_size", "expansion_factor")
-
-
-def activation(o: NeoxOptions, out: NeoxReading) -> None:
-    """bias_gelu_fusion computes the tanh approximation; otherwise GELU is exact."""
-    if o["activation"] != "gelu":
-        wrong(
-            out,
-            f"unknown activation {o['activation']!r}; the only choice is gelu",
-        )
-    o.put(
-        out,
-        "model.activation",
-        "gelu_tanh" if o["bias_gelu_fusion"] else "gelu",
-        "bias_gelu_fusion",
-        "activation",
-    )
-
-
-def start_weights(o: NeoxOptions, out: NeoxReading) -> None:
-    """The two initializations; their defaults are normal and scaled_normal."""
-    for name in ("init_method", "output_layer_init_method"):
-        if o[name] not in INITS:
-            wrong(out, f"unknown {name} {o[name]!r}; choose one of {', '.join(INITS)}")
-        else:
-            o.put(out, f"model.{name}", o[name], name)
-
-
-def tying(o: NeoxOptions, out: NeoxReading) -> None:
-    """Tied unless no_weight_tying."""
-    o.put(out, "model.tie_word_embeddings", not o["no_weight_tying"], "no_weight_tying")
-
-
-def attention(o: NeoxOptions, out: NeoxReading) -> None:
-    """attention_config must expand to full attention in every layer."""
-    config = o["attention_config"]
-    if config is None:
-        return
-    try:
-        items = attention_items(config)
-    except ValueError as error:
-        wrong(out, f"attention_config {config!r}: {error}")
-        return
-    other = sorted({str(kind) for types, _ in items for kind in types} - set(ATTENTION))
-    if other:
-        wrong(
-            out,
-            f"unknown attention type {', '.join(other)} in attention_config;"
-            f" choose {' or '.join(ATTENTION)}",
-        )
-    # Over a preset the number of layers is not known here; the types say all that matters.
-    layers = o["num_layers"]
-    if layers is None:
-        return
-    given = 0
-    for types, count in items:
-        given += len(types) * (layers // len(types) if count is None else count)
-    if given != layers:
-        wrong(
-            out,
-            f"attention_config is for {given} layers, num_layers is {layers}",
-            "model.num_layers",
-        )
-
-
-def attention_items(config: list[Any]) -> list[tuple[list[Any], int | None]]:
-    """The items of attention_config: attention types and how often they repeat, None for `all`.
-
-    Raises  ValueError saying which item is wrong and how it would be right.
-    """
-    if config and all(isinstance(item, str) for item in config):
-        return [(config, 1)]
-    items: list[tuple[list[Any], int | None]] = []
-    for item in config:
-        if not isinstance(item, list) or len(item) != 2:
-            raise ValueError(f"expected [[type, ...], count] or [[type, ...], all], got {item!r}")
-        types, count = item
-        if isinstance(types, str):
-            # A text is a sequence of letters, each of which would be taken for a type.
-            raise ValueError(f"the types of an item are a list: write {[[types], count]!r}")
-        if not isinstance(types, list) or not types:
-            raise ValueError(f"expected a list of types, got {types!r} in {item!r}")
-        if count != "all" and not str(count).isdigit():
-            raise ValueError(f"expected a count or all, got {count!r} in {item!r}")
-        items.append((types, None if count == "all" else int(count)))
-    return items
-
-
-def key_heads(o: NeoxOptions, out: NeoxReading) -> None:
-    """Refuse grouped-query attention: a GPT-NeoX model has as many key heads as query heads."""
-    heads = o.given.get("num_kv_heads")
-    if heads not in (None, o["num_attention_heads"]):
-        wrong(out, f"num_kv_heads {heads} changes the results and is not honoured; delete it")
 
 
 def parallel(o: NeoxOptions, out: NeoxReading) -> None:
@@ -370,14 +255,7 @@ def launching(o: NeoxOptions, out: NeoxReading) -> None:
         o.put(out, "launch.ssh_check", not o["no_ssh_check"], "no_ssh_check")
 
 
-OptionRule = Callable[[NeoxOptions, NeoxReading], None]
-MODEL_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
-    (("intermediate_size", "expansion_factor", "mlp_multiple_of", "hidden_size"), mlp_width),
-    (("activation", "bias_gelu_fusion"), activation),
-    (("init_method", "output_layer_init_method"), start_weights),
-    (("no_weight_tying",), tying),
-    (("attention_config",), attention),
-    (("num_kv_heads",), key_heads),
+TRAINING_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("model_parallel_size", "pipe_parallel_size"), parallel),
     (("zero_optimization",), zero),
     (("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), batch),

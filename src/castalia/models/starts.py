@@ -15,9 +15,17 @@ if TYPE_CHECKING:
 
 Start = Callable[[tuple[int, ...], "Generator"], "Tensor"]
 Init = Literal[
-    "normal", "scaled_normal", "single_residual_scaled_normal", "small_init", "wang_init"
+    "normal",
+    "scaled_normal",
+    "single_residual_scaled_normal",
+    "small_init",
+    "wang_init",
+    "orthogonal",
+    "scaled_orthogonal",
+    "xavier_uniform",
+    "xavier_normal",
 ]
-"""GPT-NeoX's names of normal distributions; see `init_std`."""
+"""GPT-NeoX's names of start distributions; see `drawn`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,40 @@ class Normal:
         import torch
 
         return torch.randn(shape, generator=generator).mul_(self.std)
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """Rows or columns, whichever are fewer, of norm `gain` at right angles to each other.
+
+    Source  Saxe et al. 2013, arXiv:1312.6120.
+    """
+
+    gain: float
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Draw a matrix."""
+        import torch
+
+        matrix = torch.empty(shape)
+        return torch.nn.init.orthogonal_(matrix, self.gain, generator=generator)
+
+
+@dataclass(frozen=True)
+class Xavier:
+    """Mean 0 and variance 2 / (inputs + outputs), uniform or normal.
+
+    Source  Glorot and Bengio 2010.
+    """
+
+    uniform: bool
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Draw a matrix."""
+        import torch
+
+        draw = torch.nn.init.xavier_uniform_ if self.uniform else torch.nn.init.xavier_normal_
+        return draw(torch.empty(shape), generator=generator)
 
 
 @dataclass(frozen=True)
@@ -50,18 +92,26 @@ ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 
 
-def init_std(method: Init, width: int, layers: int, std: float) -> float:
-    """Standard deviation of the normal distribution that `method` names; L layers, h wide, s = std.
+def drawn(method: Init, width: int, layers: int, std: float) -> Start:
+    """The start that `method` names, of a model L layers deep and h wide, with s = std.
 
-    normal s, scaled_normal s / sqrt(2L), single_residual_scaled_normal s / sqrt(L),
-    small_init sqrt(2 / 5h), wang_init 2 / (L sqrt(h)).
+    Normal with deviation: normal s, scaled_normal s / sqrt(2L), single_residual_scaled_normal
+    s / sqrt(L), small_init sqrt(2 / 5h), wang_init 2 / (L sqrt(h)). Orthogonal with gain:
+    orthogonal sqrt(2), scaled_orthogonal sqrt(2 / L).
+
     Source  Megatron-LM, arXiv:1909.08053 (scaled_normal); Nguyen and Salazar 2019, arXiv:1910.05895
             (small_init); GPT-J (wang_init); all as in GPT-NeoX, megatron/model/init_functions.py.
+            Its orthogonal always fails at a division by 0; the gain here is that of its default.
     """
-    return {
-        "normal": std,
-        "scaled_normal": std / math.sqrt(2 * layers),
-        "single_residual_scaled_normal": std / math.sqrt(layers),
-        "small_init": math.sqrt(2 / (5 * width)),
-        "wang_init": 2 / (layers * math.sqrt(width)),
-    }[method]
+    starts: dict[Init, Start] = {
+        "normal": Normal(std),
+        "scaled_normal": Normal(std / math.sqrt(2 * layers)),
+        "single_residual_scaled_normal": Normal(std / math.sqrt(layers)),
+        "small_init": Normal(math.sqrt(2 / (5 * width))),
+        "wang_init": Normal(2 / (layers * math.sqrt(width))),
+        "orthogonal": Orthogonal(math.sqrt(2)),
+        "scaled_orthogonal": Orthogonal(math.sqrt(2 / layers)),
+        "xavier_uniform": Xavier(uniform=True),
+        "xavier_normal": Xavier(uniform=False),
+    }
+    return starts[method]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from castalia.models.config import TransformerConfig
 from castalia.models.families.base import Axes, Costs, Family, LinearPart, NormPart, Parts, Stored
-from castalia.models.starts import ONES, ZEROS, Normal, Start, init_std
+from castalia.models.starts import ONES, ZEROS, Normal, Start, drawn
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,8 +79,8 @@ class Transformer(Family):
     def starts(self, config: TransformerConfig) -> list[tuple[str, Start]]:
         """As GPT-NeoX: what leads back into the residual stream starts smaller."""
         shape = (config.hidden_size, config.num_layers, config.init_method_std)
-        inner = Normal(init_std(config.init_method, *shape))
-        outer = Normal(init_std(config.output_layer_init_method, *shape))
+        inner = drawn(config.init_method, *shape)
+        outer = drawn(config.output_layer_init_method, *shape)
         return [
             ("*.bias", ZEROS),
             ("*norm*.weight", ONES),
