@@ -1,6 +1,8 @@
 """Stored tensors, read on demand and in parts, so that a rank never holds more than its own."""
 
-from collections.abc import Iterator, Mapping
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from castalia.checkpoint.keymap import Transform
 from castalia.checkpoint.manifest import DTYPES, DamagedCheckpointError, Manifest, TensorEntry, hold
-from castalia.checkpoint.shards import ChunkPart, opened, read_pieces
+from castalia.checkpoint.shards import NAMES, ChunkPart, opened, raw_bytes, read_pieces
 from castalia.distributed.boxes import Box
 
 DTYPE_OF_CODE = {code: dtype for dtype, code in DTYPES.values()}
@@ -26,6 +28,40 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     mode = path.stat().st_mode
     save_file(dict(tensors), path, metadata=metadata)
     path.chmod(mode)
+
+
+def stream_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    make: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    metadata: dict[str, str],
+) -> None:
+    """Write a safetensors file of tensors that are made one after the other, all in `dtype`.
+
+    The bytes are those of `save_tensors`, without all tensors in memory at once.
+    Takes   shapes: of all tensors by name. make: a tensor by its name, in any dtype.
+    """
+    # The library orders tensors of one dtype by name.
+    names = sorted(shapes)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        begin = end
+        end += math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {
+            "dtype": DTYPES[NAMES[dtype]][1],
+            "shape": list(shapes[name]),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = make(name).detach().to("cpu", dtype).contiguous()
+            assert tuple(tensor.shape) == tuple(shapes[name]), name
+            file.write(raw_bytes(tensor))
 
 
 class StoredTensor(Protocol):

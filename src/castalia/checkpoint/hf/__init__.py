@@ -14,9 +14,10 @@ from torch import Tensor
 
 from castalia.checkpoint.hf.format import HfFormat
 from castalia.checkpoint.hf.neox import NeoxFormat
+from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE, write_weights
 from castalia.checkpoint.hf.weights import equal_tensors, read_json, stored_weights
 from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, matches
-from castalia.checkpoint.tensors import FileTensor, StoredTensors, save_tensors
+from castalia.checkpoint.tensors import FileTensor, StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import write_json
 from castalia.core.registry import Registry
@@ -211,23 +212,34 @@ def write_hf(
     end_ids: Sequence[int],
     start_id: int | None = None,
     dtype: str = "fp32",
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write config.json, generation_config.json and model.safetensors into `folder`, which exists.
+    """Write config.json, generation_config.json and the weights into `folder`, which exists.
 
-    `end_ids` and `start_id` as in `hf_config`; `dtype` of the stored weights: fp32, bf16 or fp16.
+    `end_ids` and `start_id` as in `hf_config`; `dtype` of the stored weights: fp32, bf16 or fp16;
+    `max_shard_size` in decimal units, a larger model becomes shards. One tensor at a time is read
+    and converted.
     Raises  ConfigError if transformers cannot express the model; CheckpointError if the keys do not
             fit.
     """
     values = hf_config(config, end_ids=end_ids, start_id=start_id, dtype=dtype)
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", special_id_values(end_ids, start_id))
-    theirs = hf_keymap(config).to_theirs(tensors)
-    # safetensors refuses views that share memory; `contiguous` makes tensors of their own.
-    stored = {
-        name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
-        for name, tensor in theirs.items()
-    }
-    save_tensors(stored, folder / "model.safetensors", {"format": "pt"})
+    names = hf_keymap(config)
+    # Made of tensors without memory, their model has all names and shapes.
+    outlines = {name: torch.empty(shape_in(tensors, name), device="meta") for name in tensors}
+    shapes = {name: tuple(value.shape) for name, value in names.to_theirs(outlines).items()}
+    rules = {rule.theirs: rule for rule in names.rules}
+    write_weights(
+        folder, shapes, lambda name: rules[name].joined(tensors), DTYPES[dtype], max_shard_size
+    )
+
+
+def shape_in(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The shape of a tensor, without reading it from the disk."""
+    if isinstance(tensors, StoredTensors):
+        return tensors.stored(name).shape
+    return tuple(tensors[name].shape)
 
 
 def write_hf_tokenizer(folder: Path, *, tokens: Mapping[str, str], max_length: int) -> None:
