@@ -4,7 +4,11 @@ import tempfile
 
 import pytest
 
-pytest_plugins = ["tests.fixtures.token_files", "tests.fixtures.tiny_model"]
+pytest_plugins = [
+    "tests.fixtures.token_files",
+    "tests.fixtures.tiny_model",
+    "tests.fixtures.hub_server",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)

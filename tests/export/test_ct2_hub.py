@@ -2,12 +2,10 @@
 
 import json
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from tests.fixtures.hub_server import HubServer, Repo
 
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.hub import hub_folder, is_hub_id
@@ -144,59 +142,13 @@ def test_a_hugging_face_folder_is_exported_to_the_cache(
     ]
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download of a repository needs."""
-
-    root: Path
-
-    def do_GET(self) -> None:  # the name is http.server's
-        """A repository's list of files, or one of them."""
-        self.answer(body=True)
-
-    def do_HEAD(self) -> None:  # the name is http.server's
-        """The same without the body."""
-        self.answer(body=False)
-
-    def answer(self, body: bool) -> None:
-        path = self.path.split("?")[0]
-        names = [file.name for file in self.root.iterdir()]
-        if path.startswith(f"/api/models/{NAME}"):
-            listing = {
-                "id": NAME,
-                "sha": COMMIT,
-                "siblings": [{"rfilename": name} for name in names],
-            }
-            tree = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in names]
-            self.send(200, json.dumps(tree if "/tree/" in path else listing).encode(), body)
-        elif path.startswith(f"/{NAME}/resolve/") and path.rsplit("/", 1)[1] in names:
-            self.send(200, (self.root / path.rsplit("/", 1)[1]).read_bytes(), body)
-        else:
-            self.send(404, b"{}", body)
-
-    def send(self, status: int, data: bytes, body: bool) -> None:
-        self.send_response(status)
-        for name, value in (
-            ("ETag", f'"{hash(data):x}"'),
-            ("X-Repo-Commit", COMMIT),
-            ("Content-Length", len(data)),
-        ):
-            self.send_header(name, str(value))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        """Say nothing."""
-
-
 @pytest.fixture
-def hub(folder: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A hub that has one repository, and the options that lead to it."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Hub,), {"root": folder}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"endpoint": f"http://127.0.0.1:{server.server_port}", "cache_dir": str(tmp_path / "hub")}
-    server.shutdown()
-    server.server_close()
+def hub(own_hub: HubServer, folder: Path, tmp_path: Path) -> dict[str, str]:
+    """The options that lead to a hub which has one repository."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    own_hub.repos[NAME] = Repo(private=False)
+    own_hub.repos[NAME].branches["main"].append((COMMIT, files))
+    return {"endpoint": own_hub.address, "cache_dir": str(tmp_path / "hub")}
 
 
 def test_a_hub_id_is_downloaded_and_then_works_offline(

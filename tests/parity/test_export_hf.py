@@ -222,6 +222,7 @@ def test_the_record_names_checkpoint_and_hashes(tmp_path: Path, tokenizer_file: 
         == set(record["files_sha256"])
         == {
             "README.md",
+            "certificate.json",
             "config.json",
             "generation_config.json",
             "model.safetensors",

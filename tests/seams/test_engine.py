@@ -122,7 +122,7 @@ def opens(monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -> None:
     source = SavedModel(Path("checkpoint"), config, Unread(), tokenizer, 1)
     monkeypatch.setattr(loading, "open_model", lambda path: source)
     monkeypatch.setattr("castalia.export.exports.open_model", lambda path: source)
-    monkeypatch.setattr("castalia.export.exports.find_checkpoint", Path)
+    monkeypatch.setattr("castalia.export.places.find_checkpoint", Path)
 
 
 def test_an_engine_is_chosen_by_its_name(run_folder: Path, toy: type[Toy]) -> None:

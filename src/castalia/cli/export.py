@@ -3,18 +3,19 @@
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from castalia.cli.flags import AsJson, Checkpoint, grouped, panel
 
 if TYPE_CHECKING:
-    from castalia.export import Exported
+    from castalia.export import Exported, Push
 
 WHICH = panel("Checkpoints")
 FORMAT = panel("Format")
 CHECK = panel("Quality check")
+HUB = panel("Hugging Face hub")
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,85 @@ class FormatFlags:
             help="gelu or gelu_tanh in place of the checkpoint's own; the card says what changes.",
         ),
     ] = None
+    max_shard_size: Annotated[
+        str | None,
+        FORMAT(
+            metavar="SIZE",
+            help="hf: the largest file of weights; a larger model becomes shards with an index.",
+            show_default="5GB",
+        ),
+    ] = None
     force: Annotated[bool, FORMAT("--force", help="Replace an earlier export.")] = False
 
 
 @dataclass(frozen=True)
+class HubFlags:
+    """Options about the upload to the Hugging Face hub."""
+
+    push_to_hub: Annotated[
+        str | None,
+        HUB(
+            metavar="OWNER/NAME",
+            help="Upload the export to this repository, created if it does not exist. The token is"
+            " that of HF_TOKEN in the environment. Again after a break: what arrived is kept.",
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        HUB(
+            metavar="NAME",
+            help="Branch to upload to, such as step1000; with --all or --steps each step has its"
+            " own.",
+            show_default="main",
+        ),
+    ] = None
+    private: Annotated[bool, HUB("--private", help="A repository that is created is private.")] = (
+        False
+    )
+    endpoint: Annotated[
+        str | None,
+        HUB(
+            metavar="URL",
+            help="Address of another hub.",
+            show_default="HF_ENDPOINT or huggingface.co",
+        ),
+    ] = None
+
+    def push(self) -> "Push | None":
+        """Where to upload to; None if nowhere.
+
+        Raises  ConfigError if other options are given without --push-to-hub.
+        """
+        from castalia.core.errors import ConfigError
+        from castalia.export import Push
+
+        if self.push_to_hub is None:
+            if self.revision or self.private or self.endpoint:
+                raise ConfigError(
+                    "--revision, --private and --endpoint belong to --push-to-hub OWNER/NAME"
+                )
+            return None
+        return Push(self.push_to_hub, self.revision, self.private, self.endpoint)
+
+
+@dataclass(frozen=True)
 class CheckFlags:
-    """Options about the comparison of a quantized export with fp32."""
+    """Options about the comparison of an export with the checkpoint in fp32."""
+
+    no_certificate: Annotated[
+        bool,
+        CHECK(
+            "--no-certificate",
+            help="Leave out the comparison of logits on fixed prompts, which runs both models.",
+        ),
+    ] = False
+    max_difference: Annotated[
+        float | None,
+        CHECK(
+            metavar="X",
+            help="Refuse the export if a logit of the certificate's fixed prompts differs by more.",
+        ),
+    ] = None
 
     heldout: Annotated[
         str | None,
@@ -115,6 +189,7 @@ def export(
     form: FormatFlags,
     which: StepFlags,
     check: CheckFlags,
+    hub: HubFlags,
     as_json: AsJson = False,
 ) -> None:
     """Export checkpoints for other engines, with the tokenizer, a card and a record of the origin.
@@ -128,6 +203,8 @@ def export(
       castalia export runs/demo --to native --quantization int4 --max-kl 0.02
 
       castalia export runs/demo --to hf --all
+
+      castalia export runs/demo --to hf --max-difference 1e-3 --push-to-hub me/demo
     """
     from castalia.export import export as export_checkpoints
 
@@ -138,10 +215,14 @@ def export(
         dtype=form.dtype,
         quantization=form.quantization,
         activation=form.activation,
+        max_shard_size=form.max_shard_size,
         steps=which.chosen(),
         force=form.force,
         heldout=check.heldout,
         max_kl=check.max_kl,
+        certificate=not check.no_certificate,
+        max_difference=check.max_difference,
+        push=hub.push(),
     )
     for exported in exports:
         # One at a time as they are written: many checkpoints take minutes.
@@ -164,4 +245,21 @@ def line(exported: "Exported") -> str:
     if exported.quality is not None:
         words.append(f"KL {exported.quality['kl']:.2g}")
         words.append(f"same greedy token {exported.quality['greedy_agreement']:.1%}")
+    if exported.certificate is not None:
+        words.append(difference(exported.certificate))
+    if exported.pushed is not None:
+        pushed = exported.pushed
+        words.append(
+            f"{pushed['repo']}@{pushed['revision']}: {len(pushed['sent'])} files sent,"
+            f" {len(pushed['kept'])} were there"
+        )
     return "  ".join(words)
+
+
+def difference(certificate: dict[str, Any]) -> str:
+    """The number of a certificate in a few words."""
+    if certificate["unmeasured"] is not None:
+        return "logits not compared"
+    if not certificate["finite"]:
+        return "logits not finite"
+    return f"logits differ by {certificate['largest_difference']:.2g}"

@@ -1,4 +1,4 @@
-"""The memory of this process: how it is allocated, and how much of it is in RAM."""
+"""The memory of this process: how it is allocated, how much of it is in RAM, how much is left."""
 
 import ctypes
 import os
@@ -8,6 +8,7 @@ M_MMAP_MAX = -4
 M_TRIM_THRESHOLD = -1
 LARGEST_INT = 2**31 - 1
 STATM = "/proc/self/statm"
+MEMINFO = "/proc/meminfo"
 
 
 def keep_freed_memory() -> bool:
@@ -41,3 +42,14 @@ def resident_bytes() -> int:
     except OSError:
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes() -> int | None:
+    """Memory that this machine can give without swapping, in bytes; None where Linux's /proc is not
+    there to say."""
+    try:
+        with open(MEMINFO, encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -18,7 +18,8 @@ MORE_TEMPLATES = "additional_chat_templates"
 DEFAULT = "default"
 COMPANIONS = (SETTINGS, TOKEN_MAP, TEMPLATE_FILE)
 """The files that a tokenizer.json needs beside it: names of tokens, and how a chat is written."""
-MODEL_FILES = ("config.json", "generation_config.json")
+GENERATION = "generation_config.json"
+MODEL_FILES = ("config.json", GENERATION)
 """Files of a model that name the end of a text by its id, or by a list of ids."""
 
 
@@ -39,6 +40,17 @@ def read_settings(folder: Path | None, name: str = SETTINGS) -> dict[str, Any]:
     if folder is None or not (folder / name).is_file():
         return {}
     return read_json(folder / name)
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """How a model's folder says that its text is drawn: generation_config.json; empty without one.
+
+    Raises  DataError if it is not a JSON object.
+    """
+    settings = read_settings(folder, GENERATION)
+    # Of the program that wrote it, which the next one does not repeat.
+    settings.pop("transformers_version", None)
+    return settings
 
 
 def special_tokens(folder: Path | None) -> dict[str, str]:

@@ -9,14 +9,24 @@ from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
     from castalia.export.ct2_hub import GeneratorCT2fromHfHub, TranslatorCT2fromHfHub
-    from castalia.export.exports import Exported, export
+    from castalia.export.exports import export
+    from castalia.export.push import Push
     from castalia.export.quality import parity
+    from castalia.export.record import Exported
 
-__all__ = ["Exported", "GeneratorCT2fromHfHub", "TranslatorCT2fromHfHub", "export", "parity"]
+__all__ = [
+    "Exported",
+    "GeneratorCT2fromHfHub",
+    "Push",
+    "TranslatorCT2fromHfHub",
+    "export",
+    "parity",
+]
 
 PLACES = {
-    "Exported": "exports",
+    "Exported": "record",
     "GeneratorCT2fromHfHub": "ct2_hub",
+    "Push": "push",
     "TranslatorCT2fromHfHub": "ct2_hub",
     "export": "exports",
     "parity": "quality",

@@ -1,9 +1,11 @@
 """The card of an export, README.md: usage, the model's shape, provenance and quality."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.files import files_in
+from castalia.export.certificate import FILE, Certificate
 from castalia.export.formats import Format
 from castalia.export.quality import Quality, table
 from castalia.models.flops import active_parameters, parameter_counts
@@ -18,12 +20,18 @@ def write_card(
     kind: type[Format],
     numbers: str,
     notes: list[str],
+    hashes: Mapping[str, str],
     quality: Quality | None,
+    certificate: Certificate | None,
 ) -> None:
-    """Write README.md into `folder`, which holds the whole export."""
+    """Write README.md into `folder`, which holds the whole export.
+
+    Takes   hashes: SHA-256 of the files of the source, by name.
+    """
     size = sum(file.stat().st_size for file in files_in(folder))
     module = kind.use.partition(".")[0]
     lines = [
+        *front_matter(kind),
         f"# {name}",
         "",
         f"For {kind.program}, weights in {numbers}, {size_text(size)}.",
@@ -40,7 +48,11 @@ def write_card(
         "",
         "## Provenance",
         "",
-        *provenance(source),
+        *provenance(source, hashes),
+        "",
+        "## Certificate",
+        "",
+        *certificate_lines(certificate),
         "",
         "## Quality",
         "",
@@ -49,6 +61,19 @@ def write_card(
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def front_matter(kind: type[Format]) -> list[str]:
+    """The metadata that the Hugging Face hub reads at the top of a card."""
+    return [
+        "---",
+        f"library_name: {kind.library}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- castalia",
+        "---",
+        "",
+    ]
 
 
 def quality_lines(quality: Quality | None) -> list[str]:
@@ -71,8 +96,24 @@ def shape(source: SavedModel) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
 
 
-def provenance(source: SavedModel) -> list[str]:
+def certificate_lines(certificate: Certificate | None) -> list[str]:
+    """The largest difference of a logit, and the hashes of what was written."""
+    if certificate is None:
+        return ["Left out."]
+    line = certificate.line()
+    lengths = ", ".join(str(length) for length in certificate.lengths)
+    lines = [f"{line[0].upper()}{line[1:]}."]
+    if certificate.unmeasured is None:
+        lines += ["", f"Prompts of {lengths} fixed token ids; all numbers: `{FILE}`."]
+    if "note" in certificate.target:
+        lines += ["", f"Read by Castalia itself: {certificate.target['note']}."]
+    lines += ["", "SHA-256 of what was written:", ""]
+    written = certificate.target["sha256"].items()
+    return lines + [f"- `{name}` `{digest}`" for name, digest in written]
+
+
+def provenance(source: SavedModel, hashes: Mapping[str, str]) -> list[str]:
     """The checkpoint and its hashes, without the folder's path on this machine."""
     step = "" if source.step is None else f", step {source.step}"
     lines = [f"Made from `{source.folder.name}`{step}. SHA-256 of what was read:", ""]
-    return lines + [f"- `{name}` `{digest}`" for name, digest in source.hashes().items()]
+    return lines + [f"- `{name}` `{digest}`" for name, digest in hashes.items()]

@@ -27,7 +27,8 @@ from castalia.core.unicode import require_unicode
 from castalia.data.tokenizer import load_tokenizer
 from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
-from castalia.export.exports import default_place, export, revision
+from castalia.export.exports import export
+from castalia.export.places import default_place, revision
 from castalia.inference.exported import RECORD, read_record, recorded_ids
 
 MODEL = "model.bin"

@@ -3,72 +3,80 @@
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 from safetensors import SafetensorError
 
-from castalia.checkpoint import complete_steps, find_checkpoint
-from castalia.checkpoint.hf import is_hf_folder, write_hf_tokenizer
-from castalia.checkpoint.names import step_name
+from castalia.checkpoint.hf import write_hf_tokenizer
+from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
 from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
-from castalia.core.errors import CheckpointError, ConfigError, nearest
-from castalia.core.extras import pip_command
-from castalia.core.files import cannot_write, files_in, sha256_of, write_json
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.files import cannot_write, files_in
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_settings import chat_templates, special_tokens, write_chat_templates
+from castalia.export.activation import activation_notes, other_activation, with_activation
 from castalia.export.card import write_card
-from castalia.export.formats import EXPORTS, Format
+from castalia.export.certificate import (
+    Certificate,
+    End,
+    certify,
+    require_close,
+    torch_reader,
+    write_certificate,
+)
+from castalia.export.formats import ShardedFormat
+from castalia.export.options import ExportOptions, ExportSpec, checked_spec
+from castalia.export.places import (
+    Destination,
+    destinations,
+    put_in_place,
+    require_replaceable,
+)
+from castalia.export.push import Hub, Push
 from castalia.export.quality import HeldOutText, Quality, held_out, measure
-from castalia.inference.exported import RECORD, ExportFolder
+from castalia.export.record import Exported, hashes_of, same_export, write_record
+from castalia.inference.exported import ExportFolder
 from castalia.inference.torch_engine import TorchEngine
 
-ACTIVATIONS = ("gelu", "gelu_tanh")
-"""The forms of GELU: with the error function, and its approximation with tanh."""
-GELU_DIFFERENCE = 0.00048
-"""Largest difference of the two forms, at x = ±2.70; computed in float64."""
-
 
 @dataclass(frozen=True)
-class Exported:
-    """One folder that was written."""
+class Conversion:
+    """One checkpoint on its way into a folder."""
 
-    folder: str
-    to: str
-    """The format, a name in EXPORTS."""
-    numbers: str
-    """How weights are stored: the dtype of hf, the quantization of the others."""
-    checkpoint: str
-    step: int | None
-    bytes: int
-    seconds: float
-    notes: list[str]
-    """Differences of the export, one sentence each."""
-    quality: dict[str, Any] | None = None
-    """The export against float32 on held-out text, see `Quality`; None if it was not measured."""
+    place: Destination
+    spec: ExportSpec
+    trained: SavedModel
+    """The checkpoint."""
+    source: SavedModel
+    """It with the form of GELU that the export computes."""
 
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the files of the source; computed once, since they may be large."""
+        return self.source.hashes()
 
-@dataclass(frozen=True)
-class ExportSpec:
-    """An export that is asked for."""
+    @property
+    def name(self) -> str:
+        """Name of the folder that is written."""
+        return self.place.folder.resolve().name
 
-    kind: type[Format]
-    numbers: str
-    activation: str | None
-    """The form of GELU that the export computes; None for that of the checkpoint."""
-    heldout: str | Path | None
-    max_kl: float | None
-
-
-@dataclass(frozen=True)
-class Destination:
-    """One checkpoint and the folder that it becomes."""
-
-    checkpoint: Path
-    folder: Path
+    def written(self, folder: Path) -> ExportFolder:
+        """What is written in `folder`, for an engine."""
+        source = self.source
+        return ExportFolder(
+            folder,
+            self.spec.kind.name,
+            self.spec.numbers,
+            source.config,
+            source.tokenizer,
+            source.step,
+            source.special,
+        )
 
 
 def export(
@@ -76,13 +84,10 @@ def export(
     *,
     to: str = "hf",
     output: str | Path | None = None,
-    dtype: str | None = None,
-    quantization: str | None = None,
-    activation: str | None = None,
     steps: Sequence[int] | Literal["all"] | None = None,
     force: bool = False,
-    heldout: str | Path | None = None,
-    max_kl: float | None = None,
+    push: Push | None = None,
+    **options: Unpack[ExportOptions],
 ) -> Iterator[Exported]:
     """Export one checkpoint, or several steps of its run; each is yielded when its folder is whole.
 
@@ -90,169 +95,67 @@ def export(
     they go to RUN/exports/hf/step1000 or RUN/exports/ct2-int8/step1000. All options are checked
     before the first one is written.
     Options  to: a name in EXPORTS, whose class lists the values of dtype (hf) and quantization
-             (the others). activation: gelu or gelu_tanh in place of the checkpoint's own; the card
-             says what that changes. steps: steps of the run, or "all". force replaces earlier
-             exports.
-             heldout: a text file or the prefix of token files on which the export is compared with
-             float32, by default the run's data.valid; the card shows the result.
-             max_kl: an export with a larger mean KL from float32, in nats a token, is not written.
+             (the others). steps: steps of the run, or "all". force replaces earlier exports. push:
+             a repository of the Hugging Face hub that each export is uploaded to; an export that is
+             there already, from the same checkpoint with the same options, is then uploaded as it
+             is. options: see `ExportOptions`.
     Raises   ConfigError for wrong options, a model that the format or its engine cannot express,
              an output that exists, or a KL beyond max_kl; CheckpointError; CastaliaError if the
-             folder cannot be written.
+             folder cannot be written, a logit differs by more than max_difference, or the upload
+             fails.
+
+    Examples
+        >>> import castalia
+        >>> run = castalia.train("debug", steps=4, output="runs/exported")
+        >>> from castalia.export import export
+        >>> (done,) = export(run.config.output, to="hf", dtype="bf16", output="exports/bf16")
+        >>> done.certificate["largest_difference"] < 0.1
+        True
     """
-    if to not in EXPORTS:
-        raise ConfigError(
-            f"unknown export format {to!r}; choose one of {', '.join(EXPORTS)}"
-            f"{nearest(to, EXPORTS)}"
-        )
-    kind = EXPORTS[to]
-    numbers = checked_numbers(kind, dtype, quantization)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ConfigError(
-            f"unknown activation {activation!r}; choose one of {', '.join(ACTIVATIONS)}"
-            f"{nearest(activation, ACTIVATIONS)}"
-        )
-    if max_kl is not None:
-        require_measurable(kind, max_kl)
+    spec = checked_spec(to, options)
+    hub = None if push is None else Hub.open(push)
     if is_hub_id(checkpoint):
         checkpoint = hub_folder(str(checkpoint))
-    name = to if kind.option == "dtype" else f"{to}-{numbers}"
+    name = to if spec.kind.option == "dtype" else f"{to}-{spec.numbers}"
     places = destinations(checkpoint, output, name, steps)
+    if hub is not None:
+        hub.require_one_revision(len(places))
+    earlier: dict[Path, Exported | None] = {}
     for place in places:
-        require_replaceable(place.folder, force)
-    spec = ExportSpec(kind, numbers, activation, heldout, max_kl)
-    return (write_export(place, spec) for place in places)
+        if hub is not None and not force:
+            earlier[place.folder] = same_export(place.checkpoint, place.folder, spec)
+        if earlier.get(place.folder) is None:
+            require_replaceable(place.folder, force)
+    return exported(places, spec, hub, earlier)
 
 
-def checked_numbers(kind: type[Format], dtype: str | None, quantization: str | None) -> str:
-    """How the weights will be stored.
-
-    Raises  ConfigError if an option is unknown or belongs to another format.
-    """
-    given = {"dtype": dtype, "quantization": quantization}
-    chosen = given.pop(kind.option)
-    ((other, wrong),) = given.items()
-    menu = ", ".join(kind.choices)
-    if wrong is not None:
-        raise ConfigError(f"{kind.name} takes a {kind.option}, not a {other}: {menu}")
-    if chosen is not None and chosen not in kind.choices:
-        raise ConfigError(
-            f"unknown {kind.option} {chosen!r} for {kind.name}; choose one of"
-            f" {menu}{nearest(chosen, kind.choices)}"
-        )
-    return chosen or kind.default
-
-
-def require_measurable(kind: type[Format], max_kl: float) -> None:
-    """Raises  ConfigError if max_kl is negative or NaN, or its engine is not installed."""
-    if not max_kl >= 0:
-        raise ConfigError(f"max_kl must be >= 0 nats a token, got {max_kl}")
-    engine = kind.engine()
-    if engine is not None and engine.package is not None and not engine.is_installed():
-        raise ConfigError(
-            f"max_kl runs the export to measure it: {pip_command(engine.package.extra)}"
-        )
-
-
-def destinations(
-    checkpoint: str | Path,
-    output: str | Path | None,
-    name: str,
-    steps: Sequence[int] | Literal["all"] | None,
-) -> list[Destination]:
-    """Which checkpoint goes where; `name` is the export's folder inside a run.
-
-    Raises  ConfigError if no place to write to is given or implied; CheckpointError if a step does
-            not exist.
-    """
-    given = Path(checkpoint)
-    if given.is_dir() and is_hf_folder(given):
-        if output is None or steps is not None:
-            raise ConfigError(
-                "a Hugging Face folder is one checkpoint without a run: give output, and no steps"
-            )
-        return [Destination(given, Path(output))]
-    step = find_checkpoint(checkpoint)
-    if steps is None and output is not None:
-        return [Destination(step, Path(output))]
-    base = Path(output) if output is not None else default_place(step, name)
-    if steps is None:
-        return [Destination(step, base / revision(step))]
-    chosen = complete_steps(step.parent) if steps == "all" else sorted(set(steps))
-    folders = [find_checkpoint(step.parent / step_name(number)) for number in chosen]
-    return [Destination(folder, base / revision(folder)) for folder in folders]
-
-
-def default_place(step_folder: Path, name: str) -> Path:
-    """RUN/exports/NAME for RUN/checkpoints/step-00001000.
-
-    Raises  ConfigError if the checkpoint is not inside a run folder.
-    """
-    if step_folder.parent.name != "checkpoints":
-        raise ConfigError(
-            f"{step_folder} is not inside a run folder (RUN/checkpoints/step-…); give output"
-        )
-    return step_folder.parent.parent / "exports" / name
-
-
-def revision(step_folder: Path) -> str:
-    """step1000 for step-00001000: the name of Pythia's revisions."""
-    return f"step{int(step_folder.name.removeprefix('step-'))}"
-
-
-def require_replaceable(folder: Path, force: bool) -> None:
-    """Raises  ConfigError if `folder` holds something that this export may not replace."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() and not force:
-        raise ConfigError(
-            f"{folder} exists already; use --force to replace it, or choose another output"
-        )
-    if folder.exists() and not (folder / RECORD).is_file():
-        raise ConfigError(
-            f"{folder} is not an export (it has no {RECORD}), so --force does not replace it;"
-            " choose another output"
-        )
+def exported(
+    places: Sequence[Destination],
+    spec: ExportSpec,
+    hub: Hub | None,
+    earlier: Mapping[Path, Exported | None],
+) -> Iterator[Exported]:
+    """Write and upload each export; those that are there already are only uploaded."""
+    for place in places:
+        done = earlier.get(place.folder) or write_export(place, spec)
+        if hub is not None:
+            # Several exports are folders step1000 and so on, the names of Pythia's revisions.
+            step = place.folder.name if len(places) > 1 else None
+            done = replace(done, pushed=hub.upload(done, step))
+        yield done
 
 
 def write_export(place: Destination, spec: ExportSpec) -> Exported:
     """Write one folder under a temporary name beside its place, then rename it."""
     start = time.perf_counter()
     trained = open_model(place.checkpoint)
-    source = with_activation(trained, spec.activation)
-    require_expressible(source, spec)
-    text = text_to_measure(source, spec)
+    work = Conversion(place, spec, trained, with_activation(trained, spec.activation))
+    require_expressible(work.source, spec)
+    text = text_to_measure(work.source, spec)
     temporary = place.folder.with_name(f".{place.folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        notes = activation_notes(trained, source) + write_files(temporary, source, spec)
-        quality = examine(temporary, source, trained, spec, text)
-        # The export is measured as written: the bound is checked on the files that users would get.
-        if quality is not None and spec.max_kl is not None and quality.kl > spec.max_kl:
-            raise ConfigError(
-                f"{place.folder} was not written: its {quality.line()}; max_kl is {spec.max_kl:g}"
-            )
-        write_card(
-            temporary,
-            source,
-            name=place.folder.resolve().name,
-            kind=spec.kind,
-            numbers=spec.numbers,
-            notes=notes,
-            quality=quality,
-        )
-        done = Exported(
-            folder=str(place.folder),
-            to=spec.kind.name,
-            numbers=spec.numbers,
-            checkpoint=str(place.checkpoint),
-            step=source.step,
-            bytes=sum(file.stat().st_size for file in files_in(temporary)),
-            seconds=round(time.perf_counter() - start, 3),
-            notes=notes,
-            quality=None if quality is None else quality.as_dict(),
-        )
-        write_record(temporary, source, done)
+        done = fill(temporary, work, text, start)
         put_in_place(temporary, place.folder)
     except OSError as error:
         raise cannot_write(place.folder, error) from error
@@ -265,55 +168,63 @@ def write_export(place: Destination, spec: ExportSpec) -> Exported:
     return done
 
 
-def with_activation(source: SavedModel, activation: str | None) -> SavedModel:
-    """The same weights with another form of GELU; `source` itself where nothing changes.
+def fill(folder: Path, work: Conversion, text: HeldOutText | None, start: float) -> Exported:
+    """Write all files of an export into `folder`, which is empty: model, certificate, card, record.
 
-    Raises  ConfigError if the family has no such option.
+    Takes   start: the time.perf_counter() at which the export began.
+    Raises  ConfigError or CastaliaError if the export exceeds a bound.
     """
-    if activation is None:
-        return source
-    if getattr(source.config, "activation", None) not in ACTIVATIONS:
+    spec = work.spec
+    notes = activation_notes(work.trained, work.source) + write_files(folder, work.source, spec)
+    digests = hashes_of(folder)
+    # The export is measured as written: the bounds are checked on the files that users would get.
+    quality = examine(work.written(folder), work.trained, spec, text)
+    if quality is not None and spec.max_kl is not None and quality.kl > spec.max_kl:
         raise ConfigError(
-            f"activation={activation}: model family {source.config.family!r} has no GELU to choose"
+            f"{work.place.folder} was not written: its {quality.line()}; max_kl is {spec.max_kl:g}"
         )
-    return replace(source, config=source.config.model_copy(update={"activation": activation}))
-
-
-def activation_notes(trained: SavedModel, source: SavedModel) -> list[str]:
-    """What another form of GELU changes, in one sentence; nothing where it is the same."""
-    before = getattr(trained.config, "activation", None)
-    after = getattr(source.config, "activation", None)
-    if before == after:
-        return []
-    return [
-        f"activation={before} of the checkpoint is computed as {after}: the two differ by at most"
-        f" {GELU_DIFFERENCE:g} for each activation. Published Pythia folders say gelu, though their"
-        " models were trained with gelu_tanh"
-    ]
+    certificate = certified(folder, work, digests)
+    if certificate is not None:
+        require_close(certificate, spec.max_difference, work.place.folder)
+    write_card(
+        folder,
+        work.source,
+        name=work.name,
+        kind=spec.kind,
+        numbers=spec.numbers,
+        notes=notes,
+        hashes=work.hashes,
+        quality=quality,
+        certificate=certificate,
+    )
+    done = Exported(
+        folder=str(work.place.folder),
+        to=spec.kind.name,
+        numbers=spec.numbers,
+        checkpoint=str(work.place.checkpoint),
+        step=work.source.step,
+        bytes=sum(file.stat().st_size for file in files_in(folder)),
+        seconds=round(time.perf_counter() - start, 3),
+        notes=notes,
+        quality=None if quality is None else quality.as_dict(),
+        certificate=None if certificate is None else certificate.as_dict(),
+    )
+    sharded = issubclass(spec.kind, ShardedFormat)
+    size = spec.max_shard_size or (MAX_SHARD_SIZE if sharded else None)
+    write_record(
+        folder, work.source, done, max_shard_size=size, hashes=work.hashes, digests=digests
+    )
+    return done
 
 
 def require_expressible(source: SavedModel, spec: ExportSpec) -> None:
     """Raises  ConfigError if the format cannot hold the model; no weight has been read yet."""
     if reason := spec.kind.refuses(source.config, spec.numbers):
-        raise ConfigError(reason + other_activation(source, spec))
+        raise ConfigError(reason + other_activation(source, spec.kind, spec.numbers))
     if source.tokenizer is None and spec.kind.needs_tokenizer:
         raise ConfigError(
             f"{source.folder} has no {TOKENIZER}; a {spec.kind.name} model finds tokens by text"
         )
-
-
-def other_activation(source: SavedModel, spec: ExportSpec) -> str:
-    """The hint that the format takes the model with another form of GELU, if it does."""
-    own = getattr(source.config, "activation", None)
-    if own not in ACTIVATIONS:
-        return ""
-    (other,) = (form for form in ACTIVATIONS if form != own)
-    if spec.kind.refuses(with_activation(source, other).config, spec.numbers) is not None:
-        return ""
-    return (
-        f"; --activation {other} exports it in that form, which changes each activation by at most"
-        f" {GELU_DIFFERENCE:g}"
-    )
 
 
 def text_to_measure(source: SavedModel, spec: ExportSpec) -> HeldOutText | None:
@@ -335,7 +246,11 @@ def text_to_measure(source: SavedModel, spec: ExportSpec) -> HeldOutText | None:
 def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]:
     """Model and tokenizer files of one export; returns the notes for its card."""
     notes = spec.kind.notes(source)
-    spec.kind.write(folder, source, spec.numbers)
+    if issubclass(spec.kind, ShardedFormat):
+        size = spec.max_shard_size or MAX_SHARD_SIZE
+        spec.kind.write_shards(folder, source, spec.numbers, size)
+    else:
+        spec.kind.write(folder, source, spec.numbers)
     tokenizer = source.tokenizer
     if tokenizer is None:
         return [*notes, f"the checkpoint has no {TOKENIZER}, so neither has the export"]
@@ -365,62 +280,33 @@ def named_tokens(source: SavedModel, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def examine(
-    folder: Path,
-    source: SavedModel,
-    trained: SavedModel,
-    spec: ExportSpec,
-    text: HeldOutText | None,
+    written: ExportFolder, trained: SavedModel, spec: ExportSpec, text: HeldOutText | None
 ) -> Quality | None:
-    """The written export of `source` against float32, as the checkpoint says that it was trained.
+    """The written export against float32, as the checkpoint says that it was trained.
 
     None without a text or without the engine's package.
     """
     engine = spec.kind.engine()
     if text is None or engine is None or not engine.is_installed():
         return None
-    written = ExportFolder(
-        folder,
-        spec.kind.name,
-        spec.numbers,
-        source.config,
-        source.tokenizer,
-        source.step,
-        source.special,
-    )
-    # Against `trained`, not `source`: another form of GELU is a part of what the export changes.
-    # Naming the dtype measures the export's own arithmetic; auto would score in bf16.
+    # Against `trained`, not the exported source: another form of GELU is a part of what the export
+    # changes. Naming the dtype measures the export's own arithmetic; auto would score in bf16.
     return measure(
         engine.from_export(written, spec.numbers), TorchEngine.from_checkpoint(trained), text
     )
 
 
-def write_record(folder: Path, source: SavedModel, done: Exported) -> None:
-    """export.json: the checkpoint with its hashes, the model's config, the hash of every file."""
-    from castalia import __version__
+def certified(folder: Path, work: Conversion, digests: Mapping[str, str]) -> Certificate | None:
+    """The certificate of an export, written into its folder; None where none is wanted.
 
-    # After the card, so that its hash is recorded, too; the record itself has none.
-    written = {str(file.relative_to(folder)): sha256_of(file) for file in files_in(folder)}
-    record = {
-        "castalia": __version__,
-        **asdict(done),
-        **asdict(source.special),
-        "source_sha256": source.hashes(),
-        "model": source.config.model_dump(mode="json"),
-        "files_sha256": written,
-    }
-    write_json(folder / RECORD, record)
-
-
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename the new folder to its name; an earlier one is deleted once the new one is in place."""
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = temporary.with_name(f"{temporary.name}.old")
-    folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
+    Takes   digests: SHA-256 of the files that were written.
+    """
+    if not work.spec.certificate:
+        return None
+    certificate = certify(
+        End(work.trained.folder.name, work.hashes, torch_reader(work.trained)),
+        End(work.name, digests, work.spec.kind.reader(work.written(folder))),
+        work.source.config,
+    )
+    write_certificate(folder, certificate)
+    return certificate

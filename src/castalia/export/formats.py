@@ -7,21 +7,25 @@ asks that engine whether it computes a model before a weight is read.
 """
 
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 from castalia.checkpoint.hf import DTYPES, hf_config, write_hf
+from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
 from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
-from castalia.data.tokenizer_settings import DEFAULT, chat_templates
+from castalia.data.tokenizer_settings import DEFAULT, chat_templates, generation_settings
+from castalia.export.certificate import Reader, program_of
 from castalia.export.ct2 import write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS as CT2_QUANTIZATIONS
 from castalia.export.gguf import BLOCK, BLOCKED, END_ROLES, is_byte_level_bpe, write_gguf
 from castalia.export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
+from castalia.export.written import own_reader, transformers_reader
 from castalia.inference.engine import Engine
 from castalia.inference.engines import engine_of_export
-from castalia.inference.exported import GGUF_FILE
+from castalia.inference.exported import GGUF_FILE, ExportFolder
 from castalia.inference.native.packing import CELLS, STORAGES
 from castalia.inference.native.weights import packed_weights, save_weights
 from castalia.models.config import ModelConfig, require_transformer
@@ -34,6 +38,8 @@ class Format(ABC):
     """The value of `--to`."""
     program: ClassVar[str]
     """The program that reads the format, for the card."""
+    library: ClassVar[str] = "castalia"
+    """What the Hugging Face hub calls the program, in the metadata of the card."""
     use: ClassVar[str]
     """A line of Python that loads the export; {folder} is its name."""
     option: ClassVar[str] = "quantization"
@@ -64,6 +70,26 @@ class Format(ABC):
         ]
 
     @classmethod
+    def reader(cls, written: ExportFolder) -> Reader:
+        """The program that computes the logits of an export, for its certificate.
+
+        The engine of the format where its package is installed, else Castalia's own reader of such
+        folders, with a note.
+        """
+        engine = cls.engine()
+        if engine is None:
+            return own_reader(written)
+        if not engine.is_installed():
+            return own_reader(written, f"{engine.name} is not installed")
+        chosen = engine
+        # Named, because auto would compute in another dtype than the files store.
+        return Reader(
+            program_of(chosen),
+            written.numbers,
+            lambda: chosen.from_export(written, written.numbers).logits,
+        )
+
+    @classmethod
     @abstractmethod
     def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
         """Write the model into `folder`, which exists.
@@ -71,6 +97,23 @@ class Format(ABC):
         Raises  ConfigError if the format cannot hold the vocabulary; CheckpointError if tensors do
                 not fit the config.
         """
+
+
+class ShardedFormat(Format):
+    """A format whose weights may be several files, each of a bounded size."""
+
+    @classmethod
+    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
+        """See `Format`."""
+        cls.write_shards(folder, source, numbers, MAX_SHARD_SIZE)
+
+    @classmethod
+    @abstractmethod
+    def write_shards(
+        cls, folder: Path, source: SavedModel, numbers: str, max_shard_size: str
+    ) -> None:
+        """Write the model into `folder`, with weight files of at most `max_shard_size`, such as
+        5GB."""
 
 
 EXPORTS: Registry[type[Format]] = Registry("export format")
@@ -84,11 +127,12 @@ def widths(config: ModelConfig) -> tuple[int, int]:
 
 
 @EXPORTS.register("hf")
-class HuggingFace(Format):
+class HuggingFace(ShardedFormat):
     """Safetensors and config.json for transformers."""
 
     name = "hf"
     program = "transformers"
+    library = "transformers"
     use = 'transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
     option = "dtype"
     choices = tuple(DTYPES)
@@ -104,8 +148,17 @@ class HuggingFace(Format):
         return None
 
     @classmethod
-    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
-        """See `Format`."""
+    def reader(cls, written: ExportFolder) -> Reader:
+        """See `Format`; transformers itself."""
+        if find_spec("transformers") is None:
+            return own_reader(written, "transformers is not installed")
+        return transformers_reader(written.folder, written.numbers)
+
+    @classmethod
+    def write_shards(
+        cls, folder: Path, source: SavedModel, numbers: str, max_shard_size: str
+    ) -> None:
+        """See `ShardedFormat`."""
         write_hf(
             folder,
             source.tensors,
@@ -113,6 +166,8 @@ class HuggingFace(Format):
             end_ids=source.special.end_ids,
             start_id=source.special.start_id,
             dtype=numbers,
+            max_shard_size=max_shard_size,
+            generation=generation_settings(source.folder),
         )
 
 
@@ -122,6 +177,7 @@ class CTranslate2(Format):
 
     name = "ct2"
     program = "CTranslate2"
+    library = "ctranslate2"
     use = 'castalia.load("{folder}", engine="ct2")'
     choices = CT2_QUANTIZATIONS
     default = "int8"
@@ -184,6 +240,7 @@ class Gguf(Format):
 
     name = "gguf"
     program = "llama.cpp"
+    library = "gguf"
     use = 'castalia.load("{folder}", engine="llama.cpp")'
     choices = GGUF_QUANTIZATIONS
     default = "Q8_0"

@@ -213,18 +213,20 @@ def write_hf(
     start_id: int | None = None,
     dtype: str = "fp32",
     max_shard_size: str = MAX_SHARD_SIZE,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights into `folder`, which exists.
 
     `end_ids` and `start_id` as in `hf_config`; `dtype` of the stored weights: fp32, bf16 or fp16;
     `max_shard_size` in decimal units, a larger model becomes shards. One tensor at a time is read
-    and converted.
+    and converted. `generation` are further keys of generation_config.json, such as temperature.
     Raises  ConfigError if transformers cannot express the model; CheckpointError if the keys do not
             fit.
     """
     values = hf_config(config, end_ids=end_ids, start_id=start_id, dtype=dtype)
     write_json(folder / "config.json", values)
-    write_json(folder / "generation_config.json", special_id_values(end_ids, start_id))
+    special = special_id_values(end_ids, start_id)
+    write_json(folder / "generation_config.json", {**(generation or {}), **special})
     names = hf_keymap(config)
     # Made of tensors without memory, their model has all names and shapes.
     outlines = {name: torch.empty(shape_in(tensors, name), device="meta") for name in tensors}

@@ -20,7 +20,7 @@ from castalia.core.files import atomic_write
 
 MAX_SHARD_SIZE = "5GB"
 """transformers' own default."""
-UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+PREFIXES = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 """Powers of ten, as in huggingface_hub's `parse_size_to_int`."""
 
 
@@ -29,14 +29,14 @@ def shard_bytes(size: str) -> int:
 
     Raises  ConfigError if it is not a positive number with a unit.
     """
-    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]{2})\s*", size)
-    unit = parts[2].upper() if parts else ""
-    if parts is None or unit not in UNITS or not int(float(parts[1]) * UNITS[unit]):
+    parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])B\s*", size.upper())
+    count = int(float(parts[1]) * PREFIXES[parts[2]]) if parts else 0
+    if not count:
         raise ConfigError(
-            f"max_shard_size {size!r}: expected a number and a unit of {', '.join(UNITS)}, such as"
-            f" {MAX_SHARD_SIZE}"
+            f"max_shard_size {size!r}: expected a size such as {MAX_SHARD_SIZE} or 500MB, with"
+            " K, M, G or T for powers of ten"
         )
-    return int(float(parts[1]) * UNITS[unit])
+    return count
 
 
 def divided(sizes: Mapping[str, int], largest: int) -> dict[str, list[str]]:

@@ -1,0 +1,53 @@
+"""Another form of GELU in an export, and what it changes."""
+
+from dataclasses import replace
+
+from castalia.checkpoint.saved_model import SavedModel
+from castalia.core.errors import ConfigError
+from castalia.export.formats import Format
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+"""The forms of GELU: with the error function, and its approximation with tanh."""
+GELU_DIFFERENCE = 0.00048
+"""Largest difference of the two forms, at x = ±2.70; computed in float64."""
+
+
+def with_activation(source: SavedModel, activation: str | None) -> SavedModel:
+    """The same weights with another form of GELU; `source` itself where nothing changes.
+
+    Raises  ConfigError if the family has no such option.
+    """
+    if activation is None:
+        return source
+    if getattr(source.config, "activation", None) not in ACTIVATIONS:
+        raise ConfigError(
+            f"activation={activation}: model family {source.config.family!r} has no GELU to choose"
+        )
+    return replace(source, config=source.config.model_copy(update={"activation": activation}))
+
+
+def activation_notes(trained: SavedModel, source: SavedModel) -> list[str]:
+    """What another form of GELU changes, in one sentence; nothing where it is the same."""
+    before = getattr(trained.config, "activation", None)
+    after = getattr(source.config, "activation", None)
+    if before == after:
+        return []
+    return [
+        f"activation={before} of the checkpoint is computed as {after}: the two differ by at most"
+        f" {GELU_DIFFERENCE:g} for each activation. Published Pythia folders say gelu, though their"
+        " models were trained with gelu_tanh"
+    ]
+
+
+def other_activation(source: SavedModel, kind: type[Format], numbers: str) -> str:
+    """The hint that the format takes the model with another form of GELU, if it does."""
+    own = getattr(source.config, "activation", None)
+    if own not in ACTIVATIONS:
+        return ""
+    (other,) = (form for form in ACTIVATIONS if form != own)
+    if kind.refuses(with_activation(source, other).config, numbers) is not None:
+        return ""
+    return (
+        f"; --activation {other} exports it in that form, which changes each activation by at most"
+        f" {GELU_DIFFERENCE:g}"
+    )

@@ -1,0 +1,121 @@
+"""What an export is asked to be: its options, checked before anything is read or written."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from castalia.checkpoint.hf.shards import shard_bytes
+from castalia.core.errors import ConfigError, nearest
+from castalia.core.extras import pip_command
+from castalia.export.activation import ACTIVATIONS
+from castalia.export.formats import EXPORTS, Format, ShardedFormat
+
+
+class ExportOptions(TypedDict, total=False):
+    """Options of `export` about the files and their checks; None or left out for the default."""
+
+    dtype: str | None
+    """How `hf` and `neox` store weights: fp32, bf16 or fp16."""
+    quantization: str | None
+    """How the other formats store them; the class of each lists its values."""
+    activation: str | None
+    """gelu or gelu_tanh in place of the checkpoint's own; the card says what that changes."""
+    max_shard_size: str | None
+    """Largest file of weights in decimal units, such as 5GB; a format with one file has none."""
+    heldout: str | Path | None
+    """A text file or the prefix of token files on which the export is compared with float32, by
+    default the run's data.valid; the card shows the result."""
+    max_kl: float | None
+    """An export with a larger mean KL from float32, in nats a token, is not written."""
+    certificate: bool
+    """Whether both ends compute fixed prompts, so that the card has the largest difference of a
+    logit. True by default."""
+    max_difference: float | None
+    """An export whose logits differ by more is not written."""
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """An export that is asked for."""
+
+    kind: type[Format]
+    numbers: str
+    activation: str | None = None
+    """The form of GELU that the export computes; None for that of the checkpoint."""
+    max_shard_size: str | None = None
+    heldout: str | Path | None = None
+    max_kl: float | None = None
+    certificate: bool = True
+    max_difference: float | None = None
+
+
+def checked_spec(to: str, options: ExportOptions) -> ExportSpec:
+    """The export to the format `to`.
+
+    Raises  ConfigError if an option is unknown, out of range or belongs to another format.
+    """
+    if to not in EXPORTS:
+        raise ConfigError(
+            f"unknown export format {to!r}; choose one of {', '.join(EXPORTS)}"
+            f"{nearest(to, EXPORTS)}"
+        )
+    kind = EXPORTS[to]
+    others: dict[str, Any] = dict(options)
+    numbers = checked_numbers(kind, others.pop("dtype", None), others.pop("quantization", None))
+    spec = ExportSpec(kind, numbers, **others)
+    if spec.activation is not None and spec.activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"unknown activation {spec.activation!r}; choose one of {', '.join(ACTIVATIONS)}"
+            f"{nearest(spec.activation, ACTIVATIONS)}"
+        )
+    if spec.max_shard_size is not None:
+        require_shards(kind, spec.max_shard_size)
+    if spec.max_kl is not None:
+        require_measurable(kind, "max_kl", spec.max_kl)
+    if spec.max_difference is not None:
+        require_measurable(kind, "max_difference", spec.max_difference)
+        if not spec.certificate:
+            raise ConfigError("max_difference is checked by the certificate; leave it on")
+    return spec
+
+
+def checked_numbers(kind: type[Format], dtype: str | None, quantization: str | None) -> str:
+    """How the weights will be stored.
+
+    Raises  ConfigError if an option is unknown or belongs to another format.
+    """
+    given = {"dtype": dtype, "quantization": quantization}
+    chosen = given.pop(kind.option)
+    ((other, wrong),) = given.items()
+    menu = ", ".join(kind.choices)
+    if wrong is not None:
+        raise ConfigError(f"{kind.name} takes a {kind.option}, not a {other}: {menu}")
+    if chosen is not None and chosen not in kind.choices:
+        raise ConfigError(
+            f"unknown {kind.option} {chosen!r} for {kind.name}; choose one of"
+            f" {menu}{nearest(chosen, kind.choices)}"
+        )
+    return chosen or kind.default
+
+
+def require_shards(kind: type[Format], size: str) -> None:
+    """Raises  ConfigError if `size` is not a size, or the format has one file of weights."""
+    shard_bytes(size)
+    if not issubclass(kind, ShardedFormat):
+        sharded = [name for name in EXPORTS if issubclass(EXPORTS[name], ShardedFormat)]
+        raise ConfigError(
+            f"{kind.name} has one file of weights; max_shard_size is for {', '.join(sharded)}"
+        )
+
+
+def require_measurable(kind: type[Format], name: str, bound: float) -> None:
+    """Raises  ConfigError if a bound is negative or NaN, or the engine that measures it is not
+    installed."""
+    if not bound >= 0:
+        unit = " nats a token" if name == "max_kl" else ""
+        raise ConfigError(f"{name} must be >= 0{unit}, got {bound}")
+    engine = kind.engine()
+    if engine is not None and engine.package is not None and not engine.is_installed():
+        raise ConfigError(
+            f"{name} runs the export to measure it: {pip_command(engine.package.extra)}"
+        )

@@ -1,0 +1,317 @@
+"""Exports to repositories of the Hugging Face hub, a revision each.
+
+An upload is one commit: readers of the revision see the export before it or all of the new one. The
+large files go ahead of the commit, one after the other, and what the hub holds already, by its
+hashes, is not sent again; so the same command continues after it was killed.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from castalia.core.errors import CastaliaError, ConfigError
+from castalia.core.extras import require
+from castalia.core.files import files_in, sha256_of
+from castalia.core.hub import HUB_ID
+from castalia.export.record import Exported
+from castalia.inference.exported import RECORD, read_record
+
+TOKEN = "HF_TOKEN"
+"""The one place where a token is looked for: an environment variable."""
+OFFICIAL = "https://huggingface.co"
+MAIN = "main"
+"""The revision that readers get without naming one."""
+WEIGHTS = (
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model-?????-of-?????.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Files of a repository that transformers may take for its weights. Those of an earlier upload that
+the new one lacks are deleted in its commit: transformers prefers model.safetensors to shards, so an
+old one would stay the model."""
+UNREACHABLE = (
+    "RequestError",
+    "TransportError",
+    "ConnectionError",
+    "TimeoutException",
+    "TimeoutError",
+)
+"""Base classes of errors without an answer, in httpx, httpx2 and requests."""
+Content = Path | bytes
+"""A local file, or what is sent in its place."""
+LARGE = 5_000_000
+"""Bytes from which a file is sent ahead of the commit, which has the smaller ones in itself."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """Where exports are uploaded to."""
+
+    repo: str
+    """OWNER/NAME; created if it does not exist."""
+    revision: str | None = None
+    """A branch, created if it does not exist. By default main for one export, and step1000 and so
+    on for those of several steps."""
+    private: bool = False
+    """Whether a repository that is created here is private; others are left as they are."""
+    endpoint: str | None = None
+    """Address of the hub, by default that of HF_ENDPOINT, else huggingface.co."""
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """An upload that is done."""
+
+    repo: str
+    revision: str
+    commit: str
+    """The commit of the revision that holds the export."""
+    sent: list[str]
+    """Files that were uploaded."""
+    kept: list[str]
+    """Files that were there already, with the same hashes."""
+    deleted: list[str]
+    """Weights of an earlier upload."""
+
+
+class Hub:
+    """A repository of the hub that the token may write to."""
+
+    def __init__(self, push: Push, library: Any, token: str) -> None:
+        self.push = push
+        self.library = library
+        self.token = token
+        # Read here and not by the library, which keeps the value that it was imported with.
+        address = push.endpoint or os.environ.get("HF_ENDPOINT") or OFFICIAL
+        self.endpoint = address.rstrip("/")
+        self.api = library.HfApi(endpoint=self.endpoint, token=token, library_name="castalia")
+
+    @classmethod
+    def open(cls, push: Push) -> "Hub":
+        """The hub, asked once whether it knows the token: before hours of export, not after.
+
+        Raises  ConfigError without a token, huggingface_hub or a right name; CastaliaError if the
+                hub cannot be reached or refuses the token.
+        """
+        named = HUB_ID.fullmatch(push.repo)
+        if named is None or named[1] or named["revision"]:
+            raise ConfigError(
+                f"--push-to-hub {push.repo!r}: expected OWNER/NAME; a revision goes to --revision"
+            )
+        token = os.environ.get(TOKEN, "").strip()
+        if not token:
+            raise ConfigError(
+                f"uploading to {push.repo} needs a token with write access in the environment:"
+                f" set {TOKEN}"
+            )
+        library = require("huggingface_hub", "hf", "uploading to the Hugging Face hub")
+        hub = cls(push, library, token)
+        with hub.errors():
+            hub.api.whoami()
+        return hub
+
+    def require_one_revision(self, exports: int) -> None:
+        """Raises  ConfigError if several exports are to share one named revision."""
+        if exports > 1 and self.push.revision is not None:
+            raise ConfigError(
+                f"--revision {self.push.revision} is one revision for {exports} steps; leave it out"
+                " and each step gets its own, step1000 and so on"
+            )
+
+    def upload(self, done: Exported, step: str | None) -> dict[str, Any]:
+        """Make the revision hold the export; returns a `Pushed` as a dict.
+
+        Takes   step: name of the revision of one of several exports; None for a single one.
+        Raises  CastaliaError if the hub refuses it or is lost on the way.
+        """
+        revision = self.push.revision or step or MAIN
+        folder = Path(done.folder)
+        with self.errors(), self.without_bars(), self.over_http():
+            self.api.create_repo(self.push.repo, private=self.push.private or None, exist_ok=True)
+            if revision != MAIN:
+                self.api.create_branch(self.push.repo, branch=revision, exist_ok=True)
+            there = self.files_there(revision)
+            local = contents(folder)
+            kept = [name for name in local if name in there and is_same(local[name], there[name])]
+            stale = stale_weights(there, local, done.to)
+            changed = {name: content for name, content in local.items() if name not in kept}
+            commit = self.commit(changed, stale, revision, message_of(done))
+            self.require_arrived(local, revision)
+        pushed = Pushed(self.push.repo, revision, commit, list(changed), kept, stale)
+        return asdict(pushed)
+
+    def commit(
+        self, changed: Mapping[str, Content], stale: Sequence[str], revision: str, message: str
+    ) -> str:
+        """Send the changed files and commit them with the deletions; returns the commit's id."""
+        if not changed and not stale:
+            return str(self.api.repo_info(self.push.repo, revision=revision).sha)
+        add = self.library.CommitOperationAdd
+        operations = []
+        for name, content in changed.items():
+            operation = add(path_in_repo=name, path_or_fileobj=content)
+            if size_of(content) >= LARGE:
+                # One at a time, so that each is safe on the hub before the next one begins.
+                self.api.preupload_lfs_files(
+                    self.push.repo, [operation], revision=revision, free_memory=False
+                )
+            operations.append(operation)
+        operations += [self.library.CommitOperationDelete(path_in_repo=name) for name in stale]
+        info = self.api.create_commit(
+            self.push.repo, operations, commit_message=message, revision=revision
+        )
+        return str(info.oid)
+
+    def files_there(self, revision: str) -> dict[str, Any]:
+        """The files of a revision by their paths."""
+        tree = self.api.list_repo_tree(self.push.repo, recursive=True, revision=revision)
+        return {item.path: item for item in tree if hasattr(item, "blob_id")}
+
+    def require_arrived(self, local: Mapping[str, Content], revision: str) -> None:
+        """Raises  CastaliaError if the revision does not hold every file as it is here."""
+        there = self.files_there(revision)
+        lost = [
+            name for name in local if name not in there or not is_same(local[name], there[name])
+        ]
+        if lost:
+            raise CastaliaError(
+                f"{self.push.repo}@{revision} holds other content in {', '.join(lost[:5])} than was"
+                " sent: another upload came between, or the repository ignores such files; run the"
+                " command again"
+            )
+
+    @contextmanager
+    def over_http(self) -> Iterator[None]:
+        """Large files as plain LFS uploads where the endpoint is not the hub itself.
+
+        The library would send them by Xet, a protocol of the hub's own storage that mirrors and
+        servers of one's own need not speak.
+        """
+        constants = self.library.constants
+        before = getattr(constants, "HF_HUB_DISABLE_XET", False)
+        constants.HF_HUB_DISABLE_XET = before or self.endpoint != OFFICIAL
+        try:
+            yield
+        finally:
+            constants.HF_HUB_DISABLE_XET = before
+
+    @contextmanager
+    def without_bars(self) -> Iterator[None]:
+        """The library's progress bars only on a terminal."""
+        utils = self.library.utils
+        if sys.stderr.isatty() or utils.are_progress_bars_disabled():
+            yield
+            return
+        utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            utils.enable_progress_bars()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Errors of the library as one sentence each, without the token."""
+        try:
+            yield
+        except CastaliaError:
+            raise
+        # The library raises its own errors, those of its HTTP client, and plain ones.
+        except Exception as error:
+            sentence = self.sentence(error).replace(self.token, "***")
+            # Not chained: the original holds the request with its headers.
+            raise CastaliaError(sentence) from None
+
+    def sentence(self, error: BaseException) -> str:
+        """What went wrong and what to do."""
+        again = "run the command again: what is there already is not sent again"
+        where = f"{self.push.repo} at {self.endpoint}"
+        for cause in causes(error):
+            status = getattr(getattr(cause, "response", None), "status_code", None)
+            if status == 401:
+                return f"{self.endpoint} does not know the token in {TOKEN}; make a new one"
+            if status == 403:
+                return (
+                    f"the token in {TOKEN} may not write to {where}; use a token with write access"
+                    " to it, or choose another repository"
+                )
+            if status is not None:
+                said = getattr(cause, "server_message", None) or type(cause).__name__
+                return f"{where} refused the upload (HTTP {status}: {said}); {again}"
+            if "Offline" in type(cause).__name__:
+                return f"cannot upload to {where}: HF_HUB_OFFLINE is set; unset it"
+            if {base.__name__ for base in type(cause).__mro__} & set(UNREACHABLE):
+                kind = type(cause).__name__
+                return f"cannot reach {self.endpoint} ({kind}); check the network, then {again}"
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"cannot upload to {where}: {type(error).__name__}: {first}; {again}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it, the innermost last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def contents(folder: Path) -> dict[str, Content]:
+    """What is uploaded of an export, by path; its record without the paths of this machine."""
+    files: dict[str, Content] = {
+        file.relative_to(folder).as_posix(): file for file in files_in(folder)
+    }
+    record = read_record(folder)
+    for key in ("folder", "checkpoint"):
+        record[key] = Path(record[key]).name
+    files[RECORD] = (json.dumps(record, indent=1) + "\n").encode()
+    return files
+
+
+def size_of(content: Content) -> int:
+    """Bytes of a file or of a content."""
+    return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def is_same(content: Content, there: Any) -> bool:
+    """Whether a file of the hub has a content, by size and hash."""
+    if there.size != size_of(content):
+        return False
+    if there.lfs is None:
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        return bool(there.blob_id == git_hash(data))
+    if isinstance(content, bytes):
+        return bool(there.lfs.sha256 == hashlib.sha256(content).hexdigest())
+    return bool(there.lfs.sha256 == sha256_of(content))
+
+
+def git_hash(data: bytes) -> str:
+    """The SHA-1 by which git names a file's content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def stale_weights(there: Mapping[str, Any], local: Mapping[str, Content], to: str) -> list[str]:
+    """Weights of an earlier upload that would be read beside those of this one, or before them.
+
+    Takes   to: the format; programs of others than hf are told the name of their file.
+    """
+    if to != "hf":
+        return []
+    return [
+        name
+        for name in there
+        if name not in local and any(fnmatchcase(name, pattern) for pattern in WEIGHTS)
+    ]
+
+
+def message_of(done: Exported) -> str:
+    """The message of the commit."""
+    step = "" if done.step is None else f", step {done.step}"
+    return f"{done.to} {done.numbers} of {Path(done.checkpoint).name}{step}"

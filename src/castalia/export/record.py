@@ -1,0 +1,116 @@
+"""export.json: what an export is and what it was made of, written and recognized."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from castalia.checkpoint.saved_model import SavedModel, open_model
+from castalia.core.files import files_in, sha256_of, write_json
+from castalia.export.activation import with_activation
+from castalia.export.options import ExportSpec
+from castalia.inference.exported import RECORD, read_record
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One folder that was written."""
+
+    folder: str
+    to: str
+    """The format, a name in EXPORTS."""
+    numbers: str
+    """How weights are stored: the dtype of hf, the quantization of the others."""
+    checkpoint: str
+    step: int | None
+    bytes: int
+    seconds: float
+    notes: list[str]
+    """Differences of the export, one sentence each."""
+    quality: dict[str, Any] | None = None
+    """The export against float32 on held-out text, see `Quality`; None if it was not measured."""
+    certificate: dict[str, Any] | None = None
+    """Both ends on fixed prompts, see `Certificate`; None if it was left out."""
+    pushed: dict[str, Any] | None = None
+    """Where it was uploaded, see `Pushed`; None if it was not."""
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of an export, by its path in it; the record itself has none."""
+    return {
+        file.relative_to(folder).as_posix(): sha256_of(file)
+        for file in files_in(folder)
+        if file != folder / RECORD
+    }
+
+
+def write_record(
+    folder: Path,
+    source: SavedModel,
+    done: Exported,
+    *,
+    max_shard_size: str | None,
+    hashes: Mapping[str, str],
+    digests: Mapping[str, str],
+) -> None:
+    """Write export.json: the checkpoint with its hashes, the model's config, the hash of every
+    file.
+
+    Takes   hashes: SHA-256 of the source's files. digests: of those of the export that are known
+            already; the others are read.
+    """
+    from castalia import __version__
+
+    files = {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
+    values = asdict(done)
+    # An upload comes later, and the record is uploaded itself.
+    del values["pushed"]
+    record = {
+        "castalia": __version__,
+        **values,
+        **asdict(source.special),
+        "max_shard_size": max_shard_size,
+        "source_sha256": dict(hashes),
+        "model": source.config.model_dump(mode="json"),
+        "files_sha256": {
+            name: digests.get(name) or sha256_of(file) for name, file in files.items()
+        },
+    }
+    write_json(folder / RECORD, record)
+
+
+def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | None:
+    """The whole export of `checkpoint` in `folder` if it is the one that `spec` asks for.
+
+    None if there is none, it is another one or incomplete, or it does not show that it keeps the
+    bounds that are asked for.
+    """
+    if not (folder / RECORD).is_file():
+        return None
+    record = read_record(folder)
+    source = with_activation(open_model(checkpoint), spec.activation)
+    asked = {
+        "to": spec.kind.name,
+        "numbers": spec.numbers,
+        "source_sha256": source.hashes(),
+        "model": source.config.model_dump(mode="json"),
+    }
+    if any(record.get(key) != value for key, value in asked.items()):
+        return None
+    if spec.max_shard_size not in (None, record.get("max_shard_size")):
+        return None
+    known = [field.name for field in fields(Exported) if field.name in record]
+    done = Exported(**{name: record[name] for name in known} | {"folder": str(folder)})
+    if not keeps(done.quality, "kl", spec.max_kl):
+        return None
+    if not keeps(done.certificate, "largest_difference", spec.max_difference):
+        return None
+    return done if hashes_of(folder) == record.get("files_sha256") else None
+
+
+def keeps(measured: Mapping[str, Any] | None, key: str, bound: float | None) -> bool:
+    """Whether a measured number is at most `bound`; true without a bound."""
+    if bound is None:
+        return True
+    number = None if measured is None else measured.get(key)
+    return number is not None and number <= bound
