@@ -90,6 +90,10 @@ class EngineFlags:
             " of an export, else fp32."
         ),
     ] = None
+    cache: Annotated[
+        str | None,
+        ENGINE(help="native: keys and values in fp32, bf16 or int8.", show_default="fp32"),
+    ] = None
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

@@ -120,12 +120,13 @@ def generate(
     from castalia.inference import load
 
     texts = prompts.gather()
-    model = load(checkpoint, engine=running.engine, dtype=running.dtype, device=device)
+    engine: dict[str, Any] = asdict(running) | {"device": device}
+    model = load(checkpoint, **engine)
     options = sampling.options(model) | search.options()
     if draft == "lookup":
         options["draft"] = draft
     elif draft is not None:
-        options["draft"] = load(draft, engine=running.engine, dtype=running.dtype, device=device)
+        options["draft"] = load(draft, **engine)
     if texts is None:
         converse(model, options, sampling.seed, unescaped(prompts.prompt_end), files.output)
     elif files.output is not None:

@@ -93,7 +93,14 @@ def serve(
 
     pool = ModelPool(
         models,
-        ServeOptions(running.engine, running.dtype, limits.slots, limits.queue, limits.keep),
+        ServeOptions(
+            running.engine,
+            running.dtype,
+            running.cache,
+            slots=limits.slots,
+            most_waiting=limits.queue,
+            keep=limits.keep,
+        ),
     )
     app = make_app(
         pool,

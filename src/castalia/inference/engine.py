@@ -93,6 +93,8 @@ class Engine(ABC):
     """The value of `castalia export --to` whose folders the engine reads."""
     dtypes: ClassVar[tuple[str, ...]] = ()
     """Values of `dtype=` for a checkpoint, the default first."""
+    caches: ClassVar[tuple[str, ...]] = ()
+    """Values of `cache=`, the dtype of keys and values, the default first; empty if it is fixed."""
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     batching: ClassVar[str]
     """How sequences of unequal length share a step; a cell of the table in docs/inference.md."""
@@ -165,6 +167,14 @@ class Engine(ABC):
     @abstractmethod
     def numbers(self) -> str:
         """The dtype or quantization of the weights."""
+
+    def use_cache(self, kind: str) -> None:
+        """Store keys and values in `kind`, one of `caches`, in slots made from now on."""
+        raise NotImplementedError(f"engine={self.name} has no choice of caches")
+
+    def token_bytes(self) -> int | None:
+        """Bytes that a slot takes for each token of its length; None if the engine does not say."""
+        return None
 
     @abstractmethod
     def slots(self, count: int, length: int) -> Slots:

@@ -7,10 +7,11 @@ uses it.
 """
 
 from collections.abc import Collection, Mapping
+from typing import get_args
 
 from pydantic.fields import FieldInfo
 
-from castalia.models.config import ModelConfig, TransformerConfig
+from castalia.models.config import Gated, ModelConfig, Plain, TransformerConfig
 
 Values = Collection[object] | None
 """Values of one option that are implemented; None means any value, for instance a size."""
@@ -42,6 +43,33 @@ NEOX: dict[str, Values] = START | {
     "layernorm_epsilon": None,
 }
 """The GPT-NeoX family, whole. Engines that lack a value replace its entry."""
+
+
+NATIVE: dict[str, Values] = NEOX | {
+    "family": ("neox", "llama", "mistral", "falcon", "palm", "gpt2", "olmo2", "qwen2"),
+    "num_kv_heads": None,
+    "attention_head_dim": None,
+    "activation": get_args(Plain) + get_args(Gated),
+    "qkv_bias": None,
+    "qk_norm": ("none", "head", "width", "neox"),
+    "norm": ("layernorm", "rmsnorm", "scalenorm", "non_parametric_layernorm"),
+    "rmsnorm_partial": None,
+    "norm_placement": ("pre", "post"),
+    "shared_norm": (True, False),
+    "pos_emb": ("rotary", "alibi", "learned", "sinusoidal", "rpe", "none"),
+    "rope_scaling": None,
+    "learned_offset": None,
+    "alibi_scaled": (True, False),
+    "alibi_numerics": ("fp32", "bf16"),
+    "rpe_num_buckets": None,
+    "rpe_max_distance": None,
+    "sliding_window": None,
+    "attention_config": None,
+    "embedding_multiplier": None,
+    "output_multiplier": None,
+}
+"""The transformers of the native engine, which also refuses dynamic rope_scaling and some kinds of
+attention_config."""
 
 
 def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | None:

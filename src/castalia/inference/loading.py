@@ -23,6 +23,7 @@ def load(
     engine: str = "auto",
     dtype: str | None = None,
     device: str = "auto",
+    cache: str | None = None,
 ) -> LanguageModel:
     """A checkpoint or an export, ready to generate and to score text.
 
@@ -37,6 +38,8 @@ def load(
             scores in bf16; for openvino fp32 and int8. The default is what an export stores, auto
             for native, int8 for openvino, fp32 for torch.
             device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one and engine=torch.
+            cache: dtype of keys and values, for native fp32 (the default), bf16 or int8 with a
+            scale for each token and head.
     Warns   if engine=auto chose an engine that cannot compute the model; torch takes its place.
     Raises  CheckpointError if the checkpoint is missing or damaged; ConfigError for a wrong
             option, a model that the named engine cannot compute, or an engine whose package is not
@@ -61,11 +64,13 @@ def load(
     # An export is recognized by its record: its files look like those of other formats.
     export = open_export(Path(path))
     if export is not None:
-        return load_export(export, engine, dtype, device)
-    return load_checkpoint(path, engine, dtype, device)
+        return load_export(export, engine, dtype, device, cache)
+    return load_checkpoint(path, engine, dtype, device, cache)
 
 
-def load_export(export: ExportFolder, engine: str, dtype: str | None, device: str) -> LanguageModel:
+def load_export(
+    export: ExportFolder, engine: str, dtype: str | None, device: str, cache: str | None
+) -> LanguageModel:
     """An export on the engine that it was made for.
 
     Raises  ConfigError if another engine or another dtype is asked for.
@@ -84,14 +89,19 @@ def load_export(export: ExportFolder, engine: str, dtype: str | None, device: st
     # The export may be older than an option that its engine has since learnt to refuse.
     if reason := chosen.refuses(export.config):
         raise ConfigError(reason)
+    require_cache(chosen, cache)
     chosen.require_package()
     computing = chosen.from_export(export, dtype)
+    if cache is not None:
+        computing.use_cache(cache)
     model = LanguageModel(computing, export.tokenizer, export.step, export.special)
     model.quality = export.quality
     return model
 
 
-def load_checkpoint(path: str | Path, engine: str, dtype: str | None, device: str) -> LanguageModel:
+def load_checkpoint(
+    path: str | Path, engine: str, dtype: str | None, device: str, cache: str | None
+) -> LanguageModel:
     """A checkpoint on an engine; the engine is asked whether it can before a weight is read."""
     source = open_model(path)
     chosen = engine_for(engine, dtype)
@@ -102,12 +112,16 @@ def load_checkpoint(path: str | Path, engine: str, dtype: str | None, device: st
         warnings.warn(f"{reason}; engine=torch computes it in fp32", stacklevel=3)
         chosen = TorchEngine
         dtype = None
+        cache = None
     # The package comes after the refusal: nobody should install one that cannot help.
     require_device(chosen, device)
+    require_cache(chosen, cache)
     chosen.require_package()
     if chosen.reads_checkpoints:
         dtype = checked_dtype(chosen, dtype)
     computing = chosen.from_checkpoint(source, dtype or "", device)
+    if cache is not None:
+        computing.use_cache(cache)
     return LanguageModel(computing, source.tokenizer, source.step, source.special)
 
 
@@ -124,6 +138,21 @@ def require_device(engine: type[Engine], device: str) -> None:
         raise ConfigError(
             f"engine={engine.name} runs on the CPU; device={device!r} needs engine=torch"
         )
+
+
+def require_cache(engine: type[Engine], cache: str | None) -> None:
+    """Raises  ConfigError if the engine does not store keys and values in `cache`."""
+    if cache is None or cache in engine.caches:
+        return
+    if not engine.caches:
+        raise ConfigError(
+            f"engine={engine.name} has no choice of caches; omit cache={cache}, or use"
+            " engine=native"
+        )
+    raise ConfigError(
+        f"unknown cache {cache!r} for engine={engine.name}; choose one of"
+        f" {', '.join(engine.caches)}{nearest(cache, engine.caches)}"
+    )
 
 
 def checked_dtype(engine: type[Engine], dtype: str | None) -> str:

@@ -252,7 +252,9 @@ class TorchEngine(Engine):
 
 def device_of(model: Decoder) -> torch.device:
     """Device of a model whose weights are on one."""
-    return next(model.parameters()).device
+    parameter = next(model.parameters(), None)
+    # Packed layers have no parameters, nor have norms of some kinds; they lie on the CPU.
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 @torch.inference_mode()

@@ -42,6 +42,7 @@ class ServeOptions:
 
     engine: str = "auto"
     dtype: str | None = None
+    cache: str | None = None
     slots: int = 16
     """Texts generated at a time."""
     most_waiting: int = 256
@@ -132,7 +133,8 @@ class ModelPool:
 
     def load(self, name: str, path: str) -> LoadedModel:
         """Read a model and start its scheduler."""
-        model = load(path, engine=self.options.engine, dtype=self.options.dtype)
+        options = self.options
+        model = load(path, engine=options.engine, dtype=options.dtype, cache=options.cache)
         scheduler = Scheduler(
             model.engine,
             slots=self.options.slots,

@@ -71,7 +71,7 @@ class PackedDecoder(Decoder):
         # The skeleton's own weights are replaced at once; on the meta device they take no memory.
         with torch.device("meta"):
             super().__init__(weights.config)
-        for name, packed in weights.linears.items():
+        for name, packed in weights.linears():
             if name != HEAD:
                 self.set_submodule(name, linear(name, packed))
         for name, tensor in weights.norms.items():
@@ -79,7 +79,7 @@ class PackedDecoder(Decoder):
             parameter = nn.Parameter(tensor, requires_grad=False)
             self.get_submodule(place).register_parameter(leaf, parameter)
         self.embed = PackedEmbedding(weights)  # type: ignore[assignment]
-        self.unembed = linear(HEAD, weights.linears[HEAD])  # type: ignore[assignment]
+        self.unembed = linear(HEAD, weights.products[HEAD])  # type: ignore[assignment]
         self.eval()
 
     def head(self, hidden_BTC: Tensor) -> Tensor:

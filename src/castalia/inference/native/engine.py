@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.saved_model import SavedModel
+from castalia.core.errors import ConfigError
 from castalia.inference.engine import HEAD_ROWS, Engine, Slots
 from castalia.inference.exported import ExportFolder
-from castalia.inference.implements import NEOX
+from castalia.inference.implements import NATIVE
+from castalia.inference.native.cache import CACHES, require_cache, token_bytes
 from castalia.inference.native.compiled import library
 from castalia.inference.native.decoder import PackedDecoder, bf16_decoder, kernel_decoder
 from castalia.inference.native.fused import FusedForward
@@ -27,6 +29,7 @@ from castalia.inference.torch_engine import (
     model_logprobs,
     model_slots,
 )
+from castalia.models.config import ModelConfig, TransformerConfig
 
 ROWS_AT_ONCE = 256
 """Tokens of prompts in one pass: enough for full speed of the products, and little memory."""
@@ -34,6 +37,8 @@ SCORED_ROWS = 128
 """Positions whose logits exist at a time while bf16 scores. Twice as many take a third longer:
 the allocator returns their buffers to the system and maps them again for every part."""
 QUANTIZED = ("int8", "int4")
+KINDS_OF_ATTENTION = ("global", "sliding")
+"""Kinds of layers that the compiled step computes."""
 
 
 class NativeSlots(Slots):
@@ -92,10 +97,11 @@ class NativeEngine(Engine):
     """
 
     name = "native"
-    implements = NEOX
+    implements = NATIVE
     reads_checkpoints = True
     export_kind = "native"
     dtypes = ("auto", *STORAGES)
+    caches = tuple(CACHES)
     batching = "continuous"
     scores = "bf16 with dtype=auto, else as it decodes"
 
@@ -108,7 +114,7 @@ class NativeEngine(Engine):
         self.compiled = compiled_forward(weights, kernels)
         self.decoder: PackedDecoder | None = None
         if self.compiled is None:
-            linears = list(weights.linears.values())
+            linears = [packed for _, packed in weights.linears()]
             self.decoder = kernel_decoder(weights, chosen(linears, weights.storage, kernels))
         self.scorer: PackedDecoder | None = None
 
@@ -128,10 +134,44 @@ class NativeEngine(Engine):
         quick = dtype in (None, "auto") and export.numbers in QUANTIZED
         return cls(load_weights(export.folder), scoring="bf16" if quick else None)
 
+    @classmethod
+    def refuses(cls, config: ModelConfig) -> str | None:
+        """See `Engine`; also what a table of values cannot say."""
+        reason = super().refuses(config)
+        if reason is not None or not isinstance(config, TransformerConfig):
+            return reason
+        if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+            # Cached keys would have to be rotated again whenever a row grows.
+            return f"engine={cls.name} does not implement rope_scaling.kind='dynamic'"
+        unknown = [kind for kind in config.layer_kinds if kind not in KINDS_OF_ATTENTION]
+        if unknown:
+            return f"engine={cls.name} does not implement attention_config={unknown[0]!r}"
+        return None
+
     @property
     def numbers(self) -> str:
         """The storage."""
         return self.weights.storage
+
+    def use_cache(self, kind: str) -> None:
+        """See `Engine`.
+
+        Raises  ConfigError if this model cannot have such a cache, or there is no compiled step
+                for it.
+        """
+        require_cache(self.weights.config, kind)
+        if self.compiled is not None:
+            self.compiled.cache = kind
+        elif kind != self.caches[0]:
+            raise ConfigError(
+                f"cache={kind} needs the compiled step, which this machine does not run for"
+                f" {self.numbers} weights (see CASTALIA_CXX); omit cache"
+            )
+
+    def token_bytes(self) -> int:
+        """See `Engine`."""
+        kind = self.caches[0] if self.compiled is None else self.compiled.cache
+        return token_bytes(self.weights.config, kind)
 
     def slots(self, count: int, length: int) -> Slots:
         """See `Engine`."""
@@ -172,5 +212,5 @@ def compiled_forward(weights: PackedWeights, kernels: str) -> FusedForward | Non
         return FusedForward(weights, native)
     # Without an instruction for sums of bytes, torch may win some shapes. The compiled step runs
     # all layers or none.
-    choice = chosen(list(weights.linears.values()), weights.storage, kernels)
+    choice = chosen(list(weights.products.values()), weights.storage, kernels)
     return FusedForward(weights, native) if set(choice.values()) == {"compiled"} else None

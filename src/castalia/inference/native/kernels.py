@@ -28,6 +28,8 @@ class Kernel(ABC):
     activations: ClassVar[str]
     """fp32: unchanged; bf16, fp16: rounded; int8: 255 steps for each row; int8 tensor: 255 steps
     for all rows together."""
+    unit: ClassVar[int] = 1
+    """The inputs of a layer must be a multiple of this."""
 
     @abstractmethod
     def __init__(self, packed: Packed) -> None: ...
@@ -189,6 +191,8 @@ class Int8WeightOnly(Kernel):
 
     storages = ("int8",)
     activations = "bf16"
+    # It reads past the end of other rows, and may end the process.
+    unit = 16
 
     def __init__(self, packed: Packed) -> None:
         self.q, scale, self.bias = trimmed(packed)

@@ -13,6 +13,7 @@ a 32-bit lane. Shapes for N output channels and K inputs:
            its high half: w = (half - 8) * scale
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -184,6 +185,60 @@ def dense_rows(packed: Packed) -> Tensor:
     if packed.storage == "int8":
         return q * scale[:, None]
     return (q.unflatten(1, (-1, GROUP)) * scale[..., None]).flatten(1)
+
+
+def joined(parts: Sequence[Packed], alternate: bool = False) -> Packed:
+    """Layers with the same input as one, each padded to whole panels.
+
+    alternate  panels of the parts, of equal size, take turns; else the parts follow each other.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    bias = None
+    if any(part.bias is not None for part in parts):
+        bias = merged([bias_of(part) for part in parts], alternate, PANEL)
+    scales = [part.scale for part in parts if part.scale is not None]
+    # int4 has scales by panel, int8 by channel.
+    unit = 1 if parts[0].storage == "int4" else PANEL
+    return replace(
+        parts[0],
+        weight=merged([part.weight for part in parts], alternate),
+        scale=merged(scales, alternate, unit) if scales else None,
+        bias=bias,
+        channels=sum(len(part.weight) * PANEL for part in parts),
+    )
+
+
+def bias_of(packed: Packed) -> Tensor:
+    """The bias with its padding; zeros for a layer without one."""
+    if packed.bias is not None:
+        return packed.bias
+    return torch.zeros(len(packed.weight) * PANEL)
+
+
+def merged(tensors: Sequence[Tensor], alternate: bool, unit: int = 1) -> Tensor:
+    """Tensors one after the other, or in turns of `unit` rows."""
+    if not alternate:
+        return torch.cat(list(tensors))
+    return torch.stack([tensor.unflatten(0, (-1, unit)) for tensor in tensors], 1).flatten(0, 2)
+
+
+def part_of(packed: Packed, panels: slice, channels: int) -> Packed:
+    """One of the layers that were joined: its panels, and its channels without the padding."""
+    if panels == slice(0, len(packed.weight), 1):
+        return replace(packed, channels=channels)
+
+    def taken(tensor: Tensor | None, unit: int = 1) -> Tensor | None:
+        if tensor is None:
+            return None
+        return tensor.unflatten(0, (-1, unit))[panels].flatten(0, 1).contiguous()
+
+    weight = taken(packed.weight)
+    assert weight is not None
+    scale = taken(packed.scale, 1 if packed.storage == "int4" else PANEL)
+    return replace(
+        packed, weight=weight, scale=scale, bias=taken(packed.bias, PANEL), channels=channels
+    )
 
 
 def bare(packed: Packed) -> Packed:

@@ -1,5 +1,6 @@
-// One forward pass of a GPT-NeoX decoder on a CPU, in one call: a decode step of a small model lasts less than the
+// One forward pass of a transformer decoder on a CPU, in one call: a decode step of a small model lasts less than the
 // Python that would dispatch its operators. Compiled at first use by compiled.py; plain C, no header of torch.
+// What a block computes is data: small integers in `Model` and `Layer`, filled by fused.py.
 //
 // A batch is M rows, each one token with the slot of its sequence and its position there. So prompts of unequal length
 // and sequences in the middle of their text stand side by side without padding. Every row writes its key and value
@@ -226,13 +227,30 @@ static void panel_of(const Linear &l, const Input &in, int64_t number, int64_t f
     }
 }
 
-enum After { PLAIN, ADD, GELU_TANH, GELU_ERF };
+enum After {  // numbers as ACTIVATIONS in fused.py
+    PLAIN, ADD, GELU_TANH, GELU_ERF, RELU, RELU2, SOFTSIGN, SILU, MISH, SIGMOID
+};
 
 static inline V activate(V y, int after) {
     if (after == GELU_TANH) return y / (1.0f + exponential(y * (y * y * 0.044715f + 1.0f) * -1.5957691216f));
     if (after == GELU_ERF)
         for (int lane = 0; lane < P; lane++) y[lane] *= 0.5f * (1.0f + std::erf(y[lane] * 0.70710678f));
+    if (after == RELU) return y > 0 ? y : all(0);
+    if (after == RELU2) return y > 0 ? y * y : all(0);
+    if (after == SOFTSIGN) return y / (1.0f + (y < 0 ? -y : y));
+    if (after == SILU) return y / (1.0f + exponential(-y));
+    if (after == SIGMOID) return 1.0f / (1.0f + exponential(-y));
+    if (after == MISH) {  // tanh(log(1 + n)) = n (n + 2) / (n (n + 2) + 2) with n = e^y; it is 1 long before y = 20
+        V n = exponential(y < 20.0f ? y : all(20.0f));
+        V square = n * (n + 2.0f);
+        return y * (square / (square + 2.0f));
+    }
     return y;
+}
+
+static inline void place(float *to, V v, int64_t lanes) {
+    if (lanes == P) store(to, v);
+    else std::memcpy(to, &v, lanes * sizeof(float));
 }
 
 // y (M, N) = after(x W^T + bias); ADD adds to what is there. `width` is how many of the N columns y has. A thread takes
@@ -246,11 +264,31 @@ static void linear(const Linear &l, const Input &in, int64_t M, float *y, int64_
             panel_of(l, in, number, first, rows, out);
             for (int64_t m = 0; m < rows; m++) {
                 V v = l.bias ? out[m] + load(l.bias + number * P) : out[m];
-                float *place = y + (first + m) * width + number * P;
-                if (lanes == P) store(place, after == ADD ? load(place) + v : activate(v, after));
+                float *to = y + (first + m) * width + number * P;
+                if (after != ADD) place(to, activate(v, after), lanes);
+                else if (lanes == P) store(to, load(to) + v);
                 else
-                    for (int64_t lane = 0; lane < lanes; lane++)
-                        place[lane] = after == ADD ? place[lane] + v[lane] : activate(v, after)[lane];
+                    for (int64_t lane = 0; lane < lanes; lane++) to[lane] += v[lane];
+            }
+        }
+}
+
+// y (M, width) = act(gate) * up; panels of gate and up alternate, so that one thread has both while they are hot.
+static void gated_linear(const Linear &l, const Input &in, int64_t M, float *y, int64_t width, int act) {
+#pragma omp for schedule(static) nowait
+    for (int64_t number = 0; number < l.n / P; number += 2)
+        for (int64_t first = 0; first < M; first += BLOCK) {
+            V gate[BLOCK], up[BLOCK];
+            int64_t rows = std::min<int64_t>(BLOCK, M - first), column = number / 2 * P;
+            panel_of(l, in, number, first, rows, gate);
+            panel_of(l, in, number + 1, first, rows, up);
+            for (int64_t m = 0; m < rows; m++) {
+                if (l.bias) {
+                    gate[m] += load(l.bias + number * P);
+                    up[m] += load(l.bias + (number + 1) * P);
+                }
+                float *to = y + (first + m) * width + column;
+                place(to, activate(gate[m], act) * up[m], std::min<int64_t>(P, width - column));
             }
         }
 }
@@ -264,30 +302,43 @@ static void prepare(const Linear &l, const Input &in, int64_t M) {  // activatio
 
 // ----------------------------------------------------------------------------------------------------------- model
 
+enum NormKind { LAYERNORM, RMSNORM, SCALENORM };
+
 struct Norm {
-    const float *weight, *bias;
+    const float *weight, *bias;  // (width,); bias is for layernorm alone
+    int64_t kind, part;          // rmsnorm: how many of the numbers its mean square is of
 };
 
 struct Layer {
-    Norm norm1, norm2;
+    Norm norm1, norm2, q_norm, k_norm;
     Linear qkv, out, up, down;
+    int64_t window;  // tokens that a token sees, itself included; 0 for all
 };
 
 struct Model {
-    int64_t layers, width, heads, head_dim, ffn, rotary, vocab, parallel, tanh;
-    double epsilon;
+    int64_t layers, width, heads, kv_heads, head_dim, ffn, rotary, vocab;
+    int64_t parallel, shared_norm, post_norm, activation, gated;
+    int64_t qk_norm, qk_across, qk_by_head;  // over all heads together or each head; weights of all heads or of one
+    int64_t qkv_width, q_step, k_step, k_first, v_first;  // where heads lie in a row of the qkv product
+    double epsilon, embed_factor;
     const Layer *layer;
     Norm norm;
     Linear head;
     const float *cos, *sin;  // (positions, rotary / 2)
-    const void *embed;       // (vocab, width), row after row
+    const float *place;      // (positions, width), added to the embedding, or null
+    const float *bias;       // added to scores, or null: (heads, positions + 16), of each key, or of each distance with
+    int64_t bias_by_key;     // the farthest first
+    int64_t positions;
+    const void *embed;         // (vocab, width), row after row
     const float *embed_scale;  // int8: (vocab,)
     int64_t embed_kind;
 };
 
-struct Cache {  // per layer: k (slots, heads, length / 16, head_dim, 16), v (slots, heads, length, head_dim)
-    float *k, *v;
-    int64_t slots, length;
+struct Cache {  // of each layer, slot and kv head
+    void *k;        // (length / 16, head_dim, 16); int8 (length / 16, head_dim / 4, 16, 4), 128 larger
+    void *v;        // (length, head_dim rounded up to 16)
+    float *k_scale, *v_scale;  // int8: (length,)
+    int64_t slots, length, kind;
 };
 
 struct Batch {
@@ -310,6 +361,18 @@ static void layer_norm(const float *x, const Norm &norm, float *y, int64_t width
     for (int64_t i = 0; i < width; i++) y[i] = (x[i] - mean) * factor * norm.weight[i] + norm.bias[i];
 }
 
+static void normalize(const float *x, const Norm &norm, float *y, int64_t width, double epsilon) {
+    if (norm.kind == LAYERNORM) return layer_norm(x, norm, y, width, epsilon);
+    int64_t part = norm.kind == RMSNORM ? norm.part : width;
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < part; i++) square += x[i] * x[i];
+    float factor = norm.kind == RMSNORM ? 1.0f / std::sqrt(square / part + (float)epsilon)
+                                        : 1.0f / std::max(std::sqrt(square), (float)epsilon);
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) y[i] = x[i] * factor * norm.weight[i];
+}
+
 static void turn(float *x, const float *cos, const float *sin, int64_t half) {
     for (int64_t j = 0; j < half; j++) {
         float a = x[j], b = x[j + half];
@@ -318,89 +381,325 @@ static void turn(float *x, const float *cos, const float *sin, int64_t half) {
     }
 }
 
-struct Places {  // where one head of one slot keeps its keys and values in a layer
-    float *k, *v;
+// ----------------------------------------------------------------------------------------------- keys and values
+
+static inline int64_t rounded(int64_t D) { return (D + P - 1) / P * P; }
+
+struct Places {  // where one kv head of one slot keeps its keys and values in a layer
+    char *k, *v;
+    float *k_scale, *v_scale;
 };
 
 static Places places(const Model &model, const Cache &cache, int64_t layer, int64_t slot, int64_t head) {
-    int64_t at = ((layer * cache.slots + slot) * model.heads + head) * cache.length * model.head_dim;
-    return {cache.k + at, cache.v + at};
+    int64_t row = ((layer * cache.slots + slot) * model.kv_heads + head) * cache.length;
+    int64_t size = cache.kind == FP32 ? 4 : cache.kind == BF16 ? 2 : 1;
+    return {(char *)cache.k + row * model.head_dim * size, (char *)cache.v + row * rounded(model.head_dim) * size,
+            cache.k_scale + row, cache.v_scale + row};
 }
 
+static inline uint16_t narrow(float x) {  // to bfloat16, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+static float step_of(const float *x, int64_t D, float steps, float &inverse) {  // the largest number is `steps` steps
+    float largest = 0;
+    for (int64_t d = 0; d < D; d++) largest = std::max(largest, std::fabs(x[d]));
+    inverse = largest > 0 ? steps / largest : 0.0f;
+    return largest / steps;
+}
+
+// Write the key and the value of one head at one position.
+static void keep(const Cache &cache, const Places &to, int64_t position, const float *k, const float *v, int64_t D) {
+    int64_t block = position / P * P * D, lane = position % P, row = position * rounded(D);
+    if (cache.kind == FP32) {
+        float *keys = (float *)to.k + block + lane;
+        for (int64_t d = 0; d < D; d++) keys[d * P] = k[d];
+        std::memcpy((float *)to.v + row, v, D * sizeof(float));
+    } else if (cache.kind == BF16) {
+        uint16_t *keys = (uint16_t *)to.k + block + lane, *values = (uint16_t *)to.v + row;
+        for (int64_t d = 0; d < D; d++) keys[d * P] = narrow(k[d]);
+        for (int64_t d = 0; d < D; d++) values[d] = narrow(v[d]);
+    } else {
+        float inverse;
+        uint8_t *keys = (uint8_t *)to.k + block + lane * 4;
+        to.k_scale[position] = step_of(k, D, 127, inverse);
+        for (int64_t d = 0; d < D; d++) keys[d / 4 * 4 * P + d % 4] = 128 + (int)std::nearbyint(k[d] * inverse);
+        int8_t *values = (int8_t *)to.v + row;
+        to.v_scale[position] = step_of(v, D, 127, inverse);
+        for (int64_t d = 0; d < D; d++) values[d] = (int8_t)std::nearbyint(v[d] * inverse);
+    }
+}
+
+// Norm of `heads` heads that lie `step` apart; see HeadNorm of castalia.models.parts.norms.
+static void norm_heads(const Model &m, const Norm &norm, float *x, int64_t heads, int64_t step) {
+    int64_t D = m.head_dim, together = m.qk_across ? heads : 1;
+    for (int64_t first = 0; first < heads; first += together) {
+        float mean = 0, square = 0;
+        if (norm.kind == LAYERNORM)
+            for (int64_t h = first; h < first + together; h++)
+                for (int64_t d = 0; d < D; d++) mean += x[h * step + d];
+        mean /= together * D;
+        for (int64_t h = first; h < first + together; h++)
+            for (int64_t d = 0; d < D; d++) square += (x[h * step + d] - mean) * (x[h * step + d] - mean);
+        float factor = 1.0f / std::sqrt(square / (together * D) + (float)m.epsilon);
+        for (int64_t h = first; h < first + together; h++)
+            for (int64_t d = 0; d < D; d++) {
+                int64_t at = d + (m.qk_by_head ? h * D : 0);
+                float y = (x[h * step + d] - mean) * factor * norm.weight[at];
+                x[h * step + d] = norm.bias ? y + norm.bias[at] : y;
+            }
+    }
+}
+
+static void norm_queries_and_keys(const Model &m, const Layer &l, int64_t M, float *qkv) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < M; i++) {
+        float *row = qkv + i * m.qkv_width;
+        norm_heads(m, l.q_norm, row, m.heads, m.q_step);
+        norm_heads(m, l.k_norm, row + m.k_first, m.kv_heads, m.k_step);
+    }
+}
+
+// Rotation of queries and keys; keys and values go into the cache.
 static void remember(const Model &model, const Cache &cache, const Batch &batch, int64_t layer, float *qkv) {
-    int64_t D = model.head_dim, half = model.rotary / 2;
+    int64_t D = model.head_dim, half = model.rotary / 2, G = model.heads / model.kv_heads;
+    if (model.qk_norm) norm_queries_and_keys(model, model.layer[layer], batch.rows, qkv);
 #pragma omp for schedule(static) collapse(2)
     for (int64_t m = 0; m < batch.rows; m++)
-        for (int64_t h = 0; h < model.heads; h++) {
-            float *q = qkv + (m * model.heads + h) * 3 * D, *k = q + D, *v = k + D;
+        for (int64_t h = 0; h < model.kv_heads; h++) {
+            float *row = qkv + m * model.qkv_width;
+            float *k = row + model.k_first + h * model.k_step, *v = row + model.v_first + h * model.k_step;
             int64_t position = batch.position[m];
-            turn(q, model.cos + position * half, model.sin + position * half, half);
-            turn(k, model.cos + position * half, model.sin + position * half, half);
-            Places to = places(model, cache, layer, batch.slot[m], h);
-            float *block = to.k + position / P * P * D + position % P;
-            for (int64_t d = 0; d < D; d++) block[d * P] = k[d];
-            std::memcpy(to.v + position * D, v, D * sizeof(float));
+            const float *cos = model.cos + position * half, *sin = model.sin + position * half;
+            for (int64_t g = 0; g < G; g++) turn(row + (h * G + g) * model.q_step, cos, sin, half);
+            turn(k, cos, sin, half);
+            keep(cache, places(model, cache, layer, batch.slot[m], h), position, k, v, D);
         }
 }
 
-// Q neighbouring positions of one head: y (Q, head_dim) out of q, k, v; `scores` has Q rows of `length`.
-template <int Q>
-static void attend(const Places &from, const float *q, int64_t stride, int64_t position, int64_t D, float *scores,
-                   int64_t length, float *y, int64_t y_stride) {
-    float scale = 1.0f / std::sqrt((float)D);
-    for (int64_t t = 0; t < position + Q; t += P) {
-        V sum[Q] = {};
-        for (int64_t d = 0; d < D; d++) {
-            V keys = load(from.k + t * D + d * P);
-            for (int i = 0; i < Q; i++) sum[i] += keys * q[i * stride + d];
-        }
-        for (int i = 0; i < Q; i++) store(scores + i * length + t, sum[i] * scale);
+// ------------------------------------------------------------------------------------------------------- attention
+
+constexpr int QUERIES = 8;  // at most so many queries share one reading of the keys and values of a head
+#ifdef __AVX512F__
+constexpr int SUMS = 8;  // sums in flight: enough to hide the latency of a product, few enough for the registers
+#else
+constexpr int SUMS = 4;
+#endif
+
+struct Query {
+    const float *x;       // (head_dim,)
+    float *y;             // (head_dim,)
+    int64_t start, end;   // the positions that it sees
+    const float *bias;    // of position 0, or null
+    float *p;             // scores, then probabilities, from the first position of its group on
+    int8_t *high, *low;   // int8 cache: x = step * (128 * high + low)
+    float step, offset;   // int8 cache: what 128 larger keys add, in steps
+};
+
+// Both halves together hold 15 bits, so that the cache alone is rounded to 8.
+static void halve(Query &query, int64_t D) {
+    float inverse;
+    int32_t high_sum = 0, low_sum = 0;
+    query.step = step_of(query.x, D, 127 * 128, inverse);
+    for (int64_t d = 0; d < D; d++) {
+        int32_t whole = (int32_t)std::nearbyint(query.x[d] * inverse), high = (whole + 64) >> 7;
+        high_sum += query.high[d] = (int8_t)high;
+        low_sum += query.low[d] = (int8_t)(whole - high * 128);
     }
-    for (int i = 0; i < Q; i++) {
-        float *row = scores + i * length, largest = -INFINITY, total = 0;
-        int64_t count = position + i + 1, whole = (position + Q + P - 1) / P * P;
-        for (int64_t t = count; t < whole; t++) row[t] = -INFINITY;
-#pragma omp simd reduction(max : largest)
-        for (int64_t t = 0; t < count; t++) largest = std::max(largest, row[t]);
-        for (int64_t t = 0; t < whole; t += P) store(row + t, exponential(load(row + t) - largest));
-        for (int64_t t = count; t < whole; t++) row[t] = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = 0; t < count; t++) total += row[t];
-        for (int64_t t = 0; t < count; t++) row[t] /= total;
-        std::memset(y + i * y_stride, 0, D * sizeof(float));
-    }
-    for (int64_t d = 0; d < D; d += P) {
-        int64_t lanes = std::min<int64_t>(P, D - d);
-        V sum[Q] = {};
-        for (int64_t t = 0; t < position + Q; t++) {
-            V values = {};
-            if (lanes == P) values = load(from.v + t * D + d);
-            else std::memcpy(&values, from.v + t * D + d, lanes * sizeof(float));
-            for (int i = 0; i < Q; i++) sum[i] += values * scores[i * length + t];
-        }
-        for (int i = 0; i < Q; i++) std::memcpy(y + i * y_stride + d, &sum[i], lanes * sizeof(float));
-    }
+    query.offset = 128.0f * (128.0f * high_sum + low_sum);
 }
 
-static void attention(const Model &model, const Cache &cache, const Batch &batch, int64_t layer, const float *qkv,
-                      float *y, float *scores) {
-    constexpr int64_t TOGETHER = 4;
-    int64_t D = model.head_dim, H = model.heads;
-#pragma omp for schedule(dynamic, 1) collapse(2)
-    for (int64_t start = 0; start < batch.rows; start += TOGETHER)
-        for (int64_t h = 0; h < H; h++) {
-            int64_t end = std::min(start + TOGETHER, batch.rows);
-            bool run = end - start == TOGETHER;  // four neighbours of one slot
-            for (int64_t m = start + 1; run && m < end; m++)
-                run = batch.slot[m] == batch.slot[start] && batch.position[m] == batch.position[start] + m - start;
-            for (int64_t m = start; m < end; m += run ? TOGETHER : 1) {
-                Places from = places(model, cache, layer, batch.slot[m], h);
-                auto one = run ? attend<TOGETHER> : attend<1>;
-                one(from, qkv + (m * H + h) * 3 * D, 3 * D * H, batch.position[m], D, scores, cache.length,
-                    y + m * D * H + h * D, D * H);
+template <class T> static inline V floats(const T *p);
+template <> inline V floats(const float *p) { return load(p); }
+template <> inline V floats(const uint16_t *p) { return widen(p); }
+template <> inline V floats(const int8_t *p) {
+    typedef int8_t B __attribute__((vector_size(16), aligned(1)));
+    return __builtin_convertvector(__builtin_convertvector(*(const B *)p, I), V);
+}
+
+// Scores of Q queries with 16 B positions from t on.
+template <class T, int Q, int B>
+static void score(const Places &from, const Query *query, int64_t D, int64_t t, V (*sum)[B]) {
+    const T *k = (const T *)from.k + t * D;
+    for (int64_t d = 0; d < D; d++)
+        for (int b = 0; b < B; b++) {
+            V keys = floats(k + (b * D + d) * P);
+            for (int i = 0; i < Q; i++) sum[i][b] += keys * query[i].x[d];
+        }
+}
+
+template <int Q, int B>
+static void score_int8(const Places &from, const Query *query, int64_t D, int64_t t, V (*sum)[B]) {
+    const char *k = from.k + t * D;
+    I high[Q][B] = {}, low[Q][B] = {};
+    for (int64_t d = 0; d < D; d += 4)
+        for (int b = 0; b < B; b++) {
+            I keys = *(const IU *)(k + (b * D + d) * P);
+            for (int i = 0; i < Q; i++) {
+                high[i][b] = dot(high[i][b], keys, query[i].high + d);
+                low[i][b] = dot(low[i][b], keys, query[i].low + d);
             }
         }
+    for (int b = 0; b < B; b++) {
+        V scale = load(from.k_scale + t + b * P);
+        for (int i = 0; i < Q; i++) {
+            V whole = __builtin_convertvector(high[i][b], V) * 128.0f + __builtin_convertvector(low[i][b], V);
+            sum[i][b] = (whole - query[i].offset) * (scale * query[i].step);
+        }
+    }
 }
+
+template <class T, int Q, int B>
+static void score_block(const Places &from, const Query *query, int64_t D, int64_t t, int64_t first) {
+    float scale = 1.0f / std::sqrt((float)D);
+    V sum[Q][B] = {};
+    if constexpr (sizeof(T) == 1) score_int8<Q, B>(from, query, D, t, sum);
+    else score<T, Q, B>(from, query, D, t, sum);
+    for (int i = 0; i < Q; i++)
+        for (int b = 0; b < B; b++) {
+            V scores = sum[i][b] * scale;
+            if (query[i].bias) scores += load(query[i].bias + t + b * P);
+            store(query[i].p + t + b * P - first, scores);
+        }
+}
+
+static void softmax(const Query &query, int64_t first, int64_t end) {  // of the scores of positions from first to end
+    float *row = query.p - first, largest = -INFINITY, total = 0;
+    int64_t whole = (end + P - 1) / P * P;
+    for (int64_t t = first; t < query.start; t++) row[t] = -INFINITY;
+    for (int64_t t = query.end; t < whole; t++) row[t] = -INFINITY;
+#pragma omp simd reduction(max : largest)
+    for (int64_t t = query.start; t < query.end; t++) largest = std::max(largest, row[t]);
+    for (int64_t t = first; t < whole; t += P) store(row + t, exponential(load(row + t) - largest));
+    for (int64_t t = first; t < query.start; t++) row[t] = 0;
+    for (int64_t t = query.end; t < whole; t++) row[t] = 0;
+#pragma omp simd reduction(+ : total)
+    for (int64_t t = query.start; t < query.end; t++) total += row[t];
+    for (int64_t t = query.start; t < query.end; t++) row[t] /= total;
+}
+
+// Numbers d to d + 16 E of the outputs of Q queries.
+template <class T, int Q, int E>
+static void weigh(const Places &from, const Query *query, int64_t D, int64_t d, int64_t first, int64_t start,
+                  int64_t end) {
+    int64_t stride = rounded(D);
+    const T *v = (const T *)from.v + d;
+    V sum[Q][E] = {};
+    for (int64_t t = start; t < end; t++)
+        for (int e = 0; e < E; e++) {
+            V values = floats(v + t * stride + e * P);
+            for (int i = 0; i < Q; i++) sum[i][e] += values * query[i].p[t - first];
+        }
+    for (int i = 0; i < Q; i++)
+        for (int e = 0; e < E; e++) place(query[i].y + d + e * P, sum[i][e], std::min<int64_t>(P, D - d - e * P));
+}
+
+// Q queries that read one head of one slot: their y out of its keys and values.
+template <class T, int Q> static void attend(const Places &from, Query *query, int64_t D) {
+    constexpr int B = std::max(1, SUMS / Q / (sizeof(T) == 1 ? 2 : 1)), E = std::max(1, std::min(4, 2 * SUMS / Q));
+    int64_t start = query[0].start, end = query[0].end;
+    for (int i = 1; i < Q; i++) {
+        start = std::min(start, query[i].start);
+        end = std::max(end, query[i].end);
+    }
+    int64_t first = start / P * P, t = first, d = 0;
+    if (sizeof(T) == 1)
+        for (int i = 0; i < Q; i++) halve(query[i], D);
+    for (; t + (B - 1) * P < end; t += B * P) score_block<T, Q, B>(from, query, D, t, first);
+    for (; t < end; t += P) score_block<T, Q, 1>(from, query, D, t, first);
+    for (int i = 0; i < Q; i++) {
+        softmax(query[i], first, end);
+        if (sizeof(T) == 1)
+            for (int64_t t = query[i].start; t < query[i].end; t++) query[i].p[t - first] *= from.v_scale[t];
+    }
+    for (; d + (E - 1) * P < D; d += E * P) weigh<T, Q, E>(from, query, D, d, first, start, end);
+    for (; d < D; d += P) weigh<T, Q, 1>(from, query, D, d, first, start, end);
+}
+
+template <class T> static void attend_to(const Places &from, Query *query, int64_t count, int64_t D) {
+    switch (count) {
+    case 1: return attend<T, 1>(from, query, D);
+    case 2: return attend<T, 2>(from, query, D);
+    case 3: return attend<T, 3>(from, query, D);
+    case 4: return attend<T, 4>(from, query, D);
+    case 5: return attend<T, 5>(from, query, D);
+    case 6: return attend<T, 6>(from, query, D);
+    case 7: return attend<T, 7>(from, query, D);
+    default: return attend<T, 8>(from, query, D);
+    }
+}
+
+static int64_t scratch_of_attention(const Model &m, const Cache &cache) {  // floats for one thread
+    return QUERIES * (cache.length + P + (rounded(m.head_dim) + 1) / 2);
+}
+
+struct Attention {  // what all queries of a layer share
+    const Model &m;
+    const Cache &cache;
+    const Batch &batch;
+    int64_t layer;
+    const float *qkv;
+    float *y;
+};
+
+// Tokens `start` to `end`, which are one run of a slot, and query heads `head` to `last`, which have one kv head.
+static void attend_together(const Attention &a, int64_t start, int64_t end, int64_t head, int64_t last,
+                            float *scratch) {
+    const Model &m = a.m;
+    int64_t D = m.head_dim, window = m.layer[a.layer].window, count = 0;
+    int8_t *halves = (int8_t *)(scratch + QUERIES * (a.cache.length + P));
+    Query query[QUERIES];
+    for (int64_t i = start; i < end; i++)
+        for (int64_t h = head; h < last; h++, count++) {
+            int64_t position = a.batch.position[i];
+            Query &q = query[count];
+            q.x = a.qkv + i * m.qkv_width + h * m.q_step;
+            q.y = a.y + (i * m.heads + h) * D;
+            q.start = window ? std::max<int64_t>(0, position + 1 - window) : 0;
+            q.end = position + 1;
+            q.bias = nullptr;
+            if (m.bias) q.bias = m.bias + h * (m.positions + P) + (m.bias_by_key ? 0 : m.positions - 1 - position);
+            q.p = scratch + count * (a.cache.length + P);
+            q.high = halves + count * 2 * rounded(D);
+            q.low = q.high + rounded(D);
+        }
+    Places from = places(m, a.cache, a.layer, a.batch.slot[start], head / (m.heads / m.kv_heads));
+    if (a.cache.kind == FP32) attend_to<float>(from, query, count, D);
+    if (a.cache.kind == BF16) attend_to<uint16_t>(from, query, count, D);
+    if (a.cache.kind == INT8) attend_to<int8_t>(from, query, count, D);
+}
+
+static bool is_run(const Batch &batch, int64_t start, int64_t end) {  // neighbours of one slot
+    for (int64_t i = start + 1; i < end; i++)
+        if (batch.slot[i] != batch.slot[start] || batch.position[i] != batch.position[start] + i - start) return false;
+    return true;
+}
+
+// The queries that share one reading of keys and values: all heads of a kv head, and neighbouring tokens. Fewer where
+// some threads would have nothing to do. The results do not depend on it.
+static void attention(const Attention &a, float *scratch, int threads) {
+    int64_t M = a.batch.rows, G = a.m.heads / a.m.kv_heads, together = QUERIES, tokens, heads, parts, runs;
+    for (;; together /= 2) {
+        tokens = std::max<int64_t>(1, together / G);
+        heads = std::min<int64_t>(together, G);
+        parts = (G + heads - 1) / heads;
+        runs = (M + tokens - 1) / tokens;
+        if (together == 1 || runs * a.m.kv_heads * parts >= threads) break;
+    }
+#pragma omp for schedule(dynamic, 1) collapse(3)
+    for (int64_t run = 0; run < runs; run++)
+        for (int64_t kv = 0; kv < a.m.kv_heads; kv++)
+            for (int64_t part = 0; part < parts; part++) {
+                int64_t start = run * tokens, end = std::min(start + tokens, M);
+                int64_t head = kv * G + part * heads, last = std::min(head + heads, (kv + 1) * G);
+                int64_t size = is_run(a.batch, start, end) ? end - start : 1;
+                for (int64_t i = start; i < end; i += size) attend_together(a, i, i + size, head, last, scratch);
+            }
+}
+
+// --------------------------------------------------------------------------------------------------------- forward
 
 struct Scratch {  // memory of one call
     char *memory, *next;
@@ -434,75 +733,116 @@ extern "C" int castalia_linear(const Linear *l, const float *x, int64_t M, float
 struct Forward {  // the activations of one call
     float *x, *n1, *n2, *qkv, *attended, *inner, *scores;
     Input to_qkv, to_up, to_out, to_down, to_head;
+    int threads;
 };
 
 static void norm_rows(const float *x, const int64_t *pick, int64_t M, const Model &m, const Norm &norm, float *y,
                       const Linear &next, const Input &in) {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < M; i++) {
-        layer_norm(x + (pick ? pick[i] : i) * m.width, norm, y + i * m.width, m.width, m.epsilon);
+        normalize(x + (pick ? pick[i] : i) * m.width, norm, y + i * m.width, m.width, m.epsilon);
         if (next.kind >= INT8) quantize_row(in, i, next.kind);
     }
 }
 
+// x += norm(branch): the residual of a model whose norms come after attention and MLP.
+static void add_normed(float *x, float *branch, int64_t M, const Model &m, const Norm &norm) {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < M; i++) {
+        float *row = branch + i * m.width;
+        normalize(row, norm, row, m.width, m.epsilon);
+        for (int64_t c = 0; c < m.width; c++) x[i * m.width + c] += row[c];
+    }
+}
+
 static void embed(const Model &m, const Batch &batch, float *x) {
+    float factor = (float)m.embed_factor;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < batch.rows; i++) {
         int64_t from = batch.token[i] * m.width;
+        const float *place = m.place ? m.place + batch.position[i] * m.width : nullptr;
         for (int64_t c = 0; c < m.width; c++) {
-            float &to = x[i * m.width + c];
+            float to = 0;
             if (m.embed_kind == FP32) to = ((const float *)m.embed)[from + c];
             if (m.embed_kind == BF16) to = widen(((const uint16_t *)m.embed)[from + c]);
             if (m.embed_kind == INT8) to = ((const int8_t *)m.embed)[from + c] * m.embed_scale[batch.token[i]];
+            x[i * m.width + c] = place ? to * factor + place[c] : to * factor;
         }
+    }
+}
+
+static void mlp_up(const Model &m, const Layer &l, const Forward &f, int64_t M) {
+    if (m.gated) gated_linear(l.up, f.to_up, M, f.inner, m.ffn, m.activation);
+    else linear(l.up, f.to_up, M, f.inner, m.ffn, m.activation);
+}
+
+// out, up and down of a serial or post-norm block, after attention. A thread adds to the same columns in every product
+// with the residual, so that no barrier is needed between two of them.
+static void rest_of_serial(const Model &m, const Layer &l, const Forward &f, int64_t M) {
+    if (m.post_norm) {
+        linear(l.out, f.to_out, M, f.n1, m.width, PLAIN);
+#pragma omp barrier
+        add_normed(f.x, f.n1, M, m, l.norm1);
+        prepare(l.up, f.to_up, M);  // a thread has the rows that it added to
+    } else {
+        linear(l.out, f.to_out, M, f.x, m.width, ADD);
+#pragma omp barrier
+        norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
+    }
+#pragma omp barrier
+    mlp_up(m, l, f, M);
+#pragma omp barrier
+    prepare(l.down, f.to_down, M);
+#pragma omp barrier
+    linear(l.down, f.to_down, M, m.post_norm ? f.n2 : f.x, m.width, m.post_norm ? PLAIN : ADD);
+    if (m.post_norm) {
+#pragma omp barrier
+        add_normed(f.x, f.n2, M, m, l.norm2);
     }
 }
 
 static void layer_of(const Model &m, const Cache &cache, const Batch &batch, int64_t number, const Forward &f) {
     const Layer &l = m.layer[number];
     int64_t M = batch.rows;
-    int gelu = m.tanh ? GELU_TANH : GELU_ERF;
-    norm_rows(f.x, nullptr, M, m, l.norm1, f.n1, l.qkv, f.to_qkv);
-    if (m.parallel) norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
+    if (m.post_norm) prepare(l.qkv, f.to_qkv, M);
+    else norm_rows(f.x, nullptr, M, m, l.norm1, f.n1, l.qkv, f.to_qkv);
+    if (m.parallel && !m.shared_norm) norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
 #pragma omp barrier
-    linear(l.qkv, f.to_qkv, M, f.qkv, 3 * m.width, PLAIN);
-    if (m.parallel) linear(l.up, f.to_up, M, f.inner, m.ffn, gelu);
+    linear(l.qkv, f.to_qkv, M, f.qkv, m.qkv_width, PLAIN);
+    if (m.parallel) mlp_up(m, l, f, M);
 #pragma omp barrier
     remember(m, cache, batch, number, f.qkv);
-    attention(m, cache, batch, number, f.qkv, f.attended, f.scores + omp_get_thread_num() * 4 * (cache.length + P));
+    float *scratch = f.scores + omp_get_thread_num() * scratch_of_attention(m, cache);
+    attention({m, cache, batch, number, f.qkv, f.attended}, scratch, f.threads);
     prepare(l.out, f.to_out, M);
     if (m.parallel) prepare(l.down, f.to_down, M);
 #pragma omp barrier
-    linear(l.out, f.to_out, M, f.x, m.width, ADD);  // a thread adds to the same columns in the next product
-    if (!m.parallel) {
-#pragma omp barrier
-        norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
-#pragma omp barrier
-        linear(l.up, f.to_up, M, f.inner, m.ffn, gelu);
-#pragma omp barrier
-        prepare(l.down, f.to_down, M);
-#pragma omp barrier
+    if (m.parallel) {
+        linear(l.out, f.to_out, M, f.x, m.width, ADD);
+        linear(l.down, f.to_down, M, f.x, m.width, ADD);
+    } else {
+        rest_of_serial(m, l, f, M);
     }
-    linear(l.down, f.to_down, M, f.x, m.width, ADD);
 #pragma omp barrier
 }
 
 extern "C" int castalia_forward(const Model *model, const Cache *cache, const Batch *batch, int threads) {
     const Model &m = *model;
-    int64_t M = batch->rows, C = m.width, row = 4 * (8 * C + m.ffn) + 2 * (4 * C + m.ffn) + 4096;
-    int64_t scores = 4 * (cache->length + P);
+    int64_t M = batch->rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m, *cache);
+    int64_t row = 4 * (3 * C + m.qkv_width + A + m.ffn) + 2 * (3 * C + A + m.ffn) + 4096;
     Scratch scratch(((M + 16) * row + threads * scores * 4) / 64 * 64);
     if (!scratch.memory) return 1;
     Forward f;
+    f.threads = threads;
     f.x = scratch.take<float>(M * C);
     f.n1 = scratch.take<float>(M * C);
     f.n2 = scratch.take<float>(M * C);
-    f.qkv = scratch.take<float>(M * C * 3);
-    f.attended = scratch.take<float>(M * C);
+    f.qkv = scratch.take<float>(M * m.qkv_width);
+    f.attended = scratch.take<float>(M * A);
     f.inner = scratch.take<float>(M * m.ffn);
     f.scores = scratch.take<float>(threads * scores);
-    f.to_qkv = input_of(scratch, f.n1, m.layer->qkv, M);
-    f.to_up = input_of(scratch, f.n2, m.layer->up, M);
+    f.to_qkv = input_of(scratch, m.post_norm ? f.x : f.n1, m.layer->qkv, M);
+    f.to_up = m.shared_norm ? f.to_qkv : input_of(scratch, m.post_norm ? f.x : f.n2, m.layer->up, M);
     f.to_out = input_of(scratch, f.attended, m.layer->out, M);
     f.to_down = input_of(scratch, f.inner, m.layer->down, M);
     f.to_head = input_of(scratch, f.n1, m.head, M);

@@ -19,7 +19,7 @@ import torch
 from castalia.core.errors import CastaliaError
 from castalia.core.files import cache_folder, write_json
 from castalia.inference.native import compiled
-from castalia.inference.native.kernels import Kernel, candidates, make
+from castalia.inference.native.kernels import KERNELS, Kernel, candidates, make
 from castalia.inference.native.packing import Packed, bare, pack
 
 ROWS = (1, 8, 32)
@@ -36,7 +36,11 @@ def chosen(layers: list[Packed], storage: str, names: str = "auto") -> dict[tupl
     if len(kernels) == 1:
         return dict.fromkeys(shapes, kernels[0])
     seconds = SECONDS / len(shapes)
-    return {shape: fastest(shape, storage, tuple(kernels), seconds) for shape in shapes}
+    best = {}
+    for shape in shapes:
+        fitting = tuple(name for name in kernels if shape[1] % KERNELS[name].unit == 0)
+        best[shape] = fastest(shape, storage, fitting, seconds)
+    return best
 
 
 @functools.cache

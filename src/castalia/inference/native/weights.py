@@ -7,7 +7,7 @@ begins at a cache line.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,11 @@ from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import write_json
 from castalia.inference.native.packing import (
     FLOATS,
+    PANEL,
     Packed,
+    joined,
     pack,
+    part_of,
     quantize_channels,
     require_storage,
 )
@@ -40,13 +43,59 @@ LINE = 64
 """Bytes of a cache line."""
 
 
+PRODUCTS = {
+    "attn.qkv": ("qkv", "q", "k", "v"),
+    "attn.out": ("attention_out",),
+    "mlp.up": ("mlp_gate", "mlp_up"),
+    "mlp.down": ("mlp_down",),
+}
+"""Products of a block, with the roles of the layers in each. Layers that read the same input are
+one product: a step starts fewer loops, and its threads wait for each other less often."""
+ALTERNATE = "mlp.up"
+"""The product whose layers take turns panel by panel, because the gate is multiplied with the rest
+as soon as both are computed."""
+
+
+class Product(NamedTuple):
+    """Linear layers that are packed as one."""
+
+    layers: tuple[str, ...]
+    """Names in the model."""
+    outputs: tuple[int, ...]
+    """Output channels of each."""
+    inputs: int
+    alternate: bool
+    """Whether the panels of the layers take turns."""
+
+    @property
+    def panels(self) -> tuple[int, ...]:
+        """Panels of each layer."""
+        return tuple(-(-channels // PANEL) for channels in self.outputs)
+
+    @property
+    def channels(self) -> int:
+        """Output channels; of several layers with the padding of each."""
+        return self.outputs[0] if len(self.outputs) == 1 else sum(self.panels) * PANEL
+
+    def split(self, packed: Packed) -> Iterator[tuple[str, Packed]]:
+        """The layers by name."""
+        start = 0
+        total = sum(self.panels)
+        for place, name in enumerate(self.layers):
+            panels = slice(start, start + self.panels[place], 1)
+            if self.alternate:
+                panels = slice(place, total, len(self.layers))
+            yield name, part_of(packed, panels, self.outputs[place])
+            start = panels.stop
+
+
 class Layout(NamedTuple):
     """The parameters of a model besides its embedding and its head, as its family declares them."""
 
-    linears: dict[str, tuple[int, int]]
-    """Name of each linear layer: (output channels, inputs)."""
+    products: dict[str, Product]
+    """By the name of the product, layers.0.attn.qkv and so on."""
     norms: list[str]
-    """Names of the parameters of all norms; they stay in float32."""
+    """Names of the parameters of norms and positions; they stay in float32."""
 
 
 def layout_of(config: ModelConfig) -> Layout:
@@ -59,33 +108,52 @@ def layout_of(config: ModelConfig) -> Layout:
         raise ConfigError(
             f"the native engine does not know the blocks of model.family={config.family}"
         )
-    linears = {}
+    products = {}
     norms = []
     for i in range(config.num_layers):
-        for linear in parts.linears:
-            linears[f"layers.{i}.{linear.place}"] = (linear.outputs, linear.inputs)
-        norms += [f"layers.{i}.{norm.place}.{kind}" for norm in parts.norms for kind in norm.kinds]
+        block = f"layers.{i}."
+        for name, roles in PRODUCTS.items():
+            layers = [linear for role in roles for linear in parts.linears if linear.role == role]
+            products[block + name] = Product(
+                tuple(block + linear.place for linear in layers),
+                tuple(linear.outputs for linear in layers),
+                layers[0].inputs,
+                name == ALTERNATE and len(layers) > 1,
+            )
+        norms += [f"{block}{norm.place}.{kind}" for norm in parts.norms for kind in norm.kinds]
     final = parts.final_norm
     norms += [f"{final.place}.{kind}" for kind in final.kinds]
-    return Layout(linears, norms)
+    return Layout(products, norms + position_names(config))
+
+
+def position_names(config: ModelConfig) -> list[str]:
+    """Names of the tables of positions that were learned."""
+    tables = {"learned": ["positions.weight"], "rpe": ["position_bias.weight"]}
+    return tables.get(getattr(config, "pos_emb", ""), [])
 
 
 @dataclass(frozen=True)
 class PackedWeights:
     """A decoder's weights.
 
-    `linears` holds layers.0.attn.qkv and so on, and the head; `norms` the LayerNorms under their
-    own names in float32; `embed` the rows of the input embedding in the dtype of a float storage,
-    or in int8 with a scale for each row (int8 and int4).
+    `products` holds layers.0.attn.qkv and so on, and the head; `norms` the parameters of norms and
+    positions under their own names in float32; `embed` the rows of the input embedding in the dtype
+    of a float storage, or in int8 with a scale for each row (int8 and int4).
     """
 
     config: TransformerConfig
     storage: str
-    linears: Mapping[str, Packed]
+    products: Mapping[str, Packed]
     norms: Mapping[str, Tensor]
     embed: Tensor
     embed_scale: Tensor | None
     step: int | None = None
+
+    def linears(self) -> Iterator[tuple[str, Packed]]:
+        """Every linear layer of the model under its own name, and the head."""
+        yield HEAD, self.products[HEAD]
+        for name, product in layout_of(self.config).products.items():
+            yield from product.split(self.products[name])
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -103,12 +171,15 @@ def packed_weights(
     config = require_transformer(config, "the native engine")
     layout = layout_of(config)
     head = "embed.weight" if config.tie_word_embeddings else "unembed.weight"
-    linears = {HEAD: pack(tensors[head], None, storage)}
-    for name in layout.linears:
-        linears[name] = pack(tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), storage)
+    products = {HEAD: pack(tensors[head], None, storage)}
+    for name, product in layout.products.items():
+        parts = []
+        for layer in product.layers:
+            parts.append(pack(tensors[f"{layer}.weight"], tensors.get(f"{layer}.bias"), storage))
+        products[name] = joined(parts, product.alternate)
     norms = {name: tensors[name].float().contiguous() for name in layout.norms}
     embed, scale = packed_embedding(tensors["embed.weight"], storage)
-    return PackedWeights(config, storage, linears, norms, embed, scale, step)
+    return PackedWeights(config, storage, products, norms, embed, scale, step)
 
 
 def packed_embedding(weight: Tensor, storage: str) -> tuple[Tensor, Tensor | None]:
@@ -126,7 +197,7 @@ def named_tensors(weights: PackedWeights) -> dict[str, Tensor]:
         "embed.scale": weights.embed_scale,
         **weights.norms,
     }
-    for name, packed in weights.linears.items():
+    for name, packed in weights.products.items():
         named[f"{name}.weight"] = packed.weight
         named[f"{name}.scale"] = packed.scale
         named[f"{name}.bias"] = packed.bias
@@ -215,10 +286,12 @@ def assembled(
     """Weights out of the tensors of a file."""
     config = require_transformer(config, "the native engine")
     layout = layout_of(config)
-    shapes = {HEAD: (config.padded_vocab_size, config.hidden_size)} | layout.linears
-    linears = {}
+    shapes = {HEAD: (config.padded_vocab_size, config.hidden_size)}
+    for name, product in layout.products.items():
+        shapes[name] = (product.channels, product.inputs)
+    products = {}
     for name, (channels, inputs) in shapes.items():
-        linears[name] = Packed(
+        products[name] = Packed(
             storage,
             tensors[f"{name}.weight"],
             tensors.get(f"{name}.scale"),
@@ -230,7 +303,7 @@ def assembled(
     return PackedWeights(
         config,
         storage,
-        linears,
+        products,
         norms,
         embed=tensors["embed.weight"],
         embed_scale=tensors.get("embed.scale"),
