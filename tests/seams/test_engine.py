@@ -109,7 +109,7 @@ class Foreign(ModelConfig):
 class Extended(NeoxConfig):
     """A known family with an option that was added after the engines were written."""
 
-    norm: str = "layernorm"
+    rescaling: str = "none"
 
 
 SIZES = {"num_layers": 1, "hidden_size": 64, "vocab_size": 257}
@@ -152,7 +152,10 @@ def test_an_engine_refuses_with_one_sentence(
 @pytest.mark.parametrize("engine", ["native", "ct2", "llama.cpp", "openvino"])
 @pytest.mark.parametrize(
     ("config", "option"),
-    [(Foreign(**SIZES), "family='foreign'"), (Extended(**HEADS, norm="rmsnorm"), "norm='rmsnorm'")],
+    [
+        (Foreign(**SIZES), "family='foreign'"),
+        (Extended(**HEADS, rescaling="all"), "rescaling='all'"),
+    ],
 )
 def test_an_unknown_model_is_refused_before_a_weight_is_read(
     monkeypatch: pytest.MonkeyPatch, engine: str, config: ModelConfig, option: str
