@@ -91,17 +91,8 @@ def serve(
     from castalia.serve.app import make_app
     from castalia.serve.model_pool import ModelPool, ServeOptions
 
-    pool = ModelPool(
-        models,
-        ServeOptions(
-            running.engine,
-            running.dtype,
-            running.cache,
-            slots=limits.slots,
-            most_waiting=limits.queue,
-            keep=limits.keep,
-        ),
-    )
+    engine = (running.engine, running.dtype, running.cache)
+    pool = ModelPool(models, ServeOptions(*engine, limits.slots, limits.queue, limits.keep))
     app = make_app(
         pool,
         api_key=listen.api_key,
