@@ -23,6 +23,7 @@ from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.models import ModelConfig, build_model_config
 
 TOKENIZER = "tokenizer.json"
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ def open_model(
     check     compare the hash of every file of weights first. Where several ranks open one
               checkpoint, one checks.
     optional  patterns of the weights that a foreign folder may lack, for instance `unembed.*`.
-    configs, tokenizer  of a foreign model, what it does not say itself.
+    configs, tokenizer  of a model of another program, what it does not say itself.
     Raises    CheckpointError if there is no checkpoint or it is damaged; ConfigError if its model
               cannot be built.
     """
     folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
     if folder.is_dir() and is_hf_folder(folder):
-        return open_hf(folder, optional)
+        return open_hf(folder, optional, tokenizer)
     foreign = find_foreign(folder, step)
     if foreign is not None:
         kind, found = foreign
@@ -136,13 +137,21 @@ def open_step(folder: Path, check: bool = True) -> SavedModel:
     if check:
         check_tensors(folder, manifest, "model.")
     special = SpecialIds.of_tokenizer(tokenizer)
+    if GENERATION in manifest.files:
+        # An imported model: its ids are those of the files that it came with.
+        read_text(folder, GENERATION)  # for the check of its hash
+        special = read_special_ids(folder, tokenizer, config.vocab_size)
     return SavedModel(folder, config, tensors, tokenizer, manifest.step, special)
 
 
-def open_hf(folder: Path, optional: Collection[str] = ()) -> SavedModel:
-    """A Hugging Face folder; a folder called step1000, as Pythia's revisions are, names its
-    step."""
-    tokenizer = load_tokenizer(folder) if (folder / TOKENIZER).is_file() else None
+def open_hf(folder: Path, optional: Collection[str] = (), given: str | None = None) -> SavedModel:
+    """A Hugging Face folder; a folder called step1000, as Pythia's revisions are, names its step.
+
+    given  a name for load_tokenizer, by default the folder's own tokenizer.
+    """
+    tokenizer = None
+    if given is not None or (folder / TOKENIZER).is_file():
+        tokenizer = load_tokenizer(given or folder)
     vocab_size = None if tokenizer is None else tokenizer.vocab_size
     tensors, config = read_hf(folder, vocab_size, optional)
     # The files of a Hugging Face folder do not name a step.

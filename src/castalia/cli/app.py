@@ -12,6 +12,7 @@ from castalia.cli import (
     demo,
     export,
     generate,
+    importing,
     launch,
     mixing,
     prepare,
@@ -61,11 +62,17 @@ PANELS = {
     "Start": (demo.demo,),
     TEXT: (prepare.prepare,),
     TRAINING: (show.show, train.train, launch.launch, runs.runs, report.report),
-    "Trained models": (generate.generate, export.export, serve.serve),
+    "Trained models": (
+        generate.generate,
+        importing.import_,
+        export.export,
+        serve.serve,
+    ),
 }
 for title, verbs in PANELS.items():
     for verb in verbs:
-        app.command(rich_help_panel=title)(verb)
+        # `import` is a word of Python, so its function is import_.
+        app.command(verb.__name__.rstrip("_"), rich_help_panel=title)(verb)
 # typer lists a verb with verbs of its own after the others of its panel.
 app.add_typer(data.app, name="data", rich_help_panel=TEXT)
 app.add_typer(mixing.app, name="mixing", rich_help_panel=TRAINING)

@@ -255,7 +255,9 @@ def require_state(config: RunConfig, saved: SavedModel) -> None:
     """
     train = config.train
     wanted = [f"train.{name}" for name in ("start_optimizer", "start_step") if getattr(train, name)]
-    if wanted and not saved.is_checkpoint:
+    # An imported model is a checkpoint, too, without the state of a run.
+    has_state = saved.is_checkpoint and "progress" in read_state(saved.folder)
+    if wanted and not has_state:
         raise ConfigError(
             f"{' and '.join(wanted)}: {saved.folder} holds weights only, not a checkpoint of a"
             f" Castalia run; set {' '.join(f'{name}=false' for name in wanted)} to start from the"
