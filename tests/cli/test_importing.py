@@ -131,7 +131,8 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     place = tmp_path / "out" / "model"
     broken = shutil.copytree(hugging_face, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
-    save_file({key: weights[key] for key in sorted(weights)[2:]}, broken / "model.safetensors")
+    del weights["gpt_neox.embed_in.weight"]
+    save_file(weights, broken / "model.safetensors")
     for path, more, message in (
         (tmp_path / "none", (), "does not exist"),
         (run_folder, (), "a Castalia run needs no import"),

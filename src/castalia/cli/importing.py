@@ -72,7 +72,7 @@ def import_(
 
       castalia import llama/7B --output models/llama --dtype bf16
 
-      castalia import checkpoint/0 --config 7B.yml --tokenizer tokenizer.model --output models/llama
+      castalia import llama/0 --config 7B.yml --output models/llama
     """
     from castalia.export import import_model
     from castalia.monitor.display import size_text
