@@ -9,6 +9,7 @@ import torch
 
 import castalia
 from castalia.core.errors import ConfigError
+from castalia.export import export
 from castalia.inference import LanguageModel
 from castalia.inference.batching import Admission, Batcher
 from castalia.inference.beams import BeamSearch, Search
@@ -137,6 +138,29 @@ def test_transformers_writes_the_same_text(theirs: Any, ours: LanguageModel, num
     assert made == text_of(want.sequences[0].tolist(), prompt)
 
 
+def test_transformers_ends_a_search_at_the_same_stop_string(
+    run_folder: Path, speaker: LanguageModel, tmp_path: Path
+) -> None:
+    """On a trained model whose vocabulary is padded: the padding counts in every score."""
+    (done,) = export(run_folder, to="hf", output=tmp_path / "hf")
+    model = hf.AutoModelForCausalLM.from_pretrained(done.folder)
+    tokenizer = hf.AutoTokenizer.from_pretrained(done.folder)
+    assert model.config.vocab_size > speaker.config.vocab_size
+    ids = speaker.encode(PROMPT)
+    for stop in (["own"], ["ca", "é o"]):
+        want = generated(
+            model, ids, 0, max_new_tokens=20, num_beams=4, num_return_sequences=3,
+            stop_strings=stop, tokenizer=tokenizer,
+        )  # fmt: skip
+        found = speaker.complete([PROMPT], 20, stop=stop, num_beams=4, num_return_sequences=3)
+        for got, row, score in zip(found, want.sequences, want.sequences_scores, strict=True):
+            new = row.tolist()[len(ids) :]
+            assert got.tokens == new[: len(got.tokens)]
+            assert set(new[len(got.tokens) :]) <= {model.generation_config.eos_token_id}
+            assert got.score == pytest.approx(float(score), rel=1e-4)
+        assert found[0].finish_reason == "stop"
+
+
 def test_several_texts_of_a_prompt_are_drawn_with_seeds_of_their_own(ours: LanguageModel) -> None:
     options: dict[str, Any] = {"temperature": 1.5, "top_k": 30}
     made = ours.generate_ids(PROMPTS, 12, num_return_sequences=3, seed=4, **options)
@@ -147,6 +171,24 @@ def test_several_texts_of_a_prompt_are_drawn_with_seeds_of_their_own(ours: Langu
     ]
     assert made == alone and made[0] != made[1]
     assert ours.generate_ids(PROMPTS[0], 12, num_return_sequences=2, seed=4, **options) == alone[:2]
+
+
+def test_a_prompt_of_several_texts_is_read_once(ours: LanguageModel) -> None:
+    """Texts of one prompt begin with a copy of it, and draw as if they had read it."""
+    prompt = list(range(1, 7)) * 4
+    sampling = Sampling(temperature=1.5, seed=9)
+    batcher = Batcher(ours.engine, 4, 64)
+    prompts = [prompt, [5, 3], prompt, prompt]
+    texts = [ours.continuation(ids, 12) for ids in prompts]
+    generators = sampling.generators(4, ours.engine.device)
+    batcher.admit(
+        [Admission(text, sampling, one) for text, one in zip(texts, generators, strict=True)]
+    )
+    assert batcher.prefix_tokens == 2 * len(prompt)
+    while batcher.running:
+        batcher.step()
+    for place, (ids, text) in enumerate(zip(prompts, texts, strict=True)):
+        assert text.tokens == ours.generate_ids(ids, 12, temperature=1.5, seed=9 + place)
 
 
 def test_a_text_of_a_beam_search_ends_like_any_other(speaker: LanguageModel) -> None:
@@ -187,8 +229,9 @@ def test_searches_and_texts_share_the_steps_of_a_batch(speaker: LanguageModel) -
         for length in (9, 20)
     ]
     batcher.admit_searches(searches)
-    # Both began with a copy of what the text had read, and read one token themselves.
-    assert batcher.free == 0 and batcher.prefix_tokens == 2 * (len(ids) - 1)
+    # The first began with a copy of what the text had read and read one token; the second copied.
+    copied = len(ids) - 1 + len(ids)
+    assert batcher.free == 0 and batcher.prefix_tokens == copied
     while batcher.searches or batcher.running:
         batcher.step()
     assert batcher.free == 5 and text.completion().tokens == alone.tokens
@@ -198,7 +241,7 @@ def test_searches_and_texts_share_the_steps_of_a_batch(speaker: LanguageModel) -
     # The slots of beams keep what they read, and a prompt that begins so continues from there.
     known = ids + want[0].tokens[:12]
     batcher.admit([Admission(speaker.continuation(known, 5), Sampling(), torch.Generator())])
-    assert batcher.prefix_tokens == 2 * (len(ids) - 1) + len(known) - 1
+    assert batcher.prefix_tokens == copied + len(known) - 1
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

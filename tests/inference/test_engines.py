@@ -61,6 +61,10 @@ def test_greedy_text_of_float32_engines_is_identical(
     # llama.cpp takes GELU from a table in float16.
     tolerance = 0.02 if to == "gguf" else 2e-4
     assert (model.logprobs(known_text) - speaker.logprobs(known_text)).abs().max() < tolerance
+    beams = {"num_beams": 3, "num_return_sequences": 2, "no_repeat_ngram_size": 3}
+    found = model.complete(PROMPTS[:2], 12, **beams)
+    for got, want in zip(found, speaker.complete(PROMPTS[:2], 12, **beams), strict=True):
+        assert got.tokens == want.tokens and got.score == pytest.approx(want.score, abs=tolerance)
     drawn = model.generate(PROMPTS[:3], 12, temperature=0.8, top_k=20, seed=3)
     if to != "gguf":
         assert drawn == speaker.generate(PROMPTS[:3], 12, temperature=0.8, top_k=20, seed=3)

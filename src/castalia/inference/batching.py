@@ -92,24 +92,43 @@ class Batcher:
 
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[list[int], torch.Tensor]:
         """Read prompts into free slots in one step: their slots, and logits (prompts, V) after
-        them."""
+        them.
+
+        A prompt that comes several times, as for several texts, is read once and copied.
+        """
         assert len(prompts) <= self.free
-        slots = []
-        unread = []
+        slots: list[int] = []
+        readers: list[int] = []
+        unread: list[Sequence[int]] = []
+        # By prompt, the place in `readers` of the slot that reads it.
+        rows: list[int] = []
+        known_rows: dict[tuple[int, ...], int] = {}
         for ids in prompts:
-            slot, known = self.place(ids)
+            row = known_rows.get(tuple(ids))
+            if row is None or len(ids) < PREFIX_TOKENS:
+                slot, known = self.place(ids)
+                row = known_rows[tuple(ids)] = len(readers)
+                readers.append(slot)
+                unread.append(ids[known:])
+            else:
+                slot = self.oldest_free()[0]
+                self.prefix_tokens += len(ids)
             self.taken.add(slot)
             # Until the prompt is read, the next texts of this call must not copy from here.
             self.kept[slot] = Kept([], self.clock)
             slots.append(slot)
-            unread.append(ids[known:])
+            rows.append(row)
         try:
-            logits = self.slots.feed(slots, unread)
+            logits = self.slots.feed(readers, unread)
         except BaseException:
             self.taken.difference_update(slots)
             raise
-        for slot, ids in zip(slots, prompts, strict=True):
+        for slot, row, ids in zip(slots, rows, prompts, strict=True):
+            if slot != readers[row]:
+                self.slots.copy(readers[row], slot, len(ids))
             self.kept[slot].tokens = list(ids)
+        if len(readers) < len(slots):
+            logits = logits[rows]
         return slots, logits
 
     def oldest_free(self) -> list[int]:
