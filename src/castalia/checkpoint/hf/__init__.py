@@ -1,7 +1,7 @@
-"""Hugging Face folders: config.json both ways, safetensors both ways, by family.
+"""Hugging Face folders: config.json both ways, safetensors both ways, by architecture.
 
-Reading chooses the family by `model_type` of config.json, writing by `model.family`. A family of
-another package registers an `HfFormat` under its name. The files load in transformers 4.57 and 5.
+Reading chooses the architecture by `model_type` of config.json, writing by the options of the
+model, see formats.py. The files load in transformers 4.57 and 5.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,32 +13,30 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.hf.format import HfFormat
-from castalia.checkpoint.hf.neox import NeoxFormat
+from castalia.checkpoint.hf.formats import HF, chosen_format
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE, write_weights
+from castalia.checkpoint.hf.split_heads import with_heads_apart
 from castalia.checkpoint.hf.weights import equal_tensors, read_json, stored_weights
 from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, matches
 from castalia.checkpoint.tensors import FileTensor, StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import write_json
-from castalia.core.registry import Registry
 from castalia.models import Decoder
 from castalia.models.config import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-HF: Registry[HfFormat] = Registry("Hugging Face family")
-"""The format of each family that transformers has, by the name of our family."""
 EMBEDDING = "embed.weight"
 HEAD = "unembed.weight"
 """Our names of the two matrices that a model may share, in every family."""
-HF.register("neox")(NeoxFormat())
 
 
 def hf_keymap(config: ModelConfig) -> KeyMap:
     """Our names and transformers' for a model of `config`.
 
-    Raises  ConfigError if transformers has no such family.
+    Raises  ConfigError if transformers has no such model.
     """
-    return HF[config.family].keymap(config)
+    form = chosen_format(config)
+    return form.keymap(form.adopt(config))
 
 
 def hf_config(
@@ -51,18 +49,20 @@ def hf_config(
     """The config.json that makes transformers compute what our model computes.
 
     end_ids   ids that end a text. start_id: the id before a text, by default the first of them.
-    Raises  ConfigError naming the family or the option that transformers cannot express.
+    Raises  ConfigError naming the family or the options that transformers cannot express.
     """
-    if reason := hf_refuses(config):
-        raise ConfigError(reason)
-    # What every decoder has stands here once; the family adds its own keys.
-    return {
-        **HF[config.family].write_config(config),
+    form = chosen_format(config)
+    # What every decoder has stands here once; the format adds its own keys, or replaces some.
+    common = {
         "vocab_size": config.padded_vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
+    }
+    return {
+        **{form.names.get(key, key): value for key, value in common.items()},
+        **form.write_config(config),
         **special_id_values(end_ids, start_id),
         "use_cache": True,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
@@ -80,14 +80,6 @@ def special_id_values(end_ids: Sequence[int], start_id: int | None) -> dict[str,
     return {"bos_token_id": start_id, "eos_token_id": first}
 
 
-def hf_refuses(config: ModelConfig) -> str | None:
-    """Why transformers cannot compute a model of `config`, in one sentence; None if it can."""
-    if config.family not in HF:
-        menu = ", ".join(sorted(HF))
-        return f"no Hugging Face format is known for model family {config.family!r}; known: {menu}"
-    return HF[config.family].refuses(config)
-
-
 def model_config(
     values: Mapping[str, Any], where: str, vocab_size: int | None = None
 ) -> ModelConfig:
@@ -96,16 +88,14 @@ def model_config(
     vocab_size  the tokenizer's, if there is one; the file has the padded size alone.
     Raises  ConfigError if the family is unknown or uses an option that our model lacks.
     """
-    # By transformers' name of the family, which need not be ours.
-    by_type = {HF[name].model_type: HF[name] for name in HF}
     model_type = str(values.get("model_type"))
-    if model_type not in by_type:
-        menu = ", ".join(sorted(by_type))
+    if model_type not in HF:
+        menu = ", ".join(sorted(HF))
         raise ConfigError(
             f"{where}: unknown model_type {model_type!r}; choose one of {menu}"
-            f"{nearest(model_type, by_type)}"
+            f"{nearest(model_type, HF)}"
         )
-    form = by_type[model_type]
+    form = HF[model_type]
     require_architecture(values, form, where)
     return form.read_config(values, where, vocab_size)
 
@@ -137,11 +127,12 @@ def read_hf(
     Raises  CheckpointError if files are missing or broken, or keys or shapes do not fit;
             ConfigError for another architecture.
     """
-    config = model_config(
-        read_json(folder / "config.json"), str(folder / "config.json"), vocab_size
-    )
-    theirs = fitting_head(stored_weights(folder), config, folder, optional)
-    rules = hf_keymap(config).rules_for(theirs, optional)
+    where = folder / "config.json"
+    values = read_json(where)
+    config = model_config(values, str(where), vocab_size)
+    form = HF[values["model_type"]]
+    theirs = fitting_head(stored_weights(folder), config, form, folder, optional)
+    rules = form.keymap(config).rules_for(theirs, optional)
     ours = {
         name: replace(theirs[key], transform=transform)
         for key, rule in rules.items()
@@ -152,7 +143,11 @@ def read_hf(
 
 
 def fitting_head(
-    theirs: dict[str, FileTensor], config: ModelConfig, folder: Path, optional: Collection[str]
+    theirs: dict[str, FileTensor],
+    config: ModelConfig,
+    form: HfFormat,
+    folder: Path,
+    optional: Collection[str],
 ) -> dict[str, FileTensor]:
     """The tensors with one matrix for a tied model, whose files may hold it twice or under the name
     of the head.
@@ -161,7 +156,7 @@ def fitting_head(
             untied and they have none.
     """
     untied = config.model_copy(update={"tie_word_embeddings": False})
-    names = {rule.ours: (rule.theirs, *rule.aliases) for rule in hf_keymap(untied).rules}
+    names = {rule.ours: (rule.theirs, *rule.aliases) for rule in form.keymap(untied).rules}
     head = next((theirs[name] for name in names[HEAD] if name in theirs), None)
     where = folder / "config.json"
     if head is None:
@@ -227,7 +222,10 @@ def write_hf(
     write_json(folder / "config.json", values)
     special = special_id_values(end_ids, start_id)
     write_json(folder / "generation_config.json", {**(generation or {}), **special})
-    names = hf_keymap(config)
+    form = chosen_format(config)
+    adopted = form.adopt(config)
+    names = form.keymap(adopted)
+    tensors = with_heads_apart(tensors, config, adopted)
     # Made of tensors without memory, their model has all names and shapes.
     outlines = {name: torch.empty(shape_in(tensors, name), device="meta") for name in tensors}
     shapes = {name: tuple(value.shape) for name, value in names.to_theirs(outlines).items()}

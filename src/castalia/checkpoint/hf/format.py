@@ -1,12 +1,16 @@
-"""`HfFormat`: what Castalia must know of one family's folders in transformers' format."""
+"""`HfFormat`: what Castalia must know of one architecture in transformers' format."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from castalia.checkpoint.keymap import KeyMap
+from castalia.checkpoint.hf.keys import Keys
+from castalia.checkpoint.hf.options import SIZES, Values, unexpressed
+from castalia.checkpoint.hf.places import Places, rules_of
+from castalia.checkpoint.keymap import Join, KeyMap, Rule, Transform
+from castalia.config.base import build
 from castalia.core.errors import ConfigError
-from castalia.models.config import ModelConfig
+from castalia.models.config import ModelConfig, TransformerConfig
 
 MOST_PADDING = 1024
 """Rows of an embedding beyond the tokenizer's ids that pass whatever the size of the vocabulary.
@@ -21,6 +25,10 @@ class HfFormat(ABC):
     architectures: ClassVar[tuple[str, ...]] = ()
     """Values of `architectures` in config.json that are read, the one that is written first. Empty
     for any."""
+    families: ClassVar[tuple[str, ...]]
+    """Our families that are written in this format wherever it can express the model."""
+    names: ClassVar[Mapping[str, str]] = {}
+    """Common config keys that this format spells in its own way: common name -> its own."""
 
     @abstractmethod
     def keymap(self, config: Any) -> KeyMap:
@@ -28,7 +36,7 @@ class HfFormat(ABC):
 
     @abstractmethod
     def write_config(self, config: Any) -> dict[str, Any]:
-        """The keys of config.json that are this family's own, architecture included."""
+        """The keys of config.json that are this format's own, architecture included."""
 
     @abstractmethod
     def read_config(
@@ -36,45 +44,128 @@ class HfFormat(ABC):
     ) -> ModelConfig:
         """Our config for a config.json; see `castalia.checkpoint.hf.model_config`."""
 
-    def refuses(self, config: Any) -> str | None:
-        """Why transformers cannot compute a model of `config`, in one sentence; None if it can."""
+    def lacks(self, config: Any) -> list[str]:
+        """Options of `config` that the architecture cannot express, as NAME=VALUE."""
+        return []
+
+    def adopt(self, config: Any) -> Any:
+        """The same model under the names of parameters that `keymap` takes; see split_heads.py."""
+        return config
+
+
+class TransformerFormat(HfFormat):
+    """An architecture of attention and MLP blocks, declared as data."""
+
+    Config: ClassVar[type[TransformerConfig]]
+    """The family that a folder is read as."""
+    places: ClassVar[Places]
+    """Names of its tensors."""
+    expresses: ClassVar[Mapping[str, Values]]
+    """Options that it has beside the sizes, see options.py."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Patterns of tensors that hold no weights, such as old buffers."""
+    tied: ClassVar[bool] = False
+    """Value of tie_word_embeddings where the file has none, as in transformers."""
+    longest: ClassVar[int] = 2048
+    """Value of max_position_embeddings where the file has none."""
+    transposed: ClassVar[bool] = False
+    """Whether its matrices are (inputs, outputs)."""
+    fused: ClassVar[bool] = False
+    """Whether it has queries, keys and values in one matrix, in GPT-NeoX's order."""
+
+    @abstractmethod
+    def read_options(self, keys: Keys, shape: Mapping[str, Any]) -> dict[str, Any]:
+        """Our options out of its keys; `shape` is what `shape_of` has read."""
+
+    def lacks_together(self, config: TransformerConfig) -> Iterator[str]:
+        """Options that it has, but not in this combination."""
+        yield from ()
+
+    def layout(self, config: TransformerConfig) -> Places:
+        """Names of the tensors of this model."""
+        return self.places
+
+    def join(self, config: TransformerConfig) -> Join | None:
+        """How queries, keys and values make one matrix, if they do."""
         return None
 
+    def lacks(self, config: Any) -> list[str]:
+        """See `HfFormat`."""
+        return [*unexpressed(config, {**SIZES, **self.expresses}), *self.lacks_together(config)]
 
-def shape_of(values: Mapping[str, Any], where: str, vocab_size: int | None) -> dict[str, Any]:
+    def adopt(self, config: Any) -> Any:
+        """See `HfFormat`; without the one matrix of GPT-NeoX's family, unless this has it too."""
+        if self.fused or not config.fused_qkv:
+            return config
+        options = config.model_dump(mode="json", exclude={"family"})
+        return build(self.Config, options, self.architectures[0])
+
+    def keymap(self, config: Any) -> KeyMap:
+        """See `HfFormat`."""
+        join = None if config.fused_qkv else self.join(config)
+        weights = Transform(transpose, transpose) if self.transposed else Transform()
+        places = self.layout(config)
+        rules = rules_of(config, places, weights, join)
+        ignored = list(self.ignored)
+        # Tied models are sometimes saved with a copy of the embedding as the head.
+        if config.tie_word_embeddings:
+            ignored += [name.replace(".", r"\.") for name in places.heads]
+        else:
+            head, *aliases = places.heads
+            rules.append(Rule("unembed.weight", head, aliases=tuple(aliases)))
+        name = f"Hugging Face {self.architectures[0].removesuffix('ForCausalLM')}"
+        return KeyMap(name, rules, layers=config.num_layers, ignored=ignored)
+
+    def read_config(
+        self, values: Mapping[str, Any], where: str, vocab_size: int | None
+    ) -> TransformerConfig:
+        """Our config for a config.json.
+
+        Raises  ConfigError naming a key that is missing, unknown or of another value than Castalia
+                implements.
+        """
+        keys = Keys(values, where, self.names)
+        shape = shape_of(keys, vocab_size, tied=self.tied, longest=self.longest)
+        options = self.read_options(keys, shape)
+        keys.finish()
+        return build(self.Config, shape | options, where)
+
+
+def transpose(matrix: Any) -> Any:
+    """(inputs, outputs) of (outputs, inputs)."""
+    return matrix.t()
+
+
+def shape_of(
+    keys: Keys, vocab_size: int | None, *, tied: bool = False, longest: int = 2048
+) -> dict[str, Any]:
     """The part of our config that every decoder has, out of transformers' keys.
 
     The file knows the rows of the embedding alone; `vocab_size` is the tokenizer's, if there is
-    one.
+    one. `tied` and `longest` are values of keys that the file may lack.
     Raises  ConfigError if a key is missing or the tokenizer has more ids than the embedding rows.
     """
-    padded = require_int(values, "vocab_size", where)
+    padded = keys.need_int("vocab_size")
     if vocab_size is not None and vocab_size > padded:
         raise ConfigError(
-            f"{where}: the tokenizer has {vocab_size} ids but the embedding only {padded} rows;"
-            " copy the tokenizer of this model"
+            f"{keys.where}: the tokenizer has {vocab_size} ids but the embedding only {padded}"
+            " rows; copy the tokenizer of this model"
         )
     real = vocab_size or padded
     if padded > 2 * real and padded - real > MOST_PADDING:
         raise ConfigError(
-            f"{where}: the tokenizer has {real} ids and the embedding {padded} rows, so it belongs"
-            " to another vocabulary; copy the tokenizer of this model, or remove it to work with"
-            " token ids"
+            f"{keys.where}: the tokenizer has {real} ids and the embedding {padded} rows, so it"
+            " belongs to another vocabulary; copy the tokenizer of this model, or remove it to"
+            " work with token ids"
         )
     # GPT-NeoX pads to multiples of 128; any other count of rows is taken as its own unit.
     unit = 128 if -(-real // 128) * 128 == padded else padded
     return {
-        "num_layers": require_int(values, "num_hidden_layers", where),
-        "hidden_size": require_int(values, "hidden_size", where),
+        "num_layers": keys.need_int("num_hidden_layers"),
+        "hidden_size": keys.need_int("hidden_size"),
+        "num_attention_heads": keys.need_int("num_attention_heads"),
         "vocab_size": real,
         "make_vocab_size_divisible_by": unit,
-        "max_position_embeddings": values.get("max_position_embeddings", 2048),
-        "tie_word_embeddings": values.get("tie_word_embeddings", False),
+        "max_position_embeddings": keys.take("max_position_embeddings", longest),
+        "tie_word_embeddings": keys.take("tie_word_embeddings", tied),
     }
-
-
-def require_int(values: Mapping[str, Any], key: str, where: str) -> int:
-    """Raises  ConfigError if the key is missing."""
-    if key not in values:
-        raise ConfigError(f"{where}: {key} is missing")
-    return int(values[key])
