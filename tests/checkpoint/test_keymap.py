@@ -140,9 +140,9 @@ def test_the_published_pythia_config_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "unknown model_type 'llama'; choose one of gpt_neox"),
-        ({"hidden_act": "relu"}, "unknown hidden_act 'relu'; choose one of gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"model_type": "lama"}, "unknown model_type 'lama'; choose one of .*did you mean 'llama'"),
+        ({"hidden_act": "tanh"}, "unknown hidden_act 'tanh'; choose one of gelu"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type longrope: choose one of def"),
         ({"vocab_size": 90}, "tokenizer has 100 ids but the embedding only 90 rows"),
     ],
 )

@@ -91,16 +91,16 @@ class FalconFormat(TransformerFormat):
     def write_config(self, config: TransformerConfig) -> dict[str, Any]:
         """See `HfFormat`."""
         heads = config.num_attention_heads
-        two_norms = config.parallel_residual and not config.shared_norm
+        norms = 2 if config.parallel_residual and not config.shared_norm else 1
         # The new architecture where nothing else has it, so that older programs read the rest.
-        new = two_norms or config.kv_heads not in (1, heads)
+        new = norms == 2 or config.kv_heads not in (1, heads)
         return {
             "architectures": list(self.architectures),
             "model_type": self.model_type,
             "num_attention_heads": heads,
             "num_kv_heads": config.kv_heads,
             "new_decoder_architecture": new,
-            "num_ln_in_parallel_attn": (2 if two_norms else 1) if new else None,
+            "num_ln_in_parallel_attn": norms if new else None,
             "multi_query": config.kv_heads == 1,
             "parallel_attn": config.parallel_residual,
             "bias": config.attention_bias,
@@ -125,8 +125,10 @@ def read_blocks(keys: Keys, heads: int) -> dict[str, Any]:
     multi_query = keys.take("multi_query", True)
     grouped = keys.take("num_kv_heads", heads)
     norms = keys.take("num_ln_in_parallel_attn", 2 if new else 1)
-    if norms not in ((1, 2) if new else (1,)):
-        expected = "choose 1 or 2" if new else "two norms need new_decoder_architecture=true"
+    if norms not in (1, 2):
+        raise keys.error("num_ln_in_parallel_attn", norms, "choose 1 or 2")
+    if norms == 2 and not new:
+        expected = "two norms need new_decoder_architecture=true"
         raise keys.error("num_ln_in_parallel_attn", norms, expected)
     if new and not parallel:
         raise keys.error("parallel_attn", parallel, "new_decoder_architecture needs true")
