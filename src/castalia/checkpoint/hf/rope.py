@@ -75,7 +75,7 @@ def the_section(keys: Keys) -> Keys:
     """
     sections = [keys.take(name, {}) for name in SECTIONS]
     # As in transformers, the older one replaces the other where a file has both.
-    values = next((section for section in sections if section), {})
+    values: Any = next((section for section in sections if section), {})
     if not isinstance(values, dict):
         raise keys.error("rope_parameters", values, "expected a section of keys and values")
     nested = [name for name, value in values.items() if isinstance(value, dict)]
