@@ -1,4 +1,7 @@
-"""Another form of GELU in an export, and what it changes."""
+"""The model that an export computes where it differs from the checkpoint's, and what differs.
+
+For instance another form of GELU.
+"""
 
 from dataclasses import replace
 
@@ -10,6 +13,18 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 """The forms of GELU: with the error function, and its approximation with tanh."""
 GELU_DIFFERENCE = 0.00048
 """Largest difference of the two forms, at x = ±2.70; computed in float64."""
+
+
+def expressed(
+    trained: SavedModel, kind: type[Format], activation: str | None
+) -> tuple[SavedModel, list[str]]:
+    """The checkpoint as an export of `kind` computes it, and what differs, in sentences.
+
+    Raises  ConfigError if the family has no such activation.
+    """
+    source = with_activation(trained, activation)
+    config, notes = kind.expressed(source.config)
+    return replace(source, config=config), activation_notes(trained, source) + notes
 
 
 def with_activation(source: SavedModel, activation: str | None) -> SavedModel:

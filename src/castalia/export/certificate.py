@@ -116,12 +116,15 @@ class Certificate:
         )
 
 
-def certify(source: End, target: End, config: ModelConfig) -> Certificate:
+def certify(
+    source: End, target: End, config: ModelConfig, longest: int | None = None
+) -> Certificate:
     """Compute the fixed prompts on both ends and compare their logits.
 
+    Takes   longest: tokens that both ends read at once; None for the model's longest text.
     The certificate says why, where an end does not fit into memory or its program cannot read it.
     """
-    prompts = fixed_prompts(config.vocab_size, config.max_position_embeddings)
+    prompts = fixed_prompts(config.vocab_size, longest or config.max_position_embeddings)
     ends: dict[str, Any] = {
         "source": described(source),
         "target": described(target),

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
-from castalia.models.config import TransformerConfig
 
 BINARY_VERSION = 6
 SPECIFICATION = "TransformerDecoderSpec"
@@ -30,8 +29,6 @@ TYPES = ("float32", "int8", "int16", "int32", "float16", "bfloat16")
 """The index of a type is its number in the file."""
 MOST_BYTES = 2**32 - 1
 """A variable's size is a u32."""
-ACTIVATIONS = {"gelu_tanh": 1, "gelu": 3}
-"""Numbers of CTranslate2's Activation."""
 FLOATS = {
     "float32": "float32",
     "int8": None,
@@ -56,13 +53,16 @@ class Variable(NamedTuple):
 
 
 def write_model_bin(
-    path: Path, tensors: Mapping[str, Tensor], config: TransformerConfig, quantization: str
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    scalars: Mapping[str, NDArray[np.generic]],
+    quantization: str,
 ) -> None:
     """Write the weights under CTranslate2's names, one tensor in memory at a time.
 
+    `scalars` and tables of numbers are stored as they are.
     Raises  ConfigError if a tensor is larger than the file can say.
     """
-    scalars = decoder_scalars(config)
     aliases = duplicates(tensors)
     kept = {name: tensor for name, tensor in tensors.items() if name not in aliases}
     names = sorted(
@@ -73,7 +73,7 @@ def write_model_bin(
         write_header(file, len(names))
         for name in names:
             if name in scalars:
-                write_variable(file, name, as_variable(np.asarray(scalars[name])))
+                write_variable(file, name, as_variable(scalars[name]))
             elif name in scale:
                 write_variable(file, name, scale.pop(name))
             else:
@@ -85,27 +85,6 @@ def write_model_bin(
         for name in sorted(aliases):
             write_string(file, name)
             write_string(file, aliases[name])
-
-
-def decoder_scalars(config: TransformerConfig) -> dict[str, np.generic]:
-    """The shape of the model as CTranslate2 stores it: scalars of the types that it expects."""
-    numbers: dict[str, np.generic] = {
-        "decoder/activation": np.int8(ACTIVATIONS[config.activation]),
-        "decoder/alignment_heads": np.int16(1),
-        "decoder/alignment_layer": np.int16(-1),
-        "decoder/num_heads": np.int16(config.num_attention_heads),
-        "decoder/pre_norm": np.int8(1),
-    }
-    # Without scale_embeddings the engine multiplies embeddings by the root of the width.
-    for name in ("alibi", "alibi_use_positive_positions", "scale_alibi", "scale_embeddings"):
-        numbers[f"decoder/{name}"] = np.int8(0)
-    numbers["decoder/start_from_zero_embedding"] = np.int8(0)
-    for layer in range(config.num_layers):
-        attention = f"decoder/layer_{layer}/self_attention"
-        numbers[f"{attention}/rotary_base"] = np.float32(config.rotary_emb_base)
-        numbers[f"{attention}/rotary_dim"] = np.int32(config.rotary_dim)
-        numbers[f"{attention}/rotary_interleave"] = np.int8(0)
-    return numbers
 
 
 def duplicates(tensors: Mapping[str, Tensor]) -> dict[str, str]:

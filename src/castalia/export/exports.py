@@ -19,7 +19,7 @@ from castalia.core.files import cannot_write, files_in
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_settings import chat_templates, special_tokens, write_chat_templates
-from castalia.export.activation import activation_notes, other_activation, with_activation
+from castalia.export.activation import expressed, other_activation
 from castalia.export.card import write_card
 from castalia.export.certificate import (
     Certificate,
@@ -53,7 +53,9 @@ class Conversion:
     trained: SavedModel
     """The checkpoint."""
     source: SavedModel
-    """It with the form of GELU that the export computes."""
+    """It as the export computes it, for instance with another form of GELU."""
+    changes: list[str]
+    """What that changes, in sentences."""
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -149,7 +151,8 @@ def write_export(place: Destination, spec: ExportSpec) -> Exported:
     """Write one folder under a temporary name beside its place, then rename it."""
     start = time.perf_counter()
     trained = open_model(place.checkpoint)
-    work = Conversion(place, spec, trained, with_activation(trained, spec.activation))
+    source, changes = expressed(trained, spec.kind, spec.activation)
+    work = Conversion(place, spec, trained, source, changes)
     require_expressible(work.source, spec)
     text = text_to_measure(work.source, spec)
     temporary = place.folder.with_name(f".{place.folder.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -175,7 +178,7 @@ def fill(folder: Path, work: Conversion, text: HeldOutText | None, start: float)
     Raises  ConfigError or CastaliaError if the export exceeds a bound.
     """
     spec = work.spec
-    notes = activation_notes(work.trained, work.source) + write_files(folder, work.source, spec)
+    notes = work.changes + write_files(folder, work.source, spec)
     digests = hashes_of(folder)
     # The export is measured as written: the bounds are checked on the files that users would get.
     quality = examine(work.written(folder), work.trained, spec, text)
@@ -234,7 +237,7 @@ def text_to_measure(source: SavedModel, spec: ExportSpec) -> HeldOutText | None:
     """
     text = None
     if spec.kind.engine() is not None:
-        limit = source.config.max_position_embeddings
+        limit = spec.kind.longest(source.config)
         text = held_out(spec.heldout, source.folder, source.tokenizer, limit)
     if spec.max_kl is not None and text is None:
         raise ConfigError(
@@ -307,6 +310,7 @@ def certified(folder: Path, work: Conversion, digests: Mapping[str, str]) -> Cer
         End(work.trained.folder.name, work.hashes, torch_reader(work.trained)),
         End(work.name, digests, work.spec.kind.reader(work.written(folder))),
         work.source.config,
+        work.spec.kind.longest(work.source.config),
     )
     write_certificate(folder, certificate)
     return certificate

@@ -20,15 +20,18 @@ from castalia.data.tokenizer_settings import DEFAULT, chat_templates, generation
 from castalia.export.certificate import Reader, program_of
 from castalia.export.ct2 import write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS as CT2_QUANTIZATIONS
-from castalia.export.gguf import BLOCK, BLOCKED, END_ROLES, is_byte_level_bpe, write_gguf
+from castalia.export.gguf import BLOCK, BLOCKED, write_gguf
 from castalia.export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
+from castalia.export.gguf_vocabulary import END_ROLES, differences
 from castalia.export.written import own_reader, transformers_reader
 from castalia.inference.engine import Engine
 from castalia.inference.engines import engine_of_export
 from castalia.inference.exported import GGUF_FILE, ExportFolder
+from castalia.inference.gguf_architectures import refusal
 from castalia.inference.native.packing import CELLS, STORAGES
 from castalia.inference.native.weights import packed_weights, save_weights
-from castalia.models.config import ModelConfig, require_transformer
+from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
+from castalia.models.windows import window, within_window, without_idle_window
 
 
 class Format(ABC):
@@ -60,14 +63,20 @@ class Format(ABC):
         return None if engine is None else engine.refuses(config)
 
     @classmethod
+    def expressed(cls, config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+        """The model that the program computes in place of `config`, and what differs, in
+        sentences."""
+        return config, []
+
+    @classmethod
+    def longest(cls, config: ModelConfig) -> int:
+        """Tokens of the longest text that the program reads at once."""
+        return config.max_position_embeddings
+
+    @classmethod
     def notes(cls, source: SavedModel) -> list[str]:
         """What the program computes or reads differently."""
-        numerics = getattr(source.config, "rope_numerics", "fp32")
-        if numerics == "fp32":
-            return []
-        return [
-            f"rope_numerics={numerics} is not kept: the export computes rotary angles in float32"
-        ]
+        return lost_numerics(source.config, "rope_numerics", "rotary angles")
 
     @classmethod
     def reader(cls, written: ExportFolder) -> Reader:
@@ -114,6 +123,14 @@ class ShardedFormat(Format):
     ) -> None:
         """Write the model into `folder`, with weight files of at most `max_shard_size`, such as
         5GB."""
+
+
+def lost_numerics(config: ModelConfig, option: str, what: str) -> list[str]:
+    """A note that the export computes in float32 what the model was trained to round."""
+    value = getattr(config, option, "fp32")
+    if value == "fp32":
+        return []
+    return [f"{option}={value} is not kept: the export computes {what} in float32"]
 
 
 EXPORTS: Registry[type[Format]] = Registry("export format")
@@ -184,6 +201,25 @@ class CTranslate2(Format):
     needs_tokenizer = True
 
     @classmethod
+    def longest(cls, config: ModelConfig) -> int:
+        """See `Format`; a sliding window is right for the tokens that are generated alone."""
+        return window(require_transformer(config, cls.program)) or super().longest(config)
+
+    @classmethod
+    def notes(cls, source: SavedModel) -> list[str]:
+        """See `Format`."""
+        notes = super().notes(source)
+        notes += lost_numerics(source.config, "alibi_numerics", "ALiBi's biases")
+        width = window(require_transformer(source.config, cls.program))
+        if width is not None:
+            notes.append(
+                f"CTranslate2 keeps sliding_window={width} for the tokens that it generates, but"
+                f" reads a prompt of more than {width} tokens with longer windows: Castalia's"
+                " engine refuses those"
+            )
+        return notes
+
+    @classmethod
     def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
         """See `Format`."""
         assert source.tokenizer is not None
@@ -247,6 +283,21 @@ class Gguf(Format):
     needs_tokenizer = True
 
     @classmethod
+    def expressed(cls, config: ModelConfig) -> tuple[ModelConfig, list[str]]:
+        """See `Format`; most of llama.cpp's graphs know no window."""
+        if not isinstance(config, TransformerConfig):
+            return config, []
+        model = config
+        width = window(model)
+        if width is None or refusal(config) is None:
+            return without_idle_window(model), []
+        return within_window(model), [
+            f"llama.cpp does not compute sliding_window={width} here: the file's context is"
+            f" {width} tokens, in which the window hides nothing; longer texts would be computed"
+            " without it"
+        ]
+
+    @classmethod
     def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
         """See `Format`."""
         reason = super().refuses(config, numbers)
@@ -258,16 +309,25 @@ class Gguf(Format):
                 f"{numbers} needs widths in multiples of {BLOCK}; the model has {width} and"
                 f" {inner}; choose F16"
             )
+        model = require_transformer(config, cls.program)
+        heads = model.num_attention_heads * model.head_dim
+        if heads % BLOCK:
+            return (
+                f"{numbers} needs widths in multiples of {BLOCK}; the heads have {heads} together;"
+                " choose F16"
+            )
         return None
 
     @classmethod
     def notes(cls, source: SavedModel) -> list[str]:
         """See `Format`."""
         notes = super().notes(source)
-        if source.tokenizer is not None and not is_byte_level_bpe(source.tokenizer):
+        notes += lost_numerics(source.config, "alibi_numerics", "ALiBi's biases")
+        difference = None if source.tokenizer is None else differences(source.tokenizer)
+        if difference is not None:
             notes.append(
-                "the file describes a byte-level BPE, which this tokenizer is not: programs other"
-                " than Castalia split text differently; give them token ids"
+                f"{difference}: programs other than Castalia split text differently; give them"
+                " token ids"
             )
         if len(source.special.end_ids) > len(END_ROLES):
             notes.append(

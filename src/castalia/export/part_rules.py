@@ -1,14 +1,18 @@
 """Key-map rules of a transformer block, from what the family declares of its parts and a format's
 names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from castalia.checkpoint.keymap import Rule, Transform
+import torch
+from torch import Tensor
+
+from castalia.checkpoint.keymap import Join, Rule, Transform
 from castalia.core.errors import ConfigError
 from castalia.models.config import TransformerConfig
 from castalia.models.families import family_of
-from castalia.models.families.base import LinearPart, Parts
+from castalia.models.families.base import LinearPart, NormPart, Parts
+from castalia.models.parts.positions import SinusoidalPositions
 from castalia.models.parts.qkv import heads_apart, heads_together
 
 
@@ -29,24 +33,68 @@ def parts_of(config: TransformerConfig, names: Mapping[str, str], reader: str) -
     return parts
 
 
-def linear_rules(parts: Parts, names: Mapping[str, str], theirs: str) -> list[Rule]:
-    """Rules of the linear layers; `theirs` is a pattern such as 'blk.{{i}}.{name}.{kind}'."""
+def linear_rules(
+    parts: Parts,
+    names: Mapping[str, str],
+    theirs: str,
+    order: Callable[[LinearPart], Transform] | None = None,
+) -> list[Rule]:
+    """Rules of the linear layers; `theirs` is a pattern such as 'blk.{{i}}.{name}.{kind}'.
+
+    Layers that have the same name there are one matrix, their rows one after the other.
+    order  how the rows of a layer change; by default `row_order`.
+    """
+    order = order or row_order
+    by_name: dict[str, list[LinearPart]] = {}
+    for part in parts.linears:
+        by_name.setdefault(names[part.role], []).append(part)
     rules = []
     # The braces of {i} stay for KeyMap, which fills in the layers.
-    for part in parts.linears:
+    for name, group in by_name.items():
         kinds = ["weight"]
-        if part.bias:
+        if group[0].bias:
             kinds.append("bias")
         for kind in kinds:
-            place = theirs.format(name=names[part.role], kind=kind)
-            rules.append(Rule(f"layers.{{i}}.{part.place}.{kind}", place, row_order(part)))
+            place = theirs.format(name=name, kind=kind)
+            ours = tuple(f"layers.{{i}}.{part.place}.{kind}" for part in group)
+            if len(group) == 1:
+                rules.append(Rule(ours[0], place, order(group[0])))
+            else:
+                rules.append(Rule(ours, place, rows_joined([part.outputs for part in group])))
     return rules
 
 
-def norm_rules(ours: str, theirs: str, kinds: tuple[str, str]) -> list[Rule]:
-    """The two rules of a LayerNorm; `kinds` are the format's words for weight and bias."""
-    weight, bias = kinds
-    return [Rule(f"{ours}.weight", theirs + weight), Rule(f"{ours}.bias", theirs + bias)]
+def rows_joined(sizes: Sequence[int]) -> Join:
+    """Several matrices as one; `sizes` are their rows."""
+    return Join(lambda ours: torch.cat(list(ours)), lambda theirs: theirs.split(list(sizes)))
+
+
+def norm_rules(norm: NormPart, theirs: str, kinds: Mapping[str, str]) -> list[Rule]:
+    """Rules of a norm's parameters; `kinds` are the format's words for weight and bias.
+
+    `theirs` has {i} if the norm stands in every layer.
+    """
+    ours = norm.place if norm.role == "final_norm" else f"layers.{{i}}.{norm.place}"
+    return [Rule(f"{ours}.{kind}", theirs + kinds[kind]) for kind in norm.kinds]
+
+
+def plain_norms(
+    config: TransformerConfig, theirs: Mapping[str, str], kinds: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Ones and zeros for norms without parameters, where the format requires them.
+
+    `theirs` are the format's patterns by the role of the norm.
+    """
+    parts = family_of(config).parts(config)
+    assert parts is not None, "parts_of was not asked"
+    made = {}
+    if config.norm == "non_parametric_layernorm":
+        for norm in (*parts.norms, parts.final_norm):
+            for layer in range(config.num_layers):
+                place = theirs[norm.role].replace("{i}", str(layer))
+                made[place + kinds["weight"]] = torch.ones(norm.width)
+                made[place + kinds["bias"]] = torch.zeros(norm.width)
+    return made
 
 
 def row_order(part: LinearPart) -> Transform:
@@ -57,3 +105,17 @@ def row_order(part: LinearPart) -> Transform:
         partial(heads_apart, heads=part.fused_heads),
         partial(heads_together, heads=part.fused_heads),
     )
+
+
+def added_positions(config: TransformerConfig, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The table of vectors that are added to the embedding, float (T, C); None if there is none.
+
+    T is max_position_embeddings: other programs store the sines of sinusoidal positions as well.
+    """
+    if config.pos_emb == "learned":
+        return tensors["positions.weight"][config.learned_offset :]
+    if config.pos_emb == "sinusoidal":
+        places = torch.arange(config.max_position_embeddings)
+        table: Tensor = SinusoidalPositions(config.hidden_size)(places)
+        return table
+    return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from castalia.checkpoint.saved_model import SavedModel, open_model
 from castalia.core.files import files_in, sha256_of, write_json
-from castalia.export.activation import with_activation
+from castalia.export.activation import expressed
 from castalia.export.options import ExportSpec
 from castalia.inference.exported import RECORD, read_record
 
@@ -88,7 +88,7 @@ def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | 
     if not (folder / RECORD).is_file():
         return None
     record = read_record(folder)
-    source = with_activation(open_model(checkpoint), spec.activation)
+    source, _ = expressed(open_model(checkpoint), spec.kind, spec.activation)
     asked = {
         "to": spec.kind.name,
         "numbers": spec.numbers,

@@ -18,8 +18,35 @@ from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import ExportFolder
-from castalia.inference.implements import NEOX
+from castalia.inference.implements import ATTENTION, SIZES, Values, mixed_attention
 from castalia.models.config import ModelConfig, require_transformer
+from castalia.models.parts.frequencies import yarn_factor
+from castalia.models.windows import window
+
+OPTIONS: dict[str, Values] = SIZES | {
+    "family": ATTENTION,
+    "activation": (
+        *("gelu", "gelu_tanh", "relu", "swish", "silu"),
+        *("geglu", "geglu_tanh", "reglu", "swiglu", "glu"),
+    ),
+    "norm": ("layernorm", "rmsnorm", "non_parametric_layernorm"),
+    "qk_norm": ("none", "head"),
+    "parallel_residual": (True, False),
+    "shared_norm": (True, False),
+    "pos_emb": ("rotary", "alibi", "learned", "sinusoidal"),
+    "rotary_pct": None,
+    "rotary_emb_base": None,
+    "rope_numerics": ("fp32", "neox_v1_fp16"),
+    "rope_scaling": (None, "linear", "ntk", "yarn", "llama3"),
+    "learned_offset": None,
+    "alibi_scaled": (True, False),
+    "alibi_numerics": ("fp32", "bf16"),
+    "sliding_window": None,
+    "attention_config": None,
+    "embedding_multiplier": None,
+    "output_multiplier": None,
+}
+"""Options that CTranslate2's TransformerDecoderSpec expresses."""
 
 
 class Ct2Slots(Slots):
@@ -53,7 +80,7 @@ class Ct2Engine(Engine):
     """
 
     name = "ct2"
-    implements = NEOX
+    implements = OPTIONS
     export_kind = "ct2"
     batching = "whole texts, greedy only; else every step reads the text again"
     scores = "in its own arithmetic"
@@ -78,6 +105,7 @@ class Ct2Engine(Engine):
             self.vocabulary: list[str] = json.loads(listed)
         except (RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(f"cannot load {folder} in CTranslate2: {error}") from None
+        self.window = window(require_transformer(config, self.name))
         # Padding rows of the embedding have names in the vocabulary and must never be chosen.
         self.padding = [[token] for token in self.vocabulary[tokenizer.vocab_size :]]
 
@@ -87,8 +115,21 @@ class Ct2Engine(Engine):
         reason = super().refuses(config)
         if reason is not None:
             return reason
-        if not require_transformer(config, cls.name).rotary_dim:
+        model = require_transformer(config, cls.name)
+        if model.pos_emb == "rotary" and not model.rotary_dim:
             return "CTranslate2 cannot express rotary_pct=0: it reads 0 as the whole head"
+        if mixed_attention(model):
+            return (
+                f"CTranslate2 cannot express attention_config={model.attention_config!r}: all its"
+                " layers have one sliding_window"
+            )
+        scaling = model.rope_scaling
+        yarn = scaling is not None and scaling.kind == "yarn" and yarn_factor(scaling) != 1
+        if yarn and model.rotary_dim != model.head_dim:
+            return (
+                "CTranslate2 cannot express rope_scaling.attention_factor with"
+                f" rotary_pct={model.rotary_pct}: it scales whole heads"
+            )
         return None
 
     @classmethod
@@ -147,5 +188,14 @@ class Ct2Engine(Engine):
         ]
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """Tokens as the library spells them."""
+        """Tokens as the library spells them.
+
+        Raises  ConfigError for more tokens than the sliding window holds: the library lets tokens
+                of a prompt, or of a text that it scores, see further back than the window.
+        """
+        if self.window is not None and len(ids) > self.window:
+            raise ConfigError(
+                f"CTranslate2 cannot read {len(ids)} tokens at once in a model with"
+                f" sliding_window={self.window}; shorten the text, or use engine=torch"
+            )
         return [self.vocabulary[i] for i in ids]

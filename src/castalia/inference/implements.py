@@ -11,7 +11,9 @@ from typing import get_args
 
 from pydantic.fields import FieldInfo
 
+from castalia.config.base import Config
 from castalia.models.config import Gated, ModelConfig, Plain, TransformerConfig
+from castalia.models.windows import window
 
 Values = Collection[object] | None
 """Values of one option that are implemented; None means any value, for instance a size."""
@@ -20,8 +22,31 @@ START: dict[str, Values] = {
     "init_method": None,
     "output_layer_init_method": None,
     "init_method_std": None,
+    "hidden_dropout": None,
+    "attention_dropout": None,
 }
-"""Options that only draw the start weights; nothing that is computed depends on them."""
+"""Options of training alone: the start weights and dropout. No text depends on them."""
+
+ATTENTION = ("neox", "llama", "mistral", "falcon", "palm", "gpt2", "olmo2", "qwen2")
+"""Families whose blocks are attention and an MLP and nothing else: their options say it all."""
+
+SIZES: dict[str, Values] = START | {
+    "num_layers": None,
+    "hidden_size": None,
+    "num_attention_heads": None,
+    "num_kv_heads": None,
+    "attention_head_dim": None,
+    "intermediate_size": None,
+    "vocab_size": None,
+    "make_vocab_size_divisible_by": None,
+    "max_position_embeddings": None,
+    "layernorm_epsilon": None,
+    "tie_word_embeddings": (True, False),
+    "attention_bias": (True, False),
+    "qkv_bias": (None, True, False),
+    "mlp_bias": (True, False),
+}
+"""Options that an engine of any attention model takes as they come."""
 
 NEOX: dict[str, Values] = START | {
     "family": ("neox",),
@@ -46,7 +71,7 @@ NEOX: dict[str, Values] = START | {
 
 
 NATIVE: dict[str, Values] = NEOX | {
-    "family": ("neox", "llama", "mistral", "falcon", "palm", "gpt2", "olmo2", "qwen2"),
+    "family": ATTENTION,
     "num_kv_heads": None,
     "attention_head_dim": None,
     "activation": get_args(Plain) + get_args(Gated),
@@ -81,6 +106,10 @@ def unimplemented(config: ModelConfig, table: Mapping[str, Values]) -> str | Non
                 return f"{name}={value!r}"
             continue
         values = table[name]
+        if isinstance(value, Config):
+            # A section, such as rope_scaling: its kind decides what is computed.
+            name = f"{name}.kind"
+            value = getattr(value, "kind", value)
         if values is not None and value not in values:
             return f"{name}={value!r}, only {', '.join(map(repr, values))}"
     return None
@@ -91,3 +120,11 @@ def neutral(name: str, field: FieldInfo) -> object:
     # A family's own default may be another computation, which only its table can vouch for.
     common = TransformerConfig.model_fields.get(name, field)
     return common.get_default(call_default_factory=True)
+
+
+def mixed_attention(config: TransformerConfig) -> bool:
+    """Whether layers differ in the tokens that they see, or see a pattern other than a window."""
+    kinds = set(config.layer_kinds)
+    if kinds - {"global", "sliding"}:
+        return True
+    return len(kinds) > 1 and window(config) is not None

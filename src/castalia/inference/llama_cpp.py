@@ -13,8 +13,8 @@ from castalia.core.errors import CheckpointError
 from castalia.core.extras import require
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import GGUF_FILE, ExportFolder
-from castalia.inference.implements import NEOX
-from castalia.models.config import ModelConfig, require_transformer
+from castalia.inference.gguf_architectures import refusal
+from castalia.models.config import ModelConfig
 
 TOKENS_AT_ONCE = 512
 """Tokens of one call of llama_decode, llama.cpp's own default batch."""
@@ -138,8 +138,6 @@ class LlamaCppEngine(Engine):
     """
 
     name = "llama.cpp"
-    # llama.cpp computes GELU of this architecture in its tanh form, whatever the file says.
-    implements = NEOX | {"activation": ("gelu_tanh",)}
     export_kind = "gguf"
     batching = "continuous"
     scores = "as it decodes"
@@ -161,12 +159,7 @@ class LlamaCppEngine(Engine):
     @classmethod
     def refuses(cls, config: ModelConfig) -> str | None:
         """See `Engine`."""
-        reason = super().refuses(config)
-        if reason is not None:
-            return reason
-        if not require_transformer(config, cls.name).rotary_dim:
-            return "llama.cpp cannot express rotary_pct=0: it rotates some dimensions of every head"
-        return None
+        return refusal(config)
 
     @classmethod
     def from_export(cls, export: ExportFolder, dtype: str | None) -> "LlamaCppEngine":
