@@ -1,6 +1,7 @@
-"""Decoding and scoring of Pythia's shapes on a CPU, against other engines.
+"""Decoding and scoring of Pythia's and LLaMA's shapes on a CPU, against other engines.
 
     python benchmarks/inference.py      # 70M and 160M, batch 1 and 8; run it on an idle machine
+    python benchmarks/inference.py --family llama      # LLaMA's blocks, 12 and 4 key heads
     python benchmarks/inference.py --sizes tiny --rounds 2 --new 8
 
 Compares the native engine with transformers, CTranslate2, llama.cpp and OpenVINO. Weights are
@@ -20,15 +21,53 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from machine import describe, in_turn, ratio, seconds, summary
 
-SHAPES = {"70m": (6, 512, 8), "160m": (12, 768, 12), "410m": (24, 1024, 16), "tiny": (2, 64, 4)}
-"""Layers, width, heads from Biderman et al. 2023, arXiv:2304.01373, table 1."""
-VOCABULARY = 50277
-TINY_VOCABULARY = 1000
+
+class Shape(NamedTuple):
+    """The sizes of a model."""
+
+    layers: int
+    width: int
+    heads: int
+    tokens: int
+    kv_heads: int | None = None
+    inner: int | None = None
+
+    def config(self, family: str) -> dict[str, Any]:
+        """The model section of a config."""
+        sizes = {
+            "family": family,
+            "num_layers": self.layers,
+            "hidden_size": self.width,
+            "num_attention_heads": self.heads,
+            "vocab_size": self.tokens,
+            "num_kv_heads": self.kv_heads,
+            "intermediate_size": self.inner,
+        }
+        return {name: value for name, value in sizes.items() if value is not None}
+
+
+SHAPES = {
+    "neox": {
+        "70m": Shape(6, 512, 8, 50277),
+        "160m": Shape(12, 768, 12, 50277),
+        "410m": Shape(24, 1024, 16, 50277),
+        "tiny": Shape(2, 64, 4, 1000),
+    },
+    "llama": {
+        "160m": Shape(12, 768, 12, 32000, inner=3072),
+        "160m-gqa": Shape(12, 768, 12, 32000, kv_heads=4, inner=3072),
+        "tiny": Shape(2, 64, 4, 1000, kv_heads=2, inner=192),
+    },
+}
+"""Layers, width and heads from Biderman et al. 2023, arXiv:2304.01373, table 1. LLaMA's have the
+same width and depth, its gated MLP and its vocabulary: 162 million parameters."""
+SIZES = {"neox": "70m,160m", "llama": "160m,160m-gqa"}
+"""What is measured by default."""
 SCORED = 2048
 RESULTS = Path(__file__).parent / "results"
 EXPORTS = {
@@ -62,13 +101,25 @@ SCORERS = (
     "native int8",
 )
 """Engines that score; `native int8` stands for dtype=auto, which scores in bf16."""
-GOALS = [
-    ("native int8", "ct2 int8", 1, 3.5),
-    ("native int8", "llama.cpp Q8_0", 1, 1.2),
-    ("native int8", "ct2 int8", 8, 3.0),
-    ("native int4", "llama.cpp Q4_0", 1, 1.0),
-    ("native int4", "llama.cpp Q4_0", 8, 1.0),
-]
+GOALS = {
+    "neox": [
+        ("native int8", "ct2 int8", 1, 3.5),
+        ("native int8", "llama.cpp Q8_0", 1, 1.2),
+        ("native int8", "ct2 int8", 8, 3.0),
+        ("native int4", "llama.cpp Q4_0", 1, 1.0),
+        ("native int4", "llama.cpp Q4_0", 8, 1.0),
+    ],
+    "llama": [
+        (ours, theirs, batch, 1.0)
+        for batch in (1, 8)
+        for ours, theirs in (
+            ("native int8", "ct2 int8"),
+            ("native int8", "llama.cpp Q8_0"),
+            ("native int8", "transformers bf16"),
+            ("native int4", "llama.cpp Q4_0"),
+        )
+    ],
+}
 """Castalia's engine, the other, batch, required ratio of tokens a second."""
 
 
@@ -113,37 +164,47 @@ class Worker:
         self.process.wait(30)
 
 
-def write_models(size: str, folder: Path, engines: list[str]) -> dict[str, Path]:
-    """Write random weights of a shape as a Hugging Face folder, and the exports of the engines."""
+def write_models(
+    family: str, size: str, folder: Path, engines: list[str]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """Write random weights of a shape as a Hugging Face folder, and the exports of the engines.
+
+    Returns  the folder of each engine, and of those that cannot have one, the reason.
+    """
     from tokenizers import Tokenizer, models
 
     from castalia.checkpoint.hf import write_hf
+    from castalia.core.errors import ConfigError
     from castalia.distributed import initialize
     from castalia.export import export
-    from castalia.models import Decoder, NeoxConfig
+    from castalia.models import Decoder
+    from castalia.models.families import build_model_config
     from castalia.models.init import start_weights
 
-    layers, width, heads = SHAPES[size]
-    tokens = TINY_VOCABULARY if size == "tiny" else VOCABULARY
-    config = NeoxConfig(
-        num_layers=layers, hidden_size=width, num_attention_heads=heads, vocab_size=tokens
-    )
+    shape = SHAPES[family][size]
+    config = build_model_config(shape.config(family), "benchmarks/inference.py")
     model = Decoder(config)
     initialize(model, start_weights(model.config, 1234))
     hf = folder / size / "hf"
     hf.mkdir(parents=True)
     write_hf(hf, model.state_dict(), config, end_ids=(0,), dtype="fp32")
-    vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, tokens)}
+    vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, shape.tokens)}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<|endoftext|>"))
     words.add_special_tokens(["<|endoftext|>"])
     words.save(str(hf / "tokenizer.json"))
     places = {}
+    refused = {}
     for engine in engines:
         to, numbers = EXPORTS[engine]
-        places[engine] = hf if to == "hf" else folder / size / f"{to}-{numbers}"
-        if not places[engine].exists():
-            list(export(hf, to=to, quantization=numbers, output=places[engine]))
-    return places
+        place = hf if to == "hf" else folder / size / f"{to}-{numbers}"
+        try:
+            if not place.exists():
+                list(export(hf, to=to, quantization=numbers, output=place))
+        except ConfigError as error:
+            refused[engine] = str(error)
+            continue
+        places[engine] = place
+    return places, refused
 
 
 def weight_bytes(folder: Path) -> int:
@@ -152,14 +213,19 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in endings)
 
 
-def token_bytes(size: str, engine: str) -> float:
+def token_bytes(family: str, size: str, engine: str) -> float:
     """Bytes of weights that one token reads: all matrices but the input embedding."""
-    layers, width, _ = SHAPES[size]
-    rows = 1024 if size == "tiny" else 50304
+    shape = SHAPES[family][size]
+    width = shape.width
     numbers = EXPORTS[engine][1]
     if "bf16" in engine:
         numbers = "bf16"
-    return (12 * layers * width * width + rows * width) * BITS[numbers] / 8
+    heads = 1 + (shape.kv_heads or shape.heads) / shape.heads
+    inner = shape.inner or 4 * width
+    matrices = 3 if family == "llama" else 2
+    block = 2 * heads * width * width + matrices * width * inner
+    rows = -(-shape.tokens // 128) * 128
+    return (shape.layers * block + rows * width) * BITS[numbers] / 8
 
 
 def bandwidth(size: float) -> float:
@@ -168,9 +234,9 @@ def bandwidth(size: float) -> float:
     return data.nbytes / min(seconds(data.sum) for _ in range(10))
 
 
-def prompts_of(batch: int, tokens: int, size: str) -> list[list[int]]:
+def prompts_of(batch: int, tokens: int, family: str, size: str) -> list[list[int]]:
     """Random prompts."""
-    high = TINY_VOCABULARY if size == "tiny" else 50000
+    high = min(50000, SHAPES[family][size].tokens)
     return torch.randint(
         1, high, (batch, tokens), generator=torch.Generator().manual_seed(batch)
     ).tolist()
@@ -180,20 +246,22 @@ def measure_decoding(
     workers: Mapping[str, Worker], size: str, batch: int, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Tokens a second, time to the first token and share of the memory limit of every engine."""
-    prompts = prompts_of(batch, options.prompt, size)
+    family = options.family
+    prompts = prompts_of(batch, options.prompt, family, size)
     works: dict[str, Callable[[], float]] = {}
     for name, worker in workers.items():
         worker.ask(prompts=prompts, new=options.new)
         works[name] = lambda worker=worker: worker.ask(prompts=prompts, new=options.new)["seconds"]
         works[f"{name} first"] = lambda worker=worker: worker.ask(prompts=prompts, new=1)["seconds"]
-        works[f"{name} bandwidth"] = lambda name=name: bandwidth(token_bytes(size, name))
+        read = token_bytes(family, size, name)
+        works[f"{name} bandwidth"] = lambda read=read: bandwidth(read)
     times = in_turn(works, options.rounds)
     out = {}
     for name in workers:
         whole = times[name]
         first = times[f"{name} first"]
         steps = [(a - b) / (options.new - 1) for a, b in zip(whole, first, strict=True)]
-        limit = [token_bytes(size, name) / rate for rate in times[f"{name} bandwidth"]]
+        limit = [token_bytes(family, size, name) / rate for rate in times[f"{name} bandwidth"]]
         out[name] = {
             "tokens_per_second": summary(batch * options.new / t for t in whole),
             "first_token_seconds": summary(first),
@@ -205,16 +273,16 @@ def measure_decoding(
 
 
 def measure_scoring(
-    workers: Mapping[str, Worker], size: str, rounds: int
+    workers: Mapping[str, Worker], size: str, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Seconds for SCORED tokens, and the sum of their log-probabilities."""
-    (ids,) = prompts_of(1, SCORED, size)
+    (ids,) = prompts_of(1, SCORED, options.family, size)
     sums = {name: worker.ask(ids=ids)["sum"] for name, worker in workers.items()}
     works = {
         name: lambda worker=worker: worker.ask(ids=ids)["seconds"]
         for name, worker in workers.items()
     }
-    rounds_of = in_turn(works, rounds)
+    rounds_of = in_turn(works, options.rounds)
     return {
         name: {
             "seconds": summary(times),
@@ -256,10 +324,10 @@ def show_scoring(found: Mapping[str, Any], size: str) -> None:
         )
 
 
-def goals(record: Mapping[str, Any], size: str) -> list[dict[str, Any]]:
+def goals(record: Mapping[str, Any], family: str, size: str) -> list[dict[str, Any]]:
     """Required and measured ratios."""
     measured = []
-    for ours, theirs, batch, wanted in GOALS:
+    for ours, theirs, batch, wanted in GOALS[family]:
         rows = record["decoding"].get(str(batch), {})
         if ours in rows and theirs in rows:
             got = ratio(rows[theirs]["rounds"], rows[ours]["rounds"])
@@ -306,11 +374,14 @@ def show_goals(found: list[dict[str, Any]]) -> None:
 
 def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All measurements of one shape."""
-    places = write_models(size, folder, options.engines)
+    places, refused = write_models(options.family, size, folder, options.engines)
+    for name, reason in refused.items():
+        print(f"{size}: {name} is left out: {reason}")
     workers = {name: Worker(name, place, options.threads) for name, place in places.items()}
     record: dict[str, Any] = {
         "disk_bytes": {name: weight_bytes(place) for name, place in places.items()},
         "threads": {name: worker.hello["threads"] for name, worker in workers.items()},
+        "refused": refused,
         "decoding": {},
         "memory": {name: {} for name in workers},
     }
@@ -332,17 +403,15 @@ def run_size(size: str, folder: Path, options: argparse.Namespace) -> dict[str, 
         cells = "".join(f"{peak / 1e6:>13.0f}" for peak in record["memory"][name].values())
         print(f"{name:<20}{record['disk_bytes'][name] / 1e6:>9.1f}{cells}")
     scorers = {
-        name: Worker(name, places[name], options.threads)
-        for name in options.engines
-        if name in SCORERS
+        name: Worker(name, places[name], options.threads) for name in places if name in SCORERS
     }
     try:
-        record["scoring"] = measure_scoring(scorers, size, options.rounds)
+        record["scoring"] = measure_scoring(scorers, size, options)
     finally:
         for worker in scorers.values():
             worker.close()
     show_scoring(record["scoring"], size)
-    record["goals"] = goals(record, size)
+    record["goals"] = goals(record, options.family, size)
     show_goals(record["goals"])
     return record
 
@@ -356,15 +425,20 @@ def available(engine: str) -> bool:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="70m,160m", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--family", default="neox", choices=SHAPES)
+    known = "; ".join(f"{family}: {', '.join(shapes)}" for family, shapes in SHAPES.items())
+    parser.add_argument("--sizes", help=known)
     parser.add_argument("--batches", default="1,8")
     parser.add_argument("--engines", default=",".join(EXPORTS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", default=str(RESULTS / "inference.json"))
+    parser.add_argument("--output")
     options = parser.parse_args()
+    options.sizes = options.sizes or SIZES[options.family]
+    ending = "" if options.family == "neox" else f"-{options.family}"
+    options.output = options.output or str(RESULTS / f"inference{ending}.json")
     options.batches = [int(batch) for batch in options.batches.split(",")]
     wanted = options.engines.split(",")
     options.engines = [name for name in wanted if available(name)]
