@@ -146,11 +146,14 @@ class Ours:
 
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
+        from castalia.checkpoint.special_ids import SpecialIds
         from castalia.inference.batching import decode_texts
         from castalia.inference.decoding import begin
         from castalia.inference.sampling import Sampling
 
-        options = {"max_new_tokens": new, "limit": 2048, "end_ids": (), "decode": lambda ids: ""}
+        # Without ends of a text, so that every engine writes as many tokens.
+        special = SpecialIds()
+        options = {"max_new_tokens": new, "limit": 2048, "special": special, "decode": no_text}
         rows = [begin(ids, **options) for ids in prompts]
         for _ in decode_texts(self.engine, rows, Sampling()):
             pass
@@ -159,6 +162,11 @@ class Ours:
     def score(self, ids: list[int]) -> float:
         """Sum of log-probabilities."""
         return float(self.engine.logprobs(ids).sum())
+
+
+def no_text(ids: list[int]) -> str:
+    """The text of any ids: only the ids are measured."""
+    return ""
 
 
 def serve(engine: str, folder: str, threads: int) -> None:
