@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.fixtures.hub_server import HubServer, Repo
 
 from castalia.checkpoint.hf import write_hf
 from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.hub import hub_folder
 from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.models import Decoder, NeoxConfig
@@ -223,3 +225,22 @@ def test_the_tokenizer_of_another_vocabulary_is_refused(
     change(vocab_size=50304)
     with pytest.raises(ConfigError, match="257 ids and the embedding 50304 rows, so it belongs"):
         open_model(folder)
+
+
+def test_pickles_are_fetched_from_a_hub_that_has_nothing_else(
+    own_hub: HubServer, made: Path, tmp_path: Path, weights: dict
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    pickled = (tmp_path / "pytorch_model.bin").read_bytes()
+    files = {path.name: path.read_bytes() for path in made.iterdir()} | {
+        "pytorch_model.bin": pickled
+    }
+    old = {name: data for name, data in files.items() if name != "model.safetensors"}
+    for name, held in {"me/both": files, "me/old": old}.items():
+        own_hub.repos[name] = Repo(private=False)
+        own_hub.repos[name].branches["main"].append(("2" * 40, held))
+        hub = {"endpoint": own_hub.address, "cache_dir": str(tmp_path / "cache")}
+        folder = hub_folder(name, **hub)
+        assert (folder / "pytorch_model.bin").exists() == (name == "me/old")
+        assert_same(folder, made)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,12 @@ FILES = (
     "*.model",
     "README.md",
 )
-"""The files of a model that Castalia reads. `model.bin` is CTranslate2's; pickled weights are
-never fetched."""
+"""The files of a model that Castalia reads. `model.bin` is CTranslate2's."""
+WEIGHTS = ("*.safetensors", "model.bin")
+"""The weights among them."""
+PICKLED_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""Pickles of tensors, which many repositories hold beside safetensors: fetched from those alone
+that have nothing else."""
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """The files of a tokenizer among them, without the weights."""
 
@@ -94,6 +98,14 @@ def hub_folder(name: str, *, files: Sequence[str] = FILES, **options: Any) -> Pa
     Raises  ConfigError if huggingface_hub is not installed; CheckpointError if the model is
             neither cached nor reachable.
     """
+    folder = snapshot(name, files, options)
+    if files is FILES and not any(any(folder.glob(pattern)) for pattern in WEIGHTS):
+        return snapshot(name, (*FILES, *PICKLED_WEIGHTS), options)
+    return folder
+
+
+def snapshot(name: str, files: Sequence[str], options: Mapping[str, Any]) -> Path:
+    """The files of a repository that match the patterns; see `hub_folder`."""
     hub = require("huggingface_hub", "hf", f"loading {name} from the hub")
     parts = HUB_ID.fullmatch(name)
     assert parts is not None, name

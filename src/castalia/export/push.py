@@ -18,7 +18,6 @@ from typing import Any
 
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.extras import require
-from castalia.core.files import files_in, sha256_of
 from castalia.core.hub import HUB_ID
 from castalia.export.record import Exported
 from castalia.inference.exported import RECORD, read_record
@@ -47,8 +46,6 @@ UNREACHABLE = (
     "TimeoutError",
 )
 """Base classes of errors without an answer, in httpx, httpx2 and requests."""
-Content = Path | bytes
-"""A local file, or what is sent in its place."""
 LARGE = 5_000_000
 """Bytes from which a file is sent ahead of the commit, which has the smaller ones in itself."""
 
@@ -82,6 +79,31 @@ class Pushed:
     """Files that were there already, with the same hashes."""
     deleted: list[str]
     """Weights of an earlier upload."""
+
+
+@dataclass(frozen=True)
+class Local:
+    """One file of an export on its way."""
+
+    content: Path | bytes
+    """The file, or what is sent in its place."""
+    sha256: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        content = self.content
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+    def is_same(self, there: Any) -> bool:
+        """Whether a file of the hub has this content, by size and hash."""
+        if there.size != self.size:
+            return False
+        if there.lfs is not None:
+            return bool(there.lfs.sha256 == self.sha256)
+        content = self.content
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        return bool(there.blob_id == git_hash(data))
 
 
 class Hub:
@@ -142,25 +164,25 @@ class Hub:
                 self.api.create_branch(self.push.repo, branch=revision, exist_ok=True)
             there = self.files_there(revision)
             local = contents(folder)
-            kept = [name for name in local if name in there and is_same(local[name], there[name])]
+            kept = [name for name in local if is_there(name, local, there)]
             stale = stale_weights(there, local, done.to)
-            changed = {name: content for name, content in local.items() if name not in kept}
+            changed = {name: file for name, file in local.items() if name not in kept}
             commit = self.commit(changed, stale, revision, message_of(done))
             self.require_arrived(local, revision)
         pushed = Pushed(self.push.repo, revision, commit, list(changed), kept, stale)
         return asdict(pushed)
 
     def commit(
-        self, changed: Mapping[str, Content], stale: Sequence[str], revision: str, message: str
+        self, changed: Mapping[str, Local], stale: Sequence[str], revision: str, message: str
     ) -> str:
         """Send the changed files and commit them with the deletions; returns the commit's id."""
         if not changed and not stale:
             return str(self.api.repo_info(self.push.repo, revision=revision).sha)
         add = self.library.CommitOperationAdd
         operations = []
-        for name, content in changed.items():
-            operation = add(path_in_repo=name, path_or_fileobj=content)
-            if size_of(content) >= LARGE:
+        for name, file in changed.items():
+            operation = add(path_in_repo=name, path_or_fileobj=file.content)
+            if file.size >= LARGE:
                 # One at a time, so that each is safe on the hub before the next one begins.
                 self.api.preupload_lfs_files(
                     self.push.repo, [operation], revision=revision, free_memory=False
@@ -177,12 +199,10 @@ class Hub:
         tree = self.api.list_repo_tree(self.push.repo, recursive=True, revision=revision)
         return {item.path: item for item in tree if hasattr(item, "blob_id")}
 
-    def require_arrived(self, local: Mapping[str, Content], revision: str) -> None:
+    def require_arrived(self, local: Mapping[str, Local], revision: str) -> None:
         """Raises  CastaliaError if the revision does not hold every file as it is here."""
         there = self.files_there(revision)
-        lost = [
-            name for name in local if name not in there or not is_same(local[name], there[name])
-        ]
+        lost = [name for name in local if not is_there(name, local, there)]
         if lost:
             raise CastaliaError(
                 f"{self.push.repo}@{revision} holds other content in {', '.join(lost[:5])} than was"
@@ -263,33 +283,20 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def contents(folder: Path) -> dict[str, Content]:
+def contents(folder: Path) -> dict[str, Local]:
     """What is uploaded of an export, by path; its record without the paths of this machine."""
-    files: dict[str, Content] = {
-        file.relative_to(folder).as_posix(): file for file in files_in(folder)
-    }
     record = read_record(folder)
     for key in ("folder", "checkpoint"):
         record[key] = Path(record[key]).name
-    files[RECORD] = (json.dumps(record, indent=1) + "\n").encode()
-    return files
+    # Hashed when they were written or when the export was found again, both just now.
+    files = {name: Local(folder / name, digest) for name, digest in record["files_sha256"].items()}
+    data = (json.dumps(record, indent=1) + "\n").encode()
+    return files | {RECORD: Local(data, hashlib.sha256(data).hexdigest())}
 
 
-def size_of(content: Content) -> int:
-    """Bytes of a file or of a content."""
-    return len(content) if isinstance(content, bytes) else content.stat().st_size
-
-
-def is_same(content: Content, there: Any) -> bool:
-    """Whether a file of the hub has a content, by size and hash."""
-    if there.size != size_of(content):
-        return False
-    if there.lfs is None:
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        return bool(there.blob_id == git_hash(data))
-    if isinstance(content, bytes):
-        return bool(there.lfs.sha256 == hashlib.sha256(content).hexdigest())
-    return bool(there.lfs.sha256 == sha256_of(content))
+def is_there(name: str, local: Mapping[str, Local], there: Mapping[str, Any]) -> bool:
+    """Whether the hub has a file as it is here."""
+    return name in there and local[name].is_same(there[name])
 
 
 def git_hash(data: bytes) -> str:
@@ -297,7 +304,7 @@ def git_hash(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def stale_weights(there: Mapping[str, Any], local: Mapping[str, Content], to: str) -> list[str]:
+def stale_weights(there: Mapping[str, Any], local: Mapping[str, Local], to: str) -> list[str]:
     """Weights of an earlier upload that would be read beside those of this one, or before them.
 
     Takes   to: the format; programs of others than hf are told the name of their file.
