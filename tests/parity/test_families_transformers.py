@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import castalia
+from castalia.checkpoint import Store
 from castalia.checkpoint.hf import chosen_format, write_hf
 from castalia.checkpoint.saved_model import SavedModel, open_model
-from castalia.models import Decoder
+from castalia.config import dump_yaml
+from castalia.models import Decoder, build_model_config
+from castalia.train.config import RunConfig
 
 transformers = pytest.importorskip("transformers", reason="needs castalia[hf]")
 
@@ -224,3 +227,70 @@ def test_a_folder_is_read_computed_and_written_back(case: str, tmp_path: Path) -
     with torch.no_grad():
         wanted_row = again(row[None]).logits[0]
     assert (model.logits(row.tolist()) - wanted_row).abs().max() <= 1e-5
+
+
+LLAMA = {
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "rotary_pct": 1.0,
+    "parallel_residual": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+TWO_NORMS = {"rotary_pct": 1.0, "activation": "gelu", "num_kv_heads": 2}
+ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
+    "neox as llama": ("Llama", {"family": "neox", **LLAMA}),
+    "neox as mistral": ("Mistral", {"family": "neox", "sliding_window": 5, **LLAMA}),
+    "neox with biases as llama": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "neox as gpt2": ("GPT2", {"pos_emb": "learned", "parallel_residual": False}),
+    "neox as falcon": ("Falcon", {**TWO_NORMS, "tie_word_embeddings": True}),
+    "neox as palm": (
+        "StableLm",
+        {**LLAMA, "norm": "layernorm", "parallel_residual": True, "shared_norm": True},
+    ),
+    "llama as neox": (
+        "GPTNeoX",
+        {
+            "family": "llama",
+            "norm": "layernorm",
+            "activation": "gelu",
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rotary_pct": 0.5,
+        },
+    ),
+    "ntk": ("Llama", {"family": "llama", "rope_scaling": {"kind": "ntk", "factor": 2.0}}),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_a_model_is_written_as_the_architecture_that_it_is(case: str, tmp_path: Path) -> None:
+    """Whatever its family here; GPT-NeoX's one matrix of queries, keys and values is divided."""
+    architecture, options = ELSEWHERE[case]
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    config = build_model_config(sizes | {"max_position_embeddings": 32} | options, case)
+    generator = torch.Generator().manual_seed(5)
+    tensors = {
+        f"model.{name}": torch.randn(tensor.shape, generator=generator) * 0.2
+        for name, tensor in Decoder(config).state_dict().items()
+    }
+    run = RunConfig(model=config, data={"seq_length": 32})
+    files = {"config.yaml": dump_yaml(run)}
+    store = Store(tmp_path / "run" / "checkpoints")
+    store.save(1, tensors, {"step": 1}, files, asynchronous=False)
+    source = open_model(tmp_path / "run")
+    # Of stored tensors, read when they are asked for, and of tensors in memory.
+    for folder, weights in (("stored", source.tensors), ("held", dict(source.tensors))):
+        (tmp_path / folder).mkdir()
+        write_hf(tmp_path / folder, weights, config, end_ids=(0,))
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder, attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(report.values()), report
+        assert type(model).__name__.startswith(architecture)
+        with torch.no_grad():
+            expected = model.eval()(ids()[:, :-1]).logits
+        assert expected.std() > 0.05
+        ours = castalia.load(tmp_path / "run", engine="torch", dtype="fp32")
+        for row, logits in zip(ids()[:, :-1].tolist(), expected, strict=True):
+            assert (ours.logits(row) - logits).abs().max() <= 1e-5
