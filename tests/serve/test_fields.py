@@ -276,8 +276,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "number of beams, n or best_of, must be from 2 to 4, the slots",
     ),
     ({"use_beam_search": True, "n": 5}, "the slots of this server; got 5"),
-    ({"length_penalty": 2}, "length_penalty: needs use_beam_search=true"),
-    ({"early_stopping": "never"}, "early_stopping: needs use_beam_search=true"),
+    ({"length_penalty": 0}, "length_penalty: needs use_beam_search=true"),
+    ({"early_stopping": True}, "early_stopping: needs use_beam_search=true"),
     (
         {"use_beam_search": True, "n": 4, "guided_choice": ["a", "b"]},
         "a beam search found 2 texts of 4: the options allow no more",
@@ -393,7 +393,8 @@ def test_what_is_not_supported_is_refused_by_name_and_passes_if_neutral(
     nulls = dict.fromkeys(kind.model_fields.keys() - body.keys())
     assert server.ask(path, {**body, **nulls})[0] == 200
     neutral = {"logit_bias": {}, "stop_token_ids": [], "allowed_token_ids": [], "stop": [],
-               "min_p": 0, "min_tokens": 0, "repetition_penalty": 1.0, "top_k": 0, "user": "me",
+               "length_penalty": 1.0, "early_stopping": False, "min_p": 0, "min_tokens": 0,
+               "repetition_penalty": 1.0, "top_k": 0, "user": "me",
                "presence_penalty": 0, "response_format": {"type": "text"}, "stream_options": {},
                "structured_outputs": {}, "guided_choice": []}  # fmt: skip
     assert server.ask(path, {**body, **neutral})[0] == 200

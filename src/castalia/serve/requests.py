@@ -27,11 +27,14 @@ from castalia.serve.fields import (
     Top,
     TopK,
     Unsupported,
+    same,
 )
 from castalia.serve.forms import Form, ResponseFormat, StructuredOutputs, requested_form
 
 TEMPLATE = "the chat template of the model's folder is used; leave it out"
 LABEL = "A label of the client's; it changes no text."
+NEUTRAL: dict[str, Any] = {"length_penalty": 1, "early_stopping": False}
+"""What the fields of a beam search say where there is none."""
 BIAS = "use logit_bias with -100 for their tokens"
 
 
@@ -188,9 +191,11 @@ class SamplingBody(Body):
     @classmethod
     def goes_with_a_search(cls, value: Any, info: ValidationInfo) -> Any:
         """Alone, they would be dropped."""
-        if value not in (None, False, 1) and not info.data.get("use_beam_search"):
-            raise ValueError("needs use_beam_search=true")
-        return value
+        # By `same`: Python's True == 1 and 0.0 == False are no neutral values here.
+        neutral = NEUTRAL[str(info.field_name)]
+        if value is None or same(value, neutral) or info.data.get("use_beam_search"):
+            return value
+        raise ValueError("needs use_beam_search=true")
 
     @property
     def width(self) -> int:
