@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
-    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -74,6 +73,25 @@ class WholeParameters(ParallelStyle):
         return distribute_module(module, device_mesh)
 
 
+class GatheredInput(ParallelStyle):
+    """A module whose first argument is gathered from T / tp to T tokens, for several matrices.
+
+    The argument stays a DTensor: the gradients of the matrices are added up before they are summed
+    over the ranks and scattered, one collective for all.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def gathered(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            part = inputs[0]
+            # A norm before it returns a DTensor; where norms come after, the input is plain.
+            if not isinstance(part, DTensor):
+                part = DTensor.from_local(part, device_mesh, (Shard(SEQUENCE),), run_check=False)
+            return part.redistribute(placements=(Replicate(),)), *inputs[1:]
+
+        module.register_forward_pre_hook(gathered)
+        return module
+
+
 class WholeLinear(ParallelStyle):
     """A Linear that every rank computes in full, of whose outputs it uses those of its own heads.
 
@@ -95,14 +113,13 @@ def heads_style(heads: int, size: int) -> ParallelStyle:
 
 STYLES: dict[str, Any] = {
     "column": partial(ColwiseParallel, input_layouts=Shard(SEQUENCE)),
-    "gathered": partial(
-        PrepareModuleInput, input_layouts=Shard(SEQUENCE), desired_input_layouts=Replicate()
-    ),
+    "gathered": GatheredInput,
     "columns": partial(ColwiseParallel, input_layouts=Replicate()),
     "whole": WholeParameters,
     "row": partial(RowwiseParallel, output_layouts=Shard(SEQUENCE)),
     "vocab": SplitEmbedding,
     "sequence": partial(SequenceParallel, sequence_dim=SEQUENCE),
+    "added": partial(SequenceParallel, sequence_dim=SEQUENCE, use_local_output=True),
     "gather": partial(GatheredNorm, sequence_dim=SEQUENCE),
     "head": ColwiseParallel,
 }
@@ -117,6 +134,7 @@ whole     a module whose parameters every rank holds and uses for its own heads 
 row       a Linear split by input features; its output is summed and scattered, the bias added once
 vocab     an Embedding split by rows
 sequence  a norm on T / tp tokens
+added     the same where its output is added to the residual stream, which is a plain tensor
 gather    the final norm
 head      the output matrix split by tokens of the vocabulary; the loss uses it
 """

@@ -261,7 +261,10 @@ def causal_attention_backward(
         turn(gradients[0], cos, -sin)
         turn(gradients[1], cos, -sin)
     dq, dk, dv = gradients
-    return dq.transpose(2, 3).reshape(B, K * G, T, D), dk.squeeze(3), dv.squeeze(3)
+    # A single key head needs no copy to reshape, and would leave strides that compiled code, which
+    # was told of a contiguous result, refuses.
+    dq = dq.transpose(2, 3).reshape(B, K * G, T, D).contiguous()
+    return dq, dk.squeeze(3), dv.squeeze(3)
 
 
 @causal_attention_backward.register_fake
