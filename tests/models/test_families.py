@@ -11,6 +11,7 @@ from castalia.models import FAMILIES, Decoder, build_model_config, parameter_cou
 from castalia.models.init import start_weights
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 61}
+SHORT = {"max_position_embeddings": 16}
 SERIAL = {"parallel_residual": False}
 OPTIONS: dict[str, dict[str, Any]] = {
     "grouped": {"num_kv_heads": 2},
@@ -34,6 +35,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "none": {"pos_emb": "none"},
     "window": {"sliding_window": 5},
     "pattern": {"sliding_window": 5, "attention_config": ["global", "sliding"]},
+    "local": {"attention_config": ["local"], "sparsity_config": {"block": 2}, **SHORT},
+    "sparse heads": {
+        "attention_config": ["sparse_fixed", "bigbird"],
+        "sparsity_config": {
+            "block": 2,
+            "different_layout_per_head": True,
+            "num_local_blocks": 2,
+            "num_different_global_patterns": 2,
+        },
+        **SHORT,
+    },
     "linear": {"rotary_pct": 1.0, "rope_scaling": {"kind": "linear", "factor": 2}},
     "ntk": {"rotary_pct": 1.0, "rope_scaling": {"kind": "ntk", "factor": 2}},
     "multipliers": {"embedding_multiplier": 2.0, "output_multiplier": 0.5},

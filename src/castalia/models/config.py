@@ -19,6 +19,7 @@ from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
 from castalia.core.errors import ConfigError
 from castalia.models.scaling import RopeScaling
+from castalia.models.sparsity import SparseKind, SparsityConfig
 from castalia.models.starts import Init
 
 Plain = Literal["gelu", "gelu_tanh", "relu", "relu2", "softsign", "swish", "silu", "mish"]
@@ -26,7 +27,7 @@ Gated = Literal["geglu", "geglu_tanh", "reglu", "swiglu", "bilinear", "glu"]
 Activation = Plain | Gated
 GATED = frozenset(get_args(Gated))
 """Activations whose MLP has a third matrix, the gate."""
-AttentionKind = Literal["global", "sliding"]
+AttentionKind = Literal["global", "sliding"] | SparseKind
 
 START: dict[str, Any] = {"start": None, "start_missing": (), "start_vocab": None}
 """Fields that say where weights come from, with their defaults; they are no part of the model."""
@@ -70,6 +71,11 @@ class ModelConfig(Config):
     shape of a weight nor its use. The vocabulary has a comparison of its own."""
     ARITHMETIC: ClassVar[frozenset[str]] = frozenset()
     """Fields that may differ too, but with a note: they change the numbers slightly."""
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops activations, for which the loop then hands out draws."""
+        return False
 
     @property
     def padded_vocab_size(self) -> int:
@@ -175,8 +181,18 @@ class TransformerConfig(ModelConfig):
     sliding_window: PositiveInt | None = None
     """Tokens that a token sees, itself included; null means all earlier ones."""
     attention_config: tuple[AttentionKind, ...] | None = None
-    """Kind of attention of each layer, repeated to num_layers: global, or sliding (sliding_window).
-    null means sliding in all layers where there is a sliding_window, else global."""
+    """Kind of attention of each layer, repeated to num_layers: global, sliding (sliding_window), or
+    a pattern of sparsity_config. null means sliding in all layers where there is a sliding_window,
+    else global."""
+    sparsity_config: SparsityConfig | None = None
+    """Blocks of keys that layers of sparse attention see; null means the defaults of the section.
+    Source  DeepSpeed's sparse attention, whose patterns these are."""
+    hidden_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the numbers that training drops of the embedding and of what attention and MLP add
+    to the residual stream."""
+    attention_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the attention probabilities that training drops. Above 0 attention keeps all of
+    them, which takes memory with the square of seq_length."""
     init_method: Init = "normal"
     """Distribution of embedding, head, QKV and MLP-in weights at the start."""
     output_layer_init_method: Init = "scaled_normal"
@@ -188,6 +204,8 @@ class TransformerConfig(ModelConfig):
         "init_method",
         "output_layer_init_method",
         "init_method_std",
+        "hidden_dropout",
+        "attention_dropout",
     }
     # Published Pythia folders say gelu, though their models were trained with gelu_tanh, and no
     # Hugging Face config names the arithmetic of the tables.
@@ -247,6 +265,11 @@ class TransformerConfig(ModelConfig):
     def rotary_dim(self) -> int:
         """Dimensions of each head that are rotated, rounded down as in GPT-NeoX."""
         return int(self.head_dim * self.rotary_pct) if self.pos_emb == "rotary" else 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything."""
+        return self.hidden_dropout > 0 or self.attention_dropout > 0
 
     def layer_kind(self, layer: int) -> AttentionKind:
         """The kind of attention at place `layer`."""

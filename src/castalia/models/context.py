@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from castalia.models.parts.dropout import Draws
 from castalia.models.parts.rotary import Rope
 from castalia.models.state import LayerState
 
@@ -80,5 +81,7 @@ class Context(NamedTuple):
     """What this block remembers of earlier tokens, when generating; each block gets its own."""
     share: RowShare | None = None
     """Set under context parallelism, where T are this rank's chunks of the row."""
+    draws: Draws | None = None
+    """What dropout draws from; each block gets those of its layer. None drops nothing."""
     heads: HeadShare = HeadShare()
     """This rank's heads under tensor parallelism."""

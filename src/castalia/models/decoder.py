@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from castalia.core.errors import ConfigError
 from castalia.models.block import Block
-from castalia.models.config import ModelConfig
+from castalia.models.config import ModelConfig, TransformerConfig
 from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.cross_entropy import VocabShare
 from castalia.models.families import family_of
+from castalia.models.parts.dropout import EMBEDDING, Draws, drop_hidden
+from castalia.models.parts.masks import row_positions
 from castalia.models.stages import LayerSpan, split
 from castalia.models.state import ModelState
 from castalia.models.tiles import kind_of
@@ -104,13 +106,15 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         state: ModelState | None = None,
+        draws: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
 
         Shapes  tokens (B, T) int64, in a later stage the hidden states (B, T, C) of the one before;
                 positions (B, T) int64, the place of each token, default 0..T-1 or, with a state,
                 after what the row has; segments (B, T) int64: a token sees only earlier tokens of
-                its own segment -> (B, T, C).
+                its own segment; draws (B, 2) int64, what dropout is drawn from
+                (castalia.models.parts.dropout.row_draws), default no dropout -> (B, T, C).
         With a state the tokens are appended to it; see castalia.models.state for rows of different
         lengths. Under context parallelism T, positions and segments are those of this rank's
         tokens.
@@ -120,12 +124,18 @@ class Decoder(nn.Module):
         if state is not None:
             self.require_usable(state, segments, T)
         context = self.context(tokens, positions, segments, state)
+        if draws is not None:
+            context = self.drawing(context, draws)
         x_BTC = self.embedded(tokens, context) if self.span.first else tokens
         for i, block in enumerate(self.layers):
+            # Everything else in the context is the same for all blocks.
+            own = context
             if state is not None:
-                # Everything else in the context is the same for all blocks.
-                context = context._replace(state=state.layers[i])
-            x_BTC = block(x_BTC, context)
+                own = own._replace(state=state.layers[i])
+            if context.draws is not None:
+                # By the number in the whole model: stages of a pipeline draw alike.
+                own = own._replace(draws=context.draws.at(self.span.layers[i]))
+            x_BTC = block(x_BTC, own)
         if state is not None:
             # Only now: every block wrote its tokens behind the same length.
             state.advance(T)
@@ -147,7 +157,28 @@ class Decoder(nn.Module):
             T = x_BTC.shape[1]
             first = context.heads.rank * T if tokens.shape[1] > T else 0
             x_BTC = x_BTC + self.positions(context.positions[:, first : first + T])
+        if context.draws is not None:
+            # The number of no layer.
+            x_BTC = drop_hidden(x_BTC, context.draws.at(-1), EMBEDDING)
         return x_BTC
+
+    def drawing(self, context: Context, draws: Tensor) -> Context:
+        """The context with what dropout draws from; see `forward`."""
+        config = self.config
+        assert isinstance(config, TransformerConfig), "only transformers have rates of dropout"
+        places, keys = row_positions(context, None)
+        return context._replace(
+            draws=Draws(
+                low=draws[:, 0],
+                high=draws[:, 1],
+                tokens=places,
+                keys=keys,
+                part=(context.heads.rank, context.heads.size),
+                head=context.heads.of(config.num_attention_heads).start,
+                hidden=config.hidden_dropout,
+                attention=config.attention_dropout,
+            )
+        )
 
     def require_usable(self, state: ModelState, segments: Tensor | None, T: int) -> None:
         """Raises  ValueError if the state cannot take T more tokens of such rows."""

@@ -12,6 +12,7 @@ from castalia.data import Batch
 from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
 from castalia.distributed.pipeline import Pipeline, Stages
+from castalia.models.parts.dropout import row_draws
 from castalia.train.config import RunConfig
 from castalia.train.losses import Loss, LossOut, Scored
 from castalia.train.precision import arithmetic
@@ -38,6 +39,8 @@ class Passes:
         self.progressed = progressed
         self.precision = config.precision
         self.compiled = config.train.compile
+        self.seed = config.seed
+        self.drops = config.model.drops
 
     @property
     def counts(self) -> bool:
@@ -67,24 +70,32 @@ class Passes:
         """This rank's slice of the micro-batch, on its device."""
         return self.own_part(batch).to(self.world.device)
 
+    def draws(self, batch: Batch, step: int | None) -> Tensor | None:
+        """What dropout draws from in a training step; None where nothing is dropped."""
+        if step is None or not self.drops:
+            return None
+        return row_draws(self.seed, step, batch.index)
+
     def new_sums(self) -> PassSums:
         """Sums without a micro-batch."""
         return PassSums(self.loss, self.world.device)
 
-    def run_loss(self, batch: Batch) -> LossOut:
-        """Forward pass and loss of one micro-batch."""
+    def run_loss(self, batch: Batch, step: int | None = None) -> LossOut:
+        """Forward pass and loss of one micro-batch, of a training step or of none."""
+        draws = self.draws(batch, step)
         with self.around():
-            return self.loss(Scored.by(self.model, batch, compiled=self.compiled), batch)
+            scored = Scored.by(self.model, batch, compiled=self.compiled, draws=draws)
+            return self.loss(scored, batch)
 
     def train(
-        self, micro_batches: Sequence[Batch], weights: Sequence[float], factor: float
+        self, micro_batches: Sequence[Batch], weights: Sequence[float], factor: float, step: int
     ) -> PassSums:
         """Forward and backward: adds the gradient of `factor` times the summed loss."""
         sums = self.new_sums()
         for place, batch in enumerate(micro_batches):
             # Until the last one, gradients only add up locally.
             self.reduce_gradients_if(place == len(micro_batches) - 1)
-            out = self.run_loss(self.on_device(batch))
+            out = self.run_loss(self.on_device(batch), step)
             # Scaling the total here gives every gradient its final size: no second pass over them.
             (out.total * factor).backward()
             sums.add(out, weights[place])
@@ -146,7 +157,8 @@ class PipelinedPasses(Passes):
         self.scores = self.pipeline.last is not None
         # Every stage needs the document boundaries where documents do not see each other.
         masked = config.data.document_mask is not None
-        self.reads = self.pipeline.is_first or self.scores or masked
+        # Every stage needs the numbers of the rows, which decide what dropout drops.
+        self.reads = self.pipeline.is_first or self.scores or masked or self.drops
 
     def run_loss_on(self, hidden: Tensor, batch: Batch) -> LossOut:
         """The loss of one micro-batch on the last stage's output."""
@@ -154,7 +166,7 @@ class PipelinedPasses(Passes):
             return self.loss(Scored(hidden, self.pipeline.last, compiled=self.compiled), batch)
 
     def train(
-        self, micro_batches: Sequence[Batch], weights: Sequence[float], factor: float
+        self, micro_batches: Sequence[Batch], weights: Sequence[float], factor: float, step: int
     ) -> PassSums:
         """Forward and backward by the schedule; the last stage's rank fills the sums."""
         sums = self.new_sums()
@@ -169,7 +181,7 @@ class PipelinedPasses(Passes):
             # Its derivative by `hidden` is leaf.grad, which is all that earlier stages need.
             return (hidden * cast(Tensor, leaf.grad)).sum()
 
-        self.pipeline.train(*self.arguments(batches), finish)
+        self.pipeline.train(*self.arguments(batches, step), finish)
         sum_plain_gradients(self.model, self.world)
         return sums
 
@@ -185,7 +197,9 @@ class PipelinedPasses(Passes):
         self.pipeline.run(*self.arguments(batches), finish)
         return sums
 
-    def arguments(self, batches: list[Batch]) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def arguments(
+        self, batches: list[Batch], step: int | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Tokens of all micro-batches, and the tensors that every stage gets beside its input."""
         keywords = {}
         if self.world.degrees.tp > 1:
@@ -195,6 +209,9 @@ class PipelinedPasses(Passes):
             values = [getattr(batch, name) for batch in batches]
             if values and values[0] is not None:
                 keywords[name] = torch.cat(values)
+        draws = [self.draws(batch, step) for batch in batches]
+        if draws and draws[0] is not None:
+            keywords["draws"] = torch.cat(cast(list[Tensor], draws))
         tokens = torch.cat([batch.tokens for batch in batches]) if batches else None
         return tokens, keywords
 

@@ -244,7 +244,8 @@ class Trainer:
             )
         )
         if weight:
-            sums = self.passes.train(micro_batches, weights, self.scale.value / weight)
+            factor = self.scale.value / weight
+            sums = self.passes.train(micro_batches, weights, factor, self.progress.step)
         else:
             sums = self.passes.new_sums()
         return self.reduce(sums, micro_batches)

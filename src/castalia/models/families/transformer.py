@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from castalia.models.config import TransformerConfig
 from castalia.models.families.base import Axes, Costs, Family, LinearPart, NormPart, Parts, Stored
+from castalia.models.sparsity import SPARSE, SparsityConfig
 from castalia.models.starts import ONES, ZEROS, Normal, Start, drawn
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ class Transformer(Family):
             heads=config.num_attention_heads,
             head_dim=config.head_dim,
         )
-        window = config.sliding_window if config.layer_kind(layer) == "sliding" else None
         return Costs(
             parameters=parameters,
             active=parameters,
@@ -127,7 +127,7 @@ class Transformer(Family):
             kept=kept,
             tp_width=2 * d,
             cp_width=2 * keys,
-            window=window,
+            window=most_keys(config, layer),
         )
 
     def norm_parameters(self, config: TransformerConfig) -> int:
@@ -167,6 +167,16 @@ class Transformer(Family):
         linears = (*attention_linears(config), *mlp_linears(config))
         norms = tuple(block_norms(config))
         return Parts(linears, norms, norm_part(config, "final_norm", "norm"))
+
+
+def most_keys(config: TransformerConfig, layer: int) -> int | None:
+    """Most tokens that a token sees in a layer; None means its whole row."""
+    kind = config.layer_kind(layer)
+    if kind == "sliding":
+        return config.sliding_window
+    if kind in SPARSE:
+        return (config.sparsity_config or SparsityConfig()).most_keys(kind)
+    return None
 
 
 def heads(config: TransformerConfig) -> int:

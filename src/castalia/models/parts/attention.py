@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from castalia.models.config import TransformerConfig
 from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.parts.causal_attention import causal_attention
+from castalia.models.parts.dropout import Draws, drop_probabilities
 from castalia.models.parts.norms import make_head_norm
 from castalia.models.parts.rotary import rotate_heads
 from castalia.models.state import KVCache
@@ -28,11 +29,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     """
     # The rotation belongs in here: the CPU kernel rotates its own copy of q and k in place, where
     # a step before it would cost one more copy of both and keep it for the backward.
+    if context.draws is not None and context.draws.attention > 0:
+        return attend_plainly(q, k, v, context, context.draws)
     if context.share is not None:
         return attend_shared(q, k, v, context, context.share)
     # Our kernel is for training on a CPU. It has no place for a bias, whose gradient would need the
-    # whole matrix of scores, and single queries of generation have nothing to skip.
-    if context.state is None and q.device.type == "cpu" and context.bias is None:
+    # whole matrix of scores, or a mask of each head, and single queries of generation have nothing
+    # to skip.
+    if context.state is None and q.device.type == "cpu" and alike(context):
         cos, sin = context.rope or (None, None)
         return by_blocks(q, k, v, cos, sin, context.mask, [0])
     if context.rope is not None:
@@ -55,6 +59,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
     return y_BHTD.transpose(1, 2).flatten(2)
 
 
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, context: Context, draws: Draws) -> Tensor:
+    """`attend` with all probabilities written out, some of which are dropped."""
+    # The kernels have no place for dropout whose bits are ours.
+    if context.rope is not None:
+        q = rotate_heads(q, context.rope)
+        k = rotate_heads(k, context.rope)
+    if context.share is not None:
+        k, v = context.share.gather(torch.stack([k, v]), 3).unbind()
+    K = k.shape[1]
+    # Queries of one key head side by side: the products broadcast over them.
+    grouped = q.unflatten(1, (K, -1))
+    scores = (grouped @ k[:, :, None].transpose(-1, -2)).flatten(1, 2).float()
+    scores = scores * q.shape[-1] ** -0.5
+    if context.bias is not None:
+        scores = scores + context.bias
+    seen = context.mask
+    if seen is None:
+        seen = (draws.keys <= draws.tokens[..., None])[:, None]
+    p_BHTK = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).to(q.dtype)
+    p_BHTK = drop_probabilities(p_BHTK, draws)
+    y_BHTD: Tensor = (p_BHTK.unflatten(1, (K, -1)) @ v[:, :, None]).flatten(1, 2)
+    return y_BHTD.transpose(1, 2).flatten(2)
+
+
 def attend_shared(q: Tensor, k: Tensor, v: Tensor, context: Context, share: RowShare) -> Tensor:
     """`attend` under context parallelism: this rank's queries over the keys of whole rows."""
     # Rotated before the exchange: each rank knows the positions of its own keys.
@@ -65,10 +93,15 @@ def attend_shared(q: Tensor, k: Tensor, v: Tensor, context: Context, share: RowS
     # repeated for the query heads inside the kernels.
     k, v = share.gather(torch.stack([k, v]), 3).unbind()
     starts = share.starts(q.shape[2])
-    if q.device.type == "cpu" and context.bias is None:
+    if q.device.type == "cpu" and alike(context):
         return by_blocks(q, k, v, None, None, context.mask, starts)
     y_BHTD = chunks_by_kernel(q, k, v, context.mask, starts, context.bias)
     return y_BHTD.transpose(1, 2).flatten(2)
+
+
+def alike(context: Context) -> bool:
+    """Whether all heads see the same keys, without a bias."""
+    return context.bias is None and (context.mask is None or context.mask.shape[1] == 1)
 
 
 def by_blocks(

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from castalia.models.config import AttentionKind, TransformerConfig
 from castalia.models.context import Context, RowShare
+from castalia.models.parts.sparsity import sparse_mask
+from castalia.models.sparsity import SPARSE
 from castalia.models.state import ModelState
 
 
@@ -60,8 +62,13 @@ def mask_of_kind(
     """
     if kind == "global":
         return seen
-    assert config.sliding_window is not None
-    near = window_mask(config.sliding_window, context, past)
+    if kind in SPARSE:
+        near: Tensor | None = sparse_mask(
+            kind, config, context.heads, *row_positions(context, past)
+        )
+    else:
+        assert config.sliding_window is not None
+        near = window_mask(config.sliding_window, context, past)
     if seen is None or near is None:
         return seen if near is None else near
     return seen & near

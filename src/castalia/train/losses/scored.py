@@ -24,9 +24,13 @@ class Scored:
         self.compiled = compiled
 
     @classmethod
-    def by(cls, model: Decoder, batch: Batch, *, compiled: bool = False) -> "Scored":
-        """The forward pass of a whole model."""
-        hidden = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+    def by(
+        cls, model: Decoder, batch: Batch, *, compiled: bool = False, draws: Tensor | None = None
+    ) -> "Scored":
+        """The forward pass of a whole model; with `draws` it drops activations."""
+        hidden = model(
+            batch.tokens, positions=batch.positions, segments=batch.segments, draws=draws
+        )
         return cls(hidden, model, compiled=compiled)
 
     def losses(self, labels_BT: Tensor, weights_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:

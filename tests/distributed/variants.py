@@ -1,0 +1,114 @@
+"""What a row of the grid varies besides its layout: schedules, recompute, and the model."""
+
+PLAIN = {
+    "": (),
+    "accumulated": ("train.micro_batch_size=3",),
+    "unequal counts": ("train.micro_batch_size=3", "data.eod_mask_loss=true"),
+    "tied": ("model.tie_word_embeddings=true",),
+    "no biases, serial": (
+        "model.attention_bias=false",
+        "model.mlp_bias=false",
+        "model.parallel_residual=false",
+    ),
+    "recompute": ("train.recompute=true",),
+    "selective": ("train.recompute=selective", "train.micro_batch_size=3"),
+    "every second": ("train.recompute=2",),
+    "compiled": ("train.compile=true",),
+    "compiled, selective": ("train.compile=true", "train.recompute=selective"),
+    "one row at a time": ("train.micro_batch_size=1",),
+    "uneven": ("train.batch_size=11", "parallel.uneven=true"),
+    "ZeRO 2": ("parallel.reshard_after_forward=false", "train.micro_batch_size=3"),
+    "1f1b": ("train.micro_batch_size=2", "data.eod_mask_loss=true"),
+    "1f1b, tied": ("train.micro_batch_size=2", "model.tie_word_embeddings=true"),
+    "1f1b, compiled": ("train.micro_batch_size=2", "train.compile=true"),
+    "gpipe": ("train.micro_batch_size=4", "parallel.schedule=gpipe"),
+    "interleaved, tied": (
+        "train.micro_batch_size=2",
+        "model.num_layers=4",
+        "model.tie_word_embeddings=true",
+        "parallel.schedule=interleaved_1f1b",
+    ),
+    "zero bubble": (
+        "train.micro_batch_size=2",
+        "data.eod_mask_loss=true",
+        "parallel.schedule=zero_bubble",
+    ),
+    "zero bubble, tied": (
+        "train.micro_batch_size=2",
+        "model.tie_word_embeddings=true",
+        "parallel.schedule=zero_bubble",
+    ),
+    "zero bubble in a V": (
+        "train.micro_batch_size=2",
+        "model.num_layers=4",
+        "parallel.schedule=zero_bubble_v",
+    ),
+    "zero bubble, recompute": (
+        "train.micro_batch_size=2",
+        "train.recompute=true",
+        "parallel.schedule=zero_bubble",
+    ),
+    "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
+}
+"""Variations besides the layout; all have 257 ids, padded to 384, and gradients clipped at 0.5."""
+ACCUMULATED = ("train.micro_batch_size=3",)
+MICRO = ("train.micro_batch_size=2",)
+SERIAL = ("model.parallel_residual=false",)
+MODELS = {
+    "llama": (
+        "model.family=llama",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=48",
+        "data.document_mask=eod",
+    ),
+    "mistral": ("model.family=mistral", "model.num_kv_heads=2", "model.sliding_window=5"),
+    "falcon": ("model.family=falcon",),
+    "falcon with alibi": ("model.family=falcon", "model.pos_emb=alibi", "model.num_kv_heads=4"),
+    "olmo2": ("model.family=olmo2", "model.num_kv_heads=2", "model.intermediate_size=48"),
+    "qwen": (
+        "model.family=qwen2",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=48",
+        "model.qk_norm=head",
+    ),
+    "gpt2": ("model.family=gpt2",),
+    "neox norm": ("model.qk_norm=neox",),
+    "rpe": ("model.pos_emb=rpe", *SERIAL),
+    "sinusoidal": ("model.pos_emb=sinusoidal", "model.norm=scalenorm"),
+    "partial": ("model.norm=rmsnorm", "model.rmsnorm_partial=0.5"),
+    "dropout": ("model.hidden_dropout=0.1", "model.attention_dropout=0.2"),
+    "llama with dropout": (
+        "model.family=llama",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=48",
+        "model.hidden_dropout=0.1",
+        "model.attention_dropout=0.2",
+        "data.document_mask=eod",
+    ),
+    "sparse": (
+        "model.attention_config=[sparse_fixed,bigbird]",
+        "model.sparsity_config.block=2",
+        "model.sparsity_config.different_layout_per_head=true",
+        "model.sparsity_config.num_local_blocks=2",
+        "model.sparsity_config.num_different_global_patterns=2",
+    ),
+    "no norm weights": ("model.norm=non_parametric_layernorm", "model.qk_norm=head"),
+}
+"""Families and options whose parameters or statistics are laid out in their own way."""
+RUNS = {
+    "": (),
+    "accumulated": ACCUMULATED,
+    "1f1b": MICRO,
+    "zero bubble": (*MICRO, "parallel.schedule=zero_bubble"),
+    "recompute": ("train.recompute=true",),
+    "selective": ("train.recompute=selective",),
+    "compiled": ("train.compile=true",),
+    "compiled, selective": ("train.compile=true", "train.recompute=selective"),
+}
+"""How a model of `MODELS` is run."""
+VARIANTS = PLAIN | {
+    f"{model}, {run}" if run else model: (*options, *RUNS[run])
+    for model, options in MODELS.items()
+    for run in RUNS
+}
+"""Variations by name."""
