@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.fixtures.hub_server import HubServer, Repo
 
-from castalia.checkpoint.hf import write_hf
+from castalia.checkpoint.hf import hf_config, model_config, write_hf
 from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.hub import hub_folder
 from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.models import Decoder, NeoxConfig
+from castalia.models.families import FAMILIES, build_model_config
 from castalia.models.init import start_weights
 
 HEAD = "embed_out.weight"
@@ -213,6 +214,25 @@ def test_an_unknown_architecture_gets_the_menu(
     change(architectures=None, model_type="gpt_neoxx")
     with pytest.raises(ConfigError, match=r"'gpt_neoxx'; choose one of .*; did you mean 'gpt_neox"):
         open_model(folder)
+
+
+SIZES = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 257}
+ODD = (None, "x", -1, 0, [], {}, 1e30, True, [["x"]], 3.5)
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"palm"}))
+def test_no_value_of_a_config_is_more_than_an_error(family: str) -> None:
+    """PaLM has no architecture in transformers. Whatever a key holds, it is read or refused."""
+    values = hf_config(build_model_config(SIZES | {"family": family}, "here"), end_ids=(256,))
+    refused = 0
+    for key in values:
+        for odd in ODD:
+            try:
+                model_config(values | {key: odd}, "config.json", 257)
+            except ConfigError as error:
+                refused += 1
+                assert "config.json" in str(error)
+    assert refused > len(values)
 
 
 def test_the_tokenizer_of_another_vocabulary_is_refused(

@@ -231,6 +231,15 @@ def test_a_hub_that_refuses_is_quoted(
     assert (tmp_path / "out" / "export.json").is_file() and own_hub.files(REPO) == {}
 
 
+def test_without_a_network_by_choice(
+    own_hub: HubServer, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CastaliaError, match="HF_HUB_OFFLINE is set; unset it"):
+        export(run_folder, output=tmp_path / "out", push=Push(REPO), **QUICK)
+    assert own_hub.requests == []
+
+
 def test_options_of_the_hub_need_a_repository(run_folder: Path, command: Callable) -> None:
     code, _, err = command(run_folder, "--to", "hf", "--revision", "step1")
     assert code == 2 and "--endpoint belong to --push-to-hub OWNER/NAME" in err
@@ -246,6 +255,8 @@ def test_another_export_in_the_way_is_not_uploaded(
     with pytest.raises(ConfigError, match="exists already; use --force"):
         export(run_folder / "step0", **options)
     weights = tmp_path / "out" / "model.safetensors"
+    with pytest.raises(ConfigError, match="exists already; use --force"):
+        export(run_folder, **options | {"certificate": True})
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ConfigError, match="exists already; use --force"):
         export(run_folder, **options)

@@ -101,6 +101,8 @@ def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | 
         return None
     known = [field.name for field in fields(Exported) if field.name in record]
     done = Exported(**{name: record[name] for name in known} | {"folder": str(folder)})
+    if spec.certificate and done.certificate is None:
+        return None
     if not keeps(done.quality, "kl", spec.max_kl):
         return None
     if not keeps(done.certificate, "largest_difference", spec.max_difference):

@@ -104,7 +104,9 @@ def require_architecture(values: Mapping[str, Any], form: HfFormat, where: str) 
     """Raises  ConfigError if a config.json names another class than the family's decoder with a
     head over the vocabulary, such as a classifier."""
     named = values.get("architectures")
-    if not named or not form.architectures or set(named) & set(form.architectures):
+    if not named or not form.architectures:
+        return
+    if isinstance(named, list) and any(name in named for name in form.architectures):
         return
     raise ConfigError(
         f"{where}: unknown architectures {named} of model_type {form.model_type!r}; Castalia reads"

@@ -41,7 +41,8 @@ def read_activation(keys: Keys, key: str, names: dict[str, str], default: str) -
     Raises  ConfigError with the menu if it is unknown.
     """
     value = keys.take(key, default)
-    if value not in names:
+    # Of a list: the value may be of any kind, and a dict would hash it.
+    if value not in list(names):
         raise ConfigError(
             f"{keys.where}: unknown {key} {value!r}; choose one of {', '.join(names)}"
             f"{nearest(str(value), names)}"

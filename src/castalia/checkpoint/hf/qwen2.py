@@ -90,7 +90,9 @@ def read_windows(keys: Keys, layers: int) -> dict[str, Any]:
         kinds = [
             "sliding_attention" if window and i >= full else "full_attention" for i in range(layers)
         ]
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    if not isinstance(kinds, list):
+        raise keys.error("layer_types", kinds, "expected a list of kinds")
+    unknown = [kind for kind in kinds if kind not in list(KINDS)]
     if unknown:
         raise keys.error("layer_types", unknown[0], f"choose among {', '.join(KINDS)}")
     if len(kinds) != layers:
