@@ -12,7 +12,7 @@ from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.models.config import TransformerConfig
-from castalia.recipes import resolve
+from castalia.recipes import Resolved, resolve
 from castalia.train.config import RunConfig
 from castalia.train.hooks import Hook
 from castalia.train.trainer import Trainer
@@ -73,19 +73,21 @@ def write_tokens(folder: Path) -> tuple[Path, Path]:
     return folder / "tokens", folder / "labels"
 
 
-def words_for(path: Path) -> list[str]:
-    """The words that name a file, with what GPT-NeoX's users name beside it.
+def read(path: Path) -> tuple[list[str], Resolved]:
+    """The words that name a file, with what GPT-NeoX's users name beside it, and their config.
 
     Files without a model are laid over a preset, and lists of weights over the list of sources.
     """
+    words = [str(path)]
     if path.parent.name == "train_data_weights":
-        return ["pythia-70m", str(path.parents[1] / "data" / "pile.yml"), str(path)]
+        words = ["pythia-70m", str(path.parents[1] / "data" / "pile.yml"), str(path)]
     try:
-        resolve([str(path), *OPEN])
+        return words, resolve([*words, *OPEN])
     except ConfigError as error:
-        if "no model in" in str(error):
-            return ["pythia-70m", str(path)]
-    return [str(path)]
+        if "no model in" not in str(error):
+            raise
+    words = ["pythia-70m", *words]
+    return words, resolve([*words, *OPEN])
 
 
 def reduced(config: RunConfig, tokens: Path, labels: Path, output: Path) -> list[str]:
@@ -135,10 +137,9 @@ def reduced(config: RunConfig, tokens: Path, labels: Path, output: Path) -> list
 
 def outcome(path: Path, tokens: Path, labels: Path, folder: Path) -> Outcome:
     """Read a file, and train it for two steps at reduced width, or say why it is refused."""
-    words = words_for(path)
     try:
         # As it is first: a width that the reduction replaces must not hide a refusal.
-        whole = resolve([*words, *OPEN])
+        words, whole = read(path)
         small = resolve([*words, *reduced(whole.config, tokens, labels, folder / "run")])
     except ConfigError as error:
         known = [reason for text, reason in REASONS.items() if re.search(text, str(error))]
