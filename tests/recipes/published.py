@@ -27,7 +27,6 @@ REASONS = {
     "mixture-of-experts layers are not supported yet": "MoE",
     "Mamba layers are not supported yet": "Mamba",
     "RWKV layers are not supported yet": "RWKV",
-    "expected global or sliding, got": "sparse attention",
     "gMLP layers are not supported yet": "gMLP",
     "DPO, KTO, reward models and REINFORCE are not supported yet": "another loss",
     "a comma is missing before this place": "fault of the file: a comma is missing",

@@ -99,9 +99,10 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("train.dropout=0.1", "train.dropout: unknown key; there is no dropout"),
-        ("train.dropout", "train.dropout: unknown key; there is no dropout"),
-        ("model.hidden_dropout=0", "model.hidden_dropout: unknown key; there is no dropout"),
+        ("train.dropout=0.1", "did you mean 'model.hidden_dropout'?"),
+        ("train.dropout", "did you mean 'model.hidden_dropout'?"),
+        ("model.attn_dropout=0", "did you mean 'model.attention_dropout'?"),
+        ("model.lora_dropout=0", "model.lora_dropout: unknown key; there are no adapters"),
         ("optim.name=lion", "optim.name: unknown key; did you mean 'optim.kind' (adamw"),
         ("optim.name=adamw", "optim.name: unknown key; did you mean 'optim.kind'?"),
         ("optim.name", "optim.name: unknown key; did you mean 'optim.kind' (adamw"),

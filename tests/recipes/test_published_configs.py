@@ -27,7 +27,6 @@ REFUSED = {
     "neox__configs_125M-dmoe.yml": "MoE",
     "neox__configs_gmlp_small.yml": "gMLP",
     "neox__configs_mamba_mamba-130M.yml": "Mamba",
-    "neox__configs_sparse.yml": "sparse attention",
     "neox__configs_rwkv_170M.yml": "RWKV",
     "pythia__models_12B_pythia-12b-deduped.yml": "fault of the file: layers and heads exchanged",
     "pythia__models_12B_pythia-12b.yml": "fault of the file: a comma is missing",

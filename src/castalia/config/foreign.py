@@ -70,6 +70,8 @@ KEYS = {
     "data.valid": ("val_data", "valid_data", "eval_data", "validation", "val", "eval_dataset"),
     "data.tokenizer": ("tokenizer_path", "tokenizer_name", "tokenizer_file", "vocab_file"),
     "data.workers": ("num_workers", "dataloader_num_workers", "n_workers"),
+    "model.hidden_dropout": ("dropout", "resid_dropout", "embd_dropout", "resid_pdrop"),
+    "model.attention_dropout": ("attn_dropout", "attn_pdrop"),
     "parallel.dp_shard": ("fsdp", "zero", "zero_stage", "data_parallel_shard_degree"),
     "parallel.dp_replicate": ("ddp", "data_parallel_replicate_degree"),
     "parallel.tp": ("tensor_parallel", "tensor_parallel_degree", "tensor_parallel_size", "tp_size"),
@@ -85,13 +87,7 @@ OURS = {name: key for key, names in KEYS.items() for name in names}
 SINKS = "metrics.jsonl is always written, and `castalia report` draws it"
 
 ABSENT = {
-    "dropout": "there is no dropout",
-    "attn_dropout": "there is no dropout",
-    "attention_dropout": "there is no dropout",
-    "hidden_dropout": "there is no dropout",
-    "resid_dropout": "there is no dropout",
-    "embd_dropout": "there is no dropout",
-    "lora_dropout": "there is no dropout",
+    "lora_dropout": "there are no adapters",
     "wandb": SINKS,
     "wandb_project": SINKS,
     "wandb_log": SINKS,
