@@ -62,7 +62,9 @@ class FormatFlags:
         str | None,
         FORMAT(metavar="FOLDER", help="By default RUN/exports/hf/step1000 and the like."),
     ] = None
-    dtype: Annotated[str | None, FORMAT(help="hf: fp32, bf16 or fp16.", show_default="fp32")] = None
+    dtype: Annotated[
+        str | None, FORMAT(help="hf, neox: fp32, bf16 or fp16.", show_default="fp32")
+    ] = None
     quantization: Annotated[
         str | None,
         FORMAT(
@@ -85,6 +87,22 @@ class FormatFlags:
             metavar="SIZE",
             help="hf: the largest file of weights; a larger model becomes shards with an index.",
             show_default="5GB",
+        ),
+    ] = None
+    model_parallel_size: Annotated[
+        int | None,
+        FORMAT(
+            metavar="N",
+            help="neox: shards of each matrix, since GPT-NeoX cannot change them.",
+            show_default="1",
+        ),
+    ] = None
+    pipe_parallel_size: Annotated[
+        int | None,
+        FORMAT(
+            metavar="N",
+            help="neox: stages of the pipeline; 0 writes the form without one.",
+            show_default="1",
         ),
     ] = None
     force: Annotated[bool, FORMAT("--force", help="Replace an earlier export.")] = False
@@ -182,7 +200,8 @@ def export(
         str,
         typer.Option(
             metavar="FORMAT",
-            help="hf (transformers), native (our CPU engine), ct2 (CTranslate2), gguf (llama.cpp).",
+            help="hf (transformers), native (our CPU engine), ct2 (CTranslate2), gguf (llama.cpp),"
+            " neox (GPT-NeoX).",
         ),
     ],
     *,
@@ -216,6 +235,8 @@ def export(
         quantization=form.quantization,
         activation=form.activation,
         max_shard_size=form.max_shard_size,
+        model_parallel_size=form.model_parallel_size,
+        pipe_parallel_size=form.pipe_parallel_size,
         steps=which.chosen(),
         force=form.force,
         heldout=check.heldout,

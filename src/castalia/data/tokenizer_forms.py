@@ -279,6 +279,7 @@ class SentencePieceTokenizer(OtherTokenizer):
             self.pieces: Any = library.SentencePieceProcessor(model_proto=model)
         except Exception as error:  # the library raises RuntimeError and others
             raise DataError(f"{where}: not a SentencePiece model ({error})") from None
+        self.model = model
         count = self.pieces.get_piece_size()
         text = json.dumps({"castalia": self.kind, "model": base64.b64encode(model).decode("ascii")})
         super().__init__(text, where, {self.pieces.id_to_piece(i): i for i in range(count)}, count)

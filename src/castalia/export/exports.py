@@ -29,7 +29,7 @@ from castalia.export.certificate import (
     torch_reader,
     write_certificate,
 )
-from castalia.export.formats import ShardedFormat
+from castalia.export.formats import ParallelFormat, ShardedFormat
 from castalia.export.options import ExportOptions, ExportSpec, checked_spec
 from castalia.export.places import (
     Destination,
@@ -212,11 +212,7 @@ def fill(folder: Path, work: Conversion, text: HeldOutText | None, start: float)
         quality=None if quality is None else quality.as_dict(),
         certificate=None if certificate is None else certificate.as_dict(),
     )
-    sharded = issubclass(spec.kind, ShardedFormat)
-    size = spec.max_shard_size or (MAX_SHARD_SIZE if sharded else None)
-    write_record(
-        folder, work.source, done, max_shard_size=size, hashes=work.hashes, digests=digests
-    )
+    write_record(folder, work.source, done, sizes=spec.sizes(), hashes=work.hashes, digests=digests)
     return done
 
 
@@ -252,6 +248,8 @@ def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]
     if issubclass(spec.kind, ShardedFormat):
         size = spec.max_shard_size or MAX_SHARD_SIZE
         spec.kind.write_shards(folder, source, spec.numbers, size)
+    elif issubclass(spec.kind, ParallelFormat):
+        spec.kind.write_ranks(folder, source, spec.numbers, spec.shape())
     else:
         spec.kind.write(folder, source, spec.numbers)
     tokenizer = source.tokenizer

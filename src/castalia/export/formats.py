@@ -23,6 +23,8 @@ from castalia.export.ct2_file import QUANTIZATIONS as CT2_QUANTIZATIONS
 from castalia.export.gguf import BLOCK, BLOCKED, write_gguf
 from castalia.export.gguf import QUANTIZATIONS as GGUF_QUANTIZATIONS
 from castalia.export.gguf_vocabulary import END_ROLES, differences
+from castalia.export.neox import write_neox
+from castalia.export.neox_config import NeoxShape, neox_notes, neox_refuses
 from castalia.export.written import own_reader, transformers_reader
 from castalia.inference.engine import Engine
 from castalia.inference.engines import engine_of_export
@@ -133,6 +135,20 @@ def lost_numerics(config: ModelConfig, option: str, what: str) -> list[str]:
     return [f"{option}={value} is not kept: the export computes {what} in float32"]
 
 
+class ParallelFormat(Format):
+    """A format whose files are those of the ranks of a training run."""
+
+    @classmethod
+    def write(cls, folder: Path, source: SavedModel, numbers: str) -> None:
+        """See `Format`."""
+        cls.write_ranks(folder, source, numbers, NeoxShape())
+
+    @classmethod
+    @abstractmethod
+    def write_ranks(cls, folder: Path, source: SavedModel, numbers: str, shape: NeoxShape) -> None:
+        """Write the model into `folder`, divided over the ranks of `shape`."""
+
+
 EXPORTS: Registry[type[Format]] = Registry("export format")
 """Formats by the names that `--to` takes."""
 
@@ -185,6 +201,46 @@ class HuggingFace(ShardedFormat):
             dtype=numbers,
             max_shard_size=max_shard_size,
             generation=generation_settings(source.folder),
+        )
+
+
+@EXPORTS.register("neox")
+class Neox(ParallelFormat):
+    """A checkpoint that GPT-NeoX loads, with its YAML file."""
+
+    name = "neox"
+    program = "GPT-NeoX"
+    use = 'castalia.load("{folder}")'
+    option = "dtype"
+    choices = tuple(DTYPES)
+    default = "fp32"
+
+    @classmethod
+    def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
+        """See `Format`."""
+        return neox_refuses(require_transformer(config, "GPT-NeoX"))
+
+    @classmethod
+    def reader(cls, written: ExportFolder) -> Reader:
+        """See `Format`; GPT-NeoX itself runs on GPUs alone and is not a package."""
+        return own_reader(written)
+
+    @classmethod
+    def notes(cls, source: SavedModel) -> list[str]:
+        """See `Format`."""
+        return neox_notes(require_transformer(source.config, "GPT-NeoX"))
+
+    @classmethod
+    def write_ranks(cls, folder: Path, source: SavedModel, numbers: str, shape: NeoxShape) -> None:
+        """See `ParallelFormat`."""
+        write_neox(
+            folder,
+            source.tensors,
+            require_transformer(source.config, "GPT-NeoX"),
+            dtype=numbers,
+            shape=shape,
+            step=source.step or 0,
+            tokenizer=source.tokenizer,
         )
 
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from castalia.checkpoint.hf.shards import shard_bytes
+from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE, shard_bytes
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.extras import pip_command
 from castalia.export.activation import ACTIVATIONS
-from castalia.export.formats import EXPORTS, Format, ShardedFormat
+from castalia.export.formats import EXPORTS, Format, ParallelFormat, ShardedFormat
+from castalia.export.neox_config import NeoxShape
 
 
 class ExportOptions(TypedDict, total=False):
@@ -22,6 +23,10 @@ class ExportOptions(TypedDict, total=False):
     """gelu or gelu_tanh in place of the checkpoint's own; the card says what that changes."""
     max_shard_size: str | None
     """Largest file of weights in decimal units, such as 5GB; a format with one file has none."""
+    model_parallel_size: int | None
+    """For `neox`: shards of each matrix, 1 by default."""
+    pipe_parallel_size: int | None
+    """For `neox`: stages of the pipeline, 1 by default; 0 for the form without one."""
     heldout: str | Path | None
     """A text file or the prefix of token files on which the export is compared with float32, by
     default the run's data.valid; the card shows the result."""
@@ -43,10 +48,28 @@ class ExportSpec:
     activation: str | None = None
     """The form of GELU that the export computes; None for that of the checkpoint."""
     max_shard_size: str | None = None
+    model_parallel_size: int | None = None
+    pipe_parallel_size: int | None = None
     heldout: str | Path | None = None
     max_kl: float | None = None
     certificate: bool = True
     max_difference: float | None = None
+
+    def sizes(self) -> dict[str, Any]:
+        """What divides the weights into files; None where the format is not divided so."""
+        sharded = issubclass(self.kind, ShardedFormat)
+        parallel = issubclass(self.kind, ParallelFormat)
+        shape = self.shape()
+        return {
+            "max_shard_size": (self.max_shard_size or MAX_SHARD_SIZE) if sharded else None,
+            "model_parallel_size": shape.model_parallel_size if parallel else None,
+            "pipe_parallel_size": shape.pipe_parallel_size if parallel else None,
+        }
+
+    def shape(self) -> NeoxShape:
+        """How GPT-NeoX's ranks divide the model."""
+        stages = self.pipe_parallel_size
+        return NeoxShape(self.model_parallel_size or 1, 1 if stages is None else stages)
 
 
 def checked_spec(to: str, options: ExportOptions) -> ExportSpec:
@@ -70,6 +93,7 @@ def checked_spec(to: str, options: ExportOptions) -> ExportSpec:
         )
     if spec.max_shard_size is not None:
         require_shards(kind, spec.max_shard_size)
+    require_ranks(spec)
     if spec.max_kl is not None:
         require_measurable(kind, "max_kl", spec.max_kl)
     if spec.max_difference is not None:
@@ -106,6 +130,19 @@ def require_shards(kind: type[Format], size: str) -> None:
         raise ConfigError(
             f"{kind.name} has one file of weights; max_shard_size is for {', '.join(sharded)}"
         )
+
+
+def require_ranks(spec: ExportSpec) -> None:
+    """Raises  ConfigError if degrees of parallelism are too small, or the format has no ranks."""
+    least = {"model_parallel_size": 1, "pipe_parallel_size": 0}
+    for name, bound in least.items():
+        size = getattr(spec, name)
+        if size is None:
+            continue
+        if not issubclass(spec.kind, ParallelFormat):
+            raise ConfigError(f"{spec.kind.name} is not divided over ranks; {name} is for neox")
+        if size < bound:
+            raise ConfigError(f"{name} must be >= {bound}, got {size}")
 
 
 def require_measurable(kind: type[Format], name: str, bound: float) -> None:

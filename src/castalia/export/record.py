@@ -49,14 +49,15 @@ def write_record(
     source: SavedModel,
     done: Exported,
     *,
-    max_shard_size: str | None,
+    sizes: Mapping[str, Any],
     hashes: Mapping[str, str],
     digests: Mapping[str, str],
 ) -> None:
     """Write export.json: the checkpoint with its hashes, the model's config, the hash of every
     file.
 
-    Takes   hashes: SHA-256 of the source's files. digests: of those of the export that are known
+    Takes   sizes: of the files, as `ExportSpec.sizes` has them. hashes: SHA-256 of the source's
+            files. digests: of those of the export that are known
             already; the others are read.
     """
     from castalia import __version__
@@ -69,7 +70,7 @@ def write_record(
         "castalia": __version__,
         **values,
         **asdict(source.special),
-        "max_shard_size": max_shard_size,
+        **sizes,
         "source_sha256": dict(hashes),
         "model": source.config.model_dump(mode="json"),
         "files_sha256": {
@@ -97,7 +98,7 @@ def same_export(checkpoint: Path, folder: Path, spec: ExportSpec) -> Exported | 
     }
     if any(record.get(key) != value for key, value in asked.items()):
         return None
-    if spec.max_shard_size not in (None, record.get("max_shard_size")):
+    if any(record.get(name) != size for name, size in spec.sizes().items() if size is not None):
         return None
     known = [field.name for field in fields(Exported) if field.name in record]
     done = Exported(**{name: record[name] for name in known} | {"folder": str(folder)})
