@@ -64,7 +64,7 @@ def weights(config: TransformerConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in Decoder(config).state_dict().items()}
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
 
 
 def sequential(ours: Mapping[str, Tensor], mlp: Mapping[str, str] = V2) -> dict[str, Tensor]:
