@@ -204,46 +204,6 @@ class HuggingFace(ShardedFormat):
         )
 
 
-@EXPORTS.register("neox")
-class Neox(ParallelFormat):
-    """A checkpoint that GPT-NeoX loads, with its YAML file."""
-
-    name = "neox"
-    program = "GPT-NeoX"
-    use = 'castalia.load("{folder}")'
-    option = "dtype"
-    choices = tuple(DTYPES)
-    default = "fp32"
-
-    @classmethod
-    def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
-        """See `Format`."""
-        return neox_refuses(require_transformer(config, "GPT-NeoX"))
-
-    @classmethod
-    def reader(cls, written: ExportFolder) -> Reader:
-        """See `Format`; GPT-NeoX itself runs on GPUs alone and is not a package."""
-        return own_reader(written)
-
-    @classmethod
-    def notes(cls, source: SavedModel) -> list[str]:
-        """See `Format`."""
-        return neox_notes(require_transformer(source.config, "GPT-NeoX"))
-
-    @classmethod
-    def write_ranks(cls, folder: Path, source: SavedModel, numbers: str, shape: NeoxShape) -> None:
-        """See `ParallelFormat`."""
-        write_neox(
-            folder,
-            source.tensors,
-            require_transformer(source.config, "GPT-NeoX"),
-            dtype=numbers,
-            shape=shape,
-            step=source.step or 0,
-            tokenizer=source.tokenizer,
-        )
-
-
 @EXPORTS.register("ct2")
 class CTranslate2(Format):
     """model.bin for CTranslate2."""
@@ -404,4 +364,44 @@ class Gguf(Format):
             source.special,
             quantization=numbers,
             chat_template=chat_templates(source.folder)[0].get(DEFAULT),
+        )
+
+
+@EXPORTS.register("neox")
+class Neox(ParallelFormat):
+    """A checkpoint that GPT-NeoX loads, with its YAML file."""
+
+    name = "neox"
+    program = "GPT-NeoX"
+    use = 'castalia.load("{folder}")'
+    option = "dtype"
+    choices = tuple(DTYPES)
+    default = "fp32"
+
+    @classmethod
+    def refuses(cls, config: ModelConfig, numbers: str) -> str | None:
+        """See `Format`."""
+        return neox_refuses(require_transformer(config, "GPT-NeoX"))
+
+    @classmethod
+    def reader(cls, written: ExportFolder) -> Reader:
+        """See `Format`; GPT-NeoX itself runs on GPUs alone and is not a package."""
+        return own_reader(written)
+
+    @classmethod
+    def notes(cls, source: SavedModel) -> list[str]:
+        """See `Format`."""
+        return neox_notes(require_transformer(source.config, "GPT-NeoX"))
+
+    @classmethod
+    def write_ranks(cls, folder: Path, source: SavedModel, numbers: str, shape: NeoxShape) -> None:
+        """See `ParallelFormat`."""
+        write_neox(
+            folder,
+            source.tensors,
+            require_transformer(source.config, "GPT-NeoX"),
+            dtype=numbers,
+            shape=shape,
+            step=source.step or 0,
+            tokenizer=source.tokenizer,
         )
