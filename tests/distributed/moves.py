@@ -1,11 +1,12 @@
 """The resharding matrix: a run that was saved under one layout goes on under every other.
 
-    python tests/distributed/moves.py [--all]
+    python tests/distributed/moves.py [--all] [--model NAME]
 
 Each source trains three steps of five. Each target loads that checkpoint: weights and both moments,
 saved again at once, must be the same bits; then it goes on, and must read the same rows as the run
 that was never stopped and reach its losses and weights within 1e-5. The exit status is 1 when one
-does not.
+does not. `--model` is one of MODELS in variants.py: llama has queries, keys and values apart, and
+fewer heads of keys than four ranks.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 import grid
 import torch
 from grid import Row
+from variants import MODELS
 
 from castalia.checkpoint import Store, read
 from castalia.checkpoint.names import step_name
@@ -57,6 +59,12 @@ CORE += [
     ("pp 2", "fsdp 2"),
     ("tp 2", "pp 2"),
 ]
+CORE_OF_MODEL = [
+    ("1", "tp 4"),
+    ("tp 4", "1"),
+    ("tp 4", "fsdp 2 x tp 2"),
+    ("pp 2 x tp 2", "tp 4"),
+]
 STOP, END = 3, 5
 
 
@@ -72,20 +80,22 @@ class SavedAgain(Hook):
             replace(checkpoints, store=again).save(STOP, asynchronous=False)
 
 
-def train_all(jobs: list[tuple[Row, Path, int]], base: str) -> None:
+def train_all(jobs: list[tuple[Row, Path, int]], base: tuple[str, ...]) -> None:
     """Train (layout, output, last step), one launch for each number of processes."""
     for size in sorted({row.processes for row, _, _ in jobs}):
         ours = [job for job in jobs if job[0].processes == size]
         options = [
-            (base, f"output={path}", f"train.steps={last}", *row.overrides)
+            (*base, f"output={path}", f"train.steps={last}", *row.overrides)
             for row, path, last in ours
         ]
         grid.launch(size, options, (SavedAgain,))
 
 
-def moves(pairs: list[tuple[str, str]], folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def moves(
+    pairs: list[tuple[str, str]], folder: Path, model: tuple[str, ...] = ()
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """What was found for each (source, target)."""
-    base = f"data.train={grid.write_tokens(folder)}"
+    base = (f"data.train={grid.write_tokens(folder)}", *model)
     sources = {
         name: folder / f"from-{number}"
         for number, name in enumerate(sorted({pair[0] for pair in pairs}))
@@ -114,12 +124,15 @@ def main() -> int:
     )
     parser.add_argument("--all", action="store_true", help="every layout to every other")
     every = [(source, target) for source in LAYOUTS for target in LAYOUTS if source != target]
-    pairs = every if parser.parse_args().all else CORE
+    parser.add_argument("--model", choices=MODELS, help="the model, by default of GPT-NeoX's kind")
+    options = parser.parse_args()
+    core = CORE_OF_MODEL if options.model else CORE
+    pairs = every if options.all else core
     torch.set_num_threads(1)
     failed = 0
     print(f"{'saved under':16} {'goes on under':16} {'state':>9} {'loss':>9} {'weights':>9}  rows")
     with tempfile.TemporaryDirectory() as folder:
-        for source, target, found in moves(pairs, Path(folder)):
+        for source, target, found in moves(pairs, Path(folder), MODELS.get(options.model, ())):
             good = grid.passes(found) and found["exact"]
             failed += not good
             exact = "exact" if found["exact"] else "DIFFERS"

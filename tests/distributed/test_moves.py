@@ -22,6 +22,16 @@ def test_moves_between_kinds_of_layout():
     moves()
 
 
+def test_moves_of_split_queries_keys_and_values():
+    moves("--model", "llama")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+def test_every_move_of_split_queries_keys_and_values():
+    moves("--all", "--model", "llama")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
 def test_every_move():
