@@ -228,6 +228,11 @@ def rope(values: Metadata) -> dict[str, Any]:
         "factor": decimal(values.need("rope.scaling.factor")),
         "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),
     }
+    share = values.get("rope.scaling.attn_factor")
+    if kind == "yarn" and share is not None:
+        # llama.cpp multiplies it with YaRN's own factor.
+        factor = out["rope_scaling"]["factor"]
+        out["rope_scaling"]["attention_factor"] = decimal(share * (1 + 0.1 * math.log(factor)))
     return out
 
 
@@ -285,8 +290,26 @@ def qwen(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def olmo2(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """OLMo 2."""
-    return {"family": "olmo2", **rope(values)}
+    """OLMo 2, and OLMo 3 without scaled frequencies.
+
+    Raises  ConfigError for windows with scaled frequencies, which llama.cpp scales in the layers
+            without a window alone.
+    """
+    own = {"family": "olmo2", **rope(values)}
+    window = values.get("attention.sliding_window")
+    if not window:
+        return own
+    if "rope_scaling" in own:
+        raise ConfigError(
+            f"{values.where} scales rotary frequencies in some layers only; Castalia's"
+            " rope_scaling is that of all layers"
+        )
+    # Source: llama.cpp, llama_hparams::set_swa_pattern; of a number n, every n-th layer sees all.
+    pattern = values.values.get("olmo2.attention.sliding_window_pattern", 4)
+    if isinstance(pattern, int):
+        pattern = [layer % pattern < pattern - 1 for layer in range(pattern)]
+    kinds = ["sliding" if sliding else "global" for sliding in pattern]
+    return own | {"sliding_window": window, "attention_config": kinds}
 
 
 def gptneox(values: Metadata, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

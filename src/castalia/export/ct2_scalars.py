@@ -113,7 +113,7 @@ def scaling_scalars(scaling: RopeScaling, longest: int) -> Numbers:
     if scaling.kind == "linear":
         return numbers | {"rotary_scaling_type": small(LINEAR)}
     trained = scaling.original_max_position_embeddings or longest
-    # The library's converter omits the factor and the length, and the engine then scales all waves.
+    # The library's converter omits the factor and the length; its Llama 3.1 has other logits.
     return numbers | {
         "rotary_scaling_type": small(LLAMA3),
         "rotary_low_freq_factor": real(scaling.low_freq_factor),

@@ -15,7 +15,7 @@ from castalia.checkpoint.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import CHAR, CL100K, O200K, OtherTokenizer
 from castalia.export.gguf_values import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Metadata
-from castalia.inference.token_texts import BYTE_TOKEN
+from castalia.inference.token_texts import BYTE_TOKEN, decoder_kinds
 
 # Kinds of tokens, llama_token_type.
 NORMAL = 1
@@ -32,8 +32,14 @@ SPACE = "\u2581"
 """SentencePiece's space, U+2581."""
 GPT2 = "gpt-2"
 QWEN2 = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
-SPLITS = {CL100K: "llama-bpe", QWEN2: "qwen2", O200K: "gpt-4o"}
-"""Regular expressions of pre-tokenizers and llama.cpp's names of them."""
+SPLITS = {
+    (CL100K, True): "llama-bpe",
+    (CL100K, False): "dbrx",
+    (QWEN2, False): "qwen2",
+    (O200K, False): "gpt-4o",
+}
+"""llama.cpp's names of splits: a regular expression, and whether a word that is a token is taken
+whole, without merges."""
 
 
 def vocabulary_values(tokenizer: Tokenizer, rows: int, special: SpecialIds) -> Metadata:
@@ -110,21 +116,20 @@ def parts(section: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]
 
 def split_name(described: Mapping[str, Any]) -> str | None:
     """llama.cpp's name of how a byte-level BPE splits a text into words; None if it has none."""
-    if described.get("model", {}).get("type") != "BPE" or described.get("normalizer"):
-        return None
+    model = described.get("model", {})
+    whole = bool(model.get("ignore_merges"))
     steps = parts(described.get("pre_tokenizer"), "pretokenizers")
-    if [step["type"] for step in steps] == ["ByteLevel"]:
+    if model.get("type") != "BPE" or not steps or steps[-1].get("add_prefix_space"):
+        return None
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
         # Without merges every byte is a token, however the text is cut.
         cut = steps[0].get("use_regex", True) or not merges(described)
-        return GPT2 if cut and not steps[0].get("add_prefix_space") else None
-    if [step["type"] for step in steps] == ["Split", "ByteLevel"]:
-        pattern = steps[0]["pattern"].get("Regex")
-        plain = not steps[1].get("use_regex", True) and not steps[1].get("add_prefix_space")
-        whole = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        return SPLITS.get(pattern) if plain and whole else None
-    if [step["type"] for step in steps] == ["Punctuation", "ByteLevel", "Digits", "Split"]:
-        return "falcon"
-    return None
+        return GPT2 if cut and not whole else None
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        isolated = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
+        return SPLITS.get((steps[0]["pattern"].get("Regex"), whole)) if isolated else None
+    return "falcon" if kinds == ["Punctuation", "ByteLevel", "Digits", "Split"] else None
 
 
 def is_sentencepiece(described: Mapping[str, Any]) -> bool:
@@ -181,14 +186,26 @@ def in_order(pairs: Iterable[tuple[str, str]]) -> list[str]:
     return list(dict.fromkeys(left + right for left, right in pairs))
 
 
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether the tokens are byte strings, each byte written as a character."""
+    if isinstance(tokenizer, OtherTokenizer):
+        return tokenizer.kind == CHAR
+    return "ByteLevel" in decoder_kinds(tokenizer)
+
+
 def differences(tokenizer: Tokenizer) -> str | None:
     """Why other programs would split a text differently, in a few words; None if they do not."""
     described = description(tokenizer)
-    if not is_sentencepiece(described):
-        if split_name(described) is not None:
-            return None
+    if is_sentencepiece(described):
+        return sentencepiece_difference(described)
+    if not is_byte_level(tokenizer):
         return "the file describes a byte-level BPE, which this tokenizer is not"
-    return sentencepiece_difference(described)
+    if split_name(described) is None:
+        return f"llama.cpp has no name for how this tokenizer splits words; the file says {GPT2}"
+    normal = [step["type"] for step in parts(described.get("normalizer"), "normalizers")]
+    if normal:
+        return f"the file has no word for the normalizer of this tokenizer ({', '.join(normal)})"
+    return None
 
 
 def sentencepiece_difference(described: Mapping[str, Any]) -> str | None:
@@ -209,10 +226,17 @@ def sentencepiece_difference(described: Mapping[str, Any]) -> str | None:
             pair = token[:i], token[i:]
             if pair not in pairs and pair[0] in usable and pair[1] in usable:
                 return f"this tokenizer does not merge {pair[0]!r} and {pair[1]!r}"
+    if metaspace(described) and space_prefix(described):
+        return "llama.cpp puts a space before a text that begins with a space, too"
     return None
+
+
+def metaspace(described: Mapping[str, Any]) -> bool:
+    """Whether the space is put before the text by the pre-tokenizer, not by the normalizer."""
+    return bool(described.get("pre_tokenizer"))
 
 
 def splits_words(described: Mapping[str, Any]) -> bool:
     """Whether the text is cut at spaces before tokens are merged."""
     steps = parts(described.get("pre_tokenizer"), "pretokenizers")
-    return any(step["type"] == "Metaspace" and step.get("split", True) for step in steps)
+    return any(step.get("split", True) for step in steps)
