@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from castalia.core.errors import ConfigError
+from castalia.distributed import initialize
 from castalia.inference.native import compiled
+from castalia.inference.native.fused import FusedForward
 from castalia.inference.native.kernels import KERNELS, candidates, make, steps_of
 from castalia.inference.native.packing import (
     GROUP,
@@ -20,6 +22,11 @@ from castalia.inference.native.packing import (
     quantized_rows,
 )
 from castalia.inference.native.tuning import chosen
+from castalia.inference.native.weights import packed_weights
+from castalia.inference.torch_engine import TorchEngine
+from castalia.models import Decoder
+from castalia.models.families.llama import LlamaConfig
+from castalia.models.init import start_weights
 
 ROUNDING = {"fp32": 1e-6, "bf16": 0.01, "fp16": 0.002, "int8": 0.01, "int8 tensor": 0.02}
 """What a kernel's treatment of activations may change, against the largest output."""
@@ -117,6 +124,21 @@ def test_processors_with_fewer_instructions_sum_the_same(
         want = inputs @ dense(packed).double().T + layer[1].double()
         got = compiled.multiply(plain, compiled.c_linear(packed), x, 100)
         assert (got - want).abs().max() < 3e-6 * want.abs().max()
+    require_whole_steps(plain)
+
+
+def require_whole_steps(plain: ctypes.CDLL) -> None:
+    """Attention has kernels of its own for every cache."""
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 128}
+    model = Decoder(LlamaConfig(**sizes, num_kv_heads=2, max_position_embeddings=64))
+    initialize(model, start_weights(model.config, 1))
+    weights = packed_weights(model.state_dict(), model.config, "fp32")
+    ids = list(range(40))
+    want = TorchEngine(model).logits(ids)
+    for cache, bound in {"fp32": 1e-5, "bf16": 0.004, "int8": 0.008}.items():
+        forward = FusedForward(weights, plain, cache)
+        got = forward.run(forward.new_cache(1, 40), ids, [0] * 40, range(40), range(40))
+        assert (got - want).norm() < bound * want.norm()
 
 
 def test_without_a_compiler_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:

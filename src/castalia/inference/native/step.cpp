@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__AVX512F__) || defined(__AVXVNNI__)
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -26,20 +26,38 @@ static int omp_get_thread_num() { return 0; }
 constexpr int P = 16;      // output channels in a panel, float lanes of a vector
 constexpr int BLOCK = 8;   // rows that share one pass over a panel
 constexpr int GROUP = 32;  // inputs that share a scale in int4
+constexpr int AHEAD = 3072;  // bytes of weights between those in use and those that are fetched
 
 typedef float V __attribute__((vector_size(64)));
 typedef int32_t I __attribute__((vector_size(64)));
 typedef uint16_t H __attribute__((vector_size(32)));
+typedef int16_t S __attribute__((vector_size(32)));
+typedef int8_t B __attribute__((vector_size(16)));
 typedef V VU __attribute__((aligned(4)));
 typedef I IU __attribute__((aligned(4)));
 typedef H HU __attribute__((aligned(2)));
+typedef B BU __attribute__((aligned(1)));
 
 static inline V load(const float *p) { return *(const VU *)p; }
+static inline V widen(const float *p) { return load(p); }
 static inline void store(float *p, V v) { *(VU *)p = v; }
 static inline V all(float x) { return V{} + x; }
 
+// Compilers build these two out of single lanes or halves, so where one instruction does it, it is named.
 static inline V widen(const uint16_t *p) {  // 16 bfloat16 numbers
+#ifdef __AVX512F__
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
     return (V)(__builtin_convertvector(*(const HU *)p, I) << 16);
+#endif
+}
+
+static inline V widen(const int8_t *p) {  // 16 bytes
+#ifdef __AVX512F__
+    return (V)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(*(const BU *)p, S), I), V);
+#endif
 }
 
 static inline float widen(uint16_t x) {
@@ -133,6 +151,12 @@ static inline I dot(I sum, I unsigned_bytes, const int8_t *x) {  // lane += 4 un
 #endif
 }
 
+// Rows that share a panel keep the processor busy longer than its own prefetching looks ahead. For one row, which only
+// waits for memory, more requests are slower.
+template <int M> static inline void fetch_ahead(const void *weights) {
+    if (M >= 4) __builtin_prefetch((const char *)weights + AHEAD);
+}
+
 template <int M> static void panel_fp32(const float *w, const float *x, int64_t k, V *out) {
     constexpr int U = M >= 4 ? 1 : 4;  // several sums where one would wait for itself
     V sum[M][U] = {};
@@ -140,6 +164,7 @@ template <int M> static void panel_fp32(const float *w, const float *x, int64_t 
     for (; i + U <= k; i += U)
         for (int u = 0; u < U; u++) {
             V row = load(w + (i + u) * P);
+            fetch_ahead<M>(w + (i + u) * P);
             for (int m = 0; m < M; m++) sum[m][u] += row * x[m * k + i + u];
         }
     for (; i < k; i++)
@@ -154,6 +179,7 @@ template <int M> static void panel_bf16(const uint16_t *w, const float *x, int64
     V sum[M][2] = {};
     for (int64_t i = 0; i < k; i += 2) {  // a lane holds inputs i and i + 1 of its channel
         I pair = *(const IU *)(w + i * P);
+        fetch_ahead<M>(w + i * P);
         V even = (V)(pair << 16), odd = (V)(pair & (int32_t)0xffff0000);
         for (int m = 0; m < M; m++) {
             sum[m][0] += even * x[m * k + i];
@@ -172,6 +198,7 @@ template <int M> static void panel_int8(const int8_t *w, const float *scale, con
     for (; i + 4 * U <= in.k; i += 4 * U)
         for (int u = 0; u < U; u++) {
             I bytes = *(const IU *)(w + (i + 4 * u) * P) ^ flip;
+            fetch_ahead<M>(w + (i + 4 * u) * P);
             for (int m = 0; m < M; m++) sum[m][u] = dot(sum[m][u], bytes, x + m * in.k + i + 4 * u);
         }
     for (; i < in.k; i += 4)
@@ -192,6 +219,7 @@ static void panel_int4(const uint8_t *w, const uint16_t *scale, const Input &in,
         for (int m = 0; m < M; m++) part[m] = I{} + in.sum[(first + m) * in.groups + g];
         for (int j = 0; j < GROUP; j += 8) {  // 64 bytes: inputs j..j+3 in the low halves, j+4..j+7 in the high ones
             I both = *(const IU *)(w + (g * GROUP + j) * P / 2);
+            fetch_ahead<M>(w + (g * GROUP + j) * P / 2);
             I even = both & low, odd = (both >> 4) & low;
             for (int m = 0; m < M; m++) {
                 const int8_t *x = in.q + (first + m) * in.k + g * GROUP + j;
@@ -511,21 +539,13 @@ static void halve(Query &query, int64_t D) {
     query.offset = 128.0f * (128.0f * high_sum + low_sum);
 }
 
-template <class T> static inline V floats(const T *p);
-template <> inline V floats(const float *p) { return load(p); }
-template <> inline V floats(const uint16_t *p) { return widen(p); }
-template <> inline V floats(const int8_t *p) {
-    typedef int8_t B __attribute__((vector_size(16), aligned(1)));
-    return __builtin_convertvector(__builtin_convertvector(*(const B *)p, I), V);
-}
-
 // Scores of Q queries with 16 B positions from t on.
 template <class T, int Q, int B>
 static void score(const Places &from, const Query *query, int64_t D, int64_t t, V (*sum)[B]) {
     const T *k = (const T *)from.k + t * D;
     for (int64_t d = 0; d < D; d++)
         for (int b = 0; b < B; b++) {
-            V keys = floats(k + (b * D + d) * P);
+            V keys = widen(k + (b * D + d) * P);
             for (int i = 0; i < Q; i++) sum[i][b] += keys * query[i].x[d];
         }
 }
@@ -589,7 +609,7 @@ static void weigh(const Places &from, const Query *query, int64_t D, int64_t d, 
     V sum[Q][E] = {};
     for (int64_t t = start; t < end; t++)
         for (int e = 0; e < E; e++) {
-            V values = floats(v + t * stride + e * P);
+            V values = widen(v + t * stride + e * P);
             for (int i = 0; i < Q; i++) sum[i][e] += values * query[i].p[t - first];
         }
     for (int i = 0; i < Q; i++)
