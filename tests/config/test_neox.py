@@ -481,6 +481,12 @@ def test_options_with_one_remedy_are_one_problem():
     assert "like 2 more options of its kind" in found[0]
 
 
+def test_a_file_without_a_length_is_told_so():
+    (remark,) = [note for note in read(train_iters=None).notes if note.key == "train.steps"]
+    assert remark.text.startswith("neither train_iters nor train_epochs is given")
+    assert not any(note.key == "train.steps" for note in read().notes)
+
+
 def test_an_option_stands_in_one_file_only_in_either_spelling():
     reading = read_neox({"a.yml": SMALL, "b.yml": {"train-iters": 5}})
     assert [item.text for item in reading.problems] == [

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from castalia.checkpoint.hf.formats import best_format
 from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
@@ -43,6 +44,8 @@ class Outcome(NamedTuple):
     reason: str = ""
     """Why it is refused; the error where no reason is known, which is a failure."""
     family: str = ""
+    architecture: str = ""
+    """Of its export for transformers; empty if no architecture expresses the model."""
     precision: str = ""
     notes: tuple[str, ...] = ()
 
@@ -145,5 +148,11 @@ def outcome(path: Path, tokens: Path, labels: Path, folder: Path) -> Outcome:
         return Outcome([], known[0] if known else str(error))
     kept = Losses()
     Trainer(small.config, ALONE, hooks=[kept]).fit()
-    model = whole.config.model
-    return Outcome(kept.losses, "", model.family, whole.config.precision, tuple(whole.notes))
+    form, lacks = best_format(whole.config.model)
+    return Outcome(
+        kept.losses,
+        family=whole.config.model.family,
+        architecture="" if lacks else form.architectures[0],
+        precision=whole.config.precision,
+        notes=tuple(whole.notes),
+    )

@@ -31,12 +31,16 @@ REFUSED = {
     "pythia__models_12B_pythia-12b-deduped.yml": "fault of the file: layers and heads exchanged",
     "pythia__models_12B_pythia-12b.yml": "fault of the file: a comma is missing",
 }
+LLAMA = ("llama", "LlamaForCausalLM")
 FAMILIES = {
-    "neox__configs_llama2_7B.yml": "llama",
-    "neox__configs_llama_7B.yml": "llama",
-    "neox__configs_llemma_7B.yml": "llama",
-    "neox__configs_mistral_7B.yml": "mistral",
+    "neox__configs_llama2_7B.yml": LLAMA,
+    "neox__configs_llama_7B.yml": LLAMA,
+    "neox__configs_llemma_7B.yml": LLAMA,
+    "neox__configs_mistral_7B.yml": ("mistral", "MistralForCausalLM"),
+    # No architecture of transformers has DeepSpeed's patterns.
+    "neox__configs_sparse.yml": ("neox", ""),
 }
+"""Files that do not become `neox` and GPTNeoXForCausalLM."""
 BF16 = (
     "neox__configs_bf16_125M.yml",
     "neox__configs_llemma_7B.yml",
@@ -65,9 +69,10 @@ def test_each_published_config_trains_or_is_refused_with_its_reason(files):
         if done.reason:
             continue
         assert len(done.losses) == 2 and all(map(math.isfinite, done.losses)), (name, done)
-        assert done.family == FAMILIES.get(name, "neox"), name
-        expected = "bf16" if name in BF16 else "fp32" if name in FP32 else "fp16"
-        assert done.precision == expected, name
+        expected = FAMILIES.get(name, ("neox", "GPTNeoXForCausalLM"))
+        assert (done.family, done.architecture) == expected, name
+        precisions = dict.fromkeys(BF16, "bf16") | dict.fromkeys(FP32, "fp32")
+        assert done.precision == precisions.get(name, "fp16"), name
         # Its published file has another precision than the released model.
         corrected = "precision=bf16" in "".join(done.notes)
         assert corrected == name.startswith("pythia__models_1B"), name
@@ -109,7 +114,7 @@ def test_all_files_of_the_clones_train_or_are_refused_with_a_reason(files, capsy
             said = done.reason
             if not done.reason:
                 assert all(map(math.isfinite, done.losses)), label
-                said = f"{done.family} {done.precision} " + " ".join(
+                said = f"{done.architecture or done.family} {done.precision} " + " ".join(
                     f"{loss:.4f}" for loss in done.losses
                 )
             lines.append(f"{label:75} {said}")

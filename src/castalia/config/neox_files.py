@@ -79,6 +79,13 @@ def document_weights(o: NeoxOptions, out: NeoxReading) -> None:
 def length(o: NeoxOptions, out: NeoxReading) -> None:
     """train_iters or train_epochs, and the horizon, which is a share of either."""
     if not o.has("train_epochs"):
+        if o.complete and not o.has("train_iters"):
+            note(
+                out,
+                "neither train_iters nor train_epochs is given, without which GPT-NeoX does not"
+                " train: set train.steps",
+                "train.steps",
+            )
         return
     if o.has("train_iters"):
         wrong(out, "train_iters and train_epochs are both given; keep one", "train.epochs")
