@@ -26,6 +26,17 @@ REFUSED = {
         "parallel.tp=4",
         "data.seq_length=60",
     ),
+    "model.num_kv_heads 3 and parallel.tp=4: one must be a multiple of the other": (
+        "parallel.tp=4",
+        "model.num_attention_heads=12",
+        "model.hidden_size=96",
+        "model.num_kv_heads=3",
+    ),
+    "model.pos_emb=rpe has one table for all layers, and parallel.pp=2": (
+        "parallel.pp=2",
+        "model.pos_emb=rpe",
+        "train.micro_batch_size=2",
+    ),
     "the padded vocabulary 257 is not divisible by parallel.tp=2: each rank holds an equal part of"
     " it; model.make_vocab_size_divisible_by=2 pads it to fit": (
         "parallel.tp=2",

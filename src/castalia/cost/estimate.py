@@ -8,8 +8,9 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
     optimizer    the state that the optimizer declares, 8 P / S for AdamW's two moments
     activations  for each layer b T times what its family declares as kept; with tp the part that
                  is gathered is that of all T tokens; on a CPU the probabilities of short rows,
-                 e H (T + 128) / 2 a token; a recomputed layer keeps its input, with
-                 recompute=selective all but the cheap part, and one such layer is whole at a time
+                 e H (T + 128) / 2 a token, and under attention_dropout (5 + e) H T; a recomputed
+                 layer keeps its input, with recompute=selective all but the cheap part, and one
+                 such layer is whole at a time
     logits       one chunk of the fused cross-entropy, never b T V
     gradients    4 V C of the head, and 4 P / S from the second micro-batch on; or at the end of
                  the backward 4 P / S and the whole embedding's and head's, if that and two layers'
@@ -17,7 +18,8 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
     gathered     embedding, head and two layers put together by FSDP2, 4 bytes a weight; all layers
                  without resharding
 
-tp divides P, V and the activations; cp the activations and, with dp_shard, P; pp the layers. The
+tp divides P, V and the activations; cp the activations and, with dp_shard, P; pp the layers. Keys
+and values are kept of whole rows under cp, and by as many ranks of tp as have heads of them. The
 sum is within 10% of the bytes that torch allocates on a CPU, with one and two gloo ranks, in fp32
 and bf16.
 The allocator's slack, Python and torch add some 110 MiB, and gloo its own buffers.
@@ -31,7 +33,7 @@ from castalia.cost.workload import Workload
 from castalia.distributed import Degrees
 from castalia.models.config import ModelConfig
 from castalia.models.families import family_of
-from castalia.models.families.base import Costs, Stored
+from castalia.models.families.base import Costs
 from castalia.models.flops import (
     ParameterCounts,
     embedding_parameters,
@@ -151,11 +153,18 @@ def stage_costs(model: ModelConfig, degrees: Degrees) -> tuple[Costs, ...]:
 
 def weights_of(model: ModelConfig, degrees: Degrees) -> StageWeights:
     """The stage with most: under pp one that holds the embedding or the head, not both."""
-    blocks = [4 * costs.parameters // degrees.tp for costs in stage_costs(model, degrees)]
+    blocks = [4 * split_parameters(costs, degrees.tp) for costs in stage_costs(model, degrees)]
     root = family_of(model).norm_parameters(model) + embedding_parameters(model)
     if degrees.pp > 1 and not model.tie_word_embeddings:
         root -= model.padded_vocab_size * model.hidden_size
     return StageWeights(sum(blocks), max(blocks), 4 * root // degrees.tp)
+
+
+def split_parameters(costs: Costs, tp: int) -> int:
+    """Weights of a layer on one of `tp` ranks."""
+    # Fewer key heads than ranks leave copies of their weights.
+    keys = costs.key_parameters
+    return (costs.parameters - keys) // tp + keys // costs.key_parts(tp)
 
 
 def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memory:
@@ -174,7 +183,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     vocabulary = model.padded_vocab_size // degrees.tp
     steps = -(-work.batch_size // (rows * degrees.dp))
     blocks = [
-        tokens * block_bytes(costs.kept, work.seq_length, size, device, degrees.tp)
+        tokens * block_bytes(costs, work.seq_length, size, device, degrees)
         for costs in stage_costs(model, degrees)
     ]
     gathered = weights.blocks
@@ -230,13 +239,21 @@ def activation_bytes(work: Workload, degrees: Degrees, tokens: int, blocks: list
     return total + again + ends
 
 
-def block_bytes(kept: Stored, seq_length: int, size: int, device: str, tp: int) -> int:
+def block_bytes(costs: Costs, seq_length: int, size: int, device: str, degrees: Degrees) -> int:
     """What one block keeps of one of a rank's T / tp tokens of a row; the norms' outputs are
     gathered, all T.
     """
+    kept = costs.kept
+    tp = degrees.tp
     out = 4 * kept.residual + size * (kept.split + tp * kept.gathered)
+    # Keys and values of whole rows, and copies where ranks outnumber their heads.
+    out += size * kept.keys * (degrees.cp * tp // costs.key_parts(tp) - 1)
+    if device == "cpu":
+        out += 4 * kept.unfused
     if device == "cpu" and seq_length <= KEEP * kept.head_dim:
         out += size * kept.heads * (seq_length + QUERIES) // 2
+    # Softmax in fp32, what is dropped of it, and the probabilities that are left.
+    out += (4 + 1 + size) * kept.plain_heads * seq_length
     return out
 
 

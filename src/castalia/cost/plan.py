@@ -134,13 +134,14 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     # tp gathers and reduces each width, forward and backward: 4 times. cp gathers keys and values
     # in the forward and reduces their gradients in the backward: 2 times.
     tp_bytes = 4 * sum(cost.tp_width for cost in costs) * steps * number
-    cp_bytes = 2 * sum(cost.cp_width for cost in costs) * steps * number
+    keys = sum(cost.cp_width / cost.key_parts(degrees.tp) for cost in costs)
+    cp_bytes = 2 * keys * steps * number
     return {
         "fsdp": share * steps * (gathered + weights.all),
         "fsdp_gather": share * steps * gathered,
         "all_reduce": 2 * (degrees.dp_replicate - 1) / degrees.dp_replicate * weights.all / shards,
         "tp": tp_bytes * (degrees.tp - 1) / degrees.tp,
-        "cp": cp_bytes * (degrees.cp - 1) / degrees.tp,
+        "cp": cp_bytes * (degrees.cp - 1),
         "p2p": 2 * steps * micro / degrees.tp if degrees.pp > 1 else 0.0,
     }
 

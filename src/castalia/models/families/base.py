@@ -35,8 +35,15 @@ class Stored(NamedTuple):
     """The part of `split` that selective recompute makes again."""
     again_gathered: int = 0
     """The part of `gathered` that selective recompute makes again."""
+    keys: int = 0
+    """The part of `split` that is keys and values: with fewer of their heads than tp ranks, and of
+    whole rows under cp, a rank keeps more than its share."""
+    unfused: int = 0
+    """Numbers in fp32, split, that norms keep on a CPU, where torch has no kernel for them."""
     heads: int = 0
     """Query heads whose attention probabilities the CPU kernel keeps for short rows."""
+    plain_heads: int = 0
+    """Query heads whose attention probabilities are kept for all keys, on every device."""
     head_dim: int = 0
     """Width of these heads, which decides how long a short row may be."""
 
@@ -57,8 +64,16 @@ class Costs(NamedTuple):
     """Numbers of each token that tp ranks gather in one forward pass, and reduce as many."""
     cp_width: int = 0
     """Numbers of each token that cp ranks gather in one forward pass: its keys and values."""
+    key_heads: int | None = None
+    """Heads of keys and values: ranks of tp beyond them hold copies. None if there are none."""
+    key_parameters: int = 0
+    """Weights of keys and values, where they are layers of their own."""
     window: int | None = None
     """Most tokens that a token sees; None means its whole row."""
+
+    def key_parts(self, tp: int) -> int:
+        """Into how many parts tp ranks split keys and values."""
+        return tp if self.key_heads is None else min(tp, self.key_heads)
 
     def flops(self, seq_length: int) -> int:
         """Training FLOPs of one token in rows of `seq_length` tokens.

@@ -97,26 +97,13 @@ class Transformer(Family):
     def costs(self, config: TransformerConfig, layer: int) -> Costs:
         """Sums over the parts of a block."""
         d = config.hidden_size
-        f = config.ffn_size
         parts = self.parts(config)
         products = sum(part.outputs * part.inputs for part in parts.linears)
         biases = sum(part.bias * part.outputs for part in parts.linears)
         parameters = products + biases + sum(part.parameters for part in parts.norms)
         queries = config.num_attention_heads * config.head_dim
         keys = config.kv_heads * config.head_dim
-        # Kept: q, k, v and the attention's output, MLP in and out; gathered: both norms' outputs.
-        # Selective recompute drops the norms' outputs and what the activation makes.
-        inside = 3 * f if config.gated else 2 * f
-        gathered = d if config.shared_norm else 2 * d
-        kept = Stored(
-            residual=d,
-            split=2 * (queries + keys) + inside,
-            gathered=gathered,
-            again_split=f,
-            again_gathered=gathered,
-            heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-        )
+        projections = 0 if config.fused_qkv else 2 * (keys * d + config.has_qkv_bias * keys)
         return Costs(
             parameters=parameters,
             active=parameters,
@@ -124,9 +111,11 @@ class Transformer(Family):
             # Scores and weighted sums: 2 multiply-adds a key and dimension, three times with the
             # backward.
             flops_per_key=12 * queries,
-            kept=kept,
+            kept=kept_numbers(config, layer),
             tp_width=2 * d,
             cp_width=2 * keys,
+            key_heads=config.kv_heads,
+            key_parameters=projections,
             window=most_keys(config, layer),
         )
 
@@ -167,6 +156,41 @@ class Transformer(Family):
         linears = (*attention_linears(config), *mlp_linears(config))
         norms = tuple(block_norms(config))
         return Parts(linears, norms, norm_part(config, "final_norm", "norm"))
+
+
+def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
+    """What a block keeps of each token for the backward pass."""
+    d = config.hidden_size
+    f = config.ffn_size
+    queries = heads(config) * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    # Kept: q, k, v and the attention's output, MLP in and out, of a gated one both inputs and both
+    # factors; gathered: both norms' outputs. Selective recompute drops the norms' outputs and what
+    # the activation makes.
+    split = 2 * (queries + keys) + (4 * f if config.gated else 2 * f)
+    if config.qk_norm != "none":
+        # Before the norm, and before its weight.
+        split += 2 * (queries + keys)
+    gathered = d if config.shared_norm else 2 * d
+    # The kernel that keeps probabilities has no place for biases and for masks of each head.
+    biased = config.pos_emb in ("alibi", "rpe")
+    by_head = (
+        config.layer_kind(layer) in SPARSE
+        and (config.sparsity_config or SparsityConfig()).different_layout_per_head
+    )
+    plain = config.attention_dropout > 0
+    return Stored(
+        residual=d,
+        split=split,
+        gathered=gathered,
+        again_split=2 * f if config.gated else f,
+        again_gathered=gathered,
+        keys=2 * keys,
+        unfused=0 if "layernorm" in config.norm else gathered,
+        heads=0 if biased or by_head or plain else heads(config),
+        plain_heads=heads(config) if plain else 0,
+        head_dim=config.head_dim,
+    )
 
 
 def most_keys(config: TransformerConfig, layer: int) -> int | None:
