@@ -119,6 +119,36 @@ def test_transformers_finds_the_same_texts_and_scores(
             assert (got.finish_reason == "eod") == is_ended or len(got.tokens) == 24
 
 
+@pytest.mark.parametrize("engine", ["torch", "native"])
+def test_beams_over_a_sliding_window_and_grouped_heads(tmp_path: Path, engine: str) -> None:
+    """The copied state of a beam is longer than the window of its attention."""
+    torch.manual_seed(1)
+    config = hf.MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        sliding_window=5,
+        initializer_range=0.3,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+    )
+    model = hf.MistralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    ours = castalia.load(tmp_path, engine=engine, dtype="fp32")
+    options: dict[str, Any] = {"num_beams": 4, "num_return_sequences": 4}
+    for more in ({}, {"temperature": 1.2}):
+        done = ours.complete([PROMPTS[1]], 20, seed=2, **options, **more)
+        asked = their_options(options | more)
+        want = generated(model, PROMPTS[1], 2, max_new_tokens=20, **asked)
+        for got, row, score in zip(done, want.sequences, want.sequences_scores, strict=True):
+            assert got.tokens == text_of(row.tolist(), PROMPTS[1])
+            assert got.score == pytest.approx(float(score), rel=1e-4)
+
+
 SINGLE: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
     {"no_repeat_ngram_size": 2, "repetition_penalty": 0.9, "min_tokens": 8},
