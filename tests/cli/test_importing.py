@@ -111,6 +111,14 @@ def test_the_command_prints_one_line_and_replaces_only_imports(
     assert code == 2 and "exists already; use --force" in err and err.count("\n") == 1
     code, out, err = command(*words, "--force")
     assert code == 0 and out.startswith(f"{place}  neox fp16  step 0  ")
+    # Of transformers over the source, and of what was written.
+    certificate = json.loads((place / "certificate.json").read_text())
+    assert certificate["source"]["program"].startswith("transformers ")
+    assert certificate["largest_difference"] < 1e-4 < certificate["largest_logit"]
+    assert "## Certificate" in (place / "README.md").read_text()
+    code, out, err = command(*words, "--force", "--dtype", "bf16", "--max-difference", "1e-6")
+    assert code == 1 and "was not written: the largest difference" in err
+    assert open_model(place).tensors["embed.weight"].dtype == torch.float16
     (place / "import.json").unlink()
     code, out, err = command(*words, "--force")
     assert code == 2 and "is not an import" in err

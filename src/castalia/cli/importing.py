@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from castalia.cli.export import difference
 from castalia.cli.flags import AsJson, grouped, panel
 
 GIVEN = panel("What the files do not say")
@@ -44,6 +45,20 @@ class WrittenFlags:
         FORMAT(help="fp32, bf16 or fp16.", show_default="that of the source, bit for bit"),
     ] = None
     force: Annotated[bool, FORMAT("--force", help="Replace an earlier import.")] = False
+    no_certificate: Annotated[
+        bool,
+        FORMAT(
+            "--no-certificate",
+            help="Leave out the comparison of logits on fixed prompts, which runs both ends.",
+        ),
+    ] = False
+    max_difference: Annotated[
+        float | None,
+        FORMAT(
+            metavar="X",
+            help="Refuse the import if a logit of the certificate's fixed prompts differs by more.",
+        ),
+    ] = None
 
 
 @grouped
@@ -84,11 +99,15 @@ def import_(
         tokenizer=given.tokenizer,
         dtype=written.dtype,
         force=written.force,
+        certificate=not written.no_certificate,
+        max_difference=written.max_difference,
     )
     text = (
         f"{done.folder}  {done.family} {done.dtype}  step {done.step}  {size_text(done.bytes)}"
         f"  {done.seconds:.1f} s"
     )
+    if done.certificate is not None:
+        text += f"  {difference(done.certificate)}"
     if as_json:
         text = json.dumps(asdict(done), ensure_ascii=False)
     print(text, flush=True)

@@ -1,22 +1,24 @@
 """`import_model`: a model of another program as a folder that every verb takes for a run.
 
 FOLDER/checkpoints/step-00000000/   a checkpoint of Castalia's own: weights, config, tokenizer
-FOLDER/README.md  import.json       the card, and the record of the origin
+FOLDER/README.md  import.json  certificate.json   the card, the record of the origin, the comparison
 """
 
 import json
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
 from castalia.checkpoint.copying import copy_model
-from castalia.checkpoint.hf import DTYPES, special_id_values
+from castalia.checkpoint.hf import DTYPES, is_hf_folder, special_id_values
 from castalia.checkpoint.saved_model import (
     GENERATION,
     TOKENIZER,
@@ -29,7 +31,17 @@ from castalia.core.errors import ConfigError, nearest
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import is_hub_id
 from castalia.data.tokenizer_settings import companions
-from castalia.export.card import shape
+from castalia.export.card import certificate_lines, shape
+from castalia.export.certificate import (
+    Certificate,
+    End,
+    certify,
+    require_close,
+    torch_reader,
+    write_certificate,
+)
+from castalia.export.places import put_in_place
+from castalia.export.written import transformers_reader
 from castalia.monitor.display import size_text
 
 RECORD = "import.json"
@@ -52,6 +64,8 @@ class Imported:
     seconds: float
     notes: list[str]
     """What a reader should know, one sentence each."""
+    certificate: dict[str, Any] | None
+    """Both ends on fixed prompts, see `Certificate`; None if it was left out."""
     source_sha256: dict[str, str]
     """Hash of each file of weights that was read."""
 
@@ -64,6 +78,8 @@ def import_model(
     tokenizer: str | None = None,
     dtype: str | None = None,
     force: bool = False,
+    certificate: bool = True,
+    max_difference: float | None = None,
 ) -> Imported:
     """Write the model at `path` as a folder that takes the place of a run everywhere.
 
@@ -71,9 +87,12 @@ def import_model(
             folder of Meta's, or a GGUF file of floats. configs: GPT-NeoX's YAML files, where they
             are not with the checkpoint. tokenizer: as load_tokenizer takes it, where none is with
             the model. dtype: fp32, bf16 or fp16; by default the weights keep theirs, bit for bit.
-            force: replace an earlier import.
+            force: replace an earlier import. certificate: whether both ends compute fixed prompts,
+            a Hugging Face folder in transformers where that is installed. max_difference: an import
+            whose logits differ by more is not written.
     Raises  ConfigError for a wrong option, an output that exists, or a model that Castalia lacks;
-            CheckpointError if the files are missing or damaged, or hold more than tensors.
+            CheckpointError if the files are missing or damaged, or hold more than tensors;
+            CastaliaError if a logit differs by more than max_difference.
 
     Examples
         >>> import castalia
@@ -86,25 +105,41 @@ def import_model(
         0
     """
     begin = time.perf_counter()
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(
-            f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
-        )
-    if not is_hub_id(path) and not is_model_alone(Path(path)):
-        raise ConfigError(no_model(Path(path)))
+    require_options(path, dtype, certificate, max_difference)
     folder = Path(output)
     require_replaceable(folder, force)
     source = open_model(path, configs=[Path(file) for file in configs], tokenizer=tokenizer)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
-        done = write_folder(temporary, source, str(path), folder, dtype, begin)
+        done = write_model(temporary, source, str(path), folder, dtype)
+        measured = None
+        if certificate:
+            measured = certified(temporary, source, folder.resolve().name, done.source_sha256)
+            require_close(measured, max_difference, folder)
+        done = described(temporary, source, done, measured, begin)
         put_in_place(temporary, folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return done
+
+
+def require_options(
+    path: str | Path, dtype: str | None, certificate: bool, max_difference: float | None
+) -> None:
+    """Raises  ConfigError about an option out of range, or a path that names nothing to import."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(
+            f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}"
+        )
+    if max_difference is not None and not (certificate and max_difference >= 0):
+        raise ConfigError(
+            f"max_difference must be >= 0 and is checked by the certificate, got {max_difference}"
+        )
+    if not is_hub_id(path) and not is_model_alone(Path(path)):
+        raise ConfigError(no_model(Path(path)))
 
 
 def no_model(path: Path) -> str:
@@ -136,15 +171,10 @@ def require_replaceable(folder: Path, force: bool) -> None:
         )
 
 
-def write_folder(
-    temporary: Path,
-    source: SavedModel,
-    path: str,
-    folder: Path,
-    dtype: str | None,
-    begin: float,
+def write_model(
+    temporary: Path, source: SavedModel, path: str, folder: Path, dtype: str | None
 ) -> Imported:
-    """Write checkpoint, card and record."""
+    """Write the checkpoint; returns what is known of the import by then."""
     hashes = source.hashes()
     step = source.step or 0
     state = {"step": step, "imported": {"name": source.folder.name, "sha256": hashes}}
@@ -156,7 +186,7 @@ def write_folder(
         texts(source),
         None if dtype is None else DTYPES[dtype],
     )
-    done = Imported(
+    return Imported(
         folder=str(folder),
         source=path,
         family=source.config.family,
@@ -164,16 +194,32 @@ def write_folder(
         dtype=dtype or stored_dtypes(source),
         tensors=len(source.tensors),
         bytes=sum(file.stat().st_size for file in files_in(temporary)),
-        seconds=round(time.perf_counter() - begin, 3),
+        seconds=0.0,
         notes=notes(source),
+        certificate=None,
         source_sha256=hashes,
     )
-    write_card(temporary / CARD, source, done)
-    from castalia import __version__
 
-    model = source.config.model_dump(mode="json")
-    write_json(temporary / RECORD, {"castalia": __version__, **asdict(done), "model": model})
-    return done
+
+def certified(
+    folder: Path, source: SavedModel, name: str, hashes: Mapping[str, str]
+) -> Certificate:
+    """The certificate of the model that was written into `folder`, which gets its file.
+
+    A Hugging Face folder is computed by transformers; GPT-NeoX and Meta's code are no packages, so
+    their files are computed here, as they are and as they were written.
+    """
+    written = open_model(folder)
+    reader = torch_reader(source)
+    if is_hf_folder(source.folder) and find_spec("transformers") is not None:
+        reader = transformers_reader(source.folder, "fp32")
+    measured = certify(
+        End(source.folder.name, hashes, reader),
+        End(name, written.hashes(), torch_reader(written)),
+        source.config,
+    )
+    write_certificate(folder, measured)
+    return measured
 
 
 def texts(source: SavedModel) -> dict[str, str]:
@@ -210,8 +256,26 @@ def notes(source: SavedModel) -> list[str]:
     return out
 
 
-def write_card(path: Path, source: SavedModel, done: Imported) -> None:
-    """The card: the model's shape, where it came from, the hashes of what was read."""
+def described(
+    folder: Path,
+    source: SavedModel,
+    done: Imported,
+    certificate: Certificate | None,
+    begin: float,
+) -> Imported:
+    """Write card and record; returns the import with its certificate and time."""
+    values = None if certificate is None else certificate.as_dict()
+    seconds = round(time.perf_counter() - begin, 3)
+    done = replace(done, certificate=values, seconds=seconds)
+    write_card(folder, source, done, certificate)
+    write_record(folder, source, done)
+    return done
+
+
+def write_card(
+    folder: Path, source: SavedModel, done: Imported, certificate: Certificate | None
+) -> None:
+    """The card: the model's shape, where it came from, the hashes of both ends."""
     lines = [
         f"# {Path(done.folder).resolve().name}",
         "",
@@ -226,20 +290,19 @@ def write_card(path: Path, source: SavedModel, done: Imported) -> None:
         "SHA-256 of what was read:",
         "",
         *(f"- `{name}` `{digest}`" for name, digest in done.source_sha256.items()),
+        "",
+        "## Certificate",
+        "",
+        *certificate_lines(certificate),
     ]
     if done.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in done.notes)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename the new folder to its name; an earlier one is deleted once the new one is in place."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = temporary.with_name(f"{temporary.name}.old")
-    folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old)
+def write_record(folder: Path, source: SavedModel, done: Imported) -> None:
+    """import.json: the import and the config of its model."""
+    from castalia import __version__
+
+    model = source.config.model_dump(mode="json")
+    write_json(folder / RECORD, {"castalia": __version__, **asdict(done), "model": model})
