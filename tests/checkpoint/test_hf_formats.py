@@ -41,6 +41,7 @@ def ours(**values: Any) -> TransformerConfig:
         (LLAMA | {"qk_norm": "head"}, "Qwen3ForCausalLM"),
         (LLAMA | {"qk_norm": "width", "norm_placement": "post"}, "Olmo2ForCausalLM"),
         (LLAMA | {"norm": "non_parametric_layernorm"}, "OlmoForCausalLM"),
+        (LLAMA | {"output_multiplier": 0.5}, "GraniteForCausalLM"),
         (LLAMA | {"norm": "layernorm"}, "StableLmForCausalLM"),
         ({"pos_emb": "learned", **SERIAL}, "GPT2LMHeadModel"),
         ({"family": "palm"}, "StableLmForCausalLM"),
@@ -73,7 +74,7 @@ def test_the_first_architecture_that_expresses_a_model(values: dict, architectur
         ({"qkv_bias": False}, "qkv_bias=false"),
         ({"attention_head_dim": 16}, "attention_head_dim=16"),
         (WINDOW, "sliding_window=5"),
-        ({"output_multiplier": 0.5}, "output_multiplier=0.5"),
+        ({"output_multiplier": 0.5}, "GPTNeoXForCausalLM, cannot express output_multiplier=0.5"),
         (LLAMA | {"rotary_pct": 0.5}, "LlamaForCausalLM, cannot express rotary_pct=0.5"),
         (LLAMA | {"rmsnorm_partial": 0.5}, "rmsnorm_partial=0.5"),
         ({"family": "palm", "mlp_bias": True}, "StableLmForCausalLM, cannot express mlp_bias=true"),
@@ -275,6 +276,11 @@ def test_a_published_config_is_the_preset(name: str) -> None:
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx true: only false"),
         ("gpt2", {"n_embd": 32, "hidden_size": 64}, "n_embd and hidden_size are one option"),
         ("gpt2", {"add_cross_attention": True}, "implement add_cross_attention=true"),
+        (
+            "llama",
+            {"model_type": "granite", "architectures": None},
+            "attention_multiplier 1.0: only",
+        ),
         ("palm", {"qk_layernorm": True}, "qk_layernorm true: only false"),
     ],
 )

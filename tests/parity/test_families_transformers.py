@@ -109,19 +109,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "StableLm",
         STABLE | {"use_parallel_residual": True} | rope(partial_rotary_factor=1.0),
     ),
+    "granite": (
+        "Granite",
+        GROUPED
+        | {"attention_multiplier": 8**-0.5, "embedding_multiplier": 3.0, "logits_scaling": 8.0},
+    ),
     "stablelm": ("StableLm", GROUPED | {"use_qkv_bias": True} | rope(partial_rotary_factor=0.5)),
 }
 FREE = {
     "architectures",
-    "attention_dropout",
-    "attn_pdrop",
     "bos_token_id",
     "dtype",
-    "embd_pdrop",
     "eos_token_id",
     "initializer_range",
     "pad_token_id",
-    "resid_pdrop",
     "transformers_version",
     "_name_or_path",
 }
@@ -294,3 +295,15 @@ def test_a_model_is_written_as_the_architecture_that_it_is(case: str, tmp_path: 
         ours = castalia.load(tmp_path / "run", engine="torch", dtype="fp32")
         for row, logits in zip(ids()[:, :-1].tolist(), expected, strict=True):
             assert (ours.logits(row) - logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("case", ["llama 3", "gpt2", "neox yarn", "falcon 40b"])
+def test_positions_are_position_ids(case: str, tmp_path: Path) -> None:
+    theirs = reference(*CASES[case])
+    theirs.save_pretrained(tmp_path)
+    ours = loaded(open_model(tmp_path))
+    tokens = ids()[:, :10]
+    positions = torch.stack([torch.arange(10) + 3, torch.arange(10)])
+    with torch.no_grad():
+        expected = theirs(tokens, position_ids=positions).logits
+        assert (ours.head(ours(tokens, positions=positions)) - expected).abs().max() <= 1e-5

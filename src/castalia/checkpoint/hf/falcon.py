@@ -109,8 +109,7 @@ class FalconFormat(TransformerFormat):
             "activation": written(config.activation, PLAIN),
             "layer_norm_epsilon": config.layernorm_epsilon,
             "initializer_range": config.init_method_std,
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
+            **self.written_dropouts(config),
             **written_rope(config),
         }
 

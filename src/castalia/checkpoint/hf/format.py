@@ -70,6 +70,13 @@ class TransformerFormat(HfFormat):
     """Value of max_position_embeddings where the file has none."""
     transposed: ClassVar[bool] = False
     """Whether its matrices are (inputs, outputs)."""
+    dropouts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "hidden_dropout": ("hidden_dropout",),
+        "attention_dropout": ("attention_dropout",),
+    }
+    """Its keys for our options of dropout; several hold the same value."""
+    usual_dropout: ClassVar[float] = 0.0
+    """Their value where the file has none."""
     fused: ClassVar[bool] = False
     """Whether it has queries, keys and values in one matrix, in GPT-NeoX's order."""
 
@@ -127,8 +134,19 @@ class TransformerFormat(HfFormat):
         keys = Keys(values, where, self.names)
         shape = shape_of(keys, vocab_size, tied=self.tied, longest=self.longest)
         options = self.read_options(keys, shape)
+        dropouts = {name: self.read_dropout(keys, name) for name in self.dropouts}
         keys.finish()
-        return build(self.Config, shape | options, where)
+        return build(self.Config, shape | options | dropouts, where)
+
+    def read_dropout(self, keys: Keys, name: str) -> Any:
+        """Our option `name`."""
+        key, *same = self.dropouts[name]
+        keys.ignore(same)
+        return keys.take(key, self.usual_dropout)
+
+    def written_dropouts(self, config: TransformerConfig) -> dict[str, Any]:
+        """Its keys for our options of dropout."""
+        return {key: getattr(config, name) for name, keys in self.dropouts.items() for key in keys}
 
 
 def transpose(matrix: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 from castalia.checkpoint.hf.falcon import FalconFormat
 from castalia.checkpoint.hf.format import HfFormat
 from castalia.checkpoint.hf.gpt2 import Gpt2Format
+from castalia.checkpoint.hf.granite import GraniteFormat
 from castalia.checkpoint.hf.llama import LlamaFormat
 from castalia.checkpoint.hf.mistral import MistralFormat
 from castalia.checkpoint.hf.neox import NeoxFormat
@@ -28,6 +29,7 @@ for form in (
     Gpt2Format(),
     StableLmFormat(),
     OlmoFormat(),
+    GraniteFormat(),
 ):
     HF.register(form.model_type)(form)
 

@@ -22,6 +22,7 @@ PARTS = {
 }
 SUMMARY = (
     "summary_activation",
+    "summary_first_dropout",
     "summary_proj_to_labels",
     "summary_type",
     "summary_use_proj",
@@ -48,6 +49,11 @@ class Gpt2Format(TransformerFormat):
     tied = True
     longest = 1024
     transposed = True
+    dropouts = {
+        "hidden_dropout": ("resid_pdrop", "embd_pdrop"),
+        "attention_dropout": ("attn_pdrop",),
+    }
+    usual_dropout = 0.1
     expresses = {
         "norm": ("layernorm",),
         "activation": tuple(PLAIN.values()),
@@ -82,7 +88,5 @@ class Gpt2Format(TransformerFormat):
             "activation_function": "gelu_new" if activation == "gelu_pytorch_tanh" else activation,
             "layer_norm_epsilon": config.layernorm_epsilon,
             "initializer_range": config.init_method_std,
-            "attn_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "resid_pdrop": 0.0,
+            **self.written_dropouts(config),
         }

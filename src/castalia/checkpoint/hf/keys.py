@@ -87,17 +87,6 @@ HARMLESS = frozenset(
     }
 )
 """Keys that change no logits, whatever the architecture."""
-DROPOUTS = frozenset(
-    {
-        "attention_dropout",
-        "hidden_dropout",
-        "attn_pdrop",
-        "embd_pdrop",
-        "resid_pdrop",
-        "summary_first_dropout",
-    }
-)
-"""Dropout belongs to a training run, which chooses its own."""
 
 
 class Keys:
@@ -112,7 +101,7 @@ class Keys:
     ) -> None:
         self.where = where
         self.left = dict(values)
-        self.known = set(HARMLESS | DROPOUTS)
+        self.known = set(HARMLESS)
         self.names = dict(names or {})
 
     def take(self, key: str, default: Any = None) -> Any:
@@ -171,7 +160,7 @@ class Keys:
 
     def finish(self) -> None:
         """Raises  ConfigError naming keys that nothing has read and that ask for something."""
-        self.ignore(HARMLESS | DROPOUTS)
+        self.ignore(HARMLESS)
         # Null, false, 0 and empty values switch an option off.
         rest = {key: value for key, value in self.left.items() if value}
         if not rest:

@@ -53,6 +53,9 @@ class LlamaShaped(TransformerFormat):
     """Key of the epsilon of norms, and its value where the file has none; None: it is 1e-5."""
     head_dim: ClassVar[int | None] = None
     """Value of head_dim where the file has none; None means that heads fill the width."""
+    dropouts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention_dropout": ("attention_dropout",)
+    }
     share: ClassVar[str] = ""
     """Key of the rotated share of a head; without it whole heads rotate."""
 
@@ -83,7 +86,7 @@ class LlamaShaped(TransformerFormat):
             "intermediate_size": config.ffn_size,
             "hidden_act": written(config.activation, GATED),
             "initializer_range": config.init_method_std,
-            "attention_dropout": 0.0,
+            **self.written_dropouts(config),
             **written_rope(config, share=self.share),
         }
         if self.epsilon is not None:
@@ -96,7 +99,7 @@ class LlamaFormat(LlamaShaped):
 
     model_type = "llama"
     architectures = ("LlamaForCausalLM",)
-    families = ("llama",)
+    families: ClassVar[tuple[str, ...]] = ("llama",)
     Config = LlamaConfig
     expresses = SHAPE | {"attention_bias": (False, True), "mlp_bias": (False, True)}
 

@@ -79,8 +79,7 @@ class NeoxFormat(TransformerFormat):
             "use_parallel_residual": config.parallel_residual,
             "attention_bias": config.attention_bias,
             "layer_norm_eps": config.layernorm_epsilon,
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
+            **self.written_dropouts(config),
             "initializer_range": config.init_method_std,
         }
 

@@ -6,6 +6,7 @@ LayerNorm with biases, SwiGLU, and parallel blocks with one norm for both parts.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from castalia.checkpoint.hf.format import TransformerFormat
 from castalia.checkpoint.hf.keys import Keys
 from castalia.checkpoint.hf.llama import SHAPE, LlamaShaped
 from castalia.models.config import TransformerConfig
@@ -22,6 +23,7 @@ class StableLmFormat(LlamaShaped):
     key_heads = 32
     longest = 4096
     epsilon = ("layer_norm_eps", 1e-5)
+    dropouts = TransformerFormat.dropouts
     share = "partial_rotary_factor"
     expresses = SHAPE | {
         "norm": ("layernorm",),
@@ -53,5 +55,4 @@ class StableLmFormat(LlamaShaped):
             "use_parallel_residual": config.parallel_residual,
             "use_qkv_bias": config.has_qkv_bias,
             "qk_layernorm": False,
-            "hidden_dropout": 0.0,
         }
