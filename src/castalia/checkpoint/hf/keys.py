@@ -10,82 +10,31 @@ from typing import Any
 
 from castalia.core.errors import ConfigError, nearest
 
-HARMLESS = frozenset(
-    {
-        # Names, versions, and where code is found.
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "custom_pipelines",
-        "keys_to_ignore_at_inference",
-        "model_type",
-        "name_or_path",
-        "tokenizer_class",
-        "torchscript",
-        "transformers_version",
-        "unsloth_version",
-        # Special ids.
-        "bos_token_id",
-        "decoder_start_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        # How numbers are stored and summed: pretraining_tp sums the same products in another order.
-        "chunk_size_feed_forward",
-        "dtype",
-        "gradient_checkpointing",
-        "pretraining_tp",
-        "torch_dtype",
-        "use_bfloat16",
-        "use_cache",
-        # Start weights, other heads and tasks.
-        "classifier_dropout",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "is_decoder",
-        "label2id",
-        "prefix",
-        "problem_type",
-        "task_specific_params",
-        # Lengths that the decoder does not read.
-        "max_sequence_length",
-        "n_ctx",
-        # What a forward pass returns.
-        "output_attentions",
-        "output_hidden_states",
-        "output_scores",
-        "return_dict",
-        "return_dict_in_generate",
-        # How text is drawn.
-        "bad_words_ids",
-        "begin_suppress_tokens",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "suppress_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-    }
+HARMLESS_LINES = (
+    # Names, versions, and where code is found.
+    "_attn_implementation_autoset _commit_hash _name_or_path architectures attn_implementation",
+    "auto_map custom_pipelines keys_to_ignore_at_inference model_type name_or_path",
+    "tokenizer_class torchscript transformers_version unsloth_version",
+    # Special ids.
+    "bos_token_id decoder_start_token_id eos_token_id pad_token_id sep_token_id",
+    # How numbers are stored and summed: pretraining_tp sums the same products in another order.
+    "chunk_size_feed_forward dtype gradient_checkpointing pretraining_tp torch_dtype use_bfloat16",
+    "use_cache",
+    # Start weights, other heads and tasks.
+    "classifier_dropout finetuning_task id2label initializer_range is_decoder label2id prefix",
+    "problem_type task_specific_params",
+    # Lengths that the decoder does not read.
+    "max_sequence_length n_ctx",
+    # What a forward pass returns.
+    "output_attentions output_hidden_states output_scores return_dict return_dict_in_generate",
+    # How text is drawn.
+    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping",
+    "encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id",
+    "forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size",
+    "num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty",
+    "suppress_tokens temperature top_k top_p typical_p",
 )
+HARMLESS = frozenset(key for line in HARMLESS_LINES for key in line.split())
 """Keys that change no logits, whatever the architecture."""
 
 
