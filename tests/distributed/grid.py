@@ -277,12 +277,47 @@ def keys_out_of_order() -> None:
     )
 
 
+def first_key_head() -> None:
+    """Each process takes the first head of keys where there are fewer of them than processes."""
+    from castalia.models.parts.attention import Attention
+
+    # One process alone has all heads.
+    Attention.own_keys = lambda self, x, share: x if share.size == 1 else x[:, :1]
+
+
+def gradient_of_own_heads() -> None:
+    """The gradient of a whole parameter is that of this process's heads or tokens alone."""
+    from castalia.models.parts import norms, positions
+
+    def wrong(parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    norms.local = wrong
+    positions.local = wrong
+
+
+def draws_of_the_part() -> None:
+    """Each process drops by the places of the tokens that it holds, counted from 0."""
+    from castalia.models import decoder
+
+    right = decoder.row_positions
+
+    def wrong(context: Any, past: Any) -> Any:
+        places, keys = right(context, past)
+        return torch.arange(places.shape[1])[None], keys
+
+    decoder.row_positions = wrong
+
+
 SABOTAGE = {
     "qkv split off head boundaries": off_head_boundaries,
     "row bias on every process": bias_on_every_process,
     "maximum of the own tokens": loss_of_own_tokens,
     "places counted on each process": places_of_the_part,
     "keys in the order of the processes": keys_out_of_order,
+    "the first head of keys": first_key_head,
+    "gradients of the own heads": gradient_of_own_heads,
+    "dropout counted on each process": draws_of_the_part,
 }
 """Wrong plans that train without an error."""
 

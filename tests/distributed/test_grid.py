@@ -38,6 +38,9 @@ def test_every_layout_equals_one_process():
         ("maximum of the own tokens", "tp, accumulated tp=2"),
         ("places counted on each process", "cp, recompute cp=2"),
         ("keys in the order of the processes", "cp, recompute cp=2"),
+        ("the first head of keys", "tp, llama tp=4"),
+        ("gradients of the own heads", "tp, gpt2 tp=2"),
+        ("dropout counted on each process", "tp x cp, llama with dropout cp=2"),
     ],
 )
 def test_a_wrong_plan_fails(wrong, row):
