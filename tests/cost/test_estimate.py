@@ -119,7 +119,7 @@ def test_ranks_beyond_the_key_heads_hold_copies():
     )
     # Norms count as split; they are a thousandth.
     assert two == pytest.approx(one / 2, abs=64)
-    assert four == pytest.approx((one - 4 * keys) / 4 + 4 * keys / 2, abs=64)
+    assert four == pytest.approx((one - 4 * keys) / 4 + 4 * keys, abs=64)
 
 
 def test_a_window_bounds_the_flops_of_attention():

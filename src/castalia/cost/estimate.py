@@ -162,9 +162,10 @@ def weights_of(model: ModelConfig, degrees: Degrees) -> StageWeights:
 
 def split_parameters(costs: Costs, tp: int) -> int:
     """Weights of a layer on one of `tp` ranks."""
-    # Fewer key heads than ranks leave copies of their weights.
     keys = costs.key_parameters
-    return (costs.parameters - keys) // tp + keys // costs.key_parts(tp)
+    # Where ranks outnumber the key heads, each has the weights of all of these.
+    parts = tp if costs.key_parts(tp) == tp else 1
+    return (costs.parameters - keys) // tp + keys // parts
 
 
 def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memory:

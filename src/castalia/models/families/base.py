@@ -67,7 +67,8 @@ class Costs(NamedTuple):
     key_heads: int | None = None
     """Heads of keys and values: ranks of tp beyond them hold copies. None if there are none."""
     key_parameters: int = 0
-    """Weights of keys and values, where they are layers of their own."""
+    """Weights of keys and values, where they are layers of their own; whole on every rank of tp
+    where ranks outnumber these heads."""
     window: int | None = None
     """Most tokens that a token sees; None means its whole row."""
 
