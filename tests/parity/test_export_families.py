@@ -19,7 +19,7 @@ from castalia.export import export
 from castalia.export.formats import EXPORTS
 from castalia.inference import LanguageModel
 from castalia.inference.engines import engine_of_export
-from castalia.inference.gguf_architectures import architecture_of
+from castalia.inference.gguf_architectures import ARCHITECTURES, architecture_of
 from castalia.models import Decoder
 from castalia.models.families import build_model_config
 from castalia.models.init import start_weights
@@ -220,6 +220,11 @@ def test_quantized_models_speak(tmp_path: Path) -> None:
             assert (got - want).abs().mean() < 0.15 * want.std()
 
 
+def test_the_docs_list_the_architectures() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "inference.md").read_text()
+    assert all(f"`{architecture.name}`" in page for architecture in ARCHITECTURES)
+
+
 def test_a_window_is_kept_where_it_can_be(tmp_path: Path) -> None:
     """CTranslate2 computes it for generated tokens alone; a GGUF file ends where it would begin."""
     run = save_run(tmp_path / "run", "mistral", sliding_window=24, **GROUPED)
@@ -269,13 +274,39 @@ def test_a_window_is_kept_where_it_can_be(tmp_path: Path) -> None:
             "ct2",
             "attention_config=.'sliding', 'global'.: all its layers have one",
         ),
+        ("olmo2", {"attention_config": ["bigbird"]}, "gguf", "attention_config=.'bigbird'"),
+        ("llama", {"attention_config": ["bigbird"]}, "ct2", "attention_config=.'bigbird'"),
+        (
+            "olmo2",
+            {"sliding_window": 8, "rope_scaling": {"kind": "linear", "factor": 2.0}},
+            "gguf",
+            "sliding_window with rope_scaling.kind='linear' for olmo2",
+        ),
+        (
+            "qwen2",
+            {"rope_scaling": {"kind": "yarn", "factor": 2.0, "beta_fast": 8}, "qk_norm": "head"},
+            "gguf",
+            "rope_scaling.beta_fast=8.0 for qwen3",
+        ),
+        (
+            "neox",
+            {"rope_scaling": {"kind": "yarn", "factor": 2.0}},
+            "ct2",
+            "rope_scaling.attention_factor with rotary_pct=0.25",
+        ),
+        (
+            "llama",
+            {"num_attention_heads": 2, "attention_head_dim": 24},
+            "Q8_0",
+            "the heads have 48 together",
+        ),
     ],
 )
 def test_what_an_engine_lacks_is_named(
     family: str, options: dict[str, Any], to: str, message: str
 ) -> None:
     config = build_model_config({"family": family, **SIZES, **options}, "a test")
-    reason = EXPORTS[to].refuses(config, EXACT[to])
+    reason = EXPORTS[to if to in EXACT else "gguf"].refuses(config, EXACT.get(to, to))
     assert reason is not None
     with pytest.raises(ConfigError, match=message):
         raise ConfigError(reason)

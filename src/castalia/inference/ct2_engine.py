@@ -18,7 +18,7 @@ from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import ExportFolder
-from castalia.inference.implements import ATTENTION, SIZES, Values, mixed_attention
+from castalia.inference.implements import ATTENTION, SIZES, Values, mixed_windows, patterned
 from castalia.models.config import ModelConfig, require_transformer
 from castalia.models.parts.frequencies import yarn_factor
 from castalia.models.windows import window
@@ -118,7 +118,7 @@ class Ct2Engine(Engine):
         model = require_transformer(config, cls.name)
         if model.pos_emb == "rotary" and not model.rotary_dim:
             return "CTranslate2 cannot express rotary_pct=0: it reads 0 as the whole head"
-        if mixed_attention(model):
+        if patterned(model) or mixed_windows(model):
             return (
                 f"CTranslate2 cannot express attention_config={model.attention_config!r}: all its"
                 " layers have one sliding_window"

@@ -11,7 +11,7 @@ Source  llama.cpp, src/models/*.cpp (the graphs, and which tensors each loads) a
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from castalia.inference.implements import ATTENTION, SIZES, Values, mixed_attention, unimplemented
+from castalia.inference.implements import ATTENTION, SIZES, Values, patterned, unimplemented
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 from castalia.models.windows import window
 
@@ -220,10 +220,10 @@ def lacks(architecture: Architecture, config: TransformerConfig) -> str | None:
 def missing_form(architecture: Architecture, config: TransformerConfig) -> str | None:
     """The same for options that exclude each other."""
     prefix = f"engine=llama.cpp does not implement {{}} for {architecture.name}"
+    if patterned(config):
+        return prefix.format(f"attention_config={config.attention_config!r}")
     if window(config) is not None and not architecture.windows:
         return prefix.format(f"sliding_window={config.sliding_window}")
-    if mixed_attention(config) and not architecture.windows:
-        return prefix.format(f"attention_config={config.attention_config!r}")
     if window(config) is not None and config.rope_scaling is not None:
         # Layers with a window are rotated without scaling there.
         return prefix.format(f"sliding_window with rope_scaling.kind={config.rope_scaling.kind!r}")

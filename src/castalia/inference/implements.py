@@ -122,9 +122,11 @@ def neutral(name: str, field: FieldInfo) -> object:
     return common.get_default(call_default_factory=True)
 
 
-def mixed_attention(config: TransformerConfig) -> bool:
-    """Whether layers differ in the tokens that they see, or see a pattern other than a window."""
-    kinds = set(config.layer_kinds)
-    if kinds - {"global", "sliding"}:
-        return True
-    return len(kinds) > 1 and window(config) is not None
+def patterned(config: TransformerConfig) -> bool:
+    """Whether a layer sees a pattern of the tokens other than a window."""
+    return not {"global", "sliding"}.issuperset(config.layer_kinds)
+
+
+def mixed_windows(config: TransformerConfig) -> bool:
+    """Whether some layers have a window that hides tokens, and others see all."""
+    return len(config.layer_kinds) > 1 and window(config) is not None
