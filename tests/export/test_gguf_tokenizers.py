@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from castalia.checkpoint.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import CL100K
+from castalia.data.tokenizer_forms import CL100K, SentencePieceTokenizer
 from castalia.export.gguf import write_gguf
 from castalia.export.gguf_vocabulary import QWEN2, SPACE, differences, vocabulary_values
 from castalia.models import Decoder
@@ -51,22 +51,28 @@ def byte_level(pattern: str | None, ignore_merges: bool) -> Tokenizer:
     return Tokenizer(inner.to_str(), "trained")
 
 
-def sentencepiece(metaspace: bool) -> Tokenizer:
-    """A tokenizer.json as transformers converts LLaMA's: every pair that makes a piece merges."""
+def trained_pieces(kind: str = "bpe", rule: str = "identity") -> bytes:
+    """A SentencePiece model."""
     library = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     library.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 5),
         model_writer=model,
-        vocab_size=400,
-        model_type="bpe",
+        vocab_size=400 if kind == "bpe" else 330,
+        model_type=kind,
         byte_fallback=True,
         character_coverage=0.98,
-        normalization_rule_name="identity",
+        normalization_rule_name=rule,
         remove_extra_whitespaces=False,
         minloglevel=2,
     )
-    pieces = library.SentencePieceProcessor(model_proto=model.getvalue())
+    return model.getvalue()
+
+
+def sentencepiece(metaspace: bool) -> Tokenizer:
+    """A tokenizer.json as transformers converts LLaMA's: every pair that makes a piece merges."""
+    library = pytest.importorskip("sentencepiece")
+    pieces = library.SentencePieceProcessor(model_proto=trained_pieces())
     vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
     merges = []
     for piece, i in vocab.items():
@@ -93,6 +99,7 @@ CASES = {
     "llama-bpe": lambda: byte_level(CL100K, True),
     "dbrx": lambda: byte_level(CL100K, False),
     "qwen2": lambda: byte_level(QWEN2, False),
+    "llama-pieces": lambda: SentencePieceTokenizer(trained_pieces(), "trained"),
     "llama": lambda: sentencepiece(metaspace=False),
     "llama-metaspace": lambda: sentencepiece(metaspace=True),
 }
@@ -124,7 +131,7 @@ def test_llama_cpp_splits_text_as_the_tokenizer_does(tmp_path: Path, name: str) 
         assert theirs == ids, text
         assert model.detokenize(theirs).decode() in (text, f" {text}")
     values = vocabulary_values(tokenizer, 512, SpecialIds())
-    form = "llama" if name.startswith("llama-m") else name
+    form = "llama" if name in ("llama-metaspace", "llama-pieces") else name
     key = "model" if form == "llama" else "pre"
     assert values[f"tokenizer.ggml.{key}"][1] == form
 
@@ -158,3 +165,7 @@ def test_what_the_file_cannot_say_is_said_in_the_card() -> None:
     assert "has tokens of several words" in differences(Tokenizer(json.dumps(cut), "cut"))
     unlike = Tokenizer(json.dumps(converted | {"model": {**model, "byte_fallback": False}}), "no")
     assert "byte-level BPE, which this tokenizer is not" in differences(unlike)
+    mapped = SentencePieceTokenizer(trained_pieces(rule="nmt_nfkc"), "mapped")
+    assert "no word for this tokenizer's normalizer" in differences(mapped)
+    unigram = SentencePieceTokenizer(trained_pieces("unigram"), "unigram")
+    assert "byte-level BPE, which this tokenizer is not" in differences(unigram)

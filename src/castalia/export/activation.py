@@ -47,11 +47,15 @@ def activation_notes(trained: SavedModel, source: SavedModel) -> list[str]:
     after = getattr(source.config, "activation", None)
     if before == after:
         return []
-    return [
+    note = (
         f"activation={before} of the checkpoint is computed as {after}: the two differ by at most"
-        f" {GELU_DIFFERENCE:g} for each activation. Published Pythia folders say gelu, though their"
-        " models were trained with gelu_tanh"
-    ]
+        f" {GELU_DIFFERENCE:g} for each activation"
+    )
+    if trained.config.family == "neox":
+        note += (
+            ". Published Pythia folders say gelu, though their models were trained with gelu_tanh"
+        )
+    return [note]
 
 
 def other_activation(source: SavedModel, kind: type[Format], numbers: str) -> str:

@@ -8,22 +8,27 @@ Source  llama.cpp, src/llama-vocab.cpp.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from castalia.checkpoint.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import CHAR, CL100K, O200K, OtherTokenizer
+from castalia.data.tokenizer_forms import (
+    CHAR,
+    CL100K,
+    O200K,
+    OtherTokenizer,
+    SentencePieceTokenizer,
+)
+from castalia.export.gguf_pieces import BYTE, NORMAL, Pieces, read_pieces
 from castalia.export.gguf_values import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Metadata
 from castalia.inference.token_texts import BYTE_TOKEN, decoder_kinds
 
 # Kinds of tokens, llama_token_type.
-NORMAL = 1
 UNKNOWN = 2
 CONTROL = 3
 USER_DEFINED = 4
 UNUSED = 5
-BYTE = 6
 END_ROLES = ("eos", "eot", "eom")
 """Roles of tokens that end a text: of a sequence, a turn, and a message."""
 PADDING = "[PAD{}]"
@@ -53,8 +58,11 @@ def vocabulary_values(tokenizer: Tokenizer, rows: int, special: SpecialIds) -> M
         "tokenizer.ggml.add_bos_token": (BOOL, False),
     }
     described = description(tokenizer)
-    if is_sentencepiece(described):
-        values |= sentencepiece_values(described, tokens, rows)
+    pieces = own_pieces(tokenizer)
+    if pieces is not None:
+        values |= piece_values(pieces, rows)
+    elif is_sentencepiece(described):
+        values |= sentencepiece_values(described, rows)
     else:
         values |= {
             "tokenizer.ggml.model": (STRING, "gpt2"),
@@ -72,6 +80,9 @@ def vocabulary_values(tokenizer: Tokenizer, rows: int, special: SpecialIds) -> M
 def token_kinds(tokenizer: Tokenizer, special: SpecialIds) -> list[int]:
     """The kind of each token: llama.cpp finds those that were added to the BPE before it splits."""
     kinds = [NORMAL] * tokenizer.vocab_size
+    pieces = own_pieces(tokenizer)
+    if pieces is not None:
+        kinds = list(pieces.kinds)
     described = description(tokenizer)
     if is_sentencepiece(described):
         for token, i in described["model"]["vocab"].items():
@@ -90,11 +101,9 @@ def description(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer.json; of the other forms, that of single bytes or nothing."""
     if isinstance(tokenizer, OtherTokenizer):
         byte_level = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
-        return (
-            {"model": {"type": "BPE"}, "pre_tokenizer": byte_level}
-            if tokenizer.kind == CHAR
-            else {}
-        )
+        if tokenizer.kind != CHAR:
+            return {}
+        return {"model": {"type": "BPE"}, "pre_tokenizer": byte_level}
     read: dict[str, Any] = json.loads(tokenizer.inner.to_str())
     return read
 
@@ -161,9 +170,29 @@ def space_prefix(described: Mapping[str, Any]) -> bool | None:
     return len(kinds) == 2
 
 
-def sentencepiece_values(
-    described: Mapping[str, Any], tokens: Sequence[str], rows: int
-) -> Metadata:
+def own_pieces(tokenizer: Tokenizer) -> Pieces | None:
+    """A SentencePiece model that llama.cpp computes: a BPE with a piece for every byte."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return None
+    pieces = read_pieces(tokenizer)
+    return pieces if pieces.bpe and pieces.all_bytes else None
+
+
+def piece_values(pieces: Pieces, rows: int) -> Metadata:
+    """The form of LLaMA's tokenizer, of a SentencePiece model."""
+    scores = pieces.scores + [0.0] * (rows - len(pieces.scores))
+    values: Metadata = {
+        "tokenizer.ggml.model": (STRING, "llama"),
+        "tokenizer.ggml.pre": (STRING, "default"),
+        "tokenizer.ggml.scores": (ARRAY, (FLOAT32, scores)),
+        "tokenizer.ggml.add_space_prefix": (BOOL, pieces.prefix),
+    }
+    if UNKNOWN in pieces.kinds:
+        values["tokenizer.ggml.unknown_token_id"] = (UINT32, pieces.kinds.index(UNKNOWN))
+    return values
+
+
+def sentencepiece_values(described: Mapping[str, Any], rows: int) -> Metadata:
     """The form of LLaMA's tokenizer: the better the score of a token, the earlier it is made."""
     scores = [0.0] * rows
     vocab = described["model"]["vocab"]
@@ -195,6 +224,9 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
 
 def differences(tokenizer: Tokenizer) -> str | None:
     """Why other programs would split a text differently, in a few words; None if they do not."""
+    pieces = own_pieces(tokenizer)
+    if pieces is not None:
+        return "the file has no word for this tokenizer's normalizer" if pieces.normalized else None
     described = description(tokenizer)
     if is_sentencepiece(described):
         return sentencepiece_difference(described)
