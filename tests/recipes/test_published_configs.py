@@ -1,6 +1,7 @@
 """GPT-NeoX's and Pythia's published configs: each trains, or is refused for the reason expected."""
 
 import ast
+import json
 import math
 import os
 from collections import Counter
@@ -81,6 +82,41 @@ def test_each_published_config_trains_or_is_refused_with_its_reason(files):
                 ConfigError, match=r"no model in .*: name a preset or the file with"
             ):
                 resolve([str(path)])
+
+
+OPTIONS = [
+    {"pos_emb": "learned", "opt_pos_emb_offset": 2, "activation": "relu", "init_method": "normal"},
+    {"pos_emb": "sinusoidal", "norm": "scalenorm", "activation": "softsign"},
+    {"pos_emb": "alibi", "gpt_j_residual": True, "gpt_j_tied": True, "activation": "mish"},
+    {"pos_emb": "rpe", "rpe_num_buckets": 8, "rpe_max_distance": 16, "activation": "swish"},
+    {"pos_emb": "none", "norm": "non_parametric_layernorm", "activation": "silu"},
+    {"use_qk_layernorm": True, "activation": "geglu", "init_method": "orthogonal"},
+    {"num_kv_heads": 1, "activation": "reglu", "output_layer_init_method": "scaled_orthogonal"},
+    {"num_kv_heads": 2, "activation": "bilinear", "init_method": "xavier_uniform"},
+    {"activation": "glu", "norm": "rmsnorm", "init_method": "xavier_normal"},
+    {"hidden_dropout": 0.1, "attention_dropout": 0.1, "no_weight_tying": True},
+    {"sliding_window_width": 7, "attention_config": [[["flash", "local"], "all"]]},
+    {
+        "attention_config": [[["bigbird", "sparse_fixed"], "all"]],
+        "sparsity_config": {"block": 4, "num_local_blocks": 2, "num_random_blocks": 1},
+    },
+    {
+        "attention_config": [[["sparse_variable", "bslongformer"], "all"]],
+        "sparsity_config": {"block": 4, "local_window_blocks": [2]},
+    },
+]
+"""Options of GPT-NeoX that none of its files has, each at least once."""
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options)))
+def test_options_that_no_file_has_train_too(options, files, tmp_path):
+    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 8, "mlp_multiple_of": 4}
+    rest = {"seq_length": 32, "max_position_embeddings": 32, "train_iters": 2, "pos_emb": "rotary"}
+    (tmp_path / "options.yml").write_text(json.dumps(shape | rest | options))
+    done = outcome(tmp_path / "options.yml", *files)
+    assert not done.reason and len(done.losses) == 2
+    # Bytes at random: ln 256 = 5.55 at the start, and nothing but a fault is far from it.
+    assert all(abs(loss - math.log(256)) < 0.6 for loss in done.losses), done.losses
 
 
 def clones() -> list[Path]:
