@@ -61,6 +61,21 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_a_server_keeps_keys_and_values_in_the_cache_asked_for(
+    start: Callable[..., LiveServer],
+) -> None:
+    exact = start(options=ServeOptions(engine="native", dtype="fp32", slots=2))
+    if exact.pool.get(None).model.engine.compiled is None:
+        pytest.skip("no C++ compiler here")
+    small = start(options=ServeOptions(engine="native", dtype="fp32", cache="int8", slots=2))
+    sizes = []
+    for running in (exact, small):
+        answer = running.complete(prompt=PROMPT, max_tokens=4)
+        assert answer["usage"]["completion_tokens"] == 4
+        sizes.append(running.counter("cache_bytes"))
+    assert 0.25 * sizes[0] < sizes[1] < 0.4 * sizes[0]
+
+
 def test_text_is_the_models_own(server: LiveServer, speaker: LanguageModel) -> None:
     prompts = [PROMPT, "def twice(", "A second guest, who came in late"]
     answer = server.complete(prompt=prompts, max_tokens=30)

@@ -208,6 +208,7 @@ def add_health(app: FastAPI, service: Service) -> None:
         running, waiting = pool.counts()
         metrics.running.set(running)
         metrics.waiting.set(waiting)
+        metrics.cache_bytes.set(pool.cache_bytes())
         page, kind = metrics.page()
         return Response(page, media_type=kind)
 

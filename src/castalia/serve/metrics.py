@@ -35,6 +35,9 @@ class ServerMetrics:
         )
         self.running = make(client.Gauge, "running", "Texts being generated")
         self.waiting = make(client.Gauge, "waiting", "Texts in the queue")
+        self.cache_bytes = make(
+            client.Gauge, "cache_bytes", "Keys and values of full slots, where the engine tells"
+        )
         self.first_token = make(
             client.Histogram,
             "time_to_first_token_seconds",

@@ -160,6 +160,15 @@ class ModelPool:
             waiting += len(loaded.scheduler.waiting)
         return running, waiting
 
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values if every slot were full, of engines that tell them."""
+        total = 0
+        for loaded in list(self.loaded.values()):
+            length = loaded.model.config.max_position_embeddings
+            token = loaded.model.engine.token_bytes() or 0
+            total += token * length * self.options.slots
+        return total
+
 
 def template_of(model: LanguageModel) -> ChatTemplate | None:
     """The chat template beside the model's tokenizer; None without one.
