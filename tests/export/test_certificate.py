@@ -3,14 +3,16 @@
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
 import pytest
 import torch
 
+from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import CastaliaError, ConfigError
-from castalia.export import certificate, export
+from castalia.export import certificate, export, import_model, importing
 from castalia.export.certificate import LENGTHS, compared, fixed_prompts
 from castalia.export.formats import HuggingFace
 from castalia.inference import load
@@ -195,3 +197,47 @@ def test_settings_of_generation_and_shards_come_through(run_folder: Path, tmp_pa
     }
     assert {"model.safetensors"} == set(done.certificate["source"]["sha256"])
     assert torch.equal(load(tmp_path / "two").logits([1, 2]), load(run_folder).logits([1, 2]))
+
+
+def test_an_import_is_compared_with_the_program_of_its_source(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    """transformers vouches for a Hugging Face folder, Castalia's reader for a GGUF file."""
+    pytest.importorskip("transformers")
+    list(export(run_folder, to="hf", output=tmp_path / "hf", certificate=False))
+    done = import_model(tmp_path / "hf", tmp_path / "ours", max_difference=1e-4)
+    found = written(tmp_path / "ours")
+    assert found == done.certificate and 0 < found["largest_difference"] < 1e-4
+    assert found["source"]["program"].startswith("transformers ")
+    assert "engine=torch" in found["target"]["program"] and found["target"]["name"] == "ours"
+    assert list(found["target"]["sha256"]) == ["manifest.json"]
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert f"{found['largest_difference']:.3g}" in card
+    list(export(run_folder, to="gguf", quantization="F32", output=tmp_path / "g", force=True))
+    done = import_model(tmp_path / "g" / "model.gguf", tmp_path / "again", max_difference=0.0)
+    assert done.certificate["largest_difference"] == 0
+    assert "engine=torch" in done.certificate["source"]["program"]
+    plain = import_model(tmp_path / "hf", tmp_path / "plain", certificate=False)
+    assert plain.certificate is None and not (tmp_path / "plain" / "certificate.json").exists()
+
+
+def test_an_import_that_reads_the_config_wrongly_is_refused(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    list(export(run_folder, to="hf", output=tmp_path / "hf", certificate=False))
+    right = importing.open_model
+
+    def wrong(path: Path, **options: object) -> SavedModel:
+        source = right(path, **options)
+        if Path(path).name != "hf":
+            return source
+        update = {"parallel_residual": not source.config.parallel_residual}
+        return replace(source, config=source.config.model_copy(update=update))
+
+    monkeypatch.setattr(importing, "open_model", wrong)
+    with pytest.raises(CastaliaError, match=r"was not written: the largest difference .* is 0\.1"):
+        import_model(tmp_path / "hf", tmp_path / "ours", max_difference=0.1)
+    assert [item.name for item in tmp_path.iterdir()] == ["hf"]
+    with pytest.raises(ConfigError, match="max_difference must be >= 0"):
+        import_model(tmp_path / "hf", tmp_path / "ours", max_difference=float("nan"))

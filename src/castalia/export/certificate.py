@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.saved_model import SavedModel
-from castalia.core.errors import CastaliaError
+from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.files import write_json
 from castalia.core.memory import available_bytes
 from castalia.inference.engine import Engine
@@ -203,6 +203,16 @@ def largest(values: Tensor) -> float:
     if not values.isfinite().all():
         return inf
     return values.abs().max().item()
+
+
+def require_bound(name: str, bound: float | None, certificate: bool) -> None:
+    """Raises  ConfigError if a bound on the difference is negative or NaN, or nothing checks it."""
+    if bound is None:
+        return
+    if not bound >= 0:
+        raise ConfigError(f"{name} must be >= 0, got {bound}")
+    if not certificate:
+        raise ConfigError(f"{name} is checked by the certificate; leave it on")
 
 
 def require_close(certificate: Certificate, bound: float | None, place: Path) -> None:

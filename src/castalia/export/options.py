@@ -8,6 +8,7 @@ from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE, shard_bytes
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.extras import pip_command
 from castalia.export.activation import ACTIVATIONS
+from castalia.export.certificate import require_bound
 from castalia.export.formats import EXPORTS, Format, ParallelFormat, ShardedFormat
 from castalia.export.neox_config import NeoxShape
 
@@ -95,11 +96,12 @@ def checked_spec(to: str, options: ExportOptions) -> ExportSpec:
         require_shards(kind, spec.max_shard_size)
     require_ranks(spec)
     if spec.max_kl is not None:
-        require_measurable(kind, "max_kl", spec.max_kl)
+        if not spec.max_kl >= 0:
+            raise ConfigError(f"max_kl must be >= 0 nats a token, got {spec.max_kl}")
+        require_engine(kind, "max_kl")
     if spec.max_difference is not None:
-        require_measurable(kind, "max_difference", spec.max_difference)
-        if not spec.certificate:
-            raise ConfigError("max_difference is checked by the certificate; leave it on")
+        require_bound("max_difference", spec.max_difference, spec.certificate)
+        require_engine(kind, "max_difference")
     return spec
 
 
@@ -145,12 +147,8 @@ def require_ranks(spec: ExportSpec) -> None:
             raise ConfigError(f"{name} must be >= {bound}, got {size}")
 
 
-def require_measurable(kind: type[Format], name: str, bound: float) -> None:
-    """Raises  ConfigError if a bound is negative or NaN, or the engine that measures it is not
-    installed."""
-    if not bound >= 0:
-        unit = " nats a token" if name == "max_kl" else ""
-        raise ConfigError(f"{name} must be >= 0{unit}, got {bound}")
+def require_engine(kind: type[Format], name: str) -> None:
+    """Raises  ConfigError if the engine that measures a bound is not installed."""
     engine = kind.engine()
     if engine is not None and engine.package is not None and not engine.is_installed():
         raise ConfigError(

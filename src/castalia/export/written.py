@@ -1,4 +1,4 @@
-"""Written exports, read back for their certificates: by transformers, or by Castalia itself."""
+"""Both ends of a certificate as programs read them: transformers, or Castalia itself."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def own_reader(written: ExportFolder, note: str | None = None) -> Reader:
 
 def transformers_reader(folder: Path, numbers: str) -> Reader:
     """transformers over a Hugging Face folder, in the dtype that it stores."""
-    library: Any = require("transformers", "hf", "the certificate of a Hugging Face export")
+    library: Any = require("transformers", "hf", "the certificate of a Hugging Face folder")
 
     def opened() -> Logits:
         with quiet(library):
@@ -48,7 +48,7 @@ def transformers_reader(folder: Path, numbers: str) -> Reader:
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
                 first = str(error).strip().partition("\n")[0]
                 raise CastaliaError(
-                    f"transformers {library.__version__} cannot load the export: {first}"
+                    f"transformers {library.__version__} cannot load {folder.name}: {first}"
                 ) from None
 
         @torch.inference_mode()
