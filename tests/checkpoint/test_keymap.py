@@ -123,6 +123,9 @@ def test_the_published_pythia_config_is_read() -> None:
         "num_hidden_layers": 6,
         "rotary_emb_base": 10000,
         "rotary_pct": 0.25,
+        # As transformers 4.57 saves the model again.
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000,
         "layer_norm_eps": 1e-05,
         "tie_word_embeddings": False,
         "use_parallel_residual": True,

@@ -45,6 +45,8 @@ class NeoxFormat(TransformerFormat):
     model_type = "gpt_neox"
     architectures = ("GPTNeoXForCausalLM",)
     families = ("neox",)
+    # transformers 4 writes both spellings.
+    names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
     Config = NeoxConfig
     places = Places(
         "gpt_neox",
@@ -88,8 +90,7 @@ class NeoxFormat(TransformerFormat):
         rope = read_rope(
             keys,
             shape["max_position_embeddings"],
-            theta="rotary_emb_base",
-            share="rotary_pct",
+            share="partial_rotary_factor",
             usual_share=0.25,
         )
         return {

@@ -34,19 +34,17 @@ def read_rope(
     keys: Keys,
     longest: int,
     *,
-    theta: str = "rope_theta",
     share: str = "",
     usual_share: float = 1.0,
 ) -> dict[str, Any]:
     """Our rotary options.
 
     longest  max_position_embeddings.
-    theta    name of the key of the base beside the section.
     share    name of the key of the rotated share; without it the architecture rotates whole heads.
     usual_share  the share where no key gives it.
     Raises  ConfigError for an unknown kind or option.
     """
-    base = keys.take(theta, 10000.0)
+    base = keys.take("rope_theta", 10000.0)
     portion = keys.take(share, usual_share) if share else keys.only("partial_rotary_factor", 1.0)
     section = the_section(keys)
     base = section.take("rope_theta", base)
@@ -121,7 +119,10 @@ def scaling(section: Keys, kind: str, longest: int) -> dict[str, Any]:
 def written_rope(
     config: TransformerConfig, *, theta: str = "rope_theta", share: str = ""
 ) -> dict[str, Any]:
-    """The keys of a config.json for our rotary options; names as in `read_rope`."""
+    """The keys of a config.json for our rotary options.
+
+    theta, share   names of the keys of base and rotated share beside the section.
+    """
     base, scaled = written_scaling(config)
     parameters = {"rope_theta": base, **(scaled or {"rope_type": "default"})}
     values: dict[str, Any] = {theta: base}
