@@ -347,6 +347,8 @@ class ClippedNorm(Hook):
 
 def train(overrides: tuple[str, ...], hooks: list[Hook]) -> None:
     """One run in this process and those of its world."""
+    # Compiled code has the names of the process groups of the run that compiled it.
+    torch.compiler.reset()
     config = load_config([*BASE, *overrides])
     with contextlib.redirect_stdout(io.StringIO()):
         loop.Trainer(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -43,6 +44,11 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
     if world.sequence is not None:
         share_rows(model, world.sequence)
     if compiled:
+        if world.degrees.tp > 1:
+            # torch 2.13: the cache on disk finds a compiled block by its mesh, but the block has
+            # the names of the process groups of the run that compiled it. Another layout, or a
+            # second run in this process, names them otherwise and would not find its group.
+            functorch.enable_autograd_cache = False
         for layer in layers:
             layer.compile()
     if world.mesh is not None:
