@@ -156,7 +156,7 @@ def completions(monkeypatch, command, line):
         ("castalia tra", ["train"]),
         ("castalia data ma", ["mask", "materialize"]),
         ("castalia show --gp", ["--gpu", "--gpus-per-node"]),
-        ("castalia train deb", ["debug"]),
+        ("castalia train demo", ["demo"]),
         ("castalia launch mixing.warm", ["mixing.warmup_steps="]),
         ("castalia train r", ["recipe=", "runs/", "r.yaml", "r1"]),
         ("castalia data view runs/a", ["runs/abs"]),

@@ -140,14 +140,14 @@ def unknown_option(option: str, known: Iterable[str], path: str, takes_keys: boo
     from castalia.core.errors import nearest
 
     text = f"no option {option}"
+    # litgpt and Lightning take their file by this option, which looks like our --conf-dir.
+    if takes_keys and option == "--config":
+        return f"{text}; write the file without it: castalia train FILE.yaml"
     near = nearest(option, known, VERY_ALIKE)
     if near:
         return text + near
     if not takes_keys:
         return f"{text}; {path} --help lists the options"
-    # litgpt and Lightning take their file by this option.
-    if option == "--config":
-        return f"{text}; write the file without it: castalia train FILE.yaml"
     from castalia.config.fields import leaves
     from castalia.config.foreign import OURS
     from castalia.train.config import RunConfig
