@@ -48,6 +48,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "linear": {"rotary_pct": 1.0, "rope_scaling": {"kind": "linear", "factor": 2}},
     "ntk": {"rotary_pct": 1.0, "rope_scaling": {"kind": "ntk", "factor": 2}},
+    "dynamic": {
+        "rotary_pct": 1.0,
+        "max_position_embeddings": 8,
+        "rope_scaling": {"kind": "dynamic", "factor": 2},
+    },
     "multipliers": {"embedding_multiplier": 2.0, "output_multiplier": 0.5},
 }
 
@@ -75,7 +80,9 @@ def test_an_option_trains_and_generates(option: str) -> None:
         state = model.new_state(2, 12)
         parts = [model(tokens[:, :7], state=state)]
         parts += [model(tokens[:, i : i + 1], state=state) for i in range(7, 12)]
-        assert (model.head(torch.cat(parts, 1)) - whole).abs().max() < 5e-6
+        # Dynamic frequencies follow the row in a whole pass, each token where a text grows.
+        if option != "dynamic":
+            assert (model.head(torch.cat(parts, 1)) - whole).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,8 +107,53 @@ def test_a_family_computes_what_its_defaults_say(family: str) -> None:
         ({"attention_config": ["nearby"]}, "attention_config"),
         ({"pos_emb": "none", "rope_scaling": {"kind": "linear", "factor": 2}}, "rope_scaling"),
         ({"qk_norm": "neox", "num_kv_heads": 2}, "as many heads of both"),
+        ({"rotary_pct": 0.25, "rope_scaling": {"kind": "ntk", "factor": 2}}, "raise rotary_pct"),
+        ({"pos_emb": "rpe", "rpe_max_distance": 16}, "must be above half of rpe_num_buckets, 16"),
+        ({"rotary_emb_base": 1.0}, "must be above 1"),
+        ({"learned_offset": 2}, "learned_offset needs pos_emb=learned"),
     ],
 )
 def test_options_that_exclude_each_other(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_model_config(SHAPE | values, "a test")
+
+
+BF16 = {
+    "width": {**SERIAL, "norm": "rmsnorm", "norm_placement": "post", "qk_norm": "width"},
+    "head": {"qk_norm": "head", "num_kv_heads": 2},
+    "neox": {"qk_norm": "neox"},
+    "sinusoidal": {"pos_emb": "sinusoidal"},
+}
+
+
+@pytest.mark.parametrize("option", BF16)
+def test_bf16_weights_and_autocast(option: str) -> None:
+    tokens = torch.arange(12)[None]
+    model = make(BF16[option])
+    exact = model.head(model(tokens))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.head(model(tokens))
+    rounded.float().sum().backward()
+    assert (rounded - exact).norm() < 0.05 * exact.norm()
+    with torch.no_grad():
+        halved = model.to(torch.bfloat16)(tokens)
+    assert halved.dtype == torch.bfloat16 and halved.isfinite().all()
+
+
+def test_dynamic_scaling_reads_a_text_alike_in_any_company() -> None:
+    model = make(OPTIONS["dynamic"])
+    text = torch.randint(0, 61, (1, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        alone = model.new_state(1, 20)
+        steps = torch.cat([model(text[:, i : i + 1], state=alone) for i in range(20)], 1)
+        beside = model.new_state(2, 40)
+        longer = torch.cat([text, text], 1)
+        whole = model(torch.cat([longer, longer]), state=beside)[:1, :20]
+    assert (steps - whole).abs().max() < 1e-5
+    # It grows behind the trained length, up to which nothing is scaled.
+    plain = make({"rotary_pct": 1.0, "max_position_embeddings": 8})
+    with torch.no_grad():
+        difference = (model(text) - plain(text)).abs().amax((0, 2))
+        short = (model(text[:, :8]) - plain(text[:, :8])).abs().max()
+    # Position 0 is not rotated.
+    assert short == 0 < difference[1:].min()

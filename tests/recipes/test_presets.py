@@ -4,10 +4,12 @@ import pytest
 
 from castalia.checkpoint.policy import SavePolicy
 from castalia.core.errors import ConfigError
+from castalia.models import build_model_config
 from castalia.models.flops import parameter_counts
 from castalia.monitor import read_metrics
 from castalia.recipes import load_config, preset, preset_names
 from castalia.recipes.training import train
+from castalia.train.timing import piece_of
 
 # Total and non-embedding parameters of the released models (model cards of EleutherAI/pythia).
 PUBLISHED = {
@@ -147,3 +149,14 @@ def test_small_models_of_other_families_train(name, tmp_path):
     train(name, steps=2, output=str(tmp_path / name), log_every=1, device="cpu")
     first, second = (line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl"))
     assert 4 < second < first < 7
+
+
+@pytest.mark.parametrize("name", [*OTHERS, *PALM])
+def test_the_measured_piece_of_a_model_runs(name):
+    piece = piece_of(load_config([name]).model, "cpu")
+    assert piece.hidden_size <= 768 and piece.num_layers <= 4
+    # As a config that a user writes: copies are not validated.
+    again = build_model_config(piece.model_dump(), name)
+    group = again.num_attention_heads // again.kv_heads
+    whole = load_config([name]).model
+    assert group in (whole.num_attention_heads // whole.kv_heads, again.num_attention_heads)

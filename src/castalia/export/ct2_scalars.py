@@ -51,7 +51,7 @@ def decoder_scalars(config: TransformerConfig) -> Numbers:
         "decoder/alibi": flag(alibi),
         # From the first key or the last: a constant for each query, which the softmax drops.
         "decoder/alibi_use_positive_positions": flag(falcon),
-        "decoder/scale_alibi": flag(falcon or (alibi and config.alibi_scaled)),
+        "decoder/scale_alibi": flag(config.alibi_scaled if alibi else falcon),
         "decoder/start_from_zero_embedding": flag(False),
         # Without it the engine multiplies embeddings by the root of the width.
         "decoder/scale_embeddings": flag(False),

@@ -314,7 +314,18 @@ class TransformerConfig(ModelConfig):
             # The two forms of GELU are a matter of arithmetic, any other difference is not.
             "activation": self.activation.removesuffix("_tanh").replace("swish", "silu"),
         }
-        return super().weights_shape() | filled
+        shape = super().weights_shape() | filled
+        if self.depends_on_length:
+            shape["max_position_embeddings"] = self.max_position_embeddings
+        return shape
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether another max_position_embeddings is another computation or another table."""
+        scaling = self.rope_scaling
+        scaled = scaling is not None and scaling.original_max_position_embeddings is None
+        sparse = set(self.layer_kinds) - {"global", "sliding"}
+        return scaled or self.pos_emb == "learned" or bool(sparse)
 
     @model_validator(mode="after")
     def check(self) -> "TransformerConfig":
@@ -353,8 +364,7 @@ def option_problems(config: TransformerConfig) -> Iterator[str]:
         yield "norm_placement=post needs parallel_residual=false"
     if config.rmsnorm_partial is not None and config.norm != "rmsnorm":
         yield f"rmsnorm_partial needs norm=rmsnorm, not {config.norm}"
-    if config.rope_scaling is not None and config.pos_emb != "rotary":
-        yield f"rope_scaling needs pos_emb=rotary, not {config.pos_emb}"
+    yield from position_problems(config)
     if config.attention_config == ():
         yield "attention_config has no kinds; write null, or one kind for each layer"
     if "sliding" in (config.attention_config or ()) and config.sliding_window is None:
@@ -363,6 +373,31 @@ def option_problems(config: TransformerConfig) -> Iterator[str]:
         yield "qk_norm=neox has one weight for queries and keys, which needs as many heads of both"
     if config.qk_norm != "none" and config.norm == "scalenorm":
         yield "qk_norm is not defined for norm=scalenorm; use layernorm or rmsnorm"
+
+
+def position_problems(config: TransformerConfig) -> Iterator[str]:
+    """Options of positions that another one leaves without effect, or that divide by zero."""
+    scaling = config.rope_scaling
+    if scaling is not None and config.pos_emb != "rotary":
+        yield f"rope_scaling needs pos_emb=rotary, not {config.pos_emb}"
+    elif scaling is not None and not config.rotary_dim:
+        yield "rope_scaling needs rotated dimensions; set rotary_pct above 0"
+    elif scaling is not None and scaling.kind in ("ntk", "dynamic") and config.rotary_dim == 2:
+        yield (
+            f"rope_scaling.kind={scaling.kind} stretches the lowest frequency against the highest,"
+            " and 2 rotary dimensions have one frequency; raise rotary_pct"
+        )
+    if config.rotary_dim and config.rotary_emb_base <= 1:
+        yield f"rotary_emb_base must be above 1, got {config.rotary_emb_base}"
+    if config.pos_emb == "rpe" and config.rpe_max_distance <= config.rpe_num_buckets // 2:
+        yield (
+            f"rpe_max_distance {config.rpe_max_distance} must be above half of rpe_num_buckets,"
+            f" {config.rpe_num_buckets // 2}: the first half of the buckets are single distances"
+        )
+    if config.learned_offset and config.pos_emb != "learned":
+        yield f"learned_offset needs pos_emb=learned, not {config.pos_emb}"
+    if config.alibi_scaled and config.pos_emb != "alibi":
+        yield f"alibi_scaled needs pos_emb=alibi, not {config.pos_emb}"
 
 
 def require_transformer(config: ModelConfig, reader: str) -> TransformerConfig:

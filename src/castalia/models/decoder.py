@@ -156,7 +156,7 @@ class Decoder(nn.Module):
             # Under tensor parallelism the embedding gives this rank's part of the tokens.
             T = x_BTC.shape[1]
             first = context.heads.rank * T if tokens.shape[1] > T else 0
-            x_BTC = x_BTC + self.positions(context.positions[:, first : first + T])
+            x_BTC = x_BTC + self.positions(context.positions[:, first : first + T]).to(x_BTC.dtype)
         if context.draws is not None:
             # The number of no layer.
             x_BTC = drop_hidden(x_BTC, context.draws.at(-1), EMBEDDING)

@@ -98,16 +98,30 @@ def times_as_long(config: RunConfig, precision: str, other: str, device: torch.d
 
 def piece_of(model: ModelConfig, device: str) -> ModelConfig:
     """The model with few blocks, a small vocabulary and at most a certain width."""
-    changes: dict[str, int | None] = {
+    changes: dict[str, int] = {
         "num_layers": min(LAYERS, model.num_layers),
         "vocab_size": min(VOCABULARY, model.vocab_size),
     }
     if isinstance(model, TransformerConfig) and model.hidden_size > WIDTH[device]:
-        heads = max(1, model.num_attention_heads * WIDTH[device] // model.hidden_size)
-        changes["hidden_size"] = heads * (model.hidden_size // model.num_attention_heads)
-        changes["num_attention_heads"] = heads
-        changes["intermediate_size"] = None  # 4 times the new width
+        changes |= narrower(model, WIDTH[device])
     return model.model_copy(update=changes)
+
+
+def narrower(model: TransformerConfig, width: int) -> dict[str, int]:
+    """Sizes of about `width` in the model's proportions, with its heads' own width."""
+    heads = max(1, model.num_attention_heads * width // model.hidden_size)
+    # Each head of keys keeps its number of query heads, or serves them all.
+    group = min(heads, model.num_attention_heads // model.kv_heads)
+    key_heads = heads // group
+    heads = key_heads * group
+    hidden = max(2, model.hidden_size * heads // model.num_attention_heads)
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_kv_heads": key_heads,
+        "attention_head_dim": model.head_dim,
+        "intermediate_size": max(1, model.ffn_size * hidden // model.hidden_size),
+    }
 
 
 def random_model(piece: ModelConfig, device: torch.device) -> Decoder:

@@ -62,10 +62,12 @@ class Transformer(Family):
 
         if config.rotary_dim:
             T = context.positions.shape[1]
-            longest = T if past is None else past.longest + T
-            if context.share is not None:
-                longest = context.share.length(T)
-            context = context._replace(rope=rope_tables(config, context.positions, longest))
+            length: int | Tensor = T if context.share is None else context.share.length(T)
+            if past is not None:
+                # Of each token alone: a text must depend neither on the other rows nor on how many
+                # tokens are fed at a time.
+                length = context.positions + 1
+            context = context._replace(rope=rope_tables(config, context.positions, length))
         if config.pos_emb == "alibi":
             context = context._replace(bias=alibi_bias(config, context, past))
         seen = visible_keys(context, past)

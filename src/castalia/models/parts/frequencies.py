@@ -13,11 +13,12 @@ from castalia.models.scaling import RopeScaling
 
 
 def frequencies(
-    config: TransformerConfig, length: int, device: torch.device
+    config: TransformerConfig, length: int | Tensor, device: torch.device
 ) -> tuple[Tensor, float]:
     """Frequencies float32 (R / 2,), and the factor of cosines and sines.
 
-    length  tokens of the longest row, which dynamic scaling follows.
+    length  tokens of the row, which dynamic scaling follows. Of a tensor (1 or B, T) each token
+            gets frequencies of its own, (1 or B, 1, T, R / 2).
     """
     scaling = config.rope_scaling
     base = config.rotary_emb_base
@@ -30,9 +31,7 @@ def frequencies(
     if scaling.kind == "ntk":
         return inverse_frequencies(stretched(base, R, scaling.factor), R, device), 1.0
     if scaling.kind == "dynamic":
-        longest = max(length, trained)
-        ratio = scaling.factor * longest / trained - (scaling.factor - 1)
-        return inverse_frequencies(stretched(base, R, ratio), R, device), 1.0
+        return dynamic(base, R, scaling, trained, torch.as_tensor(length, device=device)), 1.0
     theta = inverse_frequencies(base, R, device)
     if scaling.kind == "llama3":
         return llama3(theta, scaling, trained), 1.0
@@ -54,6 +53,20 @@ def stretched(base: float, R: int, factor: float) -> float:
     Source  bloc97 2023, "NTK-aware scaled RoPE".
     """
     return float(base * factor ** (R / (R - 2)))
+
+
+def dynamic(base: float, R: int, scaling: RopeScaling, trained: int, length: Tensor) -> Tensor:
+    """As ntk, with a factor that grows with the length; rows up to the trained length keep theta.
+
+    Shapes  length () -> (R / 2,); length (1 or B, T) -> (1 or B, 1, T, R / 2).
+    """
+    longest = length.clamp(min=trained).double()
+    ratio = scaling.factor * longest / trained - (scaling.factor - 1)
+    stretch = (base * ratio ** (R / (R - 2))).float()
+    exponents = torch.arange(0, R, 2, dtype=torch.float32, device=length.device) / R
+    if stretch.ndim:
+        stretch = stretch[:, None, :, None]
+    return 1.0 / (stretch**exponents)
 
 
 def llama3(theta: Tensor, scaling: RopeScaling, trained: int) -> Tensor:

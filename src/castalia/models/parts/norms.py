@@ -105,7 +105,8 @@ class HeadNorm(nn.Module):
             y = y * self.own(self.weight, share, y.shape[-2])
         if self.bias is not None:
             y = y + self.own(self.bias, share, y.shape[-2])
-        return y
+        # fp32 weights widen a bf16 activation, and attention takes q, k and v of one dtype.
+        return y.to(x_BTHD.dtype)
 
     def over_all_heads(self, x: Tensor, share: HeadShare) -> Tensor:
         """x less its mean (`centred`), over its root mean square; both over all heads."""

@@ -23,7 +23,11 @@ class LearnedPositions(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """(1 or B, T) int64 -> (1 or B, T, C)."""
-        return F.embedding(positions + self.offset, local(self.weight))
+        table = local(self.weight)
+        # Only padding lies behind the table: a full row that idles in a batch, or reads no tokens
+        # while another reads many. Rows of tokens are checked where they come from.
+        places = (positions + self.offset).clamp(max=len(table) - 1)
+        return F.embedding(places, table)
 
 
 class SinusoidalPositions(nn.Module):

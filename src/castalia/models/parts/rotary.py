@@ -20,11 +20,12 @@ class Rope(NamedTuple):
     sin: Tensor
 
 
-def rope_tables(config: TransformerConfig, positions: Tensor, length: int = 0) -> Rope:
+def rope_tables(config: TransformerConfig, positions: Tensor, length: "int | Tensor" = 0) -> Rope:
     """The tables of `positions`.
 
     Shapes  positions (1 or B, T) int64 -> cos, sin float32 (1 or B, 1, T, R).
-    length  tokens of the longest row, which dynamic scaling follows.
+    length  tokens of the row, which dynamic scaling follows; a tensor like positions has a length
+            for each token.
     """
     # Computed in every pass: a buffer would be garbage after `to_empty` and lose bits in `.half()`.
     theta, factor = frequencies(config, length, positions.device)

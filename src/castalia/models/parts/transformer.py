@@ -62,9 +62,10 @@ class TransformerBlock(Block):
     def norms_after(self, x_BTC: Tensor, context: Context) -> Tensor:
         """The block of OLMo 2: what a part adds is normed, not what it reads."""
         assert self.norm2 is not None
-        attn_BTC: Tensor = self.norm1(self.attn(x_BTC, context))
+        # Normed in the dtype of the stream: torch has no fused norm of bf16 with fp32 weights.
+        attn_BTC: Tensor = self.norm1(self.attn(x_BTC, context).to(x_BTC.dtype))
         x_BTC = x_BTC + drop_hidden(attn_BTC, context.draws, ATTENTION_OUT)
-        mlp_BTC: Tensor = self.norm2(self.mlp(x_BTC))
+        mlp_BTC: Tensor = self.norm2(self.mlp(x_BTC).to(x_BTC.dtype))
         mlp_BTC = drop_hidden(mlp_BTC, context.draws, MLP_OUT)
         return x_BTC + mlp_BTC
 
