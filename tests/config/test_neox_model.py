@@ -108,6 +108,9 @@ def test_full_attention_needs_no_list_of_kinds():
     model = model_of(attention_config=[[["flash", "global"], "all"]], sparsity_config={"block": 8})
     assert not any("attention_config" in key or "sparsity" in key for key in model)
     assert "attention_config" not in model_of(sliding_window_width=7)
+    # Over a preset, whose layers may slide, it is said.
+    over = read_neox({"over.yml": {"attention_config": [[["flash"], 2]]}}, complete=False)
+    assert over.values["model"]["attention_config"] == ["global"]
 
 
 @pytest.mark.parametrize(

@@ -314,3 +314,12 @@ def test_whole_passes_serve_every_row_once_a_pass(token_file, data):
     assert rows.epochs == [1] * len(prefixes)
     assert rows.fingerprint["order"]["kind"].endswith(", pass by pass")
     assert rows.weights == [len(source) / total for source in rows.train.row_sources]
+
+
+def test_a_source_of_one_row_comes_once_a_pass(token_file):
+    prefixes = [token_file("a", [40] * 3), token_file("b", [9])]
+    rows = build(train=prefixes, epochs=1, batch_size=1)
+    served = [rows.train.locate(place) for place in range(len(rows.train))]
+    assert len(served) == rows_of_a_pass(DataConfig(seq_length=8, train=prefixes), seed=1234) == 14
+    assert len(set(served)) == 14 and (1, 0) in served
+    assert rows.weights == [13 / 14, 1 / 14]

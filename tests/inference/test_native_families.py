@@ -12,7 +12,8 @@ from castalia.distributed import initialize
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.native import compiled
 from castalia.inference.native.engine import NativeEngine
-from castalia.inference.native.packing import dense
+from castalia.inference.native.packing import PANEL, dense
+from castalia.inference.native.tables import bias_table
 from castalia.inference.native.weights import load_weights, packed_weights, save_weights
 from castalia.inference.speculative import speculative_complete
 from castalia.inference.torch_engine import TorchEngine
@@ -278,3 +279,12 @@ def test_load_takes_a_cache(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(UserWarning, match="engine=torch computes it"):
         other = castalia.load(run_folder, dtype="int8", cache="int8")
     assert other.engine.name == "torch"
+
+
+def test_a_head_of_biases_holds_what_queries_read_together():
+    """Eight queries share one reading, whose end is whole registers past the latest one's key."""
+    weights = packed_weights(random_model(config_of("rpe")).state_dict(), config_of("rpe"), "fp32")
+    table = bias_table(weights)
+    assert table is not None
+    assert table.shape == (4, 128 + 32)
+    assert 32 >= (8 - 1) + (PANEL - 1)

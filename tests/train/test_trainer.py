@@ -31,7 +31,10 @@ def make(tokens, train, tmp_path):
     """Callable that builds a Trainer on the small config with overrides."""
 
     def build(*overrides, hooks=(), loss=None) -> Trainer:
-        config = load_config([*train.base, f"output={tmp_path / 'run'}", *overrides])
+        base = list(train.base)
+        if any(word.startswith("train.epochs=") for word in overrides):
+            base.remove("train.steps=6")
+        config = load_config([*base, f"output={tmp_path / 'run'}", *overrides])
         return Trainer(config, ALONE, hooks=hooks, loss=loss)
 
     return build
@@ -394,5 +397,9 @@ def test_epochs_in_a_config(make, train, tmp_path):
     assert any("in train.epochs=3 passes over data.train" in note for note in resolved.notes)
     shorter = resolve([*words, "train.steps=5"])
     assert (shorter.config.train.steps, shorter.config.train.epochs) == (5, None)
+    with pytest.raises(ConfigError, match="two lengths of one run; give one of them"):
+        resolve([*words, "train.steps=5", "train.epochs=2"])
+    corpus = resolve([*words, "data.train=[]", "data.corpus=debug"])
+    assert any(note.endswith("which builds data.corpus=debug") for note in corpus.notes)
     gone = resolve([*words, "data.train=nowhere"])
     assert any("train.epochs=3 sets train.steps where the data are" in n for n in gone.notes)

@@ -272,7 +272,9 @@ def attention(o: NeoxOptions, out: NeoxReading) -> None:
         window = o["sliding_window_width"] + 1
         o.put(out, "model.sliding_window", window, "sliding_window_width")
         kinds = ["sliding" if kind == "global" else kind for kind in kinds]
-    if set(kinds) - {"global"} and set(kinds) != {"sliding"}:
+    # These kinds are the default of a whole file; over a preset they may replace its list.
+    default = ["global"] if not o.has("sliding_window_width") else ["sliding"]
+    if kinds != default or (o.has("attention_config") and not o.complete):
         o.put(out, "model.attention_config", kinds, "attention_config", "sliding_window_width")
     if not o.has("sparsity_config"):
         return

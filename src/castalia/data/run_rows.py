@@ -126,7 +126,13 @@ def rows_of_a_pass(config: DataConfig, *, seed: int) -> int:
     train_sets, _ = open_sources(config)
     labels = open_labels(config.labels, train_sets, "labels")
     documents, _ = split_of(config, len(train_sets[0]))
-    return sum(len(source) for source in pass_sources(train_sets, config, seed, documents, labels))
+    return sum(map(rows_once, pass_sources(train_sets, config, seed, documents, labels)))
+
+
+def rows_once(source: RowSource[Any]) -> int:
+    """Rows of a source in one pass: GPT-NeoX's count, which of a packed source leaves out the last
+    in its order, or the only row."""
+    return max(1, len(source))
 
 
 def pass_sources(
@@ -158,7 +164,7 @@ def whole_passes(
     in equal parts, and thereby repeats small ones within a pass.
     """
     row_sources = pass_sources(datasets, config, seed, documents, labels)
-    counts = [len(source) for source in row_sources]
+    counts = [rows_once(source) for source in row_sources]
     # Rows that do not fill a last batch are left out, as GPT-NeoX's loader drops them.
     rows = sum(counts) // batch_size * batch_size
     cache = cache_of(datasets[0].prefix, config.order_cache)
@@ -191,7 +197,7 @@ def order_settings(
     elif passes:
         kind += ", pass by pass"
         # Every row once: a source counts by its rows.
-        weights = [len(source) for source in train.row_sources]
+        weights = [rows_once(source) for source in train.row_sources]
     settings = {
         "kind": kind,
         "seed": seed,

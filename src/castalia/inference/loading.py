@@ -27,8 +27,9 @@ def load(
 ) -> LanguageModel:
     """A checkpoint or an export, ready to generate and to score text.
 
-    Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder; a Hugging Face
-            folder of a GPTNeoX model with config.json, safetensors weights and tokenizer.json;
+    Takes   a run folder (its newest checkpoint), RUN/step1000, a step's folder, an import's; a
+            Hugging Face folder of an architecture that docs/models.md lists, with config.json,
+            weights and tokenizer;
             such a repository of the hub, OWNER/NAME or OWNER/NAME@step3000; a GPT-NeoX checkpoint
             (`save` or its global_stepN) with its YAML files; a LLaMA folder of Meta's; a GGUF file
             of floats; an export to native, ct2 or gguf.

@@ -254,11 +254,18 @@ def fit_vocabulary(layers: Layers) -> list[str]:
 
 
 def fit_epochs(layers: Layers) -> list[str]:
-    """Drop the recipe's train.epochs if an override gives the steps; says so."""
+    """Drop the recipe's train.epochs if an override gives the steps; says so.
+
+    Raises  ConfigError if overrides give both.
+    """
     steps, epochs = (layers.overrides_key(f"train.{name}") for name in ("steps", "epochs"))
     given = flatten(layers.resolved()).get("train.epochs")
-    if given is None or epochs or not steps:
+    if given is None or not steps:
         return []
+    if epochs:
+        raise ConfigError(
+            f"train.epochs={given} and train.steps are two lengths of one run; give one of them"
+        )
     layers.fitted = merge(layers.fitted, {"train": {"epochs": None}})
     return [f"train.epochs={given} of the recipe gives way to train.steps"]
 
@@ -268,6 +275,11 @@ def count_steps(config: RunConfig) -> tuple[RunConfig, list[str]]:
     epochs = config.train.epochs
     if epochs is None:
         return config, []
+    if config.data.corpus is not None and not config.data.train:
+        return config, [
+            f"train.epochs={epochs} sets train.steps at the start of the run, which builds"
+            f" data.corpus={config.data.corpus}"
+        ]
     try:
         config = with_steps(config)
     except CastaliaError as error:

@@ -354,7 +354,7 @@ struct Model {
     Linear head;
     const float *cos, *sin;  // (positions, rotary / 2)
     const float *place;      // (positions, width), added to the embedding, or null
-    const float *bias;       // added to scores, or null: (heads, positions + 16), of each key, or of each distance with
+    const float *bias;       // added to scores, or null: (heads, positions + 32), of each key, or of each distance with
     int64_t bias_by_key;     // the farthest first
     int64_t positions;
     const void *embed;         // (vocab, width), row after row
@@ -680,7 +680,7 @@ static void attend_together(const Attention &a, int64_t start, int64_t end, int6
             q.start = window ? std::max<int64_t>(0, position + 1 - window) : 0;
             q.end = position + 1;
             q.bias = nullptr;
-            if (m.bias) q.bias = m.bias + h * (m.positions + P) + (m.bias_by_key ? 0 : m.positions - 1 - position);
+            if (m.bias) q.bias = m.bias + h * (m.positions + 2 * P) + (m.bias_by_key ? 0 : m.positions - 1 - position);
             q.p = scratch + count * (a.cache.length + P);
             q.high = halves + count * 2 * rounded(D);
             q.low = q.high + rounded(D);

@@ -20,7 +20,7 @@ def position_table(weights: PackedWeights) -> Tensor | None:
 
 
 def bias_table(weights: PackedWeights) -> Tensor | None:
-    """What is added to the scores of each head, float32 (H, max_position_embeddings + 16), or None.
+    """What is added to the scores of each head, float32 (H, max_position_embeddings + 32), or None.
 
     By distance, the farthest first: a query reads the biases of the keys 0, 1, ... from one place
     on. alibi_numerics=bf16 rounds by the place of the key, so its columns are places of keys.
@@ -41,5 +41,6 @@ def bias_table(weights: PackedWeights) -> Tensor | None:
             table = -slopes * scale * distances
     else:
         return None
-    # The library reads whole registers, past the last key.
-    return torch.nn.functional.pad(table, (0, PANEL))
+    # The library reads whole registers, past the last key; and of queries that share one reading,
+    # the earlier ones up to the last key of the latest.
+    return torch.nn.functional.pad(table, (0, 2 * PANEL))
