@@ -28,6 +28,11 @@ def test_weights_and_optimizer_are_those_of_the_real_model():
     assert memory.optimizer == 2 * bytes_of_weights
 
 
+LONG = ["data.seq_length=256", "model.max_position_embeddings=256", "train.batch_size=3"]
+"""Rows so long that a table of biases is large beside them."""
+BY_HEAD = "model.sparsity_config={different_layout_per_head: true}"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -40,6 +45,9 @@ def test_weights_and_optimizer_are_those_of_the_real_model():
         ["model.family=gpt2"],
         ["model.pos_emb=alibi"],
         ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"],
+        [*LONG, "model.pos_emb=alibi"],
+        [*LONG, "model.pos_emb=rpe", "precision=bf16"],
+        [*LONG, "model.attention_config=[sparse_fixed]", BY_HEAD],
     ],
 )
 def test_activations_are_near_what_autograd_saves(overrides):
@@ -80,6 +88,12 @@ def test_recompute_and_smaller_micro_batches_need_less():
         for how in kinds
     )
     assert all_of_it < selective < whole and all_of_it < half < whole
+    dropped = (*LONG, "model.attention_dropout=0.1")
+    whole_dropped, selective_dropped = (
+        estimate(small(*dropped, f"train.recompute={how}").workload, 1, "cpu").memory.activations
+        for how in ("false", "selective")
+    )
+    assert selective_dropped < whole_dropped
     assert (
         estimate(small("train.micro_batch_size=3").workload, 1, "cpu").memory.activations
         == whole // 4
@@ -117,9 +131,21 @@ def test_ranks_beyond_the_key_heads_hold_copies():
         estimate(small(*words, f"parallel.tp={tp}").workload, tp, "cpu").memory.weights
         for tp in (1, 2, 4)
     )
-    # Norms count as split; they are a thousandth.
-    assert two == pytest.approx(one / 2, abs=64)
-    assert four == pytest.approx((one - 4 * keys) / 4 + 4 * keys, abs=64)
+    norms = 4 * (2 * model.num_layers + 1) * model.hidden_size
+    assert two - norms == (one - norms) / 2
+    assert four - norms == (one - norms - 4 * keys) / 4 + 4 * keys
+
+
+def test_tables_of_positions_are_whole_on_every_rank():
+    words = ["model.pos_emb=learned"]
+    one, two = (
+        estimate(small(*words, f"parallel.tp={tp}").workload, tp, "cpu").memory.weights
+        for tp in (1, 2)
+    )
+    plain_one, plain_two = (
+        estimate(small(f"parallel.tp={tp}").workload, tp, "cpu").memory.weights for tp in (1, 2)
+    )
+    assert one - plain_one == two - plain_two > 0
 
 
 def test_a_window_bounds_the_flops_of_attention():

@@ -8,9 +8,10 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
     optimizer    the state that the optimizer declares, 8 P / S for AdamW's two moments
     activations  for each layer b T times what its family declares as kept; with tp the part that
                  is gathered is that of all T tokens; on a CPU the probabilities of short rows,
-                 e H (T + 128) / 2 a token, and under attention_dropout (5 + e) H T; a recomputed
-                 layer keeps its input, with recompute=selective all but the cheap part, and one
-                 such layer is whole at a time
+                 e H (T + 128) / 2 a token, under attention_dropout (5 + e) H T; of biases and
+                 masks of each head e H T T for all rows alike, and on a CPU 4 H T a token if they
+                 train; a recomputed layer keeps its input, with recompute=selective all but the
+                 cheap part and what grows with T T, and one such layer is whole at a time
     logits       one chunk of the fused cross-entropy, never b T V
     gradients    4 V C of the head, and 4 P / S from the second micro-batch on; or at the end of
                  the backward 4 P / S and the whole embedding's and head's, if that and two layers'
@@ -18,13 +19,14 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
     gathered     embedding, head and two layers put together by FSDP2, 4 bytes a weight; all layers
                  without resharding
 
-tp divides P, V and the activations; cp the activations and, with dp_shard, P; pp the layers. Keys
-and values are kept of whole rows under cp, and by as many ranks of tp as have heads of them. The
-sum is within 10% of the bytes that torch allocates on a CPU, with one and two gloo ranks, in fp32
-and bf16.
+tp divides P but for norms and positions, V and the activations; cp the activations and, with
+dp_shard, P; pp the layers. Keys and values are kept of whole rows under cp, and by as many ranks of
+tp as have heads of them. The sum is within 10% of the bytes that torch allocates on a CPU, with one
+and two gloo ranks, in fp32 and bf16; with biases that train within 20%.
 The allocator's slack, Python and torch add some 110 MiB, and gloo its own buffers.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,10 +156,12 @@ def stage_costs(model: ModelConfig, degrees: Degrees) -> tuple[Costs, ...]:
 def weights_of(model: ModelConfig, degrees: Degrees) -> StageWeights:
     """The stage with most: under pp one that holds the embedding or the head, not both."""
     blocks = [4 * split_parameters(costs, degrees.tp) for costs in stage_costs(model, degrees)]
-    root = family_of(model).norm_parameters(model) + embedding_parameters(model)
+    family = family_of(model)
+    whole = family.norm_parameters(model) + family.position_parameters(model)
+    root = embedding_parameters(model) - family.position_parameters(model)
     if degrees.pp > 1 and not model.tie_word_embeddings:
         root -= model.padded_vocab_size * model.hidden_size
-    return StageWeights(sum(blocks), max(blocks), 4 * root // degrees.tp)
+    return StageWeights(sum(blocks), max(blocks), 4 * (root // degrees.tp + whole))
 
 
 def split_parameters(costs: Costs, tp: int) -> int:
@@ -165,7 +169,8 @@ def split_parameters(costs: Costs, tp: int) -> int:
     keys = costs.key_parameters
     # Where ranks outnumber the key heads, each has the weights of all of these.
     parts = tp if costs.key_parts(tp) == tp else 1
-    return (costs.parameters - keys) // tp + keys // parts
+    whole = costs.whole_parameters
+    return (costs.parameters - keys - whole) // tp + keys // parts + whole
 
 
 def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memory:
@@ -184,7 +189,7 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     vocabulary = model.padded_vocab_size // degrees.tp
     steps = -(-work.batch_size // (rows * degrees.dp))
     blocks = [
-        tokens * block_bytes(costs, work.seq_length, size, device, degrees)
+        kept_bytes(costs, work, tokens, rows, device, degrees)
         for costs in stage_costs(model, degrees)
     ]
     gathered = weights.blocks
@@ -209,14 +214,28 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
         logits=vocabulary * size * logits_at_once,
     )
     whole = 0 if alone else weights.root
-    at_end = Memory(**common, gradients=trained + whole, activations=2 * max(blocks), logits=0)
+    at_end = Memory(
+        **common,
+        gradients=trained + whole,
+        activations=2 * max(block.all for block in blocks),
+        logits=0,
+    )
     return max(at_head, at_end, key=lambda memory: memory.total)
 
 
-def activation_bytes(work: Workload, degrees: Degrees, tokens: int, blocks: list[int]) -> int:
-    """What the forward pass leaves for the backward: `tokens` of this rank, whole blocks of so many
-    bytes.
-    """
+class KeptBytes(NamedTuple):
+    """Bytes that one block keeps of a rank's tokens."""
+
+    all: int
+    """Without recompute."""
+    again: int
+    """The part that selective recompute makes again."""
+
+
+def activation_bytes(
+    work: Workload, degrees: Degrees, tokens: int, blocks: Sequence[KeptBytes]
+) -> int:
+    """What the forward pass leaves for the backward of `tokens` of this rank."""
     size = work.itemsize
     tp = degrees.tp
     total = 0
@@ -224,16 +243,15 @@ def activation_bytes(work: Workload, degrees: Degrees, tokens: int, blocks: list
     for layer, (costs, block) in enumerate(
         zip(stage_costs(work.model, degrees), blocks, strict=True)
     ):
-        kept = costs.kept
         match kind_of(work.recompute, layer):
             case "full":
-                total += 4 * tokens * kept.residual
-                again = max(again, block)
+                total += 4 * tokens * costs.kept.residual
+                again = max(again, block.all)
             case "selective":
-                total += block - size * tokens * (tp * kept.again_gathered + kept.again_split)
-                again = max(again, block)
+                total += block.all - block.again
+                again = max(again, block.all)
             case _:
-                total += block
+                total += block.all
     # The input of the final norm, the hidden states for the loss, and their gradient.
     ends = tokens * work.model.hidden_size * (4 + tp * (4 + size))
     # One recomputed block is whole while its backward runs.
@@ -253,9 +271,26 @@ def block_bytes(costs: Costs, seq_length: int, size: int, device: str, degrees: 
         out += 4 * kept.unfused
     if device == "cpu" and seq_length <= KEEP * kept.head_dim:
         out += size * kept.heads * (seq_length + QUERIES) // 2
-    # Softmax in fp32, what is dropped of it, and the probabilities that are left.
-    out += (4 + 1 + size) * kept.plain_heads * seq_length
     return out
+
+
+def kept_bytes(
+    costs: Costs, work: Workload, tokens: int, rows: int, device: str, degrees: Degrees
+) -> KeptBytes:
+    """What one block keeps of `tokens` of this rank, which are parts of `rows` rows."""
+    kept = costs.kept
+    size = work.itemsize
+    linear = tokens * block_bytes(costs, work.seq_length, size, device, degrees)
+    # Softmax in fp32, what is dropped of it, and the probabilities that are left.
+    square = (4 + 1 + size) * kept.plain_heads * tokens
+    masked = tokens if work.document_mask else tokens // rows
+    square += size * kept.masked_heads * masked
+    if device == "cpu" and kept.trained_bias:
+        # torch's kernels for a CPU give a mask no gradient.
+        square += 4 * kept.masked_heads * tokens
+    square *= work.seq_length
+    cheap = size * tokens * (degrees.tp * kept.again_gathered + kept.again_split)
+    return KeptBytes(linear + square, square + cheap)
 
 
 def disk_of(work: Workload) -> Disk:

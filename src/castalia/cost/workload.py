@@ -29,6 +29,8 @@ class Workload(NamedTuple):
     """Share of the parameters that train, and so have a gradient."""
     saves: tuple[int, int]
     """Checkpoints that are written, and those that are left at the end."""
+    document_mask: bool
+    """Whether each row has a mask of its own, by its documents."""
 
     @property
     def tokens_per_step(self) -> int:

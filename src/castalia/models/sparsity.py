@@ -10,6 +10,8 @@ from castalia.config.base import Config
 SparseKind = Literal["local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer"]
 SPARSE: frozenset[str] = frozenset(get_args(SparseKind))
 """Kinds of attention whose queries see some blocks of keys, by a pattern of DeepSpeed."""
+SAME = frozenset({"local", "bslongformer"})
+"""Kinds whose heads are all alike whatever the config says."""
 
 
 class SparsityConfig(Config):

@@ -245,6 +245,7 @@ class RunConfig(Config):
             state_bytes=state_bytes,
             trained=trained,
             saves=(len(saved), len(saved) - len(policy.expired(saved))),
+            document_mask=self.data.document_mask is not None,
         )
 
     @property

@@ -44,6 +44,11 @@ class Stored(NamedTuple):
     """Query heads whose attention probabilities the CPU kernel keeps for short rows."""
     plain_heads: int = 0
     """Query heads whose attention probabilities are kept for all keys, on every device."""
+    masked_heads: int = 0
+    """Query heads with a bias or a mask of their own, which is kept for all keys; rows without
+    documents share it."""
+    trained_bias: bool = False
+    """Whether that bias has a gradient: on a CPU the probabilities are then kept in fp32."""
     head_dim: int = 0
     """Width of these heads, which decides how long a short row may be."""
 
@@ -69,6 +74,8 @@ class Costs(NamedTuple):
     key_parameters: int = 0
     """Weights of keys and values, where they are layers of their own; whole on every rank of tp
     where ranks outnumber these heads."""
+    whole_parameters: int = 0
+    """Weights that every rank of tp holds in full, such as norms."""
     window: int | None = None
     """Most tokens that a token sees; None means its whole row."""
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from castalia.models.config import TransformerConfig
 from castalia.models.families.base import Axes, Costs, Family, LinearPart, NormPart, Parts, Stored
-from castalia.models.sparsity import SPARSE, SparsityConfig
+from castalia.models.sparsity import SAME, SPARSE, SparsityConfig
 from castalia.models.starts import ONES, ZEROS, Normal, Start, drawn
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ class Transformer(Family):
             cp_width=2 * keys,
             key_heads=config.kv_heads,
             key_parameters=projections,
+            whole_parameters=sum(part.parameters for part in parts.norms),
             window=most_keys(config, layer),
         )
 
@@ -177,9 +178,12 @@ def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
     # The kernel that keeps probabilities has no place for biases and for masks of each head.
     biased = config.pos_emb in ("alibi", "rpe")
     by_head = (
-        config.layer_kind(layer) in SPARSE
+        config.layer_kind(layer) in SPARSE - SAME
         and (config.sparsity_config or SparsityConfig()).different_layout_per_head
     )
+    if by_head and config.rotary_dim:
+        # Rotated copies for torch's kernels, beside what the projection made.
+        split += queries + keys
     plain = config.attention_dropout > 0
     return Stored(
         residual=d,
@@ -191,6 +195,9 @@ def kept_numbers(config: TransformerConfig, layer: int) -> Stored:
         unfused=0 if "layernorm" in config.norm else gathered,
         heads=0 if biased or by_head or plain else heads(config),
         plain_heads=heads(config) if plain else 0,
+        # Each layer makes the mask that torch's kernels take.
+        masked_heads=heads(config) if (biased or by_head) and not plain else 0,
+        trained_bias=config.pos_emb == "rpe",
         head_dim=config.head_dim,
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from castalia.models.config import TransformerConfig
 from castalia.models.context import HeadShare
-from castalia.models.sparsity import SparsityConfig
+from castalia.models.sparsity import SAME, SparsityConfig
 
 
 def sparse_mask(
@@ -140,5 +140,3 @@ LAYOUTS = {
     "bigbird": bigbird,
     "bslongformer": longformer,
 }
-SAME = frozenset({"local", "bslongformer"})
-"""Kinds whose heads are all alike whatever the config says."""
