@@ -174,6 +174,28 @@ def test_old_weights_give_way_and_other_files_stay(
     assert len(branch) == 4
 
 
+def test_a_revision_that_holds_something_else_is_left_alone(
+    own_hub: HubServer, run_folder: Path, tmp_path: Path, command: Callable
+) -> None:
+    words = [run_folder, "--no-certificate", "--push-to-hub", REPO]
+    assert command(*words, "--to", "hf", "--output", tmp_path / "hf")[0] == 0
+    before = own_hub.files(REPO)
+    native = [*words, "--to", "native", "--output", tmp_path / "native"]
+    code, _, err = command(*native)
+    assert code == 1 and f"{REPO}@main holds an export to hf, and the upload to native" in err
+    assert own_hub.files(REPO) == before
+    assert command(*native, "--revision", "native", "--force")[0] == 0
+
+    foreign = {"README.md": b"mine", "pytorch_model.bin": b"weights"}
+    own_hub.repos[REPO].branches["main"].append(("2" * 40, foreign))
+    hf = [*words, "--to", "hf", "--output", tmp_path / "hf"]
+    code, _, err = command(*hf)
+    assert code == 1 and "@main holds files that are no export of Castalia" in err
+    assert own_hub.files(REPO) == foreign
+    code, printed, err = command(*hf, "--force")
+    assert code == 0 and "deleted there: pytorch_model.bin" in printed
+
+
 @pytest.mark.parametrize(
     ("environment", "push", "message"),
     [

@@ -105,7 +105,7 @@ class FormatFlags:
             show_default="1",
         ),
     ] = None
-    force: Annotated[bool, FORMAT("--force", help="Replace an earlier export.")] = False
+    force: Annotated[bool, FORMAT("--force", help="Replace an earlier export, or other files on the hub.")] = False
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,8 @@ def line(exported: "Exported") -> str:
             f"{pushed['repo']}@{pushed['revision']}: {len(pushed['sent'])} files sent,"
             f" {len(pushed['kept'])} were there"
         )
+        if pushed["deleted"]:
+            words.append(f"deleted there: {', '.join(pushed['deleted'])}")
     return "  ".join(words)
 
 

@@ -97,7 +97,8 @@ def export(
     they go to RUN/exports/hf/step1000 or RUN/exports/ct2-int8/step1000. All options are checked
     before the first one is written.
     Options  to: a name in EXPORTS, whose class lists the values of dtype (hf) and quantization
-             (the others). steps: steps of the run, or "all". force replaces earlier exports. push:
+             (the others). steps: steps of the run, or "all". force replaces earlier exports, here
+             and on the hub. push:
              a repository of the Hugging Face hub that each export is uploaded to; an export that is
              there already, from the same checkpoint with the same options, is then uploaded as it
              is. options: see `ExportOptions`.
@@ -115,7 +116,7 @@ def export(
         True
     """
     spec = checked_spec(to, options)
-    hub = None if push is None else Hub.open(push)
+    hub = None if push is None else Hub.open(replace(push, force=push.force or force))
     if is_hub_id(checkpoint):
         checkpoint = hub_folder(str(checkpoint))
     name = to if spec.kind.option == "dtype" else f"{to}-{spec.numbers}"

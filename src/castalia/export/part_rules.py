@@ -113,7 +113,9 @@ def added_positions(config: TransformerConfig, tensors: Mapping[str, Tensor]) ->
     T is max_position_embeddings: other programs store the sines of sinusoidal positions as well.
     """
     if config.pos_emb == "learned":
-        return tensors["positions.weight"][config.learned_offset :]
+        # A window that the program lacks has cut the longest text, and the table has all rows.
+        rows = slice(config.learned_offset, config.learned_offset + config.max_position_embeddings)
+        return tensors["positions.weight"][rows]
     if config.pos_emb == "sinusoidal":
         places = torch.arange(config.max_position_embeddings)
         table: Tensor = SinusoidalPositions(config.hidden_size)(places)

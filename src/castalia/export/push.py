@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from castalia.core.errors import CastaliaError, ConfigError
@@ -46,6 +47,8 @@ UNREACHABLE = (
     "TimeoutError",
 )
 """Base classes of errors without an answer, in httpx, httpx2 and requests."""
+ATTRIBUTES = ".gitattributes"
+"""The file that the hub itself puts into every new repository."""
 LARGE = 5_000_000
 """Bytes from which a file is sent ahead of the commit, which has the smaller ones in itself."""
 
@@ -63,6 +66,8 @@ class Push:
     """Whether a repository that is created here is private; others are left as they are."""
     endpoint: str | None = None
     """Address of the hub, by default that of HF_ENDPOINT, else huggingface.co."""
+    force: bool = False
+    """Whether a revision that holds something else is written over."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,8 @@ class Hub:
         """Make the revision hold the export; returns a `Pushed` as a dict.
 
         Takes   step: name of the revision of one of several exports; None for a single one.
-        Raises  CastaliaError if the hub refuses it or is lost on the way.
+        Raises  CastaliaError if the hub refuses it or is lost on the way, or the revision holds
+                something else.
         """
         revision = self.push.revision or step or MAIN
         folder = Path(done.folder)
@@ -163,6 +169,8 @@ class Hub:
             if revision != MAIN:
                 self.api.create_branch(self.push.repo, branch=revision, exist_ok=True)
             there = self.files_there(revision)
+            if not self.push.force:
+                self.require_own(there, revision, done.to)
             local = contents(folder)
             kept = [name for name in local if is_there(name, local, there)]
             stale = stale_weights(there, local, done.to)
@@ -198,6 +206,25 @@ class Hub:
         """The files of a revision by their paths."""
         tree = self.api.list_repo_tree(self.push.repo, recursive=True, revision=revision)
         return {item.path: item for item in tree if hasattr(item, "blob_id")}
+
+    def require_own(self, there: Mapping[str, Any], revision: str, to: str) -> None:
+        """Raises  CastaliaError if the revision holds files, and not an export to `to`."""
+        if not set(there) - {ATTRIBUTES}:
+            return
+        held = "files that are no export of Castalia"
+        if RECORD in there:
+            with TemporaryDirectory() as folder:
+                self.api.hf_hub_download(
+                    self.push.repo, RECORD, revision=revision, cache_dir=folder, local_dir=folder
+                )
+                kind = read_record(Path(folder))["to"]
+            if kind == to:
+                return
+            held = f"an export to {kind}"
+        raise CastaliaError(
+            f"{self.push.repo}@{revision} holds {held}, and the upload to {to} would replace or"
+            " delete some of it; name another repository or --revision, or use --force"
+        )
 
     def require_arrived(self, local: Mapping[str, Local], revision: str) -> None:
         """Raises  CastaliaError if the revision does not hold every file as it is here."""
