@@ -270,7 +270,7 @@ def test_a_published_config_is_the_preset(name: str) -> None:
         ("llama", {"architectures": ["LlamaForTokenClassification"]}, "unknown architectures"),
         ("qwen2", {"layer_types": ["full_attention"]}, "has 1 kinds, num_hidden_layers is 2"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "choose among full_attention"),
-        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "use_sliding_window is false"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "no sliding_window is in use"),
         ("falcon", {"num_ln_in_parallel_attn": 2}, "two norms need new_decoder_architecture"),
         ("falcon", {"new_decoder_architecture": True, "parallel_attn": False}, "parallel_attn fal"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx true: only false"),
@@ -325,6 +325,41 @@ def test_weights_that_do_not_fit_the_config(llama_folder: Path) -> None:
     save_file({name: weights[name] for name in weights if name != key}, path)
     with pytest.raises(CheckpointError, match=f"missing: '{key}'"):
         open_model(llama_folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "shape"),
+    [
+        ("falcon", "query_key_value.weight", (49, 32)),
+        ("gpt2", "c_attn.weight", (96,)),
+        ("gpt2", "c_attn.weight", (32, 97)),
+    ],
+)
+def test_a_fused_matrix_of_another_shape_is_named(
+    tmp_path: Path, family: str, key: str, shape: tuple
+) -> None:
+    config = ours(family=family)
+    write_hf(tmp_path, Decoder(config).state_dict(), config, end_ids=(0,))
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith(key))
+    save_file(weights | {name: torch.zeros(shape)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{key}' is .* expected .* describes another model"):
+        open_model(tmp_path)
+
+
+def test_null_is_off_where_a_missing_key_is_on() -> None:
+    def read(family: str, **changes: Any) -> TransformerConfig:
+        values = hf_config(ours(family=family, num_kv_heads=4), end_ids=(0,)) | changes
+        config = model_config(values, "a/config.json", None)
+        assert isinstance(config, TransformerConfig)
+        return config
+
+    qwen = {"use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
+    assert read("qwen2", **qwen, sliding_window=None).sliding_window is None
+    assert read("qwen2", **qwen, sliding_window=7).sliding_window == 7
+    assert read("falcon", multi_query=None).kv_heads == 4
+    assert not read("falcon", parallel_attn=None).parallel_residual
+    assert not read("gpt2", tie_word_embeddings=None).tie_word_embeddings
 
 
 def test_a_model_without_its_head_is_read_by_the_shorter_names(llama_folder: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from castalia.checkpoint.saved_model import SavedModel
-from castalia.core.errors import CastaliaError, ConfigError
+from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.export import certificate, export, import_model, importing
 from castalia.export.certificate import LENGTHS, compared, fixed_prompts
 from castalia.export.formats import HuggingFace
 from castalia.inference import load
+from castalia.inference.native.engine import NativeEngine
 
 
 def written(folder: Path) -> dict:
@@ -129,6 +130,18 @@ def test_a_missing_engine_leaves_the_number_out_and_says_why(
     assert done.certificate["largest_difference"] is None
     with pytest.raises(ConfigError, match="max_difference runs the export to measure it: pip"):
         export(run_folder, to="ct2", output=tmp_path / "other", max_difference=1.0)
+
+
+def test_a_file_that_its_program_cannot_load_is_not_kept(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise CheckpointError("a tensor has a wrong shape")
+
+    monkeypatch.setattr(NativeEngine, "from_export", broken)
+    with pytest.raises(CastaliaError, match=r"out was not written: .* cannot read it \(a tensor"):
+        list(export(run_folder, to="native", output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_beyond_the_memory_is_not_measured(

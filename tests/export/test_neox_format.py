@@ -118,6 +118,7 @@ def test_a_checkpoint_of_gpt_neox_comes_back_bit_for_bit(
         pipe_parallel_size=int(pipeline),
     )
     assert done.certificate is not None and done.certificate["largest_difference"] == 0
+    assert "Read by Castalia itself: GPT-NeoX" in (Path(done.folder) / "README.md").read_text()
     assert (tmp_path / "out" / "latest").read_text() == "global_step7"
     first = files_of(theirs)
     second = files_of(tmp_path / "out" / "global_step7")
@@ -133,7 +134,12 @@ def test_a_checkpoint_of_gpt_neox_comes_back_bit_for_bit(
 CASES: dict[str, dict[str, Any]] = {
     "neox shared norm": {"family": "neox", "shared_norm": True, "tie_word_embeddings": True},
     "neox rpe": {"family": "neox", "pos_emb": "rpe", "parallel_residual": False},
-    "neox qk norm": {"family": "neox", "qk_norm": "neox", "pos_emb": "alibi"},
+    "neox qk norm": {
+        "family": "neox",
+        "qk_norm": "neox",
+        "pos_emb": "alibi",
+        "alibi_numerics": "bf16",
+    },
     "neox scalenorm": {"family": "neox", "norm": "scalenorm", "activation": "geglu"},
     "neox opt": {"family": "neox", "pos_emb": "learned", "learned_offset": 2},
     "gpt2": {"family": "gpt2"},
@@ -183,6 +189,8 @@ def test_every_option_that_gpt_neox_has_comes_back(tmp_path: Path, case: str) ->
     assert len(list(model.folder.glob("mp_rank_*"))) == 4
     lacking = case in ("qwen2", "falcon")
     assert any("biases that the model lacks" in note for note in done.notes) == lacking
+    rounded = config.alibi_numerics == "bf16"
+    assert any("alibi_numerics=bf16 is not kept" in note for note in done.notes) == rounded
 
 
 @pytest.mark.parametrize(

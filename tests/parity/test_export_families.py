@@ -71,6 +71,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None, bool]] = {
         True,
     ),
     "falcon-rw": ("falcon", SERIAL | BIASES | ALIBI | {"num_kv_heads": 4}, None, True),
+    "falcon-alibi": (
+        "falcon",
+        SERIAL | BIASES | {"pos_emb": "alibi", "alibi_scaled": False, "num_kv_heads": 4},
+        None,
+        True,
+    ),
     "gpt2": ("gpt2", {}, "gpt2", True),
     "gpt2-alibi": ("gpt2", {"pos_emb": "alibi"}, "mpt", True),
     "gpt2-sinusoidal": ("gpt2", {"pos_emb": "sinusoidal"}, "gpt2", True),
@@ -248,6 +254,22 @@ def test_a_window_is_kept_where_it_can_be(tmp_path: Path) -> None:
         assert (model.logits(ids[:24]) - ours.logits(ids[:24])).abs().max() < 1e-3
         with pytest.raises(ConfigError, match="reads from 1 to 24"):
             model.logits(ids[:25])
+
+
+def test_a_table_of_positions_ends_with_the_window(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", "gpt2", sliding_window=16)
+    ours = castalia.load(run).logits(list(range(16)))
+    (done,) = export(run, to="gguf", quantization="F32", output=tmp_path / "gguf")
+    # A file of floats is a model for every engine.
+    read = castalia.load(tmp_path / "gguf", engine="torch", dtype="fp32")
+    assert read.config.max_position_embeddings == 16
+    assert (read.logits(list(range(16))) - ours).abs().max() < 1e-4
+    if engine_of_export("gguf").is_installed():
+        # llama.cpp takes GELU from a table in float16.
+        assert done.certificate["largest_difference"] < 1e-2
+    list(export(run, to="gguf", quantization="Q8_0", output=tmp_path / "q8", certificate=False))
+    with pytest.raises(ConfigError, match=r"for engine=llama\.cpp, not torch"):
+        castalia.load(tmp_path / "q8", engine="torch")
 
 
 @pytest.mark.parametrize(

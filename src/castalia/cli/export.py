@@ -105,7 +105,9 @@ class FormatFlags:
             show_default="1",
         ),
     ] = None
-    force: Annotated[bool, FORMAT("--force", help="Replace an earlier export, or other files on the hub.")] = False
+    force: Annotated[
+        bool, FORMAT("--force", help="Replace an earlier export, or other files on the hub.")
+    ] = False
 
 
 @dataclass(frozen=True)

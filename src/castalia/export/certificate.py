@@ -40,6 +40,10 @@ Logits = Callable[[Sequence[int]], Tensor]
 """Token ids T -> logits (T, V) float32 after each, V at least the vocabulary."""
 
 
+class UnreadableError(CastaliaError):
+    """Written files that the program they are for cannot load."""
+
+
 @dataclass(frozen=True)
 class Reader:
     """A program that computes the logits of one end."""
@@ -122,7 +126,8 @@ def certify(
     """Compute the fixed prompts on both ends and compare their logits.
 
     Takes   longest: tokens that both ends read at once; None for the model's longest text.
-    The certificate says why, where an end does not fit into memory or its program cannot read it.
+    The certificate says why, where an end does not fit into memory or its program cannot compute.
+    Raises  UnreadableError if the program that the written files are for cannot load them.
     """
     prompts = fixed_prompts(config.vocab_size, longest or config.max_position_embeddings)
     ends: dict[str, Any] = {
@@ -134,8 +139,10 @@ def certify(
     if reason := too_large(config):
         return Certificate(**ends, unmeasured=reason)
     try:
-        want = logits_of(source.reader, prompts, config.vocab_size)
-        got = logits_of(target.reader, prompts, config.vocab_size)
+        want = logits_of(source.reader.open(), prompts, config.vocab_size)
+        got = logits_of(opened(target), prompts, config.vocab_size)
+    except UnreadableError:
+        raise
     except CastaliaError as error:
         return Certificate(**ends, unmeasured=str(error))
     return Certificate(**ends, **compared(want, got))
@@ -179,9 +186,25 @@ def too_large(config: ModelConfig) -> str | None:
     )
 
 
-def logits_of(reader: Reader, prompts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
+def opened(written: End) -> Logits:
+    """The program with the files that were written for it.
+
+    Raises  UnreadableError if it cannot load them; another program in its place may say so.
+    """
+    reader = written.reader
+    try:
+        return reader.open()
+    except CastaliaError as error:
+        if reader.note is not None:
+            raise
+        raise UnreadableError(
+            f"{written.name} was not written: {reader.program} cannot read it ({error}); choose"
+            " another format, or --no-certificate to keep the files"
+        ) from None
+
+
+def logits_of(compute: Logits, prompts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
     """Logits after every token of all prompts, (tokens, vocab_size) float32."""
-    compute = reader.open()
     return torch.cat([compute(ids)[:, :vocab_size].float().cpu() for ids in prompts])
 
 

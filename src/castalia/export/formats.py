@@ -7,6 +7,7 @@ asks that engine whether it computes a model before a weight is read.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -385,13 +386,15 @@ class Neox(ParallelFormat):
 
     @classmethod
     def reader(cls, written: ExportFolder) -> Reader:
-        """See `Format`; GPT-NeoX itself runs on GPUs alone and is not a package."""
-        return own_reader(written)
+        """See `Format`; Castalia in place of GPT-NeoX."""
+        note = "GPT-NeoX itself runs on GPUs alone and is not a package"
+        return replace(own_reader(written), note=note)
 
     @classmethod
     def notes(cls, source: SavedModel) -> list[str]:
         """See `Format`."""
-        return neox_notes(require_transformer(source.config, "GPT-NeoX"))
+        notes = neox_notes(require_transformer(source.config, "GPT-NeoX"))
+        return notes + lost_numerics(source.config, "alibi_numerics", "ALiBi's biases")
 
     @classmethod
     def write_ranks(cls, folder: Path, source: SavedModel, numbers: str, shape: NeoxShape) -> None:

@@ -13,6 +13,8 @@ from castalia.inference.language_model import LanguageModel
 from castalia.inference.native.engine import NativeEngine
 from castalia.inference.torch_engine import TorchEngine
 
+GGUF_FLOATS = ("F32", "F16")
+"""Types of weights in a GGUF export that are read as a checkpoint."""
 NATIVE_DTYPES = ("auto", "int8", "int4")
 """dtypes of a checkpoint for which engine=auto means native: torch stores floats alone."""
 
@@ -64,9 +66,18 @@ def load(
         )
     # An export is recognized by its record: its files look like those of other formats.
     export = open_export(Path(path))
-    if export is not None:
+    if export is not None and not is_read_as_model(export, engine):
         return load_export(export, engine, dtype, device, cache)
     return load_checkpoint(path, engine, dtype, device, cache)
+
+
+def is_read_as_model(export: ExportFolder, engine: str) -> bool:
+    """Whether another engine than the export's own is named, and the file is of floats: every
+    engine reads those."""
+    if export.kind != "gguf" or export.numbers not in GGUF_FLOATS:
+        return False
+    chosen = engine_of_export(export.kind)
+    return engine != "auto" and chosen is not None and engine != chosen.name
 
 
 def load_export(

@@ -17,7 +17,7 @@ from castalia.checkpoint.hf.formats import HF, chosen_format
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE, write_weights
 from castalia.checkpoint.hf.split_heads import with_heads_apart
 from castalia.checkpoint.hf.weights import equal_tensors, read_json, stored_weights
-from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, matches
+from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, Rule, matches
 from castalia.checkpoint.tensors import FileTensor, StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
 from castalia.core.files import write_json
@@ -135,12 +135,12 @@ def read_hf(
     form = HF[values["model_type"]]
     theirs = fitting_head(stored_weights(folder), config, form, folder, optional)
     rules = form.keymap(config).rules_for(theirs, optional)
+    require_shapes(theirs, rules, config, folder)
     ours = {
         name: replace(theirs[key], transform=transform)
         for key, rule in rules.items()
         for name, transform in rule.pieces().items()
     }
-    require_shapes(ours, config, folder)
     return StoredTensors(ours), config
 
 
@@ -182,17 +182,20 @@ def fitting_head(
     return others
 
 
-def require_shapes(ours: Mapping[str, FileTensor], config: ModelConfig, folder: Path) -> None:
+def require_shapes(
+    theirs: Mapping[str, FileTensor], rules: Mapping[str, Rule], config: ModelConfig, folder: Path
+) -> None:
     """Raises  CheckpointError if a tensor has another shape than the config gives it."""
     # On the meta device the model has shapes and no memory.
     with torch.device("meta"):
-        wanted = {name: tuple(value.shape) for name, value in Decoder(config).state_dict().items()}
-    wrong = [name for name in ours if name in wanted and ours[name].shape != wanted[name]]
+        ours = Decoder(config).state_dict()
+    wanted = {key: tuple(rule.joined(ours).shape) for key, rule in rules.items()}
+    wrong = [key for key in wanted if theirs[key].stored_shape != wanted[key]]
     if not wrong:
         return
     shown = [
-        f"{ours[name].key!r} is {list(ours[name].shape)}, expected {list(wanted[name])}"
-        for name in wrong[:SHOWN_KEYS]
+        f"{key!r} is {list(theirs[key].stored_shape)}, expected {list(wanted[key])}"
+        for key in wrong[:SHOWN_KEYS]
     ]
     more = f" and {len(wrong) - len(shown)} more" if len(wrong) > len(shown) else ""
     raise CheckpointError(

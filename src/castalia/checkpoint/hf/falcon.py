@@ -120,8 +120,8 @@ def read_blocks(keys: Keys, heads: int) -> dict[str, Any]:
     Raises  ConfigError for an arrangement that transformers names but cannot compute.
     """
     new = keys.take("new_decoder_architecture", False)
-    parallel = keys.take("parallel_attn", True)
-    multi_query = keys.take("multi_query", True)
+    parallel = keys.take_switch("parallel_attn", True)
+    multi_query = keys.take_switch("multi_query", True)
     grouped = keys.take("num_kv_heads", heads)
     norms = keys.take("num_ln_in_parallel_attn", 2 if new else 1)
     if norms not in (1, 2):

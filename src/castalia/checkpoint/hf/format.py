@@ -185,5 +185,5 @@ def shape_of(
         "vocab_size": real,
         "make_vocab_size_divisible_by": unit,
         "max_position_embeddings": keys.take("max_position_embeddings", longest),
-        "tie_word_embeddings": keys.take("tie_word_embeddings", tied),
+        "tie_word_embeddings": keys.take_switch("tie_word_embeddings", tied),
     }

@@ -65,6 +65,10 @@ class Keys:
             )
         return given[0] if given else default
 
+    def take_switch(self, key: str, default: bool) -> Any:
+        """The value of a switch, which null turns off as in transformers."""
+        return self.take(key, default and key not in self.left)
+
     def need(self, key: str) -> Any:
         """The value of a key.
 

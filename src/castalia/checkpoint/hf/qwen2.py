@@ -80,7 +80,8 @@ def read_windows(keys: Keys, layers: int) -> dict[str, Any]:
     Raises  ConfigError for an unknown kind of layer.
     """
     used = keys.take("use_sliding_window", False)
-    window = keys.take("sliding_window", 4096)
+    # Null means no window, a missing key this one.
+    window = keys.take("sliding_window", None if "sliding_window" in keys.left else 4096)
     full = keys.take("max_window_layers", 28)
     kinds = keys.take("layer_types")
     if not used:
@@ -104,7 +105,7 @@ def read_windows(keys: Keys, layers: int) -> dict[str, Any]:
         return {"sliding_window": None}
     if window is None:
         raise ConfigError(
-            f"{keys.where}: layer_types has sliding layers, use_sliding_window is false"
+            f"{keys.where}: layer_types has sliding layers, and no sliding_window is in use"
         )
     return {
         "sliding_window": window,
