@@ -3,6 +3,7 @@ transformers' logits."""
 
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from castalia.checkpoint.manifest import DamagedCheckpointError
 from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CastaliaError, CheckpointError
 from castalia.models import Decoder
@@ -199,8 +201,15 @@ def peer_of(name: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def save(path: Path, architecture: str, peer: Any, tensors: dict[str, Tensor], kind: str) -> Path:
-    """A file as llama.cpp's converter writes it."""
+def save(
+    path: Path,
+    architecture: str,
+    peer: Any,
+    tensors: dict[str, Tensor],
+    kind: str,
+    more: dict[str, float | bool] | None = None,
+) -> Path:
+    """A file as llama.cpp's converter writes it; `more`: other values of the architecture."""
     writer = gguf.GGUFWriter(str(path), architecture)
     config = peer.config
     inner = getattr(config, "intermediate_size", None) or tensors["blk.0.ffn_up.weight"].shape[0]
@@ -225,6 +234,9 @@ def save(path: Path, architecture: str, peer: Any, tensors: dict[str, Tensor], k
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_eos_token_id(5)
+    for key, value in (more or {}).items():
+        kind_of = gguf.GGUFValueType.BOOL if value is False else gguf.GGUFValueType.FLOAT32
+        writer.add_key_value(f"{architecture}.{key}", value, kind_of)
     for name, tensor in tensors.items():
         data = tensor.contiguous()
         if kind == "F16" and tensor.dim() == 2:
@@ -317,3 +329,50 @@ def test_faults_are_one_sentence(tmp_path: Path) -> None:
     part.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"lacks m-00002-of-00002\.gguf"):
         open_model(part.parent)
+
+
+def test_numbers_that_change_the_model_are_used_or_refused(tmp_path: Path) -> None:
+    name, architecture, options, make = CASES["qwen2"]
+    peer = peer_of(name, options)
+    tensors = make(dict(peer.state_dict()), peer.config, architecture)
+
+    def saved(more: dict[str, float | bool], bias: Tensor | None = None) -> Path:
+        others = {} if bias is None else {"blk.0.attn_output.bias": bias}
+        return save(tmp_path / "m.gguf", architecture, peer, tensors | others, "F32", more)
+
+    config = open_model(saved({"rope.scale_linear": 4.0, "logit_scale": 1.0})).config
+    assert (config.rope_scaling.kind, config.rope_scaling.factor) == ("linear", 4.0)
+    for key, value in (
+        ("attention.scale", 0.5),
+        ("logit_scale", 0.5),
+        ("attention.clamp_kqv", 8.0),
+        ("final_logit_softcapping", 30.0),
+        ("attention.causal", False),
+    ):
+        with pytest.raises(CastaliaError, match=f"m.gguf sets {key}, which only engine=llama"):
+            open_model(saved({key: value}))
+    assert open_model(saved({}, torch.zeros(WIDTH))).tensors
+    with pytest.raises(CheckpointError, match=r"without a place.*blk\.0\.attn_output\.bias"):
+        open_model(saved({}, torch.ones(WIDTH)))
+
+
+def test_flipped_bytes_are_one_sentence_and_another_vocabulary_too(tmp_path: Path) -> None:
+    name, architecture, options, make = CASES["qwen2"]
+    peer = peer_of(name, options)
+    tensors = make(dict(peer.state_dict()), peer.config, architecture)
+    path = save(tmp_path / "good.gguf", architecture, peer, tensors, "F32")
+    data = path.read_bytes()
+    for place in range(4, 1200, 7):
+        path.write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+        with suppress(CastaliaError):
+            open_model(path)
+    bad = data.replace(b"token_embd", b"token\xffembd")
+    path.write_bytes(bad)
+    with pytest.raises(DamagedCheckpointError, match=r"is damaged .*copy it again"):
+        open_model(path)
+    rows = 4000
+    wide = tensors | {"token_embd.weight": torch.ones(rows, WIDTH)}
+    wide["output.weight"] = torch.zeros(rows, WIDTH)
+    save(path, architecture, peer, wide, "F32")
+    with pytest.raises(CastaliaError, match="257 ids and the embedding 4000 rows, so it belongs"):
+        open_model(path, tokenizer="bytes")

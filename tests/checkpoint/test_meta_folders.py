@@ -213,6 +213,12 @@ def broken(folder: Path, how: str) -> None:
         params["moe"] = {"num_experts": 8}
     elif how == "no width":
         del params["dim"]
+    elif how == "no heads":
+        params["n_heads"] = 0
+    elif how == "text":
+        params["rope_theta"] = "x"
+    elif how == "vector":
+        torch.save(torch.load(file) | {"layers.0.attention.wq.weight": torch.tensor(1.0)}, file)
     (folder / "params.json").write_text(json.dumps(params))
 
 
@@ -227,6 +233,9 @@ def broken(folder: Path, how: str) -> None:
         ("heads", "num_attention_heads 8 is not divisible by num_kv_heads 3"),
         ("experts", "has moe: Castalia reads the dense text models"),
         ("no width", "params.json lacks dim"),
+        ("no heads", "params.json: n_heads is 0, expected a number above 0"),
+        ("text", "params.json: rope_theta is 'x', expected a number above 0"),
+        ("vector", r"layers\.0\.attention\.wq\.weight is \[\], expected a matrix"),
     ],
 )
 def test_faults_are_one_sentence(
@@ -238,4 +247,5 @@ def test_faults_are_one_sentence(
         open_model(folder)
     # Problems of a config are listed a line each.
     assert how == "heads" or "\n" not in str(caught.value)
-    assert isinstance(caught.value, CheckpointError) or how in ("heads", "experts", "no width")
+    files = ("last shard", "first shard", "truncated", "code", "shape", "vector")
+    assert isinstance(caught.value, CheckpointError) == (how in files)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
+from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import World
 from castalia.inference import load
 from castalia.models import Decoder, NeoxConfig
@@ -247,6 +248,9 @@ def broken(saved: Path, how: str) -> None:
         torch.save([1, 2], file)
     elif how == "no config":
         shutil.rmtree(saved / "configs")
+    elif how == "vector":
+        file = saved / "layer_00-model_00-model_states.pt"
+        torch.save({"word_embeddings.weight": torch.tensor(1.0)}, file)
     elif how == "heads":
         config.write_text(
             config.read_text().replace("num_attention_heads: 4", "num_attention_heads: 1")
@@ -272,6 +276,7 @@ def broken(saved: Path, how: str) -> None:
         ("missing tensor", "lacks 'sequential.3.mlp.linear2.bias'"),
         ("not a state dict", "expected a state dict of tensors by name, got list"),
         ("no config", r"has no configs/\*.yml.*--config FILE"),
+        ("vector", r"sequential.0.word_embeddings.weight is \[\], expected a matrix"),
         ("heads", "num_attention_heads 1 and num_kv_heads 1 not divisible by model_parallel_size"),
         ("another model", "use_mup in model.yml"),
         ("zero 3", "parts of ZeRO stage 3"),
@@ -284,3 +289,41 @@ def test_faults_are_one_sentence(saved: Path, how: str, message: str) -> None:
         open_model(saved)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, CheckpointError | ConfigError)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mlp_type": "llama", "activation": "silu"},
+        {"activation": "swiglu", "intermediate_size": 144},
+    ],
+    ids=["their time", "today"],
+)
+def test_the_first_llama_blocks_have_no_biases_and_their_own_width(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    config = NeoxConfig(
+        **CONFIG.model_dump(exclude={"family", "activation", "mlp_bias", "intermediate_size"}),
+        activation="swiglu",
+        mlp_bias=False,
+        intermediate_size=96,
+    )
+    ours = weights(config)
+    mlp = {"mlp.gate": "mlp.w1", "mlp.up": "mlp.w3", "mlp.down": "mlp.w2"}
+    whole = sequential(ours, {})
+    for layer in range(LAYERS):
+        for own, theirs in mlp.items():
+            whole[f"sequential.{layer + 2}.{theirs}.weight"] = ours[f"layers.{layer}.{own}.weight"]
+    bare = {"bias-gelu-fusion": False} | options
+    folder = save(tmp_path / "global_step7", [whole], True, **bare)
+    model = open_model(folder)
+    assert model.config.ffn_size == 96 and not model.config.mlp_bias
+    assert all(model.tensors[name].equal(value) for name, value in ours.items())
+
+
+def test_a_tokenizer_beside_bare_weights_is_no_config(saved: Path) -> None:
+    shutil.move(saved / "configs", saved.parent / "configs")
+    load_tokenizer("bytes").save(saved / "tokenizer.json")
+    # Of 257 ids for 256 rows: it is read as a tokenizer.
+    with pytest.raises(ConfigError, match="tokenizer has 257 ids but the embedding only 256 rows"):
+        open_model(saved)

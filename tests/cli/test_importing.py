@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import copying, verify
-from castalia.checkpoint.saved_model import open_model
+from castalia.checkpoint.saved_model import is_model_alone, open_model
 from castalia.core.errors import ConfigError
 from castalia.distributed import World
 from castalia.export import export, import_model
@@ -119,6 +119,11 @@ def test_the_command_prints_one_line_and_replaces_only_imports(
     code, out, err = command(*words, "--force", "--dtype", "bf16", "--max-difference", "1e-6")
     assert code == 1 and "was not written: the largest difference" in err
     assert open_model(place).tensors["embed.weight"].dtype == torch.float16
+    (place / "notes.txt").write_text("mine")
+    (place / "checkpoints" / "step-00000009").mkdir()
+    code, out, err = command(*words, "--force")
+    assert code == 2 and "holds checkpoints/step-00000009, notes.txt, which its import did" in err
+    assert (place / "notes.txt").is_file() and err.count("\n") == 1
     (place / "import.json").unlink()
     code, out, err = command(*words, "--force")
     assert code == 2 and "is not an import" in err
@@ -147,7 +152,28 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
         (tmp_path, (), "is no model that can be imported"),
         (broken, (), "keys that are missing"),
         (hugging_face, ("--dtype", "fp8"), "unknown dtype 'fp8'"),
+        (hugging_face, ("--config", "none.yml"), "--config names files of GPT-NeoX"),
     ):
         code, _, err = command("import", path, "--output", place, *more)
         assert code != 0 and message in err and err.count("\n") == 1, err
     assert not place.exists() and not list(place.parent.glob(".*"))
+
+
+def test_the_folder_may_be_the_one_that_one_is_in_and_hold_other_files(
+    hugging_face: Path, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    import_model(hugging_face, ".", certificate=False)
+    monkeypatch.chdir(tmp_path)
+    # A file of another program hides neither the import nor one of its steps.
+    for folder in (place, open_model(place).folder):
+        (folder / "model.gguf").write_bytes(b"GGUF")
+        assert open_model(folder).is_checkpoint and not is_model_alone(folder)
+    export_place = tmp_path / "there"
+    export_place.mkdir()
+    monkeypatch.chdir(export_place)
+    list(export(run_folder, to="hf", output=".", certificate=False))
+    monkeypatch.chdir(tmp_path)
+    assert (export_place / "config.json").is_file()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from castalia.checkpoint.gguf import find_gguf, read_gguf
 from castalia.checkpoint.meta import is_meta_folder, read_meta
+from castalia.checkpoint.names import COMPLETE
 from castalia.checkpoint.neox import find_neox, read_neox, step_of
 from castalia.checkpoint.special_ids import SpecialIds
 from castalia.checkpoint.tensors import StoredTensors
@@ -182,6 +183,8 @@ def tokenizer_of(found: Path, given: str | None, folders: Sequence[Path]) -> Tok
 
 def find_foreign(path: Path, step: int | None = None) -> tuple[type[Format], Path] | None:
     """The format of the model that a path means, and its place; None if it is of none of these."""
+    if (path / "checkpoints").is_dir() or (path / COMPLETE).is_file():
+        return None  # A run or a step of one, which a file of another program does not hide.
     for name in FORMATS:
         found = FORMATS[name].find(path, step)
         if found is not None:

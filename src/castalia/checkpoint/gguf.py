@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.gguf_file import GgufFile, read_gguf_file
+from castalia.checkpoint.gguf_file import GgufFile, damage_of, read_gguf_file
 from castalia.checkpoint.pieces import Layout, Placed, even, gathered, rotary, runs
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
-from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config, family_of
 from castalia.models.families.base import LinearPart
 
@@ -49,7 +49,11 @@ FALCON_NORMS = {"attention_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
 """Falcon 40B: the norm that llama.cpp calls the first leads into the MLP."""
 INTERLEAVED = ("llama",)
 """Architectures whose rotary pairs are neighbouring rows: llama.cpp reorders them."""
-UNUSED = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd", r"blk\.\d+\.attn_output\.bias")
+UNUSED = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd")
+SCALES = ("logit_scale", "embedding_scale", "residual_scale")
+CAPS = ("attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping")
+NEUTRAL = dict.fromkeys(SCALES, 1) | dict.fromkeys(("attention.scale", *CAPS), 0)
+"""Keys of numbers that no block here uses, and the value that changes nothing, as 0 does."""
 SCALED = ((8.0, 8192), (32.0, 8192))
 """(factor, original length) of the published models with llama3's scaled frequencies."""
 
@@ -128,11 +132,12 @@ def read_gguf(
             ConfigError if the architecture is unknown or a tensor is quantized.
     """
     files = parts_of_file(path)
-    opened = [read_gguf_file(file) for file in files]
-    tensors = {name: tensor for file in opened for name, tensor in file.tensors.items()}
-    file = GgufFile(opened[0].metadata, tensors)
-    config = gguf_config(file, str(path), vocab_size)
-    layout = gguf_layout(config, Metadata(file.metadata, str(path)).architecture, tensors)
+    with damage_of(path):
+        opened = [read_gguf_file(file) for file in files]
+        tensors = {name: tensor for file in opened for name, tensor in file.tensors.items()}
+        file = GgufFile(opened[0].metadata, tensors)
+        config = gguf_config(file, str(path), vocab_size)
+        layout = gguf_layout(config, Metadata(file.metadata, str(path)).architecture, tensors)
     unused = [*UNUSED, *zero_biases(layout, tensors)]
     if config.tie_word_embeddings:
         unused.append(re.escape(HEAD))
@@ -164,11 +169,8 @@ def gguf_config(file: GgufFile, where: str, vocab_size: int | None) -> Transform
     if EMBEDDING not in file.tensors:
         raise CheckpointError(f"{where} lacks {EMBEDDING}; convert the model again")
     rows = len(file.tensors[EMBEDDING])
-    if vocab_size is not None and vocab_size > rows:
-        raise ConfigError(
-            f"{where}: the tokenizer has {vocab_size} ids but the embedding only {rows} rows"
-        )
     real = vocab_size or rows
+    require_vocabulary(where, real, rows)
     shape: dict[str, Any] = {
         "num_layers": values.need("block_count"),
         "hidden_size": values.need("embedding_length"),
@@ -181,6 +183,10 @@ def gguf_config(file: GgufFile, where: str, vocab_size: int | None) -> Transform
         "tie_word_embeddings": is_tied(file.tensors),
         "layernorm_epsilon": epsilon(values),
     }
+    odd = [name for name, none in NEUTRAL.items() if values.get(name) not in (None, 0, none)]
+    odd += ["attention.causal"] if values.get("attention.causal") is False else []
+    if odd:
+        raise ConfigError(f"{where} sets {', '.join(odd)}, which only engine=llama.cpp computes")
     own = ARCHITECTURES[values.architecture](values, file.tensors)
     return require_transformer(build_model_config(shape | own, where), "a GGUF file")
 
@@ -220,12 +226,14 @@ def rope(values: Metadata) -> dict[str, Any]:
     }
     if head * heads != values.need("embedding_length"):
         out["attention_head_dim"] = head
-    kind = values.get("rope.scaling.type")
-    if kind in (None, "none"):
+    # What llama.cpp takes where a key is missing; older files name the factor alone.
+    kind = values.get("rope.scaling.type", "linear")
+    factor = values.get("rope.scaling.factor") or values.get("rope.scale_linear") or 1
+    if kind == "none" or (kind == "linear" and factor == 1):
         return out
     out["rope_scaling"] = {
         "kind": kind,
-        "factor": decimal(values.need("rope.scaling.factor")),
+        "factor": decimal(factor),
         "original_max_position_embeddings": values.get("rope.scaling.original_context_length"),
     }
     share = values.get("rope.scaling.attn_factor")

@@ -4,7 +4,8 @@ Source  the format's specification, ggml/docs/gguf.md, versions 2 and 3.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ class Reader:
             return list(struct.unpack(f"<{count}{letter}", raw))
         item: Callable[[], Any] = self.text if kind == STRING else self.array
         return [item() for _ in range(count)]
+
+
+@contextmanager
+def damage_of(path: Path) -> Iterator[None]:
+    """Raises  DamagedCheckpointError for what Python says of values that no whole file has."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path} is damaged ({error!r}); copy it again") from error
 
 
 def read_gguf_file(path: Path) -> GgufFile:

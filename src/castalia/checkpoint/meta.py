@@ -6,6 +6,7 @@ Source  the reference code of meta-llama/llama and llama-models (model.py): name
         matrix, the width of the MLP and the scaled frequencies.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -23,19 +24,22 @@ from castalia.checkpoint.pieces import (
     columns,
     even,
     gathered,
+    require_matrices,
     rotary,
     runs,
     whole_heads,
 )
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError
-from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config
 
 PARAMS = "params.json"
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 EMBEDDING = "tok_embeddings.weight"
 HEAD = "output.weight"
+QUERIES = "layers.0.attention.wq.weight"
+GATE = "layers.0.feed_forward.w1.weight"
 UNUSED = (r"rope\.freqs",)
 LINEARS = {
     "attn.out": "attention.wo",
@@ -45,6 +49,8 @@ LINEARS = {
 }
 NORMS = {"norm1": "attention_norm", "norm2": "ffn_norm"}
 NEEDED = ("dim", "n_layers", "n_heads")
+OPTIONAL = """n_kv_heads head_dim hidden_dim multiple_of ffn_dim_multiplier norm_eps rope_theta
+max_seq_len sliding_window rope_scaling_factor rope_high_freq_factor"""
 FOREIGN = ("moe", "quantization_args", "lora_args", "vision_chunk_size", "vision_encoder")
 """Keys of params.json of models with other parts than a dense decoder's."""
 SCALED_CONTEXT = 131072
@@ -81,6 +87,7 @@ def read_meta(
     params = read_params(folder)
     files = shard_files(folder)
     tables = [dict(tensors_in(read_pickled(path), path)) for path in files]
+    require_matrices(str(folder), tables, (EMBEDDING, QUERIES, GATE))
     require_all_shards(folder, params, tables)
     config = meta_config(params, tables, str(folder / PARAMS), vocab_size)
     layout = meta_layout(config, tables)
@@ -91,13 +98,17 @@ def read_meta(
 def read_params(folder: Path) -> dict[str, Any]:
     """params.json.
 
-    Raises  ConfigError if it describes no dense decoder.
+    Raises  ConfigError if it describes no dense decoder, or a number is none.
     """
     values = read_json(folder / PARAMS)
     inner = values.get("model", values)
     params: dict[str, Any] = inner if isinstance(inner, dict) else {}
     if missing := [name for name in NEEDED if not isinstance(params.get(name), int)]:
         raise ConfigError(f"{folder / PARAMS} lacks {', '.join(missing)}; copy it again")
+    for name in (*NEEDED, *OPTIONAL.split()):
+        value = params.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ConfigError(f"{folder / PARAMS}: {name} is {value!r}, expected a number above 0")
     if foreign := [name for name in FOREIGN if params.get(name)]:
         raise ConfigError(
             f"{folder / PARAMS} has {', '.join(foreign)}: Castalia reads the dense text models,"
@@ -123,8 +134,7 @@ def require_all_shards(
     folder: Path, params: Mapping[str, Any], tables: Sequence[Mapping[str, Tensor]]
 ) -> None:
     """Raises  CheckpointError if the rows of the queries do not make up all heads."""
-    name = "layers.0.attention.wq.weight"
-    rows = [len(table[name]) for table in tables if name in table]
+    rows = [len(table[QUERIES]) for table in tables if QUERIES in table]
     wanted = params["n_heads"] * head_dim(params)
     if not rows or sum(rows) == wanted:
         return
@@ -133,7 +143,7 @@ def require_all_shards(
         names = ", ".join(f"consolidated.{i:02d}.pth" for i in range(len(tables), count))
         raise CheckpointError(f"{folder} has {len(tables)} of {count} shards and lacks {names}")
     raise CheckpointError(
-        f"{folder}: {name} has {sum(rows)} rows over {len(tables)} shards, expected {wanted} of"
+        f"{folder}: {QUERIES} has {sum(rows)} rows over {len(tables)} shards, expected {wanted} of"
         f" {params['n_heads']} heads; {PARAMS} describes another model than the weights"
     )
 
@@ -151,10 +161,7 @@ def meta_config(
     Raises  ConfigError if the tokenizer has more ids than the embedding has rows.
     """
     rows = embedding_rows(params, tables)
-    if vocab_size is not None and vocab_size > rows:
-        raise ConfigError(
-            f"{where}: the tokenizer has {vocab_size} ids but the embedding only {rows} rows"
-        )
+    require_vocabulary(where, vocab_size or rows, rows)
     window = params.get("sliding_window")
     values: dict[str, Any] = {
         "family": "llama" if window is None else "mistral",
@@ -203,10 +210,8 @@ def mlp_width(params: Mapping[str, Any], tables: Sequence[Table]) -> int:
     """
     if params.get("hidden_dim"):
         return int(params["hidden_dim"])
-    unit = params.get("multiple_of")
-    if not unit:
-        name = "layers.0.feed_forward.w1.weight"
-        return sum(len(table[name]) for table in tables if name in table)
+    if not (unit := params.get("multiple_of")):
+        return sum(len(table[GATE]) for table in tables if GATE in table)
     width = int(8 * params["dim"] / 3)
     if params.get("ffn_dim_multiplier"):
         width = int(params["ffn_dim_multiplier"] * width)

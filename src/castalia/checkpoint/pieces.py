@@ -245,6 +245,13 @@ def require_known(
         )
 
 
+def require_matrices(where: str, tables: Sequence[Table], keys: Collection[Hashable]) -> None:
+    """Raises  CheckpointError naming one of `keys` that has no rows and columns."""
+    for key, shape in [(key, list(t[key].shape)) for t in tables for key in keys if key in t]:
+        if len(shape) != 2:
+            raise CheckpointError(f"{where}: {key} is {shape}, expected a matrix; copy it again")
+
+
 def require_shapes(where: str, layout: Layout, tables: Sequence[Table]) -> None:
     """Raises  CheckpointError naming a tensor of another shape than the config gives it."""
     for key, wanted in rank_shapes(layout).items():

@@ -156,11 +156,12 @@ def write_export(place: Destination, spec: ExportSpec) -> Exported:
     work = Conversion(place, spec, trained, source, changes)
     require_expressible(work.source, spec)
     text = text_to_measure(work.source, spec)
-    temporary = place.folder.with_name(f".{place.folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    final = place.folder.resolve()  # The name of `.`
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
         done = fill(temporary, work, text, start)
-        put_in_place(temporary, place.folder)
+        put_in_place(temporary, final)
     except OSError as error:
         raise cannot_write(place.folder, error) from error
     except SafetensorError as error:

@@ -5,6 +5,7 @@ FOLDER/README.md  import.json  certificate.json   the card, the record of the or
 """
 
 import json
+import re
 import shutil
 import time
 import uuid
@@ -18,7 +19,9 @@ import torch
 import yaml
 
 from castalia.checkpoint.copying import copy_model
+from castalia.checkpoint.foreign import FORMATS, find_foreign
 from castalia.checkpoint.hf import DTYPES, is_hf_folder, special_id_values
+from castalia.checkpoint.names import step_name
 from castalia.checkpoint.saved_model import (
     GENERATION,
     TOKENIZER,
@@ -32,6 +35,7 @@ from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import is_hub_id
 from castalia.data.tokenizer_settings import companions
 from castalia.export.card import certificate_lines, shape
+from castalia.export.certificate import FILE as CERTIFICATE
 from castalia.export.certificate import (
     Certificate,
     End,
@@ -106,19 +110,22 @@ def import_model(
     """
     begin = time.perf_counter()
     require_options(path, dtype, certificate, max_difference)
+    if configs and not is_neox(path):
+        raise ConfigError(f"{path} is no GPT-NeoX checkpoint, and --config names files of GPT-NeoX")
     folder = Path(output)
     require_replaceable(folder, force)
     source = open_model(path, configs=[Path(file) for file in configs], tokenizer=tokenizer)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    place = folder.resolve()  # The name of `.`
+    temporary = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
         done = write_model(temporary, source, str(path), folder, dtype)
         measured = None
         if certificate:
-            measured = certified(temporary, source, folder.resolve().name, done.source_sha256)
+            measured = certified(temporary, source, place.name, done.source_sha256)
             require_close(measured, max_difference, folder)
         done = described(temporary, source, done, measured, begin)
-        put_in_place(temporary, folder)
+        put_in_place(temporary, place)
     except OSError as error:
         raise cannot_write(folder, error) from error
     finally:
@@ -140,6 +147,12 @@ def require_options(
         )
     if not is_hub_id(path) and not is_model_alone(Path(path)):
         raise ConfigError(no_model(Path(path)))
+
+
+def is_neox(path: str | Path) -> bool:
+    """Whether a path means a GPT-NeoX checkpoint, be it whole or not."""
+    foreign = None if is_hub_id(path) or is_hf_folder(Path(path)) else find_foreign(Path(path))
+    return foreign is not None and foreign[0] is FORMATS["neox"]
 
 
 def no_model(path: Path) -> str:
@@ -169,6 +182,22 @@ def require_replaceable(folder: Path, force: bool) -> None:
             f"{folder} is not an import (it has no {RECORD}), so --force does not replace it;"
             " choose another output"
         )
+    if extra := not_written_here(folder):
+        more = " and more" if len(extra) > 3 else ""
+        raise ConfigError(
+            f"{folder} holds {', '.join(extra[:3])}{more}, which its import did not write and"
+            " --force would delete; move it away, or choose another output"
+        )
+
+
+def not_written_here(folder: Path) -> list[str]:
+    """The entries of an import's folder that are not the import's own."""
+    record = (folder / RECORD).read_text(encoding="utf-8", errors="replace")
+    step = re.search(r'"step": (\d+)', record)
+    own = {RECORD, CARD, CERTIFICATE, CONFIG, "checkpoints", "checkpoints/.lock"}
+    own |= {f"checkpoints/{step_name(int(step[1]))}"} if step else set()
+    found = [*folder.iterdir(), *(folder / "checkpoints").glob("*")]
+    return sorted(name for item in found if (name := str(item.relative_to(folder))) not in own)
 
 
 def write_model(

@@ -9,12 +9,7 @@ from castalia.checkpoint.hf.options import SIZES, Values, unexpressed
 from castalia.checkpoint.hf.places import Places, rules_of
 from castalia.checkpoint.keymap import Join, KeyMap, Rule, Transform
 from castalia.config.base import build
-from castalia.core.errors import ConfigError
-from castalia.models.config import ModelConfig, TransformerConfig
-
-MOST_PADDING = 1024
-"""Rows of an embedding beyond the tokenizer's ids that pass whatever the size of the vocabulary.
-Published models pad by less than 2%: Phi-2 has 905 such rows of 51,200."""
+from castalia.models.config import ModelConfig, TransformerConfig, require_vocabulary
 
 
 class HfFormat(ABC):
@@ -164,18 +159,8 @@ def shape_of(
     Raises  ConfigError if a key is missing or the tokenizer has more ids than the embedding rows.
     """
     padded = keys.need_int("vocab_size")
-    if vocab_size is not None and vocab_size > padded:
-        raise ConfigError(
-            f"{keys.where}: the tokenizer has {vocab_size} ids but the embedding only {padded}"
-            " rows; copy the tokenizer of this model"
-        )
     real = vocab_size or padded
-    if padded > 2 * real and padded - real > MOST_PADDING:
-        raise ConfigError(
-            f"{keys.where}: the tokenizer has {real} ids and the embedding {padded} rows, so it"
-            " belongs to another vocabulary; copy the tokenizer of this model, or remove it to"
-            " work with token ids"
-        )
+    require_vocabulary(keys.where, real, padded)
     # GPT-NeoX pads to multiples of 128; any other count of rows is taken as its own unit.
     unit = 128 if -(-real // 128) * 128 == padded else padded
     return {

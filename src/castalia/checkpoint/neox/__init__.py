@@ -13,13 +13,15 @@ from castalia.checkpoint.neox.folder import Rank, find_files, find_neox, step_of
 from castalia.checkpoint.neox.layout import (
     EMBEDDING,
     FIRST_BLOCK,
+    GATE,
     POSITIONS,
     WORDS,
+    Key,
     layout_of,
     naming_of,
     unused_keys,
 )
-from castalia.checkpoint.pieces import gathered
+from castalia.checkpoint.pieces import gathered, require_matrices
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError
 from castalia.data.tokenizer import Tokenizer
@@ -60,28 +62,33 @@ def read_neox(
     # Before the rows of the embedding are counted: a missing shard would make them too few.
     files.require({EMBEDDING, FIRST_BLOCK}, ranks)
     tables = files.read(ranks)
+    require_matrices(str(folder), tables, (WORDS, POSITIONS, GATE))
     tokenizer = tokenizer or find_tokenizer(folder, model.tokenizer)
     positions = tables[0].get(POSITIONS)
     longest = None if positions is None else len(positions)
-    config = model_config(model, rows_of(tables, folder), longest, tokenizer)
     block = {key.name: tensor for key, tensor in tables[0].items() if key.layer == FIRST_BLOCK}
-    layout = layout_of(config, ranks, naming_of(block, f"layer {FIRST_BLOCK} of {folder}"))
+    naming = naming_of(block, f"layer {FIRST_BLOCK} of {folder}")
+    if naming == "llama":
+        # These blocks had no biases, and a width of their own whatever the options say.
+        model.values.update(mlp_bias=False, intermediate_size=rows_of(tables, folder, GATE))
+    config = model_config(model, rows_of(tables, folder), longest, tokenizer)
+    layout = layout_of(config, ranks, naming)
     if not optional:
         files.require(set(range(FIRST_BLOCK, config.num_layers + FIRST_BLOCK)), ranks)
     tensors = gathered(str(folder), layout, tables, unused_keys(config), optional)
     return NeoxCheckpoint(tensors, config, tokenizer, tuple(files.paths()))
 
 
-def rows_of(tables: Sequence[Rank], folder: Path) -> int:
-    """Rows of the embedding, over all ranks.
+def rows_of(tables: Sequence[Rank], folder: Path, key: Key = WORDS) -> int:
+    """Rows of the embedding, or of another matrix, over all ranks.
 
     Raises  CheckpointError if a rank has none.
     """
     rows = 0
     for rank, table in enumerate(tables):
-        if WORDS not in table:
+        if key not in table:
             raise CheckpointError(
-                f"{folder}: model-parallel rank {rank} has no {WORDS}; copy the checkpoint again"
+                f"{folder}: model-parallel rank {rank} has no {key}; copy the checkpoint again"
             )
-        rows += len(table[WORDS])
+        rows += len(table[key])
     return rows

@@ -10,13 +10,13 @@ from castalia.config.neox_keys import ALIASES, HONOURED, NAMES
 from castalia.config.values import read_yaml
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
-from castalia.models.config import TransformerConfig, require_transformer
+from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config
 
 CONFIGS = "configs"
 """The folder in a checkpoint that GPT-NeoX copies a run's YAML files to."""
 FILE = "tokenizer.json"
-SUFFIXES = (".yml", ".yaml", ".json")
+SUFFIXES = (".yml", ".yaml")
 OF_A_RUN = ("load", "iteration")
 """Options that name a model's weights and say nothing about the model."""
 CHANGES_THE_MODEL = {
@@ -56,7 +56,9 @@ def config_files(folder: Path) -> list[Path]:
     for place in (folder / CONFIGS, folder, folder.parent / CONFIGS):
         files = []
         if place.is_dir():
-            files = sorted(item for item in place.iterdir() if item.suffix in SUFFIXES)
+            # Beside weights, a .json is a tokenizer or an index.
+            suffixes = SUFFIXES if place == folder else (*SUFFIXES, ".json")
+            files = sorted(item for item in place.iterdir() if item.suffix in suffixes)
         if files:
             return files
     raise ConfigError(
@@ -90,6 +92,10 @@ def read_model(files: Sequence[Path]) -> NeoxModel:
 def about_model(values: dict[str, Any]) -> dict[str, Any]:
     """The options that decide what the model computes, and those that GPT-NeoX does not have."""
     out = {}
+    if values.get("mlp_type") == "llama":
+        # The first LLaMA blocks, with a gate. Their matrices tell the width, which is 3 / 3 here.
+        values = {k: v for k, v in values.items() if k != "mlp_type"}
+        values |= {"activation": "swiglu", "intermediate_size": 3}
     for key, value in values.items():
         name = ALIASES.get(normal(key), normal(key))
         honoured = HONOURED.get(name)
@@ -137,11 +143,7 @@ def model_config(
     unit = model.values.get("make_vocab_size_divisible_by", 128)
     if tokenizer is not None:
         ids = tokenizer.vocab_size
-        if ids > rows:
-            raise ConfigError(
-                f"{model.where}: the tokenizer {tokenizer.where} has {ids} ids but the embedding"
-                f" only {rows} rows; name the model's own tokenizer"
-            )
+        require_vocabulary(f"{tokenizer.where} of {model.where}", ids, rows, unit)
     elif -(-ids // unit) * unit != rows:
         # Without its file the number of ids is a guess, which the rows settle.
         ids = rows

@@ -59,6 +59,7 @@ class Key(NamedTuple):
 
 WORDS = Key(EMBEDDING, "word_embeddings.weight")
 POSITIONS = Key(EMBEDDING, "position_embeddings.weight")
+GATE = Key(FIRST_BLOCK, "mlp.w1.weight")
 RPE = Key(FIRST_BLOCK, "attention.rpe.weight")
 """One module in all layers: the first one's copy stands for all."""
 
