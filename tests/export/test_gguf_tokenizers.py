@@ -9,13 +9,18 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from castalia.checkpoint import Store
+from castalia.checkpoint.saved_model import open_model
 from castalia.checkpoint.special_ids import SpecialIds
+from castalia.config import dump_yaml
 from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import CL100K, SentencePieceTokenizer
+from castalia.data.tokenizer_forms import CL100K, CharTokenizer, SentencePieceTokenizer
+from castalia.export import export
 from castalia.export.gguf import write_gguf
 from castalia.export.gguf_vocabulary import QWEN2, SPACE, differences, vocabulary_values
 from castalia.models import Decoder
 from castalia.models.families import build_model_config
+from castalia.train.config import RunConfig
 
 TEXTS = [
     "The naïve café owner said: “¡Olé!” and poured 🍵 for two.",
@@ -169,3 +174,22 @@ def test_what_the_file_cannot_say_is_said_in_the_card() -> None:
     assert "no word for this tokenizer's normalizer" in differences(mapped)
     unigram = SentencePieceTokenizer(trained_pieces("unigram"), "unigram")
     assert "byte-level BPE, which this tokenizer is not" in differences(unigram)
+
+
+@pytest.mark.parametrize("kind", ["char", "sentencepiece"])
+def test_a_tokenizer_that_transformers_lacks_is_noted(tmp_path: Path, kind: str) -> None:
+    """Castalia reads its own form again; AutoTokenizer finds no promise to read it."""
+    tokenizer = CharTokenizer() if kind == "char" else CASES["llama-pieces"]()
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "vocab_size": 512}
+    config = build_model_config({"family": "llama", **sizes}, "a test")
+    tensors = {f"model.{name}": value for name, value in Decoder(config).state_dict().items()}
+    files = {"config.yaml": dump_yaml(RunConfig(model=config)), "tokenizer.json": tokenizer.text}
+    Store(tmp_path / "checkpoints").save(1, tensors, {"step": 1}, files, asynchronous=False)
+    (done,) = export(tmp_path, to="hf", output=tmp_path / "out", certificate=False)
+    assert f"the tokenizer is of the kind {kind}" in done.notes[-1]
+    assert done.notes[-1] in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+    again = open_model(tmp_path / "out").tokenizer
+    assert again is not None and again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    if kind == "sentencepiece":
+        assert (tmp_path / "out" / "tokenizer.model").read_bytes() == tokenizer.model

@@ -15,10 +15,16 @@ from castalia.checkpoint.hf import write_hf_tokenizer
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
 from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.core.errors import CheckpointError, ConfigError
-from castalia.core.files import cannot_write, files_in
+from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_settings import chat_templates, special_tokens, write_chat_templates
+from castalia.data.tokenizer_forms import OtherTokenizer, SentencePieceTokenizer
+from castalia.data.tokenizer_settings import (
+    TOKEN_MAP,
+    chat_templates,
+    special_tokens,
+    write_chat_templates,
+)
 from castalia.export.activation import expressed, other_activation
 from castalia.export.card import write_card
 from castalia.export.certificate import (
@@ -42,6 +48,9 @@ from castalia.export.quality import HeldOutText, Quality, held_out, measure
 from castalia.export.record import Exported, hashes_of, same_export, write_record
 from castalia.inference.exported import ExportFolder
 from castalia.inference.torch_engine import TorchEngine
+
+PIECES = "tokenizer.model"
+"""The file that SentencePiece tokenizers are distributed as."""
 
 
 @dataclass(frozen=True)
@@ -258,11 +267,31 @@ def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]
     if tokenizer is None:
         return [*notes, f"the checkpoint has no {TOKENIZER}, so neither has the export"]
     tokenizer.save(folder / TOKENIZER)
-    limit = source.config.max_position_embeddings
-    write_hf_tokenizer(folder, tokens=named_tokens(source, tokenizer), max_length=limit)
+    tokens = named_tokens(source, tokenizer)
+    if spec.kind.library == "transformers" and isinstance(tokenizer, OtherTokenizer):
+        notes = [*notes, write_own_form(folder, tokenizer, tokens)]
+    else:
+        limit = source.config.max_position_embeddings
+        write_hf_tokenizer(folder, tokens=tokens, max_length=limit)
     templates, _ = chat_templates(source.folder)
     write_chat_templates(folder, templates)
     return notes
+
+
+def write_own_form(folder: Path, tokenizer: OtherTokenizer, tokens: Mapping[str, str]) -> str:
+    """The files beside a tokenizer that the tokenizers library lacks; returns the note about it.
+
+    No tokenizer_config.json, which would promise transformers a tokenizer that it cannot load.
+    """
+    write_json(folder / TOKEN_MAP, dict(tokens))
+    note = (
+        f"the tokenizer is of the kind {tokenizer.kind}, and Castalia alone reads its {TOKENIZER}:"
+        " AutoTokenizer of transformers cannot load it; give the model token ids"
+    )
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        (folder / PIECES).write_bytes(tokenizer.model)
+        note += f" of the sentencepiece library, which reads {PIECES}"
+    return note
 
 
 def named_tokens(source: SavedModel, tokenizer: Tokenizer) -> dict[str, str]:
