@@ -226,8 +226,7 @@ def rope(values: Metadata) -> dict[str, Any]:
     }
     if head * heads != values.need("embedding_length"):
         out["attention_head_dim"] = head
-    # What llama.cpp takes where a key is missing; older files name the factor alone.
-    kind = values.get("rope.scaling.type", "linear")
+    kind = values.get("rope.scaling.type", "linear")  # As llama.cpp does without the key.
     factor = values.get("rope.scaling.factor") or values.get("rope.scale_linear") or 1
     if kind == "none" or (kind == "linear" and factor == 1):
         return out

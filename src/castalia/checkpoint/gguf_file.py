@@ -3,6 +3,7 @@
 Source  the format's specification, ggml/docs/gguf.md, versions 2 and 3.
 """
 
+import math
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -184,7 +185,7 @@ def mapped(
             " take the float file, or run this one with engine=llama.cpp"
         )
     dtype = FLOATS[kind]
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     if start + size > len(data):
         raise DamagedCheckpointError(
             f"{path} is truncated: {name} ends at byte {start + size}, the file at {len(data)};"

@@ -91,9 +91,9 @@ def import_model(
             folder of Meta's, or a GGUF file of floats. configs: GPT-NeoX's YAML files, where they
             are not with the checkpoint. tokenizer: as load_tokenizer takes it, where none is with
             the model. dtype: fp32, bf16 or fp16; by default the weights keep theirs, bit for bit.
-            force: replace an earlier import. certificate: whether both ends compute fixed prompts,
-            a Hugging Face folder in transformers where that is installed. max_difference: an import
-            whose logits differ by more is not written.
+            force: replace an earlier import whose folder holds nothing else. certificate: whether
+            both ends compute fixed prompts, a Hugging Face folder in transformers where that is
+            installed. max_difference: an import whose logits differ by more is not written.
     Raises  ConfigError for a wrong option, an output that exists, or a model that Castalia lacks;
             CheckpointError if the files are missing or damaged, or hold more than tensors;
             CastaliaError if a logit differs by more than max_difference.
