@@ -146,7 +146,7 @@ class Ours:
 
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
-        from castalia.checkpoint.special_ids import SpecialIds
+        from castalia.data.special_ids import SpecialIds
         from castalia.inference.batching import decode_texts
         from castalia.inference.decoding import begin
         from castalia.inference.sampling import Sampling

@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from castalia.checkpoint import Store
 from castalia.checkpoint.saved_model import open_model
-from castalia.checkpoint.special_ids import SpecialIds
 from castalia.config import dump_yaml
+from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import CL100K, CharTokenizer, SentencePieceTokenizer
 from castalia.export import export

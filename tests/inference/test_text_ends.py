@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import Store
-from castalia.checkpoint.special_ids import SpecialIds
 from castalia.config import dump_yaml
+from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.data.tokenizer_forms import CharTokenizer
 from castalia.export import GeneratorCT2fromHfHub, export

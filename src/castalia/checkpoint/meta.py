@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from castalia.checkpoint.hf.weights import read_json
 from castalia.checkpoint.neox.folder import tensors_in
 from castalia.checkpoint.pickled import read_pickled
 from castalia.checkpoint.pieces import (
@@ -31,6 +30,7 @@ from castalia.checkpoint.pieces import (
 )
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.files import read_json
 from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config
 
@@ -100,7 +100,7 @@ def read_params(folder: Path) -> dict[str, Any]:
 
     Raises  ConfigError if it describes no dense decoder, or a number is none.
     """
-    values = read_json(folder / PARAMS)
+    values = read_json(folder / PARAMS, CheckpointError)
     inner = values.get("model", values)
     params: dict[str, Any] = inner if isinstance(inner, dict) else {}
     if missing := [name for name in NEEDED if not isinstance(params.get(name), int)]:

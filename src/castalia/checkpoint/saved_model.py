@@ -13,12 +13,12 @@ from castalia.checkpoint.hf import is_hf_folder, read_hf
 from castalia.checkpoint.hf.weights import weight_files
 from castalia.checkpoint.load import check_tensors, read_config, read_text
 from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
-from castalia.checkpoint.special_ids import SpecialIds, read_special_ids
 from castalia.checkpoint.tensors import StoredTensors, checkpoint_tensors
 from castalia.config.anchor import CONFIG
 from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of
 from castalia.core.hub import hub_folder, is_hub_id
+from castalia.data.special_ids import SpecialIds, read_special_ids
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.models import ModelConfig, build_model_config
 

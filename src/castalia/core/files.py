@@ -75,20 +75,20 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             temporary.unlink(missing_ok=True)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, error: type[CastaliaError] = DataError) -> dict[str, Any]:
     """The JSON object in a file that somebody else may have written.
 
-    Raises  DataError if it cannot be read or is not an object.
+    Raises  `error` if it cannot be read or is not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason}") from None
     # Other bytes than UTF-8 are a ValueError, too; some thousand nested lists a RecursionError.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: invalid JSON: {error}") from None
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path}: invalid JSON: {reason}") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}")
+        raise error(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 

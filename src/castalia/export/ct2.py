@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
-from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
+from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.ct2_file import write_model_bin
 from castalia.export.ct2_scalars import decoder_scalars

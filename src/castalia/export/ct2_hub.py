@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.saved_model import TOKENIZER, open_model
-from castalia.checkpoint.special_ids import SpecialIds, read_special_ids
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.core.files import cache_folder
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.core.unicode import require_unicode
+from castalia.data.special_ids import SpecialIds, read_special_ids
 from castalia.data.tokenizer import load_tokenizer
 from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.export.ct2_file import QUANTIZATIONS

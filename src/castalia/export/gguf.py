@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.special_ids import SpecialIds
+from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.export.gguf_model import POSITIONS, gguf_tensors, shape_values, with_heads_apart
 from castalia.export.gguf_values import STRING, UINT32, write_string, write_value

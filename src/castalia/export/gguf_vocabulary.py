@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from castalia.checkpoint.special_ids import SpecialIds
+from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import (
     CHAR,

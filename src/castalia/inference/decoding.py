@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
+from castalia.data.special_ids import SpecialIds
 from castalia.inference.text import TextStream
 
 FinishReason = Literal["eod", "stop", "length", "context"]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.saved_model import TOKENIZER
-from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import CheckpointError
+from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.models.config import ModelConfig
 from castalia.models.families import build_model_config

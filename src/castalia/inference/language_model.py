@@ -8,9 +8,9 @@ from typing import Any, Unpack, cast, overload
 
 from torch import Tensor
 
-from castalia.checkpoint.special_ids import SpecialIds
 from castalia.core.errors import ConfigError
 from castalia.core.unicode import require_unicode
+from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.batching import decode_texts, search_texts

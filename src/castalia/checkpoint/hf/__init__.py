@@ -16,11 +16,11 @@ from castalia.checkpoint.hf.format import HfFormat
 from castalia.checkpoint.hf.formats import HF, chosen_format
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE, write_weights
 from castalia.checkpoint.hf.split_heads import with_heads_apart
-from castalia.checkpoint.hf.weights import equal_tensors, read_json, stored_weights
+from castalia.checkpoint.hf.weights import equal_tensors, stored_weights
 from castalia.checkpoint.keymap import SHOWN_KEYS, KeyMap, Rule, matches
 from castalia.checkpoint.tensors import FileTensor, StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
-from castalia.core.files import write_json
+from castalia.core.files import read_json, write_json
 from castalia.models import Decoder
 from castalia.models.config import ModelConfig
 
@@ -116,7 +116,8 @@ def require_architecture(values: Mapping[str, Any], form: HfFormat, where: str) 
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether `folder` holds a config.json of transformers."""
-    return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in read_json(path, CheckpointError)
 
 
 def read_hf(
@@ -130,7 +131,7 @@ def read_hf(
             ConfigError for another architecture.
     """
     where = folder / "config.json"
-    values = read_json(where)
+    values = read_json(where, CheckpointError)
     config = model_config(values, str(where), vocab_size)
     form = HF[values["model_type"]]
     theirs = fitting_head(stored_weights(folder), config, form, folder, optional)

@@ -4,11 +4,9 @@ One file or shards with an index, safetensors or pickles of tensors; where a fol
 these, the one that transformers would load.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from castalia.checkpoint.pickled import read_pickled
 from castalia.checkpoint.shards import NAMES
 from castalia.checkpoint.tensors import FileTensor, tensors_of_file
 from castalia.core.errors import CheckpointError
+from castalia.core.files import read_json
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -44,22 +43,6 @@ class PickledTensor(FileTensor):
         return (self.content if part is None else self.content[part]).clone()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object of a JSON file.
-
-    Raises  CheckpointError if the file is not that.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"cannot read {path}: expected a JSON object, got {type(value).__name__}"
-        )
-    return value
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights: one file, or the shards that an index names.
 
@@ -80,7 +63,7 @@ def index_of(path: Path) -> dict[str, str]:
 
     Raises  CheckpointError if the index has no such table.
     """
-    table = read_json(path).get("weight_map")
+    table = read_json(path, CheckpointError).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{path} has no weight_map of tensors and files; copy it again")
     return {str(key): str(name) for key, name in table.items()}

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.hf.weights import read_json
+from castalia.core.errors import CheckpointError
+from castalia.core.files import read_json
 from castalia.data.tokenizer import Tokenizer
 
 ID_FILES = ("generation_config.json", "config.json")
@@ -45,7 +46,7 @@ def read_special_ids(folder: Path, tokenizer: Tokenizer | None, vocab_size: int)
     for name in ID_FILES:
         if not (folder / name).is_file():
             continue
-        values = read_json(folder / name)
+        values = read_json(folder / name, CheckpointError)
         ends = ends or ids_of(values, "eos_token_id", folder / name, vocab_size)
         starts = starts or ids_of(values, "bos_token_id", folder / name, vocab_size)
     # Last: the ends that a model's files list are what it was trained to write.
