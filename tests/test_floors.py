@@ -13,20 +13,21 @@ FLOORS = {
     "distributed": 2,
     "launch": 2,
     "monitor": 2,
+    "results": 2,  # one table, written by `eval` and read by `analysis`
     "checkpoint": 3,
     "corpus": 3,
     "cost": 3,
     "corpora": 4,  # built with `corpus.prepare`, and by `train` for a config that names one
     "inference": 4,
     "curate": 4,  # reads documents with the readers of `corpus`
-    "train": 5,
+    "eval": 5,  # below `train`, whose hook evaluates while it trains
     "export": 5,
-    "serve": 6,
-    "eval": 6,
-    "analysis": 6,
-    "recipes": 6,  # presets as data; the demo starts from one
-    "demo": 7,
-    "cli": 8,
+    "train": 6,
+    "serve": 7,
+    "analysis": 7,
+    "recipes": 7,  # presets as data; the demo starts from one
+    "demo": 8,
+    "cli": 9,
 }
 DOORS = {"__init__.py", "__main__.py"}
 """Files at the top of the package: they lead into rooms and nothing imports them but the
