@@ -23,7 +23,9 @@
   const data = JSON.parse(await unpack("data"));
   const WINDOWS = [0, ...data.windows]; // of the slider; 0 draws the values themselves
   const boxes = [...document.querySelectorAll(".panel")];
-  if (!boxes.length) return;
+  // Other scripts of the page draw parts of their own: {init(data), refresh(data)}.
+  const parts = window.castalia?.parts ?? [];
+  if (!boxes.length && !parts.length) return;
   const script = document.createElement("script");
   script.textContent = await unpack("plotly");
   document.head.append(script);
@@ -419,7 +421,10 @@
   const set = (key, value) => {
     state[key] = value;
     if (key === "x" || key === "xscale") view = null;
-    history.replaceState(null, "", `#${new URLSearchParams(state)}`);
+    // The other parts of the page keep what they wrote there.
+    const address = new URLSearchParams(location.hash.slice(1));
+    for (const [name, chosen] of Object.entries(state)) address.set(name, chosen);
+    history.replaceState(null, "", `#${address}`);
     redraw();
   };
   const redraw = () => {
@@ -480,7 +485,7 @@
     controls.append(group);
   };
 
-  build();
+  if (boxes.length) build();
   // Charts are drawn when they come near the screen: a page of thirty opens at once.
   const watch = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
@@ -490,6 +495,7 @@
   boxes.forEach((box) => watch.observe(box));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   window.addEventListener("beforeprint", () => boxes.forEach(draw));
+  for (const part of parts) await part.init(data);
   document.documentElement.dataset.ready = "yes";
 })().catch((error) => {
   document.documentElement.dataset.ready = "no";
