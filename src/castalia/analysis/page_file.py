@@ -3,7 +3,7 @@
 import base64
 import gzip
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +13,9 @@ from castalia.core.extras import require
 from castalia.core.files import atomic_write
 
 FOLDER = files("castalia.analysis") / "page"
-"""page.css and page.js."""
+"""The style and the scripts."""
+SCRIPTS = ("base.js", "page.js")
+"""The scripts of every page, in their order."""
 
 
 def write_page(path: Path, title: str, lead: str, body: str, data: Mapping[str, Any]) -> None:
@@ -26,11 +28,23 @@ def write_page(path: Path, title: str, lead: str, body: str, data: Mapping[str, 
         file.write(text)
 
 
-def document(title: str, lead: str, body: str, data: Mapping[str, Any]) -> str:
-    """The complete document."""
+def document(
+    title: str,
+    lead: str,
+    body: str,
+    data: Mapping[str, Any],
+    *,
+    scripts: Sequence[str] = SCRIPTS,
+    nonce: str = "",
+) -> str:
+    """The complete document.
+
+    nonce  the word by which a server's Content-Security-Policy knows the page's own scripts.
+    """
     plotly = require("plotly.offline", "report", "a report page")
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
-    script = (FOLDER / "page.js").read_text(encoding="utf-8")
+    script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in scripts)
+    allowed = f' nonce="{escape(nonce)}"' if nonce else ""
     # In base64 nothing of a run can end the script element that holds it.
     texts = {"plotly": plotly.get_plotlyjs(), "data": json.dumps(data, separators=(",", ":"))}
     packed = "".join(
@@ -45,7 +59,7 @@ def document(title: str, lead: str, body: str, data: Mapping[str, Any]) -> str:
         "<noscript><p>The charts need JavaScript; the tables below do not.</p></noscript>"
         f"{body}<footer>Written by castalia from the files in the run's folder."
         " Charts by Plotly.js (MIT).</footer></main>\n"
-        f"{packed}<script>{script}</script></body></html>\n"
+        f"{packed}<script{allowed}>{script}</script></body></html>\n"
     )
 
 

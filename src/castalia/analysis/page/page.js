@@ -1,4 +1,3 @@
-"use strict";
 // Draws the panels of a report. The data say what there is; nothing here knows a metric by name.
 (async () => {
   const COLOURS = 8;
@@ -9,31 +8,24 @@
   const isNarrow = () => window.innerWidth < 600;
   const isCoarse = window.matchMedia("(pointer: coarse)").matches;
 
-  const unpack = async (id) => {
-    const text = document.getElementById(id).textContent;
-    const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return new Response(stream).text();
-  };
-
-  if (typeof DecompressionStream === "undefined") {
+  const { look, faded, plain, address } = window.castalia;
+  if (window.castalia.isOld) {
     document.getElementById("controls")?.append("The charts need a browser of 2023 or newer.");
     return;
   }
-  const data = JSON.parse(await unpack("data"));
+  const data = await window.castalia.data();
   const WINDOWS = [0, ...data.windows]; // of the slider; 0 draws the values themselves
   const boxes = [...document.querySelectorAll(".panel")];
   // Other scripts of the page draw parts of their own: {init(data), refresh(data)}.
-  const parts = window.castalia?.parts ?? [];
+  const { parts } = window.castalia;
   if (!boxes.length && !parts.length) return;
-  const script = document.createElement("script");
-  script.textContent = await unpack("plotly");
-  document.head.append(script);
+  await window.castalia.plotly();
 
   // --- what the reader chose; it is in the address too, so that a view can be passed on
   const state = { x: "steps", xscale: "linear", yscale: "auto", smooth: 0.05 };
-  for (const [key, value] of new URLSearchParams(location.hash.slice(1))) {
-    if (key in state) state[key] = key === "smooth" ? Number(value) : value;
+  for (const key of Object.keys(state)) {
+    const value = address.get(key);
+    if (value !== null) state[key] = key === "smooth" ? Number(value) : value;
   }
   if (!(state.x in AXES) || data.runs.every((run) => !run.axes[state.x])) state.x = "steps";
   if (!WINDOWS.includes(state.smooth)) state.smooth = 0.05;
@@ -102,18 +94,12 @@
   };
 
   // --- looks
-  const look = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const colourOf = (series) => look(`--c${(series.colour ?? series.run) % COLOURS}`);
   // More sources than colours: the second round of colours has other dashes.
   const dashOf = (series) =>
     DASHES[(series.dash + Math.floor((series.colour ?? series.run) / COLOURS)) % DASHES.length];
-  const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
   const label = (series) =>
     plain(data.runs.length > 1 ? `${data.runs[series.run].name} · ${series.name}` : series.name);
-  const faded = (colour, share) => {
-    const value = Number.parseInt(colour.slice(1), 16);
-    return `rgba(${value >> 16},${(value >> 8) & 255},${value & 255},${share})`;
-  };
 
   // --- traces
   const hover = (what) =>
@@ -421,10 +407,7 @@
   const set = (key, value) => {
     state[key] = value;
     if (key === "x" || key === "xscale") view = null;
-    // The other parts of the page keep what they wrote there.
-    const address = new URLSearchParams(location.hash.slice(1));
-    for (const [name, chosen] of Object.entries(state)) address.set(name, chosen);
-    history.replaceState(null, "", `#${address}`);
+    address.set(key, value);
     redraw();
   };
   const redraw = () => {
