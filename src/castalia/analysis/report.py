@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from castalia.analysis.axes import axes_of
 from castalia.analysis.events import events_panel, events_table
@@ -51,18 +51,45 @@ def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | N
     # Before the panels: the smoothing of long runs takes a while.
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the file to write, such as {path / REPORT}")
+    page = contents_of(files)
+    write_page(path, page.title, page.lead, page.charts + page.parts, page.data)
+    return path
+
+
+class Contents(NamedTuple):
+    """What a page shows; `castalia view` makes it anew when the files have changed."""
+
+    title: str
+    lead: str
+    charts: str
+    """HTML: key figures, controls, and a box for each panel."""
+    parts: str
+    """HTML: what stands below the charts."""
+    data: dict[str, Any]
+    """What the scripts draw, as JSON values."""
+
+
+def contents_of(files: Sequence[RunFiles]) -> Contents:
+    """The page about runs.
+
+    Raises  DataError if a file in a run's folder is damaged.
+    """
     panels = panels_of(files)
     figures = ""
     if len(files) == 1:
         figures = tiles(files[0].summary.get("tiles", {}))
-    body = "".join([figures, *charts(panels), *parts(files)])
     data = {
         "runs": [{"name": run.name, "axes": axes_data(run)} for run in files],
         "panels": [panel.data() for panel in panels],
         "windows": WINDOWS,
     }
-    write_page(path, title_of(files), lead_of(files), body, data)
-    return path
+    return Contents(
+        title=title_of(files),
+        lead=lead_of(files),
+        charts="".join([figures, *charts(panels)]),
+        parts="".join(parts(files)),
+        data=data,
+    )
 
 
 def title_of(runs: Sequence[RunFiles]) -> str:
