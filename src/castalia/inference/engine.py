@@ -16,7 +16,7 @@ from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.core.extras import require
 from castalia.inference.implements import Values, unimplemented
-from castalia.models import parameter_counts
+from castalia.models import Decoder, parameter_counts
 from castalia.models.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -75,6 +75,14 @@ class Package(NamedTuple):
 
     module: str
     extra: str
+
+
+class ScoringModel(NamedTuple):
+    """A decoder of torch that gives the logits of an engine's `logprobs`."""
+
+    decoder: Decoder
+    dtype: torch.dtype
+    """Of its activations, and so of the keys and values of a state."""
 
 
 class Engine(ABC):
@@ -197,6 +205,11 @@ class Engine(ABC):
         Shapes  T ids -> (T - 1,) float32.
         """
         return logprobs_of(self.logits_in_parts(ids), ids)
+
+    def scoring_model(self) -> ScoringModel | None:
+        """The decoder behind `logprobs`, for scoring in batches; None if torch does not compute
+        it."""
+        return None
 
     def greedy(
         self, prompts: Sequence[Sequence[int]], budgets: Sequence[int], ends: Sequence[int]

@@ -10,7 +10,7 @@ from torch import Tensor
 from castalia.checkpoint.hf import DTYPES
 from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import CheckpointError, ConfigError
-from castalia.inference.engine import HEAD_ROWS, Engine, Slots, logprobs_of
+from castalia.inference.engine import HEAD_ROWS, Engine, ScoringModel, Slots, logprobs_of
 from castalia.models import Decoder, ModelState
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -248,6 +248,10 @@ class TorchEngine(Engine):
     def logprobs(self, ids: Sequence[int]) -> Tensor:
         """See `Engine`."""
         return model_logprobs(self.model, ids)
+
+    def scoring_model(self) -> ScoringModel:
+        """See `Engine`."""
+        return ScoringModel(self.model, self.model.head_weight.dtype)
 
 
 def device_of(model: Decoder) -> torch.device:

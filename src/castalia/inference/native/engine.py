@@ -12,7 +12,7 @@ from torch import Tensor
 
 from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
-from castalia.inference.engine import HEAD_ROWS, Engine, Slots
+from castalia.inference.engine import HEAD_ROWS, Engine, ScoringModel, Slots
 from castalia.inference.exported import ExportFolder
 from castalia.inference.implements import NATIVE
 from castalia.inference.native.cache import CACHES, require_cache, token_bytes
@@ -197,10 +197,22 @@ class NativeEngine(Engine):
         """See `Engine`."""
         if self.scoring != "bf16":
             return super().logprobs(ids)
+        return model_logprobs(self.bf16_scorer(), ids, SCORED_ROWS)
+
+    def bf16_scorer(self) -> PackedDecoder:
+        """The decoder that scores in bf16."""
         if self.scorer is None:
             # Made for the first text that is scored: generating alone needs no second copy.
             self.scorer = bf16_decoder(self.weights)
-        return model_logprobs(self.scorer, ids, SCORED_ROWS)
+        return self.scorer
+
+    def scoring_model(self) -> ScoringModel | None:
+        """See `Engine`; None where the compiled step scores."""
+        if self.scoring == "bf16":
+            return ScoringModel(self.bf16_scorer(), torch.bfloat16)
+        if self.decoder is not None:
+            return ScoringModel(self.decoder, torch.float32)
+        return None
 
 
 def compiled_forward(weights: PackedWeights, kernels: str) -> FusedForward | None:
