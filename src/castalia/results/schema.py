@@ -30,6 +30,7 @@ COLUMNS = {
     "seconds": "DOUBLE",
     "evaluated_at": "TIMESTAMP",
     "checkpoint": "TEXT",
+    "checkpoint_hash": "TEXT",
     "source": "TEXT",
 }
 """Name -> type in SQL, in the order of `Result`."""
@@ -91,5 +92,7 @@ class Result(NamedTuple):
     """When, in UTC, without a zone."""
     checkpoint: str | None = None
     """Path or hub id."""
+    checkpoint_hash: str | None = None
+    """SHA-256 of what identifies its weights, 16 digits; a hub's commit for a hub id."""
     source: str | None = None
     """The imported file."""
