@@ -104,6 +104,33 @@ def hub_folder(name: str, *, files: Sequence[str] = FILES, **options: Any) -> Pa
     return folder
 
 
+def branches(name: str) -> dict[str, str]:
+    """The branches of a hub model with their commits, such as Pythia's step0 to step143000;
+    without network those that were downloaded before.
+
+    Takes   OWNER/NAME, `hf://` in front or not.
+    Raises  ConfigError if huggingface_hub is not installed; CheckpointError if the hub does not
+            answer and nothing is cached.
+    """
+    hub = require("huggingface_hub", "hf", f"listing the revisions of {name}")
+    parts = HUB_ID.fullmatch(name)
+    assert parts is not None, name
+    try:
+        refs = hub.HfApi().list_repo_refs(parts["name"])
+        return {branch.name: branch.target_commit for branch in refs.branches}
+    except Exception as error:
+        # As for downloads: requests, httpx, OSError and the library's own errors.
+        cached = Path(hub.constants.HF_HUB_CACHE) / f"models--{parts['name'].replace('/', '--')}"
+        known = {file.name: file.read_text() for file in (cached / "refs").glob("*")}
+        if known:
+            return known
+        lines = str(error).strip().splitlines() or [""]
+        raise CheckpointError(
+            f"cannot list the revisions of {name} ({type(error).__name__}: {lines[0]}); name one,"
+            f" such as {name}@step1000, or give a folder"
+        ) from None
+
+
 def snapshot(name: str, files: Sequence[str], options: Mapping[str, Any]) -> Path:
     """The files of a repository that match the patterns; see `hub_folder`."""
     hub = require("huggingface_hub", "hf", f"loading {name} from the hub")

@@ -1,0 +1,346 @@
+"""The checkpoints that paths and `--steps` name: of runs, suites, folders of steps and hub ids."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from castalia.checkpoint.find import complete_steps, find_checkpoint, folder_of, ranges_of
+from castalia.checkpoint.foreign import find_foreign, is_foreign
+from castalia.checkpoint.hf import is_hf_folder
+from castalia.checkpoint.names import COMPLETE
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.hub import HUB_ID, branches, is_hub_id
+from castalia.eval.labels import STEP_FOLDER, is_run, origin_of, run_around, shown, step_in
+from castalia.inference.exported import RECORD
+
+EVALS = "evals"
+"""Folder of the results, in a run, a suite or this directory."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+SAMPLED_BYTES = 1 << 20
+"""Bytes at the begin and the end of each file of weights that are hashed. Training changes every
+weight, so they tell checkpoints apart without a pass over terabytes."""
+RANGE = re.compile(r"(\d*):(\d*)")
+
+
+class Checkpoint(NamedTuple):
+    """One checkpoint to evaluate."""
+
+    path: str
+    """As `castalia.load` takes it; it names this checkpoint even when its run has newer ones."""
+    suite: str
+    model: str
+    step: int | None
+    """None where the path does not say it."""
+    run: Path | None
+    """The run folder; None for a model without one."""
+    stores: tuple[Path, ...]
+    """Folders of results: the first is the one to write, all are read."""
+    weights_hash: str | None = None
+    """SHA-256 of what identifies its weights, 16 digits; the commit for a revision of the hub."""
+
+    @property
+    def title(self) -> str:
+        """Model and step, for a line on the screen."""
+        return self.model if self.step is None else f"{self.model} step {self.step}"
+
+
+class Series(NamedTuple):
+    """A model and its checkpoints by step; `steps` is empty where the step is unknown."""
+
+    name: str
+    """As the user typed it, or the folder."""
+    newest: str
+    """Path of the newest checkpoint, which stands for the series."""
+    steps: Mapping[int, str]
+    """Path of each step."""
+    commits: Mapping[str, str] = {}
+    """Commit of each path of the hub, as far as known."""
+
+
+class Steps(NamedTuple):
+    """What `--steps` asks for."""
+
+    text: str
+    items: tuple[int | str | tuple[int, int | None], ...]
+    """`all`, `last`, a step, or the first and last step of a range; None is an open end."""
+
+    @classmethod
+    def of(cls, text: str) -> "Steps":
+        """Read `all`, `last`, `0,1,2`, `1000:5000` (both included), or several between commas.
+
+        Raises  ConfigError.
+        """
+        items: list[int | str | tuple[int, int | None]] = []
+        for word in (word.strip() for word in text.split(",")):
+            span = RANGE.fullmatch(word)
+            number = word.removeprefix("step")
+            if word in ("all", "last"):
+                items.append(word)
+            elif span is not None and word != ":":
+                items.append((int(span[1] or 0), int(span[2]) if span[2] else None))
+            elif number.isdecimal():
+                items.append(int(number))
+            else:
+                raise ConfigError(
+                    f"--steps {text!r}: {word!r} is not a step; expected all, last, steps between"
+                    " commas such as 0,1,1000, or a range such as 1000:5000"
+                )
+        return cls(text, tuple(items))
+
+    def chosen(self, series: Series) -> list[int]:
+        """The steps of a series that are asked for, ascending.
+
+        Raises  CheckpointError for a step that it lacks.
+        """
+        have = sorted(series.steps)
+        chosen: set[int] = set()
+        for item in self.items:
+            if item == "all":
+                chosen.update(have)
+            elif item == "last":
+                chosen.update(have[-1:])
+            elif isinstance(item, tuple):
+                first, last = item
+                inside = [s for s in have if first <= s and (last is None or s <= last)]
+                if not inside:
+                    raise missing_step(series, f"no checkpoint from {first} to {last or 'its end'}")
+                chosen.update(inside)
+            elif item in series.steps:
+                chosen.add(int(item))
+            else:
+                raise missing_step(series, f"no checkpoint of step {item}", int(item))
+        return sorted(chosen)
+
+
+def missing_step(series: Series, what: str, step: int | None = None) -> CheckpointError:
+    """The error about a step that does not exist, with the nearest ones and all."""
+    have = sorted(series.steps)
+    if not have:
+        return CheckpointError(
+            f"{series.name} is one checkpoint, whose step is unknown; omit --steps"
+        )
+    near = ""
+    if step is not None:
+        below = [str(s) for s in have if s < step][-1:]
+        above = [str(s) for s in have if s > step][:1]
+        near = f"; the nearest is {' or '.join(below + above)}"
+    return CheckpointError(f"{series.name} has {what}{near}; it has {ranges_of(have)}")
+
+
+def checkpoints_of(
+    paths: Sequence[str | os.PathLike[str]],
+    steps: str | None = None,
+    store: str | os.PathLike[str] | None = None,
+) -> list[Checkpoint]:
+    """The checkpoints that paths name, each once.
+
+    Takes   paths: a run, RUN/step1000, a suite (a folder of runs or models), a folder of step
+            folders, and whatever else `castalia.load` takes.
+            steps: see `Steps.of`; None for the newest of every model.
+            store: folder of the results; None for `evals` in the run or suite, else here.
+    Raises  CheckpointError for a path without a checkpoint, or a step that does not exist;
+            ConfigError for malformed steps.
+    """
+    asked = None if steps is None else Steps.of(steps)
+    found: dict[str, Checkpoint] = {}
+    for path in paths:
+        text = os.fspath(path)
+        members = series_of(text, listed=asked is not None)
+        # A folder of several models keeps their results together.
+        suite = Path(text) if members is None else None
+        for series in members or models_in(Path(text)):
+            for place in chosen_paths(series, asked):
+                checkpoint = checkpoint_at(place, series, suite, store)
+                found.setdefault(checkpoint.path, checkpoint)
+    return list(found.values())
+
+
+def chosen_paths(series: Series, asked: Steps | None) -> list[str]:
+    """Paths of the checkpoints of a series that are asked for."""
+    if asked is None:
+        return [series.newest]
+    if not series.steps and set(asked.items) <= {"all", "last"}:
+        return [series.newest]  # all of its one checkpoint
+    return [series.steps[step] for step in asked.chosen(series)]
+
+
+def checkpoint_at(
+    path: str, series: Series, suite: Path | None, store: str | os.PathLike[str] | None
+) -> Checkpoint:
+    """The checkpoint at one path."""
+    origin = origin_of(path)
+    step = origin.step
+    if step is None:
+        step = next((number for number, place in series.steps.items() if place == path), None)
+    commit = series.commits.get(path)
+    return Checkpoint(
+        path=path,
+        suite=origin.suite,
+        model=origin.model,
+        step=step,
+        run=origin.run,
+        stores=stores_for(origin.run, suite, store),
+        weights_hash=commit[:16] if commit else hash_of(path),
+    )
+
+
+def stores_for(
+    run: Path | None, suite: Path | None, store: str | os.PathLike[str] | None
+) -> tuple[Path, ...]:
+    """Where results of a checkpoint go, and where else they may be already."""
+    if store is not None:
+        return (Path(store),)
+    if run is None:
+        return (Path(EVALS) if suite is None else suite / EVALS,)
+    own = Path(shown(run)) / EVALS
+    around = Path(shown(run.parent)) / EVALS
+    # Evaluated alone or as one of its suite, a run's numbers are the same.
+    return (own, around) if suite is None else (suite / EVALS, own)
+
+
+def series_of(text: str, *, listed: bool = True) -> list[Series] | None:
+    """The one model that a path names, as a list; None for a folder of models.
+
+    listed  whether the hub is asked for the steps of a model.
+    Raises  CheckpointError if the path names nothing.
+    """
+    if is_hub_id(text):
+        return [hub_series(text) if listed else Series(text, text, {})]
+    path = folder_of(text)
+    if path.is_dir() and is_run(path.absolute()):
+        return [run_series(path)]
+    # Of a checkpoints folder too; the folder of one step is one checkpoint.
+    run = run_around(path.absolute())
+    if run is not None and path.name == "checkpoints":
+        return [run_series(Path(shown(run)))]
+    if is_alone(path):
+        return [alone(path)]
+    if not path.is_dir():
+        if find_foreign(path) is not None:  # SAVE@1000 of GPT-NeoX
+            return [alone(path)]
+        # RUN/step1000 and its like, or the error that lists what there is.
+        step = step_in(find_checkpoint(path).name)
+        assert step is not None
+        return [Series(text, text, {step: text})]
+    numbered = steps_in(path)
+    return [by_folder(path, numbered)] if numbered else None
+
+
+def is_alone(path: Path) -> bool:
+    """Whether a path is itself one model: an export, an import, a step, a foreign model."""
+    if (path / COMPLETE).is_file() or (path / RECORD).is_file():
+        return True
+    if path.is_file() and path.suffix == ".gguf":
+        return True
+    return path.is_dir() and (is_hf_folder(path) or (is_foreign(path) and not steps_in(path)))
+
+
+def alone(path: Path) -> Series:
+    """A model of one checkpoint."""
+    step = step_in(path.name)
+    return Series(str(path), str(path), {} if step is None else {step: str(path)})
+
+
+def run_series(run: Path) -> Series:
+    """A run.
+
+    Raises  CheckpointError without a complete checkpoint.
+    """
+    steps = complete_steps(run / "checkpoints")
+    if not steps:
+        raise CheckpointError(f"{run} has no complete checkpoint yet; train it further")
+    paths = {step: os.path.join(run, f"step{step}") for step in steps}
+    return Series(str(run), paths[steps[-1]], paths)
+
+
+def steps_in(folder: Path) -> dict[int, str]:
+    """The sub-folders that are checkpoints named after their steps."""
+    steps: dict[int, str] = {}
+    for item in folder.iterdir() if folder.is_dir() else ():
+        named = STEP_FOLDER.fullmatch(item.name)
+        if named is not None and item.is_dir() and (is_alone(item)):
+            steps[int(named[1])] = str(item)
+    return dict(sorted(steps.items()))
+
+
+def by_folder(folder: Path, steps: Mapping[int, str]) -> Series:
+    """A folder of step folders, such as exports of a run or GPT-NeoX's `save`."""
+    # GPT-NeoX's `latest` decides which one the folder means.
+    foreign = find_foreign(folder)
+    newest = steps[max(steps)] if foreign is None else str(foreign[1])
+    return Series(str(folder), newest, steps)
+
+
+def hub_series(text: str) -> Series:
+    """A model of the hub: one revision, or those that are named after their steps.
+
+    Raises  CheckpointError where the hub does not list them.
+    """
+    parts = HUB_ID.fullmatch(text)
+    assert parts is not None, text
+    step = step_in(parts["revision"] or "")
+    if parts["revision"] is not None:
+        return Series(text, text, {} if step is None else {step: text})
+    steps: dict[int, str] = {}
+    commits: dict[str, str] = {}
+    for name, commit in branches(text).items():
+        named = STEP_FOLDER.fullmatch(name)
+        place = text if named is None else f"{text}@{name}"
+        if named is not None:
+            steps[int(named[1])] = place
+        if named is not None or name == "main":
+            commits[place] = commit
+    return Series(text, text, dict(sorted(steps.items())), commits)
+
+
+def models_in(suite: Path) -> list[Series]:
+    """The models in a suite's folder, by name; runs without a checkpoint are left out.
+
+    Raises  CheckpointError if there is none.
+    """
+    found: list[Series] = []
+    for item in sorted(suite.iterdir()):
+        if not item.is_dir() or item.name.startswith("."):
+            continue
+        if is_run(item.absolute()) and not complete_steps(item / "checkpoints"):
+            continue
+        if is_run(item.absolute()) or is_alone(item) or steps_in(item):
+            found += series_of(str(item)) or []
+    if not found:
+        raise CheckpointError(
+            f"{suite} is no run and no model, and no folder in it is one; give a run, a checkpoint,"
+            " or a folder of runs or Hugging Face folders"
+        )
+    return found
+
+
+def hash_of(path: str) -> str | None:
+    """SHA-256 of what identifies the weights at a path, 16 digits; None for a hub id."""
+    if is_hub_id(path):
+        return None
+    place = Path(path)
+    if not is_alone(place):
+        place = find_checkpoint(place)
+    if (place / COMPLETE).is_file():
+        # The hash of the manifest, which has the hash of every file.
+        return hashlib.sha256((place / COMPLETE).read_bytes()).hexdigest()[:16]
+    files = [place]
+    if place.is_dir():
+        files = sorted(file for file in place.iterdir() if file.suffix in WEIGHTS)
+    return sampled_hash(files)
+
+
+def sampled_hash(files: Iterable[Path]) -> str:
+    """SHA-256 of names, sizes and both ends of files, 16 digits."""
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with open(file, "rb") as content:
+            digest.update(content.read(SAMPLED_BYTES))
+            content.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
