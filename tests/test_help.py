@@ -17,6 +17,7 @@ VERBS = (
     "runs",
     "generate",
     "report",
+    "results",
     "export",
     "serve",
 )
@@ -63,6 +64,7 @@ USAGE = {
     "data view": "data view [OPTIONS] CONFIG... [a.b=c ...]",
     "data merge": "data merge [OPTIONS] PREFIX...",
     "report": "report [OPTIONS] RUN...",
+    "results": "results [OPTIONS] [PATH...]",
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "export": "export [OPTIONS] CHECKPOINT",
     "runs": "runs [OPTIONS] [DIR]",

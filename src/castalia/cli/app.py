@@ -17,6 +17,7 @@ from castalia.cli import (
     mixing,
     prepare,
     report,
+    results,
     runs,
     serve,
     show,
@@ -61,7 +62,7 @@ TRAINING = "Training"
 PANELS = {
     "Start": (demo.demo,),
     TEXT: (prepare.prepare,),
-    TRAINING: (show.show, train.train, launch.launch, runs.runs, report.report),
+    TRAINING: (show.show, train.train, launch.launch, runs.runs, report.report, results.results),
     "Trained models": (
         generate.generate,
         importing.import_,

@@ -1,6 +1,17 @@
 """The results of evaluations: one table, and DuckDB over it."""
 
+from castalia.results.importing import Imported, import_results
 from castalia.results.schema import COLUMNS, CONDITIONS, KEY, Result
-from castalia.results.store import ResultsStore
+from castalia.results.store import ResultsStore, find_stores, read_stores
 
-__all__ = ["COLUMNS", "CONDITIONS", "KEY", "Result", "ResultsStore"]
+__all__ = [
+    "COLUMNS",
+    "CONDITIONS",
+    "KEY",
+    "Imported",
+    "Result",
+    "ResultsStore",
+    "find_stores",
+    "import_results",
+    "read_stores",
+]

@@ -9,26 +9,27 @@ from typing import Any
 from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed
+from castalia.results.query import EXTRA, PURPOSE, Answer, select
 from castalia.results.schema import COLUMNS, KEY, Result
 
 FILE = "results.parquet"
-EXTRA = "results"
-PURPOSE = "the results table"
-
-
-Answer = tuple[list[str], list[tuple[Any, ...]]]
-"""Names of columns, and rows."""
+SUFFIX = ".parquet"
+EVALS = "evals"
+"""Folder of a run or a suite that holds its store."""
 
 
 class ResultsStore:
-    """A folder with `results.parquet`; without the file, the table is empty."""
+    """A folder with `results.parquet`, or another .parquet file; without the file, the table is
+    empty."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        self.path = self.folder / FILE
+        place = Path(folder)
+        is_file = place.suffix == SUFFIX
+        self.folder = place.parent if is_file else place
+        self.path = place if is_file else place / FILE
 
     def __repr__(self) -> str:
-        return f"ResultsStore({str(self.folder)!r})"
+        return f"ResultsStore({str(self.path)!r})"
 
     def add(self, results: Iterable[Result]) -> int:
         """Add rows; a row replaces the older one of the same KEY. Atomic, also between processes.
@@ -77,17 +78,38 @@ class ResultsStore:
         values  for the question marks in it.
         Raises  DataError for a damaged file, or SQL that DuckDB refuses.
         """
-        duckdb = require("duckdb", EXTRA, PURPOSE)
-        table = self.table()
-        with duckdb.connect() as connection:
-            connection.register("results", table)
-            try:
-                answer = connection.execute(sql, list(values))
-                if answer.description is None:
-                    return [], []
-                return [column[0] for column in answer.description], answer.fetchall()
-            except duckdb.Error as error:
-                raise DataError(f"--sql: {error}") from None
+        return select(self.table(), sql, values)
+
+
+def find_stores(path: str | os.PathLike[str]) -> list[ResultsStore]:
+    """The stores that a path names: a table's file or its folder, a run, or a suite's folder.
+
+    A suite has the store of its own sweeps and those of its runs.
+    Raises  DataError if there is none.
+    """
+    place = Path(path)
+    if place.is_file():
+        return [ResultsStore(place)]
+    folders = [place, place / EVALS, *sorted(place.glob(f"*/{EVALS}"))]
+    stores = [ResultsStore(folder) for folder in folders if (folder / FILE).is_file()]
+    if not stores:
+        raise DataError(
+            f"{place}: no results here: expected a folder with {FILE}, a run or suite with"
+            f" {EVALS}/{FILE}, or such a file; castalia results --import FILES --store {place}"
+            " makes one"
+        )
+    return stores
+
+
+def read_stores(stores: Sequence[ResultsStore]) -> Any:
+    """The tables of several stores as one pyarrow.Table; the newest row of each KEY stands.
+
+    Raises  DataError if a file is damaged.
+    """
+    table = stores[0].table()
+    for store in stores[1:]:
+        table = newest(table, store.table())
+    return table
 
 
 def table_of(results: Sequence[Result]) -> Any:

@@ -1,0 +1,162 @@
+"""`castalia results`."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from castalia.cli.flags import AsJson, grouped, panel
+
+if TYPE_CHECKING:
+    from castalia.results.query import Answer
+
+USUAL = "evals"
+"""Store of foreign checkpoints, in the current folder."""
+MOST_ROWS = 1000
+"""Rows that are printed as aligned columns."""
+OVERVIEW = """
+SELECT suite, model, variant, count(DISTINCT seed) AS seeds, count(DISTINCT step) AS steps,
+       min(step) AS first, max(step) AS last, count(DISTINCT task) AS tasks, count(*) AS numbers
+FROM results GROUP BY ALL ORDER BY suite, any_value(parameters), model, variant
+"""
+SHORT = (
+    "suite, model, variant, seed, step, task, metric, filter, shots, value, stderr, documents,"
+    " harness, dtype, engine"
+)
+ORDER = "suite, parameters, model, variant, seed, step, task, metric, filter, shots"
+
+QUESTION = panel("Question")
+OUTPUT = panel("Output")
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """How rows are printed."""
+
+    as_csv: Annotated[bool, OUTPUT("--csv", help="Print CSV; floats have all their digits.")] = (
+        False
+    )
+    as_markdown: Annotated[bool, OUTPUT("--markdown", help="Print a Markdown table.")] = False
+    as_json: AsJson = False
+
+    def show(self, answer: "Answer") -> None:
+        """Print rows as the options say.
+
+        Raises  ConfigError if several say it.
+        """
+        from castalia.core.errors import ConfigError
+        from castalia.results.formats import as_columns, as_csv, as_json, as_markdown
+
+        if self.as_csv + self.as_markdown + self.as_json > 1:
+            raise ConfigError("give one of --csv, --markdown and --json")
+        names, rows = answer
+        if self.as_csv:
+            typer.echo(as_csv(names, rows), nl=False)
+        elif self.as_markdown:
+            typer.echo(as_markdown(names, rows), nl=False)
+        elif self.as_json:
+            typer.echo(as_json(names, rows), nl=False)
+        else:
+            typer.echo(as_columns(names, rows[:MOST_ROWS]), nl=False)
+            if len(rows) > MOST_ROWS:
+                typer.echo(f"{len(rows) - MOST_ROWS} more rows; --csv prints all", err=True)
+
+
+@dataclass(frozen=True)
+class QuestionFlags:
+    """What is asked."""
+
+    sql: Annotated[
+        str | None, QUESTION(metavar="SELECT", help="SQL of DuckDB over the table `results`.")
+    ] = None
+    where: Annotated[
+        str | None, QUESTION(metavar="CONDITION", help="The numbers for which this SQL holds.")
+    ] = None
+
+    def asked(self) -> bool:
+        """Whether anything is asked.
+
+        Raises  ConfigError if several things are.
+        """
+        from castalia.core.errors import ConfigError
+
+        if self.sql is not None and self.where is not None:
+            raise ConfigError("give --sql or --where, not both")
+        return self.sql is not None or self.where is not None
+
+    def answer(self, places: list[Any]) -> "Answer":
+        """What the stores at `places` answer; an overview of them if nothing is asked."""
+        from castalia.results import find_stores, read_stores
+        from castalia.results.query import select
+
+        table = read_stores([store for place in places for store in find_stores(place)])
+        if self.where is not None:
+            # On a line of its own: a comment in the condition ends there.
+            condition = f"(\n{self.where}\n)"
+            return select(table, f"SELECT {SHORT} FROM results WHERE {condition} ORDER BY {ORDER}")
+        return select(table, OVERVIEW if self.sql is None else self.sql)
+
+
+@grouped
+def results(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PATH...]",
+            help="With --import, more files to import; else stores to read, like --store.",
+        ),
+    ] = None,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            metavar="PATH",
+            help="Add published results: files (.json, .csv) or folders, which are searched.",
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of the table, a run or a suite with results, or a .parquet file.",
+            show_default=USUAL,
+        ),
+    ] = None,
+    question: QuestionFlags = QuestionFlags(),
+    text: TextFlags = TextFlags(),
+) -> None:
+    """Import, query and compare the results of evaluations.
+
+    One table holds all numbers: suite, model, variant, size, parameters, seed, step, last_step,
+    tokens, task, metric, filter, shots, value, stderr, documents, higher_is_better, harness,
+    task_version, task_hash, dtype, engine, batch, seconds, evaluated_at, checkpoint, source.
+    Without --sql and --where, the models in it are listed.
+
+    Examples:
+
+      castalia results --import downloads/evals --store evals
+
+      castalia results --sql "select step, value from results where task = 'piqa'" --csv
+
+      castalia results --where "task = 'piqa' and step > 1000" --markdown
+    """
+    asked = question.asked()
+    problems = []
+    if imports:
+        problems = import_files([*imports, *(paths or [])], store or USUAL, quiet=asked)
+    if asked or not imports:
+        places = [store] if imports or store else paths
+        text.show(question.answer(places or [USUAL]))
+    if problems:
+        from castalia.core.errors import DataError
+
+        raise DataError("not imported:\n" + "\n".join(problems))
+
+
+def import_files(paths: list[str], store: str, *, quiet: bool) -> list[str]:
+    """Import and tell about it, `quiet` on stderr; returns what could not be imported."""
+    from castalia.results import ResultsStore, import_results
+
+    done = import_results(paths, ResultsStore(store))
+    typer.echo("\n".join(done.lines()), err=quiet)
+    return done.problems

@@ -1,0 +1,99 @@
+"""Rows as text: aligned columns, CSV, Markdown and JSON."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+Rows = Sequence[Sequence[Any]]
+
+
+def as_csv(names: Sequence[str], rows: Rows) -> str:
+    """CSV with a header. NULL is empty; floats have all their digits."""
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([moment(value) for value in row])
+    return output.getvalue()
+
+
+def as_json(names: Sequence[str], rows: Rows) -> str:
+    """A list of objects. NaN and infinities, for which JSON has no numbers, are texts."""
+    objects = [dict(zip(names, map(plain, row), strict=True)) for row in rows]
+    return json.dumps(objects, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_markdown(names: Sequence[str], rows: Rows) -> str:
+    """A table of GitHub's Markdown."""
+    lines = [[escaped(name) for name in names]]
+    lines.append(["---:" if right else "---" for right in numeric(names, rows)])
+    lines += [[escaped(shown(value)) for value in row] for row in rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def as_columns(names: Sequence[str], rows: Rows) -> str:
+    """Aligned columns, numbers to the right, six digits of each float."""
+    cells = [list(names), *([shown(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    right = numeric(names, rows)
+    lines = []
+    for row in cells:
+        padded = [
+            cell.rjust(width) if at_right else cell.ljust(width)
+            for cell, width, at_right in zip(row, widths, right, strict=True)
+        ]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def numeric(names: Sequence[str], rows: Rows) -> list[bool]:
+    """For each column whether it holds numbers only."""
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)
+    return [
+        any(value is not None for value in column)
+        and all(value is None or is_number(value) for value in column)
+        for column in columns
+    ]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value on one line; empty for NULL."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(str(moment(value)).splitlines())
+
+
+def escaped(text: str) -> str:
+    """Text in a cell of Markdown."""
+    return text.replace("\\", "\\\\").replace("|", "\\|")
+
+
+def moment(value: Any) -> Any:
+    """Times as ISO 8601 writes them; other values as they are."""
+    return value.isoformat(sep=" ") if isinstance(value, datetime) else value
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    if isinstance(value, float) and math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): plain(each) for key, each in value.items()}
+    return value.isoformat() if isinstance(value, datetime) else str(value)
