@@ -8,6 +8,7 @@ pytest_plugins = [
     "tests.fixtures.token_files",
     "tests.fixtures.tiny_model",
     "tests.fixtures.hub_server",
+    "tests.fixtures.harness_tasks",
     "tests.fixtures.browser",
 ]
 

@@ -1,0 +1,211 @@
+"""`evaluate`: the numbers of one checkpoint on a set of tasks."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from castalia.core.errors import ConfigError
+from castalia.eval.harness.numbers import Number, numbers_of
+from castalia.eval.harness.quiet import OTHER_SEED, SEED, harness_rules, require_harness
+from castalia.eval.harness.tasks import Part, TaskSet
+from castalia.eval.labels import Labels
+from castalia.eval.shares import ALONE, Share
+from castalia.inference import LanguageModel
+from castalia.results.schema import Result
+
+Say = Callable[[str, int], None]
+BOOTSTRAP = 100_000
+"""The harness's default of resamples for the error of a metric without a formula."""
+
+
+@dataclass
+class Evaluation:
+    """The results of one checkpoint."""
+
+    numbers: list[Number]
+    json: dict[str, Any]
+    """What `lm_eval` itself would write for these tasks, without samples."""
+    samples: dict[str, list[dict[str, Any]]]
+    """By task, each document with its requests, answers and metrics; empty unless asked for."""
+    batch: int
+    finished: datetime
+    """When, in UTC, without a zone."""
+
+    def __getitem__(self, key: tuple[str, str]) -> Number:
+        """The number of (task, metric), by its first filter.
+
+        Raises  KeyError if there is none.
+        """
+        for number in self.numbers:
+            if (number.task, number.metric) == key:
+                return number
+        raise KeyError(key)
+
+    def results(self, labels: Labels) -> list[Result]:
+        """The numbers as rows of the results table."""
+        shared: dict[str, Any] = {
+            "harness": harness_name(),
+            "batch": self.batch,
+            "evaluated_at": self.finished,
+        }
+        return [labels.result(**number._asdict(), **shared) for number in self.numbers]
+
+
+def harness_name() -> str:
+    """Name and version of the harness, as results record it."""
+    return f"lm-eval {version('lm-eval')}"
+
+
+def evaluate(
+    model: LanguageModel,
+    tasks: TaskSet,
+    *,
+    batch: int = 16,
+    bootstrap: int = BOOTSTRAP,
+    share: Share = ALONE,
+    samples: bool = False,
+    chat: bool = False,
+    say: Say | None = None,
+) -> Evaluation:
+    """Evaluate a model of any engine on `tasks`.
+
+    Log-likelihoods are in nats. The numbers are those of the harness's own `hf` model on the
+    exported checkpoint, and do not depend on `batch` or `share` beyond rounding.
+    batch      rows in a forward pass, and texts that are continued together.
+    bootstrap  resamples for the error of a metric without a formula, such as perplexity; 0 computes
+               no errors at all.
+    share      this rank's share of the work. Every rank gets the whole Evaluation.
+    samples    keep each document with its answers.
+    chat       write prompts with the model's chat template, examples as turns.
+    say        called with a requested name, and the number of its requests answered since the last
+               call.
+    Raises     ConfigError if the checkpoint has no tokenizer, or a task asks for what the model
+               cannot do.
+    """
+    parts = list(
+        evaluate_each(
+            model,
+            tasks,
+            batch=batch,
+            bootstrap=bootstrap,
+            share=share,
+            samples=samples,
+            chat=chat,
+            say=say,
+        )
+    )
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def evaluate_each(
+    model: LanguageModel,
+    tasks: TaskSet,
+    *,
+    batch: int = 16,
+    bootstrap: int = BOOTSTRAP,
+    share: Share = ALONE,
+    samples: bool = False,
+    chat: bool = False,
+    say: Say | None = None,
+) -> Iterator[Evaluation]:
+    """As `evaluate`, one Evaluation after the other for each requested name."""
+    if batch < 1:
+        raise ConfigError(f"batch must be >= 1, got {batch}")
+    if bootstrap < 0:
+        raise ConfigError(f"bootstrap must be >= 0, got {bootstrap}")
+    require_harness()
+    from castalia.eval.harness.model import HarnessModel  # it imports the harness
+
+    adapter = HarnessModel(model, batch=batch, share=share, encoder=tasks.encoder(model))
+    for part in tasks.parts:
+        adapter.begin(part.name, say)
+        started = time.time()
+        with harness_rules():
+            output = run_part(
+                adapter, part, limit=tasks.limit, bootstrap=bootstrap, samples=samples, chat=chat
+            )
+        seconds = time.time() - started
+        kept = output.pop("samples", {})
+        output["config"] = config_of(adapter, tasks, batch, bootstrap)
+        output["date"] = started
+        output["lm_eval_version"] = version("lm-eval")
+        output["task_hashes"] = part.hashes()
+        output["chat_template"] = adapter.template.text if chat else None
+        output["total_evaluation_time_seconds"] = str(seconds)
+        numbers = numbers_of(output, output["task_hashes"], times(part, adapter.costs, seconds))
+        finished = datetime.now(UTC).replace(tzinfo=None)
+        yield Evaluation(numbers, output, kept, batch, finished)
+
+
+def run_part(
+    adapter: Any, part: Part, *, limit: float | None, bootstrap: int, samples: bool, chat: bool
+) -> dict[str, Any]:
+    """The harness's own evaluation of one part."""
+    from lm_eval.evaluator import evaluate as harness_evaluate
+
+    output: dict[str, Any] = harness_evaluate(
+        lm=adapter,
+        task_dict=part.loaded,
+        limit=limit,
+        bootstrap_iters=bootstrap,
+        log_samples=samples,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+        # `open_tasks` asked.
+        confirm_run_unsafe_code=True,
+    )
+    return output
+
+
+def config_of(adapter: Any, tasks: TaskSet, batch: int, bootstrap: int) -> dict[str, Any]:
+    """What the harness's JSON says about the run, under its own names."""
+    engine = adapter.model.engine
+    return {
+        "model": f"castalia:{engine.name}",
+        "model_args": {"dtype": engine.numbers},
+        "batch_size": batch,
+        "device": str(engine.device),
+        "limit": tasks.limit,
+        "bootstrap_iters": bootstrap,
+        "gen_kwargs": None,
+        "random_seed": SEED,
+        "numpy_seed": OTHER_SEED,
+        "torch_seed": OTHER_SEED,
+        "fewshot_seed": tasks.seed,
+    }
+
+
+def times(part: Part, costs: Mapping[str, int], seconds: float) -> dict[str, float]:
+    """Seconds of each task and group of a part.
+
+    The harness sends the requests of all its tasks together, so a task's time is its share of the
+    tokens.
+    """
+    total = sum(costs.values()) or 1
+    shares = {name: seconds * costs.get(name, 0) / total for name in part.tasks}
+    for name, group in part.loaded["groups"].items():
+        shares[name] = sum(shares[task.task_name] for task in group.get_all_tasks())
+    return shares
+
+
+def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Several parts as one Evaluation."""
+    output: dict[str, Any] = {}
+    samples: dict[str, list[dict[str, Any]]] = {}
+    seconds = 0.0
+    for part in evaluations:
+        seconds += float(part.json["total_evaluation_time_seconds"])
+        samples |= part.samples
+        for key, value in part.json.items():
+            # Tables by task grow; what is the same for every part stays.
+            if isinstance(value, dict) and key != "config":
+                output[key] = {**output.get(key, {}), **value}
+            else:
+                output.setdefault(key, value)
+    output["total_evaluation_time_seconds"] = str(seconds)
+    numbers = [number for part in evaluations for number in part.numbers]
+    last = evaluations[-1]
+    return Evaluation(numbers, output, samples, last.batch, last.finished)

@@ -1,0 +1,167 @@
+"""Tasks of the harness, built once and evaluated on many checkpoints."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from castalia.core.errors import ConfigError
+from castalia.eval.harness.catalog import Catalog
+from castalia.eval.harness.encoding import TextEncoder
+from castalia.eval.harness.numbers import config_hash
+from castalia.eval.harness.quiet import OTHER_SEED, harness_rules
+from castalia.inference import LanguageModel
+
+
+class Part(NamedTuple):
+    """What one requested name stands for: a task, a group, or the tasks of a tag."""
+
+    name: str
+    loaded: dict[str, Any]
+    """The harness's own: `tasks` and `groups` by name, `group_map`."""
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """Tasks by name."""
+        tasks: dict[str, Any] = self.loaded["tasks"]
+        return tasks
+
+    def hashes(self) -> dict[str, str]:
+        """Hash of the config of each task and group; a group's covers its tasks."""
+        hashes = {name: config_hash(task.dump_config()) for name, task in self.tasks.items()}
+        for name, group in self.loaded["groups"].items():
+            members = sorted(hashes[task.task_name] for task in group.get_all_tasks())
+            hashes[name] = config_hash({**(group.to_dict() or {}), "task": members})
+        return hashes
+
+
+@dataclass
+class TaskSet:
+    """Tasks with their data and requests, which are built once for all checkpoints.
+
+    Results do not depend on what was evaluated before. One evaluation at a time.
+    """
+
+    parts: list[Part]
+    shots: int | None = None
+    """Examples before each question; None for what each task says."""
+    limit: float | None = None
+    """Documents of each task at most; below 1, a share of them."""
+    seed: int = OTHER_SEED
+    """Seed of the choice of examples."""
+    built: dict[str, Any] = field(default_factory=dict)
+    """By task, what its requests were built for."""
+    encoders: dict[str, TextEncoder] = field(default_factory=dict)
+    """By tokenizer."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks, without groups."""
+        return [name for part in self.parts for name in part.tasks]
+
+    def split(self) -> "list[TaskSet]":
+        """One TaskSet for each requested name; tokens and requests stay shared."""
+        return [
+            TaskSet([part], self.shots, self.limit, self.seed, self.built, self.encoders)
+            for part in self.parts
+        ]
+
+    def encoder(self, model: LanguageModel) -> TextEncoder:
+        """The tokenizer of a model, with the tokens of earlier checkpoints."""
+        encoder = TextEncoder(model)
+        known = self.encoders.setdefault(encoder.key, encoder)
+        if known is not encoder:
+            encoder.share(known)
+        return encoder
+
+
+def open_tasks(
+    names: str | Sequence[str],
+    *,
+    include: Sequence[str] = (),
+    shots: int | None = None,
+    limit: float | None = None,
+    seed: int = OTHER_SEED,
+    unsafe: bool = False,
+) -> TaskSet:
+    """Tasks by the harness's names (tasks, groups, tags, wildcards), YAML files, or folders of
+    them.
+
+    include  folders or files of more tasks, which names may refer to; a name in them wins over the
+             harness's own.
+    shots    examples before each question; tasks that fix 0 keep 0. None: what each task says.
+    limit    documents of each task at most; below 1, a share of them.
+    seed     of the choice of examples, by default the harness's.
+    unsafe   run tasks that execute code that a model wrote.
+    Raises   ConfigError for an unknown name, a broken file, a missing package, or a task that is
+             not safe; DataError if a task's data is not there.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise ConfigError("no task is named; give the name of a task or the path of a YAML file")
+    if limit is not None and limit <= 0:
+        raise ConfigError(f"limit must be above 0, got {limit}")
+    with harness_rules():
+        catalog = Catalog(names, include)
+        parts = [Part(name, catalog.load(name)) for name in catalog.chosen]
+        require_distinct(parts)
+        for part in parts:
+            for name, task in part.tasks.items():
+                if getattr(task, "UNSAFE_CODE", False) and not unsafe:
+                    raise ConfigError(
+                        f"task {name} runs code that the model writes; allow it with unsafe=True"
+                        " if this machine may do so"
+                    )
+                set_shots(task, shots)
+                task.set_fewshot_seed(seed=seed)
+    tasks = TaskSet(parts, shots, limit, seed)
+    for part in parts:
+        for name, task in part.tasks.items():
+            task.build_all_requests = once(name, task, tasks)
+    return tasks
+
+
+def set_shots(task: Any, shots: int | None) -> None:
+    """The number of examples of a task, as `lm_eval.simple_evaluate` sets it."""
+    default = task.get_config("num_fewshot")
+    if shots is None:
+        if default is None:
+            task.set_config(key="num_fewshot", value=0)
+    elif default != 0:
+        task.set_config(key="num_fewshot", value=shots)
+
+
+def require_distinct(parts: Sequence[Part]) -> None:
+    """Raises  ConfigError if a task comes with two names."""
+    owners: dict[str, str] = {}
+    for part in parts:
+        for name in part.tasks:
+            owner = owners.setdefault(name, part.name)
+            if owner != part.name:
+                raise ConfigError(
+                    f"task {name} is named twice: by {owner} and by {part.name}; leave one out"
+                )
+
+
+def once(name: str, task: Any, tasks: TaskSet) -> Callable[..., None]:
+    """`build_all_requests` of a task that builds its requests for one checkpoint alone.
+
+    The harness builds them at every call and appends answers to them. Requests are built again only
+    if something that they depend on is different, such as a chat template.
+    """
+    build = task.build_all_requests
+
+    def build_once(**options: Any) -> None:
+        # A bound method is another object for each model; its template's text is what counts.
+        chat = options.get("chat_template")
+        text = chat.__self__.template.text if chat is not None else None
+        key = {**options, "chat_template": text}
+        if tasks.built.get(name) != key:
+            # The same examples whatever was drawn before.
+            task.set_fewshot_seed(seed=tasks.seed)
+            build(**options)
+            tasks.built[name] = key
+        for instance in task.instances:
+            instance.resps = []
+            instance.filtered_resps = {}
+
+    return build_once
