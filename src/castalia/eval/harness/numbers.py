@@ -72,8 +72,9 @@ def metrics_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str, float, flo
             continue
         stderr = values.get(f"{metric}_stderr,{name}")
         # "N/A" where the harness knows no error of a metric.
-        known = isinstance(stderr, int | float)
-        yield metric, name, float(value), float(stderr) if known else None
+        if not isinstance(stderr, int | float):
+            stderr = None
+        yield metric, name, float(value), None if stderr is None else float(stderr)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
