@@ -41,7 +41,8 @@ def harness_rules() -> Iterator[None]:
     import lm_eval.api.task as task
 
     with LOCK, seeded(), silent_logs():
-        bar, bootstrap = task.tqdm, metrics.bootstrap_stderr
+        bar = task.tqdm
+        bootstrap = metrics.bootstrap_stderr
         task.tqdm = no_bar
         metrics.bootstrap_stderr = bootstrap_stderr
         try:
@@ -59,7 +60,9 @@ def no_bar(items: Any, *args: Any, **options: Any) -> Any:
 @contextmanager
 def seeded() -> Iterator[None]:
     """The harness's seeds; the generators continue afterwards as if nothing had drawn."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
+    of_torch = torch.get_rng_state()
     random.seed(SEED)
     np.random.seed(OTHER_SEED)
     # Not torch.manual_seed, which would seed every GPU too.
@@ -67,9 +70,9 @@ def seeded() -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
 
 
 @contextmanager
