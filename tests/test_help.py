@@ -63,7 +63,7 @@ USAGE = {
     "prepare": "prepare [OPTIONS] INPUT...",
     "data view": "data view [OPTIONS] CONFIG... [a.b=c ...]",
     "data merge": "data merge [OPTIONS] PREFIX...",
-    "report": "report [OPTIONS] RUN...",
+    "report": "report [OPTIONS] PATH...",
     "results": "results [OPTIONS] [PATH...]",
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "export": "export [OPTIONS] CHECKPOINT",

@@ -340,7 +340,7 @@ def test_what_is_no_run_is_refused_with_the_reason(run: Path, tmp_path: Path):
     with pytest.raises(DataError, match=f"does not exist; did you mean '{run}'"):
         write_report(run.with_name(run.name[1:]))
     with pytest.raises(DataError, match=r"holds runs \(full\) but is none itself"):
-        write_report(run.parent)
+        read_run(run.parent)
     with pytest.raises(DataError, match="named twice"):
         write_report([run, run / "config.yaml"])
     with pytest.raises(ConfigError, match=r"is a folder; name the file to write"):

@@ -13,9 +13,12 @@ from castalia.core.extras import require
 from castalia.core.files import atomic_write
 
 FOLDER = files("castalia.analysis") / "page"
-"""The style and the scripts."""
-SCRIPTS = ("base.js", "page.js")
-"""The scripts of every page, in their order."""
+"""Styles and scripts."""
+STYLES = ("page.css", "scores.css")
+SCORES = ("score_data.js", "score_charts.js", "score_tables.js", "score_controls.js", "scores.js")
+"""The scripts that draw evaluations, where the data have some."""
+SCRIPTS = ("base.js", *SCORES, "page.js")
+"""The scripts of every page, in their order: page.js starts the parts that registered before it."""
 
 
 def write_page(path: Path, title: str, lead: str, body: str, data: Mapping[str, Any]) -> None:
@@ -42,7 +45,7 @@ def document(
     nonce  the word by which a server's Content-Security-Policy knows the page's own scripts.
     """
     plotly = require("plotly.offline", "report", "a report page")
-    style = (FOLDER / "page.css").read_text(encoding="utf-8")
+    style = "".join((FOLDER / name).read_text(encoding="utf-8") for name in STYLES)
     script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in scripts)
     allowed = f' nonce="{escape(nonce)}"' if nonce else ""
     # In base64 nothing of a run can end the script element that holds it.

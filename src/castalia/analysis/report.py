@@ -1,8 +1,8 @@
-"""`report.html`: one run or several on one page, made from the files in their folders.
+"""`report.html`: runs and results of evaluations on one page, made from files in their folders.
 
 Each of these files is optional: `metrics.jsonl`, `mixture.jsonl`, `events.jsonl`,
-`evals/bits_per_byte.json`, `samples/samples.json`, `summary.json` (title, lead, tiles, tables),
-`config.yaml`, `env.json`.
+`evals/bits_per_byte.json`, `evals/results.parquet`, `samples/samples.json`, `summary.json` (title,
+lead, tiles, tables), `config.yaml`, `env.json`.
 """
 
 import json
@@ -15,43 +15,56 @@ from castalia.analysis.axes import axes_of
 from castalia.analysis.events import events_panel, events_table
 from castalia.analysis.figures import bits_text, final_rows
 from castalia.analysis.html import folded, section, table, tiles
+from castalia.analysis.inputs import find_inputs
 from castalia.analysis.measures import LEARNING, MACHINE, other_measures
 from castalia.analysis.page_file import write_page
 from castalia.analysis.panel import Panel, rounded
-from castalia.analysis.runs import RunFiles, read_runs
+from castalia.analysis.runs import RunFiles
+from castalia.analysis.scores import scores_data
 from castalia.analysis.smoothing import WINDOWS, ending
 from castalia.analysis.sources import HEADER, mixture_rows, source_panels
 from castalia.config.values import flatten
-from castalia.core.errors import ConfigError
+from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import several
+from castalia.results import ResultsStore
 
 REPORT = "report.html"
 MISSING = "absent"
 CUT = "The start is above the chart; y scale “linear” shows all of it."
+SCORES = '<section id="scores"></section>'
+"""The place that scores.js fills."""
+ALONE = '<section id="scores" class="alone"></section>'
+"""The same on a page without runs, whose title and lead are about the results."""
 AXIS_DIGITS = 10
 """Significant digits on an axis: a step of a million tokens in a trillion."""
 
 
-def write_report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write one page about a run, or about several laid over each other.
+def write_report(
+    paths: str | Path | Sequence[str | Path], output: str | Path | None = None
+) -> Path:
+    """Write one page about runs, laid over each other, and about results of evaluations.
 
-    The page is one file that works offline. It needs the extra `report`.
+    The page is one file that works offline. It needs the extra `report`, and for results `results`.
 
-    runs     folders of runs, or files in them such as RUN/config.yaml.
-    output   file to write; by default report.html in the run's folder, or in the current folder for
-             several runs.
+    paths    runs, folders of runs, results stores; also files in them such as RUN/config.yaml.
+    output   file to write; by default report.html in the folder of the only path, or in the current
+             folder for several.
     Returns  its path.
-    Raises   DataError if a folder holds neither metrics nor a summary, or a file in it is damaged;
-             ConfigError if Plotly is not installed or `output` is a folder.
+    Raises   DataError if a folder holds nothing to show, or a file in it is damaged; ConfigError if
+             Plotly is not installed or `output` is a folder.
     """
-    files = read_runs([Path(path) for path in several(runs)])
+    names = [Path(path) for path in several(paths)]
+    runs, stores = find_inputs(names).read()
     path = Path(output or REPORT)
-    if not output and len(files) == 1:
-        path = files[0].folder / REPORT
+    if not output and len(names) == 1:
+        folder = names[0].parent if names[0].is_file() else names[0]
+        path = folder / REPORT
     # Before the panels: the smoothing of long runs takes a while.
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name the file to write, such as {path / REPORT}")
-    page = contents_of(files)
+    page = contents_of(runs, stores)
+    if not runs and "scores" not in page.data:
+        raise DataError(f"{stores[0].path} has no number yet; import or evaluate something first")
     write_page(path, page.title, page.lead, page.charts + page.parts, page.data)
     return path
 
@@ -69,37 +82,58 @@ class Contents(NamedTuple):
     """What the scripts draw, as JSON values."""
 
 
-def contents_of(files: Sequence[RunFiles]) -> Contents:
-    """The page about runs.
+def contents_of(files: Sequence[RunFiles], stores: Sequence[ResultsStore] = ()) -> Contents:
+    """The page about runs and results.
 
-    Raises  DataError if a file in a run's folder is damaged.
+    Raises  DataError if a file in a run's folder or a store is damaged.
     """
     panels = panels_of(files)
     figures = ""
     if len(files) == 1:
         figures = tiles(files[0].summary.get("tiles", {}))
-    data = {
+    data: dict[str, Any] = {
         "runs": [{"name": run.name, "axes": axes_data(run)} for run in files],
         "panels": [panel.data() for panel in panels],
         "windows": WINDOWS,
     }
+    boxes = "".join(charts(panels))
+    scores = None
+    if stores:
+        scores = scores_data(stores, counted_flops(files))
+    if scores is not None:
+        data["scores"] = scores
+        # In a section of their own, so that their controls end where the evaluations begin.
+        boxes = f'<section class="training">{boxes}</section>{SCORES}' if boxes else ALONE
     return Contents(
-        title=title_of(files),
-        lead=lead_of(files),
-        charts="".join([figures, *charts(panels)]),
-        parts="".join(parts(files)),
+        title=title_of(files, stores),
+        lead=lead_of(files) if files or not scores else scores["about"],
+        charts=figures + boxes,
+        parts="".join(parts(files)) if files else "",
         data=data,
     )
 
 
-def title_of(runs: Sequence[RunFiles]) -> str:
+def counted_flops(runs: Sequence[RunFiles]) -> dict[str, int]:
+    """FLOPs of a training token by the name of a run's folder, as a results table names it."""
+    counts = {run.folder.resolve().name: run.flops_per_token for run in runs}
+    return {name: count for name, count in counts.items() if count}
+
+
+def title_of(runs: Sequence[RunFiles], stores: Sequence[ResultsStore] = ()) -> str:
     """The page's title."""
+    if not runs and stores:
+        # `evals` is the default name of every store.
+        folders = [store.folder.resolve() for store in stores]
+        names = [
+            folder.parent.name if folder.name == "evals" else folder.name for folder in folders
+        ]
+        return "Evaluations of " + ", ".join(dict.fromkeys(names))
     return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 
 
 def lead_of(runs: Sequence[RunFiles]) -> str:
     """The line below the title: the summary's, and where the run ended."""
-    if len(runs) > 1:
+    if len(runs) != 1:
         return ""  # the names stand in the controls
     parts = [str(runs[0].summary.get("lead", ""))]
     steps, losses = runs[0].curve("loss")

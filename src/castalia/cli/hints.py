@@ -17,7 +17,7 @@ SHOW = "castalia show CONFIG"
 PRESETS = "castalia show, which names the presets; castalia show --keys lists the keys of a config"
 LAUNCH = "castalia launch CONFIG, which starts many processes, also through Slurm"
 RUNS = "castalia runs [DIR]"
-REPORT = "castalia report RUN..."
+REPORT = "castalia report PATH..."
 HUB = "the hub id of the model, hf://OWNER/NAME, with any verb that takes a model"
 
 WANTED = {

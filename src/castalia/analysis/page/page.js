@@ -15,7 +15,7 @@
   }
   const data = await window.castalia.data();
   const WINDOWS = [0, ...data.windows]; // of the slider; 0 draws the values themselves
-  const boxes = [...document.querySelectorAll(".panel")];
+  const boxes = [...document.querySelectorAll(".panel[data-panel]")];
   // Other scripts of the page draw parts of their own: {init(data), refresh(data)}.
   const { parts } = window.castalia;
   if (!boxes.length && !parts.length) return;

@@ -1,0 +1,337 @@
+"use strict";
+// Charts of evaluations: score against training, and against size or compute.
+(() => {
+  const S = window.castalia.scores;
+  const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
+  const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star"];
+  const isNarrow = () => window.innerWidth < 600;
+  const isCoarse = window.matchMedia("(pointer: coarse)").matches;
+  const LABELS = 16; // curves that are named at their ends
+
+  // --- how a model is drawn
+  const shown = (view) => view.results.models.filter(view.isOn);
+  S.colourOf = (view, model) => {
+    const { sizes, lineages } = view.results;
+    // One size alone has no order to show: there the colour tells the lineages apart.
+    if (sizes.length < 2) {
+      return S.look(`--c${lineages.findIndex(({ name }) => name === model.lineage) % 8}`);
+    }
+    return S.onScale(view.places.get(model.size));
+  };
+  const placeOf = (view, model) => {
+    const on = view.results.lineages.filter(({ name }) => view.lineages.has(name));
+    return Math.max(0, on.findIndex(({ name }) => name === model.lineage));
+  };
+  S.dashOf = (view, model) => DASHES[placeOf(view, model) % DASHES.length];
+  const symbolOf = (view, model) => SYMBOLS[placeOf(view, model) % SYMBOLS.length];
+  const labelOf = (view, model) => {
+    const size = view.results.sizes.length > 1 && model.size;
+    return size && view.lineages.size === 1 && view.seeds !== "each" ? size : model.label;
+  };
+
+  // The curves of a task that are chosen, those of several seeds as one where that is asked for.
+  S.chosen = async (view, name) => {
+    const metric = view.results.metricFor(name, view.metric);
+    const on = new Set(shown(view));
+    const curves = (await view.results.curves(name)).filter(({ model, way }) =>
+      on.has(model) && S.metricOf(way) === metric && way.shots === view.shots
+      && (view.setting === "all" || S.setting(way) === view.setting));
+    if (view.seeds === "each") return { metric, curves };
+    const groups = new Map();
+    for (const curve of curves) {
+      const key = `${curve.model.group} ${S.setting(curve.way)}`;
+      if (!groups.has(key)) groups.set(key, []);
+      groups.get(key).push(curve);
+    }
+    return { metric, curves: [...groups.values()].map((group) =>
+      (group.length > 1 ? S.overSeeds(group) : group[0])) };
+  };
+
+  // --- score against training
+  const nameOf = (view, curve) => {
+    const seeds = curve.low ? ` (median of ${Math.max(...curve.seeds)} seeds)` : "";
+    const base = curve.low ? curve.model.label.replace(/ ?seed \d+$/, "") : curve.model.label;
+    return S.plain(base + seeds);
+  };
+  const pointsOf = (view, curve) => {
+    const points = { x: [], y: [], low: [], high: [], step: [] };
+    const first = curve.steps.find((step) => step > 0);
+    curve.steps.forEach((step, i) => {
+      let x = S.place(curve.model, step, view.axis);
+      // On a logarithmic axis step 0 stands at half of the first step.
+      if (x === 0 && view.scale === "log") x = S.place(curve.model, first / 2, view.axis);
+      const y = curve.values[i];
+      if (x === null || x === undefined || Number.isNaN(x)) return;
+      if (view.isLogY && y <= 0) return;
+      points.x.push(x);
+      points.y.push(y);
+      points.step.push(step);
+      const error = curve.errors?.[i] ?? 0;
+      points.low.push(curve.low ? curve.low[i] : y - error);
+      points.high.push(curve.high ? curve.high[i] : y + error);
+    });
+    return points;
+  };
+  const bandOf = (points, colour, floor) => ({
+    x: [...points.x, ...points.x.toReversed()],
+    y: [...points.high, ...points.low.map((y) => (floor ? Math.max(y, floor) : y)).toReversed()],
+    mode: "lines",
+    line: { width: 0 },
+    fill: "toself",
+    fillcolor: S.faded(colour, 0.16),
+    hoverinfo: "skip",
+  });
+  const lineOf = (view, curve, points, metric) => {
+    const colour = S.colourOf(view, curve.model);
+    const isShort = points.x.length <= 60;
+    const spread = points.y.map((y, i) => (points.high[i] - points.low[i]) / 2);
+    return {
+      x: points.x,
+      y: points.y,
+      customdata: points.step.map((step, i) => [S.whole(step),
+        spread[i] ? ` ± ${spread[i].toPrecision(2)}` : ""]),
+      mode: isShort ? "lines+markers" : "lines",
+      line: { color: colour, width: 2, dash: S.dashOf(view, curve.model) },
+      marker: { size: points.x.length === 1 ? 8 : 4.5, symbol: symbolOf(view, curve.model),
+        color: colour },
+      hovertemplate: `${nameOf(view, curve)} <b>%{y:${S.isShare(metric) ? ".4f" : ".5~g"}}</b>`
+        + `%{customdata[1]}${view.axis === "step" ? "" : " · step %{customdata[0]}"}`
+        + "<extra></extra>",
+    };
+  };
+  const references = (view, curves, range) =>
+    curves.map((curve) => ({
+      x: range,
+      y: [curve.values.at(-1), curve.values.at(-1)],
+      mode: "lines",
+      line: { color: S.colourOf(view, curve.model), width: 1, dash: S.dashOf(view, curve.model) },
+      opacity: 0.8,
+      hoverinfo: "skip",
+    }));
+  // Names at the ends of the curves, moved apart where they would lie over each other.
+  const endLabels = (view, drawn, height, range) => {
+    if (drawn.length > LABELS || drawn.length < 2) return [];
+    const span = range[1] - range[0] || 1;
+    const pixels = (y) => (height * ((view.isLogY ? Math.log10(y) : y) - range[0])) / span;
+    const ends = drawn.map(({ curve, points }) => ({ curve, y: points.y.at(-1),
+      at: pixels(points.y.at(-1)) })).sort((a, b) => a.at - b.at);
+    const gap = 12;
+    ends.forEach((end, i) => {
+      end.to = i ? Math.max(end.at, ends[i - 1].to + gap) : end.at;
+    });
+    const over = Math.max(0, (ends.at(-1).to - height) / 2);
+    return ends.map(({ curve, y, at, to }) => ({
+      x: 1, xref: "paper", xanchor: "left", y: view.isLogY ? Math.log10(y) : y, yshift: to - at - over,
+      text: S.plain(labelOf(view, curve.model)), showarrow: false,
+      font: { size: 11, color: S.colourOf(view, curve.model) },
+    }));
+  };
+  const yRange = (view, ys, metric) => {
+    const values = view.isLogY ? ys.filter((y) => y > 0).map(Math.log10) : ys;
+    const low = Math.min(...values);
+    const high = Math.max(...values);
+    const margin = 0.05 * (high - low) || 0.05 * Math.abs(high) || 0.1;
+    const floor = S.isShare(metric) && low >= 0 ? -0.015 : -Infinity;
+    return [Math.max(low - margin, floor), high + margin];
+  };
+  const base = (view, height) => ({
+    height,
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { color: S.look("--soft"), size: 12, family: "system-ui, sans-serif" },
+    hoverlabel: { bgcolor: S.look("--card"), bordercolor: S.look("--edge"), align: "left",
+      namelength: -1, font: { color: S.look("--ink"), size: 12 } },
+    showlegend: false,
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: S.look("--soft"), activecolor: S.look("--ink") },
+    dragmode: isCoarse ? false : "zoom",
+  });
+  const axisLook = () => ({ gridcolor: S.look("--grid"), linecolor: S.look("--edge"),
+    zeroline: false });
+  const CONFIG = () => ({ responsive: true, displaylogo: false, displayModeBar: "hover",
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
+    toImageButtonOptions: { scale: 2 } });
+  const xLayout = (view, xs) => {
+    const last = Math.max(...xs);
+    const first = Math.min(...xs.filter((x) => x > 0));
+    const range = view.scale === "log" ? [Math.log10(first / 1.4), Math.log10(last * 1.15)]
+      : [-0.015 * last, last * 1.015];
+    return { ...axisLook(), type: view.scale, range, nticks: isNarrow() ? 5 : 8,
+      title: { text: S.AXES[view.axis], standoff: 6 },
+      tickformat: { step: last >= 1e5 ? ".4~s" : ",", percent: ".3~g", tokens: ".3~s",
+        flops: ".1~e" }[view.axis],
+      ticksuffix: view.axis === "percent" ? "%" : "",
+      dtick: view.scale === "log" ? Math.max(1, Math.round((range[1] - range[0]) / 6)) : undefined,
+      hoverformat: { step: ",.0f", percent: ".3~g", tokens: ".4~s", flops: ".3~e" }[view.axis],
+      unifiedhovertitle: { text: view.axis === "step" ? "step %{x}" : "%{x}" },
+      showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "solid",
+      spikecolor: S.look("--soft") };
+  };
+
+  const empty = (plot, text) => {
+    Plotly.purge(plot);
+    plot.replaceChildren(text);
+  };
+  const react = (plot, traces, layout) => {
+    if (!plot.classList.contains("js-plotly-plot")) plot.replaceChildren();
+    return Plotly.react(plot, traces, layout, CONFIG());
+  };
+  const spoken = (plot, title, curves) => {
+    const said = curves.slice(0, 12).map((curve) =>
+      `${curve.model.label}: ${curve.values.at(-1)} at the end`);
+    plot.setAttribute("aria-label", `${title}. ${said.join("; ")}`);
+  };
+
+  // Draws score against training into a box; returns how many curves there are.
+  S.drawCurves = async (view, name, plot, height) => {
+    const { metric, curves } = await S.chosen(view, name);
+    const own = { ...view, isLogY: view.yscale === "log" || (view.yscale === "auto"
+      && S.isLog(metric)) };
+    const here = curves.filter((curve) => !(curve.steps.length === 1
+      && curve.steps[0] === S.NO_STEP));
+    const drawn = here.map((curve) => ({ curve, points: pointsOf(own, curve) }))
+      .filter(({ points }) => points.x.length);
+    if (!drawn.length) {
+      empty(plot, curves.length ? `${S.AXES[view.axis]}: not recorded for these models.`
+        : "None of the chosen models has this task with these settings.");
+      return { metric, count: 0 };
+    }
+    // Small models first: what is drawn last lies on top.
+    drawn.sort((a, b) => a.curve.model.order - b.curve.model.order);
+    const traces = [];
+    const xaxis = xLayout(own, drawn.flatMap(({ points }) => points.x));
+    const lines = curves.filter((curve) => view.references && !here.includes(curve));
+    const range = yRange(own, [...drawn.flatMap(({ points }) => points.y),
+      ...lines.map((curve) => curve.values.at(-1))], metric);
+    for (const { curve, points } of drawn) {
+      const hasBand = curve.low || (view.bands && curve.errors);
+      if (hasBand && points.x.length > 1) {
+        traces.push(bandOf(points, S.colourOf(view, curve.model),
+          own.isLogY ? 10 ** range[0] : 0));
+      }
+    }
+    const ends = xaxis.range.map((x) => (view.scale === "log" ? 10 ** x : x));
+    traces.push(...references(own, lines, ends));
+    for (const { curve, points } of drawn) traces.push(lineOf(own, curve, points, metric));
+    const labels = endLabels(own, drawn, height - 50, range);
+    const widest = Math.max(0, ...labels.map(({ text }) => text.length));
+    await react(plot, traces, {
+      ...base(own, height),
+      margin: { l: 48, r: labels.length ? Math.min(12 + 6.6 * widest, 130) : 14, t: 8, b: 42 },
+      xaxis,
+      yaxis: { ...axisLook(), type: own.isLogY ? "log" : "linear", range, nticks: 7,
+        automargin: true, tickformat: own.isLogY ? ".3~s" : ".4~g",
+        dtick: own.isLogY && range[1] - range[0] > 1.5
+          ? Math.ceil((range[1] - range[0]) / 6) : undefined },
+      annotations: labels,
+      hovermode: drawn.length > 24 ? "closest" : "x unified",
+      hoverdistance: 40,
+    });
+    spoken(plot, `${name}, ${metric}, by ${S.AXES[view.axis]}`, drawn.map(({ curve }) => curve));
+    return { metric, count: drawn.length };
+  };
+
+  // --- score against size or compute
+  const scalePoints = (view, curves) =>
+    curves.map((curve) => {
+      const found = S.at(curve, curve.steps.at(-1) === S.NO_STEP ? null : view.at);
+      if (!found) return null;
+      const x = view.against === "flops" ? S.place(curve.model, found.step, "flops")
+        : curve.model.parameters || curve.model.order;
+      if (!x) return null;
+      const place = curve.steps.indexOf(found.step);
+      const spread = curve.low ? [found.value - curve.low[place], curve.high[place] - found.value]
+        : [found.error ?? 0, found.error ?? 0];
+      return { ...found, x, curve, spread };
+    }).filter(Boolean);
+  // A line through the scores of a lineage against the logarithm of its size or compute.
+  const fitOf = (points, isLogY) => {
+    const xs = points.map(({ x }) => Math.log10(x));
+    const ys = points.map(({ value }) => (isLogY ? Math.log10(value) : value));
+    return S.line(xs, ys);
+  };
+  const fitTraces = (view, fit, points, isLogY) => {
+    const logs = points.map(({ x }) => Math.log10(x));
+    const [from, to] = [Math.min(...logs), Math.max(...logs)];
+    const grid = Array.from({ length: 41 }, (_, i) => from + ((to - from) * i) / 40);
+    const back = (y) => (isLogY ? 10 ** y : y);
+    const xs = grid.map((x) => 10 ** x);
+    const colour = S.look("--soft");
+    const band = { x: xs, low: grid.map((x) => back(fit.at(x) - fit.error(x))),
+      high: grid.map((x) => back(fit.at(x) + fit.error(x))) };
+    return [{ ...bandOf(band, colour), fillcolor: S.faded(colour, 0.1) },
+      { x: xs, y: grid.map((x) => back(fit.at(x))), mode: "lines", hoverinfo: "skip",
+        line: { color: colour, width: 1.5, dash: S.dashOf(view, points[0].curve.model) } }];
+  };
+  // 1B where SI would say 1G.
+  const sizeTicks = (points) => {
+    const logs = points.map(({ x }) => Math.log10(x));
+    const [low, high] = [Math.min(...logs), Math.max(...logs)];
+    const marks = high - low > 2.5 ? [1, 3] : [1, 2, 5];
+    const tickvals = [];
+    for (let power = Math.floor(low) - 1; power <= high + 1; power++) {
+      tickvals.push(...marks.map((mark) => mark * 10 ** power));
+    }
+    const text = (value) => {
+      const [size, unit] = [[1e9, "B"], [1e6, "M"], [1e3, "k"], [1, ""]]
+        .find(([each]) => value >= each) ?? [1, ""];
+      return `${+(value / size).toPrecision(3)}${unit}`;
+    };
+    return { tickvals, ticktext: tickvals.map(text) };
+  };
+  const saidFit = (view, lineage, fit, metric, isLogY) => {
+    const axis = view.against === "flops" ? "C" : "N";
+    const number = (value) => String(Number(value.toPrecision(3))).replace("-", "−");
+    const what = isLogY ? `log₁₀ ${metric}` : metric;
+    return `${lineage}: ${what} = ${number(fit.start)} ${fit.slope < 0 ? "−" : "+"} `
+      + `${number(Math.abs(fit.slope))} log₁₀ ${axis}, residual s.d. ${number(fit.sd)},`
+      + ` ${fit.n} models`;
+  };
+
+  // Draws score against size into a box; returns the fits in words.
+  S.drawScale = async (view, name, plot, height) => {
+    const { metric, curves } = await S.chosen(view, name);
+    const isLogY = view.yscale === "log" || (view.yscale === "auto" && S.isLog(metric));
+    const points = scalePoints(view, curves).filter(({ value }) => !isLogY || value > 0);
+    if (!points.length) {
+      empty(plot, "None of the chosen models has a size and a score at this step.");
+      return { metric, fits: [] };
+    }
+    const traces = [];
+    const fits = [];
+    for (const { name: lineage } of view.results.lineages) {
+      const own = points.filter(({ curve }) => curve.model.lineage === lineage);
+      const fit = own.length ? fitOf(own, isLogY) : null;
+      if (!fit) continue;
+      traces.push(...fitTraces(view, fit, own, isLogY));
+      fits.push(saidFit(view, lineage, fit, metric, isLogY));
+    }
+    traces.push({
+      x: points.map(({ x }) => x),
+      y: points.map(({ value }) => value),
+      error_y: { type: "data", symmetric: false, array: points.map(({ spread }) => spread[1]),
+        arrayminus: points.map(({ spread }) => spread[0]), width: 0, thickness: 1,
+        color: S.look("--soft"), visible: view.bands },
+      customdata: points.map(({ curve, step }) => [nameOf(view, curve),
+        step === S.NO_STEP ? "final, published" : `step ${S.whole(step)}`]),
+      mode: "markers",
+      marker: { size: 9, symbol: points.map(({ curve }) => symbolOf(view, curve.model)),
+        color: points.map(({ curve }) => S.colourOf(view, curve.model)),
+        line: { width: 1, color: S.look("--card") } },
+      hovertemplate: "%{customdata[0]} <b>%{y:.4~g}</b><br>%{customdata[1]} · "
+        + `${view.against === "flops" ? "%{x:.2~e} FLOPs" : "%{x:.3~s} parameters"}`
+        + "<extra></extra>",
+    });
+    await react(plot, traces, {
+      ...base(view, height),
+      margin: { l: 48, r: 14, t: 8, b: 42 },
+      xaxis: { ...axisLook(), type: "log", nticks: 6,
+        title: { text: view.against === "flops" ? "training FLOPs" : "parameters", standoff: 6 },
+        ...(view.against === "flops" ? { tickformat: ".1~e" } : sizeTicks(points)) },
+      yaxis: { ...axisLook(), type: isLogY ? "log" : "linear", nticks: 7, automargin: true,
+        tickformat: isLogY ? ".3~s" : ".4~g" },
+      hovermode: "closest",
+    });
+    spoken(plot, `${name}, ${metric}, by ${view.against}`, points.map(({ curve }) => curve));
+    return { metric, fits };
+  };
+})();
