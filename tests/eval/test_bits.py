@@ -12,8 +12,9 @@ from castalia.config import dump_yaml
 from castalia.core.errors import DataError
 from castalia.data.indexed import IndexedDatasetWriter
 from castalia.distributed import initialize
-from castalia.eval import HeldOut, bits_per_byte, sweep
+from castalia.eval import HeldOut, bits_per_byte
 from castalia.eval.bits import choose_documents, cut_windows
+from castalia.eval.sweep import sweep
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
 from castalia.train.config import RunConfig

@@ -175,6 +175,8 @@ NO_PATHS = {
     "model.start_missing",
     "train.frozen",
     "monitor.sinks",
+    "eval.dtype",
+    "eval.samples",
     "hooks",
 }
 """Keys that hold text which names no file."""

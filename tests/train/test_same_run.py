@@ -13,7 +13,7 @@ from castalia.recipes import load_config
 from castalia.train.config import RunConfig
 from castalia.train.run_folder import check_run_folder, write_run_folder
 
-FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch", "monitor")
+FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch", "monitor", "eval")
 FREE_KEYS = {
     "recipe",
     "hooks",

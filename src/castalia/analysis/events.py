@@ -40,7 +40,10 @@ def events_of(run: RunFiles) -> list[Event]:
 def decisions(run: RunFiles) -> Iterator[Event]:
     """The guard's decisions; skips are in the metrics, with those that the config asks for."""
     for event in run.events:
-        what = f"{event['event']}: loss {event.get('loss')}, gradient norm {event.get('grad_norm')}"
+        # A fault of an evaluation has words of its own.
+        what = event.get("error") or (
+            f"{event['event']}: loss {event.get('loss')}, gradient norm {event.get('grad_norm')}"
+        )
         action = event.get("action")
         if action == "rollback":
             yield Event(event["step"], "rollback", f"{what}; back to step {event.get('to')}")

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from castalia.checkpoint.shards import NAMES
 from castalia.core.errors import CheckpointError
-from castalia.distributed.boxes import Box, holds_first_copy, local_boxes
+from castalia.distributed.boxes import Box, local_boxes, stands_for_copies
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def stage_one(name: str, tensor: Tensor, rank: int, buffers: Buffers | None) -> 
     """This rank's share of one tensor; empty if another rank writes it or this one holds
     nothing."""
     pieces = []
-    if writes(tensor, rank):
+    if stands_for_copies(tensor, rank):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
         for number, (box, place) in enumerate(local_boxes(tensor)):
             if not box.volume:
@@ -82,13 +82,6 @@ def stage_one(name: str, tensor: Tensor, rank: int, buffers: Buffers | None) -> 
                 copy = copied(part, f"{name}#{number}", buffers)
             pieces.append((box, copy))
     return Staged(tuple(tensor.shape), NAMES[tensor.dtype], pieces)
-
-
-def writes(tensor: Tensor, rank: int) -> bool:
-    """Whether this rank writes the part that it holds: of equal copies one is written."""
-    if isinstance(tensor, DTensor):
-        return holds_first_copy(tensor)
-    return rank == 0  # a plain tensor is equal on all ranks
 
 
 def on_cpu(tensor: Tensor) -> Tensor:

@@ -129,6 +129,33 @@ def validation(o: NeoxOptions, out: NeoxReading) -> None:
     o.put(out, "train.eval_batches", o["eval_iters"], "eval_iters")
 
 
+def tasks(o: NeoxOptions, out: NeoxReading) -> None:
+    """eval_tasks are evaluated with each validation and at the end, as GPT-NeoX does.
+
+    Source  GPT-NeoX, megatron/training.py, evaluate; eval_tasks/eval_adapter.py, run_eval; eval.py.
+    """
+    if not o["eval_tasks"]:
+        for name in ("eval_num_fewshot", "eval_results_prefix"):
+            if o.has(name):
+                out.ignored.setdefault("nothing is evaluated without eval_tasks", []).append(name)
+        return
+    names = ("eval_tasks", "eval_num_fewshot", "eval_results_prefix", "eval_interval")
+    o.put(out, "eval.tasks", o["eval_tasks"], *names)
+    o.put(out, "eval.shots", o["eval_num_fewshot"], *names)
+    # An empty prefix is GPT-NeoX's default, under which the file has no prefix.
+    o.put(out, "eval.results_prefix", o["eval_results_prefix"] or None, *names)
+    validates = 0 not in (o["eval_iters"], o["eval_interval"])
+    o.put(out, "eval.every", o["eval_interval"] if validates else 0, *names)
+    o.put(out, "eval.at_end", validates, *names)
+    text = "eval_tasks: all documents of each task count; GPT-NeoX stops after 10 of each"
+    if not validates:
+        text = (
+            "eval_tasks are not evaluated while training, since GPT-NeoX evaluates them with the"
+            " validation, which eval_iters or eval_interval turn off; set eval.every=N"
+        )
+    note(out, text, "eval.limit" if validates else "eval.every")
+
+
 def mixing(o: NeoxOptions, out: NeoxReading) -> None:
     """The online mixer of GPT-NeoX's fork; without a method, or with `none`, sources are
     blended."""
@@ -324,6 +351,7 @@ FILE_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
         mixing,
     ),
     (("eval_interval", "eval_iters", "valid_data_paths", "data_path"), validation),
+    (("eval_tasks", "eval_num_fewshot", "eval_results_prefix", "eval_interval"), tasks),
     (("checkpoint_factor", "save_interval", "checkpoint_scale", "extra_save_iters"), saving),
     (("save", "load", *LOADING), folders),
     (("deepspeed_extra_args",), deepspeed_extras),

@@ -109,6 +109,10 @@ HONOURED: dict[str, Honoured] = {
     "log_interval": Honoured("train.log_every", "int", 100, plain=True),
     "eval_interval": Honoured("train.eval_every", "int", 1000),
     "eval_iters": Honoured("train.eval_batches", "int", 100),
+    "eval_tasks": Honoured("eval.tasks", "list"),
+    # A name of files for older versions; the newest has no option for it and evaluates 0-shot.
+    "eval_num_fewshot": Honoured("eval.shots", "int", 0),
+    "eval_results_prefix": Honoured("eval.results_prefix", "str"),
     "optimizer": Honoured("optim", "dict"),
     "use_bnb_optimizer": Honoured("optim", "bool", False),
     "autotuning": Honoured("train.micro_batch_size", "dict"),
@@ -274,10 +278,9 @@ IGNORED: dict[str, str] = {
     "train.eval_batches bounds the validation": "max_validation_samples_per_dataset",
     "no test part during training": """
         test_data_paths test_data_weights test_label_data_paths max_test_samples_per_dataset""",
-    "generation and evaluation, which are commands of their own": """
+    "generation, which is a command of its own": """
         text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens
-        prompt_end sample_input_file sample_output_file num_samples recompute eval_results_prefix
-        eval_tasks eval_num_fewshot""",
+        prompt_end sample_input_file sample_output_file num_samples recompute""",
 }
 """Why an option has no effect on the results here -> the options."""
 

@@ -23,7 +23,8 @@ from castalia.data import load_tokenizer
 from castalia.demo.speech import compare, ct2_voice, held_out_texts, own_voice, samples
 from castalia.demo.summary import show_summary, summarize
 from castalia.distributed.world import choose_device
-from castalia.eval import HeldOut, sweep
+from castalia.eval import HeldOut
+from castalia.eval.sweep import sweep
 from castalia.export import export
 from castalia.mixing import read_mixture
 from castalia.monitor import duration, size_text

@@ -92,6 +92,16 @@ def holds_first_copy(tensor: DTensor) -> bool:
     )
 
 
+def stands_for_copies(tensor: Tensor, rank: int) -> bool:
+    """Whether of the ranks that hold the same part of `tensor` this one saves or sends it.
+
+    A plain tensor is equal on all ranks that hold it, of which rank 0 must be one.
+    """
+    if isinstance(tensor, DTensor):
+        return holds_first_copy(tensor)
+    return rank == 0
+
+
 def shard(spans: list[Span], index: int, count: int, pieces: int = 1) -> list[Span]:
     """Shard `index` of `count` by torch.chunk's rule; with `pieces` > 1, that shard of each of
     `pieces` chunks."""

@@ -24,6 +24,7 @@ from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
 from castalia.data.config import DataConfig
 from castalia.distributed import ParallelConfig
+from castalia.eval.config import EvalConfig
 from castalia.launch import LaunchConfig
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
@@ -170,6 +171,7 @@ class RunConfig(Config):
     parallel: Annotated[ParallelConfig, AT_RESUME] = ParallelConfig()
     launch: Annotated[LaunchConfig, AT_RESUME] = LaunchConfig()
     monitor: Annotated[MonitorConfig, AT_RESUME] = MonitorConfig()
+    eval: Annotated[EvalConfig, AT_RESUME] = EvalConfig()
     hooks: Annotated[list[str], AT_RESUME] = []
     """Further hooks by their `module:Class`; they run after the standard ones."""
 

@@ -23,6 +23,8 @@ class Progress:
     """Steps that were skipped because no token of them was a target."""
     validation_missing: bool = False
     """Whether a request to stop broke off the validation of this step."""
+    evaluation_missing: bool = False
+    """Whether a request to stop broke off the evaluation of this step."""
     updates_before: int = 0
     """Updates of another run, whose optimizer state train.start_optimizer took over."""
 
@@ -42,6 +44,7 @@ class Progress:
         self.tokens = state["tokens"]
         # Checkpoints of older versions lack these.
         self.validation_missing = bool(state.get("validation_missing"))
+        self.evaluation_missing = bool(state.get("evaluation_missing"))
         self.without_targets = state.get("without_targets", 0)
         self.updates_before = state.get("updates_before", 0)
 

@@ -14,6 +14,7 @@ from castalia.distributed import World, peers_may_be_lost
 from castalia.train.build import check_processes
 from castalia.train.config import RunConfig
 from castalia.train.hooks import (
+    Evaluate,
     Hook,
     Metrics,
     RecordMixture,
@@ -88,6 +89,10 @@ def run_claimed(
     announced: Announced,
 ) -> Trainer:
     """The run, in a folder that no other job writes to."""
+    for hook in hooks:
+        if isinstance(hook, Evaluate):
+            # An unknown task is no reason to read the data of a run first.
+            hook.open(config, world)
     trainer = Trainer(config, world, hooks=hooks)
     given = config
     config = trainer.config  # with the files of a corpus that was built, and one precision
@@ -111,10 +116,18 @@ def run_claimed(
 def standard_hooks(stopper: StopOnSignal | None = None) -> list[Hook]:
     """The hooks of every run; `stopper` is one that catches signals beyond the loop.
 
-    The order matters: a validation adds to the metrics before they are written, and they are
-    written before a checkpoint is, so that a resume never finds a step without its line.
+    The order matters: validation and evaluation add to the metrics before they are written, and
+    these before a checkpoint is, so that a resume never finds a step without its line.
     """
-    return [stopper or StopOnSignal(), Validate(), RecordMixture(), Metrics(), StepLine(), Save()]
+    return [
+        stopper or StopOnSignal(),
+        Validate(),
+        Evaluate(),
+        RecordMixture(),
+        Metrics(),
+        StepLine(),
+        Save(),
+    ]
 
 
 def require_training(trainer: Trainer) -> None:
@@ -147,6 +160,8 @@ def closing_line(trainer: Trainer) -> str:
     progress = trainer.progress
     steps = trainer.config.train.steps
     saved = trainer.store.latest()
+    if saved is None and trainer.stop:
+        return "stopped before the first step; nothing is saved, the same command begins again"
     if saved is None:
         raise CheckpointError(f"no checkpoint was saved in {trainer.store.folder}")
     folder = trainer.store.folder_of(saved)
@@ -158,15 +173,19 @@ def closing_line(trainer: Trainer) -> str:
         # train.steps was lowered after the run had come further.
         where = f"step {progress.step}, beyond train.steps {steps}"
     words = [f"{'done:' if done else 'stopped at'} {where}"]
-    words += [hook.summary() for hook in trainer.hooks if isinstance(hook, StepLine)]
+    for kind in (StepLine, Evaluate):
+        words += [hook.summary() for hook in trainer.hooks if isinstance(hook, kind)]
     if progress.without_targets:
         words.append(f"{progress.without_targets} steps had no targets and made no update")
     again = "the same command resumes"
-    if done and progress.validation_missing:
-        words.append("without its last validation")
+    missing = [
+        name for name in ("validation", "evaluation") if getattr(progress, f"{name}_missing")
+    ]
+    if done and missing:
+        words.append(f"without its last {' and '.join(missing)}")
         again = "the same command makes up for it"
     text = ", ".join(word for word in words if word)
-    if not done or progress.validation_missing:
+    if not done or missing:
         return f"{text}; {folder} is saved; {again}"
     run = shlex.quote(trainer.config.output)
     next_verbs = f"castalia generate {run}, castalia report {run}"

@@ -346,8 +346,7 @@ class Trainer:
         # From step 0 of their own order each time, so that two validations compare.
         reader = self.batches(rows, 0)
         for _ in range(batches):
-            self.stop = Stop(*self.world.largest(self.stop_asked))
-            if self.stop:
+            if self.stop_if_asked():
                 break
             with self.watchdog.doing("validation"):
                 micro_batches = next(reader)
@@ -355,7 +354,6 @@ class Trainer:
                 sums.plus(self.passes.run(micro_batches, weights))
         self.model.train()
         if self.stop:
-            self.stopping = True
             return None
         vector = self.world.sum(sums.vector(0, 0))
         return StepTotals.of(vector, self.loss, f"the validation of step {self.progress.step}")
@@ -433,9 +431,18 @@ class Trainer:
             "checkpoints": self.checkpoints,
             "policy": self.policy,
             "evaluate": self.evaluate,
+            "watchdog": self.watchdog,
             "ask_stop": self.ask_stop,
+            "is_asked": lambda: self.stop_asked > Stop.NO,
+            "stop_if_asked": self.stop_if_asked,
             "pending_metrics": self.pending_metrics,
         }
+
+    def stop_if_asked(self) -> bool:
+        """Whether any rank was asked to stop; the loop then ends after the current step."""
+        self.stop = Stop(*self.world.largest(self.stop_asked))
+        self.stopping |= self.stop > Stop.NO
+        return self.stop > Stop.NO
 
     def ask_stop(self, stop: Stop = Stop.POLITE) -> None:
         """End the loop after the current step, on every rank."""

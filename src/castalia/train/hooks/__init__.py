@@ -1,5 +1,6 @@
-"""What happens around the steps: log, save, validate, stop. Hooks run in list order."""
+"""What happens around the steps: log, save, validate, evaluate, stop. Hooks run in list order."""
 
+from castalia.train.hooks.evaluate import Evaluate
 from castalia.train.hooks.hook import Hook, Step
 from castalia.train.hooks.metrics import Metrics
 from castalia.train.hooks.record_mixture import RecordMixture
@@ -9,6 +10,7 @@ from castalia.train.hooks.step_line import StepLine
 from castalia.train.hooks.validate import Validate
 
 __all__ = [
+    "Evaluate",
     "Hook",
     "Metrics",
     "RecordMixture",

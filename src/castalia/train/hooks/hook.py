@@ -55,7 +55,10 @@ class Hook:
         checkpoints       saves and loads the state of the run
         policy            which steps are saved
         evaluate          rows, batches -> their loss: `Trainer.evaluate`
+        watchdog          `progressed` within long work, so that it does not count as a stall
         ask_stop          a `Stop` -> ends the loop after the current step, on every rank
+        is_asked          whether this rank was asked to stop, at any moment
+        stop_if_asked     whether any rank was, which then ends the loop; every rank calls it
         pending_metrics   numbers for the next step's line
     """
 

@@ -15,8 +15,8 @@ from castalia.train.progress import Progress
 class Metrics(Hook):
     """metrics.jsonl, one object a step, and the sinks that config.monitor names.
 
-    A validation of the last step that was made up for has no next step: its numbers are added to
-    the line of its own.
+    A validation or evaluation of the last step that was made up for has no next step: its numbers
+    are added to the line of its own.
     """
 
     sinks: list[Sink] = []
@@ -36,7 +36,9 @@ class Metrics(Hook):
             self.sinks = make_sinks(config.monitor.sinks, Path(config.output))
         self.begin(progress.step)
         made_up = {
-            name: value for name, value in pending_metrics.items() if name.startswith("valid")
+            name: value
+            for name, value in pending_metrics.items()
+            if name.startswith(("valid", "eval"))
         }
         if made_up and (mixture.at_end() or progress.step >= config.train.steps):
             for sink in self.sinks:

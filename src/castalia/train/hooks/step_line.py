@@ -89,6 +89,8 @@ class StepLine(Hook):
             self.losses.append(loss)
         if "valid_loss" in step.metrics:
             self.valid = step.metrics["valid_loss"]
+        # An evaluation is no part of a step's speed.
+        self.since += step.metrics.get("eval_seconds", 0.0)
         if why := step.metrics.get("skipped"):
             self.skipped.append(why)
         # Every rank counts, one prints. Nobody reads on: the run ends, and saves as it does.

@@ -1,0 +1,183 @@
+"""What an evaluation of a run gives: numbers, samples, files, one line."""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from castalia.core.errors import ConfigError
+from castalia.core.extras import require
+from castalia.core.files import write_json
+from castalia.data import load_tokenizer
+from castalia.distributed import World
+from castalia.eval.config import EvalConfig
+from castalia.eval.labels import Labels
+from castalia.inference import LanguageModel
+from castalia.models import Decoder
+from castalia.results import Result
+from castalia.results.store import EXTRA, PURPOSE
+from castalia.train.aside import undisturbed
+from castalia.train.config import RunConfig
+
+if TYPE_CHECKING:
+    from castalia.eval.harness import Evaluation, Number, TaskSet
+
+SAMPLES = Path("samples") / "samples.json"
+COLUMNS = 80
+"""Width of the line of an evaluation."""
+
+
+def open_run_tasks(section: EvalConfig, world: World) -> "TaskSet":
+    """The tasks of a run, with their data.
+
+    Raises  ConfigError if an extra is missing or a task is unknown; DataError for a task without
+            data.
+    """
+    require("lm_eval", "eval", "eval.tasks")
+    # Found now: an evaluation after days of training has nowhere to put its rows else.
+    require("duckdb", EXTRA, PURPOSE)
+    require("pyarrow", EXTRA, PURPOSE)
+    from castalia.eval.harness import open_tasks
+
+    def opened() -> "TaskSet":
+        with undisturbed(world.device):
+            return open_tasks(
+                section.tasks, include=section.include, shots=section.shots, limit=section.limit
+            )
+
+    # One rank first: it downloads and caches what the others then find.
+    tasks = opened() if world.leads else None
+    world.wait()
+    return tasks or opened()
+
+
+def reader_of(config: RunConfig) -> LanguageModel:
+    """The model of a run without weights: its tokenizer, its shapes.
+
+    Raises  ConfigError for text without a tokenizer, or a prompt that the model cannot continue.
+    """
+    section = config.eval
+    with torch.device("meta"):
+        shapes = Decoder(config.model)
+    if config.data.tokenizer is None:
+        if section.evaluates:
+            what = "tasks" if section.tasks else "samples"
+            raise ConfigError(
+                f"eval.{what}: text needs a tokenizer, and data.tokenizer is null; name one, or"
+                f" set eval.{what}=[]"
+            )
+        return LanguageModel(shapes)
+    model = LanguageModel(shapes, load_tokenizer(config.data.tokenizer))
+    limit = config.model.max_position_embeddings
+    for prompt in section.samples:
+        count = len(model.encode(prompt))
+        if count >= limit:
+            raise ConfigError(
+                f"eval.samples: the prompt {prompt[:20]!r} has {count} tokens, but the model reads"
+                f" {limit}, prompt and sample together"
+            )
+    return model
+
+
+def labels_at(labels: Labels, config: RunConfig, step: int, *, saved: bool) -> Labels:
+    """The labels of a run for the rows of one step."""
+    precision = config.precision
+    return labels._replace(
+        seed=config.seed,
+        step=step,
+        last_step=config.train.steps,
+        tokens=step * config.tokens_per_step,
+        dtype=precision if precision == "fp32" else f"{precision} autocast",
+        # A step that is not saved has no name.
+        checkpoint=os.path.join(config.output, f"step{step}") if saved else None,
+    )
+
+
+@dataclass
+class Outcome:
+    """What came of one evaluation."""
+
+    numbers: "list[Number]" = field(default_factory=list)
+    rows: list[Result] = field(default_factory=list)
+    parts: "list[Evaluation]" = field(default_factory=list)
+    """One for each requested task."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    is_broken_off: bool = False
+    """Whether a request to stop ended it; nothing of it counts."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers as metrics of the step: eval/TASK/METRIC, with the filter where there is
+        one."""
+        metrics = {}
+        for number in self.numbers:
+            name = f"eval/{number.task}/{number.metric}"
+            if number.filter != "none":
+                name += f",{number.filter}"
+            metrics[name] = number.value
+        return metrics
+
+
+def samples_of(config: RunConfig, model: LanguageModel, step: int) -> list[dict[str, Any]]:
+    """Continuations of the prompts: a list of {"step", "prompt", "text"}."""
+    section = config.eval
+    done = model.complete(
+        section.samples,
+        section.sample_tokens,
+        temperature=section.sample_temperature,
+        top_k=section.sample_top_k,
+        seed=section.sample_seed,
+    )
+    pairs = zip(section.samples, done, strict=True)
+    return [{"step": step, "prompt": prompt, "text": each.text} for prompt, each in pairs]
+
+
+def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Add the samples of a step; those that the file has of it or of later steps are dropped, since
+    these steps run again."""
+    path = folder / SAMPLES
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    kept = [sample for sample in before if sample["step"] < step]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, [*kept, *samples])
+
+
+def write_neox_file(prefix: str, parts: "Sequence[Evaluation]") -> Path:
+    """The harness's results under GPT-NeoX's name of the file.
+
+    Source  GPT-NeoX, eval.py: {prefix}_eval_results_{%m-%d-%Y-%H-%M-%S}.json.
+    """
+    from castalia.eval.harness.evaluate import joined
+
+    path = Path(f"{prefix}_eval_results_{time.strftime('%m-%d-%Y-%H-%M-%S')}.json")
+    stem = path.stem
+    number = 1
+    while path.exists():  # two evaluations within a second
+        number += 1
+        path = path.with_name(f"{stem}-{number}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = parts[0] if len(parts) == 1 else joined(parts)
+    write_json(path, whole.json)
+    return path
+
+
+def evaluation_line(where: str, outcome: Outcome, seconds: float) -> str:
+    """One line: the first number of each task, as many as fit."""
+    words = [f"eval {where}", f"{seconds:.1f} s"]
+    texts: dict[str, str] = {}
+    for number in outcome.numbers:
+        texts.setdefault(number.task, f"{number.task} {number.metric} {number.value:.4g}")
+    rest = list(texts.values())
+    if outcome.samples:
+        rest.append(f"samples {len(outcome.samples)}")
+    while rest and len("  ".join([*words, rest[0]])) <= COLUMNS:
+        words.append(rest.pop(0))
+    if rest:
+        words.append(f"and {len(rest)} more")
+    return "  ".join(words)

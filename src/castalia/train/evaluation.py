@@ -1,0 +1,211 @@
+"""Evaluates the weights of a run between two of its steps."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from castalia.checkpoint import SavePolicy
+from castalia.core.errors import CastaliaError
+from castalia.distributed import Watchdog, World, is_loss
+from castalia.eval.labels import Labels, labels_of
+from castalia.inference import LanguageModel
+from castalia.results.store import ResultsStore
+from castalia.train.aside import Peers, in_words, undisturbed, whole_model
+from castalia.train.config import RunConfig
+from castalia.train.evaluated import (
+    Outcome,
+    evaluation_line,
+    labels_at,
+    reader_of,
+    samples_of,
+    write_neox_file,
+    write_samples,
+)
+from castalia.train.events import append_event, warn
+from castalia.train.precision import DTYPES
+from castalia.train.resume import LONG
+from castalia.train.stopping import say
+from castalia.train.validation_rows import ValidationRows
+
+if TYPE_CHECKING:
+    from castalia.eval.harness import TaskSet
+
+T = TypeVar("T")
+STORE = "evals"
+"""Folder of the results table in a run's."""
+
+
+@dataclass
+class RunEvaluation:
+    """The evaluations of a run in training; the fields are services of the hooks, see `Hook`.
+
+    Raises  ConfigError for text without a tokenizer, or a prompt that the model cannot continue.
+    """
+
+    config: RunConfig
+    world: World
+    model: Any
+    policy: SavePolicy
+    watchdog: Watchdog
+    is_asked: Callable[[], bool]
+    stop_if_asked: Callable[[], bool]
+    tasks: "TaskSet | None"
+    validations: ValidationRows | None
+    """On the rank that writes, where the run keeps them."""
+    seconds: float = 0.0
+    count: int = 0
+    reader: LanguageModel = field(init=False)
+    labels: Labels = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.config.output)
+        self.store = ResultsStore(self.folder / STORE)
+        self.reader = reader_of(self.config)
+        self.labels = labels_of(self.config.output, self.reader)
+
+    def labels_at(self, step: int) -> Labels:
+        """What the rows of a step have in common."""
+        return labels_at(self.labels, self.config, step, saved=self.policy.due(step))
+
+    def evaluate(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Evaluate the weights as they are, and add the numbers to `metrics`.
+
+        False if a request to stop broke it off; then nothing of it is kept.
+        """
+        began = time.perf_counter()
+        self.count += 1
+        with undisturbed(self.world.device), self.watchdog.doing("evaluation", LONG):
+            outcome = self.outcome_at(step)
+            if outcome.is_broken_off:
+                return False
+            if self.world.leads:
+                self.write(step, outcome)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        metrics |= outcome.metrics
+        metrics["eval_seconds"] = round(seconds, 4)
+        if self.world.leads:
+            self.report(step, outcome, seconds)
+        return True
+
+    def outcome_at(self, step: int) -> Outcome:
+        """Everything that the config asks for, as far as it does not fail."""
+        outcome = Outcome()
+        if self.stop_if_asked():
+            outcome.is_broken_off = True
+            return outcome
+        peers = Peers(
+            self.world, self.is_asked, self.watchdog.progressed, f"evaluation/{self.count}"
+        )
+        self.fill(outcome, peers, step)
+        if self.world.device.type == "cuda":
+            # The blocks of these shapes would stay reserved beside those of the training.
+            torch.cuda.empty_cache()
+        if peers.is_broken_off:
+            outcome.is_broken_off = self.stop_if_asked()
+        return outcome
+
+    def fill(self, outcome: Outcome, peers: Peers, step: int) -> None:
+        """Everything that the config asks for, one part after the other."""
+        model = self.attempt("weights", peers, outcome, lambda: self.live_model(peers, step))
+        if model is None:
+            return
+        self.run_tasks(model, peers, outcome, step)
+
+        def samples() -> list[dict[str, Any]]:
+            # One rank writes, so one rank generates.
+            return samples_of(self.config, model, step) if self.world.leads else []
+
+        if self.config.eval.samples:
+            outcome.samples = self.attempt("samples", peers, outcome, samples) or []
+
+    def attempt(self, what: str, peers: Peers, outcome: Outcome, work: Callable[[], T]) -> T | None:
+        """The result of a part of an evaluation; None where it fails on any rank, which is noted.
+
+        Raises  what the loss of a rank raises.
+        """
+        if peers.is_broken_off:
+            return None
+        try:
+            with peers.together():
+                return work()
+        # Whatever it is, it is not worth a run of days: also out of memory, or a bug in a task.
+        except Exception as error:
+            if is_loss(error):
+                raise
+            outcome.faults.append(f"{what}: {in_words(error)}")
+        return None
+
+    def live_model(self, peers: Peers, step: int) -> LanguageModel:
+        """The weights as they are, whole on this rank."""
+        section = self.config.eval
+        whole = whole_model(
+            self.model, self.config.model.without_start(), self.world, peers, DTYPES[section.dtype]
+        )
+        return LanguageModel(whole, self.reader.tokenizer, step, self.reader.special)
+
+    def run_tasks(self, model: LanguageModel, peers: Peers, outcome: Outcome, step: int) -> None:
+        """Evaluate each task by itself: one that fails takes no other with it."""
+        if self.tasks is None:
+            return
+        from castalia.eval.harness import evaluate
+        from castalia.eval.shares import Share
+
+        section = self.config.eval
+        share = Share(self.world.rank, self.world.size, peers.gather)
+        labels = self.labels_at(step)._replace(dtype=section.dtype)
+        for task in self.tasks.split():
+
+            def work(task: "TaskSet" = task) -> None:
+                evaluation = evaluate(
+                    model, task, batch=section.batch, bootstrap=section.bootstrap, share=share
+                )
+                outcome.numbers += evaluation.numbers
+                outcome.rows += evaluation.results(labels)
+                outcome.parts.append(evaluation)
+
+            self.attempt(f"task {task.parts[0].name}", peers, outcome, work)
+
+    def write(self, step: int, outcome: Outcome) -> None:
+        """Write rows, samples and the file of GPT-NeoX; what cannot be written is noted."""
+        try:
+            if outcome.rows:
+                self.store.add(outcome.rows)
+            if outcome.samples:
+                write_samples(self.folder, step, outcome.samples)
+            if self.config.eval.results_prefix and outcome.parts:
+                write_neox_file(self.config.eval.results_prefix, outcome.parts)
+        except (CastaliaError, OSError) as error:
+            outcome.faults.append(in_words(error))
+
+    def report(self, step: int, outcome: Outcome, seconds: float) -> None:
+        """One line on the screen, and each fault in events.jsonl, too."""
+        say(evaluation_line(f"{step}/{self.config.train.steps}", outcome, seconds))
+        for fault in outcome.faults:
+            self.note(step, fault)
+
+    def note(self, step: int, fault: str) -> None:
+        """Say and record what failed; the training goes on."""
+        warn(f"the evaluation of step {step} failed in part: {fault}; training goes on")
+        event = {"step": step, "event": "evaluation", "action": "warn", "error": fault}
+        append_event(self.folder, event)
+
+    def take_validation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keep the numbers of the validation of a step, if `metrics` has one."""
+        if self.validations:
+            self.validations.take(self.labels_at(step), metrics)
+
+    def flush(self, step: int) -> None:
+        """Write the rows of validations that wait."""
+        if self.validations is None:
+            return
+        try:
+            self.validations.flush(self.store)
+        except (CastaliaError, OSError) as error:
+            self.note(step, in_words(error))
+            # Once: a table that is damaged stays so.
+            self.validations = None
