@@ -25,7 +25,9 @@ from castalia.train.aside import undisturbed
 from castalia.train.config import RunConfig
 
 if TYPE_CHECKING:
-    from castalia.eval.harness import Evaluation, Number, TaskSet
+    from castalia.eval.harness.evaluate import Evaluation
+    from castalia.eval.harness.numbers import Number
+    from castalia.eval.harness.tasks import TaskSet
 
 SAMPLES = Path("samples") / "samples.json"
 COLUMNS = 80
@@ -42,7 +44,7 @@ def open_run_tasks(section: EvalConfig, world: World) -> "TaskSet":
     # Found now: an evaluation after days of training has nowhere to put its rows else.
     require("duckdb", EXTRA, PURPOSE)
     require("pyarrow", EXTRA, PURPOSE)
-    from castalia.eval.harness import open_tasks
+    from castalia.eval.harness.tasks import open_tasks
 
     def opened() -> "TaskSet":
         with undisturbed(world.device):

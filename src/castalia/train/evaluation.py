@@ -12,6 +12,7 @@ from castalia.checkpoint import SavePolicy
 from castalia.core.errors import CastaliaError
 from castalia.distributed import Watchdog, World, is_loss
 from castalia.eval.labels import Labels, labels_of
+from castalia.eval.shares import Share
 from castalia.inference import LanguageModel
 from castalia.results.store import ResultsStore
 from castalia.train.aside import Peers, in_words, undisturbed, whole_model
@@ -32,7 +33,7 @@ from castalia.train.stopping import say
 from castalia.train.validation_rows import ValidationRows
 
 if TYPE_CHECKING:
-    from castalia.eval.harness import TaskSet
+    from castalia.eval.harness.tasks import TaskSet
 
 T = TypeVar("T")
 STORE = "evals"
@@ -152,8 +153,7 @@ class RunEvaluation:
         """Evaluate each task by itself: one that fails takes no other with it."""
         if self.tasks is None:
             return
-        from castalia.eval.harness import evaluate
-        from castalia.eval.shares import Share
+        from castalia.eval.harness.evaluate import evaluate
 
         section = self.config.eval
         share = Share(self.world.rank, self.world.size, peers.gather)

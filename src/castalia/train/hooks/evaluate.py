@@ -18,7 +18,7 @@ from castalia.train.validation_rows import ValidationRows, keeps_validations
 
 # What evaluates is imported by the runs that do: it loads inference.
 if TYPE_CHECKING:
-    from castalia.eval.harness import TaskSet
+    from castalia.eval.harness.tasks import TaskSet
     from castalia.train.evaluation import RunEvaluation
 
 FLUSH_SECONDS = 60.0
