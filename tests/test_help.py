@@ -18,6 +18,7 @@ VERBS = (
     "generate",
     "report",
     "results",
+    "scaling",
     "export",
     "serve",
 )
@@ -68,6 +69,7 @@ USAGE = {
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "export": "export [OPTIONS] CHECKPOINT",
     "runs": "runs [OPTIONS] [DIR]",
+    "scaling": "scaling [OPTIONS] PATH...",
 }
 
 

@@ -19,6 +19,7 @@ from castalia.cli import (
     report,
     results,
     runs,
+    scaling,
     serve,
     show,
     train,
@@ -62,7 +63,15 @@ TRAINING = "Training"
 PANELS = {
     "Start": (demo.demo,),
     TEXT: (prepare.prepare,),
-    TRAINING: (show.show, train.train, launch.launch, runs.runs, report.report, results.results),
+    TRAINING: (
+        show.show,
+        train.train,
+        launch.launch,
+        runs.runs,
+        report.report,
+        results.results,
+        scaling.scaling,
+    ),
     "Trained models": (
         generate.generate,
         importing.import_,
