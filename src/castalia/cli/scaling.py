@@ -10,6 +10,7 @@ from castalia.cli.flags import AsJson, grouped, panel
 
 POINTS = panel("Points")
 FIT = panel("Fit")
+ASKED = panel("Predictions")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,20 @@ class FitFlags:
     seed: Annotated[int, FIT(metavar="N", min=0, help="Seed of the bootstrap.")] = 0
 
 
+@dataclass(frozen=True)
+class AskFlags:
+    """Options about what the law says."""
+
+    predict: Annotated[
+        list[str] | None,
+        ASKED(metavar="N:D", help="Predict the loss of a size and tokens, 1.4B:300B. Repeatable."),
+    ] = None
+    compute: Annotated[
+        list[str] | None,
+        ASKED(metavar="FLOPS", help="Budget of the compute-optimal frontier, 1e21. Repeatable."),
+    ] = None
+
+
 @grouped
 def scaling(
     paths: Annotated[
@@ -78,18 +93,7 @@ def scaling(
     ],
     points: PointFlags,
     fit: FitFlags,
-    predict: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="N:D", help="Predict the loss of a size and tokens, 1.4B:300B. Repeatable."
-        ),
-    ] = None,
-    compute: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FLOPS", help="Budget of the compute-optimal frontier, 1e21. Repeatable."
-        ),
-    ] = None,
+    asked: AskFlags,
     as_json: AsJson = False,
 ) -> None:
     """Fit loss = E + A/N^alpha + B/D^beta to the runs of a suite.
@@ -111,8 +115,8 @@ def scaling(
     from castalia.analysis.scaling.values import fit_values
 
     # Before the fit: a word that is wrong is said at once.
-    places = [parse_place(text) for text in predict or ()]
-    budgets = [parse_number(text, f"--compute {text}") for text in compute or ()]
+    places = [parse_place(text) for text in asked.predict or ()]
+    budgets = [parse_number(text, f"--compute {text}") for text in asked.compute or ()]
     source = read_points(
         paths,
         points.metric,
