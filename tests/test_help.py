@@ -19,6 +19,7 @@ VERBS = (
     "report",
     "results",
     "scaling",
+    "view",
     "export",
     "serve",
 )
@@ -66,6 +67,7 @@ USAGE = {
     "data merge": "data merge [OPTIONS] PREFIX...",
     "report": "report [OPTIONS] PATH...",
     "results": "results [OPTIONS] [PATH...]",
+    "view": "view [OPTIONS] [PATH...]",
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "export": "export [OPTIONS] CHECKPOINT",
     "runs": "runs [OPTIONS] [DIR]",

@@ -81,7 +81,7 @@ def test_the_first_help_has_verbs_in_groups_and_no_python_types():
     ("words", "says"),
     [
         ("trian", "unknown verb 'trian'; did you mean 'train'?"),
-        ("view", "unknown verb 'view'; use castalia data view"),
+        ("materialize", "unknown verb 'materialize'; use castalia data materialize"),
         ("data train", "unknown verb 'data train'; use castalia train"),
         ("data veiw", "unknown verb 'data veiw'; did you mean 'view'?"),
         ("eval", "lm_eval --model local-completions"),

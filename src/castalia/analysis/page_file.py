@@ -17,7 +17,7 @@ FOLDER = files("castalia.analysis") / "page"
 STYLES = ("page.css", "scores.css")
 SCORES = ("score_data.js", "score_charts.js", "score_tables.js", "score_controls.js", "scores.js")
 """The scripts that draw evaluations, where the data have some."""
-SCRIPTS = ("base.js", *SCORES, "page.js")
+SCRIPTS = ("base.js", "run_choice.js", *SCORES, "page.js")
 """The scripts of every page, in their order: page.js starts the parts that registered before it."""
 
 
@@ -37,6 +37,7 @@ def document(
     body: str,
     data: Mapping[str, Any],
     *,
+    styles: Sequence[str] = STYLES,
     scripts: Sequence[str] = SCRIPTS,
     nonce: str = "",
 ) -> str:
@@ -45,7 +46,7 @@ def document(
     nonce  the word by which a server's Content-Security-Policy knows the page's own scripts.
     """
     plotly = require("plotly.offline", "report", "a report page")
-    style = "".join((FOLDER / name).read_text(encoding="utf-8") for name in STYLES)
+    style = "".join((FOLDER / name).read_text(encoding="utf-8") for name in styles)
     script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in scripts)
     allowed = f' nonce="{escape(nonce)}"' if nonce else ""
     # In base64 nothing of a run can end the script element that holds it.

@@ -6,7 +6,7 @@ lead, tiles, tables), `config.yaml`, `env.json`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +82,14 @@ class Contents(NamedTuple):
     """What the scripts draw, as JSON values."""
 
 
-def contents_of(files: Sequence[RunFiles], stores: Sequence[ResultsStore] = ()) -> Contents:
+def contents_of(
+    files: Sequence[RunFiles],
+    stores: Sequence[ResultsStore] = (),
+    scores_of: Callable[..., dict[str, Any] | None] = scores_data,
+) -> Contents:
     """The page about runs and results.
+
+    scores_of  `scores_data`, or what keeps its answers.
 
     Raises  DataError if a file in a run's folder or a store is damaged.
     """
@@ -99,7 +105,7 @@ def contents_of(files: Sequence[RunFiles], stores: Sequence[ResultsStore] = ()) 
     boxes = "".join(charts(panels))
     scores = None
     if stores:
-        scores = scores_data(stores, counted_flops(files))
+        scores = scores_of(stores, counted_flops(files))
     if scores is not None:
         data["scores"] = scores
         # In a section of their own, so that their controls end where the evaluations begin.

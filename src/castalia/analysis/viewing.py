@@ -82,39 +82,53 @@ def save_ids(
 
 
 def records(rows: RunRows, steps: Steps, tokenizer: Tokenizer | None) -> Iterator[dict[str, Any]]:
-    """One dict per row of the steps.
+    """One dict per row of the steps, as `record_of` makes it.
+
+    Raises  ConfigError if a token file was made with another tokenizer.
+    """
+    require_own_tokenizer(rows, tokenizer)
+    for place in steps.places:
+        yield record_of(rows, place, steps.batch_size, tokenizer)
+
+
+def require_own_tokenizer(rows: RunRows, tokenizer: Tokenizer | None) -> None:
+    """Raises  ConfigError if a token file was made with another tokenizer."""
+    if tokenizer is None:
+        return
+    for pack in rows.train.row_sources:
+        require_tokenizer(pack.dataset.prefix, tokenizer)
+
+
+def record_of(
+    rows: RunRows, place: int, batch_size: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """The row at a place of the run's order.
 
     Keys: step, row within the step, source, prefix, documents (the pieces of documents in the row),
     with a tokenizer also the text of row and pieces, and with an index of origins in the token file
     where each document came from. Each piece is decoded alone, so a character cut at its border
     shows as U+FFFD.
-
-    Raises  ConfigError if a token file was made with another tokenizer.
     """
+    source, pieces = rows.train.documents_of(place)
+    record: dict[str, Any] = {
+        "step": place // batch_size,
+        "row": place % batch_size,
+        "source": rows.sources[source],
+        "prefix": rows.train.row_sources[source].dataset.prefix,
+        "documents": [piece._asdict() for piece in pieces],
+    }
+    for document in record["documents"]:
+        origin = read_provenance(record["prefix"], document["document"])
+        if origin is not None:
+            document["from"] = origin
     if tokenizer is not None:
-        for pack in rows.train.row_sources:
-            require_tokenizer(pack.dataset.prefix, tokenizer)
-    for place in steps.places:
-        source, pieces = rows.train.documents_of(place)
-        record: dict[str, Any] = {
-            "step": place // steps.batch_size,
-            "row": place % steps.batch_size,
-            "source": rows.sources[source],
-            "prefix": rows.train.row_sources[source].dataset.prefix,
-            "documents": [piece._asdict() for piece in pieces],
-        }
-        for document in record["documents"]:
-            origin = read_provenance(record["prefix"], document["document"])
-            if origin is not None:
-                document["from"] = origin
-        if tokenizer is not None:
-            ids = rows.train[place][0]
-            record["text"] = tokenizer.decode(ids)
-            ends = np.cumsum([piece.length for piece in pieces])
-            piece_ids = np.split(ids, ends[:-1])
-            for document, own_ids in zip(record["documents"], piece_ids, strict=True):
-                document["text"] = tokenizer.decode(own_ids)
-        yield record
+        ids = rows.train[place][0]
+        record["text"] = tokenizer.decode(ids)
+        ends = np.cumsum([piece.length for piece in pieces])
+        piece_ids = np.split(ids, ends[:-1])
+        for document, own_ids in zip(record["documents"], piece_ids, strict=True):
+            document["text"] = tokenizer.decode(own_ids)
+    return record
 
 
 def step_hash(rows: BlendedRows | RowsBySource, step: int, batch_size: int) -> int:

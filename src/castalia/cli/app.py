@@ -23,6 +23,7 @@ from castalia.cli import (
     serve,
     show,
     train,
+    view,
     viewing,  # noqa: F401  likewise
 )
 from castalia.cli.command import Verbs
@@ -69,6 +70,7 @@ PANELS = {
         launch.launch,
         runs.runs,
         report.report,
+        view.view,
         results.results,
         scaling.scaling,
     ),

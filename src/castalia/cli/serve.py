@@ -133,5 +133,6 @@ def listening(host: str, port: int) -> socket.socket:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError(
             f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port"
+            " (--port 0 takes a free one)"
         ) from None
     return listener

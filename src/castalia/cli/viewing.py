@@ -127,14 +127,20 @@ def materialize(
 
 def rows_of(words: list[str]) -> "tuple[RunConfig, RunRows]":
     """The config that `words` give, and its run's rows: as recorded, or as training builds them."""
-    from castalia.data.rows_by_source import RowsBySource
     from castalia.recipes import resolve
+
+    return rows_of_config(resolve(words).config)
+
+
+def rows_of_config(config: "RunConfig") -> "tuple[RunConfig, RunRows]":
+    """The config with its corpus and its steps, and the run's rows."""
+    from castalia.data.rows_by_source import RowsBySource
     from castalia.train.build import rows_of_run
     from castalia.train.named_corpus import ensure_corpus
     from castalia.train.recorded_order import RecordedOrder
     from castalia.train.whole_passes import with_steps
 
-    config = ensure_corpus(resolve(words).config, say=lambda text: typer.echo(text, err=True))
+    config = ensure_corpus(config, say=lambda text: typer.echo(text, err=True))
     config = with_steps(config)
     rows = rows_of_run(config, validates=False)
     if isinstance(rows.train, RowsBySource):

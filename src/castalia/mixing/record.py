@@ -254,8 +254,10 @@ def add_line(record: MixtureRecord, line: dict[str, Any]) -> None:
     Raises  KeyError, TypeError, ValueError or StopIteration for a malformed line.
     """
     step = int(line["step"])
-    for late in [known for known in record.lines if known >= step]:
-        del record.lines[late]
+    # Asked of the last step alone while the steps ascend: a long record is read line by line.
+    if record.lines and next(reversed(record.lines)) >= step:
+        for late in [known for known in record.lines if known >= step]:
+            del record.lines[late]
     for name in ("counts", "read"):
         if name in line:
             line[name] = np.array(line[name], np.int64)

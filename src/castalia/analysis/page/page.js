@@ -13,9 +13,29 @@
     document.getElementById("controls")?.append("The charts need a browser of 2023 or newer.");
     return;
   }
-  const data = await window.castalia.data();
+  // --- numbers: steps come as differences
+  const cumulated = (differences) => {
+    let sum = 0;
+    return differences.map((each) => (sum += each));
+  };
+  const prepared = (fresh) => {
+    const times = new Map();
+    for (const panel of fresh.panels) {
+      // What a panel is called across refreshes; several may have one title.
+      const time = times.get(panel.title) ?? 0;
+      times.set(panel.title, time + 1);
+      panel.key = time ? `${panel.title} ${time}` : panel.title;
+      for (const series of panel.series) {
+        for (const curve of [series.points, ...Object.values(series.fits)]) {
+          curve.steps = cumulated(curve.steps);
+        }
+      }
+    }
+    return fresh;
+  };
+  let data = prepared(await window.castalia.data());
   const WINDOWS = [0, ...data.windows]; // of the slider; 0 draws the values themselves
-  const boxes = [...document.querySelectorAll(".panel[data-panel]")];
+  let boxes = [...document.querySelectorAll(".panel[data-panel]")];
   // Other scripts of the page draw parts of their own: {init(data), refresh(data)}.
   const { parts } = window.castalia;
   if (!boxes.length && !parts.length) return;
@@ -29,25 +49,22 @@
   }
   if (!(state.x in AXES) || data.runs.every((run) => !run.axes[state.x])) state.x = "steps";
   if (!WINDOWS.includes(state.smooth)) state.smooth = 0.05;
-  const hidden = new Set(); // runs that are switched off
+  const chosenRuns = window.castalia.runChoice(COLOURS, () => redraw());
   // curves of a panel that are switched off: at first all but the few that it names
-  const hiddenKeys = data.panels.map(({ series, few }) =>
-    new Set(series.map(({ name }) => name).filter((name) => few.length && !few.includes(name))));
-  let view = null; // the x range that the reader zoomed to, in the units of the axis
-  const drawn = new Map(); // boxes with a chart, and their panels
-
-  // --- numbers
-  const cumulated = (differences) => {
-    let sum = 0;
-    return differences.map((each) => (sum += each));
-  };
-  for (const panel of data.panels) {
-    for (const series of panel.series) {
-      for (const curve of [series.points, ...Object.values(series.fits)]) {
-        curve.steps = cumulated(curve.steps);
-      }
+  const switched = new Map();
+  const hiddenIn = (panel) => {
+    if (!switched.has(panel.key)) switched.set(panel.key, { known: new Set(), off: new Set() });
+    const { known, off: names } = switched.get(panel.key);
+    for (const { name } of panel.series) {
+      if (!known.has(name) && panel.few.length && !panel.few.includes(name)) names.add(name);
+      known.add(name);
     }
-  }
+    return names;
+  };
+  let view = null; // the x range that the reader zoomed to, in the units of the axis
+  const heights = new Map(); // y ranges that the reader zoomed to, by panel
+  const drawn = new Map(); // boxes with a chart, and their panels
+  const panelOf = (box) => data.panels[Number(box.dataset.panel)];
 
   // The place of a step on an axis, between its neighbours that the axis has.
   const placeOn = (steps, places, step) => {
@@ -188,7 +205,7 @@
     }
     if (panel.kind === "shares") return { ...axis, range: [0, 100], fixedrange: true };
     const log = isLog(panel) && traces.some((trace) => trace.y.some((value) => value > 0));
-    const range = (!view && rangeAfterStart(panel, traces, log))
+    const range = heights.get(panel.key) || (!view && rangeAfterStart(panel, traces, log))
       || rangeWithin(traces, view || fullRange(), log) || [0, 1];
     const top = log ? 10 ** range[1] : range[1];
     const ticks = { nticks: 7, tickformat: top >= 1e4 ? ".4~s" : ".5~g" };
@@ -286,13 +303,12 @@
 
   // --- a panel on the page
   const draw = (box) => {
-    const number = Number(box.dataset.panel);
-    const panel = data.panels[number];
-    const here = panel.series.filter((series) => !hidden.has(series.run)
+    const panel = panelOf(box);
+    const here = panel.series.filter((series) => chosenRuns.isShown(data.runs[series.run].name)
       && data.runs[series.run].axes[state.x]);
-    const shown = here.filter((series) => !hiddenKeys[number].has(series.name));
+    const shown = here.filter((series) => !hiddenIn(panel).has(series.name));
     const plot = box.querySelector(".plot");
-    drawKeys(box, panel, number, here);
+    drawKeys(box, panel, here);
     box.classList.toggle("empty", !here.length);
     if (!shown.length) {
       Plotly.purge(plot);
@@ -312,29 +328,35 @@
     const top = axis.type === "log" ? 10 ** axis.range[1] : axis.range[1];
     return !view && traces.some((trace) => trace.y.some((y) => y > top));
   };
-  const drawKeys = (box, panel, number, here) => {
+  const drawKeys = (box, panel, here) => {
     const keys = box.querySelector(".keys");
+    const switchedOff = hiddenIn(panel);
     const isFirst = (series) => panel.few.includes(series.name);
     const ordered = [...here.filter(isFirst), ...here.filter((series) => !isFirst(series))];
     const names = new Map(ordered.map((series) => [series.name, series]));
+    // Drawn again, the names stay where they were scrolled to, and the key in focus keeps it.
+    const focused = keys.contains(document.activeElement) && document.activeElement.textContent;
+    const scrolled = keys.scrollTop;
     keys.replaceChildren();
     if (names.size < 2 || panel.kind === "heat" || panel.kind === "events") return;
     for (const [name, series] of names) {
-      const key = toggle(name, !hiddenKeys[number].has(name), (on) => {
-        hiddenKeys[number][on ? "delete" : "add"](name);
+      const key = toggle(name, !switchedOff.has(name), (on) => {
+        switchedOff[on ? "delete" : "add"](name);
         draw(box);
       });
       const own = series.colour !== null;
       key.title = "click: on or off; double click: this one alone";
       key.ondblclick = () => {
-        for (const other of names.keys()) hiddenKeys[number].add(other);
-        hiddenKeys[number].delete(name);
+        for (const other of names.keys()) switchedOff.add(other);
+        switchedOff.delete(name);
         draw(box);
       };
       key.style.setProperty("--key", own ? colourOf(series) : look("--soft"));
       key.dataset.dash = dashOf(own ? { ...series, dash: 0 } : series);
       keys.append(key);
+      if (name === focused) key.focus({ preventScroll: true });
     }
+    keys.scrollTop = scrolled;
     const places = [...new Set(here.map((series) => series.run))];
     if (places.length < 2 || here[0].colour === null) return;
     // The colours are those of the sources here: say which dash is which run.
@@ -364,15 +386,26 @@
       view = [from, to];
       // A rectangle also chooses the y range of its own chart; elsewhere y fits what is left.
       const isRectangle = change["yaxis.range[0]"] !== undefined;
+      heights.clear();
+      if (isRectangle) {
+        heights.set(panelOf(box).key, [change["yaxis.range[0]"], change["yaxis.range[1]"]]);
+      }
       for (const other of drawn.keys()) if (other !== box || !isRectangle) draw(other);
       showReset();
     });
     plot.on("plotly_doubleclick", resetView);
-    plot.on("plotly_hover", (event) => follow(box, event));
-    plot.on("plotly_unhover", () => follow(box, null));
+    plot.on("plotly_hover", (event) => {
+      hovered = { box, event };
+      follow(box, event);
+    });
+    plot.on("plotly_unhover", () => {
+      hovered = null;
+      follow(box, null);
+    });
   };
   // The crosshair stands at the same place in every chart on the screen.
   let following = false;
+  let hovered = null; // the box under the pointer, and Plotly's event
   const follow = (box, event) => {
     if (following) return;
     following = true;
@@ -407,6 +440,7 @@
   const set = (key, value) => {
     state[key] = value;
     if (key === "x" || key === "xscale") view = null;
+    if (key !== "smooth") heights.clear();
     address.set(key, value);
     redraw();
   };
@@ -417,6 +451,7 @@
   };
   const resetView = () => {
     view = null;
+    heights.clear();
     redraw();
   };
   const reset = document.createElement("button");
@@ -450,32 +485,80 @@
     reset.onclick = resetView;
     controls.append(reset);
     showReset();
-    if (data.runs.length > 1) buildRuns();
+    if (data.runs.length > 1) controls.append(chosenRuns.build(data.runs));
   };
-  const buildRuns = () => {
-    const group = document.createElement("fieldset");
-    group.className = "runs";
-    group.innerHTML = "<legend>runs</legend>";
-    data.runs.forEach((run, place) => {
-      const key = toggle(run.name, true, (on) => {
-        hidden[on ? "delete" : "add"](place);
-        key.setAttribute("aria-pressed", String(on));
-        redraw();
-      });
-      key.style.setProperty("--key", `var(--c${place % COLOURS})`);
-      group.append(key);
-    });
-    controls.append(group);
-  };
-
-  if (boxes.length) build();
   // Charts are drawn when they come near the screen: a page of thirty opens at once.
+  const near = new Set();
+  const stale = new Set(); // boxes whose chart shows older data
   const watch = new IntersectionObserver((entries) => {
     for (const { target, isIntersecting } of entries) {
-      if (isIntersecting && !drawn.has(target) && !target.classList.contains("empty")) draw(target);
+      near[isIntersecting ? "add" : "delete"](target);
+      const isDue = stale.has(target)
+        || (!drawn.has(target) && !target.classList.contains("empty"));
+      if (isIntersecting && isDue) drawFresh(target);
     }
   }, { rootMargin: "600px" });
+  const drawFresh = (box) => {
+    stale.delete(box);
+    draw(box);
+  };
+
+  // --- new data: what the reader chose, zoomed and scrolled to stays
+  const signature = () => JSON.stringify(data.runs.map((run) =>
+    [run.name, ...Object.keys(AXES).map((axis) => Boolean(run.axes[axis]?.length))]));
+  let built = "";
+  const rebuild = () => {
+    if (!boxes.length || built === signature()) return;
+    const focused = controls.contains(document.activeElement) && document.activeElement;
+    const scrolled = controls.querySelector(".choices")?.scrollTop;
+    controls.replaceChildren();
+    build();
+    built = signature();
+    if (scrolled) controls.querySelector(".choices")?.scrollTo(0, scrolled);
+    if (!focused) return;
+    const same = (each) => each.name === focused.name && each.value === focused.value
+      && each.type === focused.type && each.className === focused.className;
+    [...controls.querySelectorAll("input, button")].find(same)?.focus({ preventScroll: true });
+  };
+  const refresh = (fresh) => {
+    const old = new Map(boxes.map((box) => [panelOf(box).key, box]));
+    data = prepared(fresh);
+    const template = document.createElement("template");
+    template.innerHTML = fresh.live.charts;
+    boxes = [...template.content.querySelectorAll("[data-panel]")].map((box) => {
+      const known = old.get(panelOf(box).key);
+      if (!known) return box;
+      known.dataset.panel = box.dataset.panel;
+      known.className = box.className;
+      const spoken = box.querySelector(".plot").getAttribute("aria-label");
+      known.querySelector(".plot").setAttribute("aria-label", spoken);
+      return known;
+    });
+    const place = document.querySelector(".panels");
+    // Elements that are moved lose their scroll positions, so they are only where a panel is new.
+    if (boxes.some((box, i) => place.children[i] !== box) || place.children.length > boxes.length) {
+      place.replaceChildren(...boxes);
+    }
+    for (const box of old.values()) if (!boxes.includes(box)) forget(box);
+    rebuild();
+    for (const box of boxes) {
+      if (![...old.values()].includes(box)) watch.observe(box);
+      else if (near.has(box)) draw(box);
+      else if (drawn.has(box) || box.classList.contains("empty")) stale.add(box);
+    }
+    if (hovered) Plotly.Fx.hover(hovered.box.querySelector(".plot"),
+      { xval: hovered.event.xvals?.[0], yval: 0 }, ["xy"]);
+  };
+  const forget = (box) => {
+    watch.unobserve(box);
+    Plotly.purge(box.querySelector(".plot"));
+    for (const set of [drawn, near, stale]) set.delete(box);
+    if (hovered?.box === box) hovered = null;
+  };
+
+  rebuild();
   boxes.forEach((box) => watch.observe(box));
+  parts.unshift({ init: () => {}, refresh });
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   window.addEventListener("beforeprint", () => boxes.forEach(draw));
   for (const part of parts) await part.init(data);
