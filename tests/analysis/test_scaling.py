@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.fixtures.browser import Visit, drawn
 from typer.testing import CliRunner
 
+from castalia.analysis import write_report
+from castalia.analysis.runs import read_runs
 from castalia.analysis.scaling import Point, Points, ScalingFit, fit_scaling, read_points
 from castalia.analysis.scaling.bootstrap import draw_replicates
+from castalia.analysis.scaling.part import scaling_part
 from castalia.analysis.scaling.points import parse_number
 from castalia.analysis.scaling.solve import Problem, fit_law, huber
 from castalia.cli.app import app
@@ -264,9 +268,9 @@ def test_numbers_and_places_are_read_as_people_write_them(tmp_path: Path):
         (["--compute", "0"], "--compute 0: expected a number above 0"),
         (["--hold-out", "2.8e09"], r"no such model; did you mean '2\.8e\+09'\?; have 1"),
         (["--no-embeddings"], "only the configs of runs say which parameters"),
-        (["--where", "shots = 0"], "no path is one"),
+        (["--where", "shots = 0"], "and none is read"),
         (["--metric", "los"], "lacks the column 'los'; did you mean 'loss'"),
-        ([str(tmp_path)], "of several kinds, CSV and runs"),
+        ([str(tmp_path)], "CSV files and others; fit each kind alone"),
     ):
         with pytest.raises(CastaliaError, match=problem):
             run_verb(str(path), *words)
@@ -322,7 +326,7 @@ def test_runs_give_their_loss_at_the_end(runs: Path):
     way = read_points([runs], "train_loss", from_step=30)
     steps = [p.step for p in way.points if p.run == "w8"]
     assert steps[-1] == 60 and 6 < len(steps) <= 12 and min(steps) >= 30
-    with pytest.raises(DataError, match="have no results table with it; evaluate them"):
+    with pytest.raises(DataError, match="have no results table; evaluate them"):
         read_points([runs], "bits_per_byte")
 
 
@@ -386,3 +390,29 @@ def test_a_results_table_gives_its_last_steps(tmp_path: Path):
     with pytest.raises(DataError, match="not in"):
         store.add([row._replace(value=7.0, shots=9) for row in rows])
         read_points([tmp_path], "acc", where="shots = 9")
+
+
+def test_the_report_of_a_suite_has_its_law(runs: Path):
+    files = read_runs(sorted(runs.iterdir()))
+    part = scaling_part(files)
+    fit = fit_scaling(read_points([runs]), bootstrap=100)
+    assert part.data is not None
+    assert part.data["numbers"]["E"]["value"] == pytest.approx(float(fit.law.number("E")))
+    assert part.data["points"] == fit.data()["points"]
+    for text in ("Scaling law", "loss = E + A/N^alpha", "validation loss", "is part of E", "w32"):
+        assert text in part.html
+    # Three runs are no suite, and runs of one size and length compare something else.
+    assert scaling_part(files[:3]) == ("", None)
+    assert scaling_part([*files[:1] * 4]) == ("", None)
+    config = files[0].config
+    files[0].config = config | {"train": {"steps": 90}}
+    html, data = scaling_part(files)
+    assert data is None and "No law was fitted" in html and "at least 4 points, got 3" in html
+
+
+def test_a_browser_draws_the_law(runs: Path, tmp_path: Path, visit: Visit):
+    page = visit(write_report([runs], tmp_path / "page.html").as_uri())
+    drawn(page)
+    chart = page.locator("#scaling")
+    assert chart.get_attribute("aria-label") == "loss = E + A/N^alpha and 4 runs"
+    assert chart.locator(".point").count() == 4 and chart.locator(".js-line").count() >= 1

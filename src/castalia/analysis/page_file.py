@@ -17,7 +17,7 @@ FOLDER = files("castalia.analysis") / "page"
 STYLES = ("page.css", "scores.css")
 SCORES = ("score_data.js", "score_charts.js", "score_tables.js", "score_controls.js", "scores.js")
 """The scripts that draw evaluations, where the data have some."""
-SCRIPTS = ("base.js", "run_choice.js", *SCORES, "page.js")
+SCRIPTS = ("base.js", "run_choice.js", *SCORES, "scaling.js", "page.js")
 """The scripts of every page, in their order: page.js starts the parts that registered before it."""
 
 

@@ -20,6 +20,7 @@ from castalia.analysis.measures import LEARNING, MACHINE, other_measures
 from castalia.analysis.page_file import write_page
 from castalia.analysis.panel import Panel, rounded
 from castalia.analysis.runs import RunFiles
+from castalia.analysis.scaling.part import scaling_part
 from castalia.analysis.scores import scores_data
 from castalia.analysis.smoothing import WINDOWS, ending
 from castalia.analysis.sources import HEADER, mixture_rows, source_panels
@@ -110,11 +111,14 @@ def contents_of(
         data["scores"] = scores
         # In a section of their own, so that their controls end where the evaluations begin.
         boxes = f'<section class="training">{boxes}</section>{SCORES}' if boxes else ALONE
+    law = scaling_part(files)
+    if law.data is not None:
+        data["scaling"] = law.data
     return Contents(
         title=title_of(files, stores),
         lead=lead_of(files) if files or not scores else scores["about"],
         charts=figures + boxes,
-        parts="".join(parts(files)) if files else "",
+        parts=law.html + "".join(parts(files)) if files else "",
         data=data,
     )
 

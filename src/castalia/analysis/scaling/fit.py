@@ -173,7 +173,7 @@ def fit_scaling(
                ConfigError for an unknown law or model.
     Source     Hoffmann et al. 2022, arXiv:2203.15556, section 3.3.
     """
-    whole = checked(source.points, source.metric)
+    whole = sorted(checked(source.points, source.metric), key=by_size)
     kept, held = split(whole, hold_out)
     variables, notes = choose_variables(kept, law)
     logs = [np.log(column(kept, name)) for name in variables]
@@ -184,6 +184,11 @@ def fit_scaling(
     fit = ScalingFit(fitted, objective, replace(source, points=kept), held, laws)
     notes += doubts(fitted, kept, fit.intervals)
     return replace(fit, notes=[*source.notes, *notes])
+
+
+def by_size(point: Point) -> tuple[float, float, str]:
+    """The order of the points in tables."""
+    return point.parameters, point.tokens, point.run
 
 
 def split(points: list[Point], hold_out: Sequence[str]) -> tuple[list[Point], list[Point]]:

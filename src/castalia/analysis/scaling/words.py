@@ -1,6 +1,7 @@
 """A fit as tables of text, for the terminal and for the page."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from castalia.analysis.html import NONE
@@ -37,7 +38,11 @@ def numbers_table(values: Mapping[str, Any]) -> Table:
 
 def points_table(values: Mapping[str, Any]) -> Table:
     """The points of the fit with their residuals."""
-    rows = [[*point_cells(point), percent(point["residual"])] for point in values["points"]]
+    points = values["points"]
+    rows = [
+        [*point_cells(name, point), percent(point["residual"])]
+        for name, point in zip(names_of(points), points, strict=True)
+    ]
     title = f"Points, residuals of {values['residual_rms']:.2%} (root mean square)"
     return title, ["run", "N", "D", "loss", "fitted", "residual"], rows
 
@@ -45,19 +50,26 @@ def points_table(values: Mapping[str, Any]) -> Table:
 def held_out_table(values: Mapping[str, Any]) -> Table:
     """The points held out with the error of the prediction."""
     rows: list[list[str]] = []
-    for point in values["held_out"]:
+    held_out = values["held_out"]
+    for name, point in zip(names_of(held_out), held_out, strict=True):
         interval = between(point["low"], point["high"], ".4f")
-        rows.append([*point_cells(point), interval, percent(point["residual"])])
+        rows.append([*point_cells(name, point), interval, percent(point["residual"])])
     return "Held out", ["run", "N", "D", "loss", "predicted", "interval", "difference"], rows
 
 
-def point_cells(point: Mapping[str, Any]) -> list[str]:
-    """The cells that points of the fit and others share."""
-    run = point["run"]
-    if point["step"] is not None:
-        run += f" @{point['step']}"
+def names_of(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of points: the run, with the step where it has several."""
+    counts = Counter(point["run"] for point in points)
     return [
-        run,
+        point["run"] if counts[point["run"]] == 1 else f"{point['run']} @{point['step']}"
+        for point in points
+    ]
+
+
+def point_cells(name: str, point: Mapping[str, Any]) -> list[str]:
+    """The cells that points of the fit and others share."""
+    return [
+        name,
         quantity(point["parameters"]),
         quantity(point["tokens"]),
         text(point["loss"], ".4f"),
