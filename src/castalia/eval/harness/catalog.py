@@ -1,7 +1,7 @@
 """Finding tasks: by the harness's names, in YAML files and in folders of them.
 
-Source  lm-eval 0.4.13, tasks/: manager.py, _index.py, _factory.py. Its index of all tasks takes
-        seven seconds, so it is read only for a name that is not among the local files.
+Source  lm-eval 0.4.13, tasks/: manager.py, _index.py, _factory.py. Its own tasks are
+        looked at only for a name that is not among the local files.
 """
 
 import fnmatch
@@ -16,43 +16,58 @@ from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from castalia.core.errors import ConfigError, nearest
-from castalia.eval.harness.problems import task_problems
+from castalia.eval.harness.own_tasks import own_tasks
+from castalia.eval.harness.sources import (
+    PATH_KEYS,
+    WILDCARDS,
+    TaskData,
+    beside,
+    explained,
+    prepare_for,
+)
 
 ENDINGS = (".yaml", ".yml")
-WILDCARDS = "*?["
 GROUPED = ("task", "group")
 
 
 class LocalFactory(TaskFactory):
-    """Builds tasks; paths of data in a task's file may be relative to the file."""
+    """Builds tasks; paths of data in a task's file may be relative to the file.
+
+    `unsafe` allows tasks that run code which the model wrote.
+    """
+
+    def __init__(self, unsafe: bool) -> None:
+        super().__init__(meta=None)
+        self.unsafe = unsafe
+        self.data: TaskData | None = None
+        """The data of the task that is being built."""
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None) -> dict[str, Any]:
+        file = Path(entry.yaml_path) if entry.yaml_path else None
+        # First without the task's functions: importing them may fail where it should not run.
+        plain = {**({} if file is None else read_config(file)), **(overrides or {})}
+        if isinstance(plain.get("task"), str):
+            self.require_safe(plain)
+            self.data = TaskData.of(plain, file)
+            prepare_for(self.data)
         config: dict[str, Any] = super()._load_full_config(entry, overrides)
-        if "task" in config and isinstance(config["task"], str):
+        if isinstance(config.get("task"), str):
             # An older word for a tag, which is of no use to a task.
             config.pop("group", None)
         arguments = config.get("dataset_kwargs")
-        if entry.yaml_path and isinstance(arguments, dict):
-            folder = Path(entry.yaml_path).parent
-            for key in ("data_files", "data_dir"):
+        if file is not None and isinstance(arguments, dict):
+            for key in PATH_KEYS:
                 if key in arguments:
-                    arguments[key] = beside(arguments[key], folder)
+                    arguments[key] = beside(arguments[key], file.parent)
         return config
 
-
-def beside(value: Any, folder: Path) -> Any:
-    """Paths in a value; those that exist in `folder` alone lead there."""
-    if isinstance(value, dict):
-        return {key: beside(part, folder) for key, part in value.items()}
-    if isinstance(value, list):
-        return [beside(part, folder) for part in value]
-    if not isinstance(value, str) or "://" in value or Path(value).is_absolute():
-        return value
-    # The harness itself reads paths relative to the current folder, so that one is asked first.
-    is_pattern = any(mark in value for mark in WILDCARDS)
-    if not is_pattern and not Path(value).exists() and (folder / value).exists():
-        return str(folder / value)
-    return value
+    def require_safe(self, config: dict[str, Any]) -> None:
+        """Raises  ConfigError if the task runs code of the model's and that is not allowed."""
+        if config.get("unsafe_code") and not self.unsafe:
+            raise ConfigError(
+                f"task {config['task']} runs code that the model writes; allow it with unsafe=True"
+                " where that can do no harm"
+            )
 
 
 class Catalog:
@@ -62,9 +77,12 @@ class Catalog:
     Raises  ConfigError for an unknown name or a broken file.
     """
 
-    def __init__(self, names: Sequence[str], include: Sequence[str]) -> None:
+    def __init__(
+        self, names: Sequence[str], include: Sequence[str], *, unsafe: bool = False
+    ) -> None:
         self.manager = TaskManager(include_defaults=False)
-        self.manager._factory = LocalFactory(meta=None)
+        self.factory = LocalFactory(unsafe)
+        self.manager._factory = self.factory
         self.index: dict[str, Entry] = self.manager._index
         self.complete = False
         """Whether the harness's own tasks are in the index."""
@@ -84,15 +102,16 @@ class Catalog:
             known = [each for each, entry in self.index.items() if entry.kind is not Kind.TAG]
             matching = sorted(fnmatch.filter(known, name))
             if not matching:
-                raise ConfigError(f"no task matches {name!r}")
+                raise ConfigError(
+                    f"no task of lm-evaluation-harness or of your files matches {name!r}"
+                )
             return self.outermost(matching)
         if name not in self.index:
             self.add_own()
         if name not in self.index:
-            hint = nearest(name, self.index)
             raise ConfigError(
-                f"unknown task {name!r}{hint}; give a name of lm-evaluation-harness, or the path"
-                " of a YAML file of your own"
+                f"unknown task {name!r}; give a name of lm-evaluation-harness, or the path of a"
+                f" YAML file of your own{nearest(name, self.index)}"
             )
         return [name]
 
@@ -101,8 +120,17 @@ class Catalog:
         if self.complete:
             return
         self.complete = True
-        for name, entry in TaskManager().task_index.items():
-            self.index.setdefault(name, entry)
+        for name, entry in own_tasks().items():
+            self.add_entry(name, entry, replaces=False)
+
+    def add_entry(self, name: str, entry: Entry, *, replaces: bool) -> None:
+        """Add a name to the index; the tasks of a tag add up."""
+        known = self.index.get(name)
+        if known is not None and known.kind is entry.kind is Kind.TAG:
+            # Another entry, because those of the harness's tasks are shared.
+            self.index[name] = Entry(name, Kind.TAG, None, tags=known.tags | entry.tags)
+        elif known is None or replaces:
+            self.index[name] = entry
 
     def add(self, path: Path) -> list[str]:
         """Add a file, or all files of a folder; returns the names in it that are in no group of it.
@@ -125,10 +153,7 @@ class Catalog:
             entries: dict[str, Entry] = {}
             TaskIndex.process_cfg(with_tags(config), file.resolve(), entries)
             for name, entry in entries.items():
-                if entry.kind is Kind.TAG and name in self.index:
-                    self.index[name].tags |= entry.tags
-                    continue
-                self.index[name] = entry
+                self.add_entry(name, entry, replaces=True)
                 if entry.kind is not Kind.TAG:
                     names.append(name)
         if not names:
@@ -151,8 +176,11 @@ class Catalog:
         if entry.kind is Kind.TAG:
             yield from entry.tags
             return
-        listed = (entry.cfg or {}).get("task")
-        if entry.kind is not Kind.GROUP or not isinstance(listed, list):
+        if entry.kind is not Kind.GROUP:
+            return
+        config = read_config(entry.yaml_path) if entry.cfg is None else entry.cfg
+        listed = config.get("task")
+        if not isinstance(listed, list):
             return
         for member in listed:
             child = member
@@ -165,13 +193,15 @@ class Catalog:
     def load(self, name: str) -> dict[str, Any]:
         """Build the task or group of a name, with its data.
 
-        Raises  ConfigError or DataError that says what is missing, see `task_problems`.
+        Raises  ConfigError if it cannot be built; DataError if its data is not there.
         """
         if any(member not in self.index for member in self.members(name)):
             self.add_own()
-        with task_problems(name):
-            loaded: dict[str, Any] = dict(self.manager.load([name]))
-        return loaded
+        self.factory.data = None
+        try:
+            return dict(self.manager.load([name]))
+        except Exception as error:  # of any package that reads data, and of the task's functions
+            raise explained(error, name, self.factory.data) from error
 
 
 def is_path(name: str) -> bool:

@@ -1,7 +1,7 @@
 """`evaluate`: the numbers of one checkpoint on a set of tasks."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -9,6 +9,7 @@ from typing import Any
 
 from castalia.core.errors import ConfigError
 from castalia.eval.harness.numbers import Number, numbers_of
+from castalia.eval.harness.progress import Say
 from castalia.eval.harness.quiet import OTHER_SEED, SEED, harness_rules, require_harness
 from castalia.eval.harness.tasks import Part, TaskSet
 from castalia.eval.labels import Labels
@@ -16,7 +17,6 @@ from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
 from castalia.results.schema import Result
 
-Say = Callable[[str, int], None]
 BOOTSTRAP = 100_000
 """The harness's default of resamples for the error of a metric without a formula."""
 

@@ -3,7 +3,7 @@
 Source  lm-eval 0.4.13, models/utils.py: normalize_gen_kwargs.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -96,10 +96,12 @@ def continue_all(
     ends: Set[int],
     *,
     rows: int,
+    done: Callable[[int], None],
 ) -> list[list[int]]:
     """The new ids of each prompt, those of a stop string included, without the end of text.
 
     At most `rows` prompts are continued together; a text that ends makes room for the next one.
+    `done` is called with the number of texts that ended since the last call.
     """
     if not prompts:
         return []
@@ -110,6 +112,7 @@ def continue_all(
     # so that the second is copied from the first.
     waiting = sorted(range(len(texts)), key=lambda i: (-len(texts[i].ids), texts[i].ids))
     while waiting or batcher.running:
+        before = len(batcher.running)
         entering = waiting[: batcher.free]
         waiting = waiting[len(entering) :]
         news = []
@@ -123,6 +126,10 @@ def continue_all(
         running = list(batcher.running.values())
         batcher.step()
         raise_first(running)
+        # Texts that ended with their first token never ran.
+        ended = len(news) + before - len(batcher.running)
+        if ended:
+            done(ended)
     return [text.tokens for text in texts]
 
 

@@ -16,13 +16,10 @@ from castalia.core.errors import ConfigError
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.eval.harness.encoding import Ids, Pair, TextEncoder
 from castalia.eval.harness.generation import Prompt, continue_all, options_of
+from castalia.eval.harness.progress import Meter, Say
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
 from castalia.inference.scoring import Likelihood, Line, score_lines
-
-Say = Callable[[str, int], None]
-"""Called with the name of a task or group, and how many of its requests were answered since the
-last call."""
 
 
 class Request(NamedTuple):
@@ -103,7 +100,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         """Log-likelihood of tokenized requests: (texts, context ids, continuation ids)."""
         lines = [self.line(Pair(tuple(ids), tuple(more))) for _, ids, more in requests]
-        return [(answer.logprob, answer.greedy) for answer in self.score(lines)]
+        return [(answer.logprob, answer.greedy) for answer in self.score(lines, len(requests))]
 
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -118,7 +115,7 @@ class HarnessModel(TemplateLM):
             line = self.line(pair, request.task_name)
             self.charge(request, len(line.context) + len(line.continuation))
             lines.append(line)
-        return [(answer.logprob, answer.greedy) for answer in self.score(lines)]
+        return [(answer.logprob, answer.greedy) for answer in self.score(lines, len(requests))]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
@@ -139,7 +136,7 @@ class HarnessModel(TemplateLM):
             self.charge(request, len(ids))
             counts.append(len(own))
             lines += own
-        logprobs = iter([answer.logprob for answer in self.score(lines)])
+        logprobs = iter([answer.logprob for answer in self.score(lines, len(requests))])
         return [float(sum(next(logprobs) for _ in range(count))) for count in counts]
 
     def line(self, pair: Pair, task: str | None = None) -> Line:
@@ -153,17 +150,21 @@ class HarnessModel(TemplateLM):
         room = self.max_length + 1 - len(pair.continuation)
         return Line(pair.context[-room:], pair.continuation)
 
-    def score(self, lines: Sequence[Line]) -> list[Likelihood]:
-        """The answers to lines; those not known yet are computed, each once over all ranks."""
+    def score(self, lines: Sequence[Line], requests: int) -> list[Likelihood]:
+        """The answers to the lines of some requests; those not known yet are computed, each once
+        over all ranks."""
         new = [line for line in dict.fromkeys(lines) if line not in self.answers]
+        meter = Meter(self.report, requests)
         answers = self.share.compute(
             new,
-            lambda own: score_lines(self.model.engine, own, rows=self.batch),
+            lambda own: score_lines(
+                self.model.engine, own, rows=self.batch, progress=meter.over(len(own))
+            ),
             together=lambda line: line.context,
             cost=lambda line: len(line.context) + len(line.continuation),
         )
         self.answers.update(zip(new, answers, strict=True))
-        self.report(len(lines))
+        meter.finish()
         return [self.answers[line] for line in lines]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -180,14 +181,15 @@ class HarnessModel(TemplateLM):
             self.charge(request, len(asked[-1].ids) + asked[-1].prompt.max_new_tokens)
         keys = [(one.ids, one.prompt) for one in asked]
         new = {key: one for key, one in zip(keys, asked, strict=True) if key not in self.texts}
+        meter = Meter(self.report, len(requests))
         made = self.share.compute(
             list(new.values()),
-            self.generate,
+            lambda own: self.generate(own, meter.over(len(own))),
             together=lambda one: one.ids,
             cost=lambda one: len(one.ids) + one.prompt.max_new_tokens,
         )
         self.texts.update(zip(new, made, strict=True))
-        self.report(len(requests))
+        meter.finish()
         return [self.texts[key] for key in keys]
 
     def request(self, ids: Ids, request: Instance, repeats: dict[Any, int]) -> Request:
@@ -210,16 +212,15 @@ class HarnessModel(TemplateLM):
             prompt = prompt.repeated(earlier)
         return Request(ids, prompt)
 
-    def generate(self, requests: Sequence[Request]) -> list[str]:
-        """The texts of requests, on this rank."""
+    def generate(self, requests: Sequence[Request], done: Callable[[int], None]) -> list[str]:
+        """The texts of requests, on this rank; `done` is called with the number that ended."""
         ends = set(self.model.end_ids)
         eos = ""
         if self.eot_token_id is not None:
             ends.add(self.eot_token_id)
             eos = self.encoder.tokenizer.decode([self.eot_token_id])
-        made = continue_all(
-            self.model, [(one.ids, one.prompt) for one in requests], ends, rows=self.batch
-        )
+        prompts = [(one.ids, one.prompt) for one in requests]
+        made = continue_all(self.model, prompts, ends, rows=self.batch, done=done)
         texts = []
         for tokens, one in zip(made, requests, strict=True):
             # Decoded by themselves and cut then, as `hf` does: a decoder may write the first token

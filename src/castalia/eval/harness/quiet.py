@@ -19,6 +19,7 @@ from castalia.core.extras import require
 SEED = 0
 OTHER_SEED = 1234
 """lm-eval 0.4.13, defaults.py: seeds of `random`, and of numpy, torch and the few-shot examples."""
+NOISY = ("lm_eval", "datasets", "huggingface_hub", "httpx")
 LOCK = threading.RLock()
 """The harness's modules are changed for the time of a call."""
 DRAWS = 2**22
@@ -81,7 +82,7 @@ def silent_logs() -> Iterator[None]:
     import datasets
 
     bars = datasets.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from castalia.eval.harness.catalog import Catalog
 from castalia.eval.harness.encoding import TextEncoder
 from castalia.eval.harness.numbers import config_hash
 from castalia.eval.harness.quiet import OTHER_SEED, harness_rules
+from castalia.eval.harness.sources import local_first
 from castalia.inference import LanguageModel
 
 
@@ -58,6 +59,24 @@ class TaskSet:
         """Names of the tasks, without groups."""
         return [name for part in self.parts for name in part.tasks]
 
+    @property
+    def requests(self) -> dict[str, int]:
+        """Requests of each name, as `Say` counts them."""
+        return {
+            part.name: sum(one.repeats for task in part.tasks.values() for one in task.instances)
+            for part in self.parts
+        }
+
+    def build(self) -> None:
+        """Build the requests of all tasks, without a chat template."""
+        from lm_eval.evaluator_utils import get_sample_size
+
+        for part in self.parts:
+            for name, task in part.tasks.items():
+                task.build_all_requests = once(name, task, self)
+                limit = get_sample_size(task, self.limit)
+                task.build_all_requests(limit=limit, apply_chat_template=False)
+
     def split(self) -> "list[TaskSet]":
         """One TaskSet for each requested name; tokens and requests stay shared."""
         return [
@@ -100,23 +119,16 @@ def open_tasks(
         raise ConfigError("no task is named; give the name of a task or the path of a YAML file")
     if limit is not None and limit <= 0:
         raise ConfigError(f"limit must be above 0, got {limit}")
-    with harness_rules():
-        catalog = Catalog(names, include)
+    with harness_rules(), local_first():
+        catalog = Catalog(names, include, unsafe=unsafe)
         parts = [Part(name, catalog.load(name)) for name in catalog.chosen]
         require_distinct(parts)
         for part in parts:
-            for name, task in part.tasks.items():
-                if getattr(task, "UNSAFE_CODE", False) and not unsafe:
-                    raise ConfigError(
-                        f"task {name} runs code that the model writes; allow it with unsafe=True"
-                        " if this machine may do so"
-                    )
+            for task in part.tasks.values():
                 set_shots(task, shots)
                 task.set_fewshot_seed(seed=seed)
-    tasks = TaskSet(parts, shots, limit, seed)
-    for part in parts:
-        for name, task in part.tasks.items():
-            task.build_all_requests = once(name, task, tasks)
+        tasks = TaskSet(parts, shots, limit, seed)
+        tasks.build()
     return tasks
 
 
@@ -150,15 +162,15 @@ def once(name: str, task: Any, tasks: TaskSet) -> Callable[..., None]:
     """
     build = task.build_all_requests
 
-    def build_once(**options: Any) -> None:
-        # A bound method is another object for each model; its template's text is what counts.
+    def build_once(*, limit: Any, apply_chat_template: Any, **options: Any) -> None:
         chat = options.get("chat_template")
-        text = chat.__self__.template.text if chat is not None else None
-        key = {**options, "chat_template": text}
+        # A method is another object for each model; what counts is what the template writes.
+        template = (chat.__self__.template, options["tokenizer_name"]) if chat is not None else None
+        key = (limit, template)
         if tasks.built.get(name) != key:
             # The same examples whatever was drawn before.
             task.set_fewshot_seed(seed=tasks.seed)
-            build(**options)
+            build(limit=limit, apply_chat_template=apply_chat_template, **options)
             tasks.built[name] = key
         for instance in task.instances:
             instance.resps = []
