@@ -1,5 +1,6 @@
 """`evaluate`: the numbers of one checkpoint on a set of tasks."""
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from castalia.core.errors import ConfigError
-from castalia.eval.harness.numbers import Number, numbers_of
+from castalia.eval.harness.numbers import Number, numbers_of, plain
 from castalia.eval.harness.progress import Say
 from castalia.eval.harness.quiet import OTHER_SEED, SEED, harness_rules, require_harness
 from castalia.eval.harness.tasks import Part, TaskSet
@@ -129,6 +130,8 @@ def evaluate_each(
             )
         seconds = time.time() - started
         kept = output.pop("samples", {})
+        # Of configs with functions, too, as the harness writes its files.
+        output = json.loads(json.dumps(output, default=plain))
         output["config"] = config_of(adapter, tasks, batch, bootstrap)
         output["date"] = started
         output["lm_eval_version"] = version("lm-eval")

@@ -1,15 +1,18 @@
 """The harness's results as rows: one number a row."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from castalia.eval.harness.sources import PATH_KEYS
+
 MACHINE_KEYS = ("config_source", "pretrained", "tokenizer")
 """Metadata of a task that the machine or the model decide."""
-PATH_KEYS = ("data_files", "data_dir")
-"""Arguments of a data set that are paths; their last part is what the task is about."""
 NO_RESULTS = ("alias", "name", "sample_len", "sample_count", "samples")
 """Keys of a task's results that are no metrics."""
 
@@ -82,8 +85,24 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
     Not in it: paths of this machine, and the number of shots, which results have a column for.
     """
-    text = json.dumps(portable(config), sort_keys=True, default=str)
+    text = json.dumps(portable(config), sort_keys=True, default=plain)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON lacks, the same in every process: a function is its source text."""
+    if callable(value):
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):
+            return getattr(value, "__qualname__", type(value).__name__)
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    # The default text of an object holds its address.
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +114,7 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = kept.get("dataset_kwargs")
     if isinstance(arguments, Mapping):
         kept["dataset_kwargs"] = {
+            # The last part of a path is what the task is about.
             key: last_parts(value) if key in PATH_KEYS else value
             for key, value in arguments.items()
         }
