@@ -155,6 +155,8 @@ def write_neox_file(prefix: str, parts: "Sequence[Evaluation]") -> Path:
 
     Source  GPT-NeoX, eval.py: {prefix}_eval_results_{%m-%d-%Y-%H-%M-%S}.json.
     """
+    from lm_eval.utils import handle_non_serializable
+
     from castalia.eval.harness.evaluate import joined
 
     path = Path(f"{prefix}_eval_results_{time.strftime('%m-%d-%Y-%H-%M-%S')}.json")
@@ -165,7 +167,9 @@ def write_neox_file(prefix: str, parts: "Sequence[Evaluation]") -> Path:
         path = path.with_name(f"{stem}-{number}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = parts[0] if len(parts) == 1 else joined(parts)
-    write_json(path, whole.json)
+    # As the harness writes it: a function of a task file is its name.
+    text = json.dumps(whole.json, default=handle_non_serializable)
+    write_json(path, json.loads(text))
     return path
 
 

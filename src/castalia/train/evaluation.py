@@ -33,6 +33,7 @@ from castalia.train.stopping import say
 from castalia.train.validation_rows import ValidationRows
 
 if TYPE_CHECKING:
+    from castalia.eval.harness.evaluate import Evaluation
     from castalia.eval.harness.tasks import TaskSet
 
 T = TypeVar("T")
@@ -160,15 +161,16 @@ class RunEvaluation:
         labels = self.labels_at(step)._replace(dtype=section.dtype)
         for task in self.tasks.split():
 
-            def work(task: "TaskSet" = task) -> None:
-                evaluation = evaluate(
+            def work(task: "TaskSet" = task) -> "Evaluation":
+                return evaluate(
                     model, task, batch=section.batch, bootstrap=section.bootstrap, share=share
                 )
+
+            evaluation = self.attempt(f"task {task.parts[0].name}", peers, outcome, work)
+            if evaluation is not None:
                 outcome.numbers += evaluation.numbers
                 outcome.rows += evaluation.results(labels)
                 outcome.parts.append(evaluation)
-
-            self.attempt(f"task {task.parts[0].name}", peers, outcome, work)
 
     def write(self, step: int, outcome: Outcome) -> None:
         """Write rows, samples and the file of GPT-NeoX; what cannot be written is noted."""
@@ -179,8 +181,9 @@ class RunEvaluation:
                 write_samples(self.folder, step, outcome.samples)
             if self.config.eval.results_prefix and outcome.parts:
                 write_neox_file(self.config.eval.results_prefix, outcome.parts)
-        except (CastaliaError, OSError) as error:
-            outcome.faults.append(in_words(error))
+        # As in `attempt`: what a task put into its results is not worth the run.
+        except Exception as error:
+            outcome.faults.append(f"writing: {in_words(error)}")
 
     def report(self, step: int, outcome: Outcome, seconds: float) -> None:
         """One line on the screen, and each fault in events.jsonl, too."""
