@@ -16,6 +16,7 @@ VERBS = (
     "launch",
     "runs",
     "generate",
+    "eval",
     "report",
     "results",
     "scaling",
@@ -70,6 +71,7 @@ USAGE = {
     "view": "view [OPTIONS] [PATH...]",
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "export": "export [OPTIONS] CHECKPOINT",
+    "eval": "eval [OPTIONS] CKPT|RUN|SUITE... [dtype=int8 ...]",
     "runs": "runs [OPTIONS] [DIR]",
     "scaling": "scaling [OPTIONS] PATH...",
 }

@@ -84,7 +84,7 @@ def test_the_first_help_has_verbs_in_groups_and_no_python_types():
         ("materialize", "unknown verb 'materialize'; use castalia data materialize"),
         ("data train", "unknown verb 'data train'; use castalia train"),
         ("data veiw", "unknown verb 'data veiw'; did you mean 'view'?"),
-        ("eval", "lm_eval --model local-completions"),
+        ("evaluate", "use castalia eval MODEL --tasks NAME"),
         ("chat", "use castalia serve MODEL for chat requests, or castalia generate MODEL"),
         ("finetune", "use castalia train CONFIG model.start=MODEL"),
         ("ls", "use castalia runs [DIR]"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ def suite(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "begun" / "checkpoints").mkdir(parents=True)
     (folder / "evals").mkdir()
     list(export(run_folder, to="hf", output=folder / "hf", dtype="bf16", certificate=False))
+    # As other programs write it, without our record.
+    shutil.copytree(folder / "hf", folder / "plain", ignore=shutil.ignore_patterns("export.json"))
     return folder
 
 
@@ -50,10 +53,22 @@ def test_a_run_is_its_newest_checkpoint_or_the_steps_that_are_asked_for(suite: P
 
 def test_a_suite_is_all_its_models(suite: Path):
     everything = checkpoints_of([str(suite)], "all")
-    assert names(everything) == [("a", 0), ("a", 220), ("b", 0), ("b", 220), ("hf", None)]
+    assert names(everything) == [
+        ("a", 0),
+        ("a", 220),
+        ("b", 0),
+        ("b", 220),
+        ("hf", 220),
+        ("plain", None),
+    ]
     assert everything[0].stores == (suite / "evals", suite / "a" / "evals")
     assert everything[-1].stores == (suite / "evals",)
-    assert names(checkpoints_of([str(suite)])) == [("a", 220), ("b", 220), ("hf", None)]
+    assert names(checkpoints_of([str(suite)])) == [
+        ("a", 220),
+        ("b", 220),
+        ("hf", 220),
+        ("plain", None),
+    ]
 
 
 def test_a_folder_of_steps_is_one_model(suite: Path, tmp_path: Path):
@@ -86,7 +101,8 @@ def test_the_hash_is_that_of_the_weights(suite: Path, tmp_path: Path):
     [
         ("a", "1", r"a has no checkpoint of step 1; the nearest is 0 or 220; it has 0, 220"),
         ("a", "300:", "has no checkpoint from 300 to its end; it has 0, 220"),
-        ("hf", "3", "hf is one checkpoint, whose step is unknown; omit --steps"),
+        ("hf", "3", "hf has no checkpoint of step 3; the nearest is 220; it has 220"),
+        ("plain", "3", "plain is one checkpoint, whose step is unknown; omit --steps"),
         ("a/step7", None, "step 7 was not saved"),
         ("c", None, "no checkpoint at"),
         ("begun", None, "begun has no complete checkpoint yet"),

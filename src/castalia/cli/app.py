@@ -10,6 +10,7 @@ from castalia.cli import (
     cleaning,  # noqa: F401  adds its commands to those of `data`
     data,
     demo,
+    eval,
     export,
     generate,
     importing,
@@ -76,6 +77,7 @@ PANELS = {
     ),
     "Trained models": (
         generate.generate,
+        eval.eval_,
         importing.import_,
         export.export,
         serve.serve,
@@ -83,7 +85,7 @@ PANELS = {
 }
 for title, verbs in PANELS.items():
     for verb in verbs:
-        # `import` is a word of Python, so its function is import_.
+        # `import` and `eval` are words of Python, so their functions are import_ and eval_.
         app.command(verb.__name__.rstrip("_"), rich_help_panel=title)(verb)
 # typer lists a verb with verbs of its own after the others of its panel.
 app.add_typer(data.app, name="data", rich_help_panel=TEXT)

@@ -6,10 +6,7 @@ TRAIN = "castalia train CONFIG"
 RESUME = "castalia train RUN, which continues a run from its newest checkpoint"
 GENERATE = "castalia generate MODEL"
 CHAT = "castalia serve MODEL for chat requests, or castalia generate MODEL, which asks for prompts"
-EVALUATE = (
-    "castalia serve MODEL, and run lm-evaluation-harness (lm_eval --model local-completions)"
-    " against it"
-)
+EVALUATE = "castalia eval MODEL --tasks NAME,…"
 FINETUNE = "castalia train CONFIG model.start=MODEL, which starts from the weights of a model"
 PREPARE = "castalia prepare INPUT... --tokenizer FILE --output PREFIX"
 EXPORT = "castalia export MODEL --to hf|native|ct2|gguf"
@@ -21,7 +18,6 @@ REPORT = "castalia report PATH..."
 HUB = "the hub id of the model, hf://OWNER/NAME, with any verb that takes a model"
 
 WANTED = {
-    "eval": EVALUATE,
     "evaluate": EVALUATE,
     "evaluation": EVALUATE,
     "lm-eval": EVALUATE,

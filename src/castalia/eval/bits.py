@@ -12,7 +12,7 @@ Source  Gao et al. 2020, arXiv:2101.00027 (the Pile), section 3.1: L_T / L_B * l
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from castalia.data.batch import IGNORED
 from castalia.data.indexed import IndexedDataset
 from castalia.data.sidecar import recorded_end
 from castalia.eval.losses import TokensAndLabels, sum_of_losses
+from castalia.eval.shares import ALONE, Share
 from castalia.inference.engine import Engine
 from castalia.models import Decoder
 
@@ -51,8 +52,14 @@ class SourceBits(NamedTuple):
     bytes: int
 
 
-def choose_documents(sizes: Sequence[int], max_tokens: int | None) -> list[int]:
-    """Places of whole documents, in order, that fit in `max_tokens` together; at least one."""
+def choose_documents(
+    sizes: Sequence[int], max_tokens: int | None, max_documents: int | None = None
+) -> list[int]:
+    """Places of whole documents, in order, that fit in `max_tokens` together; at least one.
+
+    Only the first `max_documents` are considered.
+    """
+    sizes = sizes[:max_documents]
     if max_tokens is None:
         return list(range(len(sizes)))
     chosen: list[int] = []
@@ -90,11 +97,10 @@ def stack(windows: Sequence[Window]) -> TokensAndLabels:
     return tokens, labels
 
 
-def batches(windows: Sequence[Window], rows: int) -> Iterator[TokensAndLabels]:
+def batches(windows: Sequence[Window], rows: int) -> list[list[Window]]:
     """Batches of `rows` windows, sorted by length to keep padding small."""
     order = sorted(windows, key=lambda window: len(window[0]))
-    for at in range(0, len(order), rows):
-        yield stack(order[at : at + rows])
+    return [order[at : at + rows] for at in range(0, len(order), rows)]
 
 
 def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
@@ -109,6 +115,26 @@ def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
     return -total
 
 
+def shared_losses(
+    model: Decoder | Engine, windows: Sequence[Window], rows: int, share: Share
+) -> float:
+    """Negative log-likelihood of all targets in nats; each rank reads its share of the batches.
+
+    The sum is in one order, so that it is the same number on any number of ranks.
+    """
+
+    def losses(own: list[list[Window]]) -> list[float]:
+        if isinstance(model, Engine):
+            return [engine_losses(model, batch) for batch in own]
+        return [sum_of_losses(model, [stack(batch)]) for batch in own]
+
+    def tokens_in(batch: list[Window]) -> int:
+        return sum(len(inputs) for inputs, _ in batch)
+
+    parts: list[float] = share.compute(batches(windows, rows), losses, together=id, cost=tokens_in)
+    return math.fsum(parts)
+
+
 def source_bits(
     model: Decoder | Engine,
     source: HeldOut,
@@ -117,6 +143,8 @@ def source_bits(
     eod_id: int | None,
     max_tokens: int | None,
     rows: int,
+    max_documents: int | None = None,
+    share: Share = ALONE,
 ) -> SourceBits:
     """Bits per byte of one source; arguments and errors as in `bits_per_byte`."""
     dataset = IndexedDataset(source.prefix)
@@ -129,7 +157,7 @@ def source_bits(
     end_id = recorded_end([source.prefix])
     if end_id is None:
         end_id = eod_id
-    chosen = choose_documents(dataset.sizes.tolist(), max_tokens)
+    chosen = choose_documents(dataset.sizes.tolist(), max_tokens, max_documents)
     windows: list[Window] = []
     tokens = 0
     uncovered = 0
@@ -142,10 +170,7 @@ def source_bits(
         # Without a start token, the first token of a document is not a target of any window.
         if eod_id is None and len(ids):
             uncovered += 1
-    if isinstance(model, Engine):
-        nats = engine_losses(model, windows)
-    else:
-        nats = sum_of_losses(model, batches(windows, rows))
+    nats = shared_losses(model, windows, rows, share)
     nats += uncovered * math.log(model.config.padded_vocab_size)
     size = sum(source.document_bytes[i] for i in chosen)
     return SourceBits(nats / math.log(2) / max(1, size), nats / max(1, tokens), tokens, size)
@@ -159,18 +184,26 @@ def bits_per_byte(
     eod_id: int | None,
     max_tokens: int | None = None,
     rows: int = 16,
+    share: Share = ALONE,
 ) -> dict[str, SourceBits]:
     """Bits per byte of each source's held-out text under a model or an engine of `castalia.load`.
 
     seq_length  tokens in a window.
     max_tokens  limit for each source in tokens, taken as whole documents; None for all.
     rows        windows in a batch.
+    share       this rank's share of the work; every rank gets all numbers.
     Raises      DataError if a token file is damaged, or its documents and byte counts differ in
                 number.
     """
     results: dict[str, SourceBits] = {}
     for name, source in sources.items():
         results[name] = source_bits(
-            model, source, seq_length=seq_length, eod_id=eod_id, max_tokens=max_tokens, rows=rows
+            model,
+            source,
+            seq_length=seq_length,
+            eod_id=eod_id,
+            max_tokens=max_tokens,
+            rows=rows,
+            share=share,
         )
     return results

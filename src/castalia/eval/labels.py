@@ -12,7 +12,10 @@ from castalia.config.anchor import CONFIG, STEP, run_folder_of
 from castalia.core.errors import CastaliaError
 from castalia.core.hub import HUB_ID, is_hub_id
 from castalia.inference.engine import Engine
+from castalia.inference.engines import engine_of_export
+from castalia.inference.exported import open_export
 from castalia.inference.language_model import LanguageModel
+from castalia.inference.loading import engine_for, is_read_as_model
 from castalia.inference.native.engine import NativeEngine
 from castalia.models.flops import parameter_counts
 from castalia.results import Result
@@ -194,6 +197,39 @@ def arithmetic(engine: Engine) -> str:
         if engine.compiled is not None and engine.compiled.cache != engine.caches[0]:
             words.append(f"cache in {engine.compiled.cache}")
     return ", ".join(words)
+
+
+class Arithmetic(NamedTuple):
+    """Options of `castalia.load` that decide how a checkpoint is computed."""
+
+    engine: str = "auto"
+    dtype: str | None = None
+    cache: str | None = None
+    device: str = "auto"
+
+
+USUAL = Arithmetic()
+REFERENCE = Arithmetic("torch", "fp32")
+"""What every other arithmetic is compared with."""
+
+
+def ahead(path: str, how: Arithmetic) -> tuple[str, str | None]:
+    """Engine and dtype that a checkpoint will be labelled with, before it is loaded.
+
+    The dtype is None for an export, whose engine decides it on each machine. An engine that
+    engine=auto turns out not to have is another one; such a checkpoint is evaluated again.
+    """
+    export = None if is_hub_id(path) else open_export(Path(path))
+    if export is not None and not is_read_as_model(export, how.engine):
+        engine = engine_of_export(export.kind)
+        return how.engine if engine is None else engine.name, None
+    engine = engine_for(how.engine, how.dtype)
+    words = [how.dtype or engine.dtypes[0]]
+    if engine is NativeEngine and words == ["auto"]:
+        words = ["int8", "scored in bf16"]
+    if how.cache not in (None, *engine.caches[:1]):
+        words.append(f"cache in {how.cache}")
+    return engine.name, ", ".join(words)
 
 
 def pinned(path: str | os.PathLike[str], origin: Origin, step: int | None) -> str:

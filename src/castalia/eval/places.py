@@ -10,11 +10,12 @@ from typing import NamedTuple
 from castalia.checkpoint.find import complete_steps, find_checkpoint, folder_of, ranges_of
 from castalia.checkpoint.foreign import find_foreign, is_foreign
 from castalia.checkpoint.hf import is_hf_folder
+from castalia.checkpoint.manifest import read_manifest
 from castalia.checkpoint.names import COMPLETE
-from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.core.hub import HUB_ID, branches, is_hub_id
 from castalia.eval.labels import STEP_FOLDER, is_run, origin_of, run_around, shown, step_in
-from castalia.inference.exported import RECORD
+from castalia.inference.exported import RECORD, read_record
 
 EVALS = "evals"
 """Folder of the results, in a run, a suite or this directory."""
@@ -187,6 +188,14 @@ def checkpoint_at(
     )
 
 
+def recorded_step(place: Path) -> int | None:
+    """The step that an export or an import was made of; None where no record says it."""
+    if (place / RECORD).is_file():
+        step = read_record(place).get("step")
+        return step if isinstance(step, int) else None
+    return read_manifest(place).step if (place / COMPLETE).is_file() else None
+
+
 def stores_for(
     run: Path | None, suite: Path | None, store: str | os.PathLike[str] | None
 ) -> tuple[Path, ...]:
@@ -241,6 +250,8 @@ def is_alone(path: Path) -> bool:
 def alone(path: Path) -> Series:
     """A model of one checkpoint."""
     step = step_in(path.name)
+    if step is None:
+        step = recorded_step(path)
     return Series(str(path), str(path), {} if step is None else {step: str(path)})
 
 
@@ -327,10 +338,37 @@ def hash_of(path: str) -> str | None:
     if (place / COMPLETE).is_file():
         # The hash of the manifest, which has the hash of every file.
         return hashlib.sha256((place / COMPLETE).read_bytes()).hexdigest()[:16]
-    files = [place]
-    if place.is_dir():
-        files = sorted(file for file in place.iterdir() if file.suffix in WEIGHTS)
-    return sampled_hash(files)
+    return sampled_hash(weight_files(place))
+
+
+def weight_files(place: Path) -> list[Path]:
+    """The files of weights of a model that is no checkpoint of a run."""
+    if not place.is_dir():
+        return [place]
+    return sorted(file for file in place.iterdir() if file.suffix in WEIGHTS)
+
+
+def weight_bytes(path: str) -> int:
+    """Bytes of the files of weights; 0 for a hub id."""
+    place = Path(path)
+    return sum(file.stat().st_size for file in weight_files(place)) if place.exists() else 0
+
+
+def origin_of_export(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint that an export was made from; None if it is gone, itself for any other."""
+    folder = Path(checkpoint.path)
+    folder = folder.parent if folder.suffix == ".gguf" else folder
+    if not (folder / RECORD).is_file():
+        return checkpoint
+    if checkpoint.run is not None and checkpoint.step is not None:
+        place = os.path.join(shown(checkpoint.run), f"step{checkpoint.step}")
+    else:
+        place = str(read_record(folder).get("checkpoint"))
+    try:
+        (origin,) = checkpoints_of([place])
+    except CastaliaError:
+        return None
+    return origin._replace(stores=checkpoint.stores)
 
 
 def sampled_hash(files: Iterable[Path]) -> str:

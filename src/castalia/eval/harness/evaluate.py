@@ -138,7 +138,8 @@ def evaluate_each(
         output["task_hashes"] = part.hashes()
         output["chat_template"] = adapter.template.text if chat else None
         output["total_evaluation_time_seconds"] = str(seconds)
-        numbers = numbers_of(output, output["task_hashes"], times(part, adapter.costs, seconds))
+        spent = times(part, adapter.costs, seconds)
+        numbers = numbers_of(output, output["task_hashes"], spent, tasks.shots)
         finished = datetime.now(UTC).replace(tzinfo=None)
         yield Evaluation(numbers, output, kept, batch, finished)
 

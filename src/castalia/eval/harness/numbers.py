@@ -24,7 +24,8 @@ class Number(NamedTuple):
     metric: str
     filter: str
     """The harness's filter of the answers; `none` without one."""
-    shots: int
+    shots: int | None
+    """For a group whose tasks differ in it, what was asked for."""
     value: float
     stderr: float | None
     documents: int
@@ -38,9 +39,13 @@ class Number(NamedTuple):
 
 
 def numbers_of(
-    results: Mapping[str, Any], hashes: Mapping[str, str], seconds: Mapping[str, float]
+    results: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    seconds: Mapping[str, float],
+    shots: int | None = None,
 ) -> list[Number]:
-    """Every number in the harness's results; `hashes` and `seconds` by task and group."""
+    """Every number in the harness's results; `hashes` and `seconds` by task and group, `shots` as
+    they were asked for."""
     numbers = []
     for task, values in results["results"].items():
         for metric, name, value, stderr in metrics_of(values):
@@ -52,7 +57,7 @@ def numbers_of(
                     task=task,
                     metric=metric,
                     filter=name,
-                    shots=int(results["n-shot"].get(task) or 0),
+                    shots=results["n-shot"].get(task, shots),
                     value=value,
                     stderr=stderr,
                     documents=int(documents),

@@ -27,11 +27,17 @@ class Part(NamedTuple):
         return tasks
 
     def hashes(self) -> dict[str, str]:
-        """Hash of the config of each task and group; a group's covers its tasks."""
+        """Hash of the config of each task and group; a group's covers its tasks, and their shots
+        where they differ."""
         hashes = {name: config_hash(task.dump_config()) for name, task in self.tasks.items()}
         for name, group in self.loaded["groups"].items():
-            members = sorted(hashes[task.task_name] for task in group.get_all_tasks())
-            hashes[name] = config_hash({**(group.to_dict() or {}), "task": members})
+            tasks = group.get_all_tasks()
+            shots = {task.config.num_fewshot for task in tasks}
+            members = [hashes[task.task_name] for task in tasks]
+            if len(shots) > 1:
+                # No column says it of a group whose tasks differ in it.
+                members = [f"{hashes[t.task_name]}, {t.config.num_fewshot} shots" for t in tasks]
+            hashes[name] = config_hash({**(group.to_dict() or {}), "task": sorted(members)})
         return hashes
 
 
