@@ -18,6 +18,10 @@ GROUPS = {
     r"crows_pairs_english_.+": "CrowS-Pairs, English by kind",
     r"crows_pairs_french_.+": "CrowS-Pairs, French by kind",
     r"arithmetic_.+": "arithmetic",
+    r"num_reasoning_arithmetic_addition_\d+": "addition by operand (num_reasoning)",
+    r"num_reasoning_arithmetic_multiplication_\d+": "multiplication by operand (num_reasoning)",
+    r"wino_bias_.*_pro\b.*": "WinoBias, pro-stereotypical",
+    r"wino_bias_.*_anti\b.*": "WinoBias, anti-stereotypical",
     r"bits_per_byte/.+": "bits per byte by source",
 }
 """Names of tasks that belong together -> title. The totals that a harness reports beside the parts

@@ -24,9 +24,13 @@
   };
   S.dashOf = (view, model) => DASHES[placeOf(view, model) % DASHES.length];
   const symbolOf = (view, model) => SYMBOLS[placeOf(view, model) % SYMBOLS.length];
-  const labelOf = (view, model) => {
-    const size = view.results.sizes.length > 1 && model.size;
-    return size && view.lineages.size === 1 && view.seeds !== "each" ? size : model.label;
+  // The size says enough where one lineage is looked at.
+  const labelOf = (view, curve) => {
+    const own = view.results.lineages.filter(({ name, isReference }) =>
+      view.lineages.has(name) && !isReference);
+    const isEach = !curve.low && curve.model.label.includes(" seed ");
+    const size = view.results.sizes.length > 1 && own.length < 2 && !isEach && curve.model.size;
+    return size || S.nameOf(curve);
   };
 
   // The curves of a task that are chosen, those of several seeds as one where that is asked for.
@@ -48,11 +52,10 @@
   };
 
   // --- score against training
-  const nameOf = (view, curve) => {
-    const seeds = curve.low ? ` (median of ${Math.max(...curve.seeds)} seeds)` : "";
-    const base = curve.low ? curve.model.label.replace(/ ?seed \d+$/, "") : curve.model.label;
-    return S.plain(base + seeds);
-  };
+  // The name of a curve: that of its model, without the seed where it is over several.
+  S.nameOf = ({ model, low }) => (low ? model.label.replace(/[-_. ]?seed[-_ ]?\d+/i, "") : model.label);
+  const nameOf = (view, curve) =>
+    S.plain(S.nameOf(curve) + (curve.low ? ` (median of ${Math.max(...curve.seeds)} seeds)` : ""));
   const pointsOf = (view, curve) => {
     const points = { x: [], y: [], low: [], high: [], step: [] };
     const first = curve.steps.find((step) => step > 0);
@@ -109,20 +112,29 @@
       hoverinfo: "skip",
     }));
   // Names at the ends of the curves, moved apart where they would lie over each other.
-  const endLabels = (view, drawn, height, range) => {
+  const endLabels = (view, drawn, height, range, across) => {
     if (drawn.length > LABELS || drawn.length < 2) return [];
     const span = range[1] - range[0] || 1;
     const pixels = (y) => (height * ((view.isLogY ? Math.log10(y) : y) - range[0])) / span;
-    const ends = drawn.map(({ curve, points }) => ({ curve, y: points.y.at(-1),
+    const ends = drawn.map(({ curve, points }) => ({ curve, x: points.x.at(-1), y: points.y.at(-1),
       at: pixels(points.y.at(-1)) })).sort((a, b) => a.at - b.at);
     const gap = 12;
     ends.forEach((end, i) => {
       end.to = i ? Math.max(end.at, ends[i - 1].to + gap) : end.at;
     });
-    const over = Math.max(0, (ends.at(-1).to - height) / 2);
-    return ends.map(({ curve, y, at, to }) => ({
-      x: 1, xref: "paper", xanchor: "left", y: view.isLogY ? Math.log10(y) : y, yshift: to - at - over,
-      text: S.plain(labelOf(view, curve.model)), showarrow: false,
+    // What was pushed over the top goes back down, and what lies below it too.
+    ends.at(-1).to = Math.min(ends.at(-1).to, height);
+    for (let i = ends.length - 2; i >= 0; i--) {
+      ends[i].to = Math.min(ends[i].to, ends[i + 1].to - gap);
+    }
+    // Where the curves end at different places, each has its name beside its own end.
+    const own = (x) => (view.scale === "log" ? Math.log10(x) : x);
+    const lasts = drawn.map(({ points }) => own(points.x.at(-1)));
+    const isApart = Math.max(...lasts) - Math.min(...lasts) > 0.02 * (across[1] - across[0]);
+    return ends.map(({ curve, x, y, at, to }) => ({
+      x: isApart ? own(x) : 1, xref: isApart ? "x" : "paper", xshift: isApart ? 4 : 0,
+      xanchor: "left", y: view.isLogY ? Math.log10(y) : y, yshift: to - at,
+      text: S.plain(labelOf(view, curve)), showarrow: false,
       font: { size: 11, color: S.colourOf(view, curve.model) },
     }));
   };
@@ -147,7 +159,7 @@
   });
   const axisLook = () => ({ gridcolor: S.look("--grid"), linecolor: S.look("--edge"),
     zeroline: false });
-  const CONFIG = () => ({ responsive: true, displaylogo: false, displayModeBar: "hover",
+  const CONFIG = () => ({ responsive: true, displaylogo: false, displayModeBar: isCoarse ? true : "hover",
     modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
     toImageButtonOptions: { scale: 2 } });
   const xLayout = (view, xs) => {
@@ -177,7 +189,7 @@
   };
   const spoken = (plot, title, curves) => {
     const said = curves.slice(0, 12).map((curve) =>
-      `${curve.model.label}: ${curve.values.at(-1)} at the end`);
+      `${S.nameOf(curve)}: ${curve.values.at(-1)} at the end`);
     plot.setAttribute("aria-label", `${title}. ${said.join("; ")}`);
   };
 
@@ -212,11 +224,12 @@
     const ends = xaxis.range.map((x) => (view.scale === "log" ? 10 ** x : x));
     traces.push(...references(own, lines, ends));
     for (const { curve, points } of drawn) traces.push(lineOf(own, curve, points, metric));
-    const labels = endLabels(own, drawn, height - 50, range);
+    const labels = endLabels(own, drawn, height - (isCoarse ? 72 : 50), range,
+      xaxis.range);
     const widest = Math.max(0, ...labels.map(({ text }) => text.length));
     await react(plot, traces, {
       ...base(own, height),
-      margin: { l: 48, r: labels.length ? Math.min(12 + 6.6 * widest, 130) : 14, t: 8, b: 42 },
+      margin: { l: 48, r: labels.length ? Math.min(12 + 6.6 * widest, 130) : 14, t: isCoarse ? 30 : 8, b: 42 },
       xaxis,
       yaxis: { ...axisLook(), type: own.isLogY ? "log" : "linear", range, nticks: 7,
         automargin: true, tickformat: own.isLogY ? ".3~s" : ".4~g",
@@ -323,7 +336,7 @@
     });
     await react(plot, traces, {
       ...base(view, height),
-      margin: { l: 48, r: 14, t: 8, b: 42 },
+      margin: { l: 48, r: 14, t: isCoarse ? 30 : 8, b: 42 },
       xaxis: { ...axisLook(), type: "log", nticks: 6,
         title: { text: view.against === "flops" ? "training FLOPs" : "parameters", standoff: 6 },
         ...(view.against === "flops" ? { tickformat: ".1~e" } : sizeTicks(points)) },

@@ -7,16 +7,18 @@
   S.MOST = 24; // tasks that are drawn at a time
 
   S.controls = (view, set) => {
-    const radios = (key, title, options, act) => {
+    const radiosOf = (key, title, chosen, options, act = (value) => set({ [key]: value })) => {
       const group = make("fieldset", { className: "choice" }, make("legend", {}, title));
       for (const [value, text] of options) {
         const input = make("input", { type: "radio", name: `scores-${key}`, value,
-          checked: String(view()[key]) === String(value) });
+          checked: String(chosen) === String(value) });
         input.onchange = () => act(value);
         group.append(make("label", {}, input, make("span", {}, text)));
       }
       return group;
     };
+    const radios = (key, title, options, act) =>
+      radiosOf(key, title, view()[key], options, act);
     const switches = (key, text) => {
       const input = make("input", { type: "checkbox", checked: view()[key] });
       input.onchange = () => set({ [key]: input.checked });
@@ -49,7 +51,7 @@
       }
       return group;
     };
-    return { radios, switches, select, toggles };
+    return { radios, radiosOf, switches, select, toggles };
   };
 
   // The chosen tasks as chips, and a search over all of them.

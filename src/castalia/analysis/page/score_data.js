@@ -28,13 +28,19 @@
       // A way is how a number was made: metric, filter, shots, and what makes numbers comparable.
       this.ways = data.ways.map((values) =>
         Object.fromEntries(data.settings.map((name, i) => [name, values[i]])));
+      const groupOf = (model) => `${model.suite}/${model.family}/${model.variant}/${model.size}`;
+      const groups = data.models.map(groupOf);
+      const isSeeded = (group) => groups.indexOf(group) !== groups.lastIndexOf(group);
+      this.hasSeeds = groups.some(isSeeded);
       this.models = data.models.map((model, place) => ({
         ...model,
         place,
         lineage: unique([model.suite, model.family, model.variant]).filter(Boolean).join(" · "),
-        label: [model.model, model.variant, model.seed === null ? "" : `seed ${model.seed}`]
+        // The seed is worth a word only where there are several.
+        label: [model.model, model.variant,
+          model.seed !== null && isSeeded(groups[place]) ? `seed ${model.seed}` : ""]
           .filter(Boolean).join(" "),
-        group: `${model.suite}/${model.family}/${model.variant}/${model.size}`,
+        group: groups[place],
       }));
       const order = new Map(this.models.map((model) => [model.size, model.order]));
       this.sizes = [...order].sort((a, b) => a[1] - b[1]).map(([size]) => size);

@@ -6,9 +6,11 @@
   const CRITICAL = 1.96; // a two-sided test at 5% of a normal variable
 
   // The tasks of the tables: the chosen ones, or all, where a mean stands for its group.
-  S.tableTasks = (view) => {
-    if (view.columns === "chosen") return view.tasks;
-    return view.results.tasks.filter(({ group }) => !group).map(({ name }) => name);
+  S.tableTasks = (view, columns) => {
+    if (columns === "chosen") return view.tasks;
+    const rest = view.results.tasks.filter(({ name, group }) =>
+      !group && !view.tasks.includes(name)).toSorted((a, b) => (a.of > 0) - (b.of > 0));
+    return [...view.tasks, ...rest.map(({ name }) => name)];
   };
   const keyOf = (curve) => `${curve.model.lineage} ${curve.model.label} ${S.setting(curve.way)}`;
 
@@ -16,7 +18,7 @@
   const valueRows = async (view) => {
     const rows = new Map();
     const columns = [];
-    for (const name of S.tableTasks(view)) {
+    for (const name of S.tableTasks(view, view.columns)) {
       const { metric, curves } = await S.chosen(view, name);
       if (!curves.length) continue;
       columns.push({ name, metric });
@@ -68,9 +70,6 @@
     mark.dataset.dash = S.dashOf(view, model);
     return mark;
   };
-  const seedless = (curve) =>
-    (curve.low ? curve.model.label.replace(/ ?seed \d+$/, "") : curve.model.label);
-
   S.drawTable = async (view, box, sortBy) => {
     const { columns, rows } = await valueRows(view);
     if (!rows.length) {
@@ -79,12 +78,13 @@
       return;
     }
     const several = new Set(rows.map(({ curve }) => S.setting(curve.way))).size > 1;
-    const suites = new Set(rows.map(({ curve }) => curve.model.suite)).size > 1;
+    const labels = rows.map(({ curve }) => S.nameOf(curve));
+    const isTwice = (label) => labels.indexOf(label) !== labels.lastIndexOf(label);
     const head = make("tr", {}, headCell(view, "model", "model", "", sortBy),
       ...columns.map(({ name, metric }) => headCell(view, name, name, metric, sortBy)));
     const body = sorted(view, rows).map(({ curve, cells, steps }) => {
-      const first = make("th", { scope: "row" }, swatch(view, curve.model), seedless(curve));
-      const notes = [suites && curve.model.suite, several && S.setting(curve.way),
+      const first = make("th", { scope: "row" }, swatch(view, curve.model), S.nameOf(curve));
+      const notes = [isTwice(S.nameOf(curve)) && curve.model.suite, several && S.setting(curve.way),
         steps.size > 1 && "steps differ"].filter(Boolean);
       if (notes.length) first.append(make("small", {}, notes.join(" · ")));
       const line = make("tr", {}, first);
@@ -118,7 +118,7 @@
     ...results.lineages.filter(({ models }) => models.length > 1).map(({ name, models }) =>
       ({ key: name, label: `${name}: all sizes`, kind: "several sizes", models })),
     ...results.models.map((model) => ({ key: `${model.lineage}/${model.label}`,
-      label: model.label, kind: model.suite, models: [model] })),
+      label: `${model.suite} · ${model.label}`, kind: model.suite, models: [model] })),
   ];
   const groupsOf = (entry, curves, metric, shots, setting) => {
     const groups = new Map();
@@ -159,13 +159,17 @@
     return { one, other, difference, error, z: error ? difference / error : null,
       why: S.differences(one.way, other.way) };
   };
+  // All tasks of two models fit on a page; of two suites, the chosen ones at every size.
+  S.pairedTasks = (view, ...entries) =>
+    view.pairs ?? (entries.some((entry) => entry?.models.length > 1) ? "chosen" : "all");
   S.compare = async (view, first, second) => {
     const rows = [];
-    for (const name of S.tableTasks(view)) {
+    for (const name of S.tableTasks(view, S.pairedTasks(view, first, second))) {
       const metric = view.results.metricFor(name, view.metric);
       const curves = await view.results.curves(name);
       const groups = [first, second].map((entry) =>
-        groupsOf(entry, curves, metric, view.shots, view.setting));
+        groupsOf(entry, curves, metric, view.shots, view.setting)
+          .sort((x, y) => x.curves[0].model.order - y.curves[0].model.order));
       for (const [one, other] of pairs(...groups)) {
         const numbers = [one, other].map((group) => numberOf(group, view.at));
         if (numbers.every(Boolean)) {

@@ -3,7 +3,7 @@
 (() => {
   const S = window.castalia.scores;
   const { make } = S;
-  const { radios, switches, select, toggles } = S.controls(() => view, (changes) => set(changes));
+  const { radios, radiosOf, switches, select, toggles } = S.controls(() => view, (changes) => set(changes));
   const HEADLINES = ["lambada_openai", "lambada_standard", "bits per byte by source"];
   const FEW = 8; // models that are all drawn at first
   let view = null;
@@ -12,18 +12,17 @@
 
   // --- what the reader chose: in the address, so that a view can be passed on
   const KEYS = ["tasks", "metric", "shots", "setting", "axis", "scale", "yvalues", "off", "small",
-    "seeds", "bands", "references", "against", "at", "columns", "sort", "a", "b", "anyway"];
+    "seeds", "bands", "references", "against", "at", "columns", "sort", "a", "b", "pairs",
+    "anyway"];
   const defaults = (results) => {
     const headline = HEADLINES.find((name) => results.has(name));
     const most = Math.max(...results.tasks.map(({ models }) => models));
     const task = headline ?? results.tasks.find(({ models }) => models === most).name;
     const metric = results.metricFor(task, null);
-    const hasSeeds = new Set(results.models.map(({ group }) => group)).size
-      < results.models.length;
     return { tasks: [task], metric, shots: results.shots([task])[0], setting: "all",
-      axis: "step", scale: "log", yvalues: "auto", seeds: hasSeeds ? "median" : "each",
+      axis: "step", scale: "log", yvalues: "auto", seeds: results.hasSeeds ? "median" : "each",
       bands: true, references: false, against: "parameters", at: null, columns: "all",
-      sort: ["model", "up"], a: null, b: null, anyway: false };
+      sort: ["model", "up"], a: null, b: null, pairs: null, anyway: false };
   };
   // Of many models the first view has the lineage with the most numbers, and what is published.
   const firstLineages = (results) => {
@@ -167,7 +166,7 @@
         (scale) => set({ scale })),
       radios("yvalues", "y scale", [["auto", "auto"], ["linear", "linear"], ["log", "log"]],
         (yvalues) => set({ yvalues })),
-      parts.hasSeeds && radios("seeds", "seeds", [["median", "median, quartiles"],
+      results.hasSeeds && radios("seeds", "seeds", [["median", "median, quartiles"],
         ["each", "each"]], (seeds) => set({ seeds })),
       make("fieldset", { className: "switches" }, switches("bands", "± s.e."),
         ...(parts.hasReference ? [switches("references", "published as lines")] : [])),
@@ -200,7 +199,7 @@
       radios("against", "against", [["parameters", "parameters"], ["flops", "training FLOPs"]],
         (against) => set({ against })), stepSlider());
     parts.tableControls.replaceChildren(
-      radios("columns", "in this table and the next", [["all", "all tasks"], ["chosen", "the chosen tasks"]],
+      radios("columns", "columns", [["all", "all tasks"], ["chosen", "the chosen tasks"]],
         (columns) => set({ columns })));
   };
   const showCompareControls = () => {
@@ -220,6 +219,8 @@
       return box;
     };
     parts.compareControls.replaceChildren(choose("a", "A", first), choose("b", "B", second),
+      radiosOf("pairs", "tasks", S.pairedTasks(view, first, second),
+        [["all", "all"], ["chosen", "the chosen"]]),
       switches("anyway", "compare across conditions"));
     parts.compare.hidden = entries.length < 2;
   };
@@ -256,7 +257,7 @@
     const panels = view.tasks.map((name) => panelOf(name, kind));
     const isAlone = panels.length === 1;
     grid.replaceChildren(...panels.map((panel) => boxOf(panel, isAlone)));
-    grid.classList.toggle("many", panels.length > 4);
+    grid.classList.toggle("many", panels.length === 3 || panels.length > 4);
     parts[kind] = panels;
     return panels;
   };
@@ -265,30 +266,56 @@
     if (count === 1) return 400;
     return count > 4 ? 240 : 290;
   };
+  const DRAW = {
+    curves: async (isStale) => {
+      const panels = layPanels(parts.curveGrid, "curves");
+      for (const panel of panels) {
+        const drawn = await S.drawCurves(view, panel.name, panel.plot, heightOf(panels.length));
+        if (isStale()) return;
+        panel.unit.textContent = ` ${drawn.metric}`;
+      }
+    },
+    scales: async (isStale) => {
+      const panels = layPanels(parts.scaleGrid, "scales");
+      for (const panel of panels) {
+        const drawn = await S.drawScale(view, panel.name, panel.plot, heightOf(panels.length));
+        if (isStale()) return;
+        panel.unit.textContent = ` ${drawn.metric}`;
+        panel.note.replaceChildren(...drawn.fits.map((fit) => make("span", {}, fit)));
+      }
+    },
+    values: () => S.drawTable(view, parts.values, (name, way) => set({ sort: [name, way] })),
+    pairs: () => (parts.compare.hidden ? null
+      : S.drawComparison(view, parts.comparison, ...firstPair(S.entries(view.results)))),
+  };
+  // A part is drawn when it comes near the screen: a table of all tasks unpacks all of them.
+  const near = new Set();
+  const watch = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      near[isIntersecting ? "add" : "delete"](target.dataset.part);
+      if (isIntersecting && view) drawPart(target.dataset.part);
+    }
+  }, { rootMargin: "500px" });
+  const done = {}; // part -> the redraw that it has seen
+  const drawPart = async (part) => {
+    if (done[part] === drawing) return;
+    const turn = drawing;
+    done[part] = turn;
+    await DRAW[part](() => turn !== drawing);
+    parts.root.dataset[part] = String(turn);
+  };
   const redraw = async () => {
-    const turn = ++drawing;
-    const isStale = () => turn !== drawing;
-    const curves = layPanels(parts.curveGrid, "curves");
-    const scales = layPanels(parts.scaleGrid, "scales");
-    for (const panel of curves) {
-      const drawn = await S.drawCurves(view, panel.name, panel.plot, heightOf(curves.length));
-      if (isStale()) return;
-      panel.unit.textContent = ` ${drawn.metric}`;
-    }
-    for (const panel of scales) {
-      const drawn = await S.drawScale(view, panel.name, panel.plot, heightOf(scales.length));
-      if (isStale()) return;
-      panel.unit.textContent = ` ${drawn.metric}`;
-      panel.note.replaceChildren(...drawn.fits.map((fit) => make("span", {}, fit)));
-    }
-    await S.drawTable(view, parts.values, (name, way) => set({ sort: [name, way] }));
-    if (isStale() || parts.compare.hidden) return;
-    await S.drawComparison(view, parts.comparison, ...firstPair(S.entries(view.results)));
-    parts.root.dataset.drawn = String(turn);
+    drawing++;
+    await drawPart("curves");
+    await Promise.all([...near].map(drawPart));
   };
 
-  const section = (title, about, ...children) => make("section", {},
-    make("h2", {}, title), make("p", { className: "about" }, about), ...children);
+  const section = (part, title, about, ...children) => {
+    const box = make("section", {}, make("h2", {}, title),
+      make("p", { className: "about" }, about), ...children);
+    box.dataset.part = part;
+    return box;
+  };
   const build = (root) => {
     parts = { root };
     parts.tasks = S.taskSearch(() => view, (tasks) => set({ tasks }));
@@ -302,7 +329,7 @@
     parts.compareControls = make("div", { className: "choices" });
     parts.values = make("div");
     parts.comparison = make("div");
-    parts.compare = section("Two compared", "Differences of two models, or of two suites size by"
+    parts.compare = section("pairs", "Two compared", "Differences of two models, or of two suites size by"
       + " size, at the chosen step.", parts.compareControls, parts.comparison);
     root.replaceChildren(
       make("h2", {}, "Evaluations"),
@@ -311,17 +338,17 @@
         make("div", { className: "asked" }, parts.tasks.element, parts.what), parts.choices),
       parts.toggles,
       parts.curveGrid,
-      section("Score against size", "Lines are least squares of the score on the logarithm of the"
+      section("scales", "Score against size", "Lines are least squares of the score on the logarithm of the"
         + " size or compute; the band is ± one standard error of a new model.",
       parts.scaleControls, parts.scaleGrid),
-      section("Values", "At the chosen step. A name of a column sorts by it.",
+      section("values", "Values", "At the chosen step. A name of a column sorts by it.",
         parts.tableControls, parts.values),
       parts.compare);
+    root.querySelectorAll("[data-part]").forEach((each) => watch.observe(each));
+    window.addEventListener("beforeprint", () => Object.keys(DRAW).forEach(drawPart));
   };
   const start = (results) => {
     view = readView(results);
-    parts.hasSeeds = new Set(results.models.map(({ group }) => group)).size
-      < results.models.length;
     parts.hasReference = results.lineages.some(({ isReference }) => isReference);
     document.getElementById("scores-about").textContent = results.about;
     set({});
