@@ -35,13 +35,14 @@ def find_inputs(paths: Iterable[str | Path]) -> Inputs:
     paths  each a run, a folder of runs, a results store, its parquet file, or a file in a run such
            as RUN/config.yaml. A run and a suite bring the stores in their `evals` folders.
     """
+    found = [inputs_at(Path(path)) for path in paths]
+    # A run twice is a mistake, but a run and its suite are not: they name the same files.
+    single = {named[0].resolve() for named, _ in found if len(named) == 1}
     runs: list[Path] = []
     stores: dict[Path, ResultsStore] = {}
-    for path in map(Path, paths):
-        named, found = inputs_at(path)
-        runs += named
-        # A run and its suite may both name the same store.
-        stores |= {store.path.resolve(): store for store in found}
+    for named, inside in found:
+        runs += [run for run in named if len(named) == 1 or run.resolve() not in single]
+        stores |= {store.path.resolve(): store for store in inside}
     return Inputs(runs, list(stores.values()))
 
 

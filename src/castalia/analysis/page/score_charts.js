@@ -53,7 +53,7 @@
 
   // --- score against training
   // The name of a curve: that of its model, without the seed where it is over several.
-  S.nameOf = ({ model, low }) => (low ? model.label.replace(/[-_. ]?seed[-_ ]?\d+/i, "") : model.label);
+  S.nameOf = ({ model, low }) => (low ? model.base : model.label);
   const nameOf = (view, curve) =>
     S.plain(S.nameOf(curve) + (curve.low ? ` (median of ${Math.max(...curve.seeds)} seeds)` : ""));
   const pointsOf = (view, curve) => {

@@ -15,6 +15,7 @@
     let sum = 0;
     return differences.map((each) => (sum += each));
   };
+  const withoutSeed = (name) => name.replace(/[-_.]?seed[-_]?\d+/i, "");
   const unique = (values) => [...new Set(values)];
 
   class Results {
@@ -37,7 +38,8 @@
         place,
         lineage: unique([model.suite, model.family, model.variant]).filter(Boolean).join(" · "),
         // The seed is worth a word only where there are several.
-        label: [model.model, model.variant,
+        base: [withoutSeed(model.model), model.variant].filter(Boolean).join(" "),
+        label: [withoutSeed(model.model), model.variant,
           model.seed !== null && isSeeded(groups[place]) ? `seed ${model.seed}` : ""]
           .filter(Boolean).join(" "),
         group: groups[place],

@@ -86,7 +86,7 @@
       const first = make("th", { scope: "row" }, swatch(view, curve.model), S.nameOf(curve));
       const notes = [isTwice(S.nameOf(curve)) && curve.model.suite, several && S.setting(curve.way),
         steps.size > 1 && "steps differ"].filter(Boolean);
-      if (notes.length) first.append(make("small", {}, notes.join(" · ")));
+      if (notes.length) first.append(" ", make("small", {}, notes.join(" · ")));
       const line = make("tr", {}, first);
       for (const { name } of columns) {
         const cell = cells.get(name);
@@ -202,7 +202,7 @@
   const signed = (value, metric) =>
     `${value < 0 ? "−" : "+"}${S.number(Math.abs(value), metric)}`;
   const rowOf = (view, row, widest) => {
-    const line = make("tr", {}, make("th", { scope: "row" }, row.name,
+    const line = make("tr", {}, make("th", { scope: "row" }, row.name, " ",
       make("small", {}, [row.metric, row.size].filter(Boolean).join(" · "))));
     for (const side of [row.one, row.other]) {
       const error = side.error === null ? "" : ` ± ${side.error.toPrecision(2)}`;

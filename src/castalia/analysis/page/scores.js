@@ -306,6 +306,7 @@
   };
   const redraw = async () => {
     drawing++;
+    parts.root.dataset.turn = String(drawing);
     await drawPart("curves");
     await Promise.all([...near].map(drawPart));
   };
