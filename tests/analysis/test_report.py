@@ -37,7 +37,8 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.scripts: list[str] = []
         self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
+        self.body = path.read_text(encoding="utf-8")
+        self.feed(self.body)
         assert self.open == []
         plotly, data, self.script = self.scripts
         self.plotly = gzip.decompress(base64.b64decode(plotly)).decode()

@@ -124,6 +124,40 @@ def test_paths_are_runs_suites_and_stores(store: ResultsStore, tmp_path: Path):
     assert page.text.count("2 runs") == 2  # as title and as heading
 
 
+def test_samples_and_bits_of_several_runs_stand_side_by_side(tmp_path: Path):
+    for place, name in enumerate(("a", "b")):
+        run = tmp_path / name
+        (run / "samples").mkdir(parents=True)
+        (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        samples = [
+            {"step": step, "prompt": "if <", "text": f" {name}{step} &"} for step in (0, 8 + place)
+        ]
+        (run / "samples" / "samples.json").write_text(json.dumps(samples))
+        row = Result(
+            suite="s",
+            model=name,
+            step=1,
+            task="bits_per_byte/code",
+            metric="bits_per_byte",
+            value=1.5 + place,
+            task_version="1",
+        )
+        # What a validation wrote is in metrics.jsonl.
+        ResultsStore(run / "evals").add([row, row._replace(step=2, task_version="validation")])
+    page = Page(write_report([tmp_path / "a", tmp_path / "b"], tmp_path / "out.html"))
+    rows = re.findall(r"<tr><th>(\d)</th><td>(.*?)</td><td>(.*?)</td></tr>", page.body)
+    assert rows == [
+        ("0", "<pre><b>if &lt;</b> a0 &amp;</pre>", "<pre><b>if &lt;</b> b0 &amp;</pre>"),
+        ("8", "<pre><b>if &lt;</b> a8 &amp;</pre>", "–"),
+        ("9", "–", "<pre><b>if &lt;</b> b9 &amp;</pre>"),
+    ]
+    bits = page.panels["Bits per byte by source"]["series"]
+    assert [(each["run"], each["points"]) for each in bits] == [
+        (0, {"steps": [1], "values": [1.5]}),
+        (1, {"steps": [1], "values": [2.5]}),
+    ]
+
+
 def test_a_store_alone_has_a_page_and_an_empty_one_is_refused(store: ResultsStore, tmp_path: Path):
     path = write_report(store.folder)
     assert path == store.folder / "report.html"

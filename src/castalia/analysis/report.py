@@ -20,6 +20,7 @@ from castalia.analysis.measures import LEARNING, MACHINE, other_measures
 from castalia.analysis.page_file import write_page
 from castalia.analysis.panel import Panel, rounded
 from castalia.analysis.runs import RunFiles
+from castalia.analysis.samples import samples_sections
 from castalia.analysis.scaling.part import scaling_part
 from castalia.analysis.scores import scores_data
 from castalia.analysis.smoothing import WINDOWS, ending
@@ -197,9 +198,9 @@ def spoken(panel: Panel) -> str:
 def parts(runs: Sequence[RunFiles]) -> list[str]:
     """What stands below the charts."""
     body = [final_section(runs), events_table(runs), differences_section(runs), bits_table(runs)]
+    body += [mixture_table(run, len(runs) > 1) for run in runs]
+    body.append(samples_sections(runs))
     for run in runs:
-        body.append(mixture_table(run, len(runs) > 1))
-        body.append(samples_section(run, len(runs) > 1))
         for extra in run.summary.get("tables", []):
             body.append(summary_table(extra))
     body += [facts_section(run, len(runs) > 1) for run in runs]
@@ -282,25 +283,6 @@ def mixture_table(run: RunFiles, named: bool) -> str:
 def of_run(run: RunFiles, named: bool) -> str:
     """The end of a title about one run; `named` where the page is about several."""
     return f" of {run.name}" if named else ""
-
-
-def samples_section(run: RunFiles, named: bool) -> str:
-    """The model's continuation of each prompt, checkpoint by checkpoint, folded."""
-    samples: Sequence[Mapping[str, Any]] = run.json("samples", "samples.json") or []
-    if not samples:
-        return ""
-    prompts: list[str] = []
-    for prompt in dict.fromkeys(sample["prompt"] for sample in samples):
-        boxes: list[str] = []
-        for sample in samples:
-            if sample["prompt"] == prompt:
-                text = f"<b>{escape(prompt)}</b>{escape(sample['text'])}"
-                boxes.append(
-                    f'<div class="sample"><span>step {sample["step"]}</span><pre>{text}</pre></div>'
-                )
-        prompts.append(folded(f"After “{prompt.strip()}”", "".join(boxes)))
-    title = "Samples by checkpoint" + of_run(run, named)
-    return section(title, "Prompts and seed are the same at each checkpoint.", "".join(prompts))
 
 
 def facts_section(run: RunFiles, named: bool) -> str:

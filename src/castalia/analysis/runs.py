@@ -19,7 +19,17 @@ from castalia.mixing import MixtureRecord, read_mixture
 from castalia.models.families import build_model_config
 from castalia.models.flops import flops_per_token
 from castalia.monitor.sinks import read_metrics
+from castalia.results import ResultsStore
 
+SOURCE = "bits_per_byte/"
+"""Start of the name of a task in a results table: the bits per byte of a source."""
+BITS = f"""
+SELECT step, task, last(value ORDER BY evaluated_at NULLS FIRST) FROM results
+WHERE starts_with(task, '{SOURCE}') AND metric = 'bits_per_byte' AND step IS NOT NULL
+  AND task_version IS DISTINCT FROM 'validation'
+GROUP BY step, task
+"""
+"""Without the rows of validations, whose numbers are in metrics.jsonl and have a panel."""
 Vector = NDArray[np.float64]
 Curve = tuple[Vector, Vector]
 """(S,) steps, ascending, and (S,) finite values at them."""
@@ -85,8 +95,21 @@ class RunFiles:
     def bits(self) -> list[dict[str, Any]]:
         """The sweep's bits per byte, by step."""
         evals = self.json("evals", "bits_per_byte.json") or {}
+        marks = evals.get("checkpoints") or self.stored_bits
         # Later sweeps may have appended earlier checkpoints.
-        return sorted(evals.get("checkpoints") or [], key=lambda mark: mark["step"])
+        return sorted(marks, key=lambda mark: mark["step"])
+
+    @cached_property
+    def stored_bits(self) -> list[dict[str, Any]]:
+        """Bits per byte by source of the run's results table, in the form of bits_per_byte.json."""
+        store = ResultsStore(self.folder / "evals")
+        if not store.path.exists():
+            return []
+        marks: dict[int, dict[str, Any]] = {}
+        for step, task, value in store.query(BITS)[1]:
+            mark = marks.setdefault(step, {"step": step, "sources": {}})
+            mark["sources"][task.removeprefix(SOURCE)] = {"bits_per_byte": value}
+        return list(marks.values())
 
     @cached_property
     def sources(self) -> list[str]:

@@ -21,6 +21,7 @@
   class Results {
     constructor(data) {
       this.about = data.about;
+      this.version = data.version;
       this.better = data.better;
       this.blocks = data.blocks;
       this.steps = data.steps.map(cumulated);

@@ -320,14 +320,14 @@
   const build = (root) => {
     parts = { root };
     parts.tasks = S.taskSearch(() => view, (tasks) => set({ tasks }));
-    parts.what = make("div", { className: "choices" });
-    parts.choices = make("div", { className: "choices" });
+    parts.what = make("div", { className: "score-choices" });
+    parts.choices = make("div", { className: "score-choices" });
     parts.toggles = make("div", { className: "toggles" });
     parts.curveGrid = make("div", { className: "panels" });
     parts.scaleGrid = make("div", { className: "panels" });
-    parts.scaleControls = make("div", { className: "choices" });
-    parts.tableControls = make("div", { className: "choices" });
-    parts.compareControls = make("div", { className: "choices" });
+    parts.scaleControls = make("div", { className: "score-choices" });
+    parts.tableControls = make("div", { className: "score-choices" });
+    parts.compareControls = make("div", { className: "score-choices" });
     parts.values = make("div");
     parts.comparison = make("div");
     parts.compare = section("pairs", "Two compared", "Differences of two models, or of two suites size by"
@@ -381,9 +381,11 @@
         part.init(data);
         return;
       }
-      write();
+      // A run that trains changes the page every second, its results rarely.
+      if (data.scores.version === view.results.version) return;
       start(new S.Results(data.scores));
     },
   };
-  (window.castalia.parts ??= []).push(part);
+  S.part = part;
+  window.castalia.parts.push(part);
 })();
