@@ -224,6 +224,8 @@ def test_what_the_points_do_not_determine_is_said():
     assert "alpha is hardly identified: its interval goes from" in text
     four = [*suite(SIZES[:3], [3e11], noise=1e-2).points, Point("", "again", 7e7, 3e11, 2.9)]
     assert "had too few sizes for the law and were drawn again" in notes(four, bootstrap=40)
+    one = [point._replace(run="one") for point in suite(tokens=TOKENS[:1]).points]
+    assert "No intervals: the points are of 1 runs" in notes(one, bootstrap=40)
     assert "leaves tokens out, although they differ from 5G to 300G" in notes(
         suite().points, law="parameters", bootstrap=0
     )
@@ -367,10 +369,11 @@ def test_a_results_table_gives_its_last_steps(tmp_path: Path):
     source = read_points([store.folder], "acc")
     assert source.metric == "1 - lambada/acc"
     for place, point in enumerate(source.points):
-        assert point[:4] == (f"m{place}", f"m{place} seed {place}", 10 ** (7 + place), 2048e3)
+        assert point[:4] == (f"m{place}", f"m{place}", 10 ** (7 + place), 2048e3)
         assert point.loss == pytest.approx(0.9 - 0.2 * place) and point.step == 1000
     # The folder above, whose table is in evals/.
-    assert read_points([tmp_path], "lambada/acc").points == source.points
+    points = source.points
+    assert read_points([tmp_path], "lambada/acc").points == points
     assert "2 rows without" not in " ".join(source.notes) and "4 rows without" in source.notes[0]
     assert len(read_points([store.path], "acc", from_step=500).points) == 8
     with pytest.raises(
@@ -383,10 +386,20 @@ def test_a_results_table_gives_its_last_steps(tmp_path: Path):
         read_points([tmp_path], "lambada")
     with pytest.raises(DataError, match=r"no model was evaluated at its last step: m0, m1"):
         read_points([tmp_path], "acc", where="step = 500")
+    # Of one model with two seeds, each is a run; without tokens the law of the sizes is left.
+    other = ResultsStore(tmp_path / "other")
+    last = [row for row in rows if row.step == 1000 and row.metric == "acc"]
+    other.add([row._replace(tokens=None, seed=seed) for row in last for seed in (1, 2)])
+    source = read_points([other.path], "acc")
+    assert [point.run for point in source.points[:2]] == ["m0 seed 1", "m0 seed 2"]
+    fit = fit_scaling(source, hold_out=["m0"], law="parameters", bootstrap=0)
+    assert "the tokens of the points are unknown" in fit.notes[0] and len(fit.held_out) == 2
+    assert fit.data()["points"][0]["tokens"] is None
+    assert fit.predict(1e11, 1e9).loss == fit.predict(1e11, None).loss
     store.add([row._replace(shots=5) for row in rows])
     with pytest.raises(DataError, match=r"differ in shots \([05], [05]\); choose with --where"):
         read_points([tmp_path], "acc")
-    assert read_points([tmp_path], "acc", where="shots = 0").points == source.points
+    assert read_points([tmp_path], "acc", where="shots = 0").points == points
     with pytest.raises(DataError, match="not in"):
         store.add([row._replace(value=7.0, shots=9) for row in rows])
         read_points([tmp_path], "acc", where="shots = 9")

@@ -10,6 +10,8 @@ from castalia.analysis.scaling.points import Point, column, groups
 
 DRAWS = 20
 """Draws for each replicate at most."""
+LEAST_RUNS = 3
+"""Runs of a bootstrap; all draws of one run are the same, which would pass for certainty."""
 INTERVAL = 0.95
 """Share of the replicates inside an interval."""
 
@@ -22,12 +24,15 @@ def draw_replicates(
     Runs and not points, since the points of a run are not independent: their order and start
     values are the same. A draw with too few sizes for the law is drawn again.
 
-    Shapes   -> (R, S), R <= count; and the number of draws that could not be used.
+    Shapes   -> (R, S), R <= count, 0 for fewer than LEAST_RUNS runs; and the number of draws that
+             could not be used.
     """
     runs = list(dict.fromkeys(point.run for point in points))
     of_point = np.array([runs.index(point.run) for point in points])
     generator = np.random.default_rng(seed)
     uniform = np.full(len(runs), 1 / len(runs))
+    if len(runs) < LEAST_RUNS:
+        return np.empty((0, len(points))), 0
     chosen: list[Array] = []
     refused = 0
     for _ in range(count * DRAWS):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from castalia.analysis.scaling.law import SYMBOLS, Array, Law, Variable
-from castalia.analysis.scaling.points import Point, column, groups, listed
+from castalia.analysis.scaling.points import Point, are_unknown, column, groups, listed
 from castalia.analysis.scaling.solve import EXPONENTS
 from castalia.core.errors import ConfigError, DataError
 from castalia.monitor import quantity
@@ -76,7 +76,9 @@ def left_out(
         symbol, coefficient, exponent = SYMBOLS[name]
         values = column(points, name)
         text = f"{coefficient}/{symbol}^{exponent} is part of E: "
-        if counts[name] == 1:
+        if are_unknown(values):
+            text += f"the {name} of the points are unknown, and taken as equal."
+        elif counts[name] == 1:
             text += f"every point has the same {name}, {quantity(float(values[0]))}."
         else:
             text += (

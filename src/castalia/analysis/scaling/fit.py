@@ -230,7 +230,7 @@ def bootstrap_notes(points: list[Point], asked: int, made: int, refused: int) ->
         return []
     runs = len({point.run for point in points})
     if not made:
-        return [f"No intervals: {runs} runs are too few to draw others from them."]
+        return [f"No intervals: the points are of {runs} runs, too few to draw others from them."]
     notes: list[str] = []
     if runs < FEW_RUNS:
         notes.append(f"The intervals are rough: a bootstrap over {runs} runs sees few of them.")

@@ -1,5 +1,6 @@
 """Points from results tables: one number of each model, at its last step or also before."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,9 @@ def points_of_stores(
     rows = [row for store in stores for row in read_rows(store, where)]
     chosen = choose_metric(rows, metric)
     notes: list[str] = []
-    usable = [row for row in chosen if row["parameters"] and row["tokens"]]
+    # Published suites may not say their tokens; a law of the sizes alone does not need them.
+    is_known = any(row["tokens"] for row in chosen)
+    usable = [row for row in chosen if row["parameters"] and (row["tokens"] or not is_known)]
     if len(usable) < len(chosen):
         notes.append(
             f"Left out: {len(chosen) - len(usable)} rows without parameters or tokens (or of step"
@@ -136,12 +139,16 @@ def require_one_each(rows: list[dict[str, Any]]) -> None:
 def model_names(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Names of model and run, as long as they need to be to tell them apart."""
     suites = {row["suite"] for row in rows}
+    seeds: dict[tuple[Any, ...], set[Any]] = {}
+    for row in rows:
+        seeds.setdefault(unit_of(row)[:-1], set()).add(row["seed"])
     names: list[tuple[str, str]] = []
     for row in rows:
         model = str(row["model"]) if len(suites) == 1 else f"{row['suite']}/{row['model']}"
         if row["variant"]:
             model += f" {row['variant']}"
-        run = model if row["seed"] is None else f"{model} seed {row['seed']}"
+        is_only = len(seeds[unit_of(row)[:-1]]) == 1
+        run = model if is_only else f"{model} seed {row['seed']}"
         names.append((model, run))
     return names
 
@@ -149,4 +156,5 @@ def model_names(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def point_of(row: dict[str, Any], names: tuple[str, str], inverted: bool) -> Point:
     """One row as a point."""
     value = 1 - row["value"] if inverted else row["value"]
-    return Point(*names, float(row["parameters"]), float(row["tokens"]), value, row["step"])
+    tokens = float(row["tokens"]) if row["tokens"] else math.nan
+    return Point(*names, float(row["parameters"]), tokens, value, row["step"])

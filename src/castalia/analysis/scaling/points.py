@@ -54,10 +54,14 @@ def column(points: Sequence[Point], name: Variable | str) -> Array:
 def checked(points: Sequence[Point], where: str) -> list[Point]:
     """The points, if every number of them is finite and positive.
 
+    The tokens of all may be NaN: unknown, and taken as equal.
     Raises  DataError: the law is fitted to logarithms.
     """
+    names = ["parameters", "tokens", "loss"]
+    if are_unknown(column(points, "tokens")):
+        names.remove("tokens")
     for point in points:
-        for name in ("parameters", "tokens", "loss"):
+        for name in names:
             value = getattr(point, name)
             if not (math.isfinite(value) and value > 0):
                 raise DataError(
@@ -67,8 +71,15 @@ def checked(points: Sequence[Point], where: str) -> list[Point]:
     return list(points)
 
 
+def are_unknown(values: Array) -> bool:
+    """Whether no value is known."""
+    return len(values) > 0 and bool(np.isnan(values).all())
+
+
 def groups(values: Array) -> list[list[int]]:
     """Indices of the values that count as the same, by ascending value."""
+    if are_unknown(values):
+        return [list(range(len(values)))]
     made: list[list[int]] = []
     for place in np.argsort(values, kind="stable").tolist():
         if made and values[place] <= SAME * values[made[-1][0]]:

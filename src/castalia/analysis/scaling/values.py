@@ -179,6 +179,8 @@ def curve(fit: ScalingFit, name: str, parameters: Array, tokens: Array) -> dict[
 def frontier_values(fit: ScalingFit, budgets: Sequence[float]) -> dict[str, Any] | None:
     """The compute-optimal frontier; None where the law has none."""
     points = [*fit.points, *fit.held_out]
+    if len(fit.law.variables) < 2:
+        return None
     largest = float((6 * column(points, "parameters") * column(points, "tokens")).max())
     compute = np.array(budgets or [factor * largest for factor in BUDGETS], np.float64)
     optimum = fit.optimum(compute)

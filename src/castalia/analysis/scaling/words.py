@@ -71,7 +71,7 @@ def point_cells(name: str, point: Mapping[str, Any]) -> list[str]:
     return [
         name,
         quantity(point["parameters"]),
-        quantity(point["tokens"]),
+        count(point["tokens"]),
         text(point["loss"], ".4f"),
         text(point["fitted"], ".4f"),
     ]
