@@ -1,7 +1,8 @@
 """`castalia results`."""
 
+import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,6 +74,23 @@ class QuestionFlags:
         str | None, QUESTION(metavar="CONDITION", help="The numbers for which this SQL holds.")
     ] = None
 
+    compare: Annotated[
+        tuple[str, str] | None,
+        QUESTION(
+            metavar="A B",
+            help="Two selections side by side. Each is SUITE, MODEL, SUITE/MODEL, a run or a store,"
+            " with @STEP or @last and ,COLUMN=VALUE behind it.",
+        ),
+    ] = None
+    across: Annotated[
+        str | None,
+        QUESTION(
+            metavar="CONDITIONS",
+            help="With --compare, conditions that may differ: harness, task_version, task_hash,"
+            " dtype, engine, shots, documents, or all.",
+        ),
+    ] = None
+
     def asked(self) -> bool:
         """Whether anything is asked.
 
@@ -80,21 +98,40 @@ class QuestionFlags:
         """
         from castalia.core.errors import ConfigError
 
-        if self.sql is not None and self.where is not None:
-            raise ConfigError("give --sql or --where, not both")
-        return self.sql is not None or self.where is not None
+        if self.sql is not None and (self.where is not None or self.compare is not None):
+            raise ConfigError("--sql stands alone: without --where and --compare")
+        if self.across is not None and self.compare is None:
+            raise ConfigError("--across needs --compare A B")
+        return any(each is not None for each in (self.sql, self.where, self.compare))
 
-    def answer(self, places: list[Any]) -> "Answer":
+    def answer(self, places: list[str]) -> "Answer":
         """What the stores at `places` answer; an overview of them if nothing is asked."""
-        from castalia.results import find_stores, read_stores
-        from castalia.results.query import select
+        from castalia.results import find_stores, query_stores
 
-        table = read_stores([store for place in places for store in find_stores(place)])
+        stores = [store for place in places for store in find_stores(place)]
         if self.where is not None:
             # On a line of its own: a comment in the condition ends there.
             condition = f"(\n{self.where}\n)"
-            return select(table, f"SELECT {SHORT} FROM results WHERE {condition} ORDER BY {ORDER}")
-        return select(table, OVERVIEW if self.sql is None else self.sql)
+            sql = f"SELECT {SHORT} FROM results WHERE {condition} ORDER BY {ORDER}"
+            return query_stores(stores, sql)
+        return query_stores(stores, OVERVIEW if self.sql is None else self.sql)
+
+    def comparison(self, names: tuple[str, str], places: list[str]) -> "Answer":
+        """The two selections side by side; what they come to is said on stderr."""
+        from castalia.results import find_stores
+        from castalia.results.compare import allowed_conditions, compare
+        from castalia.results.selections import select_rows
+
+        across = allowed_conditions(self.across)
+        # Runs and stores may be compared where there is no store of the folder.
+        usual_is_missing = places == [USUAL] and not os.path.exists(USUAL)
+        stores = (
+            [] if usual_is_missing else [each for place in places for each in find_stores(place)]
+        )
+        a, b = (select_rows(name, stores, self.where) for name in names)
+        done = compare(a, b, across)
+        typer.echo(done.summary(names), err=True)
+        return done.answer
 
 
 @grouped
@@ -139,14 +176,19 @@ def results(
       castalia results --sql "select step, value from results where task = 'piqa'" --csv
 
       castalia results --where "task = 'piqa' and step > 1000" --markdown
+
+      castalia results --compare pythia-v1/pythia-70m@143000 opt/opt-125m
     """
     asked = question.asked()
     problems = []
     if imports:
         problems = import_files([*imports, *(paths or [])], store or USUAL, quiet=asked)
     if asked or not imports:
-        places = [store] if imports or store else paths
-        text.show(question.answer(places or [USUAL]))
+        places = ([store] if store else None) or (None if imports else paths) or [USUAL]
+        if question.compare is None:
+            text.show(question.answer(places))
+        else:
+            text.show(question.comparison(question.compare, places))
     if problems:
         from castalia.core.errors import DataError
 

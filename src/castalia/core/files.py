@@ -115,14 +115,14 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
+def claimed(folder: Path, seconds: float = 45.0, *, silent: float = 0.0) -> Iterator[None]:
     """Claim `folder` for this process; the claim ends with the process, even if it is killed.
 
-    Waits up to `seconds` for the present holder to end. A file system without locks grants every
-    claim.
+    Waits up to `seconds` for the present holder to end, and says so after `silent` of them. A file
+    system without locks grants every claim.
     Raises  ConfigError naming the process that holds the folder.
     """
-    deadline = time.monotonic() + seconds
+    start = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     # Append mode creates the file without erasing the name of the present holder.
     with open(folder / CLAIM, "a+", encoding="utf-8") as file:
@@ -130,13 +130,15 @@ def claimed(folder: Path, seconds: float = 45.0) -> Iterator[None]:
         while not locked(file):
             file.seek(0)
             holder = file.read() or "another process"
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - start
+            if waited > seconds:
                 raise ConfigError(f"{folder} is in use by {holder}; wait until it ends, or stop it")
-            if not announced:
+            if not announced and waited >= silent:
                 notice = f"castalia: {folder} is in use by {holder}; waiting {seconds:.0f} s"
                 print(notice, file=sys.stderr, flush=True)
-            announced = True
-            time.sleep(POLL_SECONDS)
+                announced = True
+            # Whoever may wait in silence waits for something short.
+            time.sleep(POLL_SECONDS if waited >= silent else POLL_SECONDS / 10)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -2,7 +2,7 @@
 
 from castalia.results.importing import Imported, import_results
 from castalia.results.schema import COLUMNS, CONDITIONS, KEY, Result
-from castalia.results.store import ResultsStore, find_stores, read_stores
+from castalia.results.store import ResultsStore, find_stores, query_stores, read_stores
 
 __all__ = [
     "COLUMNS",
@@ -13,5 +13,6 @@ __all__ = [
     "ResultsStore",
     "find_stores",
     "import_results",
+    "query_stores",
     "read_stores",
 ]

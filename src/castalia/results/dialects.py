@@ -1,8 +1,6 @@
 """Rows from the files that evaluations write: one reader for each form of lm-evaluation-harness."""
 
 import csv
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -18,6 +16,7 @@ from castalia.results.subjects import (
     subject_of_path,
 )
 from castalia.results.suites import Subject
+from castalia.results.task_hash import HASH_DIGITS, config_hash
 
 FORMER_HARNESS = "lm-eval <0.4"
 """Files of the form before 0.4 record neither a version nor a commit."""
@@ -37,6 +36,10 @@ ENGINES = {"hf-causal": "hf", "gpt2": "hf", "hf-causal-experimental": "hf", "hf-
 """Names of models in the harness that are all transformers -> the name that it has now."""
 FREQUENCY_COLUMNS = ["model", "checkpoint", "task", "fewshot", "acc", "acc_stderr"]
 """Of the tables of accuracy against the frequency of terms."""
+UNKNOWN = "N/A"
+"""What the harness writes for a version or an error that it does not know."""
+OWN = "castalia:"
+"""Before the engine in JSON that `castalia eval` wrote."""
 EXPECTED = (
     "expected the JSON of lm-evaluation-harness: `results` (task -> metric -> number) or"
     " `table_results` (task+prompt -> numbers)"
@@ -142,23 +145,28 @@ def present_rows(
     config = mapping(content, "config")
     base = base_row(subject_of(config, content, path), shared(config, path), path)
     version = content.get("lm_eval_version")
-    base = base._replace(harness=f"lm-eval {version}" if version else "lm-eval >=0.4")
+    base = base._replace(
+        harness=f"lm-eval {version}" if version else "lm-eval >=0.4",
+        evaluated_at=time_of(path, number(content.get("date"))),
+    )
     rows = []
     for task, metrics in results.items():
         of_task = task_columns(task, content, base)
         better = mapping(mapping(content, "higher_is_better"), task)
         for key, value in metrics.items():
-            metric, comma, answers = key.rpartition(",")
+            metric, comma, answers = key.partition(",")
             # Keys without a filter are names and counts of documents.
             if not comma or metric.endswith("_stderr") or not is_number(value):
                 continue
             is_better = better.get(metric, BETTER.get(metric))
+            documents = mapping(metrics, "sample_count").get(key, metrics.get("sample_len"))
             rows.append(
                 of_task._replace(
                     metric=metric,
                     filter=answers,
                     value=float(value),
                     stderr=number(metrics.get(f"{metric}_stderr,{answers}")),
+                    documents=of_task.documents if documents is None else integer(documents),
                     higher_is_better=is_better if isinstance(is_better, bool) else None,
                 )
             )
@@ -175,20 +183,23 @@ def task_columns(task: str, content: Mapping[str, Any], base: Result) -> Result:
         task=task,
         shots=integer(shots),
         documents=integer(documents),
-        task_version=text(version),
-        task_hash=config_hash(config) if config else None,
+        task_version=None if version in (None, UNKNOWN) else str(version),
+        task_hash=hash_of(task, config, content),
     )
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """SHA-256 of a task's resolved config, 16 digits.
-
-    Without `metadata`, where the harness writes the arguments of the model, and without the shots,
-    which are a column of their own.
-    """
-    kept = {key: value for key, value in config.items() if key not in ("metadata", "num_fewshot")}
-    canonical = json.dumps(kept, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+def hash_of(task: str, config: Mapping[str, Any], content: Mapping[str, Any]) -> str | None:
+    """The hash of a task's config, as `castalia eval` has it; None for a file without configs."""
+    written = mapping(content, "task_hashes").get(task)
+    # The harness's own hashes there are of the documents, and longer.
+    if isinstance(written, str) and len(written) == HASH_DIGITS:
+        return written
+    if not config:
+        return None
+    arguments = split_arguments(mapping(content, "config").get("model_args"))
+    # The harness copies the arguments of the model into the metadata of every task.
+    metadata = {k: v for k, v in mapping(config, "metadata").items() if k not in arguments}
+    return config_hash({**config, "metadata": metadata} if "metadata" in config else config)
 
 
 def frequency_rows(path: Path) -> list[Result]:
@@ -251,7 +262,7 @@ def shared(config: Mapping[str, Any], path: Path) -> Shared:
     named = split_arguments(arguments)
     # GPT-NeoX's arguments have `precision`.
     dtype = config.get("model_dtype") or named.get("dtype") or named.get("precision")
-    engine = text(config.get("model"))
+    engine = (text(config.get("model")) or "").removeprefix(OWN)
     shots = config.get("num_fewshot")
     batch = config.get("batch_size")
     sizes = config.get("batch_sizes")
@@ -262,7 +273,7 @@ def shared(config: Mapping[str, Any], path: Path) -> Shared:
         harness=FORMER_HARNESS,
         shots=integer(shots) if shots is not None else shots_on(path),
         dtype=short_dtype(dtype),
-        engine=ENGINES.get(engine, engine) if engine else None,
+        engine=ENGINES.get(engine, engine) or None,
         batch=integer(batch),
         # A limit below 1 is a share of the documents.
         documents=integer(limit) if limit is not None and limit >= 1 else None,
@@ -282,8 +293,10 @@ def base_row(subject: Subject, columns: Shared, path: Path) -> Result:
     )
 
 
-def time_of(path: Path) -> datetime:
-    """When a file's results were made: by its name, or else by its modification time."""
+def time_of(path: Path, recorded: float | None = None) -> datetime:
+    """When a file's results were made: by its name, or else as `recorded` in it, in seconds since
+    1970, or else by its modification time.
+    """
     us = US_TIME.search(path.name)
     iso = ISO_TIME.search(path.name)
     try:
@@ -293,7 +306,8 @@ def time_of(path: Path) -> datetime:
             return datetime.strptime(iso[0].replace(":", "-"), "%Y-%m-%dT%H-%M-%S")
     except ValueError:  # digits that are no date
         pass
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).replace(tzinfo=None)
+    seconds = path.stat().st_mtime if recorded is None else recorded
+    return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None)
 
 
 def shots_on(path: Path) -> int | None:

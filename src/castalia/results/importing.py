@@ -1,16 +1,17 @@
-"""Files of results into a store: folders are walked, and one bad file does not stop the others."""
+"""Files of results, and other stores, into one store. One bad file does not stop the others."""
 
 import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError
+from castalia.core.extras import require
 from castalia.core.files import files_in
 from castalia.results.dialects import read_results
-from castalia.results.schema import KEY, Result
-from castalia.results.store import ResultsStore
+from castalia.results.query import EXTRA, PURPOSE
+from castalia.results.store import FILE, SUFFIX, ResultsStore, latest_rows, table_of
 
 KINDS = (".json", ".csv")
 """Suffixes of the files that a folder is searched for."""
@@ -36,7 +37,7 @@ class Imported(NamedTuple):
         width = max(map(len, self.suites), default=0)
         lines = [
             f"{suite:{width}}  {files} files, {rows} rows"
-            for suite, (files, rows) in sorted(self.suites.items())
+            for suite, (files, rows) in self.suites.items()
         ]
         return [
             *lines,
@@ -51,11 +52,11 @@ def import_results(paths: Iterable[str | os.PathLike[str]], store: ResultsStore)
     Raises  DataError if the store is damaged; CastaliaError if it cannot be written. A path that
             cannot be read is one of `problems`.
     """
-    rows: list[Result] = []
+    arrow = require("pyarrow", EXTRA, PURPOSE)
+    tables = [table_of([])]
     files_of: Counter[str] = Counter()
     rows_of: Counter[str] = Counter()
     problems: list[str] = []
-    files = 0
     for path in paths:
         try:
             names = result_files(Path(path))
@@ -64,19 +65,30 @@ def import_results(paths: Iterable[str | os.PathLike[str]], store: ResultsStore)
             continue
         for name in names:
             try:
-                found = read_results(name)
+                table = table_in(name)
             except DataError as error:
                 problems.append(str(error))
                 continue
-            files += 1
-            rows += found
-            counts = Counter(row.suite for row in found)
-            rows_of.update(counts)
-            files_of.update(counts.keys())
-    distinct = {tuple(getattr(row, column) for column in KEY) for row in rows}
-    total = store.add(rows) if rows else store.table().num_rows
-    suites = {suite: (files_of[suite], rows_of[suite]) for suite in rows_of}
-    return Imported(files, len(rows), len(rows) - len(distinct), total, suites, problems)
+            tables.append(table)
+            for count in table["suite"].value_counts().to_pylist():
+                rows_of[count["values"]] += count["counts"]
+                files_of[count["values"]] += 1
+    new = arrow.concat_tables(tables)
+    standing = new.take(latest_rows(new))
+    suites = {suite: (files_of[suite], rows_of[suite]) for suite in sorted(rows_of)}
+    total = store.merge(standing)
+    dropped = len(new) - len(standing)
+    return Imported(len(tables) - 1, len(new), dropped, total, suites, problems)
+
+
+def table_in(path: Path) -> Any:
+    """The rows of a file as a pyarrow.Table.
+
+    Raises  DataError naming the file if it is damaged or none of the known forms.
+    """
+    if path.suffix == SUFFIX:
+        return ResultsStore(path).table()
+    return table_of(read_results(path))
 
 
 def result_files(path: Path) -> list[Path]:
@@ -89,8 +101,10 @@ def result_files(path: Path) -> list[Path]:
             raise DataError(f"{path}: no such file or folder")
         return [path]
     names = [
-        name for name in files_in(path) if name.suffix in KINDS and not name.name.startswith(".")
+        name
+        for name in files_in(path)
+        if (name.suffix in KINDS or name.name == FILE) and not name.name.startswith(".")
     ]
     if not names:
-        raise DataError(f"{path}: no .json or .csv file in this folder")
+        raise DataError(f"{path}: no {', '.join(KINDS)} or {FILE} in this folder")
     return names

@@ -1,6 +1,7 @@
 """SQL over a results table: DuckDB, without access to files, settings or other tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from castalia.core.errors import DataError
@@ -22,6 +23,23 @@ def select(table: Any, sql: str, values: Sequence[Any] = ()) -> Answer:
     values  for the question marks in it.
     Raises  DataError for SQL that is no query, or that DuckDB refuses.
     """
+    with connected(table, sql) as connection:
+        answer = connection.execute(sql, list(values))
+        return [column[0] for column in answer.description], answer.fetchall()
+
+
+def select_table(table: Any, sql: str, values: Sequence[Any] = ()) -> Any:
+    """As `select`; the rows as a pyarrow.Table."""
+    with connected(table, sql) as connection:
+        return connection.sql(sql, params=list(values)).to_arrow_table()
+
+
+@contextmanager
+def connected(table: Any, sql: str) -> Iterator[Any]:
+    """A connection of DuckDB that has the table `results` and may run `sql`.
+
+    Raises  DataError for SQL that is no query; DuckDB's own errors become one, too.
+    """
     duckdb = require("duckdb", EXTRA, PURPOSE)
     # No files, no extensions, no Python variables of callers; and no way to change that. Whoever
     # may read the table may not read the machine.
@@ -35,7 +53,6 @@ def select(table: Any, sql: str, values: Sequence[Any] = ()) -> Answer:
             if len(kinds) != 1 or kinds[0] not in READING:
                 got = ", ".join(kinds) or "none"
                 raise DataError(f"SQL: expected one SELECT, got {got}: {sql.strip()[:200]!r}")
-            answer = connection.execute(statements[0], list(values))
-            return [column[0] for column in answer.description], answer.fetchall()
+            yield connection
         except (duckdb.Error, ValueError, OSError) as error:
             raise DataError(f"SQL: {error}") from None

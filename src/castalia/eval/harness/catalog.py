@@ -18,13 +18,13 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from castalia.core.errors import ConfigError, nearest
 from castalia.eval.harness.own_tasks import own_tasks
 from castalia.eval.harness.sources import (
-    PATH_KEYS,
     WILDCARDS,
     TaskData,
     beside,
     explained,
     prepare_for,
 )
+from castalia.results.task_hash import PATH_KEYS
 
 ENDINGS = (".yaml", ".yml")
 GROUPED = ("task", "group")

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from castalia.core.errors import ConfigError
-from castalia.eval.harness.numbers import Number, numbers_of, plain
+from castalia.eval.harness.numbers import Number, numbers_of
 from castalia.eval.harness.progress import Say
 from castalia.eval.harness.quiet import OTHER_SEED, SEED, harness_rules, require_harness
 from castalia.eval.harness.tasks import Part, TaskSet
@@ -17,6 +17,7 @@ from castalia.eval.labels import Labels
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
 from castalia.results.schema import Result
+from castalia.results.task_hash import plain
 
 BOOTSTRAP = 100_000
 """The harness's default of resamples for the error of a metric without a formula."""

@@ -11,8 +11,6 @@ from urllib.request import getproxies
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 
-PATH_KEYS = ("data_files", "data_dir")
-"""Arguments of datasets.load_dataset that are paths."""
 WILDCARDS = "*?["
 ANSWER_SECONDS = 5.0
 """How long the hub may take to accept a connection."""

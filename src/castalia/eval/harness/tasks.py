@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 from castalia.core.errors import ConfigError
 from castalia.eval.harness.catalog import Catalog
 from castalia.eval.harness.encoding import TextEncoder
-from castalia.eval.harness.numbers import config_hash
 from castalia.eval.harness.quiet import OTHER_SEED, harness_rules
 from castalia.eval.harness.sources import local_first
 from castalia.inference import LanguageModel
+from castalia.results.task_hash import config_hash
 
 
 class Part(NamedTuple):
