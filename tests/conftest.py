@@ -10,6 +10,7 @@ pytest_plugins = [
     "tests.fixtures.hub_server",
     "tests.fixtures.harness_tasks",
     "tests.fixtures.browser",
+    "tests.fixtures.live_page",
 ]
 
 

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -45,15 +46,18 @@ def document(
 
     nonce  the word by which a server's Content-Security-Policy knows the page's own scripts.
     """
-    plotly = require("plotly.offline", "report", "a report page")
+    # Asked each time, also where the script is kept: it may be missing.
+    require("plotly.offline", "report", "a report page")
     style = "".join((FOLDER / name).read_text(encoding="utf-8") for name in styles)
     script = "".join((FOLDER / name).read_text(encoding="utf-8") for name in scripts)
     allowed = f' nonce="{escape(nonce)}"' if nonce else ""
     # In base64 nothing of a run can end the script element that holds it.
-    texts = {"plotly": plotly.get_plotlyjs(), "data": json.dumps(data, separators=(",", ":"))}
+    texts = {
+        "plotly": plotly_script(),
+        "data": compressed(json.dumps(data, separators=(",", ":"))),
+    }
     packed = "".join(
-        f'<script type="text/plain" id="{name}">{compressed(text)}</script>\n'
-        for name, text in texts.items()
+        f'<script type="text/plain" id="{name}">{text}</script>\n' for name, text in texts.items()
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -65,6 +69,13 @@ def document(
         " Charts by Plotly.js (MIT).</footer></main>\n"
         f"{packed}<script{allowed}>{script}</script></body></html>\n"
     )
+
+
+@cache
+def plotly_script() -> str:
+    """Plotly, compressed: half a second, which a server of pages spends once."""
+    plotly = require("plotly.offline", "report", "a report page")
+    return compressed(plotly.get_plotlyjs())
 
 
 def compressed(text: str) -> str:

@@ -32,7 +32,7 @@ from castalia.core.errors import CastaliaError
 
 Query = Mapping[str, str]
 PATIENCE = 60.0
-"""Seconds that an idle connection stays open."""
+"""Seconds in which a request must arrive."""
 WORTH_PACKING = 4096
 """Bytes from which an answer is compressed."""
 
@@ -65,7 +65,9 @@ class LiveView:
 
         Raises  RefusalError if there is no such run.
         """
-        # `search` puts another dict in the place of this one, and never changes it.
+        if name not in self.page.watched.runs:
+            self.page.version()  # looks for new runs
+        # The search puts another dict in the place of this one, and never changes it.
         runs = self.page.watched.runs
         if name not in runs:
             raise RefusalError(404, f"no run {name!r} on this page")
@@ -198,11 +200,10 @@ class Handler(BaseHTTPRequestHandler):
     def body(self) -> bytes:
         """The bytes that come with the request.
 
-        Raises  RefusalError if they are too many; the connection then ends, since they stay unread.
+        Raises  RefusalError if they are too many.
         """
         text = self.headers.get("Content-Length", "0")
         if not text.isdigit() or int(text) > MOST_BODY or "Transfer-Encoding" in self.headers:
-            self.close_connection = True
             raise RefusalError(413, f"a body of at most {MOST_BODY} bytes, with its length")
         return self.rfile.read(int(text))
 
@@ -218,6 +219,8 @@ class Handler(BaseHTTPRequestHandler):
             body = gzip.compress(body, 1)
             self.send_header("Content-Encoding", "gzip")
         self.send_header("Content-Length", str(len(body)))
+        # A connection kept open would keep a thread, for a question a second.
+        self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 

@@ -1,7 +1,8 @@
 """The runs below the folders that are viewed, each read again when its files change."""
 
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from castalia.analysis.runs import RunFiles, distinct_names, is_number, read_jso
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.hub import did_you_mean
 from castalia.results import ResultsStore
+from castalia.results.store import SUFFIX
 
 FILES = (
     "metrics.jsonl",
@@ -119,7 +121,8 @@ class Watched:
         """Look for runs that have appeared or gone, at most every few seconds."""
         if time.monotonic() - self.searched < SEARCH_SECONDS and self.searched:
             return
-        folders = [folder for path in self.paths for folder in runs_in(path)]
+        named = [path for path in self.paths if path.suffix != SUFFIX]
+        folders = [folder for path in named for folder in runs_in(path)]
         # One folder that two paths lead to is one run.
         unique = list({folder.resolve(): folder for folder in folders}.values())
         known = {run.folder: run for run in self.runs.values()}
@@ -131,7 +134,7 @@ class Watched:
             for name, folder in zip(names, unique, strict=True)
         }
         places = [*self.paths, *(run.folder for run in self.runs.values())]
-        stores = [store for place in places for store in stores_in(place)]
+        stores = [store for place in places for store in stores_at(place)]
         self.stores = list({store.path.resolve(): store for store in stores}.values())
         self.searched = time.monotonic()
 
@@ -206,7 +209,7 @@ def require_place(path: Path) -> None:
     """Raises  ConfigError if nothing at `path` can be viewed, or ever will be."""
     if not path.exists():
         raise ConfigError(f"{path} does not exist; {did_you_mean(path, f'expected {EXPECTED}')}")
-    if runs_in(path) or stores_in(path):
+    if stores_at(path) or (path.suffix != SUFFIX and runs_in(path)):
         return
     if path.is_dir() and not any(path.iterdir()):
         return  # an empty folder is one in which runs will appear
@@ -216,10 +219,32 @@ def require_place(path: Path) -> None:
 def runs_in(path: Path) -> list[Path]:
     """The folders of the runs at `path` or below it, by path; a file in a run stands for it."""
     if path.is_file():
-        path = path.parent
-    if any((path / mark).is_file() for mark in MARKS):
-        return [path]
-    return sorted(run_folders(path, DEEPEST))
+        # What lies around a file was not asked for.
+        return sorted(runs_below(path.parent, 0))
+    return sorted(runs_below(path, DEEPEST))
+
+
+def runs_below(folder: Path, levels: int) -> Iterator[Path]:
+    """As `run_folders`, with the runs that have no config."""
+    if any((folder / mark).is_file() for mark in MARKS) or any(run_folders(folder, 0)):
+        yield folder
+        return
+    if levels == 0:
+        return
+    try:
+        inner = [Path(entry.path) for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError:  # not readable, or gone since its parent was listed
+        return
+    for path in inner:
+        if not path.name.startswith("."):
+            yield from runs_below(path, levels - 1)
+
+
+def stores_at(path: Path) -> list[ResultsStore]:
+    """The stores of a path; most runs have none."""
+    if path.is_file() and path.suffix != SUFFIX:
+        return []
+    return stores_in(path)
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:

@@ -67,6 +67,7 @@
     const only = latest();
     let first = 0;
     let opened = false;
+    let asked = "";
     const button = (text, title, act) =>
       make("button", { type: "button", textContent: text, title, ariaLabel: title, onclick: act });
     const go = (to = first) => {
@@ -74,10 +75,14 @@
       first = to;
       const query = { run: run.value, step: step.value || "0", first, count: ROWS,
         search: search.value.trim() };
+      // A click on "read" after the step was changed asks for the same twice.
+      const asks = JSON.stringify(query);
+      if (asks === asked && rows.hasAttribute("aria-busy")) return null;
+      asked = asks;
       address.set("reader", run.value);
       address.set("step", query.step);
       address.set("find", query.search || null);
-      only(rows, async () => {
+      return only(rows, async () => {
         const batch = await ask("/batch", { query });
         return () => draw(batch, query.search);
       });

@@ -510,11 +510,11 @@
   const rebuild = () => {
     if (!boxes.length || built === signature()) return;
     const focused = controls.contains(document.activeElement) && document.activeElement;
-    const scrolled = controls.querySelector(".choices")?.scrollTop;
+    const scrolled = controls.querySelector(".ticks")?.scrollTop;
     controls.replaceChildren();
     build();
     built = signature();
-    if (scrolled) controls.querySelector(".choices")?.scrollTo(0, scrolled);
+    if (scrolled) controls.querySelector(".ticks")?.scrollTo(0, scrolled);
     if (!focused) return;
     const same = (each) => each.name === focused.name && each.value === focused.value
       && each.type === focused.type && each.className === focused.className;

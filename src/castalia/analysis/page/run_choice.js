@@ -13,7 +13,7 @@ window.castalia.runChoice = (colours, redraw) => {
     group.className = "runs";
     group.innerHTML = "<legend>runs</legend>";
     const list = document.createElement("div");
-    list.className = "choices";
+    list.className = "ticks";
     const ticks = runs.map((run, place) => {
       const label = document.createElement("label");
       label.className = "key tick";
