@@ -285,3 +285,79 @@ def test_nothing_leaks_out_of_the_harness(tasks, speaker, capfd, monkeypatch):
     evaluate(speaker, TaskSet(tasks.parts[1:2], built=tasks.built), bootstrap=100)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == want
     assert capfd.readouterr() == ("", "")
+
+
+def written(model: LanguageModel, folder: Path, options: dict[str, Any], **more: Any) -> list[Any]:
+    """The texts of a generating task with some generation_kwargs, by document."""
+    config = TASKS["pronouns_local"][2] | {"generation_kwargs": options} | more
+    docs = [{"text": "The naïve café", "answer": ""}, {"text": "A second guest", "answer": ""}]
+    tasks = open_tasks(str(write_task(folder, "written", docs, config)))
+    done = evaluate(model, tasks, bootstrap=0, samples=True)
+    # A filter may be one of several that see the same answers.
+    samples = {doc["doc_id"]: doc["resps"][0] for doc in done.samples["written"]}
+    return [samples[i] for i in range(2)]
+
+
+def test_texts_end_at_stop_strings_and_draws_are_repeatable(speaker, tmp_path):
+    whole = written(speaker, tmp_path, {"max_gen_toks": 40, "until": []})
+    assert whole[0][0].startswith(" owner said: “¡Olé!” and poured ")
+    cut = written(speaker, tmp_path, {"max_gen_toks": 40, "until": ["said", " and"]})
+    assert cut == [[" owner "], [whole[1][0].split("said")[0].split(" and")[0]]]
+    # One request comes twice with a draw of its own each; another run draws the same.
+    options = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 12, "until": ["\n"]}
+    draws = written(speaker, tmp_path, options, repeats=2)
+    assert draws == written(speaker, tmp_path, options, repeats=2)
+    assert draws[0][0] != draws[0][1] and draws[0] != whole[0]
+    other = written(speaker, tmp_path, {**options, "seed": 7}, repeats=2)
+    assert other != draws
+
+
+def test_what_a_model_cannot_do_is_named(speaker, tasks, tmp_path):
+    cases = {
+        "generation_kwargs has num_beams=4": {"num_beams": 4},
+        "did you mean 'top_p'": {"top_q": 0.5, "do_sample": True},
+        "asks for 300 new tokens, but the model reads at most 256": {"max_gen_toks": 300},
+        "min_p must be from 0 to 1": {"min_p": 2, "do_sample": True, "max_gen_toks": 8},
+    }
+    for message, options in cases.items():
+        with pytest.raises(ConfigError) as error:
+            written(speaker, tmp_path, options)
+        assert message in str(error.value)
+    with pytest.raises(ConfigError, match="has no tokenizer"):
+        evaluate(LanguageModel(speaker.engine), tasks)
+    with pytest.raises(ConfigError, match="has no chat template"):
+        evaluate(speaker, tasks, chat=True)
+    config = TASKS["sums_local"][2]
+    for docs, message in (
+        ([{"context": "a", "completion": "b" * 300}], "a continuation of 300 tokens"),
+        ([{"context": "a", "completion": ""}], "has no token of its own"),
+    ):
+        wrong = open_tasks(str(write_task(tmp_path, "wrong", docs, config)))
+        with pytest.raises(ConfigError, match=message):
+            evaluate(speaker, wrong)
+    for name in ("batch", "bootstrap"):
+        with pytest.raises(ConfigError, match=f"{name} must be >="):
+            evaluate(speaker, tasks, **{name: -1})
+
+
+def test_another_engine_gives_the_same_numbers(tasks, done, run_folder):
+    native = load(run_folder, engine="native", dtype="fp32")
+    other = evaluate(native, tasks, bootstrap=0)
+    assert other.json["config"]["model"] == "castalia:native"
+    for key, (value, _) in values(done).items():
+        assert values(other)[key][0] == pytest.approx(value, rel=1e-4), key
+
+
+def test_a_hash_is_that_of_the_task_and_not_of_the_machine(tmp_path):
+    folders = [tmp_path / name for name in ("here", "there", "changed")]
+    hashes = []
+    for folder in folders:
+        folder.mkdir()
+        make, _, config = TASKS["sums_local"]
+        if folder.name == "changed":
+            config = config | {"target_delimiter": "\n"}
+        path = write_task(folder, "sums_local", [make(1), make(2), make(3)], config)
+        for shots in (0, 1):
+            hashes.append(open_tasks(str(path), shots=shots).parts[0].hashes()["sums_local"])
+    assert len(hashes[0]) == 16
+    assert len(set(hashes[:4])) == 1 and len(set(hashes[4:])) == 1 and hashes[0] != hashes[4]

@@ -18,7 +18,7 @@ from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
-from castalia.eval.harness.evaluate import evaluate
+from castalia.eval.harness.evaluate import Evaluation, evaluate
 from castalia.eval.harness.numbers import metrics_of
 from castalia.eval.harness.tasks import open_tasks
 from castalia.export import export
@@ -148,15 +148,8 @@ def of_hf(folder: Path, tasks: list[str], task_folder: Path, **options: Any) -> 
         )
 
 
-def test_every_metric_is_that_of_hf(models_of_both: tuple[Path, Path], task_folder: Path) -> None:
-    ours, exported = models_of_both
-    names = [
-        *("local_group", "lambada_local", "pages_local"),
-        *("stereotypes_local", "pronouns_local", "sums_local"),
-    ]
-    theirs = of_hf(exported, names, task_folder)
-    tasks = open_tasks(names, include=[str(task_folder)])
-    done = evaluate(load(ours), tasks, batch=3, bootstrap=BOOTSTRAP, samples=True)
+def require_equal(theirs: dict[str, Any], done: Evaluation) -> int:
+    """Compare every value and error to 1e-6; returns the number of metrics."""
     assert theirs["results"].keys() == done.json["results"].keys()
     compared = 0
     for task, values in theirs["results"].items():
@@ -170,10 +163,49 @@ def test_every_metric_is_that_of_hf(models_of_both: tuple[Path, Path], task_fold
             if stderr is not None:
                 assert scale(got.stderr) == pytest.approx(scale(stderr), rel=1e-6, abs=1e-6), metric
             compared += 1
-    assert compared == 13 == len(done.numbers)
     for key in ("versions", "n-shot", "higher_is_better", "n-samples", "group_subtasks"):
         assert theirs[key] == done.json[key]
-    answers = {}
-    for side in (theirs["samples"], done.samples):
-        answers[id(side)] = [doc["resps"] for doc in side["pronouns_local"]]
-    assert len({json.dumps(texts) for texts in answers.values()}) == 1
+    assert compared == len(done.numbers)
+    return compared
+
+
+def texts(samples: dict[str, Any], task: str) -> list[Any]:
+    """What a model wrote, by document."""
+    return [doc["resps"] for doc in samples[task]]
+
+
+def test_every_metric_is_that_of_hf(models_of_both: tuple[Path, Path], task_folder: Path) -> None:
+    ours, exported = models_of_both
+    names = [
+        *("local_group", "lambada_local", "pages_local"),
+        *("stereotypes_local", "pronouns_local", "sums_local"),
+    ]
+    theirs = of_hf(exported, names, task_folder)
+    tasks = open_tasks(names, include=[str(task_folder)])
+    done = evaluate(load(ours), tasks, batch=3, bootstrap=BOOTSTRAP, samples=True)
+    assert require_equal(theirs, done) == 13
+    assert texts(theirs["samples"], "pronouns_local") == texts(done.samples, "pronouns_local")
+
+
+def test_examples_and_chats_are_those_of_hf(
+    models_of_both: tuple[Path, Path], task_folder: Path
+) -> None:
+    _, exported = models_of_both
+    template = (
+        "{% for m in messages %}{{ '[' + m['role'] + '] ' + m['content'] + eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    (exported / "chat_template.jinja").write_text(template)
+    names = ["choices_local", "pronouns_local", "sums_local"]
+    tasks = open_tasks(names, include=[str(task_folder)], shots=2, limit=5)
+    for chat in (False, True):
+        theirs = of_hf(
+            exported, names, task_folder, num_fewshot=2, limit=5, apply_chat_template=chat
+        )
+        done = evaluate(load(exported), tasks, bootstrap=BOOTSTRAP, samples=True, chat=chat)
+        assert require_equal(theirs, done) == 4
+        for name in names:
+            prompts = [doc["arguments"] for doc in done.samples[name]]
+            assert prompts == [doc["arguments"] for doc in theirs["samples"][name]]
+            assert ("[assistant]" in str(prompts)) == chat
+        assert texts(theirs["samples"], "pronouns_local") == texts(done.samples, "pronouns_local")
