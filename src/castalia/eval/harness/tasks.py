@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError
-from castalia.eval.harness.catalog import Catalog
 from castalia.eval.harness.encoding import TextEncoder
-from castalia.eval.harness.quiet import OTHER_SEED, harness_rules
+from castalia.eval.harness.quiet import OTHER_SEED, harness_rules, require_harness
 from castalia.eval.harness.sources import local_first
 from castalia.inference import LanguageModel
 from castalia.results.task_hash import config_hash
@@ -125,6 +124,9 @@ def open_tasks(
         raise ConfigError("no task is named; give the name of a task or the path of a YAML file")
     if limit is not None and limit <= 0:
         raise ConfigError(f"limit must be above 0, got {limit}")
+    require_harness()
+    from castalia.eval.harness.catalog import Catalog  # it imports the harness
+
     with harness_rules(), local_first():
         catalog = Catalog(names, include, unsafe=unsafe)
         parts = [Part(name, catalog.load(name)) for name in catalog.chosen]
