@@ -1,6 +1,8 @@
 """Log-likelihoods of many lines at once, against each line alone."""
 
+import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from tests.inference.test_native_families import COMPILED, config_of, native, ra
 
 from castalia.core.errors import ConfigError
 from castalia.inference.engine import Engine
+from castalia.inference.native import compiled
+from castalia.inference.prefixes import sections_of
 from castalia.inference.scoring import Likelihood, Line, score_lines
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -103,19 +107,101 @@ def test_a_continuation_is_greedy_if_each_token_is_the_first_largest() -> None:
     assert [one.greedy for one in scored] == [token < twin, twin < token]
 
 
-def test_a_line_that_comes_twice_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = TorchEngine(random_model(config_of("gpt2")))
-    read = 0
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens in each pass of a decoder, padding included."""
+    sizes: list[int] = []
     forward = Decoder.forward
 
-    def counted(self: Decoder, tokens: torch.Tensor, **options: object) -> torch.Tensor:
-        nonlocal read
-        read += tokens.numel()
+    def counted(self: Decoder, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(tokens.numel())
         return forward(self, tokens, **options)
 
     monkeypatch.setattr(Decoder, "forward", counted)
+    return sizes
+
+
+def test_what_lines_share_is_read_once(read: list[int]) -> None:
+    engine = TorchEngine(random_model(config_of("gpt2")))
     scored = score_lines(engine, [line([1, 2, 3], [4, 5])] * 3)
-    assert (read, len(set(scored))) == (4, 1)
+    assert (read, len(set(scored))) == ([4], 1)
+    read.clear()
+    # One context, two single tokens, and two continuations whose last token is not read.
+    context = list(range(40))
+    choices = [line(context, more) for more in ([1], [2], [7, 8, 9], [5, 6])]
+    score_lines(engine, choices)
+    assert read == [40, 2, 1]
+    read.clear()
+    # Forty tokens of examples, then three questions with two answers each.
+    questions = [[n, *range(50, 61)] for n in (70, 71, 72)]
+    answers = ([3, 4, 5, 6, 7, 8], [9, 10])
+    lines = [line(context + question, more) for question in questions for more in answers]
+    require_equal(engine, lines)
+    read.clear()
+    score_lines(engine, lines)
+    assert read[:2] == [40, 3 * 12]
+    assert sum(read) == 40 + 3 * (12 + 5 + 1)
+
+
+def random_lines(generator: random.Random) -> list[Line]:
+    """Lines out of few tokens, which continue one another's beginnings at random places."""
+    lines: list[Line] = []
+    for _ in range(generator.randint(1, 40)):
+        ids: list[int] = []
+        if lines and generator.random() < 0.8:
+            other = generator.choice(lines)
+            whole = [*other.context, *other.continuation]
+            ids = whole[: generator.randint(0, len(whole))]
+        length = max(2, len(ids) + generator.choice([0, 1, 2, 5, 40]))
+        ids = [*ids, *(generator.randrange(3) for _ in range(length))][: min(length, LIMIT + 1)]
+        cut = generator.randint(1, len(ids) - 1)
+        lines.append(line(ids[:cut], ids[cut:]))
+    return lines
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_set_of_lines_is_scored_as_each_alone(seed: int) -> None:
+    generator = random.Random(seed)
+    lines = random_lines(generator)
+    model = random_model(config_of(FAMILIES[seed % len(FAMILIES)]))
+    engine: Engine = TorchEngine(model)
+    if seed % 4 == 0 and compiled.library() is not None:
+        engine = native(model, "fp32")
+    together = score_lines(engine, lines, rows=generator.choice([1, 3, 16]))
+    for got, one in zip(together, lines, strict=True):
+        ids = [*one.context, *one.continuation]
+        want = float(engine.logprobs(ids)[len(one.context) - 1 :].double().sum())
+        assert got.logprob == pytest.approx(want, rel=2e-5, abs=2e-5)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_covers_each_input_once(seed: int) -> None:
+    generator = random.Random(seed)
+    inputs = [one.context + one.continuation for one in random_lines(generator)]
+    most = generator.choice([1, 2, 16])
+    covered: list[set[int]] = [set() for _ in inputs]
+    reads = 0
+    for header, groups in sections_of(inputs, most):
+        spans = [header]
+        for stem, branches in groups:
+            assert stem.start == header.end < stem.end
+            assert len(branches) <= most
+            assert all(branch.start == stem.end < branch.end for branch in branches)
+            spans += [stem, *branches]
+        for span in spans:
+            reads += span.end - span.start
+            assert len({inputs[number][: span.end] for number in span.lines}) <= 1
+            for number in span.lines:
+                assert covered[number].isdisjoint(range(span.start, span.end))
+                covered[number].update(range(span.start, span.end))
+    assert [len(places) for places in covered] == [len(ids) for ids in inputs]
+    assert reads <= sum(len(ids) for ids in set(inputs))
+
+
+def test_beginnings_of_one_another_are_a_chain_of_any_length() -> None:
+    ids = tuple(range(3000))
+    sections = sections_of([ids[:size] for size in range(1, 3001)], 16)
+    assert sum(len(section.groups) for section in sections) > 1
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from castalia.inference.engine import Engine, Slots
 from castalia.inference.engines import ENGINES
 from castalia.inference.implements import NEOX
 from castalia.inference.sampling import Sampling
+from castalia.inference.scoring import Line, score_lines
 from castalia.inference.speculative import speculative_complete
 from castalia.models import ModelConfig, NeoxConfig
 
@@ -132,6 +133,10 @@ def test_an_engine_is_chosen_by_its_name(run_folder: Path, toy: type[Toy]) -> No
     assert model.logprobs([1, 2, 3]).tolist() == pytest.approx(
         model.logits([1, 2]).log_softmax(1)[[0, 1], [2, 3]].tolist()
     )
+    lines = [Line((1, 2), (3, 3)), Line((1, 2), (3, 4)), Line((1,), (1,))]
+    scored = score_lines(model.engine, lines)
+    assert [one.greedy for one in scored] == [False, False, True]
+    assert scored[0].logprob == pytest.approx(model.logprobs([1, 2, 3, 3])[1:].sum().item())
     with pytest.raises(
         ConfigError, match="unknown dtype 'int4' for engine=toy; choose one of fp32"
     ):

@@ -24,6 +24,7 @@ from castalia.distributed import initialize
 from castalia.export import export
 from castalia.export.formats import EXPORTS
 from castalia.inference.engines import ENGINES
+from castalia.inference.scoring import Line, score_lines
 from castalia.models import (
     FAMILIES,
     Block,
@@ -243,6 +244,16 @@ def test_documents_in_a_row_do_not_see_one_another() -> None:
         alone = torch.cat([model(rows[:, :5]), model(rows[:, 5:])], 1)
         assert torch.allclose(packed, alone, atol=1e-6)
         assert not torch.allclose(packed, model(rows), atol=1e-3)
+
+
+def test_its_lines_are_scored_without_a_state_to_cut_back(trained: Path) -> None:
+    model = castalia.load(trained)
+    ids = [3, 4, 5, 6, 7, 8, 9, 10]
+    lines = [Line(tuple(ids[:n]), tuple(ids[n:])) for n in (1, 4, 7)]
+    lines += [Line((3, 4, 5, 6), (2,)), Line((3, 4, 5, 6), (1, 2, 3))]
+    for got, line in zip(score_lines(model.engine, lines), lines, strict=True):
+        logprobs = model.logprobs([*line.context, *line.continuation])[len(line.context) - 1 :]
+        assert got.logprob == pytest.approx(logprobs.sum().item(), rel=1e-5)
 
 
 def test_its_state_is_never_rewound() -> None:

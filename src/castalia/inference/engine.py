@@ -57,6 +57,21 @@ class Slots(ABC):
         # Clones, because an engine may reuse the memory of its logits in the next call.
         return torch.cat([self.feed([slot], [[token]]).clone() for token in tokens])
 
+    def feed_from(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], firsts: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """Append tokens[i], at least one, to the sequence in slots[i], for scoring.
+
+        Yields  logits in parts (positions, V) float32, after each token of tokens[i] from place
+                firsts[i] on, slot by slot. A part is valid until the next one is asked for, and all
+                have to be taken before the slots are used again.
+        """
+        for slot, ids, first in zip(slots, tokens, firsts, strict=True):
+            if first:
+                self.feed([slot], [ids[:first]])
+            if first < len(ids):
+                yield self.feed_all(slot, ids[first:])
+
     @abstractmethod
     def copy(self, origin: int, target: int, tokens: int) -> None:
         """Make the first `tokens` of `origin` the whole sequence of `target`.
@@ -209,6 +224,11 @@ class Engine(ABC):
     def scoring_model(self) -> ScoringModel | None:
         """The decoder behind `logprobs`, for scoring in batches; None if torch does not compute
         it."""
+        return None
+
+    def scoring_slots(self, count: int, length: int) -> Slots | None:
+        """Slots with the arithmetic of `logprobs`, for scoring in batches; None if they would be no
+        faster than whole texts."""
         return None
 
     def greedy(

@@ -1,20 +1,24 @@
 """Log-likelihoods of continuations: many lines through an engine at once.
 
 The head, the largest product of a small model, is computed only where a token of a continuation is
-predicted. Lines of similar length share a batch, and a line that comes twice is computed once.
+predicted. What lines have in common is read once (prefixes.py), and lines of similar length share
+a pass (readers.py).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
-from castalia.inference.engine import Engine, ScoringModel
-from castalia.inference.torch_engine import device_of, padded
-from castalia.models.config import ModelConfig, TransformerConfig
-from castalia.models.tiles import logits_rows
+from castalia.inference.engine import Engine
+from castalia.inference.prefixes import Group, Section, Span, sections_of, separate
+from castalia.inference.readers import Reader, Rows, reader_of
+from castalia.models.config import ModelConfig
+
+BLOCK = 128
+"""Logits whose maximum is taken together; the vocabulary is padded to a multiple of it."""
 
 
 class Line(NamedTuple):
@@ -30,26 +34,7 @@ class Likelihood(NamedTuple):
     logprob: float
     """Nats, summed over the continuation's tokens."""
     greedy: bool
-    """Whether each token of the continuation has the largest logit; of equal ones the first."""
-
-
-class Totals:
-    """Sums over the tokens of each of `count` lines."""
-
-    def __init__(self, count: int) -> None:
-        self.logprobs = torch.zeros(count, dtype=torch.float64)
-        self.misses = torch.zeros(count, dtype=torch.int64)
-
-    def add(self, lines: Tensor, logprobs: Tensor, hits: Tensor) -> None:
-        """Add tokens: the line of each, its log-probability and whether it is the greedy choice."""
-        # Summed in float64: a window of 2048 tokens loses digits in float32.
-        self.logprobs.index_add_(0, lines, logprobs.double().cpu())
-        self.misses.index_add_(0, lines, (~hits).long().cpu())
-
-    def likelihoods(self) -> list[Likelihood]:
-        """The result of each line."""
-        greedy = (self.misses == 0).tolist()
-        return [Likelihood(*pair) for pair in zip(self.logprobs.tolist(), greedy, strict=True)]
+    """Whether each token of the continuation is the likeliest; of equal ones the first."""
 
 
 def score_lines(
@@ -63,8 +48,8 @@ def score_lines(
 
     The softmax is over the padded vocabulary, as in training, and in float32.
 
-    Takes   rows: lines in a batch. progress: called after each batch with the number of lines done
-            since the last call.
+    Takes   rows: lines in a batch, of which short ones share a pass in larger numbers.
+            progress: called after each batch with the number of lines done since the last call.
     Raises  ConfigError if a context or continuation is empty, a line has more tokens than the
             model reads and predicts, or an id is outside the vocabulary.
     """
@@ -74,14 +59,14 @@ def score_lines(
     require_lines(engine.config, lines)
     # In the order of their first occurrence; a dictionary keeps it.
     numbers = {line: number for number, line in enumerate(dict.fromkeys(lines))}
-    totals = Totals(len(numbers))
     counts = [0] * len(numbers)
     for line in lines:
         counts[numbers[line]] += 1
-    for done in score_unique(engine, list(numbers), rows, totals):
-        if progress is not None:
+    scoring = Scoring(reader_of(engine), list(numbers), rows)
+    for done in scoring.run():
+        if progress is not None and done:
             progress(sum(counts[number] for number in done))
-    scored = totals.likelihoods()
+    scored = scoring.likelihoods()
     return [scored[numbers[line]] for line in lines]
 
 
@@ -102,93 +87,169 @@ def require_lines(config: ModelConfig, lines: Sequence[Line]) -> None:
                 f"line {number} has {size} tokens, of which the model scores at most {limit}; cut"
                 " the context from the left, or the text into windows"
             )
-        for token in (*context, *continuation):
-            if not 0 <= token < config.vocab_size:
+        for part_of_line in (context, continuation):
+            low = min(part_of_line)
+            high = max(part_of_line)
+            if low < 0 or high >= config.vocab_size:
                 raise ConfigError(
-                    f"line {number}: id {token} is outside the vocabulary of {config.vocab_size}"
-                    " tokens"
+                    f"line {number}: id {low if low < 0 else high} is outside the vocabulary of"
+                    f" {config.vocab_size} tokens"
                 )
 
 
-def score_unique(
-    engine: Engine, lines: Sequence[Line], rows: int, totals: Totals
-) -> Iterator[Sequence[int]]:
-    """Add the tokens of all lines to `totals`; yields the numbers of lines that are done."""
-    model = engine.scoring_model()
-    # Long first: what does not fit in memory fails at once.
-    order = sorted(range(len(lines)), key=lambda number: (-size_of(lines[number]), number))
-    if model is None:
-        for number in order:
-            score_alone(engine, lines[number], number, totals)
-            yield [number]
-        return
-    if depends_on_length(engine.config):
-        rows = 1
-    for start in range(0, len(order), rows):
-        batch = order[start : start + rows]
-        score_batch(model, [lines[number] for number in batch], batch, totals)
-        yield batch
+class Wanted(NamedTuple):
+    """The predictions that lines take from some rows of one pass.
 
-
-def size_of(line: Line) -> int:
-    """Tokens of a line."""
-    return len(line.context) + len(line.continuation)
-
-
-def depends_on_length(config: ModelConfig) -> bool:
-    """Whether the logits of a token depend on how many follow it, padding included."""
-    if not isinstance(config, TransformerConfig) or config.rope_scaling is None:
-        return False
-    return config.rope_scaling.kind == "dynamic"
-
-
-@torch.inference_mode()
-def score_batch(
-    model: ScoringModel, lines: Sequence[Line], numbers: Sequence[int], totals: Totals
-) -> None:
-    """One pass over lines of similar length, padded on the right, where no token looks."""
-    device = device_of(model.decoder)
-    feeds = [(*line.context, *line.continuation[:-1]) for line in lines]
-    hidden = model.decoder(padded(feeds).to(device))
-    places: list[tuple[int, int]] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    for row, (line, number) in enumerate(zip(lines, numbers, strict=True)):
-        first = len(line.context) - 1
-        places += [(row, first + i) for i in range(len(line.continuation))]
-        targets += line.continuation
-        owners += [number] * len(line.continuation)
-    at = torch.tensor(places, device=device)
-    labels = torch.tensor(targets, device=device)
-    lines_of = torch.tensor(owners)
-    picked = hidden[at[:, 0], at[:, 1]]
-    config = model.decoder.config
-    size = logits_rows(config.padded_vocab_size, config.hidden_size, 4, device.type)
-    for start in range(0, len(picked), size):
-        part = slice(start, start + size)
-        logits = model.decoder.head(picked[part])
-        totals.add(lines_of[part], *judged(logits, labels[part]))
-
-
-def score_alone(engine: Engine, line: Line, number: int, totals: Totals) -> None:
-    """One line through an engine that computes all logits of a text."""
-    feed = [*line.context, *line.continuation[:-1]]
-    labels = torch.tensor([*line.context[1:], *line.continuation])
-    first = len(line.context) - 1
-    at = 0
-    for logits in engine.logits_in_parts(feed):
-        skipped = min(max(0, first - at), len(logits))
-        wanted = labels[at + skipped : at + len(logits)].to(logits.device)
-        at += len(logits)
-        if len(wanted):
-            owners = torch.full((len(wanted),), number)
-            totals.add(owners, *judged(logits[skipped:], wanted))
-
-
-def judged(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of one label a row in nats, and whether it is the row's first maximum.
-
-    Shapes  logits (rows, V), labels (rows,) int64 -> (rows,) float32, (rows,) bool.
+    `firsts` has a place for each row: tokens from there on are wanted. Of these positions, numbered
+    through all rows, `positions` holds the one that each prediction is made at, in ascending order;
+    `labels` the token predicted, `owners` the line; int64 each.
     """
-    logprobs = torch.log_softmax(logits, 1, dtype=torch.float32)
-    return logprobs.gather(1, labels[:, None])[:, 0], logits.argmax(1) == labels
+
+    firsts: list[int]
+    positions: Tensor
+    labels: Tensor
+    owners: Tensor
+
+
+class Scoring:
+    """The lines of one call, their plan, and sums over the tokens of each."""
+
+    def __init__(self, reader: Reader, lines: Sequence[Line], rows: int) -> None:
+        self.reader = reader
+        self.lines = lines
+        self.rows = rows
+        # The last token predicts nothing that is in a line.
+        self.inputs = [line.context + line.continuation[:-1] for line in lines]
+        self.logprobs = torch.zeros(len(lines), dtype=torch.float64)
+        self.misses = torch.zeros(len(lines), dtype=torch.int64)
+
+    def likelihoods(self) -> list[Likelihood]:
+        """The result of each line."""
+        greedy = (self.misses == 0).tolist()
+        return [Likelihood(*pair) for pair in zip(self.logprobs.tolist(), greedy, strict=True)]
+
+    def run(self) -> Iterator[Sequence[int]]:
+        """Read all lines; yields the numbers of those that are done since the last time."""
+        if self.reader.copies:
+            sections = sections_of(self.inputs, self.rows)
+        else:
+            sections = separate(self.inputs)
+        for section in sections:
+            yield from self.read_section(section)
+
+    def read_section(self, section: Section) -> Iterator[Sequence[int]]:
+        """A header, and the groups after it."""
+        header, groups = section
+        batches = list(self.batches(groups))
+        # Padding included: every row may be as long as the longest stem and branch together.
+        stem = max((group.stem.end for group in groups), default=header.end)
+        length = stem + max((longest_branch(group) for group in groups), default=0)
+        rows = max((len(batch) for batch in batches), default=1)
+        ids = self.inputs[header.lines[0]][: header.end] if header.lines else ()
+        wanted = self.wanted([header] if ids else [])
+        first = wanted.firsts[0] if ids else 0
+        self.add(self.reader.header(ids, first, rows, length), wanted)
+        yield [line for line in header.lines if len(self.inputs[line]) == header.end]
+        for batch in batches:
+            yield self.read_batch(batch)
+
+    def batches(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
+        """Groups with stems of similar length, as many as a pass has room for."""
+        # Long first: what does not fit in memory fails at once.
+        order = sorted(groups, key=lambda group: (group.stem.start - group.stem.end, group.stem))
+        at = 0
+        while at < len(order):
+            longest = order[at].stem.end - order[at].stem.start
+            count = max(1, self.rows * self.reader.row_tokens // longest)
+            if self.reader.at_most_rows or order[at].stem.start:
+                count = min(count, self.rows)
+            # The rows whose branches are read are the first ones.
+            batch = sorted(order[at : at + count], key=lambda group: -len(group.branches))
+            at += count
+            yield batch
+
+    def read_batch(self, batch: Sequence[Group]) -> Sequence[int]:
+        """Stems in one pass, then a branch of each, until there are none; returns the lines."""
+        stems = [group.stem for group in batch]
+        wanted = self.wanted(stems)
+        room = max(longest_branch(group) for group in batch)
+        self.add(self.reader.stems(self.tokens(stems), wanted.firsts, room), wanted)
+        for number in range(len(batch[0].branches)):
+            spans = [group.branches[number] for group in batch if number < len(group.branches)]
+            wanted = self.wanted(spans)
+            self.add(self.reader.branches(self.tokens(spans), wanted.firsts), wanted)
+        return [line for stem in stems for line in stem.lines]
+
+    def tokens(self, spans: Sequence[Span]) -> Rows:
+        """The tokens of some spans."""
+        return [self.inputs[span.lines[0]][span.start : span.end] for span in spans]
+
+    def wanted(self, spans: Sequence[Span]) -> Wanted:
+        """What the lines of some spans, the rows of one pass, ask."""
+        firsts = []
+        positions: list[int] = []
+        labels: list[int] = []
+        owners: list[int] = []
+        before = 0
+        for span in spans:
+            # All that a line predicts lies at the end of its input.
+            starts = [max(span.start, len(self.lines[i].context) - 1) for i in span.lines]
+            first = min(span.end, *starts) if starts else span.end
+            for i, start in zip(span.lines, starts, strict=True):
+                if start >= span.end:
+                    continue
+                line = self.lines[i]
+                at = start - (len(line.context) - 1)
+                labels += line.continuation[at : at + span.end - start]
+                positions += range(before + start - first, before + span.end - first)
+                owners += [i] * (span.end - start)
+            firsts.append(first - span.start)
+            before += span.end - first
+        order = torch.tensor(positions, dtype=torch.int64).argsort(stable=True)
+        columns = [torch.tensor(part, dtype=torch.int64) for part in (positions, labels, owners)]
+        return Wanted(firsts, *(column[order] for column in columns))
+
+    @torch.inference_mode()
+    def add(self, parts: Iterable[Tensor], wanted: Wanted) -> None:
+        """Add predictions to the sums of their lines; parts of logits (positions, V)."""
+        _, positions, labels, owners = wanted
+        start = 0
+        end = 0
+        for logits in parts:
+            edges = torch.tensor([start, start + len(logits)])
+            begin, end = torch.searchsorted(positions, edges).tolist()
+            at = (positions[begin:end] - start).to(logits.device)
+            own = labels[begin:end].to(logits.device)
+            start += len(logits)
+            logprobs = self.log_softmax(logits)
+            hits = likeliest(logprobs)[at] == own
+            # Summed in float64: a window of 2048 tokens loses digits in float32.
+            picked = logprobs[at, own].double().cpu()
+            self.logprobs.index_add_(0, owners[begin:end], picked)
+            self.misses.index_add_(0, owners[begin:end], (~hits).long().cpu())
+        assert end == len(positions), "the reader gave fewer logits than were wanted"
+
+    def log_softmax(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of logits (positions, V), float32."""
+        if self.reader.owns_logits and logits.dtype == torch.float32 and logits.is_cpu:
+            # In place: a second buffer would not fit in the cache, and takes four times as long.
+            return torch.log_softmax(logits, 1, out=logits)
+        return torch.log_softmax(logits, 1, dtype=torch.float32)
+
+
+def longest_branch(group: Group) -> int:
+    """Tokens of the longest branch, which is the first; 0 without any."""
+    if not group.branches:
+        return 0
+    return group.branches[0].end - group.branches[0].start
+
+
+def likeliest(logprobs: Tensor) -> Tensor:
+    """The first largest number of each row, (rows, V) float32 -> (rows,) int64."""
+    if logprobs.shape[1] % BLOCK:
+        return logprobs.argmax(1)
+    # torch's argmax over long rows is not vectorized; its amax is, and five times as fast.
+    blocks = logprobs.unflatten(1, (-1, BLOCK))
+    block = blocks.amax(2).argmax(1)
+    rows = torch.arange(len(logprobs), device=logprobs.device)
+    return block * BLOCK + blocks[rows, block].argmax(1)

@@ -11,6 +11,7 @@ it `rewinds`. A recurrent state sums up all tokens and cannot be cut back. Code 
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class LayerState:
     """Whether the state of a prefix is part of the state of the whole."""
     owner: "ModelState"
     """The state of all layers, which knows how many tokens each row has; set by `ModelState`."""
+
+    def first_rows(self, count: int) -> "LayerState":
+        """The first `count` rows, in the same memory; only where `rewinds`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut back to a prefix")
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
         """Give row `target` the first `tokens` tokens of row `origin`; only where `rewinds`."""
@@ -72,6 +77,13 @@ class KVCache(LayerState):
             self.k[:, :, owner.longest : end] = k
             self.v[:, :, owner.longest : end] = v
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def first_rows(self, count: int) -> "KVCache":
+        """See `LayerState`."""
+        first = copy(self)
+        first.k = self.k[:count]
+        first.v = self.v[:count]
+        return first
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
         """See `LayerState`."""
@@ -166,6 +178,18 @@ class ModelState:
         self.lengths = lengths.to(self.lengths)
         self.longest = int(lengths.max())
         self.ragged = bool((lengths != lengths[0]).any())
+
+    def first_rows(self, count: int) -> "ModelState":
+        """A state of the first `count` rows, which shares their memory and counts its own lengths.
+
+        What it appends overwrites what this state has behind the same lengths.
+        """
+        layers = [layer.first_rows(count) for layer in self.layers]
+        first = ModelState(layers, count, self.max_length, self.lengths.device)
+        first.lengths = self.lengths[:count].clone()
+        first.longest = self.longest
+        first.ragged = self.ragged
+        return first
 
     def copy_row(self, origin: int, target: int, tokens: int) -> None:
         """Copy the first `tokens` tokens of row `origin` to row `target`.

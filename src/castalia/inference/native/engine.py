@@ -76,6 +76,24 @@ class NativeSlots(Slots):
         placed = [(token, slot, start + i) for i, token in enumerate(tokens)]
         return self.run(placed, list(range(len(tokens))))
 
+    def feed_from(
+        self, slots: Sequence[int], tokens: Sequence[Sequence[int]], firsts: Sequence[int]
+    ) -> Iterator[Tensor]:
+        """See `Slots`."""
+        placed: list[tuple[int, int, int]] = []
+        wanted: list[int] = []
+        for slot, ids, first in zip(slots, tokens, firsts, strict=True):
+            start = self.lengths[slot]
+            wanted += range(len(placed) + first, len(placed) + len(ids))
+            placed += [(token, slot, start + i) for i, token in enumerate(ids)]
+            self.lengths[slot] += len(ids)
+        for start in range(0, len(placed), ROWS_AT_ONCE):
+            part = placed[start : start + ROWS_AT_ONCE]
+            inside = [at - start for at in wanted if start <= at < start + len(part)]
+            logits = self.run(part, inside)
+            if inside:
+                yield logits
+
     def run(self, placed: list[tuple[int, int, int]], pick: list[int]) -> Tensor:
         """One pass over (token, slot, position) each; logits of the tokens picked."""
         tokens, slots, positions = zip(*placed, strict=True)
@@ -213,6 +231,10 @@ class NativeEngine(Engine):
         if self.decoder is not None:
             return ScoringModel(self.decoder, torch.float32)
         return None
+
+    def scoring_slots(self, count: int, length: int) -> Slots:
+        """See `Engine`."""
+        return self.slots(count, length)
 
 
 def compiled_forward(weights: PackedWeights, kernels: str) -> FusedForward | None:

@@ -1,0 +1,220 @@
+"""How a plan of prefixes.py is read: rows of a decoder's state, slots of an engine, or texts alone.
+
+A reader answers with logits in parts, (positions, V) together, of the tokens wanted: those of each
+row from place `firsts[row]` on. A part is valid until the next one is asked for, and all parts have
+to be taken before the next call.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from castalia.inference.engine import Engine, ScoringModel, Slots
+from castalia.inference.torch_engine import device_of, padded
+from castalia.models import ModelState
+from castalia.models.config import TransformerConfig
+
+Rows = Sequence[Sequence[int]]
+
+ROW_TOKENS = {"cpu": 128}
+"""Tokens in a pass for each row of a batch: with 16 rows, products run at full speed, and the
+activations stay in the last-level cache."""
+ROW_TOKENS_DEVICE = 2048
+"""The same on a GPU."""
+PART_ROWS = {"cpu": 128}
+"""Positions whose logits exist at a time: 26 MB at 50,304 tokens, which fit in a CPU's cache.
+Larger buffers are returned to the system and mapped again for every part."""
+PART_ROWS_DEVICE = 2048
+"""The same on a GPU: 412 MB."""
+
+
+class Reader(ABC):
+    """Reads headers, stems and branches; see prefixes.py."""
+
+    copies: bool
+    """Whether a state can be copied to other rows and cut back."""
+    row_tokens = ROW_TOKENS["cpu"]
+    """Tokens, padding included, in a pass for each row of a batch."""
+    at_most_rows = False
+    """Whether short lines may not share a pass in more rows than a batch has."""
+    owns_logits = True
+    """Whether logits may be overwritten."""
+
+    @abstractmethod
+    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+        """Begin a section: `rows` rows of `length` tokens at most, which begin with `ids`."""
+
+    @abstractmethod
+    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+        """Read stems after the header; `room` is the length of the longest branch."""
+
+    @abstractmethod
+    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+        """Read branches after the first stems, and forget earlier branches."""
+
+
+class DecoderReader(Reader):
+    """Padded rows of a decoder of torch."""
+
+    def __init__(self, model: ScoringModel) -> None:
+        self.decoder = model.decoder
+        self.dtype = model.dtype
+        self.device = device_of(self.decoder)
+        self.copies = self.decoder.family.rewinds and not self.one_length
+        self.row_tokens = ROW_TOKENS.get(self.device.type, ROW_TOKENS_DEVICE)
+        self.part_rows = PART_ROWS.get(self.device.type, PART_ROWS_DEVICE)
+        self.whole: ModelState | None = None
+        """The state of a section with a header."""
+        self.state: ModelState | None = None
+        """The state of the stems read last."""
+        self.header_length = 0
+        self.ends: list[int] = []
+
+    @property
+    def one_length(self) -> bool:
+        """Whether the logits of a token depend on the length of its row, padding included."""
+        config = self.decoder.config
+        if not isinstance(config, TransformerConfig) or config.rope_scaling is None:
+            return False
+        return config.rope_scaling.kind == "dynamic"
+
+    @torch.inference_mode()
+    def new_state(self, rows: int, length: int) -> ModelState:
+        """An empty state."""
+        return self.decoder.new_state(rows, length, self.dtype, self.device)
+
+    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+        """See `Reader`."""
+        self.whole = None
+        self.header_length = len(ids)
+        if not ids:
+            return iter(())
+        one = self.new_state(1, len(ids))
+        parts = self.read([ids], [first], one)
+        self.whole = self.new_state(rows, length)
+        with torch.inference_mode():
+            self.whole.write_rows(range(rows), one)
+        return parts
+
+    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+        """See `Reader`."""
+        self.state = None
+        self.ends = [self.header_length + len(ids) for ids in rows]
+        if self.whole is not None:
+            self.state = cut_back(self.whole, [self.header_length] * len(rows))
+        elif room:
+            self.state = self.new_state(len(rows), max(self.ends) + room)
+        return self.read(rows, firsts, self.state)
+
+    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+        """See `Reader`."""
+        assert self.state is not None
+        return self.read(rows, firsts, cut_back(self.state, self.ends[: len(rows)]))
+
+    @torch.inference_mode()
+    def read(self, rows: Rows, firsts: Sequence[int], state: ModelState | None) -> Iterator[Tensor]:
+        """One pass over rows that are padded on the right, where no token of theirs looks."""
+        hidden = self.decoder(padded(rows).to(self.device), state=state)
+        wanted = []
+        for values, ids, first in zip(hidden, rows, firsts, strict=True):
+            wanted.append(values[first : len(ids)])
+        return self.logits(torch.cat(wanted))
+
+    def logits(self, hidden: Tensor) -> Iterator[Tensor]:
+        """Logits of hidden states (n, C), in parts."""
+        for part in hidden.split(self.part_rows):
+            with torch.inference_mode():
+                logits = self.decoder.head(part)
+            yield logits
+
+
+@torch.inference_mode()
+def cut_back(state: ModelState, lengths: Sequence[int]) -> ModelState:
+    """The first rows of a state, cut back to `lengths`; the memory is shared."""
+    first = state.first_rows(len(lengths))
+    # Rows that were written from another state are longer than this one has counted.
+    first.lengths = torch.tensor(lengths, device=state.lengths.device)
+    first.rewind(first.lengths)
+    return first
+
+
+class SlotReader(Reader):
+    """Slots of an engine that takes tokens of any slots in one step, without padding."""
+
+    at_most_rows = True
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.slots: Slots | None = None
+        self.header_length = 0
+        self.ends: list[int] = []
+        # Asked of slots: the engine does not know.
+        self.copies = engine.scoring_slots(1, 1).rewinds  # type: ignore[union-attr]
+
+    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+        """See `Reader`."""
+        slots = self.slots = self.engine.scoring_slots(rows, length)
+        assert slots is not None
+        self.header_length = len(ids)
+        if ids:
+            yield from slots.feed_from([0], [ids], [first])
+            for slot in range(1, rows):
+                slots.copy(0, slot, len(ids))
+
+    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+        """See `Reader`."""
+        self.ends = [self.header_length + len(ids) for ids in rows]
+        return self.read(rows, firsts, [self.header_length] * len(rows))
+
+    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+        """See `Reader`."""
+        return self.read(rows, firsts, self.ends[: len(rows)])
+
+    def read(self, rows: Rows, firsts: Sequence[int], kept: Sequence[int]) -> Iterator[Tensor]:
+        """Cut the first slots back to `kept` tokens, and append rows."""
+        assert self.slots is not None
+        for slot, length in enumerate(kept):
+            if length < self.slots.lengths[slot]:
+                self.slots.copy(slot, slot, length)
+        yield from self.slots.feed_from(range(len(rows)), rows, firsts)
+
+
+class TextReader(Reader):
+    """Whole texts, for an engine that gives the logits of a text alone."""
+
+    copies = False
+    at_most_rows = True
+    row_tokens = 1
+    owns_logits = False
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
+        """See `Reader`; plans without copies have no headers."""
+        return iter(())
+
+    def stems(self, rows: Rows, firsts: Sequence[int], room: int) -> Iterator[Tensor]:
+        """See `Reader`."""
+        for ids, first in zip(rows, firsts, strict=True):
+            at = 0
+            for part in self.engine.logits_in_parts(ids):
+                skipped = min(max(0, first - at), len(part))
+                at += len(part)
+                yield part[skipped:]
+
+    def branches(self, rows: Rows, firsts: Sequence[int]) -> Iterator[Tensor]:
+        """See `Reader`; plans without copies have no branches."""
+        raise AssertionError("a plan without copies has no branches")
+
+
+def reader_of(engine: Engine) -> Reader:
+    """The way in which an engine reads many lines."""
+    model = engine.scoring_model()
+    if model is not None:
+        return DecoderReader(model)
+    if engine.scoring_slots(1, 1) is not None:
+        return SlotReader(engine)
+    return TextReader(engine)
