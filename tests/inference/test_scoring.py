@@ -132,15 +132,15 @@ def test_what_lines_share_is_read_once(read: list[int]) -> None:
     score_lines(engine, choices)
     assert read == [40, 2, 1]
     read.clear()
-    # Forty tokens of examples, then three questions with two answers each.
-    questions = [[n, *range(50, 61)] for n in (70, 71, 72)]
+    # Forty tokens of examples, then six questions with two answers each.
+    questions = [[n, *range(50, 61)] for n in range(70, 76)]
     answers = ([3, 4, 5, 6, 7, 8], [9, 10])
     lines = [line(context + question, more) for question in questions for more in answers]
     require_equal(engine, lines)
     read.clear()
     score_lines(engine, lines)
-    assert read[:2] == [40, 3 * 12]
-    assert sum(read) == 40 + 3 * (12 + 5 + 1)
+    assert read[:2] == [40, 6 * 12]
+    assert sum(read) == 40 + 6 * (12 + 5 + 1)
 
 
 def random_lines(generator: random.Random) -> list[Line]:
