@@ -79,5 +79,10 @@
     return draw();
   };
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  parts.push({ init: take, refresh: take });
+  // A page that is served live replaces the section after it has called `refresh`.
+  const refresh = (fresh) => {
+    data = fresh;
+    setTimeout(draw);
+  };
+  parts.push({ init: take, refresh });
 })();
