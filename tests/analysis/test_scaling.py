@@ -270,6 +270,7 @@ def test_numbers_and_places_are_read_as_people_write_them(tmp_path: Path):
         (["--compute", "0"], "--compute 0: expected a number above 0"),
         (["--hold-out", "2.8e09"], r"no such model; did you mean '2\.8e\+09'\?; have 1"),
         (["--no-embeddings"], "only the configs of runs say which parameters"),
+        (["--from-step", "5"], "every row of a CSV file is a point"),
         (["--where", "shots = 0"], "and none is read"),
         (["--metric", "los"], "lacks the column 'los'; did you mean 'loss'"),
         ([str(tmp_path)], "CSV files and others; fit each kind alone"),

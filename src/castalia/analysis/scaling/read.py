@@ -31,6 +31,8 @@ def read_points(
     tables = [path for path in places if path.suffix.lower() == ".csv"]
     if tables and len(tables) < len(places):
         raise ConfigError("the paths are CSV files and others; fit each kind alone")
+    if tables and from_step is not None:
+        raise ConfigError("--from-step: every row of a CSV file is a point; leave rows out there")
     inputs = find_inputs(path for path in places if path not in tables)
     is_of_runs = bool(inputs.runs) and metric in RUN_METRICS
     if not embeddings and not is_of_runs:
