@@ -124,10 +124,9 @@ def contents_of(
     )
 
 
-def counted_flops(runs: Sequence[RunFiles]) -> dict[str, int]:
+def counted_flops(runs: Sequence[RunFiles]) -> dict[str, int | None]:
     """FLOPs of a training token by the name of a run's folder, as a results table names it."""
-    counts = {run.folder.resolve().name: run.flops_per_token for run in runs}
-    return {name: count for name, count in counts.items() if count}
+    return {run.folder.resolve().name: run.flops_per_token for run in runs}
 
 
 def title_of(runs: Sequence[RunFiles], stores: Sequence[ResultsStore] = ()) -> str:

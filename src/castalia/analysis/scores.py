@@ -61,12 +61,12 @@ FROM numbered ORDER BY how
 
 
 def scores_data(
-    stores: Sequence[ResultsStore], flops: Mapping[str, int] | None = None
+    stores: Sequence[ResultsStore], flops: Mapping[str, int | None] | None = None
 ) -> dict[str, Any] | None:
     """The results of some stores as JSON values for scores.js; None without a row.
 
-    flops    FLOPs of a training token by the folder's name of a run, where its config tells them.
-    Raises   DataError if a file is damaged.
+    flops   the runs on the page: FLOPs of a training token, or None, by the name of the folder.
+    Raises  DataError if a file is damaged.
     """
     table = read_stores(stores)
     if not table.num_rows:
@@ -91,7 +91,7 @@ def scores_data(
         "settings": list(SETTINGS),
         "ways": ways,
         "better": better,
-        "tasks": tasks_data(blocks, groups),
+        "tasks": tasks_data(blocks, groups, [model["own"] for model in models]),
         **blocks,
     }
     text = json.dumps(data, separators=(",", ":"))
@@ -120,7 +120,9 @@ def add_means(connection: Any) -> dict[str, list[str]]:
     return groups
 
 
-def models_data(rows: Sequence[Sequence[Any]], flops: Mapping[str, int]) -> list[dict[str, Any]]:
+def models_data(
+    rows: Sequence[Sequence[Any]], flops: Mapping[str, int | None]
+) -> list[dict[str, Any]]:
     """The models, with what the axes need."""
     names = [ModelName(*row[1:7]) for row in rows]
     models: list[dict[str, Any]] = []
@@ -146,6 +148,7 @@ def models_data(rows: Sequence[Sequence[Any]], flops: Mapping[str, int]) -> list
                 "tokens_per_step": most if steady else None,
                 "flops_per_token": per_token or 6 * (name.parameters or 0) or None,
                 "counted": per_token is not None,
+                "own": name.model in flops,
             }
         )
     return models
@@ -181,8 +184,8 @@ def blocks_data(rows: Mapping[str, Any]) -> dict[str, Any]:
         for task, series in blocks.items()
     }
     shown = {task: sorted({series[1] for series in block}) for task, block in blocks.items()}
-    counts = {task: len({series[0] for series in block}) for task, block in blocks.items()}
-    return {"steps": grids, "blocks": packed, "shown": shown, "counts": counts}
+    members = {task: {series[0] for series in block} for task, block in blocks.items()}
+    return {"steps": grids, "blocks": packed, "shown": shown, "members": members}
 
 
 def errors_data(stderr: Any) -> list[float | None]:
@@ -193,17 +196,23 @@ def errors_data(stderr: Any) -> list[float | None]:
     return [text if is_known else None for text, is_known in zip(texts, known, strict=True)]
 
 
-def tasks_data(blocks: dict[str, Any], groups: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """The tasks by name, the means of groups first: settings that they have, and their group."""
+def tasks_data(
+    blocks: dict[str, Any], groups: Mapping[str, Sequence[str]], own: Sequence[bool]
+) -> list[dict[str, Any]]:
+    """The tasks by name, the means of groups first: settings that they have, and their group.
+
+    own  which models are runs of the page.
+    """
     shown = blocks.pop("shown")
-    counts = blocks.pop("counts")
+    members = blocks.pop("members")
     member = {task: title for title, tasks in groups.items() for task in tasks}
     names = sorted(shown, key=lambda task: (task not in groups, task))
     return [
         {
             "name": task,
             "ways": shown[task],
-            "models": counts[task],
+            "models": len(members[task]),
+            "own": sum(own[who] for who in members[task]),
             "group": member.get(task),
             "of": len(groups[task]) if task in groups else 0,
         }

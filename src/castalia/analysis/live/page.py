@@ -82,7 +82,7 @@ class LivePage:
         return {**contents.data, "live": live}
 
     def scores(
-        self, stores: Sequence[ResultsStore], flops: Mapping[str, int]
+        self, stores: Sequence[ResultsStore], flops: Mapping[str, int | None]
     ) -> dict[str, Any] | None:
         """As `scores_data`, which is asked again only when a store has changed: a run that trains
         changes the page every second, and a table may have a million rows."""

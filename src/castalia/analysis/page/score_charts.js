@@ -24,13 +24,13 @@
   };
   S.dashOf = (view, model) => DASHES[placeOf(view, model) % DASHES.length];
   const symbolOf = (view, model) => SYMBOLS[placeOf(view, model) % SYMBOLS.length];
-  // The size says enough where one lineage is looked at.
+  // The size says enough where one lineage is looked at and has it in its names.
   const labelOf = (view, curve) => {
     const own = view.results.lineages.filter(({ name, isReference }) =>
       view.lineages.has(name) && !isReference);
     const isEach = !curve.low && curve.model.label.includes(" seed ");
-    const size = view.results.sizes.length > 1 && own.length < 2 && !isEach && curve.model.size;
-    return size || S.nameOf(curve);
+    const { size, model } = curve.model;
+    return size && own.length < 2 && !isEach && model.includes(size) ? size : S.nameOf(curve);
   };
 
   // The curves of a task that are chosen, those of several seeds as one where that is asked for.

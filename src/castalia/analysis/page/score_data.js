@@ -51,7 +51,8 @@
       this.lineages = this.lineagesOf();
     }
 
-    // Models that differ in size and seed alone; those with the most numbers first.
+    // Models that differ in size and seed alone: the runs of the page first, then those with the
+    // most numbers.
     lineagesOf() {
       const found = new Map();
       for (const model of this.models) {
@@ -66,7 +67,9 @@
         lineage.isReference = lineage.models.every((model) => model.last === null);
       }
       const rows = ({ models }) => models.reduce((sum, model) => sum + model.rows, 0);
-      return lineages.sort((a, b) => a.isReference - b.isReference || rows(b) - rows(a));
+      const isOwn = ({ models }) => models.some(({ own }) => own);
+      return lineages.sort((a, b) => isOwn(b) - isOwn(a) || a.isReference - b.isReference
+        || rows(b) - rows(a));
     }
 
     has(name) {

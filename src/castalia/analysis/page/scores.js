@@ -15,20 +15,26 @@
     "seeds", "bands", "references", "against", "at", "columns", "sort", "a", "b", "pairs",
     "anyway"];
   const defaults = (results) => {
-    const headline = HEADLINES.find((name) => results.has(name));
-    const most = Math.max(...results.tasks.map(({ models }) => models));
-    const task = headline ?? results.tasks.find(({ models }) => models === most).name;
+    // On a page about runs, a task that they have.
+    const best = Math.max(...results.tasks.map(({ own }) => own));
+    const tasks = results.tasks.filter(({ own }) => own === best);
+    const most = Math.max(...tasks.map(({ models }) => models));
+    const task = HEADLINES.find((name) => tasks.some((each) => each.name === name))
+      ?? tasks.find(({ models }) => models === most).name;
     const metric = results.metricFor(task, null);
     return { tasks: [task], metric, shots: results.shots([task])[0], setting: "all",
       axis: "step", scale: "log", yvalues: "auto", seeds: results.hasSeeds ? "median" : "each",
       bands: true, references: false, against: "parameters", at: null, columns: "all",
       sort: ["model", "up"], a: null, b: null, pairs: null, anyway: false };
   };
-  // Of many models the first view has the lineage with the most numbers, and what is published.
+  // The first view has the runs of the page; of many models without a run those of the lineage with
+  // the most numbers. It has what is published, too.
   const firstLineages = (results) => {
     const own = results.lineages.filter(({ isReference }) => !isReference);
     const count = own.reduce((sum, { models }) => sum + models.length, 0);
-    const isFirst = (lineage) => count <= FEW || lineage.isReference || lineage === own[0];
+    const runs = own.filter(({ models }) => models.some((model) => model.own));
+    const first = runs.length ? runs : own.slice(0, 1);
+    const isFirst = (lineage) => count <= FEW || lineage.isReference || first.includes(lineage);
     return new Set(results.lineages.filter(isFirst).map(({ name }) => name));
   };
   const READ = { shots: (text) => (text === "" ? null : Number(text)),
