@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from castalia.results import Imported, ResultsStore, import_results
-from castalia.results.query import select
+from castalia.results.query import Source, select
 
 FILES = Path(__file__).resolve().parents[3] / "shared" / "data" / "pythia-evals"
 pytestmark = pytest.mark.skipif(
@@ -54,7 +54,7 @@ class Published(NamedTuple):
     store: ResultsStore
 
     def ask(self, sql: str) -> list[tuple]:
-        return select(self.table, sql)[1]
+        return select(Source(self.table), sql)[1]
 
 
 @pytest.fixture(scope="module")

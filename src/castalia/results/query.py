@@ -1,8 +1,8 @@
 """SQL over a results table: DuckDB, without access to files, settings or other tables."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError
 from castalia.core.extras import require
@@ -16,26 +16,35 @@ Answer = tuple[list[str], list[tuple[Any, ...]]]
 """Names of columns, and rows."""
 
 
-def select(table: Any, sql: str, values: Sequence[Any] = ()) -> Answer:
+class Source(NamedTuple):
+    """A table to ask."""
+
+    data: Any
+    """A pyarrow.Table or pyarrow.dataset.Dataset."""
+    check: Callable[[], object] = tuple
+    """Called where a query fails: it raises what is wrong with the data themselves, of which
+    DuckDB's words are about its own scan."""
+
+
+def select(source: Source, sql: str, values: Sequence[Any] = ()) -> Answer:
     """The names of the columns and the rows that one SELECT over the table `results` gives.
 
-    table   a pyarrow.Table or pyarrow.dataset.Dataset.
     values  for the question marks in it.
     Raises  DataError for SQL that is no query, or that DuckDB refuses.
     """
-    with connected(table, sql) as connection:
+    with connected(source, sql) as connection:
         answer = connection.execute(sql, list(values))
         return [column[0] for column in answer.description], answer.fetchall()
 
 
-def select_table(table: Any, sql: str, values: Sequence[Any] = ()) -> Any:
+def select_table(source: Source, sql: str, values: Sequence[Any] = ()) -> Any:
     """As `select`; the rows as a pyarrow.Table."""
-    with connected(table, sql) as connection:
+    with connected(source, sql) as connection:
         return connection.sql(sql, params=list(values)).to_arrow_table()
 
 
 @contextmanager
-def connected(table: Any, sql: str) -> Iterator[Any]:
+def connected(source: Source, sql: str) -> Iterator[Any]:
     """A connection of DuckDB that has the table `results` and may run `sql`.
 
     Raises  DataError for SQL that is no query; DuckDB's own errors become one, too.
@@ -45,7 +54,7 @@ def connected(table: Any, sql: str) -> Iterator[Any]:
     # may read the table may not read the machine.
     settings = {"enable_external_access": "false", "python_enable_replacements": "false"}
     with duckdb.connect(config=settings) as connection:
-        connection.register("results", table)
+        connection.register("results", source.data)
         connection.execute("SET lock_configuration = true")
         try:
             statements = connection.extract_statements(sql)
@@ -55,4 +64,5 @@ def connected(table: Any, sql: str) -> Iterator[Any]:
                 raise DataError(f"SQL: expected one SELECT, got {got}: {sql.strip()[:200]!r}")
             yield connection
         except (duckdb.Error, ValueError, OSError) as error:
+            source.check()
             raise DataError(f"SQL: {error}") from None

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError, nearest
-from castalia.results.query import select, select_table
-from castalia.results.schema import COLUMNS
-from castalia.results.store import ResultsStore, find_stores, read_stores
+from castalia.results.query import Source, select, select_table
+from castalia.results.schema import COLUMNS, KEY
+from castalia.results.store import ResultsStore, find_stores, source_of
 
 STEP = re.compile(r"(.+)@(?:step)?(\d+|last)", re.DOTALL)
 LAST = "last"
+KEPT = (*KEY, "value", "stderr", "higher_is_better")
+"""Columns of a selection."""
 
 
 class Selection(NamedTuple):
@@ -19,7 +21,7 @@ class Selection(NamedTuple):
 
     name: str
     table: Any
-    """The rows, as a pyarrow.Table."""
+    """KEPT of the rows, as a pyarrow.Table."""
 
 
 class Condition(NamedTuple):
@@ -43,20 +45,20 @@ def select_rows(text: str, stores: Sequence[ResultsStore], where: str | None = N
             selection without rows.
     """
     name, step, settings = parsed(text)
-    table = read_stores(stores) if stores else None
-    condition = None if table is None else condition_of(name, table)
-    if condition is None:
-        table, condition = rows_of_path(name, table)
+    source = source_of(stores) if stores else None
+    condition = None if source is None else condition_of(name, source)
+    if source is None or condition is None:
+        source, condition = rows_of_path(name, source)
     for column, value in settings.items():
         condition = condition.also(f"CAST({column} AS TEXT) IS NOT DISTINCT FROM ?", value or None)
     if where is not None:
         condition = condition.also(f"(\n{where}\n)")
-    rows = filtered(table, condition)
+    rows = filtered(source, condition)
     found = rows
     if step is not None:
         wanted = "max(step) FROM results" if step == LAST else "CAST(? AS BIGINT)"
         values = () if step == LAST else (int(step),)
-        found = filtered(rows, Condition().also(f"step = (SELECT {wanted})", *values))
+        found = filtered(Source(rows), Condition().also(f"step = (SELECT {wanted})", *values))
     if not len(found):
         raise DataError(f"{text}: no such rows{steps_of(rows)}")
     if "variant" not in settings:
@@ -86,12 +88,12 @@ def parsed(text: str) -> tuple[str, str | None, dict[str, str]]:
     return (name, None, settings) if match is None else (match[1], match[2], settings)
 
 
-def condition_of(name: str, table: Any) -> Condition | None:
+def condition_of(name: str, source: Source) -> Condition | None:
     """The condition that selects a suite, a model or SUITE/MODEL of a table; None if it has none.
 
     Raises  DataError for a model of several suites.
     """
-    models = select(table, "SELECT DISTINCT suite, model FROM results ORDER BY ALL")[1]
+    models = select(source, "SELECT DISTINCT suite, model FROM results ORDER BY ALL")[1]
     if any(suite == name for suite, _ in models):
         return Condition().also("suite = ?", name)
     same = [(suite, model) for suite, model in models if name in (model, f"{suite}/{model}")]
@@ -101,46 +103,50 @@ def condition_of(name: str, table: Any) -> Condition | None:
     return Condition().also("suite = ?", same[0][0]).also("model = ?", same[0][1]) if same else None
 
 
-def rows_of_path(name: str, table: Any | None) -> tuple[Any, Condition]:
+def rows_of_path(name: str, source: Source | None) -> tuple[Source, Condition]:
     """The table that a path means, and the condition that selects the run of the path in it.
 
-    table  where the name was not found, for the hint.
+    source  where the name was not found, for the hint.
     Raises  DataError if it is no path.
     """
     path = Path(name)
     if not path.exists():
         names = set()
-        if table is not None:
-            for suite, model in select(table, "SELECT DISTINCT suite, model FROM results")[1]:
+        if source is not None:
+            for suite, model in select(source, "SELECT DISTINCT suite, model FROM results")[1]:
                 names |= {suite, model, f"{suite}/{model}"}
         menu = (
             f"; have: {', '.join(sorted(names)[:20])}" if names else "; --store DIR names a table"
         )
         raise DataError(f"no suite, model or store {name!r}{nearest(name, names) or menu}")
-    table = read_stores(find_stores(path))
+    there = source_of(find_stores(path))
     place = path.resolve()
     run = Condition().also("suite = ?", place.parent.name).also("model = ?", place.name)
-    return table, run if len(filtered(table, run)) else Condition()
+    return there, run if len(filtered(there, run)) else Condition()
 
 
-def filtered(table: Any, condition: Condition) -> Any:
-    """The rows for which a condition holds."""
-    return select_table(table, f"SELECT * FROM results WHERE {condition.sql}", condition.values)
+def filtered(source: Source, condition: Condition) -> Any:
+    """KEPT of the rows for which a condition holds, as a pyarrow.Table."""
+    columns = ", ".join(KEPT)
+    return select_table(
+        source, f"SELECT {columns} FROM results WHERE {condition.sql}", condition.values
+    )
 
 
-def themselves(table: Any) -> Any:
+def themselves(rows: Any) -> Any:
     """The rows of the models themselves, without variants, if there are such and one model only."""
-    plain = Condition().also("variant = ''")
-    models = select(table, "SELECT count(DISTINCT (suite, model)) FROM results")[1][0][0]
-    found = filtered(table, plain)
-    return found if models == 1 and len(found) else table
+    models = select(Source(rows), "SELECT count(DISTINCT (suite, model)) FROM results")[1][0][0]
+    found = filtered(Source(rows), Condition().also("variant = ''"))
+    return found if models == 1 and len(found) else rows
 
 
 def steps_of(rows: Any) -> str:
     """The steps that there are, for the error about one that is not."""
     if not len(rows):
         return ""
-    answer = select(rows, "SELECT DISTINCT step FROM results WHERE step IS NOT NULL ORDER BY 1")
+    answer = select(
+        Source(rows), "SELECT DISTINCT step FROM results WHERE step IS NOT NULL ORDER BY 1"
+    )
     steps = [str(row[0]) for row in answer[1]]
     if not steps:
         return "; they have no step"

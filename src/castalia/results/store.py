@@ -9,7 +9,7 @@ from typing import Any
 from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed
-from castalia.results.query import EXTRA, PURPOSE, Answer, select
+from castalia.results.query import EXTRA, PURPOSE, Answer, Source, select
 from castalia.results.schema import COLUMNS, KEY, Result
 
 FILE = "results.parquet"
@@ -18,6 +18,8 @@ EVALS = "evals"
 """Folder of a run or a suite that holds its store."""
 REQUIRED = ("suite", "model", "task", "metric", "value")
 """Columns of every results table, of any version."""
+NEAR = ("model", "step", "task")
+"""Columns that tell the rows that new ones may replace from all others."""
 SILENT_SECONDS = 5.0
 """Wait for another process that adds before it is said."""
 
@@ -61,7 +63,12 @@ class ResultsStore:
                 # Checksums: a flipped bit is an error when the file is read, never a number.
                 # Without Arrow's own schema in it, which has the dictionaries as types.
                 parquet.write_table(
-                    whole, file, compression="zstd", write_page_checksum=True, store_schema=False
+                    whole,
+                    file,
+                    compression="zstd",
+                    write_page_checksum=True,
+                    store_schema=False,
+                    write_statistics=list(NEAR),
                 )
         return int(whole.num_rows)
 
@@ -121,8 +128,8 @@ class ResultsStore:
         return arrow.table(columns | {name: table[name] for name in later})
 
     def scan(self) -> Any:
-        """What `select` takes: a pyarrow.dataset.Dataset, of which only the columns that a query
-        names are read; or a pyarrow.Table, where the file has other columns than ours.
+        """A pyarrow.dataset.Dataset, of which a query reads only the columns that it names; or a
+        pyarrow.Table, where the file has other columns than ours.
 
         Raises  DataError if the file cannot be opened as Parquet. Damage in the numbers themselves
                 shows when they are read.
@@ -151,18 +158,20 @@ class ResultsStore:
             " import or evaluate again"
         )
 
+    def source(self) -> Source:
+        """The table for `select` and `select_table`.
+
+        Raises  DataError if the file cannot be opened as Parquet.
+        """
+        return Source(self.scan(), self.table)
+
     def query(self, sql: str, values: Sequence[Any] = ()) -> Answer:
         """The names of the columns and the rows that a SELECT over the table `results` gives.
 
         values  for the question marks in it.
         Raises  DataError for a damaged file, or SQL that DuckDB refuses.
         """
-        try:
-            return select(self.scan(), sql, values)
-        except DataError:
-            # DuckDB's words for a damaged page are about its own scan.
-            self.table()
-            raise
+        return select(self.source(), sql, values)
 
 
 def find_stores(path: str | os.PathLike[str]) -> list[ResultsStore]:
@@ -196,11 +205,16 @@ def read_stores(stores: Sequence[ResultsStore]) -> Any:
     return table
 
 
+def source_of(stores: Sequence[ResultsStore]) -> Source:
+    """The tables of several stores for `select`, as `read_stores` joins them."""
+    if len(stores) == 1:
+        return stores[0].source()
+    return Source(read_stores(stores))
+
+
 def query_stores(stores: Sequence[ResultsStore], sql: str) -> Answer:
     """What a SELECT over the tables of several stores gives, as `ResultsStore.query`."""
-    if len(stores) == 1:
-        return stores[0].query(sql)
-    return select(read_stores(stores), sql)
+    return select(source_of(stores), sql)
 
 
 def table_of(results: Sequence[Result]) -> Any:
@@ -235,14 +249,15 @@ def merged(old: Any, new: Any) -> Any | None:
     # Most of a large table has nothing to do with a few new rows, and three columns tell it: a
     # task of one checkpoint is added to a million rows in the time that writing them takes.
     near = arrow.repeat(True, len(old))
-    for name in ("model", "step", "task"):
+    for name in NEAR:
         near = compute.and_(near, compute.is_in(old[name], value_set=compute.unique(new[name])))
     touched = decoded(old.filter(near))
     both = arrow.concat_tables([touched, new], promote_options="default")
     kept = both.take(latest_rows(both))
     if kept.equals(touched):
         return None
-    rest = old.filter(compute.invert(near))
+    # A filter copies the table, which costs as much as reading it.
+    rest = old.filter(compute.invert(near)) if len(touched) else old
     whole = arrow.concat_tables([encoded(rest), encoded(kept)], promote_options="default")
     # The writer encodes a column only once if its parts have one dictionary.
     return whole.unify_dictionaries()
