@@ -32,7 +32,7 @@ def test_import_then_ask(files, command):
     code, out, err = command("results", "--import", "v1", "c.json", "--store", "store")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "opt        1 files, 2 rows",
+        "opt        1 file, 2 rows",
         "pythia-v1  2 files, 4 rows",
         "imported 3 files, 6 rows, of them 0 older duplicates dropped; the table has 6 rows",
     ]
@@ -62,7 +62,7 @@ def test_import_then_ask(files, command):
 def test_one_call_imports_and_asks(files, command):
     sql = "select task, any_value(source) as source from results group by task order by task"
     code, out, err = command("results", "--import", "c.json", "--sql", sql)
-    assert code == 0 and "imported 1 files, 2 rows" in err
+    assert code == 0 and "imported 1 file, 2 rows" in err
     assert out.splitlines() == ["task  source", "piqa  c.json", "wsc   c.json"]
     assert (files / "evals" / "results.parquet").is_file()
     # A comment in a condition ends with it.

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.core.extras import require
+from castalia.results.formats import counted
 from castalia.results.query import EXTRA, PURPOSE, Answer
 from castalia.results.schema import CONDITIONS
 from castalia.results.selections import Selection
@@ -34,7 +35,7 @@ class Comparison(NamedTuple):
         """A sentence about it."""
         a, b = names
         return (
-            f"{len(self.answer[1])} numbers: {a} is better in {self.better[0]}, {b} in"
+            f"{counted(len(self.answer[1]), 'number')}: {a} is better in {self.better[0]}, {b} in"
             f" {self.better[1]}; {self.certain} differ by more than {CERTAIN:.0f} standard errors;"
             f" {self.alone[0]} only in {a}, {self.alone[1]} only in {b}"
         )
@@ -155,7 +156,8 @@ def refuse_other_conditions(
         names.append(name)
         value_a, value_b, count = rows[0]
         more = f", and {len(rows) - 1} other pairs of values" if len(rows) > 1 else ""
-        lines.append(f"  {name}: {known(value_a)} against {known(value_b)} ({count} numbers{more})")
+        numbers = counted(count, "number") + more
+        lines.append(f"  {name}: {known(value_a)} against {known(value_b)} ({numbers})")
     if lines:
         raise DataError(
             "\n".join(

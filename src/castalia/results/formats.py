@@ -50,6 +50,11 @@ def as_columns(names: Sequence[str], rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def numeric(names: Sequence[str], rows: Rows) -> list[bool]:
     """For each column whether it holds numbers only."""
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(names)

@@ -10,6 +10,7 @@ from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import files_in
 from castalia.results.dialects import read_results
+from castalia.results.formats import counted
 from castalia.results.query import EXTRA, PURPOSE
 from castalia.results.store import FILE, SUFFIX, ResultsStore, latest_rows, table_of
 
@@ -36,13 +37,14 @@ class Imported(NamedTuple):
         """What to tell about it."""
         width = max(map(len, self.suites), default=0)
         lines = [
-            f"{suite:{width}}  {files} files, {rows} rows"
+            f"{suite:{width}}  {counted(files, 'file')}, {counted(rows, 'row')}"
             for suite, (files, rows) in self.suites.items()
         ]
         return [
             *lines,
-            f"imported {self.files} files, {self.rows} rows, of them {self.dropped} older"
-            f" duplicates dropped; the table has {self.total} rows",
+            f"imported {counted(self.files, 'file')}, {counted(self.rows, 'row')}, of them"
+            f" {self.dropped} older duplicates dropped; the table has"
+            f" {counted(self.total, 'row')}",
         ]
 
 
