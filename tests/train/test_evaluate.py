@@ -12,9 +12,9 @@ import castalia
 import castalia.train.evaluation as evaluation
 from castalia.checkpoint import read
 from castalia.core.errors import CastaliaError
-from castalia.eval.harness.evaluate import evaluate
-from castalia.eval.harness.tasks import open_tasks
 from castalia.eval.labels import labels_of
+from castalia.eval.places import Checkpoint
+from castalia.eval.work import WorkOptions, open_work
 from castalia.recipes import resolve
 from castalia.results import KEY, ResultsStore
 from castalia.train.hooks import Hook
@@ -25,7 +25,6 @@ SMALL = (
     "model.hidden_size=32",
     "model.hidden_dropout=0.2",
     "data.seq_length=16",
-    'data.split="50,50,0"',
     "train.batch_size=4",
     "train.eval_every=2",
     "train.eval_batches=1",
@@ -74,7 +73,8 @@ def train_here(tokens):
     """train_here(output, *overrides, hooks=()): a run in this process."""
 
     def train(output, *overrides, hooks=()):
-        words = ["debug", *SMALL, f"data.train={tokens}", f"output={output}", *overrides]
+        words = ["debug", *SMALL, f"data.train={tokens}", f"data.valid={tokens}"]
+        words += [f"output={output}", *overrides]
         return run(resolve(words).config, ["castalia", "train", *words], hooks=hooks)
 
     return train
@@ -85,7 +85,7 @@ def section(task_folder):
     """The overrides of a run that evaluates."""
     names = ",".join(str(task_folder / f"{name}.yaml") for name in CHOSEN)
     return (
-        f"eval.tasks=[{names}]",
+        f"eval.tasks=[{names},bits_per_byte]",
         'eval.samples=["the owner", "two"]',
         "eval.sample_tokens=6",
         "eval.every=2",
@@ -141,16 +141,21 @@ def test_the_run_does_not_notice(whole, train_here, tmp_path):
 def test_the_numbers_are_those_of_the_saved_checkpoint(whole, task_folder):
     """Rows agree in every column of the KEY: a later sweep finds the checkpoint evaluated."""
     output, _ = whole
-    model = castalia.load(f"{output}/step4")
-    tasks = open_tasks([str(task_folder / f"{name}.yaml") for name in CHOSEN], limit=5)
-    rows = evaluate(model, tasks, bootstrap=1000).results(labels_of(f"{output}/step4", model))
+    path = f"{output}/step4"
+    model = castalia.load(path)
+    labels = labels_of(path, model)
+    place = Checkpoint(path, labels.suite, labels.model, 4, output, ())
+    names = (*(str(task_folder / f"{name}.yaml") for name in CHOSEN), "bits_per_byte")
+    works = open_work(WorkOptions(names, limit=5, bootstrap=1000))
+    rows = [row for work in works for row in work.measure(model, place, labels).results]
+    assert len(rows) == 7
     stored = ResultsStore(output / "evals").table().to_pylist()
     by_key = {tuple(row[name] for name in KEY): row for row in stored}
     line = lines_of(output)[3]
     for row in rows:
         other = by_key[tuple(getattr(row, name) for name in KEY)]
         assert other["value"] == row.value and other["stderr"] == row.stderr
-        assert other["checkpoint"] == f"{output}/step4" and other["dtype"] == "fp32"
+        assert other["checkpoint"] == path and other["dtype"] == "fp32"
         assert other["parameters"] == row.parameters and other["tokens"] == row.tokens == 256
         assert line[f"eval/{row.task}/{row.metric}"] == row.value
     texts = [done.text for done in model.complete(["the owner", "two"], 6)]
@@ -166,11 +171,13 @@ def test_each_evaluation_is_there_once(whole, train_here, section, read_lines):
     assert {row[2] for row in rows if "local" in row[0]} == {0, 2, 4}
     samples = samples_in(output)
     assert [sample["step"] for sample in samples] == [0, 0, 2, 2, 4, 4]
-    valid = {row[2:] for row in rows if row[:2] == ("bits_per_byte/text", "loss")}
     lines = read_lines(output)
-    assert valid == {(2, lines[1]["valid_loss"]), (4, lines[3]["valid_loss"])}
-    described = rows_of(output, "distinct dtype, engine, harness, task_version, task_hash")
-    assert len({row for row in described if row[3] == "validation"}) == 1
+    valid = [
+        row[1:]
+        for row in rows_of(output, "task_version, metric, dtype, step, value")
+        if row[0] == "validation"
+    ]
+    assert valid == [("loss", "bf16 autocast", n, lines[n - 1]["valid_loss"]) for n in (2, 4)]
     seconds = [line.get("eval_seconds", 0.0) for line in lines]
     assert seconds[1] > 0 and seconds[3] > 0 and seconds[0] == seconds[2] == 0
     # Without its last checkpoint the run goes on from step 2.
@@ -242,6 +249,7 @@ def test_a_fault_is_recorded_and_the_run_goes_on(train_here, section, tmp_path, 
     ("overrides", "message"),
     [
         (["eval.tasks=[nowhere.yaml]"], "nowhere.yaml: no such task file"),
+        (["eval.tasks=[bits_per_byte]", "data.valid=[]"], "reads the token files of data.valid"),
         (["eval.samples=[x]", "data.tokenizer=null"], "text needs a tokenizer"),
         (["eval.samples=[" + "x" * 600 + "]"], "has 600 tokens, but the model reads"),
     ],

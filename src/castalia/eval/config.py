@@ -11,7 +11,8 @@ class EvalConfig(Config):
     """Tasks and samples of a run, at some of its steps. Read by train/hooks/evaluate.py."""
 
     tasks: list[str] = []
-    """Tasks of lm-evaluation-harness by name, or paths of task YAMLs; needs the extra `eval`."""
+    """Tasks of lm-evaluation-harness by name, or paths of task YAMLs, which need the extra `eval`;
+    bits_per_byte is the text of data.valid."""
     include: list[str] = []
     """Folders of further task YAMLs, whose names `tasks` may use."""
     every: NonNegativeInt = 0

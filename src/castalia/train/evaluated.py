@@ -4,9 +4,9 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,48 +14,81 @@ from castalia.core.errors import ConfigError
 from castalia.core.extras import require
 from castalia.core.files import write_json
 from castalia.data import load_tokenizer
+from castalia.data.sources import source_names
 from castalia.distributed import World
 from castalia.eval.config import EvalConfig
+from castalia.eval.held_out import TASK, Windows
 from castalia.eval.labels import Labels
+from castalia.eval.places import Checkpoint
+from castalia.eval.work import HeldOutWork, Work, WorkOptions, open_work
 from castalia.inference import LanguageModel
 from castalia.models import Decoder
 from castalia.results import Result
 from castalia.results.store import EXTRA, PURPOSE
 from castalia.train.aside import undisturbed
 from castalia.train.config import RunConfig
-
-if TYPE_CHECKING:
-    from castalia.eval.harness.evaluate import Evaluation
-    from castalia.eval.harness.numbers import Number
-    from castalia.eval.harness.tasks import TaskSet
+from castalia.train.validation_rows import PACKAGES
 
 SAMPLES = Path("samples") / "samples.json"
 COLUMNS = 80
 """Width of the line of an evaluation."""
 
 
-def open_run_tasks(section: EvalConfig, world: World) -> "TaskSet":
-    """The tasks of a run, with their data.
+def open_tasks_of(section: EvalConfig, world: World) -> list[Work]:
+    """The tasks of a run, with their data; held-out text, which the data name, is left out.
 
     Raises  ConfigError if an extra is missing or a task is unknown; DataError for a task without
             data.
     """
-    require("lm_eval", "eval", "eval.tasks")
-    # Found now: an evaluation after days of training has nowhere to put its rows else.
-    require("duckdb", EXTRA, PURPOSE)
-    require("pyarrow", EXTRA, PURPOSE)
-    from castalia.eval.harness.tasks import open_tasks
+    # Found now: an evaluation after days of training would have nowhere to put its rows.
+    for name in PACKAGES:
+        require(name, EXTRA, PURPOSE)
+    options = work_options(section)
+    options = replace(options, tasks=tuple(name for name in section.tasks if name != TASK))
 
-    def opened() -> "TaskSet":
+    def opened() -> list[Work]:
         with undisturbed(world.device):
-            return open_tasks(
-                section.tasks, include=section.include, shots=section.shots, limit=section.limit
-            )
+            return open_work(options)
 
     # One rank first: it downloads and caches what the others then find.
-    tasks = opened() if world.leads else None
+    work = opened() if world.leads else None
     world.wait()
-    return tasks or opened()
+    return opened() if work is None else work
+
+
+def work_options(section: EvalConfig) -> WorkOptions:
+    """The section in the terms of a sweep."""
+    return WorkOptions(
+        tasks=tuple(section.tasks),
+        include=tuple(section.include),
+        shots=(section.shots,),
+        limit=section.limit,
+        batch=section.batch,
+        bootstrap=section.bootstrap,
+    )
+
+
+def held_out_work(config: RunConfig, place: Checkpoint) -> list[Work]:
+    """The held-out text of a run, if its tasks have it.
+
+    Raises  ConfigError without data.valid; DataError if a token file is damaged.
+    """
+    if TASK not in config.eval.tasks:
+        return []
+    prefixes = config.data.valid or []
+    if not prefixes:
+        raise ConfigError(
+            f"eval.tasks: {TASK} reads the token files of data.valid, and there are none; name"
+            f" some, or leave {TASK} out"
+        )
+    options = replace(
+        work_options(config.eval),
+        held_out=dict(zip(source_names(prefixes), prefixes, strict=True)),
+        windows=Windows(config.data.seq_length),
+    )
+    work = HeldOutWork(options)
+    work.expected(place)
+    return [work]
 
 
 def reader_of(config: RunConfig) -> LanguageModel:
@@ -104,10 +137,9 @@ def labels_at(labels: Labels, config: RunConfig, step: int, *, saved: bool) -> L
 class Outcome:
     """What came of one evaluation."""
 
-    numbers: "list[Number]" = field(default_factory=list)
     rows: list[Result] = field(default_factory=list)
-    parts: "list[Evaluation]" = field(default_factory=list)
-    """One for each requested task."""
+    json: list[dict[str, Any]] = field(default_factory=list)
+    """What the harness writes, of each requested task."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     is_broken_off: bool = False
@@ -118,11 +150,11 @@ class Outcome:
         """The numbers as metrics of the step: eval/TASK/METRIC, with the filter where there is
         one."""
         metrics = {}
-        for number in self.numbers:
-            name = f"eval/{number.task}/{number.metric}"
-            if number.filter != "none":
-                name += f",{number.filter}"
-            metrics[name] = number.value
+        for row in self.rows:
+            name = f"eval/{row.task}/{row.metric}"
+            if row.filter != "none":
+                name += f",{row.filter}"
+            metrics[name] = row.value
         return metrics
 
 
@@ -150,15 +182,21 @@ def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]])
     write_json(path, [*kept, *samples])
 
 
-def write_neox_file(prefix: str, parts: "Sequence[Evaluation]") -> Path:
+def write_neox_file(prefix: str, parts: Sequence[Mapping[str, Any]]) -> Path:
     """The harness's results under GPT-NeoX's name of the file.
 
     Source  GPT-NeoX, eval.py: {prefix}_eval_results_{%m-%d-%Y-%H-%M-%S}.json.
     """
     from lm_eval.utils import handle_non_serializable
 
-    from castalia.eval.harness.evaluate import joined
-
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            # Tables by task grow; what is the same for every part stays.
+            if isinstance(value, dict) and key != "config":
+                whole[key] = {**whole.get(key, {}), **value}
+            else:
+                whole.setdefault(key, value)
     path = Path(f"{prefix}_eval_results_{time.strftime('%m-%d-%Y-%H-%M-%S')}.json")
     stem = path.stem
     number = 1
@@ -166,9 +204,8 @@ def write_neox_file(prefix: str, parts: "Sequence[Evaluation]") -> Path:
         number += 1
         path = path.with_name(f"{stem}-{number}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = parts[0] if len(parts) == 1 else joined(parts)
     # As the harness writes it: a function of a task file is its name.
-    text = json.dumps(whole.json, default=handle_non_serializable)
+    text = json.dumps(whole, default=handle_non_serializable)
     write_json(path, json.loads(text))
     return path
 
@@ -177,8 +214,10 @@ def evaluation_line(where: str, outcome: Outcome, seconds: float) -> str:
     """One line: the first number of each task, as many as fit."""
     words = [f"eval {where}", f"{seconds:.1f} s"]
     texts: dict[str, str] = {}
-    for number in outcome.numbers:
-        texts.setdefault(number.task, f"{number.task} {number.metric} {number.value:.4g}")
+    for row in outcome.rows:
+        # `bits_per_byte/SOURCE` names its metric already.
+        metric = "" if row.task.startswith(row.metric) else f" {row.metric}"
+        texts.setdefault(row.task, f"{row.task}{metric} {row.value:.4g}")
     rest = list(texts.values())
     if outcome.samples:
         rest.append(f"samples {len(outcome.samples)}")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,7 +12,9 @@ from castalia.checkpoint import SavePolicy
 from castalia.core.errors import CastaliaError
 from castalia.distributed import Watchdog, World, is_loss
 from castalia.eval.labels import Labels, labels_of
+from castalia.eval.places import Checkpoint
 from castalia.eval.shares import Share
+from castalia.eval.work import Measured, Work
 from castalia.inference import LanguageModel
 from castalia.results.store import ResultsStore
 from castalia.train.aside import Peers, in_words, undisturbed, whole_model
@@ -20,6 +22,7 @@ from castalia.train.config import RunConfig
 from castalia.train.evaluated import (
     Outcome,
     evaluation_line,
+    held_out_work,
     labels_at,
     reader_of,
     samples_of,
@@ -32,10 +35,6 @@ from castalia.train.resume import LONG
 from castalia.train.stopping import say
 from castalia.train.validation_rows import ValidationRows
 
-if TYPE_CHECKING:
-    from castalia.eval.harness.evaluate import Evaluation
-    from castalia.eval.harness.tasks import TaskSet
-
 T = TypeVar("T")
 STORE = "evals"
 """Folder of the results table in a run's."""
@@ -45,7 +44,8 @@ STORE = "evals"
 class RunEvaluation:
     """The evaluations of a run in training; the fields are services of the hooks, see `Hook`.
 
-    Raises  ConfigError for text without a tokenizer, or a prompt that the model cannot continue.
+    Raises  ConfigError for text without a tokenizer, a prompt that the model cannot continue, or
+            held-out text that the data do not name.
     """
 
     config: RunConfig
@@ -55,7 +55,8 @@ class RunEvaluation:
     watchdog: Watchdog
     is_asked: Callable[[], bool]
     stop_if_asked: Callable[[], bool]
-    tasks: "TaskSet | None"
+    work: list[Work]
+    """The tasks; held-out text is added here."""
     validations: ValidationRows | None
     """On the rank that writes, where the run keeps them."""
     seconds: float = 0.0
@@ -68,6 +69,9 @@ class RunEvaluation:
         self.store = ResultsStore(self.folder / STORE)
         self.reader = reader_of(self.config)
         self.labels = labels_of(self.config.output, self.reader)
+        labels = self.labels
+        self.place = Checkpoint(self.config.output, labels.suite, labels.model, None, None, ())
+        self.work = [*self.work, *held_out_work(self.config, self.place)]
 
     def labels_at(self, step: int) -> Labels:
         """What the rows of a step have in common."""
@@ -152,25 +156,17 @@ class RunEvaluation:
 
     def run_tasks(self, model: LanguageModel, peers: Peers, outcome: Outcome, step: int) -> None:
         """Evaluate each task by itself: one that fails takes no other with it."""
-        if self.tasks is None:
-            return
-        from castalia.eval.harness.evaluate import evaluate
-
-        section = self.config.eval
         share = Share(self.world.rank, self.world.size, peers.gather)
-        labels = self.labels_at(step)._replace(dtype=section.dtype)
-        for task in self.tasks.split():
+        labels = self.labels_at(step)._replace(dtype=self.config.eval.dtype)
+        for task in self.work:
 
-            def work(task: "TaskSet" = task) -> "Evaluation":
-                return evaluate(
-                    model, task, batch=section.batch, bootstrap=section.bootstrap, share=share
-                )
+            def measure(task: Work = task) -> Measured:
+                return task.measure(model, self.place, labels, share)
 
-            evaluation = self.attempt(f"task {task.parts[0].name}", peers, outcome, work)
-            if evaluation is not None:
-                outcome.numbers += evaluation.numbers
-                outcome.rows += evaluation.results(labels)
-                outcome.parts.append(evaluation)
+            measured = self.attempt(f"task {task.name}", peers, outcome, measure)
+            if measured is not None:
+                outcome.rows += measured.results
+                outcome.json += [measured.json] if measured.json else []
 
     def write(self, step: int, outcome: Outcome) -> None:
         """Write rows, samples and the file of GPT-NeoX; what cannot be written is noted."""
@@ -179,8 +175,8 @@ class RunEvaluation:
                 self.store.add(outcome.rows)
             if outcome.samples:
                 write_samples(self.folder, step, outcome.samples)
-            if self.config.eval.results_prefix and outcome.parts:
-                write_neox_file(self.config.eval.results_prefix, outcome.parts)
+            if self.config.eval.results_prefix and outcome.json:
+                write_neox_file(self.config.eval.results_prefix, outcome.json)
         # As in `attempt`: what a task put into its results is not worth the run.
         except Exception as error:
             outcome.faults.append(f"writing: {in_words(error)}")

@@ -18,7 +18,7 @@ from castalia.train.validation_rows import ValidationRows, keeps_validations
 
 # What evaluates is imported by the runs that do: it loads inference.
 if TYPE_CHECKING:
-    from castalia.eval.harness.tasks import TaskSet
+    from castalia.eval.work import Work
     from castalia.train.evaluation import RunEvaluation
 
 FLUSH_SECONDS = 60.0
@@ -35,19 +35,19 @@ class Evaluate(Hook):
     """
 
     def __init__(self) -> None:
-        self.tasks: TaskSet | None = None
+        self.work: list[Work] = []
         self.is_open = False
         self.evaluation: RunEvaluation | None = None
 
     def open(self, config: RunConfig, world: World) -> None:
         """Find the tasks and their data, before anything of the run is built.
 
-        Raises  ConfigError or DataError as `open_run_tasks`.
+        Raises  ConfigError or DataError as `open_tasks_of`.
         """
         if config.eval.tasks:
-            from castalia.train.evaluated import open_run_tasks
+            from castalia.train.evaluated import open_tasks_of
 
-            self.tasks = open_run_tasks(config.eval, world)
+            self.work = open_tasks_of(config.eval, world)
         self.is_open = True
 
     def start(
@@ -91,7 +91,7 @@ class Evaluate(Hook):
             watchdog=watchdog,
             is_asked=is_asked,
             stop_if_asked=stop_if_asked,
-            tasks=self.tasks,
+            work=self.work,
             validations=validations,
         )
         fresh = checkpoints.store.latest() is None
