@@ -9,9 +9,11 @@ import torch
 from tests.inference.test_native_families import COMPILED, config_of, native, random_model
 
 from castalia.core.errors import ConfigError
+from castalia.inference import quick
 from castalia.inference.engine import Engine
 from castalia.inference.native import compiled
 from castalia.inference.prefixes import sections_of
+from castalia.inference.quick import quick_model
 from castalia.inference.scoring import Likelihood, Line, score_lines
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -77,6 +79,36 @@ def test_the_native_engine_scores_in_its_own_arithmetic(storage: str) -> None:
     engine = native(random_model(config_of("mistral")), storage)
     assert engine.compiled is not None
     require_equal(engine, some_lines())
+
+
+@pytest.mark.parametrize("case", ["layers in turn", "rpe", "gpt2", "llama"])
+def test_products_of_onednn_score_alike(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TorchEngine(random_model(config_of(case)))
+    other = quick_model(engine.model)
+    assert {id(one) for one in other.decoder.parameters()} == {
+        id(one) for one in engine.model.parameters()
+    }
+    assert not any(type(module) is torch.nn.Linear for module in other.decoder.modules())
+    assert any(type(module) is torch.nn.Linear for module in engine.model.modules())
+    monkeypatch.setattr(engine, "scoring_model", lambda: other)
+    require_equal(engine, some_lines())
+
+
+def test_the_choice_of_products_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(config_of("gpt2"))
+    asked: list[Any] = []
+
+    def fastest(shape: tuple[int, int], *options: Any) -> str:
+        asked.append(shape)
+        return "fp32_onednn"
+
+    monkeypatch.setattr(quick, "fastest", fastest)
+    assert quick.scoring_model(model).decoder is model
+    monkeypatch.setattr(quick, "LEAST_WEIGHTS", 1)
+    assert quick.scoring_model(model).decoder is not model
+    assert asked == [(256, 64)]
+    # oneDNN's operator is used for plain weights of float32 alone.
+    assert quick.scoring_model(model.bfloat16()).decoder is model
 
 
 def greedy_lines(engine: Engine) -> list[Line]:

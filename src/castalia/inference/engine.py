@@ -6,7 +6,7 @@ The same seed therefore draws the same tokens from the same logits on every engi
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -98,6 +98,8 @@ class ScoringModel(NamedTuple):
     decoder: Decoder
     dtype: torch.dtype
     """Of its activations, and so of the keys and values of a state."""
+    head: Callable[[Tensor], Tensor]
+    """Hidden states to logits, (n, C) -> (n, V)."""
 
 
 class Engine(ABC):

@@ -60,6 +60,7 @@ class DecoderReader(Reader):
 
     def __init__(self, model: ScoringModel) -> None:
         self.decoder = model.decoder
+        self.head = model.head
         self.dtype = model.dtype
         self.device = device_of(self.decoder)
         self.copies = self.decoder.family.rewinds and not self.one_length
@@ -124,9 +125,11 @@ class DecoderReader(Reader):
 
     def logits(self, hidden: Tensor) -> Iterator[Tensor]:
         """Logits of hidden states (n, C), in parts."""
+        if not len(hidden):
+            return
         for part in hidden.split(self.part_rows):
             with torch.inference_mode():
-                logits = self.decoder.head(part)
+                logits = self.head(part)
             yield logits
 
 

@@ -251,7 +251,10 @@ class TorchEngine(Engine):
 
     def scoring_model(self) -> ScoringModel:
         """See `Engine`."""
-        return ScoringModel(self.model, self.model.head_weight.dtype)
+        # Imported here, because the native engine's modules import this one.
+        from castalia.inference.quick import scoring_model
+
+        return scoring_model(self.model)
 
 
 def device_of(model: Decoder) -> torch.device:

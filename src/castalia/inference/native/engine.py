@@ -227,9 +227,10 @@ class NativeEngine(Engine):
     def scoring_model(self) -> ScoringModel | None:
         """See `Engine`; None where the compiled step scores."""
         if self.scoring == "bf16":
-            return ScoringModel(self.bf16_scorer(), torch.bfloat16)
+            scorer = self.bf16_scorer()
+            return ScoringModel(scorer, torch.bfloat16, scorer.head)
         if self.decoder is not None:
-            return ScoringModel(self.decoder, torch.float32)
+            return ScoringModel(self.decoder, torch.float32, self.decoder.head)
         return None
 
     def scoring_slots(self, count: int, length: int) -> Slots:

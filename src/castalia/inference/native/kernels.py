@@ -1,9 +1,9 @@
 """Kernels of a linear layer: several ways to the same product, chosen by tuning.py for each shape.
 
 A kernel takes activations (M, K) float32 and returns (M, channels) float32. Those of torch use
-operators with a future: `aten::_int_mm`, `_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu` and
-`onednn::qlinear_pointwise`. The quantized tensors of torch.ao are deprecated. `activations` says
-how a kernel rounds its input.
+operators with a future: `aten::_int_mm`, `_weight_int8pack_mm`, `_weight_int4pack_mm_for_cpu`,
+`onednn::qlinear_pointwise` and `mkldnn::_linear_pointwise`. The quantized tensors of torch.ao are
+deprecated. `activations` says how a kernel rounds its input.
 """
 
 import ctypes
@@ -115,6 +115,28 @@ class Fp32(Dense):
 
     storages = ("fp32",)
     activations = "fp32"
+
+
+def has_onednn() -> bool:
+    """Whether torch has oneDNN's product for plain weights."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) by weight (N, K) of the same dtype, plus bias -> (..., N), computed by oneDNN."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+@KERNELS.register("fp32_onednn")
+class Fp32OneDnn(Dense):
+    """oneDNN's product in float32."""
+
+    storages = ("fp32",) if has_onednn() else ()
+    activations = "fp32"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return onednn_product(x, self.weight, self.bias)
 
 
 @KERNELS.register("bf16")

@@ -44,33 +44,44 @@ def chosen(layers: list[Packed], storage: str, names: str = "auto") -> dict[tupl
 
 
 @functools.cache
-def fastest(shape: tuple[int, int], storage: str, names: tuple[str, ...], seconds: float) -> str:
+def fastest(
+    shape: tuple[int, int],
+    storage: str,
+    names: tuple[str, ...],
+    seconds: float,
+    rows: tuple[int, ...] = ROWS,
+) -> str:
     """The fastest of `names` for a layer of `shape`, from the cache folder if it is there."""
-    path = remembered(shape, storage, names)
+    path = remembered(shape, storage, names, rows)
     with suppress(OSError, ValueError, KeyError):
         stored = json.loads(path.read_text())["kernel"]
         if stored in names:
             return str(stored)
-    times = measured(shape, storage, names, seconds)
+    times = measured(shape, storage, names, seconds, rows)
     best = min(times, key=lambda name: math.prod(times[name]))
     # Without a cache folder the choice holds for this process.
     with suppress(CastaliaError):
-        write_json(path, {"kernel": best, "rows": ROWS, "seconds": times})
+        write_json(path, {"kernel": best, "rows": rows, "seconds": times})
     return best
 
 
-def remembered(shape: tuple[int, int], storage: str, names: tuple[str, ...]) -> Path:
+def remembered(
+    shape: tuple[int, int], storage: str, names: tuple[str, ...], rows: tuple[int, ...]
+) -> Path:
     """The file that stores the choice for a shape."""
-    key = json.dumps(
-        [shape, storage, names, compiled.processor(), torch.get_num_threads(), torch.__version__]
-    )
+    machine = [compiled.processor(), torch.get_num_threads(), torch.__version__]
+    key = json.dumps([shape, storage, names, rows, *machine])
     return cache_folder() / f"kernel-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def measured(
-    shape: tuple[int, int], storage: str, names: tuple[str, ...], seconds: float
+    shape: tuple[int, int],
+    storage: str,
+    names: tuple[str, ...],
+    seconds: float,
+    sizes: tuple[int, ...],
 ) -> dict[str, tuple[float, ...]]:
-    """Best time of each kernel at each number of ROWS, in seconds."""
+    """Best time of each kernel at each number of rows in `sizes`, in seconds."""
     channels = min(shape[0], CHANNELS_AT_MOST)
     inputs = shape[1]
     # Times do not depend on the numbers, so random ones stand for the weights.
@@ -78,10 +89,10 @@ def measured(
     weight = torch.randn(channels, inputs, generator=generator)
     layer = bare(pack(weight, None, storage))
     kernels = {name: make(name, layer) for name in names}
-    best = {name: [math.inf] * len(ROWS) for name in names}
-    for at, rows in enumerate(ROWS):
+    best = {name: [math.inf] * len(sizes) for name in names}
+    for at, rows in enumerate(sizes):
         x = torch.randn(rows, inputs, generator=generator)
-        end = time.perf_counter() + seconds / len(ROWS)
+        end = time.perf_counter() + seconds / len(sizes)
         while True:
             # The kernels take turns: a busy moment of the machine then slows all of them alike.
             for name, kernel in kernels.items():
