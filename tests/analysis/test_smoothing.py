@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from castalia.analysis.smoothing import ENDING, WINDOWS, ending, local_linear
+from castalia.analysis.smoothing import ENDING, WINDOWS, Smoother, ending, local_linear
 
 STEPS = np.arange(1, 2001, dtype=float)
 FALLING = 2 + 8 * STEPS**-0.4
@@ -55,3 +55,21 @@ def test_steps_may_be_sparse_and_begin_at_0():
     steps, fits = local_linear(np.array([0.0, 1, 10, 100]), np.array([4.0, 3, 2, 1]), 0.05)
     assert steps.tolist() == [0, 1, 10, 100]
     assert fits.tolist() == [3.5, 3.5, 2, 1]  # on a logarithm, step 0 stands at step 1
+
+
+def test_a_curve_that_grows_is_smoothed_as_a_whole_one():
+    generator = np.random.default_rng(0)
+    steps = np.cumsum(generator.integers(1, 4, 900)).astype(np.float64)
+    values = 3 + generator.normal(size=900)
+    smooth = Smoother()
+    counted: list[int] = []
+    for count in (1, 3, 40, 400, 401, 900):
+        for window in WINDOWS:
+            whole = local_linear(steps[:count], values[:count], window)
+            counted.append(len(smooth.kept(steps[:count], values[:count], window)))
+            assert np.array_equal(smooth(steps[:count], values[:count], window), whole)
+    assert max(counted) > 100
+    # Another curve that begins alike.
+    other = values.copy()
+    other[500] += 1
+    assert np.array_equal(smooth(steps, other, 0.05), local_linear(steps, other, 0.05))

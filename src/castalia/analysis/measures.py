@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from castalia.analysis.panel import Panel, Series, look
-from castalia.analysis.runs import Curve, RunFiles, is_number
+from castalia.analysis.runs import Curve, RunFiles
 
 Final = Literal["fit", "last", "median", "largest", ""]
 """What the table of final values says of a curve: the smoothed value at the end, the last value,
@@ -190,8 +190,7 @@ def other_measures(runs: Sequence[RunFiles]) -> Iterator[Measure]:
     """
     names: dict[str, None] = {}
     for run in runs:
-        for line in run.metrics:
-            names |= dict.fromkeys(key for key, value in line.items() if is_number(value))
+        names |= dict.fromkeys(keys[0] for keys in run.columns.numbers if len(keys) == 1)
     known = known_keys()
     left = [name for name in names if name not in known]
     for name in dict.fromkeys(name.removeprefix("valid_") for name in left):

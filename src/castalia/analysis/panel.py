@@ -1,15 +1,17 @@
 """`Panel` and `Series`: a chart of the report page as data, which page.js draws."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from castalia.analysis.axes import DETAIL, extremes
-from castalia.analysis.runs import Curve
+from castalia.analysis.runs import Curve, Vector
 from castalia.analysis.smoothing import WINDOWS, local_linear
 
+Smooth = Callable[[Vector, Vector, float], Curve]
+"""Steps, values and a window -> the smoothed curve."""
 Kind = Literal["lines", "shares", "heat", "events"]
 
 
@@ -62,18 +64,21 @@ class Panel:
     few: Sequence[str] = ()
     """Names of the curves that are switched on at first; all without any."""
 
-    def data(self) -> dict[str, Any]:
-        """The panel as JSON values for page.js."""
+    def data(self, smooth: Smooth = local_linear) -> dict[str, Any]:
+        """The panel as JSON values for page.js.
+
+        smooth  `local_linear`, or what keeps its results.
+        """
         return {
             "title": self.title,
             "unit": self.unit,
             "kind": self.kind,
             "log": self.log,
             "few": list(self.few),
-            "series": [self.series_data(series) for series in self.series],
+            "series": [self.series_data(series, smooth) for series in self.series],
         }
 
-    def series_data(self, series: Series) -> dict[str, Any]:
+    def series_data(self, series: Series, smooth: Smooth = local_linear) -> dict[str, Any]:
         """One curve: its points, and the smoothed curve for each window of the slider."""
         steps, values = series.curve
         shown = np.arange(len(steps))
@@ -84,7 +89,7 @@ class Panel:
         fits = {}
         if series.smoothed and not series.marks and len(steps) > 2:
             for window in WINDOWS:
-                fits[f"{window:g}"] = packed(*local_linear(steps, values, window))
+                fits[f"{window:g}"] = packed(*smooth(steps, values, window))
         return {
             "name": series.name,
             "run": series.run,

@@ -18,12 +18,12 @@ from castalia.analysis.html import folded, section, table, tiles
 from castalia.analysis.inputs import find_inputs
 from castalia.analysis.measures import LEARNING, MACHINE, other_measures
 from castalia.analysis.page_file import write_page
-from castalia.analysis.panel import Panel, rounded
+from castalia.analysis.panel import Panel, Smooth, rounded
 from castalia.analysis.runs import RunFiles
 from castalia.analysis.samples import samples_sections
 from castalia.analysis.scaling.part import scaling_part
 from castalia.analysis.scores import scores_data
-from castalia.analysis.smoothing import WINDOWS, ending
+from castalia.analysis.smoothing import WINDOWS, ending, local_linear
 from castalia.analysis.sources import HEADER, mixture_rows, source_panels
 from castalia.config.values import flatten
 from castalia.core.errors import ConfigError, DataError
@@ -88,10 +88,11 @@ def contents_of(
     files: Sequence[RunFiles],
     stores: Sequence[ResultsStore] = (),
     scores_of: Callable[..., dict[str, Any] | None] = scores_data,
+    smooth: Smooth = local_linear,
 ) -> Contents:
     """The page about runs and results.
 
-    scores_of  `scores_data`, or what keeps its answers.
+    scores_of  `scores_data`, and smooth `local_linear`, or what keeps their answers.
 
     Raises  DataError if a file in a run's folder or a store is damaged.
     """
@@ -101,7 +102,7 @@ def contents_of(
         figures = tiles(files[0].summary.get("tiles", {}))
     data: dict[str, Any] = {
         "runs": [{"name": run.name, "axes": axes_data(run)} for run in files],
-        "panels": [panel.data() for panel in panels],
+        "panels": [panel.data(smooth) for panel in panels],
         "windows": WINDOWS,
     }
     boxes = "".join(charts(panels))

@@ -118,9 +118,8 @@ class RunFiles:
         # The mixture's first: it has all of them, also those that no step has read.
         if self.mixture:
             names |= dict.fromkeys(self.mixture.sources)
-        for line in self.metrics:
-            for key in ("sources", "valid_sources"):
-                names |= dict.fromkeys(line.get(key) or ())
+        for key in ("sources", "valid_sources"):
+            names |= dict.fromkeys(keys[1] for keys in self.columns.numbers if keys[0] == key)
         for mark in self.bits:
             names |= dict.fromkeys(mark["sources"])
         return list(names)
@@ -135,9 +134,47 @@ class RunFiles:
         keys  a key of the line and those inside it, such as "valid", "perplexity".
         """
         if keys not in self.curves:
-            points = ((line["step"], inner(line, keys)) for line in self.metrics)
-            self.curves[keys] = curve(points)
+            self.curves[keys] = self.columns.curve(keys)
         return self.curves[keys]
+
+    @cached_property
+    def columns(self) -> "Columns":
+        """The numbers of the lines by their keys."""
+        columns = Columns()
+        columns.add(self.metrics)
+        return columns
+
+
+class Columns:
+    """The finite numbers of lines by their keys, in one pass: a page asks for a hundred curves, and
+    a run may have 143,000 lines."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[tuple[str, ...], tuple[list[int], list[float]]] = {}
+        """Keys, one inside the other -> steps and values."""
+
+    def add(self, lines: Iterable[dict[str, Any]]) -> None:
+        """Add lines, whose steps follow those of the lines before."""
+        for line in lines:
+            self.add_inside((), line["step"], line)
+
+    def add_inside(self, keys: tuple[str, ...], step: int, values: dict[str, Any]) -> None:
+        """Add the numbers of an object that stands under `keys`."""
+        for name, value in values.items():
+            if isinstance(value, dict):
+                self.add_inside((*keys, name), step, value)
+            elif is_number(value):
+                place = (*keys, name)
+                if place not in self.numbers:
+                    self.numbers[place] = ([], [])
+                steps, numbers = self.numbers[place]
+                steps.append(step)
+                numbers.append(value)
+
+    def curve(self, keys: tuple[str, ...]) -> Curve:
+        """The steps with a number under the keys, and the numbers."""
+        steps, values = self.numbers.get(keys, ((), ()))
+        return np.array(steps, np.float64), np.array(values, np.float64)
 
 
 def inner(line: Any, keys: Sequence[str]) -> Any:

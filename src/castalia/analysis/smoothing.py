@@ -35,6 +35,13 @@ def local_linear(steps: Vector, values: Vector, window: float) -> tuple[Vector, 
     Shapes  -> (M,) steps and (M,) values, M <= S.
     """
     places = spaced(steps, window / 4)
+    return steps[places], fits_at(places, steps, values, window)
+
+
+def fits_at(
+    places: NDArray[np.int64], steps: Vector, values: Vector, window: float
+) -> NDArray[np.float64]:
+    """The smoothed values at some places of a curve, by their index."""
     scale = log_steps(steps)
     width = math.log1p(window)
     centers = scale[places]
@@ -45,7 +52,45 @@ def local_linear(steps: Vector, values: Vector, window: float) -> tuple[Vector, 
     for i, (first, stop) in enumerate(zip(firsts.tolist(), stops.tolist(), strict=True)):
         near = slice(first, stop)
         fits[i] = value_at(centers[i], scale[near], values[near], width)
-    return steps[places], fits
+    return fits
+
+
+class Smoother:
+    """`local_linear` for curves that grow: what the new points do not reach is not fitted again.
+
+    A curve is known by its beginning. It may also be another one: then it is fitted whole.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[float, bytes], tuple[Vector, Vector, Vector, Vector]] = {}
+        """Window and beginning -> steps, values, and the smoothed curve of both."""
+
+    def __call__(self, steps: Vector, values: Vector, window: float) -> tuple[Vector, Vector]:
+        """As `local_linear`, to the last digit."""
+        kept = self.kept(steps, values, window)
+        places = spaced(steps, window / 4)
+        fits = np.concatenate([kept, fits_at(places[len(kept) :], steps, values, window)])
+        self.known[beginning(steps, values, window)] = (steps, values, steps[places], fits)
+        return steps[places], fits
+
+    def kept(self, steps: Vector, values: Vector, window: float) -> Vector:
+        """The fits from the beginning on that still hold."""
+        key = beginning(steps, values, window)
+        if key not in self.known:
+            return np.empty(0)
+        old_steps, old_values, at, fits = self.known[key]
+        count = len(old_steps)
+        same = np.array_equal(steps[:count], old_steps)
+        if not same or not np.array_equal(values[:count], old_values):
+            return np.empty(0)
+        # With some room for rounding. The last place was there as the end alone, and is left out.
+        reach = np.maximum(at[:-1], 1.0) * (1 + window) * (1 + 1e-9)
+        return fits[: int(np.count_nonzero(reach < old_steps[-1]))]
+
+
+def beginning(steps: Vector, values: Vector, window: float) -> tuple[float, bytes]:
+    """What a curve and a window are known by."""
+    return window, steps[:4].tobytes() + values[:4].tobytes()
 
 
 def value_at(center: float, scale: Vector, values: Vector, width: float) -> float:

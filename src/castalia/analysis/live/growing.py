@@ -6,11 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from castalia.analysis.runs import Columns, lines_by_step
 from castalia.core.errors import DataError
 from castalia.mixing.record import MixtureRecord, add_line, parse_header
 
 TAIL = 256
 """Bytes before the place of reading that are compared, to see that the file has only grown."""
+PIECE = 1 << 23
+"""Bytes that are read at a time."""
 
 
 class GrowingFile:
@@ -29,36 +32,45 @@ class GrowingFile:
         self.offset = 0
         self.count = 0
         """Lines read."""
+        self.covered = 0
+        """Bytes from the beginning whose lines were taken already, whatever `offset` says."""
         self.inode = -1
         self.tail = b""
 
     def update(self) -> None:
         """Take the lines that were appended since the last call.
 
-        Raises  DataError as `take`: then nothing moves, and the lines are read again.
+        Raises  DataError as `take`: the lines from there on are read again the next time.
         """
         try:
             with open(self.path, "rb") as file:
-                grown = self.grown(file)
+                self.find_place(file)
+                rest = b""
+                # In pieces: the objects of a whole long file at once would be gigabytes.
+                while piece := file.read(PIECE):
+                    whole, _, rest = (rest + piece).rpartition(b"\n")
+                    if whole:
+                        self.move_over(whole + b"\n")
         except FileNotFoundError:
             self.begin()
-            return
-        whole = grown[: grown.rfind(b"\n") + 1]
-        lines = whole.split(b"\n")[:-1]
-        self.take(lines)
-        self.offset += len(whole)
-        self.count += len(lines)
-        self.tail = (self.tail + whole)[-TAIL:]
 
-    def grown(self, file: IO[bytes]) -> bytes:
-        """What stands after the place of reading; all of a file that was written anew."""
+    def find_place(self, file: IO[bytes]) -> None:
+        """Go to the place of reading; to the beginning of a file that was written anew."""
         inode = os.fstat(file.fileno()).st_ino
         file.seek(self.offset - len(self.tail))
         if inode != self.inode or file.read(len(self.tail)) != self.tail:
             self.begin()
             self.inode = inode
             file.seek(0)
-        return file.read()
+
+    def move_over(self, whole: bytes) -> None:
+        """Take whole lines, then count them as read."""
+        lines = whole.split(b"\n")[:-1]
+        if self.offset + len(whole) > self.covered:
+            self.take(lines)
+        self.offset += len(whole)
+        self.count += len(lines)
+        self.tail = (self.tail + whole)[-TAIL:]
 
     def take(self, lines: list[bytes]) -> None:
         """Parse lines; `self.count` lines stand before them.
@@ -69,12 +81,17 @@ class GrowingFile:
 
 
 class GrowingMetrics(GrowingFile):
-    """metrics.jsonl: its objects by step; of two lines of one step, the later one counts."""
+    """metrics.jsonl: its numbers, and what else stands in its lines, by step.
+
+    Of two lines of one step, the later one counts.
+    """
 
     def begin(self) -> None:
         """Forget what was read."""
         super().begin()
         self.records: list[dict[str, Any]] = []
+        """Without the objects inside of lines, such as those by source: `columns` has them."""
+        self.columns = Columns()
 
     def take(self, lines: list[bytes]) -> None:
         """Add the objects of lines.
@@ -82,13 +99,15 @@ class GrowingMetrics(GrowingFile):
         Raises  DataError if one is not an object with a step.
         """
         fresh = [self.parsed(line, self.count + number) for number, line in enumerate(lines, 1)]
-        last = self.records[-1]["step"] if self.records else -1
-        if all(record["step"] > last for record in fresh[:1]) and ascend(fresh):
-            self.records += fresh
-            return
-        # A run that went back writes steps again: rare, so that the whole may be sorted.
-        steps = {each["step"]: each for each in [*self.records, *fresh]}
-        self.records = [steps[step] for step in sorted(steps)]
+        last = self.records[-1:] + fresh
+        if not all(a["step"] < b["step"] for a, b in pairwise(last)):
+            # Training writes a file anew before it goes back, so that this is rare.
+            self.covered = self.path.stat().st_size
+            fresh = lines_by_step(self.path)
+            self.records = []
+            self.columns = Columns()
+        self.columns.add(fresh)
+        self.records += [flat(record) for record in fresh]
 
     def parsed(self, line: bytes, number: int) -> dict[str, Any]:
         """The object of a line.
@@ -107,9 +126,9 @@ class GrowingMetrics(GrowingFile):
         return record
 
 
-def ascend(records: list[dict[str, Any]]) -> bool:
-    """Whether the steps only grow."""
-    return all(a["step"] < b["step"] for a, b in pairwise(records))
+def flat(record: dict[str, Any]) -> dict[str, Any]:
+    """A line without the objects in it, which are most of a run with many sources."""
+    return {key: value for key, value in record.items() if not isinstance(value, dict)}
 
 
 class GrowingMixture(GrowingFile):

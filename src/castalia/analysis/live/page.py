@@ -11,7 +11,7 @@ from castalia.analysis.live.watched import Watched
 from castalia.analysis.page_file import SCRIPTS, STYLES, document
 from castalia.analysis.report import SCORES, Contents, contents_of
 from castalia.analysis.scores import scores_data
-from castalia.analysis.smoothing import WINDOWS
+from castalia.analysis.smoothing import WINDOWS, Smoother
 from castalia.results import ResultsStore
 
 PAUSE = 10.0
@@ -35,6 +35,7 @@ class LivePage:
         self.due = 0.0
         self.scored: tuple[str, dict[str, Any] | None] = ("", None)
         """What the scores were made of, and they."""
+        self.smooth = Smoother()
         self.made: dict[str, Any] = {}
         """The data of the page of version `self.made["live"]["version"]`."""
 
@@ -67,7 +68,7 @@ class LivePage:
         runs = self.watched.read()
         stores = self.watched.read_stores()
         if runs or stores:
-            contents = contents_of(runs, stores, self.scores)
+            contents = contents_of(runs, stores, self.scores, self.smooth)
         else:
             contents = Contents("castalia view", NOTHING, "", "", EMPTY)
         live = {

@@ -23,6 +23,7 @@ FILES = (
     "config.yaml",
     "env.json",
     "evals/bits_per_byte.json",
+    "evals/results.parquet",
     "samples/samples.json",
     "checkpoints",
 )
@@ -93,6 +94,7 @@ class WatchedRun:
         if not self.metrics.records and not summary:
             return None
         run = RunFiles(self.folder, name, list(self.metrics.records), summary)
+        run.columns = self.metrics.columns
         record = self.mixture.record
         run.mixture = record if record is not None and record.lines else None
         # Read here, where an error is this run's alone: the page asks for them later.
