@@ -6,6 +6,7 @@ import pytest
 
 pytest_plugins = [
     "tests.fixtures.token_files",
+    "tests.fixtures.short_run",
     "tests.fixtures.tiny_model",
     "tests.fixtures.hub_server",
     "tests.fixtures.harness_tasks",

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from tests.fixtures.forked_rank import join_ranks, run_and_exit
+from tests.fixtures.short_run import in_suite
 
-import castalia
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.data import IndexedDatasetWriter
@@ -26,25 +26,13 @@ from castalia.models.init import start_weights
 from castalia.results import ResultsStore
 from castalia.train.config import RunConfig
 
-SMALL = "model.num_layers=1 model.hidden_size=32 train.batch_size=2 train.log_every=4"
 Command = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four steps with all of them saved."""
-    folder = tmp_path_factory.mktemp("suite") / "small-1m"
-    words = [*SMALL.split(), "checkpoint.every=2"]
-    castalia.train("debug", *words, steps=4, output=str(folder))
-    return folder
-
-
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    """The run in a suite of its own, without results."""
-    folder = tmp_path / "suite" / trained.name
-    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("optim-*"))
-    return folder
+def run(four_steps: Path, tmp_path: Path) -> Path:
+    """A run of four steps in a suite of its own, without results."""
+    return in_suite(four_steps, tmp_path / "suite")
 
 
 TEXT = ("--tasks", "bits_per_byte", "--held-out-tokens", 400)
@@ -87,18 +75,16 @@ def test_a_run_is_measured_once_and_printed_alike_ever_after(
     documents = [json.loads(line) for line in (samples / name).read_text().splitlines()]
     assert len(documents) == 5 and {"doc", "resps", "acc"} <= documents[0].keys()
     # Of what was found the harness's form has the numbers, of what is measured now all of it.
+    values = {(row["task"], row["metric"], row["shots"]): row["value"] for row in rows}
     found = json.loads((tmp_path / "o-0shot.json").read_text())
-    assert found["results"]["lambada_local"]["acc,none"] == pytest.approx(
-        next(row["value"] for row in rows if row["task"] == "lambada_local" and row["shots"] == 0)
-    )
+    perplexity = found["results"]["lambada_local"]["perplexity,none"]
+    assert perplexity == values["lambada_local", "perplexity", 0]
     assert "configs" not in found
     code, _, said = command(*words, "--again", "--output", tmp_path / "new.json")
     assert code == 0 and "already" not in said
     new = json.loads((tmp_path / "new-2shot.json").read_text())
     assert new["configs"]["choices_local"]["num_fewshot"] == 2
-    assert new["results"]["local_group"]["acc,none"] == next(
-        row["value"] for row in rows if row["task"] == "local_group" and row["shots"] == 2
-    )
+    assert new["results"]["local_group"]["acc,none"] == values["local_group", "acc", 2]
 
 
 def test_other_arithmetic_says_what_it_changes(run: Path, command: Command):
@@ -249,7 +235,7 @@ def saved(folder: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def places(
-    trained: Path, task_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    four_steps: Path, task_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """What the words of the errors name."""
     folder = tmp_path_factory.mktemp("places")
@@ -257,7 +243,7 @@ def places(
     saved(folder / "bare", **sizes)
     longer = {"kind": "dynamic", "factor": 2.0}
     saved(folder / "ntk", **sizes, rotary_pct=1.0, rope_scaling=longer)
-    list(export(trained, to="hf", output=folder / "hf", certificate=False))
+    list(export(four_steps, to="hf", output=folder / "hf", certificate=False))
     with IndexedDatasetWriter(folder / "text", np.uint16) as writer:
         writer.add([5, 70, 3])
     (folder / "text.json").write_text(json.dumps({"text_bytes": 9}))
@@ -269,7 +255,7 @@ def places(
     (folder / "empty" / "nodata.yaml").write_text(yaml.safe_dump(task))
     names = ("bare", "ntk", "hf", "text", "broken", "empty")
     found = {name: str(folder / name) for name in names}
-    return found | {"run": str(trained), "tasks": str(task_folder)}
+    return found | {"run": str(four_steps), "tasks": str(task_folder)}
 
 
 @pytest.mark.parametrize(
@@ -279,7 +265,7 @@ def places(
         ("{hf} --tasks bits_per_byte", 2, "names no held-out text; give --held-out NAME=PREFIX"),
         ("{hf}", 2, "no tasks: a model without a run has no config that names them"),
         ("{run} --tasks lambda_local --include {tasks}", 2, "did you mean 'lambada_local'?"),
-        ("{run} --tasks {empty}/nodata.yaml", 1, "task nodata: its data cannot be read"),
+        ("{run} --tasks {empty}/nodata.yaml", 1, "task nodata: its data json cannot be read"),
         ("{bare} --tasks {tasks}/sums_local.yaml", 2, "this checkpoint has no tokenizer"),
         ("{run} --tasks a --steps 3", 1, "no checkpoint of step 3; the nearest is 2 or 4"),
         ("{run} --tasks a --steps x", 2, "'x' is not a step; expected all, last"),
@@ -301,15 +287,8 @@ def places(
     ],
 )
 def test_errors_are_one_sentence(
-    words: str,
-    code: int,
-    says: str,
-    places: dict[str, str],
-    command: Command,
-    monkeypatch: pytest.MonkeyPatch,
+    words: str, code: int, says: str, places: dict[str, str], command: Command
 ):
-    # The index of the harness's own tasks takes seven seconds; the tests of the room read it.
-    monkeypatch.setattr("castalia.eval.harness.catalog.Catalog.add_own", lambda self: None)
     status, out, err = command("eval", *words.format(**places).split())
     assert out == "" and err.startswith("castalia: error: "), err
     assert says.format(**places) in err and status == code

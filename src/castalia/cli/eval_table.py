@@ -31,7 +31,7 @@ def print_table(outcomes: "Sequence[Outcome]") -> None:
     console = console_here()
     metrics = list(dict.fromkeys(column_of(row) for o in shown for row in o.rows))
     numbers = [{column_of(row): row for row in outcome.rows} for outcome in shown]
-    titles = [outcome.checkpoint.title for outcome in shown]
+    titles = titles_of(shown)
     if len(shown) <= MOST_COLUMNS:
         table = new_table(["task", "metric", "shots"], titles)
         for metric in metrics:
@@ -49,27 +49,44 @@ def print_table(outcomes: "Sequence[Outcome]") -> None:
         console.print(table)
 
 
+def titles_of(outcomes: "Sequence[Outcome]") -> list[str]:
+    """Model and step of each; those that are alike with their engine and dtype."""
+    titles = [outcome.checkpoint.title for outcome in outcomes]
+    words = []
+    for title, outcome in zip(titles, outcomes, strict=True):
+        row = outcome.rows[0]
+        alike = titles.count(title) > 1
+        words.append(f"{title}, {row.engine} {row.dtype}" if alike else title)
+    return words
+
+
 def print_effects(outcomes: "Sequence[Outcome]") -> None:
-    """What the arithmetic changes in each metric, against the reference; means of many."""
-    pairs = [pair for outcome in outcomes for pair in paired(outcome)]
-    if not pairs:
-        return
-    row, exact = pairs[0]
-    console = console_here()
-    how = f"{row.engine} {row.dtype} against {exact.engine} {exact.dtype}"
+    """What each arithmetic changes in each metric, against the reference; means of many."""
+    kinds: dict[str, list[tuple[Result, Result]]] = {}
+    for outcome in outcomes:
+        for row, exact in paired(outcome):
+            how = f"{row.engine} {row.dtype} against {exact.engine} {exact.dtype}"
+            kinds.setdefault(how, []).append((row, exact))
+    for how, pairs in kinds.items():
+        console = console_here()
+        console.print(f"\n{how}:")
+        console.print(effects_table(pairs))
+
+
+def effects_table(pairs: "Sequence[tuple[Result, Result]]") -> "Table":
+    """The differences of one arithmetic."""
     if len({row.checkpoint for row, _ in pairs}) == 1:
         table = new_table(["task", "metric", "shots"], ["reference", "here", "difference"])
         for row, exact in pairs:
             difference = f"{row.value - exact.value:+.4g}"
             table.add_row(*words_of(column_of(row)), cell(exact), cell(row), difference)
-    else:
-        table = new_table(["task", "metric", "shots"], ["checkpoints", "mean", "largest"])
-        for metric, differences in by_metric(pairs):
-            largest = max(differences, key=abs)
-            mean = f"{statistics.fmean(differences):+.4g}"
-            table.add_row(*words_of(metric), str(len(differences)), mean, f"{largest:+.4g}")
-    console.print(f"\n{how}:")
-    console.print(table)
+        return table
+    table = new_table(["task", "metric", "shots"], ["checkpoints", "mean", "largest"])
+    for metric, differences in by_metric(pairs):
+        largest = max(differences, key=abs)
+        mean = f"{statistics.fmean(differences):+.4g}"
+        table.add_row(*words_of(metric), str(len(differences)), mean, f"{largest:+.4g}")
+    return table
 
 
 def paired(outcome: "Outcome") -> "list[tuple[Result, Result]]":

@@ -10,8 +10,8 @@ from castalia.eval.work import Expected
 from castalia.results import ResultsStore
 from castalia.results.schema import Result
 
-Key = tuple[str, str, int | None]
-"""Suite, model and step."""
+Key = tuple[str, str, str, int | None]
+"""Suite, model, variant and step."""
 
 
 class Subject(NamedTuple):
@@ -23,7 +23,14 @@ class Subject(NamedTuple):
     @property
     def key(self) -> Key:
         """Of its rows."""
-        return self.checkpoint.suite, self.checkpoint.model, self.checkpoint.step
+        one = self.checkpoint
+        return one.suite, one.model, one.variant, one.step
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What its numbers depend on."""
+        one = self.checkpoint
+        return (*self.key, one.stores[0], one.weights_hash, *ahead(one.path, self.how))
 
 
 class Found:
@@ -43,15 +50,15 @@ class Found:
                 continue
             # The table of a large suite has a million rows; these are the ones of interest.
             names, rows = store.query(
-                "SELECT * FROM results WHERE variant = '' AND list_contains(?, model)", [models]
+                "SELECT * FROM results WHERE list_contains(?, model)", [models]
             )
             for values in rows:
                 row = Result(**dict(zip(names, values, strict=True)))
-                self.rows[row.suite, row.model, row.step].append(row)
+                self.rows[row.suite, row.model, row.variant, row.step].append(row)
 
     def rows_of(self, subject: Subject, expected: Sequence[Expected]) -> list[Result]:
-        """The rows of a checkpoint in one arithmetic, in the order of `expected`."""
-        own = self.own_rows(subject)
+        """The rows of a checkpoint in one arithmetic, in the order of `expected` and metrics."""
+        own = sorted(self.own_rows(subject), key=lambda row: (row.metric, row.filter))
         # Of a run that has a table and whose suite has one, a number may be there twice.
         chosen: dict[tuple[object, ...], Result] = {}
         for wanted in expected:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from castalia.data.indexed import IndexedDataset, file_pair
 from castalia.data.sidecar import read_record, recorded_end
 from castalia.data.sources import source_names
 from castalia.data.tokenizer import Tokenizer
-from castalia.eval.bits import HeldOut, choose_documents, source_bits
+from castalia.eval.bits import HeldOut, SourceBits, choose_documents, source_bits
 from castalia.eval.labels import Labels, config_of_run
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
@@ -141,7 +141,12 @@ def measure(
         rows=batch,
         share=share,
     )
-    finished = now()
+    seconds = (now() - began).total_seconds()
+    return rows_of(source, measured, labels, batch=batch, seconds=seconds)
+
+
+def rows_of(source: Source, measured: SourceBits, labels: Labels, **more: Any) -> list[Result]:
+    """The numbers of one source as rows of the results table; `more` are other columns."""
     return [
         labels.result(
             source.task,
@@ -153,9 +158,8 @@ def measure(
             harness=HARNESS,
             task_version=VERSION,
             task_hash=source.hash,
-            batch=batch,
-            seconds=(finished - began).total_seconds(),
-            evaluated_at=finished,
+            evaluated_at=now(),
+            **more,
         )
         for metric, value in ((TASK, measured.bits_per_byte), ("loss", measured.loss))
     ]

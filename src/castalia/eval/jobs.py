@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import CastaliaError, CheckpointError
 from castalia.core.files import atomic_write, is_claimed
-from castalia.eval.labels import USUAL, Arithmetic, Labels, labels_of
+from castalia.eval.labels import REFERENCE, USUAL, Arithmetic, Labels, labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.shares import ALONE, Share
 from castalia.eval.work import Measured, Work, WorkOptions, open_work
@@ -122,7 +122,9 @@ def loaded(job: Job, share: Share) -> tuple[LanguageModel, Labels]:
         if failed is not None:
             raise failed
     step = checkpoint.step if labels.step is None else labels.step
-    return model, labels._replace(step=step, checkpoint_hash=checkpoint.weights_hash)
+    return model, labels._replace(
+        step=step, variant=checkpoint.variant, checkpoint_hash=checkpoint.weights_hash
+    )
 
 
 def failure_of(task: str | None, error: Exception) -> Failure:
@@ -153,9 +155,11 @@ def write(job: Job, numbers: Measured) -> None:
 
 def sample_file(folder: Path, row: Result) -> Path:
     """Where the documents of a row's task with their answers go."""
-    step = "" if row.step is None else f"-step{row.step}"
-    name = f"{row.model}{step}-{row.task}-{row.shots}shot-{row.engine}-{row.dtype}.jsonl"
-    return folder / SAMPLES / re.sub(r"[^\w.-]+", "_", name)
+    words = [row.model, *([row.variant] if row.variant else [])]
+    if row.step is not None:
+        words.append(f"step{row.step}")
+    words += [row.task, f"{row.shots}shot", str(row.engine), str(row.dtype)]
+    return folder / SAMPLES / (re.sub(r"[^\w.-]+", "_", "-".join(words)) + ".jsonl")
 
 
 def has_samples(job: Job, rows: Sequence[Result]) -> bool:
@@ -184,7 +188,11 @@ def line(job: Job, item: Work, numbers: Measured, seconds: float) -> str:
     shown = sorted(numbers.results, key=order)
     texts = [f"{row.task} {row.metric} {number_text(row)}" for row in shown[:2]]
     more = f", and {len(shown) - 2} more" if len(shown) > 2 else ""
-    kind = " (reference)" if job.is_reference else ""
+    kind = ""
+    if job.is_reference:
+        kind = " (reference)"
+    elif (shown[0].engine, shown[0].dtype) != (REFERENCE.engine, REFERENCE.dtype):
+        kind = f" ({shown[0].engine} {shown[0].dtype})"
     return f"{job.checkpoint.title}{kind}  {', '.join(texts)}{more}  {seconds:.1f} s"
 
 

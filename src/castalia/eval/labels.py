@@ -17,7 +17,7 @@ from castalia.inference.exported import open_export
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import engine_for, is_read_as_model
 from castalia.inference.native.engine import NativeEngine
-from castalia.models.flops import parameter_counts
+from castalia.models import ModelConfig, build_model_config, parameter_counts
 from castalia.results import Result
 
 STEP_FOLDER = re.compile(r"(?:global_)?step-?(\d+)")
@@ -70,6 +70,24 @@ def labels_of(path: str | os.PathLike[str], model: LanguageModel) -> Labels:
     """
     origin = origin_of(path)
     step = origin.step if model.step is None else model.step
+    return labels_at(path, origin, step, model.config)._replace(
+        dtype=arithmetic(model.engine), engine=model.engine.name
+    )
+
+
+def labels_ahead(path: str | os.PathLike[str]) -> Labels:
+    """The labels of a step of a run, without its engine: no weight is read."""
+    origin = origin_of(path)
+    assert origin.run is not None, path
+    values = config_of_run(origin.run).get("model") or {}
+    config = build_model_config(values, os.fspath(path))
+    return labels_at(path, origin, origin.step, config)
+
+
+def labels_at(
+    path: str | os.PathLike[str], origin: Origin, step: int | None, config: ModelConfig
+) -> Labels:
+    """The labels of one step of a model, without its engine."""
     facts: dict[str, Any] = {} if origin.run is None else facts_of_run(origin.run)
     per_step = facts.pop("tokens_per_step", None)
     tokens = None if per_step is None or step is None else step * per_step
@@ -77,11 +95,9 @@ def labels_of(path: str | os.PathLike[str], model: LanguageModel) -> Labels:
         suite=origin.suite,
         model=origin.model,
         size=size_in(origin.model),
-        parameters=parameter_counts(model.config).total,
+        parameters=parameter_counts(config).total,
         step=step,
         tokens=tokens,
-        dtype=arithmetic(model.engine),
-        engine=model.engine.name,
         checkpoint=pinned(path, origin, step),
         **facts,
     )

@@ -5,17 +5,17 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from castalia.checkpoint.find import complete_steps, find_checkpoint, folder_of, ranges_of
 from castalia.checkpoint.foreign import find_foreign, is_foreign
 from castalia.checkpoint.hf import is_hf_folder
-from castalia.checkpoint.manifest import read_manifest
+from castalia.checkpoint.manifest import MANIFEST, read_manifest
 from castalia.checkpoint.names import COMPLETE
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.core.hub import HUB_ID, branches, is_hub_id
 from castalia.eval.labels import STEP_FOLDER, is_run, origin_of, run_around, shown, step_in
-from castalia.inference.exported import RECORD, read_record
+from castalia.inference.exported import CHECKPOINTS, RECORD, read_record
 
 EVALS = "evals"
 """Folder of the results, in a run, a suite or this directory."""
@@ -23,6 +23,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 SAMPLED_BYTES = 1 << 20
 """Bytes at the begin and the end of each file of weights that are hashed. Training changes every
 weight, so they tell checkpoints apart without a pass over terabytes."""
+EXACT = "fp32"
+"""Numbers of an export that loses nothing."""
 RANGE = re.compile(r"(\d*):(\d*)")
 
 
@@ -39,13 +41,20 @@ class Checkpoint(NamedTuple):
     """The run folder; None for a model without one."""
     stores: tuple[Path, ...]
     """Folders of results: the first is the one to write, all are read."""
+    variant: str = ""
+    """What tells an export with rounded weights from its checkpoint: `bf16 weights`."""
     weights_hash: str | None = None
     """SHA-256 of what identifies its weights, 16 digits; the commit for a revision of the hub."""
 
     @property
     def title(self) -> str:
         """Model and step, for a line on the screen."""
-        return self.model if self.step is None else f"{self.model} step {self.step}"
+        words = [self.model]
+        if self.step is not None:
+            words.append(f"step {self.step}")
+        if self.variant:
+            words.append(f"({self.variant})")
+        return " ".join(words)
 
 
 class Series(NamedTuple):
@@ -184,14 +193,32 @@ def checkpoint_at(
         step=step,
         run=origin.run,
         stores=stores_for(origin.run, suite, store),
+        variant=variant_of(path),
         weights_hash=commit[:16] if commit else hash_of(path),
     )
 
 
+def variant_of(path: str) -> str:
+    """How the weights of a checkpoint-like export differ from their checkpoint's."""
+    record = record_of(path)
+    if record is None or record["to"] not in CHECKPOINTS or record["numbers"] == EXACT:
+        return ""
+    return f"{record['numbers']} weights"
+
+
+def record_of(path: str) -> dict[str, Any] | None:
+    """The record of an export, of its folder or its GGUF file; None for anything else."""
+    if is_hub_id(path):
+        return None
+    folder = Path(path).parent if path.endswith(".gguf") else Path(path)
+    return read_record(folder) if (folder / RECORD).is_file() else None
+
+
 def recorded_step(place: Path) -> int | None:
     """The step that an export or an import was made of; None where no record says it."""
-    if (place / RECORD).is_file():
-        step = read_record(place).get("step")
+    record = record_of(str(place))
+    if record is not None:
+        step = record.get("step")
         return step if isinstance(step, int) else None
     return read_manifest(place).step if (place / COMPLETE).is_file() else None
 
@@ -338,6 +365,12 @@ def hash_of(path: str) -> str | None:
     if (place / COMPLETE).is_file():
         # The hash of the manifest, which has the hash of every file.
         return hashlib.sha256((place / COMPLETE).read_bytes()).hexdigest()[:16]
+    record = record_of(str(place))
+    if record is not None and record["to"] in CHECKPOINTS and record["numbers"] == EXACT:
+        manifest = record.get("source_sha256", {}).get(MANIFEST)
+        if manifest:  # the weights of a checkpoint, as they are
+            # COMPLETE holds this hash and a line break.
+            return hashlib.sha256(f"{manifest}\n".encode()).hexdigest()[:16]
     return sampled_hash(weight_files(place))
 
 
@@ -356,14 +389,13 @@ def weight_bytes(path: str) -> int:
 
 def origin_of_export(checkpoint: Checkpoint) -> Checkpoint | None:
     """The checkpoint that an export was made from; None if it is gone, itself for any other."""
-    folder = Path(checkpoint.path)
-    folder = folder.parent if folder.suffix == ".gguf" else folder
-    if not (folder / RECORD).is_file():
+    record = record_of(checkpoint.path)
+    if record is None:
         return checkpoint
     if checkpoint.run is not None and checkpoint.step is not None:
         place = os.path.join(shown(checkpoint.run), f"step{checkpoint.step}")
     else:
-        place = str(read_record(folder).get("checkpoint"))
+        place = str(record.get("checkpoint"))
     try:
         (origin,) = checkpoints_of([place])
     except CastaliaError:

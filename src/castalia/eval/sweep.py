@@ -1,6 +1,12 @@
-"""Bits per byte by source over the checkpoints of a run, stored in `evals/bits_per_byte.json`."""
+"""Bits per byte by source over the checkpoints of a run, for the demo, which needs no extra.
 
+The numbers are stored in `evals/bits_per_byte.json` and, where the extra `results` is installed, in
+the results table, where `castalia eval --tasks bits_per_byte` finds them.
+"""
+
+import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +17,15 @@ from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of, write_json
 from castalia.data.indexed import file_pair
-from castalia.eval.bits import HeldOut, bits_per_byte
+from castalia.eval.bits import HeldOut, SourceBits, bits_per_byte
+from castalia.eval.held_out import Windows, rows_of, source_at
+from castalia.eval.labels import Arithmetic, ahead, labels_ahead
+from castalia.eval.places import EVALS, hash_of
 from castalia.inference import load
+from castalia.results import ResultsStore
 
+PACKAGES = ("pyarrow", "duckdb")
+"""Of the extra `results`."""
 EXACT = ("torch", None)
 """Engine and dtype of the reference measurement: torch in float32."""
 
@@ -47,7 +59,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Bits per byte of each source at each checkpoint of `run`, oldest first.
 
-    Checkpoints already in the file are not measured again, unless settings or data changed.
+    Checkpoints already in the file are not measured again, unless settings or data changed. Those
+    that are measured get rows in the results table, if its packages are installed.
 
     max_tokens  limit for each source in tokens, see `bits_per_byte`.
     steps       checkpoints to measure; None for all.
@@ -77,6 +90,7 @@ def sweep(
         # After each checkpoint, so that an interrupted sweep continues where it stopped.
         checkpoints = [results[done] for done in sorted(results)]
         write_json(path, {"settings": settings, "checkpoints": checkpoints})
+        add_rows(run, step, sources, options, entry["sources"])
         say(line(entry))
     return [results[step] for step in wanted]
 
@@ -128,6 +142,30 @@ def measure(
             max_tokens=options.max_tokens,
         )
     return {name: numbers._asdict() for name, numbers in bits.items()}
+
+
+def add_rows(
+    run: Path,
+    step: int,
+    sources: Mapping[str, HeldOut],
+    options: SweepOptions,
+    measured: Mapping[str, dict[str, Any]],
+) -> None:
+    """Add one checkpoint's numbers to the results table, if its packages are installed."""
+    if not all(importlib.util.find_spec(name) for name in PACKAGES):
+        return
+    path = os.path.join(run, f"step{step}")
+    how = Arithmetic(options.engine, options.dtype)
+    engine, dtype = ahead(path, how)
+    if options.bf16:
+        dtype = f"{dtype}, autocast to bf16"
+    labels = labels_ahead(path)._replace(engine=engine, dtype=dtype, checkpoint_hash=hash_of(path))
+    windows = Windows(options.seq_length, options.max_tokens)
+    rows = []
+    for name, numbers in measured.items():
+        source = source_at(name, sources[name].prefix, options.seq_length, windows, None)
+        rows += rows_of(source, SourceBits(**numbers), labels)
+    ResultsStore(run / EVALS).add(rows)
 
 
 def effect(

@@ -120,6 +120,7 @@ def planned(checkpoints: Sequence[Checkpoint], work: Sequence[Work], options: Jo
     found = Found(checkpoints)
     costs: dict[tuple[Job, ...], float] = {}
     outcomes: dict[str, Outcome] = {}
+    begun: set[tuple[object, ...]] = set()
     for checkpoint in checkpoints:
         outcome = Outcome(checkpoint)
         outcomes[checkpoint.path] = outcome
@@ -136,6 +137,11 @@ def planned(checkpoints: Sequence[Checkpoint], work: Sequence[Work], options: Jo
                 if not options.again and is_known(found, job, item, expected):
                     outcome.found += not job.is_reference
                     continue
+                # Two exports have one reference, and a checkpoint may have two paths.
+                subject = Subject(job.checkpoint, job.how).identity
+                if (place, subject) in begun:
+                    continue
+                begun.add((place, subject))
                 left.append(place)
                 documents += item.documents(job.checkpoint)
             if left:

@@ -1,0 +1,181 @@
+"""Sweeps: their order, what is measured again, and the same numbers by every way."""
+
+import hashlib
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from tests.fixtures.short_run import in_suite
+
+from castalia.cli.signals import StoppedError, stoppable
+from castalia.eval import HeldOut, bits_per_byte, held_out
+from castalia.eval.held_out import Windows, document_bytes, sources_of
+from castalia.eval.jobs import JobOptions
+from castalia.eval.labels import Arithmetic
+from castalia.eval.places import checkpoints_of
+from castalia.eval.sweep import sweep as sweep_of_demo
+from castalia.eval.sweeps import Outcome, sweep
+from castalia.eval.work import WorkOptions
+from castalia.export import export
+from castalia.inference import load
+from castalia.results import ResultsStore
+
+TEXT = WorkOptions(tasks=("bits_per_byte",), windows=Windows(max_tokens=400))
+
+
+@pytest.fixture
+def run(four_steps: Path, tmp_path: Path) -> Path:
+    """The run in a suite of its own."""
+    return in_suite(four_steps, tmp_path / "suite")
+
+
+def swept(
+    *paths: Path, steps: str = "all", asked: WorkOptions = TEXT, options: JobOptions = JobOptions()
+) -> tuple[list[Outcome], list[str]]:
+    """A sweep and the lines that it said."""
+    said: list[str] = []
+    checkpoints = checkpoints_of([str(path) for path in paths], steps)
+    return sweep(checkpoints, asked, options, say=said.append), said
+
+
+def test_the_cheapest_come_first_and_outcomes_as_they_were_asked_for(
+    run: Path, run_folder: Path, tmp_path: Path
+):
+    words = {source.name: source.prefix for source in sources_of(run, {}, Windows())}
+    asked = WorkOptions(
+        tasks=("bits_per_byte",), held_out=words, windows=Windows(32, 100), limit=1, batch=4
+    )
+    checkpoints = checkpoints_of([run_folder, run], "last", store=tmp_path / "numbers")
+    said: list[str] = []
+    larger, smaller = sweep(checkpoints, asked, JobOptions(), say=said.append)
+    assert (larger.checkpoint.model, smaller.checkpoint.model) == ("tiny", "small-1m")
+    # 149,248 parameters against 25,888.
+    assert [line.split()[0] for line in said] == ["small-1m", "tiny"]
+    assert {row.documents for row in larger.rows} == {1}
+
+
+def test_held_out_text_is_the_library_s_own_measure(run: Path):
+    (outcome,), _ = swept(run, steps="4", asked=WorkOptions(tasks=("bits_per_byte",)))
+    model = load(run)
+    sources = {
+        source.name: HeldOut(source.prefix, document_bytes(source.prefix, model.tokenizer))
+        for source in sources_of(run, {}, Windows())
+    }
+    expected = bits_per_byte(model.model, sources, seq_length=64, eod_id=model.eod_id)
+    found = {(row.task, row.metric): row.value for row in outcome.rows}
+    for name, bits in expected.items():
+        assert found[f"bits_per_byte/{name}", "bits_per_byte"] == bits.bits_per_byte
+        assert found[f"bits_per_byte/{name}", "loss"] == bits.loss
+    # The bytes of the corpus, as its documents have them.
+    assert sum(document_bytes(sources["stdlib"].prefix, model.tokenizer)) == 24319
+    assert sources["stdlib"].document_bytes == document_bytes(
+        sources["stdlib"].prefix, model.tokenizer
+    )
+
+
+def test_only_other_weights_data_or_settings_are_measured_again(run: Path):
+    first, said = swept(run)
+    assert [outcome.measured for outcome in first] == [1] * 4 and len(said) == 4
+    again, said = swept(run)
+    assert [outcome.found for outcome in again] == [1] * 4
+    assert said == ["4 of 4 results are in the table already; 0 to measure"]
+    assert [outcome.rows for outcome in again] == [outcome.rows for outcome in first]
+    # In its suite a run has the numbers that it has alone.
+    _, said = swept(run.parent)
+    assert said == ["4 of 4 results are in the table already; 0 to measure"]
+    # Saved again, with other weights as far as the manifest says.
+    steps = run / "checkpoints"
+    four = steps / "step-00000004"
+    store = ResultsStore(run / "evals")
+    hashes = dict(store.query("SELECT DISTINCT step, checkpoint_hash FROM results")[1])
+    assert len(set(hashes.values())) == 4
+    manifest = (four / "manifest.json").read_bytes() + b" "
+    (four / "manifest.json").write_bytes(manifest)
+    (four / "COMPLETE").write_text(hashlib.sha256(manifest).hexdigest() + "\n")
+    _, said = swept(run)
+    assert said[0] == "3 of 4 results are in the table already; 1 to measure"
+    assert "step 4" in said[1] and len(said) == 2
+    assert store.query("SELECT count(*) FROM results")[1] == [(16,)]
+    # Other windows are another measure, beside the first.
+    shorter = WorkOptions(tasks=("bits_per_byte",), windows=Windows(32, 400))
+    (outcome,), said = swept(run, steps="4", asked=shorter)
+    assert outcome.measured == 1 and store.query("SELECT count(*) FROM results")[1] == [(20,)]
+
+
+def test_the_demo_s_numbers_are_in_the_same_table(run: Path):
+    tokenizer = load(run).tokenizer
+    sources = {
+        source.name: HeldOut(source.prefix, document_bytes(source.prefix, tokenizer))
+        for source in sources_of(run, {}, Windows())
+    }
+    entries = sweep_of_demo(run, sources, seq_length=64, max_tokens=400, say=lambda text: None)
+    outcomes, said = swept(run)
+    assert said == ["4 of 4 results are in the table already; 0 to measure"]
+    for entry, outcome in zip(entries, outcomes, strict=True):
+        found = {row.task: row.value for row in outcome.rows if row.metric == "bits_per_byte"}
+        for name, numbers in entry["sources"].items():
+            assert found[f"bits_per_byte/{name}"] == numbers["bits_per_byte"]
+
+
+def test_exports_of_a_run_stand_beside_its_checkpoints(run: Path):
+    list(export(run, to="hf", certificate=False))
+    list(export(run, to="hf", dtype="bf16", output=run / "exports" / "half", certificate=False))
+    list(export(run, to="native", quantization="int8", certificate=False))
+    (exact,), _ = swept(run, steps="last")
+    folders = (run / "exports" / name for name in ("hf/step4", "half", "native-int8/step4"))
+    (whole, half, packed), said = swept(*folders)
+    # An export in fp32 is the checkpoint itself; its reference is measured already, too.
+    assert said[0].startswith("1 of 3 results are in the table already; 2 to measure")
+    assert whole.rows == exact.rows
+    assert {row.variant for row in half.rows} == {"bf16 weights"}
+    assert {(row.engine, row.dtype) for row in packed.rows} == {("native", "int8, scored in bf16")}
+    assert packed.reference == exact.rows
+    for row, reference in zip(packed.rows, exact.rows, strict=True):
+        assert 0 < abs(row.value - reference.value) < 0.1
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_worker_processes_at_once_and_keeps_what_is_done(run: Path):
+    store = run / "evals" / "results.parquet"
+
+    def interrupt() -> None:
+        while not store.exists() and not over.wait(0.01):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    over = threading.Event()
+    long = WorkOptions(tasks=("bits_per_byte",), windows=Windows(16, 9000))
+    waiting = threading.Thread(target=interrupt)
+    waiting.start()
+    said: list[str] = []
+    checkpoints = checkpoints_of([run], "all")
+    stopped = pytest.raises(StoppedError, match="stopped by SIGINT; the same command goes on")
+    with stopped, stoppable("the same command goes on"):
+        sweep(checkpoints, long, JobOptions(), processes=2, say=said.append)
+    over.set()
+    waiting.join()
+    rest = sweep(checkpoints, long, JobOptions(), say=said.append)
+    assert 1 <= sum(outcome.found for outcome in rest) < 4
+    assert sum(outcome.found + outcome.measured for outcome in rest) == 4
+
+
+def test_an_error_that_no_check_foresaw_is_noted_and_the_rest_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measure = held_out.measure
+
+    def fails_at_one(model, source, labels, **options):
+        if labels.step == 1:
+            raise torch.OutOfMemoryError("out of memory\nsecond line")
+        return measure(model, source, labels, **options)
+
+    monkeypatch.setattr(held_out, "measure", fails_at_one)
+    options = JobOptions(Arithmetic("native", "fp32"))
+    outcomes, _ = swept(run, options=options)
+    failures = [failure for outcome in outcomes for failure in outcome.failures]
+    assert [outcome.checkpoint.step for outcome in outcomes if outcome.failures] == [1]
+    assert failures == [("bits_per_byte", "OutOfMemoryError: out of memory", 1)]
+    assert [len(outcome.rows) for outcome in outcomes] == [4, 0, 4, 4]
