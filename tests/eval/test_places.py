@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from castalia.core.errors import CheckpointError, ConfigError
-from castalia.eval.places import Checkpoint, Steps, checkpoints_of, hash_of
+from castalia.eval.places import Checkpoint, Steps, checkpoints_of
+from castalia.eval.single_models import hash_of
 from castalia.export import export
 
 

@@ -39,7 +39,7 @@ def print_table(outcomes: "Sequence[Outcome]") -> None:
         console.print(table)
         return
     # As many metrics beside each other as the terminal is wide; then the next ones.
-    width = max(CELL, *(len(" ".join(words_of(metric))) for metric in metrics)) + 2
+    width = max(CELL, *(len(part) for each in metrics for part in heading(each).split("\n"))) + 2
     room = max(1, (console.width - max(map(len, titles))) // width)
     for start in range(0, len(metrics), room):
         part = metrics[start : start + room]

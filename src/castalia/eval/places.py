@@ -1,30 +1,27 @@
 """The checkpoints that paths and `--steps` name: of runs, suites, folders of steps and hub ids."""
 
-import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from castalia.checkpoint.find import complete_steps, find_checkpoint, folder_of, ranges_of
-from castalia.checkpoint.foreign import find_foreign, is_foreign
-from castalia.checkpoint.hf import is_hf_folder
-from castalia.checkpoint.manifest import MANIFEST, read_manifest
-from castalia.checkpoint.names import COMPLETE
+from castalia.checkpoint.foreign import find_foreign
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.core.hub import HUB_ID, branches, is_hub_id
 from castalia.eval.labels import STEP_FOLDER, is_run, origin_of, run_around, shown, step_in
-from castalia.inference.exported import CHECKPOINTS, RECORD, read_record
+from castalia.eval.single_models import (
+    hash_of,
+    is_alone,
+    record_of,
+    recorded_step,
+    steps_in,
+    variant_of,
+)
 
 EVALS = "evals"
 """Folder of the results, in a run, a suite or this directory."""
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
-SAMPLED_BYTES = 1 << 20
-"""Bytes at the begin and the end of each file of weights that are hashed. Training changes every
-weight, so they tell checkpoints apart without a pass over terabytes."""
-EXACT = "fp32"
-"""Numbers of an export that loses nothing."""
 RANGE = re.compile(r"(\d*):(\d*)")
 
 
@@ -198,31 +195,6 @@ def checkpoint_at(
     )
 
 
-def variant_of(path: str) -> str:
-    """How the weights of a checkpoint-like export differ from their checkpoint's."""
-    record = record_of(path)
-    if record is None or record["to"] not in CHECKPOINTS or record["numbers"] == EXACT:
-        return ""
-    return f"{record['numbers']} weights"
-
-
-def record_of(path: str) -> dict[str, Any] | None:
-    """The record of an export, of its folder or its GGUF file; None for anything else."""
-    if is_hub_id(path):
-        return None
-    folder = Path(path).parent if path.endswith(".gguf") else Path(path)
-    return read_record(folder) if (folder / RECORD).is_file() else None
-
-
-def recorded_step(place: Path) -> int | None:
-    """The step that an export or an import was made of; None where no record says it."""
-    record = record_of(str(place))
-    if record is not None:
-        step = record.get("step")
-        return step if isinstance(step, int) else None
-    return read_manifest(place).step if (place / COMPLETE).is_file() else None
-
-
 def stores_for(
     run: Path | None, suite: Path | None, store: str | os.PathLike[str] | None
 ) -> tuple[Path, ...]:
@@ -265,15 +237,6 @@ def series_of(text: str, *, listed: bool = True) -> list[Series] | None:
     return [by_folder(path, numbered)] if numbered else None
 
 
-def is_alone(path: Path) -> bool:
-    """Whether a path is itself one model: an export, an import, a step, a foreign model."""
-    if (path / COMPLETE).is_file() or (path / RECORD).is_file():
-        return True
-    if path.is_file() and path.suffix == ".gguf":
-        return True
-    return path.is_dir() and (is_hf_folder(path) or (is_foreign(path) and not steps_in(path)))
-
-
 def alone(path: Path) -> Series:
     """A model of one checkpoint."""
     step = step_in(path.name)
@@ -292,16 +255,6 @@ def run_series(run: Path) -> Series:
         raise CheckpointError(f"{run} has no complete checkpoint yet; train it further")
     paths = {step: os.path.join(run, f"step{step}") for step in steps}
     return Series(str(run), paths[steps[-1]], paths)
-
-
-def steps_in(folder: Path) -> dict[int, str]:
-    """The sub-folders that are checkpoints named after their steps."""
-    steps: dict[int, str] = {}
-    for item in folder.iterdir() if folder.is_dir() else ():
-        named = STEP_FOLDER.fullmatch(item.name)
-        if named is not None and item.is_dir() and (is_alone(item)):
-            steps[int(named[1])] = str(item)
-    return dict(sorted(steps.items()))
 
 
 def by_folder(folder: Path, steps: Mapping[int, str]) -> Series:
@@ -355,38 +308,6 @@ def models_in(suite: Path) -> list[Series]:
     return found
 
 
-def hash_of(path: str) -> str | None:
-    """SHA-256 of what identifies the weights at a path, 16 digits; None for a hub id."""
-    if is_hub_id(path):
-        return None
-    place = Path(path)
-    if not is_alone(place):
-        place = find_checkpoint(place)
-    if (place / COMPLETE).is_file():
-        # The hash of the manifest, which has the hash of every file.
-        return hashlib.sha256((place / COMPLETE).read_bytes()).hexdigest()[:16]
-    record = record_of(str(place))
-    if record is not None and record["to"] in CHECKPOINTS and record["numbers"] == EXACT:
-        manifest = record.get("source_sha256", {}).get(MANIFEST)
-        if manifest:  # the weights of a checkpoint, as they are
-            # COMPLETE holds this hash and a line break.
-            return hashlib.sha256(f"{manifest}\n".encode()).hexdigest()[:16]
-    return sampled_hash(weight_files(place))
-
-
-def weight_files(place: Path) -> list[Path]:
-    """The files of weights of a model that is no checkpoint of a run."""
-    if not place.is_dir():
-        return [place]
-    return sorted(file for file in place.iterdir() if file.suffix in WEIGHTS)
-
-
-def weight_bytes(path: str) -> int:
-    """Bytes of the files of weights; 0 for a hub id."""
-    place = Path(path)
-    return sum(file.stat().st_size for file in weight_files(place)) if place.exists() else 0
-
-
 def origin_of_export(checkpoint: Checkpoint) -> Checkpoint | None:
     """The checkpoint that an export was made from; None if it is gone, itself for any other."""
     record = record_of(checkpoint.path)
@@ -401,16 +322,3 @@ def origin_of_export(checkpoint: Checkpoint) -> Checkpoint | None:
     except CastaliaError:
         return None
     return origin._replace(stores=checkpoint.stores)
-
-
-def sampled_hash(files: Iterable[Path]) -> str:
-    """SHA-256 of names, sizes and both ends of files, 16 digits."""
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with open(file, "rb") as content:
-            digest.update(content.read(SAMPLED_BYTES))
-            content.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(content.read())
-    return digest.hexdigest()[:16]

@@ -20,7 +20,8 @@ from castalia.data.indexed import file_pair
 from castalia.eval.bits import HeldOut, SourceBits, bits_per_byte
 from castalia.eval.held_out import Windows, rows_of, source_at
 from castalia.eval.labels import Arithmetic, ahead, labels_ahead
-from castalia.eval.places import EVALS, hash_of
+from castalia.eval.places import EVALS
+from castalia.eval.single_models import hash_of
 from castalia.inference import load
 from castalia.results import ResultsStore
 

@@ -28,7 +28,8 @@ from castalia.eval.jobs import (
     run_jobs,
 )
 from castalia.eval.labels import REFERENCE, ahead, config_of_run, size_in
-from castalia.eval.places import Checkpoint, origin_of_export, weight_bytes
+from castalia.eval.places import Checkpoint, origin_of_export
+from castalia.eval.single_models import weight_bytes
 from castalia.eval.shares import ALONE, Share
 from castalia.eval.work import Expected, Work, WorkOptions, open_work
 from castalia.models import build_model_config, parameter_counts
