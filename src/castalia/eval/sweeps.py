@@ -29,8 +29,8 @@ from castalia.eval.jobs import (
 )
 from castalia.eval.labels import REFERENCE, ahead, config_of_run, size_in
 from castalia.eval.places import Checkpoint, origin_of_export
-from castalia.eval.single_models import weight_bytes
 from castalia.eval.shares import ALONE, Share
+from castalia.eval.single_models import weight_bytes
 from castalia.eval.work import Expected, Work, WorkOptions, open_work
 from castalia.models import build_model_config, parameter_counts
 from castalia.results import Result
