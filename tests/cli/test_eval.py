@@ -196,18 +196,22 @@ def test_tasks_of_the_runs_config_and_gpt_neox_file(
     run: Path, task_folder: Path, command: Command, tmp_path: Path
 ):
     path = run / "config.yaml"
-    section = {"tasks": [f"{task_folder}/sums_local.yaml"], "results_prefix": f"{tmp_path}/neox"}
+    # Its config has functions, which JSON has as their names.
+    tasks = [f"{task_folder}/stereotypes_local.yaml"]
+    section = {"tasks": tasks, "results_prefix": f"{tmp_path}/neox"}
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "eval": section}))
     code, out, said = command("eval", run, "--steps", "1,last")
     assert code == 0, said
-    assert "sums_local" in out
+    assert "stereotypes_local" in out
     files = sorted(tmp_path.glob("neox_eval_results_*.json"))
     assert len(files) == 2
     for file in files:
-        assert set(json.loads(file.read_text())["results"]) == {"sums_local"}
+        content = json.loads(file.read_text())
+        assert set(content["results"]) == {"stereotypes_local"}
+        assert "process_results" in content["configs"]["stereotypes_local"]["process_results"]
     # Tasks that are named win over those of the config.
     code, out, said = command("eval", run, *TEXT)
-    assert code == 0 and "sums_local" not in out and "neox" not in said
+    assert code == 0 and "stereotypes_local" not in out and "neox" not in said
 
 
 def test_a_table_of_many_checkpoints_has_one_a_line(run: Path, command: Command):

@@ -187,6 +187,8 @@ def line(job: Job, item: Work, numbers: Measured, seconds: float) -> str:
 
     shown = sorted(numbers.results, key=order)
     texts = [f"{row.task} {row.metric} {number_text(row)}" for row in shown[:2]]
+    if item.shots is not None:
+        texts[0] = f"{item.shots}-shot {texts[0]}"
     more = f", and {len(shown) - 2} more" if len(shown) > 2 else ""
     kind = ""
     if job.is_reference:

@@ -1,5 +1,6 @@
 """What is measured on a checkpoint: tasks of the harness and held-out text, each opened once."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,7 +154,15 @@ class HarnessWork(Work):
             share=share,
             samples=options.samples,
         )
-        return Measured(done.results(labels), done.json, done.samples)
+        return Measured(done.results(labels), plain(done.json), done.samples)
+
+
+def plain(value: Any) -> Any:
+    """A value of the harness as JSON has it; a function of a task file is its name, as the harness
+    writes it."""
+    from lm_eval.utils import handle_non_serializable
+
+    return json.loads(json.dumps(value, default=handle_non_serializable))
 
 
 class HeldOutWork(Work):
