@@ -276,6 +276,7 @@ def places(
         ("{empty} --tasks a", 1, "is no run and no model, and no folder in it is one"),
         ("{empty}/none --tasks a", 1, "no checkpoint at {empty}/none"),
         ("{run} --tasks a --shots few", 2, "--shots 'few': expected numbers between commas"),
+        ("{run} --tasks a --limit 0", 2, "--limit 0: expected a number of documents, or a share"),
         ("{run} --tasks bits_per_byte dtyp=int8", 2, "did you mean 'dtype'?"),
         ("{run} --tasks bits_per_byte engine=turbo", 2, "unknown engine 'turbo'; choose one of"),
         ("{run} --tasks bits_per_byte dtype=int3", 2, "unknown dtype 'int3' for engine=torch"),

@@ -55,6 +55,8 @@ def test_the_cheapest_come_first_and_outcomes_as_they_were_asked_for(
     # 149,248 parameters against 25,888.
     assert [line.split()[0] for line in said] == ["small-1m", "tiny"]
     assert {row.documents for row in larger.rows} == {1}
+    # Of 4 and 6 documents.
+    assert [source.documents for source in sources_of(run, {}, Windows(), 0.3)] == [2, 2]
 
 
 def test_held_out_text_is_the_library_s_own_measure(run: Path):

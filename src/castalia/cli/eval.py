@@ -280,6 +280,7 @@ def work_options(
 
     Raises  ConfigError.
     """
+    from castalia.core.errors import ConfigError
     from castalia.eval.held_out import Windows
     from castalia.eval.work import WorkOptions
 
@@ -297,11 +298,14 @@ def work_options(
         given = getattr(flags, name)
         return section.get(name, usual) if given is None else given
 
+    limit = setting("limit", None)
+    if limit is not None and not limit > 0:
+        raise ConfigError(f"--limit {limit:g}: expected a number of documents, or a share below 1")
     asked = WorkOptions(
         tasks=names,
         include=(*(flags.include or ()), *section.get("include", ())),
         shots=shots,
-        limit=setting("limit", None),
+        limit=limit,
         batch=setting("batch", BATCH),
         bootstrap=setting("bootstrap", BOOTSTRAP),
         held_out=text.sources(),

@@ -5,6 +5,7 @@ The text is token files: those of a run's data.valid, or others by name.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -61,6 +62,8 @@ class Source(NamedTuple):
     """Tokens in a window; None for the model's limit."""
     documents: int
     """Documents that are read."""
+    limit: int | None
+    """They are among so many first ones."""
     hash: str
     """SHA-256 of the tokens and of how they are read, 16 digits."""
 
@@ -71,11 +74,11 @@ class Source(NamedTuple):
 
 
 def sources_of(
-    run: Path | None, given: Mapping[str, str], windows: Windows, limit: int | None = None
+    run: Path | None, given: Mapping[str, str], windows: Windows, limit: float | None = None
 ) -> list[Source]:
     """The held-out text for a checkpoint of `run`: the `given` prefixes by name, else data.valid.
 
-    limit   documents of each source at most.
+    limit   documents of each source at most; below 1, a share of them.
     Raises  ConfigError if there is none; DataError if a token file is missing or damaged.
     """
     prefixes = dict(given)
@@ -95,14 +98,17 @@ def sources_of(
 
 
 def source_at(
-    name: str, prefix: str, length: int | None, windows: Windows, limit: int | None
+    name: str, prefix: str, length: int | None, windows: Windows, limit: float | None
 ) -> Source:
     """One source."""
     sizes = IndexedDataset(prefix).sizes.tolist()
-    chosen = choose_documents(sizes, windows.max_tokens, limit)
+    most = None
+    if limit is not None:
+        most = math.ceil(len(sizes) * limit) if limit < 1 else int(limit)
+    chosen = choose_documents(sizes, windows.max_tokens, most)
     facts = (token_hash(os.path.abspath(prefix)), length, windows.max_tokens)
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    return Source(name, prefix, length, len(chosen), digest)
+    return Source(name, prefix, length, len(chosen), most, digest)
 
 
 @cache
@@ -117,7 +123,6 @@ def measure(
     labels: Labels,
     *,
     windows: Windows,
-    limit: int | None = None,
     batch: int = 16,
     share: Share = ALONE,
 ) -> list[Result]:
@@ -137,7 +142,7 @@ def measure(
         seq_length=source.length or model.config.max_position_embeddings,
         eod_id=model.eod_id,
         max_tokens=windows.max_tokens,
-        max_documents=limit,
+        max_documents=source.limit,
         rows=batch,
         share=share,
     )

@@ -172,9 +172,6 @@ class HeldOutWork(Work):
 
     def __init__(self, options: WorkOptions) -> None:
         self.options = options
-        # A share of the documents is for tasks of the harness; text has max_tokens.
-        limit = options.limit
-        self.limit = int(limit) if limit is not None and limit >= 1 else None
 
     def sources(self, checkpoint: Checkpoint) -> list[Source]:
         """The text for a checkpoint.
@@ -182,7 +179,7 @@ class HeldOutWork(Work):
         Raises  ConfigError if there is none; DataError if it cannot be read.
         """
         options = self.options
-        return held_out.sources_of(checkpoint.run, options.held_out, options.windows, self.limit)
+        return held_out.sources_of(checkpoint.run, options.held_out, options.windows, options.limit)
 
     def expected(self, checkpoint: Checkpoint) -> list[Expected]:
         """See `Work`."""
@@ -206,7 +203,6 @@ class HeldOutWork(Work):
                 source,
                 labels,
                 windows=self.options.windows,
-                limit=self.limit,
                 batch=self.options.batch,
                 share=share,
             )
