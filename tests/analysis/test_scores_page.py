@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from tests.fixtures.browser import PHONE, Visit
-from tests.fixtures.suite_results import write_suite
+from tests.fixtures.suite_results import ODD, write_suite
 
 from castalia.analysis import write_report
 
@@ -80,7 +80,7 @@ def test_tasks_models_and_axes_are_chosen_by_mouse_and_key(address: str, visit: 
     page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
     page.emulate_media(color_scheme="dark")
     settled(page)
-    assert curves(page.locator("#scores > .panels")) == 18
+    assert curves(page.locator("#scores > .panels")) == 24
 
 
 def search_for_tasks(page: Any) -> None:
@@ -99,6 +99,14 @@ def search_for_tasks(page: Any) -> None:
     page.get_by_role("button", name="remove the task lambada_openai").click()
     settled(page)
     assert names(page)[0] == "mmlu_law" and len(names(page)) == 3
+    search.fill("odd")
+    search.press("Enter")
+    settled(page)
+    assert names(page)[-1] == ODD and page.locator("#scores i:not(.swatch)").count() == 0
+    # Who gets the address sees the same.
+    page.reload()
+    settled(page)
+    assert names(page)[-1] == ODD and len(names(page)) == 4
 
 
 def test_sizes_tables_and_pairs_follow_what_is_chosen(address: str, visit: Visit):
@@ -155,8 +163,8 @@ def compare_two(page: Any) -> None:
     pairs.get_by_label("B", exact=True).select_option(label="toy · toy-1m seed 1")
     settled(page, "pairs")
     rows = pairs.locator("tbody tr").all_inner_texts()
-    assert len(rows) == 3 and all("A better" in row for row in rows)
-    assert "3 of 3 differences are outside" in pairs.inner_text()
+    assert len(rows) == 4 and all("A better" in row for row in rows)
+    assert "4 of 4 differences are outside" in pairs.inner_text()
     pairs.get_by_label("B", exact=True).select_option(label="opt · opt-1.3b")
     settled(page, "pairs")
     (row,) = pairs.locator("tbody tr").all_inner_texts()

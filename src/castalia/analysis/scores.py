@@ -63,18 +63,18 @@ FROM numbered ORDER BY how
 def scores_data(
     stores: Sequence[ResultsStore], flops: Mapping[str, int | None] | None = None
 ) -> dict[str, Any] | None:
-    """The results of some stores as JSON values for scores.js; None without a row.
+    """The results of some stores as JSON values for scores.js; None without a finite one.
 
     flops   the runs on the page: FLOPs of a training token, or None, by the name of the folder.
     Raises  DataError if a file is damaged.
     """
     table = read_stores(stores)
-    if not table.num_rows:
-        return None
     duckdb = require("duckdb", "results", "the results table")
     with duckdb.connect() as connection:
         connection.register("results", table)
         connection.execute(NUMBERED)
+        if not connection.execute("SELECT count(*) FROM numbered").fetchall()[0][0]:
+            return None
         groups = add_means(connection)
         models = models_data(connection.execute(MODELS).fetchall(), flops or {})
         ways = [list(row[:-1]) for row in connection.execute(WAYS).fetchall()]

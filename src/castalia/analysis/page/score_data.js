@@ -122,11 +122,11 @@
   // Errors and perplexities fall over decades.
   S.isLog = (metric) => /ppl|perplexity/.test(metric);
   S.isShare = (metric) => /^(acc|acc_norm|exact_match|em|pct_stereotype|f1)\b/.test(metric);
-  const CONDITIONS = ["harness", "task_version", "task_hash", "dtype", "engine", "shots",
-    "documents"];
-  // What keeps two numbers from being compared, in words; "" where nothing does.
+  // What keeps two numbers from being compared, in words; "" where nothing does. Unknown and known
+  // differ.
   S.differences = (one, other) =>
-    CONDITIONS.filter((name) => one[name] !== other[name]).map((name) =>
+    Object.keys(one).filter((name) => name !== "metric" && name !== "filter"
+      && one[name] !== other[name]).map((name) =>
       `${name.replace("_", " ")} ${one[name] ?? "unknown"} and ${other[name] ?? "unknown"}`)
       .join("; ");
   // The setting beside task, metric and shots, in words.

@@ -37,10 +37,14 @@
     const isFirst = (lineage) => count <= FEW || lineage.isReference || first.includes(lineage);
     return new Set(results.lineages.filter(isFirst).map(({ name }) => name));
   };
+  // Names of tasks and models may have any character.
+  const textOf = (names) => names.map((name) => name.replace(/[%|]/g, encodeURIComponent)).join("|");
+  const listOf = (text) => text.split("|").filter(Boolean).map((name) =>
+    name.replace(/%25|%7C/g, decodeURIComponent));
   const READ = { shots: (text) => (text === "" ? null : Number(text)),
     at: (text) => (text === "last" ? null : Number(text)), bands: (text) => text === "true",
     references: (text) => text === "true", anyway: (text) => text === "true",
-    tasks: (text) => text.split("|"), sort: (text) => text.split("|") };
+    tasks: (text) => listOf(text), sort: (text) => listOf(text) };
   const readView = (results) => {
     const chosen = { ...defaults(results), results, lineages: firstLineages(results),
       offSizes: new Set() };
@@ -48,7 +52,7 @@
     for (const key of KEYS) {
       if (address.has(key)) chosen[key] = (READ[key] ?? String)(address.get(key));
     }
-    const named = (key) => new Set((address.get(key) ?? "").split("|").filter(Boolean));
+    const named = (key) => new Set(listOf(address.get(key) ?? ""));
     const off = named("off");
     if (address.has("off")) {
       chosen.lineages = new Set(results.lineages.map(({ name }) => name)
@@ -67,15 +71,15 @@
     const address = new URLSearchParams(location.hash.slice(1));
     for (const key of KEYS) {
       const value = view[key];
-      if (Array.isArray(value)) address.set(key, value.join("|"));
+      if (Array.isArray(value)) address.set(key, textOf(value));
       else if (key === "at") address.set(key, value ?? "last");
       else if (value !== null && value !== undefined) address.set(key, value);
       else address.delete(key);
     }
     const off = view.results.lineages.map(({ name }) => name)
       .filter((name) => !view.lineages.has(name));
-    address.set("off", off.join("|"));
-    address.set("small", [...view.offSizes].join("|"));
+    address.set("off", textOf(off));
+    address.set("small", textOf([...view.offSizes]));
     for (const [key, value] of [...address]) if (value === "") address.delete(key);
     if (!off.length) address.set("off", "");
     history.replaceState(null, "", `#${address}`);
