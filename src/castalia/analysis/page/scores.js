@@ -327,6 +327,17 @@
     box.dataset.part = part;
     return box;
   };
+  // On a phone the axes and models are folded, else a screen of controls stands over the chart.
+  const moreButton = (root) => {
+    const button = make("button", { type: "button", className: "more" }, "axes, models and sizes");
+    const show = (on) => {
+      root.classList.toggle("folded", !on);
+      button.setAttribute("aria-expanded", String(on));
+    };
+    button.onclick = () => show(root.classList.contains("folded"));
+    show(false);
+    return button;
+  };
   const build = (root) => {
     parts = { root };
     parts.tasks = S.taskSearch(() => view, (tasks) => set({ tasks }));
@@ -346,7 +357,8 @@
       make("h2", {}, "Evaluations"),
       make("p", { className: "about", id: "scores-about" }),
       make("div", { className: "controls" },
-        make("div", { className: "asked" }, parts.tasks.element, parts.what), parts.choices),
+        make("div", { className: "asked" }, parts.tasks.element, parts.what, moreButton(root)),
+        parts.choices),
       parts.toggles,
       parts.curveGrid,
       section("scales", "Score against size", "Lines are least squares of the score on the logarithm of the"
