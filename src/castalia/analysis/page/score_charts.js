@@ -162,13 +162,16 @@
   const CONFIG = () => ({ responsive: true, displaylogo: false, displayModeBar: isCoarse ? true : "hover",
     modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
     toImageButtonOptions: { scale: 2 } });
-  const xLayout = (view, xs) => {
+  // Where no config says how many FLOPs a token takes, 6 for each parameter.
+  const flopsTitle = (models) =>
+    `training FLOPs${models.every(({ counted }) => counted) ? "" : " (6·N·D)"}`;
+  const xLayout = (view, xs, models) => {
     const last = Math.max(...xs);
     const first = Math.min(...xs.filter((x) => x > 0));
     const range = view.scale === "log" ? [Math.log10(first / 1.4), Math.log10(last * 1.15)]
       : [-0.015 * last, last * 1.015];
     return { ...axisLook(), type: view.scale, range, nticks: isNarrow() ? 5 : 8,
-      title: { text: S.AXES[view.axis], standoff: 6 },
+      title: { text: view.axis === "flops" ? flopsTitle(models) : S.AXES[view.axis], standoff: 6 },
       tickformat: { step: last >= 1e5 ? ".4~s" : ",", percent: ".3~g", tokens: ".3~s",
         flops: ".1~e" }[view.axis],
       ticksuffix: view.axis === "percent" ? "%" : "",
@@ -210,7 +213,8 @@
     // Small models first: what is drawn last lies on top.
     drawn.sort((a, b) => a.curve.model.order - b.curve.model.order);
     const traces = [];
-    const xaxis = xLayout(own, drawn.flatMap(({ points }) => points.x));
+    const xaxis = xLayout(own, drawn.flatMap(({ points }) => points.x),
+      drawn.map(({ curve }) => curve.model));
     const lines = curves.filter((curve) => view.references && !here.includes(curve));
     const range = yRange(own, [...drawn.flatMap(({ points }) => points.y),
       ...lines.map((curve) => curve.values.at(-1))], metric);
@@ -338,7 +342,8 @@
       ...base(view, height),
       margin: { l: 48, r: 14, t: isCoarse ? 30 : 8, b: 42 },
       xaxis: { ...axisLook(), type: "log", nticks: 6,
-        title: { text: view.against === "flops" ? "training FLOPs" : "parameters", standoff: 6 },
+        title: { standoff: 6, text: view.against === "flops"
+          ? flopsTitle(points.map(({ curve }) => curve.model)) : "parameters" },
         ...(view.against === "flops" ? { tickformat: ".1~e" } : sizeTicks(points)) },
       yaxis: { ...axisLook(), type: isLogY ? "log" : "linear", nticks: 7, automargin: true,
         tickformat: isLogY ? ".3~s" : ".4~g" },
