@@ -289,6 +289,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and few requests")
     parser.add_argument("--parts", default="parity,throughput,sweep")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of tasks, without the sweep")
     parser.add_argument("--shape", choices=SHAPES, default="70m")
     parser.add_argument("--sweep-shape", choices=SHAPES, default="14m")
     parser.add_argument("--documents", type=int, default=200, help="of the largest tasks")
@@ -332,7 +333,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if "parity" in parts or "throughput" in parts:
-            names = write_tasks(folder / "tasks", options.documents, list(KINDS))
+            names = write_tasks(folder / "tasks", options.documents, options.kinds.split(","))
             (export,) = write_run(folder / "run", SHAPES[options.shape], [1], text)
             tasks = open_tasks(names, include=[str(folder / "tasks")])
             ours = load(folder / "run", engine="torch", device="cpu")

@@ -1,6 +1,8 @@
 """Fixtures of every test."""
 
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -25,4 +27,8 @@ def temporary_folder_of_processes():
     temporary = tempfile.TemporaryDirectory(prefix="castalia-", ignore_cleanup_errors=True)
     with temporary as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
+        # The tables that datasets makes of the tests' files; it may be imported already.
+        patch.setenv("HF_DATASETS_CACHE", f"{folder}/datasets")
+        if "datasets" in sys.modules:
+            patch.setattr("datasets.config.HF_DATASETS_CACHE", Path(folder) / "datasets")
         yield

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lm_eval.api import metrics
+from lm_eval.tasks import TaskManager
 from tests.fixtures.harness_tasks import JSON, TASKS, write_task
 
 from castalia.core.errors import CastaliaError, ConfigError, DataError
@@ -20,6 +21,7 @@ from castalia.eval.harness import model as harness_model
 from castalia.eval.harness import quiet, sources
 from castalia.eval.harness.encoding import TextEncoder
 from castalia.eval.harness.evaluate import Evaluation, evaluate
+from castalia.eval.harness.own_tasks import own_tasks
 from castalia.eval.harness.tasks import TaskSet, open_tasks
 from castalia.eval.labels import labels_of
 from castalia.eval.shares import Share
@@ -361,3 +363,13 @@ def test_a_hash_is_that_of_the_task_and_not_of_the_machine(tmp_path):
             hashes.append(open_tasks(str(path), shots=shots).parts[0].hashes()["sums_local"])
     assert len(hashes[0]) == 16
     assert len(set(hashes[:4])) == 1 and len(set(hashes[4:])) == 1 and hashes[0] != hashes[4]
+
+
+@pytest.mark.slow
+def test_the_names_of_the_harness_are_those_of_its_own_index():
+    mine = own_tasks()
+    theirs = TaskManager().task_index
+    assert len(theirs) > 10_000 and mine.keys() == theirs.keys()
+    for name, entry in theirs.items():
+        got = mine[name]
+        assert (got.kind, got.yaml_path, got.tags) == (entry.kind, entry.yaml_path, entry.tags)

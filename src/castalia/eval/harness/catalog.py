@@ -65,8 +65,8 @@ class LocalFactory(TaskFactory):
         """Raises  ConfigError if the task runs code of the model's and that is not allowed."""
         if config.get("unsafe_code") and not self.unsafe:
             raise ConfigError(
-                f"task {config['task']} runs code that the model writes; allow it with unsafe=True"
-                " where that can do no harm"
+                f"task {config['task']} runs code that the model writes; where that can do no harm,"
+                " castalia.eval.open_tasks(…, unsafe=True) allows it"
             )
 
 
