@@ -26,6 +26,7 @@ from castalia.data.sidecar import recorded_end
 from castalia.eval.losses import TokensAndLabels, sum_of_losses
 from castalia.eval.shares import ALONE, Share
 from castalia.inference.engine import Engine
+from castalia.inference.scoring import Line, score_lines
 from castalia.models import Decoder
 
 Ids = NDArray[np.int64]
@@ -104,15 +105,9 @@ def batches(windows: Sequence[Window], rows: int) -> list[list[Window]]:
 
 
 def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
-    """Negative log-likelihood of all targets under an inference engine, in nats.
-
-    One window a call: engines need not batch rows of different length.
-    """
-    total = 0.0
-    for inputs, targets in windows:
-        line = [*inputs.tolist(), int(targets[-1])]
-        total += float(engine.logprobs(line).double().sum())
-    return -total
+    """Negative log-likelihood of all targets of a batch under an inference engine, in nats."""
+    lines = [Line((int(inputs[0]),), tuple(targets.tolist())) for inputs, targets in windows]
+    return -math.fsum(one.logprob for one in score_lines(engine, lines, rows=len(lines)))
 
 
 def shared_losses(
