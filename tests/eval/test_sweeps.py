@@ -54,6 +54,7 @@ def test_the_cheapest_come_first_and_outcomes_as_they_were_asked_for(
     assert (larger.checkpoint.model, smaller.checkpoint.model) == ("tiny", "small-1m")
     # 149,248 parameters against 25,888.
     assert [line.split()[0] for line in said] == ["small-1m", "tiny"]
+    assert [line.split()[-1] for line in said] == ["1/2", "2/2"]
     assert {row.documents for row in larger.rows} == {1}
     # Of 4 and 6 documents.
     assert [source.documents for source in sources_of(run, {}, Windows(), 0.3)] == [2, 2]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -106,7 +107,13 @@ def sweep(
     # Rank 0 alone decides what is left: another may read the table a moment later.
     plan = share.gather(plan)[0]
     announce(plan, work, say)
-    for done in executed(plan.jobs, work, asked, processes, share, say):
+    total = sum(len(job.left) for jobs in plan.jobs for job in jobs)
+    numbers = count(1)
+
+    def counted(text: str) -> None:
+        say(f"{text}  {next(numbers)}/{total}")
+
+    for done in executed(plan.jobs, work, asked, processes, share, counted):
         outcome = plan.outcomes[done.job.owner]
         outcome.measured += len(done.written)
         outcome.failures += done.failures
