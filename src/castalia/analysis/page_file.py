@@ -65,7 +65,7 @@ def document(
         f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
         f"<header><h1>{escape(title)}</h1><p>{escape(lead)}</p></header>"
         "<noscript><p>The charts need JavaScript; the tables below do not.</p></noscript>"
-        f"{body}<footer>Written by castalia from the files in the run's folder."
+        f"{body}<footer>Written by castalia from the files of the runs and results."
         " Charts by Plotly.js (MIT).</footer></main>\n"
         f"{packed}<script{allowed}>{script}</script></body></html>\n"
     )

@@ -159,7 +159,8 @@
   });
   const axisLook = () => ({ gridcolor: S.look("--grid"), linecolor: S.look("--edge"),
     zeroline: false });
-  const CONFIG = () => ({ responsive: true, displaylogo: false, displayModeBar: isCoarse ? true : "hover",
+  const CONFIG = () => ({ responsive: true, displaylogo: false,
+    displayModeBar: isCoarse ? true : "hover",
     modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
     toImageButtonOptions: { scale: 2 } });
   // Where no config says how many FLOPs a token takes, 6 for each parameter.
@@ -233,7 +234,8 @@
     const widest = Math.max(0, ...labels.map(({ text }) => text.length));
     await react(plot, traces, {
       ...base(own, height),
-      margin: { l: 48, r: labels.length ? Math.min(12 + 6.6 * widest, 130) : 14, t: isCoarse ? 30 : 8, b: 42 },
+      margin: { l: 48, r: labels.length ? Math.min(12 + 6.6 * widest, 130) : 14,
+        t: isCoarse ? 30 : 8, b: 42 },
       xaxis,
       yaxis: { ...axisLook(), type: own.isLogY ? "log" : "linear", range, nticks: 7,
         automargin: true, tickformat: own.isLogY ? ".3~s" : ".4~g",

@@ -3,7 +3,8 @@
 (() => {
   const S = window.castalia.scores;
   const { make } = S;
-  const { radios, radiosOf, switches, select, toggles } = S.controls(() => view, (changes) => set(changes));
+  const { radios, radiosOf, switches, select, toggles } =
+    S.controls(() => view, (changes) => set(changes));
   const HEADLINES = ["lambada_openai", "lambada_standard", "bits per byte by source"];
   const FEW = 8; // models that are all drawn at first
   let view = null;
@@ -351,8 +352,8 @@
     parts.compareControls = make("div", { className: "score-choices" });
     parts.values = make("div");
     parts.comparison = make("div");
-    parts.compare = section("pairs", "Two compared", "Differences of two models, or of two suites size by"
-      + " size, at the chosen step.", parts.compareControls, parts.comparison);
+    parts.compare = section("pairs", "Two compared", "Differences of two models, or of two"
+      + " suites size by size, at the chosen step.", parts.compareControls, parts.comparison);
     root.replaceChildren(
       make("h2", {}, "Evaluations"),
       make("p", { className: "about", id: "scores-about" }),
@@ -361,8 +362,8 @@
         parts.choices),
       parts.toggles,
       parts.curveGrid,
-      section("scales", "Score against size", "Lines are least squares of the score on the logarithm of the"
-        + " size or compute; the band is ± one standard error of a new model.",
+      section("scales", "Score against size", "Lines are least squares of the score on the"
+        + " logarithm of the size or compute; the band is ± one standard error of a new model.",
       parts.scaleControls, parts.scaleGrid),
       section("values", "Values", "At the chosen step. A name of a column sorts by it.",
         parts.tableControls, parts.values),
