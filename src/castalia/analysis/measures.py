@@ -168,6 +168,12 @@ MACHINE = (
         ),
         log=True,
     ),
+    Measure(
+        "Evaluations",
+        "seconds",
+        "Time that training stood still for tasks and samples.",
+        (Key("eval_seconds", "evaluation", "median", marks=True),),
+    ),
 )
 """Speed, time and memory, which stand at the end of the page."""
 
@@ -192,7 +198,8 @@ def other_measures(runs: Sequence[RunFiles]) -> Iterator[Measure]:
     for run in runs:
         names |= dict.fromkeys(keys[0] for keys in run.columns.numbers if len(keys) == 1)
     known = known_keys()
-    left = [name for name in names if name not in known]
+    # The scores of tasks are drawn from the results table.
+    left = [name for name in names if name not in known and not name.startswith("eval/")]
     for name in dict.fromkeys(name.removeprefix("valid_") for name in left):
         keys = []
         if name in left:

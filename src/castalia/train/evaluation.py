@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -191,7 +192,9 @@ class RunEvaluation:
         """Say and record what failed; the training goes on."""
         warn(f"the evaluation of step {step} failed in part: {fault}; training goes on")
         event = {"step": step, "event": "evaluation", "action": "warn", "error": fault}
-        append_event(self.folder, event)
+        # What cannot be recorded was said.
+        with suppress(CastaliaError):
+            append_event(self.folder, event)
 
     def take_validation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Keep the numbers of the validation of a step, if `metrics` has one."""
