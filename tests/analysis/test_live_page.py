@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def until(page: Any, condition: str) -> None:
     """Wait until a condition in JavaScript holds. playwright's own waiting needs eval, which the
     policy of the page forbids."""
-    for _ in range(500):
+    end = time.monotonic() + 40
+    while time.monotonic() < end:
         if page.evaluate(condition):
             return
         page.wait_for_timeout(20)
-    raise AssertionError(f"not within 10 s: {condition}")
+    raise AssertionError(f"not within 40 s: {condition}")
 
 
 def says(page: Any, reader: str, text: str) -> None:

@@ -116,7 +116,7 @@ def test_a_word_that_is_no_verb(command, words, says):
         ("-v", "no option -v; castalia --help lists the options"),
         ("train", "castalia train needs CONFIG; for example: castalia train debug output="),
         ("data view debug", "castalia data view needs --steps; for example: castalia data view"),
-        ("report", "castalia report needs RUN; for example: castalia report runs/first"),
+        ("report", "castalia report needs PATH; for example: castalia report runs/first"),
         ("generate m text", "castalia generate does not expect 'text'; for example: castalia gen"),
         (
             "generate m --top-k x",

@@ -173,7 +173,7 @@ def results(
 
       castalia results --import downloads/evals --store evals
 
-      castalia results --sql "select step, value from results where task = 'piqa'" --csv
+      castalia results --sql "select step, value from results limit 9" --csv
 
       castalia results --where "task = 'piqa' and step > 1000" --markdown
 
