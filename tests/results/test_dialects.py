@@ -137,6 +137,8 @@ PRESENT = {
         "model_args": {"pretrained": "EleutherAI/pythia-14m-seed3", "revision": "step512"}
         | {"dtype": "y"},
         "model_dtype": "torch.float16",
+        "model_num_parameters": 14_000_000,
+        "model_sha": "0a1b2c",
         "batch_size": "auto",
         "batch_sizes": [64],
     },
@@ -168,6 +170,7 @@ def test_the_form_since_0_4(tmp_path):
         batch=64,
         evaluated_at=datetime(2025, 3, 1, 12, 30, 15),
         checkpoint="EleutherAI/pythia-14m-seed3@step512",
+        checkpoint_hash="0a1b2c",
         source=str(path),
     )
     assert exact.value != exact.value and exact.filter == "flexible-extract"
@@ -185,10 +188,13 @@ def test_the_form_since_0_4(tmp_path):
 
 def test_json_that_castalia_wrote(tmp_path):
     content = PRESENT | {"task_hashes": {"mine": "0123456789abcdef", "group": "f" * 64}}
-    content["config"] = {"model": "castalia:native", "model_args": {"dtype": "int8"}}
+    content["config"] = {"model": "castalia:native", "model_args": {"dtype": "int8"}} | {
+        "model_num_parameters": 77
+    }
     acc, *_, group = read_results(write(tmp_path / "suite" / "run.json", content))
     assert (acc.engine, acc.dtype, acc.task_hash) == ("native", "int8", "0123456789abcdef")
     assert (acc.suite, acc.model, group.task_hash) == ("suite", "run", None)
+    assert (acc.parameters, acc.checkpoint_hash) == (77, None)
 
 
 @pytest.mark.parametrize(

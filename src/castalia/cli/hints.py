@@ -15,6 +15,7 @@ PRESETS = "castalia show, which names the presets; castalia show --keys lists th
 LAUNCH = "castalia launch CONFIG, which starts many processes, also through Slurm"
 RUNS = "castalia runs [DIR]"
 REPORT = "castalia report PATH..."
+RESULTS = "castalia results, which imports, asks and compares the numbers of evaluations"
 HUB = "the hub id of the model, hf://OWNER/NAME, with any verb that takes a model"
 
 WANTED = {
@@ -96,6 +97,10 @@ WANTED = {
     "dashboard": REPORT,
     "tensorboard": REPORT,
     "compare": REPORT,
+    "sql": RESULTS,
+    "query": RESULTS,
+    "scores": RESULTS,
+    "leaderboard": RESULTS,
     "logs": REPORT,
     "reports": REPORT,
     "version": "castalia --version",

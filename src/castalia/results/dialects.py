@@ -146,6 +146,9 @@ def present_rows(
     base = base_row(subject_of(config, content, path), shared(config, path), path)
     version = content.get("lm_eval_version")
     base = base._replace(
+        parameters=base.parameters or integer(config.get("model_num_parameters")),
+        # The commit of the hub, as long as hashes of checkpoints are.
+        checkpoint_hash=(text(config.get("model_sha")) or "")[:HASH_DIGITS] or None,
         harness=f"lm-eval {version}" if version else "lm-eval >=0.4",
         evaluated_at=time_of(path, number(content.get("date"))),
     )
