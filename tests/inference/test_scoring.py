@@ -12,11 +12,14 @@ from castalia.core.errors import ConfigError
 from castalia.inference import quick
 from castalia.inference.engine import Engine
 from castalia.inference.native import compiled
+from castalia.inference.native.engine import NativeEngine
+from castalia.inference.native.weights import packed_weights
 from castalia.inference.prefixes import sections_of
 from castalia.inference.quick import quick_model
 from castalia.inference.scoring import Likelihood, Line, score_lines
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
+from castalia.models.scaling import RopeScaling
 
 LIMIT = 128
 
@@ -71,6 +74,42 @@ FAMILIES = ["llama", "layers in turn", "falcon of RefinedWeb", "falcon's roundin
 @pytest.mark.parametrize("case", [*FAMILIES, "sinusoidal"])
 def test_many_lines_are_scored_as_each_alone(case: str) -> None:
     require_equal(TorchEngine(random_model(config_of(case))), some_lines())
+
+
+def test_padding_does_not_scale_the_positions_of_shorter_lines() -> None:
+    """Dynamic scaling follows the length of a row beyond the trained one."""
+    scaling = RopeScaling(kind="dynamic", factor=2.0, original_max_position_embeddings=16)
+    config = config_of("llama").model_copy(update={"rope_scaling": scaling})
+    engine = TorchEngine(random_model(config))
+    for one in some_lines():
+        ids = [*one.context, *one.continuation]
+        # As the harness's hf model does, which does not read the last token.
+        logprobs = engine.logits(ids[:-1]).log_softmax(1)[len(one.context) - 1 :]
+        want = float(logprobs[range(len(one.continuation)), one.continuation].double().sum())
+        (got,) = score_lines(engine, [one])
+        assert got.logprob == pytest.approx(want, rel=2e-5, abs=2e-5)
+    lines = some_lines()
+    together = score_lines(engine, lines, rows=4)
+    for got, one in zip(together, lines, strict=True):
+        (want_alone,) = score_lines(engine, [one])
+        assert got.logprob == pytest.approx(want_alone.logprob, rel=2e-5, abs=2e-5)
+
+
+@COMPILED
+def test_the_native_engine_scores_in_bf16_where_it_scores_texts_so() -> None:
+    model = random_model(config_of("mistral"))
+    weights = packed_weights(model.state_dict(), model.config, "int8")
+    engine = NativeEngine(weights, scoring="bf16")
+    exact = TorchEngine(model)
+    lines = some_lines()
+    several = score_lines(engine, lines, rows=4)
+    assert engine.scorer is not None
+    for got, one in zip(several, lines, strict=True):
+        want = alone(engine, one).logprob
+        count = len(one.continuation)
+        # In bf16 a batch rounds otherwise than a line alone: by far less than bf16 itself does.
+        assert abs(got.logprob - want) < 0.02 * count**0.5 + 1e-3 * abs(want)
+    assert score_lines(engine, lines[:1]) != score_lines(exact, lines[:1])
 
 
 @COMPILED

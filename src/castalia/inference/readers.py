@@ -13,8 +13,7 @@ from torch import Tensor
 
 from castalia.inference.engine import Engine, ScoringModel, Slots
 from castalia.inference.torch_engine import device_of, padded
-from castalia.models import ModelState
-from castalia.models.config import TransformerConfig
+from castalia.models import Decoder, ModelState
 
 Rows = Sequence[Sequence[int]]
 
@@ -41,6 +40,8 @@ class Reader(ABC):
     """Whether short lines may not share a pass in more rows than a batch has."""
     owns_logits = True
     """Whether logits may be overwritten."""
+    one_length = False
+    """Whether padding changes the logits, so that all rows of a pass must be equally long."""
 
     @abstractmethod
     def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
@@ -63,6 +64,7 @@ class DecoderReader(Reader):
         self.head = model.head
         self.dtype = model.dtype
         self.device = device_of(self.decoder)
+        self.one_length = follows_length(self.decoder)
         self.copies = self.decoder.family.rewinds and not self.one_length
         self.row_tokens = ROW_TOKENS.get(self.device.type, ROW_TOKENS_DEVICE)
         self.part_rows = PART_ROWS.get(self.device.type, PART_ROWS_DEVICE)
@@ -72,14 +74,6 @@ class DecoderReader(Reader):
         """The state of the stems read last."""
         self.header_length = 0
         self.ends: list[int] = []
-
-    @property
-    def one_length(self) -> bool:
-        """Whether the logits of a token depend on the length of its row, padding included."""
-        config = self.decoder.config
-        if not isinstance(config, TransformerConfig) or config.rope_scaling is None:
-            return False
-        return config.rope_scaling.kind == "dynamic"
 
     @torch.inference_mode()
     def new_state(self, rows: int, length: int) -> ModelState:
@@ -131,6 +125,12 @@ class DecoderReader(Reader):
             with torch.inference_mode():
                 logits = self.head(part)
             yield logits
+
+
+def follows_length(decoder: Decoder) -> bool:
+    """Whether the logits of a token depend on the length of its row, padding included."""
+    scaling = getattr(decoder.config, "rope_scaling", None)
+    return scaling is not None and scaling.kind == "dynamic"
 
 
 @torch.inference_mode()

@@ -163,10 +163,12 @@ class Scoring:
             count = max(1, self.rows * self.reader.row_tokens // longest)
             if self.reader.at_most_rows or order[at].stem.start:
                 count = min(count, self.rows)
+            some = order[at : at + count]
+            if self.reader.one_length:
+                some = [group for group in some if group.stem.end == some[0].stem.end]
+            at += len(some)
             # The rows whose branches are read are the first ones.
-            batch = sorted(order[at : at + count], key=lambda group: -len(group.branches))
-            at += count
-            yield batch
+            yield sorted(some, key=lambda group: -len(group.branches))
 
     def read_batch(self, batch: Sequence[Group]) -> Sequence[int]:
         """Stems in one pass, then a branch of each, until there are none; returns the lines."""
