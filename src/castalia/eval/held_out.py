@@ -24,12 +24,13 @@ from castalia.data.sidecar import read_record, recorded_end
 from castalia.data.sources import source_names
 from castalia.data.tokenizer import Tokenizer
 from castalia.eval.bits import HeldOut, SourceBits, choose_documents, source_bits
-from castalia.eval.labels import Labels, config_of_run
+from castalia.eval.labels import config_of_run
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
 from castalia.inference.token_texts import TokenTexts
 from castalia.inference.torch_engine import TorchEngine
 from castalia.results import Result
+from castalia.results.schema import Labels
 from castalia.results.store import now
 
 TASK = "bits_per_byte"

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import CastaliaError, CheckpointError
 from castalia.core.files import atomic_write, is_claimed
-from castalia.eval.labels import REFERENCE, USUAL, Arithmetic, Labels, labels_of
+from castalia.eval.labels import REFERENCE, USUAL, Arithmetic, labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.shares import ALONE, Share
 from castalia.eval.work import Measured, Work, WorkOptions, open_work
 from castalia.inference import LanguageModel, load
 from castalia.results import Result, ResultsStore
+from castalia.results.schema import Labels
 
 SAMPLES = "samples"
 """Folder of documents with their answers, beside a table."""

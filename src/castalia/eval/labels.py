@@ -18,7 +18,7 @@ from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import engine_for, is_read_as_model
 from castalia.inference.native.engine import NativeEngine
 from castalia.models import ModelConfig, build_model_config, parameter_counts
-from castalia.results import Result
+from castalia.results import Labels
 
 STEP_FOLDER = re.compile(r"(?:global_)?step-?(\d+)")
 """`step1000` of revisions and exports, `step-00001000`, GPT-NeoX's `global_step1000`."""
@@ -28,28 +28,6 @@ INSIDE = ("checkpoints", "exports")
 """Folders of a run whose content is the run's model."""
 GGUF_NAME = "model"
 """Stem of the GGUF files of exports, which does not name their model."""
-
-
-class Labels(NamedTuple):
-    """The columns of the results table that all rows of a checkpoint share. None is unknown."""
-
-    suite: str
-    model: str
-    variant: str = ""
-    size: str | None = None
-    parameters: int | None = None
-    seed: int | None = None
-    step: int | None = None
-    last_step: int | None = None
-    tokens: int | None = None
-    dtype: str | None = None
-    engine: str | None = None
-    checkpoint: str | None = None
-    checkpoint_hash: str | None = None
-
-    def result(self, task: str, metric: str, value: float, **more: Any) -> Result:
-        """A row of the table; `more` are other columns of it."""
-        return Result(**self._asdict() | {"task": task, "metric": metric, "value": value} | more)
 
 
 class Origin(NamedTuple):

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from castalia.core.errors import ConfigError
 from castalia.eval import held_out
 from castalia.eval.held_out import WHOLE, Source, Windows
-from castalia.eval.labels import Labels
 from castalia.eval.places import Checkpoint
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
 from castalia.results import Result
+from castalia.results.schema import Labels
 
 if TYPE_CHECKING:
     from castalia.eval.harness.tasks import TaskSet

@@ -1,7 +1,7 @@
 """The results of evaluations: one table, and DuckDB over it."""
 
 from castalia.results.importing import Imported, import_results
-from castalia.results.schema import COLUMNS, CONDITIONS, KEY, Result
+from castalia.results.schema import COLUMNS, CONDITIONS, KEY, Labels, Result
 from castalia.results.store import ResultsStore, find_stores, query_stores, read_stores
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "CONDITIONS",
     "KEY",
     "Imported",
+    "Labels",
     "Result",
     "ResultsStore",
     "find_stores",

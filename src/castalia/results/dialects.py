@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import DataError
 from castalia.core.files import read_json
-from castalia.results.schema import Result
+from castalia.results.schema import Labels, Result
 from castalia.results.subjects import (
     subject_of_hub_id,
     subject_of_neox,
     subject_of_path,
 )
-from castalia.results.suites import Subject
 from castalia.results.task_hash import HASH_DIGITS, config_hash
 
 FORMER_HARNESS = "lm-eval <0.4"
@@ -237,7 +236,7 @@ def frequency_row(line: Mapping[str, str], path: Path) -> Result:
     )
 
 
-def subject_of(config: Mapping[str, Any], content: Mapping[str, Any], path: Path) -> Subject:
+def subject_of(config: Mapping[str, Any], content: Mapping[str, Any], path: Path) -> Labels:
     """The checkpoint that a JSON file is about."""
     arguments = config.get("model_args", content.get("model_args"))
     if isinstance(arguments, Mapping) and ("iteration" in arguments or "load" in arguments):
@@ -283,17 +282,10 @@ def shared(config: Mapping[str, Any], path: Path) -> Shared:
     )
 
 
-def base_row(subject: Subject, columns: Shared, path: Path) -> Result:
+def base_row(subject: Labels, columns: Shared, path: Path) -> Result:
     """A row without a number, for the numbers of a file."""
-    return Result(
-        task="",
-        metric="",
-        value=float("nan"),
-        evaluated_at=time_of(path),
-        source=str(path),
-        **subject._asdict(),
-        **columns._asdict(),
-    )
+    known = {"evaluated_at": time_of(path), "source": str(path)}
+    return subject.result("", "", float("nan"), **known, **columns._asdict())
 
 
 def time_of(path: Path, recorded: float | None = None) -> datetime:

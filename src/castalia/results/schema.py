@@ -1,7 +1,7 @@
 """The columns of the results table: one row is one number of one checkpoint."""
 
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 COLUMNS = {
     "suite": "TEXT",
@@ -96,3 +96,25 @@ class Result(NamedTuple):
     """SHA-256 of what identifies its weights, 16 digits; a hub's commit for a hub id."""
     source: str | None = None
     """The imported file."""
+
+
+class Labels(NamedTuple):
+    """The columns that all rows of a checkpoint share. None is unknown."""
+
+    suite: str
+    model: str
+    variant: str = ""
+    size: str | None = None
+    parameters: int | None = None
+    seed: int | None = None
+    step: int | None = None
+    last_step: int | None = None
+    tokens: int | None = None
+    dtype: str | None = None
+    engine: str | None = None
+    checkpoint: str | None = None
+    checkpoint_hash: str | None = None
+
+    def result(self, task: str, metric: str, value: float, **more: Any) -> Result:
+        """A row of the table; `more` are other columns of it."""
+        return Result(**self._asdict() | {"task": task, "metric": metric, "value": value} | more)

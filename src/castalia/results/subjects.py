@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
+from castalia.results.schema import Labels
 from castalia.results.suites import (
     BLOOM_SIZES,
     FORMER_SIZES,
@@ -12,7 +13,6 @@ from castalia.results.suites import (
     PYTHIA_SEED,
     PYTHIA_SIZES,
     PYTHIA_STEPS,
-    Subject,
     pythia,
 )
 
@@ -28,7 +28,7 @@ WINDOWS_OF_INTERVENTION = {"intervene_7": "intervention", "intervene_21": "inter
 """Folders by the share of training that saw changed pronouns, in percent -> variant."""
 
 
-def subject_of_hub_id(name: str, revision: str | None, path: PurePath) -> Subject:
+def subject_of_hub_id(name: str, revision: str | None, path: PurePath) -> Labels:
     """The checkpoint `name` (OWNER/NAME of the hub or a local folder), as its results record it.
 
     revision  of the hub; where it says no step, `path` of the results may.
@@ -50,7 +50,7 @@ def subject_of_hub_id(name: str, revision: str | None, path: PurePath) -> Subjec
     return known._replace(checkpoint=checkpoint)
 
 
-def subject_of_pythia(owner: str, model: str, step: int | None, path: PurePath) -> Subject | None:
+def subject_of_pythia(owner: str, model: str, step: int | None, path: PurePath) -> Labels | None:
     """A Pythia model by its id on the hub; None if it is another model."""
     match = PYTHIA_ID.fullmatch(model)
     if owner != "EleutherAI" or match is None:
@@ -86,17 +86,15 @@ def subject_of_pythia(owner: str, model: str, step: int | None, path: PurePath) 
     )
 
 
-def subject_of_family(
-    suite: str, owner: str, sizes: Mapping[str, int], name: str
-) -> Subject | None:
+def subject_of_family(suite: str, owner: str, sizes: Mapping[str, int], name: str) -> Labels | None:
     """A final model of a published family by its id on the hub; None if it is another model."""
     for size, parameters in sizes.items():
         if name == f"{owner}/{suite}-{size}":
-            return Subject(suite, f"{suite}-{size}", size=size, parameters=parameters)
+            return Labels(suite, f"{suite}-{size}", size=size, parameters=parameters)
     return None
 
 
-def subject_of_folder(name: str, step: int | None) -> Subject:
+def subject_of_folder(name: str, step: int | None) -> Labels:
     """A model of which only the name is known: OWNER/NAME, or the last two parts of a path."""
     parts = PurePath(name).parts
     for inside in ("exports", "checkpoints"):
@@ -106,10 +104,10 @@ def subject_of_folder(name: str, step: int | None) -> Subject:
     if len(parts) > 1 and STEP.fullmatch(parts[-1]):
         parts = parts[:-1]
     suite = parts[-2] if len(parts) > 1 else ""
-    return Subject(suite.strip("/") or "models", parts[-1] if parts else "model", step=step)
+    return Labels(suite.strip("/") or "models", parts[-1] if parts else "model", step=step)
 
 
-def subject_of_neox(settings: Mapping[str, Any], path: PurePath) -> Subject:
+def subject_of_neox(settings: Mapping[str, Any], path: PurePath) -> Labels:
     """The checkpoint that GPT-NeoX evaluated, by the arguments of its run.
 
     settings  its flat arguments, or only `iteration` and the names of `config_files`.
@@ -146,7 +144,7 @@ def neox_folder(settings: Mapping[str, Any], path: PurePath) -> str:
 
 def subject_of_neox_name(
     name: str, step: int | None, settings: Mapping[str, Any], path: PurePath
-) -> Subject | None:
+) -> Labels | None:
     """A Pythia model by the name of its training folder; None if it is another model."""
     match = NEOX_NAME.fullmatch(name.lower())
     if match is None:
@@ -199,6 +197,6 @@ def step_on(*paths: PurePath) -> int | None:
     return None
 
 
-def subject_of_path(path: Path) -> Subject:
+def subject_of_path(path: Path) -> Labels:
     """The model of results that name none: the file's folder and its name."""
     return subject_of_folder(str(path.absolute().with_suffix("")), step_on(path))

@@ -1,6 +1,6 @@
 """Suites that were published with results: sizes, parameters, steps and tokens, as data."""
 
-from typing import NamedTuple
+from castalia.results.schema import Labels
 
 PYTHIA_SIZES = {
     "14m": 14_067_712,
@@ -60,22 +60,6 @@ BLOOM_SIZES = {
 layer is tied to the embedding."""
 
 
-class Subject(NamedTuple):
-    """What was evaluated: the columns of a row that name the checkpoint. None is unknown."""
-
-    suite: str
-    model: str
-    variant: str = ""
-    size: str | None = None
-    parameters: int | None = None
-    seed: int | None = None
-    step: int | None = None
-    last_step: int | None = None
-    tokens: int | None = None
-    checkpoint: str | None = None
-    """Hub id with its revision, or the path that was evaluated."""
-
-
 def pythia(
     suite: str,
     size: str,
@@ -86,7 +70,7 @@ def pythia(
     seed: int = PYTHIA_SEED,
     steps: int = PYTHIA_STEPS,
     checkpoint: str | None = None,
-) -> Subject:
+) -> Labels:
     """A checkpoint of a Pythia model.
 
     size   a key of PYTHIA_SIZES.
@@ -95,7 +79,7 @@ def pythia(
            tokens a step.
     """
     tokens = None if step is None else step * PYTHIA_BATCH * PYTHIA_STEPS // steps
-    return Subject(
+    return Labels(
         suite=suite,
         model=f"pythia-{size}{'-deduped' if deduped else ''}",
         variant=variant,

@@ -18,12 +18,12 @@ from castalia.data.sources import source_names
 from castalia.distributed import World
 from castalia.eval.config import EvalConfig
 from castalia.eval.held_out import TASK, Windows
-from castalia.eval.labels import Labels
 from castalia.eval.places import Checkpoint
 from castalia.eval.work import HeldOutWork, Work, WorkOptions, open_work
 from castalia.inference import LanguageModel
 from castalia.models import Decoder
 from castalia.results import Result
+from castalia.results.schema import Labels
 from castalia.results.store import EXTRA, PURPOSE
 from castalia.train.aside import undisturbed
 from castalia.train.config import RunConfig

@@ -12,11 +12,12 @@ import torch
 from castalia.checkpoint import SavePolicy
 from castalia.core.errors import CastaliaError
 from castalia.distributed import Watchdog, World, is_loss
-from castalia.eval.labels import Labels, labels_of
+from castalia.eval.labels import labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.shares import Share
 from castalia.eval.work import Measured, Work
 from castalia.inference import LanguageModel
+from castalia.results.schema import Labels
 from castalia.results.store import ResultsStore
 from castalia.train.aside import Peers, in_words, undisturbed, whole_model
 from castalia.train.config import RunConfig

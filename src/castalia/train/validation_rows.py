@@ -10,8 +10,8 @@ from typing import Any
 from castalia import __version__
 from castalia.core.extras import require
 from castalia.data import RunRows
-from castalia.eval.labels import Labels
 from castalia.results import Result
+from castalia.results.schema import Labels
 from castalia.results.store import EXTRA, PURPOSE, ResultsStore, now
 from castalia.train.config import RunConfig
 from castalia.train.losses import LOSSES

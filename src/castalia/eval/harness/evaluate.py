@@ -13,10 +13,9 @@ from castalia.eval.harness.numbers import Number, numbers_of
 from castalia.eval.harness.progress import Say
 from castalia.eval.harness.quiet import OTHER_SEED, SEED, harness_rules, require_harness
 from castalia.eval.harness.tasks import Part, TaskSet
-from castalia.eval.labels import Labels
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
-from castalia.results.schema import Result
+from castalia.results.schema import Labels, Result
 from castalia.results.task_hash import plain
 
 BOOTSTRAP = 100_000
