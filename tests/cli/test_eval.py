@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from tests.fixtures.forked_rank import join_ranks, run_and_exit
+from tests.fixtures.harness_tasks import FUNCTIONS, TASKS, write_task
 from tests.fixtures.short_run import in_suite
 
 from castalia.checkpoint import Store
@@ -192,17 +193,20 @@ def test_ranks_share_a_checkpoint_and_count_every_document_once(
     assert len(shared) == 6
 
 
-def test_tasks_of_the_runs_config_and_gpt_neox_file(
-    run: Path, task_folder: Path, command: Command, tmp_path: Path
-):
+def test_tasks_of_the_runs_config_and_gpt_neox_file(run: Path, command: Command, tmp_path: Path):
     path = run / "config.yaml"
-    # Its config has functions, which JSON has as their names.
-    tasks = [f"{task_folder}/stereotypes_local.yaml"]
+    # Its config has functions, which JSON has as their names, and one of them prints.
+    document, _, config = TASKS["stereotypes_local"]
+    task = write_task(tmp_path, "stereotypes_local", [document(i) for i in range(3)], config)
+    printing = FUNCTIONS.replace("more, less =", "print('printed')\n    more, less =")
+    (tmp_path / "local_functions.py").write_text(printing)
+    tasks = [str(task)]
     section = {"tasks": tasks, "results_prefix": f"{tmp_path}/neox"}
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "eval": section}))
-    code, out, said = command("eval", run, "--steps", "1,last")
+    code, out, said = command("eval", run, "--steps", "1,last", "--json")
     assert code == 0, said
-    assert "stereotypes_local" in out
+    assert {row["task"] for row in json.loads(out)} == {"stereotypes_local"}
+    assert said.count("printed") == 6
     files = sorted(tmp_path.glob("neox_eval_results_*.json"))
     assert len(files) == 2
     for file in files:

@@ -1,7 +1,9 @@
 """`castalia eval`."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -200,14 +202,16 @@ def eval_(
     with launched() as share, stoppable("the same command continues the sweep"):
         if share.size > 1 and sweep.jobs > 1:
             raise ConfigError("--jobs does not go with a launcher, whose ranks share the work")
-        outcomes = run_sweep(
-            checkpoints,
-            asked,
-            options,
-            processes=sweep.jobs,
-            share=share,
-            say=say_on_first if share.rank == 0 else say_nothing,
-        )
+        # What the functions of a task print is no part of the table or the JSON.
+        with redirect_stdout(sys.stderr):
+            outcomes = run_sweep(
+                checkpoints,
+                asked,
+                options,
+                processes=sweep.jobs,
+                share=share,
+                say=say_on_first if share.rank == 0 else say_nothing,
+            )
         if share.rank == 0:
             show(outcomes, output, prefix)
     raise_failures(outcomes)
@@ -361,18 +365,17 @@ def show(outcomes: "Sequence[Outcome]", flags: OutputFlags, prefix: str | None) 
     """Print the numbers, and write the files that are asked for."""
     from castalia.cli.eval_table import print_effects, print_table
     from castalia.core.files import write_json
-    from castalia.eval.harness_json import documents_of, file_of, neox_file
+    from castalia.eval.harness_json import documents_of, file_of, write_neox_file
 
-    documents = documents_of(outcomes)
-    written: list[tuple[Path, dict[str, Any]]] = []
-    if flags.output is not None:
-        written += [(file_of(flags.output, each), each.content) for each in documents]
-    if prefix is not None:
-        written += [
-            (neox_file(prefix, place), each.content) for place, each in enumerate(documents)
-        ]
-    for path, content in written:
-        write_json(path, content)
+    written: list[Path] = []
+    for document in documents_of(outcomes):
+        if flags.output is not None:
+            path = file_of(flags.output, document)
+            write_json(path, document.content)
+            written.append(path)
+        if prefix is not None:
+            written.append(write_neox_file(prefix, document.content))
+    for path in written:
         typer.echo(f"written: {path}", err=True)
     if flags.as_json:
         rows = [row for outcome in outcomes for row in (*outcome.rows, *outcome.reference)]

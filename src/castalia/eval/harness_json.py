@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from castalia.core.files import write_json
 
 if TYPE_CHECKING:
     from castalia.eval.sweeps import Outcome, Part
@@ -88,10 +91,23 @@ def file_of(output: str, document: Document) -> Path:
     return path.with_name(f"{path.stem}-{document.name}{path.suffix or '.json'}")
 
 
-def neox_file(prefix: str, number: int = 0) -> Path:
-    """The name of GPT-NeoX's file of results; `number` tells apart those of one moment.
+def neox_file(prefix: str) -> Path:
+    """GPT-NeoX's name of a file of results; a number tells apart those of one second.
 
     Source  GPT-NeoX, eval.py: {prefix}_eval_results_{%m-%d-%Y-%H-%M-%S}.json.
     """
-    more = f"-{number + 1}" if number else ""
-    return Path(f"{prefix}_eval_results_{time.strftime('%m-%d-%Y-%H-%M-%S')}{more}.json")
+    stem = f"{prefix}_eval_results_{time.strftime('%m-%d-%Y-%H-%M-%S')}"
+    path = Path(f"{stem}.json")
+    for number in count(2):
+        if not path.exists():
+            break
+        path = Path(f"{stem}-{number}.json")
+    return path
+
+
+def write_neox_file(prefix: str, document: Mapping[str, Any]) -> Path:
+    """Write a document under GPT-NeoX's name; returns the file."""
+    path = neox_file(prefix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, document)
+    return path

@@ -1,6 +1,7 @@
 """One job of a sweep: a checkpoint is loaded once and measured on all that is left of its tasks."""
 
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,8 @@ def begin_worker(state: tuple[WorkOptions, int]) -> None:
 
     asked, threads = state
     torch.set_num_threads(threads)
+    # As the main process does: what the functions of a task print is no result.
+    sys.stdout = sys.stderr
     WORKER["work"] = open_work(asked)
 
 

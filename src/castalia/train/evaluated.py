@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -180,34 +179,6 @@ def write_samples(folder: Path, step: int, samples: Sequence[Mapping[str, Any]])
     kept = [sample for sample in before if sample["step"] < step]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, [*kept, *samples])
-
-
-def write_neox_file(prefix: str, parts: Sequence[Mapping[str, Any]]) -> Path:
-    """The harness's results under GPT-NeoX's name of the file.
-
-    Source  GPT-NeoX, eval.py: {prefix}_eval_results_{%m-%d-%Y-%H-%M-%S}.json.
-    """
-    from lm_eval.utils import handle_non_serializable
-
-    whole: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            # Tables by task grow; what is the same for every part stays.
-            if isinstance(value, dict) and key != "config":
-                whole[key] = {**whole.get(key, {}), **value}
-            else:
-                whole.setdefault(key, value)
-    path = Path(f"{prefix}_eval_results_{time.strftime('%m-%d-%Y-%H-%M-%S')}.json")
-    stem = path.stem
-    number = 1
-    while path.exists():  # two evaluations within a second
-        number += 1
-        path = path.with_name(f"{stem}-{number}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # As the harness writes it: a function of a task file is its name.
-    text = json.dumps(whole, default=handle_non_serializable)
-    write_json(path, json.loads(text))
-    return path
 
 
 def evaluation_line(where: str, outcome: Outcome, seconds: float) -> str:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from castalia.checkpoint import SavePolicy
 from castalia.core.errors import CastaliaError
 from castalia.distributed import Watchdog, World, is_loss
+from castalia.eval.harness_json import merged, write_neox_file
 from castalia.eval.labels import labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.shares import Share
@@ -28,7 +30,6 @@ from castalia.train.evaluated import (
     labels_at,
     reader_of,
     samples_of,
-    write_neox_file,
     write_samples,
 )
 from castalia.train.events import append_event, warn
@@ -178,7 +179,8 @@ class RunEvaluation:
             if outcome.samples:
                 write_samples(self.folder, step, outcome.samples)
             if self.config.eval.results_prefix and outcome.json:
-                write_neox_file(self.config.eval.results_prefix, outcome.json)
+                document = reduce(merged, outcome.json)
+                write_neox_file(self.config.eval.results_prefix, document)
         # As in `attempt`: what a task put into its results is not worth the run.
         except Exception as error:
             outcome.faults.append(f"writing: {in_words(error)}")
