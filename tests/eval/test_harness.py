@@ -350,6 +350,13 @@ def test_another_engine_gives_the_same_numbers(tasks, done, run_folder):
         assert values(other)[key][0] == pytest.approx(value, rel=1e-4), key
 
 
+def hash_of(tasks: TaskSet, chat_template: str | None = None) -> str:
+    """The hash of the only task."""
+    (part,) = tasks.parts
+    (digest,) = part.hashes(tasks.prompting(chat_template)).values()
+    return digest
+
+
 def test_a_hash_is_that_of_the_task_and_not_of_the_machine(tmp_path):
     folders = [tmp_path / name for name in ("here", "there", "changed")]
     hashes = []
@@ -360,9 +367,13 @@ def test_a_hash_is_that_of_the_task_and_not_of_the_machine(tmp_path):
             config = config | {"target_delimiter": "\n"}
         path = write_task(folder, "sums_local", [make(1), make(2), make(3)], config)
         for shots in (0, 1):
-            hashes.append(open_tasks(str(path), shots=shots).parts[0].hashes()["sums_local"])
+            hashes.append(hash_of(open_tasks(str(path), shots=shots)))
     assert len(hashes[0]) == 16
     assert len(set(hashes[:4])) == 1 and len(set(hashes[4:])) == 1 and hashes[0] != hashes[4]
+    # Which examples there are is a part of the question, and without examples it is none.
+    asked = [open_tasks(str(path), shots=shots, seed=7) for shots in (0, 1)]
+    assert hash_of(asked[0]) == hashes[4] != hash_of(asked[1])
+    assert hash_of(asked[0], "{{ messages }}") not in hashes
 
 
 @pytest.mark.slow

@@ -198,6 +198,7 @@ def test_examples_and_chats_are_those_of_hf(
     (exported / "chat_template.jinja").write_text(template)
     names = ["choices_local", "pronouns_local", "sums_local"]
     tasks = open_tasks(names, include=[str(task_folder)], shots=2, limit=5)
+    hashes = set()
     for chat in (False, True):
         theirs = of_hf(
             exported, names, task_folder, num_fewshot=2, limit=5, apply_chat_template=chat
@@ -208,4 +209,6 @@ def test_examples_and_chats_are_those_of_hf(
             prompts = [doc["arguments"] for doc in done.samples[name]]
             assert prompts == [doc["arguments"] for doc in theirs["samples"][name]]
             assert ("[assistant]" in str(prompts)) == chat
+        hashes |= {one.task_hash for one in done.numbers}
         assert texts(theirs["samples"], "pronouns_local") == texts(done.samples, "pronouns_local")
+    assert len(hashes) == 2 * len(names)

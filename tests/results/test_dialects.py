@@ -8,7 +8,7 @@ import pytest
 
 from castalia.core.errors import DataError
 from castalia.results import Result, ResultsStore, import_results
-from castalia.results.dialects import read_results
+from castalia.results.dialects import hash_of, read_results
 from castalia.results.task_hash import config_hash
 
 ACC = {"acc": 0.5, "acc_stderr": 0.01}
@@ -173,6 +173,13 @@ def test_the_form_since_0_4(tmp_path):
         checkpoint_hash="0a1b2c",
         source=str(path),
     )
+    # Prompts of another form are another question.
+    others = [{"chat_template": "a"}, {"chat_template": "b"}, {"system_instruction": "a"}]
+    others += [{"chat_template": "a", "fewshot_as_multiturn": False}]
+    others += [{"config": {"model": "hf", "fewshot_seed": 7}}]
+    usual = {"chat_template": None, "config": {"model": "hf", "fewshot_seed": 1234}}
+    hashes = [hash_of("mine", CONFIG, other) for other in others]
+    assert len({acc.task_hash, *hashes}) == 6 and hash_of("mine", CONFIG, usual) == acc.task_hash
     assert exact.value != exact.value and exact.filter == "flexible-extract"
     assert exact.stderr == 0.125 and exact.higher_is_better is True
     assert perplexity.value == float("inf") and perplexity.higher_is_better is False

@@ -121,7 +121,7 @@ class HarnessWork(Work):
         common = set(shots.values())
         of_group = common.pop() if len(common) == 1 else self.shots
         rows = []
-        for name, digest in self.part.hashes().items():
+        for name, digest in self.part.hashes(self.tasks.prompting()).items():
             task = self.part.tasks.get(name)
             documents = None if task is None else self.documents_of(task)
             rows.append(Expected(name, shots.get(name, of_group), documents, harness, digest))

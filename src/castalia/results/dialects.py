@@ -15,7 +15,7 @@ from castalia.results.subjects import (
     subject_of_neox,
     subject_of_path,
 )
-from castalia.results.task_hash import HASH_DIGITS, config_hash
+from castalia.results.task_hash import HASH_DIGITS, Prompting, config_hash
 
 FORMER_HARNESS = "lm-eval <0.4"
 """Files of the form before 0.4 record neither a version nor a commit."""
@@ -201,7 +201,20 @@ def hash_of(task: str, config: Mapping[str, Any], content: Mapping[str, Any]) ->
     arguments = split_arguments(mapping(content, "config").get("model_args"))
     # The harness copies the arguments of the model into the metadata of every task.
     metadata = {k: v for k, v in mapping(config, "metadata").items() if k not in arguments}
-    return config_hash({**config, "metadata": metadata} if "metadata" in config else config)
+    given = {**config, "metadata": metadata} if "metadata" in config else config
+    return config_hash(given, prompting_of(content))
+
+
+def prompting_of(content: Mapping[str, Any]) -> Prompting:
+    """How the prompts of a file's tasks were written."""
+    usual = Prompting()
+    seed = mapping(content, "config").get("fewshot_seed")
+    return Prompting(
+        content.get("chat_template"),
+        content.get("system_instruction"),
+        content.get("fewshot_as_multiturn") is not False,
+        seed if isinstance(seed, int) else usual.fewshot_seed,
+    )
 
 
 def frequency_rows(path: Path) -> list[Result]:

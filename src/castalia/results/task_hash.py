@@ -5,7 +5,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,12 +16,38 @@ PATH_KEYS = ("data_files", "data_dir")
 """Arguments of datasets.load_dataset that are paths."""
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
+class Prompting(NamedTuple):
+    """What decides the prompts beside the config of a task."""
+
+    chat_template: str | None = None
+    """The text of the template that prompts are written with."""
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
+    """With a chat template: whether examples are turns."""
+    fewshot_seed: int = 1234
+    """Seed of the choice of examples; the default is the harness's."""
+
+    def facts(self, shots: int | None) -> dict[str, Any]:
+        """What differs from the usual, as keys beside those of a config."""
+        facts: dict[str, Any] = {}
+        if self.chat_template:
+            facts["chat_template"] = self.chat_template
+            if shots and not self.fewshot_as_multiturn:
+                facts["fewshot_as_multiturn"] = False
+        if self.system_instruction:
+            facts["system_instruction"] = self.system_instruction
+        if shots and self.fewshot_seed != Prompting().fewshot_seed:
+            facts["fewshot_seed"] = self.fewshot_seed
+        return facts
+
+
+def config_hash(config: Mapping[str, Any], prompting: Prompting = Prompting()) -> str:
     """SHA-256 of a task's resolved config, 16 digits: the same on every machine.
 
     Not in it: paths of this machine, and the number of shots, which results have a column for.
     """
-    text = json.dumps(portable(config), sort_keys=True, default=plain)
+    facts = portable(config) | prompting.facts(config.get("num_fewshot"))
+    text = json.dumps(facts, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:HASH_DIGITS]
 
 

@@ -135,8 +135,8 @@ def evaluate_each(
         output["config"] = config_of(adapter, tasks, batch, bootstrap)
         output["date"] = started
         output["lm_eval_version"] = version("lm-eval")
-        output["task_hashes"] = part.hashes()
         output["chat_template"] = adapter.template.text if chat else None
+        output["task_hashes"] = part.hashes(tasks.prompting(output["chat_template"]))
         output["total_evaluation_time_seconds"] = str(seconds)
         spent = times(part, adapter.costs, seconds)
         numbers = numbers_of(output, output["task_hashes"], spent, tasks.shots)

@@ -9,7 +9,7 @@ from castalia.eval.harness.encoding import TextEncoder
 from castalia.eval.harness.quiet import OTHER_SEED, harness_rules, require_harness
 from castalia.eval.harness.sources import local_first
 from castalia.inference import LanguageModel
-from castalia.results.task_hash import config_hash
+from castalia.results.task_hash import Prompting, config_hash
 
 
 class Part(NamedTuple):
@@ -25,10 +25,12 @@ class Part(NamedTuple):
         tasks: dict[str, Any] = self.loaded["tasks"]
         return tasks
 
-    def hashes(self) -> dict[str, str]:
-        """Hash of the config of each task and group; a group's covers its tasks, and their shots
-        where they differ."""
-        hashes = {name: config_hash(task.dump_config()) for name, task in self.tasks.items()}
+    def hashes(self, prompting: Prompting) -> dict[str, str]:
+        """Hash of the config and the prompts of each task and group; a group's covers its tasks,
+        and their shots where they differ."""
+        hashes = {
+            name: config_hash(task.dump_config(), prompting) for name, task in self.tasks.items()
+        }
         for name, group in self.loaded["groups"].items():
             tasks = group.get_all_tasks()
             shots = {task.config.num_fewshot for task in tasks}
@@ -81,6 +83,10 @@ class TaskSet:
                 task.build_all_requests = once(name, task, self)
                 limit = get_sample_size(task, self.limit)
                 task.build_all_requests(limit=limit, apply_chat_template=False)
+
+    def prompting(self, chat_template: str | None = None) -> Prompting:
+        """How prompts are written, besides what the tasks say."""
+        return Prompting(chat_template, fewshot_seed=self.seed)
 
     def split(self) -> "list[TaskSet]":
         """One TaskSet for each requested name; tokens and requests stay shared."""
