@@ -100,15 +100,27 @@ def test_the_page_follows_its_files(serve: Serve, tmp_path: Path):
     # A new run is last: the colour of a run is its place.
     assert [run["name"] for run in second["runs"]] == ["x", "a"]
     assert sum(second["panels"][0]["series"][0]["points"]["steps"]) == 5
+    assert [run["name"] for run in data()["runs"]] == ["x", "a"]
     # A damaged run says so; the others go on, and it comes back.
     (tmp_path / "a" / "summary.json").write_text("{<b>")
     third = data()
     assert [run["name"] for run in third["runs"]] == ["x"]
     (wrong,) = [run["error"] for run in third["live"]["runs"] if run["error"]]
     assert "summary.json is not JSON" in wrong
+    # So does one whose files are read and then cannot be drawn.
+    (tmp_path / "a" / "summary.json").unlink()
+    for name, text in (
+        ("env.json", "[1]"),
+        ("env.json", "{half"),
+        ("summary.json", '{"tables":1}'),
+    ):
+        (tmp_path / "a" / name).write_text(text)
+        third = data()
+        assert [run["name"] for run in third["runs"]] == ["x"]
+        assert [bool(run["error"]) for run in third["live"]["runs"]] == [False, True]
+        (tmp_path / "a" / name).unlink()
     (tmp_path / "evals").mkdir()
     (tmp_path / "evals" / "results.parquet").write_bytes(b"PAR1")
-    (tmp_path / "a" / "summary.json").unlink()
     fourth = data()
     assert len(fourth["runs"]) == 2 and "cannot be read as Parquet" in fourth["live"]["problems"][0]
     assert "scores" not in fourth

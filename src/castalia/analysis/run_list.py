@@ -105,7 +105,7 @@ def last_records(path: Path) -> list[dict[str, Any]]:
     for line in lines[1 if size > TAIL else 0 : -1]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -116,7 +116,7 @@ def planned_steps(folder: Path) -> int | None:
     """train.steps of a run; None if its config cannot be read."""
     try:
         steps = read_yaml(folder / CONFIG)["train"]["steps"]
-    except (ConfigError, KeyError, TypeError):
+    except (ConfigError, KeyError, TypeError, RecursionError):
         return None
     return steps if isinstance(steps, int) else None
 

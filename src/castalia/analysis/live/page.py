@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from castalia.analysis.live.watched import Watched
+from castalia.analysis.live.watched import FAULTS, Watched
 from castalia.analysis.page_file import SCRIPTS, STYLES, document
 from castalia.analysis.report import SCORES, Contents, contents_of
+from castalia.analysis.runs import RunFiles
 from castalia.analysis.scores import scores_data
 from castalia.analysis.smoothing import WINDOWS, Smoother
 from castalia.results import ResultsStore
@@ -68,10 +69,13 @@ class LivePage:
         """The data of the files as they are."""
         runs = self.watched.read()
         stores = self.watched.read_stores()
-        if runs or stores:
-            contents = contents_of(runs, stores, self.scores, self.smooth)
-        else:
-            contents = Contents("castalia view", NOTHING, "", "", EMPTY)
+        try:
+            contents = self.contents(runs, stores)
+        except FAULTS:
+            # A run that can be read but not drawn must not take the page of the others either.
+            if not self.watched.leave_out(lambda run: contents_of([run], smooth=self.smooth)):
+                raise
+            contents = self.contents(self.watched.read(), stores)
         live = {
             "version": version,
             "title": contents.title,
@@ -82,6 +86,12 @@ class LivePage:
             "problems": self.watched.problems,
         }
         return {**contents.data, "live": live}
+
+    def contents(self, runs: Sequence[RunFiles], stores: Sequence[ResultsStore]) -> Contents:
+        """The page about runs and results, or about none yet."""
+        if runs or stores:
+            return contents_of(runs, stores, self.scores, self.smooth)
+        return Contents("castalia view", NOTHING, "", "", EMPTY)
 
     def scores(
         self, stores: Sequence[ResultsStore], flops: Mapping[str, int | None]

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,18 @@ MARKS = ("metrics.jsonl", "summary.json")
 SEARCH_SECONDS = 3.0
 """Time between two searches for new runs: a search walks through folders."""
 EXPECTED = "a run, a folder of runs, or a results store"
+
+FAULTS = (
+    CastaliaError,
+    OSError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What reading or drawing a file of another form than ours can raise."""
 
 Stamps = tuple[tuple[str, int, int], ...]
 """Name, time of change in ns and size of each file that is there."""
@@ -77,11 +89,19 @@ class WatchedRun:
             self.files = None
             try:
                 self.files = self.whole(name)
-            except (CastaliaError, OSError, KeyError, TypeError, ValueError) as error:
+            except FAULTS as error:
                 # One damaged run must not take the page of the others.
-                self.error = str(error) or type(error).__name__
+                self.fail(error)
         if self.files is not None:
             self.files.name = name
+
+    def fail(self, error: BaseException) -> None:
+        """Leave the run out of the page until its files change."""
+        self.files = None
+        self.error = str(error)
+        if not isinstance(error, CastaliaError):
+            # A message of Python's own, such as a key that is missing, says little alone.
+            self.error = f"a file of the run is damaged ({type(error).__name__}: {error})"
 
     def whole(self, name: str) -> RunFiles | None:
         """The run with all its files read; None before its first step.
@@ -128,15 +148,16 @@ class Watched:
         # One folder that two paths lead to is one run.
         unique = list({folder.resolve(): folder for folder in folders}.values())
         known = {run.folder: run for run in self.runs.values()}
-        # New ones last: the colour of a run is its place.
-        unique.sort(key=lambda folder: folder not in known)
+        # New ones last, and old ones where they were: the colour of a run is its place.
+        places = {folder: place for place, folder in enumerate(known)}
+        unique.sort(key=lambda folder: places.get(folder, len(places)))
         names = distinct_names([folder.resolve() for folder in unique]) if unique else []
         self.runs = {
             name: known.get(folder) or WatchedRun(folder)
             for name, folder in zip(names, unique, strict=True)
         }
-        places = [*self.paths, *(run.folder for run in self.runs.values())]
-        stores = [store for place in places for store in stores_at(place)]
+        around = [*self.paths, *(run.folder for run in self.runs.values())]
+        stores = [store for place in around for store in stores_at(place)]
         self.stores = list({store.path.resolve(): store for store in stores}.values())
         self.searched = time.monotonic()
 
@@ -180,6 +201,19 @@ class Watched:
         for name, run in self.runs.items():
             run.read(name)
         return [run.files for run in self.runs.values() if run.files is not None]
+
+    def leave_out(self, draw: Callable[[RunFiles], Any]) -> int:
+        """Leave out the runs that `draw` fails on alone; returns how many they are."""
+        count = 0
+        for run in self.runs.values():
+            if run.files is None:
+                continue
+            try:
+                draw(run.files)
+            except FAULTS as error:
+                run.fail(error)
+                count += 1
+        return count
 
     def states(self) -> list[dict[str, Any]]:
         """Of each run: name, state, step, loss, checkpoints, and its error."""
