@@ -1,12 +1,12 @@
 """The equivalence grid: every layout against one process, as a table of the largest differences.
 
-    python tests/distributed/grid.py [--all] [--only WORDS] [--json FILE] [--sabotage NAME]
+    python tests/distributed/grid.py [--all | --sabotage] [--only WORDS] [--json FILE]
 
 Each row trains five steps on 2 to 8 gloo processes and on one, in fp32, and compares the start
 weights, which must be the same bits, the rows, the loss and the gradient norm after clipping of
 every step, and every parameter at the end. One launch serves all rows of a world size. The exit
-status is 1 when a difference is above 1e-5. `--sabotage` applies a wrong plan first: the grid must
-fail then.
+status is 1 when a difference is above 1e-5. With `--sabotage` each row applies a wrong plan in its
+ranks, not in the one process: all rows must fail then.
 
 AdamW has eps 1e-6: with 1e-8 a number whose gradient is 1e-9 takes whole steps out of rounding
 noise.
@@ -61,16 +61,20 @@ SAME = ("train.micro_batch_size", "train.recompute", "train.compile", "parallel.
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the grid: a layout, what varies besides, and whether it belongs to the core."""
+    """One row of the grid: a layout, what varies besides, whether it belongs to the core, and the
+    wrong plan of `SABOTAGE` that its ranks apply."""
 
     layout: str
     degrees: str
     variant: str = ""
     core: bool = False
+    wrong: str = ""
 
     @property
     def name(self) -> str:
         """As the table shows it."""
+        if self.wrong:
+            return self.wrong
         return f"{self.layout}, {self.variant}" if self.variant else self.layout
 
     @property
@@ -320,6 +324,17 @@ SABOTAGE = {
     "dropout counted on each process": draws_of_the_part,
 }
 """Wrong plans that train without an error."""
+SABOTAGED = [
+    Row("tp", "tp=2", "accumulated", wrong="qkv split off head boundaries"),
+    Row("tp", "tp=2", "accumulated", wrong="row bias on every process"),
+    Row("tp", "tp=2", "accumulated", wrong="maximum of the own tokens"),
+    Row("cp", "cp=2", "recompute", wrong="places counted on each process"),
+    Row("cp", "cp=2", "recompute", wrong="keys in the order of the processes"),
+    Row("tp", "tp=4", "llama", wrong="the first head of keys"),
+    Row("tp", "tp=2", "gpt2", wrong="gradients of the own heads"),
+    Row("tp x cp", "cp=2 tp=2", "llama with dropout", wrong="dropout counted on each process"),
+]
+"""Each wrong plan in a layout that it breaks; the grid has these rows without it too."""
 
 
 class ClippedNorm(Hook):
@@ -357,9 +372,16 @@ def train(overrides: tuple[str, ...], hooks: list[Hook]) -> None:
 
 
 def serve(
-    rank: int, size: int, port: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...]
+    rank: int,
+    size: int,
+    port: int,
+    runs: list[tuple[str, ...]],
+    hooks: tuple[type[Hook], ...],
+    wrong: str,
 ) -> None:
-    """All runs of one world size, one after the other, in one of its processes."""
+    """All runs of one world size and wrong plan, one after the other, in one of its processes."""
+    if wrong:
+        SABOTAGE[wrong]()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     clipped = ClippedNorm()
@@ -368,12 +390,22 @@ def serve(
     leave()
 
 
-def launch(size: int, runs: list[tuple[str, ...]], hooks: tuple[type[Hook], ...] = ()) -> None:
-    """Train `runs` on `size` forked ranks, with further hooks; the first error ends all."""
+def launch(
+    size: int,
+    runs: list[tuple[str, ...]],
+    hooks: tuple[type[Hook], ...] = (),
+    wrong: str = "",
+) -> None:
+    """Train `runs` on `size` forked ranks, with further hooks and a wrong plan; the first error
+    ends all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes.start_processes(serve, (size, port, runs, hooks), nprocs=size, start_method="fork")
+    # Imports what takes seconds in each rank otherwise.
+    torch.compiler.reset()
+    processes.start_processes(
+        serve, (size, port, runs, hooks, wrong), nprocs=size, start_method="fork"
+    )
 
 
 def write_tokens(folder: Path) -> Path:
@@ -441,9 +473,10 @@ def run_grid(rows: list[Row], folder: Path) -> Iterator[tuple[Row, dict[str, Any
         ],
     )
     places = {row: folder / f"row-{number}" for number, row in enumerate(rows)}
-    for size in sorted({row.processes for row in rows}):
-        ours = [row for row in rows if row.processes == size]
-        launch(size, [(base, f"output={places[row]}", *row.overrides) for row in ours])
+    for size, wrong in sorted({(row.processes, row.wrong) for row in rows}):
+        ours = [row for row in rows if (row.processes, row.wrong) == (size, wrong)]
+        runs = [(base, f"output={places[row]}", *row.overrides) for row in ours]
+        launch(size, runs, wrong=wrong)
     for row in rows:
         yield row, compare(places[row], alone[row.alone])
 
@@ -456,15 +489,14 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every row, not only the core")
     parser.add_argument("--only", help="the rows whose name or degrees hold these words")
     parser.add_argument("--json", type=Path, help="write the differences there too")
-    parser.add_argument("--sabotage", choices=SABOTAGE, help="apply a wrong plan first")
+    parser.add_argument("--sabotage", action="store_true", help="the rows of each wrong plan")
     options = parser.parse_args()
     rows = [row for row in GRID if options.all or options.only or row.core]
+    rows = SABOTAGED if options.sabotage else rows
     rows = [row for row in rows if not options.only or options.only in f"{row.name} {row.degrees}"]
     torch.set_num_threads(1)
-    if options.sabotage:
-        SABOTAGE[options.sabotage]()
     found = {}
-    print(f"{'layout':32} {'degrees':32} {'loss':>9} {'grad norm':>9} {'weights':>9}  rows   start")
+    print(f"{'layout':34} {'degrees':32} {'loss':>9} {'grad norm':>9} {'weights':>9}  rows   start")
     with tempfile.TemporaryDirectory() as folder:
         for row, result in run_grid(rows, Path(folder)):
             numbers = " ".join(f"{result[key]:9.1e}" for key in ("loss", "clipped_norm", "weights"))
@@ -472,7 +504,7 @@ def main() -> int:
             start = "same" if result["same start"] else "DIFFERS"
             verdict = "" if passes(result) else "  FAILS"
             print(
-                f"{row.name:32} {row.degrees:32} {numbers}  {rows_are:6} {start}{verdict}",
+                f"{row.name:34} {row.degrees:32} {numbers}  {rows_are:6} {start}{verdict}",
                 flush=True,
             )
             found[f"{row.name} ({row.degrees})"] = result | {"passes": passes(result)}
