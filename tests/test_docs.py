@@ -64,17 +64,20 @@ class Reader:
     def run(self, block: Block) -> None:
         """Run one block; a ```text or ```yaml block shows something and is not run."""
         if block.language == "python":
-            status, output = self.shell.script(block.text)
-            assert status == 0, f"{block.text}\n{output}"
+            done = self.shell.script(block.text)
+            assert done.returncode == 0, f"{block.text}\n{done.stdout}{done.stderr}"
         if block.language == "sh":
             for words in commands(block.text):
-                status, output = self.shell.castalia(words)
-                assert status == 0, f"castalia {shlex.join(words)}\n{output}"
+                done = self.shell.castalia(words)
+                assert done.returncode == 0, (
+                    f"castalia {shlex.join(words)}\n{done.stdout}{done.stderr}"
+                )
 
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory) -> Iterator[Reader]:
-    shell = ForkedShell(tmp_path_factory.mktemp("reader"))
+    modules = ("castalia.cli", "castalia.export", "castalia.inference", "castalia.train.run")
+    shell = ForkedShell(tmp_path_factory.mktemp("reader"), *modules)
     yield Reader(shell)
     shell.close()
 

@@ -1,13 +1,13 @@
-"""A token file, and ways to run a training in a process of its own."""
+"""A token file, and a way to run a training in processes of its own."""
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.fixtures.forked_shell import TRAINING, ForkedShell
 
 from castalia.data import IndexedDatasetWriter
 
@@ -35,44 +35,29 @@ def tokens(tmp_path_factory) -> Path:
 
 
 class Runs:
-    """Runs `castalia train debug ...` small, in subprocesses."""
+    """Runs `castalia train debug ...` small, in forks of one warm process."""
 
-    def __init__(self, tokens: Path) -> None:
+    def __init__(self, tokens: Path, shell: ForkedShell) -> None:
         self.base = ("debug", f"data.train={tokens}", *SMALL)
+        self.shell = shell
 
     def __call__(
         self, output: Path, *overrides: str, processes: int = 1, code: str = "", ok: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Train in `output`; `code` runs before the command, in each process."""
-        arguments = ["train", *self.base, f"output={output}", *overrides]
-        lines = [
-            f"import sys; sys.argv = ['castalia', *{arguments!r}]",
-            code,
-            "from castalia.cli import main; main()",
-        ]
-        path = output.parent / f"{output.name}.{processes}.py"
-        path.write_text("\n".join(lines))
-        command = [sys.executable, str(path)]
-        if processes > 1:
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--local-addr=127.0.0.1",
-            ]
-            command += ["--nproc-per-node", str(processes), str(path)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+        words = ["train", *self.base, f"output={output}", *overrides]
+        done = self.shell.castalia(words, processes, code)
         if ok:
             assert done.returncode == 0, done.stdout + done.stderr
         return done
 
 
 @pytest.fixture(scope="session")
-def train(tokens) -> Runs:
+def train(tokens, tmp_path_factory) -> Iterator[Runs]:
     """Callable that trains."""
-    return Runs(tokens)
+    shell = ForkedShell(tmp_path_factory.mktemp("shell"), *TRAINING)
+    yield Runs(tokens, shell)
+    shell.close()
 
 
 def metrics(output: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,14 @@ def exact(lines):
 def all_tensors(output, step):
     folder = output / "checkpoints" / f"step-{step:08d}"
     return read(folder, prefix="")
+
+
+def torchrun(script, *words):
+    """`castalia WORDS` on two ranks of the real launcher, which both run the script first."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command = [sys.executable, *launcher, "--nproc-per-node=2", str(script), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +71,25 @@ def test_a_run_that_is_made_longer_equals_the_long_one(train, whole, tmp_path, r
     assert exact(read_lines(output)) == exact(read_lines(whole))
 
 
+@pytest.fixture(scope="module")
+def killed_on_two(train, tmp_path_factory):
+    """Four steps on two ranks that torchrun started, and that were killed then."""
+    output = tmp_path_factory.mktemp("two") / "run"
+    script = output.parent / "killed.py"
+    script.write_text(f"{KILL_AFTER_4}\nfrom castalia.cli import main\nmain()\n")
+    killed = torchrun(script, "train", *train.base, f"output={output}")
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr
+    return output
+
+
 @pytest.mark.parametrize("processes", [1, 3])
 def test_saved_on_two_processes_and_resumed_on_others(
-    train, whole, tmp_path, read_lines, processes
+    train, whole, killed_on_two, tmp_path, read_lines, processes
 ):
     output = tmp_path / "run"
-    killed = train(output, processes=2, code=KILL_AFTER_4, ok=False)
-    assert killed.returncode != 0
-    train(output, processes=processes)
+    shutil.copytree(killed_on_two, output)
+    assert len(read_lines(output)) == 4
+    assert "resumed from" in train(output, processes=processes).stdout
     ours = read_lines(output)
     theirs = read_lines(whole)
     assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
@@ -163,26 +183,24 @@ def test_a_folder_with_a_run_of_another_config_is_refused(train, whole):
 def test_no_load_of_a_run_unpickles(train, whole):
     audit = """
 import sys
+import castalia.cli as cli
 events = []
 sys.addaudithook(lambda event, args: events.append(args) if event.startswith("pickle.") else None)
-import atexit
-atexit.register(lambda: print("UNPICKLED", [a for a in events]))
+def audited(main=cli.main):
+    try:
+        main()
+    finally:
+        print("UNPICKLED", events)
+cli.main = audited
 """
     done = train(whole, code=audit)
     assert "UNPICKLED []" in done.stdout
 
 
-def test_config_of_the_run_folder_repeats_it(whole, tmp_path, read_lines):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "castalia",
-        "train",
-        str(whole / "config.yaml"),
-        f"output={tmp_path / 'again'}",
-    ]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+def test_config_of_the_run_folder_repeats_it(train, whole, tmp_path, read_lines):
+    words = ["train", str(whole / "config.yaml"), f"output={tmp_path / 'again'}"]
+    done = train.shell.castalia(words)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert exact(read_lines(tmp_path / "again")) == exact(read_lines(whole))
     assert "castalia train" in (whole / "command.txt").read_text()
     assert json.loads((whole / "env.json").read_text())["packages"]["torch"]
