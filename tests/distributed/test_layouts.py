@@ -1,14 +1,16 @@
-"""Layouts as a user starts them, against one process: losses, gradient norms, rows and weights."""
+"""Layouts of the command, against one process: losses, gradient norms, rows and weights."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.fixtures.forked_shell import TRAINING, ForkedShell
 
 import castalia
 from castalia.checkpoint import read
@@ -39,7 +41,9 @@ LAYOUTS = {
         ),
     ),
 }
-"""Through the command and its launcher; the grid has all the others, without."""
+"""Through the command; the grid has all the others, without."""
+LAUNCHED = "three uneven shards"
+"""The layout that the real launcher starts; the others are forks of one process."""
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +57,30 @@ def tokens(tmp_path_factory) -> Path:
     return prefix
 
 
-def run(tokens: Path, output: Path, processes: int, overrides: tuple[str, ...], ok: bool = True):
-    """Train in subprocesses; return the lines of metrics.jsonl, or a failing process."""
-    arguments = [*BASE, f"data.train={tokens}", f"output={output}", *overrides]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        f"--nproc-per-node={processes}",
-    ]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "castalia", *arguments]
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory) -> Iterator[ForkedShell]:
+    """A process that has imported torch, whose forks are the ranks."""
+    shell = ForkedShell(tmp_path_factory.mktemp("shell"), *TRAINING)
+    yield shell
+    shell.close()
+
+
+def launch(words: list[str], ranks: int) -> subprocess.CompletedProcess[str]:
+    """`castalia WORDS` under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    command = [sys.executable, *launcher, f"--nproc-per-node={ranks}", "-m", "castalia", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
-    if not ok:
-        return done
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def lines_of(done: subprocess.CompletedProcess[str], output: Path) -> list[dict]:
+    """The lines of metrics.jsonl of a run that ended well."""
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def alone(tokens, tmp_path_factory):
+def alone(tokens, shell, tmp_path_factory):
     """Callable: lines and folder of the one-process run with overrides that change numbers."""
     known = {}
 
@@ -81,16 +88,19 @@ def alone(tokens, tmp_path_factory):
         key = tuple(text for text in overrides if not text.startswith(("parallel.", "train.micro")))
         if key not in known:
             output = tmp_path_factory.mktemp("alone") / "run"
-            known[key] = (run(tokens, output, 1, key), output)
+            done = shell.castalia([*BASE, f"data.train={tokens}", f"output={output}", *key])
+            known[key] = (lines_of(done, output), output)
         return known[key]
 
     return get
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_equals_one_process(tokens, alone, tmp_path, name):
-    processes, overrides = LAYOUTS[name]
-    ours = run(tokens, tmp_path / "run", processes, overrides)
+def test_layout_equals_one_process(tokens, shell, alone, tmp_path, name):
+    ranks, overrides = LAYOUTS[name]
+    words = [*BASE, f"data.train={tokens}", f"output={tmp_path / 'run'}", *overrides]
+    done = launch(words, ranks) if name == LAUNCHED else shell.castalia(words, ranks)
+    ours = lines_of(done, tmp_path / "run")
     theirs, folder = alone(overrides)
     assert [line["rows_hash"] for line in ours] == [line["rows_hash"] for line in theirs]
     assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
@@ -123,15 +133,16 @@ def test_masked_labels_are_fewer_and_validation_is_there(alone):
     assert all(line["valid_loss"] > 0 for line in lines)
 
 
-def test_a_batch_that_does_not_divide_is_refused(tokens, tmp_path):
-    done = run(tokens, tmp_path / "run", 2, ("train.batch_size=11",), ok=False)
+def test_a_batch_that_does_not_divide_is_refused(tokens, shell, tmp_path):
+    words = [*BASE, f"data.train={tokens}", f"output={tmp_path / 'run'}", "train.batch_size=11"]
+    done = shell.castalia(words, 2)
     assert done.returncode != 0
     assert "castalia: error: " in done.stderr and "11" in done.stderr and "2" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 NAN_ON_RANK_1 = """
-import math, os, sys
+import math, os
 from dataclasses import replace
 import castalia.train.losses as loss
 call = loss.NextToken.__call__
@@ -140,31 +151,13 @@ def poisoned(self, scored, batch):
     bad = int(os.environ["RANK"]) == 1 and int(batch.index[0]) >= 12
     return replace(out, total=out.total * (math.nan if bad else 1.0))
 loss.NextToken.__call__ = poisoned
-from castalia.cli import main
-main()
 """
 
 
-def test_nan_on_one_process_stops_all_before_the_update(tokens, tmp_path):
-    script = tmp_path / "nan.py"
-    script.write_text(NAN_ON_RANK_1)
+def test_nan_on_one_process_stops_all_before_the_update(tokens, shell, tmp_path):
     output = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-    ]
-    command += [
-        "--nproc-per-node=2",
-        str(script),
-        *BASE,
-        f"data.train={tokens}",
-        f"output={output}",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    words = [*BASE, f"data.train={tokens}", f"output={output}"]
+    done = shell.castalia(words, 2, NAN_ON_RANK_1)
     assert done.returncode != 0
     said = [
         line
