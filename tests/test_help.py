@@ -3,8 +3,10 @@
 import itertools
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
+from tests.fixtures.forked_shell import ForkedShell
 
 VERBS = (
     "demo",
@@ -25,28 +27,38 @@ VERBS = (
     "serve",
 )
 HEAVY = ("torch", "transformers", "ctranslate2", "tokenizers", "numpy", "yaml", "safetensors")
+WARM = ("typer.rich_utils", "castalia.cli.app")
+"""What the process imports whose forks run the commands: a heavy module would be seen in each."""
 PROBE = """
-import sys
-sys.argv = ["castalia", *{arguments!r}]
-from castalia.cli import main
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-loaded = [name for name in {heavy!r} if name in sys.modules]
-print("HEAVY", loaded)
+import os, sys
+import castalia.cli as cli
+os.environ.update({variables!r})
+def probed(main=cli.main):
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+    print("HEAVY", [name for name in {heavy!r} if name in sys.modules])
+cli.main = probed
 """
 
 
-def run_help(*arguments: str) -> str:
-    """Output of `castalia ARGUMENTS` with the heavy modules that it loaded at the end."""
-    code = PROBE.format(arguments=list(arguments), heavy=HEAVY)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def run_help(tmp_path_factory) -> Iterator[Callable[..., str]]:
+    """Callable: output of `castalia ARGUMENTS` with the heavy modules that it loaded at the end."""
+    shell = ForkedShell(tmp_path_factory.mktemp("shell"), *WARM)
+
+    def run(*arguments: str, **variables: str) -> str:
+        code = PROBE.format(variables=variables, heavy=HEAVY)
+        done = shell.castalia(list(arguments), code=code)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    yield run
+    shell.close()
 
 
-def test_help_lists_the_verbs():
+def test_help_lists_the_verbs(run_help):
     text = run_help("--help")
     assert "HEAVY []" in text
     for verb in VERBS:
@@ -54,7 +66,7 @@ def test_help_lists_the_verbs():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb(verb):
+def test_help_of_a_verb(run_help, verb):
     text = run_help(verb, "--help")
     assert "HEAVY []" in text and "Usage" in text and len(text.splitlines()) > 6
 
@@ -78,17 +90,16 @@ USAGE = {
 
 
 @pytest.mark.parametrize("verb", USAGE)
-def test_the_usage_line_is_what_a_user_types(verb, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    text = run_help(*verb.split(), "--help")
+def test_the_usage_line_is_what_a_user_types(run_help, verb):
+    text = run_help(*verb.split(), "--help", COLUMNS="100")
     (line,) = [line for line in text.splitlines() if "Usage:" in line]
     assert line.strip() == f"Usage: castalia {USAGE[verb]}"
 
 
 @pytest.mark.parametrize("columns", ["60", "100", "160"])
-def test_paragraphs_break_at_the_width_of_the_terminal(columns, monkeypatch):
-    monkeypatch.setenv("COLUMNS", columns)
-    lines = [line.strip() for line in run_help("data", "view", "--help").splitlines()]
+def test_paragraphs_break_at_the_width_of_the_terminal(run_help, columns):
+    text = run_help("data", "view", "--help", COLUMNS=columns)
+    lines = [line.strip() for line in text.splitlines()]
     start = next(i for i, line in enumerate(lines) if line.startswith("--steps A:B are"))
     paragraph = lines[start : lines.index("", start)]
     assert paragraph[-1].endswith("0:N.")
@@ -97,16 +108,15 @@ def test_paragraphs_break_at_the_width_of_the_terminal(columns, monkeypatch):
         assert len(line) + 1 + len(after.split()[0]) > int(columns) - 2
 
 
-def test_options_of_prepare_stand_in_panels(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "100")
-    text = run_help("prepare", "--help")
+def test_options_of_prepare_stand_in_panels(run_help):
+    text = run_help("prepare", "--help", COLUMNS="100")
     titles = ["Input", "Tokenizer", "Output", "Chat", "Fill-in-the-middle", "Cluster"]
     places = [text.index(f"─ {title} ─") for title in titles]
     assert places == sorted(places)
     assert places[3] < text.index("--chat-template") < places[4] < text.index("--fim-rate")
 
 
-def test_version():
+def test_version(run_help):
     assert run_help("--version").startswith("castalia 0.")
 
 
