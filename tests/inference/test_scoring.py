@@ -16,6 +16,7 @@ from castalia.inference.native.engine import NativeEngine
 from castalia.inference.native.weights import packed_weights
 from castalia.inference.prefixes import sections_of
 from castalia.inference.quick import quick_model
+from castalia.inference.readers import DecoderReader
 from castalia.inference.scoring import Likelihood, Line, score_lines
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
@@ -212,6 +213,21 @@ def test_what_lines_share_is_read_once(read: list[int]) -> None:
     score_lines(engine, lines)
     assert read[:2] == [40, 6 * 12]
     assert sum(read) == 40 + 6 * (12 + 5 + 1)
+
+
+def test_a_pass_has_no_more_tokens_for_short_stems_with_long_branches(read: list[int]) -> None:
+    """Two texts each that part after ten tokens: ten stems fit in a pass, not their branches."""
+    generator = random.Random(1)
+    lines = []
+    for number in range(10):
+        start = [number, *(generator.randrange(257) for _ in range(9))]
+        for _ in range(2):
+            rest = [generator.randrange(257) for _ in range(80)]
+            lines.append(line(start[:1], start[1:] + rest))
+    engine = TorchEngine(random_model(config_of("gpt2")))
+    score_lines(engine, lines, rows=2)
+    assert sum(read) == 10 * 10 + 20 * 79
+    assert max(read) <= 2 * DecoderReader.row_tokens
 
 
 def random_lines(generator: random.Random) -> list[Line]:

@@ -82,7 +82,9 @@ class DecoderReader(Reader):
 
     def header(self, ids: Sequence[int], first: int, rows: int, length: int) -> Iterator[Tensor]:
         """See `Reader`."""
+        # First, because the new one may need the memory.
         self.whole = None
+        self.state = None
         self.header_length = len(ids)
         if not ids:
             return iter(())

@@ -141,9 +141,7 @@ class Scoring:
         """A header, and the groups after it."""
         header, groups = section
         batches = list(self.batches(groups))
-        # Padding included: every row may be as long as the longest stem and branch together.
-        stem = max((group.stem.end for group in groups), default=header.end)
-        length = stem + max((longest_branch(group) for group in groups), default=0)
+        length = max((padded_length(batch) for batch in batches), default=header.end)
         rows = max((len(batch) for batch in batches), default=1)
         ids = self.inputs[header.lines[0]][: header.end] if header.lines else ()
         wanted = self.wanted([header] if ids else [])
@@ -159,16 +157,27 @@ class Scoring:
         order = sorted(groups, key=lambda group: (group.stem.start - group.stem.end, group.stem))
         at = 0
         while at < len(order):
-            longest = order[at].stem.end - order[at].stem.start
-            count = max(1, self.rows * self.reader.row_tokens // longest)
-            if self.reader.at_most_rows or order[at].stem.start:
-                count = min(count, self.rows)
-            some = order[at : at + count]
-            if self.reader.one_length:
-                some = [group for group in some if group.stem.end == some[0].stem.end]
+            some = order[at : at + self.fitting(order, at)]
             at += len(some)
             # The rows whose branches are read are the first ones.
             yield sorted(some, key=lambda group: -len(group.branches))
+
+    def fitting(self, order: Sequence[Group], at: int) -> int:
+        """How many groups from place `at` on, at least one, a pass has room for."""
+        first = order[at].stem
+        most = len(order) - at
+        if self.reader.at_most_rows or first.start:
+            most = min(most, self.rows)
+        longest = first.end - first.start
+        for count in range(most):
+            group = order[at + count]
+            # The branches of all rows share a pass, too.
+            longest = max(longest, longest_branch(group))
+            is_full = (count + 1) * longest > self.rows * self.reader.row_tokens
+            differs = self.reader.one_length and group.stem.end != first.end
+            if count and (is_full or differs):
+                return count
+        return most
 
     def read_batch(self, batch: Sequence[Group]) -> Sequence[int]:
         """Stems in one pass, then a branch of each, until there are none; returns the lines."""
@@ -237,6 +246,11 @@ class Scoring:
             # In place: a second buffer would not fit in the cache, and takes four times as long.
             return torch.log_softmax(logits, 1, out=logits)
         return torch.log_softmax(logits, 1, dtype=torch.float32)
+
+
+def padded_length(batch: Sequence[Group]) -> int:
+    """Tokens of the rows of a batch, each as long as the longest stem and branch together."""
+    return max(group.stem.end for group in batch) + max(map(longest_branch, batch))
 
 
 def longest_branch(group: Group) -> int:
