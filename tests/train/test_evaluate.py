@@ -17,6 +17,7 @@ from castalia.eval.places import Checkpoint
 from castalia.eval.work import WorkOptions, open_work
 from castalia.recipes import resolve
 from castalia.results import KEY, ResultsStore
+from castalia.train.attempts import Attempts
 from castalia.train.hooks import Hook
 from castalia.train.run import run
 
@@ -243,6 +244,44 @@ def test_a_fault_is_recorded_and_the_run_goes_on(train_here, section, tmp_path, 
     assert {row[2] for row in rows_of(output) if row[0] == "faulty"} == {0, 4}
     assert [sample["step"] for sample in samples_in(output)] == [0, 2, 4]
     assert lines_of(output)[3]["eval/faulty/acc"] == 1.0
+
+
+class KilledError(BaseException):
+    """Stands for what the kernel does: nothing of the run catches it."""
+
+
+def test_an_evaluation_that_kills_the_run_is_left_out_at_the_third_time(
+    train_here, tmp_path, monkeypatch, capsys
+):
+    output = tmp_path / "run"
+    words = ["eval.samples=[two]", "eval.sample_tokens=2", "eval.every=1", "eval.at_end=false"]
+    words += ["train.eval_every=null", "checkpoint.every=100", "train.steps=2"]
+    real = evaluation.samples_of
+    steps = []
+
+    def samples_of(config, model, step):
+        steps.append(step)
+        if step == 2:
+            raise KilledError
+        return real(config, model, step)
+
+    monkeypatch.setattr(evaluation, "samples_of", samples_of)
+    for _ in range(2):
+        with pytest.raises(KilledError):
+            train_here(output, *words)
+    # The evaluation of step 1, which ends well each time, does not hide that of step 2.
+    trainer = train_here(output, *words)
+    assert steps == [1, 2, 1, 2, 1] and not trainer.progress.evaluation_missing
+    assert "the evaluation of step 2 is left out: it ended the run" in capsys.readouterr().err
+    assert [sample["step"] for sample in samples_in(output)] == [1]
+    (event,) = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+    assert (event["step"], event["event"]) == (2, "evaluation")
+    # Other settings are tried.
+    attempts = Attempts(output / "evals" / "begun.json", {"batch": 1})
+    assert not attempts.are_over(2)
+    attempts.begin(2)
+    attempts.end(2)
+    assert not attempts.path.exists()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from castalia.inference import LanguageModel
 from castalia.results.schema import Labels
 from castalia.results.store import ResultsStore
 from castalia.train.aside import Peers, in_words, undisturbed, whole_model
+from castalia.train.attempts import Attempts
 from castalia.train.config import RunConfig
 from castalia.train.evaluated import (
     Outcome,
@@ -41,6 +42,8 @@ from castalia.train.validation_rows import ValidationRows
 T = TypeVar("T")
 STORE = "evals"
 """Folder of the results table in a run's."""
+BEGUN = "begun.json"
+"""File of what was begun and has not ended, beside it."""
 
 
 @dataclass
@@ -70,6 +73,8 @@ class RunEvaluation:
     def __post_init__(self) -> None:
         self.folder = Path(self.config.output)
         self.store = ResultsStore(self.folder / STORE)
+        section = self.config.eval.model_dump(mode="json")
+        self.attempts = Attempts(self.folder / STORE / BEGUN, section)
         self.reader = reader_of(self.config)
         self.labels = labels_of(self.config.output, self.reader)
         labels = self.labels
@@ -85,10 +90,16 @@ class RunEvaluation:
 
         False if a request to stop broke it off; then nothing of it is kept.
         """
+        if self.is_left_out(step):
+            return True
         began = time.perf_counter()
         self.count += 1
         with undisturbed(self.world.device), self.watchdog.doing("evaluation", LONG):
+            if self.world.leads:
+                self.attempts.begin(step)
             outcome = self.outcome_at(step)
+            if self.world.leads:
+                self.attempts.end(step)
             if outcome.is_broken_off:
                 return False
             if self.world.leads:
@@ -99,6 +110,21 @@ class RunEvaluation:
         metrics["eval_seconds"] = round(seconds, 4)
         if self.world.leads:
             self.report(step, outcome, seconds)
+        return True
+
+    def is_left_out(self, step: int) -> bool:
+        """Whether the evaluation of a step is not tried again, which is said."""
+        # Rank 0 decides: the others may not see its files.
+        over = self.world.leads and self.attempts.are_over(step)
+        if not self.world.largest(over)[0]:
+            return False
+        if self.world.leads:
+            fault = (
+                "it ended the run each time, most likely for lack of memory; a smaller eval.batch"
+                f" needs less, and castalia eval {self.config.output}/step{step} measures a saved"
+                " step later"
+            )
+            self.note(step, fault, "is left out")
         return True
 
     def outcome_at(self, step: int) -> Outcome:
@@ -191,9 +217,9 @@ class RunEvaluation:
         for fault in outcome.faults:
             self.note(step, fault)
 
-    def note(self, step: int, fault: str) -> None:
+    def note(self, step: int, fault: str, what: str = "failed in part") -> None:
         """Say and record what failed; the training goes on."""
-        warn(f"the evaluation of step {step} failed in part: {fault}; training goes on")
+        warn(f"the evaluation of step {step} {what}: {fault}; training goes on")
         event = {"step": step, "event": "evaluation", "action": "warn", "error": fault}
         # What cannot be recorded was said.
         with suppress(CastaliaError):
