@@ -30,11 +30,18 @@ loss.NextToken.__call__ = a_loss_that_hangs
 from castalia.cli import main
 main()
 """
+# A child ends it in the end: torchrun would wait 30 s before it kills what is stopped.
+ENDED = "me = os.getpid(); os.fork() or (time.sleep(14), os.kill(me, signal.SIGKILL), os._exit(0))"
+HANGS = {
+    "asleep": "time.sleep(1000)",
+    "stopped": f"{ENDED}; time.sleep(2); os.kill(me, signal.SIGSTOP)",
+}
 
 
-def hang(tmp_path, code):
-    """What two processes say of which rank 1 runs `code` in its third step."""
-    script = tmp_path / "hang.py"
+def start(folder, code):
+    """Two processes of which rank 1 runs `code` in its third step; they write to files in the
+    folder."""
+    script = folder / "hang.py"
     script.write_text(PROGRAM.format(hang=code))
     command = [
         sys.executable,
@@ -44,15 +51,31 @@ def hang(tmp_path, code):
         "--local-addr=127.0.0.1",
     ]
     command += ["--nproc-per-node=2", "--shutdown-timeout=2", str(script), "train", "debug", *SMALL]
-    command += ["guard.hang_seconds=3", f"output={tmp_path / 'run'}"]
+    command += ["guard.hang_seconds=3", f"output={folder / 'run'}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert done.returncode != 0
-    return done.stderr
+    with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
+        return subprocess.Popen(command, stdout=out, stderr=err, env=environment)
 
 
-def test_a_hung_rank_prints_its_stack_and_the_others_name_it(tmp_path):
-    said = hang(tmp_path, "time.sleep(1000)")
+def end(job, folder):
+    """What the processes said until they ended, with an error."""
+    try:
+        assert job.wait(timeout=200) != 0
+    finally:
+        job.kill()
+    return (folder / "err.txt").read_text()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """What the processes of each case of `HANGS` said; they hang at the same time."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in HANGS}
+    jobs = {name: start(folder, HANGS[name]) for name, folder in folders.items()}
+    return {name: end(job, folders[name]) for name, job in jobs.items()}
+
+
+def test_a_hung_rank_prints_its_stack_and_the_others_name_it(reports):
+    said = reports["asleep"]
     assert "castalia: error: rank 1 hangs: no progress for " in said
     assert " s in step 3 (passes and update); its threads:" in said
     assert (
@@ -62,12 +85,8 @@ def test_a_hung_rank_prints_its_stack_and_the_others_name_it(tmp_path):
     assert "guard.hang_seconds=3" in said
 
 
-def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(tmp_path):
-    # A child ends it in the end: torchrun would wait 30 s before it kills what is stopped.
-    ended = (
-        "me = os.getpid(); os.fork() or (time.sleep(14), os.kill(me, signal.SIGKILL), os._exit(0))"
-    )
-    said = hang(tmp_path, f"{ended}; time.sleep(2); os.kill(me, signal.SIGSTOP)")
+def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(reports):
+    said = reports["stopped"]
     assert "rank 0 waits for rank 1, which hangs and is silent: no progress for " in said
     assert "in step 3 (passes and update); the last stack it wrote:" in said
     assert "in a_loss_that_hangs" in said
@@ -75,7 +94,8 @@ def test_a_stopped_process_is_named_with_the_stack_that_it_told_last(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_never_lets_go_of_the_lock_is_named_and_ends(tmp_path):
-    said = hang(tmp_path, "time.sleep(2); ctypes.PyDLL(None).sleep(1000)")
+    job = start(tmp_path, "time.sleep(2); ctypes.PyDLL(None).sleep(1000)")
+    said = end(job, tmp_path)
     assert "rank 0 waits for rank 1, which hangs and is silent" in said
 
 
