@@ -240,6 +240,9 @@ def test_the_page_allows_itself_alone(served: Served):
         (("/version", None, "", {"Host": "localhost:99"}), 200, ""),  # a tunnel's port
         (("/version", None, "", {"Sec_Fetch_Site": "cross-site"}), 403, "another site"),
         (("/memorized", {}, "", {"Origin": "http://evil.example"}), 403, "Origin"),
+        (("/cancel", {}, "", {"Origin": "http://[evil"}), 403, "Origin"),
+        (("/cancel", {}, "", {"Origin": "null"}), 403, "Origin"),
+        (("/cancel", None, "POST", {"Content_Length": "²"}), 413, "at most"),
         (("/cancel", {}, "", {"Content_Type": "text/plain"}), 415, "application/json"),
         (("/memorized", None, "", {}), 405, "takes POST only"),
         (("/data", {}, "", {}), 405, "takes GET only"),

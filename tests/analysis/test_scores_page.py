@@ -1,5 +1,6 @@
 """The part of a page about evaluations, in a browser: draw, search, filter, compare, keyboard."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ from tests.fixtures.browser import PHONE, Visit
 from tests.fixtures.suite_results import ODD, write_suite
 
 from castalia.analysis import write_report
+from castalia.results import Result, ResultsStore
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,46 @@ def test_sizes_tables_and_pairs_follow_what_is_chosen(address: str, visit: Visit
     assert scales.get_by_role("radio", name="training FLOPs").is_checked()
     page.get_by_role("combobox", name="search for a task").fill("arc")
     assert page.locator("#scores-list").inner_text() == "no such task"
+
+
+def test_a_start_alone_long_names_and_seeds_that_differ(tmp_path: Path, visit: Visit):
+    name = "first-" + "n" * 190 + "-1m"
+    rows = [
+        Result("s", f"toy-{size}", task, "acc", 0.3, size=size, seed=seed, step=0, stderr=0.0)
+        for size, seeds in (("1m", (1, 2)), ("2m", (1, 2)))
+        for task in ("one", "two")
+        for seed in (seeds[:1] if task == "two" else seeds)
+    ]
+    ResultsStore(tmp_path).add([*rows, Result("s", name, "one", "acc", 0.5, step=0)])
+    page = visit(write_report(tmp_path).as_uri(), PHONE)
+    settled(page)
+    # Step 0 has a place on the logarithmic axis, and the hover box says which step it is.
+    line = "document.querySelector('#scores .plot').data.filter((trace) => trace.hovertemplate)"
+    assert (
+        page.evaluate(f"{line}.map(({{ x, customdata }}) => [x[0], customdata[0][0]])")
+        == [
+            [0.5, "0"],
+        ]
+        * 3
+    )
+    assert page.evaluate(f"{line}[0].hovertemplate").count("step %{customdata[0]}") == 1
+    edges = """[...document.querySelectorAll('#scores .annotation-text')].map((text) =>
+      text.getBoundingClientRect().right - text.closest('svg').getBoundingClientRect().right)"""
+    assert len(page.evaluate(edges)) == 3 and max(page.evaluate(edges)) <= 0
+    values = show(page, "values")
+    # One row a model, also where a task has fewer seeds.
+    assert [row.split()[0] for row in values.locator("tbody tr").all_inner_texts()] == [
+        "toy-1m",
+        "toy-2m",
+        name,
+    ]
+    first = values.locator("tbody th").last.bounding_box()
+    assert first and first["width"] < PHONE[0] / 1.5
+    pairs = show(page, "pairs")
+    assert pairs.locator(".interval").count() == 0 or "0.0" in pairs.inner_text()
+    # Another address of the same page is another view.
+    page.evaluate("location.hash = 'tasks=two'")
+    page.wait_for_function("document.querySelector('#scores .chip')?.value === 'two'")
 
 
 def sort_the_table(page: Any) -> None:

@@ -102,9 +102,13 @@ def scores_data(
 
 def about(count: int, models: Sequence[Any], blocks: Mapping[str, Any]) -> str:
     """How much there is, in words."""
-    return (
-        f"{count:,} numbers of {len(models):,} models in {len(blocks['blocks']):,} tasks and means."
-    )
+    tasks = counted(len(blocks["blocks"]), "task")
+    return f"{counted(count, 'number')} of {counted(len(models), 'model')} in {tasks} and means."
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 model`, `1,200 models`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def add_means(connection: Any) -> dict[str, list[str]]:

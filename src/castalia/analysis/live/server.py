@@ -203,7 +203,8 @@ class Handler(BaseHTTPRequestHandler):
         Raises  RefusalError if they are too many.
         """
         text = self.headers.get("Content-Length", "0")
-        if not text.isdigit() or int(text) > MOST_BODY or "Transfer-Encoding" in self.headers:
+        is_count = text.isascii() and text.isdigit() and len(text) < 16
+        if not is_count or int(text) > MOST_BODY or "Transfer-Encoding" in self.headers:
             raise RefusalError(413, f"a body of at most {MOST_BODY} bytes, with its length")
         return self.rfile.read(int(text))
 

@@ -119,7 +119,8 @@ def require_same_origin(headers: Mapping[str, str | None], method: str) -> None:
     if method == "GET":
         return
     origin = headers.get("Origin")
-    if origin is None or urlsplit(origin).netloc != headers.get("Host"):
+    # Text, and not parsed: an Origin of another form is another origin.
+    if origin not in {f"{scheme}://{headers.get('Host')}" for scheme in ("http", "https")}:
         raise RefusalError(403, f"POST needs the Origin of this server, got {origin!r}")
     # A form cannot send this type, so that a browser asks first, and gets no for an answer.
     if (headers.get("Content-Type") or "").partition(";")[0] != "application/json":

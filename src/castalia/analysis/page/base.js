@@ -47,6 +47,9 @@ window.castalia = (() => {
     },
   };
 
+  // Another address of this page, pasted or from the reader's history, is another view.
+  window.addEventListener("hashchange", () => location.reload());
+
   // --- parts of the page, {init(data), refresh(data)}; a page that is served live gets new data
   const parts = [];
   const refresh = (fresh) => parts.forEach((part) => part.refresh(fresh));

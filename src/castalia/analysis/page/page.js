@@ -257,6 +257,16 @@
     if (state.x === "seconds") return ",.4~g";
     return largest(state.x) / unitOf(state.x) < 1e5 ? "," : ".4~s";
   };
+  // Where a step 0 is drawn at another place, each line of the hover box says its step.
+  const isMoved = (shown) => state.x === "steps" && state.xscale === "log"
+    && shown.some((series) => series.points.steps[0] === 0);
+  const sayStep = (trace) => {
+    trace.hovertemplate = trace.hovertemplate?.replace("<extra>", " · step %{customdata:,}<extra>");
+  };
+  const hoverTitle = (shown) => {
+    if (state.x !== "steps") return `%{x} ${xTitle()}`;
+    return isMoved(shown) ? " " : "step %{x:,}";
+  };
   const layoutOf = (panel, shown, traces) => ({
     height: heightOf(panel, shown),
     margin: { l: 52, r: 14, t: isCoarse ? 30 : 6, b: 40 },
@@ -274,7 +284,7 @@
       nticks: isNarrow() ? 5 : 8,
       tickformat: xFormat(),
       hoverformat: { steps: ",.0f", tokens: ".4~s", seconds: ",.4~g", flops: ".3~e" }[state.x],
-      unifiedhovertitle: { text: state.x === "steps" ? "step %{x}" : `%{x} ${xTitle()}` },
+      unifiedhovertitle: { text: hoverTitle(shown) },
       showspikes: true,
       spikemode: "across",
       spikethickness: 1,
@@ -318,6 +328,7 @@
     }
     if (!drawn.has(box)) plot.textContent = "";
     const traces = KINDS[panel.kind](shown);
+    if (isMoved(shown) && panel.kind !== "events") traces.forEach(sayStep);
     const layout = layoutOf(panel, shown, traces);
     box.querySelector(".cut").hidden = panel.kind !== "lines" || !isCut(traces, layout.yaxis);
     Plotly.react(plot, traces, layout, CONFIG);

@@ -56,9 +56,17 @@
   S.nameOf = ({ model, low }) => (low ? model.base : model.label);
   const nameOf = (view, curve) =>
     S.plain(S.nameOf(curve) + (curve.low ? ` (median of ${Math.max(...curve.seeds)} seeds)` : ""));
+  // The first step of any curve, for a curve with step 0 alone, and whether a step 0 is drawn at
+  // another place: there each line of the hover box says its step, and the place says nothing.
+  const zeroOf = (view, curves) => {
+    const firsts = curves.map(({ steps }) => steps.find((step) => step > 0) ?? Infinity);
+    const first = Math.min(...firsts);
+    return { first: first === Infinity ? 1 : first, saysStep: view.axis !== "step"
+      || (view.scale === "log" && curves.some(({ steps }) => steps.includes(0))) };
+  };
   const pointsOf = (view, curve) => {
     const points = { x: [], y: [], low: [], high: [], step: [] };
-    const first = curve.steps.find((step) => step > 0);
+    const first = curve.steps.find((step) => step > 0) ?? view.first;
     curve.steps.forEach((step, i) => {
       let x = S.place(curve.model, step, view.axis);
       // On a logarithmic axis step 0 stands at half of the first step.
@@ -98,7 +106,7 @@
       marker: { size: points.x.length === 1 ? 8 : 4.5, symbol: symbolOf(view, curve.model),
         color: colour },
       hovertemplate: `${nameOf(view, curve)} <b>%{y:${S.isShare(metric) ? ".4f" : ".5~g"}}</b>`
-        + `%{customdata[1]}${view.axis === "step" ? "" : " · step %{customdata[0]}"}`
+        + `%{customdata[1]}${view.saysStep ? " · step %{customdata[0]}" : ""}`
         + "<extra></extra>",
     };
   };
@@ -111,8 +119,22 @@
       opacity: 0.8,
       hoverinfo: "skip",
     }));
+  // A long name keeps its beginning and its end, which tell models apart.
+  const FONT = "system-ui, sans-serif";
+  const pen = document.createElement("canvas").getContext("2d");
+  const widthOf = (text) => {
+    pen.font = `11px ${FONT}`;
+    return pen.measureText(text).width;
+  };
+  const shortened = (text, width) => {
+    let shown = text;
+    for (let kept = Math.min(text.length, 80) - 1; widthOf(shown) > width && kept > 1; kept--) {
+      shown = `${text.slice(0, Math.ceil(kept / 2))}…${text.slice(-Math.floor(kept / 2))}`;
+    }
+    return shown;
+  };
   // Names at the ends of the curves, moved apart where they would lie over each other.
-  const endLabels = (view, drawn, height, range, across) => {
+  const endLabels = (view, drawn, { height, width, range, across }) => {
     if (drawn.length > LABELS || drawn.length < 2) return [];
     const span = range[1] - range[0] || 1;
     const pixels = (y) => (height * ((view.isLogY ? Math.log10(y) : y) - range[0])) / span;
@@ -134,9 +156,9 @@
     return ends.map(({ curve, x, y, at, to }) => ({
       x: isApart ? own(x) : 1, xref: isApart ? "x" : "paper", xshift: isApart ? 4 : 0,
       xanchor: "left", y: view.isLogY ? Math.log10(y) : y, yshift: to - at,
-      text: S.plain(labelOf(view, curve)), showarrow: false,
+      name: shortened(labelOf(view, curve), width), showarrow: false,
       font: { size: 11, color: S.colourOf(view, curve.model) },
-    }));
+    })).map((label) => ({ ...label, text: S.plain(label.name) }));
   };
   const yRange = (view, ys, metric) => {
     const values = view.isLogY ? ys.filter((y) => y > 0).map(Math.log10) : ys;
@@ -150,7 +172,7 @@
     height,
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: S.look("--soft"), size: 12, family: "system-ui, sans-serif" },
+    font: { color: S.look("--soft"), size: 12, family: FONT },
     hoverlabel: { bgcolor: S.look("--card"), bordercolor: S.look("--edge"), align: "left",
       namelength: -1, font: { color: S.look("--ink"), size: 12 } },
     showlegend: false,
@@ -166,19 +188,26 @@
   // Where no config says how many FLOPs a token takes, 6 for each parameter.
   const flopsTitle = (models) =>
     `training FLOPs${models.every(({ counted }) => counted) ? "" : " (6·N·D)"}`;
+  // Powers of ten; of a short range 2 and 5, too.
+  const tickOf = (decades) => (decades < 1.5 ? "D2" : Math.max(1, Math.round(decades / 6)));
+  const hoverTitle = (view) => {
+    if (view.axis !== "step") return "%{x}";
+    return view.saysStep ? " " : "step %{x:,}";
+  };
   const xLayout = (view, xs, models) => {
     const last = Math.max(...xs);
     const first = Math.min(...xs.filter((x) => x > 0));
     const range = view.scale === "log" ? [Math.log10(first / 1.4), Math.log10(last * 1.15)]
-      : [-0.015 * last, last * 1.015];
+      : [-0.015 * (last || 1), (last || 1) * 1.015];
+    const decades = range[1] - range[0];
     return { ...axisLook(), type: view.scale, range, nticks: isNarrow() ? 5 : 8,
       title: { text: view.axis === "flops" ? flopsTitle(models) : S.AXES[view.axis], standoff: 6 },
       tickformat: { step: last >= 1e5 ? ".4~s" : ",", percent: ".3~g", tokens: ".3~s",
         flops: ".1~e" }[view.axis],
       ticksuffix: view.axis === "percent" ? "%" : "",
-      dtick: view.scale === "log" ? Math.max(1, Math.round((range[1] - range[0]) / 6)) : undefined,
+      dtick: view.scale === "log" ? tickOf(decades) : undefined,
       hoverformat: { step: ",.0f", percent: ".3~g", tokens: ".4~s", flops: ".3~e" }[view.axis],
-      unifiedhovertitle: { text: view.axis === "step" ? "step %{x}" : "%{x}" },
+      unifiedhovertitle: { text: hoverTitle(view) },
       showspikes: true, spikemode: "across", spikethickness: 1, spikedash: "solid",
       spikecolor: S.look("--soft") };
   };
@@ -200,10 +229,10 @@
   // Draws score against training into a box; returns how many curves there are.
   S.drawCurves = async (view, name, plot, height) => {
     const { metric, curves } = await S.chosen(view, name);
-    const own = { ...view, isLogY: view.yscale === "log" || (view.yscale === "auto"
-      && S.isLog(metric)) };
     const here = curves.filter((curve) => !(curve.steps.length === 1
       && curve.steps[0] === S.NO_STEP));
+    const own = { ...view, ...zeroOf(view, here), isLogY: view.yscale === "log"
+      || (view.yscale === "auto" && S.isLog(metric)) };
     const drawn = here.map((curve) => ({ curve, points: pointsOf(own, curve) }))
       .filter(({ points }) => points.x.length);
     if (!drawn.length) {
@@ -229,12 +258,13 @@
     const ends = xaxis.range.map((x) => (view.scale === "log" ? 10 ** x : x));
     traces.push(...references(own, lines, ends));
     for (const { curve, points } of drawn) traces.push(lineOf(own, curve, points, metric));
-    const labels = endLabels(own, drawn, height - (isCoarse ? 72 : 50), range,
-      xaxis.range);
-    const widest = Math.max(0, ...labels.map(({ text }) => text.length));
+    // Names take a third of the chart at the most.
+    const labels = endLabels(own, drawn, { height: height - (isCoarse ? 72 : 50), range,
+      across: xaxis.range, width: Math.min(190, (plot.clientWidth || window.innerWidth) / 3) });
+    const widest = Math.max(0, ...labels.map((label) => widthOf(label.name)));
     await react(plot, traces, {
       ...base(own, height),
-      margin: { l: 48, r: labels.length ? Math.min(12 + 6.6 * widest, 130) : 14,
+      margin: { l: 48, r: labels.length ? 14 + widest : 14,
         t: isCoarse ? 30 : 8, b: 42 },
       xaxis,
       yaxis: { ...axisLook(), type: own.isLogY ? "log" : "linear", range, nticks: 7,

@@ -12,7 +12,9 @@
       !group && !view.tasks.includes(name)).toSorted((a, b) => (a.of > 0) - (b.of > 0));
     return [...view.tasks, ...rest.map(({ name }) => name)];
   };
-  const keyOf = (curve) => `${curve.model.lineage} ${curve.model.label} ${S.setting(curve.way)}`;
+  // The seeds of a model are one row, also where a task was measured on some of them.
+  const keyOf = (view, { model, way }) =>
+    `${view.seeds === "each" ? `${model.lineage} ${model.label}` : model.group} ${S.setting(way)}`;
 
   // --- values
   const valueRows = async (view) => {
@@ -25,9 +27,11 @@
       for (const curve of curves) {
         const found = S.at(curve, curve.steps.at(-1) === S.NO_STEP ? null : view.at);
         if (!found) continue;
-        const key = keyOf(curve);
+        const key = keyOf(view, curve);
         if (!rows.has(key)) rows.set(key, { curve, cells: new Map(), steps: new Set() });
-        rows.get(key).cells.set(name, { ...found, metric, seeds: curve.seeds?.at(-1) });
+        if (curve.low) rows.get(key).curve = curve;
+        rows.get(key).cells.set(name, { ...found, metric,
+          seeds: curve.seeds?.[curve.steps.indexOf(found.step)] });
         rows.get(key).steps.add(found.step);
       }
     }
@@ -83,7 +87,8 @@
     const head = make("tr", {}, headCell(view, "model", "model", "", sortBy),
       ...columns.map(({ name, metric }) => headCell(view, name, name, metric, sortBy)));
     const body = sorted(view, rows).map(({ curve, cells, steps }) => {
-      const first = make("th", { scope: "row" }, swatch(view, curve.model), S.nameOf(curve));
+      const first = make("th", { scope: "row" }, swatch(view, curve.model),
+        make("span", { className: "named" }, S.nameOf(curve)));
       const notes = [isTwice(S.nameOf(curve)) && curve.model.suite, several && S.setting(curve.way),
         steps.size > 1 && "steps differ"].filter(Boolean);
       if (notes.length) first.append(" ", make("small", {}, notes.join(" · ")));
@@ -174,7 +179,7 @@
         const numbers = [one, other].map((group) => numberOf(group, view.at));
         if (numbers.every(Boolean)) {
           rows.push({ name, metric, size: one.size === other.size ? one.size
-            : `${one.size} and ${other.size}`, ...compared(...numbers) });
+            : `${one.size || "unknown"} and ${other.size || "unknown"}`, ...compared(...numbers) });
         }
       }
     }
@@ -190,8 +195,7 @@
   const bar = (row, largest) => {
     // The interval of 95% on a common scale, with 0 in the middle.
     const mark = make("span", { className: "interval" });
-    if (row.error === null || !largest) return mark;
-    const place = (value) => 50 + (50 * value) / largest;
+    const place = (value) => 50 + (50 * value) / (largest || 1);
     const half = CRITICAL * row.error;
     mark.style.setProperty("--from", `${place(row.difference - half)}%`);
     mark.style.setProperty("--to", `${place(row.difference + half)}%`);
@@ -202,7 +206,8 @@
   const signed = (value, metric) =>
     `${value < 0 ? "−" : "+"}${S.number(Math.abs(value), metric)}`;
   const rowOf = (view, row, widest) => {
-    const line = make("tr", {}, make("th", { scope: "row" }, row.name, " ",
+    const line = make("tr", {}, make("th", { scope: "row" },
+      make("span", { className: "named" }, row.name), " ",
       make("small", {}, [row.metric, row.size].filter(Boolean).join(" · "))));
     for (const side of [row.one, row.other]) {
       const error = side.error === null ? "" : ` ± ${side.error.toPrecision(2)}`;
@@ -220,7 +225,7 @@
       said.append(make("small", {}, `steps ${steps.map(S.whole).join(" and ")}`));
     }
     line.append(make("td", {}, signed(row.difference, row.metric)),
-      make("td", {}, bar(row, widest(row.metric))),
+      make("td", {}, row.error === null ? "–" : bar(row, widest(row.metric))),
       make("td", {}, row.z === null ? "–" : row.z.toFixed(1).replace("-", "−")), said);
     return line;
   };
