@@ -258,6 +258,14 @@ def test_a_rank_that_fails_ends_the_others():
     kinds = sorted(type(result).__name__ for result in results)
     assert kinds == ["CastaliaError", "ValueError"]
     assert any("failed: ValueError('five')" in str(result) for result in results)
+    # Ranks whose tasks list their documents in another order do not take each other's answers.
+    ordered = [[1, 2, 3], [1, 3, 2]]
+    other = Ranks(2).run(
+        lambda share: share.compute(
+            ordered[share.rank], lambda own: own, together=lambda i: i, cost=lambda i: 1
+        )
+    )
+    assert all("ask for different things" in str(result) for result in other)
     dealt = Share(0, 3).deal(range(20), together=lambda i: i // 2, cost=lambda i: i)
     assert sorted(place for places in dealt for place in places) == list(range(20))
     assert all(places.index(i + 1) == places.index(i) + 1 for places in dealt for i in places[::2])

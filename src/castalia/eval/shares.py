@@ -1,7 +1,8 @@
 """Work of an evaluation over several ranks: each item is computed on one of them."""
 
+import hashlib
 import heapq
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from castalia.core.errors import CastaliaError
@@ -41,7 +42,8 @@ class Share(NamedTuple):
         Takes   function: items to as many answers, which do not depend on the other items.
                 together: items with an equal key go to the same rank, such as those that share a
                 computation. cost: what decides which rank gets an item, in any unit.
-        Raises  the error of this rank's call; CastaliaError if the call of another rank failed.
+        Raises  the error of this rank's call; CastaliaError if the call of another rank failed, or
+                the ranks have different items.
         """
         own = self.deal(items, together, cost)[self.rank]
         if self.size == 1:
@@ -52,11 +54,19 @@ class Share(NamedTuple):
             answers = function([items[i] for i in own])
         except Exception as error:  # the other ranks wait in `gather` and have to hear of it
             failure = error
-        parts = self.gather((own, answers, None if failure is None else repr(failure)))
+        text = None if failure is None else repr(failure)
+        parts = self.gather((digest_of(items), own, answers, text))
         if failure is not None:
             raise failure
+        # Answers to other items would be numbers like any other.
+        if len({digest for digest, *_ in parts}) > 1:
+            raise CastaliaError(
+                "the ranks of the evaluation ask for different things; a task whose documents or"
+                " texts depend on the order of a set or the time of day is evaluated on one rank,"
+                " or with PYTHONHASHSEED=0 on all"
+            )
         placed: dict[int, Answer] = {}
-        for rank, (places, given, text) in enumerate(parts):
+        for rank, (_, places, given, text) in enumerate(parts):
             if text is not None:
                 raise CastaliaError(f"rank {rank} of the evaluation failed: {text}")
             placed.update(zip(places, given, strict=True))
@@ -82,6 +92,14 @@ class Share(NamedTuple):
             dealt[rank] += groups[key]
             heapq.heappush(ranks, (total + costs[key], rank))
         return [sorted(places) for places in dealt]
+
+
+def digest_of(items: Iterable[object]) -> str:
+    """SHA-256 of items by their texts, the same in every process for equal ones."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
 
 
 ALONE = Share()
