@@ -4,6 +4,7 @@ import hashlib
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from tests.fixtures.short_run import in_suite
 
 from castalia.cli.signals import StoppedError, stoppable
-from castalia.eval import HeldOut, bits_per_byte, held_out
+from castalia.core.errors import DataError
+from castalia.eval import HeldOut, bits_per_byte, evaluate, held_out, open_tasks
 from castalia.eval.held_out import Windows, document_bytes, sources_of
 from castalia.eval.jobs import JobOptions
 from castalia.eval.labels import Arithmetic
@@ -58,6 +60,69 @@ def test_the_cheapest_come_first_and_outcomes_as_they_were_asked_for(
     assert {row.documents for row in larger.rows} == {1}
     # Of 4 and 6 documents.
     assert [source.documents for source in sources_of(run, {}, Windows(), 0.3)] == [2, 2]
+
+
+def test_what_is_left_is_counted_in_requests(four_steps: Path, tmp_path: Path, task_folder: Path):
+    one, other = (in_suite(four_steps, tmp_path / name) for name in ("one", "other"))
+    both = tuple(str(task_folder / f"{name}_local.yaml") for name in ("choices", "lambada"))
+    # 10 documents with a request for each choice are left of one, 12 with one request of the other.
+    for run, task in ((one, both[1]), (other, both[0])):
+        swept(run, steps="last", asked=WorkOptions((task,), bootstrap=0))
+    _, said = swept(one, other, steps="last", asked=WorkOptions(both, bootstrap=0))
+    assert said[0] == "2 of 4 results are in the table already; 2 to measure"
+    assert [("choices_local" in line, "lambada_local" in line) for line in said[1:]] == [
+        (False, True),
+        (True, False),
+    ]
+
+
+def test_a_group_that_was_stopped_goes_on_after_its_last_task(
+    run: Path, task_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    asked = WorkOptions(("local_group",), (str(task_folder),), limit=5, samples=True)
+    evaluated: list[str] = []
+
+    def stops_at_the_second(model, tasks, **options):
+        evaluated.extend(tasks.names)
+        if tasks.names == ["pairs_local"] and len(evaluated) == 2:
+            raise KeyboardInterrupt
+        return evaluate(model, tasks, **options)
+
+    def fails_at_pairs(model, tasks, **options):
+        if tasks.names == ["pairs_local"]:
+            raise DataError("no memory")
+        return evaluate(model, tasks, **options)
+
+    monkeypatch.setattr("castalia.eval.harness.evaluate.evaluate", stops_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        swept(run, steps="last", asked=asked)
+    (outcome,), said = swept(run, steps="last", asked=asked)
+    assert said[0] == "1 of 3 results are in the table already; 2 to measure"
+    assert evaluated == ["choices_local", "pairs_local", "pairs_local"]
+    # The group's numbers are the harness's own, of all its tasks at once.
+    whole = evaluate(load(run), open_tasks("local_group", include=[str(task_folder)], limit=5))
+    columns = ("value", "stderr", "documents", "shots", "higher_is_better", "task_hash")
+    expected = {
+        (number.task, number.metric): [getattr(number, name) for name in columns]
+        for number in whole.numbers
+    }
+    assert {
+        (row.task, row.metric): [getattr(row, name) for name in columns] for row in outcome.rows
+    } == expected
+    assert ("local_group", "acc") in expected and len(expected) == 4
+    _, said = swept(run, steps="last", asked=asked)
+    assert said == ["3 of 3 results are in the table already; 0 to measure"]
+    # Fewer documents are another number of the group, too.
+    (fewer,), _ = swept(run, steps="last", asked=replace(asked, limit=3))
+    assert fewer.measured == 3
+    assert {row.documents for row in fewer.rows if row.task == "local_group"} == {6}
+    # Without one of its tasks there is no mean of them.
+    monkeypatch.setattr("castalia.eval.harness.evaluate.evaluate", fails_at_pairs)
+    (broken,), _ = swept(run, steps="last", asked=replace(asked, limit=2))
+    assert [failure.reason for failure in broken.failures] == [
+        "no memory",
+        "its means need the numbers of all its tasks, and there are none of pairs_local",
+    ]
 
 
 def test_held_out_text_is_the_library_s_own_measure(run: Path):

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from castalia.eval.labels import Arithmetic, ahead
+from castalia.eval.labels import Arithmetic, Labels, ahead
 from castalia.eval.places import Checkpoint
 from castalia.eval.work import Expected
 from castalia.results import ResultsStore
@@ -58,17 +58,7 @@ class Found:
 
     def rows_of(self, subject: Subject, expected: Sequence[Expected]) -> list[Result]:
         """The rows of a checkpoint in one arithmetic, in the order of `expected` and metrics."""
-        own = sorted(self.own_rows(subject), key=lambda row: (row.metric, row.filter))
-        # Of a run that has a table and whose suite has one, a number may be there twice.
-        chosen: dict[tuple[object, ...], Result] = {}
-        for wanted in expected:
-            for row in own:
-                if wanted.matches(row):
-                    key = (row.task, row.metric, row.filter, row.shots)
-                    before = chosen.get(key)
-                    if before is None or is_newer(row, before):
-                        chosen[key] = row
-        return list(chosen.values())
+        return latest(self.own_rows(subject), expected)
 
     def has_all(self, subject: Subject, expected: Sequence[Expected]) -> bool:
         """Whether every expected row is there."""
@@ -88,6 +78,35 @@ class Found:
             # A table of a run in training has no hash of weights that were not saved yet.
             and (None in (weights, row.checkpoint_hash) or row.checkpoint_hash == weights)
         ]
+
+
+def rows_with(checkpoint: Checkpoint, labels: Labels) -> list[Result]:
+    """The rows of a checkpoint that was loaded, in its very arithmetic.
+
+    Raises  DataError if a table is damaged.
+    """
+    found = Found([checkpoint])
+    weights = labels.checkpoint_hash
+    return [
+        row
+        for row in found.rows.get((labels.suite, labels.model, labels.variant, labels.step), [])
+        if (row.engine, row.dtype) == (labels.engine, labels.dtype)
+        and (None in (weights, row.checkpoint_hash) or row.checkpoint_hash == weights)
+    ]
+
+
+def latest(own: Sequence[Result], expected: Sequence[Expected]) -> list[Result]:
+    """Of a checkpoint's rows those that are expected, in that order and by metric."""
+    # Of a run that has a table and whose suite has one, a number may be there twice.
+    chosen: dict[tuple[object, ...], Result] = {}
+    for wanted in expected:
+        for row in sorted(own, key=lambda row: (row.metric, row.filter)):
+            if wanted.matches(row):
+                key = (row.task, row.metric, row.filter, row.shots)
+                before = chosen.get(key)
+                if before is None or is_newer(row, before):
+                    chosen[key] = row
+    return list(chosen.values())
 
 
 def is_newer(row: Result, other: Result) -> bool:

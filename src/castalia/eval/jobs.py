@@ -90,17 +90,19 @@ def run_job(job: Job, work: Sequence[Work], share: Share, say: Say) -> Done:
     except CastaliaError as error:
         done.failures.append(Failure(None, str(error), error.exit_code))
         return done
+    before: list[Result] = []
     for place in job.left:
         item = work[place]
         started = time.perf_counter()
         try:
-            numbers = item.measure(model, job.checkpoint, labels, share)
+            numbers = item.measure(model, job.checkpoint, labels, share, before)
             if share.rank == 0:
                 write(job, numbers)
         # Also what no check foresaw, such as too little memory: the other tasks may still work.
         except Exception as error:
             done.failures.append(failure_of(item.name, error))
             continue
+        before += numbers.results
         done.written[place] = numbers.json
         say(line(job, item, numbers, time.perf_counter() - started))
     return done

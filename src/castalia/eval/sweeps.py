@@ -133,7 +133,7 @@ def planned(checkpoints: Sequence[Checkpoint], work: Sequence[Work], options: Jo
         outcome = Outcome(checkpoint)
         outcomes[checkpoint.path] = outcome
         jobs: list[Job] = []
-        documents = 0
+        requests = 0
         for job in jobs_of(checkpoint, options):
             left: list[int] = []
             for place, item in enumerate(work):
@@ -151,11 +151,11 @@ def planned(checkpoints: Sequence[Checkpoint], work: Sequence[Work], options: Jo
                     continue
                 begun.add((place, subject))
                 left.append(place)
-                documents += item.documents(job.checkpoint)
+                requests += item.requests(job.checkpoint)
             if left:
                 jobs.append(job._replace(left=tuple(left)))
         if jobs:
-            costs[tuple(jobs)] = parameters_of(checkpoint) * documents
+            costs[tuple(jobs)] = parameters_of(checkpoint) * requests
     # Sorting keeps the order of equal costs: the steps of a run as they came.
     return Plan(sorted(costs, key=lambda jobs: costs[jobs]), outcomes)
 

@@ -86,61 +86,74 @@ class Work(ABC):
         """
 
     @abstractmethod
-    def documents(self, checkpoint: Checkpoint) -> int:
-        """Documents that are read, for the order of a sweep."""
+    def requests(self, checkpoint: Checkpoint) -> int:
+        """Texts that the model reads, for the order of a sweep."""
 
     @abstractmethod
     def measure(
-        self, model: LanguageModel, checkpoint: Checkpoint, labels: Labels, share: Share = ALONE
+        self,
+        model: LanguageModel,
+        checkpoint: Checkpoint,
+        labels: Labels,
+        share: Share = ALONE,
+        before: Sequence[Result] = (),
     ) -> Measured:
         """The numbers of a loaded checkpoint; on every rank of `share` the same.
 
+        before  rows of this checkpoint that were measured just now.
         Raises  CastaliaError.
         """
 
 
 class HarnessWork(Work):
-    """One name of the harness: a task, or a group with its tasks."""
+    """One task of the harness."""
 
     def __init__(self, tasks: "TaskSet", options: WorkOptions) -> None:
         (self.part,) = tasks.parts
+        (self.task,) = self.part.tasks.values()
         self.tasks = tasks
         self.options = options
         self.name = self.part.name
         self.shots = tasks.shots
         if options.samples:
-            self.with_samples = tuple(tasks.names)
+            self.with_samples = (self.name,)
 
     def expected(self, checkpoint: Checkpoint) -> list[Expected]:
         """See `Work`."""
         from castalia.eval.harness.evaluate import harness_name
 
-        harness = harness_name()
-        shots = {name: task.config.num_fewshot for name, task in self.part.tasks.items()}
-        # The harness names a number for a group only if its tasks agree.
-        common = set(shots.values())
-        of_group = common.pop() if len(common) == 1 else self.shots
-        rows = []
-        for name, digest in self.part.hashes(self.tasks.prompting()).items():
-            task = self.part.tasks.get(name)
-            documents = None if task is None else self.documents_of(task)
-            rows.append(Expected(name, shots.get(name, of_group), documents, harness, digest))
-        return rows
+        digest = self.part.hashes(self.tasks.prompting())[self.name]
+        return [Expected(self.name, self.examples, self.documents(), harness_name(), digest)]
 
-    def documents(self, checkpoint: Checkpoint) -> int:
-        """See `Work`."""
-        return sum(self.documents_of(task) for task in self.part.tasks.values())
+    @property
+    def examples(self) -> int | None:
+        """Number of examples, as the task has it."""
+        shots: int | None = self.task.config.num_fewshot
+        return shots
 
-    def documents_of(self, task: Any) -> int:
-        """Documents of a task that are read."""
+    def metrics(self) -> set[str]:
+        """Names of its metrics."""
+        return set(self.task.aggregation())
+
+    def documents(self) -> int:
+        """Documents that are read."""
         from lm_eval.evaluator_utils import get_sample_size
 
-        count = len(task.eval_docs)
-        limit = get_sample_size(task, self.options.limit)
+        count = len(self.task.eval_docs)
+        limit = get_sample_size(self.task, self.options.limit)
         return count if limit is None else min(count, limit)
 
+    def requests(self, checkpoint: Checkpoint) -> int:
+        """See `Work`."""
+        return self.tasks.requests[self.name]
+
     def measure(
-        self, model: LanguageModel, checkpoint: Checkpoint, labels: Labels, share: Share = ALONE
+        self,
+        model: LanguageModel,
+        checkpoint: Checkpoint,
+        labels: Labels,
+        share: Share = ALONE,
+        before: Sequence[Result] = (),
     ) -> Measured:
         """See `Work`."""
         from castalia.eval.harness.evaluate import evaluate
@@ -188,12 +201,17 @@ class HeldOutWork(Work):
             for source in self.sources(checkpoint)
         ]
 
-    def documents(self, checkpoint: Checkpoint) -> int:
+    def requests(self, checkpoint: Checkpoint) -> int:
         """See `Work`."""
         return sum(source.documents for source in self.sources(checkpoint))
 
     def measure(
-        self, model: LanguageModel, checkpoint: Checkpoint, labels: Labels, share: Share = ALONE
+        self,
+        model: LanguageModel,
+        checkpoint: Checkpoint,
+        labels: Labels,
+        share: Share = ALONE,
+        before: Sequence[Result] = (),
     ) -> Measured:
         """See `Work`."""
         rows: list[Result] = []
@@ -228,15 +246,25 @@ def open_work(options: WorkOptions) -> list[Work]:
     require("lm_eval", "eval", "evaluation with lm-evaluation-harness")
     from castalia.eval.harness.tasks import open_tasks
 
-    seen: set[tuple[str, ...]] = set()
     for shots in options.shots:
         opened = open_tasks(names, include=options.include, shots=shots, limit=options.limit)
         for tasks in opened.split():
-            # A task that fixes its number of examples is the same for every --shots.
-            (part,) = tasks.parts
-            shots_of = [f"{name} {task.config.num_fewshot}" for name, task in part.tasks.items()]
-            key = (part.name, *shots_of)
-            if key not in seen:
-                work.append(HarnessWork(tasks, options))
-            seen.add(key)
+            work += work_of(tasks, options, work)
+    return work
+
+
+def work_of(tasks: "TaskSet", options: WorkOptions, before: Sequence[Work]) -> list[Work]:
+    """Each task of a name on its own, so that a kill loses one, and then its groups' numbers.
+
+    before  what is measured already; a task that fixes its number of examples is the same for every
+            --shots.
+    """
+    from castalia.eval.groups import GroupWork  # it reads the rows of tasks
+
+    known = {(each.name, each.examples) for each in before if isinstance(each, HarnessWork)}
+    (part,) = tasks.parts
+    members = [HarnessWork(each, options) for each in tasks.each_task()]
+    work: list[Work] = [each for each in members if (each.name, each.examples) not in known]
+    if any(group.has_aggregation for group in part.loaded["groups"].values()) and work:
+        work.append(GroupWork(tasks, members))
     return work

@@ -190,7 +190,7 @@ class RunEvaluation:
         for task in self.work:
 
             def measure(task: Work = task) -> Measured:
-                return task.measure(model, self.place, labels, share)
+                return task.measure(model, self.place, labels, share, outcome.rows)
 
             measured = self.attempt(f"task {task.name}", peers, outcome, measure)
             if measured is not None:

@@ -1,7 +1,7 @@
 """Tasks of the harness, built once and evaluated on many checkpoints."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError
@@ -94,6 +94,15 @@ class TaskSet:
             TaskSet([part], self.shots, self.limit, self.seed, self.built, self.encoders)
             for part in self.parts
         ]
+
+    def each_task(self) -> "list[TaskSet]":
+        """One TaskSet for each task, without groups; tokens and requests stay shared."""
+        parts = [
+            Part(name, {"tasks": {name: task}, "groups": {}, "group_map": {}})
+            for part in self.parts
+            for name, task in part.tasks.items()
+        ]
+        return replace(self, parts=parts).split()
 
     def encoder(self, model: LanguageModel) -> TextEncoder:
         """The tokenizer of a model, with the tokens of earlier checkpoints."""
