@@ -84,8 +84,11 @@ class GroupWork(Work):
             )
         output = aggregated(self.part, rows) | {"task_hashes": self.hashes}
         numbers = numbers_of(output, self.hashes, seconds_of(self.part, rows), self.shots)
-        harness, batch = rows[0].harness, rows[0].batch
-        more: dict[str, Any] = {"harness": harness, "batch": batch, "evaluated_at": now()}
+        more: dict[str, Any] = {
+            "harness": rows[0].harness,
+            "batch": rows[0].batch,
+            "evaluated_at": now(),
+        }
         results = [labels.result(**number._asdict(), **more) for number in numbers]
         return Measured(results, output, {})
 
