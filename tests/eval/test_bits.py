@@ -17,6 +17,7 @@ from castalia.eval.bits import choose_documents, cut_windows
 from castalia.eval.sweep import sweep
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
+from castalia.models.scaling import RopeScaling
 from castalia.train.config import RunConfig
 
 CONFIG = NeoxConfig(
@@ -84,6 +85,20 @@ def test_equal_to_predicting_one_token_at_a_time(source: HeldOut, seq_length: in
     assert result.loss * result.tokens == pytest.approx(nats, rel=1e-5)
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / sum(BYTES), rel=1e-5)
     assert abs(result.loss - math.log(CONFIG.padded_vocab_size)) > 0.1  # the weights matter here
+
+
+def test_rows_that_scaling_follows_are_not_padded(source: HeldOut):
+    scaling = RopeScaling(kind="dynamic", factor=4.0, original_max_position_embeddings=4)
+    model = Decoder(CONFIG.model_copy(update={"rope_scaling": scaling}))
+    initialize(model, start_weights(model.config, 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10)
+    alone, together = (
+        bits_per_byte(model, {"a": source}, seq_length=64, eod_id=EOD, rows=rows)["a"].loss
+        for rows in (1, 4)
+    )
+    assert together == pytest.approx(alone, rel=1e-6)
 
 
 def test_windows_predict_every_token_once():

@@ -13,6 +13,7 @@ Source  Gao et al. 2020, arXiv:2101.00027 (the Pile), section 3.1: L_T / L_B * l
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from castalia.data.sidecar import recorded_end
 from castalia.eval.losses import TokensAndLabels, sum_of_losses
 from castalia.eval.shares import ALONE, Share
 from castalia.inference.engine import Engine
+from castalia.inference.readers import follows_length
 from castalia.inference.scoring import Line, score_lines
 from castalia.models import Decoder
 
@@ -98,10 +100,18 @@ def stack(windows: Sequence[Window]) -> TokensAndLabels:
     return tokens, labels
 
 
-def batches(windows: Sequence[Window], rows: int) -> list[list[Window]]:
-    """Batches of `rows` windows, sorted by length to keep padding small."""
-    order = sorted(windows, key=lambda window: len(window[0]))
-    return [order[at : at + rows] for at in range(0, len(order), rows)]
+def batches(
+    windows: Sequence[Window], rows: int, *, one_length: bool = False
+) -> list[list[Window]]:
+    """Batches of `rows` windows, sorted by length to keep padding small; without any if padding
+    changes the logits."""
+
+    def length(window: Window) -> int:
+        return len(window[0])
+
+    order = sorted(windows, key=length)
+    alike = [list(group) for _, group in groupby(order, length)] if one_length else [order]
+    return [group[at : at + rows] for group in alike for at in range(0, len(group), rows)]
 
 
 def engine_losses(engine: Engine, windows: Sequence[Window]) -> float:
@@ -126,7 +136,10 @@ def shared_losses(
     def tokens_in(batch: list[Window]) -> int:
         return sum(len(inputs) for inputs, _ in batch)
 
-    parts: list[float] = share.compute(batches(windows, rows), losses, together=id, cost=tokens_in)
+    # An engine's lines take care of it by themselves.
+    one_length = isinstance(model, Decoder) and follows_length(model)
+    items = batches(windows, rows, one_length=one_length)
+    parts: list[float] = share.compute(items, losses, together=id, cost=tokens_in)
     return math.fsum(parts)
 
 
