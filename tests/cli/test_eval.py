@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Callable
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ from tests.fixtures.harness_tasks import FUNCTIONS, TASKS, write_task
 from tests.fixtures.short_run import in_suite
 
 from castalia.checkpoint import Store
+from castalia.cli.eval import OutputFlags, show
 from castalia.config import dump_yaml
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import initialize
+from castalia.eval.places import Checkpoint
+from castalia.eval.sweeps import Outcome, Part
 from castalia.export import export
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
-from castalia.results import ResultsStore
+from castalia.results import COLUMNS, Result, ResultsStore
 from castalia.train.config import RunConfig
 
 Command = Callable[..., tuple[int, str, str]]
@@ -230,6 +234,16 @@ def test_a_table_of_many_checkpoints_has_one_a_line(run: Path, command: Command)
     assert titles == [f"{name} step {step}" for name in ("small-1m", "other") for step in (0, 2, 4)]
 
 
+def test_json_has_only_what_json_has(capsys: pytest.CaptureFixture[str]):
+    """The perplexity of a model that is not trained may be infinite."""
+    rows = [Result("s", "m", "t", name, value) for name, value in (("a", inf), ("b", nan))]
+    outcome = Outcome(Checkpoint("m", "s", "m", 1, None, ()), [Part(None, rows, {})])
+    show([outcome], OutputFlags(as_json=True), None)
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert [row["value"] for row in found] == ["Infinity", "NaN"]
+    assert tuple(found[0]) == tuple(COLUMNS)
+
+
 def saved(folder: Path, **options: Any) -> Path:
     """A run of another model, without a tokenizer."""
     config = NeoxConfig(num_layers=1, hidden_size=32, num_attention_heads=4, **options)
@@ -280,7 +294,9 @@ def places(
         ("{empty} --tasks a", 1, "is no run and no model, and no folder in it is one"),
         ("{empty}/none --tasks a", 1, "no checkpoint at {empty}/none"),
         ("{run} --tasks a --shots few", 2, "--shots 'few': expected numbers between commas"),
-        ("{run} --tasks a --limit 0", 2, "--limit 0: expected a number of documents, or a share"),
+        ("{run} --tasks a --limit 0", 2, "--limit 0: expected a whole number of documents, or a"),
+        ("{run} --tasks a --limit 1.5", 2, "--limit 1.5: expected a whole number of documents"),
+        ("{run} --tasks a --limit inf", 2, "--limit inf: expected a whole number of documents"),
         ("{run} --tasks bits_per_byte dtyp=int8", 2, "did you mean 'dtype'?"),
         ("{run} --tasks bits_per_byte engine=turbo", 2, "unknown engine 'turbo'; choose one of"),
         ("{run} --tasks bits_per_byte dtype=int3", 2, "unknown dtype 'int3' for engine=torch"),

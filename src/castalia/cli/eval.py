@@ -1,6 +1,5 @@
 """`castalia eval`."""
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -303,8 +302,11 @@ def work_options(
         return section.get(name, usual) if given is None else given
 
     limit = setting("limit", None)
-    if limit is not None and not limit > 0:
-        raise ConfigError(f"--limit {limit:g}: expected a number of documents, or a share below 1")
+    # NaN is not above 0, and infinity no whole number.
+    if limit is not None and not (0 < limit < 1 or limit % 1 == 0 < limit):
+        raise ConfigError(
+            f"--limit {limit:g}: expected a whole number of documents, or a share below 1"
+        )
     asked = WorkOptions(
         tasks=names,
         include=(*(flags.include or ()), *section.get("include", ())),
@@ -366,6 +368,8 @@ def show(outcomes: "Sequence[Outcome]", flags: OutputFlags, prefix: str | None) 
     from castalia.cli.eval_table import print_effects, print_table
     from castalia.core.files import write_json
     from castalia.eval.harness_json import documents_of, file_of, write_neox_file
+    from castalia.results.formats import as_json
+    from castalia.results.schema import COLUMNS
 
     written: list[Path] = []
     for document in documents_of(outcomes):
@@ -379,7 +383,10 @@ def show(outcomes: "Sequence[Outcome]", flags: OutputFlags, prefix: str | None) 
         typer.echo(f"written: {path}", err=True)
     if flags.as_json:
         rows = [row for outcome in outcomes for row in (*outcome.rows, *outcome.reference)]
-        typer.echo(json.dumps([row._asdict() for row in rows], indent=1, default=str))
+        # Perplexities of an untrained model are infinite, for which JSON has no number.
+        typer.echo(
+            as_json(tuple(COLUMNS), [[getattr(row, c) for c in COLUMNS] for row in rows]), nl=False
+        )
         return
     print_table(outcomes)
     print_effects(outcomes)
