@@ -89,7 +89,8 @@ def test_equal_to_predicting_one_token_at_a_time(source: HeldOut, seq_length: in
 
 def test_rows_that_scaling_follows_are_not_padded(source: HeldOut):
     scaling = RopeScaling(kind="dynamic", factor=4.0, original_max_position_embeddings=4)
-    model = Decoder(CONFIG.model_copy(update={"rope_scaling": scaling}))
+    changes = {"rope_scaling": scaling, "rotary_pct": 1.0}
+    model = Decoder(CONFIG.model_copy(update=changes))
     initialize(model, start_weights(model.config, 1))
     with torch.no_grad():
         for parameter in model.parameters():
