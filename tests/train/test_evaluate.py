@@ -277,7 +277,7 @@ def test_an_evaluation_that_kills_the_run_is_left_out_at_the_third_time(
     (event,) = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
     assert (event["step"], event["event"]) == (2, "evaluation")
     # Other settings are tried.
-    attempts = Attempts(output / "evals" / "begun.json", {"batch": 1})
+    attempts = Attempts(output / evaluation.BEGUN, {"batch": 1})
     assert not attempts.are_over(2)
     attempts.begin(2)
     attempts.end(2)

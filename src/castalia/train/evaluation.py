@@ -42,8 +42,8 @@ from castalia.train.validation_rows import ValidationRows
 T = TypeVar("T")
 STORE = "evals"
 """Folder of the results table in a run's."""
-BEGUN = "begun.json"
-"""File of what was begun and has not ended, beside it."""
+BEGUN = "evaluation-begun.json"
+"""File in a run's folder, while an evaluation has not ended."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class RunEvaluation:
         self.folder = Path(self.config.output)
         self.store = ResultsStore(self.folder / STORE)
         section = self.config.eval.model_dump(mode="json")
-        self.attempts = Attempts(self.folder / STORE / BEGUN, section)
+        self.attempts = Attempts(self.folder / BEGUN, section)
         self.reader = reader_of(self.config)
         self.labels = labels_of(self.config.output, self.reader)
         labels = self.labels
