@@ -167,7 +167,7 @@ def test_a_model_in_parts_mixes_like_one_process(train, prefixes, tmp_path, axis
 def test_processes_that_plan_different_rows_are_found(train, prefixes, tmp_path):
     drift = """
 import castalia.train.mixture as mixing
-from castalia.distributed import environment
+from castalia.core.ranks import environment
 def observe(self, totals, skipped=False, real=mixing.PlannedMixture.observe):
     if self.done == 2 and environment()[0] == 1:
         loss, tokens = totals.per_source[0]
