@@ -112,8 +112,12 @@ def test_a_group_that_was_stopped_goes_on_after_its_last_task(
     assert ("local_group", "acc") in expected and len(expected) == 4
     _, said = swept(run, steps="last", asked=asked)
     assert said == ["3 of 3 results are in the table already; 0 to measure"]
-    # Fewer documents are another number of the group, too.
-    (fewer,), _ = swept(run, steps="last", asked=replace(asked, limit=3))
+    # Fewer documents are another number of the group, too, and have samples of their own.
+    (fewer,), _ = swept(run, steps="last", asked=replace(asked, limit=3, samples=False))
+    (again,), _ = swept(run, steps="last", asked=replace(asked, limit=3))
+    assert again.measured == 2 and again.found == 1
+    files = (run / "evals" / "samples").iterdir()
+    assert sorted(len(file.read_text().splitlines()) for file in files) == [3, 3, 5, 5]
     assert fewer.measured == 3
     assert {row.documents for row in fewer.rows if row.task == "local_group"} == {6}
     # Without one of its tasks there is no mean of them.

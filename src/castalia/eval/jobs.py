@@ -1,5 +1,7 @@
 """One job of a sweep: a checkpoint is loaded once and measured on all that is left of its tasks."""
 
+import hashlib
+import json
 import re
 import sys
 import time
@@ -147,9 +149,9 @@ def in_one_line(error: BaseException) -> str:
 def write(job: Job, numbers: Measured) -> None:
     """Add the rows to the table, and write the samples beside it."""
     store = ResultsStore(job.checkpoint.stores[0])
-    for row in {row.task: row for row in numbers.results}.values():
-        if row.task in numbers.samples:  # a group has none of its own
-            write_samples(sample_file(store.folder, row), numbers.samples[row.task])
+    for task, rows in by_task(numbers.results).items():
+        if task in numbers.samples:  # a group has none of its own
+            write_samples(sample_file(store.folder, rows), numbers.samples[task])
     # Other workers write for milliseconds; the lock itself would announce each wait.
     deadline = time.monotonic() + TURN_SECONDS
     while is_claimed(store.folder) and time.monotonic() < deadline:
@@ -157,25 +159,37 @@ def write(job: Job, numbers: Measured) -> None:
     store.add(numbers.results)
 
 
-def sample_file(folder: Path, row: Result) -> Path:
-    """Where the documents of a row's task with their answers go."""
+def by_task(rows: Sequence[Result]) -> dict[str, list[Result]]:
+    """The rows of each task."""
+    tasks: dict[str, list[Result]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row)
+    return tasks
+
+
+def sample_file(folder: Path, rows: Sequence[Result]) -> Path:
+    """Where the documents of a task with their answers go, of which `rows` are the numbers."""
+    row = rows[0]
     words = [row.model, *([row.variant] if row.variant else [])]
     if row.step is not None:
         words.append(f"step{row.step}")
     words += [row.task, f"{row.shots}shot", str(row.engine), str(row.dtype)]
-    return folder / SAMPLES / (re.sub(r"[^\w.-]+", "_", "-".join(words)) + ".jsonl")
+    # Answers of other weights, to a changed task or of another --limit are another file, and so
+    # are those of a name that differs in characters which no file name has.
+    facts = [*words, row.suite, row.harness, row.task_hash, row.checkpoint_hash]
+    facts.append(str(max(each.documents or 0 for each in rows)))
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+    return folder / SAMPLES / (re.sub(r"[^\w.-]+", "_", "-".join(words)) + f"-{digest}.jsonl")
 
 
 def has_samples(job: Job, rows: Sequence[Result]) -> bool:
     """Whether the documents of every task of some rows were written before."""
     folder = ResultsStore(job.checkpoint.stores[0]).folder
-    return all(sample_file(folder, row).is_file() for row in rows)
+    return all(sample_file(folder, each).is_file() for each in by_task(rows).values())
 
 
 def write_samples(path: Path, documents: Sequence[Any]) -> None:
     """One document a line."""
-    import json
-
     with atomic_write(path) as file:
         for document in documents:
             file.write(json.dumps(document, ensure_ascii=False, default=str) + "\n")
