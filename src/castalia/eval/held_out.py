@@ -22,12 +22,12 @@ from castalia.core.files import sha256_of
 from castalia.data.indexed import IndexedDataset, file_pair
 from castalia.data.sidecar import read_record, recorded_end
 from castalia.data.sources import source_names
+from castalia.data.token_texts import TokenTexts
 from castalia.data.tokenizer import Tokenizer
 from castalia.eval.bits import HeldOut, SourceBits, choose_documents, source_bits
 from castalia.eval.labels import config_of_run
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
-from castalia.inference.token_texts import TokenTexts
 from castalia.inference.torch_engine import TorchEngine
 from castalia.results import Result
 from castalia.results.schema import Labels

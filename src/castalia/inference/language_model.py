@@ -11,6 +11,7 @@ from torch import Tensor
 from castalia.core.errors import ConfigError
 from castalia.core.unicode import require_unicode
 from castalia.data.special_ids import SpecialIds
+from castalia.data.token_texts import TokenTexts
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.batching import decode_texts, search_texts
@@ -21,7 +22,6 @@ from castalia.inference.grammar import Grammars
 from castalia.inference.options import Drawing, Options
 from castalia.inference.options import split as split_options
 from castalia.inference.sampling import Sampling
-from castalia.inference.token_texts import TokenTexts
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
 

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import copy
 
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""The decoder's character for bytes that do not form a whole character yet."""
+from castalia.data.token_texts import BROKEN
 
 
 class TextStream:

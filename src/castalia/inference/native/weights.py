@@ -228,11 +228,6 @@ def save_weights(folder: Path, weights: PackedWeights) -> None:
     save_tensors(tensors, folder / WEIGHTS_FILE, {"fill": " " * (-header % LINE)})
 
 
-def is_native(folder: Path) -> bool:
-    """Whether `folder` is an export of the native engine."""
-    return (folder / CONFIG_FILE).is_file()
-
-
 def load_weights(folder: Path) -> PackedWeights:
     """Map the weights of an export into memory.
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from castalia.data.tokenizer import BYTES, Tokenizer, byte_characters
-from castalia.inference.text import BROKEN
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+"""A decoder's character for bytes that do not form a whole character yet."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 """A byte of SentencePiece's byte fallback."""
 
