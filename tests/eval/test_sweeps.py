@@ -12,7 +12,7 @@ import torch
 from tests.fixtures.short_run import in_suite
 
 from castalia.cli.signals import StoppedError, stoppable
-from castalia.core.errors import DataError
+from castalia.core.errors import CastaliaError, DataError
 from castalia.eval import HeldOut, bits_per_byte, evaluate, held_out, open_tasks
 from castalia.eval.held_out import Windows, document_bytes, sources_of
 from castalia.eval.jobs import JobOptions
@@ -23,7 +23,7 @@ from castalia.eval.sweeps import Outcome, sweep
 from castalia.eval.work import WorkOptions
 from castalia.export import export
 from castalia.inference import load
-from castalia.results import ResultsStore
+from castalia.results import Result, ResultsStore
 
 TEXT = WorkOptions(tasks=("bits_per_byte",), windows=Windows(max_tokens=400))
 
@@ -207,6 +207,27 @@ def test_exports_of_a_run_stand_beside_its_checkpoints(run: Path):
     assert packed.reference == exact.rows
     for row, reference in zip(packed.rows, exact.rows, strict=True):
         assert 0 < abs(row.value - reference.value) < 0.1
+
+
+def test_nothing_is_measured_for_a_table_that_cannot_take_it(run: Path, tmp_path: Path):
+    said: list[str] = []
+
+    def sweep_into(store: Path) -> None:
+        sweep(checkpoints_of([run], "all", store), TEXT, JobOptions(), say=said.append)
+
+    (tmp_path / "file").write_text("")
+    for place, reason in (("file", "File exists"), ("file/store", "Not a directory")):
+        with pytest.raises(CastaliaError, match=f"cannot write .*/{place}: {reason}; choose"):
+            sweep_into(tmp_path / place)
+    # A flipped byte in numbers that no question about this run reads.
+    store = ResultsStore(tmp_path / "store")
+    store.add([Result("s", "m", f"t{i}", "acc", i / 7, seconds=i / 9) for i in range(5000)])
+    content = bytearray(store.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    store.path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read as Parquet.*; move it away"):
+        sweep_into(store.folder)
+    assert said == []
 
 
 @pytest.mark.slow

@@ -120,12 +120,17 @@ def claimed(folder: Path, seconds: float = 45.0, *, silent: float = 0.0) -> Iter
 
     Waits up to `seconds` for the present holder to end, and says so after `silent` of them. A file
     system without locks grants every claim.
-    Raises  ConfigError naming the process that holds the folder.
+    Raises  ConfigError naming the process that holds the folder; CastaliaError if the folder cannot
+            be written.
     """
     start = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Append mode creates the file without erasing the name of the present holder.
-    with open(folder / CLAIM, "a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Append mode creates the file without erasing the name of the present holder.
+        opened = (folder / CLAIM).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    with opened as file:
         announced = False
         while not locked(file):
             file.seek(0)

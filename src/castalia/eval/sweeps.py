@@ -34,7 +34,7 @@ from castalia.eval.shares import ALONE, Share
 from castalia.eval.single_models import weight_bytes
 from castalia.eval.work import Expected, Work, WorkOptions, open_work
 from castalia.models import build_model_config, parameter_counts
-from castalia.results import Result
+from castalia.results import Result, ResultsStore
 
 Say = Callable[[str], None]
 UNITS = {"m": 1e6, "b": 1e9}
@@ -100,7 +100,8 @@ def sweep(
     processes   worker processes; each takes whole checkpoints.
     share       this rank among those that measure every checkpoint together.
     say         called with one line of text for each task of each checkpoint.
-    Raises      ConfigError or DataError for tasks that cannot be opened, or a damaged table.
+    Raises      ConfigError or DataError for tasks that cannot be opened, or a damaged table;
+                CastaliaError where a table cannot be written. Nothing is measured then.
     """
     work = open_work(asked)
     plan = planned(checkpoints, work, options)
@@ -156,6 +157,8 @@ def planned(checkpoints: Sequence[Checkpoint], work: Sequence[Work], options: Jo
                 jobs.append(job._replace(left=tuple(left)))
         if jobs:
             costs[tuple(jobs)] = parameters_of(checkpoint) * requests
+    for folder in {job.checkpoint.stores[0] for jobs in costs for job in jobs}:
+        ResultsStore(folder).require_writable()
     # Sorting keeps the order of equal costs: the steps of a run as they came.
     return Plan(sorted(costs, key=lambda jobs: costs[jobs]), outcomes)
 

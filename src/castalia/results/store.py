@@ -72,6 +72,14 @@ class ResultsStore:
                 )
         return int(whole.num_rows)
 
+    def require_writable(self) -> None:
+        """Find out that rows cannot be added before they are computed.
+
+        Raises  DataError if the file is damaged, and CastaliaError if the folder cannot be written.
+        """
+        with claimed(self.folder, silent=SILENT_SECONDS):
+            self.contents()
+
     def table(self) -> Any:
         """The table as a pyarrow.Table.
 
