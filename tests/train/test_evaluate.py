@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import castalia
 import castalia.train.evaluation as evaluation
 from castalia.checkpoint import read
 from castalia.core.errors import CastaliaError
+from castalia.data import IndexedDatasetWriter
 from castalia.eval.labels import labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.work import WorkOptions, open_work
@@ -244,6 +246,21 @@ def test_a_fault_is_recorded_and_the_run_goes_on(train_here, section, tmp_path, 
     assert {row[2] for row in rows_of(output) if row[0] == "faulty"} == {0, 4}
     assert [sample["step"] for sample in samples_in(output)] == [0, 2, 4]
     assert lines_of(output)[3]["eval/faulty/acc"] == 1.0
+
+
+def test_validations_of_other_text_are_another_question(train_here, tmp_path, tokens):
+    with IndexedDatasetWriter(tmp_path / Path(tokens).name, "uint16") as writer:
+        for start in range(40):
+            writer.add(np.arange(start, start + 60))
+    hashes = []
+    for number, prefix in enumerate((tokens, tokens, tmp_path / Path(tokens).name)):
+        output = tmp_path / f"run{number}"
+        train_here(output, f"data.valid={prefix}", "train.steps=2")
+        rows = rows_of(output, "task, task_hash, value")
+        assert rows and len({row[:2] for row in rows}) == 1
+        hashes.append(rows[0][:2])
+    # The name of the source is the same, and its bytes are not.
+    assert hashes[0] == hashes[1] and hashes[0][0] == hashes[2][0] and hashes[0] != hashes[2]
 
 
 class KilledError(BaseException):

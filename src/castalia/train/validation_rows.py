@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from castalia import __version__
@@ -43,11 +43,12 @@ class ValidationRows:
     """
 
     def __init__(
-        self, config: RunConfig, sources: Sequence[str], bytes_per_token: Mapping[str, float]
+        self, config: RunConfig, rows: RunRows, bytes_per_token: Mapping[str, float]
     ) -> None:
         self.config = config
-        self.sources = sources
+        self.sources = rows.valid_sources
         self.bytes_per_token = bytes_per_token
+        self.files = files_of(config, rows.fingerprint)
         # Another loss than the cross-entropy has no bits.
         self.counts = LOSSES[config.loss.kind].by_source
         self.waiting: list[Result] = []
@@ -87,7 +88,8 @@ class ValidationRows:
     def hash_of(self, source: str) -> str:
         """Of what decides which tokens a validation reads, 16 digits."""
         train = self.config.train
-        facts = (source, self.config.data.seq_length, train.batch_size, train.eval_batches)
+        length = self.config.data.seq_length
+        facts = (source, length, train.batch_size, train.eval_batches, self.files)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def flush(self, store: ResultsStore) -> None:
@@ -95,3 +97,12 @@ class ValidationRows:
         if self.waiting:
             store.add(self.waiting)
             self.waiting = []
+
+
+def files_of(config: RunConfig, fingerprint: Mapping[str, Any]) -> list[Any]:
+    """What the held-out text is, by its bytes and not by its name."""
+    held_out = fingerprint["valid"]
+    # Without files of its own it is a share of the documents that the run trains on.
+    chosen = held_out or fingerprint["train"]
+    files: list[Any] = [{k: v for k, v in file.items() if k != "name"} for file in chosen]
+    return files if held_out else [*files, config.data.split]

@@ -76,7 +76,7 @@ class Evaluate(Hook):
         self.flushed = time.monotonic()
         validations = None
         if keeps_validations(config, rows) and world.leads:
-            validations = ValidationRows(config, rows.valid_sources, bytes_per_token(rows))
+            validations = ValidationRows(config, rows, bytes_per_token(rows))
         if not (config.eval.evaluates or validations):
             return
         if not self.is_open:
