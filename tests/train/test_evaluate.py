@@ -17,8 +17,10 @@ from castalia.data import IndexedDatasetWriter
 from castalia.eval.labels import labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.work import WorkOptions, open_work
+from castalia.inference import quick
 from castalia.recipes import resolve
 from castalia.results import KEY, ResultsStore
+from castalia.train.aside import Peers
 from castalia.train.attempts import Attempts
 from castalia.train.hooks import Hook
 from castalia.train.run import run
@@ -261,6 +263,26 @@ def test_validations_of_other_text_are_another_question(train_here, tmp_path, to
         hashes.append(rows[0][:2])
     # The name of the source is the same, and its bytes are not.
     assert hashes[0] == hashes[1] and hashes[0][0] == hashes[2][0] and hashes[0] != hashes[2]
+
+
+def test_a_model_with_quicker_products_hears_of_a_stop(train_here, section, tmp_path, monkeypatch):
+    """The decoder under other modules, as large models have it, is watched as the first one is."""
+    monkeypatch.setattr(quick, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(quick, "fastest", lambda *options: "fp32_onednn")
+    passes = []
+    before_pass = Peers.before_pass
+
+    def counted(self, *inputs):
+        passes.append(self)
+        before_pass(self, *inputs)
+
+    monkeypatch.setattr(Peers, "before_pass", counted)
+    output = tmp_path / "run"
+    tasks = "eval.tasks=[" + section[0].split("[")[1].split(",")[0] + "]"
+    train_here(output, tasks, "eval.every=2", "train.steps=2")
+    assert not (output / "events.jsonl").exists()
+    assert len(passes) > 0 and len({id(peers) for peers in passes}) == 1
+    assert {row[2] for row in rows_of(output) if "local" in row[0]} == {2}
 
 
 class KilledError(BaseException):

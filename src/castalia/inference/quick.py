@@ -65,6 +65,9 @@ def largest_layer(model: Decoder) -> tuple[int, int] | None:
 def quick_model(model: Decoder) -> ScoringModel:
     """The decoder under new modules, whose linear layers are oneDNN's; the weights are shared."""
     kept = [*model.parameters(), model.config, model.family]
+    for module in model.modules():
+        # Hooks see the passes of both, such as that of an evaluation which may be told to stop.
+        kept += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     quick = deepcopy(model, {id(one): one for one in kept})
     for name, layer in list(quick.named_modules()):
         if type(layer) is nn.Linear:
