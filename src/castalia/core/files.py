@@ -129,7 +129,7 @@ def claimed(folder: Path, seconds: float = 45.0, *, silent: float = 0.0) -> Iter
         # Append mode creates the file without erasing the name of the present holder.
         opened = (folder / CLAIM).open("a+", encoding="utf-8")
     except OSError as error:
-        raise cannot_write(folder, error) from None
+        raise cannot_write(folder, error) from error
     with opened as file:
         announced = False
         while not locked(file):
