@@ -189,3 +189,5 @@ def test_numbers_that_are_none(tmp_path):
     store.add([row._replace(value=math.inf, stderr=0.0) for row in rows("s", "b")])
     done = compared([store], "s/a", "s/b")
     assert all(math.isnan(row[5]) and row[7] is None for row in done.answer[1])
+    # A NaN is neither better nor worse, and no difference that is certain.
+    assert (done.better, done.certain) == ((0, 0), 0)

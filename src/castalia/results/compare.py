@@ -192,9 +192,11 @@ def comparison(connection: Any, joined: Sequence[str]) -> Comparison:
     rows = answer.fetchall()
     ((better_a, better_b, certain),) = rows_of(
         connection,
+        # In SQL a NaN is above all numbers; here it is neither better nor worse.
         "SELECT count(*) FILTER (higher = (a > b) AND a != b),"
         " count(*) FILTER (higher = (b > a) AND a != b),"
-        f" count(*) FILTER (abs(b - a) > {CERTAIN} * {error}) FROM pairs",
+        f" count(*) FILTER (abs(b - a) > {CERTAIN} * {error})"
+        " FROM pairs WHERE NOT isnan(a) AND NOT isnan(b)",
     )
     alone = (count_alone(connection, "a", joined), count_alone(connection, "b", joined))
     return Comparison((names, rows), (better_a, better_b), certain, alone)
