@@ -1,5 +1,6 @@
 """The results table: rows stay, newer ones replace older ones, and damage is an error."""
 
+import json
 import math
 import os
 import resource
@@ -13,6 +14,7 @@ import pytest
 
 from castalia.core.errors import CastaliaError, DataError
 from castalia.results import COLUMNS, Result, ResultsStore, find_stores, query_stores
+from castalia.results.formats import as_json
 
 arrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -240,3 +242,8 @@ def test_queries_of_several_kinds(tmp_path):
     assert len(store.query("describe results")[1]) == len(COLUMNS)
     with_values = store.query("with x as (from results) select count(*) from x where step > ?", [1])
     assert with_values[1] == [(2,)]
+
+
+def test_columns_of_one_name_are_keys_of_their_own_in_json():
+    text = as_json(["a", "a", "a_1", "a"], [(1, 2, 3, 4)])
+    assert json.loads(text) == [{"a": 1, "a_2": 2, "a_1": 3, "a_3": 4}]

@@ -22,9 +22,24 @@ def as_csv(names: Sequence[str], rows: Rows) -> str:
 
 
 def as_json(names: Sequence[str], rows: Rows) -> str:
-    """A list of objects. NaN and infinities, for which JSON has no numbers, are texts."""
-    objects = [dict(zip(names, map(plain, row), strict=True)) for row in rows]
+    """A list of objects. NaN and infinities, for which JSON has no numbers, are texts. Of columns
+    with one name the later ones are NAME_1 and so on."""
+    keys = distinct(names)
+    objects = [dict(zip(keys, map(plain, row), strict=True)) for row in rows]
     return json.dumps(objects, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of columns that differ, for an object has each key once."""
+    taken: list[str] = []
+    for name in names:
+        other = name
+        number = 0
+        while other in taken or (number and other in names):
+            number += 1
+            other = f"{name}_{number}"
+        taken.append(other)
+    return taken
 
 
 def as_markdown(names: Sequence[str], rows: Rows) -> str:
