@@ -52,6 +52,14 @@ def test_a_run_is_its_newest_checkpoint_or_the_steps_that_are_asked_for(suite: P
     assert elsewhere.stores == (suite / "numbers",)
 
 
+def test_two_spellings_of_a_path_are_one_checkpoint(suite: Path):
+    (run,) = checkpoints_of([min(p for p in suite.iterdir() if (p / "checkpoints").is_dir())])
+    folder = run.run
+    assert folder is not None
+    other = f"{folder.parent}/../{folder.parent.name}/{folder.name}/"
+    assert checkpoints_of([folder, other]) == [run]
+
+
 def test_a_suite_is_all_its_models(suite: Path):
     everything = checkpoints_of([str(suite)], "all")
     assert names(everything) == [

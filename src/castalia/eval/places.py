@@ -161,7 +161,8 @@ def checkpoints_of(
         for series in members or models_in(Path(text)):
             for place in chosen_paths(series, asked):
                 checkpoint = checkpoint_at(place, series, suite, store)
-                found.setdefault(checkpoint.path, checkpoint)
+                # Of runs/a and runs/../runs/a the first stands.
+                found.setdefault(os.path.abspath(checkpoint.path), checkpoint)
     return list(found.values())
 
 
