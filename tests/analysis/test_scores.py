@@ -32,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ResultsStore:
 @pytest.fixture(scope="module")
 def data(store: ResultsStore) -> dict[str, Any]:
     """Its data."""
-    return scores_data([store], {"toy-4m-seed2": 7}) or {}
+    return scores_data([store], {("toy", "toy-4m-seed2"): 7, ("mine", "opt-350m"): 8}) or {}
 
 
 def curves(data: Mapping[str, Any], task: str) -> dict[str, tuple[list[int], Any, Any]]:
@@ -71,6 +71,8 @@ def test_a_model_says_what_the_axes_need(data: dict[str, Any]):
     }
     assert toy["tokens_per_step"] == 1000 and toy["flops_per_token"] == 7 and toy["counted"]
     assert models["toy-16m-seed1"]["flops_per_token"] == 6 * 16e6
+    # A run of one's own with a published name gives nothing to the published model.
+    assert toy["own"] and not models["opt-350m"]["own"] and not models["opt-350m"]["counted"]
     assert models["opt-350m"]["last"] is None and models["opt-350m"]["family"] == "opt"
 
 

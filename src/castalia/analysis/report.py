@@ -22,7 +22,7 @@ from castalia.analysis.panel import Panel, Smooth, rounded
 from castalia.analysis.runs import RunFiles
 from castalia.analysis.samples import samples_sections
 from castalia.analysis.scaling.part import scaling_part
-from castalia.analysis.scores import scores_data
+from castalia.analysis.scores import Flops, scores_data
 from castalia.analysis.smoothing import WINDOWS, ending, local_linear
 from castalia.analysis.sources import HEADER, mixture_rows, source_panels
 from castalia.config.values import flatten
@@ -125,9 +125,16 @@ def contents_of(
     )
 
 
-def counted_flops(runs: Sequence[RunFiles]) -> dict[str, int | None]:
-    """FLOPs of a training token by the name of a run's folder, as a results table names it."""
-    return {run.folder.resolve().name: run.flops_per_token for run in runs}
+def counted_flops(runs: Sequence[RunFiles]) -> Flops:
+    """FLOPs of a training token of each run, by its folder and the one around it.
+
+    Both: a run of one's own may have the name of a published model.
+    """
+    folders = [run.folder.resolve() for run in runs]
+    return {
+        (folder.parent.name, folder.name): run.flops_per_token
+        for folder, run in zip(folders, runs, strict=True)
+    }
 
 
 def title_of(runs: Sequence[RunFiles], stores: Sequence[ResultsStore] = ()) -> str:

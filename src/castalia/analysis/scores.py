@@ -60,12 +60,16 @@ FROM numbered ORDER BY how
 """
 
 
+Flops = Mapping[tuple[str, str], int | None]
+"""Suite and model -> FLOPs of a training token; None where the run's config does not say."""
+
+
 def scores_data(
-    stores: Sequence[ResultsStore], flops: Mapping[str, int | None] | None = None
+    stores: Sequence[ResultsStore], flops: Flops | None = None
 ) -> dict[str, Any] | None:
     """The results of some stores as JSON values for scores.js; None without a finite one.
 
-    flops   the runs on the page: FLOPs of a training token, or None, by the name of the folder.
+    flops   the runs on the page, named as results tables name them.
     Raises  DataError if a file is damaged.
     """
     table = read_stores(stores)
@@ -124,9 +128,7 @@ def add_means(connection: Any) -> dict[str, list[str]]:
     return groups
 
 
-def models_data(
-    rows: Sequence[Sequence[Any]], flops: Mapping[str, int | None]
-) -> list[dict[str, Any]]:
+def models_data(rows: Sequence[Sequence[Any]], flops: Flops) -> list[dict[str, Any]]:
     """The models, with what the axes need."""
     names = [ModelName(*row[1:7]) for row in rows]
     models: list[dict[str, Any]] = []
@@ -135,7 +137,8 @@ def models_data(
         size, order = size_of(name)
         # Where the batch grows during training, tokens are not proportional to steps.
         steady = least is not None and most - least < 0.01 * most
-        per_token = flops.get(name.model)
+        run = (name.suite, name.model)
+        per_token = flops.get(run)
         models.append(
             {
                 "suite": name.suite,
@@ -152,7 +155,7 @@ def models_data(
                 "tokens_per_step": most if steady else None,
                 "flops_per_token": per_token or 6 * (name.parameters or 0) or None,
                 "counted": per_token is not None,
-                "own": name.model in flops,
+                "own": run in flops,
             }
         )
     return models

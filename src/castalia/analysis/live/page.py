@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from castalia.analysis.live.watched import FAULTS, Watched
 from castalia.analysis.page_file import SCRIPTS, STYLES, document
 from castalia.analysis.report import SCORES, Contents, contents_of
 from castalia.analysis.runs import RunFiles
-from castalia.analysis.scores import scores_data
+from castalia.analysis.scores import Flops, scores_data
 from castalia.analysis.smoothing import WINDOWS, Smoother
 from castalia.results import ResultsStore
 
@@ -93,9 +93,7 @@ class LivePage:
             return contents_of(runs, stores, self.scores, self.smooth)
         return Contents("castalia view", NOTHING, "", "", EMPTY)
 
-    def scores(
-        self, stores: Sequence[ResultsStore], flops: Mapping[str, int | None]
-    ) -> dict[str, Any] | None:
+    def scores(self, stores: Sequence[ResultsStore], flops: Flops) -> dict[str, Any] | None:
         """As `scores_data`, which is asked again only when a store has changed: a run that trains
         changes the page every second, and a table may have a million rows."""
         key = repr((self.watched.store_stamps(), sorted(flops.items())))
