@@ -137,7 +137,10 @@ def test_names_of_other_trainers_stand_for_keys_that_exist():
     assert set(KEYS) <= known
     # A name that is ours would never reach the table.
     own = {key for key in OURS if any(key == name.split(".")[-1] for name in known)}
-    assert own <= {"warmup_steps", "max_epochs"}  # of the section `mixing`, and other things
+    # Of the sections `mixing` and `eval`, and other things there.
+    assert own <= {"warmup_steps", "max_epochs", "batch", "dtype"}
+    assert "did you mean 'train.batch_size'?" in message_of("debug", "batch=16")
+    assert "did you mean 'precision'?" in message_of("debug", "dtype=bf16")
 
 
 def test_spaces_around_an_equals_sign():
