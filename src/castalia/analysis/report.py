@@ -28,7 +28,7 @@ from castalia.analysis.sources import HEADER, mixture_rows, source_panels
 from castalia.config.values import flatten
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import several
-from castalia.results import ResultsStore
+from castalia.results import EVALS, ResultsStore
 
 REPORT = "report.html"
 MISSING = "absent"
@@ -140,11 +140,9 @@ def counted_flops(runs: Sequence[RunFiles]) -> Flops:
 def title_of(runs: Sequence[RunFiles], stores: Sequence[ResultsStore] = ()) -> str:
     """The page's title."""
     if not runs and stores:
-        # `evals` is the default name of every store.
+        # The default name of every store says nothing.
         folders = [store.folder.resolve() for store in stores]
-        names = [
-            folder.parent.name if folder.name == "evals" else folder.name for folder in folders
-        ]
+        names = [folder.parent.name if folder.name == EVALS else folder.name for folder in folders]
         return "Evaluations of " + ", ".join(dict.fromkeys(names))
     return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
 

@@ -19,7 +19,7 @@ from castalia.mixing import MixtureRecord, read_mixture
 from castalia.models.families import build_model_config
 from castalia.models.flops import flops_per_token
 from castalia.monitor.sinks import read_metrics
-from castalia.results import ResultsStore
+from castalia.results import EVALS, ResultsStore
 
 SOURCE = "bits_per_byte/"
 """Start of the name of a task in a results table: the bits per byte of a source."""
@@ -94,7 +94,7 @@ class RunFiles:
     @cached_property
     def bits(self) -> list[dict[str, Any]]:
         """The sweep's bits per byte, by step."""
-        evals = self.json("evals", "bits_per_byte.json") or {}
+        evals = self.json(EVALS, "bits_per_byte.json") or {}
         marks = evals.get("checkpoints") or self.stored_bits
         # Later sweeps may have appended earlier checkpoints.
         return sorted(marks, key=lambda mark: mark["step"])
@@ -102,7 +102,7 @@ class RunFiles:
     @cached_property
     def stored_bits(self) -> list[dict[str, Any]]:
         """Bits per byte by source of the run's results table, in the form of bits_per_byte.json."""
-        store = ResultsStore(self.folder / "evals")
+        store = ResultsStore(self.folder / EVALS)
         if not store.path.exists():
             return []
         marks: dict[int, dict[str, Any]] = {}

@@ -11,8 +11,8 @@ from castalia.cli.flags import AsJson, grouped, panel
 if TYPE_CHECKING:
     from castalia.results.query import Answer
 
-USUAL = "evals"
-"""Store of foreign checkpoints, in the current folder."""
+EVALS = "evals"
+"""As `castalia.results.EVALS`, which loads more than `--help` may wait for."""
 MOST_ROWS = 1000
 """Rows that are printed as aligned columns."""
 OVERVIEW = """
@@ -124,7 +124,7 @@ class QuestionFlags:
 
         across = allowed_conditions(self.across)
         # Runs and stores may be compared where there is no store of the folder.
-        usual_is_missing = places == [USUAL] and not os.path.exists(USUAL)
+        usual_is_missing = places == [EVALS] and not os.path.exists(EVALS)
         stores = (
             [] if usual_is_missing else [each for place in places for each in find_stores(place)]
         )
@@ -156,7 +156,7 @@ def results(
         typer.Option(
             metavar="DIR",
             help="Folder of the table, a run or a suite with results, or a .parquet file.",
-            show_default=USUAL,
+            show_default=EVALS,
         ),
     ] = None,
     question: QuestionFlags = QuestionFlags(),
@@ -182,9 +182,9 @@ def results(
     asked = question.asked()
     problems = []
     if imports:
-        problems = import_files([*imports, *(paths or [])], store or USUAL, quiet=asked)
+        problems = import_files([*imports, *(paths or [])], store or EVALS, quiet=asked)
     if asked or not imports:
-        places = ([store] if store else None) or (None if imports else paths) or [USUAL]
+        places = ([store] if store else None) or (None if imports else paths) or [EVALS]
         if question.compare is None:
             text.show(question.answer(places))
         else:

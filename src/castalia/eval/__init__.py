@@ -10,7 +10,7 @@ from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
     from castalia.eval.bits import HeldOut, SourceBits, bits_per_byte
-    from castalia.eval.harness.evaluate import Evaluation, evaluate, evaluate_each
+    from castalia.eval.harness.evaluate import Evaluation, evaluate
     from castalia.eval.harness.tasks import TaskSet, open_tasks
     from castalia.eval.reference import reference_losses, write_reference
 
@@ -21,7 +21,6 @@ __all__ = [
     "TaskSet",
     "bits_per_byte",
     "evaluate",
-    "evaluate_each",
     "open_tasks",
     "reference_losses",
     "write_reference",
@@ -33,7 +32,6 @@ PLACES = {
     "TaskSet": "harness.tasks",
     "bits_per_byte": "bits",
     "evaluate": "harness.evaluate",
-    "evaluate_each": "harness.evaluate",
     "open_tasks": "harness.tasks",
     "reference_losses": "reference",
     "write_reference": "reference",

@@ -19,9 +19,8 @@ from castalia.eval.single_models import (
     steps_in,
     variant_of,
 )
+from castalia.results.schema import EVALS
 
-EVALS = "evals"
-"""Folder of the results, in a run, a suite or this directory."""
 RANGE = re.compile(r"(\d*):(\d*)")
 
 

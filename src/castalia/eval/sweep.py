@@ -4,7 +4,6 @@ The numbers are stored in `evals/bits_per_byte.json` and, where the extra `resul
 the results table, where `castalia eval --tasks bits_per_byte` finds them.
 """
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -20,13 +19,10 @@ from castalia.data.indexed import file_pair
 from castalia.eval.bits import HeldOut, SourceBits, bits_per_byte
 from castalia.eval.held_out import Windows, rows_of, source_at
 from castalia.eval.labels import Arithmetic, ahead, labels_ahead
-from castalia.eval.places import EVALS
 from castalia.eval.single_models import hash_of
 from castalia.inference import load
-from castalia.results import ResultsStore
+from castalia.results import EVALS, ResultsStore, is_installed
 
-PACKAGES = ("pyarrow", "duckdb")
-"""Of the extra `results`."""
 EXACT = ("torch", None)
 """Engine and dtype of the reference measurement: torch in float32."""
 
@@ -78,7 +74,7 @@ def sweep(
     if not wanted:
         raise CheckpointError(f"{run} has no complete checkpoint to evaluate; train it first")
     options = SweepOptions(seq_length, max_tokens, bf16, engine, dtype)
-    path = run / "evals" / "bits_per_byte.json"
+    path = run / EVALS / "bits_per_byte.json"
     settings = settings_of(options, sources)
     results = {entry["step"]: entry for entry in read_results(path, settings)}
     for step in wanted:
@@ -153,7 +149,7 @@ def add_rows(
     measured: Mapping[str, dict[str, Any]],
 ) -> None:
     """Add one checkpoint's numbers to the results table, if its packages are installed."""
-    if not all(importlib.util.find_spec(name) for name in PACKAGES):
+    if not is_installed():
         return
     path = os.path.join(run, f"step{step}")
     how = Arithmetic(options.engine, options.dtype)

@@ -1,7 +1,13 @@
 """The columns of the results table: one row is one number of one checkpoint."""
 
 from datetime import datetime
+from importlib.util import find_spec
 from typing import Any, NamedTuple
+
+EVALS = "evals"
+"""Folder of a table in the folder of a run or a suite, and of a table that belongs to neither."""
+PACKAGES = ("duckdb", "pyarrow")
+"""Of the extra `results`."""
 
 COLUMNS = {
     "suite": "TEXT",
@@ -44,6 +50,11 @@ later `evaluated_at` stands."""
 
 CONDITIONS = ("harness", "task_version", "task_hash", "dtype", "engine", "shots", "documents")
 """Columns that must agree before two numbers of a task and metric compare."""
+
+
+def is_installed() -> bool:
+    """Whether the extra `results` is there; looked up, for its packages take a while to import."""
+    return all(find_spec(name) for name in PACKAGES)
 
 
 class Result(NamedTuple):

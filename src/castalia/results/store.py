@@ -10,12 +10,10 @@ from castalia.core.errors import DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed
 from castalia.results.query import EXTRA, PURPOSE, Answer, Source, select
-from castalia.results.schema import COLUMNS, KEY, Result
+from castalia.results.schema import COLUMNS, EVALS, KEY, Result
 
 FILE = "results.parquet"
 SUFFIX = ".parquet"
-EVALS = "evals"
-"""Folder of a run or a suite that holds its store."""
 REQUIRED = ("suite", "model", "task", "metric", "value")
 """Columns of every results table, of any version."""
 NEAR = ("model", "step", "task")

@@ -22,11 +22,10 @@ from castalia.eval.work import HeldOutWork, Work, WorkOptions, open_work
 from castalia.inference import LanguageModel
 from castalia.models import Decoder
 from castalia.results import Result
-from castalia.results.schema import Labels
+from castalia.results.schema import PACKAGES, Labels
 from castalia.results.store import EXTRA, PURPOSE
 from castalia.train.aside import undisturbed
 from castalia.train.config import RunConfig
-from castalia.train.validation_rows import PACKAGES
 
 SAMPLES = Path("samples") / "samples.json"
 COLUMNS = 80

@@ -19,7 +19,7 @@ from castalia.eval.places import Checkpoint
 from castalia.eval.shares import Share
 from castalia.eval.work import Measured, Work
 from castalia.inference import LanguageModel
-from castalia.results.schema import Labels
+from castalia.results.schema import EVALS, Labels
 from castalia.results.store import ResultsStore
 from castalia.train.aside import Peers, in_words, undisturbed, whole_model
 from castalia.train.attempts import Attempts
@@ -40,8 +40,6 @@ from castalia.train.stopping import say
 from castalia.train.validation_rows import ValidationRows
 
 T = TypeVar("T")
-STORE = "evals"
-"""Folder of the results table in a run's."""
 BEGUN = "evaluation-begun.json"
 """File in a run's folder, while an evaluation has not ended."""
 
@@ -72,7 +70,7 @@ class RunEvaluation:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.config.output)
-        self.store = ResultsStore(self.folder / STORE)
+        self.store = ResultsStore(self.folder / EVALS)
         section = self.config.eval.model_dump(mode="json")
         self.attempts = Attempts(self.folder / BEGUN, section)
         self.reader = reader_of(self.config)

@@ -1,7 +1,6 @@
 """Held-out losses of a run's validations as rows of its results table."""
 
 import hashlib
-import importlib.util
 import json
 import math
 from collections.abc import Mapping
@@ -11,13 +10,10 @@ from castalia import __version__
 from castalia.core.extras import require
 from castalia.data import RunRows
 from castalia.results import Result
-from castalia.results.schema import Labels
+from castalia.results.schema import PACKAGES, Labels, is_installed
 from castalia.results.store import EXTRA, PURPOSE, ResultsStore, now
 from castalia.train.config import RunConfig
 from castalia.train.losses import LOSSES
-
-PACKAGES = ("duckdb", "pyarrow")
-"""Of the extra `results`."""
 
 
 def keeps_validations(config: RunConfig, rows: RunRows) -> bool:
@@ -31,8 +27,7 @@ def keeps_validations(config: RunConfig, rows: RunRows) -> bool:
         for name in PACKAGES:
             require(name, EXTRA, PURPOSE)
     if config.eval.validations is None:
-        # Looked up, not imported: a run of a few steps would wait for them.
-        return all(importlib.util.find_spec(name) for name in PACKAGES)
+        return is_installed()
     return config.eval.validations
 
 

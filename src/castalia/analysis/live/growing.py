@@ -2,6 +2,7 @@
 
 import json
 import os
+from abc import ABC, abstractmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
@@ -16,7 +17,7 @@ PIECE = 1 << 23
 """Bytes that are read at a time."""
 
 
-class GrowingFile:
+class GrowingFile(ABC):
     """The lines of a file, each given out once.
 
     A last line without its line break is one that is being written: it is read the next time. A
@@ -72,12 +73,12 @@ class GrowingFile:
         self.count += len(lines)
         self.tail = (self.tail + whole)[-TAIL:]
 
+    @abstractmethod
     def take(self, lines: list[bytes]) -> None:
         """Parse lines; `self.count` lines stand before them.
 
         Raises  DataError if one is damaged.
         """
-        raise NotImplementedError
 
 
 class GrowingMetrics(GrowingFile):

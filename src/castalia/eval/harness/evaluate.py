@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -86,33 +86,6 @@ def evaluate(
     Raises     ConfigError if the checkpoint has no tokenizer, or a task asks for what the model
                cannot do.
     """
-    parts = list(
-        evaluate_each(
-            model,
-            tasks,
-            batch=batch,
-            bootstrap=bootstrap,
-            share=share,
-            samples=samples,
-            chat=chat,
-            say=say,
-        )
-    )
-    return parts[0] if len(parts) == 1 else joined(parts)
-
-
-def evaluate_each(
-    model: LanguageModel,
-    tasks: TaskSet,
-    *,
-    batch: int = 16,
-    bootstrap: int = BOOTSTRAP,
-    share: Share = ALONE,
-    samples: bool = False,
-    chat: bool = False,
-    say: Say | None = None,
-) -> Iterator[Evaluation]:
-    """As `evaluate`, one Evaluation after the other for each requested name."""
     if batch < 1:
         raise ConfigError(f"batch must be >= 1, got {batch}")
     if bootstrap < 0:
@@ -121,6 +94,7 @@ def evaluate_each(
     from castalia.eval.harness.model import HarnessModel  # it imports the harness
 
     adapter = HarnessModel(model, batch=batch, share=share, encoder=tasks.encoder(model))
+    parts = []
     for part in tasks.parts:
         adapter.begin(part.name, say)
         started = time.time()
@@ -128,20 +102,28 @@ def evaluate_each(
             output = run_part(
                 adapter, part, limit=tasks.limit, bootstrap=bootstrap, samples=samples, chat=chat
             )
-        seconds = time.time() - started
-        kept = output.pop("samples", {})
-        # Of configs with functions, too, as the harness writes its files.
-        output = json.loads(json.dumps(output, default=plain))
         output["config"] = config_of(adapter, tasks, batch, bootstrap)
-        output["date"] = started
-        output["lm_eval_version"] = version("lm-eval")
         output["chat_template"] = adapter.template.text if chat else None
         output["task_hashes"] = part.hashes(tasks.prompting(output["chat_template"]))
-        output["total_evaluation_time_seconds"] = str(seconds)
-        spent = times(part, adapter.costs, seconds)
-        numbers = numbers_of(output, output["task_hashes"], spent, tasks.shots)
-        finished = datetime.now(UTC).replace(tzinfo=None)
-        yield Evaluation(numbers, output, kept, batch, finished)
+        spent = times(part, adapter.costs, time.time() - started)
+        parts.append(evaluation_of(output, tasks, spent, batch, started))
+    return parts[0] if len(parts) == 1 else joined(parts)
+
+
+def evaluation_of(
+    output: dict[str, Any], tasks: TaskSet, spent: dict[str, float], batch: int, started: float
+) -> Evaluation:
+    """What the harness says about one part, with what its files have beside that."""
+    finished = time.time()
+    samples = output.pop("samples", {})
+    # Of configs with functions, too, as the harness writes its files.
+    output = json.loads(json.dumps(output, default=plain))
+    output["date"] = started
+    output["lm_eval_version"] = version("lm-eval")
+    output["total_evaluation_time_seconds"] = str(finished - started)
+    numbers = numbers_of(output, output["task_hashes"], spent, tasks.shots)
+    moment = datetime.fromtimestamp(finished, UTC).replace(tzinfo=None)
+    return Evaluation(numbers, output, samples, batch, moment)
 
 
 def run_part(
