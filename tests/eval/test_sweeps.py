@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import threading
 from dataclasses import replace
@@ -253,6 +254,21 @@ def test_ctrl_c_ends_worker_processes_at_once_and_keeps_what_is_done(run: Path):
     rest = sweep(checkpoints, long, JobOptions(), say=said.append)
     assert 1 <= sum(outcome.found for outcome in rest) < 4
     assert sum(outcome.found + outcome.measured for outcome in rest) == 4
+
+
+def test_a_disk_that_fills_ends_the_sweep(run: Path, tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoints = checkpoints_of([run], "all", store=tmp_path / "numbers")
+    said: list[str] = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(CastaliaError, match=r"cannot write .*results\.parquet.*; free space"):
+            sweep(checkpoints, TEXT, JobOptions(), say=said.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not said  # of four steps none is said to be done, and the last three are not measured
+    outcomes = sweep(checkpoints, TEXT, JobOptions(), say=said.append)
+    assert len(said) == len(outcomes) and all(outcome.measured for outcome in outcomes)
 
 
 def test_an_error_that_no_check_foresaw_is_noted_and_the_rest_goes_on(

@@ -85,6 +85,7 @@ def run_job(job: Job, work: Sequence[Work], share: Share, say: Say) -> Done:
     """Measure what is left of a job; every rank of `share` calls it, the first one writes.
 
     Errors are noted, and the other tasks go on.
+    Raises  CastaliaError if the numbers cannot be written: those of later tasks would be lost, too.
     """
     done = Done(job, [], {})
     try:
@@ -98,12 +99,11 @@ def run_job(job: Job, work: Sequence[Work], share: Share, say: Say) -> Done:
         started = time.perf_counter()
         try:
             numbers = item.measure(model, job.checkpoint, labels, share, before)
-            if share.rank == 0:
-                write(job, numbers)
         # Also what no check foresaw, such as too little memory: the other tasks may still work.
         except Exception as error:
             done.failures.append(failure_of(item.name, error))
             continue
+        keep(job, numbers, share)
         before += numbers.results
         done.written[place] = numbers.json
         say(line(job, item, numbers, time.perf_counter() - started))
@@ -144,6 +144,22 @@ def in_one_line(error: BaseException) -> str:
     """The kind of an error and the first line of its text."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+def keep(job: Job, numbers: Measured, share: Share) -> None:
+    """Write the numbers on the first rank.
+
+    Raises  CastaliaError on every rank if that fails.
+    """
+    reason: CastaliaError | None = None
+    if share.rank == 0:
+        try:
+            write(job, numbers)
+        except CastaliaError as error:
+            reason = error
+    (reason, *_) = share.gather(reason)
+    if reason is not None:
+        raise reason
 
 
 def write(job: Job, numbers: Measured) -> None:

@@ -101,7 +101,8 @@ def sweep(
     share       this rank among those that measure every checkpoint together.
     say         called with one line of text for each task of each checkpoint.
     Raises      ConfigError or DataError for tasks that cannot be opened, or a damaged table;
-                CastaliaError where a table cannot be written. Nothing is measured then.
+                CastaliaError where a table cannot be written, before anything is measured or, as
+                when the disk fills, after the task whose numbers found no room.
     """
     work = open_work(asked)
     plan = planned(checkpoints, work, options)
