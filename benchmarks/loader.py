@@ -194,10 +194,10 @@ def model_rate(preset: str, rows: int) -> float:
 
     from castalia.data import Batch
     from castalia.distributed import initialize
+    from castalia.losses import NextToken, Scored
     from castalia.models import Decoder
     from castalia.models.init import start_weights
     from castalia.recipes import load_config
-    from castalia.train.losses import NextToken, Scored
 
     config = load_config([preset])
     model = Decoder(config.model)

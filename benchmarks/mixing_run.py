@@ -22,10 +22,9 @@ from castalia.models import Decoder, NeoxConfig
 from castalia.models.cross_entropy import fused_cross_entropy
 from castalia.models.families import family_of
 from castalia.models.init import start_weights
-from castalia.train.config import ScheduleConfig
-from castalia.train.optimizers import AdamWConfig, Rules
-from castalia.train.optimizers.updater import Updater
-from castalia.train.schedule import make_schedule
+from castalia.optim import AdamWConfig, Rules
+from castalia.optim.schedule import ScheduleConfig, make_schedule
+from castalia.optim.updater import Updater
 
 Tokens = NDArray[np.uint16]
 

@@ -94,12 +94,12 @@ class Castalia(Engine):
         keep_freed_memory()
         from castalia.data import Batch
         from castalia.distributed import initialize
+        from castalia.losses import NextToken, Scored
         from castalia.models import Decoder
         from castalia.models.families import build_model_config, family_of
         from castalia.models.init import start_weights
-        from castalia.train.losses import NextToken, Scored
-        from castalia.train.optimizers import AdamWConfig, Rules
-        from castalia.train.optimizers.updater import Updater
+        from castalia.optim import AdamWConfig, Rules
+        from castalia.optim.updater import Updater
 
         super().__init__(case)
         with torch.device(self.device):

@@ -17,17 +17,21 @@ FLOORS = {
     "checkpoint": 3,
     "corpus": 3,
     "cost": 3,
+    "losses": 3,  # sums over a batch; know the model, not the loop
+    "optim": 3,  # optimizers and schedules; know parameters by name, not the loop
+    "adapters": 4,  # over `checkpoint`, whose names their files have; under engines that read them
     "corpora": 4,  # built with `corpus.prepare`, and by `train` for a config that names one
-    "inference": 4,
     "curate": 4,  # reads documents with the readers of `corpus`
-    "eval": 5,  # below `train`, whose hook evaluates while it trains
-    "export": 5,
-    "train": 6,
-    "serve": 7,
-    "analysis": 7,
-    "recipes": 7,  # presets as data; the demo starts from one
-    "demo": 8,
-    "cli": 9,
+    "inference": 5,
+    "eval": 6,  # below `train`, whose hook evaluates while it trains
+    "export": 6,
+    "rollouts": 6,  # texts that the model in training writes, and their rewards; below `train`
+    "train": 7,
+    "serve": 8,
+    "analysis": 8,
+    "recipes": 8,  # presets as data; the demo starts from one
+    "demo": 9,
+    "cli": 10,
 }
 DOORS = {"__init__.py", "__main__.py"}
 """Files at the top of the package: they lead into rooms and nothing imports them but the

@@ -21,9 +21,9 @@ from castalia.distributed import World
 from castalia.inference import load
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.config import TransformerConfig
+from castalia.optim import Rules
 from castalia.train.build import build_model
 from castalia.train.config import RunConfig
-from castalia.train.optimizers import Rules
 from castalia.train.start import open_start
 
 LAYERS = 3

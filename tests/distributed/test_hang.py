@@ -20,7 +20,7 @@ SMALL = (
 )
 PROGRAM = """
 import os, signal, sys, time, ctypes
-import castalia.train.losses as loss
+import castalia.losses as loss
 call = loss.NextToken.__call__
 def a_loss_that_hangs(self, scored, batch):
     if int(os.environ["RANK"]) == 1 and int(batch.index[0]) >= 24:

@@ -137,7 +137,7 @@ def test_a_world_that_shrinks_and_grows_keeps_the_batch_and_the_samples(
 WRONG_AND_DEAD = """
 import math, os, signal, sys
 import castalia.train.hooks as hooks
-import castalia.train.losses as loss
+import castalia.losses as loss
 from dataclasses import replace
 
 rank, first = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"

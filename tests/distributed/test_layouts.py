@@ -144,7 +144,7 @@ def test_a_batch_that_does_not_divide_is_refused(tokens, shell, tmp_path):
 NAN_ON_RANK_1 = """
 import math, os
 from dataclasses import replace
-import castalia.train.losses as loss
+import castalia.losses as loss
 call = loss.NextToken.__call__
 def poisoned(self, scored, batch):
     out = call(self, scored, batch)

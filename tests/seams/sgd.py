@@ -11,8 +11,8 @@ from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.checkpoint.manifest import read_manifest
 from castalia.distributed import World
 from castalia.monitor import read_metrics
+from castalia.optim import OPTIMIZERS, Member, OptimConfig, StateTensor
 from castalia.recipes import load_config
-from castalia.train.optimizers import OPTIMIZERS, Member, OptimConfig, StateTensor
 from castalia.train.run import standard_hooks
 from castalia.train.trainer import Trainer
 

@@ -10,9 +10,9 @@ from castalia.checkpoint.saved_model import open_model
 from castalia.checkpoint.tensors import FileTensor
 from castalia.distributed import World
 from castalia.models.init import init_parameter
+from castalia.optim import Rules
 from castalia.train.build import build_model
 from castalia.train.config import RunConfig
-from castalia.train.optimizers import Rules
 from castalia.train.start import VOCABULARY, open_start
 
 read: list[int] = []

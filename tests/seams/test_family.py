@@ -40,9 +40,9 @@ from castalia.models.families.base import Costs, Family, Stored
 from castalia.models.init import start_weights
 from castalia.models.starts import ONES, ZEROS, Normal, Start
 from castalia.monitor import read_metrics
+from castalia.optim import Rules
 from castalia.recipes import load_config
 from castalia.train.config import RunConfig
-from castalia.train.optimizers import Rules
 from castalia.train.run import run
 
 

@@ -12,9 +12,9 @@ from tests.seams.toy_losses import LAYOUTS, SMALL, Preference, one_step
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
+from castalia.losses import LossOut, NextToken
 from castalia.recipes import load_config
 from castalia.train.hooks import Metrics, StepLine, Validate
-from castalia.train.losses import LossOut, NextToken
 from castalia.train.totals import PassSums, disagreement
 from castalia.train.trainer import Trainer
 

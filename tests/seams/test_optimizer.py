@@ -11,9 +11,9 @@ from castalia.core.errors import ConfigError
 from castalia.cost.estimate import estimate
 from castalia.data import IndexedDatasetWriter
 from castalia.models import Decoder
+from castalia.optim import AdamWConfig, Rules
+from castalia.optim.updater import Updater, state_names, state_sizes
 from castalia.recipes import load_config
-from castalia.train.optimizers import AdamWConfig, Rules
-from castalia.train.optimizers.updater import Updater, state_names, state_sizes
 
 
 @pytest.fixture(scope="module")

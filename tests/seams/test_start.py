@@ -20,9 +20,9 @@ from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.models.init import init_parameter
+from castalia.optim import Rules
 from castalia.recipes.load import load_config
 from castalia.train.config import RunConfig
-from castalia.train.optimizers import Rules
 from castalia.train.run import run
 from castalia.train.start import StartRecord, open_start
 from castalia.train.trainer import Trainer

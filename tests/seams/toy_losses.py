@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from castalia.core.errors import TrainingError
 from castalia.data import Batch
 from castalia.distributed import World
+from castalia.losses import LOSSES, Loss, LossConfig, LossOut, Mean, Scored
 from castalia.recipes import load_config
-from castalia.train.losses import LOSSES, Loss, LossConfig, LossOut, Mean, Scored
 from castalia.train.trainer import Trainer
 
 SMALL = (

@@ -17,8 +17,8 @@ from castalia.data import (
 )
 from castalia.data.segments import DocumentMask, positions_within
 from castalia.distributed import World
+from castalia.losses import NextToken, Scored
 from castalia.recipes import load_config
-from castalia.train.losses import NextToken, Scored
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -14,12 +14,12 @@ from castalia.checkpoint import read, read_state
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
+from castalia.losses import NextToken
 from castalia.recipes import load_config
 from castalia.train.config import GuardConfig
 from castalia.train.events import in_words, ranges, read_events
 from castalia.train.guard import Guard, Verdict
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
-from castalia.train.losses import NextToken
 from castalia.train.totals import StepTotals
 from castalia.train.trainer import Trainer
 

@@ -22,10 +22,10 @@ from castalia.core.errors import (
 )
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
+from castalia.losses import LossOut, NextToken
 from castalia.mixing import read_mixture
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook, Metrics, RecordMixture, Save, Step, StepLine, Validate
-from castalia.train.losses import LossOut, NextToken
 from castalia.train.mixture import StaticBlend, movements
 from castalia.train.recorded_order import RecordedOrder
 from castalia.train.run import closing_line

@@ -14,10 +14,10 @@ from castalia.data import Batch
 from castalia.data.run_rows import rows_of_a_pass
 from castalia.distributed import World, check_layout
 from castalia.distributed.config import ParallelConfig
+from castalia.losses import LossOut, NextToken, Scored
 from castalia.monitor import memory_bytes
 from castalia.recipes import load_config, resolve
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate
-from castalia.train.losses import LossOut, NextToken, Scored
 from castalia.train.run import closing_line
 from castalia.train.startup import idle_options
 from castalia.train.stopping import Stop

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from castalia.data.labels import IGNORED
 
-BY_TOKEN = ("tokens", "labels", "positions", "segments", "reference")
+BY_TOKEN = ("tokens", "labels", "positions", "segments", "weights", "reference")
 """Fields with a value for each token; the others have one for each row."""
 
 
@@ -20,9 +20,13 @@ class Batch:
             source (B,) int32, the place of the row's source in data.train;
             index (B,) int64, the place of the row in the served order;
             positions, segments (B, T) int64, None for 0..T-1 and one document a row;
+            weights (B, T) float32, how much each target counts, None for 1;
             group (B,) int64, equal for rows that belong together, such as the two of a pair;
             reference (B, T) float32, log-probabilities under a reference model, in nats;
             reward (B,) float32, the score of a row.
+
+    The rows of a pair stand next to each other, the preferred one first, in one micro-batch. Both
+    have the same `index`.
     """
 
     tokens: Tensor
@@ -31,6 +35,7 @@ class Batch:
     index: Tensor
     positions: Tensor | None = None
     segments: Tensor | None = None
+    weights: Tensor | None = None
     # A reference model comes as data, so that the loop never runs two models.
     group: Tensor | None = None
     reference: Tensor | None = None

@@ -15,9 +15,9 @@ from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.models import Decoder
 from castalia.models.init import start_weights
 from castalia.models.stages import split
+from castalia.optim import Rules
+from castalia.optim.updater import freeze
 from castalia.train.config import RunConfig
-from castalia.train.optimizers import Rules
-from castalia.train.optimizers.updater import freeze
 from castalia.train.start import StartWeights
 
 

@@ -26,40 +26,15 @@ from castalia.data.config import DataConfig
 from castalia.distributed import ParallelConfig
 from castalia.eval.config import EvalConfig
 from castalia.launch import LaunchConfig
+from castalia.losses import LOSSES, LossConfig, NextToken
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
-from castalia.train.losses import LOSSES, LossConfig, NextToken
-from castalia.train.optimizers import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
+from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
+from castalia.optim.schedule import ScheduleConfig
 
 # Nothing here imports torch, so that `castalia show` and `--help` answer at once.
-
-
-class ScheduleConfig(Config):
-    """Learning rate by step. Only train/schedule.py reads these fields."""
-
-    name: Literal["cosine", "cosine_neox_v1", "linear", "exponential", "constant", "wsd"] = "cosine"
-    """cosine falls to min_lr; cosine_neox_v1 is Pythia's: towards 0 over the whole horizon,
-    floored, and lr 0 at step 0."""
-    warmup: float = Field(0.01, ge=0, le=1)
-    """Share of the horizon over which the rate rises linearly; 1 rises to the end."""
-    min_lr: NonNegativeFloat = 0.0
-    """Floor of the rate."""
-    decay_steps: PositiveInt | None = None
-    """Horizon in steps; null means train.steps."""
-    decay_share: float = Field(0.2, gt=0, le=1)
-    """wsd only: share of the horizon, at its end, over which the rate falls."""
-
-    @model_validator(mode="after")
-    def rises(self) -> "ScheduleConfig":
-        """The rate is above 0 somewhere: v1.0's warmup rises no longer than the decay lasts."""
-        if self.name == "cosine_neox_v1" and self.warmup == 1:
-            raise ValueError(
-                "cosine_neox_v1 with warmup 1 has rate 0 at every step; use schedule.name=cosine,"
-                " or a shorter warmup"
-            )
-        return self
 
 
 class LossScaleConfig(Config):
@@ -346,7 +321,7 @@ def optimizer_cost(config: RunConfig) -> tuple[float, float]:
 
     from castalia.models import Decoder
     from castalia.models.families import family_of
-    from castalia.train.optimizers.updater import state_sizes
+    from castalia.optim.updater import state_sizes
 
     with torch.device("meta"):
         model = Decoder(config.model)

@@ -12,9 +12,9 @@ from castalia.data import Batch
 from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
 from castalia.distributed.pipeline import Pipeline, Stages
+from castalia.losses import Loss, LossOut, Scored
 from castalia.models.parts.dropout import row_draws
 from castalia.train.config import RunConfig
-from castalia.train.losses import Loss, LossOut, Scored
 from castalia.train.precision import arithmetic
 from castalia.train.totals import PassSums
 

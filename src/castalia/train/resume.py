@@ -17,8 +17,8 @@ from castalia.data import changed, load_tokenizer
 from castalia.data.tokenizer_settings import companions
 from castalia.distributed import Watchdog
 from castalia.models import Decoder
+from castalia.optim.updater import Updater, state_names
 from castalia.train.config import RunConfig
-from castalia.train.optimizers.updater import Updater, state_names
 
 LONG = 10.0
 """Factor on the watchdog's limit for saving and loading, which wait for a disk."""

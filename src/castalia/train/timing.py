@@ -14,11 +14,11 @@ import torch
 from castalia.core.memory import keep_freed_memory
 from castalia.cost.estimate import Estimate
 from castalia.data import Batch
+from castalia.losses.scored import Scored
 from castalia.models import Decoder, ModelConfig
 from castalia.models.config import TransformerConfig
 from castalia.models.flops import flops_per_token
 from castalia.train.config import RunConfig
-from castalia.train.losses.scored import Scored
 from castalia.train.precision import arithmetic
 
 LAYERS = 2

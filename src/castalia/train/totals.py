@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import TrainingError
-from castalia.train.losses import Loss, LossOut
+from castalia.losses import Loss, LossOut
 
 SAME_WEIGHT = 1e-6
 """Relative difference up to which two weights are equal: they may be summed in another order."""

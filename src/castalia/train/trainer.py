@@ -20,25 +20,25 @@ from castalia.data.row_checks import check_rows
 from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients
+from castalia.losses import LOSSES, Loss
 from castalia.models import parameter_counts
 from castalia.models.families import family_of
 from castalia.monitor import memory_bytes
+from castalia.optim import Rules
+from castalia.optim.schedule import make_schedule
+from castalia.optim.updater import Updater
 from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
 from castalia.train.config import RunConfig
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.hook import close_with, start_hook
-from castalia.train.losses import LOSSES, Loss
 from castalia.train.machine_precision import with_precision
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.named_corpus import ensure_on_all
-from castalia.train.optimizers import Rules
-from castalia.train.optimizers.updater import Updater
 from castalia.train.passes import make_passes
 from castalia.train.precision import make_scale
 from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
-from castalia.train.schedule import make_schedule
 from castalia.train.start import StartRecord, open_start
 from castalia.train.stopping import Stop, due, say
 from castalia.train.totals import PassSums, StepTotals

@@ -9,11 +9,11 @@ from typing import Any
 from castalia import __version__
 from castalia.core.extras import require
 from castalia.data import RunRows
+from castalia.losses import LOSSES
 from castalia.results import Result
 from castalia.results.schema import PACKAGES, Labels, is_installed
 from castalia.results.store import EXTRA, PURPOSE, ResultsStore, now
 from castalia.train.config import RunConfig
-from castalia.train.losses import LOSSES
 
 
 def keeps_validations(config: RunConfig, rows: RunRows) -> bool:

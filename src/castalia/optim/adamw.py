@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import PositiveFloat
 
-from castalia.train.optimizers.base import Member, StateTensor
-from castalia.train.optimizers.config import OPTIMIZERS, OptimConfig
+from castalia.optim.base import Member, StateTensor
+from castalia.optim.config import OPTIMIZERS, OptimConfig
 
 if TYPE_CHECKING:
     import torch

@@ -25,7 +25,7 @@ class GroupConfig(Config):
 
 
 class OptimConfig(Config):
-    """What every optimizer has; a member of OPTIMIZERS adds its own. Only train/optimizers reads
+    """What every optimizer has; a member of OPTIMIZERS adds its own. Only optim/ reads
     these fields."""
 
     kind: str
@@ -69,7 +69,7 @@ class OptimConfig(Config):
 
 OPTIMIZERS: Registry[Any] = Registry("optimizer")
 """Optimizers by the name that `optim.kind` takes; members are subclasses of
-`castalia.train.optimizers.base.Member`."""
+`castalia.optim.base.Member`."""
 
 
 def member_config(kind: str, options: dict[str, Any]) -> OptimConfig:

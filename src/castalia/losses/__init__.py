@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
-from castalia.train.losses.loss import LOSSES, Loss, LossConfig, LossOut, Mean
-from castalia.train.losses.next_token import NextToken
+from castalia.losses.loss import LOSSES, Loss, LossConfig, LossOut, Mean
+from castalia.losses.next_token import NextToken
 
 if TYPE_CHECKING:
-    from castalia.train.losses.scored import Scored
+    from castalia.losses.scored import Scored
 
 __all__ = ["LOSSES", "Loss", "LossConfig", "LossOut", "Mean", "NextToken", "Scored"]
 

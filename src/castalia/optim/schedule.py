@@ -5,11 +5,40 @@ Source  GPT-NeoX, megatron/learning_rates.py, at v1.0 and today.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
-from castalia.train.config import ScheduleConfig
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+
+from castalia.config.base import Config
 
 Schedule = Callable[[int], float]
 """Number of updates already made -> learning rate of the next one."""
+
+
+class ScheduleConfig(Config):
+    """Learning rate by step. Only optim/schedule.py reads these fields."""
+
+    name: Literal["cosine", "cosine_neox_v1", "linear", "exponential", "constant", "wsd"] = "cosine"
+    """cosine falls to min_lr; cosine_neox_v1 is Pythia's: towards 0 over the whole horizon,
+    floored, and lr 0 at step 0."""
+    warmup: float = Field(0.01, ge=0, le=1)
+    """Share of the horizon over which the rate rises linearly; 1 rises to the end."""
+    min_lr: NonNegativeFloat = 0.0
+    """Floor of the rate."""
+    decay_steps: PositiveInt | None = None
+    """Horizon in steps; null means train.steps."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """wsd only: share of the horizon, at its end, over which the rate falls."""
+
+    @model_validator(mode="after")
+    def rises(self) -> "ScheduleConfig":
+        """The rate is above 0 somewhere: v1.0's warmup rises no longer than the decay lasts."""
+        if self.name == "cosine_neox_v1" and self.warmup == 1:
+            raise ValueError(
+                "cosine_neox_v1 with warmup 1 has rate 0 at every step; use schedule.name=cosine,"
+                " or a shorter warmup"
+            )
+        return self
 
 
 def make_schedule(config: ScheduleConfig, lr: float, steps: int) -> Schedule:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from castalia.train.optimizers.base import StateTensor
-from castalia.train.optimizers.config import OPTIMIZERS
-from castalia.train.optimizers.groups import Rules, UpdateRule
+from castalia.optim.base import StateTensor
+from castalia.optim.config import OPTIMIZERS
+from castalia.optim.groups import Rules, UpdateRule
 
 
 class Updater:

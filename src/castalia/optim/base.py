@@ -4,7 +4,7 @@ built."""
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from castalia.train.optimizers.config import OptimConfig
+from castalia.optim.config import OptimConfig
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError
-from castalia.train.optimizers.config import OptimConfig, member_config
+from castalia.optim.config import OptimConfig, member_config
 
 
 class UpdateRule(NamedTuple):

@@ -2,13 +2,13 @@
 
 from typing import TYPE_CHECKING, Literal
 
-from castalia.train.losses.loss import LOSSES, Loss, LossConfig, LossOut
+from castalia.losses.loss import LOSSES, Loss, LossConfig, LossOut
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from castalia.data.batch import Batch
-    from castalia.train.losses.scored import Scored
+    from castalia.losses.scored import Scored
 
 
 @LOSSES.register("next_token")

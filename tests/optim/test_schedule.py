@@ -2,8 +2,7 @@
 
 import pytest
 
-from castalia.train.config import ScheduleConfig
-from castalia.train.schedule import make_schedule
+from castalia.optim.schedule import ScheduleConfig, make_schedule
 
 PYTHIA_410M = {"lr": 3e-4, "steps": 143000}
 GOLDEN = [

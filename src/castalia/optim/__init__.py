@@ -4,10 +4,10 @@ parameter names.
 Needs no torch, so that a config stays quick to load.
 """
 
-from castalia.train.optimizers.adamw import AdamW, AdamWConfig
-from castalia.train.optimizers.base import Member, StateTensor
-from castalia.train.optimizers.config import OPTIMIZERS, GroupConfig, OptimConfig
-from castalia.train.optimizers.groups import Rules, UpdateRule
+from castalia.optim.adamw import AdamW, AdamWConfig
+from castalia.optim.base import Member, StateTensor
+from castalia.optim.config import OPTIMIZERS, GroupConfig, OptimConfig
+from castalia.optim.groups import Rules, UpdateRule
 
 __all__ = [
     "OPTIMIZERS",

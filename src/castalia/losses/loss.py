@@ -13,7 +13,7 @@ neither the size of a micro-batch nor the number of ranks changes the gradient.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from castalia.config.base import Config
 from castalia.core.registry import Registry
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from castalia.data.batch import Batch
-    from castalia.train.losses.scored import Scored
+    from castalia.losses.scored import Scored
+
+Rows = Literal["text", "pairs", "labelled", "prompts"]
+Head = Literal["vocab", "score"]
 
 LOSSES: Registry[type["Loss"]] = Registry("loss")
 """Every loss by the name that `loss.kind` has."""
@@ -66,12 +69,20 @@ class Loss:
     names        its metrics. They are fixed, so that they share the step's one all-reduce.
     by_source    whether it returns `per_source`. Mixers that learn need that.
     whole_rows   whether it needs every token of a row on one rank, unlike context parallelism.
+    rows         what the rows it reads are: text; pairs of a preferred and a rejected answer;
+                 labelled answers, each with a reward; or prompts that the model answers itself.
+    reference    whether it reads `Batch.reference`, log-probabilities under a reference model.
+    head         what it reads of the model: vocab, the matrix of the next token, or score, a
+                 reward model's head with one output.
     """
 
     Config: ClassVar[type[LossConfig]] = LossConfig
     names: ClassVar[tuple[str, ...]] = ()
     by_source: ClassVar[bool] = False
     whole_rows: ClassVar[bool] = False
+    rows: ClassVar[Rows] = "text"
+    reference: ClassVar[bool] = False
+    head: ClassVar[Head] = "vocab"
 
     def __init__(self, config: LossConfig | None = None, sources: int = 1) -> None:
         """`sources` is K, the number of data sources."""
