@@ -19,8 +19,9 @@ FLOORS = {
     "cost": 3,
     "losses": 3,  # sums over a batch; know the model, not the loop
     "optim": 3,  # optimizers and schedules; know parameters by name, not the loop
-    "adapters": 4,  # over `checkpoint`, whose names their files have; under engines that read them
+    "adapters": 3,  # modules over a model; under `formats`, which merges them into its weights
     "corpora": 4,  # built with `corpus.prepare`, and by `train` for a config that names one
+    "formats": 4,  # other programs' files; `checkpoint` is our own store
     "curate": 4,  # reads documents with the readers of `corpus`
     "inference": 5,
     "eval": 6,  # below `train`, whose hook evaluates while it trains

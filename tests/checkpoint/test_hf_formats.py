@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint.hf import hf_config, model_config, write_hf
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.formats.saved_model import open_model
 from castalia.models import Decoder, build_model_config
 from castalia.models.config import TransformerConfig
 from castalia.recipes import load_config

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint.hf import write_hf
 from castalia.checkpoint.hf.shards import divided, shard_bytes
-from castalia.checkpoint.saved_model import open_model
 from castalia.checkpoint.tensors import StoredTensors, stream_tensors
 from castalia.core.errors import ConfigError
 from castalia.distributed import initialize
+from castalia.formats.saved_model import open_model
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import copying, verify
-from castalia.checkpoint.saved_model import is_model_alone, open_model
 from castalia.core.errors import ConfigError
 from castalia.distributed import World
 from castalia.export import export, import_model
+from castalia.formats.saved_model import is_model_alone, open_model
 from castalia.inference import load
 from castalia.train.config import RunConfig
 from castalia.train.start import open_start

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.export import certificate, export, import_model, importing
 from castalia.export.certificate import LENGTHS, compared, fixed_prompts
 from castalia.export.formats import HuggingFace
+from castalia.formats.saved_model import SavedModel
 from castalia.inference import load
 from castalia.inference.native.engine import NativeEngine
 

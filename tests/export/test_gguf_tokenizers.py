@@ -10,7 +10,6 @@ import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from castalia.checkpoint import Store
-from castalia.checkpoint.saved_model import open_model
 from castalia.config import dump_yaml
 from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer
@@ -18,6 +17,7 @@ from castalia.data.tokenizer_forms import CL100K, CharTokenizer, SentencePieceTo
 from castalia.export import export
 from castalia.export.gguf import write_gguf
 from castalia.export.gguf_vocabulary import QWEN2, SPACE, differences, vocabulary_values
+from castalia.formats.saved_model import open_model
 from castalia.models import Decoder
 from castalia.models.families import build_model_config
 from castalia.train.config import RunConfig

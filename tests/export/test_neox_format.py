@@ -12,11 +12,11 @@ from tests.checkpoint.test_neox_folders import CONFIG, save, sequential, shards,
 from torch import Tensor
 
 from castalia.checkpoint import Store
-from castalia.checkpoint.saved_model import open_model
 from castalia.config.neox_keys import NAMES
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer import load_tokenizer
 from castalia.export import export, import_model
+from castalia.formats.saved_model import open_model
 from castalia.models import Decoder
 from castalia.models.config import TransformerConfig
 from castalia.models.families import build_model_config

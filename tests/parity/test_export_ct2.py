@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from castalia.checkpoint import Store
-from castalia.checkpoint.saved_model import open_model
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import pip_command
@@ -19,6 +18,7 @@ from castalia.distributed import initialize
 from castalia.export import export
 from castalia.export.ct2 import ct2_keymap, ct2_vocabulary, write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS
+from castalia.formats.saved_model import open_model
 from castalia.inference import load
 from castalia.inference.ct2_engine import Ct2Engine
 from castalia.models import Decoder, NeoxConfig

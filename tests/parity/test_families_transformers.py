@@ -14,8 +14,8 @@ from torch import Tensor
 import castalia
 from castalia.checkpoint import Store
 from castalia.checkpoint.hf import chosen_format, write_hf
-from castalia.checkpoint.saved_model import SavedModel, open_model
 from castalia.config import dump_yaml
+from castalia.formats.saved_model import SavedModel, open_model
 from castalia.models import Decoder, build_model_config
 from castalia.train.config import RunConfig
 

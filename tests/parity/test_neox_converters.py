@@ -25,9 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from castalia.checkpoint.saved_model import open_model
 from castalia.data.tokenizer import load_tokenizer
 from castalia.export import export
+from castalia.formats.saved_model import open_model
 from castalia.models.config import TransformerConfig
 from castalia.models.families import build_model_config
 

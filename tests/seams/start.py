@@ -6,9 +6,9 @@ from typing import Any
 
 from tests.seams.ranks import report
 
-from castalia.checkpoint.saved_model import open_model
 from castalia.checkpoint.tensors import FileTensor
 from castalia.distributed import World
+from castalia.formats.saved_model import open_model
 from castalia.models.init import init_parameter
 from castalia.optim import Rules
 from castalia.train.build import build_model

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import castalia
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.export import export
 from castalia.export.formats import EXPORTS
+from castalia.formats.saved_model import SavedModel
 from castalia.inference import LanguageModel, loading
 from castalia.inference.batching import Admission, Batcher
 from castalia.inference.engine import Engine, Slots

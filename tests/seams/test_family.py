@@ -17,12 +17,12 @@ from torch import Generator, Tensor, nn
 
 import castalia
 from castalia.checkpoint import find_checkpoint
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import initialize
 from castalia.export import export
 from castalia.export.formats import EXPORTS
+from castalia.formats.saved_model import open_model
 from castalia.inference.engines import ENGINES
 from castalia.inference.scoring import Line, score_lines
 from castalia.models import (

@@ -15,10 +15,10 @@ from tests.seams.ranks import on_ranks
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from castalia.checkpoint import find_checkpoint, read, read_state
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
+from castalia.formats.saved_model import open_model
 from castalia.models.init import init_parameter
 from castalia.optim import Rules
 from castalia.recipes.load import load_config

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from castalia.checkpoint.find import complete_steps, find_checkpoint, folder_of, ranges_of
-from castalia.checkpoint.foreign import find_foreign
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.core.hub import HUB_ID, branches, is_hub_id
 from castalia.eval.labels import STEP_FOLDER, is_run, origin_of, run_around, shown, step_in
@@ -19,6 +18,7 @@ from castalia.eval.single_models import (
     steps_in,
     variant_of,
 )
+from castalia.formats.foreign import find_foreign
 from castalia.results.schema import EVALS
 
 RANGE = re.compile(r"(\d*):(\d*)")

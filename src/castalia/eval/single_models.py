@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from castalia.checkpoint.find import find_checkpoint
-from castalia.checkpoint.foreign import is_foreign
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.manifest import MANIFEST, read_manifest
 from castalia.checkpoint.names import COMPLETE
 from castalia.core.hub import is_hub_id
 from castalia.eval.labels import STEP_FOLDER
+from castalia.formats.foreign import is_foreign
 from castalia.inference.exported import CHECKPOINTS, RECORD, read_record
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")

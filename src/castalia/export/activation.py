@@ -5,9 +5,9 @@ For instance another form of GELU.
 
 from dataclasses import replace
 
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.export.formats import Format
+from castalia.formats.saved_model import SavedModel
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 """The forms of GELU: with the error function, and its approximation with tanh."""

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.files import files_in
 from castalia.export.certificate import FILE, Certificate
 from castalia.export.formats import Format
 from castalia.export.quality import Quality, table
+from castalia.formats.saved_model import SavedModel
 from castalia.models.flops import active_parameters, parameter_counts
 from castalia.monitor.display import size_text
 

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.files import write_json
 from castalia.core.memory import available_bytes
+from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import Engine
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import parameter_counts

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from castalia.checkpoint.hf import is_hf_folder
-from castalia.checkpoint.saved_model import TOKENIZER, open_model
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.core.files import cache_folder
@@ -29,6 +28,7 @@ from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.export.exports import export
 from castalia.export.places import default_place, revision
+from castalia.formats.saved_model import TOKENIZER, open_model
 from castalia.inference.exported import RECORD, read_record, recorded_ids
 
 MODEL = "model.bin"

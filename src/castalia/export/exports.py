@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from castalia.checkpoint.hf import write_hf_tokenizer
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
-from castalia.checkpoint.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import hub_folder, is_hub_id
@@ -46,6 +45,7 @@ from castalia.export.places import (
 from castalia.export.push import Hub, Push
 from castalia.export.quality import HeldOutText, Quality, held_out, measure
 from castalia.export.record import Exported, hashes_of, same_export, write_record
+from castalia.formats.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.inference.exported import ExportFolder
 from castalia.inference.torch_engine import TorchEngine
 

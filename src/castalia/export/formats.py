@@ -14,7 +14,6 @@ from typing import ClassVar
 
 from castalia.checkpoint.hf import DTYPES, hf_config, write_hf
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
 from castalia.data.tokenizer_settings import DEFAULT, chat_templates, generation_settings
@@ -27,6 +26,7 @@ from castalia.export.gguf_vocabulary import END_ROLES, differences
 from castalia.export.neox import write_neox
 from castalia.export.neox_config import NeoxShape, neox_notes, neox_refuses
 from castalia.export.written import own_reader, transformers_reader
+from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import Engine
 from castalia.inference.engines import engine_of_export
 from castalia.inference.exported import GGUF_FILE, ExportFolder

@@ -19,16 +19,8 @@ import torch
 import yaml
 
 from castalia.checkpoint.copying import copy_model
-from castalia.checkpoint.foreign import FORMATS, find_foreign
 from castalia.checkpoint.hf import DTYPES, is_hf_folder, special_id_values
 from castalia.checkpoint.names import step_name
-from castalia.checkpoint.saved_model import (
-    GENERATION,
-    TOKENIZER,
-    SavedModel,
-    is_model_alone,
-    open_model,
-)
 from castalia.config.anchor import CONFIG
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.files import cannot_write, files_in, write_json
@@ -46,6 +38,14 @@ from castalia.export.certificate import (
 )
 from castalia.export.places import put_in_place
 from castalia.export.written import transformers_reader
+from castalia.formats.foreign import FORMATS, find_foreign
+from castalia.formats.saved_model import (
+    GENERATION,
+    TOKENIZER,
+    SavedModel,
+    is_model_alone,
+    open_model,
+)
 from castalia.monitor.display import size_text
 
 RECORD = "import.json"

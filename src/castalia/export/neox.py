@@ -14,9 +14,13 @@ import yaml
 from torch import Tensor
 
 from castalia.checkpoint.hf import DTYPES
-from castalia.checkpoint.neox.config import CONFIGS
-from castalia.checkpoint.neox.folder import LATEST, layer_file, rank_file, tag_of
-from castalia.checkpoint.neox.layout import (
+from castalia.checkpoint.tensors import StoredTensors
+from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer_forms import CHAR, SentencePieceTokenizer
+from castalia.export.neox_config import TRAINING, NeoxShape, expressed, neox_options
+from castalia.formats.neox.config import CONFIGS
+from castalia.formats.neox.folder import LATEST, layer_file, rank_file, tag_of
+from castalia.formats.neox.layout import (
     FIRST_BLOCK,
     NORM_PLACES,
     QK_NORM,
@@ -24,11 +28,7 @@ from castalia.checkpoint.neox.layout import (
     Key,
     layout_of,
 )
-from castalia.checkpoint.pieces import Layout, Placed, rank_shapes
-from castalia.checkpoint.tensors import StoredTensors
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import CHAR, SentencePieceTokenizer
-from castalia.export.neox_config import TRAINING, NeoxShape, expressed, neox_options
+from castalia.formats.pieces import Layout, Placed, rank_shapes
 from castalia.models.config import TransformerConfig
 
 CONFIG_FILE = "model.yml"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint import read_config
-from castalia.checkpoint.saved_model import open_model
 from castalia.config.anchor import CONFIG, anchored, run_folder_of
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
 from castalia.data.tokenizer import Tokenizer
+from castalia.formats.saved_model import open_model
 from castalia.inference.engine import Engine
 from castalia.inference.loading import load
 from castalia.inference.torch_engine import TorchEngine

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.saved_model import SavedModel, open_model
 from castalia.core.files import files_in, sha256_of, write_json
 from castalia.export.activation import expressed
 from castalia.export.options import ExportSpec
+from castalia.formats.saved_model import SavedModel, open_model
 from castalia.inference.exported import RECORD, read_record
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.hf import DTYPES
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CastaliaError
 from castalia.core.extras import require
 from castalia.export.certificate import Logits, Reader, own_program, torch_reader
+from castalia.formats.saved_model import open_model
 from castalia.inference.exported import ExportFolder
 
 

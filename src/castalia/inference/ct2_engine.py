@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.saved_model import TOKENIZER
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
 from castalia.data.tokenizer import Tokenizer
+from castalia.formats.saved_model import TOKENIZER
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import ExportFolder
 from castalia.inference.implements import ATTENTION, SIZES, Values, mixed_windows, patterned

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
 from castalia.core.extras import require
+from castalia.formats.saved_model import SavedModel
 from castalia.inference.implements import Values, unimplemented
 from castalia.models import Decoder, parameter_counts
 from castalia.models.config import ModelConfig

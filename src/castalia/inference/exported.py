@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from castalia.checkpoint.saved_model import TOKENIZER
 from castalia.core.errors import CheckpointError
 from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.formats.saved_model import TOKENIZER
 from castalia.models.config import ModelConfig
 from castalia.models.families import build_model_config
 

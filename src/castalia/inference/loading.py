@@ -4,8 +4,8 @@ import os
 import warnings
 from pathlib import Path
 
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import ConfigError, nearest
+from castalia.formats.saved_model import open_model
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
 from castalia.inference.exported import ExportFolder, open_export

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.extras import require
+from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.implements import NEOX
 from castalia.inference.native.packing import quantize_channels

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from castalia.checkpoint.hf import DTYPES
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import HEAD_ROWS, Engine, ScoringModel, Slots, logprobs_of
 from castalia.models import Decoder, ModelState
 

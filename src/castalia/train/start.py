@@ -15,11 +15,11 @@ from torch import Tensor
 from castalia.checkpoint import complete_steps
 from castalia.checkpoint.keymap import matches, shown
 from castalia.checkpoint.load import load_into, read_config, read_state
-from castalia.checkpoint.saved_model import SavedModel, open_model
 from castalia.checkpoint.tensors import StoredTensor
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.distributed import World
 from castalia.distributed.layout import Sliceable
+from castalia.formats.saved_model import SavedModel, open_model
 from castalia.models import Decoder, ModelConfig
 from castalia.train.config import RunConfig
 from castalia.train.progress import Progress

@@ -13,13 +13,13 @@ from typing import Any, cast
 import torch
 
 from castalia.checkpoint import SavePolicy, Store
-from castalia.checkpoint.saved_model import TOKENIZER
 from castalia.data import Batch, BlendedRows
 from castalia.data.loader import RowLookup
 from castalia.data.row_checks import check_rows
 from castalia.data.rows_by_source import RowsBySource
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients
+from castalia.formats.saved_model import TOKENIZER
 from castalia.losses import LOSSES, Loss
 from castalia.models import parameter_counts
 from castalia.models.families import family_of

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.saved_model import SavedModel
 from castalia.core.errors import ConfigError
+from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import HEAD_ROWS, Engine, ScoringModel, Slots
 from castalia.inference.exported import ExportFolder
 from castalia.inference.implements import NATIVE

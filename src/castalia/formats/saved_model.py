@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from castalia.checkpoint.find import newest_first
-from castalia.checkpoint.foreign import Help, find_foreign, is_foreign
 from castalia.checkpoint.hf import is_hf_folder, read_hf
 from castalia.checkpoint.hf.weights import weight_files
 from castalia.checkpoint.load import check_tensors, read_config, read_text
@@ -20,6 +19,7 @@ from castalia.core.files import sha256_of
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.special_ids import SpecialIds, read_special_ids
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.formats.foreign import Help, find_foreign, is_foreign
 from castalia.models import ModelConfig, build_model_config
 
 TOKENIZER = "tokenizer.json"

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from castalia.checkpoint.pieces import Layout, Placed, columns, even, runs
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.formats.pieces import Layout, Placed, columns, even, runs
 from castalia.models.config import TransformerConfig
 from castalia.models.families import family_of
 from castalia.models.families.base import LinearPart

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from castalia.checkpoint.gguf import find_gguf, read_gguf
-from castalia.checkpoint.meta import is_meta_folder, read_meta
 from castalia.checkpoint.names import COMPLETE
-from castalia.checkpoint.neox import find_neox, read_neox, step_of
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.registry import Registry
 from castalia.data.special_ids import SpecialIds
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.formats.gguf import find_gguf, read_gguf
+from castalia.formats.meta import is_meta_folder, read_meta
+from castalia.formats.neox import find_neox, read_neox, step_of
 from castalia.models.config import ModelConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from castalia.checkpoint.manifest import DamagedCheckpointError
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CastaliaError, CheckpointError
+from castalia.formats.saved_model import open_model
 from castalia.models import Decoder
 
 gguf = pytest.importorskip("gguf")

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from castalia.checkpoint.gguf_file import GgufFile, damage_of, read_gguf_file
-from castalia.checkpoint.pieces import Layout, Placed, even, gathered, rotary, runs
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError, ConfigError, nearest
+from castalia.formats.gguf_file import GgufFile, damage_of, read_gguf_file
+from castalia.formats.pieces import Layout, Placed, even, gathered, rotary, runs
 from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config, family_of
 from castalia.models.families.base import LinearPart

@@ -8,9 +8,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from castalia.checkpoint.neox.config import config_files, find_tokenizer, model_config, read_model
-from castalia.checkpoint.neox.folder import Rank, find_files, find_neox, step_of
-from castalia.checkpoint.neox.layout import (
+from castalia.checkpoint.tensors import StoredTensors
+from castalia.core.errors import CheckpointError
+from castalia.data.tokenizer import Tokenizer
+from castalia.formats.neox.config import config_files, find_tokenizer, model_config, read_model
+from castalia.formats.neox.folder import Rank, find_files, find_neox, step_of
+from castalia.formats.neox.layout import (
     EMBEDDING,
     FIRST_BLOCK,
     GATE,
@@ -21,10 +24,7 @@ from castalia.checkpoint.neox.layout import (
     naming_of,
     unused_keys,
 )
-from castalia.checkpoint.pieces import gathered, require_matrices
-from castalia.checkpoint.tensors import StoredTensors
-from castalia.core.errors import CheckpointError
-from castalia.data.tokenizer import Tokenizer
+from castalia.formats.pieces import gathered, require_matrices
 from castalia.models.config import TransformerConfig
 
 __all__ = ["NeoxCheckpoint", "find_neox", "read_neox", "step_of"]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CastaliaError, CheckpointError
 from castalia.data.tokenizer import load_tokenizer
+from castalia.formats.saved_model import open_model
 from castalia.models import Decoder
 
 WIDTH = 64

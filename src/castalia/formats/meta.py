@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from castalia.checkpoint.neox.folder import tensors_in
 from castalia.checkpoint.pickled import read_pickled
-from castalia.checkpoint.pieces import (
+from castalia.checkpoint.tensors import StoredTensors
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.files import read_json
+from castalia.formats.neox.folder import tensors_in
+from castalia.formats.pieces import (
     Layout,
     Placed,
     Table,
@@ -28,9 +31,6 @@ from castalia.checkpoint.pieces import (
     runs,
     whole_heads,
 )
-from castalia.checkpoint.tensors import StoredTensors
-from castalia.core.errors import CheckpointError, ConfigError
-from castalia.core.files import read_json
 from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config
 

@@ -14,10 +14,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
 from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import World
+from castalia.formats.saved_model import open_model
 from castalia.inference import load
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.config import TransformerConfig

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from tests.fixtures.hub_server import HubServer, Repo
 
 from castalia.checkpoint.hf import hf_config, model_config, write_hf
-from castalia.checkpoint.saved_model import open_model
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.hub import hub_folder
 from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
+from castalia.formats.saved_model import open_model
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.families import FAMILIES, build_model_config
 from castalia.models.init import start_weights

@@ -14,9 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from castalia.checkpoint.find import WANTED_STEP
-from castalia.checkpoint.neox.layout import QK_NORM, Key
 from castalia.checkpoint.pickled import read_pickled
 from castalia.core.errors import CheckpointError
+from castalia.formats.neox.layout import QK_NORM, Key
 
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
