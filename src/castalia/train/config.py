@@ -32,7 +32,7 @@ from castalia.mixing.mixer import MIXERS
 from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
-from castalia.optim.schedule import ScheduleConfig
+from castalia.optim.schedule import ScheduleConfig, rate_problems
 
 # Nothing here imports torch, so that `castalia show` and `--help` answer at once.
 
@@ -178,10 +178,7 @@ class RunConfig(Config):
                 f"data.seq_length {self.data.seq_length} is longer than"
                 f" model.max_position_embeddings {self.model.max_position_embeddings}"
             )
-        if self.schedule.min_lr > self.optim.lr:
-            problems.append(
-                f"schedule.min_lr {self.schedule.min_lr:g} is above optim.lr {self.optim.lr:g}"
-            )
+        problems += rate_problems(self.schedule, self.optim.lr)
         problems += start_problems(self)
         problems += epochs_problems(self)
         problems += mixing_problems(self)
@@ -234,6 +231,15 @@ class RunConfig(Config):
 def start_problems(config: RunConfig) -> list[str]:
     """What the start of a run asks for and cannot have."""
     start = config.model.start
+    train = config.train
+    begin = config.schedule.begin
+    if begin and not (train.start_step and train.start_optimizer):
+        return [
+            f"schedule.begin {begin} counts the updates of an earlier run: set model.start to it,"
+            " train.start_step=true and train.start_optimizer=true"
+        ]
+    if begin >= train.steps:
+        return [f"schedule.begin {begin} leaves nothing of train.steps {train.steps}; raise it"]
     if start is None:
         return [
             f"train.{name}=true takes the state of another run, but model.start is not set"
