@@ -73,6 +73,8 @@ def test_names_of_older_versions_are_classified():
         "bf16",
         "zero_optimization",
         "autotuning",
+        "curriculum_learning",
+        "curriculum_learning.schedule_config",
         "sparsity_config",
     }
 
@@ -342,7 +344,14 @@ def test_option(option, key, value):
             {"train_iters": None, "train_epochs": 3, "lr_decay_fraction": 0.5},
             "a share of steps that the data decide; write lr_decay_iters",
         ),
-        ({"curriculum_learning": {"enabled": True}}, "rows have one length throughout"),
+        (
+            {"curriculum_learning": {"enabled": True, "schedule_type": "fixed_linar"}},
+            "unknown curriculum_learning.schedule_type 'fixed_linar'.*did you mean .*fixed_linear",
+        ),
+        (
+            {"curriculum_learning": {"enabled": True, "schedule_type": "fixed_discrete"}},
+            "curriculum_learning.schedule_config lacks difficulty, max_step",
+        ),
         ({"lr_decay_style": "wsd"}, "unknown lr_decay_style 'wsd'; choose one of"),
         ({"precision": "fp8"}, "unknown precision 'fp8'; choose one of"),
         ({"precision": "fp16", "bf16": {"enabled": True}}, "asks for bf16 and fp16 at once"),
@@ -645,3 +654,30 @@ def test_hints_for_names_of_gpt_neox():
     assert "has no effect here (CUDA kernels and fusions)" in override_hint("rope_fusion")
     assert "delete it; μP is not supported" in override_hint("use_mup")
     assert override_hint("nonsense") is None
+
+
+def test_curriculum_learning_sets_the_section():
+    section = {
+        "enabled": True,
+        "curriculum_type": "seqlen",
+        "min_difficulty": 64,
+        "max_difficulty": 2048,
+        "schedule_type": "fixed_root",
+        "schedule_config": {
+            "total_curriculum_step": 1000,
+            "difficulty_step": 8,
+            "root_degree": 3,
+        },
+    }
+    assert read(curriculum_learning=section).values["curriculum"] == {
+        "kind": "root",
+        "shortest": 64,
+        "longest": 2048,
+        "steps": 1000,
+        "length_step": 8,
+        "root_degree": 3,
+    }
+    stages = {"difficulty": [8, 64], "max_step": [10]}
+    section = {"enabled": True, "schedule_type": "fixed_discrete", "schedule_config": stages}
+    reading = read(curriculum_learning=section).values["curriculum"]
+    assert reading == {"kind": "discrete", "lengths": [8, 64], "until": [10]}

@@ -48,6 +48,12 @@ PLAIN = {
         "train.recompute=true",
         "parallel.schedule=zero_bubble",
     ),
+    "curriculum": (
+        "train.micro_batch_size=2",
+        "curriculum.kind=linear",
+        "curriculum.shortest=4",
+        "curriculum.length_step=4",
+    ),
     "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
 }
 """Variations besides the layout; all have 257 ids, padded to 384, and gradients clipped at 0.5."""

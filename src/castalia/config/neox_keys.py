@@ -114,6 +114,7 @@ HONOURED: dict[str, Honoured] = {
     "eval_num_fewshot": Honoured("eval.shots", "int", 0),
     "eval_results_prefix": Honoured("eval.results_prefix", "str"),
     "optimizer": Honoured("optim", "dict"),
+    "curriculum_learning": Honoured("curriculum", "dict"),
     "use_bnb_optimizer": Honoured("optim", "bool", False),
     "autotuning": Honoured("train.micro_batch_size", "dict"),
     "weight_decay": Honoured("optim.weight_decay", "number"),
@@ -184,9 +185,6 @@ REFUSED: dict[str, Refused] = {
     ),
     "scheduler": Refused((None,), "delete it and write lr_decay_style, warmup, min_lr"),
     "amp": Refused((*OFF, {}, {"enabled": False}), "write `precision: bfloat16` or fp16"),
-    "curriculum_learning": Refused(
-        (*OFF, {}, {"enabled": False}), "delete it; rows have one length throughout"
-    ),
     "data_efficiency": Refused((*OFF, {}, {"enabled": False}), "delete it"),
     "compression_training": Refused((None, {}), "delete it"),
     "sparse_attention": Refused((None, {}), "delete it; attention is full and causal"),
@@ -298,6 +296,10 @@ NESTED_HONOURED = {
     "bf16": "enabled type",
     "zero_optimization": "stage",
     "autotuning": "enabled",
+    "curriculum_learning": """
+        enabled curriculum_type min_difficulty max_difficulty schedule_type schedule_config""",
+    "curriculum_learning.schedule_config": """
+        total_curriculum_step difficulty_step root_degree difficulty max_step""",
     "sparsity_config": """
         block different_layout_per_head num_local_blocks num_global_blocks
         num_different_global_patterns num_random_blocks num_sliding_window_blocks
@@ -306,6 +308,8 @@ NESTED_HONOURED = {
 """Honoured keys inside DeepSpeed's dictionaries."""
 
 NESTED_IGNORED = {
+    "curriculum_learning": "",
+    "curriculum_learning.schedule_config": "",
     "sparsity_config": "",
     "autotuning": """
         arg_mappings mp_size results_dir exps_dir overwrite metric metric_path start_profile_step

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from castalia.config.neox_curriculum import curriculum
 from castalia.config.neox_keys import HONOURED
 from castalia.config.neox_precision import precision
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, OptionRule, note, wrong
@@ -264,6 +265,7 @@ TRAINING_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("decay_lr_to", "warmup_iters"), rates_of_llemma),
     (("use_bnb_optimizer",), eight_bit_adam),
     (("autotuning",), autotuning),
+    (("curriculum_learning",), curriculum),
     (("lr_decay_iters", "lr_decay_fraction"), horizon),
     (("precision", "fp16", "bf16"), precision),
     (

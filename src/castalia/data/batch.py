@@ -54,6 +54,12 @@ class Batch:
         """The same rows with some of their tokens: `choose` maps (B, T) to (B, fewer)."""
         return self.changed(BY_TOKEN, choose)
 
+    def shortened(self, length: int) -> "Batch":
+        """The same rows without the tokens after the first `length` of each."""
+        if self.tokens.shape[1] <= length:
+            return self
+        return self.of_tokens(lambda values: values[:, :length].contiguous())
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         names = tuple(field.name for field in fields(self))

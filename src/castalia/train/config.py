@@ -20,7 +20,7 @@ from castalia.config.changes import AT_RESUME
 from castalia.config.kinds import Kind
 from castalia.config.problems import ProblemsError
 from castalia.core.errors import ConfigError
-from castalia.cost.divisibility import layout_problems, stage_problems
+from castalia.cost.divisibility import context_problems, layout_problems, stage_problems
 from castalia.cost.workload import Workload
 from castalia.data.config import DataConfig
 from castalia.distributed import ParallelConfig
@@ -33,6 +33,7 @@ from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
 from castalia.optim.schedule import ScheduleConfig, rate_problems
+from castalia.train.curriculum import Curriculum, CurriculumConfig
 
 # Nothing here imports torch, so that `castalia show` and `--help` answer at once.
 
@@ -140,6 +141,7 @@ class RunConfig(Config):
     loss: Annotated[LossConfig, Kind(LOSSES, "next_token")] = NextToken.Config()
     optim: Annotated[OptimConfig, Kind(OPTIMIZERS, "adamw")] = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     guard: Annotated[GuardConfig, AT_RESUME] = GuardConfig()
     checkpoint: Annotated[CheckpointConfig, AT_RESUME] = CheckpointConfig()
@@ -196,6 +198,7 @@ class RunConfig(Config):
                 "parallel.uneven=true: a pipeline needs equal micro-batches; set it to false"
             )
         problems += layout_problems(self.model, self.data.seq_length, self.parallel)
+        problems += curriculum_problems(self)
         if problems:
             raise ProblemsError(problems)
         return self
@@ -252,6 +255,25 @@ def start_problems(config: RunConfig) -> list[str]:
             " checkpoint; delete model.start, or choose another output to continue from an earlier"
             " step"
         ]
+    return []
+
+
+def curriculum_problems(config: RunConfig) -> list[str]:
+    """Lengths of a curriculum's rows that do not fit the run."""
+    curriculum = config.curriculum
+    length = config.data.seq_length
+    if curriculum.kind == "none":
+        return []
+    longest = max([curriculum.shortest, curriculum.longest or 0, *curriculum.lengths])
+    if longest > length:
+        return [
+            f"curriculum: rows of {longest} tokens are longer than data.seq_length {length}; lower"
+            " the curriculum's lengths"
+        ]
+    lengths = Curriculum(curriculum, length, config.train.steps).lengths(config.train.steps)
+    for each in lengths:
+        if problems := context_problems(each, config.parallel):
+            return [f"curriculum, length {each}: {problem}" for problem in problems]
     return []
 
 

@@ -47,6 +47,10 @@ class Passes:
         """Whether this rank counts rows and targets; of the ranks with the same rows, one does."""
         return self.scores and self.world.coordinate("cp") == 0
 
+    def set_length(self, length: int) -> None:
+        """Called on all ranks before passes over rows of `length` tokens, cp ranks' parts
+        together."""
+
     def around(self) -> AbstractContextManager[None]:
         """Context of one forward pass."""
         self.progressed()
@@ -134,31 +138,42 @@ class PipelinedPasses(Passes):
         self, model: Stages, loss: Loss, config: RunConfig, world: World, progressed: Progressed
     ) -> None:
         super().__init__(model, loss, config, world, progressed)
-        rows = config.train.batch_size // world.degrees.dp
-        micro = config.train.micro_batch_size or rows
-        length = config.data.seq_length // world.degrees.cp
-        if world.sequence is None:
-            places = torch.arange(length)[None]
-        else:
-            places = world.sequence.positions(length)
-        # All micro-batches at once: the schedule cuts its arguments itself.
-        self.places = places.to(world.device).expand(rows, length)
-        self.pipeline = Pipeline(
-            model,
-            world,
-            config.parallel,
-            count=rows // micro,
-            tokens=(micro, length),
-            # Under tensor parallelism stages hand on T / tp tokens of each row.
-            hidden=(micro, length // world.degrees.tp, config.model.hidden_size),
-            around=self.around,
-        )
+        self.config = config
+        self.length = 0
+        self.set_length(config.data.seq_length)
         # The loss needs the labels, so the last stage reads rows as the first does.
         self.scores = self.pipeline.last is not None
         # Every stage needs the document boundaries where documents do not see each other.
         masked = config.data.document_mask is not None
         # Every stage needs the numbers of the rows, which decide what dropout drops.
         self.reads = self.pipeline.is_first or self.scores or masked or self.drops
+
+    def set_length(self, length: int) -> None:
+        """Make the pipeline anew for another length: its buffers have one shape."""
+        if length == self.length:
+            return
+        config = self.config
+        world = self.world
+        self.length = length
+        rows = config.train.batch_size // world.degrees.dp
+        micro = config.train.micro_batch_size or rows
+        own = length // world.degrees.cp
+        if world.sequence is None:
+            places = torch.arange(own)[None]
+        else:
+            places = world.sequence.positions(own)
+        # All micro-batches at once: the schedule cuts its arguments itself.
+        self.places = places.to(world.device).expand(rows, own)
+        self.pipeline = Pipeline(
+            self.model,
+            world,
+            config.parallel,
+            count=rows // micro,
+            tokens=(micro, own),
+            # Under tensor parallelism stages hand on T / tp tokens of each row.
+            hidden=(micro, own // world.degrees.tp, config.model.hidden_size),
+            around=self.around,
+        )
 
     def run_loss_on(self, hidden: Tensor, batch: Batch) -> LossOut:
         """The loss of one micro-batch on the last stage's output."""

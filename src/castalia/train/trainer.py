@@ -29,6 +29,7 @@ from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
 from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
 from castalia.train.config import RunConfig
+from castalia.train.curriculum import Curriculum
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.hook import close_with, start_hook
@@ -126,6 +127,7 @@ class Trainer:
         self.model = build_model(config, self.world, self.rules, self.start)
         self.updater = Updater(self.model, self.rules)
         self.schedule = make_schedule(config.schedule, config.optim.lr, config.train.steps)
+        self.curriculum = Curriculum(config.curriculum, config.data.seq_length, config.train.steps)
         self.scale = make_scale(config.loss_scale, config.precision)
         self.watchdog = Watchdog(self.world, config.guard.hang_seconds)
         self.passes = make_passes(
@@ -211,7 +213,7 @@ class Trainer:
         """
         # Updates and not steps: a skipped step must not move the schedule of those that count.
         lr = self.schedule(self.progress.updates)
-        totals = self.accumulate(micro_batches)
+        totals = self.accumulate(self.prepared(micro_batches), rows_hash(micro_batches))
         if totals.weight:
             # Converted once: this waits for the device, and everything below needs the number.
             totals.norm = float(self.passes.gradient_norm() / self.scale.value)
@@ -225,14 +227,22 @@ class Trainer:
 
     def skip_step(self, micro_batches: list[Batch]) -> Step:
         """Consume the rows of a step without a pass: its loss and its norm are NaN."""
-        totals = self.reduce(self.passes.new_sums(), micro_batches)
+        hashed = rows_hash(micro_batches)
+        totals = self.reduce(self.passes.new_sums(), self.prepared(micro_batches), hashed)
         self.agree(Verdict.GOOD)
         lr = self.schedule(self.progress.updates)
         return self.finish_step(lr, totals, Action.SKIP)
 
-    def accumulate(self, micro_batches: list[Batch]) -> StepTotals:
+    def prepared(self, micro_batches: list[Batch]) -> list[Batch]:
+        """What the passes of the coming step see of the rows that were read."""
+        length = self.curriculum.length(self.progress.step + 1)
+        self.passes.set_length(length)
+        return [batch.shortened(length) for batch in micro_batches]
+
+    def accumulate(self, micro_batches: list[Batch], hashed: int) -> StepTotals:
         """Forward and backward of all micro-batches: gradients of the global mean loss.
 
+        `hashed` is the hash of the rows as they were read, which names them in the metrics.
         Without a target on any rank there is no pass and no gradient.
         """
         weights = self.passes.weights(micro_batches)
@@ -248,19 +258,17 @@ class Trainer:
             sums = self.passes.train(micro_batches, weights, factor, self.progress.step)
         else:
             sums = self.passes.new_sums()
-        return self.reduce(sums, micro_batches)
+        return self.reduce(sums, micro_batches, hashed)
 
-    def reduce(self, sums: PassSums, micro_batches: list[Batch]) -> StepTotals:
+    def reduce(self, sums: PassSums, micro_batches: list[Batch], hashed: int) -> StepTotals:
         """Sum over all ranks, in one all-reduce; of the ranks with the same rows, one counts them.
 
         Raises  TrainingError, on all ranks, if a loss returned another weight than it declared.
         """
         tokens = 0
-        hashed = 0
         if self.passes.counts:
             tokens = sum(batch.targets for batch in micro_batches)
-            hashed = rows_hash(micro_batches)
-        vector = self.world.sum(sums.vector(tokens, hashed))
+        vector = self.world.sum(sums.vector(tokens, hashed if self.passes.counts else 0))
         return StepTotals.of(vector, self.loss, f"step {self.progress.step + 1}")
 
     def agree(self, verdict: Verdict) -> Verdict:
@@ -321,6 +329,8 @@ class Trainer:
             **totals.metrics,
             **self.scale.metrics(self.progress.updates),
         }
+        if self.config.curriculum.kind != "none":
+            metrics["seq_length"] = self.curriculum.length(self.progress.step)
         # One source has the loss of the step itself.
         if len(self.rows.sources) > 1:
             metrics["sources"] = totals.of_sources(self.rows.sources)
@@ -342,6 +352,8 @@ class Trainer:
         None if a request to stop broke it off: the time of grace is for the save.
         """
         self.model.eval()
+        # A curriculum shortens the rows of training alone, so that validations compare.
+        self.passes.set_length(self.config.data.seq_length)
         sums = self.passes.new_sums()
         # From step 0 of their own order each time, so that two validations compare.
         reader = self.batches(rows, 0)
