@@ -1,6 +1,5 @@
 """The config of a run: the sections of every room, and the numbers of the loop."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -20,7 +19,7 @@ from castalia.config.changes import AT_RESUME
 from castalia.config.kinds import Kind
 from castalia.config.problems import ProblemsError
 from castalia.core.errors import ConfigError
-from castalia.cost.divisibility import context_problems, layout_problems, stage_problems
+from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
 from castalia.data.config import DataConfig
 from castalia.distributed import ParallelConfig
@@ -28,12 +27,18 @@ from castalia.eval.config import EvalConfig
 from castalia.launch import LaunchConfig
 from castalia.losses import LOSSES, LossConfig, NextToken
 from castalia.mixing.config import MixingConfig
-from castalia.mixing.mixer import MIXERS
 from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
 from castalia.optim.schedule import ScheduleConfig, rate_problems
-from castalia.train.curriculum import Curriculum, CurriculumConfig
+from castalia.train.curriculum import CurriculumConfig
+from castalia.train.problems import (
+    curriculum_problems,
+    epochs_problems,
+    loss_problems,
+    mixing_problems,
+    start_problems,
+)
 
 # Nothing here imports torch, so that `castalia show` and `--help` answer at once.
 
@@ -229,114 +234,6 @@ class RunConfig(Config):
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step when no target is masked."""
         return self.train.batch_size * self.data.seq_length
-
-
-def start_problems(config: RunConfig) -> list[str]:
-    """What the start of a run asks for and cannot have."""
-    start = config.model.start
-    train = config.train
-    begin = config.schedule.begin
-    if begin and not (train.start_step and train.start_optimizer):
-        return [
-            f"schedule.begin {begin} counts the updates of an earlier run: set model.start to it,"
-            " train.start_step=true and train.start_optimizer=true"
-        ]
-    if begin >= train.steps:
-        return [f"schedule.begin {begin} leaves nothing of train.steps {train.steps}; raise it"]
-    if start is None:
-        return [
-            f"train.{name}=true takes the state of another run, but model.start is not set"
-            for name in ("start_optimizer", "start_step")
-            if getattr(config.train, name)
-        ]
-    if Path(start).absolute().is_relative_to(Path(config.output).absolute()):
-        return [
-            f"model.start {start} is in output {config.output}: a run resumes from its own newest"
-            " checkpoint; delete model.start, or choose another output to continue from an earlier"
-            " step"
-        ]
-    return []
-
-
-def curriculum_problems(config: RunConfig) -> list[str]:
-    """Lengths of a curriculum's rows that do not fit the run."""
-    curriculum = config.curriculum
-    length = config.data.seq_length
-    if curriculum.kind == "none":
-        return []
-    longest = max([curriculum.shortest, curriculum.longest or 0, *curriculum.lengths])
-    if longest > length:
-        return [
-            f"curriculum: rows of {longest} tokens are longer than data.seq_length {length}; lower"
-            " the curriculum's lengths"
-        ]
-    lengths = Curriculum(curriculum, length, config.train.steps).lengths(config.train.steps)
-    for each in lengths:
-        if problems := context_problems(each, config.parallel):
-            return [f"curriculum, length {each}: {problem}" for problem in problems]
-    return []
-
-
-def epochs_problems(config: RunConfig) -> list[str]:
-    """Options under which a pass over the data has no meaning."""
-    if config.train.epochs is None:
-        return []
-    problems = []
-    if config.mixing.plans:
-        problems.append(
-            f"train.epochs passes over every source alike, but mixing.kind {config.mixing.kind}"
-            " chooses the rows of each step; set train.steps and train.epochs=null"
-        )
-    weighed = [key for key in ("weights", "document_alpha") if getattr(config.data, key)]
-    problems += [
-        f"train.epochs passes over every source alike, so that data.{key} has no effect; set one of"
-        " them to null"
-        for key in weighed
-    ]
-    return problems
-
-
-def mixing_problems(config: RunConfig) -> list[str]:
-    """Requirements of the mixing section that other sections do not meet."""
-    mixing = config.mixing
-    problems = []
-    # An option that nothing reads is a misunderstanding, not a preference.
-    if idle := mixing.idle():
-        names = ", ".join(f"mixing.{name}" for name in idle)
-        problems.append(
-            f"{names}: without effect on GPT-NeoX's blend; set mixing.planned=true or another"
-            " mixing.kind"
-        )
-    if "val_loss" in MIXERS[mixing.kind].needs and config.train.eval_every is None:
-        problems.append(
-            f"mixing.kind {mixing.kind} learns from held-out losses: set train.eval_every and"
-            " data.valid"
-        )
-    if mixing.kind == "doremi" and mixing.reference is None:
-        problems.append(
-            "mixing.kind doremi needs mixing.reference, the losses of a reference model by source"
-        )
-    return problems
-
-
-def loss_problems(config: RunConfig) -> list[str]:
-    """Requirements of the loss that other sections do not meet."""
-    kind = config.loss.kind
-    loss = LOSSES[kind]
-    problems = []
-    # A mixer that needs nothing but the step number has fixed shares and learns from no loss.
-    learns = MIXERS[config.mixing.kind].needs - {"step"}
-    if learns and not loss.by_source:
-        problems.append(
-            f"mixing.kind {config.mixing.kind} learns from the loss of each source, which loss.kind"
-            f" {kind} does not return; use mixing.kind=static or another loss"
-        )
-    if loss.whole_rows and config.parallel.cp > 1:
-        problems.append(
-            f"loss.kind {kind} needs whole rows, but parallel.cp={config.parallel.cp} splits them;"
-            " set parallel.cp=1"
-        )
-    return problems
 
 
 def optimizer_cost(config: RunConfig) -> tuple[float, float]:

@@ -239,12 +239,15 @@ class Trainer:
         self.passes.set_length(length)
         return [batch.shortened(length) for batch in micro_batches]
 
-    def accumulate(self, micro_batches: list[Batch], hashed: int) -> StepTotals:
+    def accumulate(self, micro_batches: list[Batch], hashed: int | None = None) -> StepTotals:
         """Forward and backward of all micro-batches: gradients of the global mean loss.
 
-        `hashed` is the hash of the rows as they were read, which names them in the metrics.
+        `hashed` is the hash of the rows as they were read, which names them in the metrics; None
+        if these are they.
         Without a target on any rank there is no pass and no gradient.
         """
+        if hashed is None:
+            hashed = rows_hash(micro_batches)
         weights = self.passes.weights(micro_batches)
         # Known before the pass, so that the backward pass can divide as it goes. Summing over all
         # ranks makes the mean independent of how rows are cut, even with unequal target counts.
