@@ -23,7 +23,6 @@ from castalia.formats.saved_model import TOKENIZER
 from castalia.losses import LOSSES, Loss
 from castalia.models import parameter_counts
 from castalia.models.families import family_of
-from castalia.monitor import memory_bytes
 from castalia.optim import Rules
 from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
@@ -41,6 +40,7 @@ from castalia.train.precision import make_scale
 from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
 from castalia.train.start import StartRecord, open_start
+from castalia.train.step_metrics import step_metrics
 from castalia.train.stopping import Stop, due, say
 from castalia.train.totals import PassSums, StepTotals
 from castalia.train.whole_passes import with_steps
@@ -316,38 +316,10 @@ class Trainer:
         return Step(
             number,
             last=self.stopping or number == self.config.train.steps,
-            metrics=self.metrics(lr, totals, action),
+            metrics=step_metrics(self, lr, totals, action),
             tokens=self.progress.tokens,
             lr=lr,
         )
-
-    def metrics(self, lr: float, totals: StepTotals, action: Action) -> dict[str, Any]:
-        """The step's line of metrics.jsonl."""
-        metrics: dict[str, Any] = {
-            "loss": totals.loss,
-            "lr": lr,
-            "grad_norm": totals.norm,
-            "tokens": self.progress.tokens,
-            "rows_hash": totals.rows_hash,
-            **totals.metrics,
-            **self.scale.metrics(self.progress.updates),
-        }
-        if self.config.curriculum.kind != "none":
-            metrics["seq_length"] = self.curriculum.length(self.progress.step)
-        # One source has the loss of the step itself.
-        if len(self.rows.sources) > 1:
-            metrics["sources"] = totals.of_sources(self.rows.sources)
-        if action is Action.NO_TARGETS:
-            metrics["skipped"] = action.value
-        elif why := self.guard.skips.get(self.progress.step):
-            metrics["skipped"] = why
-        metrics |= self.clock.metrics(totals.tokens)
-        # The peak of this rank; the leading one writes it.
-        metrics["memory_bytes"] = memory_bytes(self.world.device)
-        # Times of saves and loads, known only after the line of their own step was written.
-        metrics |= self.pending_metrics
-        self.pending_metrics.clear()
-        return metrics
 
     def evaluate(self, rows: BlendedRows, batches: int) -> StepTotals | None:
         """The loss over the first `batches` batches of `rows`, without gradients.
