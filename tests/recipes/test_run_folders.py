@@ -160,6 +160,7 @@ NO_PATHS = {
     "mixing.target",
     "model.family",
     "data.split",
+    "data.chat_roles",
     "data.corpus",
     "loss.kind",
     "optim.kind",

@@ -23,6 +23,17 @@ PATHS = (
     "data.valid",
     "data.labels",
     "data.valid_labels",
+    "data.label_weights",
+    "data.valid_label_weights",
+    "data.chat",
+    "data.valid_chat",
+    "data.pairs",
+    "data.valid_pairs",
+    "data.labelled",
+    "data.valid_labelled",
+    "data.prompts",
+    "data.valid_prompts",
+    "data.prepared_in",
     "data.order_cache",
     "mixing.record",
     "launch.hostfile",
@@ -30,7 +41,7 @@ PATHS = (
     "eval.results_prefix",
 )
 """Keys whose text is always a path."""
-NAMES = ("data.tokenizer", "model.start", "eval.tasks")
+NAMES = ("data.tokenizer", "data.chat_template", "model.start", "eval.tasks")
 """Keys whose text is a path or a name, such as `bytes` or a model of a hub: a path if it exists."""
 STEP = re.compile(r"(?P<run>.+)[/@](step-?)?\d+")
 """A checkpoint by its step, RUN@1000 or RUN/step1000: see checkpoint/find.py. No file has its

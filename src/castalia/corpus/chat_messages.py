@@ -111,16 +111,21 @@ def mended(message: Message, mend: Callable[[str], str]) -> Message:
     return message
 
 
-def is_excluded(message: Message, where: str) -> bool:
-    """Whether the message itself says that it is no target.
+def weight_of(message: Message, where: str, *, partial: bool = False) -> float:
+    """How much a message itself says that it counts as a target; 1 where it says nothing.
 
-    By `weight: 0`, as in OpenAI's files, or `train`, `training` or `loss: false`, as in those of
-    other trainers.
+    By `weight`, 0 or 1 as in OpenAI's files, with `partial` any number >= 0; or by `train`,
+    `training` or `loss: false`, as in those of other trainers, for 0.
     Raises  BadDocumentError about a value that cannot be followed.
     """
     weight = message.get("weight")
+    if weight is None:
+        weight = 1.0
+    is_number = isinstance(weight, int | float)
     # 0.0 and false equal 0, and true equals 1.
-    if weight is not None and weight not in (0, 1):
+    if partial and not (is_number and 0 <= weight < float("inf")):
+        raise BadDocumentError(f"{where}: 'weight' must be a finite number >= 0, got {weight!r}")
+    if not partial and weight not in (0, 1):
         raise BadDocumentError(
             f"{where}: 'weight' must be 0 or 1, got {weight!r}; no message is a target in part"
         )
@@ -132,7 +137,7 @@ def is_excluded(message: Message, where: str) -> bool:
         raise BadDocumentError(
             f"{where}: 'train_detail' is not supported; a message is a target as a whole or not"
         )
-    return weight == 0 or False in flags
+    return 0.0 if False in flags else float(weight)
 
 
 def objects_of(values: Message, name: str) -> list[Message] | None:

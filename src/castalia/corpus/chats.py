@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from hashlib import sha256
 from itertools import accumulate, pairwise
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.corpus.chat_messages import ROLES, is_excluded, mended, messages_of, objects_of
+from castalia.corpus.chat_messages import ROLES, mended, messages_of, objects_of, weight_of
 from castalia.corpus.chat_template import ChatTemplate
 from castalia.corpus.documents import (
     BadDocumentError,
@@ -29,7 +29,7 @@ from castalia.corpus.documents import (
     value_of,
 )
 from castalia.corpus.encoding import Encoded, Encoder, split_ids
-from castalia.corpus.forms import LABELS, REWARDS, TOKENS, TextForm
+from castalia.corpus.forms import LABELS, REWARDS, TOKENS, WEIGHTS, TextForm
 from castalia.corpus.message_content import Message
 from castalia.data.labels import IGNORED
 from castalia.data.tokenizer import Tokenizer
@@ -104,12 +104,14 @@ class RenderedChat(bytes):
     """A conversation as the template renders it, in UTF-8.
 
     Message k, with what the template writes after it, ends at byte `ends[k]`. Its tokens are
-    targets if `targets[k]`.
+    targets, each counting `weights[k]`, unless that is 0.
     """
 
     ends: list[int]
-    targets: list[bool]
+    weights: list[float]
     reward: float = 0.0
+    is_open: bool = False
+    """Whether the text goes on, so that no token ends it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,10 @@ class ChatFields(WantedFields):
 
     template: ChatTemplate
     options: ChatOptions
+    partial: bool = False
+    """Whether a message may count more or less than 1 as a target."""
+    way_out: ClassVar[str] = "--no-mask trains on all tokens"
+    """What to do about a template that rewrites earlier messages."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -158,7 +164,7 @@ class ChatFields(WantedFields):
         if options.mask and not options.for_rm:
             chat = self.render_by_message(messages, len(prompt), given)
         else:
-            chat = rendered_chat([self.render(messages, given)], [not options.mask])
+            chat = rendered_chat([self.render(messages, given)], [float(not options.mask)])
         if options.reward is not None:
             value = value_of(values, options.reward, "--reward-key")
             chat.reward = reward_of(value, options)
@@ -175,20 +181,20 @@ class ChatFields(WantedFields):
         options = self.options
         last = len(messages) - 1
         texts = [""]
-        targets = []
+        weights = []
         for i, message in enumerate(messages):
             before_reply = i < last and messages[i + 1]["role"] in options.roles
             texts.append(self.render(messages[: i + 1], given, before_reply))
             if not texts[-1].startswith(texts[-2]):
                 raise BadDocumentError(
                     f"the chat template rewrites earlier messages when message {i + 1} follows, so"
-                    " its tokens cannot be told apart; --no-mask trains on all tokens"
+                    f" its tokens cannot be told apart; {self.way_out}"
                 )
             is_generated = i >= prompt_length and message["role"] in options.roles
             is_wanted = is_generated and (i == last or not options.only_last)
             place = f"message {i - prompt_length + 1}"
-            targets.append(is_wanted and not is_excluded(message, place))
-        return rendered_chat(texts[1:], targets)
+            weights.append(weight_of(message, place, partial=self.partial) if is_wanted else 0.0)
+        return rendered_chat(texts[1:], weights)
 
     def render(self, messages: list[Message], given: Given, reply: bool = False) -> str:
         """The text of messages; `reply` adds the opening of the assistant's next message."""
@@ -203,15 +209,15 @@ class ChatFields(WantedFields):
             raise BadDocumentError(str(error)) from None
 
 
-def rendered_chat(texts: Sequence[str], targets: list[bool]) -> RenderedChat:
-    """A conversation from its texts up to the end of each message.
+def rendered_chat(texts: Sequence[str], weights: list[float]) -> RenderedChat:
+    """A conversation from its texts up to the end of each message, and the messages' weights.
 
     Raises  BadDocumentError if the text is empty or holds a lone surrogate.
     """
     if not texts[-1].strip():
         raise BadDocumentError("the chat template renders these messages as an empty text")
     chat = RenderedChat(as_utf8(texts[-1], "the conversation"))
-    chat.targets = targets
+    chat.weights = weights
     lengths = (len(longer[len(shorter) :].encode()) for shorter, longer in pairwise(["", *texts]))
     chat.ends = list(accumulate(lengths))
     return chat
@@ -298,50 +304,56 @@ class ChatForm(TextForm):
         labelled = [
             self.labelled(encoder, chat, [next(prefixes) for _ in chat.ends]) for chat in chats
         ]
-        lengths = np.array([len(tokens) for tokens, _ in labelled], np.int64)
+        lengths = np.array([len(tokens) for tokens, *_ in labelled], np.int64)
         if not lengths.all():
             raise DataError(
                 "the tokenizer gives no token for a conversation; choose another --tokenizer"
             )
-        tokens = np.concatenate([tokens for tokens, _ in labelled])
-        labels = np.concatenate([labels for _, labels in labelled])
+        tokens, labels, weights = (
+            np.concatenate([chat[part] for chat in labelled]) for part in range(3)
+        )
         rewards = np.array([chat.reward for chat in chats], "<f4")
         by_kind = {
             TOKENS: (tokens, lengths),
             LABELS: (labels, lengths),
+            WEIGHTS: (weights, lengths),
             REWARDS: (rewards, np.ones(len(chats), np.int64)),
         }
         return [by_kind[kind] for kind in self.kinds(encoder.tokenizer)]
 
     def labelled(
         self, encoder: Encoder, chat: RenderedChat, prefixes: list[Ids]
-    ) -> tuple[Ids, Ids]:
-        """Tokens and labels, (n,) each, of a conversation.
+    ) -> tuple[Ids, Ids, Ids]:
+        """Tokens, labels and weights, (n,) each, of a conversation.
 
         `prefixes` are the ids of its text up to the end of each message. The tokens of a message
         are what its prefix adds to the previous one.
         """
         tokens = np.empty(0, np.int32)
         labels = np.empty(0, np.int32)
+        weights = np.empty(0, np.float32)
         start = 0
-        for prefix, end, is_target in zip(prefixes, chat.ends, chat.targets, strict=True):
+        for prefix, end, weight in zip(prefixes, chat.ends, chat.weights, strict=True):
             if np.array_equal(prefix[: len(tokens)], tokens):
                 added = prefix[len(tokens) :]
             else:
                 # A token crosses the border between two messages: this one is encoded alone.
                 added, _ = encoder([bytes(chat[start:end])])
             added = added.astype(np.int32)
-            own_labels = added if is_target else np.full(len(added), IGNORED, np.int32)
+            own_labels = added if weight else np.full(len(added), IGNORED, np.int32)
             tokens = np.append(tokens, added)
             labels = np.append(labels, own_labels)
+            weights = np.append(weights, np.full(len(added), weight, np.float32))
             start = end
         last_is_target = bool(len(labels)) and labels[-1] != IGNORED
-        for token, label in self.ends(last_is_target=last_is_target):
+        for token, label in self.ends(chat, last_is_target=last_is_target):
             tokens = np.append(tokens, np.int32(token))
             labels = np.append(labels, np.int32(label))
-        return tokens, labels
+            # A conversation's end counts as its last message does.
+            weights = np.append(weights, np.float32(chat.weights[-1]))
+        return tokens, labels, weights
 
-    def ends(self, *, last_is_target: bool) -> list[tuple[int, int]]:
+    def ends(self, chat: RenderedChat, *, last_is_target: bool) -> list[tuple[int, int]]:
         """Tokens that end a conversation, with their labels."""
         eos = self.eos_id
         if eos is None or not self.options.mask:

@@ -14,6 +14,7 @@ from castalia.data.tokenizer import Tokenizer
 TOKENS = "tokens"
 LABELS = "labels"
 REWARDS = "rewards"
+WEIGHTS = "weights"
 
 
 class Output(NamedTuple):
@@ -22,7 +23,7 @@ class Output(NamedTuple):
     key: int
     """Number of the key whose documents it holds."""
     kind: str
-    """TOKENS, LABELS or REWARDS."""
+    """TOKENS, LABELS, WEIGHTS or REWARDS."""
     dtype: np.dtype[Any]
 
 

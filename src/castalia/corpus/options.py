@@ -55,6 +55,8 @@ class PrepareOptions:
     """The keys hold conversations."""
     fim: FimOptions | None = None
     """Documents are transformed to fill in the middle."""
+    form: TextForm | None = None
+    """What the documents are, in place of what `chat` and `fim` say."""
 
     def check(self) -> None:
         """Check all options.
@@ -207,6 +209,8 @@ def form_of(options: PrepareOptions, tokenizer: Tokenizer) -> TextForm:
     Raises  ConfigError if the tokenizer lacks a chat template, an end of text, or the tokens of
             fill-in-the-middle where they are needed; DataError if a template cannot be read.
     """
+    if options.form is not None:
+        return options.form
     if options.fim is not None:
         return make_fim(options.fim, tokenizer)
     if options.chat is not None:

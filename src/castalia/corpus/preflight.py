@@ -9,7 +9,7 @@ from typing import Any
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.corpus.chats import ChatForm, ChatOptions
-from castalia.corpus.forms import LABELS, REWARDS, TOKENS
+from castalia.corpus.forms import LABELS, REWARDS, TOKENS, WEIGHTS
 from castalia.corpus.inputs import WORK_FOLDER, InputFile
 from castalia.corpus.job import PrepareJob
 from castalia.corpus.options import PrepareOptions, document_end, form_of, has_pyarrow
@@ -20,8 +20,13 @@ from castalia.corpus.work_folder import MOMENT
 from castalia.data.sidecar import read_record
 from castalia.data.tokenizer import Tokenizer, train_bpe
 
-OUTPUT_NAMES = {TOKENS: "document", LABELS: "label_document", REWARDS: "reward_document"}
-"""GPT-NeoX's suffixes for each kind of output."""
+OUTPUT_NAMES = {
+    TOKENS: "document",
+    LABELS: "label_document",
+    WEIGHTS: "weight_document",
+    REWARDS: "reward_document",
+}
+"""GPT-NeoX's suffixes for each kind of output; it has no weights."""
 
 
 def make_job(

@@ -15,6 +15,8 @@ def as_list(value: object) -> object:
 
 
 Paths = Annotated[list[str], BeforeValidator(as_list)]
+TEXTS = ("chat", "pairs", "labelled", "prompts")
+"""Fields with files of text that become token files at the start of a run."""
 
 
 class DataConfig(Config):
@@ -40,6 +42,39 @@ class DataConfig(Config):
     a target. Empty means that every token is a target."""
     valid_labels: Annotated[Paths, AT_RESUME] = []
     """Label files of the valid prefixes; with `split`, `labels` apply to validation too."""
+    label_weights: Annotated[Paths, AT_RESUME] = []
+    """Files with one number per token, one per train prefix: how much each target counts in the
+    loss. Empty means 1. `data.chat` makes them of messages with a weight."""
+    valid_label_weights: Annotated[Paths, AT_RESUME] = []
+    """Those of the valid prefixes."""
+    chat: Annotated[Paths, AT_RESUME] = []
+    """Files of conversations to fine-tune on, JSON lines or Parquet, one source each: records with
+    `messages`, or `prompt` and `completion`, or `text`. Prepared at the start of the run, once."""
+    valid_chat: Annotated[Paths, AT_RESUME] = []
+    """Files of conversations to validate on. Empty with a single `chat` means its share in
+    `split`."""
+    pairs: Annotated[Paths, AT_RESUME] = []
+    """Files of preferences: `chosen` and `rejected` answers to a `prompt`."""
+    valid_pairs: Annotated[Paths, AT_RESUME] = []
+    """Files of preferences to validate on."""
+    labelled: Annotated[Paths, AT_RESUME] = []
+    """Files of answers with a label: `prompt`, `completion` and `label`."""
+    valid_labelled: Annotated[Paths, AT_RESUME] = []
+    """Files of answers with a label to validate on."""
+    prompts: Annotated[Paths, AT_RESUME] = []
+    """Files of prompts that the model answers itself."""
+    valid_prompts: Annotated[Paths, AT_RESUME] = []
+    """Files of prompts to validate on."""
+    chat_template: Annotated[str | None, AT_RESUME] = None
+    """A file with a Jinja chat template, or its text, or `plain` or `chatml`; null takes that of
+    the tokenizer. Kept with the tokenizer in every checkpoint."""
+    chat_roles: Annotated[list[str], AT_RESUME] = ["assistant"]
+    """Roles whose messages are targets."""
+    chat_only_last: Annotated[bool, AT_RESUME] = False
+    """Only the last message of a conversation is a target."""
+    prepared_in: Annotated[str | None, AT_RESUME] = None
+    """Folder of the token files that are made of `chat`, `pairs`, `labelled` and `prompts`; null is
+    `data` in the run's folder. Files are found by content, so that several runs may share one."""
     split: str | None = None
     """Shares of a single train prefix's documents for train, valid and test: `969, 30, 1`. Null
     trains on all of them."""
@@ -83,14 +118,18 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def check(self) -> "DataConfig":
         """Check the weights, and fields that exclude each other."""
-        check_weights("weights", self.weights, len(self.train))
-        check_weights("valid_weights", self.valid_weights, len(self.valid))
+        self.check_texts()
+        sources = [len(self.train), len(self.valid)]
+        for name in self.texts:
+            sources = [len(getattr(self, name)), len(getattr(self, f"valid_{name}"))]
+        check_weights("weights", self.weights, sources[0])
+        check_weights("valid_weights", self.valid_weights, sources[1])
         if self.document_alpha is not None and (self.weights or self.valid_weights):
             raise ValueError(
                 "document_alpha weights the sources by their documents, and weights or"
                 " valid_weights by numbers; set one of them to null"
             )
-        if self.split is not None and len(self.train) > 1:
+        if self.split is not None and sources[0] > 1:
             raise ValueError(
                 "split needs a single train prefix; with several, list the valid prefixes in"
                 " data.valid"
@@ -102,6 +141,26 @@ class DataConfig(Config):
         if self.order == "file":
             self.check_ready_rows()
         return self
+
+    @property
+    def texts(self) -> list[str]:
+        """Those of TEXTS that have training files."""
+        return [name for name in TEXTS if getattr(self, name)]
+
+    def check_texts(self) -> None:
+        """Check the files that are prepared at the start of a run.
+
+        Raises  ValueError.
+        """
+        if len(self.texts) > 1:
+            raise ValueError(
+                f"{' and '.join(self.texts)} are rows of different kinds; a run reads one of them"
+            )
+        idle = [f"valid_{name}" for name in TEXTS if getattr(self, f"valid_{name}")]
+        idle = [name for name in idle if name.removeprefix("valid_") not in self.texts]
+        if idle:
+            name = idle[0].removeprefix("valid_")
+            raise ValueError(f"{idle[0]} validates a run on {name}: name its files in {name}, too")
 
     def check_ready_rows(self) -> None:
         """Check for fields that need documents, which ready rows do not have.

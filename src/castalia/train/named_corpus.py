@@ -1,20 +1,26 @@
-"""The corpus that a config names in place of token files: built once, in the folder of the run."""
+"""What a config names in place of token files: a corpus, built once in the folder of the run, or
+files of text, prepared once."""
 
 from pathlib import Path
 
 from castalia.core.errors import ConfigError
 from castalia.corpora.build import Say, build_corpus
+from castalia.corpora.conversations import FACTS, options_of, prepared_text
+from castalia.corpora.records import TEXT_KINDS
+from castalia.corpus.forms import WEIGHTS
 from castalia.data import load_tokenizer
 from castalia.distributed import World
 from castalia.train.config import RunConfig
 
 
 def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
-    """Build the corpus of the config in its output folder; returns the config with its files.
+    """Make the token files of the config, where it names none; returns the config with its files.
 
-    A config with training data of its own, or without a corpus, is returned as it is.
-    Raises  ConfigError if the corpus is unknown or its tokenizer has more tokens than the model.
+    Raises  ConfigError if the corpus is unknown or its tokenizer has more tokens than the model;
+            DataError about a record of a text file.
     """
+    if config.data.texts:
+        return ensure_texts(config, say)
     if config.data.train or config.data.corpus is None:
         return config
     corpus = build_corpus(config.data.corpus, Path(config.output) / "data", say)
@@ -30,6 +36,54 @@ def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
         "tokenizer": corpus.tokenizer,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=paths)})
+
+
+def ensure_texts(config: RunConfig, say: Say = print) -> RunConfig:
+    """Prepare the text files of the config; returns the config with the token files.
+
+    Raises  ConfigError without a tokenizer, or if the config names other token files as well;
+            DataError about a record, with file and line.
+    """
+    data = config.data
+    (kind,) = data.texts
+    if is_prepared(config) and not all(Path(path).exists() for path in getattr(data, kind)):
+        # A run that goes on after its text was moved away.
+        return config
+    if data.train and not is_prepared(config):
+        raise ConfigError(
+            f"data.train and data.{kind} both name the training data; give one of them"
+        )
+    if data.tokenizer is None:
+        raise ConfigError(
+            f"data.{kind} needs data.tokenizer; model.start brings its own where it has one"
+        )
+    tokenizer = load_tokenizer(data.tokenizer)
+    options = options_of(data.chat_template, data.chat_roles, data.chat_only_last)
+    folder = data.prepared_in or Path(config.output) / "data"
+    update: dict[str, list[str]] = {}
+    for part in ("", "valid_"):
+        paths = getattr(data, f"{part}{kind}")
+        prepared = prepared_text(kind, paths, tokenizer, options, folder, say)
+        weighted = any(text.weighted for text in prepared)
+        for (_, output), name in TEXT_KINDS[kind].fields.items():
+            files = [text.files[name] for text in prepared]
+            if output == WEIGHTS and not weighted:
+                # All targets count alike: a file of ones would only slow the loss down.
+                files = []
+            update[valid_name(name) if part else name] = files
+    return config.model_copy(update={"data": data.model_copy(update=update)})
+
+
+def valid_name(name: str) -> str:
+    """The field with the held-out files of a field: that of `train` is `valid`."""
+    return "valid" if name == "train" else f"valid_{name}"
+
+
+def is_prepared(config: RunConfig) -> bool:
+    """Whether the config names token files that an earlier start of its run prepared."""
+    return bool(config.data.train) and all(
+        (Path(prefix).parent / FACTS).is_file() for prefix in config.data.train
+    )
 
 
 def ensure_on_all(config: RunConfig, world: World) -> RunConfig:
