@@ -17,6 +17,7 @@ from castalia.data import (
 from castalia.data.packing_order import PackingOrder, fit, row_starts
 from castalia.data.packings import PaddedRows, cut_into_rows
 from castalia.data.ready_rows import write_rows
+from castalia.data.sources import Files
 
 L = 16
 SIZES = np.random.RandomState(5).randint(1, 25, 80).tolist()
@@ -117,11 +118,12 @@ def test_neox_exact_leaves_out_documents_without_a_target(config, tmp_path, kind
     exact = config(kind, neox_exact=True)
     dataset = IndexedDataset(exact.train[0])
     documents = range(70) if split else None
-    options = {"seed": 3, "documents": documents, "labels": IndexedDataset(tmp_path / "l")}
-    rows = cut_into_rows(dataset, exact, rows=150, **options)
+    files = Files([dataset], [IndexedDataset(tmp_path / "l")])
+    options = {"seed": 3, "documents": documents}
+    rows = cut_into_rows(files, exact, rows=150, **options)
     assert padded(rows) == neox_rows(kind, 150, 3, True, masked, 70 if split else len(SIZES))
     assert long < 70
-    ours = cut_into_rows(dataset, config(kind), rows=0, **options)
+    ours = cut_into_rows(files, config(kind), rows=0, **options)
     assert 3 in {span.document for place in range(len(ours)) for span in ours.documents_of(place)}
 
 

@@ -59,10 +59,10 @@ def test_the_losses_are_those_of_the_model_over_all_rows(run):
     assert few["sources"]["wide"]["tokens"] == 40
     from castalia.data import DataConfig
     from castalia.data.rows_by_source import rows_by_source
+    from castalia.data.sources import Files
 
-    pack = rows_by_source(
-        [IndexedDataset(prefixes[1])], DataConfig(seq_length=8, train=prefixes[1:]), 1234
-    ).row_sources[0]
+    files = Files([IndexedDataset(prefixes[1])])
+    pack = rows_by_source(files, DataConfig(seq_length=8, train=prefixes[1:]), 1234).row_sources[0]
     rows = torch.from_numpy(np.stack([pack[i] for i in range(5)]))
     logits = model.head(model(rows[:, :-1]))[..., : model.config.padded_vocab_size]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())

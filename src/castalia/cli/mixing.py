@@ -47,7 +47,7 @@ def reference(
 
     folder = find_checkpoint(checkpoint)
     data = load_config([str(folder / CONFIG)]).data
-    sources = prefixes or data.train
+    sources = prefixes or data.train_prefixes
     if not sources:
         raise ConfigError(
             f"the config of {folder} names no training data; name the token files, one a source"

@@ -102,7 +102,7 @@ def open_rows(folder: Path) -> "OpenRows":
 
     config = resolve([str(folder)]).config
     corpus = config.data.corpus
-    if not config.data.train and corpus is not None:
+    if not config.data.train_prefixes and corpus is not None:
         place = Path(config.output) / "data"
         if find_corpus(corpus, place) is None:
             raise DataError(f"the corpus {corpus} of this run is not in {place}")

@@ -23,7 +23,9 @@ class Batch:
             weights (B, T) float32, how much each target counts, None for 1;
             group (B,) int64, equal for rows that belong together, such as the two of a pair;
             reference (B, T) float32, log-probabilities under a reference model, in nats;
-            reward (B,) float32, the score of a row.
+            reward (B,) float32, the score of a row;
+            filled (B,) int64, tokens of a row before its padding, the last target included; None
+            where rows are full.
 
     The rows of a pair stand next to each other, the preferred one first, in one micro-batch. Both
     have the same `index`.
@@ -40,6 +42,7 @@ class Batch:
     group: Tensor | None = None
     reference: Tensor | None = None
     reward: Tensor | None = None
+    filled: Tensor | None = None
 
     def __repr__(self) -> str:
         rows, length = self.tokens.shape
@@ -49,6 +52,20 @@ class Batch:
     def targets(self) -> int:
         """Number of labels that are targets."""
         return int((self.labels != IGNORED).sum())
+
+    def trimmed(self, multiple: int = 8) -> "Batch":
+        """The same rows without the padding that all of them end with.
+
+        Their length is a multiple of `multiple`, so that few lengths occur, or that of full rows. A
+        token sees none after it, so nothing else changes but the last digits.
+        """
+        if self.filled is None:
+            return self
+        longest = max(int(self.filled.max()), 1)
+        length = -(-longest // multiple) * multiple
+        if length >= self.tokens.shape[1]:
+            return self
+        return self.of_tokens(lambda tensor: tensor[:, :length])
 
     def of_tokens(self, choose: Callable[[Tensor], Tensor]) -> "Batch":
         """The same rows with some of their tokens: `choose` maps (B, T) to (B, fewer)."""

@@ -18,6 +18,22 @@ Paths = Annotated[list[str], BeforeValidator(as_list)]
 TEXTS = ("chat", "pairs", "labelled", "prompts")
 """Fields with files of text that become token files at the start of a run."""
 
+PAIR_PACKINGS = ("unpacked", "pack_until_overflow")
+"""Packings under which both answers of a pair fill rows of their own."""
+SIDES = [
+    (f"{role}chosen{files}", f"{role}rejected{files}")
+    for role in ("", "valid_")
+    for files in ("", "_labels", "_reference")
+]
+"""Fields of the two sides of pairs, which name as many files."""
+PAIRED_NAMES = {
+    "train": "chosen and rejected",
+    "valid": "valid_chosen and valid_rejected",
+    "labels": "chosen_labels and rejected_labels",
+    "valid_labels": "valid_chosen_labels and valid_rejected_labels",
+}
+"""Field of texts -> the fields of pairs in its place."""
+
 
 class DataConfig(Config):
     """Token files, their weights and the packing. Only data/ reads these fields."""
@@ -75,6 +91,32 @@ class DataConfig(Config):
     prepared_in: Annotated[str | None, AT_RESUME] = None
     """Folder of the token files that are made of `chat`, `pairs`, `labelled` and `prompts`; null is
     `data` in the run's folder. Files are found by content, so that several runs may share one."""
+    chosen: Annotated[Paths, AT_RESUME] = []
+    """Token files of the preferred answers of pairs, one per source, in place of `train`: document
+    d of one forms a pair with document d of the file of the same place in `rejected`."""
+    rejected: Annotated[Paths, AT_RESUME] = []
+    """Token files of the rejected answers of pairs, one for each of `chosen`."""
+    chosen_labels: Annotated[Paths, AT_RESUME] = []
+    """Label files of `chosen`, as `labels` are those of `train`: -100 for a prompt's tokens."""
+    rejected_labels: Annotated[Paths, AT_RESUME] = []
+    """Label files of `rejected`."""
+    chosen_reference: Annotated[Paths, AT_RESUME] = []
+    """Log-probabilities under a reference model, one file for each of `chosen`, one float for each
+    token: number t is that of token t + 1, in nats."""
+    rejected_reference: Annotated[Paths, AT_RESUME] = []
+    """Log-probabilities under a reference model, one file for each of `rejected`."""
+    valid_chosen: Annotated[Paths, AT_RESUME] = []
+    """Preferred answers to validate on."""
+    valid_rejected: Annotated[Paths, AT_RESUME] = []
+    """Rejected answers to validate on, one file for each of `valid_chosen`."""
+    valid_chosen_labels: Annotated[Paths, AT_RESUME] = []
+    """Label files of `valid_chosen`; with `split`, `chosen_labels` apply to validation too."""
+    valid_rejected_labels: Annotated[Paths, AT_RESUME] = []
+    """Label files of `valid_rejected`."""
+    valid_chosen_reference: Annotated[Paths, AT_RESUME] = []
+    """Log-probabilities under a reference model of `valid_chosen`."""
+    valid_rejected_reference: Annotated[Paths, AT_RESUME] = []
+    """Log-probabilities under a reference model of `valid_rejected`."""
     split: str | None = None
     """Shares of a single train prefix's documents for train, valid and test: `969, 30, 1`. Null
     trains on all of them."""
@@ -119,7 +161,8 @@ class DataConfig(Config):
     def check(self) -> "DataConfig":
         """Check the weights, and fields that exclude each other."""
         self.check_texts()
-        sources = [len(self.train), len(self.valid)]
+        self.check_pairs()
+        sources = [len(self.train_prefixes), len(self.valid_prefixes)]
         for name in self.texts:
             sources = [len(getattr(self, name)), len(getattr(self, f"valid_{name}"))]
         check_weights("weights", self.weights, sources[0])
@@ -161,6 +204,53 @@ class DataConfig(Config):
         if idle:
             name = idle[0].removeprefix("valid_")
             raise ValueError(f"{idle[0]} validates a run on {name}: name its files in {name}, too")
+
+    @property
+    def train_prefixes(self) -> list[str]:
+        """Token files of the train sources; of pairs, those of the preferred answers."""
+        return self.chosen or self.train
+
+    @property
+    def valid_prefixes(self) -> list[str]:
+        """Token files of the valid sources; of pairs, those of the preferred answers."""
+        return self.valid_chosen or self.valid
+
+    @property
+    def paired(self) -> bool:
+        """Whether the rows are pairs of a preferred and a rejected answer."""
+        return bool(self.chosen or self.pairs)
+
+    def check_pairs(self) -> None:
+        """Check that both sides of the pairs have as many files, and that nothing else is read.
+
+        Raises  ValueError.
+        """
+        for chosen, rejected in SIDES:
+            counts = [len(getattr(self, name)) for name in (chosen, rejected)]
+            if counts[0] != counts[1]:
+                raise ValueError(
+                    f"{chosen} names {counts[0]} files and {rejected} {counts[1]}, but each file of"
+                    " one forms pairs with the file of the same place in the other"
+                )
+        if self.valid_chosen and not self.paired:
+            raise ValueError(
+                "valid_chosen: a run that validates on pairs trains on pairs; set chosen"
+            )
+        if not self.paired:
+            return
+        for name, names in PAIRED_NAMES.items():
+            if getattr(self, name):
+                pairs = "chosen" if self.chosen else "pairs"
+                raise ValueError(
+                    f"{name}: a run reads either texts or pairs, and {pairs} names pairs; use the"
+                    f" names of pairs, such as {names}, or remove {pairs}"
+                )
+        if self.packing not in PAIR_PACKINGS or self.order != "neox":
+            raise ValueError(
+                f"packing {self.packing} under order {self.order} cannot keep the two answers of a"
+                " pair in rows of their own: set data.packing=unpacked, or pack_until_overflow, and"
+                " data.order=neox"
+            )
 
     def check_ready_rows(self) -> None:
         """Check for fields that need documents, which ready rows do not have.

@@ -102,7 +102,7 @@ def bin_hash(source: Path | Buffer) -> tuple[str, str]:
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """One sentence for each difference that changes the rows or their order."""
     sentences = []
-    for role in ("train", "valid"):
+    for role in ("train", "valid", "rejected", "valid_rejected"):
         sources = old.get(role, [])
         now = new.get(role, [])
         if len(sources) != len(now):

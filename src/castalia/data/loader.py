@@ -46,6 +46,8 @@ class StepLoader:
     Step t uses places [t·B, (t+1)·B) of `rows`, B = batch_size; `StepReader` defines the share of a
     rank.
 
+    Of pairs, a place is a pair, which makes two rows of a batch.
+
     micro_batch_size  rows; None means the rank's whole share B / world.
     uneven            accepts a batch that is not divisible, in shares that differ by at most one
                       row.
@@ -142,10 +144,17 @@ def as_batch(micro_rows: MicroRows, eod_id: int | None) -> Batch:
         labels[tokens == eod_id] = IGNORED
     index = torch.from_numpy(micro_rows.index)
     labels[index == PADDING_ROW] = IGNORED
+    filled = None
     if micro_rows.filled is not None:
-        filled = torch.from_numpy(micro_rows.filled)[:, None]
-        labels[torch.arange(1, rows.shape[1]) >= filled] = IGNORED
-    batch = Batch(tokens, labels, torch.from_numpy(micro_rows.source), index)
+        filled = torch.from_numpy(micro_rows.filled)
+        labels[torch.arange(1, rows.shape[1]) >= filled[:, None]] = IGNORED
+    batch = Batch(tokens, labels, torch.from_numpy(micro_rows.source), index, filled=filled)
+    if micro_rows.paired:
+        batch = replace(batch, group=index)
+    if micro_rows.reference is not None:
+        # Number t is that of token t + 1 already, the label of place t.
+        reference = torch.from_numpy(micro_rows.reference[:, :-1]).contiguous()
+        batch = replace(batch, reference=reference)
     if micro_rows.segments is None:
         return batch
     segments = micro_rows.segments[:, :-1]

@@ -5,12 +5,14 @@ import numpy as np
 from castalia.core.errors import DataError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset
-from castalia.data.labels import without_targets
+from castalia.data.labels import label_file, without_targets
 from castalia.data.order import NeoxOrder
 from castalia.data.order_cache import cache_of
 from castalia.data.packed import PackedDataset
 from castalia.data.packing_order import PackingOrder
+from castalia.data.pairwise import PairOrder, SideRows
 from castalia.data.row_source import DocumentSpan, RowSource
+from castalia.data.sources import Files
 
 
 class PaddedRows(RowSource[PackingOrder]):
@@ -34,25 +36,30 @@ class PaddedRows(RowSource[PackingOrder]):
 
 
 def cut_into_rows(
-    dataset: IndexedDataset,
+    files: Files,
     config: DataConfig,
     *,
     rows: int,
     seed: int,
     documents: range | None = None,
-    labels: IndexedDataset | None = None,
-) -> PackedDataset | PaddedRows:
+) -> PackedDataset | PaddedRows | SideRows:
     """A source's rows under data.packing, for an order of `rows` rows; 0 means each document once.
 
+    files      those of the one source; of pairs, the rows are those of the preferred answers.
     documents  the documents to use; all by default.
-    labels     the source's label file. Only `neox_exact` needs it: it leaves out documents without
-               targets.
     Raises     DataError naming the source, if it is too short for a row or no document is left.
     """
+    dataset = files.tokens[0]
+    labels = label_file(files.labels, 0)
     cache = cache_of(dataset.prefix, config.order_cache)
     try:
+        if files.rejected is not None:
+            sides = (dataset, files.rejected.tokens[0])
+            both_labels = (labels, label_file(files.rejected.labels, 0))
+            order = PairOrder(sides, both_labels, config, rows, seed, documents, cache)
+            return SideRows(dataset, order)
         if config.packing == "packed":
-            order = NeoxOrder(
+            packed_order = NeoxOrder(
                 dataset.sizes,
                 seq_length=config.seq_length,
                 num_samples=rows,
@@ -60,7 +67,7 @@ def cut_into_rows(
                 documents=documents,
                 cache=cache,
             )
-            return PackedDataset(dataset, order)
+            return PackedDataset(dataset, packed_order)
         packing_order = PackingOrder(
             dataset.sizes,
             config,

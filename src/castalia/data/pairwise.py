@@ -6,18 +6,21 @@ Source  megatron/data/pairwise_dataset.py of GPT-NeoX. Its `packed` does not wor
 """
 
 import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from castalia.core.errors import ConfigError, DataError
-from castalia.data.config import DataConfig
-from castalia.data.indexed import IndexedDataset, require_tokens
+from castalia.core.errors import ConfigError
+from castalia.data.config import PAIR_PACKINGS, DataConfig
+from castalia.data.indexed import IndexedDataset
 from castalia.data.labels import IGNORED, open_labels, without_targets
+from castalia.data.order_cache import OrderCache
 from castalia.data.packing_order import PackingOrder
-from castalia.data.sidecar import read_record
+from castalia.data.pair_files import open_references, require_pair
+from castalia.data.row_source import DocumentSpan, RowSource
+
+Labels = tuple[IndexedDataset | None, IndexedDataset | None]
 
 
 class Side(NamedTuple):
@@ -28,6 +31,85 @@ class Side(NamedTuple):
     """A label for each token."""
     reference: IndexedDataset | None = None
     """A reference model's log-probability of each token."""
+
+
+class PairOrder(PackingOrder):
+    """The pairs in each row and the serving order: the longer document of a pair decides.
+
+    Pairs with a side without targets are left out. Under `unpacked` the first rows repeat, as many
+    as there are documents, as in GPT-NeoX.
+
+    Raises  DataError if no pair is left.
+    """
+
+    def __init__(
+        self,
+        tokens: tuple[IndexedDataset, IndexedDataset],
+        labels: Labels,
+        config: DataConfig,
+        rows: int,
+        seed: int,
+        documents: NDArray[np.int32] | range | None = None,
+        cache: OrderCache | None = None,
+    ) -> None:
+        longer = np.maximum(tokens[0].sizes, tokens[1].sizes)
+        # GPT-NeoX looks for targets among as many labels as fit into a row, counted differently in
+        # the two packings.
+        looked_at = config.seq_length + (config.packing != "unpacked")
+        left_out = np.zeros(len(longer), np.bool_)
+        for side in labels:
+            if side is not None:
+                left_out |= without_targets(side, looked_at)
+        super().__init__(
+            longer,
+            config,
+            num_samples=rows,
+            seed=seed,
+            documents=documents,
+            left_out=left_out,
+            cache=cache,
+        )
+        self.served: NDArray[Any] = self.maps["shuffle_idx"]
+        if config.packing == "unpacked":
+            self.served = self.served % (len(longer) if documents is None else len(documents))
+
+    @property
+    def shuffle_idx(self) -> NDArray[Any]:
+        """The row served at each place."""
+        return self.served
+
+    def pairs_of(self, row: int) -> list[int]:
+        """The pairs in row `row`."""
+        start, stop = self.starts[row : row + 2].tolist()
+        documents: list[int] = self.documents[start:stop].tolist()
+        return documents
+
+    def extra_of(self, row: int) -> int | None:
+        """The pair whose first token follows a row under `exact`; None without one."""
+        stop = int(self.starts[row + 1])
+        if self.exact and stop < len(self.documents):
+            return int(self.documents[stop])
+        return None
+
+
+class SideRows(RowSource[PairOrder]):
+    """Rows of one side of the pairs: whole documents, cut where they are longer than a row."""
+
+    padded = True
+
+    def spans(self, row: int) -> list[DocumentSpan]:
+        """The documents of the row's pairs, and GPT-NeoX's stray token under `neox_exact`."""
+        wanted = [(pair, int(self.dataset.sizes[pair])) for pair in self.order.pairs_of(row)]
+        extra = self.order.extra_of(row)
+        if extra is not None:
+            wanted.append((extra, min(1, int(self.dataset.sizes[extra]))))
+        room = self.order.seq_length + 1
+        spans = []
+        for document, size in wanted:
+            length = min(size, room)
+            spans.append(DocumentSpan(document, 0, length))
+            room -= length
+        return spans
 
 
 class PairwiseDataset:
@@ -60,31 +142,20 @@ class PairwiseDataset:
         references: tuple[str, str] | None = None,
         documents: NDArray[np.int32] | None = None,
     ) -> None:
-        if config.packing not in ("unpacked", "pack_until_overflow"):
+        if config.packing not in PAIR_PACKINGS:
             raise ConfigError(
                 f"data.packing {config.packing!r} does not support pairs; use unpacked or"
                 " pack_until_overflow"
             )
-        tokens = open_pair(pos, neg)
+        tokens = (IndexedDataset(pos), IndexedDataset(neg))
+        require_pair(*tokens)
         own_labels = open_labels(labels or (), tokens, "labels") or (None, None)
-        own_references = open_references(references, tokens)
-        self.pos = Side(tokens[0], own_labels[0], own_references[0])
-        self.neg = Side(tokens[1], own_labels[1], own_references[1])
-        longer = np.maximum(tokens[0].sizes, tokens[1].sizes)
-        used = np.arange(len(longer), dtype=np.int32) if documents is None else documents
-        # GPT-NeoX looks for targets among as many labels as fit into a row, counted differently in
-        # the two packings.
-        looked_at = config.seq_length + (config.packing != "unpacked")
-        left_out = np.zeros(len(longer), np.bool_)
-        for side in (self.pos, self.neg):
-            if side.labels is not None:
-                left_out |= without_targets(side.labels, looked_at)
-        self.order = PackingOrder(
-            longer, config, num_samples=num_samples, seed=seed, documents=used, left_out=left_out
+        own_references = open_references(references or (), tokens, config.seq_length)
+        self.pos, self.neg = map(Side, tokens, own_labels, own_references or (None, None))
+        self.order = PairOrder(
+            tokens, (own_labels[0], own_labels[1]), config, num_samples, seed, documents
         )
         self.shuffle_idx = self.order.shuffle_idx
-        if config.packing == "unpacked":
-            self.shuffle_idx = self.shuffle_idx % len(used)
 
     def __len__(self) -> int:
         return len(self.shuffle_idx)
@@ -113,11 +184,7 @@ class PairwiseDataset:
         if not 0 <= place < len(self):
             raise IndexError(f"row {index} of {len(self)} in {self.pos.tokens.prefix}")
         row = int(self.shuffle_idx[place])
-        start, stop = order.starts[row : row + 2].tolist()
-        extra = None
-        if order.exact and stop < len(order.documents):
-            extra = int(order.documents[stop])
-        return order.documents[start:stop].tolist(), extra
+        return order.pairs_of(row), order.extra_of(row)
 
     def joined(
         self,
@@ -135,46 +202,3 @@ class PairwiseDataset:
         row = np.full(self.order.seq_length + 1, padding, dtype)
         row[: len(joined)] = joined
         return row
-
-
-def open_pair(pos: str, neg: str) -> list[IndexedDataset]:
-    """The token files of both sides.
-
-    Raises  DataError if they differ in their number of documents, or the record says that their
-            documents do not correspond.
-    """
-    files = [IndexedDataset(pos), IndexedDataset(neg)]
-    for file in files:
-        require_tokens(file)
-    if len(files[0]) != len(files[1]):
-        raise DataError(
-            f"{pos} has {len(files[0])} documents and {neg} has {len(files[1])}, but document d of"
-            " one is the pair of document d of the other; prepare both with one command"
-        )
-    uneven = (read_record(files[0].prefix) or {}).get("uneven")
-    if uneven:
-        raise DataError(
-            f"{pos}: {uneven} documents had a text under one key and none under another, so"
-            f" document d of {neg} is not always the pair of document d; remove them from the"
-            " corpus and prepare it again"
-        )
-    return files
-
-
-def open_references(
-    prefixes: tuple[str, str] | None, tokens: Sequence[IndexedDataset]
-) -> Sequence[IndexedDataset | None]:
-    """A reference model's log-probability of each token, for both sides; None without references.
-
-    Raises  DataError if one does not match its token file.
-    """
-    if prefixes is None:
-        return (None, None)
-    files = [IndexedDataset(prefix) for prefix in prefixes]
-    for file, token_file in zip(files, tokens, strict=True):
-        if file.dtype.kind != "f" or not np.array_equal(file.sizes, token_file.sizes):
-            raise DataError(
-                f"{file.prefix} does not match {token_file.prefix}: a reference needs one float for"
-                " each of its tokens"
-            )
-    return files

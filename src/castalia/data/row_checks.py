@@ -30,7 +30,8 @@ def check_rows(rows: RunRows, vocab_size: int, weight: Callable[[Batch], float])
     # An id beyond the vocabulary would read past the embedding: on a GPU an assert without a
     # place, in the middle of the run.
     for source in rows.train.with_rows():
-        check_vocab(rows.train.row_sources[source].dataset, vocab_size, SCANNED_BYTES)
+        for side in rows.train.sides:
+            check_vocab(side.row_sources[source].dataset, vocab_size, SCANNED_BYTES)
     # Such a source is read for nothing, under a mixer for ever: no loss moves its share.
     require_targets(rows, weight)
 
@@ -66,8 +67,8 @@ def batches_of(rows: RunRows, served: ServedRows, source: int) -> Iterator[Batch
     """The rows of one source as the loader serves them, in growing batches."""
     # A reader of this source alone: a batch looks at every source of its reader.
     alone = RowsBySource([served.row_sources[source]])
-    if served.labels is not None:
-        alone.labels = [served.labels[source]]
+    if served.files is not None:
+        alone.attach(served.files.of(source))
     reader = StepReader(alone, 1, 1, 0, 1, mask=rows.mask)
     count = int(alone.sizes[0])
     first = 0

@@ -72,6 +72,10 @@ class RowSource(ABC, Generic[Order]):
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         return self.row(self.documents_of(index))
 
+    def other(self, dataset: IndexedDataset) -> "RowSource[Order]":
+        """Rows of the same kind and order of another file, the other side of pairs."""
+        return type(self)(dataset, self.order)
+
     def row(self, spans: Sequence[DocumentSpan]) -> NDArray[np.int64]:
         """The row made of these spans, (seq_length + 1,)."""
         row = np.zeros(self.order.seq_length + 1, np.int64)

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from castalia.core.errors import DataError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset
-from castalia.data.labels import Labels, label_file
 from castalia.data.order import select
 from castalia.data.packings import cut_into_rows
 from castalia.data.ready_rows import ready_rows
 from castalia.data.row_source import DocumentSpan, RowSource
 from castalia.data.served import ServedRows
+from castalia.data.sources import Files
 
 
 class RowPlaces(NamedTuple):
@@ -94,11 +94,10 @@ class RowsBySource(ServedRows):
 
 
 def rows_by_source(
-    datasets: Sequence[IndexedDataset],
+    files: Files,
     config: DataConfig,
     seed: int,
     documents: range | None = None,
-    labels: Labels = None,
     allow_empty: bool = False,
 ) -> RowsBySource:
     """One pass over each source: documents cut into rows as in GPT-NeoX, or ready rows as they are.
@@ -106,32 +105,26 @@ def rows_by_source(
     A source whose weight in data.weights is 0 has no rows.
 
     documents    the documents of a single source to use; all by default.
-    labels       a label file for each source.
     allow_empty  a source too short for a row has no rows; otherwise it is an error.
     Raises       DataError naming the source.
     """
     row_sources: list[RowSource[Any]] = []
-    for number, dataset in enumerate(datasets):
+    for number, dataset in enumerate(files.tokens):
         if config.weights is not None and config.weights[number] == 0:
             row_sources.append(no_rows(dataset, config))
             continue
-        own_labels = label_file(labels, number)
-        row_sources.append(one_pass(dataset, config, seed, documents, own_labels, allow_empty))
+        row_sources.append(one_pass(files.of(number), config, seed, documents, allow_empty))
     return RowsBySource(row_sources)
 
 
 def one_pass(
-    dataset: IndexedDataset,
-    config: DataConfig,
-    seed: int,
-    documents: range | None,
-    labels: IndexedDataset | None,
-    allow_empty: bool,
+    files: Files, config: DataConfig, seed: int, documents: range | None, allow_empty: bool
 ) -> RowSource[Any]:
     """One source, each of its rows once.
 
     Raises  DataError naming the source, if it is too short for a row.
     """
+    dataset = files.tokens[0]
     tokens = int(select(dataset.sizes, documents)[0].sum(dtype=np.int64))
     if config.packing == "packed":
         too_short = tokens <= config.seq_length
@@ -149,4 +142,4 @@ def one_pass(
             f" {tokens} in all; remove it, give it weight 0 in data.weights or with"
             " mixing.allow_empty=true, or use a shorter data.seq_length"
         )
-    return cut_into_rows(dataset, config, rows=0, seed=seed, documents=documents, labels=labels)
+    return cut_into_rows(files, config, rows=0, seed=seed, documents=documents)

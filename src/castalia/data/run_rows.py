@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from castalia.data.config import DataConfig
-from castalia.data.fingerprint import bin_hash, fingerprint
-from castalia.data.indexed import IndexedDataset
-from castalia.data.labels import Labels, label_file, open_labels
+from castalia.data.fingerprint import bin_hash, contents, fingerprint
 from castalia.data.order import rows_per_source, split_documents
 from castalia.data.order_cache import cache_of
 from castalia.data.packings import cut_into_rows
@@ -18,10 +16,10 @@ from castalia.data.rows_by_source import RowsBySource, no_rows, one_pass, rows_b
 from castalia.data.segments import DocumentMask, document_mask, end_of_document
 from castalia.data.served import BlendedRows
 from castalia.data.sources import (
+    Files,
     check_names,
-    label_files,
     left_out,
-    open_sources,
+    open_files,
     shares_of,
     source_names,
     with_document_weights,
@@ -80,25 +78,27 @@ def build_rows(
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
     """
     check_names(config)
-    train_sets, valid_sets = open_sources(config)
-    config = with_document_weights(config, train_sets, valid_sets)
-    labels, valid_labels = label_files(config, train_sets, valid_sets)
-    train_documents, valid_documents = split_of(config, len(train_sets[0]))
+    files, valid_files = open_files(config)
+    valid_sets = [] if config.split is not None else valid_files.tokens
+    config = with_document_weights(config, files.tokens, valid_sets)
+    train_documents, valid_documents = split_of(config, len(files.tokens[0]))
 
     train: BlendedRows | RowsBySource
     if planned:
-        train = rows_by_source(train_sets, config, seed, train_documents, labels, allow_empty)
+        train = rows_by_source(files, config, seed, train_documents, allow_empty)
     elif epochs is not None:
-        train = whole_passes(train_sets, config, seed, batch_size, train_documents, labels)
+        train = whole_passes(files, config, seed, batch_size, train_documents)
     else:
-        train = train_rows(train_sets, config, seed, steps * batch_size, train_documents, labels)
-    train.labels = labels
+        train = train_rows(files, config, seed, steps * batch_size, train_documents)
+    train.attach(files)
 
     # GPT-NeoX's count: an evaluation every `eval_every` steps, and one at the end.
     evaluations = steps // eval_every + 1 if eval_every else 0
     count = evaluations * eval_batches * batch_size
-    valid_from = train_sets[:1] if valid_documents else valid_sets
-    valid = valid_rows(valid_from, config, seed, count, valid_documents, valid_labels)
+    valid = None
+    if count and (valid_documents or valid_sets):
+        valid = valid_rows(valid_files, config, seed, count, valid_documents)
+        valid.attach(valid_files)
 
     settings = order_settings(
         config, train, seed=seed, batch_size=batch_size, planned=planned, passes=epochs is not None
@@ -106,13 +106,15 @@ def build_rows(
     return RunRows(
         train=train,
         valid=valid,
-        fingerprint=fingerprint(train_sets, valid_sets, order=settings),
-        sources=source_names(config.train),
+        fingerprint=fingerprint_of(config, files, valid_files, settings),
+        sources=source_names(config.train_prefixes),
         weights=settings["weights"],
         epochs=settings["epochs"],
         tokens=[source.order.tokens_per_epoch for source in train.row_sources],
         eod_id=end_of_document(config, "eod_mask_loss") if config.eod_mask_loss else None,
-        valid_sources=source_names(config.valid or config.train[:1]) if valid else [],
+        valid_sources=source_names(config.valid_prefixes or config.train_prefixes[:1])
+        if valid
+        else [],
         mask=document_mask(config),
     )
 
@@ -123,10 +125,9 @@ def rows_of_a_pass(config: DataConfig, *, seed: int) -> int:
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     """
     check_names(config)
-    train_sets, _ = open_sources(config)
-    labels = open_labels(config.labels, train_sets, "labels")
-    documents, _ = split_of(config, len(train_sets[0]))
-    return sum(map(rows_once, pass_sources(train_sets, config, seed, documents, labels)))
+    files, _ = open_files(config)
+    documents, _ = split_of(config, len(files.tokens[0]))
+    return sum(map(rows_once, pass_sources(files, config, seed, documents)))
 
 
 def rows_once(source: RowSource[Any]) -> int:
@@ -136,38 +137,26 @@ def rows_once(source: RowSource[Any]) -> int:
 
 
 def pass_sources(
-    datasets: list[IndexedDataset],
-    config: DataConfig,
-    seed: int,
-    documents: range | None,
-    labels: Labels,
+    files: Files, config: DataConfig, seed: int, documents: range | None
 ) -> list[RowSource[Any]]:
     """Each source cut into the rows of one pass."""
-    row_sources = []
-    for number, dataset in enumerate(datasets):
-        own_labels = label_file(labels, number)
-        row_sources.append(one_pass(dataset, config, seed, documents, own_labels, False))
-    return row_sources
+    sources = [files.of(number) for number in range(len(files))]
+    return [one_pass(source, config, seed, documents, False) for source in sources]
 
 
 def whole_passes(
-    datasets: list[IndexedDataset],
-    config: DataConfig,
-    seed: int,
-    batch_size: int,
-    documents: range | None,
-    labels: Labels,
+    files: Files, config: DataConfig, seed: int, batch_size: int, documents: range | None
 ) -> BlendedRows:
     """One pass over all sources, repeated, as GPT-NeoX's train_epochs.
 
     Each source counts by its rows, so that every row comes once a pass; GPT-NeoX takes the sources
     in equal parts, and thereby repeats small ones within a pass.
     """
-    row_sources = pass_sources(datasets, config, seed, documents, labels)
+    row_sources = pass_sources(files, config, seed, documents)
     counts = [rows_once(source) for source in row_sources]
     # Rows that do not fill a last batch are left out, as GPT-NeoX's loader drops them.
     rows = sum(counts) // batch_size * batch_size
-    cache = cache_of(datasets[0].prefix, config.order_cache)
+    cache = cache_of(files.tokens[0].prefix, config.order_cache)
     return BlendedRows(row_sources, shares_of(counts, len(counts)), rows, size=rows, cache=cache)
 
 
@@ -203,17 +192,34 @@ def order_settings(
         "seed": seed,
         "seq_length": config.seq_length,
         "split": config.split,
-        "weights": shares_of(weights, len(config.train)),
-        "valid_weights": shares_of(config.valid_weights, len(config.valid)),
+        "weights": shares_of(weights, len(config.train_prefixes)),
+        "valid_weights": shares_of(config.valid_weights, len(config.valid_prefixes)),
         "epochs": [source.order.epochs for source in train.row_sources],
         "batch_size": batch_size,
     }
     if config.packing in ("unpacked", "pack_until_overflow") and not planned:
         # Even within one pass the number of rows decides which of them come first.
         settings["rows"] = [len(source.order) for source in train.row_sources]
-    if train.labels is not None:
-        settings["labels"] = [bin_hash(file.buffer)[1] for file in train.labels]
+    sides = train.sides
+    for name in ("labels", "reference"):
+        beside = [file for side in sides for file in getattr(side, name) or ()]
+        if beside:
+            settings[name] = [bin_hash(file.buffer)[1] for file in beside]
     return settings
+
+
+def fingerprint_of(
+    config: DataConfig, files: Files, valid: Files, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The fingerprint of the token files of both sides, and of the order."""
+    # Both parts of a split come from the same files, which count once.
+    own_valid = Files([]) if config.split is not None else valid
+    found = fingerprint(files.tokens, own_valid.tokens, order=settings)
+    if files.rejected is not None:
+        found["rejected"] = [contents(file) for file in files.rejected.tokens]
+        rejected = own_valid.rejected or Files([])
+        found["valid_rejected"] = [contents(file) for file in rejected.tokens]
+    return found
 
 
 def order_kind(config: DataConfig) -> str:
@@ -221,6 +227,8 @@ def order_kind(config: DataConfig) -> str:
     if config.packing == "packed":
         return ORDERS[config.order]
     kind = f"neox {config.packing}"
+    if config.paired:
+        kind += ", pairs"
     if not config.allow_chopped:
         kind += ", none too long"
     if config.neox_exact:
@@ -229,62 +237,40 @@ def order_kind(config: DataConfig) -> str:
 
 
 def train_rows(
-    datasets: list[IndexedDataset],
-    config: DataConfig,
-    seed: int,
-    rows: int,
-    documents: range | None,
-    labels: Labels,
+    files: Files, config: DataConfig, seed: int, rows: int, documents: range | None
 ) -> BlendedRows:
     """The train rows as one sequence: a split of a single source, ready rows, or a blend."""
     if documents is not None:
-        return split_rows(datasets[0], config, seed, rows, documents, labels)
+        return split_rows(files, config, seed, rows, documents)
     if config.order == "file":
-        return blend_files(datasets, config, rows)
-    return blend_sources(datasets, config.weights, config, seed, rows, labels)
+        return blend_files(files, config, rows)
+    return blend_sources(files, config.weights, config, seed, rows)
 
 
 def valid_rows(
-    datasets: list[IndexedDataset],
-    config: DataConfig,
-    seed: int,
-    rows: int,
-    documents: range | None,
-    labels: Labels,
-) -> BlendedRows | None:
-    """The valid rows: a split of the train source, or a blend of files; None without either."""
-    if not rows or not datasets:
-        return None
+    files: Files, config: DataConfig, seed: int, rows: int, documents: range | None
+) -> BlendedRows:
+    """The valid rows: a split of the train source, or a blend of files."""
     if documents:
-        valid = split_rows(datasets[0], config, seed, rows, documents, labels)
-    else:
-        valid = blend_sources(datasets, config.valid_weights, config, seed, rows, labels)
-    valid.labels = labels
-    return valid
+        return split_rows(files, config, seed, rows, documents)
+    return blend_sources(files, config.valid_weights, config, seed, rows)
 
 
 def split_rows(
-    dataset: IndexedDataset,
-    config: DataConfig,
-    seed: int,
-    rows: int,
-    documents: range,
-    labels: Labels,
+    files: Files, config: DataConfig, seed: int, rows: int, documents: range
 ) -> BlendedRows:
     """Rows of some documents of a single source, without a blend."""
-    own_labels = label_file(labels, 0)
-    source = cut_into_rows(
-        dataset, config, rows=rows, seed=seed, documents=documents, labels=own_labels
+    return BlendedRows(
+        [cut_into_rows(files.of(0), config, rows=rows, seed=seed, documents=documents)]
     )
-    return BlendedRows([source])
 
 
-def blend_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -> BlendedRows:
+def blend_files(files: Files, config: DataConfig, rows: int) -> BlendedRows:
     """Rows of files that hold ready rows: a single file as it is, several blended by weight."""
-    shares = shares_of(config.weights, len(datasets))
-    leave = left_out(config.weights, len(datasets), rows)
+    shares = shares_of(config.weights, len(files))
+    leave = left_out(config.weights, len(files), rows)
     row_sources: list[RowSource[Any]] = []
-    for number, (dataset, share) in enumerate(zip(datasets, shares, strict=True)):
+    for number, (dataset, share) in enumerate(zip(files.tokens, shares, strict=True)):
         if leave[number]:
             row_sources.append(no_rows(dataset, config))
             continue
@@ -293,32 +279,24 @@ def blend_files(datasets: list[IndexedDataset], config: DataConfig, rows: int) -
         row_sources.append(ready_rows(dataset, seq_length=config.seq_length, rows=own_rows))
     if len(row_sources) == 1:
         return BlendedRows(row_sources)
-    cache = cache_of(datasets[0].prefix, config.order_cache)
+    cache = cache_of(files.tokens[0].prefix, config.order_cache)
     return BlendedRows(row_sources, shares, rows, size=rows, cache=cache)
 
 
 def blend_sources(
-    datasets: list[IndexedDataset],
-    weights: list[float] | None,
-    config: DataConfig,
-    seed: int,
-    rows: int,
-    labels: Labels,
+    files: Files, weights: list[float] | None, config: DataConfig, seed: int, rows: int
 ) -> BlendedRows:
     """Rows of all documents of one or several sources, blended by weight."""
     # From the raw weights, not the shares: GPT-NeoX normalises once, and rounding twice may add a
     # row.
-    counts = rows_per_source(weights or [1.0] * len(datasets), rows)
-    leave = left_out(weights, len(datasets), rows)
+    counts = rows_per_source(weights or [1.0] * len(files), rows)
+    leave = left_out(weights, len(files), rows)
     row_sources: list[RowSource[Any]] = []
-    for number, dataset in enumerate(datasets):
+    for number, dataset in enumerate(files.tokens):
         if leave[number]:
             row_sources.append(no_rows(dataset, config))
             continue
-        own_labels = label_file(labels, number)
-        row_sources.append(
-            cut_into_rows(dataset, config, rows=counts[number], seed=seed, labels=own_labels)
-        )
-    shares = shares_of(weights, len(datasets))
-    cache = cache_of(datasets[0].prefix, config.order_cache)
+        row_sources.append(cut_into_rows(files.of(number), config, rows=counts[number], seed=seed))
+    shares = shares_of(weights, len(files))
+    cache = cache_of(files.tokens[0].prefix, config.order_cache)
     return BlendedRows(row_sources, shares, rows, cache=cache)

@@ -67,7 +67,7 @@ def end_of_document(config: DataConfig, option: str) -> int:
     Raises  ConfigError if no tokenizer is configured, or it has no such token; DataError if the
             token files differ in it.
     """
-    recorded = recorded_end(config.train)
+    recorded = recorded_end(config.train_prefixes)
     if recorded is not None:
         return recorded
     if config.tokenizer is None:

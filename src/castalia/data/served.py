@@ -12,22 +12,43 @@ from castalia.data.blending import blend_maps
 from castalia.data.labels import Labels
 from castalia.data.order_cache import IndexMaps, OrderCache
 from castalia.data.row_source import DocumentSpan, RowSource
+from castalia.data.sources import Files
 
 
 class ServedRows(ABC):
     """Rows of one or several sources, found by their place in the order in which a run serves them.
 
     `rows[p]` is (row (seq_length + 1,) int64, source, p), where `source` counts in `row_sources`.
-    `labels` are the sources' label files; None makes every token a target.
+    `labels` are the sources' label files; None makes every token a target. `reference` are files of
+    log-probabilities under a reference model, None without. Of pairs the rows are those of the
+    preferred answers, and `rejected` serves the rejected one of each place; None for texts.
     """
 
     def __init__(self, row_sources: Sequence[RowSource[Any]]) -> None:
         self.row_sources = list(row_sources)
+        self.files: Files | None = None
         self.labels: Labels = None
+        self.reference: Labels = None
+        self.rejected: ServedRows | None = None
 
     def __repr__(self) -> str:
         sources = ", ".join(map(repr, self.row_sources))
         return f"{type(self).__name__}({sources})"
+
+    @property
+    def sides(self) -> list["ServedRows"]:
+        """Itself, and of pairs the rejected answers."""
+        return [self] if self.rejected is None else [self, self.rejected]
+
+    def attach(self, files: Files) -> None:
+        """Take labels and references of the sources, and of pairs the rejected answers."""
+        self.files = files
+        self.labels = files.labels
+        self.reference = files.reference
+        if files.rejected is not None:
+            sources = zip(files.rejected.tokens, self.row_sources, strict=True)
+            self.rejected = OtherSide([source.other(tokens) for tokens, source in sources])
+            self.rejected.attach(files.rejected)
 
     @abstractmethod
     def locate(self, index: int) -> tuple[int, int]:
@@ -52,6 +73,14 @@ class ServedRows(ABC):
         """Tokens of a row that the model sees."""
         length: int = self.row_sources[0].order.seq_length
         return length
+
+
+class OtherSide(ServedRows):
+    """Rejected answers, found by the source and place of the preferred ones."""
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Never called: the preferred answer of a pair says where both are."""
+        raise AssertionError(index)
 
 
 class BlendedRows(ServedRows):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from castalia.core.errors import ConfigError
@@ -9,6 +10,7 @@ from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset
 from castalia.data.labels import Labels, open_labels
 from castalia.data.order import weight_by_num_documents
+from castalia.data.pair_files import open_references, require_pair
 from castalia.data.sidecar import require_tokenizer, tokenizer_facts
 from castalia.data.tokenizer import load_tokenizer
 
@@ -17,48 +19,98 @@ NEGLIGIBLE = 1e-6
 are larger, and their order is GPT-NeoX's however short the run."""
 
 
+@dataclass(frozen=True)
+class Files:
+    """The files of some sources, in the same order everywhere."""
+
+    tokens: list[IndexedDataset]
+    labels: Labels = None
+    """A label file for each source; None where every token is a target."""
+    reference: Labels = None
+    """Log-probabilities under a reference model, a file for each source; None without."""
+    rejected: "Files | None" = None
+    """The rejected answers of pairs, whose preferred ones `tokens` are; None for texts."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def of(self, number: int) -> "Files":
+        """The files of one source."""
+        chosen = slice(number, number + 1)
+        return Files(
+            self.tokens[chosen],
+            self.labels and self.labels[chosen],
+            self.reference and self.reference[chosen],
+            self.rejected and self.rejected.of(number),
+        )
+
+    @property
+    def all_tokens(self) -> list[IndexedDataset]:
+        """The token files of both sides."""
+        return self.tokens + (self.rejected.tokens if self.rejected else [])
+
+    @property
+    def beside(self) -> list[IndexedDataset]:
+        """Label and reference files of both sides."""
+        own = [*(self.labels or ()), *(self.reference or ())]
+        return own + (self.rejected.beside if self.rejected else [])
+
+
 def check_names(config: DataConfig) -> None:
     """Check that the config names training data, and validation data at most once.
 
     Raises  ConfigError if not.
     """
-    if not config.train:
+    if not config.train_prefixes:
         raise ConfigError(
             "data.train is empty: name the prefix of a token file made by `castalia prepare`"
         )
-    if config.split is not None and config.valid:
+    if config.split is not None and config.valid_prefixes:
         raise ConfigError(
             "data.split and data.valid both choose the validation data: set one of them to null"
         )
 
 
-def open_sources(config: DataConfig) -> tuple[list[IndexedDataset], list[IndexedDataset]]:
-    """The train and valid token files, whose records agree with the config's tokenizer.
+def open_files(config: DataConfig) -> tuple[Files, Files]:
+    """The train and valid files, whose records agree with the config's tokenizer. Both parts of a
+    split use those of train.
 
-    Raises  DataError if the files were made with different tokenizers, ConfigError if with another
-            than the config's: the model would learn one vocabulary and be read with another.
+    Raises  DataError if token files were made with different tokenizers, or do not match what
+            belongs to them; ConfigError if with another tokenizer than the config's: the model
+            would learn one vocabulary and be read with another.
     """
-    train = [IndexedDataset(path) for path in config.train]
-    valid = [IndexedDataset(path) for path in config.valid]
-    has_tokenizer = tokenizer_facts(train + valid).get("tokenizer")
+    train = files_of(config, "")
+    valid = files_of(config, "valid_")
+    tokens = train.all_tokens + valid.all_tokens
+    has_tokenizer = tokenizer_facts(tokens).get("tokenizer")
     if has_tokenizer and config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
-        for dataset in train + valid:
+        for dataset in tokens:
             require_tokenizer(dataset.prefix, tokenizer, "data.tokenizer, or set it to null")
-    return train, valid
+    return train, train if config.split is not None else valid
 
 
-def label_files(
-    config: DataConfig, train: list[IndexedDataset], valid: list[IndexedDataset]
-) -> tuple[Labels, Labels]:
-    """The label files of the train and of the valid rows. Both parts of a split use those of train.
+def files_of(config: DataConfig, role: str) -> Files:
+    """The files of the train sources (role "") or of the valid ones (role "valid_").
 
-    Raises  ConfigError, DataError if they do not match the token files.
+    Raises  ConfigError, DataError if labels or references do not match their tokens, or the two
+            sides of pairs each other.
     """
-    labels = open_labels(config.labels, train, "labels")
-    if config.split is not None:
-        return labels, labels
-    return labels, open_labels(config.valid_labels, valid, "valid_labels")
+
+    if not config.paired:
+        names = (role.rstrip("_") or "train", f"{role}labels")
+        tokens = [IndexedDataset(path) for path in getattr(config, names[0])]
+        return Files(tokens, open_labels(getattr(config, names[1]), tokens, names[1]))
+    names = (f"{role}chosen", f"{role}rejected")
+    both = [[IndexedDataset(path) for path in getattr(config, name)] for name in names]
+    for pair in zip(*both, strict=True):
+        require_pair(*pair)
+    sides = []
+    for name, tokens in zip(names, both, strict=True):
+        labels = open_labels(getattr(config, f"{name}_labels"), tokens, f"{name}_labels")
+        paths = getattr(config, f"{name}_reference")
+        sides.append(Files(tokens, labels, open_references(paths, tokens, config.seq_length)))
+    return replace(sides[0], rejected=sides[1])
 
 
 def with_document_weights(

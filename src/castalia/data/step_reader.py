@@ -3,7 +3,8 @@ torch."""
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from castalia.data.segments import DocumentMask
 from castalia.data.served import ServedRows
 from castalia.data.vocabulary import out_of_vocab
 
+SpansOfRows = Sequence[Sequence[DocumentSpan]]
 PADDING_ROW = -1
 """Index of a row of padding, none of whose tokens count."""
 
@@ -36,6 +38,10 @@ class MicroRows:
     """Tokens before the padding of each row, (B,), if rows may end early."""
     labels: NDArray[np.int64] | None = None
     """Labels from label files, (B, T + 1), -100 where a token is not a target."""
+    reference: NDArray[np.float32] | None = None
+    """Log-probability of the next token under a reference model, (B, T + 1), in nats."""
+    paired: bool = False
+    """Whether rows 2i and 2i + 1 are a pair, the preferred one first, both with the same index."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class StepReader:
     Step t uses places [t·B, (t+1)·B), B = batch_size. Micro-step g takes the next micro·world of
     them, or what is left, in shares that differ by at most one row; rank r takes the r-th. A rank
     whose share is empty takes a row of padding, because all ranks must run equally often. The row
-    at each place comes from `rows`, or from a plan of the micro-batch. Stateless; pickles.
+    at each place comes from `rows`, or from a plan of the micro-batch. Of pairs, a place is a pair,
+    and `batch_size` and `micro` count pairs. Stateless; pickles.
     """
 
     rows: ServedRows
@@ -58,9 +65,10 @@ class StepReader:
 
     def start(self) -> "StepReader":
         """Prepare this process for reading. Call it once in each."""
-        for source in self.rows.row_sources:
-            if source.scattered:
-                source.dataset.buffer.read_at_random()
+        for side in self.rows.sides:
+            for source in side.row_sources:
+                if source.scattered:
+                    source.dataset.buffer.read_at_random()
         return self
 
     @property
@@ -102,42 +110,39 @@ class StepReader:
             located.append(RowPlaces(pairs[:, 0], pairs[:, 1]))
         return located
 
-    def look_up(self, rows: RowPlaces) -> list[list[DocumentSpan]]:
-        """The spans of each row; starts reading them from disk where rows are scattered."""
-        labels = self.rows.labels
-        spans_of_rows = []
-        for number, place in zip(rows.source.tolist(), rows.place.tolist(), strict=True):
-            source = self.rows.row_sources[number]
-            spans = source.documents_of(place)
-            spans_of_rows.append(spans)
-            if not source.scattered:
-                continue
-            for span in spans:
-                source.dataset.fetch(*span)
-                if labels is not None:
-                    labels[number].fetch(*span)
-        return spans_of_rows
+    def look_up(self, rows: RowPlaces) -> list[SpansOfRows]:
+        """The spans of each row, for each side; starts reading them from disk where rows are
+        scattered."""
+        return [look_up(side, rows) for side in self.rows.sides]
 
     def micro_batch(
-        self, index: range, located: RowPlaces, spans_of_rows: Sequence[Sequence[DocumentSpan]]
+        self, index: range, located: RowPlaces, spans_of_sides: Sequence[SpansOfRows]
     ) -> MicroRows:
         """The rows of one micro-batch, at the places `index`, made of these spans."""
         if not index:
             return self.padding_batch()
+        sides = zip(self.rows.sides, spans_of_sides, strict=True)
+        micro_rows = [self.side_of(side, index, located, spans) for side, spans in sides]
+        return micro_rows[0] if len(micro_rows) == 1 else interleaved(*micro_rows)
+
+    def side_of(
+        self, side: ServedRows, index: range, located: RowPlaces, spans_of_rows: SpansOfRows
+    ) -> MicroRows:
+        """The rows of one side of a micro-batch, of which texts have one."""
         numbers = located.source.tolist()
         row_list = []
         for number, spans in zip(numbers, spans_of_rows, strict=True):
-            row_list.append(self.rows.row_sources[number].row(spans))
+            row_list.append(side.row_sources[number].row(spans))
         rows = np.stack(row_list)
         if self.vocab_size is not None:
-            self.check(rows, numbers, spans_of_rows, self.vocab_size)
+            check(side, rows, numbers, spans_of_rows, self.vocab_size)
         segments = None
         mask = self.mask
         if mask is not None:
             pairs = zip(rows, spans_of_rows, strict=True)
             segments = np.stack([mask.segments(row, spans) for row, spans in pairs])
         filled = None
-        if any(source.padded for source in self.rows.row_sources):
+        if any(source.padded for source in side.row_sources):
             lengths = [sum(span.length for span in spans) for spans in spans_of_rows]
             filled = np.array(lengths, np.int64)
         return MicroRows(
@@ -146,66 +151,116 @@ class StepReader:
             index=np.array(index, np.int64),
             segments=segments,
             filled=filled,
-            labels=self.labels_of(rows, numbers, spans_of_rows),
+            labels=labels_of(side, rows, numbers, spans_of_rows),
+            reference=reference_of(side, rows, numbers, spans_of_rows),
         )
 
     def padding_batch(self) -> MicroRows:
-        """One row of padding, for a rank whose share of a micro-step is empty."""
-        rows = np.zeros((1, self.rows.seq_length + 1), np.int64)
+        """One row of padding, or one pair, for a rank whose share of a micro-step is empty."""
+        count = len(self.rows.sides)
+        rows = np.zeros((count, self.rows.seq_length + 1), np.int64)
+        padded = any(source.padded for source in self.rows.row_sources)
         return MicroRows(
             rows=rows,
-            source=np.zeros(1, np.int32),
-            index=np.full(1, PADDING_ROW, np.int64),
+            source=np.zeros(count, np.int32),
+            index=np.full(count, PADDING_ROW, np.int64),
             segments=None if self.mask is None else rows,
+            filled=np.zeros(count, np.int64) if padded else None,
+            reference=None if self.rows.reference is None else np.zeros(rows.shape, np.float32),
+            paired=count == 2,
         )
 
-    def labels_of(
-        self,
-        rows: NDArray[np.int64],
-        numbers: Sequence[int],
-        spans_of_rows: Sequence[Sequence[DocumentSpan]],
-    ) -> NDArray[np.int64] | None:
-        """The labels of rows of the sources `numbers`; None without label files.
 
-        Raises  DataError if a label is neither the token itself nor negative.
-        """
-        files = self.rows.labels
-        if files is None:
-            return None
-        length = rows.shape[1]
-        label_rows = []
-        for number, spans in zip(numbers, spans_of_rows, strict=True):
-            label_rows.append(label_row(files[number], spans, length))
-        labels = np.stack(label_rows)
-        wrong = np.flatnonzero(((labels >= 0) & (labels != rows)).any(1))
-        if len(wrong):
-            file = files[numbers[int(wrong[0])]]
-            raise DataError(
-                f"{file.prefix}: a label is neither its token nor -100; make the label file again"
-                " from the same tokens"
-            )
-        return labels
+def look_up(side: ServedRows, rows: RowPlaces) -> SpansOfRows:
+    """The spans of each row of one side; starts reading them from disk where rows are scattered."""
+    beside = [files for files in (side.labels, side.reference) if files is not None]
+    spans_of_rows = []
+    for number, place in zip(rows.source.tolist(), rows.place.tolist(), strict=True):
+        source = side.row_sources[number]
+        spans = source.documents_of(place)
+        spans_of_rows.append(spans)
+        if not source.scattered:
+            continue
+        for span in spans:
+            source.dataset.fetch(*span)
+            for files in beside:
+                files[number].fetch(*span)
+    return spans_of_rows
 
-    def check(
-        self,
-        rows: NDArray[np.int64],
-        numbers: Sequence[int],
-        spans_of_rows: Sequence[Sequence[DocumentSpan]],
-        vocab_size: int,
-    ) -> None:
-        """Check that every id is in the vocabulary.
 
-        Raises  DataError naming file, document and id.
-        """
-        if rows.max() < vocab_size and rows.min() >= 0:
-            return
-        row, column = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
-        spans = spans_of_rows[row]
-        ends = itertools.accumulate(span.length for span in spans)
-        covering = (span for span, end in zip(spans, ends, strict=True) if column < end)
-        document = next(covering).document
-        prefix = self.rows.row_sources[numbers[row]].dataset.prefix
-        raise DataError(out_of_vocab(prefix, document, int(rows[row, column]), vocab_size))
+def labels_of(
+    side: ServedRows, rows: NDArray[np.int64], numbers: Sequence[int], spans_of_rows: SpansOfRows
+) -> NDArray[np.int64] | None:
+    """The labels of rows of the sources `numbers`; None without label files.
+
+    Raises  DataError if a label is neither the token itself nor negative.
+    """
+    files = side.labels
+    if files is None:
+        return None
+    length = rows.shape[1]
+    label_rows = []
+    for number, spans in zip(numbers, spans_of_rows, strict=True):
+        label_rows.append(label_row(files[number], spans, length))
+    labels = np.stack(label_rows)
+    wrong = np.flatnonzero(((labels >= 0) & (labels != rows)).any(1))
+    if len(wrong):
+        file = files[numbers[int(wrong[0])]]
+        raise DataError(
+            f"{file.prefix}: a label is neither its token nor -100; make the label file again"
+            " from the same tokens"
+        )
+    return labels
+
+
+def reference_of(
+    side: ServedRows, rows: NDArray[np.int64], numbers: Sequence[int], spans_of_rows: SpansOfRows
+) -> NDArray[np.float32] | None:
+    """The log-probabilities under a reference model; None without files of them."""
+    files = side.reference
+    if files is None:
+        return None
+    reference = np.zeros(rows.shape, np.float32)
+    for row, number, spans in zip(reference, numbers, spans_of_rows, strict=True):
+        filled = 0
+        for document, start, length in spans:
+            # A file need not have a number for the last token, after which there is nothing.
+            count = min(length, int(files[number].sizes[document]) - start)
+            row[filled : filled + count] = files[number].get(document, start, count)
+            filled += length
+    return reference
+
+
+def check(
+    side: ServedRows,
+    rows: NDArray[np.int64],
+    numbers: Sequence[int],
+    spans_of_rows: SpansOfRows,
+    vocab_size: int,
+) -> None:
+    """Check that every id is in the vocabulary.
+
+    Raises  DataError naming file, document and id.
+    """
+    if rows.max() < vocab_size and rows.min() >= 0:
+        return
+    row, column = np.argwhere((rows >= vocab_size) | (rows < 0))[0].tolist()
+    spans = spans_of_rows[row]
+    ends = itertools.accumulate(span.length for span in spans)
+    covering = (span for span, end in zip(spans, ends, strict=True) if column < end)
+    document = next(covering).document
+    prefix = side.row_sources[numbers[row]].dataset.prefix
+    raise DataError(out_of_vocab(prefix, document, int(rows[row, column]), vocab_size))
+
+
+def interleaved(chosen: MicroRows, rejected: MicroRows) -> MicroRows:
+    """The rows of both sides of pairs, (2B, T + 1): each preferred one before its rejected one."""
+    values: dict[str, Any] = {}
+    for field in fields(MicroRows):
+        pair = (getattr(chosen, field.name), getattr(rejected, field.name))
+        if isinstance(pair[0], np.ndarray) and isinstance(pair[1], np.ndarray):
+            values[field.name] = np.stack(pair, 1).reshape(-1, *pair[0].shape[1:])
+    return MicroRows(**values, paired=True)
 
 
 def check_batch(batch_size: int, micro: int, world: int) -> None:

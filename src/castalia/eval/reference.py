@@ -16,7 +16,7 @@ from castalia.core.files import write_json
 from castalia.data import DataConfig, IndexedDataset
 from castalia.data.row_source import RowSource
 from castalia.data.rows_by_source import rows_by_source
-from castalia.data.sources import source_names
+from castalia.data.sources import Files, source_names
 from castalia.eval.losses import TokensAndLabels, sum_of_losses
 from castalia.inference import load
 from castalia.mixing import scores
@@ -63,7 +63,7 @@ def reference_losses(
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     sums: list[float] = []
     counts: list[int] = []
-    for pack in rows_by_source(datasets, config, seed).row_sources:
+    for pack in rows_by_source(Files(datasets), config, seed).row_sources:
         count = len(pack.order.shuffle_idx)
         if rows:
             count = min(count, rows)

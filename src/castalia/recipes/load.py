@@ -275,7 +275,7 @@ def count_steps(config: RunConfig) -> tuple[RunConfig, list[str]]:
     epochs = config.train.epochs
     if epochs is None:
         return config, []
-    if config.data.corpus is not None and not config.data.train:
+    if config.data.corpus is not None and not config.data.train_prefixes:
         return config, [
             f"train.epochs={epochs} sets train.steps at the start of the run, which builds"
             f" data.corpus={config.data.corpus}"

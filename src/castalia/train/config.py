@@ -95,9 +95,10 @@ class TrainConfig(Config):
     steps: Annotated[PositiveInt, AT_RESUME] = 143000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 1024
-    """Rows in one optimizer step, over all ranks."""
+    """Rows in one optimizer step, over all ranks; of preference data, pairs."""
     micro_batch_size: Annotated[PositiveInt | None, AT_RESUME] = None
-    """Rows that a rank runs through the model at a time; null is its whole share of the batch."""
+    """Rows, or pairs, that a rank runs through the model at a time; null is its whole share of the
+    batch."""
     compile: Annotated[bool, AT_RESUME] = False
     """torch.compile each block and the loss."""
     recompute: Annotated[bool | Literal["full", "selective"] | PositiveInt, AT_RESUME] = False
@@ -211,6 +212,7 @@ class RunConfig(Config):
     @property
     def workload(self) -> Workload:
         """The numbers that decide what this run costs; see `castalia.cost`."""
+        micro = self.train.micro_batch_size
         policy = SavePolicy(self.checkpoint, self.train.steps)
         saved = policy.all_steps()
         state_bytes, trained = optimizer_cost(self)
@@ -218,8 +220,8 @@ class RunConfig(Config):
             model=self.model,
             parallel=self.parallel,
             seq_length=self.data.seq_length,
-            batch_size=self.train.batch_size,
-            micro_batch_size=self.train.micro_batch_size,
+            batch_size=self.train.batch_size * self.rows_per_place,
+            micro_batch_size=micro and micro * self.rows_per_place,
             steps=self.train.steps,
             precision=self.precision,
             device=self.device,
@@ -231,9 +233,14 @@ class RunConfig(Config):
         )
 
     @property
+    def rows_per_place(self) -> int:
+        """Rows of one place in the order of the data: two for a pair."""
+        return 2 if self.data.paired else 1
+
+    @property
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step when no target is masked."""
-        return self.train.batch_size * self.data.seq_length
+        return self.train.batch_size * self.rows_per_place * self.data.seq_length
 
 
 def optimizer_cost(config: RunConfig) -> tuple[float, float]:

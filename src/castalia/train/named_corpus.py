@@ -21,7 +21,7 @@ def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
     """
     if config.data.texts:
         return ensure_texts(config, say)
-    if config.data.train or config.data.corpus is None:
+    if config.data.train_prefixes or config.data.corpus is None:
         return config
     corpus = build_corpus(config.data.corpus, Path(config.output) / "data", say)
     vocab_size = load_tokenizer(corpus.tokenizer).vocab_size
@@ -49,9 +49,10 @@ def ensure_texts(config: RunConfig, say: Say = print) -> RunConfig:
     if is_prepared(config) and not all(Path(path).exists() for path in getattr(data, kind)):
         # A run that goes on after its text was moved away.
         return config
-    if data.train and not is_prepared(config):
+    if data.train_prefixes and not is_prepared(config):
         raise ConfigError(
-            f"data.train and data.{kind} both name the training data; give one of them"
+            f"data.{'chosen' if data.chosen else 'train'} and data.{kind} both name the training"
+            " data; give one of them"
         )
     if data.tokenizer is None:
         raise ConfigError(
@@ -81,9 +82,8 @@ def valid_name(name: str) -> str:
 
 def is_prepared(config: RunConfig) -> bool:
     """Whether the config names token files that an earlier start of its run prepared."""
-    return bool(config.data.train) and all(
-        (Path(prefix).parent / FACTS).is_file() for prefix in config.data.train
-    )
+    prefixes = config.data.train_prefixes
+    return bool(prefixes) and all((Path(prefix).parent / FACTS).is_file() for prefix in prefixes)
 
 
 def ensure_on_all(config: RunConfig, world: World) -> RunConfig:

@@ -1,5 +1,6 @@
 """Forward and backward passes of a step's micro-batches, on one model or on pipeline stages."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -41,6 +42,7 @@ class Passes:
         self.compiled = config.train.compile
         self.seed = config.seed
         self.drops = config.model.drops
+        self.multiple = trimmed_multiple(config, world)
 
     @property
     def counts(self) -> bool:
@@ -72,6 +74,8 @@ class Passes:
 
     def on_device(self, batch: Batch) -> Batch:
         """This rank's slice of the micro-batch, on its device."""
+        if self.multiple is not None:
+            batch = batch.trimmed(self.multiple)
         return self.own_part(batch).to(self.world.device)
 
     def draws(self, batch: Batch, step: int | None) -> Tensor | None:
@@ -155,8 +159,9 @@ class PipelinedPasses(Passes):
         config = self.config
         world = self.world
         self.length = length
-        rows = config.train.batch_size // world.degrees.dp
-        micro = config.train.micro_batch_size or rows
+        pair = config.rows_per_place
+        rows = config.train.batch_size // world.degrees.dp * pair
+        micro = (config.train.micro_batch_size or rows // pair) * pair
         own = length // world.degrees.cp
         if world.sequence is None:
             places = torch.arange(own)[None]
@@ -233,6 +238,19 @@ class PipelinedPasses(Passes):
     def gradient_norm(self) -> Tensor:
         """Over all stages. A parameter on two stages counts once."""
         return gradient_norm(self.model, without=self.model.copies)
+
+
+def trimmed_multiple(config: RunConfig, world: World) -> int | None:
+    """What the length of trimmed rows is a multiple of; None where all rows keep their length."""
+    degrees = world.degrees
+    # A pipeline's buffers have one shape, ranks share the tokens of a row, a compiled model is
+    # compiled anew for each length, the bits of dropout depend on the length, and sparse attention
+    # needs whole blocks.
+    if degrees.pp > 1 or degrees.cp > 1 or config.train.compile or config.model.drops:
+        return None
+    if set(getattr(config.model, "layer_kinds", ())) - {"global", "sliding"}:
+        return None
+    return math.lcm(8, degrees.tp)
 
 
 def make_passes(

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castalia.cost.divisibility import context_problems
-from castalia.losses import LOSSES
+from castalia.losses import LOSSES, Loss
 from castalia.mixing.mixer import MIXERS
 from castalia.train.curriculum import Curriculum
 
@@ -112,9 +112,32 @@ def loss_problems(config: "RunConfig") -> list[str]:
             f"mixing.kind {config.mixing.kind} learns from the loss of each source, which loss.kind"
             f" {kind} does not return; use mixing.kind=static or another loss"
         )
+    problems += row_problems(config, loss)
     if loss.whole_rows and config.parallel.cp > 1:
         problems.append(
             f"loss.kind {kind} needs whole rows, but parallel.cp={config.parallel.cp} splits them;"
             " set parallel.cp=1"
         )
     return problems
+
+
+def row_problems(config: "RunConfig", loss: type[Loss]) -> list[str]:
+    """Rows that the loss reads and the data do not give."""
+    kind = config.loss.kind
+    if config.data.paired and loss.rows != "pairs":
+        return [
+            f"loss.kind {kind} reads {loss.rows}, but data.chosen names pairs of answers; choose a"
+            f" loss of pairs: {', '.join(losses_of('pairs'))}"
+        ]
+    names_data = config.data.train or config.data.corpus
+    if loss.rows == "pairs" and names_data and not config.data.paired:
+        return [
+            f"loss.kind {kind} reads pairs of a preferred and a rejected answer, but the data are"
+            " texts; name the pairs with data.chosen and data.rejected"
+        ]
+    return []
+
+
+def losses_of(rows: str) -> list[str]:
+    """Names of the losses that read such rows."""
+    return [name for name in LOSSES if LOSSES[name].rows == rows]
