@@ -95,14 +95,12 @@ def build_rows(
     # GPT-NeoX's count: an evaluation every `eval_every` steps, and one at the end.
     evaluations = steps // eval_every + 1 if eval_every else 0
     count = evaluations * eval_batches * batch_size
-    valid = None
-    if count and (valid_documents or valid_sets):
-        valid = valid_rows(valid_files, config, seed, count, valid_documents)
-        valid.attach(valid_files)
+    valid = valid_rows(valid_files, config, seed, count, valid_documents)
 
     settings = order_settings(
         config, train, seed=seed, batch_size=batch_size, planned=planned, passes=epochs is not None
     )
+    valid_prefixes = config.valid_prefixes or config.train_prefixes[:1]
     return RunRows(
         train=train,
         valid=valid,
@@ -112,9 +110,7 @@ def build_rows(
         epochs=settings["epochs"],
         tokens=[source.order.tokens_per_epoch for source in train.row_sources],
         eod_id=end_of_document(config, "eod_mask_loss") if config.eod_mask_loss else None,
-        valid_sources=source_names(config.valid_prefixes or config.train_prefixes[:1])
-        if valid
-        else [],
+        valid_sources=source_names(valid_prefixes) if valid else [],
         mask=document_mask(config),
     )
 
@@ -249,11 +245,16 @@ def train_rows(
 
 def valid_rows(
     files: Files, config: DataConfig, seed: int, rows: int, documents: range | None
-) -> BlendedRows:
-    """The valid rows: a split of the train source, or a blend of files."""
+) -> BlendedRows | None:
+    """The valid rows: a split of the train source, or a blend of files; None without either."""
+    if not rows or not (documents if config.split is not None else files.tokens):
+        return None
     if documents:
-        return split_rows(files, config, seed, rows, documents)
-    return blend_sources(files, config.valid_weights, config, seed, rows)
+        valid = split_rows(files, config, seed, rows, documents)
+    else:
+        valid = blend_sources(files, config.valid_weights, config, seed, rows)
+    valid.attach(files)
+    return valid
 
 
 def split_rows(
