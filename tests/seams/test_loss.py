@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.seams.ranks import on_ranks
-from tests.seams.toy_losses import LAYOUTS, SMALL, Preference, one_step
+from tests.seams.toy_losses import KINDS, LAYOUTS, SMALL, Preference, one_step
 
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.data import IndexedDatasetWriter
@@ -109,6 +109,22 @@ def test_two_ranks_equal_plain_torch(ranks, plain, layout, kind):
         require_equal(results[layout][kind], plain, kind)
         names |= results[layout][kind]["gradients"].keys()
     assert names == {name for name, _ in plain[1].named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["reward", "reward before each target"])
+def test_a_reward_model_is_the_same_on_two_ranks(tokens, tmp_path, ranks, kind):
+    overrides = (f"data.train={tokens}", f"output={tmp_path}", "loss.kind=reward", *KINDS[kind])
+    alone = one_step(ALONE, *overrides)
+    for layout in LAYOUTS:
+        names = set()
+        for result in (results[layout][kind] for results in ranks):
+            assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+            assert result["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-7)
+            for name, values in result["gradients"].items():
+                exact = torch.tensor(alone["gradients"][name])
+                assert torch.allclose(torch.tensor(values), exact, atol=1e-6, rtol=1e-4), name
+            names |= result["gradients"].keys()
+        assert names == alone["gradients"].keys(), layout
 
 
 def test_options_of_a_loss_come_from_the_config(make, plain):

@@ -157,6 +157,29 @@ def test_missing_and_left_over_weights_are_named(folder: Path, tmp_path: Path) -
         opened(copy, tmp_path / "run")
 
 
+def test_a_language_model_becomes_a_reward_model(folder: Path, tmp_path: Path) -> None:
+    tied = hugging_face(tmp_path / "tied", 384, tie_word_embeddings=True)
+    for source in (folder, tied):
+        config = RunConfig(
+            output=str(tmp_path / "run"),
+            model=SIZES | {"max_position_embeddings": 128, "start": str(source), "head": "score"},
+            data={"seq_length": 16},
+            loss={"kind": "reward"},
+        )
+        start = open_start(config, ALONE)
+        weights = values(start, config)
+        assert start.drawn == ["score.weight"] and "unembed.weight" not in weights
+        assert weights["score.weight"].equal(
+            init_parameter("score.weight", (1, 32), config.model, config.seed)
+        )
+        stored = open_model(source).tensors
+        for name in weights.keys() - {"score.weight"}:
+            assert weights[name].equal(stored[name])
+        read, head = start.notes(start.record(), None)
+        assert read.startswith(f"start weights: {len(weights) - 1} tensors of")
+        assert "its output matrix is left out and the score head is drawn" in head
+
+
 def test_a_model_of_another_shape_is_refused_with_its_keys(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         opened(folder, tmp_path / "run", num_layers=3, rotary_pct=0.5)

@@ -31,7 +31,15 @@ SMALL = (
     "checkpoint.every=null",
     "checkpoint.steps=[]",
 )
-LAYOUTS = {"two ranks": (), "two stages": ("parallel.pp=2",)}
+LAYOUTS = {"two ranks": (), "two stages": ("parallel.pp=2",), "tp": ("parallel.tp=2",)}
+KINDS = {
+    "tail": (),
+    "preference": (),
+    "lying": (),
+    "reward": ("model.head=score", "loss.center=0.1"),
+    "reward before each target": ("model.head=score", "loss.at=targets", "loss.z_loss=0.1"),
+}
+"""Options of each loss; its name is the first word."""
 
 
 @LOSSES.register("tail")
@@ -161,8 +169,8 @@ def main(tokens: str, folder: str) -> dict[str, dict[str, Any]]:
         base = [f"data.train={tokens}", f"output={folder}/run", *overrides]
         world = World.start(load_config([*SMALL, *base]).parallel, "cpu")
         results[layout] = {
-            kind: one_step(world, *base, f"loss.kind={kind}")
-            for kind in ("tail", "preference", "lying")
+            kind: one_step(world, *base, f"loss.kind={kind.split()[0]}", *options)
+            for kind, options in KINDS.items()
         }
     return results
 

@@ -58,7 +58,7 @@ def stage_problems(config: ParallelConfig, model: ModelConfig, compiled: bool) -
             f"parallel.pp {config.pp} with {stages} a rank makes {config.stages} stages of"
             f" {model.num_layers} layers, and each stage needs one; lower parallel.pp"
         )
-    if config.pp > 1 and config.schedule == "zero_bubble_v" and model.tie_word_embeddings:
+    if config.pp > 1 and config.schedule == "zero_bubble_v" and model.tied_head:
         # The copies of a tied weight are summed between two ranks, which here are the same.
         problems.append(
             "parallel.schedule zero_bubble_v puts the first and the last stage on one rank, which"

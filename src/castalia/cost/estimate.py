@@ -40,6 +40,7 @@ from castalia.models.flops import (
     ParameterCounts,
     embedding_parameters,
     flops_per_token,
+    head_outputs,
     layer_costs,
     matmul_parameters,
     parameter_counts,
@@ -159,8 +160,8 @@ def weights_of(model: ModelConfig, degrees: Degrees) -> StageWeights:
     family = family_of(model)
     whole = family.norm_parameters(model) + family.position_parameters(model)
     root = embedding_parameters(model) - family.position_parameters(model)
-    if degrees.pp > 1 and not model.tie_word_embeddings:
-        root -= model.padded_vocab_size * model.hidden_size
+    if degrees.pp > 1 and not model.tied_head:
+        root -= head_outputs(model) * model.hidden_size
     return StageWeights(sum(blocks), max(blocks), 4 * (root // degrees.tp + whole))
 
 
@@ -180,13 +181,14 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     weights = weights_of(model, degrees)
     own = weights.all // (degrees.dp_shard * degrees.cp)
     trained = int(work.trained * own)
-    head = 4 * model.padded_vocab_size * model.hidden_size // degrees.tp
+    head = 4 * head_outputs(model) * model.hidden_size // degrees.tp
     tokens = rows * work.seq_length // (degrees.cp * degrees.tp)
     copies = 0
     if size != 4:
         # Autocast keeps one low-precision copy of every weight that multiplies until the backward.
         copies = size * matmul_parameters(model) // (degrees.tp * degrees.pp)
-    vocabulary = model.padded_vocab_size // degrees.tp
+    # A score is made by every rank of tp.
+    vocabulary = max(1, head_outputs(model) // degrees.tp)
     steps = -(-work.batch_size // (rows * degrees.dp))
     blocks = [
         kept_bytes(costs, work, tokens, rows, device, degrees)

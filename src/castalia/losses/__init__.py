@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 from castalia.core.lazy import lazy
 from castalia.losses.loss import LOSSES, Loss, LossConfig, LossOut, Mean
 from castalia.losses.next_token import NextToken
+from castalia.losses.reward import Reward
 
 if TYPE_CHECKING:
     from castalia.losses.scored import Scored
 
-__all__ = ["LOSSES", "Loss", "LossConfig", "LossOut", "Mean", "NextToken", "Scored"]
+__all__ = ["LOSSES", "Loss", "LossConfig", "LossOut", "Mean", "NextToken", "Reward", "Scored"]
 
 __getattr__ = lazy(__name__, {"Scored": "scored"})

@@ -1,5 +1,6 @@
 """`Scored`: a micro-batch after the model, as a loss sees it."""
 
+import torch
 from torch import Tensor
 
 from castalia.data.batch import Batch
@@ -59,3 +60,32 @@ class Scored:
             part=self.head.vocab_part,
         )
         return total, losses_N.view(labels_BT.shape)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """A reward model's score of each row, read at the last token of its text.
+
+        Shapes  -> (B,) float32, with a gradient. A row without a target is scored at its first
+                token.
+        Raises  ConfigError if the model has no score head.
+        """
+        rows_B = torch.arange(len(batch.labels), device=batch.labels.device)
+        return self.head.scores(self.hidden[rows_B, last_tokens(batch.labels)])
+
+    def scores_at(self, places_BT: Tensor) -> Tensor:
+        """A reward model's score at each place of a mask (B, T) bool, row by row; (N,) float32.
+
+        Raises  ConfigError if the model has no score head.
+        """
+        return self.head.scores(self.hidden[places_BT])
+
+
+def last_tokens(labels_BT: Tensor) -> Tensor:
+    """The place of the last token of each row's text, (B, T) int64 -> (B,) int64.
+
+    It is the last target itself, one place after the state that predicts it. A text that fills its
+    row to the last target has no such place, so there the token before counts as its last.
+    """
+    T = labels_BT.shape[1]
+    places = torch.arange(1, T + 1, device=labels_BT.device)
+    last_B = torch.where(labels_BT != IGNORED, places, 0).amax(1)
+    return last_B.clamp(max=T - 1)

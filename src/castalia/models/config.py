@@ -53,6 +53,9 @@ class ModelConfig(Config):
     """Longest sequence, in tokens, that the model is meant for."""
     tie_word_embeddings: bool = False
     """Use the embedding matrix as the output head too."""
+    head: Literal["vocab", "score"] = "vocab"
+    """What the output head computes: vocab, the logits of the next token; score, one number for a
+    text, which makes a reward model."""
     embedding_multiplier: PositiveFloat = 1.0
     """Factor of the embedding."""
     output_multiplier: PositiveFloat = 1.0
@@ -79,6 +82,11 @@ class ModelConfig(Config):
     def drops(self) -> bool:
         """Whether training drops activations, for which the loop then hands out draws."""
         return False
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the output matrix is the embedding; a reward model has no output matrix."""
+        return self.tie_word_embeddings and self.head == "vocab"
 
     @property
     def padded_vocab_size(self) -> int:

@@ -18,6 +18,7 @@ from castalia.models.cross_entropy import VocabShare
 from castalia.models.families import family_of
 from castalia.models.parts.dropout import EMBEDDING, Draws, drop_hidden
 from castalia.models.parts.masks import row_positions
+from castalia.models.score import scores_of
 from castalia.models.stages import LayerSpan, split
 from castalia.models.state import ModelState
 from castalia.models.tiles import kind_of
@@ -35,6 +36,7 @@ class Decoder(nn.Module):
     the layers of the span, under the names that the whole model has. A stage without the embedding
     reads hidden states, a stage without the norm returns them. With tied embeddings the last stage
     has a copy of the embedding for its head.
+    With `head: score` a Linear of one output, `score`, replaces the head over the vocabulary.
     Raises  ConfigError if a block has a buffer, or a parameter without a declared start value.
     """
 
@@ -44,6 +46,7 @@ class Decoder(nn.Module):
         "position_bias": "whole",
         "norm": "gather",
         "unembed": "head",
+        "score": "whole",
     }
 
     def __init__(self, config: ModelConfig, span: LayerSpan | None = None) -> None:
@@ -56,7 +59,7 @@ class Decoder(nn.Module):
         self.vocab_part: VocabShare | None = None
         self.row_share: RowShare | None = None
         self.head_share: tuple[Any, ...] = ()
-        if self.span.first or (self.span.last and config.tie_word_embeddings):
+        if self.span.first or (self.span.last and config.tied_head):
             self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.positions = self.family.positions(config) if self.span.first else None
         self.position_bias = self.family.position_bias(config)
@@ -67,7 +70,9 @@ class Decoder(nn.Module):
         self.recompute = False
         if self.span.last:
             self.norm = self.family.norm(config)
-        if self.span.last and not config.tie_word_embeddings:
+        if self.span.last and config.head == "score":
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        elif self.span.last and not config.tied_head:
             self.unembed = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.require_starts()
 
@@ -90,7 +95,7 @@ class Decoder(nn.Module):
     @property
     def tied(self) -> tuple[str, ...]:
         """Names of parameters that the first and the last stage of a pipeline both hold."""
-        if self.config.tie_word_embeddings and self.span.first != self.span.last:
+        if self.config.tied_head and self.span.first != self.span.last:
             return ("embed.weight",)
         return ()
 
@@ -254,6 +259,28 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> nn.Parameter:
-        """The output matrix (V, C): unembed.weight, or embed.weight when they are tied."""
-        weight = self.embed.weight if self.config.tie_word_embeddings else self.unembed.weight
+        """The output matrix (V, C): unembed.weight, or embed.weight when they are tied.
+
+        Raises  ConfigError for a reward model.
+        """
+        if self.config.head == "score":
+            raise ConfigError(
+                "model.head=score is a reward model, which scores texts and predicts no tokens; use"
+                " a model with model.head=vocab"
+            )
+        weight = self.embed.weight if self.config.tied_head else self.unembed.weight
         return cast(nn.Parameter, weight)
+
+    def scores(self, hidden_NC: Tensor) -> Tensor:
+        """The score of each hidden state, (N, C) -> (N,) float32.
+
+        Under tensor parallelism every rank computes all scores, and their gradients are this rank's
+        addends.
+        Raises  ConfigError if the model has no score head.
+        """
+        if self.config.head != "score":
+            raise ConfigError(
+                "model.head=vocab is a language model, which has no score head; train a reward"
+                " model with the recipe reward, or set model.head=score"
+            )
+        return scores_of(hidden_NC, self.score.weight, HeadShare(*self.head_share).size)

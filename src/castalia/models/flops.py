@@ -23,17 +23,21 @@ def layer_costs(config: ModelConfig) -> tuple[Costs, ...]:
     return tuple(family.costs(config, layer) for layer in range(config.num_layers))
 
 
+def head_outputs(config: ModelConfig) -> int:
+    """Numbers that the output head makes of one token: V logits, or one score of the last."""
+    return config.padded_vocab_size if config.head == "vocab" else 1
+
+
 def matmul_parameters(config: ModelConfig) -> int:
     """Weights that multiply every token: those of all layers, and the output head."""
-    head = config.padded_vocab_size * config.hidden_size
+    head = head_outputs(config) * config.hidden_size
     return sum(costs.products for costs in layer_costs(config)) + head
 
 
 def embedding_parameters(config: ModelConfig) -> int:
     """The embedding, tables of positions, and the output head where it is a matrix of its own."""
-    tables = 1 if config.tie_word_embeddings else 2
-    positions = family_of(config).position_parameters(config)
-    return tables * config.padded_vocab_size * config.hidden_size + positions
+    rows = config.padded_vocab_size + (0 if config.tied_head else head_outputs(config))
+    return rows * config.hidden_size + family_of(config).position_parameters(config)
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
@@ -61,4 +65,4 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     Source  Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     layers = sum(costs.flops(seq_length) for costs in layer_costs(config))
-    return layers + 6 * config.padded_vocab_size * config.hidden_size
+    return layers + 6 * head_outputs(config) * config.hidden_size

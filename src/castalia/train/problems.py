@@ -105,6 +105,12 @@ def loss_problems(config: "RunConfig") -> list[str]:
     kind = config.loss.kind
     loss = LOSSES[kind]
     problems = []
+    if loss.head != config.model.head:
+        reads = {"vocab": "the logits of the next token", "score": "the score of a text"}
+        problems.append(
+            f"loss.kind {kind} reads {reads[loss.head]}, which model.head={config.model.head} does"
+            f" not compute; set model.head={loss.head} or another loss.kind"
+        )
     # A mixer that needs nothing but the step number has fixed shares and learns from no loss.
     learns = MIXERS[config.mixing.kind].needs - {"step"}
     if learns and not loss.by_source:

@@ -25,7 +25,11 @@ from castalia.train.config import RunConfig
 from castalia.train.progress import Progress
 from castalia.train.resume import Stateful
 
-VOCABULARY = ("embed.weight", "unembed.weight")
+OUTPUT = "unembed.weight"
+SCORE = "score.weight"
+HEAD_KEYS = ("head", "tie_word_embeddings")
+"""Fields of the model that say what its output head is."""
+VOCABULARY = ("embed.weight", OUTPUT)
 """The Decoder's weights with a row for each id."""
 NO_STEP = -1
 """Stands for None where ranks exchange integers."""
@@ -161,10 +165,16 @@ class StartWeights:
         `tokenizer` is the text of the run's own tokenizer.json.
         """
         name, digest = next(iter(record.facts["sha256"].items()))
-        read = len(self.saved.tensors)
+        new_head = gets_score_head(self.config.model, self.saved)
+        read = len([name for name in self.saved.tensors if not (new_head and name == OUTPUT)])
         notes = [f"start weights: {read} tensors of {self.saved.folder}, {name} {digest[:12]}"]
-        if self.drawn:
-            notes.append(f"start weights: {shown(self.drawn)} drawn (model.start_missing)")
+        if new_head:
+            notes.append(
+                "start weights: a language model's; its output matrix is left out and the score"
+                " head is drawn"
+            )
+        if drawn := [name for name in self.drawn if not (new_head and name == SCORE)]:
+            notes.append(f"start weights: {shown(drawn)} drawn (model.start_missing)")
         if self.rows != self.config.model.padded_vocab_size:
             notes.append(
                 f"start weights: {self.rows} of {self.config.model.padded_vocab_size} rows of the"
@@ -277,6 +287,8 @@ def require_same_model(model: ModelConfig, saved: SavedModel) -> None:
     """
     here = model.weights_shape()
     there = saved.config.weights_shape()
+    if gets_score_head(model, saved):
+        there |= {key: here[key] for key in HEAD_KEYS}
     keys = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
     if not keys:
         return
@@ -288,6 +300,12 @@ def require_same_model(model: ModelConfig, saved: SavedModel) -> None:
         f"model.start {saved.folder} is another model: {differences}; to train that one, set"
         f" {settings}"
     )
+
+
+def gets_score_head(model: ModelConfig, saved: SavedModel) -> bool:
+    """Whether a reward model starts from a language model: its score head is drawn, and the matrix
+    of the vocabulary is left behind."""
+    return model.head == "score" and saved.config.head == "vocab"
 
 
 def rows_to_copy(model: ModelConfig, saved: SavedModel) -> int:
@@ -336,14 +354,19 @@ def compare_weights(model: ModelConfig, saved: SavedModel) -> list[str]:
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in Decoder(model).named_parameters()}
     missing = [name for name in shapes if name not in saved.tensors]
-    refused = [name for name in missing if not matches(name, model.start_missing)]
+    may_lack = list(model.start_missing)
+    may_have: list[str] = []
+    if gets_score_head(model, saved):
+        may_lack.append(SCORE)
+        may_have.append(OUTPUT)
+    refused = [name for name in missing if not matches(name, may_lack)]
     problems = []
     if refused:
         patterns = ",".join(refused)
         problems.append(
             f"lacks {shown(refused)}; to draw them, set model.start_missing=[{patterns}]"
         )
-    if left_over := [name for name in saved.tensors if name not in shapes]:
+    if left_over := [name for name in saved.tensors if name not in (*shapes, *may_have)]:
         problems.append(
             f"also has {shown(left_over)}, which this model lacks; check the model section of the"
             " config"

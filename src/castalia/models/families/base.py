@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from castalia.core.errors import ConfigError
 from castalia.models.config import ModelConfig
-from castalia.models.starts import Start
+from castalia.models.starts import Normal, Start
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from castalia.models.block import Block
     from castalia.models.context import Context
     from castalia.models.state import ModelState
+
+
+SCORE: tuple[str, Start] = ("score.weight", Normal(0.02))
+"""Start of a reward model's head, in every family that names no other. Source  initializer_range of
+transformers."""
 
 
 class Stored(NamedTuple):
@@ -222,7 +227,7 @@ class Family(ABC):
                 and nothing would say so.
         """
         # The first match decides, so a family lists exceptions before the rule.
-        starts = self.starts(config)
+        starts = (*self.starts(config), SCORE)
         for pattern, start in starts:
             if fnmatchcase(name, pattern):
                 return start
