@@ -184,13 +184,18 @@ NO_PATHS = {
 
 
 TEXTS = """
-from castalia.config.fields import field_at, leaves
+from castalia.config.fields import sections
 from castalia.train.config import RunConfig
 
-for key in leaves(RunConfig):
-    field = field_at(RunConfig, key.split("."))
-    if field is None or "str" in str(field.annotation):
-        print(key)
+def texts(root, prefix=""):
+    for name, field in root.model_fields.items():
+        inner = sections(field)
+        for section in inner:
+            texts(section, f"{prefix}{name}.")
+        if not inner and "str" in str(field.annotation):
+            print(f"{prefix}{name}")
+
+texts(RunConfig)
 """
 
 
