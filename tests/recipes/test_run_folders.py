@@ -163,6 +163,7 @@ NO_PATHS = {
     "data.chat_roles",
     "data.corpus",
     "loss.kind",
+    "loss.rewards",
     "optim.kind",
     "optim.groups.kind",
     "optim.groups.pattern",

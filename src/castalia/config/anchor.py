@@ -53,7 +53,13 @@ PATHS = (
     "eval.results_prefix",
 )
 """Keys whose text is always a path."""
-NAMES = ("data.tokenizer", "data.chat_template", "model.start", "eval.tasks")
+NAMES = (
+    "data.tokenizer",
+    "data.chat_template",
+    "model.start",
+    "loss.reward_model",
+    "eval.tasks",
+)
 """Keys whose text is a path or a name, such as `bytes` or a model of a hub: a path if it exists."""
 STEP = re.compile(r"(?P<run>.+)[/@](step-?)?\d+")
 """A checkpoint by its step, RUN@1000 or RUN/step1000: see checkpoint/find.py. No file has its

@@ -57,7 +57,10 @@ def reference(root: type[BaseModel]) -> list[Section]:
         if not inner:
             all_sections[0].entries.append(entry_of(root, name, field))
             continue
-        entries = {entry.key: entry for kind in inner for entry in below(root, kind, f"{name}.")}
+        entries: dict[str, Entry] = {}
+        for kind in inner:
+            for entry in below(root, kind, f"{name}."):
+                entries[entry.key] = merged(entries.get(entry.key, entry), entry)
         all_sections.append(
             Section(name, first_paragraph(inner[0].__doc__), list(entries.values()))
         )
@@ -67,6 +70,12 @@ def reference(root: type[BaseModel]) -> list[Section]:
 def entries(root: type[BaseModel]) -> list[Entry]:
     """Every key of a config of class `root`."""
     return [entry for section in reference(root) for entry in section.entries]
+
+
+def merged(first: Entry, other: Entry) -> Entry:
+    """One entry of the key that two members of a section have: the values of both."""
+    values = dict.fromkeys([*first.values.split(" | "), *other.values.split(" | ")])
+    return first._replace(values=" | ".join(values))
 
 
 def below(root: type[BaseModel], kind: type[BaseModel], prefix: str) -> Iterator[Entry]:

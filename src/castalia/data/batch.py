@@ -8,7 +8,7 @@ from torch import Tensor
 
 from castalia.data.labels import IGNORED
 
-BY_TOKEN = ("tokens", "labels", "positions", "segments", "weights", "reference")
+BY_TOKEN = ("tokens", "labels", "positions", "segments", "weights", "reference", "sampled")
 """Fields with a value for each token; the others have one for each row."""
 
 
@@ -25,7 +25,10 @@ class Batch:
             reference (B, T) float32, log-probabilities under a reference model, in nats;
             reward (B,) float32, the score of a row;
             filled (B,) int64, tokens of a row before its padding, the last target included; None
-            where rows are full.
+            where rows are full;
+            sampled (B, T) float32, log-probabilities under the weights that drew the tokens, in
+            nats, None for the weights at hand;
+            advantage (B,) float32, how much better the row is than others to the same prompt.
 
     The rows of a pair stand next to each other, the preferred one first, in one micro-batch. Both
     have the same `index`.
@@ -43,6 +46,8 @@ class Batch:
     reference: Tensor | None = None
     reward: Tensor | None = None
     filled: Tensor | None = None
+    sampled: Tensor | None = None
+    advantage: Tensor | None = None
 
     def __repr__(self) -> str:
         rows, length = self.tokens.shape

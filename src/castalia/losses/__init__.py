@@ -3,13 +3,26 @@
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
+from castalia.losses.grpo import Grpo
 from castalia.losses.loss import LOSSES, Loss, LossConfig, LossOut, Mean
 from castalia.losses.next_token import NextToken
+from castalia.losses.reinforce import Reinforce
 from castalia.losses.reward import Reward
 
 if TYPE_CHECKING:
     from castalia.losses.scored import Scored
 
-__all__ = ["LOSSES", "Loss", "LossConfig", "LossOut", "Mean", "NextToken", "Reward", "Scored"]
+__all__ = [
+    "LOSSES",
+    "Grpo",
+    "Loss",
+    "LossConfig",
+    "LossOut",
+    "Mean",
+    "NextToken",
+    "Reinforce",
+    "Reward",
+    "Scored",
+]
 
 __getattr__ = lazy(__name__, {"Scored": "scored"})

@@ -34,6 +34,11 @@ class Scored:
         )
         return cls(hidden, model, compiled=compiled)
 
+    def divided(self, temperature: float) -> "Scored":
+        """The same micro-batch with all logits divided by a temperature."""
+        # The head has no bias: dividing its input divides the logits.
+        return Scored(self.hidden / temperature, self.head, compiled=self.compiled)
+
     def losses(self, labels_BT: Tensor, weights_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each label under the model.
 
