@@ -54,6 +54,9 @@ class ParallelConfig(Config):
     """Ranks that split each sequence."""
     ep: Literal[1] = 1
     """Ranks that split the experts; no family has experts yet."""
+    gather: Literal["auto", "fp32"] = "auto"
+    """Dtype in which ranks gather sharded fp32 weights for a pass: auto is bf16 under precision
+    bf16 and fp8, else fp32."""
     reshard_after_forward: bool = True
     """Drop gathered weights after each block's forward (ZeRO 3); false keeps them until the
     backward (ZeRO 2). Zero-bubble schedules always keep them: they use a block's weights twice."""

@@ -46,13 +46,15 @@ def gradient_norm(model: nn.Module, without: Collection[str] = ()) -> Tensor:
     ]
     plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    if not sharded and not on_several_ranks(model):
+    wide = all(gradient.dtype == torch.float32 for gradient in plain)
+    if not sharded and wide and not on_several_ranks(model):
         # On one rank torch's own function is exact and makes no collective.
         return torch.nn.utils.get_total_norm(plain)
     device = next(model.parameters()).device
     total = sum_of_squares([g.to_local() for g in sharded if holds_first_copy(g)], device)
-    # Every rank enters this collective, also a rank whose parameters are all frozen.
-    dist.all_reduce(total)
+    if on_several_ranks(model):
+        # Every rank enters this collective, also a rank whose parameters are all frozen.
+        dist.all_reduce(total)
     return (total + sum_of_squares(plain, device)).sqrt()
 
 
@@ -65,8 +67,9 @@ def sum_of_squares(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Sum of the squares of all numbers, a float32 scalar."""
     total = torch.zeros((), dtype=torch.float32, device=device)
     if tensors:
-        for norm in torch._foreach_norm(tensors):
-            total += norm.float().square()
+        # In fp32 also of bf16 gradients, whose norm has 8 bits otherwise.
+        for norm in torch._foreach_norm(tensors, dtype=torch.float32):
+            total += norm.square()
     return total
 
 

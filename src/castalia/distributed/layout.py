@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch._functorch.config as functorch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from castalia.distributed.boxes import local_boxes
@@ -30,13 +30,21 @@ class Sliceable(Protocol):
     def __getitem__(self, part: tuple[slice, ...], /) -> Tensor: ...
 
 
-def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: bool = False) -> M:
+def parallelize(
+    model: M,
+    world: World,
+    config: ParallelConfig,
+    *,
+    compiled: bool = False,
+    policy: MixedPrecisionPolicy | None = None,
+) -> M:
     """Split matrices, compile blocks, shard with FSDP2, and allocate the model on the world's
     device.
 
     The model comes in on the meta device and leaves with uninitialized weights; `initialize` or a
     checkpoint fills them. It declares `layers` (its blocks) and the `tp_plan` of its modules;
-    `row_share` and `head_share` are set here.
+    `row_share` and `head_share` are set here. `policy` says in which dtype FSDP2 gathers weights
+    and sums gradients, by default in their own.
     """
     layers: nn.ModuleList = model.layers  # type: ignore[assignment]
     if world.mesh is not None and world.degrees.tp > 1:
@@ -59,13 +67,12 @@ def parallelize(model: M, world: World, config: ParallelConfig, *, compiled: boo
         # A split backward comes back to a block's weights for their gradients. FSDP2 gathers them
         # for the first half only, so they must stay gathered between the two.
         reshard = config.reshard_after_forward and not config.splits_backward
-        # No MixedPrecisionPolicy: weights are gathered in fp32 and autocast makes the bf16 copies,
-        # so that results are the same as on one rank. It costs twice the traffic of bf16 gathers.
+        policy = policy or MixedPrecisionPolicy(cast_forward_inputs=False)
         for layer in layers:
-            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
         # The loss uses the head outside the model's own forward, so the root keeps its weights
         # gathered until the backward.
-        fully_shard(model, mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
         sum_gradients(model)
     model.to_empty(device=world.device)
     return model

@@ -155,6 +155,9 @@ class Decoder(nn.Module):
     def embedded(self, tokens: Tensor, context: Context) -> Tensor:
         """The residual stream before the first block, (B, T) int64 -> (B, T, C)."""
         x_BTC: Tensor = self.embed(tokens)
+        if torch.is_autocast_enabled(x_BTC.device.type):
+            # In fp32 whatever the weights are: many small additions to a bf16 stream get lost.
+            x_BTC = x_BTC.float()
         if self.config.embedding_multiplier != 1.0:
             x_BTC = x_BTC * self.config.embedding_multiplier
         if self.positions is not None:

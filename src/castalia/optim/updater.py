@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from castalia.optim.base import StateTensor
 from castalia.optim.config import OPTIMIZERS
 from castalia.optim.groups import Rules, UpdateRule
+from castalia.optim.masters import Storage, weights_of
 
 
 class Updater:
@@ -15,9 +16,12 @@ class Updater:
     loading a checkpoint fills it in place.
     """
 
-    def __init__(self, model: nn.Module, rules: Rules) -> None:
+    def __init__(self, model: nn.Module, rules: Rules, storage: Storage | None = None) -> None:
+        """`storage` says how the parameters are kept, by default in fp32; see masters.py."""
         self.rules = rules
-        self.parameters = trained_parameters(model)
+        self.weights = weights_of(model, storage or Storage())
+        self.parameters = self.weights.targets
+        self.updates = 0
         self.optimizers = {
             kind: OPTIMIZERS[kind].build(groups, rules.config_of(kind))
             for kind, groups in parameter_groups(self.parameters, rules).items()
@@ -45,7 +49,10 @@ class Updater:
         }
 
     def restore(self, updates: int) -> None:
-        """Set what follows from the number of updates made, such as Adam's step count."""
+        """Set what follows from the number of updates made, such as Adam's step count, and from
+        weights that were loaded."""
+        self.updates = updates
+        self.weights.loaded()
         for name, parameter in self.parameters.items():
             member = OPTIMIZERS[self.rules.rule(name).kind]
             self.state(name).update(member.counters(parameter, updates))
@@ -55,12 +62,12 @@ class Updater:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            optimizer.step()
+        self.weights.step(self.optimizers.values(), self.updates)
+        self.updates += 1
 
     def zero_grad(self) -> None:
         """Drop all gradients, and their memory with them."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
+        self.weights.zero_grad()
 
 
 def freeze(model: nn.Module, rules: Rules) -> None:

@@ -6,7 +6,7 @@ one that left alone would be waited for.
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from castalia.core.errors import CastaliaError
 from castalia.distributed import World, is_loss
@@ -140,9 +141,15 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 def whole_model(
-    model: Any, config: ModelConfig, world: World, peers: Peers, dtype: torch.dtype
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    world: World,
+    peers: Peers,
+    dtype: torch.dtype,
 ) -> Decoder:
     """The model in training as one of its own, whole on every rank.
+
+    `weights` are those that this rank holds, without copies of another pipeline stage's.
 
     A second Decoder over the same weights, on one rank and in their own dtype: it is not compiled,
     for many lengths would push the training's graphs out of the cache, and its mode is its own.
@@ -150,17 +157,16 @@ def whole_model(
     """
     with torch.device("meta"):
         whole = Decoder(config)
-    own = {name: value for name, value in model.state_dict().items() if name not in model.copies}
     if world.size == 1:
-        weights = {name: value.detach().to(dtype) for name, value in own.items()}
+        wholes = {name: value.detach().to(dtype) for name, value in weights.items()}
     else:
-        weights = {}
+        wholes = {}
         for name, shape in whole.state_dict().items():
-            weights[name] = torch.zeros(shape.shape, dtype=dtype, device=world.device)
+            wholes[name] = torch.zeros(shape.shape, dtype=dtype, device=world.device)
         # Every rank has the memory: from here on none leaves the collectives alone.
         peers.gather(None)
-        fill_whole(weights, own, world.rank)
-    whole.load_state_dict(weights, assign=True)
+        fill_whole(wholes, weights, world.rank)
+    whole.load_state_dict(wholes, assign=True)
     whole.requires_grad_(False)
     whole.register_forward_pre_hook(peers.before_pass)
     return whole

@@ -18,6 +18,7 @@ from castalia.models.stages import split
 from castalia.optim import Rules
 from castalia.optim.updater import freeze
 from castalia.train.config import RunConfig
+from castalia.train.precision import gather_policy
 from castalia.train.start import StartWeights
 
 
@@ -73,7 +74,15 @@ def build_model(
     for stage in stages_on_meta(config, world):
         # Before FSDP, which groups parameters by whether they need a gradient.
         freeze(stage, rules)
-        stages.append(parallelize(stage, world, config.parallel, compiled=config.train.compile))
+        stages.append(
+            parallelize(
+                stage,
+                world,
+                config.parallel,
+                compiled=config.train.compile,
+                policy=gather_policy(config),
+            )
+        )
     model = stages[0] if config.parallel.pp == 1 else Stages(stages)
     # Each parameter is drawn from (seed, name) alone and cut to this rank's slice afterwards, so
     # the start weights are the same bits on every layout.
@@ -89,6 +98,9 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
     for number in stage_numbers(config.parallel, world.coordinate("pp")):
         with torch.device("meta"):
             stage = Decoder(config.model, parts[number])
+            if config.train.parameters == "bf16_stochastic":
+                # Before FSDP2, which shards parameters in the dtype that they have.
+                stage.to(torch.bfloat16)
         # Before parallelize, which compiles the blocks as they then are.
         stage.recompute = config.train.recompute
         stages.append(stage)

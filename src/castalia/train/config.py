@@ -32,6 +32,7 @@ from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
 from castalia.optim.schedule import ScheduleConfig, rate_problems
 from castalia.train.curriculum import CurriculumConfig
+from castalia.train.precision_config import Gradients, Parameters, precision_problems
 from castalia.train.problems import (
     curriculum_problems,
     epochs_problems,
@@ -105,6 +106,11 @@ class TrainConfig(Config):
     """Activations that blocks recompute in the backward pass instead of storing them: true or full,
     all but their input; selective, all but attention and the widest product; n, all in every n-th
     block."""
+    parameters: Parameters = "fp32"
+    """How weights are kept: fp32; bf16, with fp32 masters in the optimizer; or bf16_stochastic,
+    without masters, each update rounded up or down at random."""
+    gradients: Gradients = "fp32"
+    """Dtype in which the gradients of micro-batches add up, and in which ranks sum them."""
     log_every: Annotated[PositiveInt, AT_RESUME] = 10
     """Steps between lines on the screen; metrics.jsonl has every step."""
     frozen: list[str] = []
@@ -136,8 +142,9 @@ class RunConfig(Config):
     seed: NonNegativeInt = 1234
     """Seed of the weights and of the data order."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights and optimizer are always fp32. auto is
-    bf16 where a pass is measured to be faster in it, else fp32; a run keeps what it began with."""
+    """Arithmetic of the forward and backward pass; train.parameters says how weights are kept. auto
+    is bf16 where a pass is measured to be faster in it, else fp32; a run keeps what it began
+    with."""
     device: Annotated[Literal["auto", "cpu", "cuda"], AT_RESUME] = "auto"
     """auto takes a GPU if the machine has one."""
     model: Annotated[ModelConfig, Kind(FAMILIES, "neox", key="family")]
@@ -191,6 +198,7 @@ class RunConfig(Config):
         problems += epochs_problems(self)
         problems += mixing_problems(self)
         problems += loss_problems(self)
+        problems += precision_problems(self)
         problems += stage_problems(self.parallel, self.model, self.train.compile)
         micro = self.train.micro_batch_size
         if micro and self.train.batch_size % micro:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from castalia.checkpoint import SavePolicy
 from castalia.core.errors import CastaliaError
@@ -54,7 +55,8 @@ class RunEvaluation:
 
     config: RunConfig
     world: World
-    model: Any
+    weights: Callable[[], Mapping[str, Tensor]]
+    """The weights of this rank, without copies of another pipeline stage's."""
     policy: SavePolicy
     watchdog: Watchdog
     is_asked: Callable[[], bool]
@@ -176,9 +178,8 @@ class RunEvaluation:
     def live_model(self, peers: Peers, step: int) -> LanguageModel:
         """The weights as they are, whole on this rank."""
         section = self.config.eval
-        whole = whole_model(
-            self.model, self.config.model.without_start(), self.world, peers, DTYPES[section.dtype]
-        )
+        config = self.config.model.without_start()
+        whole = whole_model(self.weights(), config, self.world, peers, DTYPES[section.dtype])
         return LanguageModel(whole, self.reader.tokenizer, step, self.reader.special)
 
     def run_tasks(self, model: LanguageModel, peers: Peers, outcome: Outcome, step: int) -> None:

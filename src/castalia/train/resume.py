@@ -131,8 +131,18 @@ class Checkpoints:
 
     def tensors(self) -> dict[str, Tensor]:
         """Live tensors of model and optimizer, by their names in a checkpoint."""
-        weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        weights = {f"model.{name}": tensor for name, tensor in self.weights().items()}
         return weights | self.updater.tensors()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by name: fp32 masters where the model has only bf16 copies of them."""
+        weights: dict[str, Tensor] = self.model.state_dict()
+        return weights | self.updater.weights.masters()
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """The same without copies of weights that belong to another pipeline stage."""
+        copies = self.model.copies
+        return {name: tensor for name, tensor in self.weights().items() if name not in copies}
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The tensors that this rank takes part in saving.

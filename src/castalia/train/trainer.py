@@ -36,7 +36,7 @@ from castalia.train.machine_precision import with_precision
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.named_corpus import ensure_on_all
 from castalia.train.passes import make_passes
-from castalia.train.precision import make_scale
+from castalia.train.precision import make_scale, storage
 from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
 from castalia.train.start import StartRecord, open_start
@@ -125,7 +125,7 @@ class Trainer:
             self.start_record = self.start.record()
             self.start_notes = self.start.notes(self.start_record, self.files.get(TOKENIZER))
         self.model = build_model(config, self.world, self.rules, self.start)
-        self.updater = Updater(self.model, self.rules)
+        self.updater = Updater(self.model, self.rules, storage(config, self.world))
         self.schedule = make_schedule(config.schedule, config.optim.lr, config.train.steps)
         self.curriculum = Curriculum(config.curriculum, config.data.seq_length, config.train.steps)
         self.scale = make_scale(config.loss_scale, config.precision)

@@ -9,6 +9,31 @@ from castalia.models.config import TransformerConfig
 from castalia.models.context import HeadShare
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose weights may be narrower than its input, as bf16 weights of an fp32 stream."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        weight = widened(self.weight, input)
+        bias = widened(self.bias, input)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm whose weights may be narrower than its input, as bf16 weights of an fp32 stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return F.rms_norm(x, self.normalized_shape, widened(self.weight, x), self.eps)
+
+
+def widened(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """A norm's parameter in fp32 where its input is; torch's kernels want no narrower one."""
+    if parameter is None or x.dtype != torch.float32:
+        return parameter
+    return parameter.float()
+
+
 class PartialRMSNorm(nn.Module):
     """RMSNorm whose mean square is that of the first `share` of the dimensions.
 
@@ -52,11 +77,11 @@ def make_norm(config: TransformerConfig) -> nn.Module:
     if config.norm == "rmsnorm" and config.rmsnorm_partial is not None:
         return PartialRMSNorm(width, config.rmsnorm_partial, eps)
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(width, eps=eps)
+        return RMSNorm(width, eps=eps)
     if config.norm == "scalenorm":
         return ScaleNorm(eps)
     affine = config.norm == "layernorm"
-    return nn.LayerNorm(width, eps=eps, elementwise_affine=affine)
+    return LayerNorm(width, eps=eps, elementwise_affine=affine)
 
 
 class HeadNorm(nn.Module):

@@ -56,7 +56,6 @@ class Evaluate(Hook):
         config: RunConfig,
         world: World,
         rows: RunRows,
-        model: Any,
         mixture: PlannedMixture | StaticBlend,
         progress: Progress,
         checkpoints: Checkpoints,
@@ -86,7 +85,7 @@ class Evaluate(Hook):
         self.evaluation = RunEvaluation(
             config=config,
             world=world,
-            model=model,
+            weights=checkpoints.own_weights,
             policy=policy,
             watchdog=watchdog,
             is_asked=is_asked,
