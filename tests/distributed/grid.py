@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as processes
 from torch.distributed.tensor import DTensor
-from variants import VARIANTS
+from variants import START, VARIANTS
 
 import castalia.train.trainer as loop
 from castalia.checkpoint import read
@@ -225,6 +225,18 @@ GRID = [
     Row("tp", "tp=2", "sparse, compiled"),
     Row("tp x cp", "cp=2 tp=2", "sparse", core=True),
     Row("pp x fsdp", "pp=2 dp_shard=2", "sparse, 1f1b"),
+    Row("dp", "dp_replicate=2", "lora, accumulated"),
+    Row("tp", "tp=2", "lora, recompute"),
+    Row("tp", "tp=2", "lora, compiled, selective"),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "lora, 1f1b", core=True),
+    Row("pp x tp", "pp=2 tp=2", "dora, zero bubble"),
+    Row("fsdp x tp", "dp_shard=2 tp=2", "dora", core=True),
+    Row("tp", "tp=4", "llama with lora"),
+    Row("tp x cp", "cp=2 tp=2", "llama with lora", core=True),
+    Row("tp", "tp=4", "llama with dora, compiled"),
+    Row("cp", "cp=2", "llama with dora, recompute"),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "bitfit, 1f1b"),
+    Row("tp", "tp=2", "bitfit"),
 ]
 
 
@@ -462,21 +474,36 @@ def passes(found: dict[str, Any]) -> bool:
     return close and found["same start"] and found["same rows"] and found["tokens"] == 0
 
 
+def base_of(options: tuple[str, ...]) -> tuple[str, ...]:
+    """The options of the run whose weights an adapter is trained over."""
+    return tuple(text for text in options if text.startswith("model.") and text != START)
+
+
 def run_grid(rows: list[Row], folder: Path) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Train everything, then compare row by row."""
     base = f"data.train={write_tokens(folder)}"
     alone = {row.alone: folder / f"alone-{number}" for number, row in enumerate(rows)}
+    bases = {base_of(options): folder / f"base-{number}" for number, options in enumerate(alone)}
+
+    def begun(options: tuple[str, ...]) -> tuple[str, ...]:
+        start = f"model.start={bases[base_of(options)]}"
+        return tuple(start if text == START else text for text in options)
+
+    used = {base_of(options) for options in alone if START in options}
     launch(
         1,
         [
-            (base, f"output={path}", "parallel.dp_shard=1", *options)
-            for options, path in alone.items()
+            *((base, f"output={bases[options]}", *options, "train.steps=1") for options in used),
+            *(
+                (base, f"output={path}", "parallel.dp_shard=1", *begun(options))
+                for options, path in alone.items()
+            ),
         ],
     )
     places = {row: folder / f"row-{number}" for number, row in enumerate(rows)}
     for size, wrong in sorted({(row.processes, row.wrong) for row in rows}):
         ours = [row for row in rows if (row.processes, row.wrong) == (size, wrong)]
-        runs = [(base, f"output={places[row]}", *row.overrides) for row in ours]
+        runs = [(base, f"output={places[row]}", *begun(row.overrides)) for row in ours]
         launch(size, runs, wrong=wrong)
     for row in rows:
         yield row, compare(places[row], alone[row.alone])

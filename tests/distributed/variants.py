@@ -1,5 +1,7 @@
 """What a row of the grid varies besides its layout: schedules, recompute, and the model."""
 
+START = "model.start=BASE"
+"""Begins with the weights of a run with the same model and without an adapter."""
 PLAIN = {
     "": (),
     "accumulated": ("train.micro_batch_size=3",),
@@ -97,6 +99,28 @@ MODELS = {
         "model.sparsity_config.different_layout_per_head=true",
         "model.sparsity_config.num_local_blocks=2",
         "model.sparsity_config.num_different_global_patterns=2",
+    ),
+    "lora": (START, "adapter.kind=lora", "adapter.rank=3", "adapter.dropout=0.1", "optim.lr=0.002"),
+    "dora": (START, "adapter.kind=dora", "adapter.rank=4", "adapter.dropout=0.1", "optim.lr=0.002"),
+    "bitfit": (START, "adapter.kind=bitfit", "train.frozen=['*qkv.bias']"),
+    "llama with lora": (
+        "model.family=llama",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=48",
+        START,
+        "adapter.kind=lora",
+        "adapter.rank=4",
+        "adapter.dropout=0.1",
+        "optim.lr=0.002",
+    ),
+    "llama with dora": (
+        "model.family=llama",
+        "model.num_kv_heads=2",
+        "model.intermediate_size=48",
+        START,
+        "adapter.kind=dora",
+        "adapter.rank=4",
+        "optim.lr=0.002",
     ),
     "no norm weights": ("model.norm=non_parametric_layernorm", "model.qk_norm=head"),
 }

@@ -154,6 +154,8 @@ def test_a_run_folder_with_the_name_of_a_preset(begun, monkeypatch):
 
 NO_PATHS = {
     "recipe",
+    "adapter.kind",
+    "adapter.targets",
     "mixing.kind",
     "mixing.exhaustion",
     "mixing.reference",  # the losses themselves, once they were read

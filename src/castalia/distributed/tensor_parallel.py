@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -32,6 +39,39 @@ from castalia.distributed.gather import gather
 
 SEQUENCE = 1
 """The dim T of (B, T, C)."""
+
+
+LINEAR_AXES = {"weight": ("outputs", "inputs"), "bias": ("outputs",)}
+"""What each dim of a Linear's parameters is."""
+
+
+def split_axis(linear: nn.Module, axis: str, mesh: DeviceMesh) -> None:
+    """Split a Linear's parameters along the dim that is its outputs or its inputs; those without
+    such a dim become replicated.
+
+    A layer with more parameters names their dims in `split_axes`, as LINEAR_AXES does.
+    """
+    axes: dict[str, tuple[str, ...]] = getattr(linear, "split_axes", LINEAR_AXES)
+    for name, parameter in list(linear.named_parameters(recurse=False)):
+        dims = axes[name]
+        placement = Shard(dims.index(axis)) if axis in dims else Replicate()
+        # src_data_rank=None: the values come later, there is nothing to broadcast.
+        split = distribute_tensor(parameter, mesh, [placement], src_data_rank=None)
+        linear.register_parameter(name, nn.Parameter(split, parameter.requires_grad))
+
+
+class Columns(ColwiseParallel):
+    """A Linear split by output features."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        split_axis(module, "outputs", device_mesh)
+
+
+class Rows(RowwiseParallel):
+    """A Linear split by input features."""
+
+    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
+        split_axis(module, "inputs", device_mesh)
 
 
 class GatheredNorm(SequenceParallel):
@@ -108,20 +148,20 @@ class WholeLinear(ParallelStyle):
 
 def heads_style(heads: int, size: int) -> ParallelStyle:
     """The style of keys or values: split by heads where there is one for each rank."""
-    return WholeLinear() if heads < size else ColwiseParallel(input_layouts=Replicate())
+    return WholeLinear() if heads < size else Columns(input_layouts=Replicate())
 
 
 STYLES: dict[str, Any] = {
-    "column": partial(ColwiseParallel, input_layouts=Shard(SEQUENCE)),
+    "column": partial(Columns, input_layouts=Shard(SEQUENCE)),
     "gathered": GatheredInput,
-    "columns": partial(ColwiseParallel, input_layouts=Replicate()),
+    "columns": partial(Columns, input_layouts=Replicate()),
     "whole": WholeParameters,
-    "row": partial(RowwiseParallel, output_layouts=Shard(SEQUENCE)),
+    "row": partial(Rows, output_layouts=Shard(SEQUENCE)),
     "vocab": SplitEmbedding,
     "sequence": partial(SequenceParallel, sequence_dim=SEQUENCE),
     "added": partial(SequenceParallel, sequence_dim=SEQUENCE, use_local_output=True),
     "gather": partial(GatheredNorm, sequence_dim=SEQUENCE),
-    "head": ColwiseParallel,
+    "head": Columns,
 }
 """The words of a `tp_plan`:
 
@@ -200,6 +240,7 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
     This comes before anything else touches the model: compile and FSDP2 must see split modules.
     Also sets the model's `vocab_part` and `head_share`; reads `config.padded_vocab_size`.
     """
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     for owner in list(model.modules()):
         # A pipeline stage has only some of the modules that the plan names.
         plan: dict[str, str] = getattr(owner, "tp_plan", {})
@@ -213,6 +254,9 @@ def split_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
             # src_data_rank=None: weights are still on the meta device, nothing to broadcast.
             parallelize_module(owner, mesh, styles, src_data_rank=None)
     require_split(model)
+    for name in frozen:
+        # torch 2.13: SequenceParallel makes parameters that train out of any.
+        model.get_parameter(name).requires_grad_(False)
     count: int = model.config.padded_vocab_size  # type: ignore[union-attr, assignment]
     first = count // mesh.size() * mesh.get_local_rank()
     total = partial(sum_over, group=mesh.get_group())

@@ -5,12 +5,14 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from castalia.adapters import build_adapter_config
 from castalia.checkpoint.find import newest_first
 from castalia.checkpoint.hf import is_hf_folder, read_hf
 from castalia.checkpoint.hf.weights import weight_files
-from castalia.checkpoint.load import check_tensors, read_config, read_text
+from castalia.checkpoint.load import check_tensors, read_config, read_state, read_text
 from castalia.checkpoint.manifest import MANIFEST, DamagedCheckpointError, read_manifest
 from castalia.checkpoint.tensors import StoredTensors, checkpoint_tensors
 from castalia.config.anchor import CONFIG
@@ -19,6 +21,7 @@ from castalia.core.files import sha256_of
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.special_ids import SpecialIds, read_special_ids
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.formats.adapted import over_base
 from castalia.formats.foreign import Help, find_foreign, is_foreign
 from castalia.models import ModelConfig, build_model_config
 
@@ -124,7 +127,8 @@ def step_among(folders: list[Path], step: int, path: Path) -> Path:
 
 def open_step(folder: Path, check: bool = True) -> SavedModel:
     """A checkpoint of a Castalia run."""
-    config = build_model_config(read_config(folder).get("model", {}), str(folder / CONFIG))
+    values = read_config(folder)
+    config = build_model_config(values.get("model", {}), str(folder / CONFIG))
     # Where the run itself once started does not matter to a reader of its weights.
     config = config.without_start()
     manifest = read_manifest(folder)
@@ -141,7 +145,12 @@ def open_step(folder: Path, check: bool = True) -> SavedModel:
         # An imported model: its ids are those of the files that it came with.
         read_text(folder, GENERATION)  # for the check of its hash
         special = read_special_ids(folder, tokenizer, config.vocab_size)
-    return SavedModel(folder, config, tensors, tokenizer, manifest.step, special)
+    saved = SavedModel(folder, config, tensors, tokenizer, manifest.step, special)
+    adapter = build_adapter_config(values.get("adapter", {}), str(folder / CONFIG))
+    if adapter.kind == "none":
+        return saved
+    start = read_state(folder).get("start", {})
+    return over_base(saved, adapter, start, partial(open_model, check=check), check=check)
 
 
 def open_hf(folder: Path, optional: Collection[str] = (), given: str | None = None) -> SavedModel:

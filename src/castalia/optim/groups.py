@@ -21,7 +21,7 @@ class Rules:
     """The rule of each parameter of a model, by its name.
 
     `no_decay` are the family's patterns of parameters without weight decay, `frozen` those that do
-    not train.
+    not train; `only`, where given, those outside of which nothing trains, as of an adapter.
     """
 
     def __init__(
@@ -29,14 +29,16 @@ class Rules:
         config: OptimConfig,
         no_decay: Sequence[str] = (),
         frozen: Sequence[str] = (),
+        only: Sequence[str] = ("*",),
     ) -> None:
         self.config = config
         self.no_decay = no_decay
         self.frozen = frozen
+        self.only = only
 
     def trains(self, name: str) -> bool:
         """Whether the parameter is updated at all."""
-        return not matches(name, self.frozen)
+        return matches(name, self.only) and not matches(name, self.frozen)
 
     def rule(self, name: str) -> UpdateRule:
         """Kind, rate and decay of a parameter that trains."""
@@ -81,7 +83,9 @@ class Rules:
                     f" their names look like {known[0]} and {known[-1]}"
                 )
         if not any(self.trains(name) for name in known):
-            raise ConfigError("train.frozen matches every parameter, so nothing would train")
+            raise ConfigError(
+                "train.frozen matches every parameter that would train, so nothing is left"
+            )
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from castalia.adapters.adapting import adapt, start_over
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import BlendedRows, RunRows, StepLoader, build_rows
@@ -68,7 +69,8 @@ def build_model(
     """
     with torch.device("meta"):
         # Names of the whole model: a pattern may match parameters of another rank's stage only.
-        rules.require_matches(name for name, _ in Decoder(config.model).named_parameters())
+        whole = adapt(Decoder(config.model), config.adapter)
+    rules.require_matches(name for name, _ in whole.named_parameters())
     # On the meta device first: no rank ever holds the whole model.
     stages = []
     for stage in stages_on_meta(config, world):
@@ -87,7 +89,8 @@ def build_model(
     # Each parameter is drawn from (seed, name) alone and cut to this rank's slice afterwards, so
     # the start weights are the same bits on every layout.
     draw = start_weights(config.model, config.seed)
-    initialize(model, draw if start is None else start.over(draw))
+    base = draw if start is None else start.over(draw)
+    initialize(model, start_over(base, config.adapter, config.seed))
     return model
 
 
@@ -97,7 +100,7 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
     stages = []
     for number in stage_numbers(config.parallel, world.coordinate("pp")):
         with torch.device("meta"):
-            stage = Decoder(config.model, parts[number])
+            stage = adapt(Decoder(config.model, parts[number]), config.adapter)
             if config.train.parameters == "bf16_stochastic":
                 # Before FSDP2, which shards parameters in the dtype that they have.
                 stage.to(torch.bfloat16)

@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from castalia.adapters import ADAPTERS, AdapterConfig, NoAdapter, adapter_of, trained_patterns
 from castalia.checkpoint.config import CheckpointConfig
 from castalia.checkpoint.policy import SavePolicy
 from castalia.config.base import Config
@@ -34,6 +35,7 @@ from castalia.optim.schedule import ScheduleConfig, rate_problems
 from castalia.train.curriculum import CurriculumConfig
 from castalia.train.precision_config import Gradients, Parameters, precision_problems
 from castalia.train.problems import (
+    adapter_problems,
     curriculum_problems,
     epochs_problems,
     loss_problems,
@@ -148,6 +150,7 @@ class RunConfig(Config):
     device: Annotated[Literal["auto", "cpu", "cuda"], AT_RESUME] = "auto"
     """auto takes a GPU if the machine has one."""
     model: Annotated[ModelConfig, Kind(FAMILIES, "neox", key="family")]
+    adapter: Annotated[AdapterConfig, Kind(ADAPTERS, "none")] = NoAdapter.Config()
     data: DataConfig = DataConfig()
     mixing: MixingConfig = MixingConfig()
     train: TrainConfig = TrainConfig()
@@ -195,6 +198,7 @@ class RunConfig(Config):
             )
         problems += rate_problems(self.schedule, self.optim.lr)
         problems += start_problems(self)
+        problems += adapter_problems(self)
         problems += epochs_problems(self)
         problems += mixing_problems(self)
         problems += loss_problems(self)
@@ -251,19 +255,31 @@ class RunConfig(Config):
         return self.train.batch_size * self.rows_per_place * self.data.seq_length
 
 
+def rules_of(config: RunConfig) -> Rules:
+    """Which parameters of a run train, and how each is updated."""
+    from castalia.models.families import family_of
+
+    member = adapter_of(config.adapter)
+    return Rules(
+        config.optim,
+        (*family_of(config.model).no_decay, *member.no_decay),
+        config.train.frozen,
+        trained_patterns(config.adapter, config.model),
+    )
+
+
 def optimizer_cost(config: RunConfig) -> tuple[float, float]:
     """Bytes of optimizer state a parameter of the model, and the share of parameters that train."""
-    if not config.train.frozen and not config.optim.groups:
+    if not (config.train.frozen or config.optim.groups or config.adapter.kind != "none"):
         # The usual case needs no names of parameters, and so no torch.
         state = OPTIMIZERS[config.optim.kind].state(config.optim)
         return sum(tensor.bytes_per_weight for tensor in state.values()), 1.0
     import torch
 
+    from castalia.adapters.adapting import adapt
     from castalia.models import Decoder
-    from castalia.models.families import family_of
     from castalia.optim.updater import state_sizes
 
     with torch.device("meta"):
-        model = Decoder(config.model)
-    rules = Rules(config.optim, family_of(config.model).no_decay, config.train.frozen)
-    return state_sizes(model, rules)
+        model = adapt(Decoder(config.model), config.adapter)
+    return state_sizes(model, rules_of(config))

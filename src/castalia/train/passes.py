@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from castalia.adapters import adapter_of
 from castalia.data import Batch
 from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
@@ -41,7 +42,7 @@ class Passes:
         self.precision = config.precision
         self.compiled = config.train.compile
         self.seed = config.seed
-        self.drops = config.model.drops
+        self.drops = config.model.drops or adapter_of(config.adapter).drops(config.adapter)
         self.multiple = trimmed_multiple(config, world)
 
     @property

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from castalia.adapters import adapter_of
 from castalia.cost.divisibility import context_problems
 from castalia.losses import LOSSES, Loss
 from castalia.mixing.mixer import MIXERS
@@ -56,6 +57,33 @@ def curriculum_problems(config: "RunConfig") -> list[str]:
         if problems := context_problems(each, config.parallel):
             return [f"curriculum, length {each}: {problem}" for problem in problems]
     return []
+
+
+def adapter_problems(config: "RunConfig") -> list[str]:
+    """What an adapter needs and does not get."""
+    kind = config.adapter.kind
+    if kind == "none":
+        return []
+    problems = adapter_of(config.adapter).problems(config.adapter, config.model)
+    if config.model.start is None:
+        problems.append(
+            f"adapter.kind={kind} trains beside the frozen weights of another model: set"
+            " model.start to a run, a Hugging Face folder or a hub model; adapter.kind=none trains"
+            " a model from drawn weights"
+        )
+    drawn = [key for key in ("start_missing", "start_vocab") if getattr(config.model, key)]
+    problems += [
+        f"model.{key} draws weights that the base lacks, but adapter.kind={kind} saves the adapter"
+        f" alone: train a model with it first, and set model.{key} back for the adapter"
+        for key in drawn
+    ]
+    if config.train.start_optimizer or config.train.start_step:
+        problems.append(
+            f"adapter.kind={kind} trains other parameters than model.start did, so that its"
+            " optimizer's state and step have no meaning here; set train.start_optimizer=false"
+            " train.start_step=false"
+        )
+    return problems
 
 
 def epochs_problems(config: "RunConfig") -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from castalia.adapters.adapting import adapt
 from castalia.checkpoint import Store
 from castalia.checkpoint.store import SaveTiming
 from castalia.config import dump_yaml
@@ -17,6 +18,7 @@ from castalia.data import changed, load_tokenizer
 from castalia.data.tokenizer_settings import companions
 from castalia.distributed import Watchdog
 from castalia.models import Decoder
+from castalia.optim.groups import matches
 from castalia.optim.updater import Updater, state_names
 from castalia.train.config import RunConfig
 
@@ -130,8 +132,14 @@ class Checkpoints:
         return step
 
     def tensors(self) -> dict[str, Tensor]:
-        """Live tensors of model and optimizer, by their names in a checkpoint."""
-        weights = {f"model.{name}": tensor for name, tensor in self.weights().items()}
+        """Live tensors of model and optimizer, by their names in a checkpoint; of an adapted model
+        those of the adapter alone."""
+        only = self.updater.rules.only
+        weights = {
+            f"model.{name}": tensor
+            for name, tensor in self.weights().items()
+            if matches(name, only)
+        }
         return weights | self.updater.tensors()
 
     def weights(self) -> dict[str, Tensor]:
@@ -160,8 +168,12 @@ class Checkpoints:
             return set()
         # Shapes alone: the names of the whole model cost no memory.
         with torch.device("meta"):
-            whole = Decoder(self.config.model)
-        weights = {f"model.{name}" for name, _ in whole.named_parameters()}
+            whole = adapt(Decoder(self.config.model), self.config.adapter)
+        weights = {
+            f"model.{name}"
+            for name, _ in whole.named_parameters()
+            if matches(name, self.updater.rules.only)
+        }
         return (weights | state_names(whole, self.updater.rules)) - self.tensors().keys()
 
 

@@ -19,6 +19,7 @@ from castalia.checkpoint.tensors import StoredTensor
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.distributed import World
 from castalia.distributed.layout import Sliceable
+from castalia.formats.adapted import require_base, weights_hash
 from castalia.formats.saved_model import SavedModel, open_model
 from castalia.models import Decoder, ModelConfig
 from castalia.train.config import RunConfig
@@ -47,6 +48,8 @@ class StartRecord:
     """Where the run's weights came from, kept in every checkpoint; empty where they were drawn."""
 
     facts: dict[str, Any] = field(default_factory=dict)
+    base: SavedModel | None = None
+    """The opened base of an adapter, which a resume compares with that of the run."""
 
     def state_dict(self) -> dict[str, Any]:
         """path, folder, step, sha256 (file name -> hash), names of drawn tensors, and which state
@@ -54,7 +57,12 @@ class StartRecord:
         return self.facts
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The record of the run's first start, whatever model.start says now."""
+        """The record of the run's first start, whatever model.start says now.
+
+        Raises  CheckpointError if an adapter would resume over another base.
+        """
+        if self.base is not None:
+            require_base("the run's checkpoint", state, self.base)
         self.facts = state
 
     def note(self, asked: str | None) -> str | None:
@@ -147,8 +155,10 @@ class StartWeights:
     def record(self) -> StartRecord:
         """What the checkpoints of the run say about its start. Reads every file of the start for
         its hash."""
+        adapts = self.config.adapter.kind != "none"
         return StartRecord(
-            {
+            base=self.saved if adapts else None,
+            facts={
                 "path": str(self.config.model.start),
                 "folder": str(self.saved.folder.absolute()),
                 "step": self.saved.step,
@@ -156,7 +166,9 @@ class StartWeights:
                 "drawn": self.drawn,
                 "optimizer": self.config.train.start_optimizer,
                 "continued": self.config.train.start_step,
-            }
+                # By value, for a base that is exported or moved; it takes a pass over the weights.
+                **({"weights": weights_hash(self.saved)} if adapts else {}),
+            },
         )
 
     def notes(self, record: StartRecord, tokenizer: str | None) -> list[str]:
@@ -233,7 +245,9 @@ def open_start(config: RunConfig, world: World) -> StartWeights | None:
     path = config.model.start
     if path is None:
         return None
-    if world.agree(len(complete_steps(Path(config.output) / "checkpoints"))):
+    resumes = world.agree(len(complete_steps(Path(config.output) / "checkpoints")))
+    # The checkpoints of an adapter lack the base, which a resume reads again.
+    if resumes and config.adapter.kind == "none":
         return None
     saved = open_on_all_ranks(path, world)
     require_state(config, saved)

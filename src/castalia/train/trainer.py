@@ -22,12 +22,10 @@ from castalia.distributed.gradients import clip_gradients
 from castalia.formats.saved_model import TOKENIZER
 from castalia.losses import LOSSES, Loss
 from castalia.models import parameter_counts
-from castalia.models.families import family_of
-from castalia.optim import Rules
 from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
 from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
-from castalia.train.config import RunConfig
+from castalia.train.config import RunConfig, rules_of
 from castalia.train.curriculum import Curriculum
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
@@ -115,7 +113,7 @@ class Trainer:
         self.loss = loss or LOSSES[config.loss.kind](config.loss, sources)
         check_rows(self.rows, config.model.vocab_size, self.loss.weight)
         # Before the model: whether a parameter trains decides how it is laid out.
-        self.rules = Rules(config.optim, family_of(config.model).no_decay, config.train.frozen)
+        self.rules = rules_of(config)
         # Opened before the model takes memory: a start of another shape is refused at once.
         self.start = open_start(config, self.world)
         self.start_record = StartRecord()

@@ -14,7 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from castalia.models.config import TransformerConfig
 from castalia.models.context import Context, HeadShare, RowShare
 from castalia.models.parts.causal_attention import causal_attention
-from castalia.models.parts.dropout import Draws, drop_probabilities
+from castalia.models.parts.dropout import Draws, drop_probabilities, project
 from castalia.models.parts.norms import make_head_norm
 from castalia.models.parts.rotary import Rope, rotate, rotate_heads
 from castalia.models.state import KVCache
@@ -241,17 +241,19 @@ class Attention(nn.Module):
         """(B, T, C) -> (B, T, C)."""
         if self.fused:
             # The order of the weight's rows ends here; kernels and state see q, k and v.
-            q, k, v = split_fused(self.qkv(x_BTC), self.head_dim)
+            q, k, v = split_fused(project(self.qkv, x_BTC, context.draws), self.head_dim)
         else:
-            q = self.heads_of(self.q(x_BTC))
-            k = self.own_keys(self.heads_of(self.k(x_BTC)), context.heads)
-            v = self.own_keys(self.heads_of(self.v(x_BTC)), context.heads)
+            q, k, v = (
+                self.heads_of(project(layer, x_BTC, context.draws))
+                for layer in (self.q, self.k, self.v)
+            )
+            k = self.own_keys(k, context.heads)
+            v = self.own_keys(v, context.heads)
         if self.q_norm is not None:
             q = self.q_norm(q.transpose(1, 2), context.heads).transpose(1, 2)
             norm = self.k_norm or self.q_norm
             k = norm(k.transpose(1, 2), context.heads).transpose(1, 2)
-        y_BTC: Tensor = self.out(attend(q, k, v, context))
-        return y_BTC
+        return project(self.out, attend(q, k, v, context), context.draws)
 
     def heads_of(self, x: Tensor) -> Tensor:
         """(B, T, heads * D) -> (B, heads, T, D), a view."""

@@ -14,7 +14,7 @@ Source  the multipliers and shifts of the mixer: Wellons, hash-prospector, the b
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 WORD = 0xFFFFFFFF
 FIRST = 0x21F0AAAD
@@ -114,3 +114,13 @@ def drop_probabilities(p_BHTK: Tensor, draws: Draws) -> Tensor:
     low = mix(mix(own.low[:, None], heads)[..., None], own.tokens[:, None])
     high = mix(mix(own.high[:, None], heads)[..., None], own.tokens[:, None])
     return scaled(p_BHTK, kept(low, high, own.keys, draws.attention), draws.attention)
+
+
+def project(layer: nn.Linear, x: Tensor, draws: Draws | None) -> Tensor:
+    """layer(x); a layer that drops a part of what it reads gets what it draws from."""
+    # As an argument and not left on the module: a layer that is recomputed draws again, when
+    # another micro-batch may have passed.
+    if draws is None or not getattr(layer, "draws_input", False):
+        out: Tensor = layer(x)
+        return out
+    return layer(x, draws=draws)  # type: ignore[no-any-return]

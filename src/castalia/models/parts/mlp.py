@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from castalia.models.config import Activation
+from castalia.models.parts.dropout import Draws, project
 
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 """Twice the constant of the tanh form, GPT-NeoX's 0.79788456."""
@@ -61,10 +62,9 @@ class MLP(nn.Module):
         self.up = nn.Linear(width, inner, bias=bias)
         self.down = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        out: Tensor = self.down(self.function(self.up(x_BTC)))
-        return out
+        return project(self.down, self.function(project(self.up, x_BTC, draws)), draws)
 
 
 class GatedMLP(nn.Module):
@@ -80,8 +80,7 @@ class GatedMLP(nn.Module):
         self.up = nn.Linear(width, inner, bias=bias)
         self.down = nn.Linear(inner, width, bias=bias)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, draws: Draws | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        gate_BTF = self.function(self.gate(x_BTC))
-        out: Tensor = self.down(gate_BTF * self.up(x_BTC))
-        return out
+        gate_BTF = self.function(project(self.gate, x_BTC, draws))
+        return project(self.down, gate_BTF * project(self.up, x_BTC, draws), draws)

@@ -52,11 +52,11 @@ class TransformerBlock(Block):
         if self.parallel:
             # The two small sums are added first: x is much larger, and adding it last rounds once.
             inner_BTC = normed_BTC if self.norm2 is None else self.norm2(x_BTC)
-            mlp_BTC = drop_hidden(self.mlp(inner_BTC), context.draws, MLP_OUT)
+            mlp_BTC = drop_hidden(self.mlp(inner_BTC, context.draws), context.draws, MLP_OUT)
             return x_BTC + (attn_BTC + mlp_BTC)
         assert self.norm2 is not None
         x_BTC = x_BTC + attn_BTC
-        mlp_BTC = drop_hidden(self.mlp(self.norm2(x_BTC)), context.draws, MLP_OUT)
+        mlp_BTC = drop_hidden(self.mlp(self.norm2(x_BTC), context.draws), context.draws, MLP_OUT)
         return x_BTC + mlp_BTC
 
     def norms_after(self, x_BTC: Tensor, context: Context) -> Tensor:
@@ -65,7 +65,7 @@ class TransformerBlock(Block):
         # Normed in the dtype of the stream: torch has no fused norm of bf16 with fp32 weights.
         attn_BTC: Tensor = self.norm1(self.attn(x_BTC, context).to(x_BTC.dtype))
         x_BTC = x_BTC + drop_hidden(attn_BTC, context.draws, ATTENTION_OUT)
-        mlp_BTC: Tensor = self.norm2(self.mlp(x_BTC).to(x_BTC.dtype))
+        mlp_BTC: Tensor = self.norm2(self.mlp(x_BTC, context.draws).to(x_BTC.dtype))
         mlp_BTC = drop_hidden(mlp_BTC, context.draws, MLP_OUT)
         return x_BTC + mlp_BTC
 

@@ -1,0 +1,46 @@
+"""`adapt`: an adapter enters a model."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from castalia.adapters.config import AdapterConfig, adapter_of
+from castalia.models import Decoder
+
+Sliceable = Any
+"""A whole parameter of which any slice can be read."""
+Start = Callable[[str, Sequence[int]], Sliceable]
+"""(name, shape of the whole parameter) -> its start value."""
+
+
+def adapt(model: Decoder, config: AdapterConfig) -> Decoder:
+    """The model with its adapter, changed in place and returned.
+
+    The model, or the stage of a pipeline, is on the meta device and not laid out yet. Weights and
+    biases of the base keep their names. What trains is decided by names: see `Adapter.own`.
+    Raises  ConfigError if a target matches no layer.
+    """
+    adapter_of(config).adapt(model, config)
+    return model
+
+
+def start_over(base: Start, config: AdapterConfig, seed: int) -> Start:
+    """Start values of an adapted model: those of the adapter over those of its base."""
+    member = adapter_of(config)
+    shapes: dict[str, Sequence[int]] = {}
+
+    def value(name: str, shape: Sequence[int]) -> Sliceable:
+        own = member.start(config, name, shape, seed, whole)
+        if own is not None:
+            return own
+        shapes[name] = tuple(shape)
+        return base(name, shape)
+
+    def whole(name: str) -> Tensor:
+        # Weights come before what is added to them, in the order of the parameters.
+        shape = shapes[name]
+        out: Tensor = base(name, shape)[tuple(slice(0, size) for size in shape)]
+        return out.float()
+
+    return value
