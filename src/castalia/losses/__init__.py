@@ -3,17 +3,22 @@
 from typing import TYPE_CHECKING
 
 from castalia.core.lazy import lazy
+from castalia.losses.dpo import DPO
 from castalia.losses.grpo import Grpo
 from castalia.losses.loss import LOSSES, Loss, LossConfig, LossOut, Mean
 from castalia.losses.next_token import NextToken
+from castalia.losses.orpo import ORPO
 from castalia.losses.reinforce import Reinforce
 from castalia.losses.reward import Reward
+from castalia.losses.simpo import SimPO
 
 if TYPE_CHECKING:
     from castalia.losses.scored import Scored
 
 __all__ = [
+    "DPO",
     "LOSSES",
+    "ORPO",
     "Grpo",
     "Loss",
     "LossConfig",
@@ -23,6 +28,7 @@ __all__ = [
     "Reinforce",
     "Reward",
     "Scored",
+    "SimPO",
 ]
 
 __getattr__ = lazy(__name__, {"Scored": "scored"})
