@@ -27,6 +27,8 @@ MESSAGES = ("messages", "conversations")
 """Keys of a whole conversation: OpenAI's and TRL's, and ShareGPT's."""
 COMPLETIONS = ("completion", "response")
 """Keys of the answer to `prompt`."""
+ANSWERS = ("chosen", "rejected")
+"""Keys of the two answers of a pair."""
 TEMPLATES = {
     "plain": (
         "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
@@ -176,6 +178,78 @@ def read_chat(record: Record) -> list[Conversation]:
     raise BadDocumentError(
         f"a chat has the key 'messages', or 'prompt' and 'completion', or 'text'; keys: {existing}"
     )
+
+
+@text_kind(
+    "pairs",
+    fields={
+        ("chosen", TOKENS): "chosen",
+        ("chosen", LABELS): "chosen_labels",
+        ("rejected", TOKENS): "rejected",
+        ("rejected", LABELS): "rejected_labels",
+    },
+    columns=("prompt", *ANSWERS),
+)
+def read_pairs(record: Record) -> list[Conversation]:
+    """A preferred and a rejected answer to a prompt, which both may begin with instead.
+
+    Raises  BadDocumentError if an answer is missing or empty, or both are the same.
+    """
+    missing = [key for key in ANSWERS if record.has(key) is None]
+    if missing:
+        existing = ", ".join(sorted(record.values)) or "none"
+        raise BadDocumentError(f"a pair lacks the key {missing[0]!r}; keys: {existing}")
+    chosen, rejected = (record.text(key) for key in ANSWERS)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadDocumentError(
+            "one of 'chosen' and 'rejected' is a string and the other one messages; give both in"
+            " one form"
+        )
+    if chosen == rejected:
+        raise BadDocumentError(
+            "'chosen' and 'rejected' are the same, so that there is nothing to prefer; leave the"
+            " record out"
+        )
+    shared = 0
+    if record.has("prompt") is None:
+        shared = shared_length(chosen, rejected)
+    elif not isinstance(chosen, str) and not isinstance(rejected, str):
+        # Some files name the prompt and begin both conversations with it as well.
+        given = record.text("prompt")
+        prompt = user_message(given) if isinstance(given, str) else given
+        if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+            shared = len(prompt)
+    if not shared:
+        conversations = [record.answered(record.has("prompt"), key) for key in ANSWERS]
+    else:
+        conversations = [Conversation(text[:shared], text[shared:]) for text in (chosen, rejected)]
+    for key, conversation in zip(ANSWERS, conversations, strict=True):
+        require_words(key, conversation.answer, record.roles)
+    return conversations
+
+
+def shared_length(chosen: list[Message] | str, rejected: list[Message] | str) -> int:
+    """How much both begin with: messages, or characters up to a space, before which words end."""
+    pairs = zip(chosen, rejected, strict=False)
+    equal = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+    length = min(len(chosen), len(rejected)) if equal is None else equal
+    if isinstance(chosen, str) and length and chosen[length - 1] == " ":
+        # The space belongs to the word after it, as tokenizers have it.
+        length -= 1
+    return length
+
+
+def require_words(key: str, answer: list[Message] | str | None, roles: Sequence[str]) -> None:
+    """Require an answer that says something.
+
+    Raises  BadDocumentError.
+    """
+    if not answer or (isinstance(answer, str) and not answer.strip()):
+        raise BadDocumentError(
+            f"{key!r} is empty, or all of it stands in the other answer, too; leave the record out"
+        )
+    if not isinstance(answer, str):
+        require_answer(answer, roles)
 
 
 def require_answer(messages: Sequence[Message], roles: Sequence[str]) -> None:
