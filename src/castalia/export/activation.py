@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from castalia.core.errors import ConfigError
 from castalia.export.formats import Format
+from castalia.formats.folded import folded
 from castalia.formats.saved_model import SavedModel
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
@@ -22,9 +23,20 @@ def expressed(
 
     Raises  ConfigError if the family has no such activation.
     """
-    source = with_activation(trained, activation)
+    source = folded(with_activation(trained, activation))
     config, notes = kind.expressed(source.config)
-    return replace(source, config=config), activation_notes(trained, source) + notes
+    notes = [*activation_notes(trained, source), *width_notes(trained, source), *notes]
+    return replace(source, config=config), notes
+
+
+def width_notes(trained: SavedModel, source: SavedModel) -> list[str]:
+    """That the factors of μP are in the weights, in one sentence."""
+    if trained.config.mup == source.config.mup:
+        return []
+    return [
+        "the factors of μP (model.mup) are multiplied into the weights; to train on under μP,"
+        " start from the checkpoint"
+    ]
 
 
 def with_activation(source: SavedModel, activation: str | None) -> SavedModel:

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 from castalia.core.errors import ConfigError, nearest
+from castalia.formats.folded import folded
 from castalia.formats.saved_model import open_model
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
@@ -117,6 +118,9 @@ def load_checkpoint(
     """A checkpoint on an engine; the engine is asked whether it can before a weight is read."""
     source = open_model(path)
     chosen = engine_for(engine, dtype)
+    if chosen is not TorchEngine:
+        # The others know no factors by width.
+        source = folded(source)
     if reason := chosen.refuses(source.config):
         if engine != "auto":
             raise ConfigError(f"{reason}; use engine=torch")

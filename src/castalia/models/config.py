@@ -1,5 +1,6 @@
 """Configs that all model families share: any decoder, and any transformer. Names are GPT-NeoX's."""
 
+import math
 from collections.abc import Iterator
 from copy import copy
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -18,6 +19,7 @@ from pydantic import (
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
 from castalia.core.errors import ConfigError
+from castalia.models.mup import MupConfig
 from castalia.models.scaling import RopeScaling
 from castalia.models.sparsity import SparseKind, SparsityConfig
 from castalia.models.starts import Init
@@ -34,6 +36,8 @@ AttentionKind = Literal["global", "sliding"] | SparseKind
 
 START: dict[str, Any] = {"start": None, "start_missing": (), "start_vocab": None}
 """Fields that say where weights come from, with their defaults; they are no part of the model."""
+UNSET = (*START, "mup")
+"""Fields that a file has only where they are set."""
 
 
 class ModelConfig(Config):
@@ -60,6 +64,9 @@ class ModelConfig(Config):
     """Factor of the embedding."""
     output_multiplier: PositiveFloat = 1.0
     """Factor of the logits."""
+    mup: MupConfig | None = None
+    """Start values, factors and learning rates by width, so that the best learning rate is that of
+    a narrow model: maximal update parametrization; null is the standard one."""
     start: Annotated[str | None, AT_RESUME] = None
     """Weights that a fresh run starts from: a run, RUN/step1000, a Hugging Face folder, OWNER/NAME
     of its hub, a GPT-NeoX checkpoint, Meta's LLaMA folder, or a GGUF file of floats; null draws
@@ -89,6 +96,23 @@ class ModelConfig(Config):
         return self.tie_word_embeddings and self.head == "vocab"
 
     @property
+    def width_ratio(self) -> float:
+        """The width as a multiple of μP's base; 1 without μP."""
+        return 1.0 if self.mup is None else self.hidden_size / self.mup.base_width
+
+    @property
+    def embedding_factor(self) -> float:
+        """What the embedding is multiplied with."""
+        own = 1.0 if self.mup is None else self.mup.embedding_mult
+        return self.embedding_multiplier * own
+
+    @property
+    def output_factor(self) -> float:
+        """What the hidden states before the head are multiplied with."""
+        own = 1.0 if self.mup is None else self.mup.output_mult / self.width_ratio
+        return self.output_multiplier * own
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: vocab_size rounded up."""
         # Multiples of 128 fill the tiles of the head's products and divide among tp ranks.
@@ -106,9 +130,9 @@ class ModelConfig(Config):
 
     @model_serializer(mode="wrap")
     def serialized(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """All fields; those of the start only if set, which keeps them out of exports."""
+        """All fields; those of the start and of μP only if set, which keeps them out of exports."""
         values: dict[str, Any] = handler(self)
-        unset = [name for name in START if not values.get(name)]
+        unset = [name for name in UNSET if not values.get(name)]
         return {name: value for name, value in values.items() if name not in unset}
 
     def facts(self) -> dict[str, str]:
@@ -278,6 +302,21 @@ class TransformerConfig(ModelConfig):
         return int(self.head_dim * self.rotary_pct) if self.pos_emb == "rotary" else 0
 
     @property
+    def score_factor(self) -> float:
+        """What the attention's scores are multiplied with beside 1 / sqrt(head_dim)."""
+        if self.mup is None:
+            return 1.0
+        return self.mup.attention_mult * math.sqrt(self.mup.base_head_dim / self.head_dim)
+
+    @property
+    def bias_factor(self) -> float:
+        """What T5's biases are multiplied with, sqrt(head_dim) without μP."""
+        if self.mup is None:
+            return math.sqrt(self.head_dim)
+        # Of one size at every width, as the scores are.
+        return self.mup.rp_embedding_mult * math.sqrt(self.mup.base_head_dim)
+
+    @property
     def drops(self) -> bool:
         """Whether training drops anything."""
         return self.hidden_dropout > 0 or self.attention_dropout > 0
@@ -373,6 +412,8 @@ def option_problems(config: TransformerConfig) -> Iterator[str]:
         yield "shared_norm needs parallel_residual: serial parts read different inputs"
     if config.norm_placement == "post" and config.parallel_residual:
         yield "norm_placement=post needs parallel_residual=false"
+    if config.mup is not None and config.mup.zero_readout and config.tie_word_embeddings:
+        yield "mup.zero_readout needs a head of its own; set tie_word_embeddings=false"
     if config.rmsnorm_partial is not None and config.norm != "rmsnorm":
         yield f"rmsnorm_partial needs norm=rmsnorm, not {config.norm}"
     yield from position_problems(config)

@@ -147,10 +147,9 @@ class Decoder(nn.Module):
         if not self.span.last:
             return x_BTC
         normed_BTC: Tensor = self.norm(x_BTC)
-        if self.config.output_multiplier != 1.0:
-            # On the hidden states: the loss takes the head's weight itself.
-            normed_BTC = normed_BTC * self.config.output_multiplier
-        return normed_BTC
+        factor = self.config.output_factor
+        # On the hidden states: the loss takes the head's weight itself.
+        return normed_BTC if factor == 1.0 else normed_BTC * factor
 
     def embedded(self, tokens: Tensor, context: Context) -> Tensor:
         """The residual stream before the first block, (B, T) int64 -> (B, T, C)."""
@@ -158,8 +157,8 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(x_BTC.device.type):
             # In fp32 whatever the weights are: many small additions to a bf16 stream get lost.
             x_BTC = x_BTC.float()
-        if self.config.embedding_multiplier != 1.0:
-            x_BTC = x_BTC * self.config.embedding_multiplier
+        if self.config.embedding_factor != 1.0:
+            x_BTC = x_BTC * self.config.embedding_factor
         if self.positions is not None:
             # Under tensor parallelism the embedding gives this rank's part of the tokens.
             T = x_BTC.shape[1]

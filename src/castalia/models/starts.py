@@ -40,6 +40,10 @@ class Normal:
 
         return torch.randn(shape, generator=generator).mul_(self.std)
 
+    def deviation(self, shape: tuple[float, ...]) -> float:
+        """Standard deviation of the elements of a matrix of this shape."""
+        return self.std
+
 
 @dataclass(frozen=True)
 class Orthogonal:
@@ -56,6 +60,10 @@ class Orthogonal:
 
         matrix = torch.empty(shape)
         return torch.nn.init.orthogonal_(matrix, self.gain, generator=generator)
+
+    def deviation(self, shape: tuple[float, ...]) -> float:
+        """Root mean square of the elements of a matrix of this shape."""
+        return self.gain / math.sqrt(max(shape))
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,10 @@ class Xavier:
         draw = torch.nn.init.xavier_uniform_ if self.uniform else torch.nn.init.xavier_normal_
         return draw(torch.empty(shape), generator=generator)
 
+    def deviation(self, shape: tuple[float, ...]) -> float:
+        """Standard deviation of the elements of a matrix of this shape."""
+        return math.sqrt(2 / sum(shape))
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -86,6 +98,39 @@ class Constant:
         import torch
 
         return torch.full(shape, self.value)
+
+
+@dataclass(frozen=True)
+class AtWidth:
+    """The start of a parameter of μP's base width, with the deviation that a model `ratio` times as
+    wide needs.
+
+    Source  Yang et al. 2022, arXiv:2203.03466, table 8: the variance of matrices between two widths
+            falls with the inputs, that of all other parameters stays.
+    """
+
+    base: Start
+    ratio: float
+    hidden: bool
+    """Whether both dims of the matrix grow with the width."""
+    scale: float
+
+    def __call__(self, shape: tuple[int, ...], generator: "Generator") -> "Tensor":
+        """Draw a tensor."""
+        values = self.base(shape, generator)
+        if not isinstance(self.base, Normal | Orthogonal | Xavier):
+            # A constant; and of a start of a family's own nothing is known.
+            return values
+        return values.mul_(self.scale * self.deviation(shape) / self.base.deviation(shape))
+
+    def deviation(self, shape: tuple[int, ...]) -> float:
+        """Standard deviation of the elements, before `scale`."""
+        assert isinstance(self.base, Normal | Orthogonal | Xavier)
+        rows, *rest = shape
+        # The rows of an embedding, a head or a table of positions have one number at every width.
+        narrow = (rows / self.ratio if self.hidden else rows, *(n / self.ratio for n in rest))
+        there = self.base.deviation(narrow)
+        return there / math.sqrt(self.ratio) if self.hidden else there
 
 
 ZEROS = Constant(0.0)

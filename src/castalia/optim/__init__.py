@@ -8,6 +8,7 @@ from castalia.optim.adamw import AdamW, AdamWConfig
 from castalia.optim.base import Member, StateTensor
 from castalia.optim.config import OPTIMIZERS, GroupConfig, OptimConfig
 from castalia.optim.groups import Rules, UpdateRule
+from castalia.optim.widths import WidthPowers, width_rule
 
 __all__ = [
     "OPTIMIZERS",
@@ -19,4 +20,6 @@ __all__ = [
     "Rules",
     "StateTensor",
     "UpdateRule",
+    "WidthPowers",
+    "width_rule",
 ]

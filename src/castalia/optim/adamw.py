@@ -6,6 +6,7 @@ from pydantic import PositiveFloat
 
 from castalia.optim.base import Member, StateTensor
 from castalia.optim.config import OPTIMIZERS, OptimConfig
+from castalia.optim.widths import ADAM_LIKE
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ class AdamW(Member):
     """
 
     Config = AdamWConfig
+    by_width = ADAM_LIKE
 
     @classmethod
     def state(cls, config: Any) -> dict[str, StateTensor]:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from castalia.optim.config import OptimConfig
+from castalia.optim.widths import WidthPowers
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,9 @@ class Member(ABC):
     Config: ClassVar[type[OptimConfig]]
     """Its section of the config: a subclass of OptimConfig with `kind: Literal["its name"] = "its
     name"`."""
+    by_width: ClassVar[WidthPowers | None] = None
+    """How its learning rates follow the width under μP; None means that nobody worked it out, and
+    the optimizer is refused with model.mup."""
 
     @classmethod
     @abstractmethod

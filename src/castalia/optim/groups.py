@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError
 from castalia.optim.config import OptimConfig, member_config
+from castalia.optim.widths import WidthRule
 
 
 class UpdateRule(NamedTuple):
@@ -21,7 +22,8 @@ class Rules:
     """The rule of each parameter of a model, by its name.
 
     `no_decay` are the family's patterns of parameters without weight decay, `frozen` those that do
-    not train; `only`, where given, those outside of which nothing trains, as of an adapter.
+    not train; `only`, where given, those outside of which nothing trains, as of an adapter; `widths`
+    are the factors of μP.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class Rules:
         no_decay: Sequence[str] = (),
         frozen: Sequence[str] = (),
         only: Sequence[str] = ("*",),
+        widths: WidthRule | None = None,
     ) -> None:
         self.config = config
+        self.widths = widths
         self.no_decay = no_decay
         self.frozen = frozen
         self.only = only
@@ -54,6 +58,12 @@ class Rules:
                 if group.weight_decay is not None:
                     decay = group.weight_decay
                 break
+        if self.widths is not None:
+            by_width = self.widths.factor(kind, name)
+            lr_scale *= by_width
+            # Optimizers multiply decay and rate. What a step decays is not to follow the width, as
+            # in the optimizers of the mup package.
+            decay /= by_width
         return UpdateRule(kind, lr_scale, decay)
 
     def config_of(self, kind: str) -> OptimConfig:

@@ -92,8 +92,8 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     if neox:
         reading = read_neox(neox, world=world or world_size(), complete=name is None)
     layers = Layers(
-        files=merge(reading.values, own),
-        overrides=[parse_override(text) for text in named.overrides],
+        files=merge(reading.values, in_place(own)),
+        overrides=[in_place(parse_override(text)) for text in named.overrides],
     )
     labels = [path.name for path in named.files]
     if name is None:
@@ -118,6 +118,14 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     launch_notes = [note.text for note in remaining if note.key.startswith("launch.")]
     notes += remarks(config, neox, changes)
     return Resolved(config, str(name or label), changes, notes, launch_notes, reading.ignored)
+
+
+def in_place(values: Values) -> Values:
+    """The values with `mup` at the top, which is short for `model.mup`, where it belongs."""
+    if "mup" not in values:
+        return values
+    rest = {name: value for name, value in values.items() if name != "mup"}
+    return merge(rest, {"model": {"mup": values["mup"]}})
 
 
 def read_files(paths: list[Path]) -> tuple[Values, dict[str, Values]]:

@@ -30,7 +30,7 @@ from castalia.losses import LOSSES, LossConfig, NextToken
 from castalia.mixing.config import MixingConfig
 from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
-from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules
+from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_rule
 from castalia.optim.schedule import ScheduleConfig, rate_problems
 from castalia.train.curriculum import CurriculumConfig
 from castalia.train.precision_config import Gradients, Parameters, precision_problems
@@ -41,6 +41,7 @@ from castalia.train.problems import (
     loss_problems,
     mixing_problems,
     start_problems,
+    width_problems,
 )
 
 # Nothing here imports torch, so that `castalia show` and `--help` answer at once.
@@ -199,6 +200,7 @@ class RunConfig(Config):
         problems += rate_problems(self.schedule, self.optim.lr)
         problems += start_problems(self)
         problems += adapter_problems(self)
+        problems += width_problems(self)
         problems += epochs_problems(self)
         problems += mixing_problems(self)
         problems += loss_problems(self)
@@ -265,6 +267,7 @@ def rules_of(config: RunConfig) -> Rules:
         (*family_of(config.model).no_decay, *member.no_decay),
         config.train.frozen,
         trained_patterns(config.adapter, config.model),
+        width_rule(config.model, config.optim),
     )
 
 

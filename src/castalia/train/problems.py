@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castalia.adapters import adapter_of
+from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import context_problems
 from castalia.losses import LOSSES, Loss
 from castalia.mixing.mixer import MIXERS
+from castalia.optim.widths import width_rule
 from castalia.train.curriculum import Curriculum
 
 if TYPE_CHECKING:
@@ -84,6 +86,17 @@ def adapter_problems(config: "RunConfig") -> list[str]:
             " train.start_step=false"
         )
     return problems
+
+
+def width_problems(config: "RunConfig") -> list[str]:
+    """A family or an optimizer that μP does not know."""
+    try:
+        rule = width_rule(config.model, config.optim)
+        if rule is not None:
+            rule.is_hidden("embed.weight")
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def epochs_problems(config: "RunConfig") -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from castalia.core.errors import ConfigError
 from castalia.models.config import ModelConfig
-from castalia.models.starts import Normal, Start
+from castalia.models.starts import ZEROS, AtWidth, Normal, Start
 
 if TYPE_CHECKING:
     from torch import nn
@@ -230,9 +230,37 @@ class Family(ABC):
         starts = (*self.starts(config), SCORE)
         for pattern, start in starts:
             if fnmatchcase(name, pattern):
-                return start
+                return start if config.mup is None else self.start_by_width(config, name)
         patterns = ", ".join(pattern for pattern, _ in starts)
         raise ConfigError(
             f"model family {self.name!r} declares no start value for the parameter {name!r}; add a"
             f" pattern to its starts, which cover {patterns or 'nothing'}"
         )
+
+    def start_by_width(self, config: ModelConfig, name: str) -> Start:
+        """The start value of `name` under μP: that of the base width, with the deviation that the
+        width of `config` asks for.
+
+        Source  Yang et al. 2022, arXiv:2203.03466, table 8.
+        """
+        mup = config.mup
+        assert mup is not None
+        if mup.zero_readout and name == "unembed.weight":
+            return ZEROS
+        base = config.model_copy(update={"hidden_size": mup.base_width, "mup": None})
+        start = self.start_of(base, name)
+        hidden = self.is_hidden(config, name)
+        return AtWidth(start, config.width_ratio, hidden, mup.init_scale)
+
+    def is_hidden(self, config: ModelConfig, name: str) -> bool:
+        """Whether both dims of the parameter `name` grow with the width, which μP must know.
+
+        Raises  ConfigError if the family does not declare its parts.
+        """
+        parts = self.parts(config)
+        if parts is None:
+            raise ConfigError(
+                f"model.mup: model family {self.name!r} does not say which of its matrices lie"
+                " between two widths; declare its parts, or write is_hidden"
+            )
+        return any(fnmatchcase(name, f"layers.*.{part.place}.weight") for part in parts.linears)

@@ -213,6 +213,7 @@ class Attention(nn.Module):
         width = config.hidden_size
         self.head_dim = config.head_dim
         self.kv_heads = config.kv_heads
+        self.score_factor = config.score_factor
         self.fused = config.fused_qkv
         queries = config.num_attention_heads * self.head_dim
         keys = self.kv_heads * self.head_dim
@@ -253,6 +254,9 @@ class Attention(nn.Module):
             q = self.q_norm(q.transpose(1, 2), context.heads).transpose(1, 2)
             norm = self.k_norm or self.q_norm
             k = norm(k.transpose(1, 2), context.heads).transpose(1, 2)
+        if self.score_factor != 1.0:
+            # On the queries: no kernel has to know of it, and exports fold it into their weights.
+            q = q * self.score_factor
         return project(self.out, attend(q, k, v, context), context.draws)
 
     def heads_of(self, x: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ class RelativeBias(nn.Module):
         self.buckets = config.rpe_num_buckets
         self.furthest = config.rpe_max_distance
         self.heads = config.num_attention_heads
-        self.scale = math.sqrt(config.head_dim)
+        self.scale = config.bias_factor
         self.weight = nn.Parameter(torch.empty(self.buckets, self.heads))
 
     def forward(self, context: Context, past: ModelState | None) -> Tensor:
