@@ -22,8 +22,8 @@ class Rules:
     """The rule of each parameter of a model, by its name.
 
     `no_decay` are the family's patterns of parameters without weight decay, `frozen` those that do
-    not train; `only`, where given, those outside of which nothing trains, as of an adapter; `widths`
-    are the factors of μP.
+    not train; `only`, where given, those outside of which nothing trains, as of an adapter;
+    `widths` are the factors of μP.
     """
 
     def __init__(
