@@ -159,7 +159,7 @@ GRID = [
     Row("pp x tp", "pp=2 tp=2", "interleaved, tied"),
     Row("pp x tp", "pp=2 tp=2", "zero bubble"),
     Row("pp x cp", "pp=2 cp=2", "1f1b", core=True),
-    Row("pp x cp", "pp=2 cp=2", "curriculum", core=True),
+    Row("pp x cp", "pp=2 cp=2", "curriculum and ramp", core=True),
     Row("pp x cp", "pp=2 cp=2", "zero bubble, tied"),
     Row("pp x tp x cp", "pp=2 cp=2 tp=2", "1f1b"),
     Row("pp x dp x tp", "pp=2 dp_replicate=2 tp=2", "1f1b, tied"),

@@ -50,8 +50,9 @@ PLAIN = {
         "train.recompute=true",
         "parallel.schedule=zero_bubble",
     ),
-    "curriculum": (
+    "curriculum and ramp": (
         "train.micro_batch_size=2",
+        "train.batch_ramp=[4,4,20]",
         "curriculum.kind=linear",
         "curriculum.shortest=4",
         "curriculum.length_step=4",

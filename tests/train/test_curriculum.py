@@ -5,8 +5,10 @@ import math
 
 import pytest
 
+from castalia.analysis import viewing
 from castalia.core.errors import ConfigError
 from castalia.recipes import load_config
+from castalia.train.build import rows_of_run
 from castalia.train.curriculum import Curriculum, CurriculumConfig
 
 LINES = (
@@ -55,9 +57,34 @@ def test_rows_are_shortened_and_their_order_stays(train, tmp_path):
     assert metrics(straight)[-1]["seq_length"] == 16
 
 
+def test_a_ramp_takes_the_same_rows_in_smaller_batches(train, tmp_path):
+    options = ("schedule.decay_steps=4", "train.eval_every=2", "data.split='8,2,0'")
+    whole = tmp_path / "whole"
+    train(whole, "train.steps=2", *options)
+    ramped = tmp_path / "ramped"
+    # 4, 4 and 8 rows, then 12: broken off within the ramp and resumed.
+    words = ("train.batch_ramp=[4,4,16]", *options)
+    train(ramped, *words, "train.steps=2")
+    train(ramped, *words, "train.steps=4")
+    lines = metrics(ramped)
+    assert [line["tokens"] // 16 for line in lines] == [4, 8, 16, 28]
+    # The order depends on the rows of a whole run; these two take 24 and 28, of one pass.
+    viewed = [step_hash(ramped, step) for step in range(4)]
+    assert [line["rows_hash"] for line in lines] == viewed
+    assert lines[1]["valid_loss"] != lines[3]["valid_loss"]
+
+
+def step_hash(folder, step):
+    config = load_config([folder])
+    return viewing.step_hash(rows_of_run(config).train, step, config.train.batches)
+
+
 def test_lengths_that_do_not_fit_are_refused():
     debug = ["debug", "data.seq_length=64", "curriculum.kind=linear"]
     for words, message in (
+        (["train.batch_ramp=[4,3,9]", "train.batch_size=12"], "8 is not divisible by 3"),
+        (["train.batch_ramp=[4,4,9]", "mixing.kind=exp3"], "plans batches of one size"),
+        (["train.batch_ramp=[4,4,9]", "train.epochs=1"], "train.epochs counts full batches"),
         (["curriculum.shortest=96"], "longer than data.seq_length 64"),
         (["curriculum.shortest=12", "parallel.tp=8"], "length 16.*|not divisible by"),
         (["curriculum.shortest=4"], "rounds down to 0 tokens"),

@@ -12,6 +12,7 @@ import numpy as np
 from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write
 from castalia.corpus.provenance import read_provenance
+from castalia.data.batch_sizes import BatchSizes, sizes_of
 from castalia.data.ready_rows import common_dtype
 from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import RunRows
@@ -27,16 +28,17 @@ class Steps:
     first: int
     stop: int
     """One past the last step."""
-    batch_size: int
-    """Rows in a step."""
+    batches: BatchSizes | int
+    """Rows in each step; a number if it is the same in all."""
 
     @property
     def places(self) -> range:
-        """The rows' places in the run's order: step s uses [s·B, (s+1)·B)."""
-        return range(self.first * self.batch_size, self.stop * self.batch_size)
+        """The rows' places in the run's order."""
+        sizes = sizes_of(self.batches)
+        return range(sizes.first(self.first), sizes.first(self.stop))
 
 
-def parse_steps(text: str, batch_size: int, total: int) -> Steps:
+def parse_steps(text: str, batches: BatchSizes | int, total: int) -> Steps:
     """Parse `A:B`, steps A to B - 1, or `A`, one step; A defaults to 0 and B to the run's end.
 
     Raises  ConfigError if the text is not a range of steps within the run's `total`.
@@ -54,7 +56,7 @@ def parse_steps(text: str, batch_size: int, total: int) -> Steps:
     if not begin < end <= total:
         asked = f"steps {begin} to {end - 1}" if colon else f"step {begin}"
         raise ConfigError(f"--steps {text}: {asked}, but the run has steps 0 to {total - 1}")
-    return Steps(begin, end, batch_size)
+    return Steps(begin, end, sizes_of(batches))
 
 
 def save_ids(
@@ -64,7 +66,7 @@ def save_ids(
 
     The layout is that of Pythia's batch_viewer.py. Memory holds one row at a time.
 
-    Returns  the shape, (steps · batch_size, seq_length + 1).
+    Returns  the shape, (rows of the steps, seq_length + 1).
     """
     dtype = common_dtype([pack.dataset for pack in rows.row_sources])
     shape = (len(steps.places), rows.seq_length + 1)
@@ -88,7 +90,7 @@ def records(rows: RunRows, steps: Steps, tokenizer: Tokenizer | None) -> Iterato
     """
     require_own_tokenizer(rows, tokenizer)
     for place in steps.places:
-        yield record_of(rows, place, steps.batch_size, tokenizer)
+        yield record_of(rows, place, sizes_of(steps.batches), tokenizer)
 
 
 def require_own_tokenizer(rows: RunRows, tokenizer: Tokenizer | None) -> None:
@@ -100,7 +102,7 @@ def require_own_tokenizer(rows: RunRows, tokenizer: Tokenizer | None) -> None:
 
 
 def record_of(
-    rows: RunRows, place: int, batch_size: int, tokenizer: Tokenizer | None
+    rows: RunRows, place: int, batches: BatchSizes, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     """The row at a place of the run's order.
 
@@ -110,9 +112,10 @@ def record_of(
     shows as U+FFFD.
     """
     source, pieces = rows.train.documents_of(place)
+    step, row = batches.step_of(place)
     record: dict[str, Any] = {
-        "step": place // batch_size,
-        "row": place % batch_size,
+        "step": step,
+        "row": row,
         "source": rows.sources[source],
         "prefix": rows.train.row_sources[source].dataset.prefix,
         "documents": [piece._asdict() for piece in pieces],
@@ -131,11 +134,11 @@ def record_of(
     return record
 
 
-def step_hash(rows: BlendedRows | RowsBySource, step: int, batch_size: int) -> int:
+def step_hash(rows: BlendedRows | RowsBySource, step: int, batches: BatchSizes | int) -> int:
     """`rows_hash` of a step, as training writes it to metrics.jsonl.
 
     It is the sum over the rows of the CRC-32 of a row's inputs as little-endian int64, which does
     not depend on how ranks share the rows.
     """
-    places = Steps(step, step + 1, batch_size).places
+    places = sizes_of(batches).places(step)
     return sum(zlib.crc32(rows[place][0][:-1].astype("<i8").tobytes()) for place in places)

@@ -110,4 +110,4 @@ def open_rows(folder: Path) -> "OpenRows":
     tokenizer = None
     if config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)
-    return OpenRows(rows, config.train.batch_size, config.train.steps, tokenizer)
+    return OpenRows(rows, config.train.batches, config.train.steps, tokenizer)

@@ -59,7 +59,7 @@ def view(
     from castalia.data import load_tokenizer
 
     run, rows = rows_of(config)
-    chosen = parse_steps(steps, run.train.batch_size, run.train.steps)
+    chosen = parse_steps(steps, run.train.batches, run.train.steps)
     name = tokenizer or run.data.tokenizer
     decoder = None
     if name:
@@ -76,8 +76,9 @@ def view(
             typer.echo(line)
         return
     for step in range(chosen.first, chosen.stop):
-        rows_hash = step_hash(rows.train, step, chosen.batch_size)
-        typer.echo(f"step {step}: {chosen.batch_size:,} rows, rows_hash {rows_hash}")
+        rows_hash = step_hash(rows.train, step, run.train.batches)
+        size = run.train.batches.size(step)
+        typer.echo(f"step {step}: {size:,} rows, rows_hash {rows_hash}")
 
 
 @app.command(rich_help_panel=RUNS)
@@ -102,15 +103,16 @@ def materialize(
     """
     from castalia.analysis.viewing import parse_steps
     from castalia.cli.progress import bytes_progress
+    from castalia.data.batch_sizes import require_constant
     from castalia.data.ready_rows import common_dtype, write_rows
 
     run, rows = rows_of(config)
-    chosen = parse_steps(steps, run.train.batch_size, run.train.steps)
+    chosen = parse_steps(steps, run.train.batches, run.train.steps)
     facts = {
         "rows_of": {
             "first_step": chosen.first,
             "stop_step": chosen.stop,
-            "batch_size": chosen.batch_size,
+            "batch_size": require_constant(run.train.batches, "a token file of ready rows"),
         },
         "seq_length": rows.train.seq_length,
         "fingerprint": rows.fingerprint,

@@ -97,7 +97,7 @@ def estimate(work: Workload, processes: int | None = None, device: str | None = 
     device = device or device_of(work)
     degrees = degrees_of(work, processes)
     rows = micro_rows(work, max(1, degrees.dp))
-    tokens = work.tokens_per_step * work.steps
+    tokens = work.tokens_per_step * work.steps - work.left_out
     each = flops_per_token(work.model, work.seq_length)
     return Estimate(
         parameters=parameter_counts(work.model),

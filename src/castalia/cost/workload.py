@@ -31,6 +31,8 @@ class Workload(NamedTuple):
     """Checkpoints that are written, and those that are left at the end."""
     document_mask: bool
     """Whether each row has a mask of its own, by its documents."""
+    left_out: int = 0
+    """Tokens of full batches of full rows that a ramp and a curriculum leave out, in all steps."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from castalia.core.errors import DataError
 from castalia.core.workers import WorkerPool
 from castalia.data.batch import Batch
+from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.labels import IGNORED
 from castalia.data.rows_by_source import RowPlaces
 from castalia.data.segments import DocumentMask, positions_within
@@ -59,6 +60,7 @@ class StepLoader:
                       eod_mask_loss.
     mask              gives every document of a row its own segments and positions, and excludes the
                       target that is the next document's first token.
+    ramp              smaller batches in the first steps; see `BatchSizes`.
     workers           0 reads ahead in a thread; more are processes, each with its own copy of the
                       order's index. The batches are the same for any number.
 
@@ -81,12 +83,14 @@ class StepLoader:
         plans: Iterator[RowLookup | None] | None = None,
         uneven: bool = False,
         mask: DocumentMask | None = None,
+        ramp: Ramp | None = None,
     ) -> None:
-        if not uneven:
-            check_batch(batch_size, micro_batch_size or max(batch_size // dp_world, 1), dp_world)
+        for size in BatchSizes(batch_size, ramp).distinct():
+            if not uneven:
+                check_batch(size, micro_batch_size or max(size // dp_world, 1), dp_world)
         assert 0 <= dp_rank < dp_world, (dp_rank, dp_world)
         micro = micro_batch_size or -(-batch_size // dp_world)
-        reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask)
+        reader = StepReader(rows, batch_size, micro, dp_rank, dp_world, vocab_size, mask, ramp)
         self.reader = reader.start()
         self.start_step = start_step
         self.eod_id = eod_id
@@ -123,12 +127,11 @@ class StepLoader:
                 yield step, None
             return
         step = self.start_step
-        shares = self.reader.shares
         for plan in self.plans:
             if plan is None:
                 yield None
                 continue
-            yield step, [plan(share.start, share.stop) for share in shares]
+            yield step, [plan(share.start, share.stop) for share in self.reader.shares(step)]
             step += 1
 
 

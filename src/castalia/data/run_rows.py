@@ -3,8 +3,9 @@ steps."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.config import DataConfig
 from castalia.data.fingerprint import bin_hash, contents, fingerprint
 from castalia.data.order import rows_per_source, split_documents
@@ -64,6 +65,7 @@ def build_rows(
     planned: bool = False,
     allow_empty: bool = False,
     epochs: int | None = None,
+    ramp: Ramp | None = None,
 ) -> RunRows:
     """The train and valid rows of a run, in GPT-NeoX's order; `planned` keeps train rows by source.
 
@@ -72,7 +74,8 @@ def build_rows(
     1.005 times its share, and the sources are blended, even a single one; one of weight 0 has no
     rows. With data.order `file` the train prefixes hold ready rows, served in the order of the
     file. `valid` is None without `eval_every` or validation data. `allow_empty` accepts sources too
-    short for a row, for mixers that give them weight 0. With `epochs` one pass is repeated.
+    short for a row, for mixers that give them weight 0. With `epochs` one pass is repeated. With a
+    `ramp` the first batches are smaller.
 
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
@@ -83,23 +86,21 @@ def build_rows(
     config = with_document_weights(config, files.tokens, valid_sets)
     train_documents, valid_documents = split_of(config, len(files.tokens[0]))
 
+    sizes = BatchSizes(batch_size, ramp)
     train: BlendedRows | RowsBySource
     if planned:
         train = rows_by_source(files, config, seed, train_documents, allow_empty)
     elif epochs is not None:
         train = whole_passes(files, config, seed, batch_size, train_documents)
     else:
-        train = train_rows(files, config, seed, steps * batch_size, train_documents)
+        train = train_rows(files, config, seed, sizes.first(steps), train_documents)
     train.attach(files)
 
-    # GPT-NeoX's count: an evaluation every `eval_every` steps, and one at the end.
-    evaluations = steps // eval_every + 1 if eval_every else 0
-    count = evaluations * eval_batches * batch_size
+    count = evaluations(steps, eval_every) * eval_batches * batch_size
     valid = valid_rows(valid_files, config, seed, count, valid_documents)
 
-    settings = order_settings(
-        config, train, seed=seed, batch_size=batch_size, planned=planned, passes=epochs is not None
-    )
+    kind = Served(planned, passes=epochs is not None)
+    settings = order_settings(config, train, seed, sizes, kind)
     valid_prefixes = config.valid_prefixes or config.train_prefixes[:1]
     return RunRows(
         train=train,
@@ -113,6 +114,11 @@ def build_rows(
         valid_sources=source_names(valid_prefixes) if valid else [],
         mask=document_mask(config),
     )
+
+
+def evaluations(steps: int, every: int | None) -> int:
+    """GPT-NeoX's count: an evaluation after every so many steps, and one at the end."""
+    return steps // every + 1 if every else 0
 
 
 def rows_of_a_pass(config: DataConfig, *, seed: int) -> int:
@@ -165,21 +171,28 @@ def split_of(config: DataConfig, documents: int) -> tuple[range | None, range | 
     return train, valid
 
 
+class Served(NamedTuple):
+    """How the rows of a run are chosen among those of its sources."""
+
+    planned: bool
+    """By a plan of each step."""
+    passes: bool
+    """All of them, pass by pass."""
+
+
 def order_settings(
     config: DataConfig,
     train: BlendedRows | RowsBySource,
-    *,
     seed: int,
-    batch_size: int,
-    planned: bool,
-    passes: bool,
+    sizes: BatchSizes,
+    served: Served,
 ) -> dict[str, Any]:
     """The settings that decide the order, for the fingerprint."""
     kind = order_kind(config)
     weights = config.weights
-    if planned:
+    if served.planned:
         kind += ", by plan"
-    elif passes:
+    elif served.passes:
         kind += ", pass by pass"
         # Every row once: a source counts by its rows.
         weights = [rows_once(source) for source in train.row_sources]
@@ -191,9 +204,11 @@ def order_settings(
         "weights": shares_of(weights, len(config.train_prefixes)),
         "valid_weights": shares_of(config.valid_weights, len(config.valid_prefixes)),
         "epochs": [source.order.epochs for source in train.row_sources],
-        "batch_size": batch_size,
+        "batch_size": sizes.rows,
     }
-    if config.packing in ("unpacked", "pack_until_overflow") and not planned:
+    if sizes.ramp is not None:
+        settings["batch_ramp"] = list(sizes.ramp)
+    if config.packing in ("unpacked", "pack_until_overflow") and not served.planned:
         # Even within one pass the number of rows decides which of them come first.
         settings["rows"] = [len(source.order) for source in train.row_sources]
     sides = train.sides

@@ -4,12 +4,14 @@ torch."""
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.labels import label_row
 from castalia.data.row_source import DocumentSpan
 from castalia.data.rows_by_source import RowPlaces
@@ -48,7 +50,8 @@ class MicroRows:
 class StepReader:
     """`reader.read(t)` is rank `rank`'s share of step t, of `world` ranks, a micro-batch at a time.
 
-    Step t uses places [t·B, (t+1)·B), B = batch_size. Micro-step g takes the next micro·world of
+    Step t uses places [t·B, (t+1)·B), B = batch_size; under a ramp of batch sizes those that
+    `BatchSizes` gives it. Micro-step g takes the next micro·world of
     them, or what is left, in shares that differ by at most one row; rank r takes the r-th. A rank
     whose share is empty takes a row of padding, because all ranks must run equally often. The row
     at each place comes from `rows`, or from a plan of the micro-batch. Of pairs, a place is a pair,
@@ -62,6 +65,7 @@ class StepReader:
     world: int
     vocab_size: int | None = None
     mask: DocumentMask | None = None
+    ramp: Ramp | None = None
 
     def start(self) -> "StepReader":
         """Prepare this process for reading. Call it once in each."""
@@ -71,18 +75,23 @@ class StepReader:
                     source.dataset.buffer.read_at_random()
         return self
 
-    @property
-    def micro_steps(self) -> int:
-        """Micro-batches of one step."""
-        return -(-self.batch_size // (self.micro * self.world))
+    @cached_property
+    def sizes(self) -> BatchSizes:
+        """Rows of each step."""
+        return BatchSizes(self.batch_size, self.ramp)
 
     @property
-    def shares(self) -> list[range]:
-        """The places within the batch of each of this rank's micro-batches."""
+    def micro_steps(self) -> int:
+        """Micro-batches of a step with a full batch."""
+        return -(-self.batch_size // (self.micro * self.world))
+
+    def shares(self, step: int) -> list[range]:
+        """The places within the step's batch of each of this rank's micro-batches."""
         whole = self.micro * self.world
+        size = self.sizes.size(step)
         shares = []
-        for done in range(0, self.batch_size, whole):
-            rows = min(whole, self.batch_size - done)
+        for done in range(0, size, whole):
+            rows = min(whole, size - done)
             begin = done + rows * self.rank // self.world
             end = done + rows * (self.rank + 1) // self.world
             shares.append(range(begin, end))
@@ -93,8 +102,9 @@ class StepReader:
 
         Raises  DataError for an id outside the vocabulary.
         """
-        first = step * self.batch_size
-        places = [range(first + share.start, first + share.stop) for share in self.shares]
+        first = self.sizes.first(step)
+        shares = self.shares(step)
+        places = [range(first + share.start, first + share.stop) for share in shares]
         located = self.locate(places) if planned is None else planned
         # Look up the whole step before reading any row, so that the disk works on all rows at once.
         spans = [self.look_up(rows) for rows in located]

@@ -33,9 +33,10 @@ def check_processes(config: RunConfig, size: int) -> None:
     dp = config.parallel.degrees(size).dp
     rows = config.train.batch_size // dp
     micro = config.train.micro_batch_size
-    # With uneven shares a rank may have a row less, and fills it with padding.
-    if not config.parallel.uneven:
-        check_batch(config.train.batch_size, micro or max(1, rows), dp)
+    for size in config.train.batches.distinct():
+        # With uneven shares a rank may have a row less, and fills it with padding.
+        if not config.parallel.uneven:
+            check_batch(size, micro or max(1, size // dp), dp)
     if problem := micro_batch_problem(config.parallel, rows, micro or rows):
         raise ConfigError(problem)
 
@@ -56,6 +57,7 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
         planned=config.mixing.plans,
         allow_empty=config.mixing.allow_empty,
         epochs=train.epochs,
+        ramp=train.batch_ramp,
     )
 
 
@@ -133,4 +135,6 @@ def step_loader(
         plans=plans,
         uneven=config.parallel.uneven,
         mask=run_rows.mask,
+        # Validations have full batches from the first.
+        ramp=config.train.batch_ramp if rows is run_rows.train else None,
     )

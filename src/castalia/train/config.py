@@ -22,6 +22,7 @@ from castalia.config.problems import ProblemsError
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
+from castalia.data.batch_sizes import BatchSizes
 from castalia.data.config import DataConfig
 from castalia.distributed import ParallelConfig
 from castalia.eval.config import EvalConfig
@@ -32,7 +33,7 @@ from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_rule
 from castalia.optim.schedule import ScheduleConfig, rate_problems
-from castalia.train.curriculum import CurriculumConfig
+from castalia.train.curriculum import Curriculum, CurriculumConfig
 from castalia.train.precision_config import Gradients, Parameters, precision_problems
 from castalia.train.problems import (
     adapter_problems,
@@ -40,6 +41,7 @@ from castalia.train.problems import (
     epochs_problems,
     loss_problems,
     mixing_problems,
+    ramp_problems,
     start_problems,
     width_problems,
 )
@@ -103,6 +105,9 @@ class TrainConfig(Config):
     micro_batch_size: Annotated[PositiveInt | None, AT_RESUME] = None
     """Rows, or pairs, that a rank runs through the model at a time; null is its whole share of the
     batch."""
+    batch_ramp: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """Smaller batches at the start: [rows of the first batch, rows added at a time, rows of the run
+    until the batch is full], as Megatron's rampup_batch_size."""
     compile: Annotated[bool, AT_RESUME] = False
     """torch.compile each block and the loss."""
     recompute: Annotated[bool | Literal["full", "selective"] | PositiveInt, AT_RESUME] = False
@@ -133,6 +138,11 @@ class TrainConfig(Config):
     checkpoint of a Castalia run."""
     start_step: Annotated[bool, AT_RESUME] = False
     """Continue at the step of `model.start`: its position in the data, its mixture, its guard."""
+
+    @property
+    def batches(self) -> BatchSizes:
+        """Rows of each step."""
+        return BatchSizes(self.batch_size, self.batch_ramp)
 
 
 class RunConfig(Config):
@@ -219,6 +229,7 @@ class RunConfig(Config):
             )
         problems += layout_problems(self.model, self.data.seq_length, self.parallel)
         problems += curriculum_problems(self)
+        problems += ramp_problems(self)
         if problems:
             raise ProblemsError(problems)
         return self
@@ -244,12 +255,24 @@ class RunConfig(Config):
             trained=trained,
             saves=(len(saved), len(saved) - len(policy.expired(saved))),
             document_mask=self.data.document_mask is not None,
+            left_out=self.tokens_left_out,
         )
 
     @property
     def rows_per_place(self) -> int:
         """Rows of one place in the order of the data: two for a pair."""
         return 2 if self.data.paired else 1
+
+    @property
+    def tokens_left_out(self) -> int:
+        """Tokens that the steps of a ramp and of a curriculum have fewer than full ones."""
+        steps = self.train.steps
+        if self.curriculum.kind == "none" and self.train.batch_ramp is None:
+            return 0
+        batches = self.train.batches
+        curriculum = Curriculum(self.curriculum, self.data.seq_length, steps)
+        tokens = sum(batches.size(step) * curriculum.length(step + 1) for step in range(steps))
+        return steps * self.tokens_per_step - tokens * self.rows_per_place
 
     @property
     def tokens_per_step(self) -> int:

@@ -50,9 +50,9 @@ class Passes:
         """Whether this rank counts rows and targets; of the ranks with the same rows, one does."""
         return self.scores and self.world.coordinate("cp") == 0
 
-    def set_length(self, length: int) -> None:
-        """Called on all ranks before passes over rows of `length` tokens, cp ranks' parts
-        together."""
+    def set_shape(self, batch: int, length: int) -> None:
+        """Called on all ranks before the passes of a step: rows, or pairs, of the whole batch, and
+        tokens of a row, cp ranks' parts together."""
 
     def around(self) -> AbstractContextManager[None]:
         """Context of one forward pass."""
@@ -144,8 +144,8 @@ class PipelinedPasses(Passes):
     ) -> None:
         super().__init__(model, loss, config, world, progressed)
         self.config = config
-        self.length = 0
-        self.set_length(config.data.seq_length)
+        self.shape = (0, 0)
+        self.set_shape(config.train.batch_size, config.data.seq_length)
         # The loss needs the labels, so the last stage reads rows as the first does.
         self.scores = self.pipeline.last is not None
         # Every stage needs the document boundaries where documents do not see each other.
@@ -153,15 +153,16 @@ class PipelinedPasses(Passes):
         # Every stage needs the numbers of the rows, which decide what dropout drops.
         self.reads = self.pipeline.is_first or self.scores or masked or self.drops
 
-    def set_length(self, length: int) -> None:
-        """Make the pipeline anew for another length: its buffers have one shape."""
-        if length == self.length:
+    def set_shape(self, batch: int, length: int) -> None:
+        """Make the pipeline anew for another shape: its buffers and its number of micro-batches
+        are fixed."""
+        if self.shape == (batch, length):
             return
         config = self.config
         world = self.world
-        self.length = length
+        self.shape = (batch, length)
         pair = config.rows_per_place
-        rows = config.train.batch_size // world.degrees.dp * pair
+        rows = batch // world.degrees.dp * pair
         micro = (config.train.micro_batch_size or rows // pair) * pair
         own = length // world.degrees.cp
         if world.sequence is None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from castalia.adapters import adapter_of
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import context_problems
+from castalia.data.batch_sizes import ramp_problem
 from castalia.losses import LOSSES, Loss
 from castalia.mixing.mixer import MIXERS
 from castalia.optim.widths import width_rule
@@ -97,6 +98,32 @@ def width_problems(config: "RunConfig") -> list[str]:
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def ramp_problems(config: "RunConfig") -> list[str]:
+    """Options that a growing batch does not go with."""
+    train = config.train
+    if train.batch_ramp is None:
+        return []
+    problems = []
+    if why := ramp_problem(train.batch_size, train.batch_ramp):
+        problems.append(f"train.batch_ramp: {why}")
+    if config.mixing.plans:
+        problems.append(
+            f"train.batch_ramp: mixing.kind {config.mixing.kind} plans batches of one size; set"
+            " train.batch_ramp=null"
+        )
+    if train.epochs is not None:
+        problems.append(
+            "train.batch_ramp: train.epochs counts full batches; set train.steps and"
+            " train.epochs=null"
+        )
+    if config.parallel.pp > 1 and train.micro_batch_size is None:
+        problems.append(
+            "train.batch_ramp: a pipeline needs micro-batches of one size; set"
+            " train.micro_batch_size"
+        )
+    return problems
 
 
 def epochs_problems(config: "RunConfig") -> list[str]:

@@ -12,6 +12,7 @@ from castalia.cost.estimate import estimate
 from castalia.data import RunRows
 from castalia.monitor import quantity, size_text
 from castalia.train.config import RunConfig
+from castalia.train.curriculum import Curriculum
 
 if TYPE_CHECKING:
     from castalia.distributed import World
@@ -65,11 +66,16 @@ def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, s
     per_step = config.tokens_per_step
     disk = f"{size_text(cost.disk.bytes_each)} each, {size_text(cost.disk.bytes_total)} in all"
     length = config.data.seq_length
+    batch = f"{config.train.batch_size} rows of {length} tokens"
+    curriculum = Curriculum(config.curriculum, length, steps)
+    if config.train.batch_ramp is not None or curriculum.length(1) < length:
+        first = f"{config.train.batches.size(0)} rows of {curriculum.length(1)} tokens"
+        batch = f"{first}, growing to {batch}"
     return {
         "run": config.output,
         "parameters": f"{parameters.total:,} ({parameters.non_embedding:,} non-embedding)",
         "training": f"{steps:,} steps of {per_step:,} tokens = {quantity(cost.tokens)} tokens",
-        "batch": f"{config.train.batch_size} rows of {length} tokens, {cost.micro_rows} at a time",
+        "batch": f"{batch}, {cost.micro_rows} at a time",
         "processes": f"{world.size} on {world.device.type}, {world.degrees}, {config.precision}",
         "sources": ", ".join(source_lines(config, rows)),
         "memory": f"about {size_text(cost.memory.total)} a process for the model",

@@ -233,8 +233,9 @@ class Trainer:
 
     def prepared(self, micro_batches: list[Batch]) -> list[Batch]:
         """What the passes of the coming step see of the rows that were read."""
-        length = self.curriculum.length(self.progress.step + 1)
-        self.passes.set_length(length)
+        step = self.progress.step
+        length = self.curriculum.length(step + 1)
+        self.passes.set_shape(self.config.train.batches.size(step), length)
         return [batch.shortened(length) for batch in micro_batches]
 
     def accumulate(self, micro_batches: list[Batch], hashed: int | None = None) -> StepTotals:
@@ -325,8 +326,8 @@ class Trainer:
         None if a request to stop broke it off: the time of grace is for the save.
         """
         self.model.eval()
-        # A curriculum shortens the rows of training alone, so that validations compare.
-        self.passes.set_length(self.config.data.seq_length)
+        # A curriculum and a ramp change the batches of training alone: validations compare.
+        self.passes.set_shape(self.config.train.batch_size, self.config.data.seq_length)
         sums = self.passes.new_sums()
         # From step 0 of their own order each time, so that two validations compare.
         reader = self.batches(rows, 0)

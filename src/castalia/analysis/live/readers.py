@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from castalia.analysis.viewing import record_of, require_own_tokenizer
 from castalia.core.errors import DataError
+from castalia.data.batch_sizes import BatchSizes
 from castalia.data.run_rows import RunRows
 from castalia.data.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ class OpenRows:
     """The rows of a run, opened."""
 
     rows: RunRows
-    batch_size: int
+    batches: BatchSizes
     steps: int
     """Steps of the whole run."""
     tokenizer: Tokenizer | None
@@ -37,7 +38,7 @@ class OpenRows:
         if place not in self.records:
             if len(self.records) >= KEPT_ROWS:
                 self.records.clear()
-            self.records[place] = record_of(self.rows, place, self.batch_size, self.tokenizer)
+            self.records[place] = record_of(self.rows, place, self.batches, self.tokenizer)
         return self.records[place]
 
     def ids(self, place: int) -> NDArray[np.int64]:
@@ -51,7 +52,7 @@ class OpenRows:
         """
         if not 0 <= step < self.steps:
             raise DataError(f"step {step}: the run has the steps 0 to {self.steps - 1}")
-        return range(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.batches.places(step)
 
 
 class Row(NamedTuple):
@@ -105,7 +106,7 @@ class Batches:
             return {
                 "step": step,
                 "steps": opened.steps,
-                "batch_size": opened.batch_size,
+                "batch_size": opened.batches.size(step),
                 "matching": len(places),
                 "first": first,
                 "text": opened.tokenizer is not None,
