@@ -90,7 +90,7 @@ def test_a_constant_of_a_family_has_no_state():
     rules = Rules(AdamWConfig())
     expected = {"optim.exp_avg.weight", "optim.exp_avg_sq.weight"}
     assert state_names(model, rules) == set(Updater(model, rules).tensors()) == expected
-    assert state_sizes(model, rules) == pytest.approx((8 * 2 / 3, 2 / 3))
+    assert state_sizes(model, rules) == pytest.approx((8 * 2 / 3, 8 * 2 / 3, 2 / 3))
 
 
 def test_sgd_is_the_plain_update():
@@ -119,8 +119,8 @@ def test_a_pattern_must_match(config, frozen, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.kind=lion", "optim.kind: unknown optimizer 'lion'; choose one of adamw"),
-        ("optim.groups=[{pattern: '*', kind: lion}]", "unknown optimizer 'lion'"),
+        ("optim.kind=lyon", "optim.kind: unknown optimizer 'lyon'; choose one of adafactor, adam"),
+        ("optim.groups=[{pattern: '*', kind: lyon}]", "unknown optimizer 'lyon'"),
         ("optim.groups=[{pattern: '*', options: {eps: 1}}]", "names no other optimizer"),
         (
             "optim.groups=[{pattern: '*', kind: adamw, options: {eps: 1}}]",

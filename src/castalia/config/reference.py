@@ -57,25 +57,50 @@ def reference(root: type[BaseModel]) -> list[Section]:
         if not inner:
             all_sections[0].entries.append(entry_of(root, name, field))
             continue
-        entries: dict[str, Entry] = {}
-        for kind in inner:
+        by_key: dict[str, list[tuple[str, Entry]]] = {}
+        kinds = labelled(field, inner)
+        for label, kind in kinds:
             for entry in below(root, kind, f"{name}."):
-                entries[entry.key] = merged(entries.get(entry.key, entry), entry)
-        all_sections.append(
-            Section(name, first_paragraph(inner[0].__doc__), list(entries.values()))
-        )
+                by_key.setdefault(entry.key, []).append((label, entry))
+        entries = [merged(found, kinds[0][0]) for found in by_key.values()]
+        all_sections.append(Section(name, first_paragraph(inner[0].__doc__), entries))
     return all_sections
+
+
+def labelled(field: FieldInfo, classes: list[type[BaseModel]]) -> list[tuple[str, type[BaseModel]]]:
+    """The classes of a section with the names that choose them; empty without a choice."""
+    kind = kind_of(field)
+    names = {} if kind is None else {cls: name for name, cls in kind.classes().items()}
+    return [(names.get(cls, ""), cls) for cls in classes]
+
+
+def merged(found: list[tuple[str, Entry]], default: str) -> Entry:
+    """One entry for a key of several kinds of a section, with their names: the first's, with the
+    choices of all, and the defaults and meanings that differ. `default` is the kind that a section
+    has without a word."""
+    first = found[0][1]
+    words = " | ".join(entry.values for _, entry in found).split(" | ")
+    # The chooser: each kind knows its own name alone.
+    if all(entry.values == entry.default == name for name, entry in found):
+        return first._replace(values=" | ".join(sorted(words)))
+    others = [f"{name}: {entry.default}" for name, entry in found if entry.default != first.default]
+    by_text: dict[str, list[str]] = {}
+    for name, entry in found:
+        by_text.setdefault(entry.text, []).append(name)
+    texts = [
+        text if default in names else f"{', '.join(names)}: {text}"
+        for text, names in by_text.items()
+    ]
+    return first._replace(
+        values=" | ".join(dict.fromkeys(words)),
+        default="; ".join([first.default, *others]),
+        text=" ".join(texts),
+    )
 
 
 def entries(root: type[BaseModel]) -> list[Entry]:
     """Every key of a config of class `root`."""
     return [entry for section in reference(root) for entry in section.entries]
-
-
-def merged(first: Entry, other: Entry) -> Entry:
-    """One entry of the key that two members of a section have: the values of both."""
-    values = dict.fromkeys([*first.values.split(" | "), *other.values.split(" | ")])
-    return first._replace(values=" | ".join(values))
 
 
 def below(root: type[BaseModel], kind: type[BaseModel], prefix: str) -> Iterator[Entry]:

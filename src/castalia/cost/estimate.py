@@ -299,5 +299,5 @@ def disk_of(work: Workload) -> Disk:
     """Checkpoints of the whole run: how many, how large."""
     written, kept = work.saves
     # Weights in fp32 and the optimizer's state; gradients are never saved.
-    each = int((4 + work.state_bytes) * parameter_counts(work.model).total)
+    each = int((4 + work.saved_bytes) * parameter_counts(work.model).total)
     return Disk(written, kept, each, each * kept)

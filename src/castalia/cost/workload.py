@@ -25,6 +25,8 @@ class Workload(NamedTuple):
     recompute: bool | str | int
     state_bytes: float
     """Bytes of optimizer state a parameter: 8 for AdamW, two moments in fp32."""
+    saved_bytes: float
+    """The part of it that a checkpoint has."""
     trained: float
     """Share of the parameters that train, and so have a gradient."""
     saves: tuple[int, int]

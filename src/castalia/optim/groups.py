@@ -6,8 +6,12 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError
+from castalia.optim.base import Weight
 from castalia.optim.config import OptimConfig, member_config
 from castalia.optim.widths import WidthRule
+
+BLOCKS = "layers."
+"""Begin of the names of the parameters in a model's blocks."""
 
 
 class UpdateRule(NamedTuple):
@@ -65,6 +69,12 @@ class Rules:
             # in the optimizers of the mup package.
             decay /= by_width
         return UpdateRule(kind, lr_scale, decay)
+
+    def weight(self, name: str, shape: Sequence[int]) -> Weight:
+        """The parameter `name` of the whole shape `shape`, as the rules of the state see it."""
+        # What the family exempts from decay is no matrix product, whatever its shape.
+        hidden = name.startswith(BLOCKS) and len(shape) == 2 and not matches(name, self.no_decay)
+        return Weight(name, tuple(shape), hidden)
 
     def config_of(self, kind: str) -> OptimConfig:
         """The config of an optimizer: the section's own, or the options of the group that names

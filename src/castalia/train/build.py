@@ -16,7 +16,7 @@ from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.models import Decoder
 from castalia.models.init import start_weights
 from castalia.models.stages import split
-from castalia.optim import Rules
+from castalia.optim import OPTIMIZERS, OptimConfig, Rules
 from castalia.optim.updater import freeze
 from castalia.train.config import RunConfig
 from castalia.train.precision import gather_policy
@@ -30,6 +30,8 @@ def check_processes(config: RunConfig, size: int) -> None:
     Raises  ConfigError.
     """
     check_layout(config.parallel, size)
+    if size > 1:
+        check_optimizers(config.optim)
     dp = config.parallel.degrees(size).dp
     rows = config.train.batch_size // dp
     micro = config.train.micro_batch_size
@@ -39,6 +41,19 @@ def check_processes(config: RunConfig, size: int) -> None:
             check_batch(size, micro or max(1, size // dp), dp)
     if problem := micro_batch_problem(config.parallel, rows, micro or rows):
         raise ConfigError(problem)
+
+
+def check_optimizers(config: OptimConfig) -> None:
+    """Refuse an optimizer that is right on one rank alone.
+
+    Raises  ConfigError.
+    """
+    for kind in [config.kind, *(group.kind for group in config.groups if group.kind)]:
+        if not OPTIMIZERS[kind].sharded:
+            raise ConfigError(
+                f"optimizer {kind} cannot take a sharded parameter: train on one rank, or choose"
+                " another optim.kind"
+            )
 
 
 def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:

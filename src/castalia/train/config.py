@@ -32,6 +32,7 @@ from castalia.mixing.config import MixingConfig
 from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_rule
+from castalia.optim.base import ITEM_BYTES, same
 from castalia.optim.schedule import ScheduleConfig, rate_problems
 from castalia.train.curriculum import Curriculum, CurriculumConfig
 from castalia.train.precision_config import Gradients, Parameters, precision_problems
@@ -41,6 +42,7 @@ from castalia.train.problems import (
     epochs_problems,
     loss_problems,
     mixing_problems,
+    optimizer_problems,
     ramp_problems,
     start_problems,
     width_problems,
@@ -208,6 +210,7 @@ class RunConfig(Config):
                 f" model.max_position_embeddings {self.model.max_position_embeddings}"
             )
         problems += rate_problems(self.schedule, self.optim.lr)
+        problems += optimizer_problems(self)
         problems += start_problems(self)
         problems += adapter_problems(self)
         problems += width_problems(self)
@@ -240,7 +243,7 @@ class RunConfig(Config):
         micro = self.train.micro_batch_size
         policy = SavePolicy(self.checkpoint, self.train.steps)
         saved = policy.all_steps()
-        state_bytes, trained = optimizer_cost(self)
+        state_bytes, saved_bytes, trained = optimizer_cost(self)
         return Workload(
             model=self.model,
             parallel=self.parallel,
@@ -252,6 +255,7 @@ class RunConfig(Config):
             device=self.device,
             recompute=self.train.recompute,
             state_bytes=state_bytes,
+            saved_bytes=saved_bytes,
             trained=trained,
             saves=(len(saved), len(saved) - len(policy.expired(saved))),
             document_mask=self.data.document_mask is not None,
@@ -294,12 +298,16 @@ def rules_of(config: RunConfig) -> Rules:
     )
 
 
-def optimizer_cost(config: RunConfig) -> tuple[float, float]:
-    """Bytes of optimizer state a parameter of the model, and the share of parameters that train."""
+def optimizer_cost(config: RunConfig) -> tuple[float, float, float]:
+    """Bytes of optimizer state for each parameter of the model, in memory and in a checkpoint, and
+    the share of parameters that train."""
     if not (config.train.frozen or config.optim.groups or config.adapter.kind != "none"):
         # The usual case needs no names of parameters, and so no torch.
-        state = OPTIMIZERS[config.optim.kind].state(config.optim)
-        return sum(tensor.bytes_per_weight for tensor in state.values()), 1.0
+        state = OPTIMIZERS[config.optim.kind].state(config.optim).values()
+        if all(tensor.shape is same for tensor in state):
+            kept = sum(ITEM_BYTES[tensor.dtype] for tensor in state)
+            saved = sum(ITEM_BYTES[tensor.dtype] for tensor in state if tensor.saved)
+            return kept, saved, 1.0
     import torch
 
     from castalia.adapters.adapting import adapt

@@ -9,6 +9,7 @@ from castalia.cost.divisibility import context_problems
 from castalia.data.batch_sizes import ramp_problem
 from castalia.losses import LOSSES, Loss
 from castalia.mixing.mixer import MIXERS
+from castalia.optim import OPTIMIZERS
 from castalia.optim.widths import width_rule
 from castalia.train.curriculum import Curriculum
 
@@ -41,6 +42,25 @@ def start_problems(config: "RunConfig") -> list[str]:
             " step"
         ]
     return []
+
+
+def optimizer_problems(config: "RunConfig") -> list[str]:
+    """A schedule or a precision that does not suit the optimizer."""
+    kind = config.optim.kind
+    if OPTIMIZERS[kind].averaged is None:
+        return []
+    problems = []
+    if config.schedule.name != "constant":
+        problems.append(
+            f"optim.kind {kind} averages the weights in place of a falling rate: set"
+            f" schedule.name=constant, got {config.schedule.name}; schedule.warmup stays"
+        )
+    # The weights that train follow from the state, to the last bit; drawn ones do not.
+    if config.train.parameters == "bf16_stochastic":
+        problems.append(
+            f"optim.kind {kind} has fp32 weights in its state: set train.parameters=bf16"
+        )
+    return problems
 
 
 def curriculum_problems(config: "RunConfig") -> list[str]:

@@ -143,9 +143,10 @@ class Checkpoints:
         return weights | self.updater.tensors()
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights by name: fp32 masters where the model has only bf16 copies of them."""
+        """The weights by name: fp32 masters where the model has only bf16 copies of them, and
+        averages where the optimizer keeps them."""
         weights: dict[str, Tensor] = self.model.state_dict()
-        return weights | self.updater.weights.masters()
+        return weights | self.updater.weights.masters() | self.updater.averages()
 
     def own_weights(self) -> dict[str, Tensor]:
         """The same without copies of weights that belong to another pipeline stage."""

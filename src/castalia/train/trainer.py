@@ -325,20 +325,19 @@ class Trainer:
 
         None if a request to stop broke it off: the time of grace is for the save.
         """
-        self.model.eval()
         # A curriculum and a ramp change the batches of training alone: validations compare.
         self.passes.set_shape(self.config.train.batch_size, self.config.data.seq_length)
         sums = self.passes.new_sums()
         # From step 0 of their own order each time, so that two validations compare.
         reader = self.batches(rows, 0)
-        for _ in range(batches):
-            if self.stop_if_asked():
-                break
-            with self.watchdog.doing("validation"):
-                micro_batches = next(reader)
-                weights = self.passes.weights(micro_batches)
-                sums.plus(self.passes.run(micro_batches, weights))
-        self.model.train()
+        with self.updater.evaluating():
+            for _ in range(batches):
+                if self.stop_if_asked():
+                    break
+                with self.watchdog.doing("validation"):
+                    micro_batches = next(reader)
+                    weights = self.passes.weights(micro_batches)
+                    sums.plus(self.passes.run(micro_batches, weights))
         if self.stop:
             return None
         vector = self.world.sum(sums.vector(0, 0))
