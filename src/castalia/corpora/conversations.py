@@ -26,7 +26,7 @@ from castalia.corpus.options import PrepareOptions, eos_of, require_tokens
 from castalia.corpus.preflight import OUTPUT_NAMES
 from castalia.data import IndexedDataset
 from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_settings import read_settings, special_tokens
+from castalia.data.tokenizer_settings import read_settings, read_text, special_tokens
 
 FORMAT = 1
 """Raised when the same file comes to mean other tokens, so that older ones are made again."""
@@ -105,13 +105,23 @@ def template_of(given: str | None, tokenizer: Tokenizer, folder: Path | None) ->
     if given is None:
         own = read_chat_template(folder)
         return own or NoTemplate("", tokenizer.where, tokens)
+    where = "data.chat_template" if "{" in given else given
+    return ChatTemplate(template_text(given), where, tokens)
+
+
+def template_text(given: str) -> str:
+    """The Jinja source that data.chat_template names: a name, the text itself, or a file.
+
+    Raises  DataError if the file cannot be read.
+    """
     if given in TEMPLATES:
-        return ChatTemplate(TEMPLATES[given], given, tokens)
+        return TEMPLATES[given]
     if "{%" in given or "{{" in given:
-        return ChatTemplate(given, "data.chat_template", tokens)
-    template = read_chat_template(folder, given)
-    assert template is not None, "a file was named"
-    return template
+        return given
+    if not Path(given).is_file():
+        menu = f"a file, the text of a template, or one of {', '.join(TEMPLATES)}"
+        raise ConfigError(f"data.chat_template: no file {given!r}; give {menu}")
+    return read_text(Path(given))
 
 
 def prepared_file(

@@ -29,8 +29,14 @@ Labels = list[IndexedDataset] | None
 """A label file for each source; None where every token is a target."""
 
 
-def open_labels(paths: Sequence[str], datasets: Sequence[IndexedDataset], option: str) -> Labels:
-    """The label file of each token file; None if no paths are given.
+def open_labels(
+    paths: Sequence[str],
+    datasets: Sequence[IndexedDataset],
+    option: str,
+    *,
+    are_weights: bool = False,
+) -> Labels:
+    """The label file of each token file, or its file of weights; None if no paths are given.
 
     Raises  ConfigError if their numbers differ; DataError if a document has different lengths in
             the two.
@@ -44,13 +50,27 @@ def open_labels(paths: Sequence[str], datasets: Sequence[IndexedDataset], option
         )
     files = [IndexedDataset(path) for path in paths]
     for labels, dataset in zip(files, datasets, strict=True):
-        require_tokens(labels)
+        if are_weights:
+            require_weights(labels)
+        else:
+            require_tokens(labels)
         if len(labels) != len(dataset) or (labels.sizes != dataset.sizes).any():
             raise DataError(
                 f"{labels.prefix} does not match {dataset.prefix}: a label file needs one label for"
                 " each token; make it again"
             )
     return files
+
+
+def require_weights(weights: IndexedDataset) -> None:
+    """Refuse a file whose numbers are no weights.
+
+    Raises  DataError naming the file.
+    """
+    if weights.dtype.kind != "f":
+        raise DataError(
+            f"{weights.prefix}: holds {weights.dtype}, expected floats, one weight for each token"
+        )
 
 
 def label_file(labels: Labels, source: int) -> IndexedDataset | None:
@@ -97,6 +117,23 @@ def label_row(
         filled += count
     # GPT-NeoX takes every negative label for -100.
     return np.where(row < 0, IGNORED, row)
+
+
+def weight_row(
+    weights: IndexedDataset, spans: Sequence[DocumentSpan], length: int
+) -> NDArray[np.float32]:
+    """The weights of the spans that make up a row, (length,); 0 in the padding.
+
+    Raises  DataError if one is negative or not finite.
+    """
+    row = np.zeros(length, np.float32)
+    filled = 0
+    for document, start, count in spans:
+        row[filled : filled + count] = weights.get(document, start, count)
+        filled += count
+    if not (np.isfinite(row) & (row >= 0)).all():
+        raise DataError(f"{weights.prefix}: a weight is negative or not finite; make it again")
+    return row
 
 
 def read_rewards(prefix: str | os.PathLike[str], dataset: IndexedDataset) -> NDArray[np.float32]:

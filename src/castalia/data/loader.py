@@ -61,6 +61,7 @@ class StepLoader:
     mask              gives every document of a row its own segments and positions, and excludes the
                       target that is the next document's first token.
     ramp              smaller batches in the first steps; see `BatchSizes`.
+    prompt_weight     what tokens that label files leave out count as targets, 0 by default.
     workers           0 reads ahead in a thread; more are processes, each with its own copy of the
                       order's index. The batches are the same for any number.
 
@@ -84,6 +85,7 @@ class StepLoader:
         uneven: bool = False,
         mask: DocumentMask | None = None,
         ramp: Ramp | None = None,
+        prompt_weight: float = 0.0,
     ) -> None:
         for size in BatchSizes(batch_size, ramp).distinct():
             if not uneven:
@@ -94,6 +96,7 @@ class StepLoader:
         self.reader = reader.start()
         self.start_step = start_step
         self.eod_id = eod_id
+        self.prompt_weight = prompt_weight
         self.workers = workers
         self.plans = plans
 
@@ -118,7 +121,7 @@ class StepLoader:
             steps = read_in_thread(self.reader, self.start_step)
         with closing(steps):
             for step in steps:
-                yield [as_batch(micro_rows, self.eod_id) for micro_rows in step]
+                yield [as_batch(rows, self.eod_id, self.prompt_weight) for rows in step]
 
     def tasks(self) -> Iterator[ReadTask | None]:
         """The steps to read, in order; None while the next one is not planned yet."""
@@ -135,14 +138,26 @@ class StepLoader:
             step += 1
 
 
-def as_batch(micro_rows: MicroRows, eod_id: int | None) -> Batch:
-    """Rows as tokens and labels; the label of a token is the next token, or IGNORED."""
+def as_batch(micro_rows: MicroRows, eod_id: int | None, prompt_weight: float = 0.0) -> Batch:
+    """Rows as tokens and labels; the label of a token is the next token, or IGNORED.
+
+    With a `prompt_weight` the tokens that label files leave out are targets that count so much.
+    """
     rows = torch.from_numpy(micro_rows.rows)
     tokens = rows[:, :-1].contiguous()
     # A clone, not `contiguous`: of a single row, tokens and labels would share memory.
     labels = rows[:, 1:].clone()
     if micro_rows.labels is not None:
         labels = torch.from_numpy(micro_rows.labels[:, 1:].copy())
+    weights = None
+    if micro_rows.label_weights is not None:
+        weights = torch.from_numpy(micro_rows.label_weights[:, 1:].copy())
+    if prompt_weight and micro_rows.labels is not None:
+        of_prompt = labels == IGNORED
+        labels[of_prompt] = rows[:, 1:][of_prompt]
+        if weights is None:
+            weights = torch.ones(labels.shape)
+        weights[of_prompt] = prompt_weight
     if eod_id is not None:
         labels[tokens == eod_id] = IGNORED
     index = torch.from_numpy(micro_rows.index)
@@ -151,7 +166,8 @@ def as_batch(micro_rows: MicroRows, eod_id: int | None) -> Batch:
     if micro_rows.filled is not None:
         filled = torch.from_numpy(micro_rows.filled)
         labels[torch.arange(1, rows.shape[1]) >= filled[:, None]] = IGNORED
-    batch = Batch(tokens, labels, torch.from_numpy(micro_rows.source), index, filled=filled)
+    source = torch.from_numpy(micro_rows.source)
+    batch = Batch(tokens, labels, source, index, weights=weights, filled=filled)
     if micro_rows.paired:
         batch = replace(batch, group=index)
     if micro_rows.reference is not None:

@@ -126,10 +126,18 @@ def rows_of_a_pass(config: DataConfig, *, seed: int) -> int:
 
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     """
+    return sum(rows_of_sources(config, seed=seed))
+
+
+def rows_of_sources(config: DataConfig, *, seed: int) -> list[int]:
+    """Rows of one pass over each training source.
+
+    Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
+    """
     check_names(config)
     files, _ = open_files(config)
     documents, _ = split_of(config, len(files.tokens[0]))
-    return sum(map(rows_once, pass_sources(files, config, seed, documents)))
+    return [rows_once(source) for source in pass_sources(files, config, seed, documents)]
 
 
 def rows_once(source: RowSource[Any]) -> int:
@@ -212,7 +220,7 @@ def order_settings(
         # Even within one pass the number of rows decides which of them come first.
         settings["rows"] = [len(source.order) for source in train.row_sources]
     sides = train.sides
-    for name in ("labels", "reference"):
+    for name in ("labels", "label_weights", "reference"):
         beside = [file for side in sides for file in getattr(side, name) or ()]
         if beside:
             settings[name] = [bin_hash(file.buffer)[1] for file in beside]

@@ -19,7 +19,8 @@ class ServedRows(ABC):
     """Rows of one or several sources, found by their place in the order in which a run serves them.
 
     `rows[p]` is (row (seq_length + 1,) int64, source, p), where `source` counts in `row_sources`.
-    `labels` are the sources' label files; None makes every token a target. `reference` are files of
+    `labels` are the sources' label files; None makes every token a target. `label_weights` are
+    their files of weights; None makes every target count 1. `reference` are files of
     log-probabilities under a reference model, None without. Of pairs the rows are those of the
     preferred answers, and `rejected` serves the rejected one of each place; None for texts.
     """
@@ -28,6 +29,7 @@ class ServedRows(ABC):
         self.row_sources = list(row_sources)
         self.files: Files | None = None
         self.labels: Labels = None
+        self.label_weights: Labels = None
         self.reference: Labels = None
         self.rejected: ServedRows | None = None
 
@@ -44,6 +46,7 @@ class ServedRows(ABC):
         """Take labels and references of the sources, and of pairs the rejected answers."""
         self.files = files
         self.labels = files.labels
+        self.label_weights = files.label_weights
         self.reference = files.reference
         if files.rejected is not None:
             sources = zip(files.rejected.tokens, self.row_sources, strict=True)

@@ -26,6 +26,8 @@ class Files:
     tokens: list[IndexedDataset]
     labels: Labels = None
     """A label file for each source; None where every token is a target."""
+    label_weights: Labels = None
+    """How much each target counts, a file for each source; None where all count 1."""
     reference: Labels = None
     """Log-probabilities under a reference model, a file for each source; None without."""
     rejected: "Files | None" = None
@@ -40,6 +42,7 @@ class Files:
         return Files(
             self.tokens[chosen],
             self.labels and self.labels[chosen],
+            self.label_weights and self.label_weights[chosen],
             self.reference and self.reference[chosen],
             self.rejected and self.rejected.of(number),
         )
@@ -51,8 +54,8 @@ class Files:
 
     @property
     def beside(self) -> list[IndexedDataset]:
-        """Label and reference files of both sides."""
-        own = [*(self.labels or ()), *(self.reference or ())]
+        """Label, weight and reference files of both sides."""
+        own = [*(self.labels or ()), *(self.label_weights or ()), *(self.reference or ())]
         return own + (self.rejected.beside if self.rejected else [])
 
 
@@ -96,11 +99,12 @@ def files_of(config: DataConfig, role: str) -> Files:
     Raises  ConfigError, DataError if labels or references do not match their tokens, or the two
             sides of pairs each other.
     """
-
     if not config.paired:
-        names = (role.rstrip("_") or "train", f"{role}labels")
-        tokens = [IndexedDataset(path) for path in getattr(config, names[0])]
-        return Files(tokens, open_labels(getattr(config, names[1]), tokens, names[1]))
+        tokens = [IndexedDataset(path) for path in getattr(config, role.rstrip("_") or "train")]
+        names = (f"{role}labels", f"{role}label_weights")
+        labels = open_labels(getattr(config, names[0]), tokens, names[0])
+        weights = open_labels(getattr(config, names[1]), tokens, names[1], are_weights=True)
+        return Files(tokens, labels, weights)
     names = (f"{role}chosen", f"{role}rejected")
     both = [[IndexedDataset(path) for path in getattr(config, name)] for name in names]
     for pair in zip(*both, strict=True):
@@ -109,7 +113,8 @@ def files_of(config: DataConfig, role: str) -> Files:
     for name, tokens in zip(names, both, strict=True):
         labels = open_labels(getattr(config, f"{name}_labels"), tokens, f"{name}_labels")
         paths = getattr(config, f"{name}_reference")
-        sides.append(Files(tokens, labels, open_references(paths, tokens, config.seq_length)))
+        references = open_references(paths, tokens, config.seq_length)
+        sides.append(Files(tokens, labels, reference=references))
     return replace(sides[0], rejected=sides[1])
 
 

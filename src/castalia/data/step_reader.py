@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.batch_sizes import BatchSizes, Ramp
-from castalia.data.labels import label_row
+from castalia.data.labels import label_row, weight_row
 from castalia.data.row_source import DocumentSpan
 from castalia.data.rows_by_source import RowPlaces
 from castalia.data.segments import DocumentMask
@@ -40,6 +40,8 @@ class MicroRows:
     """Tokens before the padding of each row, (B,), if rows may end early."""
     labels: NDArray[np.int64] | None = None
     """Labels from label files, (B, T + 1), -100 where a token is not a target."""
+    label_weights: NDArray[np.float32] | None = None
+    """How much each target counts, (B, T + 1), if files say so."""
     reference: NDArray[np.float32] | None = None
     """Log-probability of the next token under a reference model, (B, T + 1), in nats."""
     paired: bool = False
@@ -162,6 +164,7 @@ class StepReader:
             segments=segments,
             filled=filled,
             labels=labels_of(side, rows, numbers, spans_of_rows),
+            label_weights=weights_of(side, rows.shape[1], numbers, spans_of_rows),
             reference=reference_of(side, rows, numbers, spans_of_rows),
         )
 
@@ -183,7 +186,8 @@ class StepReader:
 
 def look_up(side: ServedRows, rows: RowPlaces) -> SpansOfRows:
     """The spans of each row of one side; starts reading them from disk where rows are scattered."""
-    beside = [files for files in (side.labels, side.reference) if files is not None]
+    all_files = (side.labels, side.label_weights, side.reference)
+    beside = [files for files in all_files if files is not None]
     spans_of_rows = []
     for number, place in zip(rows.source.tolist(), rows.place.tolist(), strict=True):
         source = side.row_sources[number]
@@ -221,6 +225,17 @@ def labels_of(
             " from the same tokens"
         )
     return labels
+
+
+def weights_of(
+    side: ServedRows, length: int, numbers: Sequence[int], spans_of_rows: SpansOfRows
+) -> NDArray[np.float32] | None:
+    """The weights of rows of the sources `numbers`; None without files of weights."""
+    files = side.label_weights
+    if files is None:
+        return None
+    pairs = zip(numbers, spans_of_rows, strict=True)
+    return np.stack([weight_row(files[number], spans, length) for number, spans in pairs])
 
 
 def reference_of(

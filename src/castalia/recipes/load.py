@@ -22,6 +22,7 @@ from castalia.data.tokenizer import load_tokenizer
 from castalia.recipes.presets import PRESETS, preset
 from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
 from castalia.recipes.pythia import known_mistakes, same_shape
+from castalia.recipes.start import take_start
 from castalia.recipes.words import sort_words
 from castalia.train.config import RunConfig
 from castalia.train.whole_passes import with_steps
@@ -99,12 +100,16 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
     if name is None:
         # Files without a preset are the recipe: differences count from them.
         layers.base = {"output": f"runs/{named.files[0].stem}"}
+        start_notes = take_start(layers, None)
         started = merge(layers.base, layers.files)
     else:
-        layers.base = started = preset(str(name))
+        layers.base = preset(str(name))
         labels.insert(0, str(name))
+        start_notes = take_start(layers, str(name))
+        started = layers.base
     notes = [
         *named.notes,
+        *start_notes,
         *fit_micro_batch(layers),
         *fit_vocabulary(layers),
         *fit_epochs(layers),
@@ -283,18 +288,19 @@ def count_steps(config: RunConfig) -> tuple[RunConfig, list[str]]:
     epochs = config.train.epochs
     if epochs is None:
         return config, []
-    if config.data.corpus is not None and not config.data.train_prefixes:
+    built = [name for name in ("corpus", *config.data.texts) if getattr(config.data, name)]
+    if built and not config.data.train_prefixes:
         return config, [
-            f"train.epochs={epochs} sets train.steps at the start of the run, which builds"
-            f" data.corpus={config.data.corpus}"
+            f"train.epochs={epochs} sets train.steps at the start of the run, which makes the token"
+            f" files of data.{built[0]}"
         ]
     try:
         config = with_steps(config)
     except CastaliaError as error:
         return config, [f"train.epochs={epochs} sets train.steps where the data are: {error}"]
     return config, [
-        f"train.steps is {config.train.steps}: the whole batches of {config.train.batch_size} rows"
-        f" in train.epochs={epochs} passes over data.train"
+        f"train.steps is {config.train.steps}: the batches of {config.train.batch_size} rows in"
+        f" train.epochs={epochs} passes over data.train"
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from castalia.core.registry import Registry
 from castalia.recipes.debug import FAMILIES, debug
 from castalia.recipes.demo import demo
+from castalia.recipes.finetuning import FINE_TUNING, fine_tuning
 from castalia.recipes.pythia import NAMES, pythia
 from castalia.recipes.zoo import MODELS, published
 
@@ -13,6 +14,8 @@ PRESETS: Registry[Callable[[str], dict[str, Any]]] = Registry("preset")
 
 PRESETS.register("debug")(debug)
 PRESETS.register("demo")(demo)
+for known in FINE_TUNING:
+    PRESETS.register(known)(fine_tuning)
 for known in NAMES:
     PRESETS.register(known)(pythia)
 for known in FAMILIES:

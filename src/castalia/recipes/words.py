@@ -12,6 +12,7 @@ from castalia.config.problems import hint_for
 from castalia.config.values import is_override
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.hub import is_hub_id, local_reading
+from castalia.recipes.finetuning import FINE_TUNING
 from castalia.recipes.presets import PRESETS, preset_names
 from castalia.recipes.pythia import NAMES
 from castalia.train.config import RunConfig
@@ -156,8 +157,8 @@ def hint_of_model(word: str) -> str:
 def preset_menu() -> str:
     """The presets in a line; those for the deduplicated Pile are left to a remark."""
     first = [name for name in ("debug", "demo", *NAMES) if not name.endswith("-deduped")]
-    others = [name for name in preset_names() if name not in (*first, *NAMES)]
+    others = [name for name in preset_names() if name not in (*first, *NAMES, *FINE_TUNING)]
     return (
         f"presets: {', '.join(first)}; each pythia also with -deduped; of other families"
-        f" {', '.join(others)}"
+        f" {', '.join(others)}; to fine-tune model.start {', '.join(FINE_TUNING)}"
     )

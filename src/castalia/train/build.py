@@ -10,6 +10,7 @@ from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import BlendedRows, RunRows, StepLoader, build_rows
 from castalia.data.loader import RowLookup
 from castalia.data.rows_by_source import RowsBySource
+from castalia.data.run_rows import rows_of_sources
 from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
@@ -62,8 +63,15 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     """
     train = config.train
+    data = config.data
+    epochs = train.epochs
+    if data.texts and epochs is not None:
+        # Passes that run into each other, each in an order of its own; see whole_passes.py.
+        epochs = None
+        if data.weights is None and len(data.train_prefixes) > 1:
+            data = data.model_copy(update={"weights": rows_of_sources(data, seed=config.seed)})
     return build_rows(
-        config.data,
+        data,
         seed=config.seed,
         batch_size=train.batch_size,
         steps=train.steps,
@@ -71,8 +79,8 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
         eval_batches=train.eval_batches,
         planned=config.mixing.plans,
         allow_empty=config.mixing.allow_empty,
-        epochs=train.epochs,
         ramp=train.batch_ramp,
+        epochs=epochs,
     )
 
 
@@ -152,4 +160,5 @@ def step_loader(
         mask=run_rows.mask,
         # Validations have full batches from the first.
         ramp=config.train.batch_ramp if rows is run_rows.train else None,
+        prompt_weight=getattr(config.loss, "prompt_weight", 0.0),
     )

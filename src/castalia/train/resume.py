@@ -14,8 +14,9 @@ from castalia.checkpoint import Store
 from castalia.checkpoint.store import SaveTiming
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, DataError
+from castalia.corpora.conversations import template_text
 from castalia.data import changed, load_tokenizer
-from castalia.data.tokenizer_settings import companions
+from castalia.data.tokenizer_settings import TEMPLATE_FILE, companions
 from castalia.distributed import Watchdog
 from castalia.models import Decoder
 from castalia.optim.groups import matches
@@ -192,6 +193,9 @@ def checkpoint_files(config: RunConfig) -> dict[str, str]:
             # The end of a text and the chat template are named beside the tokenizer, not in it.
             if Path(tokenizer.where).is_file():
                 files |= companions(Path(tokenizer.where).parent)
+            if config.data.chat_template is not None:
+                # The template that was trained with is the one that the model answers with.
+                files[TEMPLATE_FILE] = template_text(config.data.chat_template)
         except DataError as error:
             raise DataError(
                 f"data.tokenizer: {error}; data.tokenizer=null trains without one"

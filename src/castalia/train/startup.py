@@ -51,10 +51,10 @@ def idle_options(config: RunConfig, rows: RunRows) -> list[str]:
     every = config.train.eval_every
     if every is None or rows.valid is not None:
         return []
-    return [
-        f"train.eval_every={every} has nothing to validate on: name token files in data.valid, or"
-        " data.split"
-    ]
+    files = "token files in data.valid"
+    for name in config.data.texts:
+        files = f"files in data.valid_{name}"
+    return [f"train.eval_every={every} has nothing to validate on: name {files}, or data.split"]
 
 
 def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, str]:
