@@ -14,9 +14,8 @@ from castalia.core.files import atomic_write
 from castalia.corpus.provenance import read_provenance
 from castalia.data.batch_sizes import BatchSizes, sizes_of
 from castalia.data.ready_rows import common_dtype
-from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import RunRows
-from castalia.data.served import BlendedRows
+from castalia.data.served import ServedRows
 from castalia.data.sidecar import require_tokenizer
 from castalia.data.tokenizer import Tokenizer
 
@@ -59,9 +58,7 @@ def parse_steps(text: str, batches: BatchSizes | int, total: int) -> Steps:
     return Steps(begin, end, sizes_of(batches))
 
 
-def save_ids(
-    rows: BlendedRows | RowsBySource, steps: Steps, path: str | os.PathLike[str]
-) -> tuple[int, int]:
+def save_ids(rows: ServedRows, steps: Steps, path: str | os.PathLike[str]) -> tuple[int, int]:
     """Write the token ids of the steps' rows as one .npy file, atomically, in the sources' dtype.
 
     The layout is that of Pythia's batch_viewer.py. Memory holds one row at a time.
@@ -134,7 +131,7 @@ def record_of(
     return record
 
 
-def step_hash(rows: BlendedRows | RowsBySource, step: int, batches: BatchSizes | int) -> int:
+def step_hash(rows: ServedRows, step: int, batches: BatchSizes | int) -> int:
     """`rows_hash` of a step, as training writes it to metrics.jsonl.
 
     It is the sum over the rows of the CRC-32 of a row's inputs as little-endian int64, which does

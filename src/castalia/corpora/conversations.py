@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from castalia.core.errors import ConfigError, DataError
-from castalia.core.files import claimed, sha256_of, write_json
+from castalia.core.files import atomic_write, claimed, sha256_of, write_json
 from castalia.corpora.records import TEMPLATES, TEXT_KINDS, NoTemplate, RecordForm
 from castalia.corpus import prepare
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
@@ -24,6 +24,7 @@ from castalia.corpus.forms import LABELS, WEIGHTS
 from castalia.corpus.inputs import list_files
 from castalia.corpus.options import PrepareOptions, eos_of, require_tokens
 from castalia.corpus.preflight import OUTPUT_NAMES
+from castalia.corpus.streams import decompressed, inner_name, plain_name
 from castalia.data import IndexedDataset
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_settings import read_settings, read_text, special_tokens
@@ -31,6 +32,9 @@ from castalia.data.tokenizer_settings import read_settings, read_text, special_t
 FORMAT = 1
 """Raised when the same file comes to mean other tokens, so that older ones are made again."""
 FACTS = "text.json"
+RECORDS = "records.jsonl"
+"""The records themselves, one a line, of kinds that need them while they train."""
+LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".bin", ".idx")
 WAIT_SECONDS = 3600.0
 """How long a run waits for another one that prepares the same file."""
@@ -195,6 +199,8 @@ def make_prepared(
         for file in files.values()
         for suffix in SUFFIXES
     }
+    if kind.keeps_records:
+        sizes[RECORDS] = keep_records(path, place / RECORDS)
     facts = {
         "format": FORMAT,
         "kind": form.kind,
@@ -209,6 +215,24 @@ def make_prepared(
     write_json(place / FACTS, facts)
     say(line_about(facts))
     return PreparedText(place, facts)
+
+
+def keep_records(path: str, output: Path) -> int:
+    """Copy the lines of JSON files to one file; returns its size in bytes.
+
+    Raises  ConfigError for a file of another kind.
+    """
+    with atomic_write(output, "wb") as copied:
+        for file in list_files(path):
+            if not inner_name(plain_name(file.name)).endswith(LINES):
+                raise ConfigError(
+                    f"{file.path}: records with further keys are read from JSON lines, whose names"
+                    f" end in {' or '.join(LINES)}; convert the file"
+                )
+            for line in decompressed(file.open(), file.name):
+                if line.strip():
+                    copied.write(line.rstrip(b"\r\n") + b"\n")
+    return output.stat().st_size
 
 
 def line_about(facts: dict[str, Any]) -> str:

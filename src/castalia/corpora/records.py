@@ -127,6 +127,8 @@ class TextKind:
     """(part, kind of output) -> the field of the config's data section that names these files."""
     columns: tuple[str, ...]
     """Keys that a record may have; other columns of a table are not read."""
+    keeps_records: bool = False
+    """Whether the records themselves stay beside the token files, with all of their keys."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -139,12 +141,16 @@ TEXT_KINDS: Registry[TextKind] = Registry("kind of text")
 
 
 def text_kind(
-    name: str, *, fields: Mapping[tuple[str, str], str], columns: Sequence[str]
+    name: str,
+    *,
+    fields: Mapping[tuple[str, str], str],
+    columns: Sequence[str],
+    keeps_records: bool = False,
 ) -> Callable[[ReadRecord], ReadRecord]:
     """Decorator that adds a kind; the function reads a record."""
 
     def store(read: ReadRecord) -> ReadRecord:
-        TEXT_KINDS.register(name)(TextKind(read, fields, tuple(columns)))
+        TEXT_KINDS.register(name)(TextKind(read, fields, tuple(columns), keeps_records))
         return read
 
     return store
@@ -250,6 +256,23 @@ def require_words(key: str, answer: list[Message] | str | None, roles: Sequence[
         )
     if not isinstance(answer, str):
         require_answer(answer, roles)
+
+
+@text_kind(
+    "prompts",
+    fields={("prompt", TOKENS): "train"},
+    columns=("prompt",),
+    keeps_records=True,
+)
+def read_prompt(record: Record) -> list[Conversation]:
+    """A prompt that the model answers itself; its further keys are for the rewards.
+
+    Raises  BadDocumentError if there is none.
+    """
+    if record.has("prompt") is None:
+        existing = ", ".join(sorted(record.values)) or "none"
+        raise BadDocumentError(f"a prompt has the key 'prompt'; keys: {existing}")
+    return [Conversation(record.text("prompt"), None)]
 
 
 def require_answer(messages: Sequence[Message], roles: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from castalia.data.ready_rows import ready_rows
 from castalia.data.row_source import RowSource
 from castalia.data.rows_by_source import RowsBySource, no_rows, one_pass, rows_by_source
 from castalia.data.segments import DocumentMask, document_mask, end_of_document
-from castalia.data.served import BlendedRows
+from castalia.data.served import BlendedRows, ServedRows
 from castalia.data.sources import (
     Files,
     check_names,
@@ -34,7 +34,7 @@ ORDERS = {"neox": "neox packed", "file": "rows as in the file"}
 class RunRows:
     """The train and valid rows of a run, and what is known about them; made by `build_rows`."""
 
-    train: BlendedRows | RowsBySource
+    train: ServedRows
     valid: BlendedRows | None
     """None without validation."""
     fingerprint: dict[str, Any]

@@ -57,6 +57,10 @@ class ServedRows(ABC):
     def locate(self, index: int) -> tuple[int, int]:
         """Source of the row served at place `index` >= 0, and the row's place in its order."""
 
+    def origin(self, index: int) -> int:
+        """The first place at which the row at place `index` is served for the same answers."""
+        return index
+
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
         source, place = self.locate(index)
         return self.row_sources[source][place], source, int(index)
@@ -138,3 +142,24 @@ class BlendedRows(ServedRows):
         source = self.blended[int(picks[place])]
         number = int(self.turns["sample_index"][place])
         return source, self.row_sources[source].order.wrap(number)
+
+
+class RepeatedRows(ServedRows):
+    """The rows of every step served in several steps in a row: step t has those that step
+    t // times of `rows` would have."""
+
+    def __init__(self, rows: ServedRows, batch_size: int, times: int) -> None:
+        super().__init__(rows.row_sources)
+        self.labels = rows.labels
+        self.rows = rows
+        self.batch_size = batch_size
+        self.times = times
+
+    def origin(self, index: int) -> int:
+        """The place in `rows` of the row served at place `index`."""
+        step, place = divmod(index, self.batch_size)
+        return step // self.times * self.batch_size + place
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Source of the row served at place `index` >= 0, and the row's place in its order."""
+        return self.rows.locate(self.origin(index))

@@ -104,6 +104,10 @@ class Loss:
         """
         raise NotImplementedError
 
+    def learns_from(self, batch: "Batch") -> float:
+        """Above 0 if there is anything to learn from rows as the data give them."""
+        return self.weight(batch)
+
     def __call__(self, scored: "Scored", batch: "Batch") -> LossOut:
         """The sums of one micro-batch, in the arithmetic that autocast selects."""
         raise NotImplementedError

@@ -1,7 +1,7 @@
 """What the losses have in common that learn from answers of the model itself."""
 
 from collections.abc import Callable, MutableSequence
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -44,6 +44,8 @@ class PolicyConfig(LossConfig):
     """Answers to a prompt in one micro-batch; null is all of them."""
     updates: PositiveInt = 1
     """Updates that are made with each set of answers."""
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], AT_RESUME] = "fp32"
+    """Dtype of the weights that write answers; other than the trained weights' it takes a copy."""
     record_every: Annotated[NonNegativeInt, AT_RESUME] = 10
     """Steps between those whose answers are written to samples/rollouts.jsonl; 0 writes none."""
 
@@ -65,6 +67,10 @@ class Policy(Loss):
     def beta(self) -> float:
         """Weight of the divergence from the reference; without one there is no reference."""
         raise NotImplementedError
+
+    def learns_from(self, batch: "Batch") -> float:
+        """See `Loss`: a prompt needs no target."""
+        return len(batch.tokens)
 
     def advantages(self, rewards_PG: "Tensor", history: MutableSequence[float]) -> "Tensor":
         """Advantages of answers from their rewards, (P, G) each, for P prompts in the order of the

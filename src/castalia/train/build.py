@@ -1,16 +1,17 @@
 """From a config to a model on its ranks: build on meta, parallelize, initialize."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from castalia.adapters.adapting import adapt, start_over
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
-from castalia.data import BlendedRows, RunRows, StepLoader, build_rows
+from castalia.data import RunRows, StepLoader, build_rows
 from castalia.data.loader import RowLookup
-from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import rows_of_sources
+from castalia.data.served import RepeatedRows, ServedRows
 from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
@@ -70,7 +71,7 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
         epochs = None
         if data.weights is None and len(data.train_prefixes) > 1:
             data = data.model_copy(update={"weights": rows_of_sources(data, seed=config.seed)})
-    return build_rows(
+    rows = build_rows(
         data,
         seed=config.seed,
         batch_size=train.batch_size,
@@ -82,6 +83,9 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
         ramp=train.batch_ramp,
         epochs=epochs,
     )
+    if config.updates_per_rows == 1:
+        return rows
+    return replace(rows, train=RepeatedRows(rows.train, train.batch_size, config.updates_per_rows))
 
 
 def build_model(
@@ -139,7 +143,7 @@ def step_loader(
     config: RunConfig,
     world: World,
     run_rows: RunRows,
-    rows: BlendedRows | RowsBySource,
+    rows: ServedRows,
     start_step: int,
     plans: Iterator[RowLookup | None] | None,
 ) -> StepLoader:

@@ -28,6 +28,7 @@ from castalia.distributed import ParallelConfig
 from castalia.eval.config import EvalConfig
 from castalia.launch import LaunchConfig
 from castalia.losses import LOSSES, LossConfig, NextToken
+from castalia.losses.policy import PolicyConfig
 from castalia.mixing.config import MixingConfig
 from castalia.models import FAMILIES, ModelConfig
 from castalia.monitor.config import MonitorConfig
@@ -103,10 +104,10 @@ class TrainConfig(Config):
     steps: Annotated[PositiveInt, AT_RESUME] = 143000
     """Optimizer steps of the whole run."""
     batch_size: PositiveInt = 1024
-    """Rows in one optimizer step, over all ranks; of preference data, pairs."""
+    """Rows in one optimizer step, over all ranks; of preference data pairs, of prompts prompts."""
     micro_batch_size: Annotated[PositiveInt | None, AT_RESUME] = None
-    """Rows, or pairs, that a rank runs through the model at a time; null is its whole share of the
-    batch."""
+    """Rows, pairs or prompts that a rank runs through the model at a time; null is its whole share
+    of the batch."""
     batch_ramp: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """Smaller batches at the start: [rows of the first batch, rows added at a time, rows of the run
     until the batch is full], as Megatron's rampup_batch_size."""
@@ -249,7 +250,7 @@ class RunConfig(Config):
             parallel=self.parallel,
             seq_length=self.data.seq_length,
             batch_size=self.train.batch_size * self.rows_per_place,
-            micro_batch_size=micro and micro * self.rows_per_place,
+            micro_batch_size=micro and micro * self.rows_at_once,
             steps=self.train.steps,
             precision=self.precision,
             device=self.device,
@@ -264,7 +265,9 @@ class RunConfig(Config):
 
     @property
     def rows_per_place(self) -> int:
-        """Rows of one place in the order of the data: two for a pair."""
+        """Rows of one place in the order of the data: two for a pair, the answers to a prompt."""
+        if isinstance(self.loss, PolicyConfig):
+            return self.loss.completions
         return 2 if self.data.paired else 1
 
     @property
@@ -277,6 +280,18 @@ class RunConfig(Config):
         curriculum = Curriculum(self.curriculum, self.data.seq_length, steps)
         tokens = sum(batches.size(step) * curriculum.length(step + 1) for step in range(steps))
         return steps * self.tokens_per_step - tokens * self.rows_per_place
+
+    @property
+    def rows_at_once(self) -> int:
+        """Those of them that a micro-batch has together."""
+        if isinstance(self.loss, PolicyConfig):
+            return self.loss.answers_at_once or self.loss.completions
+        return self.rows_per_place
+
+    @property
+    def updates_per_rows(self) -> int:
+        """Steps in a row that learn from the same rows."""
+        return self.loss.updates if isinstance(self.loss, PolicyConfig) else 1
 
     @property
     def tokens_per_step(self) -> int:

@@ -161,16 +161,16 @@ class PipelinedPasses(Passes):
         config = self.config
         world = self.world
         self.shape = (batch, length)
-        pair = config.rows_per_place
-        rows = batch // world.degrees.dp * pair
-        micro = (config.train.micro_batch_size or rows // pair) * pair
+        places = batch // world.degrees.dp
+        rows = places * config.rows_per_place
+        micro = (config.train.micro_batch_size or places) * config.rows_at_once
         own = length // world.degrees.cp
         if world.sequence is None:
-            places = torch.arange(own)[None]
+            positions = torch.arange(own)[None]
         else:
-            places = world.sequence.positions(own)
+            positions = world.sequence.positions(own)
         # All micro-batches at once: the schedule cuts its arguments itself.
-        self.places = places.to(world.device).expand(rows, own)
+        self.places = positions.to(world.device).expand(rows, own)
         self.pipeline = Pipeline(
             self.model,
             world,

@@ -8,9 +8,11 @@ from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import context_problems
 from castalia.data.batch_sizes import ramp_problem
 from castalia.losses import LOSSES, Loss
+from castalia.losses.policy import PolicyConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.optim import OPTIMIZERS
 from castalia.optim.widths import width_rule
+from castalia.rollouts.functions import reward_function
 from castalia.train.curriculum import Curriculum
 
 if TYPE_CHECKING:
@@ -223,6 +225,13 @@ def row_problems(config: "RunConfig", loss: type[Loss]) -> list[str]:
             f"loss.kind {kind} reads {loss.rows}, but data.chosen names pairs of answers; choose a"
             f" loss of pairs: {', '.join(losses_of('pairs'))}"
         ]
+    if "prompts" in config.data.texts and loss.rows != "prompts":
+        return [
+            f"loss.kind {kind} reads {loss.rows}, but data.prompts has prompts without answers;"
+            f" choose a loss that answers them: {', '.join(losses_of('prompts'))}"
+        ]
+    if isinstance(config.loss, PolicyConfig):
+        return policy_problems(config, config.loss)
     names_data = config.data.train or config.data.corpus
     if loss.rows == "pairs" and names_data and not config.data.paired:
         return [
@@ -230,6 +239,77 @@ def row_problems(config: "RunConfig", loss: type[Loss]) -> list[str]:
             " texts; name the pairs with data.chosen and data.rejected"
         ]
     return []
+
+
+def policy_problems(config: "RunConfig", options: PolicyConfig) -> list[str]:
+    """What a loss asks for that learns from answers to prompts, and cannot have."""
+    data = config.data
+    kind = config.loss.kind
+    problems = []
+    others = [name for name in data.texts if name != "prompts"]
+    if others or (data.corpus and not data.train_prefixes and not data.prompts):
+        named = others[0] if others else "corpus"
+        problems.append(
+            f"loss.kind {kind} reads prompts, which the model answers itself, but data.{named} is"
+            " something else; name the prompts in data.prompts"
+        )
+    if data.packing != "unpacked" or data.order != "neox":
+        problems.append(
+            f"loss.kind {kind} needs each prompt in a row of its own: set data.packing=unpacked and"
+            " data.order=neox"
+        )
+    if data.tokenizer is None and config.model.start is None:
+        problems.append(f"loss.kind {kind}: rewards judge texts; set data.tokenizer")
+    if not options.rewards and options.reward_model is None:
+        problems.append(
+            f"loss.kind {kind} has no reward: name functions in loss.rewards, module:function each,"
+            " or a model in loss.reward_model"
+        )
+    count = len(options.rewards) + (options.reward_model is not None)
+    if options.reward_weights is not None and len(options.reward_weights) != count:
+        problems.append(
+            f"loss.reward_weights has {len(options.reward_weights)} numbers for {count} rewards;"
+            " give one for each"
+        )
+    for name in options.rewards:
+        # Imported now: a misspelled function must not appear after the data were prepared.
+        try:
+            reward_function(name)
+        except ConfigError as error:
+            problems.append(str(error))
+    if options.max_tokens >= data.seq_length:
+        problems.append(
+            f"loss.max_tokens {options.max_tokens} leaves no room for a prompt in rows of"
+            f" data.seq_length {data.seq_length}; raise the one or lower the other"
+        )
+    if options.completions % (options.answers_at_once or 1):
+        problems.append(
+            f"loss.completions {options.completions} is not divisible by loss.answers_at_once"
+            f" {options.answers_at_once}"
+        )
+    return problems + stage_conflicts(config, options)
+
+
+def stage_conflicts(config: "RunConfig", options: PolicyConfig) -> list[str]:
+    """Sections that cannot go with rows that are answers."""
+    kind = config.loss.kind
+    problems = []
+    if config.mixing.plans and options.updates > 1:
+        problems.append(
+            f"loss.updates {options.updates} takes the same rows several times, but mixing.kind"
+            f" {config.mixing.kind} plans the rows of each step; set loss.updates=1"
+        )
+    if config.train.batch_ramp and options.updates > 1:
+        problems.append(
+            f"loss.updates {options.updates} takes the same rows several times, which"
+            " train.batch_ramp would cut otherwise each time; set loss.updates=1"
+        )
+    if config.curriculum.kind != "none":
+        problems.append(
+            f"curriculum.kind {config.curriculum.kind} shortens rows, and loss.kind {kind} makes"
+            " its own; set curriculum.kind=none"
+        )
+    return problems
 
 
 def losses_of(rows: str) -> list[str]:

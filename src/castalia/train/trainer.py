@@ -16,7 +16,7 @@ from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, BlendedRows
 from castalia.data.loader import RowLookup
 from castalia.data.row_checks import check_rows
-from castalia.data.rows_by_source import RowsBySource
+from castalia.data.served import ServedRows
 from castalia.distributed import Watchdog, World
 from castalia.distributed.gradients import clip_gradients
 from castalia.formats.saved_model import TOKENIZER
@@ -27,6 +27,7 @@ from castalia.optim.updater import Updater
 from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
 from castalia.train.config import RunConfig, rules_of
 from castalia.train.curriculum import Curriculum
+from castalia.train.experience import make_experience
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
 from castalia.train.hooks.hook import close_with, start_hook
@@ -111,7 +112,7 @@ class Trainer:
         # data.valid may list more sources than data.train, and one loss counts both.
         sources = max(len(self.rows.sources), len(self.rows.valid_sources))
         self.loss = loss or LOSSES[config.loss.kind](config.loss, sources)
-        check_rows(self.rows, config.model.vocab_size, self.loss.weight)
+        check_rows(self.rows, config.model.vocab_size, self.loss.learns_from)
         # Before the model: whether a parameter trains decides how it is laid out.
         self.rules = rules_of(config)
         # Opened before the model takes memory: a start of another shape is refused at once.
@@ -170,6 +171,8 @@ class Trainer:
             self.files,
             self.watchdog,
         )
+        # The stage before the passes of a loss that learns from answers to prompts.
+        self.experience = make_experience(self)
 
     def fit(self) -> None:
         """Train from the newest good checkpoint, or from the start, to config.train.steps."""
@@ -226,7 +229,9 @@ class Trainer:
     def skip_step(self, micro_batches: list[Batch]) -> Step:
         """Consume the rows of a step without a pass: its loss and its norm are NaN."""
         hashed = rows_hash(micro_batches)
-        totals = self.reduce(self.passes.new_sums(), self.prepared(micro_batches), hashed)
+        # Nobody answers the prompts of a step that is left out.
+        seen = self.prepared(micro_batches) if self.experience is None else []
+        totals = self.reduce(self.passes.new_sums(), seen, hashed)
         self.agree(Verdict.GOOD)
         lr = self.schedule(self.progress.updates)
         return self.finish_step(lr, totals, Action.SKIP)
@@ -236,6 +241,8 @@ class Trainer:
         step = self.progress.step
         length = self.curriculum.length(step + 1)
         self.passes.set_shape(self.config.train.batches.size(step), length)
+        if self.experience is not None:
+            return self.experience.train_batches(micro_batches, step, self.pending_metrics)
         return [batch.shortened(length) for batch in micro_batches]
 
     def accumulate(self, micro_batches: list[Batch], hashed: int | None = None) -> StepTotals:
@@ -336,6 +343,8 @@ class Trainer:
                     break
                 with self.watchdog.doing("validation"):
                     micro_batches = next(reader)
+                    if self.experience is not None:
+                        micro_batches = self.experience.valid_batches(micro_batches)
                     weights = self.passes.weights(micro_batches)
                     sums.plus(self.passes.run(micro_batches, weights))
         if self.stop:
@@ -349,7 +358,7 @@ class Trainer:
 
     def batches(
         self,
-        rows: BlendedRows | RowsBySource,
+        rows: ServedRows,
         start_step: int,
         plans: Iterator[RowLookup | None] | None = None,
     ) -> Iterator[list[Batch]]:
@@ -358,7 +367,8 @@ class Trainer:
         A middle stage of a pipeline needs no rows and gets []. Under a planner it still iterates,
         because the planner, equal on every rank, advances with its plans.
         """
-        if not self.passes.reads and plans is None:
+        reads = self.passes.reads or self.experience is not None
+        if not reads and plans is None:
             return ([] for _ in itertools.repeat(None))
         return iter(step_loader(self.config, self.world, self.rows, rows, start_step, plans))
 

@@ -111,7 +111,7 @@ class StepLine(Hook):
             "loss": f"loss {self.sums['loss'].mean:.4f}",
             "skipped": self.skips(),
             "valid": self.validation(step.metrics),
-            **{f"own {name}": f"{name} {self.sums[name].mean:.4f}" for name in self.metrics},
+            **{f"own {name}": self.own(name) for name in self.metrics},
             "gnorm": f"gnorm {self.sums['grad_norm'].mean:.2f}",
             "lr": f"lr {step.lr:.1e}",
             "tok/s": f"tok/s {quantity(speed)}",
@@ -122,6 +122,11 @@ class StepLine(Hook):
         }
         self.count_from_here()
         return fitted(words) + self.mix()
+
+    def own(self, name: str) -> str:
+        """A metric of the loss; empty where it has not counted anything."""
+        mean = self.sums[name]
+        return f"{name} {mean.mean:.4f}" if mean.count else ""
 
     def skips(self) -> str:
         """How many steps were skipped since the line before, and why."""

@@ -1,0 +1,146 @@
+"""Rewards of answers, from functions of Python and from a reward model."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from castalia.core.errors import TrainingError
+from castalia.rollouts.answers import Answer
+from castalia.rollouts.functions import Function, reward_function
+from castalia.rollouts.prompts import PromptRecord
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One of the rewards that are added up."""
+
+    name: str
+    """As the config has it."""
+    function: Function
+    weight: float
+
+    def __call__(self, answered: "Sequence[Answered]") -> list[float | None]:
+        """The rewards of answers, unweighted; None where the function does not judge.
+
+        Raises  TrainingError naming the function, if it raises, or does not return a finite number
+                for each answer; the answer is named as well.
+        """
+        arguments = arguments_of(self.function, answered)
+        try:
+            values = self.function(**arguments)
+        except Exception as error:  # whatever a user's function raises, its name helps
+            raise TrainingError(
+                f"reward {self.name} raised {type(error).__name__}: {error}; it was called with"
+                f" {len(answered)} completions and the arguments {', '.join(arguments)}"
+            ) from error
+        return checked(self.name, values, answered)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer with its prompt."""
+
+    record: PromptRecord
+    prompt_ids: list[int]
+    answer: Answer
+
+    @property
+    def completion(self) -> Any:
+        """The answer in the form of its prompt: a text, or one message in a list."""
+        if isinstance(self.record.prompt, str):
+            return self.answer.text
+        return [{"role": "assistant", "content": self.answer.text}]
+
+
+def open_rewards(names: Sequence[str], weights: Sequence[float] | None) -> list[Reward]:
+    """The reward functions `module:function`, each with its weight.
+
+    Raises  ConfigError naming what cannot be imported, or if the numbers do not match.
+    """
+    functions = [reward_function(name) for name in names]
+    if weights is None:
+        weights = [1.0] * len(names)
+    pairs = zip(names, functions, weights, strict=False)
+    return [Reward(name, function, weight) for name, function, weight in pairs]
+
+
+def arguments_of(function: Function, answered: Sequence[Answered]) -> dict[str, list[Any]]:
+    """What a function is called with: prompts, completions, the ids of completions, and the columns
+    of the prompts.
+
+    A function without **kwargs gets those that it names, so that it need not name all.
+    """
+    arguments: dict[str, list[Any]] = {}
+    for name in sorted({name for one in answered for name in one.record.columns}):
+        arguments[name] = [one.record.columns.get(name) for one in answered]
+    # Last: a column of such a name must not take their place.
+    arguments["prompts"] = [one.record.prompt for one in answered]
+    arguments["completions"] = [one.completion for one in answered]
+    arguments["completion_ids"] = [one.answer.ids for one in answered]
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return arguments
+    named = {parameter.name for parameter in parameters}
+    return {name: values for name, values in arguments.items() if name in named}
+
+
+def checked(name: str, values: Any, answered: Sequence[Answered]) -> list[float | None]:
+    """The values of a function as floats.
+
+    Raises  TrainingError if it is not a finite number, or None, for each answer.
+    """
+    try:
+        listed = list(values)
+    except TypeError:
+        raise TrainingError(
+            f"reward {name} returned {type(values).__name__}; expected a list with one number for"
+            " each completion"
+        ) from None
+    if len(listed) != len(answered):
+        raise TrainingError(
+            f"reward {name} returned {len(listed)} numbers for {len(answered)} completions;"
+            " expected one for each, in their order"
+        )
+    numbers: list[float | None] = []
+    for value, one in zip(listed, answered, strict=True):
+        try:
+            number = None if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if number is not None and not math.isfinite(number):
+            raise TrainingError(
+                f"reward {name} returned {value!r} for the completion {one.answer.text[:60]!r} of"
+                f" {one.record.where}; expected a finite number"
+            )
+        numbers.append(number)
+    return numbers
+
+
+def total_rewards(
+    rewards: Sequence[Reward], answered: Sequence[Answered]
+) -> list[tuple[float, list[float | None]]]:
+    """The weighted sum of all rewards of each answer, and the rewards.
+
+    Raises  TrainingError as `Reward`, or if no reward judges an answer.
+    """
+    if not answered:
+        return []
+    judged = [reward(answered) for reward in rewards]
+    totals = []
+    for place, one in enumerate(answered):
+        parts = [column[place] for column in judged]
+        values = [
+            reward.weight * value
+            for reward, value in zip(rewards, parts, strict=True)
+            if value is not None
+        ]
+        if not values:
+            names = ", ".join(reward.name for reward in rewards)
+            raise TrainingError(
+                f"no reward judges the completion {one.answer.text[:60]!r} of {one.record.where}:"
+                f" all of {names} returned None; at least one must return a number"
+            )
+        totals.append((sum(values), parts))
+    return totals
