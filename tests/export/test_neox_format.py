@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tests.checkpoint.test_neox_folders import CONFIG, save, sequential, shards, weights
+from tests.formats.test_neox_folders import CONFIG, save, sequential, shards, weights
 from torch import Tensor
 
 from castalia.checkpoint import Store

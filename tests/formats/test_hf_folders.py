@@ -208,9 +208,17 @@ def test_an_unknown_architecture_gets_the_menu(
     folder: Path, weights: dict, change: Callable[..., None]
 ) -> None:
     save_file(weights, folder / "model.safetensors")
-    change(architectures=["GPTNeoXForSequenceClassification"])
-    with pytest.raises(ConfigError, match=r"ForSequenceClass.* reads GPTNeoXForCausalLM"):
+    change(architectures=["GPTNeoXForTokenClassification"])
+    with pytest.raises(ConfigError, match=r"ForTokenClass.* reads GPTNeoXForCausalLM, GPTNeoXForS"):
         open_model(folder)
+    change(architectures=["GPTNeoXForSequenceClassification"])
+    with pytest.raises(ConfigError, match=r"has 2 labels; a reward model has one number"):
+        open_model(folder)
+    # A language model that only says that it is a reward model.
+    change(architectures=["GPTNeoXForSequenceClassification"], num_labels=1)
+    with pytest.raises(CheckpointError, match=r"keys that are missing: 'score.weight'"):
+        open_model(folder)
+    change(num_labels=None)
     change(architectures=None, model_type="gpt_neoxx")
     with pytest.raises(ConfigError, match=r"'gpt_neoxx'; choose one of .*; did you mean 'gpt_neox"):
         open_model(folder)

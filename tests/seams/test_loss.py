@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.seams.ranks import on_ranks
-from tests.seams.toy_losses import KINDS, LAYOUTS, SMALL, Preference, one_step
+from tests.seams.toy_losses import LAYOUTS, SMALL, Preference, one_step, options_of
 
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.data import IndexedDatasetWriter
@@ -24,12 +24,15 @@ LAST = 16
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> str:
-    """Prefix of a token file of 40 rows."""
+    """Prefix of a token file of 40 rows; PREFIX_rejected has shorter documents."""
     prefix = tmp_path_factory.mktemp("tokens") / "text"
     random = np.random.default_rng(0)
     with IndexedDatasetWriter(prefix, "uint16") as writer:
         for _ in range(40):
             writer.add(random.integers(97, 123, 65))
+    with IndexedDatasetWriter(f"{prefix}_rejected", "uint16") as writer:
+        for size in random.integers(2, 60, 40):
+            writer.add(random.integers(97, 123, size))
     return str(prefix)
 
 
@@ -113,8 +116,7 @@ def test_two_ranks_equal_plain_torch(ranks, plain, layout, kind):
 
 @pytest.mark.parametrize("kind", ["reward", "reward before each target"])
 def test_a_reward_model_is_the_same_on_two_ranks(tokens, tmp_path, ranks, kind):
-    overrides = (f"data.train={tokens}", f"output={tmp_path}", "loss.kind=reward", *KINDS[kind])
-    alone = one_step(ALONE, *overrides)
+    alone = one_step(ALONE, f"output={tmp_path}", *options_of(kind, tokens))
     for layout in LAYOUTS:
         names = set()
         for result in (results[layout][kind] for results in ranks):

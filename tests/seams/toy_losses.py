@@ -36,10 +36,19 @@ KINDS = {
     "tail": (),
     "preference": (),
     "lying": (),
-    "reward": ("model.head=score", "loss.center=0.1"),
-    "reward before each target": ("model.head=score", "loss.at=targets", "loss.z_loss=0.1"),
+    "reward": ("loss.center=0.1",),
+    "reward before each target": ("loss.at=targets", "loss.z_loss=0.1"),
 }
 """Options of each loss; its name is the first word."""
+
+
+def options_of(kind: str, tokens: str) -> list[str]:
+    """A loss with its options, and the rows that it reads."""
+    options = [f"loss.kind={kind.split()[0]}", *KINDS[kind]]
+    if not kind.startswith("reward"):
+        return [*options, f"data.train={tokens}"]
+    pairs = [f"data.chosen={tokens}", f"data.rejected={tokens}_rejected", "data.packing=unpacked"]
+    return [*options, *pairs, "model.head=score"]
 
 
 @LOSSES.register("tail")
@@ -166,11 +175,10 @@ def main(tokens: str, folder: str) -> dict[str, dict[str, Any]]:
     """Every loss in every layout."""
     results: dict[str, dict[str, Any]] = {}
     for layout, overrides in LAYOUTS.items():
-        base = [f"data.train={tokens}", f"output={folder}/run", *overrides]
+        base = [f"output={folder}/run", *overrides]
         world = World.start(load_config([*SMALL, *base]).parallel, "cpu")
         results[layout] = {
-            kind: one_step(world, *base, f"loss.kind={kind.split()[0]}", *options)
-            for kind, options in KINDS.items()
+            kind: one_step(world, *base, *options_of(kind, tokens)) for kind in KINDS
         }
     return results
 

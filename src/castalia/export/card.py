@@ -7,6 +7,7 @@ from castalia.core.files import files_in
 from castalia.export.certificate import FILE, Certificate
 from castalia.export.formats import Format
 from castalia.export.quality import Quality, table
+from castalia.export.written import AUTO_CLASSES
 from castalia.formats.saved_model import SavedModel
 from castalia.models.flops import active_parameters, parameter_counts
 from castalia.monitor.display import size_text
@@ -31,7 +32,7 @@ def write_card(
     size = sum(file.stat().st_size for file in files_in(folder))
     module = kind.use.partition(".")[0]
     lines = [
-        *front_matter(kind),
+        *front_matter(kind, source),
         f"# {name}",
         "",
         f"For {kind.program}, weights in {numbers}, {size_text(size)}.",
@@ -39,7 +40,7 @@ def write_card(
         "```python",
         f"import {module}",
         "",
-        f"model = {kind.use.format(folder=name)}",
+        f"model = {kind.use.format(folder=name, auto=AUTO_CLASSES[source.config.head])}",
         "```",
         "",
         "## Model",
@@ -63,12 +64,13 @@ def write_card(
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def front_matter(kind: type[Format]) -> list[str]:
+def front_matter(kind: type[Format], source: SavedModel) -> list[str]:
     """The metadata that the Hugging Face hub reads at the top of a card."""
+    task = "text-classification" if source.config.head == "score" else "text-generation"
     return [
         "---",
         f"library_name: {kind.library}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {task}",
         "tags:",
         "- castalia",
         "---",

@@ -9,6 +9,7 @@ the number can be measured again anywhere.
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from castalia.core.files import write_json
 from castalia.core.memory import available_bytes
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import Engine
+from castalia.inference.rewards import scores_after_each
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import parameter_counts
 from castalia.models.config import ModelConfig
@@ -37,7 +39,8 @@ ROOM = 0.9
 """Share of the available memory that one end may take."""
 
 Logits = Callable[[Sequence[int]], Tensor]
-"""Token ids T -> logits (T, V) float32 after each, V at least the vocabulary."""
+"""Token ids T -> logits (T, V) float32 after each, V at least the vocabulary; of a reward model
+scores (T, 1)."""
 
 
 class UnreadableError(CastaliaError):
@@ -85,7 +88,7 @@ class Certificate:
     largest_logit: float | None = None
     """Largest magnitude of a logit of the source, which the difference is to be read against."""
     same_greedy: float | None = None
-    """Share of positions where both have the same most likely token."""
+    """Share of positions where both have the same most likely token; None of a reward model."""
     unmeasured: str | None = None
     """Why nothing was measured."""
 
@@ -113,6 +116,11 @@ class Certificate:
         )
         if not isfinite(self.difference):
             return f"the logits of {ends} are not finite"
+        if self.same_greedy is None:
+            return (
+                f"the largest difference of a score between {ends} is {self.difference:.3g}, where"
+                f" scores reach {self.largest_logit:.3g}"
+            )
         return (
             f"the largest difference of a logit between {ends} is {self.difference:.3g}, where"
             f" logits reach {self.largest_logit:.3g}; the most likely token is the same at"
@@ -209,11 +217,13 @@ def logits_of(compute: Logits, prompts: Sequence[Sequence[int]], vocab_size: int
 
 
 def compared(want: Tensor, got: Tensor) -> dict[str, Any]:
-    """The numbers of a certificate; both (tokens, V) float32."""
+    """The numbers of a certificate; both (tokens, V) float32, V 1 of a reward model."""
     if got.shape != want.shape:
         # A program that has fewer logits than the vocabulary has lost rows of the head.
         return {"largest_difference": inf, "largest_logit": largest(want), "same_greedy": 0.0}
-    same = (want.argmax(1) == got.argmax(1)).float().mean().item()
+    same = None
+    if want.shape[1] > 1:
+        same = (want.argmax(1) == got.argmax(1)).float().mean().item()
     return {
         "largest_difference": largest(want - got),
         "largest_logit": largest(want),
@@ -254,10 +264,13 @@ def write_certificate(folder: Path, certificate: Certificate) -> None:
 
 
 def torch_reader(model: SavedModel, note: str | None = None) -> Reader:
-    """Castalia's own engine for every family, in fp32."""
+    """Castalia's own engine for every family, in fp32; of a reward model its scores."""
 
     def opened() -> Logits:
-        return TorchEngine.from_checkpoint(model, "fp32").logits
+        engine = TorchEngine.from_checkpoint(model, "fp32")
+        if model.config.head == "score":
+            return partial(scores_after_each, engine.model)
+        return engine.logits
 
     return Reader(own_program("torch"), "fp32", opened, note)
 

@@ -34,7 +34,7 @@ from castalia.export.certificate import (
     torch_reader,
     write_certificate,
 )
-from castalia.export.formats import ParallelFormat, ShardedFormat
+from castalia.export.formats import ParallelFormat, ShardedFormat, padding_id
 from castalia.export.options import ExportOptions, ExportSpec, checked_spec
 from castalia.export.places import (
     Destination,
@@ -308,7 +308,12 @@ def named_tokens(source: SavedModel, tokenizer: Tokenizer) -> dict[str, str]:
         # As GPT-NeoX's own tokenizers do, whose unk_token is their end of text.
         tokens |= dict.fromkeys(("eos_token", "unk_token"), names[special.end_ids[0]])
     named = special_tokens(source.folder)
-    return tokens | {role: token for role, token in named.items() if token in tokenizer.ids}
+    tokens |= {role: token for role, token in named.items() if token in tokenizer.ids}
+    padding = padding_id(source)
+    if padding is not None:
+        # Last: a folder may name the end of a text, where a reward model reads its score.
+        tokens["pad_token"] = names[padding]
+    return tokens
 
 
 def examine(

@@ -16,7 +16,12 @@ from castalia.checkpoint.hf import DTYPES, hf_config, write_hf
 from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
-from castalia.data.tokenizer_settings import DEFAULT, chat_templates, generation_settings
+from castalia.data.tokenizer_settings import (
+    DEFAULT,
+    chat_templates,
+    generation_settings,
+    special_tokens,
+)
 from castalia.export.certificate import Reader, program_of
 from castalia.export.ct2 import write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS as CT2_QUANTIZATIONS
@@ -36,6 +41,9 @@ from castalia.inference.native.weights import packed_weights, save_weights
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 from castalia.models.windows import window, within_window, without_idle_window
 
+PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
+"""Usual names of a padding token; the first is that of Pythia's tokenizer, which names no role."""
+
 
 class Format(ABC):
     """One format: its options, the models that it can express, and its writer."""
@@ -47,7 +55,7 @@ class Format(ABC):
     library: ClassVar[str] = "castalia"
     """What the Hugging Face hub calls the program, in the metadata of the card."""
     use: ClassVar[str]
-    """A line of Python that loads the export; {folder} is its name."""
+    """A line of Python that loads the export; {folder} is its name, {auto} transformers' class."""
     option: ClassVar[str] = "quantization"
     """The option that chooses how weights are stored, dtype or quantization."""
     choices: ClassVar[tuple[str, ...]]
@@ -128,6 +136,19 @@ class ShardedFormat(Format):
         5GB."""
 
 
+def padding_id(source: SavedModel) -> int | None:
+    """The padding token of a reward model, which may not be an end of a text; None without one.
+
+    transformers reads the score at the last token that is not padding.
+    """
+    if source.config.head != "score" or source.tokenizer is None:
+        return None
+    named = special_tokens(source.folder).get("pad_token")
+    ids = source.tokenizer.ids
+    found = [ids[token] for token in (named, *PADDING) if token in ids]
+    return next((i for i in found if i not in source.special.end_ids), None)
+
+
 def lost_numerics(config: ModelConfig, option: str, what: str) -> list[str]:
     """A note that the export computes in float32 what the model was trained to round."""
     value = getattr(config, option, "fp32")
@@ -167,7 +188,7 @@ class HuggingFace(ShardedFormat):
     name = "hf"
     program = "transformers"
     library = "transformers"
-    use = 'transformers.AutoModelForCausalLM.from_pretrained("{folder}")'
+    use = 'transformers.{auto}.from_pretrained("{folder}")'
     option = "dtype"
     choices = tuple(DTYPES)
     default = "fp32"
@@ -182,11 +203,22 @@ class HuggingFace(ShardedFormat):
         return None
 
     @classmethod
+    def notes(cls, source: SavedModel) -> list[str]:
+        """See `Format`."""
+        notes = super().notes(source)
+        if source.config.head == "score" and padding_id(source) is None:
+            notes.append(
+                "the tokenizer names no padding token, and the end of a text cannot be one, since"
+                " the score is read there: transformers scores one text at a time"
+            )
+        return notes
+
+    @classmethod
     def reader(cls, written: ExportFolder) -> Reader:
         """See `Format`; transformers itself."""
         if find_spec("transformers") is None:
             return own_reader(written, "transformers is not installed")
-        return transformers_reader(written.folder, written.numbers)
+        return transformers_reader(written.folder, written.numbers, written.config.head)
 
     @classmethod
     def write_shards(
@@ -199,6 +231,7 @@ class HuggingFace(ShardedFormat):
             source.config,
             end_ids=source.special.end_ids,
             start_id=source.special.start_id,
+            pad_id=padding_id(source),
             dtype=numbers,
             max_shard_size=max_shard_size,
             generation=generation_settings(source.folder),

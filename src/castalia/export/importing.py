@@ -241,7 +241,7 @@ def certified(
     written = open_model(folder)
     reader = torch_reader(source)
     if is_hf_folder(source.folder) and find_spec("transformers") is not None:
-        reader = transformers_reader(source.folder, "fp32")
+        reader = transformers_reader(source.folder, "fp32", source.config.head)
     measured = certify(
         End(source.folder.name, hashes, reader),
         End(name, written.hashes(), torch_reader(written)),

@@ -50,6 +50,7 @@ class NeoxShape:
 def neox_refuses(config: TransformerConfig) -> str | None:
     """Why GPT-NeoX cannot compute a model of `config`, in one sentence; None if it can."""
     wrong = [
+        ("head", config.head, config.head != "vocab"),
         ("activation", config.activation, config.activation not in ACTIVATIONS),
         ("qk_norm", config.qk_norm, config.qk_norm not in ("none", "neox")),
         ("norm_placement", config.norm_placement, config.norm_placement != "pre"),

@@ -15,6 +15,12 @@ from castalia.export.certificate import Logits, Reader, own_program, torch_reade
 from castalia.formats.saved_model import open_model
 from castalia.inference.exported import ExportFolder
 
+AUTO_CLASSES = {
+    "vocab": "AutoModelForCausalLM",
+    "score": "AutoModelForSequenceClassification",
+}
+"""The class of transformers that loads a folder, by the model's option `head`."""
+
 
 def own_reader(written: ExportFolder, note: str | None = None) -> Reader:
     """Castalia's reader of the folder on its torch engine in fp32.
@@ -33,8 +39,11 @@ def own_reader(written: ExportFolder, note: str | None = None) -> Reader:
     return Reader(own_program("torch"), "fp32", opened, note)
 
 
-def transformers_reader(folder: Path, numbers: str) -> Reader:
-    """transformers over a Hugging Face folder, in the dtype that it stores."""
+def transformers_reader(folder: Path, numbers: str, head: str) -> Reader:
+    """transformers over a Hugging Face folder, in the dtype that it stores.
+
+    Takes   head: the model's option, which decides the class that loads it.
+    """
     library: Any = require("transformers", "hf", "the certificate of a Hugging Face folder")
 
     def opened() -> Logits:
@@ -42,9 +51,11 @@ def transformers_reader(folder: Path, numbers: str) -> Reader:
             try:
                 # As it loads the file itself: casting the model afterwards would round its rotary
                 # frequencies, too, which stay in fp32.
-                model = library.AutoModelForCausalLM.from_pretrained(
-                    folder, local_files_only=True, dtype=DTYPES[numbers]
-                ).eval()
+                model = (
+                    getattr(library, AUTO_CLASSES[head])
+                    .from_pretrained(folder, local_files_only=True, dtype=DTYPES[numbers])
+                    .eval()
+                )
             except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as error:
                 first = str(error).strip().partition("\n")[0]
                 raise CastaliaError(
@@ -56,7 +67,14 @@ def transformers_reader(folder: Path, numbers: str) -> Reader:
             out: Tensor = model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
             return out
 
-        return logits
+        @torch.inference_mode()
+        def scores(ids: Sequence[int]) -> Tensor:
+            # Its forward pass returns the last score alone.
+            hidden = model.base_model(torch.tensor([list(ids)]), use_cache=False)[0][0]
+            out: Tensor = model.score(hidden).float()
+            return out
+
+        return scores if head == "score" else logits
 
     return Reader(f"transformers {library.__version__}", numbers, opened)
 

@@ -21,6 +21,7 @@ from castalia.inference.engine import Engine
 from castalia.inference.grammar import Grammars
 from castalia.inference.options import Drawing, Options
 from castalia.inference.options import split as split_options
+from castalia.inference.rewards import require_score_head, score_rows
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
@@ -265,6 +266,26 @@ class LanguageModel:
         ids = self.encode(text)
         self.require_text(ids)
         return self.engine.logprobs(ids)
+
+    def scores(
+        self, texts: str | Sequence[str | Sequence[int]], *, end: bool = True
+    ) -> list[float]:
+        """What a reward model gives each text, read at the text's last token.
+
+        Ids are read as they are. `end` adds the first of `end_ids` to a text that does not end with
+        one of them, as texts of training end.
+        Raises  ConfigError for a model without a score head, and as `logits`.
+        """
+        require_score_head(self.config)
+        rows = []
+        for text in [texts] if isinstance(texts, str) else texts:
+            ids = self.encode(text)
+            is_open = not ids or ids[-1] not in self.end_ids
+            if end and isinstance(text, str) and self.end_ids and is_open:
+                ids = [*ids, self.end_ids[0]]
+            self.require_text(ids)
+            rows.append(ids)
+        return score_rows(self.model, rows)
 
     def require_text(self, ids: Sequence[int]) -> None:
         """Raises  ConfigError if the model cannot read these ids at once."""

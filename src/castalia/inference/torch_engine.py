@@ -230,7 +230,7 @@ class TorchEngine(Engine):
     @property
     def numbers(self) -> str:
         """The dtype of the weights."""
-        return NAMES[self.model.head_weight.dtype]
+        return NAMES[self.model.embed.weight.dtype]
 
     def slots(self, count: int, length: int) -> Slots:
         """See `Engine`."""

@@ -44,11 +44,14 @@ def hf_config(
     *,
     end_ids: Sequence[int],
     start_id: int | None = None,
+    pad_id: int | None = None,
     dtype: str = "fp32",
 ) -> dict[str, Any]:
     """The config.json that makes transformers compute what our model computes.
 
     end_ids   ids that end a text. start_id: the id before a text, by default the first of them.
+    pad_id    of a reward model, the id that fills rows up; without it transformers scores one text
+              at a time.
     Raises  ConfigError naming the family or the options that transformers cannot express.
     """
     form = chosen_format(config)
@@ -63,9 +66,20 @@ def hf_config(
     return {
         **{form.names.get(key, key): value for key, value in common.items()},
         **form.write_config(config),
+        **(classifier_values(form, pad_id) if config.head == "score" else {}),
         **special_id_values(end_ids, start_id),
         "use_cache": True,
         "torch_dtype": str(DTYPES[dtype]).removeprefix("torch."),
+    }
+
+
+def classifier_values(form: HfFormat, pad_id: int | None) -> dict[str, Any]:
+    """The keys of config.json that make a reward model of a decoder."""
+    return {
+        "architectures": [form.classifier],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_id,
     }
 
 
@@ -102,15 +116,16 @@ def model_config(
 
 def require_architecture(values: Mapping[str, Any], form: HfFormat, where: str) -> None:
     """Raises  ConfigError if a config.json names another class than the family's decoder with a
-    head over the vocabulary, such as a classifier."""
+    head over the vocabulary or one score, such as a tagger of tokens."""
     named = values.get("architectures")
     if not named or not form.architectures:
         return
-    if isinstance(named, list) and any(name in named for name in form.architectures):
+    readable = [*form.architectures, *filter(None, [form.classifier])]
+    if isinstance(named, list) and any(name in named for name in readable):
         return
     raise ConfigError(
         f"{where}: unknown architectures {named} of model_type {form.model_type!r}; Castalia reads"
-        f" {', '.join(form.architectures)}"
+        f" {', '.join(readable)}"
     )
 
 
@@ -158,6 +173,8 @@ def fitting_head(
     Raises  CheckpointError if config.json says tied and the files have a head of its own, or says
             untied and they have none.
     """
+    if config.head == "score":
+        return theirs
     untied = config.model_copy(update={"tie_word_embeddings": False})
     names = {rule.ours: (rule.theirs, *rule.aliases) for rule in form.keymap(untied).rules}
     head = next((theirs[name] for name in names[HEAD] if name in theirs), None)
@@ -212,19 +229,21 @@ def write_hf(
     *,
     end_ids: Sequence[int],
     start_id: int | None = None,
+    pad_id: int | None = None,
     dtype: str = "fp32",
     max_shard_size: str = MAX_SHARD_SIZE,
     generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config.json, generation_config.json and the weights into `folder`, which exists.
 
-    `end_ids` and `start_id` as in `hf_config`; `dtype` of the stored weights: fp32, bf16 or fp16;
-    `max_shard_size` in decimal units, a larger model becomes shards. One tensor at a time is read
-    and converted. `generation` are further keys of generation_config.json, such as temperature.
+    `end_ids`, `start_id` and `pad_id` as in `hf_config`; `dtype` of the stored weights: fp32, bf16
+    or fp16; `max_shard_size` in decimal units, a larger model becomes shards. One tensor at a time
+    is read and converted. `generation` are further keys of generation_config.json, such as
+    temperature.
     Raises  ConfigError if transformers cannot express the model; CheckpointError if the keys do not
             fit.
     """
-    values = hf_config(config, end_ids=end_ids, start_id=start_id, dtype=dtype)
+    values = hf_config(config, end_ids=end_ids, start_id=start_id, pad_id=pad_id, dtype=dtype)
     write_json(folder / "config.json", values)
     special = special_id_values(end_ids, start_id)
     write_json(folder / "generation_config.json", {**(generation or {}), **special})

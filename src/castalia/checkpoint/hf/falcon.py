@@ -34,6 +34,7 @@ class FalconFormat(TransformerFormat):
 
     model_type = "falcon"
     architectures = ("FalconForCausalLM",)
+    classifier = "FalconForSequenceClassification"
     families = ("falcon",)
     Config = FalconConfig
     places = Places("transformer", "word_embeddings", "ln_f", "h.{i}", PARTS)

@@ -9,6 +9,7 @@ from castalia.checkpoint.hf.options import SIZES, Values, unexpressed
 from castalia.checkpoint.hf.places import Places, rules_of
 from castalia.checkpoint.keymap import Join, KeyMap, Rule, Transform
 from castalia.config.base import build
+from castalia.core.errors import ConfigError
 from castalia.models.config import ModelConfig, TransformerConfig, require_vocabulary
 
 
@@ -20,6 +21,8 @@ class HfFormat(ABC):
     architectures: ClassVar[tuple[str, ...]] = ()
     """Values of `architectures` in config.json that are read, the one that is written first. Empty
     for any."""
+    classifier: ClassVar[str] = ""
+    """The value of `architectures` for a reward model; empty where transformers has none."""
     families: ClassVar[tuple[str, ...]]
     """Our families that are written in this format wherever it can express the model."""
     names: ClassVar[Mapping[str, str]] = {}
@@ -93,7 +96,8 @@ class TransformerFormat(HfFormat):
 
     def lacks(self, config: Any) -> list[str]:
         """See `HfFormat`."""
-        return [*unexpressed(config, {**SIZES, **self.expresses}), *self.lacks_together(config)]
+        table = {**SIZES, "head": ("vocab", "score") if self.classifier else ("vocab",)}
+        return [*unexpressed(config, {**table, **self.expresses}), *self.lacks_together(config)]
 
     def adopt(self, config: Any) -> Any:
         """See `HfFormat`; without the one matrix of GPT-NeoX's family, unless this has it too."""
@@ -109,8 +113,11 @@ class TransformerFormat(HfFormat):
         places = self.layout(config)
         rules = rules_of(config, places, weights, join)
         ignored = list(self.ignored)
+        if config.head == "score":
+            rules.append(Rule("score.weight", "score.weight"))
+            ignored += [name.replace(".", r"\.") for name in places.heads]
         # Tied models are sometimes saved with a copy of the embedding as the head.
-        if config.tie_word_embeddings:
+        elif config.tie_word_embeddings:
             ignored += [name.replace(".", r"\.") for name in places.heads]
         else:
             head, *aliases = places.heads
@@ -128,10 +135,25 @@ class TransformerFormat(HfFormat):
         """
         keys = Keys(values, where, self.names)
         shape = shape_of(keys, vocab_size, tied=self.tied, longest=self.longest)
-        options = self.read_options(keys, shape)
+        options = self.read_options(keys, shape) | self.read_head(values, where)
         dropouts = {name: self.read_dropout(keys, name) for name in self.dropouts}
         keys.finish()
         return build(self.Config, shape | options | dropouts, where)
+
+    def read_head(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Our option `head`, by the architecture that is named.
+
+        Raises  ConfigError for a classifier of more than one number.
+        """
+        if not self.classifier or self.classifier not in (values.get("architectures") or ()):
+            return {}
+        labels = values.get("num_labels") or len(values.get("id2label") or (0, 0))
+        if labels != 1:
+            raise ConfigError(
+                f"{where}: {self.classifier} has {labels} labels; a reward model has one number,"
+                " num_labels 1"
+            )
+        return {"head": "score"}
 
     def read_dropout(self, keys: Keys, name: str) -> Any:
         """Our option `name`."""

@@ -36,6 +36,7 @@ class Gpt2Format(TransformerFormat):
 
     model_type = "gpt2"
     architectures = ("GPT2LMHeadModel",)
+    classifier = "GPT2ForSequenceClassification"
     families = ("gpt2",)
     names = {
         "hidden_size": "n_embd",

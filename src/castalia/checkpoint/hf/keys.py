@@ -21,8 +21,8 @@ HARMLESS_LINES = (
     "chunk_size_feed_forward dtype gradient_checkpointing pretraining_tp torch_dtype use_bfloat16",
     "use_cache",
     # Start weights, other heads and tasks.
-    "classifier_dropout finetuning_task id2label initializer_range is_decoder label2id prefix",
-    "problem_type task_specific_params",
+    "classifier_dropout finetuning_task id2label initializer_range is_decoder label2id num_labels",
+    "prefix problem_type task_specific_params",
     # Lengths that the decoder does not read.
     "max_sequence_length n_ctx",
     # What a forward pass returns.

@@ -99,6 +99,7 @@ class LlamaFormat(LlamaShaped):
 
     model_type = "llama"
     architectures = ("LlamaForCausalLM",)
+    classifier = "LlamaForSequenceClassification"
     families: ClassVar[tuple[str, ...]] = ("llama",)
     Config = LlamaConfig
     expresses = SHAPE | {"attention_bias": (False, True), "mlp_bias": (False, True)}

@@ -14,6 +14,7 @@ class MistralFormat(LlamaShaped):
 
     model_type = "mistral"
     architectures = ("MistralForCausalLM",)
+    classifier = "MistralForSequenceClassification"
     families = ("mistral",)
     Config = MistralConfig
     expresses = SHAPE | {"sliding_window": None}

@@ -44,6 +44,7 @@ class NeoxFormat(TransformerFormat):
 
     model_type = "gpt_neox"
     architectures = ("GPTNeoXForCausalLM",)
+    classifier = "GPTNeoXForSequenceClassification"
     families = ("neox",)
     # transformers 4 writes both spellings.
     names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}

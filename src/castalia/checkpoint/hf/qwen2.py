@@ -20,6 +20,7 @@ class Qwen2Format(LlamaShaped):
 
     model_type = "qwen2"
     architectures = ("Qwen2ForCausalLM",)
+    classifier = "Qwen2ForSequenceClassification"
     families = ("qwen2",)
     Config = Qwen2Config
     expresses = SHAPE | WINDOWS | {"qkv_bias": (True, None)}
@@ -46,6 +47,7 @@ class Qwen3Format(Qwen2Format):
 
     model_type = "qwen3"
     architectures = ("Qwen3ForCausalLM",)
+    classifier = "Qwen3ForSequenceClassification"
     expresses = SHAPE | WINDOWS | {"qk_norm": ("head",), "attention_bias": (False, True)}
     head_dim = 128
 

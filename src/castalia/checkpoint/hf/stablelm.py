@@ -18,6 +18,7 @@ class StableLmFormat(LlamaShaped):
 
     model_type = "stablelm"
     architectures = ("StableLmForCausalLM",)
+    classifier = "StableLmForSequenceClassification"
     families = ("palm",)
     Config = PalmConfig
     key_heads = 32
