@@ -13,7 +13,6 @@ from castalia.inference.native import compiled
 from castalia.inference.native.fused import FusedForward
 from castalia.inference.native.kernels import KERNELS, candidates, make, steps_of
 from castalia.inference.native.packing import (
-    GROUP,
     STORAGES,
     dense,
     in_panels,
@@ -27,6 +26,7 @@ from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
 from castalia.models.families.llama import LlamaConfig
 from castalia.models.init import start_weights
+from castalia.models.quantizing import GROUP
 
 ROUNDING = {"fp32": 1e-6, "bf16": 0.01, "fp16": 0.002, "int8": 0.01, "int8 tensor": 0.02}
 """What a kernel's treatment of activations may change, against the largest output."""

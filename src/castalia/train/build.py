@@ -16,6 +16,7 @@ from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.models import Decoder
+from castalia.models.fp8 import require_fp8, to_fp8
 from castalia.models.init import start_weights
 from castalia.models.stages import split
 from castalia.optim import OPTIMIZERS, OptimConfig, Rules
@@ -98,7 +99,10 @@ def build_model(
     """
     with torch.device("meta"):
         # Names of the whole model: a pattern may match parameters of another rank's stage only.
-        whole = adapt(Decoder(config.model), config.adapter)
+        whole = Decoder(config.model)
+        if config.precision == "fp8":
+            require_fp8(whole, config.fp8, world.device)
+        whole = adapt(whole, config.adapter)
     rules.require_matches(name for name, _ in whole.named_parameters())
     # On the meta device first: no rank ever holds the whole model.
     stages = []
@@ -129,7 +133,11 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
     stages = []
     for number in stage_numbers(config.parallel, world.coordinate("pp")):
         with torch.device("meta"):
-            stage = adapt(Decoder(config.model, parts[number]), config.adapter)
+            stage = Decoder(config.model, parts[number])
+            if config.precision == "fp8":
+                # Before the adapter: its additions multiply in bf16, the base below them in fp8.
+                to_fp8(stage, config.fp8, world.device)
+            stage = adapt(stage, config.adapter)
             if config.train.parameters == "bf16_stochastic":
                 # Before FSDP2, which shards parameters in the dtype that they have.
                 stage.to(torch.bfloat16)

@@ -31,6 +31,7 @@ from castalia.losses import LOSSES, LossConfig, NextToken
 from castalia.losses.policy import PolicyConfig
 from castalia.mixing.config import MixingConfig
 from castalia.models import FAMILIES, ModelConfig
+from castalia.models.fp8 import Fp8Config
 from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_rule
 from castalia.optim.base import ITEM_BYTES, same
@@ -157,10 +158,10 @@ class RunConfig(Config):
     """Folder of the run."""
     seed: NonNegativeInt = 1234
     """Seed of the weights and of the data order."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward and backward pass; train.parameters says how weights are kept. auto
-    is bf16 where a pass is measured to be faster in it, else fp32; a run keeps what it began
-    with."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Arithmetic of the forward and backward pass; train.parameters says how weights are kept. fp8
+    is bf16 with the matrix products of blocks in fp8. auto is bf16 where a pass is measured to be
+    faster in it, else fp32; a run keeps what it began with."""
     device: Annotated[Literal["auto", "cpu", "cuda"], AT_RESUME] = "auto"
     """auto takes a GPU if the machine has one."""
     model: Annotated[ModelConfig, Kind(FAMILIES, "neox", key="family")]
@@ -173,6 +174,7 @@ class RunConfig(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
+    fp8: Fp8Config = Fp8Config()
     guard: Annotated[GuardConfig, AT_RESUME] = GuardConfig()
     checkpoint: Annotated[CheckpointConfig, AT_RESUME] = CheckpointConfig()
     parallel: Annotated[ParallelConfig, AT_RESUME] = ParallelConfig()

@@ -10,12 +10,13 @@ import torch
 
 from castalia.config import read_yaml
 from castalia.distributed import World
+from castalia.models.fp8 import emulated
 from castalia.train.config import RunConfig
 from castalia.train.timing import faster_precision, name_of, times_as_long
 
 SLOW = 1.3
 """A given precision is remarked on where another one is this many times as fast."""
-CHOICES = ("fp32", "bf16", "fp16")
+CHOICES = ("fp32", "bf16", "fp16", "fp8")
 
 
 def with_precision(config: RunConfig, world: World) -> RunConfig:
@@ -49,6 +50,13 @@ def precision_notes(given: RunConfig, config: RunConfig, device: torch.device) -
     chosen = config.precision
     if given.precision == "auto":
         return [f"precision=auto is {chosen} on this machine, {name_of(device)}"]
+    if chosen == "fp8":
+        if not emulated(config.fp8, device):
+            return []
+        return [
+            f"precision=fp8 is emulated on {name_of(device)}: its numbers, at a fraction of the"
+            " speed of bf16"
+        ]
     # On a GPU the half precisions are fast, but for bf16 on those from before it.
     native = device.type == "cuda" and chosen != "fp32"
     if native and (chosen == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)):

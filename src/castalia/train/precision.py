@@ -17,7 +17,13 @@ from castalia.optim.masters import Storage
 from castalia.train.config import LossScaleConfig, RunConfig
 from castalia.train.precision_config import HALF
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    # What is not a product of a block's layers.
+    "fp8": torch.bfloat16,
+}
 MOST_OVERFLOWS = 50
 """Consecutive overflows after which the run stops, as in GPT-NeoX."""
 

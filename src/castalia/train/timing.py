@@ -65,6 +65,9 @@ def time_step(config: RunConfig, cost: Estimate) -> StepTime | None:
     precision: str = config.precision
     if precision == "auto":
         precision = faster_precision(config, device)
+    if precision == "fp8":
+        # The piece has plain layers, whose products are in bf16.
+        precision = "bf16"
     (seconds,), rows, length = largest_pass(
         model, [precision], device, cost.micro_rows, config.data.seq_length
     )

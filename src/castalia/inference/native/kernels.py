@@ -17,7 +17,8 @@ from torch import Tensor
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
 from castalia.inference.native import compiled
-from castalia.inference.native.packing import FLOATS, GROUP, Packed, dense, quantized_rows
+from castalia.inference.native.packing import FLOATS, Packed, dense, quantized_rows
+from castalia.models.quantizing import GROUP
 
 
 class Kernel(ABC):

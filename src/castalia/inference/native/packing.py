@@ -20,17 +20,14 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError, nearest
+from castalia.models.quantizing import GROUP, quantize_channels, quantize_groups
 
 PANEL = 16
 """Output channels in a panel: the float32 lanes of a 512-bit register."""
-GROUP = 32
-"""Inputs that share a scale in int4, as in llama.cpp's Q4_0."""
 CELLS = {"fp32": 1, "bf16": 2, "fp16": 2, "int8": 4, "int4": GROUP}
 """K must be a multiple of this."""
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORAGES = tuple(CELLS)
-INT4_CANDIDATES = torch.linspace(0.75, 1.1, 15)
-"""Scales tried for a group, as shares of the scale that just reaches its largest weight."""
 ROWS_AT_ONCE = 4096
 """Rows quantized at a time: a float32 copy of a whole embedding would double the peak memory."""
 PANELS_AT_ONCE = 128
@@ -115,43 +112,6 @@ def in_panels(rows: Tensor, cell: int) -> Tensor:
 def in_rows(panels: Tensor) -> Tensor:
     """The inverse of `in_panels`."""
     return panels.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale a row: (N, K) float32 -> (N, K) int8, (N,) float32.
-
-    A row of zeros has scale 0.
-    """
-    scale = weight.abs().amax(1) / 127
-    # A product with the inverse, as step.cpp does, so that both round alike.
-    inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    return (weight * inverse[:, None]).round().clamp(-127, 127).to(torch.int8), scale
-
-
-def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int4 with a scale for each 32 inputs.
-
-    Shapes  (N, K) float32 -> (N, K) int8 in [-8, 7], (N, K / 32) bfloat16.
-
-    As in llama.cpp's Q4_0, the weight of largest magnitude becomes -8. Of INT4_CANDIDATES times
-    that scale, the one with the least squared error is taken.
-    """
-    groups = weight.unflatten(1, (-1, GROUP))
-    largest = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    best = torch.full_like(largest, torch.inf)
-    best_q = torch.zeros_like(groups, dtype=torch.int8)
-    best_scale = torch.zeros_like(largest, dtype=torch.bfloat16)
-    for share in INT4_CANDIDATES.tolist():
-        # Rounded to its stored precision first, so that the error below is the error of the file.
-        scale = (largest / -8 * share).to(torch.bfloat16)
-        step = scale.float()
-        q = (groups * torch.where(step != 0, 1 / step, 0.0)).round_().clamp_(-8, 7)
-        error = (q * step).sub_(groups).square_().sum(2, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_q = torch.where(better, q.to(torch.int8), best_q)
-        best_scale = torch.where(better, scale, best_scale)
-    return best_q.flatten(1), best_scale[..., 0]
 
 
 def quantized_rows(packed: Packed) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,12 @@ from castalia.inference.native.packing import (
     joined,
     pack,
     part_of,
-    quantize_channels,
     require_storage,
 )
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 from castalia.models.families import build_model_config, family_of
 from castalia.models.parts.rotary import rope_tables
+from castalia.models.quantizing import quantize_channels
 
 FORMAT = "castalia-native"
 VERSION = 1
