@@ -14,6 +14,8 @@ VERBS = (
     "data",
     "mixing",
     "show",
+    "lr-find",
+    "coord-check",
     "train",
     "launch",
     "runs",

@@ -24,6 +24,7 @@ from castalia.cli import (
     serve,
     show,
     train,
+    tuning,
     view,
     viewing,  # noqa: F401  likewise
 )
@@ -67,6 +68,8 @@ PANELS = {
     TEXT: (prepare.prepare,),
     TRAINING: (
         show.show,
+        tuning.lr_find,
+        tuning.coord_check,
         train.train,
         launch.launch,
         runs.runs,
@@ -86,7 +89,8 @@ PANELS = {
 for title, verbs in PANELS.items():
     for verb in verbs:
         # `import` and `eval` are words of Python, so their functions are import_ and eval_.
-        app.command(verb.__name__.rstrip("_"), rich_help_panel=title)(verb)
+        name = verb.__name__.rstrip("_").replace("_", "-")
+        app.command(name, rich_help_panel=title)(verb)
 # typer lists a verb with verbs of its own after the others of its panel.
 app.add_typer(data.app, name="data", rich_help_panel=TEXT)
 app.add_typer(mixing.app, name="mixing", rich_help_panel=TRAINING)
