@@ -34,11 +34,13 @@ def lr_find(
 
       castalia lr-find pythia-70m data.train=data/c --from 1e-6 --to 0.1 --steps 200
     """
+    from castalia.analysis.tuning.chart import picture_file
     from castalia.analysis.tuning.lr_find import find_lr, table, write_picture
     from castalia.cli.scaling import print_table
     from castalia.core.ranks import environment
     from castalia.recipes import in_folder, load_config
 
+    picture_file(picture)
     found = find_lr(load_config(in_folder(conf_dir, config)), low=low, high=high, steps=steps)
     if environment()[0]:
         return
@@ -79,6 +81,7 @@ def coord_check(
 
       castalia coord-check pythia-70m data.train=data/c --widths 128,256,512 --steps 10
     """
+    from castalia.analysis.tuning.chart import picture_file
     from castalia.analysis.tuning.coord_check import (
         MUP,
         STANDARD,
@@ -91,6 +94,7 @@ def coord_check(
     from castalia.cli.scaling import print_table
     from castalia.recipes import in_folder, load_config
 
+    picture_file(picture)
     points = coordinate_check(load_config(in_folder(conf_dir, config)), whole(widths), steps)
     file = write_picture(points, picture)
     if as_json:

@@ -46,6 +46,10 @@ class Panel:
     log_x: bool = True
     log_y: bool = True
     marks: Sequence[Mark] = field(default_factory=tuple)
+    ticks: Sequence[float] = ()
+    """Values that the axis at the bottom names; empty chooses round ones."""
+    span: tuple[float, float] | None = None
+    """Least and largest value of the other axis; None takes those of the lines."""
 
 
 class Scale:
@@ -93,7 +97,7 @@ def chart(rows: Sequence[Sequence[Panel]], title: str) -> str:
     Points that a logarithmic axis cannot show, zeros and what is not finite, are left out.
     """
     names = list(dict.fromkeys(name for row in rows for panel in row for name in panel.lines))
-    colors = {name: COLORS[place % len(COLORS)] for place, name in enumerate(names)}
+    colors = {name: stroke(place) for place, name in enumerate(names)}
     columns = max(len(row) for row in rows)
     width = columns * WIDTH
     by_line = max(1, width // 190)
@@ -112,9 +116,16 @@ def chart(rows: Sequence[Sequence[Panel]], title: str) -> str:
         for place, name in enumerate(names):
             x = 12 + 190 * (place % by_line)
             y = 34 + len(rows) * HEIGHT + LEGEND * (place // by_line) + 6
-            parts.append(f'<path d="M{x} {y}h18" stroke="{colors[name]}" stroke-width="2"/>')
+            parts.append(f'<path d="M{x} {y}h18" stroke-width="2" {colors[name]}/>')
             parts.append(text(x + 23, y + 4, name))
     return "\n".join([*parts, "</svg>", ""])
+
+
+def stroke(place: int) -> str:
+    """How the line at a place of the legend is drawn; with the colors used up it is dashed."""
+    dashes = ("", ' stroke-dasharray="5 2"', ' stroke-dasharray="1.5 2"')
+    color = COLORS[place % len(COLORS)]
+    return f'stroke="{color}"{dashes[place // len(COLORS) % len(dashes)]}'
 
 
 def drawn(panel: Panel, x: float, y: float, colors: Mapping[str, str]) -> list[str]:
@@ -124,9 +135,11 @@ def drawn(panel: Panel, x: float, y: float, colors: Mapping[str, str]) -> list[s
     right = x + WIDTH - RIGHT
     bottom = y + HEIGHT - BOTTOM
     across = Scale([a for a, _ in every], panel.log_x, x + LEFT, right)
-    up = Scale([b for _, b in every], panel.log_y, bottom, y + TOP)
+    up = Scale(
+        [b for _, b in every] if panel.span is None else panel.span, panel.log_y, bottom, y + TOP
+    )
     parts = [text(x + LEFT, y + TOP - 8, panel.title, size=12)]
-    for value in across.ticks():
+    for value in panel.ticks or across.ticks():
         at = across(value)
         parts.append(f'<path d="M{at:.1f} {y + TOP}V{bottom}" stroke="#e5e5e5"/>')
         parts.append(text(at, bottom + 15, number(value), anchor="middle"))
@@ -136,14 +149,14 @@ def drawn(panel: Panel, x: float, y: float, colors: Mapping[str, str]) -> list[s
         parts.append(text(x + LEFT - 5, at + 4, number(value), anchor="end"))
     parts.append(text((x + LEFT + right) / 2, bottom + 32, panel.across, anchor="middle"))
     parts.append(text(x + 8, y + TOP - 8, panel.up))
-    for mark in panel.marks:
+    for place, mark in enumerate(panel.marks):
         at = across(mark.at)
         dashed = 'stroke="#555" stroke-dasharray="4 3"'
         parts.append(f'<path d="M{at:.1f} {y + TOP}V{bottom}" {dashed}/>')
-        parts.append(text(at + 3, y + TOP + 11, mark.text))
+        parts.append(text(at + 3, y + TOP + 11 + 14 * place, mark.text))
     for name, points in lines.items():
         places = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in points)
-        style = f'fill="none" stroke="{colors[name]}" stroke-width="1.6"'
+        style = f'fill="none" stroke-width="1.6" {colors[name]}'
         parts.append(
             f'<polyline points="{places}" {style}><title>{escape(name)}</title></polyline>'
         )
@@ -173,14 +186,23 @@ def number(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-") if 0 < abs(value) < 0.01 else f"{value:g}"
 
 
+def picture_file(path: str | Path) -> Path:
+    """The path of a picture, asked before the work that it shows.
+
+    Raises  ConfigError if the name does not end in .svg.
+    """
+    file = Path(path)
+    if file.suffix != ".svg":
+        raise ConfigError(f"the picture {file} is an SVG file: name it {file.with_suffix('.svg')}")
+    return file
+
+
 def write_chart(path: str | Path, rows: Sequence[Sequence[Panel]], title: str) -> Path:
     """Write the SVG file.
 
     Raises  ConfigError if the name does not end in .svg; CastaliaError if it cannot be written.
     """
-    file = Path(path)
-    if file.suffix != ".svg":
-        raise ConfigError(f"the picture is an SVG file: name it {file.with_suffix('.svg')}")
+    file = picture_file(path)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(chart(rows, title), encoding="utf-8")

@@ -200,6 +200,10 @@ def write_picture(points: Sequence[Point], path: str | Path) -> Path:
     """Sizes by width: a row for each parametrization, a panel for each of up to four steps."""
     last = max(point.step for point in points)
     steps = sorted({1, *(round(1 + (last - 1) * n / 3) for n in (1, 2, 3))})
+    widths = sorted({point.width for point in points})
+    # One scale for all panels: what grows is seen beside what does not.
+    sizes = [point.size for point in points if math.isfinite(point.size) and point.size > 0]
+    span = (min(sizes), max(sizes))
     rows = []
     for kind in (MUP, STANDARD):
         row = []
@@ -208,6 +212,7 @@ def write_picture(points: Sequence[Point], path: str | Path) -> Path:
             for point in points:
                 if point.kind == kind and point.step == step:
                     lines[point.part].append((point.width, point.size))
-            row.append(Panel(f"{kind}, step {step}", lines, "width", "mean |x|"))
+            title = f"{kind}, step {step}"
+            row.append(Panel(title, lines, "width", "mean |x|", ticks=widths, span=span))
         rows.append(row)
     return write_chart(path, rows, "Coordinate check: activations by width")
