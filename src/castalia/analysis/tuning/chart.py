@@ -58,11 +58,10 @@ class Scale:
     def __init__(self, values: Sequence[float], log: bool, begin: float, end: float) -> None:
         self.log = log
         own = [self.of(value) for value in values] or [0.0]
-        low, high = min(own), max(own)
         # A constant value lies in the middle.
-        slack = (high - low) * 0.04 or 0.5
-        self.low = low - slack
-        self.high = high + slack
+        slack = (max(own) - min(own)) * 0.04 or 0.5
+        self.low = min(own) - slack
+        self.high = max(own) + slack
         self.begin = begin
         self.end = end
 
