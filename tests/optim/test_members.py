@@ -10,6 +10,7 @@ from torch import nn
 from castalia.checkpoint import Store, load_into
 from castalia.core.errors import ConfigError
 from castalia.optim import OPTIMIZERS, Rules
+from castalia.optim.adamw8bit_step import dynamic_map, nearest_codes
 from castalia.optim.config import member_config
 from castalia.optim.updater import Updater, state_names, state_sizes
 from castalia.recipes import load_config
@@ -174,6 +175,7 @@ def test_what_a_library_does_is_the_published_formula(kind):
 
 def test_eight_bits_are_those_of_torchao():
     from torchao.optim.adam import single_param_adam
+    from torchao.optim.quant_utils import create_dynamic_map
     from torchao.optim.subclass_8bit import OptimState8bit
 
     ours = tiny()
@@ -194,6 +196,12 @@ def test_eight_bits_are_those_of_torchao():
     for name, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
         assert (state[f"{name}_codes"] == moment.codes).float().mean() > 0.999
         assert torch.allclose(state[f"{name}_scales"].flatten(), moment.scale, rtol=1e-5)
+    for signed in (True, False):
+        table = dynamic_map(signed, torch.device("cpu"))
+        assert table.tolist() == pytest.approx(create_dynamic_map(signed), abs=0)
+        values = torch.linspace(-1 if signed else 0, 1, 300_001) ** 3
+        near = torch.searchsorted(table[:-1] + (table[1:] - table[:-1]) * 0.5, values, right=True)
+        assert torch.equal(nearest_codes(values, signed).long(), near)
     # Embeddings and vectors keep 32 bits: they are AdamW to the last bit.
     plain = tiny()
     exact = Updater(plain, Rules(config_of("adamw"), NO_DECAY))

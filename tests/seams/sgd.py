@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from tests.seams.ranks import report
+from tests.seams.sharded_updates import shared
 
 from castalia.checkpoint import complete_steps, find_checkpoint
 from castalia.checkpoint.manifest import read_manifest
@@ -91,4 +92,5 @@ def every_run(folder: Path, tokens: str) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    report(every_run(Path(sys.argv[1]), sys.argv[2]))
+    runs = every_run(Path(sys.argv[1]), sys.argv[2])
+    report(runs | {"shared": shared(Path(sys.argv[1]) / "shared")})

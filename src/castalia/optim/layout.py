@@ -1,6 +1,7 @@
 """Where a parameter's parts lie on the ranks, for optimizers that need more than single numbers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,12 @@ def local(tensor: Tensor) -> Tensor:
         with torch.no_grad():
             return tensor.to_local()
     return tensor
+
+
+def are_plain(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether no parameter is sharded: torch 2.13 has no rule for some kernels over many
+    parameters, such as that of SGD, on sharded ones."""
+    return not any(isinstance(p, DTensor) for group in groups for p in group["params"])
 
 
 class Layout:

@@ -57,16 +57,10 @@ class Lion(Member):
     @classmethod
     def build(cls, groups: list[dict[str, Any]], config: Any) -> "torch.optim.Optimizer":
         """pytorch-optimizer's."""
+        from castalia.optim.layout import are_plain
+
         library = require(PACKAGE, "optim", "optim.kind lion")
         optimizer: torch.optim.Optimizer = library.Lion(
-            groups, lr=config.lr, betas=config.betas, foreach=batched(groups)
+            groups, lr=config.lr, betas=config.betas, foreach=are_plain(groups)
         )
         return optimizer
-
-
-def batched(groups: list[dict[str, Any]]) -> bool:
-    """Whether one kernel may take many parameters: torch's have no rules for some of them over
-    sharded ones."""
-    from torch.distributed.tensor import DTensor
-
-    return not any(isinstance(p, DTensor) for group in groups for p in group["params"])

@@ -40,13 +40,15 @@ class SGD(Member):
 
     @classmethod
     def build(cls, groups: list[dict[str, Any]], config: Any) -> "torch.optim.Optimizer":
-        """torch's fused SGD."""
+        """torch's SGD, fused where its parameters are not sharded."""
         import torch
+
+        from castalia.optim.layout import are_plain
 
         return torch.optim.SGD(
             groups,
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov and config.momentum > 0,
-            fused=True,
+            fused=are_plain(groups),
         )

@@ -33,7 +33,8 @@ class SM3Step(Walk):
     def moment(self, slot: Slot, box: Box, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         """The estimate of g^2 of one part: the least of its statistics, and its own square."""
         parts = [part_of(tensor, box) for tensor in statistics(slot)]
-        least = parts[0].expand_as(gradient).clone()
+        # Made in the layout of the gradient: a copy of an expanded column has another.
+        least = torch.empty_like(gradient).copy_(parts[0])
         for part in parts[1:]:
             torch.minimum(least, part, out=least)
         if group["beta"]:
