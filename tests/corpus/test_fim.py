@@ -14,6 +14,7 @@ from castalia.corpus.encoding import Encoder
 from castalia.corpus.fim import FimForm, draws, make_fim
 from castalia.corpus.provenance import read_provenance
 from castalia.data import IndexedDataset, load_tokenizer
+from castalia.data.fim import Sentinels
 
 PRE, MID, SUF = 1, 2, 3
 BYTES = ("1", "2", "3")
@@ -120,7 +121,7 @@ def test_seed_and_epoch_give_other_cuts(corpus, tmp_path):
 )
 def test_pieces_are_the_document_and_tokenized_alone(text, rate, spm_rate, seed):
     tokenizer = load_tokenizer("bytes")
-    fim = FimForm(FimOptions(rate, spm_rate, BYTES, seed), (300, 301, 302))
+    fim = FimForm(FimOptions(rate, spm_rate, BYTES, seed), Sentinels(300, 301, 302))
     ((ids, sizes),) = fim.encode(Encoder(tokenizer), [text.encode()])
     pieces = fim.cut(text.encode())
     assert b"".join(pieces) == text.encode() and sizes.tolist() == [len(ids)]
@@ -138,7 +139,7 @@ def test_pieces_are_the_document_and_tokenized_alone(text, rate, spm_rate, seed)
 
 def test_cuts_are_uniform():
     """Cuts of nine characters fall on any of ten places; the middle is a third on average."""
-    fim = FimForm(FimOptions(1.0), (1, 2, 3))
+    fim = FimForm(FimOptions(1.0), Sentinels(1, 2, 3))
     cuts = [fim.cut(f"{i:09}".encode()) for i in range(3000)]
     starts = np.bincount([len(prefix) for prefix, *_ in cuts], minlength=10)
     assert starts.all() and abs(np.mean([len(middle) for _, middle, _ in cuts]) - 3.3) < 0.15

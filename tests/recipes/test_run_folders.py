@@ -164,6 +164,7 @@ NO_PATHS = {
     "data.split",
     "data.chat_roles",
     "data.corpus",
+    "data.fim_tokens",
     "loss.kind",
     "loss.rewards",
     "optim.kind",

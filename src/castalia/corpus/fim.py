@@ -6,27 +6,16 @@ Source  Bavarian et al. 2022, arXiv:2207.14255: documents cut at two characters,
         Megatron's FIM data set.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from castalia.core.errors import ConfigError, nearest
 from castalia.corpus.encoding import Encoded, Encoder, split_ids
 from castalia.corpus.forms import TextForm
+from castalia.data.fim import DRAW_LIMIT, Sentinels, draws_of, parts_of, sentinels_of
 from castalia.data.tokenizer import Tokenizer
-
-KNOWN_TOKENS = (
-    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
-    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
-    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
-    ("<PRE>", "<MID>", "<SUF>"),
-)
-"""Names of the three tokens in published tokenizers."""
-DRAW_LIMIT = 1 << 64
-"""Draws are integers below this."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +52,11 @@ class FimOptions:
 class FimForm(TextForm):
     """Documents of which a share is transformed.
 
-    PSM is PRE prefix SUF suffix MID middle; SPM is PRE SUF suffix MID prefix middle. `sentinels`
-    are the ids of PRE, MID and SUF.
+    See castalia.data.fim for the orders.
     """
 
     options: FimOptions
-    sentinels: tuple[int, int, int]
+    sentinels: Sentinels
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -93,23 +81,15 @@ class FimForm(TextForm):
         chosen, _, first, second = draws(text, self.options)
         if not text or chosen >= int(self.options.rate * DRAW_LIMIT):
             return [text]
-        # Between characters, not bytes: each piece must be valid UTF-8.
-        characters = text.decode("utf-8")
-        start, stop = sorted(draw * (len(characters) + 1) // DRAW_LIMIT for draw in (first, second))
-        pieces = (characters[:start], characters[start:stop], characters[stop:])
+        pieces = parts_of(text.decode("utf-8"), (first, second))
         return [piece.encode("utf-8") for piece in pieces]
 
     def transformed(self, pieces: list[Any], text: bytes) -> Any:
         """The ids of a document from those of its pieces."""
         if len(pieces) == 1:
             return pieces[0]
-        prefix, middle, suffix = pieces
-        pre, mid, suf = ([sentinel] for sentinel in self.sentinels)
-        if draws(text, self.options)[1] < int(self.options.spm_rate * DRAW_LIMIT):
-            order = [pre, suf, suffix, mid, prefix, middle]
-        else:
-            order = [pre, prefix, suf, suffix, mid, middle]
-        return np.concatenate(order).astype(prefix.dtype)
+        spm = draws(text, self.options)[1] < int(self.options.spm_rate * DRAW_LIMIT)
+        return np.concatenate(self.sentinels.arranged(pieces, spm=spm)).astype(pieces[0].dtype)
 
 
 def draws(text: bytes, options: FimOptions) -> tuple[int, int, int, int]:
@@ -117,11 +97,7 @@ def draws(text: bytes, options: FimOptions) -> tuple[int, int, int, int]:
 
     They depend on text, seed and epoch alone, so a document is cut alike in any part of any job.
     """
-    digest = hashlib.sha256(f"{options.seed} {options.epoch} ".encode() + text).digest()
-    first, second, third, fourth = (
-        int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8)
-    )
-    return first, second, third, fourth
+    return draws_of(f"{options.seed} {options.epoch} ".encode() + text)
 
 
 def make_fim(options: FimOptions, tokenizer: Tokenizer) -> FimForm:
@@ -129,39 +105,4 @@ def make_fim(options: FimOptions, tokenizer: Tokenizer) -> FimForm:
 
     Raises  ConfigError if the tokenizer lacks them.
     """
-    names = options.tokens or known_tokens(tokenizer)
-    if names is None:
-        tried = "; ".join(" ".join(names) for names in KNOWN_TOKENS)
-        raise ConfigError(
-            f"{tokenizer.where} has no tokens for fill-in-the-middle (looked for {tried}); name"
-            " three of its tokens or ids with --fim-tokens PREFIX,MIDDLE,SUFFIX"
-        )
-    pre, mid, suf = (token_id(name, tokenizer, "--fim-tokens") for name in names)
-    return FimForm(options, (pre, mid, suf))
-
-
-def known_tokens(tokenizer: Tokenizer) -> tuple[str, ...] | None:
-    """The first triple of KNOWN_TOKENS that the tokenizer has."""
-    for names in KNOWN_TOKENS:
-        if all(name in tokenizer.ids for name in names):
-            return names
-    return None
-
-
-def token_id(name: str, tokenizer: Tokenizer, option: str) -> int:
-    """The id of a token that `option` names, by its text or as a number; a number is always an id.
-
-    Raises  ConfigError if the tokenizer has no such token.
-    """
-    hint = ""
-    if name.isdecimal():
-        number = int(name)
-    else:
-        number = tokenizer.ids.get(name, tokenizer.vocab_size)
-        hint = nearest(name, tokenizer.ids)
-    if number < tokenizer.vocab_size:
-        return number
-    raise ConfigError(
-        f"{option}: {name!r} is neither a token of {tokenizer.where} nor an id below"
-        f" {tokenizer.vocab_size}{hint}"
-    )
+    return FimForm(options, sentinels_of(tokenizer, options.tokens, "--fim-tokens"))

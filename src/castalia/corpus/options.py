@@ -11,9 +11,10 @@ from castalia.core.extras import pip_command
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.corpus.chats import ChatForm, ChatOptions
 from castalia.corpus.extents import PART_BYTES
-from castalia.corpus.fim import FimOptions, make_fim, token_id
+from castalia.corpus.fim import FimOptions, make_fim
 from castalia.corpus.forms import TextForm
 from castalia.corpus.provenance import OWN
+from castalia.data.fim import token_id
 from castalia.data.tokenizer import Tokenizer
 from castalia.data.tokenizer_settings import read_settings
 

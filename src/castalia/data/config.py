@@ -3,7 +3,14 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
@@ -129,6 +136,13 @@ class DataConfig(Config):
     tokenizer; kept with every checkpoint."""
     corpus: str | None = None
     """Corpus built from text on this machine when `train` is empty: `python` or `tiny`."""
+    fim_rate: float = Field(0.0, ge=0, le=1)
+    """Share of the documents that are cut in three with the middle moved to the end, as they are
+    served; another pass cuts them elsewhere. `castalia prepare --fim-rate` cuts them once."""
+    fim_spm_rate: float = Field(0.5, ge=0, le=1)
+    """Share of those in the order suffix, prefix, middle."""
+    fim_tokens: tuple[str, str, str] | None = None
+    """Tokens before prefix, middle and suffix, by name or id; null looks for known names."""
     eod_mask_loss: bool = False
     """Exclude from the loss the target after an end-of-document token, as in GPT-NeoX."""
     packing: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = "packed"
@@ -180,6 +194,11 @@ class DataConfig(Config):
         if self.neox_exact and self.packing == "best_fit":
             raise ValueError(
                 "neox_exact: GPT-NeoX has no best_fit packing; set neox_exact to false"
+            )
+        if self.fim_rate and (self.labels or self.texts or self.paired):
+            raise ValueError(
+                "fim_rate moves tokens within a row, so that labels of tokens, conversations and"
+                " pairs lose their places; set fim_rate to 0"
             )
         if self.order == "file":
             self.check_ready_rows()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.config import DataConfig
+from castalia.data.fim import fill_in_the_middle
 from castalia.data.fingerprint import bin_hash, contents, fingerprint
 from castalia.data.order import rows_per_source, split_documents
 from castalia.data.order_cache import cache_of
@@ -95,6 +96,7 @@ def build_rows(
     else:
         train = train_rows(files, config, seed, sizes.first(steps), train_documents)
     train.attach(files)
+    train.fim = fill_in_the_middle(config, seed)
 
     count = evaluations(steps, eval_every) * eval_batches * batch_size
     valid = valid_rows(valid_files, config, seed, count, valid_documents)
@@ -214,6 +216,8 @@ def order_settings(
         "epochs": [source.order.epochs for source in train.row_sources],
         "batch_size": sizes.rows,
     }
+    if train.fim is not None:
+        settings["fim"] = [train.fim.rate, train.fim.spm_rate, *train.fim.sentinels]
     if sizes.ramp is not None:
         settings["batch_ramp"] = list(sizes.ramp)
     if config.packing in ("unpacked", "pack_until_overflow") and not served.planned:

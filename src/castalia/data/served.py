@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.data.blending import blend_maps
+from castalia.data.fim import FillInTheMiddle
 from castalia.data.labels import Labels
 from castalia.data.order_cache import IndexMaps, OrderCache
 from castalia.data.row_source import DocumentSpan, RowSource
@@ -21,7 +22,8 @@ class ServedRows(ABC):
     `rows[p]` is (row (seq_length + 1,) int64, source, p), where `source` counts in `row_sources`.
     `labels` are the sources' label files; None makes every token a target. `label_weights` are
     their files of weights; None makes every target count 1. `reference` are files of
-    log-probabilities under a reference model, None without. Of pairs the rows are those of the
+    log-probabilities under a reference model, None without. `fim` transforms rows as they are
+    served, None without. Of pairs the rows are those of the
     preferred answers, and `rejected` serves the rejected one of each place; None for texts.
     """
 
@@ -30,6 +32,7 @@ class ServedRows(ABC):
         self.files: Files | None = None
         self.labels: Labels = None
         self.label_weights: Labels = None
+        self.fim: FillInTheMiddle | None = None
         self.reference: Labels = None
         self.rejected: ServedRows | None = None
 
@@ -62,8 +65,14 @@ class ServedRows(ABC):
         return index
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int, int]:
-        source, place = self.locate(index)
-        return self.row_sources[source][place], source, int(index)
+        source, spans = self.documents_of(index)
+        return self.row(source, spans, int(index)), source, int(index)
+
+    def row(self, source: int, spans: Sequence[DocumentSpan], index: int) -> NDArray[np.int64]:
+        """The row made of spans of a source, (seq_length + 1,), as it is served at place
+        `index`."""
+        row = self.row_sources[source].row(spans)
+        return row if self.fim is None else self.fim(row, spans, index)
 
     def documents_of(self, index: int) -> tuple[int, list[DocumentSpan]]:
         """Source of the row served at place `index`, and the spans of its documents."""

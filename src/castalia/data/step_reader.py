@@ -143,8 +143,8 @@ class StepReader:
         """The rows of one side of a micro-batch, of which texts have one."""
         numbers = located.source.tolist()
         row_list = []
-        for number, spans in zip(numbers, spans_of_rows, strict=True):
-            row_list.append(side.row_sources[number].row(spans))
+        for number, spans, place in zip(numbers, spans_of_rows, index, strict=True):
+            row_list.append(side.row(number, spans, place))
         rows = np.stack(row_list)
         if self.vocab_size is not None:
             check(side, rows, numbers, spans_of_rows, self.vocab_size)
