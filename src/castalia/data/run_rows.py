@@ -97,12 +97,11 @@ def build_rows(
         train = train_rows(files, config, seed, sizes.first(steps), train_documents)
     train.attach(files)
     train.fim = fill_in_the_middle(config, seed)
-
     count = evaluations(steps, eval_every) * eval_batches * batch_size
     valid = valid_rows(valid_files, config, seed, count, valid_documents)
 
-    kind = Served(planned, passes=epochs is not None)
-    settings = order_settings(config, train, seed, sizes, kind)
+    served = Served(planned, epochs is not None)
+    settings = order_settings(config, train, seed, sizes, served)
     valid_prefixes = config.valid_prefixes or config.train_prefixes[:1]
     return RunRows(
         train=train,
