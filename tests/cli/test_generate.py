@@ -286,6 +286,9 @@ def test_bad_prompt_files(
         (["--prompt", "a", "--logit-bias", "a"], "--logit-bias must be ID=X, such as 50=-2.5"),
         (["--prompt", "a", "--num-return-sequences", "2"], "greedy texts would be the same"),
         (["--prompt", "a", "--num-beams", "2", "--draft", "lookup"], "not go with a draft"),
+        (["--prompt", "a", "--chat"], "the model has no chat template beside its tokenizer"),
+        (["--prompt", "a", "--system", "b"], "--system is a message of a conversation: add --chat"),
+        (["--samples", "2", "--chat"], "--samples has no prompt, and --chat answers one"),
     ],
 )
 def test_bad_options(castalia, run: Path, words: list[str], message: str) -> None:

@@ -62,15 +62,15 @@ def test_every_form_of_a_chat(prepare_chat):
         {"prompt": "hi", "completion": [ANSWERED]},
         {"text": "learned whole"},
     )
-    talk = "user: hi\nassistant: hello" + END
-    assert shown(text, 0) == [f"{talk}\nuser: hi\nassistant: again{END}", f" hello{END}", [1]]
-    assert shown(text, 1) == [talk, f" hello{END}", [1]]
+    talk = "user:\nhi\nassistant:\nhello" + END
+    assert shown(text, 0) == [f"{talk}\nuser:\nhi\nassistant:\nagain{END}", f"hello{END}", [1]]
+    assert shown(text, 1) == [talk, f"hello{END}", [1]]
     assert shown(text, 2) == [f"two plus two is four{END}", f" four{END}", [1]]
-    assert shown(text, 3) == [talk, f" hello{END}", [0.5]]
-    assert shown(text, 4) == [talk, f" hello{END}", [1]]
+    assert shown(text, 3) == [talk, f"hello{END}", [0.5]]
+    assert shown(text, 4) == [talk, f"hello{END}", [1]]
     assert shown(text, 5) == [f"learned whole{END}"] * 2 + [[1]]
     assert text.weighted
-    assert said == [f"chat: {text.facts['source']}, 6 records, 166 tokens, 48 of them targets"]
+    assert said == [f"chat: {text.facts['source']}, 6 records, 166 tokens, 44 of them targets"]
 
 
 def test_a_second_start_prepares_nothing_and_a_change_prepares_anew(prepare_chat, tmp_path):
@@ -93,7 +93,7 @@ def test_a_second_start_prepares_nothing_and_a_change_prepares_anew(prepare_chat
         os.truncate(text.folder / damage, 0)
         again, said = prepare_chat(record)
         assert again == text and len(said) == 1
-        assert shown(again, 0)[1] == f" hello{END}"
+        assert shown(again, 0)[1] == f"hello{END}"
 
 
 @pytest.mark.parametrize(

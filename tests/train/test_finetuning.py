@@ -2,13 +2,18 @@
 numbers."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from castalia.cli import main
 from castalia.core.errors import ConfigError
 from castalia.data import Batch
+from castalia.export import export
+from castalia.inference import load
+from castalia.inference.chat import Chat
 from castalia.losses import LOSSES, NextToken
 from castalia.monitor import read_metrics
 from castalia.recipes import load_config, resolve
@@ -82,10 +87,23 @@ def test_the_start_gives_model_and_tokenizer(words, start, tmp_path):
         load_config(["sft"])
 
 
-def test_a_run_learns_its_answers_and_resumes(words, chats, capsys):
+def test_a_run_learns_its_answers_and_resumes(words, capsys, monkeypatch):
     words += ["optim.lr=1e-2", "data.split='90,10,0'", "train.eval_every=5", "train.epochs=4"]
     run = train(*words, **SMALL)
     out = capsys.readouterr().out
+    model = load(run.config.output)
+    # The template that was trained with, and the end of the answer, came along.
+    (prompt,) = Chat(model, "Be kind.").prompts(["say 3"])
+    assert prompt == "system:\nBe kind.\nuser:\nsay 3\nassistant:\n"
+    (exported,) = export(run.config.output, to="hf", output=f"{run.config.output}/hf")
+    assert Chat(load(exported.folder)).prompts(["say 3"]) == Chat(model).prompts(["say 3"])
+    command = ["generate", run.config.output, "--chat", "--prompt", "say 3", "--json"]
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["castalia", *command, "--max-new-tokens", "3"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompt"] == prompt.removeprefix("system:\nBe kind.\n")
     assert "chat: " in out and "40 records" in out
     # 36 conversations in rows of 129 tokens, four passes in batches of 4 rows, rounded up.
     rows = len(run.rows.train.row_sources[0].order) // 4
@@ -137,7 +155,9 @@ def test_weights_of_messages_and_of_prompts(start, tmp_path):
         weights = (batch.weights * counted).flatten()
         sums = trainer.passes.run([batch], [trainer.loss.weight(batch)])
         assert trainer.loss.weight(batch) == pytest.approx(float(weights.sum()), rel=1e-12)
-        assert float(sums.total) == pytest.approx(float((losses * weights).sum()), rel=1e-6)
+        assert float(sums.total) == pytest.approx(
+            float((losses * weights).sum().detach()), rel=1e-6
+        )
     # A padding token and the border of two conversations are no prompt.
     more = (seen[0.5].labels >= 0) & (seen[0.0].labels < 0)
     own = seen[0.5].segments[:, :-1] == seen[0.5].segments[:, 1:]

@@ -11,6 +11,7 @@ from castalia.cli.sampling_flags import SamplingFlags, SearchFlags, unescaped
 
 if TYPE_CHECKING:
     from castalia.inference import Completion, LanguageModel
+    from castalia.inference.chat import Chat
 
 NEW_LINE = "\n"
 
@@ -38,6 +39,15 @@ class PromptFlags:
     prompt_end: Annotated[
         str, PROMPTS(metavar="TEXT", help="End of a prompt that is typed in.")
     ] = r"\n"
+    chat: Annotated[
+        bool,
+        PROMPTS(
+            "--chat", help="Prompts are messages of a user, written by the model's chat template."
+        ),
+    ] = False
+    system: Annotated[
+        str | None, PROMPTS(metavar="TEXT", help="With --chat: the first message, of the system.")
+    ] = None
 
     def gather(self) -> list[str] | None:
         """All prompts, else the lines of standard input; None to ask for them on a terminal.
@@ -48,6 +58,10 @@ class PromptFlags:
         from castalia.core.unicode import require_unicode
         from castalia.inference.prompts import plain_prompts, read_prompts
 
+        if self.system is not None and not self.chat:
+            raise ConfigError("--system is a message of a conversation: add --chat")
+        if self.samples and self.chat:
+            raise ConfigError("--samples has no prompt, and --chat answers one; give one of them")
         if self.samples:
             return [""] * self.samples
         prompts = list(self.prompt or [])
@@ -116,8 +130,11 @@ def generate(
       castalia generate runs/demo/step1000 --file prompts.txt --temperature 0.8
 
       castalia generate runs/demo --samples 4 --temperature 1 --output samples.jsonl
+
+      castalia generate runs/sft --chat --prompt "What is a list?"
     """
     from castalia.inference import load
+    from castalia.inference.chat import Chat
 
     texts = prompts.gather()
     engine: dict[str, Any] = asdict(running) | {"device": device}
@@ -127,8 +144,12 @@ def generate(
         options["draft"] = draft
     elif draft is not None:
         options["draft"] = load(draft, **engine)
+    chat = Chat(model, prompts.system) if prompts.chat else None
+    if chat is not None and texts is not None:
+        texts = chat.prompts(texts)
     if texts is None:
-        converse(model, options, sampling.seed, unescaped(prompts.prompt_end), files.output)
+        end = unescaped(prompts.prompt_end)
+        converse(model, options, sampling.seed, end, files.output, chat)
     elif files.output is not None:
         write_records(model, texts, options, sampling.seed, files.output)
     elif files.as_json:
@@ -240,8 +261,12 @@ def converse(
     seed: int | None,
     prompt_end: str,
     output: str | None,
+    chat: "Chat | None" = None,
 ) -> None:
-    """Ask for prompts and continue them until end of input; `output` gets a record of each."""
+    """Ask for prompts and continue them until end of input; `output` gets a record of each.
+
+    With a `chat` each prompt is the next message of one conversation.
+    """
     from castalia.core.errors import ConfigError
 
     key = "Enter" if prompt_end == NEW_LINE else repr(prompt_end)
@@ -250,9 +275,14 @@ def converse(
     while (prompt := typed(prompt_end)) is not None:
         try:
             seed_here = seed_of(seed, number * options["num_return_sequences"])
-            done = speak(model, prompt, options, seed_here, show_prompt=False)
+            text = prompt if chat is None else chat.prompt(prompt)
+            done = speak(model, text, options, seed_here, show_prompt=False)
+            if chat is not None:
+                chat.hear(done[0].text)
         except ConfigError as error:  # a prompt longer than the model's limit: ask for another
             print(f"castalia: {error}", file=sys.stderr)
+            if chat is not None:
+                chat.forget()
         else:
             if output is not None:
                 with open(output, "a", encoding="utf-8") as file:

@@ -32,9 +32,9 @@ ANSWERS = ("chosen", "rejected")
 TEMPLATES = {
     "plain": (
         "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
-        "{{ message['role'] + ': ' + message['content'] }}"
+        "{{ message['role'] + ':\\n' + message['content'] | trim }}"
         "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '\\nassistant:' }}{% endif %}"
+        "{% if add_generation_prompt %}{{ '\\nassistant:\\n' }}{% endif %}"
     ),
     "chatml": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -43,7 +43,8 @@ TEMPLATES = {
     ),
 }
 """Chat templates for models whose tokenizer has none: `plain` needs no token of its own beside the
-end of a text, `chatml` is that of many models, whose tokenizers have its marks."""
+end of a text, `chatml` is that of many models, whose tokenizers have its marks. An answer begins on
+a line of its own: after a space, its first word would be another token than in a text."""
 DTYPES = {TOKENS: "<i4", LABELS: "<i4", WEIGHTS: "<f4", REWARDS: "<f4"}
 
 

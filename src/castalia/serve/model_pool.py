@@ -10,7 +10,8 @@ from castalia.checkpoint import complete_steps
 from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError, nearest
-from castalia.corpus.chat_template import ChatTemplate, read_chat_template
+from castalia.corpus.chat_template import ChatTemplate
+from castalia.inference.chat import template_of
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import load
 from castalia.serve.scheduler import Scheduler
@@ -168,17 +169,6 @@ class ModelPool:
             token = loaded.model.engine.token_bytes() or 0
             total += token * length * self.options.slots
         return total
-
-
-def template_of(model: LanguageModel) -> ChatTemplate | None:
-    """The chat template beside the model's tokenizer; None without one.
-
-    Raises  ConfigError if it is not valid Jinja.
-    """
-    file = None if model.tokenizer is None else Path(model.tokenizer.where)
-    if file is None or not file.is_file():
-        return None
-    return read_chat_template(file.parent)
 
 
 def models_at(path: str) -> dict[str, str]:

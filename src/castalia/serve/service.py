@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from castalia.core.errors import ConfigError
 from castalia.data.tokenizer_forms import OtherTokenizer
+from castalia.inference.chat import special_defaults
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.options import Options
 from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
@@ -166,12 +167,7 @@ class Service:
                 f"model {loaded.name!r} has no chat template (it is a base model);"
                 " use /v1/completions instead"
             )
-        model = loaded.model
-        defaults = {
-            "eos_token": model.token_name(model.eod_id) or "",
-            "bos_token": model.token_name(model.start_id) or "",
-        }
-        prompt = chat_prompt(loaded.template, body, defaults)
+        prompt = chat_prompt(loaded.template, body, special_defaults(loaded.model))
         max_tokens = body.max_completion_tokens or body.max_tokens or NO_LIMIT
         top = None
         if body.logprobs:
