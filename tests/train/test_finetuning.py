@@ -10,10 +10,10 @@ import torch
 
 from castalia.cli import main
 from castalia.core.errors import ConfigError
+from castalia.corpus.conversation import Chat
 from castalia.data import Batch
 from castalia.export import export
 from castalia.inference import load
-from castalia.inference.chat import Chat
 from castalia.losses import LOSSES, NextToken
 from castalia.monitor import read_metrics
 from castalia.recipes import load_config, resolve

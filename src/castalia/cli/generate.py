@@ -10,8 +10,8 @@ from castalia.cli.flags import ENGINE, Checkpoint, EngineFlags, grouped, panel
 from castalia.cli.sampling_flags import SamplingFlags, SearchFlags, unescaped
 
 if TYPE_CHECKING:
+    from castalia.corpus.conversation import Chat
     from castalia.inference import Completion, LanguageModel
-    from castalia.inference.chat import Chat
 
 NEW_LINE = "\n"
 
@@ -133,8 +133,8 @@ def generate(
 
       castalia generate runs/sft --chat --prompt "What is a list?"
     """
+    from castalia.corpus.conversation import Chat
     from castalia.inference import load
-    from castalia.inference.chat import Chat
 
     texts = prompts.gather()
     engine: dict[str, Any] = asdict(running) | {"device": device}

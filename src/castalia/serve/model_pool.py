@@ -11,7 +11,7 @@ from castalia.checkpoint.hf import is_hf_folder
 from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError, nearest
 from castalia.corpus.chat_template import ChatTemplate
-from castalia.inference.chat import template_of
+from castalia.corpus.conversation import template_of
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import load
 from castalia.serve.scheduler import Scheduler

@@ -11,8 +11,8 @@ from typing import Any
 from starlette.requests import Request
 
 from castalia.core.errors import ConfigError
+from castalia.corpus.conversation import special_defaults
 from castalia.data.tokenizer_forms import OtherTokenizer
-from castalia.inference.chat import special_defaults
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.options import Options
 from castalia.serve.answers import AnswerFormat, CollectedText, server_sent

@@ -2,14 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
-from castalia.inference.language_model import LanguageModel
+from castalia.data.tokenizer import Tokenizer
 
 
-def template_of(model: LanguageModel) -> ChatTemplate | None:
+class Speaker(Protocol):
+    """A model that is asked, such as a LanguageModel: its tokenizer and special tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a model that reads and writes ids alone."""
+
+    @property
+    def eod_id(self) -> int | None:
+        """The first id that ends a text."""
+
+    @property
+    def start_id(self) -> int | None:
+        """The id before a text."""
+
+    def token_name(self, token: int | None) -> str | None:
+        """The text of a token."""
+
+
+def template_of(model: Speaker) -> ChatTemplate | None:
     """The chat template beside the model's tokenizer; None without one.
 
     Raises  ConfigError if it is not valid Jinja.
@@ -20,7 +39,7 @@ def template_of(model: LanguageModel) -> ChatTemplate | None:
     return read_chat_template(file.parent)
 
 
-def special_defaults(model: LanguageModel) -> dict[str, str]:
+def special_defaults(model: Speaker) -> dict[str, str]:
     """Special tokens for a template, where the tokenizer's folder names none."""
     return {
         "eos_token": model.token_name(model.eod_id) or "",
@@ -35,7 +54,7 @@ class Chat:
     Raises  ConfigError if the model has no chat template.
     """
 
-    def __init__(self, model: LanguageModel, system: str | None = None) -> None:
+    def __init__(self, model: Speaker, system: str | None = None) -> None:
         template = template_of(model)
         if template is None:
             raise ConfigError(
