@@ -55,7 +55,13 @@ BASE = (
     "checkpoint.asynchronous=false",
 )
 HEAD_DIM = 8
-SAME = ("train.micro_batch_size", "train.recompute", "train.compile", "parallel.")
+SAME = (
+    "train.micro_batch_size",
+    "loss.answers_at_once",
+    "train.recompute",
+    "train.compile",
+    "parallel.",
+)
 """Options that change no number: one process is trained without them."""
 
 
@@ -149,6 +155,10 @@ GRID = [
     Row("pp", "pp=2", "zero bubble in a V", core=True),
     Row("pp", "pp=2", "zero bubble, recompute"),
     Row("pp", "pp=4", "four layers", core=True),
+    Row("fsdp", "dp_shard=2", "answers, two updates", core=True),
+    Row("tp", "tp=2", "answers", core=True),
+    Row("pp", "pp=2", "answers, 1f1b", core=True),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "answers, 1f1b"),
     Row("pp x dp", "pp=2 dp_replicate=2", "1f1b, tied", core=True),
     Row("pp x fsdp", "pp=2 dp_shard=2", "1f1b", core=True),
     Row("pp x fsdp", "pp=2 dp_shard=2", "ZeRO 2"),

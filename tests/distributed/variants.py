@@ -2,6 +2,22 @@
 
 START = "model.start=BASE"
 """Begins with the weights of a run with the same model and without an adapter."""
+
+
+def share_of_vowels(completions, **columns):
+    """A reward of answers: which part of a text are vowels."""
+    return [sum(map(text.count, "aeiou")) / max(len(text), 1) for text in completions]
+
+
+PROMPTS = (
+    "data.packing=unpacked",
+    "data.seq_length=72",
+    "loss.kind=grpo",
+    "loss.completions=3",
+    "loss.max_tokens=8",
+    "loss.rewards=[variants:share_of_vowels]",
+    "train.batch_size=4",
+)
 PLAIN = {
     "": (),
     "accumulated": ("train.micro_batch_size=3",),
@@ -57,6 +73,9 @@ PLAIN = {
         "curriculum.shortest=4",
         "curriculum.length_step=4",
     ),
+    "answers": PROMPTS,
+    "answers, two updates": (*PROMPTS, "loss.updates=2", "loss.answers_at_once=1"),
+    "answers, 1f1b": (*PROMPTS, "train.micro_batch_size=1"),
     "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
 }
 """Variations besides the layout; all have 257 ids, padded to 384, and gradients clipped at 0.5."""
