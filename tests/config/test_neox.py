@@ -681,3 +681,39 @@ def test_curriculum_learning_sets_the_section():
     section = {"enabled": True, "schedule_type": "fixed_discrete", "schedule_config": stages}
     reading = read(curriculum_learning=section).values["curriculum"]
     assert reading == {"kind": "discrete", "lengths": [8, 64], "until": [10]}
+
+
+def test_train_impl_reinforce_asks_for_prompts():
+    """As GPT-NeoX's own example, which names token files that it never opens."""
+    reading = read(
+        train_impl="reinforce",
+        dataset_impl="online",
+        reinforce_leave_one_out=True,
+        fp32_reinforce=True,
+        kl_impl="abs",
+        kl_div_beta=0.05,
+        online_dataserver_ports=[10000, 10001],
+        serve_model_weights=True,
+        train_data_paths=["a_document"],
+        train_label_data_paths=["a_label_document"],
+    )
+    assert reading.values["loss"] == {
+        "kind": "reinforce",
+        "baseline": "leave_one_out",
+        "kl_impl": "abs",
+        "kl_div_beta": 0.05,
+        "average": "neox",
+    }
+    data = reading.values["data"]
+    assert data["packing"] == "unpacked" and not {"train", "labels"} & set(data)
+    (problem,) = reading.problems
+    assert problem.key == "data.prompts" and "set data.prompts=FILE.jsonl" in problem.text
+    assert any("divide it by loss.completions" in remark.text for remark in reading.notes)
+    (reason,) = [why for why, names in reading.ignored.items() if "serve_model_weights" in names]
+    assert "writes its answers itself" in reason
+    assert read(train_impl="reinforce").values["loss"]["baseline"] == "running_mean"
+
+
+def test_an_unknown_train_impl_gets_the_menu():
+    (problem,) = problems_of(train_impl="reinfroce")
+    assert "choose one of normal, dpo, kto, rm, reinforce; did you mean 'reinforce'" in problem

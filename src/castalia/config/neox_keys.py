@@ -98,6 +98,11 @@ HONOURED: dict[str, Honoured] = {
     "valid_label_data_paths": Honoured("data.valid_labels", "list", plain=True),
     "pack_impl": Honoured("data.packing", "str", "packed", plain=True),
     "allow_chopped": Honoured("data.allow_chopped", "bool", True, plain=True),
+    "train_impl": Honoured("loss.kind", "str", "normal"),
+    "dataset_impl": Honoured("loss.kind", "str", "gpt2"),
+    "kl_impl": Honoured("loss.kl_impl", "str", "mse"),
+    "kl_div_beta": Honoured("loss.kl_div_beta", "number", 0.1),
+    "reinforce_leave_one_out": Honoured("loss.baseline", "bool", False),
     "num_workers": Honoured("data.workers", "int", 2, plain=True),
     "train_iters": Honoured("train.steps", "int", plain=True),
     "train_epochs": Honoured("train.epochs", "int", plain=True),
@@ -178,7 +183,6 @@ REFUSED: dict[str, Refused] = {
     "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not supported"),
     "te_fp8_mha": Refused(OFF, "delete it; fp8 is not supported; precision is fp32, bf16 or fp16"),
     "use_mup": Refused(OFF, "delete it; μP is not supported"),
-    "serve_model_weights": Refused(OFF, "delete it; weights are not served while training"),
     "moe_num_experts": Refused((None, 0, 1), NO_MOE),
     "use_checkpoint_lr_scheduler": Refused(
         OFF, "delete it; the schedule always follows the config"
@@ -195,11 +199,6 @@ REFUSED: dict[str, Refused] = {
         (None, {}, *({"grad_accum_dtype": name} for name in ("fp32", "bf16", "fp16"))),
         "delete it; gradients are summed in fp32",
     ),
-    "train_impl": Refused(
-        ("normal", None),
-        "DPO, KTO, reward models and REINFORCE are not supported yet; write `normal`",
-    ),
-    "dataset_impl": Refused(("gpt2", None), NO_PAIRS),
     "data_impl": Refused(
         ("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"
     ),
@@ -227,7 +226,9 @@ IGNORED: dict[str, str] = {
     "arithmetic that is the same or better here": """
         apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_allreduce prescale_gradients
         gradient_predivide_factor sparse_gradients communication_data_type
-        use_cpu_initialization fp16_lm_cross_entropy""",
+        use_cpu_initialization fp16_lm_cross_entropy fp32_reinforce""",
+    "the run writes its answers itself; neither weights nor data are served": """
+        serve_model_weights weight_server_port online_dataserver_ips online_dataserver_ports""",
     "placement in memory and on devices": """
         pipe_partition_method sequence_parallel activation_checkpointing
         deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu
@@ -263,10 +264,10 @@ IGNORED: dict[str, str] = {
         short_seq_prob moe_lbl_in_fp32""",
     "belongs to an option that is not in use": """
         gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
-        dim_att head_size ffn_dim weight_server_port online_dataserver_ips online_dataserver_ports
+        dim_att head_size ffn_dim
         dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight
-        kto_undesirable_weight z_loss kto_beta fp32_reinforce kl_impl kl_div_beta
-        reinforce_leave_one_out coord_check save_base_shapes base_shapes_file mup_init_scale
+        kto_undesirable_weight z_loss kto_beta
+        coord_check save_base_shapes base_shapes_file mup_init_scale
         mup_embedding_mult mup_rp_embedding_mult mup_width_scale moe_expert_interval moe_top_k
         moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
         enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping

@@ -20,6 +20,15 @@ COMMON: dict[str, Any] = {
 }
 FINE_TUNING: dict[str, dict[str, Any]] = {
     "sft": {},
+    "grpo": {
+        # Each prompt in a row of its own, with room for its answers.
+        "data": {"packing": "unpacked", "document_mask": None},
+        "train": {"epochs": None, "steps": 200, "batch_size": 8},
+        "loss": {"kind": "grpo"},
+        # Of TRL. The advantages have the same size however good the model is.
+        "optim": {"lr": 1e-6},
+        "schedule": {"name": "constant"},
+    },
 }
 """What each preset has beside COMMON."""
 
