@@ -25,6 +25,7 @@ class BitFit(Adapter):
 
     Config = BitFitConfig
     own = ("*.bias",)
+    in_place = True
 
     @classmethod
     def problems(cls, config: Any, model: ModelConfig) -> list[str]:

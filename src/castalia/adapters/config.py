@@ -42,6 +42,8 @@ class Adapter(ABC):
     """Shell patterns of the parameters that belong to the adapter."""
     no_decay: ClassVar[tuple[str, ...]] = ()
     """Those of them without weight decay."""
+    in_place: ClassVar[bool] = False
+    """Whether the adapter's parameters are some of the base's."""
     merges: ClassVar[bool] = True
     """Whether base and adapter together are a model of the base's shape."""
 

@@ -112,6 +112,13 @@ def generate(
     search: SearchFlags,
     running: EngineFlags,
     device: Annotated[str, ENGINE(help="auto, cpu or cuda.")] = "auto",
+    adapter: Annotated[
+        str | None,
+        ENGINE(
+            metavar="PATH",
+            help="Adapter to merge into the model: a run that trained it, or a folder of PEFT.",
+        ),
+    ] = None,
     draft: Annotated[
         str | None,
         ENGINE(
@@ -138,7 +145,7 @@ def generate(
 
     texts = prompts.gather()
     engine: dict[str, Any] = asdict(running) | {"device": device}
-    model = load(checkpoint, **engine)
+    model = load(checkpoint, **engine, adapter=adapter)
     options = sampling.options(model) | search.options()
     if draft == "lookup":
         options["draft"] = draft

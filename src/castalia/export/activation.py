@@ -6,7 +6,7 @@ For instance another form of GELU.
 from dataclasses import replace
 
 from castalia.core.errors import ConfigError
-from castalia.export.formats import Format
+from castalia.export.format import Format
 from castalia.formats.folded import folded
 from castalia.formats.saved_model import SavedModel
 

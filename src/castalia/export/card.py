@@ -5,7 +5,7 @@ from pathlib import Path
 
 from castalia.core.files import files_in
 from castalia.export.certificate import FILE, Certificate
-from castalia.export.formats import Format
+from castalia.export.format import Format
 from castalia.export.quality import Quality, table
 from castalia.export.written import AUTO_CLASSES
 from castalia.formats.saved_model import SavedModel

@@ -34,7 +34,8 @@ from castalia.export.certificate import (
     torch_reader,
     write_certificate,
 )
-from castalia.export.formats import ParallelFormat, ShardedFormat, padding_id
+from castalia.export.format import ParallelFormat, ShardedFormat
+from castalia.export.formats import padding_id
 from castalia.export.options import ExportOptions, ExportSpec, checked_spec
 from castalia.export.places import (
     Destination,

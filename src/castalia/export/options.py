@@ -9,7 +9,8 @@ from castalia.core.errors import ConfigError, nearest
 from castalia.core.extras import pip_command
 from castalia.export.activation import ACTIVATIONS
 from castalia.export.certificate import require_bound
-from castalia.export.formats import EXPORTS, Format, ParallelFormat, ShardedFormat
+from castalia.export.format import Format, ParallelFormat, ShardedFormat
+from castalia.export.formats import EXPORTS
 from castalia.export.neox_config import NeoxShape
 
 

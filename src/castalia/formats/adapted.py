@@ -6,18 +6,19 @@ began with, by path and by a hash of the weights; a folder of PEFT may say so as
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from castalia.adapters import AdapterConfig, LoraConfig, adapter_of
+from castalia.adapters import AdapterConfig, LoraConfig
 from castalia.checkpoint.shards import raw_bytes
 from castalia.checkpoint.tensors import StoredTensor, StoredTensors
 from castalia.core.errors import CheckpointError
+from castalia.core.hub import hub_folder, is_hub_id
+from castalia.formats.additions import Addition, LowRank
+from castalia.formats.peft import PeftAdapter, our_additions
+from castalia.models import ModelConfig
 
 if TYPE_CHECKING:
     from castalia.formats.saved_model import SavedModel
@@ -26,6 +27,30 @@ VOCABULARY = ("embed.weight", "unembed.weight")
 """Weights with a row for each id, and rows of padding that formats leave out or add."""
 HASHED_ROWS = 128
 """Rows of these that count in the hash: every padding leaves them alone."""
+
+
+@dataclass(frozen=True)
+class AdapterPart:
+    """The adapter of a merged model, and its base."""
+
+    base: "SavedModel"
+    additions: dict[str, Addition]
+    """By our names of layers."""
+    replaced: dict[str, StoredTensor] = field(default_factory=dict)
+    """Whole tensors that are the adapter's, such as biases or a score head."""
+    dropout: float = 0.0
+    rslora: bool = False
+    kind: str = "lora"
+    """As `adapter.kind` has it."""
+    named: str | None = None
+    """The base as the adapter names it."""
+
+    @property
+    def base_name(self) -> str:
+        """The base by its name on the hub, or where it lies."""
+        if self.named and is_hub_id(self.named):
+            return self.named
+        return str(self.base.folder.absolute())
 
 
 def weights_hash(saved: "SavedModel") -> str:
@@ -41,92 +66,87 @@ def weights_hash(saved: "SavedModel") -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """A matrix with its low-rank addition, in float32: W + scale * B A; with a magnitude m its rows
-    have the lengths m. A part reads what it needs and no more."""
-
-    base: StoredTensor
-    down: Tensor
-    """A (R, I)."""
-    up: Tensor
-    """B (O, R)."""
-    scale: float
-    magnitude: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """That of the base."""
-        return self.base.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The sum is rounded where it is stored, not here."""
-        return torch.float32
-
-    def __getitem__(self, part: tuple[slice, ...], /) -> Tensor:
-        rows, columns = part
-        if self.magnitude is None:
-            return self.added(rows, columns)
-        # A length is of the whole row.
-        whole = self.added(rows, slice(0, self.shape[1]))
-        factor = self.magnitude[rows] / whole.square().sum(1).sqrt()
-        return (whole * factor[:, None])[:, columns]
-
-    def added(self, rows: slice, columns: slice) -> Tensor:
-        """A part of W + scale * B A."""
-        product = self.up[rows].float() @ self.down[:, columns].float()
-        return self.base[rows, columns].float() + self.scale * product
+def merged_model(part: AdapterPart, own: "SavedModel") -> "SavedModel":
+    """The weights of base and adapter together; config, tokenizer and step are those of `own`."""
+    base = part.base
+    tensors = {**base.tensors.tensors, **part.replaced}
+    for name, addition in part.additions.items():
+        weight = f"{name}.weight"
+        tensors[weight] = LowRank(tensors[weight], addition)
+    # The rows of the embedding are the base's, however the run padded its vocabulary.
+    config = with_rows(own.config, base.tensors.stored(VOCABULARY[0]).shape[0])
+    locks = [base.tensors.lock, own.tensors.lock]
+    return replace(own, config=config, tensors=StoredTensors(tensors, locks), adapter=part)
 
 
-def merged(
-    base: Mapping[str, StoredTensor], own: StoredTensors, config: AdapterConfig
-) -> dict[str, StoredTensor]:
-    """The weights of base and adapter together, by the names of the base."""
-    out = dict(base)
-    for name in own:
+def with_rows(config: ModelConfig, rows: int) -> ModelConfig:
+    """The same model with an embedding of so many rows."""
+    if config.padded_vocab_size == rows:
+        return config
+    return config.model_copy(update={"make_vocab_size_divisible_by": rows})
+
+
+def run_over_base(
+    own: "SavedModel", config: AdapterConfig, base: "SavedModel", record: Mapping[str, Any] | None
+) -> "SavedModel":
+    """The merged model of an adapter's checkpoint, `own`, which was opened alone.
+
+    record  what the run says of its base, which is compared; None compares nothing.
+    Raises  CheckpointError if it was trained over other weights.
+    """
+    if record is not None:
+        require_base(str(own.folder), record, base)
+    additions = {}
+    replaced = {}
+    lora = config if isinstance(config, LoraConfig) else LoraConfig()
+    for name in own.tensors:
         place, _, kind = name.rpartition(".")
         if kind == "lora_a":
-            assert isinstance(config, LoraConfig)
-            lengths = own.get(f"{place}.magnitude")
-            weight = f"{place}.weight"
-            out[weight] = LowRank(
-                base[weight], own[name], own[f"{place}.lora_b"], config.scale, lengths
-            )
+            magnitude = own.tensors.get(f"{place}.magnitude")
+            up = own.tensors[f"{place}.lora_b"]
+            additions[place] = Addition(own.tensors[name], up, lora.scale, magnitude)
         elif kind not in ("lora_b", "magnitude"):
-            out[name] = own.stored(name)
-    return out
+            replaced[name] = own.tensors.stored(name)
+    require_layers(own.folder, additions, base)
+    named = (record or {}).get("path")
+    part = AdapterPart(base, additions, replaced, lora.dropout, lora.rslora, config.kind, named)
+    return merged_model(part, own)
 
 
-def over_base(
-    own: "SavedModel",
-    config: AdapterConfig,
-    record: Mapping[str, Any],
-    opened: Callable[[str | Path], "SavedModel"],
-    *,
-    check: bool,
-) -> "SavedModel":
-    """The merged model of an adapter that was opened alone.
+def require_layers(folder: Path, additions: Mapping[str, Addition], base: "SavedModel") -> None:
+    """Raises  CheckpointError if the base lacks a layer of the adapter, or has another shape of
+    it."""
+    for name, addition in additions.items():
+        weight = f"{name}.weight"
+        here = (addition.up.shape[0], addition.down.shape[1])
+        there = base.tensors.stored(weight).shape if weight in base.tensors else None
+        if there != here:
+            has = "lacks it" if there is None else f"has it in {list(there)}"
+            raise CheckpointError(
+                f"{folder} is an adapter of another model than {base.folder}: it adds to {weight}"
+                f" of shape {list(here)}, and the base {has}"
+            )
 
-    record  what the run says of its start; see castalia.train.start.
-    opened  opens a model by its path.
-    Raises  CheckpointError if the base is not found, or is another one.
+
+def peft_over_base(adapter: PeftAdapter, base: "SavedModel", *, check: bool) -> "SavedModel":
+    """The merged model of a PEFT folder.
+
+    Raises  CheckpointError if it was made for other weights; ConfigError for layers that Castalia
+            cannot adapt.
     """
-    if not adapter_of(config).merges:
-        raise CheckpointError(
-            f"{own.folder} holds a {config.kind} adapter, which cannot become weights of its base"
-        )
-    base = opened(base_place(own.folder, record))
-    if check:
-        require_base(str(own.folder), record, base)
-    tensors = merged(base.tensors.tensors, own.tensors, config)
-    # The rows of the embedding are the base's, however the run padded its vocabulary.
-    rows = base.tensors.stored(VOCABULARY[0]).shape[0]
-    model = own.config
-    if model.padded_vocab_size != rows:
-        model = model.model_copy(update={"make_vocab_size_divisible_by": rows})
-    locks = [base.tensors.lock, own.tensors.lock]
-    return replace(own, config=model, tensors=StoredTensors(tensors, locks))
+    if check and adapter.base_hash is not None:
+        require_base(str(adapter.folder), adapter.record, base)
+    additions = our_additions(adapter, base.config, base.tensors)
+    part = AdapterPart(
+        base,
+        additions,
+        dropout=float(adapter.values.get("lora_dropout") or 0.0),
+        rslora=bool(adapter.values.get("use_rslora")),
+        kind="dora" if adapter.values.get("use_dora") else "lora",
+        named=adapter.base_name,
+    )
+    own = replace(base, folder=adapter.folder, files=tuple(adapter.files), step=None)
+    return merged_model(part, own)
 
 
 def base_place(folder: Path, record: Mapping[str, Any]) -> str:
@@ -138,9 +158,12 @@ def base_place(folder: Path, record: Mapping[str, Any]) -> str:
     for place in places:
         if Path(place).exists():
             return place
+    hub = next((place for place in places if is_hub_id(place)), None)
+    if hub is not None:
+        return str(hub_folder(hub))
     raise CheckpointError(
-        f"{folder} holds an adapter alone, and its base is not there: the run began with"
-        f" {' or '.join(places) or 'no recorded weights'}; put the base back there, or name it:"
+        f"{folder} holds an adapter alone, and its base is not there: it names"
+        f" {' or '.join(places) or 'none'}; put the base back there, or name it:"
         f" castalia.load(BASE, adapter={str(folder)!r})"
     )
 

@@ -5,10 +5,10 @@ import re
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from castalia.adapters import build_adapter_config
+from castalia.adapters import AdapterConfig, build_adapter_config
 from castalia.checkpoint.find import newest_first
 from castalia.checkpoint.hf import is_hf_folder, read_hf
 from castalia.checkpoint.hf.weights import weight_files
@@ -21,8 +21,9 @@ from castalia.core.files import sha256_of
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.data.special_ids import SpecialIds, read_special_ids
 from castalia.data.tokenizer import Tokenizer, load_tokenizer
-from castalia.formats.adapted import over_base
+from castalia.formats.adapted import AdapterPart, base_place, peft_over_base, run_over_base
 from castalia.formats.foreign import Help, find_foreign, is_foreign
+from castalia.formats.peft import ADAPTER_CONFIG, is_peft_folder, read_peft
 from castalia.models import ModelConfig, build_model_config
 
 TOKENIZER = "tokenizer.json"
@@ -46,6 +47,8 @@ class SavedModel:
     """Ids that begin and end a text."""
     files: tuple[Path, ...] = ()
     """The files of weights of a foreign model; empty for a checkpoint and a Hugging Face folder."""
+    adapter: AdapterPart | None = None
+    """What was merged into the weights of a base; None for a model of its own."""
 
     @property
     def is_checkpoint(self) -> bool:
@@ -73,7 +76,8 @@ def open_model(
 ) -> SavedModel:
     """The model that `path` names: a run, RUN/step1000, a step's folder, a Hugging Face folder,
     OWNER/NAME of the hub, or a model of another trainer (see foreign.py): a GPT-NeoX checkpoint, a
-    LLaMA folder of Meta's, a GGUF file.
+    LLaMA folder of Meta's, a GGUF file; or an adapter in a folder of PEFT, with the base that it
+    names.
 
     Of a run the newest checkpoint is taken; a damaged one is skipped with a warning that names the
     file.
@@ -87,6 +91,8 @@ def open_model(
               cannot be built.
     """
     folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
+    if is_peft_folder(folder):
+        return open_peft(folder, check)
     if folder.is_dir() and is_hf_folder(folder):
         return open_hf(folder, optional, tokenizer)
     foreign = find_foreign(folder, step)
@@ -109,7 +115,7 @@ def open_model(
 
 def is_model_alone(path: Path) -> bool:
     """Whether a path means weights without a run: a Hugging Face folder or a foreign model."""
-    return (path.is_dir() and is_hf_folder(path)) or is_foreign(path)
+    return is_peft_folder(path) or (path.is_dir() and is_hf_folder(path)) or is_foreign(path)
 
 
 def step_among(folders: list[Path], step: int, path: Path) -> Path:
@@ -125,8 +131,53 @@ def step_among(folders: list[Path], step: int, path: Path) -> Path:
     )
 
 
+def open_peft(folder: Path, check: bool) -> SavedModel:
+    """An adapter folder of PEFT with the base that it names.
+
+    Raises  CheckpointError if that is not there or has other weights.
+    """
+    adapter = read_peft(folder)
+    return peft_over_base(
+        adapter, open_model(base_place(folder, adapter.record), check=check), check=check
+    )
+
+
+def open_adapted(base: SavedModel, path: str | Path, *, check: bool = True) -> SavedModel:
+    """The base with an adapter: a folder of PEFT, or a run or a step that trained one.
+
+    Raises  CheckpointError if the adapter belongs to other weights, or there is none at `path`.
+    """
+    folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
+    if is_peft_folder(folder):
+        return peft_over_base(read_peft(folder), base, check=check)
+    step = newest_first(folder)[0]
+    own, config = open_alone(step, check)
+    if config.kind == "none":
+        raise CheckpointError(
+            f"{path} is a model of its own and no adapter; load it by itself, or name a run with"
+            f" an adapter or a folder with {ADAPTER_CONFIG}"
+        )
+    return run_over_base(own, config, base, start_of(step) if check else None)
+
+
+def start_of(folder: Path) -> dict[str, Any]:
+    """What the state of a checkpoint says of the weights that its run began with."""
+    record: dict[str, Any] = read_state(folder).get("start", {})
+    return record
+
+
 def open_step(folder: Path, check: bool = True) -> SavedModel:
-    """A checkpoint of a Castalia run."""
+    """A checkpoint of a Castalia run; an adapter with its base."""
+    own, config = open_alone(folder, check)
+    if config.kind == "none":
+        return own
+    start = start_of(folder)
+    base = open_model(base_place(folder, start), check=check)
+    return run_over_base(own, config, base, start if check else None)
+
+
+def open_alone(folder: Path, check: bool) -> tuple[SavedModel, AdapterConfig]:
+    """A checkpoint as it is stored, and the adapter that its weights are."""
     values = read_config(folder)
     config = build_model_config(values.get("model", {}), str(folder / CONFIG))
     # Where the run itself once started does not matter to a reader of its weights.
@@ -146,11 +197,7 @@ def open_step(folder: Path, check: bool = True) -> SavedModel:
         read_text(folder, GENERATION)  # for the check of its hash
         special = read_special_ids(folder, tokenizer, config.vocab_size)
     saved = SavedModel(folder, config, tensors, tokenizer, manifest.step, special)
-    adapter = build_adapter_config(values.get("adapter", {}), str(folder / CONFIG))
-    if adapter.kind == "none":
-        return saved
-    start = read_state(folder).get("start", {})
-    return over_base(saved, adapter, start, partial(open_model, check=check), check=check)
+    return saved, build_adapter_config(values.get("adapter", {}), str(folder / CONFIG))
 
 
 def open_hf(folder: Path, optional: Collection[str] = (), given: str | None = None) -> SavedModel:

@@ -14,7 +14,7 @@ from castalia.models.families import build_model_config
 
 RECORD = "export.json"
 """File with the origin, the config and the file hashes of an export."""
-CHECKPOINTS = ("hf", "neox")
+CHECKPOINTS = ("hf", "neox", "peft")
 """Formats of exports that are read like a checkpoint, on any engine."""
 GGUF_FILE = "model.gguf"
 """Name of llama.cpp's file in an export folder."""

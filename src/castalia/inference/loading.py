@@ -6,7 +6,7 @@ from pathlib import Path
 
 from castalia.core.errors import ConfigError, nearest
 from castalia.formats.folded import folded
-from castalia.formats.saved_model import open_model
+from castalia.formats.saved_model import SavedModel, open_adapted, open_model
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
 from castalia.inference.exported import ExportFolder, open_export
@@ -27,6 +27,7 @@ def load(
     dtype: str | None = None,
     device: str = "auto",
     cache: str | None = None,
+    adapter: str | os.PathLike[str] | None = None,
 ) -> LanguageModel:
     """A checkpoint or an export, ready to generate and to score text.
 
@@ -44,6 +45,7 @@ def load(
             device: auto, cpu, cuda, cuda:1; auto takes a GPU if there is one and engine=torch.
             cache: dtype of keys and values, for native fp32 (the default), bf16 or int8 with a
             scale for each token and head.
+            adapter: a run that trained one, or a folder of PEFT; it is merged into the weights.
     Warns   if engine=auto chose an engine that cannot compute the model; torch takes its place.
     Raises  CheckpointError if the checkpoint is missing or damaged; ConfigError for a wrong
             option, a model that the named engine cannot compute, or an engine whose package is not
@@ -68,8 +70,16 @@ def load(
     # An export is recognized by its record: its files look like those of other formats.
     export = open_export(Path(path))
     if export is not None and not is_read_as_model(export, engine):
+        if adapter is not None:
+            raise ConfigError(
+                f"{path} is an export to {export.kind}, into which no adapter can be merged; name"
+                " the checkpoint, or export the adapter's run itself"
+            )
         return load_export(export, engine, dtype, device, cache)
-    return load_checkpoint(path, engine, dtype, device, cache)
+    source = open_model(path)
+    if adapter is not None:
+        source = open_adapted(source, os.fspath(adapter))
+    return load_checkpoint(source, engine, dtype, device, cache)
 
 
 def is_read_as_model(export: ExportFolder, engine: str) -> bool:
@@ -113,10 +123,9 @@ def load_export(
 
 
 def load_checkpoint(
-    path: str | Path, engine: str, dtype: str | None, device: str, cache: str | None
+    source: SavedModel, engine: str, dtype: str | None, device: str, cache: str | None
 ) -> LanguageModel:
     """A checkpoint on an engine; the engine is asked whether it can before a weight is read."""
-    source = open_model(path)
     chosen = engine_for(engine, dtype)
     if chosen is not TorchEngine:
         # The others know no factors by width.

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from castalia.adapters import AdapterConfig, NoAdapter
+from castalia.adapters.adapting import adapt
 from castalia.core.errors import CastaliaError
 from castalia.distributed import World, is_loss
 from castalia.distributed.whole import fill_whole
@@ -146,6 +148,7 @@ def whole_model(
     world: World,
     peers: Peers,
     dtype: torch.dtype,
+    adapter: AdapterConfig | None = None,
 ) -> Decoder:
     """The model in training as one of its own, whole on every rank.
 
@@ -156,7 +159,7 @@ def whole_model(
     Elsewhere the weights are copies.
     """
     with torch.device("meta"):
-        whole = Decoder(config)
+        whole = adapt(Decoder(config), adapter or NoAdapter.Config())
     if world.size == 1:
         wholes = {name: value.detach().to(dtype) for name, value in weights.items()}
     else:

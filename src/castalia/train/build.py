@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from castalia.adapters import adapter_of
 from castalia.adapters.adapting import adapt, start_over
+from castalia.adapters.switch import remember
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import RunRows, StepLoader, build_rows
@@ -124,6 +126,8 @@ def build_model(
     draw = start_weights(config.model, config.seed)
     base = draw if start is None else start.over(draw)
     initialize(model, start_over(base, config.adapter, config.seed))
+    if adapter_of(config.adapter).in_place:
+        remember(model, {name for name, p in model.named_parameters() if p.requires_grad})
     return model
 
 

@@ -179,7 +179,9 @@ class RunEvaluation:
         """The weights as they are, whole on this rank."""
         section = self.config.eval
         config = self.config.model.without_start()
-        whole = whole_model(self.weights(), config, self.world, peers, DTYPES[section.dtype])
+        dtype = DTYPES[section.dtype]
+        weights = self.weights()
+        whole = whole_model(weights, config, self.world, peers, dtype, self.config.adapter)
         return LanguageModel(whole, self.reader.tokenizer, step, self.reader.special)
 
     def run_tasks(self, model: LanguageModel, peers: Peers, outcome: Outcome, step: int) -> None:
