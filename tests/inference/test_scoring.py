@@ -9,15 +9,15 @@ import torch
 from tests.inference.test_native_families import COMPILED, config_of, native, random_model
 
 from castalia.core.errors import ConfigError
+from castalia.eval.likelihoods.prefixes import sections_of
+from castalia.eval.likelihoods.readers import DecoderReader
+from castalia.eval.likelihoods.scoring import Likelihood, Line, score_lines
 from castalia.inference import quick
 from castalia.inference.engine import Engine
 from castalia.inference.native import compiled
 from castalia.inference.native.engine import NativeEngine
 from castalia.inference.native.weights import packed_weights
-from castalia.inference.prefixes import sections_of
 from castalia.inference.quick import quick_model
-from castalia.inference.readers import DecoderReader
-from castalia.inference.scoring import Likelihood, Line, score_lines
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder
 from castalia.models.scaling import RopeScaling

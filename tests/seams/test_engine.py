@@ -11,6 +11,7 @@ from torch import Tensor
 
 import castalia
 from castalia.core.errors import ConfigError
+from castalia.eval.likelihoods.scoring import Line, score_lines
 from castalia.export import export
 from castalia.export.formats import EXPORTS
 from castalia.formats.saved_model import SavedModel
@@ -20,7 +21,6 @@ from castalia.inference.engine import Engine, Slots
 from castalia.inference.engines import ENGINES
 from castalia.inference.implements import NEOX
 from castalia.inference.sampling import Sampling
-from castalia.inference.scoring import Line, score_lines
 from castalia.inference.speculative import speculative_complete
 from castalia.models import ModelConfig, NeoxConfig
 

@@ -20,11 +20,11 @@ from castalia.checkpoint import find_checkpoint
 from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.distributed import initialize
+from castalia.eval.likelihoods.scoring import Line, score_lines
 from castalia.export import export
 from castalia.export.formats import EXPORTS
 from castalia.formats.saved_model import open_model
 from castalia.inference.engines import ENGINES
-from castalia.inference.scoring import Line, score_lines
 from castalia.models import (
     FAMILIES,
     Block,

@@ -24,11 +24,11 @@ from castalia.core.errors import DataError
 from castalia.data.batch import IGNORED
 from castalia.data.indexed import IndexedDataset
 from castalia.data.sidecar import recorded_end
+from castalia.eval.likelihoods.readers import follows_length
+from castalia.eval.likelihoods.scoring import Line, score_lines
 from castalia.eval.losses import TokensAndLabels, sum_of_losses
 from castalia.eval.shares import ALONE, Share
 from castalia.inference.engine import Engine
-from castalia.inference.readers import follows_length
-from castalia.inference.scoring import Line, score_lines
 from castalia.models import Decoder
 
 Ids = NDArray[np.int64]

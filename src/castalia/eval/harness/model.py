@@ -17,9 +17,9 @@ from castalia.corpus.chat_template import ChatTemplate, read_chat_template
 from castalia.eval.harness.encoding import Ids, Pair, TextEncoder
 from castalia.eval.harness.generation import Prompt, continue_all, options_of
 from castalia.eval.harness.progress import Meter, Say
+from castalia.eval.likelihoods.scoring import Likelihood, Line, score_lines
 from castalia.eval.shares import ALONE, Share
 from castalia.inference import LanguageModel
-from castalia.inference.scoring import Likelihood, Line, score_lines
 
 
 class Request(NamedTuple):

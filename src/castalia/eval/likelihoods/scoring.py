@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from castalia.core.errors import ConfigError
+from castalia.eval.likelihoods.prefixes import Group, Section, Span, sections_of, separate
+from castalia.eval.likelihoods.readers import Reader, Rows, reader_of
 from castalia.inference.engine import Engine
-from castalia.inference.prefixes import Group, Section, Span, sections_of, separate
-from castalia.inference.readers import Reader, Rows, reader_of
 from castalia.models.config import ModelConfig
 
 BLOCK = 128
