@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from castalia.optim.base import Member, Shape, StateTensor, Weight
 from castalia.optim.config import OPTIMIZERS, OptimConfig
+from castalia.optim.widths import RELATIVE
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,7 @@ class Adafactor(Member):
     """
 
     Config = AdafactorConfig
+    by_width = RELATIVE
 
     @classmethod
     def state(cls, config: Any) -> dict[str, StateTensor]:

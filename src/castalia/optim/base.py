@@ -74,6 +74,11 @@ class Member(ABC):
     weights; None where they are the parameters themselves."""
 
     @classmethod
+    def width_powers(cls, config: Any) -> WidthPowers | None:
+        """`by_width`, where an option of the optimizer decides it."""
+        return cls.by_width
+
+    @classmethod
     @abstractmethod
     def state(cls, config: Any) -> dict[str, StateTensor]:
         """Suffix -> state tensor, as `torch.optim.Optimizer.state[parameter]` names them."""

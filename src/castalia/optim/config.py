@@ -66,6 +66,20 @@ class OptimConfig(Config):
             )
         return self
 
+    def config_of(self, kind: str) -> "OptimConfig":
+        """The config of an optimizer: the section itself, or the options of the group that names
+        another.
+
+        Raises  ConfigError for an unknown optimizer or a wrong option.
+        """
+        if kind == self.kind:
+            return self
+        options: dict[str, Any] = {}
+        for group in self.groups:
+            if group.kind == kind:
+                options |= group.options
+        return member_config(kind, {"lr": self.lr, **options})
+
 
 OPTIMIZERS: Registry[Any] = Registry("optimizer")
 """Optimizers by the name that `optim.kind` takes; members are subclasses of

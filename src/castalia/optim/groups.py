@@ -3,11 +3,11 @@ decides alike."""
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from castalia.core.errors import ConfigError
 from castalia.optim.base import Weight
-from castalia.optim.config import OptimConfig, member_config
+from castalia.optim.config import OptimConfig
 from castalia.optim.widths import WidthRule
 
 BLOCKS = "layers."
@@ -79,13 +79,7 @@ class Rules:
     def config_of(self, kind: str) -> OptimConfig:
         """The config of an optimizer: the section's own, or the options of the group that names
         another."""
-        if kind == self.config.kind:
-            return self.config
-        options: dict[str, Any] = {}
-        for group in self.config.groups:
-            if group.kind == kind:
-                options |= group.options
-        return member_config(kind, {"lr": self.config.lr, **options})
+        return self.config.config_of(kind)
 
     def require_matches(self, names: Iterable[str]) -> None:
         """Every pattern must match a parameter of the whole model, and one parameter at least must

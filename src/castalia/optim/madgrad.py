@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from castalia.optim.base import Member, StateTensor
 from castalia.optim.config import OPTIMIZERS, OptimConfig
+from castalia.optim.widths import CUBE_ROOT
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ class Madgrad(Member):
     """
 
     Config = MadgradConfig
+    by_width = CUBE_ROOT
 
     @classmethod
     def state(cls, config: Any) -> dict[str, StateTensor]:

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from castalia.optim.base import Member, Shape, StateTensor, Weight
 from castalia.optim.config import OPTIMIZERS, OptimConfig
+from castalia.optim.widths import RELATIVE, WidthPowers
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,12 @@ class Muon(Member):
     """
 
     Config = MuonConfig
+    by_width = RELATIVE
+
+    @classmethod
+    def width_powers(cls, config: Any) -> WidthPowers:
+        """The original scale gives every matrix the largest singular value that μP wants."""
+        return WidthPowers(0.0, 0.0) if config.scale == "original" else RELATIVE
 
     @classmethod
     def state(cls, config: Any) -> dict[str, StateTensor]:

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from castalia.optim.base import Member, Shape, StateTensor, Weight
 from castalia.optim.config import OPTIMIZERS, OptimConfig
+from castalia.optim.widths import ADAM_LIKE
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,7 @@ class SM3(Member):
     """
 
     Config = SM3Config
+    by_width = ADAM_LIKE
 
     @classmethod
     def state(cls, config: Any) -> dict[str, StateTensor]:

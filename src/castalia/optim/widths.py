@@ -1,6 +1,6 @@
 """Learning rates by width under μP, from what each optimizer declares. Needs no torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from castalia.core.errors import ConfigError
@@ -29,6 +29,14 @@ SGD_LIKE = WidthPowers(0.0, 1.0)
 """An update is proportional to the gradient."""
 
 
+RELATIVE = WidthPowers(-0.5, 0.0)
+"""An update is as large as Adam's times the root mean square of the parameter, which falls with the
+root of the inputs in matrices between two widths; or its largest singular value, which must have
+one size, is its root mean square times the root of the width."""
+CUBE_ROOT = WidthPowers(-1.0, 0.5)
+"""An update is the cube root of the gradient, times lr to the power of 2/3."""
+
+
 class WidthRule(NamedTuple):
     """Factors on the learning rate of a model's parameters."""
 
@@ -36,10 +44,12 @@ class WidthRule(NamedTuple):
     """The width as a multiple of the base; that of the whole model, however ranks split it."""
     is_hidden: Callable[[str], bool]
     """Of a parameter's name."""
+    powers: Mapping[str, WidthPowers]
+    """Of each optimizer of the run, by its name."""
 
     def factor(self, kind: str, name: str) -> float:
         """Factor on the rate of the parameter `name` under the optimizer `kind`."""
-        powers: WidthPowers = OPTIMIZERS[kind].by_width
+        powers = self.powers[kind]
         return float(self.ratio ** (powers.hidden if self.is_hidden(name) else powers.other))
 
 
@@ -50,12 +60,15 @@ def width_rule(model: ModelConfig, optim: OptimConfig) -> WidthRule | None:
     """
     if model.mup is None:
         return None
+    powers = {}
     for kind in sorted({optim.kind, *(group.kind or optim.kind for group in optim.groups)}):
-        if OPTIMIZERS[kind].by_width is None:
+        found: WidthPowers | None = OPTIMIZERS[kind].width_powers(optim.config_of(kind))
+        if found is None:
             known = ", ".join(name for name in OPTIMIZERS if OPTIMIZERS[name].by_width is not None)
             raise ConfigError(
                 f"model.mup: optim.kind {kind} does not say how its learning rates follow the"
                 f" width; use one of {known}, or declare by_width in its class"
             )
+        powers[kind] = found
     family = family_of(model)
-    return WidthRule(model.width_ratio, lambda name: family.is_hidden(model, name))
+    return WidthRule(model.width_ratio, lambda name: family.is_hidden(model, name), powers)
