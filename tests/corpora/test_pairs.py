@@ -61,8 +61,8 @@ def test_every_form_of_a_pair(prepared):
     assert found[8:] == [
         (f"one plus one is two{END}", f" two{END}"),
         (f"one plus one is three{END}", f" three{END}"),
-        (f"the sky is blue{END}", f"blue{END}"),
-        (f"the sky is black{END}", f"black{END}"),
+        (f"the sky is blue{END}", f" blue{END}"),
+        (f"the sky is black{END}", f" black{END}"),
         (f"the sky is{END}", f"the sky is{END}"),
         (f"no{END}", f"no{END}"),
     ]
@@ -75,7 +75,7 @@ def test_every_form_of_a_pair(prepared):
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [GOOD]}, "are the same"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "'rejected' is empty"),
-        ({"chosen": "a b", "rejected": "a b c"}, "'chosen' is empty, or all of it stands in"),
+        ({"chosen": "", "rejected": "a b c"}, "'chosen' is empty"),
         ({"chosen": [ASKED, GOOD], "rejected": [ASKED]}, "'rejected' is empty, or all of it"),
         (
             {"prompt": [ASKED], "chosen": [GOOD], "rejected": [{**BAD, "content": ""}]},

@@ -236,13 +236,14 @@ def read_pairs(record: Record) -> list[Conversation]:
 
 
 def shared_length(chosen: list[Message] | str, rejected: list[Message] | str) -> int:
-    """How much both begin with: messages, or characters up to a space, before which words end."""
+    """How much both begin with: messages, or characters up to the last space that they share."""
     pairs = zip(chosen, rejected, strict=False)
     equal = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
     length = min(len(chosen), len(rejected)) if equal is None else equal
-    if isinstance(chosen, str) and length and chosen[length - 1] == " ":
-        # The space belongs to the word after it, as tokenizers have it.
-        length -= 1
+    if isinstance(chosen, str):
+        # Two answers may begin with the same letters. A space belongs to the word after it, as
+        # tokenizers have it.
+        length = max((place for place in range(length) if chosen[place].isspace()), default=0)
     return length
 
 
