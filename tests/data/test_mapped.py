@@ -88,7 +88,7 @@ def test_a_step_asks_for_its_rows_before_it_reads_them(tmp_path):
     forget(tmp_path / "a.bin")
     reader = StepReader(rows, 4, 2, 0, 1).start()
     places = reader.locate([range(4)])
-    (spans_of_rows,) = [reader.look_up(rows) for rows in places]
+    ((spans_of_rows,),) = [reader.look_up(rows) for rows in places]
     buffer = rows.row_sources[0].dataset.buffer
     pages = set()
     for document, start, length in (span for spans in spans_of_rows for span in spans):
