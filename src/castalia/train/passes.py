@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ from castalia.train.totals import PassSums
 
 Progressed = Callable[[], None]
 """Called at each pass: the watchdog's limit holds for one pass and not for a whole step."""
+
+
+class FillsReference(Protocol):
+    """A reference model beside the one that trains."""
+
+    def fill(self, batch: Batch) -> Batch:
+        """The batch with `reference`."""
 
 
 class Passes:
@@ -44,6 +51,7 @@ class Passes:
         self.seed = config.seed
         self.drops = config.model.drops or adapter_of(config.adapter).drops(config.adapter)
         self.multiple = trimmed_multiple(config, world)
+        self.reference: FillsReference | None = None
 
     @property
     def counts(self) -> bool:
@@ -91,6 +99,8 @@ class Passes:
 
     def run_loss(self, batch: Batch, step: int | None = None) -> LossOut:
         """Forward pass and loss of one micro-batch, of a training step or of none."""
+        if self.reference is not None:
+            batch = self.reference.fill(batch)
         draws = self.draws(batch, step)
         with self.around():
             scored = Scored.by(self.model, batch, compiled=self.compiled, draws=draws)

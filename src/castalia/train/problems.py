@@ -208,7 +208,7 @@ def loss_problems(config: "RunConfig") -> list[str]:
             f"mixing.kind {config.mixing.kind} learns from the loss of each source, which loss.kind"
             f" {kind} does not return; use mixing.kind=static or another loss"
         )
-    problems += row_problems(config, loss)
+    problems += row_problems(config, loss) + reference_problems(config)
     if loss.whole_rows and config.parallel.cp > 1:
         problems.append(
             f"loss.kind {kind} needs whole rows, but parallel.cp={config.parallel.cp} splits them;"
@@ -308,6 +308,27 @@ def stage_conflicts(config: "RunConfig", options: PolicyConfig) -> list[str]:
         problems.append(
             f"curriculum.kind {config.curriculum.kind} shortens rows, and loss.kind {kind} makes"
             " its own; set curriculum.kind=none"
+        )
+    return problems
+
+
+def reference_problems(config: "RunConfig") -> list[str]:
+    """Ways to the reference model that the layout or the packing do not have."""
+    kind = getattr(config.loss, "reference", None)
+    data = config.data
+    pp = config.parallel.pp
+    problems = []
+    if kind == "live" and pp > 1:
+        problems.append(
+            f"loss.reference=live runs a second whole model, but parallel.pp={pp} cuts it into"
+            " stages; use loss.reference=cached, whose numbers are the same"
+        )
+    apart = data.document_mask == "documents" or data.neox_exact
+    if kind == "cached" and data.packing == "pack_until_overflow" and not apart:
+        problems.append(
+            "loss.reference=cached has each answer alone, but data.packing=pack_until_overflow lets"
+            " it see the answers before it: set data.document_mask=documents, or"
+            " data.packing=unpacked"
         )
     return problems
 

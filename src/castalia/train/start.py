@@ -235,9 +235,9 @@ class VocabularyRows:
         return out
 
 
-def open_start(config: RunConfig, world: World) -> StartWeights | None:
+def open_start(config: RunConfig, world: World, *, again: bool = False) -> StartWeights | None:
     """The start of a fresh run; None where weights are drawn, or come from the run's own
-    checkpoint.
+    checkpoint. `again` opens it for a resumed run, too, which still needs the weights as they were.
 
     Raises  ConfigError if its model is another one; CheckpointError if weights are missing, left
             over or damaged.
@@ -247,7 +247,7 @@ def open_start(config: RunConfig, world: World) -> StartWeights | None:
         return None
     resumes = world.agree(len(complete_steps(Path(config.output) / "checkpoints")))
     # The checkpoints of an adapter lack the base, which a resume reads again.
-    if resumes and config.adapter.kind == "none":
+    if resumes and config.adapter.kind == "none" and not again:
         return None
     saved = open_on_all_ranks(path, world)
     require_state(config, saved)

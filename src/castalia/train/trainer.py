@@ -37,6 +37,7 @@ from castalia.train.named_corpus import ensure_on_all
 from castalia.train.passes import make_passes
 from castalia.train.precision import make_scale, storage
 from castalia.train.progress import Clock, Progress, rows_hash
+from castalia.train.references import provide_references
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
 from castalia.train.start import StartRecord, open_start
 from castalia.train.step_metrics import step_metrics
@@ -132,6 +133,8 @@ class Trainer:
         self.passes = make_passes(
             self.model, self.loss, config, self.world, self.watchdog.progressed
         )
+        # While the model of a fresh run has its start weights.
+        provide_references(self)
 
     def open_store(self) -> None:
         """The checkpoints, the guard that rolls back to them, and the states that they hold."""
