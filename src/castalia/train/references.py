@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from castalia.adapters import LoraConfig, disabled
 from castalia.adapters.config import NoAdapterConfig
@@ -85,11 +86,10 @@ def live_reference(trainer: "Trainer") -> Reference:
 
 def start_model(config: RunConfig, world: World) -> Any:
     """The start weights of a run as a frozen model, laid out as the run's own."""
-    frozen = config.train.model_copy(update={"frozen": ["*"]})
-    plain = config.model_copy(update={"train": frozen, "adapter": NoAdapterConfig()})
+    plain = config.model_copy(update={"adapter": NoAdapterConfig()})
     start = open_start(plain, world, again=True)
     model = build_model(plain, world, rules_of(plain), start)
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 class TokenLosses(Loss):
@@ -139,7 +139,7 @@ class Cache:
         # Rank 0 decides: another one may see a checkpoint later.
         self.resumes = bool(trainer.world.agree(len(steps)))
         # The weights of a fresh run are the start until its first update.
-        self.model = None if self.resumes else trainer.model
+        self.model: Any = None if self.resumes else trainer.model
         self.passes: Passes | None = None
         self.facts = self.facts_of(trainer.start_record.facts, steps)
         self.progressed = trainer.watchdog.progressed
@@ -218,6 +218,10 @@ class Cache:
                 document += 1
         if writer is not None:
             writer.close()
+        # FSDP keeps the weights of a model's first level gathered for a backward pass.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def blocks(self, files: Files) -> Any:
         """Log-probabilities of all documents in order, (rows, seq_length) float32 at a time."""
