@@ -215,6 +215,20 @@ class StartWeights:
         ]
 
 
+def recorded(
+    start: StartWeights | None, world: World, tokenizer: str | None
+) -> tuple[StartRecord, list[str]]:
+    """The record of a fresh run's start, and the lines about it; on the leading rank.
+
+    `tokenizer` is the text of the run's own tokenizer.json.
+    """
+    # Rank 0 alone writes state.json, and hashing reads every file of the start.
+    if start is None or not world.leads:
+        return StartRecord(), []
+    record = start.record()
+    return record, start.notes(record, tokenizer)
+
+
 class VocabularyRows:
     """A matrix whose first rows are stored and whose other rows are drawn."""
 

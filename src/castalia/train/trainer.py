@@ -39,7 +39,7 @@ from castalia.train.precision import make_scale, storage
 from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.references import provide_references
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
-from castalia.train.start import StartRecord, open_start
+from castalia.train.start import open_start, recorded
 from castalia.train.step_metrics import step_metrics
 from castalia.train.stopping import Stop, due, say
 from castalia.train.totals import PassSums, StepTotals
@@ -118,12 +118,8 @@ class Trainer:
         self.rules = rules_of(config)
         # Opened before the model takes memory: a start of another shape is refused at once.
         self.start = open_start(config, self.world)
-        self.start_record = StartRecord()
-        self.start_notes: list[str] = []
-        if self.start is not None and self.world.leads:
-            # Rank 0 alone writes state.json, and hashing reads every file of the start.
-            self.start_record = self.start.record()
-            self.start_notes = self.start.notes(self.start_record, self.files.get(TOKENIZER))
+        tokenizer = self.files.get(TOKENIZER)
+        self.start_record, self.start_notes = recorded(self.start, self.world, tokenizer)
         self.model = build_model(config, self.world, self.rules, self.start)
         self.updater = Updater(self.model, self.rules, storage(config, self.world))
         self.schedule = make_schedule(config.schedule, config.optim.lr, config.train.steps)
