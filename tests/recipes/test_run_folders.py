@@ -162,6 +162,7 @@ NO_PATHS = {
     "mixing.target",
     "model.family",
     "data.split",
+    "fp8.skip",
     "data.chat_roles",
     "data.corpus",
     "data.fim_tokens",

@@ -17,11 +17,18 @@ Whole = Callable[[str], "Tensor"]
 """Name of a parameter of the base -> its whole start value."""
 
 
+Stored = Literal["fp32", "bf16", "int8", "int4"]
+"""How the frozen weights of a base are kept while an adapter trains."""
+
+
 class AdapterConfig(Config):
     """The `adapter:` section: which adapter, and its own options."""
 
     kind: str = "none"
     """Name of the adapter; none trains the model itself."""
+    base: Stored = "fp32"
+    """How the frozen weights are kept: bf16, or the linear layers of blocks in int8 with a scale a
+    row, or in int4 with a scale for 32 inputs."""
 
 
 ADAPTERS: Registry[Any] = Registry("adapter")

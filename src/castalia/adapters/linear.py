@@ -78,8 +78,9 @@ class LoraLinear(nn.Linear):
         return base + (factor - 1) * product + factor * addition
 
     def dense_weight(self) -> Tensor:
-        """The base's matrix (O, I)."""
-        return self.weight
+        """The base's matrix (O, I), which a quantized layer makes of its integers."""
+        stored = getattr(super(), "dense_weight", None)
+        return self.weight if stored is None else stored()
 
     def lengths(self) -> Tensor:
         """Lengths (O,) of the rows of W + scale * B A, constants in the backward pass."""

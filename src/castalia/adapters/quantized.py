@@ -33,11 +33,11 @@ class QuantizedLinear(nn.Linear):
     """y = x W^T + b with a frozen W in integers.
 
     `weight` holds the integers: (O, I) int8, or for int4 (O, I / 2) uint8, of which byte j has
-    input 2 j in its low half and input 2 j + 1 in its high half. `scale` is (O,) float32 for int8
-    and (O, I / 32) bfloat16 for int4.
+    input 2 j in its low half and input 2 j + 1 in its high half. `weight_scale` is (O,)
+    float32 for int8 and (O, I / 32) bfloat16 for int4.
     """
 
-    scale: nn.Parameter
+    weight_scale: nn.Parameter
     kind: Quantized
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,12 +47,12 @@ class QuantizedLinear(nn.Linear):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         apply: Callable[..., Tensor] = QuantizedProduct.apply
-        y = apply(x.to(dtype), self.weight, self.scale)
+        y = apply(x.to(dtype), self.weight, self.weight_scale)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def dense_weight(self) -> Tensor:
         """The matrix (O, I) that the integers stand for, float32."""
-        return dense_rows(self.weight, self.scale, torch.float32)
+        return dense_rows(self.weight, self.weight_scale, torch.float32)
 
     def extra_repr(self) -> str:
         """With the storage."""
@@ -148,40 +148,43 @@ def quantize_linear(linear: nn.Linear, name: str, kind: Quantized) -> None:
     layer = cast(QuantizedLinear, linear)
     layer.kind = kind
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    layer.scale = nn.Parameter(scale, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
 
 
-def quantized_start(model: nn.Module, start: Start) -> Start:
+def quantized_start(config: ModelConfig, kind: Quantized, start: Start) -> Start:
     """Start values of a model with quantized layers, each quantized as it is read: one layer at a
     time is whole in floating point."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
-    }
+    shapes = quantized_weights(config)
     # Integers and scales of one layer, which are made together and asked for one after the other.
     made: dict[str, Tensor] = {}
 
     def value(name: str, shape: Sequence[int]) -> Any:
-        place, _, kind = name.rpartition(".")
-        if place not in layers or kind not in ("weight", "scale"):
+        place, _, part = name.rpartition(".")
+        weight = f"{place}.weight"
+        if weight not in shapes or part not in ("weight", "weight_scale", "magnitude"):
             return start(name, shape)
-        if name not in made:
-            made.clear()
-            layer = layers[place]
-            whole = start(f"{place}.weight", (layer.out_features, layer.in_features))
-            dense = whole[slice(0, layer.out_features), slice(0, layer.in_features)]
-            weight, scale = quantize_rows(dense, layer.kind)
-            made.update({f"{place}.weight": weight, f"{place}.scale": scale})
+        if name in made:
+            return made.pop(name)
+        rows, inputs = shapes[weight]
+        dense = start(weight, (rows, inputs))[slice(0, rows), slice(0, inputs)]
+        integers, scale = quantize_rows(dense, kind)
+        if part == "magnitude":
+            # Of the matrix that the integers stand for, so that the model begins as its base.
+            return dense_rows(integers, scale, torch.float32).square().sum(1).sqrt()
+        made.clear()
+        made.update({weight: integers, f"{place}.weight_scale": scale})
         return made.pop(name)
 
     return value
 
 
-def quantized_weights(config: ModelConfig) -> set[str]:
-    """Names of the weights that `quantize_base` quantizes."""
+def quantized_weights(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Names and shapes of the weights that `quantize_base` quantizes."""
     with torch.device("meta"):
-        return {f"{name}.weight" for name, _ in linears_of(Decoder(config))}
+        return {
+            f"{name}.weight": (linear.out_features, linear.in_features)
+            for name, linear in linears_of(Decoder(config))
+        }
 
 
 class Rounded:

@@ -256,7 +256,7 @@ def text_to_measure(source: SavedModel, spec: ExportSpec) -> HeldOutText | None:
 
 def write_files(folder: Path, source: SavedModel, spec: ExportSpec) -> list[str]:
     """Model and tokenizer files of one export; returns the notes for its card."""
-    notes = spec.kind.notes(source)
+    notes = [*source.notes, *spec.kind.notes(source)]
     if issubclass(spec.kind, ShardedFormat):
         size = spec.max_shard_size or MAX_SHARD_SIZE
         spec.kind.write_shards(folder, source, spec.numbers, size)

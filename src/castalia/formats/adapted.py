@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from castalia.adapters import AdapterConfig, LoraConfig
+from castalia.adapters.config import Stored
+from castalia.adapters.quantized import Rounded, quantized_weights
 from castalia.checkpoint.shards import raw_bytes
 from castalia.checkpoint.tensors import StoredTensor, StoredTensors
 from castalia.core.errors import CheckpointError
@@ -44,6 +46,8 @@ class AdapterPart:
     """As `adapter.kind` has it."""
     named: str | None = None
     """The base as the adapter names it."""
+    stored: Stored = "fp32"
+    """How the base was kept while the adapter trained, as `adapter.base` has it."""
 
     @property
     def base_name(self) -> str:
@@ -69,14 +73,37 @@ def weights_hash(saved: "SavedModel") -> str:
 def merged_model(part: AdapterPart, own: "SavedModel") -> "SavedModel":
     """The weights of base and adapter together; config, tokenizer and step are those of `own`."""
     base = part.base
-    tensors = {**base.tensors.tensors, **part.replaced}
+    tensors = {**trained_over(base, part.stored), **part.replaced}
     for name, addition in part.additions.items():
         weight = f"{name}.weight"
         tensors[weight] = LowRank(tensors[weight], addition)
     # The rows of the embedding are the base's, however the run padded its vocabulary.
     config = with_rows(own.config, base.tensors.stored(VOCABULARY[0]).shape[0])
     locks = [base.tensors.lock, own.tensors.lock]
-    return replace(own, config=config, tensors=StoredTensors(tensors, locks), adapter=part)
+    notes = (*own.notes, *notes_of(base, part.stored))
+    return replace(
+        own, config=config, tensors=StoredTensors(tensors, locks), adapter=part, notes=notes
+    )
+
+
+def trained_over(base: "SavedModel", stored: Stored) -> dict[str, StoredTensor]:
+    """The weights that an adapter was trained over: those of a base in int8 or int4 as its integers
+    stand for them."""
+    tensors = dict(base.tensors.tensors)
+    if stored == "int8" or stored == "int4":
+        for name in quantized_weights(base.config):
+            tensors[name] = Rounded(tensors[name], stored)
+    return tensors
+
+
+def notes_of(base: "SavedModel", stored: Stored) -> tuple[str, ...]:
+    """What a user of the merged weights should know of the base."""
+    if stored not in ("int8", "int4"):
+        return ()
+    return (
+        f"the adapter was trained over a base in {stored}: the weights are what the {stored}"
+        f" stands for, in floating point, and not those of {base.folder}",
+    )
 
 
 def with_rows(config: ModelConfig, rows: int) -> ModelConfig:
@@ -109,7 +136,9 @@ def run_over_base(
             replaced[name] = own.tensors.stored(name)
     require_layers(own.folder, additions, base)
     named = (record or {}).get("path")
-    part = AdapterPart(base, additions, replaced, lora.dropout, lora.rslora, config.kind, named)
+    part = AdapterPart(
+        base, additions, replaced, lora.dropout, lora.rslora, config.kind, named, config.base
+    )
     return merged_model(part, own)
 
 

@@ -49,6 +49,8 @@ class SavedModel:
     """The files of weights of a foreign model; empty for a checkpoint and a Hugging Face folder."""
     adapter: AdapterPart | None = None
     """What was merged into the weights of a base; None for a model of its own."""
+    notes: tuple[str, ...] = ()
+    """What a user of the weights should know of them."""
 
     @property
     def is_checkpoint(self) -> bool:

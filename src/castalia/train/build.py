@@ -125,7 +125,7 @@ def build_model(
     # the start weights are the same bits on every layout.
     draw = start_weights(config.model, config.seed)
     base = draw if start is None else start.over(draw)
-    initialize(model, start_over(base, config.adapter, config.seed))
+    initialize(model, start_over(base, config.adapter, config.model, config.seed))
     if adapter_of(config.adapter).in_place:
         remember(model, {name for name, p in model.named_parameters() if p.requires_grad})
     return model
