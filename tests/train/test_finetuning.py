@@ -118,6 +118,23 @@ def test_a_run_learns_its_answers_and_resumes(words, capsys, monkeypatch):
         assert "40 records" not in capsys.readouterr().out
 
 
+def test_long_texts_are_counted(words, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    records = [{"prompt": "a", "completion": "b" * size} for size in (5, 30, 31, 200)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words += [f"data.chat={path}", "data.seq_length=32", "train.batch_size=1", "train.epochs=1"]
+    steps = {}
+    for chopped in (True, False):
+        output = f"{tmp_path}/{chopped}"
+        run = train(*words, **SMALL, output=output, **{"data.allow_chopped": chopped})
+        steps[chopped] = run.progress.step
+        fate = "are cut; a longer" if chopped else "are left out;"
+        # 1 + 31 + 1 tokens fill a row of 33.
+        said = "1 of 4 texts of long_messages_document are longer than a row of data.seq_length 32"
+        assert f"{said} tokens and {fate}" in capsys.readouterr().out
+    assert steps[True] > steps[False]
+
+
 def test_weights_of_messages_and_of_prompts(start, tmp_path):
     """The loss of a batch is the weighted mean of its tokens' losses."""
     path = tmp_path / "weighed.jsonl"

@@ -41,7 +41,8 @@ def print_start(
         f"differs from the recipe: {key} {before!r} -> {now!r}"
         for key, (before, now) in changes.items()
     ]
-    lines += [f"note: {note}" for note in [*idle_options(config, rows), *notes]]
+    notes = [*idle_options(config, rows), *long_texts(config, rows), *notes]
+    lines += [f"note: {note}" for note in notes]
     for line in lines:
         console.print(line, markup=False, soft_wrap=not console.is_terminal)
 
@@ -55,6 +56,28 @@ def idle_options(config: RunConfig, rows: RunRows) -> list[str]:
     for name in config.data.texts:
         files = f"files in data.valid_{name}"
     return [f"train.eval_every={every} has nothing to validate on: name {files}, or data.split"]
+
+
+def long_texts(config: RunConfig, rows: RunRows) -> list[str]:
+    """How many records of fine-tuning are longer than a row, and what becomes of them."""
+    data = config.data
+    notes: list[str] = []
+    if not data.texts or data.packing == "packed":
+        return notes
+    fate = "are left out; data.allow_chopped=true cuts them"
+    if data.allow_chopped:
+        fate = "are cut; a longer data.seq_length keeps them whole, data.allow_chopped=false leaves"
+        fate += " them out"
+    # The targets of a row are its tokens but the first.
+    for name, source in zip(rows.sources, rows.train.row_sources, strict=True):
+        sizes = source.dataset.sizes
+        count = int((sizes > data.seq_length + 1).sum())
+        if count:
+            notes.append(
+                f"{count:,} of {len(sizes):,} texts of {name} are longer than a row of"
+                f" data.seq_length {data.seq_length} tokens and {fate}"
+            )
+    return notes
 
 
 def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, str]:
