@@ -20,6 +20,8 @@ COMMON: dict[str, Any] = {
 }
 FINE_TUNING: dict[str, dict[str, Any]] = {
     "sft": {},
+    # A few numbers from zero on need a higher rate than weights that are to stay where they are.
+    "lora": {"adapter": {"kind": "lora"}, "optim": {"lr": 2e-4}},
     "grpo": {
         # Each prompt in a row of its own, with room for its answers.
         "data": {"packing": "unpacked", "document_mask": None},
