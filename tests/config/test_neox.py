@@ -17,6 +17,7 @@ from castalia.config.neox_keys import (
     REFUSED,
     WHY,
 )
+from castalia.train.config import RunConfig
 
 HERE = Path(__file__).parent
 SMALL = {
@@ -491,7 +492,7 @@ def test_each_ignored_option_is_listed_once(name):
 
 def test_options_with_one_remedy_are_one_problem():
     found = problems_of(
-        pos_train_data_paths=["a"], neg_train_data_paths=["b"], pos_valid_data_paths=["c"]
+        validation_based_reward=True, batch_normalized_reward=True, scale_by_reward_loss_diff=True
     )
     assert len(found) == 1
     assert "like 2 more options of its kind" in found[0]
@@ -712,6 +713,53 @@ def test_train_impl_reinforce_asks_for_prompts():
     (reason,) = [why for why, names in reading.ignored.items() if "serve_model_weights" in names]
     assert "writes its answers itself" in reason
     assert read(train_impl="reinforce").values["loss"]["baseline"] == "running_mean"
+
+
+PAIRWISE = {
+    "train_impl": "dpo",
+    "dataset_impl": "pairwise",
+    "pack_impl": "unpacked",
+    "allow_chopped": False,
+    "dpo_fp32": True,
+    "dpo_beta": 0.01,
+} | {
+    f"{side}_{part}{kind}_data_paths": [f"{side}/{part}{kind}"]
+    for side in ("pos", "neg")
+    for part in ("train", "valid", "test")
+    for kind in ("", "_label")
+}
+"""As GPT-NeoX's post-training/configs/llama3-8b-dpo.yml."""
+
+
+def test_train_impl_dpo_reads_pairs():
+    values = values_of(**PAIRWISE)
+    assert [values["loss.kind"], values["loss.beta"]] == ["dpo", 0.01]
+    assert values["loss.reference"] == "cached" and values["data.packing"] == "unpacked"
+    assert values["train.eval_every"] == 1000
+    data = {key.removeprefix("data."): value for key, value in values.items()}
+    assert data["chosen"] == ["pos/train"] and data["rejected"] == ["neg/train"]
+    assert data["chosen_labels"] == ["pos/train_label"]
+    assert data["valid_rejected_labels"] == ["neg/valid_label"]
+    assert not {"train", "labels", "chosen_reference"} & set(data)
+    assert RunConfig.model_validate(read(**PAIRWISE).values).data.paired
+    # A second file of log-probabilities for each token file, as generate.py names them.
+    values = values_of(**PAIRWISE | {"precompute_model_name": "sft"})
+    assert values["data.chosen_reference"] == ["pos/train_sft"]
+    assert values["data.valid_rejected_reference"] == ["neg/valid_sft"]
+    assert values_of(**PAIRWISE | {"dpo_reference_free": True})["loss.reference"] == "free"
+    packed = PAIRWISE | {"pack_impl": "pack_until_overflow", "data_path": "unread"}
+    assert values_of(**packed)["loss.reference"] == "live"
+    assert "data.train" not in values_of(**packed)
+
+
+def test_train_impl_dpo_without_its_data():
+    (problem,) = problems_of(**PAIRWISE | {"dataset_impl": "gpt2"})
+    assert "write `dataset_impl: pairwise`" in problem
+    (problem,) = problems_of(train_impl="dpo", dataset_impl="pairwise", pack_impl="unpacked")
+    assert "without pos_train_data_paths" in problem
+    reading = read(pos_train_data_paths=["a"], dpo_beta=0.2)
+    assert reading.ignored["belongs to train_impl dpo or rm"] == ["pos_train_data_paths"]
+    assert reading.ignored["belongs to train_impl dpo"] == ["dpo_beta"]
 
 
 def test_an_unknown_train_impl_gets_the_menu():

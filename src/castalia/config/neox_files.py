@@ -10,6 +10,8 @@ from castalia.config.neox_tokenizer import vocabulary
 
 MIXERS = {"smoothed_mean": "odm-repo", "exp3": "exp3", "naive_validation": "naive-validation"}
 """data_sampling_method -> mixing.kind. Its `ema` fails at the first step of its own trainer."""
+VALIDATION_FILES = ("valid_data_paths", "data_path", "pos_valid_data_paths")
+"""Options that name data to validate on."""
 LOADING = ("finetune", "iteration", "no_load_optim")
 """How `load` is loaded."""
 
@@ -117,15 +119,8 @@ def validation(o: NeoxOptions, out: NeoxReading) -> None:
     if 0 in (o["eval_iters"], o["eval_interval"]):
         o.put(out, "train.eval_every", None, "eval_iters", "eval_interval")
         return
-    if o.has("valid_data_paths") or o.has("data_path"):
-        o.put(
-            out,
-            "train.eval_every",
-            o["eval_interval"],
-            "eval_interval",
-            "valid_data_paths",
-            "data_path",
-        )
+    if any(o.has(name) for name in VALIDATION_FILES):
+        o.put(out, "train.eval_every", o["eval_interval"], "eval_interval", *VALIDATION_FILES)
     o.put(out, "train.eval_batches", o["eval_iters"], "eval_iters")
 
 
@@ -350,7 +345,7 @@ FILE_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
         ),
         mixing,
     ),
-    (("eval_interval", "eval_iters", "valid_data_paths", "data_path"), validation),
+    (("eval_interval", "eval_iters", *VALIDATION_FILES), validation),
     (("eval_tasks", "eval_num_fewshot", "eval_results_prefix", "eval_interval"), tasks),
     (("checkpoint_factor", "save_interval", "checkpoint_scale", "extra_save_iters"), saving),
     (("save", "load", *LOADING), folders),

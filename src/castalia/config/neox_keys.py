@@ -100,6 +100,17 @@ HONOURED: dict[str, Honoured] = {
     "allow_chopped": Honoured("data.allow_chopped", "bool", True, plain=True),
     "train_impl": Honoured("loss.kind", "str", "normal"),
     "dataset_impl": Honoured("loss.kind", "str", "gpt2"),
+    "dpo_beta": Honoured("loss.beta", "number", 0.1),
+    "dpo_reference_free": Honoured("loss.reference", "bool", False),
+    "precompute_model_name": Honoured("data.chosen_reference", "str"),
+    "pos_train_data_paths": Honoured("data.chosen", "list"),
+    "neg_train_data_paths": Honoured("data.rejected", "list"),
+    "pos_train_label_data_paths": Honoured("data.chosen_labels", "list"),
+    "neg_train_label_data_paths": Honoured("data.rejected_labels", "list"),
+    "pos_valid_data_paths": Honoured("data.valid_chosen", "list"),
+    "neg_valid_data_paths": Honoured("data.valid_rejected", "list"),
+    "pos_valid_label_data_paths": Honoured("data.valid_chosen_labels", "list"),
+    "neg_valid_label_data_paths": Honoured("data.valid_rejected_labels", "list"),
     "kl_impl": Honoured("loss.kl_impl", "str", "mse"),
     "kl_div_beta": Honoured("loss.kl_div_beta", "number", 0.1),
     "reinforce_leave_one_out": Honoured("loss.baseline", "bool", False),
@@ -167,10 +178,7 @@ ALIASES = {"gas": "gradient_accumulation_steps", "autotuning_config": "autotunin
 
 OFF: tuple[Any, ...] = (None, False)
 SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
-NO_PAIRS = (
-    "delete it: training is on the next token only; use train_data_paths, or read pairs and rewards"
-    " with castalia.data.PairwiseDataset and read_rewards"
-)
+NO_REWARDS = "delete it; rewards of documents are not read from GPT-NeoX's files"
 OTHER_REWARDS = (
     "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
 )
@@ -203,16 +211,8 @@ REFUSED: dict[str, Refused] = {
         ("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"
     ),
 } | dict.fromkeys(
-    [
-        *(f"{part}_reward_data_paths" for part in ("train", "valid", "test")),
-        *(
-            f"{side}_{part}{kind}_data_paths"
-            for side in ("pos", "neg")
-            for part in ("train", "valid", "test")
-            for kind in ("", "_label")
-        ),
-    ],
-    Refused((None, []), NO_PAIRS),
+    [f"{part}_reward_data_paths" for part in ("train", "valid", "test")],
+    Refused((None, []), NO_REWARDS),
 )
 
 IGNORED: dict[str, str] = {
@@ -226,7 +226,7 @@ IGNORED: dict[str, str] = {
     "arithmetic that is the same or better here": """
         apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_allreduce prescale_gradients
         gradient_predivide_factor sparse_gradients communication_data_type
-        use_cpu_initialization fp16_lm_cross_entropy fp32_reinforce""",
+        use_cpu_initialization fp16_lm_cross_entropy fp32_reinforce dpo_fp32""",
     "the run writes its answers itself; neither weights nor data are served": """
         serve_model_weights weight_server_port online_dataserver_ips online_dataserver_ports""",
     "placement in memory and on devices": """
@@ -265,7 +265,7 @@ IGNORED: dict[str, str] = {
     "belongs to an option that is not in use": """
         gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
         dim_att head_size ffn_dim
-        dpo_fp32 dpo_reference_free dpo_beta kto_fp32 kto_desirable_weight
+        kto_fp32 kto_desirable_weight
         kto_undesirable_weight z_loss kto_beta
         coord_check save_base_shapes base_shapes_file mup_init_scale
         mup_embedding_mult mup_rp_embedding_mult mup_width_scale moe_expert_interval moe_top_k
@@ -276,9 +276,11 @@ IGNORED: dict[str, str] = {
     "sources always have names here": "use_named_train_datasets use_named_eval_datasets",
     "train.eval_batches bounds the validation": "max_validation_samples_per_dataset",
     "no test part during training": """
-        test_data_paths test_data_weights test_label_data_paths max_test_samples_per_dataset""",
+        test_data_paths test_data_weights test_label_data_paths max_test_samples_per_dataset
+        pos_test_data_paths neg_test_data_paths pos_test_label_data_paths
+        neg_test_label_data_paths""",
     "generation, which is a command of its own": """
-        text_gen_type precompute_model_name temperature top_p top_k return_logits maximum_tokens
+        text_gen_type temperature top_p top_k return_logits maximum_tokens
         prompt_end sample_input_file sample_output_file num_samples recompute""",
 }
 """Why an option has no effect on the results here -> the options."""

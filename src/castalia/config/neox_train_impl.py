@@ -3,6 +3,7 @@
 Source  GPT-NeoX, megatron/training.py:596-860 and megatron/data/online_dataset.py.
 """
 
+from castalia.config.neox_pairs import PAIR_FILES, dpo
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, OptionRule, note, wrong
 from castalia.core.errors import nearest
 
@@ -23,6 +24,9 @@ def train_impl(o: NeoxOptions, out: NeoxReading) -> None:
         )
         return
     TRAIN_IMPLS[kind](o, out)
+    for name, kinds in OWN_OPTIONS.items():
+        if o.has(name) and kind not in kinds:
+            out.ignored.setdefault(f"belongs to train_impl {' or '.join(kinds)}", []).append(name)
 
 
 def normal(o: NeoxOptions, out: NeoxReading) -> None:
@@ -82,12 +86,18 @@ def reinforce(o: NeoxOptions, out: NeoxReading) -> None:
 
 TRAIN_IMPLS: dict[str, OptionRule] = {
     "normal": normal,
-    "dpo": missing,
+    "dpo": dpo,
     "kto": missing,
     "rm": missing,
     "reinforce": reinforce,
 }
 """Every kind by its name in GPT-NeoX."""
+OWN_OPTIONS = (
+    dict.fromkeys(PAIR_FILES, ("dpo", "rm"))
+    | dict.fromkeys(("dpo_beta", "dpo_reference_free"), ("dpo",))
+    | {"precompute_model_name": ("dpo", "kto")}
+)
+"""Option -> the kinds that read it."""
 TRAIN_IMPL_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
-    (("train_impl", "dataset_impl"), train_impl),
+    (("train_impl", "dataset_impl", *OWN_OPTIONS), train_impl),
 ]
