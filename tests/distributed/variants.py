@@ -18,6 +18,7 @@ PROMPTS = (
     "loss.rewards=[variants:share_of_vowels]",
     "train.batch_size=4",
 )
+FULL = ("loss.kind=reinforce", "loss.kl_impl=full", "loss.kl_div_beta=0.3")
 PLAIN = {
     "": (),
     "accumulated": ("train.micro_batch_size=3",),
@@ -73,9 +74,21 @@ PLAIN = {
         "curriculum.shortest=4",
         "curriculum.length_step=4",
     ),
-    "answers": PROMPTS,
-    "answers, two updates": (*PROMPTS, "loss.updates=2", "loss.answers_at_once=1"),
-    "answers, 1f1b": (*PROMPTS, "train.micro_batch_size=1"),
+    "answers": (*PROMPTS, *FULL),
+    "answers, two updates": (
+        *PROMPTS,
+        "loss.updates=2",
+        "loss.beta=0.3",
+        "loss.answers_at_once=1",
+    ),
+    "answers, 1f1b": (*PROMPTS, *FULL, "train.micro_batch_size=1"),
+    "answers, interleaved": (
+        *PROMPTS,
+        "loss.beta=0.3",
+        "train.micro_batch_size=1",
+        "model.num_layers=4",
+        "parallel.schedule=interleaved_1f1b",
+    ),
     "four layers": ("train.micro_batch_size=2", "model.num_layers=4"),
 }
 """Variations besides the layout; all have 257 ids, padded to 384, and gradients clipped at 0.5."""

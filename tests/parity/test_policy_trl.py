@@ -1,5 +1,7 @@
 """GRPO and REINFORCE against TRL, and REINFORCE against GPT-NeoX's formulas, on one batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tests.parity.test_neox_transformers import pair, small_config, their_name
@@ -244,3 +246,33 @@ def test_advantages_of_groups() -> None:
     history = [0.0] * 100
     over_running_mean(rewards, history)
     assert len(history) == 100 and history[-2:] == [3.0, 5.0]
+
+
+def test_the_divergence_over_the_vocabulary(models, drawn) -> None:
+    """kl_impl full: GPT-NeoX's sum over all tokens, against whole logits of both models."""
+    ours, theirs = models
+    other = pair(small_config(num_layers=2, hidden_size=32))[0]
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    ids = torch.cat([drawn["prompt_ids"], drawn["completion_ids"]], 1)[:, :-1]
+    advantages = leave_one_out(drawn["rewards"])
+    batch = our_batch(drawn, advantages)
+    with torch.no_grad():
+        hidden = other(ids)
+        log_q = other.head(hidden).log_softmax(-1)[:, PROMPT - 1 :]
+    log_p = theirs(input_ids=ids).logits[:, PROMPT - 1 :].log_softmax(-1)
+    mask = drawn["completion_mask"]
+    kl = nn.functional.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
+    logps = log_p.gather(2, drawn["completion_ids"][..., None])[..., 0]
+    rows = ((-logps * advantages.reshape(-1, 1) + 0.2 * kl) * mask).sum(1)
+    batch = replace(batch, reference=torch.zeros(batch.labels.shape), reference_hidden=hidden)
+    for average, expected in (
+        ("neox", (rows / mask.sum()).mean()),
+        ("tokens", rows.sum() / mask.sum()),
+    ):
+        loss = Reinforce(Reinforce.Config(kl_impl="full", kl_div_beta=0.2, average=average))
+        loss.reference_head = other
+        found = require_equal_once(ours, theirs, loss, batch, expected)
+        mean = float((kl * mask).sum().detach() / mask.sum())
+        assert mean > 0.005 and found["kl"] == pytest.approx(mean, abs=1e-5)

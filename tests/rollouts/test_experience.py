@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tests.rollouts import rewarding
 
+import castalia
+from castalia.checkpoint import Store
 from castalia.core.errors import ConfigError, DataError, TrainingError
-from castalia.distributed import World
+from castalia.data import load_tokenizer
+from castalia.distributed import World, initialize
+from castalia.models import Decoder, NeoxConfig
+from castalia.models.init import start_weights
 from castalia.monitor import read_metrics
 from castalia.recipes import load_config
 from castalia.train.hooks import Hook, Metrics, Save, Validate
@@ -161,8 +167,11 @@ def test_the_same_texts_however_they_are_cut(make):
 
 @pytest.mark.parametrize(
     "overrides",
-    [("loss.updates=2",), ("loss.kind=reinforce", "loss.kl_div_beta=0")],
-    ids=["two updates", "running mean"],
+    [
+        ("loss.updates=2", "loss.beta=0.3", "loss.temperature=2"),
+        ("loss.kind=reinforce", "loss.kl_div_beta=0"),
+    ],
+    ids=["two updates and a reference", "running mean"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(make, overrides):
     """Killed between the two updates of one set of answers, and with a baseline of earlier ones."""
@@ -187,6 +196,56 @@ def test_a_killed_run_goes_on_bit_for_bit(make, overrides):
         # Both updates of a set see the same answers.
         assert ours[0] == ours[1] != ours[2] == ours[3]
         assert any(step["clipped"] > 0 for step in steps_of(whole))
+        divergences = [step["kl"] for step in steps_of(whole)]
+        assert divergences[0] == pytest.approx(0.0, abs=1e-9) and min(divergences[1:]) > 1e-4
+
+
+def test_a_reward_model_judges_prompt_and_answer(make, tmp_path, run_folder):
+    config = NeoxConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, vocab_size=257, head="score"
+    )
+    model = Decoder(config)
+    initialize(model, start_weights(config, 1))
+    torch.nn.init.normal_(model.score.weight)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    files = {
+        "config.yaml": yaml.safe_dump({"model": config.model_dump(mode="json")}),
+        "tokenizer.json": load_tokenizer("bytes").text,
+    }
+    store = Store(tmp_path / "judge" / "checkpoints")
+    store.save(1, tensors, {"step": 1}, files, asynchronous=False)
+    named = f"loss.reward_model={tmp_path / 'judge'}"
+    trainer = make("train.steps=1", "loss.reward_weights=[0,2]", named)
+    (answers,) = trainer.prepared(next(trainer.training_batches()))
+    rows = zip(answers.tokens, answers.filled, strict=True)
+    exact = castalia.load(tmp_path / "judge").scores([row[:n].tolist() for row, n in rows])
+    assert answers.reward.tolist() == pytest.approx([2 * score for score in exact], rel=1e-5)
+    assert answers.reward.std() > 0.1
+    with pytest.raises(ConfigError, match=r"has model\.head=vocab: .* not the score of a text"):
+        make(f"loss.reward_model={run_folder}")
+
+
+def test_an_adapter_learns_from_rewards(make, run_folder):
+    """Its reference is the base, the same model without the adapter."""
+    trainer = make(
+        f"model.start={run_folder}",
+        "model={num_layers: 2, hidden_size: 64, num_attention_heads: 4, vocab_size: 257,"
+        " rotary_pct: 0.5, max_position_embeddings: 256}",
+        "adapter.kind=lora",
+        "loss.beta=0.1",
+        "train.steps=3",
+        hooks=[Metrics()],
+    )
+    base = {
+        name: weight.clone()
+        for name, weight in trainer.model.state_dict().items()
+        if "lora" not in name
+    }
+    trainer.fit()
+    steps = steps_of(trainer)
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-9) and steps[-1]["kl"] > 0
+    state = trainer.model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in base.items())
 
 
 WRONG = {

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from castalia.data.labels import IGNORED
 
-BY_TOKEN = ("tokens", "labels", "positions", "segments", "weights", "reference", "sampled")
+BY_TOKEN = (
+    "tokens",
+    "labels",
+    "positions",
+    "segments",
+    "weights",
+    "reference",
+    "sampled",
+    "reference_hidden",
+)
 """Fields with a value for each token; the others have one for each row."""
 
 
@@ -28,7 +37,8 @@ class Batch:
             where rows are full;
             sampled (B, T) float32, log-probabilities under the weights that drew the tokens, in
             nats, None for the weights at hand;
-            advantage (B,) float32, how much better the row is than others to the same prompt.
+            advantage (B,) float32, how much better the row is than others to the same prompt;
+            reference_hidden (B, T, C), hidden states of a reference model.
 
     The rows of a pair stand next to each other, the preferred one first, in one micro-batch. Both
     have the same `index`.
@@ -48,6 +58,7 @@ class Batch:
     filled: Tensor | None = None
     sampled: Tensor | None = None
     advantage: Tensor | None = None
+    reference_hidden: Tensor | None = None
 
     def __repr__(self) -> str:
         rows, length = self.tokens.shape

@@ -109,6 +109,14 @@ class World:
         return self.coordinate("dp_replicate") * self.degrees.dp_shard + self.coordinate("dp_shard")
 
     @property
+    def share_of_rows(self) -> tuple[int, int]:
+        """Which part this rank takes of work on the rows that it has in common with others, and
+        how many parts there are."""
+        degrees = self.degrees
+        part = self.coordinate("pp") * degrees.cp + self.coordinate("cp")
+        return part * degrees.tp + self.coordinate("tp"), degrees.pp * degrees.cp * degrees.tp
+
+    @property
     def sequence(self) -> SequencePart | None:
         """The tokens of each row that this rank holds; None where it holds whole rows."""
         if self.cp_group is None:

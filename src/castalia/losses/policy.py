@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from castalia.data.batch import Batch
     from castalia.losses.scored import Scored
+    from castalia.models import Decoder
 
 
 class PolicyConfig(LossConfig):
@@ -62,6 +63,14 @@ class Policy(Loss):
     reference = True
     names: ClassVar[tuple[str, ...]] = ("reward", "entropy", "kl", "clipped")
     config: PolicyConfig
+    reference_head: "Decoder | None" = None
+    """The model, or the last stage, with the reference's output matrix, where hidden states are
+    read."""
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it compares with the reference's whole distribution, and so its hidden states."""
+        return False
 
     @property
     def beta(self) -> float:
@@ -86,6 +95,11 @@ class Policy(Loss):
         """The divergence from the reference that is reported, (B, T)."""
         raise NotImplementedError
 
+    def over_vocabulary(self, scored: "Scored", batch: "Batch") -> "tuple[Tensor, Tensor] | None":
+        """A part of the loss that is no function of the labels' log-probabilities: its value with a
+        gradient, and the divergence (B, T) that is reported in place of `divergence`."""
+        return None
+
     def __call__(self, scored: "Scored", batch: "Batch") -> LossOut:
         """Value of the loss, with the gradient that it has by the log-probabilities."""
         import torch  # here, because the config imports this module
@@ -97,9 +111,13 @@ class Policy(Loss):
             scored, batch.labels, lambda logp_BT: self.value(logp_BT, batch)
         )
         count = targets_BT.sum()
-        kl = Mean(torch.zeros_like(total), 0)
+        kl = Mean(torch.zeros_like(total.detach()), 0)
         if batch.reference is not None:
             kl = Mean((self.divergence(logp_BT, batch) * targets_BT).sum().double(), count)
+        whole = self.over_vocabulary(scored, batch)
+        if whole is not None:
+            total = total + whole[0]
+            kl = Mean(whole[1].sum().double(), count)
         rows = answers(batch)
         reward = torch.zeros_like(total) if batch.reward is None else batch.reward[rows].sum()
         metrics = {

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from castalia.data.batch import Batch
+    from castalia.losses.scored import Scored
 
 
 @LOSSES.register("reinforce")
@@ -29,8 +30,9 @@ class Reinforce(Policy):
         baseline: Literal["running_mean", "leave_one_out", "none"] = "running_mean"
         """Subtracted from the reward of an answer: the mean reward of the last 100 groups of
         answers, or of the other answers to the same prompt."""
-        kl_impl: Literal["abs", "mse", "kl"] = "mse"
-        """Divergence of a token, from d = log p - log p_ref: |d|, d^2 / 2 or d."""
+        kl_impl: Literal["abs", "mse", "kl", "full"] = "mse"
+        """Divergence of a token, from d = log p - log p_ref: the absolute value of d, d^2 / 2 or d;
+        full is KL(p_ref, p) over the whole vocabulary."""
         kl_div_beta: NonNegativeFloat = 0.1
         """Weight of the divergence from the reference, the start weights; 0 needs no reference."""
         average: Literal["tokens", "answers", "neox"] = "tokens"
@@ -56,6 +58,11 @@ class Reinforce(Policy):
             return self
 
     config: Config
+
+    @property
+    def reads_hidden(self) -> bool:
+        """See `Policy`."""
+        return self.config.kl_impl == "full"
 
     @property
     def beta(self) -> float:
@@ -85,13 +92,26 @@ class Reinforce(Policy):
         """See `Policy`."""
         assert batch.advantage is not None, "answers without advantages"
         losses_BT = -logp_BT * batch.advantage[:, None]
-        if self.config.kl_div_beta:
+        if self.config.kl_div_beta and not self.reads_hidden:
             losses_BT = losses_BT + self.config.kl_div_beta * self.divergence(logp_BT, batch)
         targets_BT = batch.labels >= 0
-        total = (losses_BT * targets_BT).sum()
-        if self.config.average == "neox":
-            total = total / (targets_BT.sum() * answers(batch).sum()).clamp(min=1)
+        total = (losses_BT * targets_BT).sum() / self.divisor(batch)
         return total, targets_BT.new_zeros(targets_BT.shape)
+
+    def divisor(self, batch: "Batch") -> float:
+        """What GPT-NeoX divides a micro-batch by; 1 where the loop divides."""
+        if self.config.average != "neox":
+            return 1.0
+        return float(max(1, batch.targets * int(answers(batch).sum())))
+
+    def over_vocabulary(self, scored: "Scored", batch: "Batch") -> "tuple[Tensor, Tensor] | None":
+        """The divergence `full`."""
+        if not self.config.kl_div_beta or batch.reference_hidden is None:
+            return None
+        assert self.reference_head is not None, "hidden states without a head"
+        reference = type(scored)(batch.reference_hidden, self.reference_head)
+        weight = self.config.kl_div_beta / self.divisor(batch)
+        return scored.divergence(reference, batch.labels >= 0, weight)
 
     def divergence(self, logp_BT: "Tensor", batch: "Batch") -> "Tensor":
         """See `Policy`."""

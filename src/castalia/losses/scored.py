@@ -7,6 +7,7 @@ from castalia.data.batch import Batch
 from castalia.data.labels import IGNORED
 from castalia.models import Decoder
 from castalia.models.cross_entropy import fused_cross_entropy
+from castalia.models.divergence import Head, divergence
 
 
 class Scored:
@@ -65,6 +66,23 @@ class Scored:
             part=self.head.vocab_part,
         )
         return total, losses_N.view(labels_BT.shape)
+
+    def divergence(
+        self, reference: "Scored", places_BT: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        """KL(reference || model) over the whole vocabulary, where places_BT (B, T) bool is true.
+
+        Shapes  -> (sum times `weight`, a float32 scalar with a gradient; divergences (B, T) without
+                one, 0 elsewhere).
+        Units   nats.
+        """
+        own = Head(self.hidden[places_BT], self.head.head_weight)
+        other = Head(reference.hidden[places_BT], reference.head.head_weight)
+        weights = torch.full((len(own.hidden),), weight, device=own.hidden.device)
+        total, rows = divergence(own, other, weights, self.head.vocab_part)
+        divergences_BT = torch.zeros(places_BT.shape, device=rows.device)
+        divergences_BT[places_BT] = rows
+        return total, divergences_BT
 
     def scores(self, batch: Batch) -> Tensor:
         """A reward model's score of each row, read at the last token of its text.

@@ -3,10 +3,14 @@
 import hashlib
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from castalia.data.special_ids import SpecialIds, read_special_ids
+from castalia.data.tokenizer import Tokenizer
+from castalia.data.tokenizer_settings import text_end
 from castalia.inference import LanguageModel
 from castalia.inference.batching import Admission, Batcher, raise_first
 from castalia.inference.decoding import Continuation
@@ -108,3 +112,17 @@ def answer_of(one: Admission) -> Answer:
         # The model learns to end its answers, too.
         ids.append(one.token)
     return Answer(ids, completion.text, has_ended)
+
+
+def ends_of_texts(tokenizer: Tokenizer, vocab_size: int) -> SpecialIds:
+    """The ids that end an answer: those that the files beside the tokenizer name."""
+    file = Path(tokenizer.where)
+    if not file.is_file():
+        return SpecialIds.of_tokenizer(tokenizer)
+    special = read_special_ids(file.parent, tokenizer, vocab_size)
+    end = text_end(file.parent)
+    if end is None or end.token not in tokenizer.ids:
+        return special
+    # The end of a turn of a chat, which its template writes; other files need not name it.
+    ends = dict.fromkeys([*special.end_ids, tokenizer.ids[end.token]])
+    return SpecialIds(tuple(ends), special.start_id)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from castalia.core.errors import TrainingError
+from castalia.core.errors import ConfigError, TrainingError
+from castalia.data.tokenizer import Tokenizer
+from castalia.inference import load
+from castalia.losses.policy import PolicyConfig
 from castalia.rollouts.answers import Answer
 from castalia.rollouts.functions import Function, reward_function
 from castalia.rollouts.prompts import PromptRecord
@@ -54,21 +57,48 @@ class Answered:
         return [{"role": "assistant", "content": self.answer.text}]
 
 
-def open_rewards(names: Sequence[str], weights: Sequence[float] | None) -> list[Reward]:
-    """The reward functions `module:function`, each with its weight.
+def open_rewards(options: PolicyConfig, tokenizer: Tokenizer, device: str) -> list[Reward]:
+    """The rewards of a policy, each with its weight: functions, and last the reward model.
 
-    Raises  ConfigError naming what cannot be imported, or if the numbers do not match.
+    Raises  ConfigError naming what cannot be imported, or a reward model without a score head;
+            CheckpointError if there is no such model.
     """
-    functions = [reward_function(name) for name in names]
-    if weights is None:
-        weights = [1.0] * len(names)
-    pairs = zip(names, functions, weights, strict=False)
-    return [Reward(name, function, weight) for name, function, weight in pairs]
+    functions = {name: reward_function(name) for name in options.rewards}
+    if options.reward_model is not None:
+        name = f"model {options.reward_model}"
+        functions[name] = model_reward(options.reward_model, tokenizer, device)
+    weights = options.reward_weights or [1.0] * len(functions)
+    pairs = zip(functions.items(), weights, strict=True)
+    return [Reward(name, function, weight) for (name, function), weight in pairs]
+
+
+def model_reward(path: str, tokenizer: Tokenizer, device: str) -> Function:
+    """The score of a reward model for prompt and answer together, as a reward function.
+
+    Takes   tokenizer: that of the answers; ids are passed on if it is the model's own.
+    Raises  ConfigError for a model without a score head; CheckpointError if there is none.
+    """
+    model = load(path, engine="torch", device=device)
+    if model.config.head != "score":
+        raise ConfigError(
+            f"loss.reward_model {path} has model.head={model.config.head}: it computes the next"
+            " token, not the score of a text; name a run of the recipe reward, or an exported"
+            " ...ForSequenceClassification"
+        )
+    has_same_ids = model.tokenizer is not None and model.tokenizer.sha256 == tokenizer.sha256
+
+    def score(prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[float]:
+        texts: list[Any] = [a + b for a, b in zip(prompt_ids, completion_ids, strict=True)]
+        if not has_same_ids:
+            texts = [tokenizer.decode(ids) for ids in texts]
+        return model.scores(texts)
+
+    return score
 
 
 def arguments_of(function: Function, answered: Sequence[Answered]) -> dict[str, list[Any]]:
-    """What a function is called with: prompts, completions, the ids of completions, and the columns
-    of the prompts.
+    """What a function is called with: prompts, completions, the ids of both, and the columns of the
+    prompts.
 
     A function without **kwargs gets those that it names, so that it need not name all.
     """
@@ -78,6 +108,7 @@ def arguments_of(function: Function, answered: Sequence[Answered]) -> dict[str, 
     # Last: a column of such a name must not take their place.
     arguments["prompts"] = [one.record.prompt for one in answered]
     arguments["completions"] = [one.completion for one in answered]
+    arguments["prompt_ids"] = [one.prompt_ids for one in answered]
     arguments["completion_ids"] = [one.answer.ids for one in answered]
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):

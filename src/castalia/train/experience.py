@@ -1,31 +1,27 @@
 """The stage between the rows and the passes where a loss learns from answers of the model itself:
 prompts come in, answers with rewards and advantages go out."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from castalia.core.files import atomic_write
 from castalia.data import Batch, RunRows, load_tokenizer
-from castalia.data.special_ids import SpecialIds, read_special_ids
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_settings import text_end
 from castalia.distributed import World
 from castalia.inference import LanguageModel
 from castalia.inference.sampling import Sampling
 from castalia.losses import Scored
 from castalia.losses.policy import Policy
 from castalia.models import Decoder
-from castalia.rollouts.answers import Answer, Drawing, Prompt, write_answers
+from castalia.rollouts.answers import Drawing, Prompt, ends_of_texts, write_answers
 from castalia.rollouts.prompts import PromptRecords, require_room
+from castalia.rollouts.records import RolloutFile, as_json, facts_of, from_json
 from castalia.rollouts.rewards import Answered, open_rewards, total_rewards
 from castalia.rollouts.rows import Judged, answer_rows, padding_rows, prompts_of
+from castalia.train.answer_references import AnswerReferences
 from castalia.train.aside import Peers, undisturbed, whole_model
 from castalia.train.config import RunConfig
 from castalia.train.precision import DTYPES, arithmetic
@@ -33,9 +29,6 @@ from castalia.train.precision import DTYPES, arithmetic
 if TYPE_CHECKING:
     from castalia.train.trainer import Trainer
 
-RECORD = Path("samples") / "rollouts.jsonl"
-RECORDED = 8
-"""Prompts of a step whose answers are written."""
 VALIDATION = -1
 """In place of a step where the answers of a validation are drawn: the same draws each time."""
 Groups = dict[int, list[Judged]]
@@ -58,13 +51,15 @@ class Experience:
     weights: Callable[[], Mapping[str, Tensor]]
     """The weights in training of this rank, without copies of another pipeline stage's."""
     progressed: Callable[[], None]
+    references: AnswerReferences | None
+    """None where the loss does not compare with a reference."""
 
     def __post_init__(self) -> None:
         options = self.loss.config
         assert self.config.data.tokenizer is not None, "a rule of the config"
         self.tokenizer = load_tokenizer(self.config.data.tokenizer)
         self.special = ends_of_texts(self.tokenizer, self.config.model.vocab_size)
-        self.rewards = open_rewards(options.rewards, options.reward_weights)
+        self.rewards = open_rewards(options, self.tokenizer, str(self.world.device))
         most = self.config.data.seq_length - options.max_tokens
         self.records = {}
         # Of the rows as they are served once: the answers to them count several times.
@@ -81,7 +76,7 @@ class Experience:
         self.kept: Groups = {}
         self.kept_for = -1
         self.count = 0
-        self.is_recording = False
+        self.file = RolloutFile(self.config.output)
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a resume, as JSON values: equal on all ranks."""
@@ -108,11 +103,12 @@ class Experience:
         if self.kept_for != step // updates:
             self.kept = self.rollout(micro_batches, step // updates, "prompts")
             self.kept_for = step // updates
-            metrics |= self.facts(self.kept)
+            metrics |= facts_of(self.kept.values(), [reward.name for reward in self.rewards])
             metrics["rollout_seconds"] = round(time.perf_counter() - began, 4)
             if self.world.leads and self.is_recorded(step):
-                self.record(step + 1)
-        batches = self.batches(micro_batches, self.kept, "prompts")
+                records = self.records["prompts"]
+                self.file.write(step + 1, self.kept, lambda place: records.at(place).prompt)
+        batches = self.batches(micro_batches, self.kept, "prompts", step)
         if (step + 1) % updates == 0:
             # The last step with them: no checkpoint needs them any more.
             self.kept = {}
@@ -124,7 +120,7 @@ class Experience:
         history = list(self.history)
         groups = self.rollout(micro_batches, VALIDATION, "valid_prompts")
         self.history = history
-        return self.batches(micro_batches, groups, "valid_prompts")
+        return self.batches(micro_batches, groups, "valid_prompts", VALIDATION)
 
     def rollout(self, micro_batches: Sequence[Batch], number: int, option: str) -> Groups:
         """Answers to the prompts of all ranks, with rewards and advantages, on every rank.
@@ -136,7 +132,7 @@ class Experience:
         peers = Peers(self.world, lambda: False, self.progressed, f"rollout/{self.count}")
         with undisturbed(self.world.device), peers.together():
             # A piece of the prompts for each rank that has them.
-            part, parts = share_of(self.world)
+            part, parts = self.world.share_of_rows
             mine = [prompt for batch in micro_batches for prompt in prompts_of(batch)][part::parts]
             own = self.answered(mine, number, option, peers)
             groups = {place: group for each in peers.gather(own) for place, group in each}
@@ -156,7 +152,9 @@ class Experience:
         """Answers to this rank's prompts, with their rewards, by the place of the prompt."""
         options = self.loss.config
         model = self.config.model.without_start()
-        whole = whole_model(self.weights(), model, self.world, peers, DTYPES[options.dtype])
+        dtype = DTYPES[options.dtype]
+        weights = self.weights()
+        whole = whole_model(weights, model, self.world, peers, dtype, self.config.adapter)
         speaker = LanguageModel(whole, self.tokenizer, None, self.special)
         drawing = Drawing(
             self.sampling,
@@ -207,7 +205,9 @@ class Experience:
             scored.append([one._replace(sampled=(-row[own]).tolist()) for one, row, own in rows])
         return scored
 
-    def batches(self, micro_batches: Sequence[Batch], groups: Groups, option: str) -> list[Batch]:
+    def batches(
+        self, micro_batches: Sequence[Batch], groups: Groups, option: str, step: int
+    ) -> list[Batch]:
         """The answers to each micro-batch of prompts, loss.answers_at_once of a group at a time."""
         options = self.loss.config
         at_once = options.answers_at_once or options.completions
@@ -223,87 +223,17 @@ class Experience:
                 else:
                     made = padding_rows(length, at_once)
                 batches.append(made)
-        return batches
-
-    def facts(self, groups: Groups) -> dict[str, float]:
-        """Metrics of a set of answers."""
-        judged = [one for group in groups.values() for one in group]
-        rewards = torch.tensor([one.reward for one in judged], dtype=torch.float64)
-        facts = {
-            "reward_std": float(rewards.std(correction=0)),
-            "answer_tokens": sum(len(one.answer.ids) for one in judged) / len(judged),
-            "ended": sum(one.answer.has_ended for one in judged) / len(judged),
-        }
-        if len(self.rewards) > 1:
-            for place, reward in enumerate(self.rewards):
-                values = [value for one in judged if (value := one.parts[place]) is not None]
-                if values:
-                    facts[f"rewards/{reward.name}"] = sum(values) / len(values)
-        return facts
+        if self.references is None:
+            return batches
+        train = self.config.train
+        rows = train.batch_size if step == VALIDATION else train.batches.size(step)
+        return self.references.fill(batches, rows, length)
 
     def is_recorded(self, step: int) -> bool:
         """Whether the answers of a step are written: the first, and every so many after it."""
         every = self.loss.config.record_every
         before = step - self.loss.config.updates
         return every > 0 and (before < 0 or step // every != before // every)
-
-    def record(self, number: int) -> None:
-        """Write the answers to some prompts of step `number`, in place of those that a run before a
-        resume wrote of it and of later steps."""
-        file = Path(self.config.output) / RECORD
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not self.is_recording:
-            self.is_recording = True
-            lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-            with atomic_write(file) as kept:
-                for line in lines:
-                    if json.loads(line)["step"] < number:
-                        kept.write(line + "\n")
-        with open(file, "a", encoding="utf-8") as opened:
-            for place in sorted(self.kept)[:RECORDED]:
-                prompt = self.records["prompts"].at(place).prompt
-                for one in self.kept[place]:
-                    facts = {
-                        "step": number,
-                        "prompt": prompt,
-                        "completion": one.answer.text,
-                        "reward": one.reward,
-                        "advantage": one.advantage,
-                        "tokens": len(one.answer.ids),
-                        "ended": one.answer.has_ended,
-                    }
-                    opened.write(json.dumps(facts, ensure_ascii=False) + "\n")
-
-
-def share_of(world: World) -> tuple[int, int]:
-    """Which part this rank takes of the prompts that it has in common with others, of how many."""
-    degrees = world.degrees
-    part = world.coordinate("pp") * degrees.cp + world.coordinate("cp")
-    return part * degrees.tp + world.coordinate("tp"), degrees.pp * degrees.cp * degrees.tp
-
-
-def ends_of_texts(tokenizer: Tokenizer, vocab_size: int) -> SpecialIds:
-    """The ids that end a text of a run: those that the files beside its tokenizer name."""
-    file = Path(tokenizer.where)
-    if not file.is_file():
-        return SpecialIds.of_tokenizer(tokenizer)
-    special = read_special_ids(file.parent, tokenizer, vocab_size)
-    end = text_end(file.parent)
-    if end is None or end.token not in tokenizer.ids:
-        return special
-    # The end of a turn of a chat, which its template writes; other files need not name it.
-    ends = dict.fromkeys([*special.end_ids, tokenizer.ids[end.token]])
-    return SpecialIds(tuple(ends), special.start_id)
-
-
-def as_json(one: Judged) -> list[Any]:
-    """An answer as JSON values."""
-    return [list(one.answer), *one[1:]]
-
-
-def from_json(values: list[Any]) -> Judged:
-    """The answer behind JSON values."""
-    return Judged(Answer(*values[0]), *values[1:])
 
 
 def make_experience(trainer: "Trainer") -> Experience | None:
@@ -317,6 +247,7 @@ def make_experience(trainer: "Trainer") -> Experience | None:
         trainer.rows,
         trainer.checkpoints.own_weights,
         trainer.watchdog.progressed,
+        AnswerReferences(trainer, trainer.loss) if trainer.loss.beta else None,
     )
     trainer.states["experience"] = experience
     return experience
