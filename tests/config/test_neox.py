@@ -246,7 +246,15 @@ def test_silence_means_the_defaults_of_gpt_neox():
             "schedule.min_lr",
             3.3e-6,
         ),
-        ({"use_bnb_optimizer": True}, "optim.lr", 1e-3),
+        ({"use_bnb_optimizer": True}, "optim.kind", "adamw8bit"),
+        ({"use_bnb_optimizer": True, "optimizer": {"type": "SM3"}}, "optim.kind", "sm3"),
+        ({"optimizer": {"type": "SM3"}, "weight_decay": 0.1}, "optim.weight_decay", 0.0),
+        ({"optimizer": {"type": "sm3", "params": {"momentum": 0.9}}}, "optim.momentum", 0.9),
+        ({"optimizer": {"type": "madgrad_wd"}}, "optim.lr", 0.01),
+        ({"optimizer": {"type": "Lion", "params": {"lr": 1e-5}}}, "optim.betas", [0.9, 0.99]),
+        ({"optimizer": {"type": "sgd", "params": {"nesterov": True}}}, "optim.kind", "sgd"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "optim.kind", "adamw"),
+        ({"optimizer": {"type": "cpu_torch_adam"}}, "optim.kind", "adamw"),
         (
             {
                 "autotuning": {"enabled": True, "arg_mappings": {"a": "--a"}},
@@ -302,8 +310,12 @@ def test_option(option, key, value):
         ({"attention_config": [[["flash"], -1]]}, "expected a count or all, got -1"),
         ({"moe_num_experts": 8}, "mixture-of-experts layers are not supported yet"),
         (
-            {"optimizer": {"type": "sm3", "params": {"lr": 1}}},
-            "unknown optimizer.type 'sm3'",
+            {"optimizer": {"type": "madgrad", "params": {"lr": 1}}},
+            "unknown optimizer.type 'madgrad'; choose one of adam, .*did you mean 'madgrad_wd'",
+        ),
+        (
+            {"optimizer": {"type": "sm3", "params": {"betas": [0.9, 0.95]}}},
+            "optimizer.params.betas: type sm3 has no such parameter",
         ),
         (
             {"optimizer": {"params": {"lr": 1, "wd": 1}}},

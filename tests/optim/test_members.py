@@ -79,7 +79,7 @@ def libraries(kind, model):
     if kind == "sm3":
         return [pytorch_optimizer.SM3(groups, momentum=0.9)]
     if kind == "madgrad":
-        return [pytorch_optimizer.MADGRAD(groups, weight_decay=0.1, weight_decouple=True)]
+        return [pytorch_optimizer.MADGRAD(groups, weight_decay=0.1)]
     if kind == "soap":
         return [pytorch_optimizer.SOAP(groups, weight_decay=0.1)]
     if kind == "schedule_free":
@@ -97,8 +97,13 @@ def libraries(kind, model):
 
 @pytest.mark.parametrize("kind", ["adafactor", "madgrad", "muon", "schedule_free", "sm3", "soap"])
 def test_what_is_written_here_does_what_its_library_does(kind):
-    # pytorch-optimizer's SM3 has no decay of its own; torch's Muon iterates in bf16.
-    options = {"sm3": {"weight_decay": 0.0}, "muon": {"arithmetic": "bf16"}}.get(kind, {})
+    # pytorch-optimizer's SM3 has no decay, and its MADGRAD a coupled one; torch's Muon iterates in
+    # bf16.
+    options = {
+        "sm3": {"weight_decay": 0.0},
+        "muon": {"arithmetic": "bf16"},
+        "madgrad": {"decoupled": False},
+    }.get(kind, {})
     ours = tiny()
     updater = Updater(ours, Rules(config_of(kind, **options), NO_DECAY))
     theirs = tiny()
@@ -139,12 +144,12 @@ def formula(kind, p, g, s, n, rate, decay):
         return p - rate * (torch.sign(b1 * m + (1 - b1) * g) + decay * p)
     if kind == "madgrad":
         s.setdefault("x0", p)
-        # The library adds eps to the rate, as the authors' code does.
+        # megatron/optimizers.py, madgrad_wd: eps is added to the rate, and decay comes first.
         scale = (rate + 1e-6) * math.sqrt(n)
         s["s"] = s.get("s", 0) + scale * g
         s["v"] = s.get("v", 0) + scale * g * g
         z = s["x0"] - s["s"] / (s["v"] ** (1 / 3) + 1e-6)
-        return 0.9 * p + 0.1 * z - (rate + 1e-6) * decay * p
+        return 0.9 * p * (1 - (rate + 1e-6) * decay) + 0.1 * z
     if kind == "adam":
         g = g + decay * p
         decay = 0

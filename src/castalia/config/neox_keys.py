@@ -293,7 +293,7 @@ CHECKED = ("deepspeed_extra_args",)
 
 NESTED_HONOURED = {
     "optimizer": "type params",
-    "optimizer.params": "lr betas eps weight_decay max_grad_norm",
+    "optimizer.params": "lr betas eps momentum beta nesterov weight_decay max_grad_norm",
     "fp16": """
         enabled type loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale""",
     "bf16": "enabled type",

@@ -2,16 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from castalia.config.neox_curriculum import curriculum
 from castalia.config.neox_keys import HONOURED
+from castalia.config.neox_optimizer import optimizer
 from castalia.config.neox_precision import precision
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, OptionRule, note, wrong
-
-ADAM_NAMES = ("adam", "adamw", "cpu_adam")
-"""Optimizer types that are AdamW: the fused Adam of apex and of DeepSpeed decouples weight
-decay."""
 
 
 def parallel(o: NeoxOptions, out: NeoxReading) -> None:
@@ -84,52 +80,6 @@ def batch(o: NeoxOptions, out: NeoxReading) -> None:
         o.put(out, "train.micro_batch_size", micro, "train_micro_batch_size_per_gpu")
 
 
-def optimizer(o: NeoxOptions, out: NeoxReading) -> None:
-    """AdamW; the defaults are lr 1e-3 and betas 0.9, 0.999."""
-    given = o["optimizer"] or {}
-    kind = str(given.get("type", "adam"))
-    if kind.lower() not in ADAM_NAMES:
-        wrong(
-            out,
-            f"unknown optimizer.type {kind!r}; write Adam, which is AdamW",
-        )
-    params = given.get("params") or {}
-    if not isinstance(params, dict):
-        wrong(out, f"optimizer.params: expected a mapping, got {params!r}")
-        params = {}
-    for name, value in {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8}.items():
-        o.put(out, f"optim.{name}", params.get(name, value), "optimizer")
-    decay = stated(o, out, "weight_decay", params.get("weight_decay"), "weight_decay")
-    # Over a preset silence keeps the preset's value; alone it means GPT-NeoX's default.
-    if decay is None and o.complete:
-        decay = 0.1
-    if decay is not None:
-        o.put(out, "optim.weight_decay", decay, "weight_decay", "optimizer")
-    clip = stated(o, out, "gradient_clipping", params.get("max_grad_norm"), "max_grad_norm")
-    if clip is None and o.complete:
-        clip = 1.0
-    if clip is not None:
-        # 0 turns clipping off.
-        o.put(out, "optim.clip", clip or None, "gradient_clipping", "optimizer")
-
-
-def stated(o: NeoxOptions, out: NeoxReading, name: str, inner: Any, label: str) -> Any:
-    """The option `name`, or what `optimizer.params` says in its place; None if neither does.
-
-    DeepSpeed documents weight_decay and max_grad_norm among the parameters of its optimizers.
-    """
-    outer = o[name]
-    if None not in (outer, inner) and outer != inner:
-        wrong(
-            out,
-            f"{name} is {outer!r}, but optimizer.params.{label} is {inner!r}; keep one",
-            HONOURED[name].path,
-        )
-    if outer is None:
-        return inner
-    return outer
-
-
 def schedule(o: NeoxOptions, out: NeoxReading) -> None:
     """Shape of the learning rate; `cosine` is that of GPT-NeoX v1.0, which trained Pythia and
     20B."""
@@ -192,17 +142,6 @@ def stray(o: NeoxOptions, out: NeoxReading, name: str, known: str, unit: float |
     )
 
 
-def eight_bit_adam(o: NeoxOptions, out: NeoxReading) -> None:
-    """use_bnb_optimizer is the same update with moments that are stored in 8 bits."""
-    if o["use_bnb_optimizer"]:
-        note(
-            out,
-            "use_bnb_optimizer: AdamW keeps its moments in fp32, not in 8 bits: the same update,"
-            " more exactly, with 8 bytes of state a parameter in place of 2",
-            "optim",
-        )
-
-
 def autotuning(o: NeoxOptions, out: NeoxReading) -> None:
     """The autotuner of DeepSpeed searches for micro-batch and ZeRO stage; here they are given."""
     if (o["autotuning"] or {}).get("enabled"):
@@ -260,10 +199,9 @@ TRAINING_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("model_parallel_size", "pipe_parallel_size"), parallel),
     (("zero_optimization",), zero),
     (("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), batch),
-    (("optimizer", "weight_decay", "gradient_clipping"), optimizer),
+    (("optimizer", "use_bnb_optimizer", "weight_decay", "gradient_clipping"), optimizer),
     (("lr_decay_style", "warmup"), schedule),
     (("decay_lr_to", "warmup_iters"), rates_of_llemma),
-    (("use_bnb_optimizer",), eight_bit_adam),
     (("autotuning",), autotuning),
     (("curriculum_learning",), curriculum),
     (("lr_decay_iters", "lr_decay_fraction"), horizon),

@@ -27,7 +27,7 @@ class MadgradConfig(OptimConfig):
     eps: PositiveFloat = 1e-6
     """Added to the cube root of the sum of squares."""
     decoupled: bool = True
-    """Take the decay off the weights, as madgrad_wd; false adds it to the gradient."""
+    """Shrink the weights by the decay, as GPT-NeoX's madgrad_wd; false adds it to the gradient."""
 
 
 @OPTIMIZERS.register("madgrad")

@@ -30,7 +30,6 @@ class MadgradStep(Walk):
         roots = torch._foreach_pow(squares, 1 / 3)
         torch._foreach_add_(roots, group["eps"])
         duals = torch._foreach_addcdiv([slot.state["x0"] for slot in slots], sums, roots, value=-1)
-        taken = torch._foreach_mul(weights, rate * decay) if group["decoupled"] and decay else None
+        if decay and group["decoupled"]:
+            torch._foreach_mul_(weights, 1 - rate * decay)
         torch._foreach_lerp_(weights, duals, 1 - group["momentum"])
-        if taken is not None:
-            torch._foreach_sub_(weights, taken)
