@@ -22,6 +22,15 @@ FINE_TUNING: dict[str, dict[str, Any]] = {
     "sft": {},
     # A few numbers from zero on need a higher rate than weights that are to stay where they are.
     "lora": {"adapter": {"kind": "lora"}, "optim": {"lr": 2e-4}},
+    "dpo": {
+        # Each answer in a row of its own: rows are cut to the longest of a micro-batch.
+        "data": {"packing": "unpacked", "document_mask": None},
+        "train": {"epochs": 1},
+        "loss": {"kind": "dpo"},
+        # Of TRL. What is learned is a difference, which a higher rate buys with fluency.
+        "optim": {"lr": 1e-6},
+        "schedule": {"warmup": 0.1},
+    },
     "grpo": {
         # Each prompt in a row of its own, with room for its answers.
         "data": {"packing": "unpacked", "document_mask": None},
