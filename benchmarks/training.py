@@ -19,15 +19,13 @@ refer to the rate of one square bf16 product on the same machine in the same run
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe, in_turn, matrix_rate, ratio, summary
+from worker import Worker
 
 from castalia.models import TransformerConfig, build_model_config
 from castalia.models.families import family_of
@@ -109,35 +107,6 @@ def read_options() -> argparse.Namespace:
     return options
 
 
-class Worker:
-    """An engine in its own process, which answers a word with one line of JSON."""
-
-    def __init__(self, case: dict[str, Any]) -> None:
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, str(HERE / "training_engines.py"), json.dumps(case)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-
-    def answer(self) -> Any:
-        """The next line; if the process died, exit with the end of its log."""
-        assert self.process.stdout is not None
-        if not (line := self.process.stdout.readline()):
-            self.log.seek(0)
-            raise SystemExit(f"an engine stopped: {self.log.read()[-2000:]}")
-        return json.loads(line)
-
-    def ask(self, word: str) -> Any:
-        """Send one word and wait for the answer."""
-        self.tell(word)
-        return self.answer()
-
-    def tell(self, word: str) -> None:
-        """Send one word."""
-        assert self.process.stdin is not None
-        print(word, file=self.process.stdin, flush=True)
-
-
 def config_of(shape: str, family: str) -> TransformerConfig:
     """A Pythia size, or a LLaMA of its layers, width and heads."""
     values = model(SIZES[shape])
@@ -171,7 +140,8 @@ def run_case(
     for name in names:
         library, compiled, keeps = ENGINES[name]
         workers[name] = Worker(
-            case | {"engine": library, "compiled": compiled, "keeps_memory": keeps}
+            "training_engines.py",
+            case | {"engine": library, "compiled": compiled, "keeps_memory": keeps},
         )
         workers[name].answer()
     times = in_turn(

@@ -1,0 +1,40 @@
+"""A side of a benchmark in a process of its own."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+class Worker:
+    """An engine in its own process, which answers a word with one line of JSON."""
+
+    def __init__(self, script: str, case: dict[str, Any]) -> None:
+        """`script` is a file of this folder."""
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [sys.executable, str(HERE / script), json.dumps(case)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+
+    def answer(self) -> Any:
+        """The next line; if the process died, exit with the end of its log."""
+        assert self.process.stdout is not None
+        if not (line := self.process.stdout.readline()):
+            self.log.seek(0)
+            raise SystemExit(f"an engine stopped: {self.log.read()[-2000:]}")
+        return json.loads(line)
+
+    def ask(self, word: str) -> Any:
+        """Send one word and wait for the answer."""
+        self.tell(word)
+        return self.answer()
+
+    def tell(self, word: str) -> None:
+        """Send one word."""
+        assert self.process.stdin is not None
+        print(word, file=self.process.stdin, flush=True)
