@@ -76,6 +76,8 @@ def test_names_of_older_versions_are_classified():
         "autotuning",
         "curriculum_learning",
         "curriculum_learning.schedule_config",
+        "scheduler",
+        "scheduler.params",
         "sparsity_config",
     }
 
@@ -665,7 +667,7 @@ def test_hints_for_names_of_gpt_neox():
     )
     assert override_hint("gas") == "gas: this is GPT-NeoX's name; here it is train.batch_size"
     assert "has no effect here (CUDA kernels and fusions)" in override_hint("rope_fusion")
-    assert "delete it; μP is not supported" in override_hint("use_mup")
+    assert "here it is model.mup.base_width" in override_hint("use_mup")
     assert override_hint("nonsense") is None
 
 

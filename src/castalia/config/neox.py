@@ -18,11 +18,15 @@ from castalia.config.neox_keys import (
     Refused,
 )
 from castalia.config.neox_model import MODEL_RULES
+from castalia.config.neox_mup import MUP_RULES
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, wrong
 from castalia.config.neox_rules import TRAINING_RULES
+from castalia.config.neox_schedule import SCHEDULE_RULES
 from castalia.config.neox_train_impl import TRAIN_IMPL_RULES
 from castalia.core.errors import nearest
 
+LATER_RULES = [*MUP_RULES, *SCHEDULE_RULES]
+"""Those that come after the optimizer's and the schedule's own options."""
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
 OURS = {
     "model",
@@ -109,7 +113,7 @@ def read_neox(
     for name, option in HONOURED.items():
         if option.plain and (options.has(name) or (complete and option.default is not None)):
             options.put(out, option.path, options[name], name)
-    for keys, rule in [*MODEL_RULES, *TRAINING_RULES, *FILE_RULES, *TRAIN_IMPL_RULES]:
+    for keys, rule in [*MODEL_RULES, *TRAINING_RULES, *FILE_RULES, *TRAIN_IMPL_RULES, *LATER_RULES]:
         if complete or any(options.has(key) for key in keys):
             rule(options, out)
     return out

@@ -140,6 +140,17 @@ HONOURED: dict[str, Honoured] = {
     "lr_decay_fraction": Honoured("schedule.decay_steps", "number"),
     "warmup": Honoured("schedule.warmup", "number", 0.01, plain=True),
     "min_lr": Honoured("schedule.min_lr", "number", 0.0, plain=True),
+    "scheduler": Honoured("schedule.name", "dict"),
+    "use_checkpoint_lr_scheduler": Honoured("schedule.name", "bool", False),
+    "use_mup": Honoured("model.mup.base_width", "bool", False),
+    "base_shapes_file": Honoured("model.mup.base_width", "str"),
+    "save_base_shapes": Honoured("model.mup.base_width", "bool", False),
+    "coord_check": Honoured("model.mup.base_width", "bool", False),
+    "mup_init_scale": Honoured("model.mup.init_scale", "number", 1.0),
+    "mup_attn_temp": Honoured("model.mup.attention_mult", "number", 1.0),
+    "mup_output_temp": Honoured("model.mup.output_mult", "number", 1.0),
+    "mup_embedding_mult": Honoured("model.mup.embedding_mult", "number", 1.0),
+    "mup_rp_embedding_mult": Honoured("model.mup.rp_embedding_mult", "number", 1.0),
     # Names that configs/llemma/7B.yml has of a fork; no GPT-NeoX knows them.
     "decay_lr_to": Honoured("schedule.min_lr", "number"),
     "warmup_iters": Honoured("schedule.warmup", "int"),
@@ -190,12 +201,7 @@ REFUSED: dict[str, Refused] = {
     "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
     "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not supported"),
     "te_fp8_mha": Refused(OFF, "delete it; fp8 is not supported; precision is fp32, bf16 or fp16"),
-    "use_mup": Refused(OFF, "delete it; μP is not supported"),
     "moe_num_experts": Refused((None, 0, 1), NO_MOE),
-    "use_checkpoint_lr_scheduler": Refused(
-        OFF, "delete it; the schedule always follows the config"
-    ),
-    "scheduler": Refused((None,), "delete it and write lr_decay_style, warmup, min_lr"),
     "amp": Refused((*OFF, {}, {"enabled": False}), "write `precision: bfloat16` or fp16"),
     "data_efficiency": Refused((*OFF, {}, {"enabled": False}), "delete it"),
     "compression_training": Refused((None, {}), "delete it"),
@@ -251,7 +257,7 @@ IGNORED: dict[str, str] = {
         flops_profiler tensorboard wandb csv_monitor comms_logger char_level_ppl""",
     "checkpoint files; ours hold weights, optimizer and position, each with its SHA-256": """
         s3_path s3_chunk_size config_files checkpoint_validation_with_forward_pass no_save_optim
-        no_save_rng checkpoint override_lr_scheduler save_iters zero_allow_untested_optimizer""",
+        no_save_rng checkpoint save_iters zero_allow_untested_optimizer""",
     "GPT-NeoX derives it and overwrites the value in the file": """
         world_size is_pipe_parallel optimizer_type zero_stage zero_reduce_scatter
         zero_contiguous_gradients zero_reduce_bucket_size zero_allgather_bucket_size lr
@@ -260,19 +266,21 @@ IGNORED: dict[str, str] = {
     "rows and weights follow from seed and step; a checkpoint has no random state": "no_load_rng",
     SCALING: "loss_scale loss_scale_window hysteresis min_scale",
     "GPT-NeoX itself never reads it": """
-        use_bias_in_norms num_unique_layers param_sharing_style mup_attn_temp mup_output_temp
-        short_seq_prob moe_lbl_in_fp32""",
+        use_bias_in_norms num_unique_layers param_sharing_style short_seq_prob
+        moe_lbl_in_fp32""",
     "belongs to an option that is not in use": """
         gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
         dim_att head_size ffn_dim
         kto_fp32 kto_desirable_weight
         kto_undesirable_weight z_loss kto_beta
-        coord_check save_base_shapes base_shapes_file mup_init_scale
-        mup_embedding_mult mup_rp_embedding_mult mup_width_scale moe_expert_interval moe_top_k
+        moe_expert_interval moe_top_k
         moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
         enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping
         moe_min_capacity moe_train_capacity_factor moe_eval_capacity_factor moe_use_residual
         moe_glu create_moe_param_group use_tutel""",
+    "the base width of μP is a number here, model.mup.base_width": "mup_width_scale",
+    "a run resumes with its own schedule; one that begins with `load` has that of the file": """
+        override_lr_scheduler""",
     "sources always have names here": "use_named_train_datasets use_named_eval_datasets",
     "train.eval_batches bounds the validation": "max_validation_samples_per_dataset",
     "no test part during training": """
@@ -294,6 +302,11 @@ CHECKED = ("deepspeed_extra_args",)
 NESTED_HONOURED = {
     "optimizer": "type params",
     "optimizer.params": "lr betas eps momentum beta nesterov weight_decay max_grad_norm",
+    "scheduler": "type params",
+    "scheduler.params": """
+        warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps warmup_min_ratio
+        cos_min_ratio cycle_min_lr cycle_max_lr cycle_first_step_size cycle_second_step_size
+        decay_step_size decay_lr_rate cycle_momentum""",
     "fp16": """
         enabled type loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale""",
     "bf16": "enabled type",
@@ -319,6 +332,10 @@ NESTED_IGNORED = {
         end_profile_step fast max_train_batch_size num_tuning_micro_batch_sizes
         min_train_micro_batch_size_per_gpu max_train_micro_batch_size_per_gpu tuner_type
         tuner_early_stopping tuner_num_trials model_info model_info_path""",
+    "scheduler": "",
+    "scheduler.params": """
+        last_batch_iteration cycle_first_stair_count cycle_second_stair_count cycle_min_mom
+        cycle_max_mom decay_mom_rate""",
     "optimizer": "legacy_fusion",
     "optimizer.params": """
         torch_adam fused foreach capturable differentiable set_grad_none use_triton
