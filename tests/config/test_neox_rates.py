@@ -91,9 +91,8 @@ def test_mup_without_a_base_width_is_refused_and_settled_by_an_override(tmp_path
     (tmp_path / "other").write_text("a: [1, 2]\n")
     assert "has no width" in problem_of(use_mup=True, base_shapes_file=str(tmp_path / "other"))
     path = tmp_path / "a.yml"
-    path.write_text(
-        yaml.safe_dump(FILE | {"use_mup": True, "tokenizer_type": "CharLevelTokenizer"})
-    )
+    more = {"use_mup": True, "mup_init_scale": 2.0, "tokenizer_type": "CharLevelTokenizer"}
+    path.write_text(yaml.safe_dump(FILE | more))
     with pytest.raises(ConfigError, match=r"set model\.mup\.base_width=N"):
         load_config([str(path)])
     mup = load_config([str(path), "model.mup.base_width=32"]).model.mup
