@@ -19,6 +19,7 @@ from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.files import several
 from castalia.core.ranks import world_size
 from castalia.data.tokenizer import load_tokenizer
+from castalia.recipes.optimizer import fit_optimizer
 from castalia.recipes.presets import PRESETS, preset
 from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
 from castalia.recipes.pythia import known_mistakes, same_shape
@@ -112,6 +113,7 @@ def resolve(words: Sequence[str], world: int | None = None) -> Resolved:
         *start_notes,
         *fit_micro_batch(layers),
         *fit_vocabulary(layers),
+        *fit_optimizer(layers),
         *fit_epochs(layers),
     ]
     label = " + ".join(labels)
