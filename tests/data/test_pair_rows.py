@@ -14,6 +14,8 @@ from castalia.data import (
     build_rows,
     changed,
 )
+from castalia.recipes import load_config
+from castalia.train.startup import left_out_pairs
 
 L = 12
 KINDS = {"": np.uint16, "_labels": np.int32, "_reference": np.float32}
@@ -178,3 +180,20 @@ def test_faults_are_named(files, tmp_path):
                 eval_every=None,
                 eval_batches=1,
             )
+
+
+def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path):
+    pairs = [[[1, 2, 3 + pair, 4], [1, 2, 40, 5 + pair]] for pair in range(9)]
+    pairs[4][1] = pairs[4][0]
+    pairs[6] = [[1, 2], [1, 2, 3]]
+    rows = built([write_pairs(tmp_path, pairs)])
+    (source,) = rows.train.row_sources
+    assert (source.order.alike, source.order.unanswered) == (1, 1)
+    served = {span.document for place in range(30) for span in source.documents_of(place)}
+    assert served == set(range(9)) - {4, 6}
+    config = load_config(["debug", "data.seq_length=12"])
+    (line,) = left_out_pairs(config, rows)
+    assert line == (
+        "of 9 pairs of a-chosen are left out: 1 without an answer in a row of data.seq_length 12"
+        " tokens, 1 whose answers are the same"
+    )

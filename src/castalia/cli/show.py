@@ -215,6 +215,7 @@ def cost_rows(resolved: "Resolved", cost: "Estimate") -> dict[str, str]:
 
     train = resolved.config.train
     per_step = resolved.config.tokens_per_step
+    rows = train.batch_size * resolved.config.rows_per_place
     total = cost.parameters.total
     where = "one process"
     if cost.processes > 1:
@@ -222,7 +223,7 @@ def cost_rows(resolved: "Resolved", cost: "Estimate") -> dict[str, str]:
     lines = {
         "parameters": f"{total:,} ({cost.parameters.non_embedding:,} non-embedding)",
         "tokens": f"{cost.tokens:,} ({quantity(cost.tokens)})",
-        "steps": f"{train.steps:,} of {train.batch_size:,} rows = {per_step:,} tokens",
+        "steps": f"{train.steps:,} of {rows:,} rows = {per_step:,} tokens",
         "FLOPs": f"{cost.flops:.3g} ({quantity(cost.flops_per_token)} a token)",
         "memory": f"{size_text(cost.memory.total)}, {where} on {cost.device},"
         f" {cost.micro_rows} rows at a time",

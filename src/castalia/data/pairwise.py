@@ -36,8 +36,9 @@ class Side(NamedTuple):
 class PairOrder(PackingOrder):
     """The pairs in each row and the serving order: the longer document of a pair decides.
 
-    Pairs with a side without targets are left out. Under `unpacked` the first rows repeat, as many
-    as there are documents, as in GPT-NeoX.
+    Pairs with a side without targets are left out, and but for `neox_exact` those whose answers are
+    the same: `unanswered` and `alike` are their numbers. Under `unpacked` the first rows repeat, as
+    many as there are documents, as in GPT-NeoX.
 
     Raises  DataError if no pair is left.
     """
@@ -60,6 +61,10 @@ class PairOrder(PackingOrder):
         for side in labels:
             if side is not None:
                 left_out |= without_targets(side, looked_at)
+        self.unanswered = int(left_out.sum())
+        same = np.zeros(0, np.int64) if config.neox_exact else alike(*tokens)
+        self.alike = int((~left_out[same]).sum())
+        left_out[same] = True
         super().__init__(
             longer,
             config,
@@ -90,6 +95,13 @@ class PairOrder(PackingOrder):
         if self.exact and stop < len(self.documents):
             return int(self.documents[stop])
         return None
+
+
+def alike(chosen: IndexedDataset, rejected: IndexedDataset) -> NDArray[np.int64]:
+    """The pairs whose documents are the same on both sides."""
+    candidates = np.flatnonzero(chosen.sizes == rejected.sizes)
+    same = [np.array_equal(chosen[pair], rejected[pair]) for pair in candidates.tolist()]
+    return candidates[np.array(same, np.bool_)]
 
 
 class SideRows(RowSource[PairOrder]):

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from castalia.cost.estimate import estimate
 from castalia.data import RunRows
+from castalia.data.pairwise import PairOrder
 from castalia.monitor import quantity, size_text
 from castalia.train.config import RunConfig
 from castalia.train.curriculum import Curriculum
@@ -41,7 +42,8 @@ def print_start(
         f"differs from the recipe: {key} {before!r} -> {now!r}"
         for key, (before, now) in changes.items()
     ]
-    notes = [*idle_options(config, rows), *long_texts(config, rows), *notes]
+    texts = [*long_texts(config, rows), *left_out_pairs(config, rows)]
+    notes = [*idle_options(config, rows), *texts, *notes]
     lines += [f"note: {note}" for note in notes]
     for line in lines:
         console.print(line, markup=False, soft_wrap=not console.is_terminal)
@@ -80,6 +82,25 @@ def long_texts(config: RunConfig, rows: RunRows) -> list[str]:
     return notes
 
 
+def left_out_pairs(config: RunConfig, rows: RunRows) -> list[str]:
+    """How many pairs of each source are not trained on, and why."""
+    notes = []
+    for name, source in zip(rows.sources, rows.train.row_sources, strict=True):
+        order = source.order
+        if not isinstance(order, PairOrder):
+            continue
+        reasons = []
+        if order.unanswered:
+            room = f"a row of data.seq_length {config.data.seq_length} tokens"
+            reasons.append(f"{order.unanswered:,} without an answer in {room}")
+        if order.alike:
+            reasons.append(f"{order.alike:,} whose answers are the same")
+        if reasons:
+            count = len(source.dataset)
+            notes.append(f"of {count:,} pairs of {name} are left out: {', '.join(reasons)}")
+    return notes
+
+
 def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, str]:
     """Name and text of each line of the table."""
     # The same estimate as `castalia show`, for the ranks and the device at hand.
@@ -89,7 +110,8 @@ def start_facts(config: RunConfig, world: "World", rows: RunRows) -> dict[str, s
     per_step = config.tokens_per_step
     disk = f"{size_text(cost.disk.bytes_each)} each, {size_text(cost.disk.bytes_total)} in all"
     length = config.data.seq_length
-    batch = f"{config.train.batch_size} rows of {length} tokens"
+    unit = "pairs of rows" if config.data.paired else "rows"
+    batch = f"{config.train.batch_size} {unit} of {length} tokens"
     curriculum = Curriculum(config.curriculum, length, steps)
     if config.train.batch_ramp is not None or curriculum.length(1) < length:
         first = f"{config.train.batches.size(0)} rows of {curriculum.length(1)} tokens"
