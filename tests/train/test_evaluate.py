@@ -14,14 +14,14 @@ import castalia.train.evaluation as evaluation
 from castalia.checkpoint import read
 from castalia.core.errors import CastaliaError
 from castalia.data import IndexedDatasetWriter
+from castalia.eval.aside import Peers
+from castalia.eval.attempts import Attempts
 from castalia.eval.labels import labels_of
 from castalia.eval.places import Checkpoint
 from castalia.eval.work import WorkOptions, open_work
 from castalia.inference import quick
 from castalia.recipes import resolve
 from castalia.results import KEY, ResultsStore
-from castalia.train.aside import Peers
-from castalia.train.attempts import Attempts
 from castalia.train.hooks import Hook
 from castalia.train.run import run
 

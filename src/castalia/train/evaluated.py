@@ -15,6 +15,7 @@ from castalia.core.files import write_json
 from castalia.data import load_tokenizer
 from castalia.data.sources import source_names
 from castalia.distributed import World
+from castalia.eval.aside import undisturbed
 from castalia.eval.config import EvalConfig
 from castalia.eval.held_out import TASK, Windows
 from castalia.eval.places import Checkpoint
@@ -24,7 +25,6 @@ from castalia.models import Decoder
 from castalia.results import Result
 from castalia.results.schema import PACKAGES, Labels
 from castalia.results.store import EXTRA, PURPOSE
-from castalia.train.aside import undisturbed
 from castalia.train.config import RunConfig
 
 SAMPLES = Path("samples") / "samples.json"

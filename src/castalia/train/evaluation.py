@@ -14,6 +14,8 @@ from torch import Tensor
 from castalia.checkpoint import SavePolicy
 from castalia.core.errors import CastaliaError
 from castalia.distributed import Watchdog, World, is_loss
+from castalia.eval.aside import Peers, in_words, undisturbed, whole_model
+from castalia.eval.attempts import Attempts
 from castalia.eval.harness_json import merged, write_neox_file
 from castalia.eval.labels import labels_of
 from castalia.eval.places import Checkpoint
@@ -22,8 +24,6 @@ from castalia.eval.work import Measured, Work
 from castalia.inference import LanguageModel
 from castalia.results.schema import EVALS, Labels
 from castalia.results.store import ResultsStore
-from castalia.train.aside import Peers, in_words, undisturbed, whole_model
-from castalia.train.attempts import Attempts
 from castalia.train.config import RunConfig
 from castalia.train.evaluated import (
     Outcome,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from castalia.data import Batch, RunRows, load_tokenizer
 from castalia.distributed import World
+from castalia.eval.aside import Peers, undisturbed, whole_model
 from castalia.inference import LanguageModel
 from castalia.inference.sampling import Sampling
 from castalia.losses import Scored
@@ -22,7 +23,6 @@ from castalia.rollouts.records import RolloutFile, as_json, facts_of, from_json
 from castalia.rollouts.rewards import Answered, open_rewards, total_rewards
 from castalia.rollouts.rows import Judged, answer_rows, padding_rows, prompts_of
 from castalia.train.answer_references import AnswerReferences
-from castalia.train.aside import Peers, undisturbed, whole_model
 from castalia.train.config import RunConfig
 from castalia.train.precision import DTYPES, arithmetic
 
