@@ -78,6 +78,7 @@ def test_names_of_older_versions_are_classified():
         "curriculum_learning.schedule_config",
         "scheduler",
         "scheduler.params",
+        "data_types",
         "sparsity_config",
     }
 
@@ -221,7 +222,26 @@ def test_silence_means_the_defaults_of_gpt_neox():
         ({"allow_chopped": False}, "data.allow_chopped", False),
         ({"attention_config": [[["flash", "global"], "all"]]}, "model.num_layers", 2),
         ({"attention_config": ["flash", "flash"]}, "model.num_layers", 2),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "model.num_layers", 2),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "train.gradients", "fp32"),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}, "precision": "bfloat16"},
+            "train.gradients",
+            "bf16",
+        ),
+        (
+            {
+                "data_types": {"grad_accum_dtype": "bf16"},
+                "precision": "bfloat16",
+                "fp32_allreduce": True,
+            },
+            "train.gradients",
+            "fp32",
+        ),
+        ({"te_fp8_mha": True, "precision": "bfloat16"}, "precision", "fp8"),
+        ({"te_fp8_mha": True, "te_fp8_format": "e4m3"}, "fp8.gradients", "e4m3"),
+        ({"te_fp8_mha": True, "te_fp8_wgrad": False}, "fp8.weight_gradient", False),
+        ({"te_fp8_format": "e4m3", "precision": "bfloat16"}, "precision", "bf16"),
+        ({"checkpoint_in_cpu": True}, "train.offload_activations", True),
         ({"fp16_lm_cross_entropy": True}, "model.num_layers", 2),
         ({"optimizer": {"type": "cpu_adam", "params": {"lr": 0.5}}}, "optim.lr", 0.5),
         ({"checkpoint_factor": "None"}, "checkpoint.every", None),
@@ -275,6 +295,14 @@ def test_option(option, key, value):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
+        (
+            {"data_types": {"grad_accum_dtype": "bf61"}},
+            "unknown data_types.grad_accum_dtype 'bf61'; choose one of fp32, bf16, fp16",
+        ),
+        (
+            {"te_fp8_mha": True, "te_fp8_format": "e5m2"},
+            "unknown te_fp8_format 'e5m2'; choose one of hybrid, e4m3",
+        ),
         ({"pos_emb": "alibis"}, "unknown pos_emb 'alibis'; choose one of learned, rotary, sinus"),
         ({"hidden-dropout": "low"}, "hidden-dropout in small.yml: expected a number, got 'low'"),
         ({"norm": "rms"}, "unknown norm 'rms'; choose one of layernorm, te_layernorm, non_param"),

@@ -7,9 +7,9 @@ from torch import nn
 from castalia.distributed.gradients import clip_gradients, gradient_norm
 from castalia.models.families import FAMILIES
 from castalia.optim import AdamWConfig, Rules
+from castalia.optim.loss_scale import make_scale
 from castalia.optim.updater import Updater, parameter_groups, trained_parameters
 from castalia.train.config import LossScaleConfig
-from castalia.train.precision import make_scale
 
 NEOX = FAMILIES["neox"].no_decay
 

@@ -25,6 +25,7 @@ FREE_KEYS = {
     "train.micro_batch_size",
     "train.compile",
     "train.recompute",
+    "train.offload_activations",
     "train.log_every",
     "train.eval_every",
     "train.eval_batches",

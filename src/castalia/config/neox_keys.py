@@ -155,6 +155,12 @@ HONOURED: dict[str, Honoured] = {
     "decay_lr_to": Honoured("schedule.min_lr", "number"),
     "warmup_iters": Honoured("schedule.warmup", "int"),
     "precision": Honoured("precision", "str"),
+    "te_fp8_mha": Honoured("precision", "bool", False),
+    "te_fp8_format": Honoured("fp8.gradients", "str", "hybrid"),
+    "te_fp8_wgrad": Honoured("fp8.weight_gradient", "bool", True),
+    "data_types": Honoured("train.gradients", "dict"),
+    "fp32_allreduce": Honoured("train.gradients", "bool", False),
+    "checkpoint_in_cpu": Honoured("train.offload_activations", "bool", False, plain=True),
     "fp16": Honoured("loss_scale", "dict"),
     "bf16": Honoured("precision", "dict"),
     "save": Honoured("output", "str"),
@@ -200,7 +206,6 @@ REFUSED: dict[str, Refused] = {
     "batch_normalized_reward": Refused(OFF, OTHER_REWARDS),
     "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
     "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not supported"),
-    "te_fp8_mha": Refused(OFF, "delete it; fp8 is not supported; precision is fp32, bf16 or fp16"),
     "moe_num_experts": Refused((None, 0, 1), NO_MOE),
     "amp": Refused((*OFF, {}, {"enabled": False}), "write `precision: bfloat16` or fp16"),
     "data_efficiency": Refused((*OFF, {}, {"enabled": False}), "delete it"),
@@ -208,10 +213,6 @@ REFUSED: dict[str, Refused] = {
     "sparse_attention": Refused((None, {}), "delete it; attention is full and causal"),
     "elasticity": Refused(
         (*OFF, {}, {"enabled": False}), "delete it; any run resumes on another world size"
-    ),
-    "data_types": Refused(
-        (None, {}, *({"grad_accum_dtype": name} for name in ("fp32", "bf16", "fp16"))),
-        "delete it; gradients are summed in fp32",
     ),
     "data_impl": Refused(
         ("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"
@@ -226,20 +227,21 @@ IGNORED: dict[str, str] = {
         scaled_upper_triang_masked_softmax_fusion scaled_masked_softmax_fusion bias_dropout_fusion
         layernorm_fusion rmsnorm_fusion rope_fusion fused_kernels_build_path use_flashattn_swiglu
         mamba_selective_scan_fusion mamba_causal_conv_fusion mamba_inner_func_fusion
-        te_columnparallel te_rowparallel te_mha te_fp8_format te_fp8_wgrad
-        te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin onnx_safe
+        te_columnparallel te_rowparallel te_mha onnx_safe
         output_layer_parallelism rotary_save_freqs_buffer""",
     "arithmetic that is the same or better here": """
-        apply_query_key_layer_scaling attention_softmax_in_fp32 fp32_allreduce prescale_gradients
+        apply_query_key_layer_scaling attention_softmax_in_fp32 prescale_gradients
         gradient_predivide_factor sparse_gradients communication_data_type
         use_cpu_initialization fp16_lm_cross_entropy fp32_reinforce dpo_fp32""",
     "the run writes its answers itself; neither weights nor data are served": """
         serve_model_weights weight_server_port online_dataserver_ips online_dataserver_ports""",
     "placement in memory and on devices": """
         pipe_partition_method sequence_parallel activation_checkpointing
-        deepspeed_activation_checkpointing contiguous_checkpointing checkpoint_in_cpu
+        deepspeed_activation_checkpointing contiguous_checkpointing
         synchronize_each_layer profile_backward distributed_backend lazy_mpu_init mmap_warmup
         use_shared_fs""",
+    "fp8 scales each tensor by its own values, without a history": """
+        te_fp8_amax_history_len te_fp8_amax_compute_algo te_fp8_margin""",
     "blocks are recomputed one by one; train.recompute=2 takes every second": """
         checkpoint_num_layers""",
     "activations are always split over the ranks of parallel.tp": "partition_activations",
@@ -310,6 +312,7 @@ NESTED_HONOURED = {
     "fp16": """
         enabled type loss_scale loss_scale_window initial_scale_power hysteresis min_loss_scale""",
     "bf16": "enabled type",
+    "data_types": "grad_accum_dtype",
     "zero_optimization": "stage",
     "autotuning": "enabled",
     "curriculum_learning": """
@@ -324,6 +327,7 @@ NESTED_HONOURED = {
 """Honoured keys inside DeepSpeed's dictionaries."""
 
 NESTED_IGNORED = {
+    "data_types": "",
     "curriculum_learning": "",
     "curriculum_learning.schedule_config": "",
     "sparsity_config": "",

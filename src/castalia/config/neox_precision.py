@@ -50,7 +50,11 @@ def precision(o: NeoxOptions, out: NeoxReading) -> None:
             "precision",
         )
     chosen = next(iter(said.values()), "fp32")
-    o.put(out, "precision", chosen, "precision", "fp16", "bf16")
+    if o["te_fp8_mha"]:
+        chosen = "fp8"
+        fp8(o, out)
+    o.put(out, "precision", chosen, "precision", "fp16", "bf16", "te_fp8_mha")
+    gradients(chosen, o, out)
     if chosen == "fp16" and (o.complete or o.has("fp16")):
         loss_scale(o, out)
     if said == {"fp16.type": "bf16"}:
@@ -59,6 +63,60 @@ def precision(o: NeoxOptions, out: NeoxReading) -> None:
             f"fp16.type {fp16['type']} is read as GPT-NeoX v1.0 read it: the run trains in bf16,"
             " without a loss scale; today's GPT-NeoX ignores the type and trains in fp16",
             "precision",
+        )
+
+
+def fp8(o: NeoxOptions, out: NeoxReading) -> None:
+    """The options of Transformer Engine's fp8, which GPT-NeoX turns on with te_fp8_mha alone.
+
+    Source  GPT-NeoX, megatron/model/transformer.py, ParallelTransformerLayer.forward, and
+            transformer_engine.py, TEDelayedScaling.
+    """
+    formats = {"hybrid": "auto", "e4m3": "e4m3"}
+    if (name := o["te_fp8_format"]) not in formats:
+        wrong(
+            out,
+            f"unknown te_fp8_format {name!r}; choose one of {', '.join(formats)}",
+            "fp8.gradients",
+        )
+    else:
+        o.put(out, "fp8.gradients", formats[name], "te_fp8_format")
+    o.put(out, "fp8.weight_gradient", o["te_fp8_wgrad"], "te_fp8_wgrad")
+    note(
+        out,
+        "te_fp8_mha is precision=fp8: the linear layers of blocks multiply in fp8, scaled by the"
+        " values of each tensor at that moment; attention itself stays in bf16",
+        "precision",
+    )
+
+
+def gradients(chosen: str, o: NeoxOptions, out: NeoxReading) -> None:
+    """The dtype of gradients, of `data_types` and fp32_allreduce."""
+    wanted = (o["data_types"] or {}).get("grad_accum_dtype")
+    names = {None: "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
+    if wanted not in names:
+        wrong(
+            out,
+            f"unknown data_types.grad_accum_dtype {wanted!r}; choose one of fp32, bf16, fp16",
+            "train.gradients",
+        )
+        return
+    narrow = wanted == "bf16" and chosen in ("bf16", "fp8") and not o["fp32_allreduce"]
+    o.put(
+        out,
+        "train.gradients",
+        "bf16" if narrow else "fp32",
+        "data_types",
+        "fp32_allreduce",
+    )
+    if wanted in ("bf16", "fp16") and not narrow:
+        why = f"precision is {chosen}"
+        if o["fp32_allreduce"] and wanted == "bf16":
+            why = "fp32_allreduce sums them in fp32, and they add up in the same dtype"
+        note(
+            out,
+            f"data_types.grad_accum_dtype {wanted}: gradients add up in fp32, since {why}",
+            "train.gradients",
         )
 
 

@@ -205,7 +205,13 @@ TRAINING_RULES: list[tuple[tuple[str, ...], OptionRule]] = [
     (("autotuning",), autotuning),
     (("curriculum_learning",), curriculum),
     (("lr_decay_iters", "lr_decay_fraction"), horizon),
-    (("precision", "fp16", "bf16"), precision),
+    (
+        (
+            *("precision", "fp16", "bf16", "te_fp8_mha", "te_fp8_format", "te_fp8_wgrad"),
+            *("data_types", "fp32_allreduce"),
+        ),
+        precision,
+    ),
     (
         (
             "launcher",

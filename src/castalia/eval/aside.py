@@ -160,12 +160,18 @@ def whole_model(
     """
     with torch.device("meta"):
         whole = adapt(Decoder(config), adapter or NoAdapter.Config())
+
+    def kept(name: str, value: Tensor) -> torch.dtype:
+        # The integers of a quantized base, and what they are multiplied with, stay as they are.
+        is_integers = not value.is_floating_point() or name.endswith(".weight_scale")
+        return value.dtype if is_integers else dtype
+
     if world.size == 1:
-        wholes = {name: value.detach().to(dtype) for name, value in weights.items()}
+        wholes = {name: value.detach().to(kept(name, value)) for name, value in weights.items()}
     else:
         wholes = {}
         for name, shape in whole.state_dict().items():
-            wholes[name] = torch.zeros(shape.shape, dtype=dtype, device=world.device)
+            wholes[name] = torch.zeros(shape.shape, dtype=kept(name, shape), device=world.device)
         # Every rank has the memory: from here on none leaves the collectives alone.
         peers.gather(None)
         fill_whole(wholes, weights, world.rank)

@@ -35,6 +35,7 @@ from castalia.models.fp8 import Fp8Config
 from castalia.monitor.config import MonitorConfig
 from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_rule
 from castalia.optim.base import ITEM_BYTES, same
+from castalia.optim.loss_scale import LossScaleConfig
 from castalia.optim.schedule import ScheduleConfig, rate_problems
 from castalia.train.curriculum import Curriculum, CurriculumConfig
 from castalia.train.precision_config import Gradients, Parameters, precision_problems
@@ -51,22 +52,6 @@ from castalia.train.problems import (
 )
 
 # Nothing here imports torch, so that `castalia show` and `--help` answer at once.
-
-
-class LossScaleConfig(Config):
-    """Loss scaling under fp16, GPT-NeoX's rule. Only train/precision.py reads these fields."""
-
-    static: PositiveFloat | None = None
-    """A fixed scale; null scales dynamically."""
-    initial_power: NonNegativeInt = 12
-    """The dynamic scale starts at 2 ** this."""
-    window: PositiveInt = 1000
-    """Clean steps after which the scale doubles."""
-    # These defaults are those of the `fp16` section of GPT-NeoX's configs.
-    hysteresis: PositiveInt = 2
-    """Overflows that are tolerated before the scale halves."""
-    minimum: PositiveFloat = 1.0
-    """Smallest scale."""
 
 
 class GuardConfig(Config):
@@ -118,6 +103,9 @@ class TrainConfig(Config):
     """Activations that blocks recompute in the backward pass instead of storing them: true or full,
     all but their input; selective, all but attention and the widest product; n, all in every n-th
     block."""
+    offload_activations: Annotated[bool, AT_RESUME] = False
+    """On a GPU, keep activations in the CPU's memory until the backward pass; with recompute the
+    inputs of blocks, which is nearly all."""
     parameters: Parameters = "fp32"
     """How weights are kept: fp32; bf16, with fp32 masters in the optimizer; or bf16_stochastic,
     without masters, each update rounded up or down at random."""

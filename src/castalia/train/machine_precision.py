@@ -73,3 +73,13 @@ def precision_notes(given: RunConfig, config: RunConfig, device: torch.device) -
         f" (measured on a piece of the model); a new run with precision={other} or precision=auto"
         " is faster"
     ]
+
+
+def offload_notes(config: RunConfig, device: torch.device) -> list[str]:
+    """What is to be said where train.offload_activations has no effect."""
+    if not config.train.offload_activations or device.type == "cuda":
+        return []
+    return [
+        f"train.offload_activations is without effect on a {device.type.upper()}, whose memory has"
+        " the activations already; train.recompute=true needs less"
+    ]

@@ -15,6 +15,7 @@ from castalia.distributed import World
 from castalia.distributed.gradients import gradient_norm, sum_plain_gradients
 from castalia.distributed.pipeline import Pipeline, Stages
 from castalia.losses import Loss, LossOut, Scored
+from castalia.models.offload import Offload
 from castalia.models.parts.dropout import row_draws
 from castalia.train.config import RunConfig
 from castalia.train.precision import arithmetic
@@ -52,6 +53,10 @@ class Passes:
         self.drops = config.model.drops or adapter_of(config.adapter).drops(config.adapter)
         self.multiple = trimmed_multiple(config, world)
         self.reference: FillsReference | None = None
+        self.offload: Offload | None = None
+        # On a CPU activations are in its memory already; see the notes at the start.
+        if config.train.offload_activations and world.device.type == "cuda":
+            self.offload = Offload(model, world.device)
 
     @property
     def counts(self) -> bool:
@@ -65,7 +70,10 @@ class Passes:
     def around(self) -> AbstractContextManager[None]:
         """Context of one forward pass."""
         self.progressed()
-        return arithmetic(self.precision, self.world.device)
+        context = arithmetic(self.precision, self.world.device)
+        if self.offload is None or not torch.is_grad_enabled():
+            return context
+        return self.offload.around(context)
 
     def own_part(self, batch: Batch) -> Batch:
         """This rank's slice of the micro-batch: context parallelism splits the tokens of a row."""

@@ -24,7 +24,7 @@ from castalia.train.hooks import (
     Validate,
 )
 from castalia.train.hooks.named import named_hooks
-from castalia.train.machine_precision import precision_notes
+from castalia.train.machine_precision import offload_notes, precision_notes
 from castalia.train.run_folder import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
 from castalia.train.stopping import Stop, say
@@ -101,6 +101,7 @@ def run_claimed(
         write_run_folder(config, world, list(command), trainer.start_record.facts)
         notes = [*announced.notes, *trainer.start_notes, *trainer.mixture.notes]
         notes += precision_notes(given, config, world.device)
+        notes += offload_notes(config, world.device)
         print_start(config, world, trainer.rows, announced.changes, notes)
     # No rank may write a checkpoint into a folder whose config is not there yet.
     world.wait()

@@ -22,6 +22,7 @@ from castalia.distributed.gradients import clip_gradients
 from castalia.formats.saved_model import TOKENIZER
 from castalia.losses import LOSSES, Loss
 from castalia.models import parameter_counts
+from castalia.optim.loss_scale import make_scale
 from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
 from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
@@ -35,7 +36,7 @@ from castalia.train.machine_precision import with_precision
 from castalia.train.mixture import PlannedMixture, make_mixture
 from castalia.train.named_corpus import ensure_on_all
 from castalia.train.passes import make_passes
-from castalia.train.precision import make_scale, storage
+from castalia.train.precision import storage
 from castalia.train.progress import Clock, Progress, rows_hash
 from castalia.train.references import provide_references
 from castalia.train.resume import LONG, Checkpoints, DataOfRun, Stateful, checkpoint_files
