@@ -165,6 +165,21 @@ def test_the_same_texts_however_they_are_cut(make):
     )
 
 
+def test_the_native_engine_writes_the_same_answers(make):
+    """On a packed copy in memory, which is made anew for each set of answers."""
+    trainers = [make("train.steps=2", f"loss.engine={engine}") for engine in ("torch", "native")]
+    for _ in range(2):
+        texts = []
+        for trainer in trainers:
+            batches = next(trainer.training_batches())
+            (answers,) = trainer.prepared(batches)
+            texts.append(answers.tokens)
+            trainer.take_step(batches)
+        assert torch.equal(*texts)
+    with pytest.raises(ConfigError, match=r"native computes whole models .* set loss.engine=torch"):
+        make("loss.engine=native", "loss.dtype=fp16")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

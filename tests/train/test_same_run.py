@@ -71,6 +71,8 @@ FREE_KEYS = {
     "data.chat_only_last",
     "data.prepared_in",
     "loss.answers_at_once",
+    "loss.dtype",
+    "loss.engine",
     "loss.record_every",
     "loss.texts_at_once",
     "mixing.log_every",

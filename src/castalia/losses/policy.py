@@ -47,6 +47,9 @@ class PolicyConfig(LossConfig):
     """Updates that are made with each set of answers."""
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], AT_RESUME] = "fp32"
     """Dtype of the weights that write answers; other than the trained weights' it takes a copy."""
+    engine: Annotated[Literal["torch", "native"], AT_RESUME] = "torch"
+    """What writes answers: torch on the trained weights themselves, or the native engine of CPUs on
+    a copy that is packed before each set of answers, which is faster for all but short ones."""
     record_every: Annotated[NonNegativeInt, AT_RESUME] = 10
     """Steps between those whose answers are written to samples/rollouts.jsonl; 0 writes none."""
 

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from castalia.core.errors import ConfigError
 from castalia.data import Batch, RunRows, load_tokenizer
 from castalia.distributed import World
 from castalia.eval.aside import Peers, undisturbed, whole_model
 from castalia.inference import LanguageModel
+from castalia.inference.engine import Engine
+from castalia.inference.native.engine import NativeEngine
+from castalia.inference.native.weights import packed_weights
 from castalia.inference.sampling import Sampling
+from castalia.inference.torch_engine import TorchEngine
 from castalia.losses import Scored
 from castalia.losses.policy import Policy
 from castalia.models import Decoder
@@ -59,6 +64,9 @@ class Experience:
         assert self.config.data.tokenizer is not None, "a rule of the config"
         self.tokenizer = load_tokenizer(self.config.data.tokenizer)
         self.special = ends_of_texts(self.tokenizer, self.config.model.vocab_size)
+        refused = NativeEngine.refuses(self.config.model)
+        if options.engine == "native" and refused is not None:
+            raise ConfigError(f"loss.engine: {refused}; set loss.engine=torch")
         self.rewards = open_rewards(options, self.tokenizer, str(self.world.device))
         most = self.config.data.seq_length - options.max_tokens
         self.records = {}
@@ -155,7 +163,7 @@ class Experience:
         dtype = DTYPES[options.dtype]
         weights = self.weights()
         whole = whole_model(weights, model, self.world, peers, dtype, self.config.adapter)
-        speaker = LanguageModel(whole, self.tokenizer, None, self.special)
+        speaker = LanguageModel(self.engine_of(whole), self.tokenizer, None, self.special)
         drawing = Drawing(
             self.sampling,
             options.completions,
@@ -182,6 +190,14 @@ class Experience:
         if options.updates > 1:
             by_prompt = self.with_log_probabilities(whole, prompts, by_prompt)
         return [(prompt.place, group) for prompt, group in zip(prompts, by_prompt, strict=True)]
+
+    def engine_of(self, whole: Decoder) -> Engine:
+        """What writes answers with the weights of a model."""
+        if self.loss.config.engine == "torch":
+            return TorchEngine(whole)
+        # In memory: the packed copy is gone when its answers are written.
+        tensors = whole.state_dict()
+        return NativeEngine(packed_weights(tensors, whole.config, self.loss.config.dtype))
 
     def origin(self, prompt: Prompt, option: str) -> int:
         """The place that a prompt had when its answers were drawn."""

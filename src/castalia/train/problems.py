@@ -294,6 +294,12 @@ def stage_conflicts(config: "RunConfig", options: PolicyConfig) -> list[str]:
     """Sections that cannot go with rows that are answers."""
     kind = config.loss.kind
     problems = []
+    elsewhere = config.adapter.kind != "none" or config.device == "cuda"
+    if options.engine == "native" and (elsewhere or options.dtype == "fp16"):
+        problems.append(
+            "loss.engine native computes whole models on CPUs, in fp32 or bf16: with an adapter,"
+            " device=cuda or loss.dtype=fp16 set loss.engine=torch"
+        )
     if config.mixing.plans and options.updates > 1:
         problems.append(
             f"loss.updates {options.updates} takes the same rows several times, but mixing.kind"
