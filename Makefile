@@ -33,6 +33,7 @@ bench: install
 	$(BIN)/python benchmarks/mixing_cost.py
 	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/mup_transfer.py
 	$(BIN)/python benchmarks/distributed.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/serving.py
