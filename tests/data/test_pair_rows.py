@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from castalia.analysis.viewing import Steps, records, step_hash
 from castalia.core.errors import CastaliaError
 from castalia.data import (
     IGNORED,
@@ -13,8 +14,10 @@ from castalia.data import (
     StepLoader,
     build_rows,
     changed,
+    load_tokenizer,
 )
 from castalia.recipes import load_config
+from castalia.train import progress
 from castalia.train.startup import left_out_pairs
 
 L = 12
@@ -197,3 +200,18 @@ def test_pairs_that_teach_nothing_are_left_out_and_counted(tmp_path):
         "of 9 pairs of a-chosen are left out: 1 without an answer in a row of data.seq_length 12"
         " tokens, 1 whose answers are the same"
     )
+
+
+def test_both_answers_are_shown_and_hashed(files):
+    rows = built(files)
+    (batch,) = next(iter(batches(rows)))
+    assert step_hash(rows.train, 0, 6) == progress.rows_hash([batch])
+    shown = list(records(rows, Steps(0, 1, 6), load_tokenizer("bytes")))
+    assert len(shown) == 6
+    for number, record in enumerate(shown):
+        for row, side in ((2 * number, record), (2 * number + 1, record["rejected"])):
+            (piece,) = side["documents"]
+            assert (
+                load_tokenizer("bytes").decode(batch.tokens[row].tolist())[:3] == side["text"][:3]
+            )
+            assert ("chosen" in side["prefix"]) == (row % 2 == 0) and piece["start"] == 0

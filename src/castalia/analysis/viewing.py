@@ -106,15 +106,25 @@ def record_of(
     Keys: step, row within the step, source, prefix, documents (the pieces of documents in the row),
     with a tokenizer also the text of row and pieces, and with an index of origins in the token file
     where each document came from. Each piece is decoded alone, so a character cut at its border
-    shows as U+FFFD.
+    shows as U+FFFD. Of a pair it is the preferred answer, and `rejected` has the other one's
+    prefix, documents and text.
     """
-    source, pieces = rows.train.documents_of(place)
+    source, own_place = rows.train.locate(place)
     step, row = batches.step_of(place)
+    records = [contents_of(side, source, own_place, place, tokenizer) for side in rows.train.sides]
+    record = {"step": step, "row": row, "source": rows.sources[source], **records[0]}
+    if len(records) > 1:
+        record["rejected"] = records[1]
+    return record
+
+
+def contents_of(
+    side: ServedRows, source: int, own_place: int, place: int, tokenizer: Tokenizer | None
+) -> dict[str, Any]:
+    """Prefix, documents and text of the row served at `place`, the `own_place`-th of a source."""
+    pieces = side.row_sources[source].documents_of(own_place)
     record: dict[str, Any] = {
-        "step": step,
-        "row": row,
-        "source": rows.sources[source],
-        "prefix": rows.train.row_sources[source].dataset.prefix,
+        "prefix": side.row_sources[source].dataset.prefix,
         "documents": [piece._asdict() for piece in pieces],
     }
     for document in record["documents"]:
@@ -122,7 +132,7 @@ def record_of(
         if origin is not None:
             document["from"] = origin
     if tokenizer is not None:
-        ids = rows.train[place][0]
+        ids = side.row(source, pieces, place)
         record["text"] = tokenizer.decode(ids)
         ends = np.cumsum([piece.length for piece in pieces])
         piece_ids = np.split(ids, ends[:-1])
@@ -138,4 +148,10 @@ def step_hash(rows: ServedRows, step: int, batches: BatchSizes | int) -> int:
     not depend on how ranks share the rows.
     """
     places = sizes_of(batches).places(step)
-    return sum(zlib.crc32(rows[place][0][:-1].astype("<i8").tobytes()) for place in places)
+    total = 0
+    for place in places:
+        source, own_place = rows.locate(place)
+        for side in rows.sides:
+            row = side.row(source, side.row_sources[source].documents_of(own_place), place)
+            total += zlib.crc32(row[:-1].astype("<i8").tobytes())
+    return total
