@@ -1,9 +1,14 @@
 """The loss of a reward model against its formula, and the head that it trains."""
 
+import collections
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
 
+from castalia.checkpoint.hf import hf_keymap, write_hf
 from castalia.core.errors import ConfigError
 from castalia.data import Batch
 from castalia.data.labels import IGNORED
@@ -40,7 +45,9 @@ def model() -> Decoder:
     model = Decoder(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(20 * init_parameter(name, parameter.shape, config, 1))
+            # Matrices larger than at a start, so that scores differ.
+            factor = 5 if parameter.ndim == 2 else 1
+            parameter.copy_(factor * init_parameter(name, parameter.shape, config, 1))
     return model
 
 
@@ -94,6 +101,44 @@ def test_the_loss_is_its_formula(model, options, rewards):
     means = {name: (mean.sum / mean.weight).item() for name, mean in out.metrics.items()}
     assert means["accuracy"] == (better > worse).double().mean().item()
     assert means["reward_margin"] == pytest.approx((better - worse).mean().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"center": 0.05}])
+def test_loss_and_gradients_are_trls(model, options, tmp_path):
+    """On the model that transformers loads from our weights."""
+    from trl import RewardTrainer
+
+    write_hf(tmp_path, model.state_dict(), model.config, end_ids=[256], pad_id=0)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    batch = batch_of(TEXTS, [0.9, 0.4, 0.0, -0.3] if options else None)
+    trainer = RewardTrainer.__new__(RewardTrainer)
+    trainer.model = theirs.eval()
+    trainer.args = types.SimpleNamespace(center_rewards_coefficient=options.get("center"))
+    keep = types.SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer.accelerator = keep
+    trainer._total_train_tokens = 0
+    trainer._metrics = {"eval": collections.defaultdict(list)}
+    # TRL has all preferred answers first, and their texts end where padding begins.
+    order = [0, 2, 1, 3]
+    tokens = torch.nn.functional.pad(batch.tokens, (0, 1))[order]
+    inputs = {"input_ids": tokens, "attention_mask": (tokens > 0).long()}
+    if options:
+        inputs["margin"] = torch.tensor([0.5, 0.3])
+    exact = trainer.compute_loss(theirs, inputs)
+    exact.backward()
+    model.zero_grad()
+    out = Reward(Reward.Config(**options))(Scored.by(model, batch), batch)
+    (out.total / out.weight).backward()
+    assert out.total.item() / 2 == pytest.approx(exact.item(), abs=1e-5)
+    means = {name: (mean.sum / mean.weight).item() for name, mean in out.metrics.items()}
+    metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+    assert means["accuracy"] == pytest.approx(metrics["accuracy"])
+    assert means["reward_margin"] == pytest.approx(float(metrics["margin"]), rel=1e-4)
+    named = dict(theirs.named_parameters())
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    biggest = max(gradient.abs().max().item() for gradient in ours.values())
+    for name, gradient in hf_keymap(model.config).to_theirs(ours).items():
+        assert (gradient - named[name].grad).abs().max() < 1e-5 * max(1, biggest), name
 
 
 def test_scores_before_each_target_as_in_gpt_neox(model):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from castalia.data import IGNORED, IndexedDatasetWriter
+from castalia.data import IGNORED, IndexedDataset, IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.recipes import load_config
 from castalia.train.trainer import Trainer
@@ -36,6 +36,10 @@ LAYOUTS = {
     "dp": ("parallel.dp_shard=2", "train.micro_batch_size=4"),
     "tp": ("parallel.tp=2", "loss.form=ipo", "loss.reference=live"),
     "pp": ("parallel.pp=2", "train.micro_batch_size=4"),
+    "kto, dp": ("loss.kind=kto", "parallel.dp_shard=2", "train.micro_batch_size=4"),
+    "kto, tp": ("loss.kind=kto", "parallel.tp=2", "loss.reference=live"),
+    "kto, pp": ("loss.kind=kto", "parallel.pp=2", "train.micro_batch_size=4"),
+    "reward, dp": ("loss.kind=reward", "model.head=score", "train.micro_batch_size=4"),
 }
 PROMPT = 4
 
@@ -64,20 +68,46 @@ def write_pairs(folder: Path, name: str, count: int, seed: int) -> dict[str, str
     return prefixes
 
 
+def write_labelled(folder: Path, name: str, count: int, seed: int) -> dict[str, str]:
+    """As `write_pairs`, each answer alone with the label 1 or -1."""
+    pairs = write_pairs(folder, f"{name}-pairs", count, seed)
+    fields = {"train": np.uint16, "labels": np.int32, "rewards": np.float32}
+    prefixes = {field: f"{folder}/{name}-{field}" for field in fields}
+    writers = {field: IndexedDatasetWriter(prefixes[field], fields[field]) for field in fields}
+    opened = {name: IndexedDataset(prefix) for name, prefix in pairs.items()}
+    for document in range(count):
+        for side, label in (("chosen", 1.0), ("rejected", -1.0)):
+            writers["train"].add(opened[side][document])
+            writers["labels"].add(opened[f"{side}_labels"][document])
+            writers["rewards"].add([label])
+    for writer in writers.values():
+        writer.close()
+    return prefixes
+
+
+def write_rows(layout: str, folder: Path, name: str, count: int, seed: int) -> dict[str, str]:
+    """The files that a layout's loss reads."""
+    write = write_labelled if layout.startswith("kto") else write_pairs
+    return write(folder, name, count, seed)
+
+
 def words_of(train: dict[str, str], valid: dict[str, str] | None = None) -> list[str]:
     """Options that name the files."""
     words = [f"data.{name}={prefix}" for name, prefix in train.items()]
-    return words + [f"data.valid_{name}={prefix}" for name, prefix in (valid or {}).items()]
+    for name, prefix in (valid or {}).items():
+        words.append(f"data.valid={prefix}" if name == "train" else f"data.valid_{name}={prefix}")
+    return words
 
 
 def one_step(world: World, *words: str) -> dict[str, Any]:
     """Loss, metrics and gradients of the first batch."""
     trainer = Trainer(load_config([*SMALL, *words]), world)
-    # Away from the start, where all losses of pairs are the same.
+    # Away from the start, where all losses of pairs are the same. Smaller weights make answers to
+    # other prompts likelier, a divergence above 0.
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parameter.mul_(1.5)
-    totals = trainer.accumulate(next(trainer.training_batches()))
+            parameter.mul_(0.5 if trainer.loss.rows == "labelled" else 1.5)
+    totals = trainer.accumulate(trainer.prepared(next(trainer.training_batches())))
     gradients = {}
     for name, parameter in trainer.model.named_parameters():
         gradient = parameter.grad

@@ -7,9 +7,9 @@ import pytest
 
 from castalia.analysis import viewing
 from castalia.core.errors import ConfigError
+from castalia.data.curriculum import Curriculum, CurriculumConfig
 from castalia.recipes import load_config
 from castalia.train.build import rows_of_run
-from castalia.train.curriculum import Curriculum, CurriculumConfig
 
 LINES = (
     "curriculum.kind=linear",

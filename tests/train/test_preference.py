@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.seams.preferences import LAYOUTS, SMALL, one_step, words_of, write_pairs
+from tests.seams.preferences import LAYOUTS, SMALL, one_step, words_of, write_pairs, write_rows
 from tests.seams.ranks import on_ranks
 
 from castalia.core.errors import ConfigError, DataError
@@ -54,6 +54,18 @@ def test_the_model_prefers_what_was_chosen(make, kind):
     metrics = held_out(trainer).metrics
     assert before < 0.8 < 0.95 < metrics["accuracy"]
     assert metrics["logp_chosen"] > metrics["logp_rejected"] and metrics["reward_margin"] > 0.2
+
+
+def test_a_reward_model_tells_answers_apart(make, tmp_path):
+    # One number for a text has less to learn from than a probability for each token.
+    more = words_of(write_pairs(tmp_path, "train", 2048, 1))
+    words = (*more, "loss.kind=reward", "model.head=score", "train.steps=100", "optim.lr=3e-3")
+    trainer = make(*words, *VALIDATES)
+    before = held_out(trainer).metrics["accuracy"]
+    trainer.fit()
+    metrics = held_out(trainer).metrics
+    assert before < 0.8 < 0.95 < metrics["accuracy"]
+    assert metrics["reward_chosen"] > metrics["reward_rejected"] + 1
 
 
 def test_references_are_computed_once_and_are_those_of_a_live_model(make, capsys, tmp_path):
@@ -112,11 +124,11 @@ def test_ranks_change_nothing(tmp_path):
     for number, (layout, words) in enumerate(LAYOUTS.items()):
         own = tmp_path / str(number)
         own.mkdir()
-        files = write_pairs(own, "train", 40, 3)
+        files = write_rows(layout, own, "train", 40, 3)
         (own / "files.json").write_text(json.dumps(files))
         (own / "one").mkdir()
         plain = [word for word in words if not word.startswith(("parallel.", "train.micro"))]
-        copies = write_pairs(own / "one", "train", 40, 3)
+        copies = write_rows(layout, own / "one", "train", 40, 3)
         alone[layout] = one_step(ALONE, *words_of(copies), f"output={own}/alone", *plain)
     for ranks in on_ranks("preferences.py", 2, tmp_path):
         for layout, found in ranks.items():

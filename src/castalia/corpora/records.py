@@ -8,13 +8,14 @@ A kind reads a record as one conversation for each of its parts. A new kind is o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
+from castalia.corpora.record_labels import label_of, margin_of
 from castalia.corpus.chat_messages import ROLES, messages_of, objects_of, weight_of
 from castalia.corpus.chat_template import ChatTemplate
 from castalia.corpus.chats import ChatFields, ChatForm, Given, RenderedChat, rendered_chat
@@ -194,8 +195,9 @@ def read_chat(record: Record) -> list[Conversation]:
         ("chosen", LABELS): "chosen_labels",
         ("rejected", TOKENS): "rejected",
         ("rejected", LABELS): "rejected_labels",
+        ("chosen", REWARDS): "rewards",
     },
-    columns=("prompt", *ANSWERS),
+    columns=("prompt", *ANSWERS, "margin"),
 )
 def read_pairs(record: Record) -> list[Conversation]:
     """A preferred and a rejected answer to a prompt, which both may begin with instead.
@@ -232,7 +234,8 @@ def read_pairs(record: Record) -> list[Conversation]:
         conversations = [Conversation(text[:shared], text[shared:]) for text in (chosen, rejected)]
     for key, conversation in zip(ANSWERS, conversations, strict=True):
         require_words(key, conversation.answer, record.roles)
-    return conversations
+    chosen_one, rejected_one = conversations
+    return [replace(chosen_one, reward=margin_of(record.values)), rejected_one]
 
 
 def shared_length(chosen: list[Message] | str, rejected: list[Message] | str) -> int:
@@ -258,6 +261,29 @@ def require_words(key: str, answer: list[Message] | str | None, roles: Sequence[
         )
     if not isinstance(answer, str):
         require_answer(answer, roles)
+
+
+@text_kind(
+    "labelled",
+    fields={
+        ("answer", TOKENS): "train",
+        ("answer", LABELS): "labels",
+        ("answer", REWARDS): "rewards",
+    },
+    columns=("prompt", *COMPLETIONS, "label"),
+)
+def read_labelled(record: Record) -> list[Conversation]:
+    """An answer to a prompt, and whether it is a desirable one.
+
+    Raises  BadDocumentError if the answer is missing or empty, or the label neither true nor false.
+    """
+    answer = record.has(*COMPLETIONS)
+    if answer is None:
+        existing = ", ".join(sorted(record.values)) or "none"
+        raise BadDocumentError(f"a labelled answer lacks the key 'completion'; keys: {existing}")
+    conversation = record.answered(record.has("prompt"), answer, label_of(record.values))
+    require_words(answer, conversation.answer, record.roles)
+    return [conversation]
 
 
 @text_kind(

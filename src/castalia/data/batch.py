@@ -33,6 +33,7 @@ class Batch:
             group (B,) int64, equal for rows that belong together, such as the two of a pair;
             reference (B, T) float32, log-probabilities under a reference model, in nats;
             reward (B,) float32, the score of a row;
+            baseline (B,) float32, the log-ratio of model and reference that counts as none, nats;
             filled (B,) int64, tokens of a row before its padding, the last target included; None
             where rows are full;
             sampled (B, T) float32, log-probabilities under the weights that drew the tokens, in
@@ -55,6 +56,7 @@ class Batch:
     group: Tensor | None = None
     reference: Tensor | None = None
     reward: Tensor | None = None
+    baseline: Tensor | None = None
     filled: Tensor | None = None
     sampled: Tensor | None = None
     advantage: Tensor | None = None
@@ -92,6 +94,11 @@ class Batch:
         if self.tokens.shape[1] <= length:
             return self
         return self.of_tokens(lambda values: values[:, :length].contiguous())
+
+    def every(self, first: int, step: int) -> "Batch":
+        """Each `step`-th row from row `first` on."""
+        names = tuple(field.name for field in fields(self))
+        return self.changed(names, lambda values: values[first::step])
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""

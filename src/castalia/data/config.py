@@ -124,6 +124,21 @@ class DataConfig(Config):
     """Log-probabilities under a reference model of `valid_chosen`."""
     valid_rejected_reference: Annotated[Paths, AT_RESUME] = []
     """Log-probabilities under a reference model of `valid_rejected`."""
+    rewards: Annotated[Paths, AT_RESUME] = []
+    """Files with one number for each document, one per train prefix: above 0 for a desirable
+    answer, below 0 for an undesirable one; of pairs, the margin of each. `data.labelled` makes
+    them."""
+    valid_rewards: Annotated[Paths, AT_RESUME] = []
+    """Those of the valid prefixes."""
+    mismatched: Annotated[Paths, AT_RESUME] = []
+    """Token files of each prompt of `train` with the answer to another one, which `loss.kind=kto`
+    estimates its divergence by; the run makes them."""
+    mismatched_labels: Annotated[Paths, AT_RESUME] = []
+    """Label files of `mismatched`."""
+    valid_mismatched: Annotated[Paths, AT_RESUME] = []
+    """As `mismatched`, of the valid prefixes."""
+    valid_mismatched_labels: Annotated[Paths, AT_RESUME] = []
+    """Label files of `valid_mismatched`."""
     split: str | None = None
     """Shares of a single train prefix's documents for train, valid and test: `969, 30, 1`. Null
     trains on all of them."""

@@ -164,6 +164,21 @@ def read_rewards(prefix: str | os.PathLike[str], dataset: IndexedDataset) -> NDA
     return rewards
 
 
+def require_both_labels(rewards: Sequence[NDArray[np.float32]]) -> None:
+    """Refuse answers that are all desirable, or all undesirable: a model would learn to write
+    anything but these, or nothing.
+
+    Raises  DataError.
+    """
+    labels = np.concatenate([np.sign(values) for values in rewards])
+    for label, word in ((1, "desirable"), (-1, "undesirable")):
+        if (labels == label).all():
+            raise DataError(
+                f"all {len(labels)} answers are {word}, so that there is nothing to tell apart;"
+                " add answers with the other label, or use loss.kind=next_token"
+            )
+
+
 def mask_before(
     prefix: str | os.PathLike[str],
     output: str | os.PathLike[str],

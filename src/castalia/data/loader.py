@@ -174,6 +174,8 @@ def as_batch(micro_rows: MicroRows, eod_id: int | None, prompt_weight: float = 0
         # Number t is that of token t + 1 already, the label of place t.
         reference = torch.from_numpy(micro_rows.reference[:, :-1]).contiguous()
         batch = replace(batch, reference=reference)
+    if micro_rows.reward is not None:
+        batch = replace(batch, reward=torch.from_numpy(micro_rows.reward))
     if micro_rows.segments is None:
         return batch
     segments = micro_rows.segments[:, :-1]

@@ -22,9 +22,10 @@ class ServedRows(ABC):
     `rows[p]` is (row (seq_length + 1,) int64, source, p), where `source` counts in `row_sources`.
     `labels` are the sources' label files; None makes every token a target. `label_weights` are
     their files of weights; None makes every target count 1. `reference` are files of
-    log-probabilities under a reference model, None without. `fim` transforms rows as they are
-    served, None without. Of pairs the rows are those of the
-    preferred answers, and `rejected` serves the rejected one of each place; None for texts.
+    log-probabilities under a reference model, None without; `rewards` a number for each document,
+    None without. `fim` transforms rows as they are served, None without. Of pairs the rows are
+    those of the preferred answers, and `rejected` serves the rejected one of each place; None for
+    texts.
     """
 
     def __init__(self, row_sources: Sequence[RowSource[Any]]) -> None:
@@ -34,6 +35,7 @@ class ServedRows(ABC):
         self.label_weights: Labels = None
         self.fim: FillInTheMiddle | None = None
         self.reference: Labels = None
+        self.rewards: Sequence[NDArray[np.float32]] | None = None
         self.rejected: ServedRows | None = None
 
     def __repr__(self) -> str:
@@ -51,6 +53,7 @@ class ServedRows(ABC):
         self.labels = files.labels
         self.label_weights = files.label_weights
         self.reference = files.reference
+        self.rewards = files.rewards
         if files.rejected is not None:
             sources = zip(files.rejected.tokens, self.row_sources, strict=True)
             self.rejected = OtherSide([source.other(tokens) for tokens, source in sources])

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from castalia.core.errors import ConfigError
 from castalia.data.config import DataConfig
 from castalia.data.indexed import IndexedDataset
-from castalia.data.labels import Labels, open_labels
+from castalia.data.labels import Labels, open_labels, read_rewards
 from castalia.data.order import weight_by_num_documents
 from castalia.data.pair_files import open_references, require_pair
 from castalia.data.sidecar import require_tokenizer, tokenizer_facts
@@ -30,8 +33,11 @@ class Files:
     """How much each target counts, a file for each source; None where all count 1."""
     reference: Labels = None
     """Log-probabilities under a reference model, a file for each source; None without."""
+    rewards: Sequence[NDArray[np.float32]] | None = None
+    """A number for each document of each source; None without."""
     rejected: "Files | None" = None
-    """The rejected answers of pairs, whose preferred ones `tokens` are; None for texts."""
+    """The other side of the rows: the rejected answers of pairs, whose preferred ones `tokens` are,
+    or prompts with the answers to others; None for texts."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -44,6 +50,7 @@ class Files:
             self.labels and self.labels[chosen],
             self.label_weights and self.label_weights[chosen],
             self.reference and self.reference[chosen],
+            self.rewards and self.rewards[chosen],
             self.rejected and self.rejected.of(number),
         )
 
@@ -104,7 +111,9 @@ def files_of(config: DataConfig, role: str) -> Files:
         names = (f"{role}labels", f"{role}label_weights")
         labels = open_labels(getattr(config, names[0]), tokens, names[0])
         weights = open_labels(getattr(config, names[1]), tokens, names[1], are_weights=True)
-        return Files(tokens, labels, weights)
+        rewards = open_rewards(getattr(config, f"{role}rewards"), tokens)
+        others = mismatched_files(config, role, tokens)
+        return Files(tokens, labels, weights, rewards=rewards, rejected=others)
     names = (f"{role}chosen", f"{role}rejected")
     both = [[IndexedDataset(path) for path in getattr(config, name)] for name in names]
     for pair in zip(*both, strict=True):
@@ -115,7 +124,46 @@ def files_of(config: DataConfig, role: str) -> Files:
         paths = getattr(config, f"{name}_reference")
         references = open_references(paths, tokens, config.seq_length)
         sides.append(Files(tokens, labels, reference=references))
-    return replace(sides[0], rejected=sides[1])
+    rewards = open_rewards(getattr(config, f"{role}rewards"), both[0])
+    return replace(sides[0], rewards=rewards, rejected=sides[1])
+
+
+def mismatched_files(
+    config: DataConfig, role: str, tokens: Sequence[IndexedDataset]
+) -> Files | None:
+    """The files of prompts with the answers to others; None where the config names none.
+
+    Raises  ConfigError if there is not one for each source; DataError if they do not match.
+    """
+    name = f"{role}mismatched"
+    paths = getattr(config, name)
+    if not paths:
+        return None
+    if len(paths) != len(tokens):
+        raise ConfigError(
+            f"data.{name} has {len(paths)} files for {len(tokens)} token files; give one for each,"
+            " or leave it out: the run makes them"
+        )
+    others = [IndexedDataset(path) for path in paths]
+    for pair in zip(tokens, others, strict=True):
+        require_pair(*pair)
+    return Files(others, open_labels(getattr(config, f"{name}_labels"), others, f"{name}_labels"))
+
+
+def open_rewards(
+    paths: Sequence[str], tokens: Sequence[IndexedDataset]
+) -> list[NDArray[np.float32]] | None:
+    """The number of each document of each token file; None if no paths are given.
+
+    Raises  ConfigError if their numbers differ; DataError if a file does not match.
+    """
+    if not paths:
+        return None
+    if len(paths) != len(tokens):
+        raise ConfigError(
+            f"{len(paths)} reward files for {len(tokens)} token files; give one for each"
+        )
+    return [read_rewards(path, file) for path, file in zip(paths, tokens, strict=True)]
 
 
 def with_document_weights(

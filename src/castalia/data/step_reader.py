@@ -3,7 +3,7 @@ torch."""
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,8 @@ class MicroRows:
     """How much each target counts, (B, T + 1), if files say so."""
     reference: NDArray[np.float32] | None = None
     """Log-probability of the next token under a reference model, (B, T + 1), in nats."""
+    reward: NDArray[np.float32] | None = None
+    """The number of the first document of each row, (B,), if there are such."""
     paired: bool = False
     """Whether rows 2i and 2i + 1 are a pair, the preferred one first, both with the same index."""
 
@@ -166,6 +168,7 @@ class StepReader:
             labels=labels_of(side, rows, numbers, spans_of_rows),
             label_weights=weights_of(side, rows.shape[1], numbers, spans_of_rows),
             reference=reference_of(side, rows, numbers, spans_of_rows),
+            reward=reward_of(side, numbers, spans_of_rows),
         )
 
     def padding_batch(self) -> MicroRows:
@@ -180,6 +183,7 @@ class StepReader:
             segments=None if self.mask is None else rows,
             filled=np.zeros(count, np.int64) if padded else None,
             reference=None if self.rows.reference is None else np.zeros(rows.shape, np.float32),
+            reward=None if self.rows.rewards is None else np.zeros(count, np.float32),
             paired=count == 2,
         )
 
@@ -256,6 +260,17 @@ def reference_of(
     return reference
 
 
+def reward_of(
+    side: ServedRows, numbers: Sequence[int], spans_of_rows: SpansOfRows
+) -> NDArray[np.float32] | None:
+    """The number of each row's first document; None without rewards."""
+    rewards = side.rewards
+    if rewards is None:
+        return None
+    pairs = zip(numbers, spans_of_rows, strict=True)
+    return np.array([rewards[number][spans[0].document] for number, spans in pairs], np.float32)
+
+
 def check(
     side: ServedRows,
     rows: NDArray[np.int64],
@@ -281,6 +296,9 @@ def check(
 def interleaved(chosen: MicroRows, rejected: MicroRows) -> MicroRows:
     """The rows of both sides of pairs, (2B, T + 1): each preferred one before its rejected one."""
     values: dict[str, Any] = {}
+    if chosen.reward is not None:
+        # A number belongs to both, as the margin of a pair does.
+        rejected = replace(rejected, reward=np.zeros_like(chosen.reward))
     for field in fields(MicroRows):
         pair = (getattr(chosen, field.name), getattr(rejected, field.name))
         if isinstance(pair[0], np.ndarray) and isinstance(pair[1], np.ndarray):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from castalia.core.lazy import lazy
 from castalia.losses.dpo import DPO
 from castalia.losses.grpo import Grpo
+from castalia.losses.kto import KTO
 from castalia.losses.loss import LOSSES, Loss, LossConfig, LossOut, Mean
 from castalia.losses.next_token import NextToken
 from castalia.losses.orpo import ORPO
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DPO",
+    "KTO",
     "LOSSES",
     "ORPO",
     "Grpo",

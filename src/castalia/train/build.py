@@ -11,12 +11,14 @@ from castalia.adapters.switch import remember
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
 from castalia.data import RunRows, StepLoader, build_rows
+from castalia.data.labels import require_both_labels
 from castalia.data.loader import RowLookup
 from castalia.data.run_rows import rows_of_sources
 from castalia.data.served import RepeatedRows, ServedRows
 from castalia.data.step_reader import check_batch
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
+from castalia.losses import LOSSES
 from castalia.models import Decoder
 from castalia.models.fp8 import require_fp8, to_fp8
 from castalia.models.init import start_weights
@@ -86,6 +88,8 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
         ramp=train.batch_ramp,
         epochs=epochs,
     )
+    if LOSSES[config.loss.kind].rows == "labelled":
+        require_both_labels(rows.train.rewards or ())
     if config.updates_per_rows == 1:
         return rows
     return replace(rows, train=RepeatedRows(rows.train, train.batch_size, config.updates_per_rows))

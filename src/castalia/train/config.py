@@ -24,6 +24,7 @@ from castalia.cost.divisibility import layout_problems, stage_problems
 from castalia.cost.workload import Workload
 from castalia.data.batch_sizes import BatchSizes
 from castalia.data.config import DataConfig
+from castalia.data.curriculum import Curriculum, CurriculumConfig
 from castalia.distributed import ParallelConfig
 from castalia.eval.config import EvalConfig
 from castalia.launch import LaunchConfig
@@ -37,7 +38,6 @@ from castalia.optim import OPTIMIZERS, AdamWConfig, OptimConfig, Rules, width_ru
 from castalia.optim.base import ITEM_BYTES, same
 from castalia.optim.loss_scale import LossScaleConfig
 from castalia.optim.schedule import ScheduleConfig, rate_problems
-from castalia.train.curriculum import Curriculum, CurriculumConfig
 from castalia.train.precision_config import Gradients, Parameters, precision_problems
 from castalia.train.problems import (
     adapter_problems,

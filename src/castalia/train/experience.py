@@ -29,6 +29,7 @@ from castalia.rollouts.rewards import Answered, open_rewards, total_rewards
 from castalia.rollouts.rows import Judged, answer_rows, padding_rows, prompts_of
 from castalia.train.answer_references import AnswerReferences
 from castalia.train.config import RunConfig
+from castalia.train.mismatched import Divergence
 from castalia.train.precision import DTYPES, arithmetic
 
 if TYPE_CHECKING:
@@ -252,8 +253,11 @@ class Experience:
         return every > 0 and (before < 0 or step // every != before // every)
 
 
-def make_experience(trainer: "Trainer") -> Experience | None:
-    """The stage of a run whose loss learns from answers, one of its states; None for any other."""
+def make_experience(trainer: "Trainer") -> "Experience | Divergence | None":
+    """The stage before the passes that the run's loss needs; None for most. One that learns from
+    answers has a state."""
+    if getattr(trainer.config.loss, "kl", None) == "mismatched":
+        return Divergence(trainer)
     if not isinstance(trainer.loss, Policy):
         return None
     experience = Experience(

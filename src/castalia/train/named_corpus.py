@@ -6,6 +6,7 @@ from pathlib import Path
 from castalia.core.errors import ConfigError
 from castalia.corpora.build import Say, build_corpus
 from castalia.corpora.conversations import FACTS, options_of, prepared_text
+from castalia.corpora.mismatched import with_mismatched
 from castalia.corpora.records import TEXT_KINDS
 from castalia.corpus.forms import WEIGHTS
 from castalia.data import load_tokenizer
@@ -20,8 +21,10 @@ def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
             DataError about a record of a text file.
     """
     if config.data.texts:
-        return ensure_texts(config, say)
-    if config.data.train_prefixes or config.data.corpus is None:
+        return ensure_mismatched(ensure_texts(config, say))
+    if config.data.train_prefixes:
+        return ensure_mismatched(config)
+    if config.data.corpus is None:
         return config
     corpus = build_corpus(config.data.corpus, Path(config.output) / "data", say)
     vocab_size = load_tokenizer(corpus.tokenizer).vocab_size
@@ -73,6 +76,14 @@ def ensure_texts(config: RunConfig, say: Say = print) -> RunConfig:
                 files = []
             update[valid_name(name) if part else name] = files
     return config.model_copy(update={"data": data.model_copy(update=update)})
+
+
+def ensure_mismatched(config: RunConfig) -> RunConfig:
+    """The config with prompts with the answers to others, where its loss asks for these."""
+    if getattr(config.loss, "kl", None) != "mismatched":
+        return config
+    data = with_mismatched(config.data, f"{config.output}/data")
+    return config.model_copy(update={"data": data})
 
 
 def valid_name(name: str) -> str:

@@ -7,13 +7,14 @@ from castalia.adapters import adapter_of
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import context_problems
 from castalia.data.batch_sizes import ramp_problem
+from castalia.data.curriculum import Curriculum
 from castalia.losses import LOSSES, Loss
+from castalia.losses.labelled import labelled_problems
 from castalia.losses.policy import PolicyConfig
 from castalia.mixing.mixer import MIXERS
 from castalia.optim import OPTIMIZERS
 from castalia.optim.widths import width_rule
 from castalia.rollouts.functions import reward_function
-from castalia.train.curriculum import Curriculum
 
 if TYPE_CHECKING:
     from castalia.train.config import RunConfig
@@ -230,6 +231,9 @@ def row_problems(config: "RunConfig", loss: type[Loss]) -> list[str]:
             f"loss.kind {kind} reads {loss.rows}, but data.prompts has prompts without answers;"
             f" choose a loss that answers them: {', '.join(losses_of('prompts'))}"
         ]
+    if loss.rows == "labelled" or config.data.labelled:
+        rows = config.train.micro_batch_size or config.train.batch_size
+        return labelled_problems(config.data, config.loss, rows)
     if isinstance(config.loss, PolicyConfig):
         return policy_problems(config, config.loss)
     names_data = config.data.train or config.data.corpus

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from castalia.cost.estimate import estimate
 from castalia.data import RunRows
+from castalia.data.curriculum import Curriculum
 from castalia.data.pairwise import PairOrder
 from castalia.monitor import quantity, size_text
 from castalia.train.config import RunConfig
-from castalia.train.curriculum import Curriculum
 
 if TYPE_CHECKING:
     from castalia.distributed import World

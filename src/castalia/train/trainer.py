@@ -14,6 +14,7 @@ import torch
 
 from castalia.checkpoint import SavePolicy, Store
 from castalia.data import Batch, BlendedRows
+from castalia.data.curriculum import Curriculum
 from castalia.data.loader import RowLookup
 from castalia.data.row_checks import check_rows
 from castalia.data.served import ServedRows
@@ -27,7 +28,6 @@ from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
 from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
 from castalia.train.config import RunConfig, rules_of
-from castalia.train.curriculum import Curriculum
 from castalia.train.experience import make_experience
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step

@@ -15,7 +15,7 @@ from castalia.config.base import Config
 
 
 class CurriculumConfig(Config):
-    """Length of the rows by step. Only train/curriculum.py reads these fields."""
+    """Length of the rows by step. Only data/curriculum.py reads these fields."""
 
     kind: Literal["none", "linear", "root", "discrete"] = "none"
     """none: full rows; linear and root: from shortest to longest over `steps`, as the step or
