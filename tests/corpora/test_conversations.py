@@ -3,6 +3,7 @@ changes."""
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,14 @@ def test_templates(prepare_chat):
     assert shown(text, 0)[1] == f" none{END}"
     with pytest.raises(CastaliaError, match=r"talk.jsonl:1: the chat template rejects this"):
         prepare_chat(record, template="{{ raise_exception('no') }}")
+
+
+def test_a_template_needs_jinja2_and_plain_strings_do_not(prepare_chat, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    text, _ = prepare_chat({"prompt": "needs", "completion": " none"}, template=None)
+    assert shown(text, 0)[1] == f" none{END}"
+    with pytest.raises(ConfigError, match=r"needs 'jinja2', which is not installed: pip install"):
+        prepare_chat({"messages": [ASKED, ANSWERED]}, template="{{ 'never compiled before' }}")
 
 
 def test_a_run_names_its_prepared_files(tmp_path):

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as processes
 from torch.distributed.tensor import DTensor
-from variants import START, VARIANTS
+from variants import CHAT, START, VARIANTS
 
 import castalia.train.trainer as loop
 from castalia.checkpoint import read
@@ -155,6 +155,10 @@ GRID = [
     Row("pp", "pp=2", "zero bubble in a V", core=True),
     Row("pp", "pp=2", "zero bubble, recompute"),
     Row("pp", "pp=4", "four layers", core=True),
+    Row("dp", "dp_replicate=2", "conversations", core=True),
+    Row("tp", "tp=2", "conversations", core=True),
+    Row("pp", "pp=2", "conversations", core=True),
+    Row("fsdp x cp", "dp_shard=2 cp=2", "conversations"),
     Row("fsdp", "dp_shard=2", "answers, two updates", core=True),
     Row("tp", "tp=2", "answers", core=True),
     Row("pp", "pp=2", "answers, 1f1b", core=True),
@@ -443,6 +447,19 @@ def write_tokens(folder: Path) -> Path:
     return folder / "text"
 
 
+def write_chat(folder: Path) -> Path:
+    """Conversations of unequal length, whose answers count more or less."""
+    random = np.random.default_rng(2)
+    path = folder / "chat.jsonl"
+    with path.open("w") as file:
+        for number in range(60):
+            words = ["ab " * int(count) for count in random.integers(1, 7, 2)]
+            answer = {"role": "assistant", "content": words[1], "weight": 0.5 + number % 3}
+            messages = [{"role": "user", "content": words[0]}, answer]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -498,9 +515,11 @@ def run_grid(rows: list[Row], folder: Path) -> Iterator[tuple[Row, dict[str, Any
     alone = {row.alone: folder / f"alone-{number}" for number, row in enumerate(rows)}
     bases = {base_of(options): folder / f"base-{number}" for number, options in enumerate(alone)}
 
+    chat = f"data.chat={write_chat(folder)}"
+
     def begun(options: tuple[str, ...]) -> tuple[str, ...]:
-        start = f"model.start={bases[base_of(options)]}"
-        return tuple(start if text == START else text for text in options)
+        places = {START: f"model.start={bases[base_of(options)]}", CHAT: chat}
+        return tuple(places.get(text, text) for text in options)
 
     used = {base_of(options) for options in alone if START in options}
     launch(

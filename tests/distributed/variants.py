@@ -3,6 +3,9 @@
 START = "model.start=BASE"
 """Begins with the weights of a run with the same model and without an adapter."""
 
+CHAT = "data.chat=CHAT"
+"""Fine-tunes on conversations, which one rank prepares."""
+
 
 def share_of_vowels(completions, **columns):
     """A reward of answers: which part of a text are vowels."""
@@ -73,6 +76,16 @@ PLAIN = {
         "curriculum.kind=linear",
         "curriculum.shortest=4",
         "curriculum.length_step=4",
+    ),
+    "conversations": (
+        CHAT,
+        "data.train=[]",
+        "data.chat_template=plain",
+        "data.seq_length=64",
+        "data.packing=best_fit",
+        "data.document_mask=documents",
+        "loss.prompt_weight=0.25",
+        "train.micro_batch_size=3",
     ),
     "answers": (*PROMPTS, *FULL),
     "answers, two updates": (

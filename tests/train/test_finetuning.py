@@ -77,6 +77,9 @@ def test_the_start_gives_model_and_tokenizer(words, start, tmp_path):
     assert config.data.tokenizer == f"{start}/checkpoints/step-00000001/tokenizer.json"
     assert any(f"the model section is that of model.start {start}" in n for n in resolved.notes)
     assert "model.hidden_size" not in resolved.changes
+    # `castalia show` has something to reckon with: 4 kB in rows of 128 tokens, three times.
+    assert config.train.steps == 7
+    assert any(note.endswith("of data.chat; by their size about 7") for note in resolved.notes)
     # Overrides lie on top of what the start gives.
     changed = load_config([*words, "data.seq_length=32", "data.tokenizer=bytes"])
     assert (changed.data.seq_length, changed.data.tokenizer) == (32, "bytes")

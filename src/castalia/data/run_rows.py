@@ -67,6 +67,7 @@ def build_rows(
     allow_empty: bool = False,
     epochs: int | None = None,
     ramp: Ramp | None = None,
+    keep_rest: bool = False,
 ) -> RunRows:
     """The train and valid rows of a run, in GPT-NeoX's order; `planned` keeps train rows by source.
 
@@ -75,8 +76,8 @@ def build_rows(
     1.005 times its share, and the sources are blended, even a single one; one of weight 0 has no
     rows. With data.order `file` the train prefixes hold ready rows, served in the order of the
     file. `valid` is None without `eval_every` or validation data. `allow_empty` accepts sources too
-    short for a row, for mixers that give them weight 0. With `epochs` one pass is repeated. With a
-    `ramp` the first batches are smaller.
+    short for a row, for mixers that give them weight 0. With `epochs` one pass is repeated, without
+    the rows that fill no batch unless `keep_rest`. With a `ramp` the first batches are smaller.
 
     Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
     Source  megatron/data/data_utils.py:269-285, 592-700 of GPT-NeoX.
@@ -92,7 +93,7 @@ def build_rows(
     if planned:
         train = rows_by_source(files, config, seed, train_documents, allow_empty)
     elif epochs is not None:
-        train = whole_passes(files, config, seed, batch_size, train_documents)
+        train = whole_passes(files, config, seed, 1 if keep_rest else batch_size, train_documents)
     else:
         train = train_rows(files, config, seed, sizes.first(steps), train_documents)
     train.attach(files)
@@ -100,8 +101,7 @@ def build_rows(
     count = evaluations(steps, eval_every) * eval_batches * batch_size
     valid = valid_rows(valid_files, config, seed, count, valid_documents)
 
-    served = Served(planned, epochs is not None)
-    settings = order_settings(config, train, seed, sizes, served)
+    settings = order_settings(config, train, seed, sizes, Served(planned, epochs is not None))
     valid_prefixes = config.valid_prefixes or config.train_prefixes[:1]
     return RunRows(
         train=train,

@@ -28,6 +28,9 @@ from castalia.recipes.words import sort_words
 from castalia.train.config import RunConfig
 from castalia.train.whole_passes import with_steps
 
+BYTES_PER_TOKEN = 4
+"""Bytes of a text file for each token, about: what a common tokenizer makes of English."""
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -292,10 +295,12 @@ def count_steps(config: RunConfig) -> tuple[RunConfig, list[str]]:
         return config, []
     built = [name for name in ("corpus", *config.data.texts) if getattr(config.data, name)]
     if built and not config.data.train_prefixes:
-        return config, [
+        note = (
             f"train.epochs={epochs} sets train.steps at the start of the run, which makes the token"
             f" files of data.{built[0]}"
-        ]
+        )
+        config, about = guess_steps(config)
+        return config, [note + about]
     try:
         config = with_steps(config)
     except CastaliaError as error:
@@ -304,6 +309,19 @@ def count_steps(config: RunConfig) -> tuple[RunConfig, list[str]]:
         f"train.steps is {config.train.steps}: the batches of {config.train.batch_size} rows in"
         f" train.epochs={epochs} passes over data.train"
     ]
+
+
+def guess_steps(config: RunConfig) -> tuple[RunConfig, str]:
+    """The config with the steps that the size of its text files lets expect, and words about them;
+    without such files as it is."""
+    paths = [Path(path) for name in config.data.texts for path in getattr(config.data, name)]
+    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    if not sizes or config.train.epochs is None:
+        return config, ""
+    rows = sum(sizes) / BYTES_PER_TOKEN / config.data.seq_length
+    steps = max(1, math.ceil(config.train.epochs * rows / config.train.batch_size))
+    train = config.train.model_copy(update={"steps": steps})
+    return config.model_copy(update={"train": train}), f"; by their size about {steps}"
 
 
 def differences(started: Values, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -71,8 +71,9 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
     train = config.train
     data = config.data
     epochs = train.epochs
-    if data.texts and epochs is not None:
-        # Passes that run into each other, each in an order of its own; see whole_passes.py.
+    if data.texts and epochs is not None and data.packing == "best_fit":
+        # Its order has passes that run into each other, each shuffled anew; see whole_passes.py.
+        # That of the other packings shuffles the records of all passes together.
         epochs = None
         if data.weights is None and len(data.train_prefixes) > 1:
             data = data.model_copy(update={"weights": rows_of_sources(data, seed=config.seed)})
@@ -87,6 +88,7 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
         allow_empty=config.mixing.allow_empty,
         ramp=train.batch_ramp,
         epochs=epochs,
+        keep_rest=bool(data.texts),
     )
     if LOSSES[config.loss.kind].rows == "labelled":
         require_both_labels(rows.train.rewards or ())
