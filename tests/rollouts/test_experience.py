@@ -263,6 +263,22 @@ def test_an_adapter_learns_from_rewards(make, run_folder):
     assert all(torch.equal(state[name], weight) for name, weight in base.items())
 
 
+def test_a_pass_over_the_prompts_with_two_updates_each(make):
+    """The rows of a run with one update, each step twice."""
+
+    def rows_of(*overrides):
+        trainer = make("train.epochs=1", "train.micro_batch_size=2", *overrides)
+        batches = trainer.training_batches()
+        steps = trainer.config.train.steps
+        return [torch.cat([batch.tokens for batch in next(batches)]) for _ in range(steps)]
+
+    once = rows_of()
+    twice = rows_of("loss.updates=2")
+    assert len(once) == 6 and len(twice) == 12
+    for step, rows in enumerate(once):
+        assert torch.equal(rows, twice[2 * step]) and torch.equal(rows, twice[2 * step + 1])
+
+
 WRONG = {
     "raising": "tests.rollouts.rewarding:raising raised KeyError: 'answer'",
     "too_few": "too_few returned 31 numbers for 32 completions",

@@ -81,7 +81,8 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
         data,
         seed=config.seed,
         batch_size=train.batch_size,
-        steps=train.steps,
+        # Steps that take the same rows read them once.
+        steps=-(-train.steps // config.updates_per_rows),
         eval_every=train.eval_every if validates else None,
         eval_batches=train.eval_batches,
         planned=config.mixing.plans,

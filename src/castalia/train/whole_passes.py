@@ -36,5 +36,6 @@ def with_steps(config: RunConfig) -> RunConfig:
 
 
 def with_train_steps(config: RunConfig, steps: int) -> RunConfig:
-    """The config of a run of so many steps."""
+    """The config of a run that reads the rows of so many steps."""
+    steps *= config.updates_per_rows
     return config.model_copy(update={"train": config.train.model_copy(update={"steps": steps})})
