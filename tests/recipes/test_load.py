@@ -137,8 +137,9 @@ def test_names_of_other_trainers_stand_for_keys_that_exist():
     assert set(KEYS) <= known
     # A name that is ours would never reach the table.
     own = {key for key in OURS if any(key == name.split(".")[-1] for name in known)}
-    # Of the sections `mixing` and `eval`, and other things there.
-    assert own <= {"warmup_steps", "max_epochs", "batch", "dtype"}
+    # Of the sections `mixing`, `eval`, `loss`, `optim` and `adapter`, and other things there.
+    others = {"epsilon", "iterations", "dropout"}
+    assert own <= {"warmup_steps", "max_epochs", "batch", "dtype", *others}
     assert "did you mean 'train.batch_size'?" in message_of("debug", "batch=16")
     assert "did you mean 'precision'?" in message_of("debug", "dtype=bf16")
 
