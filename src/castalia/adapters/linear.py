@@ -71,11 +71,13 @@ class LoraLinear(nn.Linear):
         """DoRA's output from those of the base and of the addition."""
         assert self.magnitude is not None
         factor = self.magnitude / self.lengths()
+        # In the dtype of the products: the layers after it must not see another one than without.
+        more = (factor - 1).to(base.dtype)
         if dropped is x:
-            product = base if self.bias is None else base - self.bias
+            product = base if self.bias is None else base - self.bias.to(base.dtype)
         else:
             product = F.linear(dropped, self.dense_weight())
-        return base + (factor - 1) * product + factor * addition
+        return base + more * product + factor.to(base.dtype) * addition
 
     def dense_weight(self) -> Tensor:
         """The base's matrix (O, I), which a quantized layer makes of its integers."""
@@ -85,7 +87,8 @@ class LoraLinear(nn.Linear):
     def lengths(self) -> Tensor:
         """Lengths (O,) of the rows of W + scale * B A, constants in the backward pass."""
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-            whole = self.dense_weight() + self.scale * (self.lora_b @ self.lora_a)
+            addition = self.lora_b.float() @ self.lora_a.float()
+            whole = self.dense_weight().float() + self.scale * addition
             return whole.square().sum(1).sqrt()
 
     def extra_repr(self) -> str:

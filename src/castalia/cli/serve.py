@@ -69,6 +69,14 @@ def serve(
         ),
     ],
     *,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Adapter over the one MODEL, a run that trained it or a folder of PEFT; a request"
+            " chooses it by NAME. May be repeated: the torch engine has the base in memory once.",
+        ),
+    ] = None,
     listen: ListenFlags,
     running: EngineFlags,
     limits: LimitFlags,
@@ -82,6 +90,8 @@ def serve(
       castalia serve runs/demo
 
       castalia serve runs/a runs/b --keep 2 --port 8080 --api-key secret
+
+      castalia serve runs/demo --adapter poet=runs/lora --adapter coder=peft/coder
     """
     from castalia.core.extras import require
 
@@ -92,7 +102,8 @@ def serve(
     from castalia.serve.model_pool import ModelPool, ServeOptions
 
     engine = (running.engine, running.dtype, running.cache)
-    pool = ModelPool(models, ServeOptions(*engine, limits.slots, limits.queue, limits.keep))
+    options = ServeOptions(*engine, limits.slots, limits.queue, limits.keep)
+    pool = ModelPool(models, options, named_adapters(adapter or []))
     app = make_app(
         pool,
         api_key=listen.api_key,
@@ -136,3 +147,19 @@ def listening(host: str, port: int) -> socket.socket:
             " (--port 0 takes a free one)"
         ) from None
     return listener
+
+
+def named_adapters(words: list[str]) -> dict[str, str]:
+    """Name and path of each NAME=PATH.
+
+    Raises  ConfigError for another form, or a name that comes twice.
+    """
+    adapters: dict[str, str] = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"--adapter {word}: expected NAME=PATH, such as poet=runs/lora")
+        if name in adapters:
+            raise ConfigError(f"--adapter {word}: the name {name} comes twice")
+        adapters[name] = path
+    return adapters

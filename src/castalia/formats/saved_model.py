@@ -4,7 +4,7 @@ model, or of a model in the format of another trainer."""
 import re
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +139,16 @@ def open_peft(folder: Path, check: bool) -> SavedModel:
     Raises  CheckpointError if that is not there or has other weights.
     """
     adapter = read_peft(folder)
-    return peft_over_base(
-        adapter, open_model(base_place(folder, adapter.record), check=check), check=check
-    )
+    base = open_model(base_place(folder, adapter.record), check=check)
+    return with_own_tokenizer(peft_over_base(adapter, base, check=check))
+
+
+def with_own_tokenizer(adapted: SavedModel) -> SavedModel:
+    """With the tokenizer of the adapter's folder, if there is one: chats may have a template that
+    the base lacks."""
+    if not (adapted.folder / TOKENIZER).is_file():
+        return adapted
+    return replace(adapted, tokenizer=load_tokenizer(adapted.folder))
 
 
 def open_adapted(base: SavedModel, path: str | Path, *, check: bool = True) -> SavedModel:
@@ -151,7 +158,7 @@ def open_adapted(base: SavedModel, path: str | Path, *, check: bool = True) -> S
     """
     folder = hub_folder(str(path)) if is_hub_id(path) else Path(path)
     if is_peft_folder(folder):
-        return peft_over_base(read_peft(folder), base, check=check)
+        return with_own_tokenizer(peft_over_base(read_peft(folder), base, check=check))
     step = newest_first(folder)[0]
     own, config = open_alone(step, check)
     if config.kind == "none":

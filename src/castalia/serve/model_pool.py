@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,11 @@ from castalia.checkpoint.names import step_name
 from castalia.core.errors import ConfigError, nearest
 from castalia.corpus.chat_template import ChatTemplate
 from castalia.corpus.conversation import template_of
+from castalia.formats.saved_model import open_adapted, open_model
+from castalia.inference.adapted_engine import with_adapter
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.loading import load
+from castalia.inference.torch_engine import TorchEngine
 from castalia.serve.scheduler import Scheduler
 
 
@@ -24,6 +27,8 @@ class ModelLocation:
     path: str
     created: int
     """Seconds since 1970; 0 for a model from the hub."""
+    base: str | None = None
+    """Name of the model that an adapter belongs to; None for a model of its own."""
 
 
 @dataclass
@@ -35,6 +40,8 @@ class LoadedModel:
     scheduler: Scheduler
     template: ChatTemplate | None
     """The tokenizer's chat template; None for a base model."""
+    stays: bool = False
+    """Whether it never makes room: an adapter, and the base whose weights it shares."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,15 @@ class NoTemplateError(ConfigError):
 class ModelPool:
     """Models by name: NAME is the newest checkpoint of a run, NAME@step1000 one of its steps."""
 
-    def __init__(self, paths: Sequence[str], options: ServeOptions) -> None:
+    def __init__(
+        self, paths: Sequence[str], options: ServeOptions, adapters: Mapping[str, str] | None = None
+    ) -> None:
         """Find all checkpoints and load the first model.
 
-        Raises  ConfigError if two models share a name; CheckpointError if a path holds no model.
+        adapters  runs of adapters or folders of PEFT by the names that requests give, over the one
+                  model in `paths`.
+        Raises    ConfigError if two models share a name, or adapters have more than one base;
+                  CheckpointError if a path holds no model, or an adapter belongs to other weights.
         """
         self.options = options
         self.locations: dict[str, ModelLocation] = {}
@@ -77,6 +89,8 @@ class ModelPool:
         self.lock = threading.Lock()
         self.stopping = False
         self.get(None)
+        for name, path in (adapters or {}).items():
+            self.add_adapter(name, path, paths)
 
     def add(self, path: str) -> None:
         """Register the model at `path` and, for a run, each of its steps.
@@ -94,6 +108,27 @@ class ModelPool:
                 created = int(Path(model_path).stat().st_mtime)
             self.locations[name] = ModelLocation(model_path, created)
 
+    def add_adapter(self, name: str, path: str, bases: Sequence[str]) -> None:
+        """Register and load an adapter, so that one of other weights is refused at the start.
+
+        Raises  ConfigError, CheckpointError as the constructor.
+        """
+        problem = None
+        if len(bases) != 1:
+            problem = f"adapters belong to one base, and the server has {', '.join(bases)}"
+        elif name in self.locations:
+            problem = f"the name {name} is taken; choose another"
+        try:
+            if problem:
+                raise ConfigError(f"--adapter {name}={path}: {problem}")
+            created = int(Path(path).stat().st_mtime) if Path(path).exists() else 0
+            self.locations[name] = ModelLocation(path, created, base=next(iter(self.locations)))
+            self.get(name)
+        except BaseException:
+            # The thread of the base would keep the process alive.
+            self.close()
+            raise
+
     def get(self, name: str | None) -> LoadedModel:
         """A loaded model, the first one if `name` is None; loads it if necessary.
 
@@ -102,11 +137,10 @@ class ModelPool:
         """
         if name is None:
             name = next(iter(self.locations))
-        path = self.location(name).path
+        location = self.location(name)
         with self.lock:
             if name not in self.loaded:
-                self.make_room()
-                self.loaded[name] = self.load(name, path)
+                self.loaded[name] = self.load(name, location)
             self.loaded.move_to_end(name)
             return self.loaded[name]
 
@@ -128,21 +162,43 @@ class ModelPool:
         A dropped model finishes its texts first; then its thread ends and releases the weights.
         Waiting for that here would hold the lock, and with it every other request.
         """
-        while len(self.loaded) >= self.options.keep:
-            _, oldest = self.loaded.popitem(last=False)
-            oldest.scheduler.close(wait=False)
+        going = [name for name, loaded in self.loaded.items() if not loaded.stays]
+        for name in going[: max(0, len(going) - self.options.keep + 1)]:
+            self.loaded.pop(name).scheduler.close(wait=False)
 
-    def load(self, name: str, path: str) -> LoadedModel:
-        """Read a model and start its scheduler."""
+    def load(self, name: str, location: ModelLocation) -> LoadedModel:
+        """Read a model and start its scheduler; others make room for it."""
+        base = None if location.base is None else self.loaded.get(location.base)
+        if base is not None and isinstance(base.model.engine, TorchEngine):
+            base.stays = True
+            where = self.locations[base.name].path
+            return self.serving(name, shared(base.model, where, location.path), stays=True)
+        self.make_room()
         options = self.options
-        model = load(path, engine=options.engine, dtype=options.dtype, cache=options.cache)
+        path = location.path
+        adapter = None
+        if location.base is not None:
+            # Other engines pack their weights: each adapter is a merged copy there.
+            adapter = path
+            path = self.locations[location.base].path
+        model = load(
+            path,
+            engine=options.engine,
+            dtype=options.dtype,
+            cache=options.cache,
+            adapter=adapter,
+        )
+        return self.serving(name, model)
+
+    def serving(self, name: str, model: LanguageModel, *, stays: bool = False) -> LoadedModel:
+        """A model with its scheduler, started."""
         scheduler = Scheduler(
             model.engine,
             slots=self.options.slots,
             length=model.config.max_position_embeddings,
             most_waiting=self.options.most_waiting,
         )
-        return LoadedModel(name, model, scheduler, template_of(model))
+        return LoadedModel(name, model, scheduler, template_of(model), stays)
 
     def close(self) -> None:
         """Accept no more texts; the running ones finish."""
@@ -169,6 +225,18 @@ class ModelPool:
             token = loaded.model.engine.token_bytes() or 0
             total += token * length * self.options.slots
         return total
+
+
+def shared(base: LanguageModel, base_path: str, path: str) -> LanguageModel:
+    """An adapter over the weights of a torch engine that are in memory already.
+
+    Raises  CheckpointError if it belongs to other weights.
+    """
+    assert isinstance(base.engine, TorchEngine)
+    source = open_adapted(open_model(base_path), path)
+    assert source.adapter is not None
+    engine = with_adapter(base.engine, source.adapter)
+    return LanguageModel(engine, source.tokenizer, source.step, source.special)
 
 
 def models_at(path: str) -> dict[str, str]:
