@@ -13,6 +13,7 @@ from castalia.checkpoint import read
 from castalia.checkpoint.load import read_state
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.data import IndexedDatasetWriter
+from castalia.export import export
 from castalia.formats.saved_model import open_model
 from castalia.train.hooks import Save
 from castalia.train.trainer import Trainer
@@ -101,6 +102,46 @@ def test_a_run_saves_the_adapter_alone_and_reads_as_a_whole_model(home, trained,
     assert open_model(home / kind).adapter.kind == kind
 
 
+def test_a_soft_prompt_stands_in_front_of_every_text(home):
+    words = ("adapter.kind=soft_prompt", "adapter.tokens=4", "adapter.init_ids=[97,98,99]")
+    start = f"model.start={home / 'base'}"
+    still = fit(home, "still", *words, start, "optim.lr=0")
+    trainer = fit(home, "prompt", *words, start)
+    saved = read(home / "prompt" / "checkpoints" / "step-00000002")
+    assert saved.keys() == {"prompt.weight"} and saved["prompt.weight"].shape == (4, 32)
+    # It begins as the vectors of these ids, so the base reads them in its place.
+    base = castalia.load(home / "base")
+    begun = castalia.load(home / "still").logits(IDS)
+    torch.testing.assert_close(begun, base.logits([97, 98, 99, 97, *IDS])[4:], rtol=0, atol=2e-6)
+    assert still.model.prompt is not None
+    model = castalia.load(home / "prompt")
+    ours = model.logits(IDS)
+    with torch.no_grad():
+        hidden = trainer.model(torch.tensor([[0, 0, 0, 0, *IDS]]))
+        torch.testing.assert_close(ours, trainer.model.head(hidden)[0, 4:], rtol=0, atol=2e-6)
+    assert (ours - begun).abs().max() > 1e-4
+    # Slots read the places once, also of a text that continues or follows another.
+    slots = model.engine.slots(2, 12)
+    for ids in (IDS, IDS[:2]):
+        first = slots.feed([1], [ids[:1]])
+        torch.testing.assert_close(first[0], ours[0], rtol=0, atol=1e-5)
+        rest = slots.feed([1], [ids[1:]])
+        torch.testing.assert_close(rest[0], ours[len(ids) - 1], rtol=0, atol=1e-5)
+        slots.copy(1, 0, 1)
+        again = slots.feed([0], [ids[1:]])
+        torch.testing.assert_close(again[0], ours[len(ids) - 1], rtol=0, atol=1e-5)
+        slots.clear(1)
+    for problem in ("start from its base", "cannot become weights"):
+        with pytest.raises(ConfigError, match=problem):
+            fit(home, "over", f"model.start={home / 'prompt'}")
+    with pytest.raises(ConfigError, match="cannot become weights of its base"):
+        list(export(str(home / "prompt"), to="hf", output=str(home / "exported")))
+    with pytest.raises(ConfigError, match="engine=native has no place for a soft prompt"):
+        castalia.load(home / "prompt", engine="native")
+    with pytest.raises(ConfigError, match="cannot be switched off"), disabled(trainer.model):
+        pass
+
+
 def test_a_resume_continues_bit_for_bit_and_refuses_another_base(home, trained):
     start = f"model.start={home / 'base'}"
     whole = fit(home, "whole", *KINDS["lora"], start, "train.steps=3")
@@ -151,6 +192,10 @@ def test_only_what_trains_costs_memory(home):
         (
             ("adapter.kind=lora",),
             r"lora trains beside the frozen weights.*model.start",
+        ),
+        (
+            ("adapter.kind=soft_prompt", "model.start=x", "data.document_mask=eod"),
+            r"keeps all but its first document from seeing it",
         ),
         (("adapter.kind=lorra",), r"unknown adapter 'lorra'.*did you mean 'lora'"),
         (("adapter.kind=lora", "adapter.targets=[qvk]"), r"'qvk' matches no linear.*'qkv'"),

@@ -254,6 +254,8 @@ GRID = [
     Row("cp", "cp=2", "llama with dora, recompute"),
     Row("pp x fsdp", "pp=2 dp_shard=2", "bitfit, 1f1b"),
     Row("tp", "tp=2", "bitfit"),
+    Row("tp x cp", "cp=2 tp=2", "soft prompt", core=True),
+    Row("pp x fsdp", "pp=2 dp_shard=2", "soft prompt, 1f1b"),
 ]
 
 

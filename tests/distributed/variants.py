@@ -148,6 +148,7 @@ MODELS = {
     ),
     "lora": (START, "adapter.kind=lora", "adapter.rank=3", "adapter.dropout=0.1", "optim.lr=0.002"),
     "dora": (START, "adapter.kind=dora", "adapter.rank=4", "adapter.dropout=0.1", "optim.lr=0.002"),
+    "soft prompt": (START, "adapter.kind=soft_prompt", "adapter.tokens=5", "optim.lr=0.01"),
     "bitfit": (START, "adapter.kind=bitfit", "train.frozen=['*qkv.bias']"),
     "llama with lora": (
         "model.family=llama",

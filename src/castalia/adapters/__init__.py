@@ -17,6 +17,7 @@ from castalia.adapters.config import (
     trained_patterns,
 )
 from castalia.adapters.lora import Dora, Lora, LoraConfig
+from castalia.adapters.prompt import SoftPrompt
 from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
     "Lora",
     "LoraConfig",
     "NoAdapter",
+    "SoftPrompt",
     "adapt",
     "adapter_of",
     "build_adapter_config",

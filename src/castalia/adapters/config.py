@@ -60,6 +60,11 @@ class Adapter(ABC):
         return False
 
     @classmethod
+    def room(cls, config: Any) -> int:
+        """Places that the adapter takes in front of every row."""
+        return 0
+
+    @classmethod
     def problems(cls, config: Any, model: ModelConfig) -> list[str]:
         """One sentence for each option that does not fit the model."""
         return []

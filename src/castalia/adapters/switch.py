@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from castalia.adapters.linear import LoraLinear
+from castalia.core.errors import ConfigError
 
 BASE_VALUES = "base_values"
 """Attribute of an adapted model: values that its adapter changes in place, as the base had them."""
@@ -29,6 +30,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
     Not around a part of a pass: what is recomputed in the backward must see the same model.
     """
+    if getattr(model, "prompt", None) is not None:
+        raise ConfigError(
+            "a soft prompt cannot be switched off: its places stay in the rows; use adapter.kind"
+            " lora, dora or bitfit where the base is the reference"
+        )
     modules = [module for module in model.modules() if isinstance(module, LoraLinear)]
     with ExitStack() as ending:
         for module in modules:

@@ -3,7 +3,7 @@
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -110,22 +110,7 @@ def serve(
         most_bytes=limits.max_body << 20,
         patience=limits.patience,
     )
-    if listen.host not in HERE and not listen.api_key:
-        typer.echo(
-            f"castalia: warning: {listen.host} is reachable from other machines; set --api-key",
-            err=True,
-        )
-    # Before the first line is printed: uvicorn would find a port in use only after it.
-    with listening(listen.host, listen.port) as listener:
-        names = ", ".join(pool.locations)
-        host = f"[{listen.host}]" if ":" in listen.host else listen.host
-        # The port of the socket, because port 0 takes a free one.
-        typer.echo(
-            f"castalia: serving {names} on http://{host}:{listener.getsockname()[1]}", err=True
-        )
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=limits.grace)
-        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends
-            uvicorn.Server(settings).run(sockets=[listener])
+    run(uvicorn, app, list(pool.locations), listen, limits.grace)
 
 
 def listening(host: str, port: int) -> socket.socket:
@@ -147,6 +132,26 @@ def listening(host: str, port: int) -> socket.socket:
             " (--port 0 takes a free one)"
         ) from None
     return listener
+
+
+def run(uvicorn: Any, app: Any, names: list[str], listen: ListenFlags, grace: int) -> None:
+    """Listen until a signal; says first what is served where."""
+    if listen.host not in HERE and not listen.api_key:
+        typer.echo(
+            f"castalia: warning: {listen.host} is reachable from other machines; set --api-key",
+            err=True,
+        )
+    # Before the first line is printed: uvicorn would find a port in use only after it.
+    with listening(listen.host, listen.port) as listener:
+        host = f"[{listen.host}]" if ":" in listen.host else listen.host
+        # The port of the socket, because port 0 takes a free one.
+        typer.echo(
+            f"castalia: serving {', '.join(names)} on http://{host}:{listener.getsockname()[1]}",
+            err=True,
+        )
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=grace)
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how a server ends
+            uvicorn.Server(settings).run(sockets=[listener])
 
 
 def named_adapters(words: list[str]) -> dict[str, str]:

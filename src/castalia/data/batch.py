@@ -89,6 +89,23 @@ class Batch:
         """The same rows with some of their tokens: `choose` maps (B, T) to (B, fewer)."""
         return self.changed(BY_TOKEN, choose)
 
+    def behind(self, count: int) -> "Batch":
+        """The same rows behind `count` places without a token or a target; their ends make room."""
+        length = self.tokens.shape[1]
+        assert self.positions is None and self.segments is None
+
+        def moved(values: Tensor, filler: float) -> Tensor:
+            front = values.new_full((len(values), count), filler)
+            return torch.cat([front, values], 1)[:, :length]
+
+        by_token = {
+            name: moved(getattr(self, name), IGNORED if name == "labels" else 0)
+            for name in BY_TOKEN
+            if getattr(self, name) is not None
+        }
+        filled = None if self.filled is None else (self.filled + count).clamp(max=length)
+        return replace(self, filled=filled, **by_token)
+
     def shortened(self, length: int) -> "Batch":
         """The same rows without the tokens after the first `length` of each."""
         if self.tokens.shape[1] <= length:

@@ -230,6 +230,11 @@ def fill(folder: Path, work: Conversion, text: HeldOutText | None, start: float)
 
 def require_expressible(source: SavedModel, spec: ExportSpec) -> None:
     """Raises  ConfigError if the format cannot hold the model; no weight has been read yet."""
+    if source.prompt is not None:
+        raise ConfigError(
+            f"{source.folder} is a soft prompt, which cannot become weights of its base; serve it"
+            " with Castalia's torch engine, or train adapter.kind=lora for an export"
+        )
     if reason := spec.kind.refuses(source.config, spec.numbers):
         raise ConfigError(reason + other_activation(source, spec.kind, spec.numbers))
     if source.tokenizer is None and spec.kind.needs_tokenizer:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from castalia.adapters import AdapterConfig, LoraConfig
 from castalia.adapters.config import Stored
 from castalia.adapters.quantized import Rounded, quantized_weights
@@ -25,6 +27,8 @@ from castalia.models import ModelConfig
 if TYPE_CHECKING:
     from castalia.formats.saved_model import SavedModel
 
+PROMPT = "prompt.weight"
+"""Name of a soft prompt's vectors."""
 VOCABULARY = ("embed.weight", "unembed.weight")
 """Weights with a row for each id, and rows of padding that formats leave out or add."""
 HASHED_ROWS = 128
@@ -48,6 +52,8 @@ class AdapterPart:
     """The base as the adapter names it."""
     stored: Stored = "fp32"
     """How the base was kept while the adapter trained, as `adapter.base` has it."""
+    prompt: Tensor | None = None
+    """Vectors (n, C) of a soft prompt."""
 
     @property
     def base_name(self) -> str:
@@ -132,12 +138,20 @@ def run_over_base(
             magnitude = own.tensors.get(f"{place}.magnitude")
             up = own.tensors[f"{place}.lora_b"]
             additions[place] = Addition(own.tensors[name], up, lora.scale, magnitude)
-        elif kind not in ("lora_b", "magnitude"):
+        elif kind not in ("lora_b", "magnitude") and name != PROMPT:
             replaced[name] = own.tensors.stored(name)
     require_layers(own.folder, additions, base)
     named = (record or {}).get("path")
     part = AdapterPart(
-        base, additions, replaced, lora.dropout, lora.rslora, config.kind, named, config.base
+        base,
+        additions,
+        replaced,
+        dropout=lora.dropout,
+        rslora=lora.rslora,
+        kind=config.kind,
+        named=named,
+        stored=config.base,
+        prompt=own.tensors.get(PROMPT),
     )
     return merged_model(part, own)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from castalia.adapters import AdapterConfig, build_adapter_config
 from castalia.checkpoint.find import newest_first
 from castalia.checkpoint.hf import is_hf_folder, read_hf
@@ -51,6 +53,11 @@ class SavedModel:
     """What was merged into the weights of a base; None for a model of its own."""
     notes: tuple[str, ...] = ()
     """What a user of the weights should know of them."""
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """The vectors (n, C) of a soft prompt, which are no weights of the model; None without."""
+        return None if self.adapter is None else self.adapter.prompt
 
     @property
     def is_checkpoint(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from castalia.core.errors import ConfigError, nearest
 from castalia.formats.folded import folded
 from castalia.formats.saved_model import SavedModel, open_adapted, open_model
+from castalia.inference.adapted_engine import prompted
 from castalia.inference.engine import Engine
 from castalia.inference.engines import ENGINES, engine_of_export
 from castalia.inference.exported import ExportFolder, open_export
@@ -130,6 +131,11 @@ def load_checkpoint(
     if chosen is not TorchEngine:
         # The others know no factors by width.
         source = folded(source)
+    if source.prompt is not None and chosen is not TorchEngine:
+        raise ConfigError(
+            f"engine={chosen.name} has no place for a soft prompt; use engine=torch, and no dtype"
+            " or a float"
+        )
     if reason := chosen.refuses(source.config):
         if engine != "auto":
             raise ConfigError(f"{reason}; use engine=torch")
@@ -144,7 +150,7 @@ def load_checkpoint(
     chosen.require_package()
     if chosen.reads_checkpoints:
         dtype = checked_dtype(chosen, dtype)
-    computing = chosen.from_checkpoint(source, dtype or "", device)
+    computing = prompted(chosen.from_checkpoint(source, dtype or "", device), source.prompt)
     if cache is not None:
         computing.use_cache(cache)
     return LanguageModel(computing, source.tokenizer, source.step, source.special)

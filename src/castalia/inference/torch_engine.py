@@ -7,8 +7,10 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from castalia.adapters.prompt_vectors import PromptVectors
 from castalia.checkpoint.hf import DTYPES
 from castalia.core.errors import CheckpointError, ConfigError
+from castalia.formats.adapted import PROMPT
 from castalia.formats.saved_model import SavedModel
 from castalia.inference.engine import HEAD_ROWS, Engine, ScoringModel, Slots, logprobs_of
 from castalia.models import Decoder, ModelState
@@ -212,6 +214,10 @@ class TorchEngine(Engine):
         weights = {}
         for name, tensor in source.tensors.items():
             weights[name] = tensor.to(place, DTYPES[dtype])
+        if source.prompt is not None:
+            with torch.device("meta"):
+                model.prompt = PromptVectors(*source.prompt.shape)
+            weights[PROMPT] = source.prompt.to(place, DTYPES[dtype])
         try:
             # assign: the tensors themselves become the parameters, without a copy.
             model.load_state_dict(weights, assign=True)

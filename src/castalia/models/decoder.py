@@ -42,6 +42,7 @@ class Decoder(nn.Module):
 
     tp_plan = {
         "embed": "vocab",
+        "prompt": "whole",
         "positions": "whole",
         "position_bias": "whole",
         "norm": "gather",
@@ -61,6 +62,8 @@ class Decoder(nn.Module):
         self.head_share: tuple[Any, ...] = ()
         if self.span.first or (self.span.last and config.tied_head):
             self.embed = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        # Set by castalia.adapters: vectors in place of those of the first tokens of a row.
+        self.prompt: nn.Module | None = None
         self.positions = self.family.positions(config) if self.span.first else None
         self.position_bias = self.family.position_bias(config)
         self.layers = nn.ModuleList()
@@ -157,13 +160,16 @@ class Decoder(nn.Module):
         if torch.is_autocast_enabled(x_BTC.device.type):
             # In fp32 whatever the weights are: many small additions to a bf16 stream get lost.
             x_BTC = x_BTC.float()
+        # Under tensor parallelism the embedding gives this rank's part of the tokens.
+        T = x_BTC.shape[1]
+        first = context.heads.rank * T if tokens.shape[1] > T else 0
+        places = context.positions[:, first : first + T]
+        if self.prompt is not None:
+            x_BTC = self.prompt(x_BTC, places)
         if self.config.embedding_factor != 1.0:
             x_BTC = x_BTC * self.config.embedding_factor
         if self.positions is not None:
-            # Under tensor parallelism the embedding gives this rank's part of the tokens.
-            T = x_BTC.shape[1]
-            first = context.heads.rank * T if tokens.shape[1] > T else 0
-            x_BTC = x_BTC + self.positions(context.positions[:, first : first + T]).to(x_BTC.dtype)
+            x_BTC = x_BTC + self.positions(places).to(x_BTC.dtype)
         if context.draws is not None:
             # The number of no layer.
             x_BTC = drop_hidden(x_BTC, context.draws.at(-1), EMBEDDING)

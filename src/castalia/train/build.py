@@ -1,6 +1,7 @@
 """From a config to a model on its ranks: build on meta, parallelize, initialize."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from castalia.adapters.adapting import adapt, start_over
 from castalia.adapters.switch import remember
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
-from castalia.data import RunRows, StepLoader, build_rows
+from castalia.data import Batch, RunRows, StepLoader, build_rows
 from castalia.data.labels import require_both_labels
 from castalia.data.loader import RowLookup
 from castalia.data.run_rows import rows_of_sources
@@ -156,6 +157,21 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
         stage.recompute = config.train.recompute
         stages.append(stage)
     return stages
+
+
+def with_room(config: RunConfig, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+    """The micro-batches of each step, with the room in front that an adapter takes."""
+    count = adapter_of(config.adapter).room(config.adapter)
+    if not count:
+        return batches
+    return moved_behind(batches, count)
+
+
+def moved_behind(batches: Iterator[list[Batch]], count: int) -> Iterator[list[Batch]]:
+    """Each batch behind `count` places; closing it closes what it reads."""
+    with closing(batches):  # type: ignore[type-var]
+        for micro_batches in batches:
+            yield [batch.behind(count) for batch in micro_batches]
 
 
 def step_loader(

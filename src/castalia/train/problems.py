@@ -97,6 +97,7 @@ def adapter_problems(config: "RunConfig") -> list[str]:
             " model.start to a run, a Hugging Face folder or a hub model; adapter.kind=none trains"
             " a model from drawn weights"
         )
+    problems += room_problems(config)
     drawn = [key for key in ("start_missing", "start_vocab") if getattr(config.model, key)]
     problems += [
         f"model.{key} draws weights that the base lacks, but adapter.kind={kind} saves the adapter"
@@ -145,6 +146,36 @@ def ramp_problems(config: "RunConfig") -> list[str]:
         problems.append(
             "train.batch_ramp: a pipeline needs micro-batches of one size; set"
             " train.micro_batch_size"
+        )
+    return problems
+
+
+def room_problems(config: "RunConfig") -> list[str]:
+    """What does not go together with places in front of every row."""
+    room = adapter_of(config.adapter).room(config.adapter)
+    if not room:
+        return []
+    kind = config.adapter.kind
+    problems = []
+    if room >= config.data.seq_length:
+        problems.append(
+            f"adapter.tokens {room} leaves no room in rows of data.seq_length"
+            f" {config.data.seq_length}; lower it"
+        )
+    if config.data.document_mask is not None:
+        problems.append(
+            f"adapter.kind={kind} stands in front of a row, and data.document_mask keeps all but"
+            " its first document from seeing it; set data.document_mask=null data.packing=unpacked"
+        )
+    if config.eval.evaluates:
+        problems.append(
+            f"adapter.kind={kind}: tasks and samples during training would not read the prompt;"
+            " leave out eval.tasks and eval.samples, and evaluate the run afterwards"
+        )
+    if config.loss.kind != "next_token":
+        problems.append(
+            f"adapter.kind={kind} trains on the next token only, got loss.kind {config.loss.kind};"
+            " use adapter.kind=lora"
         )
     return problems
 

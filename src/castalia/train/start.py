@@ -264,6 +264,11 @@ def open_start(config: RunConfig, world: World, *, again: bool = False) -> Start
     if resumes and config.adapter.kind == "none" and not again:
         return None
     saved = open_on_all_ranks(path, world)
+    if saved.prompt is not None:
+        raise ConfigError(
+            f"model.start {path} is a soft prompt over another model, which cannot become weights;"
+            " start from its base"
+        )
     require_state(config, saved)
     require_same_model(config.model, saved)
     rows = rows_to_copy(config.model, saved)

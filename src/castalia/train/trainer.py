@@ -26,7 +26,7 @@ from castalia.models import parameter_counts
 from castalia.optim.loss_scale import make_scale
 from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
-from castalia.train.build import build_model, check_processes, rows_of_run, step_loader
+from castalia.train.build import build_model, check_processes, rows_of_run, step_loader, with_room
 from castalia.train.config import RunConfig, rules_of
 from castalia.train.experience import make_experience
 from castalia.train.guard import Action, Guard, Verdict
@@ -370,7 +370,8 @@ class Trainer:
         reads = self.passes.reads or self.experience is not None
         if not reads and plans is None:
             return ([] for _ in itertools.repeat(None))
-        return iter(step_loader(self.config, self.world, self.rows, rows, start_step, plans))
+        loader = step_loader(self.config, self.world, self.rows, rows, start_step, plans)
+        return with_room(self.config, iter(loader))
 
     def resume(self, verb: str) -> None:
         """Continue from the newest good checkpoint; a fresh run stays as it is.
