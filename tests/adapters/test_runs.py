@@ -105,7 +105,8 @@ def test_a_run_saves_the_adapter_alone_and_reads_as_a_whole_model(home, trained,
 def test_a_soft_prompt_stands_in_front_of_every_text(home):
     words = ("adapter.kind=soft_prompt", "adapter.tokens=4", "adapter.init_ids=[97,98,99]")
     start = f"model.start={home / 'base'}"
-    still = fit(home, "still", *words, start, "optim.lr=0")
+    string = ("adapter.init_ids=[]", "adapter.init_string=abc", "data.tokenizer=bytes")
+    still = fit(home, "still", *words, *string, start, "optim.lr=0")
     trainer = fit(home, "prompt", *words, start)
     saved = read(home / "prompt" / "checkpoints" / "step-00000002")
     assert saved.keys() == {"prompt.weight"} and saved["prompt.weight"].shape == (4, 32)

@@ -79,6 +79,7 @@ def test_names_of_older_versions_are_classified():
         "scheduler",
         "scheduler.params",
         "data_types",
+        "soft_prompt_tuning",
         "sparsity_config",
     }
 
@@ -807,3 +808,18 @@ def test_train_impl_dpo_without_its_data():
 def test_an_unknown_train_impl_gets_the_menu():
     (problem,) = problems_of(train_impl="reinfroce")
     assert "choose one of normal, dpo, kto, rm, reinforce; did you mean 'reinforce'" in problem
+
+
+def test_a_soft_prompt_is_an_adapter():
+    section = {"enabled": True, "n_tokens": 4, "init_string": "Translate:", "init_range": 0.3}
+    values = values_of(soft_prompt_tuning=section)
+    ours = {key: value for key, value in values.items() if key.startswith("adapter.")}
+    assert ours == {
+        "adapter.kind": "soft_prompt",
+        "adapter.tokens": 4,
+        "adapter.init_string": "Translate:",
+        "adapter.init_range": 0.3,
+    }
+    assert "adapter.kind" not in values_of(soft_prompt_tuning={"enabled": False})
+    (problem,) = problems_of(soft_prompt_tuning={"enabled": True, "tokens": 4})
+    assert "soft_prompt_tuning.tokens" in problem and "'n_tokens'" in problem

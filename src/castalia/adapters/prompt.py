@@ -24,6 +24,8 @@ class SoftPromptConfig(AdapterConfig):
     """Places of a row that the prompt takes; the last tokens of full rows make room for it."""
     init_ids: list[int] = []
     """Ids whose vectors the prompt begins with, again and again until it is full; [] draws it."""
+    init_string: str | None = None
+    """A text whose ids are init_ids, by data.tokenizer."""
     init_range: NonNegativeFloat = 0.5
     """A drawn prompt is uniform within this distance of 0."""
 
@@ -47,6 +49,8 @@ class SoftPrompt(Adapter):
     def problems(cls, config: Any, model: ModelConfig) -> list[str]:
         """Ids outside the vocabulary, and a prompt that leaves no room for text."""
         problems = []
+        if config.init_ids and config.init_string is not None:
+            problems.append("adapter.init_ids and adapter.init_string are both given; keep one")
         if outside := [i for i in config.init_ids if not 0 <= i < model.vocab_size]:
             problems.append(
                 f"adapter.init_ids {outside} are outside the vocabulary of {model.vocab_size} ids"

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from castalia.config.neox_adapter import ADAPTER_RULES
 from castalia.config.neox_files import FILE_RULES, same_folder
 from castalia.config.neox_keys import (
     ALIASES,
@@ -25,10 +26,11 @@ from castalia.config.neox_schedule import SCHEDULE_RULES
 from castalia.config.neox_train_impl import TRAIN_IMPL_RULES
 from castalia.core.errors import nearest
 
-LATER_RULES = [*MUP_RULES, *SCHEDULE_RULES]
+LATER_RULES = [*ADAPTER_RULES, *MUP_RULES, *SCHEDULE_RULES]
 """Those that come after the optimizer's and the schedule's own options."""
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads")
 OURS = {
+    "adapter",
     "model",
     "data",
     "mixing",

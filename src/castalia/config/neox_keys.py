@@ -98,6 +98,7 @@ HONOURED: dict[str, Honoured] = {
     "valid_label_data_paths": Honoured("data.valid_labels", "list", plain=True),
     "pack_impl": Honoured("data.packing", "str", "packed", plain=True),
     "allow_chopped": Honoured("data.allow_chopped", "bool", True, plain=True),
+    "soft_prompt_tuning": Honoured("adapter.kind", "dict"),
     "train_impl": Honoured("loss.kind", "str", "normal"),
     "dataset_impl": Honoured("loss.kind", "str", "gpt2"),
     "dpo_beta": Honoured("loss.beta", "number", 0.1),
@@ -205,7 +206,6 @@ REFUSED: dict[str, Refused] = {
     "validation_based_reward": Refused(OFF, OTHER_REWARDS),
     "batch_normalized_reward": Refused(OFF, OTHER_REWARDS),
     "scale_by_reward_loss_diff": Refused(OFF, OTHER_REWARDS),
-    "soft_prompt_tuning": Refused(OFF, "delete it; soft prompts are not supported"),
     "moe_num_experts": Refused((None, 0, 1), NO_MOE),
     "amp": Refused((*OFF, {}, {"enabled": False}), "write `precision: bfloat16` or fp16"),
     "data_efficiency": Refused((*OFF, {}, {"enabled": False}), "delete it"),
@@ -319,6 +319,7 @@ NESTED_HONOURED = {
         enabled curriculum_type min_difficulty max_difficulty schedule_type schedule_config""",
     "curriculum_learning.schedule_config": """
         total_curriculum_step difficulty_step root_degree difficulty max_step""",
+    "soft_prompt_tuning": "enabled n_tokens num_tokens init_string init_range",
     "sparsity_config": """
         block different_layout_per_head num_local_blocks num_global_blocks
         num_different_global_patterns num_random_blocks num_sliding_window_blocks
@@ -328,6 +329,7 @@ NESTED_HONOURED = {
 
 NESTED_IGNORED = {
     "data_types": "",
+    "soft_prompt_tuning": "",
     "curriculum_learning": "",
     "curriculum_learning.schedule_config": "",
     "sparsity_config": "",

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from castalia.adapters import adapter_of
+from castalia.adapters import AdapterConfig, adapter_of
 from castalia.adapters.adapting import adapt, start_over
 from castalia.adapters.switch import remember
 from castalia.core.errors import ConfigError
@@ -17,6 +17,7 @@ from castalia.data.loader import RowLookup
 from castalia.data.run_rows import rows_of_sources
 from castalia.data.served import RepeatedRows, ServedRows
 from castalia.data.step_reader import check_batch
+from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
 from castalia.losses import LOSSES
@@ -133,7 +134,7 @@ def build_model(
     # the start weights are the same bits on every layout.
     draw = start_weights(config.model, config.seed)
     base = draw if start is None else start.over(draw)
-    initialize(model, start_over(base, config.adapter, config.model, config.seed))
+    initialize(model, start_over(base, with_prompt_ids(config), config.model, config.seed))
     if adapter_of(config.adapter).in_place:
         remember(model, {name for name, p in model.named_parameters() if p.requires_grad})
     return model
@@ -157,6 +158,22 @@ def stages_on_meta(config: RunConfig, world: World) -> list[Decoder]:
         stage.recompute = config.train.recompute
         stages.append(stage)
     return stages
+
+
+def with_prompt_ids(config: RunConfig) -> AdapterConfig:
+    """The adapter's section, the text that its prompt begins with as ids.
+
+    Raises  ConfigError if there is no tokenizer, or the text has no token.
+    """
+    text = getattr(config.adapter, "init_string", None)
+    if text is None:
+        return config.adapter
+    if config.data.tokenizer is None:
+        raise ConfigError("adapter.init_string is text, and data.tokenizer is null; use init_ids")
+    ids = load_tokenizer(config.data.tokenizer).encode(text)
+    if not ids:
+        raise ConfigError(f"adapter.init_string {text!r} has no token; leave it out to draw")
+    return config.adapter.model_copy(update={"init_ids": ids, "init_string": None})
 
 
 def with_room(config: RunConfig, batches: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
