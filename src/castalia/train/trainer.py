@@ -370,8 +370,10 @@ class Trainer:
         reads = self.passes.reads or self.experience is not None
         if not reads and plans is None:
             return ([] for _ in itertools.repeat(None))
-        loader = step_loader(self.config, self.world, self.rows, rows, start_step, plans)
-        return with_room(self.config, iter(loader))
+        return with_room(
+            self.config,
+            iter(step_loader(self.config, self.world, self.rows, rows, start_step, plans)),
+        )
 
     def resume(self, verb: str) -> None:
         """Continue from the newest good checkpoint; a fresh run stays as it is.
