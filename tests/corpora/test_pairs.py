@@ -16,7 +16,7 @@ END = "<|endoftext|>"
 ASKED = {"role": "user", "content": "hi"}
 GOOD = {"role": "assistant", "content": "hello"}
 BAD = {"role": "assistant", "content": "what"}
-TALK = "user: hi\nassistant: "
+TALK = "user:\nhi\nassistant:\n"
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def prepared(tmp_path):
 
 def test_every_form_of_a_pair(prepared):
     talk = (
-        (TALK + "hello" + END, f" hello{END}"),
-        (TALK + "what" + END, f" what{END}"),
+        (TALK + "hello" + END, f"hello{END}"),
+        (TALK + "what" + END, f"what{END}"),
     )
     found = prepared(
         {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},

@@ -400,6 +400,6 @@ def test_epochs_in_a_config(make, train, tmp_path):
     with pytest.raises(ConfigError, match="two lengths of one run; give one of them"):
         resolve([*words, "train.steps=5", "train.epochs=2"])
     corpus = resolve([*words, "data.train=[]", "data.corpus=debug"])
-    assert any(note.endswith("which builds data.corpus=debug") for note in corpus.notes)
+    assert any(note.endswith("which makes the token files of data.corpus") for note in corpus.notes)
     gone = resolve([*words, "data.train=nowhere"])
     assert any("train.epochs=3 sets train.steps where the data are" in n for n in gone.notes)
