@@ -176,3 +176,33 @@ def test_disk_counts_what_is_kept():
     disk = estimate(small("checkpoint.keep=1").workload, 1, "cpu").disk
     assert (disk.written, disk.kept) == (10, 8)
     assert disk.bytes_total == 8 * disk.bytes_each
+
+
+def test_weights_gradients_and_masters_take_what_their_dtypes_do():
+    """Of one rank, and of two that share a model."""
+    words = ["debug", "precision=bf16", "train.batch_size=8", "train.micro_batch_size=4"]
+
+    def parts(ranks, *overrides):
+        return estimate(load_config([*words, *overrides]).workload, ranks, "cpu")
+
+    plain = parts(1)
+    count = plain.parameters.total
+    assert plain.memory.optimizer == 8 * count
+    masters = parts(1, "train.parameters=bf16")
+    assert masters.memory.weights == 2 * count
+    assert masters.memory.optimizer == 12 * count
+    assert masters.disk.bytes_each == plain.disk.bytes_each == 12 * count
+    rounded = parts(1, "train.parameters=bf16_stochastic", "train.gradients=bf16")
+    assert rounded.memory.weights == 2 * count
+    assert rounded.memory.optimizer == 8 * count
+    assert rounded.disk.bytes_each == 10 * count
+    assert plain.memory.gradients - rounded.memory.gradients == 2 * count
+    two, wide, kept = (
+        parts(2, *options)
+        for options in ((), ("parallel.gather=fp32",), ("train.parameters=bf16",))
+    )
+    # The shards are the masters; what is gathered is in bf16, without a copy by autocast.
+    assert two.memory == kept.memory
+    assert two.memory.weights == 4 * count // 2
+    assert two.memory.gathered == wide.memory.gathered // 2
+    assert wide.memory.weights > two.memory.weights

@@ -4,7 +4,9 @@ declares; needs no torch.
 Bytes of one rank that holds 1/S of P parameters and runs b rows of T tokens at a time; e bytes a
 number in matrix products (4 in fp32, else 2), C the width, V the rows of the embedding:
 
-    weights      4 P / S, and under autocast a copy in low precision of each weight that multiplies
+    weights      4 P / S, and under autocast a copy in low precision of each weight that multiplies,
+                 unless ranks gather bf16; 2 P / S where weights are kept in bf16, on one rank with
+                 4 P of masters among the optimizer's; a base in int8 or int4 P / S or 0.56 P / S
     optimizer    the state that the optimizer declares, 8 P / S for AdamW's two moments
     activations  for each layer b T times what its family declares as kept; with tp the part that
                  is gathered is that of all T tokens; on a CPU the probabilities of short rows,
@@ -16,8 +18,8 @@ number in matrix products (4 in fp32, else 2), C the width, V the rows of the em
     gradients    4 V C of the head, and 4 P / S from the second micro-batch on; or at the end of
                  the backward 4 P / S and the whole embedding's and head's, if that and two layers'
                  activations are more than all of them
-    gathered     embedding, head and two layers put together by FSDP2, 4 bytes a weight; all layers
-                 without resharding
+    gathered     embedding, head and two layers put together by FSDP2, 4 bytes a weight, or 2 where
+                 that is in bf16; all layers without resharding
 
 tp divides P but for norms and positions, V and the activations; cp the activations and, with
 dp_shard, P; pp the layers. Keys and values are kept of whole rows under cp, and by as many ranks of
@@ -46,6 +48,9 @@ from castalia.models.flops import (
     parameter_counts,
 )
 from castalia.models.tiles import KEEP, QUERIES, kind_of, logits_rows
+
+QUANTIZED = {"int8": 1.0, "int4": 0.5 + 2 / 32}
+"""Bytes of a weight in integers, with its scale: int4 has a bf16 one for 32 weights."""
 
 
 class Memory(NamedTuple):
@@ -179,12 +184,20 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     model = work.model
     size = work.itemsize
     weights = weights_of(model, degrees)
-    own = weights.all // (degrees.dp_shard * degrees.cp)
-    trained = int(work.trained * own)
+    alone = degrees.size == 1
+    shards = degrees.dp_shard * degrees.cp
+    whole = weights.all // shards
+    trained = int(work.trained * whole)
+    own = stored_weights(work, weights, alone) // shards
+    # On one rank masters stand beside the bf16 weights; on several they are the shards.
+    masters = trained if work.parameters == "bf16" and alone else 0
+    narrow = work.gradients == "bf16" if alone else work.parameters == "bf16_stochastic"
+    gradients = trained // 2 if narrow else trained
     head = 4 * head_outputs(model) * model.hidden_size // degrees.tp
     tokens = rows * work.seq_length // (degrees.cp * degrees.tp)
     copies = 0
-    if size != 4:
+    reads_narrow = work.parameters != "fp32" or (work.gathers_narrow and not alone)
+    if size != 4 and not reads_narrow:
         # Autocast keeps one low-precision copy of every weight that multiplies until the backward.
         copies = size * matmul_parameters(model) // (degrees.tp * degrees.pp)
     # A score is made by every rank of tp.
@@ -198,11 +211,13 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     if work.parallel.reshard_after_forward:
         # FSDP2 prefetches: the block that computes and the next one are whole at the same time.
         gathered = 2 * weights.largest
-    alone = degrees.size == 1
+    gathered = 0 if alone else weights.root + gathered
+    if reads_narrow:
+        gathered //= 2
     common = {
         "weights": own + copies,
-        "optimizer": int(work.state_bytes / 4 * own),
-        "gathered": 0 if alone else weights.root + gathered,
+        "optimizer": int(work.state_bytes / 4 * whole) + masters,
+        "gathered": gathered,
     }
     # 1F1B holds the activations of at most pp micro-batches on its first stage.
     at_once = min(degrees.pp, max(1, steps))
@@ -211,18 +226,29 @@ def memory_of(work: Workload, degrees: Degrees, device: str, rows: int) -> Memor
     )
     at_head = Memory(
         **common,
-        gradients=head + (trained if steps > 1 else 0),
+        gradients=head + (gradients if steps > 1 else 0),
         activations=activation_bytes(work, degrees, tokens, blocks) * at_once,
         logits=vocabulary * size * logits_at_once,
     )
-    whole = 0 if alone else weights.root
     at_end = Memory(
         **common,
-        gradients=trained + whole,
+        gradients=gradients + (0 if alone else weights.root),
         activations=2 * max(block.all for block in blocks),
         logits=0,
     )
     return max(at_head, at_end, key=lambda memory: memory.total)
+
+
+def stored_weights(work: Workload, weights: StageWeights, alone: bool) -> int:
+    """Bytes of the weights of a stage as they are kept, before FSDP's cut."""
+    if work.base == "bf16":
+        return weights.all // 2
+    if work.base in QUANTIZED:
+        return int(weights.blocks / 4 * QUANTIZED[work.base]) + weights.root
+    # On several ranks bf16 weights with masters are fp32 shards, gathered in bf16.
+    if work.parameters == "bf16_stochastic" or (work.parameters == "bf16" and alone):
+        return weights.all // 2
+    return weights.all
 
 
 class KeptBytes(NamedTuple):
@@ -298,6 +324,7 @@ def kept_bytes(
 def disk_of(work: Workload) -> Disk:
     """Checkpoints of the whole run: how many, how large."""
     written, kept = work.saves
-    # Weights in fp32 and the optimizer's state; gradients are never saved.
-    each = int((4 + work.saved_bytes) * parameter_counts(work.model).total)
+    # Weights and the optimizer's state; gradients are never saved. Masters stand for bf16 weights.
+    weights = 2 if work.parameters == "bf16_stochastic" else 4
+    each = int((weights + work.saved_bytes) * parameter_counts(work.model).total)
     return Disk(written, kept, each, each * kept)

@@ -3,8 +3,8 @@
 Bytes that one rank sends in a step of m micro-batches, when n ranks gather n - 1 of n parts:
 
     all_gather      FSDP2: embedding and head once a micro-batch, each layer twice with resharding,
-                    4 bytes a weight; tp: each width that a layer gathers, forward and backward; cp:
-                    keys and values of each layer
+                    4 bytes a weight, or 2 in bf16; tp: each width that a layer gathers, forward
+                    and backward; cp: keys and values of each layer
     reduce_scatter  FSDP2: each gradient once a micro-batch; tp and cp: as often as they gather
     all_reduce      dp_replicate: 2 times its part of the gradients
     p2p             pp: activations and their gradients at one stage boundary
@@ -128,6 +128,9 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     # Resharded blocks are gathered again for the backward.
     passes = 2 if work.parallel.reshard_after_forward else 1
     gathered = weights.root + passes * weights.blocks
+    if work.gathers_narrow or work.parameters != "fp32":
+        gathered //= 2
+    reduced = weights.all / (2 if work.gradients == "bf16" else 1)
     # Bytes of one number for each token of a micro-batch, and of its hidden states.
     number = rows * work.seq_length // degrees.cp * work.itemsize
     micro = number * work.model.hidden_size
@@ -137,9 +140,9 @@ def sent_bytes(work: Workload, degrees: Degrees, rows: int, steps: int) -> dict[
     keys = sum(cost.cp_width / cost.key_parts(degrees.tp) for cost in costs)
     cp_bytes = 2 * keys * steps * number
     return {
-        "fsdp": share * steps * (gathered + weights.all),
+        "fsdp": share * steps * (gathered + reduced),
         "fsdp_gather": share * steps * gathered,
-        "all_reduce": 2 * (degrees.dp_replicate - 1) / degrees.dp_replicate * weights.all / shards,
+        "all_reduce": 2 * (degrees.dp_replicate - 1) / degrees.dp_replicate * reduced / shards,
         "tp": tp_bytes * (degrees.tp - 1) / degrees.tp,
         "cp": cp_bytes * (degrees.cp - 1),
         "p2p": 2 * steps * micro / degrees.tp if degrees.pp > 1 else 0.0,

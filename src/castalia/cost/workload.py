@@ -19,7 +19,7 @@ class Workload(NamedTuple):
     """Rows that one rank runs at a time; None means its whole share of the batch."""
     steps: int
     precision: str
-    """fp32, bf16, fp16, or auto before the machine is known."""
+    """fp32, bf16, fp16, fp8, or auto before the machine is known."""
     device: str
     """auto, cpu or cuda."""
     recompute: bool | str | int
@@ -36,6 +36,13 @@ class Workload(NamedTuple):
     left_out: int = 0
     """Tokens of full batches of full rows that a ramp and a curriculum leave out, in all steps."""
 
+    parameters: str = "fp32"
+    """How weights are kept: fp32, bf16 with fp32 masters, or bf16_stochastic."""
+    gradients: str = "fp32"
+    """Dtype in which gradients add up."""
+    base: str = "fp32"
+    """How the frozen weights under an adapter are kept: fp32, bf16, int8 or int4."""
+
     @property
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step when no target is masked."""
@@ -46,3 +53,8 @@ class Workload(NamedTuple):
         """Bytes of a number in matrix products."""
         # The larger of what auto may become.
         return 4 if self.precision in ("fp32", "auto") else 2
+
+    @property
+    def gathers_narrow(self) -> bool:
+        """Whether ranks gather weights in bf16."""
+        return self.precision in ("bf16", "fp8") and self.parallel.gather == "auto"

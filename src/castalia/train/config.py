@@ -250,6 +250,9 @@ class RunConfig(Config):
             trained=trained,
             saves=(len(saved), len(saved) - len(policy.expired(saved))),
             document_mask=self.data.document_mask is not None,
+            parameters=self.train.parameters,
+            gradients=self.train.gradients,
+            base=self.adapter.base,
             left_out=self.tokens_left_out,
         )
 
