@@ -103,9 +103,9 @@ def test_unknown_preset_gets_the_nearest_and_the_list():
         ("train.dropout", "did you mean 'model.hidden_dropout'?"),
         ("model.attn_dropout=0", "did you mean 'model.attention_dropout'?"),
         ("model.lora_dropout=0", "model.lora_dropout: unknown key; there are no adapters"),
-        ("optim.name=lion", "optim.name: unknown key; did you mean 'optim.kind' (adamw"),
-        ("optim.name=adamw", "optim.name: unknown key; did you mean 'optim.kind'?"),
-        ("optim.name", "optim.name: unknown key; did you mean 'optim.kind' (adamw"),
+        ("optim.name=lion", "optim.name: unknown key; did you mean 'optim.kind'?"),
+        ("optim.name=adan", "optim.name: unknown key; did you mean 'optim.kind' (adafactor"),
+        ("optim.name", "optim.name: unknown key; did you mean 'optim.kind' (adafactor"),
         ("optim.lr", "'optim.lr' needs a value: optim.lr=VALUE"),
         ("optim.learning_rate=1", "did you mean 'optim.lr'?"),
         ("train.warmup_steps=9", "did you mean 'schedule.warmup'?"),
@@ -181,7 +181,7 @@ def test_all_unreadable_files_are_named_at_once(tmp_path):
 
 def test_all_problems_of_overrides_at_once():
     text = message_of(
-        "debug", "optim.lrr=1", "train.steps=-1", "nonsense=1", "precision=fp8", "output="
+        "debug", "optim.lrr=1", "train.steps=-1", "nonsense=1", "precision=fp9", "output="
     )
     assert "5 problems in the config (debug)" in text
     assert "output: must not be empty" in text

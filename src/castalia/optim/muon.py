@@ -23,7 +23,7 @@ class MuonConfig(OptimConfig):
     """Decay of the mean of gradients."""
     nesterov: bool = True
     """Orthogonalize what the momentum will be."""
-    iterations: PositiveInt = 5
+    ns_steps: PositiveInt = 5
     """Newton-Schulz iterations of the orthogonalization."""
     scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     """match_rms_adamw gives an update the size of AdamW's, so that one lr and one decay serve both;
@@ -83,7 +83,7 @@ class Muon(Member):
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
-            iterations=config.iterations,
+            ns_steps=config.ns_steps,
             scale=config.scale,
             arithmetic=config.arithmetic,
             betas=config.betas,

@@ -35,7 +35,7 @@ class MuonStep(Walk):
         # A few at a time: the iterations keep four copies.
         for begin in range(0, len(slots), AT_ONCE):
             batch = torch.stack(wholes[begin : begin + AT_ONCE]).to(arithmetic(group, wholes[0]))
-            directions = orthogonalized(batch, group["iterations"]).to(wholes[0].dtype)
+            directions = orthogonalized(batch, group["ns_steps"]).to(wholes[0].dtype)
             for slot, direction in zip(slots[begin : begin + AT_ONCE], directions, strict=True):
                 slot.weight.mul_(1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * scale_of(group["scale"], shape)
