@@ -22,6 +22,8 @@ def as_list(value: object) -> object:
 
 
 Paths = Annotated[list[str], BeforeValidator(as_list)]
+TokenName = Annotated[str, BeforeValidator(str)]
+"""A token by its text or its id."""
 TEXTS = ("chat", "pairs", "labelled", "prompts")
 """Fields with files of text that become token files at the start of a run."""
 
@@ -156,7 +158,7 @@ class DataConfig(Config):
     served; another pass cuts them elsewhere. `castalia prepare --fim-rate` cuts them once."""
     fim_spm_rate: float = Field(0.5, ge=0, le=1)
     """Share of those in the order suffix, prefix, middle."""
-    fim_tokens: tuple[str, str, str] | None = None
+    fim_tokens: tuple[TokenName, TokenName, TokenName] | None = None
     """Tokens before prefix, middle and suffix, by name or id; null looks for known names."""
     eod_mask_loss: bool = False
     """Exclude from the loss the target after an end-of-document token, as in GPT-NeoX."""
