@@ -823,3 +823,22 @@ def test_a_soft_prompt_is_an_adapter():
     assert "adapter.kind" not in values_of(soft_prompt_tuning={"enabled": False})
     (problem,) = problems_of(soft_prompt_tuning={"enabled": True, "tokens": 4})
     assert "soft_prompt_tuning.tokens" in problem and "'n_tokens'" in problem
+
+
+def test_train_impl_rm_is_a_reward_model():
+    values = values_of(**PAIRWISE | {"train_impl": "rm", "z_loss": 0.1})
+    names = ("loss.kind", "loss.at", "loss.z_loss", "model.head")
+    assert [values[name] for name in names] == ["reward", "targets", 0.1, "score"]
+
+
+def test_train_impl_kto_reads_rewards():
+    files = {
+        "train_data_paths": ["a"],
+        "train_label_data_paths": ["a_label"],
+        "train_reward_data_paths": ["a_reward"],
+    }
+    options = {"train_impl": "kto", "pack_impl": "unpacked", "kto_beta": 0.2}
+    values = values_of(**files, **options, kto_undesirable_weight=2.0)
+    names = ("loss.kind", "loss.kl", "loss.beta", "loss.undesirable_weight", "data.rewards")
+    assert [values[name] for name in names] == ["kto", "halves", 0.2, 2.0, ["a_reward"]]
+    assert any("without train_reward_data_paths" in one for one in problems_of(**options))

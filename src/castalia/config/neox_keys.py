@@ -103,6 +103,12 @@ HONOURED: dict[str, Honoured] = {
     "dataset_impl": Honoured("loss.kind", "str", "gpt2"),
     "dpo_beta": Honoured("loss.beta", "number", 0.1),
     "dpo_reference_free": Honoured("loss.reference", "bool", False),
+    "z_loss": Honoured("loss.z_loss", "number", 0.0),
+    "kto_beta": Honoured("loss.beta", "number", 0.1),
+    "kto_desirable_weight": Honoured("loss.desirable_weight", "number", 1.0),
+    "kto_undesirable_weight": Honoured("loss.undesirable_weight", "number", 1.0),
+    "train_reward_data_paths": Honoured("data.rewards", "list"),
+    "valid_reward_data_paths": Honoured("data.valid_rewards", "list"),
     "precompute_model_name": Honoured("data.chosen_reference", "str"),
     "pos_train_data_paths": Honoured("data.chosen", "list"),
     "neg_train_data_paths": Honoured("data.rejected", "list"),
@@ -196,7 +202,7 @@ ALIASES = {"gas": "gradient_accumulation_steps", "autotuning_config": "autotunin
 
 OFF: tuple[Any, ...] = (None, False)
 SCALING = "loss scaling is set in `fp16`; GPT-NeoX itself reads nothing else"
-NO_REWARDS = "delete it; rewards of documents are not read from GPT-NeoX's files"
+NO_REWARDS = "delete it; a run has no test data"
 OTHER_REWARDS = (
     "delete it; the rewards are those of mixing.kind: odm-repo, exp3, naive-validation, ..."
 )
@@ -218,7 +224,7 @@ REFUSED: dict[str, Refused] = {
         ("mmap", "infer", None), "write `data_impl: mmap`; `cached` files must be tokenized again"
     ),
 } | dict.fromkeys(
-    [f"{part}_reward_data_paths" for part in ("train", "valid", "test")],
+    ["test_reward_data_paths"],
     Refused((None, []), NO_REWARDS),
 )
 
@@ -273,8 +279,7 @@ IGNORED: dict[str, str] = {
     "belongs to an option that is not in use": """
         gmlp_attn_dim mamba_selective_fp32_params mamba_use_bias_in_conv mamba_use_bias_in_linears
         dim_att head_size ffn_dim
-        kto_fp32 kto_desirable_weight
-        kto_undesirable_weight z_loss kto_beta
+        kto_fp32
         moe_expert_interval moe_top_k
         moe_router_type moe_jitter_eps moe_type moe_loss_coeff expert_interval
         enable_expert_tensor_parallelism moe_expert_parallel_size moe_token_dropping

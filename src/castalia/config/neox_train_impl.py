@@ -5,6 +5,7 @@ Source  GPT-NeoX, megatron/training.py:596-860 and megatron/data/online_dataset.
 
 from castalia.config.neox_pairs import PAIR_FILES, dpo
 from castalia.config.neox_reading import NeoxOptions, NeoxReading, OptionRule, note, wrong
+from castalia.config.neox_rewards import KTO_OPTIONS, REWARD_FILES, kto, rm
 from castalia.core.errors import nearest
 
 ONLINE_DATA = ("train", "valid", "labels", "valid_labels", "weights", "valid_weights", "split")
@@ -38,16 +39,6 @@ def normal(o: NeoxOptions, out: NeoxReading) -> None:
             " `dataset_impl: gpt2`, or name the train_impl",
             "loss.kind",
         )
-
-
-def missing(o: NeoxOptions, out: NeoxReading) -> None:
-    """A kind that is not read from GPT-NeoX's files yet."""
-    wrong(
-        out,
-        f"train_impl {o['train_impl']}: its options are not read from GPT-NeoX's files; write a"
-        " config with loss.kind",
-        "loss.kind",
-    )
 
 
 def reinforce(o: NeoxOptions, out: NeoxReading) -> None:
@@ -87,15 +78,16 @@ def reinforce(o: NeoxOptions, out: NeoxReading) -> None:
 TRAIN_IMPLS: dict[str, OptionRule] = {
     "normal": normal,
     "dpo": dpo,
-    "kto": missing,
-    "rm": missing,
+    "kto": kto,
+    "rm": rm,
     "reinforce": reinforce,
 }
 """Every kind by its name in GPT-NeoX."""
 OWN_OPTIONS = (
     dict.fromkeys(PAIR_FILES, ("dpo", "rm"))
     | dict.fromkeys(("dpo_beta", "dpo_reference_free"), ("dpo",))
-    | {"precompute_model_name": ("dpo", "kto")}
+    | {"precompute_model_name": ("dpo", "kto"), "z_loss": ("rm",)}
+    | dict.fromkeys((*KTO_OPTIONS, *REWARD_FILES), ("kto",))
 )
 """Option -> the kinds that read it."""
 TRAIN_IMPL_RULES: list[tuple[tuple[str, ...], OptionRule]] = [

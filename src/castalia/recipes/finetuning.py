@@ -31,6 +31,22 @@ FINE_TUNING: dict[str, dict[str, Any]] = {
         "optim": {"lr": 1e-6},
         "schedule": {"warmup": 0.1},
     },
+    "reward": {
+        "data": {"packing": "unpacked", "document_mask": None},
+        "train": {"epochs": 1},
+        "model": {"head": "score"},
+        "loss": {"kind": "reward"},
+        # The head starts at random, and one number for a text is little to learn from.
+        "optim": {"lr": 1e-5},
+    },
+    "kto": {
+        # Each answer in a row of its own, as for dpo.
+        "data": {"packing": "unpacked", "document_mask": None},
+        "train": {"epochs": 1},
+        "loss": {"kind": "kto"},
+        "optim": {"lr": 1e-6},
+        "schedule": {"warmup": 0.1},
+    },
     "grpo": {
         # Each prompt in a row of its own, with room for its answers.
         "data": {"packing": "unpacked", "document_mask": None},
