@@ -104,6 +104,14 @@ def labelled(tmp_path, *records):
     return load_config([*SMALL, *words, "model.vocab_size=257", "loss.kind=kto"])
 
 
+def test_equal_answers_to_equal_prompts_stay(tmp_path):
+    """Of pairs they are left out; here the other side is only compared with."""
+    records = [{"prompt": "p", "completion": f" {i % 2}", "label": i % 2} for i in range(8)]
+    trainer = Trainer(labelled(tmp_path, *records), ALONE)
+    (source,) = trainer.rows.train.row_sources
+    assert source.order.alike == 0 and len(set(source.order.documents.tolist())) == 8
+
+
 def test_records_become_files(tmp_path):
     data = ensure_corpus(labelled(tmp_path, *RECORDS), lambda line: None).data
     tokens, labels = IndexedDataset(data.train[0]), IndexedDataset(data.labels[0])

@@ -62,7 +62,10 @@ class PairOrder(PackingOrder):
             if side is not None:
                 left_out |= without_targets(side, looked_at)
         self.unanswered = int(left_out.sum())
-        same = np.zeros(0, np.int64) if config.neox_exact else alike(*tokens)
+        same = np.zeros(0, np.int64)
+        # Two prompts may well have the same answer, which their own row is to be learned from.
+        if not config.neox_exact and not config.mismatched:
+            same = alike(*tokens)
         self.alike = int((~left_out[same]).sum())
         left_out[same] = True
         super().__init__(

@@ -20,7 +20,8 @@ def take_start(layers: Layers, name: str | None) -> list[str]:
             CheckpointError if it cannot be read.
     """
     below = flatten(merge(layers.base, layers.files))
-    starts = {f"model.{key}" for key in START}
+    # A reward model differs from its start by the head alone.
+    starts = {f"model.{key}" for key in (*START, "head")}
     if any(key.split(".")[0] == "model" and key not in starts for key in below):
         return []
     values = flatten(layers.resolved())
