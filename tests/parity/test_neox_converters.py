@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.checkpoint.test_meta_folders import meta_weights
-from tests.checkpoint.test_meta_folders import save as save_meta
 from tests.export.test_neox_format import LLAMA, logits, saved, weights
+from tests.formats.test_meta_folders import meta_weights
+from tests.formats.test_meta_folders import save as save_meta
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
