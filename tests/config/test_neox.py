@@ -270,6 +270,12 @@ def test_silence_means_the_defaults_of_gpt_neox():
             3.3e-6,
         ),
         ({"use_bnb_optimizer": True}, "optim.kind", "adamw8bit"),
+        ({"optimizer": {"type": "OneBitAdam"}}, "train.gradients", "fp32"),
+        (
+            {"optimizer": {"type": "OneBitAdam"}, "precision": "bfloat16"},
+            "train.gradients",
+            "bf16",
+        ),
         ({"use_bnb_optimizer": True, "optimizer": {"type": "SM3"}}, "optim.kind", "sm3"),
         ({"optimizer": {"type": "SM3"}, "weight_decay": 0.1}, "optim.weight_decay", 0.0),
         ({"optimizer": {"type": "sm3", "params": {"momentum": 0.9}}}, "optim.momentum", 0.9),

@@ -108,6 +108,19 @@ def test_the_model_learns_what_is_rewarded(make, prompts, overrides):
     assert written[-1]["completion"].count("e") / len(written[-1]["completion"]) > 0.9
 
 
+def test_answers_that_were_cut_off_can_be_left_out_of_the_loss(make):
+    trainer = make("train.steps=1", "loss.mask_truncated=true")
+    (batch,) = trainer.prepared(next(trainer.training_batches()))
+    groups = trainer.experience.rollout(next(trainer.training_batches()), 0, "prompts")
+    judged = [one for group in groups.values() for one in group]
+    ended = {(place, one.number): one.answer for place, group in groups.items() for one in group}
+    assert len({one.answer.has_ended for one in judged}) == 2, "both kinds are drawn"
+    for row, index in enumerate(batch.index.tolist()):
+        answer = ended[divmod(index, trainer.config.loss.completions)]
+        targets = int((batch.labels[row] >= 0).sum())
+        assert targets == (len(answer.ids) if answer.has_ended else 0)
+
+
 def test_rewards_get_the_columns_of_their_prompts(make):
     rewarding.CALLS.clear()
     trainer = make(

@@ -10,7 +10,7 @@ import torch
 from tests.seams.preferences import LAYOUTS, SMALL, one_step, words_of, write_pairs, write_rows
 from tests.seams.ranks import on_ranks
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.data import IndexedDataset
 from castalia.distributed import World
 from castalia.recipes import load_config
@@ -117,6 +117,17 @@ def test_an_adapter_switched_off_is_the_reference(make, tmp_path):
         results.append(held_out(tuned))
     assert results[0].loss == pytest.approx(results[1].loss, abs=1e-6)
     assert results[0].metrics["reward_margin"] != 0
+
+
+def test_a_resumed_reference_is_the_start_of_the_run(make, tmp_path):
+    for name in ("base", "other"):
+        seed = len(name)
+        make("train.steps=1", f"seed={seed}", f"output={tmp_path}/{name}", hooks=[Save()]).fit()
+    words = ("loss.reference=live", f"output={tmp_path}/tuned")
+    make(*words, "train.steps=1", f"model.start={tmp_path}/base", hooks=[Save()]).fit()
+    make(*words, "train.steps=2", f"model.start={tmp_path}/base")
+    with pytest.raises(CheckpointError, match="other weights than those that the run"):
+        make(*words, "train.steps=2", f"model.start={tmp_path}/other")
 
 
 def test_ranks_change_nothing(tmp_path):

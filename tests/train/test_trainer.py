@@ -268,7 +268,7 @@ def test_a_broken_off_validation_of_the_last_step_is_made_up_for(make, tokens, t
     assert again[5] == stopped[5] and 0 < valid < stopped[2]["valid_loss"]
 
 
-def test_a_validation_without_data_is_noted(make, tokens):
+def test_options_without_effect_are_noted(make, tokens):
     def notes_of(*overrides):
         trainer = make(*overrides)
         return idle_options(trainer.config, trainer.rows)
@@ -279,6 +279,8 @@ def test_a_validation_without_data_is_noted(make, tokens):
         " data.split"
     )
     assert notes_of("train.eval_every=2", f"data.valid={tokens}") == notes_of() == []
+    (note,) = notes_of("fp8.gradients=e4m3")
+    assert note == "fp8: has no effect with precision=fp32; set precision=fp8"
 
 
 def test_sums_by_source_add_up(make, tokens):

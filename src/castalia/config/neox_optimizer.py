@@ -38,8 +38,9 @@ TYPES = {
     "onebitadam": Type(
         "adamw",
         ADAM,
-        "AdamW: its moments are not frozen after a warmup; train.gradients=bf16 halves what the"
-        " ranks exchange of the gradients",
+        "AdamW, whose moments are not frozen after a warmup. In place of one bit, ranks exchange"
+        " gradients in bf16 (train.gradients) where the precision is bf16; in fp16 or fp32 they"
+        " exchange them whole: set precision=bf16 train.gradients=bf16",
     ),
     "sm3": Type("sm3", {"lr": 0.1, "momentum": 0.0, "beta": 0.0, "eps": 1e-30}),
     "madgrad_wd": Type("madgrad", {"lr": 1e-2, "momentum": 0.9, "eps": 1e-6}),

@@ -14,6 +14,8 @@ TYPES = PRECISIONS | {
     "float": "fp32",
 }
 """The `type` of a block `fp16` or `bf16` -> our name of the precision."""
+COMPRESSING = "onebitadam"
+"""The optimizer type of DeepSpeed that exchanges less than whole gradients."""
 DEEPSPEED_POWER = 16
 """DeepSpeed's default of initial_scale_power in `fp16`."""
 
@@ -91,31 +93,36 @@ def fp8(o: NeoxOptions, out: NeoxReading) -> None:
 
 
 def gradients(chosen: str, o: NeoxOptions, out: NeoxReading) -> None:
-    """The dtype of gradients, of `data_types` and fp32_allreduce."""
-    wanted = (o["data_types"] or {}).get("grad_accum_dtype")
+    """The dtype of gradients, of `data_types`, fp32_allreduce and an optimizer that compresses
+    them."""
+    given = (o["data_types"] or {}).get("grad_accum_dtype")
     names = {None: "fp32", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16"}
-    if wanted not in names:
+    if given not in names:
         wrong(
             out,
-            f"unknown data_types.grad_accum_dtype {wanted!r}; choose one of fp32, bf16, fp16",
+            f"unknown data_types.grad_accum_dtype {given!r}; choose one of fp32, bf16, fp16",
             "train.gradients",
         )
         return
+    wanted = given
+    deciding = ["data_types", "fp32_allreduce"]
+    if given is None and str((o["optimizer"] or {}).get("type")).lower() == COMPRESSING:
+        wanted = "bf16"
+        deciding.append("optimizer")
     narrow = wanted == "bf16" and chosen in ("bf16", "fp8") and not o["fp32_allreduce"]
     o.put(
         out,
         "train.gradients",
         "bf16" if narrow else "fp32",
-        "data_types",
-        "fp32_allreduce",
+        *deciding,
     )
-    if wanted in ("bf16", "fp16") and not narrow:
+    if given in ("bf16", "fp16") and not narrow:
         why = f"precision is {chosen}"
-        if o["fp32_allreduce"] and wanted == "bf16":
+        if o["fp32_allreduce"] and given == "bf16":
             why = "fp32_allreduce sums them in fp32, and they add up in the same dtype"
         note(
             out,
-            f"data_types.grad_accum_dtype {wanted}: gradients add up in fp32, since {why}",
+            f"data_types.grad_accum_dtype {given}: gradients add up in fp32, since {why}",
             "train.gradients",
         )
 

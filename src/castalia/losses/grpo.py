@@ -66,6 +66,11 @@ class Grpo(Policy):
         """See `Policy`."""
         return self.config.beta
 
+    @property
+    def only_ended(self) -> bool:
+        """See `Policy`."""
+        return self.config.mask_truncated
+
     def advantages(self, rewards_PG: "Tensor", history: MutableSequence[float]) -> "Tensor":
         """See `Policy`."""
         from castalia.losses.advantages import group_advantages

@@ -98,6 +98,11 @@ class Policy(Loss):
         """The divergence from the reference that is reported, (B, T)."""
         raise NotImplementedError
 
+    @property
+    def only_ended(self) -> bool:
+        """Whether answers that the limit cut off have no part in the loss."""
+        return False
+
     def over_vocabulary(self, scored: "Scored", batch: "Batch") -> "tuple[Tensor, Tensor] | None":
         """A part of the loss that is no function of the labels' log-probabilities: its value with a
         gradient, and the divergence (B, T) that is reported in place of `divergence`."""

@@ -39,12 +39,18 @@ def prompts_of(batch: Batch) -> list[Prompt]:
 
 
 def answer_rows(
-    prompts: Sequence[Prompt], groups: Sequence[Sequence[Judged]], length: int, count: int
+    prompts: Sequence[Prompt],
+    groups: Sequence[Sequence[Judged]],
+    length: int,
+    count: int,
+    *,
+    only_ended: bool = False,
 ) -> Batch:
     """A batch of the answers of groups, those of a group one after the other.
 
     Takes   groups: answers of each prompt; length: T of the rows; count: answers
-            to a prompt in all, of which these may be a part.
+            to a prompt in all, of which these may be a part; only_ended: answers that the limit
+            cut off have no labels.
     Shapes  (P, G) answers -> rows (P * G, T). The labels are the tokens of the answers, the one
             that ended each included.
     """
@@ -57,7 +63,8 @@ def answer_rows(
         ids = [*prompt.ids, *one.answer.ids]
         first = len(prompt.ids) - 1
         tokens[row, : len(ids)] = torch.tensor(ids)
-        labels[row, first : len(ids) - 1] = torch.tensor(one.answer.ids)
+        if one.answer.has_ended or not only_ended:
+            labels[row, first : len(ids) - 1] = torch.tensor(one.answer.ids)
         if one.sampled is not None:
             sampled[row, first : len(ids) - 1] = torch.tensor(one.sampled)
         filled.append(len(ids))

@@ -236,7 +236,13 @@ class Experience:
             for first in range(0, options.completions, at_once):
                 part = [group[first : first + at_once] for group in found]
                 if prompts:
-                    made = answer_rows(prompts, part, length, options.completions)
+                    made = answer_rows(
+                        prompts,
+                        part,
+                        length,
+                        options.completions,
+                        only_ended=self.loss.only_ended,
+                    )
                 else:
                     made = padding_rows(length, at_once)
                 batches.append(made)

@@ -3,8 +3,8 @@ before the first one.
 
 The reference are the start weights of the run. Computed once, its numbers lie beside the token
 files, PREFIX.reference/DIGEST.bin and .idx, with one float for each token of each document. The
-digest is that of the tokens, their labels, the start and the arithmetic, so that what is kept never
-goes stale: another start has another name.
+digest is that of the tokens, their labels, the start, the model and the arithmetic, so that what is
+kept never goes stale: another start has another name.
 """
 
 import hashlib
@@ -26,6 +26,7 @@ from castalia.adapters.config import NoAdapterConfig
 from castalia.checkpoint import complete_steps
 from castalia.checkpoint.load import read_state
 from castalia.checkpoint.names import step_name
+from castalia.core.errors import CheckpointError
 from castalia.data import Batch, BlendedRows, IndexedDataset, IndexedDatasetWriter, StepLoader
 from castalia.data.document_rows import DocumentRows
 from castalia.data.fingerprint import contents
@@ -37,7 +38,7 @@ from castalia.losses import Loss, LossOut, Scored
 from castalia.train.build import build_model
 from castalia.train.config import RunConfig, rules_of
 from castalia.train.passes import Passes, make_passes
-from castalia.train.start import open_start
+from castalia.train.start import StartWeights, open_start
 from castalia.train.stopping import say
 
 if TYPE_CHECKING:
@@ -85,11 +86,35 @@ def live_reference(trainer: "Trainer") -> Reference:
 
 
 def start_model(config: RunConfig, world: World) -> Any:
-    """The start weights of a run as a frozen model, laid out as the run's own."""
+    """The start weights of a run as a frozen model, laid out as the run's own.
+
+    Raises  CheckpointError if a resumed run began with other weights than model.start has now.
+    """
     plain = config.model_copy(update={"adapter": NoAdapterConfig()})
     start = open_start(plain, world, again=True)
+    require_same_start(config, world, start)
     model = build_model(plain, world, rules_of(plain), start)
     return model.requires_grad_(False).eval()
+
+
+def require_same_start(config: RunConfig, world: World, start: StartWeights | None) -> None:
+    """Refuse a start that is not the one a resumed run began with: another path, or a run that was
+    trained further since.
+
+    Raises  CheckpointError, on all ranks.
+    """
+    folder = Path(config.output) / "checkpoints"
+    differs = 0
+    if world.leads and (steps := complete_steps(folder)):
+        began = read_state(str(folder / step_name(steps[-1]))).get("start", {})
+        now = None if start is None else start.saved.hashes()
+        differs = int(began.get("sha256") != now)
+    if world.agree(differs):
+        raise CheckpointError(
+            f"model.start {config.model.start} has other weights than those that the run in"
+            f" {config.output} began with, which are its reference; name those weights again, of a"
+            " run with their step (model.start=RUN/stepN), or choose another output="
+        )
 
 
 class TokenLosses(Loss):
@@ -155,10 +180,15 @@ class Cache:
             "start": start.get("sha256"),
             "seq_length": self.config.data.seq_length,
             "precision": self.config.precision,
+            "parameters": self.config.train.parameters,
+            "base": self.config.adapter.base,
+            # Also over a start: options of arithmetic may differ from its own.
+            "model": self.config.model.without_start().model_dump(mode="json"),
         }
+        if self.config.precision == "fp8":
+            facts["fp8"] = self.config.fp8.model_dump(mode="json")
         if not start or start["drawn"]:
-            model = self.config.model.without_start().model_dump(mode="json")
-            facts |= {"seed": self.config.seed, "model": model}
+            facts["seed"] = self.config.seed
         return facts
 
     def attach(self, side: ServedRows) -> None:

@@ -12,6 +12,8 @@ from castalia.cost.estimate import estimate
 from castalia.data import RunRows
 from castalia.data.curriculum import Curriculum
 from castalia.data.pairwise import PairOrder
+from castalia.losses import LOSSES
+from castalia.models.fp8 import Fp8Config
 from castalia.monitor import quantity, size_text
 from castalia.train.config import RunConfig
 
@@ -51,13 +53,21 @@ def print_start(
 
 def idle_options(config: RunConfig, rows: RunRows) -> list[str]:
     """Options of the config that have no effect in this run, one sentence each."""
+    notes = []
+    if config.precision != "fp8" and config.fp8 != Fp8Config():
+        notes.append(f"fp8: has no effect with precision={config.precision}; set precision=fp8")
+    # Margins of pairs, and labels of answers.
+    kind = config.loss.kind
+    if config.data.rewards and kind != "reward" and LOSSES[kind].rows != "labelled":
+        notes.append(f"data.rewards: loss.kind {kind} does not read them")
     every = config.train.eval_every
     if every is None or rows.valid is not None:
-        return []
+        return notes
     files = "token files in data.valid"
     for name in config.data.texts:
         files = f"files in data.valid_{name}"
-    return [f"train.eval_every={every} has nothing to validate on: name {files}, or data.split"]
+    idle = f"train.eval_every={every} has nothing to validate on: name {files}, or data.split"
+    return [*notes, idle]
 
 
 def long_texts(config: RunConfig, rows: RunRows) -> list[str]:
