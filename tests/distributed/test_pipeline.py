@@ -37,7 +37,8 @@ BASE = (
 MODELS = {
     "plain": (),
     "tied": ("model.tie_word_embeddings=true", "data.eod_mask_loss=true"),
-    "bf16": ("precision=bf16",),
+    # Gathers in bf16, which several processes make otherwise, round the embedding and the norms.
+    "bf16": ("precision=bf16", "parallel.gather=fp32"),
     "fp16": ("precision=fp16",),
     "apart": ("data.document_mask=documents",),
     "mixed": ("data.train=[{0},{0}2]", "mixing.kind=odm", "mixing.warmup_steps=2"),
