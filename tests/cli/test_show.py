@@ -149,7 +149,9 @@ def test_schema_describes_every_key_and_requires_none():
 
 def test_keys_of_a_section_and_of_no_section(command):
     text = show("--keys", "optim.eps", "guard")
-    assert "  optim.eps  number > 0, default 1e-08\n      Added to the root of" in text
+    # A key that several optimizers have is told of once, with the default of each.
+    assert "  optim.eps  number > 0, default 1e-08; adafactor: 1e-07; " in text
+    assert "\n      Added to the root of the second moment. adafactor: " in text
     assert "guard.skip_steps" in text and "optim.lr" not in text
     assert "train.steps  integer > 0, default 143000, may change at a resume" in show("--keys")
     code, out, err = command("show", "--keys", "optm")

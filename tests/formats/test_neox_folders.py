@@ -257,6 +257,9 @@ def broken(saved: Path, how: str) -> None:
         )
     elif how == "another model":
         config.write_text(config.read_text() + "use_mup: true\n")
+    elif how == "soft prompt":
+        section = "{enabled: true, num_tokens: 4}"
+        config.write_text(config.read_text() + f"soft_prompt_tuning: {section}\n")
     elif how == "zero 3":
         for each in saved.glob("*.pt"):
             each.unlink()
@@ -278,7 +281,8 @@ def broken(saved: Path, how: str) -> None:
         ("no config", r"has no configs/\*.yml.*--config FILE"),
         ("vector", r"sequential.0.word_embeddings.weight is \[\], expected a matrix"),
         ("heads", "num_attention_heads 1 and num_kv_heads 1 not divisible by model_parallel_size"),
-        ("another model", "use_mup in model.yml"),
+        ("another model", "use_mup: there is no base_shapes_file"),
+        ("soft prompt", "soft_prompt_tuning: its vectors stand in front of every text"),
         ("zero 3", "parts of ZeRO stage 3"),
         ("more layers", "lacks layer_05-model_00-model_states.pt, layer_05-model_01"),
     ],

@@ -79,7 +79,7 @@ def coord_check(
 
       castalia coord-check debug optim.lr=1e-2
 
-      castalia coord-check pythia-70m data.train=data/c --widths 128,256,512 --steps 10
+      castalia coord-check pythia-70m data.train=data/c --widths 128,256,512
     """
     from castalia.analysis.tuning.chart import picture_file
     from castalia.analysis.tuning.coord_check import (

@@ -80,6 +80,12 @@ def read_model(files: Sequence[Path]) -> NeoxModel:
     problems = [
         item.text for item in reading.problems if item.key.startswith("model") or not item.key
     ]
+    if reading.values.get("adapter", {}).get("kind") == "soft_prompt":
+        # A run trains one, but its weights are a layer that a whole model has no place for.
+        problems.append(
+            "soft_prompt_tuning: its vectors stand in front of every text, and an imported model"
+            " has no place for them; import the checkpoint that the prompt was trained over"
+        )
     if problems:
         raise ConfigError(f"{where}: {'; '.join(problems)}")
     values = dict(reading.values.get("model", {}))
