@@ -157,7 +157,8 @@ class Decoder(nn.Module):
     def embedded(self, tokens: Tensor, context: Context) -> Tensor:
         """The residual stream before the first block, (B, T) int64 -> (B, T, C)."""
         x_BTC: Tensor = self.embed(tokens)
-        if torch.is_autocast_enabled(x_BTC.device.type):
+        # On the meta device, where shapes and operations are counted, there is no autocast.
+        if not x_BTC.is_meta and torch.is_autocast_enabled(x_BTC.device.type):
             # In fp32 whatever the weights are: many small additions to a bf16 stream get lost.
             x_BTC = x_BTC.float()
         # Under tensor parallelism the embedding gives this rank's part of the tokens.
