@@ -71,3 +71,11 @@ def test_the_factor_is_measured_on_the_model(config_of):
     assert 0 < factor < math.inf
     assert torch.equal(torch.random.get_rng_state(), before)
     assert with_precision(config_of("precision=fp16"), ALONE).precision == "fp16"
+
+
+def test_a_reward_model_is_measured_by_its_scores():
+    words = ["debug", "model.num_layers=1", "model.hidden_size=32", "data.seq_length=8"]
+    config = load_config(
+        [*words, "model.head=score", "loss.kind=reward", "data.pairs=a", "data.packing=unpacked"]
+    )
+    assert timing.times_as_long(config, "fp16", "fp32", ALONE.device) > 0

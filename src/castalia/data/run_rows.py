@@ -3,6 +3,7 @@ steps."""
 
 import math
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 from castalia.data.batch_sizes import BatchSizes, Ramp
@@ -227,6 +228,8 @@ def order_settings(
         beside = [file for side in sides for file in getattr(side, name) or ()]
         if beside:
             settings[name] = [bin_hash(file.buffer)[1] for file in beside]
+    if train.rewards is not None:
+        settings["rewards"] = [sha256(values.tobytes()).hexdigest() for values in train.rewards]
     return settings
 
 

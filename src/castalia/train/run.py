@@ -190,6 +190,9 @@ def closing_line(trainer: Trainer) -> str:
         return f"{text}; {folder} is saved; {again}"
     run = shlex.quote(trainer.config.output)
     next_verbs = f"castalia generate {run}, castalia report {run}"
+    if trainer.config.model.head == "score":
+        # A reward model writes no text.
+        next_verbs = f"castalia export {run} --to hf, castalia report {run}"
     why = ""
     if exhausted:
         why = f" ({trainer.mixture.ended})"
