@@ -182,6 +182,7 @@ def test_what_a_base_cannot_be_is_refused():
         (["adapter.kind=lora", "adapter.base=bf16"], "needs products in bf16"),
         (["adapter.kind=lora", "adapter.base=int4", "parallel.tp=2"], "set parallel.tp=1"),
         (["adapter.kind=lora", "adapter.base=int4", "precision=fp8"], "would round again"),
+        (["adapter.kind=dora", "train.compile=true", "parallel.tp=2"], "dora does not compile"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(["debug", "model.start=somewhere", *words])

@@ -250,7 +250,7 @@ GRID = [
     Row("fsdp x tp", "dp_shard=2 tp=2", "dora", core=True),
     Row("tp", "tp=4", "llama with lora"),
     Row("tp x cp", "cp=2 tp=2", "llama with lora"),
-    Row("tp", "tp=4", "llama with dora, compiled"),
+    Row("tp", "tp=4", "llama with dora"),
     Row("cp", "cp=2", "llama with dora, recompute"),
     Row("pp x fsdp", "pp=2 dp_shard=2", "bitfit, 1f1b"),
     Row("tp", "tp=2", "bitfit"),

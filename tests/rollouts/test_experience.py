@@ -308,6 +308,7 @@ def test_a_faulty_reward_is_named(make, name):
 
 
 CONFIGS = {
+    ("optim.kind=schedule_free",): "draws answers with the weights that it trains",
     ("loss.rewards=[]",): "loss.kind grpo has no reward: name functions in loss.rewards",
     ("loss.rewards=[shorter]",): "expected module:function, for instance rewards:is_short",
     ("loss.rewards=[nowhere.to:find]",): "cannot import the module 'nowhere.to'",

@@ -110,6 +110,12 @@ def adapter_problems(config: "RunConfig") -> list[str]:
             " optimizer's state and step have no meaning here; set train.start_optimizer=false"
             " train.start_step=false"
         )
+    if kind == "dora" and config.train.compile and config.parallel.tp > 1:
+        # torch 2.13 recurses without end in the graph of the lengths of split rows.
+        problems.append(
+            f"adapter.kind=dora does not compile under parallel.tp={config.parallel.tp}; set"
+            " train.compile=false"
+        )
     return problems
 
 
@@ -292,6 +298,11 @@ def policy_problems(config: "RunConfig", options: PolicyConfig) -> list[str]:
         problems.append(
             f"loss.kind {kind} needs each prompt in a row of its own: set data.packing=unpacked and"
             " data.order=neox"
+        )
+    if config.optim.kind == "schedule_free":
+        problems.append(
+            f"loss.kind {kind} draws answers with the weights that it trains, but schedule_free"
+            " evaluates their average; choose another optim.kind"
         )
     if data.tokenizer is None and config.model.start is None:
         problems.append(f"loss.kind {kind}: rewards judge texts; set data.tokenizer")
