@@ -151,23 +151,28 @@ def run_mpi(command: list[str], restarts: int) -> int:
     """
     stopped = False
     interrupts = 0
-    for attempt in range(restarts + 1):
-        # Out of the terminal's reach, whose Ctrl-C mpirun answers by killing the ranks.
-        mpirun = subprocess.Popen(command, start_new_session=True)
+    running: list[subprocess.Popen[bytes]] = []
 
-        def stop(
-            number: int, frame: FrameType | None, mpirun: subprocess.Popen[bytes] = mpirun
-        ) -> None:
-            nonlocal stopped, interrupts
-            stopped = True
-            interrupts += number == signal.SIGINT
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped, interrupts
+        stopped = True
+        interrupts += number == signal.SIGINT
+        for mpirun in running[-1:]:
             # mpirun forwards USR1 to the ranks, but answers TERM by killing them.
             mpirun.send_signal(signal.SIGUSR1 if interrupts < 2 else signal.SIGTERM)
 
-        for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            # Ignored under nohup, and by a shell that started it in the background.
-            if signal.getsignal(name) != signal.SIG_IGN:
-                signal.signal(name, stop)
+    # Before mpirun begins: a request in between would end this process and leave the ranks.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        # Ignored under nohup, and by a shell that started it in the background.
+        if signal.getsignal(name) != signal.SIG_IGN:
+            signal.signal(name, stop)
+    for attempt in range(restarts + 1):
+        # Out of the terminal's reach, whose Ctrl-C mpirun answers by killing the ranks.
+        mpirun = subprocess.Popen(command, start_new_session=True)
+        running.append(mpirun)
+        if stopped:
+            # Asked while it began.
+            mpirun.send_signal(signal.SIGUSR1)
         status = mpirun.wait()
         if status == 0 or stopped or attempt == restarts:
             break
