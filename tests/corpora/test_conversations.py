@@ -104,7 +104,10 @@ def test_a_second_start_prepares_nothing_and_a_change_prepares_anew(prepare_chat
         ("[1]", "a line must be a JSON object with the key 'messages'"),
         ({"msgs": []}, "'prompt' and 'completion', or 'text'; keys: msgs"),
         ({"messages": [ASKED]}, "no message of the role assistant"),
-        ({"messages": [ASKED, {**ANSWERED, "content": " "}]}, "message 2: the answer is empty"),
+        (
+            {"messages": [ASKED, {**ANSWERED, "content": " "}]},
+            "message 2 of 'messages': the answer is empty",
+        ),
         ({"prompt": "a", "completion": ""}, "'completion' is empty"),
         ({"messages": [{**ANSWERED, "weight": -1}]}, "'weight' must be a finite number >= 0"),
         ({"messages": [{"role": "bot", "content": "a"}]}, "unknown role 'bot'"),

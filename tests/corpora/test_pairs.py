@@ -79,7 +79,7 @@ def test_every_form_of_a_pair(prepared):
         ({"chosen": [ASKED, GOOD], "rejected": [ASKED]}, "'rejected' is empty, or all of it"),
         (
             {"prompt": [ASKED], "chosen": [GOOD], "rejected": [{**BAD, "content": ""}]},
-            "message 1: the answer is empty",
+            "message 1 of 'rejected': the answer is empty",
         ),
         ({"prompt": "a", "chosen": [GOOD], "rejected": "c"}, "give both in one form"),
         ({"prompt": "a", "chosen": 1, "rejected": "b"}, "'chosen' must be a list of messages"),

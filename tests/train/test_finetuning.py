@@ -108,6 +108,8 @@ def test_a_run_learns_its_answers_and_resumes(words, capsys, monkeypatch):
     record = json.loads(capsys.readouterr().out)
     assert record["prompt"] == prompt.removeprefix("system:\nBe kind.\n")
     assert "chat: " in out and "40 records" in out
+    # Padding is no part of a pass.
+    assert "(4.00 epochs)" in out
     # 36 conversations in rows of 129 tokens, four passes in batches of 4 rows, rounded up.
     rows = len(run.rows.train.row_sources[0].order) // 4
     assert run.progress.step == run.config.train.steps == -(-4 * rows // 4)

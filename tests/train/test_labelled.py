@@ -125,7 +125,7 @@ def test_records_become_files(tmp_path):
     ("change", "message"),
     [
         ({"label": 2}, "'label' is 2, expected true or false"),
-        ({"label": None}, "'label' is None"),
+        ({"label": None}, "needs the key 'label', true if it is desirable"),
         ({"completion": ""}, "'completion' is empty"),
         ({"completion": None}, "lacks the key 'completion'"),
     ],

@@ -12,7 +12,13 @@ def label_of(values: Mapping[str, Any]) -> float:
 
     Raises  BadDocumentError if the label is neither true nor false.
     """
-    label = values.get("label")
+    if values.get("label") is None:
+        existing = ", ".join(sorted(values)) or "none"
+        raise BadDocumentError(
+            "a labelled answer needs the key 'label', true if it is desirable and false if not;"
+            f" keys: {existing}"
+        )
+    label = values["label"]
     # True and 1 are equal in Python, and so are False and 0.
     if not isinstance(label, bool | int) or label not in (0, 1):
         raise BadDocumentError(f"'label' is {label!r}, expected true or false, or 1 or 0")

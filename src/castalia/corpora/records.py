@@ -107,7 +107,9 @@ class Record:
             given = given if isinstance(given, list) else user_message(given)
             said = said if isinstance(said, list) else [{"role": self.roles[0], "content": said}]
         if not said or (isinstance(said, str) and not said.strip()):
-            raise BadDocumentError(f"{answer!r} is empty, so that there is nothing to learn")
+            raise BadDocumentError(
+                f"{answer!r} is empty, so that there is nothing to learn; leave the record out"
+            )
         return Conversation(given, said, reward)
 
 
@@ -175,7 +177,7 @@ def read_chat(record: Record) -> list[Conversation]:
     whole = record.has(*MESSAGES)
     if whole is not None:
         messages = record.messages(whole)
-        require_answer(messages, record.roles)
+        require_answer(whole, messages, record.roles)
         return [Conversation([], messages)]
     completion = record.has(*COMPLETIONS)
     if completion is not None:
@@ -260,7 +262,7 @@ def require_words(key: str, answer: list[Message] | str | None, roles: Sequence[
             f"{key!r} is empty, or all of it stands in the other answer, too; leave the record out"
         )
     if not isinstance(answer, str):
-        require_answer(answer, roles)
+        require_answer(key, answer, roles)
 
 
 @text_kind(
@@ -303,7 +305,7 @@ def read_prompt(record: Record) -> list[Conversation]:
     return [Conversation(record.text("prompt"), None)]
 
 
-def require_answer(messages: Sequence[Message], roles: Sequence[str]) -> None:
+def require_answer(key: str, messages: Sequence[Message], roles: Sequence[str]) -> None:
     """Require a message of a role that is trained, and that each of them says something.
 
     Raises  BadDocumentError.
@@ -312,12 +314,14 @@ def require_answer(messages: Sequence[Message], roles: Sequence[str]) -> None:
     if not answers:
         found = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
         raise BadDocumentError(
-            f"no message of the role {' or '.join(roles)}, so that there is nothing to learn;"
-            f" roles: {found}"
+            f"{key!r} has no message of the role {' or '.join(roles)}, so that there is nothing to"
+            f" learn; roles: {found}"
         )
     for number, message in enumerate(messages, start=1):
         if message["role"] in roles and is_silent(message):
-            raise BadDocumentError(f"message {number}: the answer is empty; leave the record out")
+            raise BadDocumentError(
+                f"message {number} of {key!r}: the answer is empty; leave the record out"
+            )
 
 
 def is_silent(message: Message) -> bool:

@@ -82,6 +82,11 @@ class PackingOrder:
         self.epochs = int(self.maps["epochs"][0])
 
     @property
+    def tokens_per_row(self) -> float:
+        """Mean number of tokens of a document's own in a row; the rest of it is padding."""
+        return float(self.maps["lengths"].sum(dtype=np.int64) / max(1, len(self.starts) - 1))
+
+    @property
     def starts(self) -> Ints:
         """The first span of each row, and the end of the last row's spans."""
         return self.maps["starts"]

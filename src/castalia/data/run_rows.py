@@ -48,6 +48,8 @@ class RunRows:
     """Passes over the documents in the order of each train source."""
     tokens: list[int] = field(default_factory=list)
     """Tokens in one pass over each train source."""
+    tokens_per_row: list[float] = field(default_factory=list)
+    """Mean tokens of each train source in one of its rows, padding left out."""
     eod_id: int | None = None
     """Id whose following target does not count; None unless data.eod_mask_loss is set."""
     valid_sources: list[str] = field(default_factory=list)
@@ -112,6 +114,10 @@ def build_rows(
         weights=settings["weights"],
         epochs=settings["epochs"],
         tokens=[source.order.tokens_per_epoch for source in train.row_sources],
+        tokens_per_row=[
+            getattr(source.order, "tokens_per_row", source.order.seq_length)
+            for source in train.row_sources
+        ],
         eod_id=end_of_document(config, "eod_mask_loss") if config.eod_mask_loss else None,
         valid_sources=source_names(valid_prefixes) if valid else [],
         mask=document_mask(config),

@@ -147,15 +147,18 @@ def short_hash(fingerprint: Mapping[str, Any]) -> str:
 
 def source_lines(config: RunConfig, rows: RunRows) -> list[str]:
     """Each source with its weight, its size and its epochs in this run; the first of very many."""
-    wanted = config.train.steps * config.tokens_per_step
+    served = config.train.batches.first(config.train.steps)
     lines = []
     # Epochs and not only weights: a small source at 30% may be read a hundred times.
-    facts = zip(rows.sources, rows.weights, rows.tokens, rows.epochs, strict=True)
-    for name, weight, tokens, passes in facts:
+    facts = zip(
+        rows.sources, rows.weights, rows.tokens, rows.tokens_per_row, rows.epochs, strict=True
+    )
+    for name, weight, tokens, per_row, passes in facts:
         if not passes:
             lines.append(f"{name} left out (weight {weight:g})")
             continue
-        epochs = wanted * weight / max(1, tokens)
+        # Of the rows' own tokens: most of the row of a short conversation is padding.
+        epochs = served * weight * per_row / max(1, tokens)
         lines.append(f"{name} {weight:.1%} of {quantity(tokens)} tokens ({epochs:.2f} epochs)")
     shown = lines[:SHOWN]
     if len(lines) > SHOWN:
