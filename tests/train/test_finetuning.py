@@ -77,6 +77,8 @@ def test_the_start_gives_model_and_tokenizer(words, start, tmp_path):
     assert config.data.tokenizer == f"{start}/checkpoints/step-00000001/tokenizer.json"
     assert any(f"the model section is that of model.start {start}" in n for n in resolved.notes)
     assert "model.hidden_size" not in resolved.changes
+    # A recipe that is no config before it has a start: its defaults are not differences.
+    assert {"guard.nan", "optim.betas"}.isdisjoint(resolve(["lora", *words[1:]]).changes)
     # `castalia show` has something to reckon with: 4 kB in rows of 128 tokens, three times.
     assert config.train.steps == 7
     assert any(note.endswith("of data.chat; by their size about 7") for note in resolved.notes)

@@ -327,10 +327,12 @@ def guess_steps(config: RunConfig) -> tuple[RunConfig, str]:
 def differences(started: Values, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose value is not that of the recipe's values `started`."""
     recipe, _ = check(RunConfig, started)
-    before = flatten(started)
+    before = {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(started).items()}
     if recipe is not None:
         before = flatten(recipe.model_dump(mode="json"))
-    now = flatten(config.model_dump(mode="json"))
+    # A recipe that is no config before a start or data are named has no defaults to compare with:
+    # then what nobody has set does not count.
+    now = flatten(config.model_dump(mode="json", exclude_unset=recipe is None))
     return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
 
 
