@@ -12,9 +12,10 @@ from castalia.data.fim import fill_in_the_middle
 from castalia.data.fingerprint import bin_hash, contents, fingerprint
 from castalia.data.order import rows_per_source, split_documents
 from castalia.data.order_cache import cache_of
+from castalia.data.packing_order import PackingOrder
 from castalia.data.packings import cut_into_rows
 from castalia.data.ready_rows import ready_rows
-from castalia.data.row_source import RowSource
+from castalia.data.row_source import RowOrder, RowSource
 from castalia.data.rows_by_source import RowsBySource, no_rows, one_pass, rows_by_source
 from castalia.data.segments import DocumentMask, document_mask, end_of_document
 from castalia.data.served import BlendedRows, ServedRows
@@ -90,7 +91,6 @@ def build_rows(
     valid_sets = [] if config.split is not None else valid_files.tokens
     config = with_document_weights(config, files.tokens, valid_sets)
     train_documents, valid_documents = split_of(config, len(files.tokens[0]))
-
     sizes = BatchSizes(batch_size, ramp)
     train: BlendedRows | RowsBySource
     if planned:
@@ -114,14 +114,16 @@ def build_rows(
         weights=settings["weights"],
         epochs=settings["epochs"],
         tokens=[source.order.tokens_per_epoch for source in train.row_sources],
-        tokens_per_row=[
-            getattr(source.order, "tokens_per_row", source.order.seq_length)
-            for source in train.row_sources
-        ],
+        tokens_per_row=[tokens_per_row(source.order) for source in train.row_sources],
         eod_id=end_of_document(config, "eod_mask_loss") if config.eod_mask_loss else None,
         valid_sources=source_names(valid_prefixes) if valid else [],
         mask=document_mask(config),
     )
+
+
+def tokens_per_row(order: RowOrder) -> float:
+    """Mean tokens of the documents in a row, padding left out."""
+    return order.tokens_per_row if isinstance(order, PackingOrder) else order.seq_length
 
 
 def evaluations(steps: int, every: int | None) -> int:
