@@ -4,8 +4,9 @@
                                     [--kinds adamw,muon] [--data PREFIX] [--json FILE]
 
 Each optimizer first trains `--trial-steps` steps at three rates around its usual one, then all
-`--steps` at the best of them. All read the same rows and begin with the same weights; the schedule
-is the preset's with its floor at a tenth of the rate, and constant with warmup for schedule-free.
+`--steps` at the best of them; with `--trial-steps 0` at the usual one. All read the same rows and
+begin with the same weights; the schedule is cosine with its floor at a tenth of the rate, and
+constant with warmup for schedule-free.
 The loss is that of held-out rows after the last step, in nats a token. Milliseconds are those of
 the update alone, the median over the steps, without the passes and without the clip; the state is
 counted from the live tensors and divided by the parameters.
@@ -94,10 +95,11 @@ def rows_of(options: argparse.Namespace, folder: str) -> list[str]:
 def measured(kind: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The best of three rates in short runs, and the long run at it."""
     trials = {}
-    for factor in (1 / 3, 1.0, 3.0):
+    # Without trials at the usual rate.
+    for factor in (1 / 3, 1.0, 3.0) if options.trial_steps else ():
         lr = float(f"{USUAL[kind] * factor:.2g}")
         trials[lr] = run(kind, lr, options.trial_steps, folder, options)["loss"]
-    best = min(trials, key=lambda lr: trials[lr])
+    best = min(trials, key=lambda lr: trials[lr], default=USUAL[kind])
     long = run(kind, best, options.steps, folder, options)
     return {"kind": kind, "lr": best, **long, "trials": [[lr, trials[lr]] for lr in trials]}
 
@@ -141,7 +143,9 @@ def config_of(kind: str, lr: float, steps: int, folder: Path, options: argparse.
     words += [f"train.eval_every={steps}", f"train.eval_batches={VALID_BATCHES}"]
     if kind == "schedule_free":
         words += ["schedule.name=constant"]
-    return load_config([options.preset, "mixing.kind=static", *options.rows, *words])
+    return load_config(
+        [options.preset, "mixing.kind=static", "mixing.planned=true", *options.rows, *words]
+    )
 
 
 if __name__ == "__main__":
