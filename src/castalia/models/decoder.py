@@ -274,8 +274,9 @@ class Decoder(nn.Module):
         """
         if self.config.head == "score":
             raise ConfigError(
-                "model.head=score is a reward model, which scores texts and predicts no tokens; use"
-                " a model with model.head=vocab"
+                "model.head=score is a reward model, which scores texts and predicts no tokens:"
+                " castalia.load(PATH).scores(texts) scores them; to write text, use a model with"
+                " model.head=vocab"
             )
         weight = self.embed.weight if self.config.tied_head else self.unembed.weight
         return cast(nn.Parameter, weight)

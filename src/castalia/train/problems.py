@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from castalia.train.config import RunConfig
 
 
+ROWS_IN = {
+    "text": "texts (data.chat, data.train)",
+    "pairs": "pairs of answers (data.pairs)",
+    "labelled": "labelled answers (data.labelled)",
+    "prompts": "prompts (data.prompts)",
+}
+"""What the rows of a loss are, and the key that names them."""
+
+
 def start_problems(config: "RunConfig") -> list[str]:
     """What the start of a run asks for and cannot have."""
     start = config.model.start
@@ -260,13 +269,13 @@ def row_problems(config: "RunConfig", loss: type[Loss]) -> list[str]:
     kind = config.loss.kind
     if config.data.paired and loss.rows != "pairs":
         return [
-            f"loss.kind {kind} reads {loss.rows}, but data.chosen names pairs of answers; choose a"
-            f" loss of pairs: {', '.join(losses_of('pairs'))}"
+            f"loss.kind {kind} reads {ROWS_IN[loss.rows]}, but data.pairs or data.chosen names"
+            f" pairs of answers; choose a loss of pairs: {', '.join(losses_of('pairs'))}"
         ]
     if "prompts" in config.data.texts and loss.rows != "prompts":
         return [
-            f"loss.kind {kind} reads {loss.rows}, but data.prompts has prompts without answers;"
-            f" choose a loss that answers them: {', '.join(losses_of('prompts'))}"
+            f"loss.kind {kind} reads {ROWS_IN[loss.rows]}, but data.prompts has prompts without"
+            f" answers; choose a loss that answers them: {', '.join(losses_of('prompts'))}"
         ]
     if loss.rows == "labelled" or config.data.labelled:
         rows = config.train.micro_batch_size or config.train.batch_size
