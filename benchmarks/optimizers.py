@@ -1,7 +1,8 @@
 """Loss of the demo's model after some steps with each optimizer, at the best of a few rates.
 
     python benchmarks/optimizers.py [--preset demo|debug] [--steps 300] [--trial-steps 100]
-                                    [--kinds adamw,muon] [--data PREFIX] [--json FILE]
+                                    [--kinds adamw,muon] [--batch 8] [--data PREFIX]
+                                    [--json FILE]
 
 Each optimizer first trains `--trial-steps` steps at three rates around its usual one, then all
 `--steps` at the best of them; with `--trial-steps 0` at the usual one. All read the same rows and
@@ -64,6 +65,7 @@ def main() -> None:
                 flush=True,
             )
     about = {"preset": options.preset, "steps": options.steps, "trial_steps": options.trial_steps}
+    about |= {"batch": options.batch}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine, **about, "optimizers": results}, indent=1)
     options.json.write_text(text + "\n")
@@ -75,6 +77,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--preset", default="demo", choices=("demo", "debug"))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--trial-steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
     parser.add_argument(
         "--kinds", type=lambda text: text.split(","), default=list(USUAL), help="by optim.kind"
     )
@@ -137,6 +140,7 @@ def run(
 def config_of(kind: str, lr: float, steps: int, folder: Path, options: argparse.Namespace) -> Any:
     """The preset with another optimizer and rate."""
     words = [f"optim.kind={kind}", f"optim.lr={lr}", f"train.steps={steps}"]
+    words += [f"train.batch_size={options.batch}"]
     words += [f"output={folder / f'{kind}-{lr}-{steps}'}", "schedule.warmup=0.1"]
     words += [f"schedule.min_lr={0.1 * lr}", "schedule.name=cosine"]
     # Held-out rows exist where a run validates; without its hooks this one does not.
