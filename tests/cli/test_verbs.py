@@ -158,7 +158,7 @@ def completions(monkeypatch, command, line):
         ("castalia show --gp", ["--gpu", "--gpus-per-node"]),
         ("castalia train demo", ["demo"]),
         ("castalia launch mixing.warm", ["mixing.warmup_steps="]),
-        ("castalia train r", ["recipe=", "runs/", "r.yaml", "r1"]),
+        ("castalia train r", ["recipe=", "reward", "runs/", "r.yaml", "r1"]),
         ("castalia data view runs/a", ["runs/abs"]),
     ],
 )
