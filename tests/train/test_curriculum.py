@@ -89,6 +89,7 @@ def test_lengths_that_do_not_fit_are_refused():
         (["curriculum.shortest=12", "parallel.tp=8"], "length 16.*|not divisible by"),
         (["curriculum.shortest=4"], "rounds down to 0 tokens"),
         (["curriculum.lengths=[8]"], "belong to kind discrete"),
+        (["loss.kind=orpo", "data.pairs=a", "data.packing=unpacked"], "needs whole answers"),
         (["curriculum.kind=discrete", "curriculum.lengths=[8,16]"], "last step of each stage"),
     ):
         with pytest.raises(ConfigError, match=message):

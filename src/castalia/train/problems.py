@@ -81,6 +81,12 @@ def curriculum_problems(config: "RunConfig") -> list[str]:
     length = config.data.seq_length
     if curriculum.kind == "none":
         return []
+    if LOSSES[config.loss.kind].rows != "text":
+        # The end of an answer would be missing, where a score is read and a text is judged.
+        return [
+            f"curriculum.kind={curriculum.kind} cuts rows at their end, but loss.kind"
+            f" {config.loss.kind} needs whole answers; set curriculum.kind=none"
+        ]
     longest = max([curriculum.shortest, curriculum.longest or 0, *curriculum.lengths])
     if longest > length:
         return [
