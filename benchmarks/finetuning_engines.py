@@ -4,15 +4,13 @@ Words: `step` (seconds, tokens and loss of one step), `memory`, `stop`.
 """
 
 import json
-import os
 import sys
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
 from machine import resident_bytes, seconds
 from safetensors.torch import load_file, save_file
+from worker import serve
 
 PLACES = {
     "attn.qkv": "attention.query_key_value",
@@ -23,22 +21,14 @@ PLACES = {
 """A layer's linear modules here and in transformers' GPT-NeoX."""
 
 
-def serve(case: dict[str, Any]) -> None:
-    """Build the engine of `case` and answer words until `stop`."""
-    answers = os.fdopen(os.dup(1), "w")
-    # Prints of libraries go to stderr, so that stdout holds answers alone.
-    os.dup2(2, 1)
-    engine = ENGINES[case["engine"]](case)
-    for word in chain(["ready"], map(str.strip, sys.stdin)):
-        if word == "stop":
-            return
-        if word == "ready":
-            answer: Any = "ready"
-        elif word == "step":
-            answer = engine.step()
-        else:
-            answer = {"peak": resident_bytes("VmHWM"), "imported": engine.imported}
-        print(json.dumps(answer), file=answers, flush=True)
+def main(case: dict[str, Any]) -> None:
+    """Answer the words of this benchmark with the engine of `case`."""
+    words = {
+        "ready": lambda engine: "ready",
+        "step": lambda engine: engine.step(),
+        "memory": lambda engine: {"peak": resident_bytes("VmHWM"), "imported": engine.imported},
+    }
+    serve(lambda: ENGINES[case["engine"]](case), words)
 
 
 class Castalia:
@@ -127,5 +117,4 @@ ENGINES: dict[str, Any] = {"castalia": Castalia, "transformers": Transformers}
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    serve(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]))

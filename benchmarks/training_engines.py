@@ -5,18 +5,17 @@ MLP), `memory`, `stop`.
 """
 
 import json
-import os
 import statistics
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from machine import resident_bytes, seconds
 from torch import Tensor
+from worker import serve
 
 # AdamW as in Pythia (Biderman et al. 2023, arXiv:2304.01373); the values do not affect the speed.
 LR = 6e-4
@@ -25,24 +24,15 @@ EPS = 1e-8
 DECAY = 0.1
 
 
-def serve(case: dict[str, Any]) -> None:
-    """Build the engine of `case` and answer words until `stop`."""
-    answers = os.fdopen(os.dup(1), "w")
-    # Prints of torch go to stderr, so that stdout holds answers alone.
-    os.dup2(2, 1)
-    engine = ENGINES[case["engine"]](case)
-    for word in chain(["ready"], map(str.strip, sys.stdin)):
-        if word == "stop":
-            return
-        if word == "ready":
-            answer: Any = [engine.step() for _ in range(case["warmup"])]
-        elif word == "step":
-            answer = engine.step()
-        elif word == "parts":
-            answer = engine.parts()
-        else:
-            answer = engine.memory()
-        print(json.dumps(answer), file=answers, flush=True)
+def main(case: dict[str, Any]) -> None:
+    """Answer the words of this benchmark with the engine of `case`."""
+    words = {
+        "ready": lambda engine: [engine.step() for _ in range(case["warmup"])],
+        "step": lambda engine: engine.step(),
+        "parts": lambda engine: engine.parts(),
+        "memory": lambda engine: engine.memory(),
+    }
+    serve(lambda: ENGINES[case["engine"]](case), words)
 
 
 class Engine(ABC):
@@ -228,4 +218,4 @@ ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
 
 
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]))

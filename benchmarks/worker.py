@@ -1,9 +1,12 @@
 """A side of a benchmark in a process of its own."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +41,18 @@ class Worker:
         """Send one word."""
         assert self.process.stdin is not None
         print(word, file=self.process.stdin, flush=True)
+
+
+def serve(build: Callable[[], Any], words: Mapping[str, Callable[[Any], Any]]) -> None:
+    """In the process of a side: build its engine, and answer each word until `stop`.
+
+    `words` maps a word to what makes its answer of the engine; `ready` is answered unasked.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    # Prints of libraries go to stderr, so that stdout holds answers alone.
+    os.dup2(2, 1)
+    engine = build()
+    for word in chain(["ready"], map(str.strip, sys.stdin)):
+        if word == "stop":
+            return
+        print(json.dumps(words[word](engine)), file=answers, flush=True)
