@@ -66,12 +66,12 @@ def write_run(folder: Path, shape: Shape, steps: list[int], tokenizer_text: str)
     """A run with random checkpoints; returns the Hugging Face export of each."""
     from castalia.checkpoint import Store
     from castalia.config import dump_yaml
-    from castalia.data.tokenizer import Tokenizer
     from castalia.distributed import initialize
     from castalia.export import export
     from castalia.models import Decoder, NeoxConfig
     from castalia.models.init import start_weights
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
+    from castalia.tokenizers.tokenizer import Tokenizer
 
     config = NeoxConfig(
         num_layers=shape.layers,
@@ -101,7 +101,7 @@ def write_run(folder: Path, shape: Shape, steps: list[int], tokenizer_text: str)
 
 def read_tokenizer() -> tuple[str, str]:
     """The text of the tokenizer and its name."""
-    from castalia.data.tokenizer import load_tokenizer
+    from castalia.tokenizers.tokenizer import load_tokenizer
 
     if TOKENIZER.is_file():
         return TOKENIZER.read_text(encoding="utf-8"), TOKENIZER.name
@@ -333,7 +333,7 @@ def main() -> None:
     parts = options.parts.split(",")
     text, tokenizer = read_tokenizer()
     if options.quick:
-        from castalia.data.tokenizer import load_tokenizer
+        from castalia.tokenizers.tokenizer import load_tokenizer
 
         text = load_tokenizer("bytes").text
         tokenizer = "bytes"

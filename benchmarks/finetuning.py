@@ -156,8 +156,8 @@ def write_batches(folder: Path, words: Sequence[str], steps: int) -> Path:
     import itertools
 
     from castalia.recipes import load_config
+    from castalia.runs.named_corpus import ensure_corpus
     from castalia.train.build import rows_of_run
-    from castalia.train.named_corpus import ensure_corpus
 
     config = ensure_corpus(load_config(list(words)))
     rows = rows_of_run(config)

@@ -146,10 +146,10 @@ class Ours:
 
     def decode(self, prompts: list[list[int]], new: int) -> None:
         """`new` tokens for each prompt."""
-        from castalia.data.special_ids import SpecialIds
         from castalia.inference.batching import decode_texts
         from castalia.inference.decoding import begin
         from castalia.inference.sampling import Sampling
+        from castalia.tokenizers.special_ids import SpecialIds
 
         # Without ends of a text, so that every engine writes as many tokens.
         special = SpecialIds()

@@ -32,9 +32,9 @@ from castalia.core.files import write_json
 from castalia.distributed import World
 from castalia.mixing import MIXERS, Planner, Stats, make_mixer
 from castalia.recipes import load_config
+from castalia.runs.hook import start_hook
+from castalia.runs.named_corpus import ensure_corpus
 from castalia.train.hooks import RecordMixture, Step
-from castalia.train.hooks.hook import start_hook
-from castalia.train.named_corpus import ensure_corpus
 from castalia.train.trainer import Trainer
 
 COUNTS = (1, 10, 22, 100, 1000, 10_000)

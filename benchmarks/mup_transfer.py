@@ -24,9 +24,9 @@ from castalia.core.errors import TrainingError
 from castalia.core.files import write_json
 from castalia.distributed import World
 from castalia.recipes import load_config
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.runs.named_corpus import ensure_on_all
 from castalia.train.hooks import Hook, Step
-from castalia.train.named_corpus import ensure_on_all
 from castalia.train.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent

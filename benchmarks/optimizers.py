@@ -26,7 +26,7 @@ from machine import describe
 
 from castalia.core.errors import TrainingError
 from castalia.recipes import load_config
-from castalia.train.named_corpus import ensure_corpus
+from castalia.runs.named_corpus import ensure_corpus
 from castalia.train.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent

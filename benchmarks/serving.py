@@ -41,11 +41,11 @@ def write_model(folder: Path) -> Path:
     """A run with random weights and a tokenizer trained on Python's standard library."""
     from castalia.checkpoint import Store
     from castalia.config import dump_yaml
-    from castalia.data.tokenizer import train_tokenizer
     from castalia.distributed import initialize
     from castalia.models import Decoder, NeoxConfig
     from castalia.models.init import start_weights
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
+    from castalia.tokenizers.tokenizer import train_tokenizer
 
     texts = [
         path.read_text("utf-8", "ignore")

@@ -7,6 +7,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "castalia"
 FLOORS = {
     "core": 0,
     "config": 1,
+    "tokenizers": 1,  # read by `data` and by whatever has text
     "data": 2,
     "mixing": 2,
     "models": 2,
@@ -20,6 +21,7 @@ FLOORS = {
     "losses": 3,  # sums over a batch; know the model, not the loop
     "optim": 3,  # optimizers and schedules; know parameters by name, not the loop
     "adapters": 3,  # modules over a model; under `formats`, which merges them into its weights
+    "interventions": 3,  # changes rows of `data`; `runs` attaches them
     "corpora": 4,  # built with `corpus.prepare`, and by `train` for a config that names one
     "formats": 4,  # other programs' files; `checkpoint` is our own store
     "curate": 4,  # reads documents with the readers of `corpus`
@@ -27,12 +29,17 @@ FLOORS = {
     "eval": 6,  # below `train`, whose hook evaluates while it trains
     "export": 6,
     "rollouts": 6,  # texts that the model in training writes, and their rewards; below `train`
-    "train": 7,
-    "serve": 8,
-    "analysis": 8,
-    "recipes": 8,  # presets as data; the demo starts from one
-    "demo": 9,
-    "cli": 10,
+    "runs": 7,  # what a run is before and after the loop: config, folder, rows
+    "train": 8,
+    "serve": 9,
+    "recipes": 9,  # presets as data; the demo starts from one
+    "stream": 10,  # the rows that steps read, by words of a user, which `recipes` resolves
+    "weights": 10,
+    "memorization": 11,  # completes rows of the stream
+    "analysis": 12,  # pages that show what the rooms below measure
+    "suites": 13,
+    "demo": 13,
+    "cli": 14,
 }
 DOORS = {"__init__.py", "__main__.py"}
 """Files at the top of the package: they lead into rooms and nothing imports them but the

@@ -65,7 +65,7 @@ def test_the_door_is_quick_and_lists_what_is_behind_it():
         "assert not [name for name in sys.modules if name.startswith('castalia.')];"
         "assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules);"
         "assert castalia.data.__name__ == 'castalia.data' and 'Batch' in dir(castalia.data);"
-        "from castalia.train.config import RunConfig;"
+        "from castalia.runs.config import RunConfig;"
         "assert callable(castalia.train) and 'Trainer' in dir(castalia.train);"
         "assert 'torch' not in sys.modules"
     )

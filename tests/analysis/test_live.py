@@ -16,11 +16,11 @@ from castalia.analysis.live.growing import GrowingMetrics
 from castalia.analysis.live.jobs import BusyError, Jobs
 from castalia.analysis.live.watched import Watched
 from castalia.analysis.live.web import RefusalError, require_host
-from castalia.analysis.memorized import memorization_score, memorized
 from castalia.cli import view
 from castalia.cli.serve import listening
 from castalia.core.errors import ConfigError, DataError
 from castalia.inference import LanguageModel
+from castalia.memorization.recall import memorization_score, memorized
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from castalia.cli.app import app
 from castalia.core.errors import ConfigError
 from castalia.distributed import World
 from castalia.recipes import load_config
-from castalia.train.named_corpus import ensure_on_all
+from castalia.runs.named_corpus import ensure_on_all
 
 SMALL = (
     *("model.num_layers=2", "model.hidden_size=32", "model.num_attention_heads=2"),

@@ -29,7 +29,7 @@ from castalia.export import export
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
 from castalia.results import COLUMNS, Result, ResultsStore
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 Command = Callable[..., tuple[int, str, str]]
 

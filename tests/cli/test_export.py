@@ -9,11 +9,11 @@ import pytest
 
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 from castalia.checkpoint import Store
 from castalia.cli import main
 from castalia.config import dump_yaml
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.inference import load
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from castalia.distributed import World
 from castalia.export import export, import_model
 from castalia.formats.saved_model import is_model_alone, open_model
 from castalia.inference import load
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.start import open_start
 
 ALONE = World(0, 1, torch.device("cpu"))

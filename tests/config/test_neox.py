@@ -17,7 +17,7 @@ from castalia.config.neox_keys import (
     REFUSED,
     WHY,
 )
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 HERE = Path(__file__).parent
 SMALL = {

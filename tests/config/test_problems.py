@@ -12,7 +12,7 @@ from castalia.config.kinds import Kind
 from castalia.config.problems import ProblemsError
 from castalia.core.errors import ConfigError
 from castalia.core.registry import Registry
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 RULES = Registry("rule")
 

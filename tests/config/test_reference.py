@@ -7,7 +7,7 @@ from pathlib import Path
 
 from castalia.config.fields import leaves
 from castalia.config.reference import entries
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "config-reference.md"
 

@@ -21,7 +21,7 @@ from castalia.corpora.heldout import FEWEST, Split, plain
 from castalia.corpora.texts import TextDocument
 from castalia.data import IndexedDataset, load_tokenizer
 from castalia.recipes import load_config
-from castalia.train.named_corpus import ensure_corpus
+from castalia.runs.named_corpus import ensure_corpus
 
 WINDOW = 50
 

@@ -14,7 +14,7 @@ from castalia.corpora.records import TEXT_KINDS
 from castalia.data import IndexedDataset, load_tokenizer
 from castalia.data.labels import IGNORED
 from castalia.recipes import load_config
-from castalia.train.named_corpus import ensure_corpus
+from castalia.runs.named_corpus import ensure_corpus
 
 BYTES = load_tokenizer("bytes")
 ASKED = {"role": "user", "content": "hi"}

@@ -6,9 +6,8 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken, models, pre_tokenizers
 
+import tokenizers
 from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.corpus.chat_template import read_chat_template
@@ -16,10 +15,11 @@ from castalia.curate.joining import merge
 from castalia.data import DataConfig, IndexedDataset, load_tokenizer
 from castalia.data.segments import end_of_document
 from castalia.data.sidecar import read_record
-from castalia.data.tokenizer_settings import TextEnd, chat_templates, write_chat_templates
 from castalia.eval import bits
 from castalia.recipes import load_config
+from castalia.tokenizers.settings import TextEnd, chat_templates, write_chat_templates
 from castalia.train.resume import checkpoint_files
+from tokenizers import AddedToken, models, pre_tokenizers
 
 WORDS = ["<unk>", "<|endoftext|>", "</s>", "<EOD|LLM-jp>", "<｜end▁of▁sentence｜>", "a", "b"]
 ENDS = WORDS[1:5]

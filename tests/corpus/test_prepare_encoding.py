@@ -16,7 +16,7 @@ from castalia.corpus.recent_characters import (
     RecentCharacters,
     recent_characters,
 )
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
 TOKENIZER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20B_tokenizer.json"

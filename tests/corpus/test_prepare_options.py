@@ -17,7 +17,7 @@ from castalia.corpus.provenance import read_provenance
 from castalia.curate.joining import merge, split
 from castalia.curate.verify import verify
 from castalia.data import IndexedDataset
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 pyarrow = pytest.importorskip(
     "pyarrow", reason="pyarrow is not installed: pip install 'castalia[parquet]'"

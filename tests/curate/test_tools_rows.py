@@ -7,7 +7,6 @@ import zlib
 import numpy as np
 import pytest
 
-from castalia.analysis.viewing import Steps, parse_steps, records, save_ids, step_hash
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.curate.resharding import shard
 from castalia.data import (
@@ -19,6 +18,7 @@ from castalia.data import (
     load_tokenizer,
 )
 from castalia.data.ready_rows import write_rows
+from castalia.stream.viewing import Steps, parse_steps, records, save_ids, step_hash
 
 
 def rows_for(prefixes, *, steps=5, batch_size=2, seq_length=4, seed=1234, **options):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.analysis.viewing import Steps, records, step_hash
 from castalia.core.errors import CastaliaError
 from castalia.data import (
     IGNORED,
@@ -17,6 +16,7 @@ from castalia.data import (
     load_tokenizer,
 )
 from castalia.recipes import load_config
+from castalia.stream.viewing import Steps, records, step_hash
 from castalia.train import progress
 from castalia.train.startup import left_out_pairs
 

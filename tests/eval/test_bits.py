@@ -18,7 +18,7 @@ from castalia.eval.sweep import sweep
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
 from castalia.models.scaling import RopeScaling
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 CONFIG = NeoxConfig(
     num_layers=2,

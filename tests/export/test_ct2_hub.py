@@ -212,7 +212,7 @@ def test_wrong_words_are_one_sentence(
 def test_a_translator(tmp_path: Path) -> None:
     """A tiny T5 with random weights: the words are those of the engine itself."""
     torch = pytest.importorskip("torch")
-    from castalia.data.tokenizer import load_tokenizer
+    from castalia.tokenizers.tokenizer import load_tokenizer
 
     torch.manual_seed(0)
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}

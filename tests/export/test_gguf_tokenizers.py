@@ -5,22 +5,22 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+import tokenizers
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
-from castalia.data.special_ids import SpecialIds
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import CL100K, CharTokenizer, SentencePieceTokenizer
 from castalia.export import export
 from castalia.export.gguf import write_gguf
 from castalia.export.gguf_vocabulary import QWEN2, SPACE, differences, vocabulary_values
 from castalia.formats.saved_model import open_model
 from castalia.models import Decoder
 from castalia.models.families import build_model_config
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.forms import CL100K, CharTokenizer, SentencePieceTokenizer
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.tokenizer import Tokenizer
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXTS = [
     "The naïve café owner said: “¡Olé!” and poured 🍵 for two.",

@@ -14,12 +14,12 @@ from torch import Tensor
 from castalia.checkpoint import Store
 from castalia.config.neox_keys import NAMES
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer import load_tokenizer
 from castalia.export import export, import_model
 from castalia.formats.saved_model import open_model
 from castalia.models import Decoder
 from castalia.models.config import TransformerConfig
 from castalia.models.families import build_model_config
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 HEADS = 8
 GROUPS = 4

@@ -12,12 +12,12 @@ import castalia
 from castalia.checkpoint import Store
 from castalia.checkpoint.hf import write_hf
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer import load_tokenizer
 from castalia.export import export
 from castalia.formats.saved_model import open_model
 from castalia.models import Decoder, ModelConfig
 from castalia.models.families import FAMILIES
 from castalia.models.init import init_parameter
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 IDS = [[5, 9, 200, 31], [7], [3, 3, 8]]
 PAD = 256

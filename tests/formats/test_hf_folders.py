@@ -14,12 +14,12 @@ from tests.fixtures.hub_server import HubServer, Repo
 from castalia.checkpoint.hf import hf_config, model_config, write_hf
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.hub import hub_folder
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.formats.saved_model import open_model
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.families import FAMILIES, build_model_config
 from castalia.models.init import start_weights
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 HEAD = "embed_out.weight"
 EMBEDDING = "gpt_neox.embed_in.weight"

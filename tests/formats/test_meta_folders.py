@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from castalia.core.errors import CastaliaError, CheckpointError
-from castalia.data.tokenizer import load_tokenizer
 from castalia.formats.saved_model import open_model
 from castalia.models import Decoder
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 WIDTH = 64
 HEADS = 8

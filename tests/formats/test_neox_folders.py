@@ -15,15 +15,15 @@ import yaml
 from torch import Tensor
 
 from castalia.core.errors import CastaliaError, CheckpointError, ConfigError
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import World
 from castalia.formats.saved_model import open_model
 from castalia.inference import load
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.config import TransformerConfig
 from castalia.optim import Rules
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
 from castalia.train.build import build_model
-from castalia.train.config import RunConfig
 from castalia.train.start import open_start
 
 LAYERS = 3

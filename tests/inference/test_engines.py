@@ -19,7 +19,7 @@ from castalia.inference.engines import ENGINES, engine_of_export
 from castalia.inference.native.weights import CONFIG_FILE, WEIGHTS_FILE, load_weights
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 PROMPTS = ["The naïve", "A second guest, who came in", "def", "", "asked for the same 🍵"]
 EXACT = {"native": "fp32", "ct2": "float32", "gguf": "F32"}
@@ -313,7 +313,7 @@ def save_run(folder: Path, **options: object) -> Path:
     initialize(model, start_weights(model.config, 0))
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     files = {"config.yaml": dump_yaml(RunConfig(model=config, data={"seq_length": 64}))}
-    castalia.data.tokenizer.load_tokenizer("bytes").save(folder / "tokenizer.json")
+    castalia.tokenizers.tokenizer.load_tokenizer("bytes").save(folder / "tokenizer.json")
     files["tokenizer.json"] = (folder / "tokenizer.json").read_text("utf-8")
     Store(folder / "checkpoints").save(1, tensors, {"step": 1}, files, asynchronous=False)
     return folder

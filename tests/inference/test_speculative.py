@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer import load_tokenizer
 from castalia.inference import LanguageModel, load
 from castalia.inference.sampling import Sampling, distribution
 from castalia.inference.speculative import GUESSES, LookupDraft, judge, speculative_complete
 from castalia.models import Decoder, NeoxConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from castalia.data.tokenizer import load_tokenizer
 from castalia.inference.text import TextStream
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 BYTES = load_tokenizer("bytes")
 

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
-from castalia.data.special_ids import SpecialIds
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
-from castalia.data.tokenizer_forms import CharTokenizer
 from castalia.export import GeneratorCT2fromHfHub, export
 from castalia.export.gguf import vocabulary_values
 from castalia.inference import LanguageModel, load
 from castalia.inference.engines import ENGINES
 from castalia.inference.speculative import speculative_complete
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.forms import CharTokenizer
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from castalia.train.resume import checkpoint_files
 
 PROMPT = "The naïve café"

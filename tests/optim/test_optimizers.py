@@ -9,7 +9,7 @@ from castalia.models.families import FAMILIES
 from castalia.optim import AdamWConfig, Rules
 from castalia.optim.loss_scale import make_scale
 from castalia.optim.updater import Updater, parameter_groups, trained_parameters
-from castalia.train.config import LossScaleConfig
+from castalia.runs.config import LossScaleConfig
 
 NEOX = FAMILIES["neox"].no_decay
 

@@ -13,7 +13,6 @@ from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import pip_command
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.export import export
 from castalia.export.ct2 import ct2_keymap, ct2_vocabulary, write_ct2
@@ -23,7 +22,8 @@ from castalia.inference import load
 from castalia.inference.ct2_engine import Ct2Engine
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 pytest.importorskip("ctranslate2")
 

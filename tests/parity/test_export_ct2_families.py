@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from castalia.data.tokenizer import load_tokenizer
 from castalia.export import export
 from castalia.inference import load
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 ctranslate2 = pytest.importorskip("ctranslate2")
 transformers = pytest.importorskip("transformers")

@@ -13,7 +13,6 @@ import castalia
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.export import export
 from castalia.export.formats import EXPORTS
@@ -23,7 +22,8 @@ from castalia.inference.gguf_architectures import ARCHITECTURES, architecture_of
 from castalia.models import Decoder
 from castalia.models.families import build_model_config
 from castalia.models.init import start_weights
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 SIZES = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 257}
 GROUPED = {"num_kv_heads": 2}

@@ -10,13 +10,13 @@ import torch
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, ConfigError
-from castalia.data.tokenizer import load_tokenizer, train_tokenizer
 from castalia.distributed import initialize
 from castalia.export import export
 from castalia.inference import LanguageModel, load
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.init import start_weights
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

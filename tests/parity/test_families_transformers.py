@@ -17,7 +17,7 @@ from castalia.checkpoint.hf import chosen_format, write_hf
 from castalia.config import dump_yaml
 from castalia.formats.saved_model import SavedModel, open_model
 from castalia.models import Decoder, build_model_config
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 transformers = pytest.importorskip("transformers", reason="needs castalia[hf]")
 

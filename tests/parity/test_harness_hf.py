@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from tests.fixtures.harness_tasks import WORDS
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+import tokenizers
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import initialize
 from castalia.eval.harness.evaluate import Evaluation, evaluate
 from castalia.eval.harness.numbers import metrics_of
@@ -26,7 +24,9 @@ from castalia.inference import load
 from castalia.models import Decoder, NeoxConfig
 from castalia.models.families.llama import LlamaConfig
 from castalia.models.init import start_weights
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {

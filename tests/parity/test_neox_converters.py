@@ -25,11 +25,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from castalia.data.tokenizer import load_tokenizer
 from castalia.export import export
 from castalia.formats.saved_model import open_model
 from castalia.models.config import TransformerConfig
 from castalia.models.families import build_model_config
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 PEER = os.environ.get("GPT_NEOX", "")
 pytestmark = pytest.mark.skipif(

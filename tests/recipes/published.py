@@ -14,7 +14,7 @@ from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.models.config import TransformerConfig
 from castalia.recipes import Resolved, resolve
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.hooks import Hook
 from castalia.train.trainer import Trainer
 

@@ -8,9 +8,9 @@ from castalia.config import dump_yaml
 from castalia.config.fields import leaves
 from castalia.config.foreign import KEYS, OURS
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer import load_tokenizer, train_tokenizer
 from castalia.recipes import in_folder, load_config, preset_names, resolve
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 
 SMALL_NEOX = """
 {

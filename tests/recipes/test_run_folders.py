@@ -191,7 +191,7 @@ NO_PATHS = {
 
 TEXTS = """
 from castalia.config.fields import sections
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 def texts(root, prefix=""):
     for name, field in root.model_fields.items():

@@ -11,8 +11,8 @@ from castalia.distributed import World
 from castalia.formats.saved_model import open_model
 from castalia.models.init import init_parameter
 from castalia.optim import Rules
+from castalia.runs.config import RunConfig
 from castalia.train.build import build_model
-from castalia.train.config import RunConfig
 from castalia.train.start import VOCABULARY, open_start
 
 read: list[int] = []

@@ -119,7 +119,7 @@ HEADS = SIZES | {"num_attention_heads": 2}
 
 def opens(monkeypatch: pytest.MonkeyPatch, config: ModelConfig) -> None:
     """Make every path a checkpoint of `config` whose weights raise."""
-    tokenizer = castalia.data.tokenizer.load_tokenizer("bytes")
+    tokenizer = castalia.tokenizers.tokenizer.load_tokenizer("bytes")
     source = SavedModel(Path("checkpoint"), config, Unread(), tokenizer, 1)
     monkeypatch.setattr(loading, "open_model", lambda path: source)
     monkeypatch.setattr("castalia.export.exports.open_model", lambda path: source)

@@ -42,7 +42,7 @@ from castalia.models.starts import ONES, ZEROS, Normal, Start
 from castalia.monitor import read_metrics
 from castalia.optim import Rules
 from castalia.recipes import load_config
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.run import run
 
 

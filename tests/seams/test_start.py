@@ -22,7 +22,7 @@ from castalia.formats.saved_model import open_model
 from castalia.models.init import init_parameter
 from castalia.optim import Rules
 from castalia.recipes.load import load_config
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.run import run
 from castalia.train.start import StartRecord, open_start
 from castalia.train.trainer import Trainer

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from castalia.analysis import viewing
 from castalia.core.errors import ConfigError
 from castalia.data.curriculum import Curriculum, CurriculumConfig
 from castalia.recipes import load_config
-from castalia.train.build import rows_of_run
+from castalia.runs.rows import rows_of_run
+from castalia.stream import viewing
 
 LINES = (
     "curriculum.kind=linear",

@@ -16,7 +16,7 @@ from castalia.data import IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.losses import NextToken
 from castalia.recipes import load_config
-from castalia.train.config import GuardConfig
+from castalia.runs.config import GuardConfig
 from castalia.train.events import in_words, ranges, read_events
 from castalia.train.guard import Guard, Verdict
 from castalia.train.hooks import Hook, Metrics, Save, StepLine, Validate

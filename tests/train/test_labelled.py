@@ -12,7 +12,7 @@ from castalia.corpora.mismatched import mismatched_files
 from castalia.data import IGNORED, IndexedDataset, IndexedDatasetWriter
 from castalia.distributed import World
 from castalia.recipes import load_config
-from castalia.train.named_corpus import ensure_corpus
+from castalia.runs.named_corpus import ensure_corpus
 from castalia.train.trainer import Trainer
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -25,9 +25,9 @@ from castalia.distributed import World
 from castalia.losses import LossOut, NextToken
 from castalia.mixing import read_mixture
 from castalia.recipes import load_config
+from castalia.runs.recorded_order import RecordedOrder
 from castalia.train.hooks import Hook, Metrics, RecordMixture, Save, Step, StepLine, Validate
 from castalia.train.mixture import StaticBlend, movements
-from castalia.train.recorded_order import RecordedOrder
 from castalia.train.run import closing_line
 from castalia.train.startup import source_lines
 from castalia.train.trainer import Trainer

@@ -10,8 +10,8 @@ from castalia.config.fields import leaves
 from castalia.core.errors import ConfigError
 from castalia.distributed import World
 from castalia.recipes import load_config
-from castalia.train.config import RunConfig
-from castalia.train.run_folder import check_run_folder, write_run_folder
+from castalia.runs.config import RunConfig
+from castalia.runs.folder import check_run_folder, write_run_folder
 
 FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch", "monitor", "eval")
 FREE_KEYS = {

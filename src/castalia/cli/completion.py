@@ -38,7 +38,7 @@ def keys(incomplete: str) -> list[tuple[str, str]]:
     if not incomplete:
         return []
     from castalia.config.reference import entries
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
     return [
         (f"{entry.key}=", entry.text)

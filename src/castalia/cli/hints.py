@@ -151,7 +151,7 @@ def unknown_option(option: str, known: Iterable[str], path: str, takes_keys: boo
         return f"{text}; {path} --help lists the options"
     from castalia.config.fields import leaves
     from castalia.config.foreign import OURS
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
     name = option.lstrip("-").replace("-", "_")
     keys = [key for key in leaves(RunConfig) if name in (key.replace(".", "_"), key.split(".")[-1])]

@@ -25,7 +25,7 @@ def print_keys(names: list[str], *, as_json: bool, markdown: bool) -> None:
     Raises  ConfigError for an unknown section or key.
     """
     from castalia.config.reference import reference
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
     sections = chosen(reference(RunConfig), names)
     if as_json:

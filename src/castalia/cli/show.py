@@ -78,7 +78,7 @@ def show(
 
 def print_schema() -> None:
     """Print the JSON schema of a config, with descriptions that an editor can show."""
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
     typer.echo(json.dumps(for_editors(RunConfig.model_json_schema()), indent=2))
 

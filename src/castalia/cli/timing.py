@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from castalia.cost.estimate import Estimate
     from castalia.cost.plan import LayoutCost
     from castalia.cost.workload import Workload
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
 DAY = 86400
 HOUR = 3600

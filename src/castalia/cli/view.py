@@ -94,11 +94,11 @@ def open_rows(folder: Path) -> "OpenRows":
     Raises  ConfigError or DataError if the config or the token files cannot be read.
     """
     from castalia.analysis.live.readers import OpenRows
-    from castalia.cli.viewing import rows_of_config
     from castalia.core.errors import DataError
     from castalia.corpora.build import find_corpus
     from castalia.data import load_tokenizer
     from castalia.recipes import resolve
+    from castalia.runs.rows import rows_as_trained
 
     config = resolve([str(folder)]).config
     corpus = config.data.corpus
@@ -106,7 +106,7 @@ def open_rows(folder: Path) -> "OpenRows":
         place = Path(config.output) / "data"
         if find_corpus(corpus, place) is None:
             raise DataError(f"the corpus {corpus} of this run is not in {place}")
-    config, rows = rows_of_config(config)
+    config, rows = rows_as_trained(config, lambda text: typer.echo(text, err=True))
     tokenizer = None
     if config.data.tokenizer:
         tokenizer = load_tokenizer(config.data.tokenizer)

@@ -1,7 +1,6 @@
 """`castalia data view` and `materialize`: the exact rows that the steps of a run train on."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +10,7 @@ from castalia.cli.flags import AsJson, Config, Overwrite
 
 if TYPE_CHECKING:
     from castalia.data import RunRows
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
 StepRange = Annotated[
     str,
@@ -54,9 +53,9 @@ def view(
 
       castalia data view runs/demo --steps 0:2 --ids batches.npy --jsonl rows.jsonl
     """
-    from castalia.analysis.viewing import parse_steps, records, save_ids, step_hash
     from castalia.core.files import atomic_write
     from castalia.data import load_tokenizer
+    from castalia.stream.viewing import parse_steps, records, save_ids, step_hash
 
     run, rows = rows_of(config)
     chosen = parse_steps(steps, run.train.batches, run.train.steps)
@@ -101,10 +100,10 @@ def materialize(
 
       castalia data materialize runs/demo --steps : --output data/ready
     """
-    from castalia.analysis.viewing import parse_steps
     from castalia.cli.progress import bytes_progress
     from castalia.data.batch_sizes import require_constant
     from castalia.data.ready_rows import common_dtype, write_rows
+    from castalia.stream.viewing import parse_steps
 
     run, rows = rows_of(config)
     chosen = parse_steps(steps, run.train.batches, run.train.steps)
@@ -130,22 +129,6 @@ def materialize(
 def rows_of(words: list[str]) -> "tuple[RunConfig, RunRows]":
     """The config that `words` give, and its run's rows: as recorded, or as training builds them."""
     from castalia.recipes import resolve
+    from castalia.runs.rows import rows_as_trained
 
-    return rows_of_config(resolve(words).config)
-
-
-def rows_of_config(config: "RunConfig") -> "tuple[RunConfig, RunRows]":
-    """The config with its corpus and its steps, and the run's rows."""
-    from castalia.data.rows_by_source import RowsBySource
-    from castalia.train.build import rows_of_run
-    from castalia.train.named_corpus import ensure_corpus
-    from castalia.train.recorded_order import RecordedOrder
-    from castalia.train.whole_passes import with_steps
-
-    config = ensure_corpus(config, say=lambda text: typer.echo(text, err=True))
-    config = with_steps(config)
-    rows = rows_of_run(config, validates=False)
-    if isinstance(rows.train, RowsBySource):
-        # A mixer decided the order as the run went on: it can be read, but not computed again.
-        rows.train.order = RecordedOrder(config, rows, Path(config.output) / "mixture.jsonl")
-    return config, rows
+    return rows_as_trained(resolve(words).config, lambda text: typer.echo(text, err=True))

@@ -21,8 +21,8 @@ from castalia.corpora.heldout import FEWEST, Split, fingerprint, split_sources
 from castalia.corpora.texts import TextDocument
 from castalia.corpus import prepare
 from castalia.data import load_tokenizer, train_tokenizer
-from castalia.data.tokenizer import END_OF_TEXT, PADDING_TOKEN
 from castalia.monitor import size_text
+from castalia.tokenizers.tokenizer import END_OF_TEXT, PADDING_TOKEN
 
 FORMAT = 1
 """Raised when a name comes to mean another corpus, so that older folders are built again."""

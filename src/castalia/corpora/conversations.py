@@ -26,8 +26,8 @@ from castalia.corpus.options import PrepareOptions, eos_of, require_tokens
 from castalia.corpus.preflight import OUTPUT_NAMES
 from castalia.corpus.streams import decompressed, inner_name, plain_name
 from castalia.data import IndexedDataset
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_settings import read_settings, read_text, special_tokens
+from castalia.tokenizers.settings import read_settings, read_text, special_tokens
+from castalia.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 1
 """Raised when the same file comes to mean other tokens, so that older ones are made again."""

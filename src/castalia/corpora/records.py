@@ -22,7 +22,7 @@ from castalia.corpus.chats import ChatFields, ChatForm, Given, RenderedChat, ren
 from castalia.corpus.documents import BadDocumentError, json_type
 from castalia.corpus.forms import LABELS, REWARDS, TOKENS, WEIGHTS
 from castalia.corpus.message_content import Message
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 MESSAGES = ("messages", "conversations")
 """Keys of a whole conversation: OpenAI's and TRL's, and ShareGPT's."""

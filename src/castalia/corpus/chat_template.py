@@ -24,7 +24,7 @@ from castalia.corpus.message_content import (
     without_nulls,
 )
 from castalia.corpus.template_sandbox import clock, compiled, names_read
-from castalia.data.tokenizer_settings import DEFAULT, chat_templates, read_text, special_tokens
+from castalia.tokenizers.settings import DEFAULT, chat_templates, read_text, special_tokens
 
 CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 """Marks the end of the message that is to be continued, as transformers does. The space shows

@@ -32,7 +32,7 @@ from castalia.corpus.encoding import Encoded, Encoder, split_ids
 from castalia.corpus.forms import LABELS, REWARDS, TOKENS, WEIGHTS, TextForm
 from castalia.corpus.message_content import Message
 from castalia.data.labels import IGNORED
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 PREFIX_BYTES = 1 << 22
 """Text encoded at a time. A conversation of m messages is encoded m times, up to the end of each,

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.chat_template import ChatTemplate, read_chat_template
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 
 class Speaker(Protocol):

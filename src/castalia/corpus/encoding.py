@@ -17,7 +17,7 @@ from castalia.core.extras import pip_command
 from castalia.core.memory import resident_bytes
 from castalia.corpus.recent_characters import RecentCharacters
 from castalia.data.indexed import best_dtype
-from castalia.data.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
+from castalia.tokenizers.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer
 
 Encoded = tuple[NDArray[Any], NDArray[np.int64]]
 """Ids (n,) of several texts back to back, and the number of ids of each text (m,)."""

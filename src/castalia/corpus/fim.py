@@ -15,7 +15,7 @@ import numpy as np
 from castalia.corpus.encoding import Encoded, Encoder, split_ids
 from castalia.corpus.forms import TextForm
 from castalia.data.fim import DRAW_LIMIT, Sentinels, draws_of, parts_of, sentinels_of
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

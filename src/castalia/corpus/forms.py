@@ -9,7 +9,7 @@ import numpy as np
 from castalia.corpus.documents import WantedFields
 from castalia.corpus.encoding import Encoded, Encoder
 from castalia.data.indexed import best_dtype
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 TOKENS = "tokens"
 LABELS = "labels"

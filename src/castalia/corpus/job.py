@@ -6,7 +6,7 @@ from castalia.core.extras import require
 from castalia.corpus.documents import WantedFields
 from castalia.corpus.forms import Output, TextForm
 from castalia.corpus.inputs import InputFile
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 FORMAT = 4
 """Version of a part's files; parts of another version are encoded again."""

@@ -15,8 +15,8 @@ from castalia.corpus.fim import FimOptions, make_fim
 from castalia.corpus.forms import TextForm
 from castalia.corpus.provenance import OWN
 from castalia.data.fim import token_id
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_settings import read_settings
+from castalia.tokenizers.settings import read_settings
+from castalia.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

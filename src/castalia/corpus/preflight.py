@@ -18,7 +18,7 @@ from castalia.corpus.provenance import SUFFIX as DOCUMENT_INDEX
 from castalia.corpus.readers import texts_of
 from castalia.corpus.work_folder import MOMENT
 from castalia.data.sidecar import read_record
-from castalia.data.tokenizer import Tokenizer, train_bpe
+from castalia.tokenizers.tokenizer import Tokenizer, train_bpe
 
 OUTPUT_NAMES = {
     TOKENS: "document",

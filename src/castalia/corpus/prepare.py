@@ -36,7 +36,7 @@ from castalia.corpus.readers import require_text
 from castalia.corpus.same_job import finished_before, job_facts
 from castalia.corpus.work_folder import WorkFolder
 from castalia.data.indexed import file_pair
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 """One file, folder, pattern or URL, or several."""

@@ -26,7 +26,7 @@ from castalia.corpus.readers import require_text
 from castalia.data.indexed import IndexedDataset, require_tokens
 from castalia.data.shards import OnBytes
 from castalia.data.sidecar import require_tokenizer
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 NGRAM = 13
 """Words of an n-gram, as in both papers."""

@@ -12,7 +12,7 @@ from castalia.data.labels import IGNORED, read_rewards
 from castalia.data.order import NeoxOrder, split_documents, weight_by_num_documents
 from castalia.data.packed import PackedDataset
 from castalia.data.row_source import DocumentSpan
-from castalia.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
     from castalia.data.batch import Batch

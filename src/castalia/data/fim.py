@@ -19,7 +19,7 @@ from castalia.core.errors import ConfigError, nearest
 from castalia.data.config import DataConfig
 from castalia.data.row_source import DocumentSpan
 from castalia.data.sidecar import recorded_end
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 KNOWN_TOKENS = (
     ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),

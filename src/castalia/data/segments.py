@@ -11,7 +11,7 @@ from castalia.core.errors import ConfigError
 from castalia.data.config import DataConfig
 from castalia.data.row_source import DocumentSpan
 from castalia.data.sidecar import recorded_end
-from castalia.data.tokenizer import load_tokenizer
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

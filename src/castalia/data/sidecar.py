@@ -10,7 +10,7 @@ from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import write_json
 from castalia.data.indexed import IndexedDataset, IndexedDatasetWriter
 from castalia.data.shards import base_of
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 REMEDY = "choose another --output, or replace it with --overwrite"
 """How to go on where another job's token files are at the output."""

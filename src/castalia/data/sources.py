@@ -15,7 +15,7 @@ from castalia.data.labels import Labels, open_labels, read_rewards
 from castalia.data.order import weight_by_num_documents
 from castalia.data.pair_files import open_references, require_pair
 from castalia.data.sidecar import require_tokenizer, tokenizer_facts
-from castalia.data.tokenizer import load_tokenizer
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 NEGLIGIBLE = 1e-6
 """Share below which a source may be left out of a blend. Weights that people write to be trained on

@@ -29,7 +29,7 @@ from castalia.export import export
 from castalia.mixing import read_mixture
 from castalia.monitor import duration, size_text
 from castalia.recipes.load import Resolved, resolve
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.hooks import Hook
 from castalia.train.machine_precision import recorded_precision
 from castalia.train.mixture import StaticBlend

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from castalia.models.flops import parameter_counts
 from castalia.monitor import duration, quantity, size_text
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 LEAD = (
     "A language model in the shape of Pythia, trained from random weights on this machine, on text"

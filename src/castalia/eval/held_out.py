@@ -22,8 +22,6 @@ from castalia.core.files import sha256_of
 from castalia.data.indexed import IndexedDataset, file_pair
 from castalia.data.sidecar import read_record, recorded_end
 from castalia.data.sources import source_names
-from castalia.data.token_texts import TokenTexts
-from castalia.data.tokenizer import Tokenizer
 from castalia.eval.bits import HeldOut, SourceBits, choose_documents, source_bits
 from castalia.eval.labels import config_of_run
 from castalia.eval.shares import ALONE, Share
@@ -32,6 +30,8 @@ from castalia.inference.torch_engine import TorchEngine
 from castalia.results import Result
 from castalia.results.schema import Labels
 from castalia.results.store import now
+from castalia.tokenizers.token_texts import TokenTexts
+from castalia.tokenizers.tokenizer import Tokenizer
 
 TASK = "bits_per_byte"
 """Name of the task; a source's rows have the task `bits_per_byte/SOURCE`."""

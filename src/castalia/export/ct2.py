@@ -11,8 +11,6 @@ from torch import Tensor
 
 from castalia.checkpoint.keymap import KeyMap, Rule
 from castalia.core.errors import ConfigError
-from castalia.data.special_ids import SpecialIds
-from castalia.data.tokenizer import Tokenizer
 from castalia.export.ct2_file import write_model_bin
 from castalia.export.ct2_scalars import decoder_scalars
 from castalia.export.part_rules import (
@@ -23,6 +21,8 @@ from castalia.export.part_rules import (
     plain_norms,
 )
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.tokenizer import Tokenizer
 
 LINEARS = {
     "qkv": "self_attention/linear_0",

@@ -22,14 +22,14 @@ from castalia.core.extras import require
 from castalia.core.files import cache_folder
 from castalia.core.hub import hub_folder, is_hub_id
 from castalia.core.unicode import require_unicode
-from castalia.data.special_ids import SpecialIds, read_special_ids
-from castalia.data.tokenizer import load_tokenizer
-from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.export.ct2_file import QUANTIZATIONS
 from castalia.export.exports import export
 from castalia.export.places import default_place, revision
 from castalia.formats.saved_model import TOKENIZER, open_model
 from castalia.inference.exported import RECORD, read_record, recorded_ids
+from castalia.tokenizers.forms import OtherTokenizer
+from castalia.tokenizers.special_ids import SpecialIds, read_special_ids
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 MODEL = "model.bin"
 DEFAULT_MAX_LENGTH = 512

@@ -16,14 +16,6 @@ from castalia.checkpoint.hf.shards import MAX_SHARD_SIZE
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import hub_folder, is_hub_id
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import OtherTokenizer, SentencePieceTokenizer
-from castalia.data.tokenizer_settings import (
-    TOKEN_MAP,
-    chat_templates,
-    special_tokens,
-    write_chat_templates,
-)
 from castalia.export.activation import expressed, other_activation
 from castalia.export.card import write_card
 from castalia.export.certificate import (
@@ -49,6 +41,14 @@ from castalia.export.record import Exported, hashes_of, same_export, write_recor
 from castalia.formats.saved_model import TOKENIZER, SavedModel, open_model
 from castalia.inference.exported import ExportFolder
 from castalia.inference.torch_engine import TorchEngine
+from castalia.tokenizers.forms import OtherTokenizer, SentencePieceTokenizer
+from castalia.tokenizers.settings import (
+    TOKEN_MAP,
+    chat_templates,
+    special_tokens,
+    write_chat_templates,
+)
+from castalia.tokenizers.tokenizer import Tokenizer
 
 PIECES = "tokenizer.model"
 """The file that SentencePiece tokenizers are distributed as."""

@@ -9,12 +9,6 @@ from pathlib import Path
 
 from castalia.checkpoint.hf import DTYPES, hf_config, write_hf
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer_settings import (
-    DEFAULT,
-    chat_templates,
-    generation_settings,
-    special_tokens,
-)
 from castalia.export.certificate import Reader
 from castalia.export.ct2 import write_ct2
 from castalia.export.ct2_file import QUANTIZATIONS as CT2_QUANTIZATIONS
@@ -39,6 +33,12 @@ from castalia.inference.native.packing import CELLS, STORAGES
 from castalia.inference.native.weights import packed_weights, save_weights
 from castalia.models.config import ModelConfig, TransformerConfig, require_transformer
 from castalia.models.windows import window, within_window, without_idle_window
+from castalia.tokenizers.settings import (
+    DEFAULT,
+    chat_templates,
+    generation_settings,
+    special_tokens,
+)
 
 PADDING = ("<|padding|>", "<|pad|>", "<pad>", "[PAD]")
 """Usual names of a padding token; the first is that of Pythia's tokenizer, which names no role."""

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from castalia.data.special_ids import SpecialIds
-from castalia.data.tokenizer import Tokenizer
 from castalia.export.gguf_model import POSITIONS, gguf_tensors, shape_values, with_heads_apart
 from castalia.export.gguf_values import STRING, UINT32, write_string, write_value
 from castalia.export.gguf_vocabulary import vocabulary_values
 from castalia.models.config import ModelConfig, require_transformer
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.tokenizer import Tokenizer
 
 MAGIC = b"GGUF"
 VERSION = 3

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from castalia.data.tokenizer_forms import SentencePieceTokenizer
+from castalia.tokenizers.forms import SentencePieceTokenizer
 
 # Wire types of a protocol buffer.
 VARINT = 0

@@ -11,18 +11,18 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from castalia.data.special_ids import SpecialIds
-from castalia.data.token_texts import BYTE_TOKEN, decoder_kinds
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import (
+from castalia.export.gguf_pieces import BYTE, NORMAL, Pieces, read_pieces
+from castalia.export.gguf_values import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Metadata
+from castalia.tokenizers.forms import (
     CHAR,
     CL100K,
     O200K,
     OtherTokenizer,
     SentencePieceTokenizer,
 )
-from castalia.export.gguf_pieces import BYTE, NORMAL, Pieces, read_pieces
-from castalia.export.gguf_values import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Metadata
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.token_texts import BYTE_TOKEN, decoder_kinds
+from castalia.tokenizers.tokenizer import Tokenizer
 
 # Kinds of tokens, llama_token_type.
 UNKNOWN = 2

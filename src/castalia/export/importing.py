@@ -25,7 +25,6 @@ from castalia.config.anchor import CONFIG
 from castalia.core.errors import ConfigError, nearest
 from castalia.core.files import cannot_write, files_in, write_json
 from castalia.core.hub import is_hub_id
-from castalia.data.tokenizer_settings import companions
 from castalia.export.card import certificate_lines, shape
 from castalia.export.certificate import FILE as CERTIFICATE
 from castalia.export.certificate import (
@@ -47,6 +46,7 @@ from castalia.formats.saved_model import (
     open_model,
 )
 from castalia.monitor.display import size_text
+from castalia.tokenizers.settings import companions
 
 RECORD = "import.json"
 CARD = "README.md"

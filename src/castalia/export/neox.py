@@ -15,8 +15,6 @@ from torch import Tensor
 
 from castalia.checkpoint.hf import DTYPES
 from castalia.checkpoint.tensors import StoredTensors
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import CHAR, SentencePieceTokenizer
 from castalia.export.neox_config import TRAINING, NeoxShape, expressed, neox_options
 from castalia.formats.neox.config import CONFIGS
 from castalia.formats.neox.folder import LATEST, layer_file, rank_file, tag_of
@@ -30,6 +28,8 @@ from castalia.formats.neox.layout import (
 )
 from castalia.formats.pieces import Layout, Placed, rank_shapes
 from castalia.models.config import TransformerConfig
+from castalia.tokenizers.forms import CHAR, SentencePieceTokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 CONFIG_FILE = "model.yml"
 

@@ -13,11 +13,11 @@ from castalia.checkpoint import read_config
 from castalia.config.anchor import CONFIG, anchored, run_folder_of
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data.indexed import IndexedDataset
-from castalia.data.tokenizer import Tokenizer
 from castalia.formats.saved_model import open_model
 from castalia.inference.engine import Engine
 from castalia.inference.loading import load
 from castalia.inference.torch_engine import TorchEngine
+from castalia.tokenizers.tokenizer import Tokenizer
 
 TOKENS = 2048
 """Most held-out tokens that are read."""

@@ -14,12 +14,12 @@ from castalia.checkpoint.names import COMPLETE
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.registry import Registry
-from castalia.data.special_ids import SpecialIds
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.formats.gguf import find_gguf, read_gguf
 from castalia.formats.meta import is_meta_folder, read_meta
 from castalia.formats.neox import find_neox, read_neox, step_of
 from castalia.models.config import ModelConfig
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 CHAT_ENDS = ("<|eot_id|>", "<|eom_id|>")

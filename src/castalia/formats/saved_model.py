@@ -21,12 +21,12 @@ from castalia.config.anchor import CONFIG
 from castalia.core.errors import CheckpointError
 from castalia.core.files import sha256_of
 from castalia.core.hub import hub_folder, is_hub_id
-from castalia.data.special_ids import SpecialIds, read_special_ids
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.formats.adapted import AdapterPart, base_place, peft_over_base, run_over_base
 from castalia.formats.foreign import Help, find_foreign, is_foreign
 from castalia.formats.peft import ADAPTER_CONFIG, is_peft_folder, read_peft
 from castalia.models import ModelConfig, build_model_config
+from castalia.tokenizers.special_ids import SpecialIds, read_special_ids
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZER = "tokenizer.json"
 GENERATION = "generation_config.json"

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.extras import require
-from castalia.data.tokenizer import Tokenizer
 from castalia.formats.saved_model import TOKENIZER
 from castalia.inference.engine import HEAD_ROWS, Engine, Package, Slots
 from castalia.inference.exported import ExportFolder
@@ -22,6 +21,7 @@ from castalia.inference.implements import ATTENTION, SIZES, Values, mixed_window
 from castalia.models.config import ModelConfig, require_transformer
 from castalia.models.parts.frequencies import yarn_factor
 from castalia.models.windows import window
+from castalia.tokenizers.tokenizer import Tokenizer
 
 OPTIONS: dict[str, Values] = SIZES | {
     "family": ATTENTION,

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from castalia.core.errors import ConfigError
-from castalia.data.special_ids import SpecialIds
 from castalia.inference.text import TextStream
+from castalia.tokenizers.special_ids import SpecialIds
 
 FinishReason = Literal["eod", "stop", "length", "context"]
 CONTEXT_TOKENS = 8

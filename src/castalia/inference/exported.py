@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from castalia.core.errors import CheckpointError
-from castalia.data.special_ids import SpecialIds
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.formats.saved_model import TOKENIZER
 from castalia.models.config import ModelConfig
 from castalia.models.families import build_model_config
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 RECORD = "export.json"
 """File with the origin, the config and the file hashes of an export."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.core.extras import require
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.text import shared
+from castalia.tokenizers.forms import OtherTokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 BLANKS = r"( |\n[ \t]{0,12})"
 """White space between the parts of JSON: a space, or a line break and an indent. JSON allows any

@@ -10,10 +10,6 @@ from torch import Tensor
 
 from castalia.core.errors import ConfigError
 from castalia.core.unicode import require_unicode
-from castalia.data.special_ids import SpecialIds
-from castalia.data.token_texts import TokenTexts
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.batching import decode_texts, search_texts
 from castalia.inference.beams import Search
 from castalia.inference.decoding import Completion, Continuation, Ending, begin
@@ -25,6 +21,10 @@ from castalia.inference.rewards import require_score_head, score_rows
 from castalia.inference.sampling import Sampling
 from castalia.inference.torch_engine import TorchEngine
 from castalia.models import Decoder, ModelConfig
+from castalia.tokenizers.forms import OtherTokenizer
+from castalia.tokenizers.special_ids import SpecialIds
+from castalia.tokenizers.token_texts import TokenTexts
+from castalia.tokenizers.tokenizer import Tokenizer
 
 BATCH_ROWS = 16
 """Prompts that are continued together; more are split. The KV cache grows with it."""

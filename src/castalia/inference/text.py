@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import copy
 
-from castalia.data.token_texts import BROKEN
+from castalia.tokenizers.token_texts import BROKEN
 
 
 class TextStream:

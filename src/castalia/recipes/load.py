@@ -18,15 +18,15 @@ from castalia.config.values import Layers, Values, flatten, merge, parse_overrid
 from castalia.core.errors import CastaliaError, ConfigError
 from castalia.core.files import several
 from castalia.core.ranks import world_size
-from castalia.data.tokenizer import load_tokenizer
 from castalia.recipes.optimizer import fit_optimizer
 from castalia.recipes.presets import PRESETS, preset
 from castalia.recipes.pythia import BATCH as PYTHIA_BATCH
 from castalia.recipes.pythia import known_mistakes, same_shape
 from castalia.recipes.start import take_start
 from castalia.recipes.words import sort_words
-from castalia.train.config import RunConfig
-from castalia.train.whole_passes import with_steps
+from castalia.runs.config import RunConfig
+from castalia.runs.whole_passes import with_steps
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 BYTES_PER_TOKEN = 4
 """Bytes of a text file for each token, about: what a common tokenizer makes of English."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from castalia.config.fields import leaves
 from castalia.core.errors import ConfigError, nearest
 from castalia.recipes.load import resolve
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 if TYPE_CHECKING:
     from castalia.train.hooks import Hook

@@ -15,7 +15,7 @@ from castalia.core.hub import is_hub_id, local_reading
 from castalia.recipes.finetuning import FINE_TUNING
 from castalia.recipes.presets import PRESETS, preset_names
 from castalia.recipes.pythia import NAMES
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 SUFFIXES = ("", ".yml", ".yaml")
 """A file may be named without its suffix."""

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from castalia.data.special_ids import SpecialIds, read_special_ids
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_settings import text_end
 from castalia.inference import LanguageModel
 from castalia.inference.batching import Admission, Batcher, raise_first
 from castalia.inference.decoding import Continuation
 from castalia.inference.sampling import Sampling
+from castalia.tokenizers.settings import text_end
+from castalia.tokenizers.special_ids import SpecialIds, read_special_ids
+from castalia.tokenizers.tokenizer import Tokenizer
 
 
 class Prompt(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from castalia.core.errors import DataError
 from castalia.corpora.conversations import RECORDS
 from castalia.data.served import ServedRows
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 PROMPT = "prompt"
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from castalia.core.errors import ConfigError, TrainingError
-from castalia.data.tokenizer import Tokenizer
 from castalia.inference import load
 from castalia.losses.policy import PolicyConfig
 from castalia.rollouts.answers import Answer
 from castalia.rollouts.functions import Function, reward_function
 from castalia.rollouts.prompts import PromptRecord
+from castalia.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

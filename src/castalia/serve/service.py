@@ -12,7 +12,6 @@ from starlette.requests import Request
 
 from castalia.core.errors import ConfigError
 from castalia.corpus.conversation import special_defaults
-from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.options import Options
 from castalia.serve.answers import AnswerFormat, CollectedText, server_sent
@@ -31,6 +30,7 @@ from castalia.serve.scheduler import (
     StreamEvent,
 )
 from castalia.serve.token_report import TokenReport
+from castalia.tokenizers.forms import OtherTokenizer
 
 DEFAULT_MAX_TOKENS = 16
 """Of /v1/completions, as in OpenAI's API."""

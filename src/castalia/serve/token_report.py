@@ -7,12 +7,12 @@ bytes, and stands at the character that it is a part of.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from castalia.data.token_texts import TokenTexts, spelled
-from castalia.data.tokenizer_forms import OtherTokenizer
 from castalia.inference.decoding import FinishReason
 from castalia.inference.language_model import LanguageModel
 from castalia.inference.text import TextStream, shared
 from castalia.serve.scheduler import ScoredToken, ServedText
+from castalia.tokenizers.forms import OtherTokenizer
+from castalia.tokenizers.token_texts import TokenTexts, spelled
 
 
 @dataclass

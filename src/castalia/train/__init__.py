@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from castalia.core.lazy import lazy
 
 if TYPE_CHECKING:
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
     from castalia.train.trainer import Trainer
 
 __all__ = ["RunConfig", "Trainer"]

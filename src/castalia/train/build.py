@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
 
 import torch
 
@@ -11,23 +10,20 @@ from castalia.adapters.adapting import adapt, start_over
 from castalia.adapters.switch import remember
 from castalia.core.errors import ConfigError
 from castalia.cost.divisibility import micro_batch_problem
-from castalia.data import Batch, RunRows, StepLoader, build_rows
-from castalia.data.labels import require_both_labels
+from castalia.data import Batch, RunRows, StepLoader
 from castalia.data.loader import RowLookup
-from castalia.data.run_rows import rows_of_sources
-from castalia.data.served import RepeatedRows, ServedRows
+from castalia.data.served import ServedRows
 from castalia.data.step_reader import check_batch
-from castalia.data.tokenizer import load_tokenizer
 from castalia.distributed import World, check_layout, initialize, parallelize
 from castalia.distributed.pipeline import Stages, stage_numbers
-from castalia.losses import LOSSES
 from castalia.models import Decoder
 from castalia.models.fp8 import require_fp8, to_fp8
 from castalia.models.init import start_weights
 from castalia.models.stages import split
 from castalia.optim import OPTIMIZERS, OptimConfig, Rules
 from castalia.optim.updater import freeze
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.tokenizer import load_tokenizer
 from castalia.train.precision import gather_policy
 from castalia.train.start import StartWeights
 
@@ -65,41 +61,6 @@ def check_optimizers(config: OptimConfig) -> None:
             )
 
 
-def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
-    """The rows that a run of this config reads; without those of its validations on demand.
-
-    Raises  ConfigError; DataError if a file is missing, damaged or too short for a row.
-    """
-    train = config.train
-    data = config.data
-    epochs = train.epochs
-    if data.texts and epochs is not None and data.packing == "best_fit":
-        # Its order has passes that run into each other, each shuffled anew; see whole_passes.py.
-        # That of the other packings shuffles the records of all passes together.
-        epochs = None
-        if data.weights is None and len(data.train_prefixes) > 1:
-            data = data.model_copy(update={"weights": rows_of_sources(data, seed=config.seed)})
-    rows = build_rows(
-        data,
-        seed=config.seed,
-        batch_size=train.batch_size,
-        # Steps that take the same rows read them once.
-        steps=-(-train.steps // config.updates_per_rows),
-        eval_every=train.eval_every if validates else None,
-        eval_batches=train.eval_batches,
-        planned=config.mixing.plans,
-        allow_empty=config.mixing.allow_empty,
-        ramp=train.batch_ramp,
-        epochs=epochs,
-        keep_rest=bool(data.texts),
-    )
-    if LOSSES[config.loss.kind].rows == "labelled":
-        require_both_labels(rows.train.rewards or ())
-    if config.updates_per_rows == 1:
-        return rows
-    return replace(rows, train=RepeatedRows(rows.train, train.batch_size, config.updates_per_rows))
-
-
 def build_model(
     config: RunConfig, world: World, rules: Rules, start: StartWeights | None = None
 ) -> Decoder | Stages:
@@ -132,9 +93,10 @@ def build_model(
     model = stages[0] if config.parallel.pp == 1 else Stages(stages)
     # Each parameter is drawn from (seed, name) alone and cut to this rank's slice afterwards, so
     # the start weights are the same bits on every layout.
-    draw = start_weights(config.model, config.seed)
+    draw = start_weights(config.model, config.start_seed)
     base = draw if start is None else start.over(draw)
-    initialize(model, start_over(base, with_prompt_ids(config), config.model, config.seed))
+    added = with_prompt_ids(config)
+    initialize(model, start_over(base, added, config.model, config.start_seed))
     if adapter_of(config.adapter).in_place:
         remember(model, {name for name, p in model.named_parameters() if p.requires_grad})
     return model

@@ -25,7 +25,7 @@ from castalia.models import Decoder
 from castalia.results import Result
 from castalia.results.schema import PACKAGES, Labels
 from castalia.results.store import EXTRA, PURPOSE
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 SAMPLES = Path("samples") / "samples.json"
 COLUMNS = 80

@@ -24,7 +24,7 @@ from castalia.eval.work import Measured, Work
 from castalia.inference import LanguageModel
 from castalia.results.schema import EVALS, Labels
 from castalia.results.store import ResultsStore
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.evaluated import (
     Outcome,
     evaluation_line,

@@ -27,8 +27,8 @@ from castalia.rollouts.prompts import PromptRecords, require_room
 from castalia.rollouts.records import RolloutFile, as_json, facts_of, from_json
 from castalia.rollouts.rewards import Answered, open_rewards, total_rewards
 from castalia.rollouts.rows import Judged, answer_rows, padding_rows, prompts_of
+from castalia.runs.config import RunConfig
 from castalia.train.answer_references import AnswerReferences
-from castalia.train.config import RunConfig
 from castalia.train.mismatched import Divergence
 from castalia.train.precision import DTYPES, arithmetic
 

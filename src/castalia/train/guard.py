@@ -17,7 +17,7 @@ from castalia.checkpoint import Store
 from castalia.core.errors import TrainingError
 from castalia.data import Batch
 from castalia.distributed import World
-from castalia.train.config import GuardConfig
+from castalia.runs.config import GuardConfig
 from castalia.train.events import EVENTS, append_event, finite, in_words, ranges, read_events, warn
 from castalia.train.totals import StepTotals
 

@@ -11,7 +11,7 @@ import torch
 from castalia.config import read_yaml
 from castalia.distributed import World
 from castalia.models.fp8 import emulated
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.timing import faster_precision, name_of, times_as_long
 
 SLOW = 1.3

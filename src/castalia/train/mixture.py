@@ -15,7 +15,7 @@ from castalia.data.rows_by_source import RowPlaces, RowsBySource
 from castalia.mixing import BatchPlan, ExhaustionError, Planner, Stats, read_mixture
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.record import header_of
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.totals import StepTotals
 
 MOVES = 3
@@ -261,7 +261,7 @@ def make_mixture(config: RunConfig, rows: RunRows) -> PlannedMixture | StaticBle
         mixer,
         sizes=rows.train.sizes,
         rows=config.train.batch_size,
-        seed=config.seed,
+        seed=config.order_seed,
         lag=mixing.lag,
         exhaustion=mixing.exhaustion,
         allow_empty=allow_empty,

@@ -17,7 +17,7 @@ from castalia.distributed.pipeline import Pipeline, Stages
 from castalia.losses import Loss, LossOut, Scored
 from castalia.models.offload import Offload
 from castalia.models.parts.dropout import row_draws
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.precision import arithmetic
 from castalia.train.totals import PassSums
 

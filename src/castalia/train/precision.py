@@ -8,8 +8,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from castalia.distributed import World
 from castalia.optim.masters import Storage
-from castalia.train.config import RunConfig
-from castalia.train.precision_config import HALF
+from castalia.runs.config import RunConfig
+from castalia.runs.precision_config import HALF
 
 DTYPES = {
     "fp32": torch.float32,

@@ -35,8 +35,8 @@ from castalia.data.sources import Files
 from castalia.data.step_reader import PADDING_ROW
 from castalia.distributed import World
 from castalia.losses import Loss, LossOut, Scored
+from castalia.runs.config import RunConfig, rules_of
 from castalia.train.build import build_model
-from castalia.train.config import RunConfig, rules_of
 from castalia.train.passes import Passes, make_passes
 from castalia.train.start import StartWeights, open_start
 from castalia.train.stopping import say
@@ -188,7 +188,7 @@ class Cache:
         if self.config.precision == "fp8":
             facts["fp8"] = self.config.fp8.model_dump(mode="json")
         if not start or start["drawn"]:
-            facts["seed"] = self.config.seed
+            facts["seed"] = self.config.start_seed
         return facts
 
     def attach(self, side: ServedRows) -> None:

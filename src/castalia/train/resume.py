@@ -16,12 +16,12 @@ from castalia.config import dump_yaml
 from castalia.core.errors import CheckpointError, DataError
 from castalia.corpora.conversations import template_text
 from castalia.data import changed, load_tokenizer
-from castalia.data.tokenizer_settings import TEMPLATE_FILE, companions
 from castalia.distributed import Watchdog
 from castalia.models import Decoder
 from castalia.optim.groups import matches
 from castalia.optim.updater import Updater, state_names
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
+from castalia.tokenizers.settings import TEMPLATE_FILE, companions
 
 LONG = 10.0
 """Factor on the watchdog's limit for saving and loading, which wait for a disk."""

@@ -11,8 +11,10 @@ from castalia.core.files import claimed
 from castalia.core.memory import keep_freed_memory
 from castalia.core.ranks import environment
 from castalia.distributed import World, peers_may_be_lost
+from castalia.runs.config import RunConfig
+from castalia.runs.folder import check_run_folder, write_run_folder
+from castalia.runs.named_hooks import named_hooks
 from castalia.train.build import check_processes
-from castalia.train.config import RunConfig
 from castalia.train.hooks import (
     Evaluate,
     Hook,
@@ -23,9 +25,7 @@ from castalia.train.hooks import (
     StopOnSignal,
     Validate,
 )
-from castalia.train.hooks.named import named_hooks
 from castalia.train.machine_precision import offload_notes, precision_notes
-from castalia.train.run_folder import check_run_folder, write_run_folder
 from castalia.train.startup import print_start
 from castalia.train.stopping import Stop, say
 from castalia.train.trainer import Trainer

@@ -22,7 +22,7 @@ from castalia.distributed.layout import Sliceable
 from castalia.formats.adapted import require_base, weights_hash
 from castalia.formats.saved_model import SavedModel, open_model
 from castalia.models import Decoder, ModelConfig
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.progress import Progress
 from castalia.train.resume import Stateful
 

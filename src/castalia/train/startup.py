@@ -15,7 +15,7 @@ from castalia.data.pairwise import PairOrder
 from castalia.losses import LOSSES
 from castalia.models.fp8 import Fp8Config
 from castalia.monitor import quantity, size_text
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 if TYPE_CHECKING:
     from castalia.distributed import World

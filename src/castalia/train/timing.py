@@ -18,7 +18,7 @@ from castalia.losses.scored import Scored
 from castalia.models import Decoder, ModelConfig
 from castalia.models.config import TransformerConfig
 from castalia.models.flops import flops_per_token
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.precision import arithmetic
 
 LAYERS = 2

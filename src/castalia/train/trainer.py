@@ -26,15 +26,16 @@ from castalia.models import parameter_counts
 from castalia.optim.loss_scale import make_scale
 from castalia.optim.schedule import make_schedule
 from castalia.optim.updater import Updater
-from castalia.train.build import build_model, check_processes, rows_of_run, step_loader, with_room
-from castalia.train.config import RunConfig, rules_of
+from castalia.runs.config import RunConfig, rules_of
+from castalia.runs.hook import close_with, start_hook
+from castalia.runs.named_corpus import ensure_on_all
+from castalia.runs.rows import opened_rows
+from castalia.train.build import build_model, check_processes, step_loader, with_room
 from castalia.train.experience import make_experience
 from castalia.train.guard import Action, Guard, Verdict
 from castalia.train.hooks import Hook, Step
-from castalia.train.hooks.hook import close_with, start_hook
 from castalia.train.machine_precision import with_precision
 from castalia.train.mixture import PlannedMixture, make_mixture
-from castalia.train.named_corpus import ensure_on_all
 from castalia.train.passes import make_passes
 from castalia.train.precision import storage
 from castalia.train.progress import Clock, Progress, rows_hash
@@ -44,7 +45,6 @@ from castalia.train.start import open_start, recorded
 from castalia.train.step_metrics import step_metrics
 from castalia.train.stopping import Stop, due, say
 from castalia.train.totals import PassSums, StepTotals
-from castalia.train.whole_passes import with_steps
 
 
 class Trainer:
@@ -104,8 +104,7 @@ class Trainer:
 
     def open_data(self) -> None:
         """The rows, and the mixture that chooses among their sources."""
-        self.config = with_steps(self.config)
-        self.rows = rows_of_run(self.config)
+        self.config, self.rows = opened_rows(self.config)
         self.mixture = make_mixture(self.config, self.rows)
 
     def build(self, loss: Loss | None) -> None:

@@ -13,7 +13,7 @@ from castalia.losses import LOSSES
 from castalia.results import Result
 from castalia.results.schema import PACKAGES, Labels, is_installed
 from castalia.results.store import EXTRA, PURPOSE, ResultsStore, now
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 
 def keeps_validations(config: RunConfig, rows: RunRows) -> bool:

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.analysis.viewing import record_of, require_own_tokenizer
 from castalia.core.errors import DataError
 from castalia.data.batch_sizes import BatchSizes
 from castalia.data.run_rows import RunRows
-from castalia.data.tokenizer import Tokenizer
+from castalia.stream.viewing import record_of, require_own_tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 MOST_ROWS = 64
 """Rows in one answer: at 2,048 tokens each, half a megabyte of text."""

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from castalia.analysis.live.jobs import Work
 from castalia.analysis.live.readers import Batches, Row
-from castalia.analysis.memorized import Recall, recall
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer import Tokenizer
 from castalia.inference import LanguageModel, load
+from castalia.memorization.recall import Recall, recall
+from castalia.tokenizers.tokenizer import Tokenizer
 
 THREADS = 1
 """Of torch: a run that trains on this machine keeps the other cores."""

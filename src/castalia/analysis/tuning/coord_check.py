@@ -24,7 +24,7 @@ from castalia.core.ranks import environment
 from castalia.distributed import World
 from castalia.models import Decoder, ModelConfig, TransformerConfig
 from castalia.models.mup import MupConfig
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.hooks import Hook, Step
 from castalia.train.trainer import Trainer
 

@@ -15,7 +15,7 @@ from castalia.analysis.tuning.chart import Mark, Panel, write_chart
 from castalia.analysis.tuning.short_runs import short_run
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.distributed import World
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 from castalia.train.hooks import Hook, Step
 from castalia.train.trainer import Trainer
 

@@ -2,7 +2,7 @@
 
 from castalia.models import ModelConfig, TransformerConfig, build_model_config
 from castalia.optim.schedule import ScheduleConfig
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 
 def short_run(config: RunConfig, steps: int, folder: str) -> RunConfig:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from castalia.core.errors import ConfigError
-from castalia.data.tokenizer import Tokenizer
-from castalia.data.tokenizer_forms import OtherTokenizer
-from castalia.data.tokenizer_settings import read_settings, special_tokens
 from castalia.inference import LanguageModel
+from castalia.tokenizers.forms import OtherTokenizer
+from castalia.tokenizers.settings import read_settings, special_tokens
+from castalia.tokenizers.tokenizer import Tokenizer
 
 Ids = tuple[int, ...]
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from castalia.checkpoint.tensors import StoredTensors
 from castalia.core.errors import CheckpointError
-from castalia.data.tokenizer import Tokenizer
 from castalia.formats.neox.config import config_files, find_tokenizer, model_config, read_model
 from castalia.formats.neox.folder import Rank, find_files, find_neox, step_of
 from castalia.formats.neox.layout import (
@@ -26,6 +25,7 @@ from castalia.formats.neox.layout import (
 )
 from castalia.formats.pieces import gathered, require_matrices
 from castalia.models.config import TransformerConfig
+from castalia.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["NeoxCheckpoint", "find_neox", "read_neox", "step_of"]
 

@@ -9,9 +9,9 @@ from castalia.config.neox import normal, read_neox
 from castalia.config.neox_keys import ALIASES, HONOURED, NAMES
 from castalia.config.values import read_yaml
 from castalia.core.errors import CastaliaError, ConfigError
-from castalia.data.tokenizer import Tokenizer, load_tokenizer
 from castalia.models.config import TransformerConfig, require_transformer, require_vocabulary
 from castalia.models.families import build_model_config
+from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 CONFIGS = "configs"
 """The folder in a checkpoint that GPT-NeoX copies a run's YAML files to."""

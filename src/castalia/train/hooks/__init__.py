@@ -1,7 +1,7 @@
 """What happens around the steps: log, save, validate, evaluate, stop. Hooks run in list order."""
 
+from castalia.runs.hook import Hook, Step
 from castalia.train.hooks.evaluate import Evaluate
-from castalia.train.hooks.hook import Hook, Step
 from castalia.train.hooks.metrics import Metrics
 from castalia.train.hooks.record_mixture import RecordMixture
 from castalia.train.hooks.save import Save

@@ -8,8 +8,8 @@ from castalia.checkpoint import SavePolicy
 from castalia.data import RunRows
 from castalia.distributed import Watchdog, World
 from castalia.monitor import duration
-from castalia.train.config import RunConfig
-from castalia.train.hooks.hook import Hook, Step
+from castalia.runs.config import RunConfig
+from castalia.runs.hook import Hook, Step
 from castalia.train.hooks.validate import bytes_per_token
 from castalia.train.mixture import PlannedMixture, StaticBlend
 from castalia.train.progress import Progress

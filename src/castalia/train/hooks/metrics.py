@@ -6,8 +6,8 @@ from typing import Any
 
 from castalia.distributed import World
 from castalia.monitor.sinks import Sink, make_sinks
-from castalia.train.config import RunConfig
-from castalia.train.hooks.hook import Hook, Step
+from castalia.runs.config import RunConfig
+from castalia.runs.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend
 from castalia.train.progress import Progress
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from castalia.distributed import World
 from castalia.mixing import MixtureLog, Watch, read_mixture
-from castalia.train.config import RunConfig
-from castalia.train.hooks.hook import Hook, Step
+from castalia.runs.config import RunConfig
+from castalia.runs.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend
 from castalia.train.stopping import say
 

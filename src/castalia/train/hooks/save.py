@@ -6,8 +6,8 @@ from typing import Any
 from castalia.checkpoint import SavePolicy
 from castalia.core.errors import CheckpointError
 from castalia.distributed import is_loss
-from castalia.train.config import RunConfig
-from castalia.train.hooks.hook import Hook, Step
+from castalia.runs.config import RunConfig
+from castalia.runs.hook import Hook, Step
 from castalia.train.progress import Progress
 from castalia.train.resume import Checkpoints
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from castalia.distributed import World
-from castalia.train.hooks.hook import Hook, Step
+from castalia.runs.hook import Hook, Step
 from castalia.train.resume import Checkpoints
 from castalia.train.stopping import STDERR, SignalReader, Stop, say
 

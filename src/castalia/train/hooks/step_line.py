@@ -11,8 +11,8 @@ from castalia.distributed import World
 from castalia.losses import LOSSES
 from castalia.models.flops import flops_per_token
 from castalia.monitor import duration, memory_bytes, peak_flops, quantity
-from castalia.train.config import RunConfig
-from castalia.train.hooks.hook import Hook, Step
+from castalia.runs.config import RunConfig
+from castalia.runs.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend, movements
 from castalia.train.progress import Clock, Progress
 from castalia.train.stopping import Stop, say

@@ -8,8 +8,8 @@ import numpy as np
 from castalia.data import BlendedRows, RunRows
 from castalia.data.sidecar import read_record
 from castalia.mixing import scores
-from castalia.train.config import RunConfig
-from castalia.train.hooks.hook import Hook, Step
+from castalia.runs.config import RunConfig
+from castalia.runs.hook import Hook, Step
 from castalia.train.mixture import PlannedMixture, StaticBlend
 from castalia.train.progress import Progress
 from castalia.train.totals import StepTotals

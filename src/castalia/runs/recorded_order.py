@@ -7,7 +7,7 @@ import numpy as np
 from castalia.data import RunRows
 from castalia.data.rows_by_source import RowsBySource
 from castalia.mixing import PlannedRows, Planner, make_mixer, read_mixture
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 
 class RecordedOrder:
@@ -35,7 +35,7 @@ class RecordedOrder:
             make_mixer("replay", sources=self.sources, record=self.record),
             sizes=self.sizes,
             rows=self.config.train.batch_size,
-            seed=self.config.seed,
+            seed=self.config.order_seed,
             exhaustion=mixing.exhaustion,
             # The record names no row of a source without rows.
             allow_empty=True,

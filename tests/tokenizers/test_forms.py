@@ -7,13 +7,13 @@ import pickle
 import random
 
 import pytest
-import tokenizers
 
+import tokenizers
 from castalia.core.errors import ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.corpus.encoding import PROBES, Encoder
 from castalia.data import IndexedDataset, load_tokenizer, train_tokenizer
-from castalia.data.tokenizer import byte_characters
+from castalia.tokenizers.tokenizer import byte_characters
 
 CORPUS = [
     "to be or not to be, that's the question " * 5,
@@ -172,7 +172,7 @@ def test_gigatoken_is_used_where_it_agrees_and_only_there(trained):
     words = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")
     )
-    from castalia.data.tokenizer import Tokenizer
+    from castalia.tokenizers.tokenizer import Tokenizer
 
     other = Encoder(Tokenizer(words.to_str()))
     assert other.by == "tokenizers" and "gigatoken" in (other.fallback_reason or "")

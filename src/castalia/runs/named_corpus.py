@@ -11,7 +11,7 @@ from castalia.corpora.records import TEXT_KINDS
 from castalia.corpus.forms import WEIGHTS
 from castalia.data import load_tokenizer
 from castalia.distributed import World
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 
 def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:

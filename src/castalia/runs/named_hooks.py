@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 
 from castalia.core.errors import ConfigError
-from castalia.train.hooks.hook import Hook
+from castalia.runs.hook import Hook
 
 
 def hook_class(name: str) -> type[Hook]:

@@ -17,7 +17,7 @@ from castalia.optim.widths import width_rule
 from castalia.rollouts.functions import reward_function
 
 if TYPE_CHECKING:
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
 
 ROWS_IN = {

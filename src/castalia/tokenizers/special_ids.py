@@ -8,7 +8,7 @@ from typing import Any
 
 from castalia.core.errors import CheckpointError
 from castalia.core.files import read_json
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 ID_FILES = ("generation_config.json", "config.json")
 """Files that name these ids, the first one first, as transformers' `generate` reads them. The end

@@ -4,7 +4,7 @@ import math
 
 from castalia.core.errors import ConfigError
 from castalia.data.run_rows import rows_of_a_pass
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 
 def with_steps(config: RunConfig) -> RunConfig:
@@ -22,7 +22,7 @@ def with_steps(config: RunConfig) -> RunConfig:
     epochs = config.train.epochs
     if epochs is None:
         return config
-    rows = rows_of_a_pass(config.data, seed=config.seed)
+    rows = rows_of_a_pass(config.data, seed=config.order_seed)
     batch = config.train.batch_size
     if config.data.texts:
         return with_train_steps(config, math.ceil(epochs * rows / batch))

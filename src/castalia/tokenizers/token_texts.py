@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from castalia.data.tokenizer import BYTES, Tokenizer, byte_characters
+from castalia.tokenizers.tokenizer import BYTES, Tokenizer, byte_characters
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 """A decoder's character for bytes that do not form a whole character yet."""

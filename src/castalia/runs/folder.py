@@ -13,7 +13,7 @@ from castalia.config.changes import may_change
 from castalia.core.errors import ConfigError
 from castalia.core.files import atomic_write, cannot_write, write_json
 from castalia.monitor import describe_environment
-from castalia.train.config import RunConfig
+from castalia.runs.config import RunConfig
 
 if TYPE_CHECKING:
     from castalia.distributed import World

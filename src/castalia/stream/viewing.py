@@ -17,7 +17,7 @@ from castalia.data.ready_rows import common_dtype
 from castalia.data.run_rows import RunRows
 from castalia.data.served import ServedRows
 from castalia.data.sidecar import require_tokenizer
-from castalia.data.tokenizer import Tokenizer
+from castalia.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-
 from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.core.extras import require
-from castalia.data.tokenizer import END_NAMES, END_OF_TEXT, Tokenizer, byte_characters, byte_level
+from castalia.tokenizers.tokenizer import (
+    END_NAMES,
+    END_OF_TEXT,
+    Tokenizer,
+    byte_characters,
+    byte_level,
+)
+from tokenizers import decoders, models, pre_tokenizers
 
 CHAR = "char"
 CHAR_IDS = 512

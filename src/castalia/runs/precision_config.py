@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from castalia.train.config import RunConfig
+    from castalia.runs.config import RunConfig
 
 Parameters = Literal["fp32", "bf16", "bf16_stochastic"]
 Gradients = Literal["fp32", "bf16"]

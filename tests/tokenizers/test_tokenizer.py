@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import tokenizers
 
+import tokenizers
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import load_tokenizer, train_tokenizer
-from castalia.data.tokenizer import ByteTokenizer
+from castalia.tokenizers.tokenizer import ByteTokenizer
 
 NEOX = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "20B_tokenizer.json"
 TEXTS = [

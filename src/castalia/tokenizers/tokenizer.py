@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write
 from castalia.core.hub import TOKENIZER_FILES, hub_folder, is_hub_id
-from castalia.data.tokenizer_settings import TextEnd, text_end
+from castalia.tokenizers.settings import TextEnd, text_end
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING_TOKEN = "<|padding|>"
@@ -183,7 +182,7 @@ def byte_level(inner: Any, use_regex: bool) -> Any:
 def load_tokenizer(name_or_path: str | os.PathLike[str]) -> Tokenizer:
     """Load a `tokenizer.json`, a folder that holds one, a run, or OWNER/NAME[@REVISION] of the hub.
 
-    `bytes` is the byte-level tokenizer; `tokenizer_forms` adds `char`, VOCAB.json,MERGES.txt of
+    `bytes` is the byte-level tokenizer; `forms` adds `char`, VOCAB.json,MERGES.txt of
     GPT-2, X.tiktoken and SentencePiece's X.model. The folder's other files say which token ends a
     document.
 
@@ -207,9 +206,9 @@ def read_tokenizer(name: str) -> Tokenizer:
 
     Raises  DataError if the file is missing or not a tokenizer.
     """
-    from castalia.data import tokenizer_forms  # here, because it imports this module
+    from castalia.tokenizers import forms  # here, because it imports this module
 
-    other_form = tokenizer_forms.load_form(name)
+    other_form = forms.load_form(name)
     if other_form is not None:
         return other_form
     path = Path(name)
@@ -224,7 +223,7 @@ def read_tokenizer(name: str) -> Tokenizer:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a tokenizer.json ({error})") from None
-    saved_form = tokenizer_forms.from_text(text, str(path))
+    saved_form = forms.from_text(text, str(path))
     if saved_form is not None:
         return saved_form
     tokenizer = Tokenizer(text, str(path))

@@ -1,0 +1,1 @@
+"""What a model completes by itself of the rows that it was trained on."""

@@ -1,0 +1,1 @@
+"""What the weights of checkpoints say: whether they are what they claim, and how they move."""
