@@ -79,6 +79,16 @@ def test_groups_scale_the_rate_and_choose_another_optimizer(runs):
     assert "optim.exp_avg.layers.0.mlp.up.bias" in runs["groups"]["state"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As many threads as the ranks have: SOAP's eigenvectors of a matrix of low rank follow from
+    the last bits of it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the two ranks; every optimizer has a checkpoint of one rank in it."""
