@@ -1,21 +1,19 @@
 """The runs below a folder: how far each is, and whether it still trains."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from castalia.checkpoint.find import complete_steps, folder_of
 from castalia.config import read_yaml
 from castalia.config.anchor import CONFIG, run_folder_of
 from castalia.core.errors import ConfigError
 from castalia.core.files import is_claimed
+from castalia.monitor.last_records import last_records
 
 DEEPEST = 4
 """Levels of folders that are searched for runs."""
-TAIL = 1 << 16
-"""Bytes of metrics.jsonl that are read, from its end: a hundred steps or more."""
 
 
 class RunState(NamedTuple):
@@ -86,30 +84,6 @@ def run_state(folder: Path) -> RunState:
         checkpoints=complete_steps(folder / "checkpoints"),
         changed=changed.stat().st_mtime,
     )
-
-
-def last_records(path: Path) -> list[dict[str, Any]]:
-    """The last objects of a metrics.jsonl; [] if there are none.
-
-    The file of a long run has hundreds of MB, so only its end is read.
-    """
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL))
-            lines = file.read().split(b"\n")
-    except OSError:
-        return []
-    records = []
-    # The first line may be cut by the seek, and what follows the last line break by a crash.
-    for line in lines[1 if size > TAIL else 0 : -1]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
-    return records
 
 
 def planned_steps(folder: Path) -> int | None:
