@@ -38,6 +38,7 @@ FLOORS = {
     "memorization": 11,  # completes rows of the stream
     "analysis": 12,  # pages that show what the rooms below measure
     "suites": 13,
+    "studies": 13,  # whole experiments: runs, measurements, a picture
     "demo": 13,
     "cli": 14,
 }

@@ -1,0 +1,1 @@
+"""Studies of how knowledge forms: runs, measurements and a picture, each one command."""
