@@ -1,0 +1,1 @@
+"""What a run is before and after its training: its config, its folder, its rows."""
