@@ -6,8 +6,9 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-
 import tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
+
 from castalia.core.errors import CheckpointError, ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.corpus.chat_template import read_chat_template
@@ -19,7 +20,6 @@ from castalia.eval import bits
 from castalia.recipes import load_config
 from castalia.tokenizers.settings import TextEnd, chat_templates, write_chat_templates
 from castalia.train.resume import checkpoint_files
-from tokenizers import AddedToken, models, pre_tokenizers
 
 WORDS = ["<unk>", "<|endoftext|>", "</s>", "<EOD|LLM-jp>", "<｜end▁of▁sentence｜>", "a", "b"]
 ENDS = WORDS[1:5]

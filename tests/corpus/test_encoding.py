@@ -4,12 +4,12 @@ import random
 
 import numpy as np
 import pytest
-
 import tokenizers
+from tokenizers import normalizers
+
 from castalia.corpus.encoding import Encoder
 from castalia.corpus.recent_characters import recent_characters
 from castalia.tokenizers.tokenizer import Tokenizer, train_bpe
-from tokenizers import normalizers
 
 pytest.importorskip("gigatoken", reason="needs pip install 'castalia[fast]'")
 YOUNG = {

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-
 import tokenizers
+import torch
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.export import export
@@ -20,7 +21,6 @@ from castalia.runs.config import RunConfig
 from castalia.tokenizers.forms import CL100K, CharTokenizer, SentencePieceTokenizer
 from castalia.tokenizers.special_ids import SpecialIds
 from castalia.tokenizers.tokenizer import Tokenizer
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXTS = [
     "The naïve café owner said: “¡Olé!” and poured 🍵 for two.",

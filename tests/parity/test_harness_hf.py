@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from tests.fixtures.harness_tasks import WORDS
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-import tokenizers
 from castalia.checkpoint import Store
 from castalia.config import dump_yaml
 from castalia.distributed import initialize
@@ -26,7 +27,6 @@ from castalia.models.families.llama import LlamaConfig
 from castalia.models.init import start_weights
 from castalia.runs.config import RunConfig
 from castalia.tokenizers.tokenizer import load_tokenizer
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {

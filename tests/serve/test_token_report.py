@@ -5,15 +5,15 @@ import random
 from collections.abc import Callable
 
 import pytest
-
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
 from castalia.inference import LanguageModel
 from castalia.inference.decoding import Ending
 from castalia.inference.sampling import Sampling
 from castalia.models import Decoder, NeoxConfig
 from castalia.tokenizers.forms import CharTokenizer, SentencePieceTokenizer
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 pytest.importorskip("fastapi")
 from castalia.serve.answers import chat_logprobs, completion_logprobs

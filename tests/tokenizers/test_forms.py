@@ -7,8 +7,8 @@ import pickle
 import random
 
 import pytest
-
 import tokenizers
+
 from castalia.core.errors import ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.corpus.encoding import PROBES, Encoder

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 import tokenizers
+
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import load_tokenizer, train_tokenizer
 from castalia.tokenizers.tokenizer import ByteTokenizer

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.core.extras import require
 from castalia.tokenizers.tokenizer import (
@@ -20,7 +22,6 @@ from castalia.tokenizers.tokenizer import (
     byte_characters,
     byte_level,
 )
-from tokenizers import decoders, models, pre_tokenizers
 
 CHAR = "char"
 CHAR_IDS = 512

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.files import atomic_write
 from castalia.core.hub import TOKENIZER_FILES, hub_folder, is_hub_id
 from castalia.tokenizers.settings import TextEnd, text_end
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING_TOKEN = "<|padding|>"
