@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 
 from castalia.checkpoint import complete_steps
 from castalia.config.anchor import CONFIG, run_folder_of
+from castalia.core.errors import ConfigError
 from castalia.data.batch_sizes import BatchSizes
 from castalia.data.row_source import DocumentSpan
+from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import RunRows
 from castalia.monitor.last_records import last_records
 from castalia.recipes import resolve
 from castalia.runs.config import RunConfig
 from castalia.runs.rows import rows_as_trained
+from castalia.stream.same_data import require_files, require_same_data
 from castalia.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 ROWS_AT_ONCE = 1024
@@ -71,13 +74,56 @@ class Stream:
         name = self.config.data.tokenizer
         return load_tokenizer(name) if name else None
 
+    def tokenizer_for(self, purpose: str) -> Tokenizer:
+        """The tokenizer that the config names, for what needs one, such as "a text".
+
+        Raises  ConfigError without one.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ConfigError(
+                f"{purpose} needs the tokenizer of the token files, and"
+                f" {self.folder or 'the config'} names none; add data.tokenizer=FILE, or `bytes`"
+            )
+        return tokenizer
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the order is made as the run goes on, and cannot be known ahead."""
+        return isinstance(self.rows.train, RowsBySource)
+
     def step_of(self, place: int) -> tuple[int, int]:
         """The step that reads the row at a place, and which of its rows that is."""
         return self.sizes.step_of(place)
 
-    def places(self, first: int, stop: int) -> range:
-        """The places of the rows of steps `first` to `stop` - 1."""
+    def places(self, first: int, stop: int, *, planned: bool = False) -> range:
+        """The places of the rows of steps `first` to `stop` - 1.
+
+        Raises  ConfigError as `check_steps`.
+        """
+        self.check_steps(first, stop, planned=planned)
         return range(self.sizes.first(first), self.sizes.first(stop))
+
+    def check_steps(self, first: int, stop: int, *, planned: bool = False) -> None:
+        """Check that steps `first` to `stop` - 1 are steps of the run that it has trained.
+
+        With `planned` also those that it will train, where the order is known ahead.
+        Raises  ConfigError saying at which step the run stands.
+        """
+        asked = f"step {first}" if stop == first + 1 else f"steps {first} to {stop - 1}"
+        if not 0 <= first <= stop <= self.steps:
+            raise ConfigError(f"{asked}: the run has steps 0 to {self.steps - 1}")
+        trained = self.trained
+        if self.folder is None or stop <= trained:
+            return
+        last = "has trained no step" if not trained else f"has trained steps 0 to {trained - 1}"
+        where = f"{asked}: not trained yet; the run in {self.folder} {last} of {self.steps}"
+        if self.is_mixed:
+            raise ConfigError(
+                f"{where}, and its mixer chooses the rows of a step only as the run gets there"
+            )
+        if not planned:
+            raise ConfigError(f"{where}; --planned shows the rows that it is going to read")
 
     def blocks(self, places: range, rows: int = ROWS_AT_ONCE) -> Iterator[Block]:
         """The rows at these places, ascending, so many at a time.
@@ -103,7 +149,8 @@ class Stream:
 def open_stream(words: str | Sequence[str], say: Callable[[str], None] = print) -> Stream:
     """The stream of what `words` name: a run's folder, a preset, YAML files, overrides.
 
-    Raises  ConfigError; DataError if the data are missing, damaged or too short for a row.
+    Raises  ConfigError; DataError if the data are missing, damaged, too short for a row, or not
+            those that the run in the folder trained on.
     """
     return stream_of(resolve([words] if isinstance(words, str) else words).config, say)
 
@@ -113,10 +160,14 @@ def stream_of(config: RunConfig, say: Callable[[str], None] = print) -> Stream:
 
     Raises  as `open_stream`.
     """
-    config, rows = rows_as_trained(config, say)
     folder = Path(config.output)
     began = (folder / CONFIG).is_file() and run_folder_of(folder / CONFIG) is not None
-    return Stream(config, rows, folder if began else None)
+    if not began:
+        return Stream(*rows_as_trained(config, say), None)
+    require_files(config, folder)
+    config, rows = rows_as_trained(config, say)
+    require_same_data(folder, rows.fingerprint, config.data.allow_changed, say)
+    return Stream(config, rows, folder)
 
 
 def steps_trained(folder: Path) -> int:
