@@ -8,6 +8,7 @@ import typer
 from castalia import __version__
 from castalia.cli import (
     cleaning,  # noqa: F401  adds its commands to those of `data`
+    count,
     data,
     demo,
     eval,
@@ -78,6 +79,7 @@ PANELS = {
         results.results,
         scaling.scaling,
     ),
+    "What a run has read": (count.count,),
     "Trained models": (
         generate.generate,
         eval.eval_,

@@ -1,0 +1,1 @@
+"""Counts over the training stream: terms, matches of a pattern, n-grams and pairs, by step."""
