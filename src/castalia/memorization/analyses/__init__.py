@@ -1,0 +1,1 @@
+"""Statistics of memorization: what the scores of several models and checkpoints say."""
