@@ -1,7 +1,8 @@
 """Files of scans: which model a file is about, and what it holds, checked before it is read."""
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,10 @@ from castalia.core.extras import require
 
 EXTRA = "results"
 PURPOSE = "an analysis of memorization"
-COLUMNS = ("step", "index", "prompt", "continuation", "score", "loss")
+COLUMNS = ("step", "index", "prompt", "continuation", "score", "exact", "loss")
 """Of a scan's file; it has others too."""
+METADATA = b"castalia.memorization"
+"""Where a file says what it is about, as JSON."""
 SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([kmbt])(?![a-z0-9])", re.IGNORECASE)
 UNITS = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
@@ -29,6 +32,8 @@ class ScanFile(NamedTuple):
     """Of the data and their order; "" if the file does not say it."""
     prompt: int
     continuation: int
+    scored: bool
+    """Whether partial scores are known; else only whether a row is memorized."""
     places: int
     """Length of the order as far as it was scanned: the last place + 1."""
     rows: dict[int, int]
@@ -82,9 +87,9 @@ def open_scan(word: str, steps: Sequence[int] = ()) -> ScanFile:
     if not path.is_file():
         raise ConfigError(f"no file {path}; give files that `castalia memorize --output` wrote")
     metadata = metadata_of(path)
-    name = given or metadata.get("model") or path.stem
-    seed = metadata.get("weight_seed")
-    prompt, continuation, places, rows = contents_of(path)
+    name = given or str(metadata.get("model") or path.stem)
+    contents = contents_of(path)
+    rows = contents.rows
     if steps:
         rows = {step: rows[step] for step in sorted(steps) if step in rows}
         if not rows:
@@ -93,16 +98,17 @@ def open_scan(word: str, steps: Sequence[int] = ()) -> ScanFile:
         path=path,
         name=name,
         size=size_of(metadata.get("parameters"), name, path),
-        weight_seed=int(seed) if seed else None,
-        fingerprint=metadata.get("fingerprint", ""),
-        prompt=prompt,
-        continuation=continuation,
-        places=places,
+        weight_seed=metadata.get("weight_seed"),
+        fingerprint=str(metadata.get("fingerprint") or ""),
+        prompt=contents.prompt,
+        continuation=contents.continuation,
+        scored=contents.scored,
+        places=contents.places,
         rows=rows,
     )
 
 
-def metadata_of(path: Path) -> dict[str, str]:
+def metadata_of(path: Path) -> dict[str, Any]:
     """What a scan says about itself.
 
     Raises  DataError if the file is damaged or lacks a column of a scan.
@@ -118,21 +124,36 @@ def metadata_of(path: Path) -> dict[str, str]:
             f"{path} is no scan of memorization: it lacks the columns {', '.join(missing)}; give"
             " files that `castalia memorize --output` wrote"
         )
-    pairs: Mapping[bytes, bytes] = schema.metadata or {}
-    return {key.decode(): value.decode(errors="replace") for key, value in pairs.items()}
+    try:
+        said: dict[str, Any] = json.loads((schema.metadata or {}).get(METADATA, b"{}"))
+    except ValueError as error:
+        raise DataError(f"{path}: its metadata are no JSON: {error}") from None
+    job: dict[str, Any] = said.get("job", {})
+    return {**job, **said}
 
 
 CHECK = """
     SELECT step, count(*), count(index), min(index), max(index), min(prompt), max(prompt),
-           min(continuation), max(continuation),
-           count(*) FILTER (score IS NULL OR isnan(score) OR score < 0 OR score > 1
-                            OR abs(score * continuation - round(score * continuation)) > 0.01)
+           min(continuation), max(continuation), count(score),
+           count(*) FILTER (isnan(score) OR score < 0 OR score > 1
+                            OR abs(score * continuation - round(score * continuation)) > 0.01
+                            OR exact IS NULL)
     FROM read_parquet(?) GROUP BY step ORDER BY step
 """
 
 
-def contents_of(path: Path) -> tuple[int, int, int, dict[int, int]]:
-    """Lengths of prompt and continuation, length of the order, rows by checkpoint.
+class Contents(NamedTuple):
+    """What stands in a file; the fields are those of `ScanFile`."""
+
+    prompt: int
+    continuation: int
+    scored: bool
+    places: int
+    rows: dict[int, int]
+
+
+def contents_of(path: Path) -> Contents:
+    """The rows of a file, counted and checked.
 
     Raises  DataError as `open_scans`.
     """
@@ -148,16 +169,19 @@ def contents_of(path: Path) -> tuple[int, int, int, dict[int, int]]:
     prompt, last_prompt, continuation, last_continuation = lines[0][5:9]
     if len(lengths) > 1 or prompt != last_prompt or continuation != last_continuation:
         raise DataError(f"{path} has rows of several lengths of prompt or continuation")
-    for step, rows, placed, first, _, *_, wrong in lines:
+    scored = any(line[-2] for line in lines)
+    for step, rows, placed, first, *_, scores, wrong in lines:
         if step is None or placed != rows or first < 0:
             raise DataError(f"{path}: step or index is missing or negative in some rows")
+        # All scores or none, as `castalia memorize` computes them.
+        wrong += rows - scores if scored else 0
         if wrong:
             raise DataError(
                 f"{path}: {wrong:,} of {rows:,} scores of checkpoint {step} are not a number of"
-                f" {continuation} tokens; scan with partial scores"
+                f" {continuation} tokens; delete the file and scan again"
             )
     places = max(line[4] for line in lines) + 1
-    return prompt, continuation, places, {line[0]: line[1] for line in lines}
+    return Contents(prompt, continuation, scored, places, {line[0]: line[1] for line in lines})
 
 
 def require_same_rows(one: ScanFile, other: ScanFile) -> None:
@@ -179,7 +203,7 @@ def require_same_rows(one: ScanFile, other: ScanFile) -> None:
             )
 
 
-def size_of(parameters: str | None, name: str, path: Path) -> float | None:
+def size_of(parameters: float | None, name: str, path: Path) -> float | None:
     """Parameters: what the file says, else a size such as 70m in the name or the path."""
     if parameters:
         return float(parameters)

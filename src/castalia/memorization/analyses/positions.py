@@ -33,11 +33,11 @@ class Slope(NamedTuple):
 class Positions:
     """Sums of the scores of one scan by bucket of places, and those of a regression."""
 
-    def __init__(self, places: int, continuation: int, buckets: int = BUCKETS) -> None:
+    def __init__(self, places: int, pieces: int, buckets: int = BUCKETS) -> None:
         self.size = max(1, math.ceil(places / buckets))
         self.middle = places / 2
         """Places are taken from here, so that the sums lose no digits."""
-        self.continuation = continuation
+        self.pieces = pieces
         count = math.ceil(places / self.size)
         self.rows = np.zeros(count, np.int64)
         self.hits = np.zeros(count, np.int64)
@@ -51,18 +51,18 @@ class Positions:
     def add(self, first: int, codes: NDArray[Any]) -> None:
         """Add scores of consecutive places.
 
-        codes  (R,) 0 for a missing row, else matches + 1.
+        codes  (R,) 0 for a missing row, else matching pieces + 1.
         """
         inside = np.flatnonzero(codes)
         if not len(inside):
             return
         matches = codes[inside].astype(np.float64) - 1
-        scores = matches / self.continuation
+        scores = matches / self.pieces
         places = inside + first
         buckets = places // self.size
         count = len(self.rows)
         self.rows += np.bincount(buckets, minlength=count)
-        self.hits += np.bincount(buckets[matches == self.continuation], minlength=count)
+        self.hits += np.bincount(buckets[matches == self.pieces], minlength=count)
         self.totals += np.bincount(buckets, scores, minlength=count)
         self.squares += np.bincount(buckets, scores * scores, minlength=count)
         x = (places - self.middle) / MILLION

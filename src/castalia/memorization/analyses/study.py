@@ -31,6 +31,8 @@ class Study(NamedTuple):
     scans: list[Scan]
     common: int
     """Rows that every scan has."""
+    scored: bool
+    """Whether partial scores are known; else a score is 1 for a memorized row and 0 for another."""
     tables: dict[str, Lines]
     notes: list[str]
     """What is missing, and why."""
@@ -53,6 +55,7 @@ class Study(NamedTuple):
                 for file in files.values()
             ],
             "rows_seen_by_all": self.common,
+            "partial_scores": self.scored,
             **self.tables,
             "notes": self.notes,
         }
@@ -69,7 +72,7 @@ class Sums:
         self.joints: dict[Pair, Counts] = {
             pair: np.zeros((levels + 1, levels + 1), np.int64) for pair in pairs_of(table.scans)
         }
-        self.positions = [Positions(table.places, table.continuation) for _ in table.scans]
+        self.positions = [Positions(table.places, table.pieces) for _ in table.scans]
         windows = [window_of(scan.rows) for scan in table.scans]
         self.densities = [Density(window, np.zeros(window + 1, np.int64)) for window in windows]
 
@@ -116,7 +119,7 @@ def study_of(files: Sequence[ScanFile], folder: str | Path) -> Study:
         "levels": labelled(scans, [each.data() for each in table.losses]),
     }
     common = int(sums.common[0].sum())
-    return Study(scans, common, tables, notes_of(files, common, tables))
+    return Study(scans, common, table.scored, tables, notes_of(files, common, tables))
 
 
 def labelled(scans: Sequence[Scan], tables: Sequence[Lines]) -> Lines:
@@ -212,6 +215,12 @@ def density_points(density: Density) -> Lines:
 def notes_of(files: Sequence[ScanFile], common: int, tables: dict[str, Lines]) -> list[str]:
     """Sentences about what these scans cannot show."""
     notes = []
+    bare = [file.name for file in files if not file.scored]
+    if bare:
+        notes.append(
+            f"Partial scores of {', '.join(bare)} were not scanned: a score is here 1 for a"
+            " memorized row and 0 for another."
+        )
     if len(files) == 1:
         notes.append("One model: nothing is said of small models against large ones.")
     sizeless = [file.name for file in files if file.size is None]

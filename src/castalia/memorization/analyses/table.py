@@ -19,7 +19,7 @@ PART = 1 << 20
 """Places of all columns that are in memory together: a multiple of every window."""
 
 Codes = NDArray[Any]
-"""(R,) 0 where a scan lacks the row, else matching tokens + 1."""
+"""(R,) 0 where a scan lacks the row, else matching pieces + 1."""
 
 
 class Scan(NamedTuple):
@@ -55,8 +55,11 @@ class ScoreTable:
         Raises  DataError if a file has a row twice; CastaliaError if the disk is full.
         """
         self.files = files
-        self.continuation = files[0].continuation
-        self.memorized = self.continuation + 1
+        self.scored = all(file.scored for file in files)
+        # Without partial scores the continuation is one piece, which matches or does not.
+        self.pieces = files[0].continuation if self.scored else 1
+        """What a score is a share of: the tokens of the continuation, or all of it."""
+        self.memorized = self.pieces + 1
         """The code of score 1."""
         self.places = max(file.places for file in files)
         self.scans = [Scan(file, step) for file in files for step in file.steps]
@@ -78,12 +81,12 @@ class ScoreTable:
         parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
         numbers = {scan.step: n for n, scan in enumerate(self.scans) if scan.file is file}
         with parquet.ParquetFile(file.path) as source:
-            names = ["step", "index", "score", "loss"]
+            names = ["step", "index", "score" if self.scored else "exact", "loss"]
             for batch in source.iter_batches(BATCH, columns=names):
                 steps, index, score, loss = (
-                    column.to_numpy(zero_copy_only=False) for column in batch.columns
+                    batch[name].to_numpy(zero_copy_only=False) for name in names
                 )
-                codes = np.rint(score * self.continuation).astype(np.int64) + 1
+                codes = np.rint(score * self.pieces).astype(np.int64) + 1
                 for step in np.unique(steps).tolist():
                     if step not in numbers:
                         continue
@@ -91,7 +94,7 @@ class ScoreTable:
                     self.columns[numbers[step]][index[own]] = codes[own]
                     self.losses[numbers[step]].add(codes[own] - 1, loss[own])
         for step, number in numbers.items():
-            filled = sum(np.count_nonzero(part) for part in pieces(self.columns[number]))
+            filled = sum(np.count_nonzero(part) for part in stretches(self.columns[number]))
             doubled = file.rows[step] - filled
             if doubled:
                 raise DataError(
@@ -106,7 +109,7 @@ class ScoreTable:
             yield Part(first, [np.array(column[first : first + PART]) for column in self.columns])
 
 
-def pieces(column: Codes) -> Iterator[Codes]:
+def stretches(column: Codes) -> Iterator[Codes]:
     """A column, some places at a time."""
     for first in range(0, len(column), PART):
         yield column[first : first + PART]
