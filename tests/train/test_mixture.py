@@ -503,6 +503,10 @@ def test_the_record_tells_which_row_stood_where(fit, tmp_path):
     flat = [pair for source, place in ids.ids for pair in zip(source, place, strict=True)]
     assert [order(place) for place in range(96)] == flat
     assert order(3) == flat[3]
+    for places in (range(96), range(20, 70), [90, 3]):
+        found = order.locate_all(places)
+        pairs = zip(found.source.tolist(), found.place.tolist(), strict=True)
+        assert list(pairs) == [flat[place] for place in places]
     with pytest.raises(CastaliaError, match="the record ends at step 8, but step 9 is needed"):
         order(96)
     with pytest.raises(DataError, match=r"whose mixture.jsonl records them"):

@@ -18,7 +18,7 @@ from castalia.core.workers import WorkerPool
 from castalia.data.batch import Batch
 from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.labels import IGNORED
-from castalia.data.rows_by_source import RowPlaces
+from castalia.data.row_source import RowPlaces
 from castalia.data.segments import DocumentMask, positions_within
 from castalia.data.served import ServedRows
 from castalia.data.step_reader import (

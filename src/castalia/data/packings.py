@@ -1,6 +1,7 @@
 """One source cut into rows as data.packing says."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
 from castalia.data.config import DataConfig
@@ -13,6 +14,7 @@ from castalia.data.packing_order import PackingOrder
 from castalia.data.pairwise import PairOrder, SideRows
 from castalia.data.row_source import DocumentSpan, RowSource
 from castalia.data.sources import Files
+from castalia.data.span_table import SpanTable, bounds_of, runs
 
 
 class PaddedRows(RowSource[PackingOrder]):
@@ -33,6 +35,18 @@ class PaddedRows(RowSource[PackingOrder]):
             length = min(1, int(order.maps["lengths"][stop]))
             spans.append(DocumentSpan(int(order.documents[stop]), 0, length))
         return spans
+
+    def spans_of(self, rows: NDArray[np.int64]) -> SpanTable:
+        """What `spans` gives for each of (n,) rows."""
+        order = self.order
+        if order.exact:  # stray tokens, which are for comparisons on small files
+            return super().spans_of(rows)
+        begins = order.starts[rows]
+        counts = order.starts[rows + 1] - begins
+        places = runs(begins, counts)
+        arrays = (order.documents, order.maps["offsets"], order.maps["lengths"])
+        columns = [array[places].astype(np.int64) for array in arrays]
+        return SpanTable(bounds_of(counts), *columns)
 
 
 def cut_into_rows(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.indexed import CODES, IndexedDataset, IndexedDatasetWriter, without_suffix
@@ -19,6 +20,7 @@ from castalia.data.row_source import DocumentSpan, RowSource
 from castalia.data.served import ServedRows
 from castalia.data.shards import OnBytes
 from castalia.data.sidecar import close_with_record, refuse_inputs, refuse_to_replace
+from castalia.data.span_table import SpanTable
 
 ROWS_AT_A_TIME = 256
 """Rows written in one call: enough to hide the call, few enough to hold in memory."""
@@ -65,6 +67,11 @@ class ReadyRows(RowSource[FileOrder]):
     def spans(self, row: int) -> list[DocumentSpan]:
         """The whole item."""
         return [DocumentSpan(row, 0, self.order.seq_length + 1)]
+
+    def spans_of(self, rows: NDArray[np.int64]) -> SpanTable:
+        """What `spans` gives for each of (n,) rows."""
+        whole = np.full(len(rows), self.order.seq_length + 1)
+        return SpanTable(np.arange(len(rows) + 1), rows, np.zeros_like(rows), whole)
 
 
 def ready_rows(dataset: IndexedDataset, *, seq_length: int, rows: int) -> ReadyRows:

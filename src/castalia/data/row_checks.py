@@ -7,7 +7,8 @@ import numpy as np
 from castalia.core.errors import DataError
 from castalia.data.batch import Batch
 from castalia.data.loader import as_batch
-from castalia.data.rows_by_source import RowPlaces, RowsBySource
+from castalia.data.row_source import RowPlaces
+from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import RunRows
 from castalia.data.served import ServedRows
 from castalia.data.step_reader import StepReader

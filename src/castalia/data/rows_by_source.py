@@ -1,10 +1,9 @@
 """Rows by source, for runs whose mixer plans each step: which rows, of which source."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from castalia.core.errors import DataError
 from castalia.data.config import DataConfig
@@ -12,16 +11,9 @@ from castalia.data.indexed import IndexedDataset
 from castalia.data.order import select
 from castalia.data.packings import cut_into_rows
 from castalia.data.ready_rows import ready_rows
-from castalia.data.row_source import DocumentSpan, RowSource
+from castalia.data.row_source import DocumentSpan, RowPlaces, RowSource
 from castalia.data.served import ServedRows
 from castalia.data.sources import Files
-
-
-class RowPlaces(NamedTuple):
-    """Rows to read: their source, and their place in that source's order; both (n,) int64."""
-
-    source: NDArray[np.int64]
-    place: NDArray[np.int64]
 
 
 class EmptyOrder:
@@ -62,6 +54,14 @@ def no_rows(dataset: IndexedDataset, config: DataConfig) -> EmptyRows:
     return EmptyRows(dataset, EmptyOrder(config.seq_length, tokens, epochs=0))
 
 
+@runtime_checkable
+class ManyPlaces(Protocol):
+    """An order that finds many places at once."""
+
+    def locate_all(self, places: Sequence[int]) -> RowPlaces:
+        """The source and row of each place."""
+
+
 class RowsBySource(ServedRows):
     """Rows of several sources, each in one pass of its own order; each step's plan chooses some.
 
@@ -91,6 +91,12 @@ class RowsBySource(ServedRows):
                 " mixture.jsonl records them"
             )
         return self.order(index)
+
+    def locate_all(self, places: Sequence[int]) -> RowPlaces:
+        """What `locate` gives for each of (n,) places; fast for ascending ones."""
+        if isinstance(self.order, ManyPlaces):
+            return self.order.locate_all(places)
+        return super().locate_all(places)
 
 
 def rows_by_source(

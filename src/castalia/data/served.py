@@ -12,7 +12,7 @@ from castalia.data.blending import blend_maps
 from castalia.data.fim import FillInTheMiddle
 from castalia.data.labels import Labels
 from castalia.data.order_cache import IndexMaps, OrderCache
-from castalia.data.row_source import DocumentSpan, RowSource
+from castalia.data.row_source import DocumentSpan, RowPlaces, RowSource
 from castalia.data.sources import Files
 
 
@@ -63,6 +63,11 @@ class ServedRows(ABC):
     def locate(self, index: int) -> tuple[int, int]:
         """Source of the row served at place `index` >= 0, and the row's place in its order."""
 
+    def locate_all(self, places: Sequence[int]) -> RowPlaces:
+        """What `locate` gives for each of (n,) places."""
+        pairs = np.array([self.locate(place) for place in places], np.int64).reshape(-1, 2)
+        return RowPlaces(pairs[:, 0], pairs[:, 1])
+
     def origin(self, index: int) -> int:
         """The first place at which the row at place `index` is served for the same answers."""
         return index
@@ -74,7 +79,17 @@ class ServedRows(ABC):
     def row(self, source: int, spans: Sequence[DocumentSpan], index: int) -> NDArray[np.int64]:
         """The row made of spans of a source, (seq_length + 1,), as it is served at place
         `index`."""
-        row = self.row_sources[source].row(spans)
+        return self.changed(self.row_sources[source].row(spans), spans, index)
+
+    @property
+    def changes_rows(self) -> bool:
+        """Whether rows are served otherwise than the files have them."""
+        return self.fim is not None
+
+    def changed(
+        self, row: NDArray[np.int64], spans: Sequence[DocumentSpan], index: int
+    ) -> NDArray[np.int64]:
+        """A row of the files, (seq_length + 1,), as it is served at place `index`."""
         return row if self.fim is None else self.fim(row, spans, index)
 
     def documents_of(self, index: int) -> tuple[int, list[DocumentSpan]]:
@@ -155,6 +170,38 @@ class BlendedRows(ServedRows):
         number = int(self.turns["sample_index"][place])
         return source, self.row_sources[source].order.wrap(number)
 
+    def locate_all(self, places: Sequence[int]) -> RowPlaces:
+        """What `locate` gives for each of (n,) places, in arrays.
+
+        Raises  IndexError as `locate`.
+        """
+        chosen = np.asarray(places, np.int64)
+        if not len(chosen) or chosen.min() < 0:
+            return super().locate_all(places)
+        if self.period:
+            chosen = chosen % self.period
+        if self.turns is None:
+            source = np.zeros(len(chosen), np.int64)
+            return RowPlaces(source, wrapped(self.row_sources[0], chosen))
+        picks = self.turns["dataset_index"]
+        if chosen.max() >= len(picks):
+            return super().locate_all(places)  # which says what is wrong
+        source = np.array(self.blended, np.int64)[picks[chosen]]
+        numbers = self.turns["sample_index"][chosen]
+        for number in np.unique(source).tolist():
+            own = np.flatnonzero(source == number)
+            numbers[own] = wrapped(self.row_sources[number], numbers[own])
+        return RowPlaces(source, numbers)
+
+
+def wrapped(source: RowSource[Any], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of a source's order that serves each of (n,) places >= 0."""
+    outside = np.flatnonzero(places >= len(source.order.shuffle_idx))
+    if len(outside):
+        places = places.copy()
+        places[outside] = [source.order.wrap(place) for place in places[outside].tolist()]
+    return places
+
 
 class RepeatedRows(ServedRows):
     """The rows of every step served in several steps in a row: step t has those that step
@@ -175,3 +222,7 @@ class RepeatedRows(ServedRows):
     def locate(self, index: int) -> tuple[int, int]:
         """Source of the row served at place `index` >= 0, and the row's place in its order."""
         return self.rows.locate(self.origin(index))
+
+    def locate_all(self, places: Sequence[int]) -> RowPlaces:
+        """What `locate` gives for each of (n,) places."""
+        return self.rows.locate_all([self.origin(place) for place in places])

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.labels import label_row, weight_row
-from castalia.data.row_source import DocumentSpan
-from castalia.data.rows_by_source import RowPlaces
+from castalia.data.row_source import DocumentSpan, RowPlaces
 from castalia.data.segments import DocumentMask
 from castalia.data.served import ServedRows
 from castalia.data.vocabulary import out_of_vocab
@@ -117,12 +116,7 @@ class StepReader:
 
     def locate(self, places: Sequence[range]) -> list[RowPlaces]:
         """The rows at places of the served order, a micro-batch at a time."""
-        located = []
-        for indices in places:
-            pairs = np.array([self.rows.locate(index) for index in indices], np.int64)
-            pairs = pairs.reshape(-1, 2)  # an empty share too
-            located.append(RowPlaces(pairs[:, 0], pairs[:, 1]))
-        return located
+        return [self.rows.locate_all(indices) for indices in places]
 
     def look_up(self, rows: RowPlaces) -> list[SpansOfRows]:
         """The spans of each row, for each side; starts reading them from disk where rows are

@@ -1,10 +1,12 @@
 """The served order of a mixed run, planned again from its mixture.jsonl."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from castalia.data import RunRows
+from castalia.data.row_source import RowPlaces
 from castalia.data.rows_by_source import RowsBySource
 from castalia.mixing import PlannedRows, Planner, make_mixer, read_mixture
 from castalia.runs.config import RunConfig
@@ -47,6 +49,14 @@ class RecordedOrder:
         Raises  TrainingError past the end of the record.
         """
         step, place = divmod(int(index), self.config.train.batch_size)
+        self.plan(step)
+        return int(self.rows.source[place]), int(self.rows.index[place])
+
+    def plan(self, step: int) -> None:
+        """Plan the rows of a step, counted from 0.
+
+        Raises  TrainingError past the end of the record.
+        """
         if step + 1 < self.step:
             self.begin()
         while self.step < step + 1:
@@ -55,4 +65,18 @@ class RecordedOrder:
             # Resolving a plan to rows is the expensive part; the steps before need none.
             if self.step == step + 1:
                 self.rows = plan.rows()
-        return int(self.rows.source[place]), int(self.rows.index[place])
+
+    def locate_all(self, places: Sequence[int]) -> RowPlaces:
+        """The source and row of each of (n,) places.
+
+        Raises  TrainingError past the end of the record.
+        """
+        steps, within = np.divmod(np.asarray(places, np.int64), self.config.train.batch_size)
+        source = np.empty(len(steps), np.int64)
+        index = np.empty(len(steps), np.int64)
+        for step in np.unique(steps).tolist():
+            self.plan(step)
+            own = steps == step
+            source[own] = self.rows.source[within[own]]
+            index[own] = self.rows.index[within[own]]
+        return RowPlaces(source, index)

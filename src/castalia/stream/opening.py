@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike
 
 from castalia.checkpoint import complete_steps
 from castalia.config.anchor import CONFIG, run_folder_of
 from castalia.core.errors import ConfigError
 from castalia.data.batch_sizes import BatchSizes
-from castalia.data.row_source import DocumentSpan
+from castalia.data.row_blocks import RowBlock, read_block
 from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import RunRows
 from castalia.monitor.last_records import last_records
@@ -26,17 +26,15 @@ ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
-class Block:
-    """Neighbouring rows of a stream, R of them; of pairs the preferred answers."""
+class Block(RowBlock):
+    """Neighbouring rows of a stream, R of them; of pairs the preferred answers.
 
-    tokens: NDArray[np.int64]
-    """(R, T + 1) as the passes read them: T inputs and the last target."""
+    `tokens` (R, T + 1) are what the passes read: T inputs and the last target; `source` (R,) counts
+    in `Stream.sources`; `spans` are the documents of each row, `table` the same in arrays.
+    """
+
     places: range
     """Place of each row in the run's order."""
-    source: NDArray[np.int32]
-    """(R,) number of each row's source in `Stream.sources`."""
-    spans: list[list[DocumentSpan]]
-    """The documents in each row, in order."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +123,20 @@ class Stream:
         if not planned:
             raise ConfigError(f"{where}; --planned shows the rows that it is going to read")
 
-    def blocks(self, places: range, rows: int = ROWS_AT_ONCE) -> Iterator[Block]:
-        """The rows at these places, ascending, so many at a time.
+    def blocks(
+        self, places: range, rows: int = ROWS_AT_ONCE, dtype: DTypeLike = np.int64
+    ) -> Iterator[Block]:
+        """The rows at these places, ascending, so many at a time; their ids as `dtype`.
 
         Raises  DataError for places that a mixed run has not read yet.
         """
         for begin in range(places.start, places.stop, rows):
-            yield self.block(range(begin, min(begin + rows, places.stop)))
+            yield self.block(range(begin, min(begin + rows, places.stop)), dtype)
 
-    def block(self, places: range) -> Block:
+    def block(self, places: range, dtype: DTypeLike = np.int64) -> Block:
         """The rows at some places."""
-        served = self.rows.train
-        tokens = np.empty((len(places), served.seq_length + 1), np.int64)
-        source = np.empty(len(places), np.int32)
-        spans: list[list[DocumentSpan]] = []
-        for number, place in enumerate(places):
-            source[number], own = served.documents_of(place)
-            tokens[number] = served.row(int(source[number]), own, place)
-            spans.append(own)
-        return Block(tokens, places, source, spans)
+        read = read_block(self.rows.train, places, dtype)
+        return Block(read.tokens, read.source, read.table, places)
 
 
 def open_stream(words: str | Sequence[str], say: Callable[[str], None] = print) -> Stream:

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from castalia.core.errors import ConfigError, TrainingError
 from castalia.data import RunRows
 from castalia.data.loader import RowLookup
-from castalia.data.rows_by_source import RowPlaces, RowsBySource
+from castalia.data.row_source import RowPlaces
+from castalia.data.rows_by_source import RowsBySource
 from castalia.mixing import BatchPlan, ExhaustionError, Planner, Stats, read_mixture
 from castalia.mixing.config import MixingConfig
 from castalia.mixing.record import header_of
