@@ -22,6 +22,7 @@ VERBS = (
     "generate",
     "eval",
     "count",
+    "memorize",
     "report",
     "results",
     "scaling",

@@ -16,6 +16,7 @@ from castalia.cli import (
     generate,
     importing,
     launch,
+    memorize,
     mixing,
     prepare,
     report,
@@ -83,6 +84,7 @@ PANELS = {
     "Trained models": (
         generate.generate,
         eval.eval_,
+        memorize.memorize,
         importing.import_,
         export.export,
         serve.serve,

@@ -1,0 +1,344 @@
+"""A scan: shards of rows, each computed by one process and written as a part, then one file.
+
+Any number of processes may run the same scan, started together or one after the other: a process
+claims a shard by a lock, which ends with the process, and writes the part under its last name only
+when it is whole. So a killed scan continues, and no row is doubled or lost.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.core.errors import ConfigError, DataError
+from castalia.core.extras import require
+from castalia.core.files import atomic_write, claimed, locked, read_json, write_json
+from castalia.inference import LanguageModel
+from castalia.memorization.completion import Completions, Wanted, complete
+from castalia.memorization.engines import load_reader
+from castalia.memorization.job import Job, Shard, hash_of
+from castalia.memorization.reader import Ids, Reader
+from castalia.memorization.recall import memorization_score
+from castalia.memorization.table import EXTRA, PURPOSE, Scores, schema, write_part
+
+BATCH_ROWS = 128
+"""Windows that are computed together."""
+WAIT_SECONDS = 0.2
+"""Between two looks at the shards that other processes compute."""
+JOB = "job.json"
+
+Say = Callable[[str], None]
+
+
+class Summary(NamedTuple):
+    """A checkpoint of a finished scan."""
+
+    step: int
+    rows: int
+    exact: int
+    score: float | None
+    """Mean."""
+    loss: float | None
+    """Mean, in nats."""
+    near_ties: int
+    """Rows with a choice that rounding may have decided."""
+
+
+def scan(job: Job, say: Say = print) -> list[Summary]:
+    """Compute what the output lacks, and write it; returns its checkpoints.
+
+    Raises  ConfigError if the output or its work folder hold other numbers than those asked for;
+            DataError or CheckpointError if the data or the weights cannot be read.
+    """
+    folder = work_folder(job)
+    earlier = finished_before(job)
+    if earlier >= set(job.checkpoints):
+        return summaries(job)
+    prepare(job, folder)
+    left = [shard for shard in job.shards() if shard.checkpoint not in earlier]
+    Worker(job, folder, say).work(left)
+    assemble(job, folder)
+    return summaries(job)
+
+
+def work_folder(job: Job) -> Path:
+    """Where the parts lie until the file is written."""
+    return job.output.with_name(f".{job.output.name}.parts")
+
+
+def finished_before(job: Job) -> set[Any]:
+    """The checkpoints that the output already has.
+
+    Raises  ConfigError if it holds other numbers.
+    """
+    if not job.output.exists():
+        return set()
+    scores = Scores(job.output)
+    scores.close()
+    require_same(job.identity(), scores.metadata["job"], job.output)
+    had = {int(step): text for step, text in scores.metadata["weights"].items()}
+    for checkpoint in job.checkpoints:
+        if had.get(checkpoint.step, checkpoint.weights_hash) != checkpoint.weights_hash:
+            raise ConfigError(
+                f"{job.output} has step {checkpoint.step} of other weights than"
+                f" {checkpoint.path} has now; delete it, or choose another --output"
+            )
+    return {checkpoint for checkpoint in job.checkpoints if checkpoint.step in had}
+
+
+def require_same(now: dict[str, Any], before: dict[str, Any], place: Path) -> None:
+    """Raises  ConfigError if a file or folder holds other numbers than those asked for."""
+    changed = [name for name in now if now[name] != before.get(name)]
+    if changed:
+        what = ", ".join(f"{name} {before.get(name)} (now {now[name]})" for name in changed)
+        raise ConfigError(
+            f"{place} was made with {what}; repeat those options, delete it, or choose another"
+            " --output"
+        )
+
+
+def prepare(job: Job, folder: Path) -> None:
+    """Begin the work folder, or check that it belongs to this scan.
+
+    Raises  ConfigError if it is of another.
+    """
+    identity = job.identity()
+    weights = {str(each.step): each.weights_hash for each in job.checkpoints}
+    with claimed(folder):
+        if not (folder / JOB).exists():
+            write_json(folder / JOB, {"job": identity, "weights": weights})
+            return
+    before = read_json(folder / JOB)
+    require_same(identity, before["job"], folder)
+    if weights != before["weights"]:
+        raise ConfigError(
+            f"{folder} holds an unfinished scan of steps {', '.join(before['weights'])}, or of"
+            f" other weights of them; repeat those --steps, delete it, or choose another --output"
+        )
+
+
+class Worker:
+    """One process of a scan."""
+
+    def __init__(self, job: Job, folder: Path, say: Say) -> None:
+        self.job = job
+        self.folder = folder
+        self.say = say
+        self.path = ""
+        self.model: LanguageModel | None = None
+        self.reader: Reader | None = None
+
+    def work(self, shards: Sequence[Shard]) -> None:
+        """Compute shards that nobody else computes until all are there."""
+        waiting = list(shards)
+        while waiting:
+            count = len(waiting)
+            waiting = [shard for shard in waiting if not self.done(shard)]
+            if len(waiting) == count:
+                # Others compute what is left; if one of them dies, its lock ends.
+                time.sleep(WAIT_SECONDS)
+
+    def done(self, shard: Shard) -> bool:
+        """Whether the part is there, after computing it if it is free."""
+        part = part_of(self.folder, shard)
+        if part.exists():
+            return True
+        with lock_of(part) as free:
+            if not free:
+                return False
+            if not part.exists():
+                self.compute(shard, part)
+            return True
+
+    def compute(self, shard: Shard, part: Path) -> None:
+        """Score the rows of a shard and write its part."""
+        start = time.monotonic()
+        reader = self.reader_at(shard.checkpoint.path)
+        windows = self.windows(shard)
+        done = completed(reader, windows, self.job.options)
+        options = self.job.options
+        step_row = np.array([self.job.stream.step_of(int(place)) for place in shard.places])
+        score = None
+        if options.score:
+            score = memorization_score(done.made, windows[:, options.prompt :])
+        count = len(windows)
+        columns = {
+            "step": np.full(count, shard.checkpoint.step),
+            "row": step_row[:, 1],
+            "index": np.asarray(shard.places),
+            "prompt": np.full(count, options.prompt),
+            "continuation": np.full(count, options.continuation),
+            "score": score,
+            "exact": done.exact,
+            "loss": done.losses,
+        }
+        write_part(part, columns, {"near_ties": int(done.near.sum())})
+        rate = count / max(time.monotonic() - start, 1e-9)
+        self.say(
+            f"step {shard.checkpoint.step}: rows {shard.places[0]:,} to {shard.places[-1]:,},"
+            f" {int(done.exact.sum()):,} of {count:,} exact, {rate:,.0f} rows/s"
+        )
+
+    def reader_at(self, path: str) -> Reader:
+        """The reader of a checkpoint; the newest one stays in memory."""
+        if self.reader is None or self.path != path:
+            self.reader = self.model = None  # its memory first
+            options = self.job.options
+            self.model, self.reader = load_reader(
+                path, options.engine, options.dtype, options.device
+            )
+            self.path = path
+            self.require_room(self.model)
+        return self.reader
+
+    def require_room(self, model: LanguageModel) -> None:
+        """Raises  ConfigError if the model reads fewer tokens than a window has."""
+        limit = model.config.max_position_embeddings
+        if limit < self.job.options.window:
+            raise ConfigError(
+                f"windows have {self.job.options.window} tokens, and {self.path} reads {limit};"
+                " choose a smaller --prompt or --continuation"
+            )
+
+    def windows(self, shard: Shard) -> Ids:
+        """The first tokens of the rows of a shard, (R, window).
+
+        Raises  DataError for ids that the model does not know.
+        """
+        length = self.job.options.window
+        parts = [
+            block.tokens[:, :length]
+            for places in runs_of(shard.places)
+            for block in self.job.stream.blocks(places)
+        ]
+        windows = np.concatenate(parts)
+        assert self.model is not None
+        size = self.model.config.vocab_size
+        if windows.max() >= size:
+            raise DataError(
+                f"the rows have id {windows.max()}, and {self.path} knows {size}: the stream is of"
+                " another tokenizer"
+            )
+        return windows
+
+
+def completed(reader: Reader, windows: Ids, options: Any) -> Completions:
+    """The completions of windows (R, prompt + N); equal ones are computed once."""
+    unique, places = np.unique(windows, axis=0, return_inverse=True)
+    places = places.reshape(-1)
+    wanted = Wanted(options.prompt, options.score, options.loss)
+    parts = [
+        complete(reader, unique[start : start + BATCH_ROWS], wanted)
+        for start in range(0, len(unique), BATCH_ROWS)
+    ]
+    losses = None
+    if options.loss:
+        losses = np.concatenate([part.losses for part in parts if part.losses is not None])[places]
+    return Completions(
+        np.concatenate([part.made for part in parts])[places],
+        np.concatenate([part.exact for part in parts])[places],
+        losses,
+        np.concatenate([part.near for part in parts])[places],
+    )
+
+
+def runs_of(places: "range | NDArray[np.int64]") -> Iterator[range]:
+    """Ascending places as ranges of neighbours."""
+    if isinstance(places, range):
+        yield places
+        return
+    for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
+        yield range(int(run[0]), int(run[-1]) + 1)
+
+
+def part_of(folder: Path, shard: Shard) -> Path:
+    """The file of a shard."""
+    return folder / f"step-{shard.checkpoint.step:08d}.{shard.number:05d}.parquet"
+
+
+@contextmanager
+def lock_of(part: Path) -> Iterator[bool]:
+    """Claim a part; yields whether nobody else has it. The claim ends with the process."""
+    with open(part.with_suffix(".lock"), "w") as file:
+        yield locked(file)
+
+
+def assemble(job: Job, folder: Path) -> None:
+    """Write the output out of the parts and of what it had, once, and remove the parts."""
+    with claimed(folder):
+        if finished_before(job) >= set(job.checkpoints):
+            return
+        write_whole(job, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_whole(job: Job, folder: Path) -> None:
+    """Write the output."""
+    parquet = require("pyarrow.parquet", EXTRA, PURPOSE)
+    earlier = Scores(job.output) if job.output.exists() else None
+    weights = dict(earlier.metadata["weights"]) if earlier else {}
+    near = dict(earlier.metadata["near_ties"]) if earlier else {}
+    parts: dict[int, list[Path]] = {}
+    for shard in job.shards():
+        if str(shard.checkpoint.step) not in weights:
+            parts.setdefault(shard.checkpoint.step, []).append(part_of(folder, shard))
+    for checkpoint in job.checkpoints:
+        weights.setdefault(str(checkpoint.step), checkpoint.weights_hash)
+    for step, paths in parts.items():
+        near[str(step)] = sum(Scores(path).metadata["near_ties"] for path in paths)
+    metadata = facts(job) | {"job": job.identity(), "weights": weights, "near_ties": near}
+    fields = schema(metadata)
+    with (
+        atomic_write(job.output, "wb") as file,
+        parquet.ParquetWriter(file, fields, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for step in sorted(map(int, weights)):
+            if step in parts:
+                for path in parts[step]:
+                    writer.write_table(parquet.read_table(path).cast(fields))
+            elif earlier is not None:
+                for group in earlier.groups(step):
+                    writer.write_table(group.cast(fields))
+
+
+def facts(job: Job) -> dict[str, Any]:
+    """What a reader of the file may ask: run, config, data, model, seeds."""
+    config = job.stream.config
+    return {
+        "run": job.stream_name,
+        "model": job.name,
+        "config_hash": hash_of(config.model_dump(mode="json")),
+        "fingerprint": hash_of(job.stream.rows.fingerprint),
+        "model_config": config.model.model_dump(mode="json"),
+        "weight_seed": config.start_seed,
+        "data_seed": config.order_seed,
+        "rows_per_step": config.train.batch_size,
+    }
+
+
+def summaries(job: Job) -> list[Summary]:
+    """The checkpoints of the output that were asked for."""
+    scores = Scores(job.output)
+    near = scores.metadata["near_ties"]
+    result = []
+    for checkpoint in job.checkpoints:
+        rows = exact = 0
+        sums: dict[str, float] = {}
+        for table in scores.groups(checkpoint.step):
+            rows += table.num_rows
+            exact += int(table["exact"].to_numpy().sum())
+            for name in ("score", "loss"):
+                if table[name].null_count == 0:
+                    sums[name] = sums.get(name, 0.0) + float(table[name].to_numpy().sum(dtype="f8"))
+        means = {name: value / rows for name, value in sums.items()}
+        ties = int(near.get(str(checkpoint.step), 0))
+        result.append(
+            Summary(checkpoint.step, rows, exact, means.get("score"), means.get("loss"), ties)
+        )
+    scores.close()
+    return result
