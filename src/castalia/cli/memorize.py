@@ -1,12 +1,16 @@
 """`castalia memorize`."""
 
 import json
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from castalia.cli.flags import AsJson, grouped, panel
+
+if TYPE_CHECKING:
+    from castalia.memorization.job import Job
 
 ROWS = panel("Rows")
 ENGINE = panel("Engine")
@@ -110,26 +114,29 @@ def memorize(
 
       castalia memorize EleutherAI/pythia-70m --steps 1000 --stream runs/rows --output 70m.parquet
     """
-    from dataclasses import asdict
-
     from castalia.cli.signals import stoppable
     from castalia.memorization.job import Options, jobs_of
-    from castalia.memorization.scan import scan
 
     asked = asdict(rows)
     stream = asked.pop("stream")
     options = Options(**asked, **asdict(measured), **asdict(how))
     jobs = jobs_of(paths, steps, options, output, stream)
-    results = []
     with stoppable("the same command continues the scan"):
-        for job in jobs:
-            for summary in scan(job, say):
-                line = {"model": job.name, "output": str(job.output), **summary._asdict()}
-                results.append(line)
-                if not as_json:
-                    typer.echo(text_of(line))
+        results = list(finished(jobs, as_json))
     if as_json:
         typer.echo(json.dumps(results))
+
+
+def finished(jobs: "Sequence[Job]", as_json: bool) -> Iterator[dict[str, Any]]:
+    """Run the scans; each checkpoint's numbers, printed as they come unless as JSON."""
+    from castalia.memorization.scan import scan
+
+    for job in jobs:
+        for summary in scan(job, say):
+            line = {"model": job.name, "output": str(job.output), **summary._asdict()}
+            if not as_json:
+                typer.echo(text_of(line))
+            yield line
 
 
 def say(text: str) -> None:

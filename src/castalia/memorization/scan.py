@@ -25,6 +25,7 @@ from castalia.memorization.job import Job, Shard, hash_of
 from castalia.memorization.reader import Ids, Reader
 from castalia.memorization.recall import memorization_score
 from castalia.memorization.table import EXTRA, PURPOSE, Scores, schema, write_part
+from castalia.models import parameter_counts
 
 BATCH_ROWS = 128
 """Windows that are computed together."""
@@ -315,6 +316,7 @@ def facts(job: Job) -> dict[str, Any]:
         "config_hash": hash_of(config.model_dump(mode="json")),
         "fingerprint": hash_of(job.stream.rows.fingerprint),
         "model_config": config.model.model_dump(mode="json"),
+        "parameters": parameter_counts(config.model).total,
         "weight_seed": config.start_seed,
         "data_seed": config.order_seed,
         "rows_per_step": config.train.batch_size,
