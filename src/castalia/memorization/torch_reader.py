@@ -59,7 +59,9 @@ class TorchReader(Reader):
         S, W, C = hidden.shape
         rows = hidden.reshape(S * W, C)
         wanted = None if labels is None else torch.from_numpy(labels.reshape(-1)).to(rows.device)
-        best, near, losses = [], [], []
+        best = []
+        near = []
+        losses = []
         for start in range(0, S * W, HEAD_ROWS):
             logits = self.model.head(rows[start : start + HEAD_ROWS]).float()
             if wanted is not None:
