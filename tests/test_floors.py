@@ -38,9 +38,9 @@ FLOORS = {
     "memorization": 11,  # completes rows of the stream
     "analysis": 12,  # pages that show what the rooms below measure
     "suites": 13,
-    "studies": 13,  # whole experiments: runs, measurements, a picture
-    "demo": 13,
-    "cli": 14,
+    "studies": 14,  # whole experiments, often over a suite: runs, measurements, a picture
+    "demo": 14,
+    "cli": 15,
 }
 DOORS = {"__init__.py", "__main__.py"}
 """Files at the top of the package: they lead into rooms and nothing imports them but the

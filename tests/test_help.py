@@ -18,6 +18,7 @@ VERBS = (
     "coord-check",
     "train",
     "launch",
+    "suite",
     "runs",
     "generate",
     "eval",
@@ -91,6 +92,7 @@ USAGE = {
     "eval": "eval [OPTIONS] CKPT|RUN|SUITE... [dtype=int8 ...]",
     "runs": "runs [OPTIONS] [DIR]",
     "scaling": "scaling [OPTIONS] PATH...",
+    "suite": "suite [OPTIONS] SUITE [a.b=c ...]",
 }
 
 

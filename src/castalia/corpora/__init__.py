@@ -1,5 +1,5 @@
 """Corpora built from text that every Python installation has: `python` for the demo, `tiny` for
-`debug`."""
+`debug`, `mini` for the miniature suite."""
 
 from castalia.corpora.build import CORPORA, CorpusPaths, build_corpus
 

@@ -1,4 +1,5 @@
-"""Corpora built from text of every Python installation: `python` for the demo, `tiny` for `debug`.
+"""Corpora built from text of every Python installation: `python` for the demo, `tiny` for `debug`;
+`mini` has generated texts beside it, for the miniature suite.
 
 <folder>/train/<source>.jsonl   valid/<source>.jsonl      one {"name", "text"} a document
          train/<source>.bin/.idx  valid/<source>.bin/.idx   their tokens
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from castalia.core.errors import DataError
 from castalia.core.files import atomic_write, write_json
 from castalia.core.registry import Registry
-from castalia.corpora import texts
+from castalia.corpora import known_texts, texts
 from castalia.corpora.heldout import FEWEST, Split, fingerprint, split_sources
 from castalia.corpora.texts import TextDocument
 from castalia.corpus import prepare
@@ -41,6 +42,9 @@ class TextSource(NamedTuple):
     """Most bytes; of a longer source whole documents are sampled."""
     about: str
     """Description for people."""
+    copies: known_texts.CopiesOf | None = None
+    """Of generated documents: how often each stands in the training part, 0 for held out. None
+    removes repeated documents and holds out some of the others."""
 
 
 class CorpusRecipe(NamedTuple):
@@ -80,6 +84,34 @@ CORPORA.register("tiny")(
                 texts.language_reference, 200_000, "the language reference behind help()"
             ),
         }
+    )
+)
+CORPORA.register("mini")(
+    CorpusRecipe(
+        {
+            "python": TextSource(
+                texts.modules_and_reference, 330_000, "modules and language reference of Python"
+            ),
+            "passages": TextSource(
+                known_texts.passages,
+                0,
+                "passages that are repeated 1, 4, 16, 64 and 256 times",
+                known_texts.copies_of_passage,
+            ),
+            "arithmetic": TextSource(
+                known_texts.arithmetic,
+                0,
+                "sums and products, some numbers far more frequent than others",
+                known_texts.once_or_held_out,
+            ),
+            "people": TextSource(
+                known_texts.people,
+                0,
+                "people with their professions and pronouns",
+                known_texts.once_or_held_out,
+            ),
+        },
+        vocab_size=2048,
     )
 )
 
@@ -173,12 +205,12 @@ def read_sources(recipe: CorpusRecipe, say: Say) -> dict[str, Split]:
 
     Raises  DataError if none is left.
     """
+    found = {name: source for name, source in recipe.sources.items() if source.copies is None}
     documents = {
-        name: at_most(usable(source.read()), source.largest)
-        for name, source in recipe.sources.items()
+        name: at_most(usable(source.read()), source.largest) for name, source in found.items()
     }
     splits = split_sources(documents)
-    for name, source in recipe.sources.items():
+    for name, source in found.items():
         if len(splits[name].valid) < FEWEST:
             count = len(documents[name])
             say(f"corpus: skipped {name} ({source.about}): this Python has {count} such documents")
@@ -188,7 +220,16 @@ def read_sources(recipe: CorpusRecipe, say: Say) -> dict[str, Split]:
             "this Python has none of the texts of the corpus (standard library, its tests,"
             " pydoc_data); use a full installation, or name your own text with data.train="
         )
+    for name, source in recipe.sources.items():
+        if source.copies is not None:
+            splits[name] = split_generated(source.read(), source.copies)
     return splits
+
+
+def split_generated(documents: Sequence[TextDocument], copies: known_texts.CopiesOf) -> Split:
+    """Each document as often as it shall stand in the training part, or held out."""
+    train = [document for document in documents for _ in range(copies(document))]
+    return Split(train, [document for document in documents if copies(document) == 0])
 
 
 def usable(documents: Sequence[TextDocument]) -> list[TextDocument]:

@@ -122,6 +122,11 @@ def language_reference() -> list[TextDocument]:
     ]
 
 
+def modules_and_reference() -> list[TextDocument]:
+    """A few modules and the language reference, as far as this Python has them."""
+    return few_modules() + language_reference()
+
+
 def packages() -> list[importlib.metadata.Distribution]:
     """Installed packages by name, once each, without Castalia, whose own texts keep changing."""
     by_name = {

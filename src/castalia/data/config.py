@@ -98,8 +98,9 @@ class DataConfig(Config):
     chat_only_last: Annotated[bool, AT_RESUME] = False
     """Only the last message of a conversation is a target."""
     prepared_in: Annotated[str | None, AT_RESUME] = None
-    """Folder of the token files that are made of `chat`, `pairs`, `labelled` and `prompts`; null is
-    `data` in the run's folder. Files are found by content, so that several runs may share one."""
+    """Folder of the token files that are made of `chat`, `pairs`, `labelled` and `prompts`, and of
+    `corpus`; null is `data` in the run's folder. Files are found by content, so that several runs
+    may share one."""
     chosen: Annotated[Paths, AT_RESUME] = []
     """Token files of the preferred answers of pairs, one per source, in place of `train`: document
     d of one forms a pair with document d of the file of the same place in `rejected`."""
@@ -152,7 +153,7 @@ class DataConfig(Config):
     """A tokenizer.json or its folder, OWNER/NAME of the hub, or `bytes` for the byte-level
     tokenizer; kept with every checkpoint."""
     corpus: str | None = None
-    """Corpus built from text on this machine when `train` is empty: `python` or `tiny`."""
+    """Corpus built from text on this machine when `train` is empty: `python`, `tiny` or `mini`."""
     fim_rate: float = Field(0.0, ge=0, le=1)
     """Share of the documents that are cut in three with the middle moved to the end, as they are
     served; another pass cuts them elsewhere. `castalia prepare --fim-rate` cuts them once."""

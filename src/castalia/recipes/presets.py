@@ -7,6 +7,7 @@ from castalia.core.registry import Registry
 from castalia.recipes.debug import FAMILIES, debug
 from castalia.recipes.demo import demo
 from castalia.recipes.finetuning import FINE_TUNING, fine_tuning
+from castalia.recipes.mini import mini
 from castalia.recipes.pythia import NAMES, pythia
 from castalia.recipes.zoo import MODELS, published
 
@@ -14,6 +15,7 @@ PRESETS: Registry[Callable[[str], dict[str, Any]]] = Registry("preset")
 
 PRESETS.register("debug")(debug)
 PRESETS.register("demo")(demo)
+PRESETS.register("mini")(mini)
 for known in FINE_TUNING:
     PRESETS.register(known)(fine_tuning)
 for known in NAMES:

@@ -156,7 +156,7 @@ def hint_of_model(word: str) -> str:
 
 def preset_menu() -> str:
     """The presets in a line; those for the deduplicated Pile are left to a remark."""
-    first = [name for name in ("debug", "demo", *NAMES) if not name.endswith("-deduped")]
+    first = [name for name in ("debug", "demo", "mini", *NAMES) if not name.endswith("-deduped")]
     others = [name for name in preset_names() if name not in (*first, *NAMES, *FINE_TUNING)]
     return (
         f"presets: {', '.join(first)}; each pythia also with -deduped; of other families"

@@ -26,7 +26,11 @@ def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
         return ensure_mismatched(config)
     if config.data.corpus is None:
         return config
-    corpus = build_corpus(config.data.corpus, Path(config.output) / "data", say)
+    folder = Path(config.output) / "data"
+    if config.data.prepared_in:
+        # A folder of several corpora, where runs share it.
+        folder = Path(config.data.prepared_in) / config.data.corpus
+    corpus = build_corpus(config.data.corpus, folder, say)
     vocab_size = load_tokenizer(corpus.tokenizer).vocab_size
     if vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -1,0 +1,115 @@
+"""`castalia suite`: several models on one stream, planned, trained, watched and verified."""
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from castalia.cli.flags import AsJson
+
+if TYPE_CHECKING:
+    from castalia.suites import Suite
+    from castalia.suites.batches import Stream
+
+ACTIONS = ("plan", "run", "status", "verify")
+
+
+def suite(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SUITE [a.b=c ...]",
+            help="mini, pythia, a YAML file or the folder of a suite; then overrides of all"
+            " members, and output=FOLDER.",
+        ),
+    ],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Tokens, FLOPs, GPU-hours and disk of each run.")
+    ] = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Train the members, one after the other.")
+    ] = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="How far each member is; the default.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="70m,160m", help="Sizes, data variants or members."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="0,1", help="Seeds, of those that the suite has.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train several models on one stream of data: sizes x data variants x seeds.
+
+    A suite is a short YAML file, or known by name. Each member is a run of `castalia train` in the
+    suite's folder; the same command again goes on where it stopped. Members of one data variant and
+    data seed read equal batches, which --status compares.
+
+    Examples:
+
+      castalia suite mini --run
+
+      castalia suite pythia --plan --only 70m,160m --seeds 1,2
+
+      castalia suite mine.yaml --status --json
+    """
+    from castalia.core.errors import ConfigError
+    from castalia.suites import open_suite
+
+    chosen = [name for name, wanted in zip(ACTIONS, (plan, run, status), strict=False) if wanted]
+    if len(chosen) > 1:
+        raise ConfigError(f"--{chosen[0]} and --{chosen[1]}: one thing at a time")
+    opened = open_suite(words, only, seeds)
+    action = chosen[0] if chosen else "status"
+    if action == "run":
+        run_members(opened)
+    else:
+        show_status(opened, as_json)
+
+
+def run_members(opened: "Suite") -> None:
+    """Train, and exit with an error if a member failed."""
+    from castalia.core.errors import TrainingError
+    from castalia.suites.running import run_suite
+
+    outcomes = run_suite(opened, typer.echo)
+    failed = [outcome.member.name for outcome in outcomes if outcome.failed]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(outcomes)} members failed: {', '.join(failed)}; the same"
+            " command tries them again"
+        )
+    typer.echo(f"done: {len(outcomes)} members in {opened.folder}")
+
+
+def show_status(opened: "Suite", as_json: bool) -> None:
+    """Print how far each member is, and whether their batches are equal."""
+    from castalia.cli.scaling import print_table
+    from castalia.suites.batches import compare_batches
+    from castalia.suites.status import status_of
+
+    states = status_of(opened)
+    streams = compare_batches(opened)
+    if as_json:
+        values: dict[str, Any] = {"suite": opened.name, "folder": str(opened.folder)}
+        values["members"] = [state._asdict() for state in states]
+        values["streams"] = [stream._asdict() for stream in streams]
+        typer.echo(json.dumps(values, indent=2))
+        return
+    header = ["member", "parameters", "step", "loss", "state", "checkpoints", "data seed"]
+    print_table(header, [state.cells() for state in states])
+    typer.echo("")
+    for stream in streams:
+        typer.echo(said_of(stream))
+
+
+def said_of(stream: "Stream") -> str:
+    """A line about the batches of one stream."""
+    name = f"batches of data {stream.data}, data seed {stream.data_seed}"
+    if stream.problems:
+        return f"{name}: DIFFERENT: {'; '.join(stream.problems)}"
+    if stream.steps == 0:
+        return f"{name}: nothing to compare yet"
+    return f"{name}: equal in {stream.steps} steps of {len(stream.members)} members"

@@ -1,0 +1,143 @@
+"""Suites: their files, members and batches; training goes through `castalia train`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from castalia.core.errors import ConfigError
+from castalia.suites import open_suite
+from castalia.suites.batches import compare_batches, require_same_batches
+from castalia.suites.running import run_suite
+from castalia.suites.status import status_of
+
+SMALL = """
+base: debug
+sizes:
+  neox: {model.num_layers: 1, model.hidden_size: 32}
+  llama: {preset: debug-llama, model: {num_layers: 1, hidden_size: 32, intermediate_size: 64}}
+seeds: [3, {weight_seed: 5}]
+checkpoints: [0, 2]
+set: {train.steps: 3, train.batch_size: 4, data.seq_length: 32}
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """write(text): the path of a suite's file, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def put(text, name="mine.yaml"):
+        Path(name).write_text(text)
+        return name
+
+    return put
+
+
+def test_members_of_the_known_suites():
+    names = [member.name for member in open_suite("mini").members]
+    assert names == [f"{size}-seed{s}" for size in ("tiny", "small", "medium") for s in (0, 1)]
+    pythia = open_suite("pythia")
+    assert len(pythia.members) == 20
+    member = pythia["160m-deduped"]
+    assert member.words[0] == "pythia-160m-deduped"
+    assert (member.data_seed, member.weight_seed) == (1234, 1234)
+    assert member.folder == Path("runs/pythia/160m-deduped")
+    more = open_suite("pythia", only="70m,standard", seeds="1234,1")
+    assert [member.name for member in more.members] == ["70m", "70m-seed1"]
+    require_same_batches(pythia)
+
+
+def test_a_file_with_two_families_and_a_seed_of_the_weights_alone(write):
+    suite = open_suite(write(SMALL))
+    assert [member.name for member in suite.members] == [
+        "neox-seed3",
+        "neox-weight-seed5",
+        "llama-seed3",
+        "llama-weight-seed5",
+    ]
+    llama = suite["llama-weight-seed5"]
+    assert llama.config.model.family == "llama" and llama.config.model.vocab_size == 257
+    assert (llama.data_seed, llama.weight_seed) == (1234, 5)
+    assert llama.config.checkpoint.steps == [0, 2] and llama.config.checkpoint.every is None
+    assert llama.config.data.prepared_in == "runs/mine/data"
+    assert len(suite.streams) == 2
+    require_same_batches(suite)
+    only = open_suite(["mine.yaml", "train.steps=7", "output=x"], only="neox,llama-seed3")
+    assert [member.config.train.steps for member in only.members] == [7, 7, 7]
+    assert only.members[0].folder == Path("x/neox-seed3")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"only": "neoks"}, "no size or member 'neoks'.*did you mean 'neox'"),
+        ({"seeds": "4"}, "no seed '4'; its seeds are seed3, weight-seed5; did you mean 'seed3'"),
+    ],
+)
+def test_an_unknown_member_or_seed(write, options, said):
+    with pytest.raises(ConfigError, match=said):
+        open_suite(write(SMALL), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sizes: {a: debug}\nseed: [1]", "seed: unknown key"),
+        ("sizes: {a-b: debug}", "'a-b': a name consists of letters"),
+        ("sizes: {a: {model.num_layers: 1}}", "size a: name a preset, or give the suite a base"),
+        ("sizes: {a: debugg}", "size a: .*'debugg'.*did you mean 'debug'"),
+        ("sizes: {a: debug}\nseeds: [{}]", "give data_seed, weight_seed or both"),
+        ("base: debug\nsizes: {a: {train.stepz: 1}}", "size a: .*train.stepz"),
+    ],
+)
+def test_a_wrong_file(write, text, said):
+    with pytest.raises(ConfigError, match=f"(?s){said}"):
+        open_suite(write(text))
+
+
+def test_a_name_that_is_no_suite(write):
+    with pytest.raises(ConfigError, match=r"unknown suite 'minni'.*did you mean 'mini'"):
+        open_suite("minni")
+    Path("runs").mkdir()
+    with pytest.raises(ConfigError, match=r"runs is no folder of a suite: it has no suite\.yaml"):
+        open_suite("runs")
+    with pytest.raises(ConfigError, match="after the suite come overrides"):
+        open_suite(["mini", "debug"])
+
+
+def test_members_of_one_stream_read_equal_batches(write):
+    write("base: debug\nsizes: {a: {train.batch_size: 6}, b: {}}")
+    with pytest.raises(ConfigError, match=r"a-seed0 and b-seed0 .*train.batch_size 6 and 12"):
+        require_same_batches(open_suite("mine.yaml"))
+    write("base: debug\nsizes: {a: {}}\nset: {mixing.kind: progress}")
+    with pytest.raises(ConfigError, match=r"mixing.kind=progress chooses rows by the losses"):
+        require_same_batches(open_suite("mine.yaml"))
+    write("base: debug\nsizes: {a: {}}\nset: {mixing.kind: progress}\nsame_batches: false")
+    require_same_batches(open_suite("mine.yaml"))
+
+
+def test_two_families_train_on_one_stream_and_the_third_member_fails(write):
+    text = SMALL.replace("seeds: [3, {weight_seed: 5}]", "seeds: [3]\nsame_batches: false")
+    text = text.replace("sizes:\n", "sizes:\n  none: {data.train: [missing/file]}\n")
+    said = []
+    outcomes = run_suite(open_suite(write(text)), said.append)
+    assert [outcome.failed for outcome in outcomes] == [True, False, False]
+    assert "missing/file" in said[1] and "runs/mine/none-seed3/train.log" in said[1]
+    suite = open_suite("runs/mine", only="neox,llama")
+    states = [(state.name, state.step, state.state) for state in status_of(suite)]
+    assert states == [("neox-seed3", 3, "done"), ("llama-seed3", 3, "done")]
+    assert [state.checkpoints for state in status_of(suite)] == [[0, 2, 3]] * 2
+    # Every step of both families had the same rows, and nothing is trained again.
+    (stream,) = compare_batches(suite)
+    assert stream.steps == 3 and stream.problems == []
+    assert not any(outcome.failed for outcome in run_suite(suite, said.append))
+    assert said[-1] == f"[2/2] llama-seed3: done, {said[-1].partition('done, ')[2]}"
+    changed = Path("runs/mine/llama-seed3/metrics.jsonl")
+    lines = [json.loads(line) for line in changed.read_text().splitlines()]
+    lines[1]["rows_hash"] += 1
+    changed.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stream,) = compare_batches(suite)
+    assert stream.problems == [
+        "llama-seed3 read other rows than neox-seed3 in 1 steps, the first is step 2"
+    ]
