@@ -2,21 +2,26 @@
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from castalia.cli.flags import AsJson, Config, grouped, panel
 
 if TYPE_CHECKING:
-    from castalia.stream.counting.asked import Terms
+    from castalia.stream.counting.asked import Asked
     from castalia.stream.counting.counting import Counts
+    from castalia.stream.counting.ngrams import Ngrams
+    from castalia.stream.counting.terms import TermOptions
+    from castalia.stream.opening import Stream
 
 WHAT = panel("What is counted")
 FOUND = panel("What counts as found")
 STEPS = panel("Steps")
 SHOWN = 20
-"""Labels that are printed without --top, where they are not listed."""
+"""Lines that are printed without --top, where no file lists the terms; --json has them all."""
+MOST_NGRAMS = 100
+"""n-grams that are counted without --top."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +29,47 @@ class WhatFlags:
     """What is counted."""
 
     terms: Annotated[str | None, WHAT(metavar="FILE", help="Terms, one a line.")] = None
+    regex: Annotated[
+        str | None,
+        WHAT(metavar="PATTERN", help="Matches, by their text or by that of group 1."),
+    ] = None
+    ngrams: Annotated[
+        int | None, WHAT(metavar="N", help="The most frequent n-grams of tokens, exactly.")
+    ] = None
+    pairs_within: Annotated[
+        int | None,
+        WHAT(
+            metavar="W",
+            min=0,
+            help="Unordered pairs of --terms, or of matches of --regex, with at most W words"
+            " between them.",
+        ),
+    ] = None
 
-    def asked(self, found: "FoundFlags") -> "Terms":
+    def asked(self, found: "FoundFlags") -> "Asked | Ngrams":
         """What is to be counted.
 
         Raises  ConfigError if nothing or too much is; DataError if the file cannot be read.
         """
         from castalia.core.errors import ConfigError
-        from castalia.stream.counting.asked import Terms, read_terms
-        from castalia.stream.counting.terms import TermOptions
+        from castalia.stream.counting.asked import Matches, Pairs, Terms, read_terms
+        from castalia.stream.counting.ngrams import Ngrams
 
-        if self.terms is None:
-            raise ConfigError("say what to count: --terms FILE")
-        options = TermOptions(found.substring, found.ignore_case, found.as_tokens)
-        if options.as_tokens and (options.substring or options.ignore_case):
-            raise ConfigError("--as-tokens compares ids: without --substring and --ignore-case")
-        return Terms(tuple(read_terms(self.terms)), options)
+        given = [each for each in (self.terms, self.regex, self.ngrams) if each is not None]
+        if len(given) != 1 or (self.ngrams is not None and self.pairs_within is not None):
+            raise ConfigError(
+                "say what to count by one of --terms FILE, --regex PATTERN, --ngrams N;"
+                " --pairs-within W takes --terms or --regex"
+            )
+        found.check(self)
+        if self.ngrams is not None:
+            return Ngrams(self.ngrams, found.words, found.ignore_case)
+        of: Terms | Matches
+        if self.terms is not None:
+            of = Terms(tuple(read_terms(self.terms)), found.options())
+        else:
+            of = Matches(self.regex or "", found.ignore_case, found.row_seconds)
+        return of if self.pairs_within is None else Pairs(of, self.pairs_within)
 
 
 @dataclass(frozen=True)
@@ -51,6 +81,29 @@ class FoundFlags:
     as_tokens: Annotated[
         bool, FOUND("--as-tokens", help="Terms by their ids, as the tokenizer encodes each alone.")
     ] = False
+    words: Annotated[bool, FOUND("--words", help="n-grams of words instead of tokens.")] = False
+    row_seconds: Annotated[
+        float, FOUND(metavar="SECONDS", help="Time limit of a pattern in the text of one row.")
+    ] = 10.0
+
+    def options(self) -> "TermOptions":
+        """How terms are found."""
+        from castalia.stream.counting.terms import TermOptions
+
+        return TermOptions(self.substring, self.ignore_case, self.as_tokens)
+
+    def check(self, what: WhatFlags) -> None:
+        """Raises  ConfigError for options that say nothing about what is counted."""
+        from castalia.core.errors import ConfigError
+
+        if self.as_tokens and (self.substring or self.ignore_case):
+            raise ConfigError("--as-tokens compares ids: without --substring and --ignore-case")
+        if what.terms is None and (self.as_tokens or self.substring):
+            raise ConfigError("--as-tokens and --substring say how --terms are found")
+        if what.ngrams is None and self.words:
+            raise ConfigError("--words says what --ngrams are made of")
+        if self.row_seconds <= 0:
+            raise ConfigError(f"--row-seconds {self.row_seconds}: expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -90,6 +143,10 @@ def count(
     what: WhatFlags,
     found: FoundFlags,
     steps: StepFlags,
+    top: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="The K most frequent only, most frequent first."),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Processes; by default one for each core.")
     ] = None,
@@ -98,7 +155,7 @@ def count(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count terms in the text that the steps of a run have read.
+    """Count terms, matches, pairs or n-grams in the text that the steps of a run have read.
 
     Terms are whole words: one that begins or ends with a letter, digit or underscore does not count
     inside a longer word. Text is searched as the steps saw it, row by row; a match that the end of
@@ -112,26 +169,21 @@ def count(
       castalia count runs/demo --terms words.txt
 
       castalia count runs/demo --terms words.txt --steps 0:100 --at 10,50 --json
+
+      castalia count runs/demo --regex "[0-9]+" --pairs-within 3 --top 10
+
+      castalia count runs/demo --ngrams 2 --words --top 50
     """
     from castalia.core.files import atomic_write
-    from castalia.stream.counting.counting import count as count_stream
-    from castalia.stream.counting.counting import default_jobs, json_of
+    from castalia.stream.counting.counting import json_of, most_first
     from castalia.stream.opening import open_stream
-    from castalia.stream.viewing import parse_steps
 
     asked = what.asked(found)
-    checkpoints = steps.checkpoints()
-    stream = open_stream(config, say)
-    first = 0
-    stop = None
-    if steps.steps is not None:
-        chosen = parse_steps(steps.steps, stream.sizes, stream.steps)
-        first = chosen.first
-        stop = chosen.stop
-    counts = count_stream(
-        stream, asked, first=first, stop=stop, at=checkpoints, jobs=jobs or default_jobs()
-    )
+    counts = counted(open_stream(config, say), asked, steps, top, jobs)
     shown = list(range(len(counts.labels)))
+    if what.terms is None or what.pairs_within is not None or top is not None:
+        # n-grams come in their order, in which equal counts follow the keys.
+        shown = shown if what.ngrams is not None else most_first(counts)[:top]
     record = json.dumps(json_of(counts, shown), ensure_ascii=False)
     if output is not None:
         with atomic_write(output) as file:
@@ -139,7 +191,33 @@ def count(
     if as_json:
         typer.echo(record)
     elif output is None:
-        print_counts(counts, shown)
+        print_counts(counts, shown if what.terms or top else shown[:SHOWN])
+
+
+def counted(
+    stream: "Stream",
+    asked: "Asked | Ngrams",
+    steps: StepFlags,
+    top: int | None,
+    jobs: int | None,
+) -> "Counts":
+    """Count what is asked in the chosen steps, with a bar on a terminal."""
+    from castalia.cli.progress import bytes_progress
+    from castalia.stream.counting.counting import count, count_ngrams, default_jobs
+    from castalia.stream.counting.ngrams import Ngrams
+    from castalia.stream.viewing import parse_steps
+
+    chosen: dict[str, Any] = {"at": steps.checkpoints(), "jobs": jobs or default_jobs()}
+    if steps.steps is not None:
+        wanted = parse_steps(steps.steps, stream.sizes, stream.steps)
+        chosen |= {"first": wanted.first, "stop": wanted.stop}
+    with bytes_progress("count", [], None) as advance:
+        if advance is not None:
+            # Two bytes a token, as most token files have.
+            chosen["on_part"] = lambda steps, tokens: advance(2 * tokens)
+        if isinstance(asked, Ngrams):
+            return count_ngrams(stream, asked, top=top or MOST_NGRAMS, **chosen)
+        return count(stream, asked, **chosen)
 
 
 def say(text: str) -> None:
@@ -158,11 +236,15 @@ def print_counts(counts: "Counts", shown: list[int]) -> None:
         # Evenly over the list, the last one among them.
         last = len(places) - 1
         places = sorted({last * i // (MOST_COLUMNS - 1) for i in range(MOST_COLUMNS)})
-    labels = [counts.labels[number] for number in shown]
+    # Spaces and line breaks are part of an n-gram.
+    quoted = counts.ids is not None
+    labels = [repr(counts.labels[i]) if quoted else counts.labels[i] for i in shown]
     width = max([len("term"), *map(len, labels)])
     heads = [f"step {counts.checkpoints[place]:,}" for place in places]
     typer.echo(f"{'term':<{width}}" + "".join(f"{head:>14}" for head in heads))
     for number, label in zip(shown, labels, strict=True):
         values = [f"{counts.counts[number, place]:>14,}" for place in places]
         typer.echo(f"{label:<{width}}" + "".join(values))
-    typer.echo(f"{counts.tokens:,} tokens of steps {counts.first} to {counts.stop - 1}")
+    found = len(counts.labels) if counts.distinct is None else counts.distinct
+    rest = f"; {found - len(shown):,} more" if found > len(shown) else ""
+    typer.echo(f"{counts.tokens:,} tokens of steps {counts.first} to {counts.stop - 1}{rest}")

@@ -2,16 +2,19 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from castalia.core.errors import ConfigError, DataError
+from castalia.stream.counting.matches import ROW_SECONDS, Pattern
+from castalia.stream.counting.pairs import pair_labels, placed_in_texts, placed_terms
 from castalia.stream.counting.pieces import Pieces
-from castalia.stream.counting.terms import TermOptions, TextTerms, TokenTerms
+from castalia.stream.counting.terms import Found, TermOptions, TextTerms, TokenTerms
 from castalia.tokenizers.tokenizer import Tokenizer
 
 
@@ -40,13 +43,13 @@ class Terms:
     options: TermOptions = field(default_factory=TermOptions)
 
     @property
-    def ignore_case(self) -> bool:
+    def lower_text(self) -> bool:
         """Whether the text is read in lower case."""
         return self.options.ignore_case
 
     @property
-    def fixed(self) -> list[str] | None:
-        """The labels in the order in which they are reported, also those that never occur."""
+    def fixed(self) -> list[str]:
+        """The labels that are reported in this order, also if they never occur."""
         return list(self.terms)
 
     def described(self) -> dict[str, Any]:
@@ -67,17 +70,130 @@ class TermFinder:
     def __init__(self, asked: Terms, tokenizer: Tokenizer) -> None:
         self.labels = list(asked.terms)
         self.by_ids = asked.options.as_tokens
-        self.find: Any = (
-            TokenTerms(self.labels, tokenizer)
-            if self.by_ids
-            else TextTerms(self.labels, asked.options)
-        )
+        self.find: Callable[[Pieces], Found]
+        if self.by_ids:
+            self.find = TokenTerms(self.labels, tokenizer)
+        else:
+            self.find = TextTerms(self.labels, asked.options)
 
     def __call__(self, pieces: Pieces) -> Findings:
         """The occurrences in the pieces of a block."""
         found = self.find(pieces)
         rows_at = pieces.rows_at_ids if self.by_ids else pieces.rows_at
         return Findings(self.labels, found.term, rows_at(found.start))
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matches of a pattern, by their text."""
+
+    pattern: str
+    ignore_case: bool = False
+    seconds: float = ROW_SECONDS
+    """Time limit of a row."""
+
+    lower_text = False
+    fixed: ClassVar[list[str]] = []
+
+    def described(self) -> dict[str, Any]:
+        """What decides the counts, as JSON."""
+        return {"regex": self.pattern, "ignore_case": self.ignore_case}
+
+    def finder(self, tokenizer: Tokenizer) -> Finder:
+        """What finds the matches.
+
+        Raises  ConfigError if the pattern does not compile.
+        """
+        return MatchFinder(Pattern(self.pattern, self.ignore_case, self.seconds))
+
+
+class MatchFinder:
+    """Finds the matches of a pattern."""
+
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
+
+    def __call__(self, pieces: Pieces) -> Findings:
+        """The occurrences in the pieces of a block."""
+        numbers: dict[str, int] = {}
+        label = []
+        rows = []
+        for row, _, matches in self.pattern.in_pieces(pieces):
+            label += [numbers.setdefault(match.label, len(numbers)) for match in matches]
+            rows += [row] * len(matches)
+        return Findings(list(numbers), np.array(label, np.int64), np.array(rows, np.int64))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Unordered pairs of terms or of matches with at most `within` words between them."""
+
+    of: Terms | Matches
+    within: int
+
+    fixed: ClassVar[list[str]] = []
+
+    @property
+    def lower_text(self) -> bool:
+        """Whether the text is read in lower case."""
+        return self.of.lower_text
+
+    def described(self) -> dict[str, Any]:
+        """What decides the counts, as JSON."""
+        return {"pairs_within": self.within, **self.of.described()}
+
+    def finder(self, tokenizer: Tokenizer) -> Finder:
+        """What finds the pairs.
+
+        Raises  ConfigError as that of the terms or matches.
+        """
+        if isinstance(self.of, Matches):
+            pattern = Pattern(self.of.pattern, self.of.ignore_case, self.of.seconds)
+            return MatchPairFinder(pattern, self.within)
+        if self.of.options.as_tokens:
+            raise ConfigError("--pairs-within counts words between terms: without --as-tokens")
+        return TermPairFinder(self.of, self.within)
+
+
+class TermPairFinder:
+    """Finds pairs of listed terms."""
+
+    def __init__(self, asked: Terms, within: int) -> None:
+        self.names = list(asked.terms)
+        self.find = TextTerms(self.names, asked.options)
+        self.within = within
+
+    def __call__(self, pieces: Pieces) -> Findings:
+        """The occurrences in the pieces of a block."""
+        placed = placed_terms(pieces, self.find(pieces))
+        one, other, piece = placed.pairs(self.within)
+        labels, number = pair_labels(one, other, self.names)
+        return Findings(labels, number, pieces.row[piece])
+
+
+class MatchPairFinder:
+    """Finds pairs of matches of a pattern."""
+
+    def __init__(self, pattern: Pattern, within: int) -> None:
+        self.pattern = pattern
+        self.within = within
+
+    def __call__(self, pieces: Pieces) -> Findings:
+        """The occurrences in the pieces of a block."""
+        numbers: dict[str, int] = {}
+        texts = []
+        for _, text, matches in self.pattern.in_pieces(pieces):
+            found = [
+                (numbers.setdefault(match.label, len(numbers)), match.start, match.stop)
+                for match in matches
+            ]
+            texts.append((text, found))
+        one, other, piece = placed_in_texts(texts).pairs(self.within)
+        labels, number = pair_labels(one, other, list(numbers))
+        return Findings(labels, number, pieces.row[piece])
+
+
+Asked = Terms | Matches | Pairs
 
 
 def read_terms(path: str | Path) -> list[str]:

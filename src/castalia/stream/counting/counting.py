@@ -1,10 +1,10 @@
-"""Counting: the steps that are not counted yet, in this process or several, then a look-up."""
+"""Counts up to each checkpoint: the steps that are not counted yet are counted, then a look-up."""
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from castalia.checkpoint import complete_steps
-from castalia.core.errors import CastaliaError, ConfigError
+from castalia.core.errors import ConfigError
 from castalia.core.files import cache_folder, claimed
-from castalia.core.workers import WorkerPool
-from castalia.runs.config import RunConfig
-from castalia.stream.counting.asked import Terms, asked_hash
-from castalia.stream.counting.parts import StepCounts, Store, steps_of_part
-from castalia.stream.counting.pieces import PieceTexts
-from castalia.stream.opening import Stream, stream_of
-from castalia.tokenizers.tokenizer import Tokenizer
-
-Asked = Terms
+from castalia.stream.counting.asked import Asked, asked_hash
+from castalia.stream.counting.ngram_parts import (
+    part_stems,
+    remove_part,
+    tokens_of,
+    top_of,
+    words_by_hash,
+)
+from castalia.stream.counting.ngrams import Cutter, Ngrams, unpack
+from castalia.stream.counting.parts import Store, missing_steps, range_of, steps_of_part
+from castalia.stream.counting.running import CountJob, OnPart, count_parts
+from castalia.stream.opening import Stream
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Counts:
     stop: int
     tokens: int
     """Tokens of the text that was searched."""
+    ids: list[list[int]] | None = None
+    """The ids of each label, of n-grams of tokens."""
+    distinct: int | None = None
+    """Different n-grams in all, of which the labels are the most frequent."""
 
     @property
     def totals(self) -> NDArray[np.int64]:
@@ -45,25 +52,14 @@ class Counts:
         return self.counts[:, -1]
 
 
-class PartCounter:
-    """Counts what is asked in ranges of steps of a stream."""
+@dataclass(frozen=True)
+class Range:
+    """The steps that are counted."""
 
-    def __init__(self, stream: Stream, asked: Asked, tokenizer: Tokenizer, folder: Path) -> None:
-        self.stream = stream
-        self.store = Store(folder)
-        self.texts = PieceTexts(tokenizer, asked.ignore_case)
-        self.find = asked.finder(tokenizer)
-
-    def __call__(self, first: int, stop: int) -> int:
-        """Count steps `first` to `stop` - 1 and write their part; returns its tokens."""
-        counts = StepCounts(first)
-        for block in self.stream.blocks(self.stream.places(first, stop)):
-            pieces = self.texts(block)
-            steps = np.array([self.stream.step_of(place)[0] for place in block.places], np.int64)
-            counts.add(self.find(pieces), steps)
-            counts.tokens += pieces.tokens
-        self.store.save(first, stop, counts)
-        return counts.tokens
+    first: int
+    stop: int
+    checkpoints: list[int]
+    """Checkpoints to report, ascending; the last is `stop`."""
 
 
 def count(
@@ -74,26 +70,111 @@ def count(
     stop: int | None = None,
     at: Sequence[int] | None = None,
     jobs: int = 1,
-    on_part: Callable[[int, int], object] | None = None,
+    on_part: OnPart | None = None,
 ) -> Counts:
     """Occurrences in the text that steps `first` to `stop` - 1 read, up to each checkpoint.
 
     A row's text is that of its T + 1 tokens as its step read them, cut where documents meet; what
     crosses such a border or the end of the row is not found, and a border ends a word. The last
     token of a row is also the first of the next row of its source, where both count it.
-    `at` are checkpoints, by default those of the run; `on_part` hears (steps, tokens) of each part.
+    `at` are checkpoints, by default those of the run.
 
     Steps that were counted before are looked up in RUN/counts; a kill loses the unfinished parts.
     Memory  a block of rows and the part's counts, a process.
     Raises  ConfigError for steps out of range or a stream without a tokenizer; DataError if the
             data have changed since the first count.
     """
+    chosen = chosen_steps(stream, first, stop, at)
+    with opened_store(stream, asked) as (store, job, size):
+        missing = list(missing_steps(map(range_of, store.paths()), chosen.first, chosen.stop, size))
+        count_parts(stream, job, missing, jobs, on_part)
+        return look_up(store, asked, chosen)
+
+
+def count_ngrams(
+    stream: Stream,
+    asked: Ngrams,
+    *,
+    top: int,
+    first: int = 0,
+    stop: int | None = None,
+    at: Sequence[int] | None = None,
+    jobs: int = 1,
+    on_part: OnPart | None = None,
+) -> Counts:
+    """The `top` most frequent n-grams in what steps `first` to `stop` - 1 read, exactly.
+
+    Parts are cut at the checkpoints that are reported, and count as a whole: one that a new
+    checkpoint divides is counted again. Text, steps and errors as for `count`.
+    Memory  the n-grams of a part, a process; MERGED_AT_ONCE keys of all parts in the merge.
+    """
+    asked.check()
+    chosen = chosen_steps(stream, first, stop, at)
+    bounds = sorted({chosen.first, *chosen.checkpoints})
+    with opened_store(stream, asked) as (store, job, size):
+        for stem in part_stems(store.folder):
+            begin, end = range_of(stem)
+            if any(begin < bound < end for bound in bounds):
+                remove_part(stem)
+        missing: list[tuple[int, int]] = []
+        for low, high in pairwise(bounds):
+            missing += missing_steps(map(range_of, part_stems(store.folder)), low, high, size)
+        count_parts(stream, job, missing, jobs, on_part)
+        stems = [
+            stem
+            for stem in part_stems(store.folder)
+            if range_of(stem)[0] >= chosen.first and range_of(stem)[1] <= chosen.stop
+        ]
+        return most_frequent(job, stems, chosen, top)
+
+
+def most_frequent(job: CountJob, stems: list[Path], chosen: Range, top: int) -> Counts:
+    """The merge of parts, with the n-grams as text."""
+    assert isinstance(job.asked, Ngrams)
+    best = top_of(stems, chosen.checkpoints, top)
+    cutter = Cutter(job.asked, job.tokenizer)
+    numbers = unpack(best.keys, job.asked.n, cutter.bits).tolist() if len(best.keys) else []
+    ids = None
+    if job.asked.words:
+        words = words_by_hash(stems, {number for row in numbers for number in row})
+        labels = [" ".join(words[number] for number in row) for row in numbers]
+    else:
+        ids = numbers
+        labels = [job.tokenizer.decode(row) for row in numbers]
+    tokens = sum(map(tokens_of, stems))
+    return Counts(
+        labels,
+        best.counts,
+        chosen.checkpoints,
+        chosen.first,
+        chosen.stop,
+        tokens,
+        ids,
+        best.distinct,
+    )
+
+
+def chosen_steps(stream: Stream, first: int, stop: int | None, at: Sequence[int] | None) -> Range:
+    """The steps to count and the checkpoints to report.
+
+    Raises  ConfigError if they are not steps of the run, or not yet trained.
+    """
     stop = last_step(stream) if stop is None else stop
     require_steps(stream, first, stop)
-    checkpoints = checkpoints_of(stream, first, stop, at)
+    return Range(first, stop, checkpoints_of(stream, first, stop, at))
+
+
+@contextmanager
+def opened_store(stream: Stream, asked: Asked | Ngrams) -> Iterator[tuple[Store, CountJob, int]]:
+    """The folder of a count, claimed; what its parts have in common; and the steps of a part.
+
+    Raises  ConfigError without a tokenizer; DataError if the data have changed.
+    """
     tokenizer = stream.tokenizer
     if tokenizer is None:
-        raise ConfigError("counting needs a tokenizer; set data.tokenizer=FILE")
+        raise ConfigError(
+            "counting needs the tokenizer of the token files; add data.tokenizer=FILE"
+        )
     described = {**asked.described(), "tokenizer": tokenizer.sha256}
     folder = counts_folder(stream) / asked_hash(described)
     store = Store(folder)
@@ -101,9 +182,7 @@ def count(
         width = stream.rows.train.seq_length + 1
         wished = steps_of_part(stream.sizes.rows, width, stream.steps)
         size = store.begin(described, stream.rows.fingerprint, wished)
-        missing = list(store.missing(first, stop, size))
-        count_parts(stream, asked, tokenizer, folder, missing, jobs, on_part)
-        return look_up(store, asked, first, stop, checkpoints)
+        yield store, CountJob(asked, tokenizer, folder), size
 
 
 def last_step(stream: Stream) -> int:
@@ -145,79 +224,21 @@ def counts_folder(stream: Stream) -> Path:
     return cache_folder() / "counts" / asked_hash(stream.rows.fingerprint)
 
 
-WORKER: dict[str, PartCounter] = {}
-"""The counter of this worker process."""
-
-
-def begin_worker(state: tuple[RunConfig, Asked, Tokenizer, Path]) -> None:
-    """In a worker: open the stream."""
-    config, asked, tokenizer, folder = state
-    WORKER["counter"] = PartCounter(stream_of(config, silent), asked, tokenizer, folder)
-
-
-def silent(text: str) -> None:
-    """Say nothing: the parent has said it."""
-
-
-def count_in_worker(first: int, stop: int) -> int:
-    """In a worker: count a part."""
-    return WORKER["counter"](first, stop)
-
-
-def count_parts(
-    stream: Stream,
-    asked: Asked,
-    tokenizer: Tokenizer,
-    folder: Path,
-    missing: list[tuple[int, int]],
-    jobs: int,
-    on_part: Callable[[int, int], object] | None,
-) -> None:
-    """Count the missing parts, in this process or in `jobs` of them.
-
-    Raises  CastaliaError if a worker dies; the finished parts stay.
-    """
-    tell = on_part or (lambda steps, tokens: None)
-    jobs = min(jobs, len(missing))
-    if jobs <= 1:
-        # Also without a part: a term that cannot be counted is an error, counted before or not.
-        counter = PartCounter(stream, asked, tokenizer, folder)
-        for first, stop in missing:
-            tell(stop - first, counter(first, stop))
-        return
-    state = (stream.config, asked, tokenizer, folder)
-    with WorkerPool(jobs, begin_worker, state) as pool:
-        try:
-            futures = {pool.submit(count_in_worker, *part): part for part in missing}
-            for future in as_completed(futures):
-                first, stop = futures[future]
-                tell(stop - first, future.result())
-        except BrokenProcessPool:
-            reason = pool.why_none_began or "a counting process died, most likely out of memory"
-            raise CastaliaError(f"{reason}; run it again: the finished parts are kept") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def look_up(store: Store, asked: Asked, first: int, stop: int, checkpoints: list[int]) -> Counts:
+def look_up(store: Store, asked: Asked, chosen: Range) -> Counts:
     """Sum the parts up to each checkpoint."""
-    numbers: dict[str, int] = {name: i for i, name in enumerate(asked.fixed or ())}
-    rows: list[NDArray[np.int64]] = []
-    places: list[NDArray[np.int64]] = []
+    numbers: dict[str, int] = {name: i for i, name in enumerate(asked.fixed)}
+    found: list[tuple[list[int], NDArray[np.int64]]] = []
     tokens = 0
-    for part in store.parts(first, stop):
+    for part in store.parts(chosen.first, chosen.stop):
         known = [numbers.setdefault(label, len(numbers)) for label in part.labels]
-        before = part.before(first)
-        own = [part.before(min(step, stop)) - before for step in checkpoints]
-        rows.append(np.stack(own, 1))
-        places.append(np.array(known, np.int64))
-        tokens += part.tokens
-    table = np.zeros((len(numbers), len(checkpoints)), np.int64)
-    for place, values in zip(places, rows, strict=True):
+        before = part.before(chosen.first)
+        found.append((known, np.stack([part.before(c) - before for c in chosen.checkpoints], 1)))
+        tokens += part.tokens_in(chosen.first, chosen.stop)
+    table = np.zeros((len(numbers), len(chosen.checkpoints)), np.int64)
+    for known, counts in found:
         # A part has each label once.
-        table[place] += values
-    return Counts(list(numbers), table, checkpoints, first, stop, tokens)
+        table[known] += counts
+    return Counts(list(numbers), table, chosen.checkpoints, chosen.first, chosen.stop, tokens)
 
 
 def default_jobs() -> int:
@@ -225,13 +246,29 @@ def default_jobs() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def most_first(counts: Counts) -> list[int]:
+    """The numbers of the labels, most frequent first, then in the order of their names."""
+    return sorted(
+        range(len(counts.labels)), key=lambda i: (-int(counts.totals[i]), counts.labels[i])
+    )
+
+
 def json_of(counts: Counts, order: Sequence[int]) -> dict[str, Any]:
     """The counts of some labels, by their numbers, as the verb prints them."""
     terms = []
     for number in order:
         values = counts.counts[number].tolist()
-        by_checkpoint = {str(c): v for c, v in zip(counts.checkpoints, values, strict=True)}
-        terms.append(
-            {"term": counts.labels[number], "count": values[-1], "by_checkpoint": by_checkpoint}
-        )
-    return {"terms": terms, "tokens": counts.tokens, "steps": counts.stop - counts.first}
+        term: dict[str, Any] = {"term": counts.labels[number], "count": values[-1]}
+        term["by_checkpoint"] = {
+            str(step): value for step, value in zip(counts.checkpoints, values, strict=True)
+        }
+        if counts.ids is not None:
+            term["ids"] = counts.ids[number]
+        terms.append(term)
+    found = counts.distinct if counts.distinct is not None else len(counts.labels)
+    return {
+        "terms": terms,
+        "distinct": found,
+        "tokens": counts.tokens,
+        "steps": counts.stop - counts.first,
+    }

@@ -1,6 +1,6 @@
 """Counts on disk: parts of neighbouring steps, each with prefix sums by step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from castalia.core.errors import DataError
 from castalia.core.files import atomic_write, read_json, write_json
 from castalia.data.fingerprint import changed
 from castalia.stream.counting.asked import Findings
+from castalia.stream.counting.pieces import Pieces
 
 VERSION = 1
 PART_TOKENS = 1 << 22
@@ -30,10 +31,14 @@ class StepCounts:
         self.keys: list[NDArray[np.int64]] = []
         """Label and step of each count, as label << 32 | steps since the first."""
         self.counts: list[NDArray[np.int64]] = []
-        self.tokens = 0
+        self.tokens: dict[int, int] = {}
+        """Tokens of the text of each step."""
 
-    def add(self, findings: Findings, steps: NDArray[np.int64]) -> None:
-        """Count what was found in rows of these steps, (R,)."""
+    def add(self, findings: Findings, steps: NDArray[np.int64], pieces: Pieces) -> None:
+        """Count what was found in the pieces of rows of these steps, (R,)."""
+        lengths = np.diff(pieces.id_stops, prepend=0) - 1
+        for step, length in zip(steps[pieces.row].tolist(), lengths.tolist(), strict=True):
+            self.tokens[step] = self.tokens.get(step, 0) + length
         key = findings.label << 32 | (steps[findings.row] - self.first)
         distinct, counts = np.unique(key, return_counts=True)
         labels, number = np.unique(distinct >> 32, return_inverse=True)
@@ -66,7 +71,8 @@ class StepCounts:
             "steps": (key & 0xFFFFFFFF).astype(np.uint32),
             "sums": sums - before,
             "totals": totals,
-            "tokens": np.array(self.tokens),
+            "text_steps": np.array(sorted(self.tokens), np.int64),
+            "text_tokens": np.array([self.tokens[step] for step in sorted(self.tokens)], np.int64),
         }
 
 
@@ -84,7 +90,11 @@ class Part:
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise DataError(f"{path}: damaged counts ({error}); delete the file") from None
         self.labels = [names[a:b].decode("utf-8") for a, b in pairwise([0, *ends])]
-        self.tokens = int(self.arrays["tokens"])
+
+    def tokens_in(self, first: int, stop: int) -> int:
+        """Tokens of the text of the part's steps among `first` to `stop` - 1."""
+        steps = self.arrays["text_steps"]
+        return int(self.arrays["text_tokens"][(steps >= first) & (steps < stop)].sum())
 
     def before(self, step: int) -> NDArray[np.int64]:
         """Count of each label in the part's steps before `step`, by its prefix sums."""
@@ -134,17 +144,6 @@ class Store:
         """The files of the parts, by their first step."""
         return sorted(self.folder.glob("steps-*.npz"), key=range_of)
 
-    def missing(self, first: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-        """The parts, as ranges of steps, that steps `first` to `stop` - 1 still need."""
-        step = first
-        for begin, end in [*map(range_of, self.paths()), (stop, stop)]:
-            while step < min(begin, stop):
-                # Parts end at multiples of `size`, whatever range was asked for first.
-                until = min(begin, stop, (step // size + 1) * size)
-                yield step, until
-                step = until
-            step = max(step, end)
-
     def save(self, first: int, stop: int, counts: StepCounts) -> None:
         """Write a part, atomically."""
         arrays: dict[str, Any] = counts.arrays()
@@ -157,6 +156,20 @@ class Store:
             begin, end = range_of(path)
             if begin < stop and end > first:
                 yield Part(path)
+
+
+def missing_steps(
+    counted: Iterable[tuple[int, int]], first: int, stop: int, size: int
+) -> Iterator[tuple[int, int]]:
+    """The ranges of steps, of `size` steps at most, that `first` to `stop` - 1 still need."""
+    step = first
+    for begin, end in [*counted, (stop, stop)]:
+        while step < min(begin, stop):
+            # Parts end at multiples of `size`, whatever range was asked for first.
+            until = min(begin, stop, (step // size + 1) * size)
+            yield step, until
+            step = until
+        step = max(step, end)
 
 
 def range_of(path: Path) -> tuple[int, int]:
