@@ -184,7 +184,9 @@ def words_by_hash(stems: Sequence[Path], hashes: set[int]) -> dict[int, str]:
     wanted = np.array(sorted(hashes), np.uint64)
     for stem in stems:
         with np.load(f"{stem}{WORDS}") as file:
-            known, ends, text = file["hashes"], file["ends"], file["text"]
+            known = file["hashes"]
+            ends = file["ends"]
+            text = file["text"]
         place = np.searchsorted(known, wanted)
         here = np.flatnonzero(np.append(known, 0)[place] == wanted)
         for number in here.tolist():

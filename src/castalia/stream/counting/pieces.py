@@ -92,13 +92,12 @@ class PieceTexts:
     def __call__(self, block: Block) -> Pieces:
         """The pieces of a block's rows."""
         width = block.tokens.shape[1]
-        counts = [len(spans) for spans in block.spans]
-        row = np.repeat(np.arange(len(counts)), counts)
-        lengths = np.array([span.length for spans in block.spans for span in spans], np.int64)
-        filled = np.bincount(row, lengths, minlength=len(counts)).astype(np.int64)
+        row = block.table.row_of_span
+        lengths = block.table.lengths
+        filled = np.bincount(row, lengths, minlength=len(block.tokens)).astype(np.int64)
         # A row that ends early is padded, and padding is no text.
         inside = np.arange(width) < filled[:, None]
-        flat = block.tokens[inside]
+        flat = block.tokens[inside].astype(np.int64, copy=False)
         borders = np.concatenate(([0], np.cumsum(lengths)))
         ids = np.insert(flat, borders, self.separator)
         text, stops = self.text_of(ids)
