@@ -20,6 +20,7 @@ VERBS = (
     "launch",
     "suite",
     "runs",
+    "audit",
     "generate",
     "eval",
     "count",

@@ -7,6 +7,7 @@ import typer
 
 from castalia import __version__
 from castalia.cli import (
+    audit,
     cleaning,  # noqa: F401  adds its commands to those of `data`
     count,
     data,
@@ -79,6 +80,7 @@ PANELS = {
         runs.runs,
         report.report,
         view.view,
+        audit.audit,
         results.results,
         scaling.scaling,
     ),

@@ -140,3 +140,27 @@ def bytes_progress(
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(verb, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def counted_progress(verb: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress over things with names; yields a callback (name of the next, done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def line(name: str, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= EVERY_SECONDS:
+                last = time.monotonic()
+                typer.echo(f"{verb}  {done} of {total}  {name}", err=True)
+
+        yield line
+        return
+    columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[at]}"))
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bar:
+        task = bar.add_task(verb, total=None, at="")
+        yield lambda name, done, total: bar.update(task, completed=done, total=total, at=name)

@@ -42,10 +42,11 @@ class Check:
         return self.wrong is None
 
 
-def read_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_hashes(path: str | os.PathLike[str], *, with_folders: bool = False) -> dict[str, str]:
     """SHA-256 by file name, from a list of one file a line.
 
-    A line is `name hash`, as in Pythia's list, or `hash  name`, as sha256sum writes.
+    A line is `name hash`, as in Pythia's list, or `hash  name`, as sha256sum writes. The folders
+    of a name are left out, or kept by `with_folders`.
     Raises  DataError with the line that is neither or contradicts another; also for an empty list.
     """
     hashes: dict[str, str] = {}
@@ -68,7 +69,7 @@ def read_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
                 f"{path}:{number}: expected a file name and its SHA-256 of 64 hex digits, got"
                 f" {line!r}"
             )
-        name = Path(name).name
+        name = Path(name).as_posix() if with_folders else Path(name).name
         if hashes.setdefault(name, digest.lower()) != digest.lower():
             raise DataError(f"{path}:{number}: a second hash for {name}, different from the first")
     if not hashes:
