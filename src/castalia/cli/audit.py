@@ -14,38 +14,44 @@ MOST_OF_A_KIND = 12
 """Findings of one kind that are printed; --json has all."""
 
 
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH...",
+        help="Runs, a folder with step0, step1000, ... of one model, the hub's cache of a model, or"
+        " a folder of these.",
+    ),
+]
+Expect = Annotated[
+    str | None,
+    typer.Option(
+        metavar="pythia|STEPS",
+        help="Steps that each model should have: pythia for its 154, or 0,1,2,1000:5000:1000.",
+    ),
+]
+Hashes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="SHA-256 by file, `step0/model.safetensors HASH`, or sha256sum's output.",
+    ),
+]
+StillUntil = Annotated[
+    int | None,
+    typer.Option(
+        metavar="STEP",
+        min=0,
+        help="Last step that may equal step 0, since the learning rate was 0; by default what the"
+        " run's schedule says, and 1 for Pythia.",
+    ),
+]
+
+
 def audit(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="PATH...",
-            help="Runs, a folder with step0, step1000, ... of one model, the hub's cache of a"
-            " model, or a folder of these.",
-        ),
-    ],
-    expect: Annotated[
-        str | None,
-        typer.Option(
-            metavar="pythia|STEPS",
-            help="Steps that each model should have: pythia for its 154, or 0,1,2,1000:5000:1000.",
-        ),
-    ] = None,
-    hashes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="SHA-256 by file, `step0/model.safetensors HASH`, or sha256sum's output.",
-        ),
-    ] = None,
-    still_until: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEP",
-            min=0,
-            help="Last step that may equal step 0, since the learning rate was 0; by default what"
-            " the run's schedule says, and 1 for Pythia.",
-        ),
-    ] = None,
+    paths: Paths,
+    expect: Expect = None,
+    hashes: Hashes = None,
+    still_until: StillUntil = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that checkpoints are what their names say.
