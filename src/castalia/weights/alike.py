@@ -44,8 +44,8 @@ def tensor_findings(model: Model) -> Iterator[Finding]:
             yield Finding("tensors", where, f"has {counted(more)}, which the others lack")
         for name in sorted(form.keys() & usual.keys()):
             if form[name] != usual[name]:
-                got, expected = form[name], usual[name]
-                yield Finding("tensors", where, f"{name} is {got}; the other revisions: {expected}")
+                what = f"{name} is {form[name]}; the other revisions: {usual[name]}"
+                yield Finding("tensors", where, what)
 
 
 def form_of(checkpoint: Checkpoint) -> tuple[tuple[str, str], ...]:
