@@ -28,6 +28,7 @@ VERBS = (
     "report",
     "results",
     "scaling",
+    "memorization",
     "view",
     "export",
     "serve",
@@ -93,6 +94,7 @@ USAGE = {
     "eval": "eval [OPTIONS] CKPT|RUN|SUITE... [dtype=int8 ...]",
     "runs": "runs [OPTIONS] [DIR]",
     "scaling": "scaling [OPTIONS] PATH...",
+    "memorization": "memorization [OPTIONS] [NAME=]FILE...",
     "suite": "suite [OPTIONS] SUITE [a.b=c ...]",
 }
 

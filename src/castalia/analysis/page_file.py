@@ -22,12 +22,21 @@ SCRIPTS = ("base.js", "run_choice.js", *SCORES, "scaling.js", "page.js")
 """The scripts of every page, in their order: page.js starts the parts that registered before it."""
 
 
-def write_page(path: Path, title: str, lead: str, body: str, data: Mapping[str, Any]) -> None:
+def write_page(
+    path: Path,
+    title: str,
+    lead: str,
+    body: str,
+    data: Mapping[str, Any],
+    *,
+    styles: Sequence[str] = STYLES,
+    scripts: Sequence[str] = SCRIPTS,
+) -> None:
     """Write the page, atomically.
 
     Raises  ConfigError if Plotly is not installed; CastaliaError if the file cannot be written.
     """
-    text = document(title, lead, body, data)
+    text = document(title, lead, body, data, styles=styles, scripts=scripts)
     with atomic_write(path) as file:
         file.write(text)
 

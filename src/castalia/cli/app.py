@@ -17,6 +17,7 @@ from castalia.cli import (
     generate,
     importing,
     launch,
+    memorization,
     memorize,
     mixing,
     prepare,
@@ -83,6 +84,7 @@ PANELS = {
         audit.audit,
         results.results,
         scaling.scaling,
+        memorization.memorization,
     ),
     "What a run has read": (count.count,),
     "Trained models": (

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.core.extras import require
+from castalia.eval.places import Series, Steps
 
 EXTRA = "results"
 PURPOSE = "an analysis of memorization"
@@ -45,14 +46,15 @@ class ScanFile(NamedTuple):
         return list(self.rows)
 
 
-def open_scans(words: Sequence[str], steps: Sequence[int] = ()) -> list[ScanFile]:
+def open_scans(words: Sequence[str], steps: str | None = None) -> list[ScanFile]:
     """The files, from the smallest model to the largest, each checked.
 
     words  FILE or NAME=FILE.
-    steps  the checkpoints to keep; empty for all.
+    steps  the checkpoints to keep, as `castalia eval --steps` takes them; None for all.
 
-    Raises  ConfigError for a missing file, a name given twice, or a checkpoint that no file has;
-            DataError if a file is damaged, is no scan, or is about other rows than the first one.
+    Raises  ConfigError for a missing file or a name given twice; CheckpointError for a checkpoint
+            that a file lacks; DataError if a file is damaged, is no scan, or is about other rows
+            than the first one.
     """
     scans = [open_scan(word, steps) for word in words]
     scans.sort(key=lambda scan: (scan.size or 0.0, scan.weight_seed or 0, scan.name))
@@ -66,14 +68,10 @@ def open_scans(words: Sequence[str], steps: Sequence[int] = ()) -> list[ScanFile
             )
     for scan in scans[1:]:
         require_same_rows(scans[0], scan)
-    kept = {step for scan in scans for step in scan.rows}
-    absent = [str(step) for step in steps if step not in kept]
-    if absent:
-        raise ConfigError(f"--steps {','.join(absent)}: not in these files; see {scans[0].path}")
     return scans
 
 
-def open_scan(word: str, steps: Sequence[int] = ()) -> ScanFile:
+def open_scan(word: str, steps: str | None = None) -> ScanFile:
     """One file, by FILE or NAME=FILE.
 
     Raises  as `open_scans`.
@@ -90,10 +88,9 @@ def open_scan(word: str, steps: Sequence[int] = ()) -> ScanFile:
     name = given or str(metadata.get("model") or path.stem)
     contents = contents_of(path)
     rows = contents.rows
-    if steps:
-        rows = {step: rows[step] for step in sorted(steps) if step in rows}
-        if not rows:
-            raise ConfigError(f"{path} has none of the checkpoints {', '.join(map(str, steps))}")
+    if steps is not None:
+        series = Series(str(path), str(path), {step: str(path) for step in rows})
+        rows = {step: rows[step] for step in Steps.of(steps).chosen(series)}
     return ScanFile(
         path=path,
         name=name,

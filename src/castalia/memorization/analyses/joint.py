@@ -14,7 +14,7 @@ from castalia.memorization.analyses.intervals import Interval, binomial_interval
 
 Counts = NDArray[np.int64]
 Numbers = NDArray[np.float64]
-TOP = {"top 10 %": 0.1, "top 1 %": 0.01}
+TOP = {"top 10%": 0.1, "top 1%": 0.01}
 """Selections of the rows with the highest sum of both scores."""
 
 
@@ -56,11 +56,11 @@ class Confusion(NamedTuple):
         return ratio(self.false_alarms, self.false_alarms + self.rejections)
 
     def recall_interval(self) -> Interval | None:
-        """95 % interval of the recall."""
+        """95% interval of the recall."""
         return binomial_interval(self.hits, self.hits + self.misses)
 
     def precision_interval(self) -> Interval | None:
-        """95 % interval of the precision."""
+        """95% interval of the precision."""
         return binomial_interval(self.hits, self.hits + self.false_alarms)
 
 

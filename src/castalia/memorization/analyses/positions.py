@@ -25,7 +25,7 @@ class Slope(NamedTuple):
     per_million: float
     """Change of the score per million rows."""
     interval: Interval
-    """95 %, by Student's t with rows - 2 degrees of freedom."""
+    """95%, by Student's t with rows - 2 degrees of freedom."""
     change: float | None
     """Change from the first place to the last, as a share of the mean score; None at mean 0."""
 
