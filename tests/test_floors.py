@@ -21,9 +21,9 @@ FLOORS = {
     "losses": 3,  # sums over a batch; know the model, not the loop
     "optim": 3,  # optimizers and schedules; know parameters by name, not the loop
     "adapters": 3,  # modules over a model; under `formats`, which merges them into its weights
-    "interventions": 3,  # changes rows of `data`; `runs` attaches them
     "corpora": 4,  # built with `corpus.prepare`, and by `train` for a config that names one
     "formats": 4,  # other programs' files; `checkpoint` is our own store
+    "interventions": 4,  # changes rows of `data`, by the document index of `corpus`
     "curate": 4,  # reads documents with the readers of `corpus`
     "inference": 5,
     "eval": 6,  # below `train`, whose hook evaluates while it trains

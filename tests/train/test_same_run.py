@@ -13,7 +13,15 @@ from castalia.recipes import load_config
 from castalia.runs.config import RunConfig
 from castalia.runs.folder import check_run_folder, write_run_folder
 
-FREE_SECTIONS = ("guard", "checkpoint", "parallel", "launch", "monitor", "eval")
+FREE_SECTIONS = (
+    "guard",
+    "checkpoint",
+    "parallel",
+    "launch",
+    "monitor",
+    "eval",
+    "data.interventions",
+)
 FREE_KEYS = {
     "recipe",
     "hooks",

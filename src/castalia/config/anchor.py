@@ -8,7 +8,7 @@ file that the run had.
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ PATHS = (
     "data.valid_rejected_labels",
     "data.valid_chosen_reference",
     "data.valid_rejected_reference",
+    "data.interventions.file",
     "data.order_cache",
     "mixing.record",
     "launch.hostfile",
@@ -121,11 +122,19 @@ def anchored(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     changed = {**values, "output": here(output)}
     for keys, change in ((PATHS, here), (NAMES, here_if_it_exists)):
         for key in keys:
-            section, _, name = key.partition(".")
-            inner = changed.get(section)
-            if isinstance(inner, Mapping) and name in inner:
-                changed[section] = {**inner, name: every_text(inner[name], change)}
+            changed = changed_at(changed, key.split("."), change)
     return changed
+
+
+def changed_at(values: Any, path: Sequence[str], change: Callable[[str], str]) -> Any:
+    """A copy of nested values with the text at `path` changed, in each item of a list."""
+    if not path:
+        return every_text(values, change)
+    if isinstance(values, list):
+        return [changed_at(item, path, change) for item in values]
+    if not isinstance(values, Mapping) or path[0] not in values:
+        return values
+    return {**values, path[0]: changed_at(values[path[0]], path[1:], change)}
 
 
 def names_something(place: str) -> bool:

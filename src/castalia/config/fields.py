@@ -10,7 +10,11 @@ from castalia.config.kinds import Kind, inside
 
 def kind_of(field: FieldInfo) -> Kind | None:
     """The mark of a section whose class is chosen by name; None for any other field."""
-    for mark in field.metadata:
+    marks = [*field.metadata]
+    for item in get_args(field.annotation):
+        # Of a list of such sections each item has the mark.
+        marks += getattr(item, "__metadata__", ())
+    for mark in marks:
         if isinstance(mark, Kind):
             return mark
     return None

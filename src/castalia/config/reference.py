@@ -57,14 +57,24 @@ def reference(root: type[BaseModel]) -> list[Section]:
         if not inner:
             all_sections[0].entries.append(entry_of(root, name, field))
             continue
-        by_key: dict[str, list[tuple[str, Entry]]] = {}
-        kinds = labelled(field, inner)
-        for label, kind in kinds:
-            for entry in below(root, kind, f"{name}."):
-                by_key.setdefault(entry.key, []).append((label, entry))
-        entries = [merged(found, kinds[0][0]) for found in by_key.values()]
+        entries = list(within(root, field, f"{name}."))
         all_sections.append(Section(name, first_paragraph(inner[0].__doc__), entries))
     return all_sections
+
+
+def within(root: type[BaseModel], field: FieldInfo, prefix: str) -> Iterator[Entry]:
+    """The keys below a section, or below those of a list; one entry for a key of several kinds."""
+    by_key: dict[str, list[tuple[str, Entry]]] = {}
+    kinds = labelled(field, sections(field))
+    for label, kind in kinds:
+        for entry in below(root, kind, prefix):
+            by_key.setdefault(entry.key, []).append((label, entry))
+    usual = kinds[0][0] if kinds else ""
+    in_list = get_origin(field.annotation) is list and kind_of(field) is not None
+    for found in by_key.values():
+        # In a list no kind is the usual one: a key that some lack has their names.
+        named = in_list and len(found) < len(kinds)
+        yield merged(found, "" if named else usual)
 
 
 def labelled(field: FieldInfo, classes: list[type[BaseModel]]) -> list[tuple[str, type[BaseModel]]]:
@@ -107,8 +117,7 @@ def below(root: type[BaseModel], kind: type[BaseModel], prefix: str) -> Iterator
     """The keys of a section of class `kind`, and of the sections in it."""
     for name, field in kind.model_fields.items():
         yield entry_of(root, f"{prefix}{name}", field)
-        for inner in sections(field):
-            yield from below(root, inner, f"{prefix}{name}.")
+        yield from within(root, field, f"{prefix}{name}.")
 
 
 def entry_of(root: type[BaseModel], key: str, field: FieldInfo) -> Entry:

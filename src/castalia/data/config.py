@@ -14,6 +14,8 @@ from pydantic import (
 
 from castalia.config.base import Config
 from castalia.config.changes import AT_RESUME
+from castalia.config.kinds import Kind
+from castalia.data.intervention_config import INTERVENTIONS, InterventionConfig
 
 
 def as_list(value: object) -> object:
@@ -161,6 +163,12 @@ class DataConfig(Config):
     """Share of those in the order suffix, prefix, middle."""
     fim_tokens: tuple[TokenName, TokenName, TokenName] | None = None
     """Tokens before prefix, middle and suffix, by name or id; null looks for known names."""
+    # Compared by content, too: in a branch they may be others.
+    interventions: Annotated[
+        list[Annotated[InterventionConfig, Kind(INTERVENTIONS, "swap")]], AT_RESUME
+    ] = []
+    """Changes of the training rows from one step to another, each seeing what those before it left:
+    swap, regex, function, drop, insert. `castalia intervene` shows what they change."""
     eod_mask_loss: bool = False
     """Exclude from the loss the target after an end-of-document token, as in GPT-NeoX."""
     packing: Literal["packed", "pack_until_overflow", "unpacked", "best_fit"] = "packed"
@@ -217,6 +225,11 @@ class DataConfig(Config):
             raise ValueError(
                 "fim_rate moves tokens within a row, so that labels of tokens, conversations and"
                 " pairs lose their places; set fim_rate to 0"
+            )
+        if self.fim_rate and self.interventions:
+            raise ValueError(
+                "fim_rate moves the tokens that interventions change; set fim_rate to 0, or remove"
+                " interventions"
             )
         if self.order == "file":
             self.check_ready_rows()

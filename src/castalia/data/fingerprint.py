@@ -111,6 +111,13 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for number, (before, after) in enumerate(zip(sources, now, strict=True)):
             label = f"{role} source {number} ({after.get('name')})"
             sentences += source_changes(label, before, after)
+    if old.get("interventions") != new.get("interventions"):
+        # Hashes: what an intervention does has no short name.
+        hashes = [str(values.get("interventions", "none"))[:12] for values in (old, new)]
+        sentences.append(
+            f"data.interventions were {hashes[0]}, are {hashes[1]} (a branch may have others:"
+            " model.start, train.start_optimizer and train.start_step)"
+        )
     return sentences + order_changes(old.get("order", {}), new.get("order", {}))
 
 

@@ -160,6 +160,9 @@ def as_batch(micro_rows: MicroRows, eod_id: int | None, prompt_weight: float = 0
         weights[of_prompt] = prompt_weight
     if eod_id is not None:
         labels[tokens == eod_id] = IGNORED
+    if micro_rows.ignored is not None:
+        # Last of those of tokens: a weight of prompts makes targets again.
+        labels[torch.from_numpy(micro_rows.ignored[:, 1:])] = IGNORED
     index = torch.from_numpy(micro_rows.index)
     labels[index == PADDING_ROW] = IGNORED
     filled = None

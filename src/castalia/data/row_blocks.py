@@ -8,6 +8,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from castalia.data.indexed import IndexedDataset
 from castalia.data.mapped import MappedFile
+from castalia.data.row_changes import ServedRow
 from castalia.data.served import ServedRows
 from castalia.data.span_table import DocumentSpan, SpanTable, joined, runs
 
@@ -49,9 +50,24 @@ def read_block(served: ServedRows, places: range, dtype: DTypeLike = np.int64) -
         tables.append(table)
         rows.append(own)
     block = RowBlock(tokens, located.source.astype(np.int32), joined(tables, rows, len(places)))
-    if served.changes_rows:
-        for row, (place, spans) in enumerate(zip(places, block.spans, strict=True)):
-            tokens[row] = served.changed(tokens[row].astype(np.int64), spans, place)
+    return changed(served, block, places)
+
+
+def changed(served: ServedRows, block: RowBlock, places: range) -> RowBlock:
+    """The rows of the files at some places, changed as they are served."""
+    chosen = [row for row, place in enumerate(places) if served.changes_row(place)]
+    if not chosen:
+        return block
+    spans_of_rows = list(block.spans)
+    for row in chosen:
+        tokens = block.tokens[row].astype(np.int64)
+        before = ServedRow(tokens, spans_of_rows[row])
+        after = served.changed(before, int(block.source[row]), places[row])
+        block.tokens[row] = after.tokens
+        spans_of_rows[row] = list(after.spans)
+    if spans_of_rows != block.spans:
+        # The changes of a row may be longer or shorter than what was there.
+        return RowBlock(block.tokens, block.source, SpanTable.of_lists(spans_of_rows))
     return block
 
 

@@ -12,6 +12,7 @@ from castalia.data.blending import blend_maps
 from castalia.data.fim import FillInTheMiddle
 from castalia.data.labels import Labels
 from castalia.data.order_cache import IndexMaps, OrderCache
+from castalia.data.row_changes import RowChange, ServedRow
 from castalia.data.row_source import DocumentSpan, RowPlaces, RowSource
 from castalia.data.sources import Files
 
@@ -23,9 +24,10 @@ class ServedRows(ABC):
     `labels` are the sources' label files; None makes every token a target. `label_weights` are
     their files of weights; None makes every target count 1. `reference` are files of
     log-probabilities under a reference model, None without; `rewards` a number for each document,
-    None without. `fim` transforms rows as they are served, None without. Of pairs the rows are
-    those of the preferred answers, and `rejected` serves the rejected one of each place; None for
-    texts.
+    None without. `fim` transforms rows as they are served, None without; so does `changes`, which
+    also says which tokens are no targets, and which runs without interventions lack. Of pairs the
+    rows are those of the preferred answers, and `rejected` serves the rejected one of each place;
+    None for texts.
     """
 
     def __init__(self, row_sources: Sequence[RowSource[Any]]) -> None:
@@ -34,6 +36,7 @@ class ServedRows(ABC):
         self.labels: Labels = None
         self.label_weights: Labels = None
         self.fim: FillInTheMiddle | None = None
+        self.changes: RowChange | None = None
         self.reference: Labels = None
         self.rewards: Sequence[NDArray[np.float32]] | None = None
         self.rejected: ServedRows | None = None
@@ -79,18 +82,25 @@ class ServedRows(ABC):
     def row(self, source: int, spans: Sequence[DocumentSpan], index: int) -> NDArray[np.int64]:
         """The row made of spans of a source, (seq_length + 1,), as it is served at place
         `index`."""
-        return self.changed(self.row_sources[source].row(spans), spans, index)
+        return self.served(source, spans, index).tokens
 
-    @property
-    def changes_rows(self) -> bool:
-        """Whether rows are served otherwise than the files have them."""
+    def served(self, source: int, spans: Sequence[DocumentSpan], index: int) -> ServedRow:
+        """The same row with what its changes say about it."""
+        return self.changed(ServedRow(self.row_sources[source].row(spans), spans), source, index)
+
+    def changes_row(self, index: int) -> bool:
+        """Whether the row at place `index` may be served otherwise than the files have it."""
+        if self.changes is not None:
+            return self.changes.reaches(index)
         return self.fim is not None
 
-    def changed(
-        self, row: NDArray[np.int64], spans: Sequence[DocumentSpan], index: int
-    ) -> NDArray[np.int64]:
-        """A row of the files, (seq_length + 1,), as it is served at place `index`."""
-        return row if self.fim is None else self.fim(row, spans, index)
+    def changed(self, row: ServedRow, source: int, index: int) -> ServedRow:
+        """A row as the files have it, as it is served at place `index`."""
+        if self.changes is not None:
+            return self.changes(row, source, index)
+        if self.fim is not None:
+            return ServedRow(self.fim(row.tokens, row.spans, index), row.spans)
+        return row
 
     def documents_of(self, index: int) -> tuple[int, list[DocumentSpan]]:
         """Source of the row served at place `index`, and the spans of its documents."""

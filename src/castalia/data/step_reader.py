@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from castalia.core.errors import ConfigError, DataError
 from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.labels import label_row, weight_row
+from castalia.data.row_changes import ServedRow
 from castalia.data.row_source import DocumentSpan, RowPlaces
 from castalia.data.segments import DocumentMask
 from castalia.data.served import ServedRows
@@ -45,6 +46,8 @@ class MicroRows:
     """Log-probability of the next token under a reference model, (B, T + 1), in nats."""
     reward: NDArray[np.float32] | None = None
     """The number of the first document of each row, (B,), if there are such."""
+    ignored: NDArray[np.bool_] | None = None
+    """Tokens that are no targets, (B, T + 1), if a change of the rows put such tokens there."""
     paired: bool = False
     """Whether rows 2i and 2i + 1 are a pair, the preferred one first, both with the same index."""
 
@@ -138,20 +141,19 @@ class StepReader:
     ) -> MicroRows:
         """The rows of one side of a micro-batch, of which texts have one."""
         numbers = located.source.tolist()
-        row_list = []
+        served = []
         for number, spans, place in zip(numbers, spans_of_rows, index, strict=True):
-            row_list.append(side.row(number, spans, place))
-        rows = np.stack(row_list)
+            served.append(side.served(number, spans, place))
+        rows = np.stack([row.tokens for row in served])
         if self.vocab_size is not None:
-            check(side, rows, numbers, spans_of_rows, self.vocab_size)
+            check(side, rows, numbers, [row.spans for row in served], self.vocab_size)
         segments = None
         mask = self.mask
         if mask is not None:
-            pairs = zip(rows, spans_of_rows, strict=True)
-            segments = np.stack([mask.segments(row, spans) for row, spans in pairs])
+            segments = np.stack([mask.segments(row.tokens, row.spans) for row in served])
         filled = None
         if any(source.padded for source in side.row_sources):
-            lengths = [sum(span.length for span in spans) for spans in spans_of_rows]
+            lengths = [sum(span.length for span in row.spans) for row in served]
             filled = np.array(lengths, np.int64)
         return MicroRows(
             rows=rows,
@@ -159,10 +161,11 @@ class StepReader:
             index=np.array(index, np.int64),
             segments=segments,
             filled=filled,
-            labels=labels_of(side, rows, numbers, spans_of_rows),
-            label_weights=weights_of(side, rows.shape[1], numbers, spans_of_rows),
+            labels=labels_of(side, served, numbers, spans_of_rows),
+            label_weights=weights_of(side, served, numbers, spans_of_rows),
             reference=reference_of(side, rows, numbers, spans_of_rows),
             reward=reward_of(side, numbers, spans_of_rows),
+            ignored=ignored_of(side, served),
         )
 
     def padding_batch(self) -> MicroRows:
@@ -201,7 +204,10 @@ def look_up(side: ServedRows, rows: RowPlaces) -> SpansOfRows:
 
 
 def labels_of(
-    side: ServedRows, rows: NDArray[np.int64], numbers: Sequence[int], spans_of_rows: SpansOfRows
+    side: ServedRows,
+    served: Sequence[ServedRow],
+    numbers: Sequence[int],
+    spans_of_rows: SpansOfRows,
 ) -> NDArray[np.int64] | None:
     """The labels of rows of the sources `numbers`; None without label files.
 
@@ -210,11 +216,14 @@ def labels_of(
     files = side.labels
     if files is None:
         return None
-    length = rows.shape[1]
+    length = len(served[0].tokens)
     label_rows = []
-    for number, spans in zip(numbers, spans_of_rows, strict=True):
-        label_rows.append(label_row(files[number], spans, length))
+    for row, number, spans in zip(served, numbers, spans_of_rows, strict=True):
+        labels = label_row(files[number], spans, length)
+        # The files' labels are those of the unchanged tokens.
+        label_rows.append(labels if row.origin is None else row.labels(labels))
     labels = np.stack(label_rows)
+    rows = np.stack([row.tokens for row in served])
     wrong = np.flatnonzero(((labels >= 0) & (labels != rows)).any(1))
     if len(wrong):
         file = files[numbers[int(wrong[0])]]
@@ -226,14 +235,27 @@ def labels_of(
 
 
 def weights_of(
-    side: ServedRows, length: int, numbers: Sequence[int], spans_of_rows: SpansOfRows
+    side: ServedRows,
+    served: Sequence[ServedRow],
+    numbers: Sequence[int],
+    spans_of_rows: SpansOfRows,
 ) -> NDArray[np.float32] | None:
     """The weights of rows of the sources `numbers`; None without files of weights."""
     files = side.label_weights
     if files is None:
         return None
-    pairs = zip(numbers, spans_of_rows, strict=True)
-    return np.stack([weight_row(files[number], spans, length) for number, spans in pairs])
+    weights = []
+    for row, number, spans in zip(served, numbers, spans_of_rows, strict=True):
+        weights.append(row.moved(weight_row(files[number], spans, len(row.tokens))))
+    return np.stack(weights)
+
+
+def ignored_of(side: ServedRows, served: Sequence[ServedRow]) -> NDArray[np.bool_] | None:
+    """The tokens that changes of the rows made no targets; None without changes."""
+    if side.changes is None:
+        return None
+    none = np.zeros(len(served[0].tokens), np.bool_)
+    return np.stack([none if row.ignored is None else row.ignored for row in served])
 
 
 def reference_of(

@@ -1,1 +1,5 @@
-"""Changes of the rows of some steps: the same run with other text, all else equal."""
+"""Interventions: changes of the rows that training reads, from one step of a run to another.
+
+Source  The case study of Pythia, Biderman et al. 2023, arXiv:2304.01373, section 3.1, changes the
+        pronouns in the last part of training.
+"""

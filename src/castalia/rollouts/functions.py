@@ -1,12 +1,8 @@
 """Reward functions by name: `module:function`. Importing this module does not import torch."""
 
-import importlib
-import inspect
-import os
-import sys
 from collections.abc import Callable, Sequence
 
-from castalia.core.errors import ConfigError, nearest
+from castalia.core.functions import named_function
 
 Function = Callable[..., Sequence[float | None]]
 
@@ -16,30 +12,4 @@ def reward_function(name: str) -> Function:
 
     Raises  ConfigError saying which part could not be imported.
     """
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise ConfigError(
-            f"loss.rewards: {name!r}: expected module:function, for instance rewards:is_short"
-        )
-    # `python -m castalia` looks into the working directory, the installed command does not.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-    # ImportError alone: any other error in the module is a bug, and its traceback shows where.
-    try:
-        imported = importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"loss.rewards: {name!r}: cannot import the module {module!r}: {error}; run from the"
-            " folder that holds it, or add that folder to PYTHONPATH"
-        ) from None
-    function = getattr(imported, attribute, None)
-    if function is None:
-        others = [other for other, value in vars(imported).items() if inspect.isfunction(value)]
-        raise ConfigError(
-            f"loss.rewards: {name!r}: the module {module!r} has no function"
-            f" {attribute!r}{nearest(attribute, others)}"
-        )
-    if not callable(function):
-        raise ConfigError(f"loss.rewards: {name!r}: {attribute} is not a function")
-    chosen: Function = function
-    return chosen
+    return named_function(name, "loss.rewards", "rewards:is_short")

@@ -43,6 +43,7 @@ from castalia.runs.problems import (
     adapter_problems,
     curriculum_problems,
     epochs_problems,
+    intervention_problems,
     loss_problems,
     mixing_problems,
     optimizer_problems,
@@ -210,6 +211,7 @@ class RunConfig(Config):
         problems += adapter_problems(self)
         problems += width_problems(self)
         problems += epochs_problems(self)
+        problems += intervention_problems(self)
         problems += mixing_problems(self)
         problems += loss_problems(self)
         problems += precision_problems(self)

@@ -56,6 +56,34 @@ def start_problems(config: "RunConfig") -> list[str]:
     return []
 
 
+def intervention_problems(config: "RunConfig") -> list[str]:
+    """Interventions that the rows of a run cannot have."""
+    kinds = {section.kind for section in config.data.interventions}
+    if not kinds:
+        return []
+    data = config.data
+    loss = LOSSES[config.loss.kind]
+    problems = []
+    if loss.rows not in ("text", "pairs"):
+        problems.append(f"loss.kind {config.loss.kind} reads {ROWS_IN[loss.rows]}")
+    elif loss.reference:
+        problems.append(
+            f"loss.kind {config.loss.kind} compares with the reference's scores of unchanged texts"
+        )
+    if data.paired and kinds & {"drop", "insert"}:
+        problems.append("drop and insert would change one answer of a pair alone")
+    if "insert" in kinds and (data.packing != "packed" or data.labels or data.texts):
+        problems.append(
+            "insert puts documents anywhere in a row: data.packing must be packed and"
+            " without data.labels"
+        )
+    if "insert" in kinds and data.document_mask == "documents":
+        problems.append(
+            "insert adds documents that the order does not know: use data.document_mask=eod"
+        )
+    return [f"data.interventions: {problem}" for problem in problems]
+
+
 def optimizer_problems(config: "RunConfig") -> list[str]:
     """A schedule or a precision that does not suit the optimizer."""
     kind = config.optim.kind

@@ -9,11 +9,15 @@ from castalia.data.labels import require_both_labels
 from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import rows_of_sources
 from castalia.data.served import RepeatedRows
+from castalia.data.sidecar import recorded_end
+from castalia.interventions.intervention import Facts
+from castalia.interventions.make import make_interventions
 from castalia.losses import LOSSES
 from castalia.runs.config import RunConfig
 from castalia.runs.named_corpus import ensure_corpus
 from castalia.runs.recorded_order import RecordedOrder
 from castalia.runs.whole_passes import with_steps
+from castalia.tokenizers.tokenizer import load_tokenizer
 
 
 def opened_rows(config: RunConfig, *, validates: bool = True) -> tuple[RunConfig, RunRows]:
@@ -56,9 +60,41 @@ def rows_of_run(config: RunConfig, *, validates: bool = True) -> RunRows:
     )
     if LOSSES[config.loss.kind].rows == "labelled":
         require_both_labels(rows.train.rewards or ())
+    if data.interventions:
+        rows = with_interventions(config, rows)
     if config.updates_per_rows == 1:
         return rows
     return replace(rows, train=RepeatedRows(rows.train, train.batch_size, config.updates_per_rows))
+
+
+def with_interventions(config: RunConfig, rows: RunRows) -> RunRows:
+    """The rows with the changes that data.interventions make to those of training.
+
+    Raises  ConfigError; DataError if a file that one names cannot be read.
+    """
+    data = config.data
+    tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+    end = recorded_end(data.train_prefixes)
+    if end is None and tokenizer is not None:
+        end = tokenizer.eod_id
+    first, *others = [
+        Facts(
+            tokenizer,
+            rows.sources,
+            [source.dataset for source in side.row_sources],
+            config.model.vocab_size,
+            data.seq_length,
+            end,
+            ready=data.order == "file",
+        )
+        for side in rows.train.sides
+    ]
+    train = config.train
+    made = make_interventions(data.interventions, first, train.steps, train.batches)
+    rows.train.changes = made
+    for side, facts in zip(rows.train.sides[1:], others, strict=True):
+        side.changes = made.of(facts)
+    return replace(rows, fingerprint=rows.fingerprint | {"interventions": made.sha256})
 
 
 def rows_as_trained(

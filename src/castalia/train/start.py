@@ -150,7 +150,12 @@ class StartWeights:
                     f"train.start_step: {self.saved.folder} has no state {name!r}, which this run"
                     " needs; set train.start_step=false to begin at step 0"
                 )
-            states[name].load_state_dict(state[name])
+            saved = state[name]
+            if name == "data":
+                # A branch is there to read other text from here on, in the same order.
+                own = states[name].state_dict().get("interventions")
+                saved = {**saved, "interventions": own}
+            states[name].load_state_dict(saved)
 
     def record(self) -> StartRecord:
         """What the checkpoints of the run say about its start. Reads every file of the start for
