@@ -136,6 +136,8 @@ class Rewriter:
         self, tokens: NDArray[np.int64], text: str, replacements: Sequence[Replacement]
     ) -> Rewritten:
         """The edits of the tokens (n,) of a text; replacements ascend and do not overlap."""
+        if not replacements:
+            return Rewritten([], [])
         new_text = without_surrogates(replaced(text, replacements))
         encoded = self.encode(new_text)
         if encoded is None:
