@@ -10,9 +10,9 @@ from castalia.recipes import load_config
 from castalia.runs.rows import rows_as_trained
 from castalia.tokenizers.tokenizer import train_bpe
 
-WORDS = "he she his her him them said that the théâtre 日本 nurse doctor was late , . ( ) \n".split(
-    " "
-)
+TEXT = "he she his her him them said that the théâtre 日本 nurse doctor was late , . ( ) 
+"
+WORDS = TEXT.split(" ")
 SEQ = 32
 BATCH = 4
 STEPS = 12

@@ -91,11 +91,28 @@ def test_new_ids_are_those_of_the_new_text_and_cut_characters_stay(kind, people)
         pytest.skip("needs the shared 20B_tokenizer.json, which has tokens for runs of spaces")
     tokenizer = load_tokenizer({"pythia": NEOX, "bytes": "bytes"}.get(kind, people))
     rewriter = Rewriter(tokenizer)
-    words = (
-        'Hello  he said   \n he\'s <he> naïve café 𝒳he, He: HE. "he" the 日本語he  HIM him'.split(
-            " "
-        )
-    )
+    words = [
+        "Hello",
+        "",
+        "he",
+        "said",
+        "",
+        "",
+        "\n",
+        "he's",
+        "<he>",
+        "naïve",
+        "café",
+        "𝒳he,",
+        "He:",
+        "HE.",
+        '"he"',
+        "the",
+        "日本語he",
+        "",
+        "HIM",
+        "him",
+    ]
     draw = np.random.default_rng(1)
     whole = cut = 0
     for _ in range(150):
@@ -131,7 +148,7 @@ def test_policies_for_another_length(rows_with, tokenizer):
     assert 3 < len(having) < len(PLACES)
     with pytest.raises(
         DataError,
-        match=r"data\.interventions\.0 \(regex\): at step \d+, row \d+, document \d+ of a, .*doctor.* tokens in place of .*length: skip",
+        match=r"0 \(regex\): at step \d+, row \d+, document \d+ of a, .*doctor.* tokens in place",
     ):
         rows_with([longer]).train[having[0]]
     skip = rows_with([{**longer, "length": "skip"}]).train
@@ -279,33 +296,31 @@ def test_blocks_workers_and_ranks_see_the_same_rows(config_with, rows_with):
         loader.close()
 
 
-BAD = {
-    '[{"kind": "swop"}]': "unknown intervention 'swop'; choose one of drop, function, insert",
-    '[{"kind": "swap", "terms": [["he", "she"]], "start": 12}]': "start 12 is step 12, but the run"
-    " has steps 0 to 11",
-    '[{"kind": "swap", "terms": [["he", "she"]], "start": 5, "stop": 5}]': "stop 5 is step 5;"
-    " expected one behind start",
-    '[{"kind": "swap", "terms": [["he", "she"]], "start": "soon"}]': "a share of the run such as 93%",
-    '[{"kind": "swap", "terms": [["he", "she"]], "sources": ["c"]}]': "no source 'c'; the sources are"
-    " a, b",
-    '[{"kind": "swap", "terms": [["he", "she"], ["him", "she"]], "both": true}]': "'she' would become"
-    " both 'he' and 'him'",
-    '[{"kind": "swap", "terms": [["he", "zzzqqq"]], "level": "tokens"}]': "tokens of .*, not one",
-    '[{"kind": "function", "function": "nowhere:f"}]': "cannot import the module 'nowhere'",
-    '[{"kind": "regex", "pattern": "("}]': "not a regular expression",
-    '[{"kind": "regex", "pattern": "a", "replacement": "\\\\3"}]': "does not suit pattern",
-    '[{"kind": "drop", "documents": [999], "sources": ["a"]}]': "no document 999: a has 24",
-    '[{"kind": "drop", "documents": [1]}]': "the run has 2; name one in sources",
-    '[{"kind": "drop"}]': "name the documents",
-    '[{"kind": "drop", "file": "gone", "sources": "a"}]': "cannot read file",
-    '[{"kind": "insert", "file": "gone.jsonl"}]': "neither JSON lines nor the prefix of a token file",
-}
+PAIR = {"kind": "swap", "terms": [["he", "she"]]}
+TWO = {"kind": "swap", "terms": [["he", "she"], ["him", "she"]], "both": True}
+BAD = [
+    ({"kind": "swop"}, "unknown intervention 'swop'; choose one of drop, function, insert"),
+    ({**PAIR, "start": 12}, "start 12 is step 12, but the run has steps 0 to 11"),
+    ({**PAIR, "start": 5, "stop": 5}, "stop 5 is step 5; expected one behind start"),
+    ({**PAIR, "start": "soon"}, "a share of the run such as 93%"),
+    ({**PAIR, "sources": ["c"]}, "no source 'c'; the sources are a, b"),
+    (TWO, "'she' would become both 'he' and 'him'"),
+    ({**PAIR, "level": "tokens", "terms": [["he", "zzzqqq"]]}, "tokens of .*, not one"),
+    ({"kind": "function", "function": "nowhere:f"}, "cannot import the module 'nowhere'"),
+    ({"kind": "regex", "pattern": "("}, "not a regular expression"),
+    ({"kind": "regex", "pattern": "a", "replacement": "\\3"}, "does not suit pattern"),
+    ({"kind": "drop", "documents": [999], "sources": ["a"]}, "no document 999: a has 24"),
+    ({"kind": "drop", "documents": [1]}, "the run has 2; name one in sources"),
+    ({"kind": "drop"}, "name the documents"),
+    ({"kind": "drop", "file": "gone", "sources": "a"}, "cannot read file"),
+    ({"kind": "insert", "file": "gone"}, "neither JSON lines nor the prefix of a token file"),
+]
 
 
-@pytest.mark.parametrize("text", BAD)
-def test_bad_sections(rows_with, text):
-    with pytest.raises((ConfigError, DataError), match=BAD[text].replace("(", r"\(")):
-        rows_with(json.loads(text))
+@pytest.mark.parametrize(("section", "message"), BAD)
+def test_bad_sections(rows_with, section, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        rows_with([section])
 
 
 def test_what_interventions_cannot_go_with(config_with):
