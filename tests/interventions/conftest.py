@@ -10,8 +10,7 @@ from castalia.recipes import load_config
 from castalia.runs.rows import rows_as_trained
 from castalia.tokenizers.tokenizer import train_bpe
 
-TEXT = "he she his her him them said that the théâtre 日本 nurse doctor was late , . ( ) 
-"
+TEXT = "he she his her him them said that the théâtre 日本 nurse doctor was late , . ( ) \n"
 WORDS = TEXT.split(" ")
 SEQ = 32
 BATCH = 4
