@@ -46,6 +46,19 @@ def test_neox_v1_rounding_has_the_published_phase_errors() -> None:
     assert errors[:6] == pytest.approx([0.0, 0.34, 0.145, 0.100, 0.034, 0.018], abs=3e-3)
 
 
+def test_neox_v1_tables_are_those_of_its_code() -> None:
+    """RotaryEmbedding of GPT-NeoX v1.0 after .half(), line by line."""
+    inv_freq = (1.0 / (10000 ** (torch.arange(0, 24, 2).float() / 24))).half()
+    t = torch.arange(2048, dtype=inv_freq.dtype)
+    freqs = torch.einsum("i,j->ij", t, inv_freq)
+    emb = torch.cat((freqs, freqs), dim=-1)
+    cos, sin = rope_tables(config("neox_v1_fp16"), torch.arange(2048)[None])
+    assert torch.equal(cos[0, 0], emb.cos().float())
+    # Ours has the sign of rotate_half in the table.
+    assert torch.equal(sin[0, 0].abs(), emb.sin().float().abs())
+    assert torch.equal(sin[0, 0, :, 12:], emb.sin().float()[:, 12:])
+
+
 def test_only_the_rotary_dimensions_turn() -> None:
     qkv = torch.randn(2, 5, 2 * 3 * 96, generator=torch.Generator().manual_seed(0))
     rope = rope_tables(config(), torch.arange(5)[None])

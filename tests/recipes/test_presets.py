@@ -8,6 +8,7 @@ from castalia.models import build_model_config
 from castalia.models.flops import parameter_counts
 from castalia.monitor import read_metrics
 from castalia.recipes import load_config, preset, preset_names
+from castalia.recipes.pythia import SMALLER_BATCHES, V0_SIZES
 from castalia.recipes.training import train
 from castalia.train.timing import piece_of
 
@@ -72,9 +73,49 @@ def test_only_the_1b_on_the_standard_pile_is_bf16():
     precisions = {
         name: load_config([name]).precision for name in preset_names() if name.startswith("pythia")
     }
-    assert len(precisions) == 20
-    assert {name for name, precision in precisions.items() if precision != "fp16"} == {"pythia-1b"}
-    assert precisions["pythia-1b"] == "bf16"
+    assert len(precisions) == 20 + 16 + 5
+    bf16 = {"pythia-1b", "pythia-1b-0.5MtokBS"}
+    assert {name for name, precision in precisions.items() if precision == "bf16"} == bf16
+    assert set(precisions.values()) == {"fp16", "bf16"}
+    # .half() on the model rounded the frequencies of the rotary tables too.
+    for name, precision in precisions.items():
+        tables = "fp32" if precision == "bf16" else "neox_v1_fp16"
+        assert load_config([name]).model.rope_numerics == tables
+
+
+def saved_steps(config):
+    """Steps of the checkpoints of a run."""
+    return SavePolicy(config.checkpoint, config.train.steps).all_steps()
+
+
+@pytest.mark.parametrize("size", V0_SIZES)
+def test_the_first_version_of_a_size(size):
+    config = load_config([f"pythia-{size}-v0"])
+    later = load_config([f"pythia-{size}"])
+    assert config.precision == "fp16" and config.output == f"runs/pythia-{size}-v0"
+    assert config.train.steps * config.tokens_per_step == 299_892_736_000
+    assert len(saved_steps(config)) == 143 and saved_steps(config)[-1] == config.train.steps
+    if size in ("160m", "410m", "1.4b"):
+        assert (config.train.steps, config.schedule.decay_steps) == (71_500, 71_250)
+        assert config.train.batch_size == 2048 and saved_steps(config)[0] == 500
+    else:
+        assert (config.train.steps, config.schedule.decay_steps) == (143_000, 143_000)
+        assert config.train.batch_size == 1024 and saved_steps(config)[0] == 1000
+    lowest = 0.0 if size in ("6.9b", "12b") else later.schedule.min_lr
+    assert config.schedule.min_lr == lowest
+    assert tuple(parameter_counts(config.model)) == PUBLISHED[size]
+
+
+@pytest.mark.parametrize("size", SMALLER_BATCHES)
+def test_a_smaller_batch_reads_as_many_tokens(size):
+    own = [name for name in preset_names() if name.startswith(f"pythia-{size}-")]
+    (name,) = [name for name in own if name.endswith("MtokBS")]
+    config = load_config([name])
+    tokens = float(name.split("-")[2].removesuffix("MtokBS")) * 2**20
+    assert config.tokens_per_step == tokens
+    assert config.train.steps * config.tokens_per_step == 299_892_736_000
+    assert len(saved_steps(config)) == 154
+    assert config.schedule.decay_steps == config.train.steps
 
 
 @pytest.mark.parametrize("size", [size for size in PUBLISHED if size != "1b"])

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson
+from castalia.cli.flags import AsJson, panel
 
 if TYPE_CHECKING:
     from castalia.suites import Suite
     from castalia.suites.batches import Stream
+    from castalia.suites.planning import SuitePlan
 
+PLAN = panel("With --plan")
 ACTIONS = ("plan", "run", "status", "verify")
 
 
@@ -39,6 +41,12 @@ def suite(
     seeds: Annotated[
         str | None, typer.Option(metavar="0,1", help="Seeds, of those that the suite has.")
     ] = None,
+    gpu: Annotated[
+        str, PLAN(help="GPU of the hours: a100-40, a100-80, h100, h200, ...")
+    ] = "a100-40",
+    mfu: Annotated[
+        float, PLAN(metavar="SHARE", help="Share of its peak that training reaches.")
+    ] = 0.3,
     as_json: AsJson = False,
 ) -> None:
     """Train several models on one stream of data: sizes x data variants x seeds.
@@ -65,8 +73,65 @@ def suite(
     action = chosen[0] if chosen else "status"
     if action == "run":
         run_members(opened)
+    elif action == "plan":
+        show_plan(opened, gpu, mfu, as_json)
     else:
         show_status(opened, as_json)
+
+
+def show_plan(opened: "Suite", gpu: str, mfu: float, as_json: bool) -> None:
+    """Print what each member will cost, and all together.
+
+    Raises  ConfigError for a share outside of 0 to 1.
+    """
+    from castalia.cli.scaling import print_table
+    from castalia.core.errors import ConfigError
+    from castalia.suites.planning import plan_suite
+
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu {mfu:g}: expected a share of the peak above 0 and at most 1")
+    planned = plan_suite(opened, gpu, mfu)
+    if as_json:
+        typer.echo(json.dumps(planned.as_dict(), indent=2))
+        return
+    header = ["run", "parameters", "steps", "tokens", "FLOPs", "GPU-hours", "published"]
+    print_table([*header, "checkpoints", "disk", "weights alone"], plan_rows(planned))
+    typer.echo("")
+    typer.echo(
+        f"GPU-hours: {gpu} at {mfu:.0%} of its peak (--gpu, --mfu). Published: GPU-hours of the"
+        " paper, and the share of the peak that they mean. Disk: fp32 weights and optimizer state."
+    )
+
+
+def plan_rows(planned: "SuitePlan") -> list[list[str]]:
+    """The rows of the table, and one with the sums."""
+    rows = []
+    for run in planned.runs:
+        published = "-"
+        if run.published_gpu_hours is not None:
+            published = f"{run.published_gpu_hours:,} ({run.published_mfu:.0%})"
+        first = [run.name, f"{run.parameters:,}", f"{run.steps:,}"]
+        rows.append([*first, *cost_cells(run._asdict(), published)])
+    total = planned.total
+    hours = total["published_gpu_hours"]
+    published = f"{hours:,}" if hours else "-"
+    last = [f"{total['runs']} runs", "", ""]
+    return [*rows, [*last, *cost_cells(total, published)]]
+
+
+def cost_cells(cost: dict[str, Any], published: str) -> list[str]:
+    """The columns that have sums."""
+    from castalia.monitor.display import quantity, size_text
+
+    return [
+        quantity(cost["tokens"]),
+        f"{cost['flops']:.3g}",
+        f"{cost['gpu_hours']:,.0f}",
+        published,
+        f"{cost['checkpoints']:,}",
+        size_text(cost["disk_bytes"]),
+        size_text(cost["weight_bytes"]),
+    ]
 
 
 def run_members(opened: "Suite") -> None:

@@ -212,6 +212,12 @@ def remarks(config: RunConfig, neox: Mapping[str, Any], changes: Mapping[str, An
             "the published file of pythia-1b says fp16, but the released model was trained in bf16,"
             " as the preset is (pythia-1b-deduped in fp16): precision=bf16"
         )
+    numerics = getattr(config.model, "rope_numerics", None)
+    if twin and neox and config.precision == "fp16" and numerics == "fp32":
+        notes.append(
+            f"GPT-NeoX v1.0, which trained {twin}, rounded the rotary tables to fp16, as the preset"
+            " does, and later versions do not: model.rope_numerics=neox_v1_fp16"
+        )
     horizon = config.schedule.decay_steps
     if horizon and horizon > config.train.steps:
         notes.append(

@@ -8,7 +8,7 @@ from castalia.recipes.debug import FAMILIES, debug
 from castalia.recipes.demo import demo
 from castalia.recipes.finetuning import FINE_TUNING, fine_tuning
 from castalia.recipes.mini import mini
-from castalia.recipes.pythia import NAMES, pythia
+from castalia.recipes.pythia import NAMES, VARIANTS, pythia
 from castalia.recipes.zoo import MODELS, published
 
 PRESETS: Registry[Callable[[str], dict[str, Any]]] = Registry("preset")
@@ -18,7 +18,7 @@ PRESETS.register("demo")(demo)
 PRESETS.register("mini")(mini)
 for known in FINE_TUNING:
     PRESETS.register(known)(fine_tuning)
-for known in NAMES:
+for known in (*NAMES, *VARIANTS):
     PRESETS.register(known)(pythia)
 for known in FAMILIES:
     PRESETS.register(known)(debug)

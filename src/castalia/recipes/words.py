@@ -14,7 +14,7 @@ from castalia.core.errors import ConfigError, nearest
 from castalia.core.hub import is_hub_id, local_reading
 from castalia.recipes.finetuning import FINE_TUNING
 from castalia.recipes.presets import PRESETS, preset_names
-from castalia.recipes.pythia import NAMES
+from castalia.recipes.pythia import NAMES, VARIANTS
 from castalia.runs.config import RunConfig
 
 SUFFIXES = ("", ".yml", ".yaml")
@@ -130,7 +130,8 @@ def unknown_word(word: str) -> str:
         return f"{word!r} needs a value: {word}=VALUE"
     hint = f"; {preset_menu()}"
     # `pythia` is the beginning of all of them: any one would be a guess.
-    sizes = [name for name in PRESETS if name.startswith(word) and not name.endswith("-deduped")]
+    plain = [name for name in PRESETS if name not in VARIANTS and not name.endswith("-deduped")]
+    sizes = [name for name in plain if name.startswith(word)]
     if len(sizes) < 2:
         hint = nearest(word, PRESETS) or hint
     return f"unknown preset or config file {word!r}{hint}"
@@ -157,8 +158,10 @@ def hint_of_model(word: str) -> str:
 def preset_menu() -> str:
     """The presets in a line; those for the deduplicated Pile are left to a remark."""
     first = [name for name in ("debug", "demo", "mini", *NAMES) if not name.endswith("-deduped")]
-    others = [name for name in preset_names() if name not in (*first, *NAMES, *FINE_TUNING)]
+    known = (*first, *NAMES, *VARIANTS, *FINE_TUNING)
+    others = [name for name in preset_names() if name not in known]
     return (
-        f"presets: {', '.join(first)}; each pythia also with -deduped; of other families"
+        f"presets: {', '.join(first)}; each pythia also with -deduped, most"
+        f" with -v0; of other families"
         f" {', '.join(others)}; to fine-tune model.start {', '.join(FINE_TUNING)}"
     )
