@@ -1,21 +1,70 @@
 """`castalia suite`: several models on one stream, planned, trained, watched and verified."""
 
 import json
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson, panel
+from castalia.cli.flags import AsJson, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.suites import Suite
     from castalia.suites.batches import Stream
     from castalia.suites.planning import SuitePlan
 
+WHAT = panel("One of")
+CHOICE = panel("Members")
 PLAN = panel("With --plan")
-ACTIONS = ("plan", "run", "status", "verify")
 
 
+@dataclass(frozen=True)
+class ActionFlags:
+    """What to do with the members."""
+
+    plan: Annotated[bool, WHAT("--plan", help="Tokens, FLOPs, GPU-hours and disk of each run.")] = (
+        False
+    )
+    run: Annotated[bool, WHAT("--run", help="Train the members, one after the other.")] = False
+    status: Annotated[bool, WHAT("--status", help="How far each member is; the default.")] = False
+
+    @property
+    def chosen(self) -> str:
+        """The name of the action.
+
+        Raises  ConfigError if there are two.
+        """
+        from castalia.core.errors import ConfigError
+
+        names = [field.name for field in fields(self) if getattr(self, field.name)]
+        if len(names) > 1:
+            raise ConfigError(f"--{names[0]} and --{names[1]}: one of them at a time")
+        return names[0] if names else "status"
+
+
+@dataclass(frozen=True)
+class MemberFlags:
+    """Which members."""
+
+    only: Annotated[
+        str | None, CHOICE(metavar="70m,160m", help="Sizes, data variants or members.")
+    ] = None
+    seeds: Annotated[
+        str | None, CHOICE(metavar="0,1", help="Seeds, of those that the suite has.")
+    ] = None
+
+
+@dataclass(frozen=True)
+class PlanFlags:
+    """Options of the plan."""
+
+    gpu: Annotated[str, PLAN(help="GPU of the hours: a100-40, h100, h200, ...")] = "a100-40"
+    mfu: Annotated[
+        float, PLAN(metavar="SHARE", help="Share of its peak that training reaches.")
+    ] = 0.3
+
+
+@grouped
 def suite(
     words: Annotated[
         list[str],
@@ -25,28 +74,9 @@ def suite(
             " members, and output=FOLDER.",
         ),
     ],
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Tokens, FLOPs, GPU-hours and disk of each run.")
-    ] = False,
-    run: Annotated[
-        bool, typer.Option("--run", help="Train the members, one after the other.")
-    ] = False,
-    status: Annotated[
-        bool, typer.Option("--status", help="How far each member is; the default.")
-    ] = False,
-    only: Annotated[
-        str | None,
-        typer.Option(metavar="70m,160m", help="Sizes, data variants or members."),
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(metavar="0,1", help="Seeds, of those that the suite has.")
-    ] = None,
-    gpu: Annotated[
-        str, PLAN(help="GPU of the hours: a100-40, a100-80, h100, h200, ...")
-    ] = "a100-40",
-    mfu: Annotated[
-        float, PLAN(metavar="SHARE", help="Share of its peak that training reaches.")
-    ] = 0.3,
+    action: ActionFlags,
+    members: MemberFlags,
+    planning: PlanFlags,
     as_json: AsJson = False,
 ) -> None:
     """Train several models on one stream of data: sizes x data variants x seeds.
@@ -63,18 +93,14 @@ def suite(
 
       castalia suite mine.yaml --status --json
     """
-    from castalia.core.errors import ConfigError
     from castalia.suites import open_suite
 
-    chosen = [name for name, wanted in zip(ACTIONS, (plan, run, status), strict=False) if wanted]
-    if len(chosen) > 1:
-        raise ConfigError(f"--{chosen[0]} and --{chosen[1]}: one thing at a time")
-    opened = open_suite(words, only, seeds)
-    action = chosen[0] if chosen else "status"
-    if action == "run":
+    chosen = action.chosen
+    opened = open_suite(words, members.only, members.seeds)
+    if chosen == "run":
         run_members(opened)
-    elif action == "plan":
-        show_plan(opened, gpu, mfu, as_json)
+    elif chosen == "plan":
+        show_plan(opened, planning.gpu, planning.mfu, as_json)
     else:
         show_status(opened, as_json)
 
