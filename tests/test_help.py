@@ -21,6 +21,7 @@ VERBS = (
     "suite",
     "runs",
     "audit",
+    "weights",
     "generate",
     "eval",
     "count",

@@ -32,6 +32,7 @@ from castalia.cli import (
     tuning,
     view,
     viewing,  # noqa: F401  likewise
+    weights,
 )
 from castalia.cli.command import Verbs
 
@@ -82,6 +83,7 @@ PANELS = {
         report.report,
         view.view,
         audit.audit,
+        weights.weights,
         results.results,
         scaling.scaling,
         memorization.memorization,

@@ -48,6 +48,8 @@ class Panel:
     marks: Sequence[Mark] = field(default_factory=tuple)
     ticks: Sequence[float] = ()
     """Values that the axis at the bottom names; empty chooses round ones."""
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
+    """Ribbons under the lines of the same names: (across, lower edge, upper edge)."""
     span: tuple[float, float] | None = None
     """Least and largest value of the other axis; None takes those of the lines."""
 
@@ -120,6 +122,21 @@ def chart(rows: Sequence[Sequence[Panel]], title: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def one_panel(panel: Panel, colors: Mapping[str, str]) -> str:
+    """An SVG element of one panel without a legend.
+
+    Takes   colors: how each line is drawn, by `stroke`.
+    """
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
+            ' font-family="sans-serif" font-size="11">',
+            *drawn(panel, 0, 0, colors),
+            "</svg>",
+        ]
+    )
+
+
 def stroke(place: int) -> str:
     """How the line at a place of the legend is drawn; with the colors used up it is dashed."""
     dashes = ("", ' stroke-dasharray="5 2"', ' stroke-dasharray="1.5 2"')
@@ -131,6 +148,8 @@ def drawn(panel: Panel, x: float, y: float, colors: Mapping[str, str]) -> list[s
     """The elements of one panel whose upper left corner is at (x, y)."""
     lines = {name: shown(points, panel) for name, points in panel.lines.items()}
     every = [point for points in lines.values() for point in points]
+    edges = [(a, b) for band in panel.bands.values() for a, low, high in band for b in (low, high)]
+    every += shown(edges, panel)
     right = x + WIDTH - RIGHT
     bottom = y + HEIGHT - BOTTOM
     across = Scale([a for a, _ in every], panel.log_x, x + LEFT, right)
@@ -153,6 +172,11 @@ def drawn(panel: Panel, x: float, y: float, colors: Mapping[str, str]) -> list[s
         dashed = 'stroke="#555" stroke-dasharray="4 3"'
         parts.append(f'<path d="M{at:.1f} {y + TOP}V{bottom}" {dashed}/>')
         parts.append(text(at + 3, y + TOP + 11 + 14 * place, mark.text))
+    for name, band in panel.bands.items():
+        edge = [(a, low) for a, low, _ in band] + [(a, high) for a, _, high in reversed(band)]
+        places = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in shown(edge, panel))
+        color = colors[name].replace("stroke", "fill", 1).split(" ")[0]
+        parts.append(f'<polygon points="{places}" {color} opacity="0.2"/>')
     for name, points in lines.items():
         places = " ".join(f"{across(a):.1f},{up(b):.1f}" for a, b in points)
         style = f'fill="none" stroke-width="1.6" {colors[name]}'

@@ -1,0 +1,247 @@
+"""Weight statistics of many checkpoints, one tensor at a time, into one table.
+
+Every checkpoint is compared with the first of its model, with the one before it, and with the same
+step of the first model that has its shapes, such as another seed.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from castalia.checkpoint.tensors import StoredTensors
+from castalia.core.errors import CheckpointError, ConfigError
+from castalia.core.files import claimed
+from castalia.eval.labels import config_of_run
+from castalia.eval.places import Checkpoint, checkpoints_of
+from castalia.formats.saved_model import open_model
+from castalia.weights.statistics import Between, Sums, between, spectrum, summed, sums_of
+from castalia.weights.table import (
+    Row,
+    assemble,
+    done,
+    has_parts,
+    parts_folder,
+    remove_parts,
+    write_part,
+)
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+TRAVEL = {
+    "start": ("from_start", "cosine_start"),
+    "previous": ("from_previous", None),
+    "peer": ("peer_distance", "peer_cosine"),
+}
+"""What a checkpoint is compared with -> columns of the distance and of the cosine."""
+
+
+class Measured(NamedTuple):
+    """One checkpoint that was measured now."""
+
+    model: str
+    step: int
+    rows: int
+
+
+@dataclass
+class Member:
+    """A model and all of its checkpoints."""
+
+    name: str
+    seed: int | None
+    checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+    """By step, ascending."""
+    peer: "Member | None" = None
+
+    @property
+    def first(self) -> int:
+        """The step of the first checkpoint."""
+        return next(iter(self.checkpoints))
+
+    def before(self, step: int) -> int | None:
+        """The step of the checkpoint before one."""
+        return max((each for each in self.checkpoints if each < step), default=None)
+
+    def compared(self, step: int) -> dict[str, Checkpoint]:
+        """What the checkpoint of a step is compared with."""
+        others = {"start": self.checkpoints[self.first]}
+        previous = self.before(step)
+        if previous is not None:
+            others["previous"] = self.checkpoints[previous]
+        if self.peer is not None and step in self.peer.checkpoints:
+            others["peer"] = self.peer.checkpoints[step]
+        return others
+
+
+@dataclass(frozen=True)
+class Together:
+    """The sums of a tensor, and of it against what it is compared with."""
+
+    sums: Sums
+    between: dict[str, Between]
+
+
+def sweep(
+    paths: Sequence[str],
+    output: str,
+    *,
+    steps: str | None = None,
+    spectra: bool = False,
+    on_checkpoint: Callable[[str, int, int], Any] | None = None,
+) -> list[Measured]:
+    """Measure the checkpoints and write the table; what an earlier call measured stays.
+
+    Takes   paths: as `castalia eval` takes them. steps: those to measure, by default all.
+            spectra: also the singular values of matrices.
+            on_checkpoint: called with the next checkpoint, how many are done, and of how many.
+    Raises  CheckpointError, ConfigError or DataError, in one sentence.
+    """
+    place = Path(output)
+    if place.suffix != ".parquet":
+        raise ConfigError(f"--output {output}: name the file FILE.parquet")
+    members = members_of(paths)
+    wanted = {each.path for each in checkpoints_of(paths, steps or "all")}
+    measured: list[Measured] = []
+    with claimed(parts_folder(place)):
+        known = done(place)
+        jobs = [
+            (member, step, identity)
+            for member in members
+            for step, checkpoint in member.checkpoints.items()
+            if checkpoint.path in wanted
+            if (identity := identity_of(member, step, spectra)) not in known
+        ]
+        for number, (member, step, identity) in enumerate(jobs):
+            if on_checkpoint is not None:
+                on_checkpoint(f"{member.name} step {step}", number, len(jobs))
+            rows = list(rows_of(member, step, spectra, identity))
+            write_part(place, identity, rows)
+            measured.append(Measured(member.name, step, len(rows)))
+        # Also the parts of a call that was killed just before.
+        if has_parts(place) or not place.exists():
+            assemble(place)
+        remove_parts(place)
+    return measured
+
+
+def members_of(paths: Sequence[str]) -> list[Member]:
+    """The models with their checkpoints, and for each one the first before it with its shapes.
+
+    Raises  CheckpointError for a checkpoint whose step is unknown.
+    """
+    members: dict[tuple[str, str, str], Member] = {}
+    for each in checkpoints_of(paths, "all"):
+        if each.step is None:
+            raise CheckpointError(
+                f"{each.path} does not say its step; put it into a folder such as step1000"
+            )
+        key = (each.suite, each.model, each.variant)
+        seed = None if each.run is None else seed_of(each.run)
+        name = " ".join(filter(None, (each.model, each.variant)))
+        member = members.setdefault(key, Member(name, seed))
+        member.checkpoints[each.step] = each
+    out = list(members.values())
+    names = [member.name for member in out]
+    for (suite, _, _), member in members.items():
+        member.checkpoints = dict(sorted(member.checkpoints.items()))
+        if names.count(member.name) > 1:
+            member.name = f"{suite}/{member.name}"
+    shapes: dict[tuple[Any, ...], Member] = {}
+    for member in out:
+        tensors = opened(member.checkpoints[member.first])
+        shape = tuple((name, tensors.stored(name).shape) for name in sorted(tensors))
+        first = shapes.setdefault(shape, member)
+        member.peer = None if first is member else first
+    return out
+
+
+def seed_of(run: Path) -> int | None:
+    """The seed of a run's start weights."""
+    config = config_of_run(run)
+    seed = config.get("weight_seed")
+    return config.get("seed") if seed is None else seed
+
+
+def opened(checkpoint: Checkpoint) -> StoredTensors:
+    """The weights of a checkpoint, not read yet. `castalia audit` compares hashes, not this."""
+    return open_model(checkpoint.path, check=False).tensors
+
+
+def identity_of(member: Member, step: int, spectra: bool) -> str:
+    """What decides the rows of a checkpoint, as 16 hex digits."""
+    own = member.checkpoints[step]
+    facts: list[Any] = [member.name, step, own.weights_hash or own.path, spectra]
+    for word, other in member.compared(step).items():
+        facts.append((word, other.model, other.step, other.weights_hash or other.path))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def rows_of(member: Member, step: int, spectra: bool, identity: str) -> Iterator[Row]:
+    """The rows of one checkpoint: its tensors, its layers, and all of it."""
+    tensors = opened(member.checkpoints[step])
+    compared = member.compared(step)
+    others = {word: opened(checkpoint) for word, checkpoint in compared.items()}
+    peer = None if "peer" not in compared or member.peer is None else member.peer.name
+    shared = {
+        "model": member.name,
+        "seed": member.seed,
+        "step": step,
+        "start": member.first,
+        "previous": member.before(step),
+        "peer": peer,
+        "identity": identity,
+    }
+    groups: dict[tuple[str, int | None], list[Together]] = {}
+    matrices: list[Together] = []
+    for name in tensors:
+        tensor = tensors[name]
+        if not tensor.is_floating_point():
+            continue
+        own = Together(sums_of(tensor), {w: between(tensor, o[name]) for w, o in others.items()})
+        if tensor.dim() > 1:
+            matrices.append(own)
+        layer = layer_of(name)
+        group = name.split(".")[0] if layer is None else f"layer {layer}"
+        groups.setdefault((group, layer), []).append(own)
+        row = shared | {"level": "tensor", "name": name, "layer": layer} | values_of([own])
+        yield row | own_values(tensor, spectra)
+    for (group, layer), parts in groups.items():
+        yield shared | {"level": "layer", "name": group, "layer": layer} | values_of(parts)
+    # By themselves: norms, which begin as ones, are alike in unrelated models.
+    yield shared | {"level": "matrices", "name": "matrices", "layer": None} | values_of(matrices)
+    every = [part for parts in groups.values() for part in parts]
+    yield shared | {"level": "model", "name": "model", "layer": None} | values_of(every)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a tensor's name; None outside the layers."""
+    found = LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def own_values(tensor: Tensor, spectra: bool) -> dict[str, Any]:
+    """What does not add up over tensors: the median, and the spectrum of a matrix."""
+    values: dict[str, Any] = {"median": float(tensor.float().median())}
+    if spectra and tensor.dim() > 1:
+        values |= spectrum(tensor)
+    return values
+
+
+def values_of(parts: Sequence[Together]) -> dict[str, Any]:
+    """The statistics of one or more tensors."""
+    total = Sums()
+    for part in parts:
+        total += part.sums
+    values = total.statistics()
+    for word, (distance, cosine) in TRAVEL.items():
+        both = summed(part.between[word] for part in parts if word in part.between)
+        if both is not None:
+            values[distance] = both.distance
+            if cosine is not None:
+                values[cosine] = both.cosine
+    return values
