@@ -102,6 +102,7 @@
     box.querySelector(".choices").append(...menus);
     draw(box);
   }
+  document.documentElement.dataset.ready = "yes";
   const redraw = () => boxes.forEach(draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 })();
