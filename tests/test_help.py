@@ -24,6 +24,8 @@ VERBS = (
     "weights",
     "generate",
     "eval",
+    "trace",
+    "index",
     "count",
     "memorize",
     "report",

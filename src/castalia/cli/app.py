@@ -28,6 +28,7 @@ from castalia.cli import (
     serve,
     show,
     suite,
+    trace,
     train,
     tuning,
     view,
@@ -88,7 +89,7 @@ PANELS = {
         scaling.scaling,
         memorization.memorization,
     ),
-    "What a run has read": (count.count,),
+    "What a run has read": (trace.trace, trace.index, count.count),
     "Trained models": (
         generate.generate,
         eval.eval_,

@@ -1,0 +1,232 @@
+"""`castalia trace` and `castalia index`: where a text stands in the training stream."""
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from castalia.cli.flags import AsJson, grouped, panel
+
+if TYPE_CHECKING:
+    from castalia.stream.opening import Stream
+    from castalia.stream.tracing import Trace
+
+SEARCH = panel("Search")
+ANSWER = panel("Answer")
+
+IndexFolder = Annotated[
+    str | None,
+    SEARCH(metavar="FOLDER", help="Folder of the indexes, if not beside the token files."),
+]
+Workers = Annotated[
+    int | None,
+    SEARCH(metavar="N", min=1, help="Processes; by default one a core."),
+]
+
+
+@dataclass(frozen=True)
+class SearchFlags:
+    """What is looked for, and where."""
+
+    ids: Annotated[str | None, SEARCH(metavar="5,6,7", help="Token ids in place of a text.")] = None
+    exact_ids: Annotated[bool, SEARCH("--exact-ids", help="Not also the text behind a space.")] = (
+        False
+    )
+    before: Annotated[
+        int | None,
+        SEARCH(metavar="STEP", help="Only steps 0 to STEP - 1, those checkpoint STEP has seen."),
+    ] = None
+    planned: Annotated[
+        bool, SEARCH("--planned", help="Also steps that the run has not trained yet.")
+    ] = False
+    scan: Annotated[
+        bool, SEARCH("--scan", help="Read the rows, not an index or the token files.")
+    ] = False
+    index_folder: IndexFolder = None
+    workers: Workers = None
+
+
+@dataclass(frozen=True)
+class AnswerFlags:
+    """What is printed."""
+
+    limit: Annotated[int, ANSWER(metavar="N", min=0, help="Occurrences to show.")] = 20
+    count_only: Annotated[
+        bool, ANSWER("--count-only", help="Only how often, in all and by checkpoint.")
+    ] = False
+    next_ids: Annotated[
+        int | None,
+        ANSWER("--next", metavar="K", min=1, help="The K likeliest continuations instead."),
+    ] = None
+
+
+@grouped
+def trace(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... TEXT",
+            help="A run's folder, or the words of a config; then the text, but with --ids.",
+        ),
+    ],
+    search: SearchFlags,
+    answer: AnswerFlags,
+    as_json: AsJson = False,
+) -> None:
+    """Find every place of a text in the training stream: step, row, document, offset, epoch.
+
+    Step s leads from checkpoint s to s + 1, and row is the row within it. Without an index the
+    token files are read; `castalia index` makes the answer immediate. --scan reads the rows as the
+    steps did, which also finds texts that arise only there.
+
+    --next counts what follows the text in the token files. If the text is not in them, its longest
+    end that is (the infini-gram back-off).
+
+    Examples:
+
+      castalia trace runs/demo "It was the best of times"
+
+      castalia trace runs/demo --ids 510,2904 --before 100 --json
+
+      castalia trace runs/demo "7 times 8 is" --next 5
+    """
+    from castalia.stream.opening import open_stream
+    from castalia.stream.tracing import trace as find
+
+    run, text, ids = asked(words, search.ids)
+    stream = open_stream(run, lambda line: typer.echo(line, err=True))
+    if answer.next_ids is not None:
+        show_next(stream, text, ids, answer.next_ids, search.index_folder, as_json)
+        return
+    found = find(
+        stream,
+        text,
+        ids=ids,
+        before=search.before,
+        planned=search.planned,
+        index_folder=search.index_folder,
+        exact=search.exact_ids,
+        rows=search.scan,
+        workers=search.workers,
+    )
+    shown = repr(text) if text is not None else f"ids {search.ids}"
+    show(found, shown, answer, as_json)
+
+
+def asked(words: list[str], ids: str | None) -> tuple[list[str], str | None, list[int] | None]:
+    """The words that name the run, and the text or the ids.
+
+    Raises  ConfigError if one of them is missing or wrong.
+    """
+    from castalia.core.errors import ConfigError
+
+    if ids is None:
+        if len(words) < 2:
+            raise ConfigError(
+                f"castalia trace {words[0]}: expected a run and a text, such as `castalia trace"
+                ' runs/demo "some text"`, or --ids'
+            )
+        return words[:-1], words[-1], None
+    numbers = [word.strip() for word in ids.split(",")]
+    if not all(word.isascii() and word.isdigit() for word in numbers):
+        raise ConfigError(f"--ids {ids!r}: expected token ids such as 510,2904,13")
+    return words, None, [int(word) for word in numbers]
+
+
+def show(found: "Trace", shown: str, flags: AnswerFlags, as_json: bool) -> None:
+    """Print a trace."""
+    import sys
+
+    from castalia.stream.trace_lines import checkpoint_lines, headline, trace_lines
+
+    if as_json:
+        for note in found.notes:
+            typer.echo(note, err=True)
+        answer: Any = list(found.records())
+        if flags.count_only:
+            answer = {
+                "count": len(found),
+                "split": found.split,
+                "by_checkpoint": found.seen_before(),
+            }
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    if flags.count_only:
+        typer.echo("\n".join([headline(found, shown), *checkpoint_lines(found)]))
+        return
+
+    def mark(text: str) -> str:
+        return typer.style(text, bold=True) if sys.stdout.isatty() else f"«{text}»"
+
+    for line in trace_lines(found, shown, flags.limit, mark):
+        typer.echo(line)
+
+
+def show_next(
+    stream: "Stream",
+    text: str | None,
+    ids: list[int] | None,
+    most: int,
+    index_folder: str | None,
+    as_json: bool,
+) -> None:
+    """Print what follows a text in the token files."""
+    from castalia.stream.continuations import continuations
+
+    answer = continuations(stream, text, ids=ids, most=most, index_folder=index_folder)
+    if as_json:
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    context = answer["text"] if answer["text"] is not None else answer["ids"]
+    line = f"{context!r} has {answer['count']:,} continuations in the token files"
+    if answer["asked"] != len(answer["ids"]):
+        line += f"; the whole text, of {answer['asked']} tokens, has none"
+    typer.echo(line)
+    for entry in answer["next"]:
+        shown = entry["id"] if entry["text"] is None else repr(entry["text"])
+        typer.echo(f"{entry['count']:>12,}  {entry['share']:6.1%}  {shown}")
+
+
+def index(
+    prefixes: Annotated[
+        list[str], typer.Argument(metavar="PREFIX...", help="Token files, or a run's folder.")
+    ],
+    index_folder: IndexFolder = None,
+    workers: Workers = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index of other data.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Index token files: PREFIX.index beside PREFIX.bin, 4 bytes a token.
+
+    The index is a suffix array in parts, which are sorted in parallel. It serves every run on
+    these files, whatever its size, seed or order. After an interruption the same command continues.
+
+    Example:
+
+      castalia index data/corpus
+    """
+    from castalia.cli.progress import bytes_progress
+    from castalia.stream.index.building import build_index
+    from castalia.stream.index.files import token_files_of
+
+    for dataset in token_files_of(prefixes):
+        size = dataset.dtype.itemsize
+        with bytes_progress("index", [dataset.prefix]) as advance:
+
+            def on_tokens(tokens: int, size: int = size, advance: Any = advance) -> None:
+                if advance is not None:
+                    advance(tokens * size)
+
+            record = build_index(
+                dataset, index_folder, workers=workers, overwrite=overwrite, on_tokens=on_tokens
+            )
+        if as_json:
+            typer.echo(json.dumps(record))
+            continue
+        typer.echo(
+            f"{record['index']}: {record['tokens']:,} tokens in {record['parts']} parts,"
+            f" {record['bytes']:,} bytes; built {record['built']} in {record['seconds']:.1f} s"
+        )

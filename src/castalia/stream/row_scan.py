@@ -1,0 +1,129 @@
+"""Texts in the rows that steps read, found by reading the rows."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from castalia.core.workers import WorkerPool
+from castalia.stream.opening import Block, Stream
+from castalia.stream.served_places import Occurrences, joined
+from castalia.stream.text_forms import Form
+
+TASK_TOKENS = 1 << 23
+"""Tokens that are read before progress is told, and the share of a worker."""
+WORTH_TOKENS = 1 << 26
+"""Fewer tokens are read in this process: starting another takes a second or two."""
+
+Ints = NDArray[np.int64]
+OnTokens = Callable[[int], Any]
+
+
+def scan(
+    stream: Stream,
+    places: range,
+    forms: Sequence[Form],
+    end: int | None,
+    *,
+    workers: int | None = None,
+    on_tokens: OnTokens | None = None,
+) -> Occurrences:
+    """The texts in the rows served at some places; epochs are 0.
+
+    A text stands within one document, unless it has the end-of-document id `end` before its last
+    token: then it may go on into the next one of the row.
+    """
+    room = stream.rows.train.seq_length + 1
+    size = max(1, TASK_TOKENS // room)
+    tasks = [
+        range(first, min(first + size, places.stop))
+        for first in range(places.start, places.stop, size)
+    ]
+    tell = on_tokens or (lambda tokens: None)
+    processes = min(workers or os.cpu_count() or 1, len(tasks))
+    found: list[Occurrences] = []
+    if processes <= 1 or len(places) * room < WORTH_TOKENS:
+        for task in tasks:
+            found.append(scan_rows(stream, task, forms, end))
+            tell(len(task) * room)
+        return joined(found)
+    with WorkerPool(processes, begin, (stream, forms, end)) as pool:
+        jobs = {pool.submit(scan_own, task): task for task in tasks}
+        for job in as_completed(jobs):
+            found.append(job.result())
+            tell(len(jobs[job]) * room)
+    return joined(found)
+
+
+WORK: dict[str, tuple[Stream, Sequence[Form], int | None]] = {}
+"""In a worker: what it looks for."""
+
+
+def begin(state: tuple[Stream, Sequence[Form], int | None]) -> None:
+    """In a worker, at its start."""
+    WORK["scan"] = state
+
+
+def scan_own(places: range) -> Occurrences:
+    """In a worker: the rows at some places."""
+    stream, forms, end = WORK["scan"]
+    return scan_rows(stream, places, forms, end)
+
+
+def scan_rows(stream: Stream, places: range, forms: Sequence[Form], end: int | None) -> Occurrences:
+    """The texts in the rows at some places."""
+    return joined(
+        [
+            occurrences
+            for block in stream.blocks(places, dtype=np.int32)
+            for occurrences in in_block(block, forms, end)
+        ]
+    )
+
+
+def in_block(block: Block, forms: Sequence[Form], end: int | None) -> Iterator[Occurrences]:
+    """The texts in a block of rows."""
+    table = block.table
+    offsets = table.offsets
+    room = block.tokens.shape[1]
+    row_of_span = table.row_of_span
+    if not len(row_of_span):
+        return
+    keys = row_of_span * room + offsets
+    # Where the tokens of a row end; what follows is padding.
+    filled = np.zeros(len(table), np.int64)
+    np.add.at(filled, row_of_span, table.lengths)
+    for form in forms:
+        row, at = places_of(block.tokens, form.ids)
+        span = np.searchsorted(keys, row * room + at, side="right") - 1
+        last = offsets[span] + table.lengths[span]
+        if end in form.ids[:-1]:
+            last = np.where(at < last, filled[row], last)
+        # A row may have no document at all.
+        inside = np.flatnonzero((at + len(form.ids) <= last) & (row_of_span[span] == row))
+        columns = (
+            row + block.places.start,
+            at,
+            block.source[row].astype(np.int64),
+            table.documents[span],
+            table.starts[span] + at - offsets[span],
+            np.zeros_like(row),
+            np.full(len(row), len(form.ids)),
+        )
+        yield Occurrences(*columns).chosen(inside)
+
+
+def places_of(tokens: NDArray[np.integer], ids: Sequence[int]) -> tuple[Ints, Ints]:
+    """Rows and columns at which `ids` (n,) begin in `tokens` (R, C)."""
+    columns = tokens.shape[1] - len(ids) + 1
+    if columns < 1:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    row, at = np.nonzero(tokens[:, :columns] == ids[0])
+    for place, token in enumerate(ids[1:], 1):
+        same = tokens[row, at + place] == token
+        row = row[same]
+        at = at[same]
+    return row, at
