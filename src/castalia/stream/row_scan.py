@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,40 @@ Ints = NDArray[np.int64]
 OnTokens = Callable[[int], Any]
 
 
+@dataclass(frozen=True)
+class Borders:
+    """Which texts may go on from one document of a row into the next."""
+
+    end: int | None
+    """The id that ends documents: a text may that holds it before its last token."""
+    changed: Sequence[range] = ()
+    """Places of rows that are changed as they are served: what was put into one may be any text."""
+
+    def cross(self, ids: Sequence[int], places: range) -> NDArray[np.bool_]:
+        """For each row at some places, whether `ids` may."""
+        if self.end in ids[:-1]:
+            return np.ones(len(places), bool)
+        return ~outside(np.arange(places.start, places.stop), self.changed)
+
+
+def outside(places: Ints, ranges: Sequence[range]) -> NDArray[np.bool_]:
+    """Which of (n,) places are in none of the ranges."""
+    keep = np.ones(len(places), bool)
+    for one in ranges:
+        keep &= (places < one.start) | (places >= one.stop)
+    return keep
+
+
 def scan(
     stream: Stream,
     places: range,
     forms: Sequence[Form],
-    end: int | None,
+    borders: Borders,
     *,
     workers: int | None = None,
     on_tokens: OnTokens | None = None,
 ) -> Occurrences:
-    """The texts in the rows served at some places; epochs are 0.
-
-    A text stands within one document, unless it has the end-of-document id `end` before its last
-    token: then it may go on into the next one of the row.
-    """
+    """The texts in the rows served at some places; epochs are 0."""
     room = stream.rows.train.seq_length + 1
     size = max(1, TASK_TOKENS // room)
     tasks = [
@@ -47,10 +68,10 @@ def scan(
     found: list[Occurrences] = []
     if processes <= 1 or len(places) * room < WORTH_TOKENS:
         for task in tasks:
-            found.append(scan_rows(stream, task, forms, end))
+            found.append(scan_rows(stream, task, forms, borders))
             tell(len(task) * room)
         return joined(found)
-    with WorkerPool(processes, begin, (stream, forms, end)) as pool:
+    with WorkerPool(processes, begin, (stream, forms, borders)) as pool:
         jobs = {pool.submit(scan_own, task): task for task in tasks}
         for job in as_completed(jobs):
             found.append(job.result())
@@ -58,33 +79,35 @@ def scan(
     return joined(found)
 
 
-WORK: dict[str, tuple[Stream, Sequence[Form], int | None]] = {}
+WORK: dict[str, tuple[Stream, Sequence[Form], Borders]] = {}
 """In a worker: what it looks for."""
 
 
-def begin(state: tuple[Stream, Sequence[Form], int | None]) -> None:
+def begin(state: tuple[Stream, Sequence[Form], Borders]) -> None:
     """In a worker, at its start."""
     WORK["scan"] = state
 
 
 def scan_own(places: range) -> Occurrences:
     """In a worker: the rows at some places."""
-    stream, forms, end = WORK["scan"]
-    return scan_rows(stream, places, forms, end)
+    stream, forms, borders = WORK["scan"]
+    return scan_rows(stream, places, forms, borders)
 
 
-def scan_rows(stream: Stream, places: range, forms: Sequence[Form], end: int | None) -> Occurrences:
+def scan_rows(
+    stream: Stream, places: range, forms: Sequence[Form], borders: Borders
+) -> Occurrences:
     """The texts in the rows at some places."""
     return joined(
         [
             occurrences
             for block in stream.blocks(places, dtype=np.int32)
-            for occurrences in in_block(block, forms, end)
+            for occurrences in in_block(block, forms, borders)
         ]
     )
 
 
-def in_block(block: Block, forms: Sequence[Form], end: int | None) -> Iterator[Occurrences]:
+def in_block(block: Block, forms: Sequence[Form], borders: Borders) -> Iterator[Occurrences]:
     """The texts in a block of rows."""
     table = block.table
     offsets = table.offsets
@@ -100,8 +123,8 @@ def in_block(block: Block, forms: Sequence[Form], end: int | None) -> Iterator[O
         row, at = places_of(block.tokens, form.ids)
         span = np.searchsorted(keys, row * room + at, side="right") - 1
         last = offsets[span] + table.lengths[span]
-        if end in form.ids[:-1]:
-            last = np.where(at < last, filled[row], last)
+        crosses = borders.cross(form.ids, block.places)[row]
+        last = np.where(crosses & (at < last), filled[row], last)
         # A row may have no document at all.
         inside = np.flatnonzero((at + len(form.ids) <= last) & (row_of_span[span] == row))
         columns = (

@@ -108,10 +108,10 @@ class ServedPlaces:
 
     def occurrences(
         self, source: int, documents: Ints, offsets: Ints, length: int
-    ) -> tuple[Occurrences, int]:
+    ) -> tuple[Occurrences, Ints]:
         """Texts of `length` tokens by document and offset of a source, (m,), where rows hold them.
 
-        Returns  the occurrences, and how many more times a row's border cuts one of the texts.
+        Returns  the occurrences, and the places of rows whose border cuts one of the texts.
         """
         found, place = self.covers(source, documents, offsets, length)
         text = found.text
@@ -124,8 +124,8 @@ class ServedPlaces:
             self.passes_before(found, place, text, place, found.at),
             np.full(len(text), length),
         )
-        split = int((~found.whole & ~found.again).sum())
-        return Occurrences(*columns).chosen(found.whole), split
+        cut = place[~found.whole & ~found.again]
+        return Occurrences(*columns).chosen(found.whole), cut
 
     def covers(
         self, source: int, documents: Ints, offsets: Ints, length: int
@@ -155,6 +155,8 @@ class ServedPlaces:
         epoch = np.zeros(found.total, np.int64)
         for source in np.unique(found.source).tolist():
             own = np.flatnonzero(found.source == source)
+            # Interventions may have put in documents that the file does not have.
+            own = own[found.document[own] >= 0]
             pairs = np.stack([found.document[own], found.offset[own]], axis=1)
             texts, text = np.unique(pairs, axis=0, return_inverse=True)
             text = text.reshape(-1)

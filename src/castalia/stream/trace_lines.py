@@ -105,7 +105,7 @@ def origin_lines(trace: Trace, limit: int) -> Iterator[str]:
     lines = []
     for source, document in list(dict.fromkeys(pairs))[:ORIGINS]:
         prefix = trace.stream.rows.train.row_sources[source].dataset.prefix
-        origin = read_provenance(prefix, document)
+        origin = read_provenance(prefix, document) if document >= 0 else None
         if origin is not None:
             name = trace.stream.sources[source]
             lines.append(f"{name} {document}: {origin_text(origin)}")

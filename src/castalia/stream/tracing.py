@@ -16,12 +16,12 @@ from castalia.data.sidecar import recorded_end, require_tokenizer
 from castalia.stream.index.building import MANIFEST, index_folder
 from castalia.stream.index.search import FileScan, Index, Search
 from castalia.stream.opening import Stream, open_stream
-from castalia.stream.row_scan import OnTokens, scan
+from castalia.stream.row_scan import Borders, OnTokens, outside, scan
 from castalia.stream.served_places import Ints, Occurrences, ServedPlaces, joined
 from castalia.stream.text_forms import Form, form_of_ids, forms_of_text
 
 READ_BACK = 64
-"""Occurrences whose rows are read and compared, where nothing changes rows on their way."""
+"""Occurrences whose rows are read and compared."""
 
 FIRST_DOCUMENTS = 256
 """Documents that are asked for their last token, in files without a record."""
@@ -38,7 +38,7 @@ class Trace:
     stop: int
     """Steps 0 to stop - 1 were looked at."""
     split: int | None
-    """How many more times a row's border cuts the text; None if rows were read."""
+    """How many more times a row's border cuts the text; None if all rows were read."""
     how: str
     """`index`, `files` or `rows`: what was searched."""
     seconds: float
@@ -113,9 +113,10 @@ class Tracer:
     ) -> None:
         self.stream = stream if isinstance(stream, Stream) else open_stream(stream)
         self.stop = last_step(self.stream, before, planned)
-        self.end = end_of_documents(self.stream)
         self.searches = open_searches(self.stream, index_folder)
         self.places = ServedPlaces(self.stream, self.stop)
+        changed = changed_places(self.stream, self.stop)
+        self.borders = Borders(end_of_documents(self.stream), changed)
 
     def __call__(
         self,
@@ -138,25 +139,57 @@ class Tracer:
         start = time.perf_counter()
         forms = forms_of(self.stream, text, ids, exact)
         notes: list[str] = []
-        if not rows and crosses_documents(self.stream, forms, self.end):
-            rows = True
+        read: Sequence[range] = [range(self.places.stop)]
+        end = self.borders.end
+        if not rows and crosses_documents(self.stream, forms, end):
             notes.append(
-                f"the ids go on behind the end-of-document id {self.end}, and documents follow one"
+                f"the ids go on behind the end-of-document id {end}, and documents follow one"
                 " another only in rows: the rows were read"
             )
+        elif not rows:
+            read = self.borders.changed
+            notes += [self.why_read(places) for places in read]
+        found = []
         split: int | None = None
-        if rows:
-            how = "rows"
-            places = range(self.places.stop)
-            found = scan(self.stream, places, forms, self.end, workers=workers, on_tokens=on_tokens)
-            found = self.places.with_epochs(found)
-        else:
+        how = "rows"
+        if sum(map(len, read)) < self.places.stop:
             indexed = all(isinstance(one, Index) for one in self.searches.values())
             how = "index" if indexed else "files"
-            found, split = search(self.places, self.searches, forms)
-            found = read_back(self.stream, found, forms, notes)
+            occurrences, cut = search(self.places, self.searches, forms)
+            occurrences = occurrences.chosen(outside(occurrences.place, read))
+            read_back(self.stream, occurrences, forms)
+            found.append(occurrences)
+            split = int(outside(cut, read).sum())
+        for places in read:
+            scanned = scan(
+                self.stream, places, forms, self.borders, workers=workers, on_tokens=on_tokens
+            )
+            found.append(self.places.with_epochs(scanned))
         seconds = time.perf_counter() - start
-        return Trace(self.stream, forms, found, self.stop, split, how, seconds, notes)
+        return Trace(self.stream, forms, joined(found), self.stop, split, how, seconds, notes)
+
+    def why_read(self, places: range) -> str:
+        """Why the rows at some places were read."""
+        first = self.stream.step_of(places.start)[0]
+        last = self.stream.step_of(places.stop - 1)[0]
+        reason = "data.interventions" if self.stream.config.data.interventions else "data.fim_rate"
+        return f"{reason} may change the rows of steps {first} to {last}: they were read"
+
+
+def changed_places(stream: Stream, stop: int) -> list[range]:
+    """The places before step `stop` whose rows may be served otherwise than the files have them."""
+    served = stream.rows.train
+    if served.fim is None and served.changes is None:
+        return []
+    # Changes begin and end with a step.
+    steps = [step for step in range(stop) if served.changes_row(stream.sizes.first(step))]
+    ranges: list[range] = []
+    for step in steps:
+        places = stream.sizes.places(step)
+        if ranges and ranges[-1].stop == places.start:
+            places = range(ranges.pop().start, places.stop)
+        ranges.append(places)
+    return ranges
 
 
 def trace(
@@ -264,50 +297,33 @@ def open_searches(stream: Stream, folder: str | os.PathLike[str] | None) -> dict
 
 def search(
     places: ServedPlaces, searches: dict[int, Search], forms: Sequence[Form]
-) -> tuple[Occurrences, int]:
-    """The texts in the token files, at the places where rows with them are served; and how often a
-    row's border cuts one."""
+) -> tuple[Occurrences, Ints]:
+    """The texts in the token files, at the places where rows with them are served; and the places
+    of rows whose border cuts one."""
     found: list[Occurrences] = []
-    split = 0
+    cuts: list[Ints] = [np.empty(0, np.int64)]
     for source, where in searches.items():
         for form in forms:
             documents, offsets = where.flat.documents_of(where.find(form.ids))
             occurrences, cut = places.occurrences(source, documents, offsets, len(form.ids))
             found.append(occurrences)
-            split += cut
-    return joined(found), split
+            cuts.append(cut)
+    return joined(found), np.concatenate(cuts)
 
 
-def read_back(
-    stream: Stream, found: Occurrences, forms: Sequence[Form], notes: list[str]
-) -> Occurrences:
-    """Occurrences whose rows have been read and hold the text.
+def read_back(stream: Stream, found: Occurrences, forms: Sequence[Form]) -> None:
+    """Read the rows of some occurrences and compare.
 
-    All of them where rows change on their way to a step, else some.
-    Raises  DataError if a row that nothing changes holds another text.
+    Raises  DataError if one holds another text.
     """
-    changes = stream.rows.train.changes_rows
-    chosen = np.arange(found.total)
-    if not changes and found.total > READ_BACK:
-        chosen = np.linspace(0, found.total - 1, READ_BACK).astype(np.int64)
-    holds = np.ones(found.total, bool)
-    for i in chosen.tolist():
-        holds[i] = row_holds(stream, found, i, forms)
-    if holds.all():
-        return found
-    missing = int((~holds).sum())
-    if not changes:
-        place = int(found.place[~holds][0])
-        raise DataError(
-            f"the row at place {place} of the order does not hold the text that the token files"
-            " have there: the index maps or an index are damaged; remove the folders PREFIX.order"
-            " and PREFIX.index and try again"
-        )
-    notes.append(
-        f"{missing} more are changed before a step reads them (data.fim_rate); texts that arise by"
-        " this are found with --scan only"
-    )
-    return found.chosen(holds)
+    count = min(found.total, READ_BACK)
+    for i in np.linspace(0, found.total - 1, count).astype(np.int64).tolist():
+        if not row_holds(stream, found, i, forms):
+            raise DataError(
+                f"the row at place {found.place[i]} of the order does not hold the text that the"
+                " token files have there: the index maps or an index are damaged; remove the"
+                " folders PREFIX.order and PREFIX.index and try again"
+            )
 
 
 def row_holds(stream: Stream, found: Occurrences, i: int, forms: Sequence[Form]) -> bool:
