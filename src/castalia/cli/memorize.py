@@ -94,6 +94,9 @@ def memorize(
     rows: RowFlags = RowFlags(),
     measured: MeasureFlags = MeasureFlags(),
     how: HowFlags = HowFlags(),
+    jobs: Annotated[
+        int, ENGINE(metavar="N", min=1, help="Processes that share the work and the cores.")
+    ] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Score how far checkpoints reproduce the rows that they were trained on.
@@ -120,19 +123,19 @@ def memorize(
     asked = asdict(rows)
     stream = asked.pop("stream")
     options = Options(**asked, **asdict(measured), **asdict(how))
-    jobs = jobs_of(paths, steps, options, output, stream)
+    scans = jobs_of(paths, steps, options, output, stream)
     with stoppable("the same command continues the scan"):
-        results = list(finished(jobs, as_json))
+        results = list(finished(scans, jobs, as_json))
     if as_json:
         typer.echo(json.dumps(results))
 
 
-def finished(jobs: "Sequence[Job]", as_json: bool) -> Iterator[dict[str, Any]]:
+def finished(scans: "Sequence[Job]", processes: int, as_json: bool) -> Iterator[dict[str, Any]]:
     """Run the scans; each checkpoint's numbers, printed as they come unless as JSON."""
     from castalia.memorization.scan import scan
 
-    for job in jobs:
-        for summary in scan(job, say):
+    for job in scans:
+        for summary in scan(job, processes, say):
             line = {"model": job.name, "output": str(job.output), **summary._asdict()}
             if not as_json:
                 typer.echo(text_of(line))

@@ -5,6 +5,9 @@ whose largest logit is another token, decoding reads the very tokens of the row.
 is therefore what decoding would find, and it goes on by itself from the first mismatch alone.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -36,20 +39,81 @@ class Completions(NamedTuple):
     near: NDArray[np.bool_]
     """(R,) whether a choice behind `made` was a near tie."""
 
+    def at(self, places: Ids) -> "Completions":
+        """Those of some windows, which may repeat."""
+        losses = None if self.losses is None else self.losses[places]
+        return Completions(self.made[places], self.exact[places], losses, self.near[places])
+
+
+def in_parallel(readers: Sequence[Reader], windows: Ids, wanted: Wanted) -> Completions:
+    """The completions of R >= 1 windows (R, prompt + N), each reader on a thread of its own."""
+    # No more at once than leaves work for every reader.
+    size = max(1, min(readers[0].rows_at_once, -(-len(windows) // len(readers))))
+    free: SimpleQueue[Reader] = SimpleQueue()
+    for reader in readers:
+        free.put(reader)
+
+    def part(start: int) -> Completions:
+        reader = free.get()
+        try:
+            return complete(reader, windows[start : start + size], wanted)
+        finally:
+            free.put(reader)
+
+    starts = range(0, len(windows), size)
+    if len(readers) == 1:
+        parts = [part(start) for start in starts]
+    else:
+        with ThreadPoolExecutor(len(readers)) as pool:
+            parts = list(pool.map(part, starts))
+    losses = [each.losses for each in parts if each.losses is not None]
+    return Completions(
+        np.concatenate([each.made for each in parts]),
+        np.concatenate([each.exact for each in parts]),
+        np.concatenate(losses) if losses else None,
+        np.concatenate([each.near for each in parts]),
+    )
+
 
 def complete(reader: Reader, windows: Ids, wanted: Wanted) -> Completions:
     """The completions of windows (R, prompt + N), all together."""
-    if wanted.loss or not wanted.score:
+    if wanted.loss:
         return by_force(reader, windows, wanted)
+    # Nobody asks for the choices behind the first mismatch, so the row's own tokens are not read
+    # there: decoding alone reads fewer.
     made = np.full((len(windows), windows.shape[1] - wanted.prompt), -1, np.int64)
-    near = np.zeros(len(windows), bool)
     every = np.arange(len(windows))
     reader.open(len(windows), windows.shape[1] - 1)
-    heads = reader.read(every, np.zeros_like(every), windows[:, : wanted.prompt], wanted.prompt - 1)
-    made[:, 0] = heads.best[:, 0]
-    near |= heads.near[:, 0]
-    go_on(reader, wanted.prompt, made, near, np.ones(len(windows), np.int64))
+    choices = reader.read(
+        every, np.zeros_like(every), windows[:, : wanted.prompt], wanted.prompt - 1
+    )
+    made[:, 0] = choices.best[:, 0]
+    near = choices.near[:, 0].copy()
+    if wanted.score:
+        go_on(reader, wanted.prompt, made, near, np.ones_like(every))
+    else:
+        check_rest(reader, windows, wanted, made, near)
     return completions(windows, wanted, made, near, None)
+
+
+def check_rest(
+    reader: Reader, windows: Ids, wanted: Wanted, made: Ids, near: NDArray[np.bool_]
+) -> None:
+    """Read on in the rows whose first choice is the row's own, by force."""
+    true = windows[:, wanted.prompt :]
+    rows = np.flatnonzero(made[:, 0] == true[:, 0])
+    if len(rows) == 0 or made.shape[1] == 1:
+        return
+    if reader.rewinds:
+        starts = np.full(len(rows), wanted.prompt)
+        choices = reader.read(rows, starts, windows[rows, wanted.prompt : -1], 0)
+    else:
+        reader.open(len(rows), windows.shape[1] - 1)
+        every = np.arange(len(rows))
+        choices = reader.read(every, np.zeros_like(every), windows[rows, :-1], wanted.prompt)
+    known = np.arange(1, made.shape[1]) <= first_mismatch(choices.best, true[rows, 1:])[:, None] + 1
+    made[rows, 1:] = np.where(known, choices.best, -1)
+    near[rows] |= (choices.near & known).any(axis=1)
 
 
 def by_force(reader: Reader, windows: Ids, wanted: Wanted) -> Completions:

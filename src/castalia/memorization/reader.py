@@ -34,6 +34,8 @@ class Reader(ABC):
     """
 
     rewinds: bool = True
+    rows_at_once: int
+    """Sequences that are best read together."""
 
     @abstractmethod
     def open(self, count: int, length: int) -> None:

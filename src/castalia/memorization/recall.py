@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from castalia.core.errors import ConfigError
-from castalia.inference.decoding import Ending
-from castalia.inference.language_model import LanguageModel, continue_texts
-from castalia.inference.sampling import Sampling
+from castalia.inference.language_model import LanguageModel
+from castalia.memorization.completion import Wanted, in_parallel
+from castalia.memorization.engines import readers_of
 
 Ids = NDArray[np.int64]
 Rows = Sequence[Sequence[int] | Ids] | Ids
@@ -81,15 +81,13 @@ def recalled(
     """The rows, `batch` at a time."""
     length = prompt + continuation
     waiting = iter(rows)
+    readers = readers_of(model).readers
     while part := list(islice(waiting, batch)):
         ids = np.array([row[:length] for row in part], np.int64)
+        # Ids beyond the vocabulary would be read from behind the embedding.
+        model.require_ids(ids.reshape(-1).tolist())
         # A token that ends a document is compared like any other.
-        texts = [
-            model.continuation(row[:prompt].tolist(), continuation, Ending(ignore_eos=True))
-            for row in ids
-        ]
-        continue_texts(model.engine, texts, Sampling())
-        made = np.array([text.tokens for text in texts], np.int64)
+        made = in_parallel(readers, ids, Wanted(prompt, loss=False)).made
         scores = memorization_score(made, ids[:, prompt:])
         for own, true, score in zip(made, ids[:, prompt:], scores, strict=True):
             yield Recall(own, true, float(score))

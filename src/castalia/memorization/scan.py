@@ -5,30 +5,34 @@ claims a shard by a lock, which ends with the process, and writes the part under
 when it is whole. So a killed scan continues, and no row is doubled or lost.
 """
 
+import multiprocessing
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.core.extras import require
 from castalia.core.files import atomic_write, claimed, locked, read_json, write_json
-from castalia.inference import LanguageModel
-from castalia.memorization.completion import Completions, Wanted, complete
-from castalia.memorization.engines import load_reader
-from castalia.memorization.job import Job, Shard, hash_of
+from castalia.core.workers import WorkerPool
+from castalia.memorization.completion import Completions, Wanted, in_parallel
+from castalia.memorization.engines import Readers, load_readers
+from castalia.memorization.job import Job, Options, Shard, hash_of
 from castalia.memorization.reader import Ids, Reader
 from castalia.memorization.recall import memorization_score
 from castalia.memorization.table import EXTRA, PURPOSE, Scores, schema, write_part
 from castalia.models import parameter_counts
 
-BATCH_ROWS = 128
-"""Windows that are computed together."""
 WAIT_SECONDS = 0.2
 """Between two looks at the shards that other processes compute."""
 JOB = "job.json"
@@ -50,8 +54,10 @@ class Summary(NamedTuple):
     """Rows with a choice that rounding may have decided."""
 
 
-def scan(job: Job, say: Say = print) -> list[Summary]:
+def scan(job: Job, processes: int = 1, say: Say = print) -> list[Summary]:
     """Compute what the output lacks, and write it; returns its checkpoints.
+
+    processes   of this machine that share the work; others may have been started beside them.
 
     Raises  ConfigError if the output or its work folder hold other numbers than those asked for;
             DataError or CheckpointError if the data or the weights cannot be read.
@@ -62,6 +68,8 @@ def scan(job: Job, say: Say = print) -> list[Summary]:
         return summaries(job)
     prepare(job, folder)
     left = [shard for shard in job.shards() if shard.checkpoint not in earlier]
+    if processes > 1 and left:
+        work_together(job, left, processes)
     Worker(job, folder, say).work(left)
     assemble(job, folder)
     return summaries(job)
@@ -123,6 +131,38 @@ def prepare(job: Job, folder: Path) -> None:
         )
 
 
+def work_together(job: Job, shards: Sequence[Shard], processes: int) -> None:
+    """Compute shards on several processes.
+
+    Raises  CastaliaError if one of them dies; else what they raise.
+    """
+    threads = max(1, torch.get_num_threads() // processes)
+    pool = WorkerPool(processes, torch.set_num_threads, threads)
+    # A copy without the stream, which each process opens itself.
+    futures = [pool.submit(work_alone, replace(job), shards) for _ in range(processes)]
+    try:
+        for future in futures:
+            future.result()
+    except BrokenProcessPool:
+        raise CastaliaError(
+            pool.why_none_began
+            or "a worker process died, most likely for lack of memory; the same command with fewer"
+            " --jobs continues"
+        ) from None
+    except BaseException:
+        # A request to stop: finished shards are written, and nobody waits longer.
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def work_alone(job: Job, shards: Sequence[Shard]) -> None:
+    """In a worker process."""
+    Worker(job, work_folder(job), partial(print, file=sys.stderr)).work(shards)
+
+
 class Worker:
     """One process of a scan."""
 
@@ -131,8 +171,7 @@ class Worker:
         self.folder = folder
         self.say = say
         self.path = ""
-        self.model: LanguageModel | None = None
-        self.reader: Reader | None = None
+        self.readers: Readers | None = None
 
     def work(self, shards: Sequence[Shard]) -> None:
         """Compute shards that nobody else computes until all are there."""
@@ -159,9 +198,9 @@ class Worker:
     def compute(self, shard: Shard, part: Path) -> None:
         """Score the rows of a shard and write its part."""
         start = time.monotonic()
-        reader = self.reader_at(shard.checkpoint.path)
-        windows = self.windows(shard)
-        done = completed(reader, windows, self.job.options)
+        readers = self.readers_at(shard.checkpoint.path)
+        windows = self.windows(shard, readers.model.config.vocab_size)
+        done = completed(readers.readers, windows, self.job.options)
         options = self.job.options
         step_row = np.array([self.job.stream.step_of(int(place)) for place in shard.places])
         score = None
@@ -178,36 +217,32 @@ class Worker:
             "exact": done.exact,
             "loss": done.losses,
         }
-        write_part(part, columns, {"near_ties": int(done.near.sum())})
+        facts = {"near_ties": int(done.near.sum()), "arithmetic": readers.arithmetic}
+        write_part(part, columns, facts)
         rate = count / max(time.monotonic() - start, 1e-9)
         self.say(
             f"step {shard.checkpoint.step}: rows {shard.places[0]:,} to {shard.places[-1]:,},"
             f" {int(done.exact.sum()):,} of {count:,} exact, {rate:,.0f} rows/s"
         )
 
-    def reader_at(self, path: str) -> Reader:
-        """The reader of a checkpoint; the newest one stays in memory."""
-        if self.reader is None or self.path != path:
-            self.reader = self.model = None  # its memory first
+    def readers_at(self, path: str) -> Readers:
+        """The readers of a checkpoint; the newest stay in memory."""
+        if self.readers is None or self.path != path:
+            self.readers = None  # its memory first
             options = self.job.options
-            self.model, self.reader = load_reader(
-                path, options.engine, options.dtype, options.device
-            )
+            readers = load_readers(path, options.engine, options.dtype, options.device)
+            limit = readers.model.config.max_position_embeddings
+            if limit < options.window:
+                raise ConfigError(
+                    f"windows have {options.window} tokens, and {path} reads {limit}; choose a"
+                    " smaller --prompt or --continuation"
+                )
+            self.readers = readers
             self.path = path
-            self.require_room(self.model)
-        return self.reader
+        return self.readers
 
-    def require_room(self, model: LanguageModel) -> None:
-        """Raises  ConfigError if the model reads fewer tokens than a window has."""
-        limit = model.config.max_position_embeddings
-        if limit < self.job.options.window:
-            raise ConfigError(
-                f"windows have {self.job.options.window} tokens, and {self.path} reads {limit};"
-                " choose a smaller --prompt or --continuation"
-            )
-
-    def windows(self, shard: Shard) -> Ids:
-        """The first tokens of the rows of a shard, (R, window).
+    def windows(self, shard: Shard, size: int) -> Ids:
+        """The first tokens of the rows of a shard, (R, window), all below `size`.
 
         Raises  DataError for ids that the model does not know.
         """
@@ -218,34 +253,19 @@ class Worker:
             for block in self.job.stream.blocks(places)
         ]
         windows = np.concatenate(parts)
-        assert self.model is not None
-        size = self.model.config.vocab_size
         if windows.max() >= size:
             raise DataError(
-                f"the rows have id {windows.max()}, and {self.path} knows {size}: the stream is of"
-                " another tokenizer"
+                f"the rows have id {windows.max()}, and {shard.checkpoint.path} knows {size}: the"
+                " stream is of another tokenizer"
             )
         return windows
 
 
-def completed(reader: Reader, windows: Ids, options: Any) -> Completions:
+def completed(readers: Sequence[Reader], windows: Ids, options: Options) -> Completions:
     """The completions of windows (R, prompt + N); equal ones are computed once."""
     unique, places = np.unique(windows, axis=0, return_inverse=True)
-    places = places.reshape(-1)
     wanted = Wanted(options.prompt, options.score, options.loss)
-    parts = [
-        complete(reader, unique[start : start + BATCH_ROWS], wanted)
-        for start in range(0, len(unique), BATCH_ROWS)
-    ]
-    losses = None
-    if options.loss:
-        losses = np.concatenate([part.losses for part in parts if part.losses is not None])[places]
-    return Completions(
-        np.concatenate([part.made for part in parts])[places],
-        np.concatenate([part.exact for part in parts])[places],
-        losses,
-        np.concatenate([part.near for part in parts])[places],
-    )
+    return in_parallel(readers, unique, wanted).at(places.reshape(-1))
 
 
 def runs_of(places: "range | NDArray[np.int64]") -> Iterator[range]:
@@ -290,9 +310,13 @@ def write_whole(job: Job, folder: Path) -> None:
             parts.setdefault(shard.checkpoint.step, []).append(part_of(folder, shard))
     for checkpoint in job.checkpoints:
         weights.setdefault(str(checkpoint.step), checkpoint.weights_hash)
+    ways = set(earlier.metadata["arithmetic"]) if earlier else set()
     for step, paths in parts.items():
-        near[str(step)] = sum(Scores(path).metadata["near_ties"] for path in paths)
+        said = [Scores(path).metadata for path in paths]
+        near[str(step)] = sum(part["near_ties"] for part in said)
+        ways |= {part["arithmetic"] for part in said}
     metadata = facts(job) | {"job": job.identity(), "weights": weights, "near_ties": near}
+    metadata["arithmetic"] = sorted(ways)
     fields = schema(metadata)
     with (
         atomic_write(job.output, "wb") as file,

@@ -1,16 +1,12 @@
 """A reader over the PyTorch decoder: every family, device and dtype of torch."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-from torch import Tensor
 
-from castalia.inference.engine import HEAD_ROWS, label_logprobs
-from castalia.memorization.reader import NEAR, Choices, Ids, Reader
+from castalia.inference.engine import HEAD_ROWS
+from castalia.memorization.choices import choices_of
+from castalia.memorization.reader import Choices, Ids, Reader
 from castalia.models import Decoder, ModelState
-
-Head = Callable[[Tensor], Tensor]
 
 
 class TorchReader(Reader):
@@ -22,6 +18,7 @@ class TorchReader(Reader):
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self.rewinds = model.family.rewinds
+        self.rows_at_once = 128 if model.head_weight.is_cpu else 1024
         self.state: ModelState | None = None
 
     def open(self, count: int, length: int) -> None:
@@ -52,44 +49,8 @@ class TorchReader(Reader):
             lengths[slots] += tokens.shape[1]
             state.rewind(torch.tensor(lengths, device=device))
             hidden = hidden[torch.from_numpy(slots).to(device)]
-        return self.choices(hidden[:, first:], labels)
-
-    def choices(self, hidden: Tensor, labels: Ids | None) -> Choices:
-        """The head over hidden states (S, W, C), some places at a time."""
-        S, W, C = hidden.shape
-        rows = hidden.reshape(S * W, C)
-        wanted = None if labels is None else torch.from_numpy(labels.reshape(-1)).to(rows.device)
-        best = []
-        near = []
-        losses = []
-        for start in range(0, S * W, HEAD_ROWS):
-            logits = self.model.head(rows[start : start + HEAD_ROWS]).float()
-            if wanted is not None:
-                part = label_logprobs(logits, wanted[start : start + HEAD_ROWS])
-                losses.append(-part.cpu().numpy())
-            # The padding of the vocabulary is never chosen.
-            largest, places = two_largest(logits[:, : self.model.config.vocab_size])
-            best.append(places)
-            near.append(largest[:, 0] - largest[:, 1] < NEAR)
-        return Choices(
-            np.concatenate(best).reshape(S, W),
-            np.concatenate(near).reshape(S, W),
-            np.concatenate(losses).reshape(S, W) if losses else None,
-        )
-
-
-def two_largest(logits: Tensor) -> tuple[np.ndarray, Ids]:
-    """The two largest of each row, and the place of the largest, the first among equals.
-
-    Shapes  logits (n, V) -> (n, 2) float32, (n,) int64. Writes into the logits.
-    """
-    if logits.is_cpu:
-        # numpy's argmax is eight times as fast as torch's; both take the first of equals.
-        places = torch.from_numpy(logits.numpy().argmax(-1))
-    else:
-        places = logits.argmax(-1)
-    rows = torch.arange(len(logits), device=logits.device)
-    largest = logits[rows, places]
-    logits[rows, places] = -torch.inf
-    second = logits.amax(-1)
-    return torch.stack([largest, second], 1).cpu().numpy(), places.cpu().numpy()
+        S = len(slots)
+        W = tokens.shape[1] - first
+        rows = hidden[:, first:].reshape(S * W, -1)
+        parts = (self.model.head(part).float() for part in rows.split(HEAD_ROWS))
+        return choices_of(parts, (S, W), self.model.config.vocab_size, labels)

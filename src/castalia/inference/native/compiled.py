@@ -132,6 +132,7 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     # Without them ctypes passes integers as 32 bits and cuts addresses.
     loaded.castalia_linear.argtypes = [Pointer, Pointer, Long, Pointer, Long, ctypes.c_int]
     loaded.castalia_forward.argtypes = [Pointer, Pointer, Pointer, ctypes.c_int]
+    loaded.castalia_choose.argtypes = [Pointer, Pointer, Pointer, Pointer, ctypes.c_int]
     return loaded
 
 

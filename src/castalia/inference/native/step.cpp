@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
+#include <vector>
 #if defined(__AVX512F__) || defined(__AVXVNNI__)
 #include <immintrin.h>
 #endif
@@ -82,6 +84,17 @@ static inline V exponential(V x) {  // Cephes' expf: error below 2 ulp
         p = p * r + c;
     p = p * r * r + r + 1.0f;
     return p * (V)((__builtin_convertvector(n, I) + 127) << 23);
+}
+
+static inline V error_function(V x) {  // Eigen's rational function: error below 5e-7
+    x = clamp(x, -4.0f, 4.0f);
+    V square = x * x, over = all(-2.72614225801306e-10f), under = all(-1.45660718464996e-05f);
+    for (float c : {2.77068142495902e-08f, -2.10102402082508e-06f, -5.69250639462346e-05f, -7.34990630326855e-04f,
+                    -2.95459980854025e-03f, -1.60960333262415e-02f})
+        over = over * square + c;
+    for (float c : {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f, -1.42647390514189e-02f})
+        under = under * square + c;
+    return x * over / under;
 }
 
 // ---------------------------------------------------------------------------------------------------------- linear
@@ -261,8 +274,7 @@ enum After {  // numbers as ACTIVATIONS in fused.py
 
 static inline V activate(V y, int after) {
     if (after == GELU_TANH) return y / (1.0f + exponential(y * (y * y * 0.044715f + 1.0f) * -1.5957691216f));
-    if (after == GELU_ERF)
-        for (int lane = 0; lane < P; lane++) y[lane] *= 0.5f * (1.0f + std::erf(y[lane] * 0.70710678f));
+    if (after == GELU_ERF) return y * 0.5f * (1.0f + error_function(y * 0.70710678f));
     if (after == RELU) return y > 0 ? y : all(0);
     if (after == RELU2) return y > 0 ? y * y : all(0);
     if (after == SOFTSIGN) return y / (1.0f + (y < 0 ? -y : y));
@@ -752,6 +764,8 @@ extern "C" int castalia_linear(const Linear *l, const float *x, int64_t M, float
 
 struct Forward {  // the activations of one call
     float *x, *n1, *n2, *qkv, *attended, *inner, *scores;
+    int64_t *slot, *position;  // of the rows that the last layer goes on with
+    bool trims;                // whether those are fewer than all
     Input to_qkv, to_up, to_out, to_down, to_head;
     int threads;
 };
@@ -821,6 +835,29 @@ static void rest_of_serial(const Model &m, const Layer &l, const Forward &f, int
     }
 }
 
+// Move the rows whose logits are asked for to the front of residual stream and queries; they are the batch from here.
+static Batch picked(const Model &m, const Batch &batch, const Forward &f) {
+#pragma omp single
+    for (int64_t i = 0; i < batch.wanted; i++) {
+        int64_t from = batch.pick[i];
+        std::memmove(f.x + i * m.width, f.x + from * m.width, m.width * sizeof(float));
+        std::memmove(f.qkv + i * m.qkv_width, f.qkv + from * m.qkv_width, m.qkv_width * sizeof(float));
+        f.slot[i] = batch.slot[from];
+        f.position[i] = batch.position[from];
+    }
+    Batch rest = batch;
+    rest.rows = batch.wanted;
+    rest.slot = f.slot;
+    rest.position = f.position;
+    return rest;
+}
+
+static bool ascends(const Batch &batch) {  // so that rows can move to the front in place
+    for (int64_t i = 1; i < batch.wanted; i++)
+        if (batch.pick[i] <= batch.pick[i - 1]) return false;
+    return true;
+}
+
 static void layer_of(const Model &m, const Cache &cache, const Batch &batch, int64_t number, const Forward &f) {
     const Layer &l = m.layer[number];
     int64_t M = batch.rows;
@@ -829,11 +866,24 @@ static void layer_of(const Model &m, const Cache &cache, const Batch &batch, int
     if (m.parallel && !m.shared_norm) norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
 #pragma omp barrier
     linear(l.qkv, f.to_qkv, M, f.qkv, m.qkv_width, PLAIN);
-    if (m.parallel) mlp_up(m, l, f, M);
+    bool trims = f.trims && number == m.layers - 1;
+    if (m.parallel && !trims) mlp_up(m, l, f, M);
 #pragma omp barrier
     remember(m, cache, batch, number, f.qkv);
+    Batch rest = batch;
+    if (trims) {
+        // Nobody reads what the other rows would become.
+        rest = picked(m, batch, f);
+        M = rest.rows;
+        if (m.parallel) {
+            if (m.shared_norm) norm_rows(f.x, nullptr, M, m, l.norm1, f.n1, l.up, f.to_up);
+            else norm_rows(f.x, nullptr, M, m, l.norm2, f.n2, l.up, f.to_up);
+#pragma omp barrier
+            mlp_up(m, l, f, M);
+        }
+    }
     float *scratch = f.scores + omp_get_thread_num() * scratch_of_attention(m, cache);
-    attention({m, cache, batch, number, f.qkv, f.attended}, scratch, f.threads);
+    attention({m, cache, rest, number, f.qkv, f.attended}, scratch, f.threads);
     prepare(l.out, f.to_out, M);
     if (m.parallel) prepare(l.down, f.to_down, M);
 #pragma omp barrier
@@ -846,14 +896,199 @@ static void layer_of(const Model &m, const Cache &cache, const Batch &batch, int
 #pragma omp barrier
 }
 
-extern "C" int castalia_forward(const Model *model, const Cache *cache, const Batch *batch, int threads) {
-    const Model &m = *model;
-    int64_t M = batch->rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m, *cache);
-    int64_t row = 4 * (3 * C + m.qkv_width + A + m.ffn) + 2 * (3 * C + A + m.ffn) + 4096;
+// ---------------------------------------------------------------------------------------------------------- choice
+
+constexpr int64_t COLUMNS = 256;  // logits of a row that exist at a time
+
+struct Choice {  // what is asked of the logits of the picked rows
+    const Linear *screen;  // the head over the real vocabulary in int8, its rows less their mean; null to compute
+                           // every logit in float32
+    const float *head;     // (tokens, width) as it is
+    double weight_error, weight_norm;  // of the screen: the largest |w - w'| / scale and |w'| / scale of a token
+    double near;                       // logits that close to the largest are told apart from it
+    int64_t tokens;                    // real vocabulary
+    int64_t *best;                     // (wanted,) the largest logit, the first among equals
+    float *gap;                        // (wanted,) how far below the second is; without one within `near`, infinity
+    const int64_t *label;              // (wanted,) or null
+    float *loss;                       // (wanted,)
+};
+
+struct Running {  // of a row, over the logits so far
+    float largest, second, base, label;
+    int64_t best;
+    double sum;  // of exp(logit - base)
+};
+
+static inline float largest_of(V v) {
+    float largest = v[0];
+    for (int lane = 1; lane < P; lane++) largest = std::max(largest, v[lane]);
+    return largest;
+}
+
+static inline V larger(V a, V b) { return a > b ? a : b; }
+
+static void take(Running &run, float logit, int64_t token) {
+    if (logit > run.largest) {
+        run.second = run.largest;
+        run.largest = logit;
+        run.best = token;
+    } else if (logit > run.second) {
+        run.second = logit;
+    }
+}
+
+// Logits of tokens `first` to first + count, in `row`, whose rest up to a whole panel is -infinity.
+static void absorb(Running &run, const float *row, int64_t first, int64_t count, const Choice &c) {
+    V top = all(-INFINITY);
+    for (int64_t i = 0; i < count; i += P) top = larger(top, load(row + i));
+    float largest = largest_of(top);
+    if (largest > run.second)
+        for (int64_t i = 0; i < std::min(count, c.tokens - first); i++) take(run, row[i], first + i);
+    if (!c.label) return;
+    if (largest > run.base) {
+        run.sum *= std::exp((double)run.base - largest);
+        run.base = largest;
+    }
+    V sum = {};
+    for (int64_t i = 0; i < count; i += P) sum += exponential(load(row + i) - run.base);
+    for (int lane = 0; lane < P; lane++) run.sum += sum[lane];
+}
+
+// Every logit of rows `start` to `end`, some columns of all rows before the next, so that weights stay in the cache.
+static void choose_fully(const Model &m, const Choice &c, const Input &in, int64_t start, int64_t end) {
+    Running *runs = new Running[end - start];
+    for (int64_t i = 0; i < end - start; i++) runs[i] = {-INFINITY, -INFINITY, -INFINITY, 0, 0, 0};
+    alignas(64) float logits[BLOCK * COLUMNS];
+    for (int64_t column = 0; column < m.head.n; column += COLUMNS)
+        for (int64_t first = start; first < end; first += BLOCK) {
+            int64_t rows = std::min<int64_t>(BLOCK, end - first), count = std::min(COLUMNS, m.head.n - column);
+            for (int64_t i = 0; i < count; i += P) {
+                V out[BLOCK];
+                panel_of(m.head, in, (column + i) / P, first, rows, out);
+                for (int64_t r = 0; r < rows; r++)
+                    store(logits + r * COLUMNS + i, m.head.bias ? out[r] + load(m.head.bias + column + i) : out[r]);
+            }
+            for (int64_t r = 0; r < rows; r++) {
+                float *row = logits + r * COLUMNS;
+                for (int64_t i = std::max<int64_t>(0, m.vocab - column); i < count; i++) row[i] = -INFINITY;
+                Running &run = runs[first + r - start];
+                absorb(run, row, column, count, c);
+                int64_t label = c.label ? c.label[first + r] - column : -1;
+                if (label >= 0 && label < count) run.label = row[label];
+            }
+        }
+    for (int64_t i = start; i < end; i++) {
+        const Running &run = runs[i - start];
+        c.best[i] = run.best;
+        c.gap[i] = run.largest - run.second;
+        if (c.label) c.loss[i] = (float)(run.base + std::log(run.sum) - run.label);
+    }
+    delete[] runs;
+}
+
+struct Candidates {  // of a row: tokens whose logit may be the largest
+    std::vector<std::pair<int64_t, float>> tokens;  // with an upper bound of the logit
+    float least;                                    // a lower bound of the largest logit
+    double error;                                   // of a logit, in scales of its token
+};
+
+// With x' and w' as the screen holds them, x w = x' w' + x (w - w') + (x - x') w', and Cauchy-Schwarz bounds both rests.
+static double error_of(const Choice &c, const Input &in, int64_t row) {
+    double norm = 0, rest = 0;
+    for (int64_t k = 0; k < in.k; k++) {
+        double x = in.x[row * in.k + k], difference = x - (double)in.step[row] * in.q[row * in.k + k];
+        norm += x * x;
+        rest += difference * difference;
+    }
+    return (std::sqrt(norm) * c.weight_error + std::sqrt(rest) * c.weight_norm) * 1.0001;
+}
+
+static float exact(const float *x, const float *w, int64_t K) {
+    V sum[2] = {};
+    int64_t k = 0;
+    for (; k + 2 * P <= K; k += 2 * P) {
+        sum[0] += load(x + k) * load(w + k);
+        sum[1] += load(x + k + P) * load(w + k + P);
+    }
+    float rest = 0;
+    for (; k < K; k++) rest += x[k] * w[k];
+    V both = sum[0] + sum[1];
+    for (int lane = 0; lane < P; lane++) rest += both[lane];
+    return rest;
+}
+
+// Bounds of the logits of a panel, whose first token is `first`, for one row.
+static void sift(Candidates &row, V logits, V scale, int64_t first, const Choice &c) {
+    V width = scale * (float)row.error, upper = logits + width;
+    float least = row.least - (float)c.near;
+    if (largest_of(upper) < least) return;
+    int64_t lanes = std::min<int64_t>(P, c.tokens - first);
+    for (int64_t i = 0; i < lanes; i++) {
+        if (upper[i] < least) continue;
+        row.tokens.emplace_back(first + i, upper[i]);
+        row.least = std::max(row.least, logits[i] - width[i]);
+        least = row.least - (float)c.near;
+    }
+}
+
+// As choose_fully, without losses: bounds of all logits in int8, then those that may be the largest in float32.
+static void choose_screened(const Model &m, const Choice &c, const Input &in, const Input &screened, int64_t start,
+                            int64_t end) {
+    std::vector<Candidates> found(end - start);
+    for (int64_t i = start; i < end; i++) {
+        found[i - start].least = -INFINITY;
+        found[i - start].error = error_of(c, screened, i);
+    }
+    const float *scales = (const float *)c.screen->scale;
+    for (int64_t column = 0; column < c.screen->n; column += COLUMNS)
+        for (int64_t first = start; first < end; first += BLOCK) {
+            int64_t rows = std::min<int64_t>(BLOCK, end - first), count = std::min(COLUMNS, c.screen->n - column);
+            V top[BLOCK], out[COLUMNS / P][BLOCK];
+            for (int64_t r = 0; r < rows; r++) top[r] = all(-INFINITY);
+            for (int64_t i = 0; i < count; i += P) {
+                panel_of(*c.screen, screened, (column + i) / P, first, rows, out[i / P]);
+                V scale = load(scales + column + i);
+                for (int64_t r = 0; r < rows; r++)
+                    top[r] = larger(top[r], out[i / P][r] + scale * (float)found[first + r - start].error);
+            }
+            for (int64_t r = 0; r < rows; r++) {
+                Candidates &row = found[first + r - start];
+                if (largest_of(top[r]) < row.least - (float)c.near) continue;
+                for (int64_t i = 0; i < count; i += P)
+                    sift(row, out[i / P][r], load(scales + column + i), column + i, c);
+            }
+        }
+    for (int64_t i = start; i < end; i++) {
+        Candidates &row = found[i - start];
+        Running run = {-INFINITY, -INFINITY, 0, 0, 0, 0};
+        for (auto &[token, upper] : row.tokens)
+            if (upper >= row.least - (float)c.near) take(run, exact(in.x + i * in.k, c.head + token * in.k, in.k), token);
+        c.best[i] = run.best;
+        c.gap[i] = run.largest - run.second;
+    }
+}
+
+static void choose(const Model &m, const Choice &c, int64_t rows, const Input &in, const Input &screened, int threads) {
+    int64_t part = (rows + threads - 1) / threads, start = omp_get_thread_num() * part;
+    int64_t end = std::min(start + part, rows);
+    if (start >= end) return;
+    if (c.label || !c.screen) return choose_fully(m, c, in, start, end);
+    for (int64_t i = start; i < end; i++) quantize_row(screened, i, INT8);
+    choose_screened(m, c, in, screened, start, end);
+}
+
+// -------------------------------------------------------------------------------------------------------- one call
+
+static int forward(const Model &m, const Cache &cache, const Batch &batch, const Choice *choice, int threads) {
+    int64_t M = batch.rows, C = m.width, A = m.heads * m.head_dim, scores = scratch_of_attention(m, cache);
+    int64_t row = 4 * (3 * C + m.qkv_width + A + m.ffn) + 2 * (4 * C + A + m.ffn) + 4096;
     Scratch scratch(((M + 16) * row + threads * scores * 4) / 64 * 64);
     if (!scratch.memory) return 1;
     Forward f;
     f.threads = threads;
+    f.trims = batch.wanted < M && ascends(batch);
+    f.slot = scratch.take<int64_t>(M);
+    f.position = scratch.take<int64_t>(M);
     f.x = scratch.take<float>(M * C);
     f.n1 = scratch.take<float>(M * C);
     f.n2 = scratch.take<float>(M * C);
@@ -866,14 +1101,26 @@ extern "C" int castalia_forward(const Model *model, const Cache *cache, const Ba
     f.to_out = input_of(scratch, f.attended, m.layer->out, M);
     f.to_down = input_of(scratch, f.inner, m.layer->down, M);
     f.to_head = input_of(scratch, f.n1, m.head, M);
+    Input screened = {};
+    if (choice && choice->screen) screened = input_of(scratch, f.n1, *choice->screen, M);
 #pragma omp parallel num_threads(threads)
     {
-        embed(m, *batch, f.x);
+        embed(m, batch, f.x);
 #pragma omp barrier
-        for (int64_t number = 0; number < m.layers; number++) layer_of(m, *cache, *batch, number, f);
-        norm_rows(f.x, batch->pick, batch->wanted, m, m.norm, f.n1, m.head, f.to_head);
+        for (int64_t number = 0; number < m.layers; number++) layer_of(m, cache, batch, number, f);
+        norm_rows(f.x, f.trims ? nullptr : batch.pick, batch.wanted, m, m.norm, f.n1, m.head, f.to_head);
 #pragma omp barrier
-        linear(m.head, f.to_head, batch->wanted, batch->logits, m.vocab, PLAIN);
+        if (choice) choose(m, *choice, batch.wanted, f.to_head, screened, threads);
+        else linear(m.head, f.to_head, batch.wanted, batch.logits, m.vocab, PLAIN);
     }
     return 0;
+}
+
+extern "C" int castalia_forward(const Model *model, const Cache *cache, const Batch *batch, int threads) {
+    return forward(*model, *cache, *batch, nullptr, threads);
+}
+
+extern "C" int castalia_choose(const Model *model, const Cache *cache, const Batch *batch, const Choice *choice,
+                               int threads) {
+    return forward(*model, *cache, *batch, choice, threads);
 }

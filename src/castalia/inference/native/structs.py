@@ -69,3 +69,15 @@ class CBatch(ctypes.Structure):
         ("pick", Pointer),
         ("logits", Pointer),
     ]
+
+
+class CChoice(ctypes.Structure):
+    """`Choice` of step.cpp."""
+
+    _fields_ = [
+        ("screen", Pointer),
+        ("head", Pointer),
+        *((name, ctypes.c_double) for name in ("weight_error", "weight_norm", "near")),
+        ("tokens", Long),
+        *((name, Pointer) for name in ("best", "gap", "label", "loss")),
+    ]
