@@ -10,6 +10,7 @@ from castalia.suites import open_suite
 from castalia.suites.batches import compare_batches, require_same_batches
 from castalia.suites.running import run_suite
 from castalia.suites.status import status_of
+from castalia.suites.verifying import verify_suite
 
 SMALL = """
 base: debug
@@ -118,12 +119,12 @@ def test_members_of_one_stream_read_equal_batches(write):
 
 
 def test_two_families_train_on_one_stream_and_the_third_member_fails(write):
-    text = SMALL.replace("seeds: [3, {weight_seed: 5}]", "seeds: [3]\nsame_batches: false")
-    text = text.replace("sizes:\n", "sizes:\n  none: {data.train: [missing/file]}\n")
+    text = SMALL.replace("seeds: [3, {weight_seed: 5}]", "seeds: [3]")
+    text = text.replace("sizes:\n", "sizes:\n  none: {model.start: missing/model}\n")
     said = []
     outcomes = run_suite(open_suite(write(text)), said.append)
     assert [outcome.failed for outcome in outcomes] == [True, False, False]
-    assert "missing/file" in said[1] and "runs/mine/none-seed3/train.log" in said[1]
+    assert "missing/model" in said[1] and "runs/mine/none-seed3/train.log" in said[1]
     suite = open_suite("runs/mine", only="neox,llama")
     states = [(state.name, state.step, state.state) for state in status_of(suite)]
     assert states == [("neox-seed3", 3, "done"), ("llama-seed3", 3, "done")]
@@ -133,6 +134,11 @@ def test_two_families_train_on_one_stream_and_the_third_member_fails(write):
     assert stream.steps == 3 and stream.problems == []
     assert not any(outcome.failed for outcome in run_suite(suite, said.append))
     assert said[-1] == f"[2/2] llama-seed3: done, {said[-1].partition('done, ')[2]}"
+    assert verify_suite(suite).findings == []
+    whole = verify_suite(open_suite("runs/mine"))
+    assert [(finding.kind, finding.what) for finding in whole.findings] == [
+        ("unfinished", "none-seed3 has not begun")
+    ]
     changed = Path("runs/mine/llama-seed3/metrics.jsonl")
     lines = [json.loads(line) for line in changed.read_text().splitlines()]
     lines[1]["rows_hash"] += 1
@@ -141,3 +147,8 @@ def test_two_families_train_on_one_stream_and_the_third_member_fails(write):
     assert stream.problems == [
         "llama-seed3 read other rows than neox-seed3 in 1 steps, the first is step 2"
     ]
+    config = Path("runs/mine/neox-seed3/config.yaml")
+    config.write_text(config.read_text().replace("seed: 3", "seed: 4", 1))
+    report = verify_suite(open_suite("runs/mine", only="neox"))
+    assert {finding.kind for finding in report.findings} == {"member"}
+    assert "the seed of the weights of neox-seed3 is 3 in the suite and 4" in str(report.findings)

@@ -27,6 +27,9 @@ class ActionFlags:
     )
     run: Annotated[bool, WHAT("--run", help="Train the members, one after the other.")] = False
     status: Annotated[bool, WHAT("--status", help="How far each member is; the default.")] = False
+    verify: Annotated[
+        bool, WHAT("--verify", help="Audit checkpoints, seeds and batches of all members.")
+    ] = False
 
     @property
     def chosen(self) -> str:
@@ -101,6 +104,8 @@ def suite(
         run_members(opened)
     elif chosen == "plan":
         show_plan(opened, planning.gpu, planning.mfu, as_json)
+    elif chosen == "verify":
+        verify_members(opened, as_json)
     else:
         show_status(opened, as_json)
 
@@ -147,12 +152,13 @@ def plan_rows(planned: "SuitePlan") -> list[list[str]]:
 
 def cost_cells(cost: dict[str, Any], published: str) -> list[str]:
     """The columns that have sums."""
+    from castalia.cli.timing import number
     from castalia.monitor.display import quantity, size_text
 
     return [
         quantity(cost["tokens"]),
         f"{cost['flops']:.3g}",
-        f"{cost['gpu_hours']:,.0f}",
+        number(cost["gpu_hours"]),
         published,
         f"{cost['checkpoints']:,}",
         size_text(cost["disk_bytes"]),
@@ -173,6 +179,22 @@ def run_members(opened: "Suite") -> None:
             " command tries them again"
         )
     typer.echo(f"done: {len(outcomes)} members in {opened.folder}")
+
+
+def verify_members(opened: "Suite", as_json: bool) -> None:
+    """Print what is wrong, and exit with 1 if anything is."""
+    from castalia.cli.audit import print_report
+    from castalia.cli.progress import counted_progress
+    from castalia.suites.verifying import verify_suite
+
+    with counted_progress("audit") as advance:
+        report = verify_suite(opened, advance)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        print_report(report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def show_status(opened: "Suite", as_json: bool) -> None:

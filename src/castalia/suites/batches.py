@@ -13,9 +13,9 @@ from castalia.runs.config import RunConfig
 from castalia.suites.members import Member, Suite
 
 DATA_KEYS = (
-    "workers", "order_cache", "prepared_in", "allow_changed", "tokenizer", "train", "valid",
+    "workers", "order_cache", "prepared_in", "allow_changed", "tokenizer", "valid",
 )  # fmt: skip
-"""Keys of the section `data` that do not decide the rows, or whose files the fingerprint knows."""
+"""Keys of the section `data` that do not decide the rows of training."""
 
 FIXED = ("static", "natural", "uniform", "temperature", "unimax", "replay")
 """Mixers whose shares no loss decides."""

@@ -32,6 +32,9 @@ KINDS = {
     "extra": "revisions that the expected grid does not have",
     "start": "start weights that are not those of the run's seed",
     "descent": "checkpoints that did not begin at their step 0",
+    "unfinished": "a member of a suite that lacks steps",
+    "member": "a run that is not the member of the suite whose name it has",
+    "batches": "members of one stream that read different batches",
 }
 """Kind of finding -> what it means."""
 
