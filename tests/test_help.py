@@ -33,6 +33,7 @@ VERBS = (
     "scaling",
     "memorization",
     "view",
+    "batches",
     "export",
     "serve",
 )
@@ -91,6 +92,7 @@ USAGE = {
     "report": "report [OPTIONS] PATH...",
     "results": "results [OPTIONS] [PATH...]",
     "view": "view [OPTIONS] [PATH...]",
+    "batches": "batches [OPTIONS] CONFIG... [a.b=c ...]",
     "mixing reference": "mixing reference [OPTIONS] CHECKPOINT [PREFIX...]",
     "count": "count [OPTIONS] CONFIG... [a.b=c ...]",
     "export": "export [OPTIONS] CHECKPOINT",

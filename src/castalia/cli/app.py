@@ -8,6 +8,7 @@ import typer
 from castalia import __version__
 from castalia.cli import (
     audit,
+    batches,
     cleaning,  # noqa: F401  adds its commands to those of `data`
     count,
     data,
@@ -89,7 +90,7 @@ PANELS = {
         scaling.scaling,
         memorization.memorization,
     ),
-    "What a run has read": (trace.trace, trace.index, count.count),
+    "What a run has read": (batches.batches, trace.trace, trace.index, count.count),
     "Trained models": (
         generate.generate,
         eval.eval_,

@@ -8,8 +8,9 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from functools import partial
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
@@ -18,6 +19,7 @@ from multiprocessing.synchronize import Event
 from typing import Any, Generic, TypeVar
 
 S = TypeVar("S")
+R = TypeVar("R")
 
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -74,6 +76,30 @@ def forget_standard_input() -> None:
     main = sys.modules["__main__"]
     if getattr(main, "__file__", None) == "<stdin>":
         del main.__file__
+
+
+def in_order(
+    pool: Executor,
+    work: Callable[..., R],
+    tasks: Iterator[tuple[Any, ...] | None],
+    most: int,
+) -> Generator[R, None, None]:
+    """The results of `work` for the arguments in each task, in order, with up to `most` tasks in
+    progress.
+
+    It ends with `tasks`, and shuts the pool down then.
+    """
+    waiting: deque[Future[R]] = deque()
+    try:
+        while True:
+            # A task of None means that the next one needs the results of this one: stop asking.
+            while len(waiting) < most and (task := next(tasks, None)) is not None:
+                waiting.append(pool.submit(work, *task))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class InheritedState(Generic[S]):

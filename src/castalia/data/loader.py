@@ -4,9 +4,8 @@ a batch."""
 import itertools
 import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
@@ -14,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from castalia.core.errors import DataError
-from castalia.core.workers import WorkerPool
+from castalia.core.workers import WorkerPool, in_order
 from castalia.data.batch import Batch
 from castalia.data.batch_sizes import BatchSizes, Ramp
 from castalia.data.labels import IGNORED
@@ -201,29 +200,6 @@ def read_in_processes(reader: StepReader, tasks: Iterator[ReadTask | None], work
             f"a data worker process died ({error}); set data.workers to a smaller number, or to 0"
         )
         raise DataError(pool.why_none_began or reason) from error
-
-
-def in_order(
-    pool: Executor,
-    read: Callable[..., list[MicroRows]],
-    tasks: Iterator[ReadTask | None],
-    most: int,
-) -> Steps:
-    """The results of `read` for each task, in order, with up to `most` tasks in progress.
-
-    It ends with `tasks`, and shuts the pool down then.
-    """
-    waiting: deque[Future[list[MicroRows]]] = deque()
-    try:
-        while True:
-            # A task of None means that the next step needs the results of this one: stop asking.
-            while len(waiting) < most and (task := next(tasks, None)) is not None:
-                waiting.append(pool.submit(read, *task))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def read_in_thread(reader: StepReader, start: int) -> Steps:

@@ -9,6 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 from castalia.data.indexed import IndexedDataset
 from castalia.data.mapped import MappedFile
 from castalia.data.row_changes import ServedRow
+from castalia.data.row_source import RowPlaces
 from castalia.data.served import ServedRows
 from castalia.data.span_table import DocumentSpan, SpanTable, joined, runs
 
@@ -33,12 +34,19 @@ class RowBlock:
         return self.table.lists()
 
 
-def read_block(served: ServedRows, places: range, dtype: DTypeLike = np.int64) -> RowBlock:
-    """The rows that are served at some places; of pairs the preferred answers.
+def read_block(
+    served: ServedRows,
+    places: range,
+    dtype: DTypeLike = np.int64,
+    located: RowPlaces | None = None,
+) -> RowBlock:
+    """The rows that are served at some places; of pairs the preferred answers, whose sources and
+    places `located` find the rejected ones in `served.rejected`.
 
     Raises  as `ServedRows.locate`; DataError if a document lies beyond its file.
     """
-    located = served.locate_all(places)
+    if located is None:
+        located = served.locate_all(places)
     tokens = np.zeros((len(places), served.seq_length + 1), dtype)
     tables = []
     rows = []

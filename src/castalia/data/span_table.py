@@ -63,6 +63,18 @@ class SpanTable:
         begin, end = self.bounds[number : number + 2].tolist()
         return [DocumentSpan(*span) for span in zip(*self.columns(begin, end), strict=True)]
 
+    def part(self, begin: int, end: int) -> "SpanTable":
+        """The table of rows `begin` to `end` - 1."""
+        bounds = self.bounds[begin : end + 1]
+        spans = slice(int(bounds[0]), int(bounds[-1]))
+        arrays = (self.documents[spans], self.starts[spans], self.lengths[spans])
+        return SpanTable(bounds - bounds[0], *arrays)
+
+    def cut(self, tokens: int) -> "SpanTable":
+        """The table of the same rows without what lies beyond their first so many tokens."""
+        lengths = np.clip(tokens - self.offsets, 0, self.lengths)
+        return SpanTable(self.bounds, self.documents, self.starts, lengths).without_empty()
+
     def lists(self) -> list[list[DocumentSpan]]:
         """The spans of each row."""
         spans = [DocumentSpan(*span) for span in zip(*self.columns(), strict=True)]

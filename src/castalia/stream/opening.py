@@ -1,8 +1,9 @@
 """The training stream of a run: its rows in the order in which steps read them, opened by name."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -11,6 +12,7 @@ from castalia.checkpoint import complete_steps
 from castalia.config.anchor import CONFIG, run_folder_of
 from castalia.core.errors import ConfigError
 from castalia.data.batch_sizes import BatchSizes
+from castalia.data.curriculum import Curriculum
 from castalia.data.row_blocks import RowBlock, read_block
 from castalia.data.rows_by_source import RowsBySource
 from castalia.data.run_rows import RunRows
@@ -35,6 +37,31 @@ class Block(RowBlock):
 
     places: range
     """Place of each row in the run's order."""
+
+    def part(self, begin: int, end: int) -> "Block":
+        """Rows `begin` to `end` - 1 of the block, as views."""
+        rows = slice(begin, end)
+        table = self.table.part(begin, end)
+        return Block(self.tokens[rows], self.source[rows], table, self.places[rows])
+
+
+class StepRows(NamedTuple):
+    """The rows of one step."""
+
+    step: int
+    block: Block
+    """Its rows, whole."""
+    length: int
+    """Tokens of each row that the step takes as inputs: seq_length, or less under a curriculum."""
+
+    @property
+    def seen(self) -> Block:
+        """The rows as the step saw them: its inputs and the last target, (B, length + 1)."""
+        block = self.block
+        if self.length + 1 >= block.tokens.shape[1]:
+            return block
+        tokens = block.tokens[:, : self.length + 1]
+        return Block(tokens, block.source, block.table.cut(self.length + 1), block.places)
 
 
 @dataclass(frozen=True)
@@ -65,6 +92,11 @@ class Stream:
     def trained(self) -> int:
         """Steps that the run has finished; 0 without a folder."""
         return 0 if self.folder is None else steps_trained(self.folder)
+
+    @property
+    def curriculum(self) -> Curriculum:
+        """How long the rows of each step are."""
+        return Curriculum(self.config.curriculum, self.config.data.seq_length, self.steps)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -138,6 +170,34 @@ class Stream:
         read = read_block(self.rows.train, places, dtype)
         return Block(read.tokens, read.source, read.table, places)
 
+    def batches(self, steps: Iterable[int], dtype: DTypeLike = np.int64) -> Iterator[StepRows]:
+        """The rows of steps, ascending, one step after the other; their ids as `dtype`.
+
+        Raises  ConfigError as `check_steps`, of steps that are not even planned.
+        """
+        curriculum = self.curriculum
+        for group in self.groups(steps):
+            block = self.block(self.places(group.start, group.stop, planned=True), dtype)
+            first = block.places.start
+            for step in group:
+                places = self.sizes.places(step)
+                part = block.part(places.start - first, places.stop - first)
+                yield StepRows(step, part, curriculum.length(step + 1))
+
+    def groups(self, steps: Iterable[int], rows: int = ROWS_AT_ONCE) -> Iterator[range]:
+        """Neighbouring steps together, as long as they have at most so many rows, or are one."""
+        group = range(0)
+        for step in steps:
+            has_room = self.sizes.first(step + 1) - self.sizes.first(group.start) <= rows
+            if group and step == group.stop and has_room:
+                group = range(group.start, step + 1)
+                continue
+            if group:
+                yield group
+            group = range(step, step + 1)
+        if group:
+            yield group
+
 
 def open_stream(words: str | Sequence[str], say: Callable[[str], None] = print) -> Stream:
     """The stream of what `words` name: a run's folder, a preset, YAML files, overrides.
@@ -153,6 +213,7 @@ def stream_of(config: RunConfig, say: Callable[[str], None] = print) -> Stream:
 
     Raises  as `open_stream`.
     """
+    config = without_held_out(config)
     folder = Path(config.output)
     began = (folder / CONFIG).is_file() and run_folder_of(folder / CONFIG) is not None
     if not began:
@@ -161,6 +222,16 @@ def stream_of(config: RunConfig, say: Callable[[str], None] = print) -> Stream:
     config, rows = rows_as_trained(config, say)
     require_same_data(folder, rows.fingerprint, config.data.allow_changed, say)
     return Stream(config, rows, folder)
+
+
+def without_held_out(config: RunConfig) -> RunConfig:
+    """The config without the files that its validations read, which may be gone or have changed."""
+    data = config.data
+    if not data.valid_prefixes or data.texts:
+        return config
+    fields = type(data).model_fields
+    none = {name: field.get_default() for name, field in fields.items() if name.startswith("valid")}
+    return config.model_copy(update={"data": data.model_copy(update=none)})
 
 
 def steps_trained(folder: Path) -> int:

@@ -52,9 +52,8 @@ def require_files(config: RunConfig, folder: Path) -> None:
 def prefixes_of(data: DataConfig) -> dict[str, Sequence[str]]:
     """The token files by the key that names them."""
     if not data.paired:
-        return {"data.train": data.train, "data.valid": data.valid}
-    names = ("chosen", "rejected", "valid_chosen", "valid_rejected")
-    return {f"data.{name}": getattr(data, name) for name in names}
+        return {"data.train": data.train}
+    return {"data.chosen": data.chosen, "data.rejected": data.rejected}
 
 
 def is_there(prefix: str) -> bool:
@@ -76,7 +75,9 @@ def require_same_data(
     Raises  DataError naming the sources and settings that differ.
     """
     trained = newest_fingerprint(folder / "checkpoints")
-    differences = [] if trained is None else changed(trained, fingerprint)
+    differences = []
+    if trained is not None:
+        differences = changed(of_training(trained), of_training(fingerprint))
     if not differences:
         return
     text = f"{folder}: the data are no longer those that the run trained on: {listed(differences)}"
@@ -86,6 +87,13 @@ def require_same_data(
             " say where the right ones are, as with data.train=PREFIX,…"
         )
     say(f"warning: {text} (data.allow_changed is true)")
+
+
+def of_training(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """The part of a fingerprint that the rows of training depend on."""
+    found = {key: value for key, value in fingerprint.items() if not key.startswith("valid")}
+    order = found.get("order", {})
+    return found | {"order": {key: order[key] for key in order if key != "valid_weights"}}
 
 
 def newest_fingerprint(checkpoints: Path) -> dict[str, Any] | None:

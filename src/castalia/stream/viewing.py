@@ -14,10 +14,15 @@ from castalia.core.files import atomic_write
 from castalia.corpus.provenance import read_provenance
 from castalia.data.batch_sizes import BatchSizes, sizes_of
 from castalia.data.ready_rows import common_dtype
+from castalia.data.row_blocks import read_block
 from castalia.data.run_rows import RunRows
 from castalia.data.served import ServedRows
 from castalia.data.sidecar import require_tokenizer
+from castalia.data.span_table import DocumentSpan, SpanTable
 from castalia.tokenizers.tokenizer import Tokenizer
+
+ROWS_AT_ONCE = 1024
+"""Rows that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def parse_steps(text: str, batches: BatchSizes | int, total: int) -> Steps:
 def save_ids(rows: ServedRows, steps: Steps, path: str | os.PathLike[str]) -> tuple[int, int]:
     """Write the token ids of the steps' rows as one .npy file, atomically, in the sources' dtype.
 
-    The layout is that of Pythia's batch_viewer.py. Memory holds one row at a time.
+    The layout is that of Pythia's batch_viewer.py. Memory holds a block of rows at a time.
 
     Returns  the shape, (rows of the steps, seq_length + 1).
     """
@@ -74,9 +79,10 @@ def save_ids(rows: ServedRows, steps: Steps, path: str | os.PathLike[str]) -> tu
             "shape": shape,
         }
         np.lib.format.write_array_header_1_0(file, header)
-        # Row by row: a run's ids may not fit in memory.
-        for place in steps.places:
-            file.write(rows[place][0].astype(dtype).tobytes())
+        # Block by block: a run's ids may not fit in memory.
+        for begin in range(0, len(steps.places), ROWS_AT_ONCE):
+            places = steps.places[begin : begin + ROWS_AT_ONCE]
+            file.write(read_block(rows, places, dtype).tokens.tobytes())
     return shape
 
 
@@ -99,9 +105,14 @@ def require_own_tokenizer(rows: RunRows, tokenizer: Tokenizer | None) -> None:
 
 
 def record_of(
-    rows: RunRows, place: int, batches: BatchSizes, tokenizer: Tokenizer | None
+    rows: RunRows,
+    place: int,
+    batches: BatchSizes,
+    tokenizer: Tokenizer | None,
+    length: int | None = None,
 ) -> dict[str, Any]:
-    """The row at a place of the run's order.
+    """The row at a place of the run's order; with a `length`, its first inputs alone, as a
+    curriculum has them, and the target of the last one.
 
     Keys: step, row within the step, source, prefix, documents (the pieces of documents in the row),
     with a tokenizer also the text of row and pieces, and with an index of origins in the token file
@@ -111,7 +122,10 @@ def record_of(
     """
     source, own_place = rows.train.locate(place)
     step, row = batches.step_of(place)
-    records = [contents_of(side, source, own_place, place, tokenizer) for side in rows.train.sides]
+    records = []
+    for side in rows.train.sides:
+        pieces = side.row_sources[source].documents_of(own_place)
+        records.append(contents_of(side, source, pieces, place, tokenizer, length))
     record = {"step": step, "row": row, "source": rows.sources[source], **records[0]}
     if len(records) > 1:
         record["rejected"] = records[1]
@@ -119,13 +133,20 @@ def record_of(
 
 
 def contents_of(
-    side: ServedRows, source: int, own_place: int, place: int, tokenizer: Tokenizer | None
+    side: ServedRows,
+    source: int,
+    pieces: list[DocumentSpan],
+    place: int,
+    tokenizer: Tokenizer | None,
+    length: int | None,
 ) -> dict[str, Any]:
-    """Prefix, documents and text of the row served at `place`, the `own_place`-th of a source."""
-    pieces = side.row_sources[source].documents_of(own_place)
+    """Prefix, documents and text of the row of a source served at `place`, made of `pieces`."""
+    shown = pieces
+    if length is not None and length < side.seq_length:
+        shown = SpanTable.of_lists([pieces]).cut(length + 1).row(0)
     record: dict[str, Any] = {
         "prefix": side.row_sources[source].dataset.prefix,
-        "documents": [piece._asdict() for piece in pieces],
+        "documents": [piece._asdict() for piece in shown],
     }
     for document in record["documents"]:
         origin = read_provenance(record["prefix"], document["document"])
@@ -133,8 +154,10 @@ def contents_of(
             document["from"] = origin
     if tokenizer is not None:
         ids = side.row(source, pieces, place)
+        if length is not None:
+            ids = ids[: length + 1]
         record["text"] = tokenizer.decode(ids)
-        ends = np.cumsum([piece.length for piece in pieces])
+        ends = np.cumsum([piece.length for piece in shown])
         piece_ids = np.split(ids, ends[:-1])
         for document, own_ids in zip(record["documents"], piece_ids, strict=True):
             document["text"] = tokenizer.decode(own_ids)
@@ -148,10 +171,9 @@ def step_hash(rows: ServedRows, step: int, batches: BatchSizes | int) -> int:
     not depend on how ranks share the rows.
     """
     places = sizes_of(batches).places(step)
+    located = rows.locate_all(places)
     total = 0
-    for place in places:
-        source, own_place = rows.locate(place)
-        for side in rows.sides:
-            row = side.row(source, side.row_sources[source].documents_of(own_place), place)
-            total += zlib.crc32(row[:-1].astype("<i8").tobytes())
+    for side in rows.sides:
+        block = read_block(side, places, "<i8", located)
+        total += sum(zlib.crc32(row[:-1]) for row in block.tokens)
     return total

@@ -1,0 +1,185 @@
+"""The batches of steps as files that other programs read: whole or absent, and continued after an
+interruption.
+
+Source  utils/batch_viewer.py of EleutherAI/pythia (until commit 899add0): `save` and `custom`.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from castalia.core.errors import ConfigError, DataError
+from castalia.core.files import atomic_write, claimed, read_json, write_json
+from castalia.stream.opening import Stream
+from castalia.stream.processes import over_stream
+from castalia.stream.same_data import of_training
+from castalia.stream.viewing import step_hash
+
+RECORD = "batches.json"
+"""Beside the files: which rows they hold."""
+SAVED = re.compile(r"batch(\d+)_bs(\d+)\.npy")
+OnSteps = Callable[[int], object]
+"""Takes a number of steps that are done."""
+
+
+class Written(NamedTuple):
+    """What a job has written."""
+
+    steps: int
+    """Steps whose files or records it wrote."""
+    skipped: int
+    """Steps whose files or records were there."""
+    rows: int
+    """Rows that it read."""
+
+
+def identity(stream: Stream) -> dict[str, Any]:
+    """What decides the rows of a stream's steps, for a record beside them."""
+    facts = of_training(stream.rows.fingerprint)
+    facts["curriculum"] = stream.config.curriculum.model_dump(mode="json")
+    if stream.is_mixed:
+        # Its rows depend on its losses, and so on all of its config.
+        facts["config"] = stream.config.model_dump(mode="json", exclude={"output"})
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return {
+        "rows": digest,
+        "sources": stream.sources,
+        "seq_length": stream.config.data.seq_length,
+        "batch_size": stream.config.train.batch_size,
+    }
+
+
+@contextmanager
+def job(
+    path: Path, facts: dict[str, Any], files: Callable[[], Iterator[Path]], overwrite: bool
+) -> Iterator[None]:
+    """Claim a folder for the files of one job, whose facts stand in the record at `path` there.
+
+    `files` finds the files of this or an earlier job, which `overwrite` deletes first.
+    Raises  ConfigError if they are of another job, or another process works in the folder.
+    """
+    with claimed(path.parent, silent=1.0):
+        if overwrite:
+            for file in list(files()):
+                file.unlink()
+            path.unlink(missing_ok=True)
+        there = next(files(), None)
+        if path.exists():
+            differ = [key for key, value in read_json(path).items() if facts.get(key) != value]
+            if differ and there is not None:
+                raise ConfigError(
+                    f"{there} belongs to another job ({', '.join(differ)}: see {path}); choose"
+                    " another --output, or replace it with --overwrite"
+                )
+        elif there is not None:
+            raise ConfigError(
+                f"{there} is not of castalia batches, or lacks {path}; choose another --output, or"
+                " replace it with --overwrite"
+            )
+        write_json(path, facts)
+        yield
+
+
+def tidy(folder: Path, strays: str) -> None:
+    """Delete what a killed job left behind in a folder that this process has claimed."""
+    for stray in folder.glob(strays):
+        stray.unlink(missing_ok=True)
+
+
+def save_batches(
+    stream: Stream,
+    steps: range,
+    folder: Path,
+    *,
+    workers: int = 0,
+    overwrite: bool = False,
+    on_steps: OnSteps = lambda count: None,
+) -> Written:
+    """Write batch{step}_bs{rows}.npy for each step: int64, (rows, tokens + 1), as Pythia's first
+    viewer did.
+
+    Each file appears when it is whole. Those that are there are kept.
+    Raises  ConfigError as `job`; CastaliaError if a file cannot be written.
+    """
+    facts = {"mode": "save", **identity(stream)}
+    with job(folder / RECORD, facts, lambda: folder.glob("batch*_bs*.npy"), overwrite):
+        tidy(folder, ".batch*.npy.*.tmp")
+        there = {int(match[1]) for match in map(SAVED.fullmatch, os.listdir(folder)) if match}
+        missing = [step for step in steps if step not in there]
+        on_steps(len(steps) - len(missing))
+        rows = 0
+        work = partial(save_group, folder)
+        for done in over_stream(stream, work, stream.groups(missing), workers):
+            rows += sum(done)
+            on_steps(len(done))
+    return Written(len(missing), len(steps) - len(missing), rows)
+
+
+def save_group(folder: Path, stream: Stream, steps: range) -> list[int]:
+    """Write the files of some steps; returns the rows of each."""
+    sizes = []
+    for rows in stream.batches(steps):
+        tokens = np.ascontiguousarray(rows.seen.tokens)
+        with atomic_write(folder / f"batch{rows.step}_bs{len(tokens)}.npy", "wb") as file:
+            np.save(file, tokens)
+        sizes.append(len(tokens))
+    return sizes
+
+
+def hash_group(stream: Stream, steps: range) -> list[tuple[int, int]]:
+    """Each of some steps with its rows_hash."""
+    return [(step, step_hash(stream.rows.train, step, stream.sizes)) for step in steps]
+
+
+def verify_batches(
+    stream: Stream, steps: range, *, workers: int = 0, on_steps: OnSteps = lambda count: None
+) -> int:
+    """Compare the rows of steps with the rows_hash that training wrote to metrics.jsonl.
+
+    Returns  the number of steps that were compared.
+    Raises   ConfigError without a run's folder; DataError naming the first step whose rows are
+             others, or whose hash is not recorded.
+    """
+    if stream.folder is None:
+        raise ConfigError(
+            "--verify compares with the metrics.jsonl of a run; name the folder of one"
+        )
+    path = stream.folder / "metrics.jsonl"
+    recorded = recorded_hashes(path, steps)
+    for group in over_stream(stream, hash_group, stream.groups(steps), workers):
+        for step, found in group:
+            if step not in recorded:
+                raise DataError(f"{path}: no rows_hash of step {step}; --verify needs one for each")
+            if recorded[step] != found:
+                raise DataError(
+                    f"step {step}: the rows have the hash {found}, but the run trained on rows of"
+                    f" {recorded[step]} ({path}, step {step + 1}); its data or its order changed"
+                )
+        on_steps(len(group))
+    return len(steps)
+
+
+def recorded_hashes(path: Path, steps: range) -> dict[int, int]:
+    """The rows_hash of steps, counted from 0, in a metrics.jsonl; a step that was trained again
+    counts as it was last."""
+    found = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the end of a line that a crash cut off
+                if isinstance(record, dict) and record.get("step", 0) - 1 in steps:
+                    found[record["step"] - 1] = record.get("rows_hash")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return {step: value for step, value in found.items() if value is not None}
