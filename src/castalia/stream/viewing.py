@@ -117,7 +117,7 @@ def record_of(
     Keys: step, row within the step, source, prefix, documents (the pieces of documents in the row),
     with a tokenizer also the text of row and pieces, and with an index of origins in the token file
     where each document came from. Each piece is decoded alone, so a character cut at its border
-    shows as U+FFFD. Of a pair it is the preferred answer, and `rejected` has the other one's
+    shows as U+FFFD. A row that an intervention changed has `changed`. Of a pair it is the preferred answer, and `rejected` has the other one's
     prefix, documents and text.
     """
     source, own_place = rows.train.locate(place)
@@ -141,21 +141,22 @@ def contents_of(
     length: int | None,
 ) -> dict[str, Any]:
     """Prefix, documents and text of the row of a source served at `place`, made of `pieces`."""
-    shown = pieces
+    row = side.served(source, pieces, place)
+    shown = list(row.spans)
     if length is not None and length < side.seq_length:
-        shown = SpanTable.of_lists([pieces]).cut(length + 1).row(0)
+        shown = SpanTable.of_lists([shown]).cut(length + 1).row(0)
     record: dict[str, Any] = {
         "prefix": side.row_sources[source].dataset.prefix,
         "documents": [piece._asdict() for piece in shown],
     }
+    if row.origin is not None:
+        record["changed"] = True
     for document in record["documents"]:
         origin = read_provenance(record["prefix"], document["document"])
         if origin is not None:
             document["from"] = origin
     if tokenizer is not None:
-        ids = side.row(source, pieces, place)
-        if length is not None:
-            ids = ids[: length + 1]
+        ids = row.tokens if length is None else row.tokens[: length + 1]
         record["text"] = tokenizer.decode(ids)
         ends = np.cumsum([piece.length for piece in shown])
         piece_ids = np.split(ids, ends[:-1])
