@@ -117,8 +117,8 @@ def record_of(
     Keys: step, row within the step, source, prefix, documents (the pieces of documents in the row),
     with a tokenizer also the text of row and pieces, and with an index of origins in the token file
     where each document came from. Each piece is decoded alone, so a character cut at its border
-    shows as U+FFFD. A row that an intervention changed has `changed`. Of a pair it is the preferred answer, and `rejected` has the other one's
-    prefix, documents and text.
+    shows as U+FFFD. A row that an intervention changed has `changed`. Of a pair it is the preferred
+    answer, and `rejected` has the other one's prefix, documents and text.
     """
     source, own_place = rows.train.locate(place)
     step, row = batches.step_of(place)
