@@ -22,6 +22,7 @@ VERBS = (
     "runs",
     "audit",
     "weights",
+    "intervene",
     "generate",
     "eval",
     "trace",
@@ -100,6 +101,7 @@ USAGE = {
     "runs": "runs [OPTIONS] [DIR]",
     "scaling": "scaling [OPTIONS] PATH...",
     "memorization": "memorization [OPTIONS] [NAME=]FILE...",
+    "intervene": "intervene [OPTIONS] RUN FILE|a.b=c...",
     "suite": "suite [OPTIONS] SUITE [a.b=c ...]",
 }
 

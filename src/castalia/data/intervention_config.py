@@ -25,11 +25,21 @@ SHARE = re.compile(r"(\d+(\.\d+)?) ?%")
 """A step as a share of the run, such as 93%."""
 
 
-def step_or_share(value: object) -> object:
-    """A step, or its share of the run as text; whatever else pydantic shall judge."""
-    if isinstance(value, str) and not SHARE.fullmatch(value) and not value.isdecimal():
+def step_or_share(value: str) -> int | str:
+    """A step, or its share of the run as text.
+
+    Raises  ValueError for any other text.
+    """
+    if value.isdecimal():
+        return int(value)
+    if not SHARE.fullmatch(value):
         raise ValueError(f"expected a step or a share of the run such as 93%, got {value!r}")
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    return value
+
+
+def of_text(value: object) -> object:
+    """A text as a step or a share; whatever else pydantic shall judge."""
+    return step_or_share(value) if isinstance(value, str) else value
 
 
 def a_pattern(text: str) -> str:
@@ -46,7 +56,7 @@ def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-StepOrShare = Annotated[NonNegativeInt | str, BeforeValidator(step_or_share)]
+StepOrShare = Annotated[NonNegativeInt | str, BeforeValidator(of_text)]
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(a_pattern)]
 Names = Annotated[list[str], BeforeValidator(as_list)]
 Term = NonNegativeInt | str

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from castalia.checkpoint.find import find_checkpoint
+from castalia.core.files import atomic_write
 from castalia.distributed import World
 from castalia.mixing import MixtureLog, Watch, read_mixture
 from castalia.runs.config import RunConfig
@@ -25,6 +27,8 @@ class RecordMixture(Hook):
         if isinstance(mixture, PlannedMixture) and world.leads:
             self.mixture = mixture
             self.path = Path(config.output) / "mixture.jsonl"
+            if config.train.start_step and config.model.start is not None:
+                take_over(self.path, config.model.start)
             self.begin(mixture)
 
     def begin(self, mixture: PlannedMixture) -> None:
@@ -55,6 +59,19 @@ class RecordMixture(Hook):
         """Write the buffered lines."""
         if self.log:
             self.log.close()
+
+
+def take_over(path: Path, start: str) -> None:
+    """Copy the record of the run that a branch continues, whose steps are the branch's first: the
+    rows of a step follow from all choices before it. What the run chose after them is dropped when
+    the log is opened."""
+    if path.exists():
+        return
+    # checkpoints/step-00001000 in the folder of the run.
+    before = find_checkpoint(start).parent.parent / path.name
+    if before.is_file():
+        with atomic_write(path) as file:
+            file.write(before.read_text(encoding="utf-8"))
 
 
 def set_aside(path: Path, sources: Sequence[str], step: int) -> None:
