@@ -172,7 +172,7 @@ def show_next(
     as_json: bool,
 ) -> None:
     """Print what follows a text in the token files."""
-    from castalia.stream.continuations import continuations
+    from castalia.stream.following import continuations
 
     answer = continuations(stream, text, ids=ids, most=most, index_folder=index_folder)
     if as_json:

@@ -9,7 +9,7 @@ __getattr__ = lazy(
         "Trace": "tracing",
         "Tracer": "tracing",
         "build_index": "index.building",
-        "continuations": "continuations",
+        "continuations": "following",
         "open_stream": "opening",
         "trace": "tracing",
     },

@@ -50,6 +50,8 @@ def headline(trace: Trace, shown: str) -> str:
         documents = np.unique(np.stack([found.source, found.document]), axis=1).shape[1]
         steps = len(np.unique(trace.steps[0]))
         line += f", in {times(steps, 'step')} and {times(documents, 'document')}"
+    elif trace.in_files:
+        line += f"; the token files have it {times(trace.in_files, 'time')}"
     if trace.split:
         line += f"; the border of a row cuts {trace.split:,} more"
     return line

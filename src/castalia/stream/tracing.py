@@ -39,6 +39,8 @@ class Trace:
     """Steps 0 to stop - 1 were looked at."""
     split: int | None
     """How many more times a row's border cuts the text; None if all rows were read."""
+    in_files: int | None
+    """How often the token files have the text; None if all rows were read."""
     how: str
     """`index`, `files` or `rows`: what was searched."""
     seconds: float
@@ -151,11 +153,12 @@ class Tracer:
             notes += [self.why_read(places) for places in read]
         found = []
         split: int | None = None
+        in_files: int | None = None
         how = "rows"
         if sum(map(len, read)) < self.places.stop:
             indexed = all(isinstance(one, Index) for one in self.searches.values())
             how = "index" if indexed else "files"
-            occurrences, cut = search(self.places, self.searches, forms)
+            occurrences, cut, in_files = search(self.places, self.searches, forms)
             occurrences = occurrences.chosen(outside(occurrences.place, read))
             read_back(self.stream, occurrences, forms)
             found.append(occurrences)
@@ -166,7 +169,8 @@ class Tracer:
             )
             found.append(self.places.with_epochs(scanned))
         seconds = time.perf_counter() - start
-        return Trace(self.stream, forms, joined(found), self.stop, split, how, seconds, notes)
+        whole = joined(found)
+        return Trace(self.stream, forms, whole, self.stop, split, in_files, how, seconds, notes)
 
     def why_read(self, places: range) -> str:
         """Why the rows at some places were read."""
@@ -297,18 +301,21 @@ def open_searches(stream: Stream, folder: str | os.PathLike[str] | None) -> dict
 
 def search(
     places: ServedPlaces, searches: dict[int, Search], forms: Sequence[Form]
-) -> tuple[Occurrences, Ints]:
-    """The texts in the token files, at the places where rows with them are served; and the places
-    of rows whose border cuts one."""
+) -> tuple[Occurrences, Ints, int]:
+    """The texts in the token files, at the places where rows with them are served; the places of
+    rows whose border cuts one; and how often the files have them."""
     found: list[Occurrences] = []
+    in_files = 0
     cuts: list[Ints] = [np.empty(0, np.int64)]
     for source, where in searches.items():
         for form in forms:
-            documents, offsets = where.flat.documents_of(where.find(form.ids))
+            positions = where.find(form.ids)
+            in_files += len(positions)
+            documents, offsets = where.flat.documents_of(positions)
             occurrences, cut = places.occurrences(source, documents, offsets, len(form.ids))
             found.append(occurrences)
             cuts.append(cut)
-    return joined(found), np.concatenate(cuts)
+    return joined(found), np.concatenate(cuts), in_files
 
 
 def read_back(stream: Stream, found: Occurrences, forms: Sequence[Form]) -> None:
