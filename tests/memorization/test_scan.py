@@ -1,12 +1,18 @@
-"""Scans of a run: scores against plain greedy decoding, resumption, and what is refused."""
+"""Scans of a run: its table, resumption, several processes, and what is refused."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import castalia
+from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, DataError
+from castalia.export.exports import export
+from castalia.memorization import job as jobs
 from castalia.memorization.job import Options, jobs_of
-from castalia.memorization.recall import memorized
-from castalia.memorization.scan import scan
+from castalia.memorization.scan import Worker, scan, work_folder
 from castalia.memorization.table import Scores
 from castalia.stream.opening import open_stream
 
@@ -21,18 +27,130 @@ def run(tmp_path_factory):
     return folder
 
 
-def test_scores_are_those_of_greedy_decoding(run, tmp_path):
-    (job,) = jobs_of([str(run)], "all", Options(), tmp_path / "all.parquet")
-    summaries = {each.step: each for each in scan(job)}
-    assert [summaries[step].rows for step in (0, 1, 2, 4, 8)] == [0, 12, 24, 48, 96]
-    table = parquet.read_table(tmp_path / "all.parquet")
-    assert table.column_names[:4] == ["step", "row", "index", "prompt"]
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """The file of a scan of all its checkpoints."""
+    path = tmp_path_factory.mktemp("whole") / "all.parquet"
+    (job,) = jobs_of([str(run)], "all", Options(), path)
+    scan(job)
+    return path
+
+
+def silent(text: str) -> None:
+    """No lines about the progress."""
+
+
+def test_the_table_has_each_row_that_a_checkpoint_has_seen(run, whole):
+    table = parquet.read_table(whole)
+    assert table.column_names == [
+        *("step", "row", "index", "prompt", "continuation", "score", "exact", "loss")
+    ]
+    counts = {step: int((np.asarray(table["step"]) == step).sum()) for step in (0, 1, 2, 4, 8)}
+    assert counts == {0: 0, 1: 12, 2: 24, 4: 48, 8: 96}
     last = table.filter(np.asarray(table["step"]) == 8).to_pydict()
     assert last["index"] == list(range(96)) and last["row"] == [i % 12 for i in range(96)]
     model = castalia.load(run)
-    rows = open_stream(str(run)).block(range(96)).tokens
-    assert last["score"] == memorized(model, rows).tolist()
-    true = -float(model.logprobs(rows[5][:64].tolist())[31:].mean())
-    assert last["loss"][5] == pytest.approx(true)
-    metadata = Scores(tmp_path / "all.parquet").metadata
+    rows = open_stream(str(run)).block(range(96)).tokens[:, :64]
+    made = model.generate_ids(rows[:, :32].tolist(), 32, ignore_eos=True)
+    equal = np.array(made) == rows[:, 32:]
+    assert last["score"] == equal.mean(1).tolist() and last["exact"] == equal.all(1).tolist()
+    true = -float(model.logprobs(rows[5].tolist())[31:].mean())
+    assert last["loss"][5] == pytest.approx(true, rel=1e-5)
+    metadata = Scores(whole).metadata
     assert metadata["weight_seed"] == 1234 and len(metadata["fingerprint"]) == 16
+    assert metadata["near_ties"].keys() == {"0", "1", "2", "4", "8"}
+
+
+def test_a_stopped_scan_goes_on_and_several_share_it(run, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "SHARD_ROWS", 16)
+    (job,) = jobs_of([str(run)], "1,8", Options(), tmp_path / "parts.parquet")
+    lines = []
+
+    def stop_at_third(text):
+        lines.append(text)
+        if len(lines) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(job, say=stop_at_third)
+    assert not job.output.exists()
+    kept = {path: path.stat().st_mtime_ns for path in work_folder(job).glob("*.parquet")}
+    assert len(kept) == 3
+    # Two at once, as two processes would: a lock belongs to the file that each opens itself.
+    workers = [Worker(replace(job), work_folder(job), lines.append) for _ in range(2)]
+    left = job.shards()
+    threads = [threading.Thread(target=worker.work, args=(left,)) for worker in workers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(lines) == len(left) == 7  # none twice
+    scan(job, say=silent)
+    assert not work_folder(job).exists()
+    ours = parquet.read_table(job.output)
+    theirs = parquet.read_table(whole)
+    theirs = theirs.filter(np.isin(np.asarray(theirs["step"]), (1, 8)))
+    assert ours.drop_columns(["loss"]).equals(theirs.drop_columns(["loss"]))
+    assert np.asarray(ours["loss"]) == pytest.approx(np.asarray(theirs["loss"]), rel=1e-5)
+    assert parquet.ParquetFile(job.output).num_row_groups == 7
+
+
+def test_checkpoints_of_an_earlier_file_are_kept(run, tmp_path):
+    output = tmp_path / "grows.parquet"
+    chosen = Options(rows="4:60", sample=20, seed=3, loss=False)
+    (job,) = jobs_of([str(run)], "8", chosen, output)
+    (first,) = scan(job, say=silent)
+    assert first.rows == 20 and first.loss is None
+    lines: list[str] = []
+    (job,) = jobs_of([str(run)], "2,8", chosen, output)
+    assert [each.step for each in scan(job, say=lines.append)] == [2, 8]
+    assert len(lines) == 1 and lines[0].startswith("step 2:")
+    table = parquet.read_table(output).to_pydict()
+    drawn = {step: [] for step in (2, 8)}
+    for step, index in zip(table["step"], table["index"], strict=True):
+        drawn[step].append(index)
+    # One draw for all checkpoints: what the earlier one has seen of it.
+    assert drawn[2] == [index for index in drawn[8] if index < 24] and min(drawn[8]) >= 4
+
+
+def test_models_without_a_run_need_a_stream(run, whole, tmp_path):
+    place = tmp_path / "theirs" / "step8"
+    list(export(run, output=place))
+    with pytest.raises(ConfigError, match="--stream RUN"):
+        jobs_of([str(place)], None, Options(), tmp_path / "x.parquet")
+    (job,) = jobs_of([str(place)], None, Options(), tmp_path / "x.parquet", [str(run)])
+    (summary,) = scan(job, say=silent)
+    ours = parquet.read_table(whole)
+    ours = ours.filter(np.asarray(ours["step"]) == 8)
+    theirs = parquet.read_table(tmp_path / "x.parquet")
+    assert theirs["score"].to_pylist() == ours["score"].to_pylist() and summary.rows == 96
+
+
+def test_what_cannot_be_scanned_is_said(run, whole, tmp_path, monkeypatch):
+    def asked(*steps, output=tmp_path / "new.parquet", **options):
+        for job in jobs_of([str(run)], ",".join(steps), Options(**options), output):
+            scan(job, say=silent)
+
+    wrong: list[tuple[type[CastaliaError], str, tuple[str, ...], dict]] = [
+        (CheckpointError, "no checkpoint of step 3; the nearest is 2 or 4", ("3",), {}),
+        (ConfigError, "prompt must be at least 1, got 0", ("8",), {"prompt": 0}),
+        (ConfigError, "need rows of 96, and rows of this stream have 65", ("8",), {"prompt": 64}),
+        (ConfigError, "expected A:B", ("8",), {"rows": "5"}),
+        (ConfigError, r"no such row.*0 to 95", ("8",), {"rows": "96:"}),
+        (ConfigError, r"made with prompt 32 \(now 16\)", ("8",), {"prompt": 16, "output": whole}),
+        (ConfigError, "unknown engine 'toch'; .*did you mean 'torch'", ("8",), {"engine": "toch"}),
+    ]
+    for error, message, steps, options in wrong:
+        with pytest.raises(error, match=message):
+            asked(*steps, **options)
+    (tmp_path / "other.parquet").write_bytes(Path(__file__).read_bytes())
+    with pytest.raises(DataError, match=r"other\.parquet"):
+        asked("8", output=tmp_path / "other.parquet")
+    with pytest.raises(ConfigError, match=r"2 models are asked for.*give a folder"):
+        (run.parent / "twin").symlink_to(run)
+        jobs_of([str(run), str(run.parent / "twin")], "8", Options(), tmp_path / "x.parquet")
+    (job,) = jobs_of([str(run)], "8", Options(), whole)
+    changed = replace(job, checkpoints=(job.checkpoints[0]._replace(weights_hash="0" * 16),))
+    with pytest.raises(ConfigError, match="step 8 of other weights"):
+        scan(changed, say=silent)

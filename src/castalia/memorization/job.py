@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from castalia.core.errors import ConfigError, DataError
+from castalia.core.errors import ConfigError, DataError, nearest
 from castalia.eval.places import Checkpoint, checkpoints_of
+from castalia.inference.engines import ENGINES
 from castalia.memorization.reader import Ids
 from castalia.stream.opening import Stream, open_stream
 
@@ -54,6 +55,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
+        engines = ["auto", *ENGINES]
+        if self.engine not in engines:
+            raise ConfigError(
+                f"unknown engine {self.engine!r}; choose one of {', '.join(engines)}"
+                f"{nearest(self.engine, engines)}"
+            )
         if self.rows is not None and RANGE.fullmatch(self.rows) is None:
             raise ConfigError(
                 f"rows {self.rows!r}: expected A:B, places in the run's order counted from 0, such"

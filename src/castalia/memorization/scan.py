@@ -66,8 +66,9 @@ def scan(job: Job, processes: int = 1, say: Say = print) -> list[Summary]:
     earlier = finished_before(job)
     if earlier >= set(job.checkpoints):
         return summaries(job)
-    prepare(job, folder)
+    # What is wrong with the rows or the steps is said before anything is written.
     left = [shard for shard in job.shards() if shard.checkpoint not in earlier]
+    prepare(job, folder)
     if processes > 1 and left:
         work_together(job, left, processes)
     Worker(job, folder, say).work(left)
@@ -119,7 +120,7 @@ def prepare(job: Job, folder: Path) -> None:
     identity = job.identity()
     weights = {str(each.step): each.weights_hash for each in job.checkpoints}
     with claimed(folder):
-        if not (folder / JOB).exists():
+        if not (folder / JOB).exists() or is_unused(folder):
             write_json(folder / JOB, {"job": identity, "weights": weights})
             return
     before = read_json(folder / JOB)
@@ -129,6 +130,17 @@ def prepare(job: Job, folder: Path) -> None:
             f"{folder} holds an unfinished scan of steps {', '.join(before['weights'])}, or of"
             f" other weights of them; repeat those --steps, delete it, or choose another --output"
         )
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a work folder has no part and nobody computes one: its scan failed at the start."""
+    if any(folder.glob("*.parquet")):
+        return False
+    for path in folder.glob("*.lock"):
+        with open(path) as file:
+            if not locked(file, shared=True):
+                return False
+    return True
 
 
 def work_together(job: Job, shards: Sequence[Shard], processes: int) -> None:
@@ -310,6 +322,7 @@ def write_whole(job: Job, folder: Path) -> None:
             parts.setdefault(shard.checkpoint.step, []).append(part_of(folder, shard))
     for checkpoint in job.checkpoints:
         weights.setdefault(str(checkpoint.step), checkpoint.weights_hash)
+        near.setdefault(str(checkpoint.step), 0)
     ways = set(earlier.metadata["arithmetic"]) if earlier else set()
     for step, paths in parts.items():
         said = [Scores(path).metadata for path in paths]
