@@ -40,7 +40,8 @@ FLOORS = {
     "suites": 13,
     "studies": 14,  # whole experiments, often over a suite: runs, measurements, a picture
     "demo": 14,
-    "cli": 15,
+    "terminal": 15,  # options, hints and progress, which the verbs share
+    "cli": 16,
 }
 DOORS = {"__init__.py", "__main__.py"}
 """Files at the top of the package: they lead into rooms and nothing imports them but the

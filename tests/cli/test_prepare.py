@@ -58,7 +58,7 @@ def test_rejects_keys_and_metadata(run, tmp_path):
 
 
 def test_plain_lines_of_progress(monkeypatch, capsys):
-    from castalia.cli import progress
+    from castalia.terminal import progress
 
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     lines = progress.PlainLines("prepare", 200_000_000)

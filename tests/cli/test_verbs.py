@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import castalia
 from castalia.cli.app import app
-from castalia.cli.hints import WANTED
+from castalia.terminal.hints import WANTED
 
 ROOT = typer.main.get_command(app)
 FULL = 8
@@ -153,7 +153,7 @@ def completions(monkeypatch, command, line):
 @pytest.mark.parametrize(
     ("line", "offers"),
     [
-        ("castalia tra", ["train"]),
+        ("castalia trai", ["train"]),
         ("castalia data ma", ["mask", "materialize"]),
         ("castalia show --gp", ["--gpu", "--gpus-per-node"]),
         ("castalia train demo", ["demo"]),

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tests.fixtures.short_run import in_suite
 
-from castalia.cli.signals import StoppedError, stoppable
 from castalia.core.errors import CastaliaError, DataError
 from castalia.eval import HeldOut, bits_per_byte, evaluate, held_out, open_tasks
 from castalia.eval.held_out import Windows, document_bytes, sources_of
@@ -25,6 +24,7 @@ from castalia.eval.work import WorkOptions
 from castalia.export import export
 from castalia.inference import load
 from castalia.results import Result, ResultsStore
+from castalia.terminal.signals import StoppedError, stoppable
 
 TEXT = WorkOptions(tasks=("bits_per_byte",), windows=Windows(max_tokens=400))
 

@@ -37,7 +37,7 @@ from castalia.cli import (
     viewing,  # noqa: F401  likewise
     weights,
 )
-from castalia.cli.command import Verbs
+from castalia.terminal.command import Verbs
 
 app = Verbs(
     name="castalia",

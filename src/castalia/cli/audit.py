@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.flags import AsJson
+from castalia.terminal.flags import AsJson
 
 if TYPE_CHECKING:
     from castalia.weights.findings import Report
@@ -67,7 +67,7 @@ def audit(
 
       castalia audit models/pythia-70m --expect pythia --json
     """
-    from castalia.cli.progress import counted_progress
+    from castalia.terminal.progress import counted_progress
     from castalia.weights.audit import audit as audited
 
     with counted_progress("audit") as advance:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.cli.flags import CONFIG, AsJson, grouped, panel
+from castalia.terminal.flags import CONFIG, AsJson, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.stream.batches import Written
@@ -168,8 +168,8 @@ def as_ours(
 
 def require_words(ctx: typer.Context, words: list[str], steps: str | None) -> None:
     """Raises  ConfigError if the command line lacks a config or steps."""
-    from castalia.cli.command import first_example
     from castalia.core.errors import ConfigError
+    from castalia.terminal.command import first_example
 
     for name, value in (("CONFIG", words), ("--steps", steps)):
         if not value:

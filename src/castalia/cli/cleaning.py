@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from castalia.cli.data import CLEANING, Output, Prefix, Prefixes, app, print_record
-from castalia.cli.flags import AsJson, Overwrite
+from castalia.terminal.flags import AsJson, Overwrite
 
 if TYPE_CHECKING:
     from castalia.curate.contamination import Findings
@@ -44,9 +44,9 @@ def dedup(
 
       castalia data dedup data/a data/b --output data/unique --near 0.8
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.curate.dedup import Near
     from castalia.curate.dedup import dedup as remove
+    from castalia.terminal.progress import bytes_progress
 
     rule = None
     if near is not None:
@@ -95,9 +95,9 @@ def contamination(
 
       castalia data contamination data/c --tokenizer tok.json --with test.jsonl
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.curate.contamination import contamination as compare
     from castalia.data import load_tokenizer
+    from castalia.terminal.progress import bytes_progress
 
     decoder = None
     if tokenizer:
@@ -151,9 +151,9 @@ def mask(
 
       castalia data mask data/answers --before 37,25 --output data/answers_label
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.core.errors import ConfigError
     from castalia.data.labels import mask_before
+    from castalia.terminal.progress import bytes_progress
 
     try:
         pattern = [int(word) for word in before.split(",")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson, Config, grouped, panel
+from castalia.terminal.flags import AsJson, Config, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.stream.counting.asked import Asked
@@ -202,10 +202,10 @@ def counted(
     jobs: int | None,
 ) -> "Counts":
     """Count what is asked in the chosen steps, with a bar on a terminal."""
-    from castalia.cli.progress import bytes_progress
     from castalia.stream.counting.counting import count, count_ngrams, default_jobs
     from castalia.stream.counting.ngrams import Ngrams
     from castalia.stream.viewing import parse_steps
+    from castalia.terminal.progress import bytes_progress
 
     chosen: dict[str, Any] = {"at": steps.checkpoints(), "jobs": jobs or default_jobs()}
     if steps.steps is not None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.command import Verbs
-from castalia.cli.flags import AsJson, Overwrite, TokenizerFile
+from castalia.terminal.command import Verbs
+from castalia.terminal.flags import AsJson, Overwrite, TokenizerFile
 
 if TYPE_CHECKING:
     from castalia.curate.describe import Description
@@ -224,10 +224,10 @@ def verify(
 
       castalia data verify pile_0.87_deduped_text_document --hashes shard_hashes.txt
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.core.errors import ConfigError, DataError
     from castalia.curate.verify import read_hashes
     from castalia.curate.verify import verify as checks
+    from castalia.terminal.progress import bytes_progress
 
     # In one call a list could be written from files that its own check refuses.
     if hashes and write_hashes:
@@ -252,9 +252,9 @@ def verify(
 
 def write_list(prefixes: list[str], path: str) -> None:
     """Write the hashes of the prefixes' files, one a line."""
-    from castalia.cli.progress import bytes_progress
     from castalia.core.files import atomic_write
     from castalia.curate.verify import hash_list
+    from castalia.terminal.progress import bytes_progress
 
     with bytes_progress("hash", prefixes) as advance, atomic_write(path) as file:
         for prefix in prefixes:
@@ -283,8 +283,8 @@ def shard(
 
       castalia data shard data/c --output shards --bytes 1000000000
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.curate.resharding import shard as cut
+    from castalia.terminal.progress import bytes_progress
 
     with bytes_progress("shard", [prefix]) as advance:
         written = cut(prefix, output, size=size, on_bytes=advance)
@@ -315,9 +315,9 @@ def unshard(
 
       castalia data unshard shards/c --output data
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.curate.resharding import unshard as join
     from castalia.curate.verify import read_hashes
+    from castalia.terminal.progress import bytes_progress
 
     listed = None
     if hashes:
@@ -343,8 +343,8 @@ def merge(
 
       castalia data merge data/a data/b --output data/both
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.curate.joining import merge as join
+    from castalia.terminal.progress import bytes_progress
 
     with bytes_progress("merge", prefixes) as advance:
         record = join(prefixes, output, overwrite=overwrite, on_bytes=advance)
@@ -380,8 +380,8 @@ def split(
 
       castalia data split data/c --shares '969, 30, 1' --output data/c
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.curate.joining import split as divide
+    from castalia.terminal.progress import bytes_progress
 
     with bytes_progress("split", [prefix]) as advance:
         records = divide(

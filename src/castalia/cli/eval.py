@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import ENGINE, AsJson, EngineFlags, grouped, panel
+from castalia.terminal.flags import ENGINE, AsJson, EngineFlags, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.eval.jobs import JobOptions
@@ -188,11 +188,11 @@ def eval_(
 
       castalia eval runs/demo engine=native dtype=int8 --tasks lambada_openai
     """
-    from castalia.cli.signals import stoppable
     from castalia.core.errors import ConfigError
     from castalia.eval.launched import launched
     from castalia.eval.places import checkpoints_of
     from castalia.eval.sweeps import sweep as run_sweep
+    from castalia.terminal.signals import stoppable
 
     places, how = split_words(paths, running, device)
     checkpoints = checkpoints_of(places, sweep.steps, output.store)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from castalia.cli.flags import AsJson, Checkpoint, grouped, panel
+from castalia.terminal.flags import AsJson, Checkpoint, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.export import Exported, Push

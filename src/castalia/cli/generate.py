@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from castalia.cli.flags import ENGINE, Checkpoint, EngineFlags, grouped, panel
-from castalia.cli.sampling_flags import SamplingFlags, SearchFlags, unescaped
+from castalia.terminal.flags import ENGINE, Checkpoint, EngineFlags, grouped, panel
+from castalia.terminal.sampling_flags import SamplingFlags, SearchFlags, unescaped
 
 if TYPE_CHECKING:
     from castalia.corpus.conversation import Chat

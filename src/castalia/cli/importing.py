@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from castalia.cli.export import difference
-from castalia.cli.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, panel
 
 GIVEN = panel("What the files do not say")
 FORMAT = panel("Format")

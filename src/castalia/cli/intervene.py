@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson
+from castalia.terminal.flags import AsJson
 
 if TYPE_CHECKING:
     from castalia.interventions.report import Report

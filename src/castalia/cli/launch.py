@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.flags import Config, ConfigFolder, grouped, panel
+from castalia.terminal.flags import Config, ConfigFolder, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.launch.plan import LaunchPlan

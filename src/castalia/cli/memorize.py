@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.memorization.job import Job
@@ -113,12 +113,12 @@ def memorize(
 
       castalia memorize runs/debug --steps all --output memorized.parquet
 
-      castalia memorize runs/a runs/b --steps 1000,2000 --sample 100000 --output memorized
+      castalia memorize runs/a runs/b --steps 1000 --sample 100000 --output scans
 
       castalia memorize EleutherAI/pythia-70m --steps 1000 --stream runs/rows --output 70m.parquet
     """
-    from castalia.cli.signals import stoppable
     from castalia.memorization.job import Options, jobs_of
+    from castalia.terminal.signals import stoppable
 
     asked = asdict(rows)
     stream = asked.pop("stream")

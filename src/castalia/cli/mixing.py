@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from castalia.cli.command import Verbs
+from castalia.terminal.command import Verbs
 
 app = Verbs(help="Reference losses by source.")
 

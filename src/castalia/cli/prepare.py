@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from castalia.cli.flags import grouped
-from castalia.cli.forms import (
+from castalia.terminal.flags import grouped
+from castalia.terminal.forms import (
     ChatFlags,
     ClusterFlags,
     FimFlags,
@@ -44,10 +44,10 @@ def prepare(
 
       castalia prepare chats.jsonl --chat messages --tokenizer tok.json --output c
     """
-    from castalia.cli.progress import text_progress
-    from castalia.cli.signals import stoppable
     from castalia.corpus.named_corpora import resolve_inputs, table
     from castalia.corpus.prepare import prepare as run
+    from castalia.terminal.progress import text_progress
+    from castalia.terminal.signals import stoppable
 
     if source.list_corpora:
         typer.echo(table())

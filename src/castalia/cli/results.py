@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.results.query import Answer

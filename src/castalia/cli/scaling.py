@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, panel
 
 POINTS = panel("Points")
 FIT = panel("Fit")

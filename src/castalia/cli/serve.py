@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from castalia.cli.flags import EngineFlags, grouped, panel
 from castalia.core.errors import ConfigError
+from castalia.terminal.flags import EngineFlags, grouped, panel
 
 LISTEN = panel("Address")
 LIMITS = panel("Limits")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import CONFIG, ConfigFolder, panel
+from castalia.terminal.flags import CONFIG, ConfigFolder, panel
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.suites import Suite
@@ -184,8 +184,8 @@ def run_members(opened: "Suite") -> None:
 def verify_members(opened: "Suite", as_json: bool) -> None:
     """Print what is wrong, and exit with 1 if anything is."""
     from castalia.cli.audit import print_report
-    from castalia.cli.progress import counted_progress
     from castalia.suites.verifying import verify_suite
+    from castalia.terminal.progress import counted_progress
 
     with counted_progress("audit") as advance:
         report = verify_suite(opened, advance)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.cli.flags import AsJson, grouped, panel
+from castalia.terminal.flags import AsJson, grouped, panel
 
 if TYPE_CHECKING:
     from castalia.stream.opening import Stream
@@ -208,9 +208,9 @@ def index(
 
       castalia index data/corpus
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.stream.index.building import build_index
     from castalia.stream.index.files import token_files_of
+    from castalia.terminal.progress import bytes_progress
 
     for dataset in token_files_of(prefixes):
         size = dataset.dtype.itemsize

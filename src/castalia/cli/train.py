@@ -3,7 +3,7 @@
 import signal
 import sys
 
-from castalia.cli.flags import Config, ConfigFolder
+from castalia.terminal.flags import Config, ConfigFolder
 
 
 def train(config: Config, conf_dir: ConfigFolder = None) -> None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.flags import panel
 from castalia.cli.runs import USUAL
 from castalia.cli.serve import HERE, listening
+from castalia.terminal.flags import panel
 
 if TYPE_CHECKING:
     from castalia.analysis.live.readers import OpenRows

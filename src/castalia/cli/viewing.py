@@ -7,7 +7,7 @@ import typer
 
 from castalia.cli.batches import batches
 from castalia.cli.data import RUNS, Output, app, print_record
-from castalia.cli.flags import AsJson, Config, Overwrite
+from castalia.terminal.flags import AsJson, Config, Overwrite
 
 StepRange = Annotated[
     str,
@@ -45,11 +45,11 @@ def materialize(
 
       castalia data materialize runs/demo --steps : --output data/ready
     """
-    from castalia.cli.progress import bytes_progress
     from castalia.data.batch_sizes import require_constant
     from castalia.data.ready_rows import common_dtype, write_rows
     from castalia.stream.opening import open_stream
     from castalia.stream.viewing import parse_steps
+    from castalia.terminal.progress import bytes_progress
 
     stream = open_stream(config, lambda text: typer.echo(text, err=True))
     rows = stream.rows

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from castalia.cli.flags import AsJson
+from castalia.terminal.flags import AsJson
 
 
 def weights(
@@ -46,8 +46,8 @@ def weights(
 
       castalia weights runs --steps 0,1000,5000 --spectra --output weights.parquet
     """
-    from castalia.cli.progress import counted_progress
-    from castalia.cli.signals import stoppable
+    from castalia.terminal.progress import counted_progress
+    from castalia.terminal.signals import stoppable
     from castalia.weights.sweep import sweep
 
     with stoppable("the same command goes on"), counted_progress("weights") as advance:

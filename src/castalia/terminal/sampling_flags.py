@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from castalia.cli.flags import panel
+from castalia.terminal.flags import panel
 
 if TYPE_CHECKING:
     from castalia.inference import LanguageModel

@@ -71,8 +71,8 @@ class Group(TyperGroup):
 
         Raises  ConfigError for an unknown one, with the verb that does it.
         """
-        from castalia.cli.hints import unknown_verb
         from castalia.core.errors import ConfigError
+        from castalia.terminal.hints import unknown_verb
 
         word = args[0]
         # Completion asks for the verbs of a line that is not finished.
@@ -102,7 +102,7 @@ def in_one_sentence(ctx: Any, help_text: str) -> Iterator[None]:
 
 def usage_problem(ctx: Any, error: Any, example: str) -> str:
     """What is wrong with the words of a command line, without a full stop."""
-    from castalia.cli.hints import unknown_option
+    from castalia.terminal.hints import unknown_option
 
     # By what they carry: typer keeps the classes in a private module.
     if hasattr(error, "possibilities"):

@@ -20,7 +20,7 @@ CONFIG_HELP = (
 
 def config_words(incomplete: str) -> list[tuple[str, str]]:
     """What a word of a config may become, with its help, for a shell's completion."""
-    from castalia.cli.completion import config_words
+    from castalia.terminal.completion import config_words
 
     return config_words(incomplete)
 

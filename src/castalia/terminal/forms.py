@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from castalia.cli.flags import panel
+from castalia.terminal.flags import panel
 
 if TYPE_CHECKING:
     from castalia.corpus import ChatOptions, FimOptions

@@ -1,0 +1,1 @@
+"""How the command speaks and listens: options shared by verbs, hints, progress, signals."""
