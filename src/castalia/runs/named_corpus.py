@@ -2,6 +2,7 @@
 files of text, prepared once."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from castalia.core.errors import ConfigError
 from castalia.corpora.build import Say, build_corpus
@@ -10,8 +11,11 @@ from castalia.corpora.mismatched import with_mismatched
 from castalia.corpora.records import TEXT_KINDS
 from castalia.corpus.forms import WEIGHTS
 from castalia.data import load_tokenizer
-from castalia.distributed import World
 from castalia.runs.config import RunConfig
+
+if TYPE_CHECKING:
+    # Importing it takes seconds of torch, which verbs that read rows do not need.
+    from castalia.distributed import World
 
 
 def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
@@ -101,7 +105,7 @@ def is_prepared(config: RunConfig) -> bool:
     return bool(prefixes) and all((Path(prefix).parent / FACTS).is_file() for prefix in prefixes)
 
 
-def ensure_on_all(config: RunConfig, world: World) -> RunConfig:
+def ensure_on_all(config: RunConfig, world: "World") -> RunConfig:
     """`ensure_corpus` on every rank: the leading one builds, and the others wait."""
     if world.leads:
         config = ensure_corpus(config)
