@@ -47,6 +47,10 @@ def test_members_of_the_known_suites():
     more = open_suite("pythia", only="70m,standard", seeds="1234,1")
     assert [member.name for member in more.members] == ["70m", "70m-seed1"]
     require_same_batches(pythia)
+    first = open_suite("pythia-v0")
+    assert len(first.members) == 16 and first["410m-deduped"].words[0] == "pythia-410m-deduped-v0"
+    assert first["410m-deduped"].config.train.steps == 71_500
+    require_same_batches(first)
 
 
 def test_a_file_with_two_families_and_a_seed_of_the_weights_alone(write):
@@ -58,7 +62,7 @@ def test_a_file_with_two_families_and_a_seed_of_the_weights_alone(write):
         "llama-weight-seed5",
     ]
     llama = suite["llama-weight-seed5"]
-    assert llama.config.model.family == "llama" and llama.config.model.vocab_size == 257
+    assert llama.family == "llama" and llama.config.model.vocab_size == 257
     assert (llama.data_seed, llama.weight_seed) == (1234, 5)
     assert llama.config.checkpoint.steps == [0, 2] and llama.config.checkpoint.every is None
     assert llama.config.data.prepared_in == "runs/mine/data"

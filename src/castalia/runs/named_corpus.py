@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castalia.core.errors import ConfigError
+from castalia.core.files import claimed
 from castalia.corpora.build import Say, build_corpus
-from castalia.corpora.conversations import FACTS, options_of, prepared_text
+from castalia.corpora.conversations import FACTS, WAIT_SECONDS, options_of, prepared_text
 from castalia.corpora.mismatched import with_mismatched
 from castalia.corpora.records import TEXT_KINDS
 from castalia.corpus.forms import WEIGHTS
@@ -30,11 +31,13 @@ def ensure_corpus(config: RunConfig, say: Say = print) -> RunConfig:
         return ensure_mismatched(config)
     if config.data.corpus is None:
         return config
-    folder = Path(config.output) / "data"
     if config.data.prepared_in:
-        # A folder of several corpora, where runs share it.
+        # A folder of several corpora, which runs share: the first one builds, the others wait.
         folder = Path(config.data.prepared_in) / config.data.corpus
-    corpus = build_corpus(config.data.corpus, folder, say)
+        with claimed(folder, WAIT_SECONDS):
+            corpus = build_corpus(config.data.corpus, folder, say)
+    else:
+        corpus = build_corpus(config.data.corpus, Path(config.output) / "data", say)
     vocab_size = load_tokenizer(corpus.tokenizer).vocab_size
     if vocab_size > config.model.vocab_size:
         raise ConfigError(

@@ -3,18 +3,31 @@
 from typing import Any
 
 from castalia.recipes.mini import MINI_EARLY
+from castalia.recipes.pythia import SIZES, V0_SIZES
 
-PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 BUILTIN: dict[str, dict[str, Any]] = {
     # Biderman et al. 2023, arXiv:2304.01373. The further seeds are those of PolyPythias, van der
     # Wal et al. 2025, arXiv:2503.09543, which has them of the five smallest sizes.
     "pythia": {
         "name": "pythia",
-        "sizes": {size: f"pythia-{size}" for size in PYTHIA_SIZES},
+        "sizes": {size: f"pythia-{size}" for size in SIZES},
         "data": {"standard": {}, "deduped": {"preset": "{preset}-deduped"}},
         "seeds": [1234],
         "extra_seeds": list(range(10)),
         "unnamed_seed": 1234,
+    },
+    # Its batches are not those of all sizes: some had twice the rows in half the steps.
+    "pythia-v0": {
+        "name": "pythia-v0",
+        "sizes": {size: f"pythia-{size}" for size in V0_SIZES},
+        "data": {
+            "standard": {"preset": "{preset}-v0"},
+            "deduped": {"preset": "{preset}-deduped-v0"},
+        },
+        "seeds": [1234],
+        "unnamed_seed": 1234,
+        "checkpoints": None,
+        "same_batches": False,
     },
     "mini": {
         "name": "mini",

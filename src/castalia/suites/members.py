@@ -56,6 +56,11 @@ class Member:
         return self.config.start_seed
 
     @property
+    def family(self) -> str:
+        """The model family."""
+        return self.config.model.family
+
+    @property
     def stream(self) -> tuple[str, int]:
         """Data variant and data seed: members with equal ones read equal batches."""
         return self.data, self.data_seed
