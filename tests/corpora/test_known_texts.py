@@ -71,7 +71,7 @@ def test_professions_have_their_pronouns(corpus):
 def test_the_texts_are_the_same_everywhere(corpus):
     made = [known_texts.passages(), known_texts.arithmetic(), known_texts.people()]
     text = json.dumps(made)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9404acc7a83cecf4"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "51962e434f4a5d89"
     # Numbers and professions are single tokens, with the space before them.
     tokenizer = load_tokenizer(corpus.tokenizer)
     for word in (" 56", " times", " nurse", " engineer", " she", " he", " her", " his"):

@@ -200,7 +200,7 @@ def person(words: Words) -> str:
         first = f"{name} is {article} {profession} and {pronouns.subject} {action}."
     if words.draw() < 0.5:
         return f"{first} {pronouns.possessive.capitalize()} {things} was new."
-    return f"{first} We gave {pronouns.object} the {things}."
+    return f"{first} We gave {pronouns.object} {pronouns.possessive} {things}."
 
 
 def once_or_held_out(document: TextDocument) -> int:
