@@ -12,8 +12,10 @@ from scipy import stats
 from tests.fixtures.scans import scan_file, scan_table
 
 from castalia.core.errors import CheckpointError, ConfigError, DataError
+from castalia.corpus import prepare
 from castalia.memorization.analyses import table as tables
 from castalia.memorization.analyses.density import Density, counts_in_windows, window_of
+from castalia.memorization.analyses.doses import Doses
 from castalia.memorization.analyses.files import open_scans
 from castalia.memorization.analyses.intervals import (
     binomial_interval,
@@ -34,6 +36,8 @@ from castalia.memorization.analyses.losses import Losses
 from castalia.memorization.analyses.output import write_numbers
 from castalia.memorization.analyses.positions import Positions
 from castalia.memorization.analyses.study import study_of
+from castalia.memorization.job import hash_of
+from castalia.stream.opening import open_stream
 
 Suite = tuple[Path, dict[str, dict[int, np.ndarray]]]
 
@@ -335,3 +339,38 @@ def test_files_that_do_not_compare_are_refused(tmp_path: Path):
     refused(ConfigError, "no file", tmp_path / "none.parquet")
     refused(ConfigError, "both named 'x'", f"x={good}", f"x={good}")
     refused(CheckpointError, "no checkpoint of step 7; the nearest is 2", good, steps="2,7")
+
+
+def test_the_share_memorized_by_how_often_the_data_repeat_a_text(tmp_path: Path):
+    # Texts of 150 tokens, 1, 2 and 9 times, in rows of 96: some windows of 64 lie in one of them.
+    texts = {letter * 149: copies for letter, copies in (("a", 1), ("b", 2), ("c", 9))}
+    lines = [json.dumps({"text": text}) for text, copies in texts.items() for _ in range(copies)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines * 2))
+    prefix = str(tmp_path / "texts")
+    prepare(tmp_path / "texts.jsonl", prefix, "bytes", append_eod=True)
+    words = ["debug", f"data.train={prefix}", "data.seq_length=96", "train.steps=4"]
+    words += ["train.batch_size=4", "data.tokenizer=bytes", f"output={tmp_path / 'run'}"]
+    stream = open_stream(words, lambda text: None)
+    (block,) = stream.blocks(range(16))
+    times = [copies for copies in texts.values() for _ in range(copies)] * 2
+    whole = [spans[0].length >= 64 for spans in block.spans]
+    assert True in whole and False in whole
+    copies = [
+        2 * times[spans[0].document] if inside else 0
+        for spans, inside in zip(block.spans, whole, strict=True)
+    ]
+    doses = Doses(stream, 64).at(0, 16)
+    assert doses.tolist() == [0 if not n else 1 + int(np.log2(n)) for n in copies]
+    own = hash_of(stream.rows.fingerprint)
+    table = scan_table({4: np.where(np.array(copies) > 4, 32, 3)})
+    path = scan_file(tmp_path / "7m.parquet", table, own)
+    study = study_of(open_scans([str(path)]), tmp_path, stream)
+    shares = {line["copies"]: line["share"] for line in study.tables["doses"]}
+    assert shares[16] == 1 and shares.get(2, 0) == shares.get(4, 0) == 0
+    assert sum(line["rows"] for line in study.tables["doses"]) == np.count_nonzero(copies)
+    other = open_scans([str(scan_file(path, table))])
+    with pytest.raises(DataError, match="a scan of other rows than those of --stream"):
+        study_of(other, tmp_path, stream)
+    Path(f"{prefix}.documents.parquet").unlink()
+    with pytest.raises(DataError, match="how often a document is repeated is unknown"):
+        Doses(stream, 64)

@@ -29,6 +29,14 @@ def memorization(
             metavar="LIST", help="Checkpoints to compare: 0,1000 or 1000:5000; by default all."
         ),
     ] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="A run whose rows were scanned: with it, the share memorized by how often the data"
+            " repeat a document.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare what models and checkpoints have memorized of the rows that they were trained on.
@@ -47,7 +55,7 @@ def memorization(
     """
     from castalia.studies.memorization import write_study
 
-    study, page = write_study(files, output, steps)
+    study, page = write_study(files, output, steps, stream)
     if as_json:
         typer.echo(json.dumps(study.data(), indent=2))
         return

@@ -13,11 +13,18 @@ from castalia.memorization.analyses.density import (
     counts_in_windows,
     window_of,
 )
+from castalia.memorization.analyses.doses import (
+    DOSES,
+    Doses,
+    dose_lines,
+    require_same_stream,
+)
 from castalia.memorization.analyses.files import ScanFile
 from castalia.memorization.analyses.intervals import binomial_interval, mean_interval
 from castalia.memorization.analyses.pairs import Pair, correlations, pairs_of, predictions
 from castalia.memorization.analyses.positions import Positions
 from castalia.memorization.analyses.table import Part, Scan, ScoreTable
+from castalia.stream.opening import Stream
 
 Lines = list[dict[str, Any]]
 """A table: columns to values, a line each."""
@@ -64,8 +71,10 @@ class Study(NamedTuple):
 class Sums:
     """What the pass over the rows adds up."""
 
-    def __init__(self, table: ScoreTable) -> None:
+    def __init__(self, table: ScoreTable, doses: Doses | None = None) -> None:
         levels = table.memorized
+        self.doses = doses
+        self.by_dose = np.zeros((len(table.scans), DOSES, levels), np.int64)
         self.levels = levels
         self.seen = np.zeros((len(table.scans), levels), np.int64)
         self.common = np.zeros((len(table.scans), levels), np.int64)
@@ -89,19 +98,37 @@ class Sums:
             self.positions[number].add(part.first, codes)
             density = self.densities[number]
             density.counts[:] += counts_in_windows(codes, levels, density.window)
+        if self.doses is not None:
+            self.add_doses(part, self.doses)
         for (one, other), counts in self.joints.items():
             cells = part.columns[one].astype(np.intp) * (levels + 1) + part.columns[other]
             counts += np.bincount(cells, minlength=counts.size).reshape(counts.shape)
 
+    def add_doses(self, part: Part, doses: Doses) -> None:
+        """Add consecutive places by the dose of their rows."""
+        dose = doses.at(part.first, len(part.columns[0]))
+        for number, codes in enumerate(part.columns):
+            inside = codes > 0
+            cells = dose[inside] * self.levels + (codes[inside] - 1)
+            shape = self.by_dose[number].shape
+            self.by_dose[number] += np.bincount(cells, minlength=np.prod(shape)).reshape(shape)
 
-def study_of(files: Sequence[ScanFile], folder: str | Path) -> Study:
+
+def study_of(files: Sequence[ScanFile], folder: str | Path, stream: Stream | None = None) -> Study:
     """Analyze scans. What does not fit in memory lies in a folder in `folder` meanwhile.
 
-    Raises  DataError if a file has a row twice; CastaliaError if the disk is full.
+    stream  the rows that were scanned: with it, scores by how often the data repeat a text.
+
+    Raises  DataError if a file has a row twice, or is no scan of the stream; CastaliaError if the
+            disk is full.
     """
+    doses = None
+    if stream is not None:
+        require_same_stream(stream, files[0])
+        doses = Doses(stream, files[0].prompt + files[0].continuation)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".scores-") as place:
         table = ScoreTable(files, Path(place))
-        sums = Sums(table)
+        sums = Sums(table, doses)
         for part in table.parts():
             sums.add(part)
     scans = table.scans
@@ -116,6 +143,7 @@ def study_of(files: Sequence[ScanFile], folder: str | Path) -> Study:
         "densities": labelled(scans, [densities(each) for each in sums.densities]),
         "density_counts": labelled(scans, [density_counts(each) for each in sums.densities]),
         "density_quantiles": labelled(scans, [density_points(each) for each in sums.densities]),
+        "doses": labelled(scans, [dose_lines(each) for each in sums.by_dose]),
         "levels": labelled(scans, [each.data() for each in table.losses]),
     }
     common = int(sums.common[0].sum())

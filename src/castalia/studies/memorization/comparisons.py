@@ -1,5 +1,6 @@
 """Charts of scans beside each other: shares, predictions, correlations."""
 
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -100,7 +101,8 @@ def early_chart(study: Study) -> Chart | None:
             for number, name in enumerate(names_of(study))
         ]
         steps = steps_axis([line["predictor_step"] for line in lines])
-        views[first,] = quality_view(traces, Axis("early " + steps.title, steps.log), quality)
+        axis = replace(steps, title=f"early {steps.title}")
+        views[first,] = quality_view(traces, axis, quality)
     return Chart(
         "Does an early checkpoint tell what the last one memorizes?",
         "",

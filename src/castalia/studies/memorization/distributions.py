@@ -191,7 +191,8 @@ def window_chart(study: Study) -> Chart:
         "Memorized rows in a window",
         "",
         "Windows of the order by their number of memorized rows, and Poisson's expectation. D is"
-        " the index of dispersion, variance over mean: 1 under Poisson; p is two-sided.",
+        " the index of dispersion, variance over mean: 1 under Poisson, more for clusters, less for"
+        " an even spread; p is two-sided.",
         views,
         choices,
     )
@@ -297,4 +298,41 @@ def loss_chart(study: Study) -> Chart:
         " continuation; the score compares it with what the model writes.",
         views,
         choices,
+    )
+
+
+def dose_chart(study: Study) -> Chart | None:
+    """Share memorized by the copies of a text in the data; None without the stream."""
+    if not study.tables["doses"]:
+        return None
+    steps = list(reversed(steps_of(study)))
+    copies = sorted({line["copies"] for line in study.tables["doses"]})
+    axis = Axis(
+        "copies of the text in the data", log=True, values=copies if len(copies) < 9 else ()
+    )
+    views: dict[Key, View] = {}
+    for place, step in enumerate(steps):
+        traces = []
+        for number, name in enumerate(names_of(study)):
+            lines = where(study.tables["doses"], model=name, step=step)
+            hover = (
+                "%{y:.4~g}% memorized<br>%{x:,} to %{customdata[0]:,} copies,"
+                " %{customdata[1]:,} rows"
+            )
+            ends = ("share_low", "share_high")
+            label = escape(name, quote=False)
+            trace = curve(label, number, lines, "copies", "share", ends, scale=100, hover=hover)
+            trace["customdata"] = [[line["copies_to"], line["rows"]] for line in lines]
+            traces.append(trace)
+        views[place,] = View(
+            traces, axis, Axis("share memorized (% of rows)", suffix="%", zero=True)
+        )
+    return Chart(
+        "Repetition and memorization",
+        "",
+        "Rows whose prompt and continuation lie in one document, by the number of documents of the"
+        " same text in its source, in powers of two. 95% intervals (Wilson).",
+        views,
+        (Choice("checkpoint", [f"{step:,}" for step in steps]),),
+        wide=True,
     )

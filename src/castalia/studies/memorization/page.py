@@ -12,6 +12,7 @@ from castalia.core.files import cannot_write
 from castalia.memorization.analyses.files import open_scans
 from castalia.memorization.analyses.output import write_numbers
 from castalia.memorization.analyses.study import SEEN, Study, study_of
+from castalia.stream.opening import open_stream
 from castalia.studies.memorization.comparisons import (
     correlation_chart,
     early_chart,
@@ -21,6 +22,7 @@ from castalia.studies.memorization.comparisons import (
     steps_of,
 )
 from castalia.studies.memorization.distributions import (
+    dose_chart,
     histogram_chart,
     loss_chart,
     position_chart,
@@ -33,12 +35,16 @@ PAGE = "memorization.html"
 
 
 def write_study(
-    files: Sequence[str], output: str | Path, steps: str | None = None
+    files: Sequence[str],
+    output: str | Path,
+    steps: str | None = None,
+    stream: str | None = None,
 ) -> tuple[Study, Path]:
     """Analyze scans of `castalia memorize`, and write numbers and a page into a folder.
 
     files    FILE or NAME=FILE, one a model.
     steps    the checkpoints to keep, as `castalia eval --steps` takes them; None for all.
+    stream   a run whose rows were scanned: with it, scores by how often the data repeat a text.
     Returns  the study, and the path of the page.
     Raises   ConfigError or DataError if files are missing, damaged or do not compare; ConfigError
              if `output` is a file.
@@ -48,11 +54,12 @@ def write_study(
     if folder.is_file():
         raise ConfigError(f"--output {folder} is a file; name a folder")
     scans = open_scans(files, steps)
+    rows = None if stream is None else open_stream(stream, lambda text: None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from None
-    study = study_of(scans, folder)
+    study = study_of(scans, folder, rows)
     write_numbers(study, folder)
     write_study_page(study, folder / PAGE)
     return study, folder / PAGE
@@ -65,6 +72,7 @@ def write_study_page(study: Study, path: Path) -> None:
     """
     made = (
         share_chart(study),
+        dose_chart(study),
         early_chart(study),
         small_chart(study),
         correlation_chart(study),
