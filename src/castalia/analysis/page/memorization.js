@@ -22,6 +22,14 @@
     return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, coloured(each)]));
   };
 
+  // Names at both ends need room beside the marks.
+  const roomy = (values, log) => {
+    const places = values.map((value) => (log ? Math.log10(value) : value));
+    const low = Math.min(...places);
+    const high = Math.max(...places);
+    const room = 0.2 * (high - low) || 1;
+    return [low - room, high + room];
+  };
   const axis = ({ title, log, suffix, zero, values, names }) => ({
     title: { text: title, standoff: 8, font: { size: 12 } },
     type: log ? "log" : "linear",
@@ -34,6 +42,7 @@
     ...(zero && !log ? { rangemode: "tozero" } : {}),
     ...(values.length ? { tickmode: "array", tickvals: values,
       ticktext: names.length ? names : values.map((value) => value.toLocaleString("en")) } : {}),
+    ...(names.length ? { range: roomy(values, log) } : {}),
     // Digits 2 and 5 between powers of ten only crowd a phone.
     ...(log && !values.length ? { dtick: 1 } : {}),
   });
