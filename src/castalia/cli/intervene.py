@@ -2,6 +2,8 @@
 that is trained with it."""
 
 import json
+import sys
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,7 +76,9 @@ def intervene(
 
     branch = plan_branch(run, at, changes, name=name)
     if train:
-        result = train_branch(branch, lambda text: typer.echo(text, err=as_json))
+        # The lines of training are notes beside a JSON value.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = train_branch(branch, lambda text: typer.echo(text))
         print_result(result, as_json)
         return
     _, rows = rows_as_trained(branch.planned, lambda text: typer.echo(text, err=True))

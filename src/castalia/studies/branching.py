@@ -41,11 +41,14 @@ class Branch:
     """The parent's interventions and then the new ones, none of which begins before `at`."""
     words: tuple[str, ...] = ()
     """Further overrides, of branch and control alike."""
+    place: Path | None = None
+    """Where the folders of branches are; None for beside the parent's."""
 
     def folder(self, name: str) -> Path:
-        """The folder of the branch of a name, beside the parent's."""
+        """The folder of the branch of a name."""
         parent = Path(self.parent.output)
-        return parent.with_name(f"{parent.name}-from-{self.checkpoint}-{name}")
+        place = parent.parent if self.place is None else self.place
+        return place / f"{parent.name}-from-{self.checkpoint}-{name}"
 
     @property
     def control(self) -> RunConfig:
@@ -89,7 +92,12 @@ class Branch:
 
 
 def plan_branch(
-    run_folder: str, at: str, words: Sequence[str], *, name: str | None = None
+    run_folder: str,
+    at: str,
+    words: Sequence[str],
+    *,
+    name: str | None = None,
+    place: Path | None = None,
 ) -> Branch:
     """The branch that the words of a command describe.
 
@@ -112,7 +120,7 @@ def plan_branch(
     name = name or "-".join(dict.fromkeys(str(section.get("kind", "swap")) for section in new))
     if name == "control" or "/" in name:
         raise ConfigError(f"--name {name!r}: choose another; `control` is the unchanged branch")
-    return Branch(parent, step, checkpoint, name, own + new, tuple(rest))
+    return Branch(parent, step, checkpoint, name, own + new, tuple(rest), place)
 
 
 def sections_of(words: Sequence[str]) -> tuple[list[Values], list[str]]:
