@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 STYLE = """
 .figures{display:flex;flex-wrap:wrap;gap:12px;margin:12px 0}
 .figures figure{margin:0;background:#fff;border:1px solid var(--edge);border-radius:10px;
-padding:6px;flex:0 1 460px;min-width:0}
+padding:6px;flex:0 1 560px;min-width:0}
 .figures svg{display:block;width:100%;height:auto}
 """
 LEAD = (
@@ -57,17 +57,21 @@ def picture(title: str, rows: Sequence["Row"]) -> str:
     """Preference against step: the run, and for each branch control and intervention."""
     lines: dict[str, list[tuple[float, float]]] = {}
     marks = {}
+    controls = {row.folder for row in rows if row.kind == "control"}
     for row in sorted(rows, key=lambda row: row.step):
         name = row.kind
         if row.at is not None:
-            name = f"{row.kind} from {row.at}"
-            marks[row.at] = Mark(row.at, f"step {row.at:,}")
-        # A branch from step 0 begins with the run's first point, which is not drawn twice.
-        lines.setdefault(name, []).append((row.step, row.bias))
+            marks[row.at] = Mark(row.at, f"{row.at:,}")
+            # Branches from one checkpoint share a control, which is one line.
+            if row.kind == "intervention" or len(controls) > 1:
+                name = f"{row.kind} from {row.at}"
+        line = lines.setdefault(name, [])
+        if (row.step, row.bias) not in line:
+            line.append((row.step, row.bias))
     ends = {row.step: row.bias for row in rows if row.kind == "run"}
     for name, points in lines.items():
         before = [step for step in ends if step < points[0][0]]
-        if name != "run" and before:
+        if before and points[0][0] not in ends:
             # From the checkpoint that the branch came from.
             points.insert(0, (max(before), ends[max(before)]))
     panel = Panel(
