@@ -18,6 +18,7 @@ VERBS = (
     "coord-check",
     "train",
     "launch",
+    "study",
     "suite",
     "runs",
     "audit",
@@ -101,6 +102,7 @@ USAGE = {
     "runs": "runs [OPTIONS] [DIR]",
     "scaling": "scaling [OPTIONS] PATH...",
     "memorization": "memorization [OPTIONS] [NAME=]FILE...",
+    "study pronouns": "study pronouns [OPTIONS] RUN|SUITE...",
     "intervene": "intervene [OPTIONS] RUN FILE|a.b=c...",
     "suite": "suite [OPTIONS] SUITE [a.b=c ...]",
 }

@@ -29,6 +29,8 @@ from castalia.cli import (
     scaling,
     serve,
     show,
+    study,
+    study_pronouns,  # noqa: F401  adds its command to those of `study`
     suite,
     trace,
     train,
@@ -110,3 +112,4 @@ for title, verbs in PANELS.items():
 # typer lists a verb with verbs of its own after the others of its panel.
 app.add_typer(data.app, name="data", rich_help_panel=TEXT)
 app.add_typer(mixing.app, name="mixing", rich_help_panel=TRAINING)
+app.add_typer(study.app, name="study", rich_help_panel="What a run has read")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from castalia.cli.flags import AsJson
+from castalia.terminal.flags import AsJson
 from castalia.cli.study import app
 
 Paths = Annotated[
