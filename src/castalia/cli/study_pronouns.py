@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from castalia.terminal.flags import AsJson
 from castalia.cli.study import app
+from castalia.terminal.flags import AsJson
 
 Paths = Annotated[
     list[str], typer.Argument(metavar="RUN|SUITE...", help="Runs, and folders of runs.")

@@ -69,7 +69,7 @@ def picture(title: str, rows: Sequence["Row"]) -> str:
         if (row.step, row.bias) not in line:
             line.append((row.step, row.bias))
     ends = {row.step: row.bias for row in rows if row.kind == "run"}
-    for name, points in lines.items():
+    for points in lines.values():
         before = [step for step in ends if step < points[0][0]]
         if before and points[0][0] not in ends:
             # From the checkpoint that the branch came from.
