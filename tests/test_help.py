@@ -24,6 +24,7 @@ VERBS = (
     "audit",
     "weights",
     "intervene",
+    "agreement",
     "generate",
     "eval",
     "trace",

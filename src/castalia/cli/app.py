@@ -7,6 +7,7 @@ import typer
 
 from castalia import __version__
 from castalia.cli import (
+    agreement,
     audit,
     batches,
     cleaning,  # noqa: F401  adds its commands to those of `data`
@@ -91,6 +92,7 @@ PANELS = {
         audit.audit,
         weights.weights,
         results.results,
+        agreement.agreement,
         scaling.scaling,
         memorization.memorization,
     ),
