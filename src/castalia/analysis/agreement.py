@@ -1,7 +1,7 @@
 """A picture of agreement: medians over seeds by step, with the middle half as a ribbon."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,22 +28,42 @@ def write_agreement(rows: Sequence[Agreement], path: str | Path) -> Path:
 def panels(task: str, rows: Sequence[Agreement]) -> list[Panel]:
     """Accuracy, agreement with the last step, and agreement between seeds."""
     charts = [
-        panel(f"{task}: accuracy", gathered(rows, SELF, lambda row: row.accuracy)),
-        panel("kappa with the last step", gathered(rows, SELF, lambda row: row.kappa)),
-        panel("kappa between seeds", gathered(rows, SEEDS, lambda row: row.kappa)),
+        panel(f"{task}: accuracy", accuracies(rows)),
+        panel("kappa with the last step", kappas(rows, SELF)),
+        panel("kappa between seeds", kappas(rows, SEEDS)),
     ]
     return [chart for chart in charts if chart.lines]
 
 
-def gathered(
-    rows: Sequence[Agreement], kind: str, value: Callable[[Agreement], float | None]
-) -> Values:
-    """The values of one kind by group and step; step 0 has no place on the axis."""
-    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+def accuracies(rows: Sequence[Agreement]) -> Values:
+    """The accuracy of each checkpoint, by group and step."""
+    known: dict[tuple[str, str, int], float] = {}
     for row in rows:
-        number = value(row)
-        if row.kind == kind and row.step > 0 and number is not None:
-            values[row.group][row.step].append(number)
+        sides = (
+            (row.model, row.step, row.accuracy),
+            (row.other, row.other_step, row.other_accuracy),
+        )
+        for model, step, accuracy in sides:
+            if accuracy is not None:
+                known[row.group, model, step] = accuracy
+    return collected((group, step, value) for (group, _, step), value in known.items())
+
+
+def kappas(rows: Sequence[Agreement], kind: str) -> Values:
+    """Kappa of one kind of comparison, by group and step."""
+    return collected(
+        (row.group, row.step, row.kappa)
+        for row in rows
+        if row.kind == kind and row.kappa is not None
+    )
+
+
+def collected(numbers: Iterable[tuple[str, int, float]]) -> Values:
+    """Values by group and step; step 0 has no place on the axis."""
+    values: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for group, step, number in numbers:
+        if step > 0:
+            values[group][step].append(number)
     return values
 
 
@@ -58,4 +78,7 @@ def panel(title: str, values: Values) -> Panel:
         ]
         lines[group] = [(step, float(median)) for step, _, median, _ in quartiles]
         bands[group] = [(step, float(low), float(high)) for step, low, _, high in quartiles]
-    return Panel(title, lines, "step", log_y=False, bands=bands)
+    # Both are at most 1; kappa below 0 is less agreement than chance gives.
+    lowest = min((low for band in bands.values() for _, low, _ in band), default=0.0)
+    span = (min(0.0, lowest), 1.0)
+    return Panel(title, lines, "step", log_y=False, bands=bands, span=span)

@@ -53,6 +53,8 @@ class Agreement(NamedTuple):
     """None where both give one and the same answer to everything."""
     accuracy: float | None
     """Of the first of the two."""
+    other_accuracy: float | None
+    """Of the second."""
 
     def cells(self) -> list[str]:
         """A line of a table."""
@@ -172,6 +174,7 @@ def agreement(kind: str, one: Answered, other: Answered) -> Agreement:
         expected,
         cohen_kappa(mine, theirs),
         one.accuracy,
+        other.accuracy,
     )
 
 
