@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from castalia.cli.flags import AsJson
+from castalia.terminal.flags import AsJson
 
 
 def agreement(
