@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import pickle
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,8 +12,16 @@ from typer.testing import CliRunner
 
 from castalia.cli.app import app
 from castalia.core.errors import ConfigError, DataError
-from castalia.data import IndexedDatasetWriter
-from castalia.stream import Tracer, build_index, continuations, open_stream, trace
+from castalia.data import IndexedDatasetWriter, order_cache
+from castalia.stream import (
+    Tracer,
+    build_index,
+    continuations,
+    open_stream,
+    row_scan,
+    served_places,
+    trace,
+)
 from castalia.stream.opening import Stream
 
 STEPS = 60
@@ -124,6 +134,33 @@ def test_texts_that_a_row_cuts_are_counted(prefixes, tmp_path):
     assert cut > 3
 
 
+class InThisProcess(ThreadPoolExecutor):
+    """A pool whose worker gets its state through a pickle, without the seconds that a process
+    takes to start."""
+
+    def __init__(self, workers, begin, state):
+        super().__init__(1)
+        begin(pickle.loads(pickle.dumps(state)))
+
+
+def test_kept_maps_and_workers_give_the_same(prefixes, tmp_path, monkeypatch):
+    cache = tmp_path / "maps"
+    stream = opened(prefixes, tmp_path, *ORDERS["blend"], f"data.order_cache={cache}")
+    expected = list(trace(stream, ids=(1, 2)).records())
+    monkeypatch.setattr(order_cache, "WORTH_BYTES", 0)
+    for _ in range(2):
+        assert list(trace(stream, ids=(1, 2)).records()) == expected
+        assert len([*cache.glob("trace-*.safetensors")]) == 1
+        monkeypatch.setattr(served_places, "all_maps", None)  # now they are only read
+    monkeypatch.setattr(row_scan, "WORTH_TOKENS", 0)
+    monkeypatch.setattr(row_scan, "WorkerPool", InThisProcess)
+    monkeypatch.setattr(row_scan, "TASK_TOKENS", 17 * 60)
+    read = []
+    found = trace(stream, ids=(1, 2), rows=True, workers=2, on_tokens=read.append)
+    assert list(found.records()) == expected
+    assert sum(read) == 17 * stream.sizes.first(STEPS)
+
+
 def test_an_index_gives_the_same_and_another_files_is_refused(prefixes, tmp_path):
     stream = opened(prefixes, tmp_path, *ORDERS["blend"])
     before = {ids: list(trace(stream, ids=ids).records()) for ids in QUERIES}
@@ -201,6 +238,20 @@ def test_texts_and_refusals(four_steps, tmp_path):
     assert "seen before checkpoint" in plain.output
     listed = CliRunner().invoke(app, ["trace", str(four_steps), text, "--json"])
     assert json.loads(listed.stdout) == list(found.records())
+    folder = ["--index-folder", str(tmp_path)]
+    built = CliRunner().invoke(app, ["index", str(four_steps), *folder, "--json"])
+    records = [json.loads(line) for line in built.stdout.splitlines()]
+    assert [record["prefix"] for record in records] == [
+        source.dataset.prefix for source in stream.rows.train.row_sources
+    ]
+    indexed = CliRunner().invoke(app, ["trace", str(four_steps), text, "--json", *folder])
+    assert indexed.stdout == listed.stdout
+    behind = ["trace", str(four_steps), text[:6], "--next", "3", "--json", *folder]
+    answer = json.loads(CliRunner().invoke(app, behind).stdout)
+    assert text[6] in [entry["text"] for entry in answer["next"]] or len(answer["next"]) == 3
+    assert answer["text"] == text[:6]
+    wrong = CliRunner().invoke(app, ["index", str(tmp_path / "nothing")])
+    assert "no such file" in str(wrong.exception)
     ids = ",".join(map(str, row[5:20].tolist()))
     counted = ["trace", str(four_steps), "--ids", ids, "--count-only", "--json", "--scan"]
     counts = json.loads(CliRunner().invoke(app, counted).stdout)

@@ -16,8 +16,8 @@ from castalia.stream.text_forms import Form
 
 TASK_TOKENS = 1 << 23
 """Tokens that are read before progress is told, and the share of a worker."""
-WORTH_TOKENS = 1 << 26
-"""Fewer tokens are read in this process: starting another takes a second or two."""
+WORTH_TOKENS = 1 << 30
+"""Fewer tokens are read in this process, in some 15 s: starting another takes seconds, too."""
 
 Ints = NDArray[np.int64]
 OnTokens = Callable[[int], Any]
