@@ -115,7 +115,7 @@ def memorize(
 
       castalia memorize runs/a runs/b --steps 1000 --sample 100000 --output scans
 
-      castalia memorize EleutherAI/pythia-70m --steps 1000 --stream runs/rows --output 70m.parquet
+      castalia memorize EleutherAI/pythia-70m --stream runs/rows --output 70.parquet
     """
     from castalia.memorization.job import Options, jobs_of
     from castalia.terminal.signals import stoppable
