@@ -23,8 +23,8 @@ from castalia.stream.processes import over_stream
 from castalia.stream.same_data import of_training
 from castalia.stream.viewing import step_hash
 
-RECORD = "batches.json"
-"""Beside the files: which rows they hold."""
+RECORD = "_batches.json"
+"""Beside the files: which rows they hold. Readers of a folder of tables pass over such a name."""
 SAVED = re.compile(r"batch(\d+)_bs(\d+)\.npy")
 OnSteps = Callable[[int], object]
 """Takes a number of steps that are done."""

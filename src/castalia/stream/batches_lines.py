@@ -197,7 +197,7 @@ class LineFile:
     def __init__(self, path: Path, facts: dict[str, Any], overwrite: bool) -> None:
         self.path = path
         self.partial = path.with_name(f"{path.name}.partial")
-        record = path.with_name(f"{path.name}.{RECORD}")
+        record = path.with_name(f"{path.name}{RECORD}")
         self.job = job(record, facts, self.files, overwrite)
         self.last: dict[str, Any] | None = None
 

@@ -31,7 +31,7 @@ def require_files(config: RunConfig, folder: Path) -> None:
         if data.corpus is not None and find_corpus(data.corpus, place) is None:
             raise DataError(
                 f"{folder}: the corpus {data.corpus} that the run trained on is no longer in"
-                f" {place}; copy it back, or give its token files with data.train=PREFIX,…"
+                f" {place}; copy it back, or give its token files with data.train=[PREFIX,…]"
             )
         return
     keys = {}
@@ -42,7 +42,7 @@ def require_files(config: RunConfig, folder: Path) -> None:
     if not keys:
         return
     files = listed([f"{prefix}.bin and .idx" for gone in keys.values() for prefix in gone])
-    places = " ".join(f"{key}=PREFIX,…" for key in keys)
+    places = " ".join(f"{key}=[PREFIX,…]" for key in keys)
     raise DataError(
         f"{folder}: the data that the run trained on are gone: {files}; if they have moved, add"
         f" {places} with all of them, in the order of {folder / 'config.yaml'}"
@@ -84,7 +84,7 @@ def require_same_data(
     if not allow_changed:
         raise DataError(
             f"{text}; its rows cannot be shown from these. Restore the files and the settings, or"
-            " say where the right ones are, as with data.train=PREFIX,…"
+            " say where the right ones are, as with data.train=[PREFIX,…]"
         )
     say(f"warning: {text} (data.allow_changed is true)")
 
