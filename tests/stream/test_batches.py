@@ -1,9 +1,11 @@
 """The batches of a run: the rows that training hashed, in every form, whole or continued."""
 
 import json
+import pickle
 import re
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import castalia
 from castalia.core.errors import CastaliaError, ConfigError, DataError
 from castalia.data import IndexedDataset, IndexedDatasetWriter
-from castalia.stream.batches import save_batches, verify_batches
+from castalia.stream.batches import hash_group, save_batches, verify_batches
 from castalia.stream.batches_lines import custom_batches
 from castalia.stream.batches_rows import (
     lines_to_file,
@@ -21,6 +23,7 @@ from castalia.stream.batches_rows import (
     text_of,
 )
 from castalia.stream.opening import open_stream
+from castalia.stream.processes import begin, do, over_stream
 
 SMALL = (
     "model.num_layers=1 model.hidden_size=32 data.seq_length=16 train.batch_size=4"
@@ -96,9 +99,7 @@ def test_other_rows_than_those_of_the_run_are_found(trained, tmp_path):
     path = tmp_path / "metrics.jsonl"
     other = lines[2].replace('"rows_hash": ', '"rows_hash": 1')
     path.write_text("\n".join([*lines[:2], other, *lines[3:]]))
-    with pytest.raises(
-        DataError, match=r"step 2: the rows have the hash .*; its data or"
-    ):
+    with pytest.raises(DataError, match=r"step 2: the rows have the hash .*; its data or"):
         verify_batches(replace(stream, folder=tmp_path), range(5))
     with pytest.raises(ConfigError, match="--verify compares with the metrics"):
         verify_batches(replace(stream, folder=None), range(5))
@@ -133,13 +134,14 @@ def test_a_folder_of_another_run_is_refused(trained, tmp_path):
         save_batches(trained("best_fit"), range(1), tmp_path)
 
 
-def test_processes_write_the_same_files(trained, tmp_path):
-    # Mixed: each process plans the steps again.
+def test_a_worker_reads_the_same_rows(trained):
+    # Mixed: it plans the steps again.
     stream = trained("mixed")
-    for workers in (0, 1):
-        save_batches(stream, range(5), tmp_path / str(workers), workers=workers)
-    for path in (tmp_path / "0").glob("*.npy"):
-        assert path.read_bytes() == (tmp_path / "1" / path.name).read_bytes()
+    here = hash_group(stream, range(1, 5))
+    begin(pickle.loads(pickle.dumps((stream, hash_group))))
+    assert do(range(3, 5)) == here[2:] and do(range(1, 4)) == here[:3]
+    with closing(over_stream(stream, hash_group, [range(2), range(2, 5)])) as found:
+        assert [pair for group in found for pair in group][1:] == here
 
 
 FUNCTIONS = """

@@ -151,7 +151,8 @@ def as_ours(
     if old.conf_dir is not None:
         words = [old.conf_dir, *words]
     if old.load_path is not None:
-        words = [*(words or [PYTHIA]), f"data.train={old.load_path}", "data.order=file"]
+        named = words if any("=" not in word for word in words) else [PYTHIA, *words]
+        words = [*named, f"data.train={old.load_path}", "data.order=file"]
     if old.start_iteration is not None or old.end_iteration is not None:
         stop = ""
         if old.end_iteration is not None:
@@ -162,7 +163,12 @@ def as_ours(
     elif old.save_path is not None:
         flags = replace(flags, output=flags.output or old.save_path)
     if old != OldViewer():
-        typer.echo(f"castalia: as castalia batches {' '.join(words)} --steps {steps}", err=True)
+        options = [f"--steps {steps}"]
+        for name in ("mode", "fn", "output", "ids"):
+            if getattr(flags, name) is not None:
+                options.append(f"--{name} {getattr(flags, name)}")
+        text = f"castalia: as castalia batches {' '.join([*words, *options])}"
+        typer.echo(text, err=True)
     return words, steps, flags
 
 

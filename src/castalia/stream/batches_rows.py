@@ -196,7 +196,12 @@ def one_table(
     with (
         atomic_write(path, "wb") as file,
         parquet.ParquetWriter(
-            file, arrow_schema(stream, per), compression="zstd", write_page_checksum=True
+            file,
+            arrow_schema(stream, per),
+            compression="zstd",
+            # Ids repeat too little for a dictionary, which would cost most of the time.
+            use_dictionary=["source"],
+            write_page_checksum=True,
         ) as writer,
     ):
         groups = stream.groups(steps)

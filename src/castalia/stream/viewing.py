@@ -141,21 +141,24 @@ def contents_of(
     length: int | None,
 ) -> dict[str, Any]:
     """Prefix, documents and text of the row of a source served at `place`, made of `pieces`."""
-    row = side.served(source, pieces, place)
-    shown = list(row.spans)
+    row = None
+    shown = pieces
+    if tokenizer is not None or side.changes_row(place):
+        row = side.served(source, pieces, place)
+        shown = list(row.spans)
     if length is not None and length < side.seq_length:
         shown = SpanTable.of_lists([shown]).cut(length + 1).row(0)
     record: dict[str, Any] = {
         "prefix": side.row_sources[source].dataset.prefix,
         "documents": [piece._asdict() for piece in shown],
     }
-    if row.origin is not None:
+    if row is not None and row.origin is not None:
         record["changed"] = True
     for document in record["documents"]:
         origin = read_provenance(record["prefix"], document["document"])
         if origin is not None:
             document["from"] = origin
-    if tokenizer is not None:
+    if tokenizer is not None and row is not None:
         ids = row.tokens if length is None else row.tokens[: length + 1]
         record["text"] = tokenizer.decode(ids)
         ends = np.cumsum([piece.length for piece in shown])
