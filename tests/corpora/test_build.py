@@ -210,6 +210,6 @@ def test_a_model_with_too_few_tokens_is_refused(tmp_path: Path):
 
 def test_an_unknown_corpus_gets_the_menu(tmp_path: Path):
     with pytest.raises(
-        ConfigError, match=r"unknown corpus 'pyhton'; choose one of python, tiny.*'python'"
+        ConfigError, match=r"unknown corpus 'pyhton'; choose one of mini, python, tiny.*'python'"
     ):
         build_corpus("pyhton", tmp_path)
