@@ -75,6 +75,9 @@ def test_step_1_may_equal_step_0_only_where_the_rate_was_zero(planted, learning)
     assert found(renamed, still_until=1) == [("same_weights", "step2")]
     (finding,) = audit(str(renamed), still_until=1).findings
     assert "all 16 tensors equal those of step0" in finding.what
+    shutil.copytree(renamed / "step4", renamed / "main")
+    expected = [("order", "main"), ("same_weights", "step2")]
+    assert found(renamed, still_until=1) == expected
 
 
 def test_205_branches_of_the_final_era(planted, weights):

@@ -57,7 +57,18 @@ def same_weights(model: Model) -> tuple[list[Finding], list[int]]:
             owner, known = owner_of(model, table, members)
             findings += equal_findings(model, members, owner, known)
         kept.append(owner)
+        findings += main_findings(model, members)
     return findings, sorted(kept)
+
+
+def main_findings(model: Model, members: Sequence[int]) -> Iterator[Finding]:
+    """Whether `main` has the weights of a step that is not the last one."""
+    last = max((each.step for each in model.revisions if each.step is not None), default=None)
+    steps = [model.revisions[number].step for number in members]
+    named = [step for step in steps if step is not None]
+    if None in steps and named and last not in named:
+        what = f"it has the weights of step {named[-1]}, and step {last} is the last one"
+        yield Finding("order", model.place(members[steps.index(None)]), what)
 
 
 def owner_of(
