@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from castalia.core.errors import ConfigError
 from castalia.data import IndexedDatasetWriter
 from castalia.stream import Tracer, build_index, open_stream
 from castalia.stream.opening import Stream
@@ -94,6 +95,11 @@ def test_planted_sentences_are_traced_to_the_steps_that_read_them(
         train(output, *words, processes=4)
     else:
         train(output, *words, "train.exit_every=7")
+        half = open_stream(str(output))
+        with pytest.raises(ConfigError, match=r"steps 0 to 9: not trained yet.*steps 0 to 6 of 18"):
+            Tracer(half, before=10)
+        planned = {"planned": True} if case == "resumed" else {}
+        ahead = [list(Tracer(half, **planned)(sentence(number)).records()) for number in (0, 1, 2)]
         train(output, *words)
     stream = open_stream(str(output))
     assert stream.trained == stream.steps == 18
@@ -104,6 +110,12 @@ def test_planted_sentences_are_traced_to_the_steps_that_read_them(
         for source in stream.rows.train.row_sources:
             build_index(source.dataset)
     how = "index" if case == "mixed" else "files"
+    if case != "four ranks":
+        # What was foretold in the middle of the run is what it has read by now.
+        last = 18 if case == "resumed" else 7
+        assert ahead == [
+            [record for record in expected[number] if record["step"] < last] for number in (0, 1, 2)
+        ]
     tracer = Tracer(stream)
     for number, records in enumerate(expected):
         found = tracer(sentence(number), rows=number % 10 == 0)
