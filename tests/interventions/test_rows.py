@@ -9,6 +9,7 @@ import pytest
 
 from castalia.core.errors import ConfigError, DataError
 from castalia.data import StepLoader
+from castalia.data.ready_rows import write_rows
 from castalia.data.row_blocks import read_block
 from castalia.interventions.rewriting import Replacement, Rewriter, replaced
 from castalia.stream.opening import stream_of
@@ -323,10 +324,14 @@ def test_bad_sections(rows_with, section, message):
         rows_with([section])
 
 
-def test_what_interventions_cannot_go_with(config_with):
+def test_what_interventions_cannot_go_with(config_with, rows_with, tmp_path):
     for words, message in {
         ("data.fim_rate=0.5",): "fim_rate moves the tokens",
         ("loss.kind=dpo",): "compares with the reference's scores",
     }.items():
         with pytest.raises(ConfigError, match=message):
             config_with([SWAP], *words)
+    rows = rows_with([{"kind": "drop", "pattern": "nurse", "start": 1}]).train
+    write_rows(rows, 0, BATCH, tmp_path / "before", {})
+    with pytest.raises(ConfigError, match="leaves tokens that are no targets"):
+        write_rows(rows, 0, len(PLACES), tmp_path / "behind", {})

@@ -116,11 +116,25 @@ def write_rows(
     with IndexedDatasetWriter(prefix, common_dtype(datasets)) as writer:
         for start in range(first, stop, ROWS_AT_A_TIME):
             places = range(start, min(stop, start + ROWS_AT_A_TIME))
-            tokens = np.concatenate([rows[place][0] for place in places])
+            tokens = np.concatenate([row_to_write(rows, place) for place in places])
             writer.add_many(tokens, np.full(len(places), length))
             if on_bytes:
                 on_bytes(len(tokens) * writer.dtype.itemsize)
         return close_with_record(writer, prefix, facts)
+
+
+def row_to_write(rows: ServedRows, place: int) -> NDArray[np.int64]:
+    """The row at a place, (n,).
+
+    Raises  ConfigError if an intervention keeps some of its tokens from being targets.
+    """
+    row = rows.served(*rows.documents_of(place), place)
+    if row.ignored is not None:
+        raise ConfigError(
+            "an intervention of these rows leaves tokens that are no targets, which ready rows"
+            " cannot tell: write the steps before it, or without data.interventions"
+        )
+    return row.tokens
 
 
 def common_dtype(datasets: Sequence[IndexedDataset]) -> np.dtype[Any]:
