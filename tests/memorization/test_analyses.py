@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from tests.fixtures.scans import scan_file, scan_table
 
-from castalia.core.errors import CheckpointError, ConfigError, DataError
+from castalia.core.errors import CastaliaError, CheckpointError, ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.memorization.analyses import table as tables
 from castalia.memorization.analyses.density import Density, counts_in_windows, window_of
@@ -276,8 +276,9 @@ def test_a_study_of_three_sizes(suite: Suite, tmp_path: Path, monkeypatch):
 
 
 def test_one_checkpoint_without_a_memorized_row_is_said_in_sentences(tmp_path: Path):
-    path = scan_file(tmp_path / "tiny.parquet", scan_table({3: np.array([0, 5, 6, 1])}))
-    study = study_of(open_scans([str(path)]), tmp_path)
+    # A name with signs of a pattern.
+    path = scan_file(tmp_path / "tiny[1]*.parquet", scan_table({3: np.array([0, 5, 6, 1])}))
+    study = study_of(open_scans([f"tiny={path}"]), tmp_path)
     text = " ".join(study.notes)
     assert "One model" in text and "One checkpoint of tiny" in text
     assert "No row is memorized by tiny at 3" in text
@@ -338,6 +339,8 @@ def test_files_that_do_not_compare_are_refused(tmp_path: Path):
     refused(DataError, "damaged", tmp_path / "i.parquet")
     refused(ConfigError, "no file", tmp_path / "none.parquet")
     refused(ConfigError, "both named 'x'", f"x={good}", f"x={good}")
+    far = scan_table({2: matches}, index=np.array([0, 1, 2, 10**15]))
+    refused(CastaliaError, "need 1000000.00 GB", scan_file(tmp_path / "j.parquet", far))
     refused(CheckpointError, "no checkpoint of step 7; the nearest is 2", good, steps="2,7")
 
 

@@ -1,5 +1,6 @@
 """Files of scans: which model a file is about, and what it holds, checked before it is read."""
 
+import glob
 import json
 import re
 from collections.abc import Sequence
@@ -157,7 +158,9 @@ def contents_of(path: Path) -> Contents:
     duckdb = require("duckdb", EXTRA, PURPOSE)
     try:
         with duckdb.connect() as connection:
-            lines: list[tuple[Any, ...]] = connection.execute(CHECK, [str(path)]).fetchall()
+            # DuckDB takes a path for a pattern, in which brackets and stars are signs.
+            words = [glob.escape(str(path))]
+            lines: list[tuple[Any, ...]] = connection.execute(CHECK, words).fetchall()
     except duckdb.Error as error:
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not lines:

@@ -1,5 +1,6 @@
 """All scores as a table on disk: a column for each scan, a byte or two for each place."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from castalia.core.errors import DataError
+from castalia.core.errors import CastaliaError, DataError
 from castalia.core.extras import require
 from castalia.core.files import cannot_write
 from castalia.memorization.analyses.files import EXTRA, PURPOSE, ScanFile
@@ -52,7 +53,7 @@ class ScoreTable:
     def __init__(self, files: Sequence[ScanFile], folder: Path) -> None:
         """Read the files into `folder`, which the caller removes.
 
-        Raises  DataError if a file has a row twice; CastaliaError if the disk is full.
+        Raises  DataError if a file has a row twice; CastaliaError if the disk lacks room.
         """
         self.files = files
         self.scored = all(file.scored for file in files)
@@ -65,6 +66,7 @@ class ScoreTable:
         self.scans = [Scan(file, step) for file in files for step in file.steps]
         self.losses = [Losses(self.memorized) for _ in self.scans]
         dtype = np.uint8 if self.memorized < 256 else np.uint16
+        require_room(folder, self.places * len(self.scans) * np.dtype(dtype).itemsize)
         # Mapped, not in memory; a new file is sparse and reads as zeros.
         try:
             self.columns = [
@@ -107,6 +109,20 @@ class ScoreTable:
         for first in range(0, self.places, PART):
             # Copied: what is computed from a part reads the disk once.
             yield Part(first, [np.array(column[first : first + PART]) for column in self.columns])
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Raises  CastaliaError if the disk of a folder lacks room for so many bytes.
+
+    Asked before: a mapped file that finds no room ends the process without a word.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CastaliaError(
+            f"{folder.parent}: the scores need {needed / 1e9:.2f} GB of disk during the analysis,"
+            f" and {free / 1e9:.2f} GB are free; choose an --output on another disk, or fewer"
+            " --steps"
+        )
 
 
 def stretches(column: Codes) -> Iterator[Codes]:
