@@ -1,6 +1,6 @@
 """The keys that a config class has: its sections, the names in each, and every leaf below it."""
 
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -69,6 +69,7 @@ def leaves(root: type[BaseModel], prefix: str = "") -> list[str]:
         inner = sections(field)
         for section in inner:
             names |= dict.fromkeys(leaves(section, f"{prefix}{name}."))
-        if not inner:
+        # A list of sections is a value too: overrides set it whole.
+        if not inner or get_origin(field.annotation) is list:
             names[f"{prefix}{name}"] = None
     return list(names)
