@@ -103,6 +103,7 @@ USAGE = {
     "runs": "runs [OPTIONS] [DIR]",
     "scaling": "scaling [OPTIONS] PATH...",
     "memorization": "memorization [OPTIONS] [NAME=]FILE...",
+    "study term-frequency": "study term-frequency [OPTIONS] RUN|SUITE|CSV...",
     "study pronouns": "study pronouns [OPTIONS] RUN|SUITE...",
     "intervene": "intervene [OPTIONS] RUN FILE|a.b=c...",
     "suite": "suite [OPTIONS] SUITE [a.b=c ...]",

@@ -251,12 +251,16 @@ def test_several_processes_count_the_same(run, texts, monkeypatch):
     assert again.counts[:, 1].tolist() == pairs.totals.tolist() and again.labels == pairs.labels
 
 
-def test_counts_of_other_data_are_refused(run, tmp_path):
-    stream = open_stream(str(run))
-    count(stream, Terms(("cat",)))
-    rows = replace(stream.rows, fingerprint={**stream.rows.fingerprint, "train": []})
+def test_counts_of_other_data_are_refused(stream):
+    cat = Terms(("cat",))
+    totals = count(stream, cat).totals.tolist()
+    own = stream.rows.fingerprint
+    rows = replace(stream.rows, fingerprint={**own, "train": []})
     with pytest.raises(DataError, match="counts of other data: train: 1 sources before, 0 now"):
-        count(replace(stream, rows=rows), Terms(("cat",)))
+        count(replace(stream, rows=rows), cat)
+    # Rows of training do not depend on those of validation.
+    rows = replace(stream.rows, fingerprint={**own, "valid": [{"name": "other"}]})
+    assert count(replace(stream, rows=rows), cat).totals.tolist() == totals
 
 
 def test_what_cannot_be_counted(run, tmp_path, stream):

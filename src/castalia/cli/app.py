@@ -32,6 +32,7 @@ from castalia.cli import (
     show,
     study,
     study_pronouns,  # noqa: F401  adds its command to those of `study`
+    study_term_frequency,  # noqa: F401  likewise
     suite,
     trace,
     train,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from castalia.terminal.flags import AsJson, Config, grouped, panel
+from castalia.terminal.flags import AsJson, Config, grouped, note, panel
 
 if TYPE_CHECKING:
     from castalia.stream.counting.asked import Asked
@@ -175,11 +175,11 @@ def count(
       castalia count runs/demo --ngrams 2 --words --top 50
     """
     from castalia.core.files import atomic_write
-    from castalia.stream.counting.counting import json_of, most_first
+    from castalia.stream.counting.tables import as_text, json_of, most_first
     from castalia.stream.opening import open_stream
 
     asked = what.asked(found)
-    counts = counted(open_stream(config, say), asked, steps, top, jobs)
+    counts = counted(open_stream(config, note), asked, steps, top, jobs)
     shown = list(range(len(counts.labels)))
     if what.terms is None or what.pairs_within is not None or top is not None:
         # n-grams come in their order, in which equal counts follow the keys.
@@ -191,7 +191,7 @@ def count(
     if as_json:
         typer.echo(record)
     elif output is None:
-        print_counts(counts, shown if what.terms or top else shown[:SHOWN])
+        typer.echo(as_text(counts, shown if what.terms or top else shown[:SHOWN]))
 
 
 def counted(
@@ -218,33 +218,3 @@ def counted(
         if isinstance(asked, Ngrams):
             return count_ngrams(stream, asked, top=top or MOST_NGRAMS, **chosen)
         return count(stream, asked, **chosen)
-
-
-def say(text: str) -> None:
-    """A note, beside what is printed."""
-    typer.echo(text, err=True)
-
-
-MOST_COLUMNS = 8
-"""Checkpoints that the table shows; --json has all."""
-
-
-def print_counts(counts: "Counts", shown: list[int]) -> None:
-    """A table: a line a label, a column a checkpoint."""
-    places = list(range(len(counts.checkpoints)))
-    if len(places) > MOST_COLUMNS:
-        # Evenly over the list, the last one among them.
-        last = len(places) - 1
-        places = sorted({last * i // (MOST_COLUMNS - 1) for i in range(MOST_COLUMNS)})
-    # Spaces and line breaks are part of an n-gram.
-    quoted = counts.ids is not None
-    labels = [repr(counts.labels[i]) if quoted else counts.labels[i] for i in shown]
-    width = max([len("term"), *map(len, labels)])
-    heads = [f"step {counts.checkpoints[place]:,}" for place in places]
-    typer.echo(f"{'term':<{width}}" + "".join(f"{head:>14}" for head in heads))
-    for number, label in zip(shown, labels, strict=True):
-        values = [f"{counts.counts[number, place]:>14,}" for place in places]
-        typer.echo(f"{label:<{width}}" + "".join(values))
-    found = len(counts.labels) if counts.distinct is None else counts.distinct
-    rest = f"; {found - len(shown):,} more" if found > len(shown) else ""
-    typer.echo(f"{counts.tokens:,} tokens of steps {counts.first} to {counts.stop - 1}{rest}")

@@ -60,6 +60,11 @@ Overwrite = Annotated[
 ]
 
 
+def note(text: str) -> None:
+    """A line beside what a verb prints."""
+    typer.echo(text, err=True)
+
+
 def panel(title: str) -> Callable[..., Any]:
     """`typer.Option` for the options of one panel of the help."""
 

@@ -126,10 +126,11 @@ class MatchFinder:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Unordered pairs of terms or of matches with at most `within` words between them."""
+    """Unordered pairs of terms or of matches with `least` to `within` words between them."""
 
     of: Terms | Matches
     within: int
+    least: int = 0
 
     fixed: ClassVar[list[str]] = []
 
@@ -140,7 +141,7 @@ class Pairs:
 
     def described(self) -> dict[str, Any]:
         """What decides the counts, as JSON."""
-        return {"pairs_within": self.within, **self.of.described()}
+        return {"pairs_within": self.within, "least": self.least, **self.of.described()}
 
     def finder(self, tokenizer: Tokenizer) -> Finder:
         """What finds the pairs.
@@ -149,24 +150,24 @@ class Pairs:
         """
         if isinstance(self.of, Matches):
             pattern = Pattern(self.of.pattern, self.of.ignore_case, self.of.seconds)
-            return MatchPairFinder(pattern, self.within)
+            return MatchPairFinder(pattern, self)
         if self.of.options.as_tokens:
             raise ConfigError("--pairs-within counts words between terms: without --as-tokens")
-        return TermPairFinder(self.of, self.within)
+        return TermPairFinder(self.of, self)
 
 
 class TermPairFinder:
     """Finds pairs of listed terms."""
 
-    def __init__(self, asked: Terms, within: int) -> None:
-        self.names = list(asked.terms)
-        self.find = TextTerms(self.names, asked.options)
-        self.within = within
+    def __init__(self, terms: Terms, asked: Pairs) -> None:
+        self.names = list(terms.terms)
+        self.find = TextTerms(self.names, terms.options)
+        self.asked = asked
 
     def __call__(self, pieces: Pieces) -> Findings:
         """The occurrences in the pieces of a block."""
         placed = placed_terms(pieces, self.find(pieces))
-        one, other, piece = placed.pairs(self.within)
+        one, other, piece = placed.pairs(self.asked.within, self.asked.least)
         labels, number = pair_labels(one, other, self.names)
         return Findings(labels, number, pieces.row[piece])
 
@@ -174,9 +175,9 @@ class TermPairFinder:
 class MatchPairFinder:
     """Finds pairs of matches of a pattern."""
 
-    def __init__(self, pattern: Pattern, within: int) -> None:
+    def __init__(self, pattern: Pattern, asked: Pairs) -> None:
         self.pattern = pattern
-        self.within = within
+        self.asked = asked
 
     def __call__(self, pieces: Pieces) -> Findings:
         """The occurrences in the pieces of a block."""
@@ -188,7 +189,7 @@ class MatchPairFinder:
                 for match in matches
             ]
             texts.append((text, found))
-        one, other, piece = placed_in_texts(texts).pairs(self.within)
+        one, other, piece = placed_in_texts(texts).pairs(self.asked.within, self.asked.least)
         labels, number = pair_labels(one, other, list(numbers))
         return Findings(labels, number, pieces.row[piece])
 

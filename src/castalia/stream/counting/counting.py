@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,31 +243,3 @@ def look_up(store: Store, asked: Asked, chosen: Range) -> Counts:
 def default_jobs() -> int:
     """Processes that count at once: the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def most_first(counts: Counts) -> list[int]:
-    """The numbers of the labels, most frequent first, then in the order of their names."""
-    return sorted(
-        range(len(counts.labels)), key=lambda i: (-int(counts.totals[i]), counts.labels[i])
-    )
-
-
-def json_of(counts: Counts, order: Sequence[int]) -> dict[str, Any]:
-    """The counts of some labels, by their numbers, as the verb prints them."""
-    terms = []
-    for number in order:
-        values = counts.counts[number].tolist()
-        term: dict[str, Any] = {"term": counts.labels[number], "count": values[-1]}
-        term["by_checkpoint"] = {
-            str(step): value for step, value in zip(counts.checkpoints, values, strict=True)
-        }
-        if counts.ids is not None:
-            term["ids"] = counts.ids[number]
-        terms.append(term)
-    found = counts.distinct if counts.distinct is not None else len(counts.labels)
-    return {
-        "terms": terms,
-        "distinct": found,
-        "tokens": counts.tokens,
-        "steps": counts.stop - counts.first,
-    }

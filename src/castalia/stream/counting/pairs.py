@@ -27,8 +27,11 @@ class Placed:
     last_word: NDArray[np.int64]
     piece: NDArray[np.int64]
 
-    def pairs(self, within: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Two labels and the piece of every two occurrences with at most `within` words between."""
+    def pairs(
+        self, within: int, least: int = 0
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Two labels and the piece of every two occurrences with `least` to `within` words
+        between."""
         left = []
         right = []
         piece = []
@@ -36,12 +39,13 @@ class Placed:
         for ahead in range(1, count):
             a = slice(0, count - ahead)
             b = slice(ahead, count)
-            near = self.first_word[b] - self.last_word[a] - 1 <= within
+            between = self.first_word[b] - self.last_word[a] - 1
+            near = between <= within
             near &= self.piece[a] == self.piece[b]
             # Words only grow with the place, so that no later one is nearer.
             if not near.any():
                 break
-            near &= self.start[b] >= self.stop[a]
+            near &= (self.start[b] >= self.stop[a]) & (np.maximum(between, 0) >= least)
             left.append(self.label[a][near])
             right.append(self.label[b][near])
             piece.append(self.piece[a][near])

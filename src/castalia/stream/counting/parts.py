@@ -14,6 +14,7 @@ from castalia.core.files import atomic_write, read_json, write_json
 from castalia.data.fingerprint import changed
 from castalia.stream.counting.asked import Findings
 from castalia.stream.counting.pieces import Pieces
+from castalia.stream.same_data import of_training
 
 VERSION = 1
 PART_TOKENS = 1 << 22
@@ -132,7 +133,8 @@ class Store:
             write_json(path, {**counts, "fingerprint": fingerprint})
             return size
         facts = read_json(path)
-        differences = changed(facts.get("fingerprint", {}), fingerprint)
+        before = of_training(facts.get("fingerprint", {}))
+        differences = changed(before, of_training(fingerprint))
         if differences:
             raise DataError(
                 f"{self.folder}: counts of other data: {'; '.join(differences)}; put the data back,"
