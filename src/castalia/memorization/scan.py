@@ -200,10 +200,13 @@ class Worker:
         part = part_of(self.folder, shard)
         if part.exists():
             return True
+        if not self.folder.exists() and shard.checkpoint in finished_before(self.job):
+            # Another process has written the file, and removed the parts.
+            return True
         with lock_of(part) as free:
             if not free:
                 return False
-            if not part.exists():
+            if not part.exists() and shard.checkpoint not in finished_before(self.job):
                 self.compute(shard, part)
             return True
 
@@ -297,6 +300,8 @@ def part_of(folder: Path, shard: Shard) -> Path:
 @contextmanager
 def lock_of(part: Path) -> Iterator[bool]:
     """Claim a part; yields whether nobody else has it. The claim ends with the process."""
+    # Another process may have removed the folder a moment ago.
+    part.parent.mkdir(parents=True, exist_ok=True)
     with open(part.with_suffix(".lock"), "w") as file:
         yield locked(file)
 
@@ -304,9 +309,8 @@ def lock_of(part: Path) -> Iterator[bool]:
 def assemble(job: Job, folder: Path) -> None:
     """Write the output out of the parts and of what it had, once, and remove the parts."""
     with claimed(folder):
-        if finished_before(job) >= set(job.checkpoints):
-            return
-        write_whole(job, folder)
+        if not finished_before(job) >= set(job.checkpoints):
+            write_whole(job, folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
