@@ -126,22 +126,28 @@ def memorize(
     scans = jobs_of(paths, steps, options, output, stream)
     with stoppable("the same command continues the scan"):
         results = list(finished(scans, jobs, as_json))
-    if as_json and environment()[0] == 0:
-        typer.echo(json.dumps(results))
+    if as_json:
+        echo_on_first(json.dumps(results))
 
 
 def finished(scans: "Sequence[Job]", processes: int, as_json: bool) -> Iterator[dict[str, Any]]:
     """Run the scans; each checkpoint's numbers, printed as they come unless as JSON."""
-    from castalia.core.ranks import environment
     from castalia.memorization.scan import scan
 
     for job in scans:
         for summary in scan(job, processes, say):
             line = {"model": job.name, "output": str(job.output), **summary._asdict()}
-            # Every rank of a launcher has them all.
-            if not as_json and environment()[0] == 0:
-                typer.echo(text_of(line))
+            if not as_json:
+                echo_on_first(text_of(line))
             yield line
+
+
+def echo_on_first(text: str) -> None:
+    """Print on rank 0: every rank of a launcher has all results."""
+    from castalia.core.ranks import environment
+
+    if environment()[0] == 0:
+        typer.echo(text)
 
 
 def say(text: str) -> None:
