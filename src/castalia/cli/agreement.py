@@ -25,11 +25,10 @@ def agreement(
 
     Each step is compared with the last one of its model, and models that differ in the seed of
     their name, such as tiny-seed0 and tiny-seed1, with each other at every step. Kappa is 1 for
-    equal answers and 0 for as many as chance gives.
+    equal answers and 0 for as many as chance gives. The answers are those that
+    `castalia eval runs/suite --steps all --tasks piqa --samples` stores.
 
-    Examples:
-
-      castalia eval runs/suite --steps all --tasks piqa --samples
+    Example:
 
       castalia agreement runs/suite --picture agreement.svg
     """

@@ -79,8 +79,7 @@ def term_frequency(
 
       castalia study term-frequency runs/pythia-70m --output studies/numbers
 
-      castalia study term-frequency runs/mini --template "{x1} {op} {x2} is {answer}." --between " "
-      --operands 1:21 --seconds 1:9 --shots 0,4 --output studies/numbers
+      castalia study term-frequency runs/mini --operands 1:21 --output study
     """
     from castalia.stream.counting.counting import default_jobs
     from castalia.studies.term_frequency import study_of_words

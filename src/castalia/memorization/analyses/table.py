@@ -13,6 +13,7 @@ from castalia.core.extras import require
 from castalia.core.files import cannot_write
 from castalia.memorization.analyses.files import EXTRA, PURPOSE, ScanFile
 from castalia.memorization.analyses.losses import Losses
+from castalia.monitor.display import size_text
 
 BATCH = 1 << 20
 """Rows of a file that are in memory together."""
@@ -119,9 +120,8 @@ def require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CastaliaError(
-            f"{folder.parent}: the scores need {needed / 1e9:.2f} GB of disk during the analysis,"
-            f" and {free / 1e9:.2f} GB are free; choose an --output on another disk, or fewer"
-            " --steps"
+            f"{folder.parent}: the scores need {size_text(needed)} of disk during the analysis, and"
+            f" {size_text(free)} are free; choose an --output on another disk, or fewer --steps"
         )
 
 
