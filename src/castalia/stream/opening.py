@@ -94,6 +94,13 @@ class Stream:
         return 0 if self.folder is None else steps_trained(self.folder)
 
     @property
+    def known(self) -> int:
+        """Steps whose rows a question without a limit is about: those that are trained, or without
+        a folder all of the config."""
+        # A run may have been given fewer steps after it had trained them.
+        return self.steps if self.folder is None else min(self.trained, self.steps)
+
+    @property
     def curriculum(self) -> Curriculum:
         """How long the rows of each step are."""
         return Curriculum(self.config.curriculum, self.config.data.seq_length, self.steps)

@@ -252,13 +252,10 @@ def last_step(stream: Stream, before: int | None, planned: bool) -> int:
             raise ConfigError(f"--before {before}: no step is before it; give 1 to {stream.steps}")
         stream.check_steps(0, before, planned=planned)
         return before
-    if stream.folder is None or planned:
-        return stream.steps
-    # A run may have been given fewer steps after it had trained them.
-    trained = min(stream.trained, stream.steps)
-    if not trained:
+    stop = stream.steps if planned else stream.known
+    if not stop:
         raise ConfigError(f"{stream.folder} has not trained a step yet: no row has been read")
-    return trained
+    return stop
 
 
 def end_of_documents(stream: Stream) -> int | None:

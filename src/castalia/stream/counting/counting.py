@@ -158,8 +158,16 @@ def chosen_steps(stream: Stream, first: int, stop: int | None, at: Sequence[int]
 
     Raises  ConfigError if they are not steps of the run, or not yet trained.
     """
-    stop = last_step(stream) if stop is None else stop
-    require_steps(stream, first, stop)
+    if stop is None:
+        stop = stream.known
+        if not stop:
+            raise ConfigError(f"{stream.folder} has not trained a step yet: no row has been read")
+    if first >= stop:
+        raise ConfigError(
+            f"--steps {first}:{stop}: no step; expected A < B, and the run has steps 0 to"
+            f" {stream.steps - 1}"
+        )
+    stream.check_steps(first, stop)
     return Range(first, stop, checkpoints_of(stream, first, stop, at))
 
 
@@ -182,24 +190,6 @@ def opened_store(stream: Stream, asked: Asked | Ngrams) -> Iterator[tuple[Store,
         wished = steps_of_part(stream.sizes.rows, width, stream.steps)
         size = store.begin(described, stream.rows.fingerprint, wished)
         yield store, CountJob(asked, tokenizer, folder), size
-
-
-def last_step(stream: Stream) -> int:
-    """The steps that a run has finished; all of those of a config that has not begun."""
-    return stream.steps if stream.folder is None else stream.trained
-
-
-def require_steps(stream: Stream, first: int, stop: int) -> None:
-    """Raises  ConfigError if these are not steps of the run, or not yet trained."""
-    if not 0 <= first < stop <= stream.steps:
-        raise ConfigError(
-            f"--steps {first}:{stop}: the run has steps 0 to {stream.steps - 1}; expected A < B"
-        )
-    if stop > last_step(stream):
-        raise ConfigError(
-            f"--steps {first}:{stop}: step {stop - 1} is not trained yet; {stream.folder} has"
-            f" finished {stream.trained} steps, 0 to {stream.trained - 1}"
-        )
 
 
 def checkpoints_of(stream: Stream, first: int, stop: int, at: Sequence[int] | None) -> list[int]:
