@@ -67,6 +67,13 @@ def test_a_branch_that_changes_nothing_and_one_that_swaps(parent, tmp_path):
     assert "trained" in said[0] and "training" in said[1]
     assert compared(tmp_path / "run", tmp_path / "run-from-4-nothing", 4)["equal"]
     assert other_rows(tmp_path / "run", tmp_path / "run-from-4-nothing") == []
+    # Other interventions or settings under a name that is taken.
+    other = plan_branch(folder, "50%", [SWAP], name="nothing")
+    with pytest.raises(ConfigError, match=r"nothing was trained as another .*interventions were"):
+        train_branch(other, said.append)
+    faster = plan_branch(folder, "50%", [NOTHING, "optim.lr=0.5"], name="nothing")
+    with pytest.raises(ConfigError, match=r"control was trained .*optim.lr was 0.01, is 0.5; cho"):
+        train_branch(faster, said.append)
     if kind == "mixed":
         return
     resumed = plan.changed.model_copy(

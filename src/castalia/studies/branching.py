@@ -13,13 +13,16 @@ from castalia.checkpoint.find import complete_steps, ranges_of
 from castalia.checkpoint.manifest import read_manifest
 from castalia.checkpoint.names import step_name
 from castalia.checkpoint.tensors import checkpoint_tensors
-from castalia.config.values import Values, parse_override, read_yaml
+from castalia.config.values import Values, flatten, parse_override, read_yaml
 from castalia.core.errors import CheckpointError, ConfigError
 from castalia.core.files import write_json
+from castalia.data.fingerprint import changed
 from castalia.data.intervention_config import SHARE, as_step, step_or_share
 from castalia.monitor.sinks.jsonl import read_metrics
 from castalia.recipes import resolve
 from castalia.runs.config import RunConfig
+from castalia.runs.rows import rows_as_trained
+from castalia.stream.same_data import newest_fingerprint, of_training
 from castalia.train.run import run
 
 RESULT = "intervention.json"
@@ -202,13 +205,14 @@ def train_branch(branch: Branch, say: Say) -> dict[str, Any]:
     """Train the control and the branch, as far as they are not, and compare; writes RESULT.
 
     A training that was stopped goes on.
-    Raises  what training raises.
+    Raises  as `require_same_branch` and what training raises.
     """
     folders = {}
     for title, config in (("control", branch.control), (branch.name, branch.changed)):
         folders[title] = config.output
         done = complete_steps(Path(config.output) / "checkpoints")
         if done and done[-1] >= config.train.steps:
+            require_same_branch(branch, config)
             say(f"{title}: {config.output} is trained")
             continue
         say(f"{title}: training {config.output} from step {branch.checkpoint}")
@@ -225,6 +229,30 @@ def train_branch(branch: Branch, say: Say) -> dict[str, Any]:
     }
     write_json(Path(folders[branch.name]) / RESULT, result)
     return result
+
+
+def require_same_branch(branch: Branch, config: RunConfig) -> None:
+    """Check that a branch that was trained before is the one that is asked for: its rows, and the
+    values of the further overrides. One that is not finished is compared as it is resumed.
+
+    Raises  ConfigError naming what differs.
+    """
+    folder = Path(config.output)
+    trained = newest_fingerprint(folder / "checkpoints")
+    _, rows = rows_as_trained(config, lambda text: None)
+    differences = []
+    if trained is not None:
+        differences = changed(of_training(trained), of_training(rows.fingerprint))
+    saved = resolve([str(folder)]).config
+    before, now = (flatten(each.model_dump(mode="json")) for each in (saved, config))
+    for key in [key for word in branch.words for key in flatten(parse_override(word))]:
+        if before.get(key) != now.get(key):
+            differences.append(f"{key} was {before.get(key)}, is {now.get(key)}")
+    if differences:
+        raise ConfigError(
+            f"{folder} was trained as another branch: {'; '.join(differences)}; choose another"
+            " --name, or delete that folder"
+        )
 
 
 def compared(one: Path, other: Path, after: int) -> dict[str, Any]:
