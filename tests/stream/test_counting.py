@@ -16,7 +16,7 @@ from castalia.config import dump_yaml
 from castalia.core.errors import ConfigError, DataError
 from castalia.corpus import prepare
 from castalia.data import train_tokenizer
-from castalia.stream.counting import ngram_parts, parts
+from castalia.stream.counting import ngram_parts, parts, running
 from castalia.stream.counting.asked import Matches, Pairs, Terms, read_terms
 from castalia.stream.counting.counting import Counts, count, count_ngrams
 from castalia.stream.counting.ngrams import Ngrams
@@ -239,6 +239,7 @@ def test_parts_are_counted_once(run, monkeypatch):
 def test_several_processes_count_the_same(run, texts, monkeypatch):
     """Each process imports what one does, which takes seconds."""
     monkeypatch.setattr(parts, "PART_TOKENS", 2 * 4 * 49)
+    monkeypatch.setattr(running, "LEAST_TOKENS", 1)
     stream = open_stream(str(run))
     terms = ("cat", "7", "times 7")
     told = []

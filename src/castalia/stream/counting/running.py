@@ -110,6 +110,8 @@ def joined_counts(parts: list[tuple[Keys, NDArray[np.int64]]]) -> tuple[Keys, ND
     return added_up(keys, counts)
 
 
+LEAST_TOKENS = 5_000_000
+"""Tokens for each process: a new one reads as many while it imports what it needs."""
 WORKER: dict[str, Callable[[int, int], int]] = {}
 """The counter of this worker process."""
 
@@ -137,7 +139,9 @@ def count_parts(
     Raises  CastaliaError if a worker dies; the finished parts stay.
     """
     tell = on_part or (lambda steps, tokens: None)
-    jobs = min(jobs, len(missing))
+    steps = sum(stop - first for first, stop in missing)
+    tokens = steps * stream.config.tokens_per_step
+    jobs = min(jobs, len(missing), tokens // LEAST_TOKENS)
     if jobs <= 1:
         # Also without a part: what cannot be counted is an error, counted before or not.
         counter = job.counter(stream)
