@@ -99,6 +99,11 @@ def test_a_stopped_scan_goes_on_and_several_share_it(run, whole, tmp_path, monke
 def test_checkpoints_of_an_earlier_file_are_kept(run, tmp_path):
     output = tmp_path / "grows.parquet"
     chosen = Options(rows="4:60", sample=20, seed=3, loss=False)
+    (job,) = jobs_of([str(run)], "4", chosen, tmp_path / "early.parquet")
+    scan(job, say=silent)
+    (job,) = jobs_of([str(run)], "4,8", chosen, tmp_path / "early.parquet")
+    with pytest.raises(ConfigError, match=r"sampled 20 of 48 rows \(now 20 of 96 rows\)"):
+        scan(job, say=silent)
     (job,) = jobs_of([str(run)], "8", chosen, output)
     (first,) = scan(job, say=silent)
     assert first.rows == 20 and first.loss is None

@@ -171,7 +171,10 @@ class Job:
         options = asdict(self.options)
         # Where it is computed is no part of what is computed.
         del options["device"]
-        drawn = None if self.options.sample is None else len(self.places)
+        # A draw among more rows is another one, so that steps behind the last do not join it.
+        drawn = None
+        if self.options.sample is not None:
+            drawn = f"{len(self.places)} of {self.seen(self.checkpoints[-1].step)} rows"
         return {
             "format": FORMAT,
             "model": self.name,
