@@ -193,6 +193,9 @@ def test_a_function_gets_every_batch_and_every_record_is_kept(trained, functions
     for record, rows in zip(found, stream.batches(range(5)), strict=True):
         assert record["mean"] == rows.seen.tokens.mean() and record["nan"] is None
     assert custom_batches(stream, range(5), f"{functions}:counts", path) == (0, 5, 0)
+    with pytest.raises(ConfigError, match=r"stats.jsonl has steps up to 4, and steps up to 2 are"):
+        custom_batches(stream, range(3), f"{functions}:counts", path)
+    assert len(read(path)) == 5
     with pytest.raises(ConfigError, match=r"another job \(function, source"):
         custom_batches(stream, range(5), f"{functions}:sources", path)
     custom_batches(stream, range(5), f"{functions}:sources", path, overwrite=True)

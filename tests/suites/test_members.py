@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from castalia.cli.app import app
 from castalia.core.errors import ConfigError
-from castalia.suites import open_suite
+from castalia.suites import open_suite, running
 from castalia.suites.batches import compare_batches, require_same_batches
 from castalia.suites.running import run_suite
 from castalia.suites.status import status_of
@@ -122,7 +124,20 @@ def test_members_of_one_stream_read_equal_batches(write):
     require_same_batches(open_suite("mine.yaml"))
 
 
-def test_two_families_train_on_one_stream_and_the_third_member_fails(write):
+@pytest.fixture
+def one_in_this_process(monkeypatch):
+    """The member llama-seed3 trains without the seconds that a process takes to start."""
+    started = running.train
+
+    def train(member):
+        if member.name != "llama-seed3":
+            return started(member)
+        return CliRunner().invoke(app, ["train", *member.words]).exit_code
+
+    monkeypatch.setattr(running, "train", train)
+
+
+def test_two_families_train_on_one_stream_and_the_third_member_fails(write, one_in_this_process):
     text = SMALL.replace("seeds: [3, {weight_seed: 5}]", "seeds: [3]")
     text = text.replace("sizes:\n", "sizes:\n  none: {model.start: missing/model}\n")
     said = []

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -51,10 +52,10 @@ def custom_batches(
         "first": steps.start,
         **identity(stream),
     }
-    with LineFile(path, facts, overwrite) as file:
+    with LineFile(path, facts, steps.stop, overwrite) as file:
         first = steps.start
         if file.last is not None:
-            first = min(int(file.last["step"]) + 1, steps.stop)
+            first = int(file.last["step"]) + 1
         missing = range(first, steps.stop)
         on_steps(first - steps.start)
         rows = 0
@@ -191,11 +192,13 @@ class LineFile:
     """Lines of JSON, appended to PATH.partial, which becomes PATH at the end.
 
     `last` is the last whole record that an earlier job of the same facts left, None without one.
-    Raises  ConfigError as `castalia.stream.batches.job`; CastaliaError if it cannot be written.
+    Raises  ConfigError as `castalia.stream.batches.job`, or if there are records of steps from
+            `stop` on; CastaliaError if it cannot be written.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], overwrite: bool) -> None:
+    def __init__(self, path: Path, facts: dict[str, Any], stop: int, overwrite: bool) -> None:
         self.path = path
+        self.stop = stop
         self.partial = path.with_name(f"{path.name}.partial")
         record = path.with_name(f"{path.name}{RECORD}")
         self.job = job(record, facts, self.files, overwrite)
@@ -207,20 +210,35 @@ class LineFile:
 
     def __enter__(self) -> "LineFile":
         self.job.__enter__()
-        return self.open()
+        try:
+            return self.open()
+        except BaseException:
+            self.job.__exit__(*sys.exc_info())
+            raise
 
     def open(self) -> "LineFile":
         """Go on behind the last whole line."""
         try:
-            if self.path.exists() and not self.partial.exists():
+            finished = self.path.exists() and not self.partial.exists()
+            self.file = open(self.path if finished else self.partial, "ab+")  # noqa: SIM115
+            end = self.last_line()
+            self.require_no_more()
+            self.file.truncate(end)
+            if finished:
                 # A longer range goes on behind the shorter one that was finished.
                 os.replace(self.path, self.partial)
-            self.file = open(self.partial, "ab+")  # noqa: SIM115
-            end = self.last_line()
-            self.file.truncate(end)
         except OSError as error:
             raise cannot_write(self.path, error) from error
         return self
+
+    def require_no_more(self) -> None:
+        """Raises  ConfigError if there are records of later steps than those asked for."""
+        if self.last is None or int(self.last["step"]) < self.stop:
+            return
+        raise ConfigError(
+            f"{self.file.name} has steps up to {self.last['step']}, and steps up to {self.stop - 1}"
+            " are asked for; choose another --output, or replace it with --overwrite"
+        )
 
     def last_line(self) -> int:
         """The end of the last whole line, which becomes `last`.
@@ -240,7 +258,7 @@ class LineFile:
             try:
                 self.last = json.loads(line)
             except ValueError:
-                raise DataError(f"{self.partial}: its last line is no JSON; delete it") from None
+                raise DataError(f"{self.file.name}: its last line is no JSON; delete it") from None
         return begin + end
 
     def append(self, lines: Iterable[str]) -> None:

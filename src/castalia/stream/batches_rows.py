@@ -77,11 +77,10 @@ def lines_to_file(
     name = stream.config.data.tokenizer if tokenizer is not None else None
     facts = {"mode": "jsonl", "tokenizer": name, "first": steps.start, **identity(stream)}
     places = range(stream.sizes.first(steps.start), stream.sizes.first(steps.stop))
-    with LineFile(path, facts, overwrite) as file:
+    with LineFile(path, facts, steps.stop, overwrite) as file:
         begin = places.start
         if file.last is not None:
             begin = stream.sizes.first(int(file.last["step"])) + int(file.last["row"]) + 1
-            begin = min(begin, places.stop)
         done = stream.step_of(begin)[0] - steps.start
         on_steps(done)
         rows = 0
